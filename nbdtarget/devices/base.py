@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a target stands on: `Device`, the seam that files, memory, NBD servers, mapped
+devices and the test suite's crash devices all implement.
+
+There are two ways in, for the same I/O:
+
+- `submit(bio)`: synchronous, for the way of a client's request. It must not block: what
+  cannot be done at once owns the bio, goes to a worker thread or a socket, and ends later
+  **on the event loop's thread**.
+- coroutines `read`, `write`, `flush`, …: readable, for metadata, copies and set-up. Here
+  they are built on `submit`; a device may have a better way.
+
+Order. Bios in flight at the same time may be carried out in any order. A FLUSH covers every
+write that had ended when the FLUSH was submitted.
+
+Durability. An ended WRITE, WRITE_ZEROES or DISCARD survives a power cut only after a later
+FLUSH has ended with 0, or if it carried FUA itself. Once a flush (or FUA write) has failed, a
+device **latches**: the kernel may have dropped the dirty pages, so a later flush that
+"succeeds" would prove nothing. A latched device fails each FLUSH and FUA with EIO until it is
+opened again.
+
+Context: everything here runs on the event loop's thread.
+"""
+
+import asyncio
+import errno as errnos
+from typing import NamedTuple
+
+from nbdtarget.bio import (
+    FUA,
+    NO_UNMAP,
+    OP_CACHE,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_NAMES,
+    OP_READ,
+    OP_WRITE,
+    OP_WRITE_ZEROES,
+    Bio,
+)
+from nbdtarget.errors import DeviceError
+
+__all__ = ["EXTENT_DATA", "EXTENT_HOLE", "EXTENT_ZERO", "Device", "Extent"]
+
+EXTENT_DATA = 0
+EXTENT_HOLE = 1  # not allocated: writing there may fail with ENOSPC
+EXTENT_ZERO = 2  # reads as zeroes
+
+
+class Extent(NamedTuple):
+    """A run of bytes in one state: EXTENT_HOLE and EXTENT_ZERO, or'ed."""
+
+    length: int
+    flags: int
+
+
+class Device:
+    """A block device. Subclasses implement `submit` and `close`.
+
+    Attributes:
+        name: as the user wrote it; it stands in table lines, status and errors.
+        size: bytes. Fixed while open.
+        read_only: writes end with EPERM.
+        logical_block_size: bytes. What a region size must be a multiple of; a device takes
+            requests of any alignment all the same.
+        can_discard, can_write_zeroes, can_fast_zero: without `can_write_zeroes`, a
+            WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
+            with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
+    """
+
+    logical_block_size: int = 512
+    can_discard: bool = False
+    can_write_zeroes: bool = False
+    can_fast_zero: bool = False
+
+    def __init__(self, name: str, size: int, *, read_only: bool = False) -> None:
+        self.name = name
+        self.size = size
+        self.read_only = read_only
+
+    def submit(self, bio: Bio) -> None:
+        """Start `bio`; it ends here or later. Never blocks, never raises for an I/O error."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Release what is open. The caller has drained all I/O; nothing is flushed here."""
+        raise NotImplementedError
+
+    async def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`. Raises: DeviceError."""
+        await self._io(Bio(OP_READ, offset, len(buffer), buffer, 0, _ended))
+
+    async def read(self, offset: int, length: int) -> memoryview:
+        """Return `length` bytes from `offset`. Raises: DeviceError."""
+        buffer = memoryview(bytearray(length))
+        await self.readinto(offset, buffer)
+        return buffer
+
+    async def write(
+        self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
+    ) -> None:
+        """Write `data`, which must not change until this returns.
+
+        Raises: DeviceError.
+        Durable: with `fua`, the data; else nothing until a flush.
+        """
+        view = memoryview(data)
+        await self._io(
+            Bio(OP_WRITE, offset, len(view), view, FUA if fua else 0, _ended)
+        )
+
+    async def flush(self) -> None:
+        """Flush. Raises: DeviceError.
+
+        Durable: every write that had ended when this was called.
+        """
+        await self._io(Bio(OP_FLUSH, 0, 0, None, 0, _ended))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Give the range up: what it reads afterwards is undefined. Raises: DeviceError."""
+        await self._io(Bio(OP_DISCARD, offset, length, None, 0, _ended))
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, fua: bool = False, no_unmap: bool = False
+    ) -> None:
+        """Make the range read as zeroes. Raises: DeviceError. Durable: as `write`."""
+        flags = (FUA if fua else 0) | (NO_UNMAP if no_unmap else 0)
+        await self._io(Bio(OP_WRITE_ZEROES, offset, length, None, flags, _ended))
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Hint that the range will be read soon."""
+        await self._io(Bio(OP_CACHE, offset, length, None, 0, _ended))
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """Describe the range: at least one extent, lengths that sum to `length`.
+
+        A device that does not know says data, which is always a safe answer.
+        Raises: DeviceError.
+        """
+        return [Extent(length, EXTENT_DATA)]
+
+    async def _io(self, bio: Bio) -> None:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] | None = None
+
+        def ended(_: Bio) -> None:
+            if done is not None and not done.cancelled():
+                done.set_result(None)
+
+        bio.endio = ended
+        self.submit(bio)
+        if bio.status < 0:
+            done = loop.create_future()
+            await done
+        if bio.status:
+            raise DeviceError(
+                bio.status, self.name, OP_NAMES[bio.op], bio.offset, bio.length
+            )
+
+    def check_bounds(self, bio: Bio) -> int:
+        """Return 0, or the errno for a bio that this device must refuse unserved."""
+        if bio.op in (OP_READ, OP_CACHE):
+            return errnos.EINVAL if bio.offset + bio.length > self.size else 0
+        if bio.op == OP_FLUSH:
+            return 0
+        if self.read_only:
+            return errnos.EPERM
+        if bio.offset + bio.length > self.size:
+            return errnos.EINVAL if bio.op == OP_DISCARD else errnos.ENOSPC
+        return 0
+
+
+def _ended(_: Bio) -> None:
+    raise AssertionError("replaced by Device._io")

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Target`: what a table line becomes. The names and contracts are device-mapper's.
+
+Life of a target, in order:
+
+    ctr        construct from the table line's words; opens devices through the context
+    resume     I/O may come from now on (preresume may refuse first)
+    map        once per bio; synchronous; decides and returns, waits for nothing
+    presuspend new background work stops; bios in flight go on
+    postsuspend no bio is in flight any more: stop everything, commit
+    resume …
+    dtr        release devices and metadata
+
+A target decides; it knows no table, no socket, no NBD and no file. Devices come from
+`TargetContext.open_device`, which the registry implements.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Final, Protocol
+
+from nbdtarget.bio import Bio
+from nbdtarget.clock import Clock
+from nbdtarget.devices.base import Device, Extent
+from nbdtarget.errors import TableError
+
+__all__ = ["KILL", "REMAPPED", "SUBMITTED", "Target", "TargetContext"]
+
+# What `map` answers.
+REMAPPED: Final = 0  # bio.device and bio.offset are set: the caller submits it there
+SUBMITTED: Final = 1  # the target keeps the bio and ends it, or has already ended it
+KILL: Final = 2  # the caller ends the bio with EIO
+
+
+class TargetContext(Protocol):
+    """What a target may ask of the mapped device that it is constructed for.
+
+    Attributes:
+        begin, length: bytes; where the target stands in the table.
+        name: the mapped device's name, for logs.
+        clock: the only source of time.
+    """
+
+    begin: int
+    length: int
+    name: str
+    clock: Clock
+
+    async def open_device(self, name: str, *, read_only: bool = False) -> Device:
+        """Open (or share, inside this mapped device) the device called `name`.
+
+        The target closes it with `close_device`, not `Device.close`.
+        Raises: ResolveError: missing, in use by another mapped device or process, ….
+        """
+        ...
+
+    async def maybe_open_device(self, name: str) -> Device | None:
+        """As `open_device` for writing, but None if a file of that name could be created."""
+        ...
+
+    async def create_device(self, name: str, size: int) -> Device:
+        """Create a missing file of `size` zero bytes, durably, and open it for writing."""
+        ...
+
+    async def close_device(self, device: Device) -> None:
+        """Drop one reference; the last one closes the device."""
+        ...
+
+    def shared(self, device: Device) -> dict[str, object]:
+        """A dictionary that lives as long as the open device does.
+
+        The live and the inactive table of a mapped device hold one Device; here they find one
+        metadata object.
+        """
+        ...
+
+    def event(self) -> None:
+        """Raise a device-mapper event: the event counter goes up by one, waiters wake."""
+        ...
+
+
+class Target:
+    """One line of a table. Subclasses override what they need.
+
+    Attributes:
+        type_name, version: as `targets` lists them.
+        begin, length: bytes; where the target stands in the table. A bio's offset is relative
+            to the mapped device: a target that does not begin at 0 subtracts `begin`.
+        num_flush_bios: FLUSHes to `map` for each FLUSH of the mapped device (0: none).
+    """
+
+    type_name: ClassVar[str]
+    version: ClassVar[tuple[int, int, int]]
+
+    num_flush_bios: int = 1
+    can_discard: bool = False
+    can_write_zeroes: bool = False
+    can_fast_zero: bool = False
+
+    def __init__(self, ctx: TargetContext) -> None:
+        self.ctx = ctx
+        self.begin = ctx.begin
+        self.length = ctx.length
+
+    @classmethod
+    async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "Target":
+        """Construct from the words after the type name.
+
+        On failure everything that was opened is closed again and no file has changed.
+        Raises: ConstructorError, with the kernel's text.
+        """
+        raise NotImplementedError
+
+    async def dtr(self) -> None:
+        """Release devices and metadata. No bio is in flight and the target is suspended."""
+
+    def map(self, bio: Bio) -> int:
+        """Decide where `bio` goes: REMAPPED, SUBMITTED or KILL.
+
+        The bio lies wholly inside the target (FLUSH: 0, 0). Never awaits, blocks or does I/O
+        by itself; may submit bios to devices. A bio that is kept after this returns is owned.
+        """
+        raise NotImplementedError
+
+    def presuspend(self) -> None:
+        """Stop starting background work."""
+
+    async def postsuspend(self) -> None:
+        """No bio is in flight: wait for background work, commit, stop timers."""
+
+    async def preresume(self) -> None:
+        """Check, and refuse by raising TableError, before any I/O comes."""
+
+    def resume(self) -> None:
+        """I/O may come; start background work."""
+
+    async def status(self, *, noflush: bool = False) -> str:
+        """The INFO words (after `start length type `). Commits first unless `noflush`."""
+        return ""
+
+    def table_words(self) -> str:
+        """The TABLE words: loadable again as they are."""
+        return ""
+
+    async def message(self, words: Sequence[str]) -> str | None:
+        """Carry out a message; the answer to print, or None. Raises: TableError."""
+        raise TableError("Invalid argument")
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """As `Device.extents`, offset relative to the mapped device."""
+        return [Extent(length, 0)]
+
+    def iterate_devices(self) -> Iterable[Device]:
+        """The devices below."""
+        return ()
