@@ -44,6 +44,7 @@ __all__ = [
     "encode_option_reply",
     "encode_server",
     "is_export_name",
+    "printable",
 ]
 
 ZEROES = bytes(EXPORT_NAME_ZEROES)
@@ -65,6 +66,12 @@ def clip_string(text: str) -> bytes:
     if len(data) <= STRING_MAX:
         return data
     return data[:STRING_MAX].decode("utf-8", "ignore").encode()
+
+
+def printable(data: bytes | bytearray) -> str:
+    """Decode text from the peer so that it can stand in one line of a terminal or log."""
+    text = bytes(data[:STRING_MAX]).decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "?" for c in text).strip()
 
 
 def is_export_name(name: str) -> bool:
