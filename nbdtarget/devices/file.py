@@ -1,0 +1,655 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`FileDevice`: a regular file or a block device.
+
+Theory of operation. Most bios find their bytes in the page cache and end inside `submit`; the
+rest goes to the device's own worker threads and never holds up the loop.
+
+    READ          inline by RWF_NOWAIT, which answers from the page cache or not at all. What is
+                  missing is read by a worker. On tmpfs, which does not know RWF_NOWAIT and
+                  has no disk to wait for, inline by a plain read; elsewhere without
+                  RWF_NOWAIT, by workers only.
+    WRITE         inline if small and while the device is quick (below); else by a worker
+    WRITE + FUA   worker, RWF_DSYNC
+    FLUSH         worker, fdatasync; one at a time
+    DISCARD       worker, fallocate or BLKDISCARD
+    WRITE_ZEROES  worker, fallocate; by writing where that is not supported
+    CACHE         worker, posix_fadvise
+
+*Quick.* No flag makes a buffered write fail instead of wait (ext4 refuses RWF_NOWAIT there), so
+each inline write is timed. One that took very long, or two within a second that took long, mean
+that the kernel throttles whoever dirties pages, or that the disk is slow: writes then go to
+workers for a back-off period, which doubles while that repeats. So a slow disk holds the loop
+up a few times a minute at most. (Two, because a single one may be the scheduler's doing.) A
+worker that frees or zeroes space holds the inode's lock: no write goes inline meanwhile.
+
+*FLUSH* covers the writes that have ended. FLUSHes that come while one runs ride together on the
+next one; never on the running one, for the kernel may have passed their pages already.
+
+*Latch.* The kernel reports a lost page once, to whichever sync of this open file asks first,
+and then forgets it. So after any failed sync, and after a write that failed for more than want
+of space, each later FLUSH and FUA ends with EIO until the device is opened again. And because
+two syncs may overlap and the error of the one be told to the other, **a sync ends with 0 only
+after all others that overlapped it have succeeded**: each waits for those in flight when its
+own system call returned. One failed: all of them fail.
+
+*Lock.* An open file description lock on the whole file: exclusive for writing, shared for
+reading only. So no file is written by two, nor written while it is somebody's source; qemu's
+byte locks conflict with it too. Block devices are also opened with O_EXCL for writing, which
+fails while they are mounted or part of something else.
+
+What a crash leaves: any part of each write that no later FLUSH covered, torn at sector borders.
+"""
+
+import errno as errnos
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from nbdtarget.bio import (
+    FAST_ZERO,
+    FUA,
+    NO_UNMAP,
+    OP_CACHE,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_NAMES,
+    OP_READ,
+    OP_WRITE,
+    OP_WRITE_ZEROES,
+    Bio,
+)
+from nbdtarget.devices.base import (
+    EXTENT_DATA,
+    EXTENT_HOLE,
+    EXTENT_ZERO,
+    Device,
+    Extent,
+)
+from nbdtarget.devices.syscalls import (
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+    FALLOC_ZERO_RANGE,
+    allocate,
+    block_device_limit,
+    block_device_sector,
+    block_device_size,
+    discard_blocks,
+    is_memory_file_system,
+    lock_whole,
+)
+from nbdtarget.devices.workers import WorkerPool
+from nbdtarget.errors import DeviceError, ResolveError
+
+__all__ = ["FileDevice", "create_file", "open_file"]
+
+logger = logging.getLogger(__name__)
+
+INLINE_READ_MAX: Final = 1 << 20  # bytes; copying more would hold the loop up by itself
+INLINE_WRITE_MAX: Final = 256 << 10
+WRITE_SLOW_NS: Final = 2_000_000  # two of these within STRIKE_WINDOW_NS: back off
+WRITE_VERY_SLOW_NS: Final = 20_000_000  # one of these: back off
+STRIKE_WINDOW_NS: Final = 1_000_000_000
+BACKOFF_NS_MIN: Final = 1_000_000_000
+BACKOFF_NS_MAX: Final = 30_000_000_000
+EXTENTS_MAX: Final = 1024  # one call finds at most so many; the rest is called data
+ZEROES: Final = bytes(1 << 20)  # what zeroes are written from, piece by piece
+
+_NEVER_NS: Final = 1 << 62
+# Failures of a write that do not latch: it was refused before anything was lost, for want of
+# space (the page cache took nothing) or because the file system does not know the call.
+_NOTHING_LOST: Final = frozenset(
+    {errnos.ENOSPC, errnos.EDQUOT, errnos.EFBIG, errnos.EOPNOTSUPP}
+)
+
+_preadv = os.preadv
+_pwrite = os.pwrite
+_now_ns = time.monotonic_ns
+
+
+class _Sync:
+    """One system call under way that makes something durable; see *Latch* above."""
+
+    __slots__ = ("bios", "held", "left")
+
+    def __init__(self, bios: list[Bio]) -> None:
+        self.bios = bios
+        self.left = 0  # overlapping syncs that must succeed before this one ends
+        self.held: list[_Sync] = []  # those that wait for this one
+
+
+class FileDevice(Device):
+    """An open regular file or block device. Made by `open_file` and `create_file`."""
+
+    def __init__(
+        self, name: str, fd: int, size: int, pool: WorkerPool, *, read_only: bool
+    ) -> None:
+        super().__init__(name, size, read_only=read_only)
+        self._fd = fd
+        self._pool = pool
+        self._alignment = 1  # of fallocate and discards, in bytes
+        self._can_zero_range = False
+        self._is_block_device = False
+        self._read_flags = os.RWF_NOWAIT
+        self._read_inline_max = INLINE_READ_MAX
+        self._is_latched = False
+        self._syncs: set[_Sync] = set()
+        self._flush_runs = False
+        self._flush_waiting: list[Bio] = []
+        self._inline_after_ns = 0  # when writes may go inline (again)
+        self._backoff_end_ns = 0
+        self._backoff_ns = BACKOFF_NS_MIN
+        self._strike_ns = -STRIKE_WINDOW_NS
+        self._nr_space_jobs = 0
+        self._probe()
+
+    # hot: 4 KiB from the page cache: see scripts/bench_devices.py
+    def submit(self, bio: Bio) -> None:
+        op = bio.op
+        if op == OP_READ:
+            length = bio.length
+            if length <= self._read_inline_max and bio.offset + length <= self.size:
+                payload = bio.payload
+                assert payload is not None
+                try:
+                    got = _preadv(self._fd, (payload,), bio.offset, self._read_flags)
+                except OSError as error:
+                    self._inline_read_failed(error)
+                    got = 0
+                if got == length:
+                    bio.end(0)
+                else:
+                    self._read_later(bio, got)
+                return
+        elif op == OP_WRITE and not bio.flags:
+            start_ns = _now_ns()
+            if (
+                start_ns >= self._inline_after_ns
+                and bio.length <= INLINE_WRITE_MAX
+                and bio.offset + bio.length <= self.size
+            ):
+                self._write_inline(bio, start_ns)
+                return
+        self._submit_slow(bio)
+
+    async def close(self) -> None:
+        await self._pool.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        if self._is_block_device or length == 0:
+            return [Extent(length, EXTENT_DATA)]
+        found: list[Extent] = []
+        status = await self._pool.run(
+            partial(self._find_extents, offset, length, found)
+        )
+        if status:
+            raise DeviceError(status, self.name, "extents", offset, length)
+        return found
+
+    def _write_inline(self, bio: Bio, start_ns: int) -> None:
+        payload = bio.payload
+        assert payload is not None
+        try:
+            put = _pwrite(self._fd, payload, bio.offset)
+        except OSError as error:
+            self._write_failed(bio, error.errno or errnos.EIO)
+            return
+        end_ns = _now_ns()
+        if end_ns - start_ns > WRITE_SLOW_NS:
+            self._inline_write_was_slow(end_ns, end_ns - start_ns)
+        if put == bio.length:
+            bio.end(0)
+        else:
+            self._write_later(bio, put)
+
+    def _submit_slow(self, bio: Bio) -> None:
+        """What does not go inline. Latched devices still read and write."""
+        status = self.check_bounds(bio)
+        op = bio.op
+        durable = op == OP_FLUSH or (op != OP_READ and bool(bio.flags & FUA))
+        if not status and durable and self._is_latched:
+            status = errnos.EIO
+        if not status and bio.flags & FAST_ZERO and not self._zeroes_fast(bio):
+            status = errnos.ENOTSUP
+        if status:
+            bio.end(status)
+        elif op == OP_READ:
+            self._read_later(bio, 0)
+        elif op == OP_WRITE:
+            self._write_later(bio, 0)
+        elif op == OP_FLUSH:
+            self._flush_waiting.append(bio)
+            self._start_flush()
+        elif op == OP_DISCARD:
+            self._space_job(bio, partial(self._discard, bio.offset, bio.length))
+        elif op == OP_WRITE_ZEROES:
+            job = partial(self._zero, bio.offset, bio.length, bio.flags)
+            self._space_job(bio, job)
+        else:
+            assert op == OP_CACHE
+            self._pool.submit(partial(self._advise, bio.offset, bio.length), bio.end)
+
+    # -- reads ----------------------------------------------------------------------------
+
+    def _inline_read_failed(self, error: OSError) -> None:
+        # EAGAIN: not in the page cache. Anything but "not supported" is left to the worker's
+        # read to meet again.
+        if error.errno == errnos.EOPNOTSUPP:
+            self._read_inline_max = -1
+            logger.info("%s: no RWF_NOWAIT: reads go to workers", self.name)
+
+    def _read_later(self, bio: Bio, got: int) -> None:
+        here = bio.payload
+        bio.own()
+        payload = bio.payload
+        assert payload is not None
+        assert here is not None
+        if got and payload is not here:
+            payload[:got] = here[:got]
+        self._pool.submit(partial(self._read_rest, payload, bio.offset, got), bio.end)
+
+    def _read_rest(self, payload: memoryview, offset: int, got: int) -> int:
+        while got < len(payload):
+            more = os.preadv(self._fd, (payload[got:],), offset + got)
+            if more == 0:
+                return errnos.EIO  # the file has been truncated under us
+            got += more
+        return 0
+
+    # -- writes ---------------------------------------------------------------------------
+
+    def _inline_write_was_slow(self, now_ns: int, took_ns: int) -> None:
+        strikes = took_ns > WRITE_VERY_SLOW_NS or (
+            now_ns - self._strike_ns < STRIKE_WINDOW_NS
+        )
+        self._strike_ns = now_ns
+        if not strikes:
+            return
+        # Quick for as long as the last back-off lasted: that one is forgotten.
+        if now_ns - self._backoff_end_ns > self._backoff_ns:
+            self._backoff_ns = BACKOFF_NS_MIN
+        self._backoff_end_ns = now_ns + self._backoff_ns
+        self._backoff_ns = min(2 * self._backoff_ns, BACKOFF_NS_MAX)
+        self._set_inline_after()
+        logger.debug("%s: a write took %d us: backing off", self.name, took_ns // 1000)
+
+    def _set_inline_after(self) -> None:
+        self._inline_after_ns = (
+            _NEVER_NS if self._nr_space_jobs else self._backoff_end_ns
+        )
+
+    def _write_later(self, bio: Bio, put: int) -> None:
+        bio.own()
+        payload = bio.payload
+        assert payload is not None
+        if bio.flags & FUA:
+            job = partial(self._write_rest, payload, bio.offset, put, os.RWF_DSYNC)
+            self._start_sync(_Sync([bio]), job)
+            return
+        job = partial(self._write_rest, payload, bio.offset, put, 0)
+        self._pool.submit(job, partial(self._write_done, bio))
+
+    def _write_rest(
+        self, payload: memoryview, offset: int, put: int, flags: int
+    ) -> int:
+        while put < len(payload):
+            more = os.pwritev(self._fd, (payload[put:],), offset + put, flags)
+            if more == 0:
+                return errnos.EIO
+            put += more
+        return 0
+
+    def _write_done(self, bio: Bio, status: int) -> None:
+        if status:
+            self._write_failed(bio, status)
+        else:
+            bio.end(0)
+
+    def _write_failed(self, bio: Bio, status: int) -> None:
+        if status not in _NOTHING_LOST:
+            self._latch(OP_NAMES[bio.op], status)
+        bio.end(status)
+
+    # -- durability -----------------------------------------------------------------------
+
+    def _latch(self, what: str, status: int) -> None:
+        if not self._is_latched:
+            self._is_latched = True
+            logger.error(
+                "%s: %s failed: %s: no flush will succeed until it is opened again",
+                self.name,
+                what,
+                os.strerror(status),
+            )
+
+    def _start_flush(self) -> None:
+        if self._flush_runs or not self._flush_waiting:
+            return
+        bios, self._flush_waiting = self._flush_waiting, []
+        if self._is_latched:
+            for bio in bios:
+                bio.end(errnos.EIO)
+            return
+        self._flush_runs = True
+        sync = _Sync(bios)
+        self._syncs.add(sync)
+        self._pool.submit(self._fdatasync, partial(self._flush_done, sync))
+
+    def _fdatasync(self) -> int:
+        os.fdatasync(self._fd)
+        return 0
+
+    def _flush_done(self, sync: _Sync, status: int) -> None:
+        self._flush_runs = False
+        self._sync_done(sync, status)
+        self._start_flush()
+
+    def _start_sync(self, sync: _Sync, job: Callable[[], int]) -> None:
+        self._syncs.add(sync)
+        self._pool.submit(job, partial(self._sync_done, sync))
+
+    def _sync_done(self, sync: _Sync, status: int) -> None:
+        self._syncs.remove(sync)
+        if status and status != errnos.EOPNOTSUPP:
+            self._latch(OP_NAMES[sync.bios[0].op], status)
+        # Before anybody is told: an endio may submit more, which did not overlap this one.
+        ready = []
+        for held in sync.held:
+            held.left -= 1
+            if held.left == 0:
+                ready.append(held)
+        if not status:
+            sync.left = len(self._syncs)
+            for other in self._syncs:
+                other.held.append(sync)
+            if sync.left == 0:
+                ready.append(sync)
+        else:
+            for bio in sync.bios:
+                bio.end(status)
+        for held in ready:
+            for bio in held.bios:
+                bio.end(errnos.EIO if self._is_latched else 0)
+
+    # -- space ----------------------------------------------------------------------------
+
+    def _space_job(self, bio: Bio, job: Callable[[], int]) -> None:
+        """Run a job that holds the inode's lock; with FUA, sync in the same breath."""
+        self._nr_space_jobs += 1
+        self._set_inline_after()
+
+        def done(status: int) -> None:
+            self._nr_space_jobs -= 1
+            self._set_inline_after()
+            if sync is not None:
+                self._sync_done(sync, status)
+            else:
+                self._write_done(bio, status)
+
+        sync: _Sync | None = None
+        if bio.flags & FUA:
+            sync = _Sync([bio])
+            self._syncs.add(sync)
+            self._pool.submit(partial(self._and_sync, job), done)
+        else:
+            self._pool.submit(job, done)
+
+    def _and_sync(self, job: Callable[[], int]) -> int:
+        return job() or self._fdatasync()
+
+    def _zeroes_fast(self, bio: Bio) -> bool:
+        if bio.flags & NO_UNMAP and not self._can_zero_range:
+            return False
+        if (bio.offset | bio.length) % self._alignment:
+            return False
+        return self.can_fast_zero
+
+    def _discard(self, offset: int, length: int) -> int:
+        begin, end = self._aligned(offset, length)
+        if not self.can_discard or begin >= end:
+            return 0
+        try:
+            if self._is_block_device:
+                discard_blocks(self._fd, begin, end - begin)
+            else:
+                mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+                allocate(self._fd, mode, begin, end - begin)
+        except OSError as error:
+            if error.errno != errnos.EOPNOTSUPP:
+                raise
+            self.can_discard = False  # only advice: the bio ends well all the same
+        return 0
+
+    def _zero(self, offset: int, length: int, flags: int) -> int:
+        begin, end = self._aligned(offset, length)
+        if not self.can_write_zeroes or begin >= end:
+            return self._zero_by_writing(offset, length)
+        try:
+            self._zero_aligned(begin, end - begin, flags)
+        except OSError as error:
+            if error.errno != errnos.EOPNOTSUPP or flags & FAST_ZERO:
+                raise
+            return self._zero_by_writing(offset, length)
+        return self._zero_by_writing(offset, begin - offset) or self._zero_by_writing(
+            end, offset + length - end
+        )
+
+    def _zero_aligned(self, offset: int, length: int, flags: int) -> None:
+        if flags & NO_UNMAP and self._can_zero_range:
+            mode = FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE
+            try:
+                allocate(self._fd, mode, offset, length)
+                return
+            except OSError as error:
+                if error.errno != errnos.EOPNOTSUPP:
+                    raise
+                self._can_zero_range = False
+                if flags & FAST_ZERO or self._is_block_device:
+                    raise
+        allocate(self._fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, offset, length)
+        if flags & NO_UNMAP:
+            allocate(self._fd, FALLOC_KEEP_SIZE, offset, length)
+
+    def _zero_by_writing(self, offset: int, length: int) -> int:
+        zeroes = memoryview(ZEROES)
+        end = offset + length
+        while offset < end:
+            piece = zeroes[: min(len(zeroes), end - offset)]
+            status = self._write_rest(piece, offset, 0, 0)
+            if status:
+                return status
+            offset += len(piece)
+        return 0
+
+    def _aligned(self, offset: int, length: int) -> tuple[int, int]:
+        """The begin and end of what lies in whole units inside the range."""
+        unit = self._alignment
+        return -(-offset // unit) * unit, (offset + length) // unit * unit
+
+    def _advise(self, offset: int, length: int) -> int:
+        os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        return 0
+
+    def _find_extents(self, offset: int, length: int, found: list[Extent]) -> int:
+        """Fill `found`. lseek moves the file's position, which nothing here uses."""
+        at, end = offset, offset + length
+        while at < end and len(found) < EXTENTS_MAX:
+            try:
+                data = min(os.lseek(self._fd, at, os.SEEK_DATA), end)
+            except OSError as error:
+                if error.errno == errnos.ENXIO:  # no data up to the end of the file
+                    data = end
+                elif error.errno == errnos.EINVAL and not found:
+                    break  # a file system that cannot tell
+                else:
+                    raise
+            if data > at:
+                found.append(Extent(data - at, EXTENT_HOLE | EXTENT_ZERO))
+            at = data
+            if at < end:
+                hole = min(os.lseek(self._fd, at, os.SEEK_HOLE), end)
+                if hole <= at:
+                    break  # punched between the two calls: call the rest data
+                found.append(Extent(hole - at, EXTENT_DATA))
+                at = hole
+        if at < end:
+            found.append(Extent(end - at, EXTENT_DATA))
+        return 0
+
+    # -- set-up ---------------------------------------------------------------------------
+
+    def _probe(self) -> None:
+        """Find out what this file can do, without changing it. Context: a worker."""
+        status = os.fstat(self._fd)
+        self._is_block_device = stat.S_ISBLK(status.st_mode)
+        if self._is_block_device:
+            self.logical_block_size = block_device_sector(self._fd)
+            self._alignment = self.logical_block_size
+            limit = partial(block_device_limit, status.st_rdev)
+            self.can_discard = limit("discard_max_bytes") > 0
+            self.can_write_zeroes = limit("write_zeroes_max_bytes") > 0
+            self._can_zero_range = self.can_write_zeroes
+        else:
+            if is_memory_file_system(self._fd):
+                self._read_flags = 0
+            if not self.read_only:
+                # Nothing lies past the end of the file, so nothing is punched there.
+                keep = FALLOC_KEEP_SIZE
+                self.can_discard = self._can_allocate(FALLOC_PUNCH_HOLE | keep)
+                self.can_write_zeroes = self.can_discard
+                # Not probed, for past the end it would allocate: true until it fails once.
+                self._can_zero_range = self.can_write_zeroes
+        self.can_fast_zero = self.can_write_zeroes
+
+    def _can_allocate(self, mode: int) -> bool:
+        try:
+            allocate(self._fd, mode, self.size, 1)
+        except OSError as error:
+            if error.errno in (errnos.EOPNOTSUPP, errnos.ENOSYS, errnos.EINVAL):
+                return False
+            raise
+        return True
+
+
+async def open_file(name: str, path: str, *, read_only: bool) -> FileDevice:
+    """Open and lock an existing file or block device.
+
+    Raises: ResolveError.
+    """
+    return await _make(name, partial(_open, name, path, read_only), read_only=read_only)
+
+
+async def create_file(name: str, path: str, size: int) -> FileDevice:
+    """Create a file of `size` zero bytes that did not exist, and open it for writing.
+
+    Raises: ResolveError; then there is no file.
+    Durable: the file, its size and its name.
+    """
+    return await _make(name, partial(_create, name, path, size), read_only=False)
+
+
+async def _make(
+    name: str, open_fd: Callable[[], int], *, read_only: bool
+) -> FileDevice:
+    """Open in the new device's own worker: on a dead network mount even that may block."""
+    pool = WorkerPool(name)
+    made: list[FileDevice] = []
+    refused: list[ResolveError] = []
+
+    def make() -> int:
+        fd = -1
+        try:
+            fd = open_fd()
+            size = _size(name, fd)
+            made.append(FileDevice(name, fd, size, pool, read_only=read_only))
+        except ResolveError as error:
+            refused.append(error)
+        except OSError as error:
+            refused.append(_refused(name, error))
+        if fd >= 0 and not made:
+            os.close(fd)
+        return 0
+
+    await pool.run(make)
+    if not made:
+        await pool.close()
+        raise refused[0]
+    return made[0]
+
+
+def _open(name: str, path: str, read_only: bool) -> int:
+    # Looked at before it is opened: opening a FIFO blocks, opening a tape rewinds it.
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise ResolveError(name, "is a directory", errnos.EISDIR)
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ResolveError(name, "is not a regular file or block device")
+    flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+    if stat.S_ISBLK(mode) and not read_only:
+        flags |= os.O_EXCL
+    fd = os.open(path, flags)
+    try:
+        _lock(name, fd, exclusive=not read_only)
+    except (OSError, ResolveError):
+        os.close(fd)
+        raise
+    return fd
+
+
+def _create(name: str, path: str, size: int) -> int:
+    assert size > 0
+    fd = os.open(path, os.O_CLOEXEC | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _lock(name, fd, exclusive=True)
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+        _sync_directory(os.path.dirname(path) or ".")
+    except (OSError, ResolveError):
+        os.unlink(path)
+        os.close(fd)
+        raise
+    return fd
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _lock(name: str, fd: int, *, exclusive: bool) -> None:
+    try:
+        lock_whole(fd, exclusive=exclusive)
+    except (BlockingIOError, PermissionError):
+        raise _in_use(name) from None
+
+
+def _size(name: str, fd: int) -> int:
+    status = os.fstat(fd)
+    size = status.st_size
+    if stat.S_ISBLK(status.st_mode):
+        size = block_device_size(fd)
+    if size == 0:
+        raise ResolveError(name, "is empty")
+    return size
+
+
+def _in_use(name: str) -> ResolveError:
+    reason = "in use by another process (or another device of this one)"
+    return ResolveError(name, reason, errnos.EBUSY)
+
+
+def _refused(name: str, error: OSError) -> ResolveError:
+    errno = error.errno or errnos.EIO
+    if errno == errnos.EBUSY:
+        return _in_use(name)
+    reason = os.strerror(errno)
+    return ResolveError(name, reason[:1].lower() + reason[1:], errno)
