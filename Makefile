@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything needs only Python 3.11, make and git; the rest goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
+
+# `make run SOURCE=… DEST=…` clones a real disk; without them, a sample one.
+ifeq ($(origin SOURCE)$(origin DEST),undefinedundefined)
+SAMPLE := run/source.img
+SOURCE := $(SAMPLE)
+DEST := run/dest.img
+endif
+
+.PHONY: run check test bench bench-hydration bench-open kill-test lock wheel clean help
+
+help:
+	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
+	@echo 'make test          the whole suite            make check   format, lint, types, walls'
+	@echo 'make bench [ARGS=--quick]  against the C servers; also bench-hydration, bench-open'
+	@echo 'make kill-test     SIGKILL under load, over and over'
+	@echo 'make wheel         dist/*.whl                 make lock    resolve the lock files anew'
+	@echo 'make clean         what was built, cached or sampled'
+
+# ---- the virtual environment -------------------------------------------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'Python 3.11 or later is needed; name one with PYTHON=…' >&2; exit 1; }
+	@scripts/ensure-venv-module $(PYTHON)
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# A .pth instead of an editable install: no build backend is needed to run.
+.venv/run.stamp: requirements.lock pyproject.toml | $(BIN)/python
+	@echo 'installing the locked packages into .venv'
+	@$(PIP) -r requirements.lock
+	@$(BIN)/python -m scripts.link_project
+	@touch $@
+
+.venv/dev.stamp: requirements-dev.lock .venv/run.stamp
+	@echo 'installing the locked development packages into .venv'
+	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+# ---- what a user runs --------------------------------------------------------------------
+
+run: .venv/run.stamp
+ifdef SAMPLE
+	@$(BIN)/python -m scripts.make_sample_source $(SAMPLE)
+endif
+	@test -n '$(SOURCE)' -a -n '$(DEST)' || { \
+	    echo 'make run takes both SOURCE= and DEST=, or neither' >&2; exit 2; }
+	@$(BIN)/nbdtarget clone '$(SOURCE)' '$(DEST)' $(ARGS)
+
+# ---- the gate ----------------------------------------------------------------------------
+
+check: .venv/dev.stamp
+	@$(BIN)/ruff format --check --quiet . || { echo 'make check: run ruff format' >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+test: .venv/dev.stamp
+	@scripts/install-clients
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+# ---- on demand ---------------------------------------------------------------------------
+
+bench: .venv/dev.stamp
+	@$(BIN)/python -m scripts.bench $(ARGS)
+
+bench-hydration: .venv/dev.stamp
+	@$(BIN)/python -m scripts.bench_hydration $(ARGS)
+
+bench-open: .venv/dev.stamp
+	@$(BIN)/python -m scripts.bench_open $(ARGS)
+
+kill-test: .venv/dev.stamp
+	@$(BIN)/python -m scripts.kill_loop $(ARGS)
+
+wheel: .venv/dev.stamp
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+# No header and no index address: a lock file names packages and hashes, not where we got them.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+    --generate-hashes --no-header --no-annotate --no-emit-index-url pyproject.toml
+
+lock: | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(COMPILE) --output-file requirements.lock
+	@$(COMPILE) --group dev --output-file requirements-dev.lock
+
+clean:
+	@rm -rf build dist run .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -f bench-*.json
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

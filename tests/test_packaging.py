@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A wheel built from the tree installs and runs where there is nothing else of ours."""
+
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import nbdtarget
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    # Without isolation: the backend is in the lock file, and a test needs no network.
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
+    subprocess.run(
+        [*command, "--outdir", str(out), str(ROOT)], check=True, capture_output=True
+    )
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    info = f"nbdtarget-{nbdtarget.__version__}.dist-info"
+    assert tops == {"nbdtarget", "protocol", "metadata", info}
+    assert f"{info}/licenses/LICENSE" in names
+
+
+def test_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False)
+    (packages,) = home.glob("lib/python*/site-packages")
+    # The dependencies come from here; a .pth inside a .pth directory is not read, so the
+    # development environment's own link to this tree does not leak in.
+    ours = next(path for path in sys.path if path.endswith("site-packages"))
+    (packages / "dependencies.pth").write_text(f"{ours}\n")
+    install = [sys.executable, "-m", "pip", f"--python={home}/bin/python", "install"]
+    options = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    subprocess.run([*install, *options, str(wheel)], check=True)
+    done = subprocess.run(
+        [str(home / "bin" / "nbdtarget"), "version"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert nbdtarget.__version__ in done.stdout
+
+
+def test_version_is_the_same_in_code_and_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == nbdtarget.__version__
