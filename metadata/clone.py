@@ -1,0 +1,807 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The clone's metadata: which regions of the destination are valid, and how that survives.
+
+Theory of operation
+===================
+
+One bit a region: 1 means that the destination holds the region's data, 0 that the source does.
+Bits go from 0 to 1 and never back, but for the ones that a failed commit did not make durable.
+
+The commit, in two phases, because another disk must act between them:
+
+    transaction = metadata.pre_commit()     # swaps the list of changes: later ones ride on the next
+    flush the destination   AND   run transaction.journal()      # together, in any order
+    run transaction.superblock()            # only if both succeeded
+    transaction.done()                      # only now may FLUSH and FUA be acknowledged
+
+Once a superblock says that a region is hydrated, the destination will be read for it, so its data
+must be there first: that is the destination's flush. The superblock vouches for the journal, so
+the journal must be there first too. Whatever fails: `metadata.abort()`.
+
+States of one bit:
+
+    unhydrated --set_hydrated--> active --pre_commit--> in transaction --done--> committed
+         ^                         |                          |
+         +------------------- abort (and mode RO) ------------+
+
+What a crash leaves: exactly the bits of the newest superblock that is on disk: of the
+last acknowledged transaction, or of the one under way if its superblock got there.
+
+Space. An arena is filled by a snapshot and the journal behind it (records.py). When the journal is
+half full, `needs_compaction`: `compact` writes a snapshot into the other arena, over time, while
+commits go on in this one. The commit after that switches: it journals behind the new snapshot
+everything that has changed since the compaction began, and its superblock names the new arena.
+
+    The snapshot is **fuzzy**: each chunk is copied when its turn comes, bits that no transaction
+    holds yet included. That is sound. (1) Each bit in it was set before the switching
+    commit's pre_commit, as the snapshot was finished then; so that commit's destination flush
+    covers its data. (2) A bit that was set after its chunk was copied is in a transaction after
+    the compaction began, and these are all journaled again. (3) Setting a bit twice does no harm.
+
+A transaction that fits neither journal (a compaction that is never run, or too slow) writes
+a snapshot itself, which always fits: exactly the bits as of its pre_commit, chunks that change
+while it is written being saved first. If a background compaction may still have a write under
+way in that arena, the snapshot goes behind the place of that one (an arena holds two), so the
+two cannot meet; the compaction ends without effect.
+
+    arena:  | snapshot of `compact`, <= S | journal ...                                |
+       or:  | abandoned, <= S             | snapshot of a commit, <= S | journal, >= 16 |
+
+Flags. `clean_shutdown` on disk says: an orderly suspend was the last thing that this metadata
+has recorded. It is set by `pre_commit(clean_shutdown=True)` and cleared by every other commit, so
+never by opening alone. Since bits of a clone are right after any crash, it informs people and
+nobody relies on it; a changed bit that was lost in a crash leaves it set, over bits that are
+exactly those of the clean shutdown. (A cache, which trusts dirty bits because of it, must clear
+it by a commit of its own before the first block becomes dirty.)
+
+Modes go RW -> RO -> FAIL. RO: bits may be looked up, nothing changes; after an abort `changed`
+stays true, so flushes that depend on metadata fail for as long as the object lives. FAIL:
+every function raises.
+
+Not handled: sharing. One object per metadata device, whoever uses it.
+
+Context: nothing here blocks, waits or does I/O. Steps between two yields take milliseconds at
+most. One thread.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import msgspec
+from bitarray import bitarray
+from bitarray.util import zeros
+
+from metadata.envelope import BLOCK_SIZE, DIGEST_SIZE
+from metadata.errors import (
+    CorruptMetadata,
+    FailedMetadata,
+    GeometryMismatch,
+    MetadataTooSmall,
+    NotFormatted,
+    NotOurs,
+    ReadOnlyMetadata,
+)
+from metadata.mode import Mode
+from metadata.operations import Flush, Steps, read
+from metadata.records import (
+    CHUNK_REGIONS,
+    RUNS_PER_RECORD_MAX,
+    Chain,
+    Record,
+    Runs,
+    append_runs,
+    apply_record,
+    blocks_for_runs,
+    encode_chunk,
+    new_runs,
+    read_chain,
+    snapshot_blocks_max,
+)
+from metadata.superblock import (
+    CLEAN_SHUTDOWN,
+    RO_COMPAT_KNOWN,
+    SUPERBLOCK_BLOCKS,
+    CloneSuperblock,
+    format_superblocks,
+    read_superblock,
+    superblock_writes,
+)
+
+__all__ = [
+    "JOURNAL_BLOCKS_MIN",
+    "JOURNAL_BLOCKS_PREFERRED",
+    "NR_REGIONS_MAX",
+    "CloneMetadata",
+    "Mode",
+    "Transaction",
+    "load_bitmap",
+]
+
+NR_REGIONS_MAX: Final = 1 << 31  # the kernel's: "Too many regions"
+NR_ARENAS: Final = 2
+# The room that a journal has in the worst place, behind two snapshots.
+JOURNAL_BLOCKS_MIN: Final = 16
+JOURNAL_BLOCKS_PREFERRED: Final = 256
+# What is looked at before a device counts as all zero, besides the arenas' heads: the first
+# and last bytes, where partition tables, RAID members, LVM, ZFS and file systems show (btrfs
+# keeps its superblock at 64 KiB).
+FOREIGN_PROBE_SIZE: Final = 256 * 1024
+COUNT_REGIONS: Final = 1 << 25  # a popcount of 4 MiB takes a millisecond
+
+_RW: Final = Mode.RW
+_FAIL: Final = Mode.FAIL
+
+
+class CloneMetadata:
+    """The metadata of one clone. Made by `format` or `open`, which see.
+
+    Attributes:
+        mode: only downwards.
+        nr_regions: regions of `region_size` bytes; the last may be short.
+        region_size, target_size: bytes; fixed for the life of the metadata.
+        uuid: 16 bytes.
+        nr_hydrated: bits in `hydrated`, in O(1).
+        hydrated: the bitmap in core, changes that are not committed included. Look, don't touch.
+        generation: of the last commit.
+        clean_shutdown: what the flag said when this was opened (true when just formatted).
+        total_blocks: 4 KiB blocks of the metadata device.
+        notes: what opening found that was not as it should be, and did without; for logs.
+    """
+
+    def __init__(
+        self,
+        *,
+        superblock: CloneSuperblock,
+        hydrated: bitarray,
+        device_size: int,
+        unhealed: frozenset[int],
+        notes: tuple[str, ...],
+    ) -> None:
+        self.mode = _RW
+        if superblock.ro_compat & ~RO_COMPAT_KNOWN:
+            self.mode = Mode.RO
+        self.nr_regions = superblock.nr_regions
+        self.region_size = superblock.region_size
+        self.target_size = superblock.target_size
+        self.uuid = superblock.uuid
+        self.hydrated = hydrated
+        self.nr_hydrated = superblock.nr_hydrated
+        self.clean_shutdown = bool(superblock.flags & CLEAN_SHUTDOWN)
+        self.total_blocks = device_size // BLOCK_SIZE
+        self.notes = notes
+        self._superblock = superblock
+        self._unhealed = unhealed
+        self._active = new_runs()
+        self._transaction: Transaction | None = None
+        self._aborted = False
+        # The compaction that a commit may still use, and whether a `compact` generator is alive:
+        # it may have a write under way long after its compaction was dropped.
+        self._compaction: _Compaction | None = None
+        self._compacting: _Compaction | None = None
+        # While a commit writes an exact snapshot: the chunks that changed before their turn.
+        self._saved: dict[int, bitarray] | None = None
+        self._save_from = 0
+
+    # Making and opening
+
+    @staticmethod
+    def device_size_for(nr_regions: int) -> int:
+        """Return the bytes of a metadata device that is right for `nr_regions`.
+
+        Larger ones are not used in full; down to `device_size_min` smaller ones work, and
+        compact more often.
+        """
+        return _device_size(nr_regions, JOURNAL_BLOCKS_PREFERRED)
+
+    @staticmethod
+    def device_size_min(nr_regions: int) -> int:
+        """Return the bytes of the smallest metadata device for `nr_regions`."""
+        return _device_size(nr_regions, JOURNAL_BLOCKS_MIN)
+
+    @classmethod
+    def format(
+        cls, *, device_size: int, region_size: int, target_size: int, uuid: bytes
+    ) -> Steps["CloneMetadata"]:
+        """Make new metadata, in which no region is hydrated, on an all-zero device.
+
+        Also finishes a format that was interrupted. Costs four blocks, whatever the size.
+
+        Raises:
+            NotOurs: the device holds anything else, be it metadata. Nothing was written.
+            MetadataTooSmall: see `device_size_min`. Nothing was written.
+        Durable: the metadata, formatted and empty, when this returns. A crash before that
+            leaves it formatted or `NotFormatted`.
+        """
+        nr_regions = _nr_regions(region_size, target_size)
+        assert len(uuid) == 16
+        needed = cls.device_size_min(nr_regions)
+        if device_size < needed:
+            raise MetadataTooSmall(needed=needed, given=device_size)
+        size = min(device_size, cls.device_size_for(nr_regions))
+        arena_blocks = (size // BLOCK_SIZE - SUPERBLOCK_BLOCKS) // NR_ARENAS
+        try:
+            found = yield from read_superblock(device_size)
+        except NotFormatted:
+            yield from _refuse_foreign(device_size, arena_blocks)
+        else:
+            raise NotOurs(
+                "the superblock area",
+                f"clone metadata, generation {found.superblock.generation}",
+            )
+        superblock = CloneSuperblock(
+            generation=0,
+            uuid=bytes(uuid),
+            flags=CLEAN_SHUTDOWN,
+            compat=0,
+            ro_compat=0,
+            incompat=0,
+            nr_commits=0,
+            nr_compactions=0,
+            arena_blocks=arena_blocks,
+            arena=0,
+            snapshot_block=SUPERBLOCK_BLOCKS,
+            snapshot_blocks=0,
+            snapshot_digest=bytes(uuid),
+            journal_blocks=0,
+            journal_digest=bytes(uuid),
+            region_size=region_size,
+            target_size=target_size,
+            nr_hydrated=0,
+        )
+        assert len(uuid) == DIGEST_SIZE, "it stands where a digest does"
+        superblock = yield from format_superblocks(superblock)
+        return cls(
+            superblock=superblock,
+            hydrated=zeros(nr_regions, "little"),
+            device_size=device_size,
+            unhealed=frozenset(),
+            notes=(),
+        )
+
+    @classmethod
+    def open(
+        cls, *, device_size: int, region_size: int, target_size: int
+    ) -> Steps["CloneMetadata"]:
+        """Open existing metadata. Reads and flushes; writes nothing.
+
+        Raises:
+            NotFormatted: `format` may follow.
+            NotOurs, CorruptMetadata, UnsupportedFormat: nothing may follow but a human.
+            GeometryMismatch: it belongs to another table line.
+            MetadataTooSmall: the device has shrunk.
+        Durable: everything that this returns.
+        """
+        _nr_regions(region_size, target_size)
+        found = yield from read_superblock(device_size)
+        superblock = found.superblock
+        if superblock.region_size != region_size:
+            raise GeometryMismatch(
+                "region_size", stored=superblock.region_size, given=region_size
+            )
+        if superblock.target_size != target_size:
+            raise GeometryMismatch(
+                "target_size", stored=superblock.target_size, given=target_size
+            )
+        hydrated = yield from load_bitmap(superblock, device_size)
+        return cls(
+            superblock=superblock,
+            hydrated=hydrated,
+            device_size=device_size,
+            unhealed=found.unhealed,
+            notes=found.notes,
+        )
+
+    # Looking up
+
+    def all_hydrated(self, begin: int, end: int) -> bool:
+        """Tell whether each region of [begin, end) is hydrated."""
+        # hot: one call for each request; 0.2 us.
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        return self.hydrated.find(0, begin, end) < 0
+
+    def none_hydrated(self, begin: int, end: int) -> bool:
+        """Tell whether no region of [begin, end) is hydrated."""
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        return self.hydrated.find(1, begin, end) < 0
+
+    def runs(self, begin: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Cut [begin, end) into runs (begin, end, hydrated) of equal state, in order.
+
+        A run is found when it is asked for: changes in front of it show.
+        """
+        while begin < end:
+            if self.mode is _FAIL:
+                raise FailedMetadata
+            state = self.hydrated[begin]
+            stop = self.hydrated.find(not state, begin, end)
+            if stop < 0:
+                stop = end
+            yield begin, stop, bool(state)
+            begin = stop
+
+    def maybe_next_unhydrated(self, begin: int, end: int) -> int | None:
+        """Return the first region in [begin, end) that is not hydrated, if there is one."""
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        region_nr = self.hydrated.find(0, begin, end)
+        return None if region_nr < 0 else region_nr
+
+    @property
+    def generation(self) -> int:
+        """The generation of the last commit that is done."""
+        return self._superblock.generation
+
+    @property
+    def used_blocks(self) -> int:
+        """4 KiB blocks in use: superblocks, the live snapshot and its journal."""
+        superblock = self._superblock
+        blocks = superblock.snapshot_blocks + superblock.journal_blocks
+        return SUPERBLOCK_BLOCKS + blocks
+
+    @property
+    def hydration_done(self) -> bool:
+        """Whether all regions are hydrated, durably: uncommitted bits do not count."""
+        return self._superblock.nr_hydrated == self.nr_regions
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything is not durably committed, the transaction under way included.
+
+        True for ever after `abort`. True also while a superblock copy needs healing.
+        """
+        return (
+            bool(self._active)
+            or self._transaction is not None
+            or self._aborted
+            or (bool(self._unhealed) and self.mode is _RW)
+        )
+
+    # Changing
+
+    def set_hydrated(self, begin: int, end: int) -> None:
+        """Mark the regions [begin, end) hydrated. Those that are so already stay so.
+
+        The destination's copy of them must be complete, as far as reads through the
+        destination are concerned; it need not be durable.
+
+        Raises: ReadOnlyMetadata, FailedMetadata.
+        Durable: nothing, until a transaction that was pre-committed later is done.
+        """
+        # hot: one call for each region that a write hydrates; 0.7 us.
+        if self.mode is not _RW:
+            self._refuse_change()
+        assert 0 <= begin < end <= self.nr_regions
+        bits = self.hydrated
+        first = bits.find(0, begin, end)
+        while first >= 0:
+            last = bits.find(1, first, end)
+            if last < 0:
+                last = end
+            if self._saved is not None:
+                self._save_chunks(first, last)
+            bits[first:last] = True
+            append_runs(self._active, first, last - first)
+            self.nr_hydrated += last - first
+            first = bits.find(0, last, end)
+
+    def pre_commit(self, *, clean_shutdown: bool = False) -> "Transaction | None":
+        """Take the changes made so far as one transaction; None if there is nothing to commit.
+
+        Changes made from here on belong to the next. The caller then flushes the
+        destination and runs `journal`, together; runs `superblock`; calls `done`. If
+        anything fails in between, `abort`. One transaction at a time.
+
+        Args:
+            clean_shutdown: this commit ends an orderly suspend: record that.
+
+        Raises: ReadOnlyMetadata if there is something to commit; FailedMetadata.
+        """
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        assert self._transaction is None, "one transaction at a time"
+        marked = bool(self._superblock.flags & CLEAN_SHUTDOWN)
+        if not self.changed and (marked or not clean_shutdown or self.mode is not _RW):
+            return None
+        if self.mode is not _RW:
+            raise ReadOnlyMetadata
+        runs, self._active = self._active, new_runs()
+        transaction = Transaction(self, runs, clean_shutdown=clean_shutdown)
+        self._transaction = transaction
+        return transaction
+
+    def abort(self) -> None:
+        """Give up: a commit failed. Back to the last committed state, in mode RO.
+
+        The regions that become unhydrated again were never durable: reads of them go to the
+        source from here on. What is on disk may be the failed transaction nevertheless,
+        if only the news of it was lost; opening again tells.
+
+        Raises: FailedMetadata.
+        """
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        self.mode = Mode.RO
+        self._aborted = True
+        runs = self._active
+        if self._transaction is not None:
+            runs = self._transaction.runs + runs
+        for at in range(0, len(runs), 2):
+            begin, count = runs[at], runs[at + 1]
+            assert self.hydrated.find(0, begin, begin + count) < 0
+            self.hydrated[begin : begin + count] = False
+            self.nr_hydrated -= count
+        assert self.nr_hydrated == self._superblock.nr_hydrated
+        self._active = new_runs()
+        self._transaction = None
+        self._drop_compaction()
+        self._saved = None
+
+    def fail(self) -> None:
+        """Go to mode FAIL: everything raises FailedMetadata until it is opened again."""
+        self.mode = _FAIL
+        self._drop_compaction()
+
+    # Compaction
+
+    @property
+    def needs_compaction(self) -> bool:
+        """Whether it is time to run `compact`: the journal is half full."""
+        superblock = self._superblock
+        room = superblock.arena_begin + superblock.arena_blocks
+        room -= superblock.journal_block
+        return 2 * superblock.journal_blocks > room and self._may_compact()
+
+    def compact(self) -> Steps[None]:
+        """Write a snapshot into the other arena, beside commits; the next commit switches.
+
+        Does nothing unless it may: in mode RW, one at a time, and not while a commit is
+        itself moving to the other arena.
+
+        Raises: FailedMetadata.
+        Durable: nothing changes until that commit is done.
+        """
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        if not self._may_compact():
+            return
+        compaction = _Compaction(self._superblock)
+        self._compaction = self._compacting = compaction
+        try:
+            snapshot = self._write_snapshot(
+                compaction.chain, self.generation, self._live_chunk
+            )
+            for operation in snapshot:
+                yield operation
+                if self._compaction is not compaction:
+                    return  # a commit overtook us, or the mode changed
+            # The switching commit flushes in any case; this keeps that flush short.
+            yield Flush()
+            compaction.ready = self._compaction is compaction
+        finally:
+            self._compacting = None
+            if not compaction.ready and self._compaction is compaction:
+                self._compaction = None
+
+    # Inside
+
+    def _refuse_change(self) -> None:
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        raise ReadOnlyMetadata
+
+    def _may_compact(self) -> bool:
+        return (
+            self.mode is _RW
+            and self._compaction is None
+            and self._compacting is None
+            and not (self._transaction is not None and self._transaction.moves)
+            # While a slot has one good copy, the arena that its sibling names is kept.
+            and not self._unhealed
+        )
+
+    def _drop_compaction(self) -> None:
+        self._compaction = None
+
+    def _chunk_bounds(self, chunk_nr: int) -> tuple[int, int]:
+        begin = chunk_nr * CHUNK_REGIONS
+        return begin, min(begin + CHUNK_REGIONS, self.nr_regions)
+
+    def _live_chunk(self, chunk_nr: int) -> bitarray:
+        begin, end = self._chunk_bounds(chunk_nr)
+        return self.hydrated[begin:end]
+
+    def _saved_chunk(self, chunk_nr: int) -> bitarray:
+        """Return the chunk as it was at pre_commit; from here on it may change."""
+        assert self._saved is not None
+        self._save_from = chunk_nr + 1
+        saved = self._saved.pop(chunk_nr, None)
+        return self._live_chunk(chunk_nr) if saved is None else saved
+
+    def _save_chunks(self, begin: int, end: int) -> None:
+        """Keep the chunks of [begin, end), about to change, for the commit that writes them."""
+        assert self._saved is not None
+        for chunk_nr in range(begin // CHUNK_REGIONS, -(-end // CHUNK_REGIONS)):
+            if chunk_nr >= self._save_from and chunk_nr not in self._saved:
+                self._saved[chunk_nr] = self._live_chunk(chunk_nr)
+
+    def _write_snapshot(
+        self, chain: Chain, generation: int, take: Callable[[int], bitarray]
+    ) -> Steps[None]:
+        """Append a snapshot of the bitmap, one chunk at a step."""
+        for chunk_nr in range(-(-self.nr_regions // CHUNK_REGIONS)):
+            content = encode_chunk(self._chunk_bounds(chunk_nr)[0], take(chunk_nr))
+            if content is None:
+                yield ()
+            else:
+                yield chain.append(generation, content)
+
+
+class _Compaction:
+    """A snapshot under way in the other arena, and what has changed since it was begun.
+
+    Attributes:
+        arena: where it goes.
+        chain: at the end of what has been written.
+        since: the runs of each transaction that was pre-committed since.
+        ready: it is complete; the next commit may switch to it.
+    """
+
+    def __init__(self, superblock: CloneSuperblock) -> None:
+        self.arena = (superblock.arena + 1) % NR_ARENAS
+        self.chain = _new_chain(superblock, self.arena, 0)
+        self.begin = self.chain.block
+        self.since = new_runs()
+        self.ready = False
+
+
+class Transaction:
+    """One commit. Made by `CloneMetadata.pre_commit`, whose docstring gives the order.
+
+    Attributes:
+        runs: the regions that it makes durable.
+        generation: what the metadata's generation will be.
+        moves: it continues in the other arena.
+    """
+
+    def __init__(
+        self, metadata: CloneMetadata, runs: Runs, *, clean_shutdown: bool
+    ) -> None:
+        superblock = metadata._superblock
+        self._metadata = metadata
+        self.runs = runs
+        self.generation = superblock.generation + 1
+        self._nr_hydrated = superblock.nr_hydrated + sum(runs[1::2])
+        self._flags = CLEAN_SHUTDOWN if clean_shutdown else 0
+        # What `journal` appends, where, and behind which snapshot.
+        self._to_journal = runs
+        self._whole = False
+        self._arena = superblock.arena
+        self._snapshot_block = superblock.snapshot_block
+        self._snapshot_blocks = superblock.snapshot_blocks
+        self._snapshot_digest = superblock.snapshot_digest
+        self._chain = Chain(
+            block=superblock.journal_end,
+            end=superblock.arena_begin + superblock.arena_blocks,
+            digest=superblock.journal_digest,
+        )
+        self._plan()
+        self._journaled = False
+        self._written = False
+
+    @property
+    def moves(self) -> bool:
+        """Whether it continues in the other arena."""
+        return self._arena != self._metadata._superblock.arena
+
+    def _plan(self) -> None:
+        """Decide where the changes go; see "Space" in the module head."""
+        metadata = self._metadata
+        compaction = metadata._compaction
+        if compaction is not None:
+            compaction.since.extend(self.runs)
+            chain = compaction.chain
+            if compaction.ready and _fits(chain, compaction.since):
+                self._to_journal = compaction.since
+                self._arena = compaction.arena
+                self._chain = chain
+                self._snapshot_block = compaction.begin
+                self._snapshot_blocks = chain.block - compaction.begin
+                self._snapshot_digest = chain.digest
+                metadata._drop_compaction()
+                return
+        if _fits(self._chain, self.runs):
+            return
+        # Neither journal has room: write everything.
+        superblock = metadata._superblock
+        self._arena = (superblock.arena + 1) % NR_ARENAS
+        late = metadata._compacting
+        skip = 0
+        if late is not None and late.arena == self._arena:
+            skip = snapshot_blocks_max(metadata.nr_regions)
+        self._chain = _new_chain(superblock, self._arena, skip)
+        self._snapshot_block = self._chain.block
+        self._to_journal = new_runs()
+        self._whole = True
+        metadata._drop_compaction()
+        metadata._saved = {}
+        metadata._save_from = 0
+
+    def journal(self) -> Steps[None]:
+        """Append the changes and flush. May run beside the destination's flush.
+
+        Raises: ReadOnlyMetadata, FailedMetadata: the mode has changed meanwhile.
+        Durable: the records; but nobody vouches for them before `superblock` is done.
+        """
+        self._check_current()
+        assert not self._journaled
+        metadata, chain = self._metadata, self._chain
+        if self._whole:
+            yield from metadata._write_snapshot(
+                chain, self.generation, self._take_chunk
+            )
+            self._check_current()
+            metadata._saved = None
+            self._snapshot_blocks = chain.block - self._snapshot_block
+            self._snapshot_digest = chain.digest
+        step = 2 * RUNS_PER_RECORD_MAX
+        for at in range(0, len(self._to_journal), step):
+            yield chain.append(self.generation, self._to_journal[at : at + step])
+            self._check_current()
+        if self._to_journal or self.moves:
+            yield Flush()
+        self._journaled = True
+
+    def superblock(self) -> Steps[None]:
+        """Write both copies of the superblock, with FUA.
+
+        Only after `journal` **and** the destination's flush have succeeded.
+
+        Raises: ReadOnlyMetadata, FailedMetadata: the mode has changed meanwhile.
+        Durable: the transaction, when this returns.
+        """
+        self._check_current()
+        assert self._journaled, "the superblock vouches for the journal"
+        yield superblock_writes(self._next())
+        self._written = True
+
+    def done(self) -> None:
+        """Take note that the transaction is durable. Acknowledge only after this.
+
+        Raises: ReadOnlyMetadata, FailedMetadata: the mode has changed meanwhile.
+        """
+        self._check_current()
+        assert self._written
+        metadata = self._metadata
+        slot = self.generation % 2
+        metadata._superblock = self._next()
+        metadata._unhealed -= {slot}
+        metadata._transaction = None
+
+    def _take_chunk(self, chunk_nr: int) -> bitarray:
+        self._check_current()
+        return self._metadata._saved_chunk(chunk_nr)
+
+    def _check_current(self) -> None:
+        metadata = self._metadata
+        if metadata.mode is not _RW:
+            metadata._refuse_change()
+        assert metadata._transaction is self
+
+    def _next(self) -> CloneSuperblock:
+        superblock = self._metadata._superblock
+        chain = self._chain
+        journal_block = self._snapshot_block + self._snapshot_blocks
+        return msgspec.structs.replace(
+            superblock,
+            generation=self.generation,
+            flags=self._flags,
+            nr_commits=superblock.nr_commits + 1,
+            nr_compactions=superblock.nr_compactions + self.moves,
+            arena=self._arena,
+            snapshot_block=self._snapshot_block,
+            snapshot_blocks=self._snapshot_blocks,
+            snapshot_digest=self._snapshot_digest,
+            journal_blocks=chain.block - journal_block,
+            journal_digest=chain.digest,
+            nr_hydrated=self._nr_hydrated,
+        )
+
+
+def load_bitmap(superblock: CloneSuperblock, device_size: int) -> Steps[bitarray]:
+    """Read and check everything that `superblock` vouches for; return the bitmap.
+
+    Raises: CorruptMetadata, UnsupportedFormat; MetadataTooSmall: the device has shrunk.
+    """
+    nr_blocks = SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
+    if device_size < nr_blocks * BLOCK_SIZE:
+        raise MetadataTooSmall(needed=nr_blocks * BLOCK_SIZE, given=device_size)
+    if superblock.nr_regions > NR_REGIONS_MAX:
+        raise CorruptMetadata("nr_regions", NR_REGIONS_MAX, superblock.nr_regions)
+    hydrated = zeros(superblock.nr_regions, "little")
+    bits_begin_min: int | None = 0
+
+    def apply(record: Record, where: str) -> None:
+        nonlocal bits_begin_min
+        bits_begin_min = apply_record(
+            hydrated, record, where, bits_begin_min=bits_begin_min
+        )
+
+    digest = yield from read_chain(
+        kind="snapshot",
+        begin=superblock.snapshot_block,
+        end=superblock.journal_block,
+        digest=superblock.uuid,
+        generation_max=superblock.generation,
+        apply=apply,
+    )
+    _expect("digest of the snapshot", superblock.snapshot_digest, digest)
+    bits_begin_min = None
+    digest = yield from read_chain(
+        kind="journal",
+        begin=superblock.journal_block,
+        end=superblock.journal_end,
+        digest=digest,
+        generation_max=superblock.generation,
+        apply=apply,
+    )
+    _expect("digest of the journal", superblock.journal_digest, digest)
+    nr_hydrated = 0
+    for begin in range(0, superblock.nr_regions, COUNT_REGIONS):
+        end = min(begin + COUNT_REGIONS, superblock.nr_regions)
+        nr_hydrated += hydrated.count(1, begin, end)
+        yield ()
+    if nr_hydrated != superblock.nr_hydrated:
+        raise CorruptMetadata(
+            "number of hydrated regions", superblock.nr_hydrated, nr_hydrated
+        )
+    return hydrated
+
+
+def _expect(where: str, expected: bytes, found: bytes) -> None:
+    if expected != found:
+        raise CorruptMetadata(where, expected.hex(), found.hex())
+
+
+def _nr_regions(region_size: int, target_size: int) -> int:
+    assert region_size > 0
+    assert target_size > 0
+    nr_regions = -(-target_size // region_size)
+    assert nr_regions <= NR_REGIONS_MAX
+    return nr_regions
+
+
+def _device_size(nr_regions: int, journal_blocks: int) -> int:
+    arena_blocks = 2 * snapshot_blocks_max(nr_regions) + journal_blocks
+    return (SUPERBLOCK_BLOCKS + NR_ARENAS * arena_blocks) * BLOCK_SIZE
+
+
+def _new_chain(superblock: CloneSuperblock, arena: int, skip: int) -> Chain:
+    begin = SUPERBLOCK_BLOCKS + arena * superblock.arena_blocks
+    end = begin + superblock.arena_blocks
+    return Chain(block=begin + skip, end=end, digest=superblock.uuid)
+
+
+def _fits(chain: Chain, runs: Runs) -> bool:
+    return chain.block + blocks_for_runs(len(runs) // 2) <= chain.end
+
+
+def _refuse_foreign(device_size: int, arena_blocks: int) -> Steps[None]:
+    """Raise NotOurs unless the rest of the device looks all zero: head, tail, arenas' heads.
+
+    The superblock area itself is `read_superblock`'s business.
+    """
+    begin = SUPERBLOCK_BLOCKS * BLOCK_SIZE
+    second_arena = begin + arena_blocks * BLOCK_SIZE
+    tail = max(begin, device_size - FOREIGN_PROBE_SIZE)
+    probes = [
+        (begin, min(FOREIGN_PROBE_SIZE, device_size)),
+        (second_arena, second_arena + BLOCK_SIZE),
+        (tail, device_size),
+    ]
+    for first, last in probes:
+        data = yield from read(first, last - first)
+        if any(data):
+            at = next(at for at, byte in enumerate(data) if byte)
+            raise NotOurs(f"byte {first + at}", bytes(data[at : at + 8]).hex())

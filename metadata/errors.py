@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong with metadata.
+
+    MetadataError
+     +- NotFormatted         nothing but zeroes where the superblock goes: `format` may follow
+     +- NotOurs              somebody else's bytes: never touched
+     +- CorruptMetadata      ours, but not what the superblock vouches for: never rolled back
+     +- UnsupportedFormat    ours, but from a newer version: never touched
+     +- GeometryMismatch     ours, but for another table line
+     +- MetadataTooSmall     the device cannot hold it
+     +- ReadOnlyMetadata     a change was asked for in mode RO
+     +- FailedMetadata       anything was asked for in mode FAIL
+
+Each `str()` is one line without the device's name, which this room does not know. A
+programming error of ours is an AssertionError instead, and wrong use of a size that the
+caller computed is one too.
+"""
+
+__all__ = [
+    "CorruptMetadata",
+    "FailedMetadata",
+    "GeometryMismatch",
+    "MetadataError",
+    "MetadataTooSmall",
+    "NotFormatted",
+    "NotOurs",
+    "ReadOnlyMetadata",
+    "UnsupportedFormat",
+]
+
+
+class MetadataError(Exception):
+    """Base of everything that this room raises on purpose."""
+
+
+class NotFormatted(MetadataError):
+    """The superblock area holds no metadata yet, or only an interrupted format."""
+
+    def __str__(self) -> str:
+        return "metadata is not formatted"
+
+
+class NotOurs(MetadataError):
+    """The device holds something that is not our metadata, so it is left alone.
+
+    Args:
+        where: the block or byte at which that shows.
+        found: what stands there.
+    """
+
+    def __init__(self, where: str, found: str) -> None:
+        super().__init__(where, found)
+        self.where = where
+        self.found = found
+
+    def __str__(self) -> str:
+        return (
+            f"neither metadata of this kind nor all zeroes: {self.where} holds"
+            f" {self.found}"
+        )
+
+
+class CorruptMetadata(MetadataError):
+    """Something that the newest superblock vouches for is not as it was written.
+
+    Args:
+        where: the block and what it should hold.
+        expected, found: the two values that should be equal.
+    """
+
+    def __init__(self, where: str, expected: object, found: object) -> None:
+        super().__init__(where, expected, found)
+        self.where = where
+        self.expected = expected
+        self.found = found
+
+    def __str__(self) -> str:
+        return (
+            f"corrupt metadata: {self.where}: expected {self.expected},"
+            f" found {self.found}"
+        )
+
+
+class UnsupportedFormat(MetadataError):
+    """Written by a version that knows more than we do.
+
+    Args:
+        version: the envelope's format version.
+        bits: the unknown incompatible feature bits.
+    """
+
+    def __init__(self, version: int, bits: int) -> None:
+        super().__init__(version, bits)
+        self.version = version
+        self.bits = bits
+
+    def __str__(self) -> str:
+        if self.bits:
+            return f"metadata has unknown incompatible features {self.bits:#x}"
+        return f"metadata format version {self.version} is not supported"
+
+
+class GeometryMismatch(MetadataError):
+    """The metadata belongs to a device of another shape.
+
+    Args:
+        field: "region_size" or "target_size".
+        stored, given: bytes.
+    """
+
+    def __init__(self, field: str, *, stored: int, given: int) -> None:
+        super().__init__(field, stored, given)
+        self.field = field
+        self.stored = stored
+        self.given = given
+
+    def __str__(self) -> str:
+        # The kernel's sentence first, so that a search for it finds the kernel's answers.
+        return (
+            "Region and/or target size don't match the ones in metadata"
+            f" ({self.field}: {self.stored} bytes in metadata, {self.given} given)"
+        )
+
+
+class MetadataTooSmall(MetadataError):
+    """The metadata device is too small. `needed` and `given` are bytes."""
+
+    def __init__(self, *, needed: int, given: int) -> None:
+        super().__init__(needed, given)
+        self.needed = needed
+        self.given = given
+
+    def __str__(self) -> str:
+        return f"metadata needs {self.needed} bytes, the device has {self.given}"
+
+
+class ReadOnlyMetadata(MetadataError):
+    """A change was asked for, but a commit has failed before."""
+
+    def __str__(self) -> str:
+        return "metadata is read-only"
+
+
+class FailedMetadata(MetadataError):
+    """The metadata is in mode FAIL and will answer nothing until it is opened again."""
+
+    def __str__(self) -> str:
+        return "metadata has failed"

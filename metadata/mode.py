@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modes of a metadata object, the kernel's: RW, RO, FAIL; only ever downwards."""
+
+import enum
+
+__all__ = ["Mode"]
+
+
+class Mode(enum.Enum):
+    """What may be done with the metadata. The value is the word in a status line."""
+
+    RW = "rw"  # everything
+    RO = "ro"  # a commit failed: what is in core is what was last committed; no changes
+    FAIL = "Fail"  # nothing

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The superblock: the one thing that is overwritten in place, and what vouches for the rest.
+
+Theory of operation
+===================
+
+Blocks 0 to 3 hold two **slots** of two **copies**, the copies of a slot apart:
+
+    block 0: slot 0 copy 0    block 1: slot 1 copy 0    block 2: slot 0 copy 1    block 3: slot 1 copy 1
+
+Generation g goes to slot g % 2, both copies with FUA, after everything that it vouches for is
+durable. It is acknowledged when both copies are. Envelope and body lie in the first 512-byte
+sector of the block and the rest is zero, so a torn write leaves a copy old or new, never
+invalid. Formatting writes generations 0 and 1, hence all four copies are valid ever after.
+An **invalid** copy is therefore rot, never the trace of a crash.
+
+A crash while generation N is written to slot s leaves each of its copies, on its own, at N-2
+or N; the other slot holds N-1 twice. With one rotten copy (X) on top, this is every case:
+
+    slot s        other slot    opens at   why that is right
+    N-2, N-2      N-1, N-1      N-1        nothing of N arrived
+    N  , N-2      N-1, N-1      N          valid, so what it vouches for is durable
+    N  , N        N-1, N-1      N          the commit was complete
+    X  , N-2      N-1, N-1      N-1        X was N-2, or an N whose sibling never arrived: nobody
+                                           was told of it
+    N  , X        N-1, N-1      N          one good copy is enough
+    any of them   N-1, X        as above   one good copy is enough
+    X  , X        anything      refused    two rotten copies: it may have been the newest
+    zeroes twice  0 and 0/zero  format     formatting was interrupted: see below
+
+The newest valid copy counts. A slot whose copies are not both valid and equal is **unhealed**:
+what was read there is as good as before, but one more fault would lose it. So the owner
+counts the metadata as changed until commits have rewritten each unhealed slot; nothing
+is acknowledged on the strength of a single copy.
+
+Opening begins with a flush: after a kill (not a power cut) what we read may lie in a cache that
+no flush of ours has covered, and an acknowledgement could rest on it.
+
+Formatting writes slot 0 (generation 0), flushes, writes slot 1 (generation 1), flushes. A
+crash before the first flush leaves valid copies of generation 0 or zeroes, and slot 1 zero: that
+state vouches for nothing and is formatted again. As soon as one copy of generation 1 is valid,
+both copies of generation 0 are durable, and the metadata is open for business. Rot cannot turn
+a used device into that state: generation 2 overwrites slot 0.
+
+Not handled: a device that loses writes it has acknowledged with FUA. Two lost copies of one
+generation look like the generation before.
+"""
+
+from typing import Final, NamedTuple
+
+import msgspec
+
+from metadata.envelope import (
+    BLOCK_SIZE,
+    DIGEST_SIZE,
+    HEADER_SIZE,
+    open_envelope,
+    seal,
+)
+from metadata.errors import (
+    CorruptMetadata,
+    MetadataTooSmall,
+    NotFormatted,
+    NotOurs,
+    UnsupportedFormat,
+)
+from metadata.operations import Flush, Steps, Write, read
+
+__all__ = [
+    "CLEAN_SHUTDOWN",
+    "NEEDS_CHECK",
+    "NR_COPIES",
+    "NR_SLOTS",
+    "SUPERBLOCK_BLOCKS",
+    "SUPERBLOCK_MAGIC",
+    "CloneSuperblock",
+    "Found",
+    "choose_superblock",
+    "format_superblocks",
+    "read_superblock",
+    "superblock_block",
+    "superblock_writes",
+]
+
+SUPERBLOCK_MAGIC: Final = b"nbdt-sb\0"
+SECTOR_SIZE: Final = 512
+NR_SLOTS: Final = 2
+NR_COPIES: Final = 2
+SUPERBLOCK_BLOCKS: Final = NR_SLOTS * NR_COPIES
+
+# Flags.
+CLEAN_SHUTDOWN: Final = 1  # the last commit ended an orderly suspend
+NEEDS_CHECK: Final = 2  # a tool must look at it before it is used again
+
+# Feature bits that this version knows. Unknown compat: ignored. Unknown ro_compat: mode RO.
+# Unknown incompat: refused.
+COMPAT_KNOWN: Final = 0
+RO_COMPAT_KNOWN: Final = 0
+INCOMPAT_KNOWN: Final = 0
+
+_ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
+
+# Superblocks of the kernel's own targets, to name what was found: u64 at byte 32.
+_KERNEL_MAGICS: Final = {
+    0x8AF27F64: "the kernel's dm-clone metadata",
+    0x18C403: "the kernel's dm-cache metadata",
+}
+
+
+class CloneSuperblock(
+    msgspec.Struct,
+    array_like=True,
+    frozen=True,
+    gc=False,
+    kw_only=True,
+    tag="clone",
+):
+    """What is vouched for. FORMAT.md describes each field; the order here is the format.
+
+    New fields go to the end and have defaults. The fields up to `journal_digest` are those
+    that every kind of metadata has.
+    """
+
+    generation: int
+    uuid: bytes
+    flags: int
+    compat: int
+    ro_compat: int
+    incompat: int
+    nr_commits: int
+    nr_compactions: int
+    arena_blocks: int
+    arena: int
+    snapshot_block: int
+    snapshot_blocks: int
+    snapshot_digest: bytes
+    journal_blocks: int
+    journal_digest: bytes
+    region_size: int
+    target_size: int
+    nr_hydrated: int
+
+    @property
+    def nr_regions(self) -> int:
+        """Regions of `region_size` bytes in the target; the last may be short."""
+        return -(-self.target_size // self.region_size)
+
+    @property
+    def arena_begin(self) -> int:
+        """The first block of the live arena."""
+        return SUPERBLOCK_BLOCKS + self.arena * self.arena_blocks
+
+    @property
+    def journal_block(self) -> int:
+        """The first block of the journal."""
+        return self.snapshot_block + self.snapshot_blocks
+
+    @property
+    def journal_end(self) -> int:
+        """The block after the last vouched record: where the next one goes."""
+        return self.journal_block + self.journal_blocks
+
+
+class Found(NamedTuple):
+    """What `choose_superblock` found: the newest, and what is not as it should be.
+
+    `unhealed` slots must be rewritten; `notes` says why, for people.
+    """
+
+    superblock: CloneSuperblock
+    unhealed: frozenset[int]
+    notes: tuple[str, ...]
+
+
+class _Copy(NamedTuple):
+    superblock: CloneSuperblock | None
+    fault: str  # empty if valid
+
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(CloneSuperblock)
+
+
+def superblock_block(slot: int, copy: int) -> int:
+    """Return the block number of a copy: the two copies of a slot are not neighbours."""
+    return copy * NR_SLOTS + slot
+
+
+def superblock_writes(superblock: CloneSuperblock) -> tuple[Write, Write]:
+    """Return the FUA writes of both copies; they may be carried out at the same time.
+
+    Durable: the generation, once both have ended. Only call when what it vouches for is.
+    """
+    body = _ENCODER.encode(superblock)
+    assert HEADER_SIZE + len(body) <= SECTOR_SIZE, "a torn copy must be old or new"
+    slot = superblock.generation % NR_SLOTS
+    return _write(slot, 0, body), _write(slot, 1, body)
+
+
+def format_superblocks(superblock: CloneSuperblock) -> Steps[CloneSuperblock]:
+    """Write generations 0 and 1 over zeroes; see the module head for the order.
+
+    Durable: a formatted, empty metadata device.
+    """
+    assert superblock.generation == 0
+    for generation in range(NR_SLOTS):
+        superblock = msgspec.structs.replace(superblock, generation=generation)
+        yield superblock_writes(superblock)
+        # FUA alone would do; the flush also orders the zeroes that the owner found.
+        yield Flush()
+    return superblock
+
+
+def read_superblock(device_size: int) -> Steps[Found]:
+    """Flush, then read and choose the superblock.
+
+    Raises: what `choose_superblock` does, and
+        MetadataTooSmall: not even the superblock area fits.
+    """
+    area_size = SUPERBLOCK_BLOCKS * BLOCK_SIZE
+    yield Flush()
+    if device_size < area_size:
+        head = yield from read(0, device_size)
+        if any(head):
+            raise NotOurs("block 0", _describe(head))
+        raise MetadataTooSmall(needed=area_size, given=device_size)
+    area = yield from read(0, area_size)
+    return choose_superblock(area)
+
+
+def choose_superblock(area: memoryview) -> Found:
+    """Choose the newest of the four copies by the case table in the module head.
+
+    Raises:
+        NotFormatted: all zeroes, or an interrupted format.
+        NotOurs: none of them is ours.
+        CorruptMetadata: a slot has no valid copy, or copies contradict each other.
+        UnsupportedFormat: of a newer format version or with unknown incompatible features.
+    """
+    copies = [
+        [_open_copy(area, slot, copy) for copy in range(NR_COPIES)]
+        for slot in range(NR_SLOTS)
+    ]
+    _refuse_foreign(area, copies)
+    _refuse_unfinished(area, copies)
+    for slot in range(NR_SLOTS):
+        _check_slot(slot, copies[slot])
+    valid = [copy.superblock for slot in copies for copy in slot if copy.superblock]
+    newest = max(valid, key=lambda superblock: superblock.generation)
+    for field in ("uuid", "region_size", "target_size", "arena_blocks"):
+        for other in valid:
+            expected, found = getattr(newest, field), getattr(other, field)
+            if expected != found:
+                raise CorruptMetadata(
+                    f"{field} of superblock generation {other.generation}",
+                    expected,
+                    found,
+                )
+    _check_fields(newest)
+    unhealed, notes = set(), []
+    for slot in range(NR_SLOTS):
+        first, second = copies[slot]
+        if first.superblock != second.superblock:
+            unhealed.add(slot)
+            notes.append(first.fault or second.fault or f"slot {slot}: copies differ")
+    return Found(newest, frozenset(unhealed), tuple(notes))
+
+
+def _write(slot: int, copy: int, body: bytes) -> Write:
+    block = superblock_block(slot, copy)
+    data, _ = seal(SUPERBLOCK_MAGIC, block, body)
+    return Write(block * BLOCK_SIZE, data, fua=True)
+
+
+def _block_of(area: memoryview, slot: int, copy: int) -> memoryview:
+    begin = superblock_block(slot, copy) * BLOCK_SIZE
+    return area[begin : begin + BLOCK_SIZE]
+
+
+def _open_copy(area: memoryview, slot: int, copy: int) -> _Copy:
+    """Open one copy. Only what no rot can produce (a valid digest) may raise here."""
+    block = superblock_block(slot, copy)
+    where = f"superblock slot {slot} copy {copy} (block {block})"
+    try:
+        opened = open_envelope(
+            SUPERBLOCK_MAGIC, block, _block_of(area, slot, copy), where
+        )
+    except CorruptMetadata as error:
+        return _Copy(None, str(error))
+    try:
+        return _Copy(_DECODER.decode(opened.body), "")
+    except msgspec.MsgspecError as error:
+        kind = _kind_of(opened.body)
+        if kind is not None and kind != "clone":
+            raise NotOurs(where, f"metadata of a {kind}") from error
+        raise CorruptMetadata(where, "a clone superblock", error) from error
+
+
+def _kind_of(body: memoryview) -> str | None:
+    """Return the tag of a superblock that is not a clone's, if it has one."""
+    try:
+        fields = msgspec.msgpack.decode(body, type=list[object])
+    except msgspec.MsgspecError:
+        return None
+    return fields[0] if fields and isinstance(fields[0], str) else None
+
+
+def _refuse_foreign(area: memoryview, copies: list[list[_Copy]]) -> None:
+    if any(copy.superblock for slot in copies for copy in slot):
+        return
+    if not any(area):
+        raise NotFormatted
+    for slot in range(NR_SLOTS):
+        for copy in range(NR_COPIES):
+            block = _block_of(area, slot, copy)
+            if bytes(block[: len(SUPERBLOCK_MAGIC)]) == SUPERBLOCK_MAGIC:
+                faults = [each.fault for pair in copies for each in pair]
+                raise CorruptMetadata(
+                    "all superblocks", "a valid copy", "; ".join(faults)
+                )
+    raise NotOurs("the superblock area (blocks 0 to 3)", _describe(area))
+
+
+def _refuse_unfinished(area: memoryview, copies: list[list[_Copy]]) -> None:
+    """Tell an interrupted format from rot: slot 1 zero, slot 0 zero or generation 0."""
+    for copy in range(NR_COPIES):
+        if _block_of(area, 1, copy) != _ZERO_BLOCK:
+            return
+        superblock = copies[0][copy].superblock
+        if superblock is None:
+            if _block_of(area, 0, copy) != _ZERO_BLOCK:
+                return
+        elif superblock.generation != 0:
+            return
+    raise NotFormatted
+
+
+def _check_slot(slot: int, copies: list[_Copy]) -> None:
+    """Raise CorruptMetadata if the slot cannot have come about by a crash and one rot."""
+    valid = [copy.superblock for copy in copies if copy.superblock]
+    if not valid:
+        raise CorruptMetadata(
+            f"superblock slot {slot} (blocks {superblock_block(slot, 0)} and"
+            f" {superblock_block(slot, 1)})",
+            "a valid copy",
+            "; ".join(copy.fault for copy in copies),
+        )
+    for superblock in valid:
+        if superblock.generation % NR_SLOTS != slot:
+            raise CorruptMetadata(
+                f"generation in superblock slot {slot}",
+                "even" if slot == 0 else "odd",
+                superblock.generation,
+            )
+    first, last = valid[0], valid[-1]
+    if first.generation == last.generation and first != last:
+        raise CorruptMetadata(
+            f"superblock slot {slot}, generation {first.generation}",
+            "equal copies",
+            "copies that contradict each other",
+        )
+
+
+def _check_fields(superblock: CloneSuperblock) -> None:
+    """Check what would otherwise be believed: ranges, digests' lengths, features."""
+    unknown = superblock.incompat & ~INCOMPAT_KNOWN
+    if unknown:
+        raise UnsupportedFormat(1, unknown)
+    arena_begin, arena_blocks = superblock.arena_begin, superblock.arena_blocks
+    rules = {
+        "uuid": len(superblock.uuid) == 16,
+        "snapshot_digest": len(superblock.snapshot_digest) == DIGEST_SIZE,
+        "journal_digest": len(superblock.journal_digest) == DIGEST_SIZE,
+        "arena": superblock.arena in (0, 1),
+        "snapshot_block": superblock.snapshot_block >= arena_begin,
+        "snapshot_blocks": superblock.snapshot_blocks >= 0,
+        "journal_blocks": superblock.journal_blocks >= 0
+        and superblock.journal_end <= arena_begin + arena_blocks,
+        "region_size": superblock.region_size > 0,
+        "target_size": superblock.target_size > 0,
+    }
+    for field, holds in rules.items():
+        if not holds:
+            raise CorruptMetadata(
+                f"{field} of superblock generation {superblock.generation}",
+                "a value in range",
+                getattr(superblock, field),
+            )
+    if not 0 <= superblock.nr_hydrated <= superblock.nr_regions:
+        raise CorruptMetadata(
+            f"nr_hydrated of superblock generation {superblock.generation}",
+            f"at most {superblock.nr_regions}",
+            superblock.nr_hydrated,
+        )
+    if superblock.flags & NEEDS_CHECK:
+        raise CorruptMetadata("superblock flags", "no needs_check", "needs_check")
+
+
+def _describe(head: memoryview) -> str:
+    """Say in a few words what foreign content begins with."""
+    kernel = _KERNEL_MAGICS.get(int.from_bytes(head[32:40], "little"))
+    if kernel:
+        return kernel
+    first = next(at for at, byte in enumerate(head) if byte)
+    return f"{bytes(head[first : first + 8]).hex()} at byte {first}"

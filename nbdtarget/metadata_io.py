@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drive the generators of `metadata`: over a device, or over a file in offline tools.
+
+An operation that has been started is waited for before the generator is closed, also
+when the task is cancelled: `metadata` may give its place on disk to somebody else after that,
+and a write that lands late would destroy what stands there then.
+
+A device's error ends the generator and comes out of `run`: the metadata object is then in the
+middle of something, and the caller decides between `abort` and `fail`.
+"""
+
+import asyncio
+import errno as errnos
+import os
+from typing import TypeVar
+
+from metadata.operations import Answer, Flush, Operation, Read, Steps, Write
+from nbdtarget.devices.base import Device
+from nbdtarget.errors import DeviceError
+
+__all__ = ["run", "run_file"]
+
+T = TypeVar("T")
+
+
+async def run(device: Device, steps: Steps[T]) -> T:
+    """Run `steps` over `device` and return its result.
+
+    Raises: DeviceError, after every operation under way has ended; whatever `steps` raises.
+    Durable: what `steps` says.
+    """
+    answer: Answer | tuple[Answer, ...] = None
+    try:
+        while True:
+            try:
+                # Sending None to a generator that has not begun starts it.
+                operation = steps.send(answer)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            if isinstance(operation, Read | Write | Flush):
+                (answer,) = await _carry_out_all(device, (operation,))
+            elif operation:
+                answer = await _carry_out_all(device, operation)
+            else:
+                await asyncio.sleep(0)
+                answer = ()
+    finally:
+        steps.close()
+
+
+async def _carry_out_all(
+    device: Device, operations: tuple[Operation, ...]
+) -> tuple[Answer, ...]:
+    """Carry out `operations` at the same time; return or raise when all have ended."""
+    tasks = [asyncio.ensure_future(_carry_out(device, each)) for each in operations]
+    cancelled: asyncio.CancelledError | None = None
+    pending: set[asyncio.Future[Answer]] = set(tasks)
+    while pending:
+        try:
+            _, pending = await asyncio.wait(pending)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            pending = {task for task in tasks if not task.done()}
+    failures = [fault for task in tasks if (fault := task.exception()) is not None]
+    if cancelled is not None:
+        raise cancelled
+    if failures:
+        raise failures[0]
+    return tuple(task.result() for task in tasks)
+
+
+async def _carry_out(device: Device, operation: Operation) -> Answer:
+    if isinstance(operation, Read):
+        return await device.read(operation.offset, operation.length)
+    if isinstance(operation, Write):
+        await device.write(operation.offset, operation.data, fua=operation.fua)
+    else:
+        await device.flush()
+    return None
+
+
+def run_file(
+    file: str | os.PathLike[str] | int, steps: Steps[T], *, read_only: bool = False
+) -> T:
+    """Run `steps` over a path, or an open file descriptor, synchronously. For tools.
+
+    Raises: DeviceError; OSError if the path cannot be opened; whatever `steps` raises.
+    Durable: what `steps` says.
+    """
+    if isinstance(file, int):
+        return _run_fd(file, str(file), steps)
+    try:
+        fd = os.open(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError:
+        steps.close()
+        raise
+    try:
+        return _run_fd(fd, os.fspath(file), steps)
+    finally:
+        os.close(fd)
+
+
+def _run_fd(fd: int, name: str, steps: Steps[T]) -> T:
+    answer: Answer | tuple[Answer, ...] = None
+    try:
+        while True:
+            try:
+                operation = steps.send(answer)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            if isinstance(operation, Read | Write | Flush):
+                answer = _carry_out_fd(fd, name, operation)
+            else:
+                answer = tuple(_carry_out_fd(fd, name, each) for each in operation)
+    finally:
+        steps.close()
+
+
+def _carry_out_fd(fd: int, name: str, operation: Operation) -> Answer:
+    offset, length, verb = 0, 0, "flush"
+    try:
+        if isinstance(operation, Read):
+            offset, length, verb = operation.offset, operation.length, "read"
+            return _pread(fd, offset, length)
+        if isinstance(operation, Write):
+            offset, length, verb = operation.offset, len(operation.data), "write"
+            _pwrite(fd, offset, operation.data)
+            if operation.fua:
+                os.fdatasync(fd)
+        else:
+            os.fdatasync(fd)
+    except OSError as error:
+        raise DeviceError(
+            error.errno or errnos.EIO, name, verb, offset, length
+        ) from error
+    return None
+
+
+def _pread(fd: int, offset: int, length: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    at = 0
+    while at < length:
+        count = os.preadv(fd, [view[at:]], offset + at)
+        if count == 0:
+            raise OSError(errnos.EIO, "read behind the end")
+        at += count
+    return data
+
+
+def _pwrite(fd: int, offset: int, data: bytes | bytearray | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view = view[count:]
+        offset += count
