@@ -10,6 +10,7 @@ A path that looks like a URI can be written ./so or /thus. Nothing is created or
 call that fails.
 """
 
+import asyncio
 import errno as errnos
 import os
 import re
@@ -29,6 +30,7 @@ __all__ = [
     "may_create",
     "open_device",
     "parse_size",
+    "remove_created",
 ]
 
 SIZE_MAX: Final = (1 << 63) - 1  # bytes: the largest offset that Linux and NBD know
@@ -76,6 +78,12 @@ async def create_device(name: str, size: int) -> Device:
     if not 0 < size <= SIZE_MAX:
         raise ResolveError(name, f"a device cannot have {size} bytes")
     return await create_file(name, _path(name), size)
+
+
+async def remove_created(name: str) -> None:
+    """Take back what `create_device` made, after its device was closed."""
+    assert not _scheme(name)
+    await asyncio.to_thread(os.unlink, _path(name))
 
 
 def may_create(name: str) -> bool:

@@ -37,12 +37,15 @@ class TargetContext(Protocol):
     Attributes:
         begin, length: bytes; where the target stands in the table.
         name: the mapped device's name, for logs.
+        read_only: the table is loaded read-only: a target that only passes bios on opens its
+            device read-only too. Metadata is opened for writing all the same.
         clock: the only source of time.
     """
 
     begin: int
     length: int
     name: str
+    read_only: bool
     clock: Clock
 
     async def open_device(self, name: str, *, read_only: bool = False) -> Device:

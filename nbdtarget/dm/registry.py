@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry: every mapped device by name, and device-mapper's verbs on them.
+
+Theory of operation. A name is taken from `create` to the beginning of `remove`. A verb that
+fails leaves everything as it was: a `create` whose table is refused is as if it had never been
+(the device is gone, nothing is open, no file was made).
+
+The registry is also the directory of exports that the NBD server asks: every mapped device
+with a live table is an export under its name, the empty name is the only one, if there is
+only one, and a connection holds its device open (`acquire`, `release`), which keeps it from being
+removed.
+
+Minor numbers stand in for the kernel's: the lowest free one, from 0. Nobody outside can do
+anything with them, but `info` and `ls` look as people expect.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from nbdtarget.clock import Clock, LoopClock
+from nbdtarget.devices.base import Device
+from nbdtarget.dm.mapped_device import MappedDevice, State
+from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
+from nbdtarget.dm.table import SECTOR, Table, TargetSpec, construct_table, parse_table
+from nbdtarget.dm.types import TARGET_TYPES
+from nbdtarget.errors import TableError
+from nbdtarget.targets.base import Target
+
+__all__ = ["MAJOR", "Registry"]
+
+_log = logging.getLogger(__name__)
+
+MAJOR: Final = 253  # what Linux most often gives device-mapper
+NAME_LENGTH_MAX: Final = 127
+UUID_LENGTH_MAX: Final = 128
+DEVICES_MAX: Final = 4096
+
+
+def check_name(name: str) -> None:
+    """Raise TableError unless `name` may name a mapped device (and an export)."""
+    if not name:
+        raise TableError("Empty device name")
+    if len(name.encode("utf-8", "surrogateescape")) > NAME_LENGTH_MAX:
+        raise TableError(f"Device name is longer than {NAME_LENGTH_MAX} bytes")
+    if "/" in name or name in (".", "..", "control"):
+        raise TableError(f"Device name {name!r} is not allowed")
+    if not name.isprintable():
+        raise TableError(f"Device name {name!r} has unprintable characters")
+
+
+class Registry:
+    """See the module head. One per process; everything runs on the event loop's thread."""
+
+    def __init__(
+        self,
+        opener: DeviceOpener,
+        *,
+        types: Mapping[str, type[Target]] = TARGET_TYPES,
+        clock: Clock | None = None,
+    ) -> None:
+        self.types = types
+        self.clock: Clock = LoopClock() if clock is None else clock
+        self.opens = OpenDevices(opener)
+        self._devices: dict[str, MappedDevice] = {}
+        self._removing: set[MappedDevice] = set()
+        self._load_locks: dict[MappedDevice, asyncio.Lock] = {}
+
+    # ---- looking up ----
+
+    def devices(self) -> list[MappedDevice]:
+        """All mapped devices, by minor number."""
+        return sorted(self._devices.values(), key=lambda device: device.minor)
+
+    def get(self, name: str) -> MappedDevice:
+        """Return the device called `name`, or `/dev/mapper/name`. Raises: TableError, ENXIO."""
+        device = self._devices.get(name.removeprefix("/dev/mapper/"))
+        if device is None:
+            raise TableError("Device does not exist", errnos.ENXIO)
+        return device
+
+    def deps(self, device: MappedDevice) -> list[str]:
+        """The names of the devices that the live table stands on, each once."""
+        if device.active is None:
+            return []
+        return list(dict.fromkeys(below.name for below in device.active.devices()))
+
+    # ---- the directory of exports ----
+
+    def names(self) -> Iterable[tuple[str, str]]:
+        """(name, description) of each export."""
+        for device in self.devices():
+            if device.active is not None:
+                types = dict.fromkeys(t.type_name for t in device.active.targets)
+                yield device.dm_name, ", ".join(types)
+
+    def maybe_get(self, name: str) -> MappedDevice | None:
+        """Return the export called `name`; "" is the only one, if there is only one."""
+        if name:
+            return self._devices.get(name)
+        exports = [device for device in self.devices() if device.active is not None]
+        return exports[0] if len(exports) == 1 else None
+
+    def acquire(self, name: str) -> MappedDevice:
+        """Hold the export called `name` open. Raises: TableError, ENXIO."""
+        device = self.maybe_get(name)
+        if device is None or device.active is None:
+            raise TableError("Device does not exist", errnos.ENXIO)
+        device.open_count += 1
+        return device
+
+    def release(self, device: Device) -> None:
+        """Give back what `acquire` returned."""
+        assert isinstance(device, MappedDevice)
+        assert device.open_count > 0
+        device.open_count -= 1
+
+    # ---- verbs ----
+
+    async def create(
+        self,
+        name: str,
+        table: str | None,
+        *,
+        uuid: str = "",
+        directory: str = "/",
+        read_only: bool = False,
+    ) -> MappedDevice:
+        """Create a device; with a table, load and resume it in one go.
+
+        Args:
+            table: text, or None for a device without one.
+            directory: absolute; where relative paths in the table are meant.
+        Raises: TableError, ConstructorError; nothing is left of the device then.
+        """
+        check_name(name)
+        if name in self._devices:
+            raise TableError("Device or resource busy: name exists", errnos.EBUSY)
+        if len(uuid) > UUID_LENGTH_MAX:
+            raise TableError(f"UUID is longer than {UUID_LENGTH_MAX} characters")
+        if uuid and any(device.uuid == uuid for device in self._devices.values()):
+            raise TableError("Device or resource busy: UUID exists", errnos.EBUSY)
+        if len(self._devices) >= DEVICES_MAX:
+            raise TableError(f"More than {DEVICES_MAX} devices", errnos.ENOMEM)
+        device = MappedDevice(name, self._free_minor(), self.clock, uuid=uuid)
+        self._devices[name] = device
+        self._load_locks[device] = asyncio.Lock()
+        if table is None:
+            return device
+        try:
+            await self._load(device, table, directory=directory, read_only=read_only)
+            await device.resume()
+        except BaseException:
+            await self._remove(device)
+            raise
+        return device
+
+    def _free_minor(self) -> int:
+        taken = {device.minor for device in self._devices.values()}
+        taken |= {device.minor for device in self._removing}
+        minor = 0
+        while minor in taken:
+            minor += 1
+        return minor
+
+    async def load(
+        self, name: str, table: str, *, directory: str = "/", read_only: bool = False
+    ) -> None:
+        """Construct a table into the inactive slot. Raises: TableError, ConstructorError."""
+        await self._load(
+            self.get(name), table, directory=directory, read_only=read_only
+        )
+
+    async def _load(
+        self, device: MappedDevice, text: str, *, directory: str, read_only: bool
+    ) -> None:
+        specs = parse_table(text, self.types)
+        async with self._load_locks[device]:
+            contexts: list[TableContext] = []
+
+            def make_context(spec: TargetSpec) -> TableContext:
+                context = TableContext(
+                    self, device, spec, directory=directory, read_only=read_only
+                )
+                contexts.append(context)
+                return context
+
+            try:
+                table: Table = await construct_table(
+                    specs, self.types, make_context, read_only=read_only
+                )
+                await device.load(table)
+            except BaseException:
+                for context in reversed(contexts):
+                    await context.undo()
+                raise
+
+    async def clear(self, name: str) -> None:
+        """Drop the inactive table."""
+        await self.get(name).clear()
+
+    async def suspend(self, name: str, *, noflush: bool = False) -> None:
+        """Suspend; commits. Raises: TableError."""
+        await self.get(name).suspend(noflush=noflush)
+
+    async def resume(self, name: str) -> None:
+        """Resume, with the inactive table if there is one. Raises: TableError."""
+        await self.get(name).resume()
+
+    async def remove(self, name: str, *, force: bool = False) -> None:
+        """Remove. With `force`, first replace the table by one that fails all I/O.
+
+        Raises: TableError, EBUSY: a connection or another table holds the device open.
+        """
+        device = self.get(name)
+        if force:
+            await self.wipe_table(name)
+        if device.open_count:
+            raise TableError("Device or resource busy", errnos.EBUSY)
+        if self._devices.get(device.dm_name) is not device:
+            raise TableError("Device does not exist", errnos.ENXIO)
+        await self._remove(device)
+
+    async def _remove(self, device: MappedDevice) -> None:
+        del self._devices[device.dm_name]
+        self._removing.add(device)
+        try:
+            await device.remove()
+        finally:
+            self._removing.discard(device)
+            del self._load_locks[device]
+
+    async def remove_all(self, *, force: bool = False) -> list[str]:
+        """Remove every device that nobody holds, upper ones first.
+
+        Returns the names of those that are still there.
+        """
+        if force:
+            for device in self.devices():
+                await self.wipe_table(device.dm_name)
+        progress = True
+        while progress:
+            progress = False
+            for device in self.devices():
+                if not device.open_count and device.dm_name in self._devices:
+                    await self._remove(device)
+                    progress = True
+        return [device.dm_name for device in self.devices()]
+
+    async def wipe_table(self, name: str) -> None:
+        """Replace the table by an `error` target of the same size."""
+        device = self.get(name)
+        if device.size:
+            await self.load(
+                name,
+                f"0 {device.size // SECTOR} error",
+                read_only=device.read_only,
+            )
+            await device.resume()
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename. Raises: TableError: no such device, or the new name is taken."""
+        device = self.get(old)
+        check_name(new)
+        if new in self._devices:
+            raise TableError("Device or resource busy: name exists", errnos.EBUSY)
+        del self._devices[device.dm_name]
+        self._devices[new] = device
+        device.dm_name = new
+        device.name = f"/dev/mapper/{new}"
+        device.event()
+
+    async def close(self) -> None:
+        """Suspend and remove everything, upper devices first: the process ends.
+
+        Bios that wait in a suspended device end with EIO: nobody will resume it, and what
+        stands on it could not be suspended while they wait.
+        Durable: everything, as after a suspend.
+        """
+        for device in self.devices():
+            if device.state is State.SUSPENDED:
+                device.stop_queueing()
+        await self.remove_all()
+        while self._devices:
+            # Only connections that did not go can hold the topmost now. No cycle: there is one.
+            held = [
+                below
+                for device in self.devices()
+                for below in self.opens.lower_devices(device)
+            ]
+            for device in self.devices():
+                if device not in held:
+                    _log.warning(
+                        "%s: still open %d times", device.name, device.open_count
+                    )
+                    device.open_count = 0
+                    await self._remove(device)
+        for device in list(self._removing):
+            await device.remove()

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables: their text, and the targets that it becomes.
+
+Theory of operation. A table is a list of targets that cover a device from sector 0 without
+a gap. Its text has one line a target, `start length type args…`, in sectors of 512 bytes;
+blank lines and lines that begin with `#` say nothing. `parse_table` looks at everything that
+can be judged without opening a device, on all lines, before the first constructor runs: a
+typing error in the last line must not have opened (or created) what the first line names.
+
+A `Table` is built complete, or not at all: when one constructor refuses, the targets
+before it are destroyed again. It lives in the inactive slot, then in the active one, and is
+destroyed once. Whoever calls a target's coroutine (status, message, extents) holds the table
+with `use()` meanwhile; `destroy` waits for these.
+"""
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final, NamedTuple
+
+from nbdtarget.devices.base import Device
+from nbdtarget.errors import ConstructorError, TableError
+from nbdtarget.targets.base import Target, TargetContext
+from nbdtarget.words import split_words
+
+__all__ = ["SECTOR", "Table", "TargetSpec", "construct_table", "parse_table"]
+
+SECTOR: Final = 512
+TARGETS_MAX: Final = 65536  # lines of one table
+_END_SECTORS_MAX: Final = (1 << 63) // SECTOR - 1
+
+
+class TargetSpec(NamedTuple):
+    """One line of a table, checked but not constructed. `begin` and `length` are bytes."""
+
+    begin: int
+    length: int
+    type_name: str
+    args: tuple[str, ...]
+
+
+def parse_table(text: str, types: Mapping[str, type[Target]]) -> tuple[TargetSpec, ...]:
+    """Parse the text of a table; at least one line.
+
+    Raises: TableError, EINVAL: a line is not `start length type args…`, lines leave a gap or
+        overlap, a length is 0, or a type is unknown.
+    """
+    specs: list[TargetSpec] = []
+    end_sectors = 0
+    for line_nr, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if not stripped or stripped.startswith("#"):
+            continue
+        if len(specs) == TARGETS_MAX:
+            raise TableError(f"More than {TARGETS_MAX} targets in table")
+        spec = _parse_line(stripped, line_nr)
+        start_sectors = spec.begin // SECTOR
+        if spec.length == 0:
+            raise TableError(f"zero-length target on line {line_nr} of table")
+        if spec.type_name not in types:
+            raise TableError(f"{spec.type_name}: unknown target type")
+        if start_sectors != end_sectors:
+            raise TableError(
+                f"{spec.type_name}: Gap in table: line {line_nr} starts at sector"
+                f" {start_sectors} instead of {end_sectors}"
+            )
+        end_sectors += spec.length // SECTOR
+        if end_sectors > _END_SECTORS_MAX:
+            raise TableError(f"Target on line {line_nr} of table is too large")
+        specs.append(spec)
+    if not specs:
+        raise TableError("Empty table")
+    return tuple(specs)
+
+
+def _parse_line(line: str, line_nr: int) -> TargetSpec:
+    words = split_words(line)
+    if len(words) < 3 or not all(
+        word.isascii() and word.isdecimal() and len(word) <= 20 for word in words[:2]
+    ):
+        raise TableError(
+            f"Invalid format on line {line_nr} of table:"
+            " expected `start length type args…'"
+        )
+    start_sectors, length_sectors = int(words[0]), int(words[1])
+    return TargetSpec(
+        start_sectors * SECTOR, length_sectors * SECTOR, words[2], tuple(words[3:])
+    )
+
+
+class Table:
+    """The targets of one table, in order.
+
+    Attributes:
+        targets: at least one.
+        begins: bytes; where each target begins, ascending from 0.
+        size: bytes, of all targets together.
+        read_only: loaded read-only.
+        failed: a target broke one of our own invariants; nothing is asked of it any more.
+    """
+
+    def __init__(self, targets: Sequence[Target], *, read_only: bool) -> None:
+        assert targets
+        self.targets = tuple(targets)
+        self.begins = [target.begin for target in self.targets]
+        last = self.targets[-1]
+        self.size = last.begin + last.length
+        self.read_only = read_only
+        self.failed = False
+        self._users = 0
+        self._unused: asyncio.Future[None] | None = None
+
+    def target_at(self, offset: int) -> Target:
+        """The target that holds byte `offset`, which must be inside the table."""
+        assert 0 <= offset < self.size
+        return self.targets[bisect_right(self.begins, offset) - 1]
+
+    def runs(self, offset: int, length: int) -> list[tuple[Target, int]]:
+        """Cut a range at target borders: (target, bytes) in order; inside the table."""
+        assert offset + length <= self.size
+        index = bisect_right(self.begins, offset) - 1
+        runs = []
+        while length:
+            target = self.targets[index]
+            part = min(length, target.begin + target.length - offset)
+            runs.append((target, part))
+            offset += part
+            length -= part
+            index += 1
+        return runs
+
+    def devices(self) -> Iterator[Device]:
+        """Every device below, once per use."""
+        for target in self.targets:
+            yield from target.iterate_devices()
+
+    @property
+    def logical_block_size(self) -> int:
+        """Bytes: the largest below, for all of them are powers of two."""
+        return max(
+            (device.logical_block_size for device in self.devices()), default=SECTOR
+        )
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Keep the targets from being destroyed while one of their coroutines runs."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._users == 0 and self._unused is not None:
+                self._unused.set_result(None)
+                self._unused = None
+
+    async def destroy(self) -> None:
+        """Run every destructor. The table is suspended, or never was active."""
+        if self._users:
+            self._unused = asyncio.get_running_loop().create_future()
+            await self._unused
+        for target in self.targets:
+            await target.dtr()
+
+
+async def construct_table(
+    specs: Sequence[TargetSpec],
+    types: Mapping[str, type[Target]],
+    make_context: Callable[[TargetSpec], TargetContext],
+    *,
+    read_only: bool,
+) -> Table:
+    """Run the constructors in order.
+
+    Raises: ConstructorError; the targets constructed before it are destroyed again.
+    """
+    targets: list[Target] = []
+    try:
+        for spec in specs:
+            target_type = types[spec.type_name]
+            target = await target_type.ctr(make_context(spec), spec.args)
+            assert (target.begin, target.length) == (spec.begin, spec.length)
+            targets.append(target)
+    except BaseException as error:
+        for target in reversed(targets):
+            await target.dtr()
+        if isinstance(error, ConstructorError) and not error.target:
+            error.target = spec.type_name
+        raise
+    return Table(targets, read_only=read_only)

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target types that a table line may name."""
+
+from typing import Final
+
+from nbdtarget.targets.base import Target
+from nbdtarget.targets.error import ErrorTarget
+from nbdtarget.targets.linear import LinearTarget
+from nbdtarget.targets.zero import ZeroTarget
+
+__all__ = ["TARGET_TYPES"]
+
+TARGET_TYPES: Final[dict[str, type[Target]]] = {
+    target_type.type_name: target_type
+    for target_type in (LinearTarget, ZeroTarget, ErrorTarget)
+}

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mapped device: the way of a bio, suspend and resume, failure, events."""
+
+import asyncio
+import errno as errnos
+import logging
+
+import pytest
+
+from nbdtarget.bio import (
+    FAST_ZERO,
+    FUA,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_READ,
+    OP_WRITE,
+    OP_WRITE_ZEROES,
+    PENDING,
+    Bio,
+)
+from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Extent
+from nbdtarget.dm.mapped_device import MappedDevice, State
+from nbdtarget.dm.registry import Registry
+from nbdtarget.errors import DeviceError, TableError
+from tests.nbdtarget.dm.support import ProbeTarget, RamOpener, make_registry
+from tests.support.clock import SimClock
+
+MIXED = "0 8 linear /a 8\n8 8 error\n16 8 zero\n24 8 linear /b 0"
+
+
+async def make(
+    table: str, *, read_only: bool = False, **sizes: int
+) -> tuple[MappedDevice, Registry, RamOpener]:
+    registry, opener = make_registry(**sizes)
+    device = await registry.create("x", table, read_only=read_only)
+    return device, registry, opener
+
+
+def submit(
+    device: MappedDevice,
+    op: int,
+    offset: int = 0,
+    payload: bytes | int = 0,
+    *,
+    flags: int = 0,
+    borrowed: bool = False,
+) -> Bio:
+    length = payload if isinstance(payload, int) else len(payload)
+    view = None
+    if op == OP_READ:
+        view = memoryview(bytearray(length))
+    elif isinstance(payload, bytes):
+        view = memoryview(bytearray(payload))
+    bio = Bio(op, offset, length, view, flags, lambda _: None, None, borrowed)
+    device.submit(bio)
+    return bio
+
+
+async def test_single_target_maps_and_offsets() -> None:
+    device, _, opener = await make("0 8 linear /a 8", a=16384)
+    assert submit(device, OP_WRITE, 512, b"hello", flags=FUA).status == 0
+    assert opener.open["/a"].data[4608:4613] == b"hello"
+    assert opener.open["/a"].log == [(OP_WRITE, 4608, 5, FUA)]
+    bio = submit(device, OP_READ, 512, 5)
+    assert bio.payload == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("op", "errno"),
+    [
+        (OP_READ, errnos.EINVAL),
+        (OP_WRITE, errnos.ENOSPC),
+        (OP_WRITE_ZEROES, errnos.ENOSPC),
+        (OP_DISCARD, errnos.EINVAL),
+    ],
+)
+async def test_bio_past_the_end_never_reaches_the_device_below(
+    op: int, errno: int
+) -> None:
+    device, _, opener = await make("0 8 linear /a 0", a=16384)
+    assert submit(device, op, 4095, 2).status == errno
+    assert opener.open["/a"].log == []
+
+
+async def test_several_targets_split_at_their_borders() -> None:
+    device, _, opener = await make("0 8 linear /a 8\n8 8 linear /b 0", a=8192, b=4096)
+    data = bytes(range(200)) * 4
+    assert submit(device, OP_WRITE, 4096 - 300, data).status == 0
+    assert opener.open["/a"].log == [(OP_WRITE, 8192 - 300, 300, 0)]
+    assert opener.open["/b"].log == [(OP_WRITE, 0, 500, 0)]
+    assert submit(device, OP_READ, 4096 - 300, 800).payload == data
+
+
+async def test_split_bio_ends_with_the_error_of_its_failing_part() -> None:
+    device, _, opener = await make(MIXED, a=8192, b=4096)
+    assert submit(device, OP_READ, 0, 16384).status == errnos.EIO
+    assert submit(device, OP_READ, 8192, 8192).status == 0
+    assert len(opener.open["/a"].log) == 1
+
+
+async def test_zero_target_overwrites_the_readers_buffer() -> None:
+    device, _, _ = await make("0 8 zero")
+    buffer = bytearray(b"secret" * 3)
+    bio = Bio(OP_READ, 0, 18, memoryview(buffer), 0, lambda _: None)
+    device.submit(bio)
+    assert (bio.status, bytes(buffer)) == (0, bytes(18))
+
+
+async def test_error_target_fails_everything_but_flush() -> None:
+    device, _, _ = await make("0 8 error")
+    for op in (OP_READ, OP_WRITE, OP_DISCARD, OP_WRITE_ZEROES):
+        assert submit(device, op, 0, 512).status == errnos.EIO
+    assert submit(device, OP_FLUSH).status == 0
+
+
+async def test_flush_goes_to_every_target_and_errors_win() -> None:
+    device, _, opener = await make(MIXED, a=8192, b=4096)
+    opener.open["/b"].hold = True
+    opener.open["/a"].flush_errno = errnos.EIO
+    bio = submit(device, OP_FLUSH)
+    assert bio.status == PENDING
+    opener.open["/b"].let_go()
+    assert bio.status == errnos.EIO
+    assert opener.open["/a"].log == opener.open["/b"].log == [(OP_FLUSH, 0, 0, 0)]
+
+
+async def test_flush_is_sent_num_flush_bios_times() -> None:
+    device, _, _ = await make("0 8 probe /a /b", a=4096, b=4096)
+    assert device.active is not None
+    target = device.active.targets[0]
+    assert isinstance(target, ProbeTarget)
+    bio = submit(device, OP_FLUSH)
+    assert len(target.flushes) == 2
+    target.flushes[0].end(0)
+    assert bio.status == PENDING
+    target.flushes[1].end(0)
+    assert bio.status == 0
+
+
+async def test_write_zeroes_is_written_out_when_the_target_cannot() -> None:
+    size = 9 << 20
+    device, _, opener = await make(f"0 {size // 512} linear /a 0", a=size)
+    below = opener.open["/a"]
+    below.data[:] = b"\xff" * size
+    await device.write_zeroes(512, size - 1024, fua=True)
+    assert bytes(below.data) == b"\xff" * 512 + bytes(size - 1024) + b"\xff" * 512
+    assert {entry[0] for entry in below.log} == {OP_WRITE}
+    assert {entry[3] for entry in below.log} == {FUA}
+
+
+async def test_write_zeroes_written_out_is_bounded_in_flight() -> None:
+    size = 9 << 20
+    device, _, opener = await make(f"0 {size // 512} linear /a 0", a=size)
+    below = opener.open["/a"]
+    below.hold = True
+    bio = submit(device, OP_WRITE_ZEROES, 0, size)
+    assert len(below.held) == 4
+    while bio.status == PENDING:
+        below.serve(below.held.pop(0))
+        assert len(below.held) <= 4
+    assert bio.status == 0
+
+
+async def test_fast_zero_is_refused_when_it_would_be_writing() -> None:
+    device, _, opener = await make("0 8 linear /a 0", a=4096)
+    bio = submit(device, OP_WRITE_ZEROES, 0, 512, flags=FAST_ZERO)
+    assert bio.status == errnos.ENOTSUP
+    assert opener.open["/a"].log == []
+
+
+async def test_discard_does_nothing_when_the_target_cannot() -> None:
+    device, _, opener = await make("0 8 linear /a 0", a=4096)
+    assert submit(device, OP_DISCARD, 0, 512).status == 0
+    assert opener.open["/a"].log == []
+
+
+async def test_read_only_device_reads_and_refuses_writes() -> None:
+    device, _, opener = await make("0 8 linear /a 0", read_only=True, a=4096)
+    assert opener.open["/a"].read_only
+    assert submit(device, OP_READ, 0, 512).status == 0
+    for op in (OP_WRITE, OP_DISCARD, OP_WRITE_ZEROES):
+        assert submit(device, op, 0, 512).status == errnos.EPERM
+
+
+async def test_device_without_a_table_fails_all_io() -> None:
+    registry, _ = make_registry()
+    device = await registry.create("x", None)
+    assert submit(device, OP_READ, 0, 512).status == errnos.EIO
+    with pytest.raises(TableError):
+        await device.resume()
+
+
+async def test_suspend_waits_for_what_is_in_flight() -> None:
+    device, _, opener = await make("0 8 linear /a 0", a=4096)
+    below = opener.open["/a"]
+    below.hold = True
+    first = submit(device, OP_WRITE, 0, b"old")
+    suspend = asyncio.create_task(device.suspend())
+    await asyncio.sleep(0)
+    assert device.state is State.SUSPENDING
+    later = submit(device, OP_WRITE, 0, b"new")
+    assert len(below.held) == 1
+    below.let_go()
+    await suspend
+    assert (first.status, later.status) == (0, PENDING)
+    assert device.state is State.SUSPENDED
+    await device.resume()
+    assert later.status == 0
+    assert below.data[:3] == b"new"
+
+
+async def test_queued_bio_owns_its_payload() -> None:
+    device, _, opener = await make("0 8 linear /a 0", a=4096)
+    await device.suspend()
+    buffer = bytearray(b"mine")
+    bio = Bio(OP_WRITE, 0, 4, memoryview(buffer), 0, lambda _: None, None, True)
+    device.submit(bio)
+    buffer[:] = b"XXXX"
+    await device.resume()
+    assert opener.open["/a"].data[:4] == b"mine"
+
+
+async def test_suspend_and_resume_call_the_target_in_the_kernels_order() -> None:
+    device, registry, _ = await make("0 8 probe /a /b", a=4096, b=4096)
+    await device.suspend()
+    await device.suspend()
+    await device.resume()
+    await device.resume()
+    await registry.remove("x")
+    assert ProbeTarget.lives == [
+        *("ctr", "preresume", "resume"),
+        *("presuspend", "postsuspend", "preresume", "resume"),
+        *("presuspend", "postsuspend", "dtr"),
+    ]
+
+
+async def test_resume_swaps_the_inactive_table_in() -> None:
+    device, registry, opener = await make("0 8 linear /a 0", a=4096, b=8192)
+    await registry.load("x", "0 16 linear /b 0")
+    assert device.size == 4096
+    assert submit(device, OP_WRITE, 0, b"a").status == 0
+    await device.resume()
+    assert (device.size, device.inactive) == (8192, None)
+    assert submit(device, OP_WRITE, 0, b"b").status == 0
+    assert opener.open["/a"].data[:1] == b"a"
+    assert opener.open["/b"].data[:1] == b"b"
+    assert opener.still_open == ["/b"]
+
+
+async def test_refused_preresume_leaves_the_device_suspended_with_the_new_table() -> (
+    None
+):
+    device, registry, opener = await make("0 8 linear /c 0", a=4096, b=4096, c=4096)
+    await registry.load("x", "0 8 probe /a /b refuse")
+    with pytest.raises(TableError, match="probe: will not") as caught:
+        await device.resume()
+    assert caught.value.errno == errnos.EBUSY
+    assert device.state is State.SUSPENDED
+    assert device.table() == [(0, 8, "probe", "/a /b refuse")]
+    assert sorted(opener.still_open) == ["/a", "/b"]
+    bio = submit(device, OP_READ, 0, 512)
+    await registry.load("x", "0 8 linear /c 0")
+    await device.resume()
+    assert bio.status == 0
+
+
+async def test_status_does_not_flush_when_suspended_or_asked_not_to() -> None:
+    device, _, _ = await make("0 8 probe /a /b", a=4096, b=4096)
+    assert await device.status() == [(0, 8, "probe", "flush")]
+    assert await device.status(noflush=True) == [(0, 8, "probe", "noflush")]
+    await device.suspend()
+    assert await device.status() == [(0, 8, "probe", "noflush")]
+
+
+async def test_status_of_a_target_that_is_being_replaced_delays_its_end() -> None:
+    device, registry, _ = await make("0 8 probe /a /b", a=4096, b=4096)
+    assert device.active is not None
+    with device.active.use():
+        remove = asyncio.create_task(registry.remove("x"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert "dtr" not in ProbeTarget.lives
+    await remove
+    assert ProbeTarget.lives[-1] == "dtr"
+
+
+async def test_failing_map_fails_this_device_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    device, registry, _ = await make("0 8 buggy", a=4096)
+    other = await registry.create("y", "0 8 linear /a 0")
+    with caplog.at_level(logging.ERROR):
+        assert submit(device, OP_READ, 0, 512).status == errnos.EIO
+    assert "a bug" in caplog.text
+    assert submit(device, OP_FLUSH).status == errnos.EIO
+    assert submit(other, OP_READ, 0, 512).status == 0
+    assert await device.status() == [(0, 8, "buggy", "Fail")]
+    assert device.event_nr == 1
+    await registry.load("x", "0 8 zero")
+    await device.resume()
+    assert submit(device, OP_READ, 0, 512).status == 0
+
+
+async def test_failed_device_gives_up_waiting_for_lost_bios() -> None:
+    device, registry, opener = await make("0 8 linear /a 0\n8 8 buggy", a=4096, b=4096)
+    opener.open["/a"].hold = True
+    submit(device, OP_READ, 0, 512)
+    assert submit(device, OP_READ, 4096, 512).status == errnos.EIO
+    remove = asyncio.create_task(registry.remove("x"))
+    await asyncio.sleep(0)
+    assert isinstance(registry.clock, SimClock)
+    registry.clock.advance(10)
+    await remove
+    # What may still be written to stays open: its number must not become another file's.
+    assert opener.still_open == ["/a"]
+
+
+async def test_message_reaches_the_target_at_the_sector() -> None:
+    device, _, _ = await make("0 8 zero\n8 8 probe /a /b", a=4096, b=4096)
+    assert await device.message(8, ["say", "-1"]) == "say -1"
+    for sector, words in ((16, ["say"]), (-1, ["say"]), (8, []), (0, ["say"])):
+        with pytest.raises(TableError, match="Invalid argument"):
+            await device.message(sector, words)
+
+
+async def test_message_to_a_device_without_a_table() -> None:
+    registry, _ = make_registry()
+    device = await registry.create("x", None)
+    with pytest.raises(TableError) as caught:
+        await device.message(0, ["say"])
+    assert caught.value.errno == errnos.ENXIO
+
+
+async def test_wait_returns_when_an_event_comes() -> None:
+    device, registry, _ = await make("0 8 probe /a /b", a=4096, b=4096)
+    assert await device.wait(7) == 0
+    waiting = asyncio.create_task(device.wait())
+    await asyncio.sleep(0)
+    await device.message(0, ["event"])
+    assert await waiting == 1
+    waiting = asyncio.create_task(device.wait())
+    await asyncio.sleep(0)
+    await registry.remove("x")
+    assert await waiting == 2
+
+
+async def test_extents_are_joined_across_targets() -> None:
+    device, _, _ = await make(MIXED, a=8192, b=4096)
+    assert await device.extents(512, 16384 - 512) == [
+        Extent(8192 - 512, EXTENT_DATA),
+        Extent(4096, EXTENT_HOLE | EXTENT_ZERO),
+        Extent(4096, EXTENT_DATA),
+    ]
+    with pytest.raises(DeviceError):
+        await device.extents(0, 1 << 20)
+
+
+async def test_extents_wait_while_suspended() -> None:
+    device, _, _ = await make("0 8 zero")
+    await device.suspend()
+    asking = asyncio.create_task(device.extents(0, 4096))
+    await asyncio.sleep(0)
+    assert not asking.done()
+    await device.resume()
+    assert (await asking)[0].length == 4096
+
+
+async def test_removed_device_fails_what_still_comes() -> None:
+    device, registry, _ = await make("0 8 zero")
+    await device.suspend()
+    queued = submit(device, OP_READ, 0, 512)
+    await registry.remove("x")
+    assert queued.status == errnos.EIO
+    assert submit(device, OP_READ, 0, 512).status == errnos.EIO

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry: names, who may open what, and that a refusal leaves nothing behind."""
+
+import asyncio
+import errno as errnos
+
+import pytest
+
+from nbdtarget.bio import OP_WRITE
+from nbdtarget.dm.mapped_device import State
+from nbdtarget.dm.open_devices import absolute_name
+from nbdtarget.errors import ConstructorError, NbdTargetError, ResolveError, TableError
+from tests.nbdtarget.dm.support import ProbeTarget, make_registry
+from tests.nbdtarget.dm.test_mapped_device import submit
+
+
+@pytest.mark.parametrize(
+    ("name", "directory", "path"),
+    [
+        ("a.img", "/srv", "/srv/a.img"),
+        ("../a.img", "/srv/x", "/srv/a.img"),
+        ("/a.img", "/srv", "/a.img"),
+        ("./nbd:x", "/srv", "/srv/nbd:x"),
+        ("nbd://host/x", "/srv", "nbd://host/x"),
+        ("nbd+unix:///x?socket=s", "/srv", "nbd+unix:///x?socket=s"),
+        ("memory:1M", "/srv", "memory:1M"),
+        ("a b", "/srv", "/srv/a b"),
+    ],
+)
+def test_absolute_name(name: str, directory: str, path: str) -> None:
+    assert absolute_name(name, directory) == path
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a/b", ".", "..", "control", "x" * 128, "a\nb", "\udcff", "é" * 64]
+)
+async def test_create_refuses_a_name(name: str) -> None:
+    registry, _ = make_registry()
+    with pytest.raises(TableError):
+        await registry.create(name, "0 8 zero")
+
+
+async def test_create_refuses_a_name_or_uuid_that_is_taken() -> None:
+    registry, _ = make_registry()
+    await registry.create("x", "0 8 zero", uuid="u")
+    for name, uuid in (("x", ""), ("y", "u")):
+        with pytest.raises(TableError) as caught:
+            await registry.create(name, "0 8 zero", uuid=uuid)
+        assert caught.value.errno == errnos.EBUSY
+
+
+async def test_create_that_fails_leaves_nothing() -> None:
+    registry, opener = make_registry(a=4096)
+    with pytest.raises(ConstructorError, match="Device lookup failed: /b: No such"):
+        await registry.create("x", "0 8 linear /a 0\n8 8 linear /b 0")
+    assert registry.devices() == []
+    assert opener.still_open == []
+
+
+async def test_created_file_is_removed_when_its_own_constructor_refuses() -> None:
+    registry, opener = make_registry(b=4096)
+    with pytest.raises(ConstructorError, match="probe: Invalid probe"):
+        await registry.create("x", "0 8 probe /new /b fail")
+    assert opener.created == ["/new"]
+    assert "/new" not in opener.sizes
+    assert opener.still_open == []
+
+
+async def test_created_file_is_removed_when_a_later_line_is_refused() -> None:
+    registry, opener = make_registry(b=4096)
+    with pytest.raises(ConstructorError):
+        await registry.create("x", "0 8 probe /new /b\n8 8 linear /missing 0")
+    assert ProbeTarget.lives == ["ctr", "dtr"]
+    assert "/new" not in opener.sizes
+    assert opener.still_open == []
+
+
+async def test_bad_last_line_opens_nothing() -> None:
+    registry, opener = make_registry(b=4096)
+    with pytest.raises(TableError, match="Gap in table"):
+        await registry.create("x", "0 8 probe /new /b\n9 8 zero")
+    assert opener.open == {}
+
+
+async def test_create_that_is_refused_at_preresume_leaves_nothing() -> None:
+    registry, opener = make_registry(a=4096, b=4096)
+    with pytest.raises(TableError, match="will not"):
+        await registry.create("x", "0 8 probe /a /b refuse")
+    assert registry.devices() == []
+    assert opener.still_open == []
+
+
+async def test_load_that_fails_leaves_both_tables_as_they_were() -> None:
+    registry, opener = make_registry(a=4096, b=4096)
+    device = await registry.create("x", "0 8 linear /a 0")
+    await registry.load("x", "0 8 linear /b 0")
+    with pytest.raises(ConstructorError):
+        await registry.load("x", "0 8 linear /c 0")
+    assert device.table() == [(0, 8, "linear", "/a 0")]
+    assert device.table(inactive=True) == [(0, 8, "linear", "/b 0")]
+    await registry.clear("x")
+    assert opener.still_open == ["/a"]
+
+
+async def test_live_and_inactive_table_share_one_device() -> None:
+    registry, opener = make_registry(a=4096)
+    device = await registry.create("x", "0 4 linear /a 0\n4 4 linear /a 4")
+    first = opener.open["/a"]
+    await registry.load("x", "0 8 linear /a 0")
+    assert opener.open["/a"] is first
+    await device.resume()
+    assert not first.closed
+    await registry.remove("x")
+    assert first.closed
+
+
+async def test_device_open_for_writing_is_refused_to_another_by_any_name() -> None:
+    registry, opener = make_registry(a=4096)
+    opener.sizes["/alias-a"] = 4096
+    await registry.create("x", "0 8 linear /a 0")
+    for name in ("/a", "/alias-a"):
+        for read_only in (False, True):
+            with pytest.raises(ConstructorError, match="in use by x") as caught:
+                await registry.create("y", f"0 8 linear {name} 0", read_only=read_only)
+            assert caught.value.errno == errnos.EBUSY
+    await registry.remove("x")
+    await registry.create("y", "0 8 linear /alias-a 0")
+
+
+async def test_device_opened_at_the_same_time_by_two_is_opened_once() -> None:
+    registry, opener = make_registry(a=4096)
+    answers = await asyncio.gather(
+        registry.create("x", "0 8 linear /a 0"),
+        registry.create("y", "0 8 linear /a 0"),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(answer, NbdTargetError) for answer in answers) == 1
+    assert opener.still_open == ["/a"]
+
+
+async def test_sources_are_shared_and_never_written() -> None:
+    registry, opener = make_registry(a=4096)
+    await registry.create("x", "0 8 linear /a 0", read_only=True)
+    await registry.create("y", "0 8 linear /a 0", read_only=True)
+    assert len(opener.still_open) == 1
+    with pytest.raises(ConstructorError, match="in use by x, y"):
+        await registry.create("z", "0 8 linear /a 0")
+    await registry.remove("x")
+    assert opener.still_open == ["/a"]
+    await registry.remove("y")
+    assert opener.still_open == []
+
+
+async def test_one_target_never_gets_one_device_twice() -> None:
+    registry, opener = make_registry(a=4096)
+    opener.sizes["/alias-a"] = 4096
+    with pytest.raises(ResolveError, match="stands twice"):
+        await registry.create("x", "0 8 probe /a /alias-a")
+    assert opener.still_open == []
+
+
+async def test_tables_stack() -> None:
+    registry, opener = make_registry(a=8192)
+    lower = await registry.create("lower", "0 16 linear /a 0")
+    upper = await registry.create("upper", "0 8 linear /dev/mapper/lower 8")
+    assert submit(upper, OP_WRITE, 0, b"deep").status == 0
+    assert opener.open["/a"].data[4096:4100] == b"deep"
+    assert (lower.open_count, registry.deps(upper)) == (1, ["/dev/mapper/lower"])
+    with pytest.raises(TableError, match="busy"):
+        await registry.remove("lower")
+    with pytest.raises(ConstructorError, match="in use by upper"):
+        await registry.create("other", "0 8 linear /dev/mapper/lower 0")
+    assert await registry.remove_all() == []
+    assert opener.still_open == []
+
+
+@pytest.mark.parametrize("name", ["lower", "upper"])
+async def test_table_that_would_stand_on_itself_is_refused(name: str) -> None:
+    registry, _ = make_registry(a=4096)
+    await registry.create("lower", "0 8 linear /a 0")
+    await registry.create("upper", "0 8 linear /dev/mapper/lower 0")
+    with pytest.raises(ConstructorError, match="stand on itself"):
+        await registry.load("lower", f"0 8 linear /dev/mapper/{name} 0")
+
+
+async def test_remove_refuses_a_device_that_is_open() -> None:
+    registry, _ = make_registry()
+    device = await registry.create("x", "0 8 zero")
+    assert registry.acquire("x") is device
+    for force in (False, True):
+        with pytest.raises(TableError) as caught:
+            await registry.remove("x", force=force)
+        assert caught.value.errno == errnos.EBUSY
+    assert device.table() == [(0, 8, "error", "")]
+    assert await registry.remove_all() == ["x"]
+    registry.release(device)
+    await registry.remove("x")
+
+
+async def test_empty_export_name_is_the_only_one() -> None:
+    registry, _ = make_registry()
+    assert registry.maybe_get("") is None
+    with pytest.raises(TableError):
+        registry.acquire("")
+    device = await registry.create("x", "0 8 zero")
+    await registry.create("bare", None)
+    assert registry.maybe_get("") is device
+    assert list(registry.names()) == [("x", "zero")]
+    await registry.create("y", "0 8 error")
+    assert registry.maybe_get("") is None
+    assert registry.maybe_get("x") is device
+
+
+async def test_rename() -> None:
+    registry, _ = make_registry()
+    device = await registry.create("x", "0 8 zero")
+    await registry.create("y", "0 8 zero")
+    with pytest.raises(TableError):
+        registry.rename("x", "y")
+    registry.rename("x", "z")
+    assert registry.get("/dev/mapper/z") is device
+    assert device.event_nr == 1
+    with pytest.raises(TableError, match="Device does not exist"):
+        registry.get("x")
+
+
+async def test_minor_numbers_are_the_lowest_free() -> None:
+    registry, _ = make_registry()
+    for name in ("a", "b", "c"):
+        await registry.create(name, "0 8 zero")
+    await registry.remove("b")
+    assert (await registry.create("d", "0 8 zero")).minor == 1
+
+
+async def test_close_removes_everything_although_bios_wait_below() -> None:
+    registry, opener = make_registry(a=4096)
+    lower = await registry.create("lower", "0 8 linear /a 0")
+    upper = await registry.create("upper", "0 8 linear /dev/mapper/lower 0")
+    await lower.suspend()
+    bio = submit(upper, OP_WRITE, 0, b"stuck")
+    registry.acquire("upper")
+    await registry.close()
+    assert bio.status == errnos.EIO
+    assert opener.still_open == []
+    assert upper.state is lower.state is State.REMOVED
