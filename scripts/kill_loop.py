@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL a clone under load, start it again, hold it to its word; over and over.
+
+    python -m scripts.kill_loop [--rounds N] [--seed N] [--dir DIR]
+
+Each round serves one clone with the same command line as before, writes to it with many
+requests in flight (writes, FUA writes, zeroes, flushes), kills the server at a random moment,
+starts it again and reads the whole disk. The crash tests' model then says what each sector may
+hold: what an acknowledged FLUSH or FUA covered must be there, anything else is old or new.
+Every few rounds the clone is left to finish, and then the destination alone is the disk and
+the source is what it always was.
+
+A killed process is less than a power cut (the page cache survives it), so this does not
+replace the crash tests: it holds the real program, with its real threads and sockets, to the
+same oracle.
+"""
+
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from scripts.processes import NBDTARGET, ServerProcess, StartError
+from tests.support.model import DiskModel, Violation, Write
+from tests.support.plain_client import (
+    CMD_FLUSH,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    FLAG_FUA,
+    PlainClient,
+    PlainClientError,
+)
+
+__all__ = ["CloneUnderFire", "Writer", "main"]
+
+SECTOR: Final = 512
+DEPTH_MAX: Final = 32
+WRITE_SECTORS_MAX: Final = 256
+
+
+@dataclass
+class Writer:
+    """Random requests, as many in flight as it likes, never two on the same sectors.
+
+    Everything that is sent and answered is told to the model at once.
+    """
+
+    client: PlainClient
+    model: DiskModel
+    rng: random.Random
+    sent: int = 0
+    flushed: int = 0
+    _busy: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _writes: dict[int, tuple[list[tuple[int, Write]], bool]] = field(
+        default_factory=dict
+    )
+    _flushes: dict[int, list[Write]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Go on until the connection breaks."""
+        depth = self.rng.randint(1, DEPTH_MAX)
+        try:
+            while True:
+                while len(self._writes) + len(self._flushes) < depth:
+                    self._send_one()
+                self._receive_one()
+        except (OSError, PlainClientError):
+            self.client.sock.close()
+
+    def _send_one(self) -> None:
+        if self.rng.random() < 0.05:
+            promised = self.model.start_flush()
+            self._flushes[self.client.send(CMD_FLUSH)] = promised
+            return
+        sectors = self.rng.choice((1, 8, 8, 8, 128, WRITE_SECTORS_MAX))
+        offset = self.rng.randrange(self.model.size // SECTOR - sectors) * SECTOR
+        length = sectors * SECTOR
+        if any(b < offset + length and offset < e for b, e in self._busy.values()):
+            self._receive_one()  # a write in flight is in the way: wait
+            return
+        self.sent += 1
+        zeroes = self.rng.random() < 0.1
+        fua = self.rng.random() < 0.1
+        data = bytes(length) if zeroes else self._content(offset, sectors)
+        started = self.model.start_write(offset, data, length, f"write {self.sent}")
+        cookie = self.client.send(
+            CMD_WRITE_ZEROES if zeroes else CMD_WRITE,
+            offset,
+            length,
+            payload=b"" if zeroes else data,
+            flags=FLAG_FUA if fua else 0,
+        )
+        self._writes[cookie] = (started, fua)
+        self._busy[cookie] = (offset, offset + length)
+
+    def _content(self, offset: int, sectors: int) -> bytes:
+        # Each sector says which write it is of, and where it belongs.
+        return b"".join(
+            f"{self.sent:12} {offset + nr * SECTOR:12} ".encode().ljust(SECTOR, b".")
+            for nr in range(sectors)
+        )
+
+    def _receive_one(self) -> None:
+        cookie, error, _ = self.client.receive()
+        if error:
+            raise Violation(f"request {cookie} failed with {error}")
+        if cookie in self._flushes:
+            self.model.end_flush(self._flushes.pop(cookie), ok=True)
+            self.flushed += 1
+            return
+        started, fua = self._writes.pop(cookie)
+        del self._busy[cookie]
+        self.model.end_write(started, ok=True, fua=fua)
+
+
+class CloneUnderFire:
+    """One source, one destination, and the command line that serves them."""
+
+    def __init__(self, work: Path, rng: random.Random, *, size: int) -> None:
+        self.work = work
+        self.rng = rng
+        self.size = size
+        self.source = work / "source.img"
+        self.dest = work / "dest.img"
+        self.meta = work / "dest.meta"
+        self.socket = work / "nbd.sock"
+        self.log = work / "log"
+        content = bytearray(rng.randbytes(size))
+        for _ in range(4):  # holes, on disk as in the content
+            begin = rng.randrange(size // 4096) * 4096
+            end = min(size, begin + size // 16)
+            content[begin:end] = bytes(end - begin)
+        self.content = bytes(content)
+        self.source.write_bytes(self.content)
+        subprocess.run(["fallocate", "--dig-holes", self.source], check=True)
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew: an empty destination, no metadata, another region size."""
+        self.dest.unlink(missing_ok=True)
+        self.meta.unlink(missing_ok=True)
+        self.region_size = self.rng.choice(("4K", "64K", "1M"))
+        self.model = DiskModel(self.content)
+
+    def serve(self, *extra: str) -> ServerProcess:
+        argv = [NBDTARGET, "clone", str(self.source), str(self.dest)]
+        argv += ["--metadata", str(self.meta), "--region-size", self.region_size]
+        argv += ["--name", "disk", "--listen", f"unix:{self.socket}", *extra]
+        return ServerProcess(argv, sockets=[self.socket], log=self.log)
+
+    def check_survivor(self) -> None:
+        """Read the whole disk and settle the model on what it says. Raises: Violation."""
+        with PlainClient(self.socket, "disk") as client:
+            step = 1 << 20
+            content = b"".join(
+                client.read(at, min(step, self.size - at))
+                for at in range(0, self.size, step)
+            )
+        self.model.check_survivor(content)
+        # What was read now may still be lost at the next kill unless flushed: flush it.
+        with PlainClient(self.socket, "disk") as client:
+            client.flush()
+        self.model.settle(content)
+
+    def fire(self, life_s: float) -> tuple[int, int]:
+        """Serve, check, write, kill. Returns how many writes and flushes were made."""
+        extra = () if self.rng.random() < 0.5 else ("--no-hydration",)
+        server = self.serve(*extra)
+        try:
+            self.check_survivor()
+            client = PlainClient(self.socket, "disk")
+            writer = Writer(client, self.model, random.Random(self.rng.random()))
+            timer = threading.Timer(life_s, server.kill)
+            timer.start()
+            try:
+                writer.run()
+            finally:
+                timer.join()
+        finally:
+            server.kill()
+        if server.child.returncode != -signal.SIGKILL:
+            raise Violation(f"the server ended by itself: {server.child.returncode}")
+        return writer.sent, writer.flushed
+
+    def finish(self) -> None:
+        """Hydrate, then look at the destination alone. Raises: Violation."""
+        with self.serve():
+            self.check_survivor()
+        argv = [NBDTARGET, "clone", str(self.source), str(self.dest)]
+        argv += ["--metadata", str(self.meta), "--region-size", self.region_size]
+        argv += ["--listen", f"unix:{self.socket}", "--exit-when-hydrated"]
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=120)
+        self.model.check_survivor(self.dest.read_bytes())
+        if self.source.read_bytes() != self.content:
+            raise Violation("the source has changed")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Kill a clone under load.")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
+    parser.add_argument("--size", type=int, default=16, help="MiB (16)")
+    parser.add_argument("--dir", help="where the images go")
+    options = parser.parse_args(argv)
+    rng = random.Random(options.seed)
+    print(f"seed {options.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="nbdtarget-kill-", dir=options.dir) as name:
+        clone = CloneUnderFire(Path(name), rng, size=options.size << 20)
+        try:
+            for round_nr in range(1, options.rounds + 1):
+                life_s = rng.uniform(0.02, 0.6)
+                sent, flushed = clone.fire(life_s)
+                print(
+                    f"round {round_nr}: {clone.region_size} regions, killed after"
+                    f" {life_s:.2f} s, {sent} writes, {flushed} flushes",
+                    flush=True,
+                )
+                if round_nr % 8 == 0 or round_nr == options.rounds:
+                    clone.finish()
+                    clone.renew()
+                    print("finished: the destination alone is the disk", flush=True)
+        except (Violation, PlainClientError, StartError) as error:
+            print(f"FAILED with seed {options.seed}: {error}\n{clone.log.read_text()}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
