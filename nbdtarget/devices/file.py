@@ -16,11 +16,17 @@ rest goes to the device's own worker threads and never holds up the loop.
     CACHE         worker, posix_fadvise
 
 *Quick.* No flag makes a buffered write fail instead of wait (ext4 refuses RWF_NOWAIT there), so
-each inline write is timed. One that took very long, or two within a second that took long, mean
-that the kernel throttles whoever dirties pages, or that the disk is slow: writes then go to
-workers for a back-off period, which doubles while that repeats. So a slow disk holds the loop
-up a few times a minute at most. (Two, because a single one may be the scheduler's doing.) A
-worker that frees or zeroes space holds the inode's lock: no write goes inline meanwhile.
+each inline write is timed. One that took long may have met a slow disk, or the kernel throttling
+whoever dirties pages; or the scheduler just ran somebody else. So it puts the device on watch:
+
+    quick       inline, timed                      a slow one: watched
+    watched     inline, timed, and voluntary       one that was slow and slept: backing off
+                context switches counted           WATCHED_WRITES good ones: quick
+    backing     by workers, for 1 s, doubling      then watched
+     off        to 30 s, until quick again
+
+A slow disk thus holds the loop up twice, and after that once a back-off. A worker that frees
+or zeroes space holds the inode's lock: no write goes inline meanwhile.
 
 *FLUSH* covers the writes that have ended. FLUSHes that come while one runs ride together on the
 next one; never on the running one, for the kernel may have passed their pages already.
@@ -47,6 +53,7 @@ import stat
 import time
 from collections.abc import Callable
 from functools import partial
+from resource import RUSAGE_THREAD, getrusage
 from typing import Final
 
 from nbdtarget.bio import (
@@ -90,15 +97,13 @@ logger = logging.getLogger(__name__)
 
 INLINE_READ_MAX: Final = 1 << 20  # bytes; copying more would hold the loop up by itself
 INLINE_WRITE_MAX: Final = 256 << 10
-WRITE_SLOW_NS: Final = 2_000_000  # two of these within STRIKE_WINDOW_NS: back off
-WRITE_VERY_SLOW_NS: Final = 20_000_000  # one of these: back off
-STRIKE_WINDOW_NS: Final = 1_000_000_000
+WRITE_SLOW_NS: Final = 2_000_000
+WATCHED_WRITES: Final = 256
 BACKOFF_NS_MIN: Final = 1_000_000_000
 BACKOFF_NS_MAX: Final = 30_000_000_000
 EXTENTS_MAX: Final = 1024  # one call finds at most so many; the rest is called data
 ZEROES: Final = bytes(1 << 20)  # what zeroes are written from, piece by piece
 
-_NEVER_NS: Final = 1 << 62
 # Failures of a write that do not latch: it was refused before anything was lost, for want of
 # space (the page cache took nothing) or because the file system does not know the call.
 _NOTHING_LOST: Final = frozenset(
@@ -108,6 +113,7 @@ _NOTHING_LOST: Final = frozenset(
 _preadv = os.preadv
 _pwrite = os.pwrite
 _now_ns = time.monotonic_ns
+_getrusage = getrusage
 
 
 class _Sync:
@@ -139,10 +145,10 @@ class FileDevice(Device):
         self._syncs: set[_Sync] = set()
         self._flush_runs = False
         self._flush_waiting: list[Bio] = []
-        self._inline_after_ns = 0  # when writes may go inline (again)
+        self._is_quick = True  # and no space job runs: what `submit` looks at
+        self._watch_left = 0
         self._backoff_end_ns = 0
         self._backoff_ns = BACKOFF_NS_MIN
-        self._strike_ns = -STRIKE_WINDOW_NS
         self._nr_space_jobs = 0
         self._probe()
 
@@ -164,15 +170,29 @@ class FileDevice(Device):
                 else:
                     self._read_later(bio, got)
                 return
-        elif op == OP_WRITE and not bio.flags:
+        elif (
+            op == OP_WRITE
+            and self._is_quick
+            and not bio.flags
+            and bio.length <= INLINE_WRITE_MAX
+            and bio.offset + bio.length <= self.size
+            and not self.read_only
+        ):
+            payload = bio.payload
+            assert payload is not None
             start_ns = _now_ns()
-            if (
-                start_ns >= self._inline_after_ns
-                and bio.length <= INLINE_WRITE_MAX
-                and bio.offset + bio.length <= self.size
-            ):
-                self._write_inline(bio, start_ns)
+            try:
+                put = _pwrite(self._fd, payload, bio.offset)
+            except OSError as error:
+                self._write_failed(bio, error.errno or errnos.EIO)
                 return
+            if _now_ns() - start_ns > WRITE_SLOW_NS:
+                self._watch()
+            if put == bio.length:
+                bio.end(0)
+            else:
+                self._write_later(bio, put)
+            return
         self._submit_slow(bio)
 
     async def close(self) -> None:
@@ -192,22 +212,6 @@ class FileDevice(Device):
             raise DeviceError(status, self.name, "extents", offset, length)
         return found
 
-    def _write_inline(self, bio: Bio, start_ns: int) -> None:
-        payload = bio.payload
-        assert payload is not None
-        try:
-            put = _pwrite(self._fd, payload, bio.offset)
-        except OSError as error:
-            self._write_failed(bio, error.errno or errnos.EIO)
-            return
-        end_ns = _now_ns()
-        if end_ns - start_ns > WRITE_SLOW_NS:
-            self._inline_write_was_slow(end_ns, end_ns - start_ns)
-        if put == bio.length:
-            bio.end(0)
-        else:
-            self._write_later(bio, put)
-
     def _submit_slow(self, bio: Bio) -> None:
         """What does not go inline. Latched devices still read and write."""
         status = self.check_bounds(bio)
@@ -222,7 +226,7 @@ class FileDevice(Device):
         elif op == OP_READ:
             self._read_later(bio, 0)
         elif op == OP_WRITE:
-            self._write_later(bio, 0)
+            self._write_slow(bio)
         elif op == OP_FLUSH:
             self._flush_waiting.append(bio)
             self._start_flush()
@@ -264,25 +268,59 @@ class FileDevice(Device):
 
     # -- writes ---------------------------------------------------------------------------
 
-    def _inline_write_was_slow(self, now_ns: int, took_ns: int) -> None:
-        strikes = took_ns > WRITE_VERY_SLOW_NS or (
-            now_ns - self._strike_ns < STRIKE_WINDOW_NS
-        )
-        self._strike_ns = now_ns
-        if not strikes:
-            return
-        # Quick for as long as the last back-off lasted: that one is forgotten.
-        if now_ns - self._backoff_end_ns > self._backoff_ns:
-            self._backoff_ns = BACKOFF_NS_MIN
-        self._backoff_end_ns = now_ns + self._backoff_ns
-        self._backoff_ns = min(2 * self._backoff_ns, BACKOFF_NS_MAX)
-        self._set_inline_after()
-        logger.debug("%s: a write took %d us: backing off", self.name, took_ns // 1000)
+    def _write_slow(self, bio: Bio) -> None:
+        """A write that `submit` did not take: by a worker, or inline and watched."""
+        if (
+            self._watch_left
+            and not self._nr_space_jobs
+            and not bio.flags
+            and bio.length <= INLINE_WRITE_MAX
+            and _now_ns() >= self._backoff_end_ns
+        ):
+            self._write_watched(bio)
+        else:
+            self._write_later(bio, 0)
 
-    def _set_inline_after(self) -> None:
-        self._inline_after_ns = (
-            _NEVER_NS if self._nr_space_jobs else self._backoff_end_ns
+    def _write_watched(self, bio: Bio) -> None:
+        payload = bio.payload
+        assert payload is not None
+        slept = _getrusage(RUSAGE_THREAD).ru_nvcsw
+        start_ns = _now_ns()
+        try:
+            put = _pwrite(self._fd, payload, bio.offset)
+        except OSError as error:
+            self._write_failed(bio, error.errno or errnos.EIO)
+            return
+        took_ns = _now_ns() - start_ns
+        if took_ns > WRITE_SLOW_NS and _getrusage(RUSAGE_THREAD).ru_nvcsw > slept:
+            self._back_off(took_ns)
+        else:
+            self._watch_left -= 1
+            if self._watch_left == 0:
+                self._backoff_ns = BACKOFF_NS_MIN
+                self._set_quick()
+        if put == bio.length:
+            bio.end(0)
+        else:
+            self._write_later(bio, put)
+
+    def _watch(self) -> None:
+        self._watch_left = WATCHED_WRITES
+        self._set_quick()
+
+    def _back_off(self, took_ns: int) -> None:
+        logger.debug(
+            "%s: a write took %d us: by workers for %.0f s",
+            self.name,
+            took_ns // 1000,
+            self._backoff_ns / 1e9,
         )
+        self._backoff_end_ns = _now_ns() + self._backoff_ns
+        self._backoff_ns = min(2 * self._backoff_ns, BACKOFF_NS_MAX)
+        self._watch_left = WATCHED_WRITES
+
+    def _set_quick(self) -> None:
+        self._is_quick = not self._watch_left and not self._nr_space_jobs
 
     def _write_later(self, bio: Bio, put: int) -> None:
         bio.own()
@@ -382,11 +420,11 @@ class FileDevice(Device):
     def _space_job(self, bio: Bio, job: Callable[[], int]) -> None:
         """Run a job that holds the inode's lock; with FUA, sync in the same breath."""
         self._nr_space_jobs += 1
-        self._set_inline_after()
+        self._set_quick()
 
         def done(status: int) -> None:
             self._nr_space_jobs -= 1
-            self._set_inline_after()
+            self._set_quick()
             if sync is not None:
                 self._sync_done(sync, status)
             else:

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of devices: what they mean, what is refused, and that refusing changes nothing."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.devices.memory import MemoryDevice
+from nbdtarget.devices.resolve import (
+    create_device,
+    identity,
+    may_create,
+    open_device,
+    parse_size,
+)
+from nbdtarget.errors import ResolveError
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("64K", 65536),
+        ("1m", 1 << 20),
+        ("2G", 2 << 30),
+        ("1TiB", 1 << 40),
+        ("3P", 3 << 50),
+    ],
+)
+def test_parse_size_of_what_people_write(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "K", "-1", "1.5G", "1X", "64 K", "4iB", "8E", "9" * 20, "१"]
+)
+def test_parse_size_refuses_anything_else(text: str) -> None:
+    with pytest.raises(ValueError, match=r"size|large"):
+        parse_size(text)
+
+
+async def test_memory_has_the_size_and_the_name() -> None:
+    device = await open_device("memory:1T")
+    assert isinstance(device, MemoryDevice)
+    assert (device.size, device.name) == (1 << 40, "memory:1T")
+    await device.close()
+
+
+async def test_create_makes_a_file_of_zeroes(tmp_path: Path) -> None:
+    path = tmp_path / "new"
+    device = await create_device(str(path), 8192)
+    assert path.read_bytes() == bytes(8192)
+    assert (device.size, device.read_only) == (8192, False)
+    await device.close()
+
+
+async def test_create_refuses_what_exists(tmp_path: Path) -> None:
+    path = tmp_path / "there"
+    path.write_bytes(b"precious")
+    with pytest.raises(ResolveError) as caught:
+        await create_device(str(path), 8192)
+    assert str(caught.value) == f"{path}: file exists"
+    assert caught.value.errno == errno.EEXIST
+    assert path.read_bytes() == b"precious"
+
+
+async def test_create_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ResolveError):
+        await create_device(str(tmp_path / "huge"), (1 << 63) - 1)
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("missing", "no such file or directory"),
+        ("directory", "is a directory"),
+        ("fifo", "is not a regular file or block device"),
+        ("empty", "is empty"),
+        ("null", "is not a regular file or block device"),
+        ("loop", "too many levels of symbolic links"),
+        ("under_a_file", "not a directory"),
+    ],
+)
+async def test_open_refuses_in_one_line(
+    tmp_path: Path, kind: str, reason: str, read_only: bool
+) -> None:
+    path = tmp_path / kind
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "empty":
+        path.touch()
+    elif kind == "null":
+        path = Path("/dev/null")
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "under_a_file":
+        (tmp_path / "file").touch()
+        path = tmp_path / "file" / "x"
+    before = names(tmp_path)
+    with pytest.raises(ResolveError) as caught:
+        await open_device(str(path), read_only=read_only)
+    assert str(caught.value) == f"{path}: {reason}"
+    assert names(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open anything")
+async def test_open_without_permission_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(512))
+    path.chmod(stat.S_IRUSR)
+    with pytest.raises(ResolveError, match="permission denied"):
+        await open_device(str(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "https://example.org/disk",
+        "s3://bucket/disk",
+        "memory:",
+        "memory:0",
+        "memory:lots",
+        "",
+        "nul\0byte",
+    ],
+)
+async def test_open_refuses_names_that_mean_nothing(name: str) -> None:
+    with pytest.raises(ResolveError) as caught:
+        await open_device(name)
+    assert "\n" not in str(caught.value)
+
+
+async def test_unknown_scheme_says_which_are_known() -> None:
+    with pytest.raises(ResolveError, match=r"https: is not supported; .*memory:SIZE"):
+        await open_device("https://example.org/disk")
+
+
+async def test_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "a:b"
+    path.write_bytes(bytes(512))
+    device = await open_device(str(path))
+    assert device.size == 512
+    await device.close()
+
+
+def test_may_create_needs_the_directory_and_no_file(tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert may_create(str(tmp_path / "new"))
+    for name in ("there", "dangling", "no/dir", "slash/", "."):
+        assert not may_create(f"{tmp_path}/{name}"), name
+    for name in ("", "memory:1G", "nbd://h/x", "a\0b"):
+        assert not may_create(name), name
+
+
+def test_identity_is_one_for_all_names_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    missing = identity(str(path))
+    assert identity(f"{tmp_path}/./disk") == missing
+    path.touch()
+    (tmp_path / "link").symlink_to(path)
+    os.link(path, tmp_path / "hard")
+    assert identity(str(path)) == identity(str(tmp_path / "link"))
+    assert identity(str(path)) == identity(str(tmp_path / "hard"))
+    assert identity(str(path)) != missing
+
+
+def test_identity_of_memory_is_never_shared() -> None:
+    assert identity("memory:1G") != identity("memory:1G")
