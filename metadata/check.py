@@ -3,7 +3,7 @@
 
 from typing import NamedTuple
 
-from metadata.clone import load_bitmap
+from metadata.arena import load_bitmap
 from metadata.operations import Steps
 from metadata.superblock import CLEAN_SHUTDOWN, SUPERBLOCK_BLOCKS, read_superblock
 

@@ -71,30 +71,36 @@ import msgspec
 from bitarray import bitarray
 from bitarray.util import zeros
 
+from metadata.arena import (
+    JOURNAL_BLOCKS_MIN,
+    JOURNAL_BLOCKS_PREFERRED,
+    NR_ARENAS,
+    NR_REGIONS_MAX,
+    arena_blocks_for,
+    device_size_with,
+    load_bitmap,
+    new_chain,
+    refuse_foreign,
+)
 from metadata.envelope import BLOCK_SIZE, DIGEST_SIZE
 from metadata.errors import (
-    CorruptMetadata,
     FailedMetadata,
     GeometryMismatch,
-    MetadataTooSmall,
     NotFormatted,
     NotOurs,
     ReadOnlyMetadata,
 )
 from metadata.mode import Mode
-from metadata.operations import Flush, Steps, read
+from metadata.operations import Flush, Steps
 from metadata.records import (
     CHUNK_REGIONS,
     RUNS_PER_RECORD_MAX,
     Chain,
-    Record,
     Runs,
     append_runs,
-    apply_record,
     blocks_for_runs,
     encode_chunk,
     new_runs,
-    read_chain,
     snapshot_blocks_max,
 )
 from metadata.superblock import (
@@ -107,26 +113,7 @@ from metadata.superblock import (
     superblock_writes,
 )
 
-__all__ = [
-    "JOURNAL_BLOCKS_MIN",
-    "JOURNAL_BLOCKS_PREFERRED",
-    "NR_REGIONS_MAX",
-    "CloneMetadata",
-    "Mode",
-    "Transaction",
-    "load_bitmap",
-]
-
-NR_REGIONS_MAX: Final = 1 << 31  # the kernel's: "Too many regions"
-NR_ARENAS: Final = 2
-# The room that a journal has in the worst place, behind two snapshots.
-JOURNAL_BLOCKS_MIN: Final = 16
-JOURNAL_BLOCKS_PREFERRED: Final = 256
-# What is looked at before a device counts as all zero, besides the arenas' heads: the first
-# and last bytes, where partition tables, RAID members, LVM, ZFS and file systems show (btrfs
-# keeps its superblock at 64 KiB).
-FOREIGN_PROBE_SIZE: Final = 256 * 1024
-COUNT_REGIONS: Final = 1 << 25  # a popcount of 4 MiB takes a millisecond
+__all__ = ["NR_REGIONS_MAX", "CloneMetadata", "Mode", "Transaction"]
 
 _RW: Final = Mode.RW
 _FAIL: Final = Mode.FAIL
@@ -191,12 +178,12 @@ class CloneMetadata:
         Larger ones are not used in full; down to `device_size_min` smaller ones work, and
         compact more often.
         """
-        return _device_size(nr_regions, JOURNAL_BLOCKS_PREFERRED)
+        return device_size_with(nr_regions, JOURNAL_BLOCKS_PREFERRED)
 
     @staticmethod
     def device_size_min(nr_regions: int) -> int:
         """Return the bytes of the smallest metadata device for `nr_regions`."""
-        return _device_size(nr_regions, JOURNAL_BLOCKS_MIN)
+        return device_size_with(nr_regions, JOURNAL_BLOCKS_MIN)
 
     @classmethod
     def format(
@@ -214,15 +201,11 @@ class CloneMetadata:
         """
         nr_regions = _nr_regions(region_size, target_size)
         assert len(uuid) == 16
-        needed = cls.device_size_min(nr_regions)
-        if device_size < needed:
-            raise MetadataTooSmall(needed=needed, given=device_size)
-        size = min(device_size, cls.device_size_for(nr_regions))
-        arena_blocks = (size // BLOCK_SIZE - SUPERBLOCK_BLOCKS) // NR_ARENAS
+        arena_blocks = arena_blocks_for(nr_regions, device_size)
         try:
             found = yield from read_superblock(device_size)
         except NotFormatted:
-            yield from _refuse_foreign(device_size, arena_blocks)
+            yield from refuse_foreign(device_size, arena_blocks)
         else:
             raise NotOurs(
                 "the superblock area",
@@ -435,13 +418,13 @@ class CloneMetadata:
         assert self.nr_hydrated == self._superblock.nr_hydrated
         self._active = new_runs()
         self._transaction = None
-        self._drop_compaction()
+        self._compaction = None
         self._saved = None
 
     def fail(self) -> None:
         """Go to mode FAIL: everything raises FailedMetadata until it is opened again."""
         self.mode = _FAIL
-        self._drop_compaction()
+        self._compaction = None
 
     # Compaction
 
@@ -501,9 +484,6 @@ class CloneMetadata:
             and not self._unhealed
         )
 
-    def _drop_compaction(self) -> None:
-        self._compaction = None
-
     def _chunk_bounds(self, chunk_nr: int) -> tuple[int, int]:
         begin = chunk_nr * CHUNK_REGIONS
         return begin, min(begin + CHUNK_REGIONS, self.nr_regions)
@@ -550,7 +530,7 @@ class _Compaction:
 
     def __init__(self, superblock: CloneSuperblock) -> None:
         self.arena = (superblock.arena + 1) % NR_ARENAS
-        self.chain = _new_chain(superblock, self.arena, 0)
+        self.chain = new_chain(superblock, self.arena, 0)
         self.begin = self.chain.block
         self.since = new_runs()
         self.ready = False
@@ -609,7 +589,7 @@ class Transaction:
                 self._snapshot_block = compaction.begin
                 self._snapshot_blocks = chain.block - compaction.begin
                 self._snapshot_digest = chain.digest
-                metadata._drop_compaction()
+                metadata._compaction = None
                 return
         if _fits(self._chain, self.runs):
             return
@@ -620,11 +600,11 @@ class Transaction:
         skip = 0
         if late is not None and late.arena == self._arena:
             skip = snapshot_blocks_max(metadata.nr_regions)
-        self._chain = _new_chain(superblock, self._arena, skip)
+        self._chain = new_chain(superblock, self._arena, skip)
         self._snapshot_block = self._chain.block
         self._to_journal = new_runs()
         self._whole = True
-        metadata._drop_compaction()
+        metadata._compaction = None
         metadata._saved = {}
         metadata._save_from = 0
 
@@ -709,61 +689,6 @@ class Transaction:
         )
 
 
-def load_bitmap(superblock: CloneSuperblock, device_size: int) -> Steps[bitarray]:
-    """Read and check everything that `superblock` vouches for; return the bitmap.
-
-    Raises: CorruptMetadata, UnsupportedFormat; MetadataTooSmall: the device has shrunk.
-    """
-    nr_blocks = SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
-    if device_size < nr_blocks * BLOCK_SIZE:
-        raise MetadataTooSmall(needed=nr_blocks * BLOCK_SIZE, given=device_size)
-    if superblock.nr_regions > NR_REGIONS_MAX:
-        raise CorruptMetadata("nr_regions", NR_REGIONS_MAX, superblock.nr_regions)
-    hydrated = zeros(superblock.nr_regions, "little")
-    bits_begin_min: int | None = 0
-
-    def apply(record: Record, where: str) -> None:
-        nonlocal bits_begin_min
-        bits_begin_min = apply_record(
-            hydrated, record, where, bits_begin_min=bits_begin_min
-        )
-
-    digest = yield from read_chain(
-        kind="snapshot",
-        begin=superblock.snapshot_block,
-        end=superblock.journal_block,
-        digest=superblock.uuid,
-        generation_max=superblock.generation,
-        apply=apply,
-    )
-    _expect("digest of the snapshot", superblock.snapshot_digest, digest)
-    bits_begin_min = None
-    digest = yield from read_chain(
-        kind="journal",
-        begin=superblock.journal_block,
-        end=superblock.journal_end,
-        digest=digest,
-        generation_max=superblock.generation,
-        apply=apply,
-    )
-    _expect("digest of the journal", superblock.journal_digest, digest)
-    nr_hydrated = 0
-    for begin in range(0, superblock.nr_regions, COUNT_REGIONS):
-        end = min(begin + COUNT_REGIONS, superblock.nr_regions)
-        nr_hydrated += hydrated.count(1, begin, end)
-        yield ()
-    if nr_hydrated != superblock.nr_hydrated:
-        raise CorruptMetadata(
-            "number of hydrated regions", superblock.nr_hydrated, nr_hydrated
-        )
-    return hydrated
-
-
-def _expect(where: str, expected: bytes, found: bytes) -> None:
-    if expected != found:
-        raise CorruptMetadata(where, expected.hex(), found.hex())
-
-
 def _nr_regions(region_size: int, target_size: int) -> int:
     assert region_size > 0
     assert target_size > 0
@@ -772,36 +697,5 @@ def _nr_regions(region_size: int, target_size: int) -> int:
     return nr_regions
 
 
-def _device_size(nr_regions: int, journal_blocks: int) -> int:
-    arena_blocks = 2 * snapshot_blocks_max(nr_regions) + journal_blocks
-    return (SUPERBLOCK_BLOCKS + NR_ARENAS * arena_blocks) * BLOCK_SIZE
-
-
-def _new_chain(superblock: CloneSuperblock, arena: int, skip: int) -> Chain:
-    begin = SUPERBLOCK_BLOCKS + arena * superblock.arena_blocks
-    end = begin + superblock.arena_blocks
-    return Chain(block=begin + skip, end=end, digest=superblock.uuid)
-
-
 def _fits(chain: Chain, runs: Runs) -> bool:
     return chain.block + blocks_for_runs(len(runs) // 2) <= chain.end
-
-
-def _refuse_foreign(device_size: int, arena_blocks: int) -> Steps[None]:
-    """Raise NotOurs unless the rest of the device looks all zero: head, tail, arenas' heads.
-
-    The superblock area itself is `read_superblock`'s business.
-    """
-    begin = SUPERBLOCK_BLOCKS * BLOCK_SIZE
-    second_arena = begin + arena_blocks * BLOCK_SIZE
-    tail = max(begin, device_size - FOREIGN_PROBE_SIZE)
-    probes = [
-        (begin, min(FOREIGN_PROBE_SIZE, device_size)),
-        (second_arena, second_arena + BLOCK_SIZE),
-        (tail, device_size),
-    ]
-    for first, last in probes:
-        data = yield from read(first, last - first)
-        if any(data):
-            at = next(at for at, byte in enumerate(data) if byte)
-            raise NotOurs(f"byte {first + at}", bytes(data[at : at + 8]).hex())
