@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client that misbehaves costs its own connection and nothing else."""
+
+import random
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from scripts.processes import ServerProcess
+from tests.interop.clients import NAME, CloneUnderTest
+from tests.support.plain_client import CMD_READ, CMD_WRITE, REQUEST, PlainClient
+
+pytestmark = pytest.mark.interop
+
+Misbehave = Callable[[PlainClient], None]
+
+
+def garbage_request(client: PlainClient) -> None:
+    client.sock.sendall(random.Random(1).randbytes(64 * 1024))
+
+
+def half_a_header(client: PlainClient) -> None:
+    client.sock.sendall(REQUEST.pack(0x25609513, 0, CMD_READ, 1, 0, 4096)[:13])
+
+
+def half_a_payload(client: PlainClient) -> None:
+    header = REQUEST.pack(0x25609513, 0, CMD_WRITE, 1, 0, 1 << 20)
+    client.sock.sendall(header + b"x" * 100_000)
+
+
+def payload_without_end(client: PlainClient) -> None:
+    header = REQUEST.pack(0x25609513, 0, CMD_WRITE, 1, 0, 0xFFFFFFFF)
+    client.sock.sendall(header + b"x" * 100_000)
+
+
+def many_reads_never_received(client: PlainClient) -> None:
+    client.sock.setblocking(False)
+    try:
+        for _ in range(10_000):
+            client.send(CMD_READ, 0, 1 << 20)
+    except BlockingIOError:
+        pass  # the server stopped reading from us: what it should do
+    client.sock.setblocking(True)
+
+
+MISBEHAVIOUR = [
+    garbage_request,
+    half_a_header,
+    half_a_payload,
+    payload_without_end,
+    many_reads_never_received,
+]
+
+
+@pytest.fixture
+def good(clone: CloneUnderTest, served: ServerProcess) -> Iterator[PlainClient]:
+    with PlainClient(clone.socket, NAME, timeout_s=5.0) as client:
+        yield client
+
+
+@pytest.mark.parametrize("misbehave", MISBEHAVIOUR, ids=lambda f: f.__name__)
+def test_others_are_served_while_a_client_misbehaves(
+    clone: CloneUnderTest, good: PlainClient, misbehave: Misbehave
+) -> None:
+    with PlainClient(clone.socket, NAME) as bad:
+        misbehave(bad)
+        assert good.read(4096, 4096) == clone.content[4096:8192]
+        with PlainClient(clone.socket, NAME, timeout_s=5.0) as newcomer:
+            assert newcomer.read(0, 512) == clone.content[:512]
+
+
+@pytest.mark.parametrize("misbehave", MISBEHAVIOUR, ids=lambda f: f.__name__)
+def test_others_are_served_after_a_client_vanished(
+    clone: CloneUnderTest, good: PlainClient, misbehave: Misbehave
+) -> None:
+    bad = PlainClient(clone.socket, NAME)
+    misbehave(bad)
+    # A reset, not an orderly close.
+    bad.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    bad.sock.close()
+    assert good.read(4096, 4096) == clone.content[4096:8192]
+
+
+def test_half_a_write_changes_nothing(clone: CloneUnderTest, good: PlainClient) -> None:
+    bad = PlainClient(clone.socket, NAME)
+    half_a_payload(bad)
+    bad.sock.close()
+    assert good.read(0, 1 << 20) == clone.content[: 1 << 20]
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [b"GET / HTTP/1.1\r\n\r\n", bytes(64), b"\xff" * 4096],
+    ids=["http", "0", "f"],
+)
+def test_others_are_served_after_noise_instead_of_a_handshake(
+    clone: CloneUnderTest, good: PlainClient, noise: bytes
+) -> None:
+    with socket.socket(socket.AF_UNIX) as bad:
+        bad.connect(str(clone.socket))
+        bad.sendall(noise)
+        assert good.read(0, 512) == clone.content[:512]

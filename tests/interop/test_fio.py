@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fio writes random blocks at depth, then reads each back and checks its CRC."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.interop.clients import CloneUnderTest, client, needs
+
+pytestmark = [pytest.mark.interop, needs("fio")]
+
+
+@pytest.mark.parametrize("extra", [(), ("--no-hydration",)], ids=["hydrating", "not"])
+@pytest.mark.parametrize("block", ["4k-4k", "512-192k"])
+def test_fio_verifies_what_it_wrote(
+    clone: CloneUnderTest, tmp_path: Path, block: str, extra: tuple[str, ...]
+) -> None:
+    with clone.serve(*extra):
+        client(
+            *["fio", "--name=verify", "--ioengine=nbd", f"--uri={clone.uri}"],
+            *["--rw=randwrite", f"--bsrange={block}", "--bs_unaligned=0"],
+            *["--iodepth=32", "--randseed=5", "--verify=crc32c", "--do_verify=1"],
+            *["--verify_fatal=1", "--fsync=50", f"--aux-path={tmp_path}"],
+        )

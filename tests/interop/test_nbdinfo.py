@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What libnbd's nbdinfo sees of a clone."""
+
+from itertools import pairwise
+
+import pytest
+
+from scripts.processes import ServerProcess
+from tests.interop.clients import NAME, CloneUnderTest, client, needs, report
+
+pytestmark = [pytest.mark.interop, needs("nbdinfo")]
+
+ZERO = 2  # base:allocation
+
+
+def test_nbdinfo_sees_size_and_abilities(
+    clone: CloneUnderTest, served: ServerProcess
+) -> None:
+    seen = report("nbdinfo", "--json", clone.uri)
+    assert seen["protocol"] == "newstyle-fixed"
+    assert seen["structured"]
+    (export,) = seen["exports"]
+    assert export["export-name"] == NAME
+    assert export["export-size"] == len(clone.content)
+    assert export["contexts"] == ["base:allocation"]
+    assert not export["is_read_only"]
+    able = {key for key in export if key.startswith("can_") and export[key]}
+    assert able >= {"can_flush", "can_fua", "can_trim", "can_zero", "can_df"}
+    assert able >= {"can_cache", "can_multi_conn"}
+
+
+def test_nbdinfo_lists_the_export(clone: CloneUnderTest, served: ServerProcess) -> None:
+    bare = f"nbd+unix:///?socket={clone.socket}"
+    seen = report("nbdinfo", "--list", "--json", bare)
+    assert [export["export-name"] for export in seen["exports"]] == [NAME]
+
+
+def test_empty_name_is_the_only_export(
+    clone: CloneUnderTest, served: ServerProcess
+) -> None:
+    size = client("nbdinfo", "--size", f"nbd+unix:///?socket={clone.socket}")
+    assert int(size) == len(clone.content)
+
+
+def test_unknown_export_is_refused(
+    clone: CloneUnderTest, served: ServerProcess
+) -> None:
+    bad = f"nbd+unix:///nobody?socket={clone.socket}"
+    said = client("nbdinfo", "--size", bad, status=1)
+    assert "nobody" in said or "export" in said
+
+
+def test_map_covers_the_disk_and_calls_zero_only_what_is(
+    clone: CloneUnderTest, served_unhydrated: ServerProcess
+) -> None:
+    extents = report("nbdinfo", "--map", "--json", clone.uri)
+    ends = [extent["offset"] + extent["length"] for extent in extents]
+    assert [0, *ends[:-1]] == [extent["offset"] for extent in extents]
+    assert ends[-1] == len(clone.content)
+    assert all(one["type"] != two["type"] for one, two in pairwise(extents))
+    for extent in extents:
+        if extent["type"] & ZERO:
+            part = clone.content[extent["offset"] :][: extent["length"]]
+            assert not any(part)
+
+
+def test_map_shows_the_hole_of_the_source(
+    clone: CloneUnderTest, served_unhydrated: ServerProcess
+) -> None:
+    extents = report("nbdinfo", "--map", "--json", clone.uri)
+    holes = [extent for extent in extents if extent["type"] & ZERO]
+    assert sum(extent["length"] for extent in holes) >= 2 << 20

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU's block layer as the client: qemu-img and qemu-io."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.processes import ServerProcess
+from tests.interop.clients import MIB, CloneUnderTest, client, needs, report
+
+pytestmark = [pytest.mark.interop, needs("qemu-img", "qemu-io")]
+
+
+def qemu_io(uri: str, *commands: str) -> None:
+    """Run commands; a pattern that does not match, or an I/O error, fails the test."""
+    words = [word for command in commands for word in ("-c", command)]
+    said = client("qemu-io", "--format", "raw", *words, uri)
+    assert "failed" not in said
+
+
+def test_qemu_img_info_and_map(clone: CloneUnderTest, served: ServerProcess) -> None:
+    info = report("qemu-img", "info", "--output=json", "-f", "raw", clone.uri)
+    assert info["virtual-size"] == len(clone.content)
+    extents = report("qemu-img", "map", "--output=json", "-f", "raw", clone.uri)
+    assert sum(extent["length"] for extent in extents) == len(clone.content)
+    for extent in extents:
+        if extent["zero"]:
+            assert not any(clone.content[extent["start"] :][: extent["length"]])
+
+
+def test_qemu_img_compares_equal_to_the_source(
+    clone: CloneUnderTest, served: ServerProcess
+) -> None:
+    raw = ["-f", "raw", "-F", "raw"]
+    said = client("qemu-img", "compare", *raw, clone.uri, clone.source)
+    assert "identical" in said
+
+
+def test_qemu_img_converts_out_and_in(clone: CloneUnderTest, tmp_path: Path) -> None:
+    qcow2 = tmp_path / "copy.qcow2"
+    with clone.serve():
+        client("qemu-img", "convert", "-f", "raw", "-O", "qcow2", clone.uri, str(qcow2))
+        client("qemu-img", "convert", "-n", "-O", "raw", str(qcow2), clone.uri)
+        client("qemu-img", "compare", "-F", "raw", str(qcow2), clone.uri)
+    clone.hydrate()
+    assert clone.dest.read_bytes() == clone.content
+
+
+def test_qemu_io_reads_back_what_it_wrote(
+    clone: CloneUnderTest, served_unhydrated: ServerProcess
+) -> None:
+    qemu_io(
+        clone.uri,
+        "write -P 0x11 4k 4k",
+        "write -P 0x22 60k 200k",  # over three region borders
+        "write -f -P 0x33 1M 512",  # FUA
+        "flush",
+        "read -P 0x11 4k 4k",
+        "read -P 0x22 60k 200k",
+        "read -P 0x33 1M 512",
+    )
+
+
+def test_qemu_io_zeroes_and_discards(clone: CloneUnderTest) -> None:
+    with clone.serve("--no-hydration"):
+        qemu_io(
+            clone.uri,
+            "write -P 0x44 6M 1M",
+            "write -z 6300k 100k",
+            "write -z -u 6500k 64k",
+            "discard 7M 512k",
+            "flush",
+            "read -P 0 6300k 100k",
+            "read -P 0 6500k 64k",
+            "read -P 0x44 6M 100k",
+        )
+    clone.hydrate()
+    dest = clone.dest.read_bytes()
+    assert dest[: 6 * MIB] == clone.content[: 6 * MIB]
+    assert not any(dest[6300 * 1024 : 6400 * 1024])
+    assert dest[6 * MIB : 6300 * 1024] == b"\x44" * (6300 * 1024 - 6 * MIB)
+
+
+def test_written_data_is_there_after_a_restart(clone: CloneUnderTest) -> None:
+    with clone.serve("--no-hydration"):
+        qemu_io(clone.uri, "write -P 0x55 3M 100k", "flush")
+    with clone.serve():
+        qemu_io(clone.uri, "read -P 0x55 3M 100k")
+    clone.hydrate()
+    with clone.serve():
+        qemu_io(clone.uri, "read -P 0x55 3M 100k")

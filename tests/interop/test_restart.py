@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A killed server keeps its word. A short run of what `make kill-test` does for longer."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from scripts.kill_loop import CloneUnderFire
+from tests.interop.clients import CloneUnderTest
+
+pytestmark = pytest.mark.interop
+
+
+@pytest.mark.slow
+def test_flushed_writes_survive_sigkill_under_load(tmp_path: Path) -> None:
+    fire = CloneUnderFire(tmp_path, random.Random(11), size=4 << 20)
+    for life_s in (0.05, 0.2, 0.3):
+        fire.fire(life_s)
+    fire.finish()
+
+
+def test_sigint_ends_it_as_sigterm_does(clone: CloneUnderTest) -> None:
+    process = clone.start()
+    process.signal(signal.SIGINT)
+    assert process.wait() == 0
+    assert not os.path.lexists(clone.socket)
