@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of this room."""
+
+import pytest
+
+from metadata import clone, records
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots of several chunks, though the bitmap is small: 512 regions each."""
+    monkeypatch.setattr(records, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(clone, "CHUNK_REGIONS", 512)

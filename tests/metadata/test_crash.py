@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The power is cut after every event of a workload, and every image must be right.
+
+And the test itself is tested: each deliberate bug in `DRIVER_MUTANTS` and `CODE_MUTANTS` must
+make it fail.
+"""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from metadata import superblock as superblocks
+from metadata.clone import CloneMetadata, Transaction
+from metadata.errors import MetadataError, NotFormatted
+from metadata.operations import Flush, Steps
+from metadata.records import append_runs, new_runs
+from metadata.superblock import CloneSuperblock, format_superblocks, superblock_writes
+from tests.metadata.store import Store, drive
+from tests.metadata.world import (
+    NR_REGIONS,
+    REGION_SIZE,
+    TARGET_SIZE,
+    UUID,
+    Mutant,
+    World,
+    open_image,
+)
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
+
+SEEDS = range(5)
+NR_EVENTS = 1000
+MUTANT_SEEDS = range(40)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["compacted", "overtaken"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_crash_image_opens_at_an_acknowledged_state(
+    seed: int, lazy: bool
+) -> None:
+    world = World(seed, lazy=lazy)
+    world.run(NR_EVENTS)
+    assert world.acknowledged > 20
+    assert world.nr_moves > 1, "the workload must reach both arenas"
+
+
+def test_workload_overtakes_compactions() -> None:
+    # Else the rarest way through `_plan` would go untested.
+    worlds = [World(seed, lazy=True) for seed in SEEDS]
+    for world in worlds:
+        world.run(NR_EVENTS)
+    assert sum(world.nr_overtaken for world in worlds) > 0
+
+
+# Deliberate bugs
+
+
+DRIVER_MUTANTS = {
+    "superblock before the journal's flush": Mutant(journal_unflushed=True),
+    "superblock without FUA": Mutant(superblock_without_fua=True),
+    "superblock before the destination's flush": Mutant(
+        superblock_before_destination=True
+    ),
+    "snapshot not flushed before the switch": Mutant(snapshot_unflushed=True),
+    "acknowledged before the superblock has ended": Mutant(acknowledged_early=True),
+    "one copy of the superblock": Mutant(single_copy=True),
+    "opened without a flush": Mutant(opened_without_flush=True),
+}
+
+
+def is_caught(mutant: Mutant | None = None) -> bool:
+    """Tell whether some seed notices; any exception will do, an oracle's or the code's."""
+    for seed in MUTANT_SEEDS:
+        try:
+            World(seed, mutant, lazy=bool(seed % 2)).run(NR_EVENTS)
+        except (AssertionError, MetadataError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", DRIVER_MUTANTS)
+def test_driver_mutant_is_caught(name: str) -> None:
+    assert is_caught(DRIVER_MUTANTS[name])
+
+
+def rewrite_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merge each record with the one before, in that one's place, to save space."""
+    original = Transaction._plan
+    last: dict[int, tuple[int, bytes, list[int]]] = {}
+
+    def plan(self: Transaction) -> None:
+        original(self)
+        if self.moves:
+            return
+        previous = last.get(self.generation - 1)
+        merged = new_runs()
+        if previous is not None and previous[0] == self._chain.block - 1:
+            self._chain.block, self._chain.digest = previous[0], previous[1]
+            merged.extend(previous[2])
+        merged.extend(self.runs)
+        self._to_journal = merged
+        place = self._chain.block, self._chain.digest
+        last[self.generation] = (*place, list(merged))
+
+    monkeypatch.setattr(Transaction, "_plan", plan)
+
+
+def save_no_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a commit's own snapshot take in bits of the next transaction."""
+    monkeypatch.setattr(CloneMetadata, "_save_chunks", lambda *_: None)
+
+
+def forget_the_late_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a commit's snapshot where an abandoned compaction still writes."""
+    original = Transaction._plan
+
+    def plan(self: Transaction) -> None:
+        late, self._metadata._compacting = self._metadata._compacting, None
+        original(self)
+        self._metadata._compacting = late
+
+    monkeypatch.setattr(Transaction, "_plan", plan)
+
+
+def forget_changes_since_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch with this transaction's changes only."""
+    original = Transaction._plan
+
+    def plan(self: Transaction) -> None:
+        compaction = self._metadata._compaction
+        if compaction is not None:
+            compaction.since = new_runs()
+        original(self)
+
+    monkeypatch.setattr(Transaction, "_plan", plan)
+
+
+def swap_no_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let changes made after pre_commit ride on the transaction under way."""
+    original = CloneMetadata.set_hydrated
+
+    def set_hydrated(self: CloneMetadata, begin: int, end: int) -> None:
+        active = len(self._active)
+        original(self, begin, end)
+        transaction = self._transaction
+        if transaction is not None and not transaction._journaled:
+            for at in range(active, len(self._active), 2):
+                append_runs(transaction.runs, *self._active[at : at + 2])
+                transaction._nr_hydrated += self._active[at + 1]
+            del self._active[active:]
+
+    monkeypatch.setattr(CloneMetadata, "set_hydrated", set_hydrated)
+
+
+def heal_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rely on a single good copy of the superblock."""
+    original = CloneMetadata.changed.fget
+    assert original is not None
+
+    def changed(self: CloneMetadata) -> bool:
+        kept, self._unhealed = self._unhealed, frozenset()
+        answer = original(self)
+        self._unhealed = kept
+        return answer
+
+    monkeypatch.setattr(CloneMetadata, "changed", property(changed))
+
+
+def same_slot_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write every generation over the one before."""
+    monkeypatch.setattr(superblocks, "NR_SLOTS", 1)
+
+
+CODE_MUTANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    patch.__name__: patch
+    for patch in (
+        rewrite_the_last_block,
+        save_no_chunks,
+        forget_the_late_write,
+        forget_changes_since_compaction,
+        swap_no_changes,
+        heal_nothing,
+        same_slot_always,
+    )
+}
+
+
+@pytest.mark.parametrize("name", CODE_MUTANTS)
+def test_code_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    CODE_MUTANTS[name](monkeypatch)
+    assert is_caught()
+
+
+# Formatting
+
+
+def format_steps(size: int) -> Steps[CloneMetadata]:
+    return CloneMetadata.format(
+        device_size=size,
+        region_size=REGION_SIZE,
+        target_size=TARGET_SIZE,
+        uuid=UUID,
+    )
+
+
+def format_crash_images() -> list[bytes]:
+    """Return what a crash at any time while formatting may leave."""
+    rng = random.Random(1)
+    store = Store(CloneMetadata.device_size_min(NR_REGIONS))
+    steps = format_steps(store.size)
+    images: list[bytes] = []
+    answer = None
+    try:
+        while True:
+            operation = steps.send(answer)
+            if isinstance(operation, tuple) and not hasattr(operation, "_fields"):
+                tickets = [store.submit(each) for each in operation]
+                images.extend(store.crash_images(rng))
+                answer = tuple(store.end(ticket) for ticket in tickets)
+            else:
+                answer = store.do(operation)
+            images.extend(store.crash_images(rng))
+    except StopIteration:
+        return images
+
+
+def test_crash_while_formatting_leaves_it_formatted_or_formattable() -> None:
+    opened = unformatted = 0
+    for image in format_crash_images():
+        try:
+            metadata = open_image(image)
+            opened += 1
+        except NotFormatted:
+            unformatted += 1
+            metadata = drive(Store(len(image), image), format_steps(len(image)))
+        assert (metadata.generation, metadata.nr_hydrated) == (1, 0)
+    assert opened > 0
+    assert unformatted > 0
+
+
+def test_crash_while_formatting_is_caught_when_slots_are_written_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hasty(superblock: CloneSuperblock) -> Steps[CloneSuperblock]:
+        replace = superblocks.msgspec.structs.replace
+        second = replace(superblock, generation=1)
+        yield (*superblock_writes(superblock), *superblock_writes(second))
+        yield Flush()
+        return second
+
+    monkeypatch.setattr("metadata.clone.format_superblocks", hasty)
+    assert format_superblocks is not hasty
+    with pytest.raises(MetadataError):
+        test_crash_while_formatting_leaves_it_formatted_or_formattable()
