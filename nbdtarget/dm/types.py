@@ -4,6 +4,7 @@
 from typing import Final
 
 from nbdtarget.targets.base import Target
+from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.error import ErrorTarget
 from nbdtarget.targets.linear import LinearTarget
 from nbdtarget.targets.zero import ZeroTarget
@@ -12,5 +13,5 @@ __all__ = ["TARGET_TYPES"]
 
 TARGET_TYPES: Final[dict[str, type[Target]]] = {
     target_type.type_name: target_type
-    for target_type in (LinearTarget, ZeroTarget, ErrorTarget)
+    for target_type in (LinearTarget, ZeroTarget, ErrorTarget, CloneTarget)
 }

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes and discards that reach regions which are not hydrated yet.
+
+Theory of operation. One `RegionWrite` takes one WRITE or WRITE_ZEROES through these steps:
+
+    lock      all regions that it touches, in one cell; waits for older work on any of them
+    look      again: what was waited for may have hydrated them all, then it is a plain write
+    gaps      at a ragged edge, the rest of an unhydrated region must come from the source;
+              at most one gap before and one behind the write. No gaps: nothing is read
+    write     gaps and payload to the destination; the regions stay "not hydrated" meanwhile,
+              so everybody reads the source and a crash or an error loses nothing
+    bits      set when the write has ended, never before; then the lock goes, then the bio ends,
+              with FUA only after a commit. That commit flushes the destination, so the write
+              itself needs no FUA
+
+Only gaps are read from the source, never what is about to be overwritten: a bad sector there
+does not matter if the write covers it. A small write is read into place and written in
+one piece together with its gaps; one that is too large for that has its gaps copied by the `Copier`
+first. All of it is callbacks, so that on devices that answer at once the whole way is
+walked inside `map`, with no task and no future. Those cost more than the I/O.
+
+Bounds: `deferred_bios_max` writes hold locks and buffers at a time; more wait their turn here,
+first come first served, and hold only their payload, which the server's own limits bound.
+
+A discard locks its whole regions, sets their bits without copying anything, and goes on to
+the destination if passdown is on. Because it takes the lock, no copy is under way that could overtake
+a write which follows the discard.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final
+
+from metadata.errors import MetadataError
+from nbdtarget.bio import FAST_ZERO, FUA, OP_DISCARD, OP_READ, OP_WRITE, Bio
+from nbdtarget.devices.base import Device
+from nbdtarget.targets.clone.regions import Regions
+from nbdtarget.targets.copier import CopyError
+from nbdtarget.targets.prison import Cell
+
+__all__ = ["DEFERRED_BIOS_MAX", "Foreground"]
+
+DEFERRED_BIOS_MAX: Final = 256
+CHILDREN_AT_ONCE_MAX: Final = 64
+MERGE_BYTES_MAX: Final = 256 << 10  # gaps and payload in one buffer up to here
+
+log = logging.getLogger(__name__)
+
+Gap = tuple[int, int]  # bytes, half-open
+
+
+class Foreground:
+    """What clients' own I/O hydrates."""
+
+    def __init__(
+        self, regions: Regions, *, deferred_bios_max: int = DEFERRED_BIOS_MAX
+    ) -> None:
+        self.regions = regions
+        self.deferred_bios_max = deferred_bios_max
+        self._nr_running = 0
+        self._queue: deque[RegionWrite] = deque()
+        self._is_starting = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def write(self, bio: Bio) -> None:
+        """Take a WRITE or WRITE_ZEROES whose offset is relative to the target; ends it."""
+        write = RegionWrite(self, bio)
+        if bio.flags & FAST_ZERO and write.gaps():
+            bio.end(errnos.ENOTSUP)
+            return
+        self._queue.append(write)
+        self._start_queued()
+        if not write.has_payload_left:
+            bio.own()
+
+    def write_hydrated(self, bio: Bio) -> None:
+        """Send a WRITE, WRITE_ZEROES or DISCARD to the destination; its regions are hydrated.
+
+        With FUA it waits for a commit first, if anything is not committed: else it could
+        be durable on a destination that a crash reverts to the source.
+        """
+        regions = self.regions
+        if not bio.flags & FUA or regions.committer.is_clean:
+            regions.destination.submit(bio)
+            return
+        bio.own()
+
+        def committed(errno: int) -> None:
+            if errno:
+                bio.end(errno)
+            else:
+                regions.destination.submit(bio)
+
+        regions.committer.after_commit(committed)
+
+    def submit_children(self, children: Sequence[tuple[Device, Bio]]) -> None:
+        """Submit a cut READ's children; when there are many, not all at once."""
+        if len(children) <= CHILDREN_AT_ONCE_MAX:
+            for device, child in children:
+                device.submit(child)
+        else:
+            self.spawn(self._submit_in_turns(children))
+
+    async def _submit_in_turns(self, children: Sequence[tuple[Device, Bio]]) -> None:
+        for nr, (device, child) in enumerate(children, 1):
+            device.submit(child)
+            if nr % CHILDREN_AT_ONCE_MAX == 0:
+                await asyncio.sleep(0)
+
+    def discard(self, bio: Bio, begin: int, end: int, *, passdown: bool) -> None:
+        """Take a DISCARD of the whole regions `begin` to `end`; ends it."""
+        regions = self.regions
+
+        def granted(cell: Cell) -> None:
+            try:
+                regions.set_hydrated(begin, end)
+            except MetadataError:
+                errno = errnos.EIO
+            else:
+                errno = 0
+            regions.prison.release(cell)
+            regions.wake()
+            if errno or not passdown:
+                self._end_discard(bio, errno)
+                return
+            at, stop = regions.span(begin, end)
+            regions.destination.submit(
+                Bio(
+                    OP_DISCARD,
+                    at,
+                    stop - at,
+                    None,
+                    0,
+                    lambda child: self._end_discard(bio, child.status),
+                )
+            )
+
+        regions.prison.lock(begin, end, granted)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run what is too long for callbacks; ends before the bio that it works for does."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def ended(self) -> None:
+        """One write has left: the next may start."""
+        self._nr_running -= 1
+        self._start_queued()
+        self.regions.wake()
+
+    def _end_discard(self, bio: Bio, errno: int) -> None:
+        if errno == 0 and bio.flags & FUA:
+            self.regions.committer.after_commit(bio.end)
+        else:
+            bio.end(errno)
+
+    def _start_queued(self) -> None:
+        # A write that ends at once calls us again: a loop, not a recursion, starts the next.
+        if self._is_starting:
+            return
+        self._is_starting = True
+        try:
+            while self._queue and self._nr_running < self.deferred_bios_max:
+                self._nr_running += 1
+                self._queue.popleft().start()
+        finally:
+            self._is_starting = False
+
+
+class RegionWrite:
+    """One write on its way. See the module head.
+
+    Attributes:
+        first, last: the regions that it touches, half-open.
+        has_payload_left: the bio's payload is not needed any more, or has an owner.
+    """
+
+    __slots__ = (
+        "begin",
+        "bio",
+        "cell",
+        "end",
+        "error",
+        "first",
+        "foreground",
+        "has_payload_left",
+        "last",
+        "merged",
+        "merged_begin",
+        "reads_left",
+        "regions",
+    )
+
+    cell: Cell
+    merged: memoryview
+    merged_begin: int
+
+    def __init__(self, foreground: Foreground, bio: Bio) -> None:
+        self.foreground = foreground
+        self.regions = foreground.regions
+        self.bio = bio
+        self.begin = bio.offset
+        self.end = bio.offset + bio.length
+        self.first = self.begin >> self.regions.shift
+        self.last = ((self.end - 1) >> self.regions.shift) + 1
+        self.has_payload_left = False
+        self.reads_left = 0
+        self.error = 0
+
+    def start(self) -> None:
+        self.regions.prison.lock(self.first, self.last, self._granted)
+
+    def gaps(self) -> list[Gap]:
+        """What must come from the source, as things stand."""
+        regions = self.regions
+        hydrated = regions.metadata.all_hydrated
+        gaps = []
+        region_begin, _ = regions.span(self.first, self.first + 1)
+        if region_begin < self.begin and not hydrated(self.first, self.first + 1):
+            gaps.append((region_begin, self.begin))
+        _, region_end = regions.span(self.last - 1, self.last)
+        if self.end < region_end and not hydrated(self.last - 1, self.last):
+            gaps.append((self.end, region_end))
+        return gaps
+
+    def _granted(self, cell: Cell) -> None:
+        self.cell = cell
+        regions = self.regions
+        if regions.has_failed:
+            pass
+        elif regions.metadata.all_hydrated(self.first, self.last):
+            # Somebody else's copy or write was quicker. The lock is for who hydrates.
+            regions.prison.release(cell)
+            self.has_payload_left = True
+            self.foreground.write_hydrated(self.bio)
+            self.foreground.ended()
+            return
+        regions.nr_hydrating += self.last - self.first
+        if not regions.is_writable:
+            self._leave(errnos.EIO)
+            return
+        gaps = self.gaps()
+        if not gaps:
+            self._write_payload()
+        elif self.bio.op == OP_WRITE and self._merged_length(gaps) <= MERGE_BYTES_MAX:
+            self._read_gaps(gaps)
+        else:
+            self.foreground.spawn(self._copy_gaps(gaps))
+
+    def _merged_length(self, gaps: list[Gap]) -> int:
+        return self.bio.length + sum(end - begin for begin, end in gaps)
+
+    def _read_gaps(self, gaps: list[Gap]) -> None:
+        self.merged = memoryview(bytearray(self._merged_length(gaps)))
+        self.merged_begin = at = min(self.begin, gaps[0][0])
+        self.reads_left = len(gaps)
+        for begin, end in gaps:
+            view = self.merged[begin - at : end - at]
+            self.regions.source.submit(
+                Bio(OP_READ, begin, end - begin, view, 0, self._gap_read)
+            )
+
+    def _gap_read(self, child: Bio) -> None:
+        if child.status:
+            log.warning("%s: foreground hydration: %r", self._name, child)
+            self.error = errnos.EIO
+        self.reads_left -= 1
+        if self.reads_left:
+            return
+        if self.error:
+            self._leave(self.error)
+            return
+        payload = self.bio.payload
+        assert payload is not None
+        at = self.begin - self.merged_begin
+        self.merged[at : at + len(payload)] = payload
+        self.has_payload_left = True
+        self.regions.destination.submit(
+            Bio(
+                OP_WRITE,
+                self.merged_begin,
+                len(self.merged),
+                self.merged,
+                0,
+                self._written,
+            )
+        )
+
+    async def _copy_gaps(self, gaps: list[Gap]) -> None:
+        try:
+            for begin, end in gaps:
+                await self.regions.copier.copy(begin, end - begin)
+        except CopyError as failure:
+            log.warning("%s: foreground hydration: %s", self._name, failure)
+            self._leave(errnos.EIO if failure.is_read else failure.error.errno)
+        else:
+            self._write_payload()
+
+    def _write_payload(self) -> None:
+        bio = self.bio
+        self.has_payload_left = True
+        self.regions.destination.submit(
+            Bio(
+                bio.op,
+                bio.offset,
+                bio.length,
+                bio.payload,
+                bio.flags & ~FUA,
+                self._written,
+                None,
+                bio.borrowed,
+            )
+        )
+
+    def _written(self, child: Bio) -> None:
+        if child.status:
+            self._leave(child.status)
+            return
+        try:
+            self.regions.set_hydrated(self.first, self.last)
+        except MetadataError:
+            self._leave(errnos.EIO)
+        else:
+            self._leave(0)
+
+    def _leave(self, errno: int) -> None:
+        self.regions.nr_hydrating -= self.last - self.first
+        self.regions.prison.release(self.cell)
+        self.has_payload_left = True
+        if errno == 0 and self.bio.flags & FUA:
+            self.regions.committer.after_commit(self.bio.end)
+        else:
+            self.bio.end(errno)
+        self.foreground.ended()
+
+    @property
+    def _name(self) -> str:
+        return self.regions.committer.name

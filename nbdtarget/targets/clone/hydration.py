@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Background hydration: copies what nobody has asked for yet.
+
+Theory of operation. One task looks for work, from a remembered offset on and around the end;
+each job it finds runs as a task of its own:
+
+    data   a run of unhydrated, unlocked regions, up to `batch_size` and the room that is left
+           under `threshold`: data is copied, zeroes inside are written as zeroes
+    zeroes a run of regions that are a hole in the source, of any length up to a window: one
+           `write_zeroes` for all of them, no copy. Counts as one region
+
+    job:   lock the run -> fill it on the destination -> set its bits -> unlock
+
+Nothing else writes to a run while it is locked and unhydrated, and bits are set only when
+all writes of the job have ended. A crash or an error before that costs only the work.
+
+Threshold, as the kernel counts: regions being hydrated by anybody, clients' own writes
+included, plus the ones that a new batch would add, do not exceed it. Threshold 0 stops the
+background. A batch is not cut short while a job of ours runs that will make more room.
+
+Clients first. While client I/O arrives (something came in the last `QUIET_S`), only one
+job runs at a time, with a rest of three times its duration after it: clients keep three quarters of
+the time, yet hydration goes on under any load. After `QUIET_S` of silence it is at
+full speed again. (The kernel stops altogether while any I/O is in flight, and may take a
+second to go on: a busy disk is never hydrated, a quiet one late.)
+
+Errors. A job that fails is tried again by halves, so a bad sector costs its own region and
+not its neighbours'; what still fails waits in `Failures`, longer each time, and is reported in
+the log and by an event when it is new. When job after job fails altogether (a dead device),
+the whole hydration slows down too.
+
+The end. When the last bit is set a commit is started at once; the target sees the committed bits
+full and raises the event. Here the task just ends; `wake` starts another if need be.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from metadata.errors import MetadataError
+from nbdtarget.clock import Clock, Timer
+from nbdtarget.errors import DeviceError
+from nbdtarget.targets.clone.failures import Failures
+from nbdtarget.targets.clone.holes import Holes, Piece
+from nbdtarget.targets.clone.regions import Regions
+from nbdtarget.targets.copier import CopyError
+from nbdtarget.targets.prison import Cell
+
+__all__ = ["Hydration"]
+
+QUIET_S: Final = 0.010
+REST_FACTOR: Final = 3
+REST_S_MAX: Final = 0.100
+SCAN_REGIONS_MAX: Final = 1 << 25  # bits looked through between two turns of the loop
+ZERO_REGIONS_MAX: Final = 1 << 25
+ZERO_BYTES_SLOW_MAX: Final = 4 << 20  # where the destination must write its zeroes
+ERRORS_PER_JOB_MAX: Final = 64
+FAILED_JOBS_FREE: Final = 8  # failed in a row before hydration slows down
+SLOW_S_MIN: Final = 0.1
+SLOW_S_MAX: Final = 10.0
+_NS: Final = 1_000_000_000
+
+log = logging.getLogger(__name__)
+
+
+class Hydration:
+    """The background hydration of one clone. See the module head.
+
+    Args:
+        event: called when a failure is new.
+        broken: called with an exception of our own making, after which nothing can be trusted.
+
+    Attributes:
+        enabled, threshold, batch_size: as the messages set them; call `wake` after a change.
+        failures: what could not be copied.
+    """
+
+    def __init__(
+        self,
+        regions: Regions,
+        clock: Clock,
+        *,
+        enabled: bool,
+        threshold: int,
+        batch_size: int,
+        event: Callable[[], None],
+        broken: Callable[[BaseException], None],
+    ) -> None:
+        self.regions = regions
+        self.clock = clock
+        self.enabled = enabled
+        self.threshold = threshold
+        self.batch_size = batch_size
+        self.failures = Failures()
+        self._event = event
+        self._broken = broken
+        self._holes = Holes(
+            regions.source, length=regions.length, region_size=regions.region_size
+        )
+        self._is_resumed = False
+        self._offset = 0
+        self._task: asyncio.Task[None] | None = None
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._woken = asyncio.Event()
+        self._bios_seen = 0
+        self._busy_until_ns = 0
+        self._rest_until_ns = 0
+        self._slow_until_ns = 0
+        self._nr_failed_jobs = 0
+        regions.wake = self.wake
+
+    @property
+    def nr_jobs(self) -> int:
+        return len(self._jobs)
+
+    def resume(self) -> None:
+        """Start, if there is anything to do."""
+        self._is_resumed = True
+        self.wake()
+
+    def presuspend(self) -> None:
+        """Start no more jobs; those under way go on."""
+        self._is_resumed = False
+        self._woken.set()
+
+    async def quiesce(self) -> None:
+        """Wait until no job is under way. After `presuspend`."""
+        assert not self._is_resumed
+        while tasks := [*self._jobs, *([self._task] if self._task else [])]:
+            await asyncio.wait(tasks)
+        self.regions.copier.drop_buffers()
+
+    def wake(self) -> None:
+        """Something has changed that may let a job start."""
+        if self._task is not None:
+            self._woken.set()
+        elif self._may_run():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task.add_done_callback(self._task_done)
+
+    def hint(self, region_nr: int) -> None:
+        """A client will want this region soon: go on from there."""
+        self._offset = region_nr
+
+    def _may_run(self) -> bool:
+        regions = self.regions
+        return (
+            self._is_resumed
+            and self.enabled
+            and self.threshold > 0
+            and regions.is_writable
+            and regions.metadata.nr_hydrated < regions.nr_regions
+        )
+
+    async def _run(self) -> None:
+        try:
+            while self._may_run():
+                self._woken.clear()
+                delay_ns = self._delay_ns()
+                if delay_ns == 0:
+                    if await self._start_job():
+                        await asyncio.sleep(0)
+                        continue
+                    delay_ns = self._retry_delay_ns()
+                if self._may_run():
+                    await self._wait(delay_ns)
+        finally:
+            self._task = None
+
+    async def _wait(self, delay_ns: int | None) -> None:
+        """Wait for `wake`, or until the delay is over; None: there is none."""
+        timer: Timer | None = None
+        if delay_ns is not None:
+            timer = self.clock.call_later(delay_ns / _NS, self._woken.set)
+        try:
+            await self._woken.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _delay_ns(self) -> int | None:
+        """Return 0 if a job may start now; else for how long none may, None: until woken."""
+        now_ns = self.clock.now_ns()
+        room = self.threshold - self.regions.nr_hydrating
+        if room <= 0:
+            return None
+        if self._jobs and room < min(max(self.batch_size, 1), self.threshold):
+            return None
+        until_ns = self._slow_until_ns
+        if self.regions.nr_bios != self._bios_seen:
+            self._bios_seen = self.regions.nr_bios
+            self._busy_until_ns = now_ns + int(QUIET_S * _NS)
+        if now_ns < self._busy_until_ns:
+            if self._jobs:
+                return None
+            until_ns = max(until_ns, self._rest_until_ns)
+        return max(0, until_ns - now_ns)
+
+    def _retry_delay_ns(self) -> int | None:
+        retry_ns = self.failures.maybe_retry_ns()
+        return None if retry_ns is None else max(0, retry_ns - self.clock.now_ns())
+
+    async def _start_job(self) -> bool:
+        """Find the next run of regions and start a job for it; False if there is none."""
+        regions = self.regions
+        begin_at = self._offset
+        for first, last in ((begin_at, regions.nr_regions), (0, begin_at)):
+            while first < last:
+                stop = min(first + SCAN_REGIONS_MAX, last)
+                run = self._maybe_run(first, stop)
+                if run is None:
+                    first = stop
+                    await asyncio.sleep(0)
+                    continue
+                at, _ = regions.span(*run)
+                if not self._holes.covers(at):
+                    await self._holes.look(at)
+                    continue  # look again: the regions have moved on meanwhile
+                if not self._may_run() or regions.nr_hydrating >= self.threshold:
+                    return False
+                self._start(*run)
+                return True
+        return False
+
+    def _maybe_run(self, begin: int, end: int) -> tuple[int, int] | None:
+        """Return the first run of regions that a job may take, or None."""
+        regions = self.regions
+        if not regions.is_writable:
+            return None
+        now_ns = self.clock.now_ns()
+        while begin < end:
+            unhydrated = regions.metadata.maybe_next_unhydrated(begin, end)
+            if unhydrated is None:
+                return None
+            stop = min(unhydrated + ZERO_REGIONS_MAX, end)
+            _, stop, _ = next(regions.metadata.runs(unhydrated, stop))
+            run = regions.prison.maybe_clear_run(unhydrated, stop)
+            if run is not None:
+                run = self.failures.maybe_clear_run(*run, now_ns)
+            if run is not None:
+                return run
+            begin = stop
+        return None
+
+    def _start(self, begin: int, end: int) -> None:
+        regions = self.regions
+        zero_end = min(end, self._zero_regions_end(begin))
+        if zero_end > begin:
+            end, weight = zero_end, 1
+        else:
+            room = self.threshold - regions.nr_hydrating
+            end = min(end, begin + max(1, min(self.batch_size, room)))
+            weight = end - begin
+        cell = regions.prison.maybe_lock(begin, end)
+        assert cell is not None, "it was clear a moment ago"
+        assert regions.metadata.none_hydrated(begin, end)
+        pieces = self._holes.pieces(*regions.span(begin, end))
+        self._offset = end % regions.nr_regions
+        regions.nr_hydrating += weight
+        job = asyncio.get_running_loop().create_task(self._job(cell, weight, pieces))
+        self._jobs.add(job)
+        job.add_done_callback(self._job_done)
+
+    def _zero_regions_end(self, begin: int) -> int:
+        """Return where the whole regions of zeroes that begin at `begin` end."""
+        regions = self.regions
+        at, _ = regions.span(begin, begin + 1)
+        zero_end = self._holes.zero_until(at)
+        if not regions.destination.can_write_zeroes:
+            bound = max(ZERO_BYTES_SLOW_MAX, regions.region_size)
+            zero_end = min(zero_end, at + bound)
+        if zero_end >= regions.length:
+            return regions.nr_regions
+        return zero_end >> regions.shift
+
+    async def _job(self, cell: Cell, weight: int, pieces: list[Piece]) -> None:
+        regions = self.regions
+        begun_ns = self.clock.now_ns()
+        hydrated = regions.metadata.nr_hydrated
+        try:
+            nr_errors = await self._hydrate(cell.begin, cell.end, pieces, 0)
+        finally:
+            regions.nr_hydrating -= weight
+            regions.prison.release(cell)
+        now_ns = self.clock.now_ns()
+        rest_ns = min(REST_FACTOR * (now_ns - begun_ns), int(REST_S_MAX * _NS))
+        self._rest_until_ns = now_ns + rest_ns
+        if not nr_errors or regions.metadata.nr_hydrated > hydrated:
+            self._nr_failed_jobs = 0
+            return
+        self._nr_failed_jobs += 1
+        doublings = self._nr_failed_jobs - FAILED_JOBS_FREE
+        if doublings >= 0:
+            slow_s = min(SLOW_S_MIN * 2 ** min(doublings, 16), SLOW_S_MAX)
+            self._slow_until_ns = now_ns + int(slow_s * _NS)
+
+    async def _hydrate(
+        self, begin: int, end: int, pieces: list[Piece], nr_errors: int
+    ) -> int:
+        """Hydrate the regions, by halves if they fail together; return errors so far."""
+        try:
+            await self._fill(*self.regions.span(begin, end), pieces)
+        except (CopyError, DeviceError) as error:
+            nr_errors += 1
+            if end - begin == 1 or nr_errors >= ERRORS_PER_JOB_MAX:
+                self._note_failure(begin, end, error)
+                return nr_errors
+            middle = (begin + end) // 2
+            nr_errors = await self._hydrate(begin, middle, pieces, nr_errors)
+            return await self._hydrate(middle, end, pieces, nr_errors)
+        try:
+            self.regions.set_hydrated(begin, end)
+        except MetadataError:
+            return nr_errors  # read-only now: whoever made it so has said so
+        self.failures.note_success(begin, end)
+        if self.regions.metadata.nr_hydrated == self.regions.nr_regions:
+            self.regions.committer.start_commit()
+        return nr_errors
+
+    async def _fill(self, begin: int, end: int, pieces: list[Piece]) -> None:
+        """Make the destination hold what the source says. Raises: CopyError, DeviceError."""
+        for piece_begin, piece_end, zero in pieces:
+            at, stop = max(begin, piece_begin), min(end, piece_end)
+            if at >= stop:
+                continue
+            if zero:
+                await self.regions.destination.write_zeroes(at, stop - at)
+            else:
+                await self.regions.copier.copy(at, stop - at)
+
+    def _note_failure(self, begin: int, end: int, error: Exception) -> None:
+        is_new = self.failures.note_failure(begin, end, self.clock.now_ns())
+        if is_new:
+            log.error(
+                "%s: hydration failed: regions %d to %d: %s",
+                self.regions.committer.name,
+                begin,
+                end - 1,
+                error,
+            )
+            self._event()
+
+    def _job_done(self, job: "asyncio.Task[None]") -> None:
+        self._jobs.discard(job)
+        self._task_done(job)
+
+    def _task_done(self, task: "asyncio.Task[None]") -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._broken(error)
+        self.wake()

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of one clone share: devices, geometry, which regions are hydrated and who is
+working on which.
+
+Offsets here are relative to the target, which is also where the bytes lie on the source and
+on the destination. The last region may be short: spans are clipped to the target's length.
+"""
+
+from collections.abc import Callable
+
+from metadata.clone import CloneMetadata
+from metadata.mode import Mode
+from nbdtarget.devices.base import Device
+from nbdtarget.targets.committer import Committer
+from nbdtarget.targets.copier import Copier
+from nbdtarget.targets.prison import Prison
+
+__all__ = ["Regions"]
+
+
+class Regions:
+    """The regions of one clone target.
+
+    Attributes:
+        nr_hydrating: regions that are being copied or overwritten now, as status counts them.
+        nr_bios: client I/O seen while not everything was hydrated; hydration yields to it.
+        wake: tells background hydration that regions were unlocked.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Device,
+        destination: Device,
+        metadata: CloneMetadata,
+        committer: Committer,
+        length: int,
+        region_size: int,
+    ) -> None:
+        assert region_size & (region_size - 1) == 0
+        self.source = source
+        self.destination = destination
+        self.metadata = metadata
+        self.committer = committer
+        self.prison = Prison()
+        self.copier = Copier(source, destination)
+        self.length = length
+        self.region_size = region_size
+        self.shift = region_size.bit_length() - 1
+        self.nr_regions = -(-length // region_size)
+        self.nr_hydrating = 0
+        self.nr_bios = 0
+        self.wake: Callable[[], None] = _nobody
+        assert metadata.nr_regions == self.nr_regions
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether regions may become hydrated."""
+        return self.metadata.mode is Mode.RW
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether nothing can be said about any region any more."""
+        return self.metadata.mode is Mode.FAIL
+
+    def span(self, begin: int, end: int) -> tuple[int, int]:
+        """Return the bytes, half-open, of the regions `begin` to `end`."""
+        return begin << self.shift, min(end << self.shift, self.length)
+
+    def set_hydrated(self, begin: int, end: int) -> None:
+        """The destination's copy of these regions is whole: it is what counts from here on.
+
+        Called with the regions locked, after the last write to them has ended.
+        Raises: MetadataError: read-only or failed; then nothing has changed.
+        Durable: nothing before a commit.
+        """
+        self.metadata.set_hydrated(begin, end)
+        self.committer.note_change()
+
+
+def _nobody() -> None:
+    """There is no background hydration yet."""

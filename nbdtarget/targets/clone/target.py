@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `clone` target: a read-only source that becomes, at once, a writable disk.
+
+Theory of operation. The target is cut into regions; metadata holds one bit for each.
+
+    bit  read from    a write goes
+    0    source       a whole region: to the destination, then the bit is set; a part: the
+                      rest of the region is brought from the source first
+    1    destination  to the destination
+
+`map` looks at **ranges, not regions**: if all of a bio's range is in one state, it is passed on as
+it is; else a read is cut into runs, and a write is taken over by `Foreground`. When
+everything is hydrated *and committed*, all that is left of us is one attribute test.
+
+Who may touch what, and why nobody reads garbage
+------------------------------------------------
+Only what hydrates holds regions (`Prison`): copies, overwrites, discards. Reads never wait, nor do
+writes to hydrated regions, and they hold nothing, though they may be under way in a worker thread
+long after `map` returned. What could such a *plain* write collide with?
+
+1. *A copy into its region.* Copies go only into regions that are locked and were unhydrated when
+   the lock was granted. A plain write saw its region hydrated when it was mapped. Bits go from
+   1 to 0 only when a commit fails, and from that moment (mode RO) no region is hydrated any more:
+   `is_writable` is tested with the lock held, in the same step in which the work is begun. Work that
+   had begun before has held its lock over an unhydrated region all along, so no plain write
+   to it was mapped since the lock was granted; and none was under way when it was granted, as one
+   that saw the bit set must have seen it before a failed commit, and then there is no RW.
+2. *An overwrite or partial write of the same region*: as 1; it is an unhydrated region's.
+3. *A discard passed down*: it covers the write's range only if the client sent both at once, and
+   then their order is the client's to choose. A discard never reaches beyond what was asked.
+4. *A failed commit that reverts its bit*: reads go to the source again, as after a power cut; the
+   kernel does the same. The write was not flushed, and no flush can promise it any more.
+5. *A commit*: it flushes the destination, which covers the write or does not; the bit
+   it commits vouches only for the data with which the region was hydrated, and that write
+   ended before the bit was set, so before `pre_commit`, so before the flush.
+6. *A suspend*: the mapped device waits for every bio in flight before `postsuspend`.
+
+And reads: one that was sent to the source stays right even if its region is hydrated and written while it is
+under way (it then returns what was there before, and the source never changes).
+
+Inline I/O takes no lock because the event loop is one thread: between `map`'s look at the bitmap and the
+device's answer nothing else runs.
+
+Discards mark whole regions as hydrated and copy nothing. Nothing is promised about what they
+read afterwards; partial regions at either end, and a short last region, are left alone.
+
+A short last region that is written to its end counts as overwritten (the kernel copies it first).
+
+Durability, and the answer to FLUSH and FUA: `nbdtarget.targets.committer`. The events: when the last
+region is durably hydrated (once), when the metadata's mode changes, when a copy fails anew.
+
+What a crash leaves: the bits of the last commit, and on the destination all that they vouch for.
+Everything else is as in the source, or as an ordinary disk leaves it.
+"""
+
+import errno as errnos
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from metadata.mode import Mode
+from nbdtarget.bio import (
+    FUA,
+    OP_CACHE,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_READ,
+    Bio,
+    split_bio,
+)
+from nbdtarget.devices.base import Device, Extent
+from nbdtarget.errors import TableError
+from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target, TargetContext
+from nbdtarget.targets.clone.constructor import Parts, construct
+from nbdtarget.targets.clone.extents import clone_extents
+from nbdtarget.targets.clone.foreground import Foreground
+from nbdtarget.targets.clone.hydration import Hydration
+from nbdtarget.targets.clone.regions import Regions
+from nbdtarget.targets.clone.table import SECTOR, parse_uint32
+from nbdtarget.targets.committer import Committer
+from nbdtarget.words import join_words
+
+__all__ = ["CloneTarget"]
+
+_READS: Final = (OP_READ, OP_CACHE)
+
+log = logging.getLogger(__name__)
+
+
+class CloneTarget(Target):
+    """`<metadata dev> <destination dev> <source dev> <region size> …`
+
+    Source: drivers/md/dm-clone-target.c for the interface, not for the inside.
+    """
+
+    type_name = "clone"
+    version = (1, 0, 0)
+    can_discard = True
+
+    def __init__(self, ctx: TargetContext, parts: Parts) -> None:
+        super().__init__(ctx)
+        self._parts = parts
+        self._source = parts.source
+        self._destination = parts.destination
+        self._metadata = parts.metadata
+        self.can_write_zeroes = parts.destination.can_write_zeroes
+        self.can_fast_zero = parts.destination.can_fast_zero
+        self._committer = Committer(
+            ctx.name,
+            parts.metadata,
+            parts.metadata_device,
+            (parts.destination,),
+            ctx.clock,
+            committed=self._committed,
+            failed=self._failed,
+        )
+        self._regions = Regions(
+            source=parts.source,
+            destination=parts.destination,
+            metadata=parts.metadata,
+            committer=self._committer,
+            length=ctx.length,
+            region_size=parts.region_size,
+        )
+        self._shift = self._regions.shift
+        self._foreground = Foreground(self._regions)
+        self._hydration = Hydration(
+            self._regions,
+            ctx.clock,
+            enabled=parts.options.hydration,
+            threshold=parts.options.hydration_threshold,
+            batch_size=parts.options.hydration_batch_size,
+            event=ctx.event,
+            broken=self._broken,
+        )
+        self._passdown = parts.options.discard_passdown
+        if self._passdown and not parts.destination.can_discard:
+            log.warning(
+                "%s: destination %s does not support discards: no passdown",
+                ctx.name,
+                parts.destination.name,
+            )
+            self._passdown = False
+        self._is_suspended = True
+        # All regions are hydrated, and durably so: from here on we only pass bios on.
+        self._is_hydrated = False
+        self._has_failed = False
+
+    @classmethod
+    async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "CloneTarget":
+        return cls(ctx, await construct(ctx, args))
+
+    async def dtr(self) -> None:
+        assert self._is_suspended
+        for device in self.iterate_devices():
+            await self.ctx.close_device(device)
+
+    # I/O
+
+    def map(self, bio: Bio) -> int:
+        if self._is_hydrated and bio.op < OP_FLUSH:
+            # hot: the hydrated READ and WRITE.
+            bio.device = self._destination
+            bio.offset -= self.begin
+            return REMAPPED
+        if self._has_failed:
+            return KILL
+        op = bio.op
+        if op == OP_FLUSH:
+            return self._map_flush(bio)
+        self._regions.nr_bios += 1
+        bio.offset -= self.begin
+        if op == OP_DISCARD:
+            return self._map_discard(bio)
+        first = bio.offset >> self._shift
+        last = ((bio.offset + bio.length - 1) >> self._shift) + 1
+        if self._metadata.all_hydrated(first, last):
+            if bio.flags & FUA and op not in _READS and not self._committer.is_clean:
+                return self._map_fua(bio)
+            bio.device = self._destination
+            return REMAPPED
+        if op in _READS:
+            return self._map_unhydrated_read(bio, first, last)
+        if not self._regions.is_writable:
+            return KILL
+        self._foreground.write(bio)
+        return SUBMITTED
+
+    def _map_flush(self, bio: Bio) -> int:
+        committer = self._committer
+        if committer.is_clean:
+            bio.device = self._destination
+            return REMAPPED
+        if committer.has_failed:
+            return KILL
+        committer.flush(bio)
+        return SUBMITTED
+
+    def _map_fua(self, bio: Bio) -> int:
+        """A WRITE, WRITE_ZEROES or DISCARD of hydrated regions that must be durable."""
+        if self._committer.has_failed:
+            return KILL
+        self._foreground.write_hydrated(bio)
+        return SUBMITTED
+
+    def _map_unhydrated_read(self, bio: Bio, first: int, last: int) -> int:
+        """A READ or CACHE of regions that are not all hydrated: each part where it lies."""
+        if bio.op == OP_CACHE:
+            self._hydration.hint(first)
+        if self._metadata.none_hydrated(first, last):
+            bio.device = self._source
+            return REMAPPED
+        end = bio.offset + bio.length
+        at = bio.offset
+        lengths, devices = [], []
+        for _, run_end, hydrated in self._metadata.runs(first, last):
+            stop = min(run_end << self._shift, end)
+            lengths.append(stop - at)
+            devices.append(self._destination if hydrated else self._source)
+            at = stop
+        children = zip(devices, split_bio(bio, lengths), strict=True)
+        self._foreground.submit_children(list(children))
+        return SUBMITTED
+
+    def _map_discard(self, bio: Bio) -> int:
+        size = self._regions.region_size
+        first = -(-bio.offset // size)
+        # Rounded down: a short last region is never discarded.
+        last = (bio.offset + bio.length) >> self._shift
+        if first >= last:
+            bio.end(0)
+            return SUBMITTED
+        if not self._metadata.all_hydrated(first, last):
+            if self._regions.is_writable:
+                self._foreground.discard(bio, first, last, passdown=self._passdown)
+            else:
+                bio.end(0)  # a discard promises nothing
+            return SUBMITTED
+        if not self._passdown:
+            bio.end(0)
+            return SUBMITTED
+        begin, end = first << self._shift, last << self._shift
+        if bio.flags & FUA and self._committer.has_failed:
+            return KILL
+        child = Bio(
+            OP_DISCARD,
+            begin,
+            end - begin,
+            None,
+            bio.flags,
+            lambda child: bio.end(child.status),
+        )
+        self._foreground.write_hydrated(child)
+        return SUBMITTED
+
+    # Life
+
+    async def preresume(self) -> None:
+        if self._regions.has_failed:
+            raise TableError("metadata has failed", errnos.EIO)
+
+    def resume(self) -> None:
+        self._is_suspended = False
+        self._look_at_mode()
+        if self._metadata.changed and self._regions.is_writable:
+            self._committer.note_change()
+        self._hydration.resume()
+
+    def presuspend(self) -> None:
+        self._hydration.presuspend()
+
+    async def postsuspend(self) -> None:
+        self._hydration.presuspend()
+        await self._hydration.quiesce()
+        if not self._committer.has_failed and not self._regions.has_failed:
+            await self._committer.commit(clean_shutdown=True)
+        await self._committer.quiesce()
+        self._is_suspended = True
+
+    def _committed(self) -> None:
+        if not self._is_hydrated and self._metadata.hydration_done:
+            self._is_hydrated = True
+            log.info("%s: hydrated", self.ctx.name)
+            self.ctx.event()
+
+    def _failed(self) -> None:
+        self._look_at_mode()
+        self.ctx.event()
+
+    def _broken(self, error: BaseException) -> None:
+        log.critical("%s: switching to fail mode", self.ctx.name, exc_info=error)
+        self._metadata.fail()
+        self._failed()
+
+    def _look_at_mode(self) -> None:
+        self._has_failed = self._metadata.mode is Mode.FAIL
+        self._is_hydrated = not self._has_failed and self._metadata.hydration_done
+
+    # Words
+
+    async def status(self, *, noflush: bool = False) -> str:
+        if self._has_failed:
+            return "Fail"
+        if not (noflush or self._is_suspended or self._committer.has_failed):
+            await self._committer.commit()
+        if self._has_failed:
+            return "Error"
+        metadata, hydration = self._metadata, self._hydration
+        features = []
+        if not hydration.enabled:
+            features.append("no_hydration")
+        if not self._passdown:
+            features.append("no_discard_passdown")
+        words = (
+            "8",
+            f"{metadata.used_blocks}/{metadata.total_blocks}",
+            str(self._regions.region_size // SECTOR),
+            f"{metadata.nr_hydrated}/{metadata.nr_regions}",
+            str(self._regions.nr_hydrating),
+            str(len(features)),
+            *features,
+            f"4 hydration_threshold {hydration.threshold}",
+            f"hydration_batch_size {hydration.batch_size}",
+            metadata.mode.value,
+        )
+        return " ".join(words)
+
+    def table_words(self) -> str:
+        return join_words(self._parts.words)
+
+    async def message(self, words: Sequence[str]) -> str | None:
+        hydration = self._hydration
+        match [words[0].lower(), *words[1:]]:
+            case ["enable_hydration", *_]:
+                hydration.enabled = True
+            case ["disable_hydration", *_]:
+                hydration.enabled = False
+            case ["hydration_threshold", word] if (n := parse_uint32(word)) is not None:
+                hydration.threshold = n
+            case ["hydration_batch_size", word] if (
+                n := parse_uint32(word)
+            ) is not None:
+                hydration.batch_size = n
+            case _:
+                log.error("%s: Unsupported message `%s'", self.ctx.name, words[0])
+                raise TableError("Invalid argument")
+        hydration.wake()
+        return None
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        if self._has_failed:
+            return [Extent(length, 0)]
+        return await clone_extents(self._regions, offset - self.begin, length)
+
+    def iterate_devices(self) -> Iterable[Device]:
+        return self._parts.metadata_device, self._destination, self._source

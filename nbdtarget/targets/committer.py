@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group commit: the one order in which data and metadata become durable.
+
+Theory of operation. Targets change their metadata in memory as I/O ends, and say
+`note_change`. A commit makes what was changed so far durable:
+
+    1  pre_commit    the changes so far become one transaction; no await in it, so nothing is
+                     half in. What changes from here on belongs to the next commit.
+    2  together      flush every backing device, so that all data that the transaction
+                     vouches for is durable; append the transaction to the journal, flush that
+    3  superblock    written with FUA: from here on a crash finds the transaction
+    4  done          then, and only then, those who waited are told
+
+Nothing refers to the journal's new records before step 3, so they may reach the disk before or after
+the data; the superblock may not. A crash before step 3 loses the whole transaction, one after it
+nothing.
+
+Grouping. One commit runs at a time. Whoever asks joins the *next* one to start: a FLUSH that
+arrives while a commit runs promises writes that ended after that commit's flush began, so it
+must not ride on it. All who came meanwhile ride together on the next, which starts when this
+one is done. A commit is due when somebody waits, or `commit_period_s` after the first change.
+
+Flushes. A commit that had something to commit has flushed the backing devices in step 2, after
+its waiting FLUSHes arrived: they end with it. One that found nothing left (a change was taken
+by the commit before) flushes the backing devices once, for all of them.
+
+    state      changed, running      FLUSH and FUA
+    clean      no, no                the target passes them straight down
+    dirty      one of them           wait for the next commit
+    failed     any                   EIO for good
+
+Failure. When any step fails, we do not know what the disk holds, and a later flush that
+"succeeds" would prove nothing (the kernel may have dropped the dirty pages). So the metadata
+is aborted: it forgets what was not committed and becomes read-only, all who wait get
+EIO, and so does every later FLUSH and FUA until the target is constructed anew, and reads the
+disk. If the metadata device cannot even be read any more, the metadata fails altogether.
+
+Compaction (a new snapshot, so that the journal can start over) runs beside the commits as a task of
+its own, and is waited for only by `quiesce`.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Protocol
+
+from metadata.errors import FailedMetadata, MetadataError
+from metadata.operations import Steps
+from nbdtarget import metadata_io
+from nbdtarget.bio import Bio
+from nbdtarget.clock import Clock, Timer
+from nbdtarget.devices.base import Device
+from nbdtarget.errors import DeviceError
+
+__all__ = ["COMMIT_PERIOD_S", "Committable", "Committer", "Transaction"]
+
+COMMIT_PERIOD_S: Final = 1.0
+PROBE_BYTES: Final = 4096
+
+log = logging.getLogger(__name__)
+
+
+class Transaction(Protocol):
+    """What `pre_commit` took."""
+
+    def journal(self) -> Steps[None]: ...
+
+    def superblock(self) -> Steps[None]: ...
+
+    def done(self) -> None: ...
+
+
+class Committable(Protocol):
+    """The metadata of a target, as far as committing it goes. See `metadata.clone`."""
+
+    @property
+    def changed(self) -> bool: ...
+
+    @property
+    def needs_compaction(self) -> bool: ...
+
+    def pre_commit(self, *, clean_shutdown: bool = False) -> Transaction | None: ...
+
+    def compact(self) -> Steps[None]: ...
+
+    def abort(self) -> None: ...
+
+    def fail(self) -> None: ...
+
+
+class Committer:
+    """Commits the metadata of one target. See the module head.
+
+    Args:
+        name: the mapped device's, for logs.
+        metadata, device: what is committed, and the device that it lies on.
+        backing: the devices that hold the data which the metadata vouches for.
+        committed: called after each successful commit, before those who waited are told.
+        failed: called once, after the metadata has been aborted (or has failed).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        metadata: Committable,
+        device: Device,
+        backing: Sequence[Device],
+        clock: Clock,
+        *,
+        committed: Callable[[], None],
+        failed: Callable[[], None],
+        commit_period_s: float = COMMIT_PERIOD_S,
+    ) -> None:
+        self.name = name
+        self.metadata = metadata
+        self.device = device
+        self.backing = backing
+        self.clock = clock
+        self.commit_period_s = commit_period_s
+        self.has_failed = False
+        self._committed = committed
+        self._failed = failed
+        self._commit_waiters: list[Callable[[int], None]] = []
+        self._flush_waiters: list[Callable[[int], None]] = []
+        self._wants_clean = False
+        self._is_due = False
+        self._compaction_error: Exception | None = None
+        self._timer: Timer | None = None
+        self._running: asyncio.Task[None] | None = None
+        self._compaction: asyncio.Task[None] | None = None
+
+    @property
+    def is_clean(self) -> bool:
+        """Everything is committed: FLUSH and FUA need nothing of us."""
+        return not (self.metadata.changed or self._running or self.has_failed)
+
+    def note_change(self) -> None:
+        """The metadata has changed: commit it within the period."""
+        if self._timer is None and not self.has_failed:
+            self._timer = self.clock.call_later(self.commit_period_s, self.start_commit)
+
+    def start_commit(self) -> None:
+        """Commit soon, if there is anything to commit; nobody waits for it."""
+        self._stop_timer()
+        if self.metadata.changed:
+            self._is_due = True
+            self._wake()
+
+    def after_commit(self, callback: Callable[[int], None]) -> None:
+        """Call `callback(errno)` when all that is changed now has been committed (0), or not.
+
+        Durable: on 0, the metadata and the data on the backing devices that it vouches for.
+        """
+        self._commit_waiters.append(callback)
+        self._wake()
+
+    def flush(self, bio: Bio) -> None:
+        """Take a FLUSH, and end it after the next commit.
+
+        Durable: on 0, all data whose write had ended when this was called, and its metadata.
+        """
+        self._flush_waiters.append(bio.end)
+        self._wake()
+
+    async def commit(self, *, clean_shutdown: bool = False) -> bool:
+        """Commit what is changed now, and wait for it; False if that failed.
+
+        With `clean_shutdown` the superblock says so, until the next commit.
+        """
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._wants_clean |= clean_shutdown
+        self.after_commit(done.set_result)
+        return await done == 0
+
+    async def quiesce(self) -> None:
+        """Stop the timer, and wait until nothing of ours is in flight."""
+        self._stop_timer()
+        while tasks := [task for task in (self._running, self._compaction) if task]:
+            await asyncio.wait(tasks)
+        self._stop_timer()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wake(self) -> None:
+        if self._running is None:
+            self._running = asyncio.get_running_loop().create_task(self._run())
+            self._running.add_done_callback(self._task_done)
+
+    def _is_wanted(self) -> bool:
+        return bool(
+            self._commit_waiters
+            or self._flush_waiters
+            or self._compaction_error
+            or (self._is_due and self.metadata.changed and not self.has_failed)
+        )
+
+    async def _run(self) -> None:
+        """Commit until nobody asks any more."""
+        is_sound = False
+        try:
+            while self._is_wanted():
+                await self._run_round()
+            is_sound = True
+        finally:
+            self._running = None
+            if not is_sound:
+                # An exception of our own making: nothing can be trusted any more.
+                self.metadata.fail()
+                self._give_up()
+                _tell(self._commit_waiters, errnos.EIO)
+                _tell(self._flush_waiters, errnos.EIO)
+
+    async def _run_round(self) -> None:
+        commits, self._commit_waiters = self._commit_waiters, []
+        flushes, self._flush_waiters = self._flush_waiters, []
+        self._is_due = False
+        errno = errnos.EIO
+        try:
+            if not self.has_failed:
+                errno = await self._commit_or_flush(bool(flushes))
+        finally:
+            # Also when an exception passes: nobody waits for ever.
+            _tell(commits, errno)
+            _tell(flushes, errno)
+
+    async def _commit_or_flush(self, has_flushes: bool) -> int:
+        """Commit; if nothing is left to commit, flush for those who want it; return errno."""
+        self._stop_timer()
+        clean, self._wants_clean = self._wants_clean, False
+        try:
+            if self._compaction_error is not None:
+                raise self._compaction_error
+            transaction = self.metadata.pre_commit(clean_shutdown=clean)
+            if transaction is not None:
+                await self._commit_transaction(transaction)
+        except (DeviceError, MetadataError) as error:
+            await self._abort(error)
+            return errnos.EIO
+        if transaction is not None:
+            self._committed()
+            self._start_compaction()
+            return 0
+        return await self._flush_only() if has_flushes else 0
+
+    async def _commit_transaction(self, transaction: Transaction) -> None:
+        """Steps 2 to 4 of the module head."""
+        await _all(
+            *(device.flush() for device in self.backing),
+            metadata_io.run(self.device, transaction.journal()),
+        )
+        await metadata_io.run(self.device, transaction.superblock())
+        transaction.done()
+
+    async def _flush_only(self) -> int:
+        try:
+            await _all(*(device.flush() for device in self.backing))
+        except DeviceError as error:
+            # Data may be lost, but no metadata depends on it: all of that is committed.
+            log.error("%s: flush: %s", self.name, error)
+            return error.errno
+        return 0
+
+    async def _abort(self, error: Exception) -> None:
+        log.error("%s: metadata commit failed: %s", self.name, error)
+        # At once: what is reverted must not be built on while we probe.
+        self.has_failed = True
+        self._compaction_error = None
+        if not isinstance(error, FailedMetadata):
+            self.metadata.abort()
+        try:
+            await self.device.read(0, PROBE_BYTES)
+        except DeviceError as unreadable:
+            log.error("%s: switching to fail mode: %s", self.name, unreadable)
+            self.metadata.fail()
+        else:
+            log.error("%s: switching to read-only mode", self.name)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self.has_failed = True
+        self._stop_timer()
+        self._failed()
+
+    def _start_compaction(self) -> None:
+        if self._compaction is None and self.metadata.needs_compaction:
+            self._compaction = asyncio.get_running_loop().create_task(self._compact())
+            self._compaction.add_done_callback(self._task_done)
+
+    async def _compact(self) -> None:
+        try:
+            await metadata_io.run(self.device, self.metadata.compact())
+        except (DeviceError, MetadataError) as error:
+            # A commit may be half-way: it ends as it ends, the next one carries this out.
+            self._compaction_error = error
+            self._wake()
+        finally:
+            self._compaction = None
+
+    def _task_done(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()):
+            log.critical("%s: commit", self.name, exc_info=error)
+
+
+def _tell(waiters: list[Callable[[int], None]], errno: int) -> None:
+    while waiters:
+        waiters.pop(0)(errno)
+
+
+async def _all(*awaitables: Awaitable[None]) -> None:
+    """Await all to their end, then raise the first error: nothing is left in flight."""
+    for result in await asyncio.gather(*awaitables, return_exceptions=True):
+        if result is not None:
+            raise result
