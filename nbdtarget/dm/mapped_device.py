@@ -32,8 +32,9 @@ number at a time; DISCARD to a target that cannot ends with 0 at once.
 
 Failure. An exception out of `map` is a bug of ours. It is logged with its traceback, the table
 is marked failed, and from then on every bio ends with EIO; other mapped devices live on. A
-failed table is asked nothing more: its postsuspend does not run, for what it would
-commit cannot be trusted. Loading and resuming a new table recovers the device.
+failed table is still suspended, so that what it does in the background ends before its devices
+are closed, but nobody waits for it without end: it may have lost a bio. Loading and
+resuming a new table recovers the device.
 
 What a crash leaves behind is the targets' affair: nothing here is stored.
 
@@ -294,7 +295,7 @@ class MappedDevice(Device):
         if self.state is State.SUSPENDED:
             return
         table = self.active
-        if table is not None and not table.failed:
+        if table is not None:
             for target in table.targets:
                 self._guard(table, target.presuspend)
         self.state = State.SUSPENDING
@@ -303,15 +304,38 @@ class MappedDevice(Device):
         await self._drain(table)
         if table is not None:
             for target in table.targets:
-                if table.failed:
-                    break
-                try:
-                    await target.postsuspend()
-                except Exception:
-                    _log.exception("%s: postsuspend failed: device fails", self.name)
-                    table.failed = True
+                await self._postsuspend(table, target)
         self.state = State.SUSPENDED
         _log.info("%s: suspended", self.name)
+
+    async def _postsuspend(self, table: Table, target: Target) -> None:
+        if table.failed:
+            await self._postsuspend_failed(target)
+            return
+        try:
+            await target.postsuspend()
+        except Exception:
+            _log.exception("%s: postsuspend failed: device fails", self.name)
+            table.failed = True
+
+    async def _postsuspend_failed(self, target: Target) -> None:
+        """As postsuspend, of a target that may wait for what it has lost."""
+        stopping = asyncio.ensure_future(target.postsuspend())
+
+        def give_up() -> None:
+            stopping.cancel()
+
+        timer = self._clock.call_later(FAILED_DRAIN_S_MAX, give_up)
+        done, _ = await asyncio.wait([stopping])
+        timer.cancel()
+        (task,) = done
+        if task.cancelled() or task.exception() is not None:
+            _log.error(
+                "%s: %s did not stop: %r",
+                self.name,
+                target.type_name,
+                "given up" if task.cancelled() else task.exception(),
+            )
 
     async def _drain(self, table: Table | None) -> None:
         """Wait until no bio is in flight; after a failure only for a bounded time."""
@@ -400,10 +424,12 @@ class MappedDevice(Device):
             # by then. The devices stay open, and locked, until the process ends.
             _log.error("%s: %d bios lost in failure", self.name, self._in_flight)
             return
-        try:
-            await table.destroy()
-        except Exception:
-            _log.exception("%s: destroying the table failed", self.name)
+        await table.unused()
+        for target in table.targets:
+            try:
+                await target.dtr()
+            except Exception:
+                _log.exception("%s: destructor failed", self.name)
 
     async def remove(self) -> None:
         """Suspend (which commits), destroy both tables, wake who waits for events.

@@ -208,7 +208,7 @@ class MappedDevices(Protocol):
     opens: OpenDevices
     clock: Clock
 
-    def maybe_get(self, name: str) -> Device | None: ...
+    def maybe_device(self, name: str) -> MappedDevice | None: ...
 
 
 class TableContext:
@@ -304,6 +304,4 @@ class TableContext:
         # A real /dev/mapper of the machine shows through: its volumes are fine sources.
         if not path.startswith(MAPPER):
             return None
-        device = self._registry.maybe_get(path.removeprefix(MAPPER) or "/")
-        assert device is None or isinstance(device, MappedDevice)
-        return device
+        return self._registry.maybe_device(path.removeprefix(MAPPER))

@@ -81,6 +81,10 @@ class Registry:
             raise TableError("Device does not exist", errnos.ENXIO)
         return device
 
+    def maybe_device(self, name: str) -> MappedDevice | None:
+        """Return the device called `name`, with or without a table."""
+        return self._devices.get(name)
+
     def deps(self, device: MappedDevice) -> list[str]:
         """The names of the devices that the live table stands on, each once."""
         if device.active is None:
@@ -99,15 +103,16 @@ class Registry:
     def maybe_get(self, name: str) -> MappedDevice | None:
         """Return the export called `name`; "" is the only one, if there is only one."""
         if name:
-            return self._devices.get(name)
+            device = self._devices.get(name)
+            return device if device is not None and device.active is not None else None
         exports = [device for device in self.devices() if device.active is not None]
         return exports[0] if len(exports) == 1 else None
 
     def acquire(self, name: str) -> MappedDevice:
-        """Hold the export called `name` open. Raises: TableError, ENXIO."""
+        """Hold the export called `name` open. Raises: KeyError: there is none."""
         device = self.maybe_get(name)
-        if device is None or device.active is None:
-            raise TableError("Device does not exist", errnos.ENXIO)
+        if device is None:
+            raise KeyError(name)
         device.open_count += 1
         return device
 

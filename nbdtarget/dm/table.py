@@ -10,7 +10,7 @@ typing error in the last line must not have opened (or created) what the first l
 A `Table` is built complete, or not at all: when one constructor refuses, the targets
 before it are destroyed again. It lives in the inactive slot, then in the active one, and is
 destroyed once. Whoever calls a target's coroutine (status, message, extents) holds the table
-with `use()` meanwhile; `destroy` waits for these.
+with `use()` meanwhile; its end waits for these.
 """
 
 import asyncio
@@ -154,13 +154,11 @@ class Table:
                 self._unused.set_result(None)
                 self._unused = None
 
-    async def destroy(self) -> None:
-        """Run every destructor. The table is suspended, or never was active."""
+    async def unused(self) -> None:
+        """Wait until no `use()` is left; only then may the targets be destroyed."""
         if self._users:
             self._unused = asyncio.get_running_loop().create_future()
             await self._unused
-        for target in self.targets:
-            await target.dtr()
 
 
 async def construct_table(

@@ -191,7 +191,10 @@ class BuggyTarget(Target):
         raise AssertionError("a bug")
 
     async def postsuspend(self) -> None:
-        raise AssertionError("a failed table is not asked to commit")
+        raise AssertionError("another bug")
+
+    async def dtr(self) -> None:
+        raise AssertionError("a third one")
 
 
 def make_registry(**sizes: int) -> tuple[Registry, RamOpener]:

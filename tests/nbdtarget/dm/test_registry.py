@@ -200,11 +200,12 @@ async def test_remove_refuses_a_device_that_is_open() -> None:
 async def test_empty_export_name_is_the_only_one() -> None:
     registry, _ = make_registry()
     assert registry.maybe_get("") is None
-    with pytest.raises(TableError):
+    with pytest.raises(KeyError):
         registry.acquire("")
     device = await registry.create("x", "0 8 zero")
     await registry.create("bare", None)
     assert registry.maybe_get("") is device
+    assert registry.maybe_get("bare") is None
     assert list(registry.names()) == [("x", "zero")]
     await registry.create("y", "0 8 error")
     assert registry.maybe_get("") is None

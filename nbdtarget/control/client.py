@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control socket's client: one request, one answer, then gone.
+
+Plain blocking sockets and hand-made HTTP/1.0: a command that prints one status line spends its
+time on starting Python, so nothing here imports aiohttp, asyncio or http.client (25 ms).
+"""
+
+import errno as errnos
+import socket
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from nbdtarget.control.messages import VERBS, Answer, Failure, Request
+from nbdtarget.errors import NbdTargetError, TableError
+
+__all__ = ["ControlClient", "NoServerError"]
+
+HEAD_BYTES_MAX: Final = 65536
+A = TypeVar("A", bound=Answer)
+
+
+class NoServerError(NbdTargetError):
+    """Nobody answers on the control socket, or not as we do."""
+
+
+class ControlClient:
+    """Asks the server at one control socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def ask(self, verb: str, request: Request, answer_type: type[A]) -> A:
+        """Carry out `verb`; blocks until it is done, however long that takes.
+
+        Raises: NoServerError; TableError: the verb failed.
+        """
+        assert VERBS[verb] == (type(request), answer_type)
+        status, body = self._post(f"/v1/{verb}", msgspec.json.encode(request))
+        try:
+            if status == 200:
+                return msgspec.json.decode(body, type=answer_type)
+            failure = msgspec.json.decode(body, type=Failure)
+        except msgspec.MsgspecError:
+            raise NoServerError(
+                f"{self.path}: not a control socket of ours (HTTP status {status})"
+            ) from None
+        raise TableError(failure.reason, failure.errno)
+
+    def _post(self, url: str, body: bytes) -> tuple[int, bytes]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            try:
+                connection.connect(str(self.path))
+                # HTTP/1.0: the answer ends where the connection does, no chunks to undo.
+                connection.sendall(
+                    f"POST {url} HTTP/1.0\r\nHost: nbdtarget\r\n"
+                    f"Content-Type: application/json\r\n"
+                    f"Content-Length: {len(body)}\r\n\r\n".encode()
+                    + body
+                )
+                reply = _read_all(connection)
+            except OSError as error:
+                raise self._no_server(error) from None
+        head, _, answer = reply.partition(b"\r\n\r\n")
+        words = head.split(b"\r\n", 1)[0].split(b" ")
+        if (
+            len(words) < 2
+            or not words[0].startswith(b"HTTP/")
+            or not words[1].isdigit()
+        ):
+            raise NoServerError(f"{self.path}: the server went away")
+        return int(words[1]), answer
+
+    def _no_server(self, error: OSError) -> NoServerError:
+        if error.errno in (errnos.ENOENT, errnos.ECONNREFUSED):
+            return NoServerError(
+                f"no server on {self.path} (start one: nbdtarget serve)"
+            )
+        return NoServerError(f"{self.path}: {error.strerror or error}")
+
+
+def _read_all(connection: socket.socket) -> bytes:
+    parts = []
+    while part := connection.recv(HEAD_BYTES_MAX):
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes over the control socket: one request and one answer for each verb.
+
+HTTP over a unix socket, `POST /v1/VERB`, JSON both ways. An answer with status 200 is the
+verb's own; any other is a `Failure`. A request that the server does not know in all its
+fields is refused, so that no option is ever silently ignored.
+
+Both sides import this and nothing heavier: a command must start fast.
+"""
+
+from typing import Final
+
+import msgspec
+
+__all__ = [
+    "VERBS",
+    "Answer",
+    "Clear",
+    "Create",
+    "Deps",
+    "DeviceDeps",
+    "DeviceLines",
+    "DevicesAnswer",
+    "Done",
+    "Failure",
+    "Info",
+    "InfoAnswer",
+    "InfoLine",
+    "LinesAnswer",
+    "Load",
+    "Message",
+    "MessageAnswer",
+    "Remove",
+    "RemoveAll",
+    "Rename",
+    "Request",
+    "Resume",
+    "Status",
+    "Suspend",
+    "Table",
+    "TableLine",
+    "TargetType",
+    "Targets",
+    "TargetsAnswer",
+    "Version",
+    "VersionAnswer",
+    "Wait",
+    "WaitAnswer",
+    "WipeTable",
+]
+
+
+class Request(msgspec.Struct, forbid_unknown_fields=True):
+    """What a verb is given."""
+
+
+class Answer(msgspec.Struct):
+    """What a verb gives back. New fields need defaults: an old client skips them."""
+
+
+class Failure(Answer):
+    """The verb failed; `errno` is what the ioctl would have returned, positive."""
+
+    reason: str
+    errno: int
+
+
+class Done(Answer):
+    """Nothing to say. `busy` names devices that remove_all had to leave."""
+
+    busy: tuple[str, ...] = ()
+
+
+class Create(Request):
+    """`table` None: a device without a table. `directory`: where relative paths are meant."""
+
+    name: str
+    table: str | None
+    uuid: str = ""
+    readonly: bool = False
+    directory: str = "/"
+
+
+class Load(Request):
+    """As `Create`, into the inactive slot."""
+
+    name: str
+    table: str
+    readonly: bool = False
+    directory: str = "/"
+
+
+class Clear(Request):
+    name: str
+
+
+class Suspend(Request):
+    name: str
+    noflush: bool = False
+
+
+class Resume(Request):
+    name: str
+
+
+class Remove(Request):
+    name: str
+    force: bool = False
+
+
+class RemoveAll(Request):
+    force: bool = False
+
+
+class Rename(Request):
+    name: str
+    new_name: str
+
+
+class WipeTable(Request):
+    name: str
+
+
+class Message(Request):
+    name: str
+    sector: int
+    words: tuple[str, ...]
+
+
+class MessageAnswer(Answer):
+    text: str | None
+
+
+class Wait(Request):
+    """`event_nr` None: the present one."""
+
+    name: str
+    event_nr: int | None = None
+
+
+class WaitAnswer(Answer):
+    event_nr: int
+
+
+class Status(Request):
+    """No names: all devices. `target`: only lines of that type."""
+
+    names: tuple[str, ...] = ()
+    target: str | None = None
+    noflush: bool = False
+
+
+class Table(Request):
+    """As `Status`; `inactive`: the other slot."""
+
+    names: tuple[str, ...] = ()
+    target: str | None = None
+    inactive: bool = False
+
+
+class TableLine(Answer):
+    """One target. `start` and `length` in sectors; `params` is what follows the type."""
+
+    start: int
+    length: int
+    type: str
+    params: str
+
+
+class DeviceLines(Answer):
+    name: str
+    lines: tuple[TableLine, ...]
+
+
+class LinesAnswer(Answer):
+    devices: tuple[DeviceLines, ...]
+
+
+class Info(Request):
+    """No names: all devices. `target`: only devices with a target of that type."""
+
+    names: tuple[str, ...] = ()
+    target: str | None = None
+
+
+class InfoLine(Answer):
+    """One device. `size` in bytes; `failed`: a bug stopped it, see the server's log."""
+
+    name: str
+    uuid: str
+    state: str
+    read_only: bool
+    failed: bool
+    live: bool
+    inactive: bool
+    open_count: int
+    event_nr: int
+    major: int
+    minor: int
+    nr_targets: int
+    size: int
+
+
+class InfoAnswer(Answer):
+    devices: tuple[InfoLine, ...]
+
+
+class Deps(Request):
+    names: tuple[str, ...] = ()
+
+
+class DeviceDeps(Answer):
+    name: str
+    deps: tuple[str, ...]
+
+
+class DevicesAnswer(Answer):
+    devices: tuple[DeviceDeps, ...]
+
+
+class Targets(Request):
+    pass
+
+
+class TargetType(Answer):
+    name: str
+    version: tuple[int, int, int]
+
+
+class TargetsAnswer(Answer):
+    targets: tuple[TargetType, ...]
+
+
+class Version(Request):
+    pass
+
+
+class VersionAnswer(Answer):
+    """`uris`: where the server's exports are."""
+
+    version: str
+    pid: int
+    uris: tuple[str, ...] = ()
+
+
+VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
+    "clear": (Clear, Done),
+    "create": (Create, Done),
+    "deps": (Deps, DevicesAnswer),
+    "info": (Info, InfoAnswer),
+    "load": (Load, Done),
+    "message": (Message, MessageAnswer),
+    "remove": (Remove, Done),
+    "remove_all": (RemoveAll, Done),
+    "rename": (Rename, Done),
+    "resume": (Resume, Done),
+    "status": (Status, LinesAnswer),
+    "suspend": (Suspend, Done),
+    "table": (Table, LinesAnswer),
+    "targets": (Targets, TargetsAnswer),
+    "version": (Version, VersionAnswer),
+    "wait": (Wait, WaitAnswer),
+    "wipe_table": (WipeTable, Done),
+}

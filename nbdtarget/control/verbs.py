@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs of the control socket, carried out on a registry: one method each."""
+
+import os
+from collections.abc import Callable, Iterable
+
+from nbdtarget import __version__
+from nbdtarget.control import messages as m
+from nbdtarget.dm.mapped_device import MappedDevice, State
+from nbdtarget.dm.registry import MAJOR, Registry
+from nbdtarget.errors import TableError
+
+__all__ = ["Verbs"]
+
+
+class Verbs:
+    """Each method takes its verb's request and returns its answer.
+
+    Args:
+        uris: where the exports are, asked anew each time.
+    Raises (all methods): TableError, ConstructorError, ResolveError.
+    """
+
+    def __init__(
+        self, registry: Registry, uris: Callable[[], Iterable[str]] = tuple
+    ) -> None:
+        self._registry = registry
+        self._uris = uris
+
+    async def create(self, request: m.Create) -> m.Done:
+        await self._registry.create(
+            request.name,
+            request.table,
+            uuid=request.uuid,
+            directory=_absolute(request.directory),
+            read_only=request.readonly,
+        )
+        return m.Done()
+
+    async def load(self, request: m.Load) -> m.Done:
+        await self._registry.load(
+            request.name,
+            request.table,
+            directory=_absolute(request.directory),
+            read_only=request.readonly,
+        )
+        return m.Done()
+
+    async def clear(self, request: m.Clear) -> m.Done:
+        await self._registry.clear(request.name)
+        return m.Done()
+
+    async def suspend(self, request: m.Suspend) -> m.Done:
+        await self._registry.suspend(request.name, noflush=request.noflush)
+        return m.Done()
+
+    async def resume(self, request: m.Resume) -> m.Done:
+        await self._registry.resume(request.name)
+        return m.Done()
+
+    async def remove(self, request: m.Remove) -> m.Done:
+        await self._registry.remove(request.name, force=request.force)
+        return m.Done()
+
+    async def remove_all(self, request: m.RemoveAll) -> m.Done:
+        return m.Done(tuple(await self._registry.remove_all(force=request.force)))
+
+    async def wipe_table(self, request: m.WipeTable) -> m.Done:
+        await self._registry.wipe_table(request.name)
+        return m.Done()
+
+    async def rename(self, request: m.Rename) -> m.Done:
+        self._registry.rename(request.name, request.new_name)
+        return m.Done()
+
+    async def message(self, request: m.Message) -> m.MessageAnswer:
+        device = self._registry.get(request.name)
+        return m.MessageAnswer(await device.message(request.sector, request.words))
+
+    async def wait(self, request: m.Wait) -> m.WaitAnswer:
+        device = self._registry.get(request.name)
+        return m.WaitAnswer(await device.wait(request.event_nr))
+
+    async def status(self, request: m.Status) -> m.LinesAnswer:
+        return m.LinesAnswer(
+            tuple(
+                [
+                    _lines(
+                        device,
+                        await device.status(noflush=request.noflush),
+                        request.target,
+                    )
+                    for device in self._devices(request.names)
+                ]
+            )
+        )
+
+    async def table(self, request: m.Table) -> m.LinesAnswer:
+        return m.LinesAnswer(
+            tuple(
+                _lines(device, device.table(inactive=request.inactive), request.target)
+                for device in self._devices(request.names)
+            )
+        )
+
+    async def info(self, request: m.Info) -> m.InfoAnswer:
+        return m.InfoAnswer(
+            tuple(
+                _info(device)
+                for device in self._devices(request.names)
+                if request.target is None or _has_target(device, request.target)
+            )
+        )
+
+    async def deps(self, request: m.Deps) -> m.DevicesAnswer:
+        return m.DevicesAnswer(
+            tuple(
+                m.DeviceDeps(device.dm_name, tuple(self._registry.deps(device)))
+                for device in self._devices(request.names)
+            )
+        )
+
+    async def targets(self, request: m.Targets) -> m.TargetsAnswer:
+        return m.TargetsAnswer(
+            tuple(
+                m.TargetType(name, target_type.version)
+                for name, target_type in self._registry.types.items()
+            )
+        )
+
+    async def version(self, request: m.Version) -> m.VersionAnswer:
+        return m.VersionAnswer(__version__, os.getpid(), tuple(self._uris()))
+
+    def _devices(self, names: tuple[str, ...]) -> list[MappedDevice]:
+        if not names:
+            return self._registry.devices()
+        return [self._registry.get(name) for name in names]
+
+
+def _absolute(directory: str) -> str:
+    if not directory.startswith("/"):
+        raise TableError("the caller's directory must be absolute")
+    return directory
+
+
+def _lines(
+    device: MappedDevice,
+    lines: Iterable[tuple[int, int, str, str]],
+    target: str | None,
+) -> m.DeviceLines:
+    return m.DeviceLines(
+        device.dm_name,
+        tuple(
+            m.TableLine(*line) for line in lines if target is None or line[2] == target
+        ),
+    )
+
+
+def _has_target(device: MappedDevice, type_name: str) -> bool:
+    return device.active is not None and any(
+        target.type_name == type_name for target in device.active.targets
+    )
+
+
+def _info(device: MappedDevice) -> m.InfoLine:
+    active = device.active
+    return m.InfoLine(
+        name=device.dm_name,
+        uuid=device.uuid,
+        state="ACTIVE" if device.state is State.ACTIVE else "SUSPENDED",
+        read_only=device.read_only,
+        failed=active is not None and active.failed,
+        live=active is not None,
+        inactive=device.inactive is not None,
+        open_count=device.open_count,
+        event_nr=device.event_nr,
+        major=MAJOR,
+        minor=device.minor,
+        nr_targets=0 if active is None else len(active.targets),
+        size=device.size,
+    )
