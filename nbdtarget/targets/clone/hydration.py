@@ -346,7 +346,8 @@ class Hydration:
         self._task_done(job)
 
     def _task_done(self, task: "asyncio.Task[None]") -> None:
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
+        if task.cancelled():
+            self._is_resumed = False  # the loop is being torn down: start nothing more
+        elif (error := task.exception()) is not None:
             self._broken(error)
         self.wake()
