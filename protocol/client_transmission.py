@@ -169,7 +169,7 @@ class ClientTransmission:
         self._at = 0
         self._left = 0
         self._payload_request: Completion | None = None
-        self._payload_end: Callable[[Completion], None] = self._payload_none
+        self._payload_end: Callable[[Completion], None] = self._payload_simple
         self._payload_done = False  # the chunk has the DONE flag
         self._payload_type = 0
         self._completed: list[Completion] = []
@@ -274,7 +274,11 @@ class ClientTransmission:
             buffer = self.get_buffer()
             n = min(len(buffer), len(view))
             buffer[:n] = view[:n]
-            completed += self.buffer_updated(n)
+            try:
+                completed += self.buffer_updated(n)
+            except ReplyError:
+                self._completed[:0] = completed  # for `fail_all`
+                raise
             view = view[n:]
         return completed
 
@@ -426,9 +430,6 @@ class ClientTransmission:
         self._payload_request = None
         self._payload_end(request)
         self._payload = _NO_VIEW
-
-    def _payload_none(self, request: Completion) -> None:
-        raise AssertionError("no payload is under way")
 
     def _payload_simple(self, request: Completion) -> None:
         del self.in_flight[request.cookie]

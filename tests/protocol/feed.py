@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from protocol.client import (
     ClientHandshake,
@@ -117,7 +118,7 @@ def answer(option: int, data: bytes = b"", *before: bytes) -> int:
     return ask(*before, encode_option(option, data))[-1][1]
 
 
-def feed_client(data: bytes, **kwargs: bool) -> tuple[ClientHandshake, bytes]:
+def feed_client(data: bytes, **kwargs: Any) -> tuple[ClientHandshake, bytes]:
     """Feed a client that wants "disk" in all three ways; return it and what it sent."""
     whole = ClientHandshake("disk", **kwargs)
     whole.receive_data(data)
@@ -166,6 +167,12 @@ def client(
             buffer = memoryview(bytearray(b"\xee" * length))
         transmission.request(command, flags, cookie, offset, length, buffer)
     return transmission
+
+
+def data_of(completion: Completion) -> bytes:
+    """Return what a READ read."""
+    assert completion.buffer is not None
+    return bytes(completion.buffer)
 
 
 def _describe(completions: list[Completion]) -> list[tuple[object, ...]]:

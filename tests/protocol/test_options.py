@@ -21,8 +21,8 @@ from protocol.options import (
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40)
 
 
-@given(NAMES, st.sets(st.integers(0, 65535), max_size=8))
-def test_info_request_comes_back(name: str, infos: set[int]) -> None:
+@given(NAMES, st.frozensets(st.integers(0, 65535), max_size=8))
+def test_info_request_comes_back(name: str, infos: frozenset[int]) -> None:
     assert decode_info_request(encode_info_request(name, sorted(infos))) == (
         name,
         infos,
