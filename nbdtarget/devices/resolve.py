@@ -21,6 +21,8 @@ from typing import Final
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.file import create_file, open_file
 from nbdtarget.devices.memory import MemoryDevice
+from nbdtarget.devices.nbd import open_nbd
+from nbdtarget.devices.nbd_uri import NBD_SCHEMES, parse_nbd_uri
 from nbdtarget.errors import ResolveError
 
 __all__ = [
@@ -62,6 +64,8 @@ async def open_device(name: str, *, read_only: bool = False) -> Device:
     scheme = _scheme(name)
     if scheme == "memory":
         return MemoryDevice(_memory_size(name), name=name, read_only=read_only)
+    if scheme.startswith("nbd"):
+        return await open_nbd(name, read_only=read_only)
     if scheme:
         raise _unsupported(name, scheme)
     return await open_file(name, _path(name), read_only=read_only)
@@ -98,6 +102,11 @@ def identity(name: str) -> Hashable:
     scheme = _scheme(name)
     if scheme == "memory":
         return (scheme, object())  # each one opened is another one
+    if scheme in NBD_SCHEMES:
+        try:
+            return parse_nbd_uri(name).identity
+        except ResolveError:
+            return name
     if scheme:
         return name
     try:

@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`NbdDevice`: an export of another NBD server.
+
+Theory of operation. A bio becomes one request, or several pieces, on one of the device's
+connections (several if the server says CAN_MULTI_CONN). At most IN_FLIGHT_MAX requests are
+with the server; what is beyond waits its turn in a queue whose length the submitters bound.
+
+    READ, WRITE    pieces of at most the server's payload_max
+    WRITE + FUA    FUA if the server has it; else the write, then a FLUSH
+    FLUSH          one at a time; those that come meanwhile share the next one
+    DISCARD        TRIM, or nothing
+    WRITE_ZEROES   WRITE_ZEROES, or WRITE of zeroes in pieces
+    CACHE          CACHE, or nothing
+    extents        BLOCK_STATUS of base:allocation, or data
+
+*Alignment.* A server with a minimum block size gets only whole blocks. A READ is widened into
+a buffer of its own. A write that begins or ends inside a block needs what the rest of that
+block holds, so it waits until no other write is in flight, holds later ones back, reads,
+patches and writes: rare, slow, right.
+
+*Durability.* What has ended is the server's; what a FLUSH covers is as durable as the server
+makes it. A server without FLUSH promises nothing, and is refused as a device to write to.
+After a failed FLUSH, FUA or write (but for want of space), FLUSH and FUA fail until the device
+is opened again: the server's file may have latched as ours would.
+
+*Loss.* When any connection is lost, everything in flight ends with EIO and so does all that
+comes later, on every connection: a server that crashed may have forgotten what it answered
+before, so going on with another connection could lose writes silently.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+from collections import deque
+from typing import Final
+
+from nbdtarget.bio import (
+    FAST_ZERO,
+    FUA,
+    NO_UNMAP,
+    OP_CACHE,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_NAMES,
+    OP_READ,
+    OP_WRITE,
+    OP_WRITE_ZEROES,
+    Bio,
+)
+from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Device, Extent
+from nbdtarget.devices.nbd_connection import NbdConnection, connect
+from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
+from nbdtarget.errors import DeviceError, ResolveError
+from protocol import consts
+from protocol.client import ClientNegotiated, Completion
+
+__all__ = ["NbdDevice", "open_nbd"]
+
+logger = logging.getLogger(__name__)
+
+CONNECTIONS_MAX: Final = 2
+IN_FLIGHT_MAX: Final = 64  # requests, over all connections
+PIECE_MAX: Final = 4 << 20  # bytes of payload in one request
+RANGE_MAX: Final = 1 << 30  # bytes of a request that carries no payload
+EXTENTS_MAX: Final = 4096  # one call returns at most so many; the rest is called data
+
+_COMMANDS: Final = (
+    consts.CMD_READ,
+    consts.CMD_WRITE,
+    consts.CMD_FLUSH,
+    consts.CMD_TRIM,
+    consts.CMD_WRITE_ZEROES,
+    consts.CMD_CACHE,
+)
+_ZEROES: Final = memoryview(bytes(PIECE_MAX))
+# base:allocation has the same two bits.
+_EXTENT_FLAGS: Final = EXTENT_HOLE | EXTENT_ZERO
+_NOTHING_LOST: Final = frozenset({errnos.ENOSPC, errnos.ENOTSUP, errnos.EPERM})
+
+# command, flags, offset, length, payload, buffer, whose
+_Request = tuple[
+    int, int, int, int, memoryview | None, memoryview | None, "Bio | _Pieces | _Status"
+]
+_Status = asyncio.Future[tuple[int, Completion | None]]
+
+
+class _Pieces:
+    """The requests that one bio became."""
+
+    __slots__ = ("bio", "error", "left")
+
+    def __init__(self, bio: Bio, left: int) -> None:
+        self.bio = bio
+        self.left = left
+        self.error = 0
+
+
+class NbdDevice(Device):
+    """An export behind one or more connections. Made by `open_nbd`."""
+
+    def __init__(
+        self, name: str, connections: list[NbdConnection], *, read_only: bool
+    ) -> None:
+        negotiated = connections[0].negotiated
+        self._block = negotiated.block_size_min
+        # proto.md: what lies past the last whole block cannot be reached.
+        size = negotiated.size // self._block * self._block
+        super().__init__(name, size, read_only=read_only)
+        flags = negotiated.flags
+        self.can_discard = bool(flags & consts.FLAG_SEND_TRIM)
+        self.can_write_zeroes = bool(flags & consts.FLAG_SEND_WRITE_ZEROES)
+        self.can_fast_zero = bool(flags & consts.FLAG_SEND_FAST_ZERO)
+        self._has_flush = bool(flags & consts.FLAG_SEND_FLUSH)
+        self._has_fua = bool(flags & consts.FLAG_SEND_FUA)
+        self._has_cache = bool(flags & consts.FLAG_SEND_CACHE)
+        self._has_status = bool(negotiated.contexts)
+        self.logical_block_size = max(512, self._block)
+        payload_max = negotiated.payload_max // self._block * self._block
+        self._piece_max = min(PIECE_MAX, payload_max)
+        self._connections = connections
+        self._turn = 0
+        self._in_flight = 0
+        self._queue: deque[_Request] = deque()
+        self._nr_writes = 0  # bios in flight that change the disk
+        self._held: deque[Bio] = deque()  # writes behind one that must be patched
+        self._patching: asyncio.Task[None] | None = None
+        self._writes_are_done = asyncio.Event()
+        self._flush_runs: list[Bio] = []
+        self._flush_waiting: list[Bio] = []
+        self._is_latched = False
+        self._is_lost = False
+        for connection in connections:
+            connection.start(self._completed, self._connection_lost)
+
+    @property
+    def nr_connections(self) -> int:
+        return len(self._connections)
+
+    def submit(self, bio: Bio) -> None:
+        op = bio.op
+        status = errnos.EIO if self._is_lost else self.check_bounds(bio)
+        durable = op == OP_FLUSH or (op != OP_READ and bool(bio.flags & FUA))
+        if not status and durable and self._is_latched:
+            status = errnos.EIO
+        if not status and bio.flags & FAST_ZERO and not self._zeroes_fast(bio):
+            status = errnos.ENOTSUP
+        if status:
+            bio.end(status)
+        elif op == OP_FLUSH:
+            self._flush_waiting.append(bio)
+            self._start_flush()
+        elif not bio.length or (op == OP_CACHE and not self._has_cache):
+            bio.end(0)
+        elif op == OP_READ:
+            bio.own()
+            self._start_read(bio)
+        elif op == OP_CACHE:
+            self._start_pieces(bio, *self._widened(bio))
+        else:
+            bio.own()
+            self._submit_write(bio)
+
+    async def close(self) -> None:
+        self._is_lost = True
+        for connection in self._connections:
+            connection.close()
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        found: list[Extent] = []
+        at, end = offset, offset + length
+        while self._has_status and at < end and len(found) < EXTENTS_MAX:
+            begin = at // self._block * self._block
+            asked = -(-end // self._block) * self._block - begin
+            runs = await self._block_status(begin, min(asked, RANGE_MAX))
+            if not runs:
+                break
+            for run, flags in runs:
+                begin += run
+                if begin > at:
+                    _add_extent(found, min(begin, end) - at, flags & _EXTENT_FLAGS)
+                    at = min(begin, end)
+        if at < end or not found:
+            _add_extent(found, end - at, EXTENT_DATA)
+        return found
+
+    # -- requests -------------------------------------------------------------------------
+
+    def _request(self, request: _Request) -> None:
+        """Send a request, now or when it is its turn."""
+        if self._is_lost:
+            self._answer(request[-1], errnos.EIO, None)
+        elif self._in_flight < IN_FLIGHT_MAX:
+            self._send(request)
+        else:
+            self._queue.append(request)
+
+    def _send(self, request: _Request) -> None:
+        self._in_flight += 1
+        connections = self._connections
+        connection = connections[0]
+        if len(connections) > 1:
+            # The one that has least to do; each in its turn when they are equal.
+            self._turn = (self._turn + 1) % len(connections)
+            connection = connections[self._turn]
+            for other in connections:
+                if other.in_flight < connection.in_flight:
+                    connection = other
+        connection.send(*request)
+
+    def _completed(self, completion: Completion) -> None:
+        self._in_flight -= 1
+        if self._queue and not self._is_lost:
+            self._send(self._queue.popleft())
+        status = completion.error
+        if status:
+            if completion.message:
+                logger.info("%s: %s", self.name, completion.message)
+            if status == errnos.ESHUTDOWN:
+                status = errnos.EIO
+        self._answer(completion.private, status, completion)
+
+    def _answer(
+        self, whose: object, status: int, completion: Completion | None
+    ) -> None:
+        if type(whose) is Bio:
+            self._finish(whose, status)
+        elif type(whose) is _Pieces:
+            whose.left -= 1
+            whose.error = whose.error or status
+            if whose.left == 0:
+                self._finish(whose.bio, whose.error)
+        else:
+            assert isinstance(whose, asyncio.Future)
+            if not whose.cancelled():
+                whose.set_result((status, completion))
+
+    def _finish(self, bio: Bio, status: int) -> None:
+        """All requests of `bio` have been answered."""
+        op = bio.op
+        if op == OP_FLUSH:
+            self._flush_done(status)
+            return
+        if op in (OP_READ, OP_CACHE):
+            bio.end(status)
+            return
+        self._nr_writes -= 1
+        if self._nr_writes == 0:
+            self._writes_are_done.set()
+        if status:
+            if bio.flags & FUA or status not in _NOTHING_LOST:
+                self._latch(bio, status)
+            bio.end(status)
+        elif bio.flags & FUA and not self._has_fua:
+            self._flush_waiting.append(bio)
+            self._start_flush()
+        else:
+            bio.end(0)
+
+    def _latch(self, bio: Bio, status: int) -> None:
+        if not self._is_latched and not self._is_lost and status != errnos.ENOTSUP:
+            self._is_latched = True
+            logger.error(
+                "%s: %s failed with errno %d: no flush will succeed until it is opened"
+                " again",
+                self.name,
+                OP_NAMES[bio.op],
+                status,
+            )
+
+    # -- flush ----------------------------------------------------------------------------
+
+    def _start_flush(self) -> None:
+        if self._flush_runs or not self._flush_waiting:
+            return
+        bios, self._flush_waiting = self._flush_waiting, []
+        if self._is_latched or self._is_lost or not self._has_flush:
+            # Without FLUSH nothing was ever written here: the device is read-only.
+            status = errnos.EIO if self._is_latched or self._is_lost else 0
+            for bio in bios:
+                bio.end(status)
+            return
+        self._flush_runs = bios
+        # Its own bio: those that ride may be writes whose FUA it stands for.
+        rider = Bio(OP_FLUSH, 0, 0, None, 0, _no_endio)
+        self._request((consts.CMD_FLUSH, 0, 0, 0, None, None, rider))
+
+    def _flush_done(self, status: int) -> None:
+        bios, self._flush_runs = self._flush_runs, []
+        if status and bios:
+            self._latch(bios[0], status)
+        for bio in bios:
+            bio.end(status)
+        self._start_flush()
+
+    # -- reads ----------------------------------------------------------------------------
+
+    def _start_read(self, bio: Bio) -> None:
+        offset, length = bio.offset, bio.length
+        begin, asked = self._widened(bio)
+        if begin == offset and asked == length:
+            self._start_pieces(bio, offset, length)
+            return
+        payload = bio.payload
+        assert payload is not None
+        wide = memoryview(bytearray(asked))
+
+        def read(inner: Bio) -> None:
+            if not inner.status:
+                payload[:] = wide[offset - begin : offset - begin + length]
+            bio.end(inner.status)
+
+        self._start_pieces(Bio(OP_READ, begin, asked, wide, 0, read), begin, asked)
+
+    def _widened(self, bio: Bio) -> tuple[int, int]:
+        """Offset and length of the whole blocks that the bio touches."""
+        block = self._block
+        if block == 1:
+            return bio.offset, bio.length
+        begin = bio.offset // block * block
+        end = -(-(bio.offset + bio.length) // block) * block
+        return begin, end - begin
+
+    def _start_pieces(self, bio: Bio, offset: int, length: int) -> None:
+        """Send `bio` for a range, in as many requests as it takes."""
+        op = bio.op
+        command, flags = _COMMANDS[op], 0
+        if op not in (OP_READ, OP_CACHE):
+            if bio.flags & FUA and self._has_fua:
+                flags = consts.CMD_FLAG_FUA
+            if op == OP_WRITE_ZEROES:
+                if self.can_write_zeroes:
+                    flags |= _zero_flags(bio.flags)
+                else:
+                    command = consts.CMD_WRITE
+        payload = bio.payload if op == OP_WRITE else None
+        buffer = bio.payload if op == OP_READ else None
+        carries = command in (consts.CMD_READ, consts.CMD_WRITE)
+        piece_max = self._piece_max if carries else RANGE_MAX
+        if length <= piece_max:
+            if command == consts.CMD_WRITE and payload is None:
+                payload = _ZEROES[:length]
+            self._request((command, flags, offset, length, payload, buffer, bio))
+            return
+        pieces = _Pieces(bio, -(-length // piece_max))
+        for at in range(0, length, piece_max):
+            part = slice(at, min(at + piece_max, length))
+            size = part.stop - at
+            data = _ZEROES[:size] if command == consts.CMD_WRITE else None
+            if payload is not None:
+                data = payload[part]
+            into = None if buffer is None else buffer[part]
+            self._request((command, flags, offset + at, size, data, into, pieces))
+
+    # -- writes ---------------------------------------------------------------------------
+
+    def _zeroes_fast(self, bio: Bio) -> bool:
+        aligned = (bio.offset | bio.length) % self._block == 0
+        return self.can_fast_zero and self.can_write_zeroes and aligned
+
+    def _submit_write(self, bio: Bio) -> None:
+        offset, length = bio.offset, bio.length
+        if bio.op == OP_DISCARD:
+            block = self._block
+            begin = -(-offset // block) * block
+            length = (offset + length) // block * block - begin
+            offset = begin
+            if not self.can_discard or length <= 0:
+                bio.end(0)
+                return
+        elif self._held or self._patching or self._widened(bio) != (offset, length):
+            self._held.append(bio)
+            if self._patching is None:
+                self._patching = asyncio.ensure_future(self._patch_held())
+            return
+        self._nr_writes += 1
+        self._start_pieces(bio, offset, length)
+
+    async def _patch_held(self) -> None:
+        """Carry out held writes in order; one that needs patching with no other in flight."""
+        while self._held:
+            bio = self._held.popleft()
+            if self._widened(bio) == (bio.offset, bio.length):
+                self._nr_writes += 1
+                self._start_pieces(bio, bio.offset, bio.length)
+                continue
+            while self._nr_writes:
+                self._writes_are_done.clear()
+                await self._writes_are_done.wait()
+            bio.end(await self._patch(bio))
+        self._patching = None
+
+    async def _patch(self, bio: Bio) -> int:
+        """Write the whole blocks inside the bio's range and patch those at its ends."""
+        data = bio.payload if bio.op == OP_WRITE else _ZEROES
+        assert data is not None
+        offset, block = bio.offset, self._block
+        at, end = offset, bio.offset + bio.length
+        status = 0
+        while at < end and not status:
+            begin = at // block * block
+            if at == begin and end - at >= block:
+                stop = end // block * block
+                whole = (
+                    data[at - offset : stop - offset] if bio.op == OP_WRITE else None
+                )
+                status = await self._whole(bio.op, at, stop - at, whole, bio.flags)
+            else:
+                stop = min(begin + block, end)
+                patched = memoryview(bytearray(block))
+                status = await self._whole(OP_READ, begin, block, patched, 0)
+                if status:
+                    break
+                piece = data[: stop - at]
+                if bio.op == OP_WRITE:
+                    piece = data[at - offset : stop - offset]
+                patched[at - begin : stop - begin] = piece
+                fua = bio.flags & FUA
+                status = await self._whole(OP_WRITE, begin, block, patched, fua)
+            at = stop
+        return status
+
+    async def _whole(
+        self, op: int, offset: int, length: int, payload: memoryview | None, flags: int
+    ) -> int:
+        """Carry out an operation on whole blocks; its errno."""
+        done: asyncio.Future[Bio] = asyncio.get_running_loop().create_future()
+        bio = Bio(op, offset, length, payload, flags, done.set_result)
+        if op != OP_READ:
+            self._nr_writes += 1
+        self._start_pieces(bio, offset, length)
+        await done
+        return bio.status
+
+    async def _block_status(
+        self, offset: int, length: int
+    ) -> list[tuple[int, int]] | None:
+        """Runs of (bytes, flags) from `offset` on; None if the server does not tell."""
+        future: _Status = asyncio.get_running_loop().create_future()
+        command = consts.CMD_BLOCK_STATUS
+        self._request((command, 0, offset, length, None, None, future))
+        status, completion = await future
+        if self._is_lost:
+            raise DeviceError(errnos.EIO, self.name, "extents", offset, length)
+        if status or completion is None:
+            logger.info("%s: no block status: errno %d", self.name, status)
+            return None
+        return completion.extents
+
+    # -- loss -----------------------------------------------------------------------------
+
+    def _connection_lost(self, reason: str) -> None:
+        if self._is_lost:
+            return
+        self._is_lost = True
+        logger.error("%s: connection lost: %s", self.name, reason)
+        answers = [c for conn in self._connections for c in conn.fail_all()]
+        for connection in self._connections:
+            connection.close()
+        queued = list(self._queue)
+        self._queue.clear()
+        for completion in answers:
+            self._completed(completion)
+        for request in queued:
+            self._answer(request[-1], errnos.EIO, None)
+
+
+async def open_nbd(name: str, *, read_only: bool) -> NbdDevice:
+    """Connect to the export that the URI `name` names.
+
+    Raises: ResolveError: no such server or export, read-only, without FLUSH, ….
+    """
+    uri = parse_nbd_uri(name)
+    connections = [await connect(name, uri)]
+    try:
+        negotiated = connections[0].negotiated
+        _check(name, negotiated, read_only=read_only)
+        if negotiated.flags & consts.FLAG_CAN_MULTI_CONN:
+            await _connect_more(name, uri, connections)
+    except BaseException:
+        for connection in connections:
+            connection.close()
+        raise
+    return NbdDevice(name, connections, read_only=read_only)
+
+
+async def _connect_more(
+    name: str, uri: NbdUri, connections: list[NbdConnection]
+) -> None:
+    """Add connections; one that cannot be had is only a loss of speed."""
+    while len(connections) < CONNECTIONS_MAX:
+        try:
+            another = await connect(name, uri)
+        except ResolveError as error:
+            logger.info("%s; going on with %d", error, len(connections))
+            return
+        if another.negotiated != connections[0].negotiated:
+            another.close()
+            logger.info("%s: its connections disagree: using one", name)
+            return
+        connections.append(another)
+
+
+def _check(name: str, negotiated: ClientNegotiated, *, read_only: bool) -> None:
+    if negotiated.size < max(negotiated.block_size_min, 1):
+        raise ResolveError(name, "is empty")
+    if read_only:
+        return
+    if negotiated.flags & consts.FLAG_READ_ONLY:
+        raise ResolveError(name, "the server exports it read-only", errnos.EROFS)
+    if not negotiated.flags & consts.FLAG_SEND_FLUSH:
+        reason = "the server has no FLUSH: nothing written there would be durable"
+        raise ResolveError(name, reason)
+
+
+def _zero_flags(flags: int) -> int:
+    wire = consts.CMD_FLAG_NO_HOLE if flags & NO_UNMAP else 0
+    return wire | (consts.CMD_FLAG_FAST_ZERO if flags & FAST_ZERO else 0)
+
+
+def _add_extent(found: list[Extent], length: int, flags: int) -> None:
+    """Append a run, or lengthen the last one."""
+    if found and found[-1].flags == flags:
+        found[-1] = Extent(found[-1].length + length, flags)
+    else:
+        found.append(Extent(length, flags))
+
+
+def _no_endio(_: Bio) -> None:
+    raise AssertionError("a rider is not ended: those that ride are")
