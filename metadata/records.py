@@ -20,7 +20,7 @@ A transaction is one or more SetRuns of at most `RUNS_PER_RECORD_MAX` runs, O(wh
 snapshot has a record for each chunk of the bitmap that is not all zero: SetRuns when that is
 shorter, else SetBits. So a fresh or a finished clone of any size has a snapshot of (nearly) nothing.
 
-A record is at most 1 MiB: hashing and copying it is the longest step between two yields.
+A record is at most 512 KiB: hashing and copying it is the longest step between two yields.
 """
 
 import sys
@@ -67,12 +67,13 @@ RECORD_MAGIC: Final = b"nbdt-rec"
 RECORD_OVERHEAD_MAX: Final = 96
 RUN_SIZE: Final = 8
 RUNS_PER_RECORD_MAX: Final = (16 * BLOCK_SIZE - RECORD_OVERHEAD_MAX) // RUN_SIZE
-# A full SetBits is 256 blocks, what `read_chain` reads at a time.
-CHUNK_BYTES: Final = (1 << 20) - BLOCK_SIZE
+# A full SetBits is 128 blocks, what `read_chain` reads at a time. Copying and hashing that takes
+# one to two milliseconds.
+CHUNK_BYTES: Final = (1 << 19) - BLOCK_SIZE
 CHUNK_REGIONS: Final = 8 * CHUNK_BYTES
-READ_BLOCKS: Final = 256
+READ_BLOCKS: Final = 128
 # Finding a run costs about 0.5 us; more of them are stored as bits, whatever is shorter.
-CHUNK_RUNS_MAX: Final = 2048
+CHUNK_RUNS_MAX: Final = 1024
 
 # Pairs (begin, count), flat. A plain list would take ten times the memory and need encoding.
 if TYPE_CHECKING:

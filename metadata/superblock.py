@@ -151,6 +151,11 @@ class CloneSuperblock(
         return SUPERBLOCK_BLOCKS + self.arena * self.arena_blocks
 
     @property
+    def arena_end(self) -> int:
+        """The block after the live arena."""
+        return self.arena_begin + self.arena_blocks
+
+    @property
     def journal_block(self) -> int:
         """The first block of the journal."""
         return self.snapshot_block + self.snapshot_blocks
@@ -366,16 +371,15 @@ def _check_fields(superblock: CloneSuperblock) -> None:
     unknown = superblock.incompat & ~INCOMPAT_KNOWN
     if unknown:
         raise UnsupportedFormat(1, unknown)
-    arena_begin, arena_blocks = superblock.arena_begin, superblock.arena_blocks
     rules = {
         "uuid": len(superblock.uuid) == 16,
         "snapshot_digest": len(superblock.snapshot_digest) == DIGEST_SIZE,
         "journal_digest": len(superblock.journal_digest) == DIGEST_SIZE,
         "arena": superblock.arena in (0, 1),
-        "snapshot_block": superblock.snapshot_block >= arena_begin,
+        "snapshot_block": superblock.snapshot_block >= superblock.arena_begin,
         "snapshot_blocks": superblock.snapshot_blocks >= 0,
         "journal_blocks": superblock.journal_blocks >= 0
-        and superblock.journal_end <= arena_begin + arena_blocks,
+        and superblock.journal_end <= superblock.arena_end,
         "region_size": superblock.region_size > 0,
         "target_size": superblock.target_size > 0,
     }
