@@ -189,12 +189,12 @@ class ClientTransmission:
         """Encode a request; a WRITE's payload is for the caller to send after it.
 
         Args:
-            cookie: not in flight.
+            cookie: not in flight (DISC, which has no reply: any).
             buffer: READ: a writable memoryview (format B) of `length` bytes; or call
                 `register_read` before the reply can come.
         """
         assert self.error is None
-        assert cookie not in self.in_flight
+        assert command == CMD_DISC or cookie not in self.in_flight
         assert buffer is None or len(buffer) == length
         if command != CMD_DISC:  # which has no reply
             self.in_flight[cookie] = Completion(

@@ -88,9 +88,15 @@ def test_request_bytes() -> None:
 
 
 def test_disc_waits_for_no_reply() -> None:
-    transmission = ClientTransmission(STRUCTURED)
-    assert len(transmission.request(CMD_DISC, 0, 7, 0, 0)) == 28
-    assert transmission.in_flight == {}
+    transmission = client(STRUCTURED, [WRITE])
+    assert len(transmission.request(CMD_DISC, 0, 2, 0, 0)) == 28
+    assert [c.command for c in transmission.in_flight.values()] == [CMD_WRITE]
+
+
+def test_cookie_in_flight_is_ours_to_keep_apart() -> None:
+    transmission = client(STRUCTURED, [WRITE])
+    with pytest.raises(AssertionError):
+        transmission.request(*WRITE)
 
 
 def test_private_comes_back() -> None:
