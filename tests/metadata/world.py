@@ -140,11 +140,11 @@ class World:
 
     def _event(self) -> None:
         draw = self.rng.random()
-        if draw < 0.002:
+        if draw < 0.006:
             self.kill()
-        elif draw < 0.004:
+        elif draw < 0.008:
             self.crash()
-        elif draw < 0.006:
+        elif draw < 0.01:
             self.metadata.abort()
             assert self.metadata.hydrated.tobytes() == (
                 self.expected[self.metadata.generation]

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the owner of the I/O may rely on."""
+
+import pytest
+
+from metadata.operations import Flush, Read, read
+
+
+def test_read_asks_for_what_it_was_told() -> None:
+    assert read(4096, 2).send(None) == Read(4096, 2)
+
+
+def test_read_answers_with_a_view() -> None:
+    steps = read(0, 2)
+    next(steps)
+    with pytest.raises(StopIteration) as stop:
+        steps.send(bytearray(b"ab"))
+    assert stop.value.value == b"ab"
+
+
+@pytest.mark.parametrize("answer", [None, (b"ab",), b"a"])
+def test_read_refuses_a_wrong_answer(
+    answer: bytes | tuple[bytes, ...] | None,
+) -> None:
+    steps = read(0, 2)
+    next(steps)
+    with pytest.raises(AssertionError):
+        steps.send(answer)
+
+
+def test_flush_equals_a_pause_but_is_told_apart_by_type() -> None:
+    # Why owners look at the type first.
+    assert Flush() == ()
+    assert not isinstance((), Flush)
