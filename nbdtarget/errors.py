@@ -6,6 +6,7 @@
      +- TableError          a table, device or message verb cannot be carried out
      +- DeviceError         one I/O on one device failed
      +- ResolveError        a device cannot be opened: missing, in use, not ours, too small
+     +- ListenError         an address cannot be listened on
 
 Each `str()` is one line that names the thing and the reason. An AssertionError is never a
 user's fault: it is ours, and puts the mapped device that raised it into failure.
@@ -17,6 +18,7 @@ import os
 __all__ = [
     "ConstructorError",
     "DeviceError",
+    "ListenError",
     "NbdTargetError",
     "ResolveError",
     "TableError",
@@ -91,3 +93,15 @@ class ResolveError(NbdTargetError):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+class ListenError(NbdTargetError):
+    """The server cannot listen on `address`, as the user wrote it."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(address, reason)
+        self.address = address
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.address}: {self.reason}"

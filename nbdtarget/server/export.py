@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports: how devices are named on the wire, and what is promised about them.
+
+`ExportDirectory` is what the server asks of whoever has the devices; it knows no mapped
+device. `DirectoryExports` shows a directory to the handshake.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from nbdtarget.devices.base import Device
+from protocol.consts import (
+    FLAG_CAN_MULTI_CONN,
+    FLAG_READ_ONLY,
+    FLAG_SEND_CACHE,
+    FLAG_SEND_FAST_ZERO,
+    FLAG_SEND_FLUSH,
+    FLAG_SEND_FUA,
+    FLAG_SEND_TRIM,
+    FLAG_SEND_WRITE_ZEROES,
+)
+from protocol.handshake import ExportInfo
+
+__all__ = ["DirectoryExports", "ExportDirectory", "transmission_flags"]
+
+
+class ExportDirectory(Protocol):
+    """The devices that can be attached, by export name. All on the event loop's thread."""
+
+    def names(self) -> Iterable[tuple[str, str]]:
+        """Return (name, description) of each export, for LIST."""
+        ...
+
+    def maybe_get(self, name: str) -> Device | None:
+        """Return the device of that name; "" is the only one, if there is one."""
+        ...
+
+    def acquire(self, name: str) -> Device:
+        """As `maybe_get`, and count one more opener. Raises: KeyError: it is gone."""
+        ...
+
+    def release(self, device: Device) -> None:
+        """Count one opener less. None of its bios is in flight any more."""
+        ...
+
+
+def transmission_flags(device: Device) -> int:
+    """Return the transmission flags of `device`; SEND_DF is the handshake's to add.
+
+    CAN_MULTI_CONN always: no connection keeps anything back, every bio goes to the one
+    device, and its FLUSH covers every write that has ended, whoever sent it. WRITE_ZEROES
+    always: a device that cannot zero writes zeroes.
+    """
+    flags = FLAG_SEND_FLUSH | FLAG_SEND_FUA | FLAG_CAN_MULTI_CONN | FLAG_SEND_CACHE
+    if device.read_only:
+        return flags | FLAG_READ_ONLY
+    flags |= FLAG_SEND_WRITE_ZEROES
+    if device.can_discard:
+        flags |= FLAG_SEND_TRIM
+    if device.can_fast_zero:
+        flags |= FLAG_SEND_FAST_ZERO
+    return flags
+
+
+class DirectoryExports:
+    """A directory as `protocol.handshake.Exports`."""
+
+    def __init__(self, directory: ExportDirectory) -> None:
+        self.directory = directory
+
+    def names(self) -> Iterable[tuple[str, str]]:
+        return self.directory.names()
+
+    def lookup(self, name: str) -> ExportInfo | None:
+        device = self.directory.maybe_get(name)
+        if device is None:
+            return None
+        descriptions = dict(self.directory.names())
+        if name == "" and len(descriptions) == 1:
+            name = next(iter(descriptions))  # INFO_NAME tells the name it is listed by
+        return ExportInfo(
+            name=name,
+            size=device.size,
+            flags=transmission_flags(device),
+            description=descriptions.get(name, ""),
+        )

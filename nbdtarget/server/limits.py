@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every bound of the server, by name, and the budget that all connections share.
+
+Theory of operation. What a client can make us hold is bounded three times: for one
+connection, for all of them (`Budget`), and by the number of connections. A connection that
+meets a bound stops reading from its socket, so that the client's own socket buffer fills and
+it waits; nothing is refused. A connection with nothing at all in flight may always start one
+request, whatever its size, unless the shared budget is what is full: then it waits there in
+line, and is woken when a reply of another connection has left.
+
+What counts: a request from when it was submitted until its bio has ended; a byte from when
+memory was taken for it until the reply has left, or the write has ended. The fixed buffers
+of a connection (`receive_buffer`, `arena`) do not count: they are `connections_max` times
+their size.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Budget", "Limits"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of a listener and its connections; bytes unless the name says otherwise.
+
+    Args:
+        connections_max: above, new ones wait in the kernel's backlog.
+        backlog_max: connections the kernel keeps waiting.
+        handshake_timeout_s: from accept to the transmission phase.
+        stall_timeout_s: a client in the middle of a large WRITE that sends nothing for so
+            long is cut off, **if** others wait for the memory that it holds.
+        linger_s: after our half of a connection was closed at shutdown, how long the client
+            has to close its own.
+        requests_in_flight_max, bytes_in_flight_max: of one connection.
+        requests_total_max, bytes_total_max: of all.
+        send_buffer_max: replies that wait for the socket; above, no request is started.
+        payload_max: of one READ or WRITE.
+        receive_buffer: of each connection. A WRITE that fits is used where it lies.
+        arena: where replies to small READs are built, one after another.
+        arena_read_max: a longer READ gets a buffer of its own.
+        own_payload_min: a WRITE this long that came only in part gets a buffer of its own.
+        pool_bytes_max: of large buffers kept for reuse.
+        socket_buffer: SO_SNDBUF and SO_RCVBUF of each connection, as far as the kernel lets.
+        zero_check_min: READs this long are answered with a hole if all they read is zeroes.
+        flush_at: replies are sent when so many bytes of them are there.
+        poll_us: after an answer, how long to look for the next request before sleeping.
+        poison_borrowed: for tests: overwrite the receive buffer and the arena after use.
+    """
+
+    connections_max: int = 256
+    backlog_max: int = 128
+    handshake_timeout_s: float = 10.0
+    stall_timeout_s: float = 30.0
+    linger_s: float = 0.2
+    requests_in_flight_max: int = 256
+    bytes_in_flight_max: int = 64 << 20
+    requests_total_max: int = 4096
+    bytes_total_max: int = 512 << 20
+    send_buffer_max: int = 2 << 20
+    payload_max: int = 64 << 20
+    receive_buffer: int = 512 << 10
+    arena: int = 1 << 20
+    arena_read_max: int = 64 << 10
+    own_payload_min: int = 32 << 10
+    pool_bytes_max: int = 32 << 20
+    socket_buffer: int = 1 << 20
+    zero_check_min: int = 32 << 10
+    flush_at: int = 128 << 10
+    poll_us: int = 50
+    poison_borrowed: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.arena_read_max + 64 <= self.arena
+        assert self.own_payload_min + 64 <= self.receive_buffer
+        assert 1 <= self.requests_in_flight_max <= self.requests_total_max
+        assert self.payload_max <= self.bytes_total_max
+
+
+class Budget:
+    """What all connections of a listener have in flight, and who waits for it to shrink.
+
+    Attributes:
+        nr_requests, nr_bytes: in flight now.
+        hot: who received last, and how many times in a row: only a connection that is alone
+            polls. Any object; compared by identity.
+        hot_streak: see `hot`.
+    """
+
+    __slots__ = (
+        "_waiters",
+        "bytes_max",
+        "hot",
+        "hot_streak",
+        "nr_bytes",
+        "nr_requests",
+        "requests_max",
+    )
+
+    def __init__(self, limits: Limits) -> None:
+        self.requests_max = limits.requests_total_max
+        self.bytes_max = limits.bytes_total_max
+        self.nr_requests = 0
+        self.nr_bytes = 0
+        self.hot: object = None
+        self.hot_streak = 0
+        self._waiters: deque[Callable[[], None]] = deque()
+
+    def is_full(self, length: int) -> bool:
+        """Whether `length` more bytes, or one more request, have to wait."""
+        return (
+            self.nr_requests >= self.requests_max
+            or self.nr_bytes + length > self.bytes_max
+        )
+
+    @property
+    def nr_waiters(self) -> int:
+        return len(self._waiters)
+
+    def wait(self, wake: Callable[[], None]) -> None:
+        """Call `wake` once, when something was given back. The caller asks again then."""
+        self._waiters.append(wake)
+
+    def give_back(self, nr_requests: int, nr_bytes: int) -> None:
+        """Take requests and bytes out of flight. Wakes in the order of waiting."""
+        self.nr_requests -= nr_requests
+        self.nr_bytes -= nr_bytes
+        assert self.nr_requests >= 0
+        assert self.nr_bytes >= 0
+        if self._waiters:
+            waiters, self._waiters = self._waiters, deque()
+            for wake in waiters:
+                wake()

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Listener`: sockets that accept, and the connections that came of it.
+
+Theory of operation. `start` may be called for any number of addresses; all share one budget.
+
+    unix:PATH        a stale socket of a dead server is replaced, a live one is refused
+    tcp:HOST:PORT    every address of HOST; port 0 takes a free one; [::1] in brackets
+
+Accepting stops, and the kernel's backlog fills, while there are `connections_max`
+connections, and for ACCEPT_PAUSE_S when the process is out of file descriptors.
+
+A connection is kept in `_connections` until its last bio has ended, even when its socket is
+long closed: it counts as long as it holds something.
+
+Starvation. When connections wait for the shared budget, those that hold much of it and do
+not move (half a large WRITE sent, or replies never read) are cut off after
+`stall_timeout_s`. Nobody is, while nobody waits.
+
+Close. Accepting ends, each connection is told (`Connection.shutdown`), and after `grace_s` what
+is left is aborted. Bios that are in flight even then end into closed connections.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+import os
+import socket
+import stat
+from typing import Final
+from urllib.parse import quote
+
+from nbdtarget.clock import Clock, LoopClock, Timer
+from nbdtarget.errors import ListenError
+from nbdtarget.server.connection import Connection, Shared
+from nbdtarget.server.export import ExportDirectory
+from nbdtarget.server.limits import Budget, Limits
+from nbdtarget.server.output import BufferPool
+
+__all__ = ["Listener", "export_uri"]
+
+logger = logging.getLogger(__name__)
+
+ACCEPTS_MAX: Final = 16  # in one turn of the loop
+ACCEPT_PAUSE_S: Final = 1.0
+UNIX_PATH_MAX: Final = 107
+_OUT_OF_FILES: Final = (errnos.EMFILE, errnos.ENFILE, errnos.ENOBUFS, errnos.ENOMEM)
+
+
+def export_uri(pattern: str, name: str = "") -> str:
+    """Return the NBD URI of the export `name`; `pattern` is one that `start` returned."""
+    return pattern.replace("{name}", quote(name, safe=""))
+
+
+class Listener:
+    """Serves a directory's exports; see the module head.
+
+    Args:
+        directory: the exports.
+        limits: every bound.
+    """
+
+    def __init__(
+        self,
+        directory: ExportDirectory,
+        *,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._limits = limits or Limits()
+        self._directory = directory
+        self._clock = clock or LoopClock()
+        self._shared: Shared | None = None
+        self._sockets: dict[int, socket.socket] = {}
+        self._unix_paths: list[tuple[str, int]] = []  # path, inode
+        self._connections: set[Connection] = set()
+        self._is_accepting = False
+        self._is_closed = False
+        self._all_gone: asyncio.Future[None] | None = None
+        self._accept_timer: Timer | None = None
+        self._stall_timer: Timer | None = None
+
+    @property
+    def nr_connections(self) -> int:
+        return len(self._connections)
+
+    async def start(self, address: str) -> list[str]:
+        """Listen on `address`: "unix:PATH" or "tcp:HOST:PORT".
+
+        Returns: NBD URIs with "{name}" for the export's name; see `export_uri`.
+        Raises: ListenError.
+        """
+        family, _, rest = address.partition(":")
+        if family == "unix" and rest:
+            return [self._start_unix(rest, address)]
+        if family == "tcp" and ":" in rest:
+            host, _, port = rest.rpartition(":")
+            if port.isdecimal() and int(port) < 65536:
+                return await self._start_tcp(host.strip("[]"), int(port), address)
+        raise ListenError(address, "is not unix:PATH or tcp:HOST:PORT")
+
+    async def start_fd(self, fd: int) -> list[str]:
+        """Listen on a socket that was passed to this process, and own it from now on.
+
+        Raises: ListenError: it is not a listening stream socket.
+        """
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            raise ListenError(f"fd {fd}", str(error.strerror)) from error
+        if (
+            sock.type != socket.SOCK_STREAM
+            or sock.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+            or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        ):
+            sock.detach()
+            raise ListenError(f"fd {fd}", "is not a listening stream socket")
+        return [self._listen(sock)]
+
+    async def close(self, grace_s: float = 5.0) -> None:
+        """Stop accepting, finish what is in flight, close; abort after `grace_s`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._stop_accepting()
+        for sock in self._sockets.values():
+            sock.close()
+        self._sockets.clear()
+        for path, inode in self._unix_paths:
+            _unlink_own(path, inode)
+        for timer in (self._accept_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        for connection in list(self._connections):
+            connection.shutdown()
+        if self._connections:
+            all_gone = asyncio.get_running_loop().create_future()
+            self._all_gone = all_gone
+            timer = self._clock.call_later(grace_s, self._abort_all)
+            await all_gone
+            timer.cancel()
+
+    def _abort_all(self) -> None:
+        for connection in list(self._connections):
+            connection.abort()
+        if self._connections:
+            logger.warning(
+                "%d connections closed with I/O in flight", len(self._connections)
+            )
+        self._set_all_gone()
+
+    def _set_all_gone(self) -> None:
+        if self._all_gone is not None and not self._all_gone.done():
+            self._all_gone.set_result(None)
+
+    # ---- sockets ----
+
+    def _start_unix(self, path: str, address: str) -> str:
+        if len(os.fsencode(path)) > UNIX_PATH_MAX:
+            raise ListenError(address, f"path is longer than {UNIX_PATH_MAX} bytes")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _remove_stale(path, address)
+            sock.bind(path)
+            inode = os.stat(path).st_ino
+            pattern = self._listen(sock)
+        except OSError as error:
+            sock.close()
+            raise ListenError(address, str(error.strerror)) from error
+        except ListenError:
+            sock.close()
+            raise
+        self._unix_paths.append((os.path.abspath(path), inode))
+        return pattern
+
+    async def _start_tcp(self, host: str, port: int, address: str) -> list[str]:
+        loop = asyncio.get_running_loop()
+        try:
+            infos = await loop.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as error:
+            raise ListenError(address, str(error.strerror)) from error
+        patterns: list[str] = []
+        bound: list[socket.socket] = []
+        try:
+            for family, kind, proto, _, sockaddr in dict.fromkeys(infos):
+                sock = socket.socket(family, kind, proto)
+                bound.append(sock)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                # The first socket's free port, if 0 was asked for, serves the others too.
+                sock.bind((sockaddr[0], port, *sockaddr[2:]))
+                port = sock.getsockname()[1]
+        except OSError as error:
+            for sock in bound:
+                sock.close()
+            raise ListenError(address, str(error.strerror)) from error
+        patterns.extend(self._listen(sock) for sock in bound)
+        return patterns
+
+    def _listen(self, sock: socket.socket) -> str:
+        if self._shared is None:
+            self._shared = Shared(
+                loop=asyncio.get_running_loop(),
+                clock=self._clock,
+                limits=self._limits,
+                budget=Budget(self._limits),
+                pool=BufferPool(self._limits.pool_bytes_max),
+                directory=self._directory,
+                starved=self._starved,
+                closed=self._connection_closed,
+            )
+        sock.setblocking(False)
+        sock.listen(self._limits.backlog_max)
+        self._sockets[sock.fileno()] = sock
+        if self._is_accepting:
+            self._shared.loop.add_reader(sock.fileno(), self._accept, sock)
+        else:
+            self._start_accepting()
+        return _uri_pattern(sock)
+
+    # ---- connections ----
+
+    def _start_accepting(self) -> None:
+        assert self._shared is not None
+        self._accept_timer = None
+        self._is_accepting = True
+        for fd, sock in self._sockets.items():
+            self._shared.loop.add_reader(fd, self._accept, sock)
+
+    def _stop_accepting(self) -> None:
+        if self._is_accepting:
+            assert self._shared is not None
+            self._is_accepting = False
+            for fd in self._sockets:
+                self._shared.loop.remove_reader(fd)
+
+    def _accept(self, sock: socket.socket) -> None:
+        for _ in range(ACCEPTS_MAX):
+            if len(self._connections) >= self._limits.connections_max:
+                logger.warning("%d connections: no more", len(self._connections))
+                self._stop_accepting()
+                return
+            try:
+                client, _ = sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _OUT_OF_FILES:
+                    logger.warning("cannot accept: %s", error.strerror)
+                    self._stop_accepting()
+                    self._accept_timer = self._clock.call_later(
+                        ACCEPT_PAUSE_S, self._start_accepting
+                    )
+                # Anything else is about that one client, who is gone already.
+                return
+            self._connect(client)
+
+    def _connect(self, client: socket.socket) -> None:
+        assert self._shared is not None
+        client.setblocking(False)
+        try:
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                client.setsockopt(socket.SOL_SOCKET, option, self._limits.socket_buffer)
+            if client.family != socket.AF_UNIX:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            peer = _peer_name(client)
+        except OSError:
+            client.close()  # gone between accept and here
+            return
+        connection = Connection(client, peer, self._shared)
+        self._connections.add(connection)
+        connection.start()
+
+    def _connection_closed(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if self._is_closed:
+            if not self._connections:
+                self._set_all_gone()
+        elif not self._is_accepting and self._accept_timer is None:
+            self._start_accepting()
+
+    def _starved(self) -> None:
+        if self._stall_timer is None and not self._is_closed:
+            self._stall_timer = self._clock.call_later(
+                self._limits.stall_timeout_s, self._cut_stalled
+            )
+
+    def _cut_stalled(self) -> None:
+        assert self._shared is not None
+        self._stall_timer = None
+        if not self._shared.budget.nr_waiters:
+            return
+        now_ns = self._clock.now_ns()
+        for connection in list(self._connections):
+            if connection.is_stalled(now_ns):
+                logger.warning("%s: stalled while others wait", connection.peer)
+                connection.abort()
+        if self._shared.budget.nr_waiters:
+            self._starved()
+
+
+def _uri_pattern(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        path = os.path.abspath(os.fsdecode(name))
+        return f"nbd+unix:///{{name}}?socket={quote(path)}"
+    host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
+    return f"nbd://{host}:{name[1]}/{{name}}"
+
+
+def _peer_name(client: socket.socket) -> str:
+    if client.family == socket.AF_UNIX:
+        return f"client {client.fileno()}"
+    name = client.getpeername()
+    return f"{name[0]}:{name[1]}"
+
+
+def _remove_stale(path: str, address: str) -> None:
+    """Remove the socket of a server that is gone. Raises: ListenError: it is not gone."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(address, "exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # its backlog is full: very much alive
+    raise ListenError(address, "another server is listening there")
+
+
+def _unlink_own(path: str, inode: int) -> None:
+    """Unlink our socket, unless another one has taken its place."""
+    try:
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What leaves a connection: the arena of small replies, the queue behind it, large buffers.
+
+Theory of operation. Small replies are packed one after another into the *arena*, READ data
+included: the device reads straight into the place that is sent. One `send` carries a whole
+batch, and no object is made for any reply in it.
+
+    arena   0 ... base ............ end ............ size
+            |sent or |packed,       |free
+            |queued  |not yet sent  |
+
+`flush` sends [base, end) when nothing waits before it. What the socket does not take goes
+to the *queue* (`base` moves to `end`), in front of later replies; the arena starts again at 0
+when the queue is empty. Replies that do not come from the arena (late ones, large ones) are
+`push`ed to the queue at once. Order among replies is free, but a reply that has begun
+is never interrupted.
+
+Large READs have a buffer of their own from the `BufferPool`, with room for the header in
+front of the data, so that each is one piece. A buffer goes back to the pool when it has left.
+"""
+
+import errno as errnos
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from nbdtarget.server.limits import Limits
+
+__all__ = ["HEADER_ROOM", "BufferPool", "Output", "is_gone"]
+
+HEADER_ROOM: Final = (
+    32  # bytes before the data in a pooled buffer: a reply's header fits
+)
+GATHER_MAX: Final = 64  # pieces of one sendmsg; the kernel's own bound is 1024
+CLASS_MIN: Final = 64 << 10  # smallest size of a pooled buffer's data
+
+
+class BufferPool:
+    """Large buffers for reuse. A fresh one costs a page fault every 4 KiB: 4 KiB of copying.
+
+    Sizes are powers of two, so that one that was given back fits again.
+    """
+
+    __slots__ = ("_free", "_kept", "_kept_max")
+
+    def __init__(self, kept_max: int) -> None:
+        self._free: dict[int, list[bytearray]] = {}
+        self._kept = 0
+        self._kept_max = kept_max
+
+    def take(self, length: int) -> bytearray:
+        """Return a buffer of at least HEADER_ROOM + `length` bytes, with anything in it."""
+        size = HEADER_ROOM + max(CLASS_MIN, 1 << (length - 1).bit_length())
+        free = self._free.get(size)
+        if free:
+            self._kept -= size
+            return free.pop()
+        # What is too large to be kept need not be rounded up either.
+        if size > self._kept_max:
+            size = HEADER_ROOM + length
+        return bytearray(size)
+
+    def give_back(self, buffer: bytearray) -> None:
+        size = len(buffer)
+        if self._kept + size <= self._kept_max:
+            self._kept += size
+            self._free.setdefault(size, []).append(buffer)
+
+
+class Output:
+    """The sending half of a connection; see the module head.
+
+    Attributes:
+        arena, view: where small replies are packed; the hot loop writes here itself.
+        base, end: see the module head.
+        nr_queued: bytes in the queue.
+        end_max: above, the arena has no room for one more reply.
+        is_blocked: the socket took less than it was given; call `flush` when it is writable.
+    """
+
+    __slots__ = (
+        "_on_left",
+        "_queue",
+        "_send",
+        "_sendmsg",
+        "_waiting_max",
+        "arena",
+        "base",
+        "end",
+        "end_max",
+        "is_blocked",
+        "nr_queued",
+        "poison",
+        "view",
+    )
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        limits: Limits,
+        on_left: Callable[[int, bytearray | None], None],
+    ) -> None:
+        self.arena = bytearray(limits.arena)
+        self.view = memoryview(self.arena)
+        self.base = 0
+        self.end = 0
+        self.end_max = limits.arena - HEADER_ROOM - limits.arena_read_max
+        self.nr_queued = 0
+        self.is_blocked = False
+        self.poison = limits.poison_borrowed
+        self._waiting_max = limits.send_buffer_max
+        self._send = sock.send
+        self._sendmsg = sock.sendmsg
+        self._queue: deque[tuple[memoryview, int, bytearray | None]] = deque()
+        self._on_left = on_left
+
+    def push(
+        self,
+        data: bytes | bytearray | memoryview,
+        charge: int = 0,
+        buffer: bytearray | None = None,
+    ) -> None:
+        """Queue `data`, which must not change until it has left.
+
+        Args:
+            charge, buffer: given to `on_left` when `data` has left.
+        """
+        view = memoryview(data)
+        self._queue.append((view, charge, buffer))
+        self.nr_queued += len(view)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.base == self.end and not self._queue
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further request should be started before the client has read some."""
+        return self.is_blocked and (
+            self.nr_queued + self.end - self.base > self._waiting_max
+            or self.end >= self.end_max
+        )
+
+    def flush(self) -> bool:
+        """Send what the socket takes; return whether everything has left.
+
+        Raises: OSError: the peer is gone.
+        """
+        base, end = self.base, self.end
+        if base < end:
+            sent = 0
+            if not self._queue and not self.is_blocked:
+                try:
+                    sent = self._send(self.view[base:end])
+                except BlockingIOError:
+                    sent = 0
+                if sent == end - base:
+                    self._arena_left(end)
+                    return True
+                self.is_blocked = True
+            self._queue.append((self.view[base + sent : end], 0, None))
+            self.nr_queued += end - base - sent
+            self.base = end
+            if self.is_blocked and sent:
+                return False
+        return self._flush_queue()
+
+    def _flush_queue(self) -> bool:
+        queue = self._queue
+        while queue:
+            pieces = [entry[0] for entry in queue]
+            if len(pieces) > GATHER_MAX:
+                del pieces[GATHER_MAX:]
+            try:
+                sent = self._sendmsg(pieces)
+            except BlockingIOError:
+                self.is_blocked = True
+                return False
+            self.nr_queued -= sent
+            while queue:
+                view, charge, buffer = queue[0]
+                if sent < len(view):
+                    break
+                sent -= len(view)
+                queue.popleft()
+                if charge or buffer is not None:
+                    self._on_left(charge, buffer)
+            if sent:
+                view, charge, buffer = queue[0]
+                queue[0] = (view[sent:], charge, buffer)
+        self.is_blocked = False
+        self._arena_left(self.end)
+        return True
+
+    def _arena_left(self, end: int) -> None:
+        if self.poison:
+            self.view[:end] = b"\xdb" * end
+        self.base = self.end = 0
+
+    def drop(self) -> None:
+        """Forget everything: the peer is gone."""
+        queue, self._queue = self._queue, deque()
+        self.nr_queued = 0
+        self.base = self.end = 0
+        for _, charge, buffer in queue:
+            if charge or buffer is not None:
+                self._on_left(charge, buffer)
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether `error` only says that the peer closed its end: no news after a DISC."""
+    return error.errno in (errnos.EPIPE, errnos.ECONNRESET, errnos.ENOTCONN)
