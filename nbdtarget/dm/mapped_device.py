@@ -361,6 +361,16 @@ class MappedDevice(Device):
             _log.exception("%s: %r failed: device fails", self.name, call)
             table.failed = True
 
+    async def activate(self) -> None:
+        """Make the inactive table live, but stay suspended: bios queue until `resume`.
+
+        So a server can listen before the first bio may go. Raises: TableError.
+        """
+        async with self._verbs:
+            old = await self._swap()
+            if old is not None:
+                await self._destroy(old)
+
     async def resume(self) -> None:
         """Make the inactive table live, if there is one, and let I/O go.
 
@@ -368,22 +378,27 @@ class MappedDevice(Device):
             then suspended with the new table live.
         """
         async with self._verbs:
-            if self.state is State.REMOVED:
-                raise TableError("Device does not exist", errnos.ENXIO)
-            old: Table | None = None
-            if self.inactive is not None:
-                await self._suspend()
-                old, self.active, self.inactive = self.active, self.inactive, None
-                self._adopt(self.active)
-            elif self.active is None:
+            if self.inactive is None and self.active is None:
                 raise TableError("Invalid argument: no table to resume")
-            elif self.state is State.ACTIVE:
-                return
+            old = None if self.inactive is None else await self._swap()
             try:
-                await self._resume(self.active)
+                if self.state is not State.ACTIVE:
+                    assert self.active is not None
+                    await self._resume(self.active)
             finally:
                 if old is not None:
                     await self._destroy(old)
+
+    async def _swap(self) -> Table | None:
+        """Suspend, put the inactive table in the live slot; the caller destroys the old one."""
+        if self.state is State.REMOVED:
+            raise TableError("Device does not exist", errnos.ENXIO)
+        if self.inactive is None:
+            raise TableError("Invalid argument: no inactive table")
+        await self._suspend()
+        old, self.active, self.inactive = self.active, self.inactive, None
+        self._adopt(self.active)
+        return old
 
     async def _resume(self, table: Table) -> None:
         if table.failed:

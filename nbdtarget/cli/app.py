@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: options in, one function called, one line out when it fails.
+
+Exit status: 0; 1 for a failure, said in one line on stderr; 2 for usage. No logic here: a
+command asks the server over the control socket, or runs a job of `nbdtarget.porcelain`.
+
+Nothing heavy is imported before it is known which command runs: `status` in a shell loop
+should cost little more than starting Python.
+"""
+
+import os
+import sys
+from typing import Final, NoReturn
+
+import typer
+
+from nbdtarget.cli import clone, devices, listing, serve, tables
+from nbdtarget.errors import NbdTargetError
+
+__all__ = ["app", "main"]
+
+app: Final = typer.Typer(
+    name="nbdtarget",
+    help="device-mapper's clone for any machine: an NBD server with dmsetup's verbs.",
+    no_args_is_help=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for group in (clone, serve, tables, devices, listing):
+    group.register(app)
+
+# Typer brings its own click in some versions: its exceptions are reached through Typer.
+_UsageError: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        status = app(argv, prog_name="nbdtarget", standalone_mode=False)
+        sys.stdout.flush()
+    except typer.Abort:
+        return 1
+    except NbdTargetError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # `nbdtarget status | head`: not worth a word. Nothing may be flushed at exit any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except _UsageError as error:
+        return _usage(error)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(reason: str) -> int:
+    print("nbdtarget:", " ".join(reason.split()), file=sys.stderr)
+    return 1
+
+
+def _usage(error: BaseException) -> int:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "nbdtarget"
+    message = getattr(error, "format_message", error.__str__)()
+    print(
+        f"nbdtarget: {' '.join(message.split())} (see {command} --help)",
+        file=sys.stderr,
+    )
+    return 2

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget clone`: one line that makes a disk out of a source."""
+
+from typing import Annotated
+
+import typer
+
+from nbdtarget.cli.common import Control, Json
+from nbdtarget.cli.serve import Listen
+
+__all__ = ["register"]
+
+REGION_SIZE_MIN = 4 << 10
+REGION_SIZE_MAX = 1 << 30
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(clone)
+
+
+def clone(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A path, nbd://… or nbd+unix://…; only ever read."
+        ),
+    ],
+    dest: Annotated[
+        str,
+        typer.Argument(
+            metavar="DEST", help="What becomes the disk; a missing file is made."
+        ),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="N", help="Export name; default: from DEST."),
+    ] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(
+            "--metadata",
+            metavar="FILE",
+            help="What is copied already; default: DEST.nbdtarget. Made if missing.",
+        ),
+    ] = None,
+    region_size: Annotated[
+        str, typer.Option("--region-size", metavar="SIZE", help="4K to 1G.")
+    ] = "64K",
+    listen: Listen = None,
+    no_hydration: Annotated[
+        bool,
+        typer.Option("--no-hydration", help="Copy only what writes make necessary."),
+    ] = False,
+    exit_when_hydrated: Annotated[
+        bool,
+        typer.Option("--exit-when-hydrated", help="End when DEST alone is the disk."),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Start anew over data that DEST holds."),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens.")
+    ] = False,
+    json: Json = False,
+    control: Control = None,
+) -> int:
+    """Serve DEST as a copy of SOURCE at once, and copy it in the background.
+
+    Stop it at any time; the same line goes on where it was.
+    """
+    region_bytes = _region_bytes(region_size)
+    if no_hydration and exit_when_hydrated:
+        raise typer.BadParameter("--exit-when-hydrated would wait for ever")
+    from nbdtarget.cli.logs import start_logging
+    from nbdtarget.cli.progress import make_reporter
+    from nbdtarget.daemon import run
+    from nbdtarget.porcelain import CloneJob, CloneOptions
+
+    start_logging(verbose=verbose)
+    options = CloneOptions(
+        source=source,
+        dest=dest,
+        name=name,
+        metadata=metadata,
+        region_size=region_bytes,
+        listen=tuple(listen or ()),
+        hydration=not no_hydration,
+        exit_when_hydrated=exit_when_hydrated,
+        control=control,
+        overwrite=overwrite,
+    )
+    with make_reporter(options, json=json) as reporter:
+        return run(lambda: CloneJob(options, reporter).run())
+
+
+def _region_bytes(text: str) -> int:
+    from nbdtarget.devices.resolve import parse_size
+
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--region-size: {error}") from None
+    if not REGION_SIZE_MIN <= size <= REGION_SIZE_MAX:
+        raise typer.BadParameter("--region-size: Invalid region size (4K to 1G)")
+    if size & (size - 1):
+        raise typer.BadParameter("--region-size: Region size is not a power of 2")
+    return size

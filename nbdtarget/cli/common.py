@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several commands share: options, the question to the server, JSON out."""
+
+import os
+import sys
+from typing import Annotated, TypeVar
+
+import msgspec
+import typer
+
+from nbdtarget.control.client import ControlClient
+from nbdtarget.control.messages import Answer, Request
+from nbdtarget.control.paths import control_path
+from nbdtarget.errors import TableError
+
+__all__ = [
+    "Control",
+    "Json",
+    "Name",
+    "Names",
+    "ask",
+    "caller_directory",
+    "command_error",
+    "print_json",
+]
+
+A = TypeVar("A", bound=Answer)
+
+Control = Annotated[
+    str | None,
+    typer.Option(
+        "--control",
+        metavar="PATH",
+        help="Control socket of the server; default: $NBDTARGET_CONTROL, else"
+        " control.sock in the runtime directory.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A mapped device.")]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAME]...", help="Mapped devices; default: all of them."),
+]
+
+
+def ask(
+    control: str | None,
+    verb: str,
+    request: Request,
+    answer_type: type[A],
+    *,
+    about: str = "",
+) -> A:
+    """Ask the server; a failure names the verb and what it was about.
+
+    Raises: NoServerError, TableError.
+    """
+    client = ControlClient(control_path(control))
+    try:
+        return client.ask(verb, request, answer_type)
+    except TableError as error:
+        raise command_error(verb, about, error) from error
+
+
+def command_error(verb: str, about: str, error: TableError) -> TableError:
+    """The same error with the verb, and the device it was about, before it."""
+    subject = f"{verb} {about}".rstrip()
+    return TableError(f"{subject}: {error.reason}", error.errno)
+
+
+def caller_directory() -> str:
+    """The directory in which relative paths are meant."""
+    return os.getcwd()
+
+
+def print_json(answer: Answer | Request) -> None:
+    """Print one line of JSON."""
+    sys.stdout.write(msgspec.json.encode(answer).decode() + "\n")

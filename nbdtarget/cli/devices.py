@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that change devices: suspend, resume, remove, remove_all, rename, message, wait."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from nbdtarget.cli.common import Control, Json, Name, ask, print_json
+from nbdtarget.control import messages as m
+
+__all__ = ["register"]
+
+ManyNames = Annotated[
+    list[str], typer.Argument(metavar="NAME...", help="Mapped devices.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(suspend)
+    app.command()(resume)
+    app.command()(remove)
+    app.command("remove_all")(remove_all)
+    app.command()(rename)
+    # What is no option of ours is a word of the message: also without `--` before it.
+    app.command(context_settings={"ignore_unknown_options": True})(message)
+    app.command()(wait)
+
+
+def suspend(
+    names: ManyNames,
+    noflush: Annotated[
+        bool, typer.Option("--noflush", help="As dmsetup's; I/O is waited for.")
+    ] = False,
+    nolockfs: Annotated[
+        bool, typer.Option("--nolockfs", help="As dmsetup's; no file system is frozen.")
+    ] = False,
+    control: Control = None,
+) -> None:
+    """Stop new I/O, wait for what is in flight, commit."""
+    for name in names:
+        ask(control, "suspend", m.Suspend(name, noflush), m.Done, about=name)
+
+
+def resume(
+    names: ManyNames,
+    noflush: Annotated[bool, typer.Option("--noflush", hidden=True)] = False,
+    nolockfs: Annotated[bool, typer.Option("--nolockfs", hidden=True)] = False,
+    control: Control = None,
+) -> None:
+    """Let I/O go, with the inactive table if there is one."""
+    for name in names:
+        ask(control, "resume", m.Resume(name), m.Done, about=name)
+
+
+def remove(
+    names: ManyNames,
+    force: Annotated[
+        bool,
+        typer.Option("--force", "-f", help="First fail all I/O, with an error table."),
+    ] = False,
+    control: Control = None,
+) -> None:
+    """Commit, and remove devices that nobody holds open."""
+    for name in names:
+        ask(control, "remove", m.Remove(name, force), m.Done, about=name)
+
+
+def remove_all(
+    force: Annotated[
+        bool,
+        typer.Option("--force", "-f", help="First fail all I/O, with error tables."),
+    ] = False,
+    control: Control = None,
+) -> None:
+    """Remove every device that nobody holds open."""
+    done = ask(control, "remove_all", m.RemoveAll(force), m.Done)
+    for name in done.busy:
+        print(f"nbdtarget: remove_all: {name} is in use: left", file=sys.stderr)
+
+
+def rename(
+    name: Name,
+    new_name: Annotated[str, typer.Argument(metavar="NEW_NAME")],
+    control: Control = None,
+) -> None:
+    """Rename a device."""
+    ask(control, "rename", m.Rename(name, new_name), m.Done, about=name)
+
+
+def message(
+    name: Name,
+    sector: Annotated[
+        int, typer.Argument(metavar="SECTOR", help="Selects the target; 0 for one.")
+    ],
+    words: Annotated[list[str], typer.Argument(metavar="WORD...")],
+    json: Json = False,
+    control: Control = None,
+) -> None:
+    """Send a message to a target; prints its answer, if it has one."""
+    # As with dmsetup, one quoted argument may hold several words.
+    split = tuple(word for argument in words for word in argument.split())
+    answer = ask(
+        control, "message", m.Message(name, sector, split), m.MessageAnswer, about=name
+    )
+    if json:
+        print_json(answer)
+    elif answer.text is not None:
+        print(answer.text)
+
+
+def wait(
+    name: Name,
+    event_nr: Annotated[
+        int | None,
+        typer.Argument(metavar="[EVENT_NR]", help="Default: the present number."),
+    ] = None,
+    noflush: Annotated[bool, typer.Option("--noflush", hidden=True)] = False,
+    json: Json = False,
+    control: Control = None,
+) -> None:
+    """Wait until the device's event counter is not EVENT_NR."""
+    answer = ask(control, "wait", m.Wait(name, event_nr), m.WaitAnswer, about=name)
+    if json:
+        print_json(answer)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget serve`: the daemon that dmsetup's verbs talk to."""
+
+from typing import Annotated
+
+import typer
+
+from nbdtarget.cli.common import Control
+
+__all__ = ["Listen", "register"]
+
+Listen = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--listen",
+        metavar="ADDR",
+        help="unix:PATH or tcp:HOST:PORT; may be given more than once."
+        " Default: a unix socket in the runtime directory.",
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(serve)
+
+
+def serve(
+    listen: Listen = None,
+    control: Control = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens to devices.")
+    ] = False,
+) -> None:
+    """Serve mapped devices over NBD until told to stop."""
+    from nbdtarget.cli.logs import start_logging
+    from nbdtarget.daemon import ServeOptions, run, serve_until_stopped
+    from nbdtarget.server.listener import export_uri
+
+    start_logging(verbose=verbose)
+    options = ServeOptions(listen=tuple(listen or ()), control=control)
+
+    def ready(patterns: list[str]) -> None:
+        for pattern in patterns:
+            print(export_uri(pattern), flush=True)
+
+    run(lambda: serve_until_stopped(options, ready))

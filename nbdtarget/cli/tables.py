@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that put a table into a device: create, load, clear, wipe_table."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbdtarget.cli.common import Control, Name, ask, caller_directory
+from nbdtarget.control import messages as m
+from nbdtarget.errors import NbdTargetError
+
+__all__ = ["register"]
+
+TableOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--table",
+        metavar="LINE",
+        help="A line of the table; may be given more than once.",
+    ),
+]
+TableFile = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[FILE]",
+        help="A file with the table; '-', or neither FILE nor --table: stdin.",
+    ),
+]
+ReadOnly = Annotated[
+    bool, typer.Option("--readonly", "-r", help="Load the table read-only.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(create)
+    app.command("load")(load)
+    app.command("reload", help="The same as load.")(load)
+    app.command()(clear)
+    app.command("wipe_table")(wipe_table)
+
+
+def create(
+    name: Name,
+    file: TableFile = None,
+    table: TableOption = None,
+    notable: Annotated[
+        bool, typer.Option("--notable", "-n", help="Create it without a table.")
+    ] = False,
+    readonly: ReadOnly = False,
+    uuid: Annotated[
+        str, typer.Option("--uuid", "-u", metavar="UUID", help="Give it a UUID.")
+    ] = "",
+    control: Control = None,
+) -> None:
+    """Create a mapped device, load its table and resume it."""
+    if notable and (table or file):
+        raise typer.BadParameter("--notable goes without a table")
+    request = m.Create(
+        name=name,
+        table=None if notable else _text(table, file),
+        uuid=uuid,
+        readonly=readonly,
+        directory=caller_directory(),
+    )
+    ask(control, "create", request, m.Done, about=name)
+
+
+def load(
+    name: Name,
+    file: TableFile = None,
+    table: TableOption = None,
+    readonly: ReadOnly = False,
+    control: Control = None,
+) -> None:
+    """Load a table into the inactive slot; `resume` makes it live."""
+    request = m.Load(
+        name=name,
+        table=_text(table, file),
+        readonly=readonly,
+        directory=caller_directory(),
+    )
+    ask(control, "load", request, m.Done, about=name)
+
+
+def clear(name: Name, control: Control = None) -> None:
+    """Drop the inactive table."""
+    ask(control, "clear", m.Clear(name), m.Done, about=name)
+
+
+def wipe_table(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    control: Control = None,
+) -> None:
+    """Replace the table by one that fails all I/O."""
+    for name in names:
+        ask(control, "wipe_table", m.WipeTable(name), m.Done, about=name)
+
+
+def _text(lines: list[str] | None, file: str | None) -> str:
+    if lines and file:
+        raise typer.BadParameter("give a table with --table or in a file, not both")
+    if lines:
+        return "\n".join(lines)
+    try:
+        if file is None or file == "-":
+            return sys.stdin.read()
+        return Path(file).read_text()
+    except OSError as error:
+        raise NbdTargetError(f"{file}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise NbdTargetError(f"{file or 'stdin'}: not a table: not UTF-8") from None

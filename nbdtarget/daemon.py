@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server process: registry, NBD listener and control socket under one roof.
+
+Theory of operation. Everything runs on one event loop. `Daemon` puts the three together and
+takes them down again in the one order that loses nothing:
+
+    1. the listener stops accepting; requests in flight are carried out and answered
+    2. every mapped device is suspended, which commits, and removed, upper ones first
+    3. the control socket goes: until here `status` still answers
+
+SIGTERM, SIGINT and SIGHUP (the terminal is closed) begin this. After the first of them
+the signals have their usual effect again, so that a second Ctrl-C ends a process that hangs on
+a dead disk. What is on disk then is what a power cut would leave: nothing acknowledged is lost.
+
+Sockets that were passed (`LISTEN_FDS`) are served beside those that were asked for.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from nbdtarget.control.api import ControlServer, SocketInUseError
+from nbdtarget.control.paths import control_path, runtime_directory
+from nbdtarget.control.verbs import Verbs
+from nbdtarget.devices import resolve
+from nbdtarget.dm.registry import Registry
+from nbdtarget.errors import NbdTargetError
+from nbdtarget.server.listener import Listener
+
+__all__ = [
+    "Daemon",
+    "ServeOptions",
+    "default_listen",
+    "passed_sockets",
+    "run",
+    "serve_until_stopped",
+]
+
+_log = logging.getLogger(__name__)
+
+GRACE_S_MAX: Final = 10.0  # how long requests in flight may take at the end
+LISTEN_FDS_START: Final = 3
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+T = TypeVar("T")
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What `serve` was asked for. No `listen`: a unix socket in the runtime directory."""
+
+    listen: tuple[str, ...] = ()
+    control: str | None = None
+
+
+def passed_sockets() -> list[int]:
+    """The listening sockets that the service manager passed to this very process."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = os.environ.get("LISTEN_FDS", "")
+    if not (count.isascii() and count.isdecimal()):
+        return []
+    return list(range(LISTEN_FDS_START, LISTEN_FDS_START + int(count)))
+
+
+def default_listen(name: str) -> str:
+    """The address of a unix socket in the runtime directory. Raises: NbdTargetError."""
+    directory = runtime_directory()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise NbdTargetError(f"{directory}: {error.strerror or error}") from None
+    return f"unix:{directory / name}.sock"
+
+
+class Daemon:
+    """One server process.
+
+    Attributes:
+        registry: the mapped devices.
+        uris: of the listeners, with "{name}" where an export's name goes.
+        stop: set it to end the process as SIGTERM does.
+    """
+
+    def __init__(self) -> None:
+        self.registry = Registry(resolve)
+        self.uris: list[str] = []
+        self.stop = asyncio.Event()
+        self._listener = Listener(self.registry)
+        self._control: ControlServer | None = None
+
+    async def open_control(self, path: Path, *, optional: bool = False) -> bool:
+        """Open the control socket; with `optional`, go without it if another server has it.
+
+        Raises: SocketInUseError.
+        """
+        control = ControlServer(Verbs(self.registry, lambda: self.uris), path)
+        try:
+            await control.start()
+        except SocketInUseError as error:
+            if not optional:
+                raise
+            _log.info("no control socket: %s", error)
+            return False
+        self._control = control
+        return True
+
+    async def listen(self, addresses: Sequence[str], fds: Sequence[int] = ()) -> None:
+        """Listen on `addresses` and on passed sockets. Raises: NbdTargetError, OSError."""
+        for fd in fds:
+            self.uris += await self._listener.start_fd(fd)
+        for address in addresses:
+            self.uris += await self._listener.start(address)
+
+    async def wait_for_stop(self) -> None:
+        """Return when a signal comes, or `stop` is set."""
+        loop = asyncio.get_running_loop()
+
+        def signalled() -> None:
+            for number in STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+            self.stop.set()
+
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, signalled)
+        await self.stop.wait()
+
+    async def close(self) -> None:
+        """End in the order of the module head. Durable: everything acknowledged."""
+        _log.info("stopping")
+        await self._listener.close(GRACE_S_MAX)
+        await self.registry.close()
+        if self._control is not None:
+            await self._control.close()
+
+
+async def serve_until_stopped(
+    options: ServeOptions, ready: Callable[[list[str]], None]
+) -> None:
+    """Serve an empty registry until a signal comes; `ready` is called with the URIs.
+
+    Raises: NbdTargetError.
+    """
+    daemon = Daemon()
+    fds = passed_sockets()
+    addresses = options.listen or (() if fds else (default_listen("nbd"),))
+    try:
+        await daemon.open_control(control_path(options.control))
+        await daemon.listen(addresses, fds)
+        ready(daemon.uris)
+        await daemon.wait_for_stop()
+    finally:
+        await daemon.close()
+
+
+def run(main: Callable[[], Awaitable[T]]) -> T:
+    """Run a coroutine function to its end on a fast loop."""
+    import uvloop  # here: most commands never start a loop
+
+    async def awaited() -> T:
+        return await main()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(awaited())
