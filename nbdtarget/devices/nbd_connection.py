@@ -225,13 +225,17 @@ async def _shake_hands(sock: socket.socket, export_name: str) -> ClientHandshake
     loop = asyncio.get_running_loop()
     handshake = ClientHandshake(export_name)
     while handshake.negotiated is None and handshake.error is None:
-        data = await loop.sock_recv(sock, _HANDSHAKE_RECEIVE)
+        data = b""
+        with contextlib.suppress(ConnectionResetError):
+            data = await loop.sock_recv(sock, _HANDSHAKE_RECEIVE)
         if data:
             handshake.receive_data(data)
         else:
             handshake.receive_eof()
-        for piece in handshake.data_to_send():
-            await loop.sock_sendall(sock, piece)
+        # A server that has hung up may have said why before: what it said is received next.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for piece in handshake.data_to_send():
+                await loop.sock_sendall(sock, piece)
     return handshake
 
 

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NbdDevice against a strict server: what it asks, and what it makes of what it is told."""
+
+import asyncio
+import errno
+import os
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.bio import (
+    FAST_ZERO,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_READ,
+    OP_WRITE,
+    OP_WRITE_ZEROES,
+    PENDING,
+    Bio,
+)
+from nbdtarget.devices import nbd as nbd_module
+from nbdtarget.devices import nbd_connection
+from nbdtarget.devices.base import EXTENT_DATA, Extent
+from nbdtarget.devices.nbd import IN_FLIGHT_MAX, NbdDevice, open_nbd
+from nbdtarget.devices.resolve import identity, open_device
+from nbdtarget.errors import DeviceError, ResolveError
+from protocol import consts
+from tests.nbdtarget.devices.nbd_server import FLAGS_ALL, StrictServer
+
+SIZE = 1 << 20
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(20_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("never came true")
+
+
+async def device_of(server: StrictServer, *, read_only: bool = False) -> NbdDevice:
+    device = await open_device(server.uri, read_only=read_only)
+    assert isinstance(device, NbdDevice)
+    return device
+
+
+def bio_of(op: int, offset: int, length: int, flags: int = 0) -> Bio:
+    payload = memoryview(bytearray(length)) if op in (OP_READ, OP_WRITE) else None
+    return Bio(op, offset, length, payload, flags, lambda _: None)
+
+
+@pytest.mark.parametrize("block_min", [1, 512, 4096])
+@pytest.mark.parametrize("flags", [FLAGS_ALL, consts.FLAG_HAS_FLAGS | 1 << 2])
+@pytest.mark.parametrize("seed", range(2))
+async def test_it_is_an_array_of_bytes(
+    tmp_path: Path, block_min: int, flags: int, seed: int
+) -> None:
+    rng = random.Random(seed)
+    model = bytearray(SIZE)
+    async with StrictServer(
+        tmp_path, flags=flags, block_min=block_min, payload_max=65536
+    ) as server:
+        device = await device_of(server)
+        for _ in range(60):
+            offset = rng.randrange(SIZE)
+            length = min(rng.choice([1, 512, 4096, 5000, 200_000]), SIZE - offset)
+            data = rng.randbytes(length)
+            fua = rng.random() < 0.3
+            if rng.random() < 0.3:
+                data = bytes(length)
+                await device.write_zeroes(offset, length, fua=fua)
+            else:
+                await device.write(offset, data, fua=fua)
+            model[offset : offset + length] = data
+            found = await device.read(offset, length)
+            assert bytes(found) == model[offset : offset + length]
+        assert server.disk == model
+        await device.close()
+
+
+async def test_unaligned_writes_at_once_lose_nothing_of_each_other(
+    tmp_path: Path,
+) -> None:
+    async with StrictServer(tmp_path, block_min=4096) as server:
+        device = await device_of(server)
+        writes = [
+            device.write(at, bytes([at // 100 + 1]) * 100) for at in range(0, 9000, 100)
+        ]
+        writes.append(device.write(12288, b"z" * 4096))
+        await asyncio.gather(*writes)
+        expected = b"".join(bytes([nr + 1]) * 100 for nr in range(90))
+        assert server.disk[:9000] == expected
+        assert server.disk[12288:16384] == b"z" * 4096
+        await device.close()
+
+
+async def test_borrowed_payloads_are_owned(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        buffer = bytearray(b"a" * 4096)
+        view = memoryview(buffer)
+        write = Bio(OP_WRITE, 0, 4096, view, 0, lambda _: None, borrowed=True)
+        device.submit(write)
+        buffer[:] = b"b" * 4096
+        await until(lambda: write.status == 0)
+        read = Bio(OP_READ, 0, 4096, view, 0, lambda _: None, borrowed=True)
+        device.submit(read)
+        await until(lambda: read.status == 0)
+        assert buffer == b"b" * 4096
+        assert bytes(read.payload or b"") == b"a" * 4096
+        await device.close()
+
+
+async def test_requests_beyond_the_bound_wait(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path, flags=FLAGS_ALL ^ 1 << 8) as server:
+        device = await device_of(server)
+        server.gate.clear()
+        bios = [bio_of(OP_READ, 0, 512) for _ in range(3 * IN_FLIGHT_MAX)]
+        for bio in bios:
+            device.submit(bio)
+        assert sum(c.in_flight for c in device._connections) == IN_FLIGHT_MAX
+        server.gate.set()
+        await until(lambda: all(bio.status == 0 for bio in bios))
+        await device.close()
+
+
+async def test_flushes_that_come_while_one_runs_share_the_next(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        server.gate.clear()
+        bios = [bio_of(OP_FLUSH, 0, 0) for _ in range(10)]
+        for bio in bios:
+            device.submit(bio)
+        server.gate.set()
+        await until(lambda: all(bio.status == 0 for bio in bios))
+        assert server.commands() == [consts.CMD_FLUSH] * 2
+        await device.close()
+
+
+async def test_fua_is_asked_of_the_server(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        await device.write(0, b"x", fua=True)
+        assert server.noted == [(consts.CMD_WRITE, consts.CMD_FLAG_FUA, 0, 1)]
+        await device.close()
+
+
+async def test_fua_is_a_flush_afterwards_without_it(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path, flags=FLAGS_ALL ^ 1 << 3) as server:
+        device = await device_of(server)
+        await device.write(0, b"x", fua=True)
+        await device.write_zeroes(0, 512, fua=True)
+        assert server.commands() == [
+            consts.CMD_WRITE,
+            consts.CMD_FLUSH,
+            consts.CMD_WRITE_ZEROES,
+            consts.CMD_FLUSH,
+        ]
+        await device.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "latches"),
+    [
+        (consts.CMD_FLUSH, errno.EIO, True),
+        (consts.CMD_WRITE, errno.EIO, True),
+        (consts.CMD_WRITE, errno.ENOSPC, False),
+        (consts.CMD_READ, errno.EIO, False),
+    ],
+)
+async def test_server_errors_latch_as_a_file_would(
+    tmp_path: Path, command: int, code: int, latches: bool
+) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        server.errors[command] = code
+        operations: dict[int, Callable[[], Awaitable[object]]] = {
+            consts.CMD_FLUSH: device.flush,
+            consts.CMD_WRITE: lambda: device.write(0, b"x"),
+            consts.CMD_READ: lambda: device.read(0, 1),
+        }
+        with pytest.raises(DeviceError) as caught:
+            await operations[command]()
+        assert caught.value.errno == code
+        server.errors.clear()
+        if latches:
+            with pytest.raises(DeviceError):
+                await device.flush()
+            with pytest.raises(DeviceError):
+                await device.write(0, b"x", fua=True)
+        else:
+            await device.flush()
+        assert bytes(await device.read(0, 1)) == b"\0"
+        await device.close()
+
+
+async def test_shutdown_of_the_server_is_an_io_error(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        server.errors[consts.CMD_READ] = errno.ESHUTDOWN
+        with pytest.raises(DeviceError) as caught:
+            await device.read(0, 1)
+        assert caught.value.errno == errno.EIO
+        await device.close()
+
+
+async def test_fast_zero_that_the_server_lacks_is_refused(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path, flags=FLAGS_ALL ^ 1 << 11) as server:
+        device = await device_of(server)
+        bio = bio_of(OP_WRITE_ZEROES, 0, 512, FAST_ZERO)
+        device.submit(bio)
+        assert bio.status == errno.ENOTSUP
+        await device.flush()
+        await device.close()
+
+
+async def test_discard_shrinks_to_whole_blocks(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path, block_min=4096) as server:
+        device = await device_of(server)
+        await device.discard(1, 12288)
+        await device.discard(1, 4096)
+        assert server.noted == [(consts.CMD_TRIM, 0, 4096, 8192)]
+        await device.close()
+
+
+async def test_extents_without_block_status_are_data(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        assert await device.extents(0, SIZE) == [Extent(SIZE, EXTENT_DATA)]
+        await device.prefetch(0, 4096)
+        assert server.commands() == [consts.CMD_CACHE]
+        await device.close()
+
+
+# -- what is refused ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cleared", "added", "reason"),
+    [
+        (0, consts.FLAG_READ_ONLY, "the server exports it read-only"),
+        (consts.FLAG_SEND_FLUSH, 0, "the server has no FLUSH"),
+    ],
+)
+async def test_only_reading_from_what_cannot_be_written_durably(
+    tmp_path: Path, cleared: int, added: int, reason: str
+) -> None:
+    async with StrictServer(tmp_path, flags=FLAGS_ALL & ~cleared | added) as server:
+        with pytest.raises(ResolveError, match=reason):
+            await device_of(server)
+        device = await device_of(server, read_only=True)
+        await device.flush()
+        bio = bio_of(OP_DISCARD, 0, 512)
+        device.submit(bio)
+        assert bio.status == errno.EPERM
+        await device.close()
+
+
+async def test_empty_export_is_refused(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path, 0) as server:
+        with pytest.raises(ResolveError, match="is empty"):
+            await device_of(server)
+
+
+async def test_missing_server_is_refused(tmp_path: Path) -> None:
+    uri = f"nbd+unix:///?socket={tmp_path}/none"
+    with pytest.raises(ResolveError) as caught:
+        await open_device(uri)
+    assert str(caught.value) == f"{uri}: cannot connect: no such file or directory"
+    with pytest.raises(ResolveError, match="cannot connect: connection refused"):
+        await open_device("nbd://127.0.0.1:1/")
+
+
+@pytest.mark.parametrize(
+    ("greeting", "reason"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not an NBD server"),
+        (b"", "hung up before its greeting"),
+        (b"NBDMAGICIHAVEOPT\0\3" + b"junk" * 10, "bad option reply magic"),
+    ],
+)
+async def test_server_that_is_none_is_refused(
+    tmp_path: Path, greeting: bytes, reason: str
+) -> None:
+    async with StrictServer(tmp_path) as server:
+        server.greeting = greeting
+        with pytest.raises(ResolveError, match=reason):
+            await open_nbd(server.uri, read_only=True)
+
+
+async def test_silent_server_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd_connection, "HANDSHAKE_TIMEOUT_S", 0.05)
+    async with StrictServer(tmp_path) as server:
+        server.greeting, server.is_silent = b"", True
+        with pytest.raises(ResolveError, match="no NBD handshake within"):
+            await open_nbd(server.uri, read_only=True)
+
+
+# -- loss ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multi", [False, True])
+async def test_lost_connection_ends_everything_with_eio(
+    tmp_path: Path, multi: bool
+) -> None:
+    flags = FLAGS_ALL if multi else FLAGS_ALL ^ consts.FLAG_CAN_MULTI_CONN
+    async with StrictServer(tmp_path, flags=flags, block_min=512) as server:
+        device = await device_of(server)
+        server.gate.clear()
+        bios = [bio_of(OP_READ, nr * 512, 512) for nr in range(2 * IN_FLIGHT_MAX)]
+        bios += [bio_of(OP_FLUSH, 0, 0) for _ in range(3)]
+        bios += [bio_of(OP_WRITE, 5, 100), bio_of(OP_WRITE, 0, 512)]
+        bios.append(bio_of(OP_WRITE, 0, SIZE))
+        for bio in bios:
+            device.submit(bio)
+        server.hang_up_after = len(server.noted)
+        server.gate.set()
+        await until(lambda: all(bio.status != PENDING for bio in bios))
+        assert {bio.status for bio in bios} <= {0, errno.EIO}
+        late = bio_of(OP_READ, 0, 512)
+        device.submit(late)
+        assert late.status == errno.EIO
+        assert device._in_flight == 0
+        await device.close()
+
+
+async def test_reply_that_makes_no_sense_ends_the_connection(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        server.errors[consts.CMD_READ] = 0
+        server._carry_out = lambda *_: b"x" * 100  # type: ignore[method-assign]  # too much data
+        await device.read(0, 10)
+        with pytest.raises(DeviceError):
+            await asyncio.gather(*(device.read(0, 10) for _ in range(4)))
+        await device.close()
+
+
+async def test_close_says_goodbye_on_each_connection(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        await device.read(0, 1)
+        assert device.nr_connections == nbd_module.CONNECTIONS_MAX
+        await device.close()
+        await device.close()
+        await until(lambda: server.nr_goodbyes == nbd_module.CONNECTIONS_MAX)
+    await asyncio.sleep(0)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+def test_identity_of_a_uri(tmp_path: Path) -> None:
+    first = identity(f"nbd+unix:///x?socket={tmp_path}/s")
+    assert first == identity(f"NBD+UNIX:///x?socket={tmp_path}/./s")
+    assert identity("nbd://") == "nbd://"

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NBD URIs: each form that people write, and one line for each that means nothing."""
+
+import pytest
+
+from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
+from nbdtarget.errors import ResolveError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nbd://host", NbdUri("", "host")),
+        ("nbd://host/", NbdUri("", "host")),
+        ("nbd://host:1234/disk", NbdUri("disk", "host", 1234)),
+        ("nbd://[::1]/disk", NbdUri("disk", "::1")),
+        ("NBD://10.0.0.1:1/a/b", NbdUri("a/b", "10.0.0.1", 1)),
+        ("nbd://host//abs", NbdUri("/abs", "host")),
+        ("nbd://host/caf%C3%A9%20", NbdUri("café ", "host")),
+        ("nbd+unix:///d?socket=/run/s", NbdUri("d", socket_path="/run/s")),
+        ("nbd+unix://?socket=/run/s", NbdUri("", socket_path="/run/s")),
+        ("nbd+unix:///?x=1&socket=/a%20b+c", NbdUri("", socket_path="/a b+c")),
+        ("nbd+unix:///?socket=%00abstract", NbdUri("", socket_path="\0abstract")),
+    ],
+)
+def test_parse_what_people_write(text: str, expected: NbdUri) -> None:
+    assert parse_nbd_uri(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("nbd:///disk", "names no host"),
+        ("nbd://host:port/", "not an NBD URI"),
+        ("nbd://host:70000/", "not an NBD URI"),
+        ("nbd://[::1/", "not an NBD URI"),
+        ("nbd://host/%ff", "not an NBD URI"),
+        ("nbd://host/a%00b", "not an export name"),
+        ("nbd://host/" + "x" * 5000, "not an export name"),
+        ("nbd+unix:///disk", "names no socket"),
+        ("nbd+unix://host/disk?socket=/s", "has no host"),
+        ("nbd+unix:///?socket=/a%00b", "no NUL"),
+        ("nbds://host/", "TLS is not supported"),
+        ("nbd+vsock://1/", "nbd\\+vsock: is not supported"),
+    ],
+)
+def test_parse_refuses_in_one_line(text: str, reason: str) -> None:
+    with pytest.raises(ResolveError, match=reason) as caught:
+        parse_nbd_uri(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_identity_is_one_for_all_ways_to_write_it() -> None:
+    first = parse_nbd_uri("nbd://Host/x").identity
+    assert first == parse_nbd_uri("nbd://host:10809/x").identity
+    assert first != parse_nbd_uri("nbd://host/y").identity
+    unix = parse_nbd_uri("nbd+unix:///x?socket=/run/../run/s").identity
+    assert unix == parse_nbd_uri("nbd+unix:///x?socket=/run/s").identity
