@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control socket, both ends of it, over a real unix socket."""
+
+import asyncio
+import errno as errnos
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from nbdtarget.control import messages as m
+from nbdtarget.control.api import ControlServer, SocketInUseError
+from nbdtarget.control.client import ControlClient, NoServerError
+from nbdtarget.control.paths import control_path, runtime_directory
+from nbdtarget.control.verbs import Verbs
+from nbdtarget.errors import TableError
+from tests.nbdtarget.dm.support import RamOpener, make_registry
+
+A = TypeVar("A", bound=m.Answer)
+
+
+class Server:
+    """A control server over RAM devices, and its client."""
+
+    def __init__(self, path: Path) -> None:
+        self.registry, self.opener = make_registry(a=8192, b=4096)
+        self.control = ControlServer(Verbs(self.registry, lambda: ["nbd://x"]), path)
+        self.client = ControlClient(path)
+
+    async def ask(self, verb: str, request: m.Request, answer: type[A]) -> A:
+        return await asyncio.to_thread(self.client.ask, verb, request, answer)
+
+    async def create(self, table: str | None = "0 8 linear /a 0") -> None:
+        await self.ask("create", m.Create("x", table), m.Done)
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    server = Server(tmp_path / "control.sock")
+    await server.control.start()
+    yield server
+    await server.control.close()
+    await server.registry.close()
+    assert isinstance(server.opener, RamOpener)
+    assert server.opener.still_open == []
+
+
+async def test_life_of_a_device(server: Server) -> None:
+    await server.create()
+    status = await server.ask("status", m.Status(), m.LinesAnswer)
+    assert status.devices == (m.DeviceLines("x", (m.TableLine(0, 8, "linear", ""),)),)
+    await server.ask("load", m.Load("x", "0 16 linear /a 0"), m.Done)
+    await server.ask("suspend", m.Suspend("x"), m.Done)
+    (info,) = (await server.ask("info", m.Info(("x",)), m.InfoAnswer)).devices
+    assert (info.state, info.live, info.inactive) == ("SUSPENDED", True, True)
+    await server.ask("resume", m.Resume("x"), m.Done)
+    table = await server.ask("table", m.Table(("x",)), m.LinesAnswer)
+    assert table.devices[0].lines == (m.TableLine(0, 16, "linear", "/a 0"),)
+    await server.ask("rename", m.Rename("x", "y"), m.Done)
+    deps = await server.ask("deps", m.Deps(), m.DevicesAnswer)
+    assert deps.devices == (m.DeviceDeps("y", ("/a",)),)
+    await server.ask("remove", m.Remove("y"), m.Done)
+    assert (await server.ask("info", m.Info(), m.InfoAnswer)).devices == ()
+
+
+async def test_clear_wipe_and_remove_all(server: Server) -> None:
+    await server.create()
+    await server.ask("load", m.Load("x", "0 8 linear /b 0"), m.Done)
+    await server.ask("clear", m.Clear("x"), m.Done)
+    await server.ask("wipe_table", m.WipeTable("x"), m.Done)
+    table = await server.ask("table", m.Table(), m.LinesAnswer)
+    assert table.devices[0].lines[0].type == "error"
+    held = server.registry.acquire("x")
+    done = await server.ask("remove_all", m.RemoveAll(), m.Done)
+    assert done.busy == ("x",)
+    server.registry.release(held)
+    assert await server.ask("remove_all", m.RemoveAll(), m.Done) == m.Done()
+
+
+async def test_message_answers_and_event_wakes_who_waits(server: Server) -> None:
+    await server.create("0 8 probe /a /b")
+    words = m.Message("x", 0, ("say", "-1"))
+    assert (await server.ask("message", words, m.MessageAnswer)).text == "say -1"
+    waiting = asyncio.create_task(server.ask("wait", m.Wait("x", 0), m.WaitAnswer))
+    event = m.Message("x", 0, ("event",))
+    assert (await server.ask("message", event, m.MessageAnswer)).text is None
+    assert (await waiting).event_nr == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "request_", "reason", "errno"),
+    [
+        ("status", m.Status(("nosuch",)), "Device does not exist", errnos.ENXIO),
+        ("remove", m.Remove("nosuch"), "Device does not exist", errnos.ENXIO),
+        ("create", m.Create("x", "0 8 foo"), "unknown target type", errnos.EINVAL),
+        ("create", m.Create("x", "0 8 linear /c 0"), "Device lookup", errnos.ENOENT),
+        ("create", m.Create("x", None, directory="."), "absolute", errnos.EINVAL),
+        ("create", m.Create("a/b", None), "not allowed", errnos.EINVAL),
+    ],
+)
+async def test_failure_has_reason_and_errno(
+    server: Server, verb: str, request_: m.Request, reason: str, errno: int
+) -> None:
+    with pytest.raises(TableError) as caught:
+        await server.ask(verb, request_, m.VERBS[verb][1])
+    assert reason in caught.value.reason
+    assert caught.value.errno == errno
+    assert server.registry.devices() == []
+
+
+async def test_targets_and_version(server: Server) -> None:
+    targets = await server.ask("targets", m.Targets(), m.TargetsAnswer)
+    assert m.TargetType("linear", (1, 4, 0)) in targets.targets
+    version = await server.ask("version", m.Version(), m.VersionAnswer)
+    assert (version.pid, version.uris) == (os.getpid(), ("nbd://x",))
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"name": 1}', b'{"name": "x", "nme": "y"}', b"\xff"]
+)
+async def test_bad_request_is_refused(server: Server, body: bytes) -> None:
+    status, answer = await asyncio.to_thread(server.client._post, "/v1/clear", body)
+    assert status == 400
+    failure = msgspec.json.decode(answer, type=m.Failure)
+    assert failure.reason.startswith("bad request")
+
+
+async def test_bug_in_a_verb_does_not_end_the_server(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    await server.create("0 8 buggy")
+    assert server.registry.get("x").active is not None
+    server.registry.get("x").active = "a bug"  # type: ignore[assignment]  # on purpose
+    with pytest.raises(TableError, match="internal error") as caught:
+        await server.ask("status", m.Status(), m.LinesAnswer)
+    assert caught.value.errno == errnos.EIO
+    assert "Traceback" in caplog.text
+    server.registry.get("x").active = None
+    await server.ask("version", m.Version(), m.VersionAnswer)
+
+
+async def test_socket_is_private_and_goes_with_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "control.sock"
+    server = Server(path)
+    await server.control.start()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    await server.control.close()
+    await server.control.close()
+    assert not path.exists()
+
+
+async def test_second_server_is_refused(server: Server) -> None:
+    second = Server(server.client.path)
+    with pytest.raises(SocketInUseError, match="a server is running"):
+        await second.control.start()
+    await second.control.close()
+    await server.ask("version", m.Version(), m.VersionAnswer)
+
+
+async def test_stale_socket_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+        dead.listen()
+    server = Server(path)
+    await server.control.start()
+    await server.ask("version", m.Version(), m.VersionAnswer)
+    await server.control.close()
+
+
+async def test_file_in_the_sockets_place_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    path.write_text("precious")
+    with pytest.raises(SocketInUseError, match="not a socket"):
+        await Server(path).control.start()
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["x" * 200, "file/control.sock"])
+async def test_impossible_path_is_refused_in_one_line(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SocketInUseError) as caught:
+        await Server(tmp_path / name).control.start()
+    assert "\n" not in str(caught.value)
+
+
+def test_client_without_a_server(tmp_path: Path) -> None:
+    with pytest.raises(NoServerError, match="no server on"):
+        ControlClient(tmp_path / "nosuch").ask("clear", m.Clear("x"), m.Done)
+
+
+async def test_client_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "other.sock"
+
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"NBDMAGIC")
+        writer.close()
+
+    other = await asyncio.start_unix_server(greet, str(path))
+    with pytest.raises(NoServerError):
+        await asyncio.to_thread(ControlClient(path).ask, "clear", m.Clear("x"), m.Done)
+    other.close()
+    await other.wait_closed()
+
+
+def test_control_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
+    assert control_path(None) == tmp_path / "nbdtarget" / "control.sock"
+    monkeypatch.setenv("NBDTARGET_CONTROL", "/run/c.sock")
+    assert control_path(None) == Path("/run/c.sock")
+    assert control_path("here.sock") == Path("here.sock")
+
+
+def test_runtime_directory_without_xdg(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert runtime_directory() == Path("/run/nbdtarget")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert runtime_directory() == tmp_path / "nbdtarget"
