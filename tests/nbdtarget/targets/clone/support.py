@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from metadata.clone import CloneMetadata
 from nbdtarget.bio import OP_FLUSH, OP_NAMES, OP_READ, OP_WRITE, Bio
+from nbdtarget.clock import Clock
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.errors import ResolveError
@@ -64,13 +65,15 @@ class Spy(Device):
 class Context:
     """A `TargetContext` over devices by name."""
 
-    def __init__(self, devices: dict[str, Device], length: int, begin: int = 0) -> None:
+    def __init__(
+        self, devices: dict[str, Device], length: int, clock: Clock, begin: int = 0
+    ) -> None:
         self.devices = devices
         self.begin = begin
         self.length = length
         self.name = "c"
         self.read_only = False
-        self.clock = SimClock()
+        self.clock = clock
         self.nr_events = 0
         self.nr_open = 0
         self.created: dict[str, int] = {}
@@ -142,8 +145,12 @@ class Rig:
         self.source = Spy(MemoryDevice(size, name="s"), self.log)
         self.destination = Spy(MemoryDevice(size, name="d"), self.log)
         self.metadata = Spy(MemoryDevice(metadata_size, name="m"), self.log)
+        self.clock = SimClock()
         self.ctx = Context(
-            {"m": self.metadata, "d": self.destination, "s": self.source}, size, begin
+            {"m": self.metadata, "d": self.destination, "s": self.source},
+            size,
+            self.clock,
+            begin,
         )
 
     async def start(self) -> "Rig":

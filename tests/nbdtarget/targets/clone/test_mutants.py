@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from metadata.operations import Flush, Steps, Write
+from metadata.operations import Flush, Read, Steps, Write
 from nbdtarget import metadata_io
 from nbdtarget.bio import FUA, Bio
 from nbdtarget.targets.base import REMAPPED
@@ -176,10 +176,14 @@ def _without_flush(steps: Steps[None]) -> Steps[None]:
 
 def _without_fua(steps: Steps[None]) -> Steps[None]:
     for operation in steps:
-        writes = operation if isinstance(operation, tuple) else (operation,)
-        yield tuple(
-            Write(w.offset, w.data) if isinstance(w, Write) else w for w in writes
-        )
+        # Not `isinstance(…, tuple)`: each operation is one, too.
+        if isinstance(operation, Read | Write | Flush):
+            yield operation
+        else:
+            yield tuple(
+                Write(w.offset, w.data) if isinstance(w, Write) else w
+                for w in operation
+            )
 
 
 class LazyDevice(CrashDevice):

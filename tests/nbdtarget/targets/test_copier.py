@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies: right, bounded, and over when they say so."""
+
+import asyncio
+import errno as errnos
+import random
+
+import pytest
+
+from nbdtarget.bio import OP_READ, OP_WRITE
+from nbdtarget.targets.copier import Copier, CopyError
+from tests.nbdtarget.targets.clone.support import settle
+from tests.support.clock import SimClock
+from tests.support.devices import CrashDevice, FaultDevice, SlowDevice
+
+SIZE = 1 << 18
+CONTENT = random.Random(3).randbytes(SIZE)
+
+
+def make_source() -> CrashDevice:
+    return CrashDevice(SIZE, content=CONTENT, name="source")
+
+
+@pytest.mark.parametrize("inline", [0.0, 1.0])
+@pytest.mark.parametrize(("offset", "length"), [(0, SIZE), (513, 70_001), (8, 512)])
+async def test_copy_is_exact(inline: float, offset: int, length: int) -> None:
+    destination = CrashDevice(SIZE, inline_chance=inline)
+    copier = Copier(
+        make_source(), destination, copy_bytes_max=1 << 15, chunk_bytes=4096
+    )
+    await copier.copy(offset, length)
+    want = bytearray(SIZE)
+    want[offset : offset + length] = CONTENT[offset : offset + length]
+    assert destination.image() == want
+
+
+async def test_bytes_in_flight_are_bounded() -> None:
+    clock = SimClock()
+    source = SlowDevice(make_source(), clock, 1.0)
+    copier = Copier(
+        source, CrashDevice(SIZE), copy_bytes_max=4 * 4096, chunk_bytes=4096
+    )
+    copies = [asyncio.create_task(copier.copy(at << 14, 1 << 14)) for at in range(8)]
+    while not all(copy.done() for copy in copies):
+        await asyncio.sleep(0)
+        assert source.in_flight <= 4
+        clock.advance(0.3)
+
+
+async def test_reads_of_one_copy_overlap_writes_of_another() -> None:
+    clock = SimClock()
+    source = SlowDevice(make_source(), clock, 1.0)
+    destination = SlowDevice(CrashDevice(SIZE), clock, 1.0)
+    copier = Copier(source, destination, copy_bytes_max=1 << 15, chunk_bytes=1 << 14)
+    first = asyncio.create_task(copier.copy(0, 1 << 14))
+    await settle()
+    clock.advance(1.1)
+    second = asyncio.create_task(copier.copy(1 << 14, 1 << 14))
+    await settle()
+    assert (source.in_flight, destination.in_flight) == (1, 1)
+    for _ in range(3):
+        clock.advance(1.1)
+        await settle()
+    assert first.done()
+    assert second.done()
+
+
+@pytest.mark.parametrize("side", ["read", "write"])
+@pytest.mark.parametrize("length", [4096, 1 << 16])
+async def test_failure_names_its_side_and_leaves_nothing_in_flight(
+    side: str, length: int
+) -> None:
+    source = FaultDevice(make_source(), ops=frozenset({OP_READ}), sticky=False)
+    destination = FaultDevice(
+        CrashDevice(SIZE), ops=frozenset({OP_WRITE}), sticky=False, errno=errnos.ENOSPC
+    )
+    (source if side == "read" else destination).fail_at = 0
+    copier = Copier(source, destination, copy_bytes_max=1 << 15, chunk_bytes=4096)
+    with pytest.raises(CopyError) as caught:
+        await copier.copy(0, length)
+    assert caught.value.is_read == (side == "read")
+    assert caught.value.error.errno == (errnos.EIO if side == "read" else errnos.ENOSPC)
+    await copier.copy(0, length)  # every buffer is back
+    assert destination.count < 2 * (length // 4096) + 1
+
+
+async def test_idle_buffers_are_given_back() -> None:
+    copier = Copier(
+        make_source(), CrashDevice(SIZE), copy_bytes_max=1 << 15, chunk_bytes=4096
+    )
+    await copier.copy(0, SIZE)
+    copier.drop_buffers()
+    await copier.copy(0, SIZE)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Range locks: exclusion, order, and nobody forgotten."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdtarget.targets.prison import Cell, Prison
+
+
+class Queue:
+    """Asks for ranges and notes who is granted, in order."""
+
+    def __init__(self) -> None:
+        self.prison = Prison()
+        self.granted: list[Cell] = []
+
+    def lock(self, begin: int, end: int) -> Cell:
+        return self.prison.lock(begin, end, self.granted.append)
+
+
+def test_range_is_granted_at_once_when_nobody_has_it() -> None:
+    queue = Queue()
+    cells = [queue.lock(4, 8), queue.lock(0, 4), queue.lock(8, 9)]
+    assert queue.granted == cells
+    assert all(cell.held for cell in cells)
+
+
+def test_range_of_2_to_the_28_regions_is_one_cell() -> None:
+    queue = Queue()
+    all_of_it = queue.lock(0, 1 << 28)
+    waiter = queue.lock(1 << 27, (1 << 27) + 1)
+    assert not waiter.held
+    queue.prison.release(all_of_it)
+    assert queue.granted == [all_of_it, waiter]
+
+
+def test_waiter_is_granted_when_the_last_one_before_it_goes() -> None:
+    queue = Queue()
+    first, second = queue.lock(0, 4), queue.lock(4, 8)
+    both = queue.lock(2, 6)
+    queue.prison.release(first)
+    assert not both.held
+    queue.prison.release(second)
+    assert both.held
+
+
+def test_later_one_does_not_overtake_a_waiter() -> None:
+    queue = Queue()
+    held = queue.lock(0, 4)
+    wide = queue.lock(0, 100)
+    narrow = queue.lock(50, 51)  # free, but the wide one came first
+    assert not narrow.held
+    queue.prison.release(held)
+    assert (wide.held, narrow.held) == (True, False)
+    queue.prison.release(wide)
+    assert narrow.held
+
+
+def test_maybe_lock_never_waits() -> None:
+    queue = Queue()
+    held = queue.lock(0, 4)
+    queue.lock(2, 6)
+    assert queue.prison.maybe_lock(5, 7) is None
+    assert queue.prison.maybe_lock(6, 8) is not None
+    queue.prison.release(held)
+
+
+def test_clear_run_skips_who_holds_and_who_waits() -> None:
+    queue = Queue()
+    queue.lock(2, 4)
+    queue.lock(3, 6)
+    queue.lock(8, 9)
+    clear = queue.prison.maybe_clear_run
+    assert clear(0, 20) == (0, 2)
+    assert clear(2, 20) == (6, 8)
+    assert clear(3, 5) is None
+    assert clear(8, 20) == (9, 20)
+    assert clear(6, 7) == (6, 7)
+
+
+def test_release_in_the_callback_does_not_recurse() -> None:
+    prison = Prison()
+    granted = 0
+
+    def at_once(cell: Cell) -> None:
+        nonlocal granted
+        granted += 1
+        prison.release(cell)
+
+    first = prison.lock(0, 1, lambda _: None)
+    for _ in range(5000):
+        prison.lock(0, 1, at_once)
+    prison.release(first)
+    assert granted == 5000
+    assert prison.nr_held == prison.nr_waiting == 0
+
+
+RANGES = st.tuples(st.integers(0, 12), st.integers(1, 6))
+
+
+@given(st.lists(st.one_of(RANGES, st.integers(0, 30)), max_size=60))
+def test_any_order_of_locks_and_releases(steps: list[tuple[int, int] | int]) -> None:
+    queue = Queue()
+    cells: list[Cell] = []  # asked for and not released, oldest first
+    for step in steps:
+        if isinstance(step, tuple):
+            cells.append(queue.lock(step[0], step[0] + step[1]))
+        elif held := [cell for cell in cells if cell.held]:
+            cell = held[step % len(held)]
+            cells.remove(cell)
+            queue.prison.release(cell)
+        for at, cell in enumerate(cells):
+            older = [c for c in cells[:at] if c.begin < cell.end and cell.begin < c.end]
+            assert cell.held == (not older)
+        assert queue.prison.nr_held == sum(cell.held for cell in cells)
+        assert queue.prison.nr_waiting == len(cells) - queue.prison.nr_held
