@@ -589,6 +589,10 @@ class Transaction:
                 self._snapshot_digest = chain.digest
                 metadata._compaction = None
                 return
+            if compaction.ready:
+                metadata._compaction = (
+                    None  # too late: more has changed than fits there
+                )
         if _fits(self._chain, self.runs):
             return
         # Neither journal has room: write everything.

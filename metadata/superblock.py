@@ -377,7 +377,8 @@ def _check_fields(superblock: CloneSuperblock) -> None:
         "journal_digest": len(superblock.journal_digest) == DIGEST_SIZE,
         "arena": superblock.arena in (0, 1),
         "snapshot_block": superblock.snapshot_block >= superblock.arena_begin,
-        "snapshot_blocks": superblock.snapshot_blocks >= 0,
+        "snapshot_blocks": superblock.snapshot_blocks >= 0
+        and superblock.journal_block <= superblock.arena_end,
         "journal_blocks": superblock.journal_blocks >= 0
         and superblock.journal_end <= superblock.arena_end,
         "region_size": superblock.region_size > 0,

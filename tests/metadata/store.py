@@ -120,9 +120,7 @@ _TEARS = [
 ]
 
 
-def _apply(
-    image: bytearray, ticket: Ticket, sectors: list[bool] | None = None
-) -> None:
+def _apply(image: bytearray, ticket: Ticket, sectors: list[bool] | None = None) -> None:
     operation = ticket.operation
     assert isinstance(operation, Write)
     data, offset = operation.data, operation.offset

@@ -7,15 +7,17 @@ make it fail.
 
 import random
 from collections.abc import Callable
+from typing import Any
 
+import msgspec
 import pytest
 
 from metadata import superblock as superblocks
 from metadata.clone import CloneMetadata, Transaction
 from metadata.errors import MetadataError, NotFormatted
-from metadata.operations import Flush, Steps
+from metadata.operations import Answer, Flush, Read, Steps, Write
 from metadata.records import append_runs, new_runs
-from metadata.superblock import CloneSuperblock, format_superblocks, superblock_writes
+from metadata.superblock import CloneSuperblock, superblock_writes
 from tests.metadata.store import Store, drive
 from tests.metadata.world import (
     NR_REGIONS,
@@ -155,16 +157,13 @@ def swap_no_changes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def heal_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rely on a single good copy of the superblock."""
-    original = CloneMetadata.changed.fget
-    assert original is not None
+    original = CloneMetadata.__init__
 
-    def changed(self: CloneMetadata) -> bool:
-        kept, self._unhealed = self._unhealed, frozenset()
-        answer = original(self)
-        self._unhealed = kept
-        return answer
+    def init(self: CloneMetadata, **arguments: Any) -> None:
+        arguments["unhealed"] = frozenset()
+        original(self, **arguments)
 
-    monkeypatch.setattr(CloneMetadata, "changed", property(changed))
+    monkeypatch.setattr(CloneMetadata, "__init__", init)
 
 
 def same_slot_always(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,11 +209,11 @@ def format_crash_images() -> list[bytes]:
     store = Store(CloneMetadata.device_size_min(NR_REGIONS))
     steps = format_steps(store.size)
     images: list[bytes] = []
-    answer = None
+    answer: Answer | tuple[Answer, ...] = None
     try:
         while True:
             operation = steps.send(answer)
-            if isinstance(operation, tuple) and not hasattr(operation, "_fields"):
+            if not isinstance(operation, Read | Write | Flush):
                 tickets = [store.submit(each) for each in operation]
                 images.extend(store.crash_images(rng))
                 answer = tuple(store.end(ticket) for ticket in tickets)
@@ -243,13 +242,11 @@ def test_crash_while_formatting_is_caught_when_slots_are_written_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def hasty(superblock: CloneSuperblock) -> Steps[CloneSuperblock]:
-        replace = superblocks.msgspec.structs.replace
-        second = replace(superblock, generation=1)
+        second = msgspec.structs.replace(superblock, generation=1)
         yield (*superblock_writes(superblock), *superblock_writes(second))
         yield Flush()
         return second
 
     monkeypatch.setattr("metadata.clone.format_superblocks", hasty)
-    assert format_superblocks is not hasty
     with pytest.raises(MetadataError):
         test_crash_while_formatting_leaves_it_formatted_or_formattable()

@@ -53,7 +53,9 @@ def write_chain(
     return chain
 
 
-def read_back(store: Store, chain: Chain, nr_regions: int, *, block: int = 4) -> bitarray:
+def read_back(
+    store: Store, chain: Chain, nr_regions: int, *, block: int = 4
+) -> bitarray:
     bits = zeros(nr_regions, "little")
     begin_min: int | None = 0
 
@@ -88,7 +90,7 @@ def test_packed_runs_are_unpacked_on_any_machine(
     byteorder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = runs_of((1, 2), (0x01020304, 5))
-    monkeypatch.setattr(records.sys, "byteorder", byteorder)
+    monkeypatch.setattr("metadata.records.sys.byteorder", byteorder)
     assert unpack_runs(pack_runs(runs)) == runs
 
 

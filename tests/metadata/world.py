@@ -146,8 +146,9 @@ class World:
             self.crash()
         elif draw < 0.01:
             self.metadata.abort()
-            assert self.metadata.hydrated.tobytes() == (
-                self.expected[self.metadata.generation]
+            assert (
+                self.metadata.hydrated.tobytes()
+                == (self.expected[self.metadata.generation])
             )
             self.kill()
         elif draw < 0.3:
@@ -179,7 +180,9 @@ class World:
                 return
             self.nr_moves += self.transaction.moves
             self.nr_overtaken += self.transaction.moves and self.compaction is not None
-            self.expected[self.transaction.generation] = self.metadata.hydrated.tobytes()
+            self.expected[self.transaction.generation] = (
+                self.metadata.hydrated.tobytes()
+            )
             self.flush_of = self.metadata.hydrated.copy()
             self.journal = Process(self, self.transaction.journal(), "journal")
         elif self.superblock is not None:
