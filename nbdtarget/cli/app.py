@@ -17,7 +17,7 @@ import typer
 from nbdtarget.cli import clone, devices, listing, serve, tables
 from nbdtarget.errors import NbdTargetError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
 
 app: Final = typer.Typer(
     name="nbdtarget",
@@ -38,10 +38,11 @@ _UsageError: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
 
 def main() -> NoReturn:
     """The console script."""
-    sys.exit(_run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:]))
 
 
-def _run(argv: list[str]) -> int:
+def run(argv: list[str]) -> int:
+    """Run one command line. Returns the exit status."""
     try:
         status = app(argv, prog_name="nbdtarget", standalone_mode=False)
         sys.stdout.flush()

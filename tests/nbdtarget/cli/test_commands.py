@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The battery that every command passes, and what the commands print, to the blank."""
+
+import asyncio
+import io
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.cli.app import run
+from nbdtarget.control.api import ControlServer
+from nbdtarget.control.verbs import Verbs
+from nbdtarget.dm.registry import Registry
+from tests.nbdtarget.dm.support import make_registry
+
+# Every command with the least arguments that it takes.
+COMMANDS: dict[str, list[str]] = {
+    "clear": ["x"],
+    "clone": ["/nonexistent/source", "/nonexistent/dest"],
+    "create": ["x", "--notable"],
+    "deps": [],
+    "info": [],
+    "load": ["x", "--table", "0 8 zero"],
+    "ls": [],
+    "message": ["x", "0", "word"],
+    "reload": ["x", "--table", "0 8 zero"],
+    "remove": ["x"],
+    "remove_all": [],
+    "rename": ["x", "y"],
+    "resume": ["x"],
+    "serve": ["--listen", "nonsense"],
+    "status": [],
+    "suspend": ["x"],
+    "table": [],
+    "targets": [],
+    "version": [],
+    "wait": ["x"],
+    "wipe_table": ["x"],
+}
+ASKING = sorted(COMMANDS.keys() - {"clone", "serve", "version"})
+PRINTING = ["deps", "info", "ls", "status", "table", "targets", "version"]
+
+
+class CommandLine:
+    """Runs commands in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *argv: str, status: int = 0) -> str:
+        """Run a command that must end with `status`. Returns stdout, or stderr if it fails."""
+        assert run(list(argv)) == status
+        out, err = self._capsys.readouterr()
+        if status:
+            assert out == ""
+            assert err.count("\n") == 1
+            assert err.startswith("nbdtarget: ")
+            return err
+        assert err == ""
+        return out
+
+
+@pytest.fixture
+def cli(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> CommandLine:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
+    return CommandLine(capsys)
+
+
+@pytest.fixture
+def registry(cli: CommandLine, tmp_path: Path) -> Iterator[Registry]:
+    """A server in a thread, over RAM devices /a, /b and /c of 32 MiB."""
+    registry, _ = make_registry(a=32 << 20, b=32 << 20, c=32 << 20)
+    loop = asyncio.new_event_loop()
+    server = ControlServer(Verbs(registry), tmp_path / "nbdtarget" / "control.sock")
+    loop.run_until_complete(server.start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield registry
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.run_until_complete(server.close())
+    loop.run_until_complete(registry.close())
+    loop.close()
+
+
+def test_battery_knows_every_command(cli: CommandLine) -> None:
+    listed = cli("--help").partition("Commands:\n")[2]
+    assert {line.split()[0] for line in listed.splitlines()} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help(cli: CommandLine, command: str) -> None:
+    assert cli(command, "--help").startswith(f"Usage: nbdtarget {command} ")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"message"}))
+def test_bad_option(cli: CommandLine, command: str) -> None:
+    assert "--nonsense" in cli(command, "--nonsense", *COMMANDS[command], status=2)
+
+
+@pytest.mark.parametrize(
+    "command", sorted(name for name, arguments in COMMANDS.items() if arguments)
+)
+def test_missing_argument(cli: CommandLine, command: str) -> None:
+    if command != "serve":
+        assert "Missing argument" in cli(command, status=2)
+
+
+def test_no_command_and_unknown_command(cli: CommandLine) -> None:
+    assert "Missing command" in cli(status=2)
+    assert "nonsense" in cli("nonsense", status=2)
+
+
+@pytest.mark.parametrize("command", ASKING)
+def test_no_server(cli: CommandLine, command: str, tmp_path: Path) -> None:
+    line = cli(command, *COMMANDS[command], status=1)
+    assert f"no server on {tmp_path}/nbdtarget/control.sock" in line
+    line = cli(command, "--control", "/nowhere/c", *COMMANDS[command], status=1)
+    assert "no server on /nowhere/c" in line
+
+
+@pytest.mark.parametrize("command", ["serve", "clone"])
+def test_bad_input_of_what_serves(cli: CommandLine, command: str) -> None:
+    assert cli(command, *COMMANDS[command], status=1)
+
+
+@pytest.mark.parametrize("command", PRINTING)
+@pytest.mark.usefixtures("registry")
+def test_json_of_an_empty_server(cli: CommandLine, command: str) -> None:
+    assert isinstance(json.loads(cli(command, "--json")), dict)
+
+
+@pytest.mark.parametrize("command", ["deps", "info", "ls", "status", "table"])
+@pytest.mark.usefixtures("registry")
+def test_no_devices(cli: CommandLine, command: str) -> None:
+    assert cli(command) == "No devices found\n"
+
+
+@pytest.mark.parametrize(
+    "command", ["deps", "info", "status", "table", "remove", "resume", "wait"]
+)
+@pytest.mark.usefixtures("registry")
+def test_unknown_device(cli: CommandLine, command: str) -> None:
+    line = f"nbdtarget: {command} nosuch: Device does not exist\n"
+    assert cli(command, "nosuch", status=1) == line
+
+
+# What follows was recorded from dmsetup and a 6.12 kernel, devices by path.
+
+
+@pytest.mark.usefixtures("registry")
+def test_info_as_recorded(cli: CommandLine) -> None:
+    cli("create", "c", "--table", "0 65536 linear /b 0")
+    assert cli("info", "c") == (
+        "Name:              c\n"
+        "State:             ACTIVE\n"
+        "Read Ahead:        256\n"
+        "Tables present:    LIVE\n"
+        "Open count:        0\n"
+        "Event number:      0\n"
+        "Major, minor:      253, 0\n"
+        "Number of targets: 1\n"
+        "\n"
+    )
+
+
+@pytest.mark.usefixtures("registry")
+def test_linear_as_recorded(cli: CommandLine) -> None:
+    cli("create", "c", "--table", "0 65536 zero")
+    cli("load", "c", "--table", "0 65536 linear /b 0")
+    cli("suspend", "c")
+    cli("resume", "c")
+    assert cli("status", "c") == "0 65536 linear \n"
+    assert cli("table", "c") == "0 65536 linear /b 0\n"
+
+
+@pytest.mark.usefixtures("registry")
+def test_targets_as_recorded(cli: CommandLine) -> None:
+    lines = cli("targets").splitlines()
+    assert "linear           v1.4.0" in lines
+    assert "error            v1.7.0" in lines
+    assert "clone            v1.0.0" in lines
+
+
+@pytest.mark.usefixtures("registry")
+def test_three_line_table_as_recorded(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "0 16384 linear /c 0\n16384 8 error\n16392 49144 linear /c 16392\n"
+    (tmp_path / "table").write_text(text)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    cli("create", "stdin")
+    assert cli("table", "stdin").replace("error \n", "error\n") == text
+    cli("remove", "stdin")
+    cli("create", "file", str(tmp_path / "table"))
+    cli("remove", "file")
+    lines = [word for line in text.splitlines() for word in ("--table", line)]
+    cli("create", "lines", *lines)
+    assert "Number of targets: 3\n" in cli("info", "lines")
+
+
+@pytest.mark.usefixtures("registry")
+def test_several_devices_have_their_names_before_each_line(cli: CommandLine) -> None:
+    cli("create", "x", "--table", "0 8 zero")
+    assert cli("status") == "x: 0 8 zero \n"
+    cli("create", "y", "--notable")
+    assert cli("status") == "x: 0 8 zero \ny: \n"
+    assert cli("table", "y", "x") == "y: \nx: 0 8 zero \n"
+    assert cli("status", "--target", "zero", "x") == "0 8 zero \n"
+    assert cli("ls") == "x\t(253:0)\ny\t(253:1)\n"
+    assert cli("ls", "--target", "zero") == "x\t(253:0)\n"
+
+
+@pytest.mark.usefixtures("registry")
+def test_tree_and_deps(cli: CommandLine) -> None:
+    cli("create", "lower", "--table", "0 8 linear /a 0")
+    cli("create", "upper", "--table", "0 8 linear /dev/mapper/lower 0")
+    assert cli("ls", "--tree") == ("upper (253:1)\n └─lower (253:0)\n    └─(/a)\n")
+    assert cli("deps", "lower") == "1 dependencies\t: (/a)\n"
+
+
+@pytest.mark.usefixtures("registry")
+def test_info_of_other_states(cli: CommandLine) -> None:
+    cli("create", "x", "--readonly", "--uuid", "U-1", "--table", "0 8 zero")
+    cli("load", "x", "--table", "0 8 error")
+    cli("suspend", "x")
+    text = cli("info", "x")
+    assert "State:             SUSPENDED (READ-ONLY)\n" in text
+    assert "Tables present:    LIVE & INACTIVE\n" in text
+    assert "UUID:              U-1\n" in text
+    assert cli("info", "-c").splitlines()[1] == (
+        "x                253   0 LIsr    0    1      0  U-1"
+    )
+
+
+@pytest.mark.usefixtures("registry")
+def test_message(cli: CommandLine) -> None:
+    cli("create", "x", "--table", "0 8 probe /a /b")
+    assert cli("message", "x", "0", "say", "-1") == "say -1\n"
+    assert cli("message", "x", "0", "--", "say", "-1", "--json") == "say -1 --json\n"
+    assert cli("message", "x", "0", "say two") == "say two\n"
+    assert json.loads(cli("message", "--json", "x", "0", "say")) == {"text": "say"}
+    assert cli("message", "x", "0", "event") == ""
+    assert json.loads(cli("wait", "--json", "x", "0")) == {"event_nr": 1}
+    assert "Invalid argument" in cli("message", "x", "99", "say", status=1)
+    assert "SECTOR" in cli("message", "x", "y", "say", status=2)
+
+
+@pytest.mark.usefixtures("registry")
+def test_verbs_that_print_nothing(cli: CommandLine) -> None:
+    cli("create", "x", "--table", "0 8 zero")
+    cli("reload", "x", "--table", "0 8 error")
+    cli("clear", "x")
+    cli("rename", "x", "y")
+    cli("wipe_table", "y")
+    assert cli("table", "y") == "0 8 error \n"
+    assert "busy" in cli("create", "y", "--notable", status=1)
+    cli("remove", "--force", "y")
+    cli("create", "z", "--notable")
+    cli("remove_all")
+    assert cli("ls") == "No devices found\n"
+
+
+def test_remove_all_names_what_it_leaves(
+    cli: CommandLine, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli("create", "x", "--table", "0 8 zero")
+    device = registry.acquire("x")
+    assert run(["remove_all"]) == 0
+    assert capsys.readouterr().err == "nbdtarget: remove_all: x is in use: left\n"
+    registry.release(device)
+
+
+@pytest.mark.usefixtures("registry")
+def test_table_from_what_is_not_a_table(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for file in ("missing", "binary", "."):
+        cli("create", "x", str(tmp_path / file), status=1)
+    cli("create", "x", "--table", "0 8 zero", str(tmp_path / "f"), status=2)
+    cli("create", "x", "--notable", "--table", "0 8 zero", status=2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "Empty table" in cli("create", "x", status=1)
+    assert cli("ls") == "No devices found\n"
+
+
+@pytest.mark.usefixtures("registry")
+def test_version_tells_of_the_server(cli: CommandLine) -> None:
+    lines = cli("version").splitlines()
+    assert lines[0].startswith("nbdtarget version: ")
+    assert lines[1].startswith("Server version: ")
