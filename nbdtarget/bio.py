@@ -11,7 +11,8 @@ it is the data. While `bio.borrowed` is true, that memory belongs to the submitt
 valid **only until `submit` returns** (it lies in a connection's receive buffer or reply
 arena, which the next request reuses). Whoever keeps a bio longer calls `bio.own()` first:
 a WRITE then has its own copy of the bytes, a READ gets a fresh buffer. So a submitter must
-always look at `bio.payload` of the ended bio, never at the buffer it passed in.
+always look at `bio.payload` of the ended bio, never at the buffer it passed in. A WRITE that
+is kept only for its end, since its bytes went on in other bios, says so by `bio.give_away()`.
 
 Hooks. A layer that must know when a bio ends (to count in-flight I/O, to drop a region
 lock) pushes a callable with `bio.on_end(hook)`; hooks run last in, first out, before
@@ -128,6 +129,12 @@ class Bio:
             else:
                 self.payload = memoryview(bytearray(self.length))
 
+    def give_away(self) -> None:
+        """The payload of this WRITE is other bios' affair now; this one is kept for its end."""
+        assert self.op != OP_READ
+        self.payload = None
+        self.borrowed = False
+
     def on_end(self, hook: Callable[["Bio"], None]) -> None:
         """Call `hook(bio)` when the bio ends, before hooks that were pushed earlier."""
         assert self.status == PENDING
@@ -200,4 +207,6 @@ def split_bio(bio: Bio, lengths: list[int]) -> list[Bio]:
             )
         )
         at += length
+    if bio.op != OP_READ:
+        bio.give_away()
     return children

@@ -88,6 +88,14 @@ def test_split_write_keeps_flags_and_borrowing() -> None:
     assert second.payload == b"bcd"
 
 
+def test_split_write_leaves_the_parent_nothing_to_own() -> None:
+    # A server checks that a bio which did not end at once holds no borrowed memory.
+    bio = Bio(OP_WRITE, 0, 4, memoryview(b"abcd"), FUA, lambda _: None, borrowed=True)
+    split_bio(bio, [1, 3])
+    assert not bio.borrowed
+    assert bio.payload is None
+
+
 def test_split_ends_with_the_first_error() -> None:
     bio = Bio(OP_READ, 0, 3, memoryview(bytearray(3)), 0, lambda _: None)
     children = split_bio(bio, [1, 1, 1])

@@ -75,6 +75,8 @@ class Foreground:
         self._start_queued()
         if not write.has_payload_left:
             bio.own()
+        elif bio.borrowed:
+            bio.give_away()
 
     def write_hydrated(self, bio: Bio) -> None:
         """Send a WRITE, WRITE_ZEROES or DISCARD to the destination; its regions are hydrated.
