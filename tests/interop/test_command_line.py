@@ -86,7 +86,7 @@ def test_second_server_on_one_destination_is_refused(
     ("table", "text"),
     [
         ("0 2048 nonesuch", "nonesuch"),
-        ("0 2048 clone a b c 100", "egion size"),
+        ("0 2048 clone a b", "clone: Invalid number of arguments"),
         ("0 2048 zero extra", "zero"),
         ("1 2048 zero", "table"),
     ],
