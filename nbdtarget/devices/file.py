@@ -152,7 +152,7 @@ class FileDevice(Device):
         self._nr_space_jobs = 0
         self._probe()
 
-    # hot: 4 KiB from the page cache: see scripts/bench_devices.py
+    # hot: 4 KiB: read 1.7 us, write 2.0 us, half of it the kernel (scripts/bench_devices.py)
     def submit(self, bio: Bio) -> None:
         op = bio.op
         if op == OP_READ:
@@ -244,7 +244,7 @@ class FileDevice(Device):
     def _inline_read_failed(self, error: OSError) -> None:
         # EAGAIN: not in the page cache. Anything but "not supported" is left to the worker's
         # read to meet again.
-        if error.errno == errnos.EOPNOTSUPP:
+        if error.errno in (errnos.EOPNOTSUPP, errnos.ENOSYS):
             self._read_inline_max = -1
             logger.info("%s: no RWF_NOWAIT: reads go to workers", self.name)
 
