@@ -38,11 +38,6 @@ two syncs may overlap and the error of the one be told to the other, **a sync en
 after all others that overlapped it have succeeded**: each waits for those in flight when its
 own system call returned. One failed: all of them fail.
 
-*Lock.* An open file description lock on the whole file: exclusive for writing, shared for
-reading only. So no file is written by two, nor written while it is somebody's source; qemu's
-byte locks conflict with it too. Block devices are also opened with O_EXCL for writing, which
-fails while they are mounted or part of something else.
-
 What a crash leaves: any part of each write that no later FLUSH covered, torn at sector borders.
 """
 
@@ -83,15 +78,13 @@ from nbdtarget.devices.syscalls import (
     allocate,
     block_device_limit,
     block_device_sector,
-    block_device_size,
     discard_blocks,
     is_memory_file_system,
-    lock_whole,
 )
 from nbdtarget.devices.workers import WorkerPool
-from nbdtarget.errors import DeviceError, ResolveError
+from nbdtarget.errors import DeviceError
 
-__all__ = ["FileDevice", "create_file", "open_file"]
+__all__ = ["FileDevice"]
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +121,7 @@ class _Sync:
 
 
 class FileDevice(Device):
-    """An open regular file or block device. Made by `open_file` and `create_file`."""
+    """An open regular file or block device. Made in `file_open.py`."""
 
     def __init__(
         self, name: str, fd: int, size: int, pool: WorkerPool, *, read_only: bool
@@ -573,121 +566,3 @@ class FileDevice(Device):
                 return False
             raise
         return True
-
-
-async def open_file(name: str, path: str, *, read_only: bool) -> FileDevice:
-    """Open and lock an existing file or block device.
-
-    Raises: ResolveError.
-    """
-    return await _make(name, partial(_open, name, path, read_only), read_only=read_only)
-
-
-async def create_file(name: str, path: str, size: int) -> FileDevice:
-    """Create a file of `size` zero bytes that did not exist, and open it for writing.
-
-    Raises: ResolveError; then there is no file.
-    Durable: the file, its size and its name.
-    """
-    return await _make(name, partial(_create, name, path, size), read_only=False)
-
-
-async def _make(
-    name: str, open_fd: Callable[[], int], *, read_only: bool
-) -> FileDevice:
-    """Open in the new device's own worker: on a dead network mount even that may block."""
-    pool = WorkerPool(name)
-    made: list[FileDevice] = []
-    refused: list[ResolveError] = []
-
-    def make() -> int:
-        fd = -1
-        try:
-            fd = open_fd()
-            size = _size(name, fd)
-            made.append(FileDevice(name, fd, size, pool, read_only=read_only))
-        except ResolveError as error:
-            refused.append(error)
-        except OSError as error:
-            refused.append(_refused(name, error))
-        if fd >= 0 and not made:
-            os.close(fd)
-        return 0
-
-    await pool.run(make)
-    if not made:
-        await pool.close()
-        raise refused[0]
-    return made[0]
-
-
-def _open(name: str, path: str, read_only: bool) -> int:
-    # Looked at before it is opened: opening a FIFO blocks, opening a tape rewinds it.
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise ResolveError(name, "is a directory", errnos.EISDIR)
-    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-        raise ResolveError(name, "is not a regular file or block device")
-    flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-    if stat.S_ISBLK(mode) and not read_only:
-        flags |= os.O_EXCL
-    fd = os.open(path, flags)
-    try:
-        _lock(name, fd, exclusive=not read_only)
-    except (OSError, ResolveError):
-        os.close(fd)
-        raise
-    return fd
-
-
-def _create(name: str, path: str, size: int) -> int:
-    assert size > 0
-    fd = os.open(path, os.O_CLOEXEC | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        _lock(name, fd, exclusive=True)
-        os.ftruncate(fd, size)
-        os.fsync(fd)
-        _sync_directory(os.path.dirname(path) or ".")
-    except (OSError, ResolveError):
-        os.unlink(path)
-        os.close(fd)
-        raise
-    return fd
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _lock(name: str, fd: int, *, exclusive: bool) -> None:
-    try:
-        lock_whole(fd, exclusive=exclusive)
-    except (BlockingIOError, PermissionError):
-        raise _in_use(name) from None
-
-
-def _size(name: str, fd: int) -> int:
-    status = os.fstat(fd)
-    size = status.st_size
-    if stat.S_ISBLK(status.st_mode):
-        size = block_device_size(fd)
-    if size == 0:
-        raise ResolveError(name, "is empty")
-    return size
-
-
-def _in_use(name: str) -> ResolveError:
-    reason = "in use by another process (or another device of this one)"
-    return ResolveError(name, reason, errnos.EBUSY)
-
-
-def _refused(name: str, error: OSError) -> ResolveError:
-    errno = error.errno or errnos.EIO
-    if errno == errnos.EBUSY:
-        return _in_use(name)
-    reason = os.strerror(errno)
-    return ResolveError(name, reason[:1].lower() + reason[1:], errno)

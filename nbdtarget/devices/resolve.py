@@ -19,7 +19,7 @@ from collections.abc import Hashable
 from typing import Final
 
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.file import create_file, open_file
+from nbdtarget.devices.file_open import create_file, open_file
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.devices.nbd import open_nbd
 from nbdtarget.devices.nbd_uri import NBD_SCHEMES, parse_nbd_uri

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening and creating what a `FileDevice` stands on.
+
+*Lock.* An open file description lock on the whole file: exclusive for writing, shared for
+reading only. So no file is written by two, nor written while it is somebody's source; qemu's
+byte locks conflict with it too. Block devices are also opened with O_EXCL for writing, which
+fails while they are mounted or part of something else.
+
+Everything here that may block runs in the new device's own worker.
+"""
+
+import errno as errnos
+import os
+import stat
+from collections.abc import Callable
+from functools import partial
+
+from nbdtarget.devices.file import FileDevice
+from nbdtarget.devices.syscalls import block_device_size, lock_whole
+from nbdtarget.devices.workers import WorkerPool
+from nbdtarget.errors import ResolveError
+
+__all__ = ["create_file", "open_file"]
+
+
+async def open_file(name: str, path: str, *, read_only: bool) -> FileDevice:
+    """Open and lock an existing file or block device.
+
+    Raises: ResolveError.
+    """
+    return await _make(name, partial(_open, name, path, read_only), read_only=read_only)
+
+
+async def create_file(name: str, path: str, size: int) -> FileDevice:
+    """Create a file of `size` zero bytes that did not exist, and open it for writing.
+
+    Raises: ResolveError; then there is no file.
+    Durable: the file, its size and its name.
+    """
+    return await _make(name, partial(_create, name, path, size), read_only=False)
+
+
+async def _make(
+    name: str, open_fd: Callable[[], int], *, read_only: bool
+) -> FileDevice:
+    """Open in the new device's own worker: on a dead network mount even that may block."""
+    pool = WorkerPool(name)
+    made: list[FileDevice] = []
+    refused: list[ResolveError] = []
+
+    def make() -> int:
+        fd = -1
+        try:
+            fd = open_fd()
+            size = _size(name, fd)
+            made.append(FileDevice(name, fd, size, pool, read_only=read_only))
+        except ResolveError as error:
+            refused.append(error)
+        except OSError as error:
+            refused.append(_refused(name, error))
+        if fd >= 0 and not made:
+            os.close(fd)
+        return 0
+
+    await pool.run(make)
+    if not made:
+        await pool.close()
+        raise refused[0]
+    return made[0]
+
+
+def _open(name: str, path: str, read_only: bool) -> int:
+    # Looked at before it is opened: opening a FIFO blocks, opening a tape rewinds it.
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise ResolveError(name, "is a directory", errnos.EISDIR)
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise ResolveError(name, "is not a regular file or block device")
+    flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+    if stat.S_ISBLK(mode) and not read_only:
+        flags |= os.O_EXCL
+    fd = os.open(path, flags)
+    try:
+        _lock(name, fd, exclusive=not read_only)
+    except (OSError, ResolveError):
+        os.close(fd)
+        raise
+    return fd
+
+
+def _create(name: str, path: str, size: int) -> int:
+    assert size > 0
+    fd = os.open(path, os.O_CLOEXEC | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _lock(name, fd, exclusive=True)
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+        _sync_directory(os.path.dirname(path) or ".")
+    except (OSError, ResolveError):
+        os.unlink(path)
+        os.close(fd)
+        raise
+    return fd
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _lock(name: str, fd: int, *, exclusive: bool) -> None:
+    try:
+        lock_whole(fd, exclusive=exclusive)
+    except (BlockingIOError, PermissionError):
+        raise _in_use(name) from None
+
+
+def _size(name: str, fd: int) -> int:
+    status = os.fstat(fd)
+    size = status.st_size
+    if stat.S_ISBLK(status.st_mode):
+        size = block_device_size(fd)
+    if size == 0:
+        raise ResolveError(name, "is empty")
+    return size
+
+
+def _in_use(name: str) -> ResolveError:
+    reason = "in use by another process (or another device of this one)"
+    return ResolveError(name, reason, errnos.EBUSY)
+
+
+def _refused(name: str, error: OSError) -> ResolveError:
+    errno = error.errno or errnos.EIO
+    if errno == errnos.EBUSY:
+        return _in_use(name)
+    reason = os.strerror(errno)
+    return ResolveError(name, reason[:1].lower() + reason[1:], errno)
