@@ -550,7 +550,8 @@ class Transaction:
         self._metadata = metadata
         self.runs = runs
         self.generation = superblock.generation + 1
-        self._nr_hydrated = superblock.nr_hydrated + sum(runs[1::2])
+        # Between transactions, what is in core is what is committed and what this one takes.
+        self._nr_hydrated = metadata.nr_hydrated
         self._flags = CLEAN_SHUTDOWN if clean_shutdown else 0
         # What `journal` appends, where, and behind which snapshot.
         self._to_journal = runs
