@@ -67,19 +67,16 @@ most. One thread.
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import msgspec
 from bitarray import bitarray
 
 from metadata.arena import (
     JOURNAL_BLOCKS_MIN,
     JOURNAL_BLOCKS_PREFERRED,
-    NR_ARENAS,
     NR_REGIONS_MAX,
     arena_blocks_for,
     device_size_with,
     load_bitmap,
     new_bitmap,
-    new_chain,
     refuse_foreign,
 )
 from metadata.envelope import BLOCK_SIZE, DIGEST_SIZE
@@ -94,14 +91,10 @@ from metadata.mode import Mode
 from metadata.operations import Flush, Steps
 from metadata.records import (
     CHUNK_REGIONS,
-    RUNS_PER_RECORD_MAX,
     Chain,
-    Runs,
     append_runs,
-    blocks_for_runs,
     encode_chunk,
     new_runs,
-    snapshot_blocks_max,
 )
 from metadata.superblock import (
     CLEAN_SHUTDOWN,
@@ -110,8 +103,8 @@ from metadata.superblock import (
     CloneSuperblock,
     format_superblocks,
     read_superblock,
-    superblock_writes,
 )
+from metadata.transaction import Compaction, Transaction
 
 __all__ = ["NR_REGIONS_MAX", "CloneMetadata", "Mode", "Transaction"]
 
@@ -163,8 +156,8 @@ class CloneMetadata:
         self._aborted = False
         # The compaction that a commit may still use, and whether a `compact` generator is alive:
         # it may have a write under way long after its compaction was dropped.
-        self._compaction: _Compaction | None = None
-        self._compacting: _Compaction | None = None
+        self._compaction: Compaction | None = None
+        self._compacting: Compaction | None = None
         # While a commit writes an exact snapshot: the chunks that changed before their turn.
         self._saved: dict[int, bitarray] | None = None
         self._save_from = 0
@@ -449,7 +442,7 @@ class CloneMetadata:
             raise FailedMetadata
         if not self._may_compact():
             return
-        compaction = _Compaction(self._superblock)
+        compaction = Compaction(self._superblock)
         self._compaction = self._compacting = compaction
         try:
             snapshot = self._write_snapshot(
@@ -516,189 +509,9 @@ class CloneMetadata:
                 yield chain.append(generation, content)
 
 
-class _Compaction:
-    """A snapshot under way in the other arena, and what has changed since it was begun.
-
-    Attributes:
-        arena: where it goes.
-        chain: at the end of what has been written.
-        since: the runs of each transaction that was pre-committed since.
-        ready: it is complete; the next commit may switch to it.
-    """
-
-    def __init__(self, superblock: CloneSuperblock) -> None:
-        self.arena = (superblock.arena + 1) % NR_ARENAS
-        self.chain = new_chain(superblock, self.arena, 0)
-        self.begin = self.chain.block
-        self.since = new_runs()
-        self.ready = False
-
-
-class Transaction:
-    """One commit. Made by `CloneMetadata.pre_commit`, whose docstring gives the order.
-
-    Attributes:
-        runs: the regions that it makes durable.
-        generation: what the metadata's generation will be.
-        moves: it continues in the other arena.
-    """
-
-    def __init__(
-        self, metadata: CloneMetadata, runs: Runs, *, clean_shutdown: bool
-    ) -> None:
-        superblock = metadata._superblock
-        self._metadata = metadata
-        self.runs = runs
-        self.generation = superblock.generation + 1
-        # Between transactions, what is in core is what is committed and what this one takes.
-        self._nr_hydrated = metadata.nr_hydrated
-        self._flags = CLEAN_SHUTDOWN if clean_shutdown else 0
-        # What `journal` appends, where, and behind which snapshot.
-        self._to_journal = runs
-        self._whole = False
-        self._arena = superblock.arena
-        self._snapshot_block = superblock.snapshot_block
-        self._snapshot_blocks = superblock.snapshot_blocks
-        self._snapshot_digest = superblock.snapshot_digest
-        self._chain = Chain(
-            block=superblock.journal_end,
-            end=superblock.arena_end,
-            digest=superblock.journal_digest,
-        )
-        self._plan()
-        self._journaled = False
-        self._written = False
-
-    @property
-    def moves(self) -> bool:
-        """Whether it continues in the other arena."""
-        return self._arena != self._metadata._superblock.arena
-
-    def _plan(self) -> None:
-        """Decide where the changes go; see "Space" in the module head."""
-        metadata = self._metadata
-        compaction = metadata._compaction
-        if compaction is not None:
-            compaction.since.extend(self.runs)
-            chain = compaction.chain
-            if compaction.ready and _fits(chain, compaction.since):
-                self._to_journal = compaction.since
-                self._arena = compaction.arena
-                self._chain = chain
-                self._snapshot_block = compaction.begin
-                self._snapshot_blocks = chain.block - compaction.begin
-                self._snapshot_digest = chain.digest
-                metadata._compaction = None
-                return
-            if compaction.ready:
-                metadata._compaction = (
-                    None  # too late: more has changed than fits there
-                )
-        if _fits(self._chain, self.runs):
-            return
-        # Neither journal has room: write everything.
-        superblock = metadata._superblock
-        self._arena = (superblock.arena + 1) % NR_ARENAS
-        late = metadata._compacting
-        skip = 0
-        if late is not None and late.arena == self._arena:
-            skip = snapshot_blocks_max(metadata.nr_regions)
-        self._chain = new_chain(superblock, self._arena, skip)
-        self._snapshot_block = self._chain.block
-        self._to_journal = new_runs()
-        self._whole = True
-        metadata._compaction = None
-        metadata._saved = {}
-        metadata._save_from = 0
-
-    def journal(self) -> Steps[None]:
-        """Append the changes and flush. May run beside the destination's flush.
-
-        Raises: ReadOnlyMetadata, FailedMetadata: the mode has changed meanwhile.
-        Durable: the records; but nobody vouches for them before `superblock` is done.
-        """
-        self._check_current()
-        assert not self._journaled
-        metadata, chain = self._metadata, self._chain
-        if self._whole:
-            yield from metadata._write_snapshot(
-                chain, self.generation, self._take_chunk
-            )
-            self._check_current()
-            metadata._saved = None
-            self._snapshot_blocks = chain.block - self._snapshot_block
-            self._snapshot_digest = chain.digest
-        step = 2 * RUNS_PER_RECORD_MAX
-        for at in range(0, len(self._to_journal), step):
-            yield chain.append(self.generation, self._to_journal[at : at + step])
-            self._check_current()
-        if self._to_journal or self.moves:
-            yield Flush()
-        self._journaled = True
-
-    def superblock(self) -> Steps[None]:
-        """Write both copies of the superblock, with FUA.
-
-        Only after `journal` **and** the destination's flush have succeeded.
-
-        Raises: ReadOnlyMetadata, FailedMetadata: the mode has changed meanwhile.
-        Durable: the transaction, when this returns.
-        """
-        self._check_current()
-        assert self._journaled, "the superblock vouches for the journal"
-        yield superblock_writes(self._next())
-        self._written = True
-
-    def done(self) -> None:
-        """Take note that the transaction is durable. Acknowledge only after this.
-
-        Raises: ReadOnlyMetadata, FailedMetadata: the mode has changed meanwhile.
-        """
-        self._check_current()
-        assert self._written
-        metadata = self._metadata
-        slot = self.generation % 2
-        metadata._superblock = self._next()
-        metadata._unhealed -= {slot}
-        metadata._transaction = None
-
-    def _take_chunk(self, chunk_nr: int) -> bitarray:
-        self._check_current()
-        return self._metadata._saved_chunk(chunk_nr)
-
-    def _check_current(self) -> None:
-        metadata = self._metadata
-        if metadata.mode is not _RW:
-            metadata._refuse_change()
-        assert metadata._transaction is self
-
-    def _next(self) -> CloneSuperblock:
-        superblock = self._metadata._superblock
-        chain = self._chain
-        journal_block = self._snapshot_block + self._snapshot_blocks
-        return msgspec.structs.replace(
-            superblock,
-            generation=self.generation,
-            flags=self._flags,
-            nr_commits=superblock.nr_commits + 1,
-            nr_compactions=superblock.nr_compactions + self.moves,
-            arena=self._arena,
-            snapshot_block=self._snapshot_block,
-            snapshot_blocks=self._snapshot_blocks,
-            snapshot_digest=self._snapshot_digest,
-            journal_blocks=chain.block - journal_block,
-            journal_digest=chain.digest,
-            nr_hydrated=self._nr_hydrated,
-        )
-
-
 def _nr_regions(region_size: int, target_size: int) -> int:
     assert region_size > 0
     assert target_size > 0
     nr_regions = -(-target_size // region_size)
     assert nr_regions <= NR_REGIONS_MAX
     return nr_regions
-
-
-def _fits(chain: Chain, runs: Runs) -> bool:
-    return chain.block + blocks_for_runs(len(runs) // 2) <= chain.end

@@ -8,8 +8,8 @@ import pytest
 from metadata.check import check
 from metadata.clone import CloneMetadata
 from metadata.errors import CorruptMetadata, NotFormatted
+from tests.metadata.small import NR_REGIONS, SIZE, UUID, commit, format_on
 from tests.metadata.store import Store, drive, read_image
-from tests.metadata.test_clone import NR_REGIONS, SIZE, UUID, commit, format_on
 from tests.metadata.world import rotten
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -13,11 +13,12 @@ import msgspec
 import pytest
 
 from metadata import superblock as superblocks
-from metadata.clone import CloneMetadata, Transaction
+from metadata.clone import CloneMetadata
 from metadata.errors import MetadataError, NotFormatted
 from metadata.operations import Answer, Flush, Read, Steps, Write
 from metadata.records import append_runs, new_runs
 from metadata.superblock import CloneSuperblock, superblock_writes
+from metadata.transaction import Transaction
 from tests.metadata.store import Store, drive
 from tests.metadata.world import (
     NR_REGIONS,

@@ -14,12 +14,13 @@ from hypothesis.stateful import (
 )
 
 from metadata.check import check
-from metadata.clone import CloneMetadata, Transaction
+from metadata.clone import CloneMetadata
 from metadata.errors import ReadOnlyMetadata
 from metadata.mode import Mode
 from metadata.operations import Operation, Steps
+from metadata.transaction import Transaction
+from tests.metadata.small import NR_REGIONS, SIZE, format_on, open_on
 from tests.metadata.store import Store, drive, read_image
-from tests.metadata.test_clone import NR_REGIONS, SIZE, format_on, open_on
 
 RANGES = st.tuples(st.integers(0, NR_REGIONS - 1), st.integers(0, NR_REGIONS - 1)).map(
     lambda pair: (min(pair), max(pair) + 1)

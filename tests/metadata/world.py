@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from metadata.clone import CloneMetadata, Transaction
+from metadata.clone import CloneMetadata
 from metadata.envelope import BLOCK_SIZE
 from metadata.operations import Flush, Read, Steps, Write
 from metadata.superblock import SUPERBLOCK_BLOCKS
+from metadata.transaction import Transaction
 from tests.metadata.store import SECTOR, Store, Ticket, drive, read_image
 
 NR_REGIONS = 2048
