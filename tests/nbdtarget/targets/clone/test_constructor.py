@@ -62,9 +62,9 @@ async def test_refusal_touches_nothing(line: str, text: str, errno: int) -> None
 async def test_missing_metadata_is_created_after_every_other_check() -> None:
     ctx = context()
     with pytest.raises(ConstructorError):
-        await CloneTarget.ctr(ctx, "new d s 8 1 wrong".split())
+        await CloneTarget.ctr(ctx, ["new", "d", "s", "8", "1", "wrong"])
     assert ctx.created == {}
-    target = await CloneTarget.ctr(ctx, "new d s 8".split())
+    target = await CloneTarget.ctr(ctx, ["new", "d", "s", "8"])
     assert ctx.created == {"new": CloneMetadata.device_size_for(64)}
     await target.dtr()
     assert ctx.nr_open == 0
@@ -74,13 +74,13 @@ async def test_other_geometry_is_refused_by_name() -> None:
     rig = await Rig().start()
     await rig.stop()
     with pytest.raises(ConstructorError, match="target size don't match the ones in"):
-        await CloneTarget.ctr(rig.ctx, "m d s 16".split())
+        await CloneTarget.ctr(rig.ctx, ["m", "d", "s", "16"])
 
 
 async def test_other_geometry_is_refused_when_the_metadata_is_in_use() -> None:
     rig = await Rig().start()
     with pytest.raises(ConstructorError, match="target size don't match the ones in"):
-        await CloneTarget.ctr(rig.ctx, "m d s 16".split())
+        await CloneTarget.ctr(rig.ctx, ["m", "d", "s", "16"])
     await rig.stop()
 
 

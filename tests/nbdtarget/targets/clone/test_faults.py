@@ -26,7 +26,18 @@ from tests.support.model import DiskModel
 
 SIZE = 9 * REGION + 512
 CONTENT = random.Random(5).randbytes(SIZE)
-WORDS = "m d s 8 0 4 hydration_threshold 2 hydration_batch_size 2".split()
+WORDS = [
+    "m",
+    "d",
+    "s",
+    "8",
+    "0",
+    "4",
+    "hydration_threshold",
+    "2",
+    "hydration_batch_size",
+    "2",
+]
 
 
 class FaultRig:

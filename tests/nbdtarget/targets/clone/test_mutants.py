@@ -25,7 +25,7 @@ from tests.crash.rigs import REGION_SIZE, CloneRig
 from tests.crash.test_machine import Step, draw_walk, maybe_failure
 from tests.support.devices import CrashDevice
 
-WALKS_MAX = 150
+WALKS_MAX = 50
 TARGET = "nbdtarget.targets.clone.target."
 FOREGROUND = "nbdtarget.targets.clone.foreground."
 
@@ -199,15 +199,37 @@ class LazyDevice(CrashDevice):
             super()._carry_out_one()
 
 
+# Steps of the walks below. A seed that is a multiple of three defers every bio.
+QUIET: Step = ("message", 0, 1, False)  # disable_hydration
+FLUSH: Step = ("flush", 0, 0, False)
+DRAIN: Step = ("drain", 0, 0, False)
+
+
+def turn(turns: int) -> Step:
+    return ("turn", 0, turns % 20, False)
+
+
+def write(region: int, length: int = REGION_SIZE, *, fua: bool = False) -> Step:
+    return ("write", region * REGION_SIZE, length, fua)
+
+
 def directed_walks() -> Iterator[tuple[int, list[Step]]]:
-    """Power cuts all along a whole-region write and a FLUSH that overtakes it."""
-    quiet: Step = ("message", 0, 1, False)  # disable_hydration
-    write: Step = ("write", 3 * REGION_SIZE, REGION_SIZE, False)
-    flush: Step = ("flush", 0, 0, False)
-    for seed in range(0, 180, 3):  # a multiple of three defers every bio
-        then: Step = ("turn", 0, seed % 20, False)
+    """Power cuts all along the places where an order matters."""
+    for seed in range(0, 120, 3):
         cut: Step = ("cut_power", seed, 0, False)
-        yield seed, [quiet, write, flush, then, then, then, cut]
+        few, many = turn(seed % 7), turn(seed)
+        # A FLUSH overtakes a write that hydrates.
+        yield seed, [QUIET, write(3), FLUSH, many, many, cut]
+        # A plain write and a FLUSH of it while a commit is under way.
+        hydrated = [QUIET, write(3), FLUSH, DRAIN]
+        late = [write(3, 512), turn(9), FLUSH, turn(19), many, cut]
+        yield seed, [*hydrated, write(5), FLUSH, few, *late]
+        # FUA to a region whose bit is not durable, and FUA that sets one.
+        yield seed, [QUIET, write(3), DRAIN, write(3, 512, fua=True), many, many, cut]
+        yield seed, [QUIET, write(3, fua=True), turn(19), many, cut]
+        # Two parts of one region at the same time.
+        beside: Step = ("write", 3 * REGION_SIZE + 1024, 512, False)
+        yield seed, [QUIET, write(3, 512), beside, DRAIN]
 
 
 def walks() -> Iterator[tuple[int, list[Step]]]:
