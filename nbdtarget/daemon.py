@@ -120,15 +120,13 @@ class Daemon:
     async def wait_for_stop(self) -> None:
         """Return when a signal comes, or `stop` is set."""
         loop = asyncio.get_running_loop()
-
-        def signalled() -> None:
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self.stop.set)
+        try:
+            await self.stop.wait()
+        finally:
             for number in STOP_SIGNALS:
                 loop.remove_signal_handler(number)
-            self.stop.set()
-
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, signalled)
-        await self.stop.wait()
 
     async def close(self) -> None:
         """End in the order of the module head. Durable: everything acknowledged."""

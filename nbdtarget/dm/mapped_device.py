@@ -130,7 +130,7 @@ class MappedDevice(Device):
     # ---- the way of a bio ----
 
     def submit(self, bio: Bio) -> None:
-        # hot: 0.35 us with linear and a device that ends the bio inline.
+        # hot: 0.4 us with linear, on top of a device that ends the bio inline (0.4 us).
         if bio.op > self._fast_op_max or bio.offset + bio.length > self._fast_end:
             self._submit_slow(bio)
             return

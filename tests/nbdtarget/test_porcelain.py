@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget clone`: what is refused before anything is touched, and that the job is done."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.control.api import ControlServer, SocketInUseError
+from nbdtarget.control.paths import control_path
+from nbdtarget.control.verbs import Verbs
+from nbdtarget.devices import resolve
+from nbdtarget.errors import NbdTargetError
+from nbdtarget.porcelain import CloneJob, CloneOptions, ClonePlan, plan_clone
+from tests.nbdtarget.dm.support import make_registry
+
+MIB = 1 << 20
+CONTENT = os.urandom(2 * MIB)
+
+
+class Recorder:
+    """A reporter that remembers, and stops the job when the clone is served or hydrated."""
+
+    def __init__(self, stop_when: str = "") -> None:
+        self.calls: list[str] = []
+        self.done: list[int] = []
+        self.uris: list[str] = []
+        self._stop_when = stop_when
+
+    def serving(self, plan: ClonePlan, uris: list[str]) -> None:
+        self.uris = uris
+        self._called("serving")
+
+    def progress(self, done: int, size: int) -> None:
+        self.done.append(done)
+
+    def hydrated(self) -> None:
+        self._called("hydrated")
+
+    def failed(self, status: str) -> None:
+        self._called("failed")
+
+    def stopping(self) -> None:
+        self._called("stopping")
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self._stop_when:
+            asyncio.get_running_loop().call_later(
+                0.05, os.kill, os.getpid(), signal.SIGTERM
+            )
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "source").write_bytes(CONTENT)
+    monkeypatch.chdir(work)
+    return work
+
+
+def files(work: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in work.iterdir()}
+
+
+async def clone(
+    recorder: Recorder | None = None,
+    *,
+    source: str = "source",
+    dest: str = "dest",
+    metadata: str | None = None,
+    listen: tuple[str, ...] = (),
+    exit_when_hydrated: bool = True,
+    overwrite: bool = False,
+    control: str | None = None,
+) -> int:
+    options = CloneOptions(
+        source=source,
+        dest=dest,
+        metadata=metadata,
+        listen=listen,
+        exit_when_hydrated=exit_when_hydrated,
+        overwrite=overwrite,
+        control=control,
+    )
+    return await CloneJob(options, recorder or Recorder()).run()
+
+
+async def test_everything_is_made_and_hydrated(work: Path) -> None:
+    recorder = Recorder()
+    assert await clone(recorder) == 0
+    assert recorder.calls == ["serving", "hydrated", "stopping"]
+    assert recorder.done[-1] == len(CONTENT)
+    assert files(work).keys() == {"source", "dest", "dest.nbdtarget"}
+    assert (work / "dest").read_bytes() == CONTENT
+    assert list((work.parent / "run" / "nbdtarget").iterdir()) == []
+
+
+async def test_same_line_goes_on_until_told_to_stop(work: Path) -> None:
+    assert await clone() == 0
+    (work / "source").write_bytes(bytes(len(CONTENT)))
+    recorder = Recorder(stop_when="hydrated")
+    assert await clone(recorder, exit_when_hydrated=False) == 0
+    assert recorder.calls == ["serving", "hydrated", "stopping"]
+    assert (work / "dest").read_bytes() == CONTENT
+
+
+async def test_sparse_and_zeroed_destinations_are_taken(work: Path) -> None:
+    (work / "dest").write_bytes(bytes(4 * MIB))
+    (work / "dest.nbdtarget").write_bytes(bytes(4 * MIB))
+    assert await clone() == 0
+    assert (work / "dest").read_bytes() == CONTENT + bytes(2 * MIB)
+
+
+async def test_paths_with_blanks(work: Path) -> None:
+    (work / "my source").write_bytes(CONTENT)
+    assert await clone(source="my source", dest="my\\ dest") == 0
+    assert (work / "my\\ dest").read_bytes() == CONTENT
+
+
+async def test_overwrite_starts_anew(work: Path) -> None:
+    (work / "dest").write_bytes(b"x" * len(CONTENT))
+    assert await clone(overwrite=True) == 0
+    assert (work / "dest").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "reason"),
+    [
+        ({}, {"source": "nowhere"}, "nowhere"),
+        ({}, {"source": "."}, "work"),
+        ({"odd": b"x" * 1000}, {"source": "odd"}, "not a multiple of 512"),
+        ({"empty": b""}, {"source": "empty"}, "empty"),
+        ({}, {"dest": "no/such/dest"}, "no/such/dest"),
+        ({}, {"dest": "source"}, "is both"),
+        ({}, {"metadata": "source"}, "is both"),
+        ({}, {"metadata": "dest"}, "is both"),
+        ({}, {"metadata": "no/such"}, "no/such"),
+        ({"dest": bytes(MIB)}, {}, "too small"),
+        ({"dest": b"x" * 2 * MIB}, {}, "holds data"),
+        ({"dest": bytes(2 * MIB - 1) + b"x"}, {}, "holds data"),
+        ({"dest.nbdtarget": b"x" * MIB}, {}, "destination that is missing"),
+        ({"dest.nbdtarget": b"x" * MIB, "dest": bytes(2 * MIB)}, {}, "metadata"),
+        ({"dest.nbdtarget": bytes(512), "dest": bytes(2 * MIB)}, {}, "metadata"),
+        ({"dest.nbdtarget": bytes(512)}, {}, "metadata"),
+        ({}, {"listen": ("nonsense",)}, "nonsense"),
+        ({}, {"listen": ("unix:source",)}, "not a socket"),
+        ({}, {"listen": ("unix:ok.sock", "tcp:host:99999")}, "tcp:host:99999"),
+        ({}, {"dest": "memory:4M"}, "--metadata"),
+        ({}, {"dest": "/dev/nosuch"}, "--metadata"),
+        ({}, {"dest": "ftp://x/y", "metadata": "m"}, "ftp"),
+    ],
+)
+async def test_refused_and_nothing_touched(
+    work: Path, made: dict[str, bytes], options: dict[str, object], reason: str
+) -> None:
+    for name, content in made.items():
+        (work / name).write_bytes(content)
+    before = files(work)
+    with pytest.raises(NbdTargetError) as caught:
+        await clone(**options)  # type: ignore[arg-type]  # parameters of many types
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert files(work) == before
+
+
+async def test_destination_in_use_is_refused(work: Path) -> None:
+    (work / "dest").write_bytes(bytes(2 * MIB))
+    held = await resolve.open_device(str(work / "dest"), read_only=False)
+    before = files(work)
+    with pytest.raises(NbdTargetError, match="dest"):
+        await clone()
+    assert files(work) == before
+    await held.close()
+
+
+async def test_control_socket_of_another_server_is_no_obstacle(work: Path) -> None:
+    registry, _ = make_registry()
+    control = ControlServer(Verbs(registry), control_path(None))
+    await control.start()
+    recorder = Recorder()
+    assert await clone(recorder) == 0
+    assert recorder.calls[0] == "serving"
+    with pytest.raises(SocketInUseError):
+        await clone(dest="other", control=str(control.path))
+    assert not (work / "other").exists()
+    await control.close()
+
+
+async def test_plan_changes_nothing_and_names_the_export(work: Path) -> None:
+    before = files(work)
+    plan = await plan_clone(
+        CloneOptions(source="source", dest="my.disk.img", region_size=4096), str(work)
+    )
+    assert (plan.name, plan.size, plan.make_dest) == ("my.disk", 2 * MIB, True)
+    assert plan.table == (
+        f"0 4096 clone {work}/my.disk.img.nbdtarget {work}/my.disk.img {work}/source 8 0"
+        " 4 hydration_threshold 4096 hydration_batch_size 256"
+    )
+    assert files(work) == before
+
+
+async def test_metadata_that_cannot_be_written_any_more_is_told(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(self: object, *, noflush: bool = False) -> str:
+        return "8 1/2 128 3/16 0 0 4 hydration_threshold 1 hydration_batch_size 1 ro"
+
+    monkeypatch.setattr("nbdtarget.targets.clone.target.CloneTarget.status", broken)
+    recorder = Recorder()
+    assert await clone(recorder) == 1
+    assert recorder.calls == ["serving", "failed", "stopping"]
