@@ -14,6 +14,7 @@ import pytest
 from metadata.operations import Flush, Read, Steps, Write
 from nbdtarget import metadata_io
 from nbdtarget.bio import FUA, Bio
+from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
 from nbdtarget.targets.base import REMAPPED
 from nbdtarget.targets.clone.foreground import Foreground, RegionWrite
 from nbdtarget.targets.clone.holes import Piece
@@ -24,6 +25,7 @@ from nbdtarget.targets.prison import Cell, Prison
 from tests.crash.rigs import REGION_SIZE, CloneRig
 from tests.crash.test_machine import Step, draw_walk, maybe_failure
 from tests.support.devices import CrashDevice
+from tests.support.model import SECTOR
 
 WALKS_MAX = 50
 TARGET = "nbdtarget.targets.clone.target."
@@ -189,8 +191,17 @@ def _without_fua(steps: Steps[None]) -> Steps[None]:
 class LazyDevice(CrashDevice):
     """Carries a deferred bio out some turns of the loop later, not on the next one.
 
-    Only so does a FLUSH overtake a write, and one device's write another device's.
+    Only so does a FLUSH overtake a write, and one device's write another device's. It
+    also tells its zeroes.
     """
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        image = self.image()[offset : offset + length]
+        await asyncio.sleep(0)
+        return [
+            Extent(len(piece), EXTENT_DATA if any(piece) else EXTENT_ZERO)
+            for piece in (image[at : at + SECTOR] for at in range(0, length, SECTOR))
+        ]
 
     def _carry_out_one(self) -> None:
         if self._random.random() < 0.8:
@@ -241,6 +252,7 @@ def walks() -> Iterator[tuple[int, list[Step]]]:
 @pytest.fixture(autouse=True)
 def lazy_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("tests.crash.rigs.CrashDevice", LazyDevice)
+    monkeypatch.setattr("nbdtarget.targets.clone.holes.HOLE_BYTES_MIN", SECTOR)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
