@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server process: starts, listens where it should, and ends in order."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.control import messages as m
+from nbdtarget.control.client import ControlClient, NoServerError
+from nbdtarget.daemon import passed_sockets
+
+NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
+TIMEOUT_S = 30
+
+
+# What a service manager does: the socket becomes fd 3, and the process is told so.
+PASS_SOCKET = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class ServeProcess:
+    """`nbdtarget serve`, in a runtime directory of its own; `uri` is what it printed."""
+
+    def __init__(self, runtime: Path, *argv: str, passed: int | None = None) -> None:
+        self.directory = runtime / "nbdtarget"
+        self.client = ControlClient(self.directory / "control.sock")
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
+        environment.pop("NBDTARGET_CONTROL", None)
+        wrapper = []
+        if passed is not None:
+            wrapper = [sys.executable, "-c", PASS_SOCKET, str(passed)]
+        self.process = subprocess.Popen(
+            [*wrapper, *NBDTARGET, "serve", *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            pass_fds=[] if passed is None else [passed],
+        )
+        assert self.process.stdout is not None
+        self.uri = self.process.stdout.readline().strip()
+
+    def create(self, name: str, table: str) -> None:
+        self.client.ask("create", m.Create(name, table), m.Done)
+
+    def end(self, number: int) -> str:
+        """Send a signal; it must end with 0. Returns what it said on stderr."""
+        self.process.send_signal(number)
+        _, err = self.process.communicate(timeout=TIMEOUT_S)
+        assert self.process.returncode == 0, err
+        return err
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=TIMEOUT_S)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[ServeProcess]:
+    process = ServeProcess(tmp_path)
+    yield process
+    if process.process.returncode is None:
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_ends_it_in_order(serve: ServeProcess, number: int) -> None:
+    assert serve.uri == f"nbd+unix:///?socket={serve.directory}/nbd.sock"
+    serve.create("x", "0 2048 linear memory:1M 0")
+    serve.create("y", "0 2048 linear /dev/mapper/x 0")
+    serve.client.ask("suspend", m.Suspend("x"), m.Done)
+    assert serve.end(number) == ""
+    assert list(serve.directory.iterdir()) == []
+    with pytest.raises(NoServerError):
+        serve.client.ask("version", m.Version(), m.VersionAnswer)
+
+
+def test_killed_servers_sockets_are_replaced(
+    serve: ServeProcess, tmp_path: Path
+) -> None:
+    serve.kill()
+    again = ServeProcess(tmp_path)
+    assert again.uri == serve.uri
+    assert again.end(signal.SIGTERM) == ""
+
+
+def test_second_server_is_refused(serve: ServeProcess, tmp_path: Path) -> None:
+    second = ServeProcess(tmp_path, "--listen", f"unix:{tmp_path}/other.sock")
+    _, err = second.process.communicate(timeout=TIMEOUT_S)
+    assert second.process.returncode == 1
+    assert err.startswith(f"nbdtarget: {serve.directory}/control.sock: a server is")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "other.sock").exists()
+
+
+def test_passed_socket_is_served(tmp_path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "passed.sock"))
+    listener.listen()
+    serve = ServeProcess(tmp_path, passed=listener.fileno())
+    assert serve.uri == f"nbd+unix:///?socket={tmp_path}/passed.sock"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "passed.sock"))
+        assert client.recv(8) == b"NBDMAGIC"
+    assert serve.end(signal.SIGTERM) == ""
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("pid", "fds", "expected"),
+    [
+        ("", "2", []),
+        ("1", "2", []),
+        ("me", "2", [3, 4]),
+        ("me", "x", []),
+        ("me", "", []),
+    ],
+)
+def test_passed_sockets(
+    monkeypatch: pytest.MonkeyPatch, pid: str, fds: str, expected: list[int]
+) -> None:
+    monkeypatch.setenv("LISTEN_PID", pid.replace("me", str(os.getpid())))
+    monkeypatch.setenv("LISTEN_FDS", fds)
+    assert passed_sockets() == expected
