@@ -56,7 +56,7 @@ it by a commit of its own before the first block becomes dirty.)
 
 Modes go RW -> RO -> FAIL. RO: bits may be looked up, nothing changes; after an abort `changed`
 stays true, so flushes that depend on metadata fail for as long as the object lives. FAIL:
-every function raises.
+every function raises (attributes may still be read, and needs_compaction is false).
 
 Not handled: sharing. One object per metadata device, whoever uses it.
 
