@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening and creating what a `FileDevice` stands on.
 
-*Lock.* An open file description lock on the whole file: exclusive for writing, shared for
-reading only. So no file is written by two, nor written while it is somebody's source; qemu's
-byte locks conflict with it too. Block devices are also opened with O_EXCL for writing, which
+*Lock.* Open file description locks: on the whole file for writing, on a few bytes for reading,
+chosen as QEMU chooses them. So no file is written by two, nor written while it is somebody's
+source, by us or by QEMU, and a source can still be looked at by both. Block devices are also opened with O_EXCL for writing, which
 fails while they are mounted or part of something else.
 
 Everything here that may block runs in the new device's own worker.
@@ -16,7 +16,11 @@ from collections.abc import Callable
 from functools import partial
 
 from nbdtarget.devices.file import FileDevice
-from nbdtarget.devices.syscalls import block_device_size, lock_whole
+from nbdtarget.devices.syscalls import (
+    block_device_size,
+    lock_for_reading,
+    lock_for_writing,
+)
 from nbdtarget.devices.workers import WorkerPool
 from nbdtarget.errors import ResolveError
 
@@ -113,7 +117,10 @@ def _sync_directory(path: str) -> None:
 
 def _lock(name: str, fd: int, *, exclusive: bool) -> None:
     try:
-        lock_whole(fd, exclusive=exclusive)
+        if exclusive:
+            lock_for_writing(fd)
+        else:
+            lock_for_reading(fd)
     except (BlockingIOError, PermissionError):
         raise _in_use(name) from None
 

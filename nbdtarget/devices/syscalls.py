@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The few system calls that a disk needs and that Python has no name for.
 
-Each raises OSError, as those of `os` do. All but `lock_whole` may block for long and belong
+Each raises OSError, as those of `os` do. All but the locks may block for long and belong
 in a worker; ctypes lets other threads run meanwhile.
 """
 
@@ -23,7 +23,8 @@ __all__ = [
     "block_device_size",
     "discard_blocks",
     "is_memory_file_system",
-    "lock_whole",
+    "lock_for_reading",
+    "lock_for_writing",
 ]
 
 FALLOC_KEEP_SIZE: Final = 0x01
@@ -38,6 +39,13 @@ _TMPFS_MAGIC: Final = 0x01021994
 _RAMFS_MAGIC: Final = 0x858458F6
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
+
+# QEMU's lock bytes: one for each permission in use, one for each that is not shared.
+_QEMU_USED: Final = 100
+_QEMU_UNSHARED: Final = 200
+_QEMU_READ: Final = 0
+_QEMU_WRITE: Final = 1
+_QEMU_RESIZE: Final = 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [
@@ -71,13 +79,44 @@ def is_memory_file_system(fd: int) -> bool:
     return magic & 0xFFFFFFFF in (_TMPFS_MAGIC, _RAMFS_MAGIC)
 
 
-def lock_whole(fd: int, *, exclusive: bool) -> None:
-    """Lock the whole file for this open file description, or fail at once.
+def lock_for_writing(fd: int) -> None:
+    """Lock the whole file for this open file description alone, or fail at once.
 
-    Raises: BlockingIOError, PermissionError: another open file has a lock that forbids it.
+    Raises: BlockingIOError, PermissionError: another open file has any lock on it.
     """
-    kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    _set_lock(fd, fcntl.F_WRLCK, 0, 0)
+
+
+def lock_for_reading(fd: int) -> None:
+    """Lock the file so that all may read and nobody may write, or fail at once.
+
+    The locks are those of a QEMU that reads and does not share writing: a shared lock on one
+    byte for each permission that we use, and for each one that others may not have. So QEMU and its
+    tools may look at a clone's source while it is served, but not change it.
+
+    Raises: BlockingIOError, PermissionError: somebody has it open for writing.
+    Source: QEMU, block/file-posix.c, "Image locking".
+    """
+    _set_lock(fd, fcntl.F_RDLCK, 0, 1)  # seen by `lock_for_writing` of anybody
+    _set_lock(fd, fcntl.F_RDLCK, _QEMU_USED + _QEMU_READ, 1)
+    for permission in (_QEMU_WRITE, _QEMU_RESIZE):
+        _set_lock(fd, fcntl.F_RDLCK, _QEMU_UNSHARED + permission, 1)
+        if _is_locked(fd, _QEMU_USED + permission):
+            raise BlockingIOError(errnos.EAGAIN, "a writer has it open")
+    if _is_locked(fd, _QEMU_UNSHARED + _QEMU_READ):
+        raise BlockingIOError(errnos.EAGAIN, "it is open for one user only")
+
+
+def _set_lock(fd: int, kind: int, start: int, length: int) -> None:
+    flock = _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock)
+
+
+def _is_locked(fd: int, start: int) -> bool:
+    """Whether another open file has any lock on the byte."""
+    flock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, flock)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def block_device_size(fd: int) -> int:
