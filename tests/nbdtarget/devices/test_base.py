@@ -46,7 +46,7 @@ def device(request: pytest.FixtureRequest) -> RecordingDevice:
 
 
 async def test_coroutines_submit_their_operation(device: RecordingDevice) -> None:
-    assert await device.read(1, 2) == b"rr"
+    assert bytes(await device.read(1, 2)) == b"rr"
     await device.write(3, b"abc", fua=True)
     await device.flush()
     await device.discard(5, 6)
