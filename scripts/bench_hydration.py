@@ -57,9 +57,7 @@ def make_source(path: Path, *, size: int, holes: bool) -> None:
 def timed(argv: Sequence[str]) -> Copy:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin_s = time.monotonic()
-    subprocess.run(
-        argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True)
     wall_s = time.monotonic() - begin_s
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime

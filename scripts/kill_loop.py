@@ -44,6 +44,7 @@ __all__ = ["CloneUnderFire", "Writer", "main"]
 SECTOR: Final = 512
 DEPTH_MAX: Final = 32
 WRITE_SECTORS_MAX: Final = 256
+ROUNDS_A_CLONE: Final = 4
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Writer:
     client: PlainClient
     model: DiskModel
     rng: random.Random
+    fua_share: float = 0.0
     sent: int = 0
     flushed: int = 0
     _busy: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -67,6 +69,8 @@ class Writer:
     def run(self) -> None:
         """Go on until the connection breaks."""
         depth = self.rng.randint(1, DEPTH_MAX)
+        # Often none at all: each FUA write commits what every FLUSH should have committed.
+        self.fua_share = self.rng.choice((0.0, 0.0, 0.1))
         try:
             while True:
                 while len(self._writes) + len(self._flushes) < depth:
@@ -88,7 +92,7 @@ class Writer:
             return
         self.sent += 1
         zeroes = self.rng.random() < 0.1
-        fua = self.rng.random() < 0.1
+        fua = self.rng.random() < self.fua_share
         data = bytes(length) if zeroes else self._content(offset, sectors)
         started = self.model.start_write(offset, data, length, f"write {self.sent}")
         cookie = self.client.send(
@@ -147,7 +151,7 @@ class CloneUnderFire:
         """Begin anew: an empty destination, no metadata, another region size."""
         self.dest.unlink(missing_ok=True)
         self.meta.unlink(missing_ok=True)
-        self.region_size = self.rng.choice(("4K", "64K", "1M"))
+        self.region_size = self.rng.choice(("4K", "4K", "64K", "1M"))
         self.model = DiskModel(self.content)
 
     def serve(self, *extra: str) -> ServerProcess:
@@ -172,7 +176,8 @@ class CloneUnderFire:
 
     def fire(self, life_s: float) -> tuple[int, int]:
         """Serve, check, write, kill. Returns how many writes and flushes were made."""
-        extra = () if self.rng.random() < 0.5 else ("--no-hydration",)
+        # Mostly without hydration: once it is through, a crash has nothing left to undo.
+        extra = () if self.rng.random() < 0.25 else ("--no-hydration",)
         server = self.serve(*extra)
         try:
             self.check_survivor()
@@ -197,7 +202,8 @@ class CloneUnderFire:
         argv = [NBDTARGET, "clone", str(self.source), str(self.dest)]
         argv += ["--metadata", str(self.meta), "--region-size", self.region_size]
         argv += ["--listen", f"unix:{self.socket}", "--exit-when-hydrated"]
-        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=120)
+        with self.log.open("ab") as out:
+            subprocess.run(argv, check=True, stdout=out, stderr=out, timeout=120)
         self.model.check_survivor(self.dest.read_bytes())
         if self.source.read_bytes() != self.content:
             raise Violation("the source has changed")
@@ -223,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f" {life_s:.2f} s, {sent} writes, {flushed} flushes",
                     flush=True,
                 )
-                if round_nr % 8 == 0 or round_nr == options.rounds:
+                if round_nr % ROUNDS_A_CLONE == 0 or round_nr == options.rounds:
                     clone.finish()
                     clone.renew()
                     print("finished: the destination alone is the disk", flush=True)
