@@ -14,55 +14,62 @@ REGION_SIZE_MIN = 4 << 10
 REGION_SIZE_MAX = 1 << 30
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="A path, nbd://… or nbd+unix://…; only ever read."
+    ),
+]
+Dest = Annotated[
+    str,
+    typer.Argument(
+        metavar="DEST", help="What becomes the disk; a missing file is made."
+    ),
+]
+ExportName = Annotated[
+    str | None,
+    typer.Option("--name", metavar="N", help="Export name; default: from DEST."),
+]
+Metadata = Annotated[
+    str | None,
+    typer.Option(
+        "--metadata",
+        metavar="FILE",
+        help="What is copied already; default: DEST.nbdtarget. Made if missing.",
+    ),
+]
+RegionSize = Annotated[
+    str, typer.Option("--region-size", metavar="SIZE", help="4K to 1G.")
+]
+NoHydration = Annotated[
+    bool, typer.Option("--no-hydration", help="Copy only what writes make necessary.")
+]
+ExitWhenHydrated = Annotated[
+    bool,
+    typer.Option("--exit-when-hydrated", help="End when DEST alone is the disk."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Start anew over data that DEST holds.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(clone)
 
 
 def clone(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE", help="A path, nbd://… or nbd+unix://…; only ever read."
-        ),
-    ],
-    dest: Annotated[
-        str,
-        typer.Argument(
-            metavar="DEST", help="What becomes the disk; a missing file is made."
-        ),
-    ],
-    name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="N", help="Export name; default: from DEST."),
-    ] = None,
-    metadata: Annotated[
-        str | None,
-        typer.Option(
-            "--metadata",
-            metavar="FILE",
-            help="What is copied already; default: DEST.nbdtarget. Made if missing.",
-        ),
-    ] = None,
-    region_size: Annotated[
-        str, typer.Option("--region-size", metavar="SIZE", help="4K to 1G.")
-    ] = "64K",
+    source: Source,
+    dest: Dest,
+    name: ExportName = None,
+    metadata: Metadata = None,
+    region_size: RegionSize = "64K",
     listen: Listen = None,
-    no_hydration: Annotated[
-        bool,
-        typer.Option("--no-hydration", help="Copy only what writes make necessary."),
-    ] = False,
-    exit_when_hydrated: Annotated[
-        bool,
-        typer.Option("--exit-when-hydrated", help="End when DEST alone is the disk."),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Start anew over data that DEST holds."),
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Log what happens.")
-    ] = False,
+    no_hydration: NoHydration = False,
+    exit_when_hydrated: ExitWhenHydrated = False,
+    overwrite: Overwrite = False,
+    verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
 ) -> int:
