@@ -87,13 +87,12 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClonePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is going to be done. `missing`: files that are made, destination first."""
+    """What is going to be done."""
 
     name: str
     size: int
     table: str
     dest: str
-    missing: tuple[str, ...]
     make_dest: bool
 
 
@@ -144,13 +143,11 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
         )
     if not make_dest:
         await _check_dest(dest, size, fresh=fresh, options=options, metadata=metadata)
-    missing = [path for path in (dest, metadata) if resolve.may_create(path)]
     return ClonePlan(
         name=name,
         size=size,
         table=_table_line(options, size, metadata, dest, source),
         dest=dest,
-        missing=tuple(missing),
         make_dest=make_dest,
     )
 
@@ -290,14 +287,16 @@ class CloneJob:
     async def _prepare(self, plan: ClonePlan) -> MappedDevice:
         options = self._options
         daemon = self._daemon
+        made: list[str] = []
         try:
             await daemon.open_control(
                 control_path(options.control), optional=options.control is None
             )
             if plan.make_dest:
                 await (await resolve.create_device(plan.dest, plan.size)).close()
+                made.append(plan.dest)
             device = await daemon.registry.create(plan.name, None)
-            await daemon.registry.load(plan.name, plan.table)
+            made += await daemon.registry.load(plan.name, plan.table)
             # Clients may attach from here on, and their requests wait a moment.
             await device.activate()
             fds = passed_sockets()
@@ -307,7 +306,8 @@ class CloneJob:
             await device.resume()
         except BaseException:
             await daemon.close()
-            for path in plan.missing:
+            # Only what this very call has made: another process may have been faster.
+            for path in made:
                 with contextlib.suppress(FileNotFoundError):
                     await resolve.remove_created(path)
             raise

@@ -212,7 +212,11 @@ class MappedDevices(Protocol):
 
 
 class TableContext:
-    """The `TargetContext` of one target. See the module head."""
+    """The `TargetContext` of one target. See the module head.
+
+    Attributes:
+        created: names of the files that the target has created.
+    """
 
     def __init__(
         self,
@@ -233,7 +237,7 @@ class TableContext:
         self._mapped_device = mapped_device
         self._directory = directory
         self._held: list[tuple[_Open, bool]] = []
-        self._created: list[str] = []
+        self.created: list[str] = []
 
     async def open_device(self, name: str, *, read_only: bool = False) -> Device:
         opens = self._registry.opens
@@ -269,7 +273,7 @@ class TableContext:
     async def create_device(self, name: str, size: int) -> Device:
         path = absolute_name(name, self._directory)
         opened = await self._registry.opens.create_path(path, size, self._mapped_device)
-        self._created.append(path)
+        self.created.append(path)
         self._held.append((opened, False))
         return opened.device
 
@@ -295,8 +299,8 @@ class TableContext:
         while self._held:
             opened, _ = self._held.pop()
             await self._registry.opens.release(opened, self._mapped_device)
-        while self._created:
-            path = self._created.pop()
+        while self.created:
+            path = self.created.pop()
             _log.info("%s: removing %s again", self.name, path)
             await self._registry.opens.opener.remove_created(path)
 

@@ -172,15 +172,18 @@ class Registry:
 
     async def load(
         self, name: str, table: str, *, directory: str = "/", read_only: bool = False
-    ) -> None:
-        """Construct a table into the inactive slot. Raises: TableError, ConstructorError."""
-        await self._load(
+    ) -> list[str]:
+        """Construct a table into the inactive slot. Raises: TableError, ConstructorError.
+
+        Returns the names of the files that were created for it.
+        """
+        return await self._load(
             self.get(name), table, directory=directory, read_only=read_only
         )
 
     async def _load(
         self, device: MappedDevice, text: str, *, directory: str, read_only: bool
-    ) -> None:
+    ) -> list[str]:
         specs = parse_table(text, self.types)
         async with self._load_locks[device]:
             contexts: list[TableContext] = []
@@ -201,6 +204,7 @@ class Registry:
                 for context in reversed(contexts):
                     await context.undo()
                 raise
+            return [path for context in contexts for path in context.created]
 
     async def clear(self, name: str) -> None:
         """Drop the inactive table."""

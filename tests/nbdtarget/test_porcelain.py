@@ -215,3 +215,26 @@ async def test_metadata_that_cannot_be_written_any_more_is_told(
     recorder = Recorder()
     assert await clone(recorder) == 1
     assert recorder.calls == ["serving", "failed", "stopping"]
+
+
+async def test_files_of_a_faster_process_are_left_alone(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def plan_and_be_late(options: CloneOptions, directory: str) -> ClonePlan:
+        plan = await plan_clone(options, directory)
+        (work / "dest").write_bytes(b"another clone's")
+        return plan
+
+    monkeypatch.setattr("nbdtarget.porcelain.plan_clone", plan_and_be_late)
+    with pytest.raises(NbdTargetError, match="dest"):
+        await clone()
+    assert (work / "dest").read_bytes() == b"another clone's"
+    assert not (work / "dest.nbdtarget").exists()
+
+
+async def test_what_was_made_is_removed_when_nobody_can_be_served(work: Path) -> None:
+    (work / "dest").write_bytes(bytes(2 * MIB))
+    before = files(work)
+    with pytest.raises(NbdTargetError, match="source"):
+        await clone(listen=("unix:ok.sock", "unix:source"))
+    assert files(work) == before
