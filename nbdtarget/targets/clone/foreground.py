@@ -20,7 +20,8 @@ first. All of it is callbacks, so that on devices that answer at once the whole 
 walked inside `map`, with no task and no future. Those cost more than the I/O.
 
 Bounds: `deferred_bios_max` writes hold locks and buffers at a time; more wait their turn here,
-first come first served, and hold only their payload, which the server's own limits bound.
+first come first served, and hold only their payload. That, and how many bios wait here or for
+a commit in all, is bounded by the server's limits on what a connection has in flight.
 
 A discard locks its whole regions, sets their bits without copying anything, and goes on to
 the destination if passdown is on. Because it takes the lock, no copy is under way that could overtake
@@ -146,13 +147,18 @@ class Foreground:
         """Run what is too long for callbacks; ends before the bio that it works for does."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_done)
 
     def ended(self) -> None:
         """One write has left: the next may start."""
         self._nr_running -= 1
         self._start_queued()
         self.regions.wake()
+
+    def _task_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.regions.broken(error)
 
     def _end_discard(self, bio: Bio, errno: int) -> None:
         if errno == 0 and bio.flags & FUA:
@@ -293,14 +299,21 @@ class RegionWrite:
         )
 
     async def _copy_gaps(self, gaps: list[Gap]) -> None:
+        # EIO also stands for an exception of our own making: the bio ends, and the lock goes.
+        errno = errnos.EIO
         try:
             for begin, end in gaps:
                 await self.regions.copier.copy(begin, end - begin)
+            errno = 0
         except CopyError as failure:
             log.warning("%s: foreground hydration: %s", self._name, failure)
-            self._leave(errnos.EIO if failure.is_read else failure.error.errno)
-        else:
-            self._write_payload()
+            if not failure.is_read:
+                errno = failure.error.errno
+        finally:
+            if errno:
+                self._leave(errno)
+            else:
+                self._write_payload()
 
     def _write_payload(self) -> None:
         bio = self.bio

@@ -69,7 +69,6 @@ class Hydration:
 
     Args:
         event: called when a failure is new.
-        broken: called with an exception of our own making, after which nothing can be trusted.
 
     Attributes:
         enabled, threshold, batch_size: as the messages set them; call `wake` after a change.
@@ -85,7 +84,6 @@ class Hydration:
         threshold: int,
         batch_size: int,
         event: Callable[[], None],
-        broken: Callable[[BaseException], None],
     ) -> None:
         self.regions = regions
         self.clock = clock
@@ -94,7 +92,6 @@ class Hydration:
         self.batch_size = batch_size
         self.failures = Failures()
         self._event = event
-        self._broken = broken
         self._holes = Holes(
             regions.source, length=regions.length, region_size=regions.region_size
         )
@@ -129,7 +126,6 @@ class Hydration:
         assert not self._is_resumed
         while tasks := [*self._jobs, *([self._task] if self._task else [])]:
             await asyncio.wait(tasks)
-        self.regions.copier.drop_buffers()
 
     def wake(self) -> None:
         """Something has changed that may let a job start."""
@@ -344,10 +340,12 @@ class Hydration:
     def _job_done(self, job: "asyncio.Task[None]") -> None:
         self._jobs.discard(job)
         self._task_done(job)
+        if not self._jobs and not self._may_run():
+            self.regions.copier.drop_buffers()
 
     def _task_done(self, task: "asyncio.Task[None]") -> None:
         if task.cancelled():
             self._is_resumed = False  # the loop is being torn down: start nothing more
         elif (error := task.exception()) is not None:
-            self._broken(error)
+            self.regions.broken(error)
         self.wake()

@@ -25,6 +25,7 @@ class Regions:
         nr_hydrating: regions that are being copied or overwritten now, as status counts them.
         nr_bios: client I/O seen while not everything was hydrated; hydration yields to it.
         wake: tells background hydration that regions were unlocked.
+        broken: takes an exception of our own making, after which nothing can be trusted.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Regions:
         committer: Committer,
         length: int,
         region_size: int,
+        broken: Callable[[BaseException], None],
     ) -> None:
         assert region_size & (region_size - 1) == 0
         self.source = source
@@ -51,6 +53,7 @@ class Regions:
         self.nr_hydrating = 0
         self.nr_bios = 0
         self.wake: Callable[[], None] = _nobody
+        self.broken = broken
         assert metadata.nr_regions == self.nr_regions
 
     @property

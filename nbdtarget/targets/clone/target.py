@@ -53,7 +53,6 @@ What a crash leaves: the bits of the last commit, and on the destination all tha
 Everything else is as in the source, or as an ordinary disk leaves it.
 """
 
-import errno as errnos
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -122,6 +121,7 @@ class CloneTarget(Target):
             committer=self._committer,
             length=ctx.length,
             region_size=parts.region_size,
+            broken=self._broken,
         )
         self._shift = self._regions.shift
         self._foreground = Foreground(self._regions)
@@ -132,7 +132,6 @@ class CloneTarget(Target):
             threshold=parts.options.hydration_threshold,
             batch_size=parts.options.hydration_batch_size,
             event=ctx.event,
-            broken=self._broken,
         )
         self._passdown = parts.options.discard_passdown
         if self._passdown and not parts.destination.can_discard:
@@ -258,10 +257,6 @@ class CloneTarget(Target):
 
     # Life
 
-    async def preresume(self) -> None:
-        if self._regions.has_failed:
-            raise TableError("metadata has failed", errnos.EIO)
-
     def resume(self) -> None:
         self._is_suspended = False
         self._look_at_mode()
@@ -293,6 +288,7 @@ class CloneTarget(Target):
     def _broken(self, error: BaseException) -> None:
         log.critical("%s: switching to fail mode", self.ctx.name, exc_info=error)
         self._metadata.fail()
+        self._committer.has_failed = True
         self._failed()
 
     def _look_at_mode(self) -> None:

@@ -459,3 +459,19 @@ async def test_suspend_waits_for_copies_and_commits_clean(rig: Rig) -> None:
     assert not rig.target._metadata.changed
     await rig.target.dtr()
     assert rig.ctx.nr_open == 0
+
+
+async def test_exception_of_our_own_making_fails_the_target(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def wrong(offset: int, length: int) -> None:
+        raise AssertionError("wrong")
+
+    monkeypatch.setattr(rig.target._regions.copier, "copy", wrong)
+    zero = rig.bio(OP_WRITE_ZEROES, 512, 512)
+    await settle()
+    assert zero.status == errnos.EIO
+    assert await rig.target.status() == "Fail"
+    assert rig.ctx.nr_events == 1
+    assert "wrong" in caplog.text
+    await rig.stop()
