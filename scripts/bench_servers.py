@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,9 +38,12 @@ CLONE = "clone"
 HALF = "clone-half"
 
 
-def nbdkit_file(image: Path, path: Path, log: Path, *extra: str) -> ServerProcess:
+def nbdkit_file(
+    image: Path, path: Path, log: Path, *extra: str, settings: Sequence[str] = ()
+) -> ServerProcess:
     """Serve `image` with nbdkit's file plugin on the unix socket `path`."""
     argv = ["nbdkit", "--foreground", "--unix", str(path), *extra, "file", str(image)]
+    argv += settings
     return ServerProcess(argv, sockets=[path], log=log)
 
 
