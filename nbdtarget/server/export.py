@@ -75,12 +75,15 @@ class DirectoryExports:
         device = self.directory.maybe_get(name)
         if device is None:
             return None
-        descriptions = dict(self.directory.names())
-        if name == "" and len(descriptions) == 1:
-            name = next(iter(descriptions))  # INFO_NAME tells the name it is listed by
+        description = ""
+        for listed, text in self.directory.names():
+            # The default export is the only one: INFO_NAME tells the name it is listed by.
+            if name in (listed, "") and self.directory.maybe_get(listed) is device:
+                name, description = listed, text
+                break
         return ExportInfo(
             name=name,
             size=device.size,
             flags=transmission_flags(device),
-            description=descriptions.get(name, ""),
+            description=description,
         )

@@ -6,7 +6,8 @@ connection, for all of them (`Budget`), and by the number of connections. A conn
 meets a bound stops reading from its socket, so that the client's own socket buffer fills and
 it waits; nothing is refused. A connection with nothing at all in flight may always start one
 request, whatever its size, unless the shared budget is what is full: then it waits there in
-line, and is woken when a reply of another connection has left.
+line, and is woken when a reply of another connection has left. A request of the fast path
+is counted only when it turns out not to end at once, so each connection may be over by one.
 
 What counts: a request from when it was submitted until its bio has ended; a byte from when
 memory was taken for it until the reply has left, or the write has ended. The fixed buffers
@@ -73,7 +74,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         assert self.arena_read_max + 64 <= self.arena
-        assert self.own_payload_min + 64 <= self.receive_buffer
+        # The receive buffer is compacted when it is half full.
+        assert 2 * self.own_payload_min + (16 << 10) <= self.receive_buffer
         assert 1 <= self.requests_in_flight_max <= self.requests_total_max
         assert self.payload_max <= self.bytes_total_max
 

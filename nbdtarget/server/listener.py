@@ -31,10 +31,11 @@ from urllib.parse import quote
 
 from nbdtarget.clock import Clock, LoopClock, Timer
 from nbdtarget.errors import ListenError
-from nbdtarget.server.connection import Connection, Shared
+from nbdtarget.server.connection import Connection
 from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.output import BufferPool
+from nbdtarget.server.shared import Shared
 
 __all__ = ["Listener", "export_uri"]
 
@@ -82,6 +83,11 @@ class Listener:
     @property
     def nr_connections(self) -> int:
         return len(self._connections)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What is in flight; None before the first `start`."""
+        return None if self._shared is None else self._shared.budget
 
     async def start(self, address: str) -> list[str]:
         """Listen on `address`: "unix:PATH" or "tcp:HOST:PORT".

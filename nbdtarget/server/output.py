@@ -23,6 +23,7 @@ import errno as errnos
 import socket
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Final
 
 from nbdtarget.server.limits import Limits
@@ -169,11 +170,8 @@ class Output:
     def _flush_queue(self) -> bool:
         queue = self._queue
         while queue:
-            pieces = [entry[0] for entry in queue]
-            if len(pieces) > GATHER_MAX:
-                del pieces[GATHER_MAX:]
             try:
-                sent = self._sendmsg(pieces)
+                sent = self._sendmsg([entry[0] for entry in islice(queue, GATHER_MAX)])
             except BlockingIOError:
                 self.is_blocked = True
                 return False

@@ -1,0 +1,674 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The requests of one connection: taken from the receive buffer, answered into the output.
+
+Theory of operation. `receive` puts bytes where they belong: in the receive buffer, in the buffer
+of a large WRITE whose payload is on its way, or nowhere, if they are the payload of a refused
+one. `serve` takes the requests in the receive buffer, by one of two paths:
+
+*Fast* (`serve`, the hot loop): READ to `arena_read_max`, and WRITE that lies whole in the receive
+buffer, with nothing wrong. One Bio is used again and again as long as bios end inside
+`submit`; READ data goes straight into the reply arena, WRITE data is used where it lies.
+A bio that does not end inside `submit` keeps its object (and by the rule of `bio.py` owns
+its bytes by then); the loop takes a new one, and the arena's end is simply not advanced.
+
+*Slow* (`_take` and below): everything else, each with a `_Request` as its account. Large READs
+and WRITEs have a pooled buffer of their own, which the device may keep until the bio ends;
+a large WRITE is received straight into it.
+
+What a READ or WRITE of 4 KiB costs on the fast path, at depth 32: the device's one system
+call, and a fifth of a recv and a send; two memoryviews, the numbers of the header, no other
+object; 9 calls, of which 3 are Python's (submit, end, endio).
+
+Bounds. `is_full` is asked before each slow request, and after each bio that stays in flight. When
+it says yes the connection pauses: requests that were received lie in the buffer until
+something was given back.
+
+Ends. Bios in flight when the connection closes end into `_ended`, which drops them; the last
+one tells the connection that it may release the device.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+import os
+import socket
+from typing import Final, NamedTuple
+
+from nbdtarget.bio import (
+    FAST_ZERO,
+    FUA,
+    NO_UNMAP,
+    OP_CACHE,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_READ,
+    OP_WRITE,
+    OP_WRITE_ZEROES,
+    PENDING,
+    Bio,
+)
+from nbdtarget.devices.base import Device
+from nbdtarget.errors import DeviceError
+from nbdtarget.server.output import HEADER_ROOM, Output
+from nbdtarget.server.shared import Host, Shared
+from nbdtarget.server.zeroes import is_zero
+from protocol.consts import (
+    CMD_BLOCK_STATUS,
+    CMD_CACHE,
+    CMD_DISC,
+    CMD_FLAG_DF,
+    CMD_FLAG_FAST_ZERO,
+    CMD_FLAG_FUA,
+    CMD_FLAG_NO_HOLE,
+    CMD_FLAG_REQ_ONE,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    EINVAL,
+    ESHUTDOWN,
+    OFFSET_DATA,
+    REPLY_FLAG_DONE,
+    REPLY_TYPE_OFFSET_DATA,
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+)
+from protocol.errors import RequestError
+from protocol.handshake import Negotiated
+from protocol.transmission import (
+    PAYLOAD_ACCEPT,
+    PAYLOAD_DISCONNECT,
+    ServerTransmission,
+    block_status,
+    clip_extents,
+    error_chunk,
+    none_chunk,
+    offset_hole,
+    pack_offset_data_into,
+    pack_simple_reply_into,
+    simple_reply,
+    wire_errno,
+)
+
+__all__ = ["Requests", "Violation"]
+
+logger = logging.getLogger(__name__)
+
+COMPACT_MAX: Final = 4 << 10  # so much is moved to the front of the buffer at once
+
+_HEADER: Final = REQUEST.size
+# For the hot loop: a module global costs less than an attribute of one.
+_unpack: Final = REQUEST.unpack_from
+_pack_simple: Final = SIMPLE_REPLY.pack_into
+_pack_data: Final = OFFSET_DATA.pack_into
+_CHUNK: Final = STRUCTURED_REPLY_MAGIC
+
+# What the hot loop writes as plain numbers.
+assert CMD_FLAG_FUA == FUA
+assert REPLY_FLAG_DONE == REPLY_TYPE_OFFSET_DATA == 1
+assert SIMPLE_REPLY.size == 16
+
+_OPS: Final = {
+    CMD_FLUSH: OP_FLUSH,
+    CMD_TRIM: OP_DISCARD,
+    CMD_CACHE: OP_CACHE,
+    CMD_WRITE_ZEROES: OP_WRITE_ZEROES,
+}
+
+
+class Violation(Exception):
+    """The client broke a rule that leaves nothing to answer with."""
+
+
+class _Request(NamedTuple):
+    """What is needed to answer a bio that did not take the fast path (`bio.private`)."""
+
+    cookie: int
+    command: int
+    flags: int
+    charge: int  # bytes of budget
+    buffer: bytearray | None  # pooled, holds the bio's payload
+
+
+class Requests:
+    """See the module head.
+
+    Args:
+        host: the connection.
+        sock: non-blocking.
+        device: acquired; every bio goes to it.
+
+    Attributes:
+        nr_requests: bios, and other answers, in flight.
+        is_paused: a bound was met: nothing is received or served.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        sock: socket.socket,
+        shared: Shared,
+        output: Output,
+        device: Device,
+        negotiated: Negotiated,
+    ) -> None:
+        limits = shared.limits
+        transmission = ServerTransmission(negotiated, payload_max=limits.payload_max)
+        assert not transmission.align_mask, "the fast path checks no alignment"
+        self.nr_requests = 0
+        self.is_paused = False
+        self._nr_bytes = 0
+        self._host = host
+        self._sock = sock
+        self._shared = shared
+        self._limits = limits
+        self._budget = shared.budget
+        self._output = output
+        self._device = device
+        self._submit = device.submit
+        self._transmission = transmission
+        self._is_shutting_down = False
+        # The bio of the fast path.
+        self._bio = Bio(OP_READ, 0, 0, None, 0, self._ended)
+        # Up to which length a READ, a WRITE may take the fast path, -1: none; and from which
+        # length a READ is looked through for zeroes.
+        self._read_max = limits.arena_read_max
+        writable = transmission.flags_allowed.get(CMD_WRITE) == CMD_FLAG_FUA
+        self._write_max = limits.receive_buffer if writable else -1
+        self._zero_min = limits.zero_check_min if transmission.structured else 1 << 62
+        # The receive buffer: [_begin, _end) is received and not yet served.
+        self._buffer = bytearray(limits.receive_buffer)
+        self._view = memoryview(self._buffer)
+        self._begin = 0
+        self._end = 0
+        # A large WRITE whose payload is being received, and how much of it is there.
+        self._large: memoryview | None = None
+        self._large_filled = 0
+        self._large_bio: Bio | None = None
+        # Payload of a refused WRITE, to be dropped, and what to answer then.
+        self._skip = 0
+        self._skip_reply = b""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_receiving_large(self) -> bool:
+        """Whether memory is held for a payload that has not all come yet."""
+        return self._large is not None
+
+    def put(self, data: bytes) -> None:
+        """Take what came behind the handshake."""
+        self._view[: len(data)] = data
+        self._end = len(data)
+
+    def refuse(self) -> None:
+        """From now on answer every request with ESHUTDOWN."""
+        self._is_shutting_down = True
+        self._read_max = self._write_max = -1
+
+    def drop(self) -> None:
+        """The connection is closed: forget the WRITE that was being received."""
+        bio = self._large_bio
+        if bio is not None:
+            request = bio.private
+            assert isinstance(request, _Request)
+            self._large = self._large_bio = None
+            self._give_back(request)
+
+    # ---- bounds ----
+
+    def is_full(self, length: int) -> bool:
+        """Whether a request that takes `length` bytes has to wait. Pauses, if so."""
+        limits = self._limits
+        if (
+            self._output.is_full
+            or self.nr_requests >= limits.requests_in_flight_max
+            or (self._nr_bytes and self._nr_bytes + length > limits.bytes_in_flight_max)
+        ):
+            self._pause()
+            return True
+        if self._budget.is_full(length):
+            self._budget.wait(self._host.maybe_resume)
+            self._shared.starved()
+            self._pause()
+            return True
+        return False
+
+    def _pause(self) -> None:
+        self.is_paused = True
+        self._host.pause()
+
+    def reply_left(self, charge: int, buffer: bytearray | None) -> None:
+        """A large reply has left, or never will."""
+        self._nr_bytes -= charge
+        if buffer is not None:
+            self._shared.pool.give_back(buffer)
+        self._budget.give_back(0, charge)
+
+    # ---- receiving ----
+
+    def receive(self) -> int:
+        """Receive once, wherever the bytes belong. Returns how many came; 0 at the end.
+
+        Raises: BlockingIOError: nothing is there.
+        """
+        if self._large is None and not self._skip:
+            end = self._end
+            received = self._sock.recv_into(self._view[end:] if end else self._view)
+            self._end = end + received
+            return received
+        if self._large is not None:
+            return self._receive_large(self._large)
+        received = self._sock.recv_into(self._view)
+        skipped = min(received, self._skip)
+        self._skip -= skipped
+        self._begin = skipped
+        self._end = received
+        if not self._skip:
+            self._output.push(self._skip_reply)
+        return received
+
+    def _receive_large(self, payload: memoryview) -> int:
+        """Receive the rest of a large WRITE's payload, and what follows it if it is there."""
+        filled = self._large_filled
+        received = self._sock.recvmsg_into([payload[filled:], self._view])[0]
+        filled += received
+        self._host.moved()
+        if filled < len(payload):
+            self._large_filled = filled
+            return received
+        self._end = filled - len(payload)
+        bio = self._large_bio
+        assert bio is not None
+        self._large = self._large_bio = None
+        self._start(bio)
+        return received
+
+    # ---- the fast path ----
+
+    # hot: see the figures in the module head
+    def serve(self) -> None:
+        """Serve the requests in the receive buffer, replies into the arena."""
+        buffer, view, position, end = self._buffer, self._view, self._begin, self._end
+        output = self._output
+        arena, replies, out = output.arena, output.view, output.end
+        submit, bio, size = self._submit, self._bio, self._transmission.size
+        read_max, write_max, zero_min = self._read_max, self._write_max, self._zero_min
+        structured = self._transmission.structured
+        header = OFFSET_DATA.size if structured else SIMPLE_REPLY.size
+        flush_at = self._flush_at()
+        while end - position >= _HEADER:
+            if out >= flush_at:
+                output.end = out
+                if self._flush_early():
+                    break
+                out = output.end
+                flush_at = self._flush_at()
+            magic, flags, command, cookie, offset, length = _unpack(buffer, position)
+            stop = position + _HEADER
+            if (
+                command == CMD_READ
+                and 0 < length <= read_max
+                and offset + length <= size
+                and not flags
+                and magic == REQUEST_MAGIC
+            ):
+                bio.op = OP_READ
+                payload = replies[out + header : out + header + length]
+            elif (
+                command == CMD_WRITE
+                and 0 < length <= write_max
+                and stop + length <= end
+                and offset + length <= size
+                and flags <= FUA
+                and magic == REQUEST_MAGIC
+            ):
+                bio.op = OP_WRITE
+                payload = view[stop : stop + length]
+                stop += length
+            else:
+                self._begin, output.end = position, out
+                stop = self._take(magic, flags, command, cookie, offset, length)
+                if stop < 0:
+                    break
+                position, out = stop, output.end
+                continue
+            bio.offset, bio.length, bio.flags = offset, length, flags
+            bio.payload, bio.borrowed, bio.status = payload, True, PENDING
+            submit(bio)
+            position = stop
+            if bio.status:
+                bio = self._not_inline(bio, command, cookie)
+                if self.is_paused:
+                    break
+            elif command == CMD_WRITE:
+                _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
+                out += 16
+            elif length >= zero_min or bio.payload is not payload:
+                out += self._pack_read(bio, payload, out, cookie)
+            else:
+                if structured:
+                    _pack_data(arena, out, _CHUNK, 1, 1, cookie, length + 8, offset)
+                else:
+                    _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
+                out += header + length
+        output.end = out
+        self._consume(position)
+
+    def _consume(self, position: int) -> None:
+        """The receive buffer has been served up to `position`: make room behind `_end`."""
+        view, end = self._view, self._end
+        left = end - position
+        if self._limits.poison_borrowed:
+            view[:position] = b"\xdb" * position
+        if not left:
+            self._begin = self._end = 0
+        elif left <= COMPACT_MAX or (end > len(view) // 2 and not self.is_paused):
+            view[:left] = view[position:end]
+            self._begin, self._end = 0, left
+        else:
+            self._begin = position
+
+    def _flush_at(self) -> int:
+        """Where in the arena to send: behind it there is room for one more reply."""
+        output = self._output
+        if output.is_blocked:
+            return output.end_max
+        return min(output.end + self._limits.flush_at, output.end_max)
+
+    def _flush_early(self) -> bool:
+        """Let the client begin to work on what is there. Returns whether we paused."""
+        if not self._output.is_blocked:
+            self._host.flush()
+        return self.is_full(0)
+
+    def _not_inline(self, bio: Bio, command: int, cookie: int) -> Bio:
+        """The bio failed, or goes on: it needs an account. Returns the next bio to use."""
+        if bio.status > 0:
+            self._reply_error(cookie, command, bio.flags, bio.status)
+            return bio
+        bio.private = _Request(cookie, command, 0, bio.length, None)
+        self.nr_requests += 1
+        self._nr_bytes += bio.length
+        self._budget.nr_requests += 1
+        self._budget.nr_bytes += bio.length
+        self._bio = Bio(OP_READ, 0, 0, None, 0, self._ended)
+        self._check_owned(bio)
+        self.is_full(0)
+        return self._bio
+
+    def _check_owned(self, bio: Bio) -> None:
+        if bio.borrowed:
+            assert self._device is not None
+            raise AssertionError(f"{self._device.name} kept a borrowed payload: {bio}")
+
+    def _pack_read(self, bio: Bio, payload: memoryview, out: int, cookie: int) -> int:
+        """Pack the reply to a READ that is long, or was owned on its way and ended inline.
+
+        Returns how long the reply is.
+        """
+        arena, length = self._output.arena, bio.length
+        if bio.payload is not payload:
+            assert bio.payload is not None
+            payload[:] = bio.payload
+        if not self._transmission.structured:
+            pack_simple_reply_into(arena, out, 0, cookie)
+            return SIMPLE_REPLY.size + length
+        data_at = out + OFFSET_DATA.size
+        if length >= self._zero_min and is_zero(arena, data_at, length):
+            hole = offset_hole(cookie, bio.offset, length, done=True)
+            arena[out : out + len(hole)] = hole
+            return len(hole)
+        pack_offset_data_into(arena, out, cookie, bio.offset, length, done=True)
+        return OFFSET_DATA.size + length
+
+    # ---- the slow path ----
+
+    def _take(
+        self,
+        magic: int,
+        flags: int,
+        command: int,
+        cookie: int,
+        offset: int,
+        length: int,
+    ) -> int:
+        """Take any request at `_begin`. Returns where the next one begins.
+
+        -1: nothing more can be served now.
+        """
+        if magic != REQUEST_MAGIC:
+            raise Violation(f"bad request magic {magic:#x}")
+        if command == CMD_WRITE:
+            return self._take_write(flags, cookie, offset, length)
+        if command == CMD_DISC:
+            self._host.disc()
+            return -1
+        refusal = self._refusal(command, flags, offset, length)
+        if refusal is not None:
+            self._reply_refusal(cookie, command, refusal)
+        elif not length and command != CMD_FLUSH:
+            self._reply_done(cookie, command)
+        elif self.is_full(length if command == CMD_READ else 0):
+            return -1
+        elif command == CMD_READ:
+            request, payload = self._take_memory(cookie, command, flags, length)
+            self._start(Bio(OP_READ, offset, length, payload, 0, self._ended, request))
+        elif command == CMD_BLOCK_STATUS:
+            self._start_block_status(flags, cookie, offset, length)
+        else:
+            request = _Request(cookie, command, flags, 0, None)
+            if command == CMD_FLUSH:
+                offset = length = 0
+            self._start(
+                Bio(
+                    _OPS[command],
+                    offset,
+                    length,
+                    None,
+                    _bio_flags(command, flags),
+                    self._ended,
+                    request,
+                )
+            )
+        return self._begin + _HEADER
+
+    def _refusal(
+        self, command: int, flags: int, offset: int, length: int
+    ) -> RequestError | None:
+        if self._is_shutting_down:
+            return RequestError(ESHUTDOWN, "server is shutting down")
+        return self._transmission.refusal(command, flags, offset, length)
+
+    def _take_write(self, flags: int, cookie: int, offset: int, length: int) -> int:
+        """As `_take`, for a WRITE whose payload is not all there, or that is refused."""
+        payload_at = self._begin + _HEADER
+        stop = payload_at + length
+        rule = self._transmission.payload_rule(length)
+        if rule == PAYLOAD_DISCONNECT:
+            raise Violation(f"WRITE of {length} bytes")
+        if rule == PAYLOAD_ACCEPT:
+            refusal = self._refusal(CMD_WRITE, flags, offset, length)
+        else:
+            refusal = RequestError(EINVAL, f"WRITE of {length} bytes is too long")
+        if refusal is not None:
+            if stop <= self._end:
+                self._reply_refusal(cookie, CMD_WRITE, refusal)
+                return stop
+            self._skip = stop - self._end
+            self._skip_reply = self._encode_error(
+                cookie, CMD_WRITE, refusal.errno, refusal.message
+            )
+            return self._end
+        if not length:
+            self._reply_done(cookie, CMD_WRITE)
+            return stop
+        if length < self._limits.own_payload_min or self.is_full(length):
+            return -1
+        request, payload = self._take_memory(cookie, CMD_WRITE, flags, length)
+        here = self._view[payload_at : min(stop, self._end)]
+        payload[: len(here)] = here
+        bio = Bio(OP_WRITE, offset, length, payload, flags & FUA, self._ended, request)
+        if len(here) == length:
+            self._start(bio)
+            return stop
+        self._large, self._large_filled, self._large_bio = payload, len(here), bio
+        return self._end
+
+    def _take_memory(
+        self, cookie: int, command: int, flags: int, length: int
+    ) -> tuple[_Request, memoryview]:
+        """Take a buffer for `length` bytes of payload, and put it on the account."""
+        buffer = self._shared.pool.take(length)
+        self._nr_bytes += len(buffer)
+        self._budget.nr_bytes += len(buffer)
+        request = _Request(cookie, command, flags, len(buffer), buffer)
+        return request, memoryview(buffer)[HEADER_ROOM : HEADER_ROOM + length]
+
+    def _give_back(self, request: _Request) -> None:
+        self.reply_left(request.charge, request.buffer)
+
+    def _start(self, bio: Bio) -> None:
+        self.nr_requests += 1
+        self._budget.nr_requests += 1
+        self._submit(bio)
+        output = self._output
+        if output.nr_queued >= self._limits.flush_at and not output.is_blocked:
+            self._host.flush()  # a large reply: let the client begin with it
+
+    def _start_block_status(
+        self, flags: int, cookie: int, offset: int, length: int
+    ) -> None:
+        self.nr_requests += 1
+        self._budget.nr_requests += 1
+        task = self._shared.loop.create_task(
+            self._block_status(flags, cookie, offset, length)
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _block_status(
+        self, flags: int, cookie: int, offset: int, length: int
+    ) -> None:
+        device, context_id = self._device, self._transmission.context_id
+        assert device is not None
+        assert context_id is not None
+        status = 0
+        reply = b""
+        try:
+            found = await device.extents(offset, length)
+            req_one = bool(flags & CMD_FLAG_REQ_ONE)
+            clipped = clip_extents(found, length, req_one=req_one)
+            reply = block_status(cookie, context_id, clipped, done=True)
+        except DeviceError as error:
+            status = error.errno
+        except Exception:
+            logger.exception("%s: %s: extents failed", self._host.peer, device.name)
+            status = errnos.EIO
+        self.nr_requests -= 1
+        if not self._host.is_closed:
+            if status:
+                self._reply_error(cookie, CMD_BLOCK_STATUS, flags, status)
+            else:
+                self._output.push(reply)
+            self._host.flush_soon()
+        else:
+            self._host.maybe_release()
+        self._budget.give_back(1, 0)
+
+    def _ended(self, bio: Bio) -> None:
+        """A bio with an account has ended; one without is still in `_serve`'s hands."""
+        request = bio.private
+        if request is None:
+            return
+        assert isinstance(request, _Request)
+        self.nr_requests -= 1
+        if self._host.is_closed:
+            self._give_back(request)
+            self._host.maybe_release()
+        else:
+            if bio.status:
+                self._give_back(request)
+                self._reply_error(
+                    request.cookie, request.command, request.flags, bio.status
+                )
+            elif request.command == CMD_READ:
+                self._reply_read(bio, request)
+            else:
+                self._give_back(request)
+                self._reply_done(request.cookie, request.command)
+            self._host.flush_soon()
+        self._budget.give_back(1, 0)
+
+    # ---- replies ----
+
+    def _reply_done(self, cookie: int, command: int) -> None:
+        """Answer a request that returns nothing."""
+        if command == CMD_READ and self._transmission.structured:
+            self._output.push(none_chunk(cookie))
+        else:
+            self._output.push(simple_reply(0, cookie))
+
+    def _reply_refusal(self, cookie: int, command: int, refusal: RequestError) -> None:
+        logger.debug("%s: %s", self._host.peer, refusal)
+        self._output.push(
+            self._encode_error(cookie, command, refusal.errno, refusal.message)
+        )
+
+    def _reply_error(self, cookie: int, command: int, flags: int, errno: int) -> None:
+        error = wire_errno(errno, command, flags)
+        self._output.push(
+            self._encode_error(cookie, command, error, os.strerror(errno))
+        )
+
+    def _encode_error(
+        self, cookie: int, command: int, error: int, message: str
+    ) -> bytes:
+        if self._transmission.structured:
+            return error_chunk(cookie, error, message.encode())
+        return simple_reply(error, cookie)
+
+    def _reply_read(self, bio: Bio, request: _Request) -> None:
+        """Answer a READ from its own buffer."""
+        cookie, _, flags, charge, buffer = request
+        payload, length = bio.payload, bio.length
+        assert payload is not None
+        structured = self._transmission.structured
+        in_buffer = buffer is not None and payload.obj is buffer
+        if (
+            length >= self._zero_min
+            and not flags & CMD_FLAG_DF
+            and (in_buffer or memoryview(payload.obj).nbytes == length)  # from `own`
+            and is_zero(payload.obj, HEADER_ROOM if in_buffer else 0, length)
+        ):
+            self._give_back(request)
+            self._output.push(offset_hole(cookie, bio.offset, length, done=True))
+            return
+        header = bytearray(OFFSET_DATA.size if structured else SIMPLE_REPLY.size)
+        if structured:
+            pack_offset_data_into(header, 0, cookie, bio.offset, length, done=True)
+        else:
+            pack_simple_reply_into(header, 0, 0, cookie)
+        if in_buffer and buffer is not None:
+            begin = HEADER_ROOM - len(header)
+            buffer[begin:HEADER_ROOM] = header
+            reply = memoryview(buffer)[begin : HEADER_ROOM + length]
+            self._output.push(reply, charge, buffer)
+        else:
+            self._output.push(header)
+            self._output.push(payload, charge, buffer)
+
+
+def _bio_flags(command: int, flags: int) -> int:
+    """FUA means nothing to a FLUSH or a CACHE, and those bios do not carry it."""
+    if command in (CMD_FLUSH, CMD_CACHE):
+        return 0
+    bio_flags = flags & FUA
+    if flags & CMD_FLAG_NO_HOLE:
+        bio_flags |= NO_UNMAP
+    if flags & CMD_FLAG_FAST_ZERO:
+        bio_flags |= FAST_ZERO
+    return bio_flags

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the connections of one listener share, and what requests ask of their connection."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from nbdtarget.clock import Clock
+from nbdtarget.server.export import ExportDirectory
+from nbdtarget.server.limits import Budget, Limits
+from nbdtarget.server.output import BufferPool
+
+__all__ = ["Host", "Shared"]
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the connections of one listener have in common."""
+
+    loop: asyncio.AbstractEventLoop
+    clock: Clock
+    limits: Limits
+    budget: Budget
+    pool: BufferPool
+    directory: ExportDirectory
+    starved: Callable[[], None]  # a connection waits for the budget
+    closed: Callable[[Any], None]  # a connection has released everything
+
+
+class Host(Protocol):
+    """What requests ask of their connection."""
+
+    peer: str
+
+    @property
+    def is_closed(self) -> bool: ...
+
+    def flush(self) -> None:
+        """Send now. Raises: OSError."""
+
+    def flush_soon(self) -> None:
+        """Send in this turn of the loop."""
+
+    def pause(self) -> None:
+        """Stop reading; `is_paused` is set."""
+
+    def maybe_resume(self) -> None:
+        """Something was given back: soon see whether it is enough."""
+
+    def moved(self) -> None:
+        """The client took or gave something large."""
+
+    def disc(self) -> None:
+        """The client wants to leave once everything is answered."""
+
+    def maybe_release(self) -> None:
+        """Closed, and the last request has ended."""

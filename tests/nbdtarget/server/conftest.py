@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `served` fixture: a listener on a unix socket, and clients that say anything."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.nbdtarget.server.peer import Served
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    """`served.limits` and `served.directory` may be changed before the first `attach`."""
+    it = Served(tmp_path)
+    yield it
+    await it.close()

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is promised about a device on the wire."""
+
+import pytest
+
+from nbdtarget.server.export import DirectoryExports, transmission_flags
+from protocol import consts as c
+from tests.nbdtarget.server.peer import Directory, Disk
+
+ALWAYS = c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE
+
+
+def test_flags_of_a_plain_device() -> None:
+    disk = Disk()
+    disk.can_discard = False
+    assert transmission_flags(disk) == ALWAYS | c.FLAG_SEND_WRITE_ZEROES
+
+
+def test_flags_of_an_able_device() -> None:
+    disk = Disk()
+    disk.can_fast_zero = True
+    assert transmission_flags(disk) == (
+        ALWAYS | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_TRIM | c.FLAG_SEND_FAST_ZERO
+    )
+
+
+def test_flags_of_a_read_only_device() -> None:
+    assert transmission_flags(Disk(read_only=True)) == ALWAYS | c.FLAG_READ_ONLY
+
+
+@pytest.mark.parametrize("name", ["", "disk"])
+def test_lookup(name: str) -> None:
+    info = DirectoryExports(Directory({"disk": Disk(4096)})).lookup(name)
+    assert info is not None
+    assert (info.name, info.size, info.description) == ("disk", 4096, "about disk")
+
+
+def test_no_default_export_among_two() -> None:
+    exports = DirectoryExports(Directory({"a": Disk(), "b": Disk()}))
+    assert exports.lookup("") is None
+    assert exports.lookup("c") is None
+    assert [name for name, _ in exports.names()] == ["a", "b"]
