@@ -32,7 +32,7 @@ import asyncio
 import errno as errnos
 import logging
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from metadata.errors import MetadataError
@@ -46,6 +46,7 @@ __all__ = ["DEFERRED_BIOS_MAX", "Foreground"]
 
 DEFERRED_BIOS_MAX: Final = 256
 CHILDREN_AT_ONCE_MAX: Final = 64
+REGIONS_AT_ONCE_MAX: Final = 8192  # bits set between two turns of the loop: a few ms
 MERGE_BYTES_MAX: Final = 256 << 10  # gaps and payload in one buffer up to here
 
 log = logging.getLogger(__name__)
@@ -118,16 +119,11 @@ class Foreground:
         regions = self.regions
 
         def granted(cell: Cell) -> None:
-            try:
-                regions.set_hydrated(begin, end)
-            except MetadataError:
-                errno = errnos.EIO
-            else:
-                errno = 0
-            regions.prison.release(cell)
-            regions.wake()
+            self.set_hydrated(begin, end, lambda errno: marked(cell, errno))
+
+        def marked(cell: Cell, errno: int) -> None:
             if errno or not passdown:
-                self._end_discard(bio, errno)
+                ended(cell, errno)
                 return
             at, stop = regions.span(begin, end)
             regions.destination.submit(
@@ -137,11 +133,48 @@ class Foreground:
                     stop - at,
                     None,
                     0,
-                    lambda child: self._end_discard(bio, child.status),
+                    lambda child: ended(cell, child.status),
                 )
             )
 
+        def ended(cell: Cell, errno: int) -> None:
+            # Held until here, so that writes which waited for us come after the discard.
+            regions.prison.release(cell)
+            if errno == 0 and bio.flags & FUA:
+                regions.committer.after_commit(bio.end)
+            else:
+                bio.end(errno)
+            regions.wake()
+
         regions.prison.lock(begin, end, granted)
+
+    def set_hydrated(self, begin: int, end: int, done: Callable[[int], None]) -> None:
+        """Set the bits of locked regions, many of them in turns; then call `done(errno)`."""
+        if end - begin <= REGIONS_AT_ONCE_MAX:
+            done(self._set_bits(begin, end))
+        else:
+            self.spawn(self._set_bits_in_turns(begin, end, done))
+
+    async def _set_bits_in_turns(
+        self, begin: int, end: int, done: Callable[[int], None]
+    ) -> None:
+        # Every other one may be set already: that is work for each of them.
+        at, errno = begin, 0
+        try:
+            while at < end and not errno:
+                stop = min(at + REGIONS_AT_ONCE_MAX, end)
+                errno = self._set_bits(at, stop)
+                at = stop
+                await asyncio.sleep(0)
+        finally:
+            done(errno if at == end else errno or errnos.EIO)
+
+    def _set_bits(self, begin: int, end: int) -> int:
+        try:
+            self.regions.set_hydrated(begin, end)
+        except MetadataError:
+            return errnos.EIO
+        return 0
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run what is too long for callbacks; ends before the bio that it works for does."""
@@ -159,12 +192,6 @@ class Foreground:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.regions.broken(error)
-
-    def _end_discard(self, bio: Bio, errno: int) -> None:
-        if errno == 0 and bio.flags & FUA:
-            self.regions.committer.after_commit(bio.end)
-        else:
-            bio.end(errno)
 
     def _start_queued(self) -> None:
         # A write that ends at once calls us again: a loop, not a recursion, starts the next.
@@ -335,12 +362,7 @@ class RegionWrite:
         if child.status:
             self._leave(child.status)
             return
-        try:
-            self.regions.set_hydrated(self.first, self.last)
-        except MetadataError:
-            self._leave(errnos.EIO)
-        else:
-            self._leave(0)
+        self.foreground.set_hydrated(self.first, self.last, self._leave)
 
     def _leave(self, errno: int) -> None:
         self.regions.nr_hydrating -= self.last - self.first

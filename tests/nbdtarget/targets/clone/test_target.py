@@ -475,3 +475,22 @@ async def test_exception_of_our_own_making_fails_the_target(
     assert rig.ctx.nr_events == 1
     assert "wrong" in caplog.text
     await rig.stop()
+
+
+@pytest.mark.parametrize("op", [OP_DISCARD, OP_WRITE_ZEROES])
+async def test_many_regions_are_marked_in_turns(
+    op: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdtarget.targets.clone.foreground.REGIONS_AT_ONCE_MAX", 100)
+    rig = await Rig(size=1000 * REGION).start()
+    for nr in range(0, 1000, 2):
+        rig.bio(OP_WRITE, nr * REGION, REGION)
+    many = rig.bio(op, 0, 950 * REGION, FUA)
+    part = rig.bio(OP_WRITE, 501 * REGION + 512, 512)
+    beside = rig.bio(OP_WRITE, 999 * REGION, REGION)
+    assert (many.status, part.status, beside.status) == (PENDING, PENDING, 0)
+    await settle(100)
+    assert (many.status, part.status) == (0, 0)
+    assert await rig.hydrated() == "976/1000"
+    assert await rig.disk.read(501 * REGION, 1024) == bytes(512) + b"w" * 512
+    await rig.stop()
