@@ -90,6 +90,11 @@ logger = logging.getLogger(__name__)
 
 INLINE_READ_MAX: Final = 1 << 20  # bytes; copying more would hold the loop up by itself
 INLINE_WRITE_MAX: Final = 256 << 10
+# Large writes go to the page cache in such pieces. ext4 (6.16 and later) makes folios as large as the
+# write that fills them, and each later small write to a folio pays for its size: 4 KiB rewrites of a
+# file that was written in 1 MiB pieces took 4.6 us and more, of one in 64 KiB pieces 3.8, in 4 KiB
+# pieces 2.0; filling it is not slower at 64 KiB. A clone is first hydrated, then written at random.
+WRITE_PIECE: Final = 64 << 10
 WRITE_SLOW_NS: Final = 2_000_000
 WATCHED_WRITES: Final = 256
 BACKOFF_NS_MIN: Final = 1_000_000_000
@@ -329,8 +334,11 @@ class FileDevice(Device):
     def _write_rest(
         self, payload: memoryview, offset: int, put: int, flags: int
     ) -> int:
+        # What is durable by itself goes in one piece: each would wait for the disk.
+        piece = len(payload) if flags else WRITE_PIECE
         while put < len(payload):
-            more = os.pwritev(self._fd, (payload[put:],), offset + put, flags)
+            part = payload[put : put + piece]
+            more = os.pwritev(self._fd, (part,), offset + put, flags)
             if more == 0:
                 return errnos.EIO
             put += more
