@@ -130,6 +130,7 @@ class _Request(NamedTuple):
     cookie: int
     command: int
     flags: int
+    offset: int  # as asked for: a target moves `bio.offset` on its way down
     charge: int  # bytes of budget
     buffer: bytearray | None  # pooled, holds the bio's payload
 
@@ -341,14 +342,14 @@ class Requests:
             submit(bio)
             position = stop
             if bio.status:
-                bio = self._not_inline(bio, command, cookie)
+                bio = self._not_inline(bio, command, cookie, offset)
                 if self.is_paused:
                     break
             elif command == CMD_WRITE:
                 _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
                 out += 16
             elif length >= zero_min or bio.payload is not payload:
-                out += self._pack_read(bio, payload, out, cookie)
+                out += self._pack_read(bio, payload, out, cookie, offset)
             else:
                 if structured:
                     _pack_data(arena, out, _CHUNK, 1, 1, cookie, length + 8, offset)
@@ -385,12 +386,12 @@ class Requests:
             self._host.flush()
         return self.is_full(0)
 
-    def _not_inline(self, bio: Bio, command: int, cookie: int) -> Bio:
+    def _not_inline(self, bio: Bio, command: int, cookie: int, offset: int) -> Bio:
         """The bio failed, or goes on: it needs an account. Returns the next bio to use."""
         if bio.status > 0:
             self._reply_error(cookie, command, bio.flags, bio.status)
             return bio
-        bio.private = _Request(cookie, command, 0, bio.length, None)
+        bio.private = _Request(cookie, command, 0, offset, bio.length, None)
         self.nr_requests += 1
         self._nr_bytes += bio.length
         self._budget.nr_requests += 1
@@ -405,7 +406,9 @@ class Requests:
             assert self._device is not None
             raise AssertionError(f"{self._device.name} kept a borrowed payload: {bio}")
 
-    def _pack_read(self, bio: Bio, payload: memoryview, out: int, cookie: int) -> int:
+    def _pack_read(
+        self, bio: Bio, payload: memoryview, out: int, cookie: int, offset: int
+    ) -> int:
         """Pack the reply to a READ that is long, or was owned on its way and ended inline.
 
         Returns how long the reply is.
@@ -419,10 +422,10 @@ class Requests:
             return SIMPLE_REPLY.size + length
         data_at = out + OFFSET_DATA.size
         if length >= self._zero_min and is_zero(arena, data_at, length):
-            hole = offset_hole(cookie, bio.offset, length, done=True)
+            hole = offset_hole(cookie, offset, length, done=True)
             arena[out : out + len(hole)] = hole
             return len(hole)
-        pack_offset_data_into(arena, out, cookie, bio.offset, length, done=True)
+        pack_offset_data_into(arena, out, cookie, offset, length, done=True)
         return OFFSET_DATA.size + length
 
     # ---- the slow path ----
@@ -455,12 +458,12 @@ class Requests:
         elif self.is_full(length if command == CMD_READ else 0):
             return -1
         elif command == CMD_READ:
-            request, payload = self._take_memory(cookie, command, flags, length)
+            request, payload = self._take_memory(cookie, command, flags, offset, length)
             self._start(Bio(OP_READ, offset, length, payload, 0, self._ended, request))
         elif command == CMD_BLOCK_STATUS:
             self._start_block_status(flags, cookie, offset, length)
         else:
-            request = _Request(cookie, command, flags, 0, None)
+            request = _Request(cookie, command, flags, offset, 0, None)
             if command == CMD_FLUSH:
                 offset = length = 0
             self._start(
@@ -508,7 +511,7 @@ class Requests:
             return stop
         if length < self._limits.own_payload_min or self.is_full(length):
             return -1
-        request, payload = self._take_memory(cookie, CMD_WRITE, flags, length)
+        request, payload = self._take_memory(cookie, CMD_WRITE, flags, offset, length)
         here = self._view[payload_at : min(stop, self._end)]
         payload[: len(here)] = here
         bio = Bio(OP_WRITE, offset, length, payload, flags & FUA, self._ended, request)
@@ -519,13 +522,13 @@ class Requests:
         return self._end
 
     def _take_memory(
-        self, cookie: int, command: int, flags: int, length: int
+        self, cookie: int, command: int, flags: int, offset: int, length: int
     ) -> tuple[_Request, memoryview]:
         """Take a buffer for `length` bytes of payload, and put it on the account."""
         buffer = self._shared.pool.take(length)
         self._nr_bytes += len(buffer)
         self._budget.nr_bytes += len(buffer)
-        request = _Request(cookie, command, flags, len(buffer), buffer)
+        request = _Request(cookie, command, flags, offset, len(buffer), buffer)
         return request, memoryview(buffer)[HEADER_ROOM : HEADER_ROOM + length]
 
     def _give_back(self, request: _Request) -> None:
@@ -633,7 +636,7 @@ class Requests:
 
     def _reply_read(self, bio: Bio, request: _Request) -> None:
         """Answer a READ from its own buffer."""
-        cookie, _, flags, charge, buffer = request
+        cookie, _, flags, offset, charge, buffer = request
         payload, length = bio.payload, bio.length
         assert payload is not None
         structured = self._transmission.structured
@@ -645,11 +648,11 @@ class Requests:
             and is_zero(payload.obj, HEADER_ROOM if in_buffer else 0, length)
         ):
             self._give_back(request)
-            self._output.push(offset_hole(cookie, bio.offset, length, done=True))
+            self._output.push(offset_hole(cookie, offset, length, done=True))
             return
         header = bytearray(OFFSET_DATA.size if structured else SIMPLE_REPLY.size)
         if structured:
-            pack_offset_data_into(header, 0, cookie, bio.offset, length, done=True)
+            pack_offset_data_into(header, 0, cookie, offset, length, done=True)
         else:
             pack_simple_reply_into(header, 0, 0, cookie)
         if in_buffer and buffer is not None:

@@ -139,7 +139,7 @@ class Peer:
         self.size = 0
         self.flags = 0
         self.structured = False
-        self.reads: dict[int, int] = {}  # cookie: length
+        self.reads: dict[int, tuple[int, int]] = {}  # cookie: offset, length
         self.cookie = 0
 
     @classmethod
@@ -192,7 +192,7 @@ class Peer:
         self.cookie += 1
         length = len(payload) if length is None else length
         if command == c.CMD_READ:
-            self.reads[self.cookie] = length
+            self.reads[self.cookie] = offset, length
         return (
             c.REQUEST.pack(magic, flags, command, self.cookie, offset, length) + payload
         )
@@ -206,7 +206,7 @@ class Peer:
         head = await self.reader.readexactly(16)
         if struct.unpack_from(">I", head)[0] == c.SIMPLE_REPLY_MAGIC:
             _, error, cookie = c.SIMPLE_REPLY.unpack(head)
-            length = self.reads.pop(cookie, 0)
+            _, length = self.reads.pop(cookie, (0, 0))
             assert not (self.structured and length), "READ answered with a simple reply"
             data = await self.reader.readexactly(0 if error else length)
             return Reply(cookie, error, data)
@@ -223,8 +223,10 @@ class Peer:
             body = await self.reader.readexactly(length)
             chunks.append(kind)
             if kind == c.REPLY_TYPE_OFFSET_DATA:
+                self._check_offset(cookie, body, len(data))
                 data += body[8:]
             elif kind == c.REPLY_TYPE_OFFSET_HOLE:
+                self._check_offset(cookie, body, len(data))
                 data += bytes(struct.unpack(">QI", body)[1])
             elif kind == c.REPLY_TYPE_ERROR:
                 error, size = struct.unpack_from(">IH", body)
@@ -237,6 +239,10 @@ class Peer:
                     cookie, error, bytes(data), tuple(chunks), message, tuple(extents)
                 )
             head = b""
+
+    def _check_offset(self, cookie: int, body: bytes, nr_received: int) -> None:
+        (offset,) = struct.unpack_from(">Q", body)
+        assert offset == self.reads[cookie][0] + nr_received
 
     async def ask(self, command: int, *args: int, **kwargs: int | bytes) -> Reply:
         """Send one request and wait for its reply."""

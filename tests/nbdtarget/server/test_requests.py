@@ -61,6 +61,32 @@ async def test_read_returns_data(
     assert (reply.error, reply.data) == (0, PATTERN[:length])
 
 
+class MovedDisk(Disk):
+    """Lies below a table that does not begin at 0: it moves each bio on its way down."""
+
+    def submit(self, bio: Bio) -> None:
+        bio.offset += 4096
+        super().submit(bio)
+
+
+class MovedLaterDisk(LaterDisk):
+    def submit(self, bio: Bio) -> None:
+        bio.offset += 4096
+        super().submit(bio)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("content", [b"", PATTERN], ids=["zeroes", "data"])
+async def test_read_says_where_the_client_asked(
+    served: Served, held: bool, length: int, content: bytes
+) -> None:
+    served.directory.devices["disk"] = disk = MovedLaterDisk() if held else MovedDisk()
+    disk.data[5096 : 5096 + len(content)] = content
+    peer = await served.attach(structured=True)
+    reply = await peer.ask(c.CMD_READ, 1000, length)  # `peer` checks the offset
+    assert (reply.error, reply.data) == (0, bytes(disk.data[5096 : 5096 + length]))
+
+
 @pytest.mark.parametrize("length", [*LENGTHS, 600_000])
 async def test_write_reaches_device(
     served: Served, structured: bool, held: bool, length: int
