@@ -10,12 +10,16 @@ hold: what an acknowledged FLUSH or FUA covered must be there, anything else is 
 Every few rounds the clone is left to finish, and then the destination alone is the disk and
 the source is what it always was.
 
+Now and then the server is ended with SIGTERM instead: then it must exit with 0, and every
+acknowledged write must be there, flushed or not.
+
 A killed process is less than a power cut (the page cache survives it), so this does not
 replace the crash tests: it holds the real program, with its real threads and sockets, to the
 same oracle.
 """
 
 import argparse
+import errno
 import random
 import signal
 import subprocess
@@ -67,7 +71,7 @@ class Writer:
     _flushes: dict[int, list[Write]] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Go on until the connection breaks."""
+        """Go on until the server goes away."""
         depth = self.rng.randint(1, DEPTH_MAX)
         # Often none at all: each FUA write commits what every FLUSH should have committed.
         self.fua_share = self.rng.choice((0.0, 0.0, 0.1))
@@ -77,6 +81,8 @@ class Writer:
                     self._send_one()
                 self._receive_one()
         except (OSError, PlainClientError):
+            return
+        finally:
             self.client.sock.close()
 
     def _send_one(self) -> None:
@@ -114,6 +120,8 @@ class Writer:
 
     def _receive_one(self) -> None:
         cookie, error, _ = self.client.receive()
+        if error == errno.ESHUTDOWN:
+            raise PlainClientError("the server is going down")
         if error:
             raise Violation(f"request {cookie} failed with {error}")
         if cookie in self._flushes:
@@ -153,6 +161,7 @@ class CloneUnderFire:
         self.meta.unlink(missing_ok=True)
         self.region_size = self.rng.choice(("4K", "4K", "64K", "1M"))
         self.model = DiskModel(self.content)
+        self.was_clean = False
 
     def serve(self, *extra: str) -> ServerProcess:
         argv = [NBDTARGET, "clone", str(self.source), str(self.dest)]
@@ -168,31 +177,37 @@ class CloneUnderFire:
                 client.read(at, min(step, self.size - at))
                 for at in range(0, self.size, step)
             )
-        self.model.check_survivor(content)
+        if self.was_clean:
+            self.model.check_read(0, content)
+        else:
+            self.model.check_survivor(content)
         # What was read now may still be lost at the next kill unless flushed: flush it.
         with PlainClient(self.socket, "disk") as client:
             client.flush()
         self.model.settle(content)
 
-    def fire(self, life_s: float) -> tuple[int, int]:
+    def fire(self, life_s: float, *, clean: bool = False) -> tuple[int, int]:
         """Serve, check, write, kill. Returns how many writes and flushes were made."""
         # Mostly without hydration: once it is through, a crash has nothing left to undo.
         extra = () if self.rng.random() < 0.25 else ("--no-hydration",)
         server = self.serve(*extra)
+        number = signal.SIGTERM if clean else signal.SIGKILL
         try:
             self.check_survivor()
             client = PlainClient(self.socket, "disk")
             writer = Writer(client, self.model, random.Random(self.rng.random()))
-            timer = threading.Timer(life_s, server.kill)
+            timer = threading.Timer(life_s, server.signal, [number])
             timer.start()
             try:
                 writer.run()
             finally:
                 timer.join()
+            status = server.wait()
         finally:
             server.kill()
-        if server.child.returncode != -signal.SIGKILL:
-            raise Violation(f"the server ended by itself: {server.child.returncode}")
+        if status != (0 if clean else -number):
+            raise Violation(f"the server ended with status {status}")
+        self.was_clean = clean
         return writer.sent, writer.flushed
 
     def finish(self) -> None:
@@ -223,10 +238,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for round_nr in range(1, options.rounds + 1):
                 life_s = rng.uniform(0.02, 0.6)
-                sent, flushed = clone.fire(life_s)
+                clean = rng.random() < 0.2
+                sent, flushed = clone.fire(life_s, clean=clean)
                 print(
-                    f"round {round_nr}: {clone.region_size} regions, killed after"
-                    f" {life_s:.2f} s, {sent} writes, {flushed} flushes",
+                    f"round {round_nr}: {clone.region_size} regions,"
+                    f" {'SIGTERM' if clean else 'SIGKILL'} after {life_s:.2f} s,"
+                    f" {sent} writes, {flushed} flushes",
                     flush=True,
                 )
                 if round_nr % ROUNDS_A_CLONE == 0 or round_nr == options.rounds:

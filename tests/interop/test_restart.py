@@ -17,8 +17,8 @@ pytestmark = pytest.mark.interop
 @pytest.mark.slow
 def test_flushed_writes_survive_sigkill_under_load(tmp_path: Path) -> None:
     fire = CloneUnderFire(tmp_path, random.Random(11), size=4 << 20)
-    for life_s in (0.05, 0.2, 0.3):
-        fire.fire(life_s)
+    for life_s, clean in ((0.05, False), (0.2, False), (0.2, True), (0.1, False)):
+        fire.fire(life_s, clean=clean)
     fire.finish()
 
 
