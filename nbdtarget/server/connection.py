@@ -19,8 +19,10 @@ full calls `maybe_resume`.
 
 Polling. At depth 1 a request costs two wake-ups, and they cost more than the request. So
 after an answer the connection looks at its socket for `poll_us` before it goes back to the
-loop: only if it is alone, nothing is in flight, and polling has been paying off: each miss
-doubles the number of wake-ups that go unpolled (to POLL_SKIP_MAX), one hit ends that.
+loop: only if it is alone, has sent one request at a time POLL_STREAK times in a row (at
+greater depths polling would only make the batches smaller), nothing is in flight, and polling
+has been paying off: each miss doubles the number of wake-ups that go unpolled (to
+POLL_SKIP_MAX), one hit ends that.
 It yields the processor at every look, takes it for a miss when that gave the processor
 away, and the loop gets its turn after BATCHES_MAX batches.
 
@@ -45,6 +47,7 @@ from nbdtarget.server.export import DirectoryExports
 from nbdtarget.server.output import Output, is_gone
 from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
+from protocol.consts import REQUEST
 from protocol.handshake import Negotiated, ServerHandshake
 
 __all__ = ["Connection"]
@@ -57,7 +60,9 @@ DRAINING: Final = 2
 CLOSED: Final = 3
 
 BATCHES_MAX: Final = 16  # read and served in one turn of the loop
-POLL_STREAK: Final = 4  # wake-ups in a row of this connection alone before it polls
+POLL_STREAK: Final = (
+    16  # single requests in a row, of this connection alone, before it polls
+)
 POLL_SKIP_MAX: Final = 64
 POLL_GAP_NS: Final = 20_000  # between two looks: others want the processor
 HANDSHAKE_READ: Final = 64 << 10
@@ -362,6 +367,8 @@ class Connection:
                 began_ns = 0
                 self._poll_penalty = 0
             if received:
+                if received > REQUEST.size and requests.is_batch:
+                    budget.hot_streak = poll_ns = 0
                 requests.serve()
             else:
                 self.disc()

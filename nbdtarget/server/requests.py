@@ -200,6 +200,15 @@ class Requests:
         """Whether memory is held for a payload that has not all come yet."""
         return self._large is not None
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether more than one request lies in the receive buffer."""
+        begin, left = self._begin, self._end - self._begin - _HEADER
+        if left <= 0:
+            return False
+        _, _, command, _, _, length = _unpack(self._buffer, begin)
+        return bool(command != CMD_WRITE or left > length)
+
     def put(self, data: bytes) -> None:
         """Take what came behind the handshake."""
         self._view[: len(data)] = data
