@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket's server: device-mapper's verbs over HTTP on a unix socket.
+"""The control socket: who has it, and since when it answers. What it answers is in `http.py`.
 
-Theory of operation. One POST route for each verb of `messages.VERBS`. A handler decodes the
-request, calls the registry and encodes the answer; the registry decides everything. What a user
-did wrong comes back as a `Failure` with its reason and errno. What we did wrong is logged
-with its traceback and comes back as EIO: the server goes on.
+Theory of operation. `start` takes the socket at once, so that two servers never think they have
+it, and clients may connect from then on. Their requests are read a moment later: the HTTP
+library takes longer to import than all else, and clients of the *disk* should not wait for it. So
+it is imported in a thread beside the first of their I/O.
 
 Who may ask: whoever may open the socket, which has mode 0600 from the moment it exists.
 
@@ -15,8 +15,8 @@ else that lies there is not ours to remove.
 """
 
 import asyncio
-import errno as errnos
 import fcntl
+import importlib
 import logging
 import os
 import socket
@@ -24,12 +24,8 @@ import stat
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import msgspec
-from aiohttp import web
-
-from nbdtarget.control import messages as m
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.errors import NbdTargetError
 
@@ -37,10 +33,9 @@ __all__ = ["ControlServer", "SocketInUseError"]
 
 _log = logging.getLogger(__name__)
 
-BODY_BYTES_MAX: Final = 16 << 20
+HTTP_MODULE: Final = "nbdtarget.control.http"
 BACKLOG_MAX: Final = 64
 LOCK_TRIES_MAX: Final = 20
-SHUTDOWN_S_MAX: Final = 2.0
 
 
 class SocketInUseError(NbdTargetError):
@@ -53,7 +48,7 @@ class ControlServer:
     def __init__(self, verbs: Verbs, path: Path) -> None:
         self.path = path
         self._verbs = verbs
-        self._runner: web.AppRunner | None = None
+        self._answering: asyncio.Task[Callable[[], Awaitable[None]]] | None = None
         self._inode: tuple[int, int] | None = None
 
     async def start(self) -> None:
@@ -61,64 +56,27 @@ class ControlServer:
         listener = await take_socket(self.path)
         status = os.stat(self.path)
         self._inode = (status.st_dev, status.st_ino)
-        app = web.Application(client_max_size=BODY_BYTES_MAX)
-        for verb, (request_type, _) in m.VERBS.items():
-            app.router.add_post(f"/v1/{verb}", self._handler(verb, request_type))
-        self._runner = web.AppRunner(
-            app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S_MAX
-        )
-        await self._runner.setup()
-        await web.SockSite(self._runner, listener, backlog=BACKLOG_MAX).start()
+        self._answering = asyncio.create_task(self._answer(listener))
         _log.info("control socket: %s", self.path)
+
+    async def _answer(self, listener: socket.socket) -> Callable[[], Awaitable[None]]:
+        http = await asyncio.to_thread(importlib.import_module, HTTP_MODULE)
+        end: Callable[[], Awaitable[None]] = await http.serve_http(
+            listener, self._verbs, backlog_max=BACKLOG_MAX
+        )
+        return end
 
     async def close(self) -> None:
         """Stop answering; the socket's name goes away with us, if it still is ours."""
-        if self._runner is None:
+        if self._answering is None:
             return
         with suppress(OSError):
             status = os.stat(self.path)
             if (status.st_dev, status.st_ino) == self._inode:
                 os.unlink(self.path)
-        await self._runner.cleanup()
-        self._runner = None
-
-    def _handler(
-        self, verb: str, request_type: type[m.Request]
-    ) -> Callable[[web.Request], Awaitable[web.Response]]:
-        # Any: each verb takes its own request; `decode` has just made one of that type.
-        call: Callable[[Any], Awaitable[m.Answer]] = getattr(self._verbs, verb)
-        decode = msgspec.json.Decoder(request_type).decode
-
-        async def handle(http: web.Request) -> web.Response:
-            body = await http.read()
-            try:
-                request = decode(body)
-            except msgspec.MsgspecError as error:
-                return _failure(400, f"bad request: {error}", errnos.EINVAL)
-            try:
-                return _response(200, await call(request))
-            except NbdTargetError as error:
-                # ResolveError, ConstructorError and TableError have one; the base has not.
-                errno = getattr(error, "errno", errnos.EINVAL)
-                return _failure(422, str(error), errno)
-            except Exception:
-                # The last line of defence: a bug in one verb must not end the server.
-                _log.exception("%s %r failed", verb, request)
-                return _failure(500, "internal error, see the server's log", errnos.EIO)
-
-        return handle
-
-
-def _response(status: int, answer: m.Answer) -> web.Response:
-    return web.Response(
-        status=status,
-        body=msgspec.json.encode(answer),
-        content_type="application/json",
-    )
-
-
-def _failure(status: int, reason: str, errno: int) -> web.Response:
-    return _response(status, m.Failure(reason, errno))
+        end = await self._answering
+        self._answering = None
+        await end()
 
 
 async def take_socket(path: Path) -> socket.socket:
