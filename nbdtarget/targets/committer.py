@@ -170,7 +170,12 @@ class Committer:
         """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._wants_clean |= clean_shutdown
-        self.after_commit(done.set_result)
+
+        def ended(errno: int) -> None:
+            if not done.done():  # cancelled: who waited has gone away
+                done.set_result(errno)
+
+        self.after_commit(ended)
         return await done == 0
 
     async def quiesce(self) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group commit, on metadata that is only a list of what was done."""
 
+import asyncio
 import errno as errnos
 from collections.abc import Callable
 
@@ -318,3 +319,20 @@ async def test_exception_of_our_own_making_leaves_nobody_waiting(
     assert rig.metadata.failed
     assert rig.nr_failed == 1
     assert "AssertionError" in caplog.text
+
+
+async def test_waiter_that_was_cancelled_harms_nobody() -> None:
+    # Whoever asks for a status may go away; SIGTERM cancels the one who watches progress.
+    rig = Rig()
+    rig.device.hold = True
+    rig.change()
+    waiter = asyncio.ensure_future(rig.committer.commit())
+    flush = rig.flush()
+    await settle()
+    waiter.cancel()
+    await settle()
+    rig.device.let_go()
+    await settle()
+    assert flush.status == 0
+    assert not rig.metadata.failed
+    assert rig.metadata.committed == [1]
