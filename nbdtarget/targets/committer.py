@@ -196,11 +196,12 @@ class Committer:
             self._running.add_done_callback(self._task_done)
 
     def _is_wanted(self) -> bool:
-        return bool(
-            self._commit_waiters
-            or self._flush_waiters
-            or self._compaction_error
-            or (self._is_due and self.metadata.changed and not self.has_failed)
+        if self._commit_waiters or self._flush_waiters:
+            return True
+        if self.has_failed:
+            return False  # else an error that nobody takes any more would keep us at it
+        return self._compaction_error is not None or (
+            self._is_due and self.metadata.changed
         )
 
     async def _run(self) -> None:

@@ -336,3 +336,26 @@ async def test_waiter_that_was_cancelled_harms_nobody() -> None:
     assert flush.status == 0
     assert not rig.metadata.failed
     assert rig.metadata.committed == [1]
+
+
+async def test_compaction_that_fails_after_a_failed_commit_ends() -> None:
+    # Both writes were under way when the disk died: the loop must not turn for ever.
+    rig = Rig()
+    rig.change()
+    rig.metadata.needs_compaction = True
+    assert await rig.committer.commit()
+    rig.device.hold = True
+    await settle()
+    rig.change()
+    flush = rig.flush()
+    rig.backing[0].fails = lambda _: errnos.EIO
+    await settle()
+    (snapshot,) = [bio for bio in rig.device.held if bio.offset == SNAPSHOT]
+    rig.device.held.remove(snapshot)
+    rig.device.let_go()
+    await settle()
+    assert flush.status == errnos.EIO
+    snapshot.end(errnos.EIO)
+    async with asyncio.timeout(5):
+        await rig.committer.quiesce()
+    assert rig.committer.has_failed
