@@ -317,6 +317,7 @@ class CloneJob:
         """Report progress; end the job when hydrated, if so asked, or when it cannot go on."""
         options = self._options
         is_hydrated = False
+        event_nr = device.event_nr
         while True:
             done, is_stuck, line = await _progress(device, size)
             self._reporter.progress(done, size)
@@ -335,7 +336,10 @@ class CloneJob:
                     self._reporter.hydrated()
                     if options.exit_when_hydrated:
                         self._daemon.stop.set()
-            await asyncio.sleep(PROGRESS_PERIOD_S)
+            # The event that ends hydration, or changes the mode, is not waited out.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PROGRESS_PERIOD_S):
+                    event_nr = await device.wait(event_nr)
 
 
 async def _progress(device: MappedDevice, size: int) -> tuple[int, bool, str]:

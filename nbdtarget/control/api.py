@@ -2,9 +2,9 @@
 """The control socket: who has it, and since when it answers. What it answers is in `http.py`.
 
 Theory of operation. `start` takes the socket at once, so that two servers never think they have
-it, and clients may connect from then on. Their requests are read a moment later: the HTTP
-library takes longer to import than all else, and clients of the *disk* should not wait for it. So
-it is imported in a thread beside the first of their I/O.
+it, and clients may connect from then on. The HTTP library takes longer to import than all else of
+a server, and most clones never see a control client: the first one to connect has it imported,
+in a thread, so that the disk's clients do not wait for it.
 
 Who may ask: whoever may open the socket, which has mode 0600 from the moment it exists.
 
@@ -48,6 +48,7 @@ class ControlServer:
     def __init__(self, verbs: Verbs, path: Path) -> None:
         self.path = path
         self._verbs = verbs
+        self._listener: socket.socket | None = None
         self._answering: asyncio.Task[Callable[[], Awaitable[None]]] | None = None
         self._inode: tuple[int, int] | None = None
 
@@ -56,8 +57,14 @@ class ControlServer:
         listener = await take_socket(self.path)
         status = os.stat(self.path)
         self._inode = (status.st_dev, status.st_ino)
-        self._answering = asyncio.create_task(self._answer(listener))
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener, self._first_client)
         _log.info("control socket: %s", self.path)
+
+    def _first_client(self) -> None:
+        assert self._listener is not None
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._answering = asyncio.create_task(self._answer(self._listener))
 
     async def _answer(self, listener: socket.socket) -> Callable[[], Awaitable[None]]:
         http = await asyncio.to_thread(importlib.import_module, HTTP_MODULE)
@@ -68,15 +75,19 @@ class ControlServer:
 
     async def close(self) -> None:
         """Stop answering; the socket's name goes away with us, if it still is ours."""
-        if self._answering is None:
+        listener, self._listener = self._listener, None
+        if listener is None:
             return
         with suppress(OSError):
             status = os.stat(self.path)
             if (status.st_dev, status.st_ino) == self._inode:
                 os.unlink(self.path)
-        end = await self._answering
-        self._answering = None
-        await end()
+        if self._answering is None:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        else:
+            end = await self._answering
+            await end()
 
 
 async def take_socket(path: Path) -> socket.socket:

@@ -58,7 +58,7 @@ __all__ = ["NbdDevice", "open_nbd"]
 
 logger = logging.getLogger(__name__)
 
-CONNECTIONS_MAX: Final = 2
+CONNECTIONS_MAX: Final = 4
 IN_FLIGHT_MAX: Final = 64  # requests, over all connections
 PIECE_MAX: Final = 4 << 20  # bytes of payload in one request
 RANGE_MAX: Final = 1 << 30  # bytes of a request that carries no payload

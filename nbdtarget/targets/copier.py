@@ -25,7 +25,7 @@ from nbdtarget.errors import DeviceError
 __all__ = ["CHUNK_BYTES", "COPY_BYTES_MAX", "Copier", "CopyError"]
 
 COPY_BYTES_MAX: Final = 32 << 20
-CHUNK_BYTES: Final = 1 << 20
+CHUNK_BYTES: Final = 256 << 10
 CHUNKS_IN_FLIGHT_MAX: Final = 8
 
 Chunks = Generator[tuple[int, int], None, None]
