@@ -5,7 +5,7 @@ import asyncio
 import heapq
 from collections.abc import Callable
 
-__all__ = ["SimClock"]
+__all__ = ["SimClock", "SimTimer"]
 
 
 class SimTimer:

@@ -89,9 +89,14 @@ class Failures:
             begin = failed.end
         return (begin, end) if begin < end else None
 
-    def maybe_retry_ns(self) -> int | None:
-        """Return when the first range may be tried again, or None if none has failed."""
-        return min((failed.retry_ns for failed in self._ranges), default=None)
+    def maybe_retry_ns(self, after_ns: int) -> int | None:
+        """Return when the next range falls due after `after_ns`, or None.
+
+        One that is due already and was not tried is hydrated, or locked by somebody whose
+        end wakes hydration: to wait for its time would be to wait for the past.
+        """
+        due = (failed.retry_ns for failed in self._ranges)
+        return min((at_ns for at_ns in due if at_ns > after_ns), default=None)
 
     def _overlapping(self, begin: int, end: int) -> list[FailedRange]:
         ranges = self._ranges

@@ -155,10 +155,11 @@ class Hydration:
                 self._woken.clear()
                 delay_ns = self._delay_ns()
                 if delay_ns == 0:
+                    looked_ns = self.clock.now_ns()
                     if await self._start_job():
                         await asyncio.sleep(0)
                         continue
-                    delay_ns = self._retry_delay_ns()
+                    delay_ns = self._retry_delay_ns(looked_ns)
                 if self._may_run():
                     await self._wait(delay_ns)
         finally:
@@ -193,8 +194,9 @@ class Hydration:
             until_ns = max(until_ns, self._rest_until_ns)
         return max(0, until_ns - now_ns)
 
-    def _retry_delay_ns(self) -> int | None:
-        retry_ns = self.failures.maybe_retry_ns()
+    def _retry_delay_ns(self, looked_ns: int) -> int | None:
+        """Return for how long nothing will be due that was not when we looked."""
+        retry_ns = self.failures.maybe_retry_ns(looked_ns)
         return None if retry_ns is None else max(0, retry_ns - self.clock.now_ns())
 
     async def _start_job(self) -> bool:

@@ -21,7 +21,7 @@ def test_failed_range_waits_and_waits_longer_each_time() -> None:
     assert failures.maybe_clear_run(4, 8, 3 * S) == (4, 8)
     for _ in range(20):
         failures.note_failure(4, 8, 0)
-    assert failures.maybe_retry_ns() == int(RETRY_S_MAX * S)
+    assert failures.maybe_retry_ns(0) == int(RETRY_S_MAX * S)
 
 
 def test_success_forgets_only_what_succeeded() -> None:
@@ -32,7 +32,7 @@ def test_success_forgets_only_what_succeeded() -> None:
     failures.note_success(0, 4)
     failures.note_success(6, 10)
     assert len(failures) == 0
-    assert failures.maybe_retry_ns() is None
+    assert failures.maybe_retry_ns(0) is None
     assert failures.nr_errors == 1
 
 

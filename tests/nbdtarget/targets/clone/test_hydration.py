@@ -2,6 +2,7 @@
 """Background hydration: what it starts, when, and what it makes of errors."""
 
 import errno as errnos
+from collections.abc import Callable
 
 import pytest
 
@@ -9,7 +10,7 @@ from nbdtarget.bio import OP_CACHE, OP_READ, OP_WRITE, PENDING
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.clone.target import CloneTarget
 from tests.nbdtarget.targets.clone.support import REGION, Context, Rig, settle
-from tests.support.clock import SimClock
+from tests.support.clock import SimClock, SimTimer
 
 K64 = 1 << 16
 
@@ -322,4 +323,36 @@ async def test_nothing_is_hydrated_after_the_metadata_went_read_only() -> None:
     rig.log.clear()
     await pass_time(rig, 3)
     assert not [e for e in rig.log if e[:2] == ("s", "read")]
+    await rig.stop()
+
+
+class CountingClock(SimClock):
+    nr_timers = 0
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> SimTimer:
+        self.nr_timers += 1
+        return super().call_later(delay_s, callback)
+
+
+async def test_failed_region_that_a_client_has_overwritten_is_not_waited_for() -> None:
+    # Its time to be tried again has come and will never be used: no reason to look for it
+    # again and again until the other failed region is due.
+    rig = Rig(size=4 * REGION, words="8")
+    clock = rig.clock = rig.ctx.clock = CountingClock()
+    bad = (REGION, 3 * REGION)
+    rig.source.fails = lambda bio: errnos.EIO if bio.offset in bad else 0
+    await rig.start()
+    await pass_time(rig, 3)
+    assert await rig.hydrated() == "2/4"
+    rig.bio(OP_WRITE, REGION, REGION)
+    await pass_time(rig, 30)
+    assert await rig.hydrated() == "3/4"
+    before = clock.nr_timers
+    for _ in range(50):
+        clock.advance(0)
+        await settle(10)
+    assert clock.nr_timers - before <= 1
+    rig.source.fails = lambda _: 0
+    await pass_time(rig, 60)
+    assert await rig.hydrated() == "4/4"
     await rig.stop()
