@@ -15,9 +15,14 @@ its bytes by then); the loop takes a new one, and the arena's end is simply not 
 and WRITEs have a pooled buffer of their own, which the device may keep until the bio ends;
 a large WRITE is received straight into it.
 
-What a READ or WRITE of 4 KiB costs on the fast path, at depth 32: the device's one system
-call, and a fifth of a recv and a send; two memoryviews, the numbers of the header, no other
-object; 9 calls, of which 3 are Python's (submit, end, endio).
+What a READ or WRITE of 4 KiB costs on the fast path, at depth 32, where 4 to 10 requests come
+at once (perf stat, Python 3.11, a file in the page cache behind a hydrated clone):
+
+    system calls    1 of the device's; 0.1 to 0.25 each of recv, send, epoll_wait
+    allocations     2 memoryviews, the numbers of the header; no bio, no reply, no future
+    Python calls    4: submit of two devices and the target's map, end; endio and 3 into C
+    CPU             0.75 us here, 1 to 1.5 us in the device, 5.5 to 6 us all in: the rest is
+                    the kernel's socket
 
 Bounds. `is_full` is asked before each slow request, and after each bio that stays in flight. When
 it says yes the connection pauses: requests that were received lie in the buffer until
@@ -313,9 +318,10 @@ class Requests:
         while end - position >= _HEADER:
             if out >= flush_at:
                 output.end = out
-                if self._flush_early():
-                    break
+                is_full = self._flush_early()
                 out = output.end
+                if is_full:
+                    break
                 flush_at = self._flush_at()
             magic, flags, command, cookie, offset, length = _unpack(buffer, position)
             stop = position + _HEADER
