@@ -233,6 +233,10 @@ class Registry:
         await self._remove(device)
 
     async def _remove(self, device: MappedDevice) -> None:
+        if self._devices.get(device.dm_name) is not device:
+            # Somebody else removes it: the name is free, or another device's by now.
+            await device.remove()
+            return
         del self._devices[device.dm_name]
         self._removing.add(device)
         try:

@@ -7,10 +7,11 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_WRITE
+from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.errors import ConstructorError, NbdTargetError, ResolveError, TableError
-from tests.nbdtarget.dm.support import ProbeTarget, make_registry
+from tests.nbdtarget.dm.support import ProbeTarget, RamOpener, make_registry
 from tests.nbdtarget.dm.test_mapped_device import submit
 
 
@@ -244,3 +245,25 @@ async def test_close_removes_everything_although_bios_wait_below() -> None:
     assert bio.status == errnos.EIO
     assert opener.still_open == []
     assert upper.state is lower.state is State.REMOVED
+
+
+async def test_create_that_is_overtaken_by_remove_leaves_the_next_device_alone() -> (
+    None
+):
+    registry, opener = make_registry(a=4096)
+    may_open = asyncio.Event()
+
+    async def open_later(name: str, *, read_only: bool) -> Device:
+        await may_open.wait()
+        return await RamOpener.open_device(opener, name, read_only=read_only)
+
+    opener.open_device = open_later  # type: ignore[method-assign]  # a slow one
+    creating = asyncio.ensure_future(registry.create("x", "0 8 linear /a 0"))
+    await asyncio.sleep(0)
+    await registry.remove("x")
+    second = await registry.create("x", None)
+    may_open.set()
+    with pytest.raises(TableError, match="does not exist"):
+        await creating
+    assert registry.get("x") is second
+    assert opener.still_open == []
