@@ -466,9 +466,16 @@ class MappedDevice(Device):
             self._running.set()
             self.event()
 
+    async def stop_if_suspended(self) -> None:
+        """`stop_queueing`, if the device is suspended once the verb under way has ended."""
+        async with self._verbs:
+            if self.state is State.SUSPENDED:
+                self.stop_queueing()
+
     def stop_queueing(self) -> None:
-        """End what is queued, and what still comes, with EIO: nobody will resume the device."""
+        """End what waits here, and what still comes, with EIO: nobody will resume the device."""
         self._queueing = False
+        self._running.set()  # for who asks for extents
         queue, self._queue = self._queue, []
         for bio in queue:
             bio.end(errnos.EIO)
@@ -520,13 +527,14 @@ class MappedDevice(Device):
             return await table.target_at(sector * SECTOR).message(words)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        """As `Device.extents`; waits while the device is suspended."""
+        """As `Device.extents`; waits while the device is suspended and may be resumed."""
         while not self._running.is_set():
             await self._running.wait()
         table = self.active
-        if table is None or table.failed or offset + length > table.size:
-            error = errnos.EIO if table is None or table.failed else errnos.EINVAL
-            raise DeviceError(error, self.name, "extents", offset, length)
+        if self.state is not State.ACTIVE or table is None or table.failed:
+            raise DeviceError(errnos.EIO, self.name, "extents", offset, length)
+        if offset + length > table.size:
+            raise DeviceError(errnos.EINVAL, self.name, "extents", offset, length)
         answer: list[Extent] = []
         with table.use():
             for target, part in table.runs(offset, length):

@@ -67,6 +67,7 @@ class Registry:
         self._devices: dict[str, MappedDevice] = {}
         self._removing: set[MappedDevice] = set()
         self._load_locks: dict[MappedDevice, asyncio.Lock] = {}
+        self._is_closing = False
 
     # ---- looking up ----
 
@@ -212,6 +213,8 @@ class Registry:
 
     async def suspend(self, name: str, *, noflush: bool = False) -> None:
         """Suspend; commits. Raises: TableError."""
+        if self._is_closing:
+            raise TableError("the server is stopping", errnos.ESHUTDOWN)
         await self.get(name).suspend(noflush=noflush)
 
     async def resume(self, name: str) -> None:
@@ -292,9 +295,12 @@ class Registry:
         stands on it could not be suspended while they wait.
         Durable: everything, as after a suspend.
         """
+        self._is_closing = True
         for device in self.devices():
             if device.state is State.SUSPENDED:
                 device.stop_queueing()
+        # One that is being suspended now: what it waits for has been let go above.
+        await asyncio.gather(*(each.stop_if_suspended() for each in self.devices()))
         await self.remove_all()
         while self._devices:
             # Only connections that did not go can hold the topmost now. No cycle: there is one.

@@ -6,13 +6,15 @@ import errno as errnos
 
 import pytest
 
-from nbdtarget.bio import OP_WRITE
+from metadata.clone import CloneMetadata
+from nbdtarget.bio import OP_READ, OP_WRITE
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.errors import ConstructorError, NbdTargetError, ResolveError, TableError
 from tests.nbdtarget.dm.support import ProbeTarget, RamOpener, make_registry
 from tests.nbdtarget.dm.test_mapped_device import submit
+from tests.nbdtarget.targets.clone.support import settle
 
 
 @pytest.mark.parametrize(
@@ -267,3 +269,37 @@ async def test_create_that_is_overtaken_by_remove_leaves_the_next_device_alone()
         await creating
     assert registry.get("x") is second
     assert opener.still_open == []
+
+
+async def test_close_ends_extents_that_wait_for_a_suspended_device() -> None:
+    metadata_size = CloneMetadata.device_size_for(4)
+    registry, _ = make_registry(m=metadata_size, d=16384, s=16384)
+    await registry.create("low", "0 32 linear /s 0")
+    await registry.suspend("low")
+    # Hydration asks its source, the suspended device, for holes.
+    await registry.create("up", "0 32 clone /m /d /dev/mapper/low 8")
+    await settle()
+    async with asyncio.timeout(5):
+        await registry.close()
+
+
+async def test_close_while_a_lower_device_is_being_suspended() -> None:
+    metadata_size = CloneMetadata.device_size_for(4)
+    registry, opener = make_registry(m=metadata_size, d=16384, s=16384)
+    low = await registry.create("low", "0 32 linear /d 0")
+    up = await registry.create(
+        "up", "0 32 clone /m /dev/mapper/low /s 8 1 no_hydration"
+    )
+    opener.open["/d"].hold = True
+    read = submit(low, OP_READ, 0, 512)
+    suspending = asyncio.ensure_future(registry.suspend("low"))
+    await settle()
+    write = submit(up, OP_WRITE, 0, bytes(4096))
+    closing = asyncio.ensure_future(registry.close())
+    await settle()
+    opener.open["/d"].let_go()
+    async with asyncio.timeout(5):
+        await asyncio.gather(closing, suspending)
+    assert (read.status, write.status) == (0, errnos.EIO)
+    with pytest.raises(TableError, match="stopping"):
+        await registry.suspend("low")
