@@ -14,6 +14,7 @@ with `use()` meanwhile; its end waits for these.
 """
 
 import asyncio
+import errno as errnos
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -170,7 +171,8 @@ async def construct_table(
 ) -> Table:
     """Run the constructors in order.
 
-    Raises: ConstructorError; the targets constructed before it are destroyed again.
+    Raises: ConstructorError: one refuses, or two want the same device each for itself; the
+        targets constructed so far are destroyed again.
     """
     targets: list[Target] = []
     try:
@@ -179,6 +181,7 @@ async def construct_table(
             target = await target_type.ctr(make_context(spec), spec.args)
             assert (target.begin, target.length) == (spec.begin, spec.length)
             targets.append(target)
+            _refuse_sharing(targets)
     except BaseException as error:
         for target in reversed(targets):
             await target.dtr()
@@ -186,3 +189,16 @@ async def construct_table(
             error.target = spec.type_name
         raise
     return Table(targets, read_only=read_only)
+
+
+def _refuse_sharing(targets: Sequence[Target]) -> None:
+    """Raise ConstructorError if the last target shares what is another one's alone."""
+    *others, last = targets
+    for device in last.exclusive_devices():
+        for other in others:
+            if any(device is each for each in other.exclusive_devices()):
+                raise ConstructorError(
+                    f"{device.name}: belongs to another target of this table",
+                    errnos.EBUSY,
+                    last.type_name,
+                )

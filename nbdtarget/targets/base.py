@@ -155,3 +155,7 @@ class Target:
     def iterate_devices(self) -> Iterable[Device]:
         """The devices below."""
         return ()
+
+    def exclusive_devices(self) -> Iterable[Device]:
+        """Those that no other target of the same table may count among its exclusive ones."""
+        return ()

@@ -353,3 +353,7 @@ class CloneTarget(Target):
 
     def iterate_devices(self) -> Iterable[Device]:
         return self._parts.metadata_device, self._destination, self._source
+
+    def exclusive_devices(self) -> Iterable[Device]:
+        # Another clone of this table would believe our bits, or write over our regions.
+        return self._parts.metadata_device, self._destination

@@ -303,3 +303,24 @@ async def test_close_while_a_lower_device_is_being_suspended() -> None:
     assert (read.status, write.status) == (0, errnos.EIO)
     with pytest.raises(TableError, match="stopping"):
         await registry.suspend("low")
+
+
+@pytest.mark.parametrize("second", ["clone /m /e /t 8", "clone /n /d /t 8"])
+async def test_two_clones_of_one_table_share_nothing_that_they_write(
+    second: str,
+) -> None:
+    # With one metadata, regions that the first has copied would count for the second.
+    size = CloneMetadata.device_size_for(4)
+    registry, opener = make_registry(m=size, n=size, d=16384, e=16384, s=16384, t=16384)
+    with pytest.raises(ConstructorError, match="another target of this table"):
+        await registry.create("x", f"0 32 clone /m /d /s 8\n32 32 {second}")
+    assert opener.still_open == []
+
+
+async def test_linear_may_use_the_rest_of_a_clones_destination() -> None:
+    size = CloneMetadata.device_size_for(4)
+    registry, opener = make_registry(m=size, d=32768, s=16384)
+    device = await registry.create("x", "0 32 clone /m /d /s 8\n32 32 linear /d 32")
+    submit(device, OP_WRITE, 16384, b"x" * 512)
+    assert opener.open["/d"].data[16384] == ord("x")
+    await registry.close()
