@@ -293,7 +293,8 @@ class CloneJob:
                 control_path(options.control), optional=options.control is None
             )
             if plan.make_dest:
-                await (await resolve.create_device(plan.dest, plan.size)).close()
+                dest = await resolve.create_device(plan.dest, plan.size, sparse=True)
+                await dest.close()
                 made.append(plan.dest)
             device = await daemon.registry.create(plan.name, None)
             made += await daemon.registry.load(plan.name, plan.table)

@@ -87,7 +87,7 @@ async def main(names: list[str]) -> None:
     if not names:
         made = [f"{directory}/bench.{os.getpid()}" for directory in (".", "/dev/shm")]
         for name in made:
-            device = await create_device(name, SIZE)
+            device = await create_device(name, SIZE, sparse=True)
             await device.close()
             await bench(name)
             os.unlink(name)

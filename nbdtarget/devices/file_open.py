@@ -17,6 +17,7 @@ from functools import partial
 
 from nbdtarget.devices.file import FileDevice
 from nbdtarget.devices.syscalls import (
+    allocate,
     block_device_size,
     lock_for_reading,
     lock_for_writing,
@@ -35,13 +36,15 @@ async def open_file(name: str, path: str, *, read_only: bool) -> FileDevice:
     return await _make(name, partial(_open, name, path, read_only), read_only=read_only)
 
 
-async def create_file(name: str, path: str, size: int) -> FileDevice:
+async def create_file(name: str, path: str, size: int, *, sparse: bool) -> FileDevice:
     """Create a file of `size` zero bytes that did not exist, and open it for writing.
 
     Raises: ResolveError; then there is no file.
-    Durable: the file, its size and its name.
+    Durable: the file, its size and its name; unless `sparse`, its space, where the file
+        system can promise that.
     """
-    return await _make(name, partial(_create, name, path, size), read_only=False)
+    create = partial(_create, name, path, size, sparse)
+    return await _make(name, create, read_only=False)
 
 
 async def _make(
@@ -92,12 +95,13 @@ def _open(name: str, path: str, read_only: bool) -> int:
     return fd
 
 
-def _create(name: str, path: str, size: int) -> int:
+def _create(name: str, path: str, size: int, sparse: bool) -> int:
     assert size > 0
     fd = os.open(path, os.O_CLOEXEC | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         _lock(name, fd, exclusive=True)
-        os.ftruncate(fd, size)
+        if sparse or not _allocated(fd, size):
+            os.ftruncate(fd, size)
         os.fsync(fd)
         _sync_directory(os.path.dirname(path) or ".")
     except (OSError, ResolveError):
@@ -105,6 +109,17 @@ def _create(name: str, path: str, size: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _allocated(fd: int, size: int) -> bool:
+    """Grow the file to `size` with all its space; False where that cannot be asked for."""
+    try:
+        allocate(fd, 0, 0, size)
+    except OSError as error:
+        if error.errno in (errnos.EOPNOTSUPP, errnos.ENOSYS):
+            return False
+        raise
+    return True
 
 
 def _sync_directory(path: str) -> None:

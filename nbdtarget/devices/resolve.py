@@ -71,17 +71,21 @@ async def open_device(name: str, *, read_only: bool = False) -> Device:
     return await open_file(name, _path(name), read_only=read_only)
 
 
-async def create_device(name: str, size: int) -> Device:
+async def create_device(name: str, size: int, *, sparse: bool = False) -> Device:
     """Create a missing file of `size` zero bytes and open it for writing.
 
+    Args:
+        sparse: take no space yet. Metadata is not sparse: a commit must not fail because
+            the destination beside it has filled the file system.
+
     Raises: ResolveError; then nothing was created.
-    Durable: the file, its size and its name.
+    Durable: the file, its size, its space and its name.
     """
     if _scheme(name):
         raise ResolveError(name, "only a file can be created")
     if not 0 < size <= SIZE_MAX:
         raise ResolveError(name, f"a device cannot have {size} bytes")
-    return await create_file(name, _path(name), size)
+    return await create_file(name, _path(name), size, sparse=sparse)
 
 
 async def remove_created(name: str) -> None:

@@ -61,7 +61,7 @@ class TargetContext(Protocol):
         ...
 
     async def create_device(self, name: str, size: int) -> Device:
-        """Create a missing file of `size` zero bytes, durably, and open it for writing."""
+        """Create a missing file of `size` zero bytes, durably, its space included; open it."""
         ...
 
     async def close_device(self, device: Device) -> None:

@@ -62,6 +62,17 @@ async def test_create_makes_a_file_of_zeroes(tmp_path: Path) -> None:
     await device.close()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+async def test_created_file_has_its_space_unless_it_is_sparse(
+    tmp_path: Path, sparse: bool
+) -> None:
+    path = tmp_path / "new"
+    device = await create_device(str(path), 1 << 20, sparse=sparse)
+    assert device.size == 1 << 20
+    assert path.stat().st_blocks * 512 == (0 if sparse else 1 << 20)
+    await device.close()
+
+
 async def test_create_refuses_what_exists(tmp_path: Path) -> None:
     path = tmp_path / "there"
     path.write_bytes(b"precious")
