@@ -289,7 +289,10 @@ class Requests:
     def _receive_large(self, payload: memoryview) -> int:
         """Receive the rest of a large WRITE's payload, and what follows it if it is there."""
         filled = self._large_filled
-        received = self._sock.recvmsg_into([payload[filled:], self._view])[0]
+        # Only a little of what follows: if it is another large WRITE, the rest of its payload
+        # goes straight into its own buffer, and is not copied there.
+        behind = self._view[:COMPACT_MAX]
+        received = self._sock.recvmsg_into([payload[filled:], behind])[0]
         filled += received
         self._host.moved()
         if filled < len(payload):
