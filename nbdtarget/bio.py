@@ -14,6 +14,10 @@ a WRITE then has its own copy of the bytes, a READ gets a fresh buffer. So a sub
 always look at `bio.payload` of the ended bio, never at the buffer it passed in. A WRITE that
 is kept only for its end, since its bytes went on in other bios, says so by `bio.give_away()`.
 
+Whose. An ended bio is the submitter's again, who may use the object for its next request at
+once: layers keep no reference to it. Its `offset` and `device` are then whatever the targets
+on its way made of them.
+
 Hooks. A layer that must know when a bio ends (to count in-flight I/O, to drop a region
 lock) pushes a callable with `bio.on_end(hook)`; hooks run last in, first out, before
 `endio`. Layers push one only for bios that do not end inside `submit`, so the inline
