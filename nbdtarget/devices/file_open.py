@@ -9,6 +9,7 @@ fails while they are mounted or part of something else.
 Everything here that may block runs in the new device's own worker.
 """
 
+import asyncio
 import errno as errnos
 import os
 import stat
@@ -44,13 +45,21 @@ async def create_file(name: str, path: str, size: int, *, sparse: bool) -> FileD
         system can promise that.
     """
     create = partial(_create, name, path, size, sparse)
-    return await _make(name, create, read_only=False)
+    return await _make(name, create, read_only=False, undo=partial(os.unlink, path))
 
 
 async def _make(
-    name: str, open_fd: Callable[[], int], *, read_only: bool
+    name: str,
+    open_fd: Callable[[], int],
+    *,
+    read_only: bool,
+    undo: Callable[[], None] | None = None,
 ) -> FileDevice:
-    """Open in the new device's own worker: on a dead network mount even that may block."""
+    """Open in the new device's own worker: on a dead network mount even that may block.
+
+    Args:
+        undo: takes back what `open_fd` did, if nobody waits for it any more.
+    """
     pool = WorkerPool(name)
     made: list[FileDevice] = []
     refused: list[ResolveError] = []
@@ -69,7 +78,17 @@ async def _make(
             os.close(fd)
         return 0
 
-    await pool.run(make)
+    making = asyncio.ensure_future(pool.run(make))
+    try:
+        await asyncio.shield(making)
+    except asyncio.CancelledError:
+        # The worker goes on: nobody else would close (and so unlock) what it opens.
+        await making
+        for device in made:
+            if undo is not None:
+                undo()
+            await device.close()
+        raise
     if not made:
         await pool.close()
         raise refused[0]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of devices: what they mean, what is refused, and that refusing changes nothing."""
 
+import asyncio
 import errno
 import os
 import stat
@@ -60,6 +61,26 @@ async def test_create_makes_a_file_of_zeroes(tmp_path: Path) -> None:
     assert path.read_bytes() == bytes(8192)
     assert (device.size, device.read_only) == (8192, False)
     await device.close()
+
+
+async def test_create_that_is_cancelled_leaves_no_file(tmp_path: Path) -> None:
+    creating = asyncio.create_task(create_device(str(tmp_path / "new"), 8192))
+    await asyncio.sleep(0)  # a worker is at it now
+    creating.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    assert not names(tmp_path)
+
+
+async def test_open_that_is_cancelled_leaves_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(8192))
+    opening = asyncio.create_task(open_device(str(path)))
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await (await open_device(str(path))).close()
 
 
 @pytest.mark.parametrize("sparse", [False, True])
