@@ -19,9 +19,9 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -117,16 +117,38 @@ class Daemon:
         for address in addresses:
             self.uris += await self._listener.start(address)
 
-    async def wait_for_stop(self) -> None:
-        """Return when a signal comes, or `stop` is set."""
+    def catch_signals(self) -> None:
+        """From now on the first signal sets `stop`; what follows it has its usual effect."""
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self.stop.set)
+            loop.add_signal_handler(number, self._stop_by_signal)
+
+    def _stop_by_signal(self) -> None:
+        self.stop.set()
+        self.release_signals()
+
+    def release_signals(self) -> None:
+        """Give signals their usual effect again."""
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+
+    async def until_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Return what `work` does, or None if it had to be cancelled because of `stop`."""
+        task = asyncio.create_task(work)
+        stop = asyncio.create_task(self.stop.wait())
         try:
-            await self.stop.wait()
+            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for number in STOP_SIGNALS:
-                loop.remove_signal_handler(number)
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+        return None if task.cancelled() else task.result()
+
+    async def wait_for_stop(self) -> None:
+        """Return when a signal has come after `catch_signals`, or `stop` is set."""
+        await self.stop.wait()
 
     async def close(self) -> None:
         """End in the order of the module head. Durable: everything acknowledged."""
@@ -147,12 +169,14 @@ async def serve_until_stopped(
     daemon = Daemon()
     fds = passed_sockets()
     addresses = options.listen or (() if fds else (default_listen("nbd"),))
+    daemon.catch_signals()
     try:
         await daemon.open_control(control_path(options.control))
         await daemon.listen(addresses, fds)
         ready(daemon.uris)
         await daemon.wait_for_stop()
     finally:
+        daemon.release_signals()
         await daemon.close()
 
 

@@ -270,19 +270,30 @@ class CloneJob:
 
     async def run(self) -> int:
         """Do the job; the exit status. Raises: NbdTargetError: nothing has changed."""
-        plan = await plan_clone(self._options, os.getcwd())
-        device = await self._prepare(plan)
-        watcher = asyncio.create_task(self._watch(device, plan.size))
+        self._daemon.catch_signals()
         try:
-            await self._daemon.wait_for_stop()
+            begun = await self._daemon.until_stopped(self._begin())
+            if begun is None:
+                return 0  # told to stop before anybody was served: nothing has changed
+            plan, device = begun
+            watcher = asyncio.create_task(self._watch(device, plan.size))
+            try:
+                await self._daemon.wait_for_stop()
+            finally:
+                watcher.cancel()
+                await asyncio.wait([watcher])
+                self._reporter.stopping()
+                self._daemon.release_signals()
+                await self._daemon.close()
         finally:
-            watcher.cancel()
-            await asyncio.wait([watcher])
-            self._reporter.stopping()
-            await self._daemon.close()
+            self._daemon.release_signals()
         if not watcher.cancelled() and watcher.exception() is not None:
             raise AssertionError("watching hydration failed") from watcher.exception()
         return 1 if self._has_failed else 0
+
+    async def _begin(self) -> tuple[ClonePlan, MappedDevice]:
+        plan = await plan_clone(self._options, os.getcwd())
+        return plan, await self._prepare(plan)
 
     async def _prepare(self, plan: ClonePlan) -> MappedDevice:
         options = self._options
@@ -294,8 +305,8 @@ class CloneJob:
             )
             if plan.make_dest:
                 dest = await resolve.create_device(plan.dest, plan.size, sparse=True)
-                await dest.close()
                 made.append(plan.dest)
+                await dest.close()
             device = await daemon.registry.create(plan.name, None)
             made += await daemon.registry.load(plan.name, plan.table)
             # Clients may attach from here on, and their requests wait a moment.

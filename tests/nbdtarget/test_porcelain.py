@@ -4,6 +4,7 @@
 import asyncio
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,19 @@ async def test_what_was_made_is_removed_when_nobody_can_be_served(work: Path) ->
     with pytest.raises(NbdTargetError, match="source"):
         await clone(listen=("unix:ok.sock", "unix:source"))
     assert files(work) == before
+
+
+async def test_signal_before_anybody_is_served_ends_in_order(work: Path) -> None:
+    # The source takes the connection and says nothing.
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind("silent.sock")
+        silent.listen()
+        before = sorted(os.listdir(work))
+        asyncio.get_running_loop().call_later(
+            0.05, os.kill, os.getpid(), signal.SIGTERM
+        )
+        recorder = Recorder()
+        uri = f"nbd+unix:///?socket={work}/silent.sock"
+        assert await clone(recorder, source=uri) == 0
+    assert recorder.calls == []
+    assert sorted(os.listdir(work)) == before
