@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import random
+import resource
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 async def device(directory: Path) -> AsyncIterator[Device]:
-    device = await create_device(str(directory / "disk"), SIZE)
+    device = await create_device(str(directory / "disk"), SIZE, sparse=True)
     yield device
     await device.close()
 
@@ -533,3 +534,23 @@ async def test_nothing_is_left_open(tmp_path: Path) -> None:
         await open_device(str(tmp_path / "disk"))
     await device.close()
     assert left() == before
+
+
+@pytest.mark.parametrize("op", [OP_WRITE, OP_WRITE_ZEROES])
+async def test_fua_that_finds_no_room_does_not_latch(tmp_path: Path, op: int) -> None:
+    # Refused before anything was lost: when there is room again, all goes on.
+    device = await create_device(str(tmp_path / "disk"), SIZE, sparse=True)
+    device.can_write_zeroes = False  # zeroes are written, and find no room either
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        payload = memoryview(bytes(4096)) if op == OP_WRITE else None
+        full = Bio(op, 8192, 4096, payload, FUA, lambda _: None)
+        device.submit(full)
+        await ended(full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert full.status == errno.EFBIG
+    await device.flush()
+    await device.write(8192, bytes(4096), fua=True)
+    await device.close()
