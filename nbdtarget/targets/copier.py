@@ -3,12 +3,16 @@
 
 Theory of operation. A copy is cut into chunks; a chunk borrows a buffer, is read, written, and
 gives the buffer back. There are `copy_bytes_max / chunk_bytes` buffers, and that is the whole
-bound: whoever finds none waits for one, first come first served. Several copies at once overlap
-each other's reads and writes; a long one overlaps its own chunks, `chunks_in_flight_max` at a
-time, so that it can not take every buffer from the others for good.
+bound: a copy that finds none waits for one, first come first served. Several copies at once
+overlap each other's reads and writes; a long one overlaps its own chunks, CHUNKS_IN_FLIGHT_MAX
+at a time, so that it can not take every buffer from the others for good.
 
-The event loop is not held for longer than a chunk: after one that never had to wait (both
-devices answered at once, from memory), the others get their turn.
+A chunk is two bios, and the second is submitted where the first ends: no task, no future, and the
+data is still in the processor's cache. One future a copy is all that its caller waits for.
+The event loop is not held for longer than a chunk: after one that ended inside `submit`
+(both devices answered at once), the others get their turn.
+
+A buffer is lent to a bio until the bio ends, also when nobody waits for the copy any more.
 
 A copy orders nothing and flushes nothing: who called it owns the range on the
 destination (`prison`), and has the destination flushed before anything vouches for the copy.
@@ -16,9 +20,10 @@ destination (`prison`), and has the destination flushed before anything vouches 
 
 import asyncio
 from collections import deque
-from collections.abc import Generator
-from typing import Final
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
+from nbdtarget.bio import OP_NAMES, OP_READ, OP_WRITE, Bio
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError
 
@@ -27,8 +32,6 @@ __all__ = ["CHUNK_BYTES", "COPY_BYTES_MAX", "Copier", "CopyError"]
 COPY_BYTES_MAX: Final = 32 << 20
 CHUNK_BYTES: Final = 256 << 10
 CHUNKS_IN_FLIGHT_MAX: Final = 8
-
-Chunks = Generator[tuple[int, int], None, None]
 
 
 class CopyError(Exception):
@@ -68,7 +71,7 @@ class Copier:
         self.chunk_bytes = chunk_bytes
         self._buffers_unmade = copy_bytes_max // chunk_bytes
         self._buffers: list[memoryview] = []
-        self._waiters: deque[asyncio.Future[memoryview]] = deque()
+        self._waiting: deque[_Copy] = deque()
 
     async def copy(self, offset: int, length: int) -> None:
         """Copy `length` bytes at `offset`. After a failure any part may have been copied.
@@ -76,67 +79,152 @@ class Copier:
         Raises: CopyError: the first failure; no I/O of this copy is in flight any more.
         Durable: nothing before a flush of the destination.
         """
-        chunks = self._chunks(offset, length)
-        if length <= self.chunk_bytes:
-            await self._copy_chunks(chunks)
-            return
-        nr = min(CHUNKS_IN_FLIGHT_MAX, -(-length // self.chunk_bytes))
-        results = await asyncio.gather(
-            *(self._copy_chunks(chunks) for _ in range(nr)), return_exceptions=True
-        )
-        for result in results:
-            if result is not None:
-                raise result
+        copy = _Copy(self, offset, length)
+        copy.pump()
+        await copy.ended
 
     def drop_buffers(self) -> None:
         """Give the memory of idle buffers back; they are made again on demand."""
         self._buffers_unmade += len(self._buffers)
         self._buffers.clear()
 
-    def _chunks(self, offset: int, length: int) -> Chunks:
-        end = offset + length
-        for at in range(offset, end, self.chunk_bytes):
-            yield at, min(self.chunk_bytes, end - at)
-
-    async def _copy_chunks(self, chunks: Chunks) -> None:
-        # Several of these share one iterator: each takes the next chunk when it is free.
-        for offset, length in chunks:
-            buffer = await self._borrow()
-            try:
-                await self._copy_chunk(offset, buffer[:length])
-            except CopyError:
-                chunks.close()  # the others stop after the chunk that they are at
-                raise
-            finally:
-                self._give_back(buffer)
-
-    async def _copy_chunk(self, offset: int, buffer: memoryview) -> None:
-        try:
-            await self.source.readinto(offset, buffer)
-        except DeviceError as error:
-            raise CopyError(error, is_read=True) from error
-        # Two devices in memory never suspend, and the loop would stand still.
-        await asyncio.sleep(0)
-        try:
-            await self.destination.write(offset, buffer)
-        except DeviceError as error:
-            raise CopyError(error, is_read=False) from error
-
-    async def _borrow(self) -> memoryview:
+    def maybe_borrow(self, copy: "_Copy") -> memoryview | None:
+        """Lend a buffer of `chunk_bytes`; None: `copy` is pumped when it has its turn."""
         if self._buffers:
             return self._buffers.pop()
         if self._buffers_unmade:
             self._buffers_unmade -= 1
             return memoryview(bytearray(self.chunk_bytes))
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[memoryview] = loop.create_future()
-        self._waiters.append(waiter)
-        return await waiter
+        if copy not in self._waiting:
+            self._waiting.append(copy)
+        return None
 
-    def _give_back(self, buffer: memoryview) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(buffer)
-                return
+    def give_back(self, buffer: memoryview) -> None:
         self._buffers.append(buffer)
+        self.wake_next()
+
+    def wake_next(self) -> None:
+        """Give the next copy that waits its turn, if there is a buffer for it."""
+        while self._buffers and self._waiting:
+            copy = self._waiting.popleft()
+            if copy.wants_more:
+                copy.pump_soon()
+                return
+
+
+class _Copy:
+    """One copy on its way.
+
+    Attributes:
+        ended: its result; set when nothing is in flight any more.
+    """
+
+    __slots__ = (
+        "_copier",
+        "_end",
+        "_error",
+        "_in_flight",
+        "_is_pumping",
+        "_loop",
+        "_next",
+        "_pump_is_due",
+        "ended",
+    )
+
+    def __init__(self, copier: Copier, offset: int, length: int) -> None:
+        self._copier = copier
+        self._next = offset
+        self._end = offset + length
+        self._in_flight = 0
+        self._is_pumping = False
+        self._pump_is_due = False
+        self._error: CopyError | None = None
+        self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+
+    def pump_soon(self) -> None:
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            self._loop.call_soon(self._pump_due)
+
+    def _pump_due(self) -> None:
+        self._pump_is_due = False
+        self.pump()
+        # It may have found another buffer meanwhile: then this one is for somebody else.
+        self._copier.wake_next()
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another buffer could be used now."""
+        return self._in_flight < CHUNKS_IN_FLIGHT_MAX and self._next < self._end
+
+    def pump(self) -> None:
+        """Start what may be started: chunks until one ends at once, or none is left."""
+        if self._is_pumping:
+            return  # a chunk has ended inside `submit`: the loop below sees to it
+        self._is_pumping = True
+        try:
+            while self.wants_more:
+                buffer = self._copier.maybe_borrow(self)
+                if buffer is None:
+                    break
+                before = self._in_flight
+                self._start_chunk(buffer)
+                if self._in_flight == before:
+                    self.pump_soon()
+                    break
+        finally:
+            self._is_pumping = False
+        self._maybe_end()
+
+    def _maybe_end(self) -> None:
+        if self._in_flight or self._next < self._end or self.ended.done():
+            return
+        if self._error is not None:
+            self.ended.set_exception(self._error)
+        else:
+            self.ended.set_result(None)
+
+    def _start_chunk(self, buffer: memoryview) -> None:
+        length = min(self._copier.chunk_bytes, self._end - self._next)
+        chunk = _Chunk(self._next, length, buffer)
+        self._next += length
+        self._in_flight += 1
+        self._submit(OP_READ, chunk, self._read_ended)
+
+    def _read_ended(self, bio: Bio) -> None:
+        if bio.status or self._error is not None:
+            self._chunk_ended(bio)
+        else:
+            assert isinstance(bio.private, _Chunk)
+            self._submit(OP_WRITE, bio.private, self._chunk_ended)
+
+    def _submit(self, op: int, chunk: "_Chunk", endio: Callable[[Bio], None]) -> None:
+        offset, length, buffer = chunk
+        copier = self._copier
+        device = copier.source if op == OP_READ else copier.destination
+        device.submit(Bio(op, offset, length, buffer[:length], 0, endio, chunk))
+
+    def _chunk_ended(self, bio: Bio) -> None:
+        chunk = bio.private
+        assert isinstance(chunk, _Chunk)
+        copier = self._copier
+        if bio.status and self._error is None:
+            is_read = bio.op == OP_READ
+            device = copier.source if is_read else copier.destination
+            error = DeviceError(
+                bio.status, device.name, OP_NAMES[bio.op], chunk.offset, chunk.length
+            )
+            self._error = CopyError(error, is_read=is_read)
+            self._next = self._end  # start nothing more
+        self._in_flight -= 1
+        copier.give_back(chunk.buffer)
+        self.pump()
+
+
+class _Chunk(NamedTuple):
+    """What a chunk's bios are about: a mapped device below changes a bio's own offset."""
+
+    offset: int
+    length: int
+    buffer: memoryview

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from nbdtarget.bio import OP_READ, OP_WRITE
+from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.targets.copier import Copier, CopyError
 from tests.nbdtarget.targets.clone.support import settle
 from tests.support.clock import SimClock
@@ -91,3 +91,67 @@ async def test_idle_buffers_are_given_back() -> None:
     await copier.copy(0, SIZE)
     copier.drop_buffers()
     await copier.copy(0, SIZE)
+
+
+class MovingDevice(FaultDevice):
+    """Changes a bio's offset on its way, as a mapped device does."""
+
+    def submit(self, bio: Bio) -> None:
+        bio.offset += 4096
+        super().submit(bio)
+
+
+async def test_copy_from_a_device_that_moves_bios_is_exact() -> None:
+    destination = CrashDevice(SIZE)
+    copier = Copier(
+        MovingDevice(make_source()), destination, copy_bytes_max=8192, chunk_bytes=4096
+    )
+    await copier.copy(0, SIZE - 4096)
+    assert destination.image()[: SIZE - 4096] == CONTENT[4096:]
+
+
+async def test_cancelled_copy_keeps_its_buffers_until_its_bios_end() -> None:
+    clock = SimClock()
+    source = SlowDevice(make_source(), clock, 1.0)
+    destination = CrashDevice(SIZE)
+    copier = Copier(source, destination, copy_bytes_max=4096, chunk_bytes=4096)
+    first = asyncio.create_task(copier.copy(0, 4096))
+    await settle()
+    first.cancel()
+    second = asyncio.create_task(copier.copy(8192, 4096))
+    await settle()
+    assert source.in_flight == 1  # the one buffer is still the first copy's
+    for _ in range(2):
+        clock.advance(1.1)
+        await settle()
+    await second
+    assert destination.image()[8192:12288] == CONTENT[8192:12288]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_many_copies_over_few_buffers_all_end(seed: int) -> None:
+    rng = random.Random(seed)
+    clock = SimClock()
+    fast = CrashDevice(SIZE, content=CONTENT, inline_chance=0.5, seed=seed)
+    source = FaultDevice(
+        SlowDevice(fast, clock, 0.01) if seed % 2 else fast,
+        rng.choice([None, rng.randrange(60)]),
+        sticky=False,
+    )
+    destination = CrashDevice(SIZE, inline_chance=0.5, seed=seed)
+    nr_buffers = rng.randrange(1, 6)
+    copier = Copier(
+        source, destination, copy_bytes_max=nr_buffers * 4096, chunk_bytes=4096
+    )
+    copies = [
+        asyncio.create_task(copier.copy(at << 14, rng.randrange(1, 16385)))
+        for at in range(16)
+    ]
+    for _ in range(5000):
+        if all(copy.done() for copy in copies):
+            break
+        clock.advance(0.01)
+        await asyncio.sleep(0)
+    assert all(copy.done() for copy in copies)
+    failed = sum(copy.exception() is not None for copy in copies)
+    assert failed == source.failed
