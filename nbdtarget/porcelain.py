@@ -32,6 +32,7 @@ import contextlib
 import errno as errnos
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -332,10 +333,10 @@ class CloneJob:
         event_nr = device.event_nr
         while True:
             done, is_stuck, line = await _progress(device, size)
-            self._reporter.progress(done, size)
+            self._report(self._reporter.progress, done, size)
             if is_stuck and not self._has_failed:
                 self._has_failed = True
-                self._reporter.failed(line)
+                self._report(self._reporter.failed, line)
                 if options.exit_when_hydrated:
                     self._daemon.stop.set()
             if done == size and not is_hydrated and not is_stuck:
@@ -345,13 +346,20 @@ class CloneJob:
                 _, is_stuck, _ = await _progress(device, size)
                 if not is_stuck:
                     is_hydrated = True
-                    self._reporter.hydrated()
+                    self._report(self._reporter.hydrated)
                     if options.exit_when_hydrated:
                         self._daemon.stop.set()
             # The event that ends hydration, or changes the mode, is not waited out.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PROGRESS_PERIOD_S):
                     event_nr = await device.wait(event_nr)
+
+    def _report(self, tell: Callable[..., None], *words: object) -> None:
+        """Tell the user; the disk goes on if nobody reads any more (`| head`)."""
+        try:
+            tell(*words)
+        except OSError as error:
+            _log.debug("cannot report: %s", error)
 
 
 async def _progress(device: MappedDevice, size: int) -> tuple[int, bool, str]:

@@ -255,3 +255,19 @@ async def test_signal_before_anybody_is_served_ends_in_order(work: Path) -> None
         assert await clone(recorder, source=uri) == 0
     assert recorder.calls == []
     assert sorted(os.listdir(work)) == before
+
+
+class UnreadRecorder(Recorder):
+    """One whose reader has gone away."""
+
+    def progress(self, done: int, size: int) -> None:
+        raise BrokenPipeError
+
+    def hydrated(self) -> None:
+        raise BrokenPipeError
+
+
+async def test_job_is_done_also_when_nobody_reads_its_progress(work: Path) -> None:
+    async with asyncio.timeout(20):
+        assert await clone(UnreadRecorder()) == 0
+    assert (work / "dest").read_bytes() == CONTENT
