@@ -14,20 +14,11 @@ from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from nbdtarget.porcelain import CloneOptions, ClonePlan, CloneReporter
 from nbdtarget.server.listener import export_uri
 
-__all__ = ["client_lines", "make_reporter"]
+__all__ = ["Reporter", "client_lines", "make_reporter"]
 
 LINE_PERIOD_S: Final = 10.0
 
@@ -52,16 +43,16 @@ def client_lines(uri: str) -> list[str]:
     ]
 
 
-class _Reporter:
+class Reporter:
     """Says in plain lines what is going on; the base of the others."""
 
     def __init__(self, options: CloneOptions) -> None:
-        self._options = options
+        self.options = options
         self._is_hydrated = False
 
     def serving(self, plan: ClonePlan, uris: list[str]) -> None:
         exports = [export_uri(uri, plan.name) for uri in uris]
-        print(f"{self._options.dest} is a clone of {self._options.source}: attach to")
+        print(f"{self.options.dest} is a clone of {self.options.source}: attach to")
         for uri in exports:
             print(f"  {uri}")
         print("for example with one of")
@@ -74,10 +65,8 @@ class _Reporter:
 
     def hydrated(self) -> None:
         self._is_hydrated = True
-        end = (
-            "" if self._options.exit_when_hydrated else "; still serving (Ctrl-C ends)"
-        )
-        self._say(f"hydrated: {self._options.dest} alone is the disk{end}")
+        end = "" if self.options.exit_when_hydrated else "; still serving (Ctrl-C ends)"
+        self._say(f"hydrated: {self.options.dest} alone is the disk{end}")
 
     def failed(self, status: str) -> None:
         self._say(f"the clone cannot record any more progress: {status}")
@@ -89,7 +78,7 @@ class _Reporter:
         print(f"nbdtarget: {text}", file=sys.stderr, flush=True)
 
 
-class _LinesReporter(_Reporter):
+class _LinesReporter(Reporter):
     """For a log file: a line when it begins, every ten seconds, and at the end."""
 
     def __init__(self, options: CloneOptions) -> None:
@@ -107,40 +96,7 @@ class _LinesReporter(_Reporter):
         self._say(f"hydrated {done >> 20} of {size >> 20} MiB ({percent} %)")
 
 
-class _BarReporter(_Reporter):
-    """For a terminal: a bar with bytes, rate and time left."""
-
-    def __init__(self, options: CloneOptions) -> None:
-        super().__init__(options)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._task = self._bar.add_task("hydrating", total=None, start=False)
-
-    def serving(self, plan: ClonePlan, uris: list[str]) -> None:
-        super().serving(plan, uris)
-        if self._options.hydration:
-            self._bar.start()
-
-    def progress(self, done: int, size: int) -> None:
-        if not self._bar.tasks[0].started:
-            self._bar.start_task(self._task)
-        self._bar.update(self._task, completed=done, total=size)
-
-    def hydrated(self) -> None:
-        self._bar.stop()
-        super().hydrated()
-
-    def stopping(self) -> None:
-        self._bar.stop()
-
-
-class _JsonReporter(_Reporter):
+class _JsonReporter(Reporter):
     """One JSON object a line on stdout."""
 
     def serving(self, plan: ClonePlan, uris: list[str]) -> None:
@@ -174,7 +130,9 @@ def make_reporter(options: CloneOptions, *, json: bool) -> Iterator[CloneReporte
     if json:
         yield _JsonReporter(options)
     elif sys.stderr.isatty():
-        bar = _BarReporter(options)
+        from nbdtarget.cli.progress_bar import BarReporter  # rich: 30 ms
+
+        bar = BarReporter(options)
         try:
             yield bar
         finally:
