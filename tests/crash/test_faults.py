@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random walks over a clone one of whose devices fails on the way; then the power is cut.
+
+Reads may fail, and go back to what was there before an unflushed write: only that they end
+is asked here. What an acknowledged FLUSH or FUA covered is there after the crash all the same.
+The table is not loaded again once something has failed: that is a new life, in which what was
+never flushed is gone.
+"""
+
+import os
+import random
+
+from nbdtarget.bio import OP_READ, Bio
+from nbdtarget.errors import ConstructorError, DeviceError, TableError
+from tests.crash.machine import Driver
+from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE, CloneRig
+from tests.crash.test_machine import KINDS, Step, take
+from tests.support.devices import FaultDevice
+from tests.support.model import SECTOR
+
+WALKS = int(os.environ.get("SIM_WALKS", "100"))
+STEPS = int(os.environ.get("SIM_STEPS", "60"))
+SEED = int(os.environ.get("SIM_SEED", "0"))
+
+FAIL_AT_MAX = 70
+LEFT_OUT = ("status", "stop", "cut_power")  # they ask for a disk that works
+
+
+class FaultRig(CloneRig):
+    """A clone on devices of which one will fail; sound again after the crash."""
+
+    def arm(self, rng: random.Random) -> None:
+        name = rng.choice(sorted(self.devices))
+        fail_at, sticky = rng.randrange(1, FAIL_AT_MAX), rng.random() < 0.5
+        self.fault = FaultDevice(self.devices[name], fail_at, sticky=sticky)
+        self.devices[name] = self.fault
+
+
+class FaultDriver(Driver):
+    """Holds reads to nothing but their end."""
+
+    def __init__(self, rig: FaultRig, content: bytes) -> None:
+        try:
+            super().__init__(rig, content)
+        except ConstructorError:
+            self.discard_loop()
+            raise
+
+    def read(self, offset: int, length: int) -> None:
+        if self.overlaps(offset, length):
+            self.drain()
+
+        def ended(bio: Bio) -> None:
+            self.in_flight.pop(bio, None)
+
+        payload = memoryview(bytearray(length))
+        self._submit(Bio(OP_READ, offset, length, payload, 0, ended), offset, length)
+
+
+def draw_walk(rng: random.Random) -> list[Step]:
+    """Whole sectors: of part of one, nobody can say what a failed write left around it."""
+    kinds = {kind: weight for kind, weight in KINDS.items() if kind not in LEFT_OUT}
+    walk: list[Step] = []
+    for kind in rng.choices(list(kinds), list(kinds.values()), k=STEPS):
+        unit = rng.choice([REGION_SIZE, SECTOR])
+        begin = rng.randrange(-(-DISK_SIZE // unit)) * unit
+        length = rng.randrange(1, 3 * REGION_SIZE // unit + 1) * unit
+        length = min(length, DISK_SIZE - begin)
+        walk.append((kind, begin, length, rng.random() < 0.3))
+    return walk
+
+
+def run_walk(seed: int) -> bool:
+    """Returns whether anything failed on the way. Raises: Violation, AssertionError."""
+    rng = random.Random(seed)
+    rig = FaultRig(seed, rng.choice([0.0, 0.5, 1.0]))
+    rig.arm(rng)
+    try:
+        driver = FaultDriver(rig, CONTENT)
+    except ConstructorError:
+        return True  # it was refused: there is nothing to lose
+    try:
+        for step in draw_walk(rng):
+            if step[0] == "reload" and rig.fault.failed:
+                continue
+            try:
+                take(driver, step)
+            except (ConstructorError, TableError, DeviceError):
+                assert rig.fault.failed, "refused without a reason"
+        if rng.random() < 0.5:
+            driver.drain()
+        driver.cut_power(rng.randrange(1 << 30))
+        driver.verify()
+        driver.run(driver.rig.stop())
+    finally:
+        driver.discard_loop()
+    return rig.fault.failed > 0
+
+
+def test_clone_keeps_its_word_when_a_device_fails() -> None:
+    failed = 0
+    for seed in range(SEED, SEED + WALKS):
+        try:
+            failed += run_walk(seed)
+        except BaseException as error:
+            error.add_note(f"seed {seed}")
+            raise
+    assert failed > WALKS // 4, "faults that nothing meets prove nothing"
