@@ -59,6 +59,7 @@ ERRORS_PER_JOB_MAX: Final = 64
 FAILED_JOBS_FREE: Final = 8  # failed in a row before hydration slows down
 SLOW_S_MIN: Final = 0.1
 SLOW_S_MAX: Final = 10.0
+SAY_S_MIN: Final = 5.0  # between two lines in the log about failures
 _NS: Final = 1_000_000_000
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,8 @@ class Hydration:
         self._busy_until_ns = 0
         self._rest_until_ns = 0
         self._slow_until_ns = 0
+        self._nr_unsaid = 0  # failures since the last line about one
+        self._say_ns = 0
         self._nr_failed_jobs = 0
         regions.wake = self.wake
 
@@ -328,16 +331,26 @@ class Hydration:
                 await self.regions.copier.copy(at, stop - at)
 
     def _note_failure(self, begin: int, end: int, error: Exception) -> None:
-        is_new = self.failures.note_failure(begin, end, self.clock.now_ns())
-        if is_new:
-            log.error(
-                "%s: hydration failed: regions %d to %d: %s",
-                self.regions.committer.name,
-                begin,
-                end - 1,
-                error,
-            )
-            self._event()
+        now_ns = self.clock.now_ns()
+        if not self.failures.note_failure(begin, end, now_ns):
+            return
+        self._event()
+        # A dead source has thousands of regions: one line says it, and the next how many more.
+        self._nr_unsaid += 1
+        if now_ns < self._say_ns:
+            return
+        log.error(
+            "%s: hydration failed: regions %d to %d%s: %s",
+            self.regions.committer.name,
+            begin,
+            end - 1,
+            f" (and {self._nr_unsaid - 1} more failures)"
+            if self._nr_unsaid > 1
+            else "",
+            error,
+        )
+        self._nr_unsaid = 0
+        self._say_ns = now_ns + int(SAY_S_MIN * _NS)
 
     def _job_done(self, job: "asyncio.Task[None]") -> None:
         self._jobs.discard(job)

@@ -356,3 +356,20 @@ async def test_failed_region_that_a_client_has_overwritten_is_not_waited_for() -
     await pass_time(rig, 60)
     assert await rig.hydrated() == "4/4"
     await rig.stop()
+
+
+async def test_dead_source_is_one_line_in_the_log_not_one_a_region(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rig = Rig(size=128 * REGION, words="8")
+    rig.source.fails = lambda bio: errnos.EIO
+    await rig.start()
+    await pass_time(rig, 4)
+    lines = [r.getMessage() for r in caplog.records if "hydration" in r.getMessage()]
+    assert len(lines) == 1
+    assert rig.ctx.nr_events > 1
+    await pass_time(rig, 60)
+    lines = [r.getMessage() for r in caplog.records if "hydration" in r.getMessage()]
+    assert 1 < len(lines) <= 14
+    assert any("more failures" in line for line in lines)
+    await rig.stop()
