@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 HTTP_MODULE: Final = "nbdtarget.control.http"
 BACKLOG_MAX: Final = 64
 LOCK_TRIES_MAX: Final = 20
+CLOSING_TURNS: Final = 5
 
 
 class SocketInUseError(NbdTargetError):
@@ -87,6 +88,10 @@ class ControlServer:
             listener.close()
         else:
             end = await self._answering
+            # Whoever has connected a moment ago is accepted in the loop's next turns, and would
+            # be forgotten, open, if answering ended in the midst of that.
+            for _ in range(CLOSING_TURNS):
+                await asyncio.sleep(0)
             await end()
 
 
