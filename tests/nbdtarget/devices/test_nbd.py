@@ -22,7 +22,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.devices import nbd as nbd_module
 from nbdtarget.devices import nbd_connection
-from nbdtarget.devices.base import EXTENT_DATA, Extent
+from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
 from nbdtarget.devices.nbd import IN_FLIGHT_MAX, NbdDevice, open_nbd
 from nbdtarget.devices.resolve import identity, open_device
 from nbdtarget.errors import DeviceError, ResolveError
@@ -356,3 +356,21 @@ def test_identity_of_a_uri(tmp_path: Path) -> None:
     first = identity(f"nbd+unix:///x?socket={tmp_path}/s")
     assert first == identity(f"NBD+UNIX:///x?socket={tmp_path}/./s")
     assert identity("nbd://") == "nbd://"
+
+
+async def test_extents_of_part_of_a_block_are_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # From a server that breaks its own block size: to ask again would never end.
+    async def in_pieces(*_: object) -> list[tuple[int, int]]:
+        await asyncio.sleep(0)
+        return [(512, EXTENT_ZERO)]
+
+    async with StrictServer(tmp_path, block_min=4096) as server:
+        device = await open_device(server.uri)
+        monkeypatch.setattr(device, "_has_status", True)
+        monkeypatch.setattr(device, "_block_status", in_pieces)
+        async with asyncio.timeout(3):
+            extents = await device.extents(1024, 4096)
+        assert extents == [Extent(4096, EXTENT_DATA)]
+        await device.close()
