@@ -27,7 +27,8 @@ Queued bios. A queue entry owns its payload. The queue has no bound of its own: 
 in it is what the submitters may have in flight, and every submitter is bounded.
 
 FLUSH goes to every target, `num_flush_bios` times, and ends when all have ended, with the
-first error. WRITE_ZEROES to a target that cannot is turned into writes of zeroes, a bounded
+first error. If a table that has lost unflushed writes was swapped away, the next FLUSH
+fails, whatever the new table can do: it is asked about those writes too. WRITE_ZEROES to a target that cannot is turned into writes of zeroes, a bounded
 number at a time; DISCARD to a target that cannot ends with 0 at once.
 
 Failure. An exception out of `map` is a bug of ours. It is logged with its traceback, the table
@@ -118,6 +119,7 @@ class MappedDevice(Device):
         self._queueing = True
         self._in_flight = 0
         self._drained: asyncio.Future[None] | None = None
+        self._owes_flush_error = False
         self._verbs = asyncio.Lock()
         self._event_waiters: list[asyncio.Future[None]] = []
         self._running = asyncio.Event()
@@ -176,6 +178,11 @@ class MappedDevice(Device):
             bio.on_end(self._bio_ended)
 
     def _submit_flush(self, table: Table, bio: Bio) -> None:
+        if self._owes_flush_error:
+            # As fsync reports a lost page: once, to whoever asks next.
+            self._owes_flush_error = False
+            bio.end(errnos.EIO)
+            return
         targets = [
             target for target in table.targets for _ in range(target.num_flush_bios)
         ]
@@ -397,6 +404,8 @@ class MappedDevice(Device):
             raise TableError("Invalid argument: no inactive table")
         await self._suspend()
         old, self.active, self.inactive = self.active, self.inactive, None
+        if old is not None and any(t.has_lost_writes() for t in old.targets):
+            self._owes_flush_error = True
         self._adopt(self.active)
         return old
 

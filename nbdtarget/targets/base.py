@@ -156,6 +156,13 @@ class Target:
         """The devices below."""
         return ()
 
+    def has_lost_writes(self) -> bool:
+        """Whether writes that ended with 0, and were never flushed, are gone.
+
+        Then the next FLUSH must fail, also if another table has taken this one's place.
+        """
+        return False
+
     def exclusive_devices(self) -> Iterable[Device]:
         """Those that no other target of the same table may count among its exclusive ones."""
         return ()

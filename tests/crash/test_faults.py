@@ -10,6 +10,8 @@ never flushed is gone.
 import os
 import random
 
+import pytest
+
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from tests.crash.machine import Driver
@@ -106,3 +108,24 @@ def test_clone_keeps_its_word_when_a_device_fails() -> None:
             error.add_note(f"seed {seed}")
             raise
     assert failed > WALKS // 4, "faults that nothing meets prove nothing"
+
+
+async def test_flush_after_reloads_does_not_promise_a_write_that_a_commit_lost() -> (
+    None
+):
+    rig = CloneRig(1, 1.0)
+    fault = FaultDevice(rig.metadata)
+    rig.devices["/metadata"] = fault
+    await rig.start()
+    await rig.message("disable_hydration")
+    written = bytes([7]) * REGION_SIZE
+    await rig.disk.write(0, written)  # never flushed
+    fault.fail_at = fault.count
+    await rig.reload()  # its suspend cannot commit
+    fault.clear()
+    await rig.reload()
+    assert bytes(await rig.disk.read(0, REGION_SIZE)) != written
+    with pytest.raises(DeviceError, match="flush"):
+        await rig.disk.flush()
+    await rig.disk.flush()
+    await rig.stop()

@@ -354,6 +354,9 @@ class CloneTarget(Target):
     def iterate_devices(self) -> Iterable[Device]:
         return self._parts.metadata_device, self._destination, self._source
 
+    def has_lost_writes(self) -> bool:
+        return self._committer.has_failed
+
     def exclusive_devices(self) -> Iterable[Device]:
         # Another clone of this table would believe our bits, or write over our regions.
         return self._parts.metadata_device, self._destination
