@@ -37,6 +37,8 @@ class Limits:
         requests_in_flight_max, bytes_in_flight_max: of one connection.
         requests_total_max, bytes_total_max: of all.
         send_buffer_max: replies that wait for the socket; above, no request is started.
+        send_queue_max: pieces of such replies, for a small one is mostly overhead; more
+            only by what lay in the receive buffer already.
         payload_max: of one READ or WRITE.
         receive_buffer: of each connection. A WRITE that fits is used where it lies.
         arena: where replies to small READs are built, one after another.
@@ -60,6 +62,7 @@ class Limits:
     requests_total_max: int = 4096
     bytes_total_max: int = 512 << 20
     send_buffer_max: int = 2 << 20
+    send_queue_max: int = 4096
     payload_max: int = 64 << 20
     receive_buffer: int = 512 << 10
     arena: int = 1 << 20

@@ -83,6 +83,7 @@ class Output:
     __slots__ = (
         "_on_left",
         "_queue",
+        "_queue_max",
         "_send",
         "_sendmsg",
         "_waiting_max",
@@ -111,6 +112,7 @@ class Output:
         self.is_blocked = False
         self.poison = limits.poison_borrowed
         self._waiting_max = limits.send_buffer_max
+        self._queue_max = limits.send_queue_max
         self._send = sock.send
         self._sendmsg = sock.sendmsg
         self._queue: deque[tuple[memoryview, int, bytearray | None]] = deque()
@@ -136,10 +138,15 @@ class Output:
         return self.base == self.end and not self._queue
 
     @property
+    def nr_pieces(self) -> int:
+        return len(self._queue)
+
+    @property
     def is_full(self) -> bool:
         """Whether no further request should be started before the client has read some."""
         return self.is_blocked and (
             self.nr_queued + self.end - self.base > self._waiting_max
+            or len(self._queue) > self._queue_max
             or self.end >= self.end_max
         )
 

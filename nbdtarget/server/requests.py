@@ -24,7 +24,8 @@ at once (perf stat, Python 3.11, a file in the page cache behind a hydrated clon
     CPU             0.75 us here, 1 to 1.5 us in the device, 5.5 to 6 us all in: the rest is
                     the kernel's socket
 
-Bounds. `is_full` is asked before each slow request, and after each bio that stays in flight. When
+Bounds. `is_full` is asked before each slow request (before one that is answered without I/O only
+whether the client takes its answers), and after each bio that stays in flight. When
 it says yes the connection pauses: requests that were received lie in the buffer until
 something was given back.
 
@@ -463,6 +464,10 @@ class Requests:
         """
         if magic != REQUEST_MAGIC:
             raise Violation(f"bad request magic {magic:#x}")
+        if self._output.is_full:
+            # Also before what is answered without I/O: each answer takes memory.
+            self._pause()
+            return -1
         if command == CMD_WRITE:
             return self._take_write(flags, cookie, offset, length)
         if command == CMD_DISC:

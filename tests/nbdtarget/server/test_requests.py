@@ -501,6 +501,35 @@ async def test_client_that_does_not_read_stops_being_served(
     assert len(served.disk.bios) == nr
 
 
+ANSWERED_AT_ONCE = [
+    (77, 0, b""),
+    (c.CMD_READ, MIB, b""),
+    (c.CMD_WRITE, 0, b""),
+    (c.CMD_WRITE, MIB, b"past the end"),
+    (c.CMD_FLUSH, 0, b""),
+]
+
+
+@pytest.mark.parametrize(("command", "offset", "payload"), ANSWERED_AT_ONCE)
+async def test_replies_without_i_o_are_bounded_when_the_client_does_not_read(
+    served: Served, command: int, offset: int, payload: bytes
+) -> None:
+    served.limits = replace(served.limits, socket_buffer=64 << 10, send_queue_max=1000)
+    listener = await served.start()
+    peer = await served.attach(structured=True)
+    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a read transport
+    nr = 60_000
+    stream = b"".join(peer.request(command, offset, payload=payload) for _ in range(nr))
+    peer.writer.write(stream)
+    await asyncio.sleep(0.1)
+    (connection,) = listener._connections
+    # As many as lie in one receive buffer may have come before the socket was found full.
+    in_buffer = served.limits.receive_buffer // (c.REQUEST.size + len(payload))
+    assert connection._output.nr_pieces <= 1000 + in_buffer
+    peer.writer.transport.resume_reading()  # type: ignore[attr-defined]  # the same
+    assert {(await peer.reply()).cookie for _ in range(nr)} == set(range(1, nr + 1))
+
+
 async def test_slow_export_does_not_hold_up_another(served: Served) -> None:
     slow = Disk()
     slow.hold = True
