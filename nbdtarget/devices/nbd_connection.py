@@ -272,7 +272,7 @@ async def _addresses(name: str, uri: NbdUri) -> list[tuple[int, _Address]]:
         found = socket.getaddrinfo(
             uri.host, uri.port, type=socket.SOCK_STREAM, flags=numeric
         )
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         try:
             found = await asyncio.get_running_loop().getaddrinfo(
                 uri.host, uri.port, type=socket.SOCK_STREAM

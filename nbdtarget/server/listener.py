@@ -186,6 +186,8 @@ class Listener:
             )
         except OSError as error:
             raise ListenError(address, str(error.strerror)) from error
+        except UnicodeError as error:
+            raise ListenError(address, f"not a host name: {error}") from error
         patterns: list[str] = []
         bound: list[socket.socket] = []
         try:

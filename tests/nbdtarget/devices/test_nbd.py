@@ -273,6 +273,12 @@ async def test_missing_server_is_refused(tmp_path: Path) -> None:
         await open_device("nbd://127.0.0.1:1/")
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+async def test_host_that_cannot_be_one_is_refused(host: str) -> None:
+    with pytest.raises(ResolveError, match="cannot resolve"):
+        await open_device(f"nbd://{host}/", read_only=True)
+
+
 @pytest.mark.parametrize(
     ("greeting", "reason"),
     [

@@ -88,9 +88,11 @@ async def test_missing_directory_is_refused(listener: Listener, tmp_path: Path) 
 
 
 BAD_ADDRESSES = ["", "unix:", "tcp:", "tcp:10809", "tcp:h:x", "tcp:h:65536", "udp:h:1"]
+# What no host name can be: an empty label, one that is too long, bytes that were no UTF-8.
+BAD_HOSTS = ["tcp:a..b:0", f"tcp:{'a' * 64}:0", "tcp:\udcff:0"]
 
 
-@pytest.mark.parametrize("address", [*BAD_ADDRESSES, "unix:" + "x" * 108])
+@pytest.mark.parametrize("address", [*BAD_ADDRESSES, *BAD_HOSTS, "unix:" + "x" * 108])
 async def test_bad_address_is_refused(listener: Listener, address: str) -> None:
     with pytest.raises(ListenError):
         await listener.start(address)
