@@ -127,6 +127,12 @@ class Device:
         flags = (FUA if fua else 0) | (NO_UNMAP if no_unmap else 0)
         await self._io(Bio(OP_WRITE_ZEROES, offset, length, None, flags, _ended))
 
+    def start_writeback(self) -> None:
+        """Hint that much has been written, and that a flush will come: begin to write it back.
+
+        Never waits; promises nothing.
+        """
+
     async def prefetch(self, offset: int, length: int) -> None:
         """Hint that the range will be read soon."""
         await self._io(Bio(OP_CACHE, offset, length, None, 0, _ended))

@@ -14,6 +14,9 @@ The event loop is not held for longer than a chunk: after one that ended inside 
 
 A buffer is lent to a bio until the bio ends, also when nobody waits for the copy any more.
 
+Every `writeback_bytes` the destination is told to begin writing back. Copying is
+bound by the processor, writing back by the disk; left to the next flush, they would take turns.
+
 A copy orders nothing and flushes nothing: who called it owns the range on the
 destination (`prison`), and has the destination flushed before anything vouches for the copy.
 """
@@ -32,6 +35,7 @@ __all__ = ["CHUNK_BYTES", "COPY_BYTES_MAX", "Copier", "CopyError"]
 COPY_BYTES_MAX: Final = 32 << 20
 CHUNK_BYTES: Final = 256 << 10
 CHUNKS_IN_FLIGHT_MAX: Final = 8
+WRITEBACK_BYTES: Final = 16 << 20
 
 
 class CopyError(Exception):
@@ -72,6 +76,7 @@ class Copier:
         self._buffers_unmade = copy_bytes_max // chunk_bytes
         self._buffers: list[memoryview] = []
         self._waiting: deque[_Copy] = deque()
+        self._nr_dirty = 0
 
     async def copy(self, offset: int, length: int) -> None:
         """Copy `length` bytes at `offset`. After a failure any part may have been copied.
@@ -102,6 +107,12 @@ class Copier:
     def give_back(self, buffer: memoryview) -> None:
         self._buffers.append(buffer)
         self.wake_next()
+
+    def note_written(self, length: int) -> None:
+        self._nr_dirty += length
+        if self._nr_dirty >= WRITEBACK_BYTES:
+            self._nr_dirty = 0
+            self.destination.start_writeback()
 
     def wake_next(self) -> None:
         """Give the next copy that waits its turn, if there is a buffer for it."""
@@ -217,6 +228,8 @@ class _Copy:
             )
             self._error = CopyError(error, is_read=is_read)
             self._next = self._end  # start nothing more
+        elif bio.op == OP_WRITE:
+            copier.note_written(chunk.length)
         self._in_flight -= 1
         copier.give_back(chunk.buffer)
         self.pump()

@@ -495,6 +495,47 @@ async def test_quick_again_writes_inline_and_forgets(
     assert slow.inline == 3
 
 
+# -- writeback ------------------------------------------------------------------------------
+
+
+async def test_writeback_is_one_job_at_a_time_and_over_before_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("nbdtarget.devices.file.start_writeback", calls.append)
+    device = await create_device(str(tmp_path / "disk"), SIZE)
+    device.start_writeback()
+    device.start_writeback()
+    await device.close()
+    assert len(calls) == 1
+
+
+async def test_failed_writeback_latches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr("nbdtarget.devices.file.start_writeback", fail)
+    device = await create_device(str(tmp_path / "disk"), SIZE)
+    await device.write(0, b"x")
+    assert isinstance(device, FileDevice)
+    device.start_writeback()
+    assert device._writeback is not None
+    await device._writeback
+    with pytest.raises(DeviceError):
+        await device.flush()
+    await device.close()
+
+
+async def test_writeback_of_a_real_file(tmp_path: Path) -> None:
+    device = await create_device(str(tmp_path / "disk"), SIZE)
+    await device.write(0, bytes(SIZE))
+    device.start_writeback()
+    await device.flush()
+    await device.close()
+
+
 # -- locks and leaks ----------------------------------------------------------------------
 
 

@@ -155,3 +155,17 @@ async def test_many_copies_over_few_buffers_all_end(seed: int) -> None:
     assert all(copy.done() for copy in copies)
     failed = sum(copy.exception() is not None for copy in copies)
     assert failed == source.failed
+
+
+async def test_destination_is_told_to_write_back_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nbdtarget.targets.copier.WRITEBACK_BYTES", SIZE // 4)
+    told: list[int] = []
+    destination = CrashDevice(SIZE)
+    monkeypatch.setattr(destination, "start_writeback", lambda: told.append(1))
+    copier = Copier(
+        make_source(), destination, copy_bytes_max=1 << 15, chunk_bytes=4096
+    )
+    await copier.copy(0, SIZE)
+    assert len(told) == 4
