@@ -184,7 +184,10 @@ class FileDevice(Device):
             assert payload is not None
             start_ns = _now_ns()
             try:
-                put = _pwrite(self._fd, payload, bio.offset)
+                if bio.length <= WRITE_PIECE:
+                    put = _pwrite(self._fd, payload, bio.offset)
+                else:
+                    put = self._put_pieces(payload, bio.offset)
             except OSError as error:
                 self._write_failed(bio, error.errno or errnos.EIO)
                 return
@@ -305,7 +308,7 @@ class FileDevice(Device):
         slept = _getrusage(RUSAGE_THREAD).ru_nvcsw
         start_ns = _now_ns()
         try:
-            put = _pwrite(self._fd, payload, bio.offset)
+            put = self._put_pieces(payload, bio.offset)
         except OSError as error:
             self._write_failed(bio, error.errno or errnos.EIO)
             return
@@ -321,6 +324,17 @@ class FileDevice(Device):
             bio.end(0)
         else:
             self._write_later(bio, put)
+
+    def _put_pieces(self, payload: memoryview, offset: int) -> int:
+        """Write in pieces of WRITE_PIECE, up to the first that is not taken whole."""
+        put = 0
+        for at in range(0, len(payload), WRITE_PIECE):
+            piece = payload[at : at + WRITE_PIECE]
+            taken = _pwrite(self._fd, piece, offset + at)
+            put += taken
+            if taken < len(piece):
+                break
+        return put
 
     def _watch(self) -> None:
         self._watch_left = WATCHED_WRITES

@@ -496,6 +496,24 @@ async def test_quick_again_writes_inline_and_forgets(
     assert slow.inline == 3
 
 
+async def test_inline_write_that_is_cut_short_between_pieces_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def short(fd: int, data: memoryview, offset: int) -> int:
+        calls.append(len(data))
+        return os.pwrite(fd, data[:100] if len(calls) == 2 else data, offset)
+
+    monkeypatch.setattr(file_module, "_pwrite", short)
+    content = random.Random(1).randbytes(file_module.INLINE_WRITE_MAX)
+    device = await create_device(str(tmp_path / "disk"), len(content))
+    await device.write(0, content)
+    assert calls == [file_module.WRITE_PIECE] * 2
+    assert bytes(await device.read(0, len(content))) == content
+    await device.close()
+
+
 # -- writeback ------------------------------------------------------------------------------
 
 
