@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client that misbehaves costs its own connection and nothing else."""
 
+import contextlib
 import random
 import socket
 import struct
@@ -17,8 +18,14 @@ pytestmark = pytest.mark.interop
 Misbehave = Callable[[PlainClient], None]
 
 
+def send_unwelcome(client: PlainClient, data: bytes) -> None:
+    """Send what the server may hang up on before it has come to its end."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        client.sock.sendall(data)
+
+
 def garbage_request(client: PlainClient) -> None:
-    client.sock.sendall(random.Random(1).randbytes(64 * 1024))
+    send_unwelcome(client, random.Random(1).randbytes(64 * 1024))
 
 
 def half_a_header(client: PlainClient) -> None:
@@ -32,7 +39,7 @@ def half_a_payload(client: PlainClient) -> None:
 
 def payload_without_end(client: PlainClient) -> None:
     header = REQUEST.pack(0x25609513, 0, CMD_WRITE, 1, 0, 0xFFFFFFFF)
-    client.sock.sendall(header + b"x" * 100_000)
+    send_unwelcome(client, header + b"x" * 100_000)
 
 
 def many_reads_never_received(client: PlainClient) -> None:
