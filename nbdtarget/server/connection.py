@@ -69,7 +69,6 @@ HANDSHAKE_READ: Final = 64 << 10
 
 
 _sched_yield: Final = os.sched_yield
-_ZEROES: Final = memoryview(bytes(1 << 20))
 
 
 class Connection:

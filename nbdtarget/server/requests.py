@@ -606,7 +606,7 @@ class Requests:
         self._budget.give_back(1, 0)
 
     def _ended(self, bio: Bio) -> None:
-        """A bio with an account has ended; one without is still in `_serve`'s hands."""
+        """A bio with an account has ended; one without is still in `serve`'s hands."""
         request = bio.private
         if request is None:
             return
