@@ -31,6 +31,7 @@ from urllib.parse import quote
 
 from nbdtarget.clock import Clock, LoopClock, Timer
 from nbdtarget.errors import ListenError
+from nbdtarget.server.address import UnixAddress, parse_address
 from nbdtarget.server.connection import Connection
 from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.limits import Budget, Limits
@@ -43,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 ACCEPTS_MAX: Final = 16  # in one turn of the loop
 ACCEPT_PAUSE_S: Final = 1.0
-UNIX_PATH_MAX: Final = 107
 _OUT_OF_FILES: Final = (errnos.EMFILE, errnos.ENFILE, errnos.ENOBUFS, errnos.ENOMEM)
 
 
@@ -95,14 +95,10 @@ class Listener:
         Returns: NBD URIs with "{name}" for the export's name; see `export_uri`.
         Raises: ListenError.
         """
-        family, _, rest = address.partition(":")
-        if family == "unix" and rest:
-            return [self._start_unix(rest, address)]
-        if family == "tcp" and ":" in rest:
-            host, _, port = rest.rpartition(":")
-            if port.isdecimal() and int(port) < 65536:
-                return await self._start_tcp(host.strip("[]"), int(port), address)
-        raise ListenError(address, "is not unix:PATH or tcp:HOST:PORT")
+        where = parse_address(address)
+        if isinstance(where, UnixAddress):
+            return [self._start_unix(where.path, address)]
+        return await self._start_tcp(where.host, where.port, address)
 
     async def start_fd(self, fd: int) -> list[str]:
         """Listen on a socket that was passed to this process, and own it from now on.
@@ -161,8 +157,6 @@ class Listener:
     # ---- sockets ----
 
     def _start_unix(self, path: str, address: str) -> str:
-        if len(os.fsencode(path)) > UNIX_PATH_MAX:
-            raise ListenError(address, f"path is longer than {UNIX_PATH_MAX} bytes")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             _remove_stale(path, address)
