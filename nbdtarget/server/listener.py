@@ -73,7 +73,8 @@ class Listener:
         self._shared: Shared | None = None
         self._sockets: dict[int, socket.socket] = {}
         self._unix_paths: list[tuple[str, int]] = []  # path, inode
-        self._connections: set[Connection] = set()
+        # In the order of accepting: whoever came first is told first.
+        self._connections: dict[Connection, None] = {}
         self._is_accepting = False
         self._is_closed = False
         self._all_gone: asyncio.Future[None] | None = None
@@ -116,7 +117,7 @@ class Listener:
         ):
             sock.detach()
             raise ListenError(f"fd {fd}", "is not a listening stream socket")
-        return [self._listen(sock)]
+        return [self.start_socket(sock)]
 
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop accepting, finish what is in flight, close; abort after `grace_s`."""
@@ -162,7 +163,7 @@ class Listener:
             _remove_stale(path, address)
             sock.bind(path)
             inode = os.stat(path).st_ino
-            pattern = self._listen(sock)
+            pattern = self.start_socket(sock)
         except OSError as error:
             sock.close()
             raise ListenError(address, str(error.strerror)) from error
@@ -198,10 +199,11 @@ class Listener:
             for sock in bound:
                 sock.close()
             raise ListenError(address, str(error.strerror)) from error
-        patterns.extend(self._listen(sock) for sock in bound)
+        patterns.extend(self.start_socket(sock) for sock in bound)
         return patterns
 
-    def _listen(self, sock: socket.socket) -> str:
+    def start_socket(self, sock: socket.socket) -> str:
+        """Listen on a bound stream socket, and own it from now on; its NBD URI."""
         if self._shared is None:
             self._shared = Shared(
                 loop=asyncio.get_running_loop(),
@@ -273,11 +275,11 @@ class Listener:
             client.close()  # gone between accept and here
             return
         connection = Connection(client, peer, self._shared)
-        self._connections.add(connection)
+        self._connections[connection] = None
         connection.start()
 
     def _connection_closed(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
         if self._is_closed:
             if not self._connections:
                 self._set_all_gone()
