@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices that lose power, fail, and dawdle: what the crash suites stand targets on.
 
-Theory of operation of `CrashDevice`. It keeps, besides what a read returns, what is on
-*stable* storage, and between the two the **pending** writes, oldest first. A pending write is
-kept as whole 512-byte sectors with the value that each had after it, as a disk would write
-them: so whatever subset of them a power cut leaves, a sector holds its stable value or the
-value that it had after one of the writes, never a mixture.
+Theory of operation of `CrashDevice`. Under it is *stable* storage, and on that a
+`VolatileCache` (`nbdtarget.volatile_cache`) with the **pending** writes, sector by sector: so
+whatever a power cut leaves of them, a sector holds its stable value or the value that it
+had after one of the writes, never a mixture.
 
     WRITE, WRITE_ZEROES, DISCARD   carried out: visible, pending
     FLUSH                          everything that had *ended when it was submitted* becomes
@@ -13,19 +12,24 @@ value that it had after one of the writes, never a mixture.
     WRITE + FUA                    its sectors become stable as they are; an older pending
                                    value of them is superseded and can no longer come back
     power cut                      each pending write, and each one still under way, is kept,
-                                   dropped, or torn: any subset of its sectors
+                                   dropped, or torn at a `border`, in any order
 
 A DISCARD may leave anything: by seed the old bytes, zeroes, or a pattern. Bios are carried
 out at once, or later on the loop in an order drawn from the seed, by `inline_chance`; a
 deferred bio is owned first, as the contract says. After `cut_power` nothing takes effect any
 more: bios end with EIO. `reopen` is the machine coming up again.
+
+It can also lie, in one way at a time (`lie`): `FailFlush`, `FailAfter`, `BadRange`, `Slow`. A
+failed bio has changed nothing; one that should have been durable latches, as the contract of
+`Device` says, until the device is reopened.
 """
 
 import asyncio
 import errno as errnos
 import random
 from collections.abc import Callable, Iterator
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from nbdtarget.bio import (
     FUA,
@@ -40,24 +44,82 @@ from nbdtarget.bio import (
 )
 from nbdtarget.clock import Clock
 from nbdtarget.devices.base import Device, Extent
+from nbdtarget.volatile_cache import (
+    SAMPLES_DEFAULT,
+    SECTOR,
+    SUBSETS_MAX,
+    Fate,
+    PendingWrite,
+    Sectors,
+    VolatileCache,
+    covering,
+    possibilities,
+    split_sectors,
+    survivors,
+)
 
-__all__ = ["CrashDevice", "FaultDevice", "SlowDevice", "Trace"]
-
-SECTOR: Final = 512
-SUBSETS_MAX: Final = 8  # pending writes up to which `crash_images` tries every subset
-SAMPLES_DEFAULT: Final = 200  # images by seed above that
+__all__ = [
+    "BadRange",
+    "CrashDevice",
+    "FailAfter",
+    "FailFlush",
+    "FaultDevice",
+    "Lie",
+    "Slow",
+    "SlowDevice",
+    "Trace",
+    "Watcher",
+]
 
 Trace = tuple[str, int, int, int]  # operation, offset, length, flags
+ALL_OPS: Final = frozenset(range(len(OP_NAMES)))
+SEED_STEP: Final = 1_000_003
 
 
-class _Pending:
-    """Sectors that a write changed, and that no flush has covered yet."""
+@dataclass(frozen=True)
+class FailFlush:
+    """The flush number `nth` from now on fails (0: the next), and what it covered stays pending."""
 
-    __slots__ = ("sectors", "seq")
+    nth: int = 0
 
-    def __init__(self, seq: int, sectors: dict[int, bytes]) -> None:
-        self.seq = seq
-        self.sectors = sectors
+
+@dataclass(frozen=True)
+class FailAfter:
+    """`operations` more are served, then none."""
+
+    operations: int
+
+
+@dataclass(frozen=True)
+class BadRange:
+    """Operations of `ops` that touch the bytes from `begin` to `end` fail."""
+
+    begin: int
+    end: int
+    ops: frozenset[int] = ALL_OPS
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Each operation is carried out `seconds` after it was submitted."""
+
+    seconds: float
+    clock: Clock
+
+
+Lie = FailFlush | FailAfter | BadRange | Slow
+
+
+class Watcher(Protocol):
+    """Is told of every bio of the crash devices that it is put on (`CrashDevice.watchers`)."""
+
+    def started(self, device: "CrashDevice", bio: Bio) -> None:
+        """The bio was submitted; nothing has happened yet."""
+        ...
+
+    def finished(self, device: "CrashDevice", bio: Bio, errno: int) -> None:
+        """The bio was carried out (0) or failed, and is about to end."""
+        ...
 
 
 class CrashDevice(Device):
@@ -65,7 +127,9 @@ class CrashDevice(Device):
 
     Attributes:
         inline_chance: 1.0 serves each bio inside `submit`, 0.0 none; between, by the seed.
+        border: bytes at which a write may tear: 512 or 4096.
         trace: each operation in the order it was carried out.
+        watchers: see `Watcher`.
     """
 
     can_discard = True
@@ -81,38 +145,65 @@ class CrashDevice(Device):
         name: str = "crash",
         inline_chance: float = 1.0,
         read_only: bool = False,
+        border: int = SECTOR,
+        lie: Lie | None = None,
     ) -> None:
         assert size % SECTOR == 0
         super().__init__(name, size, read_only=read_only)
         self.inline_chance = inline_chance
+        self.border = border
         self.trace: list[Trace] = []
+        self.watchers: list[Watcher] = []
         self.is_cut = False
+        self.is_latched = False
+        self.lie = lie
         self._seed = seed
         self._random = random.Random(seed)
         self._stable = bytearray(size if content is None else content)
         assert len(self._stable) == size
-        self._live = bytearray(self._stable)
-        self._pending: list[_Pending] = []
-        self._deferred: list[tuple[Bio, int]] = []
-        self._seq = 0
+        self._cache = VolatileCache()
+        self._deferred: list[tuple[Bio, int, int]] = []  # with its mark and errno
+
+    @property
+    def lie(self) -> Lie | None:
+        """How the device fails, if it does. Setting it starts its count anew."""
+        return self._lie
+
+    @lie.setter
+    def lie(self, lie: Lie | None) -> None:
+        self._lie = lie
+        self._nr_lied_to = 0  # operations that the lie has counted
 
     @property
     def nr_pending(self) -> int:
         """How many carried out writes a power cut now could touch."""
-        return len(self._pending)
+        return len(self._cache.pending)
+
+    @property
+    def nr_at_risk(self) -> int:
+        """As `nr_pending`, and the writes that are still under way."""
+        return len(self._at_risk())
 
     def submit(self, bio: Bio) -> None:
         status = errnos.EIO if self.is_cut else self.check_bounds(bio)
         if status:
             bio.end(status)
             return
+        errno = self._errno(bio)
+        for watcher in self.watchers:
+            watcher.started(self, bio)
         # What a FLUSH covers is decided here, not when it is carried out.
-        if self.inline_chance >= 1.0 or self._random.random() < self.inline_chance:
-            self._carry_out(bio, self._seq)
-            return
-        bio.own()
-        self._deferred.append((bio, self._seq))
-        asyncio.get_running_loop().call_soon(self._carry_out_one)
+        mark = self._cache.mark
+        if isinstance(self._lie, Slow):
+            bio.own()
+            self._deferred.append((bio, mark, errno))
+            self._lie.clock.call_later(self._lie.seconds, self._carry_out_one)
+        elif self.inline_chance >= 1.0 or self._random.random() < self.inline_chance:
+            self._carry_out(bio, mark, errno)
+        else:
+            bio.own()
+            self._deferred.append((bio, mark, errno))
+            asyncio.get_running_loop().call_soon(self._carry_out_one)
 
     async def close(self) -> None:
         assert not self._deferred, "closed with I/O in flight"
@@ -123,23 +214,17 @@ class CrashDevice(Device):
 
     def image(self) -> bytes:
         """What a read of the whole running device returns."""
-        return bytes(self._live)
+        return bytes(self._read(0, self.size))
 
     def stable_image(self) -> bytes:
         """What survives whatever happens."""
         return bytes(self._stable)
 
-    def crash(self, seed: int) -> bytes:
+    def crash(self, seed: int, fate: Fate = Fate.MIXED) -> bytes:
         """What the disk holds after a power cut now: one possibility, drawn from `seed`."""
-        rng = random.Random(seed)
-        chosen = []
-        for pending in self._at_risk():
-            fate = rng.random()
-            if fate < 0.4:
-                chosen.append(pending.sectors)
-            elif fate < 0.6:
-                chosen.append(_torn(pending.sectors, rng))
-        return self._image_with(chosen)
+        return self._image_with(
+            survivors(self._at_risk(), fate, seed, border=self.border)
+        )
 
     def crash_images(
         self, *, subsets_max: int = SUBSETS_MAX, samples: int = SAMPLES_DEFAULT
@@ -147,17 +232,23 @@ class CrashDevice(Device):
         """Each different image that a power cut now may leave, as far as can be tried.
 
         None, all and every prefix of the pending writes; every subset of them when there are
-        at most `subsets_max`; then `samples` more, with torn writes, by the device's seed.
+        at most `subsets_max`; then `samples` more, reordered and torn, by the device's seed.
         """
-        at_risk = [pending.sectors for pending in self._at_risk()]
         seen: set[bytes] = set()
-        for image in self._images(at_risk, subsets_max, samples):
+        for sectors in possibilities(
+            self._at_risk(),
+            subsets_max=subsets_max,
+            samples=samples,
+            seed=self._seed * SEED_STEP,
+            border=self.border,
+        ):
+            image = self._image_with(sectors)
             if image not in seen:
                 seen.add(image)
                 yield image
 
     def reopen(self, image: bytes, seed: int | None = None) -> "CrashDevice":
-        """The same disk after the power is back, holding `image`."""
+        """The same disk after the power is back, holding `image`; it lies no more."""
         return CrashDevice(
             self.size,
             self._seed + 1 if seed is None else seed,
@@ -165,112 +256,124 @@ class CrashDevice(Device):
             name=self.name,
             inline_chance=self.inline_chance,
             read_only=self.read_only,
+            border=self.border,
         )
 
-    def _images(
-        self, at_risk: list[dict[int, bytes]], subsets_max: int, samples: int
-    ) -> Iterator[bytes]:
-        nr = len(at_risk)
-        for end in (0, nr, *range(1, nr)):
-            yield self._image_with(at_risk[:end])
-        if nr <= subsets_max:
-            for bits in range(1 << nr):
-                yield self._image_with(
-                    [sectors for at, sectors in enumerate(at_risk) if bits >> at & 1]
-                )
-        if any(len(sectors) > 1 for sectors in at_risk) or nr > subsets_max:
-            for sample in range(samples):
-                yield self.crash(self._seed * 1_000_003 + sample)
+    def _errno(self, bio: Bio) -> int:
+        """What this bio will fail with, or 0."""
+        durable = bio.op == OP_FLUSH or bool(bio.flags & FUA and bio.op != OP_READ)
+        fails = self._lies_to(bio)
+        self.is_latched |= fails and durable
+        return errnos.EIO if fails or (self.is_latched and durable) else 0
 
-    def _image_with(self, chosen: list[dict[int, bytes]]) -> bytes:
+    def _lies_to(self, bio: Bio) -> bool:
+        at = self._nr_lied_to
+        match self._lie:
+            case FailFlush(nth):
+                self._nr_lied_to += bio.op == OP_FLUSH
+                return bio.op == OP_FLUSH and at == nth
+            case FailAfter(operations):
+                self._nr_lied_to += 1
+                return at >= operations
+            case BadRange(begin, end, ops):
+                touched = bio.offset < end and begin < bio.offset + bio.length
+                return touched and bio.op in ops
+        return False
+
+    def _read(self, offset: int, length: int) -> bytearray:
+        data = self._stable[offset : offset + length]
+        self._cache.overlay(offset, data)
+        return data
+
+    def _image_with(self, sectors: Sectors) -> bytes:
         image = bytearray(self._stable)
-        for sectors in chosen:
-            for nr, value in sectors.items():
-                image[nr * SECTOR : (nr + 1) * SECTOR] = value
+        _put(image, sectors)
         return bytes(image)
 
-    def _at_risk(self) -> list[_Pending]:
+    def _at_risk(self) -> list[PendingWrite]:
         """The pending writes, then those still under way as if carried out in order."""
-        at_risk = list(self._pending)
-        live = bytearray(self._live)
-        for bio, _ in self._deferred:
-            data = self._data(bio)
-            if data is not None:
+        at_risk = list(self._cache.pending)
+        under_way = [
+            (bio, data)
+            for bio, _, errno in self._deferred
+            if not errno and (data := _written(bio)) is not None
+        ]
+        if under_way:
+            live = self._read(0, self.size)
+            for bio, data in under_way:
                 live[bio.offset : bio.offset + bio.length] = data
-                at_risk.append(_Pending(0, _sectors(live, bio.offset, bio.length)))
+                at_risk.append(
+                    PendingWrite(0, _sectors(live, covering(bio.offset, bio.length)))
+                )
         return at_risk
-
-    def _data(self, bio: Bio) -> bytes | memoryview | None:
-        if bio.op == OP_WRITE:
-            return bio.payload
-        if bio.op == OP_WRITE_ZEROES:
-            return bytes(bio.length)
-        return None
 
     def _carry_out_one(self) -> None:
         at = self._random.randrange(len(self._deferred))
-        bio, seq = self._deferred.pop(at)
+        bio, mark, errno = self._deferred.pop(at)
         if self.is_cut:
             bio.end(errnos.EIO)
         else:
-            self._carry_out(bio, seq)
+            self._carry_out(bio, mark, errno)
 
-    def _carry_out(self, bio: Bio, seq: int) -> None:
+    def _carry_out(self, bio: Bio, mark: int, errno: int) -> None:
+        if not errno:
+            self._take_effect(bio, mark)
+        for watcher in self.watchers:
+            watcher.finished(self, bio, errno)
+        bio.end(errno)
+
+    def _take_effect(self, bio: Bio, mark: int) -> None:
         self.trace.append((OP_NAMES[bio.op], bio.offset, bio.length, bio.flags))
         if bio.op == OP_READ:
             assert bio.payload is not None
-            bio.payload[:] = self._live[bio.offset : bio.offset + bio.length]
+            bio.payload[:] = self._read(bio.offset, bio.length)
         elif bio.op == OP_FLUSH:
-            self._make_stable(seq)
+            self._make_stable(mark)
         elif bio.op != OP_CACHE:
-            data = self._data(bio)
-            if bio.op == OP_DISCARD:
-                data = self._discarded(bio)
+            data = self._discarded(bio) if bio.op == OP_DISCARD else _written(bio)
             assert data is not None
             assert len(data) == bio.length, "the payload is as long as the bio"
-            self._live[bio.offset : bio.offset + bio.length] = data
-            self._note_write(bio)
-        bio.end(0)
+            self._take_write(bio, data)
 
     def _discarded(self, bio: Bio) -> bytes:
         choice = self._random.randrange(3)
         if choice == 0:
-            return bytes(self._live[bio.offset : bio.offset + bio.length])
+            return bytes(self._read(bio.offset, bio.length))
         return bytes(bio.length) if choice == 1 else b"\xdb" * bio.length
 
-    def _note_write(self, bio: Bio) -> None:
-        sectors = _sectors(self._live, bio.offset, bio.length)
-        if not bio.flags & FUA:
-            self._seq += 1
-            self._pending.append(_Pending(self._seq, sectors))
-            return
-        for nr, value in sectors.items():
-            self._stable[nr * SECTOR : (nr + 1) * SECTOR] = value
-        for pending in self._pending:
-            for nr in sectors:
-                pending.sectors.pop(nr, None)
-        self._pending = [pending for pending in self._pending if pending.sectors]
+    def _take_write(self, bio: Bio, data: bytes | memoryview) -> None:
+        numbers = covering(bio.offset, bio.length)
+        begin = numbers.start * SECTOR
+        whole = self._read(begin, len(numbers) * SECTOR)
+        whole[bio.offset - begin : bio.offset - begin + bio.length] = data
+        if bio.flags & FUA:
+            self._stable[begin : begin + len(whole)] = whole
+            self._cache.supersede(numbers)
+        else:
+            self._cache.write(split_sectors(numbers.start, whole))
 
-    def _make_stable(self, seq: int) -> None:
-        while self._pending and self._pending[0].seq <= seq:
-            for nr, value in self._pending.pop(0).sectors.items():
-                self._stable[nr * SECTOR : (nr + 1) * SECTOR] = value
+    def _make_stable(self, mark: int) -> None:
+        _put(self._stable, self._cache.covered(mark))
+        self._cache.forget(mark)
 
 
-def _sectors(live: bytearray, offset: int, length: int) -> dict[int, bytes]:
-    return {
-        nr: bytes(live[nr * SECTOR : (nr + 1) * SECTOR])
-        for nr in range(offset // SECTOR, -(-(offset + length) // SECTOR))
-    }
+def _written(bio: Bio) -> bytes | memoryview | None:
+    """What the range holds after the bio, or None; a discard that is cut short, its pattern."""
+    if bio.op == OP_WRITE:
+        return bio.payload
+    if bio.op == OP_WRITE_ZEROES:
+        return bytes(bio.length)
+    return b"\xdb" * bio.length if bio.op == OP_DISCARD else None
 
 
-def _torn(sectors: dict[int, bytes], rng: random.Random) -> dict[int, bytes]:
-    """A prefix half of the time, as disks tear; else any subset."""
-    if rng.random() < 0.5:
-        kept = list(sectors)[: rng.randrange(len(sectors) + 1)]
-    else:
-        kept = [nr for nr in sectors if rng.random() < 0.5]
-    return {nr: sectors[nr] for nr in kept}
+def _sectors(image: bytearray, numbers: range) -> Sectors:
+    begin = numbers.start * SECTOR
+    return split_sectors(numbers.start, image[begin : numbers.stop * SECTOR])
+
+
+def _put(image: bytearray, sectors: Sectors) -> None:
+    for nr, value in sectors.items():
+        image[nr * SECTOR : (nr + 1) * SECTOR] = value
 
 
 class _Wrapper(Device):

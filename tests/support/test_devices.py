@@ -8,8 +8,17 @@ import pytest
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.errors import DeviceError
+from nbdtarget.volatile_cache import Fate
 from tests.support.clock import SimClock
-from tests.support.devices import CrashDevice, FaultDevice, SlowDevice
+from tests.support.devices import (
+    BadRange,
+    CrashDevice,
+    FailAfter,
+    FailFlush,
+    FaultDevice,
+    Slow,
+    SlowDevice,
+)
 from tests.support.model import DiskModel
 
 SIZE = 8 * 512
@@ -210,3 +219,104 @@ async def test_slow_starts_after_its_delay() -> None:
     clock.advance(0.1)
     assert ended
     assert ended[0].status == 0
+
+
+async def test_write_tears_only_at_the_border() -> None:
+    device = CrashDevice(16 * 512, border=4096)
+    await device.write(0, A * 16)
+    starts = {(image[:512], image[4096:4608]) for image in device.crash_images()}
+    assert starts == {(one, other) for one in (A, ZERO) for other in (A, ZERO)}
+    for image in device.crash_images():
+        assert image[:4096] in (A * 8, ZERO * 8)
+
+
+async def test_border_outlives_a_reopen() -> None:
+    device = CrashDevice(SIZE, border=4096)
+    assert device.reopen(device.crash(1)).border == 4096
+
+
+async def test_power_cut_keeps_or_drops_all_if_asked() -> None:
+    device = CrashDevice(SIZE)
+    await device.write(0, A)
+    await device.write(512, B)
+    assert device.crash(1, Fate.KEEP)[:1024] == A + B
+    assert device.crash(1, Fate.DROP) == bytes(SIZE)
+
+
+async def test_failed_flush_leaves_its_writes_at_risk_and_latches() -> None:
+    device = CrashDevice(SIZE, lie=FailFlush(1))
+    await device.flush()
+    await device.write(0, A)
+    for _ in range(2):
+        with pytest.raises(DeviceError):
+            await device.flush()
+    with pytest.raises(DeviceError):
+        await device.write(512, B, fua=True)
+    assert {image[:512] for image in device.crash_images()} == {A, ZERO}
+    assert bytes(await device.read(0, 512)) == A
+    again = device.reopen(device.crash(0))
+    await again.flush()
+
+
+async def test_lie_counts_from_when_it_is_told() -> None:
+    device = CrashDevice(SIZE)
+    await device.flush()
+    device.lie = FailAfter(2)
+    await device.write(0, A)
+    await device.read(0, 512)
+    for _ in range(2):
+        with pytest.raises(DeviceError):
+            await device.read(0, 512)
+    device.lie = None
+    assert bytes(await device.read(0, 512)) == A
+
+
+async def test_bad_range_fails_what_touches_it() -> None:
+    device = CrashDevice(SIZE, lie=BadRange(512, 1024, frozenset({OP_READ})))
+    await device.write(0, A * 3)
+    await device.read(0, 512)
+    await device.read(1024, 512)
+    with pytest.raises(DeviceError):
+        await device.read(1023, 1)
+    device.lie = BadRange(512, 1024)
+    with pytest.raises(DeviceError):
+        await device.write(0, A * 2)
+    await device.flush()
+
+
+async def test_failed_durable_write_to_a_bad_range_latches() -> None:
+    device = CrashDevice(SIZE, lie=BadRange(0, 512))
+    with pytest.raises(DeviceError):
+        await device.write(0, A, fua=True)
+    with pytest.raises(DeviceError):
+        await device.flush()
+    assert device.image() == bytes(SIZE)
+
+
+async def test_slow_device_answers_later_and_is_at_risk_meanwhile() -> None:
+    clock = SimClock()
+    device = CrashDevice(SIZE, lie=Slow(2.0, clock))
+    ended: list[Bio] = []
+    device.submit(Bio(OP_WRITE, 0, 512, memoryview(A), 0, ended.append))
+    clock.advance(1.9)
+    assert not ended
+    assert (device.nr_pending, device.nr_at_risk) == (0, 1)
+    clock.advance(0.1)
+    assert ended
+    assert device.image()[:512] == A
+
+
+async def test_watcher_sees_each_bio_start_and_finish() -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    class Watch:
+        def started(self, device: CrashDevice, bio: Bio) -> None:
+            seen.append(("started", bio.op, device.nr_pending))
+
+        def finished(self, device: CrashDevice, bio: Bio, errno: int) -> None:
+            seen.append(("finished", bio.op, device.nr_pending))
+
+    device = CrashDevice(SIZE)
+    device.watchers.append(Watch())
+    await device.write(0, A)
+    assert seen == [("started", OP_WRITE, 0), ("finished", OP_WRITE, 1)]
