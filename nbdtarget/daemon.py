@@ -12,6 +12,8 @@ SIGTERM, SIGINT and SIGHUP (the terminal is closed) begin this. After the first 
 the signals have their usual effect again, so that a second Ctrl-C ends a process that hangs on
 a dead disk. What is on disk then is what a power cut would leave: nothing acknowledged is lost.
 
+With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices`).
+
 Sockets that were passed (`LISTEN_FDS`) are served beside those that were asked for.
 """
 
@@ -31,6 +33,7 @@ from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
+from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 
 __all__ = [
@@ -52,10 +55,14 @@ T = TypeVar("T")
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What `serve` was asked for. No `listen`: a unix socket in the runtime directory."""
+    """What `serve` was asked for. No `listen`: a unix socket in the runtime directory.
+
+    `config` is a file's path; `listen` and `control` win over what stands there.
+    """
 
     listen: tuple[str, ...] = ()
     control: str | None = None
+    config: str | None = None
 
 
 def passed_sockets() -> list[int]:
@@ -87,11 +94,12 @@ class Daemon:
         stop: set it to end the process as SIGTERM does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits | None = None) -> None:
         self.registry = Registry(resolve)
         self.uris: list[str] = []
         self.stop = asyncio.Event()
-        self._listener = Listener(self.registry)
+        self._listener = Listener(self.registry, limits=limits)
+        self._reloads: set[asyncio.Task[None]] = set()
         self._control: ControlServer | None = None
 
     async def open_control(self, path: Path, *, optional: bool = False) -> bool:
@@ -123,6 +131,16 @@ class Daemon:
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._stop_by_signal)
 
+    def reload_by_signal(self, reload: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """From now on SIGHUP does not end the process, but calls `reload`."""
+
+        def start() -> None:
+            task = asyncio.create_task(reload())
+            self._reloads.add(task)
+            task.add_done_callback(self._reloads.discard)
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, start)
+
     def _stop_by_signal(self) -> None:
         self.stop.set()
         self.release_signals()
@@ -153,6 +171,10 @@ class Daemon:
     async def close(self) -> None:
         """End in the order of the module head. Durable: everything acknowledged."""
         _log.info("stopping")
+        if reloads := list(self._reloads):
+            for reload in reloads:
+                reload.cancel()
+            await asyncio.wait(reloads)
         await self._listener.close(GRACE_S_MAX)
         await self.registry.close()
         if self._control is not None:
@@ -162,16 +184,32 @@ class Daemon:
 async def serve_until_stopped(
     options: ServeOptions, ready: Callable[[list[str]], None]
 ) -> None:
-    """Serve an empty registry until a signal comes; `ready` is called with the URIs.
+    """Serve until a signal comes: the devices of the configuration file, or none at first.
 
-    Raises: NbdTargetError.
+    `ready` is called with the URIs. Raises: NbdTargetError.
     """
-    daemon = Daemon()
+    if options.config is None:
+        config = None
+    else:
+        # Here: most servers are one clone, and need none of it.
+        from nbdtarget.config.devices import ConfiguredDevices
+        from nbdtarget.config.file import read
+        from nbdtarget.dm.types import TARGET_TYPES
+
+        config = read(options.config, TARGET_TYPES)
+    daemon = Daemon(None if config is None else config.limits)
     fds = passed_sockets()
-    addresses = options.listen or (() if fds else (default_listen("nbd"),))
+    addresses = options.listen or (() if config is None else config.listen)
+    if not addresses and not fds:
+        addresses = (default_listen("nbd"),)
+    control = options.control or (None if config is None else config.control)
     daemon.catch_signals()
     try:
-        await daemon.open_control(control_path(options.control))
+        await daemon.open_control(control_path(control))
+        if config is not None:
+            devices = ConfiguredDevices(daemon.registry, config)
+            daemon.reload_by_signal(devices.reload_and_tell)
+            await devices.start()
         await daemon.listen(addresses, fds)
         ready(daemon.uris)
         await daemon.wait_for_stop()

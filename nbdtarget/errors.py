@@ -28,6 +28,10 @@ __all__ = [
 class NbdTargetError(Exception):
     """Base of what the command line prints as one line, exit 1."""
 
+    def lines(self) -> list[str]:
+        """What to print: one line, but for an error that is several mistakes at once."""
+        return [str(self)]
+
 
 class ConstructorError(NbdTargetError):
     """A target's constructor refused its arguments.

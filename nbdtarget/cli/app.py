@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
     except typer.Abort:
         return 1
     except NbdTargetError as error:
-        return _fail(str(error))
+        return _fail(error.lines())
     except BrokenPipeError:
         # `nbdtarget status | head`: not worth a word. Nothing may be flushed at exit any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,8 +61,9 @@ def run(argv: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _fail(reason: str) -> int:
-    print("nbdtarget:", " ".join(reason.split()), file=sys.stderr)
+def _fail(reasons: list[str]) -> int:
+    for reason in reasons:
+        print("nbdtarget:", " ".join(reason.split()), file=sys.stderr)
     return 1
 
 

@@ -52,10 +52,19 @@ def table(
     inactive: Annotated[
         bool, typer.Option("--inactive", help="The inactive tables instead.")
     ] = False,
+    config: Annotated[
+        bool,
+        typer.Option("--config", help="As a configuration file for `serve --config'."),
+    ] = False,
     json: Json = False,
     control: Control = None,
 ) -> None:
     """Print the live tables, as they can be loaded again."""
+    if config:
+        if json or inactive or target:
+            raise typer.BadParameter("--config goes alone")
+        _print_config(names, control)
+        return
     request = m.Table(tuple(names or ()), target, inactive)
     answer = ask(control, "table", request, m.LinesAnswer, about=_about(names))
     _print_lines(answer, json=json, prefix=len(names or ()) != 1)
@@ -153,6 +162,30 @@ class ProgramVersion(m.Answer):
 
 def _about(names: list[str] | None) -> str:
     return " ".join(names or ())
+
+
+def _print_config(names: list[str] | None, control: str | None) -> None:
+    from nbdtarget.config.file import DeviceConfig  # here: the other commands are quick
+    from nbdtarget.config.render import render_devices
+
+    about, wanted = _about(names), tuple(names or ())
+    tables = ask(control, "table", m.Table(wanted), m.LinesAnswer, about=about)
+    infos = ask(control, "info", m.Info(wanted), m.InfoAnswer, about=about)
+    lines = {device.name: device.lines for device in tables.devices}
+    devices = [
+        DeviceConfig(
+            info.name,
+            "\n".join(
+                f"{line.start} {line.length} {line.type} {line.params}".rstrip()
+                for line in lines.get(info.name, ())
+            ),
+            (),
+            info.uuid,
+            info.read_only,
+        )
+        for info in infos.devices
+    ]
+    print(render_devices(devices), end="")
 
 
 def _print_lines(answer: m.LinesAnswer, *, json: bool, prefix: bool) -> None:

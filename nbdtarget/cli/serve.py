@@ -28,6 +28,14 @@ def register(app: typer.Typer) -> None:
 def serve(
     listen: Listen = None,
     control: Control = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="A TOML file with listeners, limits and devices; SIGHUP reads it again.",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log what happens to devices.")
     ] = False,
@@ -38,7 +46,7 @@ def serve(
     from nbdtarget.server.listener import export_uri
 
     start_logging(verbose=verbose)
-    options = ServeOptions(listen=tuple(listen or ()), control=control)
+    options = ServeOptions(listen=tuple(listen or ()), control=control, config=config)
 
     def ready(patterns: list[str]) -> None:
         for pattern in patterns:

@@ -25,7 +25,15 @@ from nbdtarget.errors import ConstructorError, TableError
 from nbdtarget.targets.base import Target, TargetContext
 from nbdtarget.words import split_words
 
-__all__ = ["SECTOR", "Table", "TargetSpec", "construct_table", "parse_table"]
+__all__ = [
+    "SECTOR",
+    "Table",
+    "TableMistake",
+    "TargetSpec",
+    "construct_table",
+    "parse_table",
+    "scan_table",
+]
 
 SECTOR: Final = 512
 TARGETS_MAX: Final = 65536  # lines of one table
@@ -41,49 +49,85 @@ class TargetSpec(NamedTuple):
     args: tuple[str, ...]
 
 
+class TableMistake(NamedTuple):
+    """What is wrong with a table. `line_nr` counts from 1; 0: the table as a whole."""
+
+    line_nr: int
+    reason: str
+
+
 def parse_table(text: str, types: Mapping[str, type[Target]]) -> tuple[TargetSpec, ...]:
     """Parse the text of a table; at least one line.
 
     Raises: TableError, EINVAL: a line is not `start length type args…`, lines leave a gap or
         overlap, a length is 0, or a type is unknown.
     """
+    specs, mistakes = scan_table(text, types)
+    if mistakes:
+        raise TableError(mistakes[0].reason)
+    return tuple(specs)
+
+
+def scan_table(
+    text: str, types: Mapping[str, type[Target]]
+) -> tuple[list[TargetSpec], list[TableMistake]]:
+    """As `parse_table`, but tell all that is wrong."""
     specs: list[TargetSpec] = []
-    end_sectors = 0
+    mistakes: list[TableMistake] = []
+    end_sectors: int | None = 0  # None: a line that told it could not be read
     for line_nr, line in enumerate(text.splitlines(), 1):
         stripped = line.strip()
         if not stripped or stripped.startswith("#"):
             continue
         if len(specs) == TARGETS_MAX:
-            raise TableError(f"More than {TARGETS_MAX} targets in table")
-        spec = _parse_line(stripped, line_nr)
-        start_sectors = spec.begin // SECTOR
-        if spec.length == 0:
-            raise TableError(f"zero-length target on line {line_nr} of table")
-        if spec.type_name not in types:
-            raise TableError(f"{spec.type_name}: unknown target type")
-        if start_sectors != end_sectors:
-            raise TableError(
-                f"{spec.type_name}: Gap in table: line {line_nr} starts at sector"
-                f" {start_sectors} instead of {end_sectors}"
+            reason = f"More than {TARGETS_MAX} targets in table"
+            mistakes.append(TableMistake(line_nr, reason))
+            break
+        spec = _maybe_spec(stripped)
+        if spec is None:
+            reason = (
+                f"Invalid format on line {line_nr} of table:"
+                " expected `start length type args…'"
             )
-        end_sectors += spec.length // SECTOR
-        if end_sectors > _END_SECTORS_MAX:
-            raise TableError(f"Target on line {line_nr} of table is too large")
+            mistakes.append(TableMistake(line_nr, reason))
+            end_sectors = None
+            continue
+        reasons = _line_mistakes(spec, types, end_sectors, line_nr)
+        mistakes += [TableMistake(line_nr, reason) for reason in reasons]
+        end_sectors = (spec.begin + spec.length) // SECTOR
         specs.append(spec)
-    if not specs:
-        raise TableError("Empty table")
-    return tuple(specs)
+    if not specs and not mistakes:
+        mistakes.append(TableMistake(0, "Empty table"))
+    return specs, mistakes
 
 
-def _parse_line(line: str, line_nr: int) -> TargetSpec:
+def _line_mistakes(
+    spec: TargetSpec,
+    types: Mapping[str, type[Target]],
+    end_sectors: int | None,
+    line_nr: int,
+) -> Iterator[str]:
+    """What is wrong with one line after the line that ended at `end_sectors`."""
+    start_sectors = spec.begin // SECTOR
+    if spec.length == 0:
+        yield f"zero-length target on line {line_nr} of table"
+    if spec.type_name not in types:
+        yield f"{spec.type_name}: unknown target type"
+    if end_sectors is not None and start_sectors != end_sectors:
+        yield (
+            f"{spec.type_name}: Gap in table: line {line_nr} starts at sector"
+            f" {start_sectors} instead of {end_sectors}"
+        )
+    elif (spec.begin + spec.length) // SECTOR > _END_SECTORS_MAX:
+        yield f"Target on line {line_nr} of table is too large"
+
+
+def _maybe_spec(line: str) -> TargetSpec | None:
     words = split_words(line)
     if len(words) < 3 or not all(
         word.isascii() and word.isdecimal() and len(word) <= 20 for word in words[:2]
     ):
-        raise TableError(
-            f"Invalid format on line {line_nr} of table:"
-            " expected `start length type args…'"
-        )
+        return None
     start_sectors, length_sectors = int(words[0]), int(words[1])
     return TargetSpec(
         start_sectors * SECTOR, length_sectors * SECTOR, words[2], tuple(words[3:])

@@ -18,8 +18,15 @@ their size.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
-__all__ = ["Budget", "Limits"]
+__all__ = ["RELATIONS", "Budget", "Limits"]
+
+# The first of each pair must not exceed the second.
+RELATIONS: Final = (
+    ("requests_in_flight_max", "requests_total_max"),
+    ("payload_max", "bytes_total_max"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +86,9 @@ class Limits:
         assert self.arena_read_max + 64 <= self.arena
         # The receive buffer is compacted when it is half full.
         assert 2 * self.own_payload_min + (16 << 10) <= self.receive_buffer
-        assert 1 <= self.requests_in_flight_max <= self.requests_total_max
-        assert self.payload_max <= self.bytes_total_max
+        assert self.requests_in_flight_max >= 1
+        for smaller, larger in RELATIONS:
+            assert getattr(self, smaller) <= getattr(self, larger), (smaller, larger)
 
 
 class Budget:

@@ -54,6 +54,17 @@ class ServeProcess:
     def create(self, name: str, table: str) -> None:
         self.client.ask("create", m.Create(name, table), m.Done)
 
+    def run(self, *words: str) -> str:
+        """What a command prints."""
+        control = str(self.directory / "control.sock")
+        return subprocess.run(
+            [*NBDTARGET, *words, "--control", control],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        ).stdout
+
     def end(self, number: int) -> str:
         """Send a signal; it must end with 0. Returns what it said on stderr."""
         self.process.send_signal(number)
@@ -133,3 +144,40 @@ def test_passed_sockets(
     monkeypatch.setenv("LISTEN_PID", pid.replace("me", str(os.getpid())))
     monkeypatch.setenv("LISTEN_FDS", fds)
     assert passed_sockets() == expected
+
+
+def test_config_is_served_and_followed_on_sighup(tmp_path: Path) -> None:
+    config = tmp_path / "disks.toml"
+    config.write_text(
+        'listen = "unix:nbd.sock"\n[device.a]\ntable = "0 2048 zero"\n'
+        '[device.b]\ntable = "0 8 linear /dev/mapper/a 0"\n'
+    )
+    serve = ServeProcess(tmp_path, "--config", str(config))
+    assert serve.uri == f"nbd+unix:///?socket={tmp_path}/nbd.sock"
+    written = serve.run("table", "--config")
+    with config.open("a") as file:
+        file.write('[device.c]\ntable = "0 8 zero"\n')
+    serve.process.send_signal(signal.SIGHUP)
+    assert serve.process.stderr is not None
+    assert serve.process.stderr.readline() == "nbdtarget: reloaded: c created\n"
+    assert serve.run("ls").split() == ["a", "(253:0)", "b", "(253:1)", "c", "(253:2)"]
+    assert serve.end(signal.SIGTERM) == ""
+    # What was written out makes the same devices again.
+    config.write_text(written)
+    serve = ServeProcess(tmp_path, "--config", str(config))
+    assert serve.run("table", "--config") == written
+    assert serve.end(signal.SIGTERM) == ""
+
+
+def test_a_config_with_mistakes_is_refused_with_their_lines(tmp_path: Path) -> None:
+    config = tmp_path / "disks.toml"
+    config.write_text('[device.a]\ntabel = "0 8 zero"\nuuid = 3\n')
+    serve = ServeProcess(tmp_path, "--config", str(config))
+    assert serve.uri == ""
+    assert serve.process.wait(TIMEOUT_S) == 1
+    _, err = serve.process.communicate(timeout=TIMEOUT_S)
+    assert err.splitlines() == [
+        f"nbdtarget: {config}:2: unknown key `device.a.tabel' (did you mean `table'?)",
+        f"nbdtarget: {config}:3: `device.a.uuid': Expected `str`, got `int`",
+    ]
+    assert not (tmp_path / "nbdtarget").exists()

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration file: text in, a checked `Config` out, or every mistake with its line.
+
+    listen = ["unix:/run/nbd.sock", "tcp:127.0.0.1:10809"]
+    control = "/run/nbdtarget/control.sock"
+
+    [limits]
+    connections_max = 64
+
+    [device.disk]
+    uuid = "CLONE-disk"          # optional
+    readonly = false             # optional
+    table = '''
+    0 2097152 clone /srv/disk.meta /srv/disk.img nbd://far/disk 128
+    '''
+
+Theory of operation. Everything that can be judged without opening a device is judged here, on
+the whole file, before anything is opened: syntax, unknown keys, types, addresses, bounds, names,
+each line of each table, which device stands on which. Relative paths mean the file's own
+directory. Devices come out in an order in which they can be made: what stands on
+`/dev/mapper/NAME` comes after NAME.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from nbdtarget.config.lines import Path as KeyPath
+from nbdtarget.config.lines import value_lines
+from nbdtarget.dm.open_devices import MAPPER
+from nbdtarget.dm.registry import UUID_LENGTH_MAX, check_name
+from nbdtarget.dm.table import TargetSpec, scan_table
+from nbdtarget.errors import ListenError, NbdTargetError, TableError
+from nbdtarget.server.address import UnixAddress, parse_address
+from nbdtarget.server.limits import RELATIONS, Limits
+from nbdtarget.targets.base import Target
+
+__all__ = ["Config", "ConfigError", "DeviceConfig", "Mistake", "parse", "read"]
+
+FILE_SIZE_MAX: Final = 16 << 20
+LISTEN_MAX: Final = 64
+
+_FILE_KEYS: Final[dict[str, Any]] = {
+    "listen": list[str] | str,
+    "control": str,
+    "limits": dict[str, Any],
+    "device": dict[str, dict[str, Any]],
+}
+_DEVICE_KEYS: Final[dict[str, Any]] = {
+    "table": list[str] | str,
+    "uuid": str,
+    "readonly": bool,
+}
+# The bounds that depend on the disk and the clients; the others are the server's own matter.
+_LIMIT_KEYS: Final[dict[str, Any]] = {
+    "connections_max": int,
+    "backlog_max": int,
+    "handshake_timeout_s": float,
+    "stall_timeout_s": float,
+    "requests_in_flight_max": int,
+    "bytes_in_flight_max": int,
+    "requests_total_max": int,
+    "bytes_total_max": int,
+    "payload_max": int,
+}
+
+
+class Mistake(NamedTuple):
+    """What is wrong on a line; `line` counts from 1."""
+
+    line: int
+    reason: str
+
+
+class ConfigError(NbdTargetError):
+    """The file cannot be used. `mistakes` has all of them, in the file's order."""
+
+    def __init__(self, path: str, mistakes: Iterable[Mistake]) -> None:
+        self.path = path
+        self.mistakes = sorted(mistakes)
+        super().__init__(path, self.mistakes)
+
+    def lines(self) -> list[str]:
+        """One line for each mistake: `FILE:LINE: reason`."""
+        return [f"{self.path}:{line}: {reason}" for line, reason in self.mistakes]
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines())
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """One device. `specs` is its table; empty: it is made without one."""
+
+    name: str
+    table: str
+    specs: tuple[TargetSpec, ...]
+    uuid: str = ""
+    read_only: bool = False
+
+    def stands_on(self) -> set[str]:
+        """The names of the mapped devices that the table names."""
+        return {
+            word.removeprefix(MAPPER)
+            for spec in self.specs
+            for word in spec.args
+            if word.startswith(MAPPER)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole file. `directory`: absolute, where its relative paths are meant."""
+
+    path: str
+    directory: str
+    listen: tuple[str, ...]
+    control: str | None
+    limits: Limits
+    devices: tuple[DeviceConfig, ...]
+
+
+def read(
+    path: str, types: Mapping[str, type[Target]], existing: Container[str] = ()
+) -> Config:
+    """Read and check a file.
+
+    Args:
+        types: by their names in tables.
+        existing: names of mapped devices that are there already.
+    Raises: ConfigError; NbdTargetError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(FILE_SIZE_MAX + 1)
+    except OSError as error:
+        raise NbdTargetError(f"{path}: {error.strerror or error}") from None
+    if len(data) > FILE_SIZE_MAX:
+        raise NbdTargetError(f"{path}: more than {FILE_SIZE_MAX} bytes")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(path, [Mistake(line, "not UTF-8")]) from None
+    return parse(text, path, types, existing)
+
+
+def parse(
+    text: str,
+    path: str,
+    types: Mapping[str, type[Target]],
+    existing: Container[str] = (),
+) -> Config:
+    """Check the text of a file; `read` says how. Raises: ConfigError, with every mistake."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(path, [_syntax_mistake(text, error)]) from None
+    reader = _Reader(document, value_lines(text), types, existing)
+    config = reader.config(path)
+    if reader.mistakes:
+        raise ConfigError(path, reader.mistakes)
+    return config
+
+
+def _syntax_mistake(text: str, error: tomllib.TOMLDecodeError) -> Mistake:
+    """The parser ends its message with "(at line N, column M)" or "(at end of document)"."""
+    reason, _, where = str(error).rpartition(" (at ")
+    words = where.replace(",", "").split()
+    if words[:1] == ["line"]:
+        return Mistake(int(words[1]), f"not TOML: {reason}")
+    return Mistake(text.count("\n") + 1, f"not TOML: {reason or error}")
+
+
+class _Reader:
+    """One reading. Goes on after a mistake, with what is right of the rest."""
+
+    def __init__(
+        self,
+        document: dict[str, Any],
+        lines: dict[KeyPath, int],
+        types: Mapping[str, type[Target]],
+        existing: Container[str],
+    ) -> None:
+        self.mistakes: list[Mistake] = []
+        self._existing = existing
+        self._document = document
+        self._lines = lines
+        self._types = types
+
+    def config(self, path: str) -> Config:
+        keys = self._known((), self._document, _FILE_KEYS)
+        devices = self._devices(keys.get("device", {}))
+        directory = Path(path).absolute().parent
+        control = keys.get("control")
+        return Config(
+            path=path,
+            directory=str(directory),
+            listen=self._listen(keys.get("listen", []), directory),
+            control=None if control is None else str(directory / control),
+            limits=self._limits(keys.get("limits", {})),
+            devices=self._in_order(devices),
+        )
+
+    def _mistake(self, path: KeyPath, reason: str, *, further: int = 0) -> None:
+        self.mistakes.append(Mistake(self._lines[path] + further, reason))
+
+    def _known(
+        self, path: KeyPath, values: dict[str, Any], keys: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the values whose key is known and whose type is right."""
+        known = {}
+        for key, value in values.items():
+            where = ".".join(str(part) for part in (*path, key))
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, 1)
+                hint = f" (did you mean `{near[0]}'?)" if near else ""
+                self._mistake((*path, key), f"unknown key `{where}'{hint}")
+                continue
+            try:
+                known[key] = msgspec.convert(value, keys[key])
+            except msgspec.ValidationError as error:
+                reason = str(error).partition(" - at ")[0]
+                self._mistake((*path, key), f"`{where}': {reason}")
+        return known
+
+    def _listen(self, listen: list[str] | str, directory: Path) -> tuple[str, ...]:
+        is_list = isinstance(listen, list)
+        addresses = listen if isinstance(listen, list) else [listen]
+        if len(addresses) > LISTEN_MAX:
+            self._mistake(("listen",), f"more than {LISTEN_MAX} addresses")
+        absolute = []
+        for nr, address in enumerate(addresses):
+            path: KeyPath = ("listen", nr) if is_list else ("listen",)
+            try:
+                where = parse_address(address)
+                if isinstance(where, UnixAddress):
+                    address = f"unix:{directory / where.path}"
+                    parse_address(address)
+            except ListenError as error:
+                self._mistake(path, f"`listen': {error}")
+                continue
+            if address in absolute:
+                self._mistake(path, f"`listen': {address} is there twice")
+            absolute.append(address)
+        return tuple(absolute)
+
+    def _limits(self, values: dict[str, Any]) -> Limits:
+        path: KeyPath = ("limits",)
+        known = self._known(path, values, _LIMIT_KEYS)
+        for key, value in list(known.items()):
+            if not value > 0:
+                self._mistake((*path, key), f"`limits.{key}': must be more than 0")
+                del known[key]
+        defaults = Limits()
+        for smaller, larger in RELATIONS:
+            low = known.get(smaller, getattr(defaults, smaller))
+            high = known.get(larger, getattr(defaults, larger))
+            if low > high:
+                key = smaller if smaller in known else larger
+                reason = f"`limits': {smaller} {low} is more than {larger} {high}"
+                self._mistake((*path, key), reason)
+                return defaults
+        return Limits(**known)
+
+    def _devices(self, devices: dict[str, dict[str, Any]]) -> list[DeviceConfig]:
+        made = []
+        uuids: dict[str, str] = {}
+        for name, values in devices.items():
+            path: KeyPath = ("device", name)
+            try:
+                check_name(name)
+            except TableError as error:
+                self._mistake(path, error.reason)
+            known = self._known(path, values, _DEVICE_KEYS)
+            uuid = known.get("uuid", "")
+            if len(uuid) > UUID_LENGTH_MAX:
+                reason = f"UUID is longer than {UUID_LENGTH_MAX} characters"
+                self._mistake((*path, "uuid"), reason)
+            elif uuid and uuids.setdefault(uuid, name) != name:
+                self._mistake((*path, "uuid"), f"UUID is that of {uuids[uuid]}, too")
+            table, specs = self._table((*path, "table"), known.get("table"))
+            read_only = known.get("readonly", False)
+            made.append(DeviceConfig(name, table, specs, uuid, read_only))
+        return made
+
+    def _table(
+        self, path: KeyPath, table: list[str] | str | None
+    ) -> tuple[str, tuple[TargetSpec, ...]]:
+        if table is None:
+            return "", ()
+        text = "\n".join(table) if isinstance(table, list) else table
+        specs, mistakes = scan_table(text, self._types)
+        for line_nr, reason in mistakes:
+            element = (*path, line_nr - 1)
+            if element in self._lines:
+                self._mistake(element, reason)
+            else:
+                self._mistake(path, reason, further=max(0, line_nr - 1))
+        return text, tuple(specs)
+
+    def _in_order(self, devices: list[DeviceConfig]) -> tuple[DeviceConfig, ...]:
+        """Lower devices first. What is missing, or stands on itself, is a mistake."""
+        below = {device.name: device.stands_on() for device in devices}
+        for name, lower in below.items():
+            for missing in sorted(lower - below.keys()):
+                if missing not in self._existing and not Path(MAPPER, missing).exists():
+                    reason = f"{MAPPER}{missing}: there is no such device"
+                    self._mistake(("device", name, "table"), reason)
+        sorter = TopologicalSorter(
+            {name: lower & below.keys() for name, lower in below.items()}
+        )
+        try:
+            order = list(sorter.static_order())
+        except CycleError as error:
+            cycle = error.args[1]
+            reason = " stands on ".join(reversed(cycle))
+            self._mistake(("device", cycle[0], "table"), reason)
+            return ()
+        by_name = {device.name: device for device in devices}
+        return tuple(by_name[name] for name in order)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The devices of a configuration file: made, and followed when it changes."""
+
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.config.devices import ConfiguredDevices
+from nbdtarget.config.file import ConfigError, read
+from nbdtarget.devices import resolve
+from nbdtarget.dm.registry import Registry
+from nbdtarget.dm.types import TARGET_TYPES
+from nbdtarget.errors import NbdTargetError, TableError
+
+NOTHING: dict[str, list[str]] = {"created": [], "loaded": [], "refused": []}
+
+
+class Server:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.registry = Registry(resolve)
+        self.devices: ConfiguredDevices | None = None
+
+    def write(self, **tables: str) -> None:
+        self.path.write_text(
+            "".join(f"[device.{n}]\ntable = '''{t}'''\n" for n, t in tables.items())
+        )
+
+    async def start(self) -> None:
+        config = read(str(self.path), TARGET_TYPES)
+        self.devices = ConfiguredDevices(self.registry, config)
+        await self.devices.start()
+
+    async def reload(self) -> dict[str, list[str]]:
+        assert self.devices is not None
+        return await self.devices.reload()
+
+    def tables(self) -> dict[str, str]:
+        return {
+            device.dm_name: "; ".join(
+                " ".join(map(str, line)).rstrip() for line in device.table()
+            )
+            for device in self.registry.devices()
+        }
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    server = Server(tmp_path / "disks.toml")
+    yield server
+    await server.registry.close()
+
+
+async def test_start_makes_lower_devices_first(server: Server) -> None:
+    server.write(top="0 8 linear /dev/mapper/low 0", low="0 8 zero")
+    await server.start()
+    assert server.tables() == {
+        "low": "0 8 zero",
+        "top": "0 8 linear /dev/mapper/low 0",
+    }
+
+
+async def test_start_makes_all_or_none(server: Server, tmp_path: Path) -> None:
+    server.write(a="0 8 zero", b="0 8 linear missing.img 0", c="0 8 zero")
+    with pytest.raises(NbdTargetError) as caught:
+        await server.start()
+    assert f"{server.path}: device b: " in str(caught.value)
+    assert f"{tmp_path}/missing.img" in str(caught.value)
+    assert server.tables() == {}
+
+
+async def test_reload_creates_and_loads_and_touches_nothing_else(
+    server: Server,
+) -> None:
+    server.write(a="0 8 zero", b="0 8 zero")
+    await server.start()
+    a, b = server.registry.get("a"), server.registry.get("b")
+    live = a.active
+    server.write(a="# the same\n0 8 zero", b="0 16 zero", c="0 8 error")
+    assert await server.reload() == {**NOTHING, "created": ["c"], "loaded": ["b"]}
+    assert a.active is live
+    assert (server.registry.get("b"), b.size) == (b, 16 * 512)
+    assert await server.reload() == NOTHING
+
+
+async def test_a_table_changed_by_command_stays_until_the_file_changes(
+    server: Server,
+) -> None:
+    server.write(a="0 8 zero")
+    await server.start()
+    await server.registry.load("a", "0 8 error")
+    await server.registry.resume("a")
+    assert await server.reload() == NOTHING
+    assert server.tables() == {"a": "0 8 error"}
+    server.write(a="0 24 zero")
+    assert await server.reload() == {**NOTHING, "loaded": ["a"]}
+
+
+async def test_a_device_made_by_command_follows_the_file_once_it_is_there(
+    server: Server,
+) -> None:
+    server.write()
+    await server.start()
+    await server.registry.create("a", "0 8 zero")
+    server.write(a="0 16 zero")
+    assert await server.reload() == {**NOTHING, "loaded": ["a"]}
+
+
+async def test_what_has_gone_from_the_file_stays(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.write(a="0 8 zero")
+    await server.start()
+    server.write()
+    assert await server.reload() == NOTHING
+    assert server.tables() == {"a": "0 8 zero"}
+    assert "device a has gone from it: left" in caplog.text
+
+
+async def test_a_file_with_a_mistake_changes_nothing(server: Server) -> None:
+    server.write(a="0 8 zero")
+    await server.start()
+    server.write(a="0 16 zero", b="0 8 nix")
+    with pytest.raises(ConfigError, match="nix: unknown target type"):
+        await server.reload()
+    assert server.tables() == {"a": "0 8 zero"}
+
+
+async def test_one_refused_device_does_not_hold_up_the_others(
+    server: Server, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    server.write(a="0 8 zero", b="0 8 zero")
+    await server.start()
+    image = tmp_path / "late.img"
+    server.write(a=f"0 8 linear {image} 0", b="0 16 zero", c="0 8 zero")
+    assert await server.reload() == {
+        "created": ["c"],
+        "loaded": ["b"],
+        "refused": ["a"],
+    }
+    assert server.tables()["a"] == "0 8 zero"
+    assert f"{image}" in caplog.text
+    image.write_bytes(bytes(4096))
+    assert await server.reload() == {**NOTHING, "loaded": ["a"]}
+
+
+async def test_listeners_and_limits_wait_for_a_restart(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.write()
+    await server.start()
+    server.path.write_text("listen = 'tcp::1'\n[limits]\nbacklog_max = 3\n")
+    assert await server.reload() == NOTHING
+    assert "`listen' changes with a restart" in caplog.text
+    assert "`limits' changes with a restart" in caplog.text
+
+
+async def test_reload_and_tell_says_everything_in_the_log(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    server.write(a="0 8 zero")
+    await server.start()
+    assert server.devices is not None
+    await server.devices.reload_and_tell()
+    assert "reloaded: nothing has changed" in caplog.text
+    server.write(a="0 16 zero", b="0 8 zero")
+    await server.devices.reload_and_tell()
+    assert "reloaded: b created; a loaded" in caplog.text
+    server.write(a="nonsense")
+    await server.devices.reload_and_tell()
+    assert f"{server.path}:2: Invalid format" in caplog.text
+    assert "not reloaded: nothing has changed" in caplog.text
+    server.path.unlink()
+    await server.devices.reload_and_tell()
+    assert "not reloaded: " in caplog.text
+
+
+async def test_a_table_that_cannot_be_resumed_leaves_the_device_as_it_was(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.write(a="0 8 zero")
+    await server.start()
+
+    async def refuse(name: str) -> None:
+        raise TableError("no")
+
+    monkeypatch.setattr(server.registry, "resume", refuse)
+    server.write(a="0 16 zero")
+    assert await server.reload() == {**NOTHING, "refused": ["a"]}
+    device = server.registry.get("a")
+    assert (device.inactive, device.size) == (None, 8 * 512)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A configuration file: read whole, or refused with every mistake and its line."""
+
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.config.file import Config, ConfigError, parse, read
+from nbdtarget.config.render import render_devices
+from nbdtarget.dm.types import TARGET_TYPES
+from nbdtarget.errors import NbdTargetError
+from nbdtarget.server.limits import Limits
+
+
+def parsed(text: str, *existing: str) -> Config:
+    return parse(text, "/etc/disks.toml", TARGET_TYPES, existing)
+
+
+def mistakes(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parsed(text)
+    return [line.removeprefix("/etc/disks.toml:") for line in caught.value.lines()]
+
+
+def test_an_empty_file_is_a_server_without_devices() -> None:
+    config = parsed("")
+    assert config == Config("/etc/disks.toml", "/etc", (), None, Limits(), ())
+
+
+def test_a_whole_file() -> None:
+    config = parsed(
+        """
+        listen = ["unix:nbd.sock", "tcp:[::1]:10809"]
+        control = "run/control.sock"
+        [limits]
+        connections_max = 3
+        handshake_timeout_s = 2
+        [device.top]
+        table = "0 8 linear /dev/mapper/low 8"
+        readonly = true
+        [device.low]
+        uuid = "LOW"
+        table = ["0 8 zero", "8 8 error"]
+        [device.later]
+        """
+    )
+    assert config.listen == ("unix:/etc/nbd.sock", "tcp:[::1]:10809")
+    assert config.control == "/etc/run/control.sock"
+    assert config.limits == Limits(connections_max=3, handshake_timeout_s=2.0)
+    by_name = {device.name: device for device in config.devices}
+    assert list(by_name).index("low") < list(by_name).index("top")
+    assert by_name["top"].read_only
+    assert by_name["low"].uuid == "LOW"
+    assert [spec.type_name for spec in by_name["low"].specs] == ["zero", "error"]
+    assert by_name["later"].specs == ()
+
+
+def test_every_mistake_is_named_with_its_line() -> None:
+    found = mistakes(
+        """listen = ["unix:/run/a", "ftp:x",
+          "unix:/run/a"]
+contrl = "/run/c"
+[limits]
+connections_max = 0
+requests_in_flight_max = 5000
+payload_max = "big"
+[device.a]
+table = '''
+0 8 zero
+# nothing
+9 8 zerro
+8 zero
+'''
+colour = "red"
+[device.b]
+uuid = "U"
+readonly = 1
+table = ["0 8 zero",
+         "8 0 zero"]
+[device.c]
+uuid = "U"
+[device."d/e"]
+table = "0 8 linear /dev/mapper/nowhere 0"
+[device.f]
+table = '''
+
+'''
+"""
+    )
+    assert found == [
+        "1: `listen': ftp:x: is not unix:PATH or tcp:HOST:PORT",
+        "2: `listen': unix:/run/a is there twice",
+        "3: unknown key `contrl' (did you mean `control'?)",
+        "5: `limits.connections_max': must be more than 0",
+        "6: `limits': requests_in_flight_max 5000 is more than requests_total_max 4096",
+        "7: `limits.payload_max': Expected `int`, got `str`",
+        "12: zerro: Gap in table: line 3 starts at sector 9 instead of 8",
+        "12: zerro: unknown target type",
+        "13: Invalid format on line 4 of table: expected `start length type args…'",
+        "15: unknown key `device.a.colour'",
+        "18: `device.b.readonly': Expected `bool`, got `int`",
+        "20: zero-length target on line 2 of table",
+        "22: UUID is that of b, too",
+        "23: Device name 'd/e' is not allowed",
+        "24: /dev/mapper/nowhere: there is no such device",
+        "27: Empty table",
+    ]
+
+
+def test_devices_that_stand_on_each_other() -> None:
+    loop = "\n".join(
+        f'[device.{name}]\ntable = "0 8 linear /dev/mapper/{below} 0"'
+        for name, below in (("a", "b"), ("b", "c"), ("c", "a"), ("d", "a"))
+    )
+    (only,) = mistakes(loop)
+    assert only.split(": ", 1)[1].count(" stands on ") == 3
+    (only,) = mistakes('[device.a]\ntable = "0 8 linear /dev/mapper/a 0"')
+    assert only == "2: a stands on a"
+
+
+def test_a_device_that_is_there_already_may_be_stood_on() -> None:
+    text = '[device.a]\ntable = "0 8 linear /dev/mapper/there 0"'
+    assert parsed(text, "there").devices[0].stands_on() == {"there"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a = ", "1: not TOML: Invalid value"),
+        ("a = 1\na = 2\n", "2: not TOML: Cannot overwrite a value"),
+        ('[x]\ny = "', "2: not TOML: Unterminated string"),
+        ("device = 3", "1: `device': Expected `object`, got `int`"),
+        ("[device]\na = 3", "1: `device': Expected `object`, got `int`"),
+        ("listen = 3", "1: `listen': Expected `str | array`, got `int`"),
+        ("listen = [3]", "1: `listen': Expected `str`, got `int`"),
+    ],
+)
+def test_what_is_no_configuration(text: str, reason: str) -> None:
+    assert mistakes(text) == [reason]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(NbdTargetError, match="No such file or directory"):
+        read(str(tmp_path / "none"), TARGET_TYPES)
+    with pytest.raises(NbdTargetError, match="Is a directory"):
+        read(str(tmp_path), TARGET_TYPES)
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"a = 1\nb = '\xff'")
+    with pytest.raises(ConfigError, match=f"{binary}:2: not UTF-8"):
+        read(str(binary), TARGET_TYPES)
+
+
+def test_what_is_written_out_reads_back() -> None:
+    config = parsed(
+        r"""
+        [device."my \"disk\""]
+        uuid = 'a\b'
+        readonly = true
+        table = '''
+        0 8 linear /srv/it\ is 0
+        8 8 zero'''
+        [device.plain]
+        table = "0 8 linear /srv/'''quotes 0"
+        [device.empty]
+        """
+    )
+    again = parsed(render_devices(config.devices))
+    assert [(d.name, d.uuid, d.read_only, d.specs) for d in again.devices] == [
+        (d.name, d.uuid, d.read_only, d.specs) for d in config.devices
+    ]
