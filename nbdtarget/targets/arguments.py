@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Words of table lines that several small targets share: numbers, and runs of a device.
+
+The kernel reads numbers in two ways, and so do we: `sscanf` takes digits only, `kstrtouint` a leading
+plus sign too. A number that the kernel would let wrap around is refused.
+
+One device may stand several times in one of these lines (two stripes of one disk, a delay with
+its own flush delay): it is opened once for each name, as `Runs` does.
+"""
+
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from nbdtarget.devices.base import Device
+from nbdtarget.errors import ConstructorError, ResolveError
+from nbdtarget.targets.base import TargetContext
+from nbdtarget.words import quote_word
+
+__all__ = [
+    "SECTOR",
+    "UINT32_MAX",
+    "Run",
+    "Runs",
+    "close_all",
+    "parse_sectors",
+    "parse_uint",
+    "parse_uint32",
+    "read_argument",
+]
+
+SECTOR: Final = 512
+SECTORS_MAX: Final = (1 << 63) // SECTOR
+UINT32_MAX: Final = (1 << 32) - 1
+
+
+def parse_uint(word: str, number_max: int) -> int | None:
+    """Parse digits, and nothing but digits; None if they are not, or say more than the max."""
+    if not (word.isascii() and word.isdecimal() and len(word) <= 20):
+        return None
+    number = int(word)
+    return number if number <= number_max else None
+
+
+def parse_sectors(word: str) -> int | None:
+    """Parse an offset in sectors, as `sscanf("%llu")` does."""
+    return parse_uint(word, SECTORS_MAX)
+
+
+def parse_uint32(word: str) -> int | None:
+    """Parse an unsigned 32-bit number, as `kstrtouint` does."""
+    return parse_uint(word.removeprefix("+"), UINT32_MAX)
+
+
+def read_argument(
+    word: str, number_min: int, number_max: int, reason: str, target: str
+) -> int:
+    """Parse a number within bounds, as `dm_read_arg` does. Raises: ConstructorError."""
+    number = parse_uint(word, number_max)
+    if number is None or number < number_min:
+        raise ConstructorError(reason, target=target)
+    return number
+
+
+class Run(NamedTuple):
+    """Where on a device something begins. `start` is bytes."""
+
+    device: Device
+    start: int
+
+    @property
+    def words(self) -> str:
+        """`<dev> <offset>`, as in a table line."""
+        return f"{quote_word(self.device.name)} {self.start // SECTOR}"
+
+
+class Runs:
+    """What one constructor opens; it closes all of it again if the constructor refuses.
+
+        async with Runs(ctx, "delay") as runs:
+            run = await runs.open(name, start_sectors, ctx.length)
+            …
+            return DelayTarget(ctx, run)
+
+    Whether every run fits is looked at when the block is left, after all words, as in the kernel.
+    Leaving it by an exception closes the devices, leaving it otherwise keeps them open.
+    Raises: ConstructorError, on the way out: a run does not fit.
+    """
+
+    def __init__(self, ctx: TargetContext, target: str) -> None:
+        self._ctx = ctx
+        self._target = target
+        self._opened: dict[str, Device] = {}
+        self._runs: list[tuple[str, Run, int]] = []
+
+    async def __aenter__(self) -> "Runs":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: object, trace: object
+    ) -> None:
+        misfit = self._maybe_misfit() if kind is None else None
+        if kind is not None or misfit is not None:
+            await close_all(self._ctx, self._opened.values())
+        if misfit is not None:
+            raise misfit
+
+    def _maybe_misfit(self) -> ConstructorError | None:
+        for name, (device, start), length in self._runs:
+            if start + length > device.size:
+                # The text of dm_table.c, which checks this for every target's devices.
+                return ConstructorError(
+                    f"{name} too small for target: start={start // SECTOR}, "
+                    f"len={length // SECTOR}, dev_size={device.size // SECTOR}",
+                    target=self._target,
+                )
+        return None
+
+    async def open(
+        self,
+        name: str,
+        start_sectors: int,
+        length: int,
+        reason: str = "Device lookup failed",
+    ) -> Run:
+        """Open the device called `name`, once, for `length` bytes from `start_sectors` on.
+
+        Raises: ConstructorError: with `reason` and why.
+        """
+        run = Run(await self.open_device(name, reason), start_sectors * SECTOR)
+        self._runs.append((name, run, length))
+        return run
+
+    async def open_device(
+        self, name: str, reason: str = "Device lookup failed"
+    ) -> Device:
+        """As `open`, of a device that is not looked at any closer."""
+        device = self._opened.get(name)
+        if device is None:
+            try:
+                device = await self._ctx.open_device(
+                    name, read_only=self._ctx.read_only
+                )
+            except ResolveError as error:
+                raise ConstructorError(
+                    f"{reason}: {error}", error.errno, self._target
+                ) from error
+            self._opened[name] = device
+        return device
+
+
+async def close_all(ctx: TargetContext, devices: Iterable[Device]) -> None:
+    """Close each device once, however often it is named."""
+    for device in dict.fromkeys(devices):
+        await ctx.close_device(device)
