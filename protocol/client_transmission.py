@@ -90,7 +90,7 @@ class Completion:
         message: what the server said about the error, or "".
         extents: BLOCK_STATUS without error: (length in bytes, flags) from `offset` on, none
             longer than the request, perhaps less than all of it. Of the first metadata
-            context that was negotiated.
+            context that was negotiated; at most `extents_max` of them.
         private: the caller's own.
     """
 
@@ -146,14 +146,22 @@ class Completion:
 class ClientTransmission:
     """One connection in transmission; see the module head.
 
+    Args:
+        extents_max: descriptors of one BLOCK_STATUS chunk that are taken, at least 2. What
+            comes behind them is dropped unread, as if the server had told less.
+
     Attributes:
         in_flight: cookie -> the request that waits for its reply.
         error: set once a ReplyError was raised, or `fail_all` called: no more requests.
         shutting_down: the server said ESHUTDOWN: send DISC when all is answered, and close.
     """
 
-    def __init__(self, negotiated: ClientNegotiated) -> None:
+    def __init__(
+        self, negotiated: ClientNegotiated, *, extents_max: int = EXTENTS_MAX
+    ) -> None:
+        assert extents_max >= 2, "REQ_ONE could not be checked"
         self.negotiated = negotiated
+        self.extents_max = extents_max
         self.structured = negotiated.structured
         self.context_ids = tuple(context_id for context_id, _ in negotiated.contexts)
         self.in_flight: dict[int, Completion] = {}
@@ -466,7 +474,8 @@ class ClientTransmission:
         if context_id not in self.context_ids or context_id in request.contexts:
             raise ReplyError(f"metadata context {context_id} unknown or given twice")
         request.contexts.add(context_id)
-        numbers = Struct(f">{len(payload) // 4 - 1}I").unpack_from(payload, 4)
+        nr_taken = min(len(payload) // 8, self.extents_max)
+        numbers = Struct(f">{2 * nr_taken}I").unpack_from(payload, 4)
         extents = list(zip(numbers[::2], numbers[1::2], strict=True))
         _check_extents(request, extents)
         if context_id == self.context_ids[0]:

@@ -21,6 +21,12 @@ What is negotiated, and forgotten again: structured replies stay once acknowledg
 contexts belong to the export name that SET_META_CONTEXT gave; each further one clears them
 before anything else, also when it fails, and a GO for another name leaves with none.
 
+Metadata contexts. An export offers a list of names; a context's id is its place in that list,
+from 1. LIST shows those that a query names, by its whole name or by its namespace alone
+(`base:`), and all of them if there is no query. SET selects by whole name only, as proto.md
+recommends: a namespace alone, an unknown one, or no query at all, select nothing. Both answer
+in the export's order, and each context once, however often it was asked for.
+
 Bounds. Only the payloads of options that are understood are buffered, to
 `option_length_max`; longer ones are swallowed and answered with ERR_TOO_BIG, and above
 `option_swallow_max` the connection ends. `options_max` ends a client that haggles without
@@ -96,10 +102,11 @@ from protocol.options import (
     encode_meta_context,
     encode_option_reply,
     encode_server,
+    is_context_name,
     is_export_name,
 )
 
-__all__ = ["ExportInfo", "Exports", "Negotiated", "ServerHandshake"]
+__all__ = ["CONTEXTS_MAX", "ExportInfo", "Exports", "Negotiated", "ServerHandshake"]
 
 # Enough for a GO that asks for every one of the 65 536 information types.
 OPTION_LENGTH_MAX: Final = 256 << 10
@@ -110,7 +117,7 @@ QUERIES_MAX: Final = 1024
 LIST_MAX: Final = 10_000
 OUTPUT_MAX: Final = 16 << 20
 
-BASE_ALLOCATION_ID: Final = 1  # any number would do: it is opaque to the client
+CONTEXTS_MAX: Final = 16  # metadata contexts that one export may offer
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +130,7 @@ class ExportInfo:
         flags: transmission flags. HAS_FLAGS is added, and SEND_DF where it may stand.
         description: for people; may be empty.
         block_size_min, block_size_preferred, payload_max: bytes, as advertised.
+        contexts: names of the metadata contexts that a client may select, each once.
     """
 
     name: str
@@ -132,6 +140,7 @@ class ExportInfo:
     block_size_min: int = BLOCK_SIZE_MIN_DEFAULT
     block_size_preferred: int = BLOCK_SIZE_PREFERRED_DEFAULT
     payload_max: int = PAYLOAD_MAX_DEFAULT
+    contexts: tuple[str, ...] = (BASE_ALLOCATION,)
 
     def __post_init__(self) -> None:
         minimum, preferred = self.block_size_min, self.block_size_preferred
@@ -146,6 +155,9 @@ class ExportInfo:
         assert (
             not self.flags & FLAG_SEND_FAST_ZERO or self.flags & FLAG_SEND_WRITE_ZEROES
         ), "SEND_FAST_ZERO without SEND_WRITE_ZEROES"
+        names = self.contexts
+        assert len(names) == len(set(names)) <= CONTEXTS_MAX, "contexts: many or twice"
+        assert all(map(is_context_name, names)), "context name cannot be sent"
 
 
 class Exports(Protocol):
@@ -165,7 +177,7 @@ class Negotiated:
     """What a handshake led to.
 
     Args:
-        contexts: (context id, name) of each metadata context selected.
+        contexts: (context id, name) of each metadata context selected, in the export's order.
     """
 
     export: ExportInfo
@@ -418,28 +430,33 @@ class ServerHandshake:
         self._reply(OPT_STRUCTURED_REPLY, REP_ACK)
 
     def _handle_list_meta_context(self, data: bytes) -> None:
-        _, queries = self._meta_context_request(data)
-        if not queries or b"base:" in queries or BASE_ALLOCATION.encode() in queries:
-            context = encode_meta_context(0, BASE_ALLOCATION)
-            self._reply(OPT_LIST_META_CONTEXT, REP_META_CONTEXT, context)
+        _, export, queries = self._meta_context_request(data)
+        for name in export.contexts:
+            namespace = name[: name.index(":") + 1]
+            if not queries or {name.encode(), namespace.encode()} & queries:
+                context = encode_meta_context(0, name)
+                self._reply(OPT_LIST_META_CONTEXT, REP_META_CONTEXT, context)
         self._reply(OPT_LIST_META_CONTEXT, REP_ACK)
 
     def _handle_set_meta_context(self, data: bytes) -> None:
-        name, queries = self._meta_context_request(data)
-        # Unknown namespaces, unknown leaves and the wildcard "base:" select nothing.
-        if BASE_ALLOCATION.encode() in queries:
-            context = encode_meta_context(BASE_ALLOCATION_ID, BASE_ALLOCATION)
-            self._reply(OPT_SET_META_CONTEXT, REP_META_CONTEXT, context)
-            self._contexts = ((BASE_ALLOCATION_ID, BASE_ALLOCATION),)
-            self._contexts_name = name
+        name, export, queries = self._meta_context_request(data)
+        # Unknown namespaces, unknown leaves and wildcards select nothing.
+        self._contexts_name = name
+        self._contexts = tuple(
+            (context_id, context)
+            for context_id, context in enumerate(export.contexts, 1)
+            if context.encode() in queries
+        )
+        for context_id, context in self._contexts:
+            selected = encode_meta_context(context_id, context)
+            self._reply(OPT_SET_META_CONTEXT, REP_META_CONTEXT, selected)
         self._reply(OPT_SET_META_CONTEXT, REP_ACK)
 
-    def _meta_context_request(self, data: bytes) -> tuple[str, list[bytes]]:
+    def _meta_context_request(self, data: bytes) -> tuple[str, ExportInfo, set[bytes]]:
         if not self.structured:
             raise OptionError(REP_ERR_INVALID, "needs STRUCTURED_REPLY first")
         name, queries = decode_meta_context_request(data, self.queries_max)
-        self._lookup(name)
-        return name, queries
+        return name, self._lookup(name), set(queries)
 
     # Ends.
 

@@ -43,6 +43,7 @@ __all__ = [
     "encode_option",
     "encode_option_reply",
     "encode_server",
+    "is_context_name",
     "is_export_name",
     "printable",
 ]
@@ -82,6 +83,17 @@ def is_export_name(name: str) -> bool:
         UnicodeEncodeError
     ):  # a lone surrogate, from a command line that is not UTF-8
         return False
+
+
+def is_context_name(name: str) -> bool:
+    """Tell whether `name` is a metadata context's: a namespace, a colon and a leaf."""
+    namespace, _, leaf = name.partition(":")
+    return (
+        bool(namespace and leaf)
+        and namespace.isprintable()
+        and " " not in namespace
+        and is_export_name(name)
+    )
 
 
 def decode_name(data: bytes) -> str:

@@ -141,7 +141,8 @@ class ServerTransmission:
         align_mask: minimum block size - 1: bits that offset and length must not have.
         payload_max: bytes of one READ or WRITE.
         structured: READ is answered with structured replies only.
-        context_id: of base:allocation, or None.
+        contexts: (id, name) of the metadata contexts; BLOCK_STATUS is answered with one chunk
+            for each.
     """
 
     def __init__(
@@ -152,7 +153,6 @@ class ServerTransmission:
         self.read_only = bool(flags & FLAG_READ_ONLY)
         self.structured = negotiated.structured
         self.contexts = negotiated.contexts
-        self.context_id = negotiated.contexts[0][0] if negotiated.contexts else None
         self.payload_max = payload_max
         self.align_mask = negotiated.export.block_size_min - 1
         self.flags_allowed = self._flags_allowed(flags)
@@ -376,7 +376,11 @@ def error_chunk(
 def block_status(
     cookie: int, context_id: int, extents: Iterable[tuple[int, int]], done: bool
 ) -> bytes:
-    """Encode a BLOCK_STATUS chunk.
+    """Encode a BLOCK_STATUS chunk: what one metadata context says.
+
+    A reply has exactly one for each context that was negotiated, in any order, and `done` in
+    the last one only. They need not describe equally many bytes. If one context cannot be
+    told, the reply is an error chunk alone.
 
     Args:
         extents: (length in bytes, flags), as `clip_extents` returns them: at least one.
@@ -434,7 +438,7 @@ def clip_extents(
     Equal neighbours are merged, empty ones dropped, and the last is cut at `length`, so no
     length exceeds 32 bits. At most 2**20 are returned (`req_one`: one), and at least one: if
     `extents` has none, the whole range is data, which is always a safe answer. `extents` is
-    iterated no further than needed.
+    iterated no further than needed, and may describe less than the range: so does the answer.
     """
     assert 0 < length < 1 << 32
     extents_max = 1 if req_one else EXTENTS_MAX

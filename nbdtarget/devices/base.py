@@ -19,12 +19,19 @@ device **latches**: the kernel may have dropped the dirty pages, so a later flus
 "succeeds" would prove nothing. A latched device fails each FLUSH and FUA with EIO until it is
 opened again.
 
+Extents. `extents` says where a device has data and where zeroes; `context_extents` says what
+else it knows about its ranges, under a name in `contexts` (a clone: "hydration"), with flags
+that the one who has the name defines. Flags 0 always mean "nothing special here, as on any
+plain disk": that is what a device says that does not know the name, so a stack can be asked
+whatever stands in it now. Both may answer for **less** than was asked, when the rest would
+take too long to find or too much room to tell; who wants the rest asks again from there.
+
 Context: everything here runs on the event loop's thread.
 """
 
 import asyncio
 import errno as errnos
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from nbdtarget.bio import (
     FUA,
@@ -40,7 +47,19 @@ from nbdtarget.bio import (
 )
 from nbdtarget.errors import DeviceError
 
-__all__ = ["EXTENT_DATA", "EXTENT_HOLE", "EXTENT_ZERO", "Device", "Extent"]
+__all__ = [
+    "EXTENTS_MAX",
+    "EXTENT_DATA",
+    "EXTENT_HOLE",
+    "EXTENT_ZERO",
+    "Device",
+    "Extent",
+    "append_extent",
+]
+
+EXTENTS_MAX: Final = (
+    4096  # one answer has hardly more; then it is for less than was asked
+)
 
 EXTENT_DATA = 0
 EXTENT_HOLE = 1  # not allocated: writing there may fail with ENOSPC
@@ -48,10 +67,18 @@ EXTENT_ZERO = 2  # reads as zeroes
 
 
 class Extent(NamedTuple):
-    """A run of bytes in one state: EXTENT_HOLE and EXTENT_ZERO, or'ed."""
+    """A run of bytes in one state. `extents`: EXTENT_HOLE and EXTENT_ZERO, or'ed."""
 
     length: int
     flags: int
+
+
+def append_extent(found: list[Extent], length: int, flags: int) -> None:
+    """Append a run, or lengthen the last one if it is in the same state."""
+    if found and found[-1].flags == flags:
+        found[-1] = Extent(found[-1].length + length, flags)
+    else:
+        found.append(Extent(length, flags))
 
 
 class Device:
@@ -138,12 +165,26 @@ class Device:
         await self._io(Bio(OP_CACHE, offset, length, None, 0, _ended))
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        """Describe the range: at least one extent, lengths that sum to `length`.
+        """Describe the range: at least one extent, none of no bytes, together at most `length`.
 
         A device that does not know says data, which is always a safe answer.
         Raises: DeviceError.
         """
         return [Extent(length, EXTENT_DATA)]
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """What `context_extents` can tell about now, by name."""
+        return ()
+
+    async def context_extents(
+        self, context: str, offset: int, length: int
+    ) -> list[Extent]:
+        """As `extents`, for what goes by the name of `context`; flags 0 if nothing does.
+
+        Raises: DeviceError.
+        """
+        return [Extent(length, 0)]
 
     async def _io(self, bio: Bio) -> None:
         loop = asyncio.get_running_loop()

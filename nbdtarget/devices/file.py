@@ -101,7 +101,7 @@ WRITE_SLOW_NS: Final = 2_000_000
 WATCHED_WRITES: Final = 256
 BACKOFF_NS_MIN: Final = 1_000_000_000
 BACKOFF_NS_MAX: Final = 30_000_000_000
-EXTENTS_MAX: Final = 1024  # one call finds at most so many; the rest is called data
+EXTENTS_MAX: Final = 1024  # one call finds at most so many; each costs a system call
 ZEROES: Final = bytes(1 << 20)  # what zeroes are written from, piece by piece
 
 # Failures of a write that do not latch: it was refused before anything was lost, for want of
@@ -584,7 +584,7 @@ class FileDevice(Device):
                     break  # punched between the two calls: call the rest data
                 found.append(Extent(hole - at, EXTENT_DATA))
                 at = hole
-        if at < end:
+        if at < end and len(found) < EXTENTS_MAX:
             found.append(Extent(end - at, EXTENT_DATA))
         return 0
 

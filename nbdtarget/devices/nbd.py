@@ -11,7 +11,8 @@ with the server; what is beyond waits its turn in a queue whose length the submi
     DISCARD        TRIM, or nothing
     WRITE_ZEROES   WRITE_ZEROES, or WRITE of zeroes in pieces
     CACHE          CACHE, or nothing
-    extents        BLOCK_STATUS of base:allocation, or data
+    extents        BLOCK_STATUS of base:allocation, or data; no other metadata context is
+                   asked for, whatever the server may offer
 
 *Alignment.* A server with a minimum block size gets only whole blocks. A READ is widened into
 a buffer of its own. A write that begins or ends inside a block needs what the rest of that
@@ -47,7 +48,15 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
-from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Device, Extent
+from nbdtarget.devices.base import (
+    EXTENT_DATA,
+    EXTENT_HOLE,
+    EXTENT_ZERO,
+    EXTENTS_MAX,
+    Device,
+    Extent,
+    append_extent,
+)
 from nbdtarget.devices.nbd_connection import NbdConnection, connect
 from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
 from nbdtarget.errors import DeviceError, ResolveError
@@ -62,7 +71,9 @@ CONNECTIONS_MAX: Final = 4
 IN_FLIGHT_MAX: Final = 64  # requests, over all connections
 PIECE_MAX: Final = 4 << 20  # bytes of payload in one request
 RANGE_MAX: Final = 1 << 30  # bytes of a request that carries no payload
-EXTENTS_MAX: Final = 4096  # one call returns at most so many; the rest is called data
+STATUS_RANGE_MIN: Final = (
+    1 << 20
+)  # bytes of a BLOCK_STATUS, where a server tells too much
 
 _COMMANDS: Final = (
     consts.CMD_READ,
@@ -114,6 +125,7 @@ class NbdDevice(Device):
         self._has_fua = bool(flags & consts.FLAG_SEND_FUA)
         self._has_cache = bool(flags & consts.FLAG_SEND_CACHE)
         self._has_status = bool(negotiated.contexts)
+        self._status_range = RANGE_MAX
         self.logical_block_size = max(512, self._block)
         payload_max = negotiated.payload_max // self._block * self._block
         self._piece_max = min(PIECE_MAX, payload_max)
@@ -171,17 +183,19 @@ class NbdDevice(Device):
         while self._has_status and at < end and len(found) < EXTENTS_MAX:
             begin = at // self._block * self._block
             asked = -(-end // self._block) * self._block - begin
-            runs = await self._block_status(begin, min(asked, RANGE_MAX))
+            runs = await self._block_status(begin, min(asked, self._status_range))
             # Not even to `at`: the server cuts its own blocks, and would do so for ever.
             if not runs or sum(run for run, _ in runs) <= at - begin:
                 break
             for run, flags in runs:
                 begin += run
                 if begin > at:
-                    _add_extent(found, min(begin, end) - at, flags & _EXTENT_FLAGS)
+                    append_extent(found, min(begin, end) - at, flags & _EXTENT_FLAGS)
                     at = min(begin, end)
-        if at < end or not found:
-            _add_extent(found, end - at, EXTENT_DATA)
+                if len(found) > EXTENTS_MAX:
+                    break
+        if not found:
+            found.append(Extent(length, EXTENT_DATA))
         return found
 
     # -- requests -------------------------------------------------------------------------
@@ -445,7 +459,14 @@ class NbdDevice(Device):
         if status or completion is None:
             logger.info("%s: no block status: errno %d", self.name, status)
             return None
-        return completion.extents
+        runs = completion.extents
+        assert runs is not None
+        # What is cut off was sent for nothing: where blocks are small, ask for less.
+        if len(runs) >= EXTENTS_MAX:
+            self._status_range = max(self._status_range // 16, STATUS_RANGE_MIN)
+        else:
+            self._status_range = min(self._status_range * 2, RANGE_MAX)
+        return runs
 
     # -- loss -----------------------------------------------------------------------------
 
@@ -516,14 +537,6 @@ def _check(name: str, negotiated: ClientNegotiated, *, read_only: bool) -> None:
 def _zero_flags(flags: int) -> int:
     wire = consts.CMD_FLAG_NO_HOLE if flags & NO_UNMAP else 0
     return wire | (consts.CMD_FLAG_FAST_ZERO if flags & FAST_ZERO else 0)
-
-
-def _add_extent(found: list[Extent], length: int, flags: int) -> None:
-    """Append a run, or lengthen the last one."""
-    if found and found[-1].flags == flags:
-        found[-1] = Extent(found[-1].length + length, flags)
-    else:
-        found.append(Extent(length, flags))
 
 
 def _no_endio(_: Bio) -> None:

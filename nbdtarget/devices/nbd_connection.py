@@ -22,6 +22,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from nbdtarget.devices.base import EXTENTS_MAX
 from nbdtarget.devices.nbd_uri import NbdUri
 from nbdtarget.errors import ResolveError
 from protocol.client import (
@@ -65,7 +66,9 @@ class NbdConnection:
         self._sock = sock
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
-        self._transmission = ClientTransmission(handshake.negotiated)
+        self._transmission = ClientTransmission(
+            handshake.negotiated, extents_max=EXTENTS_MAX
+        )
         self._trailing = handshake.trailing_data()
         self._out: list[bytes | memoryview] = []
         self._send_is_due = False

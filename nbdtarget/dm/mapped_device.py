@@ -46,7 +46,7 @@ queue behind them, so that a suspend that waits for a slow disk can be looked at
 import asyncio
 import errno as errnos
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import Final
 
@@ -62,7 +62,7 @@ from nbdtarget.bio import (
     split_bio,
 )
 from nbdtarget.clock import Clock
-from nbdtarget.devices.base import Device, Extent
+from nbdtarget.devices.base import EXTENTS_MAX, Device, Extent, append_extent
 from nbdtarget.dm.table import SECTOR, Table
 from nbdtarget.errors import DeviceError, TableError
 from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target
@@ -78,6 +78,8 @@ ZERO_BYTES_MAX: Final = (
 ZERO_WRITES_MAX: Final = 4  # how many of them at a time
 
 _ZEROES: Final = memoryview(bytes(ZERO_BYTES_MAX))
+
+_Ask = Callable[[Target, int, int], Awaitable[list[Extent]]]
 
 
 class State(Enum):
@@ -537,23 +539,45 @@ class MappedDevice(Device):
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As `Device.extents`; waits while the device is suspended and may be resumed."""
+        return await self._describe("extents", offset, length, _ask_extents)
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Those of every target of the live table; the others say 0 for their ranges."""
+        if self.active is None:
+            return ()
+        names = (name for target in self.active.targets for name in target.contexts)
+        return tuple(dict.fromkeys(names))
+
+    async def context_extents(
+        self, context: str, offset: int, length: int
+    ) -> list[Extent]:
+        """As `Device.context_extents`; waits as `extents` does."""
+
+        def ask(target: Target, at: int, part: int) -> Awaitable[list[Extent]]:
+            return target.context_extents(context, at, part)
+
+        return await self._describe(context, offset, length, ask)
+
+    async def _describe(
+        self, op: str, offset: int, length: int, ask: _Ask
+    ) -> list[Extent]:
         while not self._running.is_set():
             await self._running.wait()
         table = self.active
         if self.state is not State.ACTIVE or table is None or table.failed:
-            raise DeviceError(errnos.EIO, self.name, "extents", offset, length)
+            raise DeviceError(errnos.EIO, self.name, op, offset, length)
         if offset + length > table.size:
-            raise DeviceError(errnos.EINVAL, self.name, "extents", offset, length)
+            raise DeviceError(errnos.EINVAL, self.name, op, offset, length)
         answer: list[Extent] = []
         with table.use():
             for target, part in table.runs(offset, length):
-                for extent in await target.extents(offset, part):
-                    if answer and answer[-1].flags == extent.flags:
-                        extent = Extent(
-                            answer.pop().length + extent.length, extent.flags
-                        )
-                    answer.append(extent)
-                offset += part
+                end = offset + part
+                for extent in await ask(target, offset, part):
+                    append_extent(answer, *extent)
+                    offset += extent.length
+                if offset < end or len(answer) >= EXTENTS_MAX:
+                    break  # the target told less than it was asked, or this is enough
         return answer
 
     # ---- events ----
@@ -582,6 +606,10 @@ class MappedDevice(Device):
                 if waiter in self._event_waiters:
                     self._event_waiters.remove(waiter)
         return self.event_nr
+
+
+def _ask_extents(target: Target, offset: int, length: int) -> Awaitable[list[Extent]]:
+    return target.extents(offset, length)
 
 
 def _no_target(bio: Bio) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from nbdtarget.devices.base import Device
+from nbdtarget.server.block_status import context_names
 from protocol.consts import (
     FLAG_CAN_MULTI_CONN,
     FLAG_READ_ONLY,
@@ -86,4 +87,5 @@ class DirectoryExports:
             size=device.size,
             flags=transmission_flags(device),
             description=description,
+            contexts=context_names(device),
         )

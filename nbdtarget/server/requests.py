@@ -55,6 +55,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError
+from nbdtarget.server.block_status import describe
 from nbdtarget.server.output import HEADER_ROOM, Output
 from nbdtarget.server.shared import Host, Shared
 from nbdtarget.server.zeroes import is_zero
@@ -89,8 +90,6 @@ from protocol.transmission import (
     PAYLOAD_ACCEPT,
     PAYLOAD_DISCONNECT,
     ServerTransmission,
-    block_status,
-    clip_extents,
     error_chunk,
     none_chunk,
     offset_hole,
@@ -579,20 +578,18 @@ class Requests:
     async def _block_status(
         self, flags: int, cookie: int, offset: int, length: int
     ) -> None:
-        device, context_id = self._device, self._transmission.context_id
-        assert device is not None
-        assert context_id is not None
+        device, contexts = self._device, self._transmission.contexts
         status = 0
         reply = b""
         try:
-            found = await device.extents(offset, length)
             req_one = bool(flags & CMD_FLAG_REQ_ONE)
-            clipped = clip_extents(found, length, req_one=req_one)
-            reply = block_status(cookie, context_id, clipped, done=True)
+            reply = await describe(
+                device, contexts, cookie, offset, length, req_one=req_one
+            )
         except DeviceError as error:
             status = error.errno
         except Exception:
-            logger.exception("%s: %s: extents failed", self._host.peer, device.name)
+            logger.exception("%s: %s: block status", self._host.peer, device.name)
             status = errnos.EIO
         self.nr_requests -= 1
         if not self._host.is_closed:

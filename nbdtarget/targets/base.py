@@ -152,6 +152,17 @@ class Target:
         """As `Device.extents`, offset relative to the mapped device."""
         return [Extent(length, 0)]
 
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """As `Device.contexts`. A target that only passes bios on has those of what lies below."""
+        return ()
+
+    async def context_extents(
+        self, context: str, offset: int, length: int
+    ) -> list[Extent]:
+        """As `Device.context_extents`, offset relative to the mapped device."""
+        return [Extent(length, 0)]
+
     def iterate_devices(self) -> Iterable[Device]:
         """The devices below."""
         return ()

@@ -84,6 +84,11 @@ class Prison:
             cell.begin < end and begin < cell.end for cell in self._waiting
         )
 
+    def held(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """The parts of the range that somebody holds now, in order."""
+        cells = self._held_overlapping(begin, end)
+        return [(max(cell.begin, begin), min(cell.end, end)) for cell in cells]
+
     def maybe_clear_run(self, begin: int, end: int) -> tuple[int, int] | None:
         """Return the first part of the range that nobody holds or waits for, or None."""
         busy = [(c.begin, c.end) for c in self._held_overlapping(begin, end)]

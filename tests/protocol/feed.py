@@ -62,21 +62,23 @@ class OneExport:
         return iter(self.listed)
 
 
-def server(**kwargs: int) -> ServerHandshake:
+def server(export: ExportInfo = DISK, /, **kwargs: int) -> ServerHandshake:
     """Return a server that has sent its greeting."""
-    handshake = ServerHandshake(OneExport(), **kwargs)
+    handshake = ServerHandshake(OneExport(export), **kwargs)
     handshake.data_to_send()
     return handshake
 
 
-def feed_server(data: bytes, **kwargs: int) -> tuple[ServerHandshake, bytes]:
+def feed_server(
+    data: bytes, export: ExportInfo = DISK, /, **kwargs: int
+) -> tuple[ServerHandshake, bytes]:
     """Feed client flags and `data` in all three ways; return the server and what it sent."""
     stream = NEW_CLIENT + data
-    whole = server(**kwargs)
+    whole = server(export, **kwargs)
     whole.receive_data(stream)
     sent = b"".join(whole.data_to_send())
 
-    slow = server(**kwargs)
+    slow = server(export, **kwargs)
     slow_sent = b""
     for i in range(len(stream)):
         slow.receive_data(stream[i : i + 1])
@@ -86,7 +88,7 @@ def feed_server(data: bytes, **kwargs: int) -> tuple[ServerHandshake, bytes]:
     assert slow.closed == whole.closed
     assert str(slow.error) == str(whole.error)
 
-    trailed = server(**kwargs)
+    trailed = server(export, **kwargs)
     trailed.receive_data(memoryview(stream + GARBAGE))
     assert b"".join(trailed.data_to_send()).startswith(sent)
     assert trailed.negotiated == whole.negotiated

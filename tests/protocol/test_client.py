@@ -74,8 +74,8 @@ class Disk:
         if command == CMD_BLOCK_STATUS:
             req_one = bool(flags & CMD_FLAG_REQ_ONE)
             extents = clip_extents([(512, 0), (MIB, 3)], length, req_one=req_one)
-            assert self.transmission.context_id is not None
-            return block_status(cookie, self.transmission.context_id, extents, True)
+            [(context_id, _)] = self.transmission.contexts
+            return block_status(cookie, context_id, extents, True)
         if command == CMD_WRITE:
             self.content[offset : offset + length] = payload
         elif command == CMD_WRITE_ZEROES:

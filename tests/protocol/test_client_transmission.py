@@ -272,6 +272,14 @@ def test_block_status_larger_than_the_scratch() -> None:
     assert completion.extents == extents
 
 
+def test_block_status_beyond_what_is_taken_is_dropped() -> None:
+    transmission = ClientTransmission(STRUCTURED, extents_max=2)
+    transmission.request(CMD_BLOCK_STATUS, 0, 3, 0, 4096)
+    extents = [(512, 3), (512, 0), (512, 3), (0, 0)]
+    [completion] = transmission.receive_data(block_status(3, 1, extents, True))
+    assert completion.extents == [(512, 3), (512, 0)]
+
+
 NONE = REPLY_TYPE_NONE
 DONE = REPLY_FLAG_DONE
 ERROR = REPLY_TYPE_ERROR

@@ -2,6 +2,7 @@
 """The server's handshake, option by option."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ from protocol.consts import (
     U16,
     U32,
 )
-from protocol.handshake import ExportInfo, ServerHandshake
+from protocol.handshake import CONTEXTS_MAX, ExportInfo, ServerHandshake
 from protocol.options import (
     encode_info_request,
     encode_meta_context_request,
@@ -253,6 +254,92 @@ def test_meta_context_is_selected() -> None:
     handshake, _ = feed_server(STRUCTURED + SET + GO)
     assert handshake.negotiated is not None
     assert handshake.negotiated.contexts == ((1, "base:allocation"),)
+
+
+BASE, HYDRATION, CACHE = "base:allocation", "x-nbdtarget:hydration", "x-nbdtarget:cache"
+RICH = replace(DISK, contexts=(BASE, HYDRATION, CACHE))
+
+
+def contexts_answered(option: int, queries: list[str]) -> list[tuple[int, str]]:
+    """(id, name) of each META_CONTEXT reply, which an ACK must follow."""
+    data = encode_meta_context_request("disk", queries)
+    _, sent = feed_server(STRUCTURED + encode_option(option, data), RICH)
+    *contexts, last = replies(sent)[1:]
+    assert last == (option, REP_ACK, b"")
+    assert {rep for _, rep, _ in contexts} <= {REP_META_CONTEXT}
+    return [
+        (U32.unpack_from(payload)[0], payload[4:].decode())
+        for _, _, payload in contexts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("queries", "listed"),
+    [
+        ([], [BASE, HYDRATION, CACHE]),
+        (["base:"], [BASE]),
+        (["x-nbdtarget:"], [HYDRATION, CACHE]),
+        (["x-nbdtarget:", HYDRATION, "base:", BASE], [BASE, HYDRATION, CACHE]),
+        ([CACHE, BASE, CACHE], [BASE, CACHE]),
+        (["x-nbdtarget", "x-:", "qemu:", "", ":", "x-nbdtarget:hydr"], []),
+    ],
+)
+def test_meta_contexts_of_several_are_listed(
+    queries: list[str], listed: list[str]
+) -> None:
+    answered = contexts_answered(OPT_LIST_META_CONTEXT, queries)
+    assert answered == [(0, name) for name in listed]
+
+
+@pytest.mark.parametrize(
+    ("queries", "selected"),
+    [
+        ([], []),
+        (["base:", "x-nbdtarget:"], []),
+        ([HYDRATION], [(2, HYDRATION)]),
+        ([CACHE, "nonsense", CACHE, BASE, "qemu:x"], [(1, BASE), (3, CACHE)]),
+        ([HYDRATION, CACHE, BASE], [(1, BASE), (2, HYDRATION), (3, CACHE)]),
+    ],
+)
+def test_meta_contexts_of_several_are_selected(
+    queries: list[str], selected: list[tuple[int, str]]
+) -> None:
+    assert contexts_answered(OPT_SET_META_CONTEXT, queries) == selected
+    data = encode_meta_context_request("disk", queries)
+    set_option = encode_option(OPT_SET_META_CONTEXT, data)
+    handshake, _ = feed_server(STRUCTURED + set_option + GO, RICH)
+    assert handshake.negotiated is not None
+    assert handshake.negotiated.contexts == tuple(selected)
+
+
+def test_query_that_is_not_utf8_names_nothing() -> None:
+    data = encode_meta_context_request("disk", ["??"]).replace(b"??", b"\xff\xfe")
+    for option in (OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT):
+        sent = ask(STRUCTURED, encode_option(option, data))
+        assert sent[1:] == [(option, REP_ACK)]
+
+
+@pytest.mark.parametrize(
+    "contexts",
+    [
+        (BASE, BASE),
+        ("leaf",),
+        (":leaf",),
+        ("space:",),
+        ("name space:leaf",),
+        ("name\nspace:leaf",),
+        ("x-y:\0",),
+        tuple(f"x-y:{nr}" for nr in range(CONTEXTS_MAX + 1)),
+    ],
+)
+def test_contexts_that_can_not_be_offered_are_a_bug(contexts: tuple[str, ...]) -> None:
+    with pytest.raises(AssertionError, match="context"):
+        replace(DISK, contexts=contexts)
+
+
+def test_export_may_offer_no_context() -> None:
+    _, sent = feed_server(STRUCTURED + SET + GO, replace(DISK, contexts=()))
+    assert REP_META_CONTEXT not in [rep for _, rep, _ in replies(sent)]
 
 
 def test_bad_magic_closes() -> None:

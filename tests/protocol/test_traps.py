@@ -545,6 +545,22 @@ def test_trap_32_block_status_without_contexts_is_served() -> None:
     )
 
 
+def test_trap_32_done_is_on_each_context_s_chunk() -> None:
+    contexts = ((1, "base:allocation"), (2, "x-y:z"))
+    negotiated = replace(STRUCTURED, contexts=contexts)
+    transmission = client(negotiated, [(CMD_BLOCK_STATUS, 0, 3, 0, 4096)])
+    first = block_status(3, 1, [(4096, 0)], False)
+    assert transmission.receive_data(first) == []
+    # The second context may describe less than the first, or more.
+    [completion] = transmission.receive_data(block_status(3, 2, [(512, 9)], True))
+    assert completion.extents == [(4096, 0)]
+
+
+def test_trap_32_short_description_is_filled_up() -> None:
+    assert clip_extents([(512, 3)], 4096, req_one=False) == [(512, 3)]
+    assert clip_extents([(512, 3)], 4096, req_one=True) == [(512, 3)]
+
+
 def test_trap_33_unknown_space_is_reported_as_a_hole() -> None:
     assert clip_extents([], 4096, req_one=False) == [(4096, 0)]
 

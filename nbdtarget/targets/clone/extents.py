@@ -1,37 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clone says about its own extents.
+"""What a clone says about its ranges: where zeroes are, and where hydration stands.
 
-Hydrated regions are what the destination says. For the others, whether they read as zeroes is up to
-the source, and whether a write may find no room is up to the destination. A HOLE is reported
-only together with ZERO: widely used clients take "hole, but not zero" for "nothing there" and skip
-the data.
+*Extents* (on the wire `base:allocation`). Hydrated regions are what the destination says. For
+the others, whether they read as zeroes is up to the source, and whether a write may find no
+room is up to the destination. A HOLE is reported only together with ZERO: widely used clients
+take "hole, but not zero" for "nothing there" and skip the data.
+
+*Hydration* (on the wire `x-nbdtarget:hydration`). Two bits, so three values:
+
+    0  hydrated: the destination is read; so is every range that is not part of a clone
+    1  HYDRATION_SOURCE: the source is read
+    3  HYDRATION_SOURCE | HYDRATION_ACTIVE: the source is read, and the region is being copied
+       or overwritten now
+
+Zero is the state in which nothing is left to do. So it stays true after the clone's place was
+taken by a table without one, and for clients that ask on: to them the disk is hydrated. It is
+the live bitmap that is told, changes that are not committed included: what a read would see,
+not what a power cut would leave.
+
+Bounds. One answer describes at most `RUNS_MAX` runs of regions, and is for less than was asked
+if there are more: a few milliseconds, however the bits lie.
 """
 
+import errno as errnos
 from collections.abc import Sequence
 from typing import Final
 
-from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Extent
+from nbdtarget.devices.base import (
+    EXTENT_DATA,
+    EXTENT_HOLE,
+    EXTENT_ZERO,
+    Extent,
+    append_extent,
+)
+from nbdtarget.errors import DeviceError
 from nbdtarget.targets.clone.regions import Regions
 
-__all__ = ["RUNS_MAX", "clone_extents"]
+__all__ = [
+    "HYDRATION",
+    "HYDRATION_ACTIVE",
+    "HYDRATION_SOURCE",
+    "RUNS_MAX",
+    "clone_extents",
+    "hydration_extents",
+]
 
-RUNS_MAX: Final = 4096  # runs of regions described one by one; what follows is data
+HYDRATION: Final = "hydration"  # the name of the metadata context
+HYDRATION_SOURCE: Final = 1
+HYDRATION_ACTIVE: Final = 2
+
+RUNS_MAX: Final = 1024  # runs of regions in one state that one answer describes
 
 Run = tuple[int, bool]  # bytes, hydrated
 
 
 async def clone_extents(regions: Regions, offset: int, length: int) -> list[Extent]:
-    """Describe a range, offset relative to the target. Raises: DeviceError."""
+    """Describe a range, offset relative to the target, or its beginning.
+
+    Raises: DeviceError.
+    """
+    if regions.has_failed:
+        return [Extent(length, EXTENT_DATA)]
     runs = _runs(regions, offset, offset + length)
     described = sum(run_length for run_length, _ in runs)
     below = await regions.destination.extents(offset, described)
     above: Sequence[Extent] = [Extent(described, EXTENT_DATA)]
     if not all(hydrated for _, hydrated in runs):
         above = await regions.source.extents(offset, described)
-    extents = _combined(runs, _Cursor(above), _Cursor(below))
-    if described < length:
-        extents.append(Extent(length - described, EXTENT_DATA))
-    return _joined(extents)
+    return _combined(runs, _Cursor(above), _Cursor(below))
+
+
+def hydration_extents(regions: Regions, offset: int, length: int) -> list[Extent]:
+    """Describe how far a range is hydrated, or its beginning; offset as above.
+
+    Raises: DeviceError: the metadata have failed, and nobody can know.
+    """
+    if regions.has_failed:
+        name = regions.committer.name
+        raise DeviceError(errnos.EIO, name, HYDRATION, offset, length)
+    shift, end = regions.shift, offset + length
+    found: list[Extent] = []
+
+    def describe(until: int, flags: int) -> None:
+        nonlocal offset
+        stop = min(until << shift, end)
+        append_extent(found, stop - offset, flags)
+        offset = stop
+
+    last = ((end - 1) >> shift) + 1
+    for at, run_end, hydrated in regions.metadata.runs(offset >> shift, last):
+        if hydrated:
+            describe(run_end, 0)
+            continue
+        for begin, stop in regions.prison.held(at, run_end):
+            if begin > at:
+                describe(begin, HYDRATION_SOURCE)
+            describe(stop, HYDRATION_SOURCE | HYDRATION_ACTIVE)
+            at = stop
+        if at < run_end:
+            describe(run_end, HYDRATION_SOURCE)
+        if len(found) >= RUNS_MAX:
+            break
+    return found
 
 
 def _runs(regions: Regions, offset: int, end: int) -> list[Run]:
@@ -51,7 +121,7 @@ class _Cursor:
     """A place in a description.
 
     Attributes:
-        left: bytes to the end of the extent that we are in.
+        left: bytes to the end of the extent that we are in; 0: the description has ended.
         flags: that extent's.
     """
 
@@ -67,26 +137,19 @@ class _Cursor:
 
 
 def _combined(runs: list[Run], source: _Cursor, destination: _Cursor) -> list[Extent]:
-    extents = []
+    """What the runs are, as far as both descriptions go."""
+    extents: list[Extent] = []
     for left, hydrated in runs:
         while left:
             length = min(left, source.left, destination.left)
+            if not length:
+                return extents
             flags = destination.flags
             if not hydrated:
                 zero = source.flags & EXTENT_ZERO
                 flags = zero | flags & EXTENT_HOLE if zero else EXTENT_DATA
-            extents.append(Extent(length, flags))
+            append_extent(extents, length, flags)
             source.advance(length)
             destination.advance(length)
             left -= length
     return extents
-
-
-def _joined(extents: list[Extent]) -> list[Extent]:
-    joined: list[Extent] = []
-    for extent in extents:
-        if joined and joined[-1].flags == extent.flags:
-            joined[-1] = Extent(joined[-1].length + extent.length, extent.flags)
-        else:
-            joined.append(extent)
-    return joined

@@ -51,8 +51,8 @@ class Holes:
             self._pieces = [(offset, offset + length, False)]
         else:
             self._pieces = _pieces(offset, extents[:EXTENTS_MAX])
+            length = self._pieces[-1][1] - offset  # the source may tell less
             if len(extents) > EXTENTS_MAX:
-                length = self._pieces[-1][1] - offset
                 self._window_bytes = max(WINDOW_BYTES_MIN, self._window_bytes // 4)
             else:
                 self._window_bytes = min(WINDOW_BYTES_MAX, self._window_bytes * 4)

@@ -71,7 +71,11 @@ from nbdtarget.devices.base import Device, Extent
 from nbdtarget.errors import TableError
 from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target, TargetContext
 from nbdtarget.targets.clone.constructor import Parts, construct
-from nbdtarget.targets.clone.extents import clone_extents
+from nbdtarget.targets.clone.extents import (
+    HYDRATION,
+    clone_extents,
+    hydration_extents,
+)
 from nbdtarget.targets.clone.foreground import Foreground
 from nbdtarget.targets.clone.hydration import Hydration
 from nbdtarget.targets.clone.regions import Regions
@@ -347,9 +351,18 @@ class CloneTarget(Target):
         return None
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        if self._has_failed:
-            return [Extent(length, 0)]
         return await clone_extents(self._regions, offset - self.begin, length)
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        return (HYDRATION,)
+
+    async def context_extents(
+        self, context: str, offset: int, length: int
+    ) -> list[Extent]:
+        if context != HYDRATION:
+            return await super().context_extents(context, offset, length)
+        return hydration_extents(self._regions, offset - self.begin, length)
 
     def iterate_devices(self) -> Iterable[Device]:
         return self._parts.metadata_device, self._destination, self._source

@@ -34,7 +34,7 @@ async def test_hydrated_regions_are_what_the_destination_says() -> None:
     ]
 
 
-async def test_many_runs_end_in_one_that_is_data(
+async def test_many_runs_are_described_in_several_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("nbdtarget.targets.clone.extents.RUNS_MAX", 256)

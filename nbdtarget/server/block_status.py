@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLOCK_STATUS: a device's metadata contexts by their names on the wire, and the reply.
+
+Every export offers `base:allocation`. What else its device can tell about (`Device.contexts`)
+is offered under our own namespace; a client selects any of them, and is answered with one
+chunk for each, the chunks of one reply describing as many bytes each as its context knows.
+
+    base:allocation         as proto.md defines it
+    x-nbdtarget:hydration   0 hydrated (and whatever is no clone), 1 not, 3 being hydrated now
+
+A client that selected a context keeps it when the table is swapped for one that does not have
+it: it is told flags 0 from then on, which no context of ours uses for anything to be done.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+from nbdtarget.devices.base import Device
+from protocol.consts import BASE_ALLOCATION
+from protocol.handshake import CONTEXTS_MAX
+from protocol.transmission import block_status, clip_extents
+
+__all__ = ["NAMESPACE", "context_names", "describe"]
+
+NAMESPACE: Final = "x-nbdtarget:"
+
+
+def context_names(device: Device) -> tuple[str, ...]:
+    """Return the names on the wire of all metadata contexts that `device` has now."""
+    ours = (NAMESPACE + name for name in device.contexts)
+    return (BASE_ALLOCATION, *ours)[:CONTEXTS_MAX]
+
+
+async def describe(
+    device: Device,
+    contexts: Sequence[tuple[int, str]],
+    cookie: int,
+    offset: int,
+    length: int,
+    *,
+    req_one: bool,
+) -> bytes:
+    """Encode the whole reply to a BLOCK_STATUS.
+
+    Args:
+        contexts: (id, name) of those that were negotiated; at least one.
+    Raises: DeviceError: if one of them cannot be told, none is.
+    """
+    chunks = []
+    for nr, (context_id, name) in enumerate(contexts, 1):
+        if name == BASE_ALLOCATION:
+            found = await device.extents(offset, length)
+        else:
+            context = name.removeprefix(NAMESPACE)
+            found = await device.context_extents(context, offset, length)
+        clipped = clip_extents(found, length, req_one=req_one)
+        done = nr == len(contexts)
+        chunks.append(block_status(cookie, context_id, clipped, done=done))
+    return b"".join(chunks)
