@@ -38,7 +38,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from nbdtarget.control.paths import control_path
+from nbdtarget.control.paths import control_address, control_token
 from nbdtarget.daemon import Daemon, default_listen, passed_sockets
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import EXTENT_DATA, Device
@@ -302,7 +302,9 @@ class CloneJob:
         made: list[str] = []
         try:
             await daemon.open_control(
-                control_path(options.control), optional=options.control is None
+                control_address(options.control),
+                token=control_token(),
+                optional=options.control is None,
             )
             if plan.make_dest:
                 dest = await resolve.create_device(plan.dest, plan.size, sparse=True)

@@ -10,7 +10,7 @@ import typer
 
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.messages import Answer, Request
-from nbdtarget.control.paths import control_path
+from nbdtarget.control.paths import control_address, control_token
 from nbdtarget.errors import TableError
 
 __all__ = [
@@ -30,9 +30,9 @@ Control = Annotated[
     str | None,
     typer.Option(
         "--control",
-        metavar="PATH",
-        help="Control socket of the server; default: $NBDTARGET_CONTROL, else"
-        " control.sock in the runtime directory.",
+        metavar="ADDR",
+        help="Control socket of the server, a path or tcp:HOST:PORT; default:"
+        " $NBDTARGET_CONTROL, else control.sock in the runtime directory.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -55,7 +55,7 @@ def ask(
 
     Raises: NoServerError, TableError.
     """
-    client = ControlClient(control_path(control))
+    client = ControlClient(control_address(control), control_token())
     try:
         return client.ask(verb, request, answer_type)
     except TableError as error:

@@ -28,6 +28,15 @@ def register(app: typer.Typer) -> None:
 def serve(
     listen: Listen = None,
     control: Control = None,
+    control_token_file: Annotated[
+        str | None,
+        typer.Option(
+            "--control-token-file",
+            metavar="FILE",
+            help="Its first line is the token that control clients must have in"
+            " $NBDTARGET_CONTROL_TOKEN; needed for --control tcp:HOST:PORT.",
+        ),
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +55,12 @@ def serve(
     from nbdtarget.server.listener import export_uri
 
     start_logging(verbose=verbose)
-    options = ServeOptions(listen=tuple(listen or ()), control=control, config=config)
+    options = ServeOptions(
+        listen=tuple(listen or ()),
+        control=control,
+        control_token_file=control_token_file,
+        config=config,
+    )
 
     def ready(patterns: list[str]) -> None:
         for pattern in patterns:

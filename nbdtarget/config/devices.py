@@ -117,7 +117,7 @@ class ConfiguredDevices:
         gone = {device.name for device in before.devices} & existing
         for name in sorted(gone - {device.name for device in config.devices}):
             log.warning("%s: device %s has gone from it: left", path, name)
-        for key in ("listen", "control", "limits"):
+        for key in ("listen", "control", "control_token_file", "limits"):
             if getattr(config, key) != getattr(before, key):
                 log.warning("%s: `%s' changes with a restart", path, key)
 

@@ -33,6 +33,7 @@ import msgspec
 
 from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
+from nbdtarget.control.paths import control_address
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import UUID_LENGTH_MAX, check_name
 from nbdtarget.dm.table import TargetSpec, scan_table
@@ -49,6 +50,7 @@ LISTEN_MAX: Final = 64
 _FILE_KEYS: Final[dict[str, Any]] = {
     "listen": list[str] | str,
     "control": str,
+    "control_token_file": str,
     "limits": dict[str, Any],
     "device": dict[str, dict[str, Any]],
 }
@@ -122,6 +124,7 @@ class Config:
     directory: str
     listen: tuple[str, ...]
     control: str | None
+    control_token_file: str | None
     limits: Limits
     devices: tuple[DeviceConfig, ...]
 
@@ -198,12 +201,13 @@ class _Reader:
         keys = self._known((), self._document, _FILE_KEYS)
         devices = self._devices(keys.get("device", {}))
         directory = Path(path).absolute().parent
-        control = keys.get("control")
+        control, token = keys.get("control"), keys.get("control_token_file")
         return Config(
             path=path,
             directory=str(directory),
             listen=self._listen(keys.get("listen", []), directory),
-            control=None if control is None else str(directory / control),
+            control=None if control is None else self._control(control, directory),
+            control_token_file=None if token is None else str(directory / token),
             limits=self._limits(keys.get("limits", {})),
             devices=self._in_order(devices),
         )
@@ -250,6 +254,14 @@ class _Reader:
                 self._mistake(path, f"`listen': {address} is there twice")
             absolute.append(address)
         return tuple(absolute)
+
+    def _control(self, control: str, directory: Path) -> str:
+        try:
+            address = control_address(control)
+        except NbdTargetError as error:
+            self._mistake(("control",), f"`control': {error}")
+            return control
+        return str(directory / address) if isinstance(address, Path) else control
 
     def _limits(self, values: dict[str, Any]) -> Limits:
         path: KeyPath = ("limits",)

@@ -6,26 +6,27 @@ it, and clients may connect from then on. The HTTP library takes longer to impor
 a server, and most clones never see a control client: the first one to connect has it imported,
 in a thread, so that the disk's clients do not wait for it.
 
-Who may ask: whoever may open the socket, which has mode 0600 from the moment it exists.
-
-One server for one path. Looking at the path and taking it are done under a lock on its
-directory, so that two servers that start together cannot both think the other's socket stale.
-A socket that nobody answers on was left behind by a killed server and is replaced; anything
-else that lies there is not ours to remove.
+Who may ask: whoever may open the socket, which has mode 0600 from the moment it exists
+(`unix_socket.py`). On TCP: whoever knows the token; without one there is no control on TCP.
 """
 
 import asyncio
-import fcntl
 import importlib
 import logging
 import os
 import socket
-import stat
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.control.paths import TOKEN_VARIABLE, ControlAddress
+from nbdtarget.control.sockets import (
+    BACKLOG_MAX,
+    SocketInUseError,
+    take_tcp_socket,
+    take_unix_socket,
+)
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.errors import NbdTargetError
 
@@ -34,33 +35,50 @@ __all__ = ["ControlServer", "SocketInUseError"]
 _log = logging.getLogger(__name__)
 
 HTTP_MODULE: Final = "nbdtarget.control.http"
-BACKLOG_MAX: Final = 64
-LOCK_TRIES_MAX: Final = 20
 CLOSING_TURNS: Final = 5
 
 
-class SocketInUseError(NbdTargetError):
-    """A live server has the socket, or something that is not ours lies there."""
-
-
 class ControlServer:
-    """Serves `verbs` on the unix socket `path`."""
+    """Serves `verbs` at `address`.
 
-    def __init__(self, verbs: Verbs, path: Path) -> None:
-        self.path = path
+    Args:
+        token: what each request must carry; on TCP it must be there.
+    """
+
+    def __init__(
+        self, verbs: Verbs, address: ControlAddress, *, token: str | None = None
+    ) -> None:
+        self.address = address
         self._verbs = verbs
+        self._token = token
         self._listener: socket.socket | None = None
         self._answering: asyncio.Task[Callable[[], Awaitable[None]]] | None = None
         self._inode: tuple[int, int] | None = None
 
     async def start(self) -> None:
-        """Take the socket and listen. Raises: SocketInUseError."""
-        listener = await take_socket(self.path)
-        status = os.stat(self.path)
-        self._inode = (status.st_dev, status.st_ino)
+        """Take the socket and listen. Raises: SocketInUseError; NbdTargetError: no token."""
+        if isinstance(self.address, Path):
+            listener = await take_unix_socket(self.address)
+            status = os.stat(self.address)
+            self._inode = (status.st_dev, status.st_ino)
+        elif self._token is None:
+            raise NbdTargetError(
+                f"{self.address}: a control socket on TCP needs a token"
+                f" (${TOKEN_VARIABLE} or --control-token-file)"
+            )
+        else:
+            listener = await take_tcp_socket(self.address)
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._first_client)
-        _log.info("control socket: %s", self.path)
+        _log.info("control socket: %s", self.address)
+
+    @property
+    def port(self) -> int | None:
+        """The TCP port that was taken, for who asked for port 0."""
+        if self._listener is None or isinstance(self.address, Path):
+            return None
+        port: int = self._listener.getsockname()[1]
+        return port
 
     def _first_client(self) -> None:
         assert self._listener is not None
@@ -70,7 +88,7 @@ class ControlServer:
     async def _answer(self, listener: socket.socket) -> Callable[[], Awaitable[None]]:
         http = await asyncio.to_thread(importlib.import_module, HTTP_MODULE)
         end: Callable[[], Awaitable[None]] = await http.serve_http(
-            listener, self._verbs, backlog_max=BACKLOG_MAX
+            listener, self._verbs, token=self._token, backlog_max=BACKLOG_MAX
         )
         return end
 
@@ -79,10 +97,11 @@ class ControlServer:
         listener, self._listener = self._listener, None
         if listener is None:
             return
-        with suppress(OSError):
-            status = os.stat(self.path)
-            if (status.st_dev, status.st_ino) == self._inode:
-                os.unlink(self.path)
+        if isinstance(self.address, Path):
+            with suppress(OSError):
+                status = os.stat(self.address)
+                if (status.st_dev, status.st_ino) == self._inode:
+                    os.unlink(self.address)
         if self._answering is None:
             asyncio.get_running_loop().remove_reader(listener)
             listener.close()
@@ -93,66 +112,3 @@ class ControlServer:
             for _ in range(CLOSING_TURNS):
                 await asyncio.sleep(0)
             await end()
-
-
-async def take_socket(path: Path) -> socket.socket:
-    """Listen on `path` with mode 0600, in place of a dead server's socket if need be.
-
-    Raises: SocketInUseError.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            await _lock(directory)
-            _clear_stale(path)
-            return _bind(path)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise SocketInUseError(f"{path}: {error.strerror or error}") from None
-
-
-def _bind(path: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old_mask = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-        listener.listen(BACKLOG_MAX)
-    except OSError:
-        listener.close()
-        raise
-    finally:
-        os.umask(old_mask)
-    listener.setblocking(False)
-    return listener
-
-
-async def _lock(directory: int) -> None:
-    for _ in range(LOCK_TRIES_MAX):
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            await asyncio.sleep(0.05)
-        else:
-            return
-    # Somebody sits on the lock of a directory that others may open: go on without.
-
-
-def _clear_stale(path: Path) -> None:
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise SocketInUseError(f"{path}: exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except OSError as error:
-            raise SocketInUseError(f"{path}: {error.strerror or error}") from None
-    raise SocketInUseError(f"{path}: a server is running on this control socket")

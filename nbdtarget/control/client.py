@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from nbdtarget.control.messages import VERBS, Answer, Failure, Request
+from nbdtarget.control.paths import ControlAddress
 from nbdtarget.errors import NbdTargetError, TableError
 
 __all__ = ["ControlClient", "NoServerError"]
@@ -26,10 +27,11 @@ class NoServerError(NbdTargetError):
 
 
 class ControlClient:
-    """Asks the server at one control socket."""
+    """Asks the server at one control socket, with a token if it wants one."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, address: ControlAddress, token: str | None = None) -> None:
+        self.address = address
+        self._token = token
 
     def ask(self, verb: str, request: Request, answer_type: type[A]) -> A:
         """Carry out `verb`; blocks until it is done, however long that takes.
@@ -44,40 +46,51 @@ class ControlClient:
             failure = msgspec.json.decode(body, type=Failure)
         except msgspec.MsgspecError:
             raise NoServerError(
-                f"{self.path}: not a control socket of ours (HTTP status {status})"
+                f"{self.address}: not a control socket of ours (HTTP status {status})"
             ) from None
         raise TableError(failure.reason, failure.errno)
 
     def _post(self, url: str, body: bytes) -> tuple[int, bytes]:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            try:
-                connection.connect(str(self.path))
-                # HTTP/1.0: the answer ends where the connection does, no chunks to undo.
-                connection.sendall(
-                    f"POST {url} HTTP/1.0\r\nHost: nbdtarget\r\n"
-                    f"Content-Type: application/json\r\n"
-                    f"Content-Length: {len(body)}\r\n\r\n".encode()
-                    + body
-                )
+        # HTTP/1.0: the answer ends where the connection does, no chunks to undo.
+        head = (
+            f"POST {url} HTTP/1.0\r\nHost: nbdtarget\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        )
+        if self._token is not None:
+            head += f"Authorization: Bearer {self._token}\r\n"
+        try:
+            with self._connected() as connection:
+                connection.sendall(f"{head}\r\n".encode() + body)
                 reply = _read_all(connection)
-            except OSError as error:
-                raise self._no_server(error) from None
-        head, _, answer = reply.partition(b"\r\n\r\n")
-        words = head.split(b"\r\n", 1)[0].split(b" ")
+        except OSError as error:
+            raise self._no_server(error) from None
+        status_line, _, answer = reply.partition(b"\r\n\r\n")
+        words = status_line.split(b"\r\n", 1)[0].split(b" ")
         if (
             len(words) < 2
             or not words[0].startswith(b"HTTP/")
             or not words[1].isdigit()
         ):
-            raise NoServerError(f"{self.path}: the server went away")
+            raise NoServerError(f"{self.address}: the server went away")
         return int(words[1]), answer
+
+    def _connected(self) -> socket.socket:
+        if not isinstance(self.address, Path):
+            return socket.create_connection(self.address)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(str(self.address))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _no_server(self, error: OSError) -> NoServerError:
         if error.errno in (errnos.ENOENT, errnos.ECONNREFUSED):
             return NoServerError(
-                f"no server on {self.path} (start one: nbdtarget serve)"
+                f"no server on {self.address} (start one: nbdtarget serve)"
             )
-        return NoServerError(f"{self.path}: {error.strerror or error}")
+        return NoServerError(f"{self.address}: {error.strerror or error}")
 
 
 def _read_all(connection: socket.socket) -> bytes:

@@ -1,21 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTTP behind the control socket: one POST route for each verb of `messages.VERBS`.
+"""The HTTP behind the control socket: one route for each verb of `messages.VERBS`.
+
+    POST /v1/VERB            the request as JSON; no body is an empty request
+    GET  /v1/VERB[?name=N]   verbs that only tell: for a look with any HTTP client
+    GET  /v1/openapi.json    all of this, for machines
 
 A handler decodes the request, calls the registry and encodes the answer; the registry decides
-everything. What a user did wrong comes back as a `Failure` with its reason and errno. What we did
-wrong is logged with its traceback and comes back as EIO: the server goes on.
+everything. What a user did wrong comes back as a `Failure` with its reason and errno, with status
+400 (not a request), 401 (no token), 404 (no such verb or device), 405, 409 (in use), 413 (too
+large) or 422 (refused). What we did wrong is logged with its traceback and comes back as 500
+and EIO: the server goes on.
+
+A verb that has begun is carried out even if its client goes away, but for `wait`, which
+changes nothing and could take for ever. Verbs run side by side: none waits for another's answer.
 
 Only `api.py` imports this, and only once the process serves: aiohttp takes 140 ms to import.
 """
 
+import asyncio
 import errno as errnos
+import hmac
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from nbdtarget.control import messages as m
 from nbdtarget.control.verbs import Verbs
@@ -29,46 +41,126 @@ BODY_BYTES_MAX: Final = 16 << 20
 SHUTDOWN_S_MAX: Final = 2.0
 
 
+# The tasks of verbs that have begun: a task that nobody refers to may vanish.
+_running: set["asyncio.Task[m.Answer]"] = set()
+
+
 async def serve_http(
-    listener: socket.socket, verbs: Verbs, *, backlog_max: int
+    listener: socket.socket,
+    verbs: Verbs,
+    *,
+    token: str | None = None,
+    backlog_max: int = 64,
 ) -> Callable[[], Awaitable[None]]:
-    """Answer on a listening socket; returns what ends it."""
-    app = web.Application(client_max_size=BODY_BYTES_MAX)
+    """Answer on a listening socket; returns what ends it.
+
+    Args:
+        token: what each request must carry, in an `Authorization: Bearer` header.
+    """
+    middlewares: list[Middleware] = [_failures_are_json]
+    if token is not None:
+        middlewares.append(_check_token(token))
+    app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=middlewares)
     for verb, (request_type, _) in m.VERBS.items():
-        app.router.add_post(f"/v1/{verb}", _handler(verbs, verb, request_type))
+        handle = _handler(verbs, verb, request_type)
+        app.router.add_post(f"/v1/{verb}", handle)
+        if verb in m.READING_VERBS:
+            app.router.add_get(f"/v1/{verb}", handle)
+    app.router.add_get("/v1/openapi.json", _openapi)
     runner = web.AppRunner(
-        app, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S_MAX
+        app,
+        access_log=None,
+        handle_signals=False,
+        handler_cancellation=True,
+        shutdown_timeout=SHUTDOWN_S_MAX,
     )
     await runner.setup()
     await web.SockSite(runner, listener, backlog=backlog_max).start()
     return runner.cleanup
 
 
-def _handler(
-    verbs: Verbs, verb: str, request_type: type[m.Request]
-) -> Callable[[web.Request], Awaitable[web.Response]]:
+def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
     # Any: each verb takes its own request; `decode` has just made one of that type.
-    call: Callable[[Any], Awaitable[m.Answer]] = getattr(verbs, verb)
+    call: Callable[[Any], Coroutine[Any, Any, m.Answer]] = getattr(verbs, verb)
     decode = msgspec.json.Decoder(request_type).decode
 
     async def handle(http: web.Request) -> web.Response:
-        body = await http.read()
+        body = await http.read() or b"{}"
         try:
-            request = decode(body)
+            if http.method == "POST":
+                request = decode(body)
+            else:
+                request = msgspec.convert(_query(http), request_type)
         except msgspec.MsgspecError as error:
             return _failure(400, f"bad request: {error}", errnos.EINVAL)
         try:
-            return _response(200, await call(request))
+            task = asyncio.ensure_future(call(request))
+            _running.add(task)
+            task.add_done_callback(_running.discard)
+            answer = await (task if verb == "wait" else asyncio.shield(task))
         except NbdTargetError as error:
             # ResolveError, ConstructorError and TableError have one; the base has not.
             errno = getattr(error, "errno", errnos.EINVAL)
-            return _failure(422, str(error), errno)
+            return _failure(_STATUS.get(errno, 422), str(error), errno)
         except Exception:
             # The last line of defence: a bug in one verb must not end the server.
             _log.exception("%s %r failed", verb, request)
             return _failure(500, "internal error, see the server's log", errnos.EIO)
+        return _response(200, answer)
 
     return handle
+
+
+_STATUS: Final = {errnos.ENXIO: 404, errnos.EBUSY: 409}
+
+
+def _query(http: web.Request) -> dict[str, tuple[str, ...]]:
+    """A reading verb's request; one of another key is refused where it is converted."""
+    query = {key: tuple(http.query.getall(key)) for key in http.query}
+    if "name" in query:
+        query["names"] = query.pop("name")
+    return query
+
+
+async def _openapi(_: web.Request) -> web.Response:
+    from nbdtarget.control.openapi import openapi  # here: hardly anybody asks
+
+    return web.Response(
+        body=msgspec.json.encode(openapi()), content_type="application/json"
+    )
+
+
+@web.middleware
+async def _failures_are_json(
+    request: web.Request, handler: Handler
+) -> web.StreamResponse:
+    """What the library refuses by itself has a reason in JSON, too."""
+    try:
+        return await handler(request)
+    except web.HTTPNotFound:
+        verbs = ", ".join(m.VERBS)
+        reason = f"{request.path}: no such verb; /v1/ has: {verbs}"
+        return _failure(404, reason, errnos.ENOENT)
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        reason = f"{request.path}: takes {allowed}, not {request.method}"
+        return _failure(405, reason, errnos.EINVAL)
+    except web.HTTPRequestEntityTooLarge:
+        reason = f"the request is larger than {BODY_BYTES_MAX} bytes"
+        return _failure(413, reason, errnos.E2BIG)
+
+
+def _check_token(token: str) -> Middleware:
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(given, expected):
+            return _failure(401, "the token is missing or wrong", errnos.EACCES)
+        return await handler(request)
+
+    return check
 
 
 def _response(status: int, answer: m.Answer) -> web.Response:

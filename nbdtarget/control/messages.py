@@ -13,6 +13,7 @@ from typing import Final
 import msgspec
 
 __all__ = [
+    "READING_VERBS",
     "VERBS",
     "Answer",
     "Clear",
@@ -262,3 +263,6 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "wait": (Wait, WaitAnswer),
     "wipe_table": (WipeTable, Done),
 }
+
+# They change nothing, and all of their requests' fields have defaults.
+READING_VERBS: Final = ("deps", "info", "status", "table", "targets", "version")

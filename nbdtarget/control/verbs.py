@@ -28,6 +28,7 @@ class Verbs:
         self._uris = uris
 
     async def create(self, request: m.Create) -> m.Done:
+        """Create a device; with a table, load and resume it in one go."""
         await self._registry.create(
             request.name,
             request.table,
@@ -38,6 +39,7 @@ class Verbs:
         return m.Done()
 
     async def load(self, request: m.Load) -> m.Done:
+        """Construct a table into the inactive slot."""
         await self._registry.load(
             request.name,
             request.table,
@@ -47,41 +49,51 @@ class Verbs:
         return m.Done()
 
     async def clear(self, request: m.Clear) -> m.Done:
+        """Drop the inactive table."""
         await self._registry.clear(request.name)
         return m.Done()
 
     async def suspend(self, request: m.Suspend) -> m.Done:
+        """Stop new I/O, wait for what is in flight, commit."""
         await self._registry.suspend(request.name, noflush=request.noflush)
         return m.Done()
 
     async def resume(self, request: m.Resume) -> m.Done:
+        """Let I/O go, with the inactive table if there is one."""
         await self._registry.resume(request.name)
         return m.Done()
 
     async def remove(self, request: m.Remove) -> m.Done:
+        """Commit, and remove a device that nobody holds open."""
         await self._registry.remove(request.name, force=request.force)
         return m.Done()
 
     async def remove_all(self, request: m.RemoveAll) -> m.Done:
+        """Remove every device that nobody holds open."""
         return m.Done(tuple(await self._registry.remove_all(force=request.force)))
 
     async def wipe_table(self, request: m.WipeTable) -> m.Done:
+        """Replace the table by one that fails all I/O."""
         await self._registry.wipe_table(request.name)
         return m.Done()
 
     async def rename(self, request: m.Rename) -> m.Done:
+        """Rename a device."""
         self._registry.rename(request.name, request.new_name)
         return m.Done()
 
     async def message(self, request: m.Message) -> m.MessageAnswer:
+        """Send a message to the target at a sector."""
         device = self._registry.get(request.name)
         return m.MessageAnswer(await device.message(request.sector, request.words))
 
     async def wait(self, request: m.Wait) -> m.WaitAnswer:
+        """Wait until the device's event counter is not `event_nr`."""
         device = self._registry.get(request.name)
         return m.WaitAnswer(await device.wait(request.event_nr))
 
     async def status(self, request: m.Status) -> m.LinesAnswer:
+        """The status of the live tables."""
         return m.LinesAnswer(
             tuple(
                 [
@@ -96,6 +108,7 @@ class Verbs:
         )
 
     async def table(self, request: m.Table) -> m.LinesAnswer:
+        """The live tables, as they can be loaded again."""
         return m.LinesAnswer(
             tuple(
                 _lines(device, device.table(inactive=request.inactive), request.target)
@@ -104,6 +117,7 @@ class Verbs:
         )
 
     async def info(self, request: m.Info) -> m.InfoAnswer:
+        """What is known about devices."""
         return m.InfoAnswer(
             tuple(
                 _info(device)
@@ -113,6 +127,7 @@ class Verbs:
         )
 
     async def deps(self, request: m.Deps) -> m.DevicesAnswer:
+        """The devices that the live tables stand on."""
         return m.DevicesAnswer(
             tuple(
                 m.DeviceDeps(device.dm_name, tuple(self._registry.deps(device)))
@@ -121,6 +136,7 @@ class Verbs:
         )
 
     async def targets(self, request: m.Targets) -> m.TargetsAnswer:
+        """The target types of the server."""
         return m.TargetsAnswer(
             tuple(
                 m.TargetType(name, target_type.version)
@@ -129,6 +145,7 @@ class Verbs:
         )
 
     async def version(self, request: m.Version) -> m.VersionAnswer:
+        """The version of the server, and where its exports are."""
         return m.VersionAnswer(__version__, os.getpid(), tuple(self._uris()))
 
     def _devices(self, names: tuple[str, ...]) -> list[MappedDevice]:

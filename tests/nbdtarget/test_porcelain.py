@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.control.api import ControlServer, SocketInUseError
-from nbdtarget.control.paths import control_path
+from nbdtarget.control.api import ControlServer
+from nbdtarget.control.paths import control_address
+from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.errors import NbdTargetError
@@ -182,13 +183,13 @@ async def test_destination_in_use_is_refused(work: Path) -> None:
 
 async def test_control_socket_of_another_server_is_no_obstacle(work: Path) -> None:
     registry, _ = make_registry()
-    control = ControlServer(Verbs(registry), control_path(None))
+    control = ControlServer(Verbs(registry), control_address(None))
     await control.start()
     recorder = Recorder()
     assert await clone(recorder) == 0
     assert recorder.calls[0] == "serving"
     with pytest.raises(SocketInUseError):
-        await clone(dest="other", control=str(control.path))
+        await clone(dest="other", control=str(control.address))
     assert not (work / "other").exists()
     await control.close()
 

@@ -14,11 +14,17 @@ import msgspec
 import pytest
 
 from nbdtarget.control import messages as m
-from nbdtarget.control.api import ControlServer, SocketInUseError
+from nbdtarget.control.api import ControlServer
 from nbdtarget.control.client import ControlClient, NoServerError
-from nbdtarget.control.paths import control_path, runtime_directory
+from nbdtarget.control.paths import (
+    ControlAddress,
+    TcpControl,
+    control_address,
+    runtime_directory,
+)
+from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.control.verbs import Verbs
-from nbdtarget.errors import TableError
+from nbdtarget.errors import NbdTargetError, TableError
 from tests.nbdtarget.dm.support import RamOpener, make_registry
 
 A = TypeVar("A", bound=m.Answer)
@@ -27,10 +33,11 @@ A = TypeVar("A", bound=m.Answer)
 class Server:
     """A control server over RAM devices, and its client."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, address: ControlAddress, token: str | None = None) -> None:
         self.registry, self.opener = make_registry(a=8192, b=4096)
-        self.control = ControlServer(Verbs(self.registry, lambda: ["nbd://x"]), path)
-        self.client = ControlClient(path)
+        verbs = Verbs(self.registry, lambda: ["nbd://x"])
+        self.control = ControlServer(verbs, address, token=token)
+        self.client = ControlClient(address, token)
 
     async def ask(self, verb: str, request: m.Request, answer: type[A]) -> A:
         return await asyncio.to_thread(self.client.ask, verb, request, answer)
@@ -156,7 +163,7 @@ async def test_socket_is_private_and_goes_with_the_server(tmp_path: Path) -> Non
 
 
 async def test_second_server_is_refused(server: Server) -> None:
-    second = Server(server.client.path)
+    second = Server(server.control.address)
     with pytest.raises(SocketInUseError, match="a server is running"):
         await second.control.start()
     await second.control.close()
@@ -211,13 +218,19 @@ async def test_client_of_something_else(tmp_path: Path) -> None:
     await other.wait_closed()
 
 
-def test_control_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_control_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
-    assert control_path(None) == tmp_path / "nbdtarget" / "control.sock"
+    assert control_address(None) == tmp_path / "nbdtarget" / "control.sock"
     monkeypatch.setenv("NBDTARGET_CONTROL", "/run/c.sock")
-    assert control_path(None) == Path("/run/c.sock")
-    assert control_path("here.sock") == Path("here.sock")
+    assert control_address(None) == Path("/run/c.sock")
+    assert control_address("here.sock") == Path("here.sock")
+    assert control_address("unix:here.sock") == Path("here.sock")
+    assert control_address("tcp:[::1]:9") == TcpControl("::1", 9)
+    assert str(control_address("tcp:[::1]:9")) == "tcp:[::1]:9"
+    for bad in ("tcp:", "tcp:x", "tcp::9", "tcp:x:99999", "tcp:x:y"):
+        with pytest.raises(NbdTargetError, match="is not tcp:HOST:PORT"):
+            control_address(bad)
 
 
 def test_runtime_directory_without_xdg(
