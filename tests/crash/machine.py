@@ -11,6 +11,8 @@ owning it writes garbage here, and is caught.
 A power cut happens wherever the loop stands: what was not flushed on each device is kept,
 dropped or torn by seed, everything in memory is gone, and the rig is started again on what
 is left.
+
+What else must hold of the target, its `Invariants` assert all the while.
 """
 
 import asyncio
@@ -28,7 +30,10 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.devices.base import Device
+from nbdtarget.volatile_cache import Fate
+from tests.crash.invariants import Invariants
 from tests.support.clock import SimClock
+from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR, DiskModel
 
 __all__ = ["Driver", "Rig"]
@@ -37,6 +42,7 @@ T = TypeVar("T")
 
 RUN_S_MAX = 20.0  # real seconds that a verb may take before we call it stuck
 TURNS_MAX = 100_000  # turns of the loop that a bio may take before we call it lost
+STEP_TURNS_MAX = 200  # turns, 10 ms each, that a background job may take
 
 
 class Rig(Protocol):
@@ -44,6 +50,19 @@ class Rig(Protocol):
 
     clock: SimClock
     disk: Device
+
+    @property
+    def messages(self) -> tuple[tuple[str, ...], ...]:
+        """What a walk may send."""
+        ...
+
+    @property
+    def at_risk(self) -> tuple[CrashDevice, ...]:
+        """What a power cut may change."""
+        ...
+
+    @property
+    def invariants(self) -> Invariants: ...
 
     async def start(self) -> None:
         """Construct and resume the disk from what is on the devices."""
@@ -53,8 +72,8 @@ class Rig(Protocol):
 
     async def resume(self) -> None: ...
 
-    async def reload(self) -> None:
-        """Load the same table again and swap to it."""
+    async def load(self) -> None:
+        """Load the same table again, into the inactive slot; `resume` swaps to it."""
         ...
 
     async def message(self, *words: str) -> None: ...
@@ -65,13 +84,17 @@ class Rig(Protocol):
         """Remove the disk as a clean shutdown does."""
         ...
 
-    def crash(self, seed: int) -> "Rig":
-        """The rig that the next boot finds: crash images, chosen by `seed`."""
+    def reboot(self, seed: int, images: tuple[bytes, ...]) -> "Rig":
+        """The rig that the next boot finds: `images` are what `at_risk` hold by then."""
         ...
 
     async def check(self) -> None:
         """Hold the metadata on the devices against its own rules; the source against its
         first content."""
+        ...
+
+    def check_survivors(self, model: DiskModel) -> None:
+        """Hold what lies on the devices after a power cut, before `start`, against the model."""
         ...
 
 
@@ -91,9 +114,9 @@ class Driver:
 
     def run(self, steps: Coroutine[Any, Any, T]) -> T:
         """Run one coroutine of the rig, with everything else that is due."""
+        self.rig.invariants.verb_begins()
         answer = self.loop.run_until_complete(asyncio.wait_for(steps, RUN_S_MAX))
-        if self.escaped:
-            raise self.escaped.pop(0)
+        self._raise_escaped()
         return answer
 
     def _new_loop(self) -> asyncio.AbstractEventLoop:
@@ -110,6 +133,11 @@ class Driver:
     def _turn_loop(self, steps: Coroutine[Any, Any, None]) -> None:
         """Run, and raise what a callback of the loop raised meanwhile."""
         self.loop.run_until_complete(steps)
+        self._raise_escaped()
+
+    def _raise_escaped(self) -> None:
+        """An invariant first: it is the cause of what else went wrong."""
+        self.rig.invariants.look()
         if self.escaped:
             raise self.escaped.pop(0)
 
@@ -154,11 +182,15 @@ class Driver:
 
     def flush(self) -> None:
         promised = self.model.start_flush()
+        invariants = self.rig.invariants
+        begun = None if self.suspended else invariants.flush_submitted()
 
         def ended(bio: Bio) -> None:
             if self.in_flight.pop(bio, None) is None:
                 return  # of a life that has ended
             self.model.end_flush(promised, ok=bio.status == 0)
+            if bio.status == 0:
+                invariants.flush_ended(begun)
 
         self._submit(Bio(OP_FLUSH, 0, 0, None, 0, ended), -1, 0)
 
@@ -240,6 +272,26 @@ class Driver:
         self.suspended = False
         self.run(self.rig.resume())
 
+    def load(self) -> None:
+        """A table in the inactive slot: the next resume swaps to it."""
+        self.run(self.rig.load())
+
+    def reload(self) -> None:
+        """Load and swap, with I/O in flight."""
+        self.load()
+        self.resume()
+
+    def hydrate_a_step(self) -> bool:
+        """Let background work get on until one more job has ended; False if none is due."""
+        invariants = self.rig.invariants
+        nr_jobs_done = invariants.nr_jobs_done
+        for _ in range(STEP_TURNS_MAX):
+            if invariants.nr_jobs_done > nr_jobs_done:
+                return True
+            self.turn(1)
+            self.advance(0.01)
+        return False
+
     def verify(self) -> None:
         """Read everything and hold it against the model."""
         self.drain()
@@ -254,13 +306,23 @@ class Driver:
         self.run(self.rig.check())
         self.run(self.rig.start())
 
-    def cut_power(self, seed: int) -> None:
+    def cut_power(self, seed: int, fate: Fate = Fate.MIXED) -> None:
         """Cut the power here and now, and boot from what is left."""
-        rig = self.rig.crash(seed)
+        at_risk = self.rig.at_risk
+        self.boot(
+            seed, tuple(each.crash(seed + nr, fate) for nr, each in enumerate(at_risk))
+        )
+
+    def boot(self, seed: int, images: tuple[bytes, ...]) -> None:
+        """The power was cut, and came back; `images` are what is left."""
+        rig = self.rig.reboot(seed, images)
+        for device in self.rig.at_risk:
+            device.cut_power()
         self.discard_loop()
         self.suspended = False
         self.loop = self._new_loop()
         self.rig = rig
+        rig.check_survivors(self.model)
         self.run(rig.check())
         self.run(rig.start())
         content = self.run(rig.disk.read(0, self.model.size))

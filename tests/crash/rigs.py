@@ -9,11 +9,15 @@ from metadata.check import check
 from metadata.clone import CloneMetadata
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry
+from nbdtarget.dm.table import Table
 from nbdtarget.errors import ResolveError
 from nbdtarget.metadata_io import run
+from nbdtarget.targets.clone.target import CloneTarget
+from nbdtarget.volatile_cache import BORDERS
+from tests.crash.invariants import CloneInvariants, Invariants
 from tests.support.clock import SimClock
 from tests.support.devices import CrashDevice
-from tests.support.model import SECTOR
+from tests.support.model import SECTOR, DiskModel
 
 __all__ = [
     "CONTENT",
@@ -70,33 +74,42 @@ class _RegistryRig:
 
     table: str
     devices: dict[str, Device]
+    messages: tuple[tuple[str, ...], ...] = ()
+    invariants: Invariants
 
     def __init__(self) -> None:
         self.clock = SimClock()
+        self.registry: Registry | None = None
 
     async def start(self) -> None:
         self.registry = Registry(DeviceTable(self.devices), clock=self.clock)
-        await self.registry.create("d", self.table)
-        self.disk: Device = self.registry.get("d")
+        self.disk: Device = await self.registry.create("d", None)
+        await self.load()
+        await self.resume()
 
     async def suspend(self) -> None:
-        await self.registry.suspend("d")
+        await self._registry.suspend("d")
 
     async def resume(self) -> None:
-        await self.registry.resume("d")
+        await self._registry.resume("d")
 
-    async def reload(self) -> None:
-        await self.registry.load("d", self.table)
-        await self.registry.resume("d")
+    async def load(self) -> None:
+        await self._registry.load("d", self.table)
 
     async def message(self, *words: str) -> None:
-        await self.registry.get("d").message(0, words)
+        await self._registry.get("d").message(0, words)
 
     async def status(self) -> str:
-        return (await self.registry.get("d").status())[0][3]
+        return (await self._registry.get("d").status())[0][3]
 
     async def stop(self) -> None:
-        await self.registry.close()
+        registry, self.registry = self._registry, None
+        await registry.close()
+
+    @property
+    def _registry(self) -> Registry:
+        assert self.registry is not None
+        return self.registry
 
 
 class LinearRig(_RegistryRig):
@@ -104,23 +117,29 @@ class LinearRig(_RegistryRig):
 
     table = f"0 {DISK_SIZE // SECTOR} linear /disk 0"
 
-    def __init__(self, seed: int, inline: float, content: bytes = CONTENT) -> None:
+    def __init__(
+        self, seed: int, inline: float, images: tuple[bytes, ...] = (CONTENT,)
+    ) -> None:
         super().__init__()
         self.device = CrashDevice(
-            DISK_SIZE, seed, content=content, inline_chance=inline
+            DISK_SIZE,
+            seed,
+            content=images[0],
+            inline_chance=inline,
+            border=_border(seed),
         )
         self.devices = {"/disk": self.device}
+        self.at_risk = (self.device,)
+        self.invariants = Invariants()
 
-    async def message(self, *words: str) -> None:
-        """linear takes no messages."""
-
-    def crash(self, seed: int) -> "LinearRig":
-        image = self.device.crash(seed)
-        self.device.cut_power()
-        return LinearRig(seed, self.device.inline_chance, image)
+    def reboot(self, seed: int, images: tuple[bytes, ...]) -> "LinearRig":
+        return LinearRig(seed, self.device.inline_chance, images)
 
     async def check(self) -> None:
         """linear keeps nothing that could be wrong."""
+
+    def check_survivors(self, model: DiskModel) -> None:
+        model.check_survivor(self.device.image())
 
 
 class CloneRig(_RegistryRig):
@@ -131,49 +150,95 @@ class CloneRig(_RegistryRig):
         f" {REGION_SIZE // SECTOR} 0 4 hydration_threshold 2 hydration_batch_size 2"
     )
     nr_regions = -(-DISK_SIZE // REGION_SIZE)
+    messages = (
+        ("enable_hydration",),
+        ("disable_hydration",),
+        ("hydration_threshold", "4"),
+        ("hydration_threshold", "0"),
+        ("hydration_batch_size", "3"),
+    )
 
     def __init__(
         self,
         seed: int,
         inline: float,
-        destination: bytes | None = None,
-        metadata: bytes | None = None,
+        images: tuple[bytes, ...] | None = None,
+        *,
+        before: CloneInvariants | None = None,
     ) -> None:
+        """`images`: of destination and metadata; else garbage, and nothing."""
         super().__init__()
-        garbage = random.Random(seed).randbytes(DISK_SIZE)
-        self.destination = CrashDevice(
-            DISK_SIZE,
-            seed,
-            content=garbage if destination is None else destination,
-            inline_chance=inline,
-            name="/destination",
+        destination, metadata = images or (
+            random.Random(seed).randbytes(DISK_SIZE),
+            # The smallest that works: compactions come often.
+            bytes(CloneMetadata.device_size_min(self.nr_regions)),
         )
-        # The smallest that works: compactions come often.
-        self.metadata = CrashDevice(
-            CloneMetadata.device_size_min(self.nr_regions),
-            seed + 1,
-            content=metadata,
-            inline_chance=inline,
-            name="/metadata",
-        )
-        self.source = CrashDevice(
-            DISK_SIZE, seed + 2, content=CONTENT, inline_chance=inline, name="/source"
+        self.destination, self.metadata, self.source = (
+            CrashDevice(
+                len(content),
+                seed + nr,
+                content=content,
+                inline_chance=inline,
+                name=name,
+                border=_border(seed),
+            )
+            for nr, (name, content) in enumerate(
+                [
+                    ("/destination", destination),
+                    ("/metadata", metadata),
+                    ("/source", CONTENT),
+                ]
+            )
         )
         self.devices = {
             "/destination": self.destination,
             "/metadata": self.metadata,
             "/source": self.source,
         }
+        self.at_risk = (self.destination, self.metadata)
+        self.invariants: CloneInvariants = CloneInvariants(
+            self._maybe_target,
+            self.source,
+            self.destination,
+            self.metadata,
+            content=CONTENT,
+            region_size=REGION_SIZE,
+            before=before,
+        )
 
-    def crash(self, seed: int) -> "CloneRig":
+    def _maybe_target(self) -> CloneTarget | None:
+        if self.registry is None:
+            return None
+        table = self.registry.get("d").active
+        return None if table is None else _clone_of(table)
+
+    async def load(self) -> None:
+        await super().load()
+        table = self._registry.get("d").inactive
+        assert table is not None
+        self.invariants.watch_jobs(_clone_of(table))
+
+    def reboot(self, seed: int, images: tuple[bytes, ...]) -> "CloneRig":
         assert self.source.image() == CONTENT, "the source was written"
-        destination = self.destination.crash(seed)
-        metadata = self.metadata.crash(seed + 1)
-        for device in (self.destination, self.metadata, self.source):
-            device.cut_power()
-        return CloneRig(seed, self.destination.inline_chance, destination, metadata)
+        return CloneRig(
+            seed, self.destination.inline_chance, images, before=self.invariants
+        )
 
     async def check(self) -> None:
         assert self.source.image() == CONTENT, "the source was written"
         if any(self.metadata.image()):
             await run(self.metadata, check(self.metadata.size))
+
+    def check_survivors(self, model: DiskModel) -> None:
+        self.invariants.i1_committed_regions_are_on_the_destination(model)
+
+
+def _clone_of(table: Table) -> CloneTarget:
+    (target,) = table.targets
+    assert isinstance(target, CloneTarget)
+    return target
+
+
+def _border(seed: int) -> int:
+    """Every fourth disk writes 4 KiB at a time."""
+    return BORDERS[seed % 4 == 3]

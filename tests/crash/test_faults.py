@@ -121,9 +121,11 @@ async def test_flush_after_reloads_does_not_promise_a_write_that_a_commit_lost()
     written = bytes([7]) * REGION_SIZE
     await rig.disk.write(0, written)  # never flushed
     fault.fail_at = fault.count
-    await rig.reload()  # its suspend cannot commit
+    await rig.load()
+    await rig.resume()  # its suspend cannot commit
     fault.clear()
-    await rig.reload()
+    await rig.load()
+    await rig.resume()
     assert bytes(await rig.disk.read(0, REGION_SIZE)) != written
     with pytest.raises(DeviceError, match="flush"):
         await rig.disk.flush()

@@ -45,13 +45,6 @@ KINDS = {
     "stop": 1,
     "cut_power": 2,
 }
-MESSAGES = (
-    ("enable_hydration",),
-    ("disable_hydration",),
-    ("hydration_threshold", "4"),
-    ("hydration_threshold", "0"),
-    ("hydration_batch_size", "3"),
-)
 
 
 def draw_walk(seed: int) -> list[Step]:
@@ -88,7 +81,8 @@ def take(driver: Driver, step: Step) -> None:
     elif kind == "drain":
         driver.drain()
     elif kind == "message":
-        driver.run(driver.rig.message(*MESSAGES[length % len(MESSAGES)]))
+        if messages := driver.rig.messages:
+            driver.run(driver.rig.message(*messages[length % len(messages)]))
     elif kind == "status":
         assert driver.run(driver.rig.status()) != "Fail"
     elif kind == "suspend":
@@ -98,7 +92,7 @@ def take(driver: Driver, step: Step) -> None:
             driver.suspend()
     elif kind == "reload":
         if not driver.suspended:
-            driver.run(driver.rig.reload())
+            driver.reload()
     elif kind == "stop":
         driver.restart()
     elif kind == "cut_power":
@@ -161,7 +155,7 @@ def test_no_acknowledged_flush_is_lost(rig: MakeRig) -> None:
 class LyingDevice(CrashDevice):
     """Ends each FLUSH, and makes nothing stable."""
 
-    def _make_stable(self, seq: int) -> None:
+    def _make_stable(self, mark: int) -> None:
         """Nothing."""
 
 

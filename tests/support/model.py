@@ -109,9 +109,20 @@ class DiskModel:
         """
         self._check(offset, data, newest_only=True)
 
-    def check_survivor(self, content: bytes | memoryview) -> None:
-        """Hold the disk after a power cut (or a failure) against all it may hold."""
-        self._check(0, content, newest_only=False)
+    def check_survivor(self, content: bytes | memoryview, offset: int = 0) -> None:
+        """Hold the disk, or a part of it, after a power cut (or a failure) against all that
+        it may hold.
+
+        Raises: Violation, naming the sector and what it may hold.
+        """
+        self._check(offset, content, newest_only=False)
+
+    def copy(self) -> "DiskModel":
+        """What a power cut at this moment may leave, whatever is promised later."""
+        model = DiskModel(b"")
+        model.size = self.size
+        model._sectors = [_Sector(list(sector.history)) for sector in self._sectors]
+        return model
 
     def _check(self, offset: int, data: bytes | memoryview, newest_only: bool) -> None:
         end = offset + len(data)
