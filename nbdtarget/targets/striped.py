@@ -33,7 +33,7 @@ from nbdtarget.bio import (
     Bio,
     split_bio,
 )
-from nbdtarget.devices.base import Device, Extent
+from nbdtarget.devices.base import EXTENTS_MAX, Device, Extent, append_extent
 from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.arguments import (
     SECTOR,
@@ -221,7 +221,10 @@ class StripedTarget(Target):
         while begin < end:
             chunk, within = divmod(begin, self._chunk_size)
             piece = min(self._chunk_size - within, end - begin)
-            below[chunk % self._nr_stripes].take(piece, found)
+            if not below[chunk % self._nr_stripes].take(piece, found):
+                break
+            if len(found) >= EXTENTS_MAX:
+                break
             begin += piece
             nr_chunks += 1
             if nr_chunks % CHUNKS_AT_ONCE_MAX == 0:
@@ -240,17 +243,21 @@ class _Cursor:
         self._left = 0
         self._flags = 0
 
-    def take(self, length: int, found: list[Extent]) -> None:
-        """Move the next `length` bytes to `found`, joined to its end where they are alike."""
+    def take(self, length: int, found: list[Extent]) -> bool:
+        """Move the next `length` bytes to `found`, joined to its end where they are alike.
+
+        Returns whether the description went so far.
+        """
         while length:
             if not self._left:
-                self._left, self._flags = next(self._extents)
+                self._left, self._flags = next(self._extents, (0, 0))
+                if not self._left:
+                    return False
             part = min(length, self._left)
             self._left -= part
             length -= part
-            if found and found[-1].flags == self._flags:
-                part += found.pop().length
-            found.append(Extent(part, self._flags))
+            append_extent(found, part, self._flags)
+        return True
 
 
 def _error(reason: str) -> ConstructorError:

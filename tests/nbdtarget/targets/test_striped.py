@@ -191,3 +191,20 @@ async def test_extents_are_those_of_the_stripes_in_turn() -> None:
         Extent(chunk + 512, HOLE),
     ]
     assert await device.extents(chunk, 10) == [Extent(10, EXTENT_DATA)]
+
+
+async def test_extents_end_where_a_stripe_told_no_more() -> None:
+    chunk = CHUNK_SIZE
+    disks = Disks(a=4 * chunk, b=4 * chunk)
+    sectors = chunk // SECTOR
+    device = await disks.create(f"0 {8 * sectors} striped 2 {sectors} /a 0 /b 0")
+
+    async def first_half(offset: int, length: int) -> list[Extent]:
+        return [Extent(length // 2, EXTENT_DATA)]
+
+    disks["/a"].extents = first_half  # type: ignore[method-assign]
+    assert await device.extents(0, 6 * chunk) == [
+        Extent(chunk, EXTENT_DATA),
+        Extent(chunk, HOLE),
+        Extent(chunk // 2, EXTENT_DATA),
+    ]
