@@ -332,10 +332,10 @@ class Driver:
     def discard_loop(self) -> None:
         """End this life: whatever was under way is forgotten."""
         self.in_flight.clear()
-        tasks = asyncio.all_tasks(self.loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
+        # One that is cancelled may have begun another on its way out.
+        while tasks := asyncio.all_tasks(self.loop):
+            for task in tasks:
+                task.cancel()
             self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self.loop.close()
 
