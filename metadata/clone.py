@@ -29,8 +29,9 @@ last acknowledged transaction, or of the one under way if its superblock got the
 
 Space. An arena is filled by a snapshot and the journal behind it (records.py). When the journal is
 half full, `needs_compaction`: `compact` writes a snapshot into the other arena, over time, while
-commits go on in this one. The commit after that switches: it journals behind the new snapshot
-everything that has changed since the compaction began, and its superblock names the new arena.
+commits go on in this one; then it journals behind the new snapshot what these have committed since
+the compaction began, until little is left. The commit after that switches: it journals the rest
+and its own changes there, and its superblock names the new arena. So it costs what others cost.
 
     The snapshot is **fuzzy**: each chunk is copied when its turn comes, bits that no transaction
     holds yet included. That is sound. (1) Each bit in it was set before the switching
@@ -41,11 +42,12 @@ everything that has changed since the compaction began, and its superblock names
 A transaction that fits neither journal (a compaction that is never run, or too slow) writes
 a snapshot itself, which always fits: exactly the bits as of its pre_commit, chunks that change
 while it is written being saved first. If a background compaction may still have a write under
-way in that arena, the snapshot goes behind the place of that one (an arena holds two), so the
-two cannot meet; the compaction ends without effect.
+way in that arena, the snapshot goes behind the place of that one (an arena holds two, and a
+compaction catches up only as far as leaves room), so the two cannot meet; the compaction ends
+without effect.
 
     arena:  | snapshot of `compact`, <= S | journal ...                                |
-       or:  | abandoned, <= S             | snapshot of a commit, <= S | journal, >= 16 |
+       or:  | abandoned, S or more        | snapshot of a commit, <= S | journal, >= 16 |
 
 Flags. `clean_shutdown` on disk says: an orderly suspend was the last thing that this metadata
 has recorded. It is set by `pre_commit(clean_shutdown=True)` and cleared by every other commit, so
@@ -452,8 +454,13 @@ class CloneMetadata:
                 yield operation
                 if self._compaction is not compaction:
                     return  # a commit overtook us, or the mode changed
+            compaction.end_snapshot()
             # The switching commit flushes in any case; this keeps that flush short.
             yield Flush()
+            for operation in compaction.catch_up(self):
+                if self._compaction is not compaction:
+                    return
+                yield operation
             compaction.ready = self._compaction is compaction
         finally:
             self._compacting = None
@@ -500,12 +507,12 @@ class CloneMetadata:
     def _write_snapshot(
         self, chain: Chain, generation: int, take: Callable[[int], bitarray]
     ) -> Steps[None]:
-        """Append a snapshot of the bitmap, one chunk at a step."""
+        """Append a snapshot of the bitmap, at most half a chunk's work at a step."""
         for chunk_nr in range(-(-self.nr_regions // CHUNK_REGIONS)):
             content = encode_chunk(self._chunk_bounds(chunk_nr)[0], take(chunk_nr))
-            if content is None:
-                yield ()
-            else:
+            if content is None or isinstance(content, tuple):
+                yield ()  # to look through half a megabyte was one step, to hash it is another
+            if content is not None:
                 yield chain.append(generation, content)
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "open_envelope",
     "peek_blocks",
     "seal",
+    "seal_in_place",
 ]
 
 BLOCK_SIZE: Final = 4096
@@ -55,10 +56,23 @@ def blocks_for(length: int) -> int:
 
 def seal(magic: bytes, block: int, body: bytes) -> tuple[bytes, bytes]:
     """Return the whole blocks to be written at `block`, and their digest."""
-    digest = _digest(magic, FORMAT_VERSION, len(body), block, body)
-    header = _HEADER.pack(magic, FORMAT_VERSION, len(body), digest)
-    padding = bytes(-(HEADER_SIZE + len(body)) % BLOCK_SIZE)
-    return b"".join((header, body, padding)), digest
+    data = bytearray(HEADER_SIZE)
+    data += body
+    digest = seal_in_place(magic, block, data)
+    return bytes(data), digest
+
+
+def seal_in_place(magic: bytes, block: int, data: bytearray) -> bytes:
+    """Make the whole blocks for `block` of `data`, a body behind room for the header.
+
+    Returns their digest. For large bodies: nothing is copied.
+    """
+    with memoryview(data)[HEADER_SIZE:] as body:
+        length = len(body)
+        digest = _digest(magic, FORMAT_VERSION, length, block, body)
+    _HEADER.pack_into(data, 0, magic, FORMAT_VERSION, length, digest)
+    data += bytes(-len(data) % BLOCK_SIZE)
+    return digest
 
 
 def peek_blocks(data: memoryview) -> int:

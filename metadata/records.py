@@ -20,7 +20,7 @@ A transaction is one or more SetRuns of at most `RUNS_PER_RECORD_MAX` runs, O(wh
 snapshot has a record for each chunk of the bitmap that is not all zero: SetRuns when that is
 shorter, else SetBits. So a fresh or a finished clone of any size has a snapshot of (nearly) nothing.
 
-A record is at most 512 KiB: hashing and copying it is the longest step between two yields.
+A record is at most 512 KiB: to hash it is the longest step between two yields.
 """
 
 import sys
@@ -35,10 +35,11 @@ from bitarray.util import intervals
 
 from metadata.envelope import (
     BLOCK_SIZE,
+    HEADER_SIZE,
     blocks_for,
     open_envelope,
     peek_blocks,
-    seal,
+    seal_in_place,
 )
 from metadata.errors import CorruptMetadata
 from metadata.operations import Steps, Write, read
@@ -72,6 +73,7 @@ RUNS_PER_RECORD_MAX: Final = (16 * BLOCK_SIZE - RECORD_OVERHEAD_MAX) // RUN_SIZE
 CHUNK_BYTES: Final = (1 << 19) - BLOCK_SIZE
 CHUNK_REGIONS: Final = 8 * CHUNK_BYTES
 READ_BLOCKS: Final = 128
+STEP_BLOCKS: Final = 16  # of records applied between two yields
 # Finding a run costs about 0.5 us; more of them are stored as bits, whatever is shorter.
 CHUNK_RUNS_MAX: Final = 1024
 
@@ -191,7 +193,9 @@ class Chain:
         else:
             packed = pack_runs(content)
             record = SetRuns(generation=generation, previous=self.digest, runs=packed)
-        data, self.digest = seal(RECORD_MAGIC, self.block, _ENCODER.encode(record))
+        data = bytearray(HEADER_SIZE)
+        _ENCODER.encode_into(record, data, HEADER_SIZE)
+        self.digest = seal_in_place(RECORD_MAGIC, self.block, data)
         offset = self.block * BLOCK_SIZE
         self.block += len(data) // BLOCK_SIZE
         assert self.block <= self.end, "the space was reckoned before"
@@ -234,6 +238,7 @@ def read_chain(
     """
     block = begin
     generation = 0
+    applied = 0
     while block < end:
         blocks = min(READ_BLOCKS, end - block)
         piece = yield from read(block * BLOCK_SIZE, blocks * BLOCK_SIZE)
@@ -260,7 +265,9 @@ def read_chain(
             digest = opened.digest
             at += size
             apply(record, where)
-            if size > 1:
+            applied += size
+            if applied >= STEP_BLOCKS:
+                applied = 0
                 yield ()  # setting some thousand runs takes a millisecond
         block += at
     return digest

@@ -10,9 +10,8 @@ is about to write, and becomes the new state in `done`.
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-from bitarray import bitarray
 
-from metadata.arena import NR_ARENAS, new_chain
+from metadata.arena import JOURNAL_BLOCKS_MIN, NR_ARENAS, new_chain
 from metadata.mode import Mode
 from metadata.operations import Flush, Steps
 from metadata.records import (
@@ -37,6 +36,11 @@ __all__ = ["Compaction", "Transaction"]
 
 _RW: Final = Mode.RW
 
+# What a commit that switches arenas may have to journal besides its own changes: 32 KiB.
+CATCH_UP_RUNS_MAX: Final = 4096
+# Then it takes what is left all the same: commits outrun the compaction.
+CATCH_UP_ROUNDS_MAX: Final = 16
+
 
 class Compaction:
     """A snapshot under way in the other arena, and what has changed since it was begun.
@@ -44,7 +48,9 @@ class Compaction:
     Attributes:
         arena: where it goes.
         chain: at the end of what has been written.
-        since: the runs of each transaction that was pre-committed since.
+        begin, snapshot_blocks, snapshot_digest: the snapshot, once it is written.
+        since: the runs of each transaction that was pre-committed since and that are not in
+            the new journal yet.
         ready: it is complete; the next commit may switch to it.
     """
 
@@ -52,8 +58,37 @@ class Compaction:
         self.arena = (superblock.arena + 1) % NR_ARENAS
         self.chain = new_chain(superblock, self.arena, 0)
         self.begin = self.chain.block
+        self.snapshot_blocks = 0
+        self.snapshot_digest = self.chain.digest
+        # Behind it, a commit that overtakes us must find room for a snapshot of its own.
+        longest = snapshot_blocks_max(superblock.nr_regions)
+        self.catch_up_end = self.chain.end - longest - JOURNAL_BLOCKS_MIN
         self.since = new_runs()
         self.ready = False
+
+    def end_snapshot(self) -> None:
+        """What is written from here on is the journal behind the snapshot."""
+        self.snapshot_blocks = self.chain.block - self.begin
+        self.snapshot_digest = self.chain.digest
+
+    def catch_up(self, metadata: "CloneMetadata") -> Steps[None]:
+        """Journal what has been pre-committed meanwhile, until little is left of it.
+
+        The transaction under way may be among it: the one that switches comes after that, or
+        never. Ends early when there is no room; the next commit decides what to do then.
+        """
+        for _ in range(CATCH_UP_ROUNDS_MAX):
+            if len(self.since) <= 2 * CATCH_UP_RUNS_MAX:
+                return
+            runs, self.since = self.since, new_runs()
+            step = 2 * RUNS_PER_RECORD_MAX
+            for at in range(0, len(runs), step):
+                piece = runs[at : at + step]
+                blocks = blocks_for_runs(len(piece) // 2)
+                if self.chain.block + blocks > self.catch_up_end:
+                    self.since = runs[at:] + self.since
+                    return
+                yield self.chain.append(metadata.generation, piece)
 
 
 class Transaction:
@@ -108,8 +143,8 @@ class Transaction:
                 self._arena = compaction.arena
                 self._chain = chain
                 self._snapshot_block = compaction.begin
-                self._snapshot_blocks = chain.block - compaction.begin
-                self._snapshot_digest = chain.digest
+                self._snapshot_blocks = compaction.snapshot_blocks
+                self._snapshot_digest = compaction.snapshot_digest
                 metadata._compaction = None
                 return
             if compaction.ready:
@@ -124,7 +159,11 @@ class Transaction:
         late = metadata._compacting
         skip = 0
         if late is not None and late.arena == self._arena:
-            skip = snapshot_blocks_max(metadata.nr_regions)
+            # Behind whatever it may still be writing.
+            skip = max(
+                snapshot_blocks_max(metadata.nr_regions),
+                late.chain.block - late.begin,
+            )
         self._chain = new_chain(superblock, self._arena, skip)
         self._snapshot_block = self._chain.block
         self._to_journal = new_runs()
@@ -143,10 +182,12 @@ class Transaction:
         assert not self._journaled
         metadata, chain = self._metadata, self._chain
         if self._whole:
-            yield from metadata._write_snapshot(
-                chain, self.generation, self._take_chunk
+            snapshot = metadata._write_snapshot(
+                chain, self.generation, metadata._saved_chunk
             )
-            self._check_current()
+            for operation in snapshot:
+                yield operation
+                self._check_current()
             metadata._saved = None
             self._snapshot_blocks = chain.block - self._snapshot_block
             self._snapshot_digest = chain.digest
@@ -183,10 +224,6 @@ class Transaction:
         metadata._superblock = self._next()
         metadata._unhealed -= {slot}
         metadata._transaction = None
-
-    def _take_chunk(self, chunk_nr: int) -> bitarray:
-        self._check_current()
-        return self._metadata._saved_chunk(chunk_nr)
 
     def _check_current(self) -> None:
         metadata = self._metadata

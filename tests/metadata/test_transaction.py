@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from metadata.arena import JOURNAL_BLOCKS_MIN, device_size_with
 from metadata.clone import CloneMetadata
 from metadata.errors import (
     FailedMetadata,
@@ -12,7 +13,9 @@ from metadata.errors import (
     ReadOnlyMetadata,
 )
 from metadata.operations import Flush, Write
+from metadata.records import snapshot_blocks_max
 from metadata.transaction import Transaction
+from tests.metadata.conftest import CATCH_UP_RUNS
 from tests.metadata.small import (
     NR_REGIONS,
     REGION_SIZE,
@@ -290,7 +293,8 @@ def test_commits_during_a_compaction_are_in_the_new_arena(
 ) -> None:
     fill_journal(store, metadata)
     compaction = metadata.compact()
-    operation = next(compaction)  # the only chunk has been copied
+    assert next(compaction) == ()  # the only chunk has been copied
+    operation = next(compaction)
     metadata.set_hydrated(91, 92)
     commit(store, metadata)
     assert isinstance(operation, Write)
@@ -303,6 +307,78 @@ def test_commits_during_a_compaction_are_in_the_new_arena(
     opened = open_on(store)
     assert opened._superblock.nr_compactions == 1
     assert opened.hydrated == metadata.hydrated
+
+
+def test_compaction_catches_up_with_what_is_committed_meanwhile(
+    small_chunks: None,
+) -> None:
+    nr_regions = 2048
+    target_size = nr_regions * REGION_SIZE
+    store = Store(CloneMetadata.device_size_for(nr_regions))
+    metadata = format_on(store, target_size=target_size)
+    for region_nr in range(0, nr_regions, 3):
+        metadata.set_hydrated(region_nr, region_nr + 1)
+    commit(store, metadata)
+    compaction = metadata.compact()
+    changes = iter(range(1, nr_regions, 3))
+    journaled = 0
+    for operation in compaction:
+        if isinstance(operation, Write | Flush):
+            store.do(operation)
+            journaled += isinstance(operation, Write)
+            if journaled <= 20:
+                region_nr = next(changes)
+                metadata.set_hydrated(region_nr, region_nr + 1)
+                commit(store, metadata)
+    assert journaled > snapshot_blocks_max(nr_regions), "more than the snapshot"
+    region_nr = next(changes)
+    metadata.set_hydrated(region_nr, region_nr + 1)
+    transaction = metadata.pre_commit()
+    assert transaction is not None
+    assert transaction.moves
+    assert len(transaction._to_journal) <= 2 * (CATCH_UP_RUNS + 1)
+    finish(store, transaction)
+    assert open_on(store, target_size=target_size).hydrated == metadata.hydrated
+
+
+def test_snapshot_of_a_commit_lies_behind_what_a_compaction_still_journals(
+    small_chunks: None,
+) -> None:
+    nr_regions = 2048
+    target_size = nr_regions * REGION_SIZE
+    store = Store(device_size_with(nr_regions, JOURNAL_BLOCKS_MIN + 8))
+    metadata = format_on(store, target_size=target_size)
+    for region_nr in range(0, nr_regions, 3):
+        metadata.set_hydrated(region_nr, region_nr + 1)
+    commit(store, metadata)
+    compaction = metadata.compact()
+    changes = iter(range(1, nr_regions, 3))
+    begin = 4 + metadata._superblock.arena_blocks
+    late = None
+    for operation in compaction:
+        if isinstance(operation, Write):
+            if operation.offset >= (begin + snapshot_blocks_max(nr_regions)) * 4096:
+                late = operation  # under way, for as long as it likes
+                break
+            store.do(operation)
+            region_nr = next(changes)
+            metadata.set_hydrated(region_nr, region_nr + 1)
+            commit(store, metadata)
+    assert late is not None
+    moves = False
+    for region_nr in changes:
+        metadata.set_hydrated(region_nr, region_nr + 1)
+        transaction = metadata.pre_commit()
+        assert transaction is not None
+        moves |= transaction.moves
+        finish(store, transaction)
+        if moves:
+            break
+    assert moves
+    assert metadata._superblock.snapshot_block * 4096 >= late.offset + len(late.data)
+    store.do(late)
+    assert [each for each in compaction if isinstance(each, Write)] == []
+    assert open_on(store, target_size=target_size).hydrated == metadata.hydrated
 
 
 def test_second_compaction_beside_the_first_does_nothing(
