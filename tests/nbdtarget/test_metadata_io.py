@@ -226,6 +226,15 @@ def test_operations_reach_a_file(path: Path) -> None:
     assert path.read_bytes()[512:514] == b"ef"
 
 
+def test_fua_and_flush_of_a_file_are_fdatasync(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append(os.pread(fd, 2, 0)))
+    run_file(path, Script(Write(0, b"ab", fua=True), Write(0, b"cd"), Flush())())
+    assert synced == [b"ab", b"cd"]
+
+
 def test_metadata_is_formatted_and_checked_over_a_file(path: Path) -> None:
     run_file(path, format_steps())
     fd = os.open(path, os.O_RDWR)

@@ -113,6 +113,63 @@ async def test_borrowed_payloads_are_owned(tmp_path: Path) -> None:
         await device.close()
 
 
+async def test_borrowed_payloads_are_owned_when_they_wait_their_turn(
+    tmp_path: Path,
+) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        server.gate.clear()
+        buffer, bios = bytearray(512), []
+        for nr in range(2 * IN_FLIGHT_MAX):
+            buffer[:] = bytes([nr + 1]) * 512
+            view, at = memoryview(buffer), nr * 512
+            bios.append(Bio(OP_WRITE, at, 512, view, 0, lambda _: None, borrowed=True))
+            device.submit(bios[-1])
+        server.gate.set()
+        await until(lambda: all(bio.status == 0 for bio in bios))
+        for nr in range(len(bios)):
+            assert server.disk[nr * 512 : (nr + 1) * 512] == bytes([nr + 1]) * 512
+        await device.close()
+
+
+async def test_part_of_a_block_is_patched_when_no_write_is_under_way(
+    tmp_path: Path,
+) -> None:
+    async with StrictServer(tmp_path, block_min=4096) as server:
+        device = await device_of(server)
+        server.gate.clear()
+        whole, part = bio_of(OP_WRITE, 0, 4096), bio_of(OP_WRITE, 512, 512)
+        device.submit(whole)
+        device.submit(part)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert server.commands() == [consts.CMD_WRITE]
+        server.gate.set()
+        await until(lambda: whole.status == part.status == 0)
+        await device.close()
+
+
+class Once(dict[int, int]):
+    """An error for the first request of a command only."""
+
+    def get(self, command: int, default: int = 0) -> int:  # type: ignore[override]  # narrower
+        return self.pop(command, default)
+
+
+@pytest.mark.parametrize("command", [consts.CMD_READ, consts.CMD_WRITE])
+async def test_error_of_one_piece_is_the_error_of_the_bio(
+    tmp_path: Path, command: int
+) -> None:
+    async with StrictServer(tmp_path, payload_max=65536) as server:
+        device = await device_of(server)
+        server.errors = Once({command: errno.EIO})
+        bio = bio_of(OP_READ if command == consts.CMD_READ else OP_WRITE, 0, 300_000)
+        device.submit(bio)
+        await until(lambda: bio.status >= 0)
+        assert bio.status == errno.EIO
+        await device.close()
+
+
 async def test_requests_beyond_the_bound_wait(tmp_path: Path) -> None:
     async with StrictServer(tmp_path, flags=FLAGS_ALL ^ 1 << 8) as server:
         device = await device_of(server)

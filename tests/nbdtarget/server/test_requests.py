@@ -265,7 +265,7 @@ async def test_fua_on_any_command_trap_21(
     assert served.disk.bios == [bio]
 
 
-@pytest.mark.parametrize("length", [512, 100_000])
+@pytest.mark.parametrize("length", [512, 100_000, 600_000])
 async def test_fua_of_write_reaches_device(served: Served, length: int) -> None:
     peer = await served.attach()
     payload = b"x" * length
@@ -307,6 +307,43 @@ async def test_replies_out_of_order_trap_27(served: Served, structured: bool) ->
     assert (await peer.reply()).cookie == second
     served.disk.let_go()
     assert (await peer.reply()).cookie == first
+
+
+CHANGES = [
+    (c.CMD_FLUSH, b""),
+    (c.CMD_WRITE, b"x" * 512),
+    (c.CMD_WRITE, b"x" * 600_000),
+    (c.CMD_TRIM, b""),
+    (c.CMD_WRITE_ZEROES, b""),
+]
+
+
+@pytest.mark.parametrize(("command", "payload"), CHANGES)
+async def test_nothing_is_answered_before_it_has_ended(
+    served: Served, structured: bool, command: int, payload: bytes
+) -> None:
+    served.disk.hold = True
+    peer = await served.attach(structured=structured)
+    first = peer.send(command, 0, len(payload) or 512, payload=payload)
+    await served.disk.until_held(1)
+    served.disk.hold = False
+    second = peer.send(c.CMD_READ, 4096, 4096)
+    assert (await peer.reply()).cookie == second
+    served.disk.let_go()
+    assert (await peer.reply()).cookie == first
+
+
+@pytest.mark.parametrize(("command", "payload"), CHANGES)
+async def test_failed_change_is_an_error(
+    served: Served, structured: bool, held: bool, command: int, payload: bytes
+) -> None:
+    served.directory.devices["disk"] = disk = LaterDisk() if held else Disk()
+    peer = await served.attach(structured=structured)
+    disk.fail = errnos.EIO
+    reply = await peer.ask(command, 0, len(payload) or 512, payload=payload)
+    assert reply.error == c.EIO
+    disk.fail = 0
+    assert (await peer.ask(command, 0, len(payload) or 512, payload=payload)).error == 0
 
 
 @pytest.mark.parametrize("length", [4096, 100_000])
@@ -585,7 +622,8 @@ async def test_device_that_keeps_a_borrowed_bio_is_caught(
     peer = await served.attach()
     payload = b"x" * 512 if command == c.CMD_WRITE else b""
     peer.send(command, 0, 512, payload=payload)
-    assert await peer.at_end()
+    async with asyncio.timeout(10):
+        assert await peer.at_end()
     assert "kept a borrowed payload" in caplog.text
     assert served.directory.nr_open == {"disk": 1}  # its bio is still in flight
     disk.let_go()

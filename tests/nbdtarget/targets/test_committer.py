@@ -284,8 +284,11 @@ async def test_compaction_runs_beside_commits() -> None:
     assert await rig.committer.commit()
     rig.device.hold = True
     await settle()
+    quiescing = asyncio.ensure_future(rig.committer.quiesce())
+    await settle()
+    assert not quiescing.done()
     rig.device.let_go()
-    await rig.committer.quiesce()
+    await quiescing
     assert rig.ops()[-1] == "m snapshot"
 
 

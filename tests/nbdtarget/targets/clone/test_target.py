@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `map` decides, device by device."""
 
+import asyncio
 import errno as errnos
 
 import pytest
@@ -251,6 +252,14 @@ async def test_fua_overwrite_ends_after_a_commit(rig: Rig) -> None:
     assert rig.ops()[:2] == ["d write", "d flush"]
 
 
+async def test_fua_discard_ends_after_a_commit(rig: Rig) -> None:
+    discard = rig.bio(OP_DISCARD, 0, REGION, FUA)
+    assert discard.status == PENDING
+    await settle()
+    assert discard.status == 0
+    assert "m write" in rig.ops()
+
+
 async def test_fua_write_to_a_hydrated_region_waits_for_its_bit(rig: Rig) -> None:
     rig.bio(OP_WRITE, 0, REGION)
     rig.log.clear()
@@ -452,13 +461,27 @@ async def test_suspend_waits_for_copies_and_commits_clean(rig: Rig) -> None:
     rig.target.presuspend()
     rig.clock.advance(0.01)
     assert rig.source.held
+    suspending = asyncio.ensure_future(rig.target.postsuspend())
+    await settle()
+    assert not suspending.done()
     rig.source.let_go()
-    await rig.target.postsuspend()
+    await suspending
     status = await rig.target.status()
     assert status.split()[4] == "0"
     assert not rig.target._metadata.changed
     await rig.target.dtr()
     assert rig.ctx.nr_open == 0
+
+
+async def test_suspend_commits_what_nobody_has_flushed(rig: Rig) -> None:
+    rig.bio(OP_WRITE, 0, REGION)
+    await rig.suspend()
+    assert "d flush" in rig.ops()
+    assert not rig.target._metadata.changed
+    await rig.restart()
+    assert await rig.hydrated() == "1/8"
+    assert rig.target._metadata.clean_shutdown
+    await rig.stop()
 
 
 async def test_exception_of_our_own_making_fails_the_target(
