@@ -17,6 +17,8 @@ import hashlib
 import struct
 from typing import Final, NamedTuple
 
+import msgspec
+
 from metadata.errors import CorruptMetadata, UnsupportedFormat
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "DIGEST_SIZE",
     "FORMAT_VERSION",
     "HEADER_SIZE",
+    "UNDECODABLE",
     "Opened",
     "blocks_for",
     "open_envelope",
@@ -35,6 +38,10 @@ __all__ = [
 BLOCK_SIZE: Final = 4096
 FORMAT_VERSION: Final = 1
 DIGEST_SIZE: Final = 16
+
+# What decoding may raise for a body that is intact but was not written by us: wrong types,
+# a text that is none, arrays in arrays in arrays.
+UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _HEADER: Final = struct.Struct("<8sII16s")
 _DIGESTED: Final = struct.Struct("<8sIIQ")

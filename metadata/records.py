@@ -36,6 +36,7 @@ from bitarray.util import intervals
 from metadata.envelope import (
     BLOCK_SIZE,
     HEADER_SIZE,
+    UNDECODABLE,
     blocks_for,
     open_envelope,
     peek_blocks,
@@ -276,7 +277,7 @@ def read_chain(
 def _decode(body: memoryview, where: str) -> Record:
     try:
         return _DECODER.decode(body)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise CorruptMetadata(where, "a snapshot or journal record", error) from error
 
 

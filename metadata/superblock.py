@@ -54,6 +54,8 @@ from metadata.envelope import (
     BLOCK_SIZE,
     DIGEST_SIZE,
     HEADER_SIZE,
+    UNDECODABLE,
+    blocks_for,
     open_envelope,
     seal,
 )
@@ -97,6 +99,9 @@ NEEDS_CHECK: Final = 2  # a tool must look at it before it is used again
 COMPAT_KNOWN: Final = 0
 RO_COMPAT_KNOWN: Final = 0
 INCOMPAT_KNOWN: Final = 0
+
+# Of generations and statistics: no clone gets there, and no commit may run out of numbers.
+COUNTER_MAX: Final = 1 << 62
 
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 
@@ -294,7 +299,7 @@ def _open_copy(area: memoryview, slot: int, copy: int) -> _Copy:
         return _Copy(None, str(error))
     try:
         return _Copy(_DECODER.decode(opened.body), "")
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         kind = _kind_of(opened.body)
         if kind is not None and kind != "clone":
             raise NotOurs(where, f"metadata of a {kind}") from error
@@ -305,7 +310,7 @@ def _kind_of(body: memoryview) -> str | None:
     """Return the tag of a superblock that is not a clone's, if it has one."""
     try:
         fields = msgspec.msgpack.decode(body, type=list[object])
-    except msgspec.MsgspecError:
+    except UNDECODABLE:
         return None
     return fields[0] if fields and isinstance(fields[0], str) else None
 
@@ -372,6 +377,9 @@ def _check_fields(superblock: CloneSuperblock) -> None:
     if unknown:
         raise UnsupportedFormat(1, unknown)
     rules = {
+        "generation": 0 <= superblock.generation <= COUNTER_MAX,
+        "nr_commits": 0 <= superblock.nr_commits <= COUNTER_MAX,
+        "nr_compactions": 0 <= superblock.nr_compactions <= COUNTER_MAX,
         "uuid": len(superblock.uuid) == 16,
         "snapshot_digest": len(superblock.snapshot_digest) == DIGEST_SIZE,
         "journal_digest": len(superblock.journal_digest) == DIGEST_SIZE,
@@ -391,6 +399,14 @@ def _check_fields(superblock: CloneSuperblock) -> None:
                 "a value in range",
                 getattr(superblock, field),
             )
+    # An arena has room for the whole bitmap: so the device bounds the memory that it takes.
+    bitmap_blocks = blocks_for(-(-superblock.nr_regions // 8))
+    if superblock.arena_blocks < bitmap_blocks:
+        raise CorruptMetadata(
+            f"arena_blocks of superblock generation {superblock.generation}",
+            f"at least {bitmap_blocks}",
+            superblock.arena_blocks,
+        )
     if not 0 <= superblock.nr_hydrated <= superblock.nr_regions:
         raise CorruptMetadata(
             f"nr_hydrated of superblock generation {superblock.generation}",

@@ -222,6 +222,21 @@ def test_record_is_refused_for(name: str) -> None:
         read_record(record)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\x94\xa2\xff\xfe\x01\xc4\0\xc4\0", b"\x95" + b"\xa4runs\x01\xc4\0\xc4\0"],
+    ids=["empty", "no text", "deep"],
+)
+def test_record_that_is_no_message_is_refused(body: bytes) -> None:
+    if body.startswith(b"\x95"):
+        body += b"\x91" * 3000 + b"\0"  # what a later version might have appended
+    store = Store(8 * BLOCK_SIZE)
+    data, digest = seal(RECORD_MAGIC, 4, body)
+    store.durable[4 * BLOCK_SIZE : 5 * BLOCK_SIZE] = data
+    with pytest.raises(CorruptMetadata, match="snapshot or journal record"):
+        read_back(store, Chain(block=5, end=8, digest=digest), 64)
+
+
 def test_bits_are_refused_in_a_journal() -> None:
     bits = zeros(64, "little")
     with pytest.raises(CorruptMetadata, match="expected none"):

@@ -285,9 +285,43 @@ def test_intact_envelope_around_nonsense_is_corrupt(body: object) -> None:
         choose(put_body(msgspec.msgpack.encode(body)))
 
 
-def test_intact_envelope_around_no_msgpack_is_corrupt() -> None:
+@pytest.mark.parametrize(
+    "body",
+    [b"\xc1", b"", b"\x92\xa2\xff\xfe\x01", b"\x91" * 4000, b"\xdd\xff\xff\xff\xff"],
+    ids=["unused byte", "empty", "no text", "deep", "huge"],
+)
+def test_intact_envelope_around_no_message_is_corrupt(body: bytes) -> None:
     with pytest.raises(CorruptMetadata, match="a clone superblock"):
-        choose(put_body(b"\xc1"))
+        choose(put_body(body))
+
+
+def test_later_fields_that_are_too_deep_are_corrupt() -> None:
+    fields = msgspec.to_builtins(make_superblock(N), builtin_types=(bytes,))
+    body = bytearray(msgspec.msgpack.encode([*fields, 0]))
+    body[-1:] = b"\x91" * 3000 + b"\0"
+    with pytest.raises(CorruptMetadata, match="a clone superblock"):
+        choose(put_body(bytes(body)))
+
+
+@pytest.mark.parametrize("field", ["generation", "nr_commits", "nr_compactions"])
+@pytest.mark.parametrize("value", [-2, (1 << 64) - 2])
+def test_counter_that_could_not_go_on_is_refused_by_name(
+    field: str, value: int
+) -> None:
+    # The next commit could not encode it: a clone that is lost in the middle of its work.
+    generations = {"generation": N, field: value}
+    other = generations["generation"] - 1
+    newest = make_superblock(generations.pop("generation"), **generations)
+    with pytest.raises(CorruptMetadata, match=field):
+        choose(put_all(newest, make_superblock(other)))
+
+
+def test_bitmap_that_its_arena_could_not_hold_is_refused() -> None:
+    # Else a lying target_size takes 256 MiB of memory before anything else is looked at.
+    huge = {"region_size": 512, "target_size": 512 << 31}
+    area = put_all(make_superblock(N, **huge), make_superblock(N - 1, **huge))
+    with pytest.raises(CorruptMetadata, match="arena_blocks"):
+        choose(area)
 
 
 def test_later_fields_are_ignored() -> None:
