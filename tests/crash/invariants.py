@@ -31,10 +31,7 @@ from typing import Any, Final
 
 from bitarray import bitarray
 
-from metadata.clone import CloneMetadata
-from metadata.errors import NotFormatted
 from metadata.mode import Mode
-from metadata.operations import Answer, Flush, Operation, Read, Steps, Write
 from nbdtarget.bio import (
     OP_CACHE,
     OP_DISCARD,
@@ -47,10 +44,11 @@ from nbdtarget.bio import (
 from nbdtarget.targets.clone.holes import Piece
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.prison import Cell
+from tests.crash.images import committed_bits
 from tests.support.devices import CrashDevice
 from tests.support.model import DiskModel
 
-__all__ = ["Broken", "CloneInvariants", "Invariants", "committed_bits"]
+__all__ = ["Broken", "CloneInvariants", "Invariants"]
 
 WRITES: Final = (OP_WRITE, OP_WRITE_ZEROES, OP_DISCARD)
 
@@ -65,6 +63,10 @@ class Invariants:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.nr_jobs_done = 0
+
+    def promised(self) -> object:
+        """What a power cut now must not touch, besides what the model knows."""
+        return None
 
     def look(self) -> None:
         """Something may have changed. Raises: Broken."""
@@ -100,7 +102,7 @@ class CloneInvariants(Invariants):
     Args:
         find_target: returns what serves bios now, if anything does.
         content: of the source.
-        before: what was asserted of the life before the power cut.
+        before: of the life before the power cut; its `counts` go on.
 
     Attributes:
         floor: bits that an acknowledged FLUSH has made durable.
@@ -129,10 +131,9 @@ class CloneInvariants(Invariants):
         self.floor = bitarray(self.nr_regions, endian="little")
         if before is not None:
             self.counts = before.counts
-            self.floor |= before.floor
         self.broken: Broken | None = None
         self.nr_jobs_done = 0
-        self._bits: bitarray | None = self.floor.copy()
+        self._bits: bitarray | None = None
         self._under_way: dict[int, tuple[range, bitarray]] = {}
         self._jobs: dict[Cell, int] = {}
         self._nr_destination_flushes = 0
@@ -172,6 +173,9 @@ class CloneInvariants(Invariants):
         self.look()
 
     # ---- what the machine says
+
+    def promised(self) -> bitarray:
+        return self.floor.copy()
 
     def look(self) -> None:
         """Raise what was found inside a bio's `submit`, too: there it may be caught."""
@@ -213,13 +217,20 @@ class CloneInvariants(Invariants):
 
     # ---- the invariants
 
-    def i1_committed_regions_are_on_the_destination(self, model: DiskModel) -> None:
+    def i1_committed_regions_are_on_the_destination(
+        self, model: DiskModel, promised: bitarray
+    ) -> None:
         """Hold what the devices contain, after a power cut, against the oracle."""
         bits = committed_bits(
             self.metadata.image(), self.region_size, len(self.content)
         )
+        if bits is None:
+            bits = bitarray(self.nr_regions, endian="little")
+        if (promised & ~bits).any():
+            raise self._broken(f"I3: flushed bits {promised} are now {bits}")
+        self.floor, self._bits = bits.copy(), bits
         image = self.destination.image()
-        for region_nr in bits.search(1) if bits is not None else ():
+        for region_nr in bits.search(1):
             begin = region_nr * self.region_size
             end = min(begin + self.region_size, len(image))
             self.counts["I1"] += 1
@@ -229,8 +240,6 @@ class CloneInvariants(Invariants):
                 raise self._broken(
                     f"I1: region {region_nr} is committed, but {error}"
                 ) from error
-        if bits is not None and (self.floor & ~bits).any():
-            raise self._broken(f"I3: flushed bits {self.floor} are now {bits}")
 
     def i2_source_is_never_modified(self, bio: Bio) -> None:
         self.counts["I2"] += 1
@@ -324,39 +333,3 @@ class CloneInvariants(Invariants):
         """Kept too: whoever raised it may be a task whose exception the target takes."""
         self.broken = self.broken or Broken(what)
         return self.broken
-
-
-def committed_bits(image: bytes, region_size: int, target_size: int) -> bitarray | None:
-    """Return the bits that the metadata on `image` vouches for; None: it is not formatted."""
-    try:
-        metadata = _run_over(
-            image,
-            CloneMetadata.open(
-                device_size=len(image), region_size=region_size, target_size=target_size
-            ),
-        )
-    except NotFormatted:
-        return None
-    return metadata.hydrated
-
-
-def _run_over(image: bytes, steps: Steps[CloneMetadata]) -> CloneMetadata:
-    """Run steps that read, and flush; it is all on the disk already."""
-    answer: Answer | tuple[Answer, ...] = None
-    while True:
-        try:
-            step = steps.send(answer)
-        except StopIteration as stop:
-            found: CloneMetadata = stop.value
-            return found
-        if isinstance(step, Read | Write | Flush):
-            answer = _answer(image, step)
-        else:
-            answer = tuple(_answer(image, each) for each in step)
-
-
-def _answer(image: bytes, operation: Operation) -> Answer:
-    if isinstance(operation, Flush):
-        return None
-    assert isinstance(operation, Read), "opening writes nothing"
-    return memoryview(image)[operation.offset : operation.offset + operation.length]

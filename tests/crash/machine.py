@@ -52,6 +52,11 @@ class Rig(Protocol):
     disk: Device
 
     @property
+    def content(self) -> bytes:
+        """What the disk holds before anybody has written to it."""
+        ...
+
+    @property
     def messages(self) -> tuple[tuple[str, ...], ...]:
         """What a walk may send."""
         ...
@@ -63,6 +68,11 @@ class Rig(Protocol):
 
     @property
     def invariants(self) -> Invariants: ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no background work is left."""
+        ...
 
     async def start(self) -> None:
         """Construct and resume the disk from what is on the devices."""
@@ -93,19 +103,20 @@ class Rig(Protocol):
         first content."""
         ...
 
-    def check_survivors(self, model: DiskModel) -> None:
-        """Hold what lies on the devices after a power cut, before `start`, against the model."""
+    def check_survivors(self, model: DiskModel, promised: object) -> None:
+        """Hold what lies on the devices after a power cut, before `start`, against the model
+        and what the invariants had `promised` when it was cut."""
         ...
 
 
 class Driver:
     """Submits bios to a rig and holds every answer against the model."""
 
-    def __init__(self, rig: Rig, content: bytes) -> None:
+    def __init__(self, rig: Rig) -> None:
         self.escaped: list[BaseException] = []
         self.loop = self._new_loop()
         self.rig = rig
-        self.model = DiskModel(content)
+        self.model = DiskModel(rig.content)
         self.in_flight: dict[Bio, tuple[int, int]] = {}
         self.stamp = 0
         self.suspended = False
@@ -315,6 +326,7 @@ class Driver:
 
     def boot(self, seed: int, images: tuple[bytes, ...]) -> None:
         """The power was cut, and came back; `images` are what is left."""
+        promised = self.rig.invariants.promised()
         rig = self.rig.reboot(seed, images)
         for device in self.rig.at_risk:
             device.cut_power()
@@ -322,7 +334,7 @@ class Driver:
         self.suspended = False
         self.loop = self._new_loop()
         self.rig = rig
-        rig.check_survivors(self.model)
+        rig.check_survivors(self.model, promised)
         self.run(rig.check())
         self.run(rig.start())
         content = self.run(rig.disk.read(0, self.model.size))

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The disks that the crash machine drives: each target in a real registry, on crash devices."""
 
+import contextlib
 import errno
 import random
 from typing import Final
 
+from bitarray import bitarray
+
 from metadata.check import check
 from metadata.clone import CloneMetadata
+from metadata.errors import NotFormatted
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.table import Table
@@ -14,6 +18,7 @@ from nbdtarget.errors import ResolveError
 from nbdtarget.metadata_io import run
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.volatile_cache import BORDERS
+from tests.crash.images import worn_metadata
 from tests.crash.invariants import CloneInvariants, Invariants
 from tests.support.clock import SimClock
 from tests.support.devices import CrashDevice
@@ -26,6 +31,8 @@ __all__ = [
     "CloneRig",
     "DeviceTable",
     "LinearRig",
+    "WornCloneRig",
+    "source_content",
 ]
 
 REGION_SIZE: Final = 8 * SECTOR
@@ -33,15 +40,15 @@ REGION_SIZE: Final = 8 * SECTOR
 DISK_SIZE: Final = 7 * REGION_SIZE + 3 * SECTOR
 
 
-def _content() -> bytes:
+def source_content(size: int = DISK_SIZE) -> bytes:
     """What the source holds: noise, but region 2 and the end of region 5 are holes."""
-    content = bytearray(random.Random(1).randbytes(DISK_SIZE))
+    content = bytearray(random.Random(1).randbytes(size))
     content[2 * REGION_SIZE : 3 * REGION_SIZE] = bytes(REGION_SIZE)
     content[5 * REGION_SIZE + 4 * SECTOR : 6 * REGION_SIZE] = bytes(4 * SECTOR)
     return bytes(content)
 
 
-CONTENT: Final = _content()
+CONTENT: Final = source_content()
 
 
 class DeviceTable:
@@ -74,6 +81,7 @@ class _RegistryRig:
 
     table: str
     devices: dict[str, Device]
+    content = CONTENT
     messages: tuple[tuple[str, ...], ...] = ()
     invariants: Invariants
 
@@ -133,23 +141,24 @@ class LinearRig(_RegistryRig):
         self.invariants = Invariants()
 
     def reboot(self, seed: int, images: tuple[bytes, ...]) -> "LinearRig":
-        return LinearRig(seed, self.device.inline_chance, images)
+        return type(self)(seed, self.device.inline_chance, images)
 
     async def check(self) -> None:
         """linear keeps nothing that could be wrong."""
 
-    def check_survivors(self, model: DiskModel) -> None:
+    def check_survivors(self, model: DiskModel, promised: object) -> None:
         model.check_survivor(self.device.image())
+
+    @property
+    def is_settled(self) -> bool:
+        return True
 
 
 class CloneRig(_RegistryRig):
     """A clone: the source never changes; destination and metadata lose power together."""
 
-    table = (
-        f"0 {DISK_SIZE // SECTOR} clone /metadata /destination /source"
-        f" {REGION_SIZE // SECTOR} 0 4 hydration_threshold 2 hydration_batch_size 2"
-    )
-    nr_regions = -(-DISK_SIZE // REGION_SIZE)
+    features = "0"
+
     messages = (
         ("enable_hydration",),
         ("disable_hydration",),
@@ -168,9 +177,14 @@ class CloneRig(_RegistryRig):
     ) -> None:
         """`images`: of destination and metadata; else garbage, and nothing."""
         super().__init__()
+        self.table = (
+            f"0 {len(self.content) // SECTOR} clone /metadata /destination /source"
+            f" {REGION_SIZE // SECTOR} {self.features}"
+            " 4 hydration_threshold 2 hydration_batch_size 2"
+        )
         destination, metadata = images or (
-            random.Random(seed).randbytes(DISK_SIZE),
-            # The smallest that works: compactions come often.
+            random.Random(seed).randbytes(len(self.content)),
+            # The smallest that works: compactions come early.
             bytes(CloneMetadata.device_size_min(self.nr_regions)),
         )
         self.destination, self.metadata, self.source = (
@@ -186,7 +200,7 @@ class CloneRig(_RegistryRig):
                 [
                     ("/destination", destination),
                     ("/metadata", metadata),
-                    ("/source", CONTENT),
+                    ("/source", self.content),
                 ]
             )
         )
@@ -201,10 +215,21 @@ class CloneRig(_RegistryRig):
             self.source,
             self.destination,
             self.metadata,
-            content=CONTENT,
+            content=self.content,
             region_size=REGION_SIZE,
             before=before,
         )
+
+    @property
+    def nr_regions(self) -> int:
+        return -(-len(self.content) // REGION_SIZE)
+
+    @property
+    def nr_compactions(self) -> int:
+        """In all lives of this metadata."""
+        target = self._maybe_target()
+        assert target is not None
+        return target._metadata._superblock.nr_compactions
 
     def _maybe_target(self) -> CloneTarget | None:
         if self.registry is None:
@@ -219,18 +244,50 @@ class CloneRig(_RegistryRig):
         self.invariants.watch_jobs(_clone_of(table))
 
     def reboot(self, seed: int, images: tuple[bytes, ...]) -> "CloneRig":
-        assert self.source.image() == CONTENT, "the source was written"
-        return CloneRig(
+        assert self.source.image() == self.content, "the source was written"
+        return type(self)(
             seed, self.destination.inline_chance, images, before=self.invariants
         )
 
     async def check(self) -> None:
-        assert self.source.image() == CONTENT, "the source was written"
-        if any(self.metadata.image()):
+        assert self.source.image() == self.content, "the source was written"
+        # A format that was cut short is fine: `check_survivors` knows that nothing was lost.
+        with contextlib.suppress(NotFormatted):
             await run(self.metadata, check(self.metadata.size))
 
-    def check_survivors(self, model: DiskModel) -> None:
-        self.invariants.i1_committed_regions_are_on_the_destination(model)
+    def check_survivors(self, model: DiskModel, promised: object) -> None:
+        assert isinstance(promised, bitarray)
+        self.invariants.i1_committed_regions_are_on_the_destination(model, promised)
+
+    @property
+    def is_settled(self) -> bool:
+        """Everything is hydrated, and committed."""
+        target = self._maybe_target()
+        return target is not None and target._metadata.hydration_done
+
+
+class WornCloneRig(CloneRig):
+    """More regions, and a journal that is about to be compacted."""
+
+    content = source_content(20 * REGION_SIZE + SECTOR)
+    worn = worn_metadata(REGION_SIZE, len(content), 9)
+
+    def __init__(
+        self,
+        seed: int,
+        inline: float,
+        images: tuple[bytes, ...] | None = None,
+        *,
+        before: CloneInvariants | None = None,
+    ) -> None:
+        # What is hydrated is on the destination, of course.
+        super().__init__(
+            seed, inline, images or (self.content, self.worn), before=before
+        )
+
+    async def stop(self) -> None:
+        self.invariants.counts["compactions"] += self.nr_compactions
+        await super().stop()
 
 
 def _clone_of(table: Table) -> CloneTarget:

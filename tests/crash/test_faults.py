@@ -15,7 +15,7 @@ import pytest
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from tests.crash.machine import Driver
-from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE, CloneRig
+from tests.crash.rigs import DISK_SIZE, REGION_SIZE, CloneRig
 from tests.crash.test_machine import KINDS, Step, take
 from tests.support.devices import FaultDevice
 from tests.support.model import SECTOR
@@ -41,9 +41,9 @@ class FaultRig(CloneRig):
 class FaultDriver(Driver):
     """Holds reads to nothing but their end."""
 
-    def __init__(self, rig: FaultRig, content: bytes) -> None:
+    def __init__(self, rig: FaultRig) -> None:
         try:
-            super().__init__(rig, content)
+            super().__init__(rig)
         except ConstructorError:
             self.discard_loop()
             raise
@@ -78,7 +78,7 @@ def run_walk(seed: int) -> bool:
     rig = FaultRig(seed, rng.choice([0.0, 0.5, 1.0]))
     rig.arm(rng)
     try:
-        driver = FaultDriver(rig, CONTENT)
+        driver = FaultDriver(rig)
     except ConstructorError:
         return True  # it was refused: there is nothing to lose
     try:

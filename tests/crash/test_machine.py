@@ -11,13 +11,20 @@ a device that ignores every FLUSH; 60 of these walks find it 39 times, in a tent
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
 from nbdtarget.bio import FUA, OP_FLUSH, Bio
 from tests.crash.machine import Driver, Rig
-from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE, CloneRig, LinearRig
+from tests.crash.rigs import (
+    DISK_SIZE,
+    REGION_SIZE,
+    CloneRig,
+    LinearRig,
+    WornCloneRig,
+)
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR
 
@@ -101,8 +108,8 @@ def take(driver: Driver, step: Step) -> None:
         raise AssertionError(kind)
 
 
-def walk(make_rig: MakeRig, seed: int, steps: list[Step]) -> None:
-    driver = Driver(make_rig(seed, (0.0, 0.5, 1.0)[seed % 3]), CONTENT)
+def walk(make_rig: MakeRig, seed: int, steps: list[Step]) -> Driver:
+    driver = Driver(make_rig(seed, (0.0, 0.5, 1.0)[seed % 3]))
     try:
         for step in steps:
             take(driver, step)
@@ -111,6 +118,7 @@ def walk(make_rig: MakeRig, seed: int, steps: list[Step]) -> None:
         driver.verify()
     finally:
         driver.discard_loop()
+    return driver
 
 
 def maybe_failure(make_rig: MakeRig, seed: int, steps: list[Step]) -> Exception | None:
@@ -150,6 +158,15 @@ def test_no_acknowledged_flush_is_lost(rig: MakeRig) -> None:
             error = maybe_failure(rig, seed, shortest)
             lines = "\n".join(map(str, shortest))
             raise AssertionError(f"SIM_SEED={seed}: {error}\n{lines}") from error
+
+
+@pytest.mark.slow
+def test_no_acknowledged_flush_is_lost_while_journals_are_compacted() -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(SEED, SEED + WALKS // 5):
+        driver = walk(WornCloneRig, seed, draw_walk(seed))
+        counts += driver.rig.invariants.counts
+    assert counts["compactions"] > WALKS // 10
 
 
 class LyingDevice(CrashDevice):

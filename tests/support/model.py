@@ -43,17 +43,23 @@ class _Sector:
 
 
 class DiskModel:
-    """The values that each sector of a disk may hold."""
+    """The values that each sector of a disk may hold.
+
+    Attributes:
+        nr_changes: counts up whenever what may be held has changed.
+    """
 
     def __init__(self, content: bytes) -> None:
         assert len(content) % SECTOR == 0
         self.size = len(content)
+        self.nr_changes = 0
         self._sectors: list[_Sector] = []
         self.settle(content)
 
     def settle(self, content: bytes | memoryview) -> None:
         """Take `content` as the durable truth."""
         assert len(content) == self.size
+        self.nr_changes += 1
         self._sectors = [
             _Sector([Write(bytes(content[at : at + SECTOR]), True, "settled")])
             for at in range(0, self.size, SECTOR)
@@ -66,6 +72,7 @@ class DiskModel:
 
         Returns the sectors' new values, for `end_write`.
         """
+        self.nr_changes += 1
         started = []
         for nr in range(offset // SECTOR, -(-(offset + length) // SECTOR)):
             history = self._sectors[nr].history
@@ -81,6 +88,7 @@ class DiskModel:
         self, started: list[tuple[int, Write]], *, ok: bool, fua: bool = False
     ) -> None:
         """The write ended. A failed one stays possible and is never promised."""
+        self.nr_changes += 1
         for nr, write in started:
             write.ended = ok
             history = self._sectors[nr].history
@@ -98,6 +106,7 @@ class DiskModel:
         """The FLUSH ended; with `ok` what it promised can no longer be lost."""
         if not ok:
             return
+        self.nr_changes += 1
         for sector, write in zip(self._sectors, promised, strict=True):
             if write in sector.history:
                 del sector.history[: sector.history.index(write)]

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The crash matrix: short workloads, cut at every device operation, with every subset.
+
+What is tried at each crash point, and what is asked of the images: `tests/crash/cuts.py`. Each
+workload runs on devices that serve at once, and on ones that defer every bio and reorder them.
+The numbers are those of the crash points and the different images that a workload has had at
+least; a run that has fewer tests less than it used to.
+
+`CRASH_DEEP=1` runs every workload with many more orders and torn images: minutes.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from metadata.errors import CorruptMetadata
+from nbdtarget import metadata_io
+from nbdtarget.bio import Bio
+from nbdtarget.targets.committer import Committer, Transaction
+from tests.crash.cuts import Cuts
+from tests.crash.machine import Driver
+from tests.crash.rigs import REGION_SIZE, CloneRig, WornCloneRig
+from tests.crash.test_directed import LazyDevice
+from tests.support.devices import FailAfter, FailFlush
+from tests.support.model import SECTOR, DiskModel
+
+DEEP = bool(os.environ.get("CRASH_DEEP"))
+ORDERS = range(30) if DEEP else range(3)
+SAMPLES = 10 if DEEP else 2
+
+COMMITTER = "nbdtarget.targets.clone.target.Committer"
+
+Workload = Callable[[Driver], None]
+
+
+class QuietRig(CloneRig):
+    """Hydrates nothing unless it is told to."""
+
+    features = "1 no_hydration"
+
+
+class WornQuietRig(WornCloneRig, QuietRig):
+    """The journal is about to be compacted."""
+
+
+def clone(driver: Driver) -> QuietRig:
+    assert isinstance(driver.rig, QuietRig)
+    return driver.rig
+
+
+def write(
+    driver: Driver, region_nr: int, length: int = REGION_SIZE, *, fua: bool = False
+) -> None:
+    driver.write(region_nr * REGION_SIZE, length, fua=fua)
+
+
+def formatting(driver: Driver) -> None:
+    """A new metadata device; what `Driver` has done by now."""
+
+
+def flush(driver: Driver) -> None:
+    """What was written so far is promised from here on: it has ended first."""
+    driver.drain()
+    driver.flush()
+    driver.drain()
+
+
+def first_write_and_flush(driver: Driver) -> None:
+    write(driver, 3)
+    flush(driver)
+
+
+def flush_beside_a_write(driver: Driver) -> None:
+    write(driver, 3)
+    driver.flush()
+    driver.drain()
+
+
+def fua_overwrite(driver: Driver) -> None:
+    write(driver, 3, fua=True)
+    driver.drain()
+    write(driver, 3, SECTOR, fua=True)
+    driver.drain()
+
+
+def fua_before_its_region_is_committed(driver: Driver) -> None:
+    write(driver, 3)
+    driver.drain()
+    write(driver, 3, SECTOR, fua=True)
+    driver.drain()
+
+
+def partial_write_and_flush(driver: Driver) -> None:
+    driver.write(REGION_SIZE + SECTOR, 2 * SECTOR, fua=False)
+    flush(driver)
+    driver.write(5 * REGION_SIZE - 100, 200, fua=False)  # parts of two regions
+    flush(driver)
+
+
+def writes_and_flush_during_a_commit(driver: Driver) -> None:
+    write(driver, 3)
+    driver.drain()
+    driver.flush()
+    driver.turn(2)
+    write(driver, 5)
+    write(driver, 3, SECTOR)
+    driver.turn(1)
+    driver.flush()
+    driver.drain()
+
+
+def hydration_of_all(driver: Driver) -> None:
+    driver.run(driver.rig.message("enable_hydration"))
+    while driver.hydrate_a_step():
+        driver.flush()
+    driver.drain()
+
+
+def writes_while_hydrating(driver: Driver) -> None:
+    driver.run(driver.rig.message("enable_hydration"))
+    driver.turn(3)
+    write(driver, 0, SECTOR)
+    write(driver, 7, SECTOR, fua=True)
+    driver.turn(3)
+    write(driver, 1)
+    driver.flush()
+    driver.drain()
+
+
+def discards(driver: Driver) -> None:
+    driver.discard(2 * REGION_SIZE, 2 * REGION_SIZE)
+    flush(driver)
+    write(driver, 3, SECTOR)
+    flush(driver)
+
+
+def zeroes(driver: Driver) -> None:
+    driver.zero(REGION_SIZE // 2, 2 * REGION_SIZE, fua=False)
+    driver.drain()
+    driver.zero(0, SECTOR, fua=True)
+    driver.drain()
+
+
+def compaction_during_commits(driver: Driver) -> None:
+    for region_nr in range(4):
+        write(driver, region_nr)
+        flush(driver)
+    assert clone(driver).nr_compactions, "too few commits"
+
+
+def reload_with_io_in_flight(driver: Driver) -> None:
+    write(driver, 3)
+    driver.load()
+    write(driver, 4, SECTOR)
+    driver.resume()
+    driver.flush()
+    driver.drain()
+
+
+def suspend_and_resume(driver: Driver) -> None:
+    write(driver, 3)
+    driver.suspend()
+    write(driver, 4)
+    driver.flush()
+    driver.turn(3)
+    driver.resume()
+    driver.drain()
+
+
+def write_after_a_clean_restart(driver: Driver) -> None:
+    write(driver, 3)
+    driver.restart()
+    write(driver, 4)
+    write(driver, 3, SECTOR)
+    flush(driver)
+
+
+def overwrites_of_a_hydrated_region(driver: Driver) -> None:
+    write(driver, 3)
+    flush(driver)
+    for length in (3 * SECTOR, 2 * SECTOR, SECTOR):
+        write(driver, 3, length)
+        driver.drain()
+    flush(driver)
+    write(driver, 3, SECTOR)
+    flush(driver)
+
+
+def eight_writes_without_a_flush(driver: Driver) -> None:
+    for region_nr in (3, 4):
+        write(driver, region_nr)
+    flush(driver)
+    for nr in range(8):
+        driver.write(3 * REGION_SIZE + (4 + nr) * SECTOR, 2 * SECTOR, fua=False)
+    driver.drain()
+
+
+def commit_by_the_timer(driver: Driver) -> None:
+    write(driver, 3)
+    driver.drain()
+    driver.advance(1.5)
+    driver.turn(20)
+
+
+def failed_flush_of_the_destination(driver: Driver) -> None:
+    write(driver, 2)
+    flush(driver)
+    clone(driver).destination.lie = FailFlush()
+    write(driver, 3)
+    flush(driver)
+    write(driver, 2, SECTOR)
+    flush(driver)
+
+
+def failed_flush_of_the_metadata(driver: Driver) -> None:
+    clone(driver).metadata.lie = FailFlush()
+    write(driver, 3)
+    flush(driver)
+
+
+def metadata_that_dies_in_a_commit(driver: Driver) -> None:
+    clone(driver).metadata.lie = FailAfter(3)
+    write(driver, 3)
+    flush(driver)
+
+
+def destination_that_dies(driver: Driver) -> None:
+    clone(driver).destination.lie = FailAfter(2)
+    write(driver, 3, SECTOR)
+    flush(driver)
+    write(driver, 4)
+    flush(driver)
+
+
+def cuts_of(workload: Workload, inline: float, seed: int) -> Cuts:
+    """Run it once, and note all that a power cut may leave."""
+    make_rig = WornQuietRig if workload is compaction_during_commits else QuietRig
+    rig = make_rig(seed, inline)
+    cuts = Cuts(rig, DiskModel(rig.content), seed=seed, samples=SAMPLES)
+    driver = Driver(rig)
+    try:
+        driver.model = cuts.model
+        workload(driver)
+        cuts.note()
+    finally:
+        driver.discard_loop()
+    return cuts
+
+
+@pytest.fixture(autouse=True)
+def devices_that_take_their_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("tests.crash.rigs.CrashDevice", LazyDevice)
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+MATRIX: list[tuple[Workload, int, int]] = [
+    (formatting, 90, 21),
+    (first_write_and_flush, 135, 45),
+    (flush_beside_a_write, 115, 36),
+    (fua_overwrite, 140, 50),
+    (fua_before_its_region_is_committed, 140, 50),
+    (partial_write_and_flush, 180, 65),
+    (writes_and_flush_during_a_commit, 185, 135),
+    (hydration_of_all, 205, 150),
+    (writes_while_hydrating, 195, 270),
+    (discards, 150, 45),
+    (zeroes, 155, 70),
+    (compaction_during_commits, 205, 95),
+    (reload_with_io_in_flight, 150, 55),
+    (suspend_and_resume, 155, 60),
+    (write_after_a_clean_restart, 230, 75),
+    (overwrites_of_a_hydrated_region, 180, 85),
+    (eight_writes_without_a_flush, 200, 1000),
+    (commit_by_the_timer, 130, 44),
+    (failed_flush_of_the_destination, 180, 80),
+    (failed_flush_of_the_metadata, 125, 38),
+    (metadata_that_dies_in_a_commit, 140, 42),
+    (destination_that_dies, 150, 44),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workload", "points_min", "images_min"), MATRIX)
+def test_no_power_cut_loses_what_was_promised(
+    workload: Workload, points_min: int, images_min: int
+) -> None:
+    nr_points = nr_images = 0
+    for inline, seed in [(1.0, 0), *((0.0, order) for order in ORDERS)]:
+        cuts = cuts_of(workload, inline, seed)
+        cuts.verify()
+        nr_points += cuts.nr_points
+        nr_images += len(cuts.images)
+    assert nr_points >= points_min
+    assert nr_images >= images_min
+
+
+def test_each_invariant_had_something_to_say() -> None:
+    counts: Counter[str] = Counter()
+    for workload, _, _ in MATRIX:
+        for inline in (0.0, 1.0):
+            counts += cuts_of(workload, inline, 0).rig.invariants.counts
+    assert all(counts[f"I{nr}"] >= 6 for nr in range(2, 8)), counts
+
+
+class NoDestinationFlush(Committer):
+    """Vouches for data that may still be lost."""
+
+    async def _commit_transaction(self, transaction: Transaction) -> None:
+        await metadata_io.run(self.device, transaction.journal())
+        await metadata_io.run(self.device, transaction.superblock())
+        transaction.done()
+
+
+class EarlyWord(Committer):
+    """Ends a FLUSH when its commit begins."""
+
+    def flush(self, bio: Bio) -> None:
+        super().flush(bio)
+        self._flush_waiters.remove(bio.end)
+        bio.end(0)
+
+
+class FlushLies(LazyDevice):
+    """Ends each FLUSH, and makes nothing stable."""
+
+    def _make_stable(self, mark: int) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("where", "liar", "workload"),
+    [
+        (COMMITTER, NoDestinationFlush, partial_write_and_flush),
+        (COMMITTER, EarlyWord, writes_and_flush_during_a_commit),
+        ("tests.crash.rigs.CrashDevice", FlushLies, first_write_and_flush),
+    ],
+)
+def test_matrix_catches(
+    where: str, liar: type, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, liar)
+    with pytest.raises((AssertionError, CorruptMetadata)):
+        _try_orders(workload)
+
+
+def _try_orders(workload: Workload) -> None:
+    for order in range(5):
+        cuts_of(workload, 0.0, order).verify()
