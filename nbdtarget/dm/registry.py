@@ -120,6 +120,8 @@ class Registry:
     def release(self, device: Device) -> None:
         """Give back what `acquire` returned."""
         assert isinstance(device, MappedDevice)
+        if self._is_closing and not device.open_count:
+            return  # `close` did not wait for this connection: its last bio ends only now
         assert device.open_count > 0
         device.open_count -= 1
 
