@@ -249,6 +249,20 @@ async def test_close_removes_everything_although_bios_wait_below() -> None:
     assert upper.state is lower.state is State.REMOVED
 
 
+async def test_connection_whose_last_bio_outlives_close_may_release() -> None:
+    registry, opener = make_registry(a=4096)
+    device = await registry.create("x", "0 8 linear /a 0")
+    opener.open["/a"].hold = True
+    held = registry.acquire("x")
+    write = submit(device, OP_WRITE, 0, b"late")
+    write.on_end(lambda _: registry.release(held))
+    closing = asyncio.ensure_future(registry.close())
+    await settle()
+    opener.open["/a"].let_go()
+    await closing
+    assert write.status == 0
+
+
 async def test_create_that_is_overtaken_by_remove_leaves_the_next_device_alone() -> (
     None
 ):
