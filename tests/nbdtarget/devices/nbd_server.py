@@ -6,11 +6,13 @@ replies, notes what it was asked, and breaks in the ways that it is told to.
 import asyncio
 import contextlib
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
 from protocol import consts
+from protocol.transmission import block_status
 
 __all__ = ["StrictServer"]
 
@@ -36,6 +38,8 @@ class StrictServer:
         errors: command -> errno to answer with instead of carrying it out.
         gate: cleared, requests wait; set, they are answered.
         greeting: what to say instead of a handshake; then hang up, unless `is_silent`.
+        status: answers BLOCK_STATUS, (offset, length) -> descriptors; without it there are
+            no structured replies. READ is not answered with one: do not ask.
         hang_up_after: close the connection at the request of this number, from 0.
     """
 
@@ -47,6 +51,7 @@ class StrictServer:
         flags: int = FLAGS_ALL,
         block_min: int = 1,
         payload_max: int = 32 << 20,
+        status: Callable[[int, int], list[tuple[int, int]]] | None = None,
     ) -> None:
         self.path = directory / "nbd.sock"
         self.uri = f"nbd+unix:///disk?socket={quote(str(self.path))}"
@@ -61,6 +66,7 @@ class StrictServer:
         self.hang_up_after = -1
         self.greeting: bytes | None = None
         self.is_silent = False
+        self.status = status
         self.nr_connections = 0
         self.nr_goodbyes = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -114,6 +120,14 @@ class StrictServer:
             header = await reader.readexactly(consts.OPTION.size)
             _, option, length = consts.OPTION.unpack(header)
             await reader.readexactly(length)
+            if self.status is not None and option == consts.OPT_STRUCTURED_REPLY:
+                self._reply(writer, option, consts.REP_ACK)
+                continue
+            if self.status is not None and option == consts.OPT_SET_META_CONTEXT:
+                context = consts.U32.pack(9) + b"base:allocation"
+                self._reply(writer, option, consts.REP_META_CONTEXT, context)
+                self._reply(writer, option, consts.REP_ACK)
+                continue
             if option != consts.OPT_GO:
                 self._reply(writer, option, consts.REP_ERR_UNSUP)
                 continue
@@ -153,6 +167,10 @@ class StrictServer:
             return False
         await self.gate.wait()
         error = self.errors.get(command, 0)
+        if self.status is not None and command == consts.CMD_BLOCK_STATUS and not error:
+            writer.write(block_status(cookie, 9, self.status(offset, length), True))
+            await writer.drain()
+            return True
         data = b"" if error else self._carry_out(command, offset, length, payload)
         writer.write(struct.pack(">IIQ", consts.SIMPLE_REPLY_MAGIC, error, cookie))
         writer.write(data)

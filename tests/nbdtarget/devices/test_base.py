@@ -17,7 +17,7 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
-from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
+from nbdtarget.devices.base import EXTENT_DATA, Device, Extent, append_extent
 from nbdtarget.errors import DeviceError
 
 
@@ -110,3 +110,16 @@ def test_read_only_device_refuses_to_change() -> None:
     device.read_only = True
     assert device.check_bounds(Bio(OP_WRITE, 0, 1, None, 0, print)) == errno.EPERM
     assert device.check_bounds(Bio(OP_READ, 0, 1, None, 0, print)) == 0
+
+
+async def test_device_that_has_no_context_says_0() -> None:
+    device = RecordingDevice(inline=True)
+    assert device.contexts == ()
+    assert await device.context_extents("hydration", 0, 4096) == [Extent(4096, 0)]
+
+
+def test_append_extent_joins_what_is_alike() -> None:
+    found: list[Extent] = []
+    for length, flags in ((1, 0), (2, 0), (3, 3), (4, 0)):
+        append_extent(found, length, flags)
+    assert found == [(3, 0), (3, 3), (4, 0)]

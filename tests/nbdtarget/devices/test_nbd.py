@@ -437,3 +437,40 @@ async def test_extents_of_part_of_a_block_are_data(
             extents = await device.extents(1024, 4096)
         assert extents == [Extent(4096, EXTENT_DATA)]
         await device.close()
+
+
+async def test_block_status_is_bounded_whatever_the_server_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A server may send 2^20 descriptors for one request, and as many for the next.
+    monkeypatch.setattr(nbd_module, "RANGE_MAX", 256 << 10)
+    monkeypatch.setattr(nbd_module, "STATUS_RANGE_MIN", 4 << 10)
+    monkeypatch.setattr(nbd_module, "EXTENTS_MAX", 100)
+    monkeypatch.setattr(nbd_connection, "EXTENTS_MAX", 100)
+
+    def every_other(at: int, length: int) -> list[tuple[int, int]]:
+        return [(512, (at // 512 + nr) % 2 * 3) for nr in range(length // 512)]
+
+    async with StrictServer(tmp_path, status=every_other) as server:
+        device = await device_of(server)
+        first = await device.extents(512, SIZE - 512)
+        assert first == [(512, 3), (512, 0)] * 50
+        await device.extents(51200 + 512, SIZE - 51200 - 512)
+        asked = [length for _, _, _, length in server.noted]
+        # Less the second time, and more again when all of an answer could be taken.
+        assert asked == [256 << 10, 16 << 10, 32 << 10, 64 << 10]
+        await device.close()
+
+
+async def test_extents_end_where_the_server_stops_telling(tmp_path: Path) -> None:
+    def first_page(at: int, length: int) -> list[tuple[int, int]]:
+        if at >= 8192:
+            server.errors[consts.CMD_BLOCK_STATUS] = consts.EIO
+        return [(4096, 3)]
+
+    async with StrictServer(tmp_path, status=first_page) as server:
+        device = await device_of(server)
+        assert await device.extents(0, SIZE) == [Extent(12288, 3)]
+        # Where it tells nothing at all, all is data.
+        assert await device.extents(12288, 4096) == [Extent(4096, EXTENT_DATA)]
+        await device.close()

@@ -19,7 +19,14 @@ from nbdtarget.errors import ConstructorError, ResolveError, TableError
 from nbdtarget.targets.base import SUBMITTED, Target, TargetContext
 from tests.support.clock import SimClock
 
-__all__ = ["BuggyTarget", "ProbeTarget", "RamDevice", "RamOpener", "make_registry"]
+__all__ = [
+    "BuggyTarget",
+    "ProbeTarget",
+    "RamDevice",
+    "RamOpener",
+    "TellingTarget",
+    "make_registry",
+]
 
 
 class RamDevice(Device):
@@ -197,6 +204,34 @@ class BuggyTarget(Target):
         raise AssertionError("a third one")
 
 
+class TellingTarget(Target):
+    """`told <flags>`: has a metadata context "tale", in which all of it has those flags."""
+
+    type_name = "told"
+    version = (0, 0, 1)
+    flags = 0
+
+    @classmethod
+    async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "TellingTarget":
+        target = cls(ctx)
+        target.flags = int(args[0])
+        return target
+
+    async def dtr(self) -> None:
+        pass
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        return ("tale",)
+
+    async def context_extents(
+        self, context: str, offset: int, length: int
+    ) -> list[Extent]:
+        if context != "tale":
+            return await super().context_extents(context, offset, length)
+        return [Extent(length, self.flags)]
+
+
 def make_registry(**sizes: int) -> tuple[Registry, RamOpener]:
     """A registry over RAM devices called `/NAME`, sizes in bytes."""
     opener = RamOpener()
@@ -206,5 +241,6 @@ def make_registry(**sizes: int) -> tuple[Registry, RamOpener]:
         **TARGET_TYPES,
         "probe": ProbeTarget,
         "buggy": BuggyTarget,
+        "told": TellingTarget,
     }
     return Registry(opener, types=types, clock=SimClock()), opener

@@ -18,7 +18,13 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
-from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Extent
+from nbdtarget.devices.base import (
+    EXTENT_DATA,
+    EXTENT_HOLE,
+    EXTENT_ZERO,
+    EXTENTS_MAX,
+    Extent,
+)
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import DeviceError, TableError
@@ -368,6 +374,61 @@ async def test_extents_wait_while_suspended() -> None:
     assert not asking.done()
     await device.resume()
     assert (await asking)[0].length == 4096
+
+
+async def test_extents_end_where_a_target_told_no_more() -> None:
+    device, _, opener = await make(MIXED, a=8192, b=4096)
+
+    async def half(offset: int, length: int) -> list[Extent]:
+        return [Extent(length // 2, EXTENT_DATA)]
+
+    opener.open["/a"].extents = half  # type: ignore[method-assign]
+    assert await device.extents(0, 16384) == [Extent(2048, EXTENT_DATA)]
+    assert await device.extents(4096, 4096) == [Extent(4096, EXTENT_DATA)]
+
+
+async def test_extents_of_very_many_targets_are_bounded() -> None:
+    lines = [f"{at} 1 {'zero' if at % 2 else 'error'}" for at in range(EXTENTS_MAX + 9)]
+    device, _, _ = await make("\n".join(lines))
+    answer = await device.extents(0, device.size)
+    assert sum(extent.length for extent in answer) == EXTENTS_MAX * 512
+
+
+async def test_contexts_are_those_of_all_targets_and_0_elsewhere() -> None:
+    device, registry, _ = await make("0 8 told 5\n8 8 zero\n16 8 told 7")
+    assert device.contexts == ("tale",)
+    assert await device.context_extents("tale", 512, 12288 - 512) == [
+        Extent(4096 - 512, 5),
+        Extent(4096, 0),
+        Extent(4096, 7),
+    ]
+    assert await device.context_extents("other", 0, 12288) == [Extent(12288, 0)]
+    with pytest.raises(DeviceError, match="tale"):
+        await device.context_extents("tale", 0, 1 << 20)
+    # Whoever asks on after a swap is told that there is nothing special.
+    await registry.load("x", "0 24 zero")
+    await device.resume()
+    assert not device.contexts
+    assert await device.context_extents("tale", 0, 12288) == [Extent(12288, 0)]
+
+
+async def test_contexts_of_a_device_without_a_table_are_none() -> None:
+    registry, _ = make_registry()
+    assert (await registry.create("x", None)).contexts == ()
+
+
+async def test_contexts_shine_through_a_stack() -> None:
+    _, registry, _ = await make("0 8 told 5\n8 8 zero")
+    upper = await registry.create("upper", "0 8 zero\n8 12 linear /dev/mapper/x 4")
+    assert upper.contexts == ("tale",)
+    assert await upper.context_extents("tale", 0, 20 * 512) == [
+        Extent(4096, 0),
+        Extent(4 * 512, 5),
+        Extent(4096, 0),
+    ]
+    await registry.load("x", "0 16 zero")
+    await registry.resume("x")
+    assert not upper.contexts
 
 
 async def test_removed_device_fails_what_still_comes() -> None:

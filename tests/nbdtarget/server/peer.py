@@ -7,7 +7,7 @@ numbers. `Disk` is a device in memory that can hold bios back, fail, or answer s
 
 import asyncio
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,7 +160,11 @@ class Peer:
         self.writer.write(c.CLIENT_FLAGS.pack(3))
 
     async def attach(
-        self, name: str = "", *, structured: bool = False, contexts: bool = False
+        self,
+        name: str = "",
+        *,
+        structured: bool = False,
+        contexts: bool | Sequence[str] = False,
     ) -> None:
         await self.greet()
         encoded = struct.pack(">I", len(name)) + name.encode()
@@ -168,11 +172,14 @@ class Peer:
             self.option(c.OPT_STRUCTURED_REPLY)
             assert await self.option_reply() == (c.REP_ACK, b"")
         self.structured = structured
-        if contexts:
-            query = struct.pack(">II", 1, 15) + b"base:allocation"
-            self.option(c.OPT_SET_META_CONTEXT, encoded + query)
-            assert (await self.option_reply())[0] == c.REP_META_CONTEXT
-            assert (await self.option_reply())[0] == c.REP_ACK
+        names = ["base:allocation"] if contexts is True else contexts or []
+        if names:
+            queries = [struct.pack(">I", len(it)) + it.encode() for it in names]
+            count = struct.pack(">I", len(queries))
+            self.option(c.OPT_SET_META_CONTEXT, encoded + count + b"".join(queries))
+            while (kind := (await self.option_reply())[0]) == c.REP_META_CONTEXT:
+                pass
+            assert kind == c.REP_ACK
         self.option(c.OPT_GO, encoded + struct.pack(">H", 0))
         kind, data = await self.option_reply()
         assert kind == c.REP_INFO
@@ -299,6 +306,12 @@ class Served:
     ) -> Peer:
         peer = await self.connect()
         await peer.attach(name, structured=structured, contexts=contexts)
+        return peer
+
+    async def attach_with(self, contexts: Sequence[str]) -> Peer:
+        """Attach with structured replies, and ask for these metadata contexts."""
+        peer = await self.connect()
+        await peer.attach("disk", structured=True, contexts=contexts)
         return peer
 
     async def until_connections(self, nr: int) -> None:

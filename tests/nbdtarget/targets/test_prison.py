@@ -114,3 +114,13 @@ def test_any_order_of_locks_and_releases(steps: list[tuple[int, int] | int]) -> 
             assert cell.held == (not older)
         assert queue.prison.nr_held == sum(cell.held for cell in cells)
         assert queue.prison.nr_waiting == len(cells) - queue.prison.nr_held
+
+
+def test_held_is_what_is_held_not_what_waits() -> None:
+    queue = Queue()
+    queue.lock(8, 12)
+    queue.lock(2, 6)
+    queue.lock(5, 9)
+    assert queue.prison.held(0, 20) == [(2, 6), (8, 12)]
+    assert queue.prison.held(3, 9) == [(3, 6), (8, 9)]
+    assert queue.prison.held(6, 8) == []

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLOCK_STATUS on the wire, with one metadata context and with several."""
+
+import errno as errnos
+import struct
+
+import pytest
+
+from nbdtarget.devices.base import Device, Extent
+from nbdtarget.errors import DeviceError
+from nbdtarget.server.block_status import NAMESPACE, context_names, describe
+from nbdtarget.server.export import DirectoryExports
+from protocol import consts as c
+from protocol.client import ClientNegotiated, ClientTransmission
+from protocol.handshake import CONTEXTS_MAX
+from tests.nbdtarget.server.peer import Directory, Disk, Peer, Served
+
+HYDRATION = f"{NAMESPACE}hydration"
+CACHE = f"{NAMESPACE}cache"
+
+
+class Telling(Disk):
+    """Has two contexts of its own; knows less of one of them than of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told = {
+            "hydration": [Extent(512, 1), Extent(512, 3)],
+            "cache": [Extent(8192, 2)],
+        }
+        self.extent_list = [Extent(4096, 0), Extent(4096, 3)]
+        self.is_broken = False
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        return tuple(self.told)
+
+    async def context_extents(
+        self, context: str, offset: int, length: int
+    ) -> list[Extent]:
+        if self.is_broken and context == "cache":
+            raise DeviceError(errnos.EIO, self.name, context, offset, length)
+        return self.told.get(context) or [Extent(length, 0)]
+
+
+Chunk = tuple[int, int, bytes]  # flags, type, payload
+
+
+async def chunks_of(peer: Peer) -> list[Chunk]:
+    """The chunks of the next reply."""
+    chunks: list[Chunk] = []
+    while not chunks or not chunks[-1][0] & c.REPLY_FLAG_DONE:
+        head = await peer.reader.readexactly(c.CHUNK.size)
+        magic, flags, kind, _, length = c.CHUNK.unpack(head)
+        assert magic == c.STRUCTURED_REPLY_MAGIC
+        chunks.append((flags, kind, await peer.reader.readexactly(length)))
+    return chunks
+
+
+def status(context_id: int, *extents: tuple[int, int]) -> bytes:
+    packed = (struct.pack(">II", *extent) for extent in extents)
+    return struct.pack(">I", context_id) + b"".join(packed)
+
+
+@pytest.fixture
+def telling(served: Served) -> Telling:
+    disk = Telling()
+    served.directory.devices["disk"] = disk
+    return disk
+
+
+async def test_contexts_are_offered_by_name(telling: Telling) -> None:
+    info = DirectoryExports(Directory({"disk": telling})).lookup("disk")
+    assert info is not None
+    assert info.contexts == ("base:allocation", HYDRATION, CACHE)
+    assert context_names(Disk()) == ("base:allocation",)
+
+
+async def test_contexts_beyond_the_bound_are_not_offered(telling: Telling) -> None:
+    telling.told = {f"{nr}": [] for nr in range(99)}
+    assert len(context_names(telling)) == CONTEXTS_MAX
+
+
+async def test_one_chunk_for_each_context_and_done_on_the_last(
+    served: Served, telling: Telling
+) -> None:
+    names = [CACHE, "base:allocation", HYDRATION]
+    peer = await served.attach_with(names)
+    peer.send(c.CMD_BLOCK_STATUS, 0, 10_000)
+    kind, done = c.REPLY_TYPE_BLOCK_STATUS, c.REPLY_FLAG_DONE
+    assert await chunks_of(peer) == [
+        (0, kind, status(1, (4096, 0), (4096, 3))),
+        (0, kind, status(2, (512, 1), (512, 3))),
+        (done, kind, status(3, (8192, 2))),
+    ]
+    peer.send(c.CMD_BLOCK_STATUS, 0, 100, flags=c.CMD_FLAG_REQ_ONE)
+    assert await chunks_of(peer) == [
+        (0, kind, status(1, (100, 0))),
+        (0, kind, status(2, (100, 1))),
+        (done, kind, status(3, (100, 2))),
+    ]
+
+
+async def test_one_context_of_several_may_be_selected(
+    served: Served, telling: Telling
+) -> None:
+    peer = await served.attach_with([HYDRATION, "x-nbdtarget:", "base:"])
+    peer.send(c.CMD_BLOCK_STATUS, 0, 4096)
+    [(flags, _, payload)] = await chunks_of(peer)
+    assert flags == c.REPLY_FLAG_DONE
+    assert payload == status(2, (512, 1), (512, 3))
+
+
+async def test_context_that_fails_fails_the_request(
+    served: Served, telling: Telling
+) -> None:
+    telling.is_broken = True
+    peer = await served.attach_with(["base:allocation", CACHE])
+    peer.send(c.CMD_BLOCK_STATUS, 0, 4096)
+    [(flags, kind, payload)] = await chunks_of(peer)
+    assert (flags, kind) == (c.REPLY_FLAG_DONE, c.REPLY_TYPE_ERROR)
+    assert payload.startswith(struct.pack(">I", c.EIO))
+    telling.is_broken = False
+    peer.send(c.CMD_BLOCK_STATUS, 0, 4096)
+    assert len(await chunks_of(peer)) == 2
+
+
+async def test_context_stays_when_the_device_no_longer_has_it(
+    served: Served, telling: Telling
+) -> None:
+    peer = await served.attach_with([HYDRATION])
+    telling.told.clear()
+    peer.send(c.CMD_BLOCK_STATUS, 512, 4096)
+    [(_, _, payload)] = await chunks_of(peer)
+    assert payload == status(2, (4096, 0))
+
+
+async def test_reply_is_what_our_own_client_takes() -> None:
+    contexts = ((1, "base:allocation"), (2, HYDRATION))
+    device: Device = Telling()
+    client = ClientTransmission(ClientNegotiated("d", 1 << 20, 1, True, contexts))
+    client.request(c.CMD_BLOCK_STATUS, 0, 7, 0, 65536)
+    reply = await describe(device, contexts, 7, 0, 65536, req_one=False)
+    [completion] = client.receive_data(reply)
+    assert completion.extents == [(4096, 0), (4096, 3)]
