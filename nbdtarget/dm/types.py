@@ -10,6 +10,7 @@ from nbdtarget.targets.dust import DustTarget
 from nbdtarget.targets.error import ErrorTarget
 from nbdtarget.targets.flakey import FlakeyTarget
 from nbdtarget.targets.linear import LinearTarget
+from nbdtarget.targets.log_writes.target import LogWritesTarget
 from nbdtarget.targets.striped import StripedTarget
 from nbdtarget.targets.zero import ZeroTarget
 
@@ -25,6 +26,7 @@ TARGET_TYPES: Final[dict[str, type[Target]]] = {
         DelayTarget,
         FlakeyTarget,
         DustTarget,
+        LogWritesTarget,
         CloneTarget,
     )
 }

@@ -90,6 +90,7 @@ class Runs:
         self._ctx = ctx
         self._target = target
         self._opened: dict[str, Device] = {}
+        self._alone: list[Device] = []
         self._runs: list[tuple[str, Run, int]] = []
 
     async def __aenter__(self) -> "Runs":
@@ -100,7 +101,7 @@ class Runs:
     ) -> None:
         misfit = self._maybe_misfit() if kind is None else None
         if kind is not None or misfit is not None:
-            await close_all(self._ctx, self._opened.values())
+            await close_all(self._ctx, (*self._opened.values(), *self._alone))
         if misfit is not None:
             raise misfit
 
@@ -126,26 +127,31 @@ class Runs:
 
         Raises: ConstructorError: with `reason` and why.
         """
-        run = Run(await self.open_device(name, reason), start_sectors * SECTOR)
+        device = self._opened.get(name)
+        if device is None:
+            read_only = self._ctx.read_only
+            device = await self._open(name, reason, read_only=read_only)
+            self._opened[name] = device
+        run = Run(device, start_sectors * SECTOR)
         self._runs.append((name, run, length))
         return run
 
-    async def open_device(
-        self, name: str, reason: str = "Device lookup failed"
-    ) -> Device:
-        """As `open`, of a device that is not looked at any closer."""
-        device = self._opened.get(name)
-        if device is None:
-            try:
-                device = await self._ctx.open_device(
-                    name, read_only=self._ctx.read_only
-                )
-            except ResolveError as error:
-                raise ConstructorError(
-                    f"{reason}: {error}", error.errno, self._target
-                ) from error
-            self._opened[name] = device
+    async def open_alone(self, name: str, reason: str) -> Device:
+        """Open a device for writing that must not stand anywhere else in this line.
+
+        Raises: ConstructorError: with `reason` and why.
+        """
+        device = await self._open(name, reason, read_only=False)
+        self._alone.append(device)
         return device
+
+    async def _open(self, name: str, reason: str, *, read_only: bool) -> Device:
+        try:
+            return await self._ctx.open_device(name, read_only=read_only)
+        except ResolveError as error:
+            raise ConstructorError(
+                f"{reason}: {error}", error.errno, self._target
+            ) from error
 
 
 async def close_all(ctx: TargetContext, devices: Iterable[Device]) -> None:
