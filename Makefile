@@ -12,12 +12,13 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test bench bench-hydration bench-open kill-test lock wheel clean help
+.PHONY: run check test sim bench bench-hydration bench-open kill-test lock wheel clean help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
 	@echo 'make test          the whole suite            make check   format, lint, types, walls'
 	@echo 'make bench [ARGS=--quick]  against the C servers; also bench-hydration, bench-open'
+	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
 	@echo 'make kill-test     SIGKILL under load, over and over'
 	@echo 'make wheel         dist/*.whl                 make lock    resolve the lock files anew'
 	@echo 'make clean         what was built, cached or sampled'
@@ -74,6 +75,11 @@ bench-hydration: .venv/dev.stamp
 
 bench-open: .venv/dev.stamp
 	@$(BIN)/python -m scripts.bench_open $(ARGS)
+
+sim: .venv/dev.stamp
+	@$(BIN)/python -m scripts.sim $(if $(SEED),--seed $(SEED)) $(if $(FROM),--from $(FROM)) \
+	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CRASHES),--crashes $(CRASHES)) \
+	    $(if $(RIG),--rig $(RIG)) $(ARGS)
 
 kill-test: .venv/dev.stamp
 	@$(BIN)/python -m scripts.kill_loop $(ARGS)
