@@ -31,6 +31,7 @@ COMMANDS: dict[str, list[str]] = {
     "remove": ["x"],
     "remove_all": [],
     "rename": ["x", "y"],
+    "replay-log": ["--log", "/nonexistent/log"],
     "resume": ["x"],
     "serve": ["--listen", "nonsense"],
     "status": [],
@@ -41,7 +42,7 @@ COMMANDS: dict[str, list[str]] = {
     "wait": ["x"],
     "wipe_table": ["x"],
 }
-ASKING = sorted(COMMANDS.keys() - {"clone", "serve", "version"})
+ASKING = sorted(COMMANDS.keys() - {"clone", "replay-log", "serve", "version"})
 PRINTING = ["deps", "info", "ls", "status", "table", "targets", "version"]
 
 
