@@ -11,6 +11,9 @@ from tests.interop.clients import NAME, CloneUnderTest, client, needs, report
 pytestmark = [pytest.mark.interop, needs("nbdinfo")]
 
 ZERO = 2  # base:allocation
+HYDRATION = "x-nbdtarget:hydration"
+HYDRATED, NOT_HYDRATED = 0, 1
+REGION = 64 << 10
 
 
 def test_nbdinfo_sees_size_and_abilities(
@@ -22,7 +25,7 @@ def test_nbdinfo_sees_size_and_abilities(
     (export,) = seen["exports"]
     assert export["export-name"] == NAME
     assert export["export-size"] == len(clone.content)
-    assert export["contexts"] == ["base:allocation"]
+    assert export["contexts"] == ["base:allocation", HYDRATION]
     assert not export["is_read_only"]
     able = {key for key in export if key.startswith("can_") and export[key]}
     assert able >= {"can_flush", "can_fua", "can_trim", "can_zero", "can_df"}
@@ -70,3 +73,44 @@ def test_map_shows_the_hole_of_the_source(
     extents = report("nbdinfo", "--map", "--json", clone.uri)
     holes = [extent for extent in extents if extent["type"] & ZERO]
     assert sum(extent["length"] for extent in holes) >= 2 << 20
+
+
+def hydration(uri: str) -> list[tuple[int, int]]:
+    """(bytes, flags) of each extent that nbdinfo shows."""
+    extents = report("nbdinfo", f"--map={HYDRATION}", "--json", uri)
+    return [(extent["length"], extent["type"]) for extent in extents]
+
+
+@needs("qemu-io")
+def test_map_shows_what_is_hydrated(
+    clone: CloneUnderTest, served_unhydrated: ServerProcess
+) -> None:
+    size = len(clone.content)
+    assert hydration(clone.uri) == [(size, NOT_HYDRATED)]
+    write = ["-c", f"write {REGION} {2 * REGION}", "-c", f"write {size - 512} 512"]
+    client("qemu-io", "--format", "raw", *write, clone.uri)
+    assert hydration(clone.uri) == [
+        (REGION, NOT_HYDRATED),
+        (2 * REGION, HYDRATED),
+        (size - 4 * REGION, NOT_HYDRATED),
+        (REGION, HYDRATED),
+    ]
+
+
+def test_map_of_a_hydrated_clone_is_hydrated(clone: CloneUnderTest) -> None:
+    clone.hydrate()
+    with clone.serve():
+        assert hydration(clone.uri) == [(len(clone.content), HYDRATED)]
+
+
+def test_list_shows_the_contexts(clone: CloneUnderTest, served: ServerProcess) -> None:
+    bare = f"nbd+unix:///?socket={clone.socket}"
+    (export,) = report("nbdinfo", "--list", "--json", bare)["exports"]
+    assert export["contexts"] == ["base:allocation", HYDRATION]
+
+
+def test_unknown_context_is_refused_by_name(
+    clone: CloneUnderTest, served: ServerProcess
+) -> None:
+    said = client("nbdinfo", "--map=x-nbdtarget:nobody", clone.uri, status=1)
+    assert "x-nbdtarget:nobody" in said

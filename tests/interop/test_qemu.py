@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from scripts.processes import ServerProcess
-from tests.interop.clients import MIB, CloneUnderTest, client, needs, report
+from tests.interop.clients import (
+    MIB,
+    NAME,
+    CloneUnderTest,
+    client,
+    needs,
+    report,
+    serving,
+)
 
 pytestmark = [pytest.mark.interop, needs("qemu-img", "qemu-io")]
 
@@ -26,6 +34,41 @@ def test_qemu_img_info_and_map(clone: CloneUnderTest, served: ServerProcess) -> 
     for extent in extents:
         if extent["zero"]:
             assert not any(clone.content[extent["start"] :][: extent["length"]])
+
+
+def test_qemu_img_maps_what_is_hydrated(
+    clone: CloneUnderTest, served_unhydrated: ServerProcess
+) -> None:
+    # QEMU reads a foreign context as it reads base:allocation: 0 is "data", 1 is not.
+    qemu_io(clone.uri, "write 64k 128k")
+    image = f"driver=nbd,server.type=unix,server.path={clone.socket},export={NAME}"
+    image += ",x-dirty-bitmap=x-nbdtarget:hydration"
+    extents = report("qemu-img", "map", "--output=json", "--image-opts", image)
+    assert [(e["start"], e["length"], e["data"]) for e in extents] == [
+        (0, 64 << 10, False),
+        (64 << 10, 128 << 10, True),
+        (192 << 10, len(clone.content) - (192 << 10), False),
+    ]
+
+
+@needs("nbdkit", "qemu-nbd")
+@pytest.mark.parametrize("kind", ["file", "nbdkit", "qemu-nbd"])
+def test_maps_are_true_over_a_half_hydrated_clone(
+    clone: CloneUnderTest, source_image: Path, tmp_path: Path, kind: str
+) -> None:
+    # Whether the source is a file or another server with block status of its own.
+    with serving(kind, source_image, tmp_path) as source:
+        clone.source = source
+        with clone.serve("--no-hydration"):
+            qemu_io(clone.uri, "write -z -u 512k 512k", "write -P 7 2560k 64k")
+            extents = report("qemu-img", "map", "--output=json", "-f", "raw", clone.uri)
+    expected = bytearray(clone.content)
+    expected[512 << 10 : 1 << 20] = bytes(512 << 10)
+    expected[2560 << 10 : 2624 << 10] = b"\7" * (64 << 10)
+    zero = [(e["start"], e["start"] + e["length"]) for e in extents if e["zero"]]
+    assert not any(any(expected[begin:end]) for begin, end in zero)
+    for known in ((512 << 10, 1 << 20), (2 << 20, 2560 << 10), (2624 << 10, 4 << 20)):
+        assert any(begin <= known[0] and known[1] <= end for begin, end in zero), zero
 
 
 def test_qemu_img_compares_equal_to_the_source(

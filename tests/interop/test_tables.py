@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts.processes import NBDTARGET, ServerProcess
-from tests.interop.clients import MIB, client, needs
+from tests.interop.clients import MIB, client, needs, report
 
 pytestmark = [pytest.mark.interop, needs("qemu-io")]
 
@@ -82,6 +82,22 @@ def test_linear_over_clone_reads_the_part_it_maps(
     served("remove", "below", status=1)  # in use
     served("remove", "part")
     served("remove", "below")
+
+
+@needs("nbdinfo")
+def test_stack_over_clone_shows_the_hydration_below(
+    served: Served, clone_table: str
+) -> None:
+    served("create", "below", "--table", clone_table)
+    line = "0 1024 linear /dev/mapper/below 4096"
+    served("create", "part", "--table", line, "--table", "1024 1024 zero")
+    served.qemu_io("below", "write 2112k 64k")
+    uri = f"nbd+unix:///part?socket={served.socket}"
+    words = ["--map=x-nbdtarget:hydration", "--json"]
+    extents = [(e["length"], e["type"]) for e in report("nbdinfo", *words, uri)]
+    # 1: not hydrated; what is no clone is 0, as what needs no copying any more.
+    kib = 1024
+    assert extents == [(64 * kib, 1), (64 * kib, 0), (384 * kib, 1), (512 * kib, 0)]
 
 
 def test_request_over_two_targets_ends_once(served: Served, tmp_path: Path) -> None:
