@@ -174,6 +174,17 @@ class DelayTarget(Target):
         device, start = self._reads.run
         return await device.extents(offset - self.begin + start, length)
 
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        return self._reads.run.device.contexts
+
+    async def context_extents(
+        self, context: str, offset: int, length: int
+    ) -> list[Extent]:
+        device, start = self._reads.run
+        at = offset - self.begin + start
+        return await device.context_extents(context, at, length)
+
     def iterate_devices(self) -> Iterable[Device]:
         return [kind.run.device for kind in (self._reads, self._writes, self._flushes)]
 

@@ -242,6 +242,15 @@ class DustTarget(Target):
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await self._device.extents(offset + self._delta, length)
 
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        return self._device.contexts
+
+    async def context_extents(
+        self, context: str, offset: int, length: int
+    ) -> list[Extent]:
+        return await self._device.context_extents(context, offset + self._delta, length)
+
     def iterate_devices(self) -> Iterable[Device]:
         return (self._device,)
 

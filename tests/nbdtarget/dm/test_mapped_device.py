@@ -417,9 +417,18 @@ async def test_contexts_of_a_device_without_a_table_are_none() -> None:
     assert (await registry.create("x", None)).contexts == ()
 
 
-async def test_contexts_shine_through_a_stack() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "linear /dev/mapper/x 4",
+        "delay /dev/mapper/x 4 0",
+        "flakey /dev/mapper/x 4 1 0",
+        "dust /dev/mapper/x 4 512",
+    ],
+)
+async def test_contexts_shine_through_a_stack(words: str) -> None:
     _, registry, _ = await make("0 8 told 5\n8 8 zero")
-    upper = await registry.create("upper", "0 8 zero\n8 12 linear /dev/mapper/x 4")
+    upper = await registry.create("upper", f"0 8 zero\n8 12 {words}")
     assert upper.contexts == ("tale",)
     assert await upper.context_extents("tale", 0, 20 * 512) == [
         Extent(4096, 0),
