@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab, closed in the end: whatever a test has done, everything comes to rest."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from metadata.check import check
+from nbdtarget import metadata_io
+from tests.clone_battery.lab import Lab
+
+
+@pytest.fixture
+async def lab(tmp_path: Path) -> AsyncIterator[Lab]:
+    lab = Lab(tmp_path)
+    yield lab
+    for name, spy in lab.spies.items():
+        lab.fail(name)
+        spy.let_go()
+    await lab.registry.close()
+    meta = tmp_path / "meta"
+    if meta.exists() and any(meta.read_bytes()[:4096]):
+        metadata_io.run_file(meta, check(meta.stat().st_size), read_only=True)
