@@ -304,6 +304,12 @@ def apply_record(
             "none" if bits_begin_min is None else f"{bits_begin_min} to {len(bits)}",
             f"{record.begin} to {end}",
         )
+    if bits.find(1, record.begin, end) >= 0:
+        # Ours never name a region twice in a snapshot, but the format allows it.
+        packed = bitarray(endian="little")
+        packed.frombytes(record.bits)
+        bits[record.begin : end] |= packed[: len(bits) - record.begin]
+        return end
     # The buffer is the bitmap, eight regions a byte: nothing is unpacked.
     with memoryview(bits) as buffer:
         first = record.begin // 8

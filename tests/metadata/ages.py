@@ -28,6 +28,7 @@ __all__ = [
     "TARGET_SIZE",
     "Aged",
     "ages",
+    "format_steps",
     "open_image",
     "opening",
     "record_blocks",
@@ -68,12 +69,7 @@ class Life:
         self.store = Store(CloneMetadata.device_size_min(NR_REGIONS))
         self.metadata = drive(
             self.store,
-            CloneMetadata.format(
-                device_size=self.store.size,
-                region_size=REGION_SIZE,
-                target_size=TARGET_SIZE,
-                uuid=UUID,
-            ),
+            format_steps(CloneMetadata.device_size_min(NR_REGIONS)),
         )
         bits = self.metadata.hydrated.tobytes()
         self.states = {0: bits, 1: bits}
@@ -208,6 +204,12 @@ def ages() -> dict[str, Aged]:
 def opening(size: int) -> Steps[CloneMetadata]:
     return CloneMetadata.open(
         device_size=size, region_size=REGION_SIZE, target_size=TARGET_SIZE
+    )
+
+
+def format_steps(size: int) -> Steps[CloneMetadata]:
+    return CloneMetadata.format(
+        device_size=size, region_size=REGION_SIZE, target_size=TARGET_SIZE, uuid=UUID
     )
 
 

@@ -251,6 +251,16 @@ def test_bits_are_refused_out_of_order() -> None:
         apply_record(bits, set_bits(8, b"\1"), "it", bits_begin_min=begin_min)
 
 
+@pytest.mark.parametrize("nr_regions", [64, 61])
+def test_bits_clear_nothing_that_runs_have_set(nr_regions: int) -> None:
+    bits = zeros(nr_regions, "little")
+    runs = set_runs(pack_runs(runs_of((9, 1), (60, 1))))
+    begin_min = apply_record(bits, runs, "it", bits_begin_min=0)
+    end = apply_record(bits, set_bits(0, b"\1" * 8), "it", bits_begin_min=begin_min)
+    assert end == 64
+    assert list(bits.search(1)) == [0, 8, 9, 16, 24, 32, 40, 48, 56, 60]
+
+
 def test_generation_may_not_go_back() -> None:
     store = Store(64 * BLOCK_SIZE)
     chain = Chain(block=4, end=10, digest=UUID)
