@@ -28,8 +28,12 @@ in it is what the submitters may have in flight, and every submitter is bounded.
 
 FLUSH goes to every target, `num_flush_bios` times, and ends when all have ended, with the
 first error. If a table that has lost unflushed writes was swapped away, the next FLUSH
-fails, whatever the new table can do: it is asked about those writes too. WRITE_ZEROES to a target that cannot is turned into writes of zeroes, a bounded
-number at a time; DISCARD to a target that cannot ends with 0 at once.
+fails, whatever the new table can do: it is asked about those writes too. WRITE_ZEROES to a
+target that cannot is turned into writes of zeroes (`ZeroFill`); DISCARD to a target that cannot ends with 0 at once.
+
+A target may ask for another one in its place (`replace_target`): a suspend, the swap of this one
+target, a resume. It gives way to people: nothing is replaced on a suspended device, nor while a table
+is in the inactive slot.
 
 Failure. An exception out of `map` is a bug of ours. It is logged with its traceback, the table
 is marked failed, and from then on every bio ends with EIO; other mapped devices live on. A
@@ -52,7 +56,6 @@ from typing import Final
 
 from nbdtarget.bio import (
     FAST_ZERO,
-    FUA,
     OP_DISCARD,
     OP_FLUSH,
     OP_READ,
@@ -64,20 +67,22 @@ from nbdtarget.bio import (
 from nbdtarget.clock import Clock
 from nbdtarget.devices.base import EXTENTS_MAX, Device, Extent, append_extent
 from nbdtarget.dm.table import SECTOR, Table
+from nbdtarget.dm.zero_fill import ZeroFill
 from nbdtarget.errors import DeviceError, TableError
-from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target
+from nbdtarget.targets.base import (
+    KILL,
+    REMAPPED,
+    SUBMITTED,
+    StatusFields,
+    Target,
+    TargetContext,
+)
 
 __all__ = ["MappedDevice", "State"]
 
 _log = logging.getLogger(__name__)
 
 FAILED_DRAIN_S_MAX: Final = 5.0  # a failed target may have lost bios: wait no longer
-ZERO_BYTES_MAX: Final = (
-    1 << 20
-)  # one write of a WRITE_ZEROES that has to be written out
-ZERO_WRITES_MAX: Final = 4  # how many of them at a time
-
-_ZEROES: Final = memoryview(bytes(ZERO_BYTES_MAX))
 
 _Ask = Callable[[Target, int, int], Awaitable[list[Extent]]]
 
@@ -216,7 +221,7 @@ class MappedDevice(Device):
             else:
                 bio.end(errnos.ENOTSUP)
         elif bio.op == OP_WRITE_ZEROES and not target.can_write_zeroes:
-            _ZeroFill(self, target, bio).pump()
+            ZeroFill(self.map_to, target, bio).pump()
         else:
             self.map_to(target, bio)
 
@@ -405,11 +410,52 @@ class MappedDevice(Device):
         if self.inactive is None:
             raise TableError("Invalid argument: no inactive table")
         await self._suspend()
-        old, self.active, self.inactive = self.active, self.inactive, None
+        old, new, self.inactive = self.active, self.inactive, None
         if old is not None and any(t.has_lost_writes() for t in old.targets):
             self._owes_flush_error = True
-        self._adopt(self.active)
+        self._adopt(new)
         return old
+
+    async def replace_target(self, old: Target, new: Target) -> None:
+        """Put `new` in the place of `old` in the live table; destroy `old`, and nothing else.
+
+        Raises: TableError: not now, or not at all. Then the table is live as it was, and `new`
+            is still the caller's.
+        """
+        async with self._verbs:
+            table = self._check_replaceable(old)
+            await self._suspend()
+            replaced = Table(
+                [new if target is old else target for target in table.targets],
+                read_only=table.read_only,
+            )
+            try:
+                if table.failed or old.has_lost_writes():
+                    raise TableError("writes were lost", errnos.EIO)
+                self._adopt(replaced)
+                await self._resume(replaced)
+            except TableError:
+                self._adopt(table)
+                await self._resume(table)
+                raise
+            await table.unused()
+            await self._destroy_target(old)
+
+    def maybe_live_target(self, context: TargetContext) -> Target | None:
+        """The target of the live table that was constructed with `context`."""
+        targets = () if self.active is None else self.active.targets
+        return next((target for target in targets if target.ctx is context), None)
+
+    def _check_replaceable(self, target: Target) -> Table:
+        if self.state is State.REMOVED:
+            raise TableError("Device does not exist", errnos.ENXIO)
+        if self.active is None or target not in self.active.targets:
+            raise TableError("another table is live")
+        if self.state is not State.ACTIVE:
+            raise TableError("the device is suspended", errnos.EBUSY)
+        if self.inactive is not None:
+            raise TableError("there is an inactive table", errnos.EBUSY)
+        return self.active
 
     async def _resume(self, table: Table) -> None:
         if table.failed:
@@ -433,7 +479,8 @@ class MappedDevice(Device):
             self.submit(bio)
 
     def _adopt(self, table: Table) -> None:
-        """What a device can do is what its live table can do."""
+        """Make `table` live: what a device can do is what its live table can do."""
+        self.active = table
         targets = table.targets
         self.size = table.size
         self.read_only = table.read_only
@@ -452,10 +499,13 @@ class MappedDevice(Device):
             return
         await table.unused()
         for target in table.targets:
-            try:
-                await target.dtr()
-            except Exception:
-                _log.exception("%s: destructor failed", self.name)
+            await self._destroy_target(target)
+
+    async def _destroy_target(self, target: Target) -> None:
+        try:
+            await target.dtr()
+        except Exception:
+            _log.exception("%s: destructor failed", self.name)
 
     async def remove(self) -> None:
         """Suspend (which commits), destroy both tables, wake who waits for events.
@@ -498,6 +548,12 @@ class MappedDevice(Device):
 
     async def status(self, *, noflush: bool = False) -> list[tuple[int, int, str, str]]:
         """INFO of the live table: (start, length, type, params), in sectors."""
+        return [line for line, _ in await self.status_by_name(noflush=noflush)]
+
+    async def status_by_name(
+        self, *, noflush: bool = False
+    ) -> list[tuple[tuple[int, int, str, str], StatusFields]]:
+        """As `status`, each line with the fields that its target tells by name."""
         table = self.active
         if table is None:
             return []
@@ -508,7 +564,8 @@ class MappedDevice(Device):
                 params = (
                     "Fail" if table.failed else await target.status(noflush=noflush)
                 )
-                lines.append(_line(target, params))
+                fields = {} if table.failed else target.status_fields()
+                lines.append((_line(target, params), fields))
         return lines
 
     def table(self, *, inactive: bool = False) -> list[tuple[int, int, str, str]]:
@@ -623,67 +680,3 @@ def _line(target: Target, params: str) -> tuple[int, int, str, str]:
         target.type_name,
         params,
     )
-
-
-class _ZeroFill:
-    """A WRITE_ZEROES carried out as writes of zeroes, ZERO_WRITES_MAX at a time."""
-
-    __slots__ = (
-        "_device",
-        "_end",
-        "_error",
-        "_left",
-        "_next",
-        "_parent",
-        "_pumping",
-        "_target",
-    )
-
-    def __init__(self, device: MappedDevice, target: Target, bio: Bio) -> None:
-        self._device = device
-        self._target = target
-        self._parent = bio
-        self._next = bio.offset
-        self._end = bio.offset + bio.length
-        self._left = 0
-        self._error = 0
-        self._pumping = False
-
-    def pump(self) -> None:
-        """Start writes until enough are in flight; end the bio when all have ended."""
-        if self._pumping:
-            return  # a write ended inline: the loop below goes on
-        self._pumping = True
-        turn_bytes = ZERO_WRITES_MAX * ZERO_BYTES_MAX
-        while (
-            self._next < self._end
-            and not self._error
-            and turn_bytes
-            and self._left < ZERO_WRITES_MAX
-        ):
-            length = min(self._end - self._next, ZERO_BYTES_MAX, turn_bytes)
-            turn_bytes -= length
-            self._left += 1
-            child = Bio(
-                OP_WRITE,
-                self._next,
-                length,
-                _ZEROES[:length],
-                self._parent.flags & FUA,
-                self._child_ended,
-            )
-            self._next += length
-            self._device.map_to(self._target, child)
-        self._pumping = False
-        if self._left:
-            return
-        if self._next == self._end or self._error:
-            self._parent.end(self._error)
-        else:
-            # All of them ended inline. 4 GiB of that would hold up every other client.
-            asyncio.get_running_loop().call_soon(self.pump)
-
-    def _child_ended(self, child: Bio) -> None:
-        self._error = self._error or child.status
-        self._left -= 1
-        self.pump()

@@ -25,7 +25,7 @@ import asyncio
 import errno as errnos
 import logging
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -210,11 +210,20 @@ class MappedDevices(Protocol):
 
     def maybe_device(self, name: str) -> MappedDevice | None: ...
 
+    def request_replacement(
+        self,
+        device: MappedDevice,
+        context: "TableContext",
+        type_name: str,
+        args: tuple[str, ...],
+    ) -> None: ...
+
 
 class TableContext:
     """The `TargetContext` of one target. See the module head.
 
     Attributes:
+        mapped_device: that the table is for.
         created: names of the files that the target has created.
     """
 
@@ -234,7 +243,7 @@ class TableContext:
         self.read_only = read_only
         self.clock = registry.clock
         self._registry = registry
-        self._mapped_device = mapped_device
+        self.mapped_device = mapped_device
         self._directory = directory
         self._held: list[tuple[_Open, bool]] = []
         self.created: list[str] = []
@@ -245,15 +254,15 @@ class TableContext:
         lower = self._maybe_mapped(path)
         if lower is not None:
             opened = opens.open_mapped(
-                lower, path, self._mapped_device, read_only=read_only
+                lower, path, self.mapped_device, read_only=read_only
             )
         else:
             opened = await opens.open_path(
-                path, self._mapped_device, read_only=read_only
+                path, self.mapped_device, read_only=read_only
             )
         for other, other_read_only in self._held:
             if other is opened and not (read_only and other_read_only):
-                await opens.release(opened, self._mapped_device)
+                await opens.release(opened, self.mapped_device)
                 raise ResolveError(
                     path,
                     "the same device stands twice in this table line",
@@ -272,7 +281,7 @@ class TableContext:
 
     async def create_device(self, name: str, size: int) -> Device:
         path = absolute_name(name, self._directory)
-        opened = await self._registry.opens.create_path(path, size, self._mapped_device)
+        opened = await self._registry.opens.create_path(path, size, self.mapped_device)
         self.created.append(path)
         self._held.append((opened, False))
         return opened.device
@@ -281,7 +290,7 @@ class TableContext:
         for index, (opened, _) in enumerate(self._held):
             if opened.device is device:
                 del self._held[index]
-                await self._registry.opens.release(opened, self._mapped_device)
+                await self._registry.opens.release(opened, self.mapped_device)
                 return
         raise AssertionError(f"{device.name} is not open here")
 
@@ -292,13 +301,18 @@ class TableContext:
         raise AssertionError(f"{device.name} is not open here")
 
     def event(self) -> None:
-        self._mapped_device.event()
+        self.mapped_device.event()
+
+    def request_replacement(self, type_name: str, args: Sequence[str]) -> None:
+        self._registry.request_replacement(
+            self.mapped_device, self, type_name, tuple(args)
+        )
 
     async def undo(self) -> None:
         """After a refusal: close what is still open, remove what was created."""
         while self._held:
             opened, _ = self._held.pop()
-            await self._registry.opens.release(opened, self._mapped_device)
+            await self._registry.opens.release(opened, self.mapped_device)
         while self.created:
             path = self.created.pop()
             _log.info("%s: removing %s again", self.name, path)

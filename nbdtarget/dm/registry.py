@@ -26,7 +26,7 @@ from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
 from nbdtarget.dm.table import SECTOR, Table, TargetSpec, construct_table, parse_table
 from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import TableError
+from nbdtarget.errors import NbdTargetError, TableError
 from nbdtarget.targets.base import Target
 
 __all__ = ["MAJOR", "Registry"]
@@ -67,6 +67,7 @@ class Registry:
         self._devices: dict[str, MappedDevice] = {}
         self._removing: set[MappedDevice] = set()
         self._load_locks: dict[MappedDevice, asyncio.Lock] = {}
+        self._replacements: dict[TableContext, asyncio.Task[None]] = {}
         self._is_closing = False
 
     # ---- looking up ----
@@ -209,6 +210,88 @@ class Registry:
                 raise
             return [path for context in contexts for path in context.created]
 
+    def request_replacement(
+        self,
+        device: MappedDevice,
+        context: TableContext,
+        type_name: str,
+        args: tuple[str, ...],
+    ) -> None:
+        """Replace the live target that was constructed with `context`, in a task of its own.
+
+        See `TargetContext.request_replacement`. One that is under way is not begun again.
+        """
+        if self._is_closing or context in self._replacements:
+            return
+        task = asyncio.get_running_loop().create_task(
+            self._replace_and_tell(device, context, type_name, args)
+        )
+        self._replacements[context] = task
+
+        def done(task: "asyncio.Task[None]") -> None:
+            del self._replacements[context]
+            if not task.cancelled() and (error := task.exception()) is not None:
+                _log.critical("%s: replacement", device.name, exc_info=error)
+
+        task.add_done_callback(done)
+
+    async def _replace_and_tell(
+        self,
+        device: MappedDevice,
+        context: TableContext,
+        type_name: str,
+        args: tuple[str, ...],
+    ) -> None:
+        what = f"{device.name}: {type_name} in the place of sector"
+        what = f"{what} {context.begin // SECTOR} of the table"
+        try:
+            await self._replace(device, context, type_name, args)
+        except NbdTargetError as error:
+            _log.warning("%s: not done: %s", what, error)
+        else:
+            _log.info("%s", what)
+        device.event()
+
+    async def _replace(
+        self,
+        device: MappedDevice,
+        context: TableContext,
+        type_name: str,
+        args: tuple[str, ...],
+    ) -> None:
+        """Raises: TableError, ConstructorError: the table is what it was."""
+        lock = self._load_locks.get(device)
+        if lock is None:
+            raise TableError("Device does not exist", errnos.ENXIO)
+        async with lock:
+            old = device.maybe_live_target(context)
+            if old is None:
+                raise TableError("another table is live")
+            spec = TargetSpec(old.begin, old.length, type_name, args)
+            new_context = TableContext(
+                self, device, spec, directory="/", read_only=device.read_only
+            )
+            try:
+                new = await self.types[type_name].ctr(new_context, args)
+            except BaseException:
+                await new_context.undo()
+                raise
+            try:
+                await device.replace_target(old, new)
+            except BaseException:
+                await new.dtr()
+                raise
+
+    async def _replacements_ended(self, device: MappedDevice) -> None:
+        """Wait until no replacement holds anything open for `device` any more."""
+        tasks = [
+            task
+            for context, task in self._replacements.items()
+            if context.mapped_device is device
+        ]
+        if tasks:
+            await asyncio.wait(tasks)
+
     async def clear(self, name: str) -> None:
         """Drop the inactive table."""
         await self.get(name).clear()
@@ -246,6 +329,7 @@ class Registry:
         self._removing.add(device)
         try:
             await device.remove()
+            await self._replacements_ended(device)
         finally:
             self._removing.discard(device)
             del self._load_locks[device]

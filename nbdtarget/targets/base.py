@@ -23,7 +23,17 @@ from nbdtarget.clock import Clock
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.errors import TableError
 
-__all__ = ["KILL", "REMAPPED", "SUBMITTED", "Target", "TargetContext"]
+__all__ = [
+    "KILL",
+    "REMAPPED",
+    "SUBMITTED",
+    "StatusFields",
+    "Target",
+    "TargetContext",
+]
+
+# What a target tells of itself by name; names end in their unit, where they have one.
+StatusFields = dict[str, bool | int | float | str | None]
 
 # What `map` answers.
 REMAPPED: Final = 0  # bio.device and bio.offset are set: the caller submits it there
@@ -78,6 +88,16 @@ class TargetContext(Protocol):
 
     def event(self) -> None:
         """Raise a device-mapper event: the event counter goes up by one, waiters wake."""
+        ...
+
+    def request_replacement(self, type_name: str, args: Sequence[str]) -> None:
+        """Ask that a target `type_name args` take this one's place in the live table, soon.
+
+        Returns at once. What comes of it: this target is suspended, the new one resumed, this
+        one destroyed, with clients' bios waiting meanwhile. Or nothing, if the device is
+        suspended or has an inactive table by then, or the new target cannot be constructed. An
+        event tells that it has been decided.
+        """
         ...
 
 
@@ -139,6 +159,10 @@ class Target:
     async def status(self, *, noflush: bool = False) -> str:
         """The INFO words (after `start length type `). Commits first unless `noflush`."""
         return ""
+
+    def status_fields(self) -> StatusFields:
+        """What the INFO words say, by name, and what they have no place for."""
+        return {}
 
     def table_words(self) -> str:
         """The TABLE words: loadable again as they are."""

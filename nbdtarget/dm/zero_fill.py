@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A WRITE_ZEROES to a target that cannot: carried out as writes of zeroes, some at a time."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from nbdtarget.bio import FUA, OP_WRITE, Bio
+from nbdtarget.targets.base import Target
+
+__all__ = ["ZERO_BYTES_MAX", "ZERO_WRITES_MAX", "ZeroFill"]
+
+ZERO_BYTES_MAX: Final = 1 << 20  # of one write
+ZERO_WRITES_MAX: Final = 4  # at a time
+
+_ZEROES: Final = memoryview(bytes(ZERO_BYTES_MAX))
+
+
+class ZeroFill:
+    """One WRITE_ZEROES on its way.
+
+    Args:
+        map_to: sends a bio to a target of the live table.
+    """
+
+    __slots__ = (
+        "_end",
+        "_error",
+        "_left",
+        "_map_to",
+        "_next",
+        "_parent",
+        "_pumping",
+        "_target",
+    )
+
+    def __init__(
+        self, map_to: Callable[[Target, Bio], None], target: Target, bio: Bio
+    ) -> None:
+        self._map_to = map_to
+        self._target = target
+        self._parent = bio
+        self._next = bio.offset
+        self._end = bio.offset + bio.length
+        self._left = 0
+        self._error = 0
+        self._pumping = False
+
+    def pump(self) -> None:
+        """Start writes until enough are in flight; end the bio when all have ended."""
+        if self._pumping:
+            return  # a write ended inline: the loop below goes on
+        self._pumping = True
+        turn_bytes = ZERO_WRITES_MAX * ZERO_BYTES_MAX
+        while (
+            self._next < self._end
+            and not self._error
+            and turn_bytes
+            and self._left < ZERO_WRITES_MAX
+        ):
+            length = min(self._end - self._next, ZERO_BYTES_MAX, turn_bytes)
+            turn_bytes -= length
+            self._left += 1
+            child = Bio(
+                OP_WRITE,
+                self._next,
+                length,
+                _ZEROES[:length],
+                self._parent.flags & FUA,
+                self._child_ended,
+            )
+            self._next += length
+            self._map_to(self._target, child)
+        self._pumping = False
+        if self._left:
+            return
+        if self._next == self._end or self._error:
+            self._parent.end(self._error)
+        else:
+            # All of them ended inline. 4 GiB of that would hold up every other client.
+            asyncio.get_running_loop().call_soon(self.pump)
+
+    def _child_ended(self, child: Bio) -> None:
+        self._error = self._error or child.status
+        self._left -= 1
+        self.pump()

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the device-mapper core: what a table owes those who stand on it."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["MAPPED_DEVICE"]
+
+MAPPED_DEVICE_PY: Final = "nbdtarget/dm/mapped_device.py"
+ZERO_FILL_PY: Final = "nbdtarget/dm/zero_fill.py"
+BIO_PY: Final = "nbdtarget/bio.py"
+TESTS: Final = (
+    "tests/nbdtarget/test_bio.py",
+    "tests/nbdtarget/dm/test_mapped_device.py",
+    "tests/crash/test_machine.py",
+    "tests/crash/test_faults.py",
+)
+
+MAPPED_DEVICE: Final = (
+    Mutant(
+        "flush-to-one-target-only",
+        "Of a table of several lines only the first is flushed.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "            target for target in table.targets for _ in",
+                "            target for target in table.targets[:1] for _ in",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
+        "flush-error-of-one-target-lost",
+        "One line's disk could not flush, another could: FLUSH says that all is well.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "first_error = first_error or child.status",
+                "first_error = child.status",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
+        "flush-ends-with-the-first-target",
+        "FLUSH ends when the quickest disk has flushed.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "                left -= 1\n                if left == 0:",
+                "                left -= 1\n                if bio.status < 0:",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
+        "owed-flush-error-forgotten",
+        "Writes were lost with a table that is gone, and no FLUSH ever says so.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "            self._owes_flush_error = True\n",
+                "            self._owes_flush_error = False\n",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
+        "suspend-does-not-wait",
+        "A table is swapped while its writes are under way: they miss the commit.",
+        MAPPED_DEVICE_PY,
+        (("        await self._drain(table)\n", ""),),
+        TESTS,
+    ),
+    Mutant(
+        "fast-path-survives-a-suspend",
+        "Writes still reach a table that is suspended, behind its last commit.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "        self._running.clear()\n        self._set_fast_path()\n",
+                "        self._running.clear()\n",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
+        "queued-payload-not-owned",
+        "A write that waits for a resume keeps the receive buffer of somebody else.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "            bio.own()\n            self._queue.append(bio)",
+                "            bio.borrowed = False\n            self._queue.append(bio)",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
+        "written-zeroes-without-fua",
+        "A FUA WRITE_ZEROES that has to be written out is not durable when it ends.",
+        ZERO_FILL_PY,
+        (("                self._parent.flags & FUA,\n", "                0,\n"),),
+        TESTS,
+    ),
+    Mutant(
+        "written-zeroes-error-lost",
+        "A WRITE_ZEROES that has to be written out succeeds though a write failed.",
+        ZERO_FILL_PY,
+        (
+            (
+                "        self._error = self._error or child.status\n",
+                "        self._error = self._error or 0\n",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
+        "error-of-a-part-lost",
+        "A write that was cut in two succeeds though one half failed.",
+        BIO_PY,
+        (
+            (
+                "        if child.status and not self.error:",
+                "        if child.status < 0 and not self.error:",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
+        "own-copies-nothing",
+        "Whoever owns a payload still shares it with the receive buffer.",
+        BIO_PY,
+        (
+            (
+                "self.payload = memoryview(bytes(self.payload))",
+                "self.payload = self.payload[:]",
+            ),
+        ),
+        TESTS,
+    ),
+)
