@@ -9,6 +9,7 @@ to its neighbour, good regions between them included: these then wait longer tha
 """
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
@@ -46,6 +47,10 @@ class Failures:
 
     def __len__(self) -> int:
         return len(self._ranges)
+
+    def ranges(self) -> Iterator[FailedRange]:
+        """What waits, in order; some of it may have been hydrated by clients meanwhile."""
+        return iter(self._ranges)
 
     def note_failure(self, begin: int, end: int, now_ns: int) -> bool:
         """Regions `begin` to `end` could not be copied; tell whether that is news."""

@@ -301,6 +301,7 @@ class RegionWrite:
 
     def _gap_read(self, child: Bio) -> None:
         if child.status:
+            self.regions.note_error()
             log.warning("%s: foreground hydration: %r", self._name, child)
             self.error = errnos.EIO
         self.reads_left -= 1
@@ -334,6 +335,7 @@ class RegionWrite:
             errno = 0
         except CopyError as failure:
             log.warning("%s: foreground hydration: %s", self._name, failure)
+            self.regions.note_error()
             if not failure.is_read:
                 errno = failure.error.errno
         finally:

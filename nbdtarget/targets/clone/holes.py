@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the source reads as zeroes: one window of its extents, asked for in large pieces.
 
-A window is at most `WINDOW_BYTES_MAX` long (or one region), holds at most `EXTENTS_MAX` extents, and is asked
+A window is at most `window_bytes_max` long (or one region), holds at most `EXTENTS_MAX` extents, and is asked
 for in shorter lengths where the source is in small pieces. Zeroes shorter than `HOLE_BYTES_MIN` count as data: to
 copy them is cheaper than to split the copy.
 """
@@ -26,11 +26,19 @@ Piece = tuple[int, int, bool]  # begin, end in bytes; zero
 class Holes:
     """The source's zeroes around where hydration is at work."""
 
-    def __init__(self, source: Device, *, length: int, region_size: int) -> None:
+    def __init__(
+        self,
+        source: Device,
+        *,
+        length: int,
+        region_size: int,
+        window_bytes_max: int = WINDOW_BYTES_MAX,
+    ) -> None:
         self.source = source
         self.length = length
         self.region_size = region_size
-        self._window_bytes = WINDOW_BYTES_MAX
+        self.window_bytes_max = window_bytes_max
+        self._window_bytes = window_bytes_max
         self._begin = self._end = 0
         self._pieces: list[Piece] = []
 
@@ -55,7 +63,7 @@ class Holes:
             if len(extents) > EXTENTS_MAX:
                 self._window_bytes = max(WINDOW_BYTES_MIN, self._window_bytes // 4)
             else:
-                self._window_bytes = min(WINDOW_BYTES_MAX, self._window_bytes * 4)
+                self._window_bytes = min(self.window_bytes_max, self._window_bytes * 4)
         self._begin, self._end = offset, offset + length
 
     def pieces(self, begin: int, end: int) -> list[Piece]:

@@ -18,33 +18,35 @@ Threshold, as the kernel counts: regions being hydrated by anybody, clients' own
 included, plus the ones that a new batch would add, do not exceed it. Threshold 0 stops the
 background. A batch is not cut short while a job of ours runs that will make more room.
 
+What clients have read goes first, if `hydrate_on_read` is set: `ReadQueue`. Those regions are
+copied also when the background is not enabled, and then nothing else is.
+
+Rate. What jobs copy is charged to a `Rate`, zeroes only where the destination cannot but
+write them.
+
 Clients first. While client I/O arrives (something came in the last `QUIET_S`), only one
 job runs at a time, with a rest of three times its duration after it: clients keep three quarters of
 the time, yet hydration goes on under any load. After `QUIET_S` of silence it is at
 full speed again. (The kernel stops altogether while any I/O is in flight, and may take a
 second to go on: a busy disk is never hydrated, a quiet one late.)
 
-Errors. A job that fails is tried again by halves, so a bad sector costs its own region and
-not its neighbours'; what still fails waits in `Failures`, longer each time, and is reported in
-the log and by an event when it is new. When job after job fails altogether (a dead device),
-the whole hydration slows down too.
+Errors. What fails is left alone for a while (`Filler`, `Failures`). When job after job fails
+altogether (a dead device), the whole hydration slows down too.
 
 The end. When the last bit is set a commit is started at once; the target sees the committed bits
 full and raises the event. Here the task just ends; `wake` starts another if need be.
 """
 
 import asyncio
-import logging
-from collections.abc import Callable
 from typing import Final
 
-from metadata.errors import MetadataError
 from nbdtarget.clock import Clock, Timer
-from nbdtarget.errors import DeviceError
-from nbdtarget.targets.clone.failures import Failures
-from nbdtarget.targets.clone.holes import Holes, Piece
+from nbdtarget.targets.clone.filler import Filler
+from nbdtarget.targets.clone.holes import WINDOW_BYTES_MIN, Holes, Piece
+from nbdtarget.targets.clone.rate import Rate
+from nbdtarget.targets.clone.read_queue import ReadQueue
 from nbdtarget.targets.clone.regions import Regions
-from nbdtarget.targets.copier import CopyError
+from nbdtarget.targets.clone.table import Options
 from nbdtarget.targets.prison import Cell
 
 __all__ = ["Hydration"]
@@ -55,46 +57,43 @@ REST_S_MAX: Final = 0.100
 SCAN_REGIONS_MAX: Final = 1 << 25  # bits looked through between two turns of the loop
 ZERO_REGIONS_MAX: Final = 1 << 25
 ZERO_BYTES_SLOW_MAX: Final = 4 << 20  # where the destination must write its zeroes
-ERRORS_PER_JOB_MAX: Final = 64
 FAILED_JOBS_FREE: Final = 8  # failed in a row before hydration slows down
 SLOW_S_MIN: Final = 0.1
 SLOW_S_MAX: Final = 10.0
-SAY_S_MIN: Final = 5.0  # between two lines in the log about failures
 _NS: Final = 1_000_000_000
-
-log = logging.getLogger(__name__)
 
 
 class Hydration:
     """The background hydration of one clone. See the module head.
 
-    Args:
-        event: called when a failure is new.
-
     Attributes:
-        enabled, threshold, batch_size: as the messages set them; call `wake` after a change.
-        failures: what could not be copied.
+        enabled, threshold, batch_size, rate: as the messages set them; call `wake` after a
+            change.
+        hydrate_on_read: whether `note_read` should be called.
     """
 
     def __init__(
-        self,
-        regions: Regions,
-        clock: Clock,
-        *,
-        enabled: bool,
-        threshold: int,
-        batch_size: int,
-        event: Callable[[], None],
+        self, regions: Regions, filler: Filler, clock: Clock, options: Options
     ) -> None:
         self.regions = regions
+        self.filler = filler
         self.clock = clock
-        self.enabled = enabled
-        self.threshold = threshold
-        self.batch_size = batch_size
-        self.failures = Failures()
-        self._event = event
+        self.enabled = options.hydration
+        self.hydrate_on_read = options.hydrate_on_read
+        self.threshold = options.hydration_threshold
+        self.batch_size = options.hydration_batch_size
+        self.rate = Rate(clock, options.hydration_rate)
+        self._failures = filler.failures
         self._holes = Holes(
             regions.source, length=regions.length, region_size=regions.region_size
+        )
+        self._reads = ReadQueue()
+        # Reads jump about: a look at a gigabyte of extents for each would cost more than it.
+        self._read_holes = Holes(
+            regions.source,
+            length=regions.length,
+            region_size=regions.region_size,
+            window_bytes_max=WINDOW_BYTES_MIN,
         )
         self._is_resumed = False
         self._offset = 0
@@ -105,8 +104,6 @@ class Hydration:
         self._busy_until_ns = 0
         self._rest_until_ns = 0
         self._slow_until_ns = 0
-        self._nr_unsaid = 0  # failures since the last line about one
-        self._say_ns = 0
         self._nr_failed_jobs = 0
         regions.wake = self.wake
 
@@ -138,15 +135,22 @@ class Hydration:
             self._task = asyncio.get_running_loop().create_task(self._run())
             self._task.add_done_callback(self._task_done)
 
-    def hint(self, region_nr: int) -> None:
-        """A client will want this region soon: go on from there."""
-        self._offset = region_nr
+    def note_read(self, begin: int, end: int) -> None:
+        """Regions `begin` to `end`, not all of them hydrated, are being read."""
+        was_idle = not self._reads
+        self._reads.push(begin, end)
+        if was_idle:
+            self.wake()
+
+    def forget_reads(self) -> None:
+        """`hydrate_on_read` is over: what has been read has no precedence any more."""
+        self._reads.clear()
 
     def _may_run(self) -> bool:
         regions = self.regions
         return (
             self._is_resumed
-            and self.enabled
+            and (self.enabled or bool(self._reads))
             and self.threshold > 0
             and regions.is_writable
             and regions.metadata.nr_hydrated < regions.nr_regions
@@ -187,7 +191,7 @@ class Hydration:
             return None
         if self._jobs and room < min(max(self.batch_size, 1), self.threshold):
             return None
-        until_ns = self._slow_until_ns
+        until_ns = max(self._slow_until_ns, self.rate.ready_ns)
         if self.regions.nr_bios != self._bios_seen:
             self._bios_seen = self.regions.nr_bios
             self._busy_until_ns = now_ns + int(QUIET_S * _NS)
@@ -199,11 +203,40 @@ class Hydration:
 
     def _retry_delay_ns(self, looked_ns: int) -> int | None:
         """Return for how long nothing will be due that was not when we looked."""
-        retry_ns = self.failures.maybe_retry_ns(looked_ns)
+        if not self.enabled:
+            return None
+        retry_ns = self._failures.maybe_retry_ns(looked_ns)
         return None if retry_ns is None else max(0, retry_ns - self.clock.now_ns())
 
     async def _start_job(self) -> bool:
         """Find the next run of regions and start a job for it; False if there is none."""
+        run = self._maybe_read_run()
+        if run is not None:
+            return await self._start_read_job(*run)
+        return self.enabled and await self._start_next_job()
+
+    def _maybe_read_run(self) -> tuple[int, int] | None:
+        """Return what should be hydrated of that which was read last, or None."""
+        while self._reads:
+            begin, end = self._reads.front()
+            run = self._maybe_run(begin, end)
+            if run is not None:
+                return run
+            # Hydrated, somebody is at work on it, or it has failed a moment ago.
+            self._reads.drop(begin)
+        return None
+
+    async def _start_read_job(self, begin: int, end: int) -> bool:
+        holes = self._read_holes
+        await holes.look(self.regions.span(begin, end)[0])
+        run = self._maybe_run(begin, end)  # things may have moved on meanwhile
+        if not self._may_run() or self.regions.nr_hydrating >= self.threshold:
+            return False
+        if run is not None:
+            self._start(*run, holes)
+        return True
+
+    async def _start_next_job(self) -> bool:
         regions = self.regions
         begin_at = self._offset
         for first, last in ((begin_at, regions.nr_regions), (0, begin_at)):
@@ -220,7 +253,8 @@ class Hydration:
                     continue  # look again: the regions have moved on meanwhile
                 if not self._may_run() or regions.nr_hydrating >= self.threshold:
                     return False
-                self._start(*run)
+                end = self._start(*run, self._holes)
+                self._offset = end % regions.nr_regions
                 return True
         return False
 
@@ -238,39 +272,49 @@ class Hydration:
             _, stop, _ = next(regions.metadata.runs(unhydrated, stop))
             run = regions.prison.maybe_clear_run(unhydrated, stop)
             if run is not None:
-                run = self.failures.maybe_clear_run(*run, now_ns)
+                run = self._failures.maybe_clear_run(*run, now_ns)
             if run is not None:
                 return run
             begin = stop
         return None
 
-    def _start(self, begin: int, end: int) -> None:
+    def _start(self, begin: int, end: int, holes: Holes) -> int:
+        """Start a job for the run, or for its beginning; return where that ends."""
         regions = self.regions
-        zero_end = min(end, self._zero_regions_end(begin))
+        zero_end = min(end, self._zero_regions_end(begin, holes))
         if zero_end > begin:
             end, weight = zero_end, 1
         else:
             room = self.threshold - regions.nr_hydrating
             end = min(end, begin + max(1, min(self.batch_size, room)))
+            if (bytes_max := self.rate.job_bytes_max) is not None:
+                end = min(end, begin + max(1, bytes_max >> regions.shift))
             weight = end - begin
         cell = regions.prison.maybe_lock(begin, end)
         assert cell is not None, "it was clear a moment ago"
         assert regions.metadata.none_hydrated(begin, end)
-        pieces = self._holes.pieces(*regions.span(begin, end))
-        self._offset = end % regions.nr_regions
+        pieces = holes.pieces(*regions.span(begin, end))
+        self.rate.charge(self._cost(pieces))
         regions.nr_hydrating += weight
         job = asyncio.get_running_loop().create_task(self._job(cell, weight, pieces))
         self._jobs.add(job)
         job.add_done_callback(self._job_done)
+        return end
 
-    def _zero_regions_end(self, begin: int) -> int:
+    def _cost(self, pieces: list[Piece]) -> int:
+        """Return the bytes that have to be moved."""
+        is_free = self.regions.destination.can_write_zeroes
+        return sum(end - begin for begin, end, zero in pieces if not (zero and is_free))
+
+    def _zero_regions_end(self, begin: int, holes: Holes) -> int:
         """Return where the whole regions of zeroes that begin at `begin` end."""
         regions = self.regions
         at, _ = regions.span(begin, begin + 1)
-        zero_end = self._holes.zero_until(at)
+        zero_end = holes.zero_until(at)
         if not regions.destination.can_write_zeroes:
-            bound = max(ZERO_BYTES_SLOW_MAX, regions.region_size)
-            zero_end = min(zero_end, at + bound)
+            bytes_max = self.rate.job_bytes_max
+            bound = min(ZERO_BYTES_SLOW_MAX, bytes_max or ZERO_BYTES_SLOW_MAX)
+            zero_end = min(zero_end, at + max(bound, regions.region_size))
         if zero_end >= regions.length:
             return regions.nr_regions
         return zero_end >> regions.shift
@@ -280,7 +324,7 @@ class Hydration:
         begun_ns = self.clock.now_ns()
         hydrated = regions.metadata.nr_hydrated
         try:
-            nr_errors = await self._hydrate(cell.begin, cell.end, pieces, 0)
+            nr_errors = len(await self.filler.hydrate(cell.begin, cell.end, pieces))
         finally:
             regions.nr_hydrating -= weight
             regions.prison.release(cell)
@@ -295,62 +339,6 @@ class Hydration:
         if doublings >= 0:
             slow_s = min(SLOW_S_MIN * 2 ** min(doublings, 16), SLOW_S_MAX)
             self._slow_until_ns = now_ns + int(slow_s * _NS)
-
-    async def _hydrate(
-        self, begin: int, end: int, pieces: list[Piece], nr_errors: int
-    ) -> int:
-        """Hydrate the regions, by halves if they fail together; return errors so far."""
-        try:
-            await self._fill(*self.regions.span(begin, end), pieces)
-        except (CopyError, DeviceError) as error:
-            nr_errors += 1
-            if end - begin == 1 or nr_errors >= ERRORS_PER_JOB_MAX:
-                self._note_failure(begin, end, error)
-                return nr_errors
-            middle = (begin + end) // 2
-            nr_errors = await self._hydrate(begin, middle, pieces, nr_errors)
-            return await self._hydrate(middle, end, pieces, nr_errors)
-        try:
-            self.regions.set_hydrated(begin, end)
-        except MetadataError:
-            return nr_errors  # read-only now: whoever made it so has said so
-        self.failures.note_success(begin, end)
-        if self.regions.metadata.nr_hydrated == self.regions.nr_regions:
-            self.regions.committer.start_commit()
-        return nr_errors
-
-    async def _fill(self, begin: int, end: int, pieces: list[Piece]) -> None:
-        """Make the destination hold what the source says. Raises: CopyError, DeviceError."""
-        for piece_begin, piece_end, zero in pieces:
-            at, stop = max(begin, piece_begin), min(end, piece_end)
-            if at >= stop:
-                continue
-            if zero:
-                await self.regions.destination.write_zeroes(at, stop - at)
-            else:
-                await self.regions.copier.copy(at, stop - at)
-
-    def _note_failure(self, begin: int, end: int, error: Exception) -> None:
-        now_ns = self.clock.now_ns()
-        if not self.failures.note_failure(begin, end, now_ns):
-            return
-        self._event()
-        # A dead source has thousands of regions: one line says it, and the next how many more.
-        self._nr_unsaid += 1
-        if now_ns < self._say_ns:
-            return
-        log.error(
-            "%s: hydration failed: regions %d to %d%s: %s",
-            self.regions.committer.name,
-            begin,
-            end - 1,
-            f" (and {self._nr_unsaid - 1} more failures)"
-            if self._nr_unsaid > 1
-            else "",
-            error,
-        )
-        self._nr_unsaid = 0
-        self._say_ns = now_ns + int(SAY_S_MIN * _NS)
 
     def _job_done(self, job: "asyncio.Task[None]") -> None:
         self._jobs.discard(job)

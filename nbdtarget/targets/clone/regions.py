@@ -25,6 +25,7 @@ class Regions:
         nr_hydrating: regions that are being copied or overwritten now, as status counts them.
         nr_bios: client I/O seen while not everything was hydrated; hydration yields to it.
         wake: tells background hydration that regions were unlocked.
+        note_error: a copy that a client's write needed has failed.
         broken: takes an exception of our own making, after which nothing can be trusted.
     """
 
@@ -53,6 +54,7 @@ class Regions:
         self.nr_hydrating = 0
         self.nr_bios = 0
         self.wake: Callable[[], None] = _nobody
+        self.note_error: Callable[[], None] = _nobody
         self.broken = broken
         assert metadata.nr_regions == self.nr_regions
 
@@ -82,4 +84,4 @@ class Regions:
 
 
 def _nobody() -> None:
-    """There is no background hydration yet."""
+    """There is nobody to tell yet."""

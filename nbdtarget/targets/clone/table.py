@@ -4,6 +4,27 @@
     <metadata dev> <destination dev> <source dev> <region size>
     [<#feature args> [<feature>]* [<#core args> [<key> <value>]*]]
 
+    feature                     what it does                               as a message
+    no_hydration                the background copies nothing              disable_hydration,
+                                                                           enable_hydration
+    no_discard_passdown         discards end here                          -
+    hydrate_on_read         *   regions that are read from the source      enable_hydrate_on_read,
+                                are copied before others                   disable_hydrate_on_read
+    then_linear             *   when all is hydrated, `linear` takes the   then_linear,
+                                clone's place in the table                 disable_then_linear
+
+    key                         value                            default   as a message
+    hydration_threshold         regions copied at a time         1         the same words
+    hydration_batch_size        regions copied in one go         1         the same words
+    hydration_rate          *   bytes a second that the back-    0         the same words
+                                ground copies; 0: no bound
+    event_after_errors      *   failed copies before one is an   1         the same words
+                                event; 0: they never are
+
+`*`: not in the kernel; without these words a clone does what the kernel's does, and its status
+line reads the same. Words are the same in upper case; what is repeated counts once, the last value of a
+key wins. Numbers have 32 bits, the rate has 64.
+
 Pure: devices are opened by the target, between the steps here.
 """
 
@@ -13,15 +34,25 @@ from typing import Final
 
 from nbdtarget.errors import ConstructorError
 
-__all__ = ["Options", "parse_options", "parse_region_size", "parse_uint32"]
+__all__ = ["NUMBERS", "Options", "parse_number", "parse_options", "parse_region_size"]
 
 SECTOR: Final = 512
 ARGUMENTS_MIN: Final = 4
-FEATURES_MAX: Final = 2
-CORE_ARGUMENTS_MAX: Final = 4
+FEATURES_MAX: Final = 4
+CORE_ARGUMENTS_MAX: Final = 8
 REGION_SECTORS_MIN: Final = 8
 REGION_SECTORS_MAX: Final = 2097152
+DIGITS_MAX: Final = 4000  # longer ones `int` does not take
 UINT32_MAX: Final = (1 << 32) - 1
+UINT64_MAX: Final = (1 << 64) - 1
+
+# The largest value of each core argument, and of the message of that name.
+NUMBERS: Final = {
+    "hydration_threshold": UINT32_MAX,
+    "hydration_batch_size": UINT32_MAX,
+    "hydration_rate": UINT64_MAX,
+    "event_after_errors": UINT32_MAX,
+}
 
 
 @dataclass(slots=True)
@@ -32,15 +63,19 @@ class Options:
     discard_passdown: bool = True
     hydration_threshold: int = 1
     hydration_batch_size: int = 1
+    hydrate_on_read: bool = False
+    then_linear: bool = False
+    hydration_rate: int = 0
+    event_after_errors: int = 1
 
 
-def parse_uint32(word: str) -> int | None:
-    """Parse a base-10 unsigned 32-bit number as the kernel does; None if it is not one."""
+def parse_number(word: str, number_max: int = UINT32_MAX) -> int | None:
+    """Parse a base-10 unsigned number as the kernel does; None if it is not one."""
     digits = word.removeprefix("+")
-    if not (digits.isascii() and digits.isdigit()):
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= DIGITS_MAX):
         return None
     number = int(digits)
-    return number if number <= UINT32_MAX else None
+    return number if number <= number_max else None
 
 
 def parse_region_size(word: str, *, block_size: int) -> int:
@@ -51,7 +86,7 @@ def parse_region_size(word: str, *, block_size: int) -> int:
 
     Raises: ConstructorError. A number above 32 bits is refused, where the kernel wraps it.
     """
-    sectors = parse_uint32(word)
+    sectors = parse_number(word)
     if sectors is None or not REGION_SECTORS_MIN <= sectors <= REGION_SECTORS_MAX:
         raise _error("Invalid region size")
     if sectors & (sectors - 1):
@@ -74,18 +109,23 @@ def parse_options(words: Sequence[str]) -> Options:
                 options.hydration = False
             case "no_discard_passdown":
                 options.discard_passdown = False
+            case "hydrate_on_read":
+                options.hydrate_on_read = True
+            case "then_linear":
+                options.then_linear = True
             case _:
                 raise _error("Invalid feature argument")
     core, _ = _group(rest, CORE_ARGUMENTS_MAX, "Invalid number of core arguments")
     if len(core) % 2:
         raise _error("Number of core arguments must be even")
     for key, value in zip(core[::2], core[1::2], strict=True):
-        if key.lower() not in ("hydration_threshold", "hydration_batch_size"):
+        name = key.lower()
+        if name not in NUMBERS:
             raise _error("Invalid core argument")
-        number = parse_uint32(value)
+        number = parse_number(value, NUMBERS[name])
         if number is None:
-            raise _error(f"Invalid value for argument `{key.lower()}'")
-        setattr(options, key.lower(), number)
+            raise _error(f"Invalid value for argument `{name}'")
+        setattr(options, name, number)
     return options
 
 
@@ -95,7 +135,7 @@ def _group(
     """Split `words` into the group that its first word counts, and what follows it."""
     if not words:
         return (), ()
-    count = parse_uint32(words[0])
+    count = parse_number(words[0])
     if count is None or count > count_max or count > len(words) - 1:
         raise _error(message)
     return words[1 : 1 + count], words[1 + count :]

@@ -46,8 +46,16 @@ read afterwards; partial regions at either end, and a short last region, are lef
 
 A short last region that is written to its end counts as overwritten (the kernel copies it first).
 
+CACHE hydrates its range (`CacheRequests`); where nothing can be recorded any more it is only
+passed on to who holds the data.
+
 Durability, and the answer to FLUSH and FUA: `nbdtarget.targets.committer`. The events: when the last
-region is durably hydrated (once), when the metadata's mode changes, when a copy fails anew.
+region is durably hydrated (once), when the metadata's mode changes, when copies fail (`Filler`).
+
+The end. With `then_linear`, a clone that is durably hydrated asks for a `linear` on its destination in
+its place (`TargetContext.request_replacement`), after the event. It asks again when it is resumed, in
+case it was suspended in between. Whoever loads a table by hand has precedence: then nothing is
+replaced until the message `then_linear` asks once more.
 
 What a crash leaves: the bits of the last commit, and on the destination all that they vouch for.
 Everything else is as in the source, or as an ordinary disk leaves it.
@@ -69,17 +77,27 @@ from nbdtarget.bio import (
 )
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.errors import TableError
-from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target, TargetContext
+from nbdtarget.targets.base import (
+    KILL,
+    REMAPPED,
+    SUBMITTED,
+    StatusFields,
+    Target,
+    TargetContext,
+)
+from nbdtarget.targets.clone.cache_requests import CacheRequests
 from nbdtarget.targets.clone.constructor import Parts, construct
 from nbdtarget.targets.clone.extents import (
     HYDRATION,
     clone_extents,
     hydration_extents,
 )
+from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.foreground import Foreground
 from nbdtarget.targets.clone.hydration import Hydration
 from nbdtarget.targets.clone.regions import Regions
-from nbdtarget.targets.clone.table import SECTOR, parse_uint32
+from nbdtarget.targets.clone.report import status_fields, status_line
+from nbdtarget.targets.clone.table import NUMBERS, parse_number
 from nbdtarget.targets.committer import Committer
 from nbdtarget.words import join_words
 
@@ -129,14 +147,17 @@ class CloneTarget(Target):
         )
         self._shift = self._regions.shift
         self._foreground = Foreground(self._regions)
-        self._hydration = Hydration(
+        self._filler = Filler(
             self._regions,
             ctx.clock,
-            enabled=parts.options.hydration,
-            threshold=parts.options.hydration_threshold,
-            batch_size=parts.options.hydration_batch_size,
+            event_after_errors=parts.options.event_after_errors,
             event=ctx.event,
         )
+        self._hydration = Hydration(
+            self._regions, self._filler, ctx.clock, parts.options
+        )
+        self._cache_requests = CacheRequests(self._regions, self._filler)
+        self._then_linear = parts.options.then_linear
         self._passdown = parts.options.discard_passdown
         if self._passdown and not parts.destination.can_discard:
             log.warning(
@@ -212,7 +233,11 @@ class CloneTarget(Target):
     def _map_unhydrated_read(self, bio: Bio, first: int, last: int) -> int:
         """A READ or CACHE of regions that are not all hydrated: each part where it lies."""
         if bio.op == OP_CACHE:
-            self._hydration.hint(first)
+            if self._regions.is_writable:
+                self._cache_requests.take(bio)
+                return SUBMITTED
+        elif self._hydration.hydrate_on_read:
+            self._hydration.note_read(first, last)
         if last - first == 1 or self._bits.find(1, first, last) < 0:
             bio.device = self._source
             return REMAPPED
@@ -266,10 +291,13 @@ class CloneTarget(Target):
         self._look_at_mode()
         if self._metadata.changed and self._regions.is_writable:
             self._committer.note_change()
+        self._cache_requests.resume()
         self._hydration.resume()
+        self._maybe_become_linear()
 
     def presuspend(self) -> None:
         self._hydration.presuspend()
+        self._cache_requests.presuspend()
 
     async def postsuspend(self) -> None:
         self._hydration.presuspend()
@@ -284,6 +312,12 @@ class CloneTarget(Target):
             self._is_hydrated = True
             log.info("%s: hydrated", self.ctx.name)
             self.ctx.event()
+            self._maybe_become_linear()
+
+    def _maybe_become_linear(self) -> None:
+        is_sound = self._is_hydrated and not self._committer.has_failed
+        if self._then_linear and is_sound and not self._is_suspended:
+            self.ctx.request_replacement("linear", (self._destination.name, "0"))
 
     def _failed(self) -> None:
         self._look_at_mode()
@@ -308,25 +342,22 @@ class CloneTarget(Target):
             await self._committer.commit()
         if self._has_failed:
             return "Error"
-        metadata, hydration = self._metadata, self._hydration
-        features = []
-        if not hydration.enabled:
-            features.append("no_hydration")
-        if not self._passdown:
-            features.append("no_discard_passdown")
-        words = (
-            "8",
-            f"{metadata.used_blocks}/{metadata.total_blocks}",
-            str(self._regions.region_size // SECTOR),
-            f"{metadata.nr_hydrated}/{metadata.nr_regions}",
-            str(self._regions.nr_hydrating),
-            str(len(features)),
-            *features,
-            f"4 hydration_threshold {hydration.threshold}",
-            f"hydration_batch_size {hydration.batch_size}",
-            metadata.mode.value,
+        return status_line(
+            self._regions,
+            self._hydration,
+            self._filler,
+            discard_passdown=self._passdown,
+            then_linear=self._then_linear,
         )
-        return " ".join(words)
+
+    def status_fields(self) -> StatusFields:
+        return status_fields(
+            self._regions,
+            self._hydration,
+            self._filler,
+            discard_passdown=self._passdown,
+            then_linear=self._then_linear,
+        )
 
     def table_words(self) -> str:
         return join_words(self._parts.words)
@@ -338,17 +369,38 @@ class CloneTarget(Target):
                 hydration.enabled = True
             case ["disable_hydration", *_]:
                 hydration.enabled = False
-            case ["hydration_threshold", word] if (n := parse_uint32(word)) is not None:
-                hydration.threshold = n
-            case ["hydration_batch_size", word] if (
-                n := parse_uint32(word)
-            ) is not None:
-                hydration.batch_size = n
+            case ["enable_hydrate_on_read", *_]:
+                hydration.hydrate_on_read = True
+            case ["disable_hydrate_on_read", *_]:
+                hydration.hydrate_on_read = False
+                hydration.forget_reads()
+            case ["then_linear", *_]:
+                self._then_linear = True
+                self._maybe_become_linear()
+            case ["disable_then_linear", *_]:
+                self._then_linear = False
+            case [key, word] if key in NUMBERS and (
+                (number := parse_number(word, NUMBERS[key])) is not None
+            ):
+                self._set_number(key, number)
             case _:
                 log.error("%s: Unsupported message `%s'", self.ctx.name, words[0])
                 raise TableError("Invalid argument")
         hydration.wake()
         return None
+
+    def _set_number(self, key: str, number: int) -> None:
+        match key:
+            case "hydration_threshold":
+                self._hydration.threshold = number
+            case "hydration_batch_size":
+                self._hydration.batch_size = number
+            case "hydration_rate":
+                self._hydration.rate.set(number)
+            case "event_after_errors":
+                self._filler.event_after_errors = number
+            case _:
+                raise AssertionError(key)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await clone_extents(self._regions, offset - self.begin, length)

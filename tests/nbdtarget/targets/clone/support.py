@@ -4,7 +4,7 @@
 import asyncio
 import errno as errnos
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from metadata.clone import CloneMetadata
 from nbdtarget.bio import OP_FLUSH, OP_NAMES, OP_READ, OP_WRITE, Bio
@@ -75,6 +75,7 @@ class Context:
         self.read_only = False
         self.clock = clock
         self.nr_events = 0
+        self.replacements: list[tuple[str, ...]] = []
         self.nr_open = 0
         self.created: dict[str, int] = {}
         self._shared: dict[Device, dict[str, object]] = {}
@@ -104,6 +105,9 @@ class Context:
 
     def event(self) -> None:
         self.nr_events += 1
+
+    def request_replacement(self, type_name: str, args: Sequence[str]) -> None:
+        self.replacements.append((type_name, *args))
 
 
 class Disk(Device):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nbdtarget.bio import OP_CACHE, OP_READ, OP_WRITE, PENDING
+from nbdtarget.bio import OP_READ, OP_WRITE, PENDING
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.clone.target import CloneTarget
 from tests.nbdtarget.targets.clone.support import REGION, Context, Rig, settle
@@ -148,19 +148,6 @@ async def test_clients_get_most_of_the_time_and_hydration_goes_on() -> None:
         rig.clock.advance(0.002)
     await settle()
     assert max(at_once[10:]) <= 4
-    assert await rig.hydrated() == "128/128"
-    await rig.stop()
-
-
-async def test_cache_makes_hydration_go_on_from_there() -> None:
-    rig = await make("8 1 no_hydration")
-    rig.bio(OP_CACHE, 77 * REGION, REGION)
-    rig.log.clear()
-    rig.clock.advance(1)
-    await rig.target.message(["enable_hydration"])
-    await settle(2)
-    assert rig.log[0] == ("s", "read", 77 * REGION, REGION)
-    await settle(800)
     assert await rig.hydrated() == "128/128"
     await rig.stop()
 

@@ -16,9 +16,9 @@ from nbdtarget import metadata_io
 from nbdtarget.bio import FUA, Bio
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
 from nbdtarget.targets.base import REMAPPED
+from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.foreground import Foreground, RegionWrite
 from nbdtarget.targets.clone.holes import Piece
-from nbdtarget.targets.clone.hydration import Hydration
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.committer import Committer, Transaction
 from nbdtarget.targets.prison import Cell, Prison
@@ -141,15 +141,15 @@ class KeepsBorrowedPayload(Foreground):
         super().write(bio)
 
 
-class BitBeforeCopy(Hydration):
+class BitBeforeCopy(Filler):
     """Sets the bits when the copy is begun."""
 
-    async def _hydrate(
-        self, begin: int, end: int, pieces: list[Piece], nr_errors: int
-    ) -> int:
+    async def hydrate(
+        self, begin: int, end: int, pieces: list[Piece], nr_errors: int = 0
+    ) -> list[int]:
         if self.regions.is_writable:
             self.regions.set_hydrated(begin, end)
-        return await super()._hydrate(begin, end, pieces, nr_errors)
+        return await super().hydrate(begin, end, pieces, nr_errors)
 
 
 class NoLocks(Prison):
@@ -282,7 +282,7 @@ def test_walks_pass_when_nothing_is_wrong() -> None:
         (FOREGROUND + "RegionWrite", FuaOverwriteWithoutCommit),
         (FOREGROUND + "RegionWrite", BitBeforeOverwrite),
         (FOREGROUND + "RegionWrite", NoCopyOfGaps),
-        (TARGET + "Hydration", BitBeforeCopy),
+        (TARGET + "Filler", BitBeforeCopy),
         ("nbdtarget.targets.clone.regions.Prison", NoLocks),
     ],
 )

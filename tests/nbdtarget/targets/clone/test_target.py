@@ -161,8 +161,19 @@ async def test_offsets_are_relative_to_the_target_when_it_begins_later() -> None
     assert sum(extent.length for extent in extents) == rig.size
 
 
-async def test_cache_goes_where_the_data_is(rig: Rig) -> None:
+async def test_cache_of_hydrated_regions_passes_on(rig: Rig) -> None:
+    rig.bio(OP_WRITE, 0, 2 * REGION)
+    rig.log.clear()
+    rig.bio(OP_CACHE, 100, REGION)
+    assert rig.log == [("d", "cache", 100, REGION)]
+
+
+async def test_cache_goes_where_the_data_is_when_nothing_can_be_hydrated(
+    rig: Rig,
+) -> None:
     rig.bio(OP_WRITE, 0, REGION)
+    await rig.disk.flush()
+    rig.target._metadata.abort()
     rig.log.clear()
     rig.bio(OP_CACHE, 0, 2 * REGION)
     assert rig.ops() == ["d cache", "s cache"]

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CACHE: hydrates its range, and ends when that is done.
+
+Theory of operation. A CACHE is cut into steps of `STEP_BYTES` (one region at least). Requests
+take turns: the one in front makes one step and goes to the back, `STEPS_AT_ONCE_MAX` of them at a
+time, so a client that asks for all of the disk does not keep another waiting for its
+megabyte. A step locks its regions as a write does, waiting for older work on them, and then hydrates
+what still is not.
+
+It was asked for, so it does not depend on what the background may do: not on
+`no_hydration`, threshold, rate or the back-off of regions that have failed. It counts as client
+I/O, to which the background yields, and against the threshold as clients' writes do.
+
+How a CACHE ends:
+
+    0           its range is hydrated, and the destination was told that it will be read soon
+    errno       of the first region that could not be hydrated; the others are, unless there were
+                `ERRORS_PER_JOB_MAX` failures
+    EIO         the metadata went read-only meanwhile
+    ESHUTDOWN   the table is being suspended, which does not wait for more than the step that is
+                under way; a client may ask again
+
+Bounds: what waits here is bounded by the server's limits on requests in flight.
+"""
+
+import asyncio
+import errno as errnos
+from collections import deque
+from typing import Final
+
+from nbdtarget.bio import OP_CACHE, Bio
+from nbdtarget.targets.clone.filler import ERRORS_PER_JOB_MAX, Filler
+from nbdtarget.targets.clone.holes import Holes
+from nbdtarget.targets.clone.regions import Regions
+from nbdtarget.targets.prison import Cell
+
+__all__ = ["STEPS_AT_ONCE_MAX", "STEP_BYTES", "CacheRequests"]
+
+STEP_BYTES: Final = 1 << 20
+STEPS_AT_ONCE_MAX: Final = 4
+
+
+class CacheRequests:
+    """The CACHE bios of one clone. See the module head."""
+
+    def __init__(
+        self,
+        regions: Regions,
+        filler: Filler,
+        *,
+        steps_at_once_max: int = STEPS_AT_ONCE_MAX,
+    ) -> None:
+        assert steps_at_once_max > 0
+        self.regions = regions
+        self.filler = filler
+        self.steps_at_once_max = steps_at_once_max
+        self._step_regions = max(1, STEP_BYTES >> regions.shift)
+        self._queue: deque[_Request] = deque()
+        self._steps: set[asyncio.Task[None]] = set()
+        self._is_resumed = False
+
+    def resume(self) -> None:
+        self._is_resumed = True
+
+    def presuspend(self) -> None:
+        """End what waits; what makes a step now ends with it."""
+        self._is_resumed = False
+        queue, self._queue = self._queue, deque()
+        for request in queue:
+            self._next(request)
+
+    def take(self, bio: Bio) -> None:
+        """Take a CACHE whose offset is relative to the target; ends it."""
+        assert bio.op == OP_CACHE
+        self._queue.append(_Request(self.regions, bio))
+        self._start_steps()
+
+    def _start_steps(self) -> None:
+        while self._queue and len(self._steps) < self.steps_at_once_max:
+            step = self._step(self._queue.popleft())
+            task = asyncio.get_running_loop().create_task(step)
+            self._steps.add(task)
+            task.add_done_callback(self._step_done)
+
+    def _step_done(self, task: "asyncio.Task[None]") -> None:
+        self._steps.discard(task)
+        if task.cancelled():
+            return  # the loop is being torn down
+        if (error := task.exception()) is not None:
+            self.regions.broken(error)
+        self._start_steps()
+
+    async def _step(self, request: "_Request") -> None:
+        is_sound = False
+        try:
+            await self._hydrate_step(request)
+            is_sound = True
+        finally:
+            if is_sound:
+                self._next(request)
+            else:
+                request.bio.end(errnos.EIO)
+
+    async def _hydrate_step(self, request: "_Request") -> None:
+        """Hydrate the next regions of `request` that are not."""
+        begin = request.maybe_next()
+        if begin is None:
+            return
+        regions, holes = self.regions, request.holes
+        end = min(begin + self._step_regions, request.end)
+        await holes.look(regions.span(begin, end)[0])
+        cell = await self._locked(begin, end)
+        regions.nr_bios += 1
+        regions.nr_hydrating += end - begin
+        try:
+            at: int | None = begin
+            while regions.is_writable and at is not None and at < end:
+                at = regions.metadata.maybe_next_unhydrated(at, end)
+                if at is None:
+                    break
+                _, stop, _ = next(regions.metadata.runs(at, end))
+                pieces = holes.pieces(*regions.span(at, stop))
+                errors = await self.filler.hydrate(at, stop, pieces)
+                request.note_errors(errors)
+                at = stop
+        finally:
+            regions.nr_hydrating -= end - begin
+            regions.prison.release(cell)
+            regions.wake()
+        request.at = end
+
+    async def _locked(self, begin: int, end: int) -> Cell:
+        granted: asyncio.Future[Cell]
+        granted = asyncio.get_running_loop().create_future()
+        self.regions.prison.lock(begin, end, granted.set_result)
+        return await granted
+
+    def _next(self, request: "_Request") -> None:
+        """End the request, or let it wait for its next turn."""
+        bio = request.bio
+        if request.errno and request.nr_errors >= ERRORS_PER_JOB_MAX:
+            bio.end(request.errno)
+        elif not self.regions.is_writable:
+            bio.end(errnos.EIO)
+        elif request.maybe_next() is None:
+            if request.errno:
+                bio.end(request.errno)
+            else:
+                self.regions.destination.submit(bio)
+        elif self._is_resumed:
+            self._queue.append(request)
+        else:
+            bio.end(errnos.ESHUTDOWN)
+
+
+class _Request:
+    """One CACHE on its way.
+
+    Attributes:
+        at, end: the regions that are still to be looked at.
+        holes: of the source around there.
+        errno, nr_errors: of the first failure, and how many there were.
+    """
+
+    __slots__ = ("at", "bio", "end", "errno", "holes", "nr_errors", "regions")
+
+    def __init__(self, regions: Regions, bio: Bio) -> None:
+        self.regions = regions
+        self.bio = bio
+        self.at = bio.offset >> regions.shift
+        self.end = ((bio.offset + bio.length - 1) >> regions.shift) + 1
+        self.holes = Holes(
+            regions.source,
+            length=regions.span(self.at, self.end)[1],
+            region_size=regions.region_size,
+        )
+        self.errno = 0
+        self.nr_errors = 0
+
+    def maybe_next(self) -> int | None:
+        """The first region that is not hydrated yet, if there is one."""
+        if self.at >= self.end or not self.regions.is_writable:
+            return None
+        return self.regions.metadata.maybe_next_unhydrated(self.at, self.end)
+
+    def note_errors(self, errors: list[int]) -> None:
+        self.nr_errors += len(errors)
+        if errors and not self.errno:
+            self.errno = errors[0]

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes locked regions hydrated: what the background and CACHE have in common.
+
+Data is copied, zeroes are written as zeroes, then the bits are set.
+
+What fails is tried again by halves, so a bad sector costs its own region and not its
+neighbours'. What still fails waits in `Failures`, longer each time. All failures are counted,
+also those of copies that a client's write needed. An event is raised when their number reaches
+`event_after_errors`, and from then on whenever a region fails that had not failed before; the log
+has a line about new ones now and then.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from metadata.errors import MetadataError
+from nbdtarget.clock import Clock
+from nbdtarget.errors import DeviceError
+from nbdtarget.targets.clone.failures import Failures
+from nbdtarget.targets.clone.holes import Piece
+from nbdtarget.targets.clone.regions import Regions
+from nbdtarget.targets.copier import CopyError
+
+__all__ = ["ERRORS_PER_JOB_MAX", "Filler"]
+
+ERRORS_PER_JOB_MAX: Final = 64
+SAY_S_MIN: Final = 5.0  # between two lines in the log about failures
+_NS: Final = 1_000_000_000
+
+log = logging.getLogger(__name__)
+
+
+class Filler:
+    """See the module head.
+
+    Args:
+        event: called for failures.
+
+    Attributes:
+        event_after_errors: the first failure that is worth an event; 0: none is.
+        failures: what could not be copied.
+    """
+
+    def __init__(
+        self,
+        regions: Regions,
+        clock: Clock,
+        *,
+        event_after_errors: int,
+        event: Callable[[], None],
+    ) -> None:
+        self.regions = regions
+        self.clock = clock
+        self.event_after_errors = event_after_errors
+        self.failures = Failures()
+        self._event = event
+        self._nr_unsaid = 0  # failures since the last line about one
+        self._say_ns = 0
+        regions.note_error = self._note_foreground_error
+
+    async def hydrate(
+        self, begin: int, end: int, pieces: list[Piece], nr_errors: int = 0
+    ) -> list[int]:
+        """Hydrate regions that the caller has locked, by halves if they fail together.
+
+        Args:
+            pieces: what the regions are on the source, as `Holes` tells.
+            nr_errors: before this call; beyond `ERRORS_PER_JOB_MAX` halves are not tried.
+
+        Returns the errno of each failure. None, and still unhydrated: the metadata went
+        read-only.
+        """
+        try:
+            await self._fill(*self.regions.span(begin, end), pieces)
+        except (CopyError, DeviceError) as error:
+            errors = [_errno(error)]
+            if end - begin == 1 or nr_errors + 1 >= ERRORS_PER_JOB_MAX:
+                self._note_failure(begin, end, error)
+                return errors
+            middle = (begin + end) // 2
+            for half in ((begin, middle), (middle, end)):
+                errors += await self.hydrate(*half, pieces, nr_errors + len(errors))
+            return errors
+        try:
+            self.regions.set_hydrated(begin, end)
+        except MetadataError:
+            return []  # whoever made it read-only has said so
+        self.failures.note_success(begin, end)
+        if self.regions.metadata.nr_hydrated == self.regions.nr_regions:
+            self.regions.committer.start_commit()
+        return []
+
+    async def _fill(self, begin: int, end: int, pieces: list[Piece]) -> None:
+        """Make the destination hold what the source says. Raises: CopyError, DeviceError."""
+        for piece_begin, piece_end, zero in pieces:
+            at, stop = max(begin, piece_begin), min(end, piece_end)
+            if at >= stop:
+                continue
+            if zero:
+                await self.regions.destination.write_zeroes(at, stop - at)
+            else:
+                await self.regions.copier.copy(at, stop - at)
+
+    def _note_failure(self, begin: int, end: int, error: Exception) -> None:
+        now_ns = self.clock.now_ns()
+        is_new = self.failures.note_failure(begin, end, now_ns)
+        self._maybe_event(is_new=is_new)
+        if not is_new:
+            return
+        # A dead source has thousands of regions: one line says it, and the next how many more.
+        self._nr_unsaid += 1
+        if now_ns < self._say_ns:
+            return
+        log.error(
+            "%s: hydration failed: regions %d to %d%s: %s",
+            self.regions.committer.name,
+            begin,
+            end - 1,
+            f" (and {self._nr_unsaid - 1} more failures)"
+            if self._nr_unsaid > 1
+            else "",
+            error,
+        )
+        self._nr_unsaid = 0
+        self._say_ns = now_ns + int(SAY_S_MIN * _NS)
+
+    def _note_foreground_error(self) -> None:
+        # The client tries again when it likes: no reason for the background to wait longer.
+        self.failures.nr_errors += 1
+        self._maybe_event(is_new=False)
+
+    def _maybe_event(self, *, is_new: bool) -> None:
+        after, count = self.event_after_errors, self.failures.nr_errors
+        if after and (count == after or (is_new and count > after)):
+            self._event()
+
+
+def _errno(error: CopyError | DeviceError) -> int:
+    return error.error.errno if isinstance(error, CopyError) else error.errno

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the clone target, and of the locks and copies that it stands on."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["CLONE"]
+
+FOREGROUND_PY: Final = "nbdtarget/targets/clone/foreground.py"
+FILLER_PY: Final = "nbdtarget/targets/clone/filler.py"
+HYDRATION_PY: Final = "nbdtarget/targets/clone/hydration.py"
+TARGET_PY: Final = "nbdtarget/targets/clone/target.py"
+COPIER_PY: Final = "nbdtarget/targets/copier.py"
+PRISON_PY: Final = "nbdtarget/targets/prison.py"
+WALKS: Final = ("tests/crash/test_directed.py", "tests/crash/test_machine.py")
+TARGET: Final = (
+    "tests/nbdtarget/targets/clone/test_target.py",
+    "tests/nbdtarget/targets/clone/test_faults.py",
+)
+HYDRATION: Final = ("tests/nbdtarget/targets/clone/test_hydration.py",)
+FAULTS: Final = (
+    "tests/nbdtarget/targets/clone/test_faults.py",
+    "tests/crash/test_faults.py",
+)
+COPIER: Final = ("tests/nbdtarget/targets/test_copier.py",)
+
+CLONE: Final = (
+    # ---- FLUSH and FUA
+    Mutant(
+        "flush-passed-down-uncommitted",
+        "FLUSH flushes the destination and commits nothing: the bits are lost.",
+        TARGET_PY,
+        (
+            (
+                "        committer = self._committer\n        if committer.is_clean:",
+                "        committer = self._committer\n        if not committer.has_failed:",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "fua-without-commit",
+        "FUA to a region whose bit is not committed goes straight down: a crash reverts it.",
+        FOREGROUND_PY,
+        (
+            (
+                "if not bio.flags & FUA or regions.committer.is_clean:",
+                "if not bio.flags & FUA or regions.committer.name:",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "fua-mapped-without-commit",
+        "The quick way through `map` forgets that a FUA write may have to wait for a bit.",
+        TARGET_PY,
+        (
+            (
+                "if bio.flags & FUA and op not in _READS and not self._committer.is_clean:",
+                "if bio.flags & FUA and op in _READS and not self._committer.is_clean:",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "fua-completed-before-its-commit",
+        "A FUA write that hydrates its region ends when it is written, not when it is durable.",
+        FOREGROUND_PY,
+        (
+            (
+                "            self.regions.committer.after_commit(self.bio.end)\n",
+                "            self.bio.end(0)\n",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "fua-discard-completed-before-its-commit",
+        "A FUA discard ends before its bits are durable: the source shines through again.",
+        FOREGROUND_PY,
+        (
+            (
+                "                regions.committer.after_commit(bio.end)\n",
+                "                bio.end(0)\n",
+            ),
+        ),
+        TARGET,
+    ),
+    Mutant(
+        "lost-writes-forgotten-at-reload",
+        "A table whose commit failed is swapped away, and the next FLUSH says that all is well.",
+        TARGET_PY,
+        (
+            (
+                "    def has_lost_writes(self) -> bool:\n        return self._committer.has_failed",
+                "    def has_lost_writes(self) -> bool:\n        return False",
+            ),
+        ),
+        FAULTS,
+    ),
+    Mutant(
+        "suspend-without-commit",
+        "A clean shutdown does not commit: what was hydrated is hydrated again.",
+        TARGET_PY,
+        (
+            (
+                "            await self._committer.commit(clean_shutdown=True)\n",
+                "            pass\n",
+            ),
+        ),
+        TARGET,
+    ),
+    # ---- writes and discards
+    Mutant(
+        "bit-set-before-the-overwrite-has-ended",
+        "A region counts as hydrated while its write is under way: a crash tears it.",
+        FOREGROUND_PY,
+        (
+            (
+                "        bio = self.bio\n        self.has_payload_left = True\n",
+                "        bio = self.bio\n"
+                "        self.regions.set_hydrated(self.first, self.last)\n"
+                "        self.has_payload_left = True\n",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "gaps-not-copied",
+        "Every write is taken for one of whole regions: the rest of them reads as garbage.",
+        FOREGROUND_PY,
+        (("        gaps = self.gaps()\n", "        gaps: list[Gap] = []\n"),),
+        WALKS,
+    ),
+    Mutant(
+        "short-tail-region-taken-for-an-overwrite",
+        "A write to a part of the short last region is taken for all of it.",
+        FOREGROUND_PY,
+        (
+            (
+                "        if self.end < region_end and not",
+                "        is_last = self.last == regions.nr_regions\n"
+                "        if self.end < region_end and not is_last and not",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "gap-in-front-forgotten",
+        "What stands before a write in its first region is not brought from the source.",
+        FOREGROUND_PY,
+        (
+            (
+                "            gaps.append((region_begin, self.begin))\n",
+                "            pass\n",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "unreadable-gap-ignored",
+        "The source can not be read, and zeroes become the rest of the region.",
+        FOREGROUND_PY,
+        (
+            (
+                '            log.warning("%s: foreground hydration: %r", self._name, child)\n'
+                "            self.error = errnos.EIO\n",
+                "            pass\n",
+            ),
+        ),
+        TARGET,
+    ),
+    Mutant(
+        "failed-overwrite-hydrates",
+        "A write fails, and its region counts as hydrated: garbage instead of the source.",
+        FOREGROUND_PY,
+        (
+            (
+                "        if child.status:\n            self._leave(child.status)\n"
+                "            return\n",
+                "",
+            ),
+        ),
+        TARGET,
+    ),
+    Mutant(
+        "deferred-payload-not-owned",
+        "A write that waits keeps the receive buffer, which the next request overwrites.",
+        FOREGROUND_PY,
+        (
+            (
+                "        if not write.has_payload_left:\n            bio.own()",
+                "        if not write.has_payload_left:\n            bio.borrowed = False",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "discard-overtakes-a-copy",
+        "A discard does not wait for the copy of its region: that lands on later writes.",
+        FOREGROUND_PY,
+        (
+            (
+                "        regions.prison.lock(begin, end, granted)\n",
+                "        granted(Cell(begin, end, granted))\n",
+            ),
+            (
+                "after the discard.\n            regions.prison.release(cell)\n",
+                "after the discard.\n",
+            ),
+        ),
+        TARGET,
+    ),
+    Mutant(
+        "discard-rounded-outwards",
+        "A discard of a part of a region drops all of it.",
+        TARGET_PY,
+        (("first = -(-bio.offset // size)", "first = bio.offset // size"),),
+        TARGET,
+    ),
+    Mutant(
+        "unhydrated-read-from-the-destination",
+        "A region that was never copied reads as what the destination happens to hold.",
+        TARGET_PY,
+        (("bio.device = self._source", "bio.device = self._destination"),),
+        WALKS,
+    ),
+    # ---- background hydration
+    Mutant(
+        "bit-set-before-the-copy-is-written",
+        "A region counts as hydrated when its copy begins: reads find garbage.",
+        FILLER_PY,
+        (
+            (
+                "        try:\n            await self._fill(",
+                "        if self.regions.is_writable:\n"
+                "            self.regions.set_hydrated(begin, end)\n"
+                "        try:\n            await self._fill(",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "failed-copy-hydrates",
+        "A bad sector of the source becomes whatever the destination holds, for good.",
+        FILLER_PY,
+        (
+            (
+                "                self._note_failure(begin, end, error)\n",
+                "                self._note_failure(begin, end, error)\n"
+                "                self.regions.set_hydrated(begin, end)\n",
+            ),
+        ),
+        HYDRATION,
+    ),
+    Mutant(
+        "holes-not-zeroed",
+        "A hole of the source is what the destination held before.",
+        FILLER_PY,
+        (
+            (
+                "                await self.regions.destination.write_zeroes(at, stop - at)\n",
+                "                pass\n",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "copy-lock-released-early",
+        "A region's lock goes when its copy begins: a client's write is overwritten by it.",
+        HYDRATION_PY,
+        (
+            (
+                "        try:\n            nr_errors = len(await self.filler.hydrate(",
+                "        regions.prison.release(cell)\n"
+                "        try:\n            nr_errors = len(await self.filler.hydrate(",
+            ),
+            (
+                "            regions.nr_hydrating -= weight\n"
+                "            regions.prison.release(cell)\n",
+                "            regions.nr_hydrating -= weight\n",
+            ),
+        ),
+        (*HYDRATION, *WALKS),
+    ),
+    Mutant(
+        "suspend-does-not-wait-for-copies",
+        "Copies go on after a suspend, into a destination that may be another's by then.",
+        HYDRATION_PY,
+        (
+            (
+                "while tasks := [*self._jobs, *([self._task] if self._task else [])]:",
+                "while tasks := ([self._task] if self._task else []):",
+            ),
+        ),
+        TARGET,
+    ),
+    # ---- copies
+    Mutant(
+        "failed-copy-write-swallowed",
+        "The destination refuses a chunk, and the copy says that it is whole.",
+        COPIER_PY,
+        (
+            (
+                "        if bio.status and self._error is None:",
+                "        if bio.op == OP_READ and bio.status and self._error is None:",
+            ),
+        ),
+        COPIER,
+    ),
+    Mutant(
+        "failed-copy-read-swallowed",
+        "The source can not be read, and a buffer's old content is written instead.",
+        COPIER_PY,
+        (
+            (
+                "        if bio.status or self._error is not None:",
+                "        if self._error is not None:",
+            ),
+        ),
+        COPIER,
+    ),
+    Mutant(
+        "copy-ends-before-its-last-write",
+        "A copy ends when its last chunk is on its way: bits before data.",
+        COPIER_PY,
+        (
+            (
+                "if self._in_flight or self._next < self._end or self.ended.done():",
+                "if self._next < self._end or self.ended.done():",
+            ),
+        ),
+        (*COPIER, *WALKS),
+    ),
+    Mutant(
+        "copy-buffer-lent-twice",
+        "A chunk's buffer is given back while it is being written: regions get mixed up.",
+        COPIER_PY,
+        (
+            (
+                "            self._submit(OP_WRITE, bio.private, self._chunk_ended)\n",
+                "            self._copier.give_back(bio.private.buffer)\n"
+                "            self._submit(OP_WRITE, bio.private, self._chunk_ended)\n",
+            ),
+            (
+                "        copier.give_back(chunk.buffer)\n",
+                "        if bio.op == OP_READ:\n"
+                "            copier.give_back(chunk.buffer)\n",
+            ),
+        ),
+        (*COPIER, *WALKS),
+        hangs=True,
+    ),
+    # ---- locks
+    Mutant(
+        "no-locks",
+        "Everybody works on a region at the same time: copies overwrite newer writes.",
+        PRISON_PY,
+        (
+            (
+                "        held = self._held\n        if not held:\n            return held\n",
+                "        held: list[Cell] = []\n        if not held:\n            return held\n",
+            ),
+            (
+                "        index = bisect_left(self._held, cell.begin, key=_begin_of)\n",
+                "        index = self._held.index(cell)\n",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "later-lock-overtakes",
+        "A newcomer takes a range for which somebody waits: older writes land on newer ones.",
+        PRISON_PY,
+        (
+            (
+                "        for older in self._waiting:\n"
+                "            if older.begin < end and begin < older.end:",
+                "        for older in self._waiting:\n"
+                "            if older.begin == begin and end == older.end:",
+            ),
+        ),
+        ("tests/nbdtarget/targets/test_prison.py",),
+    ),
+)
