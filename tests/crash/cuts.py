@@ -25,6 +25,8 @@ oracle of each. `Cuts.verify` boots them:
 import asyncio
 import itertools
 
+import uvloop
+
 from nbdtarget.bio import OP_CACHE, OP_READ, Bio
 from nbdtarget.volatile_cache import SUBSETS_MAX
 from tests.crash.machine import Rig
@@ -91,7 +93,7 @@ class Cuts:
 
     def verify(self) -> None:
         """Boot each image. Raises: AssertionError, whatever breaks."""
-        loop = asyncio.new_event_loop()
+        loop = uvloop.new_event_loop()
         try:
             for images, oracles in self.images.items():
                 chosen = [self._oracles[number] for number in sorted(oracles)]
@@ -119,7 +121,7 @@ async def _live_twice(rig: Rig, oracles: list[Oracle]) -> None:
     content = await _content(rig, oracles[0][0].size)
     for model, _ in oracles:
         model.check_survivor(content)
-    await rig.message("enable_hydration")
+    await rig.set_background(on=True)
     for _ in range(BOOT_TURNS_MAX):
         if rig.is_settled:
             break

@@ -88,6 +88,10 @@ class Rig(Protocol):
 
     async def message(self, *words: str) -> None: ...
 
+    async def set_background(self, *, on: bool) -> None:
+        """Let work go on that no client asks for, or stop it."""
+        ...
+
     async def status(self) -> str: ...
 
     async def stop(self) -> None:
@@ -293,15 +297,17 @@ class Driver:
         self.resume()
 
     def hydrate_a_step(self) -> bool:
-        """Let background work get on until one more job has ended; False if none is due."""
+        """Let background work get on until one more job has ended; False if none was left."""
         invariants = self.rig.invariants
         nr_jobs_done = invariants.nr_jobs_done
+        self.run(self.rig.set_background(on=True))
         for _ in range(STEP_TURNS_MAX):
-            if invariants.nr_jobs_done > nr_jobs_done:
-                return True
+            if self.rig.is_settled or invariants.nr_jobs_done > nr_jobs_done:
+                break
             self.turn(1)
             self.advance(0.01)
-        return False
+        self.run(self.rig.set_background(on=False))
+        return invariants.nr_jobs_done > nr_jobs_done
 
     def verify(self) -> None:
         """Read everything and hold it against the model."""
@@ -319,10 +325,12 @@ class Driver:
 
     def cut_power(self, seed: int, fate: Fate = Fate.MIXED) -> None:
         """Cut the power here and now, and boot from what is left."""
+        self.boot(seed, self.crash_images(seed, fate))
+
+    def crash_images(self, seed: int, fate: Fate) -> tuple[bytes, ...]:
+        """What a power cut now leaves on the devices at risk, chosen by `seed`."""
         at_risk = self.rig.at_risk
-        self.boot(
-            seed, tuple(each.crash(seed + nr, fate) for nr, each in enumerate(at_risk))
-        )
+        return tuple(each.crash(seed + nr, fate) for nr, each in enumerate(at_risk))
 
     def boot(self, seed: int, images: tuple[bytes, ...]) -> None:
         """The power was cut, and came back; `images` are what is left."""

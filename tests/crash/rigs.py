@@ -31,6 +31,7 @@ __all__ = [
     "CloneRig",
     "DeviceTable",
     "LinearRig",
+    "QuietCloneRig",
     "WornCloneRig",
     "source_content",
 ]
@@ -106,6 +107,9 @@ class _RegistryRig:
 
     async def message(self, *words: str) -> None:
         await self._registry.get("d").message(0, words)
+
+    async def set_background(self, *, on: bool) -> None:
+        """There is none."""
 
     async def status(self) -> str:
         return (await self._registry.get("d").status())[0][3]
@@ -243,6 +247,9 @@ class CloneRig(_RegistryRig):
         assert table is not None
         self.invariants.watch_jobs(_clone_of(table))
 
+    async def set_background(self, *, on: bool) -> None:
+        await self.message("enable_hydration" if on else "disable_hydration")
+
     def reboot(self, seed: int, images: tuple[bytes, ...]) -> "CloneRig":
         assert self.source.image() == self.content, "the source was written"
         return type(self)(
@@ -264,6 +271,12 @@ class CloneRig(_RegistryRig):
         """Everything is hydrated, and committed."""
         target = self._maybe_target()
         return target is not None and target._metadata.hydration_done
+
+
+class QuietCloneRig(CloneRig):
+    """Hydrates nothing unless it is told to."""
+
+    features = "1 no_hydration"
 
 
 class WornCloneRig(CloneRig):
