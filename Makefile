@@ -12,7 +12,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test sim bench bench-hydration bench-open kill-test lock wheel clean help
+.PHONY: run check test sim bench bench-hydration bench-open kill-test mutants fuzz rot lock wheel clean help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -20,6 +20,8 @@ help:
 	@echo 'make bench [ARGS=--quick]  against the C servers; also bench-hydration, bench-open'
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
 	@echo 'make kill-test     SIGKILL under load, over and over'
+	@echo 'make mutants       every deliberate bug must be caught'
+	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
 	@echo 'make wheel         dist/*.whl                 make lock    resolve the lock files anew'
 	@echo 'make clean         what was built, cached or sampled'
 
@@ -83,6 +85,19 @@ sim: .venv/dev.stamp
 
 kill-test: .venv/dev.stamp
 	@$(BIN)/python -m scripts.kill_loop $(ARGS)
+
+# Every deliberate bug must be caught: ARGS='--only NAME', '--list', '--jobs N'.
+mutants: .venv/dev.stamp
+	@$(BIN)/python -m scripts.mutants $(ARGS)
+
+# Metadata that nobody would write: make fuzz SECONDS=600 SEED=1, or CASES=1 to see one again.
+fuzz: .venv/dev.stamp
+	@$(BIN)/python -m scripts.fuzz_metadata --seconds $(or $(SECONDS),60) \
+	    --seed $(or $(SEED),0) $(if $(CASES),--cases $(CASES)) $(ARGS)
+
+# Every bit of every block that is read, its padding too: some minutes.
+rot: .venv/dev.stamp
+	@ROT_DEEP=1 $(BIN)/python -m pytest -q tests/metadata/test_rot.py $(ARGS)
 
 wheel: .venv/dev.stamp
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist

@@ -2,6 +2,7 @@
 """The constructor: the kernel's order of checks, and nothing touched when one fails."""
 
 import errno as errnos
+import re
 
 import pytest
 
@@ -81,6 +82,58 @@ async def test_other_geometry_is_refused_when_the_metadata_is_in_use() -> None:
     rig = await Rig().start()
     with pytest.raises(ConstructorError, match="target size don't match the ones in"):
         await CloneTarget.ctr(rig.ctx, ["m", "d", "s", "16"])
+    await rig.stop()
+
+
+async def used_rig() -> Rig:
+    """A clone with one committed region, taken down again."""
+    rig = await Rig().start()
+    rig.bio(OP_WRITE, 0, REGION)
+    await close(rig)
+    return rig
+
+
+async def close(rig: Rig) -> None:
+    """Stop it and forget the metadata object, as when the last table is gone."""
+    await rig.stop()
+    rig.ctx.shared(rig.metadata).clear()
+
+
+async def spoil(rig: Rig, offset: int) -> None:
+    (byte,) = await rig.metadata.read(offset, 1)
+    await rig.metadata.write(offset, bytes([byte ^ 1]))
+
+
+async def test_rotten_metadata_is_refused_with_its_block_in_one_line() -> None:
+    rig = await used_rig()
+    await spoil(rig, 4 * 4096 + 40)
+    with pytest.raises(ConstructorError) as caught:
+        await CloneTarget.ctr(rig.ctx, rig.words)
+    assert re.fullmatch(
+        "Failed to load metadata: corrupt metadata: digest of journal record at"
+        " block 4: expected [0-9a-f]{32}, found [0-9a-f]{32}",
+        caught.value.reason,
+    )
+    assert "\n" not in str(caught.value)
+    assert caught.value.errno == errnos.EINVAL
+    assert rig.ctx.nr_open == 0
+
+
+@pytest.mark.parametrize("block", range(4))
+async def test_rotten_superblock_copy_is_a_warning_and_healed(
+    block: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = await used_rig()
+    await spoil(rig, block * 4096 + 40)
+    await rig.restart()
+    assert f"(block {block})" in caplog.text
+    assert await rig.hydrated() == "1/8"
+    await rig.disk.flush()
+    await rig.disk.flush()  # the other slot
+    await close(rig)
+    caplog.clear()
+    await rig.restart()
+    assert caplog.text == ""
     await rig.stop()
 
 
