@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle, held at the client: `DiskModel`, with reads that overlap writes.
+
+Theory of operation. A client knows when it sent a request and when the answer reached it;
+what the server did between is its own affair. So a READ may return, sector by sector, what was
+the newest value when it was sent, or any value whose write was sent since (`start_read`, `end_read`).
+A FLUSH promises the writes whose answers some client had when it was sent, once its own answer
+has reached the client.
+
+After a power cut the disk is read piece by piece, and each piece is held against all it may
+be and becomes the truth at once (`check_survivor_at`): the power may go again before the rest
+was looked at.
+"""
+
+from collections.abc import Sequence
+
+from tests.support.model import SECTOR, DiskModel, Violation, Write
+
+__all__ = ["SECTOR", "ClientModel", "RunningRead", "Violation"]
+
+
+class RunningRead:
+    """A READ on its way: the values that each of its sectors may come back with."""
+
+    __slots__ = ("allowed",)
+
+    def __init__(self, allowed: dict[int, list[Write]]) -> None:
+        self.allowed = allowed
+
+
+class ClientModel(DiskModel):
+    """See the module head."""
+
+    def __init__(self, content: bytes) -> None:
+        self._reads: set[RunningRead] = set()
+        super().__init__(content)
+
+    def start_write(
+        self, offset: int, data: bytes | None, length: int, label: str
+    ) -> list[tuple[int, Write]]:
+        started = super().start_write(offset, data, length, label)
+        for read in self._reads:
+            for nr, write in started:
+                if nr in read.allowed:
+                    read.allowed[nr].append(write)
+        return started
+
+    def is_certain_at(self, offset: int) -> bool:
+        """Whether a sector's value is known, so that a part of it may be written.
+
+        True at the border of two sectors. A write whose answer was lost leaves two values.
+        """
+        if offset % SECTOR == 0:
+            return True
+        return len(_visible(self._sectors[offset // SECTOR].history)) == 1
+
+    def start_read(self, offset: int, length: int) -> RunningRead:
+        """A READ is sent."""
+        read = RunningRead(
+            {
+                nr: _visible(self._sectors[nr].history)
+                for nr in range(offset // SECTOR, -(-(offset + length) // SECTOR))
+            }
+        )
+        self._reads.add(read)
+        return read
+
+    def drop_read(self, read: RunningRead) -> None:
+        """The READ failed, or will never be answered."""
+        self._reads.discard(read)
+
+    def check_piece(
+        self, read: RunningRead, offset: int, data: bytes | memoryview
+    ) -> None:
+        """Hold a part of what a READ brought against the model. Raises: Violation."""
+        for nr, begin, found in _by_sector(offset, data):
+            _check(nr, begin, found, read.allowed[nr])
+
+    def check_survivor_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Hold whole sectors, read after a power cut, against all they may hold; settle them.
+
+        Raises: Violation.
+        """
+        assert offset % SECTOR == len(data) % SECTOR == 0
+        for nr, begin, found in _by_sector(offset, data):
+            sector = self._sectors[nr]
+            _check(nr, begin, found, sector.history)
+            sector.history = [Write(found, True, "survived")]
+
+    def forget_reads(self) -> None:
+        """The power is gone, and no READ will be answered."""
+        self._reads.clear()
+
+
+def _visible(history: list[Write]) -> list[Write]:
+    for nr in range(len(history) - 1, -1, -1):
+        if history[nr].ended:
+            return history[nr:]
+    return history[:]
+
+
+def _by_sector(offset: int, data: bytes | memoryview) -> list[tuple[int, int, bytes]]:
+    """(sector number, first byte within it, the bytes) of each sector that is touched."""
+    view, end, pieces = memoryview(data), offset + len(data), []
+    at = offset
+    while at < end:
+        stop = min(end, (at // SECTOR + 1) * SECTOR)
+        piece = bytes(view[at - offset : stop - offset])
+        pieces.append((at // SECTOR, at % SECTOR, piece))
+        at = stop
+    return pieces
+
+
+def _check(nr: int, begin: int, found: bytes, allowed: Sequence[Write]) -> None:
+    end = begin + len(found)
+    # The newest first: it is nearly always that.
+    for write in reversed(allowed):
+        if write.value is None or write.value[begin:end] == found:
+            return
+    shown = ", ".join(
+        f"{w.label}={'anything' if w.value is None else w.value[begin:end][:16].hex()}"
+        for w in allowed
+    )
+    raise Violation(f"sector {nr}: found {found[:16].hex()}, allowed: {shown}")

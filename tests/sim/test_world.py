@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulation: what it finds, that it finds it, and that a seed is a history."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metadata.operations import Flush, Steps
+from nbdtarget import metadata_io
+from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, Bio
+from nbdtarget.server.requests import Requests
+from nbdtarget.targets.clone.foreground import Foreground
+from nbdtarget.targets.committer import Committer, Transaction
+from tests.sim.disks import SimDisk
+from tests.sim.rigs import RIGS
+from tests.sim.world import simulate
+
+ROOT = Path(__file__).parent.parent.parent
+SEEDS = 50  # of `make test`; `make sim` draws new ones
+MUTANT_SEEDS_MAX = 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rig", RIGS)
+def test_nothing_acknowledged_is_lost(rig: str) -> None:
+    crashes = requests = 0
+    for seed in range(SEEDS):
+        history = simulate(seed, rig_name=rig)
+        crashes += history.nr_crashes
+        requests += history.nr_requests
+        if history.failure is not None:
+            events = "\n".join(history.events)
+            raise AssertionError(
+                f"make sim SEED={seed} RIG={rig}\n{events}"
+            ) from history.failure
+    assert crashes > SEEDS
+    assert requests > 10 * SEEDS
+
+
+@pytest.mark.slow
+def test_a_seed_is_the_same_history_in_any_process() -> None:
+    seeds = range(100, 108)
+    here = " ".join(simulate(seed).digest for seed in seeds)
+    program = (
+        "from tests.sim.world import simulate;"
+        f"print(*(simulate(s).digest for s in range({seeds.start}, {seeds.stop})))"
+    )
+    for hash_seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == here
+
+
+def test_two_seeds_are_two_histories() -> None:
+    assert simulate(1).digest != simulate(2).digest
+
+
+class CommitBeforeFlush(Committer):
+    """Vouches for data before it is durable."""
+
+    async def _commit_transaction(self, transaction: Transaction) -> None:
+        await metadata_io.run(self.device, transaction.journal())
+        await metadata_io.run(self.device, transaction.superblock())
+        for device in self.backing:
+            await device.flush()
+        transaction.done()
+
+
+class SuperblockBeforeJournal(Committer):
+    """Lets the superblock vouch for a journal that may still be lost."""
+
+    async def _commit_transaction(self, transaction: Transaction) -> None:
+        for device in self.backing:
+            await device.flush()
+        await metadata_io.run(self.device, _without_flush(transaction.journal()))
+        await metadata_io.run(self.device, transaction.superblock())
+        transaction.done()
+
+
+class FuaWithoutCommit(Foreground):
+    """A FUA write to a hydrated region whose bit is not committed."""
+
+    def write_hydrated(self, bio: Bio) -> None:
+        self.regions.destination.submit(bio)
+
+
+def _without_flush(steps: Steps[None]) -> Steps[None]:
+    for operation in steps:
+        if not isinstance(operation, Flush):
+            yield operation
+
+
+class HastyServer(Requests):
+    """Answers a FLUSH before it is carried out."""
+
+    def _start(self, bio: Bio) -> None:
+        if bio.op == OP_FLUSH:
+            self.nr_requests += 1
+            self._budget.nr_requests += 1
+            bio.end(0)
+        else:
+            super()._start(bio)
+
+
+class DeafToFua(Requests):
+    """Takes no notice of FUA where a request does not take the fast path."""
+
+    def _start(self, bio: Bio) -> None:
+        bio.flags &= ~FUA
+        super()._start(bio)
+
+
+@pytest.mark.parametrize(
+    ("where", "mutant"),
+    [
+        ("nbdtarget.targets.clone.target.Committer", CommitBeforeFlush),
+        ("nbdtarget.targets.clone.target.Committer", SuperblockBeforeJournal),
+        ("nbdtarget.targets.clone.target.Foreground", FuaWithoutCommit),
+        ("nbdtarget.server.connection.Requests", HastyServer),
+        ("nbdtarget.server.connection.Requests", DeafToFua),
+    ],
+)
+def test_simulation_catches(
+    where: str, mutant: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, mutant)
+    seeds = range(MUTANT_SEEDS_MAX)
+    assert any(simulate(seed, rig_name="clone").failure for seed in seeds)
+
+
+class KeepingDisk(SimDisk):
+    """Keeps a borrowed payload after `submit`, without owning it."""
+
+    def submit(self, bio: Bio) -> None:
+        if bio.op == OP_WRITE:
+            bio.borrowed = False
+        super().submit(bio)
+
+
+class LyingDisk(SimDisk):
+    """Ends each FLUSH, and makes nothing durable."""
+
+    def submit(self, bio: Bio) -> None:
+        if bio.op == OP_FLUSH:
+            bio.end(0)
+        else:
+            super().submit(bio)
+
+
+@pytest.mark.parametrize("disk_type", [KeepingDisk, LyingDisk])
+def test_simulation_catches_a_disk_that_lies(disk_type: type[SimDisk]) -> None:
+    assert any(
+        simulate(seed, rig_name="linear", disk_type=disk_type).failure
+        for seed in range(MUTANT_SEEDS_MAX)
+    )

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine from one seed: life after life on the same disks, until the last one looks back.
+
+`simulate(seed)` draws a rig and a number of lives, lives them and returns what happened. The same
+seed is the same history, in any process: every choice is drawn from generators that the seed
+names, and the digest over all that happened, with the step and the simulated time of each
+event, tells whether two histories are one.
+"""
+
+import hashlib
+import logging
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+from unittest import mock
+
+from nbdtarget.targets.clone import holes
+from tests.sim.disks import SimDisk
+from tests.sim.life import Life, Plan
+from tests.sim.model import SECTOR, ClientModel
+from tests.sim.rigs import RIGS, Rig, Role
+
+__all__ = ["History", "simulate"]
+
+LIVES_MAX: Final = 10
+EVENTS_SHOWN: Final = 40
+OFF_S: Final = 60.0  # between two lives
+
+
+@dataclass
+class History:
+    """What came of a seed.
+
+    Attributes:
+        nr_crashes: power cuts and kills; clean shutdowns do not count.
+        failure: what went wrong, or None; the last events before it are in `events`.
+        digest: of everything that happened.
+    """
+
+    seed: int
+    rig: str
+    nr_lives: int = 0
+    nr_crashes: int = 0
+    nr_requests: int = 0
+    nr_steps: int = 0
+    simulated_s: float = 0.0
+    failure: BaseException | None = None
+    events: tuple[str, ...] = ()
+    digest: str = ""
+
+
+class _Recorder:
+    """Takes every event: the newest as they are, all of them into the digest."""
+
+    def __init__(self) -> None:
+        self.events: deque[tuple[object, ...]] = deque(maxlen=EVENTS_SHOWN)
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def note(self, *event: object) -> None:
+        self.events.append(event)
+        self._digest.update(repr(event).encode())
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+    def lines(self) -> tuple[str, ...]:
+        return tuple(
+            f"{now_s:14.6f} s  step {steps:<6} {who:<14} {' '.join(map(str, what))}"
+            for now_s, steps, who, *what in self.events
+        )
+
+
+def draw_rig(rng: random.Random, name: str | None) -> Rig:
+    """The rig called `name`, or any."""
+    drawn = rng.choices(list(RIGS), [weight for _, weight in RIGS.values()])[0]
+    make, _ = RIGS[name or drawn]
+    return make(rng)
+
+
+def simulate(
+    seed: int, *, rig_name: str | None = None, disk_type: type[SimDisk] = SimDisk
+) -> History:
+    """Live through everything that `seed` says."""
+    rng = random.Random(f"world {seed}")
+    rig = draw_rig(rng, rig_name)
+    history = History(seed, rig.name)
+    recorder = _Recorder()
+    model = ClientModel(rig.content)
+    images = {
+        disk.name: rng.randbytes(disk.size) if disk.content is None else disk.content
+        for disk in rig.disks
+    }
+    assert all(d.content is not None for d in rig.disks if d.role is not Role.DATA)
+    nr_lives = rng.randrange(2, LIVES_MAX + 1)
+    has_booted = False
+    with _watched_log() as log:
+        for nr in range(nr_lives):
+            is_last = nr == nr_lives - 1
+            plan = Plan.last() if is_last else Plan.draw(rng)
+            life = Life(
+                rig,
+                model,
+                plan,
+                f"{seed} life {nr}",
+                images,
+                recorder.note,
+                now_s=history.simulated_s + OFF_S,
+                has_booted=has_booted,
+                disk_type=disk_type,
+            )
+            log.life = life
+            try:
+                images = life.run()
+            except Exception as error:
+                history.failure = error
+            has_booted = life.has_booted
+            history.nr_lives += 1
+            history.nr_crashes += life.was_cut
+            history.nr_requests += life.nr_requests
+            history.nr_steps += life.loop.steps
+            history.simulated_s = life.ended_s
+            if history.failure is not None:
+                break
+    history.events = recorder.lines()
+    history.digest = recorder.digest()
+    return history
+
+
+class _LogWatch(logging.Handler):
+    """No disk fails in a simulation: a line of level ERROR is a bug of ours."""
+
+    life: Life | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.life is not None and record.levelno >= logging.ERROR:
+            error = AssertionError(f"logged: {record.getMessage()}")
+            if record.exc_info and record.exc_info[1]:
+                error.__cause__ = record.exc_info[1]
+            self.life.fail(error)
+
+
+@contextmanager
+def _watched_log() -> Iterator[_LogWatch]:
+    logger = logging.getLogger("nbdtarget")
+    watch = _LogWatch()
+    old = logger.level, logger.propagate
+    logger.addHandler(watch)
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    try:
+        # Holes as small as the disks here have them.
+        with mock.patch.object(holes, "HOLE_BYTES_MIN", SECTOR):
+            yield watch
+    finally:
+        logger.removeHandler(watch)
+        logger.setLevel(old[0])
+        logger.propagate = old[1]
