@@ -12,12 +12,13 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test sim bench bench-hydration bench-open kill-test mutants fuzz rot lock wheel clean help
+.PHONY: run check test sim bench bench-commit bench-hydration bench-open kill-test mutants fuzz rot lock wheel clean help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
 	@echo 'make test          the whole suite            make check   format, lint, types, walls'
-	@echo 'make bench [ARGS=--quick]  against the C servers; also bench-hydration, bench-open'
+	@echo 'make bench [ARGS=--quick]  against the C servers, and what a commit costs'
+	@echo 'make bench-commit  the latter alone; also bench-hydration, bench-open'
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
 	@echo 'make kill-test     SIGKILL under load, over and over'
 	@echo 'make mutants       every deliberate bug must be caught'
@@ -71,6 +72,9 @@ test: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	@$(BIN)/python -m scripts.bench $(ARGS)
+
+bench-commit: .venv/dev.stamp
+	@$(BIN)/python -m scripts.bench_commit $(ARGS)
 
 bench-hydration: .venv/dev.stamp
 	@$(BIN)/python -m scripts.bench_hydration $(ARGS)

@@ -8,6 +8,8 @@ compared. Here each workload goes round all servers before it is repeated, each 
 with another server, and a ratio is the median of the rounds' own ratios: a slow second hits
 both sides of it. The image lies in the page cache of a real file system (not tmpfs, where
 RWF_NOWAIT reads do not work), and dirty pages are written back between samples.
+
+Then what a commit costs: `scripts.bench_commit`; `--only commit` for nothing else.
 """
 
 import argparse
@@ -29,12 +31,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from scripts import bench_commit
 from scripts.bench_servers import CONTENDERS, PEERS, Contender
 from scripts.processes import StartError
 
 __all__ = ["WORKLOADS", "Sample", "Workload", "main", "paired_ratio", "run_fio"]
 
 MIB = 1 << 20
+COMMIT = "commit"  # `--only` it: no server but ours, no fio
 
 
 @dataclass(frozen=True)
@@ -277,8 +281,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.repeat, options.runtime, options.size = 2, 1.0, 256
+    words = [word for word in options.only if word != COMMIT]
+    options.commits = not options.only or COMMIT in options.only
+    options.servers = not options.only or bool(words)
     try:
-        options.contenders, options.workloads = selected(options.only)
+        options.contenders, options.workloads = selected(words)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -286,6 +293,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    status = compare_servers(options) if options.servers else 0
+    if options.commits:
+        words = ["--quick"] if options.quick else []
+        words += ["--dir", options.dir] if options.dir else []
+        status = bench_commit.main(words) or status
+    return status
+
+
+def compare_servers(options: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if shutil.which("fio") is None:
         console.print("fio is not installed: nothing to measure with")
