@@ -8,6 +8,9 @@ chunk for each, the chunks of one reply describing as many bytes each as its con
     base:allocation         as proto.md defines it
     x-nbdtarget:hydration   0 hydrated (and whatever is no clone), 1 not, 3 being hydrated now
 
+REQ_ONE, which QEMU always sets, wants one extent, and a device describes all of the range that
+it is asked for: so it is asked for a short one first, and for more only if that was of one kind.
+
 A client that selected a context keeps it when the table is swapped for one that does not have
 it: it is told flags 0 from then on, which no context of ours uses for anything to be done.
 """
@@ -15,7 +18,7 @@ it: it is told flags 0 from then on, which no context of ours uses for anything 
 from collections.abc import Sequence
 from typing import Final
 
-from nbdtarget.devices.base import Device
+from nbdtarget.devices.base import Device, Extent
 from protocol.consts import BASE_ALLOCATION
 from protocol.handshake import CONTEXTS_MAX
 from protocol.transmission import block_status, clip_extents
@@ -23,6 +26,11 @@ from protocol.transmission import block_status, clip_extents
 __all__ = ["NAMESPACE", "context_names", "describe"]
 
 NAMESPACE: Final = "x-nbdtarget:"
+
+FIRST_LOOK_BYTES: Final = (
+    1 << 20
+)  # of a REQ_ONE; each further one is longer by the factor
+LOOK_GROWTH: Final = 16
 
 
 def context_names(device: Device) -> tuple[str, ...]:
@@ -48,12 +56,19 @@ async def describe(
     """
     chunks = []
     for nr, (context_id, name) in enumerate(contexts, 1):
-        if name == BASE_ALLOCATION:
-            found = await device.extents(offset, length)
-        else:
-            context = name.removeprefix(NAMESPACE)
-            found = await device.context_extents(context, offset, length)
+        asked = min(length, FIRST_LOOK_BYTES) if req_one else length
+        found = await _extents(device, name, offset, asked)
+        while asked < length and found[0].length == asked:
+            asked = min(asked * LOOK_GROWTH, length)
+            found = await _extents(device, name, offset, asked)
         clipped = clip_extents(found, length, req_one=req_one)
         done = nr == len(contexts)
         chunks.append(block_status(cookie, context_id, clipped, done=done))
     return b"".join(chunks)
+
+
+async def _extents(device: Device, name: str, offset: int, length: int) -> list[Extent]:
+    if name == BASE_ALLOCATION:
+        return await device.extents(offset, length)
+    context = name.removeprefix(NAMESPACE)
+    return await device.context_extents(context, offset, length)

@@ -101,6 +101,36 @@ async def test_one_chunk_for_each_context_and_done_on_the_last(
     ]
 
 
+@pytest.mark.parametrize(
+    ("extent", "looks"),
+    [
+        (4096, [1 << 20]),
+        (1 << 20, [1 << 20, 16 << 20]),
+        (20 << 20, [1 << 20, 16 << 20, 256 << 20]),
+        (1 << 40, [1 << 20, 16 << 20, 256 << 20, 3 << 30]),
+    ],
+)
+async def test_one_extent_is_found_without_describing_all(
+    extent: int, looks: list[int]
+) -> None:
+    asked = []
+
+    class Striped(Disk):
+        async def extents(self, offset: int, length: int) -> list[Extent]:
+            asked.append(length)
+            first = min(extent, length)
+            return [Extent(first, 3), *[Extent(length - first, 0)] * (first < length)]
+
+    contexts = ((1, "base:allocation"),)
+    disk = Striped()
+    reply = await describe(disk, contexts, 7, 0, 3 << 30, req_one=True)
+    assert asked == looks
+    assert reply.endswith(struct.pack(">III", 1, min(extent, 3 << 30), 3))
+    asked.clear()
+    await describe(disk, contexts, 7, 0, 3 << 30, req_one=False)
+    assert asked == [3 << 30]
+
+
 async def test_one_context_of_several_may_be_selected(
     served: Served, telling: Telling
 ) -> None:
