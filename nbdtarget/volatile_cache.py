@@ -45,6 +45,7 @@ __all__ = [
     "Sectors",
     "VolatileCache",
     "covering",
+    "lay_over",
     "possibilities",
     "split_sectors",
     "survivors",
@@ -122,18 +123,17 @@ class VolatileCache:
 
         `offset` and the length of `buffer` are bytes of any alignment.
         """
+        lay_over(self.newest(covering(offset, len(buffer))), offset, buffer)
+
+    def newest(self, sectors: range) -> Sectors:
+        """Return the pending values of `sectors`, where there are any: what a read must see.
+
+        For a read that goes on while a flush brings them to the medium and forgets them.
+        """
         newest = self._newest
         if not newest:
-            return
-        end = offset + len(buffer)
-        for nr in covering(offset, len(buffer)):
-            write = newest.get(nr)
-            if write is None:
-                continue
-            begin = nr * SECTOR
-            low, high = max(begin, offset), min(begin + SECTOR, end)
-            value = write.sectors[nr]
-            buffer[low - offset : high - offset] = value[low - begin : high - begin]
+            return {}
+        return {nr: newest[nr].sectors[nr] for nr in sectors if nr in newest}
 
     def covered(self, mark: int) -> Sectors:
         """Return what a FLUSH of `mark` must bring to the medium: the newest covered values."""
@@ -157,17 +157,23 @@ class VolatileCache:
                     del self._newest[sector]
         del self.pending[:nr]
 
-    def supersede(self, sectors: range) -> None:
-        """The medium durably holds something newer than any pending value of `sectors`."""
+    def supersede(self, sectors: range, mark: int | None = None) -> None:
+        """The medium durably holds something newer than any pending value of `sectors`.
+
+        With a `mark`: than any up to that; what was written since stays pending.
+        """
         gone = [nr for nr in sectors if nr in self._newest]
         if not gone:
             return
+        limit = self._seq if mark is None else mark
         for write in self.pending:
+            if write.seq > limit:
+                break
             for nr in gone:
                 if write.sectors.pop(nr, None) is not None:
                     self.nr_sectors -= 1
-        for nr in gone:
-            del self._newest[nr]
+                    if self._newest.get(nr) is write:
+                        del self._newest[nr]
         self.pending = [write for write in self.pending if write.sectors]
 
     def clear(self) -> None:
@@ -180,6 +186,15 @@ class VolatileCache:
 def covering(offset: int, length: int) -> range:
     """Return the numbers of the sectors that the bytes touch."""
     return range(offset // SECTOR, -(-(offset + length) // SECTOR))
+
+
+def lay_over(sectors: Sectors, offset: int, buffer: bytearray | memoryview) -> None:
+    """Put the values of `sectors` over `buffer`, which is filled from byte `offset` on."""
+    end = offset + len(buffer)
+    for nr, value in sectors.items():
+        begin = nr * SECTOR
+        low, high = max(begin, offset), min(begin + SECTOR, end)
+        buffer[low - offset : high - offset] = value[low - begin : high - begin]
 
 
 def split_sectors(first: int, data: bytes | bytearray | memoryview) -> Sectors:

@@ -222,3 +222,14 @@ def test_split_sectors_copies() -> None:
 
 def test_pending_write_says_what_it_is() -> None:
     assert repr(PendingWrite(4, {2: A, 1: A})) == "<PendingWrite 4: sectors [1, 2]>"
+
+
+def test_superseding_up_to_a_mark_leaves_what_was_written_since() -> None:
+    cache = VolatileCache()
+    cache.write({1: b"a" * SECTOR, 2: b"a" * SECTOR})
+    mark = cache.mark
+    cache.write({2: b"b" * SECTOR, 3: b"b" * SECTOR})
+    cache.supersede(range(4), mark)
+    assert cache.newest(range(4)) == {2: b"b" * SECTOR, 3: b"b" * SECTOR}
+    assert (len(cache.pending), cache.nr_sectors) == (1, 2)
+    assert cache.covered(mark) == {}
