@@ -4,6 +4,7 @@
 import asyncio
 import io
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -111,7 +112,7 @@ def test_bad_option(cli: CommandLine, command: str) -> None:
 )
 def test_missing_argument(cli: CommandLine, command: str) -> None:
     if command != "serve":
-        assert "Missing argument" in cli(command, status=2)
+        assert re.search("Missing (argument|option)", cli(command, status=2))
 
 
 def test_no_command_and_unknown_command(cli: CommandLine) -> None:
@@ -149,7 +150,10 @@ def test_no_devices(cli: CommandLine, command: str) -> None:
 )
 @pytest.mark.usefixtures("registry")
 def test_unknown_device(cli: CommandLine, command: str) -> None:
-    line = f"nbdtarget: {command} nosuch: Device does not exist\n"
+    line = (
+        f"nbdtarget: {command} nosuch: Device does not exist"
+        " (No such device or address)\n"
+    )
     assert cli(command, "nosuch", status=1) == line
 
 
@@ -216,14 +220,21 @@ def test_several_devices_have_their_names_before_each_line(cli: CommandLine) -> 
     assert cli("table", "y", "x") == "y: \nx: 0 8 zero \n"
     assert cli("status", "--target", "zero", "x") == "0 8 zero \n"
     assert cli("ls") == "x\t(253:0)\ny\t(253:1)\n"
-    assert cli("ls", "--target", "zero") == "x\t(253:0)\n"
+    assert cli("ls", "--target", "zero") == "x\t(253, 0)\n"
+    assert cli("ls", "-o", "devname") == "x\t(x)\ny\t(y)\n"
+    assert cli("ls", "-o", "blkdevname") == "x\t(dm-0)\ny\t(dm-1)\n"
+    assert "Option not recognised: nix" in cli("ls", "-o", "nix", status=1)
 
 
 @pytest.mark.usefixtures("registry")
 def test_tree_and_deps(cli: CommandLine) -> None:
     cli("create", "lower", "--table", "0 8 linear /a 0")
     cli("create", "upper", "--table", "0 8 linear /dev/mapper/lower 0")
-    assert cli("ls", "--tree") == ("upper (253:1)\n └─lower (253:0)\n    └─(/a)\n")
+    tree = "upper (253:1)\n `-lower (253:0)\n    `- (/a)\n"
+    assert cli("ls", "--tree", "-o", "ascii") == tree
+    assert cli(
+        "info", "-c", "--noheadings", "-o", "name,devs_used,names_using_dev"
+    ) == ("lower::upper\nupper:lower:\n")
     assert cli("deps", "lower") == "1 dependencies\t: (/a)\n"
 
 
@@ -235,10 +246,26 @@ def test_info_of_other_states(cli: CommandLine) -> None:
     text = cli("info", "x")
     assert "State:             SUSPENDED (READ-ONLY)\n" in text
     assert "Tables present:    LIVE & INACTIVE\n" in text
-    assert "UUID:              U-1\n" in text
+    assert "UUID: U-1\n" in text
     assert cli("info", "-c").splitlines()[1] == (
-        "x                253   0 LIsr    0    1      0  U-1"
+        "x                253   0 LIsr    0    1      0 U-1                             "
     )
+    assert cli("info", "-u", "U-1") == text
+    reason = "UUID nix: Device does not exist"
+    assert reason in cli("info", "-u", "nix", status=1)
+    assert "columns have options only with -c" in cli("info", "-o", "name", status=2)
+    assert "blkdevname" in cli("info", "-c", "-o", "help")
+
+
+@pytest.mark.usefixtures("registry")
+def test_ls_exec_runs_a_command_for_each_device(
+    cli: CommandLine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cli("create", "x", "--table", "0 8 zero")
+    cli("create", "y", "--notable")
+    cli("ls", "--exec", "echo 'a b'")
+    assert capfd.readouterr().out == "a b /dev/mapper/x\na b /dev/mapper/y\n"
+    assert "/no/such: No such file" in cli("ls", "--exec", "/no/such", status=1)
 
 
 @pytest.mark.usefixtures("registry")
