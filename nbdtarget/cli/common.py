@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several commands share: options, the question to the server, JSON out."""
 
+import errno as errnos
 import os
 import sys
 from typing import Annotated, TypeVar
@@ -9,7 +10,7 @@ import msgspec
 import typer
 
 from nbdtarget.control.client import ControlClient
-from nbdtarget.control.messages import Answer, Request
+from nbdtarget.control.messages import Answer, Info, InfoAnswer, Request
 from nbdtarget.control.paths import control_address, control_token
 from nbdtarget.errors import TableError
 
@@ -18,9 +19,11 @@ __all__ = [
     "Json",
     "Name",
     "Names",
+    "Uuid",
     "ask",
     "caller_directory",
     "command_error",
+    "device_names",
     "print_json",
 ]
 
@@ -40,6 +43,10 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A mapped device.")]
 Names = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NAME]...", help="Mapped devices; default: all of them."),
+]
+Uuid = Annotated[
+    str | None,
+    typer.Option("--uuid", "-u", metavar="UUID", help="The device of this UUID."),
 ]
 
 
@@ -62,10 +69,34 @@ def ask(
         raise command_error(verb, about, error) from error
 
 
+def device_names(
+    names: list[str] | None, uuid: str | None, control: str | None
+) -> tuple[str, ...]:
+    """The devices that were named, or the one of the UUID.
+
+    Raises: TableError: no device has the UUID.
+    """
+    if uuid is None:
+        return tuple(names or ())
+    if names:
+        raise typer.BadParameter("give names or a UUID, not both")
+    for device in ask(control, "info", Info(), InfoAnswer).devices:
+        if device.uuid == uuid:
+            return (device.name,)
+    raise TableError(f"UUID {uuid}: Device does not exist", errnos.ENXIO)
+
+
 def command_error(verb: str, about: str, error: TableError) -> TableError:
-    """The same error with the verb, and the device it was about, before it."""
+    """The same error with the verb, and the device it was about, before it.
+
+    Behind it, what the errno is called: that is what scripts look for.
+    """
     subject = f"{verb} {about}".rstrip()
-    return TableError(f"{subject}: {error.reason}", error.errno)
+    reason = error.reason
+    meaning = os.strerror(error.errno)
+    if meaning.lower() not in reason.lower():
+        reason = f"{reason} ({meaning})"
+    return TableError(f"{subject}: {reason}", error.errno)
 
 
 def caller_directory() -> str:

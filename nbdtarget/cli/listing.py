@@ -4,20 +4,34 @@
 What they print is what dmsetup prints, to the blank: scripts read it.
 """
 
-from collections.abc import Iterable
-from typing import Annotated
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from typing import Annotated, Final, TypeVar
 
 import typer
 
 from nbdtarget import __version__
-from nbdtarget.cli.common import Control, Json, Names, ask, print_json
+from nbdtarget.cli.columns import READ_AHEAD_SECTORS, describe_fields, report
+from nbdtarget.cli.common import (
+    Control,
+    Json,
+    Names,
+    Uuid,
+    ask,
+    device_names,
+    print_json,
+)
+from nbdtarget.cli.concise import ConciseDevice, format_concise
+from nbdtarget.cli.tree import OPTIONS, draw_tree
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import NoServerError
+from nbdtarget.errors import NbdTargetError
 
 __all__ = ["register"]
 
 NO_DEVICES = "No devices found"
-READ_AHEAD_SECTORS = 256  # what the kernel shows for a disk; nothing here reads ahead
 
 Target = Annotated[
     str | None,
@@ -37,13 +51,15 @@ def status(
     noflush: Annotated[
         bool, typer.Option("--noflush", help="Do not commit first.")
     ] = False,
+    uuid: Uuid = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
     """Print the status of the live tables."""
-    request = m.Status(tuple(names or ()), target, noflush)
-    answer = ask(control, "status", request, m.LinesAnswer, about=_about(names))
-    _print_lines(answer, json=json, prefix=len(names or ()) != 1)
+    wanted = device_names(names, uuid, control)
+    request = m.Status(wanted, target, noflush)
+    answer = ask(control, "status", request, m.LinesAnswer, about=_about(wanted))
+    _print_lines(answer, wanted, json=json)
 
 
 def table(
@@ -52,22 +68,28 @@ def table(
     inactive: Annotated[
         bool, typer.Option("--inactive", help="The inactive tables instead.")
     ] = False,
+    concise: Annotated[
+        bool, typer.Option("--concise", help="On one line, for `create --concise'.")
+    ] = False,
     config: Annotated[
         bool,
         typer.Option("--config", help="As a configuration file for `serve --config'."),
     ] = False,
+    uuid: Uuid = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
     """Print the live tables, as they can be loaded again."""
-    if config:
-        if json or inactive or target:
-            raise typer.BadParameter("--config goes alone")
-        _print_config(names, control)
+    wanted = device_names(names, uuid, control)
+    if config or concise:
+        if json or inactive or target or (config and concise):
+            raise typer.BadParameter("--config and --concise go alone")
+        devices = _tables(wanted, control)
+        print(_as_config(devices) if config else format_concise(devices))
         return
-    request = m.Table(tuple(names or ()), target, inactive)
-    answer = ask(control, "table", request, m.LinesAnswer, about=_about(names))
-    _print_lines(answer, json=json, prefix=len(names or ()) != 1)
+    request = m.Table(wanted, target, inactive)
+    answer = ask(control, "table", request, m.LinesAnswer, about=_about(wanted))
+    _print_lines(answer, wanted, json=json)
 
 
 def info(
@@ -75,53 +97,143 @@ def info(
     columns: Annotated[
         bool, typer.Option("--columns", "-c", "-C", help="One line a device.")
     ] = False,
+    fields: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--options",
+            metavar="FIELDS",
+            help="Columns, comma-separated; `+' before them: more columns; `help'.",
+        ),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option("-O", "--sort", metavar="FIELDS", help="`-FIELD' reverses."),
+    ] = None,
+    noheadings: Annotated[
+        bool, typer.Option("--noheadings", help="No headings, no padding.")
+    ] = False,
+    nameprefixes: Annotated[
+        bool, typer.Option("--nameprefixes", help="DM_FIELD='value', for shells.")
+    ] = False,
+    separator: Annotated[
+        str | None,
+        typer.Option("--separator", help="Between columns, which are not padded then."),
+    ] = None,
+    uuid: Uuid = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
     """Print what is known about devices."""
-    request = m.Info(tuple(names or ()))
-    answer = ask(control, "info", request, m.InfoAnswer, about=_about(names))
+    if fields is not None and fields.strip() in ("help", "?"):
+        print(describe_fields())
+        return
+    report_options = fields or sort or noheadings or nameprefixes or separator
+    if report_options and not columns:
+        raise typer.BadParameter("columns have options only with -c")
+    wanted = device_names(names, uuid, control)
+    answer = ask(control, "info", m.Info(wanted), m.InfoAnswer, about=_about(wanted))
     if json:
         print_json(answer)
     elif not answer.devices:
         print(NO_DEVICES)
     elif columns:
-        _print_columns(answer.devices)
+        for line in report(
+            answer.devices,
+            fields=fields,
+            sort=sort,
+            headings=not noheadings,
+            name_prefixes=nameprefixes,
+            separator=separator,
+        ):
+            print(line)
     else:
-        for device in answer.devices:
+        for device in _ordered(answer.devices, wanted):
             _print_info(device)
 
 
 def ls(
     target: Target = None,
     tree: Annotated[bool, typer.Option("--tree", help="What stands on what.")] = False,
+    options: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--options",
+            metavar="OPTIONS",
+            help="devno, devname or blkdevname; with --tree: " + ", ".join(OPTIONS),
+        ),
+    ] = None,
+    exec_: Annotated[
+        str | None,
+        typer.Option(
+            "--exec",
+            metavar="COMMAND",
+            help="Run it for each device, with /dev/mapper/NAME as its last word.",
+        ),
+    ] = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
     """List the devices."""
     answer = ask(control, "info", m.Info((), target), m.InfoAnswer)
+    devices = _ordered(answer.devices, ())
     if json:
         print_json(answer)
-    elif not answer.devices:
+    elif not devices:
         print(NO_DEVICES)
+    elif exec_ is not None:
+        _run_for_each(exec_, devices)
     elif tree:
-        _print_tree(answer.devices, ask(control, "deps", m.Deps(), m.DevicesAnswer))
+        utf = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        words = options.split(",") if options else ()
+        for line in draw_tree(devices, words, utf=utf):
+            print(line)
     else:
-        for device in answer.devices:
-            print(f"{device.name}\t({device.major}:{device.minor})")
+        what = options or "devno"
+        if what not in _NUMBERS:
+            raise NbdTargetError(f"ls: Option not recognised: {what}")
+        for device in devices:
+            number = _NUMBERS[what](device)
+            # As dmsetup: another form when only some devices are listed.
+            if what == "devno" and target is not None:
+                number = number.replace(":", ", ")
+            print(f"{device.name}\t({number})")
 
 
-def deps(names: Names = None, json: Json = False, control: Control = None) -> None:
+_NUMBERS: Final[dict[str, Callable[[m.InfoLine], str]]] = {
+    "devno": lambda device: f"{device.major}:{device.minor}",
+    "devname": lambda device: device.name,
+    "blkdevname": lambda device: f"dm-{device.minor}",
+}
+
+
+def _run_for_each(command: str, devices: Iterable[m.InfoLine]) -> None:
+    words = shlex.split(command)
+    for device in devices:
+        try:
+            subprocess.run([*words, f"/dev/mapper/{device.name}"], check=False)
+        except OSError as error:
+            raise NbdTargetError(f"ls: {words[0]}: {error.strerror}") from None
+
+
+def deps(
+    names: Names = None,
+    uuid: Uuid = None,
+    json: Json = False,
+    control: Control = None,
+) -> None:
     """Print the devices that the live tables stand on."""
-    request = m.Deps(tuple(names or ()))
-    answer = ask(control, "deps", request, m.DevicesAnswer, about=_about(names))
+    wanted = device_names(names, uuid, control)
+    request = m.Deps(wanted)
+    answer = ask(control, "deps", request, m.DevicesAnswer, about=_about(wanted))
     if json:
         print_json(answer)
     elif not answer.devices:
         print(NO_DEVICES)
     else:
-        for device in answer.devices:
-            prefix = f"{device.name}: " if len(names or ()) != 1 else ""
+        for device in _ordered(answer.devices, wanted):
+            prefix = f"{device.name}: " if len(wanted) != 1 else ""
             below = "".join(f" ({name})" for name in device.deps)
             print(f"{prefix}{len(device.deps)} dependencies\t:{below}")
 
@@ -160,42 +272,64 @@ class ProgramVersion(m.Answer):
     server: m.VersionAnswer | None
 
 
-def _about(names: list[str] | None) -> str:
-    return " ".join(names or ())
+def _about(names: Iterable[str]) -> str:
+    return " ".join(names)
 
 
-def _print_config(names: list[str] | None, control: str | None) -> None:
+D = TypeVar("D", m.InfoLine, m.DeviceLines, m.DeviceDeps)
+
+
+def _ordered(devices: Iterable[D], wanted: tuple[str, ...]) -> list[D]:
+    """As they were named; all of them by name."""
+    if wanted:
+        return list(devices)
+    return sorted(devices, key=lambda device: device.name)
+
+
+def _tables(names: tuple[str, ...], control: str | None) -> list[ConciseDevice]:
+    about = _about(names)
+    tables = ask(control, "table", m.Table(names), m.LinesAnswer, about=about)
+    infos = ask(control, "info", m.Info(names), m.InfoAnswer, about=about)
+    lines = {device.name: device.lines for device in tables.devices}
+    return [
+        ConciseDevice(
+            info.name,
+            info.uuid,
+            info.minor,
+            info.read_only,
+            tuple(
+                f"{line.start} {line.length} {line.type} {line.params}"
+                for line in lines.get(info.name, ())
+            ),
+        )
+        for info in _ordered(infos.devices, names)
+    ]
+
+
+def _as_config(devices: Iterable[ConciseDevice]) -> str:
     from nbdtarget.config.file import DeviceConfig  # here: the other commands are quick
     from nbdtarget.config.render import render_devices
 
-    about, wanted = _about(names), tuple(names or ())
-    tables = ask(control, "table", m.Table(wanted), m.LinesAnswer, about=about)
-    infos = ask(control, "info", m.Info(wanted), m.InfoAnswer, about=about)
-    lines = {device.name: device.lines for device in tables.devices}
-    devices = [
+    return render_devices(
         DeviceConfig(
-            info.name,
-            "\n".join(
-                f"{line.start} {line.length} {line.type} {line.params}".rstrip()
-                for line in lines.get(info.name, ())
-            ),
+            device.name,
+            "\n".join(line.rstrip() for line in device.lines),
             (),
-            info.uuid,
-            info.read_only,
+            device.uuid,
+            device.read_only,
         )
-        for info in infos.devices
-    ]
-    print(render_devices(devices), end="")
+        for device in devices
+    ).removesuffix("\n")
 
 
-def _print_lines(answer: m.LinesAnswer, *, json: bool, prefix: bool) -> None:
+def _print_lines(answer: m.LinesAnswer, wanted: tuple[str, ...], *, json: bool) -> None:
     if json:
         print_json(answer)
         return
     if not answer.devices:
         print(NO_DEVICES)
-    for device in answer.devices:
-        before = f"{device.name}: " if prefix else ""
+    for device in _ordered(answer.devices, wanted):
+        before = f"{device.name}: " if len(wanted) != 1 else ""
         for line in device.lines:
             print(f"{before}{line.start} {line.length} {line.type} {line.params}")
         if not device.lines:
@@ -205,6 +339,7 @@ def _print_lines(answer: m.LinesAnswer, *, json: bool, prefix: bool) -> None:
 def _print_info(device: m.InfoLine) -> None:
     notes = ["SUSPENDED" if device.state != "ACTIVE" else "ACTIVE"]
     notes += ["(READ-ONLY)"] if device.read_only else []
+    notes += ["(DEFERRED REMOVE)"] if device.deferred_remove else []
     notes += ["(FAILED)"] if device.failed else []
     slots = [
         word
@@ -221,54 +356,8 @@ def _print_info(device: m.InfoLine) -> None:
         ("Major, minor", f"{device.major}, {device.minor}"),
         ("Number of targets", str(device.nr_targets)),
     ]
-    if device.uuid:
-        rows.append(("UUID", device.uuid))
     for key, value in rows:
         print(f"{key + ':':<18} {value}")
+    if device.uuid:
+        print(f"UUID: {device.uuid}")
     print()
-
-
-def _print_columns(devices: Iterable[m.InfoLine]) -> None:
-    print(
-        f"{'Name':<16} {'Maj':>3} {'Min':>3} {'Stat':<4} {'Open':>4} {'Targ':>4}"
-        f" {'Event':>6}  UUID"
-    )
-    for device in devices:
-        stat = (
-            ("L" if device.live else "-")
-            + ("I" if device.inactive else "-")
-            + ("s" if device.state != "ACTIVE" else "-")
-            + ("r" if device.read_only else "w")
-        )
-        print(
-            f"{device.name:<16} {device.major:>3} {device.minor:>3} {stat:<4}"
-            f" {device.open_count:>4} {device.nr_targets:>4} {device.event_nr:>6}"
-            f"  {device.uuid}"
-        )
-
-
-def _print_tree(devices: Iterable[m.InfoLine], answer: m.DevicesAnswer) -> None:
-    below = {device.name: device.deps for device in answer.devices}
-    numbers = {device.name: f"({device.major}:{device.minor})" for device in devices}
-    mapper = "/dev/mapper/"
-    held = {
-        name.removeprefix(mapper)
-        for names in below.values()
-        for name in names
-        if name.startswith(mapper)
-    }
-
-    def show(name: str, before: str) -> None:
-        for index, dep in enumerate(below.get(name, ())):
-            is_last = index == len(below[name]) - 1
-            inner = dep.removeprefix(mapper)
-            is_mapped = dep.startswith(mapper) and inner in numbers
-            text = f"{inner} {numbers[inner]}" if is_mapped else f"({dep})"
-            print(f"{before} {'└' if is_last else '├'}─{text}")
-            if is_mapped:
-                show(inner, before + ("   " if is_last else " │ "))
-
-    for name, number in numbers.items():
-        if name not in held:
-            print(f"{name} {number}")
-            show(name, "")

@@ -160,12 +160,16 @@ class Table(Request):
 
 
 class TableLine(Answer):
-    """One target. `start` and `length` in sectors; `params` is what follows the type."""
+    """One target. `start` and `length` in sectors; `params` is what follows the type.
+
+    `fields`, of a status: what the target tells by name; the kernel's words may not have it all.
+    """
 
     start: int
     length: int
     type: str
     params: str
+    fields: dict[str, bool | int | float | str | None] = {}
 
 
 class DeviceLines(Answer):
@@ -185,7 +189,11 @@ class Info(Request):
 
 
 class InfoLine(Answer):
-    """One device. `size` in bytes; `failed`: a bug stopped it, see the server's log."""
+    """One device. `size` in bytes; `failed`: a bug stopped it, see the server's log.
+
+    `deps` are the devices that the live table stands on, `mapped_deps` those of them that are
+    mapped devices, by their names; `used_by`: mapped devices whose live table stands on it.
+    """
 
     name: str
     uuid: str
@@ -200,6 +208,10 @@ class InfoLine(Answer):
     minor: int
     nr_targets: int
     size: int
+    deps: tuple[str, ...] = ()
+    mapped_deps: tuple[str, ...] = ()
+    used_by: tuple[str, ...] = ()
+    deferred_remove: bool = False
 
 
 class InfoAnswer(Answer):

@@ -9,6 +9,7 @@ from nbdtarget.control import messages as m
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, Registry
 from nbdtarget.errors import TableError
+from nbdtarget.targets.base import StatusFields
 
 __all__ = ["Verbs"]
 
@@ -99,7 +100,7 @@ class Verbs:
                 [
                     _lines(
                         device,
-                        await device.status(noflush=request.noflush),
+                        await device.status_by_name(noflush=request.noflush),
                         request.target,
                     )
                     for device in self._devices(request.names)
@@ -111,16 +112,21 @@ class Verbs:
         """The live tables, as they can be loaded again."""
         return m.LinesAnswer(
             tuple(
-                _lines(device, device.table(inactive=request.inactive), request.target)
+                _lines(
+                    device,
+                    [(line, {}) for line in device.table(inactive=request.inactive)],
+                    request.target,
+                )
                 for device in self._devices(request.names)
             )
         )
 
     async def info(self, request: m.Info) -> m.InfoAnswer:
         """What is known about devices."""
+        used_by = self._used_by()
         return m.InfoAnswer(
             tuple(
-                _info(device)
+                _info(device, self._registry.deps(device), used_by)
                 for device in self._devices(request.names)
                 if request.target is None or _has_target(device, request.target)
             )
@@ -148,6 +154,14 @@ class Verbs:
         """The version of the server, and where its exports are."""
         return m.VersionAnswer(__version__, os.getpid(), tuple(self._uris()))
 
+    def _used_by(self) -> dict[str, list[str]]:
+        """The mapped devices that stand on each device, by its path."""
+        used_by: dict[str, list[str]] = {}
+        for device in self._registry.devices():
+            for below in self._registry.deps(device):
+                used_by.setdefault(below, []).append(device.dm_name)
+        return used_by
+
     def _devices(self, names: tuple[str, ...]) -> list[MappedDevice]:
         if not names:
             return self._registry.devices()
@@ -162,13 +176,15 @@ def _absolute(directory: str) -> str:
 
 def _lines(
     device: MappedDevice,
-    lines: Iterable[tuple[int, int, str, str]],
+    lines: Iterable[tuple[tuple[int, int, str, str], StatusFields]],
     target: str | None,
 ) -> m.DeviceLines:
     return m.DeviceLines(
         device.dm_name,
         tuple(
-            m.TableLine(*line) for line in lines if target is None or line[2] == target
+            m.TableLine(*line, fields)
+            for line, fields in lines
+            if target is None or line[2] == target
         ),
     )
 
@@ -179,8 +195,11 @@ def _has_target(device: MappedDevice, type_name: str) -> bool:
     )
 
 
-def _info(device: MappedDevice) -> m.InfoLine:
+def _info(
+    device: MappedDevice, deps: list[str], used_by: dict[str, list[str]]
+) -> m.InfoLine:
     active = device.active
+    mapped = () if active is None else active.devices()
     return m.InfoLine(
         name=device.dm_name,
         uuid=device.uuid,
@@ -195,4 +214,9 @@ def _info(device: MappedDevice) -> m.InfoLine:
         minor=device.minor,
         nr_targets=0 if active is None else len(active.targets),
         size=device.size,
+        deps=tuple(deps),
+        mapped_deps=tuple(
+            dict.fromkeys(d.dm_name for d in mapped if isinstance(d, MappedDevice))
+        ),
+        used_by=tuple(used_by.get(device.name, ())),
     )

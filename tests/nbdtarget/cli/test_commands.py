@@ -259,12 +259,13 @@ def test_info_of_other_states(cli: CommandLine) -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_ls_exec_runs_a_command_for_each_device(
-    cli: CommandLine, capfd: pytest.CaptureFixture[str]
+    cli: CommandLine, tmp_path: Path
 ) -> None:
     cli("create", "x", "--table", "0 8 zero")
     cli("create", "y", "--notable")
-    cli("ls", "--exec", "echo 'a b'")
-    assert capfd.readouterr().out == "a b /dev/mapper/x\na b /dev/mapper/y\n"
+    out = tmp_path / "out"
+    cli("ls", "--exec", f"sh -c 'echo \"$@\" >> {out}' sh 'a b'")
+    assert out.read_text() == "a b /dev/mapper/x\na b /dev/mapper/y\n"
     assert "/no/such: No such file" in cli("ls", "--exec", "/no/such", status=1)
 
 

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`info -c`: devices in columns, as dmsetup's reports have them.
+
+A column is as wide as its widest value, or as its least width. With `--noheadings` or a
+separator nothing is padded: that is for scripts.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NamedTuple
+
+from nbdtarget.control.messages import InfoLine
+from nbdtarget.errors import NbdTargetError
+
+__all__ = ["FIELDS", "attributes", "describe_fields", "report"]
+
+DEFAULT_FIELDS: Final = "name,major,minor,attr,open,segments,events,uuid"
+READ_AHEAD_SECTORS: Final = 256  # what the kernel shows; nothing here reads ahead
+
+
+class Field(NamedTuple):
+    """A column. `value` of a number is right-aligned, and sorts as a number."""
+
+    heading: str
+    width: int
+    value: Callable[[InfoLine], str | int]
+    help: str
+
+
+def attributes(device: InfoLine) -> str:
+    """(L)ive, (I)nactive, (s)uspended, (r)ead-only, read-(w)rite."""
+    return (
+        ("L" if device.live else "-")
+        + ("I" if device.inactive else "-")
+        + ("s" if device.state != "ACTIVE" else "-")
+        + ("r" if device.read_only else "w")
+    )
+
+
+def _tables(device: InfoLine) -> str:
+    if device.live:
+        return "Both" if device.inactive else "Live"
+    return "Inactive" if device.inactive else "None"
+
+
+FIELDS: Final[dict[str, Field]] = {
+    "name": Field("Name", 16, lambda d: d.name, "Name of mapped device."),
+    "uuid": Field("UUID", 32, lambda d: d.uuid, "Unique (optional) identifier."),
+    "read_ahead": Field("RAhead", 6, lambda d: READ_AHEAD_SECTORS, "Read ahead value."),
+    "blkdevname": Field(
+        "BlkDevName", 16, lambda d: f"dm-{d.minor}", "Name of block device."
+    ),
+    "attr": Field("Stat", 4, attributes, (attributes.__doc__ or "").rstrip(".")),
+    "tables_loaded": Field(
+        "Tables", 6, _tables, "Which of the live and inactive slots are filled."
+    ),
+    "suspended": Field(
+        "Suspended",
+        9,
+        lambda d: "Active" if d.state == "ACTIVE" else "Suspended",
+        "Whether the device is suspended.",
+    ),
+    "readonly": Field(
+        "Read-only",
+        9,
+        lambda d: "Read-only" if d.read_only else "Writeable",
+        "Whether the device is read-only or writeable.",
+    ),
+    "devno": Field(
+        "DevNo", 5, lambda d: f"{d.major}:{d.minor}", "Major and minor numbers."
+    ),
+    "major": Field("Maj", 3, lambda d: d.major, "Major number."),
+    "minor": Field("Min", 3, lambda d: d.minor, "Minor number."),
+    "open": Field("Open", 4, lambda d: d.open_count, "Number of openers."),
+    "segments": Field(
+        "Targ", 4, lambda d: d.nr_targets, "Number of targets in the live table."
+    ),
+    "events": Field("Event", 6, lambda d: d.event_nr, "Number of the latest event."),
+    "device_count": Field(
+        "#Devs", 5, lambda d: len(d.deps), "Number of devices used by this one."
+    ),
+    "devs_used": Field(
+        "DevNamesUsed",
+        16,
+        lambda d: ",".join(d.mapped_deps),
+        "Names of mapped devices used by this one.",
+    ),
+    "blkdevs_used": Field(
+        "BlkDevNamesUsed",
+        16,
+        lambda d: ",".join(d.deps),
+        "Names of all devices used by this one.",
+    ),
+    "device_ref_count": Field(
+        "#Refs",
+        5,
+        lambda d: len(d.used_by),
+        "Number of mapped devices that use this one.",
+    ),
+    "names_using_dev": Field(
+        "RefNames",
+        8,
+        lambda d: ",".join(d.used_by),
+        "Names of mapped devices that use this one.",
+    ),
+    "size": Field("Size", 10, lambda d: d.size, "Bytes."),
+}
+
+
+def describe_fields() -> str:
+    """What `-o help` prints."""
+    width = max(map(len, FIELDS))
+    return "\n".join(
+        f"  {name:<{width}} - {field.help}" for name, field in FIELDS.items()
+    )
+
+
+def report(
+    devices: Iterable[InfoLine],
+    *,
+    fields: str | None = None,
+    sort: str | None = None,
+    headings: bool = True,
+    name_prefixes: bool = False,
+    separator: str | None = None,
+) -> list[str]:
+    """Return the lines of a report.
+
+    Args:
+        fields: comma-separated; with a `+` before them: besides the default ones.
+        sort: comma-separated, a `-` before a field reverses it; default: by name.
+        name_prefixes: write each value as DM_FIELD='value'.
+        separator: between values, which are not padded then.
+    Raises: NbdTargetError: a field is unknown.
+    """
+    names = _field_names(fields)
+    rows = [
+        [FIELDS[name].value(device) for name in names]
+        for device in _sorted(devices, sort or "name")
+    ]
+    if name_prefixes:
+        cells = [
+            [f"DM_{n.upper()}='{v}'" for n, v in zip(names, row, strict=True)]
+            for row in rows
+        ]
+    else:
+        cells = [[str(value) for value in row] for row in rows]
+    head = [FIELDS[name].heading for name in names]
+    if separator is None and not headings:
+        separator = ":"
+    if separator is not None:
+        lines = [separator.join(row) for row in cells]
+        return [separator.join(head), *lines] if headings else lines
+    return _aligned(names, head, rows, cells)
+
+
+def _aligned(
+    names: Sequence[str],
+    head: Sequence[str],
+    rows: Sequence[Sequence[str | int]],
+    cells: Sequence[Sequence[str]],
+) -> list[str]:
+    widths = [
+        max(FIELDS[name].width, len(head[nr]), *(len(row[nr]) for row in cells), 0)
+        for nr, name in enumerate(names)
+    ]
+    lines = [" ".join(f"{h:<{w}}" for h, w in zip(head, widths, strict=True))]
+    for row, texts in zip(rows, cells, strict=True):
+        lines.append(
+            " ".join(
+                f"{text:>{width}}" if isinstance(value, int) else f"{text:<{width}}"
+                for value, text, width in zip(row, texts, widths, strict=True)
+            )
+        )
+    return lines
+
+
+def _field_names(fields: str | None) -> list[str]:
+    if fields is None:
+        fields = DEFAULT_FIELDS
+    elif fields.startswith("+"):
+        fields = f"{DEFAULT_FIELDS},{fields[1:]}"
+    return [_checked(name.strip()) for name in fields.split(",")]
+
+
+def _sorted(devices: Iterable[InfoLine], sort: str) -> list[InfoLine]:
+    ordered = list(devices)
+    for key in reversed(sort.split(",")):
+        name = _checked(key.strip().lstrip("+-"))
+        ordered.sort(key=FIELDS[name].value, reverse=key.strip().startswith("-"))
+    return ordered
+
+
+def _checked(name: str) -> str:
+    if name not in FIELDS:
+        raise NbdTargetError(
+            f"info: Unrecognised field: {name} (there are: {', '.join(FIELDS)})"
+        )
+    return name
