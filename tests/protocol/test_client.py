@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our server against our client, in memory: what one says, the other understands."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from protocol.consts import (
     FLAG_SEND_DF,
     REQUEST,
 )
-from protocol.handshake import Negotiated, ServerHandshake
+from protocol.handshake import ExportInfo, Negotiated, ServerHandshake
 from protocol.transmission import (
     ServerTransmission,
     block_status,
@@ -33,8 +34,10 @@ from protocol.transmission import (
 from tests.protocol.feed import ALL_FLAGS, DISK, MIB, OneExport, data_of
 
 
-def shake_hands(name: str, **kwargs: Any) -> tuple[ServerHandshake, ClientHandshake]:
-    server = ServerHandshake(OneExport())
+def shake_hands(
+    name: str, export: ExportInfo = DISK, **kwargs: Any
+) -> tuple[ServerHandshake, ClientHandshake]:
+    server = ServerHandshake(OneExport(export))
     client = ClientHandshake(name, **kwargs)
     while True:
         to_client = server.data_to_send()
@@ -125,6 +128,19 @@ def test_both_sides_negotiate_the_same(name: str) -> None:
     assert client.negotiated.payload_max == DISK.payload_max
     assert client.negotiated.structured
     assert server.negotiated.structured
+
+
+def test_client_gets_the_contexts_that_it_wants_and_no_other() -> None:
+    offered = ("x-nbdtarget:hydration", "base:allocation", "x-y:z")
+    export = replace(DISK, contexts=offered)
+    for want, selected in (
+        (("base:allocation",), ((2, "base:allocation"),)),
+        (("x-y:z", "x-y:a", offered[0]), ((1, offered[0]), (3, "x-y:z"))),
+    ):
+        server, client = shake_hands("disk", export, want_contexts=want)
+        assert server.negotiated is not None
+        assert client.negotiated is not None
+        assert client.negotiated.contexts == server.negotiated.contexts == selected
 
 
 def test_unknown_export_ends_both_sides_politely() -> None:
