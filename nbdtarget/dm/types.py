@@ -11,6 +11,7 @@ from nbdtarget.targets.error import ErrorTarget
 from nbdtarget.targets.flakey import FlakeyTarget
 from nbdtarget.targets.linear import LinearTarget
 from nbdtarget.targets.log_writes.target import LogWritesTarget
+from nbdtarget.targets.powercut import PowercutTarget
 from nbdtarget.targets.striped import StripedTarget
 from nbdtarget.targets.zero import ZeroTarget
 
@@ -27,6 +28,7 @@ TARGET_TYPES: Final[dict[str, type[Target]]] = {
         FlakeyTarget,
         DustTarget,
         LogWritesTarget,
+        PowercutTarget,
         CloneTarget,
     )
 }
