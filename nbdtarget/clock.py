@@ -1,14 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time. Everything in nbdtarget that waits or measures asks a `Clock`, so that a test can
 run a whole server on a simulated one and replay it from a seed.
+
+What has no `Clock` takes its time from the functions here, and from nowhere else:
+
+    sleep, timeout     on the loop's time, which a simulated loop simulates
+    monotonic_ns       how long a system call took, when to print the next line
+    perf_counter_ns    how long a connection has polled its socket
 """
 
 import asyncio
-import time
+from asyncio import sleep, timeout
 from collections.abc import Callable
+from time import monotonic_ns, perf_counter_ns
 from typing import Protocol
 
-__all__ = ["Clock", "LoopClock", "Timer"]
+__all__ = [
+    "Clock",
+    "LoopClock",
+    "Timer",
+    "monotonic_ns",
+    "perf_counter_ns",
+    "sleep",
+    "timeout",
+]
 
 
 class Timer(Protocol):
@@ -30,10 +45,10 @@ class Clock(Protocol):
 class LoopClock:
     """Real time, on the running event loop."""
 
-    now_ns = staticmethod(time.monotonic_ns)
+    now_ns = staticmethod(monotonic_ns)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         return asyncio.get_running_loop().call_later(delay_s, callback)
 
     async def sleep(self, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
+        await sleep(delay_s)

@@ -7,7 +7,6 @@ a terminal, else a plain line now and then.
 
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -15,6 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 
+from nbdtarget.clock import monotonic_ns
 from nbdtarget.porcelain import CloneOptions, ClonePlan, CloneReporter
 from nbdtarget.server.listener import export_uri
 
@@ -87,7 +87,7 @@ class _LinesReporter(Reporter):
         self._last = -1
 
     def progress(self, done: int, size: int) -> None:
-        now_s = time.monotonic()
+        now_s = monotonic_ns() / 1e9
         if self._is_hydrated or done == self._last or now_s < self._next_s:
             return
         self._next_s = now_s + LINE_PERIOD_S

@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.clock import sleep
 from nbdtarget.control.paths import TcpControl
 from nbdtarget.errors import NbdTargetError
 
@@ -22,6 +23,7 @@ __all__ = ["BACKLOG_MAX", "SocketInUseError", "take_tcp_socket", "take_unix_sock
 
 BACKLOG_MAX: Final = 64
 LOCK_TRIES_MAX: Final = 20
+LOCK_RETRY_S: Final = 0.05
 
 
 class SocketInUseError(NbdTargetError):
@@ -88,7 +90,7 @@ async def _lock(directory: int) -> None:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            await asyncio.sleep(0.05)
+            await sleep(LOCK_RETRY_S)
         else:
             return
     # Somebody sits on the lock of a directory that others may open: go on without.

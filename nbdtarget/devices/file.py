@@ -46,7 +46,6 @@ import errno as errnos
 import logging
 import os
 import stat
-import time
 from collections.abc import Callable
 from functools import partial
 from resource import RUSAGE_THREAD, getrusage
@@ -65,6 +64,7 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.clock import monotonic_ns
 from nbdtarget.devices.base import (
     EXTENT_DATA,
     EXTENT_HOLE,
@@ -112,7 +112,7 @@ _NOTHING_LOST: Final = frozenset(
 
 _preadv = os.preadv
 _pwrite = os.pwrite
-_now_ns = time.monotonic_ns
+_now_ns = monotonic_ns
 _getrusage = getrusage
 
 

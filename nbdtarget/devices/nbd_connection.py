@@ -22,6 +22,7 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from nbdtarget.clock import timeout
 from nbdtarget.devices.base import EXTENTS_MAX
 from nbdtarget.devices.nbd_uri import NbdUri
 from nbdtarget.errors import ResolveError
@@ -208,7 +209,7 @@ async def connect(name: str, uri: NbdUri) -> NbdConnection:
     """
     sock = await _connected(name, uri)
     try:
-        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+        async with timeout(HANDSHAKE_TIMEOUT_S):
             handshake = await _shake_hands(sock, uri.export_name)
         if handshake.error is not None:
             raise ResolveError(name, str(handshake.error))
@@ -250,7 +251,7 @@ async def _connected(name: str, uri: NbdUri) -> socket.socket:
         try:
             sock.setblocking(False)
             _set_options(sock, family)
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with timeout(CONNECT_TIMEOUT_S):
                 await asyncio.get_running_loop().sock_connect(sock, address)
             return sock
         except TimeoutError:

@@ -38,10 +38,9 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from time import perf_counter_ns
 from typing import Final
 
-from nbdtarget.clock import Timer
+from nbdtarget.clock import Timer, perf_counter_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.server.export import DirectoryExports
 from nbdtarget.server.output import Output, is_gone
