@@ -38,6 +38,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from nbdtarget.clock import timeout
 from nbdtarget.control.paths import control_address, control_token
 from nbdtarget.daemon import Daemon, default_listen, passed_sockets
 from nbdtarget.devices import resolve
@@ -353,7 +354,7 @@ class CloneJob:
                         self._daemon.stop.set()
             # The event that ends hydration, or changes the mode, is not waited out.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PROGRESS_PERIOD_S):
+                async with timeout(PROGRESS_PERIOD_S):
                     event_nr = await device.wait(event_nr)
 
     def _report(self, tell: Callable[..., None], *words: object) -> None:
