@@ -304,16 +304,18 @@ class Life:
         loop.watch_nothing()
         loop.deadline_s = float("inf")
         loop.steps_max = loop.steps + BURIAL_STEPS_MAX
-        # The end of `_live` may be scheduled already, and would stop us instead.
-        loop.call_soon(loop.stop)
-        loop.run_forever()
         # What ends may start something new: until there is nothing more.
         while tasks := asyncio.all_tasks(loop):
             for task in tasks:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 task.cancel()
+            # The end of `_live` may be scheduled already, and would stop us instead.
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            tasks = {task for task in tasks if not task.done()}
             try:
-                loop.run_until_complete(asyncio.wait(tasks))
+                if tasks:
+                    loop.run_until_complete(asyncio.wait(tasks))
             except Stuck:
                 break  # a dead machine owes nothing to anybody
         loop.close()
@@ -403,7 +405,7 @@ class Life:
     async def _shut_down(self, operator: "asyncio.Task[None] | None") -> None:
         """As the daemon ends."""
         self.note("shutdown")
-        if self.plan.cut_in_shutdown is not None and self.loop.cut_at is None:
+        if self.plan.cut_in_shutdown is not None and not self.is_over:
             self.loop.cut_at = self.loop.steps + self.plan.cut_in_shutdown
         self.is_stopping = True
         await self.listener.close(GRACE_S)
