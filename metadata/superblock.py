@@ -76,9 +76,12 @@ __all__ = [
     "SUPERBLOCK_BLOCKS",
     "SUPERBLOCK_MAGIC",
     "CloneSuperblock",
+    "Copy",
     "Found",
     "choose_superblock",
     "format_superblocks",
+    "open_copies",
+    "read_area",
     "read_superblock",
     "superblock_block",
     "superblock_writes",
@@ -174,17 +177,21 @@ class CloneSuperblock(
 class Found(NamedTuple):
     """What `choose_superblock` found: the newest, and what is not as it should be.
 
-    `unhealed` slots must be rewritten; `notes` says why, for people.
+    `unhealed` slots must be rewritten; `notes` says why, for people. `lost` slots, of which
+    nothing is known, there are only for a reader that has said that it can live with it.
     """
 
     superblock: CloneSuperblock
     unhealed: frozenset[int]
     notes: tuple[str, ...]
+    lost: frozenset[int] = frozenset()
 
 
-class _Copy(NamedTuple):
+class Copy(NamedTuple):
+    """One of the four; `fault` says why it is not valid, and is empty if it is."""
+
     superblock: CloneSuperblock | None
-    fault: str  # empty if valid
+    fault: str
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
@@ -227,6 +234,15 @@ def read_superblock(device_size: int) -> Steps[Found]:
     Raises: what `choose_superblock` does, and
         MetadataTooSmall: not even the superblock area fits.
     """
+    area = yield from read_area(device_size)
+    return choose_superblock(area)
+
+
+def read_area(device_size: int) -> Steps[memoryview]:
+    """Flush, then read the four blocks.
+
+    Raises: NotOurs, MetadataTooSmall: they do not fit.
+    """
     area_size = SUPERBLOCK_BLOCKS * BLOCK_SIZE
     yield Flush()
     if device_size < area_size:
@@ -234,12 +250,29 @@ def read_superblock(device_size: int) -> Steps[Found]:
         if any(head):
             raise NotOurs("block 0", _describe(head))
         raise MetadataTooSmall(needed=area_size, given=device_size)
-    area = yield from read(0, area_size)
-    return choose_superblock(area)
+    return (yield from read(0, area_size))
 
 
-def choose_superblock(area: memoryview) -> Found:
+def open_copies(area: memoryview) -> list[list[Copy]]:
+    """Open the four copies, by slot and copy, and compare nothing.
+
+    Raises: NotOurs, UnsupportedFormat, CorruptMetadata: what no rot can have produced.
+    """
+    return [
+        [_open_copy(area, slot, copy) for copy in range(NR_COPIES)]
+        for slot in range(NR_SLOTS)
+    ]
+
+
+def choose_superblock(
+    area: memoryview, *, admit_needs_check: bool = False, admit_lost_slot: bool = False
+) -> Found:
     """Choose the newest of the four copies by the case table in the module head.
+
+    Args:
+        admit_needs_check: the flag is what the caller is here for.
+        admit_lost_slot: choose from the other slot if one has no valid copy. What it says
+            may be older than what was acknowledged. Only for tools that say so.
 
     Raises:
         NotFormatted: all zeroes, or an interrupted format.
@@ -247,14 +280,15 @@ def choose_superblock(area: memoryview) -> Found:
         CorruptMetadata: a slot has no valid copy, or copies contradict each other.
         UnsupportedFormat: of a newer format version or with unknown incompatible features.
     """
-    copies = [
-        [_open_copy(area, slot, copy) for copy in range(NR_COPIES)]
-        for slot in range(NR_SLOTS)
-    ]
+    copies = open_copies(area)
     _refuse_foreign(area, copies)
     _refuse_unfinished(area, copies)
+    lost = set()
     for slot in range(NR_SLOTS):
-        _check_slot(slot, copies[slot])
+        if admit_lost_slot and not any(copy.superblock for copy in copies[slot]):
+            lost.add(slot)
+        else:
+            _check_slot(slot, copies[slot])
     valid = [copy.superblock for slot in copies for copy in slot if copy.superblock]
     newest = max(valid, key=lambda superblock: superblock.generation)
     for field in ("uuid", "region_size", "target_size", "arena_blocks"):
@@ -267,13 +301,15 @@ def choose_superblock(area: memoryview) -> Found:
                     found,
                 )
     _check_fields(newest)
+    if newest.flags & NEEDS_CHECK and not admit_needs_check:
+        raise CorruptMetadata("superblock flags", "no needs_check", "needs_check")
     unhealed, notes = set(), []
     for slot in range(NR_SLOTS):
         first, second = copies[slot]
-        if first.superblock != second.superblock:
+        if slot in lost or first.superblock != second.superblock:
             unhealed.add(slot)
             notes.append(first.fault or second.fault or f"slot {slot}: copies differ")
-    return Found(newest, frozenset(unhealed), tuple(notes))
+    return Found(newest, frozenset(unhealed), tuple(notes), frozenset(lost))
 
 
 def _write(slot: int, copy: int, body: bytes) -> Write:
@@ -287,7 +323,7 @@ def _block_of(area: memoryview, slot: int, copy: int) -> memoryview:
     return area[begin : begin + BLOCK_SIZE]
 
 
-def _open_copy(area: memoryview, slot: int, copy: int) -> _Copy:
+def _open_copy(area: memoryview, slot: int, copy: int) -> Copy:
     """Open one copy. Only what no rot can produce (a valid digest) may raise here."""
     block = superblock_block(slot, copy)
     where = f"superblock slot {slot} copy {copy} (block {block})"
@@ -296,9 +332,9 @@ def _open_copy(area: memoryview, slot: int, copy: int) -> _Copy:
             SUPERBLOCK_MAGIC, block, _block_of(area, slot, copy), where
         )
     except CorruptMetadata as error:
-        return _Copy(None, str(error))
+        return Copy(None, str(error))
     try:
-        return _Copy(_DECODER.decode(opened.body), "")
+        return Copy(_DECODER.decode(opened.body), "")
     except UNDECODABLE as error:
         kind = _kind_of(opened.body)
         if kind is not None and kind != "clone":
@@ -315,7 +351,7 @@ def _kind_of(body: memoryview) -> str | None:
     return fields[0] if fields and isinstance(fields[0], str) else None
 
 
-def _refuse_foreign(area: memoryview, copies: list[list[_Copy]]) -> None:
+def _refuse_foreign(area: memoryview, copies: list[list[Copy]]) -> None:
     if any(copy.superblock for slot in copies for copy in slot):
         return
     if not any(area):
@@ -331,7 +367,7 @@ def _refuse_foreign(area: memoryview, copies: list[list[_Copy]]) -> None:
     raise NotOurs("the superblock area (blocks 0 to 3)", _describe(area))
 
 
-def _refuse_unfinished(area: memoryview, copies: list[list[_Copy]]) -> None:
+def _refuse_unfinished(area: memoryview, copies: list[list[Copy]]) -> None:
     """Tell an interrupted format from rot: slot 1 zero, slot 0 zero or generation 0."""
     for copy in range(NR_COPIES):
         if _block_of(area, 1, copy) != _ZERO_BLOCK:
@@ -345,7 +381,7 @@ def _refuse_unfinished(area: memoryview, copies: list[list[_Copy]]) -> None:
     raise NotFormatted
 
 
-def _check_slot(slot: int, copies: list[_Copy]) -> None:
+def _check_slot(slot: int, copies: list[Copy]) -> None:
     """Raise CorruptMetadata if the slot cannot have come about by a crash and one rot."""
     valid = [copy.superblock for copy in copies if copy.superblock]
     if not valid:
@@ -413,8 +449,6 @@ def _check_fields(superblock: CloneSuperblock) -> None:
             f"at most {superblock.nr_regions}",
             superblock.nr_hydrated,
         )
-    if superblock.flags & NEEDS_CHECK:
-        raise CorruptMetadata("superblock flags", "no needs_check", "needs_check")
 
 
 def _describe(head: memoryview) -> str:
