@@ -48,7 +48,7 @@ from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.registry import check_name
 from nbdtarget.dm.table import SECTOR
 from nbdtarget.errors import ResolveError
-from nbdtarget.words import join_words
+from nbdtarget.words import join_words, split_words
 
 __all__ = ["CloneJob", "CloneOptions", "ClonePlan", "CloneReporter", "plan_clone"]
 
@@ -74,6 +74,9 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
         listen: addresses; none: a unix socket in the runtime directory.
         control: path of the control socket; None: the usual one, if it is free.
         overwrite: the destination's data may go.
+        hydrate_on_read: copy what clients read before the rest.
+        hydration_rate: bytes a second that the background copies; 0: no bound.
+        then_linear: when all is hydrated, clients are served by the destination alone.
     """
 
     source: str
@@ -86,6 +89,9 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     exit_when_hydrated: bool = False
     control: str | None = None
     overwrite: bool = False
+    hydrate_on_read: bool = False
+    hydration_rate: int = 0
+    then_linear: bool = False
 
 
 class ClonePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,11 +259,22 @@ def _table_line(
 ) -> str:
     region = options.region_size
     words = [metadata, dest, source, str(region // SECTOR)]
-    words += ["0"] if options.hydration else ["1", "no_hydration"]
-    threshold = max(1, IN_FLIGHT_BYTES // region)
-    batch = max(1, COPY_BYTES // region)
-    words += ["4", "hydration_threshold", str(threshold)]
-    words += ["hydration_batch_size", str(batch)]
+    features = {
+        "no_hydration": not options.hydration,
+        "hydrate_on_read": options.hydrate_on_read,
+        "then_linear": options.then_linear,
+    }
+    is_set = [word for word, there in features.items() if there]
+    words += [str(len(is_set)), *is_set]
+    core = {
+        "hydration_threshold": max(1, IN_FLIGHT_BYTES // region),
+        "hydration_batch_size": max(1, COPY_BYTES // region),
+    }
+    if options.hydration_rate:
+        core["hydration_rate"] = options.hydration_rate
+    words.append(str(2 * len(core)))
+    for key, value in core.items():
+        words += [key, str(value)]
     return f"0 {size // SECTOR} clone {join_words(words)}"
 
 
@@ -278,7 +295,7 @@ class CloneJob:
             if begun is None:
                 return 0  # told to stop before anybody was served: nothing has changed
             plan, device = begun
-            watcher = asyncio.create_task(self._watch(device, plan.size))
+            watcher = asyncio.create_task(self._watch(device, plan))
             try:
                 await self._daemon.wait_for_stop()
             finally:
@@ -329,24 +346,24 @@ class CloneJob:
             raise
         return device
 
-    async def _watch(self, device: MappedDevice, size: int) -> None:
+    async def _watch(self, device: MappedDevice, plan: ClonePlan) -> None:
         """Report progress; end the job when hydrated, if so asked, or when it cannot go on."""
         options = self._options
         is_hydrated = False
         event_nr = device.event_nr
         while True:
-            done, is_stuck, line = await _progress(device, size)
-            self._report(self._reporter.progress, done, size)
+            done, is_stuck, line = await _progress(device, plan)
+            self._report(self._reporter.progress, done, plan.size)
             if is_stuck and not self._has_failed:
                 self._has_failed = True
                 self._report(self._reporter.failed, line)
                 if options.exit_when_hydrated:
                     self._daemon.stop.set()
-            if done == size and not is_hydrated and not is_stuck:
+            if done == plan.size and not is_hydrated and not is_stuck:
                 await (
                     device.status()
                 )  # commits: what we say next must survive a power cut
-                _, is_stuck, _ = await _progress(device, size)
+                _, is_stuck, _ = await _progress(device, plan)
                 if not is_stuck:
                     is_hydrated = True
                     self._report(self._reporter.hydrated)
@@ -365,10 +382,13 @@ class CloneJob:
             _log.debug("cannot report: %s", error)
 
 
-async def _progress(device: MappedDevice, size: int) -> tuple[int, bool, str]:
+async def _progress(device: MappedDevice, plan: ClonePlan) -> tuple[int, bool, str]:
     """Bytes hydrated, whether no more can be recorded, and the status line."""
+    size = plan.size
     lines = await device.status(noflush=True)
     if not lines or lines[0][2] != "clone":
+        if _is_dest_alone(device, plan):
+            return size, False, ""
         return 0, False, ""  # somebody loaded another table over the control socket
     words = lines[0][3].split()
     if len(words) < 4:
@@ -376,3 +396,9 @@ async def _progress(device: MappedDevice, size: int) -> tuple[int, bool, str]:
     hydrated, total = (int(number) for number in words[3].split("/"))
     done = min(size, hydrated * int(words[2]) * SECTOR)
     return (size if hydrated == total else done), words[-1] != "rw", lines[0][3]
+
+
+def _is_dest_alone(device: MappedDevice, plan: ClonePlan) -> bool:
+    """Whether `then_linear` has been carried out."""
+    lines = [(line[2], split_words(line[3])) for line in device.table()]
+    return lines == [("linear", [plan.dest, "0"])]

@@ -51,6 +51,25 @@ ExitWhenHydrated = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Start anew over data that DEST holds.")
 ]
+HydrateOnRead = Annotated[
+    bool,
+    typer.Option("--hydrate-on-read", help="Copy what clients read before the rest."),
+]
+HydrationRate = Annotated[
+    str | None,
+    typer.Option(
+        "--hydration-rate",
+        metavar="SIZE",
+        help="Bytes a second that the background copies at most, as 100M.",
+    ),
+]
+ThenLinear = Annotated[
+    bool,
+    typer.Option(
+        "--then-linear",
+        help="When all is copied, serve DEST alone, and let SOURCE go; clients notice nothing.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
 
 
@@ -67,6 +86,9 @@ def clone(
     region_size: RegionSize = "64K",
     listen: Listen = None,
     no_hydration: NoHydration = False,
+    hydrate_on_read: HydrateOnRead = False,
+    hydration_rate: HydrationRate = None,
+    then_linear: ThenLinear = False,
     exit_when_hydrated: ExitWhenHydrated = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
@@ -78,6 +100,7 @@ def clone(
     Stop it at any time; the same line goes on where it was.
     """
     region_bytes = _region_bytes(region_size)
+    rate = 0 if hydration_rate is None else _rate_bytes(hydration_rate)
     if no_hydration and exit_when_hydrated:
         raise typer.BadParameter("--exit-when-hydrated would wait for ever")
     from nbdtarget.cli.logs import start_logging
@@ -97,9 +120,24 @@ def clone(
         exit_when_hydrated=exit_when_hydrated,
         control=control,
         overwrite=overwrite,
+        hydrate_on_read=hydrate_on_read,
+        hydration_rate=rate,
+        then_linear=then_linear,
     )
     with make_reporter(options, json=json) as reporter:
         return run(lambda: CloneJob(options, reporter).run())
+
+
+def _rate_bytes(text: str) -> int:
+    from nbdtarget.devices.resolve import parse_size
+
+    try:
+        rate = parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--hydration-rate: {error}") from None
+    if not rate:
+        raise typer.BadParameter("--hydration-rate: must be more than 0")
+    return rate
 
 
 def _region_bytes(text: str) -> int:
