@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from nbdtarget.bio import (
     FUA,
+    OP_CACHE,
     OP_DISCARD,
     OP_FLUSH,
     OP_READ,
@@ -225,6 +226,14 @@ class Driver:
         bio = Bio(OP_READ, offset, length, memoryview(scratch), 0, ended, borrowed=True)
         self._submit(bio, offset, length)
         scratch[:] = b"\xdd" * length
+
+    def cache(self, offset: int, length: int) -> None:
+        """Say that the range will be read soon."""
+
+        def ended(bio: Bio) -> None:
+            self.in_flight.pop(bio, None)
+
+        self._submit(Bio(OP_CACHE, offset, length, None, 0, ended), offset, length)
 
     def _changed(
         self, op: int, offset: int, length: int, data: bytes | None, fua: bool

@@ -169,6 +169,11 @@ class CloneRig(_RegistryRig):
         ("hydration_threshold", "4"),
         ("hydration_threshold", "0"),
         ("hydration_batch_size", "3"),
+        ("enable_hydrate_on_read",),
+        ("disable_hydrate_on_read",),
+        ("hydration_rate", "100000"),
+        ("hydration_rate", "0"),
+        ("then_linear",),
     )
 
     def __init__(
@@ -232,20 +237,25 @@ class CloneRig(_RegistryRig):
     def nr_compactions(self) -> int:
         """In all lives of this metadata."""
         target = self._maybe_target()
-        assert target is not None
-        return target._metadata._superblock.nr_compactions
+        return 0 if target is None else target._metadata._superblock.nr_compactions
 
     def _maybe_target(self) -> CloneTarget | None:
         if self.registry is None:
             return None
         table = self.registry.get("d").active
-        return None if table is None else _clone_of(table)
+        return None if table is None else _maybe_clone_of(table)
 
     async def load(self) -> None:
         await super().load()
         table = self._registry.get("d").inactive
         assert table is not None
-        self.invariants.watch_jobs(_clone_of(table))
+        target = _maybe_clone_of(table)
+        assert target is not None
+        self.invariants.watch_jobs(target)
+
+    async def message(self, *words: str) -> None:
+        if self._maybe_target() is not None:  # else `linear` has taken its place
+            await super().message(*words)
 
     async def set_background(self, *, on: bool) -> None:
         await self.message("enable_hydration" if on else "disable_hydration")
@@ -270,7 +280,7 @@ class CloneRig(_RegistryRig):
     def is_settled(self) -> bool:
         """Everything is hydrated, and committed."""
         target = self._maybe_target()
-        return target is not None and target._metadata.hydration_done
+        return target is None or target._metadata.hydration_done
 
 
 class QuietCloneRig(CloneRig):
@@ -303,10 +313,9 @@ class WornCloneRig(CloneRig):
         await super().stop()
 
 
-def _clone_of(table: Table) -> CloneTarget:
+def _maybe_clone_of(table: Table) -> CloneTarget | None:
     (target,) = table.targets
-    assert isinstance(target, CloneTarget)
-    return target
+    return target if isinstance(target, CloneTarget) else None
 
 
 def _border(seed: int) -> int:

@@ -100,6 +100,12 @@ class TargetMachine(RuleBasedStateMachine):
         self.step(lambda driver: driver.read(*at))
 
     @precondition(lambda self: self.is_up)
+    @rule(data=st.data())
+    def cache(self, data: st.DataObject) -> None:
+        at = ranges(data, self.driver.model.size)
+        self.step(lambda driver: driver.cache(*at))
+
+    @precondition(lambda self: self.is_up)
     @rule(data=st.data(), fua=st.booleans())
     def write(self, data: st.DataObject, fua: bool) -> None:
         at = ranges(data, self.driver.model.size)
