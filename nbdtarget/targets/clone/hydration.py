@@ -196,9 +196,9 @@ class Hydration:
             self._bios_seen = self.regions.nr_bios
             self._busy_until_ns = now_ns + int(QUIET_S * _NS)
         if now_ns < self._busy_until_ns:
-            if self._jobs:
-                return None
-            until_ns = max(until_ns, self._rest_until_ns)
+            # With a job under way, until clients are quiet: it may take its time.
+            rest_ns = self._busy_until_ns if self._jobs else self._rest_until_ns
+            until_ns = max(until_ns, rest_ns)
         return max(0, until_ns - now_ns)
 
     def _retry_delay_ns(self, looked_ns: int) -> int | None:

@@ -360,3 +360,20 @@ async def test_dead_source_is_one_line_in_the_log_not_one_a_region(
     assert 1 < len(lines) <= 14
     assert any("more failures" in line for line in lines)
     await rig.stop()
+
+
+async def test_slow_copy_does_not_keep_others_from_starting_once_clients_are_quiet() -> (
+    None
+):
+    rig = await make("8 1 no_hydration 2 hydration_threshold 8", 16)
+    rig.bio(OP_READ, 0, 512)
+    rig.source.hold = True
+    await rig.target.message(["enable_hydration"])
+    await settle()
+    assert await hydrating(rig) == 1, "a client was here a moment ago"
+    await pass_time(rig, 0.1)
+    assert await hydrating(rig) == 8
+    rig.source.let_go()
+    await settle(300)
+    assert await rig.hydrated() == "16/16"
+    await rig.stop()
