@@ -2,8 +2,8 @@
 """Which test stands for which row of the kernel's checklist for a clone.
 
 Keys are section and row: a number where the checklist has one, else words from the row. Rows
-where we do otherwise than the kernel, on purpose, say so in their test. Rows that speak of what
-NBD has no word for (a block device's queue limits) are in `NOT_IN_NBD`.
+where we do otherwise than the kernel, on purpose, say so in their test. `WITHOUT_A_TEST` names
+what there is nothing to test of.
 """
 
 import ast
@@ -278,10 +278,13 @@ ROWS: Final[dict[str, tuple[str, ...]]] = {
     ),
 }
 
-NOT_IN_NBD: Final = {
-    "2.1 advertised discard limits and I/O hints",
-    "2.1 passdown off when the destination's largest discard is below a region",
-    "4.1 clone_hydration_throttle, a parameter of the module",
+WITHOUT_A_TEST: Final = {
+    "1.1 9 the errno of a wrong block number or version": "another format: EILSEQ or EINVAL",
+    "2.0 WRITE_SAME, secure erase": "NBD has no such request",
+    "2.1 advertised discard limits": "NBD has no word for them",
+    "2.1 I/O hints": "NBD's preferred block size is 4 KiB for every export",
+    "2.1 passdown off when the largest discard is small": "devices here take any length",
+    "4.1 clone_hydration_throttle": "a parameter of the kernel's module",
 }
 
 # How far each section counts.
