@@ -9,6 +9,7 @@ its mutants of the clone must fail here.
 import asyncio
 import logging
 from collections.abc import Iterator
+from functools import cached_property
 
 import pytest
 
@@ -24,9 +25,14 @@ WALKS_MAX = 50
 class LazyDevice(CrashDevice):
     """Carries a deferred bio out some turns of the loop later, not on the next one.
 
-    Only so does a FLUSH overtake a write, and one device's write another device's. It
+    Only so does a FLUSH overtake a write, and one device's write another device's. Some
+    are far lazier than others: then a commit's last step overtakes another's first. It
     also tells its zeroes.
     """
+
+    @cached_property
+    def _laziness(self) -> float:
+        return self._random.choice([0.5, 0.8, 0.95])
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         image = self.image()[offset : offset + length]
@@ -37,7 +43,7 @@ class LazyDevice(CrashDevice):
         ]
 
     def _carry_out_one(self) -> None:
-        if self._random.random() < 0.8:
+        if self._random.random() < self._laziness:
             asyncio.get_running_loop().call_soon(self._carry_out_one)
         else:
             super()._carry_out_one()

@@ -13,6 +13,7 @@ BIO_PY: Final = "nbdtarget/bio.py"
 TESTS: Final = (
     "tests/nbdtarget/test_bio.py",
     "tests/nbdtarget/dm/test_mapped_device.py",
+    "tests/nbdtarget/dm/test_zero_fill.py",
     "tests/crash/test_machine.py",
     "tests/crash/test_faults.py",
 )
@@ -60,8 +61,8 @@ MAPPED_DEVICE: Final = (
         MAPPED_DEVICE_PY,
         (
             (
-                "            self._owes_flush_error = True\n",
-                "            self._owes_flush_error = False\n",
+                "for t in old.targets):\n            self._owes_flush_error = True\n",
+                "for t in old.targets):\n            self._owes_flush_error = False\n",
             ),
         ),
         TESTS,

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make mutants`: every deliberate bug of the catalog must be caught by a test.
+
+    make mutants [ARGS='--only NAME --jobs N --timeout S --tests PATH… --list']
+
+The tree is copied to a temporary directory, once for each job. There the tests that the
+catalog names are run on the source as it is, and must pass; then with one mutant after the
+other, until the first test fails. A mutant that no test notices has SURVIVED. One that
+fails for a wrong reason (an import, a name, a syntax) is BROKEN and proves nothing, and
+neither does one that takes longer than `--timeout`, unless the catalog expects a hang.
+
+Exit status: 0 if every mutant is caught, else 1; 2 for a wrong option.
+"""
+
+import argparse
+import compileall
+import os
+import py_compile
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from tests.mutants.catalog import CATALOG
+from tests.mutants.mutant import Mutant, patched
+
+ROOT: Final = Path(__file__).parents[1]
+PACKAGES: Final = ("nbdtarget", "protocol", "metadata", "tests", "scripts")
+FILES: Final = ("pyproject.toml", "Makefile")
+JOBS: Final = 2
+TIMEOUT_S: Final = 120.0
+BASELINE_TIMEOUT_S: Final = 600.0
+OUTPUT_LINES_MAX: Final = 40  # of a run that fails for a wrong reason
+
+# How pytest ends: 0 all passed, 1 a test failed; 2 and above: it could not even collect.
+PASSED: Final = 0
+FAILED: Final = 1
+_FAILURE: Final = re.compile(r"^(?:FAILED|ERROR) (.*?)(?: - (.*))?$", re.MULTILINE)
+# What a mutant that is no bug, but no program either, fails with.
+_BROKEN: Final = re.compile(
+    r"^(?:ImportError|ModuleNotFoundError|NameError|UnboundLocalError|SyntaxError"
+    r"|IndentationError)\b"
+)
+
+
+class Run(NamedTuple):
+    """What became of the tests; `status` is None if they took too long."""
+
+    status: int | None
+    output: str
+    seconds: float
+
+
+class Verdict(NamedTuple):
+    """What became of a mutant."""
+
+    mutant: Mutant
+    is_caught: bool
+    line: str
+
+
+def copy_tree(to: Path) -> None:
+    """Copy what tests need. Compiled files follow the hash of their source, not its time:
+    a mutant lives for less than a second's tick."""
+    ignore = shutil.ignore_patterns("__pycache__", ".*")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, to / name)
+    compileall.compile_dir(
+        str(to),
+        quiet=2,
+        invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH,
+    )
+
+
+def run_python(tree: Path, arguments: Sequence[str], timeout_s: float) -> Run:
+    """Run Python in `tree`, importing from nowhere else; end all of it after a while."""
+    begun = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), "TMPDIR": str(tree / "tmp")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    status: int | None
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+        status = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        status = None
+    return Run(status, output, time.monotonic() - begun)
+
+
+def run_tests(tree: Path, paths: Iterable[str], timeout_s: float) -> Run:
+    """Run the tests up to the first that fails."""
+    options = ["-x", "-q", "--tb=line", "--show-capture=no", "-rfE"]
+    plugins = ["-p", "no:cacheprovider"]
+    arguments = ["-m", "pytest", *options, *plugins, *paths]
+    return run_python(tree, arguments, timeout_s)
+
+
+def import_error(tree: Path, mutant: Mutant) -> str:
+    """Return what goes wrong when the mutant is imported; empty: nothing does."""
+    module = mutant.file.removesuffix(".py").replace("/", ".")
+    program = f"import {module} as m; print(m.__file__)"
+    run = run_python(tree, ["-c", program], TIMEOUT_S)
+    if run.status == 0 and Path(run.output.strip()) == tree / mutant.file:
+        return ""
+    return (run.output.strip().splitlines() or ["nothing was imported"])[-1]
+
+
+def judge(
+    mutant: Mutant, tree: Path, tests: Sequence[str], timeout_s: float
+) -> Verdict:
+    """Apply the mutant in `tree`, see what the tests say, and take it back."""
+    source = (tree / mutant.file).read_text()
+    (tree / mutant.file).write_text(patched(mutant, tree))
+    try:
+        error = import_error(tree, mutant)
+        if error:
+            return Verdict(mutant, False, f"BROKEN   {mutant.name}: {error}")
+        run = run_tests(tree, tests or mutant.tests, timeout_s)
+    finally:
+        (tree / mutant.file).write_text(source)
+    took = f"({run.seconds:.1f} s)"
+    if run.status is None and mutant.hangs:
+        return Verdict(mutant, True, f"caught   {mutant.name}  by timeout {took}")
+    if run.status is None:
+        return Verdict(mutant, False, f"HANGS    {mutant.name}  {took}")
+    if run.status == PASSED:
+        return Verdict(mutant, False, f"SURVIVED {mutant.name}  {took}")
+    failure = _FAILURE.search(run.output)
+    if run.status != FAILED or failure is None:
+        tail = "\n".join(run.output.splitlines()[-OUTPUT_LINES_MAX:])
+        return Verdict(mutant, False, f"BROKEN   {mutant.name}  {took}\n{tail}")
+    test, reason = failure.group(1), failure.group(2) or ""
+    if _BROKEN.match(reason):
+        return Verdict(mutant, False, f"BROKEN   {mutant.name}  by {test}: {reason}")
+    return Verdict(mutant, True, f"caught   {mutant.name}  by {test} {took}")
+
+
+def run_mutants(options: argparse.Namespace, mutants: Sequence[Mutant]) -> bool:
+    """Judge all of them; tell whether each was caught."""
+    trees: queue.Queue[Path] = queue.Queue()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
+        for nr in range(options.jobs):
+            tree = Path(directory, str(nr))
+            copy_tree(tree)
+            (tree / "tmp").mkdir()
+            trees.put(tree)
+        paths = options.tests or [path for each in mutants for path in each.tests]
+        first = trees.get()
+        baseline = run_tests(first, dict.fromkeys(paths), BASELINE_TIMEOUT_S)
+        trees.put(first)
+        if baseline.status != PASSED:
+            print(baseline.output)
+            print("the tests fail on the source as it is: nothing can be said")
+            return False
+        print(f"passed   the source as it is ({baseline.seconds:.1f} s)", flush=True)
+
+        def in_some_tree(mutant: Mutant) -> Verdict:
+            tree = trees.get()
+            try:
+                return judge(mutant, tree, options.tests, options.timeout)
+            finally:
+                trees.put(tree)
+
+        escaped = []
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for done in as_completed([pool.submit(in_some_tree, m) for m in mutants]):
+                verdict = done.result()
+                print(verdict.line, flush=True)
+                if not verdict.is_caught:
+                    escaped.append(verdict.mutant)
+    print(f"{len(mutants) - len(escaped)} of {len(mutants)} caught")
+    for mutant in escaped:
+        print(f"  {mutant.name}: {mutant.file}: {mutant.forgets}")
+    return not escaped
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make mutants")
+    parser.add_argument("--only", metavar="NAME", nargs="+", action="extend")
+    parser.add_argument("--tests", metavar="PATH", nargs="+", default=[])
+    parser.add_argument("--jobs", metavar="N", type=int, default=JOBS)
+    parser.add_argument("--timeout", metavar="S", type=float, default=TIMEOUT_S)
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args(arguments)
+    unknown = set(options.only or ()) - {mutant.name for mutant in CATALOG}
+    if unknown:
+        parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    return options
+
+
+def main() -> int:
+    options = parse_options()
+    mutants = [m for m in CATALOG if not options.only or m.name in options.only]
+    if options.list:
+        for mutant in mutants:
+            print(f"{mutant.name}  ({mutant.file})\n    {mutant.forgets}")
+        return 0
+    return 0 if run_mutants(options, mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

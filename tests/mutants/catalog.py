@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All mutants, from the disk's format up to the wire, and the names that must be among them."""
+
+from typing import Final
+
+from tests.mutants.clone import CLONE
+from tests.mutants.commit import COMMIT
+from tests.mutants.devices import DEVICES
+from tests.mutants.mapped_device import MAPPED_DEVICE
+from tests.mutants.metadata import METADATA
+from tests.mutants.mutant import Mutant
+from tests.mutants.server import SERVER
+
+__all__ = ["CATALOG", "ESSENTIAL"]
+
+CATALOG: Final[tuple[Mutant, ...]] = (
+    *METADATA,
+    *COMMIT,
+    *CLONE,
+    *MAPPED_DEVICE,
+    *DEVICES,
+    *SERVER,
+)
+
+# The classics of crash safety: whoever edits the catalog may rename none of them away.
+ESSENTIAL: Final = frozenset(
+    {
+        "commit-before-flush",
+        "commit-without-destination-flush",
+        "superblock-before-journal",
+        "journal-not-flushed",
+        "superblock-without-fua",
+        "one-superblock-copy-written",
+        "generation-not-advanced",
+        "fua-without-commit",
+        "fua-completed-before-its-commit",
+        "second-flush-elided-when-nothing-was-committed",
+        "bit-set-before-the-copy-is-written",
+        "short-tail-region-taken-for-an-overwrite",
+        "discard-overtakes-a-copy",
+        "revert-forgotten-after-a-failed-commit",
+        "latch-forgotten-after-a-failed-fsync",
+        "compaction-drops-a-delta",
+        "deferred-payload-not-owned",
+    }
+)

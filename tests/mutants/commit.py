@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the commit: who waits for what, and what is promised when."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["COMMIT"]
+
+COMMITTER_PY: Final = "nbdtarget/targets/committer.py"
+METADATA_IO_PY: Final = "nbdtarget/metadata_io.py"
+WALKS: Final = ("tests/crash/test_directed.py", "tests/crash/test_machine.py")
+COMMITTER: Final = ("tests/nbdtarget/targets/test_committer.py",)
+METADATA_IO: Final = ("tests/nbdtarget/test_metadata_io.py",)
+FAULTS: Final = (
+    "tests/nbdtarget/targets/test_committer.py",
+    "tests/crash/test_faults.py",
+)
+
+_TOGETHER: Final = """\
+        await _all(
+            *(device.flush() for device in self.backing),
+            metadata_io.run(self.device, transaction.journal()),
+        )
+        await metadata_io.run(self.device, transaction.superblock())
+        transaction.done()
+"""
+
+COMMIT: Final = (
+    Mutant(
+        "commit-before-flush",
+        "The destination is flushed when the superblock is out: a crash finds bits without data.",
+        COMMITTER_PY,
+        (
+            (
+                _TOGETHER,
+                "        await metadata_io.run(self.device, transaction.journal())\n"
+                "        await metadata_io.run(self.device, transaction.superblock())\n"
+                "        transaction.done()\n"
+                "        await _all(*(device.flush() for device in self.backing))\n",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "commit-without-destination-flush",
+        "The destination is not flushed at all: acknowledged data is lost, garbage is read.",
+        COMMITTER_PY,
+        (
+            (
+                _TOGETHER,
+                "        await metadata_io.run(self.device, transaction.journal())\n"
+                "        await metadata_io.run(self.device, transaction.superblock())\n"
+                "        transaction.done()\n",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "superblock-beside-the-flush",
+        "The superblock does not wait for the destination's flush, only for the journal.",
+        COMMITTER_PY,
+        (
+            (
+                _TOGETHER,
+                "        async def write() -> None:\n"
+                "            await metadata_io.run(self.device, transaction.journal())\n"
+                "            await metadata_io.run(self.device, transaction.superblock())\n"
+                "\n"
+                "        await _all(*(device.flush() for device in self.backing), write())\n"
+                "        transaction.done()\n",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "flush-rides-on-the-running-commit",
+        "A FLUSH that comes while a commit runs ends with it: its writes were not flushed.",
+        COMMITTER_PY,
+        (
+            (
+                "        transaction.done()\n",
+                "        transaction.done()\n        _tell(self._flush_waiters, 0)\n",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "second-flush-elided-when-nothing-was-committed",
+        "A FLUSH whose changes the commit before has taken ends without any flush.",
+        COMMITTER_PY,
+        (("return await self._flush_only() if has_flushes else 0", "return 0"),),
+        WALKS,
+    ),
+    Mutant(
+        "running-commit-taken-for-clean",
+        "While a commit runs, FLUSH and FUA are passed down as if it had ended well.",
+        COMMITTER_PY,
+        (
+            (
+                "return not (self.metadata.changed or self._running or self.has_failed)",
+                "return self._running is not None or not (\n"
+                "            self.metadata.changed or self.has_failed\n"
+                "        )",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "flush-told-before-the-commit",
+        "Who waits is told when the commit begins: an acknowledged FLUSH is lost.",
+        COMMITTER_PY,
+        (
+            (
+                "        errno = errnos.EIO\n        try:\n            if not self.has_failed:",
+                "        errno = errnos.EIO\n        _tell(flushes, 0)\n        try:\n"
+                "            if not self.has_failed:",
+            ),
+        ),
+        WALKS,
+    ),
+    Mutant(
+        "failed-commit-acknowledged",
+        "A commit fails, and those who wait are told that it went well.",
+        COMMITTER_PY,
+        (
+            (
+                "            await self._abort(error)\n            return errnos.EIO",
+                "            await self._abort(error)\n            return 0",
+            ),
+        ),
+        FAULTS,
+    ),
+    Mutant(
+        "revert-forgotten-after-a-failed-commit",
+        "Bits that were not committed stay: later reads and commits build on lost data.",
+        COMMITTER_PY,
+        (
+            (
+                "            self.metadata.abort()\n",
+                "            pass\n",
+            ),
+        ),
+        FAULTS,
+    ),
+    Mutant(
+        "flush-goes-on-after-a-failed-commit",
+        "The commit after a failed one succeeds, and hides what was lost.",
+        COMMITTER_PY,
+        (
+            (
+                "        # At once: what is reverted must not be built on while we probe.\n"
+                "        self.has_failed = True\n",
+                "",
+            ),
+            (
+                "    def _give_up(self) -> None:\n        self.has_failed = True\n",
+                "    def _give_up(self) -> None:\n",
+            ),
+        ),
+        FAULTS,
+    ),
+    Mutant(
+        "flush-error-swallowed",
+        "The destination's flush fails, and the superblock is written all the same.",
+        COMMITTER_PY,
+        (("        if result is not None:\n            raise result", "        pass"),),
+        FAULTS,
+    ),
+    Mutant(
+        "failed-flush-without-changes-acknowledged",
+        "With nothing to commit, a failed flush of the destination is a success.",
+        COMMITTER_PY,
+        (
+            (
+                "            return error.errno\n        return 0",
+                "            return 0\n        return 0",
+            ),
+        ),
+        FAULTS,
+    ),
+    Mutant(
+        "commit-never-due",
+        "Nothing is committed until somebody flushes: a crash repeats hours of hydration.",
+        COMMITTER_PY,
+        (
+            (
+                "        if self._timer is None and not self.has_failed:",
+                "        if self._timer is not None and not self.has_failed:",
+            ),
+        ),
+        COMMITTER,
+    ),
+    Mutant(
+        "quiesce-leaves-a-compaction-behind",
+        "A compaction writes on into a device that has been closed, or is another's.",
+        COMMITTER_PY,
+        (
+            (
+                "for task in (self._running, self._compaction) if task]",
+                "for task in (self._running,) if task]",
+            ),
+        ),
+        COMMITTER,
+    ),
+    Mutant(
+        "metadata-fua-dropped",
+        "The driver drops the FUA of the superblock: it may be lost when it is relied on.",
+        METADATA_IO_PY,
+        (("operation.data, fua=operation.fua)", "operation.data)"),),
+        WALKS,
+    ),
+    Mutant(
+        "metadata-flush-dropped",
+        "The driver drops the journal's flush.",
+        METADATA_IO_PY,
+        (("        await device.flush()\n", "        pass\n"),),
+        WALKS,
+    ),
+    Mutant(
+        "late-write-not-waited-for",
+        "A cancelled operation leaves its write under way: it lands on what comes next.",
+        METADATA_IO_PY,
+        (("            cancelled = error\n", "            raise\n"),),
+        METADATA_IO,
+    ),
+    Mutant(
+        "offline-fua-dropped",
+        "An offline tool says that it is done while the superblock may still be lost.",
+        METADATA_IO_PY,
+        (
+            (
+                "            if operation.fua:\n                os.fdatasync(fd)\n",
+                "",
+            ),
+        ),
+        METADATA_IO,
+    ),
+)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the devices: what is promised for a file, and for another server's export."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["DEVICES"]
+
+FILE_PY: Final = "nbdtarget/devices/file.py"
+NBD_PY: Final = "nbdtarget/devices/nbd.py"
+FILE: Final = ("tests/nbdtarget/devices/test_file.py",)
+NBD: Final = ("tests/nbdtarget/devices/test_nbd.py",)
+
+DEVICES: Final = (
+    # ---- a file
+    Mutant(
+        "latch-forgotten-after-a-failed-fsync",
+        "The fsync after a failed one succeeds: the kernel has dropped the pages by then.",
+        FILE_PY,
+        (
+            (
+                "            self._is_latched = True\n",
+                "            self._is_latched = False\n",
+            ),
+        ),
+        FILE,
+    ),
+    Mutant(
+        "fsync-result-ignored",
+        "fdatasync fails, and FLUSH succeeds.",
+        FILE_PY,
+        (
+            (
+                "self._sync_done(sync, status)\n        self._start_flush()",
+                "self._sync_done(sync, 0)\n        self._start_flush()",
+            ),
+        ),
+        FILE,
+    ),
+    Mutant(
+        "fdatasync-not-called",
+        "FLUSH asks nothing of the kernel: a power cut takes what it acknowledged.",
+        FILE_PY,
+        (("        os.fdatasync(self._fd)\n", ""),),
+        FILE,
+    ),
+    Mutant(
+        "fua-without-dsync",
+        "A FUA write stays in the page cache.",
+        FILE_PY,
+        (("partial(write, os.RWF_DSYNC)", "partial(write, 0)"),),
+        FILE,
+    ),
+    Mutant(
+        "fua-written-inline",
+        "The quick way through `submit` takes a FUA write for a plain one.",
+        FILE_PY,
+        (
+            (
+                "            and self._is_quick\n            and not bio.flags\n",
+                "            and self._is_quick\n",
+            ),
+        ),
+        FILE,
+    ),
+    Mutant(
+        "fua-of-zeroes-not-synced",
+        "FUA on WRITE_ZEROES or DISCARD is forgotten.",
+        FILE_PY,
+        (("sync = _Sync([bio]) if bio.flags & FUA else None", "sync = None"),),
+        FILE,
+    ),
+    Mutant(
+        "file-flush-rides-on-the-running-one",
+        "A FLUSH that comes while fdatasync runs ends with it, for pages it has passed.",
+        FILE_PY,
+        (
+            (
+                "        self._flush_runs = False\n        self._sync_done",
+                "        self._flush_runs = False\n"
+                "        sync.bios += self._flush_waiting\n"
+                "        self._flush_waiting = []\n"
+                "        self._sync_done",
+            ),
+        ),
+        FILE,
+    ),
+    Mutant(
+        "overlapping-sync-not-waited-for",
+        "The kernel tells a lost page to one sync, and another that overlaps it succeeds.",
+        FILE_PY,
+        (("sync.left = len(self._syncs)", "sync.left = 0"),),
+        FILE,
+    ),
+    Mutant(
+        "failed-write-does-not-latch",
+        "A write to the disk has failed, and a later FLUSH succeeds all the same.",
+        FILE_PY,
+        (
+            (
+                "        if status not in _NOTHING_LOST:\n"
+                "            self._latch(OP_NAMES[bio.op], status)\n",
+                "",
+            ),
+        ),
+        FILE,
+    ),
+    Mutant(
+        "failed-writeback-does-not-latch",
+        "Pages that background writeback has lost are acknowledged by the next FLUSH.",
+        FILE_PY,
+        (('            self._latch("writeback", status)\n', "            pass\n"),),
+        FILE,
+    ),
+    Mutant(
+        "deferred-file-write-not-owned",
+        "A worker writes what the receive buffer holds by then.",
+        FILE_PY,
+        (
+            (
+                "    def _write_later(self, bio: Bio, put: int) -> None:\n        bio.own()",
+                "    def _write_later(self, bio: Bio, put: int) -> None:\n"
+                "        bio.borrowed = False",
+            ),
+        ),
+        FILE,
+    ),
+    Mutant(
+        "short-write-taken-for-whole",
+        "The kernel takes a part of a write, and the rest is never written.",
+        FILE_PY,
+        (
+            (
+                "                self._write_later(bio, put)\n            return\n"
+                "        self._submit_slow(bio)",
+                "                bio.end(0)\n            return\n"
+                "        self._submit_slow(bio)",
+            ),
+        ),
+        FILE,
+    ),
+    # ---- another server's export
+    Mutant(
+        "nbd-fua-not-sent",
+        "FUA is not passed on to a server that has it.",
+        NBD_PY,
+        (
+            (
+                "                flags = consts.CMD_FLAG_FUA\n",
+                "                flags = 0\n",
+            ),
+        ),
+        NBD,
+    ),
+    Mutant(
+        "nbd-fua-without-flush",
+        "On a server without FUA, a FUA write ends without the FLUSH that stands for it.",
+        NBD_PY,
+        (
+            (
+                "        elif bio.flags & FUA and not self._has_fua:",
+                "        elif bio.flags < 0 and not self._has_fua:",
+            ),
+        ),
+        NBD,
+    ),
+    Mutant(
+        "nbd-latch-forgotten",
+        "A FLUSH failed over there, and the next one is believed.",
+        NBD_PY,
+        (
+            (
+                "            self._is_latched = True\n",
+                "            self._is_latched = False\n",
+            ),
+        ),
+        NBD,
+    ),
+    Mutant(
+        "nbd-flush-rides-on-the-running-one",
+        "A FLUSH that comes while one is with the server ends with it.",
+        NBD_PY,
+        (
+            (
+                "        bios, self._flush_runs = self._flush_runs, []\n",
+                "        bios = self._flush_runs + self._flush_waiting\n"
+                "        self._flush_runs, self._flush_waiting = [], []\n",
+            ),
+        ),
+        NBD,
+    ),
+    Mutant(
+        "nbd-payload-not-owned",
+        "A request that waits its turn sends what the receive buffer holds by then.",
+        NBD_PY,
+        (
+            (
+                "            bio.own()\n            self._submit_write(bio)",
+                "            bio.borrowed = False\n            self._submit_write(bio)",
+            ),
+        ),
+        NBD,
+    ),
+    Mutant(
+        "nbd-patch-beside-other-writes",
+        "Two unaligned writes to one block patch each other away.",
+        NBD_PY,
+        (
+            (
+                "            while self._nr_writes:\n",
+                "            while self._nr_writes < 0:\n",
+            ),
+        ),
+        NBD,
+    ),
+    Mutant(
+        "nbd-error-of-a-piece-lost",
+        "A large write succeeds though the server refused one of its pieces.",
+        NBD_PY,
+        (
+            (
+                "            whose.error = whose.error or status\n",
+                "            whose.error = status\n",
+            ),
+        ),
+        NBD,
+    ),
+    Mutant(
+        "nbd-written-to-without-flush",
+        "A server that has no FLUSH is taken for a disk to write to.",
+        NBD_PY,
+        (
+            (
+                "    if not negotiated.flags & consts.FLAG_SEND_FLUSH:",
+                "    if negotiated.flags < 0:",
+            ),
+        ),
+        NBD,
+    ),
+)

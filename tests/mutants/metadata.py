@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of `metadata/`: what is on disk, and what is believed of it."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["METADATA"]
+
+# What a power cut leaves: these must be noticed without looking at the code's inside.
+CUTS: Final = (
+    "tests/metadata/test_crash.py::test_every_crash_image_opens_at_an_acknowledged_state",
+)
+FORMATTING: Final = (
+    "tests/metadata/test_crash.py::test_crash_while_formatting_leaves_it_formatted_or_formattable",
+)
+SUPERBLOCK: Final = (
+    "tests/metadata/test_superblock.py",
+    "tests/metadata/test_clone.py",
+    "tests/metadata/test_transaction.py",
+    *CUTS,
+)
+TRANSACTION: Final = (
+    "tests/metadata/test_transaction.py",
+    "tests/metadata/test_model.py",
+    *CUTS,
+)
+RECORDS: Final = (
+    "tests/metadata/test_envelope.py",
+    "tests/metadata/test_records.py",
+    "tests/metadata/test_arena.py",
+    "tests/metadata/test_rot.py",
+)
+BITS: Final = (
+    "tests/metadata/test_clone.py",
+    "tests/metadata/test_transaction.py",
+    "tests/metadata/test_model.py",
+    *CUTS,
+)
+
+METADATA: Final = (
+    # ---- the superblock
+    Mutant(
+        "one-superblock-copy-written",
+        "The second copy is never written: one rotten sector loses an acknowledged commit.",
+        "metadata/superblock.py",
+        (
+            (
+                "return _write(slot, 0, body), _write(slot, 1, body)",
+                "return _write(slot, 0, body), _write(slot, 0, body)",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "superblock-without-fua",
+        "The superblock may still lie in the disk's cache: an acknowledged FLUSH is lost.",
+        "metadata/superblock.py",
+        (
+            (
+                "Write(block * BLOCK_SIZE, data, fua=True)",
+                "Write(block * BLOCK_SIZE, data, fua=False)",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "every-generation-in-one-slot",
+        "Each commit overwrites the one before: a torn write leaves none of the two.",
+        "metadata/superblock.py",
+        (
+            (
+                "    slot = superblock.generation % NR_SLOTS\n    return",
+                "    slot = superblock.generation * 0\n    return",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "opened-without-a-flush",
+        "After a kill, what is read may still be lost: it is acknowledged all the same.",
+        "metadata/superblock.py",
+        (
+            (
+                "    yield Flush()\n    if device_size < area_size:",
+                "    if device_size < area_size:",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "slot-1-formatted-first",
+        "A crash while formatting leaves a device that neither opens nor is formatted.",
+        "metadata/superblock.py",
+        (("for generation in range(NR_SLOTS):", "for generation in (1, 0, 1):"),),
+        FORMATTING,
+    ),
+    Mutant(
+        "formatted-in-one-go",
+        "Both generations are written at once: a crash leaves the second without the first.",
+        "metadata/superblock.py",
+        (
+            (
+                "        yield superblock_writes(superblock)\n",
+                "        if generation:\n"
+                "            first = msgspec.structs.replace(superblock, generation=0)\n"
+                "            yield (*superblock_writes(first), *superblock_writes(superblock))\n",
+            ),
+        ),
+        FORMATTING,
+    ),
+    Mutant(
+        "older-generation-believed",
+        "The older slot is opened: the last acknowledged commit is rolled back.",
+        "metadata/superblock.py",
+        (("newest = max(valid", "newest = min(valid"),),
+        SUPERBLOCK,
+    ),
+    Mutant(
+        "rotten-slot-rolled-back",
+        "Two rotten copies of the newest generation silently open the one before.",
+        "metadata/superblock.py",
+        (
+            (
+                "        _check_slot(slot, copies[slot])",
+                "        if any(copy.superblock for copy in copies[slot]):\n"
+                "            _check_slot(slot, copies[slot])",
+            ),
+        ),
+        SUPERBLOCK,
+    ),
+    Mutant(
+        "rotten-copy-never-healed",
+        "One good copy is relied on for ever: the next rot loses acknowledged commits.",
+        "metadata/superblock.py",
+        (("            unhealed.add(slot)\n", ""),),
+        CUTS,
+    ),
+    Mutant(
+        "healed-after-one-slot",
+        "The commit that heals one slot takes the other for healed as well.",
+        "metadata/transaction.py",
+        (
+            (
+                "metadata._unhealed -= {slot}",
+                "metadata._unhealed = frozenset() if slot in (0, 1) else {slot}",
+            ),
+        ),
+        TRANSACTION,
+    ),
+    Mutant(
+        "contradicting-copies-believed",
+        "Two disks mixed up, or a bug of ours: whichever copy comes first is served.",
+        "metadata/superblock.py",
+        (("if first.generation == last.generation and first != last:", "if False:"),),
+        SUPERBLOCK,
+    ),
+    Mutant(
+        "used-device-taken-for-an-unfinished-format",
+        "Rot in slot 1 makes a used clone be formatted: everything is hydrated again.",
+        "metadata/superblock.py",
+        (
+            (
+                "elif superblock.generation != 0:",
+                "elif superblock.generation % 2 != 0:",
+            ),
+        ),
+        SUPERBLOCK,
+    ),
+    Mutant(
+        "foreign-content-formatted",
+        "A file system without our superblock is overwritten by metadata.",
+        "metadata/clone.py",
+        (
+            (
+                "            yield from refuse_foreign(device_size, arena_blocks)\n",
+                "            yield ()\n",
+            ),
+        ),
+        ("tests/metadata/test_arena.py",),
+    ),
+    # ---- envelopes and records
+    Mutant(
+        "digest-not-checked",
+        "Rotten bytes are believed: regions that were never copied read as garbage.",
+        "metadata/envelope.py",
+        (("    if digest != expected:", "    if not expected:"),),
+        RECORDS,
+    ),
+    Mutant(
+        "misplaced-block-believed",
+        "A block that the disk wrote to the wrong place is taken for the right one.",
+        "metadata/envelope.py",
+        (
+            (
+                "_DIGESTED.pack(magic, version, length, block)",
+                "_DIGESTED.pack(magic, version, length, block * 0)",
+            ),
+        ),
+        RECORDS,
+    ),
+    Mutant(
+        "record-length-believed",
+        "A rotten length is read past the end of what was read.",
+        "metadata/envelope.py",
+        (("    if length > len(data) - HEADER_SIZE:", "    if length < 0:"),),
+        RECORDS,
+    ),
+    Mutant(
+        "predecessor-not-checked",
+        "Records of two lives of an arena are read as one journal.",
+        "metadata/records.py",
+        (("if record.previous != digest:", "if not record.previous:"),),
+        RECORDS,
+    ),
+    Mutant(
+        "record-generation-not-checked",
+        "A record that is newer than its superblock is applied: bits before their data.",
+        "metadata/records.py",
+        (
+            (
+                "if not generation <= record.generation <= generation_max:",
+                "if record.generation < 0:",
+            ),
+        ),
+        RECORDS,
+    ),
+    Mutant(
+        "journal-digest-not-checked",
+        "The journal's last records may be others than the superblock vouched for.",
+        "metadata/arena.py",
+        (
+            (
+                '    _expect("digest of the journal", superblock.journal_digest, digest)\n',
+                "",
+            ),
+        ),
+        RECORDS,
+    ),
+    Mutant(
+        "number-of-bits-not-checked",
+        "A bitmap with other bits than were committed is served.",
+        "metadata/arena.py",
+        (("if nr_hydrated != superblock.nr_hydrated:", "if nr_hydrated < 0:"),),
+        RECORDS,
+    ),
+    Mutant(
+        "run-past-the-end-applied",
+        "A lying record makes the bitmap longer than the disk.",
+        "metadata/records.py",
+        (("if not 0 < count <= nr_regions - begin:", "if not 0 < count:"),),
+        RECORDS,
+    ),
+    # ---- a commit's own half
+    Mutant(
+        "journal-not-flushed",
+        "The superblock vouches for a journal that the disk's cache may still lose.",
+        "metadata/transaction.py",
+        (
+            (
+                "        if self._to_journal or self.moves:\n            yield Flush()",
+                "        if self.moves:\n            yield Flush()",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "snapshot-of-a-commit-not-flushed",
+        "A commit that writes a whole snapshot vouches for it while it may still be lost.",
+        "metadata/transaction.py",
+        (
+            (
+                "        if self._to_journal or self.moves:\n            yield Flush()",
+                "        if self._to_journal:\n            yield Flush()",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "superblock-before-journal",
+        "The superblock is written first: a crash between the two finds no journal.",
+        "metadata/transaction.py",
+        (
+            (
+                "            yield chain.append(self.generation, self._to_journal[at : at + step])",
+                "            late = chain.append(self.generation, self._to_journal[at : at + step])\n"
+                "            self._late = [*getattr(self, '_late', []), late]",
+            ),
+            (
+                "        yield superblock_writes(self._next())\n",
+                "        yield superblock_writes(self._next())\n"
+                "        for late in getattr(self, '_late', []):\n"
+                "            yield late\n"
+                "        yield Flush()\n",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "generation-not-advanced",
+        "Every commit has one number: it overwrites the slot that is live.",
+        "metadata/transaction.py",
+        (
+            (
+                "self.generation = superblock.generation + 1",
+                "self.generation = superblock.generation",
+            ),
+        ),
+        TRANSACTION,
+    ),
+    Mutant(
+        "record-merged-into-an-acknowledged-block",
+        "To save space, a record is rewritten with the next one's changes: torn, both go.",
+        "metadata/transaction.py",
+        (
+            (
+                "        self._plan()\n        self._journaled = False",
+                "        self._plan()\n"
+                "        block, digest, runs, generation = getattr(\n"
+                "            metadata, '_last_record', (0, b'', new_runs(), -1)\n"
+                "        )\n"
+                "        place = self._chain.block, self._chain.digest\n"
+                "        is_next = generation == superblock.generation\n"
+                "        if not self.moves and is_next and block == place[0] - 1:\n"
+                "            place = self._chain.block, self._chain.digest = block, digest\n"
+                "            self._to_journal = runs + self.runs\n"
+                "        metadata._last_record = *place, self._to_journal[:], self.generation\n"
+                "        self._journaled = False",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "late-change-rides-on-the-commit-under-way",
+        "A region that is hydrated after the destination's flush is committed with it.",
+        "metadata/clone.py",
+        (
+            (
+                "            append_runs(self._active, first, last - first)\n",
+                "            taken = self._transaction\n"
+                "            if taken is None or taken._journaled:\n"
+                "                append_runs(self._active, first, last - first)\n"
+                "            else:\n"
+                "                append_runs(taken.runs, first, last - first)\n"
+                "                taken._nr_hydrated += last - first\n",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "clean-shutdown-never-cleared",
+        "A crash looks like a clean shutdown to whoever asks.",
+        "metadata/transaction.py",
+        (
+            (
+                "CLEAN_SHUTDOWN if clean_shutdown else 0",
+                "CLEAN_SHUTDOWN if clean_shutdown else superblock.flags",
+            ),
+        ),
+        TRANSACTION,
+    ),
+    # ---- compaction
+    Mutant(
+        "compaction-drops-a-delta",
+        "The switch journals its own changes only: what others committed since is gone.",
+        "metadata/transaction.py",
+        (
+            (
+                "self._to_journal = compaction.since",
+                "self._to_journal = self.runs",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "compaction-misses-earlier-commits",
+        "What was committed while the snapshot was written is missing in the new arena.",
+        "metadata/transaction.py",
+        (
+            (
+                "            compaction.since.extend(self.runs)\n",
+                "            if compaction.ready:\n"
+                "                compaction.since.extend(self.runs)\n",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "catch-up-forgets-what-does-not-fit",
+        "A compaction that runs out of room drops the commits that it has not journaled yet.",
+        "metadata/transaction.py",
+        (("                    self.since = runs[at:] + self.since\n", ""),),
+        CUTS,
+    ),
+    Mutant(
+        "switch-before-the-snapshot-is-whole",
+        "A commit switches to a snapshot of which only the first chunks are written.",
+        "metadata/clone.py",
+        (
+            (
+                "        self._compaction = self._compacting = compaction\n",
+                "        self._compaction = self._compacting = compaction\n"
+                "        compaction.ready = True\n",
+            ),
+        ),
+        TRANSACTION,
+    ),
+    Mutant(
+        "late-compaction-overwrites-a-commit",
+        "A write that an abandoned compaction had under way lands on the live snapshot.",
+        "metadata/transaction.py",
+        (
+            (
+                "late is not None and late.arena == self._arena:",
+                "late is not None and late.arena != self._arena:",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "changing-chunks-not-saved",
+        "A commit's own snapshot holds bits of the next one, whose data is not flushed.",
+        "metadata/clone.py",
+        (
+            (
+                "            if self._saved is not None:\n"
+                "                self._save_chunks(first, last)\n",
+                "",
+            ),
+        ),
+        CUTS,
+    ),
+    Mutant(
+        "compaction-while-one-copy-is-rotten",
+        "The arena that the older slot names is overwritten while only it may be left.",
+        "metadata/clone.py",
+        (("            and not self._unhealed\n", ""),),
+        TRANSACTION,
+    ),
+    # ---- the bits in core
+    Mutant(
+        "bits-kept-after-abort",
+        "Regions whose data a failed flush may have lost are still read from there.",
+        "metadata/clone.py",
+        (("            self.hydrated[begin : begin + count] = False\n", ""),),
+        BITS,
+    ),
+    Mutant(
+        "taken-changes-kept-after-abort",
+        "Only the changes after pre_commit are reverted, not those that failed.",
+        "metadata/clone.py",
+        (("            runs = self._transaction.runs + runs\n", "            pass\n"),),
+        BITS,
+    ),
+    Mutant(
+        "changed-forgotten-after-abort",
+        "After a failed commit the metadata says that nothing is left to commit.",
+        "metadata/clone.py",
+        (("            or self._aborted\n", ""),),
+        BITS,
+    ),
+    Mutant(
+        "writable-after-abort",
+        "Commits go on after one has failed, on a disk of which nobody knows what it holds.",
+        "metadata/clone.py",
+        (
+            (
+                "        self.mode = Mode.RO\n        self._aborted = True",
+                "        self._aborted = True",
+            ),
+        ),
+        BITS,
+    ),
+    Mutant(
+        "transaction-under-way-is-no-change",
+        "While a commit runs there is nothing to wait for: FLUSH ends too early.",
+        "metadata/clone.py",
+        (("            or self._transaction is not None\n", ""),),
+        BITS,
+    ),
+    Mutant(
+        "hydrated-before-it-is-committed",
+        "The clone steps aside while its last bits are only in memory: FLUSH loses them.",
+        "metadata/clone.py",
+        (
+            (
+                "return self._superblock.nr_hydrated == self.nr_regions",
+                "return self.nr_hydrated == self.nr_regions",
+            ),
+        ),
+        BITS,
+    ),
+)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the server: what a client is told, and when."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["SERVER"]
+
+REQUESTS_PY: Final = "nbdtarget/server/requests.py"
+CONNECTION_PY: Final = "nbdtarget/server/connection.py"
+REQUESTS: Final = (
+    "tests/nbdtarget/server/test_requests.py",
+    "tests/nbdtarget/server/test_connection.py",
+)
+
+SERVER: Final = (
+    Mutant(
+        "fua-of-a-small-write-dropped",
+        "The hot loop forgets FUA: an acknowledged FUA write is lost.",
+        REQUESTS_PY,
+        (
+            (
+                "bio.offset, bio.length, bio.flags = offset, length, flags",
+                "bio.offset, bio.length, bio.flags = offset, length, 0",
+            ),
+        ),
+        REQUESTS,
+    ),
+    Mutant(
+        "fua-of-a-large-write-dropped",
+        "A WRITE with a buffer of its own loses its FUA.",
+        REQUESTS_PY,
+        (
+            (
+                "length, payload, flags & FUA, self._ended",
+                "length, payload, 0, self._ended",
+            ),
+        ),
+        REQUESTS,
+    ),
+    Mutant(
+        "fua-of-zeroes-dropped",
+        "WRITE_ZEROES and TRIM lose their FUA.",
+        REQUESTS_PY,
+        (("    bio_flags = flags & FUA\n", "    bio_flags = 0\n"),),
+        REQUESTS,
+    ),
+    Mutant(
+        "flush-replied-without-a-flush",
+        "A FLUSH carries no bytes, so there is nothing to do: it is answered at once.",
+        REQUESTS_PY,
+        (
+            (
+                "        elif not length and command != CMD_FLUSH:",
+                "        elif not length:",
+            ),
+        ),
+        REQUESTS,
+    ),
+    Mutant(
+        "flush-replied-before-it-ends",
+        "A FLUSH is answered when the device has it, not when the device has ended it.",
+        REQUESTS_PY,
+        (
+            (
+                "        self._submit(bio)\n        output = self._output\n",
+                "        self._submit(bio)\n        output = self._output\n"
+                "        if bio.op == OP_FLUSH:\n"
+                "            request = bio.private\n"
+                "            assert isinstance(request, _Request)\n"
+                "            self._reply_done(request.cookie, request.command)\n",
+            ),
+            (
+                "                self._reply_done(request.cookie, request.command)\n",
+                "                if bio.op != OP_FLUSH:\n"
+                "                    self._reply_done(request.cookie, request.command)\n",
+            ),
+        ),
+        REQUESTS,
+    ),
+    Mutant(
+        "write-replied-before-it-ends",
+        "A WRITE that the device still works on is answered: the next FLUSH may miss it.",
+        REQUESTS_PY,
+        (
+            (
+                "        self._check_owned(bio)\n        self.is_full(0)\n",
+                "        self._check_owned(bio)\n"
+                "        if command == CMD_WRITE:\n"
+                "            self._reply_done(cookie, command)\n"
+                "        self.is_full(0)\n",
+            ),
+            (
+                "                self._reply_done(request.cookie, request.command)\n",
+                "                if request.command != CMD_WRITE or request.buffer:\n"
+                "                    self._reply_done(request.cookie, request.command)\n",
+            ),
+        ),
+        REQUESTS,
+    ),
+    Mutant(
+        "late-error-answered-as-success",
+        "A request that fails after a while is answered with success.",
+        REQUESTS_PY,
+        (
+            (
+                "            if bio.status:\n                self._give_back(request)\n",
+                "            if bio.status < 0:\n                self._give_back(request)\n",
+            ),
+        ),
+        REQUESTS,
+    ),
+    Mutant(
+        "inline-error-answered-as-success",
+        "A request that fails at once is answered with success.",
+        REQUESTS_PY,
+        (
+            (
+                "        if bio.status > 0:\n            self._reply_error(",
+                "        if bio.status > 0 and command == CMD_WRITE:\n"
+                "            self._reply_done(cookie, command)\n"
+                "            return bio\n"
+                "        if bio.status > 0:\n            self._reply_error(",
+            ),
+        ),
+        REQUESTS,
+    ),
+    Mutant(
+        "borrowed-payload-not-checked",
+        "A device that keeps a borrowed payload goes unnoticed, and writes garbage later.",
+        REQUESTS_PY,
+        (
+            (
+                "        if bio.borrowed:\n",
+                "        if bio.borrowed and bio.status > 0:\n",
+            ),
+        ),
+        REQUESTS,
+    ),
+    Mutant(
+        "device-released-under-bios",
+        "A client hangs up, and the device is let go while its writes are under way.",
+        CONNECTION_PY,
+        (
+            (
+                "        if self._requests is not None and self._requests.nr_requests:\n"
+                "            return\n        device, self._device",
+                "        device, self._device",
+            ),
+        ),
+        REQUESTS,
+    ),
+    Mutant(
+        "budget-not-given-back",
+        "Each late reply costs a piece of the budget, until the server stands still.",
+        REQUESTS_PY,
+        (
+            (
+                "            self._host.flush_soon()\n        self._budget.give_back(1, 0)\n\n"
+                "    # ---- replies ----",
+                "            self._host.flush_soon()\n\n    # ---- replies ----",
+            ),
+        ),
+        REQUESTS,
+        hangs=True,
+    ),
+)
