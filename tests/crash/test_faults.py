@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random walks over a clone one of whose devices fails on the way; then the power is cut.
+"""Random walks over a clone one of whose devices fails, or lies, on the way; then the power is
+cut.
 
 Reads may fail, and go back to what was there before an unflushed write: only that they end
 is asked here. What an acknowledged FLUSH or FUA covered is there after the crash all the same.
@@ -17,7 +18,13 @@ from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from tests.crash.machine import Driver
 from tests.crash.rigs import DISK_SIZE, REGION_SIZE, CloneRig
 from tests.crash.test_machine import KINDS, Step, take
-from tests.support.devices import FaultDevice
+from tests.support.devices import (
+    BadRange,
+    CrashDevice,
+    FailAfter,
+    FailFlush,
+    FaultDevice,
+)
 from tests.support.model import SECTOR
 
 WALKS = int(os.environ.get("SIM_WALKS", "100"))
@@ -31,11 +38,24 @@ LEFT_OUT = ("status", "stop", "cut_power")  # they ask for a disk that works
 class FaultRig(CloneRig):
     """A clone on devices of which one will fail; sound again after the crash."""
 
+    fault: CrashDevice | FaultDevice
+
     def arm(self, rng: random.Random) -> None:
-        name = rng.choice(sorted(self.devices))
-        fail_at, sticky = rng.randrange(1, FAIL_AT_MAX), rng.random() < 0.5
-        self.fault = FaultDevice(self.devices[name], fail_at, sticky=sticky)
-        self.devices[name] = self.fault
+        """Choose the device and how it fails: an operation, or a lie of its own."""
+        self.fault = rng.choice([self.destination, self.metadata, self.source])
+        at = rng.randrange(1, FAIL_AT_MAX)
+        match rng.randrange(4):
+            case 0:
+                self.fault.lie = FailFlush(at % 8)
+            case 1:
+                self.fault.lie = FailAfter(at)
+            case 2:
+                begin = rng.randrange(self.fault.size // SECTOR) * SECTOR
+                self.fault.lie = BadRange(begin, begin + at * SECTOR)
+            case _:
+                sticky = rng.random() < 0.5
+                fault = FaultDevice(self.fault, at, sticky=sticky)
+                self.devices[self.fault.name] = self.fault = fault
 
 
 class FaultDriver(Driver):

@@ -130,6 +130,7 @@ class CrashDevice(Device):
         border: bytes at which a write may tear: 512 or 4096.
         trace: each operation in the order it was carried out.
         watchers: see `Watcher`.
+        failed: bios that were failed by the lie, or since it made the device latch.
     """
 
     can_discard = True
@@ -156,6 +157,7 @@ class CrashDevice(Device):
         self.watchers: list[Watcher] = []
         self.is_cut = False
         self.is_latched = False
+        self.failed = 0
         self.lie = lie
         self._seed = seed
         self._random = random.Random(seed)
@@ -264,7 +266,10 @@ class CrashDevice(Device):
         durable = bio.op == OP_FLUSH or bool(bio.flags & FUA and bio.op != OP_READ)
         fails = self._lies_to(bio)
         self.is_latched |= fails and durable
-        return errnos.EIO if fails or (self.is_latched and durable) else 0
+        if not (fails or (self.is_latched and durable)):
+            return 0
+        self.failed += 1
+        return errnos.EIO
 
     def _lies_to(self, bio: Bio) -> bool:
         at = self._nr_lied_to

@@ -254,6 +254,7 @@ async def test_failed_flush_leaves_its_writes_at_risk_and_latches() -> None:
         await device.write(512, B, fua=True)
     assert {image[:512] for image in device.crash_images()} == {A, ZERO}
     assert bytes(await device.read(0, 512)) == A
+    assert device.failed == 3
     again = device.reopen(device.crash(0))
     await again.flush()
 
