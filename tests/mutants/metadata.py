@@ -122,9 +122,8 @@ METADATA: Final = (
         "metadata/superblock.py",
         (
             (
-                "        _check_slot(slot, copies[slot])",
-                "        if any(copy.superblock for copy in copies[slot]):\n"
-                "            _check_slot(slot, copies[slot])",
+                "if admit_lost_slot and not any(copy.superblock",
+                "if not any(copy.superblock",
             ),
         ),
         SUPERBLOCK,
