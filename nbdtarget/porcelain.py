@@ -372,7 +372,7 @@ class CloneJob:
             # The event that ends hydration, or changes the mode, is not waited out.
             with contextlib.suppress(TimeoutError):
                 async with timeout(PROGRESS_PERIOD_S):
-                    event_nr = await device.wait(event_nr)
+                    event_nr = await device.events.wait(event_nr)
 
     def _report(self, tell: Callable[..., None], *words: object) -> None:
         """Tell the user; the disk goes on if nobody reads any more (`| head`)."""

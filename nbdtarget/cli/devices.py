@@ -1,19 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands that change devices: suspend, resume, remove, remove_all, rename, message, wait."""
 
+import errno as errnos
 import sys
-from typing import Annotated
+import time
+from typing import Annotated, Final
 
 import typer
 
-from nbdtarget.cli.common import Control, Json, Name, ask, print_json
+from nbdtarget.cli.common import (
+    Control,
+    Json,
+    Name,
+    Names,
+    Uuid,
+    ask,
+    device_names,
+    print_json,
+)
 from nbdtarget.control import messages as m
+from nbdtarget.errors import TableError
 
 __all__ = ["register"]
 
-ManyNames = Annotated[
-    list[str], typer.Argument(metavar="NAME...", help="Mapped devices.")
-]
+RETRIES_MAX: Final = 25
+RETRY_S: Final = 0.2
 
 
 def register(app: typer.Typer) -> None:
@@ -29,42 +40,72 @@ def register(app: typer.Typer) -> None:
 
 
 def suspend(
-    names: ManyNames,
+    names: Names = None,
     noflush: Annotated[
         bool, typer.Option("--noflush", help="As dmsetup's; I/O is waited for.")
     ] = False,
     nolockfs: Annotated[
         bool, typer.Option("--nolockfs", help="As dmsetup's; no file system is frozen.")
     ] = False,
+    uuid: Uuid = None,
     control: Control = None,
 ) -> None:
     """Stop new I/O, wait for what is in flight, commit."""
-    for name in names:
+    for name in _named(names, uuid, control):
         ask(control, "suspend", m.Suspend(name, noflush), m.Done, about=name)
 
 
 def resume(
-    names: ManyNames,
+    names: Names = None,
     noflush: Annotated[bool, typer.Option("--noflush", hidden=True)] = False,
     nolockfs: Annotated[bool, typer.Option("--nolockfs", hidden=True)] = False,
+    uuid: Uuid = None,
     control: Control = None,
 ) -> None:
     """Let I/O go, with the inactive table if there is one."""
-    for name in names:
+    for name in _named(names, uuid, control):
         ask(control, "resume", m.Resume(name), m.Done, about=name)
 
 
+def _named(
+    names: list[str] | None, uuid: str | None, control: str | None
+) -> tuple[str, ...]:
+    named = device_names(names, uuid, control)
+    if not named:
+        raise typer.BadParameter("Missing argument 'NAME...'")
+    return named
+
+
 def remove(
-    names: ManyNames,
+    names: Names = None,
     force: Annotated[
         bool,
         typer.Option("--force", "-f", help="First fail all I/O, with an error table."),
     ] = False,
+    deferred: Annotated[
+        bool,
+        typer.Option(
+            "--deferred",
+            help="If it is in use, remove it when nobody uses it any more.",
+        ),
+    ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="If it is in use, try for five seconds.")
+    ] = False,
+    uuid: Uuid = None,
     control: Control = None,
 ) -> None:
     """Commit, and remove devices that nobody holds open."""
-    for name in names:
-        ask(control, "remove", m.Remove(name, force), m.Done, about=name)
+    for name in _named(names, uuid, control):
+        request = m.Remove(name, force, deferred)
+        for tries_left in range(RETRIES_MAX if retry else 0, -1, -1):
+            try:
+                ask(control, "remove", request, m.Done, about=name)
+                break
+            except TableError as error:
+                if error.errno != errnos.EBUSY or not tries_left:
+                    raise
+                time.sleep(RETRY_S)
 
 
 def remove_all(
@@ -82,11 +123,17 @@ def remove_all(
 
 def rename(
     name: Name,
-    new_name: Annotated[str, typer.Argument(metavar="NEW_NAME")],
+    new_name: Annotated[str, typer.Argument(metavar="NEW_NAME_OR_UUID")],
+    setuuid: Annotated[
+        bool, typer.Option("--setuuid", help="Give it a UUID instead of a name.")
+    ] = False,
     control: Control = None,
 ) -> None:
-    """Rename a device."""
-    ask(control, "rename", m.Rename(name, new_name), m.Done, about=name)
+    """Rename a device, or give one that has none a UUID."""
+    if setuuid:
+        ask(control, "set_uuid", m.SetUuid(name, new_name), m.Done, about=name)
+    else:
+        ask(control, "rename", m.Rename(name, new_name), m.Done, about=name)
 
 
 def message(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nbdtarget.cli.common import Control, Name, ask, caller_directory
+from nbdtarget.cli.concise import parse_concise
 from nbdtarget.control import messages as m
 from nbdtarget.errors import NbdTargetError
 
@@ -43,7 +44,9 @@ def register(app: typer.Typer) -> None:
 
 
 def create(
-    name: Name,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The new device.")
+    ] = None,
     file: TableFile = None,
     table: TableOption = None,
     notable: Annotated[
@@ -53,9 +56,27 @@ def create(
     uuid: Annotated[
         str, typer.Option("--uuid", "-u", metavar="UUID", help="Give it a UUID.")
     ] = "",
+    minor: Annotated[
+        int | None, typer.Option("--minor", "-m", help="Give it this minor number.")
+    ] = None,
+    concise: Annotated[
+        bool,
+        typer.Option(
+            "--concise",
+            help="Create all devices of one argument, or of stdin:"
+            " NAME,UUID,MINOR,FLAGS,TABLE[,TABLE...][;...]",
+        ),
+    ] = False,
     control: Control = None,
 ) -> None:
     """Create a mapped device, load its table and resume it."""
+    if concise:
+        if table or notable or readonly or uuid or file or minor is not None:
+            raise typer.BadParameter("--concise goes alone with its one argument")
+        _create_concise(sys.stdin.read() if name is None else name, control)
+        return
+    if name is None:
+        raise typer.BadParameter("Missing argument 'NAME'")
     if notable and (table or file):
         raise typer.BadParameter("--notable goes without a table")
     request = m.Create(
@@ -64,8 +85,23 @@ def create(
         uuid=uuid,
         readonly=readonly,
         directory=caller_directory(),
+        minor=minor,
     )
     ask(control, "create", request, m.Done, about=name)
+
+
+def _create_concise(text: str, control: str | None) -> None:
+    """Create the devices in order; the first that is refused ends it."""
+    for device in parse_concise(text):
+        request = m.Create(
+            name=device.name,
+            table="\n".join(device.lines) or None,
+            uuid=device.uuid,
+            readonly=device.read_only,
+            directory=caller_directory(),
+            minor=device.minor,
+        )
+        ask(control, "create", request, m.Done, about=device.name)
 
 
 def load(

@@ -36,6 +36,7 @@ __all__ = [
     "Rename",
     "Request",
     "Resume",
+    "SetUuid",
     "Status",
     "Suspend",
     "Table",
@@ -80,6 +81,7 @@ class Create(Request):
     uuid: str = ""
     readonly: bool = False
     directory: str = "/"
+    minor: int | None = None
 
 
 class Load(Request):
@@ -105,8 +107,11 @@ class Resume(Request):
 
 
 class Remove(Request):
+    """`deferred`: if it is held open, when nobody holds it any more."""
+
     name: str
     force: bool = False
+    deferred: bool = False
 
 
 class RemoveAll(Request):
@@ -116,6 +121,13 @@ class RemoveAll(Request):
 class Rename(Request):
     name: str
     new_name: str
+
+
+class SetUuid(Request):
+    """Once, for a device that has none."""
+
+    name: str
+    uuid: str
 
 
 class WipeTable(Request):
@@ -267,6 +279,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "remove_all": (RemoveAll, Done),
     "rename": (Rename, Done),
     "resume": (Resume, Done),
+    "set_uuid": (SetUuid, Done),
     "status": (Status, LinesAnswer),
     "suspend": (Suspend, Done),
     "table": (Table, LinesAnswer),

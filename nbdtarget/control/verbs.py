@@ -34,6 +34,7 @@ class Verbs:
             request.name,
             request.table,
             uuid=request.uuid,
+            minor=request.minor,
             directory=_absolute(request.directory),
             read_only=request.readonly,
         )
@@ -66,7 +67,9 @@ class Verbs:
 
     async def remove(self, request: m.Remove) -> m.Done:
         """Commit, and remove a device that nobody holds open."""
-        await self._registry.remove(request.name, force=request.force)
+        await self._registry.remove(
+            request.name, force=request.force, deferred=request.deferred
+        )
         return m.Done()
 
     async def remove_all(self, request: m.RemoveAll) -> m.Done:
@@ -76,6 +79,11 @@ class Verbs:
     async def wipe_table(self, request: m.WipeTable) -> m.Done:
         """Replace the table by one that fails all I/O."""
         await self._registry.wipe_table(request.name)
+        return m.Done()
+
+    async def set_uuid(self, request: m.SetUuid) -> m.Done:
+        """Give a device that has none a UUID."""
+        self._registry.set_uuid(request.name, request.uuid)
         return m.Done()
 
     async def rename(self, request: m.Rename) -> m.Done:
@@ -91,7 +99,7 @@ class Verbs:
     async def wait(self, request: m.Wait) -> m.WaitAnswer:
         """Wait until the device's event counter is not `event_nr`."""
         device = self._registry.get(request.name)
-        return m.WaitAnswer(await device.wait(request.event_nr))
+        return m.WaitAnswer(await device.events.wait(request.event_nr))
 
     async def status(self, request: m.Status) -> m.LinesAnswer:
         """The status of the live tables."""
@@ -219,4 +227,5 @@ def _info(
             dict.fromkeys(d.dm_name for d in mapped if isinstance(d, MappedDevice))
         ),
         used_by=tuple(used_by.get(device.name, ())),
+        deferred_remove=device.deferred_remove,
     )

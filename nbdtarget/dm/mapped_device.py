@@ -50,6 +50,7 @@ queue behind them, so that a suspend that waits for a slow disk can be looked at
 import asyncio
 import errno as errnos
 import logging
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import Final
@@ -66,6 +67,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.clock import Clock
 from nbdtarget.devices.base import EXTENTS_MAX, Device, Extent, append_extent
+from nbdtarget.dm.events import EventCounter
 from nbdtarget.dm.table import SECTOR, Table
 from nbdtarget.dm.zero_fill import ZeroFill
 from nbdtarget.errors import DeviceError, TableError
@@ -105,13 +107,21 @@ class MappedDevice(Device):
         minor: stands in for the device number.
         state: see the module head.
         active, inactive: the two table slots.
-        event_nr: counts events.
-        open_count: exports and tables that hold this device.
+        events: of the targets, and of renaming; counted by `event_nr`.
+        open_count: exports and tables that hold this device; see `put`.
+        deferred_remove: it is removed when nobody holds it any more.
     """
 
     def __init__(
-        self, dm_name: str, minor: int, clock: Clock, *, uuid: str = ""
+        self,
+        dm_name: str,
+        minor: int,
+        clock: Clock,
+        *,
+        uuid: str = "",
+        unused: Callable[["MappedDevice"], None] = lambda _: None,
     ) -> None:
+        """Args: unused: called when the last opener of one to be removed has gone."""
         super().__init__(f"/dev/mapper/{dm_name}", 0)
         self.dm_name = dm_name
         self.uuid = uuid
@@ -119,8 +129,10 @@ class MappedDevice(Device):
         self.state = State.ACTIVE
         self.active: Table | None = None
         self.inactive: Table | None = None
-        self.event_nr = 0
+        self.events = EventCounter()
         self.open_count = 0
+        self.deferred_remove = False
+        self._unused = unused
         self._clock = clock
         self._queue: list[Bio] = []
         self._queueing = True
@@ -128,13 +140,19 @@ class MappedDevice(Device):
         self._drained: asyncio.Future[None] | None = None
         self._owes_flush_error = False
         self._verbs = asyncio.Lock()
-        self._event_waiters: list[asyncio.Future[None]] = []
         self._running = asyncio.Event()
         self._running.set()
         # The fast path: READ is 0, WRITE is 1, and -1 sends everything the slow way.
         self._fast_op_max = -1
         self._fast_end = 0
         self._fast_map: Callable[[Bio], int] = _no_target
+
+    def put(self) -> None:
+        """One opener less."""
+        assert self.open_count > 0
+        self.open_count -= 1
+        if self.deferred_remove and not self.open_count:
+            self._unused(self)
 
     # ---- the way of a bio ----
 
@@ -294,18 +312,20 @@ class MappedDevice(Device):
                 await self._destroy(old)
 
     async def suspend(self, *, noflush: bool = False) -> None:
-        """Stop new I/O, wait for what is in flight, let the targets commit.
+        """Stop new I/O, wait for what is in flight, flush, let the targets commit.
 
-        A suspended device stays as it is. `noflush` is taken for dmsetup's sake: in the
-        kernel it spares waiting for bios that a target had put back, and no target here does.
-        Durable: what each target's postsuspend commits.
+        A suspended device stays as it is. The flush is what the kernel gets by freezing the
+        filesystem: what stands under the table may be gone from the next one, and then no
+        later FLUSH reaches it. `noflush` leaves it out.
+        Durable: what each target's postsuspend commits; unless `noflush`, every write that
+            has ended. If that flush fails it is logged, and the next FLUSH fails.
         """
         async with self._verbs:
             if self.state is State.REMOVED:
                 raise TableError("Device does not exist", errnos.ENXIO)
-            await self._suspend()
+            await self._suspend(noflush=noflush)
 
-    async def _suspend(self) -> None:
+    async def _suspend(self, *, noflush: bool = False) -> None:
         if self.state is State.SUSPENDED:
             return
         table = self.active
@@ -317,10 +337,24 @@ class MappedDevice(Device):
         self._set_fast_path()
         await self._drain(table)
         if table is not None:
+            if not (noflush or table.failed or table.read_only):
+                await self._flush(table)
             for target in table.targets:
                 await self._postsuspend(table, target)
         self.state = State.SUSPENDED
         _log.info("%s: suspended", self.name)
+
+    async def _flush(self, table: Table) -> None:
+        """Make durable what has ended, whatever becomes of the table after this."""
+        if self._owes_flush_error:
+            return  # it is owed to a client, not to us
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        bio = Bio(OP_FLUSH, 0, 0, None, 0, lambda ended: done.set_result(ended.status))
+        self._submit_flush(table, bio)
+        errno = await done
+        if errno:
+            self._owes_flush_error = True
+            _log.error("%s: flush: %s", self.name, os.strerror(errno))
 
     async def _postsuspend(self, table: Table, target: Target) -> None:
         if table.failed:
@@ -525,7 +559,7 @@ class MappedDevice(Device):
                 if table is not None:
                     await self._destroy(table)
             self._running.set()
-            self.event()
+            self.events.close()
 
     async def stop_if_suspended(self) -> None:
         """`stop_queueing`, if the device is suspended once the verb under way has ended."""
@@ -580,6 +614,9 @@ class MappedDevice(Device):
 
         Raises: TableError: no live table (ENXIO), sector outside, or the target refuses.
         """
+        if words and words[0].lower() == "@cancel_deferred_remove":
+            self.deferred_remove = False
+            return None
         table = self.active
         if table is None:
             raise TableError("No such device or address", errnos.ENXIO)
@@ -637,32 +674,13 @@ class MappedDevice(Device):
                     break  # the target told less than it was asked, or this is enough
         return answer
 
-    # ---- events ----
+    @property
+    def event_nr(self) -> int:
+        return self.events.nr
 
     def event(self) -> None:
         """Count one event and wake who waits for it."""
-        self.event_nr += 1
-        waiters, self._event_waiters = self._event_waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def wait(self, event_nr: int | None = None) -> int:
-        """Wait until the event counter is not `event_nr` (default: what it is now).
-
-        Returns at once if it is another number already, also when the device is removed.
-        """
-        if event_nr is None:
-            event_nr = self.event_nr
-        while self.event_nr == event_nr and self.state is not State.REMOVED:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._event_waiters.append(waiter)
-            try:
-                await waiter
-            finally:
-                if waiter in self._event_waiters:
-                    self._event_waiters.remove(waiter)
-        return self.event_nr
+        self.events.count()
 
 
 def _ask_extents(target: Target, offset: int, length: int) -> Awaitable[list[Extent]]:

@@ -181,7 +181,7 @@ class OpenDevices:
             assert self._opens[opened.identity] is opened
             try:
                 if isinstance(opened.device, MappedDevice):
-                    opened.device.open_count -= 1
+                    opened.device.put()
                 else:
                     await opened.device.close()
             finally:

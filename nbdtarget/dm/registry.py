@@ -37,6 +37,7 @@ MAJOR: Final = 253  # what Linux most often gives device-mapper
 NAME_LENGTH_MAX: Final = 127
 UUID_LENGTH_MAX: Final = 128
 DEVICES_MAX: Final = 4096
+MINOR_MAX: Final = (1 << 20) - 1
 
 
 def check_name(name: str) -> None:
@@ -68,6 +69,7 @@ class Registry:
         self._removing: set[MappedDevice] = set()
         self._load_locks: dict[MappedDevice, asyncio.Lock] = {}
         self._replacements: dict[TableContext, asyncio.Task[None]] = {}
+        self._deferred: set[asyncio.Task[None]] = set()
         self._is_closing = False
 
     # ---- looking up ----
@@ -123,8 +125,7 @@ class Registry:
         assert isinstance(device, MappedDevice)
         if self._is_closing and not device.open_count:
             return  # `close` did not wait for this connection: its last bio ends only now
-        assert device.open_count > 0
-        device.open_count -= 1
+        device.put()
 
     # ---- verbs ----
 
@@ -134,6 +135,7 @@ class Registry:
         table: str | None,
         *,
         uuid: str = "",
+        minor: int | None = None,
         directory: str = "/",
         read_only: bool = False,
     ) -> MappedDevice:
@@ -141,19 +143,24 @@ class Registry:
 
         Args:
             table: text, or None for a device without one.
+            minor: its minor number; None: the lowest that is free.
             directory: absolute; where relative paths in the table are meant.
         Raises: TableError, ConstructorError; nothing is left of the device then.
         """
         check_name(name)
         if name in self._devices:
             raise TableError("Device or resource busy: name exists", errnos.EBUSY)
-        if len(uuid) > UUID_LENGTH_MAX:
-            raise TableError(f"UUID is longer than {UUID_LENGTH_MAX} characters")
-        if uuid and any(device.uuid == uuid for device in self._devices.values()):
-            raise TableError("Device or resource busy: UUID exists", errnos.EBUSY)
+        if uuid:
+            self._check_uuid(uuid)
         if len(self._devices) >= DEVICES_MAX:
             raise TableError(f"More than {DEVICES_MAX} devices", errnos.ENOMEM)
-        device = MappedDevice(name, self._free_minor(), self.clock, uuid=uuid)
+        device = MappedDevice(
+            name,
+            self._take_minor(minor),
+            self.clock,
+            uuid=uuid,
+            unused=self._remove_unused,
+        )
         self._devices[name] = device
         self._load_locks[device] = asyncio.Lock()
         if table is None:
@@ -166,9 +173,21 @@ class Registry:
             raise
         return device
 
-    def _free_minor(self) -> int:
+    def _check_uuid(self, uuid: str) -> None:
+        if len(uuid) > UUID_LENGTH_MAX:
+            raise TableError(f"UUID is longer than {UUID_LENGTH_MAX} characters")
+        if any(device.uuid == uuid for device in self._devices.values()):
+            raise TableError("Device or resource busy: UUID exists", errnos.EBUSY)
+
+    def _take_minor(self, wanted: int | None) -> int:
         taken = {device.minor for device in self._devices.values()}
         taken |= {device.minor for device in self._removing}
+        if wanted is not None:
+            if not 0 <= wanted <= MINOR_MAX:
+                raise TableError(f"minor number {wanted} is out of range")
+            if wanted in taken:
+                raise TableError("Device or resource busy: minor exists", errnos.EBUSY)
+            return wanted
         minor = 0
         while minor in taken:
             minor += 1
@@ -306,14 +325,21 @@ class Registry:
         """Resume, with the inactive table if there is one. Raises: TableError."""
         await self.get(name).resume()
 
-    async def remove(self, name: str, *, force: bool = False) -> None:
+    async def remove(
+        self, name: str, *, force: bool = False, deferred: bool = False
+    ) -> None:
         """Remove. With `force`, first replace the table by one that fails all I/O.
 
+        Args:
+            deferred: a device that is held open is removed when nobody holds it any more.
         Raises: TableError, EBUSY: a connection or another table holds the device open.
         """
         device = self.get(name)
         if force:
             await self.wipe_table(name)
+        if device.open_count and deferred:
+            device.deferred_remove = True
+            return
         if device.open_count:
             raise TableError("Device or resource busy", errnos.EBUSY)
         if self._devices.get(device.dm_name) is not device:
@@ -333,6 +359,20 @@ class Registry:
         finally:
             self._removing.discard(device)
             del self._load_locks[device]
+
+    def _remove_unused(self, device: MappedDevice) -> None:
+        """Remove a device that nobody holds any more, in a task of its own."""
+        if self._is_closing:
+            return  # `close` removes everything
+
+        async def remove() -> None:
+            # By now somebody may have opened it again, or cancelled.
+            if device.deferred_remove and not device.open_count:
+                await self._remove(device)
+
+        task = asyncio.get_running_loop().create_task(remove())
+        self._deferred.add(task)
+        task.add_done_callback(self._deferred.discard)
 
     async def remove_all(self, *, force: bool = False) -> list[str]:
         """Remove every device that nobody holds, upper ones first.
@@ -362,6 +402,17 @@ class Registry:
             )
             await device.resume()
 
+    def set_uuid(self, name: str, uuid: str) -> None:
+        """Give a device that has none a UUID. Raises: TableError."""
+        device = self.get(name)
+        if not uuid:
+            raise TableError("Invalid argument: empty UUID")
+        if device.uuid:
+            raise TableError("Invalid argument: the device has a UUID")
+        self._check_uuid(uuid)
+        device.uuid = uuid
+        device.event()
+
     def rename(self, old: str, new: str) -> None:
         """Rename. Raises: TableError: no such device, or the new name is taken."""
         device = self.get(old)
@@ -382,6 +433,8 @@ class Registry:
         Durable: everything, as after a suspend.
         """
         self._is_closing = True
+        if self._deferred:
+            await asyncio.wait(set(self._deferred))
         for device in self.devices():
             if device.state is State.SUSPENDED:
                 device.stop_queueing()

@@ -326,3 +326,42 @@ def test_version_tells_of_the_server(cli: CommandLine) -> None:
     lines = cli("version").splitlines()
     assert lines[0].startswith("nbdtarget version: ")
     assert lines[1].startswith("Server version: ")
+
+
+@pytest.mark.usefixtures("registry")
+def test_concise_devices_are_created_and_printed(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a,U\\,A,3,rw,0 8 zero ,8 8 error ;n,,0,rw;r,,5,ro,0 8 zero "
+    assert cli("create", "--concise", text) == ""
+    assert cli("table", "--concise") == text + "\n"
+    assert cli("table", "--concise", "n") == "n,,0,rw\n"
+    cli("remove_all")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text + "\n"))
+    cli("create", "--concise")
+    assert cli("table", "--concise") == text + "\n"
+    error = cli("create", "--concise", "b,,,,0 8 zero;a,,,,0 8 zero", status=1)
+    assert error == ("nbdtarget: create a: Device or resource busy: name exists\n")
+    assert "b:" in cli("table")
+    assert "goes alone" in cli("create", "--concise", "x", "-r", status=2)
+    assert "minor exists" in cli("create", "c", "-m", "3", "--notable", status=1)
+
+
+def test_setuuid_deferred_remove_and_retry(
+    cli: CommandLine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli("create", "low", "--table", "0 8 zero")
+    cli("create", "top", "--table", "0 8 linear /dev/mapper/low 0")
+    cli("rename", "low", "--setuuid", "U-1")
+    assert "UUID: U-1\n" in cli("info", "low")
+    assert "the device has a UUID" in cli("rename", "low", "--setuuid", "U", status=1)
+    monkeypatch.setattr("nbdtarget.cli.devices.RETRY_S", 0.0)
+    busy = "nbdtarget: remove low: Device or resource busy\n"
+    assert cli("remove", "--retry", "low", status=1) == busy
+    cli("remove", "--deferred", "-u", "U-1")
+    assert "State:             ACTIVE (DEFERRED REMOVE)\n" in cli("info", "low")
+    cli("message", "low", "0", "@cancel_deferred_remove")
+    assert "DEFERRED" not in cli("info", "low")
+    cli("remove", "--deferred", "low")
+    cli("remove", "top")
+    assert cli("ls") == "No devices found\n"

@@ -149,10 +149,10 @@ async def test_a_client_that_goes_away_while_it_waits_leaves_nothing(
     body = b'{"name":"x"}'
     head = f"POST /v1/wait HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
-    while not device._event_waiters:
+    while not device.events.nr_waiters:
         await turns(1)
     writer.transport.abort()
-    while device._event_waiters:
+    while device.events.nr_waiters:
         await turns(1)
 
 

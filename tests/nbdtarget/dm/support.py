@@ -127,6 +127,7 @@ class ProbeTarget(Target):
         super().__init__(ctx)
         self.args = args
         self.device = device
+        self.holds_flushes = False
         self.flushes: list[Bio] = []
 
     @classmethod
@@ -146,7 +147,7 @@ class ProbeTarget(Target):
         self.lives.append("dtr")
 
     def map(self, bio: Bio) -> int:
-        if bio.op == OP_FLUSH:
+        if bio.op == OP_FLUSH and self.holds_flushes:
             self.flushes.append(bio)
         else:
             bio.end(0)

@@ -140,6 +140,7 @@ async def test_flush_is_sent_num_flush_bios_times() -> None:
     assert device.active is not None
     target = device.active.targets[0]
     assert isinstance(target, ProbeTarget)
+    target.holds_flushes = True
     bio = submit(device, OP_FLUSH)
     assert len(target.flushes) == 2
     target.flushes[0].end(0)
@@ -218,6 +219,24 @@ async def test_suspend_waits_for_what_is_in_flight() -> None:
     await device.resume()
     assert later.status == 0
     assert below.data[:3] == b"new"
+
+
+@pytest.mark.parametrize("noflush", [False, True])
+async def test_suspend_flushes_unless_asked_not_to(noflush: bool) -> None:
+    device, _, opener = await make("0 8 linear /a 0", a=4096)
+    submit(device, OP_WRITE, 0, b"data")
+    await device.suspend(noflush=noflush)
+    flushes = [entry for entry in opener.open["/a"].log if entry[0] == OP_FLUSH]
+    assert len(flushes) == (0 if noflush else 1)
+
+
+async def test_flush_that_fails_in_suspend_is_owed_to_the_next() -> None:
+    device, registry, opener = await make("0 8 linear /a 0", a=4096, b=4096)
+    submit(device, OP_WRITE, 0, b"data")
+    opener.open["/a"].flush_errno = errnos.EIO
+    await registry.load("x", "0 8 linear /b 0")
+    await device.resume()
+    assert [submit(device, OP_FLUSH).status for _ in range(2)] == [errnos.EIO, 0]
 
 
 async def test_queued_bio_owns_its_payload() -> None:
@@ -344,12 +363,12 @@ async def test_message_to_a_device_without_a_table() -> None:
 
 async def test_wait_returns_when_an_event_comes() -> None:
     device, registry, _ = await make("0 8 probe /a /b", a=4096, b=4096)
-    assert await device.wait(7) == 0
-    waiting = asyncio.create_task(device.wait())
+    assert await device.events.wait(7) == 0
+    waiting = asyncio.create_task(device.events.wait())
     await asyncio.sleep(0)
     await device.message(0, ["event"])
     assert await waiting == 1
-    waiting = asyncio.create_task(device.wait())
+    waiting = asyncio.create_task(device.events.wait())
     await asyncio.sleep(0)
     await registry.remove("x")
     assert await waiting == 2

@@ -338,3 +338,87 @@ async def test_linear_may_use_the_rest_of_a_clones_destination() -> None:
     submit(device, OP_WRITE, 16384, b"x" * 512)
     assert opener.open["/d"].data[16384] == ord("x")
     await registry.close()
+
+
+async def test_deferred_remove_waits_for_the_last_opener() -> None:
+    registry, opener = make_registry(a=8192)
+    await registry.create("low", "0 8 linear /a 0")
+    await registry.create("top", "0 8 linear /dev/mapper/low 0")
+    low = registry.get("low")
+    connection = registry.acquire("low")
+    await registry.remove("low", deferred=True)
+    assert low.deferred_remove
+    await registry.remove("top")
+    await settle()
+    assert registry.devices() == [low]
+    registry.release(connection)
+    await settle()
+    assert registry.devices() == []
+    assert opener.still_open == []
+    await registry.close()
+
+
+async def test_deferred_remove_of_what_nobody_holds_is_a_remove() -> None:
+    registry, _ = make_registry(a=8192)
+    await registry.create("x", "0 8 linear /a 0")
+    await registry.remove("x", deferred=True)
+    assert registry.devices() == []
+    await registry.close()
+
+
+async def test_deferred_remove_can_be_cancelled_until_it_happens() -> None:
+    registry, _ = make_registry(a=8192)
+    device = await registry.create("x", "0 8 linear /a 0")
+    first = registry.acquire("x")
+    await registry.remove("x", deferred=True)
+    assert await device.message(0, ["@cancel_deferred_remove"]) is None
+    registry.release(first)
+    await settle()
+    assert registry.devices() == [device]
+    # Opened again between the last close and the removal.
+    first = registry.acquire("x")
+    await registry.remove("x", deferred=True)
+    registry.release(first)
+    second = registry.acquire("x")
+    await settle()
+    assert registry.devices() == [device]
+    registry.release(second)
+    await registry.close()
+    assert registry.devices() == []
+
+
+async def test_close_right_after_the_last_opener_of_a_deferred_one() -> None:
+    registry, opener = make_registry(a=8192)
+    await registry.create("x", "0 8 linear /a 0")
+    held = registry.acquire("x")
+    await registry.remove("x", deferred=True)
+    registry.release(held)
+    await registry.close()
+    assert registry.devices() == []
+    assert opener.still_open == []
+
+
+async def test_uuid_is_set_once() -> None:
+    registry, _ = make_registry()
+    await registry.create("x", None)
+    await registry.create("y", None, uuid="U-Y")
+    for uuid, reason in [("", "empty"), ("U-Y", "UUID exists"), ("u" * 129, "longer")]:
+        with pytest.raises(TableError, match=reason):
+            registry.set_uuid("x", uuid)
+    registry.set_uuid("x", "U-X")
+    assert (registry.get("x").uuid, registry.get("x").event_nr) == ("U-X", 1)
+    with pytest.raises(TableError, match="Invalid argument: the device has a UUID"):
+        registry.set_uuid("x", "U-Z")
+    await registry.close()
+
+
+async def test_minor_numbers_of_choice() -> None:
+    registry, _ = make_registry()
+    assert (await registry.create("x", None, minor=7)).minor == 7
+    assert (await registry.create("y", None)).minor == 0
+    with pytest.raises(TableError, match="minor exists") as caught:
+        await registry.create("z", None, minor=7)
+    assert caught.value.errno == errnos.EBUSY
+    with pytest.raises(TableError, match="out of range"):
+        await registry.create("z", None, minor=1 << 20)
+    await registry.close()

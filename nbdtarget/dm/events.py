@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The event counter of a mapped device, and who waits for it to move."""
+
+import asyncio
+
+__all__ = ["EventCounter"]
+
+
+class EventCounter:
+    """Counts events.
+
+    Attributes:
+        nr: events so far.
+    """
+
+    def __init__(self) -> None:
+        self.nr = 0
+        self._is_closed = False
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def nr_waiters(self) -> int:
+        return len(self._waiters)
+
+    def count(self) -> None:
+        """Count one event and wake who waits for it."""
+        self.nr += 1
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def close(self) -> None:
+        """Count the last event: nobody waits from now on."""
+        self._is_closed = True
+        self.count()
+
+    async def wait(self, nr: int | None = None) -> int:
+        """Wait until the counter is not `nr` (default: what it is now), and return it.
+
+        Returns at once if it is another number already, or if no event will come any more.
+        """
+        if nr is None:
+            nr = self.nr
+        while self.nr == nr and not self._is_closed:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+        return self.nr
