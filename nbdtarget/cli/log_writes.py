@@ -21,6 +21,51 @@ Replay = Annotated[
     str | None,
     typer.Option("--replay", metavar="DISK", help="Replay onto this disk."),
 ]
+StartEntry = Annotated[
+    int, typer.Option("--start-entry", min=0, help="Begin with this entry.")
+]
+StartMark = Annotated[
+    str | None, typer.Option("--start-mark", help="Begin after this mark.")
+]
+EndMark = Annotated[str | None, typer.Option("--end-mark", help="Stop at this mark.")]
+Limit = Annotated[
+    int, typer.Option("--limit", min=0, help="Stop after so many entries.")
+]
+NextFlush = Annotated[
+    bool, typer.Option("--next-flush", help="Stop after the next flush.")
+]
+NextFua = Annotated[
+    bool, typer.Option("--next-fua", help="Stop after the next FUA write.")
+]
+StartSector = Annotated[
+    int, typer.Option("--start-sector", min=0, help="Only from this sector on.")
+]
+EndSector = Annotated[
+    int | None, typer.Option("--end-sector", min=0, help="Only up to this sector.")
+]
+NoDiscard = Annotated[bool, typer.Option("--no-discard", help="Leave out discards.")]
+Fsck = Annotated[
+    str | None,
+    typer.Option(
+        "--fsck", metavar="COMMAND", help="Run where --check says; 0 goes on."
+    ),
+]
+Check = Annotated[
+    str | None,
+    typer.Option("--check", metavar="N|flush|fua", help="When to run --fsck."),
+]
+Find = Annotated[
+    bool, typer.Option("--find", help="Print where the replay would stop.")
+]
+NumEntries = Annotated[
+    bool, typer.Option("--num-entries", help="Print how many entries there are.")
+]
+List = Annotated[
+    bool, typer.Option("--list", help="Print the entries; without --replay.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print what is replayed.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,55 +76,21 @@ def register(app: typer.Typer) -> None:
 def replay_log(
     log: Log,
     replay: Replay = None,
-    start_entry: Annotated[
-        int, typer.Option("--start-entry", min=0, help="Begin with this entry.")
-    ] = 0,
-    start_mark: Annotated[
-        str | None, typer.Option("--start-mark", help="Begin after this mark.")
-    ] = None,
-    end_mark: Annotated[
-        str | None, typer.Option("--end-mark", help="Stop at this mark.")
-    ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", min=0, help="Stop after so many entries.")
-    ] = 0,
-    next_flush: Annotated[
-        bool, typer.Option("--next-flush", help="Stop after the next flush.")
-    ] = False,
-    next_fua: Annotated[
-        bool, typer.Option("--next-fua", help="Stop after the next FUA write.")
-    ] = False,
-    start_sector: Annotated[
-        int, typer.Option("--start-sector", min=0, help="Only from this sector on.")
-    ] = 0,
-    end_sector: Annotated[
-        int | None, typer.Option("--end-sector", min=0, help="Only up to this sector.")
-    ] = None,
-    no_discard: Annotated[
-        bool, typer.Option("--no-discard", help="Leave out discards.")
-    ] = False,
-    fsck: Annotated[
-        str | None,
-        typer.Option(
-            "--fsck", metavar="COMMAND", help="Run where --check says; 0 goes on."
-        ),
-    ] = None,
-    check: Annotated[
-        str | None,
-        typer.Option("--check", metavar="N|flush|fua", help="When to run --fsck."),
-    ] = None,
-    find: Annotated[
-        bool, typer.Option("--find", help="Print where the replay would stop.")
-    ] = False,
-    num_entries: Annotated[
-        bool, typer.Option("--num-entries", help="Print how many entries there are.")
-    ] = False,
-    list_: Annotated[
-        bool, typer.Option("--list", help="Print the entries; without --replay.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Print what is replayed.")
-    ] = False,
+    start_entry: StartEntry = 0,
+    start_mark: StartMark = None,
+    end_mark: EndMark = None,
+    limit: Limit = 0,
+    next_flush: NextFlush = False,
+    next_fua: NextFua = False,
+    start_sector: StartSector = 0,
+    end_sector: EndSector = None,
+    no_discard: NoDiscard = False,
+    fsck: Fsck = None,
+    check: Check = None,
+    find: Find = False,
+    num_entries: NumEntries = False,
+    list_: List = False,
+    verbose: Verbose = False,
     json: Json = False,
 ) -> None:
     """Replay a log of the log-writes target up to a mark, or look into it."""

@@ -270,8 +270,9 @@ async def test_message_refused(words: tuple[str, ...], reason: str) -> None:
 async def test_removal_logs_what_waits_and_the_last_mark() -> None:
     logged = await Logged().start()
     logged.write(1)
+    await logged.device.suspend(noflush=True)
     await logged.disks.registry.close()
-    assert await logged.entries() == ["write 1+1 w", f"mark {END_MARK}"]
+    assert await logged.entries() == ["write 1+1 w", "flush", f"mark {END_MARK}"]
     assert logged.disks.log[-1] == ("/log", "flush", 0, 0)
 
 
@@ -288,10 +289,12 @@ async def test_reload_goes_on_with_the_log() -> None:
     logged = await Logged().start()
     logged.write(1, b"a")
     await logged.disks.registry.load("d", TABLE)
+    await logged.device.suspend(noflush=True)
     await logged.disks.registry.resume("d")
     logged.write(2, b"b")
     submit(logged.device, OP_FLUSH)
     assert await logged.entries() == ["write 1+1 a", "write 2+1 b", "flush"]
+    await logged.device.suspend(noflush=True)
     await logged.disks.registry.close()
     assert (await logged.entries())[3:] == [f"mark {END_MARK}"]
 
