@@ -301,13 +301,13 @@ class RegionWrite:
 
     def _gap_read(self, child: Bio) -> None:
         if child.status:
-            self.regions.note_error()
             log.warning("%s: foreground hydration: %r", self._name, child)
             self.error = errnos.EIO
         self.reads_left -= 1
         if self.reads_left:
             return
         if self.error:
+            self.regions.note_error()
             self._leave(self.error)
             return
         payload = self.bio.payload

@@ -47,6 +47,15 @@ def test_bad_region_size_has_the_kernels_text(word: str, text: str) -> None:
             Options(True, True, 1, 5),
         ),
         ("0 0 and what follows", Options()),
+        ("1 Hydrate_On_Read", Options(hydrate_on_read=True)),
+        ("2 THEN_LINEAR then_linear", Options(then_linear=True)),
+        (
+            "4 then_linear no_discard_passdown hydrate_on_read no_hydration"
+            " 8 hydration_rate 18446744073709551615 event_after_errors 0"
+            " hydration_threshold 2 hydration_batch_size 3",
+            Options(False, False, 2, 3, True, True, (1 << 64) - 1, 0),
+        ),
+        ("0 4 HYDRATION_rate 9 hydration_RATE +4", Options(hydration_rate=4)),
     ],
 )
 def test_options(words: str, options: Options) -> None:
@@ -58,6 +67,24 @@ def test_options(words: str, options: Options) -> None:
     [
         ("3", "Invalid number of feature arguments"),
         ("x", "Invalid number of feature arguments"),
+        (
+            "5 no_hydration no_hydration no_hydration no_hydration no_hydration",
+            "Invalid number of feature arguments",
+        ),
+        ("1 hydrate_on_reads", "Invalid feature argument"),
+        ("0 10" + 5 * " hydration_rate 1", "Invalid number of core arguments"),
+        (
+            "0 2 hydration_rate 18446744073709551616",
+            "Invalid value for argument `hydration_rate'",
+        ),
+        (
+            "0 2 Event_After_Errors 4294967296",
+            "Invalid value for argument `event_after_errors'",
+        ),
+        (
+            "0 2 hydration_rate " + 5000 * "9",
+            "Invalid value for argument `hydration_rate'",
+        ),
         ("2 no_hydration", "Invalid number of feature arguments"),
         ("1 hydration", "Invalid feature argument"),
         ("1 no_hydration trailing", "Invalid number of core arguments"),
