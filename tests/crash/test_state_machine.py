@@ -36,7 +36,7 @@ from tests.crash.test_directed import LazyDevice
 from tests.support.model import SECTOR
 
 DEEP = bool(os.environ.get("CRASH_DEEP"))
-EXAMPLES = 2000 if DEEP else 100
+EXAMPLES = 600 if DEEP else 100
 SETTINGS = settings(
     max_examples=EXAMPLES,
     stateful_step_count=60 if DEEP else 30,

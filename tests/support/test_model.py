@@ -89,3 +89,32 @@ def test_failed_write_may_be_seen_or_not() -> None:
     model.end_write(model.start_write(0, A, SECTOR, "w"), ok=False)
     model.check_read(0, A)
     model.check_read(0, ZERO)
+
+
+def test_part_of_a_survivor_is_held_against_its_own_sectors() -> None:
+    model = DiskModel(b"A" * SECTOR + b"B" * SECTOR)
+    model.check_survivor(b"B" * SECTOR, SECTOR)
+    with pytest.raises(Violation, match="sector 1"):
+        model.check_survivor(b"A" * SECTOR, SECTOR)
+
+
+def test_copy_does_not_know_what_is_promised_later() -> None:
+    model = DiskModel(b"A" * SECTOR)
+    started = model.start_write(0, b"B" * SECTOR, SECTOR, "b")
+    before = model.copy()
+    model.end_write(started, ok=True, fua=True)
+    before.check_survivor(b"A" * SECTOR)
+    with pytest.raises(Violation):
+        model.check_survivor(b"A" * SECTOR)
+
+
+def test_every_change_of_what_may_be_held_is_counted() -> None:
+    model = DiskModel(b"A" * SECTOR)
+    counted = [model.nr_changes]
+    started = model.start_write(0, b"B" * SECTOR, SECTOR, "b")
+    counted.append(model.nr_changes)
+    model.end_write(started, ok=True)
+    counted.append(model.nr_changes)
+    model.end_flush(model.start_flush(), ok=True)
+    counted.append(model.nr_changes)
+    assert counted == sorted(set(counted))
