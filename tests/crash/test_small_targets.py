@@ -11,7 +11,7 @@ from tests.crash.test_machine import MakeRig, draw_walk, seeds_that_fail, walk_o
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR, DiskModel
 
-WALKS = 25
+WALKS = 15
 SECTORS = (
     DISK_SIZE // SECTOR
 )  # 59, a prime: no stripes but with a linear line behind them
