@@ -409,8 +409,9 @@ class Life:
             self.loop.cut_at = self.loop.steps + self.plan.cut_in_shutdown
         self.is_stopping = True
         await self.listener.close(GRACE_S)
-        # Nothing is promised of what nobody has flushed: see `MappedDevice.suspend`.
+        promised = self.model.start_flush()
         await self.registry.close()
+        self.model.end_flush(promised, ok=True)
         if operator is not None:
             await operator
 
