@@ -296,6 +296,16 @@ CLONE: Final = (
         ),
         TARGET,
     ),
+    Mutant(
+        "cache-copies-without-the-lock",
+        "CACHE copies a region that a client writes to: the newer write is overwritten.",
+        "nbdtarget/targets/clone/cache_requests.py",
+        (
+            ("        cell = await self._locked(begin, end)\n", ""),
+            ("            regions.prison.release(cell)\n", ""),
+        ),
+        ("tests/nbdtarget/targets/clone/test_cache_requests.py", *WALKS),
+    ),
     # ---- copies
     Mutant(
         "failed-copy-write-swallowed",

@@ -169,11 +169,11 @@ METADATA: Final = (
     Mutant(
         "foreign-content-formatted",
         "A file system without our superblock is overwritten by metadata.",
-        "metadata/clone.py",
+        "metadata/arena.py",
         (
             (
-                "            yield from refuse_foreign(device_size, arena_blocks)\n",
-                "            yield ()\n",
+                "        if any(data):\n            at = next(",
+                "        if not data:\n            at = next(",
             ),
         ),
         ("tests/metadata/test_arena.py",),
