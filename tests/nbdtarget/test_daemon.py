@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server process: starts, listens where it should, and ends in order."""
 
+import gc
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget import daemon
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient, NoServerError
 from nbdtarget.daemon import passed_sockets
@@ -181,3 +183,15 @@ def test_a_config_with_mistakes_is_refused_with_their_lines(tmp_path: Path) -> N
         f"nbdtarget: {config}:3: `device.a.uuid': Expected `str`, got `int`",
     ]
     assert not (tmp_path / "nbdtarget").exists()
+
+
+def test_full_collections_leave_out_what_was_imported() -> None:
+    # Else each of them stops the loop for milliseconds.
+    frozen: list[int] = []
+
+    async def main() -> None:
+        frozen.append(gc.get_freeze_count())
+
+    daemon.run(main)
+    assert frozen[0] > 10_000
+    assert gc.get_freeze_count() < frozen[0]
