@@ -304,7 +304,7 @@ CLONE: Final = (
             ("        cell = await self._locked(begin, end)\n", ""),
             ("            regions.prison.release(cell)\n", ""),
         ),
-        ("tests/nbdtarget/targets/clone/test_cache_requests.py", *WALKS),
+        ("tests/nbdtarget/targets/clone/test_cache_requests.py",),
     ),
     # ---- copies
     Mutant(

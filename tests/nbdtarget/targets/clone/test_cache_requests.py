@@ -81,6 +81,21 @@ async def test_cache_waits_for_who_works_on_its_regions() -> None:
     await rig.stop()
 
 
+async def test_client_write_waits_for_the_copy_that_a_cache_makes() -> None:
+    rig = await make()
+    rig.destination.hold = True
+    cache = rig.bio(OP_CACHE, 0, REGION)
+    await settle()
+    write = rig.bio(OP_WRITE, 0, REGION)
+    assert [bio.offset for bio in rig.destination.held] == [0]  # the copy, alone
+    assert write.status == PENDING
+    rig.destination.let_go()
+    await settle()
+    assert (cache.status, write.status) == (0, 0)
+    assert await rig.destination.device.read(0, REGION) == b"w" * REGION
+    await rig.stop()
+
+
 async def test_bad_sector_costs_its_own_region_and_ends_cache_with_its_error() -> None:
     rig = await make()
     bad = 21 * REGION + 1024
