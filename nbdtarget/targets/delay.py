@@ -31,7 +31,13 @@ from nbdtarget.targets.arguments import (
     parse_sectors,
     parse_uint,
 )
-from nbdtarget.targets.base import REMAPPED, SUBMITTED, Target, TargetContext
+from nbdtarget.targets.base import (
+    REMAPPED,
+    SUBMITTED,
+    StatusFields,
+    Target,
+    TargetContext,
+)
 
 __all__ = ["DelayTarget"]
 
@@ -165,6 +171,13 @@ class DelayTarget(Target):
     async def status(self, *, noflush: bool = False) -> str:
         kinds = (self._reads, self._writes, self._flushes)
         return " ".join(str(kind.nr_waiting) for kind in kinds)
+
+    def status_fields(self) -> StatusFields:
+        return {
+            "nr_reads_waiting": self._reads.nr_waiting,
+            "nr_writes_waiting": self._writes.nr_waiting,
+            "nr_flushes_waiting": self._flushes.nr_waiting,
+        }
 
     def table_words(self) -> str:
         kinds = (self._reads, self._writes, self._flushes)

@@ -36,7 +36,14 @@ from nbdtarget.targets.arguments import (
     parse_uint,
     parse_uint32,
 )
-from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target, TargetContext
+from nbdtarget.targets.base import (
+    KILL,
+    REMAPPED,
+    SUBMITTED,
+    StatusFields,
+    Target,
+    TargetContext,
+)
 from nbdtarget.words import quote_word
 
 __all__ = ["DustTarget"]
@@ -235,6 +242,13 @@ class DustTarget(Target):
         mode = "fail_read_on_bad_block" if self._fails else "bypass"
         noise = "quiet" if self._quiet else "verbose"
         return f"{quote_word(self._device.name)} {mode} {noise}"
+
+    def status_fields(self) -> StatusFields:
+        return {
+            "fails_reads_of_bad_blocks": self._fails,
+            "nr_bad_blocks": len(self._bad),
+            "quiet": self._quiet,
+        }
 
     def table_words(self) -> str:
         return f"{self._run.words} {self._block_size}"

@@ -53,7 +53,14 @@ from nbdtarget.targets.arguments import (
     parse_uint,
     read_argument,
 )
-from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target, TargetContext
+from nbdtarget.targets.base import (
+    KILL,
+    REMAPPED,
+    SUBMITTED,
+    StatusFields,
+    Target,
+    TargetContext,
+)
 from nbdtarget.volatile_cache import (
     BORDERS,
     Fate,
@@ -287,6 +294,14 @@ class PowercutTarget(Target):
         power = "on" if self._is_on else "off"
         nr_bytes = self._cache.nr_sectors * SECTOR
         return f"{power} {len(self._cache.pending)} {nr_bytes} {self._nr_cuts}"
+
+    def status_fields(self) -> StatusFields:
+        return {
+            "power_is_on": self._is_on,
+            "nr_writes_at_risk": len(self._cache.pending),
+            "at_risk_bytes": self._cache.nr_sectors * SECTOR,
+            "nr_cuts": self._nr_cuts,
+        }
 
     def table_words(self) -> str:
         words = []

@@ -43,7 +43,13 @@ from nbdtarget.targets.arguments import (
     parse_sectors,
     parse_uint32,
 )
-from nbdtarget.targets.base import REMAPPED, SUBMITTED, Target, TargetContext
+from nbdtarget.targets.base import (
+    REMAPPED,
+    SUBMITTED,
+    StatusFields,
+    Target,
+    TargetContext,
+)
 
 __all__ = ["StripedTarget"]
 
@@ -203,6 +209,15 @@ class StripedTarget(Target):
         names = " ".join(run.words.rpartition(" ")[0] for run in self._stripes)
         letters = "".join("D" if self._errors[device] else "A" for device in devices)
         return f"{self._nr_stripes} {names} 1 {letters}"
+
+    def status_fields(self) -> StatusFields:
+        return {
+            "nr_stripes": self._nr_stripes,
+            "nr_failed_stripes": sum(
+                bool(self._errors[run.device]) for run in self._stripes
+            ),
+            "nr_errors": sum(self._errors.values()),
+        }
 
     def table_words(self) -> str:
         runs = " ".join(run.words for run in self._stripes)

@@ -35,7 +35,13 @@ from nbdtarget.bio import FUA, OP_CACHE, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.targets.arguments import Runs, close_all
-from nbdtarget.targets.base import REMAPPED, SUBMITTED, Target, TargetContext
+from nbdtarget.targets.base import (
+    REMAPPED,
+    SUBMITTED,
+    StatusFields,
+    Target,
+    TargetContext,
+)
 from nbdtarget.targets.log_writes import format as log_format
 from nbdtarget.targets.log_writes.log import (
     Block,
@@ -263,6 +269,13 @@ class LogWritesTarget(Target):
         log = self._log
         disabled = "" if log.enabled else " logging_disabled"
         return f"{log.nr_logged} {log.next_sector - 1}{disabled}"
+
+    def status_fields(self) -> StatusFields:
+        return {
+            "nr_logged_entries": self._log.nr_logged,
+            "highest_sector": self._log.next_sector - 1,
+            "logging": self._log.enabled,
+        }
 
     def table_words(self) -> str:
         return f"{quote_word(self._device.name)} {quote_word(self._log.device.name)}"
