@@ -14,7 +14,12 @@ from bitarray import bitarray
 from bitarray.util import zeros
 
 from metadata.envelope import BLOCK_SIZE
-from metadata.errors import CorruptMetadata, MetadataTooSmall, NotOurs
+from metadata.errors import (
+    CorruptMetadata,
+    MetadataTooSmall,
+    NotFormatted,
+    NotOurs,
+)
 from metadata.operations import Steps, read
 from metadata.records import (
     Chain,
@@ -23,7 +28,11 @@ from metadata.records import (
     read_chain,
     snapshot_blocks_max,
 )
-from metadata.superblock import SUPERBLOCK_BLOCKS, CloneSuperblock
+from metadata.superblock import (
+    SUPERBLOCK_BLOCKS,
+    CloneSuperblock,
+    read_superblock,
+)
 
 __all__ = [
     "JOURNAL_BLOCKS_MIN",
@@ -31,10 +40,12 @@ __all__ = [
     "NR_ARENAS",
     "NR_REGIONS_MAX",
     "arena_blocks_for",
+    "check_device_size",
     "device_size_with",
     "load_bitmap",
     "new_bitmap",
     "new_chain",
+    "refuse_content",
     "refuse_foreign",
 ]
 
@@ -76,6 +87,22 @@ def new_chain(superblock: CloneSuperblock, arena: int, skip: int) -> Chain:
     return Chain(block=begin + skip, end=end, digest=superblock.uuid)
 
 
+def refuse_content(device_size: int, arena_blocks: int) -> Steps[None]:
+    """Raise NotOurs unless the device looks all zero, or has an interrupted format.
+
+    Raises: also what `read_superblock` does, but for NotFormatted.
+    """
+    try:
+        found = yield from read_superblock(device_size)
+    except NotFormatted:
+        yield from refuse_foreign(device_size, arena_blocks)
+    else:
+        raise NotOurs(
+            "the superblock area",
+            f"clone metadata, generation {found.superblock.generation}",
+        )
+
+
 def refuse_foreign(device_size: int, arena_blocks: int) -> Steps[None]:
     """Raise NotOurs unless the rest of the device looks all zero: head, tail, arenas' heads.
 
@@ -105,14 +132,19 @@ def new_bitmap(nr_regions: int) -> Steps[bitarray]:
     return bitmap
 
 
+def check_device_size(superblock: CloneSuperblock, device_size: int) -> None:
+    """Raise MetadataTooSmall if the arenas go on behind the device's end: it has shrunk."""
+    nr_blocks = SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
+    if device_size < nr_blocks * BLOCK_SIZE:
+        raise MetadataTooSmall(needed=nr_blocks * BLOCK_SIZE, given=device_size)
+
+
 def load_bitmap(superblock: CloneSuperblock, device_size: int) -> Steps[bitarray]:
     """Read and check everything that `superblock` vouches for; return the bitmap.
 
     Raises: CorruptMetadata, UnsupportedFormat; MetadataTooSmall: the device has shrunk.
     """
-    nr_blocks = SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
-    if device_size < nr_blocks * BLOCK_SIZE:
-        raise MetadataTooSmall(needed=nr_blocks * BLOCK_SIZE, given=device_size)
+    check_device_size(superblock, device_size)
     if superblock.nr_regions > NR_REGIONS_MAX:
         raise CorruptMetadata("nr_regions", NR_REGIONS_MAX, superblock.nr_regions)
     hydrated = yield from new_bitmap(superblock.nr_regions)

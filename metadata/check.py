@@ -1,13 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check any clone metadata, offline, without knowing what device it belongs to."""
+"""Check any clone metadata, offline, without knowing what device it belongs to.
 
-from typing import NamedTuple
+`check` is what the server does: it accepts what `CloneMetadata.open` accepts, and stops at the
+first thing that is not so. `examine` goes on, and tells apart
 
-from metadata.arena import load_bitmap
-from metadata.operations import Steps
-from metadata.superblock import CLEAN_SHUTDOWN, SUPERBLOCK_BLOCKS, read_superblock
+    damage     what the newest superblock vouches for is not intact: the server refuses it
+    unhealed   superblock copies that differ, or that are rotten while their sibling is not: the
+               server does without, and its next commits rewrite them
+    orphans    intact records that nobody vouches for: what a compaction left in the other arena,
+               what a crash left of a commit. Never read, and overwritten in time
+    leaks      blocks with other content that nobody vouches for: parts of former records
 
-__all__ = ["Report", "check"]
+Only damage matters. A clone that is in use has orphans and leaks most of the time.
+
+`mend` does what little can be done in place without losing anything: it rewrites unhealed
+copies from their siblings, and takes back `needs_check`, as a commit without changes.
+"""
+
+from typing import Final, NamedTuple
+
+import msgspec
+
+from metadata.arena import NR_ARENAS, check_device_size, load_bitmap
+from metadata.envelope import BLOCK_SIZE
+from metadata.errors import CorruptMetadata, MetadataTooSmall
+from metadata.operations import Flush, Steps
+from metadata.scan import Placed, scan
+from metadata.superblock import (
+    CLEAN_SHUTDOWN,
+    NEEDS_CHECK,
+    NR_SLOTS,
+    SUPERBLOCK_BLOCKS,
+    CloneSuperblock,
+    Copy,
+    choose_superblock,
+    open_copies,
+    read_area,
+    read_superblock,
+    superblock_block,
+    superblock_writes,
+)
+
+__all__ = ["CopyState", "Findings", "Report", "check", "examine", "mend"]
+
+# Of broken places in one chain; a rotten disk has thousands, and the first ones tell.
+GAPS_MAX: Final = 16
 
 
 class Report(NamedTuple):
@@ -56,3 +93,211 @@ def check(device_size: int) -> Steps[Report]:
         + SUPERBLOCK_BLOCKS,
         warnings=found.notes,
     )
+
+
+class CopyState(msgspec.Struct, frozen=True, kw_only=True):
+    """One superblock copy.
+
+    `state`: "newest"; "older", of the commit before it; "stale", while its sibling is newer;
+    "invalid", and `fault` says why.
+    """
+
+    slot: int
+    copy: int
+    block: int
+    generation: int | None
+    state: str
+    fault: str
+
+
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
+    """What `examine` found; the module head defines the words.
+
+    Attributes:
+        superblock: the newest; None if damage leaves none to believe.
+        damage: one line each; none: the server would open it (but for `needs_check`).
+        unhealed: slots.
+        orphans: records; `orphan_blocks` what they occupy.
+        complete: everything was looked at.
+    """
+
+    copies: tuple[CopyState, ...]
+    superblock: CloneSuperblock | None = None
+    damage: tuple[str, ...] = ()
+    unhealed: tuple[int, ...] = ()
+    needs_check: bool = False
+    orphans: int = 0
+    orphan_blocks: int = 0
+    leaked_blocks: int = 0
+    complete: bool = False
+
+
+def examine(
+    device_size: int, *, records: bool = True, unused: bool = True
+) -> Steps[Findings]:
+    """Look at everything and tell what is there. Writes nothing.
+
+    Args:
+        records: read the live snapshot and journal; else only the superblocks.
+        unused: look for orphans and leaks.
+
+    Raises: NotFormatted, NotOurs, UnsupportedFormat; MetadataTooSmall: for any metadata.
+    """
+    area = yield from read_area(device_size)
+    try:
+        found = choose_superblock(area, admit_needs_check=True)
+    except CorruptMetadata as error:
+        return Findings(copies=_maybe_states(area), damage=(str(error),))
+    superblock = found.superblock
+    damage: list[str] = []
+    try:
+        check_device_size(superblock, device_size)
+        if records:
+            yield from load_bitmap(superblock, device_size)
+    except (CorruptMetadata, MetadataTooSmall) as error:
+        damage.append(str(error))
+    if damage and records:
+        damage += yield from _gaps(superblock, device_size)
+    orphans = _Unvouched()
+    if unused:
+        for begin, end in _unvouched_ranges(superblock, device_size):
+            yield from scan(
+                begin, end, intact=orphans.count_orphan, other=orphans.count_other
+            )
+    return Findings(
+        copies=_states(open_copies(area), superblock.generation),
+        superblock=superblock,
+        damage=tuple(damage),
+        unhealed=tuple(sorted(found.unhealed)),
+        needs_check=bool(superblock.flags & NEEDS_CHECK),
+        orphans=orphans.records,
+        orphan_blocks=orphans.record_blocks,
+        leaked_blocks=orphans.leaked_blocks,
+        complete=records and unused,
+    )
+
+
+def mend(
+    device_size: int, *, heal: bool, clear_needs_check: bool
+) -> Steps[tuple[str, ...]]:
+    """Check everything; if there is no damage, rewrite what the arguments name.
+
+    Returns what was done, a sentence each; nothing is written if there is nothing to do.
+
+    Raises: what `examine` does; CorruptMetadata: there is damage. Then nothing was written.
+    Durable: what was done. A crash leaves each copy as it was or as it will be.
+    """
+    findings = yield from examine(device_size)
+    if findings.damage or findings.superblock is None:
+        raise CorruptMetadata("the metadata", "no damage", "; ".join(findings.damage))
+    done = []
+    for slot in findings.unhealed if heal else ():
+        area = yield from read_area(device_size)
+        valid = [copy.superblock for copy in open_copies(area)[slot] if copy.superblock]
+        yield superblock_writes(max(valid, key=lambda each: each.generation))
+        done.append(f"superblock slot {slot} has two good copies again")
+    if clear_needs_check and findings.needs_check:
+        superblock = findings.superblock
+        yield superblock_writes(
+            msgspec.structs.replace(
+                superblock,
+                generation=superblock.generation + 1,
+                nr_commits=superblock.nr_commits + 1,
+                flags=superblock.flags & ~NEEDS_CHECK,
+            )
+        )
+        done.append("needs_check is cleared")
+    if done:
+        yield Flush()
+    return tuple(done)
+
+
+class _Unvouched:
+    """Counts what lies outside the live snapshot and journal."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self.record_blocks = 0
+        self.leaked_blocks = 0
+
+    def count_orphan(self, placed: Placed) -> None:
+        self.records += 1
+        self.record_blocks += placed.end - placed.block
+
+    def count_other(self, block: int, is_zero: bool) -> None:
+        self.leaked_blocks += not is_zero
+
+
+def _unvouched_ranges(
+    superblock: CloneSuperblock, device_size: int
+) -> list[tuple[int, int]]:
+    """Both arenas less the live range, as block ranges within the device."""
+    arenas_end = SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
+    end = min(arenas_end, device_size // BLOCK_SIZE)
+    ranges = [
+        (SUPERBLOCK_BLOCKS, min(superblock.snapshot_block, end)),
+        (superblock.journal_end, end),
+    ]
+    return [(first, last) for first, last in ranges if first < last]
+
+
+def _gaps(superblock: CloneSuperblock, device_size: int) -> Steps[list[str]]:
+    """Name the blocks of the live range that hold no intact record."""
+    gaps: list[list[int]] = []
+
+    def note(block: int, is_zero: bool) -> None:
+        if gaps and gaps[-1][1] == block:
+            gaps[-1][1] += 1
+        else:
+            gaps.append([block, block + 1])
+
+    def intact(placed: Placed) -> None:
+        """Nothing to say."""
+
+    end = min(superblock.journal_end, device_size // BLOCK_SIZE)
+    yield from scan(superblock.snapshot_block, end, intact=intact, other=note)
+    if end < superblock.journal_end:
+        gaps.append([max(end, superblock.snapshot_block), superblock.journal_end])
+    lines = [
+        f"no intact record in blocks {first} to {last - 1}" for first, last in gaps
+    ]
+    if len(lines) > GAPS_MAX:
+        lines[GAPS_MAX:] = [f"and in {len(lines) - GAPS_MAX} more places"]
+    return lines
+
+
+def _maybe_states(area: memoryview) -> tuple[CopyState, ...]:
+    """The copies one by one, where they are too damaged to choose one."""
+    try:
+        copies = open_copies(area)
+    except CorruptMetadata:
+        return ()  # an intact envelope around nonsense: `damage` names it
+    valid = [copy.superblock for slot in copies for copy in slot if copy.superblock]
+    newest = max((each.generation for each in valid), default=-1)
+    return _states(copies, newest)
+
+
+def _states(copies: list[list[Copy]], newest: int) -> tuple[CopyState, ...]:
+    states = []
+    for slot, pair in enumerate(copies):
+        for nr, copy in enumerate(pair):
+            generation = copy.superblock.generation if copy.superblock else None
+            states.append(
+                CopyState(
+                    slot=slot,
+                    copy=nr,
+                    block=superblock_block(slot, nr),
+                    generation=generation,
+                    state=_state(generation, newest),
+                    fault=copy.fault,
+                )
+            )
+    return tuple(states)
+
+
+def _state(generation: int | None, newest: int) -> str:
+    if generation is None:
+        return "invalid"
+    if generation == newest:
+        return "newest"
+    return "stale" if (newest - generation) % NR_SLOTS == 0 else "older"

@@ -79,14 +79,12 @@ from metadata.arena import (
     device_size_with,
     load_bitmap,
     new_bitmap,
-    refuse_foreign,
+    refuse_content,
 )
 from metadata.envelope import BLOCK_SIZE, DIGEST_SIZE
 from metadata.errors import (
     FailedMetadata,
     GeometryMismatch,
-    NotFormatted,
-    NotOurs,
     ReadOnlyMetadata,
 )
 from metadata.mode import Mode
@@ -197,15 +195,7 @@ class CloneMetadata:
         nr_regions = _nr_regions(region_size, target_size)
         assert len(uuid) == 16
         arena_blocks = arena_blocks_for(nr_regions, device_size)
-        try:
-            found = yield from read_superblock(device_size)
-        except NotFormatted:
-            yield from refuse_foreign(device_size, arena_blocks)
-        else:
-            raise NotOurs(
-                "the superblock area",
-                f"clone metadata, generation {found.superblock.generation}",
-            )
+        yield from refuse_content(device_size, arena_blocks)
         superblock = CloneSuperblock(
             generation=0,
             uuid=bytes(uuid),

@@ -10,6 +10,7 @@
      +- MetadataTooSmall     the device cannot hold it
      +- ReadOnlyMetadata     a change was asked for in mode RO
      +- FailedMetadata       anything was asked for in mode FAIL
+     +- BadDump              a dump in JSON is not one, or says what cannot be
 
 Each `str()` is one line without the device's name, which this room does not know. A
 programming error of ours is an AssertionError instead, and wrong use of a size that the
@@ -17,6 +18,7 @@ caller computed is one too.
 """
 
 __all__ = [
+    "BadDump",
     "CorruptMetadata",
     "FailedMetadata",
     "GeometryMismatch",
@@ -146,3 +148,15 @@ class FailedMetadata(MetadataError):
 
     def __str__(self) -> str:
         return "metadata has failed"
+
+
+class BadDump(MetadataError):
+    """A dump in JSON cannot be restored. `line` counts from 1."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(line, reason)
+        self.line = line
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.reason}"

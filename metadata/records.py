@@ -47,6 +47,7 @@ from metadata.operations import Steps, Write, read
 
 __all__ = [
     "CHUNK_REGIONS",
+    "READ_BLOCKS",
     "RECORD_MAGIC",
     "RUNS_PER_RECORD_MAX",
     "Chain",
@@ -57,6 +58,7 @@ __all__ = [
     "append_runs",
     "apply_record",
     "blocks_for_runs",
+    "decode_record",
     "encode_chunk",
     "new_runs",
     "read_chain",
@@ -251,7 +253,7 @@ def read_chain(
             if size > blocks - at and at > 0:
                 break  # it goes on behind this piece: read on from its first block
             opened = open_envelope(RECORD_MAGIC, block + at, data, where)
-            record = _decode(opened.body, where)
+            record = decode_record(opened.body, where)
             if record.previous != digest:
                 raise CorruptMetadata(
                     f"predecessor of {where}", digest.hex(), record.previous.hex()
@@ -274,7 +276,8 @@ def read_chain(
     return digest
 
 
-def _decode(body: memoryview, where: str) -> Record:
+def decode_record(body: memoryview, where: str) -> Record:
+    """Decode the body of an intact envelope. Raises: CorruptMetadata."""
     try:
         return _DECODER.decode(body)
     except UNDECODABLE as error:

@@ -70,6 +70,7 @@ from metadata.operations import Flush, Steps, Write, read
 
 __all__ = [
     "CLEAN_SHUTDOWN",
+    "COUNTER_MAX",
     "NEEDS_CHECK",
     "NR_COPIES",
     "NR_SLOTS",

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large the metadata device of a clone is, before there is one."""
+
+from typing import Final, NamedTuple
+
+from metadata.arena import NR_REGIONS_MAX
+from metadata.clone import CloneMetadata
+
+__all__ = [
+    "REGION_SIZE_MAX",
+    "REGION_SIZE_MIN",
+    "CloneSizes",
+    "clone_sizes",
+    "nr_regions_of",
+    "region_size_fault",
+]
+
+# The kernel's: 8 to 2097152 sectors.
+REGION_SIZE_MIN: Final = 4 << 10
+REGION_SIZE_MAX: Final = 1 << 30
+
+
+class CloneSizes(NamedTuple):
+    """Bytes. `preferred` is what is made where a metadata file is missing."""
+
+    nr_regions: int
+    smallest: int
+    preferred: int
+
+
+def region_size_fault(region_size: int) -> str:
+    """Say in the kernel's words why no clone has regions of so many bytes; empty if one may."""
+    if not REGION_SIZE_MIN <= region_size <= REGION_SIZE_MAX:
+        return "Invalid region size (4K to 1G)"
+    if region_size & (region_size - 1):
+        return "Region size is not a power of 2"
+    return ""
+
+
+def nr_regions_of(target_size: int, region_size: int) -> int:
+    """Return how many regions a target has; the last may be short."""
+    return -(-target_size // region_size)
+
+
+def clone_sizes(nr_regions: int) -> CloneSizes:
+    """Return the sizes of a clone's metadata device."""
+    assert 0 < nr_regions <= NR_REGIONS_MAX
+    return CloneSizes(
+        nr_regions,
+        CloneMetadata.device_size_min(nr_regions),
+        CloneMetadata.device_size_for(nr_regions),
+    )
