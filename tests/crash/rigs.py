@@ -163,7 +163,7 @@ class CloneRig(_RegistryRig):
 
     features = "0"
 
-    messages = (
+    messages: tuple[tuple[str, ...], ...] = (
         ("enable_hydration",),
         ("disable_hydration",),
         ("hydration_threshold", "4"),
