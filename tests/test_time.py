@@ -9,6 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nbdtarget"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "clock.py")
 
+# Each for a reason. This list may only shrink.
+EXCEPTIONS = {"cli/devices.py": "a command, with no loop, that waits to try again"}
+
 # What is taken from a module, or called on anything.
 FROM_ASYNCIO = {"sleep", "timeout", "timeout_at", "wait_for"}
 OF_A_LOOP = {"call_later", "call_at"}
@@ -56,7 +59,8 @@ def _call(node: ast.Call) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_time_comes_from_the_clock(path: Path) -> None:
-    assert breaches(path.read_text()) == []
+    excepted = str(path.relative_to(PACKAGE)) in EXCEPTIONS
+    assert bool(breaches(path.read_text())) == excepted
 
 
 @pytest.mark.parametrize(

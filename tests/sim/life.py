@@ -159,6 +159,7 @@ class Life:
         self._note = note
         self._limbo: list[tuple[SimSocket, list[Any]]] = []
         self._stamp = 0
+        self._is_unflushed = False  # suspended without a flush: nor does removal
         self._nr_durable = 0
         self._nr_promised = 0
         self.loop = SimLoop(rng.randrange(1 << 32), now_s=now_s)
@@ -410,8 +411,9 @@ class Life:
         self.is_stopping = True
         await self.listener.close(GRACE_S)
         promised = self.model.start_flush()
+        flushes = not self._is_unflushed
         await self.registry.close()
-        self.model.end_flush(promised, ok=True)
+        self.model.end_flush(promised, ok=flushes)
         if operator is not None:
             await operator
 
@@ -449,10 +451,13 @@ class Life:
             await self.verbs.message(m.Message("d", sector, words))
 
     async def _suspend(self, rng: random.Random) -> None:
-        await self.verbs.suspend(m.Suspend("d", noflush=rng.random() < 0.2))
-        self.note("operator", "suspended")
+        noflush = rng.random() < 0.2
+        self._is_unflushed = noflush
+        await self.verbs.suspend(m.Suspend("d", noflush=noflush))
+        self.note("operator", "suspended", noflush)
         await asyncio.sleep(rng.choice((0.0, 0.001, 1.0)))
         await self.verbs.resume(m.Resume("d"))
+        self._is_unflushed = False
 
     async def _reload(self, rng: random.Random) -> None:
         await self.verbs.load(m.Load("d", self.rig.table))
