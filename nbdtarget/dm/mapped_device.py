@@ -31,9 +31,8 @@ first error. If a table that has lost unflushed writes was swapped away, the nex
 fails, whatever the new table can do: it is asked about those writes too. WRITE_ZEROES to a
 target that cannot is turned into writes of zeroes (`ZeroFill`); DISCARD to a target that cannot ends with 0 at once.
 
-A target may ask for another one in its place (`replace_target`): a suspend, the swap of this one
-target, a resume. It gives way to people: nothing is replaced on a suspended device, nor while a table
-is in the inactive slot.
+A target may ask for another one in its place (`replace_target`): suspend, swap of this one, resume.
+Whoever has suspended the device, or put a table into the inactive slot, has precedence.
 
 Failure. An exception out of `map` is a bug of ours. It is logged with its traceback, the table
 is marked failed, and from then on every bio ends with EIO; other mapped devices live on. A
@@ -349,8 +348,12 @@ class MappedDevice(Device):
         if self._owes_flush_error:
             return  # it is owed to a client, not to us
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        bio = Bio(OP_FLUSH, 0, 0, None, 0, lambda ended: done.set_result(ended.status))
-        self._submit_flush(table, bio)
+
+        def ended(bio: Bio) -> None:
+            if not done.done():  # cancelled: who waited has gone away
+                done.set_result(bio.status)
+
+        self._submit_flush(table, Bio(OP_FLUSH, 0, 0, None, 0, ended))
         errno = await done
         if errno:
             self._owes_flush_error = True
@@ -459,10 +462,7 @@ class MappedDevice(Device):
         async with self._verbs:
             table = self._check_replaceable(old)
             await self._suspend()
-            replaced = Table(
-                [new if target is old else target for target in table.targets],
-                read_only=table.read_only,
-            )
+            replaced = table.replaced(old, new)
             try:
                 if table.failed or old.has_lost_writes():
                     raise TableError("writes were lost", errnos.EIO)
@@ -476,9 +476,7 @@ class MappedDevice(Device):
             await self._destroy_target(old)
 
     def maybe_live_target(self, context: TargetContext) -> Target | None:
-        """The target of the live table that was constructed with `context`."""
-        targets = () if self.active is None else self.active.targets
-        return next((target for target in targets if target.ctx is context), None)
+        return None if self.active is None else self.active.maybe_target_of(context)
 
     def _check_replaceable(self, target: Target) -> Table:
         if self.state is State.REMOVED:

@@ -266,7 +266,11 @@ class Registry:
         try:
             await self._replace(device, context, type_name, args)
         except NbdTargetError as error:
-            _log.warning("%s: not done: %s", what, error)
+            # Whoever suspended it, or loaded another table, need not be told.
+            is_live = device.maybe_live_target(context) is not None
+            is_news = is_live and device.state is State.ACTIVE
+            level = logging.WARNING if is_news else logging.INFO
+            _log.log(level, "%s: not done: %s", what, error)
         else:
             _log.info("%s", what)
         device.event()

@@ -161,6 +161,15 @@ class Table:
         assert 0 <= offset < self.size
         return self.targets[bisect_right(self.begins, offset) - 1]
 
+    def maybe_target_of(self, context: TargetContext) -> Target | None:
+        """The target that was constructed with `context`, if it is ours."""
+        return next((each for each in self.targets if each.ctx is context), None)
+
+    def replaced(self, old: Target, new: Target) -> "Table":
+        """The same table, but for one target."""
+        targets = [new if each is old else each for each in self.targets]
+        return Table(targets, read_only=self.read_only)
+
     def runs(self, offset: int, length: int) -> list[tuple[Target, int]]:
         """Cut a range at target borders: (target, bytes) in order; inside the table."""
         assert offset + length <= self.size

@@ -130,10 +130,17 @@ class CacheRequests:
         request.at = end
 
     async def _locked(self, begin: int, end: int) -> Cell:
-        granted: asyncio.Future[Cell]
-        granted = asyncio.get_running_loop().create_future()
-        self.regions.prison.lock(begin, end, granted.set_result)
-        return await granted
+        waiting: asyncio.Future[Cell]
+        waiting = asyncio.get_running_loop().create_future()
+
+        def granted(cell: Cell) -> None:
+            if waiting.done():  # cancelled: who waited has gone away
+                self.regions.prison.release(cell)
+            else:
+                waiting.set_result(cell)
+
+        self.regions.prison.lock(begin, end, granted)
+        return await waiting
 
     def _next(self, request: "_Request") -> None:
         """End the request, or let it wait for its next turn."""
