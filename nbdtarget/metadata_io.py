@@ -81,15 +81,21 @@ async def _carry_out(device: Device, operation: Operation) -> Answer:
 
 
 def run_file(
-    file: str | os.PathLike[str] | int, steps: Steps[T], *, read_only: bool = False
+    file: str | os.PathLike[str] | int,
+    steps: Steps[T],
+    *,
+    read_only: bool = False,
+    name: str | None = None,
 ) -> T:
     """Run `steps` over a path, or an open file descriptor, synchronously. For tools.
+
+    Args: name: what errors call a descriptor.
 
     Raises: DeviceError; OSError if the path cannot be opened; whatever `steps` raises.
     Durable: what `steps` says.
     """
     if isinstance(file, int):
-        return _run_fd(file, str(file), steps)
+        return _run_fd(file, name or str(file), steps)
     try:
         fd = os.open(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     except OSError:

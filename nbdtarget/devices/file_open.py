@@ -26,7 +26,7 @@ from nbdtarget.devices.syscalls import (
 from nbdtarget.devices.workers import WorkerPool
 from nbdtarget.errors import ResolveError
 
-__all__ = ["create_file", "open_file"]
+__all__ = ["create_fd", "create_file", "open_fd", "open_file"]
 
 
 async def open_file(name: str, path: str, *, read_only: bool) -> FileDevice:
@@ -46,6 +46,33 @@ async def create_file(name: str, path: str, size: int, *, sparse: bool) -> FileD
     """
     create = partial(_create, name, path, size, sparse)
     return await _make(name, create, read_only=False, undo=partial(os.unlink, path))
+
+
+def open_fd(path: str, *, read_only: bool) -> tuple[int, int]:
+    """Open and lock an existing file or block device for a tool, which may block.
+
+    Returns the descriptor, to be closed, and the size in bytes. Raises: ResolveError.
+    """
+    fd = -1
+    try:
+        fd = _open(path, path, read_only)
+        return fd, _size(path, fd)
+    except (OSError, ResolveError) as error:
+        if fd >= 0:
+            os.close(fd)
+        raise (_refused(path, error) if isinstance(error, OSError) else error) from None
+
+
+def create_fd(path: str, size: int) -> int:
+    """Create a file of `size` zero bytes that did not exist, for a tool, which may block.
+
+    Returns the descriptor, locked for writing. Raises: ResolveError; then there is no file.
+    Durable: as of `create_file`.
+    """
+    try:
+        return _create(path, path, size, False)
+    except OSError as error:
+        raise _refused(path, error) from None
 
 
 async def _make(
