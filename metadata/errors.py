@@ -6,6 +6,7 @@
      +- NotOurs              somebody else's bytes: never touched
      +- CorruptMetadata      ours, but not what the superblock vouches for: never rolled back
      +- UnsupportedFormat    ours, but from a newer version: never touched
+     +- UnknownKind          ours, but of a kind that nothing here knows: never touched
      +- GeometryMismatch     ours, but for another table line
      +- MetadataTooSmall     the device cannot hold it
      +- ReadOnlyMetadata     a change was asked for in mode RO
@@ -27,6 +28,7 @@ __all__ = [
     "NotFormatted",
     "NotOurs",
     "ReadOnlyMetadata",
+    "UnknownKind",
     "UnsupportedFormat",
 ]
 
@@ -100,6 +102,17 @@ class UnsupportedFormat(MetadataError):
         if self.bits:
             return f"metadata has unknown incompatible features {self.bits:#x}"
         return f"metadata format version {self.version} is not supported"
+
+
+class UnknownKind(MetadataError):
+    """The superblock has a tag that nothing here knows."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return f"metadata of kind {self.kind!r} is not supported"
 
 
 class GeometryMismatch(MetadataError):

@@ -86,6 +86,7 @@ __all__ = [
     "read_superblock",
     "superblock_block",
     "superblock_writes",
+    "tag_of",
 ]
 
 SUPERBLOCK_MAGIC: Final = b"nbdt-sb\0"
@@ -263,6 +264,25 @@ def open_copies(area: memoryview) -> list[list[Copy]]:
         [_open_copy(area, slot, copy) for copy in range(NR_COPIES)]
         for slot in range(NR_SLOTS)
     ]
+
+
+def tag_of(area: memoryview) -> str | None:
+    """Return the kind that an intact copy names, whatever it is; None if there is none.
+
+    Raises: UnsupportedFormat.
+    """
+    for slot in range(NR_SLOTS):
+        for copy in range(NR_COPIES):
+            block = superblock_block(slot, copy)
+            data = _block_of(area, slot, copy)
+            try:
+                opened = open_envelope(SUPERBLOCK_MAGIC, block, data, f"block {block}")
+            except CorruptMetadata:
+                continue
+            kind = _kind_of(opened.body)
+            if kind is not None:
+                return kind
+    return None
 
 
 def choose_superblock(
