@@ -182,12 +182,17 @@ def run_mutants(options: argparse.Namespace, mutants: Sequence[Mutant]) -> bool:
                 trees.put(tree)
 
         escaped = []
-        with ThreadPoolExecutor(options.jobs) as pool:
+        pool = ThreadPoolExecutor(options.jobs)
+        try:
             for done in as_completed([pool.submit(in_some_tree, m) for m in mutants]):
                 verdict = done.result()
                 print(verdict.line, flush=True)
                 if not verdict.is_caught:
                     escaped.append(verdict.mutant)
+        finally:
+            pool.shutdown(
+                cancel_futures=True
+            )  # interrupted: only what runs is waited for
     print(f"{len(mutants) - len(escaped)} of {len(mutants)} caught")
     for mutant in escaped:
         print(f"  {mutant.name}: {mutant.file}: {mutant.forgets}")
