@@ -80,6 +80,8 @@ async def clone(
     exit_when_hydrated: bool = True,
     overwrite: bool = False,
     control: str | None = None,
+    then_linear: bool = False,
+    hydration_rate: int = 0,
 ) -> int:
     options = CloneOptions(
         source=source,
@@ -89,6 +91,8 @@ async def clone(
         exit_when_hydrated=exit_when_hydrated,
         overwrite=overwrite,
         control=control,
+        then_linear=then_linear,
+        hydration_rate=hydration_rate,
     )
     return await CloneJob(options, recorder or Recorder()).run()
 
@@ -110,6 +114,48 @@ async def test_same_line_goes_on_until_told_to_stop(work: Path) -> None:
     assert await clone(recorder, exit_when_hydrated=False) == 0
     assert recorder.calls == ["serving", "hydrated", "stopping"]
     assert (work / "dest").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("exit_when_hydrated", [True, False])
+async def test_clone_that_becomes_linear_is_hydrated_all_the_same(
+    work: Path, exit_when_hydrated: bool
+) -> None:
+    for _ in range(2):  # the same line over what is complete, too
+        recorder = Recorder(stop_when="" if exit_when_hydrated else "hydrated")
+        assert (
+            await clone(
+                recorder, then_linear=True, exit_when_hydrated=exit_when_hydrated
+            )
+            == 0
+        )
+        assert recorder.calls == ["serving", "hydrated", "stopping"]
+        assert recorder.done[-1] == len(CONTENT)
+        assert (work / "dest").read_bytes() == CONTENT
+
+
+async def test_words_of_the_table_line_say_what_was_asked_for(work: Path) -> None:
+    options = CloneOptions(
+        source="source",
+        dest="dest",
+        hydrate_on_read=True,
+        then_linear=True,
+        hydration=False,
+        hydration_rate=5 * MIB,
+    )
+    plan = await plan_clone(options, str(work))
+    assert (
+        plan.table.split()[6:]
+        == (
+            "128 3 no_hydration hydrate_on_read then_linear 6 hydration_threshold 256"
+            f" hydration_batch_size 16 hydration_rate {5 * MIB}"
+        ).split()
+    )
+
+
+async def test_rate_makes_it_take_its_time(work: Path) -> None:
+    recorder = Recorder(stop_when="serving")
+    assert await clone(recorder, hydration_rate=1, exit_when_hydrated=False) == 0
+    assert recorder.done[-1] < len(CONTENT)
 
 
 async def test_sparse_and_zeroed_destinations_are_taken(work: Path) -> None:

@@ -366,6 +366,26 @@ async def test_failed_commit_reverts_and_goes_read_only(rig: Rig) -> None:
     await rig.stop()
 
 
+async def test_hydrated_is_decided_from_committed_bits(rig: Rig) -> None:
+    # The last bit belongs to the next transaction: a commit that ends does not vouch for it.
+    rig.bio(OP_WRITE, 0, 7 * REGION)
+    rig.destination.hold = True
+    flush = rig.flush()
+    await settle()
+    rig.destination.hold = False
+    rig.bio(OP_WRITE, 7 * REGION, REGION)
+    rig.destination.let_go()
+    await settle()
+    assert flush.status == 0
+    assert await rig.hydrated() == "8/8"
+    assert rig.ctx.nr_events == 0
+    rig.metadata.fails = lambda bio: errnos.EIO if bio.op == OP_WRITE else 0
+    rig.flush()
+    await settle()
+    assert await rig.hydrated() == "7/8"
+    assert await rig.disk.read(7 * REGION, REGION) == rig.content[7 * REGION :]
+
+
 async def test_unreadable_metadata_fails_the_target(rig: Rig) -> None:
     rig.bio(OP_WRITE, 0, REGION)
     rig.metadata.fails = lambda bio: errnos.EIO
