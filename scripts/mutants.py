@@ -222,7 +222,11 @@ def main() -> int:
         for mutant in mutants:
             print(f"{mutant.name}  ({mutant.file})\n    {mutant.forgets}")
         return 0
-    return 0 if run_mutants(options, mutants) else 1
+    try:
+        return 0 if run_mutants(options, mutants) else 1
+    except KeyboardInterrupt:
+        print("interrupted")
+        return 1
 
 
 if __name__ == "__main__":
