@@ -37,8 +37,7 @@ def load_round(disk: PlainClient, image: bytearray, rng: random.Random) -> None:
             image[at : at + SLOT] = data = rng.randbytes(SLOT)
             wanted[disk.send(CMD_WRITE, at, payload=data, flags=flags)] = None
         elif kind < 0.9:
-            want = bytes(image[at : at + SLOT])
-            wanted[disk.send(CMD_READ, at, SLOT)] = want
+            wanted[disk.send(CMD_READ, at, SLOT)] = bytes(image[at : at + SLOT])
         elif kind < 0.95:
             wanted[disk.send(CMD_CACHE, at, SLOT)] = None
         else:
