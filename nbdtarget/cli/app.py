@@ -14,7 +14,15 @@ from typing import Final, NoReturn
 
 import typer
 
-from nbdtarget.cli import clone, devices, listing, log_writes, serve, tables
+from nbdtarget.cli import (
+    clone,
+    devices,
+    listing,
+    log_writes,
+    metadata,
+    serve,
+    tables,
+)
 from nbdtarget.errors import NbdTargetError
 
 __all__ = ["app", "main", "run"]
@@ -29,7 +37,7 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (clone, serve, tables, devices, listing, log_writes):
+for group in (clone, serve, tables, devices, listing, log_writes, metadata):
     group.register(app)
 
 # Typer brings its own click in some versions: its exceptions are reached through Typer.

@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[str]] = {
     "load": ["x", "--table", "0 8 zero"],
     "ls": [],
     "message": ["x", "0", "word"],
+    "metadata": [],
     "reload": ["x", "--table", "0 8 zero"],
     "remove": ["x"],
     "remove_all": [],
@@ -43,7 +44,9 @@ COMMANDS: dict[str, list[str]] = {
     "wait": ["x"],
     "wipe_table": ["x"],
 }
-ASKING = sorted(COMMANDS.keys() - {"clone", "replay-log", "serve", "version"})
+ASKING = sorted(
+    COMMANDS.keys() - {"clone", "metadata", "replay-log", "serve", "version"}
+)
 PRINTING = ["deps", "info", "ls", "status", "table", "targets", "version"]
 
 

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget metadata`: the offline tools for metadata files and devices.
+
+Options are those of the tools for the kernel's caches (cache_check, cache_dump …), where these
+have one.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+import msgspec
+import typer
+
+from nbdtarget.cli.common import Json
+from nbdtarget.errors import NbdTargetError
+
+__all__ = ["register"]
+
+T = TypeVar("T")
+
+File = Annotated[
+    str, typer.Argument(metavar="FILE", help="A metadata file or block device.")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing: the exit status tells.")
+]
+Output = Annotated[
+    str, typer.Option("--output", "-o", metavar="FILE", help="Where the metadata goes.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Whatever the output holds may go.")
+]
+
+
+class _Lines(NbdTargetError):
+    """Several reasons, a line each."""
+
+    def __init__(self, lines: tuple[str, ...]) -> None:
+        super().__init__(lines)
+        self._lines = lines
+
+    def lines(self) -> list[str]:
+        return list(self._lines)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group."""
+    group = typer.Typer(
+        help="Check, dump, restore and repair metadata that no server has open.",
+        rich_markup_mode=None,
+    )
+    group.command()(check)
+    group.command()(dump)
+    group.command()(restore)
+    group.command()(repair)
+    group.command()(info)
+    group.command()(size)
+    app.add_typer(group, name="metadata")
+
+
+def check(
+    file: File,
+    auto_repair: Annotated[
+        bool,
+        typer.Option(
+            "--auto-repair",
+            help="If there is no damage: rewrite superblock copies from their good"
+            " siblings, clear needs_check.",
+        ),
+    ] = False,
+    clear_needs_check: Annotated[
+        bool,
+        typer.Option(
+            "--clear-needs-check",
+            "--clear-needs-check-flag",
+            help="Clear needs_check, if a full pass finds no damage.",
+        ),
+    ] = False,
+    super_block_only: Annotated[
+        bool, typer.Option("--super-block-only", help="Look at the superblocks only.")
+    ] = False,
+    skip_unused: Annotated[
+        bool,
+        typer.Option("--skip-unused", help="Look for no orphans and leaked blocks."),
+    ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> int:
+    """Read and verify everything that the metadata vouches for.
+
+    Damage is what a server would refuse: exit 1. Superblock copies that the next
+    commits heal, orphaned records and leaked blocks are harmless: exit 0.
+    """
+
+    def job() -> None:
+        from nbdtarget import metadata_tools
+
+        answer = metadata_tools.check(
+            file,
+            auto_repair=auto_repair,
+            clear_needs_check=clear_needs_check,
+            super_block_only=super_block_only,
+            skip_unused=skip_unused,
+        )
+        _print(answer, quiet=quiet, json=json)
+        if answer.damage:
+            raise _Lines(tuple(f"{file}: {each}" for each in answer.damage))
+
+    return _run(job, quiet=quiet)
+
+
+def dump(
+    file: File,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write to FILE."),
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", "-r", help="Dump what is left of damaged metadata; say what."
+        ),
+    ] = False,
+) -> None:
+    """Print the metadata as JSON, which `restore` makes metadata of again."""
+    from nbdtarget import metadata_tools
+
+    if output is None:
+        told = metadata_tools.dump(file, sys.stdout.write, repair=repair)
+        sys.stdout.flush()
+    else:
+        told = metadata_tools.dump_to_file(file, output, repair=repair)
+    for line in told:
+        print("nbdtarget:", line, file=sys.stderr)
+
+
+def restore(
+    source: Annotated[
+        str,
+        typer.Option("--input", "-i", metavar="JSON", help="The dump; '-': stdin."),
+    ],
+    output: Output,
+    overwrite: Overwrite = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Restore a dump that says that regions are lost."),
+    ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> int:
+    """Make metadata of a dump. A missing file is made at the right size.
+
+    What the output holds is left alone unless told otherwise. Until all is written, the
+    output is no metadata that anybody accepts.
+    """
+
+    def job() -> None:
+        from nbdtarget import metadata_tools
+
+        answer = metadata_tools.restore(
+            source, output, overwrite=overwrite, force=force
+        )
+        _print(answer, quiet=quiet, json=json)
+
+    return _run(job, quiet=quiet)
+
+
+def repair(
+    source: Annotated[
+        str,
+        typer.Option("--input", "-i", metavar="FILE", help="Only ever read."),
+    ],
+    output: Output,
+    unused: Annotated[str, typer.Argument(hidden=True)] = "",
+    overwrite: Overwrite = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Go on though hydrated regions are lost: they read the source again,"
+            " what clients wrote there is gone.",
+        ),
+    ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> int:
+    """Write what is left of damaged metadata to another file.
+
+    Only what intact checksums vouch for is believed. If a hydrated region cannot be vouched for any
+    more, nothing is written unless forced.
+    """
+    if unused:
+        raise typer.BadParameter(f"unexpected argument {unused!r}")
+
+    def job() -> None:
+        from nbdtarget import metadata_tools
+
+        answer = metadata_tools.repair(source, output, overwrite=overwrite, force=force)
+        if not quiet:
+            for line in answer.damage:
+                print(f"nbdtarget: {source}: {line}", file=sys.stderr)
+        _print(answer, quiet=quiet, json=json)
+
+    return _run(job, quiet=quiet)
+
+
+def info(file: File, json: Json = False) -> None:
+    """Print what the newest superblock says; nothing else is read or verified."""
+    from nbdtarget import metadata_tools
+
+    _print(metadata_tools.info(file), quiet=False, json=json)
+
+
+def size(
+    device_size: Annotated[
+        str | None,
+        typer.Option("--device-size", metavar="SIZE", help="Of the clone, as in 10G."),
+    ] = None,
+    region_size: Annotated[
+        str | None,
+        typer.Option("--region-size", metavar="SIZE", help="4K to 1G."),
+    ] = None,
+    nr_regions: Annotated[
+        int | None,
+        typer.Option("--nr-regions", metavar="N", help="Instead of both sizes."),
+    ] = None,
+    unit: Annotated[
+        str,
+        typer.Option(
+            "--unit",
+            "-u",
+            help="bytes, sectors, kibibytes … tebibytes, kilobytes … terabytes, or"
+            " b, s, k, m, g, t, K, M, G, T.",
+        ),
+    ] = "sectors",
+    numeric_only: Annotated[
+        bool, typer.Option("--numeric-only", "-n", help="Print the number alone.")
+    ] = False,
+    smallest: Annotated[
+        bool,
+        typer.Option(
+            "--smallest", help="The least that works, which compacts more often."
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Print how large the metadata of a clone is: what is made when its file is missing."""
+    sizes = (device_size, region_size)
+    if nr_regions is not None and sizes != (None, None):
+        raise typer.BadParameter(
+            "--nr-regions, or --device-size and --region-size, not both"
+        )
+    if nr_regions is None and None in sizes:
+        raise typer.BadParameter("--device-size and --region-size, or --nr-regions")
+    from nbdtarget import metadata_tools
+    from nbdtarget.metadata_answers import UNIT_LETTERS, UNITS
+
+    name = UNIT_LETTERS.get(unit, unit)
+    if name not in UNITS:
+        raise typer.BadParameter(f"--unit: unknown unit {unit!r}")
+    answer = metadata_tools.size(
+        device_size=_bytes("--device-size", device_size),
+        region_size=_bytes("--region-size", region_size),
+        nr_regions=nr_regions,
+    )
+    if json:
+        _print(answer, quiet=False, json=True)
+        return
+    number = answer.smallest if smallest else answer.preferred
+    # Rounded up: what is printed is enough.
+    count = -(-number // UNITS[name])
+    sys.stdout.write(f"{count}\n" if numeric_only else f"{count} {name}\n")
+
+
+def _bytes(option: str, text: str | None) -> int | None:
+    from nbdtarget.devices.resolve import parse_size
+
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: {error}") from None
+
+
+def _print(answer: msgspec.Struct, *, quiet: bool, json: bool) -> None:
+    if not quiet:
+        text = msgspec.json.encode(answer).decode() if json else str(answer)
+        sys.stdout.write(text + "\n")
+
+
+def _run(job: Callable[[], None], *, quiet: bool) -> int:
+    """Do the job. Returns the exit status."""
+    try:
+        job()
+    except NbdTargetError:
+        if quiet:
+            return 1
+        raise
+    return 0
