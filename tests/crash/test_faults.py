@@ -130,9 +130,10 @@ def test_clone_keeps_its_word_when_a_device_fails() -> None:
     assert failed > WALKS // 4, "faults that nothing meets prove nothing"
 
 
-async def test_flush_after_reloads_does_not_promise_a_write_that_a_commit_lost() -> (
-    None
-):
+@pytest.mark.parametrize("noflush", [False, True])
+async def test_flush_after_reloads_does_not_promise_a_write_that_a_commit_lost(
+    noflush: bool,
+) -> None:
     rig = CloneRig(1, 1.0)
     fault = FaultDevice(rig.metadata)
     rig.devices["/metadata"] = fault
@@ -141,8 +142,11 @@ async def test_flush_after_reloads_does_not_promise_a_write_that_a_commit_lost()
     written = bytes([7]) * REGION_SIZE
     await rig.disk.write(0, written)  # never flushed
     fault.fail_at = fault.count
-    await rig.load()
-    await rig.resume()  # its suspend cannot commit
+    if noflush:
+        await rig._registry.suspend("d", noflush=True)  # it cannot commit
+    else:
+        await rig.load()
+        await rig.resume()  # nor can this one's suspend
     fault.clear()
     await rig.load()
     await rig.resume()

@@ -75,6 +75,37 @@ MAPPED_DEVICE: Final = (
         TESTS,
     ),
     Mutant(
+        "suspend-does-not-flush",
+        "Writes to a table that is swapped away are beyond the reach of every later FLUSH.",
+        MAPPED_DEVICE_PY,
+        (("                await self._flush(table)\n", "                pass\n"),),
+        TESTS,
+    ),
+    Mutant(
+        "failed-flush-of-a-suspend-forgotten",
+        "A suspend could not flush, and the next FLUSH asks the new table only.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "        if errno:\n            self._owes_flush_error = True",
+                "        if errno:\n            self._owes_flush_error = False",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
+        "flush-to-one-stripe-only",
+        "FLUSH reaches the first disk of a stripe set.",
+        "nbdtarget/targets/striped.py",
+        (
+            (
+                "[(device, 0, 0) for device in self._devices]",
+                "[(device, 0, 0) for device in self._devices[:1]]",
+            ),
+        ),
+        ("tests/nbdtarget/targets/test_striped.py",),
+    ),
+    Mutant(
         "fast-path-survives-a-suspend",
         "Writes still reach a table that is suspended, behind its last commit.",
         MAPPED_DEVICE_PY,
