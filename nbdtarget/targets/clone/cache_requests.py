@@ -69,6 +69,12 @@ class CacheRequests:
         for request in queue:
             self._next(request)
 
+    async def quiesce(self) -> None:
+        """Wait until no step is under way. After `presuspend`."""
+        assert not self._is_resumed
+        while self._steps:
+            await asyncio.wait(self._steps)
+
     def take(self, bio: Bio) -> None:
         """Take a CACHE whose offset is relative to the target; ends it."""
         assert bio.op == OP_CACHE
@@ -89,6 +95,8 @@ class CacheRequests:
         if (error := task.exception()) is not None:
             self.regions.broken(error)
         self._start_steps()
+        if not self._steps:
+            self.regions.copier.drop_buffers()
 
     async def _step(self, request: "_Request") -> None:
         is_sound = False

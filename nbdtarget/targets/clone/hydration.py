@@ -312,8 +312,9 @@ class Hydration:
         at, _ = regions.span(begin, begin + 1)
         zero_end = holes.zero_until(at)
         if not regions.destination.can_write_zeroes:
-            bytes_max = self.rate.job_bytes_max
-            bound = min(ZERO_BYTES_SLOW_MAX, bytes_max or ZERO_BYTES_SLOW_MAX)
+            bound = ZERO_BYTES_SLOW_MAX
+            if (bytes_max := self.rate.job_bytes_max) is not None:
+                bound = min(bound, bytes_max)
             zero_end = min(zero_end, at + max(bound, regions.region_size))
         if zero_end >= regions.length:
             return regions.nr_regions

@@ -6,6 +6,8 @@ is, stands where the constructor takes it: a feature among the features, a numbe
 arguments.
 """
 
+from typing import Final
+
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.hydration import Hydration
@@ -14,8 +16,8 @@ from nbdtarget.targets.clone.table import SECTOR, Options
 
 __all__ = ["status_fields", "status_line"]
 
-METADATA_BLOCK_SECTORS = 8
-_DEFAULTS = Options()
+METADATA_BLOCK_SECTORS: Final = 8
+_DEFAULTS: Final = Options()
 
 
 def status_line(

@@ -300,8 +300,9 @@ class CloneTarget(Target):
         self._cache_requests.presuspend()
 
     async def postsuspend(self) -> None:
-        self._hydration.presuspend()
+        self.presuspend()
         await self._hydration.quiesce()
+        await self._cache_requests.quiesce()
         if not self._committer.has_failed and not self._regions.has_failed:
             await self._committer.commit(clean_shutdown=True)
         await self._committer.quiesce()

@@ -116,6 +116,15 @@ async def test_holes_cost_what_they_write_where_zeroes_are_written() -> None:
     await rig.stop()
 
 
+async def test_slowest_rate_lets_one_region_go_also_of_written_zeroes() -> None:
+    rig = Rig(size=8 << 20, words="8 0 2 hydration_rate 1", content=bytes(8 << 20))
+    rig.destination.can_write_zeroes = False
+    await rig.start()
+    await copied_after(rig, 10)
+    assert await rig.hydrated() == "1/2048"
+    await rig.stop()
+
+
 @pytest.mark.parametrize("op", [OP_WRITE, OP_CACHE])
 async def test_what_clients_ask_for_is_not_held_back(op: int) -> None:
     rig = await Rig(size=64 * REGION, words="8 0 2 hydration_rate 1").start()
