@@ -4,6 +4,7 @@
 from typing import Final
 
 from tests.mutants.clone import CLONE
+from tests.mutants.clone_features import CLONE_FEATURES
 from tests.mutants.commit import COMMIT
 from tests.mutants.devices import DEVICES
 from tests.mutants.mapped_device import MAPPED_DEVICE
@@ -17,6 +18,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *METADATA,
     *COMMIT,
     *CLONE,
+    *CLONE_FEATURES,
     *MAPPED_DEVICE,
     *DEVICES,
     *SERVER,
