@@ -17,28 +17,14 @@ suspend the running table, swap, preresume every new target, resume every new ta
 queue, destroy the old table. If a preresume refuses, the device **stays suspended with the new
 table live**, and the old table is destroyed all the same; the way out is to load another.
 
-The way of a bio. `submit` is the hottest function of the house after the wire. For a READ or
-WRITE to a running single-target table it compares twice, calls the target's `map` and sends
-the bio on. Everything else (FLUSH, DISCARD, zeroing, several targets, a suspended, read-only or
-failed device) takes `_submit_slow`; `_fast_op_max` and `_fast_end` are what tells them
-apart. Only a bio that has not ended when `submit` returns is counted in flight, by a hook.
-
-Queued bios. A queue entry owns its payload. The queue has no bound of its own: what may be
-in it is what the submitters may have in flight, and every submitter is bounded.
-
-FLUSH goes to every target, `num_flush_bios` times, and ends when all have ended, with the
-first error. If a table that has lost unflushed writes was swapped away, the next FLUSH
-fails, whatever the new table can do: it is asked about those writes too. WRITE_ZEROES to a
-target that cannot is turned into writes of zeroes (`ZeroFill`); DISCARD to a target that cannot ends with 0 at once.
+What becomes of a bio: `nbdtarget.dm.mapped_io`.
 
 A target may ask for another one in its place (`replace_target`): suspend, swap of this one, resume.
 Whoever has suspended the device, or put a table into the inactive slot, has precedence.
 
-Failure. An exception out of `map` is a bug of ours. It is logged with its traceback, the table
-is marked failed, and from then on every bio ends with EIO; other mapped devices live on. A
-failed table is still suspended, so that what it does in the background ends before its devices
-are closed, but nobody waits for it without end: it may have lost a bio. Loading and
-resuming a new table recovers the device.
+Failure. A table that has failed (`mapped_io`) is still suspended, so that what it does in the background
+ends before its devices are closed, but nobody waits for it without end: it may have lost a bio.
+Loading and resuming a new table recovers the device.
 
 What a crash leaves behind is the targets' affair: nothing here is stored.
 
@@ -49,63 +35,32 @@ queue behind them, so that a suspend that waits for a slow disk can be looked at
 import asyncio
 import errno as errnos
 import logging
-import os
 from collections.abc import Awaitable, Callable, Sequence
-from enum import Enum
-from typing import Final
+from functools import partial
 
-from nbdtarget.bio import (
-    FAST_ZERO,
-    OP_DISCARD,
-    OP_FLUSH,
-    OP_READ,
-    OP_WRITE,
-    OP_WRITE_ZEROES,
-    Bio,
-    split_bio,
-)
 from nbdtarget.clock import Clock
-from nbdtarget.devices.base import EXTENTS_MAX, Device, Extent, append_extent
+from nbdtarget.devices.base import EXTENTS_MAX, Extent, append_extent
 from nbdtarget.dm.events import EventCounter
+from nbdtarget.dm.mapped_io import FAILED_DRAIN_S_MAX, MappedIo, State
 from nbdtarget.dm.table import SECTOR, Table
-from nbdtarget.dm.zero_fill import ZeroFill
 from nbdtarget.errors import DeviceError, TableError
-from nbdtarget.targets.base import (
-    KILL,
-    REMAPPED,
-    SUBMITTED,
-    StatusFields,
-    Target,
-    TargetContext,
-)
+from nbdtarget.targets.base import StatusFields, Target, TargetContext
 
 __all__ = ["MappedDevice", "State"]
 
 _log = logging.getLogger(__name__)
 
-FAILED_DRAIN_S_MAX: Final = 5.0  # a failed target may have lost bios: wait no longer
-
 _Ask = Callable[[Target, int, int], Awaitable[list[Extent]]]
 
 
-class State(Enum):
-    """See the module head."""
-
-    ACTIVE = "ACTIVE"
-    SUSPENDING = "SUSPENDING"
-    SUSPENDED = "SUSPENDED"
-    REMOVED = "REMOVED"
-
-
-class MappedDevice(Device):
+class MappedDevice(MappedIo):
     """One mapped device. Names, and the devices below, are the registry's affair.
 
     Attributes:
         dm_name: as `ls` shows it; `name` is the path that table lines use.
         uuid: or "".
         minor: stands in for the device number.
-        state: see the module head.
-        active, inactive: the two table slots.
+        inactive: the other table slot, beside `active`.
         events: of the targets, and of renaming; counted by `event_nr`.
         open_count: exports and tables that hold this device; see `put`.
         deferred_remove: it is removed when nobody holds it any more.
@@ -121,30 +76,16 @@ class MappedDevice(Device):
         unused: Callable[["MappedDevice"], None] = lambda _: None,
     ) -> None:
         """Args: unused: called when the last opener of one to be removed has gone."""
-        super().__init__(f"/dev/mapper/{dm_name}", 0)
+        super().__init__(f"/dev/mapper/{dm_name}", clock)
         self.dm_name = dm_name
         self.uuid = uuid
         self.minor = minor
-        self.state = State.ACTIVE
-        self.active: Table | None = None
         self.inactive: Table | None = None
         self.events = EventCounter()
         self.open_count = 0
         self.deferred_remove = False
         self._unused = unused
-        self._clock = clock
-        self._queue: list[Bio] = []
-        self._queueing = True
-        self._in_flight = 0
-        self._drained: asyncio.Future[None] | None = None
-        self._owes_flush_error = False
         self._verbs = asyncio.Lock()
-        self._running = asyncio.Event()
-        self._running.set()
-        # The fast path: READ is 0, WRITE is 1, and -1 sends everything the slow way.
-        self._fast_op_max = -1
-        self._fast_end = 0
-        self._fast_map: Callable[[Bio], int] = _no_target
 
     def put(self) -> None:
         """One opener less."""
@@ -152,144 +93,6 @@ class MappedDevice(Device):
         self.open_count -= 1
         if self.deferred_remove and not self.open_count:
             self._unused(self)
-
-    # ---- the way of a bio ----
-
-    def submit(self, bio: Bio) -> None:
-        # hot: 0.4 us with linear, on top of a device that ends the bio inline (0.4 us).
-        if bio.op > self._fast_op_max or bio.offset + bio.length > self._fast_end:
-            self._submit_slow(bio)
-            return
-        try:
-            answer = self._fast_map(bio)
-        except Exception:
-            self._fail_table(bio)
-            return
-        if answer == REMAPPED:
-            bio.device.submit(bio)
-        elif answer == KILL:
-            bio.end(errnos.EIO)
-        if bio.status < 0:
-            self._in_flight += 1
-            bio.on_end(self._bio_ended)
-
-    def _submit_slow(self, bio: Bio) -> None:
-        if not self._running.is_set() and self._queueing:
-            bio.own()
-            self._queue.append(bio)
-            return
-        table = self.active
-        if self.state is not State.ACTIVE or table is None or table.failed:
-            bio.end(errnos.EIO)
-            return
-        refused = self.check_bounds(bio)
-        if refused:
-            bio.end(refused)
-        elif bio.op == OP_FLUSH:
-            self._submit_flush(table, bio)
-        elif bio.length == 0:
-            bio.end(0)
-        else:
-            runs = table.runs(bio.offset, bio.length)
-            if len(runs) == 1:
-                self._submit_to(runs[0][0], bio)
-            else:
-                children = split_bio(bio, [length for _, length in runs])
-                for (target, _), child in zip(runs, children, strict=True):
-                    self._submit_to(target, child)
-        if bio.status < 0:
-            self._in_flight += 1
-            bio.on_end(self._bio_ended)
-
-    def _submit_flush(self, table: Table, bio: Bio) -> None:
-        if self._owes_flush_error:
-            # As fsync reports a lost page: once, to whoever asks next.
-            self._owes_flush_error = False
-            bio.end(errnos.EIO)
-            return
-        targets = [
-            target for target in table.targets for _ in range(target.num_flush_bios)
-        ]
-        if not targets:
-            bio.end(0)
-        elif len(targets) == 1:
-            self.map_to(targets[0], bio)
-        else:
-            left = len(targets)
-            first_error = 0
-
-            def child_ended(child: Bio) -> None:
-                nonlocal left, first_error
-                first_error = first_error or child.status
-                left -= 1
-                if left == 0:
-                    bio.end(first_error)
-
-            for target in targets:
-                self.map_to(target, Bio(OP_FLUSH, 0, 0, None, bio.flags, child_ended))
-
-    def _submit_to(self, target: Target, bio: Bio) -> None:
-        """Send a bio that lies inside `target`; see to what the target cannot do."""
-        if bio.op == OP_DISCARD and not target.can_discard:
-            bio.end(0)
-        elif bio.op == OP_WRITE_ZEROES and bio.flags & FAST_ZERO:
-            if target.can_fast_zero:
-                self.map_to(target, bio)
-            else:
-                bio.end(errnos.ENOTSUP)
-        elif bio.op == OP_WRITE_ZEROES and not target.can_write_zeroes:
-            ZeroFill(self.map_to, target, bio).pump()
-        else:
-            self.map_to(target, bio)
-
-    def map_to(self, target: Target, bio: Bio) -> None:
-        """Let `target` map `bio`, whatever it is able to do, and send it where it says."""
-        if self.active is None or self.active.failed:
-            bio.end(errnos.EIO)  # a sibling of this bio broke the table a moment ago
-            return
-        try:
-            answer = target.map(bio)
-        except Exception:
-            self._fail_table(bio)
-            return
-        if answer == REMAPPED:
-            bio.device.submit(bio)
-        elif answer == KILL:
-            bio.end(errnos.EIO)
-        else:
-            assert answer == SUBMITTED
-
-    def _bio_ended(self, _: Bio) -> None:
-        self._in_flight -= 1
-        if self._in_flight == 0 and self._drained is not None:
-            if not self._drained.done():
-                self._drained.set_result(None)
-            self._drained = None
-
-    def _fail_table(self, bio: Bio) -> None:
-        """Called in an except clause: the target, not the bio, is what went wrong."""
-        _log.exception("%s: target failed on %r: device fails", self.name, bio)
-        assert self.active is not None
-        self.active.failed = True
-        self._set_fast_path()
-        self.event()
-        if bio.status < 0:
-            bio.end(errnos.EIO)
-
-    def _set_fast_path(self) -> None:
-        table = self.active
-        if (
-            self.state is State.ACTIVE
-            and table is not None
-            and not table.failed
-            and len(table.targets) == 1
-        ):
-            self._fast_map = table.targets[0].map
-            self._fast_op_max = OP_READ if self.read_only else OP_WRITE
-            self._fast_end = table.size
-        else:
-            self._fast_op_max = -1
-            self._fast_end = 0
 
     # ---- tables ----
 
@@ -315,7 +118,8 @@ class MappedDevice(Device):
 
         A suspended device stays as it is. The flush is what the kernel gets by freezing the
         filesystem: what stands under the table may be gone from the next one, and then no
-        later FLUSH reaches it. `noflush` leaves it out.
+        later FLUSH reaches it. `noflush` leaves it out, and does not wait for bios that a target
+        only holds back: those are queued, for whatever table is resumed.
         Durable: what each target's postsuspend commits; unless `noflush`, every write that
             has ended. If that flush fails it is logged, and the next FLUSH fails.
         """
@@ -329,11 +133,13 @@ class MappedDevice(Device):
             return
         table = self.active
         if table is not None:
+            if noflush:
+                # Nothing more may come to a target that has given back what it held.
+                self._stop()
+                self._guard(table, partial(self._push_back, table))
             for target in table.targets:
                 self._guard(table, target.presuspend)
-        self.state = State.SUSPENDING
-        self._running.clear()
-        self._set_fast_path()
+        self._stop()
         await self._drain(table)
         if table is not None:
             if not (noflush or table.failed or table.read_only):
@@ -343,21 +149,11 @@ class MappedDevice(Device):
         self.state = State.SUSPENDED
         _log.info("%s: suspended", self.name)
 
-    async def _flush(self, table: Table) -> None:
-        """Make durable what has ended, whatever becomes of the table after this."""
-        if self._owes_flush_error:
-            return  # it is owed to a client, not to us
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-        def ended(bio: Bio) -> None:
-            if not done.done():  # cancelled: who waited has gone away
-                done.set_result(bio.status)
-
-        self._submit_flush(table, Bio(OP_FLUSH, 0, 0, None, 0, ended))
-        errno = await done
-        if errno:
-            self._owes_flush_error = True
-            _log.error("%s: flush: %s", self.name, os.strerror(errno))
+    def _stop(self) -> None:
+        """From now on bios are queued."""
+        self.state = State.SUSPENDING
+        self._running.clear()
+        self._set_fast_path()
 
     async def _postsuspend(self, table: Table, target: Target) -> None:
         if table.failed:
@@ -387,23 +183,6 @@ class MappedDevice(Device):
                 target.type_name,
                 "given up" if task.cancelled() else task.exception(),
             )
-
-    async def _drain(self, table: Table | None) -> None:
-        """Wait until no bio is in flight; after a failure only for a bounded time."""
-        if self._in_flight == 0:
-            return
-        drained = self._drained = asyncio.get_running_loop().create_future()
-        if table is None or not table.failed:
-            await drained
-            return
-
-        def give_up() -> None:
-            if not drained.done():
-                drained.set_result(None)
-
-        timer = self._clock.call_later(FAILED_DRAIN_S_MAX, give_up)
-        await drained
-        timer.cancel()
 
     def _guard(self, table: Table, call: Callable[[], None]) -> None:
         try:
@@ -506,21 +285,8 @@ class MappedDevice(Device):
         self._running.set()
         self._set_fast_path()
         _log.info("%s: resumed", self.name)
-        queue, self._queue = self._queue, []
-        for bio in queue:
+        for bio in self._take_queue():
             self.submit(bio)
-
-    def _adopt(self, table: Table) -> None:
-        """Make `table` live: what a device can do is what its live table can do."""
-        self.active = table
-        targets = table.targets
-        self.size = table.size
-        self.read_only = table.read_only
-        self.logical_block_size = table.logical_block_size
-        # A DISCARD is worth sending if any part of the device takes it.
-        self.can_discard = any(target.can_discard for target in targets)
-        self.can_write_zeroes = all(target.can_write_zeroes for target in targets)
-        self.can_fast_zero = all(target.can_fast_zero for target in targets)
 
     async def _destroy(self, table: Table) -> None:
         """Destroy a table; what goes wrong here must not keep the device from its end."""
@@ -564,14 +330,6 @@ class MappedDevice(Device):
         async with self._verbs:
             if self.state is State.SUSPENDED:
                 self.stop_queueing()
-
-    def stop_queueing(self) -> None:
-        """End what waits here, and what still comes, with EIO: nobody will resume the device."""
-        self._queueing = False
-        self._running.set()  # for who asks for extents
-        queue, self._queue = self._queue, []
-        for bio in queue:
-            bio.end(errnos.EIO)
 
     async def close(self) -> None:
         await self.remove()
@@ -683,10 +441,6 @@ class MappedDevice(Device):
 
 def _ask_extents(target: Target, offset: int, length: int) -> Awaitable[list[Extent]]:
     return target.extents(offset, length)
-
-
-def _no_target(bio: Bio) -> int:
-    raise AssertionError(f"no fast path for {bio!r}")
 
 
 def _line(target: Target, params: str) -> tuple[int, int, str, str]:

@@ -21,23 +21,31 @@ class ZeroFill:
 
     Args:
         map_to: sends a bio to a target of the live table.
+        requeue: queues the whole bio again, when one of the writes was pushed back.
     """
 
     __slots__ = (
         "_end",
         "_error",
+        "_is_pushed_back",
         "_left",
         "_map_to",
         "_next",
         "_parent",
         "_pumping",
+        "_requeue",
         "_target",
     )
 
     def __init__(
-        self, map_to: Callable[[Target, Bio], None], target: Target, bio: Bio
+        self,
+        map_to: Callable[[Target, Bio], None],
+        requeue: Callable[[Bio], None],
+        target: Target,
+        bio: Bio,
     ) -> None:
         self._map_to = map_to
+        self._requeue = requeue
         self._target = target
         self._parent = bio
         self._next = bio.offset
@@ -45,6 +53,7 @@ class ZeroFill:
         self._left = 0
         self._error = 0
         self._pumping = False
+        self._is_pushed_back = False
 
     def pump(self) -> None:
         """Start writes until enough are in flight; end the bio when all have ended."""
@@ -55,6 +64,7 @@ class ZeroFill:
         while (
             self._next < self._end
             and not self._error
+            and not self._is_pushed_back
             and turn_bytes
             and self._left < ZERO_WRITES_MAX
         ):
@@ -68,17 +78,28 @@ class ZeroFill:
                 _ZEROES[:length],
                 self._parent.flags & FUA,
                 self._child_ended,
+                self,
             )
             self._next += length
             self._map_to(self._target, child)
         self._pumping = False
         if self._left:
             return
-        if self._next == self._end or self._error:
+        if self._error:
             self._parent.end(self._error)
+        elif self._is_pushed_back:
+            self._requeue(self._parent)
+        elif self._next == self._end:
+            self._parent.end(0)
         else:
             # All of them ended inline. 4 GiB of that would hold up every other client.
             asyncio.get_running_loop().call_soon(self.pump)
+
+    def pushed_back(self) -> None:
+        """One of the writes is not going to end: a target held it and has given it back."""
+        self._is_pushed_back = True
+        self._left -= 1
+        self.pump()
 
     def _child_ended(self, child: Bio) -> None:
         self._error = self._error or child.status

@@ -6,6 +6,7 @@ Life of a target, in order:
     ctr        construct from the table line's words; opens devices through the context
     resume     I/O may come from now on (preresume may refuse first)
     map        once per bio; synchronous; decides and returns, waits for nothing
+    push_back  only if suspended with `noflush`: bios that are merely held back go to the queue
     presuspend new background work stops; bios in flight go on
     postsuspend no bio is in flight any more: stop everything, commit
     resume …
@@ -143,6 +144,15 @@ class Target:
         by itself; may submit bios to devices. A bio that is kept after this returns is owned.
         """
         raise NotImplementedError
+
+    def push_back(self) -> list[Bio]:
+        """Give back the bios that are held and not begun below, in the order they came.
+
+        Each as `map` was given it, offset and hooks included, for it is mapped anew, by this
+        target or another one. No FLUSH: it asks about what this target has written. Nothing is
+        mapped any more when this is called; `presuspend` follows.
+        """
+        return []
 
     def presuspend(self) -> None:
         """Stop starting background work."""

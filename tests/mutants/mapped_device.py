@@ -8,6 +8,7 @@ from tests.mutants.mutant import Mutant
 __all__ = ["MAPPED_DEVICE"]
 
 MAPPED_DEVICE_PY: Final = "nbdtarget/dm/mapped_device.py"
+MAPPED_IO_PY: Final = "nbdtarget/dm/mapped_io.py"
 ZERO_FILL_PY: Final = "nbdtarget/dm/zero_fill.py"
 BIO_PY: Final = "nbdtarget/bio.py"
 TESTS: Final = (
@@ -22,7 +23,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-to-one-target-only",
         "Of a table of several lines only the first is flushed.",
-        MAPPED_DEVICE_PY,
+        MAPPED_IO_PY,
         (
             (
                 "            target for target in table.targets for _ in",
@@ -34,7 +35,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-error-of-one-target-lost",
         "One line's disk could not flush, another could: FLUSH says that all is well.",
-        MAPPED_DEVICE_PY,
+        MAPPED_IO_PY,
         (
             (
                 "first_error = first_error or child.status",
@@ -46,7 +47,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-ends-with-the-first-target",
         "FLUSH ends when the quickest disk has flushed.",
-        MAPPED_DEVICE_PY,
+        MAPPED_IO_PY,
         (
             (
                 "                left -= 1\n                if left == 0:",
@@ -84,7 +85,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "failed-flush-of-a-suspend-forgotten",
         "A suspend could not flush, and the next FLUSH asks the new table only.",
-        MAPPED_DEVICE_PY,
+        MAPPED_IO_PY,
         (
             (
                 "        if errno:\n            self._owes_flush_error = True",
@@ -120,7 +121,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "queued-payload-not-owned",
         "A write that waits for a resume keeps the receive buffer of somebody else.",
-        MAPPED_DEVICE_PY,
+        MAPPED_IO_PY,
         (
             (
                 "            bio.own()\n            self._queue.append(bio)",

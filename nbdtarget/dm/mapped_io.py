@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of a bio through a mapped device: to the live table, or into the queue.
+
+Theory of operation. `submit` is the hottest function of the house after the wire. For a READ or
+WRITE to a running single-target table it compares twice, calls the target's `map` and sends
+the bio on. Everything else (FLUSH, DISCARD, zeroing, several targets, a suspended, read-only or
+failed device) takes `_submit_slow`; `_fast_op_max` and `_fast_end` are what tells them
+apart. Only a bio that has not ended when `submit` returns is counted in flight, by a hook; of one
+that is cut at target borders its parts are counted, for each goes its own way.
+
+Queued bios. A queue entry owns its payload. The queue has no bound of its own: what may be
+in it is what the submitters may have in flight, and every submitter is bounded.
+
+FLUSH goes to every target, `num_flush_bios` times, and ends when all have ended, with the
+first error. If a table that has lost unflushed writes was swapped away, the next FLUSH
+fails, whatever the new table can do: it is asked about those writes too. WRITE_ZEROES to a
+target that cannot is turned into writes of zeroes (`ZeroFill`); DISCARD to a target that cannot ends with 0 at once.
+
+Pushing back. A suspend with `noflush` does not wait for bios that a target only holds back and has
+not begun below (`Target.push_back`): each goes to the front of the queue as it came, and is mapped
+anew by whatever table is resumed. They leave the flight meanwhile, as if `submit` had queued them.
+A part of a bio that was cut is queued by itself; its siblings go on. Of a WRITE_ZEROES that is being
+written out, no part is queued: when the parts under way have ended, it is queued whole, and zeroed
+from its beginning again. What waits in a **lower** mapped device is not held back by us but begun below: it
+is waited for, as in the kernel. A FLUSH is never pushed back, because it asks about writes that this
+table has answered.
+
+Failure. An exception out of `map` is a bug of ours. It is logged with its traceback, the table
+is marked failed, and from then on every bio ends with EIO; other mapped devices live on.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+import os
+from collections.abc import Callable
+from enum import Enum
+from typing import Final
+
+from nbdtarget.bio import (
+    FAST_ZERO,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_READ,
+    OP_WRITE,
+    OP_WRITE_ZEROES,
+    Bio,
+    split_bio,
+)
+from nbdtarget.clock import Clock
+from nbdtarget.devices.base import Device
+from nbdtarget.dm.table import Table
+from nbdtarget.dm.zero_fill import ZeroFill
+from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target
+
+__all__ = ["FAILED_DRAIN_S_MAX", "MappedIo", "State"]
+
+_log = logging.getLogger(__name__)
+
+FAILED_DRAIN_S_MAX: Final = 5.0  # a failed target may have lost bios: wait no longer
+
+
+class State(Enum):
+    """See the head of `nbdtarget.dm.mapped_device`."""
+
+    ACTIVE = "ACTIVE"
+    SUSPENDING = "SUSPENDING"
+    SUSPENDED = "SUSPENDED"
+    REMOVED = "REMOVED"
+
+
+class MappedIo(Device):
+    """What of a mapped device meets bios; the verbs are `MappedDevice`'s.
+
+    Attributes:
+        state: see `nbdtarget.dm.mapped_device`.
+        active: the live table, if there is one.
+    """
+
+    def __init__(self, name: str, clock: Clock) -> None:
+        super().__init__(name, 0)
+        self.state = State.ACTIVE
+        self.active: Table | None = None
+        self._clock = clock
+        self._queue: list[Bio] = []
+        self._nr_pushed_back = 0  # so many at the front of the queue
+        self._queueing = True
+        self._in_flight = 0
+        self._drained: asyncio.Future[None] | None = None
+        self._owes_flush_error = False
+        self._running = asyncio.Event()
+        self._running.set()
+        # The fast path: READ is 0, WRITE is 1, and -1 sends everything the slow way.
+        self._fast_op_max = -1
+        self._fast_end = 0
+        self._fast_map: Callable[[Bio], int] = _no_target
+
+    def event(self) -> None:
+        """Count one event and wake who waits for it."""
+        raise NotImplementedError
+
+    # ---- the way of a bio ----
+
+    def submit(self, bio: Bio) -> None:
+        # hot: 0.4 us with linear, on top of a device that ends the bio inline (0.4 us).
+        if bio.op > self._fast_op_max or bio.offset + bio.length > self._fast_end:
+            self._submit_slow(bio)
+            return
+        try:
+            answer = self._fast_map(bio)
+        except Exception:
+            self._fail_table(bio)
+            return
+        if answer == REMAPPED:
+            bio.device.submit(bio)
+        elif answer == KILL:
+            bio.end(errnos.EIO)
+        if bio.status < 0:
+            self._in_flight += 1
+            bio.on_end(self._bio_ended)
+
+    def _submit_slow(self, bio: Bio) -> None:
+        if not self._running.is_set() and self._queueing:
+            bio.own()
+            self._queue.append(bio)
+            return
+        table = self.active
+        if self.state is not State.ACTIVE or table is None or table.failed:
+            bio.end(errnos.EIO)
+            return
+        refused = self.check_bounds(bio)
+        if refused:
+            bio.end(refused)
+        elif bio.op == OP_FLUSH:
+            self._submit_flush(table, bio)
+        elif bio.length == 0:
+            bio.end(0)
+        else:
+            runs = table.runs(bio.offset, bio.length)
+            if len(runs) == 1:
+                self._submit_to(runs[0][0], bio)
+            else:
+                children = split_bio(bio, [length for _, length in runs])
+                for (target, _), child in zip(runs, children, strict=True):
+                    self._submit_to(target, child)
+                    self._count_in_flight(child)
+                return
+        self._count_in_flight(bio)
+
+    def _count_in_flight(self, bio: Bio) -> None:
+        if bio.status < 0:
+            self._in_flight += 1
+            bio.on_end(self._bio_ended)
+
+    def _submit_flush(self, table: Table, bio: Bio) -> None:
+        if self._owes_flush_error:
+            # As fsync reports a lost page: once, to whoever asks next.
+            self._owes_flush_error = False
+            bio.end(errnos.EIO)
+            return
+        targets = [
+            target for target in table.targets for _ in range(target.num_flush_bios)
+        ]
+        if not targets:
+            bio.end(0)
+        elif len(targets) == 1:
+            self.map_to(targets[0], bio)
+        else:
+            left = len(targets)
+            first_error = 0
+
+            def child_ended(child: Bio) -> None:
+                nonlocal left, first_error
+                first_error = first_error or child.status
+                left -= 1
+                if left == 0:
+                    bio.end(first_error)
+
+            for target in targets:
+                self.map_to(target, Bio(OP_FLUSH, 0, 0, None, bio.flags, child_ended))
+
+    def _submit_to(self, target: Target, bio: Bio) -> None:
+        """Send a bio that lies inside `target`; see to what the target cannot do."""
+        if bio.op == OP_DISCARD and not target.can_discard:
+            bio.end(0)
+        elif bio.op == OP_WRITE_ZEROES and bio.flags & FAST_ZERO:
+            if target.can_fast_zero:
+                self.map_to(target, bio)
+            else:
+                bio.end(errnos.ENOTSUP)
+        elif bio.op == OP_WRITE_ZEROES and not target.can_write_zeroes:
+            ZeroFill(self.map_to, self._requeue, target, bio).pump()
+        else:
+            self.map_to(target, bio)
+
+    def map_to(self, target: Target, bio: Bio) -> None:
+        """Let `target` map `bio`, whatever it is able to do, and send it where it says."""
+        if self.active is None or self.active.failed:
+            bio.end(errnos.EIO)  # a sibling of this bio broke the table a moment ago
+            return
+        try:
+            answer = target.map(bio)
+        except Exception:
+            self._fail_table(bio)
+            return
+        if answer == REMAPPED:
+            bio.device.submit(bio)
+        elif answer == KILL:
+            bio.end(errnos.EIO)
+        else:
+            assert answer == SUBMITTED
+
+    def _bio_ended(self, _: Bio) -> None:
+        self._in_flight -= 1
+        if self._in_flight == 0 and self._drained is not None:
+            if not self._drained.done():
+                self._drained.set_result(None)
+            self._drained = None
+
+    def _push_back(self, table: Table) -> None:
+        """Queue what the targets hold back; see the module head."""
+        for target in table.targets:
+            for bio in target.push_back():
+                assert bio.op != OP_FLUSH
+                if bio.hooks and self._bio_ended in bio.hooks:
+                    self._requeue(bio)
+                else:
+                    # Not from `submit`: a part of what is being zeroed by writing.
+                    assert isinstance(bio.private, ZeroFill)
+                    bio.private.pushed_back()
+
+    def _requeue(self, bio: Bio) -> None:
+        """Put a bio that is in flight into the queue, before all that came while we suspend."""
+        assert not self._running.is_set()
+        assert bio.hooks is not None
+        bio.hooks.remove(self._bio_ended)
+        self._queue.insert(self._nr_pushed_back, bio)
+        self._nr_pushed_back += 1
+        self._bio_ended(bio)
+
+    def _fail_table(self, bio: Bio) -> None:
+        """Called in an except clause: the target, not the bio, is what went wrong."""
+        _log.exception("%s: target failed on %r: device fails", self.name, bio)
+        assert self.active is not None
+        self.active.failed = True
+        self._set_fast_path()
+        self.event()
+        if bio.status < 0:
+            bio.end(errnos.EIO)
+
+    def _set_fast_path(self) -> None:
+        table = self.active
+        if (
+            self.state is State.ACTIVE
+            and table is not None
+            and not table.failed
+            and len(table.targets) == 1
+        ):
+            self._fast_map = table.targets[0].map
+            self._fast_op_max = OP_READ if self.read_only else OP_WRITE
+            self._fast_end = table.size
+        else:
+            self._fast_op_max = -1
+            self._fast_end = 0
+
+    async def _flush(self, table: Table) -> None:
+        """Make durable what has ended, whatever becomes of the table after this."""
+        if self._owes_flush_error:
+            return  # it is owed to a client, not to us
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def ended(bio: Bio) -> None:
+            if not done.done():  # cancelled: who waited has gone away
+                done.set_result(bio.status)
+
+        self._submit_flush(table, Bio(OP_FLUSH, 0, 0, None, 0, ended))
+        errno = await done
+        if errno:
+            self._owes_flush_error = True
+            _log.error("%s: flush: %s", self.name, os.strerror(errno))
+
+    async def _drain(self, table: Table | None) -> None:
+        """Wait until no bio is in flight; after a failure only for a bounded time."""
+        if self._in_flight == 0:
+            return
+        drained = self._drained = asyncio.get_running_loop().create_future()
+        if table is None or not table.failed:
+            await drained
+            return
+
+        def give_up() -> None:
+            if not drained.done():
+                drained.set_result(None)
+
+        timer = self._clock.call_later(FAILED_DRAIN_S_MAX, give_up)
+        await drained
+        timer.cancel()
+
+    def _adopt(self, table: Table) -> None:
+        """Make `table` live: what a device can do is what its live table can do."""
+        self.active = table
+        targets = table.targets
+        self.size = table.size
+        self.read_only = table.read_only
+        self.logical_block_size = table.logical_block_size
+        # A DISCARD is worth sending if any part of the device takes it.
+        self.can_discard = any(target.can_discard for target in targets)
+        self.can_write_zeroes = all(target.can_write_zeroes for target in targets)
+        self.can_fast_zero = all(target.can_fast_zero for target in targets)
+
+    def stop_queueing(self) -> None:
+        """End what waits here, and what still comes, with EIO: nobody will resume the device."""
+        self._queueing = False
+        self._running.set()  # for who asks for extents
+        for bio in self._take_queue():
+            bio.end(errnos.EIO)
+
+    def _take_queue(self) -> list[Bio]:
+        queue, self._queue, self._nr_pushed_back = self._queue, [], 0
+        return queue
+
+
+def _no_target(bio: Bio) -> int:
+    raise AssertionError(f"no fast path for {bio!r}")
