@@ -202,8 +202,9 @@ CLONE: Final = (
         FOREGROUND_PY,
         (
             (
-                "        regions.prison.lock(begin, end, granted)\n",
-                "        granted(Cell(begin, end, granted))\n",
+                "granted)\n\n    def set_hydrated(self, begin",
+                "granted) if begin > end else granted(Cell(begin, end, granted))\n\n"
+                "    def set_hydrated(self, begin",
             ),
             (
                 "after the discard.\n            regions.prison.release(cell)\n",
