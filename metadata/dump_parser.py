@@ -162,11 +162,11 @@ class _Parser:
                 )
             if scanner.expect(b",", b"}") == b"}":
                 break
-        if scanner.peek():
-            raise scanner.error(f"expected the end, found {scanner.shown()}")
         for key in _REQUIRED:
             if key not in self._lines:
                 raise scanner.error(f"{key} is missing")
+        if scanner.peek():
+            raise scanner.error(f"expected the end, found {scanner.shown()}")
         return self._content()
 
     def _checked(self, key: str, value: Any) -> Any:
