@@ -4,6 +4,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bitarray import bitarray
@@ -20,7 +21,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 IMAGES = sorted(FIXTURES.glob("*.img"))
 
 
-def make_content(hydrated: bitarray, **fields: object) -> CloneContent:
+def make_content(hydrated: bitarray, **fields: Any) -> CloneContent:
     content = CloneContent(
         uuid=bytes(range(16)),
         generation=7,

@@ -18,9 +18,10 @@ from metadata.errors import (
     NotOurs,
 )
 from metadata.operations import Write
+from metadata.records import Chain, append_runs, new_runs
 from metadata.restore import restore
 from metadata.salvage import Salvaged, salvage
-from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
+from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK, CloneSuperblock
 from tests.metadata.ages import NR_REGIONS, Life, _compacted, ages
 from tests.metadata.small import commit
 from tests.metadata.store import Store, drive, read_image
@@ -253,3 +254,65 @@ def test_no_bytes_do_more_than_be_refused() -> None:
             changed[rng.randrange(len(image))] ^= 1 << rng.randrange(8)
         with contextlib.suppress(MetadataError):
             salvaged(bytes(changed))
+
+
+# Chains that no crash leaves and only a disk that loses writes can make
+
+
+def record(block: int, generation: int, previous: bytes, region_nr: int) -> Write:
+    """A record that says that one region is hydrated."""
+    runs = new_runs()
+    append_runs(runs, region_nr, 1)
+    return Chain(block=block, end=64, digest=previous).append(generation, runs)
+
+
+def image_of(
+    superblock: CloneSuperblock, older: CloneSuperblock, *writes: Write
+) -> bytes:
+    image = bytearray(64 * BLOCK_SIZE)
+    area = put_all(superblock, older)
+    image[: len(area)] = area
+    for write in writes:
+        image[write.offset : write.offset + len(write.data)] = write.data
+    return bytes(image)
+
+
+BROKEN = bytes([1]) * 16  # a digest that nothing has
+UUID = bytes(range(16))
+
+
+def test_older_superblock_vouches_by_digest_alone() -> None:
+    newest = make_superblock(
+        10,
+        arena=1,
+        snapshot_block=28,
+        journal_blocks=2,
+        journal_digest=BROKEN,
+        nr_hydrated=3,
+    )
+    older = make_superblock(9, journal_blocks=1, journal_digest=BROKEN)
+    image = image_of(newest, older, record(4, 9, UUID, 7), record(28, 10, UUID, 8))
+    assert list(salvaged(image).content.hydrated.search(1)) == [8]
+
+
+def test_record_of_a_later_generation_is_not_believed() -> None:
+    newest = make_superblock(10, journal_blocks=1, journal_digest=BROKEN, nr_hydrated=1)
+    image = image_of(newest, make_superblock(9), record(4, 11, UUID, 7))
+    assert salvaged(image).content.nr_lost == 1
+
+
+def test_record_that_no_chain_leads_to_is_not_believed() -> None:
+    newest = make_superblock(10, journal_blocks=3, journal_digest=BROKEN, nr_hydrated=3)
+    image = image_of(
+        newest, make_superblock(9), record(4, 9, UUID, 7), record(6, 10, BROKEN, 8)
+    )
+    assert list(salvaged(image).content.hydrated.search(1)) == [7]
+
+
+def test_record_that_its_successor_does_not_name_is_not_believed() -> None:
+    last = record(5, 10, BROKEN, 8)
+    newest = make_superblock(
+        10, journal_blocks=2, journal_digest=bytes(last.data[16:32]), nr_hydrated=2
+    )
+    image = image_of(newest, make_superblock(9), record(4, 9, UUID, 7), last)
+    assert list(salvaged(image).content.hydrated.search(1)) == [8]
