@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The background tracker: which migrations are queued or under way, and how many.
+
+    queue -> queued -> issue -> issued -> complete
+                \\-> cancel
+
+At most one for each oblock, at most `pending_max` in all, queued and issued together. The newest
+is issued first: the access that asked for it is the one most likely to come again.
+"""
+
+from typing import Final
+
+from nbdtarget.policies.base import DEMOTE, Work
+
+__all__ = ["PENDING_MAX", "BackgroundTracker"]
+
+PENDING_MAX: Final = 4096
+
+
+class BackgroundTracker:
+    """The migrations of one policy.
+
+    Attributes:
+        nr_demotions: demotions that are queued or issued.
+    """
+
+    def __init__(self, pending_max: int = PENDING_MAX) -> None:
+        self.pending_max = pending_max
+        self.nr_demotions = 0
+        self._pending: dict[int, Work] = {}
+        self._queued: list[Work] = []
+
+    def __len__(self) -> int:
+        """Migrations that are queued or issued."""
+        return len(self._pending)
+
+    def __contains__(self, oblock: int) -> bool:
+        return oblock in self._pending
+
+    def start(self, work: Work) -> bool:
+        """Take `work` as issued; False, and nothing is done, if a bound forbids it."""
+        if work.oblock in self._pending or len(self._pending) >= self.pending_max:
+            return False
+        self._pending[work.oblock] = work
+        if work.op == DEMOTE:
+            self.nr_demotions += 1
+        return True
+
+    def queue(self, work: Work) -> bool:
+        """Queue `work`; False, and nothing is done, if a bound forbids it."""
+        if not self.start(work):
+            return False
+        self._queued.append(work)
+        return True
+
+    def issue(self) -> Work | None:
+        """The newest queued work; it is issued now."""
+        return self._queued.pop() if self._queued else None
+
+    def complete(self, work: Work) -> None:
+        """Issued `work` has ended, well or badly."""
+        assert self._pending.get(work.oblock) is work, f"{work!r} is not under way"
+        del self._pending[work.oblock]
+        if work.op == DEMOTE:
+            self.nr_demotions -= 1
+
+    def cancel(self, oblock: int) -> Work | None:
+        """Drop the queued work of `oblock`; None if it has none, or only issued work."""
+        work = self._pending.get(oblock)
+        if work is None or work not in self._queued:
+            return None
+        self._queued.remove(work)
+        self.complete(work)
+        return work

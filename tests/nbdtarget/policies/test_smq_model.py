@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""smq against the plain one: the same calls, the same answers, the same order in each queue."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from nbdtarget.policies.base import MISS, MISS_WAKE, OP_NAMES, Work
+from nbdtarget.policies.cleaner import Cleaner
+from nbdtarget.policies.multi_level_queue import MultiLevelQueue
+from nbdtarget.policies.smq import Smq
+from tests.nbdtarget.policies.plain import LEVELS, PlainQueue, PlainSmq, PlainWork, S
+
+BLOCK = 1 << 16
+ORIGIN_BLOCKS = 1 << 14
+oblocks = st.one_of(
+    st.integers(0, 15),
+    st.integers(0, 2048),
+    st.integers(0, 8).map(lambda n: 100 * n),
+)
+
+
+class SmqMachine(RuleBasedStateMachine):
+    @initialize(
+        nr_cblocks=st.sampled_from([1, 3, 4, 8, 40, 256]),
+        is_cleaner=st.sampled_from([False, False, False, True]),
+        loaded=st.lists(
+            st.tuples(oblocks, st.booleans(), st.integers(0, 70)),
+            unique_by=lambda mapping: mapping[0],
+            max_size=40,
+        ),
+        backwards=st.booleans(),
+    )
+    def create(
+        self,
+        nr_cblocks: int,
+        is_cleaner: bool,
+        loaded: list[tuple[int, bool, int]],
+        backwards: bool,
+    ) -> None:
+        kind = Cleaner if is_cleaner else Smq
+        size = ORIGIN_BLOCKS * BLOCK
+        self.smq = kind(nr_cblocks, origin_size=size, block_size=BLOCK, now_ns=7)
+        self.plain = PlainSmq(nr_cblocks, now=7, is_cleaner=is_cleaner)
+        self.now = 7
+        self.issued: list[tuple[Work, PlainWork]] = []
+        for n, (oblock, dirty, hint) in enumerate(loaded[:nr_cblocks]):
+            cblock = nr_cblocks - 1 - n if backwards else n
+            self.smq.load_mapping(cblock, oblock, dirty, hint)
+            self.plain.load_mapping(cblock, oblock, dirty, min(hint, 63))
+
+    def pair(self, work: Work | None, plain: PlainWork | None) -> None:
+        if work is None or plain is None:
+            assert work is plain is None
+            return
+        assert OP_NAMES[work.op] == plain.op
+        assert (work.oblock, work.cblock) == (plain.oblock, plain.cblock)
+        self.issued.append((work, plain))
+
+    @rule(oblock=oblocks, is_write=st.booleans())
+    def lookup(self, oblock: int, is_write: bool) -> None:
+        cblock, _, wakes = self.plain.lookup(oblock, is_write, fast_copy=False)
+        expected = (MISS_WAKE if wakes else MISS) if cblock is None else cblock
+        assert self.smq.lookup(oblock, is_write) == expected
+
+    @rule(oblock=oblocks, is_write=st.booleans())
+    def lookup_with_work(self, oblock: int, is_write: bool) -> None:
+        cblock, plain, _ = self.plain.lookup(oblock, is_write, fast_copy=True)
+        found, work = self.smq.lookup_with_work(oblock, is_write)
+        assert found == (MISS if cblock is None else cblock)
+        self.pair(work, plain)
+
+    @rule(idle=st.booleans())
+    def get_background_work(self, idle: bool) -> None:
+        self.pair(
+            self.smq.get_background_work(idle), self.plain.get_background_work(idle)
+        )
+
+    @precondition(lambda self: self.issued)
+    @rule(data=st.data(), success=st.booleans())
+    def complete(self, data: st.DataObject, success: bool) -> None:
+        index = data.draw(st.integers(0, len(self.issued) - 1))
+        work, plain = self.issued.pop(index)
+        self.smq.complete_background_work(work, success)
+        self.plain.complete(plain, success)
+
+    @precondition(lambda self: any(b.mapped for b in self.plain.blocks.values()))
+    @rule(data=st.data(), dirty=st.booleans())
+    def set_dirty(self, data: st.DataObject, dirty: bool) -> None:
+        mapped = sorted(c for c, b in self.plain.blocks.items() if b.mapped)
+        cblock = data.draw(st.sampled_from(mapped))
+        if dirty:
+            self.smq.set_dirty(cblock)
+        else:
+            self.smq.clear_dirty(cblock)
+        self.plain.set_dirty(cblock, dirty)
+
+    @rule(data=st.data())
+    def invalidate(self, data: st.DataObject) -> None:
+        cblock = data.draw(st.integers(0, self.plain.nr_cblocks - 1))
+        if not any(work.cblock == cblock for work, _ in self.issued):
+            assert self.smq.invalidate(cblock) == self.plain.invalidate(cblock)
+
+    @rule(after=st.sampled_from([0, 1, S // 10, S + 1, 5 * S, 11 * S, 61 * S]))
+    def tick(self, after: int) -> None:
+        self.now += after
+        assert not self.smq.tick(self.now)
+        self.plain.tick(self.now)
+
+    @rule(allow=st.booleans())
+    def allow_migrations(self, allow: bool) -> None:
+        self.smq.allow_migrations(allow)
+        self.plain.may_migrate = allow
+
+    @invariant()
+    def same_queues(self) -> None:
+        if hasattr(self, "smq"):
+            same_levels(self.smq._clean, self.plain.clean)
+            same_levels(self.smq._dirty, self.plain.dirty)
+            same_levels(self.smq._hotspot.queue, self.plain.hotspot)
+
+    @invariant()
+    def every_block_is_in_one_state(self) -> None:
+        if not hasattr(self, "smq"):
+            return
+        blocks = self.plain.blocks
+        assert self.smq.residency == len(blocks)
+        queued = self.plain.clean.all_entries() + self.plain.dirty.all_entries()
+        pending = [cblock for cblock, block in blocks.items() if block.pending]
+        everything = sorted(queued + pending + self.plain.free)
+        assert everything == list(range(self.plain.nr_cblocks))
+        assert len(self.smq.tracker) == len(pending)
+        for cblock in range(self.plain.nr_cblocks):
+            assert self.smq.get_hint(cblock) == self.plain.hint(cblock)
+
+    @invariant()
+    def no_two_cblocks_have_one_oblock(self) -> None:
+        if hasattr(self, "smq"):
+            mapped = [b.oblock for b in self.plain.blocks.values() if b.mapped]
+            assert len(mapped) == len(set(mapped))
+
+
+def same_levels(queue: MultiLevelQueue, plain: PlainQueue) -> None:
+    for level in range(LEVELS):
+        assert list(queue.entries(level)) == plain.entries(level), f"level {level}"
+
+
+TestSmq = SmqMachine.TestCase
+TestSmq.settings = settings(
+    max_examples=60, stateful_step_count=60, derandomize=True, deadline=None
+)
