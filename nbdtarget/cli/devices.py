@@ -42,7 +42,11 @@ def register(app: typer.Typer) -> None:
 def suspend(
     names: Names = None,
     noflush: Annotated[
-        bool, typer.Option("--noflush", help="As dmsetup's; I/O is waited for.")
+        bool,
+        typer.Option(
+            "--noflush",
+            help="Flush nothing; I/O that is only held back waits for the next table.",
+        ),
     ] = False,
     nolockfs: Annotated[
         bool, typer.Option("--nolockfs", help="As dmsetup's; no file system is frozen.")

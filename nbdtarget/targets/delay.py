@@ -132,6 +132,19 @@ class DelayTarget(Target):
             self._set_timer(due_ns, kind.delay_ms * _MS_S)
         return SUBMITTED
 
+    def push_back(self) -> list[Bio]:
+        waiting, self._waiting = self._waiting, []
+        bios = []
+        for entry in sorted(waiting, key=lambda entry: entry[1]):
+            _, _, kind, bio = entry
+            if bio.op == OP_FLUSH:
+                heapq.heappush(self._waiting, entry)
+                continue
+            kind.nr_waiting -= 1
+            bio.offset -= kind.run.start - self.begin
+            bios.append(bio)
+        return bios
+
     def presuspend(self) -> None:
         self._may_delay = False
         self._cancel_timer()

@@ -11,7 +11,8 @@ for older ones, which gives:
   An operation on several ranges takes one cell around them all.
 
     state     held   blockers   leaves it by
-    waiting   False  > 0        the last older overlapping cell is released -> `granted(cell)`
+    waiting   False  > 0        the last older overlapping cell is released -> `granted(cell)`;
+                                `cancel`
     held      True   0          `release`
     released  False  0          -
 
@@ -132,6 +133,18 @@ class Prison:
         index = bisect_left(self._held, cell.begin, key=_begin_of)
         assert self._held[index] is cell
         del self._held[index]
+        self._unblock(cell)
+
+    def cancel(self, cell: Cell) -> None:
+        """Ask no more for a range that is not held yet; `granted` will not be called."""
+        assert not cell.held
+        del self._waiting[cell]
+        for older in (*self._held, *self._waiting):
+            if cell in older.blocked:
+                older.blocked.remove(cell)
+        self._unblock(cell)
+
+    def _unblock(self, cell: Cell) -> None:
         blocked, cell.blocked = cell.blocked, []
         for waiter in blocked:
             waiter.blockers -= 1

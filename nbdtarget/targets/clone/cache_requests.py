@@ -18,7 +18,8 @@ How a CACHE ends:
                 `ERRORS_PER_JOB_MAX` failures
     EIO         the metadata went read-only meanwhile
     ESHUTDOWN   the table is being suspended, which does not wait for more than the step that is
-                under way; a client may ask again
+                under way; a client may ask again. With `noflush`, who waits for a turn
+                is pushed back instead, and begins again
 
 Bounds: what waits here is bounded by the server's limits on requests in flight.
 """
@@ -61,6 +62,11 @@ class CacheRequests:
 
     def resume(self) -> None:
         self._is_resumed = True
+
+    def push_back(self) -> list[Bio]:
+        """Forget, and return, what waits for a turn."""
+        queue, self._queue = self._queue, deque()
+        return [request.bio for request in queue]
 
     def presuspend(self) -> None:
         """End what waits; what makes a step now ends with it."""

@@ -23,6 +23,9 @@ Bounds: `deferred_bios_max` writes hold locks and buffers at a time; more wait t
 first come first served, and hold only their payload. That, and how many bios wait here or for
 a commit in all, is bounded by the server's limits on what a connection has in flight.
 
+What waits for its turn or for a lock has not begun, and can be taken back (`push_back`). What waits for
+a commit has: the commit is under way, and it ends with it.
+
 A discard locks its whole regions, sets their bits without copying anything, and goes on to
 the destination if passdown is on. Because it takes the lock, no copy is under way that could overtake
 a write which follows the discard.
@@ -64,6 +67,7 @@ class Foreground:
         self.deferred_bios_max = deferred_bios_max
         self._nr_running = 0
         self._queue: deque[RegionWrite] = deque()
+        self._waiting: dict[Cell, Bio] = {}  # for a lock, in the order they came
         self._is_starting = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -79,6 +83,31 @@ class Foreground:
             bio.own()
         elif bio.borrowed:
             bio.give_away()
+
+    def push_back(self) -> list[Bio]:
+        """Forget, and return, the bios that have not begun, in the order they came."""
+        bios = [*self._waiting.values(), *(write.bio for write in self._queue)]
+        self._queue.clear()
+        # The newest first: none of them is granted because an older one has gone.
+        for cell in reversed(tuple(self._waiting)):
+            if self._waiting.pop(cell).op != OP_DISCARD:
+                self._nr_running -= 1
+            self.regions.prison.cancel(cell)
+        return bios
+
+    def lock(
+        self, begin: int, end: int, bio: Bio, granted: Callable[[Cell], None]
+    ) -> None:
+        """Ask for regions on behalf of `bio`, which can be pushed back until they are granted.
+
+        `granted` calls `stop_waiting`.
+        """
+        cell = self.regions.prison.lock(begin, end, granted)
+        if cell.blockers:
+            self._waiting[cell] = bio
+
+    def stop_waiting(self, cell: Cell) -> None:
+        self._waiting.pop(cell, None)
 
     def write_hydrated(self, bio: Bio) -> None:
         """Send a WRITE, WRITE_ZEROES or DISCARD to the destination; its regions are hydrated.
@@ -119,6 +148,7 @@ class Foreground:
         regions = self.regions
 
         def granted(cell: Cell) -> None:
+            self.stop_waiting(cell)
             self.set_hydrated(begin, end, lambda errno: marked(cell, errno))
 
         def marked(cell: Cell, errno: int) -> None:
@@ -146,7 +176,7 @@ class Foreground:
                 bio.end(errno)
             regions.wake()
 
-        regions.prison.lock(begin, end, granted)
+        self.lock(begin, end, bio, granted)
 
     def set_hydrated(self, begin: int, end: int, done: Callable[[int], None]) -> None:
         """Set the bits of locked regions, many of them in turns; then call `done(errno)`."""
@@ -247,7 +277,7 @@ class RegionWrite:
         self.error = 0
 
     def start(self) -> None:
-        self.regions.prison.lock(self.first, self.last, self._granted)
+        self.foreground.lock(self.first, self.last, self.bio, self._granted)
 
     def gaps(self) -> list[Gap]:
         """What must come from the source, as things stand."""
@@ -263,6 +293,7 @@ class RegionWrite:
         return gaps
 
     def _granted(self, cell: Cell) -> None:
+        self.foreground.stop_waiting(cell)
         self.cell = cell
         regions = self.regions
         if regions.has_failed:

@@ -295,6 +295,12 @@ class CloneTarget(Target):
         self._hydration.resume()
         self._maybe_become_linear()
 
+    def push_back(self) -> list[Bio]:
+        bios = [*self._foreground.push_back(), *self._cache_requests.push_back()]
+        for bio in bios:
+            bio.offset += self.begin
+        return bios
+
     def presuspend(self) -> None:
         self._hydration.presuspend()
         self._cache_requests.presuspend()

@@ -124,3 +124,20 @@ def test_held_is_what_is_held_not_what_waits() -> None:
     assert queue.prison.held(0, 20) == [(2, 6), (8, 12)]
     assert queue.prison.held(3, 9) == [(3, 6), (8, 9)]
     assert queue.prison.held(6, 8) == []
+
+
+def test_cancelled_cell_is_never_granted_and_lets_the_next_one_through() -> None:
+    prison = Prison()
+    held = prison.lock(0, 4, lambda _: None)
+    granted: list[Cell] = []
+    first = prison.lock(2, 8, granted.append)
+    second = prison.lock(6, 9, granted.append)
+    third = prison.lock(0, 7, granted.append)
+    prison.cancel(first)
+    assert granted == [second]
+    prison.release(second)
+    assert granted == [second]
+    prison.release(held)
+    assert granted == [second, third]
+    prison.release(third)
+    assert (prison.nr_held, prison.nr_waiting) == (0, 0)
