@@ -209,6 +209,8 @@ class Registry:
     ) -> list[str]:
         specs = parse_table(text, self.types)
         async with self._load_locks[device]:
+            if self._is_closing:
+                raise TableError("the server is stopping", errnos.ESHUTDOWN)
             contexts: list[TableContext] = []
 
             def make_context(spec: TargetSpec) -> TableContext:
@@ -444,7 +446,14 @@ class Registry:
                 device.stop_queueing()
         # One that is being suspended now: what it waits for has been let go above.
         await asyncio.gather(*(each.stop_if_suspended() for each in self.devices()))
+        loads = list(self._load_locks.values())
         await self.remove_all()
+        if self._devices:
+            # A load may be under way for a device that is gone: it lets go of what it has opened.
+            for lock in loads:
+                async with lock:
+                    pass
+            await self.remove_all()
         while self._devices:
             # Only connections that did not go can hold the topmost now. No cycle: there is one.
             held = [

@@ -297,6 +297,26 @@ async def test_close_ends_extents_that_wait_for_a_suspended_device() -> None:
         await registry.close()
 
 
+async def test_close_waits_for_a_load_that_has_opened_a_mapped_device() -> None:
+    registry, opener = make_registry(m=1 << 20, d=65536, s=65536)
+    await registry.create("meta", "0 2048 linear /m 0")
+    await registry.create("upper", None)
+    opener.open["/m"].hold = True
+    table = "0 128 clone /dev/mapper/meta /d /s 8"
+    loading = asyncio.ensure_future(registry.load("upper", table))
+    await settle()
+    closing = asyncio.ensure_future(registry.close())
+    await settle()
+    assert not closing.done()
+    with pytest.raises(TableError, match="the server is stopping"):
+        await registry.load("meta", "0 8 zero")
+    opener.open["/m"].let_go()
+    await closing
+    with pytest.raises(TableError, match="does not exist"):
+        await loading
+    assert opener.still_open == []
+
+
 async def test_close_while_a_lower_device_is_being_suspended() -> None:
     metadata_size = CloneMetadata.device_size_for(4)
     registry, opener = make_registry(m=metadata_size, d=16384, s=16384)
