@@ -12,15 +12,18 @@ middle of something, and the caller decides between `abort` and `fail`.
 import asyncio
 import errno as errnos
 import os
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from metadata.operations import Answer, Flush, Operation, Read, Steps, Write
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError
 
-__all__ = ["run", "run_file"]
+__all__ = ["UNREADABLE", "run", "run_file"]
 
 T = TypeVar("T")
+
+# Stands for a block that a disk cannot read: neither zeroes nor anything of ours.
+UNREADABLE: Final = b"\xee" * 4096
 
 
 async def run(device: Device, steps: Steps[T]) -> T:
@@ -86,28 +89,32 @@ def run_file(
     *,
     read_only: bool = False,
     name: str | None = None,
+    unreadable: list[int] | None = None,
 ) -> T:
     """Run `steps` over a path, or an open file descriptor, synchronously. For tools.
 
-    Args: name: what errors call a descriptor.
+    Args:
+        name: what errors call a descriptor.
+        unreadable: if given, a block that the disk cannot read does not end the run: it is
+            answered as if it held `UNREADABLE`, and its offset is noted here.
 
     Raises: DeviceError; OSError if the path cannot be opened; whatever `steps` raises.
     Durable: what `steps` says.
     """
     if isinstance(file, int):
-        return _run_fd(file, name or str(file), steps)
+        return _run_fd(file, name or str(file), steps, unreadable)
     try:
         fd = os.open(file, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     except OSError:
         steps.close()
         raise
     try:
-        return _run_fd(fd, os.fspath(file), steps)
+        return _run_fd(fd, os.fspath(file), steps, unreadable)
     finally:
         os.close(fd)
 
 
-def _run_fd(fd: int, name: str, steps: Steps[T]) -> T:
+def _run_fd(fd: int, name: str, steps: Steps[T], unreadable: list[int] | None) -> T:
     answer: Answer | tuple[Answer, ...] = None
     try:
         while True:
@@ -117,19 +124,25 @@ def _run_fd(fd: int, name: str, steps: Steps[T]) -> T:
                 result: T = stop.value
                 return result
             if isinstance(operation, Read | Write | Flush):
-                answer = _carry_out_fd(fd, name, operation)
+                answer = _carry_out_fd(fd, name, operation, unreadable)
             else:
-                answer = tuple(_carry_out_fd(fd, name, each) for each in operation)
+                answer = tuple(
+                    _carry_out_fd(fd, name, each, unreadable) for each in operation
+                )
     finally:
         steps.close()
 
 
-def _carry_out_fd(fd: int, name: str, operation: Operation) -> Answer:
+def _carry_out_fd(
+    fd: int, name: str, operation: Operation, unreadable: list[int] | None
+) -> Answer:
     offset, length, verb = 0, 0, "flush"
     try:
         if isinstance(operation, Read):
             offset, length, verb = operation.offset, operation.length, "read"
-            return _pread(fd, offset, length)
+            if unreadable is None:
+                return _pread(fd, offset, length)
+            return _pread_around(fd, offset, length, unreadable)
         if isinstance(operation, Write):
             offset, length, verb = operation.offset, len(operation.data), "write"
             _pwrite(fd, offset, operation.data)
@@ -153,6 +166,25 @@ def _pread(fd: int, offset: int, length: int) -> bytearray:
         if count == 0:
             raise OSError(errnos.EIO, "read behind the end")
         at += count
+    return data
+
+
+def _pread_around(
+    fd: int, offset: int, length: int, unreadable: list[int]
+) -> bytearray:
+    """Read what can be read, block by block if it must be."""
+    try:
+        return _pread(fd, offset, length)
+    except OSError as error:
+        if error.errno != errnos.EIO:
+            raise
+    if length <= len(UNREADABLE):
+        unreadable.append(offset)
+        return bytearray(UNREADABLE[:length])
+    data = bytearray()
+    for at in range(offset, offset + length, len(UNREADABLE)):
+        size = min(len(UNREADABLE), offset + length - at)
+        data += _pread_around(fd, at, size, unreadable)
     return data
 
 

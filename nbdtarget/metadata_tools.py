@@ -69,10 +69,10 @@ class _File:
         self.fd = fd
         self.size = size
 
-    def run(self, steps: Steps[T]) -> T:
+    def run(self, steps: Steps[T], *, unreadable: list[int] | None = None) -> T:
         """Run `steps`; what goes wrong names the file. Raises: NbdTargetError."""
         try:
-            return run_file(self.fd, steps, name=self.path)
+            return run_file(self.fd, steps, name=self.path, unreadable=unreadable)
         except NotOurs as error:
             if _looks_like_dump(os.pread(self.fd, HEAD_SIZE, 0)):
                 raise NbdTargetError(
@@ -200,10 +200,10 @@ def dump(
     Raises: NbdTargetError; then nothing was written, unless it is `write` that fails.
     """
     with _opened(path) as file:
-        kind = file.run(find_kind(file.size))
         if repair:
-            salvaged = file.run(kind.salvage(file.size))
+            kind, salvaged = _salvage(file)
         else:
+            kind = file.run(find_kind(file.size))
             salvaged = Salvaged(file.run(kind.read_content(file.size)), ())
     for piece in kind.render(salvaged.content):
         write(piece)
@@ -296,12 +296,23 @@ def repair(
     """
     _refuse_same(path, output)
     with _opened(path) as file:
-        kind = file.run(find_kind(file.size))
-        salvaged = file.run(kind.salvage(file.size))
+        kind, salvaged = _salvage(file)
         if not force:
             _refuse_loss(path, salvaged.damage, salvaged.content)
         _write_out(kind, salvaged.content, output, overwrite=overwrite)
     return _restored(kind, salvaged.content, output, salvaged.damage)
+
+
+def _salvage(file: _File) -> tuple[Kind, Salvaged]:
+    """Read what is left, around blocks that cannot be read."""
+    unreadable: list[int] = []
+    kind = file.run(find_kind(file.size), unreadable=unreadable)
+    salvaged = file.run(kind.salvage(file.size), unreadable=unreadable)
+    if unreadable:
+        blocks = sorted({*unreadable})
+        line = f"{len(blocks)} blocks cannot be read, the first at byte {blocks[0]}"
+        salvaged = salvaged._replace(damage=(line, *salvaged.damage))
+    return kind, salvaged
 
 
 def _refuse_loss(path: str, damage: tuple[str, ...], content: CloneContent) -> None:

@@ -500,7 +500,9 @@ def test_failing_disk_leaves_no_output(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", fail)
-    assert "No space left" in tool.fails("restore", "-i", dump, "-o", output)
+    line = tool.fails("restore", "-i", dump, "-o", output)
+    assert f"nbdtarget: {output}: write of " in line
+    assert line.endswith("No space left on device\n")
     assert os.path.exists(output) == (name == "empty")
     assert name == "missing" or os.path.getsize(output) == 0
 
@@ -571,6 +573,34 @@ def test_repair_into_its_input_is_refused_by_any_name(tool: Tool) -> None:
         options = ["-o", output, "--force", "--overwrite"]
         assert "is the input" in tool.fails("repair", "-i", path, *options)
     assert Path(path).read_bytes() == DAMAGED
+
+
+@pytest.mark.parametrize(("block", "loses"), [(0, False), (-1, True)])
+def test_repair_reads_around_bad_sectors(
+    tool: Tool, block: int, loses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output = tool.file(AGED), str(tool.directory / "new")
+    bad = 4096 * (live_blocks("compacted")[block] if loses else block)
+    real = os.preadv
+
+    def read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        is_input = os.path.samestat(os.fstat(fd), os.stat(path))
+        if is_input and offset <= bad < offset + len(buffers[0]):
+            raise OSError(5, "Input/output error")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    for name in ("check", "dump", "info"):
+        if name != "info" or not loses:
+            assert "Input/output error" in tool.fails(name, path)
+    words = f"1 blocks cannot be read, the first at byte {bad}"
+    if loses:
+        assert words in tool.fails("repair", "-i", path, "-o", output)
+    force = ["--force"] if loses else []
+    out, err = tool("repair", "-i", path, "-o", output, *force)
+    assert f"nbdtarget: {path}: {words}" in err
+    assert (" nothing is lost" in out) == (not loses)
+    assert Path(path).read_bytes() == AGED
 
 
 def test_restore_of_a_lossy_dump_wants_force(tool: Tool) -> None:
