@@ -8,16 +8,27 @@ in pieces, hangs up politely, or goes away in the middle of a request; then it c
 Writes that are in flight at the same time, anybody's, never overlap: NBD leaves their order open.
 Reads overlap them freely. A write whose connection was lost stays *in limbo*, and its range
 untouched, until the server has let go of that connection: so long it may still land.
+
+An error is a Violation, unless the machine may fail just then (`Life.may_fail`) or might have since
+the request was sent. What a request that was in flight at an outage proves by its answer: see
+`ClientModel`.
 """
 
 import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
 
-from protocol.client import ClientHandshake, ClientTransmission, Completion
+from protocol.client import (
+    ClientHandshake,
+    ClientNegotiated,
+    ClientTransmission,
+    Completion,
+)
 from protocol.consts import (
+    BASE_ALLOCATION,
     CMD_BLOCK_STATUS,
     CMD_CACHE,
     CMD_DISC,
@@ -32,14 +43,17 @@ from protocol.consts import (
     CMD_TRIM,
     CMD_WRITE,
     CMD_WRITE_ZEROES,
+    EIO,
     ENOTSUP,
     FLAG_SEND_FAST_ZERO,
     FLAG_SEND_TRIM,
     REQUEST,
+    STATE_HOLE,
     STATE_ZERO,
 )
 from protocol.errors import ReplyError
-from tests.sim.model import SECTOR, Violation
+from tests.sim.hydration import CONTEXT
+from tests.sim.model import SECTOR, ClientModel, RunningRead, Violation
 from tests.sim.sockets import SimSocket
 
 if TYPE_CHECKING:
@@ -56,7 +70,16 @@ KINDS: Final = {
     CMD_CACHE: 1,
     CMD_BLOCK_STATUS: 1,
 }
+CONTEXTS: Final = (
+    (),
+    (BASE_ALLOCATION,),
+    (CONTEXT,),
+    (BASE_ALLOCATION, CONTEXT),
+    (BASE_ALLOCATION, CONTEXT),
+)
 CHANGES: Final = (CMD_WRITE, CMD_WRITE_ZEROES, CMD_TRIM)
+CONTEXT_ID: Final = Struct(">I")
+EXTENT: Final = Struct(">II")
 RANGE_TRIES_MAX: Final = 4
 RECEIVES_MAX: Final = 4  # in one turn of the loop
 
@@ -74,7 +97,7 @@ class Habits:
 
     depth: int
     structured: bool
-    contexts: bool
+    contexts: tuple[str, ...]
     think: float
     think_s: float
     breaks: float
@@ -87,7 +110,7 @@ class Habits:
         return cls(
             depth=rng.choice((1, 2, 4, 16)),
             structured=rng.random() < 0.7,
-            contexts=rng.random() < 0.7,
+            contexts=rng.choice(CONTEXTS),
             think=rng.choice((0.0, 0.2, 0.9)),
             think_s=rng.choice((1e-4, 0.02, 1.0)),
             breaks=rng.choice((0.0, 0.0, 0.02, 0.1)),
@@ -100,7 +123,7 @@ class Habits:
 class _Op:
     """What the model must be told when the answer comes, or does not."""
 
-    __slots__ = ("begin", "ended", "is_change", "length", "lost")
+    __slots__ = ("begin", "ended", "is_change", "length", "lost", "outages")
 
     def __init__(
         self,
@@ -115,11 +138,29 @@ class _Op:
         self.is_change = is_change
         self.ended = ended
         self.lost = lost
+        self.outages = 0  # `Life.nr_outages` when it was sent
 
     def overlaps(self, begin: int, length: int) -> bool:
         """Whether a sector belongs to both."""
         mine = self.begin // SECTOR, -(-(self.begin + self.length) // SECTOR)
         return begin // SECTOR < mine[1] and mine[0] < -(-(begin + length) // SECTOR)
+
+
+class _Transmission(ClientTransmission):
+    """Keeps what each metadata context said, by cookie; the client takes it from there."""
+
+    def __init__(self, negotiated: ClientNegotiated) -> None:
+        super().__init__(negotiated)
+        self.names = dict(negotiated.contexts)
+        self.described: dict[int, dict[str, list[tuple[int, int]]]] = {}
+
+    def _payload_block_status(self, request: Completion) -> None:
+        payload = bytes(self._payload)
+        (context_id,) = CONTEXT_ID.unpack_from(payload)
+        extents = list(EXTENT.iter_unpack(payload[CONTEXT_ID.size :]))
+        super()._payload_block_status(request)
+        described = self.described.setdefault(request.cookie, {})
+        described[self.names[context_id]] = extents
 
 
 class Client:
@@ -144,7 +185,7 @@ class Client:
         self._is_writing = False
         self._is_leaving = False  # DISC is sent
         self._handshake: ClientHandshake | None = None
-        self._transmission: ClientTransmission | None = None
+        self._transmission: _Transmission | None = None
         self._out = bytearray()
         self._ops: dict[int, _Op] = {}
 
@@ -195,9 +236,9 @@ class Client:
         self._out.clear()
         self._transmission = None
         self._handshake = handshake = ClientHandshake(
-            "d" if self._random.random() < 0.5 else "",
+            self._random.choice(("d", "") if len(life.rig.tables) == 1 else ("d",)),
             want_structured=self._habits.structured,
-            want_contexts=("base:allocation",) if self._habits.contexts else (),
+            want_contexts=self._habits.contexts,
         )
         self._start_reading()
         while self.is_connected and handshake.negotiated is None:
@@ -253,26 +294,23 @@ class Client:
     # ---- requests ----
 
     async def read(self, offset: int, length: int) -> memoryview | None:
-        """Read and wait; None if the connection is lost. For after a crash."""
+        """Read and wait; None if the connection is lost, nothing if it may fail, and has.
+
+        For after a crash.
+        """
         buffer = memoryview(bytearray(length))
-        done = False
+        data: memoryview | None = None
 
         def ended(completion: Completion) -> None:
-            nonlocal done
-            self._check_error(completion)
-            done = True
+            nonlocal data
+            data = buffer if self._is_done(op, completion) else buffer[:0]
 
-        self._request(
-            CMD_READ,
-            0,
-            offset,
-            length,
-            _Op(offset, length, False, ended, _nothing),
-            buffer,
-        )
-        while self.is_connected and not done:
+        op = _Op(offset, length, False, ended, _nothing)
+
+        self._request(CMD_READ, 0, offset, length, op, buffer)
+        while self.is_connected and data is None:
             await self._change()
-        return buffer if done else None
+        return data
 
     def _issue(self) -> None:
         """Send one request, drawn from the seed."""
@@ -303,8 +341,7 @@ class Client:
         elif kind == CMD_BLOCK_STATUS:
             self._block_status(offset, length)
         else:
-            op = _Op(offset, length, False, self._check_error, _nothing)
-            self._request(CMD_CACHE, 0, offset, length, op)
+            self._cache(offset, length)
 
     def _draw_range(self) -> tuple[int, int]:
         """Whole regions, whole sectors or ragged bytes, the ends of the disk among them."""
@@ -315,15 +352,34 @@ class Client:
         length = rng.randrange(1, rng.choice((1, 3)) * region // unit + 1) * unit
         return begin, min(length, size - begin)
 
+    def _cache(self, offset: int, length: int) -> None:
+        def ended(completion: Completion) -> None:
+            self._is_done(op, completion)
+
+        op = _Op(offset, length, False, ended, _nothing)
+        self._request(CMD_CACHE, 0, offset, length, op)
+
     def _flush(self) -> None:
-        model = self.life.model
+        life, model = self.life, self.life.model
         promised = model.start_flush()
+        told = life.hydration.start()
+        must_fail = life.flushes_fail
+        losses = model.nr_losses
 
         def ended(completion: Completion) -> None:
-            model.end_flush(promised, ok=self._check_error(completion))
-            self.life.promised()
+            ok = self._is_done(op, completion)
+            if ok and must_fail:
+                raise Violation(f"{self.name}: FLUSH after one that has failed: ok")
+            if ok and losses == model.nr_losses:
+                model.end_flush(promised, ok=True)
+                life.hydration.end_flush(told)
+            if ok:
+                life.promised()
+            else:
+                life.flush_failed()
 
-        self._request(CMD_FLUSH, 0, 0, 0, _Op(0, 0, False, ended, _nothing))
+        op = _Op(0, 0, False, ended, _nothing)
+        self._request(CMD_FLUSH, 0, 0, 0, op)
 
     def _change_disk(self, kind: int, offset: int, length: int, server: int) -> None:
         rng, model = self._random, self.life.model
@@ -338,11 +394,13 @@ class Client:
                 flags |= CMD_FLAG_FAST_ZERO
         label = f"{CMD_NAMES[kind].lower()}#{self.name}.{self._cookie + 1}"
         started = model.start_write(offset, data, length, label)
+        losses = model.nr_losses
 
         def ended(completion: Completion) -> None:
-            ok = self._check_error(completion)
-            model.end_write(started, ok=ok, fua=bool(flags & CMD_FLAG_FUA))
-            if flags & CMD_FLAG_FUA:
+            ok, fua = self._is_done(op, completion), bool(flags & CMD_FLAG_FUA)
+            stays = ok and (fua or losses == model.nr_losses)
+            model.end_write(started, ok=stays, fua=fua)
+            if ok and fua:
                 self.life.promised()
             elif self._may_send and rng.random() < self._habits.syncs:
                 self._flush()
@@ -358,40 +416,46 @@ class Client:
 
         def ended(completion: Completion) -> None:
             model.drop_read(running)
-            if self._check_error(completion):
+            if self._is_done(op, completion):
                 model.check_piece(running, offset, buffer)
 
         op = _Op(offset, length, False, ended, lambda: model.drop_read(running))
         self._request(CMD_READ, flags, offset, length, op, buffer)
 
     def _block_status(self, offset: int, length: int) -> None:
-        """What is said to be zeroes must be zeroes."""
-        model = self.life.model
+        """What is said to be zeroes must be zeroes; what is hydrated stays hydrated."""
+        model, hydration = self.life.model, self.life.hydration
         running = model.start_read(offset, length)
+        told = hydration.start()
 
         def ended(completion: Completion) -> None:
             model.drop_read(running)
-            if not self._check_error(completion):
+            assert self._transmission is not None
+            described = self._transmission.described.pop(completion.cookie, {})
+            if not self._is_done(op, completion):
                 return
-            at = offset
-            assert completion.extents
-            for part, state in completion.extents:
-                if state & STATE_ZERO:
-                    model.check_piece(running, at, bytes(part))
-                at += part
+            for name, extents in described.items():
+                extents = _clipped(extents, length, flags)
+                if name == CONTEXT:
+                    hydration.check(told, offset, extents)
+                else:
+                    _check_zeroes(model, running, offset, extents)
 
         flags = CMD_FLAG_REQ_ONE if self._random.random() < 0.3 else 0
         op = _Op(offset, length, False, ended, lambda: model.drop_read(running))
         self._request(CMD_BLOCK_STATUS, flags, offset, length, op)
 
-    def _check_error(self, completion: Completion) -> bool:
+    def _is_done(self, op: _Op, completion: Completion) -> bool:
         """Whether the request succeeded. Raises: Violation: it had to."""
-        error = completion.error
+        error, life = completion.error, self.life
         if not error:
             return True
         if error == ENOTSUP and completion.flags & CMD_FLAG_FAST_ZERO:
             return False
-        if not self.life.is_stopping:
+        may_fail = life.may_fail or op.outages != life.nr_outages
+        if completion.command == CMD_FLUSH and life.owes_flush_error and not may_fail:
+            life.owes_flush_error, may_fail = False, True
+        if not life.is_stopping and not (may_fail and error == EIO):
             raise Violation(f"{self.name}: {completion} {completion.message}")
         return False
 
@@ -412,6 +476,7 @@ class Client:
         header = self._transmission.request(
             command, flags, cookie, offset, length, buffer
         )
+        op.outages = self.life.nr_outages
         self._ops[cookie] = op
         self._send(header + payload)
 
@@ -506,7 +571,7 @@ class Client:
         if handshake.negotiated is not None:
             self._note("attached")
             assert handshake.negotiated.size == self.life.model.size
-            self._transmission = ClientTransmission(handshake.negotiated)
+            self._transmission = _Transmission(handshake.negotiated)
             self._take(self._transmission.receive_data, handshake.trailing_data())
         return True
 
@@ -560,3 +625,36 @@ class Client:
 
 def _nothing() -> None:
     """Nobody needs to know."""
+
+
+def _clipped(
+    extents: list[tuple[int, int]], length: int, flags: int
+) -> list[tuple[int, int]]:
+    """What is within the request: only the last one may reach beyond it, and without REQ_ONE.
+
+    Raises: Violation.
+    """
+    total = sum(part for part, _ in extents)
+    is_last_beyond = total - extents[-1][0] < length < total
+    if not (0 < total <= length or (is_last_beyond and not flags & CMD_FLAG_REQ_ONE)):
+        raise Violation(f"extents {extents} for {length} bytes")
+    if not all(part for part, _ in extents) or (
+        flags & CMD_FLAG_REQ_ONE and len(extents) != 1
+    ):
+        raise Violation(f"extents {extents}")
+    part, state = extents[-1]
+    return [*extents[:-1], (part - max(0, total - length), state)]
+
+
+def _check_zeroes(
+    model: ClientModel,
+    running: RunningRead,
+    offset: int,
+    extents: list[tuple[int, int]],
+) -> None:
+    for part, state in extents:
+        if state & ~(STATE_HOLE | STATE_ZERO) or state == STATE_HOLE:
+            raise Violation(f"allocation {state} at {offset}")
+        if state & STATE_ZERO:
+            model.check_piece(running, offset, bytes(part))
+        offset += part

@@ -15,7 +15,11 @@ clients and an operator loose on it, and ends in one of these ways, drawn before
 
 All that happens is one sequence of steps on one `SimLoop`. What fails, anywhere on the
 machine, is in `failure`: an oracle's Violation, an exception that nobody caught, a log
-line of level ERROR (no disk fails here, so there is nothing to complain about).
+line of level ERROR.
+
+In some lives a disk goes bad (`Fault`), in some an operator cuts the power of a `powercut` device
+below (an *outage*). Then, and only then, requests and verbs may fail, and ERROR lines may be
+logged (`may_fail`).
 """
 
 import asyncio
@@ -26,7 +30,6 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_NAMES, OP_READ, Bio
-from nbdtarget.control import messages as m
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
@@ -36,9 +39,12 @@ from nbdtarget.volatile_cache import BORDERS, Fate
 from tests.crash.rigs import DeviceTable
 from tests.sim.client import Client, Habits
 from tests.sim.disks import LATENCIES, SimDisk
+from tests.sim.faults import Fault
+from tests.sim.hydration import HydrationModel
 from tests.sim.loop import PowerCut, SimLoop, SimLoopClock, Stuck
 from tests.sim.model import SECTOR, ClientModel
-from tests.sim.rigs import Rig
+from tests.sim.operator import Operator
+from tests.sim.rigs import Rig, Role
 from tests.sim.sockets import SimNetwork, SimSocket
 from tests.support.devices import CrashDevice
 
@@ -124,9 +130,13 @@ class Life:
         note: is told everything that happens.
         images: what is on each disk of the rig.
         has_booted: an earlier life has: there is metadata.
+        fault: what goes wrong with a disk, if anything.
 
     Attributes:
         is_stopping: clients may be refused.
+        nr_outages: beginnings and ends of them: a request that has seen one may fail.
+        owes_flush_error: the next FLUSH may fail, for what a table that is gone has lost.
+        flushes_fail: one has failed on a disk that has latched: so will each that is sent.
         failure: the first thing that went wrong.
     """
 
@@ -138,18 +148,25 @@ class Life:
         seed: str,
         images: dict[str, bytes],
         note: Callable[..., None],
+        hydration: HydrationModel,
         *,
+        fault: Fault | None = None,
         now_s: float = 0.0,
         has_booted: bool = False,
         disk_type: type[SimDisk] = SimDisk,
     ) -> None:
         self.rig = rig
         self.model = model
+        self.hydration = hydration
         self.plan = plan
+        self.fault = fault
         self.has_booted = has_booted
         self.is_stopping = False
         self.is_over = False
         self.was_cut = False
+        self.nr_outages = 0
+        self.owes_flush_error = False
+        self.flushes_fail = False
         self.ended_s = now_s
         self.failure: BaseException | None = None
         self.nr_requests = 0
@@ -159,7 +176,14 @@ class Life:
         self._note = note
         self._limbo: list[tuple[SimSocket, list[Any]]] = []
         self._stamp = 0
-        self._is_unflushed = False  # suspended without a flush: nor does removal
+        self._is_faulty = False
+        self._is_cornered = False  # stops with a device suspended that others stand on
+        self._is_out = (
+            False  # a powercut device is off, or what stood on it is not started anew
+        )
+        self.is_cutting = (
+            asyncio.Lock()
+        )  # held by the operator: the machine does not stop now
         self._nr_durable = 0
         self._nr_promised = 0
         self.loop = SimLoop(rng.randrange(1 << 32), now_s=now_s)
@@ -191,6 +215,45 @@ class Life:
             self.disks[disk.name] = device
             self.note("boot", disk.name, latency)
 
+    # ---- what may go wrong ----
+
+    @property
+    def may_fail(self) -> bool:
+        """Requests and verbs may, and ERROR lines may be logged."""
+        return self._is_faulty or self._is_cornered or self._is_out
+
+    def begin_outage(self, *, loses: bool) -> None:
+        """A powercut device is about to be cut; `loses`: and clients will go on after it."""
+        self.nr_outages += 1
+        self._is_out = True
+        if loses:
+            self.model.lose_unflushed()
+        else:
+            self.model.become_lossy()
+        if self.rig.starts_anew:
+            self.hydration.forget()
+
+    def end_outage(self) -> None:
+        """The power is back, and whatever had to be was started anew."""
+        self.nr_outages += 1
+        self._is_out = False
+        if self.rig.starts_anew:
+            self.hydration.trust_again()
+
+    def flush_failed(self) -> None:
+        """A client was told so."""
+        if self.nr_outages:
+            return  # it may be for that, and a table that was wiped flushes nothing
+        if self._is_faulty and any(disk.is_latched for disk in self.disks.values()):
+            self.flushes_fail = True
+
+    def _break_disk(self) -> None:
+        fault = self.fault
+        assert fault is not None
+        self.note("fault", fault.disk, fault.lie)
+        self._is_faulty = fault.lie is not None
+        self.disks[fault.disk].lie = fault.lie_with(self.clock)
+
     # ---- what happens ----
 
     def note(self, who: str, *what: object) -> None:
@@ -203,9 +266,23 @@ class Life:
     def finished(self, device: CrashDevice, bio: Bio, errno: int) -> None:
         """A disk has carried out a bio."""
         self.note(device.name, OP_NAMES[bio.op], bio.offset, bio.length, bio.flags)
-        if bio.op == OP_FLUSH or (bio.op != OP_READ and bio.flags & FUA):
+        if errno:
+            self._disk_failed(device, bio)
+        elif bio.op == OP_FLUSH or (bio.op != OP_READ and bio.flags & FUA):
             self._nr_durable += 1
             self._cut_after(self.plan.cut_at_durable, self._nr_durable)
+
+    def _disk_failed(self, device: CrashDevice, bio: Bio) -> None:
+        """What a clone has not committed yet may be taken back, when it cannot be."""
+        roles = {disk.name: disk.role for disk in self.rig.disks}
+        if (
+            bio.op != OP_READ
+            and self.rig.has_metadata
+            and roles[device.name] is not Role.SOURCE
+            and not self.model.is_lossy
+        ):
+            self.model.become_lossy()
+            self.hydration.forget()
 
     def promised(self) -> None:
         """A client has the answer to a FLUSH or a FUA write."""
@@ -280,7 +357,7 @@ class Life:
         if self.failure is None:
             for disk in self.rig.disks:
                 self._check_disk(disk.name, images[disk.name])
-        self.model.forget_reads()
+        self.model.power_off()
         self._bury()
         if self.failure is not None:
             raise self.failure
@@ -322,12 +399,14 @@ class Life:
         loop.close()
 
     async def _live(self) -> None:
-        await self._boot()
+        if not await self._boot():
+            return
         clients = [self._client(nr) for nr in range(self.plan.nr_clients)]
         self.clients.extend(clients)
         operator = None
         if self.plan.operates:
-            operator = self.loop.create_task(self._operate())
+            operator = self.loop.create_task(self._operator.run())
+            operator.add_done_callback(self._operator_ended)
         await self._verify()
         running = [self._spawn(client.run()) for client in clients]
         if self.plan.shutdown_after_s is None:
@@ -339,6 +418,10 @@ class Life:
             await asyncio.sleep(self.plan.shutdown_after_s)
         await self._shut_down(operator)
 
+    def _operator_ended(self, operator: "asyncio.Task[None]") -> None:
+        if not operator.cancelled() and (error := operator.exception()) is not None:
+            self.fail(error)
+
     def _spawn(self, steps: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         return self.loop.create_task(steps)
 
@@ -347,14 +430,38 @@ class Life:
         habits = Habits.draw(rng)
         return Client(self, f"client {nr}", rng, habits, self.plan.nr_requests)
 
-    async def _boot(self) -> None:
-        rng = self._random
+    async def _boot(self) -> bool:
+        """Come up; False if a bad disk does not let us."""
+        self.hydration.power_on()
+        fault = self.fault
+        if fault is not None and fault.after_s is None:
+            self._break_disk()
         self.registry = Registry(DeviceTable(dict(self.disks)), clock=self.clock)
         self.verbs = Verbs(self.registry)
         self.listener = Listener(
-            self.registry, limits=draw_limits(rng), clock=self.clock
+            self.registry, limits=draw_limits(self._random), clock=self.clock
         )
-        if rng.random() < 0.5:
+        self._operator = Operator(self, random.Random(f"{self._seed} operator"))
+        try:
+            await self._create_devices()
+        except NbdTargetError as error:
+            if not self.may_fail:
+                raise
+            self.note("no boot", error)
+            self.is_stopping = True
+            await self.listener.close(GRACE_S)
+            await self.registry.close()
+            return False
+        self.has_booted = True
+        self.note("booted")
+        if fault is not None and fault.after_s is not None:
+            self.loop.call_later(fault.after_s, self._break_disk)
+        return True
+
+    async def _create_devices(self) -> None:
+        for name, table in self.rig.below:
+            await self.registry.create(name, table)
+        if self._random.random() < 0.5:
             await self.registry.create("d", self.rig.table)
             self._listen()
         else:
@@ -364,8 +471,6 @@ class Life:
             await device.activate()
             self._listen()
             await device.resume()
-        self.has_booted = True
-        self.note("booted")
 
     def _listen(self) -> None:
         self.listener.start_socket(cast(socket.socket, self.network.listener()))
@@ -383,7 +488,8 @@ class Life:
             length = min(VERIFY_BYTES, self.model.size - offset)
             data = await client.read(offset, length)
             assert data is not None, "connection lost while verifying"
-            self.model.check_survivor_at(offset, data)
+            if data or not self.may_fail:
+                self.model.check_survivor_at(offset, data)
         await client.disconnect()
         self.clients.remove(client)
         self.note("verified")
@@ -400,7 +506,7 @@ class Life:
             data = await client.read(offset, length)
             assert data is not None
             self.model.drop_read(running)
-            self.model.check_piece(running, offset, data)
+            self.model.check_piece(running, offset, data)  # nothing, if it may fail
         await client.disconnect()
 
     async def _shut_down(self, operator: "asyncio.Task[None] | None") -> None:
@@ -410,64 +516,17 @@ class Life:
             self.loop.cut_at = self.loop.steps + self.plan.cut_in_shutdown
         self.is_stopping = True
         await self.listener.close(GRACE_S)
+        await self.is_cutting.acquire()
+        # What waits in a suspended device when everything stops ends with an error.
+        unflushed = self._operator.unflushed
+        self._is_cornered = not unflushed <= {"d"}
         promised = self.model.start_flush()
-        flushes = not self._is_unflushed
         await self.registry.close()
-        self.model.end_flush(promised, ok=flushes)
+        is_durable = not (unflushed or self._is_faulty or self.owes_flush_error)
+        self.model.end_flush(promised, ok=is_durable)
         if operator is not None:
             await operator
 
-    # ---- the operator ----
-
-    async def _operate(self) -> None:
-        """Say and ask all that may be said and asked, at any time."""
-        rng = random.Random(f"{self._seed} operator")
-        pause_s = rng.choice((0.001, 0.1, 2.0))
-        deeds = (self._status, self._message, self._suspend, self._reload, self._look)
-        while not self.is_stopping:
-            await asyncio.sleep(rng.random() * pause_s)
-            if self._are_clients_done():
-                return
-            deed = rng.choice(deeds)
-            self.note("operator", deed.__name__)
-            try:
-                await deed(rng)
-            except NbdTargetError:
-                if not self.is_stopping:
-                    raise
-
-    def _are_clients_done(self) -> bool:
+    def are_clients_done(self) -> bool:
+        """Whether nobody will ask anything any more."""
         return all(c.left <= 0 and not c.is_connected for c in self.clients)
-
-    async def _status(self, rng: random.Random) -> None:
-        answer = await self.verbs.status(m.Status(noflush=rng.random() < 0.3))
-        self.rig.check_status(
-            [line.params for device in answer.devices for line in device.lines]
-        )
-
-    async def _message(self, rng: random.Random) -> None:
-        if self.rig.messages:
-            sector, words = rng.choice(self.rig.messages)
-            await self.verbs.message(m.Message("d", sector, words))
-
-    async def _suspend(self, rng: random.Random) -> None:
-        noflush = rng.random() < 0.2
-        self._is_unflushed = noflush
-        await self.verbs.suspend(m.Suspend("d", noflush=noflush))
-        self.note("operator", "suspended", noflush)
-        await asyncio.sleep(rng.choice((0.0, 0.001, 1.0)))
-        await self.verbs.resume(m.Resume("d"))
-        self._is_unflushed = False
-
-    async def _reload(self, rng: random.Random) -> None:
-        await self.verbs.load(m.Load("d", self.rig.table))
-        await asyncio.sleep(rng.choice((0.0, 0.1)))
-        if rng.random() < 0.1:
-            await self.verbs.clear(m.Clear("d"))
-        else:
-            await self.verbs.resume(m.Resume("d"))
-
-    async def _look(self, rng: random.Random) -> None:
-        await self.verbs.table(m.Table(inactive=rng.random() < 0.3))
-        info = await self.verbs.info(m.Info())
-        assert not any(device.failed for device in info.devices)

@@ -7,6 +7,13 @@ the newest value when it was sent, or any value whose write was sent since (`sta
 A FLUSH promises the writes whose answers some client had when it was sent, once its own answer
 has reached the client.
 
+A device below may lose its power, and the machine goes on (`lose_unflushed`): each sector may
+then hold anything from its floor on. A write that was in flight when that happened proves nothing by
+its answer: it may have been carried out before; nor does a FLUSH. `nr_losses` tells them.
+
+A failed commit takes bits back that were never promised: a clone then reads from its source
+again (`is_lossy`), and from then on a READ may return whatever a power cut may leave.
+
 After a power cut the disk is read piece by piece, and each piece is held against all it may
 be and becomes the truth at once (`check_survivor_at`): the power may go again before the rest
 was looked at.
@@ -29,10 +36,18 @@ class RunningRead:
 
 
 class ClientModel(DiskModel):
-    """See the module head."""
+    """See the module head.
+
+    Attributes:
+        nr_losses: how often `lose_unflushed` was called.
+        is_lossy: a write may be undone at any time, until it is flushed.
+    """
 
     def __init__(self, content: bytes) -> None:
         self._reads: set[RunningRead] = set()
+        self.nr_losses = 0
+        self.is_lossy = False
+        self._partial: set[Write] = set()  # in flight, and over a part of their sector
         super().__init__(content)
 
     def start_write(
@@ -43,7 +58,16 @@ class ClientModel(DiskModel):
             for nr, write in started:
                 if nr in read.allowed:
                     read.allowed[nr].append(write)
+        for nr, write in started:
+            if offset > nr * SECTOR or offset + length < (nr + 1) * SECTOR:
+                self._partial.add(write)
         return started
+
+    def end_write(
+        self, started: list[tuple[int, Write]], *, ok: bool, fua: bool = False
+    ) -> None:
+        super().end_write(started, ok=ok, fua=fua)
+        self._partial.difference_update(write for _, write in started)
 
     def is_certain_at(self, offset: int) -> bool:
         """Whether a sector's value is known, so that a part of it may be written.
@@ -52,13 +76,13 @@ class ClientModel(DiskModel):
         """
         if offset % SECTOR == 0:
             return True
-        return len(_visible(self._sectors[offset // SECTOR].history)) == 1
+        return len(self._readable(self._sectors[offset // SECTOR].history)) == 1
 
     def start_read(self, offset: int, length: int) -> RunningRead:
         """A READ is sent."""
         read = RunningRead(
             {
-                nr: _visible(self._sectors[nr].history)
+                nr: self._readable(self._sectors[nr].history)
                 for nr in range(offset // SECTOR, -(-(offset + length) // SECTOR))
             }
         )
@@ -87,9 +111,38 @@ class ClientModel(DiskModel):
             _check(nr, begin, found, sector.history)
             sector.history = [Write(found, True, "survived")]
 
-    def forget_reads(self) -> None:
-        """The power is gone, and no READ will be answered."""
+    def lose_unflushed(self) -> None:
+        """A device has lost its power, and what was not flushed may be gone."""
+        self.nr_losses += 1
+        for sector in self._sectors:
+            sector.history[0].ended = True
+            for write in sector.history[1:]:
+                write.ended = False
+        self._doubt()
+
+    def become_lossy(self) -> None:
+        """A disk has failed under something that believes its own bits."""
+        self.is_lossy = True
+        self._doubt()
+
+    def _doubt(self) -> None:
+        """What is in flight now may still be built upon, or meet, an older value."""
+        for write in self._partial:
+            write.value = None
+        for read in self._reads:
+            for nr, allowed in read.allowed.items():
+                known = set(map(id, allowed))
+                older = [w for w in self._sectors[nr].history if id(w) not in known]
+                allowed[:0] = older
+
+    def _readable(self, history: list[Write]) -> list[Write]:
+        return history[:] if self.is_lossy else _visible(history)
+
+    def power_off(self) -> None:
+        """No READ will be answered any more, and what a disk did wrong is over."""
         self._reads.clear()
+        self._partial.clear()
+        self.is_lossy = False
 
 
 def _visible(history: list[Write]) -> list[Write]:

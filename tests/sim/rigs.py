@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a simulated machine serves: disks by name, one table over them, what may be said to it.
+"""What a simulated machine serves: disks by name, tables over them, what may be said to them.
 
 A new target gets its simulation by a function here that draws a `Rig`, and its name in RIGS.
+
+A rig is one mapped device, `d`, which clients use, and below it perhaps others (`below`), so
+that tables stack. One of these may be a `powercut` target. Whoever stands on it sees one of two
+things at a cut:
+
+    nothing      what lies between it and the clients keeps no state of its own: to them
+                 the disk has lost what they had not flushed, and all goes on
+    the end      a clone stands on it. It believes its bits, and what they say was lost:
+                 it must be started anew, as after any power cut (`starts_anew`)
 """
 
 import random
@@ -17,7 +26,12 @@ from metadata.operations import Read, Steps
 from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE
 from tests.support.model import SECTOR
 
-__all__ = ["RIGS", "Disk", "Rig", "Role"]
+__all__ = ["RIGS", "Disk", "Message", "Rig", "Role"]
+
+SECTORS: Final = DISK_SIZE // SECTOR
+
+
+Message = tuple[str, int, tuple[str, ...]]  # to which device and sector, and its words
 
 
 class Role(Enum):
@@ -43,18 +57,33 @@ class Rig:
     """See the module head.
 
     Args:
-        table: of the one mapped device.
+        table: of the mapped device `d`.
         content: what clients read before anybody has written.
-        messages: (sector, words), any of which may be sent at any time.
+        messages: any of which may be sent at any time.
         region_size: bytes; the unit that the target thinks in.
+        below: (name, table) of the mapped devices that `d` stands on, lower ones first.
+        powercut: the one of them that is a powercut target, or "".
+        starts_anew: what stands on it must be, after a cut; see the module head.
     """
 
     name: str
     table: str
     content: bytes
     disks: tuple[Disk, ...]
-    messages: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    messages: tuple[Message, ...] = ()
     region_size: int = REGION_SIZE
+    below: tuple[tuple[str, str], ...] = ()
+    powercut: str = ""
+    starts_anew: bool = False
+
+    @property
+    def has_metadata(self) -> bool:
+        return any(disk.role is Role.METADATA for disk in self.disks)
+
+    @property
+    def tables(self) -> dict[str, str]:
+        """The table of each mapped device, lower ones first."""
+        return {**dict(self.below), "d": self.table}
 
     def check_disk(self, disk: Disk, image: bytes, has_booted: bool) -> None:
         """Hold what is on a disk, at any moment, against its role. Raises: any error."""
@@ -66,11 +95,11 @@ class Rig:
             except NotFormatted:
                 assert not has_booted, f"{disk.name}: the metadata is gone"
 
-    def check_status(self, lines: list[str]) -> None:
-        """No disk fails here: everything is read-write for ever."""
-        for line in lines:
-            words = line.split()
-            assert not words or words[-1] == "rw", f"status: {line}"
+    def check_status(self, lines: list[tuple[str, str]]) -> None:
+        """Hold (type, params) against a machine without a bad disk: read-write for ever."""
+        for type_name, params in lines:
+            assert params != "Fail", type_name
+            assert type_name != "clone" or params.split()[-1] == "rw", params
 
 
 def _run_over(image: bytes, steps: Steps[object]) -> None:
@@ -104,20 +133,27 @@ def _clone_disks(suffix: str, content: bytes) -> tuple[Disk, ...]:
     )
 
 
-def _clone_words(rng: random.Random) -> str:
-    features = [
-        word for word in ("no_hydration", "no_discard_passdown") if rng.random() < 0.2
-    ]
+def _clone_line(
+    rng: random.Random,
+    suffix: str = "",
+    *,
+    metadata: str = "",
+    destination: str = "",
+) -> str:
+    """What follows `start length`; the disks are those of `_clone_disks`, or others by name."""
+    kinds = ("no_hydration", "no_discard_passdown", "hydrate_on_read", "then_linear")
+    features = [word for word in kinds if rng.random() < 0.2]
     threshold, batch = rng.randrange(1, 6), rng.randrange(1, 5)
     return (
-        f"{REGION_SIZE // SECTOR} {len(features)} {' '.join(features)}"
+        f"clone {metadata or '/metadata' + suffix} {destination or '/destination' + suffix}"
+        f" /source{suffix} {REGION_SIZE // SECTOR} {len(features)} {' '.join(features)}"
         f" 4 hydration_threshold {threshold} hydration_batch_size {batch}"
     )
 
 
-def _clone_messages(sector: int) -> tuple[tuple[int, tuple[str, ...]], ...]:
+def _clone_messages(device: str = "d", sector: int = 0) -> tuple[Message, ...]:
     return tuple(
-        (sector, words)
+        (device, sector, words)
         for words in (
             ("enable_hydration",),
             ("enable_hydration",),
@@ -125,40 +161,63 @@ def _clone_messages(sector: int) -> tuple[tuple[int, tuple[str, ...]], ...]:
             ("hydration_threshold", "0"),
             ("hydration_threshold", "4"),
             ("hydration_batch_size", "3"),
+            ("then_linear",),
+            ("disable_then_linear",),
         )
+    )
+
+
+def _powercut_line(rng: random.Random, device: str) -> str:
+    features = ""
+    if rng.random() < 0.5:
+        words = ["volatile_cache_max", str(rng.choice((1, 8, 40)))]
+        if rng.random() < 0.5:
+            words += ["tear_size", "4096"]
+        features = f" {len(words)} {' '.join(words)}"
+    return f"powercut {device} 0{features}"
+
+
+def _passing_line(rng: random.Random, device: str) -> str:
+    """A target that only passes bios on, over all of another mapped device."""
+    kind = rng.randrange(3)
+    if kind == 0:
+        return f"linear /dev/mapper/{device} 0"
+    read_ms, write_ms, flush_ms = (rng.choice((0, 1, 30)) for _ in range(3))
+    if kind == 1:
+        return f"delay /dev/mapper/{device} 0 {read_ms}"
+    return (
+        f"delay /dev/mapper/{device} 0 {read_ms} /dev/mapper/{device} 0 {write_ms}"
+        f" /dev/mapper/{device} 0 {flush_ms}"
     )
 
 
 def clone(rng: random.Random) -> Rig:
     """One clone."""
-    sectors = DISK_SIZE // SECTOR
     return Rig(
         "clone",
-        f"0 {sectors} clone /metadata /destination /source {_clone_words(rng)}",
+        f"0 {SECTORS} {_clone_line(rng)}",
         CONTENT,
         _clone_disks("", CONTENT),
-        _clone_messages(0),
+        _clone_messages(),
     )
 
 
 def two_clones(rng: random.Random) -> Rig:
     """Two clones side by side in one table, and a linear target behind them."""
-    sectors = DISK_SIZE // SECTOR
     content = CONTENT[::-1]
     tail = bytes(range(256)) * (8 * SECTOR // 256)
     return Rig(
         "two_clones",
-        f"0 {sectors} clone /metadata1 /destination1 /source1 {_clone_words(rng)}\n"
-        f"{sectors} {sectors} clone /metadata2 /destination2 /source2"
-        f" {_clone_words(rng)}\n"
-        f"{2 * sectors} {len(tail) // SECTOR} linear /tail 0",
+        f"0 {SECTORS} {_clone_line(rng, '1')}\n"
+        f"{SECTORS} {SECTORS} {_clone_line(rng, '2')}\n"
+        f"{2 * SECTORS} {len(tail) // SECTOR} linear /tail 0",
         CONTENT + content + tail,
         (
             *_clone_disks("1", CONTENT),
             *_clone_disks("2", content),
             Disk("/tail", len(tail), content=tail),
         ),
-        (*_clone_messages(0), *_clone_messages(sectors)),
+        (*_clone_messages(), *_clone_messages(sector=SECTORS)),
     )
 
 
@@ -166,15 +225,102 @@ def linear(rng: random.Random) -> Rig:
     """The machine's own check: a table that adds nothing to a disk."""
     return Rig(
         "linear",
-        f"0 {DISK_SIZE // SECTOR} linear /disk 0",
+        f"0 {SECTORS} linear /disk 0",
         CONTENT,
         (Disk("/disk", DISK_SIZE, content=CONTENT),),
     )
 
 
+def clone_over_powercut(rng: random.Random) -> Rig:
+    """A clone whose destination, and by seed its metadata, may lose power without the rest."""
+    disks = _clone_disks("", CONTENT)
+    below = [
+        ("cache", f"0 {SECTORS} {_powercut_line(rng, '/destination')}"),
+        ("low", f"0 {SECTORS} linear /dev/mapper/cache 0"),
+    ]
+    metadata = ""
+    if rng.random() < 0.3:
+        metadata = "/dev/mapper/meta"
+        below.append(("meta", f"0 {disks[0].size // SECTOR} linear /metadata 0"))
+    line = _clone_line(rng, metadata=metadata, destination="/dev/mapper/low")
+    return Rig(
+        "clone_over_powercut",
+        f"0 {SECTORS} {line}",
+        CONTENT,
+        disks,
+        _clone_messages(),
+        below=tuple(below),
+        powercut="cache",
+        starts_anew=True,
+    )
+
+
+def powercut_over_clone(rng: random.Random) -> Rig:
+    """What clients see of a disk that forgets, over one that hydrates meanwhile."""
+    return Rig(
+        "powercut_over_clone",
+        f"0 {SECTORS} {_passing_line(rng, 'cache')}",
+        CONTENT,
+        _clone_disks("", CONTENT),
+        _clone_messages("clone"),
+        below=(
+            ("clone", f"0 {SECTORS} {_clone_line(rng)}"),
+            ("cache", f"0 {SECTORS} {_powercut_line(rng, '/dev/mapper/clone')}"),
+        ),
+        powercut="cache",
+    )
+
+
+def sandwich(rng: random.Random) -> Rig:
+    """linear or delay over a clone over linear or delay."""
+    low = f"0 {SECTORS} linear /destination 0"
+    return Rig(
+        "sandwich",
+        f"0 {SECTORS} {_passing_line(rng, 'clone')}",
+        CONTENT,
+        _clone_disks("", CONTENT),
+        _clone_messages("clone"),
+        below=(
+            ("lowest", low),
+            ("low", f"0 {SECTORS} {_passing_line(rng, 'lowest')}"),
+            (
+                "clone",
+                f"0 {SECTORS} {_clone_line(rng, destination='/dev/mapper/low')}",
+            ),
+        ),
+    )
+
+
+def striped_over_clones(rng: random.Random) -> Rig:
+    """Two clones that make one disk, chunk by chunk."""
+    size = DISK_SIZE // REGION_SIZE * REGION_SIZE
+    left, right = CONTENT[:size], CONTENT[::-1][:size]
+    chunk = rng.choice((SECTOR, REGION_SIZE // 2, REGION_SIZE))
+    content = b"".join(
+        side[at : at + chunk] for at in range(0, size, chunk) for side in (left, right)
+    )
+    sectors = size // SECTOR
+    return Rig(
+        "striped_over_clones",
+        f"0 {2 * sectors} striped 2 {chunk // SECTOR}"
+        " /dev/mapper/left 0 /dev/mapper/right 0",
+        content,
+        (*_clone_disks("1", left), *_clone_disks("2", right)),
+        (*_clone_messages("left"), *_clone_messages("right")),
+        below=(
+            ("left", f"0 {sectors} {_clone_line(rng, '1')}"),
+            ("right", f"0 {sectors} {_clone_line(rng, '2')}"),
+        ),
+    )
+
+
 RIGS: Final[dict[str, tuple[Callable[[random.Random], Rig], int]]] = {
     # Each with how often it is drawn.
-    "clone": (clone, 7),
+    "clone": (clone, 6),
     "two_clones": (two_clones, 2),
     "linear": (linear, 1),
+    "clone_over_powercut": (clone_over_powercut, 3),
+    "powercut_over_clone": (powercut_over_clone, 2),
+    "sandwich": (sandwich, 2),
+    "striped_over_clones": (striped_over_clones, 2),
 }

@@ -19,6 +19,8 @@ from unittest import mock
 
 from nbdtarget.targets.clone import holes
 from tests.sim.disks import SimDisk
+from tests.sim.faults import Fault
+from tests.sim.hydration import HydrationModel
 from tests.sim.life import Life, Plan
 from tests.sim.model import SECTOR, ClientModel
 from tests.sim.rigs import RIGS, Rig, Role
@@ -89,6 +91,7 @@ def simulate(
     history = History(seed, rig.name)
     recorder = _Recorder()
     model = ClientModel(rig.content)
+    hydration = HydrationModel()
     images = {
         disk.name: rng.randbytes(disk.size) if disk.content is None else disk.content
         for disk in rig.disks
@@ -107,6 +110,8 @@ def simulate(
                 f"{seed} life {nr}",
                 images,
                 recorder.note,
+                hydration,
+                fault=None if is_last else Fault.maybe_draw(rng, rig),
                 now_s=history.simulated_s + OFF_S,
                 has_booted=has_booted,
                 disk_type=disk_type,
@@ -130,16 +135,19 @@ def simulate(
 
 
 class _LogWatch(logging.Handler):
-    """No disk fails in a simulation: a line of level ERROR is a bug of ours."""
+    """Where nothing may fail, a line of level ERROR is a bug of ours; an exception always is."""
 
     life: Life | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.life is not None and record.levelno >= logging.ERROR:
+        life = self.life
+        if life is None or record.levelno < logging.ERROR:
+            return
+        if record.exc_info or record.levelno > logging.ERROR or not life.may_fail:
             error = AssertionError(f"logged: {record.getMessage()}")
             if record.exc_info and record.exc_info[1]:
                 error.__cause__ = record.exc_info[1]
-            self.life.fail(error)
+            life.fail(error)
 
 
 @contextmanager

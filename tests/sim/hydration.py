@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a clone has said of its hydration, and what it may say after that.
+
+Theory of operation. Clients ask for `x-nbdtarget:hydration` with their BLOCK_STATUS. A sector that
+was told to be hydrated stays so for as long as the machine lives: who asks after the answer
+has come must be told the same. When a FLUSH was sent after that answer, and has succeeded, it stays so for ever.
+
+A failed commit takes bits back (`forget`), and what was promised by a FLUSH remains.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from nbdtarget.targets.clone.extents import HYDRATION_ACTIVE, HYDRATION_SOURCE
+from tests.sim.model import SECTOR, Violation
+
+__all__ = ["CONTEXT", "HydrationModel"]
+
+CONTEXT: Final = "x-nbdtarget:hydration"
+STATES: Final = (0, HYDRATION_SOURCE, HYDRATION_SOURCE | HYDRATION_ACTIVE)
+
+Told = frozenset[int]  # sectors
+
+
+class HydrationModel:
+    """See the module head."""
+
+    def __init__(self) -> None:
+        self._durable: Told = frozenset()
+        self._told: Told = frozenset()
+        self._is_reliable = True
+
+    def power_on(self) -> None:
+        """A new life begins."""
+        self._told = self._durable
+        self._is_reliable = True
+
+    def start(self) -> Told:
+        """A BLOCK_STATUS or a FLUSH is sent now: what it must find hydrated."""
+        return self._told
+
+    def end_flush(self, told: Told) -> None:
+        """That FLUSH has succeeded."""
+        self._durable |= told
+
+    def forget(self) -> None:
+        """From now on only what was promised is certain: bits were lost, or taken back."""
+        self._told = self._durable
+        self._is_reliable = False
+
+    def trust_again(self) -> None:
+        """What has lost its bits was started anew."""
+        self._told = self._durable
+        self._is_reliable = True
+
+    def check(
+        self, told: Told, offset: int, extents: Iterable[tuple[int, int]]
+    ) -> None:
+        """Hold an answer against what was told before. Raises: Violation."""
+        # What was told by word of mouth may have been lost since.
+        certain = told & (self._told if self._is_reliable else self._durable)
+        found: set[int] = set()
+        for length, state in extents:
+            if state not in STATES:
+                raise Violation(f"hydration {state} at {offset}")
+            sectors = range(offset // SECTOR, -(-(offset + length) // SECTOR))
+            if state == 0:
+                found.update(sectors)
+            elif lost := certain.intersection(sectors):
+                raise Violation(f"not hydrated any more: sectors {sorted(lost)}")
+            offset += length
+        if self._is_reliable:
+            self._told |= found

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator of a simulated machine: says and asks all that may be said and asked, at any time.
+
+Each deed is drawn from the seed, and goes to any mapped device of the stack, not only to the
+one on top. One deed follows another; within one, two devices may be suspended at once.
+
+Outages. A `powercut` device of the rig is cut by message. Where what stands on it keeps nothing
+in memory, clients lose what they have not flushed, and go on. Where a clone stands on it, one of:
+
+    suspended   everything is durable when the power goes: nobody may notice
+    the end     nothing is told any more that is not so, until the machine is off, too
+    anew        the clone's table is wiped, the power comes back, the clone is loaded again
+"""
+
+import asyncio
+import errno as errnos
+import itertools
+import random
+from typing import TYPE_CHECKING, Final
+
+from nbdtarget.control import messages as m
+from nbdtarget.errors import NbdTargetError, TableError
+
+if TYPE_CHECKING:
+    from tests.sim.life import Life
+
+__all__ = ["Operator"]
+
+PAUSES_S: Final = (0.001, 0.1, 2.0)
+FATES: Final = ("keep", "drop", "tear", "mixed")
+LAST_STEPS_MAX: Final = 300  # from a cut below to the end of the machine
+
+
+class Operator:
+    """See the module head.
+
+    Attributes:
+        unflushed: devices that are suspended now, in a way that does not make what stands
+            on them, or what they have, durable when the machine stops like this.
+    """
+
+    def __init__(self, life: "Life", rng: random.Random) -> None:
+        self.unflushed: set[str] = set()
+        self._life = life
+        self._rig = life.rig
+        self._verbs = life.verbs
+        self._random = rng
+        self._names = list(life.rig.tables)
+        deeds = [self._status, self._message, self._suspend, self._reload, self._look]
+        if life.rig.below:
+            deeds += [self._suspend_below, self._remove_what_is_used]
+        if life.rig.powercut:
+            deeds.append(self._cut_power)
+        self._deeds = deeds
+
+    async def run(self) -> None:
+        life, rng = self._life, self._random
+        pause_s = rng.choice(PAUSES_S)
+        while not life.is_stopping:
+            await asyncio.sleep(rng.random() * pause_s)
+            if life.are_clients_done():
+                return
+            deed = rng.choice(self._deeds)
+            self._note(deed.__name__)
+            try:
+                await deed()
+            except NbdTargetError as error:
+                self._note("refused", error)
+                if not (life.is_stopping or life.may_fail):
+                    raise
+
+    def _note(self, *what: object) -> None:
+        self._life.note("operator", *what)
+
+    def _any_device(self) -> str:
+        return self._random.choice([*self._names, "d"])
+
+    # ---- looking ----
+
+    async def _status(self) -> None:
+        noflush = self._random.random() < 0.3
+        answer = await self._verbs.status(m.Status(noflush=noflush))
+        if not self._life.may_fail:
+            self._rig.check_status(
+                [
+                    (line.type, line.params)
+                    for device in answer.devices
+                    for line in device.lines
+                ]
+            )
+
+    async def _look(self) -> None:
+        await self._verbs.table(m.Table(inactive=self._random.random() < 0.3))
+        info = await self._verbs.info(m.Info())
+        assert not any(device.failed for device in info.devices)
+
+    # ---- changing ----
+
+    async def _message(self) -> None:
+        if not self._rig.messages:
+            return
+        name, sector, words = self._random.choice(self._rig.messages)
+        try:
+            await self._verbs.message(m.Message(name, sector, words))
+        except TableError:
+            # The clone may have become a linear target, which takes no messages.
+            if await self._has_clone(name, sector):
+                raise
+
+    async def _has_clone(self, name: str, sector: int) -> bool:
+        answer = await self._verbs.table(m.Table((name,)))
+        lines = [line for device in answer.devices for line in device.lines]
+        return any(line.type == "clone" and line.start == sector for line in lines)
+
+    async def _suspend(self) -> None:
+        rng = self._random
+        name, noflush = self._any_device(), rng.random() < 0.2
+        if noflush or name != "d":
+            self.unflushed.add(name)
+        await self._verbs.suspend(m.Suspend(name, noflush=noflush))
+        self._note("suspended", name, noflush)
+        await asyncio.sleep(rng.choice((0.0, 0.001, 1.0)))
+        await self._verbs.resume(m.Resume(name))
+        self.unflushed.discard(name)
+
+    async def _suspend_below(self) -> None:
+        """An upper device is suspended while a lower one is: it waits for its bios."""
+        rng = self._random
+        name = rng.choice(self._names[:-1])
+        self.unflushed.add(name)
+        await self._verbs.suspend(m.Suspend(name))
+        upper = asyncio.ensure_future(self._verbs.suspend(m.Suspend("d")))
+        await asyncio.sleep(rng.choice((0.0, 0.001, 1.0)))
+        try:
+            await self._verbs.resume(m.Resume(name))
+        finally:
+            await upper
+        self.unflushed.discard(name)
+        await self._verbs.resume(m.Resume("d"))
+
+    async def _reload(self) -> None:
+        rng = self._random
+        name = self._any_device()
+        await self._verbs.load(m.Load(name, self._rig.tables[name]))
+        await asyncio.sleep(rng.choice((0.0, 0.1)))
+        if rng.random() < 0.1:
+            await self._verbs.clear(m.Clear(name))
+        else:
+            await self._verbs.resume(m.Resume(name))
+
+    async def _remove_what_is_used(self) -> None:
+        name = self._random.choice(self._names[:-1])
+        if not self._life.registry.get(name).open_count:
+            return  # `then_linear` has let go of the metadata
+        try:
+            await self._verbs.remove(m.Remove(name))
+        except TableError as error:
+            if error.errno != errnos.EBUSY and not self._life.is_stopping:
+                raise
+        else:
+            assert self._life.is_stopping, f"{name} is in use, and was removed"
+
+    # ---- the power ----
+
+    async def _powercut(self, *words: str) -> None:
+        await self._verbs.message(m.Message(self._rig.powercut, 0, words))
+
+    def _fate(self) -> tuple[str, str]:
+        return self._random.choice(FATES), str(self._random.randrange(1 << 32))
+
+    async def _cut_power(self) -> None:
+        """See the module head."""
+        life = self._life
+        if life.is_stopping:
+            return
+        async with life.is_cutting:
+            if not self._rig.starts_anew:
+                await self._cut_and_go_on()
+                return
+            ways = (self._cut_suspended, self._cut_and_end, self._cut_and_load)
+            await self._random.choice(ways)()
+
+    async def _cut_and_go_on(self) -> None:
+        life, rng = self._life, self._random
+        life.begin_outage(loses=True)
+        try:
+            if rng.random() < 0.7:
+                await self._powercut("cycle", *self._fate())
+            else:
+                await self._powercut("cut", *self._fate())
+                await asyncio.sleep(rng.choice((0.0, 0.001, 0.5)))
+                await self._powercut("on")
+        finally:
+            life.end_outage()
+
+    async def _cut_suspended(self) -> None:
+        await self._verbs.suspend(m.Suspend("d"))
+        await self._powercut("cycle", *self._fate())
+        await self._verbs.resume(m.Resume("d"))
+
+    async def _cut_and_end(self) -> None:
+        life = self._life
+        life.begin_outage(loses=False)
+        await self._powercut("cut", *self._fate())
+        life.loop.cut_at = life.loop.steps + self._random.randrange(1, LAST_STEPS_MAX)
+        for _ in itertools.count():
+            await asyncio.sleep(0.001)  # time goes on, until that step
+
+    async def _cut_and_load(self) -> None:
+        life, rng = self._life, self._random
+        life.begin_outage(loses=True)
+        try:
+            await self._powercut("cut", *self._fate())
+            await asyncio.sleep(rng.choice((0.0, 0.001, 0.5)))
+            await self._verbs.wipe_table(m.WipeTable("d"))
+            await self._powercut("on")
+            await self._verbs.load(m.Load("d", self._rig.table))
+            await self._verbs.resume(m.Resume("d"))
+        finally:
+            life.owes_flush_error = True
+            life.end_outage()
