@@ -41,6 +41,7 @@ from nbdtarget.errors import ListenError, NbdTargetError, TableError
 from nbdtarget.server.address import UnixAddress, parse_address
 from nbdtarget.server.limits import RELATIONS, Limits
 from nbdtarget.targets.base import Target
+from nbdtarget.words import split_words
 
 __all__ = ["Config", "ConfigError", "DeviceConfig", "Mistake", "parse", "read"]
 
@@ -59,17 +60,26 @@ _DEVICE_KEYS: Final[dict[str, Any]] = {
     "uuid": str,
     "readonly": bool,
 }
-# The bounds that depend on the disk and the clients; the others are the server's own matter.
+_COUNT_MAX: Final = (1 << 31) - 1
+_BYTES_MAX: Final = 1 << 48
+_PAYLOAD_MIN: Final = 64 << 10  # clients that do not ask may send this much anyway
+_PAYLOAD_MAX: Final = (1 << 32) - 1
+_SECONDS_MAX: Final = 86400.0 * 365
+# The bounds that depend on the disk and the clients, each with its least and its most value;
+# the others are the server's own matter.
+_LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
+    "connections_max": (1, _COUNT_MAX),
+    "backlog_max": (1, _COUNT_MAX),
+    "handshake_timeout_s": (0.001, _SECONDS_MAX),
+    "stall_timeout_s": (0.001, _SECONDS_MAX),
+    "requests_in_flight_max": (1, _COUNT_MAX),
+    "bytes_in_flight_max": (1, _BYTES_MAX),
+    "requests_total_max": (1, _COUNT_MAX),
+    "bytes_total_max": (1, _BYTES_MAX),
+    "payload_max": (_PAYLOAD_MIN, _PAYLOAD_MAX),
+}
 _LIMIT_KEYS: Final[dict[str, Any]] = {
-    "connections_max": int,
-    "backlog_max": int,
-    "handshake_timeout_s": float,
-    "stall_timeout_s": float,
-    "requests_in_flight_max": int,
-    "bytes_in_flight_max": int,
-    "requests_total_max": int,
-    "bytes_total_max": int,
-    "payload_max": int,
+    key: float if key.endswith("_s") else int for key in _LIMIT_RANGES
 }
 
 
@@ -147,7 +157,9 @@ def read(
     if len(data) > FILE_SIZE_MAX:
         raise NbdTargetError(f"{path}: more than {FILE_SIZE_MAX} bytes")
     try:
-        text = data.decode()
+        text = data.decode(
+            "utf-8-sig"
+        )  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(path, [Mistake(line, "not UTF-8")]) from None
@@ -165,6 +177,8 @@ def parse(
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(path, [_syntax_mistake(text, error)]) from None
+    except RecursionError:
+        raise ConfigError(path, [Mistake(1, "not TOML: nested too deeply")]) from None
     reader = _Reader(document, value_lines(text), types, existing)
     config = reader.config(path)
     if reader.mistakes:
@@ -212,8 +226,8 @@ class _Reader:
             devices=self._in_order(devices),
         )
 
-    def _mistake(self, path: KeyPath, reason: str, *, further: int = 0) -> None:
-        self.mistakes.append(Mistake(self._lines[path] + further, reason))
+    def _mistake(self, path: KeyPath, reason: str) -> None:
+        self.mistakes.append(Mistake(self._lines[path], reason))
 
     def _known(
         self, path: KeyPath, values: dict[str, Any], keys: dict[str, Any]
@@ -226,6 +240,10 @@ class _Reader:
                 near = difflib.get_close_matches(key, keys, 1)
                 hint = f" (did you mean `{near[0]}'?)" if near else ""
                 self._mistake((*path, key), f"unknown key `{where}'{hint}")
+                continue
+            texts = value if isinstance(value, list) else [value]
+            if any(isinstance(text, str) and "\0" in text for text in texts):
+                self._mistake((*path, key), f"`{where}': has a NUL character")
                 continue
             try:
                 known[key] = msgspec.convert(value, keys[key])
@@ -267,8 +285,10 @@ class _Reader:
         path: KeyPath = ("limits",)
         known = self._known(path, values, _LIMIT_KEYS)
         for key, value in list(known.items()):
-            if not value > 0:
-                self._mistake((*path, key), f"`limits.{key}': must be more than 0")
+            least, most = _LIMIT_RANGES[key]
+            if not least <= value <= most:
+                reason = f"`limits.{key}': must be {least:.12g} to {most:.16g}"
+                self._mistake((*path, key), reason)
                 del known[key]
         defaults = Limits()
         for smaller, larger in RELATIONS:
@@ -310,21 +330,23 @@ class _Reader:
         text = "\n".join(table) if isinstance(table, list) else table
         specs, mistakes = scan_table(text, self._types)
         for line_nr, reason in mistakes:
-            element = (*path, line_nr - 1)
-            if element in self._lines:
-                self._mistake(element, reason)
-            else:
-                self._mistake(path, reason, further=max(0, line_nr - 1))
+            self._mistake(self._table_line(path, line_nr), reason)
         return text, tuple(specs)
+
+    def _table_line(self, path: KeyPath, line_nr: int) -> KeyPath:
+        """Where a line of a table stands, from 1: an element, or a line of a long string."""
+        line = (*path, line_nr - 1)
+        return line if line in self._lines else path
 
     def _in_order(self, devices: list[DeviceConfig]) -> tuple[DeviceConfig, ...]:
         """Lower devices first. What is missing, or stands on itself, is a mistake."""
+        by_name = {device.name: device for device in devices}
         below = {device.name: device.stands_on() for device in devices}
         for name, lower in below.items():
             for missing in sorted(lower - below.keys()):
                 if missing not in self._existing and not Path(MAPPER, missing).exists():
                     reason = f"{MAPPER}{missing}: there is no such device"
-                    self._mistake(("device", name, "table"), reason)
+                    self._mistake(self._line_with(by_name[name], missing), reason)
         sorter = TopologicalSorter(
             {name: lower & below.keys() for name, lower in below.items()}
         )
@@ -333,7 +355,15 @@ class _Reader:
         except CycleError as error:
             cycle = error.args[1]
             reason = " stands on ".join(reversed(cycle))
-            self._mistake(("device", cycle[0], "table"), reason)
+            self._mistake(self._line_with(by_name[cycle[-1]], cycle[-2]), reason)
             return ()
-        by_name = {device.name: device for device in devices}
         return tuple(by_name[name] for name in order)
+
+    def _line_with(self, device: DeviceConfig, lower: str) -> KeyPath:
+        """Where the table of `device` first names the mapped device `lower`."""
+        path = ("device", device.name, "table")
+        for line_nr, line in enumerate(device.table.split("\n"), 1):
+            words = split_words(line)
+            if MAPPER + lower in words and not words[0].startswith("#"):
+                return self._table_line(path, line_nr)
+        raise AssertionError("it stands on it")

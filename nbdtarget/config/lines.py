@@ -28,7 +28,8 @@ def value_lines(text: str) -> dict[Path, int]:
     """Return the line, from 1, on which each value begins, by its path.
 
     Tables stand at their header; an array's elements have numbers from 0 in their paths. A
-    string of several lines counts from its first line of content.
+    string of several lines counts from its first line of content, and each of these lines has
+    a number from 0 behind the string's path, as an element has.
     """
     return _Walk(text).document()
 
@@ -78,13 +79,23 @@ class _Walk:
                 self._skip_blank()
                 self._take(",")
         elif string := _STRING.match(self._text, self._at):
-            if re.match(r"(?:\"\"\"|''')\r?\n", string[0]):
-                self._lines[path] += 1  # this line break is not part of the string
+            self._content(path, string[0])
             self._at = string.end()
         else:
             scalar = _SCALAR.match(self._text, self._at)
             assert scalar is not None, "the document is valid"
             self._at = scalar.end()
+
+    def _content(self, path: Path, string: str) -> None:
+        """Note the lines of a string of several."""
+        if not string.startswith(('"""', "'''")):
+            return
+        count = string.count("\n") + 1
+        if re.match(r"...\r?\n", string):
+            self._lines[path] += 1  # this line break is not part of the string
+            count -= 1
+        for nr in range(count):
+            self._lines[(*path, nr)] = self._lines[path] + nr
 
     def _key(self) -> Path:
         """A key, dotted or not."""

@@ -91,7 +91,7 @@ table = '''
         "1: `listen': ftp:x: is not unix:PATH or tcp:HOST:PORT",
         "2: `listen': unix:/run/a is there twice",
         "3: unknown key `contrl' (did you mean `control'?)",
-        "5: `limits.connections_max': must be more than 0",
+        "5: `limits.connections_max': must be 1 to 2147483647",
         "6: `limits': requests_in_flight_max 5000 is more than requests_total_max 4096",
         "7: `limits.payload_max': Expected `int`, got `str`",
         "12: zerro: Gap in table: line 3 starts at sector 9 instead of 8",
@@ -118,6 +118,34 @@ def test_devices_that_stand_on_each_other() -> None:
     assert only == "2: a stands on a"
 
 
+def test_what_is_missing_below_stands_on_its_own_line() -> None:
+    found = mistakes(
+        """[device.a]
+table = '''
+
+# /dev/mapper/none
+0 8 zero
+8 8 linear /dev/mapper/none 0
+16 8 linear /dev/mapper/none 8
+'''
+[device.b]
+table = [
+    "0 8 zero",
+    "8 8 linear /dev/mapper/nil 0",
+    "16 8 linear /dev/mapper/b 0",
+]
+[device.c]
+table = "0 8 zero\\n8 8 nosuch"
+"""
+    )
+    assert found == [
+        "6: /dev/mapper/none: there is no such device",
+        "12: /dev/mapper/nil: there is no such device",
+        "13: b stands on b",
+        "16: nosuch: unknown target type",
+    ]
+
+
 def test_a_device_that_is_there_already_may_be_stood_on() -> None:
     text = '[device.a]\ntable = "0 8 linear /dev/mapper/there 0"'
     assert parsed(text, "there").devices[0].stands_on() == {"there"}
@@ -133,6 +161,29 @@ def test_a_device_that_is_there_already_may_be_stood_on() -> None:
         ("[device]\na = 3", "1: `device': Expected `object`, got `int`"),
         ("listen = 3", "1: `listen': Expected `str | array`, got `int`"),
         ("listen = [3]", "1: `listen': Expected `str`, got `int`"),
+        (f"a = {'[' * 5000}{']' * 5000}", "1: not TOML: nested too deeply"),
+        (r'control = "a\u0000"', "1: `control': has a NUL character"),
+        (
+            r'control_token_file = "\u0000"',
+            "1: `control_token_file': has a NUL character",
+        ),
+        (r'listen = ["unix:\u0000"]', "1: `listen': has a NUL character"),
+        (
+            "limits.payload_max = 4096",
+            "1: `limits.payload_max': must be 65536 to 4294967295",
+        ),
+        (
+            "limits.backlog_max = 1_000_000_000_000",
+            "1: `limits.backlog_max': must be 1 to 2147483647",
+        ),
+        (
+            "limits.stall_timeout_s = inf",
+            "1: `limits.stall_timeout_s': must be 0.001 to 31536000",
+        ),
+        (
+            "limits.stall_timeout_s = nan",
+            "1: `limits.stall_timeout_s': must be 0.001 to 31536000",
+        ),
     ],
 )
 def test_what_is_no_configuration(text: str, reason: str) -> None:
@@ -144,6 +195,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read(str(tmp_path / "none"), TARGET_TYPES)
     with pytest.raises(NbdTargetError, match="Is a directory"):
         read(str(tmp_path), TARGET_TYPES)
+    marked = tmp_path / "marked"
+    marked.write_bytes(b'\xef\xbb\xbf[device.a]\r\ntable = "0 8 zero"\r\n')
+    assert [device.name for device in read(str(marked), TARGET_TYPES).devices] == ["a"]
     binary = tmp_path / "binary"
     binary.write_bytes(b"a = 1\nb = '\xff'")
     with pytest.raises(ConfigError, match=f"{binary}:2: not UTF-8"):

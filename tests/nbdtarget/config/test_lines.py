@@ -50,7 +50,8 @@ def paths(value: Any, path: Path = ()) -> set[Path]:
 
 def test_lines_of_everything() -> None:
     lines = value_lines(DOCUMENT)
-    assert set(lines) == paths(tomllib.loads(DOCUMENT))
+    content = {("table", "long", nr) for nr in range(3)} | {("many", 0, "k", 0)}
+    assert set(lines) == paths(tomllib.loads(DOCUMENT)) | content
     shown = {".".join(map(str, path)): line for path, line in lines.items()}
     assert shown == {
         "a": 2,
@@ -67,12 +68,16 @@ def test_lines_of_everything() -> None:
         "d.e.g": 7,
         "table": 9,
         "table.long": 11,
+        "table.long.0": 11,
+        "table.long.1": 12,
+        "table.long.2": 13,
         "table.short": 14,
         "table.in ner": 15,
         "table.in ner.t": 16,
         "many": 17,
         "many.0": 17,
         "many.0.k": 18,
+        "many.0.k.0": 18,
         "many.1": 19,
         "many.1.k": 20,
         "many.1.sub": 21,
