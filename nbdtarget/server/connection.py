@@ -88,7 +88,9 @@ class Connection:
         self._sock = sock
         self._fd = sock.fileno()
         self._output = Output(sock, limits, self._reply_left)
-        self._handshake = ServerHandshake(DirectoryExports(shared.directory))
+        self._handshake = ServerHandshake(
+            DirectoryExports(shared.directory, payload_max=limits.payload_max)
+        )
         self._requests: Requests | None = None  # from TRANSMISSION on
         self._device: Device | None = None
         self._timer: Timer | None = None

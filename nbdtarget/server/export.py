@@ -19,6 +19,7 @@ from protocol.consts import (
     FLAG_SEND_FUA,
     FLAG_SEND_TRIM,
     FLAG_SEND_WRITE_ZEROES,
+    PAYLOAD_MAX_DEFAULT,
 )
 from protocol.handshake import ExportInfo
 
@@ -64,10 +65,18 @@ def transmission_flags(device: Device) -> int:
 
 
 class DirectoryExports:
-    """A directory as `protocol.handshake.Exports`."""
+    """A directory as `protocol.handshake.Exports`.
 
-    def __init__(self, directory: ExportDirectory) -> None:
+    Args:
+        payload_max: bytes of one READ or WRITE that the server takes; no more is advertised,
+            and no more than every client expects anyway.
+    """
+
+    def __init__(
+        self, directory: ExportDirectory, *, payload_max: int = PAYLOAD_MAX_DEFAULT
+    ) -> None:
         self.directory = directory
+        self._payload_max = min(payload_max, PAYLOAD_MAX_DEFAULT)
 
     def names(self) -> Iterable[tuple[str, str]]:
         return self.directory.names()
@@ -87,5 +96,6 @@ class DirectoryExports:
             size=device.size,
             flags=transmission_flags(device),
             description=description,
+            payload_max=self._payload_max,
             contexts=context_names(device),
         )

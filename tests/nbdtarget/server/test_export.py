@@ -40,3 +40,15 @@ def test_no_default_export_among_two() -> None:
     assert exports.lookup("") is None
     assert exports.lookup("c") is None
     assert [name for name, _ in exports.names()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("payload_max", "advertised"), [(64 << 10, 64 << 10), (64 << 20, 32 << 20)]
+)
+def test_no_more_payload_is_advertised_than_is_taken(
+    payload_max: int, advertised: int
+) -> None:
+    exports = DirectoryExports(Directory({"disk": Disk()}), payload_max=payload_max)
+    info = exports.lookup("disk")
+    assert info is not None
+    assert info.payload_max == advertised
