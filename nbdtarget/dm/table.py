@@ -75,7 +75,8 @@ def scan_table(
     specs: list[TargetSpec] = []
     mistakes: list[TableMistake] = []
     end_sectors: int | None = 0  # None: a line that told it could not be read
-    for line_nr, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: what else Unicode calls the end of a line may stand in a path, quoted.
+    for line_nr, line in enumerate(text.split("\n"), 1):
         stripped = line.strip()
         if not stripped or stripped.startswith("#"):
             continue

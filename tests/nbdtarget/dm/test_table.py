@@ -60,3 +60,8 @@ def test_parse_refuses(text: str, reason: str) -> None:
         parse(text)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_only_a_line_feed_ends_a_line() -> None:
+    (spec,) = parse_table("0 8 linear /srv/a\\\u2028b 0\r\n", TARGET_TYPES)
+    assert spec.args == ("/srv/a\u2028b", "0")
