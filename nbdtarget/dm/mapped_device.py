@@ -152,6 +152,7 @@ class MappedDevice(MappedIo):
     def _stop(self) -> None:
         """From now on bios are queued."""
         self.state = State.SUSPENDING
+        self._is_flushed = False
         self._running.clear()
         self._set_fast_path()
 

@@ -88,6 +88,7 @@ class MappedIo(Device):
         self._in_flight = 0
         self._drained: asyncio.Future[None] | None = None
         self._owes_flush_error = False
+        self._is_flushed = False  # suspended, and all that has ended is durable
         self._running = asyncio.Event()
         self._running.set()
         # The fast path: READ is 0, WRITE is 1, and -1 sends everything the slow way.
@@ -126,7 +127,8 @@ class MappedIo(Device):
             return
         table = self.active
         if self.state is not State.ACTIVE or table is None or table.failed:
-            bio.end(errnos.EIO)
+            is_flushed = self._is_flushed and self.state is State.SUSPENDED
+            bio.end(0 if is_flushed and bio.op == OP_FLUSH else errnos.EIO)
             return
         refused = self.check_bounds(bio)
         if refused:
@@ -278,6 +280,7 @@ class MappedIo(Device):
         if errno:
             self._owes_flush_error = True
             _log.error("%s: flush: %s", self.name, os.strerror(errno))
+        self._is_flushed = not errno
 
     async def _drain(self, table: Table | None) -> None:
         """Wait until no bio is in flight; after a failure only for a bounded time."""

@@ -5,10 +5,17 @@ Theory of operation. One entry per open device, keyed by what the device *is* (d
 inode of a file, not its path), so that a second name for the same file is seen through. The
 rules:
 
-- The live and the inactive table of one mapped device share one `Device` object, and with it
-  the `shared` dictionary in which they find one metadata object.
-- Two mapped devices share a device only if both read. What one has open for writing is
-  refused to every other with EBUSY, and the error names the holder.
+- Whoever has a device open has the same `Device` object: a FLUSH covers the writes of all, and
+  a failed one latches it for all. With it comes the `shared` dictionary, in which the live and
+  the inactive table of a mapped device find one metadata object.
+- Targets that only pass bios on (linear, striped, …) open a device *shared*: any number of mapped
+  devices may stand on it and write, as slices of one disk do. What a target opens to write for itself
+  alone (metadata, a clone's destination) is refused to every other mapped device, and what it
+  opens only to read (a clone's source) to every other that would write, with EBUSY and
+  the name of the holder.
+- The two tables of one mapped device take turns, so these rules do not stand between them.
+- What is open read-only stays so: who wants to write has to wait until it is closed. (A second
+  descriptor would meet the locks of the first.)
 - One target never gets the same device twice if it would write: source and destination, or
   metadata and destination, are then one, and the clone would eat itself.
 - A mapped device is a device like any other; being held counts its open count up, and
@@ -25,7 +32,7 @@ import asyncio
 import errno as errnos
 import logging
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -64,29 +71,77 @@ def absolute_name(name: str, directory: str) -> str:
     return os.path.normpath(os.path.join(directory, name))
 
 
+class _Use:
+    """One reference to an open device, by one target of `holder`.
+
+    Attributes:
+        shared: others may write to the device meanwhile; and, if this one writes too, use it at all.
+    """
+
+    __slots__ = ("holder", "opened", "read_only", "shared")
+
+    def __init__(
+        self, opened: "_Open", holder: MappedDevice, *, read_only: bool, shared: bool
+    ) -> None:
+        self.opened = opened
+        self.holder = holder
+        self.read_only = read_only
+        self.shared = shared
+
+    @property
+    def device(self) -> Device:
+        return self.opened.device
+
+    def tolerates(self, other: "_Use") -> bool:
+        """Whether another mapped device may use the device so."""
+        return self.shared or (self.read_only and other.read_only)
+
+
 class _Open:
     """One open device.
 
     Attributes:
         identity: what the device is.
-        holders: how many references each mapped device has.
+        uses: at least one, once it is shown to anybody.
         shared: see `TargetContext.shared`.
     """
 
-    __slots__ = ("device", "holders", "identity", "read_only", "shared")
+    __slots__ = ("device", "identity", "read_only", "shared", "uses")
 
     def __init__(self, identity: Hashable, device: Device, *, read_only: bool) -> None:
         self.identity = identity
         self.device = device
         self.read_only = read_only
-        self.holders: dict[MappedDevice, int] = {}
+        self.uses: list[_Use] = []
         self.shared: dict[str, object] = {}
 
-    def hold(self, holder: MappedDevice) -> None:
-        self.holders[holder] = self.holders.get(holder, 0) + 1
+    def is_held_by(self, holder: MappedDevice) -> bool:
+        return any(use.holder is holder for use in self.uses)
 
-    def others(self, holder: MappedDevice) -> list[str]:
-        return sorted(other.dm_name for other in self.holders if other is not holder)
+    def add(self, use: _Use) -> None:
+        """Raises: ResolveError, without a name: whoever is there first does not let it."""
+        others = [each for each in self.uses if each.holder is not use.holder]
+        clashing = [
+            each for each in others if not (each.tolerates(use) and use.tolerates(each))
+        ]
+        if clashing:
+            raise ResolveError("", f"in use by {_names(clashing)}", errnos.EBUSY)
+        if self.read_only and not use.read_only:
+            raise ResolveError(
+                "", f"open read-only by {_names(self.uses)}", errnos.EBUSY
+            )
+        if isinstance(self.device, MappedDevice) and not self.is_held_by(use.holder):
+            self.device.open_count += 1
+        self.uses.append(use)
+
+    def drop(self, use: _Use) -> None:
+        self.uses.remove(use)
+        if isinstance(self.device, MappedDevice) and not self.is_held_by(use.holder):
+            self.device.put()
+
+
+def _names(uses: Iterable[_Use]) -> str:
+    return ", ".join(sorted({use.holder.dm_name for use in uses}))
 
 
 class OpenDevices:
@@ -105,26 +160,33 @@ class OpenDevices:
         return lock
 
     async def open_path(
-        self, name: str, holder: MappedDevice, *, read_only: bool
-    ) -> _Open:
+        self, name: str, holder: MappedDevice, *, read_only: bool, shared: bool
+    ) -> _Use:
         """Open or share a device that is not a mapped one. Raises: ResolveError."""
         identity = self.opener.identity(name)
         async with self._lock(identity):
-            held = self._maybe_share(identity, name, holder, read_only=read_only)
-            if held is not None:
-                return held
-            device = await self.opener.open_device(name, read_only=read_only)
-            return self._add(identity, device, holder, read_only=read_only)
+            opened = self._opens.get(identity)
+            if opened is None:
+                device = await self.opener.open_device(name, read_only=read_only)
+                opened = _Open(identity, device, read_only=read_only)
+            return self._use(name, opened, holder, read_only=read_only, shared=shared)
 
-    async def create_path(self, name: str, size: int, holder: MappedDevice) -> _Open:
+    async def create_path(self, name: str, size: int, holder: MappedDevice) -> _Use:
         """Create and open. Raises: ResolveError."""
         device = await self.opener.create_device(name, size)
-        identity = self.opener.identity(name)
-        return self._add(identity, device, holder, read_only=False)
+        opened = _Open(self.opener.identity(name), device, read_only=False)
+        assert opened.identity not in self._opens
+        return self._use(name, opened, holder, read_only=False, shared=False)
 
     def open_mapped(
-        self, lower: MappedDevice, name: str, holder: MappedDevice, *, read_only: bool
-    ) -> _Open:
+        self,
+        lower: MappedDevice,
+        name: str,
+        holder: MappedDevice,
+        *,
+        read_only: bool,
+        shared: bool,
+    ) -> _Use:
         """Open or share another mapped device. Raises: ResolveError."""
         if lower is holder or self.stands_on(lower, holder):
             raise ResolveError(
@@ -135,62 +197,48 @@ class OpenDevices:
         if lower.read_only and not read_only:
             raise ResolveError(name, "Read-only device", errnos.EACCES)
         identity = f"mapper:{lower.minor}"
-        held = self._maybe_share(identity, name, holder, read_only=read_only)
-        if held is not None:
-            return held
-        lower.open_count += 1
-        return self._add(identity, lower, holder, read_only=read_only)
+        opened = self._opens.get(identity)
+        if opened is None:
+            # Nothing is opened, so nothing is open read-only.
+            opened = _Open(identity, lower, read_only=False)
+        return self._use(name, opened, holder, read_only=read_only, shared=shared)
 
-    def _maybe_share(
-        self, identity: Hashable, name: str, holder: MappedDevice, *, read_only: bool
-    ) -> _Open | None:
-        held = self._opens.get(identity)
-        if held is None:
-            return None
-        others = held.others(holder)
-        if others and not (read_only and held.read_only):
-            raise ResolveError(name, f"in use by {', '.join(others)}", errnos.EBUSY)
-        if held.read_only and not read_only:
-            raise ResolveError(
-                name, f"open read-only by {holder.dm_name}", errnos.EBUSY
-            )
-        held.hold(holder)
-        return held
-
-    def _add(
+    def _use(
         self,
-        identity: Hashable,
-        device: Device,
+        name: str,
+        opened: _Open,
         holder: MappedDevice,
         *,
         read_only: bool,
-    ) -> _Open:
-        assert identity not in self._opens
-        opened = self._opens[identity] = _Open(identity, device, read_only=read_only)
-        opened.hold(holder)
-        return opened
+        shared: bool,
+    ) -> _Use:
+        use = _Use(opened, holder, read_only=read_only, shared=shared)
+        try:
+            opened.add(use)
+        except ResolveError as error:
+            raise ResolveError(name, error.reason, error.errno) from None
+        self._opens[opened.identity] = opened
+        return use
 
-    async def release(self, opened: _Open, holder: MappedDevice) -> None:
+    async def release(self, use: _Use) -> None:
         """Drop one reference; the last one closes the device."""
+        opened = use.opened
         async with self._lock(opened.identity):
-            opened.holders[holder] -= 1
-            if opened.holders[holder] == 0:
-                del opened.holders[holder]
-            if opened.holders:
-                return
             assert self._opens[opened.identity] is opened
             try:
-                if isinstance(opened.device, MappedDevice):
-                    opened.device.put()
-                else:
+                opened.drop(use)
+                if not opened.uses and not isinstance(opened.device, MappedDevice):
                     await opened.device.close()
             finally:
-                del self._opens[opened.identity]
+                if not opened.uses:
+                    del self._opens[opened.identity]
 
     def lower_devices(self, holder: MappedDevice) -> list[Device]:
         """What `holder`'s tables have open, live and inactive."""
         return [
-            opened.device for opened in self._opens.values() if holder in opened.holders
+            opened.device
+            for opened in self._opens.values()
+            if opened.is_held_by(holder)
         ]
 
     def stands_on(self, upper: MappedDevice, lower: MappedDevice) -> bool:
@@ -245,31 +293,33 @@ class TableContext:
         self._registry = registry
         self.mapped_device = mapped_device
         self._directory = directory
-        self._held: list[tuple[_Open, bool]] = []
+        self._held: list[_Use] = []
         self.created: list[str] = []
 
-    async def open_device(self, name: str, *, read_only: bool = False) -> Device:
+    async def open_device(
+        self, name: str, *, read_only: bool = False, shared: bool = False
+    ) -> Device:
         opens = self._registry.opens
         path = absolute_name(name, self._directory)
         lower = self._maybe_mapped(path)
         if lower is not None:
-            opened = opens.open_mapped(
-                lower, path, self.mapped_device, read_only=read_only
+            use = opens.open_mapped(
+                lower, path, self.mapped_device, read_only=read_only, shared=shared
             )
         else:
-            opened = await opens.open_path(
-                path, self.mapped_device, read_only=read_only
+            use = await opens.open_path(
+                path, self.mapped_device, read_only=read_only, shared=shared
             )
-        for other, other_read_only in self._held:
-            if other is opened and not (read_only and other_read_only):
-                await opens.release(opened, self.mapped_device)
+        for other in self._held:
+            if other.opened is use.opened and not (read_only and other.read_only):
+                await opens.release(use)
                 raise ResolveError(
                     path,
                     "the same device stands twice in this table line",
                     errnos.EBUSY,
                 )
-        self._held.append((opened, read_only))
-        return opened.device
+        self._held.append(use)
+        return use.device
 
     async def maybe_open_device(self, name: str) -> Device | None:
         path = absolute_name(name, self._directory)
@@ -281,23 +331,23 @@ class TableContext:
 
     async def create_device(self, name: str, size: int) -> Device:
         path = absolute_name(name, self._directory)
-        opened = await self._registry.opens.create_path(path, size, self.mapped_device)
+        use = await self._registry.opens.create_path(path, size, self.mapped_device)
         self.created.append(path)
-        self._held.append((opened, False))
-        return opened.device
+        self._held.append(use)
+        return use.device
 
     async def close_device(self, device: Device) -> None:
-        for index, (opened, _) in enumerate(self._held):
-            if opened.device is device:
+        for index, use in enumerate(self._held):
+            if use.device is device:
                 del self._held[index]
-                await self._registry.opens.release(opened, self.mapped_device)
+                await self._registry.opens.release(use)
                 return
         raise AssertionError(f"{device.name} is not open here")
 
     def shared(self, device: Device) -> dict[str, object]:
-        for opened, _ in self._held:
-            if opened.device is device:
-                return opened.shared
+        for use in self._held:
+            if use.device is device:
+                return use.opened.shared
         raise AssertionError(f"{device.name} is not open here")
 
     def event(self) -> None:
@@ -311,8 +361,7 @@ class TableContext:
     async def undo(self) -> None:
         """After a refusal: close what is still open, remove what was created."""
         while self._held:
-            opened, _ = self._held.pop()
-            await self._registry.opens.release(opened, self.mapped_device)
+            await self._registry.opens.release(self._held.pop())
         while self.created:
             path = self.created.pop()
             _log.info("%s: removing %s again", self.name, path)

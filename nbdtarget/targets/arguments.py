@@ -122,32 +122,37 @@ class Runs:
         start_sectors: int,
         length: int,
         reason: str = "Device lookup failed",
+        *,
+        shared: bool = True,
     ) -> Run:
         """Open the device called `name`, once, for `length` bytes from `start_sectors` on.
 
+        Args: shared: as of `TargetContext.open_device`.
         Raises: ConstructorError: with `reason` and why.
         """
         device = self._opened.get(name)
         if device is None:
             read_only = self._ctx.read_only
-            device = await self._open(name, reason, read_only=read_only)
+            device = await self._open(name, reason, read_only=read_only, shared=shared)
             self._opened[name] = device
         run = Run(device, start_sectors * SECTOR)
         self._runs.append((name, run, length))
         return run
 
     async def open_alone(self, name: str, reason: str) -> Device:
-        """Open a device for writing that must not stand anywhere else in this line.
+        """Open a device for writing that must not stand anywhere else.
 
         Raises: ConstructorError: with `reason` and why.
         """
-        device = await self._open(name, reason, read_only=False)
+        device = await self._open(name, reason, read_only=False, shared=False)
         self._alone.append(device)
         return device
 
-    async def _open(self, name: str, reason: str, *, read_only: bool) -> Device:
+    async def _open(
+        self, name: str, reason: str, *, read_only: bool, shared: bool
+    ) -> Device:
         try:
-            return await self._ctx.open_device(name, read_only=read_only)
+            return await self._ctx.open_device(name, read_only=read_only, shared=shared)
         except ResolveError as error:
             raise ConstructorError(
                 f"{reason}: {error}", error.errno, self._target

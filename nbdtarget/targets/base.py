@@ -59,16 +59,22 @@ class TargetContext(Protocol):
     read_only: bool
     clock: Clock
 
-    async def open_device(self, name: str, *, read_only: bool = False) -> Device:
+    async def open_device(
+        self, name: str, *, read_only: bool = False, shared: bool = False
+    ) -> Device:
         """Open (or share, inside this mapped device) the device called `name`.
 
         The target closes it with `close_device`, not `Device.close`.
+
+        Args:
+            shared: other mapped devices may write to it meanwhile. Without it, what is opened for
+                writing is this mapped device's alone, and what is opened read-only does not change.
         Raises: ResolveError: missing, in use by another mapped device or process, ….
         """
         ...
 
     async def maybe_open_device(self, name: str) -> Device | None:
-        """As `open_device` for writing, but None if a file of that name could be created."""
+        """As `open_device` to write alone, but None if a file of that name could be created."""
         ...
 
     async def create_device(self, name: str, size: int) -> Device:

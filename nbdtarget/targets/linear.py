@@ -48,7 +48,7 @@ class LinearTarget(Target):
         if start_sectors > _SECTORS_MAX:
             raise ConstructorError("Invalid device sector", target=cls.type_name)
         try:
-            device = await ctx.open_device(name, read_only=ctx.read_only)
+            device = await ctx.open_device(name, read_only=ctx.read_only, shared=True)
         except ResolveError as error:
             raise ConstructorError(
                 f"Device lookup failed: {error}", error.errno, cls.type_name

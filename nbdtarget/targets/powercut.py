@@ -117,7 +117,8 @@ class PowercutTarget(Target):
             raise _error("Invalid device sector")
         sectors_max, tear_size = parse_features(args[2:])
         async with Runs(ctx, cls.type_name) as runs:
-            run = await runs.open(args[0], start_sectors, ctx.length)
+            # What is not flushed is here only: nobody else may see the device, or write to it.
+            run = await runs.open(args[0], start_sectors, ctx.length, shared=False)
             return cls(ctx, run, sectors_max, tear_size)
 
     async def dtr(self) -> None:

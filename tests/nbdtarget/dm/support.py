@@ -87,6 +87,7 @@ class RamOpener:
         self.sizes: dict[str, int] = {}
         self.open: dict[str, RamDevice] = {}
         self.created: list[str] = []
+        self.opened: list[str] = []  # each time
 
     def identity(self, name: str) -> str:
         return name.replace("/alias-", "/")
@@ -99,6 +100,7 @@ class RamOpener:
             raise ResolveError(name, "No such file or directory", errnos.ENOENT)
         device = RamDevice(name, self.sizes[name], read_only=read_only)
         self.open[name] = device
+        self.opened.append(name)
         return device
 
     async def create_device(self, name: str, size: int) -> Device:
@@ -182,7 +184,7 @@ class ProbeTarget(Target):
     def iterate_devices(self) -> list[Device]:
         context = self.ctx
         held = getattr(context, "_held", [])
-        return [opened.device for opened, _ in held]
+        return [use.device for use in held]
 
 
 class BuggyTarget(Target):

@@ -13,7 +13,7 @@ from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.errors import ConstructorError, NbdTargetError, ResolveError, TableError
 from tests.nbdtarget.dm.support import ProbeTarget, RamOpener, make_registry
-from tests.nbdtarget.dm.test_mapped_device import submit
+from tests.nbdtarget.dm.test_mapped_device import content, submit
 from tests.nbdtarget.targets.clone.support import settle
 
 
@@ -117,10 +117,10 @@ async def test_live_and_inactive_table_share_one_device() -> None:
     assert first.closed
 
 
-async def test_device_open_for_writing_is_refused_to_another_by_any_name() -> None:
-    registry, opener = make_registry(a=4096)
+async def test_device_of_one_target_alone_is_refused_to_another_by_any_name() -> None:
+    registry, opener = make_registry(a=4096, s=4096)
     opener.sizes["/alias-a"] = 4096
-    await registry.create("x", "0 8 linear /a 0")
+    await registry.create("x", "0 8 probe /a /s")
     for name in ("/a", "/alias-a"):
         for read_only in (False, True):
             with pytest.raises(ConstructorError, match="in use by x") as caught:
@@ -137,16 +137,106 @@ async def test_device_opened_at_the_same_time_by_two_is_opened_once() -> None:
         registry.create("y", "0 8 linear /a 0"),
         return_exceptions=True,
     )
-    assert sum(isinstance(answer, NbdTargetError) for answer in answers) == 1
+    assert not any(isinstance(answer, NbdTargetError) for answer in answers)
+    assert opener.opened == ["/a"]
+
+
+async def test_slices_of_one_disk_are_written_through_one_device() -> None:
+    registry, opener = make_registry(a=8192)
+    devices = [
+        await registry.create("x", "0 8 linear /a 0"),
+        await registry.create("y", "0 8 linear /a 8"),
+        await registry.create("z", "0 16 delay /a 0 0", read_only=True),
+    ]
+    assert opener.opened == ["/a"]
+    for device, data in zip(devices, (b"low", b"high"), strict=False):
+        assert submit(device, OP_WRITE, 0, data).status == 0
+    assert opener.open["/a"].data[4096:4100] == b"high"
+    assert content(submit(devices[2], OP_READ, 0, 3)) == b"low"
+    await registry.remove("x")
+    await registry.remove("z")
     assert opener.still_open == ["/a"]
+    await registry.remove("y")
+    assert opener.still_open == []
 
 
-async def test_sources_are_shared_and_never_written() -> None:
+async def test_device_that_is_open_read_only_stays_so() -> None:
+    registry, _ = make_registry(a=8192)
+    await registry.create("x", "0 8 linear /a 0", read_only=True)
+    with pytest.raises(ConstructorError, match="open read-only by x"):
+        await registry.create("y", "0 8 linear /a 0")
+    await registry.remove("x")
+    await registry.create("y", "0 8 linear /a 0")
+
+
+# What a table line opens, as (device of its own, device only read), and who else may come.
+ALONE, SOURCE = "probe /a /s", "probe /o /a"
+PLAIN, READ = "linear /a 0", "linear /a 0 (read-only)"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "allowed"),
+    [
+        (PLAIN, PLAIN, True),
+        (PLAIN, READ, True),
+        (READ, READ, True),
+        (SOURCE, READ, True),
+        (READ, SOURCE, True),
+        (ALONE, PLAIN, False),
+        (PLAIN, ALONE, False),
+        (ALONE, READ, False),
+        (READ, ALONE, False),
+        (SOURCE, PLAIN, False),
+        (PLAIN, SOURCE, False),
+        (SOURCE, ALONE, False),
+        (ALONE, SOURCE, False),
+    ],
+)
+async def test_who_may_share_a_device_with_whom(
+    first: str, second: str, allowed: bool
+) -> None:
+    registry, opener = make_registry(a=4096, s=4096, o=4096, t=4096, p=4096)
+
+    async def create(name: str, line: str) -> None:
+        words, _, read_only = line.partition(" (")
+        if name == "y":  # nothing else is shared
+            words = words.replace("/s", "/t").replace("/o", "/p")
+        await registry.create(name, f"0 8 {words}", read_only=bool(read_only))
+
+    await create("x", first)
+    before = opener.still_open
+    if allowed:
+        await create("y", second)
+        assert opener.opened.count("/a") == 1
+    else:
+        with pytest.raises(NbdTargetError, match="/a: (in use|open read-only) by x"):
+            await create("y", second)
+        assert opener.still_open == before
+    await registry.close()
+    assert opener.still_open == []
+
+
+async def test_each_mapped_device_on_another_is_one_opener() -> None:
+    registry, _ = make_registry(a=8192)
+    lower = await registry.create("lower", "0 16 linear /a 0")
+    for name in ("x", "y"):
+        await registry.create(name, "0 8 linear /dev/mapper/lower 0")
+    await registry.load("x", "0 8 linear /dev/mapper/lower 8")
+    assert lower.open_count == 2
+    await registry.remove("x")
+    assert lower.open_count == 1
+    await registry.remove("lower", deferred=True)
+    await registry.remove("y")
+    await asyncio.sleep(0)
+    assert registry.devices() == []
+
+
+async def test_table_alone_is_refused_while_sources_are_read() -> None:
     registry, opener = make_registry(a=4096)
     await registry.create("x", "0 8 linear /a 0", read_only=True)
     await registry.create("y", "0 8 linear /a 0", read_only=True)
     assert len(opener.still_open) == 1
-    with pytest.raises(ConstructorError, match="in use by x, y"):
+    with pytest.raises(ConstructorError, match="open read-only by x, y"):
         await registry.create("z", "0 8 linear /a 0")
     await registry.remove("x")
     assert opener.still_open == ["/a"]
@@ -171,8 +261,8 @@ async def test_tables_stack() -> None:
     assert (lower.open_count, registry.deps(upper)) == (1, ["/dev/mapper/lower"])
     with pytest.raises(TableError, match="busy"):
         await registry.remove("lower")
-    with pytest.raises(ConstructorError, match="in use by upper"):
-        await registry.create("other", "0 8 linear /dev/mapper/lower 0")
+    await registry.create("other", "0 8 linear /dev/mapper/lower 0")
+    assert lower.open_count == 2
     assert await registry.remove_all() == []
     assert opener.still_open == []
 

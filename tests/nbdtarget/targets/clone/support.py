@@ -80,7 +80,9 @@ class Context:
         self.created: dict[str, int] = {}
         self._shared: dict[Device, dict[str, object]] = {}
 
-    async def open_device(self, name: str, *, read_only: bool = False) -> Device:
+    async def open_device(
+        self, name: str, *, read_only: bool = False, shared: bool = False
+    ) -> Device:
         device = self.devices.get(name)
         if device is None:
             raise ResolveError(name, "No such file or directory", errnos.ENOENT)

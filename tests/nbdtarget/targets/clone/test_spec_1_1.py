@@ -175,7 +175,9 @@ async def test_1_1_step_3_and_4_excess_of_data_devices_is_never_touched() -> Non
 
 async def test_1_1_step_4_source_is_opened_read_only() -> None:
     class Modes(Context):
-        async def open_device(self, name: str, *, read_only: bool = False) -> Device:
+        async def open_device(
+            self, name: str, *, read_only: bool = False, shared: bool = False
+        ) -> Device:
             modes[name] = read_only
             return await super().open_device(name, read_only=read_only)
 

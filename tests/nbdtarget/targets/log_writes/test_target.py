@@ -303,7 +303,7 @@ async def test_new_log_hides_an_older_one_before_its_first_entry() -> None:
     logged = await Logged().start()
     for nr in range(3):
         logged.write(nr, flags=FUA)
-    await logged.disks.registry.close()
+    await logged.disks.registry.remove_all()
     logged.disks.log.clear()
     again = await logged.disks.create(TABLE, "again")
     submit(again, OP_WRITE, 0, b"z" * S, flags=FUA)
