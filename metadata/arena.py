@@ -29,9 +29,13 @@ from metadata.records import (
     snapshot_blocks_max,
 )
 from metadata.superblock import (
+    CLONE,
     SUPERBLOCK_BLOCKS,
     CloneSuperblock,
-    read_superblock,
+    S,
+    Superblock,
+    SuperblockType,
+    read_superblock_of,
 )
 
 __all__ = [
@@ -46,6 +50,7 @@ __all__ = [
     "new_bitmap",
     "new_chain",
     "refuse_content",
+    "refuse_content_of",
     "refuse_foreign",
 ]
 
@@ -80,7 +85,7 @@ def arena_blocks_for(nr_regions: int, device_size: int) -> int:
     return (size // BLOCK_SIZE - SUPERBLOCK_BLOCKS) // NR_ARENAS
 
 
-def new_chain(superblock: CloneSuperblock, arena: int, skip: int) -> Chain:
+def new_chain(superblock: Superblock, arena: int, skip: int) -> Chain:
     """Return an empty chain in `arena`, `skip` blocks from its beginning."""
     begin = SUPERBLOCK_BLOCKS + arena * superblock.arena_blocks
     end = begin + superblock.arena_blocks
@@ -88,18 +93,25 @@ def new_chain(superblock: CloneSuperblock, arena: int, skip: int) -> Chain:
 
 
 def refuse_content(device_size: int, arena_blocks: int) -> Steps[None]:
+    """Raise NotOurs unless there is room for a clone's metadata; see `refuse_content_of`."""
+    yield from refuse_content_of(CLONE, device_size, arena_blocks)
+
+
+def refuse_content_of(
+    kind: SuperblockType[S], device_size: int, arena_blocks: int
+) -> Steps[None]:
     """Raise NotOurs unless the device looks all zero, or has an interrupted format.
 
     Raises: also what `read_superblock` does, but for NotFormatted.
     """
     try:
-        found = yield from read_superblock(device_size)
+        found = yield from read_superblock_of(kind, device_size)
     except NotFormatted:
         yield from refuse_foreign(device_size, arena_blocks)
     else:
         raise NotOurs(
             "the superblock area",
-            f"clone metadata, generation {found.superblock.generation}",
+            f"{kind.tag} metadata, generation {found.superblock.generation}",
         )
 
 

@@ -27,7 +27,7 @@ import sys
 from array import array
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
 
 import msgspec
 from bitarray import bitarray
@@ -49,8 +49,10 @@ __all__ = [
     "CHUNK_REGIONS",
     "READ_BLOCKS",
     "RECORD_MAGIC",
+    "RECORD_OVERHEAD_MAX",
     "RUNS_PER_RECORD_MAX",
     "Chain",
+    "Linked",
     "Record",
     "Runs",
     "SetBits",
@@ -62,6 +64,7 @@ __all__ = [
     "encode_chunk",
     "new_runs",
     "read_chain",
+    "read_linked",
     "snapshot_blocks_max",
 ]
 
@@ -168,6 +171,19 @@ def blocks_for_bits(nr_regions: int) -> int:
     return -(-nr_regions // 8)
 
 
+class Linked(Protocol):
+    """What every record has, of whatever kind."""
+
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def previous(self) -> bytes: ...
+
+
+R = TypeVar("R", bound=Linked)
+
+
 class Chain:
     """The writing end of a chain.
 
@@ -196,6 +212,13 @@ class Chain:
         else:
             packed = pack_runs(content)
             record = SetRuns(generation=generation, previous=self.digest, runs=packed)
+        return self.append_record(record)
+
+    def append_record(self, record: msgspec.Struct) -> Write:
+        """Return the write of the next record, which names `digest` as its predecessor.
+
+        Durable: as `append`.
+        """
         data = bytearray(HEADER_SIZE)
         _ENCODER.encode_into(record, data, HEADER_SIZE)
         self.digest = seal_in_place(RECORD_MAGIC, self.block, data)
@@ -234,13 +257,38 @@ def read_chain(
     generation_max: int,
     apply: Callable[[Record, str], None],
 ) -> Steps[bytes]:
+    """Read a clone's records; see `read_linked`."""
+    return (
+        yield from read_linked(
+            kind=kind,
+            begin=begin,
+            end=end,
+            digest=digest,
+            generation_max=generation_max,
+            decode=decode_record,
+            apply=apply,
+        )
+    )
+
+
+def read_linked(
+    *,
+    kind: str,
+    begin: int,
+    end: int,
+    digest: bytes,
+    generation_max: int,
+    decode: Callable[[memoryview, str], R],
+    apply: Callable[[R, str], None],
+    generation_min: int = 0,
+) -> Steps[bytes]:
     """Read the records in blocks [begin, end), check each, hand it to `apply` with its place.
 
     Returns the digest of the last record (`digest` if there is none).
     Raises: CorruptMetadata, UnsupportedFormat.
     """
     block = begin
-    generation = 0
+    generation = generation_min
     applied = 0
     while block < end:
         blocks = min(READ_BLOCKS, end - block)
@@ -253,7 +301,7 @@ def read_chain(
             if size > blocks - at and at > 0:
                 break  # it goes on behind this piece: read on from its first block
             opened = open_envelope(RECORD_MAGIC, block + at, data, where)
-            record = decode_record(opened.body, where)
+            record = decode(opened.body, where)
             if record.previous != digest:
                 raise CorruptMetadata(
                     f"predecessor of {where}", digest.hex(), record.previous.hex()

@@ -46,7 +46,9 @@ Not handled: a device that loses writes it has acknowledged with FUA. Two lost c
 generation look like the generation before.
 """
 
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -70,6 +72,7 @@ from metadata.operations import Flush, Steps, Write, read
 
 __all__ = [
     "CLEAN_SHUTDOWN",
+    "CLONE",
     "COUNTER_MAX",
     "NEEDS_CHECK",
     "NR_COPIES",
@@ -79,11 +82,18 @@ __all__ = [
     "CloneSuperblock",
     "Copy",
     "Found",
+    "FoundOf",
+    "S",
+    "Superblock",
+    "SuperblockType",
+    "check_ranges",
     "choose_superblock",
+    "choose_superblock_of",
     "format_superblocks",
     "open_copies",
     "read_area",
     "read_superblock",
+    "read_superblock_of",
     "superblock_block",
     "superblock_writes",
     "tag_of",
@@ -99,7 +109,7 @@ SUPERBLOCK_BLOCKS: Final = NR_SLOTS * NR_COPIES
 CLEAN_SHUTDOWN: Final = 1  # the last commit ended an orderly suspend
 NEEDS_CHECK: Final = 2  # a tool must look at it before it is used again
 
-# Feature bits that this version knows. Unknown compat: ignored. Unknown ro_compat: mode RO.
+# Feature bits of a clone that this version knows. Unknown compat: ignored. Unknown ro_compat: mode RO.
 # Unknown incompat: refused.
 COMPAT_KNOWN: Final = 0
 RO_COMPAT_KNOWN: Final = 0
@@ -117,18 +127,10 @@ _KERNEL_MAGICS: Final = {
 }
 
 
-class CloneSuperblock(
-    msgspec.Struct,
-    array_like=True,
-    frozen=True,
-    gc=False,
-    kw_only=True,
-    tag="clone",
-):
-    """What is vouched for. FORMAT.md describes each field; the order here is the format.
+class Superblock(msgspec.Struct, array_like=True, frozen=True, gc=False, kw_only=True):
+    """What every kind of metadata vouches for. The order here is the format.
 
-    New fields go to the end and have defaults. The fields up to `journal_digest` are those
-    that every kind of metadata has.
+    FORMAT.md describes each field; each kind has its own behind these.
     """
 
     generation: int
@@ -146,14 +148,6 @@ class CloneSuperblock(
     snapshot_digest: bytes
     journal_blocks: int
     journal_digest: bytes
-    region_size: int
-    target_size: int
-    nr_hydrated: int
-
-    @property
-    def nr_regions(self) -> int:
-        """Regions of `region_size` bytes in the target; the last may be short."""
-        return -(-self.target_size // self.region_size)
 
     @property
     def arena_begin(self) -> int:
@@ -176,28 +170,68 @@ class CloneSuperblock(
         return self.journal_block + self.journal_blocks
 
 
-class Found(NamedTuple):
+class CloneSuperblock(
+    Superblock, array_like=True, frozen=True, gc=False, kw_only=True, tag="clone"
+):
+    """A clone's. New fields go to the end and have defaults."""
+
+    region_size: int
+    target_size: int
+    nr_hydrated: int
+
+    @property
+    def nr_regions(self) -> int:
+        """Regions of `region_size` bytes in the target; the last may be short."""
+        return -(-self.target_size // self.region_size)
+
+
+S = TypeVar("S", bound=Superblock)
+
+
+@dataclass(frozen=True)
+class SuperblockType(Generic[S]):
+    """One kind of superblock.
+
+    Attributes:
+        tag: what stands at its beginning.
+        decoder: of its body.
+        fixed: fields that are the same in all generations.
+        incompat_known: feature bits; others are refused.
+        check: raises CorruptMetadata for what would otherwise be believed; ranges that every
+            kind has are checked before.
+    """
+
+    tag: str
+    decoder: msgspec.msgpack.Decoder[S]
+    fixed: tuple[str, ...]
+    incompat_known: int
+    check: Callable[[S], None]
+
+
+class FoundOf(NamedTuple, Generic[S]):
     """What `choose_superblock` found: the newest, and what is not as it should be.
 
     `unhealed` slots must be rewritten; `notes` says why, for people. `lost` slots, of which
     nothing is known, there are only for a reader that has said that it can live with it.
     """
 
-    superblock: CloneSuperblock
+    superblock: S
     unhealed: frozenset[int]
     notes: tuple[str, ...]
     lost: frozenset[int] = frozenset()
 
 
-class Copy(NamedTuple):
+class CopyOf(NamedTuple, Generic[S]):
     """One of the four; `fault` says why it is not valid, and is empty if it is."""
 
-    superblock: CloneSuperblock | None
+    superblock: S | None
     fault: str
 
 
+Found: TypeAlias = FoundOf[CloneSuperblock]
+Copy: TypeAlias = CopyOf[CloneSuperblock]
+
 _ENCODER: Final = msgspec.msgpack.Encoder()
-_DECODER: Final = msgspec.msgpack.Decoder(CloneSuperblock)
 
 
 def superblock_block(slot: int, copy: int) -> int:
@@ -205,7 +239,7 @@ def superblock_block(slot: int, copy: int) -> int:
     return copy * NR_SLOTS + slot
 
 
-def superblock_writes(superblock: CloneSuperblock) -> tuple[Write, Write]:
+def superblock_writes(superblock: Superblock) -> tuple[Write, Write]:
     """Return the FUA writes of both copies; they may be carried out at the same time.
 
     Durable: the generation, once both have ended. Only call when what it vouches for is.
@@ -216,7 +250,7 @@ def superblock_writes(superblock: CloneSuperblock) -> tuple[Write, Write]:
     return _write(slot, 0, body), _write(slot, 1, body)
 
 
-def format_superblocks(superblock: CloneSuperblock) -> Steps[CloneSuperblock]:
+def format_superblocks(superblock: S) -> Steps[S]:
     """Write generations 0 and 1 over zeroes; see the module head for the order.
 
     Durable: a formatted, empty metadata device.
@@ -231,13 +265,18 @@ def format_superblocks(superblock: CloneSuperblock) -> Steps[CloneSuperblock]:
 
 
 def read_superblock(device_size: int) -> Steps[Found]:
-    """Flush, then read and choose the superblock.
+    """Flush, then read and choose the superblock of a clone.
 
     Raises: what `choose_superblock` does, and
         MetadataTooSmall: not even the superblock area fits.
     """
+    return (yield from read_superblock_of(CLONE, device_size))
+
+
+def read_superblock_of(kind: SuperblockType[S], device_size: int) -> Steps[FoundOf[S]]:
+    """Flush, then read and choose the superblock. Raises: as `read_superblock`."""
     area = yield from read_area(device_size)
-    return choose_superblock(area)
+    return choose_superblock_of(kind, area)
 
 
 def read_area(device_size: int) -> Steps[memoryview]:
@@ -256,14 +295,11 @@ def read_area(device_size: int) -> Steps[memoryview]:
 
 
 def open_copies(area: memoryview) -> list[list[Copy]]:
-    """Open the four copies, by slot and copy, and compare nothing.
+    """Open the four copies of a clone's, by slot and copy, and compare nothing.
 
     Raises: NotOurs, UnsupportedFormat, CorruptMetadata: what no rot can have produced.
     """
-    return [
-        [_open_copy(area, slot, copy) for copy in range(NR_COPIES)]
-        for slot in range(NR_SLOTS)
-    ]
+    return _open_copies(CLONE, area)
 
 
 def tag_of(area: memoryview) -> str | None:
@@ -288,6 +324,22 @@ def tag_of(area: memoryview) -> str | None:
 def choose_superblock(
     area: memoryview, *, admit_needs_check: bool = False, admit_lost_slot: bool = False
 ) -> Found:
+    """Choose a clone's superblock; see `choose_superblock_of`."""
+    return choose_superblock_of(
+        CLONE,
+        area,
+        admit_needs_check=admit_needs_check,
+        admit_lost_slot=admit_lost_slot,
+    )
+
+
+def choose_superblock_of(
+    kind: SuperblockType[S],
+    area: memoryview,
+    *,
+    admit_needs_check: bool = False,
+    admit_lost_slot: bool = False,
+) -> FoundOf[S]:
     """Choose the newest of the four copies by the case table in the module head.
 
     Args:
@@ -301,7 +353,7 @@ def choose_superblock(
         CorruptMetadata: a slot has no valid copy, or copies contradict each other.
         UnsupportedFormat: of a newer format version or with unknown incompatible features.
     """
-    copies = open_copies(area)
+    copies = _open_copies(kind, area)
     _refuse_foreign(area, copies)
     _refuse_unfinished(area, copies)
     lost = set()
@@ -312,7 +364,7 @@ def choose_superblock(
             _check_slot(slot, copies[slot])
     valid = [copy.superblock for slot in copies for copy in slot if copy.superblock]
     newest = max(valid, key=lambda superblock: superblock.generation)
-    for field in ("uuid", "region_size", "target_size", "arena_blocks"):
+    for field in kind.fixed:
         for other in valid:
             expected, found = getattr(newest, field), getattr(other, field)
             if expected != found:
@@ -321,7 +373,11 @@ def choose_superblock(
                     expected,
                     found,
                 )
+    unknown = newest.incompat & ~kind.incompat_known
+    if unknown:
+        raise UnsupportedFormat(1, unknown)
     _check_fields(newest)
+    kind.check(newest)
     if newest.flags & NEEDS_CHECK and not admit_needs_check:
         raise CorruptMetadata("superblock flags", "no needs_check", "needs_check")
     unhealed, notes = set(), []
@@ -330,7 +386,7 @@ def choose_superblock(
         if slot in lost or first.superblock != second.superblock:
             unhealed.add(slot)
             notes.append(first.fault or second.fault or f"slot {slot}: copies differ")
-    return Found(newest, frozenset(unhealed), tuple(notes), frozenset(lost))
+    return FoundOf(newest, frozenset(unhealed), tuple(notes), frozenset(lost))
 
 
 def _write(slot: int, copy: int, body: bytes) -> Write:
@@ -344,7 +400,16 @@ def _block_of(area: memoryview, slot: int, copy: int) -> memoryview:
     return area[begin : begin + BLOCK_SIZE]
 
 
-def _open_copy(area: memoryview, slot: int, copy: int) -> Copy:
+def _open_copies(kind: SuperblockType[S], area: memoryview) -> list[list[CopyOf[S]]]:
+    return [
+        [_open_copy(kind, area, slot, copy) for copy in range(NR_COPIES)]
+        for slot in range(NR_SLOTS)
+    ]
+
+
+def _open_copy(
+    kind: SuperblockType[S], area: memoryview, slot: int, copy: int
+) -> CopyOf[S]:
     """Open one copy. Only what no rot can produce (a valid digest) may raise here."""
     block = superblock_block(slot, copy)
     where = f"superblock slot {slot} copy {copy} (block {block})"
@@ -353,18 +418,18 @@ def _open_copy(area: memoryview, slot: int, copy: int) -> Copy:
             SUPERBLOCK_MAGIC, block, _block_of(area, slot, copy), where
         )
     except CorruptMetadata as error:
-        return Copy(None, str(error))
+        return CopyOf(None, str(error))
     try:
-        return Copy(_DECODER.decode(opened.body), "")
+        return CopyOf(kind.decoder.decode(opened.body), "")
     except UNDECODABLE as error:
-        kind = _kind_of(opened.body)
-        if kind is not None and kind != "clone":
-            raise NotOurs(where, f"metadata of a {kind}") from error
-        raise CorruptMetadata(where, "a clone superblock", error) from error
+        tag = _kind_of(opened.body)
+        if tag is not None and tag != kind.tag:
+            raise NotOurs(where, f"metadata of a {tag}") from error
+        raise CorruptMetadata(where, f"a {kind.tag} superblock", error) from error
 
 
 def _kind_of(body: memoryview) -> str | None:
-    """Return the tag of a superblock that is not a clone's, if it has one."""
+    """Return the tag of a superblock, whatever it is, if it has one."""
     try:
         fields = msgspec.msgpack.decode(body, type=list[object])
     except UNDECODABLE:
@@ -372,7 +437,7 @@ def _kind_of(body: memoryview) -> str | None:
     return fields[0] if fields and isinstance(fields[0], str) else None
 
 
-def _refuse_foreign(area: memoryview, copies: list[list[Copy]]) -> None:
+def _refuse_foreign(area: memoryview, copies: list[list[CopyOf[S]]]) -> None:
     if any(copy.superblock for slot in copies for copy in slot):
         return
     if not any(area):
@@ -388,7 +453,7 @@ def _refuse_foreign(area: memoryview, copies: list[list[Copy]]) -> None:
     raise NotOurs("the superblock area (blocks 0 to 3)", _describe(area))
 
 
-def _refuse_unfinished(area: memoryview, copies: list[list[Copy]]) -> None:
+def _refuse_unfinished(area: memoryview, copies: list[list[CopyOf[S]]]) -> None:
     """Tell an interrupted format from rot: slot 1 zero, slot 0 zero or generation 0."""
     for copy in range(NR_COPIES):
         if _block_of(area, 1, copy) != _ZERO_BLOCK:
@@ -402,7 +467,7 @@ def _refuse_unfinished(area: memoryview, copies: list[list[Copy]]) -> None:
     raise NotFormatted
 
 
-def _check_slot(slot: int, copies: list[Copy]) -> None:
+def _check_slot(slot: int, copies: list[CopyOf[S]]) -> None:
     """Raise CorruptMetadata if the slot cannot have come about by a crash and one rot."""
     valid = [copy.superblock for copy in copies if copy.superblock]
     if not valid:
@@ -428,11 +493,19 @@ def _check_slot(slot: int, copies: list[Copy]) -> None:
         )
 
 
-def _check_fields(superblock: CloneSuperblock) -> None:
-    """Check what would otherwise be believed: ranges, digests' lengths, features."""
-    unknown = superblock.incompat & ~INCOMPAT_KNOWN
-    if unknown:
-        raise UnsupportedFormat(1, unknown)
+def check_ranges(superblock: Superblock, rules: dict[str, bool]) -> None:
+    """Raise CorruptMetadata for the first field whose rule does not hold."""
+    for field, holds in rules.items():
+        if not holds:
+            raise CorruptMetadata(
+                f"{field} of superblock generation {superblock.generation}",
+                "a value in range",
+                getattr(superblock, field),
+            )
+
+
+def _check_fields(superblock: Superblock) -> None:
+    """Check what would otherwise be believed: ranges, digests' lengths."""
     rules = {
         "generation": 0 <= superblock.generation <= COUNTER_MAX,
         "nr_commits": 0 <= superblock.nr_commits <= COUNTER_MAX,
@@ -446,16 +519,16 @@ def _check_fields(superblock: CloneSuperblock) -> None:
         and superblock.journal_block <= superblock.arena_end,
         "journal_blocks": superblock.journal_blocks >= 0
         and superblock.journal_end <= superblock.arena_end,
+    }
+    check_ranges(superblock, rules)
+
+
+def _check_clone(superblock: CloneSuperblock) -> None:
+    rules = {
         "region_size": superblock.region_size > 0,
         "target_size": superblock.target_size > 0,
     }
-    for field, holds in rules.items():
-        if not holds:
-            raise CorruptMetadata(
-                f"{field} of superblock generation {superblock.generation}",
-                "a value in range",
-                getattr(superblock, field),
-            )
+    check_ranges(superblock, rules)
     # An arena has room for the whole bitmap: so the device bounds the memory that it takes.
     bitmap_blocks = blocks_for(-(-superblock.nr_regions // 8))
     if superblock.arena_blocks < bitmap_blocks:
@@ -470,6 +543,15 @@ def _check_fields(superblock: CloneSuperblock) -> None:
             f"at most {superblock.nr_regions}",
             superblock.nr_hydrated,
         )
+
+
+CLONE: Final = SuperblockType(
+    tag="clone",
+    decoder=msgspec.msgpack.Decoder(CloneSuperblock),
+    fixed=("uuid", "region_size", "target_size", "arena_blocks"),
+    incompat_known=INCOMPAT_KNOWN,
+    check=_check_clone,
+)
 
 
 def _describe(head: memoryview) -> str:
