@@ -31,6 +31,7 @@ Context: everything here runs on the event loop's thread.
 
 import asyncio
 import errno as errnos
+from math import lcm
 from typing import Final, NamedTuple
 
 from nbdtarget.bio import (
@@ -54,6 +55,7 @@ __all__ = [
     "EXTENT_ZERO",
     "Device",
     "Extent",
+    "QueueLimits",
     "append_extent",
 ]
 
@@ -64,6 +66,31 @@ EXTENTS_MAX: Final = (
 EXTENT_DATA = 0
 EXTENT_HOLE = 1  # not allocated: writing there may fail with ENOSPC
 EXTENT_ZERO = 2  # reads as zeroes
+
+
+class QueueLimits(NamedTuple):
+    """What requests a device likes, in bytes; it takes any. 0: it has nothing to say.
+
+    Attributes:
+        logical_block_size: what a region size must be a multiple of.
+        io_min: smaller requests cost more than their bytes.
+        io_opt: requests of this size, or multiples, are the best.
+        discard_granularity: a DISCARD does nothing to less than this.
+    """
+
+    logical_block_size: int = 512
+    io_min: int = 0
+    io_opt: int = 0
+    discard_granularity: int = 0
+
+    def stacked(self, other: "QueueLimits") -> "QueueLimits":
+        """What suits both. Source: blk_stack_limits."""
+        return QueueLimits(
+            max(self.logical_block_size, other.logical_block_size),
+            max(self.io_min, other.io_min),
+            lcm(self.io_opt, other.io_opt) or self.io_opt or other.io_opt,
+            max(self.discard_granularity, other.discard_granularity),
+        )
 
 
 class Extent(NamedTuple):
@@ -88,14 +115,17 @@ class Device:
         name: as the user wrote it; it stands in table lines, status and errors.
         size: bytes. Fixed while open.
         read_only: writes end with EPERM.
-        logical_block_size: bytes. What a region size must be a multiple of; a device takes
-            requests of any alignment all the same.
+        logical_block_size, io_min, io_opt, discard_granularity: see `QueueLimits`; a device
+            takes requests of any size and alignment all the same, and FUA.
         can_discard, can_write_zeroes, can_fast_zero: without `can_write_zeroes`, a
             WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
     """
 
     logical_block_size: int = 512
+    io_min: int = 0
+    io_opt: int = 0
+    discard_granularity: int = 0
     can_discard: bool = False
     can_write_zeroes: bool = False
     can_fast_zero: bool = False
@@ -104,6 +134,12 @@ class Device:
         self.name = name
         self.size = size
         self.read_only = read_only
+
+    @property
+    def limits(self) -> QueueLimits:
+        return QueueLimits(
+            self.logical_block_size, self.io_min, self.io_opt, self.discard_granularity
+        )
 
     def submit(self, bio: Bio) -> None:
         """Start `bio`; it ends here or later. Never blocks, never raises for an I/O error."""

@@ -305,7 +305,12 @@ class MappedIo(Device):
         targets = table.targets
         self.size = table.size
         self.read_only = table.read_only
-        self.logical_block_size = table.logical_block_size
+        (
+            self.logical_block_size,
+            self.io_min,
+            self.io_opt,
+            self.discard_granularity,
+        ) = table.limits
         # A DISCARD is worth sending if any part of the device takes it.
         self.can_discard = any(target.can_discard for target in targets)
         self.can_write_zeroes = all(target.can_write_zeroes for target in targets)

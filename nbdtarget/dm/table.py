@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
-from nbdtarget.devices.base import Device
+from nbdtarget.devices.base import Device, QueueLimits
 from nbdtarget.errors import ConstructorError, TableError
 from nbdtarget.targets.base import Target, TargetContext
 from nbdtarget.words import split_words
@@ -191,11 +191,15 @@ class Table:
             yield from target.iterate_devices()
 
     @property
-    def logical_block_size(self) -> int:
-        """Bytes: the largest below, for all of them are powers of two."""
-        return max(
-            (device.logical_block_size for device in self.devices()), default=SECTOR
-        )
+    def limits(self) -> QueueLimits:
+        """What requests suit all targets and what lies below them."""
+        limits = QueueLimits()
+        for target in self.targets:
+            below = QueueLimits()
+            for device in target.iterate_devices():
+                below = below.stacked(device.limits)
+            limits = limits.stacked(target.io_hints(below))
+        return limits
 
     @contextmanager
     def use(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ device. `DirectoryExports` shows a directory to the handshake.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Final, Protocol
 
 from nbdtarget.devices.base import Device
 from nbdtarget.server.block_status import context_names
@@ -23,7 +23,15 @@ from protocol.consts import (
 )
 from protocol.handshake import ExportInfo
 
-__all__ = ["DirectoryExports", "ExportDirectory", "transmission_flags"]
+__all__ = [
+    "DirectoryExports",
+    "ExportDirectory",
+    "preferred_block_size",
+    "transmission_flags",
+]
+
+PREFERRED_MIN: Final = 4096
+PREFERRED_MAX: Final = 32 << 20  # what every client may send
 
 
 class ExportDirectory(Protocol):
@@ -64,6 +72,18 @@ def transmission_flags(device: Device) -> int:
     return flags
 
 
+def preferred_block_size(device: Device, *, payload_max: int) -> int:
+    """Return what a client should send at least, and a multiple of; bytes, a power of two.
+
+    A request smaller than a clone's region makes it read the rest of it from the source.
+    The minimum that is advertised stays 1, as any request is carried out.
+    """
+    suits = device.io_opt & -device.io_opt  # of three stripes: one chunk
+    upper = min(payload_max, PREFERRED_MAX)
+    upper = 1 << upper.bit_length() - 1
+    return min(max(suits, device.logical_block_size, PREFERRED_MIN), upper)
+
+
 class DirectoryExports:
     """A directory as `protocol.handshake.Exports`.
 
@@ -96,6 +116,9 @@ class DirectoryExports:
             size=device.size,
             flags=transmission_flags(device),
             description=description,
+            block_size_preferred=preferred_block_size(
+                device, payload_max=self._payload_max
+            ),
             payload_max=self._payload_max,
             contexts=context_names(device),
         )

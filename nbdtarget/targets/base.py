@@ -21,7 +21,7 @@ from typing import ClassVar, Final, Protocol
 
 from nbdtarget.bio import Bio
 from nbdtarget.clock import Clock
-from nbdtarget.devices.base import Device, Extent
+from nbdtarget.devices.base import Device, Extent, QueueLimits
 from nbdtarget.errors import TableError
 
 __all__ = [
@@ -206,6 +206,10 @@ class Target:
     def iterate_devices(self) -> Iterable[Device]:
         """The devices below."""
         return ()
+
+    def io_hints(self, limits: QueueLimits) -> QueueLimits:
+        """What requests this target likes; `limits` are what the devices below like, stacked."""
+        return limits
 
     def has_lost_writes(self) -> bool:
         """Whether writes that ended with 0, and were never flushed, are gone.

@@ -33,7 +33,13 @@ from nbdtarget.bio import (
     Bio,
     split_bio,
 )
-from nbdtarget.devices.base import EXTENTS_MAX, Device, Extent, append_extent
+from nbdtarget.devices.base import (
+    EXTENTS_MAX,
+    Device,
+    Extent,
+    QueueLimits,
+    append_extent,
+)
 from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.arguments import (
     SECTOR,
@@ -245,6 +251,10 @@ class StripedTarget(Target):
             if nr_chunks % CHUNKS_AT_ONCE_MAX == 0:
                 await asyncio.sleep(0)
         return found
+
+    def io_hints(self, limits: QueueLimits) -> QueueLimits:
+        size = self._chunk_size
+        return limits._replace(io_min=size, io_opt=size * self._nr_stripes)
 
     def iterate_devices(self) -> Iterable[Device]:
         return [run.device for run in self._stripes]

@@ -97,11 +97,8 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
             opened.push_async_callback(ctx.close_device, metadata_device)
         metadata = await _open_metadata(ctx, metadata_device, region_size)
         opened.pop_all()
-    # As the kernel shows major:minor for whatever name was given: one that means the same
-    # device in every directory. The other words stay as they were typed.
-    devices = (metadata_device.name, destination.name, source.name)
     return Parts(
-        (*devices, *words[len(devices) :]),
+        tuple(words),
         options,
         region_size,
         metadata_device,

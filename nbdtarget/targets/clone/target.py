@@ -75,7 +75,7 @@ from nbdtarget.bio import (
     Bio,
     split_bio,
 )
-from nbdtarget.devices.base import Device, Extent
+from nbdtarget.devices.base import Device, Extent, QueueLimits
 from nbdtarget.errors import TableError
 from nbdtarget.targets.base import (
     KILL,
@@ -367,7 +367,10 @@ class CloneTarget(Target):
         )
 
     def table_words(self) -> str:
-        return join_words(self._parts.words)
+        # As the kernel shows major:minor for whatever name was given: one that means the same
+        # device in every directory, and today. The other words stay as they were typed.
+        names = [device.name for device in self.iterate_devices()]
+        return join_words((*names, *self._parts.words[len(names) :]))
 
     async def message(self, words: Sequence[str]) -> str | None:
         hydration = self._hydration
@@ -422,6 +425,14 @@ class CloneTarget(Target):
         if context != HYDRATION:
             return await super().context_extents(context, offset, length)
         return hydration_extents(self._regions, offset - self.begin, length)
+
+    def io_hints(self, limits: QueueLimits) -> QueueLimits:
+        size = self._regions.region_size
+        if not self._passdown:
+            limits = limits._replace(discard_granularity=size)
+        if limits.io_opt < size or limits.io_opt % size:
+            limits = limits._replace(io_min=size, io_opt=size)
+        return limits
 
     def iterate_devices(self) -> Iterable[Device]:
         return self._parts.metadata_device, self._destination, self._source

@@ -209,7 +209,7 @@ async def test_who_may_share_a_device_with_whom(
         await create("y", second)
         assert opener.opened.count("/a") == 1
     else:
-        with pytest.raises(NbdTargetError, match="/a: (in use|open read-only) by x"):
+        with pytest.raises(NbdTargetError, match=r"/a: (in use|open read-only) by x"):
             await create("y", second)
         assert opener.still_open == before
     await registry.close()
