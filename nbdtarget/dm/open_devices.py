@@ -32,8 +32,10 @@ import asyncio
 import errno as errnos
 import logging
 import os
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
+from urllib.parse import quote
 from weakref import WeakValueDictionary
 
 from nbdtarget.clock import Clock
@@ -63,11 +65,18 @@ class DeviceOpener(Protocol):
     def identity(self, name: str) -> Hashable: ...
 
 
+# A URI up to the path of its unix socket, which begins with neither "/" nor NUL.
+_RELATIVE_SOCKET = re.compile(
+    r"(?i)(nbd\+unix:[^?#]*\?(?:[^#]*&)?socket=)(?!/|%2f|%00|[&#]|\Z)"
+)
+
+
 def absolute_name(name: str, directory: str) -> str:
-    """Read a relative path as meant from `directory`; a URI says where it is by itself."""
+    """Read a relative path, also of a URI's unix socket, as meant from `directory`."""
     scheme, colon, _ = name.partition(":")
     if colon and "/" not in scheme and scheme[:1].isalpha():
-        return name
+        before = quote(directory.rstrip("/"), errors="surrogateescape") + "/"
+        return _RELATIVE_SOCKET.sub(lambda uri: uri[1] + before, name, count=1)
     return os.path.normpath(os.path.join(directory, name))
 
 
