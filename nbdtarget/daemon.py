@@ -12,7 +12,9 @@ SIGTERM, SIGINT and SIGHUP (the terminal is closed) begin this. After the first 
 the signals have their usual effect again, so that a second Ctrl-C ends a process that hangs on
 a dead disk. What is on disk then is what a power cut would leave: nothing acknowledged is lost.
 
-With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices`).
+With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices`). One that comes
+while the server starts, or while the file is being followed, is carried out afterwards; any
+number of them are one.
 
 Sockets that were passed (`LISTEN_FDS`) are served beside those that were asked for.
 """
@@ -106,7 +108,8 @@ class Daemon:
         self.uris: list[str] = []
         self.stop = asyncio.Event()
         self._listener = Listener(self.registry, limits=limits)
-        self._reloads: set[asyncio.Task[None]] = set()
+        self._reload_wanted = asyncio.Event()
+        self._follower: asyncio.Task[None] | None = None
         self._control: ControlServer | None = None
 
     async def open_control(
@@ -140,21 +143,31 @@ class Daemon:
         for address in addresses:
             self.uris += await self._listener.start(address)
 
-    def catch_signals(self) -> None:
-        """From now on the first signal sets `stop`; what follows it has its usual effect."""
+    def catch_signals(self, *, sighup_reloads: bool = False) -> None:
+        """From now on the first signal sets `stop`; what follows it has its usual effect.
+
+        With `sighup_reloads` SIGHUP does not stop: `follow_reloads` says what it does.
+        """
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._stop_by_signal)
+        if sighup_reloads:
+            loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
 
-    def reload_by_signal(self, reload: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """From now on SIGHUP does not end the process, but calls `reload`."""
+    def follow_reloads(self, reload: Callable[[], Awaitable[None]]) -> None:
+        """From now on call `reload` after each SIGHUP, and for one that has come already."""
 
-        def start() -> None:
-            task = asyncio.create_task(reload())
-            self._reloads.add(task)
-            task.add_done_callback(self._reloads.discard)
+        async def follow() -> None:
+            while True:
+                await self._reload_wanted.wait()
+                self._reload_wanted.clear()
+                try:
+                    await reload()
+                except Exception:
+                    # The last line of defence: the next SIGHUP is followed all the same.
+                    _log.exception("reload failed")
 
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, start)
+        self._follower = asyncio.create_task(follow())
 
     def _stop_by_signal(self) -> None:
         self.stop.set()
@@ -186,10 +199,9 @@ class Daemon:
     async def close(self) -> None:
         """End in the order of the module head. Durable: everything acknowledged."""
         _log.info("stopping")
-        if reloads := list(self._reloads):
-            for reload in reloads:
-                reload.cancel()
-            await asyncio.wait(reloads)
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.wait([self._follower])
         await self._listener.close(GRACE_S_MAX)
         await self.registry.close()
         if self._control is not None:
@@ -221,13 +233,15 @@ async def serve_until_stopped(
     token = control_token(
         options.control_token_file or getattr(config, "control_token_file", None)
     )
-    daemon.catch_signals()
+    daemon.catch_signals(sighup_reloads=config is not None)
     try:
         await daemon.open_control(address, token=token)
         if config is not None:
             devices = ConfiguredDevices(daemon.registry, config)
-            daemon.reload_by_signal(devices.reload_and_tell)
-            await devices.start()
+            await daemon.until_stopped(devices.start())
+            if daemon.stop.is_set():
+                return
+            daemon.follow_reloads(devices.reload_and_tell)
         await daemon.listen(addresses, fds)
         ready(daemon.uris)
         await daemon.wait_for_stop()

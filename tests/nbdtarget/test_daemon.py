@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server process: starts, listens where it should, and ends in order."""
 
+import asyncio
 import gc
 import os
 import signal
@@ -33,7 +34,13 @@ os.execv(sys.argv[2], sys.argv[2:])
 class ServeProcess:
     """`nbdtarget serve`, in a runtime directory of its own; `uri` is what it printed."""
 
-    def __init__(self, runtime: Path, *argv: str, passed: int | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Path,
+        *argv: str,
+        passed: int | None = None,
+        starts: bool = True,
+    ) -> None:
         self.directory = runtime / "nbdtarget"
         self.client = ControlClient(self.directory / "control.sock")
         environment = {**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
@@ -51,7 +58,7 @@ class ServeProcess:
             pass_fds=[] if passed is None else [passed],
         )
         assert self.process.stdout is not None
-        self.uri = self.process.stdout.readline().strip()
+        self.uri = self.process.stdout.readline().strip() if starts else ""
 
     def create(self, name: str, table: str) -> None:
         self.client.ask("create", m.Create(name, table), m.Done)
@@ -183,6 +190,62 @@ def test_a_config_with_mistakes_is_refused_with_their_lines(tmp_path: Path) -> N
         f"nbdtarget: {config}:3: `device.a.uuid': Expected `str`, got `int`",
     ]
     assert not (tmp_path / "nbdtarget").exists()
+
+
+def test_a_stop_does_not_wait_for_a_server_that_does_not_start(tmp_path: Path) -> None:
+    config = tmp_path / "disks.toml"
+    config.write_text(
+        '[device.a]\ntable = "0 8 zero"\n'
+        '[device.b]\ntable = "0 8 linear nbd+unix:///x?socket=mute.sock 0"\n'
+    )
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(tmp_path / "mute.sock"))
+        mute.listen()
+        serve = ServeProcess(tmp_path, "--config", str(config), starts=False)
+        connection, _ = mute.accept()  # it waits for our greeting now
+        with connection:
+            assert serve.end(signal.SIGTERM) == ""
+    assert list(serve.directory.iterdir()) == []
+
+
+async def test_reloads_wait_for_the_start_and_for_each_other() -> None:
+    server = daemon.Daemon()
+    server.catch_signals(sighup_reloads=True)
+    loop = asyncio.get_running_loop()
+    came = asyncio.Event()
+    loop.add_signal_handler(signal.SIGUSR1, came.set)
+
+    async def send_many() -> None:
+        for _ in range(100):
+            os.kill(os.getpid(), signal.SIGHUP)
+        came.clear()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await came.wait()
+
+    try:
+        await send_many()
+        assert not server.stop.is_set()
+        begun: asyncio.Queue[None] = asyncio.Queue()
+        gate = asyncio.Semaphore(0)
+
+        async def reload() -> None:
+            begun.put_nowait(None)
+            await gate.acquire()
+            raise ValueError("what reload did not expect")
+
+        server.follow_reloads(reload)
+        await begun.get()
+        await send_many()
+        gate.release()
+        await begun.get()
+        gate.release()
+        await send_many()
+        await begun.get()
+        assert begun.empty()
+    finally:
+        loop.remove_signal_handler(signal.SIGUSR1)
+        server.release_signals()
+        await server.close()
 
 
 def test_full_collections_leave_out_what_was_imported() -> None:
