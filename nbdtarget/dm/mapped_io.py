@@ -8,6 +8,12 @@ failed device) takes `_submit_slow`; `_fast_op_max` and `_fast_end` are what tel
 apart. Only a bio that has not ended when `submit` returns is counted in flight, by a hook; of one
 that is cut at target borders its parts are counted, for each goes its own way.
 
+Stacks. Where a table is one `linear` on another mapped device whose table is one `linear`, and so
+on, a READ or WRITE goes from the uppermost to the lowest in one step (`_Chain`), while all of
+them run. Whenever the fast path of one changes, because it is suspended, resumed or has failed,
+those that stand on it look anew (`_uppers`). A bio that does not end at once is in flight in each
+device of the chain, so that each can be suspended, and waits for it.
+
 Queued bios. A queue entry owns its payload. The queue has no bound of its own: what may be
 in it is what the submitters may have in flight, and every submitter is bounded.
 
@@ -69,6 +75,32 @@ class State(Enum):
     REMOVED = "REMOVED"
 
 
+class _Chain:
+    """The way through mapped devices that are one `linear` each. See *Stacks* above."""
+
+    __slots__ = ("_delta", "_submit", "_through")
+
+    def __init__(
+        self, device: Device, delta: int, through: tuple["MappedIo", ...]
+    ) -> None:
+        """Args: device: the lowest. delta: to its offsets. through: what is left out."""
+        self._submit = device.submit
+        self._delta = delta
+        self._through = through
+
+    def map(self, bio: Bio) -> int:
+        bio.device = self
+        return REMAPPED
+
+    def submit(self, bio: Bio) -> None:
+        # hot: 0.1 us, where each device that is left out takes 0.2 us.
+        bio.offset += self._delta
+        self._submit(bio)
+        if bio.status < 0:
+            for lower in self._through:
+                lower._count_in_flight(bio)
+
+
 class MappedIo(Device):
     """What of a mapped device meets bios; the verbs are `MappedDevice`'s.
 
@@ -95,6 +127,11 @@ class MappedIo(Device):
         self._fast_op_max = -1
         self._fast_end = 0
         self._fast_map: Callable[[Bio], int] = _no_target
+        # Where the fast path leads in the end, if to one device; and what it leaves out.
+        self._fast_remap: tuple[Device, int] | None = None
+        self._fast_through: tuple[MappedIo, ...] = ()
+        self._lower: MappedIo | None = None
+        self._uppers: set[MappedIo] = set()  # whose fast path depends on ours
 
     def event(self) -> None:
         """Count one event and wake who waits for it."""
@@ -132,7 +169,9 @@ class MappedIo(Device):
             return
         refused = self.check_bounds(bio)
         if refused:
-            bio.end(refused)
+            # From a target above, which fitted when it was constructed: this one has shrunk.
+            is_above = getattr(bio, "device", None) is self and refused != errnos.EPERM
+            bio.end(errnos.EIO if is_above else refused)
         elif bio.op == OP_FLUSH:
             self._submit_flush(table, bio)
         elif bio.length == 0:
@@ -261,9 +300,36 @@ class MappedIo(Device):
             self._fast_map = table.targets[0].map
             self._fast_op_max = OP_READ if self.read_only else OP_WRITE
             self._fast_end = table.size
+            self._fast_remap = table.targets[0].maybe_remap()
         else:
             self._fast_op_max = -1
             self._fast_end = 0
+            self._fast_remap = None
+        self._shorten_fast_path()
+        for upper in tuple(self._uppers):
+            upper._set_fast_path()
+
+    def _shorten_fast_path(self) -> None:
+        """Leave out the mapped devices below that only pass bios on, too."""
+        self._fast_through = ()
+        if self._lower is not None:
+            self._lower._uppers.discard(self)
+            self._lower = None
+        if self._fast_remap is None or not isinstance(self._fast_remap[0], MappedIo):
+            return
+        lower, delta = self._fast_remap
+        self._lower = lower
+        lower._uppers.add(self)
+        if (
+            lower._fast_remap is None
+            or lower._fast_op_max < self._fast_op_max
+            or lower._fast_end < self._fast_end + delta
+        ):
+            return
+        device, more = lower._fast_remap
+        self._fast_remap = device, delta + more
+        self._fast_through = (lower, *lower._fast_through)
+        self._fast_map = _Chain(device, delta + more, self._fast_through).map
 
     async def _flush(self, table: Table) -> None:
         """Make durable what has ended, whatever becomes of the table after this."""
