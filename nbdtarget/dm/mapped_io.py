@@ -315,9 +315,11 @@ class MappedIo(Device):
         if self._lower is not None:
             self._lower._uppers.discard(self)
             self._lower = None
-        if self._fast_remap is None or not isinstance(self._fast_remap[0], MappedIo):
+        if self._fast_remap is None:
             return
         lower, delta = self._fast_remap
+        if not isinstance(lower, MappedIo):
+            return
         self._lower = lower
         lower._uppers.add(self)
         if (

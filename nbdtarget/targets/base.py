@@ -203,6 +203,11 @@ class Target:
         """As `Device.context_extents`, offset relative to the mapped device."""
         return [Extent(length, 0)]
 
+    def maybe_remap(self) -> tuple[Device, int] | None:
+        """Where every READ and WRITE goes, if that is always one device; and what `map` adds to
+        its offset. A mapped device may then leave `map` out."""
+        return None
+
     def iterate_devices(self) -> Iterable[Device]:
         """The devices below."""
         return ()

@@ -90,5 +90,8 @@ class LinearTarget(Target):
     ) -> list[Extent]:
         return await self._device.context_extents(context, offset + self._delta, length)
 
+    def maybe_remap(self) -> tuple[Device, int]:
+        return self._device, self._delta
+
     def iterate_devices(self) -> Iterable[Device]:
         return (self._device,)
