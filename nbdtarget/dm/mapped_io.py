@@ -78,12 +78,13 @@ class State(Enum):
 class _Chain:
     """The way through mapped devices that are one `linear` each. See *Stacks* above."""
 
-    __slots__ = ("_delta", "_submit", "_through")
+    __slots__ = ("_delta", "_device", "_submit", "_through")
 
     def __init__(
         self, device: Device, delta: int, through: tuple["MappedIo", ...]
     ) -> None:
         """Args: device: the lowest. delta: to its offsets. through: what is left out."""
+        self._device = device
         self._submit = device.submit
         self._delta = delta
         self._through = through
@@ -95,6 +96,7 @@ class _Chain:
     def submit(self, bio: Bio) -> None:
         # hot: 0.1 us, where each device that is left out takes 0.2 us.
         bio.offset += self._delta
+        bio.device = self._device
         self._submit(bio)
         if bio.status < 0:
             for lower in self._through:
