@@ -12,14 +12,15 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test sim bench bench-commit bench-hydration bench-open kill-test mutants fuzz rot lock wheel clean help
+.PHONY: run check test sim bench bench-commit bench-stack bench-hydration bench-open crash kill-test mutants fuzz rot lock wheel clean help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
 	@echo 'make test          the whole suite            make check   format, lint, types, walls'
-	@echo 'make bench [ARGS=--quick]  against the C servers, and what a commit costs'
-	@echo 'make bench-commit  the latter alone; also bench-hydration, bench-open'
+	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost'
+	@echo 'make bench-stack   one of these alone: also bench-commit; bench-hydration, bench-open'
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
+	@echo 'make crash         power cuts at every write, every subset of what is pending: an hour'
 	@echo 'make kill-test     SIGKILL under load, over and over'
 	@echo 'make mutants       every deliberate bug must be caught'
 	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
@@ -76,6 +77,9 @@ bench: .venv/dev.stamp
 bench-commit: .venv/dev.stamp
 	@$(BIN)/python -m scripts.bench_commit $(ARGS)
 
+bench-stack: .venv/dev.stamp
+	@$(BIN)/python -m scripts.bench_stack $(ARGS)
+
 bench-hydration: .venv/dev.stamp
 	@$(BIN)/python -m scripts.bench_hydration $(ARGS)
 
@@ -86,6 +90,10 @@ sim: .venv/dev.stamp
 	@$(BIN)/python -m scripts.sim $(if $(SEED),--seed $(SEED)) $(if $(FROM),--from $(FROM)) \
 	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(CRASHES),--crashes $(CRASHES)) \
 	    $(if $(RIG),--rig $(RIG)) $(ARGS)
+
+# The crash suites without their bounds: make crash ARGS='-k clone'.
+crash: .venv/dev.stamp
+	@CRASH_DEEP=1 $(BIN)/python -m pytest -q tests/crash -o faulthandler_timeout=0 $(ARGS)
 
 kill-test: .venv/dev.stamp
 	@$(BIN)/python -m scripts.kill_loop $(ARGS)

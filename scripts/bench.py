@@ -9,7 +9,8 @@ with another server, and a ratio is the median of the rounds' own ratios: a slow
 both sides of it. The image lies in the page cache of a real file system (not tmpfs, where
 RWF_NOWAIT reads do not work), and dirty pages are written back between samples.
 
-Then what a commit costs: `scripts.bench_commit`; `--only commit` for nothing else.
+Then what a stack of mapped devices costs a request, and what a commit costs:
+`scripts.bench_stack`, `scripts.bench_commit`; `--only stack` or `--only commit` for nothing else.
 """
 
 import argparse
@@ -31,29 +32,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scripts import bench_commit
+from scripts import bench_commit, bench_stack
 from scripts.bench_servers import CONTENDERS, PEERS, Contender
+from scripts.fio import Job, run_fio
 from scripts.processes import StartError
 
-__all__ = ["WORKLOADS", "Sample", "Workload", "main", "paired_ratio", "run_fio"]
+__all__ = ["WORKLOADS", "Sample", "Workload", "main", "paired_ratio"]
 
 MIB = 1 << 20
-COMMIT = "commit"  # `--only` it: no server but ours, no fio
+# `--only` one of them: no server but ours.
+COMMIT = "commit"  # needs no fio
+STACK = "stack"
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What fio does. `wanted`: the ratio of a hydrated clone to the best peer we aim at."""
+class Workload(Job):
+    """`wanted`: the ratio of a hydrated clone to the best peer we aim at."""
 
-    name: str
-    rw: str
-    block_size: int
-    depth: int
     wanted: float
-
-    @property
-    def writes(self) -> bool:
-        return "write" in self.rw
 
 
 WORKLOADS = (
@@ -76,21 +72,6 @@ class Sample:
     mib_per_s: float
     p99_us: float
     server_cpu_us: float  # per request
-
-
-def run_fio(uri: str, workload: Workload, runtime_s: float) -> dict[str, Any]:
-    """Run one workload. Returns fio's report of the job. Raises: CalledProcessError."""
-    argv = ["fio", f"--name={workload.name}", "--ioengine=nbd", f"--uri={uri}"]
-    argv += [f"--rw={workload.rw}", f"--bs={workload.block_size}"]
-    argv += [f"--iodepth={workload.depth}", "--norandommap", "--randrepeat=0"]
-    argv += ["--time_based", f"--runtime={runtime_s}s", "--output-format=json"]
-    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
-    # fio prints a line of its own before the JSON.
-    report = json.loads(done.stdout[done.stdout.index("{") :])
-    job: dict[str, Any] = report["jobs"][0]
-    if job["error"]:
-        raise subprocess.CalledProcessError(job["error"], argv)
-    return job
 
 
 def measure(contender: Contender, workload: Workload, runtime_s: float) -> Sample:
@@ -281,8 +262,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.repeat, options.runtime, options.size = 2, 1.0, 256
-    words = [word for word in options.only if word != COMMIT]
+    words = [word for word in options.only if word not in (COMMIT, STACK)]
     options.commits = not options.only or COMMIT in options.only
+    options.stacks = not options.only or STACK in options.only
     options.servers = not options.only or bool(words)
     try:
         options.contenders, options.workloads = selected(words)
@@ -294,9 +276,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     status = compare_servers(options) if options.servers else 0
+    words = ["--quick"] if options.quick else []
+    words += ["--dir", options.dir] if options.dir else []
+    if options.stacks:
+        status = bench_stack.main(words) or status
     if options.commits:
-        words = ["--quick"] if options.quick else []
-        words += ["--dir", options.dir] if options.dir else []
         status = bench_commit.main(words) or status
     return status
 

@@ -2,8 +2,12 @@
 """Random walks of the crash machine over every target, each decided by its seed.
 
 A walk is a list of steps, drawn before it begins, so a failing one can be shortened by
-leaving steps out: what is reported is the shortest list that still fails. `make sim` runs more
-and longer walks (`SIM_WALKS`, `SIM_STEPS`) from `SIM_SEED` on.
+leaving steps out: what is reported is the shortest list that still fails, with its seed. More
+and longer walks, from another seed on, here and in the other files that walk:
+
+    SIM_WALKS=2000 SIM_STEPS=200 SIM_SEED=7 python -m pytest tests/crash -k 'machine or features or faults'
+
+One target in a registry, and nothing around it; whole servers, clients and stacks are `make sim`.
 
 The hypothesis machine (`test_state_machine.py`) has more rules, and shrinks; these walks are
 cheaper. In 60 examples of hypothesis a device that ignores every FLUSH was not found unless
