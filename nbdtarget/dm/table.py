@@ -233,13 +233,14 @@ async def construct_table(
         targets constructed so far are destroyed again.
     """
     targets: list[Target] = []
+    taken: set[int] = set()
     try:
         for spec in specs:
             target_type = types[spec.type_name]
             target = await target_type.ctr(make_context(spec), spec.args)
             assert (target.begin, target.length) == (spec.begin, spec.length)
             targets.append(target)
-            _refuse_sharing(targets)
+            _refuse_sharing(target, taken)
     except BaseException as error:
         for target in reversed(targets):
             await target.dtr()
@@ -249,14 +250,17 @@ async def construct_table(
     return Table(targets, read_only=read_only)
 
 
-def _refuse_sharing(targets: Sequence[Target]) -> None:
-    """Raise ConstructorError if the last target shares what is another one's alone."""
-    *others, last = targets
-    for device in last.exclusive_devices():
-        for other in others:
-            if any(device is each for each in other.exclusive_devices()):
-                raise ConstructorError(
-                    f"{device.name}: belongs to another target of this table",
-                    errnos.EBUSY,
-                    last.type_name,
-                )
+def _refuse_sharing(target: Target, taken: set[int]) -> None:
+    """Raise ConstructorError if `target` wants for itself what one before it has.
+
+    Args:
+        taken: ids of the devices that belong to one target alone; those of `target` are added.
+    """
+    own = {id(device): device for device in target.exclusive_devices()}
+    for key in own.keys() & taken:
+        raise ConstructorError(
+            f"{own[key].name}: belongs to another target of this table",
+            errnos.EBUSY,
+            target.type_name,
+        )
+    taken.update(own)
