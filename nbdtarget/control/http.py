@@ -27,6 +27,7 @@ from typing import Any, Final
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from nbdtarget.control import messages as m
@@ -43,6 +44,19 @@ SHUTDOWN_S_MAX: Final = 2.0
 
 # The tasks of verbs that have begun: a task that nobody refers to may vanish.
 _running: set["asyncio.Task[m.Answer]"] = set()
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """What is no HTTP is its client's bug and not ours: a line, for who wants to know."""
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, HttpProcessingError):
+        return True
+    _log.info("control socket: not HTTP: %s", " ".join(error.message.split()))
+    return False
+
+
+_http_log = logging.getLogger("nbdtarget.control.http.library")
+_http_log.addFilter(_without_traceback)
 
 
 async def serve_http(
@@ -72,6 +86,7 @@ async def serve_http(
         access_log=None,
         handle_signals=False,
         handler_cancellation=True,
+        logger=_http_log,
         shutdown_timeout=SHUTDOWN_S_MAX,
     )
     await runner.setup()
@@ -148,6 +163,9 @@ async def _failures_are_json(
     except web.HTTPRequestEntityTooLarge:
         reason = f"the request is larger than {BODY_BYTES_MAX} bytes"
         return _failure(413, reason, errnos.E2BIG)
+    except web.RequestPayloadError as error:
+        reason = " ".join(str(error).split())
+        return _failure(400, f"bad request: {reason}", errnos.EINVAL)
 
 
 def _check_token(token: str) -> Middleware:

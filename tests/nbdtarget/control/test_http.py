@@ -126,6 +126,34 @@ async def test_what_is_refused_says_why(
     http.registry.release(held)
 
 
+async def test_a_body_that_is_not_what_it_says(http: HttpServer) -> None:
+    reader, writer = await asyncio.open_unix_connection(http.path)
+    head = "POST /v1/info HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head += "Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"
+    writer.write(head.encode())
+    reply = (await reader.read()).decode()
+    writer.close()
+    assert reply.startswith("HTTP/1.1 400 ")
+    failure = json.loads(reply.partition("\r\n\r\n")[2])
+    assert failure["errno"] == errnos.EINVAL
+    assert "gzip" in failure["reason"]
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\0\xff\r\n\r\n", b"GET /v1/version HTTP/1.1\r\n\r\n"]
+)
+async def test_what_is_no_http_is_no_traceback(
+    http: HttpServer, junk: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader, writer = await asyncio.open_unix_connection(http.path)
+    writer.write(junk)
+    assert b" 400 " in await reader.readline()
+    await reader.read()
+    writer.close()
+    assert not [record for record in caplog.records if record.exc_info]
+    assert (await http("GET", "/v1/version")).status == 200
+
+
 async def test_long_calls_hold_up_nobody(http: HttpServer) -> None:
     await http.registry.create("x", "0 8 linear /a 0")
     waits = [
