@@ -205,11 +205,14 @@ class MappedDevice(MappedIo):
     async def resume(self) -> None:
         """Make the inactive table live, if there is one, and let I/O go.
 
-        Raises: TableError: no table at all, or a target's preresume refused; the device is
-            then suspended with the new table live.
+        A device that runs, without an inactive table, is left as it is.
+        Raises: TableError: suspended without any table, or a target's preresume refused; the
+            device is then suspended with the new table live.
         """
         async with self._verbs:
             if self.inactive is None and self.active is None:
+                if self.state is State.ACTIVE:
+                    return
                 raise TableError("Invalid argument: no table to resume")
             old = None if self.inactive is None else await self._swap()
             try:

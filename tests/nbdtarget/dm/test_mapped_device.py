@@ -198,7 +198,10 @@ async def test_device_without_a_table_fails_all_io() -> None:
     registry, _ = make_registry()
     device = await registry.create("x", None)
     assert submit(device, OP_READ, 0, 512).status == errnos.EIO
-    with pytest.raises(TableError):
+    await device.resume()
+    assert device.state is State.ACTIVE
+    await device.suspend()
+    with pytest.raises(TableError, match="no table"):
         await device.resume()
 
 
