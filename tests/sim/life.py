@@ -518,7 +518,7 @@ class Life:
         await self.listener.close(GRACE_S)
         await self.is_cutting.acquire()
         # What waits in a suspended device when everything stops ends with an error.
-        unflushed = self._operator.unflushed
+        unflushed = set(self._operator.unflushed)
         self._is_cornered = not unflushed <= {"d"}
         promised = self.model.start_flush()
         await self.registry.close()

@@ -44,12 +44,17 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Disk:
-    """One disk; `content` is what it holds at first, None: garbage."""
+    """One disk; `content` is what it holds at first, None: garbage.
+
+    Args:
+        metadata_size: the bytes at the beginning that are metadata; 0: all, if it is for that.
+    """
 
     name: str
     size: int
     role: Role = Role.DATA
     content: bytes | None = None
+    metadata_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,11 @@ class Rig:
         """Hold what is on a disk, at any moment, against its role. Raises: any error."""
         if disk.role is Role.SOURCE:
             assert image == disk.content, f"{disk.name} was written"
-        elif disk.role is Role.METADATA and any(image):
+        elif disk.role is Role.METADATA:
+            self._check_metadata(disk, image[: disk.metadata_size or None], has_booted)
+
+    def _check_metadata(self, disk: Disk, image: bytes, has_booted: bool) -> None:
+        if any(image):
             try:
                 _run_over(image, check(len(image)))
             except NotFormatted:
@@ -271,6 +280,34 @@ def powercut_over_clone(rng: random.Random) -> Rig:
     )
 
 
+def one_disk(rng: random.Random) -> Rig:
+    """Metadata and destination are parts of one disk, whose write cache may lose power, too."""
+    metadata, _, source = _clone_disks("", CONTENT)
+    size = metadata.size + DISK_SIZE
+    content = bytes(metadata.size) + b"\xee" * DISK_SIZE
+    disk, below = "/disk", []
+    has_cache = rng.random() < 0.5
+    if has_cache:
+        disk = "/dev/mapper/cache"
+        below = [("cache", f"0 {size // SECTOR} {_powercut_line(rng, '/disk')}")]
+    begin = metadata.size // SECTOR
+    below += [
+        ("meta", f"0 {begin} linear {disk} 0"),
+        ("low", f"0 {SECTORS} linear {disk} {begin}"),
+    ]
+    line = _clone_line(rng, metadata="/dev/mapper/meta", destination="/dev/mapper/low")
+    return Rig(
+        "one_disk",
+        f"0 {SECTORS} {line}",
+        CONTENT,
+        (Disk("/disk", size, Role.METADATA, content, metadata.size), source),
+        _clone_messages(),
+        below=tuple(below),
+        powercut="cache" if has_cache else "",
+        starts_anew=has_cache,
+    )
+
+
 def sandwich(rng: random.Random) -> Rig:
     """linear or delay over a clone over linear or delay."""
     low = f"0 {SECTORS} linear /destination 0"
@@ -321,6 +358,7 @@ RIGS: Final[dict[str, tuple[Callable[[random.Random], Rig], int]]] = {
     "linear": (linear, 1),
     "clone_over_powercut": (clone_over_powercut, 3),
     "powercut_over_clone": (powercut_over_clone, 2),
+    "one_disk": (one_disk, 2),
     "sandwich": (sandwich, 2),
     "striped_over_clones": (striped_over_clones, 2),
 }
