@@ -19,6 +19,8 @@ TESTS: Final = (
     "tests/crash/test_faults.py",
 )
 
+NOFLUSH: Final = ("tests/nbdtarget/dm/test_noflush.py",)
+
 MAPPED_DEVICE: Final = (
     Mutant(
         "flush-to-one-target-only",
@@ -129,6 +131,32 @@ MAPPED_DEVICE: Final = (
             ),
         ),
         TESTS,
+    ),
+    Mutant(
+        "pushed-back-bio-forgotten",
+        "A write that a target held back is neither done nor failed: its client waits for ever.",
+        MAPPED_IO_PY,
+        (("        self._queue.insert(self._nr_pushed_back, bio)\n", ""),),
+        NOFLUSH,
+    ),
+    Mutant(
+        "part-of-a-bio-not-counted-in-flight",
+        "A suspend does not wait for the parts of a request across a border.",
+        MAPPED_IO_PY,
+        (("                    self._count_in_flight(child)\n", ""),),
+        NOFLUSH,
+    ),
+    Mutant(
+        "device-of-a-clone-shared-with-a-linear",
+        "Somebody writes to a clone's destination behind its back, or to its source.",
+        "nbdtarget/dm/open_devices.py",
+        (
+            (
+                "if not (each.tolerates(use) and use.tolerates(each))",
+                "if not (each.tolerates(use) or use.tolerates(each))",
+            ),
+        ),
+        ("tests/nbdtarget/dm/test_registry.py",),
     ),
     Mutant(
         "written-zeroes-without-fua",

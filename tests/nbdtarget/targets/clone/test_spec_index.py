@@ -276,13 +276,16 @@ ROWS: Final[dict[str, tuple[str, ...]]] = {
         "test_14_16_completion_is_told_when_the_last_bits_are_durable",
         "test_14_16_commit_that_fails_after_that_reverts_to_the_source",
     ),
+    "2.1 I/O hints": (
+        "test_limits_of_targets",
+        "test_clients_are_told_the_region_size_of_a_clone",
+    ),
 }
 
 WITHOUT_A_TEST: Final = {
     "1.1 9 the errno of a wrong block number or version": "another format: EILSEQ or EINVAL",
     "2.0 WRITE_SAME, secure erase": "NBD has no such request",
     "2.1 advertised discard limits": "NBD has no word for them",
-    "2.1 I/O hints": "NBD's preferred block size is 4 KiB for every export",
     "2.1 passdown off when the largest discard is small": "devices here take any length",
     "4.1 clone_hydration_throttle": "a parameter of the kernel's module",
 }

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checklist 5.1: load, suspend, resume, remove, sentence by sentence.
+
+`ROWS` says which test stands for which sentence; what no other file tests is tested here.
+"""
+
+import ast
+import asyncio
+import errno as errnos
+import functools
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from nbdtarget.bio import OP_READ, OP_WRITE, PENDING
+from nbdtarget.dm.mapped_device import State
+from nbdtarget.errors import ConstructorError, TableError
+from tests.nbdtarget.dm.support import ProbeTarget
+from tests.nbdtarget.dm.test_mapped_device import make, submit
+
+ORDER = "test_suspend_and_resume_call_the_target_in_the_kernels_order"
+NOFLUSH = "test_held_bios_go_to_the_next_table_in_their_order"
+REFUSED = "test_refused_preresume_leaves_the_device_suspended_with_the_new_table"
+
+ROWS: Final[dict[str, tuple[str, ...]]] = {
+    "load constructs into the inactive slot, the live table runs": (
+        "test_5_1_live_table_runs_while_another_is_loaded",
+    ),
+    "load replaces and destroys what was there": (
+        "test_5_1_load_destroys_the_inactive_table_that_it_replaces",
+    ),
+    "a failed constructor leaves both slots": (
+        "test_load_that_fails_leaves_both_tables_as_they_were",
+    ),
+    "both constructors have open devices at a time": (
+        "test_live_and_inactive_table_share_one_device",
+        "test_5_1_live_table_runs_while_another_is_loaded",
+    ),
+    "suspend: presuspend, stop, wait, postsuspend": (
+        ORDER,
+        "test_suspend_waits_for_what_is_in_flight",
+    ),
+    "suspend: the freeze, unless noflush": (
+        "test_suspend_flushes_unless_asked_not_to",
+    ),
+    "noflush pushes queued bios back": (
+        NOFLUSH,
+        "test_walk_of_swaps_with_and_without_noflush_loses_nothing",
+    ),
+    "suspending a suspended device is a no-op": (ORDER,),
+    "I/O that comes meanwhile is answered by the new table": (
+        "test_5_1_io_that_comes_while_suspended_is_answered_by_the_new_table",
+        "test_swaps_under_load_lose_and_fail_nothing",
+    ),
+    "resume suspends, swaps, preresumes, resumes, runs the queue": (
+        "test_5_1_resume_order_of_a_swap",
+        "test_resume_swaps_the_inactive_table_in",
+    ),
+    # Suspending does not fail here: a flush that does is owed to the next FLUSH.
+    "if suspending for the swap fails": (
+        "test_flush_that_fails_in_suspend_is_owed_to_the_next",
+    ),
+    "a refused preresume": (REFUSED,),
+    "the old table is destroyed anyway": (
+        "test_5_1_refused_preresume_destroys_the_old_table",
+    ),
+    "resume of a running device is a no-op": (ORDER,),
+    "resume without any table": ("test_device_without_a_table_fails_all_io",),
+    "remove runs presuspend and postsuspend, then destructors": (
+        ORDER,
+        "test_5_1_remove_of_a_suspended_device_suspends_no_second_time",
+    ),
+    "suspend and resume without load keep the target": (
+        "test_5_1_target_is_the_same_object_after_suspend_and_resume",
+    ),
+}
+
+
+async def test_5_1_live_table_runs_while_another_is_loaded() -> None:
+    device, registry, opener = await make("0 8 linear /a 0", a=4096, b=4096)
+    live = device.active
+    below = opener.open["/a"]
+    below.hold = True
+    bio = submit(device, OP_WRITE, 0, b"data")
+    await registry.load("x", "0 8 linear /b 0")
+    assert (device.active, device.state) == (live, State.ACTIVE)
+    assert sorted(opener.still_open) == ["/a", "/b"]
+    assert bio.status == PENDING
+    below.let_go()
+    assert bio.status == 0
+    assert submit(device, OP_WRITE, 8, b"more").status == 0
+    assert bytes(below.data[8:12]) == b"more"
+
+
+async def test_5_1_load_destroys_the_inactive_table_that_it_replaces() -> None:
+    device, registry, opener = await make("0 8 linear /a 0", a=4096, b=4096, c=4096)
+    await registry.load("x", "0 8 probe /b /c")
+    await registry.load("x", "0 8 zero")
+    assert ProbeTarget.lives == ["ctr", "dtr"]
+    assert opener.still_open == ["/a"]
+    assert device.table(inactive=True) == [(0, 8, "zero", "")]
+
+
+async def test_5_1_failed_load_keeps_the_inactive_table() -> None:
+    device, registry, opener = await make("0 8 linear /a 0", a=4096, b=4096, c=4096)
+    await registry.load("x", "0 8 linear /b 0")
+    with pytest.raises(ConstructorError, match="Invalid probe"):
+        await registry.load("x", "0 8 probe /a /c fail")
+    assert device.table() == [(0, 8, "linear", "/a 0")]
+    assert device.table(inactive=True) == [(0, 8, "linear", "/b 0")]
+    assert opener.open["/c"].closed
+    await device.resume()
+    assert device.table() == [(0, 8, "linear", "/b 0")]
+
+
+@pytest.mark.parametrize("noflush", [False, True])
+async def test_5_1_io_that_comes_while_suspended_is_answered_by_the_new_table(
+    noflush: bool,
+) -> None:
+    device, registry, opener = await make("0 8 linear /a 0", a=4096, b=4096)
+    await device.suspend(noflush=noflush)
+    order: list[int] = []
+    bios = [submit(device, OP_WRITE, 0, bytes([65 + nr]) * 4) for nr in range(5)]
+    for nr, bio in enumerate(bios):
+        bio.on_end(lambda _, nr=nr: order.append(nr))  # type: ignore[misc]
+    read = submit(device, OP_READ, 0, 4)
+    await registry.load("x", "0 8 linear /b 0")
+    assert {bio.status for bio in (*bios, read)} == {PENDING}
+    await device.resume()
+    assert {bio.status for bio in (*bios, read)} == {0}
+    assert order == [0, 1, 2, 3, 4]
+    assert bytes(opener.open["/b"].data[:4]) == b"EEEE"
+    assert bytes(opener.open["/a"].data[:4]) == bytes(4)
+
+
+async def test_5_1_resume_order_of_a_swap() -> None:
+    device, registry, _ = await make("0 8 probe /a /b", a=4096, b=4096)
+    ProbeTarget.lives.clear()
+    await registry.load("x", "0 8 probe /a /b")
+    assert ProbeTarget.lives == ["ctr"]
+    await device.resume()
+    assert ProbeTarget.lives == [
+        *("ctr", "presuspend", "postsuspend"),
+        *("preresume", "resume"),
+        "dtr",
+    ]
+
+
+async def test_5_1_every_preresume_comes_before_every_resume() -> None:
+    device, registry, _ = await make("0 8 zero", a=4096, b=4096, c=4096, d=4096)
+    await registry.load("x", "0 8 probe /a /b\n8 8 probe /c /d")
+    await device.resume()
+    assert ProbeTarget.lives == [
+        *("ctr", "ctr", "preresume", "preresume", "resume", "resume")
+    ]
+
+
+async def test_5_1_refused_preresume_destroys_the_old_table() -> None:
+    device, registry, opener = await make("0 8 linear /c 0", a=4096, b=4096, c=4096)
+    await registry.load("x", "0 8 probe /a /b refuse")
+    with pytest.raises(TableError) as caught:
+        await device.resume()
+    assert caught.value.errno == errnos.EBUSY
+    assert opener.open["/c"].closed
+    assert device.inactive is None
+    with pytest.raises(TableError, match="will not"):
+        await device.resume()
+    assert device.state is State.SUSPENDED
+
+
+async def test_5_1_remove_of_a_suspended_device_suspends_no_second_time() -> None:
+    device, registry, _ = await make("0 8 probe /a /b", a=4096, b=4096)
+    await device.suspend()
+    await registry.load("x", "0 8 probe /a /b")
+    ProbeTarget.lives.clear()
+    await registry.remove("x")
+    assert ProbeTarget.lives == ["dtr", "dtr"]
+
+
+async def test_5_1_target_is_the_same_object_after_suspend_and_resume() -> None:
+    device, _, _ = await make("0 8 probe /a /b", a=4096, b=4096)
+    assert device.active is not None
+    (target,) = device.active.targets
+    for noflush in (False, True):
+        await device.suspend(noflush=noflush)
+        await device.resume()
+    assert device.active.targets == (target,)
+    assert ProbeTarget.lives.count("ctr") == 1
+
+
+async def test_5_1_suspend_that_waits_can_be_looked_at_and_loaded_over() -> None:
+    device, registry, opener = await make("0 8 linear /a 0", a=4096, b=4096)
+    opener.open["/a"].hold = True
+    submit(device, OP_WRITE, 0, b"slow")
+    suspend = asyncio.create_task(device.suspend())
+    await asyncio.sleep(0)
+    assert device.state is State.SUSPENDING
+    assert await device.status() == [(0, 8, "linear", "")]
+    assert device.table() == [(0, 8, "linear", "/a 0")]
+    load = asyncio.create_task(registry.load("x", "0 8 linear /b 0"))
+    await asyncio.sleep(0)
+    opener.open["/a"].let_go()
+    await asyncio.gather(suspend, load)
+    assert device.table(inactive=True) == [(0, 8, "linear", "/b 0")]
+
+
+def test_every_row_names_tests_that_exist() -> None:
+    named = {name for tests in ROWS.values() for name in tests}
+    assert named <= written_tests()
+
+
+@functools.cache
+def written_tests() -> set[str]:
+    """The names of all tests below `tests`."""
+    return {
+        node.name
+        for path in Path(__file__).parents[2].rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
