@@ -101,6 +101,14 @@ class _Use:
     def device(self) -> Device:
         return self.opened.device
 
+    def is_like(self, other: "_Use") -> bool:
+        """Whether whoever tolerates the one tolerates the other."""
+        return (self.holder, self.read_only, self.shared) == (
+            other.holder,
+            other.read_only,
+            other.shared,
+        )
+
     def tolerates(self, other: "_Use") -> bool:
         """Whether another mapped device may use the device so."""
         return self.shared or (self.read_only and other.read_only)
@@ -129,6 +137,9 @@ class _Open:
 
     def add(self, use: _Use) -> None:
         """Raises: ResolveError, without a name: whoever is there first does not let it."""
+        if self.uses and self.uses[-1].is_like(use):
+            self.uses.append(use)  # one more target of a long table on one device
+            return
         others = [each for each in self.uses if each.holder is not use.holder]
         clashing = [
             each for each in others if not (each.tolerates(use) and use.tolerates(each))
