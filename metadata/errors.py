@@ -8,6 +8,8 @@
      +- UnsupportedFormat    ours, but from a newer version: never touched
      +- UnknownKind          ours, but of a kind that nothing here knows: never touched
      +- GeometryMismatch     ours, but for another table line
+     +- BlockSizeMismatch    the same, of a cache
+     +- CannotShrink         a dirty block is in the way
      +- MetadataTooSmall     the device cannot hold it
      +- ReadOnlyMetadata     a change was asked for in mode RO
      +- FailedMetadata       anything was asked for in mode FAIL
@@ -20,6 +22,8 @@ caller computed is one too.
 
 __all__ = [
     "BadDump",
+    "BlockSizeMismatch",
+    "CannotShrink",
     "CorruptMetadata",
     "FailedMetadata",
     "GeometryMismatch",
@@ -135,6 +139,33 @@ class GeometryMismatch(MetadataError):
             "Region and/or target size don't match the ones in metadata"
             f" ({self.field}: {self.stored} bytes in metadata, {self.given} given)"
         )
+
+
+class BlockSizeMismatch(MetadataError):
+    """The metadata belongs to a cache of another block size. Both are bytes."""
+
+    def __init__(self, *, stored: int, given: int) -> None:
+        super().__init__(stored, given)
+        self.stored = stored
+        self.given = given
+
+    def __str__(self) -> str:
+        return (
+            f"data block size ({self.given} bytes) different from that in metadata"
+            f" ({self.stored} bytes)"
+        )
+
+
+class CannotShrink(MetadataError):
+    """What would be cut off holds a dirty block. `what` is "cache" or "origin"."""
+
+    def __init__(self, what: str, cblock: int) -> None:
+        super().__init__(what, cblock)
+        self.what = what
+        self.cblock = cblock
+
+    def __str__(self) -> str:
+        return f"unable to shrink {self.what}; cache block {self.cblock} is dirty"
 
 
 class MetadataTooSmall(MetadataError):
