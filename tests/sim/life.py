@@ -199,8 +199,13 @@ class Life:
             capacity=rng.choice((300, 4096, 64 << 10)),
             family=rng.choice((socket.AF_UNIX, socket.AF_INET)),
         )
-        self.disks: dict[str, SimDisk] = {}
-        for disk in rig.disks:
+        self.disks = self._make_disks(images, disk_type)
+
+    def _make_disks(
+        self, images: dict[str, bytes], disk_type: type[SimDisk]
+    ) -> dict[str, SimDisk]:
+        rng, disks = self._random, {}
+        for disk in self.rig.disks:
             latency = rng.choice(list(LATENCIES))
             device = disk_type(
                 disk.size,
@@ -212,8 +217,9 @@ class Life:
             )
             device.latency = LATENCIES[latency]
             device.watchers.append(self)
-            self.disks[disk.name] = device
+            disks[disk.name] = device
             self.note("boot", disk.name, latency)
+        return disks
 
     # ---- what may go wrong ----
 
