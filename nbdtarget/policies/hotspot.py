@@ -27,7 +27,7 @@ from typing import Final
 from nbdtarget.policies.block_table import BlockTable
 from nbdtarget.policies.multi_level_queue import NR_LEVELS, Links, MultiLevelQueue
 
-__all__ = ["NS", "Hotspot", "hotspot_geometry"]
+__all__ = ["NR_TOP_LEVELS", "NS", "Hotspot", "hotspot_geometry"]
 
 NS: Final = 1_000_000_000
 PERIOD_NS: Final = 1 * NS
@@ -60,6 +60,7 @@ class Hotspot:
     Attributes:
         queue: the levels; made equally long by its owner, in steps.
         promote_level: what to promote; 64, that is nothing, before the first tick.
+        promote_level_min: what its owner allows at most, whatever the performance is.
         level_jump: how far one access lifts a block.
     """
 
@@ -68,6 +69,7 @@ class Hotspot:
             nr_cblocks, origin_size=origin_size, block_size=block_size
         )
         self.promote_level = NR_LEVELS
+        self.promote_level_min = 0
         self.level_jump = 1
         self.queue = MultiLevelQueue(
             Links(self.nr_blocks, MultiLevelQueue.NR_MARKS),
@@ -111,7 +113,7 @@ class Hotspot:
             self._tick = 0
         self._tick += 1
         performance = self._performance()
-        self.promote_level = PROMOTE_LEVELS[performance]
+        self.promote_level = max(PROMOTE_LEVELS[performance], self.promote_level_min)
         if self._period_end_ns is None or now_ns > self._period_end_ns:
             self._period_end_ns = now_ns + PERIOD_NS
             self.level_jump = LEVEL_JUMPS[performance]

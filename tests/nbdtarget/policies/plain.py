@@ -135,6 +135,8 @@ class PlainSmq:
     queued: list[PlainWork] = field(default_factory=list)
     hot: dict[int, int] = field(default_factory=dict)  # hotspot block -> entry
     risen: set[int] = field(default_factory=set)
+    full_promote_level: int = 0
+    promote_level_min: int = 0
     promote_level: int = 64
     level_jump: int = 1
     hits: int = 0
@@ -292,7 +294,12 @@ class PlainSmq:
         accesses = self.hits + self.misses
         share = self.hits * 256 // accesses if accesses else 0
         performance = "POOR" if share < 16 else "FAIR" if share < 32 else "WELL"
-        self.promote_level = {"POOR": 48, "FAIR": 32, "WELL": 0}[performance]
+        if not self.free:
+            self.promote_level_min = self.full_promote_level
+        elif len(self.free) >= self.nr_cblocks // 4:
+            self.promote_level_min = 0
+        level = {"POOR": 48, "FAIR": 32, "WELL": 0}[performance]
+        self.promote_level = max(level, self.promote_level_min)
         if now > self.hotspot_end:
             self.hotspot_end = now + S
             self.level_jump = {"POOR": 4, "FAIR": 2, "WELL": 1}[performance]

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """smq against the plain one: the same calls, the same answers, the same order in each queue."""
 
+import random
+from collections import Counter
+from typing import ClassVar
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -11,7 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from nbdtarget.policies.base import MISS, MISS_WAKE, OP_NAMES, Work
+from nbdtarget.policies.base import DEMOTE, MISS, MISS_WAKE, OP_NAMES, PROMOTE, Work
 from nbdtarget.policies.cleaner import Cleaner
 from nbdtarget.policies.multi_level_queue import MultiLevelQueue
 from nbdtarget.policies.smq import Smq
@@ -26,10 +31,14 @@ oblocks = st.one_of(
 )
 
 
+class KernelSmq(Smq):
+    full_promote_level: ClassVar[int] = 0
+
+
 class SmqMachine(RuleBasedStateMachine):
     @initialize(
         nr_cblocks=st.sampled_from([1, 3, 4, 8, 40, 256]),
-        is_cleaner=st.sampled_from([False, False, False, True]),
+        kind=st.sampled_from([Smq, KernelSmq, Cleaner]),
         loaded=st.lists(
             st.tuples(oblocks, st.booleans(), st.integers(0, 70)),
             unique_by=lambda mapping: mapping[0],
@@ -40,16 +49,21 @@ class SmqMachine(RuleBasedStateMachine):
     def create(
         self,
         nr_cblocks: int,
-        is_cleaner: bool,
+        kind: type[Smq],
         loaded: list[tuple[int, bool, int]],
         backwards: bool,
     ) -> None:
-        kind = Cleaner if is_cleaner else Smq
         size = ORIGIN_BLOCKS * BLOCK
         self.smq = kind(nr_cblocks, origin_size=size, block_size=BLOCK, now_ns=7)
-        self.plain = PlainSmq(nr_cblocks, now=7, is_cleaner=is_cleaner)
+        self.plain = PlainSmq(
+            nr_cblocks,
+            now=7,
+            is_cleaner=kind.is_cleaner,
+            full_promote_level=kind.full_promote_level,
+        )
         self.now = 7
         self.issued: list[tuple[Work, PlainWork]] = []
+        self.migrations = Counter(promote=0, demote=0, writeback=0)
         for n, (oblock, dirty, hint) in enumerate(loaded[:nr_cblocks]):
             cblock = nr_cblocks - 1 - n if backwards else n
             self.smq.load_mapping(cblock, oblock, dirty, hint)
@@ -57,11 +71,13 @@ class SmqMachine(RuleBasedStateMachine):
 
     def pair(self, work: Work | None, plain: PlainWork | None) -> None:
         if work is None or plain is None:
-            assert work is plain is None
+            assert work is None
+            assert plain is None
             return
         assert OP_NAMES[work.op] == plain.op
         assert (work.oblock, work.cblock) == (plain.oblock, plain.cblock)
         self.issued.append((work, plain))
+        self.migrations[plain.op] += 1
 
     @rule(oblock=oblocks, is_write=st.booleans())
     def lookup(self, oblock: int, is_write: bool) -> None:
@@ -94,7 +110,9 @@ class SmqMachine(RuleBasedStateMachine):
     @rule(data=st.data(), dirty=st.booleans())
     def set_dirty(self, data: st.DataObject, dirty: bool) -> None:
         mapped = sorted(c for c, b in self.plain.blocks.items() if b.mapped)
-        cblock = data.draw(st.sampled_from(mapped))
+        self.set_dirty_to(data.draw(st.sampled_from(mapped)), dirty)
+
+    def set_dirty_to(self, cblock: int, dirty: bool) -> None:
         if dirty:
             self.smq.set_dirty(cblock)
         else:
@@ -151,7 +169,36 @@ def same_levels(queue: MultiLevelQueue, plain: PlainQueue) -> None:
         assert list(queue.entries(level)) == plain.entries(level), f"level {level}"
 
 
-TestSmq = SmqMachine.TestCase
+TestSmq = pytest.mark.slow(SmqMachine.TestCase)
 TestSmq.settings = settings(
-    max_examples=60, stateful_step_count=60, derandomize=True, deadline=None
+    max_examples=40, stateful_step_count=40, derandomize=True, deadline=None
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Smq, KernelSmq])
+@pytest.mark.parametrize("nr_cblocks", [20, 64])
+def test_long_history_of_a_full_cache(kind: type[Smq], nr_cblocks: int) -> None:
+    """What hypothesis is too short for: caches that are full, periods that end under load."""
+    rng = random.Random(nr_cblocks)
+    machine = SmqMachine()
+    machine.create(nr_cblocks, kind, [], False)
+    for n in range(6000):
+        oblock = int(rng.paretovariate(0.7)) * 7 % 1000
+        machine.lookup(oblock, rng.random() < 0.3)
+        if n % 5 == 0:
+            machine.tick(rng.choice([0, 1, S // 4, S, 3 * S]))
+        work = machine.smq.get_background_work(n % 50 == 0)
+        machine.pair(work, machine.plain.get_background_work(n % 50 == 0))
+        while len(machine.issued) > 3:
+            work, plain = machine.issued.pop(rng.randrange(4))
+            success = rng.random() < 0.95
+            machine.smq.complete_background_work(work, success)
+            machine.plain.complete(plain, success)
+            if success and work.op != DEMOTE:
+                dirty = work.op == PROMOTE and rng.random() < 0.5
+                machine.set_dirty_to(work.cblock, dirty)
+        if n % 20 == 0:
+            machine.same_queues()
+            machine.every_block_is_in_one_state()
+    assert min(machine.migrations.values()) > 20

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/hit_ratio.py: that its yardsticks are right, and what it says of smq."""
+
+import itertools
+import random
+from array import array
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from scripts.hit_ratio import (
+    Trace,
+    TraceError,
+    belady_hits,
+    generate,
+    lru_hits,
+    main,
+    parser,
+    policy_run,
+    read_trace,
+)
+
+
+def trace_of(*blocks: int) -> Trace:
+    return Trace(max(blocks) + 1, array("Q", blocks), bytearray(len(blocks)))
+
+
+def best_hits(blocks: tuple[int, ...], nr_cblocks: int) -> int:
+    """By trying every choice of what to drop."""
+
+    @cache
+    def best(at: int, cached: frozenset[int]) -> int:
+        if at == len(blocks):
+            return 0
+        block = blocks[at]
+        hit = block in cached
+        candidates = cached | {block}
+        if len(candidates) <= nr_cblocks:
+            return hit + best(at + 1, candidates)
+        return hit + max(best(at + 1, candidates - {drop}) for drop in candidates)
+
+    return best(0, frozenset())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_belady_is_the_best_there_is(seed: int) -> None:
+    rng = random.Random(seed)
+    blocks = tuple(rng.choices(range(6), k=14))
+    for nr_cblocks in (1, 2, 3):
+        expected = best_hits(blocks, nr_cblocks)
+        assert belady_hits(trace_of(*blocks), nr_cblocks, 0) == expected
+
+
+def test_lru_drops_what_was_not_used_for_longest() -> None:
+    trace = trace_of(1, 2, 1, 3, 1, 2)
+    assert lru_hits(trace, 2, 0) == 2
+    assert lru_hits(trace, 2, 3) == 1
+    assert lru_hits(trace, 3, 0) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writes", ["0", "0.3"])
+def test_smq_is_at_least_as_good_as_lru_once_warm(writes: str) -> None:
+    options = parser().parse_args(["--cache-blocks", "1024", "--writes", writes])
+    options.origin_blocks = 8 * 1024
+    options.warm_up, options.accesses = 120_000, 50_000
+    options.iops = 1024 // 60
+    trace = generate("zipf", options)
+    run = policy_run(trace, 1024, options)
+    assert run.hits >= lru_hits(trace, 1024, options.warm_up)
+    assert run.hits <= belady_hits(trace, 1024, options.warm_up)
+
+
+@pytest.mark.parametrize("name", ["zipf", "uniform", "scan", "shift"])
+def test_generators_give_what_the_seed_says(name: str) -> None:
+    options = parser().parse_args(["--seed", "3"])
+    options.origin_blocks, options.warm_up, options.accesses = 100, 50, 50
+    trace = generate(name, options)
+    again = generate(name, options)
+    assert list(trace.blocks) == list(again.blocks)
+    assert len(trace.blocks) == 100
+    assert set(trace.blocks) <= set(range(100))
+
+
+def test_trace_file_has_blocks_or_csv(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_text("# comment\nR 5\n\nW,65536,65537\nR,4096,512\n")
+    trace = read_trace(path, 65536)
+    assert list(trace.blocks) == [5, 1, 2, 0]
+    assert list(trace.writes) == [0, 1, 1, 0]
+    assert trace.nr_blocks == 6
+
+
+@pytest.mark.parametrize("line", ["R", "X 5", "R five", "R -1", "W,0,0", "R 1 2 3"])
+def test_bad_line_of_a_trace_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(f"R 1\n{line}\n")
+    with pytest.raises(TraceError, match=f"{path}:2: not an access"):
+        read_trace(path, 65536)
+
+
+def test_command_prints_the_three_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "trace"
+    lines = (f"R {n}\n" for n in itertools.islice(itertools.cycle(range(4)), 400))
+    path.write_text("".join(lines))
+    assert main(["--trace", str(path), "--cache-blocks", "8"]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[:7] == [
+        "trace",
+        "smq",
+        "100.00%",
+        "LRU",
+        "100.00%",
+        "Belady",
+        "100.00%",
+    ]
+
+
+def test_trace_that_is_missing_or_empty_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert main(["--trace", str(empty)]) == 1
+    assert main(["--trace", str(tmp_path / "missing")]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert "no access after the warm-up" in errors[0]
+    assert "No such file" in errors[1]
