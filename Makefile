@@ -12,15 +12,16 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test sim bench bench-commit bench-stack bench-hydration bench-open crash kill-test mutants fuzz rot lock wheel clean help
+.PHONY: run check test sim bench bench-commit bench-stack bench-hydration bench-open crash kill-test mutants fuzz rot lock wheel clean hit-ratio help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
 	@echo 'make test          the whole suite            make check   format, lint, types, walls'
 	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost'
 	@echo 'make bench-stack   one of these alone: also bench-commit; bench-hydration, bench-open'
+	@echo 'make hit-ratio [ARGS=…]  of the cache policy, beside LRU and the best possible one'
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
-	@echo 'make crash         power cuts at every write, every subset of what is pending: an hour'
+	@echo 'make crash         the crash suites without their bounds: new seeds, many more orders'
 	@echo 'make kill-test     SIGKILL under load, over and over'
 	@echo 'make mutants       every deliberate bug must be caught'
 	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
@@ -85,6 +86,10 @@ bench-hydration: .venv/dev.stamp
 
 bench-open: .venv/dev.stamp
 	@$(BIN)/python -m scripts.bench_open $(ARGS)
+
+# The cache policy beside LRU and the best possible: ARGS='--trace FILE', '--help'.
+hit-ratio: .venv/dev.stamp
+	@$(BIN)/python -m scripts.hit_ratio $(ARGS)
 
 sim: .venv/dev.stamp
 	@$(BIN)/python -m scripts.sim $(if $(SEED),--seed $(SEED)) $(if $(FROM),--from $(FROM)) \

@@ -121,6 +121,39 @@ MAPPED_DEVICE: Final = (
         TESTS,
     ),
     Mutant(
+        "chain-survives-a-suspend-below",
+        "What stands on a suspended device goes through it, in one step, all the same.",
+        MAPPED_IO_PY,
+        (
+            (
+                "        for upper in tuple(self._uppers):\n"
+                "            upper._set_fast_path()\n",
+                "",
+            ),
+        ),
+        ("tests/nbdtarget/dm/test_chains.py",),
+    ),
+    Mutant(
+        "chain-not-in-flight-below",
+        "A device in the middle of a stack is suspended while a write goes through it.",
+        MAPPED_IO_PY,
+        (
+            (
+                "            for lower in self._through:\n"
+                "                lower._count_in_flight(bio)\n",
+                "            pass\n",
+            ),
+        ),
+        ("tests/nbdtarget/dm/test_chains.py",),
+    ),
+    Mutant(
+        "chain-beyond-a-shrunken-device",
+        "A write through a device that has become smaller lands behind its end.",
+        MAPPED_IO_PY,
+        ((" or lower._fast_end < self._fast_end + delta\n", "\n"),),
+        ("tests/nbdtarget/dm/test_chains.py",),
+    ),
+    Mutant(
         "queued-payload-not-owned",
         "A write that waits for a resume keeps the receive buffer of somebody else.",
         MAPPED_IO_PY,
