@@ -54,7 +54,7 @@ from nbdtarget.bio import (
     split_bio,
 )
 from nbdtarget.clock import Clock
-from nbdtarget.devices.base import Device
+from nbdtarget.devices.base import Device, QueueLimits
 from nbdtarget.dm.table import Table
 from nbdtarget.dm.zero_fill import ZeroFill
 from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target
@@ -111,6 +111,29 @@ class MappedIo(Device):
         active: the live table, if there is one.
     """
 
+    # hot: an object that has more than thirty attributes in its dictionary is slower to ask.
+    __slots__ = (
+        "_clock",
+        "_drained",
+        "_fast_end",
+        "_fast_map",
+        "_fast_op_max",
+        "_fast_remap",
+        "_fast_through",
+        "_in_flight",
+        "_is_flushed",
+        "_limits",
+        "_lower",
+        "_nr_pushed_back",
+        "_owes_flush_error",
+        "_queue",
+        "_queueing",
+        "_running",
+        "_uppers",
+        "active",
+        "state",
+    )
+
     def __init__(self, name: str, clock: Clock) -> None:
         super().__init__(name, 0)
         self.state = State.ACTIVE
@@ -122,6 +145,7 @@ class MappedIo(Device):
         self._in_flight = 0
         self._drained: asyncio.Future[None] | None = None
         self._owes_flush_error = False
+        self._limits = QueueLimits()
         self._is_flushed = False  # suspended, and all that has ended is durable
         self._running = asyncio.Event()
         self._running.set()
@@ -134,6 +158,11 @@ class MappedIo(Device):
         self._fast_through: tuple[MappedIo, ...] = ()
         self._lower: MappedIo | None = None
         self._uppers: set[MappedIo] = set()  # whose fast path depends on ours
+
+    @property
+    def limits(self) -> QueueLimits:
+        """Those of the live table."""
+        return self._limits
 
     def event(self) -> None:
         """Count one event and wake who waits for it."""
@@ -375,12 +404,8 @@ class MappedIo(Device):
         targets = table.targets
         self.size = table.size
         self.read_only = table.read_only
-        (
-            self.logical_block_size,
-            self.io_min,
-            self.io_opt,
-            self.discard_granularity,
-        ) = table.limits
+        self._limits = table.limits
+        self.logical_block_size = self._limits.logical_block_size
         # A DISCARD is worth sending if any part of the device takes it.
         self.can_discard = any(target.can_discard for target in targets)
         self.can_write_zeroes = all(target.can_write_zeroes for target in targets)

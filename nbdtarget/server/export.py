@@ -78,10 +78,11 @@ def preferred_block_size(device: Device, *, payload_max: int) -> int:
     A request smaller than a clone's region makes it read the rest of it from the source.
     The minimum that is advertised stays 1, as any request is carried out.
     """
-    suits = device.io_opt & -device.io_opt  # of three stripes: one chunk
+    limits = device.limits
+    suits = limits.io_opt & -limits.io_opt  # of three stripes: one chunk
     upper = min(payload_max, PREFERRED_MAX)
     upper = 1 << upper.bit_length() - 1
-    return min(max(suits, device.logical_block_size, PREFERRED_MIN), upper)
+    return min(max(suits, limits.logical_block_size, PREFERRED_MIN), upper)
 
 
 class DirectoryExports:
