@@ -252,7 +252,11 @@ class Simulation:
 
 
 def policy_run(trace: Trace, nr_cblocks: int, options: argparse.Namespace) -> Run:
-    policy = policy_type(options.policy)(
+    kind = policy_type(options.policy)
+    if options.full_promote_level is not None:
+        fields = {"full_promote_level": options.full_promote_level}
+        kind = type(kind.__name__, (kind,), fields)
+    policy = kind(
         nr_cblocks,
         origin_size=trace.nr_blocks * options.block_size,
         block_size=options.block_size,
@@ -294,6 +298,7 @@ def parser() -> argparse.ArgumentParser:
     add("--iops", type=_count, help="accesses a second (the cache's blocks / 60)")
     add("--migrations", type=float, default=math.inf, help="a second (no limit)")
     add("--tick-each", type=int, default=32, help="accesses; 0: each second (32)")
+    add("--full-promote-level", type=int, help="of smq; 0: as the kernel (56)")
     add("--idle", action="store_true", help="write back as if there were no I/O")
     return result
 
