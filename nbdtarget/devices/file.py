@@ -28,6 +28,10 @@ whoever dirties pages; or the scheduler just ran somebody else. So it puts the d
 A slow disk thus holds the loop up twice, and after that once a back-off. A worker that frees
 or zeroes space holds the inode's lock: no write goes inline meanwhile.
 
+*One writer.* A file system holds the inode's lock while a buffered write copies, also where it
+throttles. A second thread would only spin for that lock, and for Python's: so writes to a file
+have one thread of their own. On a block device, which has no such lock, they share the pool.
+
 *FLUSH* covers the writes that have ended. FLUSHes that come while one runs ride together on the
 next one; never on the running one, for the kernel may have passed their pages already.
 
@@ -137,6 +141,7 @@ class FileDevice(Device):
         super().__init__(name, size, read_only=read_only)
         self._fd = fd
         self._pool = pool
+        self._writers = pool  # of writes without FUA
         self._alignment = 1  # of fallocate and discards, in bytes
         self._can_zero_range = False
         self._is_block_device = False
@@ -217,6 +222,7 @@ class FileDevice(Device):
     async def close(self) -> None:
         if self._writeback is not None:
             await self._writeback
+        await self._writers.close()
         await self._pool.close()
         if self._fd >= 0:
             os.close(self._fd)
@@ -367,7 +373,7 @@ class FileDevice(Device):
             )
             return
         job = partial(self._write_rest, payload, bio.offset, put, 0)
-        self._pool.submit(job, partial(self._write_done, bio))
+        self._writers.submit(job, partial(self._write_done, bio))
 
     def _write_rest(
         self, payload: memoryview, offset: int, put: int, flags: int
@@ -602,6 +608,7 @@ class FileDevice(Device):
             self.can_write_zeroes = limit("write_zeroes_max_bytes") > 0
             self._can_zero_range = self.can_write_zeroes
         else:
+            self._writers = WorkerPool(f"{self.name}-writer", threads_max=1)
             if is_memory_file_system(self._fd):
                 self._read_flags = 0
             if not self.read_only:

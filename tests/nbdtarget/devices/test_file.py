@@ -648,3 +648,30 @@ async def test_fua_that_finds_no_room_does_not_latch(tmp_path: Path, op: int) ->
     await device.flush()
     await device.write(8192, bytes(4096), fua=True)
     await device.close()
+
+
+async def test_writes_that_wait_for_a_file_have_one_thread_and_hold_up_nothing_else(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    writers: set[int] = set()
+    pwritev = os.pwritev
+
+    def gated(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
+        writers.add(threading.get_ident())
+        gate.wait(20)
+        return pwritev(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "pwritev", gated)
+    data = memoryview(bytes(file_module.INLINE_WRITE_MAX + 1))
+    bios = [Bio(OP_WRITE, 0, len(data), data, 0, lambda _: None) for _ in range(4)]
+    for bio in bios:
+        device.submit(bio)
+    flushes = [bio_of(OP_FLUSH, 0, 0) for _ in range(2)]
+    for bio in flushes:
+        device.submit(bio)
+    assert await ended(*flushes) == [0, 0]
+    assert all(bio.status == PENDING for bio in bios)
+    gate.set()
+    assert await ended(*bios) == [0] * 4
+    assert len(writers) == 1
