@@ -61,7 +61,7 @@ EXTENTS_STEP: Final = 1 << 40
 PROGRESS_PERIOD_S: Final = 0.25
 # What hydration keeps in flight, and copies at once: tuned for NBD sources over a unix socket.
 IN_FLIGHT_BYTES: Final = 16 << 20
-COPY_BYTES: Final = 1 << 20
+COPY_BYTES: Final = 4 << 20
 
 
 class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):

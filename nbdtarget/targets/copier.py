@@ -2,10 +2,15 @@
 """Copies between two devices: bounded, with buffers that are used again.
 
 Theory of operation. A copy is cut into chunks; a chunk borrows a buffer, is read, written, and
-gives the buffer back. There are `copy_bytes_max / chunk_bytes` buffers, and that is the whole
+gives the buffer back. All buffers together have `copy_bytes_max` bytes, and that is the whole
 bound: a copy that finds none waits for one, first come first served. Several copies at once
 overlap each other's reads and writes; a long one overlaps its own chunks, CHUNKS_IN_FLIGHT_MAX
 at a time, so that it can not take every buffer from the others for good.
+
+Two sizes. What a chunk costs besides its bytes (Python, and a hand-over to a file's writer) is
+the same for a large one, so long copies want buffers of `chunk_bytes`. Copies of a region or so
+want small ones, to be many at once. A copy takes the other size rather than wait, and its
+chunk is then as long as its buffer.
 
 A chunk is two bios, and the second is submitted where the first ends: no task, no future, and the
 data is still in the processor's cache. One future a copy is all that its caller waits for.
@@ -33,7 +38,8 @@ from nbdtarget.errors import DeviceError
 __all__ = ["CHUNK_BYTES", "COPY_BYTES_MAX", "Copier", "CopyError"]
 
 COPY_BYTES_MAX: Final = 32 << 20
-CHUNK_BYTES: Final = 256 << 10
+CHUNK_BYTES: Final = 1 << 20
+SMALL_BYTES: Final = 256 << 10
 CHUNKS_IN_FLIGHT_MAX: Final = 8
 WRITEBACK_BYTES: Final = 16 << 20
 
@@ -73,8 +79,10 @@ class Copier:
         self.source = source
         self.destination = destination
         self.chunk_bytes = chunk_bytes
-        self._buffers_unmade = copy_bytes_max // chunk_bytes
-        self._buffers: list[memoryview] = []
+        self._small_bytes = min(SMALL_BYTES, chunk_bytes)
+        self._bytes_unmade = copy_bytes_max
+        self._large: list[memoryview] = []  # idle buffers
+        self._small: list[memoryview] = []
         self._waiting: deque[_Copy] = deque()
         self._nr_dirty = 0
 
@@ -90,22 +98,34 @@ class Copier:
 
     def drop_buffers(self) -> None:
         """Give the memory of idle buffers back; they are made again on demand."""
-        self._buffers_unmade += len(self._buffers)
-        self._buffers.clear()
+        for buffers in (self._large, self._small):
+            self._bytes_unmade += sum(map(len, buffers))
+            buffers.clear()
 
-    def maybe_borrow(self, copy: "_Copy") -> memoryview | None:
-        """Lend a buffer of `chunk_bytes`; None: `copy` is pumped when it has its turn."""
-        if self._buffers:
-            return self._buffers.pop()
-        if self._buffers_unmade:
-            self._buffers_unmade -= 1
-            return memoryview(bytearray(self.chunk_bytes))
+    def maybe_borrow(self, copy: "_Copy", wanted: int) -> memoryview | None:
+        """Lend a buffer, of `wanted` bytes if there is one; None: `copy` is pumped in its turn."""
+        first, other, size = self._small, self._large, self._small_bytes
+        if wanted > size and self.chunk_bytes > size:
+            first, other, size = other, first, self.chunk_bytes
+        if first:
+            return first.pop()
+        if self._bytes_unmade >= size:
+            return self._made(size)
+        if other:
+            return other.pop()
+        if self._bytes_unmade >= self._small_bytes:
+            return self._made(self._small_bytes)
         if copy not in self._waiting:
             self._waiting.append(copy)
         return None
 
+    def _made(self, size: int) -> memoryview:
+        self._bytes_unmade -= size
+        return memoryview(bytearray(size))
+
     def give_back(self, buffer: memoryview) -> None:
-        self._buffers.append(buffer)
+        is_small = len(buffer) == self._small_bytes
+        (self._small if is_small else self._large).append(buffer)
         self.wake_next()
 
     def note_written(self, length: int) -> None:
@@ -116,7 +136,7 @@ class Copier:
 
     def wake_next(self) -> None:
         """Give the next copy that waits its turn, if there is a buffer for it."""
-        while self._buffers and self._waiting:
+        while self._waiting and (self._small or self._large):
             copy = self._waiting.popleft()
             if copy.wants_more:
                 copy.pump_soon()
@@ -176,7 +196,8 @@ class _Copy:
         self._is_pumping = True
         try:
             while self.wants_more:
-                buffer = self._copier.maybe_borrow(self)
+                wanted = self._end - self._next
+                buffer = self._copier.maybe_borrow(self, wanted)
                 if buffer is None:
                     break
                 before = self._in_flight
@@ -197,7 +218,7 @@ class _Copy:
             self.ended.set_result(None)
 
     def _start_chunk(self, buffer: memoryview) -> None:
-        length = min(self._copier.chunk_bytes, self._end - self._next)
+        length = min(len(buffer), self._end - self._next)
         chunk = _Chunk(self._next, length, buffer)
         self._next += length
         self._in_flight += 1

@@ -147,7 +147,7 @@ async def test_words_of_the_table_line_say_what_was_asked_for(work: Path) -> Non
         plan.table.split()[6:]
         == (
             "128 3 no_hydration hydrate_on_read then_linear 6 hydration_threshold 256"
-            f" hydration_batch_size 16 hydration_rate {5 * MIB}"
+            f" hydration_batch_size 64 hydration_rate {5 * MIB}"
         ).split()
     )
 
@@ -248,7 +248,7 @@ async def test_plan_changes_nothing_and_names_the_export(work: Path) -> None:
     assert (plan.name, plan.size, plan.make_dest) == ("my.disk", 2 * MIB, True)
     assert plan.table == (
         f"0 4096 clone {work}/my.disk.img.nbdtarget {work}/my.disk.img {work}/source 8 0"
-        " 4 hydration_threshold 4096 hydration_batch_size 256"
+        " 4 hydration_threshold 4096 hydration_batch_size 1024"
     )
     assert files(work) == before
 

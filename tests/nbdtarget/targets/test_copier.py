@@ -169,3 +169,78 @@ async def test_destination_is_told_to_write_back_now_and_then(
     )
     await copier.copy(0, SIZE)
     assert len(told) == 4
+
+
+class LengthsDevice(FaultDevice):
+    """Notes how long each bio is."""
+
+    def __init__(self) -> None:
+        super().__init__(make_source())
+        self.lengths: list[int] = []
+
+    def submit(self, bio: Bio) -> None:
+        self.lengths.append(bio.length)
+        super().submit(bio)
+
+
+async def lengths_of(
+    copy_bytes_max: int, copies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """How long the chunks are that copies of these lengths start before one has ended."""
+    monkeypatch.setattr("nbdtarget.targets.copier.SMALL_BYTES", 4096)
+    clock = SimClock()
+    source = LengthsDevice()
+    destination = CrashDevice(SIZE)
+    copier = Copier(
+        SlowDevice(source, clock, 1.0),
+        destination,
+        copy_bytes_max=copy_bytes_max,
+        chunk_bytes=1 << 14,
+    )
+    begun = [
+        asyncio.create_task(copier.copy(at << 15, length))
+        for at, length in enumerate(copies)
+    ]
+    await settle()
+    clock.advance(1.1)
+    lengths = list(source.lengths)
+    while not all(copy.done() for copy in begun):
+        clock.advance(1.1)
+        await settle()
+    assert destination.image() == b"".join(
+        CONTENT[at << 15 : (at << 15) + length].ljust(1 << 15, b"\0")
+        for at, length in enumerate(copies)
+    ).ljust(SIZE, b"\0")
+    return lengths
+
+
+async def test_long_copies_have_large_chunks_and_short_ones_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths = await lengths_of(1 << 16, [(1 << 14) + 512, 4096, 100], monkeypatch)
+    assert lengths == [1 << 14, 512, 4096, 100]
+
+
+async def test_bound_is_of_bytes_and_a_copy_takes_what_size_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Room for a large and two small ones: the second long copy makes do with those.
+    lengths = await lengths_of((1 << 14) + 8192, [1 << 14] * 2, monkeypatch)
+    assert lengths == [1 << 14, 4096, 4096]
+
+
+async def test_idle_buffers_of_either_size_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nbdtarget.targets.copier.SMALL_BYTES", 4096)
+    source = LengthsDevice()
+    destination = CrashDevice(SIZE)
+    copier = Copier(source, destination, copy_bytes_max=1 << 14, chunk_bytes=1 << 14)
+    await copier.copy(0, 1 << 14)
+    await copier.copy(1 << 14, 512)  # in the idle large one
+    copier.drop_buffers()
+    await asyncio.gather(*(copier.copy((2 + nr) << 14, 4096) for nr in range(4)))
+    await copier.copy(6 << 14, 1 << 14)  # in the four idle small ones
+    assert source.lengths[:2] == [1 << 14, 512]
+    assert sorted(source.lengths[2:]) == [4096] * 8
+    assert destination.image()[6 << 14 : 7 << 14] == CONTENT[6 << 14 : 7 << 14]
