@@ -26,13 +26,19 @@ is opened again: the server's file may have latched as ours would.
 
 *Loss.* When any connection is lost, everything in flight ends with EIO and so does all that
 comes later, on every connection: a server that crashed may have forgotten what it answered
-before, so going on with another connection could lose writes silently.
+before, so going on with another connection could lose writes silently. Until it is opened again,
+that is the end of a device that is written to. A read-only one has nothing to lose: it
+connects again by itself, trying ever more seldom, from `RECONNECT_S_MIN` to
+`RECONNECT_S_MAX`, and goes on if size, flags and limits are what they were. What comes
+meanwhile ends with EIO, at once. That the content is what it was is for the server to see to.
 """
 
 import asyncio
 import errno as errnos
 import logging
 from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 from nbdtarget.bio import (
@@ -48,6 +54,7 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.clock import sleep
 from nbdtarget.devices.base import (
     EXTENT_DATA,
     EXTENT_HOLE,
@@ -70,6 +77,10 @@ logger = logging.getLogger(__name__)
 CONNECTIONS_MAX: Final = 4
 IN_FLIGHT_MAX: Final = 64  # requests, over all connections
 PIECE_MAX: Final = 4 << 20  # bytes of payload in one request
+RECONNECT_S_MIN: Final = (
+    0.25  # from the loss to the first attempt, and twice as long to the next
+)
+RECONNECT_S_MAX: Final = 5.0
 RANGE_MAX: Final = 1 << 30  # bytes of a request that carries no payload
 STATUS_RANGE_MIN: Final = (
     1 << 20
@@ -110,7 +121,12 @@ class NbdDevice(Device):
     """An export behind one or more connections. Made by `open_nbd`."""
 
     def __init__(
-        self, name: str, connections: list[NbdConnection], *, read_only: bool
+        self,
+        name: str,
+        connections: list[NbdConnection],
+        connect_anew: Callable[[], Awaitable[list[NbdConnection]]],
+        *,
+        read_only: bool,
     ) -> None:
         negotiated = connections[0].negotiated
         self._block = negotiated.block_size_min
@@ -141,8 +157,9 @@ class NbdDevice(Device):
         self._flush_waiting: list[Bio] = []
         self._is_latched = False
         self._is_lost = False
-        for connection in connections:
-            connection.start(self._completed, self._connection_lost)
+        self._connect_anew = connect_anew
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._start_connections()
 
     @property
     def nr_connections(self) -> int:
@@ -174,6 +191,9 @@ class NbdDevice(Device):
 
     async def close(self) -> None:
         self._is_lost = True
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+            await asyncio.wait([self._reconnecting])
         for connection in self._connections:
             connection.close()
 
@@ -484,6 +504,35 @@ class NbdDevice(Device):
             self._completed(completion)
         for request in queued:
             self._answer(request[-1], errnos.EIO, None)
+        if self.read_only:
+            self._reconnecting = asyncio.ensure_future(self._connect_again())
+
+    async def _connect_again(self) -> None:
+        """Connect until the server is back. Only for what is never written to."""
+        delay_s = RECONNECT_S_MIN
+        while True:
+            await sleep(delay_s)
+            try:
+                connections = await self._connect_anew()
+                break
+            except ResolveError as error:
+                logger.debug("%s", error)
+                delay_s = min(2 * delay_s, RECONNECT_S_MAX)
+        before, after = self._connections[0].negotiated, connections[0].negotiated
+        if _terms(before) != _terms(after):
+            logger.error("%s: is another disk now: not read any more", self.name)
+            for connection in connections:
+                connection.close()
+            return
+        logger.warning("%s: connected again", self.name)
+        self._connections = connections
+        self._is_lost = False
+        self._start_connections()
+
+    def _start_connections(self) -> None:
+        for connection in self._connections:
+            if not self._is_lost:  # by one that broke the protocol at once
+                connection.start(self._completed, self._connection_lost)
 
 
 async def open_nbd(name: str, *, read_only: bool) -> NbdDevice:
@@ -492,6 +541,14 @@ async def open_nbd(name: str, *, read_only: bool) -> NbdDevice:
     Raises: ResolveError: no such server or export, read-only, without FLUSH, ….
     """
     uri = parse_nbd_uri(name)
+    connect_all = partial(_connect_all, name, uri, read_only=read_only)
+    return NbdDevice(name, await connect_all(), connect_all, read_only=read_only)
+
+
+async def _connect_all(
+    name: str, uri: NbdUri, *, read_only: bool
+) -> list[NbdConnection]:
+    """Connect as often as the server takes it. Raises: ResolveError."""
     connections = [await connect(name, uri)]
     try:
         negotiated = connections[0].negotiated
@@ -502,7 +559,7 @@ async def open_nbd(name: str, *, read_only: bool) -> NbdDevice:
         for connection in connections:
             connection.close()
         raise
-    return NbdDevice(name, connections, read_only=read_only)
+    return connections
 
 
 async def _connect_more(
@@ -532,6 +589,17 @@ def _check(name: str, negotiated: ClientNegotiated, *, read_only: bool) -> None:
     if not negotiated.flags & consts.FLAG_SEND_FLUSH:
         reason = "the server has no FLUSH: nothing written there would be durable"
         raise ResolveError(name, reason)
+
+
+def _terms(negotiated: ClientNegotiated) -> tuple[int, int, int, int, bool]:
+    """What a device goes by, and must find again when it connects again."""
+    return (
+        negotiated.size,
+        negotiated.flags,
+        negotiated.block_size_min,
+        negotiated.payload_max,
+        bool(negotiated.contexts),
+    )
 
 
 def _zero_flags(flags: int) -> int:

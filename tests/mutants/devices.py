@@ -166,6 +166,18 @@ DEVICES: Final = (
         NBD,
     ),
     Mutant(
+        "nbd-connects-again-after-writes",
+        "A server that crashed has lost writes, and the next FLUSH asks its successor.",
+        NBD_PY,
+        (
+            (
+                "        if self.read_only:\n            self._reconnecting",
+                "        if True:\n            self._reconnecting",
+            ),
+        ),
+        NBD,
+    ),
+    Mutant(
         "nbd-latch-forgotten",
         "A FLUSH failed over there, and the next one is believed.",
         NBD_PY,

@@ -391,6 +391,94 @@ async def test_lost_connection_ends_everything_with_eio(
         await device.close()
 
 
+async def lost_device(server: StrictServer, *, read_only: bool) -> NbdDevice:
+    """A device whose server has just hung up at a READ."""
+    device = await device_of(server, read_only=read_only)
+    server.hang_up_after = len(server.noted)
+    with pytest.raises(DeviceError):
+        await device.read(0, 512)
+    return device
+
+
+async def read_again(device: NbdDevice) -> bytes:
+    for _ in range(2000):
+        try:
+            return bytes(await device.read(0, 4))
+        except DeviceError:
+            await asyncio.sleep(0.001)
+    raise AssertionError("never connected again")
+
+
+async def test_read_only_device_connects_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 0.001)
+    async with StrictServer(tmp_path) as server:
+        server.disk[:4] = b"seed"
+        device = await lost_device(server, read_only=True)
+        assert await read_again(device) == b"seed"
+        assert device.nr_connections == nbd_module.CONNECTIONS_MAX
+        server.hang_up_after = len(server.noted)
+        assert await read_again(device) == b"seed"  # and again
+        await device.close()
+    assert caplog.text.count("connected again") == 2
+
+
+async def test_read_only_device_asks_until_the_server_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 0.001)
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MAX", 0.002)
+    async with StrictServer(tmp_path) as server:
+        device = await lost_device(server, read_only=True)
+        away = server.path.rename(tmp_path / "away")
+        with pytest.raises(DeviceError):
+            await device.read(0, 4)
+        away.rename(server.path)
+        assert await read_again(device) == bytes(4)
+        await device.close()
+
+
+async def test_device_that_is_written_to_never_connects_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may have forgotten what it has answered: only opening it anew is honest."""
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 0.0)
+    async with StrictServer(tmp_path) as server:
+        device = await lost_device(server, read_only=False)
+        nr_connections = server.nr_connections
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert server.nr_connections == nr_connections
+        with pytest.raises(DeviceError):
+            await device.read(0, 512)
+        await device.close()
+
+
+async def test_another_disk_is_not_taken_for_the_one_that_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 0.001)
+    async with StrictServer(tmp_path) as server:
+        device = await lost_device(server, read_only=True)
+        server.disk += bytes(4096)
+        await until(lambda: "is another disk now" in caplog.text)
+        with pytest.raises(DeviceError):
+            await device.read(0, 512)
+        await device.close()
+
+
+async def test_close_ends_the_attempts_to_connect_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 0.001)
+    async with StrictServer(tmp_path) as server:
+        device = await lost_device(server, read_only=True)
+        await device.close()
+        others = asyncio.all_tasks() - server._tasks - {asyncio.current_task()}
+        assert not [task for task in others if "connect" in repr(task.get_coro())]
+
+
 async def test_reply_that_makes_no_sense_ends_the_connection(tmp_path: Path) -> None:
     async with StrictServer(tmp_path) as server:
         device = await device_of(server)
