@@ -436,7 +436,8 @@ class Registry:
 
         Bios that wait in a suspended device end with EIO: nobody will resume it, and what
         stands on it could not be suspended while they wait.
-        Durable: everything, as after a suspend.
+        Durable: everything, as after a suspend; but of a device that stands on one which somebody
+            has suspended, what its last FLUSH made so.
         """
         self._is_closing = True
         if self._deferred:

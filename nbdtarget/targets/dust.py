@@ -26,7 +26,6 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, Bio, split_bio
-from nbdtarget.devices.base import Device, Extent
 from nbdtarget.errors import ConstructorError, TableError
 from nbdtarget.targets.arguments import (
     SECTOR,
@@ -41,9 +40,9 @@ from nbdtarget.targets.base import (
     REMAPPED,
     SUBMITTED,
     StatusFields,
-    Target,
     TargetContext,
 )
+from nbdtarget.targets.run import RunTarget
 from nbdtarget.words import quote_word
 
 __all__ = ["DustTarget"]
@@ -55,7 +54,7 @@ _BLOCK_MAX: Final = (1 << 64) - 1
 log = logging.getLogger(__name__)
 
 
-class DustTarget(Target):
+class DustTarget(RunTarget):
     """See the module head. Source: drivers/md/dm-dust.c."""
 
     type_name = "dust"
@@ -63,17 +62,11 @@ class DustTarget(Target):
 
     def __init__(self, ctx: TargetContext, run: Run, block_size: int) -> None:
         """Args: block_size: bytes, a power of two."""
-        super().__init__(ctx)
-        self._run = run
-        self._device = run.device
-        self._delta = run.start - self.begin
+        super().__init__(ctx, run)
         self._block_size = block_size
         self._bad: dict[int, int] = {}  # block -> writes that still fail
         self._fails = False
         self._quiet = False
-        self.can_discard = run.device.can_discard
-        self.can_write_zeroes = run.device.can_write_zeroes
-        self.can_fast_zero = run.device.can_fast_zero
 
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "DustTarget":
@@ -94,9 +87,6 @@ class DustTarget(Target):
         async with Runs(ctx, cls.type_name) as runs:
             run = await runs.open(args[0], start_sectors, ctx.length)
             return cls(ctx, run, block_size)
-
-    async def dtr(self) -> None:
-        await self.ctx.close_device(self._device)
 
     def map(self, bio: Bio) -> int:
         bio.device = self._device
@@ -252,21 +242,6 @@ class DustTarget(Target):
 
     def table_words(self) -> str:
         return f"{self._run.words} {self._block_size}"
-
-    async def extents(self, offset: int, length: int) -> list[Extent]:
-        return await self._device.extents(offset + self._delta, length)
-
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        return self._device.contexts
-
-    async def context_extents(
-        self, context: str, offset: int, length: int
-    ) -> list[Extent]:
-        return await self._device.context_extents(context, offset + self._delta, length)
-
-    def iterate_devices(self) -> Iterable[Device]:
-        return (self._device,)
 
 
 def _error(reason: str) -> ConstructorError:

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_CACHE, OP_FLUSH, OP_READ, OP_WRITE, Bio
-from nbdtarget.devices.base import Device, Extent
 from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.arguments import (
     UINT32_MAX,
@@ -41,7 +40,8 @@ from nbdtarget.targets.arguments import (
     parse_sectors,
     read_argument,
 )
-from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target, TargetContext
+from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, TargetContext
+from nbdtarget.targets.run import RunTarget
 
 __all__ = ["FlakeyTarget"]
 
@@ -94,7 +94,7 @@ class Features:
         return words
 
 
-class FlakeyTarget(Target):
+class FlakeyTarget(RunTarget):
     """See the module head. Source: drivers/md/dm-flakey.c."""
 
     type_name = "flakey"
@@ -108,19 +108,14 @@ class FlakeyTarget(Target):
         features: Features,
     ) -> None:
         """Args: intervals_s: up, down."""
-        super().__init__(ctx)
-        self._run = run
-        self._device = run.device
-        self._delta = run.start - self.begin
+        super().__init__(ctx, run)
         self._up_s, self._down_s = intervals_s
         self._period_s = sum(intervals_s)
         self._features = features
         self._random = random.Random()
         self._loaded_ns = ctx.clock.now_ns()
-        self.can_discard = run.device.can_discard
-        zeroes = not features.corrupts_writes
-        self.can_write_zeroes = run.device.can_write_zeroes and zeroes
-        self.can_fast_zero = run.device.can_fast_zero and zeroes
+        if features.corrupts_writes:
+            self.can_write_zeroes = self.can_fast_zero = False
 
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "FlakeyTarget":
@@ -139,9 +134,6 @@ class FlakeyTarget(Target):
         async with Runs(ctx, cls.type_name) as runs:
             run = await runs.open(args[0], start_sectors, ctx.length)
             return cls(ctx, run, (up_s, down_s), features)
-
-    async def dtr(self) -> None:
-        await self.ctx.close_device(self._device)
 
     def map(self, bio: Bio) -> int:
         bio.device = self._device
@@ -208,21 +200,6 @@ class FlakeyTarget(Target):
         words = self._features.words()
         intervals = f"{self._up_s} {self._down_s}"
         return " ".join([self._run.words, intervals, str(len(words)), *words])
-
-    async def extents(self, offset: int, length: int) -> list[Extent]:
-        return await self._device.extents(offset + self._delta, length)
-
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        return self._device.contexts
-
-    async def context_extents(
-        self, context: str, offset: int, length: int
-    ) -> list[Extent]:
-        return await self._device.context_extents(context, offset + self._delta, length)
-
-    def iterate_devices(self) -> Iterable[Device]:
-        return (self._device,)
 
 
 def _change(data: bytearray | memoryview, changes: Iterable[tuple[int, int]]) -> None:
