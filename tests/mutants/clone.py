@@ -164,9 +164,8 @@ CLONE: Final = (
         FOREGROUND_PY,
         (
             (
-                '            log.warning("%s: foreground hydration: %r", self._name, child)\n'
-                "            self.error = errnos.EIO\n",
-                "            pass\n",
+                "        if child.status:\n            self.error = DeviceError(",
+                "        if False:\n            self.error = DeviceError(",
             ),
         ),
         TARGET,

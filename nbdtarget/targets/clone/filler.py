@@ -108,13 +108,24 @@ class Filler:
         self._maybe_event(is_new=is_new)
         if not is_new:
             return
+        self._say("hydration failed:", begin, end, error)
+
+    def _note_foreground_error(self, begin: int, end: int, error: Exception) -> None:
+        # The client tries again when it likes: no reason for the background to wait longer.
+        self.failures.nr_errors += 1
+        self._maybe_event(is_new=False)
+        self._say("a client's write needs", begin, end, error)
+
+    def _say(self, what: str, begin: int, end: int, error: Exception) -> None:
         # A dead source has thousands of regions: one line says it, and the next how many more.
         self._nr_unsaid += 1
+        now_ns = self.clock.now_ns()
         if now_ns < self._say_ns:
             return
         log.error(
-            "%s: hydration failed: regions %d to %d%s: %s",
+            "%s: %s regions %d to %d%s: %s",
             self.regions.committer.name,
+            what,
             begin,
             end - 1,
             f" (and {self._nr_unsaid - 1} more failures)"
@@ -124,11 +135,6 @@ class Filler:
         )
         self._nr_unsaid = 0
         self._say_ns = now_ns + int(SAY_S_MIN * _NS)
-
-    def _note_foreground_error(self) -> None:
-        # The client tries again when it likes: no reason for the background to wait longer.
-        self.failures.nr_errors += 1
-        self._maybe_event(is_new=False)
 
     def _maybe_event(self, *, is_new: bool) -> None:
         after, count = self.event_after_errors, self.failures.nr_errors

@@ -33,14 +33,14 @@ a write which follows the discard.
 
 import asyncio
 import errno as errnos
-import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from metadata.errors import MetadataError
-from nbdtarget.bio import FAST_ZERO, FUA, OP_DISCARD, OP_READ, OP_WRITE, Bio
+from nbdtarget.bio import FAST_ZERO, FUA, OP_DISCARD, OP_NAMES, OP_READ, OP_WRITE, Bio
 from nbdtarget.devices.base import Device
+from nbdtarget.errors import DeviceError
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.copier import CopyError
 from nbdtarget.targets.prison import Cell
@@ -51,8 +51,6 @@ DEFERRED_BIOS_MAX: Final = 256
 CHILDREN_AT_ONCE_MAX: Final = 64
 REGIONS_AT_ONCE_MAX: Final = 8192  # bits set between two turns of the loop: a few ms
 MERGE_BYTES_MAX: Final = 256 << 10  # gaps and payload in one buffer up to here
-
-log = logging.getLogger(__name__)
 
 Gap = tuple[int, int]  # bytes, half-open
 
@@ -274,7 +272,7 @@ class RegionWrite:
         self.last = ((self.end - 1) >> self.regions.shift) + 1
         self.has_payload_left = False
         self.reads_left = 0
-        self.error = 0
+        self.error: DeviceError | None = None
 
     def start(self) -> None:
         self.foreground.lock(self.first, self.last, self.bio, self._granted)
@@ -332,14 +330,19 @@ class RegionWrite:
 
     def _gap_read(self, child: Bio) -> None:
         if child.status:
-            log.warning("%s: foreground hydration: %r", self._name, child)
-            self.error = errnos.EIO
+            self.error = DeviceError(
+                child.status,
+                self.regions.source.name,
+                OP_NAMES[OP_READ],
+                child.offset,
+                child.length,
+            )
         self.reads_left -= 1
         if self.reads_left:
             return
-        if self.error:
-            self.regions.note_error()
-            self._leave(self.error)
+        if self.error is not None:
+            self.regions.note_error(self.first, self.last, self.error)
+            self._leave(errnos.EIO)
             return
         payload = self.bio.payload
         assert payload is not None
@@ -365,8 +368,7 @@ class RegionWrite:
                 await self.regions.copier.copy(begin, end - begin)
             errno = 0
         except CopyError as failure:
-            log.warning("%s: foreground hydration: %s", self._name, failure)
-            self.regions.note_error()
+            self.regions.note_error(self.first, self.last, failure)
             if not failure.is_read:
                 errno = failure.error.errno
         finally:
@@ -406,7 +408,3 @@ class RegionWrite:
         else:
             self.bio.end(errno)
         self.foreground.ended()
-
-    @property
-    def _name(self) -> str:
-        return self.regions.committer.name

@@ -25,7 +25,8 @@ class Regions:
         nr_hydrating: regions that are being copied or overwritten now, as status counts them.
         nr_bios: client I/O seen while not everything was hydrated; hydration yields to it.
         wake: tells background hydration that regions were unlocked.
-        note_error: a copy that a client's write needed has failed.
+        note_error: takes the regions, half-open, for which a client's write needed a copy, and why
+            that failed.
         broken: takes an exception of our own making, after which nothing can be trusted.
     """
 
@@ -54,7 +55,7 @@ class Regions:
         self.nr_hydrating = 0
         self.nr_bios = 0
         self.wake: Callable[[], None] = _nobody
-        self.note_error: Callable[[], None] = _nobody
+        self.note_error: Callable[[int, int, Exception], None] = _nobody
         self.broken = broken
         assert metadata.nr_regions == self.nr_regions
 
@@ -83,5 +84,5 @@ class Regions:
         self.committer.note_change()
 
 
-def _nobody() -> None:
+def _nobody(*_: object) -> None:
     """There is nobody to tell yet."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nbdtarget.bio import OP_READ, OP_WRITE, PENDING
+from nbdtarget.bio import OP_READ, OP_WRITE, OP_WRITE_ZEROES, PENDING
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.clone.target import CloneTarget
 from tests.nbdtarget.targets.clone.support import REGION, Context, Rig, settle
@@ -359,6 +359,26 @@ async def test_dead_source_is_one_line_in_the_log_not_one_a_region(
     lines = [r.getMessage() for r in caplog.records if "hydration" in r.getMessage()]
     assert 1 < len(lines) <= 14
     assert any("more failures" in line for line in lines)
+    await rig.stop()
+
+
+@pytest.mark.parametrize("op", [OP_WRITE, OP_WRITE_ZEROES])
+async def test_writes_that_need_a_dead_source_are_a_sentence_in_the_log_not_one_each(
+    op: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = await make("8 1 no_hydration", 64)
+    rig.source.fails = lambda bio: errnos.EIO
+    for nr in range(64):
+        bio = rig.bio(op, nr * REGION + 1024, 512)
+        await settle()
+        assert bio.status == errnos.EIO
+    (line,) = [r.getMessage() for r in caplog.records if "write" in r.getMessage()]
+    assert line.startswith("c: a client's write needs regions 0 to 0: s: read of ")
+    assert line.endswith(": Input/output error")
+    await pass_time(rig, 6)
+    rig.bio(op, 1024, 512)
+    await settle()
+    assert "regions 0 to 0 (and 63 more failures): s: read" in caplog.text
     await rig.stop()
 
 
