@@ -15,8 +15,8 @@ the first part of them only warms the caches up, the rest is counted:
 
 Time matters to smq, whose periods are a second to a minute. By default there is one access a minute for
 each block of the cache, as 10000 a second are for 600000 blocks: a small cache is a scale model of a
-large one. With ten times as many nearly every cached block is hit in each period, so smq, which
-looks at that once in a period, tells them apart less well than LRU does.
+large one. With many more accesses nearly every cached block is hit in each period, and smq, which
+looks at that once in a period, can tell them apart less well.
 
 Generators: zipf (as fio's random_distribution=zipf:1.1; hot blocks lie anywhere), uniform, scan (zipf,
 with a sequential read of the whole origin going on for half of the accesses), shift (zipf whose hot

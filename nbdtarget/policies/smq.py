@@ -29,10 +29,15 @@ Departures from the kernel. The first matters:
 - Once the cache has been full, and until a quarter of it is free again, only what is in the top
   levels of the hotspot queue is promoted. The kernel promotes every miss as long as the
   hotspot queue does well (it has a table of cautious promote levels for a full cache, and a
-  `max` that switches it off): then any block pushes another one out, and zipf reads hit
-  less often than with LRU, at ten times the migrations. `scripts/hit_ratio` shows both:
-  `full_promote_level` 0 is the kernel's rule. The price: a cache follows a sudden change of
-  what is hot somewhat later.
+  `max` that switches it off): then any block pushes another one out. Measured by
+  `scripts/hit_ratio`, zipf, hit ratio and promotions of half a million accesses, LRU 83.6 %:
+
+      full_promote_level        reads only        a third written    hot blocks change, a third written
+      56, here                  86.1 %   1077     86.4 %   1211      78.6 %   2068  (LRU 83.4 %)
+      0, the kernel             82.0 %  17223     87.0 %  15867      82.7 %  20141
+
+  So it is above LRU while hot blocks stay the same, for a tenth of the migrations; when they
+  change, the cache follows later.
 - A large cache notices that levels are made equally long in steps: see `multi_level_queue`.
 - A hit is forgotten when its block is freed; there the next block in that place inherits it.
 - It marks a promoted block dirty and has the target correct that; here it starts clean.

@@ -105,5 +105,6 @@ def test_unknown_block_takes_the_oldest_entry_of_the_lowest_level_and_its_level(
     assert hotspot.note_miss(16 * 5000) == level
     assert hotspot.queue.level_lengths() == lengths
     assert list(hotspot.queue.entries(level))[-1] == oldest
-    # What was there is unknown now, and takes an entry in turn.
     assert len(hotspot.queue) == 1024
+    # That the entry rose since the last tick was its former block's doing.
+    assert hotspot.note_miss(16 * 5000) == level + 1
