@@ -398,7 +398,10 @@ class Registry:
         return [device.dm_name for device in self.devices()]
 
     async def wipe_table(self, name: str) -> None:
-        """Replace the table by an `error` target of the same size."""
+        """Replace the table by an `error` target of the same size.
+
+        Nothing is flushed: what stands below may not answer any more.
+        """
         device = self.get(name)
         if device.size:
             await self.load(
@@ -406,6 +409,7 @@ class Registry:
                 f"0 {device.size // SECTOR} error",
                 read_only=device.read_only,
             )
+            await device.suspend(noflush=True)
             await device.resume()
 
     def set_uuid(self, name: str, uuid: str) -> None:

@@ -538,3 +538,13 @@ async def test_minor_numbers_of_choice() -> None:
     with pytest.raises(TableError, match="out of range"):
         await registry.create("z", None, minor=1 << 20)
     await registry.close()
+
+
+async def test_a_forced_removal_does_not_wait_for_what_is_suspended_below() -> None:
+    registry, _ = make_registry(a=8192)
+    await registry.create("low", "0 16 linear /a 0")
+    await registry.create("top", "0 16 linear /dev/mapper/low 0")
+    await registry.suspend("low")
+    await asyncio.wait_for(registry.remove("top", force=True), 10)
+    assert [device.dm_name for device in registry.devices()] == ["low"]
+    await registry.close()
