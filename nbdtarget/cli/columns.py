@@ -5,8 +5,10 @@ A column is as wide as its widest value, or as its least width. With `--noheadin
 separator nothing is padded: that is for scripts.
 """
 
+import operator as operators
+import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from nbdtarget.control.messages import InfoLine
 from nbdtarget.errors import NbdTargetError
@@ -119,6 +121,7 @@ def report(
     *,
     fields: str | None = None,
     sort: str | None = None,
+    select: str | None = None,
     headings: bool = True,
     name_prefixes: bool = False,
     separator: str | None = None,
@@ -128,11 +131,16 @@ def report(
     Args:
         fields: comma-separated; with a `+` before them: besides the default ones.
         sort: comma-separated, a `-` before a field reverses it; default: by name.
+        select: conditions, `FIELD=VALUE` or with != > < >= <= or =~ (a regular expression), with
+            a comma or && between them: only devices for which all of them hold.
         name_prefixes: write each value as DM_FIELD='value'.
         separator: between values, which are not padded then.
-    Raises: NbdTargetError: a field is unknown.
+    Raises: NbdTargetError: a field is unknown, or a condition is none.
     """
     names = _field_names(fields)
+    if select is not None:
+        conditions = [_condition(text) for text in re.split(r",|&&", select)]
+        devices = [each for each in devices if all(holds(each) for holds in conditions)]
     rows = [
         [FIELDS[name].value(device) for name in names]
         for device in _sorted(devices, sort or "name")
@@ -188,6 +196,44 @@ def _sorted(devices: Iterable[InfoLine], sort: str) -> list[InfoLine]:
         name = _checked(key.strip().lstrip("+-"))
         ordered.sort(key=FIELDS[name].value, reverse=key.strip().startswith("-"))
     return ordered
+
+
+def _condition(text: str) -> Callable[[InfoLine], bool]:
+    match = re.fullmatch(r"\s*(\w+)\s*(=~|!=|>=|<=|=|>|<)\s*(.*?)\s*", text)
+    if match is None:
+        raise NbdTargetError(f"info: -S: {text!r} is not FIELD=VALUE")
+    name, operator, wanted = match.groups()
+    value_of = FIELDS[_checked(name)].value
+    wanted = re.sub(r"""(['"])(.*)\1""", r"\2", wanted)
+    if operator == "=~":
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise NbdTargetError(f"info: -S: {wanted!r}: {error}") from None
+        return lambda device: pattern.search(str(value_of(device))) is not None
+    compare = _OPERATORS[operator]
+
+    def holds(device: InfoLine) -> bool:
+        value = value_of(device)
+        if not isinstance(value, int):
+            if operator in ("=", "!="):
+                return compare(value, wanted)
+            raise NbdTargetError(f"info: -S: {name} is not a number")
+        if not wanted.isdecimal():
+            raise NbdTargetError(f"info: -S: {wanted!r} is not a number")
+        return compare(value, int(wanted))
+
+    return holds
+
+
+_OPERATORS: Final[dict[str, Callable[[Any, Any], bool]]] = {
+    "=": operators.eq,
+    "!=": operators.ne,
+    ">": operators.gt,
+    "<": operators.lt,
+    ">=": operators.ge,
+    "<=": operators.le,
+}
 
 
 def _checked(name: str) -> str:

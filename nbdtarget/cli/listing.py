@@ -110,6 +110,15 @@ def info(
         str | None,
         typer.Option("-O", "--sort", metavar="FIELDS", help="`-FIELD' reverses."),
     ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            "-S",
+            "--select",
+            metavar="FIELD=VALUE",
+            help="Only such devices; also != > < >= <= =~, several with commas.",
+        ),
+    ] = None,
     noheadings: Annotated[
         bool, typer.Option("--noheadings", help="No headings, no padding.")
     ] = False,
@@ -128,8 +137,8 @@ def info(
     if fields is not None and fields.strip() in ("help", "?"):
         print(describe_fields())
         return
-    report_options = fields or sort or noheadings or nameprefixes or separator
-    if report_options and not columns:
+    report_options = (fields, sort, select, noheadings, nameprefixes, separator)
+    if any(report_options) and not columns:
         raise typer.BadParameter("columns have options only with -c")
     wanted = device_names(names, uuid, control)
     answer = ask(control, "info", m.Info(wanted), m.InfoAnswer, about=_about(wanted))
@@ -142,6 +151,7 @@ def info(
             answer.devices,
             fields=fields,
             sort=sort,
+            select=select,
             headings=not noheadings,
             name_prefixes=nameprefixes,
             separator=separator,

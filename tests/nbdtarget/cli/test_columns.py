@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports in columns, held against what dmsetup prints for the same devices."""
 
+import re
+
 import pytest
 
 from nbdtarget.cli.columns import FIELDS, describe_fields, report
@@ -108,6 +110,40 @@ def test_sorting() -> None:
     assert names("-name") == ["top2", "top", "n", "b", "a"]
     assert names("open,name") == ["a", "n", "top", "top2", "b"]
     assert names("-open,-name") == ["b", "top2", "top", "n", "a"]
+
+
+@pytest.mark.parametrize(
+    ("select", "names"),
+    [
+        ("name=a", ["a"]),
+        ("name!=a", ["b", "n", "top", "top2"]),
+        ("segments>1", ["b"]),
+        ("segments<1", ["n"]),
+        ("segments >= 1 && minor<=1", ["a", "b"]),
+        ("name=~^top,readonly=Read-only", ["top2"]),
+        ("uuid='UUID-B'", ["b"]),
+        ('uuid=""', ["a", "n", "top", "top2"]),
+        ("minor=9", []),
+    ],
+)
+def test_selection(select: str, names: list[str]) -> None:
+    assert report(DEVICES, fields="name", select=select, headings=False) == names
+
+
+@pytest.mark.parametrize(
+    ("select", "reason"),
+    [
+        ("", "'' is not FIELD=VALUE"),
+        ("name", "'name' is not FIELD=VALUE"),
+        ("nosuch=1", "Unrecognised field: nosuch"),
+        ("name>a", "name is not a number"),
+        ("minor=x", "'x' is not a number"),
+        ("name=~(", "missing"),
+    ],
+)
+def test_a_bad_selection_is_refused(select: str, reason: str) -> None:
+    with pytest.raises(NbdTargetError, match=re.escape(reason)):
+        report(DEVICES, select=select)
 
 
 def test_prefixes_for_shells() -> None:
