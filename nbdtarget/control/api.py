@@ -41,6 +41,8 @@ CLOSING_TURNS: Final = 5
 class ControlServer:
     """Serves `verbs` at `address`.
 
+    Attributes:
+        address: with the port that was taken, once it is started.
     Args:
         token: what each request must carry; on TCP it must be there.
     """
@@ -68,17 +70,18 @@ class ControlServer:
             )
         else:
             listener = await take_tcp_socket(self.address)
+            # For who asked for port 0, and reads the log.
+            self.address = self.address._replace(port=listener.getsockname()[1])
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._first_client)
         _log.info("control socket: %s", self.address)
 
     @property
     def port(self) -> int | None:
-        """The TCP port that was taken, for who asked for port 0."""
+        """The TCP port that was taken; None: not started, or a unix socket."""
         if self._listener is None or isinstance(self.address, Path):
             return None
-        port: int = self._listener.getsockname()[1]
-        return port
+        return self.address.port
 
     def _first_client(self) -> None:
         assert self._listener is not None

@@ -228,6 +228,7 @@ async def test_tcp_wants_the_token() -> None:
     await control.start()
     assert control.port is not None
     address = TcpControl("127.0.0.1", control.port)
+    assert control.address == address  # that is what the log says
 
     async def ask(token: str | None) -> m.Answer:
         client = ControlClient(address, token)
