@@ -13,16 +13,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from metadata.arena import NR_REGIONS_MAX
 from metadata.clone import CloneMetadata
 from metadata.superblock import superblock_block
-from nbdtarget.cli.app import run
 from nbdtarget.devices import file_open
 from nbdtarget.errors import ResolveError
 from tests.metadata.ages import ages
 from tests.metadata.test_examine import needing_check
 from tests.metadata.test_salvage import live_blocks, rot
 from tests.metadata.test_superblock import area_of, make_superblock, put, put_body
+from tests.nbdtarget.cli.metadata_tool import Tool
 
 FIXTURES = Path(__file__).parents[2] / "metadata" / "fixtures"
 DUMP = (FIXTURES / "clone-v1.json").read_text()
@@ -32,44 +31,6 @@ DAMAGED = rot(AGED, live_blocks("compacted")[2])
 
 READING = ["check", "dump", "info", "repair"]
 TOOLS = [*READING, "restore", "size"]
-
-
-class Tool:
-    """Runs `nbdtarget metadata` in this process, in a directory of its own."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], directory: Path) -> None:
-        self._capsys = capsys
-        self.directory = directory
-
-    def __call__(self, *argv: str, status: int = 0) -> tuple[str, str]:
-        """Run a tool that must end with `status`. Returns stdout and stderr."""
-        assert run(["metadata", *argv]) == status
-        return self._capsys.readouterr()
-
-    def fails(self, *argv: str) -> str:
-        """Run a tool that must fail in one line and print nothing. Returns the line."""
-        out, err = self(*argv, status=1)
-        assert (out, err.count("\n")) == ("", 1)
-        assert err.startswith("nbdtarget: ")
-        return err
-
-    def reads(self, tool: str, path: str) -> list[str]:
-        """The arguments with which a tool reads `path`."""
-        if tool == "repair":
-            return ["repair", "-i", path, "-o", str(self.directory / "repaired")]
-        if tool == "restore":
-            return ["restore", "-i", path, "-o", str(self.directory / "restored")]
-        return [tool, path]
-
-    def file(self, content: bytes, name: str = "meta") -> str:
-        path = self.directory / name
-        path.write_bytes(content)
-        return str(path)
-
-
-@pytest.fixture
-def tool(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Tool:
-    return Tool(capsys, tmp_path)
 
 
 def marked(image: bytes) -> bytes:
@@ -617,77 +578,6 @@ def test_repair_of_a_lost_slot_names_the_generations(tool: Tool) -> None:
     line = tool.fails("repair", "-i", path, "-o", str(tool.directory / "new"))
     assert "generation 4 may have been acknowledged and is lost" in line
     assert "this is generation 3" in line
-
-
-# size
-
-
-@pytest.mark.parametrize(
-    ("argv", "out"),
-    [
-        (["--nr-regions", "100"], "4160 sectors"),
-        (["--device-size", "6400K", "--region-size", "64K"], "4160 sectors"),
-        (["--nr-regions", "100", "-n"], "4160"),
-        (["--nr-regions", "100", "-u", "bytes"], "2129920 bytes"),
-        (["--nr-regions", "100", "-u", "k"], "2080 kibibytes"),
-        (["--nr-regions", "100", "-u", "m", "-n"], "3"),
-        (["--nr-regions", "100", "--unit", "K"], "2130 kilobytes"),
-        (["--nr-regions", "100", "--smallest", "-n", "-u", "b"], "163840"),
-    ],
-)
-def test_size_to_the_blank(tool: Tool, argv: list[str], out: str) -> None:
-    assert tool("size", *argv) == (out + "\n", "")
-
-
-def test_size_is_what_creation_makes(tool: Tool) -> None:
-    argv = ["size", "--device-size", "1T", "--region-size", "4K", "--json"]
-    answer = json.loads(tool(*argv)[0])
-    assert answer == {
-        "nr_regions": 1 << 28,
-        "smallest": CloneMetadata.device_size_min(1 << 28),
-        "preferred": CloneMetadata.device_size_for(1 << 28),
-    }
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        [],
-        ["--device-size", "1G"],
-        ["--region-size", "64K"],
-        ["--nr-regions", "5", "--region-size", "64K"],
-        ["--nr-regions", "5", "--device-size", "1G"],
-        ["--nr-regions", "x"],
-        ["--nr-regions", "5", "--unit", "parsecs"],
-        ["--device-size", "x", "--region-size", "64K"],
-    ],
-    ids=" ".join,
-)
-def test_size_argument_combinations(tool: Tool, argv: list[str]) -> None:
-    out, err = tool("size", *argv, status=2)
-    assert (out, err.count("\n")) == ("", 1)
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--device-size", "1G", "--region-size", "2K"], "Invalid region size"),
-        (["--device-size", "1G", "--region-size", "2G"], "Invalid region size"),
-        (["--device-size", "1G", "--region-size", "12K"], "not a power of 2"),
-        (["--device-size", "0", "--region-size", "4K"], "one region at least"),
-        (["--nr-regions", "-1"], "one region at least"),
-        (["--device-size", "1P", "--region-size", "4K"], "Too many regions"),
-        (["--nr-regions", str(NR_REGIONS_MAX + 1)], "Too many regions"),
-        (["--nr-regions", str(10**30)], "Too many regions"),
-    ],
-)
-def test_sizes_that_no_clone_has(tool: Tool, argv: list[str], words: str) -> None:
-    assert words in tool.fails("size", *argv)
-
-
-def test_size_of_the_largest_clone(tool: Tool) -> None:
-    out, _ = tool("size", "--nr-regions", str(NR_REGIONS_MAX), "-n", "-u", "b")
-    assert int(out) == CloneMetadata.device_size_for(NR_REGIONS_MAX)
 
 
 # The opening that all of them share
