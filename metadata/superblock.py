@@ -288,7 +288,8 @@ def read_area(device_size: int) -> Steps[memoryview]:
     yield Flush()
     if device_size < area_size:
         head = yield from read(0, device_size)
-        if any(head):
+        is_cut_short = bytes(head[: len(SUPERBLOCK_MAGIC)]) == SUPERBLOCK_MAGIC
+        if any(head) and not is_cut_short:
             raise NotOurs("block 0", _describe(head))
         raise MetadataTooSmall(needed=area_size, given=device_size)
     return (yield from read(0, area_size))

@@ -356,7 +356,12 @@ def test_copies_of_a_slot_are_not_neighbours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "error"), [(bytes(100), MetadataTooSmall), (b"x" * 100, NotOurs)]
+    ("content", "error"),
+    [
+        (bytes(100), MetadataTooSmall),
+        (b"x" * 100, NotOurs),
+        (SUPERBLOCK_MAGIC + b"x" * 100, MetadataTooSmall),  # what was ours, cut short
+    ],
 )
 def test_device_shorter_than_the_superblock_area(
     content: bytes, error: type[MetadataError]
