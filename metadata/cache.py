@@ -16,9 +16,12 @@ The commit, in two phases as a clone's, because two other disks must act between
     transaction.done()                      # only now may FLUSH and FUA be acknowledged
 
 A committed mapping is read from the cache device, so its data must be there first: FLUSH_CACHE after
-`insert`. Once a removal is committed the origin is read instead, so what was written back
-must be there first: FLUSH_ORIGIN after `remove`, and when blocks are recorded clean. Whatever fails:
-`abort`, and then `record_needs_check`.
+`insert`. If it is clean, the origin must have the same data: it may have been written just before it
+was copied, so FLUSH_ORIGIN, too. Once a removal is committed the origin is read instead, so what was written back
+must be there first: FLUSH_ORIGIN after `remove`. When blocks are recorded clean, both: what was written
+back may have been written just before that. Whatever fails: `abort`, and then `record_needs_check`.
+
+A FLUSH bio needs both devices flushed, whatever `flushes` says: dirtying a block changes no metadata.
 
 Reuse. Until a removal is committed a crash brings the mapping back. So its cblock must not be used
 for another oblock (`may_insert`), and no write to its oblock may be sent to the origin: the old
@@ -41,18 +44,19 @@ be: the value of a block on disk says LOGGED before the block first turns dirty.
 
     clean --log_dirty--> wanted --commit done--> admitted --set_dirty--> dirty
       ^                                              ^                     |
-      +--- commit (FLUSH_ORIGIN first) -- cleaned <--+---- set_clean ------+
+      +------ commit (both flushed) ----- cleaned <--+---- set_clean ------+
 
 `may_dirty` tells whether a write may be sent to the cache device; if not: `log_dirty`, and wait
-for a commit; many such waiters share one. A block that was inserted dirty is LOGGED with its
+for a commit; many such waiters share one. That goes for a write through to both devices, too: it is
+dirty until both have ended. A block that was inserted dirty is LOGGED with its
 mapping and need not wait: a crash forgets both. Cleaned blocks stay LOGGED, and may be dirtied
 again at no cost, until a commit that flushes the origin anyway (or `clear_log`) takes that back.
 So LOGGED on disk is a superset of the dirty blocks at any time, and mostly a small one.
 
 Space and compaction are the clone's; see clone.py. A snapshot is fuzzy here, too: (1) whatever
 uncommitted state it caught, its block is in a transaction that was pre-committed later, at the
-latest in the switching one; (2) so is each block that changed after its chunk was copied; (3) a record says what a block is, and the last
-one wins. So the new journal ends with each such block as it was at the switching pre_commit.
+latest in the switching one; (2) so is each block that changed after its chunk was copied; (3) a
+record says what a block is, and the last one wins. So the new journal ends with each such block as it was at the switching pre_commit.
 
 Abort. The mode becomes RO, and what is in core stays as it is: it tells where the data are, and an
 inserted dirty block has its data nowhere else. What is on disk is the last commit, or the one that failed.

@@ -211,7 +211,9 @@ class CacheBlocks:
             raise AssertionError(f"cache block {other} holds origin block {oblock}")
         self.nr_mapped += 1
         self._changed[cblock] = 1
-        self._flushes |= FLUSH_CACHE
+        # What was copied may not be durable in the origin: a crash would leave a clean block
+        # that differs from it.
+        self._flushes |= FLUSH_CACHE if dirty else FLUSH_CACHE | FLUSH_ORIGIN
         if dirty:
             if self.dirty_log:
                 self._log(cblock)
@@ -378,7 +380,7 @@ class CacheBlocks:
         self._changed[cblock] = 1
 
     def _take_back_log(self) -> None:
-        """Have cleaned blocks recorded clean: the commit flushes the origin before that."""
+        """Have cleaned blocks recorded clean: the commit flushes both devices before that."""
         taken_back = zeros(len(self._cleaned), "little")
         values = self._values
         for cblock in islice(self._cleaned.search(1), TAKEN_BACK_MAX):
@@ -392,7 +394,9 @@ class CacheBlocks:
             self._cleaned &= keep
             self._changed |= taken_back
             self.nr_logged -= nr_taken_back
-            self._flushes |= FLUSH_ORIGIN
+            # Neither may be older than the other: the block is written back, but what is
+            # in the cache may have been written just before that.
+            self._flushes |= FLUSH_CACHE | FLUSH_ORIGIN
         if not self._cleaned.any():
             self._clearing = False
 

@@ -60,8 +60,8 @@ __all__ = [
 _RW: Final = Mode.RW
 
 # What must be flushed before the superblock is written.
-FLUSH_CACHE: Final = 1  # mappings were inserted: the cache device holds their data
-FLUSH_ORIGIN: Final = 2  # removed, or recorded clean: the origin does
+FLUSH_CACHE: Final = 1  # mappings were inserted, or blocks recorded clean
+FLUSH_ORIGIN: Final = 2  # removed, inserted clean, or recorded clean
 
 # Packing an entry costs 0.2 us.
 EAGER_MAX: Final = 4096

@@ -3,7 +3,14 @@
 
 import pytest
 
-from metadata import clone, records, transaction
+from metadata import (
+    cache_blocks,
+    cache_records,
+    cache_transaction,
+    clone,
+    records,
+    transaction,
+)
 from metadata.clone import CloneMetadata
 from tests.metadata.small import SIZE, format_on
 from tests.metadata.store import Store
@@ -30,3 +37,15 @@ def store() -> Store:
 @pytest.fixture
 def metadata(store: Store) -> CloneMetadata:
     return format_on(store)
+
+
+@pytest.fixture
+def small_cache_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots and clean shutdowns of several records, though the cache is small."""
+    for module in (cache_records, cache_transaction):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 128)
+    monkeypatch.setattr(cache_records, "ENTRIES_PER_RECORD_MAX", 3)
+    monkeypatch.setattr(cache_transaction, "CHUNK_CBLOCKS", 16)
+    monkeypatch.setattr(cache_transaction, "EAGER_MAX", 1)
+    monkeypatch.setattr(cache_transaction, "CATCH_UP_MAX", 2)
+    monkeypatch.setattr(cache_blocks, "TAKEN_BACK_MAX", 2)

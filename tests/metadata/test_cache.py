@@ -158,14 +158,23 @@ def test_committed_mappings_survive(store: Store, metadata: CacheMetadata) -> No
     assert metadata.maybe_oblock(8) == 50
 
 
-def test_insertion_needs_the_cache_flushed_removal_the_origin(
+@pytest.mark.parametrize(
+    ("is_dirty", "flushes"), [(True, FLUSH_CACHE), (False, FLUSH_CACHE | FLUSH_ORIGIN)]
+)
+def test_insertion_needs_the_cache_flushed_and_a_clean_one_the_origin_it_was_copied_from(
+    metadata: CacheMetadata, is_dirty: bool, flushes: int
+) -> None:
+    metadata.insert(3, 9, dirty=is_dirty)
+    transaction = metadata.pre_commit()
+    assert transaction is not None
+    assert transaction.flushes == flushes
+
+
+def test_removal_needs_the_origin_flushed(
     store: Store, metadata: CacheMetadata
 ) -> None:
     metadata.insert(3, 9, dirty=False)
-    first = metadata.pre_commit()
-    assert first is not None
-    assert first.flushes == FLUSH_CACHE
-    finish(store, first)
+    commit(store, metadata)
     metadata.remove(3)
     second = metadata.pre_commit()
     assert second is not None
@@ -464,7 +473,7 @@ def test_log_is_cleared_on_demand(store: Store, logged: CacheMetadata) -> None:
     logged.clear_log()
     transaction = logged.pre_commit()
     assert transaction is not None
-    assert transaction.flushes == FLUSH_ORIGIN
+    assert transaction.flushes == FLUSH_CACHE | FLUSH_ORIGIN
     finish(store, transaction)
     assert not logged.changed
     assert dirty(open_on(store)) == set()

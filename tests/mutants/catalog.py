@@ -3,6 +3,7 @@
 
 from typing import Final
 
+from tests.mutants.cache_metadata import CACHE_METADATA
 from tests.mutants.clone import CLONE
 from tests.mutants.clone_features import CLONE_FEATURES
 from tests.mutants.commit import COMMIT
@@ -16,6 +17,7 @@ __all__ = ["CATALOG", "ESSENTIAL"]
 
 CATALOG: Final[tuple[Mutant, ...]] = (
     *METADATA,
+    *CACHE_METADATA,
     *COMMIT,
     *CLONE,
     *CLONE_FEATURES,

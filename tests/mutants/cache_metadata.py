@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of a cache's metadata: what may be believed after a crash, and what must be flushed first."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["CACHE_METADATA"]
+
+CUTS: Final = (
+    "tests/metadata/test_cache_crash.py::test_every_crash_image_opens_at_an_acknowledged_state",
+)
+CACHE: Final = ("tests/metadata/test_cache.py",)
+LOAD: Final = ("tests/metadata/test_cache_load.py",)
+TRANSACTION: Final = "metadata/cache_transaction.py"
+BLOCKS: Final = "metadata/cache_blocks.py"
+READING: Final = "metadata/cache_load.py"
+
+
+def _mutant(
+    name: str, forgets: str, file: str, old: str, new: str, tests: tuple[str, ...]
+) -> Mutant:
+    return Mutant(f"cache-{name}", forgets, file, ((old, new),), tests)
+
+
+CACHE_METADATA: Final = (
+    _mutant(
+        "clean-shutdown-not-cleared",
+        "A crash looks like a clean shutdown: blocks that are dirty count as clean.",
+        TRANSACTION,
+        "flags=CLEAN_SHUTDOWN if shutdown is not None else 0,",
+        "flags=CLEAN_SHUTDOWN if shutdown is not None else superblock.flags,",
+        CUTS,
+    ),
+    _mutant(
+        "changes-admitted-before-the-clean-shutdown-is-cleared",
+        "A write dirties a block while the disk still says that all is exact.",
+        BLOCKS,
+        "        self.admits_changes = False\n        was_logged",
+        "        self.admits_changes = True\n        was_logged",
+        CUTS,
+    ),
+    _mutant(
+        "dirty-bits-trusted-after-an-unclean-shutdown",
+        "What was dirty at a crash counts as clean, and is dropped with the next demotion.",
+        READING,
+        "dirty = (logged if superblock.incompat & DIRTY_LOG else mapped).copy()",
+        "dirty = logged.copy()",
+        CUTS,
+    ),
+    _mutant(
+        "removal-without-origin-flush",
+        "A mapping is gone, and what was written back to the origin is lost in its cache.",
+        BLOCKS,
+        "        self._changed[cblock] = 1\n        self._flushes |= FLUSH_ORIGIN\n",
+        "        self._changed[cblock] = 1\n",
+        CUTS,
+    ),
+    _mutant(
+        "insertion-without-cache-flush",
+        "A committed mapping points at what the cache block held before: another block's data.",
+        BLOCKS,
+        "FLUSH_CACHE if dirty else FLUSH_CACHE | FLUSH_ORIGIN",
+        "0 if dirty else FLUSH_ORIGIN",
+        CUTS,
+    ),
+    _mutant(
+        "clean-insertion-without-origin-flush",
+        "A block that was copied before the origin was durable is clean, but newer than that.",
+        BLOCKS,
+        "FLUSH_CACHE if dirty else FLUSH_CACHE | FLUSH_ORIGIN",
+        "FLUSH_CACHE",
+        (*CACHE, *CUTS),
+    ),
+    _mutant(
+        "recorded-clean-without-cache-flush",
+        "The origin has what was written back, the cache block something older, and it is clean.",
+        BLOCKS,
+        "self._flushes |= FLUSH_CACHE | FLUSH_ORIGIN",
+        "self._flushes |= FLUSH_ORIGIN",
+        CUTS,
+    ),
+    _mutant(
+        "recorded-clean-without-origin-flush",
+        "The dirty log says clean before what was written back is durable.",
+        BLOCKS,
+        "self._flushes |= FLUSH_CACHE | FLUSH_ORIGIN",
+        "self._flushes |= FLUSH_CACHE",
+        (*CACHE, *CUTS),
+    ),
+    _mutant(
+        "dirty-log-record-after-the-write",
+        "A write is sent before the log says so durably: a crash leaves the block clean.",
+        BLOCKS,
+        "bool(self._admitted[cblock])",
+        "bool(self._logged[cblock])",
+        CUTS,
+    ),
+    _mutant(
+        "taken-back-record-still-believed",
+        "A block is dirtied again on the strength of a record that was taken back.",
+        BLOCKS,
+        "            self._admitted &= keep\n",
+        "",
+        CUTS,
+    ),
+    _mutant(
+        "dirty-log-switched-on-without-what-is-dirty",
+        "Blocks that were dirty before the log was kept are clean after the next crash.",
+        BLOCKS,
+        "enumerate(missing.search(1))",
+        "enumerate(missing.search(1, 0, 0))",
+        CUTS,
+    ),
+    _mutant(
+        "block-reused-before-its-removal-is-committed",
+        "A crash brings the old mapping back over another block's data.",
+        BLOCKS,
+        "            or self._changed[cblock]\n",
+        "",
+        CUTS,
+    ),
+    _mutant(
+        "block-reused-while-its-removal-is-committed",
+        "A crash in the middle of that commit brings the old mapping back over other data.",
+        BLOCKS,
+        "transaction.taken[cblock])",
+        "False)",
+        CUTS,
+    ),
+    _mutant(
+        "transaction-writes-what-changed-later",
+        "A commit journals what blocks became after its flushes had begun.",
+        TRANSACTION,
+        "entry_records(cblocks.search(1), values[:])",
+        "entry_records(cblocks.search(1), values)",
+        CUTS,
+    ),
+    _mutant(
+        "snapshot-of-what-changed-later",
+        "The snapshot of a commit holds what blocks became after its flushes had begun.",
+        TRANSACTION,
+        "self._frozen = metadata._values[:]",
+        "self._frozen = metadata._values",
+        CUTS,
+    ),
+    _mutant(
+        "compaction-drops-a-transaction",
+        "What was committed while a snapshot was written is gone with the switch.",
+        TRANSACTION,
+        "            compaction.note(self.taken)\n",
+        "            compaction.note(self.taken ^ self.taken)\n",
+        CUTS,
+    ),
+    _mutant(
+        "needs-check-in-the-failed-generation",
+        "A crash leaves two superblocks of one generation that contradict each other.",
+        "metadata/cache.py",
+        "generation=self._superblock.generation + 2,",
+        "generation=self._superblock.generation + 1,",
+        CUTS,
+    ),
+    _mutant(
+        "needs-check-not-recorded",
+        "After a failed commit the metadata opens as if nothing had been.",
+        "metadata/cache.py",
+        "flags=self._superblock.flags | NEEDS_CHECK,",
+        "flags=self._superblock.flags,",
+        (*CACHE, *CUTS),
+    ),
+    _mutant(
+        "live-sync-area-overwritten",
+        "A crash in a full sync destroys the dirty bits that the superblock vouches for.",
+        TRANSACTION,
+        "self._sync_area = (superblock.sync_area + 1) % NR_SYNC_AREAS",
+        "self._sync_area = superblock.sync_area % NR_SYNC_AREAS",
+        CACHE,
+    ),
+    _mutant(
+        "hints-of-another-policy-believed",
+        "Levels of one policy are taken for those of another.",
+        "metadata/cache_superblock.py",
+        "            and self.name == stored.name\n",
+        "",
+        CACHE,
+    ),
+    _mutant(
+        "origin-block-held-twice",
+        "Two cache blocks hold one origin block: which of them is read is chance.",
+        READING,
+        "        if other is not None:\n            raise",
+        "        if other == -1:\n            raise",
+        LOAD,
+    ),
+    _mutant(
+        "dirty-bit-of-an-unmapped-block-believed",
+        "Garbage is written back over the origin.",
+        READING,
+        '    _refuse_any(sync.dirty & ~mapped, "unmapped")\n',
+        "",
+        LOAD,
+    ),
+    _mutant(
+        "shrunk-over-a-dirty-block",
+        "The only copy of acknowledged data is cut off.",
+        BLOCKS,
+        'if dirty >= 0:\n            raise CannotShrink("origin", dirty)',
+        'if dirty < -1:\n            raise CannotShrink("origin", dirty)',
+        CACHE,
+    ),
+)
