@@ -70,6 +70,7 @@ class Hydration:
         enabled, threshold, batch_size, rate: as the messages set them; call `wake` after a
             change.
         hydrate_on_read: whether `note_read` should be called.
+        slow_until_ns: when the next job may start at the soonest, after many have failed.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Hydration:
         self._bios_seen = 0
         self._busy_until_ns = 0
         self._rest_until_ns = 0
-        self._slow_until_ns = 0
+        self.slow_until_ns = 0
         self._nr_failed_jobs = 0
         regions.wake = self.wake
 
@@ -191,7 +192,7 @@ class Hydration:
             return None
         if self._jobs and room < min(max(self.batch_size, 1), self.threshold):
             return None
-        until_ns = max(self._slow_until_ns, self.rate.ready_ns)
+        until_ns = max(self.slow_until_ns, self.rate.ready_ns)
         if self.regions.nr_bios != self._bios_seen:
             self._bios_seen = self.regions.nr_bios
             self._busy_until_ns = now_ns + int(QUIET_S * _NS)
@@ -339,7 +340,7 @@ class Hydration:
         doublings = self._nr_failed_jobs - FAILED_JOBS_FREE
         if doublings >= 0:
             slow_s = min(SLOW_S_MIN * 2 ** min(doublings, 16), SLOW_S_MAX)
-            self._slow_until_ns = now_ns + int(slow_s * _NS)
+            self.slow_until_ns = now_ns + int(slow_s * _NS)
 
     def _job_done(self, job: "asyncio.Task[None]") -> None:
         self._jobs.discard(job)

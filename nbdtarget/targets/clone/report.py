@@ -70,7 +70,7 @@ def status_fields(
 ) -> StatusFields:
     """As the line, by name and with units; and the errors. In every mode."""
     metadata = regions.metadata
-    nr_failed, retry_in_s = _failed(regions, filler)
+    nr_failed, retry_in_s = _failed(regions, hydration, filler)
     return {
         "mode": metadata.mode.value,
         "metadata_block_size_sectors": METADATA_BLOCK_SECTORS,
@@ -95,7 +95,9 @@ def status_fields(
     }
 
 
-def _failed(regions: Regions, filler: Filler) -> tuple[int, float | None]:
+def _failed(
+    regions: Regions, hydration: Hydration, filler: Filler
+) -> tuple[int, float | None]:
     """Regions that wait to be tried again, and in how many seconds the first is."""
     if not regions.is_writable:
         return 0, None  # nothing will be tried
@@ -109,4 +111,5 @@ def _failed(regions: Regions, filler: Filler) -> tuple[int, float | None]:
             retry_ns = min(retry_ns or failed.retry_ns, failed.retry_ns)
     if retry_ns is None:
         return 0, None
+    retry_ns = max(retry_ns, hydration.slow_until_ns)
     return nr_failed, max(0, retry_ns - filler.clock.now_ns()) / 1e9

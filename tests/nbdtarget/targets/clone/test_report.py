@@ -125,6 +125,25 @@ async def test_errors_are_counted_and_when_they_are_tried_again_is_told() -> Non
     await rig.stop()
 
 
+async def test_next_try_of_a_dead_source_is_told_with_hydration_slowed_down() -> None:
+    rig = Rig(size=64 * REGION, words="8")
+    rig.source.fails = lambda bio: errnos.EIO
+    await rig.start()
+    for _ in range(150):  # 15 s: all that have failed are due, and hydration rests
+        rig.clock.advance(0.1)
+        await settle(30)
+    retry_in_s = rig.target.status_fields()["retry_in_s"]
+    assert isinstance(retry_in_s, float)
+    nr_errors = rig.target.status_fields()["errors"]
+    rig.clock.advance(retry_in_s * 0.9)
+    await settle(30)
+    assert rig.target.status_fields()["errors"] == nr_errors
+    rig.clock.advance(retry_in_s * 0.2)
+    await settle(30)
+    assert rig.target.status_fields()["errors"] == nr_errors + 1
+    await rig.stop()
+
+
 async def failures(rig: Rig, seconds: float) -> None:
     for _ in range(round(seconds / 0.1)):
         rig.clock.advance(0.1)
