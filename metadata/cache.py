@@ -95,7 +95,6 @@ from metadata.cache_superblock import (
     CacheSuperblock,
     Policy,
     device_size_with,
-    discard_block_size_for,
     first_superblock,
     journal_blocks_preferred,
     layout_for,
@@ -135,7 +134,6 @@ __all__ = [
     "Mode",
     "Policy",
     "Statistics",
-    "discard_block_size_for",
 ]
 
 _RW: Final = Mode.RW

@@ -150,7 +150,7 @@ class CacheBlocks:
         if self.mode is _FAIL:
             raise FailedMetadata
         transaction = self._transaction
-        return not (
+        return cblock < self.nr_cblocks and not (
             self._values[cblock]
             or self._changed[cblock]
             or (transaction is not None and transaction.taken[cblock])

@@ -43,7 +43,6 @@ __all__ = [
     "Policy",
     "check_device_size",
     "device_size_with",
-    "discard_block_size_for",
     "first_superblock",
     "journal_blocks_preferred",
     "layout_for",
@@ -59,9 +58,8 @@ NR_SYNC_AREAS: Final = 2
 # not know it would dirty blocks without a word, and we would take them for clean.
 DIRTY_LOG: Final = 1
 
-# The kernel's: discard blocks are doubled while the origin has more of them than 2^14.
-NR_DBLOCKS_DOUBLED: Final = 1 << 14
-NR_DBLOCKS_MAX: Final = 2 * NR_DBLOCKS_DOUBLED + 1
+# Doubled while there are more than 2^14 of them; the last one may be short (cache_discards.py).
+NR_DBLOCKS_MAX: Final = (1 << 15) + 1
 
 
 class Policy(NamedTuple):
@@ -133,14 +131,6 @@ class CacheSuperblock(
     def policy(self) -> Policy:
         """Whose the hints are."""
         return Policy(self.policy_name, self.policy_version, self.hint_size)
-
-
-def discard_block_size_for(block_size: int, origin_size: int) -> int:
-    """Return the bytes of a discard block, as the kernel chooses it."""
-    size = block_size
-    while origin_size // size > NR_DBLOCKS_DOUBLED:
-        size *= 2
-    return size
 
 
 def device_size_with(nr_cblocks_max: int, journal_blocks: int) -> int:

@@ -13,7 +13,6 @@ from metadata.cache import (
     CacheMetadata,
     Discarded,
     Policy,
-    discard_block_size_for,
 )
 from metadata.errors import (
     BlockSizeMismatch,
@@ -136,11 +135,6 @@ def test_changed_block_size_is_refused(store: Store, metadata: CacheMetadata) ->
 
 def test_size_for_a_million_blocks_is_known() -> None:
     assert CacheMetadata.device_size_for(1 << 20) < 57 << 20
-
-
-def test_discard_blocks_are_the_kernels() -> None:
-    assert discard_block_size_for(65536, 65536 * (1 << 14)) == 65536
-    assert discard_block_size_for(65536, 65536 * ((1 << 14) + 1)) == 2 * 65536
 
 
 # Mappings
@@ -337,6 +331,18 @@ def test_clean_shutdown_of_dirty_blocks_writes_no_mappings(
     sync_begin = metadata._superblock.sync_begin
     writes = [each.offset // 4096 for each in store.log if isinstance(each, Write)]
     assert all(block < 4 or block >= sync_begin for block in writes)
+
+
+def test_commit_costs_what_changed() -> None:
+    store = Store(CacheMetadata.device_size_for(50_000))
+    metadata = format_on(store, nr_cblocks=50_000)
+    start(store, metadata)
+    for oblock in range(NR_OBLOCKS):
+        metadata.insert(7 * oblock, oblock, dirty=False)
+    store.log.clear()
+    commit(store, metadata)
+    lengths = [len(each.data) for each in store.log if isinstance(each, Write)]
+    assert lengths == [4096, 4096, 4096]  # journal, superblock twice
 
 
 # Modes

@@ -4,6 +4,8 @@
 import pytest
 
 from metadata.errors import (
+    BlockSizeMismatch,
+    CannotShrink,
     CorruptMetadata,
     FailedMetadata,
     GeometryMismatch,
@@ -25,6 +27,11 @@ CASES: list[tuple[MetadataError, list[str]]] = [
         GeometryMismatch("region_size", stored=4096, given=8192),
         ["Region and/or target size don't match the ones in metadata", "4096", "8192"],
     ),
+    (
+        BlockSizeMismatch(stored=65536, given=98304),
+        ["data block size (98304 bytes)", "65536"],
+    ),
+    (CannotShrink("cache", 7), ["unable to shrink cache; cache block 7 is dirty"]),
     (MetadataTooSmall(needed=10, given=5), ["10", "5"]),
     (ReadOnlyMetadata(), ["read-only"]),
     (FailedMetadata(), ["failed"]),
