@@ -2,6 +2,8 @@
 # Everything needs only Python 3.11, make and git; the rest goes into .venv.
 
 PYTHON ?= python3
+# Processes that `make test` runs in.
+JOBS ?= auto
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
 
@@ -68,7 +70,7 @@ check: .venv/dev.stamp
 
 test: .venv/dev.stamp
 	@scripts/install-clients
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
 
 # ---- on demand ---------------------------------------------------------------------------
 
