@@ -135,6 +135,7 @@ async def test_next_try_of_a_dead_source_is_told_with_hydration_slowed_down() ->
     retry_in_s = rig.target.status_fields()["retry_in_s"]
     assert isinstance(retry_in_s, float)
     nr_errors = rig.target.status_fields()["errors"]
+    assert isinstance(nr_errors, int)
     rig.clock.advance(retry_in_s * 0.9)
     await settle(30)
     assert rig.target.status_fields()["errors"] == nr_errors
