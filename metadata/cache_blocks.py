@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache blocks in core: what they hold, which are dirty, and what has changed.
 
-The head of cache.py tells the theory. Per cache block this takes 8 bytes of value, 8 of index, 4 of
-hint, and five bits.
+The head of cache.py tells the theory. Per cache block this takes 8 bytes of value, 5 to 10 of
+index, 4 of hint, and five bits.
 """
 
 from collections.abc import Iterator
@@ -276,10 +276,12 @@ class CacheBlocks:
         Raises: ReadOnlyMetadata, FailedMetadata.
         """
         self._check_change()
-        self._clearing = True
+        self._clearing = self._cleaned.any()
 
     def resize_cache(self, nr_cblocks: int) -> Steps[None]:
-        """Grow, or shrink to a prefix: mappings behind it are removed. Not during a commit.
+        """Grow, or shrink to a prefix: mappings behind it are removed.
+
+        Nothing else may change meanwhile, and no commit be under way.
 
         Raises:
             CannotShrink: one of these is dirty. MetadataTooSmall: it cannot grow so far on
@@ -312,7 +314,9 @@ class CacheBlocks:
             self._hints = self._hints + (yield from new_words("I", grown))
 
     def resize_origin(self, origin_size: int) -> Steps[None]:
-        """Grow or shrink the origin: mappings behind its end are removed. Not during a commit.
+        """Grow or shrink the origin: mappings behind its end are removed.
+
+        Nothing else may change meanwhile, and no commit be under way.
 
         Raises:
             CannotShrink: one of these is dirty. Nothing has changed.
@@ -415,9 +419,10 @@ class CacheBlocks:
             self._changed,
         ):
             bits.extend(zeros(missing, "little"))
-        self._by_oblock = yield from OblockIndex.new(self._values)
+        by_oblock = yield from OblockIndex.new(self._values)
         for cblock, value in enumerate(self._values):
             if value:
-                self._by_oblock.add(cblock)
+                by_oblock.add(cblock)
             if cblock % STEP_CBLOCKS == 0:
                 yield ()
+        self._by_oblock = by_oblock

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cache block holds an origin block: a hash table of 8 bytes a cache block.
+"""Which cache block holds an origin block: a hash table of 5 to 10 bytes a cache block.
 
-Open addressing with linear probing, at most half full. A slot holds a cblock plus one, or zero; what
+Open addressing with linear probing, at most four fifths full. A slot holds a cblock plus one, or zero; what
 oblock that is stands in the values (cache_records.py), so an entry must be removed **before**
 its value changes. Removing moves later entries of the run forward: there are no tombstones.
 """
@@ -31,7 +31,7 @@ class OblockIndex:
     @classmethod
     def new(cls, values: Words) -> Steps["OblockIndex"]:
         """Return an empty index with room for all of `values`."""
-        nr_slots = 1 << max(3, (2 * len(values) - 1).bit_length())
+        nr_slots = 1 << max(3, (len(values) + len(values) // 4).bit_length())
         slots: Words = array("I")
         missing = nr_slots * slots.itemsize
         while missing:

@@ -4,6 +4,7 @@
 from array import array
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from bitarray import bitarray
 
@@ -28,6 +29,7 @@ from metadata.errors import (
 from metadata.kinds import find_kind
 from metadata.mode import Mode
 from metadata.operations import Flush, Write
+from metadata.superblock import superblock_writes
 from tests.metadata import small
 from tests.metadata.cache_small import (
     BLOCK_SIZE,
@@ -44,6 +46,7 @@ from tests.metadata.cache_small import (
     start,
 )
 from tests.metadata.store import Store, drive, read_image
+from tests.metadata.world import rotten
 
 SMQ = Policy("smq", (2, 0, 0))
 
@@ -343,6 +346,38 @@ def test_commit_costs_what_changed() -> None:
     commit(store, metadata)
     lengths = [len(each.data) for each in store.log if isinstance(each, Write)]
     assert lengths == [4096, 4096, 4096]  # journal, superblock twice
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_rotten_superblock_copy_is_healed_by_commits(
+    store: Store, metadata: CacheMetadata, block: int
+) -> None:
+    metadata.insert(3, 9, dirty=False)
+    commit(store, metadata)
+    opened = open_on(Store(SIZE, rotten(bytes(store.durable), 8 * block)))
+    assert opened.notes
+    assert mapped(opened) == {3: 9}
+    assert opened.changed
+    healed = Store(SIZE, rotten(bytes(store.durable), 8 * block))
+    again = open_on(healed)
+    while again.changed:
+        commit(healed, again)
+    assert open_on(healed).notes == ()
+
+
+def test_unknown_ro_compat_feature_opens_read_only(store: Store) -> None:
+    metadata = format_on(store)
+    for generation in (2, 3):
+        superblock = msgspec.structs.replace(
+            metadata._superblock, generation=generation, ro_compat=1
+        )
+        for write in superblock_writes(superblock):
+            store.do(write)
+    opened = open_on(store)
+    assert opened.mode is Mode.RO
+    assert opened.pre_commit(clean_shutdown=True) is None
+    with pytest.raises(ReadOnlyMetadata):
+        drive(store, opened.start(dirty_log=False))
 
 
 # Modes
