@@ -25,10 +25,10 @@ Rate. What jobs copy is charged to a `Rate`, zeroes only where the destination c
 write them.
 
 Clients first. While client I/O arrives (something came in the last `QUIET_S`), only one
-job runs at a time, with a rest of three times its duration after it: clients keep three quarters of
-the time, yet hydration goes on under any load. After `QUIET_S` of silence it is at
-full speed again. (The kernel stops altogether while any I/O is in flight, and may take a
-second to go on: a busy disk is never hydrated, a quiet one late.)
+job runs at a time, of `BUSY_BYTES_MAX` at most, with a rest of three times its duration after
+it: clients keep three quarters of the time, yet hydration goes on under any load. After `QUIET_S`
+of silence it is at full speed again. (The kernel stops altogether while any I/O is in flight, and
+may take a second to go on: a busy disk is never hydrated, a quiet one late.)
 
 Errors. What fails is left alone for a while (`Filler`, `Failures`). When job after job fails
 altogether (a dead device), the whole hydration slows down too.
@@ -52,6 +52,8 @@ from nbdtarget.targets.prison import Cell
 __all__ = ["Hydration"]
 
 QUIET_S: Final = 0.010
+# Of one job while clients are active: what they want of a slow source comes after it.
+BUSY_BYTES_MAX: Final = 1 << 20
 REST_FACTOR: Final = 3
 REST_S_MAX: Final = 0.100
 SCAN_REGIONS_MAX: Final = 1 << 25  # bits looked through between two turns of the loop
@@ -288,6 +290,8 @@ class Hydration:
         else:
             room = self.threshold - regions.nr_hydrating
             end = min(end, begin + max(1, min(self.batch_size, room)))
+            if self.clock.now_ns() < self._busy_until_ns:
+                end = min(end, begin + max(1, BUSY_BYTES_MAX >> regions.shift))
             if (bytes_max := self.rate.job_bytes_max) is not None:
                 end = min(end, begin + max(1, bytes_max >> regions.shift))
             weight = end - begin

@@ -397,3 +397,25 @@ async def test_slow_copy_does_not_keep_others_from_starting_once_clients_are_qui
     await settle(300)
     assert await rig.hydrated() == "16/16"
     await rig.stop()
+
+
+async def test_jobs_are_small_while_clients_are_active(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nbdtarget.targets.clone.hydration.BUSY_BYTES_MAX", 2 * REGION)
+    words = "8 1 no_hydration 4 hydration_threshold 16 hydration_batch_size 8"
+    rig = await make(words, 64)
+    rig.source.hold = True
+    rig.bio(OP_READ, 0, 512)
+    await rig.target.message(["enable_hydration"])
+    await settle()
+    assert await hydrating(rig) == 2, "a client was here a moment ago"
+    rig.source.let_go()
+    await settle()
+    rig.source.hold = True
+    await pass_time(rig, 0.2)
+    assert await hydrating(rig) == 10, "a small one, then a whole batch"
+    rig.source.let_go()
+    await settle(300)
+    assert await rig.hydrated() == "64/64"
+    await rig.stop()
