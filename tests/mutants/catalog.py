@@ -45,6 +45,12 @@ ESSENTIAL: Final = frozenset(
         "revert-forgotten-after-a-failed-commit",
         "latch-forgotten-after-a-failed-fsync",
         "compaction-drops-a-delta",
+        "cache-clean-shutdown-not-cleared",
+        "cache-dirty-bits-trusted-after-an-unclean-shutdown",
+        "cache-insertion-without-cache-flush",
+        "cache-removal-without-origin-flush",
+        "cache-dirty-log-record-after-the-write",
+        "cache-block-reused-before-its-removal-is-committed",
         "deferred-payload-not-owned",
     }
 )
