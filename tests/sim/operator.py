@@ -195,8 +195,11 @@ class Operator:
 
     async def _cut_suspended(self) -> None:
         await self._verbs.suspend(m.Suspend("d"))
-        await self._powercut("cycle", *self._fate())
-        await self._verbs.resume(m.Resume("d"))
+        try:
+            await self._powercut("cycle", *self._fate())
+        finally:
+            # Also if it is refused, as a cut before this one could not be ended.
+            await self._verbs.resume(m.Resume("d"))
 
     async def _cut_and_end(self) -> None:
         life = self._life
