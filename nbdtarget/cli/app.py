@@ -10,10 +10,11 @@ should cost little more than starting Python.
 
 import os
 import sys
-from typing import Final, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 
+from nbdtarget import __version__
 from nbdtarget.cli import (
     clone,
     devices,
@@ -29,7 +30,6 @@ __all__ = ["app", "main", "run"]
 
 app: Final = typer.Typer(
     name="nbdtarget",
-    help="device-mapper's clone for any machine: an NBD server with dmsetup's verbs.",
     no_args_is_help=False,
     add_completion=False,
     rich_markup_mode=None,
@@ -39,6 +39,28 @@ app: Final = typer.Typer(
 
 for group in (clone, serve, tables, devices, listing, log_writes, metadata):
     group.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nbdtarget {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Show the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """device-mapper's clone for any machine: an NBD server with dmsetup's verbs."""
+
 
 # Typer brings its own click in some versions: its exceptions are reached through Typer.
 _UsageError: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
@@ -79,6 +101,7 @@ def _usage(error: BaseException) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "nbdtarget"
     message = getattr(error, "format_message", error.__str__)()
+    message = message.removeprefix("Invalid value: ")
     print(
         f"nbdtarget: {' '.join(message.split())} (see {command} --help)",
         file=sys.stderr,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget import __version__
 from nbdtarget.cli.app import run
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.verbs import Verbs
@@ -368,3 +369,7 @@ def test_setuuid_deferred_remove_and_retry(
     cli("remove", "--deferred", "low")
     cli("remove", "top")
     assert cli("ls") == "No devices found\n"
+
+
+def test_version_of_the_program(cli: CommandLine) -> None:
+    assert cli("--version") == f"nbdtarget {__version__}\n"
