@@ -16,7 +16,8 @@ again (`is_lossy`), and from then on a READ may return whatever a power cut may 
 
 After a power cut the disk is read piece by piece, and each piece is held against all it may
 be and becomes the truth at once (`check_survivor_at`): the power may go again before the rest
-was looked at.
+was looked at, or a bad disk may hide it. Until then that rest holds anything from its floor on,
+whatever a client had been answered before the cut.
 """
 
 from collections.abc import Sequence
@@ -114,16 +115,20 @@ class ClientModel(DiskModel):
     def lose_unflushed(self) -> None:
         """A device has lost its power, and what was not flushed may be gone."""
         self.nr_losses += 1
-        for sector in self._sectors:
-            sector.history[0].ended = True
-            for write in sector.history[1:]:
-                write.ended = False
+        self._keep_only_promises()
         self._doubt()
 
     def become_lossy(self) -> None:
         """A disk has failed under something that believes its own bits."""
         self.is_lossy = True
         self._doubt()
+
+    def _keep_only_promises(self) -> None:
+        """Each sector may hold anything from its floor on: no later answer counts any more."""
+        for sector in self._sectors:
+            sector.history[0].ended = True
+            for write in sector.history[1:]:
+                write.ended = False
 
     def _doubt(self) -> None:
         """What is in flight now may still be built upon, or meet, an older value."""
@@ -139,7 +144,12 @@ class ClientModel(DiskModel):
         return history[:] if self.is_lossy else _visible(history)
 
     def power_off(self) -> None:
-        """No READ will be answered any more, and what a disk did wrong is over."""
+        """No READ will be answered any more, and what a disk did wrong is over.
+
+        A life may end before all was looked at, or a bad disk not let us: until a sector is
+        (`check_survivor_at`), all that the power cut may have left of it stays possible.
+        """
+        self._keep_only_promises()
         self._reads.clear()
         self._partial.clear()
         self.is_lossy = False
