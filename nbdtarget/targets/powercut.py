@@ -30,6 +30,9 @@ What is on the medium is safe from these cuts, flushed or not; from a real one i
 as the device below makes it: FLUSH and FUA are passed on to it. A suspend brings the whole cache
 to the medium, so that nothing is lost by a reload or a removal without a cut.
 
+A cut is told to nobody. What stands on this disk and keeps a state of its own in memory (a
+clone, a mounted file system) must start anew after it, as after a real one.
+
 Everything but reads and writes of whole sectors runs one at a time, in the order in which it came. A
 bio that waits there was not promised anything yet.
 """
