@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words of a cache's table line, checked in the kernel's order, with its texts.
+
+    <metadata dev> <cache dev> <origin dev> <block size>
+    <#feature args> [<feature>]*
+    <policy> <#policy args> [<key> <value>]*
+
+    feature                     what it does
+    writeback                   writes to cached blocks stay in the cache for a while (default)
+    writethrough                they go to both devices
+    passthrough                 they go to the origin, and the cached block is given up
+    metadata2                   dirty bits apart from the mappings: shown as given, and always so here
+    no_discard_passdown         discards end here
+    dirty_log               *   after a crash only those blocks are dirty that may be
+    sorted_writeback        *   an idle cache writes back in the order of the origin
+
+    key                         value                                    default   as a message
+    migration_threshold         sectors that migrations may have         2048      the same words
+                                under way
+    migration_rate          *   bytes a second that migrations may       0         the same words
+                                copy; 0: no bound
+    any other                   is the policy's                                    the same words
+
+`*`: not in the kernel; without these words a cache does what the kernel's does, and its status
+line reads the same. Features and the keys above are the same in upper case, policies are not. A
+feature may be repeated, but for the three modes; the last value of a key wins. Words after the
+policy's are ignored. Numbers have 64 bits.
+
+Messages name blocks by ranges: `<n>`, or `<begin>-<end>` without the end.
+
+Pure: devices are opened by the constructor, between the steps here.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from nbdtarget.errors import ConstructorError, TableError
+from nbdtarget.policies.base import PolicyConfigError
+from nbdtarget.policies.registry import UnknownPolicyError, policy_type
+from nbdtarget.targets.arguments import parse_uint, read_argument
+
+__all__ = [
+    "ARGUMENTS_MIN",
+    "CORE_KEYS",
+    "PASSTHROUGH",
+    "SECTOR",
+    "WRITEBACK",
+    "WRITETHROUGH",
+    "Options",
+    "parse_block_size",
+    "parse_core_value",
+    "parse_options",
+    "parse_ranges",
+]
+
+WRITEBACK: Final = "writeback"
+WRITETHROUGH: Final = "writethrough"
+PASSTHROUGH: Final = "passthrough"
+
+SECTOR: Final = 512
+ARGUMENTS_MIN: Final = 6  # up to the policy's name
+BLOCK_SECTORS_MIN: Final = 64
+BLOCK_SECTORS_MAX: Final = 2097152
+FEATURES_MAX: Final = 5
+POLICY_ARGUMENTS_MAX: Final = 1024
+UINT64_MAX: Final = (1 << 64) - 1
+
+# Keys that are ours and not the policy's; each is a field of `Options`.
+CORE_KEYS: Final = ("migration_threshold", "migration_rate")
+
+_INSUFFICIENT: Final = "Insufficient args"
+_BAD_CONFIG: Final = "Error setting cache policy's config values"
+
+
+@dataclass(slots=True)
+class Options:
+    """What follows the block size.
+
+    Attributes:
+        mode: one of the three.
+        policy_name: as it was typed.
+        migration_threshold: sectors. migration_rate: bytes a second.
+        policy_config: the pairs that are for the policy to judge.
+    """
+
+    mode: str = WRITEBACK
+    metadata2: bool = False
+    discard_passdown: bool = True
+    dirty_log: bool = False
+    sorted_writeback: bool = False
+    policy_name: str = "default"
+    migration_threshold: int = 2048
+    migration_rate: int = 0
+    policy_config: list[tuple[str, str]] = field(default_factory=list)
+
+
+def parse_block_size(word: str, *, cache_size: int) -> int:
+    """Return the block size in bytes; `word` gives it in sectors.
+
+    Args:
+        cache_size: bytes of the cache device, which must hold one block.
+
+    Raises: ConstructorError.
+    """
+    sectors = parse_uint(word.removeprefix("+"), BLOCK_SECTORS_MAX)
+    if sectors is None or sectors < BLOCK_SECTORS_MIN or sectors % BLOCK_SECTORS_MIN:
+        raise _error("Invalid data block size")
+    if sectors * SECTOR > cache_size:
+        raise _error("Data block size is larger than the cache device")
+    return sectors * SECTOR
+
+
+def parse_options(words: Sequence[str]) -> Options:
+    """Parse what follows the block size.
+
+    Whether the policy likes its pairs, it tells when it is made.
+
+    Raises: ConstructorError.
+    """
+    options = Options()
+    features, rest = _group(
+        words, FEATURES_MAX, "Invalid number of cache feature arguments"
+    )
+    _parse_features(options, features)
+    if not rest:
+        raise _error(_INSUFFICIENT)
+    options.policy_name = rest[0]
+    pairs, _ = _group(
+        rest[1:], POLICY_ARGUMENTS_MAX, "Invalid number of policy arguments"
+    )
+    try:
+        policy_type(options.policy_name)
+    except UnknownPolicyError as error:
+        raise _error(f"Error creating cache's policy: {error}") from error
+    if len(pairs) % 2:
+        raise _error(f"{_BAD_CONFIG}: they are no pairs of key and value")
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        name = key.lower()
+        if name not in CORE_KEYS:
+            options.policy_config.append((key, value))
+            continue
+        try:
+            setattr(options, name, parse_core_value(name, value))
+        except PolicyConfigError as error:
+            raise _error(f"{_BAD_CONFIG}: {error}") from error
+    return options
+
+
+def parse_core_value(key: str, value: str) -> int:
+    """Return the value of one of CORE_KEYS. Raises: PolicyConfigError, with the kernel's text."""
+    number = parse_uint(value.removeprefix("+"), UINT64_MAX)
+    if number is None:
+        raise PolicyConfigError(key, value)
+    return number
+
+
+def parse_ranges(
+    words: Sequence[str], size: int, noun: str = "cblock"
+) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) for each word: `<n>` or `<begin>-<end>`, of blocks below `size`.
+
+    One at a time: what was yielded before a bad one may have been carried out.
+
+    Raises: TableError. A number above 64 bits is refused, where the kernel wraps it at 32.
+    """
+    for word in words:
+        first, dash, last = word.partition("-")
+        begin = parse_uint(first, UINT64_MAX)
+        end = parse_uint(last, UINT64_MAX) if dash else begin
+        if begin is None or end is None:
+            raise TableError(f"invalid {noun} range '{word}'")
+        if not dash:
+            end = begin + 1
+        if begin >= size:
+            raise TableError(f"begin {noun} out of range: {begin} >= {size}")
+        if end > size:
+            raise TableError(f"end {noun} out of range: {end} > {size}")
+        if begin >= end:
+            raise TableError(f"invalid {noun} range: {begin} >= {end}")
+        yield begin, end
+
+
+def _parse_features(options: Options, words: Sequence[str]) -> None:
+    modes = []
+    for word in words:
+        match name := word.lower():
+            case "writeback" | "writethrough" | "passthrough":
+                modes.append(name)
+            case "metadata2":
+                options.metadata2 = True
+            case "no_discard_passdown":
+                options.discard_passdown = False
+            case "dirty_log":
+                options.dirty_log = True
+            case "sorted_writeback":
+                options.sorted_writeback = True
+            case _:
+                raise _error("Unrecognised cache feature requested")
+    if len(modes) > 1:
+        raise _error("Duplicate cache io_mode features requested")
+    if modes:
+        options.mode = modes[0]
+
+
+def _group(
+    words: Sequence[str], count_max: int, reason: str
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Split `words` into the group that its first word counts, and what follows it."""
+    if not words:
+        raise _error(reason)
+    count = read_argument(words[0], 0, min(count_max, len(words) - 1), reason, "cache")
+    return words[1 : 1 + count], words[1 + count :]
+
+
+def _error(reason: str) -> ConstructorError:
+    return ConstructorError(reason, target="cache")
