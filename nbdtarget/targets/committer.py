@@ -33,7 +33,8 @@ Failure. When any step fails, we do not know what the disk holds, and a later fl
 "succeeds" would prove nothing (the kernel may have dropped the dirty pages). So the metadata
 is aborted: it forgets what was not committed and becomes read-only, all who wait get
 EIO, and so does every later FLUSH and FUA until the target is constructed anew, and reads the
-disk. If the metadata device cannot even be read any more, the metadata fails altogether.
+disk. If the metadata device cannot even be read any more, or refuses to take note of the failure
+where the target wants that (`record_failure`), the metadata fails altogether.
 
 Compaction (a new snapshot, so that the journal can start over) runs beside the commits as a task of
 its own, and is waited for only by `quiesce`.
@@ -98,6 +99,8 @@ class Committer:
         backing: the devices that hold the data which the metadata vouches for.
         committed: called after each successful commit, before those who waited are told.
         failed: called once, after the metadata has been aborted (or has failed).
+        record_failure: steps that tell the metadata device, after an abort, that a commit has
+            failed. If they fail, too, so does the metadata.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Committer:
         *,
         committed: Callable[[], None],
         failed: Callable[[], None],
+        record_failure: Callable[[], Steps[None]] | None = None,
         commit_period_s: float = COMMIT_PERIOD_S,
     ) -> None:
         self.name = name
@@ -121,6 +125,7 @@ class Committer:
         self.has_failed = False
         self._committed = committed
         self._failed = failed
+        self._record_failure = record_failure
         self._commit_waiters: list[Callable[[int], None]] = []
         self._flush_waiters: list[Callable[[int], None]] = []
         self._wants_clean = False
@@ -279,8 +284,10 @@ class Committer:
             self.metadata.abort()
         try:
             await self.device.read(0, PROBE_BYTES)
-        except DeviceError as unreadable:
-            log.error("%s: switching to fail mode: %s", self.name, unreadable)
+            if self._record_failure is not None:
+                await metadata_io.run(self.device, self._record_failure())
+        except (DeviceError, FailedMetadata) as unusable:
+            log.error("%s: switching to fail mode: %s", self.name, unusable)
             self.metadata.fail()
         else:
             log.error("%s: switching to read-only mode", self.name)

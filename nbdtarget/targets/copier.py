@@ -62,7 +62,7 @@ class CopyError(Exception):
 
 
 class Copier:
-    """Copies ranges from `source` to the same place on `destination`.
+    """Copies ranges from `source` to `destination`.
 
     Context: the event loop.
     """
@@ -86,13 +86,15 @@ class Copier:
         self._waiting: deque[_Copy] = deque()
         self._nr_dirty = 0
 
-    async def copy(self, offset: int, length: int) -> None:
-        """Copy `length` bytes at `offset`. After a failure any part may have been copied.
+    async def copy(self, offset: int, length: int, to: int | None = None) -> None:
+        """Copy `length` bytes at `offset` to the same place, or to offset `to`.
+
+        After a failure any part may have been copied.
 
         Raises: CopyError: the first failure; no I/O of this copy is in flight any more.
         Durable: nothing before a flush of the destination.
         """
-        copy = _Copy(self, offset, length)
+        copy = _Copy(self, offset, length, 0 if to is None else to - offset)
         copy.pump()
         await copy.ended
 
@@ -152,6 +154,7 @@ class _Copy:
 
     __slots__ = (
         "_copier",
+        "_delta",
         "_end",
         "_error",
         "_in_flight",
@@ -162,8 +165,9 @@ class _Copy:
         "ended",
     )
 
-    def __init__(self, copier: Copier, offset: int, length: int) -> None:
+    def __init__(self, copier: Copier, offset: int, length: int, delta: int) -> None:
         self._copier = copier
+        self._delta = delta  # from an offset on the source to that on the destination
         self._next = offset
         self._end = offset + length
         self._in_flight = 0
@@ -233,8 +237,10 @@ class _Copy:
 
     def _submit(self, op: int, chunk: "_Chunk", endio: Callable[[Bio], None]) -> None:
         offset, length, buffer = chunk
-        copier = self._copier
-        device = copier.source if op == OP_READ else copier.destination
+        device = self._copier.source
+        if op == OP_WRITE:
+            device = self._copier.destination
+            offset += self._delta
         device.submit(Bio(op, offset, length, buffer[:length], 0, endio, chunk))
 
     def _chunk_ended(self, bio: Bio) -> None:
@@ -244,8 +250,9 @@ class _Copy:
         if bio.status and self._error is None:
             is_read = bio.op == OP_READ
             device = copier.source if is_read else copier.destination
+            offset = chunk.offset if is_read else chunk.offset + self._delta
             error = DeviceError(
-                bio.status, device.name, OP_NAMES[bio.op], chunk.offset, chunk.length
+                bio.status, device.name, OP_NAMES[bio.op], offset, chunk.length
             )
             self._error = CopyError(error, is_read=is_read)
             self._next = self._end  # start nothing more
@@ -257,7 +264,10 @@ class _Copy:
 
 
 class _Chunk(NamedTuple):
-    """What a chunk's bios are about: a mapped device below changes a bio's own offset."""
+    """What a chunk's bios are about: a mapped device below changes a bio's own offset.
+
+    Attributes: offset: on the source.
+    """
 
     offset: int
     length: int

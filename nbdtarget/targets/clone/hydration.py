@@ -43,7 +43,7 @@ from typing import Final
 from nbdtarget.clock import Clock, Timer
 from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.holes import WINDOW_BYTES_MIN, Holes, Piece
-from nbdtarget.targets.clone.rate import Rate
+from nbdtarget.targets.rate import Rate
 from nbdtarget.targets.clone.read_queue import ReadQueue
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.table import Options

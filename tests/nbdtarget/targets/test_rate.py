@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.bio import OP_CACHE, OP_WRITE
-from nbdtarget.targets.clone.rate import CREDIT_S, JOB_S_MAX, Rate
+from nbdtarget.targets.rate import CREDIT_S, JOB_S_MAX, Rate
 from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
 from tests.support.clock import SimClock
 

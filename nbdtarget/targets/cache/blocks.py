@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of one cache share: devices, geometry, what is where, and who holds what.
+
+Offsets here are relative to the target, which is also where the bytes lie on the origin. A cache
+block of number `cblock` lies at `cblock * block_size` on the cache device. Block sizes are
+multiples of 32 KiB, not powers of two. The origin's tail, if it is no whole block, is never
+cached: its bytes belong to no oblock.
+
+Three hold a view of the same blocks, and the methods here keep them the same:
+
+    metadata   which oblock is in which cblock, which are dirty: the truth, and what a crash leaves
+    policy     the same, in its queues; it may know of a mapping a little longer than the metadata
+               (a demotion until its commit is done), never of another one
+    discards   which parts of the origin nobody needs
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from metadata.cache import CacheMetadata
+from metadata.mode import Mode
+from nbdtarget.bio import Bio
+from nbdtarget.devices.base import Device
+from nbdtarget.policies.base import Policy
+from nbdtarget.targets.cache.discards import DiscardBits
+from nbdtarget.targets.cache.locks import BlockLocks
+from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, Options
+from nbdtarget.targets.committer import Committer
+
+__all__ = ["Blocks"]
+
+log = logging.getLogger(__name__)
+
+
+class Blocks:
+    """The blocks of one cache target.
+
+    Attributes:
+        nr_oblocks: whole blocks of the origin.
+        is_writeback, is_passthrough: of the mode's three; neither: writethrough.
+        nr_promotions, nr_demotions: since this table was constructed.
+        nr_migrating: migrations under way, as far as they copy.
+        event: raises a device-mapper event.
+        wake: tells the migrations that there may be something to do.
+        broken: takes an exception of our own making, after which nothing can be trusted.
+        remap: takes a bio through the target from the beginning.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        origin: Device,
+        cache: Device,
+        metadata: CacheMetadata,
+        policy: Policy,
+        committer: Committer,
+        discards: DiscardBits,
+        length: int,
+        options: Options,
+        event: Callable[[], None],
+        broken: Callable[[BaseException], None],
+    ) -> None:
+        self.name = name
+        self.origin = origin
+        self.cache = cache
+        self.metadata = metadata
+        self.policy = policy
+        self.committer = committer
+        self.discards = discards
+        self.locks = BlockLocks()
+        self.length = length
+        self.block_size: Final = metadata.block_size
+        self.nr_oblocks = length // metadata.block_size
+        self.options = options
+        self.is_writeback: Final = options.mode == WRITEBACK
+        self.is_passthrough: Final = options.mode == PASSTHROUGH
+        self.nr_promotions = 0
+        self.nr_demotions = 0
+        self.nr_migrating = 0
+        self.event = event
+        self.broken = broken
+        self.wake: Callable[[], None] = _nobody
+        self.remap: Callable[[Bio], None] = _nobody
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether mappings and dirty bits may change."""
+        return self.metadata.mode is Mode.RW
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether nothing can be said about any block any more."""
+        return self.metadata.mode is Mode.FAIL
+
+    def set_dirty(self, cblock: int) -> None:
+        """The block's cached copy is about to become newer than the origin's.
+
+        Called before the write is sent. Raises: MetadataError: it cannot be recorded.
+        """
+        if not self.metadata.dirty[cblock]:
+            self.metadata.set_dirty(cblock)
+            self.policy.set_dirty(cblock)
+
+    def set_clean(self, cblock: int) -> None:
+        """The origin has the block's data, or nobody wants them. Raises: MetadataError."""
+        metadata = self.metadata
+        was_dirty = metadata.dirty[cblock]
+        metadata.set_clean(cblock)
+        if was_dirty:
+            self.policy.clear_dirty(cblock)
+            if not metadata.nr_dirty:
+                self.event()
+
+
+def _nobody(*_: object) -> None:
+    """There is nobody to tell yet."""

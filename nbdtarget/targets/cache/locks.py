@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block locks: who does I/O on a block, and who moves it.
+
+Theory of operation. Every READ or WRITE that does not end at once *holds* its block, shared, until
+it ends. Who moves a block (a migration, an overwrite, a discard, an invalidation) *locks* it,
+exclusively; a discard locks a whole range. What ends at once takes neither: nothing else can
+run meanwhile, so a look at the locks is enough.
+
+A lock has two levels:
+
+    level   new READs   new WRITEs   granted when these have ended, of those that were there before
+    0       pass        are parked   WRITEs
+    1       are parked  are parked   READs, too
+
+A block that is being copied may be read on, wherever it is read from: that copy stays right until
+a write comes. Only a cache block that is to be used for something else must be read by
+nobody; then its lock is raised to level 1, which is short.
+
+    asked for --WRITEs gone, older locks gone--> granted --raise--> raising --READs gone--> raised
+        |                                           |                                          |
+        +------------------------------------- unlock ----------------------------------------+
+
+Nobody starves, and nothing deadlocks. From the moment at which a lock is asked for nothing new
+comes in that it would have to wait for, so it waits for what is under way only. That ends by
+itself: an I/O that holds its block waits for a device, or for a commit, never for a lock. A lock on a
+single block is never waited for by another one (`maybe_lock` says no); ranges wait for older
+locks, and whoever holds one asks for no second one.
+
+Parked bios come back from `unlock`, in their order, and are mapped anew from the beginning.
+
+Bounds: holds and parked bios are clients' requests in flight, which the server bounds.
+
+Nothing here survives a crash or needs to.
+"""
+
+from collections.abc import Callable
+
+from nbdtarget.bio import Bio
+
+__all__ = ["BlockLock", "BlockLocks"]
+
+
+class BlockLock:
+    """An exclusive lock on oblocks, half-open. Made by `BlockLocks` only.
+
+    Attributes:
+        parked: bios that came meanwhile, in their order.
+        held: it was granted.
+    """
+
+    __slots__ = ("begin", "end", "granted", "held", "level", "nr_awaited", "parked")
+
+    def __init__(
+        self, begin: int, end: int, granted: Callable[["BlockLock"], None]
+    ) -> None:
+        self.begin = begin
+        self.end = end
+        self.granted = granted
+        self.held = False
+        self.level = 0
+        self.nr_awaited = 0  # holds, and older locks
+        self.parked: list[Bio] = []
+
+    def __repr__(self) -> str:
+        state = "held" if self.held else f"waits for {self.nr_awaited}"
+        return f"<BlockLock {self.begin}-{self.end} level {self.level} {state}>"
+
+
+class BlockLocks:
+    """The locks and holds of one cache.
+
+    Attributes:
+        locked: not empty while anything is locked or about to be: then ask `maybe_blocking`.
+            Look, don't touch.
+    """
+
+    def __init__(self) -> None:
+        self._readers: dict[int, int] = {}  # oblock: how many hold it
+        self._writers: dict[int, int] = {}
+        self._ranges: list[BlockLock] = []  # oldest first
+        # Locks on single blocks by oblock; a range, by a number that is no oblock.
+        self.locked: dict[int, BlockLock] = {}
+
+    @property
+    def nr_holds(self) -> int:
+        return sum(self._readers.values()) + sum(self._writers.values())
+
+    # Shared
+
+    def hold(self, oblock: int, bio: Bio, *, is_write: bool) -> None:
+        """`bio`, which has not ended, does I/O on `oblock` until it ends."""
+        holds = self._writers if is_write else self._readers
+        holds[oblock] = holds.get(oblock, 0) + 1
+        if is_write:
+            bio.on_end(lambda _: self._end_write(oblock))
+        else:
+            bio.on_end(lambda _: self._end_read(oblock))
+
+    def maybe_blocking(self, oblock: int, *, is_write: bool) -> BlockLock | None:
+        """Return the lock that a READ or WRITE of `oblock` must wait for."""
+        lock = self.locked.get(oblock)
+        if lock is None and self._ranges:
+            lock = next((r for r in self._ranges if r.begin <= oblock < r.end), None)
+        return lock if lock is not None and (is_write or lock.level) else None
+
+    # Exclusive
+
+    def maybe_lock(
+        self, oblock: int, granted: Callable[[BlockLock], None]
+    ) -> BlockLock | None:
+        """Lock one block, at level 0, unless it is locked or about to be.
+
+        `granted(lock)` is called once, now or later.
+        """
+        if self.maybe_blocking(oblock, is_write=True) is not None:
+            return None
+        lock = BlockLock(oblock, oblock + 1, granted)
+        self.locked[oblock] = lock
+        lock.nr_awaited = self._writers.get(oblock, 0)
+        self._maybe_grant(lock)
+        return lock
+
+    def lock_range(
+        self, begin: int, end: int, granted: Callable[[BlockLock], None]
+    ) -> BlockLock:
+        """Lock blocks, half-open, at level 0; waits for those who lock some of them now."""
+        assert begin < end
+        lock = BlockLock(begin, end, granted)
+        lock.nr_awaited = sum(
+            count for oblock, count in self._writers.items() if begin <= oblock < end
+        ) + sum(
+            other.begin < end and begin < other.end for other in self.locked.values()
+        )
+        self._ranges.append(lock)
+        self.locked[~id(lock)] = lock
+        self._maybe_grant(lock)
+        return lock
+
+    def raise_level(
+        self, lock: BlockLock, granted: Callable[[BlockLock], None]
+    ) -> None:
+        """Keep READs out, too, of a single block; `granted` is called when none is left."""
+        assert lock.held
+        assert not lock.level
+        assert lock.end - lock.begin == 1
+        lock.held = False
+        lock.level = 1
+        lock.granted = granted
+        lock.nr_awaited = self._readers.get(lock.begin, 0)
+        self._maybe_grant(lock)
+
+    def unlock(self, lock: BlockLock) -> list[Bio]:
+        """Let the blocks go; return who was parked, to be mapped anew."""
+        assert lock.held, "only a held lock is unlocked, and once"
+        lock.held = False
+        if self.locked.get(lock.begin) is lock:
+            del self.locked[lock.begin]
+        else:
+            del self.locked[~id(lock)]
+            self._ranges.remove(lock)
+        for younger in self._ranges.copy():
+            if (
+                not younger.held
+                and younger.begin < lock.end
+                and lock.begin < younger.end
+            ):
+                self._stop_awaiting(younger)
+        parked, lock.parked = lock.parked, []
+        return parked
+
+    def take_parked(self, is_wanted: Callable[[Bio], bool]) -> list[Bio]:
+        """Forget, and return, the parked bios that are wanted."""
+        taken = []
+        for lock in self.locked.values():
+            taken += [bio for bio in lock.parked if is_wanted(bio)]
+            lock.parked = [bio for bio in lock.parked if not is_wanted(bio)]
+        return taken
+
+    # Inside
+
+    def _end_write(self, oblock: int) -> None:
+        _count_down(self._writers, oblock)
+        lock = self.locked.get(oblock)
+        if lock is not None and not lock.held and not lock.level:
+            self._stop_awaiting(lock)
+        for waiting in self._ranges.copy():
+            if not waiting.held and waiting.begin <= oblock < waiting.end:
+                self._stop_awaiting(waiting)
+
+    def _end_read(self, oblock: int) -> None:
+        _count_down(self._readers, oblock)
+        lock = self.locked.get(oblock)
+        if lock is not None and not lock.held and lock.level:
+            self._stop_awaiting(lock)
+
+    def _stop_awaiting(self, lock: BlockLock) -> None:
+        lock.nr_awaited -= 1
+        self._maybe_grant(lock)
+
+    def _maybe_grant(self, lock: BlockLock) -> None:
+        assert lock.nr_awaited >= 0
+        if not lock.nr_awaited:
+            lock.held = True
+            lock.granted(lock)
+
+
+def _count_down(holds: dict[int, int], oblock: int) -> None:
+    left = holds[oblock] - 1
+    if left:
+        holds[oblock] = left
+    else:
+        del holds[oblock]
