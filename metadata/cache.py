@@ -157,7 +157,8 @@ class CacheMetadata(CacheBlocks):
 
     Attributes: those of `CacheBlocks`, and
         clean_when_opened: a fact of this opening (true when just formatted).
-        discarded: what the last clean shutdown recorded, if it is to be believed.
+        discarded: what the last full sync recorded, if it is to be believed. To be loaded
+            before anything is written; what is discarded from then on, the owner knows.
         statistics: the owner counts here.
         total_blocks: 4 KiB blocks of the metadata device.
         notes: what opening found that was not as it should be, and did without; for logs.
@@ -184,7 +185,6 @@ class CacheMetadata(CacheBlocks):
         self.total_blocks = device_size // BLOCK_SIZE
         self.notes = notes
         self._unhealed = unhealed
-        self._shutdown = Shutdown()
         self._aborted = False
         # The compaction that a commit may still use, and the one whose generator is alive.
         self._compaction: Compaction | None = None
@@ -294,6 +294,11 @@ class CacheMetadata(CacheBlocks):
         return SUPERBLOCK_BLOCKS + arena + live.sync_blocks
 
     @property
+    def needs_check(self) -> bool:
+        """Whether `record_needs_check` is done: this cannot be opened again."""
+        return bool(self._superblock.flags & NEEDS_CHECK)
+
+    @property
     def changed(self) -> bool:
         """Whether anything is not durably committed, the transaction under way included.
 
@@ -321,8 +326,10 @@ class CacheMetadata(CacheBlocks):
     ) -> None:
         """Give what the next pre_commit(clean_shutdown=True) records beside the dirty bits.
 
+        Once that is done, a policy that loads `mappings` and whoever loads `discarded` get it, too.
+
         Args:
-            hints: array of u32, one for each cache block; not changed any more.
+            hints: array of u32, one for each cache block; ours from here on.
 
         Raises: FailedMetadata.
         """
@@ -339,7 +346,8 @@ class CacheMetadata(CacheBlocks):
     def pre_commit(self, *, clean_shutdown: bool = False) -> CacheTransaction | None:
         """Take the changes made so far as one transaction; None if there is nothing to commit.
 
-        Changes made from here on belong to the next. The caller then flushes what
+        Changes made from here on belong to the next. A commit before `start` that only heals
+        superblock copies keeps what the last full sync has recorded. The caller then flushes what
         `transaction.flushes` names and runs `journal`, together; runs `superblock`; calls
         `done`. If anything fails in between, `abort`. One transaction at a time.
 
@@ -352,7 +360,10 @@ class CacheMetadata(CacheBlocks):
         if self.mode is _FAIL:
             raise FailedMetadata
         assert self._transaction is None, "one transaction at a time"
-        marked = bool(self._superblock.flags & CLEAN_SHUTDOWN)
+        shutdown = None
+        if clean_shutdown:
+            shutdown, self._shutdown = self._shutdown, Shutdown()
+        marked = self.is_recorded_clean
         if not self.changed and (marked or not clean_shutdown or self.mode is not _RW):
             return None
         if self.mode is not _RW:
@@ -363,11 +374,11 @@ class CacheMetadata(CacheBlocks):
             self._take_back_log()
         transaction = CacheTransaction(
             self,
-            shutdown=self._shutdown if clean_shutdown else None,
+            shutdown=shutdown,
             starts=self._starting and not clean_shutdown,
+            heals=marked and not (clean_shutdown or self._starting or self._resized),
         )
         self._resized = self._starting = False
-        self._shutdown = Shutdown()
         self._transaction = transaction
         return transaction
 
@@ -381,13 +392,17 @@ class CacheMetadata(CacheBlocks):
         self.mode = Mode.RO
         self._aborted = True
         self.admits_changes = False
+        self.discarded = None
+        if self._transaction is not None:
+            self._changed |= self._transaction.taken
         self._transaction = None
         self._compaction = None
 
     def record_needs_check(self) -> Steps[None]:
         """After `abort`: forbid, durably, to open this again before a tool has looked at it.
 
-        If that fails, too: `fail`.
+        Whatever the abort was for, a commit or not; once what was under way has ended. If this
+        fails, too: `fail`.
 
         Raises: FailedMetadata.
         Durable: `needs_check`, over the last committed state, when this returns.

@@ -21,7 +21,7 @@ from metadata.cache_superblock import (
     Policy,
     device_size_with,
 )
-from metadata.cache_transaction import FLUSH_CACHE, FLUSH_ORIGIN
+from metadata.cache_transaction import FLUSH_CACHE, FLUSH_ORIGIN, Shutdown
 from metadata.envelope import BLOCK_SIZE
 from metadata.errors import (
     CannotShrink,
@@ -98,6 +98,7 @@ class CacheBlocks:
         self._starting = False
         self._clearing = False
         self._transaction: CacheTransaction | None = None
+        self._shutdown = Shutdown()
 
     # Looking up
 
@@ -105,6 +106,11 @@ class CacheBlocks:
     def nr_oblocks(self) -> int:
         """Whole blocks of the origin: a short tail is never cached."""
         return self.origin_size // self.block_size
+
+    @property
+    def is_recorded_clean(self) -> bool:
+        """Whether CLEAN_SHUTDOWN is set on disk: nothing may have changed since a full sync."""
+        return bool(self._superblock.flags & CLEAN_SHUTDOWN)
 
     @property
     def nr_cleaned(self) -> int:
@@ -145,15 +151,25 @@ class CacheBlocks:
             raise FailedMetadata
         return bool(self.dirty[cblock])
 
+    def vouches_for(self, cblock: int) -> bool:
+        """Tell whether `cblock` is mapped, and the last commit that is done says so, too.
+
+        So what is written to it is found again, if it is dirty: also after `abort`, when nothing
+        can be recorded any more. May be false although the mapping is the same: if it was logged
+        or taken back since.
+
+        Raises: FailedMetadata.
+        """
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        return bool(self._values[cblock]) and not self._is_uncommitted(cblock)
+
     def may_insert(self, cblock: int) -> bool:
         """Tell whether `cblock` is unmapped, durably: else a crash would mix two blocks up."""
         if self.mode is _FAIL:
             raise FailedMetadata
-        transaction = self._transaction
         return cblock < self.nr_cblocks and not (
-            self._values[cblock]
-            or self._changed[cblock]
-            or (transaction is not None and transaction.taken[cblock])
+            self._values[cblock] or self._is_uncommitted(cblock)
         )
 
     def may_dirty(self, cblock: int) -> bool:
@@ -175,6 +191,7 @@ class CacheBlocks:
         """
         self._check_change()
         assert self._transaction is None
+        self._shutdown = Shutdown()
         self.admits_changes = False
         was_logged = bool(self._superblock.incompat & DIRTY_LOG)
         self._starting = True
@@ -209,6 +226,8 @@ class CacheBlocks:
         if other is not None:
             self._values[cblock] = 0
             raise AssertionError(f"cache block {other} holds origin block {oblock}")
+        if self._hints is not None:
+            self._hints[cblock] = 0  # it was another block's
         self.nr_mapped += 1
         self._changed[cblock] = 1
         # What was copied may not be durable in the origin: a crash would leave a clean block
@@ -350,6 +369,13 @@ class CacheBlocks:
         self._resized = True
 
     # Inside
+
+    def _is_uncommitted(self, cblock: int) -> bool:
+        transaction = self._transaction
+        return bool(
+            self._changed[cblock]
+            or (transaction is not None and transaction.taken[cblock])
+        )
 
     def _refuse_change(self) -> None:
         raise FailedMetadata if self.mode is _FAIL else ReadOnlyMetadata

@@ -134,11 +134,17 @@ class CacheTransaction:
         taken: the cache blocks that it makes durable; `logged` those that become LOGGED.
         flushes: FLUSH_CACHE and FLUSH_ORIGIN: which devices must be flushed before `superblock`.
         generation: what the metadata's generation will be.
+        starts: `admits_changes` afterwards. heals: nothing is new but the superblock copies.
         moves: it continues in the other arena.
     """
 
     def __init__(
-        self, metadata: "CacheMetadata", *, shutdown: Shutdown | None, starts: bool
+        self,
+        metadata: "CacheMetadata",
+        *,
+        shutdown: Shutdown | None,
+        starts: bool,
+        heals: bool,
     ) -> None:
         superblock = metadata._superblock
         self._metadata = metadata
@@ -151,6 +157,7 @@ class CacheTransaction:
             self.flushes = FLUSH_CACHE | FLUSH_ORIGIN
         self.generation = superblock.generation + 1
         self.starts = starts
+        self.heals = heals
         self._shutdown = shutdown
         self._dirty: bitarray | None = None
         if shutdown is not None:
@@ -336,11 +343,12 @@ class CacheTransaction:
         metadata._admitted |= self.logged & metadata._logged
         if self.starts:
             metadata.admits_changes = True
-        if self._shutdown is not None and self._shutdown.hints is not None:
+        if self._shutdown is not None:
             metadata._hints = self._shutdown.hints
             metadata._hints_policy = self._shutdown.policy
-        if self._shutdown is not None:
             metadata.discarded = self._shutdown.discarded
+        elif not self.starts and not self.heals:
+            metadata.discarded = None
 
     def _check_current(self) -> None:
         metadata = self._metadata
@@ -350,6 +358,16 @@ class CacheTransaction:
 
     def _changed_superblock(self, superblock: CacheSuperblock) -> CacheSuperblock:
         """Return the next superblock but for what only `journal` knows: lengths and digests."""
+        if self.heals:
+            assert not self.taken.any()
+            return msgspec.structs.replace(
+                superblock,
+                generation=self.generation,
+                nr_commits=superblock.nr_commits + 1,
+                nr_compactions=superblock.nr_compactions + self.moves,
+                arena=self._arena,
+                snapshot_block=self._snapshot_block,
+            )
         metadata = self._metadata
         shutdown = self._shutdown
         discarded = shutdown.discarded if shutdown is not None else None

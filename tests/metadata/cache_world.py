@@ -205,8 +205,7 @@ class CacheWorld:
         elif draw < 0.007:
             self.crash()
         elif draw < 0.009:
-            self.metadata.abort()
-            self._end_tickets()
+            self._abort()
             steps = self.metadata.record_needs_check()
             self.needs_check = Process(self.store, steps)
         elif draw < (0.03 if self.lazy else 0.14):
@@ -351,6 +350,17 @@ class CacheWorld:
         if self.promises is not None:
             self.promised = self.promises
         self.promises = None
+
+    def _abort(self) -> None:
+        """What is vouched for is on disk, whether the transaction got there or not."""
+        metadata = self.metadata
+        metadata.abort()
+        generation = metadata.generation
+        left = [self.expected.get(generation + nr) for nr in range(2)]
+        for cblock in filter(metadata.vouches_for, range(metadata.nr_cblocks)):
+            oblock = metadata.maybe_oblock(cblock)
+            assert all(state.mapped[cblock] == oblock for state in left if state)
+        self._end_tickets()
 
     def _end_tickets(self) -> None:
         """An operation has ended, somehow, before its generator is closed."""

@@ -419,6 +419,7 @@ CALLS: dict[str, Callable[[CacheMetadata], object]] = {
     "maybe_oblock": lambda metadata: metadata.maybe_oblock(0),
     "maybe_cblock": lambda metadata: metadata.maybe_cblock(0),
     "is_dirty": lambda metadata: metadata.is_dirty(0),
+    "vouches_for": lambda metadata: metadata.vouches_for(0),
     "may_insert": lambda metadata: metadata.may_insert(0),
     "may_dirty": lambda metadata: metadata.may_dirty(0),
     "start": lambda metadata: list(metadata.start(dirty_log=False)),

@@ -11,6 +11,7 @@ CUTS: Final = (
     "tests/metadata/test_cache_crash.py::test_every_crash_image_opens_at_an_acknowledged_state",
 )
 CACHE: Final = ("tests/metadata/test_cache.py",)
+CYCLES: Final = ("tests/metadata/test_cache_cycles.py",)
 LOAD: Final = ("tests/metadata/test_cache_load.py",)
 TRANSACTION: Final = "metadata/cache_transaction.py"
 BLOCKS: Final = "metadata/cache_blocks.py"
@@ -116,8 +117,8 @@ CACHE_METADATA: Final = (
         "block-reused-before-its-removal-is-committed",
         "A crash brings the old mapping back over another block's data.",
         BLOCKS,
-        "            or self._changed[cblock]\n",
-        "",
+        "            self._changed[cblock]\n            or (",
+        "            (",
         CUTS,
     ),
     _mutant(
@@ -151,6 +152,38 @@ CACHE_METADATA: Final = (
         "            compaction.note(self.taken)\n",
         "            compaction.note(self.taken ^ self.taken)\n",
         CUTS,
+    ),
+    _mutant(
+        "failed-commit-vouched-for",
+        "Read only, a write goes to a mapping that no opening will find.",
+        "metadata/cache.py",
+        "            self._changed |= self._transaction.taken\n",
+        "            self._changed = self._transaction.taken ^ self._transaction.taken\n",
+        (*CYCLES, *CUTS),
+    ),
+    _mutant(
+        "healing-commit-forgets-the-full-sync",
+        "One rotten copy, healed before the first change, and every block is dirty.",
+        TRANSACTION,
+        "        if self.heals:\n",
+        "        if self.heals and self.taken.any():\n",
+        CYCLES,
+    ),
+    _mutant(
+        "stale-discards-believed",
+        "After a reload what was written since the last full sync counts as discarded.",
+        TRANSACTION,
+        "            metadata.discarded = None\n",
+        "            pass\n",
+        CYCLES,
+    ),
+    _mutant(
+        "hint-of-the-block-before-believed",
+        "A block starts at the level of what its place held before.",
+        BLOCKS,
+        "            self._hints[cblock] = 0  # it was another block's\n",
+        "            pass\n",
+        CYCLES,
     ),
     _mutant(
         "needs-check-in-the-failed-generation",
