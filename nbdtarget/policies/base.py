@@ -16,7 +16,10 @@ it was given. Between the two the block is *pending*: no second migration of it 
 
 Nothing here survives a power cut. The target keeps mappings and dirty bits, and may keep one
 32-bit `get_hint` for each cblock, to give back to `load_mapping` of a policy of the same
-`name`, major `version` and `hint_size`.
+`name`, major `version` and `hint_size`. A pin is kept that way too.
+
+A *pinned* block is never chosen for demotion. Who pins decides what is cached from then on: when
+all blocks are pinned, there are no promotions.
 
 A policy of your own is one file in this package: a subclass of `Policy`, named in `POLICIES` at
 the end of the file. `registry` finds it.
@@ -151,6 +154,38 @@ class Policy(ABC):
     @abstractmethod
     def allow_migrations(self, allow: bool) -> None:
         """Whether promotions and demotions may be decided on; work that is queued stays."""
+
+    # ---- what the user wants cached -------------------------------------------------------
+
+    @abstractmethod
+    def maybe_promote(self, oblock: int) -> Work | None:
+        """A PROMOTE of `oblock`, as from `get_background_work`, however cold it is.
+
+        None if it is cached or pending, if migrations are not allowed, or if no cblock is free.
+        Then work that may lead to a free one is queued, once for each such call: so after a
+        None with nothing under way or queued there is no room for it at all.
+        """
+
+    @abstractmethod
+    def pin(self, cblock: int) -> None:
+        """Choose the block for no demotion until `unpin`; one that is only queued is dropped.
+
+        The cblock is cached, or is being promoted into: then the pin is for what it will
+        hold. A pin is forgotten when its cblock becomes free: with a demotion that was
+        handed out before, a promotion that fails, or `invalidate`.
+        """
+
+    @abstractmethod
+    def unpin(self, cblock: int) -> None:
+        """Back to the others; nothing happens if the cblock is not pinned."""
+
+    @abstractmethod
+    def is_pinned(self, cblock: int) -> bool: ...
+
+    @property
+    @abstractmethod
+    def nr_pinned(self) -> int:
+        """Pinned cblocks."""
 
     # ---- mappings --------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ a `Hotspot` queue watches the misses. Every cache block is in exactly one of the
     reserved    -      -             the promotion ends: cached, or free again
     cached      yes    clean, dirty  a migration of it is queued; `invalidate`
     pending     yes    -             demotion: free, or cached again; writeback: cached
+    pinned      yes    -, dirty      `unpin`; `invalidate`. While clean it is in no queue
 
 lookup       A hit lifts its block by one level, once in 60 s: that is what a hit costs, most of the
              time a table look-up and nothing more. A miss is noted by the hotspot queue, and is
@@ -19,6 +20,9 @@ promotion    Takes a free block. If there is none, a demotion is queued instead,
              What is promoted starts at the top.
 demotion     The oldest clean block of the lower half of the levels. None there: a writeback.
 writeback    The oldest dirty block; when not idle, only one that is not young.
+pin          A pinned block that is clean is in no queue, so nobody has to pass it by; it keeps its level
+             for the day that it is unpinned. Dirty ones are in the dirty queue, as all. A pin is
+             bit 6 of a hint: the kernel takes that for the highest level.
 clean target When idle there should be no dirty block, when busy any number will do.
 
 Periods, judged at ticks: 1 s hotspot, 10 s ageing of dirty blocks, 60 s hits and levels of cached
@@ -95,6 +99,15 @@ CBLOCKS_MAX: Final = 1 << 31  # entries and marks are numbered in 32 bits
 _MAPPED: Final = 1
 _DIRTY: Final = 2
 _PENDING: Final = 4
+_PINNED: Final = 8
+
+# By the flags of an entry: whether it is in the clean or the dirty queue.
+_IS_QUEUED: Final = bytes(
+    flags & (_MAPPED | _PENDING) == _MAPPED and flags & (_DIRTY | _PINNED) != _PINNED
+    for flags in range(16)
+)
+
+PINNED_HINT: Final = NR_LEVELS  # is added to the level
 
 
 class Smq(Policy):
@@ -127,6 +140,7 @@ class Smq(Policy):
         self._hotspot = Hotspot(
             nr_cblocks, origin_size=origin_size, block_size=block_size
         )
+        self._nr_pinned = 0
         self._nr_free_target = nr_cblocks * FREE_TARGET_PERCENT // 100
         self._may_migrate = not self.is_cleaner
         self._writeback_period_end_ns = now_ns + WRITEBACK_PERIOD_NS
@@ -181,39 +195,46 @@ class Smq(Policy):
     def _set_dirty(self, cblock: int, dirty: int) -> None:
         flags = self._flags[cblock]
         assert flags & _MAPPED, f"cache block {cblock} has no mapping"
-        if not flags & _PENDING:
-            self._take(cblock)
-        self._flags[cblock] = flags & ~_DIRTY | dirty
-        if not flags & _PENDING:
-            self._push(cblock)
+        self._set_flags(cblock, flags & ~_DIRTY | dirty)
 
     def _rise(self, entry: int) -> None:
         """The first hit of this period lifts the entry by a level."""
         flags = self._flags[entry]
         if not flags & _PENDING:
             self._is_hit[entry] = 1
-            self._queue_for(flags).requeue(entry, 1)
+            if _IS_QUEUED[flags]:
+                self._queue_for(flags).requeue(entry, 1)
 
     # ---- queues ----------------------------------------------------------------------------
 
     def _queue_for(self, flags: int) -> MultiLevelQueue:
         return self._dirty if flags & _DIRTY else self._clean
 
+    def _set_flags(self, entry: int, flags: int) -> None:
+        """`entry`, which is not free, moves to the queue where it belongs now."""
+        self._take(entry)
+        self._flags[entry] = flags
+        self._push(entry)
+
     def _push(self, entry: int) -> None:
-        """Put the entry at the tail of the level that it has."""
-        queue = self._queue_for(self._flags[entry])
-        queue.push(entry, self._links.levels[entry])
+        """Put the entry at the tail of the level that it has, unless it belongs in no queue."""
+        flags = self._flags[entry]
+        if _IS_QUEUED[flags]:
+            self._queue_for(flags).push(entry, self._links.levels[entry])
 
     def _push_front(self, entry: int) -> None:
-        queue = self._queue_for(self._flags[entry])
-        queue.push_front(entry, self._links.levels[entry])
+        flags = self._flags[entry]
+        if _IS_QUEUED[flags]:
+            self._queue_for(flags).push_front(entry, self._links.levels[entry])
 
     def _take(self, entry: int) -> None:
-        """Out of its queue; the entry keeps its level."""
-        queue = self._queue_for(self._flags[entry])
-        level = queue.level_of(entry)
-        queue.remove(entry)
-        self._links.levels[entry] = level
+        """Out of its queue, if it is in one; the entry keeps its level."""
+        flags = self._flags[entry]
+        if _IS_QUEUED[flags]:
+            queue = self._queue_for(flags)
+            level = queue.level_of(entry)
+            queue.remove(entry)
+            self._links.levels[entry] = level
 
     # ---- migrations ------------------------------------------------------------------------
 
@@ -235,8 +256,7 @@ class Smq(Policy):
         elif work.op == DEMOTE and success:
             self._unmap(entry)
         else:
-            self._flags[entry] &= ~_PENDING
-            self._push(entry)
+            self._set_flags(entry, self._flags[entry] & ~_PENDING)
 
     def allow_migrations(self, allow: bool) -> None:
         self._may_migrate = allow and not self.is_cleaner
@@ -254,14 +274,15 @@ class Smq(Policy):
         return Work(PROMOTE, oblock, self._allocator.allocate())
 
     def _unreserve(self, work: Work) -> None:
-        self._allocator.free(work.cblock)
+        self._free(work.cblock)
 
-    def _queue_demotion(self) -> None:
-        entry = self._clean.peek(DEMOTE_LEVEL_END)
+    def _queue_demotion(self, *, forced: bool = False) -> None:
+        """A demotion, or what leads to one. `forced`: whatever there is, hot or young."""
+        entry = self._clean.peek(NR_LEVELS if forced else DEMOTE_LEVEL_END)
         if entry >= 0:
             self._queue_pending(entry, DEMOTE)
         elif not self._is_clean_target_met(idle=True):
-            self._queue_writeback(idle=False)
+            self._queue_writeback(idle=forced)
 
     def _queue_writeback(self, idle: bool) -> None:
         entry = self._dirty.peek(past_sentinels=idle)
@@ -282,6 +303,49 @@ class Smq(Policy):
     def _is_clean_target_met(self, idle: bool) -> bool:
         return not (idle or self.is_cleaner) or not len(self._dirty)
 
+    # ---- what the user wants cached -------------------------------------------------------
+
+    @property
+    def nr_pinned(self) -> int:
+        return self._nr_pinned
+
+    def maybe_promote(self, oblock: int) -> Work | None:
+        if (
+            not self._may_migrate
+            or oblock in self.tracker
+            or self._table.find(oblock) >= 0
+        ):
+            return None
+        if not self._allocator.nr_free:
+            self._queue_demotion(forced=True)
+            return None
+        work = Work(PROMOTE, oblock, self._allocator.allocate())
+        if not self.tracker.start(work):
+            self._unreserve(work)
+            return None
+        return work
+
+    def pin(self, cblock: int) -> None:
+        assert self._allocator.is_allocated(cblock), f"cache block {cblock} is free"
+        flags = self._flags[cblock]
+        if flags & _PINNED:
+            return
+        self._nr_pinned += 1
+        if flags & _PENDING and self.tracker.cancel_demotion(
+            self._table.blocks[cblock]
+        ):
+            flags &= ~_PENDING
+        self._set_flags(cblock, flags | _PINNED)
+
+    def unpin(self, cblock: int) -> None:
+        flags = self._flags[cblock]
+        if flags & _PINNED:
+            self._nr_pinned -= 1
+            self._set_flags(cblock, flags & ~_PINNED)
+
+    def is_pinned(self, cblock: int) -> bool:
+        return bool(self._flags[cblock] & _PINNED)
+
     # ---- mappings --------------------------------------------------------------------------
 
     def load_mapping(
@@ -296,7 +360,13 @@ class Smq(Policy):
         if other >= 0:
             raise MappingError(cblock, oblock, f"also in cache block {other}")
         self._allocator.allocate_particular(cblock)
-        level = _level_without_hint(cblock) if hint is None else min(hint, TOP_LEVEL)
+        if hint is None:
+            level = _level_without_hint(cblock)
+        elif PINNED_HINT <= hint <= PINNED_HINT + TOP_LEVEL:
+            level = hint - PINNED_HINT
+            self.pin(cblock)
+        else:
+            level = min(hint, TOP_LEVEL)
         self._map(cblock, oblock, dirty=dirty, level=level)
         # Ahead of the sentinels: it may be cleaned or demoted at once.
         self._push_front(cblock)
@@ -309,8 +379,7 @@ class Smq(Policy):
         if flags & _PENDING:
             work = self.tracker.cancel(self._table.blocks[cblock])
             assert work is not None, f"cache block {cblock} is being migrated"
-        else:
-            self._take(cblock)
+        self._take(cblock)
         self._unmap(cblock)
         return True
 
@@ -318,19 +387,26 @@ class Smq(Policy):
         flags = self._flags[cblock]
         if not flags & _MAPPED:
             return 0
-        if flags & _PENDING:
-            return self._links.levels[cblock]
-        return self._queue_for(flags).level_of(cblock)
+        if _IS_QUEUED[flags]:
+            level = self._queue_for(flags).level_of(cblock)
+        else:
+            level = self._links.levels[cblock]
+        return level | PINNED_HINT if flags & _PINNED else level
 
     def _map(self, entry: int, oblock: int, *, dirty: bool, level: int) -> None:
         self._table.insert(entry, oblock)
-        self._flags[entry] = _MAPPED | (_DIRTY if dirty else 0)
+        self._flags[entry] |= _MAPPED | (_DIRTY if dirty else 0)
         self._is_hit[entry] = 0
         self._links.levels[entry] = level
 
     def _unmap(self, entry: int) -> None:
         """`entry`, which is in no queue, becomes free."""
         self._table.remove(entry)
+        self._free(entry)
+
+    def _free(self, entry: int) -> None:
+        if self._flags[entry] & _PINNED:
+            self._nr_pinned -= 1
         self._flags[entry] = 0
         self._allocator.free(entry)
 

@@ -72,3 +72,10 @@ class BackgroundTracker:
         self._queued.remove(work)
         self.complete(work)
         return work
+
+    def cancel_demotion(self, oblock: int) -> bool:
+        """Drop the queued work of `oblock` if it is a demotion. Returns whether it was dropped."""
+        work = self._pending.get(oblock)
+        return (
+            work is not None and work.op == DEMOTE and self.cancel(oblock) is not None
+        )

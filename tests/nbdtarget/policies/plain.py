@@ -113,6 +113,12 @@ class Block:
     pending: bool = False
     hit: bool = False
     mapped: bool = True
+    pinned: bool = False
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether nobody but the table knows of it."""
+        return self.pinned and not self.dirty
 
 
 @dataclass
@@ -156,11 +162,14 @@ class PlainSmq:
 
     def take(self, cblock: int) -> None:
         block = self.blocks[cblock]
-        block.level = self.queue_of(block).level_of(cblock)
-        self.queue_of(block).remove(cblock)
+        if not block.is_apart:
+            block.level = self.queue_of(block).level_of(cblock)
+            self.queue_of(block).remove(cblock)
 
     def push(self, cblock: int) -> None:
-        self.queue_of(self.blocks[cblock]).push(cblock, self.blocks[cblock].level)
+        block = self.blocks[cblock]
+        if not block.is_apart:
+            self.queue_of(block).push(cblock, block.level)
 
     def find(self, oblock: int) -> int | None:
         for cblock, block in self.blocks.items():
@@ -176,7 +185,8 @@ class PlainSmq:
             block = self.blocks[cblock]
             if not block.pending and not block.hit:
                 block.hit = True
-                self.queue_of(block).requeue(cblock, 1)
+                if not block.is_apart:
+                    self.queue_of(block).requeue(cblock, 1)
             return cblock, None, False
         level = self.note_miss(oblock // 16)
         if level < self.promote_level and not (is_write and self.free and fast_copy):
@@ -207,6 +217,23 @@ class PlainSmq:
             if demotions < self.nr_cblocks // 4:
                 self.queue_demotion()
             return None
+        return self.reserve(oblock, directly=directly)
+
+    def maybe_promote(self, oblock: int) -> PlainWork | None:
+        if not self.may_migrate or self.is_cleaner or self.find(oblock) is not None:
+            return None
+        if self.free:
+            return self.reserve(oblock, directly=True)
+        if oblock in self.pending:
+            return None
+        cblock = self.clean.peek()
+        if cblock >= 0:
+            self.queue_pending("demote", cblock)
+        elif self.dirty.all_entries():
+            self.queue_writeback(idle=True)
+        return None
+
+    def reserve(self, oblock: int, *, directly: bool) -> PlainWork | None:
         if oblock in self.pending or len(self.pending) == 4096:
             return None
         cblock = self.free.pop(0)
@@ -263,10 +290,27 @@ class PlainSmq:
         if not block.pending:
             self.push(cblock)
 
-    def load_mapping(self, cblock: int, oblock: int, dirty: bool, level: int) -> None:
+    def pin(self, cblock: int, pinned: bool) -> None:
+        block = self.blocks[cblock]
+        if block.pinned == pinned:
+            return
+        work = self.pending.get(block.oblock)
+        if work in self.queued and work.op == "demote":
+            self.queued.remove(self.pending.pop(block.oblock))
+            block.pending = False
+        elif not block.pending:
+            self.take(cblock)
+        block.pinned = pinned
+        if not block.pending:
+            self.push(cblock)
+
+    def load_mapping(self, cblock: int, oblock: int, dirty: bool, hint: int) -> None:
         self.free.remove(cblock)
-        self.blocks[cblock] = block = Block(oblock, level, dirty)
-        self.queue_of(block).push_front(cblock, level)
+        pinned = 64 <= hint < 128
+        level = hint - 64 if pinned else min(hint, 63)
+        self.blocks[cblock] = block = Block(oblock, level, dirty, pinned=pinned)
+        if not block.is_apart:
+            self.queue_of(block).push_front(cblock, level)
 
     def invalidate(self, cblock: int) -> bool:
         block = self.blocks.get(cblock)
@@ -284,7 +328,9 @@ class PlainSmq:
         block = self.blocks.get(cblock)
         if block is None or not block.mapped:
             return 0
-        return block.level if block.pending else self.queue_of(block).level_of(cblock)
+        if not block.pending and not block.is_apart:
+            block.level = self.queue_of(block).level_of(cblock)
+        return block.level + 64 if block.pinned else block.level
 
     def tick(self, now: int) -> None:
         if now > self.writeback_end:

@@ -40,7 +40,7 @@ class SmqMachine(RuleBasedStateMachine):
         nr_cblocks=st.sampled_from([1, 3, 4, 8, 40, 256]),
         kind=st.sampled_from([Smq, KernelSmq, Cleaner]),
         loaded=st.lists(
-            st.tuples(oblocks, st.booleans(), st.integers(0, 70)),
+            st.tuples(oblocks, st.booleans(), st.integers(0, 140)),
             unique_by=lambda mapping: mapping[0],
             max_size=40,
         ),
@@ -67,7 +67,7 @@ class SmqMachine(RuleBasedStateMachine):
         for n, (oblock, dirty, hint) in enumerate(loaded[:nr_cblocks]):
             cblock = nr_cblocks - 1 - n if backwards else n
             self.smq.load_mapping(cblock, oblock, dirty, hint)
-            self.plain.load_mapping(cblock, oblock, dirty, min(hint, 63))
+            self.plain.load_mapping(cblock, oblock, dirty, hint)
 
     def pair(self, work: Work | None, plain: PlainWork | None) -> None:
         if work is None or plain is None:
@@ -91,6 +91,23 @@ class SmqMachine(RuleBasedStateMachine):
         found, work = self.smq.lookup_with_work(oblock, is_write)
         assert found == (MISS if cblock is None else cblock)
         self.pair(work, plain)
+
+    @rule(oblock=oblocks)
+    def maybe_promote(self, oblock: int) -> None:
+        self.pair(self.smq.maybe_promote(oblock), self.plain.maybe_promote(oblock))
+
+    @precondition(lambda self: self.plain.blocks)
+    @rule(data=st.data(), pinned=st.booleans())
+    def pin(self, data: st.DataObject, pinned: bool) -> None:
+        cblock = data.draw(st.sampled_from(sorted(self.plain.blocks)))
+        self.pin_to(cblock, pinned)
+
+    def pin_to(self, cblock: int, pinned: bool) -> None:
+        if pinned:
+            self.smq.pin(cblock)
+        else:
+            self.smq.unpin(cblock)
+        self.plain.pin(cblock, pinned)
 
     @rule(idle=st.booleans())
     def get_background_work(self, idle: bool) -> None:
@@ -151,10 +168,14 @@ class SmqMachine(RuleBasedStateMachine):
         assert self.smq.residency == len(blocks)
         queued = self.plain.clean.all_entries() + self.plain.dirty.all_entries()
         pending = [cblock for cblock, block in blocks.items() if block.pending]
-        everything = sorted(queued + pending + self.plain.free)
+        apart = [c for c, b in blocks.items() if b.is_apart and not b.pending]
+        everything = sorted(queued + pending + apart + self.plain.free)
         assert everything == list(range(self.plain.nr_cblocks))
         assert len(self.smq.tracker) == len(pending)
+        assert self.smq.nr_pinned == sum(block.pinned for block in blocks.values())
         for cblock in range(self.plain.nr_cblocks):
+            block = blocks.get(cblock)
+            assert self.smq.is_pinned(cblock) == (block is not None and block.pinned)
             assert self.smq.get_hint(cblock) == self.plain.hint(cblock)
 
     @invariant()
@@ -188,6 +209,10 @@ def test_long_history_of_a_full_cache(kind: type[Smq], nr_cblocks: int) -> None:
         machine.lookup(oblock, rng.random() < 0.3)
         if n % 5 == 0:
             machine.tick(rng.choice([0, 1, S // 4, S, 3 * S]))
+        if n > 100 and n % 30 == 0:
+            cached = sorted(machine.plain.blocks)
+            machine.pin_to(rng.choice(cached), rng.random() < 0.3)
+            machine.maybe_promote(rng.randrange(1000))
         work = machine.smq.get_background_work(n % 50 == 0)
         machine.pair(work, machine.plain.get_background_work(n % 50 == 0))
         while len(machine.issued) > 3:

@@ -57,6 +57,18 @@ def test_only_queued_work_can_be_cancelled() -> None:
     assert 2 in tracker
 
 
+def test_only_a_queued_demotion_is_cancelled_as_such() -> None:
+    tracker = BackgroundTracker()
+    writeback, queued = Work(WRITEBACK, 1, 1), Work(DEMOTE, 2, 2)
+    for work in (writeback, queued):
+        assert tracker.queue(work)
+    assert tracker.start(Work(DEMOTE, 3, 3))
+    cancelled = [tracker.cancel_demotion(oblock) for oblock in range(5)]
+    assert cancelled == [False, False, True, False, False]
+    assert tracker.nr_demotions == 1
+    assert [tracker.issue(), tracker.issue()] == [writeback, None]
+
+
 def test_work_is_compared_by_identity() -> None:
     tracker = BackgroundTracker()
     tracker.start(Work(PROMOTE, 1, 1))
