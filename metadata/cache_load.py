@@ -28,7 +28,7 @@ from metadata.operations import Steps
 from metadata.records import read_linked
 from metadata.superblock import CLEAN_SHUTDOWN
 
-__all__ = ["Discarded", "Loaded", "load", "new_words"]
+__all__ = ["Discarded", "Loaded", "Sync", "load", "load_values", "new_words"]
 
 STEP_CBLOCKS: Final = 2048  # 1 us each
 STEP_BYTES: Final = 2 << 20
@@ -64,7 +64,7 @@ def load(superblock: CacheSuperblock, device_size: int) -> Steps[Loaded]:
     Raises: CorruptMetadata, UnsupportedFormat; MetadataTooSmall: the device has shrunk.
     """
     check_device_size(superblock, device_size)
-    values = yield from _load_values(superblock)
+    values = yield from load_values(superblock)
     index = yield from OblockIndex.new(values)
     mapped = zeros(superblock.nr_cblocks, "little")
     logged = zeros(superblock.nr_cblocks, "little")
@@ -76,7 +76,7 @@ def load(superblock: CacheSuperblock, device_size: int) -> Steps[Loaded]:
     if not superblock.flags & CLEAN_SHUTDOWN:
         dirty = (logged if superblock.incompat & DIRTY_LOG else mapped).copy()
         return Loaded(values, index, dirty, logged, None, None)
-    sync = _Sync(superblock)
+    sync = Sync(superblock)
     yield from sync.read()
     _refuse_any(sync.dirty & ~mapped, "unmapped")
     if superblock.incompat & DIRTY_LOG:
@@ -97,7 +97,11 @@ def new_words(typecode: str, nr_words: int) -> Steps[Words]:
     return words
 
 
-def _load_values(superblock: CacheSuperblock) -> Steps[Words]:
+def load_values(superblock: CacheSuperblock) -> Steps[Words]:
+    """Read and check the snapshot and the journal: what each cache block holds.
+
+    Raises: CorruptMetadata, UnsupportedFormat.
+    """
     values = yield from new_words("Q", superblock.nr_cblocks)
     begin_min: int | None = 0
 
@@ -168,8 +172,11 @@ def _index_values(
             logged[cblock] = 1
 
 
-class _Sync:
-    """What a clean shutdown recorded."""
+class Sync:
+    """What a clean shutdown recorded.
+
+    Attributes: those of `Loaded`, once `read` has returned.
+    """
 
     def __init__(self, superblock: CacheSuperblock) -> None:
         self._superblock = superblock
@@ -178,6 +185,7 @@ class _Sync:
         self._discards: bitarray | None = None
 
     def read(self) -> Steps[None]:
+        """Read and check it. Raises: CorruptMetadata, UnsupportedFormat."""
         superblock = self._superblock
         if superblock.policy_name:
             self.hints = yield from new_words("I", superblock.nr_cblocks)
@@ -193,6 +201,7 @@ class _Sync:
         _expect("digest of the clean shutdown", superblock.sync_digest, digest)
 
     def discarded(self) -> Discarded | None:
+        """Return the discarded blocks, if any are recorded. Raises: CorruptMetadata."""
         superblock = self._superblock
         if self._discards is None:
             _expect_count("discard blocks recorded", 0, superblock.nr_dblocks)

@@ -54,7 +54,9 @@ __all__ = [
     "CacheTransaction",
     "Compaction",
     "Shutdown",
+    "sync_chain",
     "write_snapshot",
+    "write_sync",
 ]
 
 _RW: Final = Mode.RW
@@ -275,42 +277,9 @@ class CacheTransaction:
         if shutdown is None or dirty is None:
             return
         superblock = self._metadata._superblock
-        begin = superblock.sync_area_begin(self._sync_area)
-        end = begin + sync_blocks_max(superblock.nr_cblocks_max)
-        chain = Chain(block=begin, end=end, digest=superblock.uuid)
-        generation = self.generation
-        step = 8 * CHUNK_BYTES
-        for at in range(0, len(dirty), step):
-            piece = dirty[at : at + step]
-            if piece.any():
-                yield chain.append_record(
-                    DirtyBits(
-                        generation=generation,
-                        previous=chain.digest,
-                        begin=at,
-                        bits=piece.tobytes(),
-                    )
-                )
-        hints = shutdown.hints
-        step = CHUNK_BYTES // 4
-        for at in range(0, len(hints) if hints is not None else 0, step):
-            assert hints is not None
-            yield chain.append_record(
-                Hints(
-                    generation=generation,
-                    previous=chain.digest,
-                    begin=at,
-                    hints=pack_words(hints[at : at + step]),
-                )
-            )
-        if shutdown.discarded is not None:
-            yield chain.append_record(
-                Discards(
-                    generation=generation,
-                    previous=chain.digest,
-                    bits=shutdown.discarded.bits.tobytes(),
-                )
-            )
+        chain = sync_chain(superblock, self._sync_area)
+        begin = chain.block
+        yield from write_sync(chain, self.generation, dirty, shutdown)
         self._next = msgspec.structs.replace(
             self._next, sync_blocks=chain.block - begin, sync_digest=chain.digest
         )
@@ -425,6 +394,51 @@ def write_snapshot(chain: Chain, generation: int, values: Words) -> Steps[None]:
         else:
             yield ()
         begin += CHUNK_CBLOCKS
+
+
+def sync_chain(superblock: CacheSuperblock, area: int) -> Chain:
+    """Return an empty chain in a sync area."""
+    begin = superblock.sync_area_begin(area)
+    end = begin + sync_blocks_max(superblock.nr_cblocks_max)
+    return Chain(block=begin, end=end, digest=superblock.uuid)
+
+
+def write_sync(
+    chain: Chain, generation: int, dirty: bitarray, shutdown: Shutdown
+) -> Steps[None]:
+    """Append what a clean shutdown records."""
+    step = 8 * CHUNK_BYTES
+    for at in range(0, len(dirty), step):
+        piece = dirty[at : at + step]
+        if piece.any():
+            yield chain.append_record(
+                DirtyBits(
+                    generation=generation,
+                    previous=chain.digest,
+                    begin=at,
+                    bits=piece.tobytes(),
+                )
+            )
+    hints = shutdown.hints
+    step = CHUNK_BYTES // 4
+    for at in range(0, len(hints) if hints is not None else 0, step):
+        assert hints is not None
+        yield chain.append_record(
+            Hints(
+                generation=generation,
+                previous=chain.digest,
+                begin=at,
+                hints=pack_words(hints[at : at + step]),
+            )
+        )
+    if shutdown.discarded is not None:
+        yield chain.append_record(
+            Discards(
+                generation=generation,
+                previous=chain.digest,
+                bits=shutdown.discarded.bits.tobytes(),
+            )
+        )
 
 
 def _append_entries(chain: Chain, generation: int, entries: bytes) -> Operation:
