@@ -106,7 +106,7 @@ def clone(
     from nbdtarget.cli.logs import start_logging
     from nbdtarget.cli.progress import make_reporter
     from nbdtarget.daemon import run
-    from nbdtarget.porcelain import CloneJob, CloneOptions
+    from nbdtarget.porcelain.clone import CloneJob, CloneOptions
 
     start_logging(verbose=verbose)
     options = CloneOptions(

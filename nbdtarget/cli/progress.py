@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from nbdtarget.clock import monotonic_ns
-from nbdtarget.porcelain import CloneOptions, ClonePlan, CloneReporter
+from nbdtarget.porcelain.clone import CloneOptions, ClonePlan, CloneReporter
 from nbdtarget.server.listener import export_uri
 
 __all__ = ["Reporter", "client_lines", "make_reporter"]

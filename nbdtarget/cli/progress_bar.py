@@ -12,7 +12,7 @@ from rich.progress import (
 )
 
 from nbdtarget.cli.progress import Reporter
-from nbdtarget.porcelain import CloneOptions, ClonePlan
+from nbdtarget.porcelain.clone import CloneOptions, ClonePlan
 
 __all__ = ["BarReporter"]
 

@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One line for one job: `nbdtarget clone`, from the first look at the files to the last commit.
 
-Theory of operation. A stranger trusts this with a disk, so it goes in three steps, and what
-fails in one leaves the files as they were before it:
-
-    plan     look at source, destination and metadata; refuse; change nothing
-    prepare  make a missing destination, construct the table (which makes missing metadata),
-             listen; if any of this fails, what was made is removed again
-    serve    let I/O and hydration go, until hydrated or told to stop; then commit
+How it goes, and how it is undone: job.py.
 
 What is refused, besides what the clone target refuses by itself:
 
@@ -27,37 +21,24 @@ A crash between making the destination and making the metadata leaves an empty d
 the same line starts anew. One after that goes on.
 """
 
-import asyncio
 import contextlib
-import errno as errnos
-import logging
 import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 
 from nbdtarget.clock import timeout
-from nbdtarget.control.paths import control_address, control_token
-from nbdtarget.daemon import Daemon, default_listen, passed_sockets
 from nbdtarget.devices import resolve
-from nbdtarget.devices.base import EXTENT_DATA, Device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.registry import check_name
 from nbdtarget.dm.table import SECTOR
 from nbdtarget.errors import ResolveError
+from nbdtarget.porcelain import job, look
 from nbdtarget.words import join_words, split_words
 
 __all__ = ["CloneJob", "CloneOptions", "ClonePlan", "CloneReporter", "plan_clone"]
 
-_log = logging.getLogger(__name__)
-
-HEAD_BYTES: Final = 16384  # the superblocks of a metadata device
-SCAN_BYTES_MAX: Final = 256 << 20  # how much of a destination is read for data
-SCAN_STEP: Final = 4 << 20
-EXTENTS_STEP: Final = 1 << 40
 PROGRESS_PERIOD_S: Final = 0.25
 # What hydration keeps in flight, and copies at once: tuned for NBD sources over a unix socket.
 IN_FLIGHT_BYTES: Final = 16 << 20
@@ -103,13 +84,14 @@ class ClonePlan(msgspec.Struct, frozen=True, kw_only=True):
     dest: str
     make_dest: bool
 
+    @property
+    def missing(self) -> tuple[str, int] | None:
+        """The destination and its size, if it is to be made."""
+        return (self.dest, self.size) if self.make_dest else None
 
-class CloneReporter(Protocol):
+
+class CloneReporter(job.Reporter[ClonePlan], Protocol):
     """Who tells the user."""
-
-    def serving(self, plan: ClonePlan, uris: list[str]) -> None:
-        """Clients may come."""
-        ...
 
     def progress(self, done: int, size: int) -> None:
         """So many bytes of the destination are hydrated."""
@@ -123,10 +105,6 @@ class CloneReporter(Protocol):
         """The clone cannot record progress any more; `status` is its status line."""
         ...
 
-    def stopping(self) -> None:
-        """I/O in flight ends, the clone commits."""
-        ...
-
 
 async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     """Look at everything, change nothing.
@@ -136,12 +114,12 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     """
     source = absolute_name(options.source, directory)
     dest = absolute_name(options.dest, directory)
-    metadata = _metadata_name(options, dest, directory)
-    name = options.name or _default_name(dest)
+    metadata = look.metadata_name(options.metadata, dest, directory)
+    name = options.name or look.default_name(dest, "clone")
     check_name(name)
-    _check_distinct(source=source, destination=dest, metadata=metadata)
-    size = await _source_size(source)
-    fresh = await _is_fresh(metadata)
+    look.check_distinct(source=source, destination=dest, metadata=metadata)
+    size = await look.disk_size(source, read_only=True)
+    fresh = await look.is_fresh(metadata)
     make_dest = resolve.may_create(dest)
     if make_dest and not fresh:
         raise ResolveError(
@@ -160,55 +138,6 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     )
 
 
-def _metadata_name(options: CloneOptions, dest: str, directory: str) -> str:
-    if options.metadata is not None:
-        return absolute_name(options.metadata, directory)
-    if not dest.startswith("/"):
-        raise ResolveError(
-            dest, "is not a file: say where its metadata is (--metadata)"
-        )
-    if dest.startswith("/dev/"):
-        raise ResolveError(
-            dest, "is a device: say in which file its metadata is (--metadata)"
-        )
-    return f"{dest}.nbdtarget"
-
-
-def _default_name(dest: str) -> str:
-    stem = Path(dest).stem if dest.startswith("/") else ""
-    return stem if stem.isprintable() and stem not in ("", ".", "control") else "clone"
-
-
-def _check_distinct(**names: str) -> None:
-    seen: dict[object, str] = {}
-    for role, name in names.items():
-        other = seen.setdefault(resolve.identity(name), role)
-        if other != role:
-            raise ResolveError(name, f"is both {other} and {role}", errnos.EBUSY)
-
-
-async def _source_size(source: str) -> int:
-    device = await resolve.open_device(source, read_only=True)
-    await device.close()
-    if device.size == 0 or device.size % SECTOR:
-        raise ResolveError(
-            source, f"size {device.size} is not a multiple of {SECTOR} bytes"
-        )
-    return device.size
-
-
-async def _is_fresh(metadata: str) -> bool:
-    """Whether the metadata is missing or all zero at its head."""
-    if resolve.may_create(metadata):
-        return True
-    device = await resolve.open_device(metadata, read_only=True)
-    try:
-        head = await device.read(0, min(HEAD_BYTES, device.size))
-    finally:
-        await device.close()
-    return not any(head)
-
-
 async def _check_dest(
     dest: str, size: int, *, fresh: bool, options: CloneOptions, metadata: str
 ) -> None:
@@ -218,7 +147,7 @@ async def _check_dest(
             raise ResolveError(
                 dest, f"too small: {device.size} bytes, the source has {size}"
             )
-        if fresh and not options.overwrite and await _holds_data(device):
+        if fresh and not options.overwrite and await look.holds_data(device):
             raise ResolveError(
                 dest,
                 f"holds data, but there is no clone metadata in {metadata}: give"
@@ -226,32 +155,6 @@ async def _check_dest(
             )
     finally:
         await device.close()
-
-
-async def _holds_data(device: Device) -> bool:
-    """Whether anything but zeroes is there, as far as that can be found out quickly."""
-    at = scanned = 0
-    while at < device.size:
-        for extent in await device.extents(at, min(EXTENTS_STEP, device.size - at)):
-            if extent.flags == EXTENT_DATA:
-                budget = SCAN_BYTES_MAX - scanned
-                if await _reads_other_than_zero(device, at, min(extent.length, budget)):
-                    return True
-                scanned += extent.length
-                if scanned > SCAN_BYTES_MAX:
-                    return True  # too much to tell: the safe answer
-            at += extent.length
-    return False
-
-
-async def _reads_other_than_zero(device: Device, offset: int, length: int) -> bool:
-    end = offset + length
-    while offset < end:
-        part = await device.read(offset, min(SCAN_STEP, end - offset))
-        if part.tobytes().count(0) != len(part):
-            return True
-        offset += len(part)
-    return False
 
 
 def _table_line(
@@ -278,73 +181,16 @@ def _table_line(
     return f"0 {size // SECTOR} clone {join_words(words)}"
 
 
-class CloneJob:
+class CloneJob(job.Job[ClonePlan]):
     """Prepares, serves and ends one clone, in this process."""
 
     def __init__(self, options: CloneOptions, reporter: CloneReporter) -> None:
+        super().__init__(reporter, listen=options.listen, control=options.control)
         self._options = options
         self._reporter = reporter
-        self._daemon = Daemon()
-        self._has_failed = False
 
-    async def run(self) -> int:
-        """Do the job; the exit status. Raises: NbdTargetError: nothing has changed."""
-        self._daemon.catch_signals()
-        try:
-            begun = await self._daemon.until_stopped(self._begin())
-            if begun is None:
-                return 0  # told to stop before anybody was served: nothing has changed
-            plan, device = begun
-            watcher = asyncio.create_task(self._watch(device, plan))
-            try:
-                await self._daemon.wait_for_stop()
-            finally:
-                watcher.cancel()
-                await asyncio.wait([watcher])
-                self._reporter.stopping()
-                self._daemon.release_signals()
-                await self._daemon.close()
-        finally:
-            self._daemon.release_signals()
-        if not watcher.cancelled() and watcher.exception() is not None:
-            raise AssertionError("watching hydration failed") from watcher.exception()
-        return 1 if self._has_failed else 0
-
-    async def _begin(self) -> tuple[ClonePlan, MappedDevice]:
-        plan = await plan_clone(self._options, os.getcwd())
-        return plan, await self._prepare(plan)
-
-    async def _prepare(self, plan: ClonePlan) -> MappedDevice:
-        options = self._options
-        daemon = self._daemon
-        made: list[str] = []
-        try:
-            await daemon.open_control(
-                control_address(options.control),
-                token=control_token(),
-                optional=options.control is None,
-            )
-            if plan.make_dest:
-                dest = await resolve.create_device(plan.dest, plan.size, sparse=True)
-                made.append(plan.dest)
-                await dest.close()
-            device = await daemon.registry.create(plan.name, None)
-            made += await daemon.registry.load(plan.name, plan.table)
-            # Clients may attach from here on, and their requests wait a moment.
-            await device.activate()
-            fds = passed_sockets()
-            addresses = options.listen or (() if fds else (default_listen(plan.name),))
-            await daemon.listen(addresses, fds)
-            self._reporter.serving(plan, daemon.uris)
-            await device.resume()
-        except BaseException:
-            await daemon.close()
-            # Only what this very call has made: another process may have been faster.
-            for path in made:
-                with contextlib.suppress(FileNotFoundError):
-                    await resolve.remove_created(path)
-            raise
-        return device
+    async def _plan(self) -> ClonePlan:
+        return await plan_clone(self._options, os.getcwd())
 
     async def _watch(self, device: MappedDevice, plan: ClonePlan) -> None:
         """Report progress; end the job when hydrated, if so asked, or when it cannot go on."""
@@ -373,13 +219,6 @@ class CloneJob:
             with contextlib.suppress(TimeoutError):
                 async with timeout(PROGRESS_PERIOD_S):
                     event_nr = await device.events.wait(event_nr)
-
-    def _report(self, tell: Callable[..., None], *words: object) -> None:
-        """Tell the user; the disk goes on if nobody reads any more (`| head`)."""
-        try:
-            tell(*words)
-        except OSError as error:
-            _log.debug("cannot report: %s", error)
 
 
 async def _progress(device: MappedDevice, plan: ClonePlan) -> tuple[int, bool, str]:

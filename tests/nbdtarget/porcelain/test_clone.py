@@ -15,7 +15,7 @@ from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.errors import NbdTargetError
-from nbdtarget.porcelain import CloneJob, CloneOptions, ClonePlan, plan_clone
+from nbdtarget.porcelain.clone import CloneJob, CloneOptions, ClonePlan, plan_clone
 from tests.nbdtarget.dm.support import make_registry
 
 MIB = 1 << 20
@@ -273,7 +273,7 @@ async def test_files_of_a_faster_process_are_left_alone(
         (work / "dest").write_bytes(b"another clone's")
         return plan
 
-    monkeypatch.setattr("nbdtarget.porcelain.plan_clone", plan_and_be_late)
+    monkeypatch.setattr("nbdtarget.porcelain.clone.plan_clone", plan_and_be_late)
     with pytest.raises(NbdTargetError, match="dest"):
         await clone()
     assert (work / "dest").read_bytes() == b"another clone's"

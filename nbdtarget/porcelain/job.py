@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One mapped device, served in this process: what clone and cache have in common.
+
+Theory of operation. A stranger trusts this with a disk, so it goes in three steps, and what
+fails in one leaves the files as they were before it:
+
+    plan     look at everything; refuse; change nothing
+    prepare  make a missing disk, construct the table (which makes missing metadata), listen,
+             resume; if any of this fails, what was made is removed again
+    serve    tell the user; let I/O go until told to stop; then commit
+
+Nothing is removed any more once the device has been resumed: clients may have written. Nor does
+the disk go away because nobody reads what is printed.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from nbdtarget.control.paths import control_address, control_token
+from nbdtarget.daemon import Daemon, default_listen, passed_sockets
+from nbdtarget.devices import resolve
+from nbdtarget.dm.mapped_device import MappedDevice
+
+__all__ = ["Job", "Plan", "Reporter"]
+
+_log = logging.getLogger(__name__)
+
+
+class Plan(Protocol):
+    """What is going to be done.
+
+    Attributes:
+        name: of the export.
+        table: one line.
+        missing: path and size of a disk that is to be made, if there is one.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def table(self) -> str: ...
+
+    @property
+    def missing(self) -> tuple[str, int] | None: ...
+
+
+P = TypeVar("P", bound=Plan)
+P_contra = TypeVar("P_contra", bound=Plan, contravariant=True)
+
+
+class Reporter(Protocol[P_contra]):
+    """Who tells the user."""
+
+    def serving(self, plan: P_contra, uris: list[str]) -> None:
+        """Clients may come."""
+        ...
+
+    def stopping(self) -> None:
+        """I/O in flight ends, the device commits."""
+        ...
+
+
+class Job(Generic[P]):
+    """Prepares, serves and ends one mapped device. Subclasses plan and watch.
+
+    Args:
+        listen: addresses; none: a unix socket in the runtime directory.
+        control: address of the control socket; None: the usual one, if it is free.
+    """
+
+    def __init__(
+        self, reporter: Reporter[P], *, listen: tuple[str, ...], control: str | None
+    ) -> None:
+        self._served = reporter
+        self._listen = listen
+        self._control = control
+        self._daemon = Daemon()
+        self._has_failed = False
+
+    async def _plan(self) -> P:
+        """Look at everything, change nothing. Raises: NbdTargetError."""
+        raise NotImplementedError
+
+    async def _watch(self, device: MappedDevice, plan: P) -> None:
+        """Report progress until cancelled; may set the daemon's `stop`."""
+        raise NotImplementedError
+
+    async def _ended(self, plan: P) -> None:
+        """Everything is committed and closed."""
+
+    async def run(self) -> int:
+        """Do the job; the exit status. Raises: NbdTargetError: nothing has changed."""
+        self._daemon.catch_signals()
+        try:
+            begun = await self._daemon.until_stopped(self._begin())
+            if begun is None:
+                return 0  # told to stop before anybody was served: nothing has changed
+            plan, device = begun
+            watcher = asyncio.create_task(self._watch(device, plan))
+            try:
+                await self._daemon.wait_for_stop()
+            finally:
+                watcher.cancel()
+                await asyncio.wait([watcher])
+                self._served.stopping()
+                self._daemon.release_signals()
+                await self._daemon.close()
+        finally:
+            self._daemon.release_signals()
+        if not watcher.cancelled() and watcher.exception() is not None:
+            raise AssertionError("watching has failed") from watcher.exception()
+        await self._ended(plan)
+        return 1 if self._has_failed else 0
+
+    async def _begin(self) -> tuple[P, MappedDevice]:
+        plan = await self._plan()
+        device = await self._prepare(plan)
+        self._report(self._served.serving, plan, self._daemon.uris)
+        return plan, device
+
+    async def _prepare(self, plan: P) -> MappedDevice:
+        daemon = self._daemon
+        made: list[str] = []
+        try:
+            await daemon.open_control(
+                control_address(self._control),
+                token=control_token(),
+                optional=self._control is None,
+            )
+            if plan.missing is not None:
+                path, size = plan.missing
+                disk = await resolve.create_device(path, size, sparse=True)
+                made.append(path)
+                await disk.close()
+            device = await daemon.registry.create(plan.name, None)
+            made += await daemon.registry.load(plan.name, plan.table)
+            # Clients may attach from here on, and their requests wait a moment.
+            await device.activate()
+            fds = passed_sockets()
+            addresses = self._listen or (() if fds else (default_listen(plan.name),))
+            await daemon.listen(addresses, fds)
+            await device.resume()
+        except BaseException:
+            await daemon.close()
+            # Only what this very call has made: another process may have been faster.
+            for path in made:
+                with contextlib.suppress(FileNotFoundError):
+                    await resolve.remove_created(path)
+            raise
+        return device
+
+    def _report(self, tell: Callable[..., None], *words: object) -> None:
+        """Tell the user; the disk goes on if nobody reads any more (`| head`)."""
+        try:
+            tell(*words)
+        except OSError as error:
+            _log.debug("cannot report: %s", error)
