@@ -306,7 +306,7 @@ class CacheMetadata(CacheBlocks):
         and cleaned blocks do not count.
         """
         return (
-            self._changed.any()
+            self._has_changed
             or self._transaction is not None
             or self._aborted
             or self._resized
@@ -396,6 +396,7 @@ class CacheMetadata(CacheBlocks):
         if self._transaction is not None:
             self._changed |= self._transaction.taken
         self._transaction = None
+        self._before = None
         self._compaction = None
 
     def record_needs_check(self) -> Steps[None]:

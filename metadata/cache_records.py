@@ -32,7 +32,8 @@ A record is at most 512 KiB: to hash it is the longest step between two yields.
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
@@ -46,6 +47,7 @@ __all__ = [
     "CHUNK_CBLOCKS",
     "ENTRIES_PER_RECORD_MAX",
     "LOGGED",
+    "NONE_BEFORE",
     "NR_CBLOCKS_MAX",
     "NR_OBLOCKS_MAX",
     "OBLOCK_SHIFT",
@@ -90,6 +92,8 @@ CHUNK_BYTES: Final = (1 << 19) - BLOCK_SIZE
 CHUNK_CBLOCKS: Final = CHUNK_BYTES // VALUE_SIZE
 # To pack an entry costs 0.2 us, a value nothing: more of them are stored as values.
 CHUNK_ENTRIES_MAX: Final = 4096
+
+NONE_BEFORE: Final[Mapping[int, int]] = MappingProxyType({})
 
 if TYPE_CHECKING:
     Words: TypeAlias = array[int]
@@ -241,12 +245,18 @@ def _unpack(typecode: str, packed: bytes) -> Words:
     return words
 
 
-def entry_records(cblocks: Iterable[int], values: Words) -> Iterator[bytes]:
-    """Yield the packed entries of `cblocks`, as much as one record holds at a time."""
+def entry_records(
+    cblocks: Iterable[int], values: Words, before: Mapping[int, int] = NONE_BEFORE
+) -> Iterator[bytes]:
+    """Yield the packed entries of `cblocks`, as much as one record holds at a time.
+
+    Values in `before` stand for those in `values`. Each is looked up when its turn comes.
+    """
     pack = _ENTRY.pack
     entries: list[bytes] = []
     for cblock in cblocks:
-        entries.append(pack(cblock, values[cblock]))
+        value = before[cblock] if cblock in before else values[cblock]
+        entries.append(pack(cblock, value))
         if len(entries) == ENTRIES_PER_RECORD_MAX:
             yield b"".join(entries)
             entries.clear()

@@ -3,11 +3,11 @@
 
 Theory of operation stands at the head of cache.py. The order of a commit and the two arenas are the
 clone's (clone.py, transaction.py). What differs: a record says what blocks **are**, so a transaction
-must write its changed blocks as they were at its pre_commit, not as they are by now. Few of
-them are packed at once; for many, all values are copied, which takes six milliseconds for a million.
+must write its changed blocks as they were at its pre_commit, not as they are by now. So until its
+journal is written, whoever changes a block puts aside what it was (`_set_value` in cache_blocks.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from itertools import chain as chain_of
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -20,6 +20,7 @@ from metadata.cache_load import Discarded
 from metadata.cache_records import (
     CHUNK_BYTES,
     CHUNK_CBLOCKS,
+    NONE_BEFORE,
     DirtyBits,
     Discards,
     Hints,
@@ -65,8 +66,7 @@ _RW: Final = Mode.RW
 FLUSH_CACHE: Final = 1  # mappings were inserted, or blocks recorded clean
 FLUSH_ORIGIN: Final = 2  # removed, inserted clean, or recorded clean
 
-# Packing an entry costs 0.2 us.
-EAGER_MAX: Final = 4096
+# What a commit that switches arenas may have to journal besides its own changes.
 CATCH_UP_MAX: Final = 4096
 CATCH_UP_ROUNDS_MAX: Final = 16
 
@@ -152,6 +152,9 @@ class CacheTransaction:
         self._metadata = metadata
         self.taken = metadata._changed
         metadata._changed = zeros(len(self.taken), "little")
+        metadata._has_changed = False
+        self._before: Mapping[int, int] = {}
+        metadata._before = self._before
         self.logged = self.taken & metadata._logged
         self.flushes = metadata._flushes
         metadata._flushes = 0
@@ -168,9 +171,7 @@ class CacheTransaction:
         if shutdown is not None and superblock.flags & CLEAN_SHUTDOWN:
             self._sync_area = (superblock.sync_area + 1) % NR_SYNC_AREAS
         # What `journal` appends, where, and behind which snapshot.
-        self._entries: Iterator[bytes] = iter(())
-        self._nr_entries = 0
-        self._frozen: Words | None = None
+        self._to_journal = self.taken
         self._whole = False
         self._arena = superblock.arena
         self._snapshot_block = superblock.snapshot_block
@@ -205,11 +206,10 @@ class CacheTransaction:
                     self._snapshot_block = compaction.begin
                     self._snapshot_blocks = compaction.snapshot_blocks
                     self._snapshot_digest = compaction.snapshot_digest
-                    self._take_entries(compaction.since)
+                    self._to_journal = compaction.since
                     return
                 # Too late: more has changed than fits there.
         if _fits(self._chain, self.taken.count()):
-            self._take_entries(self.taken)
             return
         # Neither journal has room: write everything.
         superblock = metadata._superblock
@@ -222,17 +222,9 @@ class CacheTransaction:
             skip = max(longest, late.chain.block - late.begin)
         self._chain = new_chain(superblock, self._arena, skip)
         self._snapshot_block = self._chain.block
+        self._to_journal = bitarray(endian="little")
         self._whole = True
-        self._frozen = metadata._values[:]
         metadata._compaction = None
-
-    def _take_entries(self, cblocks: bitarray) -> None:
-        values = self._metadata._values
-        self._nr_entries = cblocks.count()
-        if self._nr_entries > EAGER_MAX:
-            self._entries = entry_records(cblocks.search(1), values[:])
-        else:
-            self._entries = iter(list(entry_records(cblocks.search(1), values)))
 
     def journal(self) -> Steps[None]:
         """Append the changes and flush. May run beside the flushes of `flushes`.
@@ -248,7 +240,8 @@ class CacheTransaction:
         ):
             yield operation
             self._check_current()
-        if self._nr_entries or self.moves or self._next.sync_blocks:
+        self._metadata._before = None
+        if self._to_journal.any() or self.moves or self._next.sync_blocks:
             yield Flush()
         self._next = msgspec.structs.replace(
             self._next,
@@ -260,15 +253,16 @@ class CacheTransaction:
         self._journaled = True
 
     def _journal_snapshot(self) -> Steps[None]:
-        if self._frozen is None:
+        if not self._whole:
             return
-        yield from write_snapshot(self._chain, self.generation, self._frozen)
-        self._frozen = None
+        values = self._metadata._values
+        yield from write_snapshot(self._chain, self.generation, values, self._before)
         self._snapshot_blocks = self._chain.block - self._snapshot_block
         self._snapshot_digest = self._chain.digest
 
     def _journal_entries(self) -> Steps[None]:
-        for entries in self._entries:
+        cblocks, values = self._to_journal.search(1), self._metadata._values
+        for entries in entry_records(cblocks, values, self._before):
             yield _append_entries(self._chain, self.generation, entries)
 
     def _journal_sync(self) -> Steps[None]:
@@ -374,12 +368,24 @@ class CacheTransaction:
         )
 
 
-def write_snapshot(chain: Chain, generation: int, values: Words) -> Steps[None]:
-    """Append a snapshot of `values`, each chunk as it is when its turn comes."""
+def write_snapshot(
+    chain: Chain,
+    generation: int,
+    values: Words,
+    before: Mapping[int, int] = NONE_BEFORE,
+) -> Steps[None]:
+    """Append a snapshot of `values`, each chunk as it is when its turn comes.
+
+    Values in `before` stand for those in `values`.
+    """
     # The range is not fixed: the values may become more meanwhile, and none less.
     begin = 0
     while begin < len(values):
-        content = chunk_record(begin, values[begin : begin + CHUNK_CBLOCKS])
+        chunk = values[begin : begin + CHUNK_CBLOCKS]
+        for cblock, value in before.items():
+            if begin <= cblock < begin + CHUNK_CBLOCKS:
+                chunk[cblock - begin] = value
+        content = chunk_record(begin, chunk)
         if isinstance(content, tuple):
             yield chain.append_record(
                 SetValues(

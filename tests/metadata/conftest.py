@@ -46,6 +46,5 @@ def small_cache_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "CHUNK_BYTES", 128)
     monkeypatch.setattr(cache_records, "ENTRIES_PER_RECORD_MAX", 3)
     monkeypatch.setattr(cache_transaction, "CHUNK_CBLOCKS", 16)
-    monkeypatch.setattr(cache_transaction, "EAGER_MAX", 1)
     monkeypatch.setattr(cache_transaction, "CATCH_UP_MAX", 2)
     monkeypatch.setattr(cache_blocks, "TAKEN_BACK_MAX", 2)

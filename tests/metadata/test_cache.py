@@ -336,6 +336,22 @@ def test_clean_shutdown_of_dirty_blocks_writes_no_mappings(
     assert all(block < 4 or block >= sync_begin for block in writes)
 
 
+def test_transaction_holds_what_blocks_were_at_its_pre_commit(
+    store: Store, metadata: CacheMetadata
+) -> None:
+    for cblock in range(4):
+        metadata.insert(cblock, cblock, dirty=False)
+    transaction = metadata.pre_commit()
+    metadata.remove(0)
+    metadata.insert(9, 0, dirty=False)
+    finish(store, transaction)
+    assert mapped(open_on(store)) == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert metadata._before is None, "what changes now, nobody needs"
+    metadata.remove(1)
+    commit(store, metadata)
+    assert mapped(open_on(store)) == {2: 2, 3: 3, 9: 0}
+
+
 def test_commit_costs_what_changed() -> None:
     store = Store(CacheMetadata.device_size_for(50_000))
     metadata = format_on(store, nr_cblocks=50_000)
@@ -428,6 +444,8 @@ CALLS: dict[str, Callable[[CacheMetadata], object]] = {
     "log_dirty": lambda metadata: metadata.log_dirty(0),
     "set_dirty": lambda metadata: metadata.set_dirty(0),
     "set_clean": lambda metadata: metadata.set_clean(0),
+    "begin_write_through": lambda metadata: metadata.begin_write_through(0),
+    "end_write_through": lambda metadata: metadata.end_write_through(0),
     "clear_log": lambda metadata: metadata.clear_log(),
     "resize_cache": lambda metadata: list(metadata.resize_cache(1)),
     "resize_origin": lambda metadata: list(metadata.resize_origin(1)),
@@ -505,6 +523,24 @@ def test_cleaned_block_is_taken_back_by_a_commit_that_flushes_the_origin(
     assert not logged.may_dirty(3)
     finish(store, transaction)
     assert (dirty(open_on(store)), logged.nr_logged) == (set(), 0)
+
+
+def test_block_that_is_written_through_is_not_taken_back(
+    store: Store, logged: CacheMetadata
+) -> None:
+    logged.log_dirty(3)
+    commit(store, logged)
+    logged.set_clean(3)
+    logged.begin_write_through(3)
+    logged.remove(5)
+    commit(store, logged)
+    assert dirty(open_on(store)) == {3}
+    logged.end_write_through(3)
+    logged.remove(6)
+    commit(store, logged)
+    assert dirty(open_on(store)) == set()
+    with pytest.raises(AssertionError, match="logged first"):
+        logged.begin_write_through(3)
 
 
 def test_log_is_cleared_on_demand(store: Store, logged: CacheMetadata) -> None:
