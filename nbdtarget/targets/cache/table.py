@@ -59,7 +59,7 @@ WRITETHROUGH: Final = "writethrough"
 PASSTHROUGH: Final = "passthrough"
 
 SECTOR: Final = 512
-ARGUMENTS_MIN: Final = 6  # up to the policy's name
+ARGUMENTS_MIN: Final = 6  # up to the name of the policy
 BLOCK_SECTORS_MIN: Final = 64
 BLOCK_SECTORS_MAX: Final = 2097152
 FEATURES_MAX: Final = 5

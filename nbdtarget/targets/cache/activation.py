@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Before I/O may come: what a resume refuses, and what it loads; and what a suspend records.
+
+Theory of operation. A table is constructed while another one, with the same metadata, may still
+be at work. So nothing that can change meanwhile is looked at before preresume: then the other
+table is suspended, and a full sync has recorded what it left. In the kernel's order:
+
+    1  an earlier resume of this table failed half-way               EINVAL: load it again
+    2  passthrough, and what is dirty is not known for sure          EINVAL
+    3  the cache device is larger than when this was constructed     EINVAL: load it again
+       it is smaller, and a dirty block would be cut off             EINVAL
+    4  passthrough, and a block is dirty                             EBUSY
+       the origin is smaller, and a dirty block would be cut off     EFBIG
+    -  the metadata device has no room for a cache grown so far      ENOSPC
+    5  resize the metadata: clean mappings behind an end are removed
+    6  load mappings into the policy, and discards
+    7  have CLEAN_SHUTDOWN cleared, durably, in the commit that makes 5 durable, too
+
+A refusal, 1 to 4, changes nothing: neither on disk nor in core. So it costs nobody the recorded
+dirty bits, and another table can be loaded and resumed. Here the kernel differs: to it, a shrink over a dirty
+block is a failure of the metadata, which then need a check.
+
+A later resume of the same table does 3 if the cache device has shrunk, and 7. Its policy is then
+replaced by one of the new size, which is loaded with the other one's mappings and hints: a policy
+that went on would promote into blocks that are gone.
+
+*Known for sure* is what is dirty, if the metadata are recorded clean now (a full sync of the
+table before this one is as good as a shutdown), or have a dirty log.
+
+Mode RO: there is nothing to commit. What is in core is loaded and can be read, as it still tells
+where the data are; a resize is refused. Mode FAIL: a table that had been resumed before is resumed, to fail
+all I/O; a new one is refused.
+
+What a crash leaves: before the commit of step 7 what was there before; after it mappings only.
+"""
+
+import asyncio
+import errno as errnos
+from array import array
+from typing import Final
+
+from metadata.cache import Policy as RecordedPolicy
+from metadata.errors import CannotShrink, MetadataError
+from metadata.mode import Mode
+from nbdtarget import metadata_io
+from nbdtarget.errors import TableError
+from nbdtarget.policies.base import MappingError, Policy, PolicyConfigError
+from nbdtarget.targets.base import TargetContext
+from nbdtarget.targets.cache.constructor import Parts, make_policy
+from nbdtarget.targets.cache.discards import DiscardBits
+from nbdtarget.targets.cache.table import PASSTHROUGH
+from nbdtarget.targets.committer import Committer
+
+__all__ = ["Activation"]
+
+STEP_BLOCKS: Final = 1000  # loaded or recorded, before others have their turn
+
+
+class Activation:
+    """Takes a cache's parts into use at each resume. See the module head.
+
+    Args:
+        parts: `parts.policy` may be another one after `preresume`.
+        committer: of `parts.metadata`.
+        discards: of the table; filled by the first `preresume`.
+    """
+
+    def __init__(
+        self,
+        ctx: TargetContext,
+        parts: Parts,
+        committer: Committer,
+        discards: DiscardBits,
+    ) -> None:
+        self._ctx = ctx
+        self._parts = parts
+        self._committer = committer
+        self._discards = discards
+        self._nr_cblocks = parts.cache.size // parts.block_size  # that this table has
+        self._is_sized = False
+        self._is_loaded = False
+
+    async def preresume(self) -> Policy:
+        """Check, resize, load, and start the metadata; return the policy to ask from now on.
+
+        Raises: TableError: refused, with the kernel's text.
+        Durable: that the cache is in use, before anything can change.
+        """
+        metadata = self._parts.metadata
+        if metadata.mode is Mode.FAIL and self._is_loaded:
+            return self._parts.policy
+        nr_cblocks = self._check()
+        try:
+            await self._resize(nr_cblocks)
+            if not self._is_loaded or nr_cblocks != self._nr_cblocks:
+                await self._load(nr_cblocks)
+            if not self._is_loaded:
+                self._discards.load(metadata.discarded)
+            if metadata.mode is Mode.RW:
+                await self._start()
+        except MetadataError as error:
+            raise TableError(f"unable to resume cache: {error}") from error
+        self._is_loaded = True
+        return self._parts.policy
+
+    async def prepare_full_sync(self) -> None:
+        """Give the metadata what a full sync records beside the dirty bits.
+
+        When nothing is under way any more; `commit(clean_shutdown=True)` follows.
+        Raises: FailedMetadata.
+        """
+        metadata, policy = self._parts.metadata, self._parts.policy
+        hints = None
+        if policy.hint_size:
+            hints = array("I", bytes(4 * metadata.nr_cblocks))
+            for cblock in range(metadata.nr_cblocks):
+                hints[cblock] = policy.get_hint(cblock)
+                if cblock % STEP_BLOCKS == STEP_BLOCKS - 1:
+                    await asyncio.sleep(0)
+        metadata.prepare_shutdown(
+            policy=_recorded(policy),
+            hints=hints,
+            discarded=self._discards.as_recorded(),
+        )
+
+    def _check(self) -> int:
+        """Refuse, by steps 1 to 4; return how many cache blocks there are now."""
+        metadata = self._parts.metadata
+        if self._is_sized and not self._is_loaded:
+            raise TableError(
+                "unable to resume cache due to missing proper cache table reload"
+            )
+        enters_passthrough = (
+            self._parts.options.mode == PASSTHROUGH and not self._is_loaded
+        )
+        if enters_passthrough and not (
+            metadata.is_recorded_clean or metadata.dirty_log
+        ):
+            raise TableError(
+                "unable to resume into passthrough mode after unclean shutdown"
+            )
+        nr_cblocks = self._checked_size()
+        self._is_sized = True
+        if enters_passthrough and metadata.nr_dirty:
+            raise TableError(
+                "cannot enter passthrough mode unless all blocks are clean",
+                errnos.EBUSY,
+            )
+        return nr_cblocks
+
+    def _checked_size(self) -> int:
+        """Return how many cache blocks there are now. Raises: TableError: they cannot be used."""
+        parts = self._parts
+        metadata = parts.metadata
+        nr_cblocks = parts.cache.size // parts.block_size
+        if nr_cblocks > self._nr_cblocks:
+            raise TableError("unable to extend cache due to missing cache table reload")
+        if not nr_cblocks:
+            raise TableError("Data block size is larger than the cache device")
+        if nr_cblocks < metadata.nr_cblocks:
+            dirty = metadata.dirty.find(1, nr_cblocks)
+            if dirty >= 0:
+                raise TableError(str(CannotShrink("cache", dirty)))
+        if nr_cblocks > metadata.nr_cblocks_max:
+            raise TableError(
+                f"unable to extend cache to {nr_cblocks} cache blocks;"
+                f" the metadata device has room for {metadata.nr_cblocks_max}",
+                errnos.ENOSPC,
+            )
+        return nr_cblocks
+
+    async def _resize(self, nr_cblocks: int) -> None:
+        """Make the metadata's sizes those of the table and of the cache device.
+
+        The origin first: it may be refused still. Raises: TableError, MetadataError.
+        """
+        metadata, device = self._parts.metadata, self._parts.metadata_device
+        if metadata.origin_size != self._ctx.length:
+            try:
+                resizing = metadata.resize_origin(self._ctx.length)
+                await metadata_io.run(device, resizing)
+            except CannotShrink as error:
+                raise TableError(str(error), errnos.EFBIG) from error
+        if metadata.nr_cblocks != nr_cblocks:
+            await metadata_io.run(device, metadata.resize_cache(nr_cblocks))
+
+    async def _load(self, nr_cblocks: int) -> None:
+        """Load the mappings into a policy for `nr_cblocks`. Raises: TableError, MetadataError."""
+        metadata = self._parts.metadata
+        try:
+            policy = self._policy_for(nr_cblocks)
+            for nr, mapping in enumerate(metadata.mappings(_recorded(policy)), 1):
+                policy.load_mapping(*mapping)
+                if nr == metadata.nr_mapped:
+                    break  # mostly the rest is free: looking at all of it would take long
+                if nr % STEP_BLOCKS == 0:
+                    await asyncio.sleep(0)
+        except (MappingError, PolicyConfigError) as error:
+            raise TableError(f"could not load cache mappings: {error}") from error
+        self._parts.policy = policy
+        self._nr_cblocks = nr_cblocks
+
+    def _policy_for(self, nr_cblocks: int) -> Policy:
+        """Return this table's policy, or an empty one like it if the size has changed."""
+        parts = self._parts
+        if nr_cblocks == self._nr_cblocks:
+            return parts.policy
+        policy = make_policy(self._ctx, parts.options, nr_cblocks, parts.block_size)
+        for key, value in parts.policy.config_values():
+            policy.set_config_value(key, value)  # messages may have changed it
+        return policy
+
+    async def _start(self) -> None:
+        """Have the metadata admit changes. Raises: TableError, MetadataError."""
+        metadata = self._parts.metadata
+        starting = metadata.start(dirty_log=self._parts.options.dirty_log)
+        await metadata_io.run(self._parts.metadata_device, starting)
+        if not await self._committer.commit():
+            raise TableError(
+                "unable to resume cache: metadata commit failed", errnos.EIO
+            )
+        assert metadata.admits_changes
+
+
+def _recorded(policy: Policy) -> RecordedPolicy:
+    """How the metadata name a policy, to tell whose hints they are."""
+    return RecordedPolicy(policy.name, policy.version, policy.hint_size)
