@@ -157,8 +157,6 @@ class CacheMetadata(CacheBlocks):
 
     Attributes: those of `CacheBlocks`, and
         clean_when_opened: a fact of this opening (true when just formatted).
-        discarded: what the last full sync recorded, if it is to be believed. To be loaded
-            before anything is written; what is discarded from then on, the owner knows.
         statistics: the owner counts here.
         total_blocks: 4 KiB blocks of the metadata device.
         notes: what opening found that was not as it should be, and did without; for logs.
@@ -175,7 +173,7 @@ class CacheMetadata(CacheBlocks):
     ) -> None:
         super().__init__(superblock, loaded)
         self.clean_when_opened = bool(superblock.flags & CLEAN_SHUTDOWN)
-        self.discarded = loaded.discarded
+        self._discarded = loaded.discarded
         self.statistics = Statistics(
             superblock.read_hits,
             superblock.read_misses,
@@ -294,6 +292,11 @@ class CacheMetadata(CacheBlocks):
         return SUPERBLOCK_BLOCKS + arena + live.sync_blocks
 
     @property
+    def discarded(self) -> Discarded | None:
+        """What the last full sync recorded; None once `start` is committed: it may be stale."""
+        return self._discarded if self.is_recorded_clean else None
+
+    @property
     def needs_check(self) -> bool:
         """Whether `record_needs_check` is done: this cannot be opened again."""
         return bool(self._superblock.flags & NEEDS_CHECK)
@@ -392,7 +395,6 @@ class CacheMetadata(CacheBlocks):
         self.mode = Mode.RO
         self._aborted = True
         self.admits_changes = False
-        self.discarded = None
         if self._transaction is not None:
             self._changed |= self._transaction.taken
         self._transaction = None

@@ -309,9 +309,7 @@ class CacheTransaction:
         if self._shutdown is not None:
             metadata._hints = self._shutdown.hints
             metadata._hints_policy = self._shutdown.policy
-            metadata.discarded = self._shutdown.discarded
-        elif not self.starts and not self.heals:
-            metadata.discarded = None
+            metadata._discarded = self._shutdown.discarded
 
     def _check_current(self) -> None:
         metadata = self._metadata

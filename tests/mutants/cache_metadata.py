@@ -172,9 +172,9 @@ CACHE_METADATA: Final = (
     _mutant(
         "stale-discards-believed",
         "After a reload what was written since the last full sync counts as discarded.",
-        TRANSACTION,
-        "            metadata.discarded = None\n",
-        "            pass\n",
+        "metadata/cache.py",
+        "return self._discarded if self.is_recorded_clean else None",
+        "return self._discarded",
         CYCLES,
     ),
     _mutant(
