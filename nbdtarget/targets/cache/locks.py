@@ -87,6 +87,10 @@ class BlockLocks:
 
     # Shared
 
+    def nr_writers(self, oblock: int) -> int:
+        """How many writes hold `oblock`."""
+        return self._writers.get(oblock, 0)
+
     def hold(self, oblock: int, bio: Bio, *, is_write: bool) -> None:
         """`bio`, which has not ended, does I/O on `oblock` until it ends."""
         holds = self._writers if is_write else self._readers

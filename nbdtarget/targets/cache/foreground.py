@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients' bios that `map` cannot pass on by itself.
+
+Theory of operation. A bio is cut at block borders; what is left of it lies in one block, or in
+the origin's tail, which is never cached. Then, for the mode of the cache and what the policy knows:
+
+                 read hit   read miss   write hit, dirty   write hit, clean         write miss
+    writeback    cache      origin      cache              mark dirty, cache        origin *
+    writethrough cache      origin      cache              origin and cache         origin
+    passthrough  origin     origin      there are none     invalidate, then origin  origin
+
+`*` A WRITE of a whole block, or to a discarded one, needs nothing from the origin: the policy may have it sent
+to a free cache block at once (an *overwrite*). What is left of a discarded block is filled with zeroes.
+
+Why no acknowledged flush is lost
+---------------------------------
+1. *A write goes to one place at a time.* It holds its block (`BlockLocks`) until it has ended, unless it
+   ends at once; and whoever changes where the block lives locks it first. A write which finds
+   its block locked is parked and mapped anew, so it never goes where its block was.
+2. *Marked before it is sent.* A write makes its block dirty before it reaches the cache device; with
+   `dirty_log` that is on disk by then: the write waits for the commit, holding its block.
+3. *FUA* to a cached block waits until the mapping is committed: else a crash would lose both.
+   An overwrite with FUA ends after the commit that has its mapping, which flushes the cache device.
+   A miss needs no commit: no crash brings a mapping of its block back (rule 1: the lock of
+   who removes one is kept until the removal is committed).
+4. *A write through to both devices* that fails on one of them leaves two copies that differ. If the
+   cache device failed, the block is given up, and the origin counts; if the origin did, the block is
+   marked dirty, and the cache counts.
+5. *Invalidation* (passthrough): removed, committed, and only then written to the origin.
+6. *Mode RO.* A write that would need something recorded is refused. What may go on: writes to
+   dirty blocks whose mapping is on disk, and to blocks that are not cached.
+
+A DISCARD locks its range, so that it does not race with writes to it or with migrations; the bits are
+set with the lock held. Cached blocks stay cached: what they read is as good as anything.
+
+Nobody waits here for what may not come: a parked bio waits for a lock, which waits for devices and commits.
+"""
+
+import errno as errnos
+from collections.abc import Callable
+from typing import Final
+
+from metadata.errors import MetadataError
+from nbdtarget.bio import (
+    FAST_ZERO,
+    FUA,
+    OP_CACHE,
+    OP_DISCARD,
+    OP_READ,
+    OP_WRITE,
+    Bio,
+    split_bio,
+)
+from nbdtarget.devices.base import Device
+from nbdtarget.policies.base import MISS_WAKE, Work
+from nbdtarget.targets.cache.blocks import Blocks
+from nbdtarget.targets.cache.locks import BlockLock
+
+__all__ = ["Foreground"]
+
+_PIECE: Final = "piece"  # Bio.private of what was cut here: it is not given back
+
+
+class Foreground:
+    """What clients' bios meet, unless they are plain hits. Offsets are relative to the target.
+
+    Args:
+        passdown: discards go on to the origin.
+        missed: called for each miss; whether the policy wanted a migration.
+        warm: takes the half-open oblocks that a client will read soon.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        *,
+        passdown: bool,
+        missed: Callable[[bool], None],
+        warm: Callable[[int, int], None],
+    ) -> None:
+        self._blocks = blocks
+        self._locks = blocks.locks
+        self._passdown = passdown
+        self._missed = missed
+        self._warm = warm
+
+    def take(self, bio: Bio) -> None:
+        """Take anything but a FLUSH; ends it, now or later."""
+        blocks = self._blocks
+        block_size = blocks.block_size
+        first = bio.offset // block_size
+        if blocks.has_failed:
+            bio.end(errnos.EIO)
+        elif first >= blocks.nr_oblocks:
+            self._submit(blocks.origin, bio)
+        elif bio.op == OP_DISCARD:
+            self._discard(bio)
+        elif bio.op == OP_CACHE:
+            self._warm(first, -(-(bio.offset + bio.length) // block_size))
+            bio.end(0)
+        elif first == (bio.offset + bio.length - 1) // block_size:
+            self._take_block(bio, first)
+        else:
+            self._take_pieces(bio)
+
+    def push_back(self) -> list[Bio]:
+        """Forget, and return, the bios that have not begun, in the order they came."""
+        return self._locks.take_parked(lambda bio: bio.private is not _PIECE)
+
+    def _take_pieces(self, bio: Bio) -> None:
+        block_size = self._blocks.block_size
+        lengths = []
+        at, end = bio.offset, bio.offset + bio.length
+        while at < end:
+            stop = min((at // block_size + 1) * block_size, end)
+            lengths.append(stop - at)
+            at = stop
+        # A FUA of each piece is its own affair.
+        for piece in split_bio(bio, lengths):
+            piece.private = _PIECE
+            self.take(piece)
+
+    def _take_block(self, bio: Bio, oblock: int) -> None:
+        blocks = self._blocks
+        is_write = bio.op != OP_READ
+        lock = self._locks.maybe_blocking(oblock, is_write=is_write)
+        if lock is not None:
+            bio.own()
+            lock.parked.append(bio)
+            return
+        if is_write and blocks.is_writeback and self._is_optimisable(bio, oblock):
+            cblock, work = blocks.policy.lookup_with_work(oblock, True)
+            if work is not None:
+                self._overwrite(bio, work)
+                return
+        else:
+            cblock = blocks.policy.lookup(oblock, is_write)
+        if cblock < 0:
+            self.miss(bio, oblock, cblock)
+        elif is_write:
+            self.write_hit(bio, oblock, cblock)
+        else:
+            blocks.metadata.statistics.read_hits += 1
+            if not blocks.is_passthrough:
+                bio.offset += (cblock - oblock) * blocks.block_size
+                self._submit_held(blocks.cache, bio, oblock)
+            else:
+                self._submit_held(blocks.origin, bio, oblock)
+
+    def _is_optimisable(self, bio: Bio, oblock: int) -> bool:
+        """Whether the block could be cached without reading the origin."""
+        blocks = self._blocks
+        if not blocks.is_writable:
+            return False
+        if bio.length == blocks.block_size:
+            return True
+        return bio.op == OP_WRITE and blocks.discards.is_discarded(oblock)
+
+    # Passing on
+
+    def _submit(self, device: Device, bio: Bio) -> None:
+        """Send a bio; with FUA not after a failed commit: it could not all be durable."""
+        if bio.flags & FUA and self._blocks.committer.has_failed:
+            bio.end(errnos.EIO)
+        else:
+            device.submit(bio)
+
+    def _submit_held(self, device: Device, bio: Bio, oblock: int) -> None:
+        self._submit(device, bio)
+        if bio.status < 0:
+            self._locks.hold(oblock, bio, is_write=bio.op != OP_READ)
+
+    def miss(self, bio: Bio, oblock: int, answer: int) -> None:
+        """A READ or write of a block that is not cached, which `answer` is about."""
+        blocks = self._blocks
+        if bio.op == OP_READ:
+            blocks.metadata.statistics.read_misses += 1
+        else:
+            blocks.metadata.statistics.write_misses += 1
+            blocks.discards.clear(oblock)
+        self._submit_held(blocks.origin, bio, oblock)
+        self._missed(answer == MISS_WAKE)
+
+    # Writes to cached blocks
+
+    def write_hit(self, bio: Bio, oblock: int, cblock: int) -> None:
+        """A write to a cached block, which nobody has locked."""
+        blocks = self._blocks
+        metadata = blocks.metadata
+        metadata.statistics.write_hits += 1
+        if blocks.is_passthrough:
+            self._invalidate(bio, oblock, cblock)
+            return
+        blocks.discards.clear(oblock)
+        is_dirty = metadata.dirty[cblock]
+        if not blocks.is_writable and not (is_dirty and metadata.vouches_for(cblock)):
+            bio.end(errnos.EIO)
+        elif is_dirty or metadata.may_dirty(cblock):
+            self._write_cached(bio, oblock, cblock, is_held=False)
+        else:
+            self._write_logged(bio, oblock, cblock)
+
+    def _write_logged(self, bio: Bio, oblock: int, cblock: int) -> None:
+        """As `_write_cached`, once it is on disk that the block may be dirty."""
+        blocks = self._blocks
+        bio.own()
+        self._locks.hold(oblock, bio, is_write=True)
+
+        def logged(errno: int) -> None:
+            if errno or not blocks.is_writable:
+                bio.end(errnos.EIO)
+            elif not blocks.metadata.may_dirty(cblock):
+                # It was cleaned meanwhile by somebody else's write, and that was recorded.
+                self._write_after_log(cblock, logged)
+            else:
+                self._write_cached(bio, oblock, cblock, is_held=True)
+
+        self._write_after_log(cblock, logged)
+
+    def _write_after_log(self, cblock: int, logged: Callable[[int], None]) -> None:
+        self._blocks.metadata.log_dirty(cblock)
+        self._blocks.committer.after_commit(logged)
+
+    def _write_cached(
+        self, bio: Bio, oblock: int, cblock: int, *, is_held: bool
+    ) -> None:
+        """Send a write that may be sent, as far as the dirty log goes."""
+        blocks = self._blocks
+        if bio.flags & FUA and not blocks.metadata.vouches_for(cblock):
+            self._write_committed(bio, oblock, cblock, is_held=is_held)
+        elif blocks.is_writeback or blocks.metadata.dirty[cblock]:
+            blocks.set_dirty(cblock)
+            bio.offset += (cblock - oblock) * blocks.block_size
+            self._submit(blocks.cache, bio)
+            if bio.status < 0 and not is_held:
+                self._locks.hold(oblock, bio, is_write=True)
+        else:
+            if not is_held:
+                self._locks.hold(oblock, bio, is_write=True)
+            self._write_through(bio, oblock, cblock)
+
+    def _write_committed(
+        self, bio: Bio, oblock: int, cblock: int, *, is_held: bool
+    ) -> None:
+        """A write with FUA to a block whose mapping a crash would forget: commit it first."""
+        bio.own()
+        if not is_held:
+            self._locks.hold(oblock, bio, is_write=True)
+
+        def committed(errno: int) -> None:
+            if errno:
+                bio.end(errno)
+            elif self._blocks.metadata.may_dirty(cblock):
+                self._write_cached(bio, oblock, cblock, is_held=True)
+            else:
+                self._write_after_log(cblock, committed)
+
+        self._blocks.committer.after_commit(committed)
+
+    def _write_through(self, bio: Bio, oblock: int, cblock: int) -> None:
+        """Send a held write to both devices; end it when both have ended."""
+        blocks = self._blocks
+        blocks.metadata.begin_write_through(cblock)
+        left = 2
+        error = cache_error = 0
+
+        def ended(child: Bio, *, is_cache: bool) -> None:
+            nonlocal left, error, cache_error
+            error = error or child.status
+            if is_cache:
+                cache_error = child.status
+            left -= 1
+            if left:
+                return
+            try:
+                if error and not cache_error:
+                    blocks.set_dirty(cblock)
+                elif not error and self._locks.nr_writers(oblock) == 1:
+                    blocks.metadata.end_write_through(cblock)
+            except MetadataError:
+                error = error or errnos.EIO
+            bio.end(error)
+            if cache_error:
+                self._give_up_block(oblock, cblock)
+
+        def submit(device: Device, offset: int, *, is_cache: bool) -> None:
+            device.submit(
+                Bio(
+                    bio.op,
+                    offset,
+                    bio.length,
+                    payload,
+                    bio.flags,
+                    lambda child: ended(child, is_cache=is_cache),
+                    None,
+                    borrowed,
+                )
+            )
+
+        payload, borrowed = bio.payload, bio.borrowed
+        if borrowed:
+            bio.give_away()
+        offset = bio.offset
+        submit(blocks.origin, offset, is_cache=False)
+        offset += (cblock - oblock) * blocks.block_size
+        submit(blocks.cache, offset, is_cache=True)
+
+    def _give_up_block(self, oblock: int, cblock: int) -> None:
+        """The cache device failed to take what the origin has: only the origin counts.
+
+        If it cannot be removed now, because others lock the block or no commit succeeds, it stays as it
+        is, with old or new data in it: the client knows that its write has failed.
+        """
+        locks, blocks = self._locks, self._blocks
+
+        def locked(lock: BlockLock) -> None:
+            metadata = blocks.metadata
+            gone = metadata.maybe_cblock(oblock) != cblock or metadata.dirty[cblock]
+            if gone or not blocks.is_writable:
+                self._unlock(lock)
+                return
+            metadata.remove(cblock)
+            blocks.committer.after_commit(lambda errno: removed(lock, errno))
+
+        def removed(lock: BlockLock, errno: int) -> None:
+            if errno:
+                self._unlock(lock)
+            else:
+                locks.raise_level(lock, unread)
+
+        def unread(lock: BlockLock) -> None:
+            blocks.policy.invalidate(cblock)
+            self._unlock(lock)
+
+        if not blocks.has_failed:
+            locks.maybe_lock(oblock, locked)
+
+    def _invalidate(self, bio: Bio, oblock: int, cblock: int) -> None:
+        """Passthrough: a write to a cached block. Durably unmapped, it goes to the origin."""
+        blocks = self._blocks
+        bio.own()
+        if not blocks.is_writable:
+            bio.end(errnos.EIO)
+            return
+
+        def locked(lock: BlockLock) -> None:
+            try:
+                if blocks.metadata.maybe_oblock(cblock) is not None:
+                    blocks.metadata.remove(cblock)
+            except MetadataError:
+                removed(lock, errnos.EIO)
+                return
+            blocks.committer.after_commit(lambda errno: removed(lock, errno))
+
+        def removed(lock: BlockLock, errno: int) -> None:
+            if errno:
+                bio.end(errnos.EIO)
+            else:
+                blocks.policy.invalidate(cblock)
+                blocks.nr_demotions += 1
+                blocks.discards.clear(oblock)
+                self._submit_held(blocks.origin, bio, oblock)
+            self._unlock(lock)
+
+        lock = self._locks.maybe_lock(oblock, locked)
+        assert lock is not None, "the bio would have been parked"
+
+    # Overwrites
+
+    def _overwrite(self, bio: Bio, work: Work) -> None:
+        """Carry out a promotion with the very bio that wanted it."""
+        lock = self._locks.maybe_lock(
+            work.oblock, lambda lock: self._overwrite_locked(bio, work, lock)
+        )
+        assert lock is not None, "the bio would have been parked"
+        if bio.status < 0 and bio.borrowed:
+            bio.own()
+
+    def _overwrite_locked(self, bio: Bio, work: Work, lock: BlockLock) -> None:
+        blocks = self._blocks
+        is_whole = bio.length == blocks.block_size
+        # While we waited for older writes, one may have cleared the discard bit.
+        is_possible = is_whole or blocks.discards.is_discarded(work.oblock)
+        if (
+            not blocks.is_writable
+            or not is_possible
+            or not blocks.metadata.may_insert(work.cblock)
+        ):
+            blocks.policy.complete_background_work(work, False)
+            blocks.metadata.statistics.write_misses += 1
+            blocks.discards.clear(work.oblock)
+            self._submit_held(blocks.origin, bio, work.oblock)
+            self._unlock(lock)
+            return
+        payload = bio.payload
+        if not is_whole:
+            assert payload is not None
+            whole = memoryview(bytearray(blocks.block_size))
+            at = bio.offset - work.oblock * blocks.block_size
+            whole[at : at + bio.length] = payload
+            payload = whole
+        child = Bio(
+            bio.op,
+            work.cblock * blocks.block_size,
+            blocks.block_size,
+            payload,
+            bio.flags & ~FUA,
+            lambda child: self._overwritten(bio, work, lock, child.status),
+            None,
+            is_whole and bio.borrowed,
+        )
+        if bio.borrowed:
+            bio.give_away()
+        blocks.cache.submit(child)
+
+    def _overwritten(self, bio: Bio, work: Work, lock: BlockLock, errno: int) -> None:
+        blocks = self._blocks
+        if not errno:
+            try:
+                blocks.metadata.insert(work.cblock, work.oblock, dirty=True)
+            except MetadataError:
+                errno = errnos.EIO
+        blocks.policy.complete_background_work(work, not errno)
+        if not errno:
+            blocks.policy.set_dirty(work.cblock)
+            blocks.nr_promotions += 1
+            blocks.discards.clear(work.oblock)
+            blocks.committer.note_change()
+        if errno == 0 and bio.flags & FUA:
+            blocks.committer.after_commit(bio.end)
+        else:
+            bio.end(errno)
+        self._unlock(lock)
+
+    # Discards
+
+    def _discard(self, bio: Bio) -> None:
+        blocks = self._blocks
+        end = -(-(bio.offset + bio.length) // blocks.block_size)
+
+        def locked(lock: BlockLock) -> None:
+            blocks.discards.set_range(bio.offset, bio.length)
+            if not self._passdown:
+                bio.end(0)
+                self._unlock(lock)
+                return
+            self._submit(blocks.origin, child)
+            if child.status < 0:
+                child.on_end(lambda _: self._unlock(lock))
+            else:
+                self._unlock(lock)
+
+        child = Bio(
+            OP_DISCARD,
+            bio.offset,
+            bio.length,
+            None,
+            bio.flags & ~FAST_ZERO,
+            lambda child: bio.end(child.status),
+        )
+        first = bio.offset // blocks.block_size
+        self._locks.lock_range(first, min(end, blocks.nr_oblocks), locked)
+
+    def _unlock(self, lock: BlockLock) -> None:
+        """Let a block go, and let those in who waited."""
+        for parked in self._locks.unlock(lock):
+            self._blocks.remap(parked)
+        self._blocks.wake()

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations: what moves blocks between origin and cache, and how much of that at a time.
+
+Theory of operation. The policy decides, `Migrations` carries out, one task for each migration:
+
+    promote    lock the block; copy it to the cache device (or zero it there, if it is discarded); insert
+               the mapping
+    demote     lock; copy it home if it is dirty; remove the mapping; commit, which flushes the origin
+               first; wait for reads of the cache block; only then is it free
+    writeback  lock; copy it home; it is clean
+
+The lock keeps writes out, not reads: those go on from where the block is, and the copy stays right
+meanwhile. A demotion's reads go on from the cache block until the removal is durable. So no read
+waits for a copy or a commit, and a crash at any point finds one place which has everything.
+
+What a failure leaves: everything as it was, but for copies that nobody refers to. A promotion is
+forgotten until the block is asked for again; a writeback is tried again, after a pause that grows
+with each failure in a row. Failures are counted, and logged now and then.
+
+How many at a time. `MIGRATIONS_MAX`, the copiers' buffers, and `migration_rate` bound all; what only idleness
+calls for (writebacks that nobody waits for) is bounded by `migration_threshold`, as in the kernel: none is started
+if the blocks under way would exceed it. Idle is a cache that had no bio in the last second.
+
+`clean_now`, and `sorted_writeback` when idle, leave the choice of what to write back to a `Sweep`
+through the dirty blocks, in the origin's order.
+
+Clients go first. A copy's data goes through worker threads and its Python through the loop, where it delays
+a client's bio that comes at that moment. `PACE` says how, while clients are active, a migration is followed
+by a pause as long as it was busy.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from metadata.errors import MetadataError
+from nbdtarget.clock import Clock, Timer
+from nbdtarget.errors import DeviceError
+from nbdtarget.policies.base import DEMOTE, OP_NAMES, PROMOTE, Work
+from nbdtarget.targets.cache.blocks import Blocks
+from nbdtarget.targets.cache.locks import BlockLock
+from nbdtarget.targets.cache.sweep import Sweep
+from nbdtarget.targets.cache.table import SECTOR
+from nbdtarget.targets.cache.wishes import Wishes
+from nbdtarget.targets.copier import Copier, CopyError
+from nbdtarget.targets.rate import Rate
+
+__all__ = ["MIGRATIONS_MAX", "TICK_S", "Migrations"]
+
+MIGRATIONS_MAX: Final = 32
+COPY_BYTES_MAX: Final = 16 << 20  # in each direction
+TICK_S: Final = 1.0
+RETRY_S_MIN: Final = 1.0
+RETRY_S_MAX: Final = 64.0
+SAY_S_MIN: Final = 5.0  # between two lines in the log about failures
+_NS: Final = 1_000_000_000
+
+log = logging.getLogger(__name__)
+
+
+class Migrations:
+    """Carries out what the policy wants. See the module head.
+
+    Attributes:
+        rate: migration_rate.
+        nr_errors: copies that have failed.
+    """
+
+    def __init__(self, blocks: Blocks, wishes: Wishes, clock: Clock) -> None:
+        self._blocks = blocks
+        self._clock = clock
+        self.rate = Rate(clock, blocks.options.migration_rate)
+        self.nr_errors = 0
+        self._promoter = Copier(
+            blocks.origin, blocks.cache, copy_bytes_max=COPY_BYTES_MAX
+        )
+        self._demoter = Copier(
+            blocks.cache, blocks.origin, copy_bytes_max=COPY_BYTES_MAX
+        )
+        self._sweep = Sweep(blocks)
+        self._wishes = wishes
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._nr_migrations = 0
+        self._is_stopped = True
+        self._is_pump_due = False
+        self._may_gather = False
+        self._waker: Timer | None = None
+        self._rate_timer: Timer | None = None
+        self._nr_bios_seen = 0
+        self._is_idle = False
+        self._retry_s = RETRY_S_MIN
+        self._retry_ns = 0
+        self._say_ns = 0
+        blocks.wake = self.wake
+
+    # Life
+
+    def resume(self) -> None:
+        self._is_stopped = False
+        self._nr_bios_seen = self._nr_bios()
+        self._is_idle = False
+        self._tick_and_wait()
+
+    def presuspend(self) -> None:
+        """Start nothing more."""
+        self._is_stopped = True
+        for timer in (self._waker, self._rate_timer):
+            if timer is not None:
+                timer.cancel()
+        self._waker = self._rate_timer = None
+
+    async def quiesce(self) -> None:
+        """Wait for what is under way. After `presuspend`."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        for copier in (self._promoter, self._demoter):
+            copier.drop_buffers()
+
+    # When
+
+    def clean_now(self) -> None:
+        """Write back everything that is dirty, idle or not."""
+        self._sweep.start()
+        self._retry_ns = 0
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        if not self._is_pump_due and not self._is_stopped:
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump_due)
+
+    def tick(self) -> None:
+        """Let time pass for the policy."""
+        if self._blocks.policy.tick(self._clock.now_ns()):
+            asyncio.get_running_loop().call_soon(self._catch_up)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run what ends before a suspend does."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _catch_up(self) -> None:
+        if not self._is_stopped and self._blocks.policy.catch_up():
+            asyncio.get_running_loop().call_soon(self._catch_up)
+
+    def _nr_bios(self) -> int:
+        seen = self._blocks.metadata.statistics
+        return seen.read_hits + seen.read_misses + seen.write_hits + seen.write_misses
+
+    def _tick_and_wait(self) -> None:
+        nr_bios = self._nr_bios()
+        self._is_idle = (
+            nr_bios == self._nr_bios_seen and not self._blocks.locks.nr_holds
+        )
+        self._nr_bios_seen = nr_bios
+        self._may_gather = True
+        self._wishes.tick()
+        self.tick()
+        self.wake()
+        self._waker = self._clock.call_later(TICK_S, self._tick_and_wait)
+
+    def _pump_due(self) -> None:
+        self._is_pump_due = False
+        self._pump()
+
+    def _pump(self) -> None:
+        """Start what may be started."""
+        blocks = self._blocks
+        if blocks.is_passthrough:
+            return
+        while (
+            self._nr_migrations < MIGRATIONS_MAX
+            and not self._is_stopped
+            and blocks.is_writable
+        ):
+            now_ns = self._clock.now_ns()
+            if now_ns < self.rate.ready_ns:
+                self._wait_for_rate(self.rate.ready_ns - now_ns)
+                return
+            if not self._start_one(may_write_back=now_ns >= self._retry_ns):
+                return
+
+    def _start_one(self, *, may_write_back: bool) -> bool:
+        """Start a migration, if there is one to be started."""
+        blocks = self._blocks
+        is_idle = (
+            self._is_idle
+            and may_write_back
+            and self._nr_bios() == self._nr_bios_seen
+            and self._is_below_threshold()
+        )
+        sorts = blocks.options.sorted_writeback
+        sweeps = self._sweep.is_asked_for or (is_idle and sorts)
+        if sweeps and may_write_back and self._start_sweeping():
+            return True
+        work = self._wishes.maybe_next()
+        if work is None:
+            work = blocks.policy.get_background_work(is_idle and not sorts)
+        if work is None:
+            return False
+        lock = None
+        if work.op == PROMOTE or may_write_back:
+            lock = blocks.locks.maybe_lock(
+                work.oblock, lambda lock: self.spawn(self._migrate(work, lock))
+            )
+        if lock is None:
+            # A client is at it, or the sweep: whoever unlocks wakes us. Or it is too soon.
+            blocks.policy.complete_background_work(work, False)
+            return False
+        self._started()
+        return True
+
+    def _is_below_threshold(self) -> bool:
+        """Whether what nobody waits for may have one more block under way."""
+        size = self._blocks.block_size
+        threshold = self._blocks.options.migration_threshold
+        return (self._nr_migrations + 1) * size <= threshold * SECTOR
+
+    def _started(self) -> None:
+        self._nr_migrations += 1
+        self._blocks.nr_migrating += 1
+        self.rate.charge(self._blocks.block_size)
+
+    def _ended(self) -> None:
+        self._nr_migrations -= 1
+        self._may_gather = True
+        self._blocks.nr_migrating -= 1
+        self.wake()
+
+    def _wait_for_rate(self, wait_ns: int) -> None:
+        if self._rate_timer is None:
+            self._rate_timer = self._clock.call_later(wait_ns / _NS, self._rate_is_due)
+
+    def _rate_is_due(self) -> None:
+        self._rate_timer = None
+        self.wake()
+
+    # What
+
+    async def _migrate(self, work: Work, lock: BlockLock) -> None:
+        """Carry out a migration of the policy's; the block is locked."""
+        blocks = self._blocks
+        success = False
+        try:
+            if not blocks.is_writable:
+                return
+            if work.op == PROMOTE:
+                success = await self._promote(work)
+            elif work.op == DEMOTE:
+                success = await self._demote(work, lock)
+            else:
+                success = await self._write_back(work.oblock, work.cblock)
+        except CopyError as error:
+            self._note_failure(OP_NAMES[work.op], error.error, work.op)
+        except DeviceError as error:
+            self._note_failure(OP_NAMES[work.op], error, work.op)
+        except MetadataError as error:
+            log.error("%s: %s: %s", blocks.name, OP_NAMES[work.op], error)
+        finally:
+            blocks.policy.complete_background_work(work, success)
+            if success and work.op == PROMOTE:
+                blocks.nr_promotions += 1
+                self._wishes.promoted(work)
+            elif success and work.op == DEMOTE:
+                blocks.nr_demotions += 1
+            self._unlock(lock)
+            self._ended()
+
+    async def _promote(self, work: Work) -> bool:
+        blocks = self._blocks
+        size = blocks.block_size
+        if not blocks.metadata.may_insert(work.cblock):
+            blocks.committer.start_commit()  # its removal is not durable yet
+            return False
+        try:
+            if blocks.discards.is_discarded(work.oblock):
+                await blocks.cache.write_zeroes(work.cblock * size, size)
+            else:
+                await self._promoter.copy(work.oblock * size, size, work.cblock * size)
+        finally:
+            blocks.discards.clear(work.oblock)
+        blocks.metadata.insert(work.cblock, work.oblock, dirty=False)
+        blocks.committer.note_change()
+        return True
+
+    async def _demote(self, work: Work, lock: BlockLock) -> bool:
+        blocks = self._blocks
+        if blocks.metadata.dirty[work.cblock]:
+            await self._write_back(work.oblock, work.cblock)
+        blocks.metadata.remove(work.cblock)
+        if not await blocks.committer.commit():
+            return False
+        unread = asyncio.get_running_loop().create_future()
+        blocks.locks.raise_level(lock, unread.set_result)
+        await unread
+        return True
+
+    async def _write_back(self, oblock: int, cblock: int) -> bool:
+        blocks = self._blocks
+        size = blocks.block_size
+        if not blocks.metadata.dirty[cblock]:
+            return True
+        if not blocks.discards.is_discarded(oblock):
+            await self._demoter.copy(cblock * size, size, oblock * size)
+        self._retry_s = RETRY_S_MIN
+        blocks.set_clean(cblock)
+        return True
+
+    # The sweep
+
+    def _start_sweeping(self) -> bool:
+        """Start the sweep's next writeback, if there is one now."""
+        blocks = self._blocks
+        while (cblock := self._sweep.maybe_next()) is not None:
+            oblock = blocks.metadata.maybe_oblock(cblock)
+            assert oblock is not None
+            if self._start_write_back(oblock, cblock):
+                return True
+        # Not again and again while the last ones are under way, or locked by somebody.
+        if self._may_gather and blocks.metadata.nr_dirty and not self._nr_migrations:
+            self._may_gather = False
+            self.spawn(self._gather())
+        return False
+
+    def _start_write_back(self, oblock: int, cblock: int) -> bool:
+        lock = self._blocks.locks.maybe_lock(
+            oblock, lambda lock: self.spawn(self._sweep_block(oblock, cblock, lock))
+        )
+        if lock is not None:
+            self._started()
+        return lock is not None
+
+    async def _gather(self) -> None:
+        await self._sweep.gather()
+        self.wake()
+
+    async def _sweep_block(self, oblock: int, cblock: int, lock: BlockLock) -> None:
+        blocks = self._blocks
+        try:
+            if blocks.is_writable:
+                await self._write_back(oblock, cblock)
+        except CopyError as error:
+            self._note_failure("writeback", error.error, DEMOTE)
+        except MetadataError as error:
+            log.error("%s: writeback: %s", blocks.name, error)
+        finally:
+            self._unlock(lock)
+            self._ended()
+
+    # Inside
+
+    def _unlock(self, lock: BlockLock) -> None:
+        blocks = self._blocks
+        for bio in blocks.locks.unlock(lock):
+            blocks.remap(bio)
+
+    def _note_failure(self, what: str, error: DeviceError, op: int) -> None:
+        self.nr_errors += 1
+        now_ns = self._clock.now_ns()
+        if op != PROMOTE:
+            self._retry_ns = now_ns + int(self._retry_s * _NS)
+            self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)
+        if now_ns >= self._say_ns:
+            self._say_ns = now_ns + int(SAY_S_MIN * _NS)
+            log.error(
+                "%s: %s: %s (%d failed so far)",
+                self._blocks.name,
+                what,
+                error,
+                self.nr_errors,
+            )
+
+    def _task_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._blocks.broken(error)

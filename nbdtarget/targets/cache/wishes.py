@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people want to be cached, whatever the policy thinks of it: warm, pin, unpin.
+
+Theory of operation. A wish is a range of oblocks. Those that are not cached are promoted one after
+another, at the pace of the migrations; a full cache makes room by demoting what is coldest. A range
+that is pinned has its blocks pinned as they come: the policy never demotes them. Blocks that
+cannot be promoted are left out: somebody works on them, or there has been no room for `PATIENCE_TICKS`
+(everything is pinned, or nothing can be written back).
+
+A client's CACHE request is a wish, too. Wishes beyond `WISHES_MAX` are not taken: a client's is only
+advice, a message is refused.
+
+What a crash leaves: pins are kept by a clean shutdown, with the policy's hints, and forgotten by a crash.
+Wishes that are not fulfilled are forgotten by a suspend of the table that got them only if it is replaced.
+"""
+
+import errno as errnos
+import logging
+from collections import deque
+from collections.abc import Iterable
+from typing import Final
+
+from nbdtarget.clock import sleep
+from nbdtarget.errors import TableError
+from nbdtarget.policies.base import Work
+from nbdtarget.targets.cache.blocks import Blocks
+
+__all__ = ["PATIENCE_TICKS", "WISHES_MAX", "Wishes"]
+
+WISHES_MAX: Final = 1024
+PATIENCE_TICKS: Final = 10
+STEP_OBLOCKS: Final = 4096  # looked at between two turns of the loop
+
+log = logging.getLogger(__name__)
+
+
+class Wishes:
+    """See the module head."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self._wishes: deque[list[int]] = deque()  # [next oblock, end, pin]
+        self._to_pin: set[int] = set()  # oblocks that are being promoted
+        self._ticks_without_room = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._wishes
+
+    def advise(self, begin: int, end: int) -> None:
+        """A client says that it will read these oblocks soon."""
+        if len(self._wishes) < WISHES_MAX and self._may_promote():
+            self._wishes.append([begin, min(end, self._blocks.nr_oblocks), False])
+            self._blocks.wake()
+
+    def add(self, ranges: Iterable[tuple[int, int]], *, pin: bool) -> None:
+        """Have these oblocks cached. Raises: TableError."""
+        for begin, end in ranges:
+            if len(self._wishes) >= WISHES_MAX:
+                raise TableError("too many ranges wait to be cached", errnos.EBUSY)
+            if not self._may_promote():
+                raise TableError("this cache promotes nothing", errnos.EPERM)
+            self._wishes.append([begin, end, pin])
+        self._blocks.wake()
+
+    async def unpin(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Let these oblocks be demoted again, and forget that they should be pinned."""
+        blocks = self._blocks
+        for begin, end in ranges:
+            for wish in self._wishes:
+                if wish[0] < end and begin < wish[1]:
+                    wish[2] = False
+            self._to_pin = {
+                oblock for oblock in self._to_pin if not begin <= oblock < end
+            }
+            for cblock in range(blocks.metadata.nr_cblocks):
+                if blocks.policy.is_pinned(cblock):
+                    oblock = blocks.metadata.maybe_oblock(cblock)
+                    if oblock is not None and begin <= oblock < end:
+                        blocks.policy.unpin(cblock)
+                if cblock % STEP_OBLOCKS == 0:
+                    await sleep(0)
+
+    def maybe_next(self) -> Work | None:
+        """Return the next promotion that is wished for and possible now."""
+        looked_at = 0
+        while self._wishes:
+            wish = self._wishes[0]
+            oblock, end, pin = wish
+            if oblock >= end or not self._may_promote():
+                self._wishes.popleft()
+                continue
+            looked_at += 1
+            if looked_at > STEP_OBLOCKS:
+                self._blocks.wake()
+                return None
+            work = self._maybe_promote(oblock, pin=bool(pin))
+            if work is None and self._wants_room(oblock):
+                return None
+            wish[0] += 1
+            self._ticks_without_room = 0
+            if work is not None:
+                return work
+        return None
+
+    def promoted(self, work: Work) -> None:
+        """A promotion has ended well."""
+        if work.oblock in self._to_pin:
+            self._to_pin.discard(work.oblock)
+            self._blocks.policy.pin(work.cblock)
+
+    def tick(self) -> None:
+        """A second has passed."""
+        if self._wishes:
+            self._ticks_without_room += 1
+            if self._ticks_without_room > PATIENCE_TICKS:
+                oblock, end, _ = self._wishes.popleft()
+                self._ticks_without_room = 0
+                log.warning(
+                    "%s: no room to cache origin blocks %d-%d",
+                    self._blocks.name,
+                    oblock,
+                    end,
+                )
+
+    def _may_promote(self) -> bool:
+        blocks = self._blocks
+        return blocks.is_writable and not blocks.is_passthrough
+
+    def _maybe_promote(self, oblock: int, *, pin: bool) -> Work | None:
+        blocks = self._blocks
+        cblock = blocks.metadata.maybe_cblock(oblock)
+        if cblock is not None:
+            if pin:
+                blocks.policy.pin(cblock)
+            return None
+        work = blocks.policy.maybe_promote(oblock)
+        if work is not None and pin:
+            self._to_pin.add(oblock)
+        return work
+
+    def _wants_room(self, oblock: int) -> bool:
+        blocks = self._blocks
+        is_full = blocks.policy.residency >= blocks.metadata.nr_cblocks
+        return is_full and blocks.metadata.maybe_cblock(oblock) is None
