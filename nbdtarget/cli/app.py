@@ -16,6 +16,7 @@ import typer
 
 from nbdtarget import __version__
 from nbdtarget.cli import (
+    cache,
     clone,
     devices,
     listing,
@@ -23,6 +24,7 @@ from nbdtarget.cli import (
     metadata,
     serve,
     tables,
+    uncache,
 )
 from nbdtarget.errors import NbdTargetError
 
@@ -37,7 +39,17 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (clone, serve, tables, devices, listing, log_writes, metadata):
+for group in (
+    clone,
+    cache,
+    uncache,
+    serve,
+    tables,
+    devices,
+    listing,
+    log_writes,
+    metadata,
+):
     group.register(app)
 
 
@@ -59,7 +71,7 @@ def _program(
         ),
     ] = False,
 ) -> None:
-    """device-mapper's clone for any machine: an NBD server with dmsetup's verbs."""
+    """device-mapper's clone and cache for any machine: an NBD server with dmsetup's verbs."""
 
 
 # Typer brings its own click in some versions: its exceptions are reached through Typer.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the porcelain shows: how to attach, and how far hydration is.
+"""What `clone` shows: how to attach, and how far hydration is. Others show the first so, too.
 
 The URI and the lines to paste go to stdout, progress and complaints to stderr: a bar on
 a terminal, else a plain line now and then.
@@ -18,7 +18,15 @@ from nbdtarget.clock import monotonic_ns
 from nbdtarget.porcelain.clone import CloneOptions, ClonePlan, CloneReporter
 from nbdtarget.server.listener import export_uri
 
-__all__ = ["Reporter", "client_lines", "make_reporter"]
+__all__ = [
+    "LINE_PERIOD_S",
+    "Reporter",
+    "client_lines",
+    "make_reporter",
+    "print_attach",
+    "print_event",
+    "say",
+]
 
 LINE_PERIOD_S: Final = 10.0
 
@@ -43,6 +51,28 @@ def client_lines(uri: str) -> list[str]:
     ]
 
 
+def print_attach(what: str, name: str, uris: list[str]) -> None:
+    """Print what is served, its URIs, and a line for each client."""
+    exports = [export_uri(uri, name) for uri in uris]
+    print(f"{what}: attach to")
+    for uri in exports:
+        print(f"  {uri}")
+    print("for example with one of")
+    for line in client_lines(exports[0]):
+        print(f"  {line}")
+    print(flush=True)
+
+
+def print_event(**fields: object) -> None:
+    """Print one JSON object in a line."""
+    print(msgspec.json.encode(fields).decode(), flush=True)
+
+
+def say(text: str) -> None:
+    """Tell the user, beside what scripts read."""
+    print(f"nbdtarget: {text}", file=sys.stderr, flush=True)
+
+
 class Reporter:
     """Says in plain lines what is going on; the base of the others."""
 
@@ -51,14 +81,8 @@ class Reporter:
         self._is_hydrated = False
 
     def serving(self, plan: ClonePlan, uris: list[str]) -> None:
-        exports = [export_uri(uri, plan.name) for uri in uris]
-        print(f"{self.options.dest} is a clone of {self.options.source}: attach to")
-        for uri in exports:
-            print(f"  {uri}")
-        print("for example with one of")
-        for line in client_lines(exports[0]):
-            print(f"  {line}")
-        print(flush=True)
+        options = self.options
+        print_attach(f"{options.dest} is a clone of {options.source}", plan.name, uris)
 
     def progress(self, done: int, size: int) -> None:
         """Nothing, here."""
@@ -66,16 +90,13 @@ class Reporter:
     def hydrated(self) -> None:
         self._is_hydrated = True
         end = "" if self.options.exit_when_hydrated else "; still serving (Ctrl-C ends)"
-        self._say(f"hydrated: {self.options.dest} alone is the disk{end}")
+        say(f"hydrated: {self.options.dest} alone is the disk{end}")
 
     def failed(self, status: str) -> None:
-        self._say(f"the clone cannot record any more progress: {status}")
+        say(f"the clone cannot record any more progress: {status}")
 
     def stopping(self) -> None:
         """Nothing, here."""
-
-    def _say(self, text: str) -> None:
-        print(f"nbdtarget: {text}", file=sys.stderr, flush=True)
 
 
 class _LinesReporter(Reporter):
@@ -93,7 +114,7 @@ class _LinesReporter(Reporter):
         self._next_s = now_s + LINE_PERIOD_S
         self._last = done
         percent = 100 * done // size
-        self._say(f"hydrated {done >> 20} of {size >> 20} MiB ({percent} %)")
+        say(f"hydrated {done >> 20} of {size >> 20} MiB ({percent} %)")
 
 
 class _JsonReporter(Reporter):
@@ -101,7 +122,7 @@ class _JsonReporter(Reporter):
 
     def serving(self, plan: ClonePlan, uris: list[str]) -> None:
         exports = [export_uri(uri, plan.name) for uri in uris]
-        self._print(
+        print_event(
             event="serving",
             name=plan.name,
             size=plan.size,
@@ -111,17 +132,14 @@ class _JsonReporter(Reporter):
 
     def progress(self, done: int, size: int) -> None:
         if not self._is_hydrated:
-            self._print(event="progress", done=done, size=size)
+            print_event(event="progress", done=done, size=size)
 
     def hydrated(self) -> None:
         self._is_hydrated = True
-        self._print(event="hydrated")
+        print_event(event="hydrated")
 
     def failed(self, status: str) -> None:
-        self._print(event="failed", status=status)
-
-    def _print(self, **fields: object) -> None:
-        print(msgspec.json.encode(fields).decode(), flush=True)
+        print_event(event="failed", status=status)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from tests.nbdtarget.dm.support import make_registry
 
 # Every command with the least arguments that it takes.
 COMMANDS: dict[str, list[str]] = {
+    "cache": ["/nonexistent/origin", "/nonexistent/cache"],
     "clear": ["x"],
     "clone": ["/nonexistent/source", "/nonexistent/dest"],
     "create": ["x", "--notable"],
@@ -41,12 +42,13 @@ COMMANDS: dict[str, list[str]] = {
     "suspend": ["x"],
     "table": [],
     "targets": [],
+    "uncache": ["x"],
     "version": [],
     "wait": ["x"],
     "wipe_table": ["x"],
 }
 ASKING = sorted(
-    COMMANDS.keys() - {"clone", "metadata", "replay-log", "serve", "version"}
+    COMMANDS.keys() - {"cache", "clone", "metadata", "replay-log", "serve", "version"}
 )
 PRINTING = ["deps", "info", "ls", "status", "table", "targets", "version"]
 
@@ -132,7 +134,7 @@ def test_no_server(cli: CommandLine, command: str, tmp_path: Path) -> None:
     assert "no server on /nowhere/c" in line
 
 
-@pytest.mark.parametrize("command", ["serve", "clone"])
+@pytest.mark.parametrize("command", ["serve", "cache", "clone"])
 def test_bad_input_of_what_serves(cli: CommandLine, command: str) -> None:
     assert cli(command, *COMMANDS[command], status=1)
 

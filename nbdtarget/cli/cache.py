@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget cache`: one line that puts a cache under a slow disk."""
+
+from enum import StrEnum
+from typing import Annotated, Final
+
+import typer
+
+from nbdtarget.cli.common import Control, Json
+from nbdtarget.cli.serve import Listen
+
+__all__ = ["register"]
+
+BLOCK_SIZE_STEP: Final = 32 << 10
+BLOCK_SIZE_MAX: Final = 1 << 30
+
+
+class Mode(StrEnum):
+    """What becomes of a write."""
+
+    WRITETHROUGH = "writethrough"
+    WRITEBACK = "writeback"
+    PASSTHROUGH = "passthrough"
+
+
+Origin = Annotated[
+    str, typer.Argument(metavar="ORIGIN", help="The slow disk: a path or an NBD URI.")
+]
+Cache = Annotated[
+    str,
+    typer.Argument(
+        metavar="CACHE", help="The fast disk; a missing file is made of --cache-size."
+    ),
+]
+ExportName = Annotated[
+    str | None,
+    typer.Option("--name", metavar="N", help="Export name; default: from ORIGIN."),
+]
+Metadata = Annotated[
+    str | None,
+    typer.Option(
+        "--metadata",
+        metavar="FILE",
+        help="What CACHE holds; default: CACHE.nbdtarget. Made if missing.",
+    ),
+]
+CacheSize = Annotated[
+    str | None,
+    typer.Option("--cache-size", metavar="SIZE", help="Of a CACHE that is missing."),
+]
+ModeOption = Annotated[
+    Mode,
+    typer.Option(
+        "--mode",
+        help="writethrough: ORIGIN has everything at any time; writeback: faster, and"
+        " ORIGIN alone is not the disk; passthrough: CACHE is given up bit by bit.",
+    ),
+]
+PolicyOption = Annotated[
+    str,
+    typer.Option("--policy", metavar="NAME", help="smq, mq or cleaner."),
+]
+BlockSize = Annotated[
+    str,
+    typer.Option("--block-size", metavar="SIZE", help="32K to 1G, in steps of 32K."),
+]
+DirtyLog = Annotated[
+    bool | None,
+    typer.Option(
+        "--dirty-log/--no-dirty-log",
+        help="Record blocks before they turn dirty, so that a crash does not leave all"
+        " of them dirty; default: with writeback.",
+    ),
+]
+SortedWriteback = Annotated[
+    bool,
+    typer.Option("--sorted-writeback", help="Write back in the order of ORIGIN."),
+]
+MigrationRate = Annotated[
+    str | None,
+    typer.Option(
+        "--migration-rate",
+        metavar="SIZE",
+        help="Bytes a second that migrations copy at most, as 100M.",
+    ),
+]
+MigrationThreshold = Annotated[
+    str | None,
+    typer.Option(
+        "--migration-threshold",
+        metavar="SIZE",
+        help="Bytes that idle writeback has under way at most; default: 1M, or what"
+        " eight blocks need.",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Start anew over data that CACHE holds.")
+]
+Resize = Annotated[
+    bool,
+    typer.Option(
+        "--resize", help="ORIGIN or CACHE has been resized since it was cached."
+    ),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(cache)
+
+
+def cache(
+    origin: Origin,
+    cache: Cache,
+    name: ExportName = None,
+    metadata: Metadata = None,
+    cache_size: CacheSize = None,
+    mode: ModeOption = Mode.WRITETHROUGH,
+    policy: PolicyOption = "smq",
+    block_size: BlockSize = "64K",
+    listen: Listen = None,
+    dirty_log: DirtyLog = None,
+    sorted_writeback: SortedWriteback = False,
+    migration_rate: MigrationRate = None,
+    migration_threshold: MigrationThreshold = None,
+    overwrite: Overwrite = False,
+    resize: Resize = False,
+    verbose: Verbose = False,
+    json: Json = False,
+    control: Control = None,
+) -> int:
+    """Serve ORIGIN, and keep what is used often in CACHE, too.
+
+    Stop it at any time; the same line goes on where it was. `uncache` ends it for good.
+    """
+    block_bytes = _bytes("--block-size", block_size)
+    if not 0 < block_bytes <= BLOCK_SIZE_MAX or block_bytes % BLOCK_SIZE_STEP:
+        raise typer.BadParameter(
+            "--block-size: Invalid data block size (32K to 1G, in steps of 32K)"
+        )
+    from nbdtarget.cli.logs import start_logging
+    from nbdtarget.cli.progress_cache import make_reporter
+    from nbdtarget.daemon import run
+    from nbdtarget.porcelain.cache import CacheJob, CacheOptions
+
+    start_logging(verbose=verbose)
+    options = CacheOptions(
+        origin=origin,
+        cache=cache,
+        name=name,
+        metadata=metadata,
+        cache_size=_maybe_bytes("--cache-size", cache_size),
+        mode=mode.value,
+        policy=policy,
+        block_size=block_bytes,
+        dirty_log=dirty_log,
+        sorted_writeback=sorted_writeback,
+        migration_rate=_maybe_bytes("--migration-rate", migration_rate) or 0,
+        migration_threshold=_maybe_bytes("--migration-threshold", migration_threshold),
+        listen=tuple(listen or ()),
+        control=control,
+        overwrite=overwrite,
+        resize=resize,
+    )
+    with make_reporter(options, json=json) as reporter:
+        return run(lambda: CacheJob(options, reporter).run())
+
+
+def _maybe_bytes(option: str, text: str | None) -> int | None:
+    return None if text is None else _bytes(option, text)
+
+
+def _bytes(option: str, text: str) -> int:
+    from nbdtarget.devices.resolve import parse_size
+
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option}: {error}") from None
+    if not size:
+        raise typer.BadParameter(f"{option}: must be more than 0")
+    return size

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget uncache`: a cache is flushed and goes away, while clients go on."""
+
+from typing import Annotated, TypeVar
+
+import typer
+
+from nbdtarget.cli.common import Control, Json, ask
+from nbdtarget.control.messages import Answer, Request
+
+__all__ = ["register"]
+
+A = TypeVar("A", bound=Answer)
+
+CacheName = Annotated[
+    str, typer.Argument(metavar="NAME", help="A mapped device that is a cache.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(uncache)
+
+
+def uncache(name: CacheName, json: Json = False, control: Control = None) -> int:
+    """Write back what is dirty, then let the origin alone be the disk; clients notice nothing.
+
+    Ctrl-C leaves a cache that only writes back; the same command goes on. Exit 130 then.
+    """
+    import asyncio
+
+    from nbdtarget.cli.progress_uncache import make_reporter
+    from nbdtarget.porcelain.uncache import UncacheJob
+
+    def ask_server(verb: str, request: Request, answer_type: type[A]) -> A:
+        return ask(control, verb, request, answer_type, about=name)
+
+    with make_reporter(name, json=json) as reporter:
+        return asyncio.run(UncacheJob(name, ask_server, reporter).run())

@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One line for one job: `nbdtarget cache`, from the first look at the files to the last commit.
+
+How it goes, and how it is undone: job.py. What is refused, besides what the cache target refuses
+by itself:
+
+    metadata            cache       verdict
+    missing             missing     both are made, if the size is given
+    missing             no data     metadata is made
+    missing             holds data  refused, unless told to overwrite: it may be the wrong disk
+    ours                missing     refused: what only the cache had would be lost
+    ours, nothing       missing     the cache is made, if the size is given
+    is cached
+    ours                there       goes on where it was
+    ours, of another    there       refused, with both: another block size, or, unless told that they
+    shape                           were resized, another size of origin or cache
+    foreign             any         refused
+
+All-zero metadata counts as missing, for the cache target would format it. A cache in memory is
+missing at each start, and so is metadata in memory; a writeback cache would lose what clients
+wrote, so it may stand on neither.
+
+An origin of another size may be another disk: what is dirty would be written over it. That a
+wrong origin of the same size is given, nobody can tell.
+
+Defaults. Writethrough: the origin has everything at any time, so neither the loss of the cache nor of
+the metadata loses anything. A writeback cache has a dirty log: without it a crash leaves
+every block dirty, and all of them would be copied home. `migration_threshold` has room for eight blocks:
+the kernel's default never writes back blocks above 1 MiB.
+
+At the end the newest superblock tells how much only the cache has, and whether it was left clean.
+"""
+
+import contextlib
+import os
+from typing import Final, Protocol
+
+import msgspec
+
+from metadata.cache import CacheMetadata
+from metadata.cache_superblock import CACHE, DIRTY_LOG, CacheSuperblock
+from metadata.errors import MetadataError, NotFormatted
+from metadata.superblock import CLEAN_SHUTDOWN, read_superblock_of
+from nbdtarget import metadata_io
+from nbdtarget.clock import timeout
+from nbdtarget.devices import resolve
+from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.dm.open_devices import absolute_name
+from nbdtarget.dm.registry import check_name
+from nbdtarget.errors import NbdTargetError, ResolveError
+from nbdtarget.policies.registry import policy_type
+from nbdtarget.porcelain import job, look
+from nbdtarget.targets.base import StatusFields
+from nbdtarget.targets.cache.table import SECTOR, WRITEBACK, WRITETHROUGH
+from nbdtarget.words import join_words, split_words
+
+__all__ = [
+    "CacheJob",
+    "CacheOptions",
+    "CachePlan",
+    "CacheReporter",
+    "CacheStatus",
+    "plan_cache",
+]
+
+STATUS_PERIOD_S: Final = 1.0
+THRESHOLD_SECTORS_MIN: Final = 2048  # the kernel's default
+THRESHOLD_BLOCKS_MIN: Final = 8
+
+
+class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user asked for; names as they were written. Sizes are in bytes.
+
+    Args:
+        name: of the export; None: from the origin's name.
+        metadata: None: beside the cache, or in memory if that is.
+        cache_size: of a cache that is missing.
+        mode: writethrough, writeback or passthrough.
+        dirty_log: None: in a writeback cache.
+        migration_rate: bytes a second; 0: no bound.
+        migration_threshold: None: what eight blocks need, or the kernel's default if that is more.
+        listen: addresses; none: a unix socket in the runtime directory.
+        control: path of the control socket; None: the usual one, if it is free.
+        overwrite: the cache's data may go.
+        resize: origin and cache may have other sizes than the metadata knows.
+    """
+
+    origin: str
+    cache: str
+    name: str | None = None
+    metadata: str | None = None
+    cache_size: int | None = None
+    mode: str = WRITETHROUGH
+    policy: str = "smq"
+    block_size: int = 64 << 10
+    dirty_log: bool | None = None
+    sorted_writeback: bool = False
+    migration_rate: int = 0
+    migration_threshold: int | None = None
+    listen: tuple[str, ...] = ()
+    control: str | None = None
+    overwrite: bool = False
+    resize: bool = False
+
+
+class CachePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What is going to be done.
+
+    Args:
+        size: of the origin.
+        missing: the cache and its size, if it is to be made.
+        was_clean: what is recorded about dirty blocks is exact.
+    """
+
+    name: str
+    size: int
+    table: str
+    origin: str
+    metadata: str
+    missing: tuple[str, int] | None
+    was_clean: bool
+
+
+class CacheStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user is shown while it runs. `hit_ratio` is None before the first access."""
+
+    used_blocks: int
+    total_blocks: int
+    dirty_blocks: int
+    dirty_bytes: int
+    hit_ratio: float | None
+    promotions: int
+    demotions: int
+
+
+class CacheReporter(job.Reporter[CachePlan], Protocol):
+    """Who tells the user."""
+
+    def unclean(self, nr_dirty: int, nr_bytes: int) -> None:
+        """It was not shut down cleanly: so much is taken for dirty, and will be written back."""
+        ...
+
+    def status(self, status: CacheStatus) -> None:
+        """How it is; now and then."""
+        ...
+
+    def uncached(self) -> None:
+        """The origin alone is the disk, durably: `nbdtarget uncache` has done its work."""
+        ...
+
+    def failed(self, line: str) -> None:
+        """The cache cannot record anything any more; `line` is its status line."""
+        ...
+
+    def stopped(self, nr_dirty: int, nr_bytes: int) -> None:
+        """It has ended in order; so much is in the cache only."""
+        ...
+
+    def not_clean(self, reason: str) -> None:
+        """It has ended, but could not record which blocks are dirty."""
+        ...
+
+
+async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
+    """Look at everything, change nothing.
+
+    Args: directory: absolute; where relative paths are meant.
+    Raises: NbdTargetError.
+    """
+    origin = absolute_name(options.origin, directory)
+    cache = absolute_name(options.cache, directory)
+    policy_type(options.policy)
+    name = options.name or look.default_name(origin, "cache")
+    check_name(name)
+    size = await look.disk_size(origin, read_only=False)
+    is_missing = resolve.may_create(cache)
+    cache_size = await _cache_size(cache, options, is_missing=is_missing)
+    metadata = _metadata_name(options, cache, cache_size, directory)
+    look.check_distinct(origin=origin, cache=cache, metadata=metadata)
+    _check_volatile(options, cache, metadata)
+    known = await _superblock(metadata)
+    if known is not None:
+        if is_missing or _is_memory(cache):
+            _check_nothing_lost(known, cache, metadata)
+        _check_shape(known, options, metadata, size, cache_size)
+    elif not is_missing and not options.overwrite:
+        await _check_no_data(cache, metadata)
+    return CachePlan(
+        name=name,
+        size=size,
+        table=_table_line(options, size, metadata, cache, origin),
+        origin=origin,
+        metadata=metadata,
+        missing=(cache, cache_size) if is_missing else None,
+        was_clean=known is None or bool(known.flags & CLEAN_SHUTDOWN),
+    )
+
+
+async def _cache_size(cache: str, options: CacheOptions, *, is_missing: bool) -> int:
+    wanted = options.cache_size
+    if is_missing:
+        if wanted is None:
+            raise ResolveError(
+                cache, "is missing: say how large it is to be (--cache-size)"
+            )
+        size = wanted
+        if size % SECTOR:
+            raise ResolveError(cache, f"{size} bytes is not a multiple of {SECTOR}")
+    else:
+        size = await look.disk_size(cache, read_only=False)
+        if wanted is not None and wanted != size:
+            raise ResolveError(
+                cache, f"has {size} bytes, --cache-size says {wanted}: leave it out"
+            )
+    if size < options.block_size:
+        raise ResolveError(
+            cache,
+            f"{size} bytes is too small for one block of {options.block_size} bytes",
+        )
+    return size
+
+
+def _metadata_name(
+    options: CacheOptions, cache: str, cache_size: int, directory: str
+) -> str:
+    if options.metadata is None and _is_memory(cache):
+        nr_cblocks = cache_size // options.block_size
+        return f"memory:{CacheMetadata.device_size_for(nr_cblocks)}"
+    return look.metadata_name(options.metadata, cache, directory)
+
+
+def _is_memory(name: str) -> bool:
+    return name.lower().startswith("memory:")
+
+
+def _check_volatile(options: CacheOptions, cache: str, metadata: str) -> None:
+    for name in (cache, metadata):
+        if options.mode == WRITEBACK and _is_memory(name):
+            raise ResolveError(
+                name, "is gone when we end, and with it what a writeback cache holds"
+            )
+
+
+async def _superblock(metadata: str) -> CacheSuperblock | None:
+    """What the metadata says of itself; None if there is none yet.
+
+    Raises: ResolveError: it is not ours, or damaged.
+    """
+    if await look.is_fresh(metadata):
+        return None
+    device = await resolve.open_device(metadata, read_only=True)
+    try:
+        found = await metadata_io.run(device, read_superblock_of(CACHE, device.size))
+    except NotFormatted:
+        return None
+    except MetadataError as error:
+        raise ResolveError(metadata, str(error)) from error
+    finally:
+        await device.close()
+    return found.superblock
+
+
+def _check_nothing_lost(known: CacheSuperblock, cache: str, metadata: str) -> None:
+    if not known.nr_mapped:
+        return
+    if nr_dirty := _nr_maybe_dirty(known):
+        lost = (
+            f"up to {nr_dirty} blocks ({nr_dirty * known.block_size} bytes) that"
+            " clients wrote are nowhere else: name it"
+        )
+    else:
+        lost = "the origin has everything, so remove the metadata to start anew"
+    raise ResolveError(
+        metadata, f"belongs to a cache that is missing ({cache}): {lost}"
+    )
+
+
+def _nr_maybe_dirty(known: CacheSuperblock) -> int:
+    if known.flags & CLEAN_SHUTDOWN:
+        return known.nr_dirty
+    return known.nr_logged if known.incompat & DIRTY_LOG else known.nr_mapped
+
+
+def _check_shape(
+    known: CacheSuperblock,
+    options: CacheOptions,
+    metadata: str,
+    size: int,
+    cache_size: int,
+) -> None:
+    block_size = options.block_size
+    if known.block_size != block_size:
+        raise ResolveError(
+            metadata,
+            f"is of a cache with blocks of {known.block_size >> 10} KiB, not"
+            f" {block_size >> 10} KiB: give --block-size {known.block_size >> 10}K",
+        )
+    shapes = (
+        ("origin", "bytes", known.origin_size, size),
+        ("cache", "blocks", known.nr_cblocks, cache_size // block_size),
+    )
+    for what, unit, stored, given in shapes:
+        if stored != given and not options.resize:
+            raise ResolveError(
+                metadata,
+                f"is of a cache whose {what} has {stored} {unit}, not {given}: give the"
+                f" right {what}, or --resize if it has been resized",
+            )
+
+
+async def _check_no_data(cache: str, metadata: str) -> None:
+    device = await resolve.open_device(cache, read_only=False)
+    try:
+        if await look.holds_data(device):
+            raise ResolveError(
+                cache,
+                f"holds data, but there is no cache metadata in {metadata}: give"
+                " --metadata if it is elsewhere, --overwrite if the data may go",
+            )
+    finally:
+        await device.close()
+
+
+def _table_line(
+    options: CacheOptions, size: int, metadata: str, cache: str, origin: str
+) -> str:
+    block_sectors = options.block_size // SECTOR
+    dirty_log = options.dirty_log
+    if dirty_log is None:
+        dirty_log = options.mode == WRITEBACK
+    features = [options.mode]
+    features += ["dirty_log"] if dirty_log else []
+    features += ["sorted_writeback"] if options.sorted_writeback else []
+    core = {"migration_threshold": _threshold_sectors(options, block_sectors)}
+    if options.migration_rate:
+        core["migration_rate"] = options.migration_rate
+    words = [metadata, cache, origin, str(block_sectors)]
+    words += [str(len(features)), *features, options.policy, str(2 * len(core))]
+    for key, value in core.items():
+        words += [key, str(value)]
+    return f"0 {size // SECTOR} cache {join_words(words)}"
+
+
+def _threshold_sectors(options: CacheOptions, block_sectors: int) -> int:
+    if options.migration_threshold is not None:
+        return -(-options.migration_threshold // SECTOR)
+    return max(THRESHOLD_SECTORS_MIN, THRESHOLD_BLOCKS_MIN * block_sectors)
+
+
+class CacheJob(job.Job[CachePlan]):
+    """Prepares, serves and ends one cache, in this process."""
+
+    def __init__(self, options: CacheOptions, reporter: CacheReporter) -> None:
+        super().__init__(reporter, listen=options.listen, control=options.control)
+        self._options = options
+        self._reporter = reporter
+        self._is_cache = True
+
+    async def _plan(self) -> CachePlan:
+        return await plan_cache(self._options, os.getcwd())
+
+    async def _watch(self, device: MappedDevice, plan: CachePlan) -> None:
+        """Report how it is. Never commits: an idle cache does no I/O."""
+        event_nr = device.event_nr
+        is_first = True
+        while True:
+            await self._look(device, plan, is_first=is_first)
+            is_first = False
+            with contextlib.suppress(TimeoutError):
+                async with timeout(STATUS_PERIOD_S):
+                    event_nr = await device.events.wait(event_nr)
+
+    async def _look(
+        self, device: MappedDevice, plan: CachePlan, *, is_first: bool
+    ) -> None:
+        lines = await device.status_by_name(noflush=True)
+        if not lines or lines[0][0][2] != "cache":
+            if self._is_cache and _is_origin_alone(device, plan):
+                self._is_cache = False
+                self._report(self._reporter.uncached)
+            return  # or somebody loaded another table over the control socket
+        self._is_cache = True
+        (_, _, _, line), fields = lines[0]
+        if fields.get("mode") != "rw":
+            if not self._has_failed:
+                self._has_failed = True
+                self._report(self._reporter.failed, line)
+            return
+        status = _status(fields)
+        if is_first and not plan.was_clean:
+            self._report(
+                self._reporter.unclean, status.dirty_blocks, status.dirty_bytes
+            )
+        self._report(self._reporter.status, status)
+
+    async def _ended(self, plan: CachePlan) -> None:
+        if not self._is_cache or _is_memory(plan.metadata):
+            return
+        try:
+            known = await _superblock(plan.metadata)
+        except NbdTargetError as error:
+            known, reason = None, str(error)
+        else:
+            reason = f"{plan.metadata}: was not recorded as shut down cleanly"
+        if known is not None and known.flags & CLEAN_SHUTDOWN:
+            nr_bytes = known.nr_dirty * known.block_size
+            self._report(self._reporter.stopped, known.nr_dirty, nr_bytes)
+        else:
+            self._has_failed = True
+            self._report(self._reporter.not_clean, reason)
+
+
+def _status(fields: StatusFields) -> CacheStatus:
+    ratio = fields["hit_ratio"]
+    return CacheStatus(
+        used_blocks=_count(fields, "cache_blocks_used"),
+        total_blocks=_count(fields, "cache_blocks_total"),
+        dirty_blocks=_count(fields, "dirty_blocks"),
+        dirty_bytes=_count(fields, "dirty_bytes"),
+        hit_ratio=ratio if isinstance(ratio, float) else None,
+        promotions=_count(fields, "promotions"),
+        demotions=_count(fields, "demotions"),
+    )
+
+
+def _count(fields: StatusFields, name: str) -> int:
+    value = fields[name]
+    assert isinstance(value, int)
+    return value
+
+
+def _is_origin_alone(device: MappedDevice, plan: CachePlan) -> bool:
+    lines = [(line[2], split_words(line[3])) for line in device.table()]
+    return lines == [("linear", [plan.origin, "0"])]

@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget uncache`: a cache goes home and away, under the eyes of its clients.
+
+Theory of operation. Whoever runs the cache goes on running it: this asks over its control socket for
+one table after another, and each takes the place of the one before while clients' requests
+wait a moment.
+
+    1. cleaner    the same line, but writethrough and with the policy `cleaner`: from here on the
+                  number of dirty blocks only falls. `clean_now`, then wait until there are none
+    2. passthrough
+                  which the target refuses while a block is dirty. Every block is invalidated, and a
+                  status makes that durable
+    3. linear     on the origin
+
+The middle step is for later: whoever gives the old cache line again, by mistake or from an old
+file, must find an empty cache, and not blocks that are older than what the origin has got since.
+
+Where it stops, nothing is lost, and the same command goes on from there: a table is a whole state,
+and each of the three is one in which clients are served what they wrote. A table that is refused at
+the last moment leaves the device suspended; the one before it is put back then. Ctrl-C is heeded
+while it waits for dirty blocks, and not between the load of a table and its resume, nor in the last
+two steps, which are short; a second one ends it at once.
+
+What was said at run time with messages (`migration_threshold`, `migration_rate`) goes into the
+new line. The threshold is raised to eight blocks, for a smaller one lets no block go home.
+
+A cache or metadata in memory is a new one with each table: such a cache is swapped for `linear` at
+once if it is not writeback, for then the origin has everything. Otherwise it is refused.
+"""
+
+import asyncio
+import errno as errnos
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final, Protocol, TypeVar
+
+import msgspec
+
+from nbdtarget.clock import monotonic_ns, timeout
+from nbdtarget.control import messages as m
+from nbdtarget.errors import NbdTargetError, TableError
+from nbdtarget.targets.base import StatusFields
+from nbdtarget.targets.cache.table import (
+    ARGUMENTS_MIN,
+    PASSTHROUGH,
+    WRITEBACK,
+    WRITETHROUGH,
+    Options,
+    parse_options,
+)
+from nbdtarget.words import join_words, split_words
+
+__all__ = [
+    "Ask",
+    "CacheLine",
+    "Draining",
+    "UncacheError",
+    "UncacheJob",
+    "UncacheReporter",
+]
+
+POLL_S: Final = 0.25
+STUCK_S: Final = 10.0  # without a block less, it is said, and asked for again
+CLEANER: Final = "cleaner"
+THRESHOLD_BLOCKS_MIN: Final = 8
+DRAINS_MAX: Final = 3  # how often a block may be dirty again when there were none
+
+A = TypeVar("A", bound=m.Answer)
+
+
+class Ask(Protocol):
+    """Carries out a verb of the control socket. Blocks; called in a thread.
+
+    Raises: NbdTargetError.
+    """
+
+    def __call__(self, verb: str, request: m.Request, answer_type: type[A]) -> A: ...
+
+
+class UncacheError(NbdTargetError):
+    """It cannot be done, or not be ended. One line, which names the device."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"uncache {self.name}: {self.reason}"
+
+
+class Draining(msgspec.Struct, frozen=True, kw_only=True):
+    """How far it is.
+
+    Args:
+        errors: copies that have failed since it began.
+        last_error: the last of them, if the server tells.
+    """
+
+    dirty_blocks: int
+    dirty_bytes: int
+    errors: int
+    last_error: str | None
+
+
+class UncacheReporter(Protocol):
+    """Who tells the user."""
+
+    def draining(self, now: Draining) -> None:
+        """So much must still be flushed; now and then."""
+        ...
+
+    def stuck(self, now: Draining, for_s: float) -> None:
+        """Nothing has been flushed for so long; it goes on trying."""
+        ...
+
+    def interrupted(self, now: Draining | None) -> None:
+        """Told to stop: the cache stays as it is. None: nothing has been changed."""
+        ...
+
+    def uncached(self, line: "CacheLine") -> None:
+        """The origin alone is the disk."""
+        ...
+
+
+class CacheLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A cache's table line, taken to pieces."""
+
+    length: int  # sectors
+    metadata: str
+    cache: str
+    origin: str
+    block_sectors: int
+    options: Options
+    read_only: bool
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether another table would find another cache, or other metadata."""
+        names = (self.metadata, self.cache)
+        return any(name.lower().startswith("memory:") for name in names)
+
+    def table_of(self, mode: str, fields: StatusFields) -> str:
+        """The line for `mode` with the policy `cleaner`, and what messages have changed."""
+        options = self.options
+        features = [mode]
+        for word, there in (
+            ("metadata2", options.metadata2),
+            ("no_discard_passdown", not options.discard_passdown),
+            ("dirty_log", options.dirty_log),
+            ("sorted_writeback", options.sorted_writeback),
+        ):
+            features += [word] if there else []
+        threshold = _count(fields, "migration_threshold_sectors")
+        threshold = max(threshold, THRESHOLD_BLOCKS_MIN * self.block_sectors)
+        core = ["migration_threshold", str(threshold)]
+        if rate := _count(fields, "migration_rate_bytes_per_s"):
+            core += ["migration_rate", str(rate)]
+        words = [self.metadata, self.cache, self.origin, str(self.block_sectors)]
+        words += [str(len(features)), *features, CLEANER, str(len(core)), *core]
+        return f"0 {self.length} cache {join_words(words)}"
+
+    @property
+    def linear(self) -> str:
+        return f"0 {self.length} linear {join_words([self.origin])} 0"
+
+
+class UncacheJob:
+    """Uncaches one mapped device of a server. See the module head."""
+
+    def __init__(self, name: str, ask: Ask, reporter: UncacheReporter) -> None:
+        self._name = name
+        self._ask_server = ask
+        self._reporter = reporter
+        self._stop = asyncio.Event()
+        self._now: Draining | None = None
+        self._errors_before = 0
+
+    async def run(self) -> int:
+        """Do the job. Returns 0, or 130 if it was interrupted. Raises: NbdTargetError."""
+        with self._interrupts():
+            line = await self._look()
+            if line.is_in_memory:
+                await self._check_origin_has_all(line)
+            elif not await self._empty(line):
+                self._reporter.interrupted(self._now)
+                return 130
+            await self._swap(line, line.linear)
+        self._reporter.uncached(line)
+        return 0
+
+    # ---- the steps ----
+
+    async def _look(self) -> CacheLine:
+        """Look at the device and refuse what is no plain cache."""
+        infos = await self._ask("info", m.Info((self._name,)), m.InfoAnswer)
+        tables = await self._ask("table", m.Table((self._name,)), m.LinesAnswer)
+        (info,), (table,) = infos.devices, tables.devices
+        types = [line.type for line in table.lines]
+        if "cache" not in types:
+            raise self._refused(f"is no cache, but {', '.join(types) or 'no table'}")
+        if len(types) > 1:
+            raise self._refused(
+                "the cache is not the only target of its table: "
+                f"{', '.join(types)} stand there"
+            )
+        if info.state != "ACTIVE":
+            raise self._refused("is suspended: resume it first")
+        if info.inactive:
+            raise self._refused("has an inactive table: resume or clear it first")
+        (line,) = table.lines
+        words = split_words(line.params)
+        if line.start != 0 or len(words) < ARGUMENTS_MIN:
+            raise self._refused(f"has a table line that is none: {line.params}")
+        return CacheLine(
+            length=line.length,
+            metadata=words[0],
+            cache=words[1],
+            origin=words[2],
+            block_sectors=int(words[3]),
+            options=parse_options(words[4:]),
+            read_only=info.read_only,
+        )
+
+    async def _check_origin_has_all(self, line: CacheLine) -> None:
+        fields = await self._fields()
+        if line.options.mode == WRITEBACK or _count(fields, "dirty_blocks"):
+            raise self._refused(
+                "its cache or metadata is in memory, where another table finds an empty"
+                " one: what is dirty would be lost"
+            )
+
+    async def _empty(self, line: CacheLine) -> bool:
+        """Make the cache hold nothing, durably. False: told to stop."""
+        fields = await self._fields()
+        self._errors_before = _errors(fields)
+        is_passed_through = line.options.mode == PASSTHROUGH
+        for _ in range(DRAINS_MAX):
+            if is_passed_through:
+                await self._invalidate()
+                return True
+            if not await self._drain(line, fields):
+                return False
+            is_passed_through = await self._pass_through(line, fields)
+        raise self._refused(
+            "there are dirty blocks again each time that there were none: does the"
+            " origin fail? The cache is left in writethrough, with the policy cleaner"
+        )
+
+    async def _drain(self, line: CacheLine, fields: StatusFields) -> bool:
+        """Have every dirty block written back. False: told to stop."""
+        if self._stop.is_set():
+            return False
+        wanted = line.table_of(WRITETHROUGH, fields)
+        if await self._table() != wanted:
+            await self._swap(line, wanted)
+        await self._ask_message("clean_now")
+        progress = _Progress()
+        while True:
+            now = self._draining(await self._fields())
+            stuck_s = progress.stuck_s(now.dirty_blocks)
+            if stuck_s is None:
+                self._reporter.draining(now)
+            else:
+                self._reporter.stuck(now, stuck_s)
+                await self._ask_message("clean_now")
+            if not now.dirty_blocks:
+                return True
+            if self._stop.is_set():
+                return False
+            await self._pause()
+
+    async def _pass_through(self, line: CacheLine, fields: StatusFields) -> bool:
+        """Swap in passthrough; False: a block is dirty, and the old table is back."""
+        before = await self._table()
+        await self._load(line, line.table_of(PASSTHROUGH, fields))
+        try:
+            await self._resume(line, before)
+        except TableError as error:
+            if error.errno != errnos.EBUSY:
+                raise
+            return False
+        return True
+
+    async def _invalidate(self) -> None:
+        """Nothing is cached any more, durably, and nothing can get cached in passthrough."""
+        total = _count(await self._fields(), "cache_blocks_total")
+        await self._ask_message("invalidate_cblocks", f"0-{total}")
+        fields = await self._fields(commit=True)
+        nr_left = _count(fields, "cache_blocks_used")
+        if nr_left:
+            raise self._refused(f"{nr_left} blocks could not be invalidated")
+
+    # ---- one table for another ----
+
+    async def _swap(self, line: CacheLine, table: str) -> None:
+        """Load and resume `table`; if it is refused, what was there before. Raises: TableError."""
+        before = await self._table()
+        await self._load(line, table)
+        await self._resume(line, before)
+
+    async def _resume(self, line: CacheLine, before: str) -> None:
+        try:
+            await self._ask("resume", m.Resume(self._name), m.Done)
+        except TableError as refusal:
+            # The device is suspended now, and the table that was refused is live.
+            try:
+                await self._load(line, before)
+                await self._ask("resume", m.Resume(self._name), m.Done)
+            except NbdTargetError as error:
+                raise self._refused(
+                    f"{refusal}; the table before it cannot be put back either"
+                    f" ({error}): the device is suspended"
+                ) from refusal
+            raise
+
+    async def _load(self, line: CacheLine, table: str) -> None:
+        request = m.Load(self._name, table, line.read_only)
+        await self._ask("load", request, m.Done)
+
+    # ---- questions ----
+
+    async def _table(self) -> str:
+        answer = await self._ask("table", m.Table((self._name,)), m.LinesAnswer)
+        return "\n".join(
+            f"{line.start} {line.length} {line.type} {line.params}"
+            for line in answer.devices[0].lines
+        )
+
+    async def _fields(self, *, commit: bool = False) -> StatusFields:
+        """The cache's status by name. Raises: UncacheError: it is none, or cannot record more."""
+        request = m.Status((self._name,), None, not commit)
+        answer = await self._ask("status", request, m.LinesAnswer)
+        lines = answer.devices[0].lines
+        if [line.type for line in lines] != ["cache"]:
+            raise self._refused("somebody has loaded another table")
+        fields = lines[0].fields
+        if fields.get("mode") != "rw":
+            raise self._refused(
+                "the cache cannot record anything any more, and is left as it is:"
+                f" {lines[0].params.strip()}"
+            )
+        return fields
+
+    async def _ask_message(self, *words: str) -> None:
+        await self._ask("message", m.Message(self._name, 0, words), m.MessageAnswer)
+
+    async def _ask(self, verb: str, request: m.Request, answer_type: type[A]) -> A:
+        """Ask in a thread that nobody waits for when we are killed by a second Ctrl-C."""
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[A] = loop.create_future()
+
+        def settle(answer: A | None, error: BaseException | None) -> None:
+            if answered.done():
+                return
+            if error is not None:
+                answered.set_exception(error)
+            else:
+                assert answer is not None
+                answered.set_result(answer)
+
+        def work() -> None:
+            answer, failure = None, None
+            try:
+                answer = self._ask_server(verb, request, answer_type)
+            except BaseException as error:
+                failure = error
+            with suppress(RuntimeError):  # the loop is closed: nobody asks any more
+                loop.call_soon_threadsafe(settle, answer, failure)
+
+        threading.Thread(target=work, name=f"ask {verb}", daemon=True).start()
+        return await answered
+
+    def _refused(self, reason: str) -> UncacheError:
+        return UncacheError(self._name, reason)
+
+    # ---- the user ----
+
+    def _draining(self, fields: StatusFields) -> Draining:
+        last_error = fields.get("last_error")
+        self._now = Draining(
+            dirty_blocks=_count(fields, "dirty_blocks"),
+            dirty_bytes=_count(fields, "dirty_bytes"),
+            errors=_errors(fields) - self._errors_before,
+            last_error=last_error if isinstance(last_error, str) else None,
+        )
+        return self._now
+
+    async def _pause(self) -> None:
+        with suppress(TimeoutError):
+            async with timeout(POLL_S):
+                await self._stop.wait()
+
+    @contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM is noted; the second has its usual effect."""
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+
+        def noted() -> None:
+            self._stop.set()
+            release()
+
+        def release() -> None:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+        for number in numbers:
+            loop.add_signal_handler(number, noted)
+        try:
+            yield
+        finally:
+            release()
+
+
+class _Progress:
+    """Whether the number of dirty blocks falls."""
+
+    def __init__(self) -> None:
+        self._least: int | None = None
+        self._since_ns = 0
+        self._said_ns = 0
+
+    def stuck_s(self, nr_dirty: int) -> float | None:
+        """For how long it has not fallen, if that is long, and has not just been said."""
+        now_ns = monotonic_ns()
+        if self._least is None or nr_dirty < self._least:
+            self._least = nr_dirty
+            self._since_ns = self._said_ns = now_ns
+        if now_ns - self._said_ns < STUCK_S * 1e9:
+            return None
+        self._said_ns = now_ns
+        return (now_ns - self._since_ns) / 1e9
+
+
+def _count(fields: StatusFields, name: str) -> int:
+    value = fields[name]
+    assert isinstance(value, int)
+    return value
+
+
+def _errors(fields: StatusFields) -> int:
+    value = fields.get("errors", 0)
+    assert isinstance(value, int)
+    return value
