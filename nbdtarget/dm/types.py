@@ -4,6 +4,7 @@
 from typing import Final
 
 from nbdtarget.targets.base import Target
+from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.delay import DelayTarget
 from nbdtarget.targets.dust import DustTarget
@@ -30,5 +31,6 @@ TARGET_TYPES: Final[dict[str, type[Target]]] = {
         LogWritesTarget,
         PowercutTarget,
         CloneTarget,
+        CacheTarget,
     )
 }

@@ -19,7 +19,7 @@ Why no acknowledged flush is lost
    its block locked is parked and mapped anew, so it never goes where its block was.
 2. *Marked before it is sent.* A write makes its block dirty before it reaches the cache device; with
    `dirty_log` that is on disk by then: the write waits for the commit, holding its block.
-3. *FUA* to a cached block waits until the mapping is committed: else a crash would lose both.
+3. *FUA* to the cache waits until the mapping is committed: else a crash would lose both.
    An overwrite with FUA ends after the commit that has its mapping, which flushes the cache device.
    A miss needs no commit: no crash brings a mapping of its block back (rule 1: the lock of
    who removes one is kept until the removal is committed).
@@ -226,9 +226,11 @@ class Foreground:
     ) -> None:
         """Send a write that may be sent, as far as the dirty log goes."""
         blocks = self._blocks
-        if bio.flags & FUA and not blocks.metadata.vouches_for(cblock):
+        metadata = blocks.metadata
+        is_for_cache = blocks.is_writeback or metadata.dirty[cblock]
+        if is_for_cache and bio.flags & FUA and not metadata.vouches_for(cblock):
             self._write_committed(bio, oblock, cblock, is_held=is_held)
-        elif blocks.is_writeback or blocks.metadata.dirty[cblock]:
+        elif is_for_cache:
             blocks.set_dirty(cblock)
             bio.offset += (cblock - oblock) * blocks.block_size
             self._submit(blocks.cache, bio)

@@ -70,8 +70,7 @@ class BlockLocks:
     """The locks and holds of one cache.
 
     Attributes:
-        locked: not empty while anything is locked or about to be: then ask `maybe_blocking`.
-            Look, don't touch.
+        locked: not empty while anything is locked or about to be. Look, don't touch.
     """
 
     def __init__(self) -> None:
@@ -99,6 +98,11 @@ class BlockLocks:
             bio.on_end(lambda _: self._end_write(oblock))
         else:
             bio.on_end(lambda _: self._end_read(oblock))
+
+    def is_locked(self, oblock: int) -> bool:
+        """Whether anybody has locked `oblock`, or is about to: ask `maybe_blocking` whom."""
+        # hot: one call for each bio while there is any lock at all.
+        return oblock in self.locked or bool(self._ranges)
 
     def maybe_blocking(self, oblock: int, *, is_write: bool) -> BlockLock | None:
         """Return the lock that a READ or WRITE of `oblock` must wait for."""

@@ -157,10 +157,19 @@ class Migrations:
         )
         self._nr_bios_seen = nr_bios
         self._may_gather = True
+        if self._is_idle:
+            self._clear_log()
         self._wishes.tick()
         self.tick()
         self.wake()
         self._waker = self._clock.call_later(TICK_S, self._tick_and_wait)
+
+    def _clear_log(self) -> None:
+        """Have it recorded which blocks have been cleaned: a crash would leave them dirty."""
+        metadata = self._blocks.metadata
+        if metadata.dirty_log and self._blocks.is_writable and metadata.nr_cleaned:
+            metadata.clear_log()
+            self._blocks.committer.note_change()
 
     def _pump_due(self) -> None:
         self._is_pump_due = False

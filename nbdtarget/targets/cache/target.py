@@ -100,7 +100,7 @@ class CacheTarget(Target):
             parts.metadata_device,
             devices,
             ctx.clock,
-            committed=lambda: None,
+            committed=self._committed,
             failed=self._failed,
             record_failure=parts.metadata.record_needs_check,
         )
@@ -148,6 +148,7 @@ class CacheTarget(Target):
         self._lookup = parts.policy.lookup
         self._cache = parts.cache
         self._statistics = parts.metadata.statistics
+        self._dirty = parts.metadata.dirty
 
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "CacheTarget":
@@ -164,14 +165,18 @@ class CacheTarget(Target):
         # hot: a hit that ends at once takes 1.1 us here, of which the policy's look-up is 0.25;
         # nothing is allocated. In flight it is held, by a closure and an entry in a dictionary.
         op = bio.op
-        if op > self._fast_op_max or bio.flags or self._locked:
+        if op > self._fast_op_max or bio.flags:
             return self._map_slow(bio)
-        offset = bio.offset - self.begin
         size = self._block_size
+        offset = bio.offset - self.begin
         oblock = offset // size
         at = offset - oblock * size
-        end = at + bio.length
-        if end > size or oblock >= self._nr_oblocks or (op and bio.length == size):
+        if (
+            at + bio.length > size
+            or oblock >= self._nr_oblocks
+            or (op and bio.length == size)
+            or (self._locked and self._locks.is_locked(oblock))
+        ):
             return self._map_slow(bio)
         cblock = self._lookup(oblock, op == OP_WRITE)
         if cblock < 0:
@@ -183,7 +188,7 @@ class CacheTarget(Target):
             self._cache.submit(bio)
             if bio.status < 0:
                 self._locks.hold(oblock, bio, is_write=False)
-        elif self._metadata.dirty[cblock] and not self._discards.nr_discarded:
+        elif self._dirty[cblock] and not self._discards.nr_discarded:
             self._statistics.write_hits += 1
             bio.offset = cblock * size + at
             self._cache.submit(bio)
@@ -278,6 +283,10 @@ class CacheTarget(Target):
             discarded=self._discards.as_recorded(),
         )
         await self._committer.commit(clean_shutdown=True)
+
+    def _committed(self) -> None:
+        if self._metadata.changed:  # more than one commit takes
+            self._committer.note_change()
 
     def _failed(self) -> None:
         log.error(
