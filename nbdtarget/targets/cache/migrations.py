@@ -65,6 +65,7 @@ class Migrations:
     Attributes:
         rate: migration_rate.
         nr_errors: copies that have failed.
+        last_error: what the last of them says, in one line.
     """
 
     def __init__(self, blocks: Blocks, wishes: Wishes, clock: Clock) -> None:
@@ -72,6 +73,7 @@ class Migrations:
         self._clock = clock
         self.rate = Rate(clock, blocks.options.migration_rate)
         self.nr_errors = 0
+        self.last_error: str | None = None
         self._promoter = Copier(
             blocks.origin, blocks.cache, copy_bytes_max=COPY_BYTES_MAX
         )
@@ -368,6 +370,7 @@ class Migrations:
 
     def _note_failure(self, what: str, error: DeviceError, op: int) -> None:
         self.nr_errors += 1
+        self.last_error = f"{what}: {error}"
         now_ns = self._clock.now_ns()
         if op != PROMOTE:
             self._retry_ns = now_ns + int(self._retry_s * _NS)
@@ -375,10 +378,9 @@ class Migrations:
         if now_ns >= self._say_ns:
             self._say_ns = now_ns + int(SAY_S_MIN * _NS)
             log.error(
-                "%s: %s: %s (%d failed so far)",
+                "%s: %s (%d failed so far)",
                 self._blocks.name,
-                what,
-                error,
+                self.last_error,
                 self.nr_errors,
             )
 

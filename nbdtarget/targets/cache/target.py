@@ -321,7 +321,10 @@ class CacheTarget(Target):
         return status_line(self._blocks, discard_passdown=self._passdown)
 
     def status_fields(self) -> StatusFields:
-        return status_fields(self._blocks, discard_passdown=self._passdown)
+        fields = status_fields(self._blocks, discard_passdown=self._passdown)
+        fields["errors"] = self._migrations.nr_errors
+        fields["last_error"] = self._migrations.last_error
+        return fields
 
     def table_words(self) -> str:
         # As the kernel shows major:minor for whatever name was given: one that means the same
