@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before I/O may come: what a resume refuses, and what it loads; and what a suspend records.
+"""Before I/O may come: what a resume refuses, and what it loads.
 
 Theory of operation. A table is constructed while another one, with the same metadata, may still
 be at work. So nothing that can change meanwhile is looked at before preresume: then the other
@@ -36,7 +36,6 @@ What a crash leaves: before the commit of step 7 what was there before; after it
 
 import asyncio
 import errno as errnos
-from array import array
 from typing import Final
 
 from metadata.cache import Policy as RecordedPolicy
@@ -53,7 +52,7 @@ from nbdtarget.targets.committer import Committer
 
 __all__ = ["Activation"]
 
-STEP_BLOCKS: Final = 1000  # loaded or recorded, before others have their turn
+STEP_BLOCKS: Final = 1000  # loaded before others have their turn
 
 
 class Activation:
@@ -102,26 +101,6 @@ class Activation:
             raise TableError(f"unable to resume cache: {error}") from error
         self._is_loaded = True
         return self._parts.policy
-
-    async def prepare_full_sync(self) -> None:
-        """Give the metadata what a full sync records beside the dirty bits.
-
-        When nothing is under way any more; `commit(clean_shutdown=True)` follows.
-        Raises: FailedMetadata.
-        """
-        metadata, policy = self._parts.metadata, self._parts.policy
-        hints = None
-        if policy.hint_size:
-            hints = array("I", bytes(4 * metadata.nr_cblocks))
-            for cblock in range(metadata.nr_cblocks):
-                hints[cblock] = policy.get_hint(cblock)
-                if cblock % STEP_BLOCKS == STEP_BLOCKS - 1:
-                    await asyncio.sleep(0)
-        metadata.prepare_shutdown(
-            policy=_recorded(policy),
-            hints=hints,
-            discarded=self._discards.as_recorded(),
-        )
 
     def _check(self) -> int:
         """Refuse, by steps 1 to 4; return how many cache blocks there are now."""

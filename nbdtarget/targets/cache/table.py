@@ -142,16 +142,16 @@ def parse_options(words: Sequence[str]) -> Options:
             continue
         try:
             setattr(options, name, parse_core_value(name, value))
-        except PolicyConfigError as error:
+        except TableError as error:
             raise _error(f"{_BAD_CONFIG}: {error}") from error
     return options
 
 
 def parse_core_value(key: str, value: str) -> int:
-    """Return the value of one of CORE_KEYS. Raises: PolicyConfigError, with the kernel's text."""
+    """Return the value of one of CORE_KEYS. Raises: TableError, with the kernel's text."""
     number = parse_uint(value.removeprefix("+"), UINT64_MAX)
     if number is None:
-        raise PolicyConfigError(key, value)
+        raise TableError(str(PolicyConfigError(key, value)))
     return number
 
 

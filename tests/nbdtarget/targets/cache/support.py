@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a cache on devices in memory, without the target that they make up."""
 
+from array import array
 from collections.abc import Iterable
 
 from metadata.cache import CacheMetadata
+from metadata.cache import Policy as RecordedPolicy
 from nbdtarget import metadata_io
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.cache.activation import Activation
@@ -18,7 +20,7 @@ __all__ = ["BLOCK", "SECTORS", "Bench", "Table"]
 
 BLOCK = 32 << 10
 SECTORS = BLOCK // 512
-METADATA_SIZE = 2 << 20
+METADATA_SIZE = 4 << 20  # 1024 blocks, as in the recordings
 
 
 class Bench:
@@ -28,15 +30,17 @@ class Bench:
         log: (device, operation, offset, length) of all I/O, in order.
     """
 
-    def __init__(self, *, nr_cblocks: int = 8, nr_oblocks: int = 32) -> None:
+    def __init__(
+        self, *, nr_cblocks: int = 8, nr_oblocks: int = 32, tail: int = 0
+    ) -> None:
         self.log: list[tuple[str, str, int, int]] = []
         self.metadata = Spy(MemoryDevice(METADATA_SIZE, name="m"), self.log)
         self.cache = Spy(MemoryDevice(nr_cblocks * BLOCK, name="c"), self.log)
-        self.origin = Spy(MemoryDevice(nr_oblocks * BLOCK, name="o"), self.log)
+        self.origin = Spy(MemoryDevice(nr_oblocks * BLOCK + tail, name="o"), self.log)
         self.clock = SimClock()
         self.ctx = Context(
             {"m": self.metadata, "c": self.cache, "o": self.origin},
-            nr_oblocks * BLOCK,
+            nr_oblocks * BLOCK + tail,
             self.clock,
         )
 
@@ -105,7 +109,13 @@ class Table:
 
     async def suspend(self) -> None:
         """What postsuspend does: a full sync."""
-        await self.activation.prepare_full_sync()
+        metadata, policy = self.metadata, self.parts.policy
+        hints = array("I", map(policy.get_hint, range(metadata.nr_cblocks)))
+        metadata.prepare_shutdown(
+            policy=RecordedPolicy(policy.name, policy.version, policy.hint_size),
+            hints=hints,
+            discarded=self.discards.as_recorded(),
+        )
         assert await self.committer.commit(clean_shutdown=True)
         await self.committer.quiesce()
 

@@ -6,7 +6,6 @@ import errno as errnos
 import pytest
 
 from nbdtarget.errors import ConstructorError, TableError
-from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.targets.cache.table import (
     PASSTHROUGH,
     WRITETHROUGH,
@@ -137,7 +136,7 @@ def test_policy_takes_as_many_arguments_as_the_kernels() -> None:
 
 @pytest.mark.parametrize("value", ["", "x", "0x1", "1 ", "-0", "1.5", "٣"])
 def test_core_value_is_a_number(value: str) -> None:
-    with pytest.raises(PolicyConfigError) as caught:
+    with pytest.raises(TableError) as caught:
         parse_core_value("migration_threshold", value)
     assert str(caught.value) == f"bad config value for migration_threshold: {value}"
 
