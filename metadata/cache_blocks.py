@@ -14,7 +14,7 @@ from bitarray.util import zeros
 from metadata.arena import JOURNAL_BLOCKS_MIN
 from metadata.cache_index import OblockIndex
 from metadata.cache_load import Loaded, new_words
-from metadata.cache_records import LOGGED, NR_OBLOCKS_MAX, OBLOCK_SHIFT, VALID
+from metadata.cache_records import LOGGED, NR_OBLOCKS_MAX, OBLOCK_SHIFT, VALID, Words
 from metadata.cache_superblock import (
     DIRTY_LOG,
     CacheSuperblock,
@@ -68,7 +68,9 @@ class CacheBlocks:
         admits_changes: `clean_shutdown` is durably clear, and no full sync has begun.
     """
 
-    def __init__(self, superblock: CacheSuperblock, loaded: Loaded) -> None:
+    def __init__(
+        self, superblock: CacheSuperblock, loaded: Loaded, unhealed: frozenset[int]
+    ) -> None:
         self.mode = _RW
         if superblock.ro_compat & ~RO_COMPAT_KNOWN:
             self.mode = Mode.RO
@@ -84,6 +86,7 @@ class CacheBlocks:
         self.dirty_log = bool(superblock.incompat & DIRTY_LOG)
         self.admits_changes = False
         self._superblock = superblock
+        self._unhealed = unhealed
         self._values = loaded.values
         self._by_oblock = loaded.by_oblock
         self._hints = loaded.hints
@@ -196,12 +199,12 @@ class CacheBlocks:
         self._check_change()
         assert self._transaction is None
         self._shutdown = Shutdown()
-        self.admits_changes = False
         was_logged = bool(self._superblock.incompat & DIRTY_LOG)
-        self._starting = True
-        if not self._superblock.flags & CLEAN_SHUTDOWN and dirty_log == was_logged:
-            self._starting = False
-            self.admits_changes = True
+        # While there is one copy only of what says so, its rot brings back what was before.
+        self._starting = (
+            self.is_recorded_clean or dirty_log != was_logged or bool(self._unhealed)
+        )
+        self.admits_changes = not self._starting
         self.dirty_log = dirty_log
         if not dirty_log:
             return
@@ -209,7 +212,7 @@ class CacheBlocks:
         for nr, cblock in enumerate(missing.search(1)):
             self._log(cblock)
             if nr % STEP_CBLOCKS == 0:
-                yield ()
+                yield from self._pause()
         self._cleaned = self._logged & ~self.dirty
 
     def insert(self, cblock: int, oblock: int, *, dirty: bool) -> None:
@@ -314,7 +317,7 @@ class CacheBlocks:
 
         Raises: ReadOnlyMetadata, FailedMetadata.
         """
-        self._check_change()
+        self._check_admitted()
         self._clearing = self._cleaned.any()
 
     def resize_cache(self, nr_cblocks: int) -> Steps[None]:
@@ -344,13 +347,10 @@ class CacheBlocks:
             if self._values[cblock]:
                 self._remove(cblock)
             if cblock % STEP_CBLOCKS == 0:
-                yield ()
+                yield from self._pause()
         yield from self._grow(nr_cblocks)
         self.nr_cblocks = nr_cblocks
         self._resized = True
-        if self._hints is not None:
-            grown = max(0, nr_cblocks - len(self._hints))
-            self._hints = self._hints + (yield from new_words("I", grown))
 
     def resize_origin(self, origin_size: int) -> Steps[None]:
         """Grow or shrink the origin: mappings behind its end are removed.
@@ -377,18 +377,28 @@ class CacheBlocks:
                 for cblock, value in enumerate(piece, begin):
                     if value >= end:
                         beyond[cblock] = bool(value)
-            yield ()
+            yield from self._pause()
         dirty = (beyond & self.dirty).find(1)
         if dirty >= 0:
             raise CannotShrink("origin", dirty)
         for nr, cblock in enumerate(beyond.search(1)):
             self._remove(cblock)
             if nr % STEP_CBLOCKS == 0:
-                yield ()
+                yield from self._pause()
         self.origin_size = origin_size
         self._resized = True
 
     # Inside
+
+    def _pause(self) -> Steps[None]:
+        """Let others run; among them may be a commit or a compaction that fails."""
+        yield ()
+        self._check_change()
+
+    def _new_words(self, typecode: str, nr_words: int) -> Steps[Words]:
+        words = yield from new_words(typecode, nr_words)
+        self._check_change()
+        return words
 
     def _set_value(self, cblock: int, value: int) -> None:
         before = self._before
@@ -462,23 +472,24 @@ class CacheBlocks:
 
     def _grow(self, nr_cblocks: int) -> Steps[None]:
         """Let everything be long enough for `nr_cblocks`; it never gets shorter."""
-        missing = nr_cblocks - len(self._values)
-        if missing <= 0:
+        if self._hints is not None and (missing := nr_cblocks - len(self._hints)) > 0:
+            self._hints = self._hints + (yield from self._new_words("I", missing))
+        if (missing := nr_cblocks - len(self._values)) > 0:
+            self._values.extend((yield from self._new_words("Q", missing)))
+            for bits in (
+                self.dirty,
+                self._logged,
+                self._admitted,
+                self._cleaned,
+                self._changed,
+            ):
+                bits.extend(zeros(missing, "little"))
+        if self._by_oblock.has_room_for(nr_cblocks):
             return
-        new = yield from new_words("Q", missing)
-        self._values.extend(new)
-        for bits in (
-            self.dirty,
-            self._logged,
-            self._admitted,
-            self._cleaned,
-            self._changed,
-        ):
-            bits.extend(zeros(missing, "little"))
         by_oblock = yield from OblockIndex.new(self._values)
         for cblock, value in enumerate(self._values):
             if value:
                 by_oblock.add(cblock)
             if cblock % STEP_CBLOCKS == 0:
-                yield ()
+                yield from self._pause()
         self._by_oblock = by_oblock

@@ -25,7 +25,8 @@ Why no acknowledged flush is lost
    who removes one is kept until the removal is committed).
 4. *A write through to both devices* that fails on one of them leaves two copies that differ. If the
    cache device failed, the block is given up, and the origin counts; if the origin did, the block is
-   marked dirty, and the cache counts.
+   marked dirty, and the cache counts. Writes to the same bytes go one after another: in
+   two orders they would leave two copies that differ, too.
 5. *Invalidation* (passthrough): removed, committed, and only then written to the origin.
 6. *Mode RO.* A write that would need something recorded is refused. What may go on: writes to
    dirty blocks whose mapping is on disk, and to blocks that are not cached.
@@ -58,7 +59,54 @@ from nbdtarget.targets.cache.locks import BlockLock
 
 __all__ = ["Foreground"]
 
+ZERO_FILL_BYTES_MAX: Final = (
+    256 << 10
+)  # of a block that is written as one, for a part of it
 _PIECE: Final = "piece"  # Bio.private of what was cut here: it is not given back
+
+
+class WriteThrough:
+    """One write on its way to both devices.
+
+    Attributes:
+        begin, end: bytes, on the origin.
+        waiting: what to call when it has ended: of later writes to some of these bytes, which
+            would otherwise reach the two devices in different orders.
+    """
+
+    __slots__ = (
+        "_ended",
+        "_left",
+        "begin",
+        "bio",
+        "cache_error",
+        "end",
+        "origin_error",
+        "waiting",
+    )
+
+    def __init__(self, bio: Bio, ended: Callable[[], None]) -> None:
+        self.bio = bio
+        self.begin = bio.offset
+        self.end = bio.offset + bio.length
+        self.waiting: list[Callable[[], None]] = []
+        self.origin_error = 0
+        self.cache_error = 0
+        self._left = 2
+        self._ended = ended
+
+    def origin_ended(self, child: Bio) -> None:
+        self.origin_error = child.status
+        self._one_ended()
+
+    def cache_ended(self, child: Bio) -> None:
+        self.cache_error = child.status
+        self._one_ended()
+
+    def _one_ended(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self._ended()
 
 
 class Foreground:
@@ -83,6 +131,7 @@ class Foreground:
         self._passdown = passdown
         self._missed = missed
         self._warm = warm
+        self._through: dict[int, list[WriteThrough]] = {}  # by oblock
 
     def take(self, bio: Bio) -> None:
         """Take anything but a FLUSH; ends it, now or later."""
@@ -154,7 +203,11 @@ class Foreground:
             return False
         if bio.length == blocks.block_size:
             return True
-        return bio.op == OP_WRITE and blocks.discards.is_discarded(oblock)
+        return (
+            bio.op == OP_WRITE
+            and blocks.block_size <= ZERO_FILL_BYTES_MAX
+            and blocks.discards.is_discarded(oblock)
+        )
 
     # Passing on
 
@@ -192,13 +245,24 @@ class Foreground:
             self._invalidate(bio, oblock, cblock)
             return
         blocks.discards.clear(oblock)
-        is_dirty = metadata.dirty[cblock]
-        if not blocks.is_writable and not (is_dirty and metadata.vouches_for(cblock)):
+        if not self._may_write(cblock):
             bio.end(errnos.EIO)
-        elif is_dirty or metadata.may_dirty(cblock):
+        elif metadata.dirty[cblock] or metadata.may_dirty(cblock):
             self._write_cached(bio, oblock, cblock, is_held=False)
         else:
             self._write_logged(bio, oblock, cblock)
+
+    def _may_write(self, cblock: int) -> bool:
+        """Whether a write to a cached block needs nothing recorded that no longer can be."""
+        blocks = self._blocks
+        if blocks.is_writable:
+            return True
+        metadata = blocks.metadata
+        return (
+            not blocks.has_failed
+            and bool(metadata.dirty[cblock])
+            and metadata.vouches_for(cblock)
+        )
 
     def _write_logged(self, bio: Bio, oblock: int, cblock: int) -> None:
         """As `_write_cached`, once it is on disk that the block may be dirty."""
@@ -260,52 +324,64 @@ class Foreground:
         self._blocks.committer.after_commit(committed)
 
     def _write_through(self, bio: Bio, oblock: int, cblock: int) -> None:
-        """Send a held write to both devices; end it when both have ended."""
-        blocks = self._blocks
-        blocks.metadata.begin_write_through(cblock)
-        left = 2
-        error = cache_error = 0
-
-        def ended(child: Bio, *, is_cache: bool) -> None:
-            nonlocal left, error, cache_error
-            error = error or child.status
-            if is_cache:
-                cache_error = child.status
-            left -= 1
-            if left:
-                return
-            try:
-                if error and not cache_error:
-                    blocks.set_dirty(cblock)
-                elif not error and self._locks.nr_writers(oblock) == 1:
-                    blocks.metadata.end_write_through(cblock)
-            except MetadataError:
-                error = error or errnos.EIO
-            bio.end(error)
-            if cache_error:
-                self._give_up_block(oblock, cblock)
-
-        def submit(device: Device, offset: int, *, is_cache: bool) -> None:
-            device.submit(
-                Bio(
-                    bio.op,
-                    offset,
-                    bio.length,
-                    payload,
-                    bio.flags,
-                    lambda child: ended(child, is_cache=is_cache),
-                    None,
-                    borrowed,
+        """Send a held write to both devices, unless another one is on its way to the same bytes."""
+        for other in self._through.get(oblock, ()):
+            if other.begin < bio.offset + bio.length and bio.offset < other.end:
+                bio.own()
+                other.waiting.append(
+                    lambda: self._write_after_another(bio, oblock, cblock)
                 )
-            )
-
+                return
+        self._blocks.metadata.begin_write_through(cblock)
+        through = WriteThrough(
+            bio, lambda: self._written_through(through, oblock, cblock)
+        )
+        self._through.setdefault(oblock, []).append(through)
+        offset = bio.offset
         payload, borrowed = bio.payload, bio.borrowed
         if borrowed:
             bio.give_away()
-        offset = bio.offset
-        submit(blocks.origin, offset, is_cache=False)
-        offset += (cblock - oblock) * blocks.block_size
-        submit(blocks.cache, offset, is_cache=True)
+
+        def submit(device: Device, offset: int, endio: Callable[[Bio], None]) -> None:
+            child = Bio(
+                bio.op, offset, bio.length, payload, bio.flags, endio, None, borrowed
+            )
+            device.submit(child)
+
+        submit(self._blocks.origin, offset, through.origin_ended)
+        offset += (cblock - oblock) * self._blocks.block_size
+        submit(self._blocks.cache, offset, through.cache_ended)
+
+    def _write_after_another(self, bio: Bio, oblock: int, cblock: int) -> None:
+        if self._may_write(cblock):
+            self._write_cached(bio, oblock, cblock, is_held=True)
+        else:
+            bio.end(errnos.EIO)
+
+    def _written_through(
+        self, through: "WriteThrough", oblock: int, cblock: int
+    ) -> None:
+        """Both have ended: see rule 4 of the module head."""
+        blocks = self._blocks
+        error = through.cache_error or through.origin_error
+        try:
+            if through.cache_error:
+                pass  # see below
+            elif through.origin_error:
+                blocks.set_dirty(cblock)
+            elif self._locks.nr_writers(oblock) == 1:
+                blocks.metadata.end_write_through(cblock)
+        except MetadataError:
+            error = error or errnos.EIO
+        others = self._through[oblock]
+        others.remove(through)
+        if not others:
+            del self._through[oblock]
+        through.bio.end(error)
+        for send in through.waiting:
+            send()
+        if through.cache_error:
+            self._give_up_block(oblock, cblock)
 
     def _give_up_block(self, oblock: int, cblock: int) -> None:
         """The cache device failed to take what the origin has: only the origin counts.

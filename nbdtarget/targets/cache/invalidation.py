@@ -3,7 +3,7 @@
 
 Theory of operation. Writes to a block that is not cached go to the origin. So nobody may take a block
 for one before its removal is durable, or a crash brings the mapping back, with old data that
-hide what was written. Hence, for so many blocks at a time as one commit should have:
+hide what was written. Hence, for as many blocks as one commit should have:
 
     lock each  ->  remove the mappings  ->  commit  ->  tell the policy  ->  unlock
 
@@ -15,7 +15,6 @@ Durable: the removals, when this returns.
 import asyncio
 import errno as errnos
 from collections.abc import Iterable
-from itertools import islice
 from typing import Final
 
 from nbdtarget.clock import Clock
@@ -25,7 +24,6 @@ from nbdtarget.targets.cache.locks import BlockLock
 
 __all__ = ["invalidate"]
 
-BATCH_CBLOCKS: Final = 1024
 RETRY_S: Final = 0.01
 
 
@@ -34,10 +32,9 @@ async def invalidate(blocks: Blocks, cblocks: Iterable[int], clock: Clock) -> No
 
     Raises: TableError: a commit has failed, the cache is read-only now.
     """
-    left = iter(cblocks)
-    while batch := list(islice(left, BATCH_CBLOCKS)):
-        while batch := await _invalidate_some(blocks, batch):
-            await clock.sleep(RETRY_S)
+    left = list(cblocks)
+    while left := await _invalidate_some(blocks, left):
+        await clock.sleep(RETRY_S)
 
 
 async def _invalidate_some(blocks: Blocks, cblocks: list[int]) -> list[int]:

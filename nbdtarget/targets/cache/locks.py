@@ -95,6 +95,10 @@ class BlockLocks:
         holds = self._writers if is_write else self._readers
         holds[oblock] = holds.get(oblock, 0) + 1
         if is_write:
+            # From who has locked the block itself, and lets it go now.
+            for waiting in self._ranges:
+                if not waiting.held and waiting.begin <= oblock < waiting.end:
+                    waiting.nr_awaited += 1
             bio.on_end(lambda _: self._end_write(oblock))
         else:
             bio.on_end(lambda _: self._end_read(oblock))

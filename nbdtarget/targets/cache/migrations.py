@@ -3,8 +3,8 @@
 
 Theory of operation. The policy decides, `Migrations` carries out, one task for each migration:
 
-    promote    lock the block; copy it to the cache device (or zero it there, if it is discarded); insert
-               the mapping
+    promote    lock the block; copy it to the cache device (or zero it there, if it is discarded, which
+               makes it dirty); insert the mapping
     demote     lock; copy it home if it is dirty; remove the mapping; commit, which flushes the origin
                first; wait for reads of the cache block; only then is it free
     writeback  lock; copy it home; it is clean
@@ -272,13 +272,20 @@ class Migrations:
             log.error("%s: %s: %s", blocks.name, OP_NAMES[work.op], error)
         finally:
             blocks.policy.complete_background_work(work, success)
-            if success and work.op == PROMOTE:
-                blocks.nr_promotions += 1
-                self._wishes.promoted(work)
-            elif success and work.op == DEMOTE:
-                blocks.nr_demotions += 1
+            if success:
+                self._count(work)
             self._unlock(lock)
             self._ended()
+
+    def _count(self, work: Work) -> None:
+        blocks = self._blocks
+        if work.op == PROMOTE:
+            blocks.nr_promotions += 1
+            if blocks.metadata.dirty[work.cblock]:
+                blocks.policy.set_dirty(work.cblock)
+            self._wishes.promoted(work)
+        elif work.op == DEMOTE:
+            blocks.nr_demotions += 1
 
     async def _promote(self, work: Work) -> bool:
         blocks = self._blocks
@@ -286,14 +293,15 @@ class Migrations:
         if not blocks.metadata.may_insert(work.cblock):
             blocks.committer.start_commit()  # its removal is not durable yet
             return False
-        try:
-            if blocks.discards.is_discarded(work.oblock):
-                await blocks.cache.write_zeroes(work.cblock * size, size)
-            else:
-                await self._promoter.copy(work.oblock * size, size, work.cblock * size)
-        finally:
-            blocks.discards.clear(work.oblock)
-        blocks.metadata.insert(work.cblock, work.oblock, dirty=False)
+        # Nobody needs what the origin has. But what is read from now on must not change again
+        # when the block is demoted: the zeroes go home then.
+        zeroes = blocks.is_writeback and blocks.discards.is_discarded(work.oblock)
+        if zeroes:
+            await blocks.cache.write_zeroes(work.cblock * size, size)
+        else:
+            await self._promoter.copy(work.oblock * size, size, work.cblock * size)
+        blocks.metadata.insert(work.cblock, work.oblock, dirty=zeroes)
+        blocks.discards.clear(work.oblock)
         blocks.committer.note_change()
         return True
 

@@ -71,6 +71,7 @@ from nbdtarget.words import join_words
 
 __all__ = ["CacheTarget"]
 
+INVALIDATED_AT_ONCE: Final = 1024  # by one commit
 STEP_CBLOCKS: Final = 4096  # between two turns of the loop: a millisecond or so
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class CacheTarget(Target):
         self._activation = Activation(ctx, parts, self._committer, self._discards)
         self._is_active = False  # preresume has not refused
         self._is_suspended = True
+        self._is_stopped = True  # from presuspend to resume
+        self._changing = asyncio.Lock()  # who changes metadata by message
         self._is_tick_due = False
         # hot: what `map` asks for each bio.
         self._fast_op_max = -1
@@ -240,7 +243,7 @@ class CacheTarget(Target):
         self._is_active = True
 
     def resume(self) -> None:
-        self._is_suspended = False
+        self._is_suspended = self._is_stopped = False
         self._look_at_mode()
         if self._metadata.changed and self._blocks.is_writable:
             self._committer.note_change()
@@ -253,14 +256,16 @@ class CacheTarget(Target):
         return bios
 
     def presuspend(self) -> None:
+        self._is_stopped = True
         self._migrations.presuspend()
 
     async def postsuspend(self) -> None:
         self.presuspend()
         await self._migrations.quiesce()
         try:
-            if self._is_active and self._blocks.is_writable:
-                await self._sync()
+            async with self._changing:
+                if self._is_active and self._blocks.is_writable:
+                    await self._sync()
         except MetadataError as error:
             log.error("%s: full sync: %s", self.ctx.name, error)
         await self._committer.quiesce()
@@ -377,10 +382,13 @@ class CacheTarget(Target):
         if not self._blocks.is_passthrough:
             reason = "cache has to be in passthrough mode for invalidation"
             raise TableError(reason, errnos.EPERM)
-        if self._is_suspended:
-            raise TableError("cache is suspended", errnos.EBUSY)
         for begin, end in parse_ranges(ranges, self._metadata.nr_cblocks):
-            await invalidate(self._blocks, range(begin, end), self.ctx.clock)
+            for at in range(begin, end, INVALIDATED_AT_ONCE):
+                cblocks = range(at, min(at + INVALIDATED_AT_ONCE, end))
+                async with self._changing:
+                    if self._is_stopped:
+                        raise TableError("cache is suspended", errnos.EBUSY)
+                    await invalidate(self._blocks, cblocks, self.ctx.clock)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await base_extents(self._blocks, offset - self.begin, length)
