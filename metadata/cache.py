@@ -171,7 +171,7 @@ class CacheMetadata(CacheBlocks):
         unhealed: frozenset[int],
         notes: tuple[str, ...],
     ) -> None:
-        super().__init__(superblock, loaded)
+        super().__init__(superblock, loaded, unhealed)
         self.clean_when_opened = bool(superblock.flags & CLEAN_SHUTDOWN)
         self._discarded = loaded.discarded
         self.statistics = Statistics(
@@ -182,7 +182,6 @@ class CacheMetadata(CacheBlocks):
         )
         self.total_blocks = device_size // BLOCK_SIZE
         self.notes = notes
-        self._unhealed = unhealed
         self._aborted = False
         # The compaction that a commit may still use, and the one whose generator is alive.
         self._compaction: Compaction | None = None
@@ -371,15 +370,19 @@ class CacheMetadata(CacheBlocks):
             return None
         if self.mode is not _RW:
             raise ReadOnlyMetadata
-        if clean_shutdown:
-            self.admits_changes = False
         if self._clearing or self._flushes & FLUSH_ORIGIN:
             self._take_back_log()
+        if clean_shutdown:
+            self.admits_changes = False
+            self._clearing = False
         transaction = CacheTransaction(
             self,
             shutdown=shutdown,
             starts=self._starting and not clean_shutdown,
-            heals=marked and not (clean_shutdown or self._starting or self._resized),
+            heals=marked
+            and not (
+                clean_shutdown or self._starting or self._resized or self._has_changed
+            ),
         )
         self._resized = self._starting = False
         self._transaction = transaction

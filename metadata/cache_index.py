@@ -31,7 +31,7 @@ class OblockIndex:
     @classmethod
     def new(cls, values: Words) -> Steps["OblockIndex"]:
         """Return an empty index with room for all of `values`."""
-        nr_slots = 1 << max(3, (len(values) + len(values) // 4).bit_length())
+        nr_slots = 1 << max(3, _slots_for(len(values)).bit_length())
         slots: Words = array("I")
         missing = nr_slots * slots.itemsize
         while missing:
@@ -40,6 +40,10 @@ class OblockIndex:
             missing -= size
             yield ()
         return cls(values, slots)
+
+    def has_room_for(self, nr_values: int) -> bool:
+        """Tell whether so many may be added in all."""
+        return _slots_for(nr_values) < len(self._slots)
 
     def maybe_find(self, oblock: int) -> int | None:
         """Return the cblock that holds `oblock`."""
@@ -86,3 +90,7 @@ class OblockIndex:
     def _home(self, cblock: int) -> int:
         oblock = self._values[cblock] >> OBLOCK_SHIFT
         return (oblock * _MULTIPLIER & _MASK_64) >> self._shift
+
+
+def _slots_for(nr_values: int) -> int:
+    return nr_values + nr_values // 4

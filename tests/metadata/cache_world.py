@@ -2,7 +2,8 @@
 """A cache that lives on a `Store` and two disks: I/O, migrations, commits, power cuts, by a seed.
 
 The owner is as well-behaved as a cache target must be, and no more. Every metadata operation and
-flush is submitted and ends later, in an order that the seed chooses. After every event the power is
+flush is submitted and ends later, in an order that the seed chooses. A resize
+is taken step by step, too, with a compaction beside it, while started or before that. After every event the power is
 cut, in a copy: each image that the store may leave is opened and judged.
 
 The oracle. An image opens, at a generation that was pre-committed and not before the last one that
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
+import pytest
 
 from metadata.cache import (
     FLUSH_CACHE,
@@ -27,7 +29,7 @@ from metadata.cache import (
     Policy,
 )
 from metadata.cache_superblock import device_size_with
-from metadata.errors import CannotShrink, CorruptMetadata
+from metadata.errors import CannotShrink, CorruptMetadata, ReadOnlyMetadata
 from metadata.operations import Flush, Read, Steps, Write
 from metadata.superblock import NEEDS_CHECK, superblock_writes
 from tests.metadata.cache_small import UUID, dirty, mapped
@@ -131,12 +133,19 @@ class CacheWorld:
     """See the module head."""
 
     def __init__(
-        self, seed: int, mutant: Mutant | None = None, *, lazy: bool = False
+        self,
+        seed: int,
+        mutant: Mutant | None = None,
+        *,
+        lazy: bool = False,
+        restless: bool = False,
     ) -> None:
+        """Lazy: compactions are overtaken. Restless: suspended, resized and rotten all the time."""
         self.rng = random.Random(seed)
         self.image_rng = random.Random(seed + 1)
         self.mutant = mutant or Mutant()
         self.lazy = lazy
+        self.restless = restless
         # With few removals, the origin is flushed for other reasons only.
         self.removals = 0.52 if seed % 2 else 0.9
         self.size = device_size_with(NR_CBLOCKS, 16 + (8 if seed % 4 >= 2 else 0))
@@ -152,7 +161,10 @@ class CacheWorld:
         self.acknowledged = 1
         self.nr_images = self.nr_moves = self.nr_overtaken = 0
         self.nr_clean = self.nr_clean_blocks_after_crash = self.nr_needs_check = 0
+        self.nr_resized_unstarted = self.nr_resized_beside_compaction = 0
+        self.nr_resizes_cut = self.nr_shrinks = self.nr_grows = self.nr_healed = 0
         self._judged = 0
+        self.is_spoiled = False  # one copy is rotten already, and not healed yet
         self.metadata = drive(
             self.store,
             CacheMetadata.format(
@@ -172,6 +184,7 @@ class CacheWorld:
         self.compaction: Process | None = None
         self.needs_check: Process | None = None
         self.transaction: CacheTransaction | None = None
+        self.resizing: Steps[None] | None = None
         self.flushing: list[tuple[Disk, dict[int, int]]] = []
         self.promises: list[int] | None = None
         # Origin blocks whose removal is not durable: in core, in the transaction.
@@ -202,7 +215,7 @@ class CacheWorld:
             self._step_needs_check()
         elif draw < 0.004:
             self.kill()
-        elif draw < 0.007:
+        elif draw < 0.007 or (self.restless and 0.9 < draw < 0.92):
             self.crash()
         elif draw < 0.009:
             self._abort()
@@ -210,11 +223,14 @@ class CacheWorld:
             self.needs_check = Process(self.store, steps)
         elif draw < (0.03 if self.lazy else 0.14):
             self._step_compaction()
+        elif self.resizing is not None:
+            self._step_resize()
         elif draw < 0.65 or not self.metadata.admits_changes:
             self._step_commit()
         else:
             for _ in range(self.rng.choice((1, 1, 6))):
-                self._change()
+                if self.resizing is None:
+                    self._change()
 
     def _change(self) -> None:
         draw = self.rng.random()
@@ -222,7 +238,9 @@ class CacheWorld:
         oblock = self.metadata.maybe_oblock(cblock)
         if draw < 0.01:
             self.metadata.clear_log()
-        elif draw < 0.02 and self.transaction is None:
+        elif draw < (0.1 if self.restless else 0.02) and self.transaction is None:
+            if self.restless:
+                self._write_all_back()
             self._resize()
         elif oblock is None:
             self._fill(cblock)
@@ -265,19 +283,39 @@ class CacheWorld:
             self.origin.write(oblock, (oblock, self.latest[oblock]))
             self.metadata.set_clean(cblock)
 
+    def _write_all_back(self) -> None:
+        for cblock in dirty(self.metadata):
+            oblock = self.metadata.maybe_oblock(cblock)
+            assert oblock is not None
+            self.origin.write(oblock, self.cache.now(cblock))
+            self.metadata.set_clean(cblock)
+
     def _resize(self) -> None:
-        metadata = self.metadata
-        before = mapped(metadata)
+        metadata, rng = self.metadata, self.rng
+        self.nr_resized_unstarted += not metadata.admits_changes
+        if rng.random() < 0.5:
+            nr_cblocks = rng.randint(NR_CBLOCKS_MIN, NR_CBLOCKS)
+            self.nr_grows += nr_cblocks > len(metadata._values)
+            self.resizing = metadata.resize_cache(nr_cblocks)
+        else:
+            nr_oblocks = rng.randint(NR_OBLOCKS_MIN, NR_OBLOCKS)
+            self.resizing = metadata.resize_origin(nr_oblocks * BLOCK_SIZE)
+        self._step_resize()
+
+    def _step_resize(self) -> None:
+        assert self.resizing is not None
+        self.nr_resized_beside_compaction += self.compaction is not None
+        before = mapped(self.metadata)
         try:
-            if self.rng.random() < 0.5:
-                nr_cblocks = self.rng.randint(NR_CBLOCKS_MIN, NR_CBLOCKS)
-                drive(self.store, metadata.resize_cache(nr_cblocks))
-            else:
-                nr_oblocks = self.rng.randint(NR_OBLOCKS_MIN, NR_OBLOCKS)
-                drive(self.store, metadata.resize_origin(nr_oblocks * BLOCK_SIZE))
+            assert next(self.resizing) == ()
+        except StopIteration:
+            self.resizing = None
         except CannotShrink:
-            assert mapped(metadata) == before
-        self.removed |= set(before.values()) - set(mapped(metadata).values())
+            assert mapped(self.metadata) == before
+            self.resizing = None
+        removed = set(before.values()) - set(mapped(self.metadata).values())
+        self.nr_shrinks += bool(removed)
+        self.removed |= removed
 
     def _step_compaction(self) -> None:
         if self.compaction is None:
@@ -310,9 +348,14 @@ class CacheWorld:
 
     def _pre_commit(self) -> None:
         metadata, rng = self.metadata, self.rng
-        if not metadata.admits_changes:
+        if not metadata.admits_changes and rng.random() < 0.3:
+            self._resize()
+            return
+        # Rarely a commit comes first, to heal a copy or to keep a resize.
+        if not metadata.admits_changes and rng.random() < 0.8:
             drive(self.store, metadata.start(dirty_log=rng.random() < 0.7))
-        clean = metadata.admits_changes and rng.random() < 0.05
+        often = 0.2 if self.restless else 0.05
+        clean = metadata.admits_changes and rng.random() < often
         if clean:
             hints = array("I", range(metadata.nr_cblocks))
             metadata.prepare_shutdown(policy=SMQ, hints=hints)
@@ -323,7 +366,9 @@ class CacheWorld:
         self.nr_moves += transaction.moves
         self.nr_overtaken += transaction.moves and self.compaction is not None
         self.nr_clean += clean
-        self.expected[transaction.generation] = self._state(clean=clean)
+        self.nr_healed += transaction.heals
+        state = self._state(clean=clean or transaction.heals)
+        self.expected[transaction.generation] = state
         flushes = transaction.flushes & ~self.mutant.flushes_ignored
         if rng.random() < 0.3:  # somebody waits for a FLUSH
             flushes |= FLUSH_CACHE | FLUSH_ORIGIN
@@ -355,12 +400,21 @@ class CacheWorld:
         """What is vouched for is on disk, whether the transaction got there or not."""
         metadata = self.metadata
         metadata.abort()
+        if self.resizing is not None:
+            self._refuse_to_go_on(self.resizing)
         generation = metadata.generation
         left = [self.expected.get(generation + nr) for nr in range(2)]
         for cblock in filter(metadata.vouches_for, range(metadata.nr_cblocks)):
             oblock = metadata.maybe_oblock(cblock)
             assert all(state.mapped[cblock] == oblock for state in left if state)
         self._end_tickets()
+
+    def _refuse_to_go_on(self, resizing: Steps[None]) -> None:
+        before = mapped(self.metadata)
+        with pytest.raises(ReadOnlyMetadata):
+            next(resizing)
+        assert mapped(self.metadata) == before
+        self.nr_resizes_cut += 1
 
     def _end_tickets(self) -> None:
         """An operation has ended, somehow, before its generator is closed."""
@@ -395,7 +449,11 @@ class CacheWorld:
 
     def crash(self) -> None:
         images = list(self.store.crash_images(self.rng))
-        self.store = Store(self.size, self.rng.choice(images))
+        image = self.rng.choice(images)
+        if self.restless and not self.is_spoiled and self.rng.random() < 0.3:
+            image = rotten(image, self.rng.randrange(4) * 8)
+            self.is_spoiled = True
+        self.store = Store(self.size, image)
         self.cache.crash(self.rng)
         self.origin.crash(self.rng)
         self._reopen()
@@ -430,7 +488,9 @@ class CacheWorld:
         self._judged = hash(state)
         for image in self.store.crash_images(self.image_rng):
             self.judge(image)
-        self.judge(rotten(image, self.image_rng.randrange(4) * 8))
+        self.is_spoiled = self.is_spoiled and bool(self.metadata._unhealed)
+        if not self.is_spoiled:
+            self.judge(rotten(image, self.image_rng.randrange(4) * 8))
 
     def maybe_open(self, image: bytes) -> CacheMetadata | None:
         """Open without writing; None if `needs_check` forbids it, which must be so."""

@@ -48,3 +48,4 @@ def small_cache_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_transaction, "CHUNK_CBLOCKS", 16)
     monkeypatch.setattr(cache_transaction, "CATCH_UP_MAX", 2)
     monkeypatch.setattr(cache_blocks, "TAKEN_BACK_MAX", 2)
+    monkeypatch.setattr(cache_blocks, "STEP_CBLOCKS", 4)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from bitarray import bitarray
 
+from metadata import cache_blocks
 from metadata.cache import (
     FLUSH_CACHE,
     FLUSH_ORIGIN,
@@ -17,16 +18,13 @@ from metadata.cache import (
 )
 from metadata.errors import (
     BlockSizeMismatch,
-    CannotShrink,
     CorruptMetadata,
     FailedMetadata,
     MetadataTooSmall,
     NotFormatted,
     NotOurs,
     ReadOnlyMetadata,
-    UnknownKind,
 )
-from metadata.kinds import find_kind
 from metadata.mode import Mode
 from metadata.operations import Flush, Write
 from metadata.superblock import superblock_writes
@@ -45,7 +43,7 @@ from tests.metadata.cache_small import (
     open_on,
     start,
 )
-from tests.metadata.store import Store, drive, read_image
+from tests.metadata.store import Store, drive
 from tests.metadata.world import rotten
 
 SMQ = Policy("smq", (2, 0, 0))
@@ -116,12 +114,6 @@ def test_kinds_do_not_take_each_other(store: Store) -> None:
     small.format_on(clones)
     with pytest.raises(NotOurs, match="metadata of a clone"):
         open_on(clones)
-
-
-def test_tools_refuse_a_cache_by_name(store: Store) -> None:
-    format_on(store)
-    with pytest.raises(UnknownKind, match="'cache'"):
-        read_image(bytes(store.current()), find_kind(SIZE))
 
 
 def test_device_that_is_too_small_stays_untouched() -> None:
@@ -557,6 +549,26 @@ def test_log_is_cleared_on_demand(store: Store, logged: CacheMetadata) -> None:
     assert dirty(open_on(store)) == set()
 
 
+def test_clearing_that_a_full_sync_cuts_short_changes_nothing_behind_it(
+    store: Store, logged: CacheMetadata, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_blocks, "TAKEN_BACK_MAX", 2)
+    for cblock in range(5):
+        logged.log_dirty(cblock)
+    commit(store, logged)
+    for cblock in range(5):
+        logged.set_clean(cblock)
+    logged.clear_log()
+    shut_down(store, logged)
+    assert not logged.changed
+    assert (logged.nr_logged, dirty(open_on(store))) == (3, set())
+    with pytest.raises(AssertionError, match="clean_shutdown"):
+        logged.clear_log()
+    start(store, logged, dirty_log=True)
+    assert dirty(open_on(store)) == {2, 3, 4}
+    assert logged.nr_cleaned == 3
+
+
 def test_dirty_log_is_switched_on_with_what_is_dirty(
     store: Store, metadata: CacheMetadata
 ) -> None:
@@ -577,96 +589,3 @@ def test_dirty_log_is_switched_off_before_anything_is_dirtied(
     start(store, opened, dirty_log=False)
     opened.set_dirty(3)
     assert dirty(open_on(store)) == set(range(10))
-
-
-# Resizing
-
-
-def roomy(nr_cblocks: int) -> Store:
-    return Store(CacheMetadata.device_size_for(nr_cblocks))
-
-
-def test_cache_grows_and_keeps_its_mappings() -> None:
-    store = roomy(400)
-    metadata = format_on(store)
-    start(store, metadata)
-    metadata.insert(39, 9, dirty=True)
-    shut_down(store, metadata)
-    opened = open_on(store)
-    drive(store, opened.resize_cache(400))
-    start(store, opened)
-    opened.insert(399, 8, dirty=False)
-    commit(store, opened)
-    assert list(opened.mappings(SMQ)) == [(39, 9, True, 139), (399, 8, False, 0)]
-    again = open_on(store)
-    assert (again.nr_cblocks, mapped(again)) == (400, {39: 9, 399: 8})
-    shut_down(store, opened)
-    assert dirty(open_on(store)) == {39}
-
-
-def test_cache_does_not_outgrow_its_metadata(
-    store: Store, metadata: CacheMetadata
-) -> None:
-    with pytest.raises(MetadataTooSmall):
-        drive(store, metadata.resize_cache(metadata.nr_cblocks_max + 1))
-
-
-def test_cache_shrinks_to_a_prefix_for_good(
-    store: Store, metadata: CacheMetadata
-) -> None:
-    metadata.insert(19, 9, dirty=True)
-    metadata.insert(20, 8, dirty=False)
-    commit(store, metadata)
-    drive(store, metadata.resize_cache(20))
-    transaction = metadata.pre_commit()
-    assert transaction is not None
-    assert transaction.flushes == FLUSH_ORIGIN
-    finish(store, transaction)
-    opened = open_on(store)
-    assert (opened.nr_cblocks, mapped(opened)) == (20, {19: 9})
-    drive(store, opened.resize_cache(NR_CBLOCKS))
-    commit(store, opened)
-    assert mapped(open_on(store)) == {19: 9}
-    shut_down(store, metadata)
-    assert dirty(open_on(store)) == {19}
-
-
-def test_cache_does_not_shrink_over_a_dirty_block(
-    store: Store, metadata: CacheMetadata
-) -> None:
-    metadata.insert(20, 8, dirty=True)
-    with pytest.raises(CannotShrink, match="unable to shrink cache; cache block 20"):
-        drive(store, metadata.resize_cache(20))
-    assert metadata.nr_cblocks == NR_CBLOCKS
-
-
-def test_origin_shrinks_and_drops_what_lies_beyond(
-    store: Store, metadata: CacheMetadata
-) -> None:
-    metadata.insert(3, 9, dirty=True)
-    metadata.insert(4, 10, dirty=False)
-    commit(store, metadata)
-    drive(store, metadata.resize_origin(11 * BLOCK_SIZE - 1))
-    commit(store, metadata)
-    opened = open_on(store)
-    assert (opened.nr_oblocks, mapped(opened)) == (10, {3: 9})
-    assert opened.maybe_cblock(10) is None
-
-
-def test_origin_does_not_shrink_over_a_dirty_block(
-    store: Store, metadata: CacheMetadata
-) -> None:
-    metadata.insert(4, 10, dirty=True)
-    with pytest.raises(CannotShrink, match="unable to shrink origin; cache block 4"):
-        drive(store, metadata.resize_origin(10 * BLOCK_SIZE))
-    assert metadata.origin_size == ORIGIN_SIZE
-
-
-def test_after_an_unclean_shutdown_nothing_is_shrunk_away(
-    store: Store, metadata: CacheMetadata
-) -> None:
-    metadata.insert(20, 8, dirty=False)
-    commit(store, metadata)
-    opened = open_on(store)
-    with pytest.raises(CannotShrink):
-        drive(store, opened.resize_cache(20))

@@ -5,6 +5,8 @@ And the test itself is tested: each deliberate bug of the owner in `OWNER_MUTANT
 fail, and so must those that `make mutants` patches into the code.
 """
 
+from collections import Counter
+
 import pytest
 
 from metadata.cache import FLUSH_CACHE, FLUSH_ORIGIN
@@ -16,6 +18,10 @@ pytestmark = [pytest.mark.usefixtures("small_cache_chunks"), pytest.mark.slow]
 SEEDS = range(4)
 NR_EVENTS = 600
 OVERTAKING_SEED = 3
+RESTLESS_SEEDS = (
+    1,
+    4,
+)  # both or the other one: an abort in a resize, a commit that heals
 MUTANT_SEEDS = range(20)
 
 
@@ -27,6 +33,22 @@ def test_every_crash_image_opens_at_an_acknowledged_state(
     world = CacheWorld(seed, lazy=lazy)
     world.run(NR_EVENTS)
     assert world.acknowledged > 20
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_crash_image_of_a_cache_that_is_resized_and_suspended_is_right(
+    seed: int,
+) -> None:
+    CacheWorld(seed, lazy=bool(seed % 2), restless=True).run(NR_EVENTS)
+
+
+def test_restless_workload_comes_by_every_way() -> None:
+    ways: Counter[str] = Counter()
+    for seed in RESTLESS_SEEDS:
+        world = CacheWorld(seed, lazy=bool(seed % 2), restless=True)
+        world.run(NR_EVENTS)
+        ways.update({name: n for name, n in vars(world).items() if name[:3] == "nr_"})
+    assert [name for name, times in ways.items() if not times] == []
 
 
 def test_workload_comes_by_every_way() -> None:

@@ -175,6 +175,26 @@ def test_commit_that_heals_keeps_what_a_full_sync_recorded(
     assert not open_on(healed).is_recorded_clean
 
 
+def test_start_over_a_single_copy_waits_for_a_second_one(store: Store) -> None:
+    metadata = format_on(store)
+    drive(store, metadata.start(dirty_log=False))
+    transaction = metadata.pre_commit()
+    assert transaction is not None
+    drive(store, transaction.journal())
+    (writes,) = transaction.superblock()
+    assert isinstance(writes, tuple)
+    first = writes[0]
+    assert isinstance(first, Write)
+    store.do(first)
+    opened = open_on(store)
+    assert not opened.clean_when_opened
+    drive(store, opened.start(dirty_log=False))
+    # If that copy rots, what is found is the generation before it, which says clean.
+    assert not opened.admits_changes
+    commit(store, opened)
+    assert opened.admits_changes
+
+
 # Read only
 
 

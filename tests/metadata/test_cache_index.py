@@ -49,3 +49,12 @@ def test_what_was_not_added_is_not_removed() -> None:
     values[3] = 9 << OBLOCK_SHIFT | VALID
     with pytest.raises(AssertionError):
         index.remove(3)
+
+
+@pytest.mark.parametrize("nr_cblocks", range(1, 30))
+def test_index_has_room_for_what_it_was_made_for_and_an_empty_slot(
+    nr_cblocks: int,
+) -> None:
+    _, index = empty(nr_cblocks)
+    assert index.has_room_for(nr_cblocks)
+    assert not index.has_room_for(len(index._slots))

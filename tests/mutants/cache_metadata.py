@@ -12,6 +12,7 @@ CUTS: Final = (
 )
 CACHE: Final = ("tests/metadata/test_cache.py",)
 CYCLES: Final = ("tests/metadata/test_cache_cycles.py",)
+RESIZE: Final = ("tests/metadata/test_cache_resize.py",)
 LOAD: Final = ("tests/metadata/test_cache_load.py",)
 TRANSACTION: Final = "metadata/cache_transaction.py"
 BLOCKS: Final = "metadata/cache_blocks.py"
@@ -37,9 +38,17 @@ CACHE_METADATA: Final = (
         "changes-admitted-before-the-clean-shutdown-is-cleared",
         "A write dirties a block while the disk still says that all is exact.",
         BLOCKS,
-        "        self.admits_changes = False\n        was_logged",
-        "        self.admits_changes = True\n        was_logged",
+        "self.is_recorded_clean or dirty_log != was_logged or bool(self._unhealed)",
+        "dirty_log != was_logged or bool(self._unhealed)",
         CUTS,
+    ),
+    _mutant(
+        "changes-admitted-over-a-single-copy",
+        "A crash, then rot in the one copy that says so: blocks that are dirty count as clean.",
+        BLOCKS,
+        "self.is_recorded_clean or dirty_log != was_logged or bool(self._unhealed)",
+        "self.is_recorded_clean or dirty_log != was_logged",
+        (*CYCLES, *CUTS),
     ),
     _mutant(
         "dirty-bits-trusted-after-an-unclean-shutdown",
@@ -239,6 +248,6 @@ CACHE_METADATA: Final = (
         BLOCKS,
         'if dirty >= 0:\n            raise CannotShrink("origin", dirty)',
         'if dirty < -1:\n            raise CannotShrink("origin", dirty)',
-        CACHE,
+        RESIZE,
     ),
 )
