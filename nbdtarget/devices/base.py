@@ -145,6 +145,10 @@ class Device:
         """Start `bio`; it ends here or later. Never blocks, never raises for an I/O error."""
         raise NotImplementedError
 
+    def submit_background(self, bio: Bio) -> None:
+        """As `submit`, for a bio that no client waits for: it holds the loop up less, and takes longer."""
+        self.submit(bio)
+
     async def close(self) -> None:
         """Release what is open. The caller has drained all I/O; nothing is flushed here."""
         raise NotImplementedError

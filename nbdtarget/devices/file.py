@@ -25,6 +25,8 @@ whoever dirties pages; or the scheduler just ran somebody else. So it puts the d
     backing     by workers, for 1 s, doubling      then watched
      off        to 30 s, until quick again
 
+What is submitted in the background goes to a worker in any case.
+
 A slow disk thus holds the loop up twice, and after that once a back-off. A worker that frees
 or zeroes space holds the inode's lock: no write goes inline meanwhile.
 
@@ -204,6 +206,16 @@ class FileDevice(Device):
                 self._write_later(bio, put)
             return
         self._submit_slow(bio)
+
+    def submit_background(self, bio: Bio) -> None:
+        if bio.flags or self.check_bounds(bio):
+            self.submit(bio)
+        elif bio.op == OP_READ:
+            self._read_later(bio, 0)
+        elif bio.op == OP_WRITE:
+            self._write_later(bio, 0)
+        else:
+            self.submit(bio)
 
     def start_writeback(self) -> None:
         if self._writeback is None:

@@ -64,6 +64,9 @@ class CopyError(Exception):
 class Copier:
     """Copies ranges from `source` to `destination`.
 
+    Args:
+        background: clients' bios to the same devices go first (`Device.submit_background`).
+
     Context: the event loop.
     """
 
@@ -74,11 +77,13 @@ class Copier:
         *,
         copy_bytes_max: int = COPY_BYTES_MAX,
         chunk_bytes: int = CHUNK_BYTES,
+        background: bool = False,
     ) -> None:
         assert 0 < chunk_bytes <= copy_bytes_max
         self.source = source
         self.destination = destination
         self.chunk_bytes = chunk_bytes
+        self.background = background
         self._small_bytes = min(SMALL_BYTES, chunk_bytes)
         self._bytes_unmade = copy_bytes_max
         self._large: list[memoryview] = []  # idle buffers
@@ -241,7 +246,11 @@ class _Copy:
         if op == OP_WRITE:
             device = self._copier.destination
             offset += self._delta
-        device.submit(Bio(op, offset, length, buffer[:length], 0, endio, chunk))
+        bio = Bio(op, offset, length, buffer[:length], 0, endio, chunk)
+        if self._copier.background:
+            device.submit_background(bio)
+        else:
+            device.submit(bio)
 
     def _chunk_ended(self, bio: Bio) -> None:
         chunk = bio.private

@@ -17,16 +17,15 @@ What a failure leaves: everything as it was, but for copies that nobody refers t
 forgotten until the block is asked for again; a writeback is tried again, after a pause that grows
 with each failure in a row. Failures are counted, and logged now and then.
 
-How many at a time. `MIGRATIONS_MAX`, the copiers' buffers, and `migration_rate` bound all; what only idleness
+How many at a time. `MIGRATIONS_MAX`, the copiers' buffers and `migration_rate` bound all; what only idleness
 calls for (writebacks that nobody waits for) is bounded by `migration_threshold`, as in the kernel: none is started
 if the blocks under way would exceed it. Idle is a cache that had no bio in the last second.
 
 `clean_now`, and `sorted_writeback` when idle, leave the choice of what to write back to a `Sweep`
 through the dirty blocks, in the origin's order.
 
-Clients go first. A copy's data goes through worker threads and its Python through the loop, where it delays
-a client's bio that comes at that moment. `PACE` says how, while clients are active, a migration is followed
-by a pause as long as it was busy.
+Clients go first. A copy's data goes through worker threads and its Python through the loop, where it
+delays a client's bio that comes at that moment: `Pace` keeps migrations apart while clients hit.
 """
 
 import asyncio
@@ -40,6 +39,7 @@ from nbdtarget.errors import DeviceError
 from nbdtarget.policies.base import DEMOTE, OP_NAMES, PROMOTE, Work
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.locks import BlockLock
+from nbdtarget.targets.cache.pace import Pace
 from nbdtarget.targets.cache.sweep import Sweep
 from nbdtarget.targets.cache.table import SECTOR
 from nbdtarget.targets.cache.wishes import Wishes
@@ -72,13 +72,20 @@ class Migrations:
         self._blocks = blocks
         self._clock = clock
         self.rate = Rate(clock, blocks.options.migration_rate)
+        self._pace = Pace(clock, blocks.metadata.statistics)
         self.nr_errors = 0
         self.last_error: str | None = None
         self._promoter = Copier(
-            blocks.origin, blocks.cache, copy_bytes_max=COPY_BYTES_MAX
+            blocks.origin,
+            blocks.cache,
+            copy_bytes_max=COPY_BYTES_MAX,
+            background=True,
         )
         self._demoter = Copier(
-            blocks.cache, blocks.origin, copy_bytes_max=COPY_BYTES_MAX
+            blocks.cache,
+            blocks.origin,
+            copy_bytes_max=COPY_BYTES_MAX,
+            background=True,
         )
         self._sweep = Sweep(blocks)
         self._wishes = wishes
@@ -88,7 +95,7 @@ class Migrations:
         self._is_pump_due = False
         self._may_gather = False
         self._waker: Timer | None = None
-        self._rate_timer: Timer | None = None
+        self._pause: Timer | None = None
         self._nr_bios_seen = 0
         self._is_idle = False
         self._retry_s = RETRY_S_MIN
@@ -107,10 +114,10 @@ class Migrations:
     def presuspend(self) -> None:
         """Start nothing more."""
         self._is_stopped = True
-        for timer in (self._waker, self._rate_timer):
+        for timer in (self._waker, self._pause):
             if timer is not None:
                 timer.cancel()
-        self._waker = self._rate_timer = None
+        self._waker = self._pause = None
 
     async def quiesce(self) -> None:
         """Wait for what is under way. After `presuspend`."""
@@ -150,7 +157,11 @@ class Migrations:
 
     def _nr_bios(self) -> int:
         seen = self._blocks.metadata.statistics
-        return seen.read_hits + seen.read_misses + seen.write_hits + seen.write_misses
+        nr_bios = (
+            seen.read_hits + seen.read_misses + seen.write_hits + seen.write_misses
+        )
+        # A bio that a block is overwritten with counts as neither.
+        return nr_bios + self._blocks.nr_promotions
 
     def _tick_and_wait(self) -> None:
         nr_bios = self._nr_bios()
@@ -188,8 +199,9 @@ class Migrations:
             and blocks.is_writable
         ):
             now_ns = self._clock.now_ns()
-            if now_ns < self.rate.ready_ns:
-                self._wait_for_rate(self.rate.ready_ns - now_ns)
+            ready_ns = max(self.rate.ready_ns, self._pace.ready_ns)
+            if now_ns < ready_ns:
+                self._wait(ready_ns - now_ns)
                 return
             if not self._start_one(may_write_back=now_ns >= self._retry_ns):
                 return
@@ -234,6 +246,7 @@ class Migrations:
         self._nr_migrations += 1
         self._blocks.nr_migrating += 1
         self.rate.charge(self._blocks.block_size)
+        self._pace.note_start()
 
     def _ended(self) -> None:
         self._nr_migrations -= 1
@@ -241,12 +254,12 @@ class Migrations:
         self._blocks.nr_migrating -= 1
         self.wake()
 
-    def _wait_for_rate(self, wait_ns: int) -> None:
-        if self._rate_timer is None:
-            self._rate_timer = self._clock.call_later(wait_ns / _NS, self._rate_is_due)
+    def _wait(self, wait_ns: int) -> None:
+        if self._pause is None:
+            self._pause = self._clock.call_later(wait_ns / _NS, self._pause_has_ended)
 
-    def _rate_is_due(self) -> None:
-        self._rate_timer = None
+    def _pause_has_ended(self) -> None:
+        self._pause = None
         self.wake()
 
     # What

@@ -244,3 +244,21 @@ async def test_idle_buffers_of_either_size_are_used(
     assert source.lengths[:2] == [1 << 14, 512]
     assert sorted(source.lengths[2:]) == [4096] * 8
     assert destination.image()[6 << 14 : 7 << 14] == CONTENT[6 << 14 : 7 << 14]
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_copy_to_another_offset_is_exact(background: bool) -> None:
+    destination = CrashDevice(SIZE)
+    copier = Copier(make_source(), destination, chunk_bytes=4096, background=background)
+    await copier.copy(70_000, 10_000, 512)
+    want = bytearray(SIZE)
+    want[512:10_512] = CONTENT[70_000:80_000]
+    assert destination.image() == want
+
+
+async def test_failed_write_names_the_place_on_the_destination() -> None:
+    destination = FaultDevice(CrashDevice(SIZE), ops=frozenset({OP_WRITE}))
+    destination.fail_at = 0
+    with pytest.raises(CopyError) as caught:
+        await Copier(make_source(), destination).copy(8192, 512, 1024)
+    assert (caught.value.error.offset, caught.value.error.length) == (1024, 512)
