@@ -177,7 +177,7 @@ class CacheTarget(Target):
         if (
             at + bio.length > size
             or oblock >= self._nr_oblocks
-            or (op and bio.length == size)
+            or (op and (bio.length == size or self._discards.nr_discarded))
             or (self._locked and self._locks.is_locked(oblock))
         ):
             return self._map_slow(bio)
@@ -191,7 +191,7 @@ class CacheTarget(Target):
             self._cache.submit(bio)
             if bio.status < 0:
                 self._locks.hold(oblock, bio, is_write=False)
-        elif self._dirty[cblock] and not self._discards.nr_discarded:
+        elif self._dirty[cblock]:
             self._statistics.write_hits += 1
             bio.offset = cblock * size + at
             self._cache.submit(bio)
@@ -340,7 +340,7 @@ class CacheTarget(Target):
     async def message(self, words: Sequence[str]) -> str | None:
         if not self._blocks.is_writable:
             raise TableError(
-                "unable to service cache messages in READ ONLY or FAIL mode",
+                "unable to service cache target messages in READ_ONLY or FAIL mode",
                 errnos.EOPNOTSUPP,
             )
         nr_oblocks = self._nr_oblocks
