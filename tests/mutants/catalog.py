@@ -4,6 +4,7 @@
 from typing import Final
 
 from tests.mutants.cache_metadata import CACHE_METADATA
+from tests.mutants.cache_parts import CACHE_PARTS
 from tests.mutants.clone import CLONE
 from tests.mutants.clone_features import CLONE_FEATURES
 from tests.mutants.commit import COMMIT
@@ -18,6 +19,7 @@ __all__ = ["CATALOG", "ESSENTIAL"]
 CATALOG: Final[tuple[Mutant, ...]] = (
     *METADATA,
     *CACHE_METADATA,
+    *CACHE_PARTS,
     *COMMIT,
     *CLONE,
     *CLONE_FEATURES,

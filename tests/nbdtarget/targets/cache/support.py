@@ -10,7 +10,7 @@ from nbdtarget import metadata_io
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
-from nbdtarget.targets.cache.constructor import SHARED_KEY, Parts, construct
+from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.committer import Committer
 from tests.nbdtarget.targets.clone.support import Context, Spy
@@ -69,7 +69,7 @@ class Bench:
 
     def cut_power(self) -> None:
         """Forget what is in core."""
-        self.ctx.shared(self.metadata).pop(SHARED_KEY)
+        self.ctx.shared(self.metadata).clear()
 
     def resize_cache(self, nr_cblocks: int) -> None:
         self.cache.size = nr_cblocks * BLOCK

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of how a cache is constructed and resumed, and of what it says of its blocks."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["CACHE_PARTS"]
+
+ACTIVATION_PY: Final = "nbdtarget/targets/cache/activation.py"
+CONSTRUCTOR_PY: Final = "nbdtarget/targets/cache/constructor.py"
+DISCARDS_PY: Final = "nbdtarget/targets/cache/discards.py"
+EXTENTS_PY: Final = "nbdtarget/targets/cache/extents.py"
+TESTS: Final = "tests/nbdtarget/targets/cache/"
+ACTIVATION: Final = (f"{TESTS}test_activation.py",)
+CONSTRUCTOR: Final = (f"{TESTS}test_constructor.py",)
+DISCARDS: Final = (f"{TESTS}test_discards.py",)
+EXTENTS: Final = (f"{TESTS}test_extents.py",)
+
+
+def _mutant(
+    name: str, forgets: str, file: str, old: str, new: str, tests: tuple[str, ...]
+) -> Mutant:
+    return Mutant(f"cache-{name}", forgets, file, ((old, new),), tests)
+
+
+CACHE_PARTS: Final = (
+    # ---- resumes
+    _mutant(
+        "passthrough-over-dirty-blocks",
+        "Reads come from the origin, which has not got what was written.",
+        ACTIVATION_PY,
+        "if enters_passthrough and metadata.nr_dirty:",
+        "if enters_passthrough and metadata.nr_dirty < 0:",
+        ACTIVATION,
+    ),
+    _mutant(
+        "passthrough-after-a-crash",
+        "What is dirty is not known, but passthrough is entered.",
+        ACTIVATION_PY,
+        "metadata.is_recorded_clean or metadata.dirty_log",
+        "metadata.is_recorded_clean or not metadata.nr_dirty",
+        ACTIVATION,
+    ),
+    _mutant(
+        "clean-when-opened-is-latched",
+        "After a crash passthrough is refused for ever, whatever was cleaned since.",
+        ACTIVATION_PY,
+        "metadata.is_recorded_clean or metadata.dirty_log",
+        "metadata.clean_when_opened or metadata.dirty_log",
+        ACTIVATION,
+    ),
+    _mutant(
+        "clean-shutdown-left-set-by-a-plain-resume",
+        "Suspend, resume, write, crash: the dirty bits of the suspend are believed.",
+        ACTIVATION_PY,
+        "if metadata.mode is Mode.RW:",
+        "if metadata.mode is Mode.RW and not self._is_loaded:",
+        ACTIVATION,
+    ),
+    _mutant(
+        "policy-keeps-blocks-that-are-cut-off",
+        "A hit is read behind the end of a cache device that has shrunk.",
+        ACTIVATION_PY,
+        "if not self._is_loaded or nr_cblocks != self._nr_cblocks:",
+        "if not self._is_loaded:",
+        ACTIVATION,
+    ),
+    _mutant(
+        "extended-without-a-reload",
+        "The policy is too small for what the metadata may hold.",
+        ACTIVATION_PY,
+        "if nr_cblocks > self._nr_cblocks:",
+        "if nr_cblocks > metadata.nr_cblocks_max:",
+        ACTIVATION,
+    ),
+    _mutant(
+        "half-resumed-table-is-resumed-again",
+        "A table that was refused half-way gets its mappings after all.",
+        ACTIVATION_PY,
+        "if self._is_sized and not self._is_loaded:",
+        "if self._is_sized and self._committer.has_failed:",
+        ACTIVATION,
+    ),
+    _mutant(
+        "discards-not-loaded",
+        "Promotions copy what nobody needs, for as long as the cache lives.",
+        ACTIVATION_PY,
+        "self._discards.load(metadata.discarded)",
+        "self._discards.load(None)",
+        ACTIVATION,
+    ),
+    # ---- one metadata object
+    _mutant(
+        "each-table-has-metadata-of-its-own",
+        "The next table starts with what was on disk when it was loaded.",
+        CONSTRUCTOR_PY,
+        "    shared[SHARED_KEY] = metadata",
+        "    shared[SHARED_KEY.upper()] = metadata",
+        (*CONSTRUCTOR, *ACTIVATION),
+    ),
+    _mutant(
+        "failed-metadata-are-taken-over",
+        "A table is loaded over metadata that need a check, as if nothing had happened.",
+        CONSTRUCTOR_PY,
+        "isinstance(metadata, CacheMetadata) and metadata.mode is Mode.RW:",
+        "isinstance(metadata, CacheMetadata):",
+        CONSTRUCTOR,
+    ),
+    # ---- discards
+    _mutant(
+        "discard-marks-what-it-covers-in-part",
+        "A promotion fills with zeroes what was never discarded.",
+        DISCARDS_PY,
+        "begin = -(-offset // self.dblock_size)",
+        "begin = offset // self.dblock_size",
+        DISCARDS,
+    ),
+    _mutant(
+        "discard-marks-the-short-tail",
+        "The origin grows, and what it grows by counts as discarded.",
+        DISCARDS_PY,
+        "end = (offset + length) // self.dblock_size",
+        "end = -(-(offset + length) // self.dblock_size)",
+        DISCARDS,
+    ),
+    # ---- extents
+    _mutant(
+        "cached-blocks-are-zeroes-if-the-origin-s-are",
+        "A backup leaves out what was written, and is dirty still.",
+        EXTENTS_PY,
+        "is_zero = not cached and below_flags & EXTENT_ZERO",
+        "is_zero = below_flags & EXTENT_ZERO",
+        EXTENTS,
+    ),
+    _mutant(
+        "clean-blocks-are-what-the-origin-says",
+        "A discard empties the origin: reads say what the cache has, extents say zeroes.",
+        EXTENTS_PY,
+        "is_zero = not cached and below_flags & EXTENT_ZERO",
+        "is_zero = cached < CACHE_DIRTY and below_flags & EXTENT_ZERO",
+        EXTENTS,
+    ),
+)
