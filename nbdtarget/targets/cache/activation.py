@@ -52,7 +52,7 @@ from nbdtarget.targets.committer import Committer
 
 __all__ = ["Activation"]
 
-STEP_BLOCKS: Final = 1000  # loaded before others have their turn
+STEP_BLOCKS: Final = 500  # loaded before others have their turn
 
 
 class Activation:

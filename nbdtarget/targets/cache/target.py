@@ -350,11 +350,11 @@ class CacheTarget(Target):
             case ["clean_now"]:
                 self._migrations.clean_now()
             case ["pin", *ranges]:
-                self._wishes.add(parse_ranges(ranges, nr_oblocks), pin=True)
+                self._wishes.add(parse_ranges(ranges, nr_oblocks, "oblock"), pin=True)
             case ["warm", *ranges]:
-                self._wishes.add(parse_ranges(ranges, nr_oblocks), pin=False)
+                self._wishes.add(parse_ranges(ranges, nr_oblocks, "oblock"), pin=False)
             case ["unpin", *ranges]:
-                await self._wishes.unpin(parse_ranges(ranges, nr_oblocks))
+                await self._wishes.unpin(parse_ranges(ranges, nr_oblocks, "oblock"))
             case [_, value]:
                 self._set_value(words[0], value)
             case _:
