@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check any clone metadata, offline, without knowing what device it belongs to.
+"""Check any metadata, offline, without knowing what device it belongs to.
 
 `check` is what the server does: it accepts what `CloneMetadata.open` accepts, and stops at the
-first thing that is not so. `examine` goes on, and tells apart
+first thing that is not so. `examine` goes on, for any kind, of which an `Anatomy` tells it what it must know,
+and tells apart
 
     damage     what the newest superblock vouches for is not intact: the server refuses it
     unhealed   superblock copies that differ, or that are rotten while their sibling is not: the
@@ -11,13 +12,14 @@ first thing that is not so. `examine` goes on, and tells apart
                what a crash left of a commit. Never read, and overwritten in time
     leaks      blocks with other content that nobody vouches for: parts of former records
 
-Only damage matters. A clone that is in use has orphans and leaks most of the time.
+Only damage matters. What is in use has orphans and leaks most of the time.
 
 `mend` does what little can be done in place without losing anything: it rewrites unhealed
 copies from their siblings, and takes back `needs_check`, as a commit without changes.
 """
 
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, Generic, NamedTuple
 
 import msgspec
 
@@ -25,23 +27,39 @@ from metadata.arena import NR_ARENAS, check_device_size, load_bitmap
 from metadata.envelope import BLOCK_SIZE
 from metadata.errors import CorruptMetadata, MetadataTooSmall
 from metadata.operations import Flush, Steps
-from metadata.scan import Placed, scan
+from metadata.records import decode_record
+from metadata.scan import PlacedOf, scan
 from metadata.superblock import (
     CLEAN_SHUTDOWN,
+    CLONE,
     NEEDS_CHECK,
     NR_SLOTS,
     SUPERBLOCK_BLOCKS,
     CloneSuperblock,
-    Copy,
-    choose_superblock,
-    open_copies,
+    CopyOf,
+    S,
+    Superblock,
+    SuperblockType,
+    choose_superblock_of,
+    open_copies_of,
     read_area,
     read_superblock,
     superblock_block,
     superblock_writes,
 )
 
-__all__ = ["CopyState", "Findings", "Report", "check", "examine", "mend"]
+__all__ = [
+    "GAPS_MAX",
+    "Anatomy",
+    "CopyState",
+    "Findings",
+    "Report",
+    "check",
+    "examine",
+    "examine_of",
+    "mend",
+    "mend_of",
+]
 
 # Of broken places in one chain; a rotten disk has thousands, and the first ones tell.
 GAPS_MAX: Final = 16
@@ -122,7 +140,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     copies: tuple[CopyState, ...]
-    superblock: CloneSuperblock | None = None
+    superblock: Superblock | None = None
     damage: tuple[str, ...] = ()
     unhealed: tuple[int, ...] = ()
     needs_check: bool = False
@@ -132,40 +150,66 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool = False
 
 
-def examine(
-    device_size: int, *, records: bool = True, unused: bool = True
+class Anatomy(NamedTuple, Generic[S]):
+    """What `examine` must know of a kind of metadata.
+
+    Attributes:
+        check_size: raises MetadataTooSmall if the device has shrunk.
+        load: reads and checks everything, and raises what the server would.
+        live: the block ranges that the superblock vouches for, ascending; `end` of all that is laid out.
+        decode: any record, wherever it stands.
+        faults: the rest of what is wrong where every record is intact; `load` stops at the first.
+    """
+
+    kind: SuperblockType[S]
+    check_size: Callable[[S, int], None]
+    load: Callable[[S, int], Steps[object]]
+    live: Callable[[S], list[tuple[int, int]]]
+    end: Callable[[S], int]
+    decode: Callable[[memoryview, str], Any]
+    faults: Callable[[S], Steps[list[str]]]
+
+
+def examine_of(
+    anatomy: Anatomy[S], device_size: int, *, records: bool = True, unused: bool = True
 ) -> Steps[Findings]:
     """Look at everything and tell what is there. Writes nothing.
 
     Args:
-        records: read the live snapshot and journal; else only the superblocks.
+        records: read what the superblock vouches for; else only the superblocks.
         unused: look for orphans and leaks.
 
     Raises: NotFormatted, NotOurs, UnsupportedFormat; MetadataTooSmall: for any metadata.
     """
     area = yield from read_area(device_size)
     try:
-        found = choose_superblock(area, admit_needs_check=True)
+        found = choose_superblock_of(anatomy.kind, area, admit_needs_check=True)
     except CorruptMetadata as error:
-        return Findings(copies=_maybe_states(area), damage=(str(error),))
+        return Findings(copies=_maybe_states(anatomy.kind, area), damage=(str(error),))
     superblock = found.superblock
     damage: list[str] = []
     try:
-        check_device_size(superblock, device_size)
+        anatomy.check_size(superblock, device_size)
         if records:
-            yield from load_bitmap(superblock, device_size)
+            yield from anatomy.load(superblock, device_size)
     except (CorruptMetadata, MetadataTooSmall) as error:
         damage.append(str(error))
     if damage and records:
-        damage += yield from _gaps(superblock, device_size)
+        gaps = yield from _gaps(anatomy, superblock, device_size)
+        faults = gaps or (yield from anatomy.faults(superblock))
+        damage += [line for line in faults if line not in damage]
     orphans = _Unvouched()
     if unused:
-        for begin, end in _unvouched_ranges(superblock, device_size):
+        for begin, end in _unvouched_ranges(anatomy, superblock, device_size):
             yield from scan(
-                begin, end, intact=orphans.count_orphan, other=orphans.count_other
+                begin,
+                end,
+                decode=anatomy.decode,
+                intact=orphans.count_orphan,
+                other=orphans.count_other,
             )
     return Findings(
-        copies=_states(open_copies(area), superblock.generation),
+        copies=_states(open_copies_of(anatomy.kind, area), superblock.generation),
         superblock=superblock,
         damage=tuple(damage),
         unhealed=tuple(sorted(found.unhealed)),
@@ -177,23 +221,24 @@ def examine(
     )
 
 
-def mend(
-    device_size: int, *, heal: bool, clear_needs_check: bool
+def mend_of(
+    anatomy: Anatomy[S], device_size: int, *, heal: bool, clear_needs_check: bool
 ) -> Steps[tuple[str, ...]]:
     """Check everything; if there is no damage, rewrite what the arguments name.
 
     Returns what was done, a sentence each; nothing is written if there is nothing to do.
 
-    Raises: what `examine` does; CorruptMetadata: there is damage. Then nothing was written.
+    Raises: what `examine_of` does; CorruptMetadata: there is damage. Then nothing was written.
     Durable: what was done. A crash leaves each copy as it was or as it will be.
     """
-    findings = yield from examine(device_size)
+    findings = yield from examine_of(anatomy, device_size)
     if findings.damage or findings.superblock is None:
         raise CorruptMetadata("the metadata", "no damage", "; ".join(findings.damage))
     done = []
     for slot in findings.unhealed if heal else ():
         area = yield from read_area(device_size)
-        valid = [copy.superblock for copy in open_copies(area)[slot] if copy.superblock]
+        copies = open_copies_of(anatomy.kind, area)[slot]
+        valid = [copy.superblock for copy in copies if copy.superblock]
         yield superblock_writes(max(valid, key=lambda each: each.generation))
         done.append(f"superblock slot {slot} has two good copies again")
     if clear_needs_check and findings.needs_check:
@@ -212,15 +257,64 @@ def mend(
     return tuple(done)
 
 
+# A clone's
+
+
+def _live_of_clone(superblock: CloneSuperblock) -> list[tuple[int, int]]:
+    return [(superblock.snapshot_block, superblock.journal_end)]
+
+
+def _end_of_clone(superblock: CloneSuperblock) -> int:
+    return SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
+
+
+def _faults_of_clone(superblock: CloneSuperblock) -> Steps[list[str]]:
+    """Bits say no more than `load` has said."""
+    yield ()
+    return []
+
+
+_CLONE: Final = Anatomy(
+    kind=CLONE,
+    check_size=check_device_size,
+    load=load_bitmap,
+    live=_live_of_clone,
+    end=_end_of_clone,
+    decode=decode_record,
+    faults=_faults_of_clone,
+)
+
+
+def examine(
+    device_size: int, *, records: bool = True, unused: bool = True
+) -> Steps[Findings]:
+    """Examine a clone's metadata; see `examine_of`."""
+    return (yield from examine_of(_CLONE, device_size, records=records, unused=unused))
+
+
+def mend(
+    device_size: int, *, heal: bool, clear_needs_check: bool
+) -> Steps[tuple[str, ...]]:
+    """Mend a clone's metadata; see `mend_of`."""
+    return (
+        yield from mend_of(
+            _CLONE, device_size, heal=heal, clear_needs_check=clear_needs_check
+        )
+    )
+
+
+# Inside
+
+
 class _Unvouched:
-    """Counts what lies outside the live snapshot and journal."""
+    """Counts what lies outside the live ranges."""
 
     def __init__(self) -> None:
         self.records = 0
         self.record_blocks = 0
         self.leaked_blocks = 0
 
-    def count_orphan(self, placed: Placed) -> None:
+    def count_orphan(self, placed: PlacedOf[Any]) -> None:
         self.records += 1
         self.record_blocks += placed.end - placed.block
 
@@ -229,20 +323,21 @@ class _Unvouched:
 
 
 def _unvouched_ranges(
-    superblock: CloneSuperblock, device_size: int
+    anatomy: Anatomy[S], superblock: S, device_size: int
 ) -> list[tuple[int, int]]:
-    """Both arenas less the live range, as block ranges within the device."""
-    arenas_end = SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
-    end = min(arenas_end, device_size // BLOCK_SIZE)
-    ranges = [
-        (SUPERBLOCK_BLOCKS, min(superblock.snapshot_block, end)),
-        (superblock.journal_end, end),
-    ]
-    return [(first, last) for first, last in ranges if first < last]
+    """What is laid out less the live ranges, within the device."""
+    end = min(anatomy.end(superblock), device_size // BLOCK_SIZE)
+    ranges = []
+    begin = SUPERBLOCK_BLOCKS
+    for first, last in [*anatomy.live(superblock), (end, end)]:
+        if begin < min(first, end):
+            ranges.append((begin, min(first, end)))
+        begin = max(begin, last)
+    return ranges
 
 
-def _gaps(superblock: CloneSuperblock, device_size: int) -> Steps[list[str]]:
-    """Name the blocks of the live range that hold no intact record."""
+def _gaps(anatomy: Anatomy[S], superblock: S, device_size: int) -> Steps[list[str]]:
+    """Name the blocks of the live ranges that hold no intact record."""
     gaps: list[list[int]] = []
 
     def note(block: int, is_zero: bool) -> None:
@@ -251,13 +346,14 @@ def _gaps(superblock: CloneSuperblock, device_size: int) -> Steps[list[str]]:
         else:
             gaps.append([block, block + 1])
 
-    def intact(placed: Placed) -> None:
+    def intact(placed: PlacedOf[Any]) -> None:
         """Nothing to say."""
 
-    end = min(superblock.journal_end, device_size // BLOCK_SIZE)
-    yield from scan(superblock.snapshot_block, end, intact=intact, other=note)
-    if end < superblock.journal_end:
-        gaps.append([max(end, superblock.snapshot_block), superblock.journal_end])
+    for begin, last in anatomy.live(superblock):
+        end = min(last, device_size // BLOCK_SIZE)
+        yield from scan(begin, end, decode=anatomy.decode, intact=intact, other=note)
+        if end < last:
+            gaps.append([max(end, begin), last])
     lines = [
         f"no intact record in blocks {first} to {last - 1}" for first, last in gaps
     ]
@@ -266,10 +362,10 @@ def _gaps(superblock: CloneSuperblock, device_size: int) -> Steps[list[str]]:
     return lines
 
 
-def _maybe_states(area: memoryview) -> tuple[CopyState, ...]:
+def _maybe_states(kind: SuperblockType[S], area: memoryview) -> tuple[CopyState, ...]:
     """The copies one by one, where they are too damaged to choose one."""
     try:
-        copies = open_copies(area)
+        copies = open_copies_of(kind, area)
     except CorruptMetadata:
         return ()  # an intact envelope around nonsense: `damage` names it
     valid = [copy.superblock for slot in copies for copy in slot if copy.superblock]
@@ -277,7 +373,7 @@ def _maybe_states(area: memoryview) -> tuple[CopyState, ...]:
     return _states(copies, newest)
 
 
-def _states(copies: list[list[Copy]], newest: int) -> tuple[CopyState, ...]:
+def _states(copies: list[list[CopyOf[S]]], newest: int) -> tuple[CopyState, ...]:
     states = []
     for slot, pair in enumerate(copies):
         for nr, copy in enumerate(pair):

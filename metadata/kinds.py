@@ -1,46 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tools a metadata device takes: its superblock's tag tells.
+"""Which tools a metadata device takes: its superblock's tag tells. Which a dump takes: its kind.
 
 A kind brings its own content, dump and restore; what the tools do around them is the same.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, Final, NamedTuple, TypeAlias
 
+from metadata.cache import CacheMetadata
+from metadata.cache_check import examine_cache, mend_cache
+from metadata.cache_content import CacheContent, read_cache_content
+from metadata.cache_dump import render_cache
+from metadata.cache_dump_parser import parse_cache
+from metadata.cache_restore import restore_cache
+from metadata.cache_salvage import salvage_cache
+from metadata.cache_superblock import CACHE as CACHE_SUPERBLOCK
 from metadata.check import Findings, examine, mend
+from metadata.clone import CloneMetadata
 from metadata.content import CloneContent, read_content
 from metadata.dump import render
+from metadata.dump_parser import parse
 from metadata.errors import UnknownKind
 from metadata.operations import Steps
 from metadata.restore import restore
-from metadata.salvage import Salvaged, salvage
-from metadata.superblock import read_area, tag_of
+from metadata.salvage import SalvagedOf, salvage
+from metadata.superblock import CLONE as CLONE_SUPERBLOCK
+from metadata.superblock import SuperblockType, read_area, tag_of
 
-__all__ = ["CLONE", "KINDS", "Kind", "find_kind"]
+__all__ = ["CACHE", "CLONE", "KINDS", "Content", "Kind", "find_kind", "parse_dump"]
+
+# Where the kind of a dump is looked for: it stands before the long lists.
+HEAD_SIZE: Final = 1 << 16
+_KIND: Final = re.compile(rb'"kind"[ \t\r\n]*:[ \t\r\n]*"cache"')
+
+Content: TypeAlias = CloneContent | CacheContent
 
 
 class Kind(NamedTuple):
-    """The functions of one kind; see the modules that they come from."""
+    """The functions of one kind; see the modules that they come from.
+
+    `render` and `restore` take the content that `read_content` and `salvage` of the same kind return.
+    """
 
     name: str
+    superblock: SuperblockType[Any]
     examine: Callable[..., Steps[Findings]]
     mend: Callable[..., Steps[tuple[str, ...]]]
-    read_content: Callable[[int], Steps[CloneContent]]
-    salvage: Callable[[int], Steps[Salvaged]]
-    render: Callable[[CloneContent], Iterator[str]]
+    read_content: Callable[[int], Steps[Content]]
+    salvage: Callable[[int], Steps[SalvagedOf[Any]]]
+    render: Callable[[Any], Iterator[str]]
     restore: Callable[..., Steps[object]]
+    preferred_size: Callable[[Any], int]
+
+
+def _clone_size(content: CloneContent) -> int:
+    return CloneMetadata.device_size_for(len(content.hydrated))
+
+
+def _cache_size(content: CacheContent) -> int:
+    return CacheMetadata.device_size_for(content.nr_cblocks)
 
 
 CLONE: Final = Kind(
     name="clone",
+    superblock=CLONE_SUPERBLOCK,
     examine=examine,
     mend=mend,
     read_content=read_content,
     salvage=salvage,
     render=render,
     restore=restore,
+    preferred_size=_clone_size,
 )
-KINDS: Final = {CLONE.name: CLONE}
+CACHE: Final = Kind(
+    name="cache",
+    superblock=CACHE_SUPERBLOCK,
+    examine=examine_cache,
+    mend=mend_cache,
+    read_content=read_cache_content,
+    salvage=salvage_cache,
+    render=render_cache,
+    restore=restore_cache,
+    preferred_size=_cache_size,
+)
+KINDS: Final = {kind.name: kind for kind in (CLONE, CACHE)}
 
 
 def find_kind(device_size: int) -> Steps[Kind]:
@@ -57,3 +102,19 @@ def find_kind(device_size: int) -> Steps[Kind]:
     if tag not in KINDS:
         raise UnknownKind(tag)
     return KINDS[tag]
+
+
+def parse_dump(pieces: Iterable[bytes]) -> tuple[Kind, Content]:
+    """Return the content that a dump in JSON describes, and its kind.
+
+    Without a known kind it is a clone's parser that says what is there instead.
+
+    Raises: BadDump.
+    """
+    rest = iter(pieces)
+    head = b""
+    while len(head) < HEAD_SIZE and (piece := next(rest, b"")):
+        head += piece
+    if _KIND.search(head):
+        return CACHE, parse_cache(chain([head], rest))
+    return CLONE, parse(chain([head], rest))

@@ -53,6 +53,7 @@ __all__ = [
     "RUNS_PER_RECORD_MAX",
     "Chain",
     "Linked",
+    "R",
     "Record",
     "Runs",
     "SetBits",

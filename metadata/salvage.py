@@ -30,7 +30,7 @@ the best there is, but it is unknown what is missing.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from bitarray import bitarray
 
@@ -39,31 +39,46 @@ from metadata.content import CloneContent, content_of, read_content
 from metadata.envelope import BLOCK_SIZE
 from metadata.errors import CorruptMetadata, MetadataTooSmall
 from metadata.operations import Steps
-from metadata.records import apply_record
+from metadata.records import apply_record, decode_record
 from metadata.scan import Placed, scan
 from metadata.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
     CloneSuperblock,
+    Superblock,
     choose_superblock,
     open_copies,
     read_area,
 )
 
-__all__ = ["Salvaged", "salvage"]
+__all__ = [
+    "Link",
+    "Salvaged",
+    "SalvagedOf",
+    "backward",
+    "forward",
+    "pass_over",
+    "salvage",
+]
 
 
-class Salvaged(NamedTuple):
+C = TypeVar("C")
+
+
+class SalvagedOf(NamedTuple, Generic[C]):
     """What could be read.
 
     Attributes:
-        content: `nr_lost` says how many hydrated regions are missing; its flags say
-            neither `needs_check` nor, if any are missing, `clean_shutdown`.
+        content: `nr_lost` says how many hydrated regions (mapped cache blocks) are missing; its
+            flags say neither `needs_check` nor, if any are missing, `clean_shutdown`.
         damage: what was broken, a line each; none: the input was intact.
     """
 
-    content: CloneContent
+    content: C
     damage: tuple[str, ...]
+
+
+Salvaged: TypeAlias = SalvagedOf[CloneContent]
 
 
 def salvage(device_size: int) -> Steps[Salvaged]:
@@ -80,7 +95,7 @@ def salvage(device_size: int) -> Steps[Salvaged]:
         damage = str(error)
     else:
         flags = content.flags & ~NEEDS_CHECK
-        return Salvaged(content._replace(flags=flags), ())
+        return SalvagedOf(content._replace(flags=flags), ())
     area = yield from read_area(device_size)
     found = choose_superblock(area, admit_needs_check=True, admit_lost_slot=True)
     newest = found.superblock
@@ -94,8 +109,8 @@ def salvage(device_size: int) -> Steps[Salvaged]:
     }
     hydrated = yield from new_bitmap(newest.nr_regions)
     for superblock in superblocks.values():
-        forward = superblock.generation == newest.generation and not found.lost
-        hydrated |= yield from _vouched(superblock, device_size, forward=forward)
+        onward = superblock.generation == newest.generation and not found.lost
+        hydrated |= yield from _vouched(superblock, device_size, onward=onward)
     if newest.nr_hydrated == newest.nr_regions:
         hydrated.setall(1)
     nr_lost: int | None = newest.nr_hydrated - hydrated.count()
@@ -111,10 +126,10 @@ def salvage(device_size: int) -> Steps[Salvaged]:
     if nr_lost != 0:
         flags &= ~CLEAN_SHUTDOWN
     content = content_of(newest, hydrated)._replace(flags=flags, nr_lost=nr_lost)
-    return Salvaged(content, (damage,))
+    return SalvagedOf(content, (damage,))
 
 
-class _Link(NamedTuple):
+class Link(NamedTuple):
     """An intact record without its content, which may be half a megabyte."""
 
     block: int
@@ -124,23 +139,23 @@ class _Link(NamedTuple):
 
 
 def _vouched(
-    superblock: CloneSuperblock, device_size: int, *, forward: bool
+    superblock: CloneSuperblock, device_size: int, *, onward: bool
 ) -> Steps[bitarray]:
     """Return the bits of the records that `superblock` vouches for."""
     begin = superblock.snapshot_block
     end = min(superblock.journal_end, device_size // BLOCK_SIZE)
-    links: list[_Link] = []
+    links: list[Link] = []
 
     def note(placed: Placed) -> None:
         if placed.record.generation <= superblock.generation:
             links.append(
-                _Link(placed.block, placed.end, placed.digest, placed.record.previous)
+                Link(placed.block, placed.end, placed.digest, placed.record.previous)
             )
 
-    yield from scan(begin, end, intact=note, other=_pass_over)
-    believed = _backward(links, superblock)
-    if forward:
-        believed |= _forward(links, believed, superblock)
+    yield from scan(begin, end, decode=decode_record, intact=note, other=pass_over)
+    believed = backward(links, superblock)
+    if onward:
+        believed |= forward(links, believed, superblock)
     hydrated = yield from new_bitmap(superblock.nr_regions)
     bits_begin_min: int | None = 0
 
@@ -157,15 +172,15 @@ def _vouched(
             bits_begin_min=bits_begin_min,
         )
 
-    yield from scan(begin, end, intact=apply, other=_pass_over)
+    yield from scan(begin, end, decode=decode_record, intact=apply, other=pass_over)
     return hydrated
 
 
-def _pass_over(block: int, is_zero: bool) -> None:
+def pass_over(block: int, is_zero: bool) -> None:
     """What is broken says nothing."""
 
 
-def _backward(links: Iterable[_Link], superblock: CloneSuperblock) -> set[int]:
+def backward(links: Iterable[Link], superblock: Superblock) -> set[int]:
     """Return the blocks of the records that digests lead to, from the ends of both chains."""
     by_digest = {link.digest: link for link in links}
     believed: set[int] = set()
@@ -177,9 +192,7 @@ def _backward(links: Iterable[_Link], superblock: CloneSuperblock) -> set[int]:
     return believed
 
 
-def _forward(
-    links: list[_Link], believed: set[int], superblock: CloneSuperblock
-) -> set[int]:
+def forward(links: list[Link], believed: set[int], superblock: Superblock) -> set[int]:
     """Return the blocks of the records that follow on the beginning or on believed ones."""
     by_block = {link.block: link for link in links}
     # What a record at this block may name as its predecessor.

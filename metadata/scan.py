@@ -11,14 +11,14 @@ Noise is searched block by block, so an intact record behind it is found.
 """
 
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, Generic, NamedTuple, TypeAlias
 
 from metadata.envelope import BLOCK_SIZE, open_envelope, peek_blocks
 from metadata.errors import CorruptMetadata, UnsupportedFormat
 from metadata.operations import Steps, read
-from metadata.records import READ_BLOCKS, RECORD_MAGIC, Record, decode_record
+from metadata.records import READ_BLOCKS, RECORD_MAGIC, R, Record
 
-__all__ = ["Placed", "scan"]
+__all__ = ["Placed", "PlacedOf", "scan"]
 
 # A record fits into half of it, so no block is read much more than twice.
 WINDOW_BLOCKS: Final = 2 * READ_BLOCKS
@@ -26,25 +26,30 @@ WINDOW_BLOCKS: Final = 2 * READ_BLOCKS
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 
 
-class Placed(NamedTuple):
+class PlacedOf(NamedTuple, Generic[R]):
     """An intact record, and where: blocks [block, end)."""
 
     block: int
     end: int
     digest: bytes
-    record: Record
+    record: R
+
+
+Placed: TypeAlias = PlacedOf[Record]
 
 
 def scan(
     begin: int,
     end: int,
     *,
-    intact: Callable[[Placed], None],
+    decode: Callable[[memoryview, str], R],
+    intact: Callable[[PlacedOf[R]], None],
     other: Callable[[int, bool], None],
 ) -> Steps[None]:
     """Tell `intact` of each intact record in blocks [begin, end), in order.
 
-    `other` is told of each block outside of them, and whether it is all zero.
+    `other` is told of each block outside of them, and whether it is all zero. `decode` raises
+    CorruptMetadata for a record of another kind.
     """
     block = begin
     while block < end:
@@ -56,7 +61,7 @@ def scan(
             if at and blocks - at < READ_BLOCKS and block + blocks < end:
                 break
             data = window[at * BLOCK_SIZE : (at + READ_BLOCKS) * BLOCK_SIZE]
-            placed = _maybe_record(block + at, data)
+            placed = _maybe_record(block + at, data, decode)
             if placed is None:
                 other(block + at, bytes(data[:BLOCK_SIZE]) == _ZERO_BLOCK)
                 at += 1
@@ -67,13 +72,15 @@ def scan(
         block += at
 
 
-def _maybe_record(block: int, data: memoryview) -> Placed | None:
+def _maybe_record(
+    block: int, data: memoryview, decode: Callable[[memoryview, str], R]
+) -> PlacedOf[R] | None:
     if bytes(data[: len(RECORD_MAGIC)]) != RECORD_MAGIC:
         return None
     where = f"record at block {block}"
     try:
         opened = open_envelope(RECORD_MAGIC, block, data, where)
-        record = decode_record(opened.body, where)
+        record = decode(opened.body, where)
     except (CorruptMetadata, UnsupportedFormat):
         return None
-    return Placed(block, block + peek_blocks(data), opened.digest, record)
+    return PlacedOf(block, block + peek_blocks(data), opened.digest, record)

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large the metadata device of a clone is, before there is one."""
+"""How large the metadata device of a clone or a cache is, before there is one."""
 
 from typing import Final, NamedTuple
 
 from metadata.arena import NR_REGIONS_MAX
+from metadata.cache import CacheMetadata
+from metadata.cache_records import NR_CBLOCKS_MAX
+from metadata.cache_superblock import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN
 from metadata.clone import CloneMetadata
 
 __all__ = [
     "REGION_SIZE_MAX",
     "REGION_SIZE_MIN",
+    "CacheSizes",
     "CloneSizes",
+    "block_size_fault",
+    "cache_sizes",
     "clone_sizes",
     "nr_regions_of",
     "region_size_fault",
@@ -49,4 +55,35 @@ def clone_sizes(nr_regions: int) -> CloneSizes:
         nr_regions,
         CloneMetadata.device_size_min(nr_regions),
         CloneMetadata.device_size_for(nr_regions),
+    )
+
+
+# A cache's
+
+
+class CacheSizes(NamedTuple):
+    """Bytes. `preferred` is what is made where a metadata file is missing."""
+
+    nr_cblocks: int
+    smallest: int
+    preferred: int
+
+
+def block_size_fault(block_size: int) -> str:
+    """Say in the kernel's words why no cache has blocks of so many bytes; empty if one may."""
+    if (
+        not BLOCK_SIZE_MIN <= block_size <= BLOCK_SIZE_MAX
+        or block_size % BLOCK_SIZE_MIN
+    ):
+        return "Invalid data block size (32K to 1G, a multiple of 32K)"
+    return ""
+
+
+def cache_sizes(nr_cblocks: int) -> CacheSizes:
+    """Return the sizes of a cache's metadata device."""
+    assert 0 < nr_cblocks <= NR_CBLOCKS_MAX
+    return CacheSizes(
+        nr_cblocks,
+        CacheMetadata.device_size_min(nr_cblocks),
+        CacheMetadata.device_size_for(nr_cblocks),
     )

@@ -81,6 +81,7 @@ __all__ = [
     "SUPERBLOCK_MAGIC",
     "CloneSuperblock",
     "Copy",
+    "CopyOf",
     "Found",
     "FoundOf",
     "S",
@@ -91,6 +92,7 @@ __all__ = [
     "choose_superblock_of",
     "format_superblocks",
     "open_copies",
+    "open_copies_of",
     "read_area",
     "read_superblock",
     "read_superblock_of",
@@ -296,11 +298,19 @@ def read_area(device_size: int) -> Steps[memoryview]:
 
 
 def open_copies(area: memoryview) -> list[list[Copy]]:
-    """Open the four copies of a clone's, by slot and copy, and compare nothing.
+    """Open the four copies of a clone's; see `open_copies_of`."""
+    return open_copies_of(CLONE, area)
+
+
+def open_copies_of(kind: SuperblockType[S], area: memoryview) -> list[list[CopyOf[S]]]:
+    """Open the four copies, by slot and copy, and compare nothing.
 
     Raises: NotOurs, UnsupportedFormat, CorruptMetadata: what no rot can have produced.
     """
-    return _open_copies(CLONE, area)
+    return [
+        [_open_copy(kind, area, slot, copy) for copy in range(NR_COPIES)]
+        for slot in range(NR_SLOTS)
+    ]
 
 
 def tag_of(area: memoryview) -> str | None:
@@ -354,7 +364,7 @@ def choose_superblock_of(
         CorruptMetadata: a slot has no valid copy, or copies contradict each other.
         UnsupportedFormat: of a newer format version or with unknown incompatible features.
     """
-    copies = _open_copies(kind, area)
+    copies = open_copies_of(kind, area)
     _refuse_foreign(area, copies)
     _refuse_unfinished(area, copies)
     lost = set()
@@ -399,13 +409,6 @@ def _write(slot: int, copy: int, body: bytes) -> Write:
 def _block_of(area: memoryview, slot: int, copy: int) -> memoryview:
     begin = superblock_block(slot, copy) * BLOCK_SIZE
     return area[begin : begin + BLOCK_SIZE]
-
-
-def _open_copies(kind: SuperblockType[S], area: memoryview) -> list[list[CopyOf[S]]]:
-    return [
-        [_open_copy(kind, area, slot, copy) for copy in range(NR_COPIES)]
-        for slot in range(NR_SLOTS)
-    ]
 
 
 def _open_copy(

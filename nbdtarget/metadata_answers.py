@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the offline metadata tools answer: for people as text, for programs as JSON."""
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from metadata.check import CopyState
+from metadata.cache_content import CacheContent
+from metadata.cache_superblock import DIRTY_LOG, CacheSuperblock
+from metadata.check import CopyState, Findings
+from metadata.content import CloneContent
+from metadata.dump import flag_names
+from metadata.envelope import FORMAT_VERSION
+from metadata.superblock import CLEAN_SHUTDOWN, CloneSuperblock, FoundOf, Superblock
 
 __all__ = [
     "UNITS",
     "UNIT_LETTERS",
+    "CacheSizeAnswer",
     "CheckAnswer",
+    "CloneSizeAnswer",
     "InfoAnswer",
     "RestoreAnswer",
     "SizeAnswer",
+    "check_answer",
+    "info_answer",
+    "loss_of",
+    "restore_answer",
 ]
 
 # What `size` prints in; as in the tools for the kernel's caches.
@@ -55,10 +67,6 @@ class InfoAnswer(msgspec.Struct, frozen=True, kw_only=True):
     uuid: str
     generation: int
     flags: list[str]
-    region_size: int
-    target_size: int
-    nr_regions: int
-    nr_hydrated: int
     nr_commits: int
     nr_compactions: int
     device_size: int
@@ -69,16 +77,17 @@ class InfoAnswer(msgspec.Struct, frozen=True, kw_only=True):
     journal_blocks_max: int
     degraded: list[str]
 
+    def rows(self) -> list[tuple[str, str]]:
+        """What only this kind says."""
+        raise NotImplementedError
+
     def __str__(self) -> str:
-        percent = 100 * self.nr_hydrated / self.nr_regions
         rows = [
             ("Kind", f"{self.kind}, format version {self.format_version}"),
             ("UUID", self.uuid),
             ("Generation", str(self.generation)),
             ("Flags", " ".join(self.flags) or "none"),
-            ("Region size", _size_text(self.region_size)),
-            ("Target size", _size_text(self.target_size)),
-            ("Hydrated", f"{self.nr_hydrated}/{self.nr_regions} ({percent:.1f} %)"),
+            *self.rows(),
             ("Commits", f"{self.nr_commits}, of which {self.nr_compactions} compacted"),
             ("Metadata size", _size_text(self.device_size)),
             ("Arena", f"{self.arena}, of {self.arena_blocks} blocks"),
@@ -87,6 +96,111 @@ class InfoAnswer(msgspec.Struct, frozen=True, kw_only=True):
             *(("Degraded", each) for each in self.degraded),
         ]
         return "\n".join(f"{name + ':':<16}{value}" for name, value in rows)
+
+
+class CloneInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
+    """Of a clone."""
+
+    region_size: int
+    target_size: int
+    nr_regions: int
+    nr_hydrated: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        percent = 100 * self.nr_hydrated / self.nr_regions
+        return [
+            ("Region size", _size_text(self.region_size)),
+            ("Target size", _size_text(self.target_size)),
+            ("Hydrated", f"{self.nr_hydrated}/{self.nr_regions} ({percent:.1f} %)"),
+        ]
+
+
+class CacheInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
+    """Of a cache. `nr_dirty`: None without a clean shutdown: then it takes the mappings to tell."""
+
+    block_size: int
+    origin_size: int
+    nr_cblocks: int
+    nr_cblocks_max: int
+    nr_mapped: int
+    nr_dirty: int | None
+    nr_logged: int
+    dirty_log: bool
+    policy: str
+    policy_version: tuple[int, int, int]
+    nr_discard_blocks: int
+    read_hits: int
+    read_misses: int
+    write_hits: int
+    write_misses: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        percent = 100 * self.nr_mapped / self.nr_cblocks
+        if self.nr_dirty is not None:
+            dirty = str(self.nr_dirty)
+        else:
+            dirty = f"{self.nr_logged if self.dirty_log else self.nr_mapped} at most"
+        return [
+            ("Block size", _size_text(self.block_size)),
+            ("Origin size", _size_text(self.origin_size)),
+            ("Mapped", f"{self.nr_mapped}/{self.nr_cblocks} ({percent:.1f} %)"),
+            ("Dirty", dirty),
+            ("Dirty log", f"{self.nr_logged} logged" if self.dirty_log else "none"),
+            ("Hints", f"of {self.policy}" if self.policy else "none"),
+            ("Reads", f"{self.read_hits} hits, {self.read_misses} misses"),
+            ("Writes", f"{self.write_hits} hits, {self.write_misses} misses"),
+        ]
+
+
+def info_answer(
+    path: str, kind: str, found: FoundOf[Any], device_size: int
+) -> InfoAnswer:
+    """Return what a superblock says."""
+    live: Superblock = found.superblock
+    common: dict[str, Any] = {
+        "file": path,
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "uuid": live.uuid.hex(),
+        "generation": live.generation,
+        "flags": flag_names(live.flags),
+        "nr_commits": live.nr_commits,
+        "nr_compactions": live.nr_compactions,
+        "device_size": device_size,
+        "arena": live.arena,
+        "arena_blocks": live.arena_blocks,
+        "snapshot_blocks": live.snapshot_blocks,
+        "journal_blocks": live.journal_blocks,
+        "journal_blocks_max": live.arena_end - live.journal_block,
+        "degraded": list(found.notes),
+    }
+    if isinstance(live, CacheSuperblock):
+        return CacheInfoAnswer(
+            **common,
+            block_size=live.block_size,
+            origin_size=live.origin_size,
+            nr_cblocks=live.nr_cblocks,
+            nr_cblocks_max=live.nr_cblocks_max,
+            nr_mapped=live.nr_mapped,
+            nr_dirty=live.nr_dirty if live.flags & CLEAN_SHUTDOWN else None,
+            nr_logged=live.nr_logged,
+            dirty_log=bool(live.incompat & DIRTY_LOG),
+            policy=live.policy_name,
+            policy_version=live.policy_version,
+            nr_discard_blocks=live.nr_dblocks,
+            read_hits=live.read_hits,
+            read_misses=live.read_misses,
+            write_hits=live.write_hits,
+            write_misses=live.write_misses,
+        )
+    assert isinstance(live, CloneSuperblock)
+    return CloneInfoAnswer(
+        **common,
+        region_size=live.region_size,
+        target_size=live.target_size,
+        nr_regions=live.nr_regions,
+        nr_hydrated=live.nr_hydrated,
+    )
 
 
 class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,8 +213,6 @@ class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     uuid: str | None
     generation: int | None
-    nr_regions: int | None
-    nr_hydrated: int | None
     needs_check: bool
     complete: bool
     damage: tuple[str, ...]
@@ -110,6 +222,10 @@ class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
     leaked_blocks: int
     done: tuple[str, ...]
 
+    def counts(self) -> str:
+        """What only this kind counts; empty if that cannot be read."""
+        raise NotImplementedError
+
     def __str__(self) -> str:
         lines = [f"{self.file}: {self._headline()}"]
         for copy in self.copies:
@@ -118,8 +234,9 @@ class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
                 f"  superblock slot {copy.slot} copy {copy.copy} (block {copy.block}):"
                 f" {state}"
             )
-        if self.nr_regions is not None:
-            lines.append(f"  {self.nr_hydrated} of {self.nr_regions} regions hydrated")
+        counts = self.counts()
+        if counts:
+            lines.append(f"  {counts}")
         if self.orphans or self.leaked_blocks:
             lines.append(
                 f"  harmless: {self.orphans} orphaned records in {self.orphan_blocks}"
@@ -146,6 +263,73 @@ class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
         return "; --clear-needs-check clears it"
 
 
+class CloneCheckAnswer(CheckAnswer, frozen=True, kw_only=True):
+    """Of a clone."""
+
+    nr_regions: int | None
+    nr_hydrated: int | None
+
+    def counts(self) -> str:
+        if self.nr_regions is None:
+            return ""
+        return f"{self.nr_hydrated} of {self.nr_regions} regions hydrated"
+
+
+class CacheCheckAnswer(CheckAnswer, frozen=True, kw_only=True):
+    """Of a cache; `nr_dirty` as in `CacheInfoAnswer`."""
+
+    clean_shutdown: bool | None
+    nr_cblocks: int | None
+    nr_mapped: int | None
+    nr_dirty: int | None
+
+    def counts(self) -> str:
+        if self.nr_cblocks is None:
+            return ""
+        if self.nr_dirty is None:
+            end = "not shut down cleanly"
+        else:
+            end = f"{self.nr_dirty} dirty"
+        return f"{self.nr_mapped} of {self.nr_cblocks} cache blocks mapped, {end}"
+
+
+def check_answer(
+    path: str, kind: str, findings: Findings, done: tuple[str, ...]
+) -> CheckAnswer:
+    """Return what was found and done."""
+    live = findings.superblock
+    common: dict[str, Any] = {
+        "file": path,
+        "kind": kind,
+        "uuid": live.uuid.hex() if live else None,
+        "generation": live.generation if live else None,
+        "needs_check": findings.needs_check,
+        "complete": findings.complete,
+        "damage": findings.damage,
+        "copies": findings.copies,
+        "orphans": findings.orphans,
+        "orphan_blocks": findings.orphan_blocks,
+        "leaked_blocks": findings.leaked_blocks,
+        "done": done,
+    }
+    if kind == "cache":
+        cache = live if isinstance(live, CacheSuperblock) else None
+        clean = bool(cache.flags & CLEAN_SHUTDOWN) if cache else None
+        return CacheCheckAnswer(
+            **common,
+            clean_shutdown=clean,
+            nr_cblocks=cache.nr_cblocks if cache else None,
+            nr_mapped=cache.nr_mapped if cache else None,
+            nr_dirty=cache.nr_dirty if cache and clean else None,
+        )
+    clone = live if isinstance(live, CloneSuperblock) else None
+    return CloneCheckAnswer(
+        **common,
+        nr_regions=clone.nr_regions if clone else None,
+        nr_hydrated=clone.nr_hydrated if clone else None,
+    )
+
+
 class RestoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """What was written. `nr_lost` as in a dump; `damage`: of the input of a repair."""
 
@@ -153,16 +337,17 @@ class RestoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     uuid: str
     generation: int
-    nr_regions: int
-    nr_hydrated: int
     nr_lost: int | None
     damage: tuple[str, ...]
+
+    def counts(self) -> str:
+        """What only this kind counts."""
+        raise NotImplementedError
 
     def __str__(self) -> str:
         return (
             f"{self.file}: {self.kind} metadata {self.uuid}, generation"
-            f" {self.generation}: {self.nr_hydrated} of {self.nr_regions} regions"
-            f" hydrated{self._lost()}"
+            f" {self.generation}: {self.counts()}{self._lost()}"
         )
 
     def _lost(self) -> str:
@@ -173,12 +358,100 @@ class RestoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
         return ", nothing is lost" if self.damage else ""
 
 
+class CloneRestoreAnswer(RestoreAnswer, frozen=True, kw_only=True):
+    """Of a clone."""
+
+    nr_regions: int
+    nr_hydrated: int
+
+    def counts(self) -> str:
+        return f"{self.nr_hydrated} of {self.nr_regions} regions hydrated"
+
+
+class CacheRestoreAnswer(RestoreAnswer, frozen=True, kw_only=True):
+    """Of a cache. `nr_doubtful` of the mapped blocks may hold other origin blocks by now."""
+
+    nr_cblocks: int
+    nr_mapped: int
+    nr_dirty: int
+    nr_doubtful: int
+
+    def counts(self) -> str:
+        doubtful = f", {self.nr_doubtful} doubtful" if self.nr_doubtful else ""
+        return (
+            f"{self.nr_mapped} of {self.nr_cblocks} cache blocks mapped,"
+            f" {self.nr_dirty} dirty{doubtful}"
+        )
+
+
+def restore_answer(
+    path: str, content: CloneContent | CacheContent, damage: tuple[str, ...]
+) -> RestoreAnswer:
+    """Return what was written."""
+    common: dict[str, Any] = {
+        "file": path,
+        "uuid": content.uuid.hex(),
+        "generation": content.generation,
+        "nr_lost": content.nr_lost,
+        "damage": damage,
+    }
+    if isinstance(content, CacheContent):
+        return CacheRestoreAnswer(
+            **common,
+            kind="cache",
+            nr_cblocks=content.nr_cblocks,
+            nr_mapped=content.nr_mapped,
+            nr_dirty=content.dirty.count(),
+            nr_doubtful=content.nr_doubtful,
+        )
+    return CloneRestoreAnswer(
+        **common,
+        kind="clone",
+        nr_regions=len(content.hydrated),
+        nr_hydrated=content.hydrated.count(),
+    )
+
+
+def loss_of(content: CloneContent | CacheContent) -> str:
+    """Say what is missing or doubtful; empty if nothing is."""
+    generation = content.generation
+    if content.nr_lost is None:
+        return (
+            f"generation {generation + 1} may have been acknowledged and is"
+            f" lost: this is generation {generation}"
+        )
+    things = "cache blocks" if isinstance(content, CacheContent) else "hydrated regions"
+    losses = []
+    if content.nr_lost:
+        losses.append(
+            f"{content.nr_lost} {things} of generation {generation}"
+            " are lost: nothing intact says which ones"
+        )
+    if isinstance(content, CacheContent) and content.nr_doubtful:
+        losses.append(
+            f"{content.nr_doubtful} cache blocks of generation {generation}"
+            " may hold other origin blocks by now"
+        )
+    return ", and ".join(losses)
+
+
 class SizeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """How large metadata is, in bytes."""
 
-    nr_regions: int
     smallest: int
     preferred: int
+
+
+class CloneSizeAnswer(SizeAnswer, frozen=True, kw_only=True):
+    """Of a clone."""
+
+    nr_regions: int
+
+
+class CacheSizeAnswer(SizeAnswer, frozen=True, kw_only=True):
+    """Of a cache."""
+
+    nr_cblocks: int
 
 
 def _size_text(size: int) -> str:

@@ -13,46 +13,61 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import BinaryIO, Final, TypeVar
+from itertools import chain
+from typing import Any, BinaryIO, Final, TypeVar
 
 from metadata.arena import NR_REGIONS_MAX
-from metadata.content import CloneContent
-from metadata.dump import flag_names
-from metadata.dump_parser import parse
-from metadata.envelope import FORMAT_VERSION
+from metadata.cache_content import CacheContent
+from metadata.cache_records import LOGGED, NR_CBLOCKS_MAX
+from metadata.cache_superblock import DIRTY_LOG, NO_POLICY
+from metadata.cache_xml import parse_xml, render_xml
 from metadata.errors import MetadataError, NotOurs
-from metadata.kinds import CLONE, Kind, find_kind
+from metadata.kinds import CACHE, Content, Kind, find_kind, parse_dump
 from metadata.operations import Steps
-from metadata.salvage import Salvaged
-from metadata.sizing import clone_sizes, nr_regions_of, region_size_fault
+from metadata.salvage import SalvagedOf
+from metadata.sizing import (
+    block_size_fault,
+    cache_sizes,
+    clone_sizes,
+    nr_regions_of,
+    region_size_fault,
+)
 from metadata.superblock import (
+    CLEAN_SHUTDOWN,
     SUPERBLOCK_MAGIC,
-    Found,
-    choose_superblock,
+    FoundOf,
+    choose_superblock_of,
     read_area,
 )
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file_open import create_fd, open_fd
 from nbdtarget.errors import NbdTargetError
 from nbdtarget.metadata_answers import (
+    CacheSizeAnswer,
     CheckAnswer,
+    CloneSizeAnswer,
     InfoAnswer,
     RestoreAnswer,
-    SizeAnswer,
+    check_answer,
+    info_answer,
+    loss_of,
+    restore_answer,
 )
 from nbdtarget.metadata_io import run_file
 
 __all__ = [
+    "cache_size",
     "check",
+    "clone_size",
     "dump",
     "dump_to_file",
     "info",
     "repair",
     "restore",
-    "size",
 ]
 
 T = TypeVar("T")
@@ -95,7 +110,7 @@ def _opened(path: str, *, read_only: bool = True) -> Iterator[_File]:
 
 def _looks_like_dump(head: bytes) -> bool:
     text = head.lstrip()
-    return text.startswith(b"{") and b'"' in text
+    return (text.startswith(b"{") and b'"' in text) or text.startswith(b"<superblock")
 
 
 # ---- info ----------------------------------------------------------------------------------
@@ -105,34 +120,13 @@ def info(path: str) -> InfoAnswer:
     """Tell what the newest superblock says; nothing else is read. Raises: NbdTargetError."""
     with _opened(path) as file:
         kind = file.run(find_kind(file.size))
-        found = file.run(_choose(file.size))
-        live = found.superblock
-        return InfoAnswer(
-            file=path,
-            kind=kind.name,
-            format_version=FORMAT_VERSION,
-            uuid=live.uuid.hex(),
-            generation=live.generation,
-            flags=flag_names(live.flags),
-            region_size=live.region_size,
-            target_size=live.target_size,
-            nr_regions=live.nr_regions,
-            nr_hydrated=live.nr_hydrated,
-            nr_commits=live.nr_commits,
-            nr_compactions=live.nr_compactions,
-            device_size=file.size,
-            arena=live.arena,
-            arena_blocks=live.arena_blocks,
-            snapshot_blocks=live.snapshot_blocks,
-            journal_blocks=live.journal_blocks,
-            journal_blocks_max=live.arena_end - live.journal_block,
-            degraded=list(found.notes),
-        )
+        found = file.run(_choose(kind, file.size))
+        return info_answer(path, kind.name, found, file.size)
 
 
-def _choose(device_size: int) -> Steps[Found]:
+def _choose(kind: Kind, device_size: int) -> Steps[FoundOf[Any]]:
     area = yield from read_area(device_size)
-    return choose_superblock(area, admit_needs_check=True)
+    return choose_superblock_of(kind.superblock, area, admit_needs_check=True)
 
 
 # ---- check ---------------------------------------------------------------------------------
@@ -169,34 +163,25 @@ def check(
                 kind.mend(file.size, heal=auto_repair, clear_needs_check=clears)
             )
             findings = file.run(kind.examine(file.size))
-    live = findings.superblock
-    return CheckAnswer(
-        file=path,
-        kind=kind.name,
-        uuid=live.uuid.hex() if live else None,
-        generation=live.generation if live else None,
-        nr_regions=live.nr_regions if live else None,
-        nr_hydrated=live.nr_hydrated if live else None,
-        needs_check=findings.needs_check,
-        complete=findings.complete,
-        damage=findings.damage,
-        copies=findings.copies,
-        orphans=findings.orphans,
-        orphan_blocks=findings.orphan_blocks,
-        leaked_blocks=findings.leaked_blocks,
-        done=done,
-    )
+    return check_answer(path, kind.name, findings, done)
 
 
 # ---- dump ----------------------------------------------------------------------------------
 
 
 def dump(
-    path: str, write: Callable[[str], object], *, repair: bool = False
+    path: str,
+    write: Callable[[str], object],
+    *,
+    repair: bool = False,
+    xml: bool = False,
 ) -> tuple[str, ...]:
-    """Write the metadata as JSON. Returns what was broken and lost, a line each.
+    """Write the metadata as text. Returns what was broken and lost, a line each.
 
-    Args: repair: dump what is left, if there is damage.
+    Args:
+        repair: dump what is left, if there is damage.
+        xml: as the tools for the kernel's caches; else as JSON.
+
     Raises: NbdTargetError; then nothing was written, unless it is `write` that fails.
     """
     with _opened(path) as file:
@@ -204,27 +189,41 @@ def dump(
             kind, salvaged = _salvage(file)
         else:
             kind = file.run(find_kind(file.size))
-            salvaged = Salvaged(file.run(kind.read_content(file.size)), ())
-    for piece in kind.render(salvaged.content):
+            salvaged = SalvagedOf(file.run(kind.read_content(file.size)), ())
+    render = _xml_renderer(path, salvaged.content) if xml else kind.render
+    for piece in render(salvaged.content):
         write(piece)
     return _told(path, salvaged)
 
 
-def dump_to_file(path: str, output: str, *, repair: bool = False) -> tuple[str, ...]:
+def _xml_renderer(
+    path: str, content: Content
+) -> Callable[[CacheContent], Iterator[str]]:
+    if not isinstance(content, CacheContent):
+        raise NbdTargetError(f"{path}: only the metadata of a cache goes into XML")
+    loss = loss_of(content)
+    if loss:
+        raise NbdTargetError(f"{path}: {loss}: XML cannot say so, JSON can")
+    return render_xml
+
+
+def dump_to_file(
+    path: str, output: str, *, repair: bool = False, xml: bool = False
+) -> tuple[str, ...]:
     """As `dump`, into a file that appears, or is replaced, when it is complete."""
     _refuse_same(path, output)
     if os.path.exists(output) and not os.path.isfile(output):
         if os.path.isdir(output) or stat.S_ISBLK(os.stat(output).st_mode):
             raise NbdTargetError(f"{output}: is not a file")
         with _failing_at(output), open(output, "w", encoding="ascii") as pipe:
-            return dump(path, pipe.write, repair=repair)
+            return dump(path, pipe.write, repair=repair, xml=xml)
     _refuse_metadata(output)
     directory, name = os.path.split(os.path.realpath(output))
     with _failing_at(output):
         fd, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
         try:
             with open(fd, "w", encoding="ascii") as text:
-                told = dump(path, text.write, repair=repair)
+                told = dump(path, text.write, repair=repair, xml=xml)
                 text.flush()
                 os.fchmod(fd, 0o666 & ~_umask())
                 os.fsync(fd)
@@ -235,53 +234,93 @@ def dump_to_file(path: str, output: str, *, repair: bool = False) -> tuple[str, 
     return told
 
 
-def _told(path: str, salvaged: Salvaged) -> tuple[str, ...]:
+def _told(path: str, salvaged: SalvagedOf[Any]) -> tuple[str, ...]:
     lines = [f"{path}: {each}" for each in salvaged.damage]
-    loss = _loss(salvaged.content)
+    loss = loss_of(salvaged.content)
     if loss:
         lines.append(f"{path}: {loss}")
     return tuple(lines)
-
-
-def _loss(content: CloneContent) -> str:
-    """Say what is missing; empty if nothing is."""
-    if content.nr_lost is None:
-        return (
-            f"generation {content.generation + 1} may have been acknowledged and is"
-            f" lost: this is generation {content.generation}"
-        )
-    if content.nr_lost:
-        return (
-            f"{content.nr_lost} hydrated regions of generation {content.generation}"
-            " are lost: nothing intact says which ones"
-        )
-    return ""
 
 
 # ---- restore and repair --------------------------------------------------------------------
 
 
 def restore(
-    source: str, output: str, *, overwrite: bool = False, force: bool = False
+    source: str,
+    output: str,
+    *,
+    overwrite: bool = False,
+    force: bool = False,
+    origin_size: int | None = None,
+    omit_clean_shutdown: bool = False,
 ) -> RestoreAnswer:
-    """Make metadata of a dump ("-": stdin).
+    """Make metadata of a dump ("-": stdin), in JSON or XML.
 
     Args:
         overwrite: whatever the output holds may go.
         force: the dump may say that something is lost.
+        origin_size: bytes; XML does not say it.
+        omit_clean_shutdown: as if there had been none: every mapped block counts as dirty.
     Raises: NbdTargetError; then the output is as it was, but for a failing write.
     """
     if source != "-":
         _refuse_same(source, output)
     with _failing_at(source), _dump_input(source) as text:
         try:
-            content = parse(_pieces(source, text))
+            kind, content = _parse(
+                source,
+                text,
+                origin_size=origin_size,
+                omit_clean_shutdown=omit_clean_shutdown,
+            )
         except MetadataError as error:
             raise NbdTargetError(f"{source}: {error}") from error
     if not force:
         _refuse_loss(source, (), content)
-    _write_out(CLONE, content, output, overwrite=overwrite)
-    return _restored(CLONE, content, output, ())
+    _write_out(kind, content, output, overwrite=overwrite)
+    return restore_answer(output, content, ())
+
+
+def _parse(
+    source: str,
+    text: BinaryIO,
+    *,
+    origin_size: int | None,
+    omit_clean_shutdown: bool,
+) -> tuple[Kind, Content]:
+    pieces = _pieces(source, text)
+    first = next(pieces, b"")
+    rest: Iterable[bytes] = chain([first], pieces)
+    if not first.lstrip().startswith(b"<"):
+        if origin_size is not None:
+            raise NbdTargetError(f"{source}: is not XML: it says the origin's size")
+        kind, content = parse_dump(rest)
+        return kind, _unclean(content) if omit_clean_shutdown else content
+    if origin_size is None:
+        raise NbdTargetError(
+            f"{source}: is XML, which does not say the origin's size: --origin-size does"
+        )
+    content = parse_xml(
+        rest,
+        origin_size=origin_size,
+        uuid=uuid.uuid4().bytes,
+        clean=not omit_clean_shutdown,
+    )
+    return CACHE, content
+
+
+def _unclean(content: Content) -> Content:
+    """Return what is to be believed of `content` without its clean shutdown."""
+    flags = content.flags & ~CLEAN_SHUTDOWN
+    if not isinstance(content, CacheContent):
+        return content._replace(flags=flags)
+    flag = LOGGED if content.incompat & DIRTY_LOG else -1
+    dirty = content.dirty.copy()
+    for cblock, value in enumerate(content.values):
+        dirty[cblock] = bool(value & flag)
+    return content._replace(
+        flags=flags, dirty=dirty, policy=NO_POLICY, hints=None, discarded=None
+    )
 
 
 def repair(
@@ -291,7 +330,7 @@ def repair(
 
     Args:
         overwrite: whatever the output holds may go.
-        force: go on though hydrated regions are lost.
+        force: go on though something is lost or doubtful.
     Raises: NbdTargetError; then the output is as it was, but for a failing write.
     """
     _refuse_same(path, output)
@@ -300,10 +339,10 @@ def repair(
         if not force:
             _refuse_loss(path, salvaged.damage, salvaged.content)
         _write_out(kind, salvaged.content, output, overwrite=overwrite)
-    return _restored(kind, salvaged.content, output, salvaged.damage)
+    return restore_answer(output, salvaged.content, salvaged.damage)
 
 
-def _salvage(file: _File) -> tuple[Kind, Salvaged]:
+def _salvage(file: _File) -> tuple[Kind, SalvagedOf[Any]]:
     """Read what is left, around blocks that cannot be read."""
     unreadable: list[int] = []
     kind = file.run(find_kind(file.size), unreadable=unreadable)
@@ -315,37 +354,27 @@ def _salvage(file: _File) -> tuple[Kind, Salvaged]:
     return kind, salvaged
 
 
-def _refuse_loss(path: str, damage: tuple[str, ...], content: CloneContent) -> None:
-    loss = _loss(content)
+_LOSSES: Final = {
+    "clone": "Lost regions would be read from the source again, and hydration would copy"
+    " the source over what clients wrote there",
+    "cache": "Lost blocks would be read from the origin, which is older where they were"
+    " dirty, and doubtful ones may be written back to where they do not belong",
+}
+
+
+def _refuse_loss(path: str, damage: tuple[str, ...], content: Content) -> None:
+    loss = loss_of(content)
     if loss:
+        kind = "cache" if isinstance(content, CacheContent) else "clone"
         reasons = "; ".join((*damage, loss))
         raise NbdTargetError(
-            f"{path}: {reasons}. Lost regions would be read from the source again, and"
-            " hydration would copy the source over what clients wrote there; --force"
-            " accepts that"
+            f"{path}: {reasons}. {_LOSSES[kind]}; --force accepts that"
         )
 
 
-def _restored(
-    kind: Kind, content: CloneContent, output: str, damage: tuple[str, ...]
-) -> RestoreAnswer:
-    return RestoreAnswer(
-        file=output,
-        kind=kind.name,
-        uuid=content.uuid.hex(),
-        generation=content.generation,
-        nr_regions=len(content.hydrated),
-        nr_hydrated=content.hydrated.count(),
-        nr_lost=content.nr_lost,
-        damage=damage,
-    )
-
-
-def _write_out(
-    kind: Kind, content: CloneContent, output: str, *, overwrite: bool
-) -> None:
+def _write_out(kind: Kind, content: Content, output: str, *, overwrite: bool) -> None:
     """Restore to `output`; a missing or empty file is given the preferred size."""
-    preferred = clone_sizes(len(content.hydrated)).preferred
+    preferred = kind.preferred_size(content)
     undo: Callable[[], None] | None = None
     if not os.path.lexists(output):
         fd, size = create_fd(output, preferred), preferred
@@ -433,9 +462,9 @@ def _umask() -> int:
 # ---- size ----------------------------------------------------------------------------------
 
 
-def size(
+def clone_size(
     *, device_size: int | None, region_size: int | None, nr_regions: int | None
-) -> SizeAnswer:
+) -> CloneSizeAnswer:
     """Tell how large the metadata of a clone is: of a device, or of so many regions.
 
     Raises: NbdTargetError: there can be no such clone.
@@ -454,8 +483,37 @@ def size(
             f"{nr_regions} regions: Too many regions. Consider increasing the region size"
         )
     sizes = clone_sizes(nr_regions)
-    return SizeAnswer(
+    return CloneSizeAnswer(
         nr_regions=sizes.nr_regions,
+        smallest=sizes.smallest,
+        preferred=sizes.preferred,
+    )
+
+
+def cache_size(
+    *, device_size: int | None, block_size: int | None, nr_blocks: int | None
+) -> CacheSizeAnswer:
+    """Tell how large the metadata of a cache is: of a cache device, or of so many cache blocks.
+
+    Raises: NbdTargetError: there can be no such cache.
+    """
+    if nr_blocks is None:
+        assert device_size is not None
+        assert block_size is not None
+        fault = block_size_fault(block_size)
+        if fault:
+            raise NbdTargetError(f"block size {block_size}: {fault}")
+        nr_blocks = device_size // block_size
+    if nr_blocks < 1:
+        raise NbdTargetError("a cache has one block at least")
+    if nr_blocks > NR_CBLOCKS_MAX:
+        raise NbdTargetError(
+            f"{nr_blocks} cache blocks: at most {NR_CBLOCKS_MAX} are possible; larger"
+            " blocks are fewer"
+        )
+    sizes = cache_sizes(nr_blocks)
+    return CacheSizeAnswer(
+        nr_cblocks=sizes.nr_cblocks,
         smallest=sizes.smallest,
         preferred=sizes.preferred,
     )

@@ -84,6 +84,9 @@ def check(
         bool,
         typer.Option("--skip-unused", help="Look for no orphans and leaked blocks."),
     ] = False,
+    ignore_non_fatal_errors: Annotated[
+        bool, typer.Option("--ignore-non-fatal-errors", hidden=True)
+    ] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
@@ -92,6 +95,7 @@ def check(
     Damage is what a server would refuse: exit 1. Superblock copies that the next
     commits heal, orphaned records and leaked blocks are harmless: exit 0.
     """
+    # What --ignore-non-fatal-errors asks for is so in any case.
 
     def job() -> None:
         from nbdtarget import metadata_tools
@@ -122,15 +126,26 @@ def dump(
             "--repair", "-r", help="Dump what is left of damaged metadata; say what."
         ),
     ] = False,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="json|xml",
+            help="xml: what cache_restore reads, of a cache only.",
+        ),
+    ] = "json",
 ) -> None:
     """Print the metadata as JSON, which `restore` makes metadata of again."""
+    if form not in ("json", "xml"):
+        raise typer.BadParameter(f"--format: json or xml, not {form!r}")
     from nbdtarget import metadata_tools
 
+    xml = form == "xml"
     if output is None:
-        told = metadata_tools.dump(file, sys.stdout.write, repair=repair)
+        told = metadata_tools.dump(file, sys.stdout.write, repair=repair, xml=xml)
         sys.stdout.flush()
     else:
-        told = metadata_tools.dump_to_file(file, output, repair=repair)
+        told = metadata_tools.dump_to_file(file, output, repair=repair, xml=xml)
     for line in told:
         print("nbdtarget:", line, file=sys.stderr)
 
@@ -138,13 +153,33 @@ def dump(
 def restore(
     source: Annotated[
         str,
-        typer.Option("--input", "-i", metavar="JSON", help="The dump; '-': stdin."),
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="DUMP",
+            help="The dump, also the XML of cache_dump; '-': stdin.",
+        ),
     ],
     output: Output,
     overwrite: Overwrite = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Restore a dump that says that regions are lost."),
+        typer.Option(
+            "--force", help="Restore a dump that says that something is lost."
+        ),
+    ] = False,
+    origin_size: Annotated[
+        str | None,
+        typer.Option(
+            "--origin-size", metavar="SIZE", help="Of the origin: XML does not say it."
+        ),
+    ] = None,
+    omit_clean_shutdown: Annotated[
+        bool,
+        typer.Option(
+            "--omit-clean-shutdown",
+            help="Believe no dirty bits: each mapped block of a cache counts as dirty.",
+        ),
     ] = False,
     quiet: Quiet = False,
     json: Json = False,
@@ -152,14 +187,21 @@ def restore(
     """Make metadata of a dump. A missing file is made at the right size.
 
     What the output holds is left alone unless told otherwise. Until all is written, the
-    output is no metadata that anybody accepts.
+    output is no metadata that anybody accepts. To move a cache of the kernel here, with its
+    devices: cache_dump META | nbdtarget metadata restore -i - -o FILE --origin-size SIZE
     """
+    origin_bytes = _bytes("--origin-size", origin_size)
 
     def job() -> None:
         from nbdtarget import metadata_tools
 
         answer = metadata_tools.restore(
-            source, output, overwrite=overwrite, force=force
+            source,
+            output,
+            overwrite=overwrite,
+            force=force,
+            origin_size=origin_bytes,
+            omit_clean_shutdown=omit_clean_shutdown,
         )
         _print(answer, quiet=quiet, json=json)
 
@@ -178,8 +220,8 @@ def repair(
         bool,
         typer.Option(
             "--force",
-            help="Go on though hydrated regions are lost: they read the source again,"
-            " what clients wrote there is gone.",
+            help="Go on though something is lost: regions of a clone read the source"
+            " again, blocks of a cache the origin; what clients wrote there is gone.",
         ),
     ] = False,
     quiet: Quiet = False,
@@ -187,8 +229,8 @@ def repair(
 ) -> int:
     """Write what is left of damaged metadata to another file.
 
-    Only what intact checksums vouch for is believed. If a hydrated region cannot be vouched for any
-    more, nothing is written unless forced.
+    Only what intact checksums vouch for is believed. If a hydrated region or a dirty block cannot be
+    vouched for any more, nothing is written unless forced. Dirty bits that cannot be read are set.
     """
     if unused:
         raise typer.BadParameter(f"unexpected argument {unused!r}")
@@ -215,16 +257,29 @@ def info(file: File, json: Json = False) -> None:
 def size(
     device_size: Annotated[
         str | None,
-        typer.Option("--device-size", metavar="SIZE", help="Of the clone, as in 10G."),
+        typer.Option(
+            "--device-size", metavar="SIZE", help="Of the clone or the cache, as 10G."
+        ),
     ] = None,
     region_size: Annotated[
         str | None,
-        typer.Option("--region-size", metavar="SIZE", help="4K to 1G."),
+        typer.Option("--region-size", metavar="SIZE", help="Of a clone: 4K to 1G."),
     ] = None,
     nr_regions: Annotated[
         int | None,
         typer.Option("--nr-regions", metavar="N", help="Instead of both sizes."),
     ] = None,
+    block_size: Annotated[
+        str | None,
+        typer.Option("--block-size", metavar="SIZE", help="Of a cache: 32K to 1G."),
+    ] = None,
+    nr_blocks: Annotated[
+        int | None,
+        typer.Option("--nr-blocks", metavar="N", help="Instead of both sizes."),
+    ] = None,
+    max_hint_width: Annotated[
+        int, typer.Option("--max-hint-width", min=0, max=4, hidden=True)
+    ] = 4,
     unit: Annotated[
         str,
         typer.Option(
@@ -245,25 +300,33 @@ def size(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Print how large the metadata of a clone is: what is made when its file is missing."""
-    sizes = (device_size, region_size)
-    if nr_regions is not None and sizes != (None, None):
-        raise typer.BadParameter(
-            "--nr-regions, or --device-size and --region-size, not both"
-        )
-    if nr_regions is None and None in sizes:
-        raise typer.BadParameter("--device-size and --region-size, or --nr-regions")
+    """Print how large the metadata of a clone or a cache is: what is made when its file is missing."""
+    is_cache = (block_size, nr_blocks) != (None, None)
+    if is_cache and (region_size, nr_regions) != (None, None):
+        raise typer.BadParameter("regions are a clone's, blocks a cache's: not both")
+    if is_cache:
+        _refuse_mixture(device_size, block_size, nr_blocks, "block")
+    else:
+        _refuse_mixture(device_size, region_size, nr_regions, "region")
     from nbdtarget import metadata_tools
-    from nbdtarget.metadata_answers import UNIT_LETTERS, UNITS
+    from nbdtarget.metadata_answers import UNIT_LETTERS, UNITS, SizeAnswer
 
     name = UNIT_LETTERS.get(unit, unit)
     if name not in UNITS:
         raise typer.BadParameter(f"--unit: unknown unit {unit!r}")
-    answer = metadata_tools.size(
-        device_size=_bytes("--device-size", device_size),
-        region_size=_bytes("--region-size", region_size),
-        nr_regions=nr_regions,
-    )
+    answer: SizeAnswer
+    if is_cache:
+        answer = metadata_tools.cache_size(
+            device_size=_bytes("--device-size", device_size),
+            block_size=_bytes("--block-size", block_size),
+            nr_blocks=nr_blocks,
+        )
+    else:
+        answer = metadata_tools.clone_size(
+            device_size=_bytes("--device-size", device_size),
+            region_size=_bytes("--region-size", region_size),
+            nr_regions=nr_regions,
+        )
     if json:
         _print(answer, quiet=False, json=True)
         return
@@ -271,6 +334,21 @@ def size(
     # Rounded up: what is printed is enough.
     count = -(-number // UNITS[name])
     sys.stdout.write(f"{count}\n" if numeric_only else f"{count} {name}\n")
+
+
+def _refuse_mixture(
+    device_size: str | None, unit_size: str | None, number: int | None, unit: str
+) -> None:
+    """Take both sizes, or the number of units."""
+    if number is not None and (device_size, unit_size) != (None, None):
+        raise typer.BadParameter(
+            f"--nr-{unit}s, or --device-size and --{unit}-size, not both"
+        )
+    if number is None and None in (device_size, unit_size):
+        raise typer.BadParameter(
+            f"--device-size and --{unit}-size, or --nr-{unit}s"
+            + (" (or --block-size, --nr-blocks of a cache)" if unit == "region" else "")
+        )
 
 
 def _bytes(option: str, text: str | None) -> int | None:

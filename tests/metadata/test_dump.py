@@ -10,9 +10,11 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
+from metadata import dump_fields
 from metadata.content import CloneContent, read_content
 from metadata.dump import flag_names, render
-from metadata.dump_parser import TOKEN_MAX, _Parser, parse
+from metadata.dump_fields import TOKEN_MAX, Scanner
+from metadata.dump_parser import parse
 from metadata.errors import BadDump
 from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
 from tests.metadata.store import read_image
@@ -202,15 +204,24 @@ def test_no_bytes_do_more_than_be_refused() -> None:
                 continue
 
 
-def test_neither_way_keeps_more_than_a_piece_and_the_bits() -> None:
+def test_neither_way_keeps_more_than_a_piece_and_the_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     content = make_content(bitarray("01" * 40_000, "little"))
     text = text_of(content).encode()
     assert max(map(len, render(content))) < len(text) // 8
 
     def pieces() -> Iterator[bytes]:
         for at in range(0, len(text), 4096):
-            assert len(parser._scanner.text) <= 4096 + TOKEN_MAX
+            assert all(len(each.text) <= 4096 + TOKEN_MAX for each in scanners)
             yield text[at : at + 4096]
 
-    parser = _Parser(pieces())
-    assert parser.parse() == content
+    scanners: list[Scanner] = []
+
+    def scanner(pieces: Iterator[bytes]) -> Scanner:
+        scanners.append(Scanner(pieces))
+        return scanners[-1]
+
+    monkeypatch.setattr(dump_fields, "Scanner", scanner)
+    assert parse(pieces()) == content
+    assert len(scanners) == 1

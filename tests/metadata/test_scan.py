@@ -4,7 +4,7 @@
 import pytest
 
 from metadata.envelope import BLOCK_SIZE
-from metadata.records import READ_BLOCKS, Chain, new_runs
+from metadata.records import READ_BLOCKS, Chain, decode_record, new_runs
 from metadata.scan import WINDOW_BLOCKS, Placed, scan
 from tests.metadata.store import read_image
 
@@ -37,7 +37,7 @@ class Scene:
         def intact(placed: Placed) -> None:
             self.intact.append((placed.block, placed.end))
 
-        steps = scan(begin, end, intact=intact, other=other)
+        steps = scan(begin, end, decode=decode_record, intact=intact, other=other)
         read_image(bytes(self.image), steps)
 
 
