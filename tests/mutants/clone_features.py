@@ -86,7 +86,7 @@ CLONE_FEATURES: Final = (
                 "            self._paid_ns = begun_ns\n",
             ),
         ),
-        (f"{CLONE_TESTS}/test_rate.py",),
+        ("tests/nbdtarget/targets/test_rate.py",),
     ),
     Mutant(
         "linear-before-the-bits-are-durable",
