@@ -91,6 +91,7 @@ class Migrations:
         self._wishes = wishes
         self._tasks: set[asyncio.Task[None]] = set()
         self._nr_migrations = 0
+        self._nr_demoting = 0
         self._is_stopped = True
         self._is_pump_due = False
         self._may_gather = False
@@ -219,7 +220,7 @@ class Migrations:
         sweeps = self._sweep.is_asked_for or (is_idle and sorts)
         if sweeps and may_write_back and self._start_sweeping():
             return True
-        work = self._wishes.maybe_next()
+        work = self._wishes.maybe_next(self._nr_demoting)
         if work is None:
             work = blocks.policy.get_background_work(is_idle and not sorts)
         if work is None:
@@ -234,6 +235,7 @@ class Migrations:
             blocks.policy.complete_background_work(work, False)
             return False
         self._started()
+        self._nr_demoting += work.op == DEMOTE
         return True
 
     def _is_below_threshold(self) -> bool:
@@ -287,6 +289,7 @@ class Migrations:
             blocks.policy.complete_background_work(work, success)
             if success:
                 self._count(work)
+            self._nr_demoting -= work.op == DEMOTE
             self._unlock(lock)
             self._ended()
 

@@ -313,6 +313,8 @@ class CacheTarget(Target):
         self._fast_op_max = -1
         if blocks.is_writable and not blocks.is_passthrough:
             self._fast_op_max = OP_WRITE
+        elif not blocks.is_writable:
+            self._policy.allow_migrations(False)  # else it takes blocks for them
 
     # Words
 

@@ -81,8 +81,11 @@ class Wishes:
                 if cblock % STEP_OBLOCKS == 0:
                     await sleep(0)
 
-    def maybe_next(self) -> Work | None:
-        """Return the next promotion that is wished for and possible now."""
+    def maybe_next(self, nr_demoting: int) -> Work | None:
+        """Return the next promotion that is wished for and possible now.
+
+        Args: nr_demoting: demotions under way. No more room is made than there are blocks to come.
+        """
         looked_at = 0
         while self._wishes:
             wish = self._wishes[0]
@@ -94,8 +97,11 @@ class Wishes:
             if looked_at > STEP_OBLOCKS:
                 self._blocks.wake()
                 return None
+            wants_room = self._wants_room(oblock)
+            if wants_room and not self._wants_more_than(nr_demoting):
+                return None
             work = self._maybe_promote(oblock, pin=bool(pin))
-            if work is None and self._wants_room(oblock):
+            if work is None and wants_room:
                 return None
             wish[0] += 1
             self._ticks_without_room = 0
@@ -143,3 +149,10 @@ class Wishes:
         blocks = self._blocks
         is_full = blocks.policy.residency >= blocks.metadata.nr_cblocks
         return is_full and blocks.metadata.maybe_cblock(oblock) is None
+
+    def _wants_more_than(self, nr_oblocks: int) -> bool:
+        for begin, end, _ in self._wishes:
+            nr_oblocks -= end - begin
+            if nr_oblocks < 0:
+                return True
+        return False
