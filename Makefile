@@ -14,13 +14,13 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test sim bench bench-commit bench-stack bench-hydration bench-open crash kill-test mutants fuzz rot lock wheel clean hit-ratio help
+.PHONY: run check test sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test mutants fuzz rot lock wheel clean hit-ratio help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
 	@echo 'make test          the whole suite            make check   format, lint, types, walls'
 	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost'
-	@echo 'make bench-stack   one of these alone: also bench-commit; bench-hydration, bench-open'
+	@echo 'make bench-stack   one of these alone: also bench-cache, -commit; bench-hydration, bench-open'
 	@echo 'make hit-ratio [ARGS=…]  of the cache policy, beside LRU and the best possible one'
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
 	@echo 'make crash         the crash suites without their bounds: new seeds, many more orders'
@@ -76,6 +76,9 @@ test: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	@$(BIN)/python -m scripts.bench $(ARGS)
+
+bench-cache: .venv/dev.stamp
+	@$(BIN)/python -m scripts.bench_cache $(ARGS)
 
 bench-commit: .venv/dev.stamp
 	@$(BIN)/python -m scripts.bench_commit $(ARGS)

@@ -9,37 +9,42 @@ with another server, and a ratio is the median of the rounds' own ratios: a slow
 both sides of it. The image lies in the page cache of a real file system (not tmpfs, where
 RWF_NOWAIT reads do not work), and dirty pages are written back between samples.
 
-Then what a stack of mapped devices costs a request, and what a commit costs:
-`scripts.bench_stack`, `scripts.bench_commit`; `--only stack` or `--only commit` for nothing else.
+Then what a stack of mapped devices costs a request, what a commit costs, and how fast a cache is:
+`scripts.bench_stack`, `scripts.bench_commit`, `scripts.bench_cache`; `--only stack`, `commit`, `cache`
+or one of the cache's parts (`cache-hits` …) for nothing else.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from scripts import bench_commit, bench_stack
-from scripts.bench_servers import CONTENDERS, PEERS, Contender
-from scripts.fio import Job, run_fio
+from scripts import bench_cache, bench_commit, bench_stack
+from scripts.bench_rounds import (
+    Samples,
+    available,
+    best_peer,
+    compare,
+    median_iops,
+    paired_ratio,
+    raw,
+    write_report,
+)
+from scripts.bench_servers import CONTENDERS, Contender
+from scripts.fio import Job
 from scripts.processes import StartError
 
-__all__ = ["WORKLOADS", "Sample", "Workload", "main", "paired_ratio"]
+__all__ = ["WORKLOADS", "Workload", "main"]
 
-MIB = 1 << 20
 # `--only` one of them: no server but ours.
 COMMIT = "commit"  # needs no fio
 STACK = "stack"
@@ -62,74 +67,6 @@ WORKLOADS = (
     Workload("read-256k-qd8", "read", 262144, 8, 1.0),
     Workload("write-256k-qd8", "write", 262144, 8, 1.0),
 )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One fio run: rates, the client's latency, and what the server's process burnt."""
-
-    iops: float
-    mib_per_s: float
-    p99_us: float
-    server_cpu_us: float  # per request
-
-
-def measure(contender: Contender, workload: Workload, runtime_s: float) -> Sample:
-    contender.before(writes=workload.writes)
-    process = contender.running()
-    cpu_before_s = process.cpu_s()
-    job = run_fio(contender.uri, workload, runtime_s)
-    time.sleep(0.05)  # nbd-server counts a connection's CPU when it reaps the child
-    cpu_s = process.cpu_s() - cpu_before_s
-    if workload.writes:
-        contender.settle()
-    side = job["write" if workload.writes else "read"]
-    return Sample(
-        iops=side["iops"],
-        mib_per_s=side["bw_bytes"] / MIB,
-        p99_us=side["clat_ns"]["percentile"]["99.000000"] / 1000,
-        server_cpu_us=cpu_s / side["total_ios"] * 1e6,
-    )
-
-
-Samples = dict[str, dict[str, list[Sample]]]  # workload, server, rounds
-
-
-def median_iops(rounds: Sequence[Sample]) -> float:
-    return statistics.median(sample.iops for sample in rounds)
-
-
-def paired_ratio(ours: Sequence[Sample], theirs: Sequence[Sample]) -> float:
-    """Return the median of the ratios that each round gave by itself."""
-    return statistics.median(
-        mine.iops / other.iops for mine, other in zip(ours, theirs, strict=True)
-    )
-
-
-def best_peer(servers: dict[str, list[Sample]]) -> str | None:
-    peers = [peer.name for peer in PEERS if peer.name in servers]
-    return max(peers, key=lambda name: median_iops(servers[name]), default=None)
-
-
-def run_rounds(
-    contenders: list[Contender],
-    workloads: Sequence[Workload],
-    options: argparse.Namespace,
-    console: Console,
-) -> Samples:
-    samples: Samples = {w.name: {c.name: [] for c in contenders} for w in workloads}
-    for round_nr in range(options.repeat):
-        for workload in workloads:
-            shift = round_nr % len(contenders)
-            for contender in contenders[shift:] + contenders[:shift]:
-                sample = measure(contender, workload, options.runtime)
-                samples[workload.name][contender.name].append(sample)
-                console.print(
-                    f"[dim]round {round_nr + 1}/{options.repeat} {workload.name:18}"
-                    f" {contender.name:11} {sample.iops:9.0f}/s"
-                    f" {sample.server_cpu_us:6.1f} us CPU a request[/dim]"
-                )
-    return samples
 
 
 def summarize(samples: Samples) -> dict[str, Any]:
@@ -201,51 +138,6 @@ def selected(
     return servers or list(CONTENDERS), workloads or list(WORKLOADS)
 
 
-def available(
-    classes: Iterable[type[Contender]], console: Console
-) -> list[type[Contender]]:
-    found = []
-    for contender in classes:
-        missing = contender.maybe_missing()
-        if missing is None:
-            found.append(contender)
-        else:
-            console.print(f"skipping {contender.name}: {missing} is not installed")
-    return found
-
-
-def make_image(path: Path, size: int) -> None:
-    """Write `size` bytes of incompressible, non-zero data."""
-    with path.open("wb") as file:
-        for _ in range(size // MIB):
-            file.write(os.urandom(MIB))
-
-
-def report(
-    options: argparse.Namespace, summary: dict[str, Any], samples: Samples
-) -> Path:
-    now = datetime.datetime.now(datetime.UTC)
-    path = Path(options.output or f"bench-{now:%Y-%m-%d-%H%M%S}.json")
-    facts = {
-        "date": now.isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}",
-        "python": platform.python_version(),
-        "load_average": os.getloadavg(),
-        "runtime_s": options.runtime,
-        "repeat": options.repeat,
-        "image_mib": options.size,
-    }
-    raw = {
-        workload: {
-            name: [asdict(s) for s in rounds] for name, rounds in servers.items()
-        }
-        for workload, servers in samples.items()
-    }
-    text = json.dumps({"facts": facts, "summary": summary, "samples": raw}, indent=1)
-    path.write_text(text + "\n")
-    return path
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare NBD servers with fio.")
     parser.add_argument("--repeat", type=int, default=5, help="rounds (5)")
@@ -262,9 +154,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.repeat, options.runtime, options.size = 2, 1.0, 256
-    words = [word for word in options.only if word not in (COMMIT, STACK)]
+    own = (COMMIT, STACK, *bench_cache.WORDS)
+    words = [word for word in options.only if word not in own]
     options.commits = not options.only or COMMIT in options.only
     options.stacks = not options.only or STACK in options.only
+    options.caches = bench_cache.selected(options.only)
     options.servers = not options.only or bool(words)
     try:
         options.contenders, options.workloads = selected(words)
@@ -282,6 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = bench_stack.main(words) or status
     if options.commits:
         status = bench_commit.main(words) or status
+    if options.caches:
+        for part in options.caches:
+            words += ["--only", part]
+        if not options.quick:
+            words += ["--repeat", str(options.repeat), "--size", str(options.size)]
+            words += ["--runtime", str(options.runtime)]
+        status = bench_cache.main(words) or status
     return status
 
 
@@ -291,29 +192,19 @@ def compare_servers(options: argparse.Namespace) -> int:
         console.print("fio is not installed: nothing to measure with")
         return 1
     classes = available(options.contenders, console)
-    contenders: list[Contender] = []
     with tempfile.TemporaryDirectory(
         prefix="nbdtarget-bench-", dir=options.dir
     ) as name:
-        work = Path(name)
-        make_image(work / "source.img", options.size * MIB)
         try:
-            for contender in (kind(work, work / "source.img") for kind in classes):
-                contenders.append(contender)
-                contender.start()
-            samples = run_rounds(contenders, options.workloads, options, console)
-            for contender in contenders:
-                contender.stop()
+            samples = compare(classes, options.workloads, Path(name), options, console)
         except (StartError, subprocess.CalledProcessError) as error:
             console.print(str(error), markup=False)
             return 1
-        finally:
-            for contender in contenders:
-                contender.kill()
     summary = summarize(samples)
     for table in tables(summary, options.workloads):
         console.print(table)
-    console.print(f"written: {report(options, summary, samples)}")
+    results = {"summary": summary, "samples": raw(samples)}
+    console.print(f"written: {write_report(options, results)}")
     return 0
 
 

@@ -104,6 +104,10 @@ class Contender:
     def before(self, *, writes: bool) -> None:
         """Called before each sample."""
 
+    def maybe_remark(self) -> str | None:
+        """Return what there is to say of the rounds, after the last one."""
+        return None
+
     def running(self) -> ServerProcess:
         assert self.process is not None
         return self.process

@@ -3,6 +3,7 @@
 
 import json
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,15 @@ class Job:
         return "write" in self.rw
 
 
-def run_fio(uri: str, job: Job, runtime_s: float) -> dict[str, Any]:
-    """Run one job. Returns fio's report of it. Raises: CalledProcessError."""
+def run_fio(
+    uri: str, job: Job, runtime_s: float, *, extra: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run one job, with `extra` options. Returns fio's report of it. Raises: CalledProcessError."""
     argv = ["fio", f"--name={job.name}", "--ioengine=nbd", f"--uri={uri}"]
     argv += [f"--rw={job.rw}", f"--bs={job.block_size}"]
     argv += [f"--iodepth={job.depth}", "--norandommap", "--randrepeat=0"]
     argv += ["--time_based", f"--runtime={round(runtime_s * 1000)}ms"]
-    argv += ["--output-format=json"]
+    argv += ["--output-format=json", *extra]
     done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
     # fio prints a line of its own before the JSON.
     report = json.loads(done.stdout[done.stdout.index("{") :])
