@@ -85,7 +85,13 @@ class Hotspot:
         self._tick = 1
         self._hits = 0
         self._misses = 0
+        self._nr_noted_before = 0  # this period
         self._period_end_ns: int | None = None  # due now
+
+    @property
+    def nr_noted(self) -> int:
+        """Accesses noted, since the beginning."""
+        return self._nr_noted_before + self._hits + self._misses
 
     def note_miss(self, oblock: int) -> int:
         """Note one access to `oblock`; returns the level of its hotspot block now."""
@@ -118,6 +124,7 @@ class Hotspot:
             self._period_end_ns = now_ns + PERIOD_NS
             self.level_jump = LEVEL_JUMPS[performance]
             self.queue.start_redistribution()
+            self._nr_noted_before = self.nr_noted
             self._hits = self._misses = 0
 
     def _add(self, block: int) -> int:

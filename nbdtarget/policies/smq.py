@@ -74,6 +74,7 @@ from nbdtarget.policies.block_table import (
     BlockTable,
 )
 from nbdtarget.policies.hotspot import NR_TOP_LEVELS, NS, Hotspot
+from nbdtarget.policies.miss_share import EVENTS_MIN, MissShare
 from nbdtarget.policies.multi_level_queue import (
     NR_LEVELS,
     TOP_LEVEL,
@@ -135,12 +136,18 @@ class Smq(Policy):
         self._dirty = AgedQueue(self._links)
         self._allocator = Allocator(self._links)
         self._flags = bytearray(nr_cblocks)
-        self._is_hit = bytearray(nr_cblocks)  # in this cache period
+        # Of this cache period.
+        self._is_hit = bytearray(nr_cblocks)
+        self._nr_hit = 0
+        self._nr_noted_before = 0
+        self._nr_events_max = max(nr_cblocks // 2, EVENTS_MIN)
         self._table = BlockTable(nr_cblocks)
         self._hotspot = Hotspot(
             nr_cblocks, origin_size=origin_size, block_size=block_size
         )
         self._nr_pinned = 0
+        self._is_full = False  # was it, and not a quarter free again
+        self._miss_share = MissShare()
         self._nr_free_target = nr_cblocks * FREE_TARGET_PERCENT // 100
         self._may_migrate = not self.is_cleaner
         self._writeback_period_end_ns = now_ns + WRITEBACK_PERIOD_NS
@@ -202,6 +209,7 @@ class Smq(Policy):
         flags = self._flags[entry]
         if not flags & _PENDING:
             self._is_hit[entry] = 1
+            self._nr_hit += 1
             if _IS_QUEUED[flags]:
                 self._queue_for(flags).requeue(entry, 1)
 
@@ -416,19 +424,36 @@ class Smq(Policy):
         if now_ns > self._writeback_period_end_ns:
             self._writeback_period_end_ns = now_ns + WRITEBACK_PERIOD_NS
             self._dirty.end_period()
+        end_ns = self._cache_period_end_ns
+        nr_misses = self._hotspot.nr_noted - self._nr_noted_before
+        if (
+            end_ns is None
+            or now_ns > end_ns
+            or nr_misses + self._nr_hit >= self._nr_events_max
+        ):
+            self._cache_period_end_ns = now_ns + CACHE_PERIOD_NS
+            self._end_cache_period(nr_misses)
+        self._hotspot.promote_level_min = self._promote_level_min()
+        self._hotspot.tick(now_ns)
+        return self.catch_up()
+
+    def _end_cache_period(self, nr_misses: int) -> None:
+        if self._is_full:
+            self._miss_share.note(nr_misses, self._nr_hit)
+        self._nr_noted_before += nr_misses
+        self._nr_hit = 0
+        self._is_hit = bytearray(self.nr_cblocks)
+        self._dirty.start_redistribution()
+        self._clean.start_redistribution()
+
+    def _promote_level_min(self) -> int:
         nr_free = self._allocator.nr_free
         if not nr_free:
-            self._hotspot.promote_level_min = self.full_promote_level
+            self._is_full = True
         elif nr_free >= self._nr_free_target:
-            self._hotspot.promote_level_min = 0
-        self._hotspot.tick(now_ns)
-        end_ns = self._cache_period_end_ns
-        if end_ns is None or now_ns > end_ns:
-            self._cache_period_end_ns = now_ns + CACHE_PERIOD_NS
-            self._is_hit = bytearray(self.nr_cblocks)
-            self._dirty.start_redistribution()
-            self._clean.start_redistribution()
-        return self.catch_up()
+            self._is_full = False
+        is_careful = self._is_full and not self._miss_share.has_risen
+        return self.full_promote_level if is_careful else 0
 
     def catch_up(self) -> bool:
         moves = MOVES_MAX

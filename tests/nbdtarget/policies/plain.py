@@ -147,6 +147,14 @@ class PlainSmq:
     level_jump: int = 1
     hits: int = 0
     misses: int = 0
+    events_min: int = 1024
+    noted: int = 0
+    nr_hit: int = 0
+    noted_in_share: int = 0
+    hit_in_share: int = 0
+    mean_share: float = -1
+    is_full: bool = False
+    has_risen: bool = False
     hotspot_end: int = -1
     cache_end: int = -1
 
@@ -185,6 +193,7 @@ class PlainSmq:
             block = self.blocks[cblock]
             if not block.pending and not block.hit:
                 block.hit = True
+                self.nr_hit += 1
                 if not block.is_apart:
                     self.queue_of(block).requeue(cblock, 1)
             return cblock, None, False
@@ -194,6 +203,7 @@ class PlainSmq:
         return None, self.queue_promotion(oblock, directly=fast_copy), True
 
     def note_miss(self, block: int) -> int:
+        self.noted += 1
         if block not in self.hot:
             self.misses += 1
             assert len(self.hot) < 1024, "this model never recycles"
@@ -340,10 +350,18 @@ class PlainSmq:
         accesses = self.hits + self.misses
         share = self.hits * 256 // accesses if accesses else 0
         performance = "POOR" if share < 16 else "FAIR" if share < 32 else "WELL"
+        hit = self.nr_hit
+        if now > self.cache_end or self.noted + hit >= max(
+            self.nr_cblocks // 2, self.events_min
+        ):
+            self.cache_end = now + 60 * S
+            self.end_cache_period(hit)
         if not self.free:
-            self.promote_level_min = self.full_promote_level
+            self.is_full = True
         elif len(self.free) >= self.nr_cblocks // 4:
-            self.promote_level_min = 0
+            self.is_full = False
+        is_careful = self.is_full and not self.has_risen
+        self.promote_level_min = self.full_promote_level if is_careful else 0
         level = {"POOR": 48, "FAIR": 32, "WELL": 0}[performance]
         self.promote_level = max(level, self.promote_level_min)
         if now > self.hotspot_end:
@@ -351,9 +369,24 @@ class PlainSmq:
             self.level_jump = {"POOR": 4, "FAIR": 2, "WELL": 1}[performance]
             self.hotspot.redistribute()
             self.hits = self.misses = 0
-        if now > self.cache_end:
-            self.cache_end = now + 60 * S
-            for block in self.blocks.values():
-                block.hit = False
-            self.dirty.redistribute()
-            self.clean.redistribute()
+
+    def end_cache_period(self, hit: int) -> None:
+        if self.is_full:
+            self.judge(hit)
+        self.noted = self.nr_hit = 0
+        for block in self.blocks.values():
+            block.hit = False
+        self.dirty.redistribute()
+        self.clean.redistribute()
+
+    def judge(self, hit: int) -> None:
+        self.noted_in_share += self.noted
+        self.hit_in_share += hit
+        total = self.noted_in_share + self.hit_in_share
+        if total >= self.events_min:
+            share = self.noted_in_share / total
+            if self.mean_share < 0:
+                self.mean_share = share
+            self.has_risen = share > 1.15 * self.mean_share
+            self.mean_share += (share - self.mean_share) / 32
+            self.noted_in_share = self.hit_in_share = 0

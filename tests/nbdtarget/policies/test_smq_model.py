@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from nbdtarget.policies import miss_share, smq
 from nbdtarget.policies.base import DEMOTE, MISS, MISS_WAKE, OP_NAMES, PROMOTE, Work
 from nbdtarget.policies.cleaner import Cleaner
 from nbdtarget.policies.multi_level_queue import MultiLevelQueue
@@ -198,14 +199,23 @@ TestSmq.settings = settings(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Smq, KernelSmq])
-@pytest.mark.parametrize("nr_cblocks", [20, 64])
-def test_long_history_of_a_full_cache(kind: type[Smq], nr_cblocks: int) -> None:
+@pytest.mark.parametrize("nr_cblocks", [40, 64])
+def test_long_history_of_a_full_cache(
+    kind: type[Smq], nr_cblocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What hypothesis is too short for: caches that are full, periods that end under load."""
     rng = random.Random(nr_cblocks)
     machine = SmqMachine()
+    # So few that the share of misses is judged often.
+    monkeypatch.setattr(miss_share, "EVENTS_MIN", 64)
+    monkeypatch.setattr(smq, "EVENTS_MIN", 64)
     machine.create(nr_cblocks, kind, [], False)
+    machine.plain.events_min = 64
+    seen_risen = set[bool]()
     for n in range(6000):
         oblock = int(rng.paretovariate(0.7)) * 7 % 1000
+        if n % 1000 > 700:
+            oblock = rng.randrange(nr_cblocks)
         machine.lookup(oblock, rng.random() < 0.3)
         if n % 5 == 0:
             machine.tick(rng.choice([0, 1, S // 4, S, 3 * S]))
@@ -223,7 +233,10 @@ def test_long_history_of_a_full_cache(kind: type[Smq], nr_cblocks: int) -> None:
             if success and work.op != DEMOTE:
                 dirty = work.op == PROMOTE and rng.random() < 0.5
                 machine.set_dirty_to(work.cblock, dirty)
+        seen_risen.add(machine.smq._miss_share.has_risen)
         if n % 20 == 0:
+            assert machine.smq._hotspot.promote_level == machine.plain.promote_level
             machine.same_queues()
             machine.every_block_is_in_one_state()
     assert min(machine.migrations.values()) > 20
+    assert seen_risen == {False, True}
