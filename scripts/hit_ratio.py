@@ -2,6 +2,7 @@
 """How good a cache policy is: its hit ratio once warm, beside LRU's and the best possible one.
 
     python -m scripts.hit_ratio [--trace FILE | --generator NAME ...] [--policy smq] ...
+    python -m scripts.hit_ratio --generator NAME --save-trace FILE ...
 
 A simulation over the policy itself, without any I/O. Three caches of one size see the same accesses;
 the first part of them only warms the caches up, the rest is counted:
@@ -9,23 +10,29 @@ the first part of them only warms the caches up, the rest is counted:
     the policy  promotes, demotes and writes back through its own work queue. A migration ends
                 before the next access; at most `--migrations` of them are begun in a simulated
                 second. An access takes 1/`--iops` of a second, and there is a tick a second,
-                or with `--tick-each` one after every so many accesses.
+                or after every `--tick-each` accesses, whichever is sooner.
     LRU         caches all that is accessed, in place of what was not for the longest time.
     Belady      knows the future: caches what is accessed again soonest. No cache can do better.
 
-Time matters to smq, whose periods are a second to a minute. By default there is one access a minute for
-each block of the cache, as 10000 a second are for 600000 blocks: a small cache is a scale model of a
-large one. With many more accesses nearly every cached block is hit in each period, and smq, which
-looks at that once in a period, can tell them apart less well.
+By default there is one access a minute for each block of the cache, as 10000 a second are for 600000
+blocks: a small cache is a scale model of a large one. `--iops` has a small cache be a busy one.
 
-Generators: zipf (as fio's random_distribution=zipf:1.1; hot blocks lie anywhere), uniform, scan (zipf,
-with a sequential read of the whole origin going on for half of the accesses), shift (zipf whose hot
-blocks become others halfway through the measured part).
+Generators, each access a whole block, but for the first:
 
-A trace file has one access a line, in order:
+    fio      what fio reads with random_distribution=zipf:1.1: --request-size bytes each (4096), hot
+             and cold ones side by side in a block
+    zipf     blocks that are hot as zipf says, and lie anywhere
+    uniform  all blocks alike
+    scan     zipf, with a sequential read of the whole origin going on for half of the accesses
+    shift    zipf whose hot blocks become others halfway through the measured part
 
-    R 1234            read of block 1234 of --block-size bytes; W for a write
+A trace file has one access a line, in order; fio's own log (--write_iolog) is one as well:
+
+    1234              read of block 1234 of --block-size bytes
+    R 1234            the same; W for a write, r and w will do
     R,1048576,65536   the same as CSV, with offset and length in bytes: all blocks it touches
+
+`--save-trace` writes the accesses of a generator as CSV, for a client that does them for real.
 """
 
 import argparse
@@ -40,7 +47,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from nbdtarget.errors import NbdTargetError
 from nbdtarget.policies.base import DEMOTE, MISS, OP_NAMES, PROMOTE, WRITEBACK, Policy
@@ -50,6 +57,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "belady_hits",
+    "fio_zipf",
     "generate",
     "lru_hits",
     "main",
@@ -61,7 +69,9 @@ __all__ = [
 NS: Final = 1_000_000_000
 BLOCK_SIZE: Final = 65536
 NEVER: Final = 1 << 62
-GENERATORS: Final = ("zipf", "uniform", "scan", "shift")
+GENERATORS: Final = ("fio", "zipf", "uniform", "scan", "shift")
+FIO_OPS: Final = {"read": False, "write": True}
+FIO_REMARKS: Final = ("add", "open", "close")
 
 
 class TraceError(NbdTargetError):
@@ -72,7 +82,7 @@ class TraceError(NbdTargetError):
         self.name, self.line, self.text = name, line, text
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.line}: not an access (R|W block, or R|W,offset,length): {self.text!r}"
+        return f"{self.name}:{self.line}: not an access ([R|W] block, or R|W,offset,length): {self.text!r}"
 
 
 @dataclass
@@ -101,28 +111,62 @@ def zipf(rng: random.Random, nr_blocks: int, theta: float) -> Iterator[int]:
         yield places[bisect_left(shares, rng.random() * shares[-1])]
 
 
+# fio's approximation (by Gray and others), its multiplier for the places of ranks, not its seeds.
+def fio_zipf(rng: random.Random, nr_requests: int, theta: float) -> Iterator[int]:
+    """The requests that fio makes with random_distribution=zipf:`theta`."""
+    zeta = sum(rank**-theta for rank in range(1, nr_requests + 1))
+    zeta2 = 1 + 0.5**theta
+    eta = (1 - (2 / nr_requests) ** (1 - theta)) / (1 - zeta2 / zeta)
+    first = rng.getrandbits(32)
+    while True:
+        share = rng.random()
+        if share * zeta < zeta2:
+            rank = int(share * zeta >= 1)
+        else:
+            rank = int(nr_requests * (eta * share - eta + 1) ** (1 / (1 - theta)))
+        place = rank * 0x61C8864680B583EB & (1 << 64) - 1
+        yield (place + first) % nr_requests
+
+
 def uniform(rng: random.Random, nr_blocks: int) -> Iterator[int]:
     while True:
         yield rng.randrange(nr_blocks)
 
 
-def generate(name: str, options: argparse.Namespace) -> Trace:
-    nr_blocks, rng = options.origin_blocks, random.Random(options.seed)
-    total = options.warm_up + options.accesses
+def requests(
+    name: str, rng: random.Random, options: argparse.Namespace
+) -> Iterator[int]:
+    """Numbers of requests, of blocks or for fio of what is smaller; there is no end of them."""
+    nr_blocks, theta = options.origin_blocks, options.theta
+    if name == "fio":
+        each = options.block_size // options.request_size
+        return fio_zipf(rng, nr_blocks * each, theta)
     if name == "uniform":
-        source = uniform(rng, nr_blocks)
-    else:
-        source = zipf(rng, nr_blocks, options.theta)
+        return uniform(rng, nr_blocks)
+    source = zipf(rng, nr_blocks, theta)
     if name == "scan":
         scan = itertools.cycle(range(nr_blocks))
-        source = itertools.chain.from_iterable(zip(source, scan, strict=False))
-    elif name == "shift":
-        other = zipf(rng, nr_blocks, options.theta)
+        return itertools.chain.from_iterable(zip(source, scan, strict=False))
+    if name == "shift":
+        other = zipf(rng, nr_blocks, theta)
         before = options.warm_up + options.accesses // 2
-        source = itertools.chain(itertools.islice(source, before), other)
-    trace = Trace(nr_blocks)
-    for block in itertools.islice(source, total):
-        trace.add(block, rng.random() < options.writes)
+        return itertools.chain(itertools.islice(source, before), other)
+    return source
+
+
+def generate(
+    name: str, options: argparse.Namespace, save: TextIO | None = None
+) -> Trace:
+    """The accesses of a generator; `save` takes them as a trace file."""
+    rng = random.Random(options.seed)
+    size = options.request_size if name == "fio" else options.block_size
+    trace = Trace(options.origin_blocks)
+    total = options.warm_up + options.accesses
+    for request in itertools.islice(requests(name, rng, options), total):
+        is_write = rng.random() < options.writes
+        trace.add(request * size // options.block_size, is_write)
+        if save is not None:
+            print("W" if is_write else "R", request * size, size, sep=",", file=save)
     return trace
 
 
@@ -137,28 +181,41 @@ def read_trace(path: Path, block_size: int) -> Trace:
     with path.open() as lines:
         for number, line in enumerate(lines, 1):
             words = line.replace(",", " ").split()
-            if not words or words[0].startswith("#"):
+            if not words or words[0].startswith("#") or _is_remark_of_fio(words):
                 continue
             try:
-                blocks = _blocks_of(words, block_size)
+                blocks, is_write = _access_of(words, block_size)
             except ValueError:
                 raise TraceError(str(path), number, line.strip()) from None
             for block in blocks:
-                trace.add(block, words[0] == "W")
+                trace.add(block, is_write)
     trace.nr_blocks = max(trace.blocks, default=0) + 1
     return trace
 
 
-def _blocks_of(words: list[str], block_size: int) -> Iterable[int]:
-    op, *numbers = words
-    if op not in ("R", "W") or not all(number.isdecimal() for number in numbers):
+def _is_remark_of_fio(words: list[str]) -> bool:
+    is_head = words[:2] == ["fio", "version"]
+    return is_head or (len(words) in (2, 3) and words[-1] in FIO_REMARKS)
+
+
+def _access_of(words: list[str], block_size: int) -> tuple[Iterable[int], bool]:
+    if len(words) >= 4 and words[-3] in FIO_OPS:  # [time,] file, op, offset, length
+        is_write, numbers = FIO_OPS[words[-3]], words[-2:]
+    elif words[0].upper() in ("R", "W"):
+        is_write, numbers = words[0].upper() == "W", words[1:]
+    else:
+        is_write, numbers = False, words
+        if len(words) > 1:
+            raise ValueError(words)
+    if not all(number.isdecimal() for number in numbers):
         raise ValueError(words)
     if len(numbers) == 1:
-        return (int(numbers[0]),)
+        return (int(numbers[0]),), is_write
     offset, length = map(int, numbers)
     if not length:
         raise ValueError(words)
-    return range(offset // block_size, (offset + length - 1) // block_size + 1)
+    blocks = range(offset // block_size, (offset + length - 1) // block_size + 1)
+    return blocks, is_write
 
 
 # ---- the three caches ------------------------------------------------------------------------
@@ -263,7 +320,7 @@ def policy_run(trace: Trace, nr_cblocks: int, options: argparse.Namespace) -> Ru
         now_ns=0,
     )
     simulation = Simulation(policy, budget_each_s=options.migrations, idle=options.idle)
-    tick_each = options.tick_each or options.iops
+    tick_each = min(options.tick_each or options.iops, options.iops)
     run, before = Run(), [0, 0, 0]
     for n, block in enumerate(trace.blocks):
         if n == options.warm_up:
@@ -282,17 +339,23 @@ def policy_run(trace: Trace, nr_cblocks: int, options: argparse.Namespace) -> Ru
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description="Hit ratios of one trace, once warm.")
+    assert __doc__ is not None
+    result = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = result.add_argument
     add("--policy", default="smq", choices=sorted(policy_types()))
     add("--trace", type=Path, metavar="FILE", help="instead of a generator")
     add("--generator", dest="generators", action="append", choices=GENERATORS)
+    add("--save-trace", type=Path, metavar="FILE", help="what one generator gives")
     add("--theta", type=float, default=1.1, help="of zipf (1.1)")
     add("--writes", type=float, default=0.3, help="share of writes (0.3)")
     add("--seed", type=int, default=1)
     add("--cache-blocks", type=_count, default=4096, help="(4096)")
     add("--origin-blocks", type=_count, help="(8 times the cache)")
     add("--block-size", type=_count, default=BLOCK_SIZE, help="bytes (65536)")
+    add("--request-size", type=_count, default=4096, help="of fio, bytes (4096)")
     add("--warm-up", type=int, help="accesses (half a trace file; else 1000000)")
     add("--accesses", type=_count, default=500_000, help="that are counted (500000)")
     add("--iops", type=_count, help="accesses a second (the cache's blocks / 60)")
@@ -335,8 +398,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.trace is None:
         if options.warm_up is None:
             options.warm_up = 1_000_000
-        for name in options.generators or GENERATORS:
-            report(name, generate(name, options), options)
+        names = options.generators or list(GENERATORS)
+        if options.save_trace is None:
+            for name in names:
+                report(name, generate(name, options), options)
+            return 0
+        if len(names) != 1:
+            print("hit_ratio: --save-trace is of one --generator", file=sys.stderr)
+            return 2
+        with options.save_trace.open("w") as save:
+            report(names[0], generate(names[0], options, save), options)
         return 0
     try:
         trace = read_trace(options.trace, options.block_size)

@@ -4,6 +4,7 @@
 import itertools
 import random
 from array import array
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scripts.hit_ratio import (
     Trace,
     TraceError,
     belady_hits,
+    fio_zipf,
     generate,
     lru_hits,
     main,
@@ -72,7 +74,46 @@ def test_smq_is_at_least_as_good_as_lru_once_warm(writes: str) -> None:
     assert run.hits <= belady_hits(trace, 1024, options.warm_up)
 
 
-@pytest.mark.parametrize("name", ["zipf", "uniform", "scan", "shift"])
+@pytest.mark.slow
+@pytest.mark.parametrize("iops", [100, 10_000])
+def test_smq_is_at_least_as_good_as_lru_for_what_fio_reads(iops: int) -> None:
+    # Periods end by time and by use.
+    arguments = ["--cache-blocks", "1024", "--writes", "0", "--seed", "7"]
+    options = parser().parse_args([*arguments, "--iops", str(iops)])
+    options.origin_blocks = 8 * 1024
+    options.warm_up, options.accesses = 250_000, 50_000
+    trace = generate("fio", options)
+    run = policy_run(trace, 1024, options)
+    assert run.hits >= lru_hits(trace, 1024, options.warm_up)
+    assert run.hits <= belady_hits(trace, 1024, options.warm_up)
+
+
+@pytest.mark.slow
+def test_smq_keeps_up_with_lru_when_other_blocks_become_hot() -> None:
+    options = parser().parse_args(["--cache-blocks", "1024", "--writes", "0"])
+    options.origin_blocks, options.iops = 8 * 1024, 1024 // 60
+    options.warm_up, options.accesses = 250_000, 125_000
+    trace = generate("shift", options)
+    run = policy_run(trace, 1024, options)
+    assert run.hits >= lru_hits(trace, 1024, options.warm_up)
+
+
+def test_fio_zipf_gives_ranks_their_shares_and_places() -> None:
+    nr, draws = 1 << 12, 200_000
+    requests = list(itertools.islice(fio_zipf(random.Random(4), nr, 1.1), draws))
+    counts = Counter(requests)
+    hottest = [request for request, _ in counts.most_common(4)]
+    steps = {(b - a) % nr for a, b in itertools.pairwise(hottest)}
+    assert steps == {0x61C8864680B583EB % nr}
+    zeta = sum(rank**-1.1 for rank in range(1, nr + 1))
+    for rank, request in enumerate(hottest[:2], 1):
+        share = rank**-1.1 / zeta
+        assert counts[request] / draws == pytest.approx(share, rel=0.05)
+    assert min(requests) >= 0
+    assert max(requests) < nr
+
+
+@pytest.mark.parametrize("name", ["fio", "zipf", "uniform", "scan", "shift"])
 def test_generators_give_what_the_seed_says(name: str) -> None:
     options = parser().parse_args(["--seed", "3"])
     options.origin_blocks, options.warm_up, options.accesses = 100, 50, 50
@@ -92,7 +133,56 @@ def test_trace_file_has_blocks_or_csv(tmp_path: Path) -> None:
     assert trace.nr_blocks == 6
 
 
-@pytest.mark.parametrize("line", ["R", "X 5", "R five", "R -1", "W,0,0", "R 1 2 3"])
+def test_trace_file_may_have_bare_numbers_and_small_letters(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_text("5\nr 6\nw 7\n")
+    trace = read_trace(path, 65536)
+    assert list(trace.blocks) == [5, 6, 7]
+    assert list(trace.writes) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_trace_file_may_be_a_log_of_fio(tmp_path: Path, version: int) -> None:
+    path, time = tmp_path / "trace", "" if version == 2 else "1842 "
+    actions = ["add", "open", "read 131072 4096", "write 65535 4", "close"]
+    lines = [f"fio version {version} iolog"]
+    lines += [f"{time}t.0.0 {action}" for action in actions]
+    path.write_text("\n".join(lines) + "\n")
+    trace = read_trace(path, 65536)
+    assert list(trace.blocks) == [2, 0, 1]
+    assert list(trace.writes) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["fio", "shift"])
+def test_saved_trace_is_what_the_generator_gave(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "saved"
+    size = ["--cache-blocks", "16", "--warm-up", "300", "--accesses", "200"]
+    assert main(["--generator", name, "--save-trace", str(path), *size]) == 0
+    options = parser().parse_args([*size])
+    options.origin_blocks = 128
+    generated, read = generate(name, options), read_trace(path, options.block_size)
+    assert list(read.blocks) == list(generated.blocks)
+    assert list(read.writes) == list(generated.writes)
+    lengths = {int(line.split(",")[2]) for line in path.read_text().splitlines()}
+    assert lengths == {4096 if name == "fio" else 65536}
+    first = capsys.readouterr().out.split("LRU")[1]
+    assert main(["--trace", str(path), *size]) == 0
+    assert capsys.readouterr().out.split("LRU")[1][:7] == first[:7]
+
+
+def test_only_one_generator_can_be_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--save-trace", str(tmp_path / "saved")]) == 2
+    assert capsys.readouterr().err.startswith("hit_ratio: --save-trace is of one")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["R", "X 5", "R five", "R -1", "W,0,0", "R 1 2 3", "1 2", "t.0.0 trim 0 4096"],
+)
 def test_bad_line_of_a_trace_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "trace"
     path.write_text(f"R 1\n{line}\n")
