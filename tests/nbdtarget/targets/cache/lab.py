@@ -22,6 +22,7 @@ __all__ = ["BLOCK", "DIRTY_BUSY", "SECTORS", "CacheLab", "settle"]
 
 BLOCK = 32 << 10
 SECTORS = BLOCK // 512
+METADATA_SIZE = 4 << 20  # with room for more cache blocks
 
 # A writeback cache that never cleans by itself.
 DIRTY_BUSY = "0 smq 2 migration_threshold 0"
@@ -77,7 +78,7 @@ class CacheLab:
         self.length = nr_oblocks * BLOCK + tail
         self.block_size = BLOCK
         self._plug_in(
-            CrashDevice(2 << 20, name="m"),
+            CrashDevice(METADATA_SIZE, name="m"),
             CrashDevice(nr_cblocks * BLOCK, name="c"),
             CrashDevice(self.length, name="o"),
         )
@@ -279,7 +280,7 @@ class CacheLab:
 
     async def recorded(self) -> CacheMetadata:
         """The metadata that a power cut now would leave."""
-        disk = CrashDevice(2 << 20, content=self.disks["m"].stable_image())
+        disk = CrashDevice(METADATA_SIZE, content=self.disks["m"].stable_image())
         opening = CacheMetadata.open(device_size=disk.size, block_size=self.block_size)
         return await metadata_io.run(disk, opening)
 
