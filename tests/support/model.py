@@ -12,7 +12,9 @@ promised:
 
 A write that failed, or that was under way at the cut, may or may not be there. A discard
 makes a sector `ANYTHING` until it is written again. After a cut, `settle` takes what the disk
-says as the new truth: it is on stable storage, and every later answer is held against it.
+says as the new truth: it is on stable storage, and every later answer is held against it. Not
+so what may have been discarded, if `discards_last`: a cache has two copies of it, which may
+differ, and nobody minds which of them is read.
 
 Concurrent bios must not overlap: the driver waits first (NBD leaves their order open).
 """
@@ -49,9 +51,10 @@ class DiskModel:
         nr_changes: counts up whenever what may be held has changed.
     """
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, *, discards_last: bool = False) -> None:
         assert len(content) % SECTOR == 0
         self.size = len(content)
+        self.discards_last = discards_last
         self.nr_changes = 0
         self._sectors: list[_Sector] = []
         self.settle(content)
@@ -60,10 +63,15 @@ class DiskModel:
         """Take `content` as the durable truth."""
         assert len(content) == self.size
         self.nr_changes += 1
+        before = self._sectors
         self._sectors = [
             _Sector([Write(bytes(content[at : at + SECTOR]), True, "settled")])
             for at in range(0, self.size, SECTOR)
         ]
+        if self.discards_last:
+            for old, sector in zip(before, self._sectors, strict=False):
+                if any(write.value is None for write in old.history):
+                    sector.history = [Write(None, True, "discarded")]
 
     def start_write(
         self, offset: int, data: bytes | None, length: int, label: str
@@ -128,7 +136,7 @@ class DiskModel:
 
     def copy(self) -> "DiskModel":
         """What a power cut at this moment may leave, whatever is promised later."""
-        model = DiskModel(b"")
+        model = DiskModel(b"", discards_last=self.discards_last)
         model.size = self.size
         model._sectors = [_Sector(list(sector.history)) for sector in self._sectors]
         return model
