@@ -318,3 +318,18 @@ async def test_job_is_done_also_when_nobody_reads_its_progress(work: Path) -> No
     async with asyncio.timeout(20):
         assert await clone(UnreadRecorder()) == 0
     assert (work / "dest").read_bytes() == CONTENT
+
+
+class DeafRecorder(Recorder):
+    """One to whom nothing can be said from the beginning."""
+
+    def serving(self, plan: ClonePlan, uris: list[str]) -> None:
+        raise BrokenPipeError
+
+
+async def test_disk_that_clients_may_have_is_not_undone_by_a_broken_pipe(
+    work: Path,
+) -> None:
+    async with asyncio.timeout(20):
+        assert await clone(DeafRecorder()) == 0
+    assert (work / "dest").read_bytes() == CONTENT

@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget uncache`: a cache goes home and away, over real files and the server's own verbs."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from metadata.cache_superblock import CACHE, CacheSuperblock
+from metadata.superblock import (
+    CLEAN_SHUTDOWN,
+    NEEDS_CHECK,
+    choose_superblock_of,
+    read_area,
+)
+from nbdtarget import metadata_io
+from nbdtarget.bio import OP_FLUSH, OP_WRITE
+from nbdtarget.clock import sleep
+from nbdtarget.control import messages as m
+from nbdtarget.control.verbs import Verbs
+from nbdtarget.devices import resolve
+from nbdtarget.devices.base import Device
+from nbdtarget.dm.mapped_device import MappedDevice, State
+from nbdtarget.dm.registry import Registry
+from nbdtarget.errors import DeviceError, NbdTargetError, TableError
+from nbdtarget.porcelain import uncache
+from nbdtarget.porcelain.uncache import A, CacheLine, Draining, UncacheJob
+from nbdtarget.targets.cache.target import CacheTarget
+from nbdtarget.targets.linear import LinearTarget
+from tests.support.devices import FaultDevice
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+BLOCK: Final = 64 * KIB
+SIZE: Final = 2 * MIB
+NR_SECTORS: Final = SIZE // 512
+WRITEBACK: Final = "128 1 writeback smq 2 migration_threshold 0"
+
+
+class Opener:
+    """As `resolve`, but each file can be made to fail."""
+
+    identity = staticmethod(resolve.identity)
+    may_create = staticmethod(resolve.may_create)
+    remove_created = staticmethod(resolve.remove_created)
+
+    def __init__(self) -> None:
+        self.faults: dict[str, FaultDevice] = {}
+
+    async def create_device(self, name: str, size: int) -> Device:
+        return self._faulty(name, await resolve.create_device(name, size))
+
+    async def open_device(self, name: str, *, read_only: bool) -> Device:
+        return self._faulty(name, await resolve.open_device(name, read_only=read_only))
+
+    def _faulty(self, name: str, device: Device) -> Device:
+        self.faults[Path(name).name] = fault = FaultDevice(device)
+        return fault
+
+
+class Recorder:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.drained: list[Draining] = []
+        self.stucks: list[Draining] = []
+        self.ends: list[tuple[str, object]] = []
+        self.left: Draining | None = None
+        self.on_draining: Callable[[Draining], None] = lambda _: None
+        self.on_stuck: Callable[[], None] = lambda: None
+
+    def draining(self, now: Draining) -> None:
+        self.drained.append(now)
+        self.on_draining(now)
+
+    def stuck(self, now: Draining, for_s: float) -> None:
+        self.stucks.append(now)
+        self.on_stuck()
+
+    def interrupted(self, now: Draining | None) -> None:
+        self.ends.append(("interrupted", now))
+        self.left = now
+
+    def uncached(self, line: CacheLine) -> None:
+        self.ends.append(("uncached", line.origin))
+
+
+class World:
+    """A server with one device called `disk`, and what its origin must hold in the end."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.opener = Opener()
+        self.registry = Registry(self.opener)
+        self.verbs = Verbs(self.registry)
+        self.recorder = Recorder()
+        self.content = bytearray(os.urandom(SIZE))
+        self.before_verb: Callable[[str, m.Request], None] = lambda verb, request: None
+        (directory / "origin").write_bytes(self.content)
+        (directory / "fast").write_bytes(bytes(MIB))
+
+    @property
+    def disk(self) -> MappedDevice:
+        return self.registry.get("disk")
+
+    @property
+    def line(self) -> str:
+        """The live table's line, without its devices' directory."""
+        (line,) = self.disk.table()
+        return " ".join(map(str, line)).replace(f"{self.directory}/", "")
+
+    def table(self, words: str = WRITEBACK, *, fast: str = "fast") -> str:
+        return f"0 {NR_SECTORS} cache meta {fast} origin {words}"
+
+    async def create(self, words: str = WRITEBACK, *, nr_dirty: int = 0) -> None:
+        """Make the cache, with some blocks in it, of which `nr_dirty` are dirty."""
+        await self.registry.create(
+            "disk", self.table(words), directory=str(self.directory)
+        )
+        if nr_dirty:
+            await self.disk.message(0, ("warm", f"0-{nr_dirty + 2}"))
+            while self.fields["cache_blocks_used"] != nr_dirty + 2:
+                await sleep(0.01)
+        for block in range(nr_dirty):
+            await self.write(block * BLOCK + 4096, os.urandom(4096))
+        assert self.fields["dirty_blocks"] == nr_dirty
+
+    @property
+    def fields(self) -> dict[str, bool | int | float | str | None]:
+        assert self.disk.active is not None
+        return self.disk.active.targets[0].status_fields()
+
+    async def write(self, offset: int, data: bytes) -> None:
+        self.content[offset : offset + len(data)] = data
+        await self.disk.write(offset, data)
+
+    async def uncache(self, name: str = "disk") -> int:
+        loop = asyncio.get_running_loop()
+
+        def ask(verb: str, request: m.Request, answer_type: type[A]) -> A:
+            self.before_verb(verb, request)
+            answering = getattr(self.verbs, verb)(request)
+            answer = asyncio.run_coroutine_threadsafe(answering, loop).result(20)
+            assert isinstance(answer, answer_type)
+            return answer
+
+        async with asyncio.timeout(20):
+            return await UncacheJob(name, ask, self.recorder).run()
+
+    async def refusal(self, name: str = "disk") -> str:
+        with pytest.raises(NbdTargetError) as caught:
+            await self.uncache(name)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    async def superblock(self) -> CacheSuperblock:
+        """What the metadata says; the device has gone."""
+        await self.registry.close()
+        device = await resolve.open_device(str(self.directory / "meta"))
+        area = await metadata_io.run(device, read_area(device.size))
+        await device.close()
+        return choose_superblock_of(CACHE, area, admit_needs_check=True).superblock
+
+    def check_uncached(self) -> None:
+        assert self.line == f"0 {NR_SECTORS} linear origin 0"
+        assert self.recorder.ends == [("uncached", f"{self.directory}/origin")]
+        assert (self.directory / "origin").read_bytes() == self.content
+
+
+@pytest.fixture
+async def world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
+    monkeypatch.setattr(uncache, "POLL_S", 0.01)
+    monkeypatch.setattr(uncache, "STUCK_S", 0.2)
+    world = World(tmp_path)
+    yield world
+    await world.registry.close()
+
+
+# ---- home and away ----
+
+
+async def test_what_is_dirty_goes_home_and_nothing_is_left(world: World) -> None:
+    await world.create(nr_dirty=5)
+    assert (world.directory / "origin").read_bytes() != world.content
+    assert await world.uncache() == 0
+    world.check_uncached()
+    assert world.recorder.drained[-1].dirty_blocks == 0
+    assert not world.recorder.stucks
+    known = await world.superblock()
+    assert (known.nr_mapped, known.nr_dirty) == (0, 0)
+    assert known.flags & CLEAN_SHUTDOWN
+
+
+@pytest.mark.parametrize("mode", ["writethrough", "passthrough"])
+async def test_clean_cache_goes_at_once(world: World, mode: str) -> None:
+    await world.create(f"128 1 {mode} smq 0")
+    assert await world.uncache() == 0
+    world.check_uncached()
+
+
+async def test_old_line_finds_an_empty_cache_later(world: World) -> None:
+    await world.create(nr_dirty=5)
+    assert await world.uncache() == 0
+    await world.write(4096, b"new" * 1000)
+    await world.registry.load("disk", world.table(), directory=str(world.directory))
+    await world.registry.resume("disk")
+    assert world.fields["cache_blocks_used"] == 0
+    assert await world.disk.read(0, SIZE) == world.content
+
+
+async def test_clients_go_on(world: World) -> None:
+    await world.create(nr_dirty=8)
+    rng = random.Random(1)
+    requests = 0
+
+    async def client() -> None:
+        nonlocal requests
+        while not world.recorder.ends:
+            at = rng.randrange(SIZE // 4096) * 4096
+            if rng.random() < 0.5:
+                await world.write(at, rng.randbytes(4096))
+            else:
+                assert await world.disk.read(at, 4096) == world.content[at : at + 4096]
+            requests += 1
+            await sleep(0)  # what ends inline takes no turn
+
+    going_on = asyncio.create_task(client())
+    assert await world.uncache() == 0
+    await going_on
+    assert requests > 10
+    world.check_uncached()
+
+
+async def test_cache_in_memory_that_is_not_writeback_is_swapped_at_once(
+    world: World,
+) -> None:
+    table = world.table("128 1 writethrough smq 0", fast="memory:1M")
+    await world.registry.create("disk", table, directory=str(world.directory))
+    assert await world.uncache() == 0
+    world.check_uncached()
+    assert world.recorder.drained == []
+
+
+# ---- interrupted, and gone on with ----
+
+
+async def test_ctrl_c_leaves_a_cleaner_and_the_next_one_goes_on(world: World) -> None:
+    features = "5 writeback metadata2 no_discard_passdown dirty_log sorted_writeback"
+    await world.create(f"128 {features} smq 2 migration_threshold 0", nr_dirty=3)
+    await world.disk.message(0, ("migration_rate", "100"))
+    world.opener.faults["origin"].ops = frozenset({OP_WRITE})
+    world.opener.faults["origin"].fail_at = 0
+
+    def stop(now: Draining) -> None:
+        if now.errors:
+            world.recorder.on_draining = lambda _: None
+            os.kill(os.getpid(), signal.SIGINT)
+
+    world.recorder.on_draining = stop
+    assert await world.uncache() == 130
+    assert [end for end, _ in world.recorder.ends] == ["interrupted"]
+    assert world.recorder.left is not None
+    assert world.recorder.left.dirty_blocks == 3
+    features = features.replace("writeback", "writethrough", 1)
+    words = f"128 {features} cleaner 4 migration_threshold 1024 migration_rate 100"
+    assert world.line == world.table(words)
+    # Clients are served as before.
+    assert await world.disk.read(0, SIZE) == world.content
+
+    await world.disk.message(0, ("migration_rate", "0"))
+    world.opener.faults["origin"].clear()
+    world.recorder.ends.clear()
+    world.recorder.on_draining = lambda _: None
+    assert await world.uncache() == 0
+    world.check_uncached()
+
+
+async def test_ctrl_c_before_anything_is_changed(world: World) -> None:
+    await world.create(nr_dirty=3)
+    before = world.line
+
+    def stop(verb: str, request: m.Request) -> None:
+        if verb == "info":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    world.before_verb = stop
+    assert await world.uncache() == 130
+    assert world.recorder.ends == [("interrupted", None)]
+    assert world.line == before
+
+
+# ---- when something fails ----
+
+
+async def test_writeback_that_makes_no_progress_is_told_and_goes_on(
+    world: World,
+) -> None:
+    await world.create(nr_dirty=3)
+    fault = world.opener.faults["origin"]
+    fault.ops, fault.fail_at = frozenset({OP_WRITE}), 0
+    world.recorder.on_stuck = fault.clear
+    assert await world.uncache() == 0
+    stuck = world.recorder.stucks[0]
+    assert (stuck.dirty_blocks, stuck.dirty_bytes) == (3, 3 * BLOCK)
+    assert stuck.errors > 0
+    assert stuck.last_error is not None
+    assert f"{world.directory}/origin" in stuck.last_error
+    assert len(world.recorder.stucks) == 1
+    world.check_uncached()
+
+
+async def test_metadata_that_cannot_be_written_any_more_ends_it(world: World) -> None:
+    await world.create(nr_dirty=3)
+    before = world.line
+    world.opener.faults["meta"].fail_at = 0
+    await world.disk.message(0, ("warm", "10-12"))
+    while world.fields["mode"] == "rw":
+        with suppress(DeviceError):
+            await world.disk.flush()
+        await sleep(0.01)
+    reason = await world.refusal()
+    assert "uncache disk: the cache cannot record anything any more" in reason
+    assert world.recorder.ends == []
+    assert world.line == before
+
+
+async def test_origin_whose_flush_fails_at_the_end_is_not_called_home(
+    world: World,
+) -> None:
+    """What has come home may be lost again: so it says, and nobody is served any more."""
+    await world.create(nr_dirty=3)
+
+    def fail(verb: str, request: m.Request) -> None:
+        if verb == "message":  # clean_now
+            fault = world.opener.faults["origin"]
+            fault.ops, fault.fail_at = frozenset({OP_FLUSH}), 0
+
+    world.before_verb = fail
+    assert "the device is suspended" in await world.refusal()
+    assert world.recorder.ends == []
+    assert world.disk.state is State.SUSPENDED
+    known = await world.superblock()
+    assert known.flags & NEEDS_CHECK
+    assert known.nr_mapped == 5
+
+
+async def test_block_that_gets_dirty_again_is_waited_for_again(world: World) -> None:
+    """As a write-through of which the origin's half has failed leaves it."""
+    await world.create(nr_dirty=3)
+    refused = 0
+
+    def dirty_one(verb: str, request: m.Request) -> None:
+        nonlocal refused
+        if not isinstance(request, m.Load) or " passthrough " not in request.table:
+            return
+        refused += 1
+        if refused == 1:
+            assert world.disk.active is not None
+            target = world.disk.active.targets[0]
+            assert isinstance(target, CacheTarget)
+            target._blocks.set_dirty(next(iter(target._metadata.dirty.search(0))))
+
+    world.before_verb = dirty_one
+    assert await world.uncache() == 0
+    assert refused == 2
+    world.check_uncached()
+
+
+async def test_table_that_is_refused_is_taken_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.create(nr_dirty=3)
+
+    async def refuse(self: LinearTarget) -> None:
+        raise TableError("not today")
+
+    monkeypatch.setattr(LinearTarget, "preresume", refuse)
+    assert "not today" in await world.refusal()
+    words = "128 1 passthrough cleaner 2 migration_threshold 1024"
+    assert world.line == world.table(words)
+    assert await world.disk.read(0, SIZE) == world.content
+    monkeypatch.undo()
+    assert await world.uncache() == 0
+    world.check_uncached()
+
+
+# ---- what is refused ----
+
+
+async def test_device_that_is_not_there(world: World) -> None:
+    assert "Device does not exist" in await world.refusal("nosuch")
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (f"0 {NR_SECTORS} linear origin 0", "is no cache, but linear"),
+        (
+            f"0 {NR_SECTORS} cache meta fast origin {WRITEBACK}\n{NR_SECTORS} 8 zero",
+            "not the only target of its table: cache, zero",
+        ),
+        (
+            f"0 {NR_SECTORS} cache meta memory:1M origin {WRITEBACK}",
+            "in memory",
+        ),
+    ],
+)
+async def test_table_that_is_no_plain_cache(
+    world: World, table: str, reason: str
+) -> None:
+    await world.registry.create("disk", table, directory=str(world.directory))
+    before = world.disk.table()
+    assert reason in await world.refusal()
+    assert world.disk.table() == before
+
+
+async def test_device_without_a_table(world: World) -> None:
+    await world.registry.create("disk", None)
+    assert "is no cache, but no table" in await world.refusal()
+
+
+async def test_device_that_is_suspended(world: World) -> None:
+    await world.create()
+    await world.registry.suspend("disk")
+    assert "is suspended" in await world.refusal()
+
+
+async def test_device_with_an_inactive_table(world: World) -> None:
+    await world.create()
+    await world.registry.load("disk", f"0 {NR_SECTORS} zero")
+    assert "inactive table" in await world.refusal()
+    assert world.disk.inactive is not None
