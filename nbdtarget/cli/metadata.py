@@ -33,6 +33,52 @@ Overwrite = Annotated[
 ]
 
 
+Offset = Annotated[
+    str,
+    typer.Option(metavar="N|SIZE", help="Where its data begin: sectors, or as in 1M."),
+]
+DeviceSize = Annotated[
+    str | None,
+    typer.Option(
+        "--device-size", metavar="SIZE", help="Of the clone or the cache, as 10G."
+    ),
+]
+RegionSize = Annotated[
+    str | None,
+    typer.Option("--region-size", metavar="SIZE", help="Of a clone: 4K to 1G."),
+]
+NrRegions = Annotated[
+    int | None,
+    typer.Option("--nr-regions", metavar="N", help="Instead of both sizes."),
+]
+BlockSize = Annotated[
+    str | None,
+    typer.Option("--block-size", metavar="SIZE", help="Of a cache: 32K to 1G."),
+]
+NrBlocks = Annotated[
+    int | None,
+    typer.Option("--nr-blocks", metavar="N", help="Instead of both sizes."),
+]
+Unit = Annotated[
+    str,
+    typer.Option(
+        "--unit",
+        "-u",
+        help="bytes, sectors, kibibytes … tebibytes, kilobytes … terabytes, or"
+        " b, s, k, m, g, t, K, M, G, T.",
+    ),
+]
+NumericOnly = Annotated[
+    bool, typer.Option("--numeric-only", "-n", help="Print the number alone.")
+]
+Smallest = Annotated[
+    bool,
+    typer.Option("--smallest", help="The least that works, which compacts more often."),
+]
+
+SECTOR_SIZE = 512
+
+
 class _Lines(NbdTargetError):
     """Several reasons, a line each."""
 
@@ -47,13 +93,15 @@ class _Lines(NbdTargetError):
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(
-        help="Check, dump, restore and repair metadata that no server has open.",
+        help="Check, dump, restore and repair metadata that no server has open; write a"
+        " cache back.",
         rich_markup_mode=None,
     )
     group.command()(check)
     group.command()(dump)
     group.command()(restore)
     group.command()(repair)
+    group.command()(writeback)
     group.command()(info)
     group.command()(size)
     app.add_typer(group, name="metadata")
@@ -254,50 +302,93 @@ def info(file: File, json: Json = False) -> None:
     _print(metadata_tools.info(file), quiet=False, json=json)
 
 
-def size(
-    device_size: Annotated[
-        str | None,
+def writeback(
+    metadata: Annotated[str, typer.Argument(metavar="METADATA", help="Of the cache.")],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="The fast device.")],
+    origin: Annotated[str, typer.Argument(metavar="ORIGIN", help="The slow device.")],
+    fast_device_offset: Offset = "0",
+    origin_device_offset: Offset = "0",
+    retry: Annotated[
+        int,
         typer.Option(
-            "--device-size", metavar="SIZE", help="Of the clone or the cache, as 10G."
+            "--retry",
+            "--retry-count",
+            min=0,
+            metavar="N",
+            help="How often to try again what has failed twice.",
         ),
-    ] = None,
-    region_size: Annotated[
-        str | None,
-        typer.Option("--region-size", metavar="SIZE", help="Of a clone: 4K to 1G."),
-    ] = None,
-    nr_regions: Annotated[
-        int | None,
-        typer.Option("--nr-regions", metavar="N", help="Instead of both sizes."),
-    ] = None,
-    block_size: Annotated[
-        str | None,
-        typer.Option("--block-size", metavar="SIZE", help="Of a cache: 32K to 1G."),
-    ] = None,
-    nr_blocks: Annotated[
-        int | None,
-        typer.Option("--nr-blocks", metavar="N", help="Instead of both sizes."),
-    ] = None,
+    ] = 0,
+    list_failed: Annotated[
+        bool,
+        typer.Option(
+            "--list-failed",
+            "--list-failed-blocks",
+            help="Print which blocks were not copied, and why.",
+        ),
+    ] = False,
+    no_metadata_update: Annotated[
+        bool,
+        typer.Option(
+            "--no-metadata-update", help="Copy only; what is dirty stays dirty."
+        ),
+    ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> int:
+    """Write dirty blocks of a cache back to its origin, in the order of the origin.
+
+    After an unclean stop: all mapped blocks, or with dirty_log all that may be dirty. What
+    was copied is recorded clean, as by a clean shutdown, once the origin has it for good.
+    Exit 1 if a block could not be copied: it stays dirty.
+    """
+    from nbdtarget.offline_writeback import WritebackJob
+
+    writeback_job = WritebackJob(
+        metadata=metadata,
+        cache=cache,
+        origin=origin,
+        cache_offset=_offset("--fast-device-offset", fast_device_offset),
+        origin_offset=_offset("--origin-device-offset", origin_device_offset),
+        retry=retry,
+        update_metadata=not no_metadata_update,
+    )
+
+    def job() -> None:
+        import asyncio
+
+        from nbdtarget.cli.progress_writeback import make_progress
+        from nbdtarget.offline_writeback import write_back
+
+        with make_progress(quiet=quiet or json) as progress:
+            answer = asyncio.run(write_back(writeback_job, progress))
+        _print(answer, quiet=quiet, json=json)
+        if list_failed and not quiet and not json:
+            sys.stdout.writelines(f"{each}\n" for each in answer.failed)
+        if answer.failed:
+            raise _Lines((f"{len(answer.failed)} blocks were not copied",))
+
+    return _run(job, quiet=quiet)
+
+
+def _offset(option: str, text: str) -> int:
+    """Return the bytes that a number of sectors, or a size with a suffix, says."""
+    if text.isascii() and text.isdecimal() and len(text) <= 18:
+        return int(text) * SECTOR_SIZE
+    return _bytes(option, text) or 0
+
+
+def size(
+    device_size: DeviceSize = None,
+    region_size: RegionSize = None,
+    nr_regions: NrRegions = None,
+    block_size: BlockSize = None,
+    nr_blocks: NrBlocks = None,
     max_hint_width: Annotated[
         int, typer.Option("--max-hint-width", min=0, max=4, hidden=True)
     ] = 4,
-    unit: Annotated[
-        str,
-        typer.Option(
-            "--unit",
-            "-u",
-            help="bytes, sectors, kibibytes … tebibytes, kilobytes … terabytes, or"
-            " b, s, k, m, g, t, K, M, G, T.",
-        ),
-    ] = "sectors",
-    numeric_only: Annotated[
-        bool, typer.Option("--numeric-only", "-n", help="Print the number alone.")
-    ] = False,
-    smallest: Annotated[
-        bool,
-        typer.Option(
-            "--smallest", help="The least that works, which compacts more often."
-        ),
-    ] = False,
+    unit: Unit = "sectors",
+    numeric_only: NumericOnly = False,
+    smallest: Smallest = False,
     json: Json = False,
 ) -> None:
     """Print how large the metadata of a clone or a cache is: what is made when its file is missing."""
