@@ -14,7 +14,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test mutants fuzz rot lock wheel clean hit-ratio help
+.PHONY: run check test sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz rot lock wheel clean hit-ratio help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -25,6 +25,7 @@ help:
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
 	@echo 'make crash         the crash suites without their bounds: new seeds, many more orders'
 	@echo 'make kill-test     SIGKILL under load, over and over'
+	@echo 'make passthrough-bugs  the steps of the two bugs of dm-cache, here'
 	@echo 'make mutants       every deliberate bug must be caught'
 	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
 	@echo 'make wheel         dist/*.whl                 make lock    resolve the lock files anew'
@@ -107,6 +108,10 @@ crash: .venv/dev.stamp
 
 kill-test: .venv/dev.stamp
 	@$(BIN)/python -m scripts.kill_loop $(ARGS)
+
+# By the kernel's own steps: passthrough over a cache that may be dirty is refused.
+passthrough-bugs: .venv/dev.stamp
+	@$(BIN)/python -m scripts.passthrough_bugs $(ARGS)
 
 # Every deliberate bug must be caught: ARGS='--only NAME', '--list', '--jobs N'.
 mutants: .venv/dev.stamp
