@@ -12,6 +12,7 @@ from tests.mutants.devices import DEVICES
 from tests.mutants.mapped_device import MAPPED_DEVICE
 from tests.mutants.metadata import METADATA
 from tests.mutants.mutant import Mutant
+from tests.mutants.policies import POLICIES
 from tests.mutants.server import SERVER
 
 __all__ = ["CATALOG", "ESSENTIAL"]
@@ -25,6 +26,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *CLONE_FEATURES,
     *MAPPED_DEVICE,
     *DEVICES,
+    *POLICIES,
     *SERVER,
 )
 

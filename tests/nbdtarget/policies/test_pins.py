@@ -123,7 +123,10 @@ def test_pin_drops_a_demotion_that_is_only_queued() -> None:
     smq.pin(pending)
     assert finish_all(smq) == []
     assert (smq.residency, smq.tracker.nr_demotions) == (16, 0)
+    assert smq.is_pinned(pending)
     assert pending not in demote_all(smq)
+    smq.unpin(pending)
+    assert pending in demote_all(smq)
 
 
 @pytest.mark.parametrize("success", [True, False])

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the policies: blocks that are lost between queues, pins that do not hold, no progress."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["POLICIES"]
+
+MODEL: Final = "tests/nbdtarget/policies/test_smq_model.py"
+PINS: Final = "tests/nbdtarget/policies/test_pins.py"
+SMQ_RULES: Final = "tests/nbdtarget/policies/test_smq.py"
+SHARE: Final = "tests/nbdtarget/policies/test_miss_share.py"
+QUEUE_RULES: Final = "tests/nbdtarget/policies/test_multi_level_queue.py"
+TRACKER_RULES: Final = "tests/nbdtarget/policies/test_tracker.py"
+SMQ: Final = "nbdtarget/policies/smq.py"
+QUEUE: Final = "nbdtarget/policies/multi_level_queue.py"
+TRACKER: Final = "nbdtarget/policies/tracker.py"
+
+
+def _mutant(
+    name: str, forgets: str, file: str, old: str, new: str, test: str
+) -> Mutant:
+    return Mutant(f"policy-{name}", forgets, file, ((old, new),), (test, MODEL))
+
+
+POLICIES: Final = (
+    _mutant(
+        "pinned-block-is-demoted",
+        "What the user wants cached goes as any other block.",
+        SMQ,
+        "and flags & (_DIRTY | _PINNED) != _PINNED",
+        "and flags | _PINNED",
+        PINS,
+    ),
+    _mutant(
+        "pin-leaves-a-queued-demotion",
+        "A block is pinned, and is demoted a moment later.",
+        TRACKER,
+        "work is not None and work.op == DEMOTE and self",
+        "work is not None and work.op < DEMOTE and self",
+        PINS,
+    ),
+    _mutant(
+        "pin-forgotten-over-a-queued-demotion",
+        "A block that was pinned a moment before its demotion is counted, but is in no queue ever.",
+        SMQ,
+        "            flags &= ~_PENDING\n        self._set_flags(cblock, flags | _PINNED)",
+        "            flags &= ~_PENDING\n            return\n"
+        "        self._set_flags(cblock, flags | _PINNED)",
+        PINS,
+    ),
+    _mutant(
+        "pin-outlives-its-mapping",
+        "Whatever comes into that cache block next is pinned too.",
+        SMQ,
+        "            self._nr_pinned -= 1\n        self._flags[entry] = 0\n",
+        "            self._nr_pinned -= 1\n        self._flags[entry] &= _PINNED\n",
+        PINS,
+    ),
+    _mutant(
+        "pin-not-in-the-hint",
+        "After a restart nothing is pinned any more.",
+        SMQ,
+        "return level | PINNED_HINT if flags & _PINNED else level",
+        "return level",
+        PINS,
+    ),
+    _mutant(
+        "pin-forgotten-with-a-promotion",
+        "A block is pinned while it is promoted, and may be demoted as soon as it is there.",
+        SMQ,
+        "        self._flags[entry] |= _MAPPED",
+        "        self._flags[entry] = _MAPPED",
+        PINS,
+    ),
+    _mutant(
+        "demotion-reserves-nothing",
+        "A block that is being demoted is chosen for a second migration.",
+        SMQ,
+        "            self._flags[entry] |= _PENDING\n        else:\n",
+        "            self._push_front(entry)\n        else:\n",
+        SMQ_RULES,
+    ),
+    _mutant(
+        "failed-promotion-keeps-its-block",
+        "Each copy that fails makes the cache one block smaller.",
+        SMQ,
+        "    def _unreserve(self, work: Work) -> None:\n        self._free(work.cblock)",
+        "    def _unreserve(self, work: Work) -> None:\n        self._flags[work.cblock] = 0",
+        PINS,
+    ),
+    _mutant(
+        "invalidate-leaves-a-queued-migration",
+        "A migration of a block that is gone is handed out, over what is there by then.",
+        SMQ,
+        "            work = self.tracker.cancel(self._table.blocks[cblock])",
+        "            work = self.tracker._pending.get(self._table.blocks[cblock])",
+        SMQ_RULES,
+    ),
+    _mutant(
+        "cleaner-promotes-on-demand",
+        "A cache that is being ended fills up again.",
+        SMQ,
+        "            not self._may_migrate\n            or oblock in self.tracker",
+        "            oblock in self.tracker",
+        PINS,
+    ),
+    _mutant(
+        "cached-block-promoted-again",
+        "One origin block is in two cache blocks: which of them is read is chance.",
+        SMQ,
+        "            or self._table.find(oblock) >= 0\n",
+        "",
+        PINS,
+    ),
+    _mutant(
+        "sentinels-not-moved",
+        "Nothing that is dirty grows old: a busy cache never writes back.",
+        QUEUE,
+        "            self.links.link_before(self._heads[level], sentinel)\n\n",
+        "            self.links.link_before("
+        "self.links.next[self._heads[level]], sentinel)\n\n",
+        QUEUE_RULES,
+    ),
+    _mutant(
+        "two-migrations-of-one-block",
+        "A block is written back and demoted at the same time.",
+        TRACKER,
+        "if work.oblock in self._pending or len",
+        "if len",
+        TRACKER_RULES,
+    ),
+    _mutant(
+        "migrations-not-bounded",
+        "A burst of misses queues migrations until memory is full.",
+        TRACKER,
+        " or len(self._pending) >= self.pending_max",
+        "",
+        TRACKER_RULES,
+    ),
+    _mutant(
+        "busy-period-never-ends-by-use",
+        "A small and busy cache cannot tell its blocks apart, and is worse than LRU.",
+        SMQ,
+        "            or nr_misses + self._nr_hit >= self._nr_events_max\n",
+        "",
+        SHARE,
+    ),
+    _mutant(
+        "full-cache-stays-careful",
+        "When other blocks become hot, the cache goes on with those that were.",
+        SMQ,
+        "is_careful = self._is_full and not self._miss_share.has_risen",
+        "is_careful = self._is_full",
+        SHARE,
+    ),
+)
