@@ -177,7 +177,7 @@ class CacheTarget(Target):
         if (
             at + bio.length > size
             or oblock >= self._nr_oblocks
-            or (op and (bio.length == size or self._discards.nr_discarded))
+            or (op and (bio.length == size or self._discards.is_discarded(oblock)))
             or (self._locked and self._locks.is_locked(oblock))
         ):
             return self._map_slow(bio)
