@@ -395,6 +395,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.origin_blocks = 8 * options.cache_blocks
     if options.iops is None:
         options.iops = max(options.cache_blocks // 60, 1)
+    if options.block_size % options.request_size:
+        print("hit_ratio: --request-size must divide --block-size", file=sys.stderr)
+        return 2
     if options.trace is None:
         if options.warm_up is None:
             options.warm_up = 1_000_000

@@ -220,3 +220,11 @@ def test_trace_that_is_missing_or_empty_is_one_line(
     assert len(errors) == 2
     assert "no access after the warm-up" in errors[0]
     assert "No such file" in errors[1]
+
+
+@pytest.mark.parametrize("size", ["4097", "131072"])
+def test_requests_must_fit_into_blocks(
+    size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--request-size", size]) == 2
+    assert capsys.readouterr().err.startswith("hit_ratio: --request-size must divide")
