@@ -20,7 +20,8 @@ block twice does no harm, as long as the last one that is read is the newest. A 
 the changed blocks. A snapshot has one record for each chunk that is not all unmapped, in the shorter way.
 
 The sync area holds, while `clean_shutdown` is set, one chain more: what only an orderly
-shutdown writes and only one opening believes, whose records all have the generation of that commit:
+shutdown writes and only one opening believes, whose records all have the generation of that commit
+(commits that follow before the next `start` only heal superblock copies):
 
     DirtyBits    packed bitmap of cache blocks, from `begin` on
     Hints        packed u32 of cache blocks, from `begin` on

@@ -3,8 +3,9 @@
 
     make fuzz [SECONDS=60] [SEED=0] [CASES=N]
 
-Each case is an image (and a chain of records) that is damaged, or lies under valid digests,
-as its seed says; `tests/metadata/fuzz.py` tells how, and what must come of it. Seeds count up from
+Each case is an image of a clone and one of a cache (and a chain of records) that is damaged, or
+lies under valid digests, as its seed says; `tests/metadata/fuzz.py` and `fuzz_cache.py` tell how, and
+what must come of it. Seeds count up from
 SEED. The first case that fails ends the run: its seed, how to see it again, and what happened.
 
 Exit status: 0 if every case ended as it must, else 1.
@@ -18,10 +19,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tests.metadata.fuzz import fuzz_chain, fuzz_image
+from tests.metadata.fuzz_cache import fuzz_cache_image
 
 __all__ = ["main"]
 
-FUZZERS = {"image": fuzz_image, "chain": fuzz_chain}
+FUZZERS = {"image": fuzz_image, "cache image": fuzz_cache_image, "chain": fuzz_chain}
 
 
 def run_cases(seed: int, seconds: float, cases: int | None) -> bool:

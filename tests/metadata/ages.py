@@ -5,10 +5,10 @@ An image is small: 1200 regions, 48 blocks. Snapshots have several records all t
 chunks are made small while an image is built; a reader knows nothing of chunks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import pytest
@@ -18,7 +18,7 @@ from metadata import clone, records
 from metadata.clone import CloneMetadata
 from metadata.envelope import BLOCK_SIZE, HEADER_SIZE
 from metadata.operations import Answer, Flush, Read, Steps, Write
-from metadata.superblock import SUPERBLOCK_BLOCKS, CloneSuperblock
+from metadata.superblock import SUPERBLOCK_BLOCKS, CloneSuperblock, Superblock
 from tests.metadata.small import commit
 from tests.metadata.store import Store, drive
 
@@ -27,6 +27,7 @@ __all__ = [
     "REGION_SIZE",
     "TARGET_SIZE",
     "Aged",
+    "AnyAged",
     "ages",
     "format_steps",
     "open_image",
@@ -42,6 +43,18 @@ TARGET_SIZE: Final = NR_REGIONS * REGION_SIZE - 512
 UUID: Final = bytes(range(16))
 
 T = TypeVar("T")
+
+
+class AnyAged(Protocol):
+    """An image of either kind, as far as damaging it goes."""
+
+    @property
+    def image(self) -> bytes: ...
+
+    def superblock(self) -> Superblock: ...
+
+    def live_blocks(self) -> Sequence[int]:
+        """Blocks of the records that the superblock vouches for."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,10 @@ class Aged:
 
     def superblock(self) -> CloneSuperblock:
         return open_image(self.image)._superblock
+
+    def live_blocks(self) -> range:
+        superblock = self.superblock()
+        return range(superblock.snapshot_block, superblock.journal_end)
 
 
 class Life:

@@ -35,6 +35,7 @@ from metadata.records import RECORD_MAGIC, Record, apply_record, read_chain
 from metadata.superblock import SUPERBLOCK_BLOCKS, SUPERBLOCK_MAGIC
 from tests.metadata.ages import (
     Aged,
+    AnyAged,
     ages,
     format_steps,
     open_image,
@@ -46,7 +47,25 @@ from tests.metadata.ages import (
 from tests.metadata.small import commit
 from tests.metadata.store import Store, drive
 
-__all__ = ["fuzz_chain", "fuzz_image"]
+__all__ = [
+    "BODIES",
+    "COMMITS_MAX",
+    "LIES",
+    "MISHAPS",
+    "NR_DAMAGES",
+    "Damage",
+    "assert_one_line",
+    "assert_that",
+    "change_field",
+    "digest_at",
+    "encoded",
+    "fuzz_chain",
+    "fuzz_image",
+    "lie_in_superblock",
+    "make_digests_fit",
+    "maybe_fields",
+    "reseal",
+]
 
 MESSAGE_MAX: Final = 2000  # bytes of an error's one line
 NR_DAMAGES: Final = (1, 1, 1, 2, 4)
@@ -164,10 +183,10 @@ def commit_to(image: bytes, mode: Mode) -> None:
 
 # ---- rot and mishaps
 
-Damage = Callable[[random.Random, bytearray, Aged, Aged], None]
+Damage = Callable[[random.Random, bytearray, Any, Any], None]
 
 
-def flip_bits(rng: random.Random, image: bytearray, aged: Aged, _: Aged) -> None:
+def flip_bits(rng: random.Random, image: bytearray, aged: AnyAged, _: AnyAged) -> None:
     for _nr in range(rng.choice([1, 1, 1, 2, 8, 64])):
         at = rng.randrange(len(aged.image))
         if rng.random() < 0.7:
@@ -176,24 +195,32 @@ def flip_bits(rng: random.Random, image: bytearray, aged: Aged, _: Aged) -> None
             image[at] ^= 1 << rng.randrange(8)
 
 
-def double_block(rng: random.Random, image: bytearray, aged: Aged, _: Aged) -> None:
+def double_block(
+    rng: random.Random, image: bytearray, aged: AnyAged, _: AnyAged
+) -> None:
     put_block(image, pick_block(rng, aged), block_of(image, pick_block(rng, aged)))
 
 
-def swap_blocks(rng: random.Random, image: bytearray, aged: Aged, _: Aged) -> None:
+def swap_blocks(
+    rng: random.Random, image: bytearray, aged: AnyAged, _: AnyAged
+) -> None:
     first, second = pick_block(rng, aged), pick_block(rng, aged)
     kept = block_of(image, first)
     put_block(image, first, block_of(image, second))
     put_block(image, second, kept)
 
 
-def splice_block(rng: random.Random, image: bytearray, aged: Aged, other: Aged) -> None:
+def splice_block(
+    rng: random.Random, image: bytearray, aged: AnyAged, other: AnyAged
+) -> None:
     """A block of another age in its own place: a lost write, or a mixed-up backup."""
     block = pick_block(rng, aged)
     put_block(image, block, block_of(other.image, block))
 
 
-def splice_bytes(rng: random.Random, image: bytearray, aged: Aged, other: Aged) -> None:
+def splice_bytes(
+    rng: random.Random, image: bytearray, aged: AnyAged, other: AnyAged
+) -> None:
     at = pick_block(rng, aged) * BLOCK_SIZE + rng.randrange(512)
     length = rng.choice([1, 8, 64, 512, 4096])
     source = rng.randrange(len(other.image))
@@ -201,20 +228,22 @@ def splice_bytes(rng: random.Random, image: bytearray, aged: Aged, other: Aged) 
     image[at : at + len(piece)] = piece
 
 
-def swap_slots(rng: random.Random, image: bytearray, aged: Aged, _: Aged) -> None:
+def swap_slots(rng: random.Random, image: bytearray, aged: AnyAged, _: AnyAged) -> None:
     copy = rng.randrange(2)
     kept = block_of(image, 2 * copy)
     put_block(image, 2 * copy, block_of(image, 2 * copy + 1))
     put_block(image, 2 * copy + 1, kept)
 
 
-def zero_blocks(rng: random.Random, image: bytearray, aged: Aged, _: Aged) -> None:
+def zero_blocks(
+    rng: random.Random, image: bytearray, aged: AnyAged, _: AnyAged
+) -> None:
     first = pick_block(rng, aged)
     for block in range(first, first + rng.choice([1, 1, 2, 4])):
         put_block(image, block, bytes(BLOCK_SIZE))
 
 
-def truncate(rng: random.Random, image: bytearray, aged: Aged, _: Aged) -> None:
+def truncate(rng: random.Random, image: bytearray, aged: AnyAged, _: AnyAged) -> None:
     size = rng.randrange(len(image) + 1)
     if rng.random() < 0.7:
         size = size // BLOCK_SIZE * BLOCK_SIZE
@@ -226,7 +255,7 @@ def truncate(rng: random.Random, image: bytearray, aged: Aged, _: Aged) -> None:
 
 
 def lie_in_superblock(
-    rng: random.Random, image: bytearray, aged: Aged, _: Aged
+    rng: random.Random, image: bytearray, aged: AnyAged, _: AnyAged
 ) -> None:
     """Seal a wrong superblock into one copy, a slot, or all."""
     newest = aged.superblock().generation % 2
@@ -235,7 +264,8 @@ def lie_in_superblock(
         for block in blocks:
             reseal(image, SUPERBLOCK_MAGIC, block, rng.choice(BODIES))
         return
-    index, value = rng.randrange(-1, 19), rng.choice(LIES)
+    nr_fields = 1 + len(aged.superblock().__struct_fields__)
+    index, value = rng.randrange(-1, nr_fields), rng.choice(LIES)
     if rng.random() < 0.3:
         value = rng.randrange(64)
     for block in blocks:
@@ -307,7 +337,7 @@ def make_digests_fit(
         reseal(image, SUPERBLOCK_MAGIC, block, encoded(fields))
 
 
-DAMAGES: Final[tuple[Damage, ...]] = (
+MISHAPS: Final[tuple[Damage, ...]] = (
     flip_bits,
     double_block,
     swap_blocks,
@@ -316,6 +346,9 @@ DAMAGES: Final[tuple[Damage, ...]] = (
     swap_slots,
     zero_blocks,
     truncate,
+)
+DAMAGES: Final[tuple[Damage, ...]] = (
+    *MISHAPS,
     *(lie_in_superblock,) * 4,
     *(lie_in_record,) * 4,
 )
@@ -407,12 +440,11 @@ def regions_of(fields: Sequence[Any]) -> set[int]:
 # ---- blocks
 
 
-def pick_block(rng: random.Random, aged: Aged) -> int:
+def pick_block(rng: random.Random, aged: AnyAged) -> int:
     """A block that is read, most of the time."""
-    superblock = aged.superblock()
     if rng.random() < 0.4:
         return rng.randrange(SUPERBLOCK_BLOCKS)
-    live = range(superblock.snapshot_block, superblock.journal_end)
+    live = aged.live_blocks()
     if live and rng.random() < 0.9:
         return rng.choice(live)
     return rng.randrange(len(aged.image) // BLOCK_SIZE)

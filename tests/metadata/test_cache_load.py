@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from metadata.cache import CacheMetadata, Policy
+from metadata.cache import Policy
 from metadata.cache_records import (
     DirtyBits,
     Discards,
@@ -17,11 +17,9 @@ from metadata.cache_records import (
     snapshot_blocks_max,
 )
 from metadata.cache_superblock import CacheSuperblock, first_superblock, layout_for
-from metadata.envelope import BLOCK_SIZE as META_BLOCK
-from metadata.envelope import HEADER_SIZE
-from metadata.errors import CorruptMetadata, MetadataError, UnsupportedFormat
+from metadata.errors import CorruptMetadata, UnsupportedFormat
 from metadata.records import Chain
-from metadata.superblock import CLEAN_SHUTDOWN, SUPERBLOCK_BLOCKS, superblock_writes
+from metadata.superblock import SUPERBLOCK_BLOCKS, superblock_writes
 from tests.metadata.cache_small import (
     BLOCK_SIZE,
     NR_CBLOCKS,
@@ -29,15 +27,9 @@ from tests.metadata.cache_small import (
     ORIGIN_SIZE,
     SIZE,
     UUID,
-    commit,
-    dirty,
-    format_on,
-    mapped,
     open_on,
-    start,
 )
 from tests.metadata.store import Store
-from tests.metadata.test_cache import shut_down
 
 LAYOUT = layout_for(NR_CBLOCKS, SIZE)
 
@@ -400,59 +392,3 @@ def test_largest_superblock_fits_into_a_sector() -> None:
         **fields,
     )
     superblock_writes(large_one)  # asserts it
-
-
-# Rot
-
-
-def lived() -> Store:
-    """A cache with a snapshot, a journal and a clean shutdown, and a commit before it."""
-    store = Store(SIZE)
-    metadata = format_on(store)
-    start(store, metadata, dirty_log=True)
-    for cblock in range(5):
-        metadata.insert(cblock, 90 + cblock, dirty=cblock == 3)
-    commit(store, metadata)
-    for operation in metadata.compact():
-        if operation:
-            store.do(operation)  # type: ignore[arg-type]  # never a tuple of them
-    metadata.insert(20, 60, dirty=True)
-    commit(store, metadata)
-    metadata.set_clean(20)
-    shut_down(store, metadata)
-    return store
-
-
-def say(metadata: CacheMetadata) -> tuple[object, ...]:
-    return (mapped(metadata), dirty(metadata), metadata.clean_when_opened)
-
-
-def test_every_flipped_bit_is_repaired_or_refused_by_name() -> None:
-    image = bytes(lived().durable)
-    good = open_on(Store(SIZE, image))
-    superblock = good._superblock
-    assert superblock.flags & CLEAN_SHUTDOWN
-    blocks = [
-        *range(SUPERBLOCK_BLOCKS),
-        *range(superblock.snapshot_block, superblock.journal_end),
-        *range(superblock.sync_begin, superblock.sync_begin + superblock.sync_blocks),
-    ]
-    assert superblock.snapshot_blocks
-    assert superblock.journal_blocks
-    assert len(blocks) >= 9
-    store = Store(SIZE, image)
-    for block in blocks:
-        at = block * META_BLOCK
-        length = int.from_bytes(image[at + 12 : at + 16], "little")
-        for bit in range(8 * at, 8 * (at + HEADER_SIZE + length)):
-            store.durable[bit // 8] ^= 1 << bit % 8
-            try:
-                found = open_on(store)
-            except MetadataError as error:
-                outcome: object = f"block {block}: " in str(error)
-            else:
-                outcome = say(found)
-            refused = block >= SUPERBLOCK_BLOCKS
-            assert outcome == (True if refused else say(good)), bit
-            store.durable[bit // 8] ^= 1 << bit % 8
-            store.log.clear()

@@ -20,7 +20,7 @@ from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
 from tests.metadata.store import read_image
 
 FIXTURES = Path(__file__).parent / "fixtures"
-IMAGES = sorted(FIXTURES.glob("*.img"))
+IMAGES = sorted(FIXTURES.glob("clone-*.img"))
 
 
 def make_content(hydrated: bitarray, **fields: Any) -> CloneContent:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.metadata.fuzz import fuzz_chain, fuzz_image
+from tests.metadata.fuzz_cache import fuzz_cache_image
 
 CASES = 3000
 
@@ -23,8 +24,9 @@ def outcomes(fuzz: Callable[[int], str]) -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_any_image_opens_right_or_is_refused() -> None:
-    found = outcomes(fuzz_image)
+@pytest.mark.parametrize("fuzz", [fuzz_image, fuzz_cache_image])
+def test_any_image_opens_right_or_is_refused(fuzz: Callable[[int], str]) -> None:
+    found = outcomes(fuzz)
     # A fuzzer whose images are all refused, or all opened, looks at half of the code.
     for outcome in ("opened", "repaired", "CorruptMetadata", "NotOurs", "NotFormatted"):
         assert found[outcome] > 0, found
