@@ -94,6 +94,7 @@ class Migrations:
         self._nr_demoting = 0
         self._is_stopped = True
         self._is_pump_due = False
+        self._is_behind = False  # the policy, with what a tick left undone
         self._may_gather = False
         self._waker: Timer | None = None
         self._pause: Timer | None = None
@@ -143,7 +144,8 @@ class Migrations:
 
     def tick(self) -> None:
         """Let time pass for the policy."""
-        if self._blocks.policy.tick(self._clock.now_ns()):
+        if self._blocks.policy.tick(self._clock.now_ns()) and not self._is_behind:
+            self._is_behind = True
             asyncio.get_running_loop().call_soon(self._catch_up)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -153,7 +155,9 @@ class Migrations:
         task.add_done_callback(self._task_done)
 
     def _catch_up(self) -> None:
-        if not self._is_stopped and self._blocks.policy.catch_up():
+        """Do more of what a tick left undone, in each turn of the loop."""
+        self._is_behind = not self._is_stopped and self._blocks.policy.catch_up()
+        if self._is_behind:
             asyncio.get_running_loop().call_soon(self._catch_up)
 
     def _nr_bios(self) -> int:
