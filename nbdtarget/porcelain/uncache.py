@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 POLL_S: Final = 0.25
-STUCK_S: Final = 10.0  # without a block less, it is said, and asked for again
+STUCK_S: Final = 5.0  # without a block less, it is said, and asked for again
 CLEANER: Final = "cleaner"
 THRESHOLD_BLOCKS_MIN: Final = 8
 DRAINS_MAX: Final = 3  # how often a block may be dirty again when there were none
