@@ -5,6 +5,7 @@ from typing import Final
 
 from tests.mutants.cache_metadata import CACHE_METADATA
 from tests.mutants.cache_parts import CACHE_PARTS
+from tests.mutants.cache_tools import CACHE_TOOLS
 from tests.mutants.clone import CLONE
 from tests.mutants.clone_features import CLONE_FEATURES
 from tests.mutants.commit import COMMIT
@@ -21,6 +22,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *METADATA,
     *CACHE_METADATA,
     *CACHE_PARTS,
+    *CACHE_TOOLS,
     *COMMIT,
     *CLONE,
     *CLONE_FEATURES,

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the offline tools of a cache: what goes home, what is believed, what is recorded."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["CACHE_TOOLS"]
+
+WRITEBACK: Final = "nbdtarget/offline_writeback.py"
+RESTORE: Final = "metadata/cache_restore.py"
+SALVAGE: Final = "metadata/cache_salvage.py"
+WRITEBACK_TESTS: Final = ("tests/nbdtarget/test_offline_writeback.py",)
+RESTORE_TESTS: Final = ("tests/metadata/test_cache_restore.py",)
+SALVAGE_TESTS: Final = ("tests/metadata/test_cache_salvage.py",)
+
+
+def _mutant(
+    name: str, forgets: str, file: str, old: str, new: str, tests: tuple[str, ...]
+) -> Mutant:
+    return Mutant(f"cache-tools-{name}", forgets, file, ((old, new),), tests)
+
+
+CACHE_TOOLS: Final = (
+    _mutant(
+        "dirty-bits-cleared-before-the-origin-is-flushed",
+        "A power cut after a writeback: what was dirty is in neither place for good.",
+        WRITEBACK,
+        "                await self._origin.device.flush()\n",
+        "                pass\n",
+        WRITEBACK_TESTS,
+    ),
+    _mutant(
+        "dirty-bits-cleared-before-the-cache-is-flushed",
+        "A killed server's page cache went home, and the disk under it is older: a clean block differs.",
+        WRITEBACK,
+        "            await cache.flush()\n",
+        "",
+        WRITEBACK_TESTS,
+    ),
+    _mutant(
+        "failed-block-recorded-clean",
+        "A block that could not be read is never tried again, and its data are gone.",
+        WRITEBACK,
+        "good = [block for block in rest if block not in failures]",
+        "good = rest",
+        WRITEBACK_TESTS,
+    ),
+    _mutant(
+        "flush-that-failed-believed",
+        "The origin has said that it has lost something, and the dirty bits are cleared.",
+        WRITEBACK,
+        "self.failures.update((block, str(error)) for block in good)",
+        "self.copied[[block.cblock for block in good]] = 1",
+        WRITEBACK_TESTS,
+    ),
+    _mutant(
+        "latched-origin-not-opened-again",
+        "One bad sector of the origin, and nothing at all goes home.",
+        WRITEBACK,
+        "                await self._origin.reopen()\n",
+        "",
+        WRITEBACK_TESTS,
+    ),
+    _mutant(
+        "rest-of-a-latched-leg-not-written-again",
+        "What was written before the origin latched may be lost, and is recorded clean.",
+        WRITEBACK,
+        "rest = [block for block in leg if block not in failures]",
+        "rest = [] if failures else leg",
+        WRITEBACK_TESTS,
+    ),
+    _mutant(
+        "needs-check-ignored-by-the-writeback",
+        "Metadata that a failed commit has marked are believed without a look.",
+        WRITEBACK,
+        "    if findings.needs_check:\n",
+        "    if findings.needs_check and findings.unhealed:\n",
+        WRITEBACK_TESTS,
+    ),
+    _mutant(
+        "blocks-copied-in-the-order-of-the-cache",
+        "A disk seeks for each block: hours instead of minutes.",
+        WRITEBACK,
+        "        self.blocks = sorted(\n",
+        "        self.blocks = list(\n",
+        WRITEBACK_TESTS,
+    ),
+    _mutant(
+        "offset-of-the-origin-forgotten",
+        "The blocks land beside their places.",
+        WRITEBACK,
+        "self._job.origin_offset + block.oblock * size",
+        "block.oblock * size",
+        WRITEBACK_TESTS,
+    ),
+    _mutant(
+        "written-back-recorded-over-the-live-sync-area",
+        "A power cut while it is recorded: metadata that nobody opens any more.",
+        RESTORE,
+        "        area = (area + 1) % NR_SYNC_AREAS\n",
+        "        pass\n",
+        RESTORE_TESTS,
+    ),
+    _mutant(
+        "superblock-of-a-writeback-before-its-records",
+        "A power cut leaves a superblock that vouches for records that never came.",
+        RESTORE,
+        "    yield Flush()\n    yield superblock_writes(after)\n",
+        "    yield superblock_writes(after)\n",
+        RESTORE_TESTS,
+    ),
+    _mutant(
+        "blocks-that-were-dirty-else-recorded-clean",
+        "What was not written back is clean on record, and lost with its next demotion.",
+        RESTORE,
+        "loaded.dirty & ~written_back,",
+        "loaded.dirty & written_back,",
+        RESTORE_TESTS,
+    ),
+    _mutant(
+        "restore-without-a-flush",
+        "A power cut after a restore: the superblock stands, what it vouches for does not.",
+        RESTORE,
+        """\
+    yield Flush()
+    for generation in (content.generation - 1, content.generation):
+        superblock = msgspec.structs.replace(superblock, generation=generation)
+        yield superblock_writes(superblock)
+        yield Flush()
+""",
+        """\
+    for generation in (content.generation - 1, content.generation):
+        superblock = msgspec.structs.replace(superblock, generation=generation)
+        yield superblock_writes(superblock)
+""",
+        RESTORE_TESTS,
+    ),
+    _mutant(
+        "stale-mappings-believed-behind-a-broken-record",
+        "A block that was moved since is written back to the place of another.",
+        SALVAGE,
+        "            self.known.setall(0)\n",
+        "            pass\n",
+        SALVAGE_TESTS,
+    ),
+    _mutant(
+        "salvage-believes-records-of-no-chain",
+        "What a crash or an older life left behind becomes part of the cache.",
+        SALVAGE,
+        "if placed.block not in self._believed:",
+        "if not self._believed:",
+        SALVAGE_TESTS,
+    ),
+    _mutant(
+        "salvage-trusts-dirty-bits-older-than-a-lost-superblock",
+        "What was dirtied after the last clean shutdown counts as clean.",
+        SALVAGE,
+        "if superblock.flags & CLEAN_SHUTDOWN and not found.lost:",
+        "if superblock.flags & CLEAN_SHUTDOWN:",
+        SALVAGE_TESTS,
+    ),
+    _mutant(
+        "salvage-prefers-the-stale-mapping",
+        "Of two blocks with one origin block the one is kept that is out of date.",
+        SALVAGE,
+        "loser = min(cblock, other, key=self._rank)",
+        "loser = max(cblock, other, key=self._rank)",
+        SALVAGE_TESTS,
+    ),
+    _mutant(
+        "salvage-loses-dirty-blocks-without-a-word",
+        "A repair says that nothing is lost.",
+        SALVAGE,
+        "nr_lost = (sync.dirty & ~mapped).count()",
+        "nr_lost = 0",
+        SALVAGE_TESTS,
+    ),
+)
