@@ -5,6 +5,7 @@ import errno as errnos
 from collections.abc import Iterable
 
 from metadata.cache import CacheMetadata
+from metadata.cache_check import mend_cache
 from metadata.errors import CorruptMetadata, NotFormatted
 from metadata.mode import Mode
 from nbdtarget import metadata_io
@@ -281,6 +282,14 @@ class CacheLab:
     async def recorded(self) -> CacheMetadata:
         """The metadata that a power cut now would leave."""
         disk = CrashDevice(METADATA_SIZE, content=self.disks["m"].stable_image())
+        opening = CacheMetadata.open(device_size=disk.size, block_size=self.block_size)
+        return await metadata_io.run(disk, opening)
+
+    async def unchecked(self) -> CacheMetadata:
+        """As `recorded`, once somebody has checked it and taken back `needs_check`."""
+        disk = CrashDevice(METADATA_SIZE, content=self.disks["m"].image())
+        mending = mend_cache(disk.size, heal=False, clear_needs_check=True)
+        await metadata_io.run(disk, mending)
         opening = CacheMetadata.open(device_size=disk.size, block_size=self.block_size)
         return await metadata_io.run(disk, opening)
 
