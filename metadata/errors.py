@@ -13,7 +13,7 @@
      +- MetadataTooSmall     the device cannot hold it
      +- ReadOnlyMetadata     a change was asked for in mode RO
      +- FailedMetadata       anything was asked for in mode FAIL
-     +- BadDump              a dump in JSON is not one, or says what cannot be
+     +- BadDump              a dump in JSON or XML is not one, or says what cannot be
 
 Each `str()` is one line without the device's name, which this room does not know. A
 programming error of ours is an AssertionError instead, and wrong use of a size that the
@@ -195,7 +195,7 @@ class FailedMetadata(MetadataError):
 
 
 class BadDump(MetadataError):
-    """A dump in JSON cannot be restored. `line` counts from 1."""
+    """A dump in JSON or XML cannot be restored. `line` counts from 1."""
 
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(line, reason)

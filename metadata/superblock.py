@@ -74,6 +74,7 @@ __all__ = [
     "CLEAN_SHUTDOWN",
     "CLONE",
     "COUNTER_MAX",
+    "KERNEL_CACHE",
     "NEEDS_CHECK",
     "NR_COPIES",
     "NR_SLOTS",
@@ -122,10 +123,11 @@ COUNTER_MAX: Final = 1 << 62
 
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 
+KERNEL_CACHE: Final = "the kernel's dm-cache metadata"
 # Superblocks of the kernel's own targets, to name what was found: u64 at byte 32.
 _KERNEL_MAGICS: Final = {
     0x8AF27F64: "the kernel's dm-clone metadata",
-    0x18C403: "the kernel's dm-cache metadata",
+    0x18C403: KERNEL_CACHE,
 }
 
 

@@ -38,6 +38,7 @@ from metadata.sizing import (
 )
 from metadata.superblock import (
     CLEAN_SHUTDOWN,
+    KERNEL_CACHE,
     SUPERBLOCK_MAGIC,
     FoundOf,
     choose_superblock_of,
@@ -94,7 +95,13 @@ class _File:
                     f"{self.path}: looks like a dump, not metadata:"
                     " `nbdtarget metadata restore` makes metadata of it"
                 ) from error
-            raise NbdTargetError(f"{self.path}: {error}") from error
+            hint = ""
+            if error.found == KERNEL_CACHE:
+                hint = (
+                    ": cache_dump | nbdtarget metadata restore -i - --origin-size SIZE"
+                    " makes ours of it"
+                )
+            raise NbdTargetError(f"{self.path}: {error}{hint}") from error
         except MetadataError as error:
             raise NbdTargetError(f"{self.path}: {error}") from error
 
