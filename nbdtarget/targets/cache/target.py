@@ -244,6 +244,9 @@ class CacheTarget(Target):
 
     def resume(self) -> None:
         self._is_suspended = self._is_stopped = False
+        if not self._blocks.is_writable:
+            # The table before had a commit fail: no FLUSH or FUA can be promised here, either.
+            self._committer.has_failed = True
         self._look_at_mode()
         if self._metadata.changed and self._blocks.is_writable:
             self._committer.note_change()
