@@ -33,6 +33,7 @@ Bounds: holds and parked bios are clients' requests in flight, which the server 
 Nothing here survives a crash or needs to.
 """
 
+from collections import deque
 from collections.abc import Callable
 
 from nbdtarget.bio import Bio
@@ -79,6 +80,8 @@ class BlockLocks:
         self._ranges: list[BlockLock] = []  # oldest first
         # Locks on single blocks by oblock; a range, by a number that is no oblock.
         self.locked: dict[int, BlockLock] = {}
+        self._due: deque[BlockLock] = deque()  # held; their `granted` is to be called
+        self._is_granting = False
 
     @property
     def nr_holds(self) -> int:
@@ -207,7 +210,21 @@ class BlockLocks:
 
     def _stop_awaiting(self, lock: BlockLock) -> None:
         lock.nr_awaited -= 1
-        self._maybe_grant(lock)
+        assert lock.nr_awaited >= 0
+        if lock.nr_awaited:
+            return
+        lock.held = True
+        self._due.append(lock)
+        if self._is_granting:
+            return  # whoever was granted one unlocks it at once: the loop below goes on
+        # A loop: ranges that overlap like tiles may all wait for the first one, each for its neighbour.
+        self._is_granting = True
+        try:
+            while self._due:
+                due = self._due.popleft()
+                due.granted(due)
+        finally:
+            self._is_granting = False
 
     def _maybe_grant(self, lock: BlockLock) -> None:
         assert lock.nr_awaited >= 0
