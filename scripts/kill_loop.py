@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGKILL a clone under load, start it again, hold it to its word; over and over.
+"""SIGKILL a clone or a cache under load, start it again, hold it to its word; over and over.
 
-    python -m scripts.kill_loop [--rounds N] [--seed N] [--dir DIR]
+    python -m scripts.kill_loop [--kind clone|cache] [--rounds N] [--seed N] [--dir DIR]
 
-Each round serves one clone with the same command line as before, writes to it with many
+Each round serves one disk from the same files as before, writes to it with many
 requests in flight (writes, FUA writes, zeroes, flushes), kills the server at a random moment,
 starts it again and reads the whole disk. The crash tests' model then says what each sector may
 hold: what an acknowledged FLUSH or FUA covered must be there, anything else is old or new.
-Every few rounds the clone is left to finish, and then the destination alone is the disk and
-the source is what it always was.
+
+Every few rounds the disk comes to its end. A clone is left to finish: then the destination alone is the
+disk and the source is what it always was. A cache is uncached: then the origin alone is the disk.
+Until then each round of it has another mode, policy and dirty log, and blocks are promoted all the time.
 
 Now and then the server is ended with SIGTERM instead: then it must exit with 0, and every
 acknowledged write must be there, flushed or not.
@@ -32,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.control.client import ControlClient
+from nbdtarget.control.messages import Message, MessageAnswer
 from scripts.processes import NBDTARGET, ServerProcess, StartError
 from tests.support.model import DiskModel, Violation, Write
 from tests.support.plain_client import (
@@ -43,12 +47,12 @@ from tests.support.plain_client import (
     PlainClientError,
 )
 
-__all__ = ["CloneUnderFire", "Writer", "main"]
+__all__ = ["KINDS", "DiskUnderFire", "Writer", "main"]
 
 SECTOR: Final = 512
 DEPTH_MAX: Final = 32
 WRITE_SECTORS_MAX: Final = 256
-ROUNDS_A_CLONE: Final = 4
+ROUNDS_A_DISK: Final = 4
 
 
 @dataclass
@@ -133,17 +137,18 @@ class Writer:
         self.model.end_write(started, ok=True, fua=fua)
 
 
-class CloneUnderFire:
-    """One source, one destination, and the command line that serves them."""
+class DiskUnderFire:
+    """One disk, its files, and the command line that serves them."""
+
+    kind = ""
+    end = ""  # what `finish` has shown
 
     def __init__(self, work: Path, rng: random.Random, *, size: int) -> None:
         self.work = work
         self.rng = rng
         self.size = size
-        self.source = work / "source.img"
-        self.dest = work / "dest.img"
-        self.meta = work / "dest.meta"
         self.socket = work / "nbd.sock"
+        self.control = work / "control.sock"
         self.log = work / "log"
         content = bytearray(rng.randbytes(size))
         for _ in range(4):  # holes, on disk as in the content
@@ -151,23 +156,33 @@ class CloneUnderFire:
             end = min(size, begin + size // 16)
             content[begin:end] = bytes(end - begin)
         self.content = bytes(content)
-        self.source.write_bytes(self.content)
-        subprocess.run(["fallocate", "--dig-holes", self.source], check=True)
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew: an empty destination, no metadata, another region size."""
-        self.dest.unlink(missing_ok=True)
-        self.meta.unlink(missing_ok=True)
-        self.region_size = self.rng.choice(("4K", "4K", "64K", "1M"))
+        """Begin anew: other files."""
         self.model = DiskModel(self.content)
         self.was_clean = False
 
+    def command(self) -> list[str]:
+        """The command line of one round, but for where it listens."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The shape of this round, for the log."""
+        raise NotImplementedError
+
+    def stir(self) -> None:
+        """Have the server do what writes alone do not make it do."""
+
+    def finish(self) -> None:
+        """Bring it to its end, and look at the one disk that is left. Raises: Violation."""
+        raise NotImplementedError
+
     def serve(self, *extra: str) -> ServerProcess:
-        argv = [NBDTARGET, "clone", str(self.source), str(self.dest)]
-        argv += ["--metadata", str(self.meta), "--region-size", self.region_size]
-        argv += ["--name", "disk", "--listen", f"unix:{self.socket}", *extra]
-        return ServerProcess(argv, sockets=[self.socket], log=self.log)
+        argv = [*self.command(), "--name", "disk", "--control", str(self.control)]
+        argv += ["--listen", f"unix:{self.socket}", *extra]
+        sockets = [self.control, self.socket]
+        return ServerProcess(argv, sockets=sockets, log=self.log)
 
     def check_survivor(self) -> None:
         """Read the whole disk and settle the model on what it says. Raises: Violation."""
@@ -188,12 +203,11 @@ class CloneUnderFire:
 
     def fire(self, life_s: float, *, clean: bool = False) -> tuple[int, int]:
         """Serve, check, write, kill. Returns how many writes and flushes were made."""
-        # Mostly without hydration: once it is through, a crash has nothing left to undo.
-        extra = () if self.rng.random() < 0.25 else ("--no-hydration",)
-        server = self.serve(*extra)
+        server = self.serve()
         number = signal.SIGTERM if clean else signal.SIGKILL
         try:
             self.check_survivor()
+            self.stir()
             client = PlainClient(self.socket, "disk")
             writer = Writer(client, self.model, random.Random(self.rng.random()))
             timer = threading.Timer(life_s, server.signal, [number])
@@ -210,50 +224,156 @@ class CloneUnderFire:
         self.was_clean = clean
         return writer.sent, writer.flushed
 
-    def finish(self) -> None:
-        """Hydrate, then look at the destination alone. Raises: Violation."""
-        with self.serve():
-            self.check_survivor()
-        argv = [NBDTARGET, "clone", str(self.source), str(self.dest)]
-        argv += ["--metadata", str(self.meta), "--region-size", self.region_size]
-        argv += ["--listen", f"unix:{self.socket}", "--exit-when-hydrated"]
+    def run(self, *argv: str) -> None:
+        """Run a command that must do its job."""
         with self.log.open("ab") as out:
             subprocess.run(argv, check=True, stdout=out, stderr=out, timeout=120)
+
+
+class CloneUnderFire(DiskUnderFire):
+    """One source, one destination."""
+
+    kind = "clone"
+    end = "the destination alone is the disk"
+
+    def renew(self) -> None:
+        """An empty destination, no metadata, another region size."""
+        self.source = self.work / "source.img"
+        self.dest = self.work / "dest.img"
+        self.meta = self.work / "dest.meta"
+        if not self.source.exists():
+            self.source.write_bytes(self.content)
+            subprocess.run(["fallocate", "--dig-holes", self.source], check=True)
+        self.dest.unlink(missing_ok=True)
+        self.meta.unlink(missing_ok=True)
+        self.region_size = self.rng.choice(("4K", "4K", "64K", "1M"))
+        super().renew()
+
+    def command(self) -> list[str]:
+        # Mostly without hydration: once it is through, a crash has nothing left to undo.
+        extra = [] if self.rng.random() < 0.25 else ["--no-hydration"]
+        return [*self._command(), *extra]
+
+    def _command(self) -> list[str]:
+        argv = [NBDTARGET, "clone", str(self.source), str(self.dest)]
+        return [*argv, "--metadata", str(self.meta), "--region-size", self.region_size]
+
+    def describe(self) -> str:
+        return f"{self.region_size} regions"
+
+    def finish(self) -> None:
+        """Hydrate, then look at the destination alone."""
+        with self.serve():
+            self.check_survivor()
+        listen = ("--listen", f"unix:{self.socket}")
+        self.run(*self._command(), *listen, "--exit-when-hydrated")
         self.model.check_survivor(self.dest.read_bytes())
         if self.source.read_bytes() != self.content:
             raise Violation("the source has changed")
 
 
+class CacheUnderFire(DiskUnderFire):
+    """One origin, one cache of a quarter of its size."""
+
+    kind = "cache"
+    end = "the origin alone is the disk"
+
+    def renew(self) -> None:
+        """The origin as it was, an empty cache, no metadata, another block size."""
+        self.origin = self.work / "origin.img"
+        self.cache = self.work / "cache.img"
+        self.meta = self.work / "cache.meta"
+        self.origin.write_bytes(self.content)
+        self.cache.unlink(missing_ok=True)
+        self.meta.unlink(missing_ok=True)
+        self.block_size = self.rng.choice((32 << 10, 32 << 10, 64 << 10, 96 << 10))
+        super().renew()
+
+    def command(self) -> list[str]:
+        rng = self.rng
+        self.mode = rng.choice(("writeback", "writeback", "writeback", "writethrough"))
+        self.policy = rng.choice(("smq", "smq", "smq", "cleaner"))
+        self.dirty_log = rng.choice(("--dirty-log", "--no-dirty-log"))
+        argv = [NBDTARGET, "cache", str(self.origin), str(self.cache)]
+        argv += ["--metadata", str(self.meta), "--cache-size", str(self.size // 4)]
+        argv += ["--block-size", str(self.block_size), "--mode", self.mode]
+        return [*argv, "--policy", self.policy, self.dirty_log]
+
+    def describe(self) -> str:
+        words = (self.mode, self.policy, self.dirty_log.removeprefix("--"))
+        return f"{self.block_size >> 10}K blocks, {' '.join(words)}"
+
+    def stir(self) -> None:
+        """Promotions, as many as the policy takes: they come from much more use than we have."""
+        nr_blocks = self.size // self.block_size
+        begin = self.rng.randrange(nr_blocks)
+        end = self.rng.randint(begin + 1, nr_blocks)
+        self._message("warm", f"{begin}-{end}")
+
+    def _message(self, *words: str) -> None:
+        client = ControlClient(self.control)
+        client.ask("message", Message("disk", 0, words), MessageAnswer)
+
+    def finish(self) -> None:
+        """Uncache, then look at the origin, as clients see it and alone."""
+        with self.serve():
+            self.check_survivor()
+            self.run(NBDTARGET, "uncache", "disk", "--control", str(self.control))
+            self.was_clean = True
+            self.check_survivor()
+        self.model.check_read(0, self.origin.read_bytes())
+
+
+KINDS: Final[dict[str, type[DiskUnderFire]]] = {
+    kind.kind: kind for kind in (CloneUnderFire, CacheUnderFire)
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Kill a clone under load.")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser = argparse.ArgumentParser(description="Kill a disk's server under load.")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="both, by default")
+    parser.add_argument("--rounds", type=int, default=50, help="of each (50)")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--size", type=int, default=16, help="MiB (16)")
     parser.add_argument("--dir", help="where the images go")
     options = parser.parse_args(argv)
-    rng = random.Random(options.seed)
-    print(f"seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="nbdtarget-kill-", dir=options.dir) as name:
-        clone = CloneUnderFire(Path(name), rng, size=options.size << 20)
-        try:
-            for round_nr in range(1, options.rounds + 1):
-                life_s = rng.uniform(0.02, 0.6)
-                clean = rng.random() < 0.2
-                sent, flushed = clone.fire(life_s, clean=clean)
-                print(
-                    f"round {round_nr}: {clone.region_size} regions,"
-                    f" {'SIGTERM' if clean else 'SIGKILL'} after {life_s:.2f} s,"
-                    f" {sent} writes, {flushed} flushes",
-                    flush=True,
-                )
-                if round_nr % ROUNDS_A_CLONE == 0 or round_nr == options.rounds:
-                    clone.finish()
-                    clone.renew()
-                    print("finished: the destination alone is the disk", flush=True)
-        except (Violation, PlainClientError, StartError) as error:
-            print(f"FAILED with seed {options.seed}: {error}\n{clone.log.read_text()}")
-            return 1
+    for kind in [options.kind] if options.kind else sorted(KINDS):
+        print(f"{kind}, seed {options.seed}", flush=True)
+        with tempfile.TemporaryDirectory(
+            prefix="nbdtarget-kill-", dir=options.dir
+        ) as name:
+            rng = random.Random(options.seed)
+            disk = KINDS[kind](Path(name), rng, size=options.size << 20)
+            try:
+                _run_rounds(disk, options.rounds)
+            except (
+                Violation,
+                PlainClientError,
+                StartError,
+                subprocess.CalledProcessError,
+            ) as error:
+                log = disk.log.read_text()
+                print(f"FAILED with seed {options.seed}: {error}\n{log}")
+                return 1
     return 0
+
+
+def _run_rounds(disk: DiskUnderFire, rounds: int) -> None:
+    """Raises: Violation, PlainClientError, StartError, CalledProcessError."""
+    for round_nr in range(1, rounds + 1):
+        life_s = disk.rng.uniform(0.02, 0.6)
+        clean = disk.rng.random() < 0.2
+        sent, flushed = disk.fire(life_s, clean=clean)
+        print(
+            f"round {round_nr}: {disk.describe()},"
+            f" {'SIGTERM' if clean else 'SIGKILL'} after {life_s:.2f} s,"
+            f" {sent} writes, {flushed} flushes",
+            flush=True,
+        )
+        if round_nr % ROUNDS_A_DISK == 0 or round_nr == rounds:
+            disk.finish()
+            disk.renew()
+            print(f"finished: {disk.end}", flush=True)
 
 
 if __name__ == "__main__":
