@@ -68,7 +68,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--runtime", type=float, default=3.0, help="seconds a sample (3)")
     add("--size", type=int, default=1024, help="image of the hits, MiB (1024)")
     add("--zipf", type=float, default=30.0, help="seconds of cache-zipf (30)")
-    add("--clock", type=int, default=100, help="of cache-zipf: how fast (100)")
     add("--idle", type=float, default=10.0, help="seconds of cache-idle (10)")
     add("--dir", help="where the images go (a temporary directory)")
     add("--output", help="the JSON report (bench-cache-DATE.json)")

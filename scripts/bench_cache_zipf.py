@@ -3,23 +3,12 @@
 
 The origin is a file behind `nbdkit --filter=delay`, which takes 5 ms for each request. fio reads 4 KiB
 pieces of it (random_distribution=zipf:1.1, depth 32) through a cache of an eighth of its size, and
-writes down what it reads. The first half of the time warms the cache up, the second is counted, by the cache
-itself. Then the very same accesses go through `scripts.hit_ratio`: the policy alone, an LRU list,
-and Belady's optimum.
-
-Time. smq decides in periods of up to a minute, and is made for caches in which a block is used once in
-minutes; this one is small, so that a run is short, and each block is used some ten times a second. So
-the policy's minute is made to pass in less than a second: the server runs on a clock that is
-`--clock` times as fast (for the cache only: the delay of 5 ms is real). With `--clock 1` time is
-what it is, and smq has no time to learn anything in half a minute.
+writes down what it reads. The first half of the time warms the cache up; what comes in the second is counted,
+by the cache itself. Then the very same accesses go through `scripts.hit_ratio`, at the same rate: the
+policy alone, whose promotions take no time; an LRU list; and Belady's optimum.
 """
 
 import argparse
-import asyncio
-import signal
-import sys
-from array import array
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,20 +17,13 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from nbdtarget import daemon
-from nbdtarget.clock import Timer, monotonic_ns
-from nbdtarget.control.api import ControlServer
-from nbdtarget.control.verbs import Verbs
-from nbdtarget.devices import resolve
-from nbdtarget.dm.registry import Registry
-from nbdtarget.server.listener import Listener
 from scripts import hit_ratio
 from scripts.bench_rounds import make_image
 from scripts.bench_servers import nbdkit_file
 from scripts.cache_under_test import KIB, CacheUnderTest, Counters, uri_of
 from scripts.fio import Job, run_fio
 
-__all__ = ["FastClock", "Recorded", "read_fio_log", "run"]
+__all__ = ["Measured", "run", "simulate"]
 
 BLOCK_SIZE: Final = 32 * KIB
 NR_CBLOCKS: Final = 1024
@@ -49,85 +31,52 @@ ORIGIN_BLOCKS: Final = 8 * NR_CBLOCKS
 DELAY: Final = "5ms"
 THETA: Final = 1.1
 THREADS: Final = 64  # of nbdkit: as many requests sleep at once
-CLOCK: Final = 100
 JOB: Final = Job("zipf", "randread", 4 * KIB, 32)
 BARE_S: Final = 2.0
+MARGIN_S: Final = 0.5  # fio is still at it when the counting ends
 
 
-# ---- a server whose clock is fast ------------------------------------------------------------
+@dataclass(frozen=True)
+class Measured:
+    """What the cache counted: before the first look, and between that and the last.
 
-
-class FastClock:
-    """Real time, `factor` times as fast."""
-
-    def __init__(self, factor: int) -> None:
-        self._factor = factor
-        self._begin_ns = monotonic_ns()
-
-    def now_ns(self) -> int:
-        return self._begin_ns + (monotonic_ns() - self._begin_ns) * self._factor
-
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
-        loop = asyncio.get_running_loop()
-        return loop.call_later(delay_s / self._factor, callback)
-
-    async def sleep(self, delay_s: float) -> None:
-        await asyncio.sleep(delay_s / self._factor)
-
-
-async def _serve(factor: int, listen: str, control: Path) -> None:
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    registry = Registry(resolve, clock=FastClock(factor))
-    listener = Listener(registry)
-    server = ControlServer(Verbs(registry, list), control)
-    await server.start()
-    await listener.start(listen)
-    await stop.wait()
-    await listener.close()
-    await registry.close()
-    await server.close()
-
-
-def serve(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="`nbdtarget serve` on a fast clock.")
-    parser.add_argument("--clock", type=int, required=True)
-    parser.add_argument("--listen", required=True)
-    parser.add_argument("--control", type=Path, required=True)
-    options = parser.parse_args(argv)
-    daemon.run(lambda: _serve(options.clock, options.listen, options.control))
-
-
-# ---- the trace -------------------------------------------------------------------------------
-
-
-@dataclass
-class Recorded:
-    """What fio did, and when: microseconds since its start, one for each access."""
-
-    trace: hit_ratio.Trace
-    times_us: "array[int]"
-
-
-def read_fio_log(path: Path, *, block_size: int, nr_blocks: int) -> Recorded:
-    """Read what `write_iolog` wrote (version 3): `TIME FILE read|write OFFSET LENGTH`.
-
-    Raises: ValueError: it is something else.
+    Attributes:
+        nr_warm_up: accesses before the first look.
+        counted: those after it. seconds: how long they took.
+        promotions: in that time.
     """
-    recorded = Recorded(hit_ratio.Trace(nr_blocks), array("Q"))
-    with path.open() as lines:
-        if next(lines, "").split() != ["fio", "version", "3", "iolog"]:
-            raise ValueError(f"{path}: not a log of fio, version 3")
-        for line in lines:
-            time_us, _, action, *place = line.split()
-            if action not in ("read", "write"):
-                continue
-            offset, length = map(int, place)
-            if offset % block_size + length > block_size:
-                raise ValueError(f"{path}: an access to two blocks: {line.strip()}")
-            recorded.trace.add(offset // block_size, action == "write")
-            recorded.times_us.append(int(time_us))
-    return recorded
+
+    nr_warm_up: int
+    counted: Counters
+    seconds: float
+    promotions: int
+
+
+def load(uri: str, runtime_s: float, log: Path | None = None) -> dict[str, Any]:
+    # Without an end of its own, or fio would begin again with the same numbers.
+    extra = [f"--random_distribution=zipf:{THETA}", "--io_size=1T"]
+    if log is not None:
+        extra.append(f"--write_iolog={log}")
+    return run_fio(uri, JOB, runtime_s, extra=extra)
+
+
+def measure(cache: CacheUnderTest, log: Path, seconds: float) -> Measured:
+    """Load the cache for `seconds`. Raises: CalledProcessError."""
+    fresh = cache.status()
+    with ThreadPoolExecutor(1) as pool:
+        begin_s = monotonic()
+        job = pool.submit(load, cache.uri, seconds, log)
+        sleep(seconds / 2)
+        warm, warm_s = cache.status(), monotonic()
+        sleep(max(begin_s + seconds - MARGIN_S - warm_s, MARGIN_S))
+        done, done_s = cache.status(), monotonic()
+        job.result()
+    return Measured(
+        Counters(fresh, warm).total,
+        Counters(warm, done),
+        done_s - warm_s,
+        int(done["promotions"] or 0) - int(warm["promotions"] or 0),
+    )
 
 
 def simulate(trace: hit_ratio.Trace, warm_up: int, iops: int) -> dict[str, float]:
@@ -144,47 +93,12 @@ def simulate(trace: hit_ratio.Trace, warm_up: int, iops: int) -> dict[str, float
     return {name: count / counted for name, count in hits.items()}
 
 
-# ---- the measurement -------------------------------------------------------------------------
-
-
-def load(uri: str, runtime_s: float, log: Path | None = None) -> dict[str, Any]:
-    # Without an end of its own, or fio would begin again with the same numbers.
-    extra = [f"--random_distribution=zipf:{THETA}", "--io_size=1T"]
-    if log is not None:
-        extra.append(f"--write_iolog={log}")
-    return run_fio(uri, JOB, runtime_s, extra=extra)
-
-
-def measure(
-    cache: CacheUnderTest, log: Path, seconds: float
-) -> tuple[Counters, int, Counters]:
-    """Load the cache for `seconds`.
-
-    Returns: what it counted in the second half; promotions in it; and what it counted in all.
-    """
-    fresh = cache.status()
-    with ThreadPoolExecutor(1) as pool:
-        end_s = monotonic() + seconds
-        job = pool.submit(load, cache.uri, seconds, log)
-        sleep(end_s - seconds / 2 - monotonic())
-        warm = cache.status()
-        job.result()
-    done = cache.status()
-    promotions = [status["promotions"] for status in (warm, done)]
-    before, after = (int(number or 0) for number in promotions)
-    return Counters(warm, done), after - before, Counters(fresh, done)
-
-
 def run(work: Path, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Measure, print; return the results."""
+    """Measure, print; return the results. Raises: StartError, CalledProcessError."""
     image, slow, log = work / "origin.img", work / "slow.sock", work / "fio.log"
     make_image(image, ORIGIN_BLOCKS * BLOCK_SIZE)
     cache = CacheUnderTest(
-        work,
-        uri_of(slow),
-        ORIGIN_BLOCKS * BLOCK_SIZE,
-        block_size=BLOCK_SIZE,
-        serve=[sys.executable, "-m", __name__, "--clock", str(options.clock)],
+        work, uri_of(slow), ORIGIN_BLOCKS * BLOCK_SIZE, block_size=BLOCK_SIZE
     )
     cache.make_device(NR_CBLOCKS * BLOCK_SIZE)
     with nbdkit_file(
@@ -194,45 +108,48 @@ def run(work: Path, options: argparse.Namespace, console: Console) -> dict[str, 
         *["--filter=delay", f"--threads={THREADS}"],
         settings=[f"rdelay={DELAY}", f"wdelay={DELAY}"],
     ):
-        bare = load(uri_of(slow), min(BARE_S, options.zipf))["read"]["iops"]
+        bare = load(uri_of(slow), BARE_S)["read"]["iops"]
         with cache.serving():
-            warm, promotions, all_of_it = measure(cache, log, options.zipf)
-    recorded = read_fio_log(log, block_size=BLOCK_SIZE, nr_blocks=ORIGIN_BLOCKS)
-    nr_accesses = len(recorded.trace.blocks)
-    if all_of_it.total != nr_accesses:
-        console.print(f"fio read {nr_accesses} times, the cache saw {all_of_it.total}")
-    warm_up = nr_accesses - warm.total
-    seconds = (recorded.times_us[-1] - recorded.times_us[warm_up]) / 1e6
-    rate = warm.total / seconds
-    ratios = simulate(
-        recorded.trace,
-        warm_up,
-        max(round(nr_accesses / options.zipf / options.clock), 1),
-    )
-    console.print(
-        f"{nr_accesses:,} reads of 4 KiB, zipf:{THETA}, of {ORIGIN_BLOCKS} blocks of"
-        f" {BLOCK_SIZE // KIB} KiB behind {DELAY}; {NR_CBLOCKS} of them fit into the cache;"
-        f" its clock is {options.clock} times as fast; the last {warm.total:,} are counted:"
-    )
-    console.print(
-        f"  measured {warm.hit_ratio:.2%}; of the same trace: smq alone {ratios['smq']:.2%},"
-        f" LRU {ratios['LRU']:.2%}, Belady {ratios['Belady']:.2%}"
-    )
-    console.print(
-        f"  {rate:,.0f} reads a second, {rate / bare:.1f} times what the origin gives without a"
-        f" cache ({bare:,.0f}); {promotions} promotions in {seconds:.0f} s"
-    )
+            measured = measure(cache, log, options.zipf)
+    trace = hit_ratio.read_trace(log, BLOCK_SIZE)
+    # What came after the last look is not counted: see it neither here.
+    nr_seen = measured.nr_warm_up + measured.counted.total
+    del trace.blocks[nr_seen:], trace.writes[nr_seen:]
+    rate = measured.counted.total / measured.seconds
+    ratios = simulate(trace, measured.nr_warm_up, max(round(rate), 1))
+    show(measured, ratios, rate=rate, bare=bare, console=console)
     return {
-        "accesses": nr_accesses,
-        "counted": warm.total,
-        "hit_ratio": warm.hit_ratio,
+        "accesses": nr_seen,
+        "counted": measured.counted.total,
+        "hit_ratio": measured.counted.hit_ratio,
         "simulated": ratios,
         "reads_per_s": rate,
         "reads_per_s_without_cache": bare,
-        "promotions": promotions,
-        "clock": options.clock,
+        "promotions": measured.promotions,
     }
 
 
-if __name__ == "__main__":
-    serve()
+def show(
+    measured: Measured,
+    ratios: dict[str, float],
+    *,
+    rate: float,
+    bare: float,
+    console: Console,
+) -> None:
+    counted = measured.counted
+    console.print(
+        f"4 KiB reads, zipf:{THETA}, depth {JOB.depth}, of {ORIGIN_BLOCKS} blocks of"
+        f" {BLOCK_SIZE // KIB} KiB behind {DELAY}; {NR_CBLOCKS} fit into the cache."
+        f" After {measured.nr_warm_up:,} to warm up {counted.total:,} are counted:"
+    )
+    is_good = ratios["smq"] >= ratios["LRU"] and counted.hit_ratio >= ratios["LRU"]
+    console.print(
+        f"  measured {counted.hit_ratio:.2%}; of the same trace: smq alone"
+        f" {ratios['smq']:.2%}, LRU {ratios['LRU']:.2%}, Belady {ratios['Belady']:.2%}"
+        f" (wanted: at least LRU's; {'reached' if is_good else 'NOT reached'})"
+    )
+    console.print(
+        f"  {rate:,.0f} reads a second, {rate / bare:.1f} times what the origin gives without"
+        f" a cache ({bare:,.0f}); {measured.promotions} promotions in {measured.seconds:.0f} s"
+    )
