@@ -38,6 +38,7 @@ from metadata.superblock import CLEAN_SHUTDOWN, COUNTER_MAX
 
 __all__ = ["MappingReader", "parse_cache"]
 
+SECTOR_SIZE: Final = 512
 HINT_MAX: Final = (1 << 32) - 1
 
 # The fields that are numbers, and their ranges.
@@ -230,8 +231,11 @@ def _check_sizes(fields: Fields, mappings: MappingReader) -> None:
     fault = block_size_fault(block_size)
     if fault:
         raise fields.bad("block_size_bytes", fault)
-    if origin_size // block_size > NR_OBLOCKS_MAX:
-        raise fields.bad("origin_size_bytes", f"more than {NR_OBLOCKS_MAX} blocks")
+    assert origin_size // block_size <= NR_OBLOCKS_MAX, "the numbers have ranges"
+    if origin_size % SECTOR_SIZE:
+        raise fields.bad(
+            "origin_size_bytes", f"{origin_size} is not a multiple of {SECTOR_SIZE}"
+        )
     nr_cblocks = fields["nr_cblocks"]
     if len(mappings.values) > nr_cblocks:
         cblock = len(mappings.values) - 1

@@ -28,7 +28,13 @@ from xml.sax.saxutils import quoteattr
 from metadata.cache_content import CacheContent
 from metadata.cache_dump_parser import MappingReader
 from metadata.cache_records import NR_CBLOCKS_MAX, NR_OBLOCKS_MAX, OBLOCK_SHIFT
-from metadata.cache_superblock import HINT_SIZE, NO_POLICY, POLICY_NAME_MAX, Policy
+from metadata.cache_superblock import (
+    BLOCK_SIZE_MIN,
+    HINT_SIZE,
+    NO_POLICY,
+    POLICY_NAME_MAX,
+    Policy,
+)
 from metadata.dump import LINES_PER_PIECE
 from metadata.errors import BadDump
 from metadata.sizing import block_size_fault
@@ -98,6 +104,7 @@ def parse_xml(
 
     Raises: BadDump.
     """
+    assert 0 < origin_size // BLOCK_SIZE_MIN + 1 <= NR_OBLOCKS_MAX
     reader = _Reader(origin_size)
     reader.read(pieces)
     return reader.content(uuid, clean=clean)
@@ -210,8 +217,6 @@ class _Reader:
         if fault:
             raise ValueError(f"block_size {sectors}: {fault}")
         self._block_size = sectors * SECTOR_SIZE
-        if self._origin_size // self._block_size > NR_OBLOCKS_MAX:
-            raise ValueError(f"the origin has more than {NR_OBLOCKS_MAX} blocks")
         self._nr_cblocks = _number(attributes["nr_cache_blocks"])
         if not 0 < self._nr_cblocks <= NR_CBLOCKS_MAX:
             raise ValueError(f"nr_cache_blocks {self._nr_cblocks} is out of range")

@@ -75,6 +75,7 @@ T = TypeVar("T")
 
 PIECE_SIZE: Final = 1 << 16
 HEAD_SIZE: Final = 512
+SECTOR_SIZE: Final = 512
 
 
 class _File:
@@ -307,6 +308,8 @@ def _parse(
         raise NbdTargetError(
             f"{source}: is XML, which does not say the origin's size: --origin-size does"
         )
+    if origin_size < 1 or origin_size % SECTOR_SIZE:
+        raise NbdTargetError(f"an origin of {origin_size} bytes is no disk")
     content = parse_xml(
         rest,
         origin_size=origin_size,

@@ -135,6 +135,18 @@ def compacted_clean() -> CacheLife:
     return life
 
 
+def full() -> CacheLife:
+    """A snapshot of values, not of entries, and a little behind it."""
+    life = CacheLife()
+    for cblock in range(1, NR_CBLOCKS - 1):
+        life.insert(cblock, 2 * cblock, dirty=cblock % 7 == 0)
+    life.commit()
+    life.compact()
+    life.move(3, 1, dirty=True)
+    life.shut_down()
+    return life
+
+
 LIVES: dict[str, Callable[[], CacheLife]] = {
     each.__name__: each
     for each in (
@@ -146,6 +158,7 @@ LIVES: dict[str, Callable[[], CacheLife]] = {
         plain_clean,
         compacted,
         compacted_clean,
+        full,
     )
 }
 

@@ -182,6 +182,7 @@ BAD = [
         "nr_lost: expected a number",
     ),
     ("65536,", "65537,", 13, "Invalid data block size"),
+    ("6554112", "6554113", 14, "is not a multiple of 512"),
     ('"dirty_log": false', '"dirty_log": 0', 12, "expected true or false"),
     ('"dirty_log": false', '"dirty_log": true', 29, "is dirty, but not logged"),
     ('["clean_shutdown"]', "[]", 29, "cache block 0 counts as dirty"),
@@ -219,6 +220,22 @@ def test_hints_without_a_policy_are_refused() -> None:
     text = changed('  "policy": "smq",\n  "policy_version": [2, 0, 0],\n', "")
     with pytest.raises(BadDump, match="hints without a policy"):
         parsed(text)
+
+
+def test_fields_may_stand_in_any_order() -> None:
+    text = changed('  "nr_cblocks": 4,\n', "").replace(
+        "\n  ]\n}\n", '\n  ],\n  "nr_cblocks": 4\n}\n'
+    )
+    assert parsed(text) == make_cache()
+    with pytest.raises(BadDump, match="cache block 3 is behind the last of 3"):
+        parsed(text.replace('"nr_cblocks": 4', '"nr_cblocks": 3'))
+
+
+def test_logged_block_that_is_not_dirty_needs_a_clean_shutdown() -> None:
+    text = text_of(CONTENTS["logged"])
+    assert '[0, 17, "clean logged"]' in text
+    with pytest.raises(BadDump, match="cache block 0 counts as dirty"):
+        parsed(text.replace('["clean_shutdown"]', "[]"))
 
 
 def test_number_of_a_cache_block_makes_no_room_before_it_is_believed() -> None:

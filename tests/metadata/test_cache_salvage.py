@@ -13,6 +13,7 @@ from metadata.cache_content import CacheContent
 from metadata.cache_records import LOGGED, SetEntries, decode_arena_record
 from metadata.cache_restore import restore_cache
 from metadata.cache_salvage import _Arena, salvage_cache
+from metadata.cache_superblock import DIRTY_LOG
 from metadata.check import Findings
 from metadata.envelope import BLOCK_SIZE
 from metadata.errors import (
@@ -472,6 +473,26 @@ FORGED = {
         ["number of mapped", "number of logged", "number of dirty"],
     ),
     "behind the cache": ([(40, value(1))], {}, ["expected below 40, found 40"]),
+    "behind the smaller cache": (
+        [],
+        {"nr_cblocks": 9, "nr_mapped": 8},
+        ["mapping of a cache block: expected below 9, found 10"],
+    ),
+    "not logged": (
+        [],
+        {"incompat": DIRTY_LOG},
+        ["dirty bit of cache block 0, which is not logged", "block 3, which is not"],
+    ),
+    "hints of nobody": (
+        [],
+        {"policy_name": ""},
+        ["no hints without a policy"],
+    ),
+    "many": (
+        [(cblock, value(100 + cblock)) for cblock in range(12, 40)],
+        {},
+        ["cache block 12", "and 13 more faults"],
+    ),
     "far behind": ([((1 << 32) - 1, value(1))], {}, ["below"]),
 }
 
@@ -489,7 +510,7 @@ def test_all_that_cannot_be_is_told_though_digests_fit(
     assert found.damage
     for cblock, oblock in mappings(found.content).items():
         assert oblock < 100
-        assert cblock < 40
+        assert cblock < int(fields.get("nr_cblocks", 40))  # type: ignore[call-overload]
     oblocks = list(mappings(found.content).values())
     assert len(oblocks) == len(set(oblocks))
 

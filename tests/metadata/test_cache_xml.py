@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The XML of the tools for the kernel's caches, out and in."""
 
+from array import array
+
 import pytest
 from bitarray import bitarray
+from bitarray.util import zeros
 
 from metadata.cache_content import CacheContent
 from metadata.cache_superblock import NO_POLICY
@@ -10,7 +13,7 @@ from metadata.cache_xml import parse_xml, render_xml
 from metadata.errors import BadDump
 from metadata.superblock import CLEAN_SHUTDOWN
 from tests.metadata.cache_lives import lives
-from tests.metadata.test_cache_dump import make_cache
+from tests.metadata.test_cache_dump import make_cache, value
 
 AGES = sorted(lives())
 UUID = bytes(range(16))
@@ -132,3 +135,18 @@ def test_mappings_behind_hints_are_refused() -> None:
 def test_superblock_alone_is_refused() -> None:
     with pytest.raises(BadDump, match="mappings are missing"):
         parsed(SMALL.split("\n")[0] + "</superblock>")
+
+
+def test_many_mappings_come_in_pieces() -> None:
+    nr = 10_000
+    content = make_cache(
+        values=array("Q", (value(each) for each in range(nr))),
+        dirty=zeros(nr, "little"),
+        hints=array("I", range(nr)),
+        origin_size=nr * 65536,
+    )
+    pieces = list(render_xml(content))
+    assert max(map(len, pieces)) < sum(map(len, pieces)) // 3
+    data = "".join(pieces).encode()
+    again = parse_xml([data], origin_size=content.origin_size, uuid=UUID)
+    assert (again.values, again.hints) == (content.values, content.hints)

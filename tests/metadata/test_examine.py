@@ -243,3 +243,14 @@ def test_power_cut_while_mending_loses_nothing() -> None:
         answer = tuple(store.end(ticket) for ticket in tickets)
     assert nr_images > 8
     assert opens(bytes(store.durable))
+
+
+def test_count_that_does_not_fit_is_told_once() -> None:
+    aged = ages()["commits"]
+    store = Store(len(aged.image), aged.image)
+    superblock = aged.superblock()
+    wrong = msgspec.structs.replace(superblock, nr_hydrated=superblock.nr_hydrated + 1)
+    for write in superblock_writes(wrong):
+        store.do(write)
+    (line,) = examined(bytes(store.durable)).damage
+    assert "number of hydrated regions" in line

@@ -4,9 +4,16 @@
 import pytest
 
 from metadata.arena import NR_REGIONS_MAX
+from metadata.cache import CacheMetadata
 from metadata.clone import CloneMetadata
 from metadata.errors import MetadataTooSmall
-from metadata.sizing import clone_sizes, nr_regions_of, region_size_fault
+from metadata.sizing import (
+    block_size_fault,
+    cache_sizes,
+    clone_sizes,
+    nr_regions_of,
+    region_size_fault,
+)
 from tests.metadata.store import Store, drive
 
 
@@ -54,3 +61,40 @@ def test_last_region_may_be_short() -> None:
 def test_region_sizes_are_the_kernels(region_size: int, fault: str) -> None:
     assert fault in region_size_fault(region_size)
     assert bool(fault) == bool(region_size_fault(region_size))
+
+
+@pytest.mark.parametrize("nr_cblocks", [1, 8, 1000, 65_025, 5_000_000])
+def test_smallest_of_a_cache_is_what_formatting_takes(nr_cblocks: int) -> None:
+    sizes = cache_sizes(nr_cblocks)
+    assert sizes.smallest < sizes.preferred
+    assert sizes.preferred == CacheMetadata.device_size_for(nr_cblocks)
+
+    def format_on(size: int) -> None:
+        steps = CacheMetadata.format(
+            device_size=size,
+            block_size=32768,
+            origin_size=1 << 30,
+            nr_cblocks=nr_cblocks,
+            uuid=bytes(16),
+        )
+        drive(Store(size), steps)
+
+    format_on(sizes.smallest)
+    with pytest.raises(MetadataTooSmall):
+        format_on(sizes.smallest - 4096)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "may"),
+    [
+        (32 << 10, True),
+        (96 << 10, True),
+        (1 << 30, True),
+        (0, False),
+        (16 << 10, False),
+        (48 << 10, False),
+        ((1 << 30) + (32 << 10), False),
+    ],
+)
+def test_block_sizes_are_the_kernels(block_size: int, may: bool) -> None:
+    assert (block_size_fault(block_size) == "") == may

@@ -248,6 +248,9 @@ def test_xml_wants_the_size_of_the_origin_and_json_does_not(tool: Tool) -> None:
     assert "which does not say the origin's size: --origin-size does" in line
     line = tool.fails("restore", "-i", dump, "-o", output, "--origin-size", "1M")
     assert "the origin is too small" in line
+    for size in ("0", "1000"):
+        line = tool.fails("restore", "-i", dump, "-o", output, "--origin-size", size)
+        assert f"an origin of {size} bytes is no disk" in line
     dump = tool.file(DUMP.encode(), "dump")
     line = tool.fails("restore", "-i", dump, "-o", output, "--origin-size", "1M")
     assert "is not XML: it says the origin's size" in line
