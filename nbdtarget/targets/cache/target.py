@@ -165,7 +165,7 @@ class CacheTarget(Target):
     # I/O
 
     def map(self, bio: Bio) -> int:
-        # hot: a hit that ends at once takes 1.1 us here, of which the policy's look-up is 0.25;
+        # hot: a hit that ends at once takes 0.65 us, of which the policy's look-up is 0.22;
         # nothing is allocated. In flight it is held, by a closure and an entry in a dictionary.
         op = bio.op
         if op > self._fast_op_max or bio.flags:
