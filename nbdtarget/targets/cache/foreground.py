@@ -29,7 +29,8 @@ Why no acknowledged flush is lost
    two orders they would leave two copies that differ, too.
 5. *Invalidation* (passthrough): removed, committed, and only then written to the origin.
 6. *Mode RO.* A write that would need something recorded is refused. What may go on: writes to
-   dirty blocks whose mapping is on disk, and to blocks that are not cached.
+   dirty blocks whose mapping is on disk, and to blocks that are not cached; but none to a block that is
+   recorded as discarded, which whoever starts next would fill with zeroes.
 
 A DISCARD locks its range, so that it does not race with writes to it or with migrations; the bits are
 set with the lock held. Cached blocks stay cached: what they read is as good as anything.
@@ -56,6 +57,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.policies.base import MISS_WAKE, Work
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.locks import BlockLock
+from nbdtarget.targets.cache.pieces import BYTES_AT_ONCE, PIECES_AT_ONCE, Pieces
 
 __all__ = ["Foreground"]
 
@@ -158,13 +160,18 @@ class Foreground:
 
     def _take_pieces(self, bio: Bio) -> None:
         block_size = self._blocks.block_size
+        # A FUA of each piece is its own affair.
+        nr_pieces_max = bio.length // block_size + 2
+        is_long = bio.payload is not None and bio.length > BYTES_AT_ONCE
+        if is_long or nr_pieces_max > PIECES_AT_ONCE:
+            Pieces(bio, block_size, _PIECE, self._blocks.remap).pump()
+            return
         lengths = []
         at, end = bio.offset, bio.offset + bio.length
         while at < end:
             stop = min((at // block_size + 1) * block_size, end)
             lengths.append(stop - at)
             at = stop
-        # A FUA of each piece is its own affair.
         for piece in split_bio(bio, lengths):
             piece.private = _PIECE
             self.take(piece)
@@ -176,6 +183,9 @@ class Foreground:
         if lock is not None:
             bio.own()
             lock.parked.append(bio)
+            return
+        if is_write and not blocks.is_writable and self._is_recorded_discarded(oblock):
+            bio.end(errnos.EIO)
             return
         if is_write and blocks.is_writeback and self._is_optimisable(bio, oblock):
             cblock, work = blocks.policy.lookup_with_work(oblock, True)
@@ -207,6 +217,13 @@ class Foreground:
             bio.op == OP_WRITE
             and blocks.block_size <= ZERO_FILL_BYTES_MAX
             and blocks.discards.is_discarded(oblock)
+        )
+
+    def _is_recorded_discarded(self, oblock: int) -> bool:
+        """Whether the disk says, cleanly, that nobody needs the block."""
+        blocks = self._blocks
+        return blocks.metadata.is_recorded_clean and blocks.discards.is_discarded(
+            oblock
         )
 
     # Passing on
