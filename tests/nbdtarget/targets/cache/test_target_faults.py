@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache does when its disks fail: who counts, who is told, what may go on."""
+
+import errno as errnos
+
+from metadata.mode import Mode
+from nbdtarget.bio import OP_DISCARD, OP_FLUSH, OP_WRITE
+from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
+
+
+async def start_fails(lab: CacheLab) -> None:
+    """Suspend, and let the commit of the resume fail: the disk still says that all is clean."""
+    await lab.suspend()
+    lab.fail("c", OP_FLUSH)
+    error = await lab.resume_refused()
+    assert "metadata commit failed" in str(error)
+    lab.fail("c")
+    await lab.resume()
+    assert lab.core.mode is Mode.RO
+    assert lab.core.is_recorded_clean
+
+
+async def test_read_only_cache_takes_no_write_to_what_is_recorded_as_discarded(
+    lab: CacheLab,
+) -> None:
+    # Else whoever starts next fills the block with zeroes as soon as it is promoted.
+    await lab.create(DIRTY_BUSY)
+    discard = lab.submit(OP_DISCARD, 5 * BLOCK, BLOCK)
+    await settle()
+    assert discard.status == 0
+    await start_fails(lab)
+    discarded = lab.submit(OP_WRITE, 5 * BLOCK, 512)
+    other = lab.submit(OP_WRITE, 6 * BLOCK, 512)
+    await settle()
+    assert discarded.status == errnos.EIO
+    assert other.status == 0
