@@ -35,8 +35,8 @@ Departures from the kernel. The first two matter:
   kernel promotes every miss as long as the hotspot queue does well (it has a table of
   cautious promote levels for a full cache, and a `max` that switches it off): then any block
   pushes another one out.
-- The period of 60 s ends sooner in a busy cache: when misses, and blocks that were hit, are as
-  many as half of its blocks, or 1024. In the kernel's minute a small cache may have every block hit, and
+- The period of 60 s ends sooner in a busy cache, but not a cleaner: when misses, and blocks that were
+  hit, are as many as half of its blocks, or 1024. In the kernel's minute a small cache may have every block hit, and
   can tell none from another.
 
   Hit ratio and promotions of half a million accesses to 4096 blocks, by `scripts/hit_ratio`, at 68
@@ -65,6 +65,7 @@ for a block of the origin; 0.25 us for a hit (0.6 when its block is in no CPU ca
 miss, 0.6 ms for the longest tick, 2 us for each mapping to load.
 """
 
+import math
 from typing import ClassVar, Final
 
 from nbdtarget.policies.allocator import Allocator
@@ -154,7 +155,11 @@ class Smq(Policy):
         self._is_hit = bytearray(nr_cblocks)
         self._nr_hit = 0
         self._nr_noted_before = 0
-        self._nr_events_max = max(nr_cblocks // 2, EVENTS_MIN)
+        self._nr_events_max: float = max(nr_cblocks // 2, EVENTS_MIN)
+        if self.is_cleaner:
+            self._nr_events_max = (
+                math.inf
+            )  # else none of a busy cache's blocks grows old
         self._table = BlockTable(nr_cblocks)
         self._hotspot = Hotspot(
             nr_cblocks, origin_size=origin_size, block_size=block_size

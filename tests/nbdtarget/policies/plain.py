@@ -351,9 +351,8 @@ class PlainSmq:
         share = self.hits * 256 // accesses if accesses else 0
         performance = "POOR" if share < 16 else "FAIR" if share < 32 else "WELL"
         hit = self.nr_hit
-        if now > self.cache_end or self.noted + hit >= max(
-            self.nr_cblocks // 2, self.events_min
-        ):
+        is_enough = self.noted + hit >= max(self.nr_cblocks // 2, self.events_min)
+        if now > self.cache_end or (is_enough and not self.is_cleaner):
             self.cache_end = now + 60 * S
             self.end_cache_period(hit)
         if not self.free:

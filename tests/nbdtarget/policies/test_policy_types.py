@@ -141,6 +141,23 @@ def test_cleaner_writes_old_blocks_back_even_when_busy() -> None:
     assert len({work.cblock for work in works if work is not None}) == 32
 
 
+def test_cleaner_gets_done_however_often_its_blocks_are_hit() -> None:
+    """It has a minute to tell them apart, as in the kernel: more often, none grows old."""
+    cleaner = dirty_cleaner()
+    cleaned = set()
+    for n in range(60 * 10):  # a tick each 100 ms, hundreds of hits and misses
+        for nr in range(32):
+            cleaner.lookup(nr, True)
+            for far in range(4):
+                cleaner.lookup((1 << 20) + far, False)
+        cleaner.tick(n * S // 10)
+        while (work := cleaner.get_background_work(False)) is not None:
+            cleaned.add(work.cblock)
+            cleaner.complete_background_work(work, True)
+            cleaner.clear_dirty(work.cblock)
+    assert cleaned == set(range(32))
+
+
 def test_idle_cleaner_writes_everything_back() -> None:
     cleaner = dirty_cleaner()
     works = [cleaner.get_background_work(True) for _ in range(33)]
