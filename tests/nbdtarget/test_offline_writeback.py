@@ -258,6 +258,11 @@ def test_damaged_metadata_are_refused() -> None:
     assert "nothing is written back from damaged metadata" in line
 
 
+def test_metadata_that_are_none_are_refused() -> None:
+    assert "metadata is not formatted" in refused(Disks(bytes(METADATA_SIZE)))
+    assert "neither metadata of this kind" in refused(Disks(b"x" * METADATA_SIZE))
+
+
 def test_needs_check_is_refused() -> None:
     store = Store(METADATA_SIZE, metadata_image(clean=False))
     steps = CacheMetadata.open(device_size=store.size, block_size=BLOCK)
@@ -438,6 +443,21 @@ def test_origin_that_cannot_be_opened_again_ends_it() -> None:
     assert disks.devices["metadata"].image() == image
 
 
+def test_origin_that_is_another_one_when_opened_again_ends_it() -> None:
+    class Another(Latching):
+        async def open(self, name: str, read_only: bool) -> Device:
+            if (name, read_only) == ("origin", False) == self.opened[-1]:
+                return CrashDevice(ORIGIN_SIZE + 512, name=name)
+            return await super().open(name, read_only)
+
+    image = metadata_image()
+    disks = Another(image, 9)
+    disks.opened.append(("", False))
+    with pytest.raises(NbdTargetError, match="origin: is not the device that it was"):
+        disks.run()
+    assert disks.devices["metadata"].image() == image
+
+
 def test_legs_end_with_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline_writeback, "LEG_BYTES", 2 * BLOCK)
     disks = Disks(metadata_image(clean=False))
@@ -446,20 +466,26 @@ def test_legs_end_with_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops == ["write", "write", "flush"] * 2 + ["write", "flush"]
 
 
-async def test_cancelled_job_waits_for_its_io() -> None:
-    disks = Disks(metadata_image(), inline_chance=0.0)
+async def test_cancelled_job_waits_for_its_io_and_goes_no_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offline_writeback, "COPIES_IN_FLIGHT", 1)
+    image = metadata_image(clean=False)
+    disks = Disks(image, inline_chance=0.0)
     job = WritebackJob(metadata="metadata", cache="cache", origin="origin")
-    copying = asyncio.Event()
+    copied = asyncio.Event()
 
     def progress(done: int, total: int) -> None:
-        copying.set()
+        if done:
+            copied.set()
 
     task = asyncio.create_task(write_back(job, progress, opener=disks.open))
-    await copying.wait()
+    await copied.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task  # a crash device that is closed with I/O in flight says so
-    assert disks.devices["metadata"].image() == metadata_image()
+    assert 1 <= len(disks.written("origin")) < len(MAPPED)
+    assert disks.devices["metadata"].image() == image
 
 
 # Power cuts
