@@ -177,7 +177,7 @@ class Migrations:
         self._may_gather = True
         if self._is_idle:
             self._clear_log()
-        self._wishes.tick()
+        self._wishes.tick(is_migrating=self._nr_migrations > 0)
         self.tick()
         self.wake()
         self._waker = self._clock.call_later(TICK_S, self._tick_and_wait)

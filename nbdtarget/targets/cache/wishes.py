@@ -42,6 +42,7 @@ class Wishes:
         self._wishes: deque[list[int]] = deque()  # [next oblock, end, pin]
         self._to_pin: set[int] = set()  # oblocks that are being promoted
         self._ticks_without_room = 0
+        self._lacks_room = False  # seen since the last tick
 
     @property
     def is_empty(self) -> bool:
@@ -102,6 +103,7 @@ class Wishes:
                 return None
             work = self._maybe_promote(oblock, pin=bool(pin))
             if work is None and wants_room:
+                self._lacks_room = True
                 return None
             wish[0] += 1
             self._ticks_without_room = 0
@@ -115,9 +117,10 @@ class Wishes:
             self._to_pin.discard(work.oblock)
             self._blocks.policy.pin(work.cblock)
 
-    def tick(self) -> None:
-        """A second has passed."""
-        if self._wishes:
+    def tick(self, *, is_migrating: bool) -> None:
+        """A second has passed. While anything is migrated there may be room soon."""
+        lacks_room, self._lacks_room = self._lacks_room, False
+        if self._wishes and lacks_room and not is_migrating:
             self._ticks_without_room += 1
             if self._ticks_without_room > PATIENCE_TICKS:
                 oblock, end, _ = self._wishes.popleft()

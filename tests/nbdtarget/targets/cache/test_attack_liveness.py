@@ -2,7 +2,8 @@
 """What was seen to hang, to hold the loop, or to give up too early, and must not."""
 
 from nbdtarget.bio import OP_DISCARD, OP_WRITE
-from tests.nbdtarget.targets.cache.lab import BLOCK, CacheLab, settle
+from nbdtarget.targets.cache.wishes import PATIENCE_TICKS
+from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 NO_PASSDOWN = "1 no_discard_passdown smq 2 migration_threshold 0"
 
@@ -23,3 +24,49 @@ async def test_discards_that_overlap_like_tiles_all_end_when_the_first_may() -> 
     await settle()
     assert {bio.status for bio in (first, *discards, parked)} == {0}
     await lab.close()
+
+
+async def test_range_to_warm_is_not_given_up_while_the_rate_holds_it_up(
+    lab: CacheLab,
+) -> None:
+    await lab.create(f"0 smq 2 migration_rate {BLOCK // 16}")
+    await lab.message("warm 0-3")
+    await lab.pass_time(16 * 3 + 1)
+    assert None not in [lab.cblock(oblock) for oblock in range(3)]
+
+
+async def test_range_to_warm_is_not_given_up_while_the_origin_is_slow() -> None:
+    lab = CacheLab(nr_cblocks=64, nr_oblocks=64)
+    await lab.create()
+    lab.origin.hold = True
+    await lab.message("warm 0-64")
+    await lab.pass_time(2 * PATIENCE_TICKS)
+    lab.origin.let_go()
+    await lab.pass_time(1)
+    assert await lab.used() == 64
+    await lab.close()
+
+
+async def test_range_to_warm_is_not_given_up_while_room_is_made_for_it(
+    lab: CacheLab,
+) -> None:
+    await lab.create(DIRTY_BUSY)
+    await lab.fill(range(8))
+    lab.origin.hold = True
+    await lab.message("warm 8")
+    await lab.pass_time(2 * PATIENCE_TICKS)
+    lab.origin.let_go()
+    await lab.pass_time(10)
+    assert lab.cblock(8) is not None
+
+
+async def test_range_to_warm_is_given_up_when_all_blocks_are_pinned(
+    lab: CacheLab,
+) -> None:
+    await lab.create(DIRTY_BUSY)
+    await lab.message("pin 0-8")
+    await lab.pass_time(5)
+    await lab.message("warm 8 0")
+    await lab.pass_time(PATIENCE_TICKS + 2)
+    assert lab.target._wishes.is_empty
+    assert lab.cblock(8) is None
