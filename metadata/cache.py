@@ -53,7 +53,7 @@ mapping and need not wait: a crash forgets both. Cleaned blocks stay LOGGED, and
 again at no cost, until a commit that flushes the origin anyway (or `clear_log`) takes that back.
 So LOGGED on disk is a superset of the dirty blocks at any time, and mostly a small one.
 
-Space and compaction are the clone's; see clone.py. A snapshot is fuzzy here, too: (1) whatever
+Space and compaction: see journaled.py. A snapshot is fuzzy here, too: (1) whatever
 uncommitted state it caught, its block is in a transaction that was pre-committed later, at the
 latest in the switching one; (2) so is each block that changed after its chunk was copied; (3) a
 record says what a block is, and the last one wins. So the new journal ends with each such block as it was at the switching pre_commit.
@@ -83,6 +83,7 @@ from metadata.cache_records import (
     NR_CBLOCKS_MAX,
     NR_OBLOCKS_MAX,
     Words,
+    snapshot_blocks_max,
 )
 from metadata.cache_superblock import (
     BLOCK_SIZE_MAX,
@@ -102,12 +103,11 @@ from metadata.cache_superblock import (
 from metadata.cache_transaction import (
     FLUSH_CACHE,
     FLUSH_ORIGIN,
+    CacheCompaction,
     CacheTransaction,
-    Compaction,
     Shutdown,
-    write_snapshot,
 )
-from metadata.envelope import BLOCK_SIZE, DIGEST_SIZE
+from metadata.envelope import DIGEST_SIZE
 from metadata.errors import (
     BlockSizeMismatch,
     FailedMetadata,
@@ -171,7 +171,13 @@ class CacheMetadata(CacheBlocks):
         unhealed: frozenset[int],
         notes: tuple[str, ...],
     ) -> None:
-        super().__init__(superblock, loaded, unhealed)
+        super().__init__(
+            superblock,
+            loaded,
+            device_size=device_size,
+            unhealed=unhealed,
+            notes=notes,
+        )
         self.clean_when_opened = bool(superblock.flags & CLEAN_SHUTDOWN)
         self._discarded = loaded.discarded
         self.statistics = Statistics(
@@ -180,12 +186,6 @@ class CacheMetadata(CacheBlocks):
             superblock.write_hits,
             superblock.write_misses,
         )
-        self.total_blocks = device_size // BLOCK_SIZE
-        self.notes = notes
-        self._aborted = False
-        # The compaction that a commit may still use, and the one whose generator is alive.
-        self._compaction: Compaction | None = None
-        self._compacting: Compaction | None = None
 
     # Making and opening
 
@@ -277,11 +277,6 @@ class CacheMetadata(CacheBlocks):
         )
 
     # What there is
-
-    @property
-    def generation(self) -> int:
-        """The generation of the last commit that is done."""
-        return self._superblock.generation
 
     @property
     def used_blocks(self) -> int:
@@ -429,61 +424,13 @@ class CacheMetadata(CacheBlocks):
 
     def fail(self) -> None:
         """Go to mode FAIL: everything raises FailedMetadata until it is opened again."""
-        self.mode = _FAIL
+        super().fail()
         self.admits_changes = False
-        self._compaction = None
-
-    # Compaction
-
-    @property
-    def needs_compaction(self) -> bool:
-        """Whether it is time to run `compact`: the journal is half full."""
-        live = self._superblock
-        room = live.arena_end - live.journal_block
-        return 2 * live.journal_blocks > room and self._may_compact()
-
-    def compact(self) -> Steps[None]:
-        """Write a snapshot into the other arena, beside commits; the next commit switches.
-
-        Does nothing unless it may: in mode RW, one at a time, and not while a commit is
-        itself moving to the other arena.
-
-        Raises: FailedMetadata.
-        Durable: nothing changes until that commit is done.
-        """
-        if self.mode is _FAIL:
-            raise FailedMetadata
-        if not self._may_compact():
-            return
-        compaction = Compaction(self._superblock)
-        self._compaction = self._compacting = compaction
-        try:
-            snapshot = write_snapshot(compaction.chain, self.generation, self._values)
-            for operation in snapshot:
-                yield operation
-                if self._compaction is not compaction:
-                    return  # a commit overtook us, or the mode changed
-            compaction.end_snapshot()
-            # The switching commit flushes in any case; this keeps that flush short.
-            yield Flush()
-            for operation in compaction.catch_up(self):
-                if self._compaction is not compaction:
-                    return
-                yield operation
-            compaction.ready = self._compaction is compaction
-        finally:
-            self._compacting = None
-            if not compaction.ready and self._compaction is compaction:
-                self._compaction = None
 
     # Inside
 
-    def _may_compact(self) -> bool:
-        return (
-            self.mode is _RW
-            and self._compaction is None
-            and self._compacting is None
-            and not (self._transaction is not None and self._transaction.moves)
-            # While a slot has one good copy, the arena that its sibling names is kept.
-            and not self._unhealed
-        )
+    def _new_compaction(self) -> CacheCompaction:
+        return CacheCompaction(self)
+
+    def _snapshot_blocks_max(self) -> int:
+        return snapshot_blocks_max(self.nr_cblocks_max)

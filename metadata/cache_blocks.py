@@ -21,17 +21,22 @@ from metadata.cache_superblock import (
     Policy,
     device_size_with,
 )
-from metadata.cache_transaction import FLUSH_CACHE, FLUSH_ORIGIN, Shutdown
+from metadata.cache_transaction import (
+    FLUSH_CACHE,
+    FLUSH_ORIGIN,
+    CacheTransaction,
+    Shutdown,
+)
 from metadata.envelope import BLOCK_SIZE
 from metadata.errors import (
     CannotShrink,
     FailedMetadata,
     MetadataTooSmall,
-    ReadOnlyMetadata,
 )
+from metadata.journaled import JournaledMetadata
 from metadata.mode import Mode
 from metadata.operations import Steps
-from metadata.superblock import CLEAN_SHUTDOWN, RO_COMPAT_KNOWN
+from metadata.superblock import CLEAN_SHUTDOWN
 
 if TYPE_CHECKING:
     from metadata.cache_transaction import CacheTransaction
@@ -55,12 +60,11 @@ class Mapping(NamedTuple):
     hint: int | None
 
 
-class CacheBlocks:
+class CacheBlocks(JournaledMetadata):
     """The half of `CacheMetadata` that commits nothing.
 
-    Attributes:
-        mode: only downwards.
-        block_size: bytes; fixed. origin_size: bytes. uuid: 16 bytes.
+    Attributes: those of `JournaledMetadata`, and
+        block_size: bytes; fixed. origin_size: bytes.
         nr_cblocks, nr_cblocks_max: cache blocks, and to how many it may grow on this device.
         nr_mapped, nr_dirty, nr_logged: in core, in O(1).
         dirty: the bitmap in core, at least `nr_cblocks` long. Look, don't touch.
@@ -68,15 +72,23 @@ class CacheBlocks:
         admits_changes: `clean_shutdown` is durably clear, and no full sync has begun.
     """
 
+    _superblock: CacheSuperblock
+    _transaction: CacheTransaction | None
+
     def __init__(
-        self, superblock: CacheSuperblock, loaded: Loaded, unhealed: frozenset[int]
+        self,
+        superblock: CacheSuperblock,
+        loaded: Loaded,
+        *,
+        device_size: int,
+        unhealed: frozenset[int],
+        notes: tuple[str, ...],
     ) -> None:
-        self.mode = _RW
-        if superblock.ro_compat & ~RO_COMPAT_KNOWN:
-            self.mode = Mode.RO
+        super().__init__(
+            superblock, device_size=device_size, unhealed=unhealed, notes=notes
+        )
         self.block_size = superblock.block_size
         self.origin_size = superblock.origin_size
-        self.uuid = superblock.uuid
         self.nr_cblocks = superblock.nr_cblocks
         self.nr_cblocks_max = superblock.nr_cblocks_max
         self.nr_mapped = superblock.nr_mapped
@@ -85,8 +97,6 @@ class CacheBlocks:
         self.dirty = loaded.dirty
         self.dirty_log = bool(superblock.incompat & DIRTY_LOG)
         self.admits_changes = False
-        self._superblock = superblock
-        self._unhealed = unhealed
         self._values = loaded.values
         self._by_oblock = loaded.by_oblock
         self._hints = loaded.hints
@@ -104,7 +114,6 @@ class CacheBlocks:
         self._resized = False
         self._starting = False
         self._clearing = False
-        self._transaction: CacheTransaction | None = None
         self._shutdown = Shutdown()
 
     # Looking up
@@ -414,9 +423,6 @@ class CacheBlocks:
             self._changed[cblock]
             or (transaction is not None and transaction.taken[cblock])
         )
-
-    def _refuse_change(self) -> None:
-        raise FailedMetadata if self.mode is _FAIL else ReadOnlyMetadata
 
     def _check_change(self) -> None:
         if self.mode is not _RW:

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """One commit of a cache's metadata, and the compaction that it may switch to.
 
-Theory of operation stands at the head of cache.py. The order of a commit and the two arenas are the
-clone's (clone.py, transaction.py). What differs: a record says what blocks **are**, so a transaction
+Theory of operation stands at the head of cache.py, and of journaled.py what is the same for all
+kinds. This module is the cache's own. A change is a cache block. A record says what blocks **are**, so a transaction
 must write its changed blocks as they were at its pre_commit, not as they are by now. So until its
 journal is written, whoever changes a block puts aside what it was (`_set_value` in cache_blocks.py).
 """
 
 from collections.abc import Mapping
-from itertools import chain as chain_of
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from metadata.arena import JOURNAL_BLOCKS_MIN, NR_ARENAS, new_chain
 from metadata.cache_load import Discarded
 from metadata.cache_records import (
     CHUNK_BYTES,
@@ -31,7 +29,6 @@ from metadata.cache_records import (
     chunk_record,
     entry_records,
     pack_words,
-    snapshot_blocks_max,
     sync_blocks_max,
 )
 from metadata.cache_superblock import (
@@ -41,10 +38,10 @@ from metadata.cache_superblock import (
     CacheSuperblock,
     Policy,
 )
-from metadata.mode import Mode
-from metadata.operations import Flush, Operation, Steps
+from metadata.journaled import Compaction, JournaledTransaction
+from metadata.operations import Operation, Steps
 from metadata.records import Chain
-from metadata.superblock import CLEAN_SHUTDOWN, NR_SLOTS, superblock_writes
+from metadata.superblock import CLEAN_SHUTDOWN
 
 if TYPE_CHECKING:
     from metadata.cache import CacheMetadata
@@ -52,15 +49,13 @@ if TYPE_CHECKING:
 __all__ = [
     "FLUSH_CACHE",
     "FLUSH_ORIGIN",
+    "CacheCompaction",
     "CacheTransaction",
-    "Compaction",
     "Shutdown",
     "sync_chain",
     "write_snapshot",
     "write_sync",
 ]
-
-_RW: Final = Mode.RW
 
 # What must be flushed before the superblock is written.
 FLUSH_CACHE: Final = 1  # mappings were inserted, or blocks recorded clean
@@ -79,45 +74,27 @@ class Shutdown(NamedTuple):
     discarded: Discarded | None = None
 
 
-class Compaction:
-    """A snapshot under way in the other arena, and what has changed since it was begun.
+class CacheCompaction(Compaction[bitarray]):
+    """Its `since` is the cache blocks of all transactions."""
 
-    Attributes:
-        arena: where it goes.
-        chain: at the end of what has been written.
-        begin, snapshot_blocks, snapshot_digest: the snapshot, once it is written.
-        since: cache blocks of each transaction that was pre-committed since, and that are not
-            in the new journal yet.
-        ready: it is complete; the next commit may switch to it.
-    """
+    def __init__(self, metadata: "CacheMetadata") -> None:
+        super().__init__(
+            metadata._superblock,
+            longest=metadata._snapshot_blocks_max(),
+            nothing=bitarray(endian="little"),
+        )
+        self._metadata = metadata
 
-    def __init__(self, superblock: CacheSuperblock) -> None:
-        self.arena = (superblock.arena + 1) % NR_ARENAS
-        self.chain = new_chain(superblock, self.arena, 0)
-        self.begin = self.chain.block
-        self.snapshot_blocks = 0
-        self.snapshot_digest = self.chain.digest
-        # Behind it, a commit that overtakes us must find room for a snapshot of its own.
-        longest = snapshot_blocks_max(superblock.nr_cblocks_max)
-        self.catch_up_end = self.chain.end - longest - JOURNAL_BLOCKS_MIN
-        self.since = bitarray(endian="little")
-        self.ready = False
+    def note(self, changes: bitarray) -> None:
+        self.since = _union(self.since, changes)
 
-    def note(self, taken: bitarray) -> None:
-        """A transaction takes these cache blocks."""
-        self.since = _union(self.since, taken)
+    def snapshot(self) -> Steps[None]:
+        metadata = self._metadata
+        yield from write_snapshot(self.chain, metadata.generation, metadata._values)
 
-    def end_snapshot(self) -> None:
-        """What is written from here on is the journal behind the snapshot."""
-        self.snapshot_blocks = self.chain.block - self.begin
-        self.snapshot_digest = self.chain.digest
-
-    def catch_up(self, metadata: "CacheMetadata") -> Steps[None]:
-        """Journal what has been pre-committed meanwhile, until little is left of it.
-
-        As it is by now: what no transaction holds yet, a later one will journal again. Ends
-        early when there is no room; the next commit decides what to do then.
-        """
+    def catch_up(self) -> Steps[None]:
+        # As it is by now: what no transaction holds yet, a later one will journal again.
+        metadata = self._metadata
         for _ in range(CATCH_UP_ROUNDS_MAX):
             nr_since = self.since.count()
             if nr_since <= CATCH_UP_MAX:
@@ -129,16 +106,17 @@ class Compaction:
                 yield _append_entries(self.chain, metadata.generation, entries)
 
 
-class CacheTransaction:
+class CacheTransaction(JournaledTransaction[bitarray]):
     """One commit. Made by `CacheMetadata.pre_commit`, whose docstring gives the order.
 
-    Attributes:
+    Attributes: those of `JournaledTransaction`, and
         taken: the cache blocks that it makes durable; `logged` those that become LOGGED.
         flushes: FLUSH_CACHE and FLUSH_ORIGIN: which devices must be flushed before `superblock`.
-        generation: what the metadata's generation will be.
         starts: `admits_changes` afterwards. heals: nothing is new but the superblock copies.
-        moves: it continues in the other arena.
     """
+
+    _metadata: "CacheMetadata"
+    _next: CacheSuperblock
 
     def __init__(
         self,
@@ -148,8 +126,6 @@ class CacheTransaction:
         starts: bool,
         heals: bool,
     ) -> None:
-        superblock = metadata._superblock
-        self._metadata = metadata
         self.taken = metadata._changed
         metadata._changed = zeros(len(self.taken), "little")
         metadata._has_changed = False
@@ -160,110 +136,33 @@ class CacheTransaction:
         metadata._flushes = 0
         if shutdown is not None:
             self.flushes = FLUSH_CACHE | FLUSH_ORIGIN
-        self.generation = superblock.generation + 1
         self.starts = starts
         self.heals = heals
         self._shutdown = shutdown
         self._dirty: bitarray | None = None
         if shutdown is not None:
             self._dirty = metadata.dirty[: metadata.nr_cblocks]
-        self._sync_area = superblock.sync_area
-        if shutdown is not None and superblock.flags & CLEAN_SHUTDOWN:
-            self._sync_area = (superblock.sync_area + 1) % NR_SYNC_AREAS
-        # What `journal` appends, where, and behind which snapshot.
-        self._to_journal = self.taken
-        self._whole = False
-        self._arena = superblock.arena
-        self._snapshot_block = superblock.snapshot_block
-        self._snapshot_blocks = superblock.snapshot_blocks
-        self._snapshot_digest = superblock.snapshot_digest
-        self._chain = Chain(
-            block=superblock.journal_end,
-            end=superblock.arena_end,
-            digest=superblock.journal_digest,
-        )
-        self._plan()
-        self._next = self._changed_superblock(superblock)
-        self._journaled = False
-        self._written = False
+        # Never the one that an older superblock may vouch for.
+        area = metadata._superblock.sync_area
+        self._sync_area = (area + (shutdown is not None)) % NR_SYNC_AREAS
+        super().__init__(metadata, self.taken, self._changed_superblock(metadata))
 
-    @property
-    def moves(self) -> bool:
-        """Whether it continues in the other arena."""
-        return self._arena != self._metadata._superblock.arena
+    def _fits(self, chain: Chain, changes: bitarray) -> bool:
+        return chain.block + blocks_for_entries(changes.count()) <= chain.end
 
-    def _plan(self) -> None:
-        """Decide where the changes go; see "Space" in the head of clone.py."""
-        metadata = self._metadata
-        compaction = metadata._compaction
-        if compaction is not None:
-            compaction.note(self.taken)
-            if compaction.ready:
-                metadata._compaction = None
-                if _fits(compaction.chain, compaction.since.count()):
-                    self._arena = compaction.arena
-                    self._chain = compaction.chain
-                    self._snapshot_block = compaction.begin
-                    self._snapshot_blocks = compaction.snapshot_blocks
-                    self._snapshot_digest = compaction.snapshot_digest
-                    self._to_journal = compaction.since
-                    return
-                # Too late: more has changed than fits there.
-        if _fits(self._chain, self.taken.count()):
-            return
-        # Neither journal has room: write everything.
-        superblock = metadata._superblock
-        self._arena = (superblock.arena + 1) % NR_ARENAS
-        late = metadata._compacting
-        skip = 0
-        if late is not None and late.arena == self._arena:
-            # Behind whatever it may still be writing.
-            longest = snapshot_blocks_max(superblock.nr_cblocks_max)
-            skip = max(longest, late.chain.block - late.begin)
-        self._chain = new_chain(superblock, self._arena, skip)
-        self._snapshot_block = self._chain.block
+    def _take_all(self) -> None:
         self._to_journal = bitarray(endian="little")
-        self._whole = True
-        metadata._compaction = None
 
-    def journal(self) -> Steps[None]:
-        """Append the changes and flush. May run beside the flushes of `flushes`.
-
-        Raises: ReadOnlyMetadata, FailedMetadata: the mode has changed meanwhile.
-        Durable: the records; but nobody vouches for them before `superblock` is done.
-        """
-        self._check_current()
-        assert not self._journaled
-        chain = self._chain
-        for operation in chain_of(
-            self._journal_snapshot(), self._journal_entries(), self._journal_sync()
-        ):
-            yield operation
-            self._check_current()
-        self._metadata._before = None
-        if self._to_journal.any() or self.moves or self._next.sync_blocks:
-            yield Flush()
-        self._next = msgspec.structs.replace(
-            self._next,
-            snapshot_blocks=self._snapshot_blocks,
-            snapshot_digest=self._snapshot_digest,
-            journal_blocks=chain.block - self._snapshot_block - self._snapshot_blocks,
-            journal_digest=chain.digest,
-        )
-        self._journaled = True
-
-    def _journal_snapshot(self) -> Steps[None]:
-        if not self._whole:
-            return
+    def _snapshot(self) -> Steps[None]:
         values = self._metadata._values
         yield from write_snapshot(self._chain, self.generation, values, self._before)
-        self._snapshot_blocks = self._chain.block - self._snapshot_block
-        self._snapshot_digest = self._chain.digest
 
-    def _journal_entries(self) -> Steps[None]:
+    def _records(self) -> Steps[None]:
         cblocks, values = self._to_journal.search(1), self._metadata._values
         for entries in entry_records(cblocks, values, self._before):
             yield _append_entries(self._chain, self.generation, entries)
+        self._metadata._before = None
+        yield from self._journal_sync()
 
     def _journal_sync(self) -> Steps[None]:
         """Write what a clean shutdown records into the sync area that is not vouched for."""
@@ -278,30 +177,9 @@ class CacheTransaction:
             self._next, sync_blocks=chain.block - begin, sync_digest=chain.digest
         )
 
-    def superblock(self) -> Steps[None]:
-        """Write both copies of the superblock, with FUA.
-
-        Only after `journal` **and** the flushes of `flushes` have succeeded.
-
-        Raises: ReadOnlyMetadata, FailedMetadata: the mode has changed meanwhile.
-        Durable: the transaction, when this returns.
-        """
-        self._check_current()
-        assert self._journaled, "the superblock vouches for the journal"
-        yield superblock_writes(self._next)
-        self._written = True
-
     def done(self) -> None:
-        """Take note that the transaction is durable. Acknowledge only after this.
-
-        Raises: ReadOnlyMetadata, FailedMetadata: the mode has changed meanwhile.
-        """
-        self._check_current()
-        assert self._written
+        super().done()
         metadata = self._metadata
-        metadata._superblock = self._next
-        metadata._unhealed -= {self.generation % NR_SLOTS}
-        metadata._transaction = None
         # What has been taken back since is none: the next transaction may say so.
         metadata._admitted |= self.logged & metadata._logged
         if self.starts:
@@ -311,25 +189,12 @@ class CacheTransaction:
             metadata._hints_policy = self._shutdown.policy
             metadata._discarded = self._shutdown.discarded
 
-    def _check_current(self) -> None:
-        metadata = self._metadata
-        if metadata.mode is not _RW:
-            metadata._refuse_change()
-        assert metadata._transaction is self
-
-    def _changed_superblock(self, superblock: CacheSuperblock) -> CacheSuperblock:
-        """Return the next superblock but for what only `journal` knows: lengths and digests."""
+    def _changed_superblock(self, metadata: "CacheMetadata") -> CacheSuperblock:
+        """Return the next superblock, but for what all kinds have and what `journal` writes."""
+        superblock = metadata._superblock
         if self.heals:
             assert not self.taken.any()
-            return msgspec.structs.replace(
-                superblock,
-                generation=self.generation,
-                nr_commits=superblock.nr_commits + 1,
-                nr_compactions=superblock.nr_compactions + self.moves,
-                arena=self._arena,
-                snapshot_block=self._snapshot_block,
-            )
-        metadata = self._metadata
+            return superblock
         shutdown = self._shutdown
         discarded = shutdown.discarded if shutdown is not None else None
         # A policy without hints left none to be believed.
@@ -339,13 +204,8 @@ class CacheTransaction:
         statistics = metadata.statistics
         return msgspec.structs.replace(
             superblock,
-            generation=self.generation,
             flags=CLEAN_SHUTDOWN if shutdown is not None else 0,
             incompat=DIRTY_LOG if metadata.dirty_log else 0,
-            nr_commits=superblock.nr_commits + 1,
-            nr_compactions=superblock.nr_compactions + self.moves,
-            arena=self._arena,
-            snapshot_block=self._snapshot_block,
             origin_size=metadata.origin_size,
             nr_cblocks=metadata.nr_cblocks,
             nr_mapped=metadata.nr_mapped,
@@ -449,10 +309,6 @@ def _append_entries(chain: Chain, generation: int, entries: bytes) -> Operation:
     return chain.append_record(
         SetEntries(generation=generation, previous=chain.digest, entries=entries)
     )
-
-
-def _fits(chain: Chain, nr_entries: int) -> bool:
-    return chain.block + blocks_for_entries(nr_entries) <= chain.end
 
 
 def _union(first: bitarray, second: bitarray) -> bitarray:

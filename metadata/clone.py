@@ -27,27 +27,12 @@ States of one bit:
 What a crash leaves: exactly the bits of the newest superblock that is on disk: of the
 last acknowledged transaction, or of the one under way if its superblock got there.
 
-Space. An arena is filled by a snapshot and the journal behind it (records.py). When the journal is
-half full, `needs_compaction`: `compact` writes a snapshot into the other arena, over time, while
-commits go on in this one; then it journals behind the new snapshot what these have committed since
-the compaction began, until little is left. The commit after that switches: it journals the rest
-and its own changes there, and its superblock names the new arena. So it costs what others cost.
-
-    The snapshot is **fuzzy**: each chunk is copied when its turn comes, bits that no transaction
-    holds yet included. That is sound. (1) Each bit in it was set before the switching
-    commit's pre_commit, as the snapshot was finished then; so that commit's destination flush
-    covers its data. (2) A bit that was set after its chunk was copied is in a transaction after
-    the compaction began, and these are all journaled again. (3) Setting a bit twice does no harm.
-
-A transaction that fits neither journal (a compaction that is never run, or too slow) writes
-a snapshot itself, which always fits: exactly the bits as of its pre_commit, chunks that change
-while it is written being saved first. If a background compaction may still have a write under
-way in that arena, the snapshot goes behind the place of that one (an arena holds two, and a
-compaction catches up only as far as leaves room), so the two cannot meet; the compaction ends
-without effect.
-
-    arena:  | snapshot of `compact`, <= S | journal ...                                |
-       or:  | abandoned, S or more        | snapshot of a commit, <= S | journal, >= 16 |
+Space and compaction: see journaled.py. The snapshot is **fuzzy**: each chunk is copied when its
+turn comes, bits that no transaction holds yet included. That is sound. (1) Each bit in it was set before the
+switching commit's pre_commit, as the snapshot was finished then; so that commit's destination flush
+covers its data. (2) A bit that was set after its chunk was copied is in a transaction after
+the compaction began, and these are all journaled again. (3) Setting a bit twice does no harm.
+A snapshot that a transaction writes itself is exact: chunks that change meanwhile are saved first.
 
 Flags. `clean_shutdown` on disk says: an orderly suspend was the last thing that this metadata
 has recorded. It is set by `pre_commit(clean_shutdown=True)` and cleared by every other commit, so
@@ -81,30 +66,31 @@ from metadata.arena import (
     new_bitmap,
     refuse_content,
 )
-from metadata.envelope import BLOCK_SIZE, DIGEST_SIZE
+from metadata.envelope import DIGEST_SIZE
 from metadata.errors import (
     FailedMetadata,
     GeometryMismatch,
     ReadOnlyMetadata,
 )
+from metadata.journaled import JournaledMetadata
 from metadata.mode import Mode
-from metadata.operations import Flush, Steps
+from metadata.operations import Steps
 from metadata.records import (
     CHUNK_REGIONS,
     Chain,
     append_runs,
     encode_chunk,
     new_runs,
+    snapshot_blocks_max,
 )
 from metadata.superblock import (
     CLEAN_SHUTDOWN,
-    RO_COMPAT_KNOWN,
     SUPERBLOCK_BLOCKS,
     CloneSuperblock,
     format_superblocks,
     read_superblock,
 )
-from metadata.transaction import Compaction, Transaction
+from metadata.transaction import CloneCompaction, Transaction
 
 __all__ = ["NR_REGIONS_MAX", "CloneMetadata", "Mode", "Transaction"]
 
@@ -112,21 +98,19 @@ _RW: Final = Mode.RW
 _FAIL: Final = Mode.FAIL
 
 
-class CloneMetadata:
+class CloneMetadata(JournaledMetadata):
     """The metadata of one clone. Made by `format` or `open`, which see.
 
-    Attributes:
-        mode: only downwards.
+    Attributes: those of `JournaledMetadata`, and
         nr_regions: regions of `region_size` bytes; the last may be short.
         region_size, target_size: bytes; fixed for the life of the metadata.
-        uuid: 16 bytes.
         nr_hydrated: bits in `hydrated`, in O(1).
         hydrated: the bitmap in core, changes that are not committed included. Look, don't touch.
-        generation: of the last commit.
         clean_shutdown: what the flag said when this was opened (true when just formatted).
-        total_blocks: 4 KiB blocks of the metadata device.
-        notes: what opening found that was not as it should be, and did without; for logs.
     """
+
+    _superblock: CloneSuperblock
+    _transaction: Transaction | None
 
     def __init__(
         self,
@@ -137,27 +121,16 @@ class CloneMetadata:
         unhealed: frozenset[int],
         notes: tuple[str, ...],
     ) -> None:
-        self.mode = _RW
-        if superblock.ro_compat & ~RO_COMPAT_KNOWN:
-            self.mode = Mode.RO
+        super().__init__(
+            superblock, device_size=device_size, unhealed=unhealed, notes=notes
+        )
         self.nr_regions = superblock.nr_regions
         self.region_size = superblock.region_size
         self.target_size = superblock.target_size
-        self.uuid = superblock.uuid
         self.hydrated = hydrated
         self.nr_hydrated = superblock.nr_hydrated
         self.clean_shutdown = bool(superblock.flags & CLEAN_SHUTDOWN)
-        self.total_blocks = device_size // BLOCK_SIZE
-        self.notes = notes
-        self._superblock = superblock
-        self._unhealed = unhealed
         self._active = new_runs()
-        self._transaction: Transaction | None = None
-        self._aborted = False
-        # The compaction that a commit may still use, and whether a `compact` generator is alive:
-        # it may have a write under way long after its compaction was dropped.
-        self._compaction: Compaction | None = None
-        self._compacting: Compaction | None = None
         # While a commit writes an exact snapshot: the chunks that changed before their turn.
         self._saved: dict[int, bitarray] | None = None
         self._save_from = 0
@@ -298,11 +271,6 @@ class CloneMetadata:
         return None if region_nr < 0 else region_nr
 
     @property
-    def generation(self) -> int:
-        """The generation of the last commit that is done."""
-        return self._superblock.generation
-
-    @property
     def used_blocks(self) -> int:
         """4 KiB blocks in use: superblocks, the live snapshot and its journal."""
         live = self._superblock.journal_end - self._superblock.snapshot_block
@@ -407,70 +375,13 @@ class CloneMetadata:
         self._compaction = None
         self._saved = None
 
-    def fail(self) -> None:
-        """Go to mode FAIL: everything raises FailedMetadata until it is opened again."""
-        self.mode = _FAIL
-        self._compaction = None
-
-    # Compaction
-
-    @property
-    def needs_compaction(self) -> bool:
-        """Whether it is time to run `compact`: the journal is half full."""
-        live = self._superblock
-        room = live.arena_end - live.journal_block
-        return 2 * live.journal_blocks > room and self._may_compact()
-
-    def compact(self) -> Steps[None]:
-        """Write a snapshot into the other arena, beside commits; the next commit switches.
-
-        Does nothing unless it may: in mode RW, one at a time, and not while a commit is
-        itself moving to the other arena.
-
-        Raises: FailedMetadata.
-        Durable: nothing changes until that commit is done.
-        """
-        if self.mode is _FAIL:
-            raise FailedMetadata
-        if not self._may_compact():
-            return
-        compaction = Compaction(self._superblock)
-        self._compaction = self._compacting = compaction
-        try:
-            snapshot = self._write_snapshot(
-                compaction.chain, self.generation, self._live_chunk
-            )
-            for operation in snapshot:
-                yield operation
-                if self._compaction is not compaction:
-                    return  # a commit overtook us, or the mode changed
-            compaction.end_snapshot()
-            # The switching commit flushes in any case; this keeps that flush short.
-            yield Flush()
-            for operation in compaction.catch_up(self):
-                if self._compaction is not compaction:
-                    return
-                yield operation
-            compaction.ready = self._compaction is compaction
-        finally:
-            self._compacting = None
-            if not compaction.ready and self._compaction is compaction:
-                self._compaction = None
-
     # Inside
 
-    def _refuse_change(self) -> None:
-        raise FailedMetadata if self.mode is _FAIL else ReadOnlyMetadata
+    def _new_compaction(self) -> CloneCompaction:
+        return CloneCompaction(self)
 
-    def _may_compact(self) -> bool:
-        return (
-            self.mode is _RW
-            and self._compaction is None
-            and self._compacting is None
-            and not (self._transaction is not None and self._transaction.moves)
-            # While a slot has one good copy, the arena that its sibling names is kept.
-            and not self._unhealed
-        )
+    def _snapshot_blocks_max(self) -> int:
+        return snapshot_blocks_max(self.nr_regions)
 
     def _chunk_bounds(self, chunk_nr: int) -> tuple[int, int]:
         begin = chunk_nr * CHUNK_REGIONS

@@ -62,7 +62,10 @@ from tests.metadata.store import Store, drive, read_image
 
 __all__ = ["fuzz_cache_image"]
 
-UNREADABLE: Final = (AssertionError, LookupError, RecursionError, TypeError, ValueError)
+UNREADABLE: Final = (
+    *(struct.error, msgspec.MsgspecError, RecursionError),
+    *(AssertionError, ArithmeticError, LookupError, TypeError, ValueError),
+)
 SYNC_DIGEST: Final = 25  # element of the superblock
 
 
@@ -232,11 +235,11 @@ def make_sync_fit(
 def make_counts_fit(image: bytearray, slot: int) -> None:
     """Let the superblock count what its records say, if that can be told."""
     fields = maybe_fields(image, slot)
-    if fields is None:
+    if fields is None or len(fields) < 31 or fields[18] not in range(1000):
         return
     try:
         held = held_in(bytes(image), fields)
-    except (struct.error, msgspec.MsgspecError, *UNREADABLE):
+    except UNREADABLE:
         return
     logged = [value for value in held.values.values() if value & 2]
     dirty = held.dirty if fields[3] & 1 else ()

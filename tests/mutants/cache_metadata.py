@@ -158,8 +158,8 @@ CACHE_METADATA: Final = (
         "compaction-drops-a-transaction",
         "What was committed while a snapshot was written is gone with the switch.",
         TRANSACTION,
-        "            compaction.note(self.taken)\n",
-        "            compaction.note(self.taken ^ self.taken)\n",
+        "self.since = _union(self.since, changes)",
+        "self.since = _union(self.since, changes ^ changes)",
         CUTS,
     ),
     _mutant(
@@ -214,8 +214,8 @@ CACHE_METADATA: Final = (
         "live-sync-area-overwritten",
         "A crash in a full sync destroys the dirty bits that the superblock vouches for.",
         TRANSACTION,
-        "self._sync_area = (superblock.sync_area + 1) % NR_SYNC_AREAS",
-        "self._sync_area = superblock.sync_area % NR_SYNC_AREAS",
+        "self._sync_area = (area + (shutdown is not None)) % NR_SYNC_AREAS",
+        "self._sync_area = area % NR_SYNC_AREAS",
         CACHE,
     ),
     _mutant(

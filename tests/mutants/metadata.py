@@ -138,7 +138,7 @@ METADATA: Final = (
     Mutant(
         "healed-after-one-slot",
         "The commit that heals one slot takes the other for healed as well.",
-        "metadata/transaction.py",
+        "metadata/journaled.py",
         (
             (
                 "metadata._unhealed -= {slot}",
@@ -254,10 +254,10 @@ METADATA: Final = (
     Mutant(
         "journal-not-flushed",
         "The superblock vouches for a journal that the disk's cache may still lose.",
-        "metadata/transaction.py",
+        "metadata/journaled.py",
         (
             (
-                "        if self._to_journal or self.moves:\n            yield Flush()",
+                "        if has_written or self.moves:\n            yield Flush()",
                 "        if self.moves:\n            yield Flush()",
             ),
         ),
@@ -266,11 +266,11 @@ METADATA: Final = (
     Mutant(
         "snapshot-of-a-commit-not-flushed",
         "A commit that writes a whole snapshot vouches for it while it may still be lost.",
-        "metadata/transaction.py",
+        "metadata/journaled.py",
         (
             (
-                "        if self._to_journal or self.moves:\n            yield Flush()",
-                "        if self._to_journal:\n            yield Flush()",
+                "        if has_written or self.moves:\n            yield Flush()",
+                "        if has_written:\n            yield Flush()",
             ),
         ),
         CUTS,
@@ -278,16 +278,16 @@ METADATA: Final = (
     Mutant(
         "superblock-before-journal",
         "The superblock is written first: a crash between the two finds no journal.",
-        "metadata/transaction.py",
+        "metadata/journaled.py",
         (
             (
-                "            yield chain.append(self.generation, self._to_journal[at : at + step])",
-                "            late = chain.append(self.generation, self._to_journal[at : at + step])\n"
-                "            self._late = [*getattr(self, '_late', []), late]",
+                "            has_written = True\n            yield operation\n",
+                "            has_written = True\n"
+                "            self._late = [*getattr(self, '_late', []), operation]\n",
             ),
             (
-                "        yield superblock_writes(self._next())\n",
-                "        yield superblock_writes(self._next())\n"
+                "        yield superblock_writes(self._next)\n",
+                "        yield superblock_writes(self._next)\n"
                 "        for late in getattr(self, '_late', []):\n"
                 "            yield late\n"
                 "        yield Flush()\n",
@@ -298,11 +298,11 @@ METADATA: Final = (
     Mutant(
         "generation-not-advanced",
         "Every commit has one number: it overwrites the slot that is live.",
-        "metadata/transaction.py",
+        "metadata/journaled.py",
         (
             (
-                "self.generation = superblock.generation + 1",
-                "self.generation = superblock.generation",
+                "self.generation = live.generation + 1",
+                "self.generation = live.generation",
             ),
         ),
         TRANSACTION,
@@ -313,18 +313,17 @@ METADATA: Final = (
         "metadata/transaction.py",
         (
             (
-                "        self._plan()\n        self._journaled = False",
-                "        self._plan()\n"
+                "        super().__init__(metadata, runs, superblock)\n",
+                "        super().__init__(metadata, runs, superblock)\n"
                 "        block, digest, runs, generation = getattr(\n"
                 "            metadata, '_last_record', (0, b'', new_runs(), -1)\n"
                 "        )\n"
                 "        place = self._chain.block, self._chain.digest\n"
-                "        is_next = generation == superblock.generation\n"
+                "        is_next = generation == metadata.generation\n"
                 "        if not self.moves and is_next and block == place[0] - 1:\n"
                 "            place = self._chain.block, self._chain.digest = block, digest\n"
                 "            self._to_journal = runs + self.runs\n"
-                "        metadata._last_record = *place, self._to_journal[:], self.generation\n"
-                "        self._journaled = False",
+                "        metadata._last_record = *place, self._to_journal[:], self.generation\n",
             ),
         ),
         CUTS,
@@ -341,7 +340,9 @@ METADATA: Final = (
                 "                append_runs(self._active, first, last - first)\n"
                 "            else:\n"
                 "                append_runs(taken.runs, first, last - first)\n"
-                "                taken._nr_hydrated += last - first\n",
+                "                taken._next = __import__('msgspec').structs.replace(\n"
+                "                    taken._next, nr_hydrated=self.nr_hydrated + last - first\n"
+                "                )\n",
             ),
         ),
         CUTS,
@@ -353,7 +354,7 @@ METADATA: Final = (
         (
             (
                 "CLEAN_SHUTDOWN if clean_shutdown else 0",
-                "CLEAN_SHUTDOWN if clean_shutdown else superblock.flags",
+                "CLEAN_SHUTDOWN if clean_shutdown else metadata._superblock.flags",
             ),
         ),
         TRANSACTION,
@@ -362,11 +363,11 @@ METADATA: Final = (
     Mutant(
         "compaction-drops-a-delta",
         "The switch journals its own changes only: what others committed since is gone.",
-        "metadata/transaction.py",
+        "metadata/journaled.py",
         (
             (
-                "self._to_journal = compaction.since",
-                "self._to_journal = self.runs",
+                "        self._to_journal = compaction.since\n",
+                "",
             ),
         ),
         CUTS,
@@ -374,12 +375,12 @@ METADATA: Final = (
     Mutant(
         "compaction-misses-earlier-commits",
         "What was committed while the snapshot was written is missing in the new arena.",
-        "metadata/transaction.py",
+        "metadata/journaled.py",
         (
             (
-                "            compaction.since.extend(self.runs)\n",
+                "            compaction.note(self._to_journal)\n",
                 "            if compaction.ready:\n"
-                "                compaction.since.extend(self.runs)\n",
+                "                compaction.note(self._to_journal)\n",
             ),
         ),
         CUTS,
@@ -394,7 +395,7 @@ METADATA: Final = (
     Mutant(
         "switch-before-the-snapshot-is-whole",
         "A commit switches to a snapshot of which only the first chunks are written.",
-        "metadata/clone.py",
+        "metadata/journaled.py",
         (
             (
                 "        self._compaction = self._compacting = compaction\n",
@@ -407,7 +408,7 @@ METADATA: Final = (
     Mutant(
         "late-compaction-overwrites-a-commit",
         "A write that an abandoned compaction had under way lands on the live snapshot.",
-        "metadata/transaction.py",
+        "metadata/journaled.py",
         (
             (
                 "late is not None and late.arena == self._arena:",
@@ -432,7 +433,7 @@ METADATA: Final = (
     Mutant(
         "compaction-while-one-copy-is-rotten",
         "The arena that the older slot names is overwritten while only it may be left.",
-        "metadata/clone.py",
+        "metadata/journaled.py",
         (("            and not self._unhealed\n", ""),),
         TRANSACTION,
     ),
