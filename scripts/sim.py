@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator
 
-from tests.sim.rigs import RIGS
+from tests.sim.catalog import RIGS
 from tests.sim.world import History, simulate
 
 __all__ = ["main"]

@@ -31,10 +31,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from metadata.cache import CacheMetadata
-from metadata.errors import NotFormatted
+from metadata.cache_check import mend_cache
+from metadata.errors import CorruptMetadata, NotFormatted
 from metadata.mode import Mode
 from nbdtarget.bio import OP_DISCARD, OP_WRITE, OP_WRITE_ZEROES, Bio
 from nbdtarget.policies.smq import _DIRTY, Smq
+from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.target import CacheTarget
 from tests.crash.images import run_over
 from tests.crash.invariants import Broken, Invariants
@@ -61,12 +63,20 @@ EVENTS: Final = {
 
 
 def maybe_open_cache(image: bytes, block_size: int) -> CacheMetadata | None:
-    """Return what the metadata on `image` say; None: it is not formatted."""
-    opening = CacheMetadata.open(device_size=len(image), block_size=block_size)
+    """Return what the metadata on `image` say, once `needs_check` is cleared; None: nothing."""
+    device = bytearray(image)
+    size = len(image)
+    opening = CacheMetadata.open(device_size=size, block_size=block_size)
     try:
-        return run_over(bytearray(image), opening)
+        return run_over(device, opening)
     except NotFormatted:
         return None
+    except CorruptMetadata as error:
+        if error.found != "needs_check":
+            raise
+    run_over(device, mend_cache(size, heal=False, clear_needs_check=True))
+    opening = CacheMetadata.open(device_size=size, block_size=block_size)
+    return run_over(device, opening)
 
 
 class CacheInvariants(Invariants):
@@ -77,6 +87,7 @@ class CacheInvariants(Invariants):
         find_event_nr: how many events the mapped device has had.
         origin: None if it is no crash device: then J4 and the images are left out.
         before: of the life before the power cut; its `counts` go on.
+        is_discarded: whether a sector may have been, and may differ; else we watch that, too.
 
     Attributes:
         may_differ: a device has failed: J4 and J7's event are not asked for any more.
@@ -92,6 +103,7 @@ class CacheInvariants(Invariants):
         *,
         block_size: int,
         before: "CacheInvariants | None" = None,
+        is_discarded: Callable[[int], bool] | None = None,
     ) -> None:
         super().__init__()
         self.find_target = find_target
@@ -101,6 +113,7 @@ class CacheInvariants(Invariants):
         self.origin = origin
         self.block_size = block_size
         self.may_differ = False
+        self._is_discarded = is_discarded
         self._discarded: set[int] = set()  # sectors that may differ
         if before is not None:
             self.counts = before.counts
@@ -111,9 +124,11 @@ class CacheInvariants(Invariants):
         self._target: CacheTarget | None = None
         self._was_dirty = False
         self._event_nr = 0
-        for device in (metadata, cache, origin):
-            if device is not None:
-                device.watchers.append(self)
+        self._devices = [
+            device for device in (metadata, cache, origin) if device is not None
+        ]
+        for device in self._devices:
+            device.watchers.append(self)
 
     def watch(self, target: CacheTarget) -> None:
         """See this target's work. Call before it is resumed."""
@@ -144,15 +159,16 @@ class CacheInvariants(Invariants):
     def started(self, device: CrashDevice, bio: Bio) -> None:
         if bio.op not in WRITES or device is self.metadata:
             return
-        self.j5_no_data_is_written_while_recorded_clean(bio)
         target = self.find_target()
+        self.j5_no_data_is_written_while_recorded_clean(target, bio)
         if target is None or target._metadata.mode is Mode.FAIL:
             return
         if device is self.cache:
             self.j3_passthrough_leaves_the_cache_alone(target, bio)
             self.j1_cblock_is_free_on_disk(target, bio)
         else:
-            self.j1_oblock_is_not_mapped_on_disk_only(target, bio)
+            if target._metadata.mode is Mode.RW:
+                self.j1_oblock_is_not_mapped_on_disk_only(target, bio)
             if bio.op != OP_DISCARD:
                 self._discarded.difference_update(_whole_sectors(bio))
 
@@ -298,20 +314,30 @@ class CacheInvariants(Invariants):
             if ours == theirs:
                 continue
             for at in range(0, size, SECTOR):
-                if (
-                    ours[at : at + SECTOR] != theirs[at : at + SECTOR]
-                    and (there + at) // SECTOR not in self._discarded
-                ):
+                if ours[at : at + SECTOR] != theirs[
+                    at : at + SECTOR
+                ] and not self._may_be_discarded((there + at) // SECTOR):
                     raise self._broken(
                         f"J4: cblock {cblock} is clean, oblock {oblock} differs"
                     )
 
-    def j5_no_data_is_written_while_recorded_clean(self, bio: Bio) -> None:
+    def j5_no_data_is_written_while_recorded_clean(
+        self, target: CacheTarget | None, bio: Bio
+    ) -> None:
+        """In mode RO what changes nothing of what is recorded may go on."""
         on_disk = self.maybe_on_disk()
-        if on_disk is not None:
-            self.counts["J5"] += 1
-            if on_disk.is_recorded_clean:
-                raise self._broken(f"J5: recorded clean, and there is {bio}")
+        if on_disk is None:
+            return
+        self.counts["J5"] += 1
+        if not on_disk.is_recorded_clean:
+            return
+        if target is not None and target._metadata.mode is Mode.RO:
+            discards = DiscardBits(self.block_size, on_disk.origin_size)
+            discards.load(on_disk.discarded)
+            where = [nr for nr in self._blocks_of(bio) if nr < on_disk.nr_oblocks]
+            if bio.op == OP_DISCARD or not any(map(discards.is_discarded, where)):
+                return
+        raise self._broken(f"J5: recorded clean, and there is {bio}")
 
     def j6_all_mapped_blocks_are_dirty(self, found: CacheMetadata) -> None:
         self.counts["J6"] += found.nr_mapped
@@ -354,6 +380,11 @@ class CacheInvariants(Invariants):
         self.counts["J8"] += 1
         if nr_operations:
             raise self._broken(f"J8: idle and clean, and {nr_operations} operations")
+
+    def _may_be_discarded(self, sector: int) -> bool:
+        if self._is_discarded is not None:
+            return self._is_discarded(sector)
+        return sector in self._discarded
 
     def _blocks_of(self, bio: Bio) -> range:
         size = self.block_size

@@ -25,6 +25,7 @@ logged (`may_fail`).
 import asyncio
 import random
 import socket
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -37,6 +38,7 @@ from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget.volatile_cache import BORDERS, Fate
 from tests.crash.rigs import DeviceTable
+from tests.sim.cache_watch import CacheWatch
 from tests.sim.client import Client, Habits
 from tests.sim.disks import LATENCIES, SimDisk
 from tests.sim.faults import Fault
@@ -138,6 +140,7 @@ class Life:
         owes_flush_error: the next FLUSH may fail, for what a table that is gone has lost.
         flushes_fail: one has failed on a disk that has latched: so will each that is sent.
         failure: the first thing that went wrong.
+        counts: what happened in the cache, if there is one.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class Life:
         self.rig = rig
         self.model = model
         self.hydration = hydration
+        self.counts: Counter[str] = Counter()
         self.plan = plan
         self.fault = fault
         self.has_booted = has_booted
@@ -200,6 +204,7 @@ class Life:
             family=rng.choice((socket.AF_UNIX, socket.AF_INET)),
         )
         self.disks = self._make_disks(images, disk_type)
+        self._cache = CacheWatch.maybe_of(self)
 
     def _make_disks(
         self, images: dict[str, bytes], disk_type: type[SimDisk]
@@ -259,6 +264,11 @@ class Life:
         self.note("fault", fault.disk, fault.lie)
         self._is_faulty = fault.lie is not None
         self.disks[fault.disk].lie = fault.lie_with(self.clock)
+
+    def watch_cache(self) -> None:
+        """A table was loaded, which may have a cache."""
+        if self._cache is not None:
+            self._cache.watch_tables(self.registry)
 
     # ---- what happens ----
 
@@ -354,6 +364,10 @@ class Life:
                     self._try(client.power_cut)
         except Exception as error:
             self.fail(error)
+        if self._cache is not None:
+            self.counts += self._cache.counts
+            if self.failure is None:
+                self._try(self._cache.look)
         self.is_over = True
         self.ended_s = self.loop.time()
         images = {
@@ -418,11 +432,22 @@ class Life:
         if self.plan.shutdown_after_s is None:
             await asyncio.gather(*running)
             await asyncio.sleep(self.plan.afterwards_s)
+            if self._cache is not None:
+                await self._be_quiet(self._cache, operator)
             if self.plan.afterwards_s:
                 await self._verify_again()
         else:
             await asyncio.sleep(self.plan.shutdown_after_s)
         await self._shut_down(operator)
+
+    async def _be_quiet(
+        self, cache: CacheWatch, operator: "asyncio.Task[None] | None"
+    ) -> None:
+        """All clients are done: see that a cache that has nothing to do does nothing."""
+        if operator is not None:
+            await asyncio.wait([operator], timeout=self.plan.afterwards_s)
+        if not self.may_fail and (operator is None or operator.done()):
+            await cache.be_quiet()
 
     def _operator_ended(self, operator: "asyncio.Task[None]") -> None:
         if not operator.cancelled() and (error := operator.exception()) is not None:
@@ -469,11 +494,13 @@ class Life:
             await self.registry.create(name, table)
         if self._random.random() < 0.5:
             await self.registry.create("d", self.rig.table)
+            self.watch_cache()
             self._listen()
         else:
             # As the porcelain does it: clients may attach before the first bio may go.
             device = await self.registry.create("d", None)
             await self.registry.load("d", self.rig.table)
+            self.watch_cache()
             await device.activate()
             self._listen()
             await device.resume()

@@ -44,12 +44,12 @@ class ClientModel(DiskModel):
         is_lossy: a write may be undone at any time, until it is flushed.
     """
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, *, discards_last: bool = False) -> None:
         self._reads: set[RunningRead] = set()
         self.nr_losses = 0
         self.is_lossy = False
         self._partial: set[Write] = set()  # in flight, and over a part of their sector
-        super().__init__(content)
+        super().__init__(content, discards_last=discards_last)
 
     def start_write(
         self, offset: int, data: bytes | None, length: int, label: str
@@ -110,7 +110,14 @@ class ClientModel(DiskModel):
         for nr, begin, found in _by_sector(offset, data):
             sector = self._sectors[nr]
             _check(nr, begin, found, sector.history)
-            sector.history = [Write(found, True, "survived")]
+            if self.discards_last and self.may_be_discarded(nr):
+                sector.history = [Write(None, True, "discarded")]
+            else:
+                sector.history = [Write(found, True, "survived")]
+
+    def may_be_discarded(self, sector_nr: int) -> bool:
+        """Whether a DISCARD is, or may be, the last that happened to a sector."""
+        return any(write.value is None for write in self._sectors[sector_nr].history)
 
     def lose_unflushed(self) -> None:
         """A device has lost its power, and what was not flushed may be gone."""

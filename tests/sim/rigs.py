@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a simulated machine serves: disks by name, tables over them, what may be said to them.
 
-A new target gets its simulation by a function here that draws a `Rig`, and its name in RIGS.
+A new target gets its simulation by a function that draws a `Rig`, and its name in
+`tests.sim.catalog`.
 
 A rig is one mapped device, `d`, which clients use, and below it perhaps others (`below`), so
 that tables stack. One of these may be a `powercut` target. Whoever stands on it sees one of two
@@ -14,19 +15,38 @@ things at a cut:
 """
 
 import random
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from metadata.cache_check import examine_cache, mend_cache
 from metadata.check import check
 from metadata.clone import CloneMetadata
 from metadata.errors import NotFormatted
 from metadata.operations import Read, Steps
+from tests.crash.images import run_over
 from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE
 from tests.support.model import SECTOR
 
-__all__ = ["RIGS", "Disk", "Message", "Rig", "Role"]
+__all__ = [
+    "SECTORS",
+    "Disk",
+    "Message",
+    "Rig",
+    "Role",
+    "clone",
+    "clone_disks",
+    "clone_line",
+    "clone_messages",
+    "clone_over_powercut",
+    "linear",
+    "one_disk",
+    "powercut_over_clone",
+    "sandwich",
+    "striped_over_clones",
+    "two_clones",
+]
 
 SECTORS: Final = DISK_SIZE // SECTOR
 
@@ -48,6 +68,7 @@ class Disk:
 
     Args:
         metadata_size: the bytes at the beginning that are metadata; 0: all, if it is for that.
+        is_cache: these are a cache's.
     """
 
     name: str
@@ -55,6 +76,7 @@ class Disk:
     role: Role = Role.DATA
     content: bytes | None = None
     metadata_size: int = 0
+    is_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,9 @@ class Rig:
         below: (name, table) of the mapped devices that `d` stands on, lower ones first.
         powercut: the one of them that is a powercut target, or "".
         starts_anew: what stands on it must be, after a cut; see the module head.
+        others: tables that `d` may be reloaded with, instead of its own.
+        refusals: errnos with which a message may be refused.
+        discards_last: see `DiskModel`.
     """
 
     name: str
@@ -80,6 +105,9 @@ class Rig:
     below: tuple[tuple[str, str], ...] = ()
     powercut: str = ""
     starts_anew: bool = False
+    others: tuple[str, ...] = ()
+    refusals: tuple[int, ...] = ()
+    discards_last: bool = False
 
     @property
     def has_metadata(self) -> bool:
@@ -97,10 +125,26 @@ class Rig:
         elif disk.role is Role.METADATA:
             self._check_metadata(disk, image[: disk.metadata_size or None], has_booted)
 
+    def repaired(self, disk: Disk, image: bytes) -> bytes:
+        """What an administrator makes of a disk between two lives: `needs_check` is cleared."""
+        if not disk.is_cache or not any(image):
+            return image
+        with suppress(NotFormatted):
+            if run_over(bytearray(image), examine_cache(len(image))).needs_check:
+                mended = bytearray(image)
+                mending = mend_cache(len(image), heal=False, clear_needs_check=True)
+                run_over(mended, mending)
+                return bytes(mended)
+        return image
+
     def _check_metadata(self, disk: Disk, image: bytes, has_booted: bool) -> None:
         if any(image):
             try:
-                _run_over(image, check(len(image)))
+                if disk.is_cache:
+                    found = run_over(bytearray(image), examine_cache(len(image)))
+                    assert not found.damage, (disk.name, found.damage)
+                else:
+                    _run_over(image, check(len(image)))
             except NotFormatted:
                 assert not has_booted, f"{disk.name}: the metadata is gone"
 
@@ -109,6 +153,7 @@ class Rig:
         for type_name, params in lines:
             assert params != "Fail", type_name
             assert type_name != "clone" or params.split()[-1] == "rw", params
+            assert type_name != "cache" or params.endswith(" rw - "), params
 
 
 def _run_over(image: bytes, steps: Steps[object]) -> None:
@@ -131,7 +176,7 @@ def _slice(image: bytes, operation: object) -> bytes:
     return image[operation.offset : operation.offset + operation.length]
 
 
-def _clone_disks(suffix: str, content: bytes) -> tuple[Disk, ...]:
+def clone_disks(suffix: str, content: bytes) -> tuple[Disk, ...]:
     nr_regions = -(-len(content) // REGION_SIZE)
     # The smallest that works: compactions come often.
     size = CloneMetadata.device_size_min(nr_regions)
@@ -142,14 +187,14 @@ def _clone_disks(suffix: str, content: bytes) -> tuple[Disk, ...]:
     )
 
 
-def _clone_line(
+def clone_line(
     rng: random.Random,
     suffix: str = "",
     *,
     metadata: str = "",
     destination: str = "",
 ) -> str:
-    """What follows `start length`; the disks are those of `_clone_disks`, or others by name."""
+    """What follows `start length`; the disks are those of `clone_disks`, or others by name."""
     kinds = ("no_hydration", "no_discard_passdown", "hydrate_on_read", "then_linear")
     features = [word for word in kinds if rng.random() < 0.2]
     threshold, batch = rng.randrange(1, 6), rng.randrange(1, 5)
@@ -160,7 +205,7 @@ def _clone_line(
     )
 
 
-def _clone_messages(device: str = "d", sector: int = 0) -> tuple[Message, ...]:
+def clone_messages(device: str = "d", sector: int = 0) -> tuple[Message, ...]:
     return tuple(
         (device, sector, words)
         for words in (
@@ -204,10 +249,10 @@ def clone(rng: random.Random) -> Rig:
     """One clone."""
     return Rig(
         "clone",
-        f"0 {SECTORS} {_clone_line(rng)}",
+        f"0 {SECTORS} {clone_line(rng)}",
         CONTENT,
-        _clone_disks("", CONTENT),
-        _clone_messages(),
+        clone_disks("", CONTENT),
+        clone_messages(),
     )
 
 
@@ -217,16 +262,16 @@ def two_clones(rng: random.Random) -> Rig:
     tail = bytes(range(256)) * (8 * SECTOR // 256)
     return Rig(
         "two_clones",
-        f"0 {SECTORS} {_clone_line(rng, '1')}\n"
-        f"{SECTORS} {SECTORS} {_clone_line(rng, '2')}\n"
+        f"0 {SECTORS} {clone_line(rng, '1')}\n"
+        f"{SECTORS} {SECTORS} {clone_line(rng, '2')}\n"
         f"{2 * SECTORS} {len(tail) // SECTOR} linear /tail 0",
         CONTENT + content + tail,
         (
-            *_clone_disks("1", CONTENT),
-            *_clone_disks("2", content),
+            *clone_disks("1", CONTENT),
+            *clone_disks("2", content),
             Disk("/tail", len(tail), content=tail),
         ),
-        (*_clone_messages(), *_clone_messages(sector=SECTORS)),
+        (*clone_messages(), *clone_messages(sector=SECTORS)),
     )
 
 
@@ -242,7 +287,7 @@ def linear(rng: random.Random) -> Rig:
 
 def clone_over_powercut(rng: random.Random) -> Rig:
     """A clone whose destination, and by seed its metadata, may lose power without the rest."""
-    disks = _clone_disks("", CONTENT)
+    disks = clone_disks("", CONTENT)
     below = [
         ("cache", f"0 {SECTORS} {_powercut_line(rng, '/destination')}"),
         ("low", f"0 {SECTORS} linear /dev/mapper/cache 0"),
@@ -251,13 +296,13 @@ def clone_over_powercut(rng: random.Random) -> Rig:
     if rng.random() < 0.3:
         metadata = "/dev/mapper/meta"
         below.append(("meta", f"0 {disks[0].size // SECTOR} linear /metadata 0"))
-    line = _clone_line(rng, metadata=metadata, destination="/dev/mapper/low")
+    line = clone_line(rng, metadata=metadata, destination="/dev/mapper/low")
     return Rig(
         "clone_over_powercut",
         f"0 {SECTORS} {line}",
         CONTENT,
         disks,
-        _clone_messages(),
+        clone_messages(),
         below=tuple(below),
         powercut="cache",
         starts_anew=True,
@@ -270,10 +315,10 @@ def powercut_over_clone(rng: random.Random) -> Rig:
         "powercut_over_clone",
         f"0 {SECTORS} {_passing_line(rng, 'cache')}",
         CONTENT,
-        _clone_disks("", CONTENT),
-        _clone_messages("clone"),
+        clone_disks("", CONTENT),
+        clone_messages("clone"),
         below=(
-            ("clone", f"0 {SECTORS} {_clone_line(rng)}"),
+            ("clone", f"0 {SECTORS} {clone_line(rng)}"),
             ("cache", f"0 {SECTORS} {_powercut_line(rng, '/dev/mapper/clone')}"),
         ),
         powercut="cache",
@@ -282,7 +327,7 @@ def powercut_over_clone(rng: random.Random) -> Rig:
 
 def one_disk(rng: random.Random) -> Rig:
     """Metadata and destination are parts of one disk, whose write cache may lose power, too."""
-    metadata, _, source = _clone_disks("", CONTENT)
+    metadata, _, source = clone_disks("", CONTENT)
     size = metadata.size + DISK_SIZE
     content = bytes(metadata.size) + b"\xee" * DISK_SIZE
     disk, below = "/disk", []
@@ -295,13 +340,13 @@ def one_disk(rng: random.Random) -> Rig:
         ("meta", f"0 {begin} linear {disk} 0"),
         ("low", f"0 {SECTORS} linear {disk} {begin}"),
     ]
-    line = _clone_line(rng, metadata="/dev/mapper/meta", destination="/dev/mapper/low")
+    line = clone_line(rng, metadata="/dev/mapper/meta", destination="/dev/mapper/low")
     return Rig(
         "one_disk",
         f"0 {SECTORS} {line}",
         CONTENT,
         (Disk("/disk", size, Role.METADATA, content, metadata.size), source),
-        _clone_messages(),
+        clone_messages(),
         below=tuple(below),
         powercut="cache" if has_cache else "",
         starts_anew=has_cache,
@@ -315,14 +360,14 @@ def sandwich(rng: random.Random) -> Rig:
         "sandwich",
         f"0 {SECTORS} {_passing_line(rng, 'clone')}",
         CONTENT,
-        _clone_disks("", CONTENT),
-        _clone_messages("clone"),
+        clone_disks("", CONTENT),
+        clone_messages("clone"),
         below=(
             ("lowest", low),
             ("low", f"0 {SECTORS} {_passing_line(rng, 'lowest')}"),
             (
                 "clone",
-                f"0 {SECTORS} {_clone_line(rng, destination='/dev/mapper/low')}",
+                f"0 {SECTORS} {clone_line(rng, destination='/dev/mapper/low')}",
             ),
         ),
     )
@@ -342,23 +387,10 @@ def striped_over_clones(rng: random.Random) -> Rig:
         f"0 {2 * sectors} striped 2 {chunk // SECTOR}"
         " /dev/mapper/left 0 /dev/mapper/right 0",
         content,
-        (*_clone_disks("1", left), *_clone_disks("2", right)),
-        (*_clone_messages("left"), *_clone_messages("right")),
+        (*clone_disks("1", left), *clone_disks("2", right)),
+        (*clone_messages("left"), *clone_messages("right")),
         below=(
-            ("left", f"0 {sectors} {_clone_line(rng, '1')}"),
-            ("right", f"0 {sectors} {_clone_line(rng, '2')}"),
+            ("left", f"0 {sectors} {clone_line(rng, '1')}"),
+            ("right", f"0 {sectors} {clone_line(rng, '2')}"),
         ),
     )
-
-
-RIGS: Final[dict[str, tuple[Callable[[random.Random], Rig], int]]] = {
-    # Each with how often it is drawn.
-    "clone": (clone, 6),
-    "two_clones": (two_clones, 2),
-    "linear": (linear, 1),
-    "clone_over_powercut": (clone_over_powercut, 3),
-    "powercut_over_clone": (powercut_over_clone, 2),
-    "one_disk": (one_disk, 2),
-    "sandwich": (sandwich, 2),
-    "striped_over_clones": (striped_over_clones, 2),
-}

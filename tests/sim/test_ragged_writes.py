@@ -12,10 +12,12 @@ import pytest
 
 from nbdtarget.dm.registry import Registry
 from nbdtarget.volatile_cache import Fate
+from tests.crash.cache_rigs import small_blocks
 from tests.crash.rigs import DeviceTable
+from tests.sim.catalog import RIGS
 from tests.sim.disks import LATENCIES, SimDisk
 from tests.sim.loop import SimLoop, SimLoopClock
-from tests.sim.rigs import RIGS, Rig
+from tests.sim.rigs import Rig
 
 SEEDS = 8  # for each rig
 PIECE_MAX = 200  # bytes
@@ -66,6 +68,9 @@ async def _write_at_once(
     """What the disk must read as, and what a power cut after a flush leaves."""
     registry = await _create(rig, disks, loop)
     device = registry.get("d")
+    if rig.others:
+        await device.message(0, ("warm", "0-4"))
+        await asyncio.sleep(rng.choice((0.0, 0.001, 5.0)))
     pieces = _pieces(rng, device.size)
     expected = bytearray(rig.content)
     for at, data in pieces:
@@ -102,12 +107,13 @@ def test_ragged_writes_at_once_lose_nothing_of_each_other(rig_name: str) -> None
             else disk.content
             for disk in rig.disks
         }
-        loop = SimLoop(seed)
-        expected, images = loop.run_until_complete(
-            _write_at_once(rig, rng, _disks(rig, rng, images), loop)
-        )
-        loop.close()
-        loop = SimLoop(seed)
-        found = loop.run_until_complete(_read(rig, _disks(rig, rng, images), loop))
-        loop.close()
+        with small_blocks():
+            loop = SimLoop(seed)
+            expected, images = loop.run_until_complete(
+                _write_at_once(rig, rng, _disks(rig, rng, images), loop)
+            )
+            loop.close()
+            loop = SimLoop(seed)
+            found = loop.run_until_complete(_read(rig, _disks(rig, rng, images), loop))
+            loop.close()
         assert found == expected, f"seed {seed}: after the power cut"

@@ -10,20 +10,22 @@ event, tells whether two histories are one.
 import hashlib
 import logging
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 from unittest import mock
 
 from nbdtarget.targets.clone import holes
+from tests.crash.cache_rigs import small_blocks
+from tests.sim.catalog import RIGS
 from tests.sim.disks import SimDisk
 from tests.sim.faults import Fault
 from tests.sim.hydration import HydrationModel
 from tests.sim.life import Life, Plan
 from tests.sim.model import SECTOR, ClientModel
-from tests.sim.rigs import RIGS, Rig, Role
+from tests.sim.rigs import Rig, Role
 
 __all__ = ["History", "simulate"]
 
@@ -40,6 +42,7 @@ class History:
         nr_crashes: power cuts and kills; clean shutdowns do not count.
         failure: what went wrong, or None; the last events before it are in `events`.
         digest: of everything that happened.
+        counts: what caches have done, and how often their invariants were looked at.
     """
 
     seed: int
@@ -52,6 +55,7 @@ class History:
     failure: BaseException | None = None
     events: tuple[str, ...] = ()
     digest: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 class _Recorder:
@@ -90,7 +94,7 @@ def simulate(
     rig = draw_rig(rng, rig_name)
     history = History(seed, rig.name)
     recorder = _Recorder()
-    model = ClientModel(rig.content)
+    model = ClientModel(rig.content, discards_last=rig.discards_last)
     hydration = HydrationModel()
     images = {
         disk.name: rng.randbytes(disk.size) if disk.content is None else disk.content
@@ -121,7 +125,11 @@ def simulate(
                 images = life.run()
             except Exception as error:
                 history.failure = error
+            images = {
+                disk.name: rig.repaired(disk, images[disk.name]) for disk in rig.disks
+            }
             has_booted = life.has_booted
+            history.counts += life.counts
             history.nr_lives += 1
             history.nr_crashes += life.was_cut
             history.nr_requests += life.nr_requests
@@ -160,7 +168,7 @@ def _watched_log() -> Iterator[_LogWatch]:
     logger.propagate = False
     try:
         # Holes as small as the disks here have them.
-        with mock.patch.object(holes, "HOLE_BYTES_MIN", SECTOR):
+        with mock.patch.object(holes, "HOLE_BYTES_MIN", SECTOR), small_blocks():
             yield watch
     finally:
         logger.removeHandler(watch)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The invariants J1 to J8, held against the cache of a simulated machine.
+
+They are those of `tests/crash/cache_invariants.py`. What is discarded the model of the clients knows, over all
+lives. J1, J5 and J6 of the images are the clients' own: what they read after a cut is held
+against the model.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from nbdtarget.dm.registry import Registry
+from nbdtarget.dm.table import Table
+from nbdtarget.policies.smq import Smq
+from nbdtarget.targets.cache.target import CacheTarget
+from tests.crash.cache_invariants import CacheInvariants
+
+if TYPE_CHECKING:
+    from tests.sim.life import Life
+
+__all__ = ["CacheWatch"]
+
+QUIET_S: Final = 5.0  # what a FLUSH or a wish has left to do is over by then
+
+
+class CacheWatch(CacheInvariants):
+    """Watches the cache that is mapped device `d`, for one life."""
+
+    @classmethod
+    def maybe_of(cls, life: "Life") -> "CacheWatch | None":
+        """For a life whose rig has a cache, on its disks."""
+        disks = life.disks
+        if "/cache" not in disks:
+            return None
+
+        def device_table() -> Table | None:
+            device = life.registry.maybe_device("d")
+            return None if device is None else device.active
+
+        def event_nr() -> int:
+            device = life.registry.maybe_device("d")
+            return 0 if device is None else device.event_nr
+
+        return cls(
+            lambda: _maybe_cache(device_table()),
+            event_nr,
+            disks["/metadata"],
+            disks["/cache"],
+            disks.get("/origin"),
+            block_size=life.rig.region_size,
+            is_discarded=life.model.may_be_discarded,
+        )
+
+    async def be_quiet(self) -> None:
+        """Nobody asks for anything: see that a cache that has nothing to do does nothing (J8)."""
+        target = self.find_target()
+        if target is None or not self._is_at_rest(target):
+            return
+        before = self._nr_operations
+        await asyncio.sleep(QUIET_S)
+        if target is self.find_target() and self._is_at_rest(target):
+            self.j8_idle_and_clean_is_quiet(self._nr_operations - before)
+
+    def _is_at_rest(self, target: CacheTarget) -> bool:
+        """Whether all is clean, committed and where the policy wants it."""
+        return not (
+            target._is_suspended
+            or target._metadata.nr_dirty
+            or target._metadata.nr_cleaned
+            or any(device._deferred for device in self._devices)
+            or not target._committer.is_clean
+            or target._committer._compaction
+            or target._wishes._wishes
+            or target._blocks.nr_migrating
+            or _has_work(target)
+        )
+
+    @property
+    def _nr_operations(self) -> int:
+        return sum(len(device.trace) for device in self._devices)
+
+    def watch_tables(self, registry: Registry) -> None:
+        """A table was loaded."""
+        device = registry.get("d")
+        target = _maybe_cache(device.inactive or device.active)
+        assert target is not None
+        self.watch(target)
+
+
+def _has_work(target: CacheTarget) -> bool:
+    """Whether migrations are queued."""
+    policy = target._policy
+    assert isinstance(policy, Smq)
+    return len(policy.tracker) > 0
+
+
+def _maybe_cache(table: Table | None) -> CacheTarget | None:
+    if table is None:
+        return None
+    target = table.targets[0]
+    assert isinstance(target, CacheTarget)
+    return target
