@@ -14,6 +14,7 @@ from tests.mutants.mapped_device import MAPPED_DEVICE
 from tests.mutants.metadata import METADATA
 from tests.mutants.mutant import Mutant
 from tests.mutants.policies import POLICIES
+from tests.mutants.porcelain import PORCELAIN
 from tests.mutants.server import SERVER
 
 __all__ = ["CATALOG", "ESSENTIAL"]
@@ -30,6 +31,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *DEVICES,
     *POLICIES,
     *SERVER,
+    *PORCELAIN,
 )
 
 # The classics of crash safety: whoever edits the catalog may rename none of them away.

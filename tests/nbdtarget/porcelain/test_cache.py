@@ -79,7 +79,8 @@ class Recorder:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    # Short: the path of a socket has 107 characters at most.
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "r"))
     monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
     work = tmp_path / "work"
     work.mkdir()
@@ -167,7 +168,7 @@ async def test_everything_is_made_and_served(work: Path) -> None:
     assert files(work).keys() == {"slow.img", "fast", "fast.nbdtarget"}
     assert (work / "fast").stat().st_size == MIB
     assert (work / "slow.img").read_bytes() == CONTENT
-    assert list((work.parent / "run" / "nbdtarget").iterdir()) == []
+    assert list((work.parent / "r" / "nbdtarget").iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", ["writethrough", "writeback", "passthrough"])

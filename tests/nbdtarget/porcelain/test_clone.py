@@ -57,7 +57,8 @@ class Recorder:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    # Short: the path of a socket has 107 characters at most.
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "r"))
     monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
     work = tmp_path / "work"
     work.mkdir()
@@ -104,7 +105,7 @@ async def test_everything_is_made_and_hydrated(work: Path) -> None:
     assert recorder.done[-1] == len(CONTENT)
     assert files(work).keys() == {"source", "dest", "dest.nbdtarget"}
     assert (work / "dest").read_bytes() == CONTENT
-    assert list((work.parent / "run" / "nbdtarget").iterdir()) == []
+    assert list((work.parent / "r" / "nbdtarget").iterdir()) == []
 
 
 async def test_same_line_goes_on_until_told_to_stop(work: Path) -> None:
@@ -227,7 +228,7 @@ async def test_destination_in_use_is_refused(work: Path) -> None:
     await held.close()
 
 
-async def test_control_socket_of_another_server_is_no_obstacle(work: Path) -> None:
+async def test_another_server_is_there(work: Path) -> None:
     registry, _ = make_registry()
     control = ControlServer(Verbs(registry), control_address(None))
     await control.start()

@@ -438,3 +438,19 @@ async def test_device_with_an_inactive_table(world: World) -> None:
     await world.registry.load("disk", f"0 {NR_SECTORS} zero")
     assert "inactive table" in await world.refusal()
     assert world.disk.inactive is not None
+
+
+async def test_cache_over_another_mapped_device_and_names_with_blanks(
+    world: World,
+) -> None:
+    (world.directory / "origin").rename(world.directory / "my origin")
+    (world.directory / "fast").rename(world.directory / "my fast")
+    below = f"0 {NR_SECTORS} linear my\\ origin 0"
+    await world.registry.create("below", below, directory=str(world.directory))
+    table = f"0 {NR_SECTORS} cache my\\ meta my\\ fast /dev/mapper/below {WRITEBACK}"
+    await world.registry.create("disk", table, directory=str(world.directory))
+    await world.write(0, os.urandom(BLOCK))
+    assert await world.uncache() == 0
+    assert world.line == f"0 {NR_SECTORS} linear /dev/mapper/below 0"
+    assert await world.disk.read(0, SIZE) == world.content
+    assert (world.directory / "my origin").read_bytes() == world.content

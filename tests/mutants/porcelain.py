@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the jobs that a stranger trusts with a disk."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["PORCELAIN"]
+
+CACHE: Final = "nbdtarget/porcelain/cache.py"
+JOB: Final = "nbdtarget/porcelain/job.py"
+UNCACHE: Final = "nbdtarget/porcelain/uncache.py"
+CACHE_TESTS: Final = ("tests/nbdtarget/porcelain/test_cache.py",)
+CLONE_TESTS: Final = ("tests/nbdtarget/porcelain/test_clone.py",)
+UNCACHE_TESTS: Final = ("tests/nbdtarget/porcelain/test_uncache.py",)
+
+
+def _mutant(
+    name: str,
+    forgets: str,
+    file: str,
+    old: str,
+    new: str,
+    tests: tuple[str, ...],
+) -> Mutant:
+    return Mutant(name, forgets, file, ((old, new),), tests)
+
+
+PORCELAIN: Final = (
+    _mutant(
+        "uncache-leaves-its-mappings",
+        "Whoever gives the old cache line again reads blocks that are out of date.",
+        UNCACHE,
+        "                await self._invalidate()\n",
+        "",
+        UNCACHE_TESTS,
+    ),
+    _mutant(
+        "uncache-does-not-wait-until-nothing-is-dirty",
+        "What only the cache has is to be given up: the target refuses, again and again.",
+        UNCACHE,
+        "if not now.dirty_blocks:",
+        "if now.dirty_blocks:",
+        UNCACHE_TESTS,
+    ),
+    _mutant(
+        "uncache-stays-in-writeback",
+        "Clients dirty blocks as fast as they are cleaned, for ever.",
+        UNCACHE,
+        "line.table_of(WRITETHROUGH, fields)",
+        "line.table_of(WRITEBACK, fields)",
+        UNCACHE_TESTS,
+    ),
+    _mutant(
+        "uncache-leaves-a-refused-table",
+        "Clients wait for ever in a suspended device.",
+        UNCACHE,
+        "                await self._load(line, before)\n"
+        '                await self._ask("resume", m.Resume(self._name), m.Done)\n',
+        "                await self._table()\n",
+        UNCACHE_TESTS,
+    ),
+    _mutant(
+        "uncache-forgets-the-words-of-the-line",
+        "A crash meanwhile leaves every block dirty: the dirty log is gone.",
+        UNCACHE,
+        '            ("dirty_log", options.dirty_log),\n',
+        "",
+        UNCACHE_TESTS,
+    ),
+    _mutant(
+        "uncache-of-a-cache-in-memory-reloads-it",
+        "The next table finds an empty cache in memory, and what was dirty is gone.",
+        UNCACHE,
+        'return any(name.lower().startswith("memory:") for name in names)',
+        "return False",
+        UNCACHE_TESTS,
+    ),
+    _mutant(
+        "cache-porcelain-takes-a-disk-with-data",
+        "The wrong disk is overwritten, block by block.",
+        CACHE,
+        "elif not is_missing and not options.overwrite:",
+        "elif not is_missing and options.overwrite:",
+        CACHE_TESTS,
+    ),
+    _mutant(
+        "cache-porcelain-takes-another-origin",
+        "Dirty blocks of one disk are written over another.",
+        CACHE,
+        "if stored != given and not options.resize:",
+        "if stored > given and not options.resize:",
+        CACHE_TESTS,
+    ),
+    _mutant(
+        "cache-porcelain-makes-a-cache-that-was-lost",
+        "An empty file is believed to hold what clients wrote.",
+        CACHE,
+        "            _check_nothing_lost(known, cache, metadata)\n",
+        "            pass\n",
+        CACHE_TESTS,
+    ),
+    _mutant(
+        "cache-porcelain-writes-back-from-memory",
+        "What clients wrote is gone when the server ends in order.",
+        CACHE,
+        "if options.mode == WRITEBACK and _is_memory(name):",
+        "if not options.mode and _is_memory(name):",
+        CACHE_TESTS,
+    ),
+    _mutant(
+        "cache-porcelain-believes-its-end",
+        "A full sync that failed is not told, and the origin is used without its cache.",
+        CACHE,
+        "if known is not None and known.flags & CLEAN_SHUTDOWN:",
+        "if known is not None:",
+        CACHE_TESTS,
+    ),
+    _mutant(
+        "porcelain-leaves-what-it-made",
+        "A start that fails leaves files that the next one refuses.",
+        JOB,
+        "                    await resolve.remove_created(path)\n",
+        "                    await asyncio.sleep(0)\n",
+        (*CLONE_TESTS, *CACHE_TESTS),
+    ),
+    _mutant(
+        "porcelain-ends-when-nobody-reads",
+        "The disk goes away because somebody closed a pipe.",
+        JOB,
+        "        except OSError as error:\n"
+        '            _log.debug("cannot report: %s", error)\n',
+        "        except FileNotFoundError as error:\n"
+        '            _log.debug("cannot report: %s", error)\n',
+        (*CLONE_TESTS, *CACHE_TESTS),
+    ),
+)
