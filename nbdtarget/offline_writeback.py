@@ -19,7 +19,8 @@ again does no harm.
 After this the dirty bits are known, whatever they were before: so it is recorded as a clean shutdown,
 with the blocks that could not be copied as the dirty ones. (The kernel's tool leaves the flag as it was: after an unclean
 stop everything is dirty again next time.) Hints and discards stay if they were there to be believed.
-If nothing was dirty after a clean shutdown, nothing is written at all.
+If nothing was dirty after a clean shutdown, nothing is written at all. If the job is interrupted, what its
+legs have brought home so far is recorded all the same.
 
 Failures. A block that cannot be read fails alone. After a write or flush has failed, the origin
 latches (devices/base.py): nothing that it has not flushed yet is known to be there. So it is opened again,
@@ -60,7 +61,7 @@ __all__ = [
 T = TypeVar("T")
 
 OFFSET_ALIGNMENT: Final = 4096
-# A leg is what must be written again if the origin fails in it.
+# A leg is what must be written again if the origin fails in it, or if the job is interrupted.
 LEG_BYTES: Final = 1 << 30
 COPIES_IN_FLIGHT: Final = 8
 
@@ -155,21 +156,31 @@ async def write_back(
         opened.push_async_callback(origin.close)
         _check_sizes(job, content, cache, origin.device)
         copy = _Copy(job, content, cache, origin, progress)
-        await copy.run()
-        was_clean = bool(content.flags & CLEAN_SHUTDOWN)
-        # Without any block copied it would only say the same in other words.
-        is_news = copy.copied.any() or (not was_clean and not copy.blocks)
-        if job.update_metadata and is_news:
+
+        async def record() -> bool:
+            """Record what the origin has; tell whether there was anything to be recorded."""
+            is_unclean = not content.flags & CLEAN_SHUTDOWN
+            # Without any block copied it would say the same in other words.
+            is_news = copy.copied.any() or (is_unclean and not copy.blocks)
+            if not job.update_metadata or not is_news:
+                return False
             await cache.flush()
             steps = record_written_back(metadata.size, copy.copied)
             await _run(job.metadata, metadata, steps)
+            return True
+
+        try:
+            await copy.run()
+        except (asyncio.CancelledError, NbdTargetError):
+            await record()  # the legs that are done need not be copied again
+            raise
         return WritebackAnswer(
             file=job.metadata,
             nr_blocks=len(copy.blocks),
             nr_copied=copy.copied.count(),
             block_size=content.block_size,
-            clean_shutdown=was_clean,
-            recorded=job.update_metadata and is_news,
+            clean_shutdown=bool(content.flags & CLEAN_SHUTDOWN),
+            recorded=await record(),
             failed=tuple(
                 FailedBlock(cache_block=cblock, origin_block=oblock, error=error)
                 for (oblock, cblock), error in sorted(copy.failures.items())

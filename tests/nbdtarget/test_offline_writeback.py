@@ -488,6 +488,48 @@ async def test_cancelled_job_waits_for_its_io_and_goes_no_further(
     assert disks.devices["metadata"].image() == image
 
 
+@pytest.mark.parametrize("clean", [True, False])
+async def test_interrupted_job_records_the_legs_that_are_done(
+    clean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offline_writeback, "LEG_BYTES", BLOCK)
+    disks = Disks(metadata_image(clean=clean), inline_chance=0.0)
+    before = disks.content().dirty
+    job = WritebackJob(metadata="metadata", cache="cache", origin="origin")
+    copied = asyncio.Event()
+
+    def progress(done: int, total: int) -> None:
+        if done > BLOCK:
+            copied.set()
+
+    task = asyncio.create_task(write_back(job, progress, opener=disks.open))
+    await copied.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    after = disks.content()
+    assert after.flags == CLEAN_SHUTDOWN
+    assert 0 < after.dirty.count() < before.count()
+    check_home(disks, set((before & ~after.dirty).search(1)))
+
+
+def test_origin_that_goes_away_leaves_a_record_of_what_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Gone(Latching):
+        async def open(self, name: str, read_only: bool) -> Device:
+            if (name, read_only) == ("origin", False) and self.opened[-1][0] == name:
+                raise ResolveError(name, "in use by another process")
+            return await super().open(name, read_only)
+
+    monkeypatch.setattr(offline_writeback, "LEG_BYTES", BLOCK)
+    disks = Gone(metadata_image(), 9)
+    with pytest.raises(ResolveError, match="in use"):
+        disks.run()
+    assert set(disks.content().dirty.search(1)) == {0, 3}
+    assert disks.origin_block(0) == disks.cache_block(4)
+
+
 # Power cuts
 
 
