@@ -53,6 +53,7 @@ COPY_BYTES_MAX: Final = 16 << 20  # in each direction
 TICK_S: Final = 1.0
 RETRY_S_MIN: Final = 1.0
 RETRY_S_MAX: Final = 64.0
+LOCKED_MAX: Final = 64  # that a sweep passes over in a turn of the loop
 SAY_S_MIN: Final = 5.0  # between two lines in the log about failures
 _NS: Final = 1_000_000_000
 
@@ -96,6 +97,7 @@ class Migrations:
         self._is_pump_due = False
         self._is_behind = False  # the policy, with what a tick left undone
         self._may_gather = False
+        self._is_gathering = False
         self._waker: Timer | None = None
         self._pause: Timer | None = None
         self._nr_bios_seen = 0
@@ -353,14 +355,26 @@ class Migrations:
     def _start_sweeping(self) -> bool:
         """Start the sweep's next writeback, if there is one now."""
         blocks = self._blocks
-        while (cblock := self._sweep.maybe_next()) is not None:
-            oblock = blocks.metadata.maybe_oblock(cblock)
-            assert oblock is not None
-            if self._start_write_back(oblock, cblock):
+        for _ in range(LOCKED_MAX):
+            found = self._sweep.maybe_next()
+            if found is None:
+                break
+            if self._start_write_back(*found):
                 return True
+        else:
+            return False  # whoever unlocks them wakes us
+        if not self._sweep.has_ended:
+            self.wake()
+            return False
         # Not again and again while the last ones are under way, or locked by somebody.
-        if self._may_gather and blocks.metadata.nr_dirty and not self._nr_migrations:
+        if (
+            self._may_gather
+            and not self._is_gathering
+            and blocks.metadata.nr_dirty
+            and not self._nr_migrations
+        ):
             self._may_gather = False
+            self._is_gathering = True
             self.spawn(self._gather())
         return False
 
@@ -373,7 +387,10 @@ class Migrations:
         return lock is not None
 
     async def _gather(self) -> None:
-        await self._sweep.gather()
+        try:
+            await self._sweep.gather()
+        finally:
+            self._is_gathering = False
         self.wake()
 
     async def _sweep_block(self, oblock: int, cblock: int, lock: BlockLock) -> None:
