@@ -393,6 +393,9 @@ class CacheJob(job.Job[CachePlan]):
             )
         self._report(self._reporter.status, status)
 
+    async def _ending(self, device: MappedDevice, plan: CachePlan) -> None:
+        await self._look(device, plan, is_first=False)  # what it is now decides below
+
     async def _ended(self, plan: CachePlan) -> None:
         if not self._is_cache or _is_memory(plan.metadata):
             return

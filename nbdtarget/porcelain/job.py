@@ -89,6 +89,9 @@ class Job(Generic[P]):
         """Report progress until cancelled; may set the daemon's `stop`."""
         raise NotImplementedError
 
+    async def _ending(self, device: MappedDevice, plan: P) -> None:
+        """Told to stop, and still there: nobody watches any more."""
+
     async def _ended(self, plan: P) -> None:
         """Everything is committed and closed."""
 
@@ -106,9 +109,12 @@ class Job(Generic[P]):
             finally:
                 watcher.cancel()
                 await asyncio.wait([watcher])
-                self._served.stopping()
-                self._daemon.release_signals()
-                await self._daemon.close()
+                try:
+                    await self._ending(device, plan)
+                finally:
+                    self._served.stopping()
+                    self._daemon.release_signals()
+                    await self._daemon.close()
         finally:
             self._daemon.release_signals()
         if not watcher.cancelled() and watcher.exception() is not None:

@@ -455,8 +455,11 @@ async def test_disk_stays_also_when_nobody_reads_what_is_said(work: Path) -> Non
     assert files(work).keys() == {"slow.img", "fast", "fast.nbdtarget"}
 
 
-async def test_linear_on_the_origin_is_told_once(work: Path) -> None:
-    recorder = Recorder(stop_when="uncached")
+@pytest.mark.parametrize("is_waited_for", [True, False])
+async def test_linear_on_the_origin_is_told_once(
+    work: Path, is_waited_for: bool
+) -> None:
+    recorder = Recorder(stop_when="uncached" if is_waited_for else "")
     job = CacheJob(options_of(cache_size=MIB), recorder)
     running = asyncio.create_task(job.run())
     while "serving" not in recorder.calls:
@@ -464,5 +467,8 @@ async def test_linear_on_the_origin_is_told_once(work: Path) -> None:
     registry = job._daemon.registry
     await registry.load("slow", f"0 4096 linear {work}/slow.img 0")
     await registry.resume("slow")
+    if not is_waited_for:
+        (work / "fast.nbdtarget").unlink()  # it is not used any more
+        os.kill(os.getpid(), signal.SIGTERM)
     assert await running == 0
     assert recorder.calls == ["serving", "uncached", "stopping"]
