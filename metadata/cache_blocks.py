@@ -133,13 +133,17 @@ class CacheBlocks(JournaledMetadata):
         """Clean blocks that are LOGGED still: what `clear_log` would take back."""
         return self._cleaned.count()
 
-    def mappings(self, policy: Policy) -> Iterator[Mapping]:
+    def mappings(
+        self, policy: Policy, begin: int = 0, end: int | None = None
+    ) -> Iterator[Mapping]:
         """Yield each mapped block, in order of cblocks, for `policy` to load.
 
+        Args: begin, end: of those cblocks only, half-open.
         Raises: FailedMetadata, at any step.
         """
         hints = self._hints if policy.understands(self._hints_policy) else None
-        for cblock in range(self.nr_cblocks):
+        end = self.nr_cblocks if end is None else min(end, self.nr_cblocks)
+        for cblock in range(begin, end):
             if self.mode is _FAIL:
                 raise FailedMetadata
             value = self._values[cblock]

@@ -39,7 +39,7 @@ import errno as errnos
 from typing import Final
 
 from metadata.cache import Policy as RecordedPolicy
-from metadata.errors import CannotShrink, MetadataError
+from metadata.errors import CannotShrink, FailedMetadata, MetadataError
 from metadata.mode import Mode
 from nbdtarget import metadata_io
 from nbdtarget.errors import TableError
@@ -52,7 +52,7 @@ from nbdtarget.targets.committer import Committer
 
 __all__ = ["Activation"]
 
-STEP_BLOCKS: Final = 500  # loaded before others have their turn
+STEP_BLOCKS: Final = 500  # looked at, and loaded, before others have their turn
 
 
 class Activation:
@@ -166,14 +166,19 @@ class Activation:
     async def _load(self, nr_cblocks: int) -> None:
         """Load the mappings into a policy for `nr_cblocks`. Raises: TableError, MetadataError."""
         metadata = self._parts.metadata
+        if metadata.mode is Mode.FAIL:
+            raise FailedMetadata
         try:
             policy = self._policy_for(nr_cblocks)
-            for nr, mapping in enumerate(metadata.mappings(_recorded(policy)), 1):
-                policy.load_mapping(*mapping)
-                if nr == metadata.nr_mapped:
+            nr_left = metadata.nr_mapped
+            for begin in range(0, metadata.nr_cblocks, STEP_BLOCKS):
+                if not nr_left:
                     break  # mostly the rest is free: looking at all of it would take long
-                if nr % STEP_BLOCKS == 0:
-                    await asyncio.sleep(0)
+                step = metadata.mappings(_recorded(policy), begin, begin + STEP_BLOCKS)
+                for mapping in step:
+                    policy.load_mapping(*mapping)
+                    nr_left -= 1
+                await asyncio.sleep(0)
         except (MappingError, PolicyConfigError) as error:
             raise TableError(f"could not load cache mappings: {error}") from error
         self._parts.policy = policy

@@ -197,6 +197,30 @@ async def test_loading_lets_others_have_their_turn(
     assert {2, 4, 6, 7} <= residencies
 
 
+async def test_loading_few_of_many_blocks_lets_others_have_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nbdtarget.targets.cache.activation.STEP_BLOCKS", 1)
+    turns: dict[tuple[int, ...], int] = {}
+    for mapped in ((), (0,), (7,)):
+        bench = await stopped({nr: nr for nr in mapped})
+        table = await bench.table()
+        turns[mapped] = 0
+
+        async def watch(mapped: tuple[int, ...]) -> None:
+            while True:
+                turns[mapped] += 1
+                await asyncio.sleep(0)
+
+        watching = asyncio.ensure_future(watch(mapped))
+        await table.resume()
+        watching.cancel()
+        assert table.parts.policy.residency == len(mapped)
+    # None for blocks behind the last one that is mapped, one for each before it.
+    assert turns[0,] <= turns[()] + 2
+    assert turns[7,] >= turns[0,] + 7
+
+
 async def test_mapping_that_the_policy_refuses_refuses_the_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
