@@ -18,7 +18,7 @@ by itself:
 
 All-zero metadata counts as missing, for the cache target would format it. A cache in memory is
 missing at each start, and so is metadata in memory; a writeback cache would lose what clients
-wrote, so it may stand on neither.
+wrote, so it may stand on neither. An origin in memory would be another one at each start.
 
 An origin of another size may be another disk: what is dirty would be written over it. That a
 wrong origin of the same size is given, nobody can tell.
@@ -177,7 +177,7 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
     cache_size = await _cache_size(cache, options, is_missing=is_missing)
     metadata = _metadata_name(options, cache, cache_size, directory)
     look.check_distinct(origin=origin, cache=cache, metadata=metadata)
-    _check_volatile(options, cache, metadata)
+    _check_volatile(options, origin, cache, metadata)
     known = await _superblock(metadata)
     if known is not None:
         if is_missing or _is_memory(cache):
@@ -233,7 +233,11 @@ def _is_memory(name: str) -> bool:
     return name.lower().startswith("memory:")
 
 
-def _check_volatile(options: CacheOptions, cache: str, metadata: str) -> None:
+def _check_volatile(
+    options: CacheOptions, origin: str, cache: str, metadata: str
+) -> None:
+    if _is_memory(origin):
+        raise ResolveError(origin, "is gone when we end: there is nothing to cache")
     for name in (cache, metadata):
         if options.mode == WRITEBACK and _is_memory(name):
             raise ResolveError(

@@ -25,7 +25,8 @@ What was said at run time with messages (`migration_threshold`, `migration_rate`
 new line. The threshold is raised to eight blocks, for a smaller one lets no block go home.
 
 A cache or metadata in memory is a new one with each table: such a cache is swapped for `linear` at
-once if it is not writeback, for then the origin has everything. Otherwise it is refused.
+once if it is not writeback, for then the origin has everything. Otherwise it is refused, as is an
+origin in memory.
 """
 
 import asyncio
@@ -139,8 +140,7 @@ class CacheLine(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_in_memory(self) -> bool:
         """Whether another table would find another cache, or other metadata."""
-        names = (self.metadata, self.cache)
-        return any(name.lower().startswith("memory:") for name in names)
+        return any(map(_is_memory, (self.metadata, self.cache)))
 
     def table_of(self, mode: str, fields: StatusFields) -> str:
         """The line for `mode` with the policy `cleaner`, and what messages have changed."""
@@ -212,6 +212,8 @@ class UncacheJob:
             raise self._refused("has an inactive table: resume or clear it first")
         (line,) = table.lines
         words = split_words(line.params)
+        if len(words) > 2 and _is_memory(words[2]):
+            raise self._refused("its origin is in memory, and goes with its table")
         if line.start != 0 or len(words) < ARGUMENTS_MIN:
             raise self._refused(f"has a table line that is none: {line.params}")
         return CacheLine(
@@ -413,6 +415,10 @@ class UncacheJob:
             yield
         finally:
             release()
+
+
+def _is_memory(name: str) -> bool:
+    return name.lower().startswith("memory:")
 
 
 class _Progress:

@@ -72,7 +72,7 @@ PORCELAIN: Final = (
         "uncache-of-a-cache-in-memory-reloads-it",
         "The next table finds an empty cache in memory, and what was dirty is gone.",
         UNCACHE,
-        'return any(name.lower().startswith("memory:") for name in names)',
+        "return any(map(_is_memory, (self.metadata, self.cache)))",
         "return False",
         UNCACHE_TESTS,
     ),

@@ -256,6 +256,17 @@ async def test_resized_origin_is_taken_if_so_told(work: Path) -> None:
     assert await cache() == 0
 
 
+async def test_resized_cache_is_taken_if_so_told(work: Path) -> None:
+    assert await cache(cache_size=MIB) == 0
+    os.truncate(work / "fast", 2 * MIB)
+    with pytest.raises(NbdTargetError, match="cache has 16 blocks, not 32"):
+        await cache()
+    recorder = Recorder()
+    assert await cache(recorder, resize=True) == 0
+    assert recorder.statuses[0].total_blocks == 32
+    assert await cache() == 0
+
+
 # ---- what is refused ----
 
 
@@ -284,6 +295,7 @@ async def test_resized_origin_is_taken_if_so_told(work: Path) -> None:
         ({"fast.nbdtarget": b"x" * MIB}, {"cache_size": MIB}, "fast.nbdtarget"),
         ({"fast": bytes(MIB), "fast.nbdtarget": bytes(512)}, {}, "metadata"),
         ({}, {"cache": "memory:1M", "mode": "writeback"}, "is gone when we end"),
+        ({}, {"origin": "memory:2M", "cache_size": MIB}, "nothing to cache"),
         (
             {},
             {"cache_size": MIB, "metadata": "memory:4M", "mode": "writeback"},

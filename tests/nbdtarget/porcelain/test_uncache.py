@@ -206,6 +206,14 @@ async def test_clean_cache_goes_at_once(world: World, mode: str) -> None:
     world.check_uncached()
 
 
+async def test_pinned_blocks_go_home_too(world: World) -> None:
+    await world.create(nr_dirty=5)
+    await world.disk.message(0, ("pin", "0-8"))
+    assert await world.uncache() == 0
+    world.check_uncached()
+    assert (await world.superblock()).nr_mapped == 0
+
+
 async def test_old_line_finds_an_empty_cache_later(world: World) -> None:
     await world.create(nr_dirty=5)
     assert await world.uncache() == 0
@@ -409,7 +417,11 @@ async def test_device_that_is_not_there(world: World) -> None:
         ),
         (
             f"0 {NR_SECTORS} cache meta memory:1M origin {WRITEBACK}",
-            "in memory",
+            "its cache or metadata is in memory",
+        ),
+        (
+            f"0 {NR_SECTORS} cache meta fast memory:2M {WRITEBACK}",
+            "its origin is in memory",
         ),
     ],
 )
