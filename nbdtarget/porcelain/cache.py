@@ -14,6 +14,7 @@ by itself:
     ours                there       goes on where it was
     ours, of another    there       refused, with both: another block size, or, unless told that they
     shape                           were resized, another size of origin or cache
+    ours, and dirty     there       refused in passthrough, as the target would, with what helps
     foreign             any         refused
 
 All-zero metadata counts as missing, for the cache target would format it. A cache in memory is
@@ -51,7 +52,7 @@ from nbdtarget.errors import NbdTargetError, ResolveError
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
 from nbdtarget.targets.base import StatusFields
-from nbdtarget.targets.cache.table import SECTOR, WRITEBACK, WRITETHROUGH
+from nbdtarget.targets.cache.table import PASSTHROUGH, SECTOR, WRITEBACK, WRITETHROUGH
 from nbdtarget.words import join_words, split_words
 
 __all__ = [
@@ -183,6 +184,7 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
         if is_missing or _is_memory(cache):
             _check_nothing_lost(known, cache, metadata)
         _check_shape(known, options, metadata, size, cache_size)
+        _check_may_pass_through(known, options, cache)
     elif not is_missing and not options.overwrite:
         await _check_no_data(cache, metadata)
     return CachePlan(
@@ -310,6 +312,27 @@ def _check_shape(
                 f"is of a cache whose {what} has {stored} {unit}, not {given}: give the"
                 f" right {what}, or --resize if it has been resized",
             )
+
+
+def _check_may_pass_through(
+    known: CacheSuperblock, options: CacheOptions, cache: str
+) -> None:
+    """As the target does it a little later; but here we can say what helps."""
+    if options.mode != PASSTHROUGH:
+        return
+    is_exact = known.flags & CLEAN_SHUTDOWN or known.incompat & DIRTY_LOG
+    nr_dirty = _nr_maybe_dirty(known)
+    if is_exact and not nr_dirty:
+        return
+    if is_exact:
+        reason = "cannot enter passthrough mode unless all blocks are clean"
+    else:
+        reason = "unable to resume into passthrough mode after unclean shutdown"
+    raise ResolveError(
+        cache,
+        f"{reason}: {nr_dirty} blocks may be dirty; serve it once with --mode"
+        " writethrough --policy cleaner until none is, and stop it",
+    )
 
 
 async def _check_no_data(cache: str, metadata: str) -> None:

@@ -38,6 +38,7 @@ class Recorder:
         self.told: dict[str, object] = {}
         self.uris: list[str] = []
         self._stop_when = stop_when
+        self._is_stopped = False
 
     def serving(self, plan: CachePlan, uris: list[str]) -> None:
         self.uris = uris
@@ -73,8 +74,9 @@ class Recorder:
             self._stop()
 
     def _stop(self) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        self._stop_when = ""
+        if not self._is_stopped:  # a second signal would have its usual effect
+            self._is_stopped = True
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture
@@ -213,13 +215,58 @@ async def test_unclean_stop_is_told(
     assert recorder.told["unclean"] == told
 
 
-async def test_passthrough_after_an_unclean_stop_is_refused_before_clients_come(
-    work: Path,
+@pytest.mark.parametrize(
+    ("known", "reason"),
+    [
+        ({"is_clean": False}, "after unclean shutdown: 0 blocks"),
+        ({"mapped": 5, "is_clean": False}, "after unclean shutdown: 5 blocks"),
+        ({"mapped": 5, "dirty": 3}, "unless all blocks are clean: 3 blocks"),
+        (
+            {"mapped": 5, "dirty": 3, "dirty_log": True, "is_clean": False},
+            "unless all blocks are clean: 3 blocks",
+        ),
+    ],
+)
+async def test_passthrough_over_what_may_be_dirty_is_refused_with_what_helps(
+    work: Path, known: dict[str, Any], reason: str
+) -> None:
+    await make_metadata("fast.nbdtarget", **known)
+    (work / "fast").write_bytes(bytes(MIB))
+    before = files(work)
+    recorder = Recorder()
+    with pytest.raises(NbdTargetError) as caught:
+        await cache(recorder, mode="passthrough")
+    assert reason in str(caught.value)
+    assert recorder.calls == []
+    assert files(work) == before
+
+    # What helps, helps.
+    assert await cache(Helping(), policy="cleaner") == 0
+    assert await cache(recorder, mode="passthrough") == 0
+
+
+class Helping(Recorder):
+    """Stops when nothing is dirty."""
+
+    def __init__(self) -> None:
+        super().__init__(stop_when="")
+
+    def status(self, status: CacheStatus) -> None:
+        super().status(status)
+        if not status.dirty_blocks:
+            self._stop()
+
+
+async def test_passthrough_that_only_the_target_refuses_is_refused_before_clients_come(
+    work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await make_metadata("fast.nbdtarget", mapped=5, is_clean=False)
     (work / "fast").write_bytes(bytes(MIB))
     before = files(work)
     recorder = Recorder()
+    monkeypatch.setattr(
+        "nbdtarget.porcelain.cache._check_may_pass_through", lambda *_: None
+    )
     with pytest.raises(NbdTargetError, match="after unclean shutdown"):
         await cache(recorder, mode="passthrough")
     assert recorder.calls == []
