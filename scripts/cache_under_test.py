@@ -9,7 +9,7 @@ copying anything.
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -40,7 +40,7 @@ PATIENCE_S: Final = 120.0
 COMMIT_CBLOCKS: Final = 4096
 
 T = TypeVar("T")
-Fields = dict[str, bool | int | float | str | None]
+Fields = Mapping[str, bool | int | float | str | None]
 
 
 class Counters:
