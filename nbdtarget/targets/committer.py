@@ -222,8 +222,15 @@ class Committer:
                 # An exception of our own making: nothing can be trusted any more.
                 self.metadata.fail()
                 self._give_up()
-                _tell(self._commit_waiters, errnos.EIO)
-                _tell(self._flush_waiters, errnos.EIO)
+                while self._commit_waiters or self._flush_waiters:
+                    self._tell_failure()
+
+    def _tell_failure(self) -> None:
+        try:
+            _tell(self._commit_waiters, errnos.EIO)
+            _tell(self._flush_waiters, errnos.EIO)
+        except Exception:
+            log.critical("%s: commit", self.name, exc_info=True)
 
     async def _run_round(self) -> None:
         commits, self._commit_waiters = self._commit_waiters, []
@@ -235,8 +242,13 @@ class Committer:
                 errno = await self._commit_or_flush(bool(flushes))
         finally:
             # Also when an exception passes: nobody waits for ever.
-            _tell(commits, errno)
-            _tell(flushes, errno)
+            try:
+                _tell(commits, errno)
+                _tell(flushes, errno)
+            finally:
+                # Who comes after one whose callback raised: `_run` tells them.
+                self._commit_waiters += commits
+                self._flush_waiters += flushes
 
     async def _commit_or_flush(self, has_flushes: bool) -> int:
         """Commit; if nothing is left to commit, flush for those who want it; return errno."""

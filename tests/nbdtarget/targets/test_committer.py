@@ -362,3 +362,25 @@ async def test_compaction_that_fails_after_a_failed_commit_ends() -> None:
     async with asyncio.timeout(5):
         await rig.committer.quiesce()
     assert rig.committer.has_failed
+
+
+@pytest.mark.parametrize("nr_bad", [1, 2])
+async def test_callback_that_raises_leaves_nobody_waiting(
+    caplog: pytest.LogCaptureFixture, nr_bad: int
+) -> None:
+    rig = Rig()
+
+    def broken(errno: int) -> None:
+        raise AssertionError(f"told {errno}")
+
+    told: list[int] = []
+    rig.change()
+    for _ in range(nr_bad):
+        rig.committer.after_commit(broken)
+    rig.committer.after_commit(told.append)
+    flush = rig.flush()
+    await settle()
+    assert told == [errnos.EIO]
+    assert flush.status == errnos.EIO
+    assert "AssertionError: told" in caplog.text
+    assert rig.metadata.failed
