@@ -18,7 +18,7 @@ from typing import Final
 from unittest import mock
 
 from metadata.cache import CacheMetadata
-from metadata.cache_check import examine_cache
+from metadata.cache_check import examine_cache, mend_cache
 from metadata.errors import NotFormatted
 from nbdtarget.errors import TableError
 from nbdtarget.metadata_io import run
@@ -26,6 +26,7 @@ from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
 from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.volatile_cache import BORDERS
 from tests.crash.cache_invariants import CacheInvariants
+from tests.crash.images import run_over
 from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE, _RegistryRig
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR, DiskModel
@@ -39,6 +40,7 @@ __all__ = [
     "SwitchingCacheRig",
     "WritethroughRig",
     "cache_table",
+    "checked",
     "small_blocks",
 ]
 
@@ -78,6 +80,15 @@ def cache_table(
         f"0 {size // SECTOR} cache /metadata /cache /origin {block_size // SECTOR}"
         f" {len(words)} {' '.join(words)} {policy}"
     )
+
+
+def checked(metadata: bytes) -> bytes:
+    """Take back `needs_check`, as somebody does who has checked what is on the disk."""
+    image = bytearray(metadata)
+    with contextlib.suppress(NotFormatted):
+        if run_over(image, examine_cache(len(image), unused=False)).needs_check:
+            run_over(image, mend_cache(len(image), heal=False, clear_needs_check=True))
+    return bytes(image)
 
 
 class CacheRig(_RegistryRig):
@@ -225,8 +236,12 @@ class CacheRig(_RegistryRig):
         return not (target._metadata.nr_dirty or target._blocks.nr_migrating)
 
     def reboot(self, seed: int, images: tuple[bytes, ...]) -> "CacheRig":
+        metadata, *others = images
         return type(self)(
-            seed, self.cache.inline_chance, images, before=self.invariants
+            seed,
+            self.cache.inline_chance,
+            (checked(metadata), *others),
+            before=self.invariants,
         )
 
     async def check(self) -> None:

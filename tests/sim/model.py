@@ -115,10 +115,6 @@ class ClientModel(DiskModel):
             else:
                 sector.history = [Write(found, True, "survived")]
 
-    def may_be_discarded(self, sector_nr: int) -> bool:
-        """Whether a DISCARD is, or may be, the last that happened to a sector."""
-        return any(write.value is None for write in self._sectors[sector_nr].history)
-
     def lose_unflushed(self) -> None:
         """A device has lost its power, and what was not flushed may be gone."""
         self.nr_losses += 1

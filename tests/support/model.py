@@ -134,6 +134,10 @@ class DiskModel:
         """
         self._check(offset, content, newest_only=False)
 
+    def may_be_discarded(self, sector_nr: int) -> bool:
+        """Whether a DISCARD is, or may be, the last that happened to a sector."""
+        return any(write.value is None for write in self._sectors[sector_nr].history)
+
     def copy(self) -> "DiskModel":
         """What a power cut at this moment may leave, whatever is promised later."""
         model = DiskModel(b"", discards_last=self.discards_last)
