@@ -7,7 +7,7 @@ from bitarray import bitarray
 
 from metadata.cache_load import Discarded, load
 from metadata.cache_records import Words
-from metadata.cache_superblock import CACHE, CacheSuperblock, Policy
+from metadata.cache_superblock import CACHE, NO_POLICY, CacheSuperblock, Policy
 from metadata.operations import Steps
 from metadata.superblock import choose_superblock_of, read_area
 
@@ -92,7 +92,7 @@ def cache_content_of(
         origin_size=superblock.origin_size,
         values=values,
         dirty=dirty,
-        policy=superblock.policy,
+        policy=superblock.policy if hints is not None else NO_POLICY,
         hints=hints,
         discarded=discarded,
         read_hits=superblock.read_hits,

@@ -38,7 +38,6 @@ from metadata.superblock import CLEAN_SHUTDOWN, COUNTER_MAX
 
 __all__ = ["MappingReader", "parse_cache"]
 
-SECTOR_SIZE: Final = 512
 HINT_MAX: Final = (1 << 32) - 1
 
 # The fields that are numbers, and their ranges.
@@ -49,7 +48,7 @@ _NUMBERS: Final = {
     "nr_commits": (0, COUNTER_MAX),
     "nr_compactions": (0, COUNTER_MAX),
     "block_size_bytes": (1, BITS_MAX),
-    "origin_size_bytes": (1, COUNTER_MAX),
+    "origin_size_bytes": (1, BITS_MAX),
     "nr_cblocks": (1, NR_CBLOCKS_MAX),
     "nr_mapped": (0, NR_CBLOCKS_MAX),
     "nr_dirty": (0, NR_CBLOCKS_MAX),
@@ -231,11 +230,8 @@ def _check_sizes(fields: Fields, mappings: MappingReader) -> None:
     fault = block_size_fault(block_size)
     if fault:
         raise fields.bad("block_size_bytes", fault)
-    assert origin_size // block_size <= NR_OBLOCKS_MAX, "the numbers have ranges"
-    if origin_size % SECTOR_SIZE:
-        raise fields.bad(
-            "origin_size_bytes", f"{origin_size} is not a multiple of {SECTOR_SIZE}"
-        )
+    if origin_size // block_size > NR_OBLOCKS_MAX:
+        raise fields.bad("origin_size_bytes", f"more than {NR_OBLOCKS_MAX} blocks")
     nr_cblocks = fields["nr_cblocks"]
     if len(mappings.values) > nr_cblocks:
         cblock = len(mappings.values) - 1

@@ -270,9 +270,7 @@ def _content(
     if not is_whole:
         flags &= ~CLEAN_SHUTDOWN
     content = cache_content_of(
-        msgspec.structs.replace(
-            superblock, flags=flags, **({} if is_whole else _NO_POLICY)
-        ),
+        msgspec.structs.replace(superblock, flags=flags),
         values=values,
         dirty=found.dirty,
         hints=sync.hints if sync is not None and is_whole else None,
@@ -281,9 +279,6 @@ def _content(
     return content._replace(
         nr_lost=found.nr_lost, doubtful=doubtful if doubtful.any() else None
     )
-
-
-_NO_POLICY: dict[str, object] = {"policy_name": "", "policy_version": (0, 0, 0)}
 
 
 def _dirty_after(

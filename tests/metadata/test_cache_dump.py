@@ -182,7 +182,7 @@ BAD = [
         "nr_lost: expected a number",
     ),
     ("65536,", "65537,", 13, "Invalid data block size"),
-    ("6554112", "6554113", 14, "is not a multiple of 512"),
+    ("6554112", str(1 << 63 << 1), 14, "expected a number"),
     ('"dirty_log": false', '"dirty_log": 0', 12, "expected true or false"),
     ('"dirty_log": false', '"dirty_log": true', 29, "is dirty, but not logged"),
     ('["clean_shutdown"]', "[]", 29, "cache block 0 counts as dirty"),
@@ -236,6 +236,13 @@ def test_logged_block_that_is_not_dirty_needs_a_clean_shutdown() -> None:
     assert '[0, 17, "clean logged"]' in text
     with pytest.raises(BadDump, match="cache block 0 counts as dirty"):
         parsed(text.replace('["clean_shutdown"]', "[]"))
+
+
+def test_origin_has_no_more_blocks_than_a_mapping_can_say() -> None:
+    content = PLAIN._replace(block_size=32768, origin_size=1 << 63)
+    assert parsed(text_of(content)) == content
+    with pytest.raises(BadDump, match="origin_size_bytes: more than 281474976710656"):
+        parsed(text_of(content._replace(origin_size=(1 << 63) + 32768)))
 
 
 def test_number_of_a_cache_block_makes_no_room_before_it_is_believed() -> None:

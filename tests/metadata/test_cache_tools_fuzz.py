@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The offline tools over cache metadata that nobody would write (fuzz_cache.py makes them).
+
+Whatever comes is refused in one line, or salvaged: what was salvaged can be dumped, read back, restored
+without damage, and recorded as written back.
+"""
+
+from collections import Counter
+
+import pytest
+
+from metadata.cache import CacheMetadata
+from metadata.cache_check import examine_cache
+from metadata.cache_content import read_cache_content
+from metadata.cache_restore import record_written_back, restore_cache
+from metadata.cache_salvage import salvage_cache
+from metadata.errors import MetadataError, UnsupportedFormat
+from tests.metadata import fuzz_cache
+from tests.metadata.store import Store, drive, read_image
+from tests.metadata.test_cache_dump import parsed, text_of
+
+CASES = 600
+BITS_MAX = (1 << 64) - 1
+
+
+def outcome(image: bytes) -> str:
+    """Salvage an image, and do with that whatever the tools can do."""
+    try:
+        found = read_image(image, salvage_cache(len(image)))
+    except MetadataError as error:
+        assert "\n" not in str(error)
+        return "refused"
+    content = found.content
+    numbers = (content.compat, content.ro_compat, content.flags)
+    if content.generation < 1 or not all(0 <= each <= BITS_MAX for each in numbers):
+        return "out of range"  # opened, but for a dump
+    assert parsed(text_of(content)) == content
+    size = CacheMetadata.device_size_for(content.nr_cblocks)
+    store = Store(size)
+    try:
+        drive(store, restore_cache(content, device_size=size))
+    except UnsupportedFormat:
+        assert content.ro_compat
+        return "unknown features"
+    assert drive(store, examine_cache(size)).damage == ()
+    again = drive(store, read_cache_content(size))
+    assert again == content._replace(nr_lost=0, doubtful=None)
+    drive(store, record_written_back(size, again.dirty))
+    assert drive(store, examine_cache(size)).damage == ()
+    assert not drive(store, read_cache_content(size)).dirty.any()
+    return "salvaged" if found.damage else "intact"
+
+
+@pytest.mark.slow
+def test_any_image_is_salvaged_into_metadata_that_are_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fuzz_cache, "judge", outcome)
+    found = Counter(fuzz_cache.fuzz_cache_image(seed) for seed in range(CASES))
+    for each in ("refused", "salvaged", "intact"):
+        assert found[each] > CASES // 10, found
