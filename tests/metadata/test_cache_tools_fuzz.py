@@ -19,7 +19,7 @@ from tests.metadata import fuzz_cache
 from tests.metadata.store import Store, drive, read_image
 from tests.metadata.test_cache_dump import parsed, text_of
 
-CASES = 600
+CASES = 400
 BITS_MAX = (1 << 64) - 1
 
 
@@ -28,8 +28,7 @@ def outcome(image: bytes) -> str:
     try:
         found = read_image(image, salvage_cache(len(image)))
     except MetadataError as error:
-        assert "\n" not in str(error)
-        return "refused"
+        return "refused" if "\n" not in str(error) else "refused in many words"
     content = found.content
     numbers = (content.compat, content.ro_compat, content.flags)
     if content.generation < 1 or not all(0 <= each <= BITS_MAX for each in numbers):
@@ -57,5 +56,6 @@ def test_any_image_is_salvaged_into_metadata_that_are_in_order(
 ) -> None:
     monkeypatch.setattr(fuzz_cache, "judge", outcome)
     found = Counter(fuzz_cache.fuzz_cache_image(seed) for seed in range(CASES))
+    assert not found["refused in many words"]
     for each in ("refused", "salvaged", "intact"):
         assert found[each] > CASES // 10, found
