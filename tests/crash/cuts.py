@@ -138,7 +138,10 @@ async def _live_twice(rig: Rig, oracles: list[Oracle]) -> None:
 
 
 async def _content(rig: Rig, size: int) -> bytes:
-    return bytes(await rig.disk.read(0, size))
+    try:
+        return bytes(await rig.disk.read(0, size))
+    finally:
+        rig.invariants.look()  # first: it is the cause of what else went wrong
 
 
 async def _hold(rig: Rig, content: bytes, oracles: list[Oracle], when: str) -> None:

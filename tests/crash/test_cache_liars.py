@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planted liars in a cache: each breaks one of J1 to J8, and that very invariant must say so.
+
+They are tried on the workloads of the crash matrix and what its cuts leave, then on random walks.
+"""
+
+from typing import Any
+
+import pytest
+
+from metadata.cache import CacheMetadata
+from nbdtarget import metadata_io
+from nbdtarget.bio import OP_READ, Bio
+from nbdtarget.policies.base import PROMOTE, Work
+from nbdtarget.policies.smq import Smq
+from nbdtarget.targets.cache.activation import Activation
+from nbdtarget.targets.cache.blocks import Blocks
+from nbdtarget.targets.cache.foreground import Foreground
+from nbdtarget.targets.cache.locks import BlockLock
+from nbdtarget.targets.cache.migrations import Migrations
+from nbdtarget.targets.committer import Committer, Transaction
+from tests.crash import test_cache_exhaustive as matrix
+from tests.crash.cache_rigs import PassthroughRig
+from tests.crash.invariants import Broken
+from tests.crash.test_cache_exhaustive import small_blocks_that_take_their_time
+from tests.crash.test_cache_machine import draw_cache_walk, walk
+
+__all__ = ["small_blocks_that_take_their_time"]  # a fixture, for each test here
+
+WALKS_MAX = 6
+IMAGES_MAX = 30
+
+
+async def commit_without_flushes(
+    committer: Committer, transaction: Transaction
+) -> None:
+    """J1: vouches for mappings and removals whose data may still be lost."""
+    await metadata_io.run(committer.device, transaction.journal())
+    await metadata_io.run(committer.device, transaction.superblock())
+    transaction.done()
+
+
+async def demote_without_commit(
+    migrations: Migrations, work: Work, lock: BlockLock
+) -> bool:
+    """J1: uses a cblock for another block while a crash would bring the old mapping back."""
+    metadata = migrations._blocks.metadata
+    await migrations._write_back(work.oblock, work.cblock)
+    metadata.remove(work.cblock)
+    metadata._changed[work.cblock] = 0
+    return True
+
+
+def invalidate_after_the_write(
+    foreground: Foreground, bio: Bio, oblock: int, cblock: int
+) -> None:
+    """J1: passthrough writes to the origin, and unmaps the block some time."""
+    foreground._blocks.metadata.remove(cblock)
+    foreground._blocks.policy.invalidate(cblock)
+    foreground._submit_held(foreground._blocks.origin, bio, oblock)
+
+
+def forget_promotion(policy: Smq, work: Work, success: bool) -> None:
+    """J2: the policy does not learn of a mapping, and may give its cblock to another block."""
+    original_complete(policy, work, success and work.op != PROMOTE)
+
+
+def passthrough_caches(foreground: Foreground, bio: Bio, *_: int) -> None:
+    """J3: passthrough writes to the cache device."""
+    foreground._submit(foreground._blocks.cache, bio)
+
+
+def write_through_to_one(
+    foreground: Foreground, bio: Bio, oblock: int, cblock: int
+) -> None:
+    """J4: a write through reaches the origin only."""
+    foreground._submit(foreground._blocks.origin, bio)
+
+
+async def promote_something(migrations: Migrations, work: Work) -> bool:
+    """J4: promotes another block's data."""
+    blocks = migrations._blocks
+    size = blocks.block_size
+    if not blocks.metadata.may_insert(work.cblock):
+        return False
+    other = (work.oblock + 1) % blocks.nr_oblocks
+    await migrations._promoter.copy(other * size, size, work.cblock * size)
+    blocks.metadata.insert(work.cblock, work.oblock, dirty=False)
+    return True
+
+
+async def start_later(activation: Activation) -> None:
+    """J5: lets I/O come while the disk says that everything is exact."""
+    activation._parts.metadata.admits_changes = True
+
+
+def trust_dirty_bits(
+    metadata: CacheMetadata, superblock: Any, loaded: Any, **more: Any
+) -> None:
+    """J6: after an unclean stop, what is dirty is not known, but taken to be nothing."""
+    loaded.dirty.setall(0)
+    original_init(metadata, superblock=superblock, loaded=loaded, **more)
+
+
+def clean_silently(blocks: Blocks, cblock: int) -> None:
+    """J7: tells the policy, and nobody else, that a block is clean."""
+    was_dirty = blocks.metadata.dirty[cblock]
+    blocks.metadata.set_clean(cblock)
+    if was_dirty:
+        blocks.policy.clear_dirty(cblock)
+
+
+def dirty_in_policy_only(blocks: Blocks, cblock: int) -> None:
+    """J7: the policy does not learn that a block is dirty."""
+    blocks.metadata.set_dirty(cblock)
+
+
+def tick_with_io(migrations: Migrations) -> None:
+    """J8: looks at the origin each second, to see whether it is there."""
+    scratch = memoryview(bytearray(512))
+    migrations._blocks.origin.submit(Bio(OP_READ, 0, 512, scratch, 0, lambda _: None))
+    original_tick(migrations)
+
+
+original_init = CacheMetadata.__init__
+original_complete = Smq.complete_background_work
+original_tick = Migrations._tick_and_wait
+
+FOREGROUND = "nbdtarget.targets.cache.foreground.Foreground."
+MIGRATIONS = "nbdtarget.targets.cache.migrations.Migrations."
+
+
+def try_all() -> None:
+    """Doing nothing; the matrix, with what the cuts of its shorter workloads leave; walks."""
+    walk(matrix.IdleCacheRig, 0, [("quiet", 0, 0, False)])
+    for inline in (1.0, 0.0):
+        for rig, workload, _, images in matrix.MATRIX:
+            if images <= IMAGES_MAX:
+                matrix.cuts_of(rig, workload, inline, 0).verify()
+            else:
+                matrix.cuts_of(rig, workload, inline, 0)
+    for seed in range(WALKS_MAX):
+        walk(PassthroughRig, seed, draw_cache_walk(seed))
+        walk(matrix.IdleCacheRig, seed, draw_cache_walk(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "liar", "name"),
+    [
+        (
+            "nbdtarget.targets.committer.Committer._commit_transaction",
+            commit_without_flushes,
+            "J1",
+        ),
+        (MIGRATIONS + "_demote", demote_without_commit, "J1"),
+        (FOREGROUND + "_invalidate", invalidate_after_the_write, "J1"),
+        (
+            "nbdtarget.policies.smq.Smq.complete_background_work",
+            forget_promotion,
+            "J2",
+        ),
+        (FOREGROUND + "_invalidate", passthrough_caches, "J3"),
+        (FOREGROUND + "_write_through", write_through_to_one, "J4"),
+        (MIGRATIONS + "_promote", promote_something, "J4"),
+        (
+            "nbdtarget.targets.cache.activation.Activation._start",
+            start_later,
+            "J5",
+        ),
+        ("metadata.cache.CacheMetadata.__init__", trust_dirty_bits, "J6"),
+        ("nbdtarget.targets.cache.blocks.Blocks.set_clean", clean_silently, "J7"),
+        ("nbdtarget.targets.cache.blocks.Blocks.set_dirty", dirty_in_policy_only, "J7"),
+        (MIGRATIONS + "_tick_and_wait", tick_with_io, "J8"),
+    ],
+)
+def test_invariant_catches(
+    where: str, liar: object, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, liar)
+    with pytest.raises(Broken, match=name):
+        try_all()
