@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes that meet a failing disk, a commit under way, or a suspend: which copy counts then."""
+
+import asyncio
+import errno as errnos
+
+import pytest
+
+from nbdtarget.bio import FUA, OP_WRITE
+from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
+
+THROUGH = "1 writethrough smq 0"
+THROUGH_LOGGED = "2 writethrough dirty_log smq 0"
+LOGGED = "1 dirty_log smq 2 migration_threshold 0"
+
+
+async def cached_through(lab: CacheLab, words: str = THROUGH) -> int:
+    """A writethrough cache that holds block 2, clean and committed; its cblock."""
+    await lab.create(words)
+    await lab.message("warm 2")
+    await lab.pass_time(1.0)
+    await lab.device.flush()
+    cblock = lab.cblock(2)
+    assert cblock is not None
+    return cblock
+
+
+async def test_write_through_that_the_cache_did_not_take_gives_the_block_up(
+    lab: CacheLab,
+) -> None:
+    await cached_through(lab)
+    lab.fail("c", OP_WRITE)
+    bio = lab.submit(OP_WRITE, 2 * BLOCK, 512, fill="n")
+    await settle()
+    assert bio.status == errnos.EIO
+    assert lab.cblock(2) is None
+    assert (await lab.recorded()).maybe_cblock(2) is None
+    assert (await lab.read(2))[:512] == b"n" * 512
+    assert await lab.field("cache_blocks") == "0/8"
+
+
+async def test_write_through_that_the_origin_did_not_take_is_dirty_then(
+    lab: CacheLab,
+) -> None:
+    cblock = await cached_through(lab)
+    lab.fail("o", OP_WRITE)
+    bio = lab.submit(OP_WRITE, 2 * BLOCK, 512, fill="n")
+    await settle()
+    assert bio.status == errnos.EIO
+    assert lab.core.is_dirty(cblock)
+    assert (await lab.read(2))[:512] == b"n" * 512
+    lab.fail("o")
+    await lab.clean()
+    assert lab.on_disk("o", 2) == await lab.read(2)
+
+
+async def test_write_through_to_the_same_bytes_waits_for_the_one_before(
+    lab: CacheLab,
+) -> None:
+    await cached_through(lab)
+    lab.hold("c", OP_WRITE)
+    one = lab.submit(OP_WRITE, 2 * BLOCK, 1024, fill="1")
+    two = lab.submit(OP_WRITE, 2 * BLOCK + 512, 1024, fill="2")
+    beside = lab.submit(OP_WRITE, 2 * BLOCK + 4096, 512, fill="3")
+    await settle()
+    assert len(lab.asked("o", "write")) == 2, "the first one, and the one beside it"
+    lab.cache.let_go()
+    await settle()
+    assert [one.status, two.status, beside.status] == [0, 0, 0]
+    assert lab.on_disk("o", 2) == await lab.read(2)
+
+
+async def test_write_through_in_flight_keeps_its_block_in_the_dirty_log(
+    lab: CacheLab,
+) -> None:
+    cblock = await cached_through(lab, THROUGH_LOGGED)
+    await lab.write_part(2)
+    lab.hold("o", OP_WRITE)
+    bio = lab.submit(OP_WRITE, 2 * BLOCK, 512, fill="n")
+    await settle()
+    assert bio.status < 0
+    lab.core.clear_log()
+    assert await lab.target._committer.commit()
+    assert (await lab.recorded()).is_dirty(cblock), "a crash now: the copies differ"
+    lab.origin.let_go()
+    await settle()
+    assert bio.status == 0
+    lab.core.clear_log()
+    assert await lab.target._committer.commit()
+    assert not (await lab.recorded()).is_dirty(cblock)
+
+
+async def test_first_write_to_a_clean_block_waits_for_the_dirty_log(
+    lab: CacheLab,
+) -> None:
+    await lab.create(LOGGED)
+    await lab.message("warm 2")
+    await lab.pass_time(1.0)
+    await lab.device.flush()
+    lab.log.clear()
+    lab.hold("m", OP_WRITE)
+    bios = [lab.submit(OP_WRITE, 2 * BLOCK + at, 512) for at in (0, 512, 4096)]
+    await settle()
+    assert not lab.asked("c", "write")
+    lab.metadata.let_go()
+    await settle()
+    assert [bio.status for bio in bios] == [0, 0, 0]
+    recorded = await lab.recorded()
+    cblock = lab.cblock(2)
+    assert cblock is not None
+    assert recorded.is_dirty(cblock)
+
+
+@pytest.mark.parametrize("flags", [0, FUA])
+async def test_logged_write_whose_commit_fails_is_not_sent(
+    lab: CacheLab, flags: int
+) -> None:
+    await lab.create(LOGGED)
+    await lab.message("warm 2")
+    await lab.pass_time(1.0)
+    await lab.device.flush()
+    lab.log.clear()
+    lab.fail("m", OP_WRITE)
+    bio = lab.submit(OP_WRITE, 2 * BLOCK, 512, flags)
+    await settle()
+    assert bio.status == errnos.EIO
+    assert not lab.asked("c", "write")
+
+
+async def test_suspend_without_flush_gives_back_what_waits_for_a_lock(
+    lab: CacheLab,
+) -> None:
+    await lab.create(DIRTY_BUSY)
+    await lab.fill([2])
+    lab.hold("o", OP_WRITE)
+    await lab.message("clean_now")
+    await settle()
+    parked = lab.submit(OP_WRITE, 2 * BLOCK, 512, fill="n")
+    await settle()
+    assert parked.status < 0
+    suspending = asyncio.ensure_future(lab.registry.suspend("c", noflush=True))
+    await settle()
+    lab.origin.let_go()
+    await suspending
+    assert parked.status < 0
+    assert not lab.target._blocks.locks.locked
+    await lab.resume()
+    await settle()
+    assert parked.status == 0
+    assert (await lab.read(2))[:512] == b"n" * 512
