@@ -59,20 +59,25 @@ async def test_2_2_1_read_waits_only_while_a_cblock_becomes_another_ones(
     """Level 1: a demotion's reads go on until its removal is durable, the last is waited for."""
     await lab.create(DIRTY_BUSY)
     await lab.fill_clean(range(8))
-    lab.cache.hold = True
+    lab.hold("c", OP_READ)
     reads = [lab.submit(OP_READ, nr * BLOCK, 512) for nr in range(8)]
+    lab.hold("m")
     await lab.message("warm 20")
     await lab.pass_time(0.1)
-    demoted = [nr for nr in range(8) if lab.cblock(nr) is None]
-    assert demoted, "the removal does not wait for reads"
-    assert int(await lab.field("demotions")) == 0, "its end does"
-    late = lab.submit(OP_READ, demoted[0] * BLOCK, 512)
-    assert late.status == PENDING
+    (gone,) = [nr for nr in range(8) if lab.cblock(nr) is None]
+    early = lab.submit(OP_READ, gone * BLOCK, 512)
+    assert len(lab.cache.held) == 9, "it is read from the cache as long as it is there"
+    lab.metadata.let_go()
+    await lab.pass_time(0.1)
+    assert (await lab.recorded()).maybe_cblock(gone) is None
+    assert await lab.field("demotions") == "0", "not while somebody reads it"
+    late = lab.submit(OP_READ, gone * BLOCK, 512)
+    assert (len(lab.cache.held), late.status) == (9, PENDING)
     lab.cache.let_go()
-    await settle()
-    assert [read.status for read in reads] == [0] * 8
-    assert late.status == 0
-    assert int(await lab.field("demotions")) > 0
+    await lab.pass_time(0.1)
+    assert [read.status for read in (*reads, early, late)] == [0] * 10
+    assert await lab.field("demotions") == "1"
+    assert lab.cblock(20) is not None
 
 
 async def test_2_2_1_lock_waits_for_the_writes_that_were_there_before(

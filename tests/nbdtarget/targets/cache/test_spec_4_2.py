@@ -71,6 +71,21 @@ async def test_4_2_demotion_copies_back_what_is_dirty_only(
     assert (await lab.read(gone))[:1024] == want
 
 
+async def test_4_2_block_that_turns_dirty_before_its_demotion_is_copied_back(
+    lab: CacheLab,
+) -> None:
+    await lab.create(DIRTY_BUSY)
+    await lab.fill_clean(range(8))
+    assert lab.target._policy.maybe_promote(20) is None, "a demotion is queued for it"
+    writes = [lab.submit(OP_WRITE, nr * BLOCK, 512, fill="d") for nr in range(8)]
+    assert {write.status for write in writes} == {0}
+    lab.target._blocks.wake()
+    await lab.pass_time(2)
+    (gone,) = [nr for nr in range(8) if lab.cblock(nr) is None]
+    assert await lab.field("demotions") == "1"
+    assert lab.on_disk("o", gone) == b"d" * 512 + b"w" * (BLOCK - 512)
+
+
 async def test_4_2_writeback_changes_no_mapping_and_commits_nothing(
     lab: CacheLab,
 ) -> None:

@@ -260,6 +260,7 @@ BACKGROUND: Final[dict[str, tuple[str, ...]]] = {
     "4.2 step 3": (
         "test_4_2_promotion_copies_then_inserts",
         "test_4_2_demotion_copies_back_what_is_dirty_only",
+        "test_4_2_block_that_turns_dirty_before_its_demotion_is_copied_back",
         "test_2_2_5_migrations_of_discarded_blocks_copy_nothing",
     ),
     "4.2 step 4": ("test_2_2_1_read_waits_only_while_a_cblock_becomes_another_ones",),
