@@ -291,13 +291,23 @@ class Migrations:
             self._note_failure(OP_NAMES[work.op], error, work.op)
         except MetadataError as error:
             log.error("%s: %s: %s", blocks.name, OP_NAMES[work.op], error)
+        except Exception as error:
+            blocks.broken(error)
         finally:
+            self._finish(work, lock, success=success)
+
+    def _finish(self, work: Work, lock: BlockLock, *, success: bool) -> None:
+        blocks = self._blocks
+        try:
             blocks.policy.complete_background_work(work, success)
             if success:
                 self._count(work)
-            self._nr_demoting -= work.op == DEMOTE
-            self._unlock(lock)
-            self._ended()
+        except Exception as error:
+            # Of our own making. All I/O must be refused before those who wait are let in.
+            blocks.broken(error)
+        self._nr_demoting -= work.op == DEMOTE
+        self._unlock(lock)
+        self._ended()
 
     def _count(self, work: Work) -> None:
         blocks = self._blocks

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was seen to hang, to hold the loop, or to give up too early, and must not."""
 
+import errno as errnos
+
+import pytest
+
+from metadata.mode import Mode
 from nbdtarget.bio import OP_DISCARD, OP_WRITE
 from nbdtarget.targets.cache.wishes import PATIENCE_TICKS
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
@@ -70,3 +75,29 @@ async def test_range_to_warm_is_given_up_when_all_blocks_are_pinned(
     await lab.pass_time(PATIENCE_TICKS + 2)
     assert lab.target._wishes.is_empty
     assert lab.cblock(8) is None
+
+
+@pytest.mark.parametrize("success", [True, False])
+async def test_bug_in_a_migration_fails_the_device_and_leaves_nobody_waiting(
+    lab: CacheLab, monkeypatch: pytest.MonkeyPatch, success: bool
+) -> None:
+    await lab.create(DIRTY_BUSY)
+
+    def broken(*_: object) -> None:
+        raise AssertionError("of our own making")
+
+    if success:
+        monkeypatch.setattr(lab.target._policy, "complete_background_work", broken)
+    else:
+        monkeypatch.setattr(lab.core, "insert", broken)
+    lab.origin.hold = True
+    await lab.message("warm 3")
+    await settle()
+    parked = lab.submit(OP_WRITE, 3 * BLOCK, 512)
+    discard = lab.submit(OP_DISCARD, 0, lab.length - 512)
+    lab.origin.let_go()
+    await settle()
+    assert lab.core.mode is Mode.FAIL
+    assert parked.status == errnos.EIO
+    assert discard.status >= 0
+    await lab.remove()
