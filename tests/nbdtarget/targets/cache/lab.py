@@ -304,18 +304,19 @@ class CacheLab:
         """Let these operations fail; none: let all work again."""
         self.spies[disk].fails = lambda bio: errno if bio.op in ops else 0
 
+    def fail_once(self, disk: str, op: int) -> None:
+        """Let the next of these operations fail."""
+        left = [errnos.EIO]
+
+        def fails(bio: Bio) -> int:
+            return left.pop() if left and bio.op == op else 0
+
+        self.spies[disk].fails = fails
+
     async def make_read_only(self, oblock: int = 31) -> None:
         """Let the commit of a promotion fail, though the disk can still be told of that."""
         await self.write(oblock)
-        nr_left = [1]
-
-        def fails(bio: Bio) -> int:
-            if bio.op == OP_WRITE and nr_left[0]:
-                nr_left[0] -= 1
-                return errnos.EIO
-            return 0
-
-        self.metadata.fails = fails
+        self.fail_once("m", OP_WRITE)
         assert self.flush().status < 0
         await settle()
         self.fail("m")

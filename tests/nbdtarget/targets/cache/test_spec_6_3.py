@@ -5,8 +5,9 @@ import errno as errnos
 
 import pytest
 
+from nbdtarget.bio import OP_WRITE
 from nbdtarget.errors import TableError
-from tests.nbdtarget.targets.cache.lab import DIRTY_BUSY, CacheLab
+from tests.nbdtarget.targets.cache.lab import DIRTY_BUSY, CacheLab, settle
 
 BUSY = "2 migration_threshold 0"
 PASSTHROUGH = f"1 passthrough smq {BUSY}"
@@ -145,3 +146,17 @@ async def test_6_3_invalidation_that_cannot_be_committed_is_an_error(
     await full_passthrough(lab)
     lab.metadata.fails = lambda _: errnos.EIO
     assert await wrong(lab, "invalidate_cblocks 0-3") == errnos.EIO
+
+
+async def test_6_3_invalidation_that_failed_lets_nobody_write_past_the_block(
+    lab: CacheLab,
+) -> None:
+    """Its mapping is on disk still, and would hide what was written to the origin."""
+    await full_passthrough(lab)
+    lab.fail_once("m", OP_WRITE)
+    assert await wrong(lab, "invalidate_cblocks 0-3") == errnos.EIO
+    assert (await lab.status())[-3:-1] == ["ro", "needs_check"]
+    write = lab.submit(OP_WRITE, 0, 512)
+    await settle()
+    assert write.status == errnos.EIO
+    assert lab.asked("o", "write") == []
