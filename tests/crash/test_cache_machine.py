@@ -25,6 +25,7 @@ from tests.crash.cache_rigs import (
 from tests.crash.machine import Driver
 from tests.crash.test_directed import LazyDevice
 from tests.crash.test_machine import KINDS, Step, draw_range, take
+from tests.support.model import SECTOR
 
 WALKS = int(os.environ.get("SIM_WALKS", "12"))
 STEPS = int(os.environ.get("SIM_STEPS", "80"))
@@ -40,6 +41,7 @@ WEIGHTS = {
     "burst": 2,
     "quiet": 1,
     "hydrate": 1,
+    "race": 3,
 }
 
 MakeRig = type[CacheRig]
@@ -91,6 +93,11 @@ def take_cache(driver: CacheDriver, step: Step) -> None:
             driver.advance(0.05)
     elif kind == "quiet":
         driver.quiet()
+    elif kind == "race":
+        driver.drain()
+        driver.run(driver.rig.message("clean_now"))
+        driver.turn(length % 7)
+        driver.write(offset // SECTOR * SECTOR, SECTOR, fua=False)
     elif kind == "hydrate":
         driver.hydrate_a_step()
     else:

@@ -5,6 +5,7 @@ from typing import Final
 
 from tests.mutants.cache_metadata import CACHE_METADATA
 from tests.mutants.cache_parts import CACHE_PARTS
+from tests.mutants.cache_target import CACHE_TARGET
 from tests.mutants.cache_tools import CACHE_TOOLS
 from tests.mutants.clone import CLONE
 from tests.mutants.clone_features import CLONE_FEATURES
@@ -23,6 +24,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *METADATA,
     *CACHE_METADATA,
     *CACHE_PARTS,
+    *CACHE_TARGET,
     *CACHE_TOOLS,
     *COMMIT,
     *CLONE,
@@ -59,6 +61,10 @@ ESSENTIAL: Final = frozenset(
         "cache-removal-without-origin-flush",
         "cache-dirty-log-record-after-the-write",
         "cache-block-reused-before-its-removal-is-committed",
+        "cache-target-fua-overwrite-ends-before-its-commit",
+        "cache-target-demotion-does-not-wait-for-its-commit",
+        "cache-target-cblock-reused-while-it-is-read",
+        "cache-target-invalidation-writes-before-its-commit",
         "deferred-payload-not-owned",
     }
 )

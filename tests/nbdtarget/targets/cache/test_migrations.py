@@ -46,6 +46,22 @@ async def test_write_that_waited_for_a_writeback_dirties_the_block_again(
     assert late.status == 0
 
 
+async def test_writeback_waits_for_a_write_that_is_under_way(lab: CacheLab) -> None:
+    await lab.create(DIRTY_BUSY)
+    await lab.fill([2])
+    lab.hold("c", OP_WRITE)
+    late = lab.submit(OP_WRITE, 2 * BLOCK, 512, fill="n")
+    lab.log.clear()
+    await lab.message("clean_now")
+    await settle()
+    assert late.status < 0
+    assert not lab.asked("o", "write")
+    lab.cache.let_go()
+    await lab.pass_time(1.0)
+    assert late.status == 0
+    assert lab.on_disk("o", 2)[:513] == b"n" * 512 + b"w"
+
+
 async def test_demotion_waits_for_reads_of_its_cblock_before_that_is_reused(
     lab: CacheLab,
 ) -> None:

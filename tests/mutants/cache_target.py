@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the cache target: locks, orders and marks that a flush, or a read, stands on."""
+
+from typing import Final
+
+from tests.mutants.mutant import Edit, Mutant
+
+__all__ = ["CACHE_TARGET"]
+
+FOREGROUND: Final = "nbdtarget/targets/cache/foreground.py"
+MIGRATIONS: Final = "nbdtarget/targets/cache/migrations.py"
+TARGET: Final = "nbdtarget/targets/cache/target.py"
+LOCKS: Final = "nbdtarget/targets/cache/locks.py"
+BLOCKS: Final = "nbdtarget/targets/cache/blocks.py"
+
+UNIT: Final = "tests/nbdtarget/targets/cache/"
+MATRIX: Final = ("tests/crash/test_cache_exhaustive.py",)
+WALKS: Final = ("tests/crash/test_cache_machine.py",)
+CRASH: Final = (*MATRIX, *WALKS)
+LOCK_TESTS: Final = (UNIT + "test_locks.py",)
+FOREGROUND_TESTS: Final = (UNIT + "test_foreground.py",)
+MIGRATION_TESTS: Final = (UNIT + "test_migrations.py",)
+
+
+def _mutant(
+    name: str, forgets: str, file: str, edit: Edit, tests: tuple[str, ...]
+) -> Mutant:
+    return Mutant(f"cache-target-{name}", forgets, file, (edit,), tests)
+
+
+CACHE_TARGET: Final = (
+    # ---- what a commit stands on
+    _mutant(
+        "cache-not-flushed-by-a-commit",
+        "Mappings are committed whose data the cache device may still lose.",
+        TARGET,
+        (
+            "            devices,\n            ctx.clock,",
+            "            devices[1:],\n            ctx.clock,",
+        ),
+        MATRIX,
+    ),
+    _mutant(
+        "origin-not-flushed-by-a-commit",
+        "A removal is committed, and what was written back is lost in the origin's write cache.",
+        TARGET,
+        (
+            "            devices,\n            ctx.clock,",
+            "            devices[:1],\n            ctx.clock,",
+        ),
+        MATRIX,
+    ),
+    _mutant(
+        "failed-commit-not-noted-on-disk",
+        "After a failed commit anybody may open the metadata, and believes them.",
+        TARGET,
+        ("            record_failure=parts.metadata.record_needs_check,\n", ""),
+        (UNIT + "test_spec_14.py",),
+    ),
+    _mutant(
+        "table-after-a-failed-commit-promises-fua",
+        "The table that was loaded before another one's commit failed acknowledges FUA.",
+        TARGET,
+        (
+            "            self._committer.has_failed = True\n        self._look_at_mode()",
+            "            self._is_tick_due = False\n        self._look_at_mode()",
+        ),
+        (UNIT + "test_attack_durability.py",),
+    ),
+    _mutant(
+        "full-sync-beside-migrations",
+        "A suspend records what is dirty while migrations still change it.",
+        TARGET,
+        ("        await self._migrations.quiesce()\n", ""),
+        (UNIT + "test_spec_4_2.py", *WALKS),
+    ),
+    # ---- FUA
+    _mutant(
+        "fua-overwrite-ends-before-its-commit",
+        "A whole block written with FUA is acknowledged, and a crash forgets where it is.",
+        FOREGROUND,
+        ("if errno == 0 and bio.flags & FUA:", "if errno and bio.flags & FUA:"),
+        MATRIX,
+    ),
+    _mutant(
+        "fua-hit-without-a-committed-mapping",
+        "FUA to a block whose mapping is not committed: a crash reads the origin again.",
+        FOREGROUND,
+        (
+            "bio.flags & FUA and not metadata.vouches_for(cblock):",
+            "bio.flags & FUA and blocks.has_failed:",
+        ),
+        MATRIX,
+    ),
+    # ---- removals
+    _mutant(
+        "demotion-does-not-wait-for-its-commit",
+        "A block is written to the origin while a crash would bring its old copy back.",
+        MIGRATIONS,
+        (
+            "        if not await blocks.committer.commit():\n            return False\n",
+            "        blocks.committer.note_change()\n",
+        ),
+        CRASH,
+    ),
+    _mutant(
+        "cblock-reused-while-it-is-read",
+        "A read that began before a demotion returns another block's data.",
+        MIGRATIONS,
+        (
+            "blocks.locks.raise_level(lock, unread.set_result)",
+            "unread.set_result(lock)",
+        ),
+        MIGRATION_TESTS,
+    ),
+    _mutant(
+        "invalidation-writes-before-its-commit",
+        "Passthrough writes to the origin, and a crash brings the old copy back.",
+        FOREGROUND,
+        (
+            "                return\n            blocks.committer.after_commit("
+            "lambda errno: removed(lock, errno))",
+            "                return\n            blocks.committer.note_change()\n"
+            "            removed(lock, 0)",
+        ),
+        MATRIX,
+    ),
+    # ---- dirty and clean
+    _mutant(
+        "dirty-when-the-write-has-ended",
+        "While a write is under way its block counts as clean, and may be given up.",
+        FOREGROUND,
+        (
+            "            blocks.set_dirty(cblock)\n            bio.offset +=",
+            "            bio.on_end(lambda _: blocks.set_dirty(cblock))\n"
+            "            bio.offset +=",
+        ),
+        (*MIGRATION_TESTS, *WALKS),
+    ),
+    _mutant(
+        "clean-before-the-copy-has-ended",
+        "A writeback that fails leaves a block that counts as clean, and is dropped.",
+        MIGRATIONS,
+        (
+            "        if not blocks.discards.is_discarded(oblock):\n"
+            "            await self._demoter.copy(",
+            "        blocks.set_clean(cblock)\n"
+            "        if not blocks.discards.is_discarded(oblock):\n"
+            "            await self._demoter.copy(",
+        ),
+        MIGRATION_TESTS,
+    ),
+    _mutant(
+        "no-event-when-all-is-clean",
+        "Whoever waits for the last dirty block waits for ever.",
+        BLOCKS,
+        ("                self.event()\n", "                self.wake()\n"),
+        MATRIX,
+    ),
+    _mutant(
+        "dirty-log-taken-back-under-a-write-through",
+        "A crash between the two halves of a write leaves two copies that differ, and are clean.",
+        FOREGROUND,
+        ("        self._blocks.metadata.begin_write_through(cblock)\n", ""),
+        FOREGROUND_TESTS,
+    ),
+    # ---- locks
+    _mutant(
+        "lock-granted-beside-a-write",
+        "A block is copied while it is being written: the copy has half of it.",
+        LOCKS,
+        (
+            "        lock.nr_awaited = self._writers.get(oblock, 0)\n",
+            "        lock.nr_awaited = 0\n",
+        ),
+        LOCK_TESTS,
+    ),
+    _mutant(
+        "reads-pass-a-raised-lock",
+        "A read finds its cache block while that becomes another one's.",
+        LOCKS,
+        ("and (is_write or lock.level) else None", "and is_write else None"),
+        LOCK_TESTS,
+    ),
+    _mutant(
+        "range-does-not-wait-for-older-locks",
+        "A discard marks a block that a migration is copying.",
+        LOCKS,
+        (
+            "other.begin < end and begin < other.end for other in self.locked.values()",
+            "other.begin < end < other.begin for other in self.locked.values()",
+        ),
+        LOCK_TESTS,
+    ),
+    _mutant(
+        "write-in-flight-holds-nothing",
+        "A promotion copies a block from under a write to the origin, and lacks it.",
+        FOREGROUND,
+        (
+            "        if bio.status < 0:\n"
+            "            self._locks.hold(oblock, bio, is_write=bio.op != OP_READ)",
+            "        if bio.status < 0 and bio.op == OP_READ:\n"
+            "            self._locks.hold(oblock, bio, is_write=False)",
+        ),
+        WALKS,
+    ),
+    _mutant(
+        "quick-write-in-flight-holds-as-a-read",
+        "A writeback copies a block from under a write to it, and calls it clean.",
+        TARGET,
+        (
+            "self._locks.hold(oblock, bio, is_write=True)",
+            "self._locks.hold(oblock, bio, is_write=False)",
+        ),
+        MIGRATION_TESTS,
+    ),
+    _mutant(
+        "quick-way-does-not-look-at-locks",
+        "A write hits a block that is being copied.",
+        TARGET,
+        (
+            "or (self._locked and self._locks.is_locked(oblock))",
+            "or (self._locked and self._is_suspended)",
+        ),
+        MIGRATION_TESTS,
+    ),
+    _mutant(
+        "parked-bios-kept-over-a-suspend",
+        "A suspend without flush keeps bios in a table that may be gone when they run.",
+        FOREGROUND,
+        (
+            "return self._locks.take_parked(lambda bio: bio.private is not _PIECE)",
+            "return self._locks.take_parked(lambda bio: bio.private is _PIECE)",
+        ),
+        FOREGROUND_TESTS,
+    ),
+    # ---- writes through
+    _mutant(
+        "origin-that-failed-a-write-through-counts",
+        "The cache has a write that the origin has not, and drops it as clean.",
+        FOREGROUND,
+        (
+            "            elif through.origin_error:\n                blocks.set_dirty(cblock)",
+            "            elif through.origin_error:\n                pass",
+        ),
+        FOREGROUND_TESTS,
+    ),
+    _mutant(
+        "cache-that-failed-a-write-through-is-read",
+        "The origin has a write that the cache has not, and what is read is the old data.",
+        FOREGROUND,
+        (
+            "        if through.cache_error:\n            self._give_up_block",
+            "        if through.cache_error < 0:\n            self._give_up_block",
+        ),
+        FOREGROUND_TESTS,
+    ),
+    _mutant(
+        "writes-through-overtake-each-other",
+        "Two writes to the same bytes end in different orders on the two devices.",
+        FOREGROUND,
+        (
+            "if other.begin < bio.offset + bio.length and bio.offset < other.end:",
+            "if other.begin == bio.offset and other.end < bio.offset:",
+        ),
+        FOREGROUND_TESTS,
+    ),
+    # ---- discards
+    _mutant(
+        "discard-unlocked-before-it-has-ended",
+        "A write that came after a discard was acknowledged, and the origin discards it.",
+        FOREGROUND,
+        (
+            "                child.on_end(lambda _: self._unlock(lock))\n",
+            "                self._unlock(lock)\n",
+        ),
+        (UNIT + "test_spec_14.py", UNIT + "test_spec_2_2.py"),
+    ),
+    _mutant(
+        "discard-bit-survives-a-write",
+        "A block that was written after a discard is filled with zeroes when it is cached.",
+        FOREGROUND,
+        (
+            "            blocks.metadata.statistics.write_misses += 1\n"
+            "            blocks.discards.clear(oblock)\n"
+            "        self._submit_held",
+            "            blocks.metadata.statistics.write_misses += 1\n"
+            "        self._submit_held",
+        ),
+        (UNIT + "test_spec_2_2.py", *CRASH),
+    ),
+    _mutant(
+        "no-zeroes-around-a-write-to-a-discarded-block",
+        "The rest of a discarded block shows what the memory, or the cache, held before.",
+        FOREGROUND,
+        (
+            "whole = memoryview(bytearray(blocks.block_size))",
+            'whole = memoryview(bytearray(b"?" * blocks.block_size))',
+        ),
+        (UNIT + "test_spec_2_2.py",),
+    ),
+    _mutant(
+        "discarded-block-promoted-as-it-is",
+        "A promotion of a discarded block shows what the cache block held before.",
+        MIGRATIONS,
+        (
+            "await blocks.cache.write_zeroes(work.cblock * size, size)",
+            "await blocks.cache.flush()",
+        ),
+        (UNIT + "test_spec_14.py",),
+    ),
+    # ---- mode RO, and failures
+    _mutant(
+        "read-only-cache-takes-a-write-to-a-clean-block",
+        "In mode RO a clean block is written, and nothing can record that it is dirty.",
+        FOREGROUND,
+        ("            and bool(metadata.dirty[cblock])\n", ""),
+        (UNIT + "test_spec_3_2.py",),
+    ),
+    _mutant(
+        "read-only-cache-takes-a-write-to-a-discarded-block",
+        "Whoever starts next finds the block recorded as discarded, and fills it with zeroes.",
+        FOREGROUND,
+        (
+            "if is_write and not blocks.is_writable and self._is_rec",
+            "if is_write and blocks.has_failed and self._is_rec",
+        ),
+        (UNIT + "test_target_faults.py",),
+    ),
+    _mutant(
+        "failed-writebacks-spin",
+        "An origin that cannot be written is tried again at once, and again.",
+        MIGRATIONS,
+        ("            self._retry_ns = now_ns + ", "            self._retry_ns = 0 * "),
+        MIGRATION_TESTS,
+    ),
+)
