@@ -2,7 +2,7 @@
 """How far apart migrations are kept while clients hit."""
 
 from metadata.cache import Statistics
-from nbdtarget.targets.cache.pace import PAUSE_S, Pace
+from nbdtarget.targets.cache.pace import HITS_PER_MISS, PAUSE_S, Pace
 from tests.support.clock import SimClock
 
 PAUSE_NS = int(PAUSE_S * 1e9)
@@ -57,3 +57,19 @@ def test_the_pause_ends_early_when_nobody_hits_any_more() -> None:
     assert pace.ready_ns > clock.now_ns()
     advance(clock, 0.2 * PAUSE_S)  # a look's time has passed, without a hit
     assert pace.ready_ns <= clock.now_ns()
+
+
+def test_while_misses_are_not_few_there_is_no_pause() -> None:
+    clock, hits = SimClock(), Statistics()
+    pace = pace_after(clock, hits)
+    hits.read_hits, hits.read_misses = HITS_PER_MISS * 7, 7
+    advance(clock, 2 * PAUSE_S)
+    assert pace.ready_ns <= clock.now_ns()
+    pace.note_start()
+    assert pace.ready_ns <= clock.now_ns()
+    hits.read_hits += HITS_PER_MISS * 3 + 1
+    hits.write_misses += 3
+    advance(clock, 2 * PAUSE_S)
+    assert pace.ready_ns <= clock.now_ns()
+    pace.note_start()
+    assert pace.ready_ns > clock.now_ns(), "few misses: clients wait for us"
