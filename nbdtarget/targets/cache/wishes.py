@@ -18,6 +18,7 @@ import errno as errnos
 import logging
 from collections import deque
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Final
 
 from nbdtarget.clock import sleep
@@ -65,12 +66,13 @@ class Wishes:
         self._blocks.wake()
 
     async def unpin(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Let these oblocks be demoted again, and forget that they should be pinned."""
+        """Let these oblocks be demoted again, and forget that they should be pinned.
+
+        Raises: TableError.
+        """
         blocks = self._blocks
         for begin, end in ranges:
-            for wish in self._wishes:
-                if wish[0] < end and begin < wish[1]:
-                    wish[2] = False
+            self._unpin_wishes(begin, end)
             self._to_pin = {
                 oblock for oblock in self._to_pin if not begin <= oblock < end
             }
@@ -81,6 +83,19 @@ class Wishes:
                         blocks.policy.unpin(cblock)
                 if cblock % STEP_OBLOCKS == 0:
                     await sleep(0)
+
+    def _unpin_wishes(self, begin: int, end: int) -> None:
+        """Of what is not cached yet: these oblocks are still wished for, but not pinned then."""
+        wishes: deque[list[int]] = deque()
+        for first, last, pin in self._wishes:
+            cuts = sorted(
+                {first, last, *(nr for nr in (begin, end) if first < nr < last)}
+            )
+            for at, stop in pairwise(cuts):
+                wishes.append([at, stop, pin and not begin <= at < end])
+        if len(wishes) > max(WISHES_MAX, len(self._wishes)):
+            raise TableError("too many ranges wait to be cached", errnos.EBUSY)
+        self._wishes = wishes
 
     def maybe_next(self, nr_demoting: int) -> Work | None:
         """Return the next promotion that is wished for and possible now.

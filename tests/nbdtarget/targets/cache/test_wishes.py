@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wished for and not cached yet, when it is to be unpinned."""
+
+import errno as errnos
+
+import pytest
+
+from nbdtarget.errors import TableError
+from nbdtarget.targets.cache import wishes
+from tests.nbdtarget.targets.cache.lab import DIRTY_BUSY, CacheLab, settle
+
+
+def pinned(lab: CacheLab) -> list[int]:
+    found = []
+    for oblock in range(32):
+        cblock = lab.cblock(oblock)
+        if cblock is not None and lab.target._policy.is_pinned(cblock):
+            found.append(oblock)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ("2", [0, 1, 3, 4, 5]),
+        ("0-2", [2, 3, 4, 5]),
+        ("4-9", [0, 1, 2, 3]),
+        ("0-32", []),
+        ("1 3", [0, 2, 4, 5]),
+    ],
+)
+async def test_unpin_before_the_blocks_have_come_leaves_the_others_pinned(
+    lab: CacheLab, words: str, left: list[int]
+) -> None:
+    await lab.create(DIRTY_BUSY)
+    await lab.message("pin 0-6")
+    await lab.message(f"unpin {words}")
+    await lab.pass_time(3)
+    assert [lab.cblock(oblock) is not None for oblock in range(6)] == [True] * 6
+    assert pinned(lab) == left
+
+
+async def test_unpin_that_would_leave_too_many_ranges_is_refused(
+    lab: CacheLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wishes, "WISHES_MAX", 2)
+    await lab.create(DIRTY_BUSY)
+    await lab.message("pin 0-6")
+    with pytest.raises(TableError, match="too many ranges") as caught:
+        await lab.message("unpin 2")
+    assert caught.value.errno == errnos.EBUSY
+    await settle()
+    await lab.pass_time(3)
+    assert pinned(lab) == [0, 1, 2, 3, 4, 5]
