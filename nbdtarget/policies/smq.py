@@ -36,7 +36,7 @@ Departures from the kernel. The first two matter:
   cautious promote levels for a full cache, and a `max` that switches it off): then any block
   pushes another one out.
 - The period of 60 s ends sooner in a busy cache, but not a cleaner: when misses, and blocks that were
-  hit, are as many as half of its blocks, or 1024. In the kernel's minute a small cache may have every block hit, and
+  hit, are as many as half of its blocks, or 1024, and misses are not quite rare. In the kernel's minute a small cache may have every block hit, and
   can tell none from another.
 
   Hit ratio and promotions of half a million accesses to 4096 blocks, by `scripts/hit_ratio`, at 68
@@ -100,6 +100,8 @@ __all__ = ["CBLOCKS_MAX", "MOVES_MAX", "Smq"]
 
 WRITEBACK_PERIOD_NS: Final = 10 * NS
 CACHE_PERIOD_NS: Final = 60 * NS
+# Where more blocks are hit for each miss, nothing has to make room: a period has its full length.
+HIT_BLOCKS_PER_MISS: Final = 64
 FREE_TARGET_PERCENT: Final = 25
 DEMOTE_LEVEL_END: Final = NR_LEVELS // 2
 FULL_PROMOTE_LEVEL: Final = NR_LEVELS - NR_TOP_LEVELS
@@ -448,7 +450,10 @@ class Smq(Policy):
         if (
             end_ns is None
             or now_ns > end_ns
-            or nr_misses + self._nr_hit >= self._nr_events_max
+            or (
+                nr_misses * HIT_BLOCKS_PER_MISS > self._nr_hit
+                and nr_misses + self._nr_hit >= self._nr_events_max
+            )
         ):
             self._cache_period_end_ns = now_ns + CACHE_PERIOD_NS
             self._end_cache_period(nr_misses)

@@ -143,8 +143,8 @@ POLICIES: Final = (
         "busy-period-never-ends-by-use",
         "A small and busy cache cannot tell its blocks apart, and is worse than LRU.",
         SMQ,
-        "            or nr_misses + self._nr_hit >= self._nr_events_max\n",
-        "",
+        "                and nr_misses + self._nr_hit >= self._nr_events_max\n",
+        "                and False\n",
         SHARE,
     ),
     _mutant(

@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.policies.miss_share import EVENTS_MIN, MissShare
-from nbdtarget.policies.smq import Smq
+from nbdtarget.policies.smq import HIT_BLOCKS_PER_MISS, Smq
 from tests.nbdtarget.policies.support import S, new_smq
 
 
@@ -57,14 +57,29 @@ def full_smq(nr_cblocks: int) -> Smq:
 
 def test_period_of_a_busy_cache_ends_by_use() -> None:
     smq = full_smq(4096)
-    for oblock in range(2047):
+    for oblock in range(1947):
         smq.lookup(oblock, False)
         smq.lookup(oblock, False)
+    for n in range(100):
+        smq.lookup((1 << 20) + n, False)
     smq.tick(2)
     assert smq._is_hit[5]
     smq.lookup(1 << 20, False)
     smq.tick(3)
     assert not any(smq._is_hit)
+
+
+def test_period_of_a_cache_that_mostly_hits_has_its_full_length() -> None:
+    smq = full_smq(4096)
+    for oblock in range(4096):
+        smq.lookup(oblock, False)
+    for n in range(4096 // HIT_BLOCKS_PER_MISS):
+        smq.lookup((1 << 20) + n, False)
+    smq.tick(2)
+    assert smq._is_hit[5]
+    smq.lookup(1 << 20, False)  # one miss too many to be rare
+    smq.tick(3)
+    assert not smq._is_hit[5]
 
 
 def test_period_of_a_small_cache_has_enough_accesses_to_tell() -> None:
