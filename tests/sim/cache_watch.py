@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheWatch"]
 
-QUIET_S: Final = 5.0  # what a FLUSH or a wish has left to do is over by then
+QUIET_S: Final = 5.0
 
 
 class CacheWatch(CacheInvariants):
@@ -53,6 +53,7 @@ class CacheWatch(CacheInvariants):
 
     async def be_quiet(self) -> None:
         """Nobody asks for anything: see that a cache that has nothing to do does nothing (J8)."""
+        await asyncio.sleep(QUIET_S)  # the server may still read what a client sent
         target = self.find_target()
         if target is None or not self._is_at_rest(target):
             return
