@@ -510,17 +510,22 @@ class Foreground:
 
     def _overwritten(self, bio: Bio, work: Work, lock: BlockLock, errno: int) -> None:
         blocks = self._blocks
-        if not errno:
-            try:
+        try:
+            if not errno:
                 blocks.metadata.insert(work.cblock, work.oblock, dirty=True)
-            except MetadataError:
-                errno = errnos.EIO
-        blocks.policy.complete_background_work(work, not errno)
-        if not errno:
-            blocks.policy.set_dirty(work.cblock)
-            blocks.nr_promotions += 1
-            blocks.discards.clear(work.oblock)
-            blocks.committer.note_change()
+        except MetadataError:
+            errno = errnos.EIO
+        try:
+            blocks.policy.complete_background_work(work, not errno)
+            if not errno:
+                blocks.policy.set_dirty(work.cblock)
+                blocks.nr_promotions += 1
+                blocks.discards.clear(work.oblock)
+                blocks.committer.note_change()
+        except Exception as error:
+            # Of our own making, and nobody above a device's completion would see to the bio.
+            blocks.broken(error)
+            errno = errnos.EIO
         if errno == 0 and bio.flags & FUA:
             blocks.committer.after_commit(bio.end)
         else:

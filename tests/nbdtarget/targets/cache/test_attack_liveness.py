@@ -101,3 +101,22 @@ async def test_bug_in_a_migration_fails_the_device_and_leaves_nobody_waiting(
     assert parked.status == errnos.EIO
     assert discard.status >= 0
     await lab.remove()
+
+
+async def test_bug_in_an_overwrite_fails_the_device_and_leaves_nobody_waiting(
+    lab: CacheLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await lab.create(DIRTY_BUSY)
+
+    def broken(*_: object) -> None:
+        raise AssertionError("of our own making")
+
+    lab.hold("c", OP_WRITE)
+    bio = lab.submit(OP_WRITE, 0, BLOCK)
+    parked = lab.submit(OP_WRITE, 0, 512)
+    monkeypatch.setattr(lab.target._policy, "complete_background_work", broken)
+    lab.cache.let_go()
+    await settle()
+    assert lab.core.mode is Mode.FAIL
+    assert [bio.status, parked.status] == [errnos.EIO, errnos.EIO]
+    await lab.remove()
