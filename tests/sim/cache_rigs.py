@@ -142,8 +142,8 @@ def cache_passthrough(rng: random.Random) -> Rig:
     return _rig(
         "cache_passthrough",
         rng,
-        (WRITEBACK, WRITETHROUGH),
-        others=(PASSTHROUGH, PASSTHROUGH, WRITETHROUGH),
+        (WRITEBACK, WRITEBACK, WRITETHROUGH),
+        others=(PASSTHROUGH, PASSTHROUGH, WRITEBACK),
     )
 
 
