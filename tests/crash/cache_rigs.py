@@ -56,14 +56,21 @@ REFUSALS: Final = (
 
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
-    """Admit blocks of any number of sectors."""
+    """Admit blocks of any number of sectors; what is done so many at a time, few at a time."""
     with contextlib.ExitStack() as patches:
-        for module, name, least in (
+        for module, name, value in (
             ("nbdtarget.targets.cache.table", "BLOCK_SECTORS_MIN", 1),
             ("metadata.cache", "BLOCK_SIZE_MIN", SECTOR),
             ("metadata.cache_superblock", "BLOCK_SIZE_MIN", SECTOR),
+            ("metadata.cache_blocks", "TAKEN_BACK_MAX", 1),
+            ("nbdtarget.targets.cache.foreground", "PIECES_AT_ONCE", 3),
+            ("nbdtarget.targets.cache.pieces", "PIECES_AT_ONCE", 1),
+            ("nbdtarget.targets.cache.pieces", "PIECES_MAX", 2),
+            ("nbdtarget.targets.cache.sweep", "STEP_CBLOCKS", 2),
+            ("nbdtarget.targets.cache.wishes", "STEP_OBLOCKS", 2),
+            ("nbdtarget.targets.cache.migrations", "LOCKED_MAX", 2),
         ):
-            patches.enter_context(mock.patch(f"{module}.{name}", least))
+            patches.enter_context(mock.patch(f"{module}.{name}", value))
         yield
 
 
