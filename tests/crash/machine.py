@@ -367,6 +367,8 @@ class Driver:
                 task.cancel()
             self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self.loop.close()
+        # What the dead tasks left behind fell over them: no machine would have lived to see that.
+        self.escaped.clear()
 
 
 def _sectors(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
