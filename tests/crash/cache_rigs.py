@@ -107,6 +107,7 @@ class CacheRig(_RegistryRig):
     """
 
     tables: tuple[str, ...] = (cache_table(WRITEBACK),)
+    discards_last = True
     messages: tuple[tuple[str, ...], ...] = (
         ("warm", "0-7"),
         ("warm", "2-5"),

@@ -58,6 +58,11 @@ class Rig(Protocol):
         ...
 
     @property
+    def discards_last(self) -> bool:
+        """See `DiskModel`."""
+        ...
+
+    @property
     def messages(self) -> tuple[tuple[str, ...], ...]:
         """What a walk may send."""
         ...
@@ -121,7 +126,7 @@ class Driver:
         self.escaped: list[BaseException] = []
         self.loop = self._new_loop()
         self.rig = rig
-        self.model = DiskModel(rig.content)
+        self.model = DiskModel(rig.content, discards_last=rig.discards_last)
         self.in_flight: dict[Bio, tuple[int, int]] = {}
         self.stamp = 0
         self.suspended = False

@@ -83,6 +83,7 @@ class _RegistryRig:
     table: str
     devices: dict[str, Device]
     content = CONTENT
+    discards_last = False
     messages: tuple[tuple[str, ...], ...] = ()
     invariants: Invariants
 

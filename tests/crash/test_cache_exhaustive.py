@@ -285,7 +285,7 @@ def cuts_of(
 ) -> Cuts:
     """Run it once, and note all that a power cut may leave."""
     rig = make_rig(seed, inline)
-    model = DiskModel(rig.content, discards_last=True)
+    model = DiskModel(rig.content, discards_last=rig.discards_last)
     cuts = Cuts(rig, model, seed=seed, samples=SAMPLES)
     driver = CacheDriver(rig)
     try:

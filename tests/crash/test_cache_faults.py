@@ -34,7 +34,7 @@ from tests.support.devices import (
 )
 from tests.support.model import SECTOR
 
-WALKS = int(os.environ.get("SIM_WALKS", "40"))
+WALKS = int(os.environ.get("SIM_WALKS", "25"))
 STEPS = int(os.environ.get("SIM_STEPS", "60"))
 SEED = int(os.environ.get("SIM_SEED", "0"))
 

@@ -202,7 +202,7 @@ CACHE_TARGET: Final = (
             "        if bio.status < 0 and bio.op == OP_READ:\n"
             "            self._locks.hold(oblock, bio, is_write=False)",
         ),
-        WALKS,
+        MIGRATION_TESTS,
     ),
     _mutant(
         "quick-write-in-flight-holds-as-a-read",

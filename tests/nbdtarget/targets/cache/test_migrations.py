@@ -62,6 +62,22 @@ async def test_writeback_waits_for_a_write_that_is_under_way(lab: CacheLab) -> N
     assert lab.on_disk("o", 2)[:513] == b"n" * 512 + b"w"
 
 
+async def test_promotion_waits_for_a_write_that_is_under_way(lab: CacheLab) -> None:
+    await lab.create(DIRTY_BUSY)
+    lab.hold("o", OP_WRITE)
+    late = lab.submit(OP_WRITE, 2 * BLOCK, 512, fill="n")
+    await settle()
+    await lab.message("warm 2")
+    await lab.pass_time(1.0)
+    assert late.status < 0
+    assert lab.cblock(2) is None
+    lab.origin.let_go()
+    await lab.pass_time(1.0)
+    assert late.status == 0
+    assert lab.cblock(2) is not None
+    assert (await lab.read(2))[:512] == b"n" * 512
+
+
 async def test_demotion_waits_for_reads_of_its_cblock_before_that_is_reused(
     lab: CacheLab,
 ) -> None:
