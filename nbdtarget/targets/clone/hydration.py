@@ -43,11 +43,11 @@ from typing import Final
 from nbdtarget.clock import Clock, Timer
 from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.holes import WINDOW_BYTES_MIN, Holes, Piece
-from nbdtarget.targets.rate import Rate
 from nbdtarget.targets.clone.read_queue import ReadQueue
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.table import Options
 from nbdtarget.targets.prison import Cell
+from nbdtarget.targets.rate import Rate
 
 __all__ = ["Hydration"]
 
