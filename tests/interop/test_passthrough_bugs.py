@@ -1,28 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel's two passthrough bugs, by its own steps, are none of ours."""
+"""What tells the stories of the kernel's passthrough bugs can fail; CI has it tell them all."""
 
 from pathlib import Path
 
 import pytest
 
-from scripts.passthrough_bugs import Bench, Failed, main, tell
+from scripts.passthrough_bugs import Bench, Failed, tell
 
 pytestmark = pytest.mark.interop
-
-
-@pytest.mark.slow
-def test_no_story_of_the_kernels_bugs_comes_true(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--dir", str(tmp_path)]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[-3:] == [
-        "unclean shutdown: no data can be lost",
-        "preloaded table: no data can be lost",
-        "dirty_log: no data can be lost",
-    ]
-    assert said.count("$ kill -9 $!") == 3
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_step_that_goes_otherwise_fails_the_story(

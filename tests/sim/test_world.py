@@ -28,8 +28,8 @@ from tests.sim.disks import SimDisk
 from tests.sim.world import simulate
 
 ROOT = Path(__file__).parent.parent.parent
-SEEDS = 18  # of `make test`, for each rig; `make sim` draws new ones
-CACHE_SEEDS = 12
+SEEDS = 14  # of `make test`, for each rig; `make sim` draws new ones
+CACHE_SEEDS = 8
 MUTANT_SEEDS_MAX = 150
 
 # What the rigs with a cache must reach: a simulation that never gets there proves nothing.

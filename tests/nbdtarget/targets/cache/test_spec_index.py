@@ -31,7 +31,9 @@ FUA = "test_2_2_3_fua_waits_for_the_commit_of_its_mapping_then_goes_with_fua"
 OVERWRITE = "test_2_2_3_writeback_whole_block_is_promoted_without_a_copy"
 FREED = "test_4_2_demotion_frees_the_cblock_after_the_commit"
 SYNC = "test_3_2_full_sync_records_all_after_both_flushes"
-STORIES = "test_no_story_of_the_kernels_bugs_comes_true"
+# The same steps with real processes: `make passthrough-bugs`.
+UNCLEAN = "test_5_3_step_2_passthrough_after_an_unclean_shutdown"
+PRELOADED = "test_passthrough_is_loaded_early_and_refused_late"
 
 TABLE: Final[dict[str, tuple[str, ...]]] = {
     # the table line, in the order of its checks
@@ -426,7 +428,6 @@ LIFE: Final[dict[str, tuple[str, ...]]] = {
         "test_5_3_loading_a_passthrough_table_always_succeeds",
         "test_5_3_refused_passthrough_is_left_by_loading_another_table",
         "test_5_3_dirty_log_tells_what_is_dirty_after_a_crash",
-        STORIES,
     ),
     "5.3 CLEAN_SHUTDOWN": (
         "test_5_3_clean_shutdown_is_cleared_before_the_first_io",
@@ -590,8 +591,8 @@ SUITES: Final[dict[str, tuple[str, ...]]] = {
     "11.3 expand": ("test_11_3_expand_origin_with_reload",),
     "11.3 shrink": ("test_11_3_shrink_origin_drops_mappings",),
     "11.3 shrink, dirty": ("test_11_3_shrink_origin_should_fail_if_blocks_dirty",),
-    "11.4 1": (STORIES,),
-    "11.4 2": (STORIES,),
+    "11.4 1": (UNCLEAN,),
+    "11.4 2": (PRELOADED,),
 }
 
 WEAKNESSES: Final[dict[str, tuple[str, ...]]] = {
