@@ -2,8 +2,8 @@
 # Everything needs only Python 3.11, make and git; the rest goes into .venv.
 
 PYTHON ?= python3
-# Processes that `make test` runs in: many tests wait for other programs.
-JOBS ?= $(shell echo $$(($$(nproc) + 1)))
+# Processes that `make test` runs in.
+JOBS ?= auto
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
 
