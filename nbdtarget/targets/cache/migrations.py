@@ -24,8 +24,8 @@ if the blocks under way would exceed it. Idle is a cache that had no bio in the 
 `clean_now`, and `sorted_writeback` when idle, leave the choice of what to write back to a `Sweep`
 through the dirty blocks, in the origin's order.
 
-Clients go first. A copy's data goes through worker threads and its Python through the loop, where it
-delays a client's bio that comes at that moment: `Pace` keeps migrations apart while clients hit.
+Clients go first. Chunks of a copy that are long go through worker threads, the rest through the loop, where it
+delays a client's bio that comes at that moment: `Pace` says how often, while clients hit.
 """
 
 import asyncio

@@ -262,3 +262,22 @@ async def test_failed_write_names_the_place_on_the_destination() -> None:
     with pytest.raises(CopyError) as caught:
         await Copier(make_source(), destination).copy(8192, 512, 1024)
     assert (caught.value.error.offset, caught.value.error.length) == (1024, 512)
+
+
+@pytest.mark.parametrize(
+    ("length", "background"), [(64 << 10, 0), ((64 << 10) + 512, 1)]
+)
+async def test_only_long_chunks_in_the_background_leave_the_loop(
+    length: int, background: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = make_source(), CrashDevice(SIZE)
+    sent: list[Bio] = []
+
+    def submit_background(device: CrashDevice, bio: Bio) -> None:
+        sent.append(bio)
+        device.submit(bio)
+
+    monkeypatch.setattr(CrashDevice, "submit_background", submit_background)
+    await Copier(source, destination, background=True).copy(0, length)
+    assert len(sent) == 2 * background
+    assert destination.image()[:length] == CONTENT[:length]

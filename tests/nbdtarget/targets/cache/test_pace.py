@@ -1,75 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far apart migrations are kept while clients hit."""
+"""How migrations are kept together, and apart, while clients hit."""
 
 from metadata.cache import Statistics
-from nbdtarget.targets.cache.pace import HITS_PER_MISS, PAUSE_S, Pace
+from nbdtarget.targets.cache.pace import (
+    BURST,
+    HITS_PER_MISS,
+    LOOK_S,
+    PERIOD_S,
+    Pace,
+)
 from tests.support.clock import SimClock
 
-PAUSE_NS = int(PAUSE_S * 1e9)
 
+class World:
+    def __init__(self) -> None:
+        self.clock = SimClock()
+        self.seen = Statistics()
+        self.pace = Pace(self.clock, self.seen)
+        assert self.is_ready()
 
-def pace_after(clock: SimClock, hits: Statistics) -> Pace:
-    pace = Pace(clock, hits)
-    assert pace.ready_ns <= clock.now_ns()
-    return pace
+    def is_ready(self) -> bool:
+        return self.pace.ready_ns <= self.clock.now_ns()
 
-
-def advance(clock: SimClock, delay_s: float) -> None:
-    clock.advance(delay_s)
+    def start_all(self, nr_max: int) -> int:
+        """Start what may be started now; return how many that were."""
+        nr = 0
+        while nr < nr_max and self.is_ready():
+            self.pace.note_start()
+            nr += 1
+        return nr
 
 
 def test_nobody_hits_so_migrations_follow_each_other_at_once() -> None:
-    clock, hits = SimClock(), Statistics()
-    pace = pace_after(clock, hits)
-    for _ in range(100):
-        pace.note_start()
-        assert pace.ready_ns <= clock.now_ns()
+    assert World().start_all(100) == 100
 
 
 def test_misses_are_no_hits() -> None:
-    clock, hits = SimClock(), Statistics()
-    pace = pace_after(clock, hits)
-    hits.read_misses = hits.write_misses = 1000
-    advance(clock, 1)
-    pace.note_start()
-    assert pace.ready_ns <= clock.now_ns()
+    world = World()
+    world.seen.read_misses = world.seen.write_misses = 1000
+    world.clock.advance(1)
+    assert world.start_all(100) == 100
 
 
-def test_while_clients_hit_there_is_a_pause_after_each_start() -> None:
-    clock, hits = SimClock(), Statistics()
-    pace = pace_after(clock, hits)
-    for name in ("read_hits", "write_hits"):
-        setattr(hits, name, getattr(hits, name) + 1)
-        advance(clock, 2 * PAUSE_S)
-        assert pace.ready_ns <= clock.now_ns(), "the pause has been long enough already"
-        pace.note_start()
-        assert pace.ready_ns == clock.now_ns() + PAUSE_NS
+def test_while_clients_hit_there_is_one_burst_a_period() -> None:
+    world = World()
+    started = []
+    for nr in range(60):
+        world.seen.read_hits += 1
+        world.seen.write_hits += nr % 2
+        world.clock.advance(LOOK_S)
+        started.append(world.start_all(100))
+    bursts = [nr for nr in started if nr]
+    assert set(bursts) == {BURST}
+    assert len(bursts) in range(5, 8), "60 looks are six periods"
+
+
+def test_the_pause_ends_at_the_period_s_end() -> None:
+    world = World()
+    world.seen.read_hits += 1
+    world.clock.advance(PERIOD_S)
+    assert world.start_all(100) == BURST
+    ready_ns = world.pace.ready_ns
+    assert ready_ns == world.clock.now_ns() + int(PERIOD_S * 1e9)
 
 
 def test_the_pause_ends_early_when_nobody_hits_any_more() -> None:
-    clock, hits = SimClock(), Statistics()
-    pace = pace_after(clock, hits)
-    hits.read_hits += 1
-    advance(clock, 2 * PAUSE_S)
-    assert pace.ready_ns <= clock.now_ns()
-    advance(clock, 0.9 * PAUSE_S)
-    pace.note_start()
-    assert pace.ready_ns > clock.now_ns()
-    advance(clock, 0.2 * PAUSE_S)  # a look's time has passed, without a hit
-    assert pace.ready_ns <= clock.now_ns()
+    world = World()
+    world.seen.read_hits += 1
+    world.clock.advance(PERIOD_S)
+    assert world.start_all(100) == BURST
+    world.clock.advance(LOOK_S)  # a look's time has passed, without a hit
+    assert world.start_all(100) == 100
 
 
 def test_while_misses_are_not_few_there_is_no_pause() -> None:
-    clock, hits = SimClock(), Statistics()
-    pace = pace_after(clock, hits)
-    hits.read_hits, hits.read_misses = HITS_PER_MISS * 7, 7
-    advance(clock, 2 * PAUSE_S)
-    assert pace.ready_ns <= clock.now_ns()
-    pace.note_start()
-    assert pace.ready_ns <= clock.now_ns()
-    hits.read_hits += HITS_PER_MISS * 3 + 1
-    hits.write_misses += 3
-    advance(clock, 2 * PAUSE_S)
-    assert pace.ready_ns <= clock.now_ns()
-    pace.note_start()
-    assert pace.ready_ns > clock.now_ns(), "few misses: clients wait for us"
+    world = World()
+    world.seen.read_hits, world.seen.read_misses = HITS_PER_MISS * 7, 7
+    world.clock.advance(PERIOD_S)
+    assert world.start_all(100) == 100
+    world.seen.read_hits += HITS_PER_MISS * 3 + 1
+    world.seen.write_misses += 3
+    world.clock.advance(PERIOD_S)
+    assert world.start_all(100) == BURST, "few misses: clients wait for us"
