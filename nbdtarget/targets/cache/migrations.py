@@ -111,8 +111,7 @@ class Migrations:
 
     def resume(self) -> None:
         self._is_stopped = False
-        self._nr_bios_seen = self._nr_bios()
-        self._is_idle = False
+        self._nr_bios_seen = -1  # nobody knows yet whether clients come: not idle
         self._tick_and_wait()
 
     def presuspend(self) -> None:
