@@ -29,7 +29,7 @@ from tests.sim.world import simulate
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = 14  # of `make test`, for each rig; `make sim` draws new ones
-CACHE_SEEDS = 8
+CACHE_SEEDS = 14
 MUTANT_SEEDS_MAX = 150
 
 # What the rigs with a cache must reach: a simulation that never gets there proves nothing.
