@@ -234,6 +234,17 @@ async def test_4_2_timer_cleans_an_idle_cache(lab: CacheLab) -> None:
     assert await lab.field("dirty") == "0"
 
 
+async def test_4_2_cache_that_was_just_resumed_is_not_idle(lab: CacheLab) -> None:
+    await lab.create("0 smq 0")
+    await lab.fill(range(4))
+    await lab.registry.suspend("c")
+    await lab.registry.resume("c")
+    await lab.pass_time(0.5)
+    assert await lab.field("dirty") == "4", "nobody knows yet whether clients come"
+    await lab.pass_time(2.5)
+    assert await lab.field("dirty") == "0"
+
+
 async def test_4_2_busy_cache_is_not_idle(lab: CacheLab) -> None:
     await lab.create("0 smq 0")
     await lab.fill(range(4))

@@ -298,6 +298,7 @@ BACKGROUND: Final[dict[str, tuple[str, ...]]] = {
     ),
     "4.2 idle": (
         "test_4_2_timer_cleans_an_idle_cache",
+        "test_4_2_cache_that_was_just_resumed_is_not_idle",
         "test_4_2_busy_cache_is_not_idle",
         "test_4_2_bio_that_lasts_is_not_idle",
         "test_4_2_threshold_bounds_idle_writebacks_under_way",
