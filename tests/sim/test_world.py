@@ -28,7 +28,7 @@ from tests.sim.disks import SimDisk
 from tests.sim.world import simulate
 
 ROOT = Path(__file__).parent.parent.parent
-SEEDS = 14  # of `make test`, for each rig; `make sim` draws new ones
+SEEDS = 18  # of `make test`, for each rig; `make sim` draws new ones
 CACHE_SEEDS = 14
 MUTANT_SEEDS_MAX = 150
 
