@@ -5,7 +5,7 @@ Theory of operation. A migration costs the event loop some hundred microseconds,
 that a demotion waits for costs more; a hit that comes during one of them waits for its end. One client
 at depth 1 is late once for each slice that stands alone, and once for many that stand together. So while clients hit,
 migrations start in bursts, `BURST` in each `PERIOD_S`: those of a burst share the loop's turns, and
-their commit. What is late then is few requests in a thousand.
+their commit. Measured with 64 KiB blocks: the p99 of hits is 0.9 to 1.4 times what it is without migrations.
 
 There is no pause while misses are not few beside the hits: then clients wait for the origin, not for us,
 and a cache that is not warm yet must become so. (Measured with fio's zipf:1.1 behind an origin of
