@@ -7,12 +7,14 @@ What has no `Clock` takes its time from the functions here, and from nowhere els
     sleep, timeout     on the loop's time, which a simulated loop simulates
     monotonic_ns       how long a system call took, when to print the next line
     perf_counter_ns    how long a connection has polled its socket
+    wall_clock_s       Unix time, for what people read; nothing is decided by it
 """
 
 import asyncio
 from asyncio import sleep, timeout
 from collections.abc import Callable
 from time import monotonic_ns, perf_counter_ns
+from time import time as wall_clock_s
 from typing import Protocol
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "perf_counter_ns",
     "sleep",
     "timeout",
+    "wall_clock_s",
 ]
 
 

@@ -46,6 +46,7 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.devices.health import Health
 from nbdtarget.errors import DeviceError
 
 __all__ = [
@@ -115,6 +116,7 @@ class Device:
         name: as the user wrote it; it stands in table lines, status and errors.
         size: bytes. Fixed while open.
         read_only: writes end with EPERM.
+        health: what has gone wrong with it, see `nbdtarget.devices.health`.
         logical_block_size, io_min, io_opt, discard_granularity: see `QueueLimits`; a device
             takes requests of any size and alignment all the same, and FUA.
         can_discard, can_write_zeroes, can_fast_zero: without `can_write_zeroes`, a
@@ -134,6 +136,7 @@ class Device:
         self.name = name
         self.size = size
         self.read_only = read_only
+        self.health = Health()
 
     @property
     def limits(self) -> QueueLimits:
