@@ -6,7 +6,7 @@ from typing import Annotated, Final
 
 import typer
 
-from nbdtarget.cli.common import Control, Json
+from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
 from nbdtarget.cli.serve import Listen
 
 __all__ = ["register"]
@@ -125,6 +125,8 @@ def cache(
     migration_rate: MigrationRate = None,
     migration_threshold: MigrationThreshold = None,
     overwrite: Overwrite = False,
+    moved: Moved = False,
+    accept_other_disk: AcceptOtherDisk = False,
     resize: Resize = False,
     verbose: Verbose = False,
     json: Json = False,
@@ -161,6 +163,8 @@ def cache(
         listen=tuple(listen or ()),
         control=control,
         overwrite=overwrite,
+        moved=moved,
+        accept_other_disk=accept_other_disk,
         resize=resize,
     )
     with make_reporter(options, json=json) as reporter:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nbdtarget.cli.common import Control, Json
+from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
 from nbdtarget.cli.serve import Listen
 
 __all__ = ["register"]
@@ -91,6 +91,8 @@ def clone(
     then_linear: ThenLinear = False,
     exit_when_hydrated: ExitWhenHydrated = False,
     overwrite: Overwrite = False,
+    moved: Moved = False,
+    accept_other_disk: AcceptOtherDisk = False,
     verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
@@ -120,6 +122,8 @@ def clone(
         exit_when_hydrated=exit_when_hydrated,
         control=control,
         overwrite=overwrite,
+        moved=moved,
+        accept_other_disk=accept_other_disk,
         hydrate_on_read=hydrate_on_read,
         hydration_rate=rate,
         then_linear=then_linear,

@@ -15,8 +15,10 @@ from nbdtarget.control.paths import control_address, control_token
 from nbdtarget.errors import TableError
 
 __all__ = [
+    "AcceptOtherDisk",
     "Control",
     "Json",
+    "Moved",
     "Name",
     "Names",
     "Uuid",
@@ -36,6 +38,20 @@ Control = Annotated[
         metavar="ADDR",
         help="Control socket of the server, a path or tcp:HOST:PORT; default:"
         " $NBDTARGET_CONTROL, else control.sock in the runtime directory.",
+    ),
+]
+Moved = Annotated[
+    bool,
+    typer.Option(
+        "--moved",
+        help="The disks are those that the metadata names, under other names.",
+    ),
+]
+AcceptOtherDisk = Annotated[
+    bool,
+    typer.Option(
+        "--accept-other-disk",
+        help="A disk may be another one than the metadata names: you answer for it.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -7,10 +7,18 @@ from typing import Annotated
 
 import typer
 
-from nbdtarget.cli.common import Control, Name, ask, caller_directory
+from nbdtarget.cli.common import (
+    AcceptOtherDisk,
+    Control,
+    Moved,
+    Name,
+    ask,
+    caller_directory,
+)
 from nbdtarget.cli.concise import parse_concise
 from nbdtarget.control import messages as m
 from nbdtarget.errors import NbdTargetError
+from nbdtarget.permissions import Permission, permissions
 
 __all__ = ["register"]
 
@@ -31,6 +39,13 @@ TableFile = Annotated[
 ]
 ReadOnly = Annotated[
     bool, typer.Option("--readonly", "-r", help="Load the table read-only.")
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Metadata may be made anew for a disk that holds data; the data is lost.",
+    ),
 ]
 
 
@@ -67,13 +82,20 @@ def create(
             " NAME,UUID,MINOR,FLAGS,TABLE[,TABLE...][;...]",
         ),
     ] = False,
+    overwrite: Overwrite = False,
+    moved: Moved = False,
+    accept_other_disk: AcceptOtherDisk = False,
     control: Control = None,
 ) -> None:
     """Create a mapped device, load its table and resume it."""
+    allowed = permissions(
+        overwrite=overwrite, moved=moved, accept_other_disk=accept_other_disk
+    )
     if concise:
         if table or notable or readonly or uuid or file or minor is not None:
             raise typer.BadParameter("--concise goes alone with its one argument")
-        _create_concise(sys.stdin.read() if name is None else name, control)
+        text = sys.stdin.read() if name is None else name
+        _create_concise(text, allowed, control)
         return
     if name is None:
         raise typer.BadParameter("Missing argument 'NAME'")
@@ -86,11 +108,14 @@ def create(
         readonly=readonly,
         directory=caller_directory(),
         minor=minor,
+        permissions=tuple(allowed),
     )
     ask(control, "create", request, m.Done, about=name)
 
 
-def _create_concise(text: str, control: str | None) -> None:
+def _create_concise(
+    text: str, allowed: frozenset[Permission], control: str | None
+) -> None:
     """Create the devices in order; the first that is refused ends it."""
     for device in parse_concise(text):
         request = m.Create(
@@ -100,6 +125,7 @@ def _create_concise(text: str, control: str | None) -> None:
             readonly=device.read_only,
             directory=caller_directory(),
             minor=device.minor,
+            permissions=tuple(allowed),
         )
         ask(control, "create", request, m.Done, about=device.name)
 
@@ -109,6 +135,9 @@ def load(
     file: TableFile = None,
     table: TableOption = None,
     readonly: ReadOnly = False,
+    overwrite: Overwrite = False,
+    moved: Moved = False,
+    accept_other_disk: AcceptOtherDisk = False,
     control: Control = None,
 ) -> None:
     """Load a table into the inactive slot; `resume` makes it live."""
@@ -117,6 +146,11 @@ def load(
         table=_text(table, file),
         readonly=readonly,
         directory=caller_directory(),
+        permissions=tuple(
+            permissions(
+                overwrite=overwrite, moved=moved, accept_other_disk=accept_other_disk
+            )
+        ),
     )
     ask(control, "load", request, m.Done, about=name)
 

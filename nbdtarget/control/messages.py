@@ -12,6 +12,8 @@ from typing import Final
 
 import msgspec
 
+from nbdtarget.permissions import Permission
+
 __all__ = [
     "READING_VERBS",
     "VERBS",
@@ -74,7 +76,10 @@ class Done(Answer):
 
 
 class Create(Request):
-    """`table` None: a device without a table. `directory`: where relative paths are meant."""
+    """`table` None: a device without a table. `directory`: where relative paths are meant.
+
+    `permissions`: what would be refused and is allowed, see `nbdtarget.permissions`.
+    """
 
     name: str
     table: str | None
@@ -82,6 +87,7 @@ class Create(Request):
     readonly: bool = False
     directory: str = "/"
     minor: int | None = None
+    permissions: tuple[Permission, ...] = ()
 
 
 class Load(Request):
@@ -91,6 +97,7 @@ class Load(Request):
     table: str
     readonly: bool = False
     directory: str = "/"
+    permissions: tuple[Permission, ...] = ()
 
 
 class Clear(Request):

@@ -37,6 +37,7 @@ class Verbs:
             minor=request.minor,
             directory=_absolute(request.directory),
             read_only=request.readonly,
+            permissions=frozenset(request.permissions),
         )
         return m.Done()
 
@@ -47,6 +48,7 @@ class Verbs:
             request.table,
             directory=_absolute(request.directory),
             read_only=request.readonly,
+            permissions=frozenset(request.permissions),
         )
         return m.Done()
 

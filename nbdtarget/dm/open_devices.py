@@ -43,6 +43,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.table import TargetSpec
 from nbdtarget.errors import ResolveError
+from nbdtarget.permissions import Permission
 
 __all__ = ["MAPPER", "DeviceOpener", "OpenDevices", "TableContext", "absolute_name"]
 
@@ -303,12 +304,14 @@ class TableContext:
         *,
         directory: str,
         read_only: bool,
+        permissions: frozenset[Permission] = frozenset(),
     ) -> None:
         """Args: directory: absolute; where relative paths of the table line are meant."""
         self.begin = spec.begin
         self.length = spec.length
         self.name = mapped_device.dm_name
         self.read_only = read_only
+        self.permissions = permissions
         self.clock = registry.clock
         self._registry = registry
         self.mapped_device = mapped_device

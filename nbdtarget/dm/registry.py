@@ -27,6 +27,7 @@ from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
 from nbdtarget.dm.table import SECTOR, Table, TargetSpec, construct_table, parse_table
 from nbdtarget.dm.types import TARGET_TYPES
 from nbdtarget.errors import NbdTargetError, TableError
+from nbdtarget.permissions import Permission
 from nbdtarget.targets.base import Target
 
 __all__ = ["MAJOR", "Registry"]
@@ -138,6 +139,7 @@ class Registry:
         minor: int | None = None,
         directory: str = "/",
         read_only: bool = False,
+        permissions: frozenset[Permission] = frozenset(),
     ) -> MappedDevice:
         """Create a device; with a table, load and resume it in one go.
 
@@ -145,6 +147,7 @@ class Registry:
             table: text, or None for a device without one.
             minor: its minor number; None: the lowest that is free.
             directory: absolute; where relative paths in the table are meant.
+            permissions: what the caller allows, see `nbdtarget.permissions`.
         Raises: TableError, ConstructorError; nothing is left of the device then.
         """
         check_name(name)
@@ -166,7 +169,13 @@ class Registry:
         if table is None:
             return device
         try:
-            await self._load(device, table, directory=directory, read_only=read_only)
+            await self._load(
+                device,
+                table,
+                directory=directory,
+                read_only=read_only,
+                permissions=permissions,
+            )
             await device.resume()
         except BaseException:
             await self._remove(device)
@@ -194,18 +203,34 @@ class Registry:
         return minor
 
     async def load(
-        self, name: str, table: str, *, directory: str = "/", read_only: bool = False
+        self,
+        name: str,
+        table: str,
+        *,
+        directory: str = "/",
+        read_only: bool = False,
+        permissions: frozenset[Permission] = frozenset(),
     ) -> list[str]:
         """Construct a table into the inactive slot. Raises: TableError, ConstructorError.
 
         Returns the names of the files that were created for it.
         """
         return await self._load(
-            self.get(name), table, directory=directory, read_only=read_only
+            self.get(name),
+            table,
+            directory=directory,
+            read_only=read_only,
+            permissions=permissions,
         )
 
     async def _load(
-        self, device: MappedDevice, text: str, *, directory: str, read_only: bool
+        self,
+        device: MappedDevice,
+        text: str,
+        *,
+        directory: str,
+        read_only: bool,
+        permissions: frozenset[Permission],
     ) -> list[str]:
         specs = parse_table(text, self.types)
         async with self._load_locks[device]:
@@ -215,7 +240,12 @@ class Registry:
 
             def make_context(spec: TargetSpec) -> TableContext:
                 context = TableContext(
-                    self, device, spec, directory=directory, read_only=read_only
+                    self,
+                    device,
+                    spec,
+                    directory=directory,
+                    read_only=read_only,
+                    permissions=permissions,
                 )
                 contexts.append(context)
                 return context

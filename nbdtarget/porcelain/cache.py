@@ -49,6 +49,7 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.registry import check_name
 from nbdtarget.errors import NbdTargetError, ResolveError
+from nbdtarget.permissions import permissions
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
 from nbdtarget.targets.base import StatusFields
@@ -83,6 +84,8 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         listen: addresses; none: a unix socket in the runtime directory.
         control: path of the control socket; None: the usual one, if it is free.
         overwrite: the cache's data may go.
+        moved: the disks are those that the metadata names, under other names.
+        accept_other_disk: a disk may be another one than the metadata names.
         resize: origin and cache may have other sizes than the metadata knows.
     """
 
@@ -101,6 +104,8 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     listen: tuple[str, ...] = ()
     control: str | None = None
     overwrite: bool = False
+    moved: bool = False
+    accept_other_disk: bool = False
     resize: bool = False
 
 
@@ -378,7 +383,16 @@ class CacheJob(job.Job[CachePlan]):
     """Prepares, serves and ends one cache, in this process."""
 
     def __init__(self, options: CacheOptions, reporter: CacheReporter) -> None:
-        super().__init__(reporter, listen=options.listen, control=options.control)
+        super().__init__(
+            reporter,
+            listen=options.listen,
+            control=options.control,
+            permissions=permissions(
+                overwrite=options.overwrite,
+                moved=options.moved,
+                accept_other_disk=options.accept_other_disk,
+            ),
+        )
         self._options = options
         self._reporter = reporter
         self._is_cache = True

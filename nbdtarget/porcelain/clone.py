@@ -34,6 +34,7 @@ from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.registry import check_name
 from nbdtarget.dm.table import SECTOR
 from nbdtarget.errors import ResolveError
+from nbdtarget.permissions import permissions
 from nbdtarget.porcelain import job, look
 from nbdtarget.words import join_words, split_words
 
@@ -55,6 +56,8 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
         listen: addresses; none: a unix socket in the runtime directory.
         control: path of the control socket; None: the usual one, if it is free.
         overwrite: the destination's data may go.
+        moved: the disks are those that the metadata names, under other names.
+        accept_other_disk: a disk may be another one than the metadata names.
         hydrate_on_read: copy what clients read before the rest.
         hydration_rate: bytes a second that the background copies; 0: no bound.
         then_linear: when all is hydrated, clients are served by the destination alone.
@@ -70,6 +73,8 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     exit_when_hydrated: bool = False
     control: str | None = None
     overwrite: bool = False
+    moved: bool = False
+    accept_other_disk: bool = False
     hydrate_on_read: bool = False
     hydration_rate: int = 0
     then_linear: bool = False
@@ -185,7 +190,16 @@ class CloneJob(job.Job[ClonePlan]):
     """Prepares, serves and ends one clone, in this process."""
 
     def __init__(self, options: CloneOptions, reporter: CloneReporter) -> None:
-        super().__init__(reporter, listen=options.listen, control=options.control)
+        super().__init__(
+            reporter,
+            listen=options.listen,
+            control=options.control,
+            permissions=permissions(
+                overwrite=options.overwrite,
+                moved=options.moved,
+                accept_other_disk=options.accept_other_disk,
+            ),
+        )
         self._options = options
         self._reporter = reporter
 

@@ -23,6 +23,7 @@ from nbdtarget.control.paths import control_address, control_token
 from nbdtarget.daemon import Daemon, default_listen, passed_sockets
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.permissions import Permission
 
 __all__ = ["Job", "Plan", "Reporter"]
 
@@ -70,14 +71,21 @@ class Job(Generic[P]):
     Args:
         listen: addresses; none: a unix socket in the runtime directory.
         control: address of the control socket; None: the usual one, if it is free.
+        permissions: what the user allows, see `nbdtarget.permissions`.
     """
 
     def __init__(
-        self, reporter: Reporter[P], *, listen: tuple[str, ...], control: str | None
+        self,
+        reporter: Reporter[P],
+        *,
+        listen: tuple[str, ...],
+        control: str | None,
+        permissions: frozenset[Permission],
     ) -> None:
         self._served = reporter
         self._listen = listen
         self._control = control
+        self._permissions = permissions
         self._daemon = Daemon()
         self._has_failed = False
 
@@ -143,7 +151,9 @@ class Job(Generic[P]):
                 made.append(path)
                 await disk.close()
             device = await daemon.registry.create(plan.name, None)
-            made += await daemon.registry.load(plan.name, plan.table)
+            made += await daemon.registry.load(
+                plan.name, plan.table, permissions=self._permissions
+            )
             # Clients may attach from here on, and their requests wait a moment.
             await device.activate()
             fds = passed_sockets()

@@ -23,6 +23,7 @@ from nbdtarget.bio import Bio
 from nbdtarget.clock import Clock
 from nbdtarget.devices.base import Device, Extent, QueueLimits
 from nbdtarget.errors import TableError
+from nbdtarget.permissions import Permission
 
 __all__ = [
     "KILL",
@@ -50,6 +51,7 @@ class TargetContext(Protocol):
         name: the mapped device's name, for logs.
         read_only: the table is loaded read-only: a target that only passes bios on opens its
             device read-only too. Metadata is opened for writing all the same.
+        permissions: words of `nbdtarget.permissions` that the command gave which loads the table.
         clock: the only source of time.
     """
 
@@ -57,6 +59,7 @@ class TargetContext(Protocol):
     length: int
     name: str
     read_only: bool
+    permissions: frozenset[Permission]
     clock: Clock
 
     async def open_device(
