@@ -120,13 +120,19 @@ class Rig(Protocol):
 
 
 class Driver:
-    """Submits bios to a rig and holds every answer against the model."""
+    """Submits bios to a rig and holds every answer against the model.
+
+    Attributes:
+        model_type: the oracle.
+    """
+
+    model_type: type[DiskModel] = DiskModel
 
     def __init__(self, rig: Rig) -> None:
         self.escaped: list[BaseException] = []
         self.loop = self._new_loop()
         self.rig = rig
-        self.model = DiskModel(rig.content, discards_last=rig.discards_last)
+        self.model = self.model_type(rig.content, discards_last=rig.discards_last)
         self.in_flight: dict[Bio, tuple[int, int]] = {}
         self.stamp = 0
         self.suspended = False

@@ -64,6 +64,16 @@ class FaultRig(SwitchingCacheRig):
                 sticky = rng.random() < 0.5
                 fault = FaultDevice(self.fault, at, sticky=sticky)
                 self.devices[self.fault.name] = self.fault = fault
+        self._let_happen(rng)
+
+    def _let_happen(self, rng: random.Random) -> None:
+        """In half of the walks, what fails takes effect all the same, more or less of it."""
+        if rng.random() < 0.5:
+            return
+        if isinstance(self.fault, FaultDevice):
+            self.fault.happens = rng
+        elif self.fault is not None:
+            self.fault.happens = rng.choice([0.5, 1.0])
 
     def _check_refusal(self, error: TableError, before: CacheTarget | None) -> None:
         if self.has_failed:

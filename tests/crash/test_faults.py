@@ -13,7 +13,7 @@ import random
 
 import pytest
 
-from nbdtarget.bio import OP_READ, Bio
+from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from tests.crash.machine import Driver
 from tests.crash.rigs import DISK_SIZE, REGION_SIZE, CloneRig
@@ -56,6 +56,16 @@ class FaultRig(CloneRig):
                 sticky = rng.random() < 0.5
                 fault = FaultDevice(self.fault, at, sticky=sticky)
                 self.devices[self.fault.name] = self.fault = fault
+        self._let_happen(rng)
+
+    def _let_happen(self, rng: random.Random) -> None:
+        """In half of the walks, what fails takes effect all the same, more or less of it."""
+        if rng.random() < 0.5:
+            return
+        if isinstance(self.fault, FaultDevice):
+            self.fault.happens = rng
+        elif self.fault is not None:
+            self.fault.happens = rng.choice([0.5, 1.0])
 
 
 class FaultDriver(Driver):
@@ -128,6 +138,34 @@ def test_clone_keeps_its_word_when_a_device_fails() -> None:
             error.add_note(f"seed {seed}")
             raise
     assert failed > WALKS // 4, "faults that nothing meets prove nothing"
+
+
+class LateDevice(CrashDevice):
+    """A failed write takes effect some operations later, over what was written since."""
+
+    def _carry_out(self, bio: Bio, mark: int, errno: int) -> None:
+        late = self.__dict__.setdefault("late", [])
+        if errno and bio.op == OP_WRITE:
+            bio.own()
+            late.append((len(self.trace) + 5, bio))
+        super()._carry_out(bio, mark, errno)
+        while late and late[0][0] <= len(self.trace):
+            self._happen_all_the_same(late.pop(0)[1], mark)
+
+
+def test_fault_walks_catch_a_failed_write_that_lands_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tests.crash.rigs.CrashDevice", LateDevice)
+
+    def fails(seed: int) -> bool:
+        try:
+            run_walk(seed)
+        except AssertionError:
+            return True
+        return False
+
+    assert any(fails(seed) for seed in range(100))
 
 
 @pytest.mark.parametrize("noflush", [False, True])

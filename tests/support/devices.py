@@ -20,14 +20,17 @@ deferred bio is owned first, as the contract says. After `cut_power` nothing tak
 more: bios end with EIO. `reopen` is the machine coming up again.
 
 It can also lie, in one way at a time (`lie`): `FailFlush`, `FailAfter`, `BadRange`, `Slow`. A
-failed bio has changed nothing; one that should have been durable latches, as the contract of
-`Device` says, until the device is reopened.
+failed bio has changed nothing, unless `happens` says how often it **takes effect all the same**: a
+write wholly or in part, a flush for any of the sectors that it covered. One that should have
+been durable latches, as the contract of `Device` says, until the device is reopened.
+
+`tests.support.openings` opens such a disk more than once in one boot, and takes it away.
 """
 
 import asyncio
 import errno as errnos
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -69,6 +72,7 @@ __all__ = [
     "SlowDevice",
     "Trace",
     "Watcher",
+    "part_of",
 ]
 
 Trace = tuple[str, int, int, int]  # operation, offset, length, flags
@@ -131,6 +135,8 @@ class CrashDevice(Device):
         trace: each operation in the order it was carried out.
         watchers: see `Watcher`.
         failed: bios that were failed by the lie, or since it made the device latch.
+        happens: how often a failed bio takes effect all the same, wholly or in part.
+        latches: whether it latches itself; not, if its openings do (`tests.support.openings`).
     """
 
     can_discard = True
@@ -158,6 +164,8 @@ class CrashDevice(Device):
         self.is_cut = False
         self.is_latched = False
         self.failed = 0
+        self.happens = 0.0
+        self.latches = True
         self.lie = lie
         self._seed = seed
         self._random = random.Random(seed)
@@ -214,6 +222,19 @@ class CrashDevice(Device):
         """From now on nothing takes effect; what is under way ends with EIO or never."""
         self.is_cut = True
 
+    def abandon(self, bios: Collection[Bio]) -> None:
+        """Whoever sent these has gone: of those under way, each is carried out now, or never."""
+        under_way = [each for each in self._deferred if each[0] in bios]
+        self._deferred = [each for each in self._deferred if each[0] not in bios]
+        for bio, mark, errno in under_way:
+            if self._random.random() < 0.5:
+                self._carry_out(bio, mark, errno)
+
+    def lose_power(self, seed: int, fate: Fate) -> None:
+        """The disk alone loses its power, and is back at once: what was pending met its fate."""
+        self._stable[:] = self.crash(seed, fate)
+        self._cache.clear()
+
     def image(self) -> bytes:
         """What a read of the whole running device returns."""
         return bytes(self._read(0, self.size))
@@ -265,7 +286,7 @@ class CrashDevice(Device):
         """What this bio will fail with, or 0."""
         durable = bio.op == OP_FLUSH or bool(bio.flags & FUA and bio.op != OP_READ)
         fails = self._lies_to(bio)
-        self.is_latched |= fails and durable
+        self.is_latched |= fails and durable and self.latches
         if not (fails or (self.is_latched and durable)):
             return 0
         self.failed += 1
@@ -313,6 +334,8 @@ class CrashDevice(Device):
         return at_risk
 
     def _carry_out_one(self) -> None:
+        if not self._deferred:
+            return  # it was abandoned
         at = self._random.randrange(len(self._deferred))
         bio, mark, errno = self._deferred.pop(at)
         if self.is_cut:
@@ -323,6 +346,8 @@ class CrashDevice(Device):
     def _carry_out(self, bio: Bio, mark: int, errno: int) -> None:
         if not errno:
             self._take_effect(bio, mark)
+        elif self.happens and self._random.random() < self.happens:
+            self._happen_all_the_same(bio, mark)
         for watcher in self.watchers:
             watcher.finished(self, bio, errno)
         bio.end(errno)
@@ -339,6 +364,14 @@ class CrashDevice(Device):
             assert data is not None
             assert len(data) == bio.length, "the payload is as long as the bio"
             self._take_write(bio, data)
+
+    def _happen_all_the_same(self, bio: Bio, mark: int) -> None:
+        if bio.op == OP_FLUSH:
+            sectors = self._cache.covered(mark)
+            kept = {nr for nr in sectors if self._random.random() < 0.5}
+            _put(self._stable, {nr: sectors[nr] for nr in kept})
+        elif (part := part_of(bio, self._random)) is not None:
+            self._take_effect(part, mark)
 
     def _discarded(self, bio: Bio) -> bytes:
         choice = self._random.randrange(3)
@@ -360,6 +393,26 @@ class CrashDevice(Device):
     def _make_stable(self, mark: int) -> None:
         _put(self._stable, self._cache.covered(mark))
         self._cache.forget(mark)
+
+
+def part_of(bio: Bio, rng: random.Random) -> Bio | None:
+    """All of a write, or the part of it between two of its sector borders; else None."""
+    if bio.op in (OP_READ, OP_CACHE, OP_FLUSH) or not bio.length:
+        return None
+    begin, end = bio.offset, bio.offset + bio.length
+    if rng.random() < 0.5:
+        borders = [begin, *(nr * SECTOR for nr in covering(begin, bio.length)[1:]), end]
+        begin, end = sorted(rng.choices(borders, k=2))
+    if begin == end:
+        return None
+    payload = bio.payload
+    if payload is not None:
+        payload = payload[begin - bio.offset : end - bio.offset]
+    return Bio(bio.op, begin, end - begin, payload, bio.flags, _nobody_waits)
+
+
+def _nobody_waits(_: Bio) -> None:
+    """What it is a part of has failed."""
 
 
 def _written(bio: Bio) -> bytes | memoryview | None:
@@ -401,7 +454,7 @@ class _Wrapper(Device):
 
 class FaultDevice(_Wrapper):
     """Fails the operation number `fail_at` (from 0) of those in `ops`; `sticky`: and each one
-    after it. A failed operation never reaches the device below.
+    after it. A failed operation never reaches the device below, unless it `happens` all the same.
 
     As the contract of `Device` says, a failed FLUSH or FUA write latches: later FLUSHes and
     FUA writes fail too, unless the device is opened again (`clear`).
@@ -410,7 +463,10 @@ class FaultDevice(_Wrapper):
         count: operations of `ops` seen so far; run a workload once with `fail_at` None to
             know the number of places to fail.
         failed: operations that were failed on purpose.
+        happens: draws how often, and in what part, a failed write takes effect; None: never.
     """
+
+    happens: random.Random | None = None
 
     def __init__(
         self,
@@ -438,7 +494,14 @@ class FaultDevice(_Wrapper):
         if counted and self._fails(at):
             self.failed += 1
             self.is_latched |= durable
-            bio.end(self.errno)
+            if self.happens is not None:
+                bio.own()
+            part = None if self.happens is None else part_of(bio, self.happens)
+            if part is None:
+                bio.end(self.errno)
+            else:
+                part.endio = lambda _: bio.end(self.errno)
+                self.device.submit(part)
         elif self.is_latched and durable:
             bio.end(errnos.EIO)
         else:

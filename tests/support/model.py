@@ -16,7 +16,8 @@ says as the new truth: it is on stable storage, and every later answer is held a
 so what may have been discarded, if `discards_last`: a cache has two copies of it, which may
 differ, and nobody minds which of them is read.
 
-Concurrent bios must not overlap: the driver waits first (NBD leaves their order open).
+Concurrent bios must not overlap: the driver waits first (NBD leaves their order open). Where they
+may, `tests.support.overlap_model` is the oracle.
 """
 
 from dataclasses import dataclass, field
@@ -32,11 +33,18 @@ class Violation(AssertionError):
 
 @dataclass(slots=True, eq=False)
 class Write:
-    """One value of one sector; None is ANYTHING (it was discarded)."""
+    """One value of one sector; None is ANYTHING (it was discarded).
+
+    Attributes:
+        ended: well; a failed write stays possible.
+        began, over: its span, for `OverlapModel`.
+    """
 
     value: bytes | None
     ended: bool = False
     label: str = ""
+    began: float = 0
+    over: float = float("inf")
 
 
 @dataclass(slots=True)

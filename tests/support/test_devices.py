@@ -321,3 +321,27 @@ async def test_watcher_sees_each_bio_start_and_finish() -> None:
     device.watchers.append(Watch())
     await device.write(0, A)
     assert seen == [("started", OP_WRITE, 0), ("finished", OP_WRITE, 1)]
+
+
+async def test_failed_write_may_have_happened_wholly_or_in_part() -> None:
+    seen = set()
+    for seed in range(40):
+        device = CrashDevice(SIZE, seed, lie=BadRange(0, SIZE, frozenset({OP_WRITE})))
+        device.happens = 1.0
+        with pytest.raises(DeviceError):
+            await device.write(0, A + A)
+        seen.add(device.image()[:1024])
+    assert seen == {A + A, A + ZERO, ZERO + A, ZERO + ZERO}
+
+
+async def test_failed_flush_may_have_made_any_of_its_writes_stable() -> None:
+    seen = set()
+    for seed in range(40):
+        device = CrashDevice(SIZE, seed, lie=FailFlush())
+        device.happens = 1.0
+        await device.write(0, A)
+        await device.write(512, B)
+        with pytest.raises(DeviceError):
+            await device.flush()
+        seen.add(device.stable_image()[:1024])
+    assert seen == {A + B, A + ZERO, ZERO + B, ZERO + ZERO}
