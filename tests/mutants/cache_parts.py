@@ -8,7 +8,7 @@ from tests.mutants.mutant import Mutant
 __all__ = ["CACHE_PARTS"]
 
 ACTIVATION_PY: Final = "nbdtarget/targets/cache/activation.py"
-CONSTRUCTOR_PY: Final = "nbdtarget/targets/cache/constructor.py"
+OPENING_PY: Final = "nbdtarget/targets/opening.py"
 DISCARDS_PY: Final = "nbdtarget/targets/cache/discards.py"
 EXTENTS_PY: Final = "nbdtarget/targets/cache/extents.py"
 TESTS: Final = "tests/nbdtarget/targets/cache/"
@@ -94,17 +94,17 @@ CACHE_PARTS: Final = (
     _mutant(
         "each-table-has-metadata-of-its-own",
         "The next table starts with what was on disk when it was loaded.",
-        CONSTRUCTOR_PY,
-        "    shared[SHARED_KEY] = metadata",
-        "    shared[SHARED_KEY.upper()] = metadata",
+        OPENING_PY,
+        "    shared[self._target] = metadata",
+        "    shared[self._target.upper()] = metadata",
         (*CONSTRUCTOR, *ACTIVATION),
     ),
     _mutant(
         "failed-metadata-are-taken-over",
         "A table is loaded over metadata that need a check, as if nothing had happened.",
-        CONSTRUCTOR_PY,
-        "isinstance(metadata, CacheMetadata) and metadata.mode is Mode.RW:",
-        "isinstance(metadata, CacheMetadata):",
+        OPENING_PY,
+        "isinstance(metadata, kind) and metadata.mode is Mode.RW:",
+        "isinstance(metadata, kind):",
         CONSTRUCTOR,
     ),
     # ---- discards

@@ -8,13 +8,11 @@ Opening changes nothing on disk: whether the last shutdown was clean stands ther
 resume succeeds. So a table that is refused, or loaded and never resumed, costs nothing.
 """
 
-import errno as errnos
 import logging
 import uuid
-from collections.abc import Awaitable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 from metadata.cache import CacheMetadata
 from metadata.cache_records import NR_CBLOCKS_MAX
@@ -22,15 +20,13 @@ from metadata.errors import (
     BlockSizeMismatch,
     CorruptMetadata,
     MetadataError,
-    MetadataTooSmall,
     NotFormatted,
-    NotOurs,
     ReadOnlyMetadata,
 )
 from metadata.mode import Mode
 from nbdtarget import metadata_io
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import ConstructorError, DeviceError, ResolveError
+from nbdtarget.errors import DeviceError
 from nbdtarget.policies.base import Policy, PolicyConfigError
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.targets.base import TargetContext
@@ -41,17 +37,15 @@ from nbdtarget.targets.cache.table import (
     parse_block_size,
     parse_options,
 )
+from nbdtarget.targets.opening import Opening, metadata_errno
 
 __all__ = ["Parts", "construct", "make_policy"]
 
-SHARED_KEY: Final = "cache"
 NR_CBLOCKS_WARNING: Final = 1 << 20
 
 NO_WRITE_ACCESS: Final = (
     "Unable to get write access to metadata, please check/repair metadata."
 )
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -81,39 +75,35 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
 
     Raises: ConstructorError, with the kernel's text first; then nothing stays open.
     """
-    if len(words) < ARGUMENTS_MIN:
-        raise _error("Insufficient args")
-    metadata_name, cache_name, origin_name, block_word = words[:4]
-    async with AsyncExitStack() as opened:
-        metadata_device = await _opened(
-            "Error opening metadata device", ctx.maybe_open_device(metadata_name)
-        )
-        if metadata_device is not None:
-            opened.push_async_callback(ctx.close_device, metadata_device)
-        cache = await _opened("Error opening cache device", ctx.open_device(cache_name))
-        opened.push_async_callback(ctx.close_device, cache)
-        origin = await _opened(
-            "Error opening origin device", ctx.open_device(origin_name)
-        )
-        opened.push_async_callback(ctx.close_device, origin)
+    async with Opening(ctx, "cache") as opening:
+        if len(words) < ARGUMENTS_MIN:
+            raise opening.error("Insufficient args")
+        metadata_name, cache_name, origin_name, block_word = words[:4]
+        metadata_device = await opening.maybe_metadata_device(metadata_name)
+        cache = await opening.device("cache", cache_name)
+        origin = await opening.device("origin", origin_name)
         if origin.size < ctx.length:
-            raise _error("Device size larger than cached device")
+            raise opening.error("Device size larger than cached device")
         block_size = parse_block_size(block_word, cache_size=cache.size)
         options = parse_options(words[4:])
         nr_cblocks = cache.size // block_size
         if nr_cblocks > NR_CBLOCKS_MAX:
-            raise _error("Too many cache blocks. Consider increasing the block size")
-        policy = _policy(ctx, options, nr_cblocks, block_size)
-        if metadata_device is None:
-            metadata_device = await _opened(
-                "Error opening metadata device",
-                ctx.create_device(
-                    metadata_name, CacheMetadata.device_size_for(nr_cblocks)
-                ),
+            raise opening.error(
+                "Too many cache blocks. Consider increasing the block size"
             )
-            opened.push_async_callback(ctx.close_device, metadata_device)
-        metadata = await _open_metadata(ctx, metadata_device, block_size, nr_cblocks)
-        opened.pop_all()
+        try:
+            policy = make_policy(ctx, options, nr_cblocks, block_size)
+        except PolicyConfigError as error:
+            reason = f"Error setting cache policy's config values: {error}"
+            raise opening.error(reason) from error
+        if metadata_device is None:
+            metadata_device = await opening.create_metadata_device(
+                metadata_name, CacheMetadata.device_size_for(nr_cblocks)
+            )
+        metadata = await _open_metadata(
+            opening, metadata_device, block_size, ctx.length, nr_cblocks
+        )
+        opening.keep()
     if nr_cblocks > NR_CBLOCKS_WARNING:
         log.warning(
             "%s: %d cache blocks take much memory, and time to load;"
@@ -155,45 +145,37 @@ def make_policy(
     return policy
 
 
-def _policy(
-    ctx: TargetContext, options: Options, nr_cblocks: int, block_size: int
-) -> Policy:
-    try:
-        return make_policy(ctx, options, nr_cblocks, block_size)
-    except PolicyConfigError as error:
-        raise _error(f"Error setting cache policy's config values: {error}") from error
-
-
 async def _open_metadata(
-    ctx: TargetContext, device: Device, block_size: int, nr_cblocks: int
+    opening: Opening,
+    device: Device,
+    block_size: int,
+    origin_size: int,
+    nr_cblocks: int,
 ) -> CacheMetadata:
-    """Return the one metadata object of this device, from its other table or from disk.
-
-    One that has failed is left to the table that saw it fail: a table that is loaded after
-    that starts over from what is on disk, which mostly says `needs_check`, and is refused.
-    """
-    shared = ctx.shared(device)
-    metadata = shared.get(SHARED_KEY)
+    """Raises: ConstructorError."""
     try:
-        if isinstance(metadata, CacheMetadata) and metadata.mode is Mode.RW:
-            if metadata.block_size != block_size:
-                raise BlockSizeMismatch(stored=metadata.block_size, given=block_size)
-        else:
-            metadata = await _read_metadata(device, block_size, ctx.length, nr_cblocks)
-            for note in metadata.notes:
-                log.warning("%s: %s: %s", ctx.name, device.name, note)
-            if metadata.mode is not Mode.RW:
-                raise ReadOnlyMetadata  # features that we may only read
+        metadata = await opening.metadata(
+            device,
+            CacheMetadata,
+            check=lambda known: _check_block_size(known, block_size),
+            read=lambda: _read_metadata(device, block_size, origin_size, nr_cblocks),
+        )
+        if metadata.mode is not Mode.RW:
+            raise ReadOnlyMetadata  # features that we may only read
     except MetadataError as error:
         if isinstance(error, CorruptMetadata) and error.found == "needs_check":
-            raise _error(NO_WRITE_ACCESS) from error
+            raise opening.error(NO_WRITE_ACCESS) from error
         reason = f"Error creating metadata object: {error}"
-        raise _error(reason, _errno(error)) from error
+        raise opening.error(reason, metadata_errno(error)) from error
     except DeviceError as error:
         reason = f"Error creating metadata object: {error}"
-        raise _error(reason, error.errno) from error
-    shared[SHARED_KEY] = metadata
+        raise opening.error(reason, error.errno) from error
     return metadata
+
+
+def _check_block_size(metadata: CacheMetadata, block_size: int) -> None:
+    if metadata.block_size != block_size:
+        raise BlockSizeMismatch(stored=metadata.block_size, given=block_size)
 
 
 async def _read_metadata(
@@ -214,25 +196,3 @@ async def _read_metadata(
                 uuid=uuid.uuid4().bytes,
             ),
         )
-
-
-async def _opened(reason: str, opening: Awaitable[T]) -> T:
-    try:
-        return await opening
-    except ResolveError as error:
-        raise _error(f"{reason}: {error}", error.errno) from error
-
-
-def _errno(error: MetadataError) -> int:
-    """The kernel's errno for metadata that cannot be used."""
-    match error:
-        case MetadataTooSmall():
-            return errnos.ENOSPC
-        case NotOurs():
-            return errnos.EILSEQ
-        case _:
-            return errnos.EINVAL
-
-
-def _error(reason: str, errno: int = errnos.EINVAL) -> ConstructorError:
-    return ConstructorError(reason, errno, "cache")

@@ -6,25 +6,16 @@ all-zero one formatted. Whatever fails, what was opened is closed again.
 """
 
 import errno as errnos
-import logging
 import uuid
-from collections.abc import Awaitable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
 
 from metadata.clone import NR_REGIONS_MAX, CloneMetadata
-from metadata.errors import (
-    GeometryMismatch,
-    MetadataError,
-    MetadataTooSmall,
-    NotFormatted,
-    NotOurs,
-)
+from metadata.errors import GeometryMismatch, MetadataError, NotFormatted
 from metadata.mode import Mode
 from nbdtarget import metadata_io
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import ConstructorError, DeviceError, ResolveError
+from nbdtarget.errors import DeviceError
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.clone.table import (
     ARGUMENTS_MIN,
@@ -32,14 +23,9 @@ from nbdtarget.targets.clone.table import (
     parse_options,
     parse_region_size,
 )
+from nbdtarget.targets.opening import Opening, metadata_errno
 
 __all__ = ["Parts", "construct"]
-
-SHARED_KEY: Final = "clone"
-
-T = TypeVar("T")
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -60,43 +46,33 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
 
     Raises: ConstructorError, with the kernel's text first; then nothing stays open.
     """
-    if len(words) < ARGUMENTS_MIN:
-        raise _error("Invalid number of arguments")
-    metadata_name, destination_name, source_name, region_word = words[:ARGUMENTS_MIN]
-    async with AsyncExitStack() as opened:
-        metadata_device = await _opened(
-            "Error opening metadata device", ctx.maybe_open_device(metadata_name)
-        )
-        if metadata_device is not None:
-            opened.push_async_callback(ctx.close_device, metadata_device)
-        destination = await _opened(
-            "Error opening destination device", ctx.open_device(destination_name)
-        )
-        opened.push_async_callback(ctx.close_device, destination)
+    async with Opening(ctx, "clone") as opening:
+        if len(words) < ARGUMENTS_MIN:
+            raise opening.error("Invalid number of arguments")
+        metadata_name, destination_name, source_name, region_word = words[
+            :ARGUMENTS_MIN
+        ]
+        metadata_device = await opening.maybe_metadata_device(metadata_name)
+        destination = await opening.device("destination", destination_name)
         if destination.size < ctx.length:
-            raise _error("Device size larger than destination device")
-        source = await _opened(
-            "Error opening source device", ctx.open_device(source_name, read_only=True)
-        )
-        opened.push_async_callback(ctx.close_device, source)
+            raise opening.error("Device size larger than destination device")
+        source = await opening.device("source", source_name, read_only=True)
         if source.size < ctx.length:
-            raise _error("Device size larger than source device")
+            raise opening.error("Device size larger than source device")
         block_size = max(source.logical_block_size, destination.logical_block_size)
         region_size = parse_region_size(region_word, block_size=block_size)
         nr_regions = -(-ctx.length // region_size)
         if nr_regions > NR_REGIONS_MAX:
-            raise _error("Too many regions. Consider increasing the region size")
+            raise opening.error("Too many regions. Consider increasing the region size")
         options = parse_options(words[ARGUMENTS_MIN:])
         if metadata_device is None:
-            metadata_device = await _opened(
-                "Error opening metadata device",
-                ctx.create_device(
-                    metadata_name, CloneMetadata.device_size_for(nr_regions)
-                ),
+            metadata_device = await opening.create_metadata_device(
+                metadata_name, CloneMetadata.device_size_for(nr_regions)
             )
-            opened.push_async_callback(ctx.close_device, metadata_device)
-        metadata = await _open_metadata(ctx, metadata_device, region_size)
-        opened.pop_all()
+        metadata = await _open_metadata(
+            opening, metadata_device, region_size, ctx.length
+        )
+        opening.keep()
     return Parts(
         tuple(words),
         options,
@@ -109,32 +85,27 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
 
 
 async def _open_metadata(
-    ctx: TargetContext, device: Device, region_size: int
+    opening: Opening, device: Device, region_size: int, target_size: int
 ) -> CloneMetadata:
-    """Return the one metadata object of this device, from its other table or from disk.
-
-    One that has failed is left to the table that saw it fail: a table that is loaded after
-    that starts over from what is on disk, as in the kernel.
-    """
-    shared = ctx.shared(device)
-    metadata = shared.get(SHARED_KEY)
+    """Raises: ConstructorError."""
     try:
-        if isinstance(metadata, CloneMetadata) and metadata.mode is Mode.RW:
-            _check_geometry(metadata, region_size, ctx.length)
-        else:
-            metadata = await _read_metadata(device, region_size, ctx.length)
+        metadata = await opening.metadata(
+            device,
+            CloneMetadata,
+            check=lambda known: _check_geometry(known, region_size, target_size),
+            read=lambda: _read_metadata(device, region_size, target_size),
+        )
     except MetadataError as error:
-        raise _error(f"Failed to load metadata: {error}", _errno(error)) from error
+        reason = f"Failed to load metadata: {error}"
+        raise opening.error(reason, metadata_errno(error)) from error
     except DeviceError as error:
-        raise _error(f"Failed to load metadata: {error}", error.errno) from error
-    for note in metadata.notes:
-        log.warning("%s: %s: %s", ctx.name, device.name, note)
+        reason = f"Failed to load metadata: {error}"
+        raise opening.error(reason, error.errno) from error
     if metadata.mode is not Mode.RW:
-        raise _error(
+        raise opening.error(
             "Unable to get write access to metadata, please check/repair metadata",
             errnos.EPERM,
         )
-    shared[SHARED_KEY] = metadata
     return metadata
 
 
@@ -171,25 +142,3 @@ def _check_geometry(
     ):
         if stored != given:
             raise GeometryMismatch(field, stored=stored, given=given)
-
-
-async def _opened(reason: str, opening: Awaitable[T]) -> T:
-    try:
-        return await opening
-    except ResolveError as error:
-        raise _error(f"{reason}: {error}", error.errno) from error
-
-
-def _errno(error: MetadataError) -> int:
-    """The kernel's errno for metadata that cannot be used."""
-    match error:
-        case MetadataTooSmall():
-            return errnos.ENOSPC
-        case NotOurs():
-            return errnos.EILSEQ
-        case _:
-            return errnos.EINVAL
-
-
-def _error(reason: str, errno: int = errnos.EINVAL) -> ConstructorError:
-    return ConstructorError(reason, errno, "clone")

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the constructors of clone and cache have in common: devices and metadata of one table line.
+
+    async with Opening(ctx, "clone") as opening:
+        metadata_device = await opening.maybe_metadata_device(name)
+        destination = await opening.device("destination", name)
+        …
+        opening.keep()
+
+Whoever leaves the block without `keep` closes again what was opened. Every error is a
+ConstructorError that names the target; the kernel's text comes first.
+
+Metadata is shared: the live and the inactive table of a mapped device find one metadata object. One
+that has failed is left to the table that saw it fail: a table that is loaded after that starts
+over from what is on disk.
+"""
+
+import errno as errnos
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Protocol, TypeVar
+
+from metadata.errors import MetadataError, MetadataTooSmall, NotOurs
+from metadata.mode import Mode
+from nbdtarget.devices.base import Device
+from nbdtarget.errors import ConstructorError, ResolveError
+from nbdtarget.targets.base import TargetContext
+
+__all__ = ["Opening", "metadata_errno"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class _Metadata(Protocol):
+    @property
+    def mode(self) -> Mode: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+M = TypeVar("M", bound=_Metadata)
+
+
+class Opening:
+    """See the module head."""
+
+    def __init__(self, ctx: TargetContext, target: str) -> None:
+        self._ctx = ctx
+        self._target = target
+        self._opened = AsyncExitStack()
+
+    async def __aenter__(self) -> "Opening":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._opened.aclose()
+
+    def keep(self) -> None:
+        """What was opened belongs to the target from here on."""
+        self._opened.pop_all()
+
+    def error(self, reason: str, errno: int = errnos.EINVAL) -> ConstructorError:
+        """A refusal of this target's, to be raised."""
+        return ConstructorError(reason, errno, self._target)
+
+    async def device(self, role: str, name: str, *, read_only: bool = False) -> Device:
+        """Open the device that is the table line's `role`. Raises: ConstructorError."""
+        opening = self._ctx.open_device(name, read_only=read_only)
+        device = await self._awaited(role, opening)
+        self._opened.push_async_callback(self._ctx.close_device, device)
+        return device
+
+    async def maybe_metadata_device(self, name: str) -> Device | None:
+        """Open the metadata device; None if a file can be made. Raises: ConstructorError."""
+        opening = self._ctx.maybe_open_device(name)
+        device = await self._awaited("metadata", opening)
+        if device is not None:
+            self._opened.push_async_callback(self._ctx.close_device, device)
+        return device
+
+    async def create_metadata_device(self, name: str, size: int) -> Device:
+        """Make a metadata file of `size` bytes, and open it. Raises: ConstructorError."""
+        device = await self._awaited("metadata", self._ctx.create_device(name, size))
+        self._opened.push_async_callback(self._ctx.close_device, device)
+        return device
+
+    async def metadata(
+        self,
+        device: Device,
+        kind: type[M],
+        *,
+        check: Callable[[M], None],
+        read: Callable[[], Awaitable[M]],
+    ) -> M:
+        """Return the one metadata object of `device`, from its other table or from `read`.
+
+        Args: check: raises MetadataError if a shared object is not what the table line says.
+        Raises: whatever `check` and `read` do. The object may be in mode RO.
+        """
+        shared = self._ctx.shared(device)
+        metadata = shared.get(self._target)
+        if isinstance(metadata, kind) and metadata.mode is Mode.RW:
+            check(metadata)
+            return metadata
+        metadata = await read()
+        for note in metadata.notes:
+            log.warning("%s: %s: %s", self._ctx.name, device.name, note)
+        if metadata.mode is Mode.RW:
+            shared[self._target] = metadata
+        return metadata
+
+    async def _awaited(self, role: str, opening: Awaitable[T]) -> T:
+        try:
+            return await opening
+        except ResolveError as error:
+            reason = f"Error opening {role} device: {error}"
+            raise self.error(reason, error.errno) from error
+
+
+def metadata_errno(error: MetadataError) -> int:
+    """The kernel's errno for metadata that cannot be used."""
+    match error:
+        case MetadataTooSmall():
+            return errnos.ENOSPC
+        case NotOurs():
+            return errnos.EILSEQ
+        case _:
+            return errnos.EINVAL
