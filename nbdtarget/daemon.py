@@ -110,6 +110,7 @@ class Daemon:
         self._listener = Listener(self.registry, limits=limits)
         self._reload_wanted = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
+        self._before_close: list[Callable[[], Awaitable[None]]] = []
         self._control: ControlServer | None = None
 
     async def open_control(
@@ -169,6 +170,10 @@ class Daemon:
 
         self._follower = asyncio.create_task(follow())
 
+    def before_close(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Have `call` called when the end begins: nothing new is to be opened any more."""
+        self._before_close.append(call)
+
     def _stop_by_signal(self) -> None:
         self.stop.set()
         self.release_signals()
@@ -202,6 +207,8 @@ class Daemon:
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.wait([self._follower])
+        for call in self._before_close:
+            await call()
         await self._listener.close(GRACE_S_MAX)
         await self.registry.close()
         if self._control is not None:
@@ -238,6 +245,7 @@ async def serve_until_stopped(
         await daemon.open_control(address, token=token)
         if config is not None:
             devices = ConfiguredDevices(daemon.registry, config)
+            daemon.before_close(devices.close)
             await daemon.until_stopped(devices.start())
             if daemon.stop.is_set():
                 return

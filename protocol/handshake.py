@@ -161,10 +161,13 @@ class ExportInfo:
 
 
 class Exports(Protocol):
-    """What the handshake asks of whoever has the exports. Neither may raise."""
+    """What the handshake asks of whoever has the exports. Nothing is raised but what is said here."""
 
     def lookup(self, name: str) -> ExportInfo | None:
-        """Return the export of that name; "" is the default export, if there is one."""
+        """Return the export of that name; "" is the default export, if there is one.
+
+        Raises: OptionError: it ought to be there, and is not now; the client is told why.
+        """
         ...
 
     def names(self) -> Iterable[tuple[str, str]]:

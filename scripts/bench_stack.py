@@ -77,6 +77,9 @@ class _Exports:
     def maybe_get(self, name: str) -> Device | None:
         return self._bare if name == BARE else self._registry.maybe_get(name)
 
+    def why_missing(self, name: str) -> str:
+        return self._registry.why_missing(name)
+
     def acquire(self, name: str) -> Device:
         return self._bare if name == BARE else self._registry.acquire(name)
 

@@ -208,7 +208,8 @@ def ls(
             # As dmsetup: another form when only some devices are listed.
             if what == "devno" and target is not None:
                 number = number.replace(":", ", ")
-            print(f"{device.name}\t({number})")
+            failure = f" failed: {device.failure}" if device.failure else ""
+            print(f"{device.name}\t({number}){failure}")
 
 
 _NUMBERS: Final[dict[str, Callable[[m.InfoLine], str]]] = {
@@ -342,7 +343,9 @@ def _print_lines(answer: m.LinesAnswer, wanted: tuple[str, ...], *, json: bool) 
         before = f"{device.name}: " if len(wanted) != 1 else ""
         for line in device.lines:
             print(f"{before}{line.start} {line.length} {line.type} {line.params}")
-        if not device.lines:
+        if device.failure:
+            print(f"{before}failed: {device.failure}")
+        elif not device.lines:
             print(before)
 
 
@@ -366,6 +369,7 @@ def _print_info(device: m.InfoLine) -> None:
         ("Major, minor", f"{device.major}, {device.minor}"),
         ("Number of targets", str(device.nr_targets)),
     ]
+    rows += [("Failure", device.failure)] if device.failure else []
     for key, value in rows:
         print(f"{key + ':':<18} {value}")
     if device.uuid:

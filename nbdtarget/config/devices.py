@@ -1,32 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """The devices of a configuration file, made in a registry and kept as the file says.
 
-Theory of operation. `start` makes all devices, lower ones first; if one is refused, those made
-so far are removed again, and the server does not start. `reload` (SIGHUP) reads the file anew,
-and if it has a mistake anywhere nothing happens at all. Then:
+Theory of operation. `start` opens all devices, each as soon as those that it stands on are open. One
+that cannot be opened (it is missing, its server is not up yet, its metadata is damaged) does not
+hold up the others: it is shown as failed, and tried again until it is open (`Opening`). `start` does not
+wait for it for longer than START_S_MAX either. `reload` (SIGHUP) reads the file anew, and if it has a
+mistake anywhere nothing happens at all. Then:
 
     in the file                         what is done
-    a device that does not exist        created
+    a device that does not exist        created, or tried again and again as at the start
+    one that is not open yet            tried at once, as the file says it now
     its table says something else       loaded and resumed, with clients attached
       than at the last reading
     anything else                       nothing
 
 "Else than at the last reading", not "else than what is live": a table that was changed
 by command since, or that has changed itself (a clone that became linear), is left alone until the
-file changes. Devices that have gone from the file stay: removing is for who knows that nobody
-needs them. One device that is refused keeps what it has and does not hold up the others.
+file changes. A device that is no longer in the file stays, as long as it is open: the person who
+knows that it is not needed any more removes it. One device that is refused keeps what it has and
+does not hold up the others.
 """
 
 import asyncio
 import logging
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
+from nbdtarget.clock import timeout
 from nbdtarget.config.file import Config, ConfigError, DeviceConfig, read
+from nbdtarget.config.openings import Opening
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
 
-__all__ = ["ConfiguredDevices"]
+__all__ = ["START_S_MAX", "ConfiguredDevices"]
+
+# How long a start, or a reload, waits for devices that take their time to open; they go on alone.
+START_S_MAX: Final = 5.0
 
 log: Final = logging.getLogger(__name__)
 
@@ -38,24 +49,18 @@ class ConfiguredDevices:
         self._registry = registry
         self._config = config
         self._lock = asyncio.Lock()  # one start or reload after another
+        self._openings: dict[str, Opening] = {}
 
     async def start(self) -> None:
-        """Make all devices, or none.
-
-        Raises: NbdTargetError, naming the file and the device.
-        """
-        made: list[str] = []
+        """Open all devices; those that cannot be opened go on being tried."""
         async with self._lock:
-            try:
-                for device in self._config.devices:
-                    await self._create(device)
-                    made.append(device.name)
-            except NbdTargetError as error:
-                for name in reversed(made):
-                    await self._registry.remove(name)
-                raise NbdTargetError(
-                    f"{self._config.path}: device {device.name}: {error}"
-                ) from error
+            await self._open(self._config.devices)
+
+    async def close(self) -> None:
+        """Try no more to open what is not open."""
+        for opening in list(self._openings.values()):
+            await opening.stop()
+        self._openings.clear()
 
     async def reload(self) -> dict[str, list[str]]:
         """Read the file again and follow it.
@@ -67,23 +72,23 @@ class ConfiguredDevices:
             existing = {device.dm_name for device in self._registry.devices()}
             config = read(self._config.path, self._registry.types, existing)
             self._say_what_stays(config, existing)
-            done: dict[str, list[str]] = {"created": [], "loaded": [], "refused": []}
             before = {device.name: device for device in self._config.devices}
+            await self._forget(before.keys() - {each.name for each in config.devices})
+            self._config = config
+            done: dict[str, list[str]] = {"created": [], "loaded": [], "refused": []}
+            new = [each for each in config.devices if self._is_to_open(each)]
+            for opening in await self._open(new):
+                what = "created" if opening.is_open else "refused"
+                done[what].append(opening.device.name)
             kept: list[DeviceConfig] = []
             for device in config.devices:
                 known = before.get(device.name)
-                try:
-                    what = await self._follow(device, known)
-                except NbdTargetError as error:
-                    log.error("%s: device %s: %s", config.path, device.name, error)
-                    what = "refused"
-                if what:
-                    done[what].append(device.name)
-                if what != "refused":
-                    kept.append(device)
-                elif known is not None:
-                    kept.append(known)  # so that the next reload tries again
-            self._config = replace(self._config, devices=tuple(kept))
+                if device not in new and not await self._follow(device, known, done):
+                    if known is not None:
+                        kept.append(known)  # so that the next reload tries again
+                    continue
+                kept.append(device)
+            self._config = replace(config, devices=tuple(kept))
             return done
 
     async def reload_and_tell(self) -> None:
@@ -102,33 +107,96 @@ class ConfiguredDevices:
             ]
             log.warning("reloaded: %s", "; ".join(told) or "nothing has changed")
 
-    async def _follow(self, device: DeviceConfig, known: DeviceConfig | None) -> str:
-        """Do what the file wants; return what was done, "" for nothing."""
-        if self._registry.maybe_device(device.name) is None:
-            await self._create(device)
-            return "created"
-        if device.specs and (known is None or not _same(known, device)):
+    # ---- devices that are not open yet ----
+
+    def _is_to_open(self, device: DeviceConfig) -> bool:
+        return (
+            device.name in self._openings
+            or self._registry.maybe_device(device.name) is None
+        )
+
+    async def _open(self, devices: Iterable[DeviceConfig]) -> list[Opening]:
+        """Begin to open, or try again, and wait a while; lower devices come first."""
+        begun = []
+        for device in devices:
+            opening = self._openings.get(device.name)
+            if opening is not None and opening.device == device:
+                opening.try_now()
+            else:
+                await self._forget([device.name])
+                opening = self._openings[device.name] = self._opening_of(device)
+                await opening.start()
+            begun.append(opening)
+        with suppress(TimeoutError):
+            async with timeout(START_S_MAX):
+                for opening in begun:
+                    await opening.tried.wait()
+        return begun
+
+    def _opening_of(self, device: DeviceConfig) -> Opening:
+        return Opening(
+            self._registry,
+            device,
+            path=self._config.path,
+            directory=self._config.directory,
+            lower=[
+                self._openings[name]
+                for name in device.stands_on()
+                if name in self._openings
+            ],
+            ended=self._opened,
+        )
+
+    def _opened(self, opening: Opening) -> None:
+        """Nothing is left to try: what stands on the device need not wait any longer."""
+        name = opening.device.name
+        if self._openings.get(name) is opening:
+            del self._openings[name]
+        for other in self._openings.values():
+            if name in other.device.stands_on():
+                other.try_now()
+
+    async def _forget(self, names: Iterable[str]) -> None:
+        """Give up devices that are not in the file any more and were never open."""
+        for name in names:
+            if opening := self._openings.pop(name, None):
+                await opening.stop()
+
+    # ---- devices that are open ----
+
+    async def _follow(
+        self,
+        device: DeviceConfig,
+        known: DeviceConfig | None,
+        done: dict[str, list[str]],
+    ) -> bool:
+        """Load what the file says, if it says something new. False: it was refused."""
+        if not device.specs or (known is not None and _same(known, device)):
+            return True
+        try:
             await self._load(device)
-            return "loaded"
-        return ""
+        except NbdTargetError as error:
+            log.error("%s: device %s: %s", self._config.path, device.name, error)
+            done["refused"].append(device.name)
+            return False
+        done["loaded"].append(device.name)
+        return True
 
     def _say_what_stays(self, config: Config, existing: set[str]) -> None:
         before, path = self._config, config.path
         gone = {device.name for device in before.devices} & existing
+        gone -= self._openings.keys()
         for name in sorted(gone - {device.name for device in config.devices}):
-            log.warning("%s: device %s has gone from it: left", path, name)
+            log.warning(
+                "device %s is no longer in %s; it is still served: `nbdtarget remove %s'"
+                " removes it",
+                name,
+                path,
+                name,
+            )
         for key in ("listen", "control", "control_token_file", "limits"):
             if getattr(config, key) != getattr(before, key):
                 log.warning("%s: `%s' changes with a restart", path, key)
-
-    async def _create(self, device: DeviceConfig) -> None:
-        await self._registry.create(
-            device.name,
-            device.table if device.specs else None,
-            uuid=device.uuid,
-            directory=self._config.directory,
-            read_only=device.read_only,
-        )
 
     async def _load(self, device: DeviceConfig) -> None:
         await self._registry.load(

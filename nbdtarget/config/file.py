@@ -33,10 +33,11 @@ import msgspec
 
 from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
+from nbdtarget.config.table_words import words_mistake
 from nbdtarget.control.paths import control_address
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import UUID_LENGTH_MAX, check_name
-from nbdtarget.dm.table import TargetSpec, scan_table
+from nbdtarget.dm.table import SECTOR, TargetSpec, scan_table
 from nbdtarget.errors import ListenError, NbdTargetError, TableError
 from nbdtarget.server.address import UnixAddress, parse_address
 from nbdtarget.server.limits import RELATIONS, Limits
@@ -331,6 +332,9 @@ class _Reader:
         specs, mistakes = scan_table(text, self._types)
         for line_nr, reason in mistakes:
             self._mistake(self._table_line(path, line_nr), reason)
+        for spec in () if mistakes else specs:
+            if reason := words_mistake(spec):
+                self._mistake(self._table_line(path, _line_of(text, spec)), reason)
         return text, tuple(specs)
 
     def _table_line(self, path: KeyPath, line_nr: int) -> KeyPath:
@@ -367,3 +371,12 @@ class _Reader:
             if MAPPER + lower in words and not words[0].startswith("#"):
                 return self._table_line(path, line_nr)
         raise AssertionError("it stands on it")
+
+
+def _line_of(table: str, spec: TargetSpec) -> int:
+    """The line of a table, from 1, where the target stands."""
+    begin = str(spec.begin // SECTOR)
+    for line_nr, line in enumerate(table.split("\n"), 1):
+        if line.split()[:1] == [begin]:
+            return line_nr
+    return 1

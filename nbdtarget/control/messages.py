@@ -192,8 +192,11 @@ class TableLine(Answer):
 
 
 class DeviceLines(Answer):
+    """`failure`: why the device has no table although it is meant to have one, or ""."""
+
     name: str
     lines: tuple[TableLine, ...]
+    failure: str = ""
 
 
 class LinesAnswer(Answer):
@@ -212,6 +215,7 @@ class InfoLine(Answer):
 
     `deps` are the devices that the live table stands on, `mapped_deps` those of them that are
     mapped devices, by their names; `used_by`: mapped devices whose live table stands on it.
+    `failure`: why it has no table although it is meant to have one, or "".
     """
 
     name: str
@@ -231,6 +235,7 @@ class InfoLine(Answer):
     mapped_deps: tuple[str, ...] = ()
     used_by: tuple[str, ...] = ()
     deferred_remove: bool = False
+    failure: str = ""
 
 
 class InfoAnswer(Answer):

@@ -196,7 +196,12 @@ def _lines(
             for line, fields in lines
             if target is None or line[2] == target
         ),
+        _failure(device),
     )
+
+
+def _failure(device: MappedDevice) -> str:
+    return "" if device.has_table else device.failure
 
 
 def _has_target(device: MappedDevice, type_name: str) -> bool:
@@ -230,4 +235,5 @@ def _info(
         ),
         used_by=tuple(used_by.get(device.name, ())),
         deferred_remove=device.deferred_remove,
+        failure=_failure(device),
     )

@@ -64,6 +64,8 @@ class MappedDevice(MappedIo):
         events: of the targets, and of renaming; counted by `event_nr`.
         open_count: exports and tables that hold this device; see `put`.
         deferred_remove: it is removed when nobody holds it any more.
+        failure: why it has no table although it is meant to have one, or "". Nothing is decided by it
+            once there is a table.
     """
 
     def __init__(
@@ -84,8 +86,14 @@ class MappedDevice(MappedIo):
         self.events = EventCounter()
         self.open_count = 0
         self.deferred_remove = False
+        self.failure = ""
         self._unused = unused
         self._verbs = asyncio.Lock()
+
+    @property
+    def has_table(self) -> bool:
+        """Whether a table is live, or is going to be."""
+        return self.active is not None or self.inactive is not None
 
     def put(self) -> None:
         """One opener less."""

@@ -214,7 +214,8 @@ class OpenDevices:
                 name, f"{holder.dm_name} would stand on itself", errnos.ELOOP
             )
         if lower.active is None:
-            raise ResolveError(name, "has no table", errnos.ENXIO)
+            reason = lower.failure or "has no table"
+            raise ResolveError(name, reason, errnos.ENXIO)
         if lower.read_only and not read_only:
             raise ResolveError(name, "Read-only device", errnos.EACCES)
         identity = f"mapper:{lower.minor}"

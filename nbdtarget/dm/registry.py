@@ -110,8 +110,17 @@ class Registry:
         if name:
             device = self._devices.get(name)
             return device if device is not None and device.active is not None else None
-        exports = [device for device in self.devices() if device.active is not None]
-        return exports[0] if len(exports) == 1 else None
+        # One that could not be opened counts: a client must not get another disk in its place.
+        exports = [each for each in self.devices() if each.has_table or each.failure]
+        only = exports[0] if len(exports) == 1 else None
+        return only if only is not None and only.active is not None else None
+
+    def why_missing(self, name: str) -> str:
+        """Why there is no export `name` although there ought to be one; "" if nobody knows."""
+        device = self._devices.get(name)
+        if device is None or device.has_table or not device.failure:
+            return ""
+        return f"export {name!r} cannot be served now: {device.failure}"
 
     def acquire(self, name: str) -> MappedDevice:
         """Hold the export called `name` open. Raises: KeyError: there is none."""
@@ -140,6 +149,7 @@ class Registry:
         directory: str = "/",
         read_only: bool = False,
         permissions: frozenset[Permission] = frozenset(),
+        failure: str = "",
     ) -> MappedDevice:
         """Create a device; with a table, load and resume it in one go.
 
@@ -148,6 +158,7 @@ class Registry:
             minor: its minor number; None: the lowest that is free.
             directory: absolute; where relative paths in the table are meant.
             permissions: what the caller allows, see `nbdtarget.permissions`.
+            failure: shown as long as it has no table, see `MappedDevice.failure`.
         Raises: TableError, ConstructorError; nothing is left of the device then.
         """
         check_name(name)
@@ -164,6 +175,7 @@ class Registry:
             uuid=uuid,
             unused=self._remove_unused,
         )
+        device.failure = failure
         self._devices[name] = device
         self._load_locks[device] = asyncio.Lock()
         if table is None:

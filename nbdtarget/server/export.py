@@ -20,7 +20,9 @@ from protocol.consts import (
     FLAG_SEND_TRIM,
     FLAG_SEND_WRITE_ZEROES,
     PAYLOAD_MAX_DEFAULT,
+    REP_ERR_UNKNOWN,
 )
+from protocol.errors import OptionError
 from protocol.handshake import ExportInfo
 
 __all__ = [
@@ -43,6 +45,10 @@ class ExportDirectory(Protocol):
 
     def maybe_get(self, name: str) -> Device | None:
         """Return the device of that name; "" is the only one, if there is one."""
+        ...
+
+    def why_missing(self, name: str) -> str:
+        """Return why that export cannot be served now, as a sentence; "": there is none."""
         ...
 
     def acquire(self, name: str) -> Device:
@@ -105,6 +111,8 @@ class DirectoryExports:
     def lookup(self, name: str) -> ExportInfo | None:
         device = self.directory.maybe_get(name)
         if device is None:
+            if reason := self.directory.why_missing(name):
+                raise OptionError(REP_ERR_UNKNOWN, reason)
             return None
         description = ""
         for listed, text in self.directory.names():

@@ -3,6 +3,7 @@
 
 import asyncio
 import gc
+import json
 import os
 import signal
 import socket
@@ -190,6 +191,35 @@ def test_a_config_with_mistakes_is_refused_with_their_lines(tmp_path: Path) -> N
         f"nbdtarget: {config}:3: `device.a.uuid': Expected `str`, got `int`",
     ]
     assert not (tmp_path / "nbdtarget").exists()
+
+
+def test_a_device_that_cannot_be_opened_is_shown_as_failed_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "disks.toml"
+    config.write_text(
+        '[device.a]\ntable = "0 8 zero"\n[device.b]\ntable = "0 8 linear late.img 0"\n'
+    )
+    serve = ServeProcess(tmp_path, "--config", str(config))
+    reason = (
+        f"linear: Device lookup failed: {tmp_path}/late.img: no such file or directory"
+    )
+    assert serve.run("ls") == f"a\t(253:0)\nb\t(253:1) failed: {reason}\n"
+    assert serve.run("status") == f"a: 0 8 zero \nb: failed: {reason}\n"
+    assert f"Failure:           {reason}\n" in serve.run("info", "b")
+    (info,) = json.loads(serve.run("info", "b", "--json"))["devices"]
+    assert info["failure"] == reason
+    (tmp_path / "late.img").write_bytes(bytes(4096))
+    serve.process.send_signal(signal.SIGHUP)
+    assert serve.process.stderr is not None
+    said = [serve.process.stderr.readline() for _ in range(3)]
+    assert said == [
+        f"nbdtarget: {config}: device b: {reason}; it is not served, and tried again\n",
+        f"nbdtarget: {config}: device b: is open\n",
+        "nbdtarget: reloaded: b created\n",
+    ]
+    assert serve.run("ls") == "a\t(253:0)\nb\t(253:1)\n"
+    assert serve.end(signal.SIGTERM) == ""
 
 
 def test_a_stop_does_not_wait_for_a_server_that_does_not_start(tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 """The devices of a configuration file: made, and followed when it changes."""
 
 import logging
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from nbdtarget.clock import sleep, timeout
+from nbdtarget.config import devices, openings
 from nbdtarget.config.devices import ConfiguredDevices
 from nbdtarget.config.file import ConfigError, read
 from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import NbdTargetError, TableError
+from nbdtarget.errors import TableError
+from nbdtarget.server.export import DirectoryExports
+from protocol.errors import OptionError
 
 NOTHING: dict[str, list[str]] = {"created": [], "loaded": [], "refused": []}
 
@@ -50,6 +55,8 @@ class Server:
 async def server(tmp_path: Path) -> AsyncIterator[Server]:
     server = Server(tmp_path / "disks.toml")
     yield server
+    if server.devices is not None:
+        await server.devices.close()
     await server.registry.close()
 
 
@@ -62,13 +69,115 @@ async def test_start_makes_lower_devices_first(server: Server) -> None:
     }
 
 
-async def test_start_makes_all_or_none(server: Server, tmp_path: Path) -> None:
-    server.write(a="0 8 zero", b="0 8 linear missing.img 0", c="0 8 zero")
-    with pytest.raises(NbdTargetError) as caught:
-        await server.start()
-    assert f"{server.path}: device b: " in str(caught.value)
-    assert f"{tmp_path}/missing.img" in str(caught.value)
-    assert server.tables() == {}
+async def test_one_missing_disk_does_not_keep_the_others_from_being_served(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.write(
+        a="0 8 zero",
+        b="0 8 linear missing.img 0",
+        c="0 8 linear /dev/mapper/b 0",
+        d="0 8 zero",
+    )
+    await server.start()
+    assert server.tables() == {"a": "0 8 zero", "b": "", "c": "", "d": "0 8 zero"}
+    missing = f"{tmp_path}/missing.img: no such file"
+    failures = {each.dm_name: each.failure for each in server.registry.devices()}
+    assert missing in failures["b"]
+    assert failures["c"].startswith("linear: Device lookup failed: /dev/mapper/b: ")
+    assert missing in failures["c"]
+    assert f"{server.path}: device b: linear: Device lookup failed" in caplog.text
+
+
+async def test_a_device_that_could_not_be_opened_is_tried_again_until_it_is_there(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openings, "RETRY_S_MIN", 0.01)
+    server.write(c="0 8 linear /dev/mapper/b 0", b="0 8 linear late.img 0")
+    await server.start()
+    assert server.tables() == {"b": "", "c": ""}
+    (tmp_path / "late.img").write_bytes(bytes(4096))
+    async with timeout(5):
+        while "" in server.tables().values():
+            await sleep(0.01)
+    assert server.tables() == {
+        "b": f"0 8 linear {tmp_path}/late.img 0",
+        "c": "0 8 linear /dev/mapper/b 0",
+    }
+
+
+async def test_a_reload_tries_at_once_what_could_not_be_opened(
+    server: Server, tmp_path: Path
+) -> None:
+    server.write(b="0 8 linear late.img 0", c="0 8 linear /dev/mapper/b 0")
+    await server.start()
+    assert await server.reload() == {**NOTHING, "refused": ["b", "c"]}
+    (tmp_path / "late.img").write_bytes(bytes(4096))
+    assert await server.reload() == {**NOTHING, "created": ["b", "c"]}
+    assert await server.reload() == NOTHING
+
+
+async def test_a_reload_opens_as_the_file_says_now_and_forgets_what_is_not_in_it(
+    server: Server,
+) -> None:
+    server.write(b="0 8 linear missing.img 0", c="0 8 linear missing.img 0")
+    await server.start()
+    server.write(b="0 8 zero")
+    assert await server.reload() == {**NOTHING, "created": ["b"]}
+    assert server.tables() == {"b": "0 8 zero"}
+
+
+async def test_a_device_that_could_not_be_opened_is_left_to_who_loads_a_table(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(openings, "RETRY_S_MIN", 0.01)
+    server.write(b="0 8 linear late.img 0", c="0 8 linear late.img 0")
+    await server.start()
+    await server.registry.load("b", "0 8 zero")
+    await server.registry.resume("b")
+    await server.registry.remove("c")
+    (tmp_path / "late.img").write_bytes(bytes(4096))
+    await sleep(0.05)
+    assert server.tables() == {"b": "0 8 zero"}
+
+
+async def test_damaged_metadata_of_one_device_does_not_keep_the_others_from_being_served(
+    server: Server, tmp_path: Path
+) -> None:
+    for name in ("source", "dest"):
+        (tmp_path / name).write_bytes(bytes(64 << 10))
+    (tmp_path / "metadata").write_bytes(b"no metadata".ljust(1 << 20, b"x"))
+    server.write(a="0 128 clone metadata dest source 8", b="0 8 zero")
+    await server.start()
+    assert server.tables() == {"a": "", "b": "0 8 zero"}
+    assert "Failed to load metadata" in server.registry.get("a").failure
+
+
+async def test_a_device_that_takes_long_to_open_does_not_hold_up_the_start(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "START_S_MAX", 0.05)
+    path = tmp_path / "silent.sock"
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen()
+        server.write(a=f"0 8 linear nbd+unix:///?socket={path} 0", b="0 8 zero")
+        async with timeout(2):
+            await server.start()
+        assert server.tables() == {"a": "", "b": "0 8 zero"}
+        assert server.registry.get("a").failure == "is being opened"
+
+
+async def test_a_client_of_a_device_that_could_not_be_opened_is_told_why(
+    server: Server, tmp_path: Path
+) -> None:
+    server.write(a="0 8 linear missing.img 0", b="0 8 zero")
+    await server.start()
+    exports = DirectoryExports(server.registry)
+    with pytest.raises(OptionError, match=r"cannot be served now: .*no such file"):
+        exports.lookup("a")
+    assert exports.lookup("") is None, "the only one that is there is not the only one"
+    assert exports.lookup("b") is not None
+    assert exports.lookup("c") is None
 
 
 async def test_reload_creates_and_loads_and_touches_nothing_else(
@@ -116,7 +225,7 @@ async def test_what_has_gone_from_the_file_stays(
     server.write()
     assert await server.reload() == NOTHING
     assert server.tables() == {"a": "0 8 zero"}
-    assert "device a has gone from it: left" in caplog.text
+    assert f"device a is no longer in {server.path}; it is still served" in caplog.text
 
 
 async def test_a_file_with_a_mistake_changes_nothing(server: Server) -> None:

@@ -107,6 +107,30 @@ table = '''
     ]
 
 
+def test_words_that_no_device_makes_right_are_mistakes_of_the_file() -> None:
+    found = mistakes(
+        """[device.a]
+table = '''
+0 8 zero
+8 8 linear missing.img here
+'''
+[device.b]
+table = "0 8 clone m d s 12"
+[device.c]
+table = "0 8 clone m d s 8 1 hydrate_never"
+[device.d]
+table = "0 8 cache m c o 64 0 lru 0"
+[device.e]
+table = "0 8 cache m c o 64 1 writebak default 0"
+"""
+    )
+    assert found[0] == "4: linear: Invalid device sector"
+    assert found[1] == "7: clone: Region size is not a power of 2"
+    assert found[2].startswith("9: clone: Invalid feature argument")
+    assert found[3].startswith("11: cache: Error creating cache's policy")
+    assert found[4].startswith("13: cache: Unrecognised cache feature requested")
+
+
 def test_devices_that_stand_on_each_other() -> None:
     loop = "\n".join(
         f'[device.{name}]\ntable = "0 8 linear /dev/mapper/{below} 0"'

@@ -94,6 +94,7 @@ class Directory:
     def __init__(self, devices: dict[str, Device]) -> None:
         self.devices = devices
         self.nr_open = dict.fromkeys(devices, 0)
+        self.missing: dict[str, str] = {}
 
     def names(self) -> Iterable[tuple[str, str]]:
         return [(name, f"about {name}") for name in self.devices]
@@ -102,6 +103,9 @@ class Directory:
         if name == "" and len(self.devices) == 1:
             return next(iter(self.devices.values()))
         return self.devices.get(name)
+
+    def why_missing(self, name: str) -> str:
+        return self.missing.get(name, "")
 
     def acquire(self, name: str) -> Device:
         device = self.maybe_get(name)
