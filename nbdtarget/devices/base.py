@@ -139,6 +139,12 @@ class Device:
         self.health = Health()
 
     @property
+    def losses(self) -> int:
+        """How often writes that had ended, and were not flushed, may have been lost: never fewer
+        than before. A stacked device counts what was lost below it while it stood there."""
+        return self.health.losses
+
+    @property
     def limits(self) -> QueueLimits:
         return QueueLimits(
             self.logical_block_size, self.io_min, self.io_opt, self.discard_granularity

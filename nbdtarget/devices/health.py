@@ -9,16 +9,18 @@
 *Losses.* `losses` counts how often writes that had ended, and that no FLUSH had covered yet, may have
 been lost although the device goes on. Everybody who flushes must learn of each loss once, as each
 open file learns of a lost page once from fsync: whoever promises durability remembers the
-number that it has reported, and fails one FLUSH when the number has grown.
+number that it has reported, and fails one FLUSH when the number has grown. `nbdtarget.devices.losses`
+does the comparing.
 """
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from enum import Enum
 
 from nbdtarget.clock import wall_clock_s
 
-__all__ = ["Health", "HealthState"]
+__all__ = ["Bequest", "Health", "HealthState"]
 
 
 class HealthState(Enum):
@@ -27,6 +29,19 @@ class HealthState(Enum):
     OK = "ok"
     LATCHED = "latched"
     LOST = "lost"
+
+
+class Bequest:
+    """What connections to a device that are closed now have left behind for the next one.
+
+    Attributes:
+        losses: the lowest number of losses that one of them had been told.
+    """
+
+    __slots__ = ("losses",)
+
+    def __init__(self, losses: int) -> None:
+        self.losses = losses
 
 
 class Health:
@@ -39,9 +54,20 @@ class Health:
         errors: how many requests have failed since the device was opened, by operation.
         last_error: the last of them in words; "" if there was none.
         losses: see the module head.
+        bequest: see `nbdtarget.devices.losses`; None: nothing.
+        watchers: each is called when the device becomes latched or lost, or loses something.
     """
 
-    __slots__ = ("errno", "errors", "last_error", "losses", "since_s", "state")
+    __slots__ = (
+        "bequest",
+        "errno",
+        "errors",
+        "last_error",
+        "losses",
+        "since_s",
+        "state",
+        "watchers",
+    )
 
     def __init__(self) -> None:
         self.state = HealthState.OK
@@ -50,6 +76,8 @@ class Health:
         self.errors: Counter[str] = Counter()
         self.last_error = ""
         self.losses = 0
+        self.bequest: Bequest | None = None
+        self.watchers: list[Callable[[], None]] = []
 
     @property
     def is_usable(self) -> bool:
@@ -69,6 +97,16 @@ class Health:
         """Go to LOST; returns whether that is news."""
         return self._become(HealthState.LOST, errno)
 
+    def note_loss(self) -> None:
+        """Writes that had ended, and that no FLUSH had covered, may be gone."""
+        self.losses += 1
+        self.notify()
+
+    def notify(self) -> None:
+        """Call the watchers."""
+        for watcher in tuple(self.watchers):
+            watcher()
+
     def recover(self) -> None:
         """The device answers again; nothing that it had acknowledged is in doubt but `losses`."""
         self.state = HealthState.OK
@@ -81,4 +119,5 @@ class Health:
         self.state = state
         self.errno = errno
         self.since_s = wall_clock_s()
+        self.notify()
         return True

@@ -239,10 +239,21 @@ class MappedDevice(MappedIo):
             raise TableError("Invalid argument: no inactive table")
         await self._suspend()
         old, new, self.inactive = self.active, self.inactive, None
-        if old is not None and any(t.has_lost_writes() for t in old.targets):
-            self._owes_flush_error = True
+        if old is not None and self._swap_loses(old, new):
+            self.health.note_loss()
         self._adopt(new)
         return old
+
+    def _swap_loses(self, old: Table, new: Table) -> bool:
+        """Whether writes that have ended under `old` are reached by no FLUSH any more."""
+        if old.failed or any(target.has_lost_writes() for target in old.targets):
+            return True
+        if self._is_flushed or old.read_only:
+            return False
+        # What `noflush` left out, or a flush that failed: then it is counted a second time, which
+        # is told no second time, as no FLUSH ends before the device is resumed.
+        written = [device for device in old.data_devices() if not device.read_only]
+        return not set(written) <= set(new.data_devices())
 
     async def replace_target(self, old: Target, new: Target) -> None:
         """Put `new` in the place of `old` in the live table; destroy `old`, and nothing else.

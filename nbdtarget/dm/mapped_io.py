@@ -18,9 +18,17 @@ Queued bios. A queue entry owns its payload. The queue has no bound of its own: 
 in it is what the submitters may have in flight, and every submitter is bounded.
 
 FLUSH goes to every target, `num_flush_bios` times, and ends when all have ended, with the
-first error. If a table that has lost unflushed writes was swapped away, the next FLUSH
-fails, whatever the new table can do: it is asked about those writes too. WRITE_ZEROES to a
-target that cannot is turned into writes of zeroes (`ZeroFill`); DISCARD to a target that cannot ends with 0 at once.
+first error. WRITE_ZEROES to a target that cannot is turned into writes of zeroes (`ZeroFill`);
+DISCARD to a target that cannot ends with 0 at once.
+
+Losses (see `nbdtarget.devices.health`). What a mapped device has lost is its own count, in its
+`health`, plus what the devices below its live table have lost since that table became live
+(`losses`). When a table is swapped away, what was lost below it is added to our own count, so the sum
+neither shrinks nor jumps with a swap. Our own count goes up when a table is swapped away with
+writes that had ended and were not flushed: the flush of the suspend failed, the target says
+so (`has_lost_writes`), the table has failed, or `noflush` left the flush out and the next table does
+not stand on the same devices, so that no later FLUSH reaches the writes. Whoever flushes a mapped
+device learns of it from the number, on its way up through any number of tables, and not from the FLUSH.
 
 Pushing back. A suspend with `noflush` does not wait for bios that a target only holds back and has
 not begun below (`Target.push_back`): each goes to the front of the queue as it came, and is mapped
@@ -114,6 +122,7 @@ class MappedIo(Device):
     # hot: an object that has more than thirty attributes in its dictionary is slower to ask.
     __slots__ = (
         "_clock",
+        "_data_devices",
         "_drained",
         "_fast_end",
         "_fast_map",
@@ -123,9 +132,9 @@ class MappedIo(Device):
         "_in_flight",
         "_is_flushed",
         "_limits",
+        "_losses_before",
         "_lower",
         "_nr_pushed_back",
-        "_owes_flush_error",
         "_queue",
         "_queueing",
         "_running",
@@ -144,7 +153,8 @@ class MappedIo(Device):
         self._queueing = True
         self._in_flight = 0
         self._drained: asyncio.Future[None] | None = None
-        self._owes_flush_error = False
+        self._data_devices: tuple[Device, ...] = ()  # below the live table
+        self._losses_before = 0  # theirs, when the table became live
         self._limits = QueueLimits()
         self._is_flushed = False  # suspended, and all that has ended is durable
         self._running = asyncio.Event()
@@ -163,6 +173,14 @@ class MappedIo(Device):
     def limits(self) -> QueueLimits:
         """Those of the live table."""
         return self._limits
+
+    @property
+    def losses(self) -> int:
+        """See *Losses* in the module head."""
+        return self.health.losses + self._losses_below()
+
+    def _losses_below(self) -> int:
+        return sum(each.losses for each in self._data_devices) - self._losses_before
 
     def event(self) -> None:
         """Count one event and wake who waits for it."""
@@ -225,11 +243,6 @@ class MappedIo(Device):
             bio.on_end(self._bio_ended)
 
     def _submit_flush(self, table: Table, bio: Bio) -> None:
-        if self._owes_flush_error:
-            # As fsync reports a lost page: once, to whoever asks next.
-            self._owes_flush_error = False
-            bio.end(errnos.EIO)
-            return
         targets = [
             target for target in table.targets for _ in range(target.num_flush_bios)
         ]
@@ -365,9 +378,10 @@ class MappedIo(Device):
         self._fast_map = _Chain(device, delta + more, self._fast_through).map
 
     async def _flush(self, table: Table) -> None:
-        """Make durable what has ended, whatever becomes of the table after this."""
-        if self._owes_flush_error:
-            return  # it is owed to a client, not to us
+        """Make durable what has ended, whatever becomes of the table after this.
+
+        If that fails it is a loss, which the clients' next FLUSH tells.
+        """
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def ended(bio: Bio) -> None:
@@ -377,7 +391,7 @@ class MappedIo(Device):
         self._submit_flush(table, Bio(OP_FLUSH, 0, 0, None, 0, ended))
         errno = await done
         if errno:
-            self._owes_flush_error = True
+            self.health.note_loss()
             _log.error("%s: flush: %s", self.name, os.strerror(errno))
         self._is_flushed = not errno
 
@@ -400,6 +414,9 @@ class MappedIo(Device):
 
     def _adopt(self, table: Table) -> None:
         """Make `table` live: what a device can do is what its live table can do."""
+        self.health.losses += self._losses_below()
+        self._data_devices = table.data_devices()
+        self._losses_before = sum(each.losses for each in self._data_devices)
         self.active = table
         targets = table.targets
         self.size = table.size

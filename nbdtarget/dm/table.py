@@ -190,6 +190,15 @@ class Table:
         for target in self.targets:
             yield from target.iterate_devices()
 
+    def data_devices(self) -> tuple[Device, ...]:
+        """Every device below that holds what clients have written, once."""
+        found = {
+            id(device): device
+            for target in self.targets
+            for device in target.data_devices()
+        }
+        return tuple(found.values())
+
     @property
     def limits(self) -> QueueLimits:
         """What requests suit all targets and what lies below them."""

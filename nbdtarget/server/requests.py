@@ -40,39 +40,24 @@ import os
 import socket
 from typing import Final, NamedTuple
 
-from nbdtarget.bio import (
-    FAST_ZERO,
-    FUA,
-    NO_UNMAP,
-    OP_CACHE,
-    OP_DISCARD,
-    OP_FLUSH,
-    OP_READ,
-    OP_WRITE,
-    OP_WRITE_ZEROES,
-    PENDING,
-    Bio,
-)
+from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.losses import ConnectionObserver
 from nbdtarget.errors import DeviceError
 from nbdtarget.server.block_status import describe
+from nbdtarget.server.commands import OPS, bio_flags_of
 from nbdtarget.server.output import HEADER_ROOM, Output
 from nbdtarget.server.shared import Host, Shared
 from nbdtarget.server.zeroes import is_zero
 from protocol.consts import (
     CMD_BLOCK_STATUS,
-    CMD_CACHE,
     CMD_DISC,
     CMD_FLAG_DF,
-    CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
-    CMD_FLAG_NO_HOLE,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_READ,
-    CMD_TRIM,
     CMD_WRITE,
-    CMD_WRITE_ZEROES,
     EINVAL,
     ESHUTDOWN,
     OFFSET_DATA,
@@ -116,13 +101,6 @@ _CHUNK: Final = STRUCTURED_REPLY_MAGIC
 assert CMD_FLAG_FUA == FUA
 assert REPLY_FLAG_DONE == REPLY_TYPE_OFFSET_DATA == 1
 assert SIMPLE_REPLY.size == 16
-
-_OPS: Final = {
-    CMD_FLUSH: OP_FLUSH,
-    CMD_TRIM: OP_DISCARD,
-    CMD_CACHE: OP_CACHE,
-    CMD_WRITE_ZEROES: OP_WRITE_ZEROES,
-}
 
 
 class Violation(Exception):
@@ -176,6 +154,7 @@ class Requests:
         self._output = output
         self._device = device
         self._submit = device.submit
+        self._observer = ConnectionObserver(device)
         self._transmission = transmission
         self._is_shutting_down = False
         # The bio of the fast path.
@@ -226,6 +205,7 @@ class Requests:
 
     def drop(self) -> None:
         """The connection is closed: forget the WRITE that was being received."""
+        self._observer.close()
         bio = self._large_bio
         if bio is not None:
             request = bio.private
@@ -486,19 +466,7 @@ class Requests:
             self._start_block_status(flags, cookie, offset, length)
         else:
             request = _Request(cookie, command, flags, offset, 0, None)
-            if command == CMD_FLUSH:
-                offset = length = 0
-            self._start(
-                Bio(
-                    _OPS[command],
-                    offset,
-                    length,
-                    None,
-                    _bio_flags(command, flags),
-                    self._ended,
-                    request,
-                )
-            )
+            self._start(self._make_bio(request, length))
         return self._begin + _HEADER
 
     def _refusal(
@@ -563,6 +531,20 @@ class Requests:
         output = self._output
         if output.nr_queued >= self._limits.flush_at and not output.is_blocked:
             self._host.flush()  # a large reply: let the client begin with it
+
+    def _make_bio(self, request: _Request, length: int) -> Bio:
+        """Make a bio without payload; a FLUSH also tells what the device has lost meanwhile."""
+        _, command, flags, offset, _, _ = request
+        if command != CMD_FLUSH:
+            op, bio_flags = OPS[command], bio_flags_of(command, flags)
+            return Bio(op, offset, length, None, bio_flags, self._ended, request)
+        mark = self._observer.mark()
+
+        def ended(bio: Bio) -> None:
+            bio.status = self._observer.end(mark, bio.status)
+            self._ended(bio)
+
+        return Bio(OP_FLUSH, 0, 0, None, 0, ended, request)
 
     def _start_block_status(
         self, flags: int, cookie: int, offset: int, length: int
@@ -683,15 +665,3 @@ class Requests:
         else:
             self._output.push(header)
             self._output.push(payload, charge, buffer)
-
-
-def _bio_flags(command: int, flags: int) -> int:
-    """FUA means nothing to a FLUSH or a CACHE, and those bios do not carry it."""
-    if command in (CMD_FLUSH, CMD_CACHE):
-        return 0
-    bio_flags = flags & FUA
-    if flags & CMD_FLAG_NO_HOLE:
-        bio_flags |= NO_UNMAP
-    if flags & CMD_FLAG_FAST_ZERO:
-        bio_flags |= FAST_ZERO
-    return bio_flags

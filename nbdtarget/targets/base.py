@@ -215,6 +215,13 @@ class Target:
         """The devices below."""
         return ()
 
+    def data_devices(self) -> Iterable[Device]:
+        """Those of `iterate_devices` that hold what clients have written.
+
+        What another one loses is not theirs: the target itself sees to its metadata.
+        """
+        return self.iterate_devices()
+
     def io_hints(self, limits: QueueLimits) -> QueueLimits:
         """What requests this target likes; `limits` are what the devices below like, stacked."""
         return limits

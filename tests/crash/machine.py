@@ -31,6 +31,7 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.volatile_cache import Fate
 from tests.crash.invariants import Invariants
 from tests.support.clock import SimClock
@@ -137,7 +138,9 @@ class Driver:
         self.stamp = 0
         self.suspended = False
         self.background: asyncio.Task[None] | None = None
+        self._observed: tuple[Device, FlushObserver] | None = None
         self.run(rig.start())
+        assert self._observer
 
     def run(self, steps: Coroutine[Any, Any, T]) -> T:
         """Run one coroutine of the rig, with everything else that is due."""
@@ -207,16 +210,26 @@ class Driver:
     def discard(self, offset: int, length: int) -> None:
         self._changed(OP_DISCARD, offset, length, None, False)
 
+    @property
+    def _observer(self) -> FlushObserver:
+        """What the client, who is one connection, has been told of losses in this life."""
+        if self._observed is None or self._observed[0] is not self.rig.disk:
+            self._observed = self.rig.disk, FlushObserver(self.rig.disk)
+        return self._observed[1]
+
     def flush(self) -> None:
         promised = self.model.start_flush()
+        observer = self._observer
+        mark = observer.mark()
         invariants = self.rig.invariants
         begun = None if self.suspended else invariants.flush_submitted()
 
         def ended(bio: Bio) -> None:
             if self.in_flight.pop(bio, None) is None:
                 return  # of a life that has ended
-            self.model.end_flush(promised, ok=bio.status == 0)
-            if bio.status == 0:
+            status = observer.end(mark, bio.status)
+            self.model.end_flush(promised, ok=status == 0)
+            if status == 0:
                 invariants.flush_ended(begun)
 
         self._submit(Bio(OP_FLUSH, 0, 0, None, 0, ended), -1, 0)
@@ -342,6 +355,7 @@ class Driver:
         self.run(self.rig.stop())
         self.run(self.rig.check())
         self.run(self.rig.start())
+        assert self._observer
 
     def cut_power(self, seed: int, fate: Fate = Fate.MIXED) -> None:
         """Cut the power here and now, and boot from what is left."""

@@ -19,6 +19,11 @@ TESTS: Final = (
     "tests/crash/test_faults.py",
 )
 
+LOSSES: Final = (
+    "tests/nbdtarget/dm/test_losses.py",
+    "tests/nbdtarget/devices/test_losses.py",
+    "tests/nbdtarget/server/test_losses.py",
+)
 NOFLUSH: Final = ("tests/nbdtarget/dm/test_noflush.py",)
 
 MAPPED_DEVICE: Final = (
@@ -64,8 +69,9 @@ MAPPED_DEVICE: Final = (
         MAPPED_DEVICE_PY,
         (
             (
-                "for t in old.targets):\n            self._owes_flush_error = True\n",
-                "for t in old.targets):\n            self._owes_flush_error = False\n",
+                "        if old is not None and self._swap_loses(old, new):\n"
+                "            self.health.note_loss()\n",
+                "",
             ),
         ),
         TESTS,
@@ -90,11 +96,51 @@ MAPPED_DEVICE: Final = (
         MAPPED_IO_PY,
         (
             (
-                "        if errno:\n            self._owes_flush_error = True",
-                "        if errno:\n            self._owes_flush_error = False",
+                "        if errno:\n            self.health.note_loss()\n",
+                "        if errno:\n",
             ),
         ),
         TESTS,
+    ),
+    Mutant(
+        "loss-told-to-one-connection-only",
+        "One client's FLUSH tells of a loss; another one, whose write is gone too, hears that all is well.",
+        "nbdtarget/server/requests.py",
+        (
+            (
+                "        self._observer = ConnectionObserver(device)\n",
+                "        self._observer = vars(device).setdefault(\n"
+                '            "observer", ConnectionObserver(device)\n'
+                "        )\n",
+            ),
+        ),
+        LOSSES,
+    ),
+    Mutant(
+        "loss-not-seen-through-a-stack",
+        "A disk loses writes, and the FLUSH of a device two tables above it says that all is well.",
+        MAPPED_IO_PY,
+        (
+            (
+                "        return self.health.losses + self._losses_below()\n",
+                "        return self.health.losses\n",
+            ),
+        ),
+        LOSSES,
+    ),
+    Mutant(
+        "table-swap-hides-a-loss",
+        "The table under which a disk lost writes is swapped away, and the loss with it.",
+        MAPPED_IO_PY,
+        (("        self.health.losses += self._losses_below()\n", ""),),
+        LOSSES,
+    ),
+    Mutant(
+        "client-that-comes-back-is-not-told",
+        "A client's connection ends, its writes are lost, and over a new one its FLUSH succeeds.",
+        "nbdtarget/devices/losses.py",
+        (("        health.bequest = Bequest(told)\n", "        assert told >= 0\n"),),
+        LOSSES,
     ),
     Mutant(
         "flush-to-one-stripe-only",

@@ -42,7 +42,7 @@ SERVER: Final = (
     Mutant(
         "fua-of-zeroes-dropped",
         "WRITE_ZEROES and TRIM lose their FUA.",
-        REQUESTS_PY,
+        "nbdtarget/server/commands.py",
         (("    bio_flags = flags & FUA\n", "    bio_flags = 0\n"),),
         REQUESTS,
     ),

@@ -421,6 +421,9 @@ class CacheTarget(Target):
         parts = self._parts
         return parts.metadata_device, parts.cache, parts.origin
 
+    def data_devices(self) -> Iterable[Device]:
+        return self._parts.cache, self._parts.origin
+
     def has_lost_writes(self) -> bool:
         return self._committer.has_failed
 

@@ -437,6 +437,9 @@ class CloneTarget(Target):
     def iterate_devices(self) -> Iterable[Device]:
         return self._parts.metadata_device, self._destination, self._source
 
+    def data_devices(self) -> Iterable[Device]:
+        return (self._destination,)
+
     def has_lost_writes(self) -> bool:
         return self._committer.has_failed
 

@@ -57,10 +57,8 @@ ROWS: Final[dict[str, tuple[str, ...]]] = {
         "test_5_1_resume_order_of_a_swap",
         "test_resume_swaps_the_inactive_table_in",
     ),
-    # Suspending does not fail here: a flush that does is owed to the next FLUSH.
-    "if suspending for the swap fails": (
-        "test_flush_that_fails_in_suspend_is_owed_to_the_next",
-    ),
+    # Suspending does not fail here: a flush that does is a loss, told by everybody's next FLUSH.
+    "if suspending for the swap fails": ("test_flush_that_fails_in_suspend_is_a_loss",),
     "a refused preresume": (REFUSED,),
     "the old table is destroyed anyway": (
         "test_5_1_refused_preresume_destroys_the_old_table",

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of a mapped device: its own, and those below its live table."""
+
+import errno as errnos
+
+import pytest
+
+from nbdtarget.bio import OP_WRITE
+from nbdtarget.devices.losses import FlushObserver
+from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.dm.registry import Registry
+from nbdtarget.errors import DeviceError
+from tests.nbdtarget.dm.support import RamOpener, make_registry
+from tests.nbdtarget.targets.support import submit
+
+LOWER = "/dev/mapper/lower"
+
+
+async def stack() -> tuple[Registry, RamOpener, MappedDevice, MappedDevice]:
+    """Two mapped devices on halves of a third one, which stands on /a."""
+    registry, opener = make_registry(a=8192, b=8192)
+    await registry.create("lower", "0 16 linear /a 0")
+    left = await registry.create("left", f"0 8 linear {LOWER} 0")
+    right = await registry.create("right", f"0 8 linear {LOWER} 8")
+    return registry, opener, left, right
+
+
+async def tells_once(observer: FlushObserver) -> None:
+    with pytest.raises(DeviceError, match="flush"):
+        await observer.flush()
+    await observer.flush()
+
+
+async def test_loss_of_a_disk_is_told_once_to_each_client_of_everything_above() -> None:
+    _, opener, *devices = await stack()
+    clients = [FlushObserver(device) for device in devices for _ in range(2)]
+    opener.open["/a"].health.note_loss()
+    for client in clients:
+        await tells_once(client)
+
+
+async def test_loss_of_a_table_swap_below_is_told_to_each_client_above() -> None:
+    registry, opener, *devices = await stack()
+    clients = [FlushObserver(device) for device in devices]
+    for device in devices:
+        submit(device, OP_WRITE, 0, b"data")
+    opener.open["/a"].flush_errno = errnos.EIO
+    await registry.load("lower", "0 16 linear /b 0")
+    await registry.resume("lower")
+    for client in clients:
+        await tells_once(client)
+
+
+async def test_table_swap_neither_hides_a_loss_nor_invents_one() -> None:
+    registry, opener = make_registry(a=4096, b=4096)
+    device = await registry.create("x", "0 8 linear /a 0")
+    await registry.create("y", "0 8 linear /b 0")
+    for _ in range(3):
+        opener.open["/b"].health.note_loss()
+    untold = FlushObserver(device)
+    opener.open["/a"].health.note_loss()
+    told = FlushObserver(device)
+    await registry.load("x", "0 8 linear /b 0")
+    await registry.resume("x")
+    await told.flush()  # what /b lost before x stood on it is not x's loss
+    await tells_once(untold)
+    opener.open["/b"].health.note_loss()
+    await tells_once(told)
+
+
+async def test_replaced_table_without_a_flush_that_leaves_the_disk_is_a_loss() -> None:
+    registry, _ = make_registry(a=4096, b=4096)
+    device = await registry.create("x", "0 8 linear /a 0")
+    client = FlushObserver(device)
+    submit(device, OP_WRITE, 0, b"data")
+    await registry.suspend("x", noflush=True)
+    await registry.load("x", "0 8 linear /b 0")
+    await registry.resume("x")
+    await tells_once(client)
+
+
+@pytest.mark.parametrize("verb", ["same disk", "flushed", "read-only"])
+async def test_replaced_table_without_a_loss(verb: str) -> None:
+    registry, _ = make_registry(a=4096, b=4096)
+    device = await registry.create(
+        "x", "0 8 linear /a 0", read_only=verb == "read-only"
+    )
+    client = FlushObserver(device)
+    submit(device, OP_WRITE, 0, b"data")
+    await registry.suspend("x", noflush=verb != "flushed")
+    disk = "/a" if verb == "same disk" else "/b"
+    await registry.load("x", f"0 8 linear {disk} 0")
+    await registry.resume("x")
+    await client.flush()
+
+
+async def test_table_that_has_failed_has_lost_what_it_did_not_flush() -> None:
+    registry, _ = make_registry(a=4096)
+    device = await registry.create("x", "0 8 linear /a 0")
+    client = FlushObserver(device)
+    assert device.active is not None
+    device.active.failed = True
+    await registry.load("x", "0 8 linear /a 0")
+    await registry.resume("x")
+    await tells_once(client)
