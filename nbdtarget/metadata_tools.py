@@ -45,7 +45,12 @@ from metadata.superblock import (
     read_area,
 )
 from nbdtarget.devices import resolve
-from nbdtarget.devices.file_open import create_fd, open_fd
+from nbdtarget.devices.file_open import (
+    create_fd,
+    give_space,
+    open_fd,
+    sync_directory,
+)
 from nbdtarget.errors import NbdTargetError
 from nbdtarget.metadata_answers import (
     CacheSizeAnswer,
@@ -218,7 +223,10 @@ def _xml_renderer(
 def dump_to_file(
     path: str, output: str, *, repair: bool = False, xml: bool = False
 ) -> tuple[str, ...]:
-    """As `dump`, into a file that appears, or is replaced, when it is complete."""
+    """As `dump`, into a file that appears, or is replaced, when it is complete.
+
+    Durable: the file and its name, unless it is a pipe.
+    """
     _refuse_same(path, output)
     if os.path.exists(output) and not os.path.isfile(output):
         if os.path.isdir(output) or stat.S_ISBLK(os.stat(output).st_mode):
@@ -239,6 +247,7 @@ def dump_to_file(
         except BaseException:
             os.unlink(temporary)
             raise
+        sync_directory(directory)
     return told
 
 
@@ -393,7 +402,7 @@ def _write_out(kind: Kind, content: Content, output: str, *, overwrite: bool) ->
     else:
         if _is_empty_file(output):
             with _failing_at(output):
-                os.truncate(output, preferred)
+                give_space(output, preferred)
             undo = partial(os.truncate, output, 0)
         try:
             file = _File(output, *open_fd(output, read_only=False))
