@@ -16,8 +16,8 @@ The middle step is for later: whoever gives the old cache line again, by mistake
 file, must find an empty cache, and not blocks that are older than what the origin has got since.
 
 Where it stops, nothing is lost, and the same command goes on from there: a table is a whole state,
-and each of the three is one in which clients are served what they wrote. A table that is refused at
-the last moment leaves the device suspended; the one before it is put back then. Ctrl-C is heeded
+and each of the three is one in which clients are served what they wrote. When a
+table is refused at the last moment, the server goes on with the one before it. Ctrl-C is heeded
 while it waits for dirty blocks, and not between the load of a table and its resume, nor in the last
 two steps, which are short; a second one ends it at once.
 
@@ -276,10 +276,9 @@ class UncacheJob:
 
     async def _pass_through(self, line: CacheLine, fields: StatusFields) -> bool:
         """Swap in passthrough; False: a block is dirty, and the old table is back."""
-        before = await self._table()
         await self._load(line, line.table_of(PASSTHROUGH, fields))
         try:
-            await self._resume(line, before)
+            await self._resume()
         except TableError as error:
             if error.errno != errnos.EBUSY:
                 raise
@@ -299,23 +298,16 @@ class UncacheJob:
 
     async def _swap(self, line: CacheLine, table: str) -> None:
         """Load and resume `table`; if it is refused, what was there before. Raises: TableError."""
-        before = await self._table()
         await self._load(line, table)
-        await self._resume(line, before)
+        await self._resume()
 
-    async def _resume(self, line: CacheLine, before: str) -> None:
+    async def _resume(self) -> None:
         try:
             await self._ask("resume", m.Resume(self._name), m.Done)
-        except TableError as refusal:
-            # The device is suspended now, and the table that was refused is live.
-            try:
-                await self._load(line, before)
-                await self._ask("resume", m.Resume(self._name), m.Done)
-            except NbdTargetError as error:
-                raise self._refused(
-                    f"{refusal}; the table before it cannot be put back either"
-                    f" ({error}): the device is suspended"
-                ) from refusal
+        except TableError:
+            # The server has put the table before it back.
+            with suppress(NbdTargetError):
+                await self._ask("clear", m.Clear(self._name), m.Done)
             raise
 
     async def _load(self, line: CacheLine, table: str) -> None:
