@@ -19,7 +19,7 @@ A committed mapping is read from the cache device, so its data must be there fir
 `insert`. If it is clean, the origin must have the same data: it may have been written just before it
 was copied, so FLUSH_ORIGIN, too. Once a removal is committed the origin is read instead, so what was written back
 must be there first: FLUSH_ORIGIN after `remove`. When blocks are recorded clean, both: what was written
-back may have been written just before that. Whatever fails: `abort`, and then `record_needs_check`.
+back may have been written just before that. Whatever fails: `abort`.
 
 A FLUSH bio needs both devices flushed, whatever `flushes` says: dirtying a block changes no metadata.
 
@@ -59,9 +59,10 @@ latest in the switching one; (2) so is each block that changed after its chunk w
 record says what a block is, and the last one wins. So the new journal ends with each such block as it was at the switching pre_commit.
 
 Abort. The mode becomes RO, and what is in core stays as it is: it tells where the data are, and an
-inserted dirty block has its data nowhere else. What is on disk is the last commit, or the one that failed.
-`record_needs_check` then forbids to open it. It skips a generation, as copies of the failed one
-may be there.
+inserted dirty block has its data nowhere else. What is on disk is the last commit, or the one that failed,
+and each of them is complete: opening it again is safe. `blame` says in core that the metadata device is to blame.
+`record_needs_check` is for who finds reason to doubt what is on the disk: it forbids to open it. It skips a
+generation, as copies of a failed one may be there.
 
 Not handled: sharing. One object per metadata device, whoever uses it.
 
@@ -139,8 +140,6 @@ __all__ = [
 _RW: Final = Mode.RW
 _FAIL: Final = Mode.FAIL
 
-STEP_CBLOCKS: Final = 4096
-
 
 @dataclass(slots=True)
 class Statistics:
@@ -180,6 +179,7 @@ class CacheMetadata(CacheBlocks):
         )
         self.clean_when_opened = bool(superblock.flags & CLEAN_SHUTDOWN)
         self._discarded = loaded.discarded
+        self._is_blamed = False
         self.statistics = Statistics(
             superblock.read_hits,
             superblock.read_misses,
@@ -292,8 +292,8 @@ class CacheMetadata(CacheBlocks):
 
     @property
     def needs_check(self) -> bool:
-        """Whether `record_needs_check` is done: this cannot be opened again."""
-        return bool(self._superblock.flags & NEEDS_CHECK)
+        """Whether the metadata device should be looked at: it failed, or says so of itself."""
+        return self._is_blamed or bool(self._superblock.flags & NEEDS_CHECK)
 
     @property
     def changed(self) -> bool:
@@ -399,11 +399,14 @@ class CacheMetadata(CacheBlocks):
         self._before = None
         self._compaction = None
 
+    def blame(self) -> None:
+        """After `abort`: it was the metadata device that failed. In core only."""
+        self._is_blamed = True
+
     def record_needs_check(self) -> Steps[None]:
         """After `abort`: forbid, durably, to open this again before a tool has looked at it.
 
-        Whatever the abort was for, a commit or not; once what was under way has ended. If this
-        fails, too: `fail`.
+        Once what was under way has ended. A commit that failed is no reason for it.
 
         Raises: FailedMetadata.
         Durable: `needs_check`, over the last committed state, when this returns.

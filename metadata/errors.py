@@ -5,6 +5,7 @@
      +- NotFormatted         nothing but zeroes where the superblock goes: `format` may follow
      +- NotOurs              somebody else's bytes: never touched
      +- CorruptMetadata      ours, but not what the superblock vouches for: never rolled back
+     |   +- NeedsCheck       ours and readable, but marked: a tool must look at it first
      +- UnsupportedFormat    ours, but from a newer version: never touched
      +- UnknownKind          ours, but of a kind that nothing here knows: never touched
      +- GeometryMismatch     ours, but for another table line
@@ -13,7 +14,6 @@
      +- MetadataTooSmall     the device cannot hold it
      +- ReadOnlyMetadata     a change was asked for in mode RO
      +- FailedMetadata       anything was asked for in mode FAIL
-     +- NotTheKernels        to be imported, but no metadata of dm-cache or dm-clone
      +- BadDump              a dump in JSON or XML is not one, or says what cannot be
 
 Each `str()` is one line without the device's name, which this room does not know. A
@@ -30,9 +30,9 @@ __all__ = [
     "GeometryMismatch",
     "MetadataError",
     "MetadataTooSmall",
+    "NeedsCheck",
     "NotFormatted",
     "NotOurs",
-    "NotTheKernels",
     "ReadOnlyMetadata",
     "UnknownKind",
     "UnsupportedFormat",
@@ -89,6 +89,16 @@ class CorruptMetadata(MetadataError):
             f"corrupt metadata: {self.where}: expected {self.expected},"
             f" found {self.found}"
         )
+
+
+class NeedsCheck(CorruptMetadata):
+    """The superblock says that a tool must look at the metadata before it is used again."""
+
+    def __init__(self) -> None:
+        super().__init__("superblock flags", "no needs_check", "needs_check")
+
+    def __str__(self) -> str:
+        return "metadata is marked as needing a check (needs_check)"
 
 
 class UnsupportedFormat(MetadataError):
@@ -194,20 +204,6 @@ class FailedMetadata(MetadataError):
 
     def __str__(self) -> str:
         return "metadata has failed"
-
-
-class NotTheKernels(MetadataError):
-    """What was to be imported is no metadata of the kernel's. `found`: what is there, in words."""
-
-    def __init__(self, found: str) -> None:
-        super().__init__(found)
-        self.found = found
-
-    def __str__(self) -> str:
-        return (
-            "is no metadata of the kernel's dm-cache or dm-clone, or has been wiped:"
-            f" {self.found}"
-        )
 
 
 class BadDump(MetadataError):

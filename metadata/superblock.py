@@ -64,6 +64,7 @@ from metadata.envelope import (
 from metadata.errors import (
     CorruptMetadata,
     MetadataTooSmall,
+    NeedsCheck,
     NotFormatted,
     NotOurs,
     UnsupportedFormat,
@@ -75,7 +76,6 @@ __all__ = [
     "CLONE",
     "COUNTER_MAX",
     "KERNEL_CACHE",
-    "KERNEL_CLONE",
     "NEEDS_CHECK",
     "NR_COPIES",
     "NR_SLOTS",
@@ -125,10 +125,9 @@ COUNTER_MAX: Final = 1 << 62
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 
 KERNEL_CACHE: Final = "the kernel's dm-cache metadata"
-KERNEL_CLONE: Final = "the kernel's dm-clone metadata"
 # Superblocks of the kernel's own targets, to name what was found: u64 at byte 32.
 _KERNEL_MAGICS: Final = {
-    0x8AF27F64: KERNEL_CLONE,
+    0x8AF27F64: "the kernel's dm-clone metadata",
     0x18C403: KERNEL_CACHE,
 }
 
@@ -394,7 +393,7 @@ def choose_superblock_of(
     _check_fields(newest)
     kind.check(newest)
     if newest.flags & NEEDS_CHECK and not admit_needs_check:
-        raise CorruptMetadata("superblock flags", "no needs_check", "needs_check")
+        raise NeedsCheck
     unhealed, notes = set(), []
     for slot in range(NR_SLOTS):
         first, second = copies[slot]

@@ -31,7 +31,6 @@ from typing import Final
 from nbdtarget.clock import timeout
 from nbdtarget.config.file import Config, ConfigError, DeviceConfig, read
 from nbdtarget.config.openings import Opening
-from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
 
@@ -85,7 +84,7 @@ class ConfiguredDevices:
             for device in config.devices:
                 known = before.get(device.name)
                 if device not in new and not await self._follow(device, known, done):
-                    if known is not None and self._serves(device.name):
+                    if known is not None:
                         kept.append(known)  # so that the next reload tries again
                     continue
                 kept.append(device)
@@ -182,11 +181,6 @@ class ConfiguredDevices:
             return False
         done["loaded"].append(device.name)
         return True
-
-    def _serves(self, name: str) -> bool:
-        """Whether the device runs with the table that it had: if not, any text must be loaded."""
-        device = self._registry.maybe_device(name)
-        return device is not None and device.state is State.ACTIVE
 
     def _say_what_stays(self, config: Config, existing: set[str]) -> None:
         before, path = self._config, config.path

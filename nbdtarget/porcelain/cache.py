@@ -49,6 +49,7 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.registry import check_name
 from nbdtarget.errors import NbdTargetError, ResolveError
+from nbdtarget.metadata_faults import explain
 from nbdtarget.permissions import permissions
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
@@ -255,7 +256,7 @@ def _check_volatile(
 async def _superblock(metadata: str) -> CacheSuperblock | None:
     """What the metadata says of itself; None if there is none yet.
 
-    Raises: ResolveError: it is not ours, or damaged.
+    Raises: NbdTargetError: it is not ours, or damaged.
     """
     if await look.is_fresh(metadata):
         return None
@@ -265,7 +266,7 @@ async def _superblock(metadata: str) -> CacheSuperblock | None:
     except NotFormatted:
         return None
     except MetadataError as error:
-        raise ResolveError(metadata, str(error)) from error
+        raise NbdTargetError(explain(error, metadata)) from error
     finally:
         await device.close()
     return found.superblock
@@ -445,7 +446,11 @@ class CacheJob(job.Job[CachePlan]):
         except NbdTargetError as error:
             known, reason = None, str(error)
         else:
-            reason = f"{plan.metadata}: was not recorded as shut down cleanly"
+            reason = (
+                f"{plan.metadata}: the last changes could not be recorded; what was recorded"
+                " before is not damaged, and the same line goes on from there when its disks"
+                " are well"
+            )
         if known is not None and known.flags & CLEAN_SHUTDOWN:
             nr_bytes = known.nr_dirty * known.block_size
             self._report(self._reporter.stopped, known.nr_dirty, nr_bytes)

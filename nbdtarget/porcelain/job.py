@@ -23,6 +23,7 @@ from nbdtarget.control.paths import control_address, control_token
 from nbdtarget.daemon import Daemon, default_listen, passed_sockets
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.dm.table import Table
 from nbdtarget.permissions import Permission
 
 __all__ = ["Job", "Plan", "Reporter"]
@@ -112,6 +113,7 @@ class Job(Generic[P]):
                 return 0  # told to stop before anybody was served: nothing has changed
             plan, device = begun
             watcher = asyncio.create_task(self._watch(device, plan))
+            table: Table | None = None
             try:
                 await self._daemon.wait_for_stop()
             finally:
@@ -122,11 +124,14 @@ class Job(Generic[P]):
                 finally:
                     self._served.stopping()
                     self._daemon.release_signals()
+                    table = device.active
                     await self._daemon.close()
         finally:
             self._daemon.release_signals()
         if not watcher.cancelled() and watcher.exception() is not None:
             raise AssertionError("watching has failed") from watcher.exception()
+        if table is not None and _has_lost_any(device, table):
+            self._has_failed = True
         await self._ended(plan)
         return 1 if self._has_failed else 0
 
@@ -175,3 +180,10 @@ class Job(Generic[P]):
             tell(*words)
         except OSError as error:
             _log.debug("cannot report: %s", error)
+
+
+def _has_lost_any(device: MappedDevice, table: Table) -> bool:
+    """Whether the last flush or commit of a device that is closed has failed; the log says why."""
+    if table.failed or any(target.has_lost_writes() for target in table.targets):
+        return True
+    return not (table.read_only or device.is_flushed)

@@ -15,9 +15,13 @@ wait a moment.
 The middle step is for later: whoever gives the old cache line again, by mistake or from an old
 file, must find an empty cache, and not blocks that are older than what the origin has got since.
 
+Before each step the origin is flushed. If that fails, nothing is changed: the cache goes on with the table that it has,
+which serves what the origin cannot take, and the error says so. To take the step would mean to
+suspend a table that cannot be committed, and to find the next one read-only.
+
 Where it stops, nothing is lost, and the same command goes on from there: a table is a whole state,
-and each of the three is one in which clients are served what they wrote. When a
-table is refused at the last moment, the server goes on with the one before it. Ctrl-C is heeded
+and each of the three is one in which clients are served what they wrote. A table that is refused at
+the last moment leaves the device suspended; the one before it is put back then. Ctrl-C is heeded
 while it waits for dirty blocks, and not between the load of a table and its resume, nor in the last
 two steps, which are short; a second one ends it at once.
 
@@ -258,6 +262,7 @@ class UncacheJob:
         wanted = line.table_of(WRITETHROUGH, fields)
         if await self._table() != wanted:
             await self._swap(line, wanted)
+            self._errors_before = 0  # the new table counts its own
         await self._ask_message("clean_now")
         progress = _Progress()
         while True:
@@ -276,9 +281,11 @@ class UncacheJob:
 
     async def _pass_through(self, line: CacheLine, fields: StatusFields) -> bool:
         """Swap in passthrough; False: a block is dirty, and the old table is back."""
+        before = await self._table()
+        await self._check_origin(line)
         await self._load(line, line.table_of(PASSTHROUGH, fields))
         try:
-            await self._resume()
+            await self._resume(line, before)
         except TableError as error:
             if error.errno != errnos.EBUSY:
                 raise
@@ -298,16 +305,34 @@ class UncacheJob:
 
     async def _swap(self, line: CacheLine, table: str) -> None:
         """Load and resume `table`; if it is refused, what was there before. Raises: TableError."""
+        before = await self._table()
+        await self._check_origin(line)
         await self._load(line, table)
-        await self._resume()
+        await self._resume(line, before)
 
-    async def _resume(self) -> None:
+    async def _check_origin(self, line: CacheLine) -> None:
+        """Flush the origin. Raises: UncacheError: it takes no flush; nothing has been changed."""
+        try:
+            await self._ask_message("flush_origin")
+        except TableError as error:
+            raise self._refused(
+                f"the origin takes no flush ({error}): nothing has been changed, and the"
+                f" cache goes on serving. Give this command again when {line.origin} is well"
+            ) from error
+
+    async def _resume(self, line: CacheLine, before: str) -> None:
         try:
             await self._ask("resume", m.Resume(self._name), m.Done)
-        except TableError:
-            # The server has put the table before it back.
-            with suppress(NbdTargetError):
-                await self._ask("clear", m.Clear(self._name), m.Done)
+        except TableError as refusal:
+            # The device is suspended now, and the table that was refused is live.
+            try:
+                await self._load(line, before)
+                await self._ask("resume", m.Resume(self._name), m.Done)
+            except NbdTargetError as error:
+                raise self._refused(
+                    f"{refusal}; the table before it cannot be put back either"
+                    f" ({error}): the device is suspended"
+                ) from refusal
             raise
 
     async def _load(self, line: CacheLine, table: str) -> None:
@@ -332,9 +357,11 @@ class UncacheJob:
             raise self._refused("somebody has loaded another table")
         fields = lines[0].fields
         if fields.get("mode") != "rw":
+            reason = fields.get("last_error") or "a commit has failed"
             raise self._refused(
-                "the cache cannot record anything any more, and is left as it is:"
-                f" {lines[0].params.strip()}"
+                f"the cache is read-only ({reason}), and is left as it is. When its disks are well,"
+                " load its table again (load, then resume) or restart its server, and give this"
+                " command again"
             )
         return fields
 

@@ -27,14 +27,30 @@ by the commit before) flushes the backing devices once, for all of them.
     state      changed, running      FLUSH and FUA
     clean      no, no                the target passes them straight down
     dirty      one of them           wait for the next commit
-    failed     any                   EIO for good
+    failed     any                   EIO until the table is loaded again
 
-Failure. When any step fails, we do not know what the disk holds, and a later flush that
-"succeeds" would prove nothing (the kernel may have dropped the dirty pages). So the metadata
-is aborted: it forgets what was not committed and becomes read-only, all who wait get
-EIO, and so does every later FLUSH and FUA until the target is constructed anew, and reads the
-disk. If the metadata device cannot even be read any more, or refuses to take note of the failure
-where the target wants that (`record_failure`), the metadata fails altogether.
+Failure. Whatever step fails, the disk holds the last commit, or all of the failed one:
+
+    what failed                        what is on the disk
+    a flush of a backing device        the last commit. Records of the journal may be there, but no
+                                       superblock vouches for them
+    a write or flush of the journal    the last commit, for the same reason
+    a write of the superblock          the last commit or this one, each complete: data and journal were
+                                       durable before, and opening takes the newest valid copy
+
+So nothing on the disk is in doubt, no mark is written there, and whoever opens the metadata again, be it a
+new table or another process, goes on from a complete commit. What is in doubt is what is in core: a later
+flush that "succeeds" would prove nothing (the kernel may have dropped the dirty pages), and
+the changes that we have taken may rest on such pages. Therefore the metadata is aborted: it becomes
+read-only, all who wait get EIO, and so does every later FLUSH and FUA until a table is
+constructed anew, and reads the disk. If the metadata device cannot even be read any more, the
+metadata fails altogether.
+
+A device that goes on, but says that it may have lost what no flush had covered (`Device.losses`), has failed its
+next flush, once.
+
+A failed flush of a backing device that nothing was written to since its last good flush (`Unflushed`) has
+lost nothing, and fails nobody.
 
 Compaction (a new snapshot, so that the journal can start over) runs beside the commits as a task of
 its own, and is waited for only by `quiesce`.
@@ -43,7 +59,7 @@ its own, and is waited for only by `quiesce`.
 import asyncio
 import errno as errnos
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from metadata.errors import FailedMetadata, MetadataError
@@ -54,7 +70,7 @@ from nbdtarget.clock import Clock, Timer
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError
 
-__all__ = ["COMMIT_PERIOD_S", "Committable", "Committer", "Transaction"]
+__all__ = ["COMMIT_PERIOD_S", "Committable", "Committer", "Transaction", "Unflushed"]
 
 COMMIT_PERIOD_S: Final = 1.0
 PROBE_BYTES: Final = 4096
@@ -90,6 +106,31 @@ class Committable(Protocol):
     def fail(self) -> None: ...
 
 
+class Unflushed(Protocol):
+    """Knows whether a backing device holds anything that no flush has covered yet."""
+
+    def begin_flush(self) -> object:
+        """A flush begins; what is returned is given back when it has ended well."""
+        ...
+
+    def end_flush(self, begun: object) -> None:
+        """That flush has ended well."""
+        ...
+
+    @property
+    def has_any(self) -> bool:
+        """Whether anything was written since the last flush that ended well, or may have been."""
+        ...
+
+
+class _MetadataFailure(Exception):
+    """The metadata device did not take what a commit wrote, or the metadata refused it."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
 class Committer:
     """Commits the metadata of one target. See the module head.
 
@@ -99,8 +140,13 @@ class Committer:
         backing: the devices that hold the data which the metadata vouches for.
         committed: called after each successful commit, before those who waited are told.
         failed: called once, after the metadata has been aborted (or has failed).
-        record_failure: steps that tell the metadata device, after an abort, that a commit has
-            failed. If they fail, too, so does the metadata.
+        metadata_failed: called before that if it was the metadata device that failed.
+        aborts_on_loss: what is in core rests on data that no flush has covered, also when there is
+            nothing to commit: so if these may be lost, the metadata is aborted.
+
+    Attributes:
+        unflushed: of backing devices of which the owner knows what was written to them.
+        last_error: why the last flush or commit failed, in one line; None: none has.
     """
 
     def __init__(
@@ -113,7 +159,8 @@ class Committer:
         *,
         committed: Callable[[], None],
         failed: Callable[[], None],
-        record_failure: Callable[[], Steps[None]] | None = None,
+        metadata_failed: Callable[[], None] | None = None,
+        aborts_on_loss: bool = False,
         commit_period_s: float = COMMIT_PERIOD_S,
     ) -> None:
         self.name = name
@@ -125,7 +172,12 @@ class Committer:
         self.has_failed = False
         self._committed = committed
         self._failed = failed
-        self._record_failure = record_failure
+        self._metadata_failed = metadata_failed
+        self.unflushed: dict[Device, Unflushed] = {}
+        # What each device had lost before we stood on it is no news for those who flush us.
+        self._losses = {each: each.losses for each in (device, *backing)}
+        self._aborts_on_loss = aborts_on_loss
+        self.last_error: str | None = None
         self._commit_waiters: list[Callable[[int], None]] = []
         self._flush_waiters: list[Callable[[int], None]] = []
         self._wants_clean = False
@@ -256,12 +308,15 @@ class Committer:
         clean, self._wants_clean = self._wants_clean, False
         try:
             if self._compaction_error is not None:
-                raise self._compaction_error
+                raise _MetadataFailure(self._compaction_error)
             transaction = self.metadata.pre_commit(clean_shutdown=clean)
             if transaction is not None:
                 await self._commit_transaction(transaction)
+        except _MetadataFailure as failure:
+            await self._abort(failure.cause, blames_metadata=True)
+            return errnos.EIO
         except (DeviceError, MetadataError) as error:
-            await self._abort(error)
+            await self._abort(error, blames_metadata=False)
             return errnos.EIO
         if transaction is not None:
             self._committed()
@@ -270,25 +325,69 @@ class Committer:
         return await self._flush_only() if has_flushes else 0
 
     async def _commit_transaction(self, transaction: Transaction) -> None:
-        """Steps 2 to 4 of the module head."""
+        """Steps 2 to 4 of the module head. Raises: DeviceError, _MetadataFailure."""
         await _all(
-            *(device.flush() for device in self.backing),
-            metadata_io.run(self.device, transaction.journal()),
+            *(self._flush(device) for device in self.backing),
+            self._run_steps(transaction.journal()),
         )
-        await metadata_io.run(self.device, transaction.superblock())
+        await self._run_steps(transaction.superblock())
         transaction.done()
 
-    async def _flush_only(self) -> int:
+    async def _run_steps(self, steps: Steps[None]) -> None:
+        """Run steps over the metadata device. Raises: _MetadataFailure."""
         try:
-            await _all(*(device.flush() for device in self.backing))
+            await metadata_io.run(self.device, steps)
+            self._check_losses(self.device)
+        except (DeviceError, MetadataError) as error:
+            raise _MetadataFailure(error) from error
+
+    def _has_lost(self, losses: Mapping[Device, int]) -> bool:
+        """Whether a backing device has lost anything since its losses were these."""
+        return any(each.losses != losses[each] for each in self.backing)
+
+    def _check_losses(self, device: Device) -> None:
+        """Once for each loss, raise DeviceError: what was written before may be gone."""
+        losses = device.losses
+        if losses != self._losses[device]:
+            self._losses[device] = losses
+            raise DeviceError(errnos.EIO, device.name, "flush", 0, 0)
+
+    async def _flush(self, device: Device) -> None:
+        """Flush a backing device. Raises: DeviceError: and something may be lost by that."""
+        unflushed = self.unflushed.get(device)
+        if unflushed is None:
+            await device.flush()
+            self._check_losses(device)
+            return
+        had_any = unflushed.has_any
+        begun = unflushed.begin_flush()
+        try:
+            await device.flush()
+            self._check_losses(device)
         except DeviceError as error:
+            if had_any:
+                raise
+            log.warning("%s: %s; nothing was left to be flushed", self.name, error)
+        else:
+            unflushed.end_flush(begun)
+
+    async def _flush_only(self) -> int:
+        losses = dict(self._losses)
+        try:
+            await _all(*(self._flush(device) for device in self.backing))
+        except DeviceError as error:
+            if self._aborts_on_loss and self._has_lost(losses):
+                await self._abort(error, blames_metadata=False)
+                return errnos.EIO
             # Data may be lost, but no metadata depends on it: all of that is committed.
+            self.last_error = f"flush: {error}"
             log.error("%s: flush: %s", self.name, error)
             return error.errno
         return 0
 
-    async def _abort(self, error: Exception) -> None:
-        log.error("%s: metadata commit failed: %s", self.name, error)
+    async def _abort(self, error: Exception, *, blames_metadata: bool) -> None:
+        self.last_error = f"commit: {error}"
+        log.error("%s: commit failed: %s", self.name, error)
         # At once: what is reverted must not be built on while we probe.
         self.has_failed = True
         self._compaction_error = None
@@ -296,13 +395,18 @@ class Committer:
             self.metadata.abort()
         try:
             await self.device.read(0, PROBE_BYTES)
-            if self._record_failure is not None:
-                await metadata_io.run(self.device, self._record_failure())
-        except (DeviceError, FailedMetadata) as unusable:
+        except DeviceError as unusable:
             log.error("%s: switching to fail mode: %s", self.name, unusable)
             self.metadata.fail()
         else:
-            log.error("%s: switching to read-only mode", self.name)
+            if blames_metadata and self._metadata_failed is not None:
+                self._metadata_failed()
+            log.error(
+                "%s: read-only until its table is loaded again: no FLUSH can be promised;"
+                " %s holds the last commit, and is not damaged",
+                self.name,
+                self.device.name,
+            )
         self._give_up()
 
     def _give_up(self) -> None:

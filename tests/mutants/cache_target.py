@@ -51,11 +51,44 @@ CACHE_TARGET: Final = (
         MATRIX,
     ),
     _mutant(
-        "failed-commit-not-noted-on-disk",
-        "After a failed commit anybody may open the metadata, and believes them.",
-        TARGET,
-        ("            record_failure=parts.metadata.record_needs_check,\n", ""),
-        (UNIT + "test_spec_14.py",),
+        "needs-check-written-after-a-failed-flush",
+        "An origin that is away for a second leaves a cache that no restart gets past.",
+        "nbdtarget/targets/committer.py",
+        (
+            "            await self.device.read(0, PROBE_BYTES)\n",
+            "            await self.device.read(0, PROBE_BYTES)\n"
+            "            mark = getattr(self.metadata, 'record_needs_check', None)\n"
+            "            if mark is not None:\n"
+            "                await metadata_io.run(self.device, mark())\n",
+        ),
+        (UNIT + "test_spec_3_2.py",),
+    ),
+    _mutant(
+        "write-to-the-origin-not-counted",
+        "A miss is written to the origin, whose flush fails, and FLUSH is acknowledged.",
+        FOREGROUND,
+        (
+            "            blocks.discards.clear(oblock)\n"
+            "            blocks.origin_writes.nr_sent += 1\n"
+            "        self._submit_held(blocks.origin, bio, oblock)\n",
+            "            blocks.discards.clear(oblock)\n"
+            "        self._submit_held(blocks.origin, bio, oblock)\n",
+        ),
+        (UNIT + "test_spec_3_2.py",),
+    ),
+    _mutant(
+        "write-back-not-counted",
+        "A block is written back, the origin's flush fails, and the removal is committed.",
+        MIGRATIONS,
+        ("            blocks.origin_writes.nr_sent += 1\n", ""),
+        (UNIT + "test_spec_3_2.py",),
+    ),
+    _mutant(
+        "flush-covers-writes-under-way",
+        "A flush that began while a write was under way counts as its flush.",
+        "nbdtarget/targets/cache/unflushed.py",
+        ("if self._is_quiet() else self._nr_covered", ""),
+        (UNIT + "test_spec_3_2.py",),
     ),
     _mutant(
         "table-after-a-failed-commit-promises-fua",
@@ -283,8 +316,10 @@ CACHE_TARGET: Final = (
         (
             "            blocks.metadata.statistics.write_misses += 1\n"
             "            blocks.discards.clear(oblock)\n"
+            "            blocks.origin_writes.nr_sent += 1\n"
             "        self._submit_held",
             "            blocks.metadata.statistics.write_misses += 1\n"
+            "            blocks.origin_writes.nr_sent += 1\n"
             "        self._submit_held",
         ),
         (UNIT + "test_spec_2_2.py", *CRASH),

@@ -19,10 +19,10 @@ FAULTS: Final = (
 
 _TOGETHER: Final = """\
         await _all(
-            *(device.flush() for device in self.backing),
-            metadata_io.run(self.device, transaction.journal()),
+            *(self._flush(device) for device in self.backing),
+            self._run_steps(transaction.journal()),
         )
-        await metadata_io.run(self.device, transaction.superblock())
+        await self._run_steps(transaction.superblock())
         transaction.done()
 """
 
@@ -34,10 +34,10 @@ COMMIT: Final = (
         (
             (
                 _TOGETHER,
-                "        await metadata_io.run(self.device, transaction.journal())\n"
-                "        await metadata_io.run(self.device, transaction.superblock())\n"
+                "        await self._run_steps(transaction.journal())\n"
+                "        await self._run_steps(transaction.superblock())\n"
                 "        transaction.done()\n"
-                "        await _all(*(device.flush() for device in self.backing))\n",
+                "        await _all(*(self._flush(device) for device in self.backing))\n",
             ),
         ),
         WALKS,
@@ -49,8 +49,8 @@ COMMIT: Final = (
         (
             (
                 _TOGETHER,
-                "        await metadata_io.run(self.device, transaction.journal())\n"
-                "        await metadata_io.run(self.device, transaction.superblock())\n"
+                "        await self._run_steps(transaction.journal())\n"
+                "        await self._run_steps(transaction.superblock())\n"
                 "        transaction.done()\n",
             ),
         ),
@@ -64,10 +64,10 @@ COMMIT: Final = (
             (
                 _TOGETHER,
                 "        async def write() -> None:\n"
-                "            await metadata_io.run(self.device, transaction.journal())\n"
-                "            await metadata_io.run(self.device, transaction.superblock())\n"
+                "            await self._run_steps(transaction.journal())\n"
+                "            await self._run_steps(transaction.superblock())\n"
                 "\n"
-                "        await _all(*(device.flush() for device in self.backing), write())\n"
+                "        await _all(*(self._flush(device) for device in self.backing), write())\n"
                 "        transaction.done()\n",
             ),
         ),
@@ -125,8 +125,10 @@ COMMIT: Final = (
         COMMITTER_PY,
         (
             (
-                "            await self._abort(error)\n            return errnos.EIO",
-                "            await self._abort(error)\n            return 0",
+                "            await self._abort(error, blames_metadata=False)\n"
+                "            return errnos.EIO\n        if transaction",
+                "            await self._abort(error, blames_metadata=False)\n"
+                "            return 0\n        if transaction",
             ),
         ),
         FAULTS,
@@ -178,6 +180,33 @@ COMMIT: Final = (
             ),
         ),
         FAULTS,
+    ),
+    Mutant(
+        "loss-of-a-backing-device-not-looked-at",
+        "A backing device has lost what was written to it, and a commit vouches for that.",
+        COMMITTER_PY,
+        (
+            (
+                "            await device.flush()\n            self._check_losses(device)\n"
+                "            return\n",
+                "            await device.flush()\n            return\n",
+            ),
+        ),
+        COMMITTER,
+    ),
+    Mutant(
+        "loss-of-the-metadata-device-not-looked-at",
+        "The metadata device has lost journal records, and a superblock vouches for them.",
+        COMMITTER_PY,
+        (("            self._check_losses(self.device)\n", ""),),
+        COMMITTER,
+    ),
+    Mutant(
+        "failed-flush-of-what-was-written-forgiven",
+        "A device fails its flush, though something was written to it: FLUSH is acknowledged.",
+        COMMITTER_PY,
+        (("            if had_any:\n                raise\n", ""),),
+        ("tests/nbdtarget/targets/cache/test_spec_3_2.py",),
     ),
     Mutant(
         "commit-never-due",

@@ -26,6 +26,7 @@ from nbdtarget.policies.base import Policy
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.locks import BlockLocks
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, Options
+from nbdtarget.targets.cache.unflushed import OriginWrites
 from nbdtarget.targets.committer import Committer
 
 __all__ = ["Blocks"]
@@ -41,6 +42,7 @@ class Blocks:
         is_writeback, is_passthrough: of the mode's three; neither: writethrough.
         nr_promotions, nr_demotions: since this table was constructed.
         nr_migrating: migrations under way, as far as they copy.
+        origin_writes: counts what is written to the origin, for who flushes it.
         event: raises a device-mapper event.
         wake: tells the migrations that there may be something to do.
         broken: takes an exception of our own making, after which nothing can be trusted.
@@ -70,6 +72,9 @@ class Blocks:
         self.committer = committer
         self.discards = discards
         self.locks = BlockLocks()
+        self.origin_writes = OriginWrites(
+            lambda: not (self.locks.has_writers or self.nr_migrating)
+        )
         self.length = length
         self.block_size: Final = metadata.block_size
         self.nr_oblocks = length // metadata.block_size

@@ -18,8 +18,8 @@ from metadata.cache import CacheMetadata
 from metadata.cache_records import NR_CBLOCKS_MAX
 from metadata.errors import (
     BlockSizeMismatch,
-    CorruptMetadata,
     MetadataError,
+    NeedsCheck,
     NotFormatted,
     ReadOnlyMetadata,
 )
@@ -27,6 +27,7 @@ from metadata.mode import Mode
 from nbdtarget import metadata_io
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError
+from nbdtarget.metadata_faults import explain
 from nbdtarget.policies.base import Policy, PolicyConfigError
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.targets.base import TargetContext
@@ -163,9 +164,10 @@ async def _open_metadata(
         if metadata.mode is not Mode.RW:
             raise ReadOnlyMetadata  # features that we may only read
     except MetadataError as error:
-        if isinstance(error, CorruptMetadata) and error.found == "needs_check":
-            raise opening.error(NO_WRITE_ACCESS) from error
-        reason = f"Error creating metadata object: {error}"
+        fault = explain(error, device.name)
+        if isinstance(error, NeedsCheck):
+            raise opening.error(f"{NO_WRITE_ACCESS} {fault}") from error
+        reason = f"Error creating metadata object: {fault}"
         raise opening.error(reason, metadata_errno(error)) from error
     except DeviceError as error:
         reason = f"Error creating metadata object: {error}"

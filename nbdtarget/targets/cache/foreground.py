@@ -143,7 +143,7 @@ class Foreground:
         if blocks.has_failed:
             bio.end(errnos.EIO)
         elif first >= blocks.nr_oblocks:
-            self._submit(blocks.origin, bio)
+            self._take_tail(bio)
         elif bio.op == OP_DISCARD:
             self._discard(bio)
         elif bio.op == OP_CACHE:
@@ -175,6 +175,18 @@ class Foreground:
         for piece in split_bio(bio, lengths):
             piece.private = _PIECE
             self.take(piece)
+
+    def _take_tail(self, bio: Bio) -> None:
+        """Behind the last whole block: always the origin's, and no block is held."""
+        writes = self._blocks.origin_writes
+        writes.nr_sent += 1
+        self._submit(self._blocks.origin, bio)
+        if bio.status < 0:
+
+            def ended(_: Bio) -> None:
+                writes.nr_sent += 1
+
+            bio.on_end(ended)
 
     def _take_block(self, bio: Bio, oblock: int) -> None:
         blocks = self._blocks
@@ -248,6 +260,7 @@ class Foreground:
         else:
             blocks.metadata.statistics.write_misses += 1
             blocks.discards.clear(oblock)
+            blocks.origin_writes.nr_sent += 1
         self._submit_held(blocks.origin, bio, oblock)
         self._missed(answer == MISS_WAKE)
 
@@ -350,6 +363,7 @@ class Foreground:
                 )
                 return
         self._blocks.metadata.begin_write_through(cblock)
+        self._blocks.origin_writes.nr_sent += 1
         through = WriteThrough(
             bio, lambda: self._written_through(through, oblock, cblock)
         )
@@ -454,6 +468,7 @@ class Foreground:
                 blocks.policy.invalidate(cblock)
                 blocks.nr_demotions += 1
                 blocks.discards.clear(oblock)
+                blocks.origin_writes.nr_sent += 1
                 self._submit_held(blocks.origin, bio, oblock)
             self._unlock(lock)
 
@@ -484,6 +499,7 @@ class Foreground:
             blocks.policy.complete_background_work(work, False)
             blocks.metadata.statistics.write_misses += 1
             blocks.discards.clear(work.oblock)
+            blocks.origin_writes.nr_sent += 1
             self._submit_held(blocks.origin, bio, work.oblock)
             self._unlock(lock)
             return

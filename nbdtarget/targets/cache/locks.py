@@ -87,6 +87,11 @@ class BlockLocks:
     def nr_holds(self) -> int:
         return sum(self._readers.values()) + sum(self._writers.values())
 
+    @property
+    def has_writers(self) -> bool:
+        """Whether any write holds a block."""
+        return bool(self._writers)
+
     # Shared
 
     def nr_writers(self, oblock: int) -> int:

@@ -355,6 +355,8 @@ class Migrations:
             return True
         if not blocks.discards.is_discarded(oblock):
             await self._demoter.copy(cblock * size, size, oblock * size)
+            # Not before: after a copy that failed the block is dirty still, and nothing is lost.
+            blocks.origin_writes.nr_sent += 1
         self._retry_s = RETRY_S_MIN
         blocks.set_clean(cblock)
         return True

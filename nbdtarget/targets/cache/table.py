@@ -26,6 +26,9 @@ line reads the same. Features and the keys above are the same in upper case, pol
 feature may be repeated, but for the three modes; the last value of a key wins. Words after the
 policy's are ignored. Numbers have 64 bits.
 
+The message `flush_origin` (*) flushes the origin, and fails if that fails; in every mode, and
+nothing else happens.
+
 Messages name blocks by ranges: `<n>`, or `<begin>-<end>` without the end.
 
 Pure: devices are opened by the constructor, between the steps here.

@@ -25,9 +25,11 @@ Life. The constructor loads no mappings, so that a table can be loaded while ano
 metadata runs; `Activation` does, at preresume, with all refusals. From there on the metadata on disk say "not
 cleanly shut down", until postsuspend records dirty bits, the policy's hints, discards and statistics: the full sync.
 
-Failure. When a commit fails the metadata become read-only, and the superblock says `needs_check`, so that
-nobody opens them before a tool has looked at them. Reads go on, and those writes that need nothing recorded.
-If not even that can be written, the mode is Fail, and all I/O ends with EIO.
+Failure. When a commit fails the metadata become read-only in core, and no FLUSH succeeds any more. Reads go on, and those
+writes that need nothing recorded. The disk holds the last commit, so a table that is loaded now, or a server
+that is started again, goes on from there. Was it the metadata device that failed, the status line says
+`needs_check`, as the kernel's does; nothing on the disk says so, for nothing there is in doubt. If the metadata device
+cannot be read any more, either, the mode is Fail, and all I/O ends with EIO.
 
 What a crash leaves: every mapping that was committed, and its data. All of them count as dirty, or with
 `dirty_log` those that may be; hints and discards are forgotten.
@@ -46,7 +48,7 @@ from metadata.mode import Mode
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.clock import sleep
 from nbdtarget.devices.base import Device, Extent, QueueLimits
-from nbdtarget.errors import TableError
+from nbdtarget.errors import DeviceError, TableError
 from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.targets.base import (
     KILL,
@@ -103,7 +105,8 @@ class CacheTarget(Target):
             ctx.clock,
             committed=self._committed,
             failed=self._failed,
-            record_failure=parts.metadata.record_needs_check,
+            metadata_failed=parts.metadata.blame,
+            aborts_on_loss=True,
         )
         self._discards = DiscardBits(parts.block_size, ctx.length)
         self._blocks = Blocks(
@@ -120,6 +123,7 @@ class CacheTarget(Target):
             broken=self._broken,
         )
         self._blocks.remap = self._remap
+        self._committer.unflushed[parts.origin] = self._blocks.origin_writes
         self._passdown = parts.options.discard_passdown
         if self._passdown and not parts.origin.can_discard:
             log.warning(
@@ -343,6 +347,9 @@ class CacheTarget(Target):
         return join_words((*names, *self._parts.words[len(names) :]))
 
     async def message(self, words: Sequence[str]) -> str | None:
+        if [word.lower() for word in words] == ["flush_origin"]:
+            await self._flush_origin()
+            return None
         if not self._blocks.is_writable:
             raise TableError(
                 "unable to service cache target messages in READ_ONLY or FAIL mode",
@@ -365,6 +372,13 @@ class CacheTarget(Target):
             case _:
                 raise TableError("Invalid argument")
         return None
+
+    async def _flush_origin(self) -> None:
+        """Tell whether the origin takes a flush now; commits nothing. Raises: TableError."""
+        try:
+            await self._parts.origin.flush()
+        except DeviceError as error:
+            raise TableError(str(error), error.errno) from error
 
     def _set_value(self, key: str, value: str) -> None:
         options = self._blocks.options

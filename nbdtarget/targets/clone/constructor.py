@@ -16,6 +16,7 @@ from metadata.mode import Mode
 from nbdtarget import metadata_io
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError
+from nbdtarget.metadata_faults import explain
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.clone.table import (
     ARGUMENTS_MIN,
@@ -96,7 +97,7 @@ async def _open_metadata(
             read=lambda: _read_metadata(device, region_size, target_size),
         )
     except MetadataError as error:
-        reason = f"Failed to load metadata: {error}"
+        reason = f"Failed to load metadata: {explain(error, device.name)}"
         raise opening.error(reason, metadata_errno(error)) from error
     except DeviceError as error:
         reason = f"Failed to load metadata: {error}"

@@ -2,6 +2,7 @@
 """`nbdtarget clone`: what is refused before anything is touched, and that the job is done."""
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.bio import OP_FLUSH, Bio
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.paths import control_address
 from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
+from nbdtarget.devices.file import FileDevice
 from nbdtarget.errors import NbdTargetError
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions, ClonePlan, plan_clone
 from tests.nbdtarget.dm.support import make_registry
@@ -264,6 +267,33 @@ async def test_metadata_that_cannot_be_written_any_more_is_told(
     recorder = Recorder()
     assert await clone(recorder) == 1
     assert recorder.calls == ["serving", "failed", "stopping"]
+
+
+async def test_end_whose_last_commit_fails_is_told_by_the_exit_status(
+    work: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a cache does it."""
+
+    class FailAtTheEnd(Recorder):
+        def stopping(self) -> None:
+            super().stopping()
+            submit = FileDevice.submit
+
+            def fails(device: FileDevice, bio: Bio) -> None:
+                if bio.op == OP_FLUSH and device.name.endswith("/dest"):
+                    bio.end(errno.EIO)
+                else:
+                    submit(device, bio)
+
+            monkeypatch.setattr(FileDevice, "submit", fails)
+
+    assert await clone(FailAtTheEnd("serving"), exit_when_hydrated=False) == 1
+    assert f"{work}/dest: flush" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(work.parent / "r"))
+    monkeypatch.chdir(work)
+    assert await clone() == 0
+    assert (work / "dest").read_bytes() == CONTENT
 
 
 async def test_files_of_a_faster_process_are_left_alone(

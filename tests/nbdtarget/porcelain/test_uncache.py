@@ -335,7 +335,8 @@ async def test_metadata_that_cannot_be_written_any_more_ends_it(world: World) ->
             await world.disk.flush()
         await sleep(0.01)
     reason = await world.refusal()
-    assert "uncache disk: the cache cannot record anything any more" in reason
+    assert "uncache disk: the cache is read-only (" in reason
+    assert "load its table again" in reason
     assert world.recorder.ends == []
     assert world.line == before
 
@@ -343,21 +344,56 @@ async def test_metadata_that_cannot_be_written_any_more_ends_it(world: World) ->
 async def test_origin_whose_flush_fails_at_the_end_is_not_called_home(
     world: World,
 ) -> None:
-    """What has come home may be lost again: so it says, and the cache stays, to be read only."""
+    """What has come home may be lost again: so it says, and the cache goes on serving."""
     await world.create(nr_dirty=3)
 
     def fail(verb: str, request: m.Request) -> None:
-        if verb == "message":  # clean_now
+        if isinstance(request, m.Message) and request.words == ("clean_now",):
             fault = world.opener.faults["origin"]
             fault.ops, fault.fail_at = frozenset({OP_FLUSH}), 0
 
     world.before_verb = fail
-    assert "the device goes on with the table that it had" in await world.refusal()
+    assert "the origin takes no flush" in await world.refusal()
     assert world.recorder.ends == []
     assert world.disk.state is State.ACTIVE
+    assert await world.disk.read(0, SIZE) == world.content
     known = await world.superblock()
-    assert known.flags & NEEDS_CHECK
+    assert not known.flags & NEEDS_CHECK
     assert known.nr_mapped == 5
+
+
+async def test_origin_that_takes_no_flush_leaves_the_table_alone_and_still_serving(
+    world: World,
+) -> None:
+    await world.create(nr_dirty=3)
+    before = world.line
+    fault = world.opener.faults["origin"]
+    fault.ops, fault.fail_at = frozenset({OP_FLUSH, OP_WRITE}), 0
+    reason = await world.refusal()
+    assert "the origin takes no flush" in reason
+    assert "Input/output error" in reason
+    assert "Give this command again" in reason
+    assert world.line == before
+    assert world.fields["mode"] == "rw"
+    await world.write(0, b"w" * BLOCK)
+    fault.clear()
+    assert await world.uncache() == 0
+    world.check_uncached()
+
+
+async def test_errors_of_the_table_before_are_not_counted_against_the_new_one(
+    world: World,
+) -> None:
+    await world.create(nr_dirty=3)
+    fault = world.opener.faults["origin"]
+    fault.ops, fault.fail_at = frozenset({OP_WRITE}), 0
+    await world.disk.message(0, ("clean_now",))
+    while world.fields["errors"] == 0:
+        await sleep(0.01)
+    world.recorder.on_stuck = fault.clear
+    assert await world.uncache() == 0
+    assert world.recorder.stucks[0].errors > 0
+    assert all(now.errors >= 0 for now in world.recorder.drained)
 
 
 async def test_block_that_gets_dirty_again_is_waited_for_again(world: World) -> None:

@@ -74,16 +74,19 @@ class FakeTransaction:
 
 
 class Rig:
-    def __init__(self) -> None:
+    def __init__(
+        self, *, aborts_on_loss: bool = False, backing: list[Spy] | None = None
+    ) -> None:
         self.log: list[tuple[str, str, int, int]] = []
         self.device = Spy(CrashDevice(1 << 14, name="m"), self.log)
-        self.backing = [
+        self.backing = backing or [
             Spy(CrashDevice(512, name=name), self.log) for name in ("a", "b")
         ]
         self.metadata = FakeMetadata()
         self.clock = SimClock()
         self.nr_committed = 0
         self.nr_failed = 0
+        self.nr_blamed = 0
         self.committer = Committer(
             "c",
             self.metadata,
@@ -92,6 +95,8 @@ class Rig:
             self.clock,
             committed=self._committed,
             failed=self._failed,
+            metadata_failed=self._blamed,
+            aborts_on_loss=aborts_on_loss,
         )
 
     def change(self) -> None:
@@ -117,6 +122,9 @@ class Rig:
 
     def _failed(self) -> None:
         self.nr_failed += 1
+
+    def _blamed(self) -> None:
+        self.nr_blamed += 1
 
 
 async def test_commit_order() -> None:
@@ -275,6 +283,53 @@ async def test_failed_flush_without_changes_is_only_that() -> None:
     await settle()
     assert flush.status == errnos.ENOSPC
     assert not rig.committer.has_failed
+
+
+async def test_only_the_metadata_device_is_blamed_for_what_it_did() -> None:
+    for failing, op in ((0, OP_FLUSH), (2, OP_FLUSH), (2, OP_WRITE)):
+        rig = Rig()
+        [*rig.backing, rig.device][failing].fails = fail(op)
+        rig.change()
+        assert not await rig.committer.commit()
+        assert rig.nr_blamed == (failing == 2)
+        assert rig.committer.last_error is not None
+        assert rig.committer.last_error.startswith("commit: ")
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+async def test_commit_vouches_for_nothing_that_a_device_says_it_may_have_lost(
+    lost: int,
+) -> None:
+    """It goes on, as a server does that was connected to again; but its last flush did not cover all."""
+    rig = Rig()
+    rig.change()
+    [*rig.backing, rig.device][lost].health.note_loss()
+    flush = rig.flush()
+    await settle()
+    assert flush.status == errnos.EIO
+    assert rig.metadata.committed == []
+    assert rig.metadata.aborted
+
+
+@pytest.mark.parametrize("aborts", [False, True])
+async def test_loss_without_changes_fails_one_flush(aborts: bool) -> None:
+    rig = Rig(aborts_on_loss=aborts)
+    rig.backing[0].health.note_loss()
+    first = rig.flush()
+    await settle()
+    assert first.status == errnos.EIO
+    assert rig.metadata.aborted == aborts
+    second = rig.flush()
+    await settle()
+    assert second.status == (errnos.EIO if aborts else 0)
+
+
+async def test_loss_before_the_table_is_no_news() -> None:
+    rig = Rig()
+    rig.backing[0].health.note_loss()
+    late = Rig(backing=rig.backing)
+    late.change()
+    assert await late.committer.commit()
 
 
 async def test_compaction_runs_beside_commits() -> None:

@@ -340,6 +340,14 @@ class CacheLab:
         self._plug_in(*(disk.reopen(images[name]) for name, disk in old.items()))
         self.log.clear()
 
+    async def mark_needs_check(self) -> None:
+        """Have the metadata on the disk say that they need a check."""
+        disk = self.disks["m"]
+        opening = CacheMetadata.open(device_size=disk.size, block_size=self.block_size)
+        metadata = await metadata_io.run(disk, opening)
+        metadata.abort()
+        await metadata_io.run(disk, metadata.record_needs_check())
+
     def resize(self, disk: str, size: int) -> None:
         """Give a disk another size; what it loses is gone."""
         image = self.disks[disk].image()[:size].ljust(size, b"\0")

@@ -91,7 +91,7 @@ class Table:
             bench.clock,
             committed=lambda: None,
             failed=self._failed,
-            record_failure=parts.metadata.record_needs_check,
+            metadata_failed=parts.metadata.blame,
         )
         self.discards = DiscardBits(parts.block_size, bench.ctx.length)
         self.activation = Activation(bench.ctx, parts, self.committer, self.discards)

@@ -6,6 +6,8 @@ import errno as errnos
 import pytest
 
 from metadata.cache import CacheMetadata, Statistics
+from metadata.mode import Mode
+from nbdtarget import metadata_io
 from nbdtarget.bio import OP_WRITE
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
@@ -150,7 +152,7 @@ async def test_other_block_size_is_refused(is_open: bool) -> None:
         bench.cut_power()
     nr_open = bench.ctx.nr_open
     with pytest.raises(
-        ConstructorError, match="metadata object: data block size"
+        ConstructorError, match="metadata object: m: data block size"
     ) as caught:
         await construct(bench.ctx, f"m c o {3 * SECTORS} 0 smq 0".split())
     assert caught.value.errno == errnos.EINVAL
@@ -160,18 +162,37 @@ async def test_other_block_size_is_refused(is_open: bool) -> None:
 async def test_metadata_that_need_a_check_are_refused() -> None:
     bench = Bench()
     table = await bench.resumed(mapped=[(0, 0)])
-    bench.metadata.fails = lambda bio: (
-        errnos.EIO if bio.op == OP_WRITE and bio.offset >= 4 * 4096 else 0
-    )
-    assert not await table.committer.commit()
-    assert table.metadata.needs_check
-    bench.metadata.fails = lambda bio: 0
+    table.metadata.abort()
+    await metadata_io.run(bench.metadata, table.metadata.record_needs_check())
     with pytest.raises(ConstructorError) as caught:
         await bench.table()
     assert caught.value.reason == (
         "Unable to get write access to metadata, please check/repair metadata."
+        " m is marked as needing a check: `nbdtarget metadata check"
+        " --clear-needs-check m` looks at it, and takes the mark back if all is well"
     )
     assert caught.value.errno == errnos.EINVAL
+
+
+@pytest.mark.parametrize("part", ["journal", "superblock"])
+async def test_metadata_that_refused_a_commit_are_opened_again_as_they_are(
+    part: str,
+) -> None:
+    """What is on the disk is a complete commit: nothing there needs a check."""
+    bench = Bench()
+    table = await bench.resumed(mapped=[(0, 0)])
+    is_journal = part == "journal"
+    bench.metadata.fails = lambda bio: (
+        errnos.EIO
+        if bio.op == OP_WRITE and (bio.offset >= 4 * 4096) == is_journal
+        else 0
+    )
+    assert not await table.committer.commit()
+    assert table.metadata.needs_check, "as the kernel says it, in core"
+    bench.metadata.fails = lambda bio: 0
+    again = await bench.resumed()
+    assert not again.metadata.needs_check
+    assert again.metadata.mode is Mode.RW
 
 
 async def test_failed_metadata_are_read_anew_by_the_next_table() -> None:

@@ -105,6 +105,7 @@ async def test_failed_demotion_commit_keeps_the_cblock_for_its_block(
     await lab.fill(range(8))
     await lab.clean()
     await lab.device.flush()
+    await lab.write_part(21)  # it goes to the origin
     lab.fail("o", OP_FLUSH)
     lab.log.clear()
     await lab.message("warm 20")

@@ -105,12 +105,12 @@ async def test_values_that_messages_changed_are_shown() -> None:
     assert " 2 migration_threshold 64 smq" in line_of(blocks)
 
 
-async def test_read_only_metadata_need_a_check_once_that_is_recorded() -> None:
+async def test_read_only_metadata_need_a_check_if_their_device_is_to_blame() -> None:
     table = await recorded("0 smq 0")
     table.map(0, 0)
     table.metadata.abort()
     assert line_of(table.blocks()).endswith(" smq 0 ro - ")
-    assert not await table.committer.commit()
+    table.metadata.blame()
     assert line_of(table.blocks()).endswith(" smq 0 ro needs_check ")
 
 

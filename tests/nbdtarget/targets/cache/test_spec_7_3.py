@@ -66,8 +66,8 @@ async def test_7_3_crash_in_writethrough_has_all_dirty_but_not_with_a_dirty_log(
 
 async def test_7_3_needs_check_refuses_the_constructor(lab: CacheLab) -> None:
     await lab.create(DIRTY_BUSY)
-    await lab.make_read_only()
     await lab.remove()
+    await lab.mark_needs_check()
     for _ in range(2):
         with pytest.raises(ConstructorError, match="please check/repair metadata"):
             await lab.create(DIRTY_BUSY)

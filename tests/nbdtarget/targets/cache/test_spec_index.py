@@ -24,8 +24,8 @@ FRESH = "test_fresh_line_is_as_recorded"
 EINVAL = "test_6_3_other_words_are_einval_and_change_nothing"
 RANGES = ("test_ranges", "test_bad_range_has_the_kernels_text")
 FAILED = (
-    "test_3_2_failed_commit_is_ro_and_needs_a_check_durably",
-    "test_3_2_failed_commit_that_cannot_be_noted_is_fail",
+    "test_3_2_failed_commit_is_ro_and_the_disk_has_the_commit_before",
+    "test_3_2_metadata_device_that_fails_all_writes_is_ro_and_serves_reads",
 )
 FUA = "test_2_2_3_fua_waits_for_the_commit_of_its_mapping_then_goes_with_fua"
 OVERWRITE = "test_2_2_3_writeback_whole_block_is_promoted_without_a_copy"
@@ -209,6 +209,10 @@ COMMITS: Final[dict[str, tuple[str, ...]]] = {
         "test_3_2_flush_with_a_change_is_one_commit_and_no_second_flush",
         "test_3_2_flush_without_a_change_flushes_both_devices_only",
         "test_3_2_flush_fails_if_one_device_cannot_be_flushed",
+        "test_3_2_origin_that_nothing_was_written_to_needs_no_flush",
+        "test_3_2_any_write_that_reached_the_origin_needs_its_flush",
+        "test_3_2_written_back_block_needs_the_flush_of_the_origin",
+        "test_3_2_flush_that_began_beside_a_write_is_no_flush_of_that_write",
     ),
     "3.2 FUA bio": (FUA, "test_3_2_fua_miss_needs_no_commit"),
     "3.2 demotion": ("test_3_2_demotion_ends_after_the_commit_of_its_removal",),
@@ -232,9 +236,10 @@ COMMITS: Final[dict[str, tuple[str, ...]]] = {
     "3.2 failure": (
         *FAILED,
         "test_3_2_who_waits_gets_the_error_and_so_does_every_later_flush",
-        "test_3_2_only_a_new_table_returns_to_rw_and_only_after_a_check",
+        "test_3_2_only_a_new_table_returns_to_rw",
+        "test_3_2_failed_flush_of_a_data_device_is_no_damage_of_the_metadata",
         "test_3_2_fail_is_never_left",
-        "test_11_2_13_commit_failure_sets_needs_check",
+        "test_11_2_13_commit_failure_shows_needs_check_until_it_is_loaded_again",
     ),
     "3.2 RO": (
         "test_3_2_ro_promotes_and_demotes_nothing",
@@ -244,7 +249,7 @@ COMMITS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "3.2 events": (
         "test_3_2_event_when_nothing_is_dirty_any_more",
-        "test_3_2_failed_commit_is_ro_and_needs_a_check_durably",
+        "test_3_2_failed_commit_is_ro_and_the_disk_has_the_commit_before",
     ),
     "3.2 order: commit for a promotion": (
         "test_3_2_mapping_is_committed_after_the_flush_of_its_data",
@@ -497,7 +502,7 @@ WORDS_OF_A_CACHE: Final[dict[str, tuple[str, ...]]] = {
     "6.4 15": (FRESH, *FAILED),
     "6.4 16": (
         "test_6_4_line_ends_with_a_blank",
-        "test_read_only_metadata_need_a_check_once_that_is_recorded",
+        "test_read_only_metadata_need_a_check_if_their_device_is_to_blame",
     ),
     "6.4 Fail, Error": (
         "test_6_4_fail_is_one_word_and_the_status_that_finds_out_says_error",
@@ -552,7 +557,9 @@ SUITES: Final[dict[str, tuple[str, ...]]] = {
         "test_11_2_12_bad_metadata_is_detected",
         "test_11_2_12_can_reactivate_unused_cache",
     ),
-    "11.2 13": ("test_11_2_13_commit_failure_sets_needs_check",),
+    "11.2 13": (
+        "test_11_2_13_commit_failure_shows_needs_check_until_it_is_loaded_again",
+    ),
     "11.2 14": ("test_11_2_14_no_resize_retains_mappings",),
     "11.2 15": (
         "test_11_2_15_passthrough_never_promotes",
@@ -610,7 +617,7 @@ WEAKNESSES: Final[dict[str, tuple[str, ...]]] = {
     "14 11": ("test_14_11_shrunken_cache_uses_no_block_that_is_gone",),
     "14 12": ("test_14_12_shrinking_after_a_crash_goes_by_what_is_dirty_now",),
     "14 13": ("test_14_13_idle_device_is_committed_by_time",),
-    "14 14": ("test_14_14_needs_check_is_durable_when_the_mode_falls",),
+    "14 14": ("test_14_14_mode_falls_and_a_restart_goes_on_from_the_last_commit",),
     "14 15": (
         "test_14_15_no_discarded_bit_over_fresh_data",
         "test_14_15_discard_waits_for_a_write_that_was_sent_while_it_waited",

@@ -110,8 +110,10 @@ async def test_rotten_metadata_is_refused_with_its_block_in_one_line() -> None:
     with pytest.raises(ConstructorError) as caught:
         await CloneTarget.ctr(rig.ctx, rig.words)
     assert re.fullmatch(
-        "Failed to load metadata: corrupt metadata: digest of journal record at"
-        " block 4: expected [0-9a-f]{32}, found [0-9a-f]{32}",
+        "Failed to load metadata: m is damaged: digest of journal record at block 4:"
+        " expected [0-9a-f]{32}, found [0-9a-f]{32}; `nbdtarget metadata check m` tells"
+        " how much of it, and `nbdtarget metadata repair` makes new metadata of what is"
+        " left",
         caught.value.reason,
     )
     assert "\n" not in str(caught.value)
