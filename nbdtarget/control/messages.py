@@ -91,13 +91,18 @@ class Create(Request):
 
 
 class Load(Request):
-    """As `Create`, into the inactive slot."""
+    """As `Create`, into the inactive slot.
+
+    `keep_open`: a name under which the live table has a disk open means that open disk, also
+    `memory:SIZE`; if it is the name of another disk by now, the table is refused.
+    """
 
     name: str
     table: str
     readonly: bool = False
     directory: str = "/"
     permissions: tuple[Permission, ...] = ()
+    keep_open: bool = False
 
 
 class Clear(Request):

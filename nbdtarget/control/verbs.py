@@ -49,6 +49,7 @@ class Verbs:
             directory=_absolute(request.directory),
             read_only=request.readonly,
             permissions=frozenset(request.permissions),
+            keep_open=request.keep_open,
         )
         return m.Done()
 

@@ -23,6 +23,12 @@ rules:
 
 Other processes are kept out by the lock that the device takes when it is opened.
 
+Names change: a file is renamed while it is served, and its name goes to another one. So what takes the place
+of a live table by itself (`request_replacement`), or is loaded with `keep_open`, is given the open
+devices, and a name that is the name of one of them means that open one; if it means another
+disk by now, that is refused, for the words of the new table would not lead back to what
+is served. A table that a person loads means what its names mean now.
+
 A `TableContext` is what one target knows of all this. It remembers what its target opened
 and created, and `undo` gives everything back if the constructor, or a later one of the same
 table, refuses: nothing stays open, and a file that was created for the table is removed.
@@ -192,6 +198,33 @@ class OpenDevices:
                 opened = _Open(identity, device, read_only=read_only)
             return self._use(name, opened, holder, read_only=read_only, shared=shared)
 
+    async def keep_open(
+        self,
+        device: Device,
+        name: str,
+        holder: MappedDevice,
+        *,
+        read_only: bool,
+        shared: bool,
+    ) -> _Use:
+        """Share what `holder` has open as `name`. Raises: ResolveError: it is another disk now."""
+        opened = next(each for each in self._opens.values() if each.device is device)
+        means = self.opener.identity(name)
+        # What is in memory is another disk each time that it is opened: only the open one is meant.
+        is_always_another = means != self.opener.identity(name)
+        if means != opened.identity and not is_always_another:
+            raise ResolveError(
+                name,
+                f"{holder.dm_name} has another disk open under this name: that one was"
+                " renamed or replaced. Load a table with its present name",
+                errnos.ESTALE,
+            )
+        if not device.health.is_usable:
+            return await self.open_path(
+                name, holder, read_only=read_only, shared=shared
+            )
+        return self._use(name, opened, holder, read_only=read_only, shared=shared)
+
     async def create_path(self, name: str, size: int, holder: MappedDevice) -> _Use:
         """Create and open. Raises: ResolveError."""
         device = await self.opener.create_device(name, size)
@@ -286,6 +319,7 @@ class MappedDevices(Protocol):
         context: "TableContext",
         type_name: str,
         args: tuple[str, ...],
+        devices: tuple[Device, ...],
     ) -> None: ...
 
 
@@ -306,8 +340,13 @@ class TableContext:
         directory: str,
         read_only: bool,
         permissions: frozenset[Permission] = frozenset(),
+        kept: Sequence[Device] = (),
     ) -> None:
-        """Args: directory: absolute; where relative paths of the table line are meant."""
+        """
+        Args:
+            directory: absolute; where relative paths of the table line are meant.
+            kept: open devices of `mapped_device` that their names stand for.
+        """
         self.begin = spec.begin
         self.length = spec.length
         self.name = mapped_device.dm_name
@@ -317,26 +356,18 @@ class TableContext:
         self._registry = registry
         self.mapped_device = mapped_device
         self._directory = directory
+        self._kept = tuple(kept)
         self._held: list[_Use] = []
         self.created: list[str] = []
 
     async def open_device(
         self, name: str, *, read_only: bool = False, shared: bool = False
     ) -> Device:
-        opens = self._registry.opens
         path = absolute_name(name, self._directory)
-        lower = self._maybe_mapped(path)
-        if lower is not None:
-            use = opens.open_mapped(
-                lower, path, self.mapped_device, read_only=read_only, shared=shared
-            )
-        else:
-            use = await opens.open_path(
-                path, self.mapped_device, read_only=read_only, shared=shared
-            )
+        use = await self._open(path, read_only=read_only, shared=shared)
         for other in self._held:
             if other.opened is use.opened and not (read_only and other.read_only):
-                await opens.release(use)
+                await self._registry.opens.release(use)
                 raise ResolveError(
                     path,
                     "the same device stands twice in this table line",
@@ -345,10 +376,33 @@ class TableContext:
         self._held.append(use)
         return use.device
 
+    async def _open(self, path: str, *, read_only: bool, shared: bool) -> _Use:
+        opens, holder = self._registry.opens, self.mapped_device
+        lower = self._maybe_mapped(path)
+        if lower is not None:
+            return opens.open_mapped(
+                lower, path, holder, read_only=read_only, shared=shared
+            )
+        kept = self._kept_as(path)
+        if kept is not None:
+            return await opens.keep_open(
+                kept, path, holder, read_only=read_only, shared=shared
+            )
+        return await opens.open_path(path, holder, read_only=read_only, shared=shared)
+
+    def _kept_as(self, path: str) -> Device | None:
+        """Raises: ResolveError: more than one device is open under this name."""
+        kept = [device for device in self._kept if device.name == path]
+        if len(kept) > 1:
+            raise ResolveError(path, "two open disks have this name", errnos.ENOTUNIQ)
+        return kept[0] if kept else None
+
     async def maybe_open_device(self, name: str) -> Device | None:
         path = absolute_name(name, self._directory)
-        if self._maybe_mapped(path) is None and (
-            self._registry.opens.opener.may_create(path)
+        if (
+            self._maybe_mapped(path) is None
+            and self._kept_as(path) is None
+            and self._registry.opens.opener.may_create(path)
         ):
             return None
         return await self.open_device(name)
@@ -377,9 +431,11 @@ class TableContext:
     def event(self) -> None:
         self.mapped_device.event()
 
-    def request_replacement(self, type_name: str, args: Sequence[str]) -> None:
+    def request_replacement(
+        self, type_name: str, args: Sequence[str], devices: Sequence[Device] = ()
+    ) -> None:
         self._registry.request_replacement(
-            self.mapped_device, self, type_name, tuple(args)
+            self.mapped_device, self, type_name, tuple(args), tuple(devices)
         )
 
     async def undo(self) -> None:

@@ -222,8 +222,13 @@ class Registry:
         directory: str = "/",
         read_only: bool = False,
         permissions: frozenset[Permission] = frozenset(),
+        keep_open: bool = False,
     ) -> list[str]:
         """Construct a table into the inactive slot. Raises: TableError, ConstructorError.
+
+        Args:
+            keep_open: a name under which the live table has a disk open means that open disk; if
+                it is the name of another disk by now, the table is refused.
 
         Returns the names of the files that were created for it.
         """
@@ -233,6 +238,7 @@ class Registry:
             directory=directory,
             read_only=read_only,
             permissions=permissions,
+            keep_open=keep_open,
         )
 
     async def _load(
@@ -243,12 +249,15 @@ class Registry:
         directory: str,
         read_only: bool,
         permissions: frozenset[Permission],
+        keep_open: bool = False,
     ) -> list[str]:
         specs = parse_table(text, self.types)
         async with self._load_locks[device]:
             if self._is_closing:
                 raise TableError("the server is stopping", errnos.ESHUTDOWN)
             contexts: list[TableContext] = []
+            live = device.active if keep_open else None
+            kept = () if live is None else tuple(dict.fromkeys(live.devices()))
 
             def make_context(spec: TargetSpec) -> TableContext:
                 context = TableContext(
@@ -258,6 +267,7 @@ class Registry:
                     directory=directory,
                     read_only=read_only,
                     permissions=permissions,
+                    kept=kept,
                 )
                 contexts.append(context)
                 return context
@@ -279,6 +289,7 @@ class Registry:
         context: TableContext,
         type_name: str,
         args: tuple[str, ...],
+        devices: tuple[Device, ...],
     ) -> None:
         """Replace the live target that was constructed with `context`, in a task of its own.
 
@@ -287,7 +298,7 @@ class Registry:
         if self._is_closing or context in self._replacements:
             return
         task = asyncio.get_running_loop().create_task(
-            self._replace_and_tell(device, context, type_name, args)
+            self._replace_and_tell(device, context, type_name, args, devices)
         )
         self._replacements[context] = task
 
@@ -304,11 +315,12 @@ class Registry:
         context: TableContext,
         type_name: str,
         args: tuple[str, ...],
+        devices: tuple[Device, ...],
     ) -> None:
         what = f"{device.name}: {type_name} in the place of sector"
         what = f"{what} {context.begin // SECTOR} of the table"
         try:
-            await self._replace(device, context, type_name, args)
+            await self._replace(device, context, type_name, args, devices)
         except NbdTargetError as error:
             # Whoever suspended it, or loaded another table, need not be told.
             is_live = device.maybe_live_target(context) is not None
@@ -325,6 +337,7 @@ class Registry:
         context: TableContext,
         type_name: str,
         args: tuple[str, ...],
+        devices: tuple[Device, ...],
     ) -> None:
         """Raises: TableError, ConstructorError: the table is what it was."""
         lock = self._load_locks.get(device)
@@ -336,7 +349,12 @@ class Registry:
                 raise TableError("another table is live")
             spec = TargetSpec(old.begin, old.length, type_name, args)
             new_context = TableContext(
-                self, device, spec, directory="/", read_only=device.read_only
+                self,
+                device,
+                spec,
+                directory="/",
+                read_only=device.read_only,
+                kept=devices,
             )
             try:
                 new = await self.types[type_name].ctr(new_context, args)

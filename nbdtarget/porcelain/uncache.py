@@ -336,7 +336,8 @@ class UncacheJob:
             raise
 
     async def _load(self, line: CacheLine, table: str) -> None:
-        request = m.Load(self._name, table, line.read_only)
+        # The disks that are served, whatever their names mean by now.
+        request = m.Load(self._name, table, line.read_only, keep_open=True)
         await self._ask("load", request, m.Done)
 
     # ---- questions ----

@@ -100,8 +100,14 @@ class TargetContext(Protocol):
         """Raise a device-mapper event: the event counter goes up by one, waiters wake."""
         ...
 
-    def request_replacement(self, type_name: str, args: Sequence[str]) -> None:
+    def request_replacement(
+        self, type_name: str, args: Sequence[str], devices: Sequence[Device] = ()
+    ) -> None:
         """Ask that a target `type_name args` take this one's place in the live table, soon.
+
+        Args:
+            devices: open here; if one of the `args` is the name of one of them, that open
+                device is meant. If the name means another disk by now, nothing is replaced.
 
         Returns at once. What comes of it: this target is suspended, the new one resumed, this
         one destroyed, with clients' bios waiting meanwhile. Or nothing, if the device is

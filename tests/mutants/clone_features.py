@@ -146,6 +146,25 @@ CLONE_FEATURES: Final = (
         REPLACEMENT,
     ),
     Mutant(
+        "then-linear-opens-by-name",
+        "The disk under a hydrated clone is opened again by name: another file, or an empty one in memory.",
+        "nbdtarget/dm/registry.py",
+        (("                kept=devices,\n", ""),),
+        ("tests/nbdtarget/dm/test_renamed.py",),
+    ),
+    Mutant(
+        "then-linear-believes-the-name",
+        "A renamed destination is served by a table that names another file.",
+        "nbdtarget/dm/open_devices.py",
+        (
+            (
+                "        if means != opened.identity and not is_always_another:\n",
+                "        if False and is_always_another:\n",
+            ),
+        ),
+        ("tests/nbdtarget/dm/test_renamed.py",),
+    ),
+    Mutant(
         "refused-replacement-stays",
         "A new target that refuses to resume leaves the device suspended on it.",
         MAPPED_DEVICE_PY,

@@ -324,7 +324,10 @@ class CloneTarget(Target):
     def _maybe_become_linear(self) -> None:
         is_sound = self._is_hydrated and not self._committer.has_failed
         if self._then_linear and is_sound and not self._is_suspended:
-            self.ctx.request_replacement("linear", (self._destination.name, "0"))
+            destination = self._destination
+            self.ctx.request_replacement(
+                "linear", (destination.name, "0"), (destination,)
+            )
 
     def _failed(self) -> None:
         self._look_at_mode()

@@ -110,7 +110,9 @@ class Context:
     def event(self) -> None:
         self.nr_events += 1
 
-    def request_replacement(self, type_name: str, args: Sequence[str]) -> None:
+    def request_replacement(
+        self, type_name: str, args: Sequence[str], devices: Sequence[Device] = ()
+    ) -> None:
         self.replacements.append((type_name, *args))
 
 
