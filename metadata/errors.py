@@ -14,6 +14,7 @@
      +- MetadataTooSmall     the device cannot hold it
      +- ReadOnlyMetadata     a change was asked for in mode RO
      +- FailedMetadata       anything was asked for in mode FAIL
+     +- NotTheKernels        to be imported, but no metadata of dm-cache or dm-clone
      +- BadDump              a dump in JSON or XML is not one, or says what cannot be
 
 Each `str()` is one line without the device's name, which this room does not know. A
@@ -33,6 +34,7 @@ __all__ = [
     "NeedsCheck",
     "NotFormatted",
     "NotOurs",
+    "NotTheKernels",
     "ReadOnlyMetadata",
     "UnknownKind",
     "UnsupportedFormat",
@@ -204,6 +206,20 @@ class FailedMetadata(MetadataError):
 
     def __str__(self) -> str:
         return "metadata has failed"
+
+
+class NotTheKernels(MetadataError):
+    """What was to be imported is no metadata of the kernel's. `found`: what is there, in words."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(found)
+        self.found = found
+
+    def __str__(self) -> str:
+        return (
+            "is no metadata of the kernel's dm-cache or dm-clone, or has been wiped:"
+            f" {self.found}"
+        )
 
 
 class BadDump(MetadataError):

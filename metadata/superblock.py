@@ -76,6 +76,7 @@ __all__ = [
     "CLONE",
     "COUNTER_MAX",
     "KERNEL_CACHE",
+    "KERNEL_CLONE",
     "NEEDS_CHECK",
     "NR_COPIES",
     "NR_SLOTS",
@@ -125,9 +126,10 @@ COUNTER_MAX: Final = 1 << 62
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 
 KERNEL_CACHE: Final = "the kernel's dm-cache metadata"
+KERNEL_CLONE: Final = "the kernel's dm-clone metadata"
 # Superblocks of the kernel's own targets, to name what was found: u64 at byte 32.
 _KERNEL_MAGICS: Final = {
-    0x8AF27F64: "the kernel's dm-clone metadata",
+    0x8AF27F64: KERNEL_CLONE,
     0x18C403: KERNEL_CACHE,
 }
 

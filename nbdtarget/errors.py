@@ -55,15 +55,23 @@ class ConstructorError(NbdTargetError):
 
 
 class TableError(NbdTargetError):
-    """A device-mapper verb failed; `errno` is what the ioctl would have returned."""
+    """A device-mapper verb failed; `errno` is what the ioctl would have returned.
 
-    def __init__(self, reason: str, errno: int = errnos.EINVAL) -> None:
-        super().__init__(reason, errno)
+    Args:
+        reason: the kernel's text where the kernel has one.
+        outcome: what has become of the device, and what to do, if that is not plain.
+    """
+
+    def __init__(
+        self, reason: str, errno: int = errnos.EINVAL, outcome: str = ""
+    ) -> None:
+        super().__init__(reason, errno, outcome)
         self.reason = reason
         self.errno = errno
+        self.outcome = outcome
 
     def __str__(self) -> str:
-        return self.reason
+        return f"{self.reason} ({self.outcome})" if self.outcome else self.reason
 
 
 class DeviceError(NbdTargetError):

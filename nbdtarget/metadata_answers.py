@@ -11,6 +11,7 @@ from metadata.check import CopyState, Findings
 from metadata.content import CloneContent
 from metadata.dump import flag_names
 from metadata.envelope import FORMAT_VERSION
+from metadata.kernel_import import Imported
 from metadata.superblock import CLEAN_SHUTDOWN, CloneSuperblock, FoundOf, Superblock
 
 __all__ = [
@@ -19,10 +20,12 @@ __all__ = [
     "CacheSizeAnswer",
     "CheckAnswer",
     "CloneSizeAnswer",
+    "ImportAnswer",
     "InfoAnswer",
     "RestoreAnswer",
     "SizeAnswer",
     "check_answer",
+    "import_answer",
     "info_answer",
     "loss_of",
     "restore_answer",
@@ -459,3 +462,48 @@ def _size_text(size: int) -> str:
         if size >> shift and not size & ((1 << shift) - 1):
             return f"{size >> shift} {unit} ({size} bytes)"
     return f"{size} bytes"
+
+
+class ImportAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What was made of the kernel's metadata.
+
+    Args:
+        source: the kernel's metadata.
+        format_version: of the kernel's format.
+        clean: the kernel had shut it down in order.
+        needs_check: the kernel had failed to write it.
+        restored: what was written.
+    """
+
+    source: str
+    format_version: int
+    clean: bool
+    needs_check: bool
+    restored: RestoreAnswer
+
+    def __str__(self) -> str:
+        return f"{self.restored}\n{self.source}: {self._state()}"
+
+    def _state(self) -> str:
+        kind = f"dm-{self.restored.kind}, format {self.format_version}"
+        if self.restored.kind == "clone":
+            return f"{kind}: what it says of each region is believed"
+        if self.clean:
+            return f"{kind}, shut down cleanly: its dirty bits are believed"
+        why = (
+            "the kernel has marked it as needing a check"
+            if self.needs_check
+            else "it was not shut down cleanly"
+        )
+        return f"{kind}: {why}, so each mapped block counts as dirty"
+
+
+def import_answer(source: str, output: str, imported: Imported) -> ImportAnswer:
+    """Return what was made of `source`."""
+    return ImportAnswer(
+        source=source,
+        format_version=imported.version,
+        clean=imported.clean,
+        needs_check=imported.needs_check,
+        restored=restore_answer(output, imported.content, ()),
+    )

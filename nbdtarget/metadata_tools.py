@@ -26,7 +26,8 @@ from metadata.cache_records import LOGGED, NR_CBLOCKS_MAX
 from metadata.cache_superblock import DIRTY_LOG, NO_POLICY
 from metadata.cache_xml import parse_xml, render_xml
 from metadata.errors import MetadataError, NotOurs
-from metadata.kinds import CACHE, Content, Kind, find_kind, parse_dump
+from metadata.kernel_import import find_kernel_kind, import_cache, import_clone
+from metadata.kinds import CACHE, CLONE, Content, Kind, find_kind, parse_dump
 from metadata.operations import Steps
 from metadata.salvage import SalvagedOf
 from metadata.sizing import (
@@ -39,21 +40,29 @@ from metadata.sizing import (
 from metadata.superblock import (
     CLEAN_SHUTDOWN,
     KERNEL_CACHE,
+    KERNEL_CLONE,
     SUPERBLOCK_MAGIC,
     FoundOf,
     choose_superblock_of,
     read_area,
 )
 from nbdtarget.devices import resolve
-from nbdtarget.devices.file_open import create_fd, open_fd
+from nbdtarget.devices.file_open import (
+    create_fd,
+    give_space,
+    open_fd,
+    sync_directory,
+)
 from nbdtarget.errors import NbdTargetError
 from nbdtarget.metadata_answers import (
     CacheSizeAnswer,
     CheckAnswer,
     CloneSizeAnswer,
+    ImportAnswer,
     InfoAnswer,
     RestoreAnswer,
     check_answer,
+    import_answer,
     info_answer,
     loss_of,
     restore_answer,
@@ -66,6 +75,7 @@ __all__ = [
     "clone_size",
     "dump",
     "dump_to_file",
+    "import_kernel",
     "info",
     "repair",
     "restore",
@@ -97,10 +107,9 @@ class _File:
                     " `nbdtarget metadata restore` makes metadata of it"
                 ) from error
             hint = ""
-            if error.found == KERNEL_CACHE:
+            if error.found in (KERNEL_CACHE, KERNEL_CLONE):
                 hint = (
-                    ": cache_dump | nbdtarget metadata restore -i - --origin-size SIZE"
-                    " makes ours of it"
+                    ": `nbdtarget metadata import` makes metadata of this program of it"
                 )
             raise NbdTargetError(f"{self.path}: {error}{hint}") from error
         except MetadataError as error:
@@ -218,7 +227,10 @@ def _xml_renderer(
 def dump_to_file(
     path: str, output: str, *, repair: bool = False, xml: bool = False
 ) -> tuple[str, ...]:
-    """As `dump`, into a file that appears, or is replaced, when it is complete."""
+    """As `dump`, into a file that appears, or is replaced, when it is complete.
+
+    Durable: the file and its name, unless it is a pipe.
+    """
     _refuse_same(path, output)
     if os.path.exists(output) and not os.path.isfile(output):
         if os.path.isdir(output) or stat.S_ISBLK(os.stat(output).st_mode):
@@ -239,6 +251,7 @@ def dump_to_file(
         except BaseException:
             os.unlink(temporary)
             raise
+        sync_directory(directory)
     return told
 
 
@@ -261,6 +274,7 @@ def restore(
     force: bool = False,
     origin_size: int | None = None,
     omit_clean_shutdown: bool = False,
+    trust_dirty: bool = False,
 ) -> RestoreAnswer:
     """Make metadata of a dump ("-": stdin), in JSON or XML.
 
@@ -269,6 +283,8 @@ def restore(
         force: the dump may say that something is lost.
         origin_size: bytes; XML does not say it.
         omit_clean_shutdown: as if there had been none: every mapped block counts as dirty.
+        trust_dirty: believe the dirty bits of XML, which cannot say which tool wrote it: some write
+            "false" for each block of a cache that they cannot read in full.
     Raises: NbdTargetError; then the output is as it was, but for a failing write.
     """
     if source != "-":
@@ -280,6 +296,7 @@ def restore(
                 text,
                 origin_size=origin_size,
                 omit_clean_shutdown=omit_clean_shutdown,
+                trust_dirty=trust_dirty,
             )
         except MetadataError as error:
             raise NbdTargetError(f"{source}: {error}") from error
@@ -295,6 +312,7 @@ def _parse(
     *,
     origin_size: int | None,
     omit_clean_shutdown: bool,
+    trust_dirty: bool,
 ) -> tuple[Kind, Content]:
     pieces = _pieces(source, text)
     first = next(pieces, b"")
@@ -302,21 +320,68 @@ def _parse(
     if not first.lstrip().startswith(b"<"):
         if origin_size is not None:
             raise NbdTargetError(f"{source}: is not XML: it says the origin's size")
+        if trust_dirty:
+            raise NbdTargetError(
+                f"{source}: is not XML: its dirty bits are believed in any case"
+            )
         kind, content = parse_dump(rest)
         return kind, _unclean(content) if omit_clean_shutdown else content
     if origin_size is None:
         raise NbdTargetError(
             f"{source}: is XML, which does not say the origin's size: --origin-size does"
         )
-    if origin_size < 1 or origin_size % SECTOR_SIZE:
-        raise NbdTargetError(f"an origin of {origin_size} bytes is no disk")
+    _check_origin_size(origin_size)
     content = parse_xml(
         rest,
         origin_size=origin_size,
         uuid=uuid.uuid4().bytes,
-        clean=not omit_clean_shutdown,
+        clean=trust_dirty and not omit_clean_shutdown,
     )
     return CACHE, content
+
+
+def _check_origin_size(origin_size: int) -> None:
+    if origin_size < 1 or origin_size % SECTOR_SIZE:
+        raise NbdTargetError(f"an origin of {origin_size} bytes is no disk")
+
+
+def import_kernel(
+    path: str,
+    output: str,
+    *,
+    origin_size: int | None = None,
+    overwrite: bool = False,
+) -> ImportAnswer:
+    """Make metadata of the kernel's own, of dm-cache or dm-clone. The input is only ever read.
+
+    Args:
+        origin_size: bytes; the kernel's metadata of a cache does not say it.
+        overwrite: what the output holds may go.
+    Raises: NbdTargetError; then the output is as it was, but for a failing write.
+    """
+    _refuse_same(path, output)
+    with _opened(path) as file:
+        name = file.run(find_kernel_kind(file.size))
+        new_uuid = uuid.uuid4().bytes
+        if name == "clone":
+            if origin_size is not None:
+                raise NbdTargetError(
+                    f"{path}: is the metadata of a clone, which has no origin: leave"
+                    " --origin-size out"
+                )
+            imported = file.run(import_clone(file.size, uuid=new_uuid))
+        else:
+            if origin_size is None:
+                raise NbdTargetError(
+                    f"{path}: is the metadata of a cache, and does not say how large the"
+                    " origin is: give --origin-size"
+                )
+            _check_origin_size(origin_size)
+            steps = import_cache(file.size, uuid=new_uuid, origin_size=origin_size)
+            imported = file.run(steps)
+    kind = CLONE if name == "clone" else CACHE
+    _write_out(kind, imported.content, output, overwrite=overwrite)
+    return import_answer(path, output, imported)
 
 
 def _unclean(content: Content) -> Content:
@@ -393,7 +458,7 @@ def _write_out(kind: Kind, content: Content, output: str, *, overwrite: bool) ->
     else:
         if _is_empty_file(output):
             with _failing_at(output):
-                os.truncate(output, preferred)
+                give_space(output, preferred)
             undo = partial(os.truncate, output, 0)
         try:
             file = _File(output, *open_fd(output, read_only=False))

@@ -32,6 +32,8 @@ A trace file has one access a line, in order; fio's own log (--write_iolog) is o
     R 1234            the same; W for a write, r and w will do
     R,1048576,65536   the same as CSV, with offset and length in bytes: all blocks it touches
 
+Lines of fio's log that read and write nothing (sync, datasync, trim, wait, …) are passed over.
+
 `--save-trace` writes the accesses of a generator as CSV, for a client that does them for real.
 """
 
@@ -72,6 +74,7 @@ NEVER: Final = 1 << 62
 GENERATORS: Final = ("fio", "zipf", "uniform", "scan", "shift")
 FIO_OPS: Final = {"read": False, "write": True}
 FIO_REMARKS: Final = ("add", "open", "close")
+FIO_NO_ACCESS: Final = ("sync", "datasync", "trim", "wait", "sync_file_range")
 
 
 class TraceError(NbdTargetError):
@@ -195,7 +198,10 @@ def read_trace(path: Path, block_size: int) -> Trace:
 
 def _is_remark_of_fio(words: list[str]) -> bool:
     is_head = words[:2] == ["fio", "version"]
-    return is_head or (len(words) in (2, 3) and words[-1] in FIO_REMARKS)
+    is_file = len(words) in (2, 3) and words[-1] in FIO_REMARKS
+    # [time,] file, what, offset, length: it neither reads nor writes.
+    is_other = len(words) in (4, 5) and words[-3] in FIO_NO_ACCESS
+    return is_head or is_file or is_other
 
 
 def _access_of(words: list[str], block_size: int) -> tuple[Iterable[int], bool]:

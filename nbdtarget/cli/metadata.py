@@ -100,6 +100,7 @@ def register(app: typer.Typer) -> None:
     group.command()(check)
     group.command()(dump)
     group.command()(restore)
+    group.command(name="import")(import_)
     group.command()(repair)
     group.command()(writeback)
     group.command()(info)
@@ -229,14 +230,22 @@ def restore(
             help="Believe no dirty bits: each mapped block of a cache counts as dirty.",
         ),
     ] = False,
+    trust_dirty: Annotated[
+        bool,
+        typer.Option(
+            "--trust-dirty",
+            help="Believe the dirty bits and hints of XML. Without this option each mapped block counts as"
+            " dirty, because cache_dump 0.9.0 (Debian 12) calls every block of metadata in format 2 clean.",
+        ),
+    ] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
     """Make metadata of a dump. A missing file is made at the right size.
 
     What the output holds is left alone unless told otherwise. Until all is written, the
-    output is no metadata that anybody accepts. To move a cache of the kernel here, with its
-    devices: cache_dump META | nbdtarget metadata restore -i - -o FILE --origin-size SIZE
+    output is no metadata that anybody accepts. A cache or a clone of the kernel is moved
+    here, with its devices, by `nbdtarget metadata import`, which needs no dump.
     """
     origin_bytes = _bytes("--origin-size", origin_size)
 
@@ -250,6 +259,50 @@ def restore(
             force=force,
             origin_size=origin_bytes,
             omit_clean_shutdown=omit_clean_shutdown,
+            trust_dirty=trust_dirty,
+        )
+        _print(answer, quiet=quiet, json=json)
+
+    return _run(job, quiet=quiet)
+
+
+def import_(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="KERNEL_METADATA",
+            help="The metadata file or device of dm-cache or dm-clone; it is only ever read.",
+        ),
+    ],
+    output: Output,
+    overwrite: Overwrite = False,
+    origin_size: Annotated[
+        str | None,
+        typer.Option(
+            "--origin-size",
+            metavar="SIZE",
+            help="The size of the origin: a cache's metadata does not say it.",
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> int:
+    """Make metadata of the kernel's own, so that a cache or a clone can move in from there.
+
+    Remove the kernel's device first, so that nothing writes any more. Then the same cache and
+    origin devices (or source and destination) are used with the new metadata. After
+    an unclean stop of the kernel each mapped block of a cache counts as dirty, as it does for the
+    kernel. Nothing on the devices is changed.
+
+    Example: nbdtarget metadata import /dev/vg/meta -o /srv/disk.meta --origin-size 100G
+    """
+    origin_bytes = _bytes("--origin-size", origin_size)
+
+    def job() -> None:
+        from nbdtarget import metadata_tools
+
+        answer = metadata_tools.import_kernel(
+            file, output, origin_size=origin_bytes, overwrite=overwrite
         )
         _print(answer, quiet=quiet, json=json)
 

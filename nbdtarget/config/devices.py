@@ -31,6 +31,7 @@ from typing import Final
 from nbdtarget.clock import timeout
 from nbdtarget.config.file import Config, ConfigError, DeviceConfig, read
 from nbdtarget.config.openings import Opening
+from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
 
@@ -84,7 +85,7 @@ class ConfiguredDevices:
             for device in config.devices:
                 known = before.get(device.name)
                 if device not in new and not await self._follow(device, known, done):
-                    if known is not None:
+                    if known is not None and self._serves(device.name):
                         kept.append(known)  # so that the next reload tries again
                     continue
                 kept.append(device)
@@ -181,6 +182,11 @@ class ConfiguredDevices:
             return False
         done["loaded"].append(device.name)
         return True
+
+    def _serves(self, name: str) -> bool:
+        """Whether the device runs with the table that it had: if not, any text must be loaded."""
+        device = self._registry.maybe_device(name)
+        return device is not None and device.state is State.ACTIVE
 
     def _say_what_stays(self, config: Config, existing: set[str]) -> None:
         before, path = self._config, config.path

@@ -17,7 +17,7 @@ Durability. An ended WRITE, WRITE_ZEROES or DISCARD survives a power cut only af
 FLUSH has ended with 0, or if it carried FUA itself. Once a flush (or FUA write) has failed, a
 device **latches**: the kernel may have dropped the dirty pages, so a later flush that
 "succeeds" would prove nothing. A latched device fails each FLUSH and FUA with EIO until it is
-opened again.
+opened again. A DISCARD promises nothing: one that fails, fails alone.
 
 Extents. `extents` says where a device has data and where zeroes; `context_extents` says what
 else it knows about its ranges, under a name in `contexts` (a clone: "hydration"), with flags

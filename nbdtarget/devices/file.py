@@ -39,7 +39,12 @@ next one; never on the running one, for the kernel may have passed their pages a
 
 *Latch.* The kernel reports a lost page once, to whichever sync of this open file asks first,
 and then forgets it. So after any failed sync, and after a write that failed for more than want
-of space, each later FLUSH and FUA ends with EIO until the device is opened again. And because
+of space, each later FLUSH and FUA ends with EIO until the device is opened again (which first
+drops what the page cache shows and the disk does not have: see `file_open.py`). A DISCARD
+promises nothing: one that fails has lost nothing, and latches nothing. Want of space itself
+is harmless only where the file system refuses a write before it takes any of it. NFS does
+not: there ENOSPC may be the news of an *earlier* write, told once. So it latches, too,
+on every file system that is not known to refuse first. And because
 two syncs may overlap and the error of the one be told to the other, **a sync ends with 0 only
 after all others that overlapped it have succeeded**: each waits for those in flight when its
 own system call returned. One failed: all of them fail.
@@ -87,6 +92,7 @@ from nbdtarget.devices.syscalls import (
     block_device_sector,
     discard_blocks,
     is_memory_file_system,
+    refuses_before_it_takes,
     start_writeback,
 )
 from nbdtarget.devices.workers import WorkerPool
@@ -110,11 +116,11 @@ BACKOFF_NS_MAX: Final = 30_000_000_000
 EXTENTS_MAX: Final = 1024  # one call finds at most so many; each costs a system call
 ZEROES: Final = bytes(1 << 20)  # what zeroes are written from, piece by piece
 
-# Failures of a write that do not latch: it was refused before anything was lost, for want of
-# space (the page cache took nothing) or because the file system does not know the call.
-_NOTHING_LOST: Final = frozenset(
-    {errnos.ENOSPC, errnos.EDQUOT, errnos.EFBIG, errnos.EOPNOTSUPP}
-)
+# Failures of a write that do not latch: it was refused before anything was lost, because the file
+# system does not know the call, or for want of space: then the page cache took nothing, if
+# the file system is one of those that look for space first.
+_NOTHING_LOST: Final = frozenset({errnos.EOPNOTSUPP})
+_NO_SPACE: Final = frozenset({errnos.ENOSPC, errnos.EDQUOT, errnos.EFBIG})
 
 _preadv = os.preadv
 _pwrite = os.pwrite
@@ -129,7 +135,9 @@ class _Sync:
 
     def __init__(self, bios: list[Bio]) -> None:
         self.bios = bios
-        self.is_refused = False  # by the page cache: nothing is lost
+        self.is_refused = (
+            False  # by the page cache, or it is a DISCARD: nothing is lost
+        )
         self.left = 0  # overlapping syncs that must succeed before this one ends
         self.held: list[_Sync] = []  # those that wait for this one
 
@@ -149,7 +157,8 @@ class FileDevice(Device):
         self._is_block_device = False
         self._read_flags = os.RWF_NOWAIT
         self._read_inline_max = INLINE_READ_MAX
-        self._is_latched = False
+        self._is_latched = False  # what `health` says, for `submit`: set in `_latch`
+        self._nothing_lost = _NOTHING_LOST
         self._syncs: set[_Sync] = set()
         self._flush_runs = False
         self._flush_waiting: list[Bio] = []
@@ -225,6 +234,7 @@ class FileDevice(Device):
         status = await self._pool.run(partial(self._call, start_writeback))
         self._writeback = None
         if status not in (0, errnos.EINVAL, errnos.ENOSYS, errnos.ESPIPE):
+            self.health.note_error("writeback", status)
             self._latch("writeback", status)
 
     def _call(self, call: Callable[[int], None]) -> int:
@@ -276,7 +286,8 @@ class FileDevice(Device):
             self._space_job(bio, job)
         else:
             assert op == OP_CACHE
-            self._pool.submit(partial(self._advise, bio.offset, bio.length), bio.end)
+            job = partial(self._advise, bio.offset, bio.length)
+            self._pool.submit(job, partial(self._read_done, bio))
 
     # -- reads ----------------------------------------------------------------------------
 
@@ -295,7 +306,13 @@ class FileDevice(Device):
         assert here is not None
         if got and payload is not here:
             payload[:got] = here[:got]
-        self._pool.submit(partial(self._read_rest, payload, bio.offset, got), bio.end)
+        job = partial(self._read_rest, payload, bio.offset, got)
+        self._pool.submit(job, partial(self._read_done, bio))
+
+    def _read_done(self, bio: Bio, status: int) -> None:
+        if status:
+            self.health.note_error(OP_NAMES[bio.op], status)
+        bio.end(status)
 
     def _read_rest(self, payload: memoryview, offset: int, got: int) -> int:
         while got < len(payload):
@@ -407,15 +424,16 @@ class FileDevice(Device):
             bio.end(0)
 
     def _write_failed(self, bio: Bio, status: int) -> None:
-        if status not in _NOTHING_LOST:
+        self.health.note_error(OP_NAMES[bio.op], status)
+        if bio.op != OP_DISCARD and status not in self._nothing_lost:
             self._latch(OP_NAMES[bio.op], status)
         bio.end(status)
 
     # -- durability -----------------------------------------------------------------------
 
     def _latch(self, what: str, status: int) -> None:
-        if not self._is_latched:
-            self._is_latched = True
+        self._is_latched = True
+        if self.health.latch(status):
             logger.error(
                 "%s: %s failed: %s: no flush will succeed until it is opened again",
                 self.name,
@@ -458,14 +476,18 @@ class FileDevice(Device):
         try:
             status = write()
         except OSError as error:
-            sync.is_refused = error.errno in _NOTHING_LOST
+            is_discard = sync.bios[0].op == OP_DISCARD
+            sync.is_refused = is_discard or error.errno in self._nothing_lost
             raise
         return status or make_durable()
 
     def _sync_done(self, sync: _Sync, status: int) -> None:
         self._syncs.remove(sync)
-        if status and status != errnos.EOPNOTSUPP and not sync.is_refused:
-            self._latch(OP_NAMES[sync.bios[0].op], status)
+        if status:
+            what = OP_NAMES[sync.bios[0].op]
+            self.health.note_error(what, status)
+            if status != errnos.EOPNOTSUPP and not sync.is_refused:
+                self._latch(what, status)
         # Before anybody is told: an endio may submit more, which did not overlap this one.
         ready = []
         for held in sync.held:
@@ -612,6 +634,8 @@ class FileDevice(Device):
         """Find out what this file can do, without changing it. Context: a worker."""
         status = os.fstat(self._fd)
         self._is_block_device = stat.S_ISBLK(status.st_mode)
+        if self._is_block_device or refuses_before_it_takes(self._fd):
+            self._nothing_lost = _NOTHING_LOST | _NO_SPACE
         if self._is_block_device:
             self.logical_block_size = block_device_sector(self._fd)
             self._alignment = self.logical_block_size

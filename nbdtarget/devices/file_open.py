@@ -6,17 +6,25 @@ chosen as QEMU chooses them. So no file is written by two, nor written while it 
 source, by us or by QEMU, and a source can still be looked at by both. Block devices are also opened with O_EXCL for writing, which
 fails while they are mounted or part of something else.
 
+*Truth.* After a write to the disk has failed, Linux shows in its page cache what the disk does not
+have, to everybody who opens the file later. So what is opened for writing is first made to show
+what is on the disk (page_cache.py); a failure there refuses the opening. The directory of an existing
+file is synced as well: whoever made the file may not have done so, and an fsync of the file alone
+need not keep its name.
+
 Everything here that may block runs in the new device's own worker.
 """
 
 import asyncio
 import errno as errnos
+import logging
 import os
 import stat
 from collections.abc import Callable
 from functools import partial
 
 from nbdtarget.devices.file import FileDevice
+from nbdtarget.devices.page_cache import believe_the_disk
 from nbdtarget.devices.syscalls import (
     allocate,
     block_device_size,
@@ -26,13 +34,23 @@ from nbdtarget.devices.syscalls import (
 from nbdtarget.devices.workers import WorkerPool
 from nbdtarget.errors import ResolveError
 
-__all__ = ["create_fd", "create_file", "open_fd", "open_file"]
+__all__ = [
+    "create_fd",
+    "create_file",
+    "give_space",
+    "open_fd",
+    "open_file",
+    "sync_directory",
+]
+
+logger = logging.getLogger(__name__)
 
 
 async def open_file(name: str, path: str, *, read_only: bool) -> FileDevice:
     """Open and lock an existing file or block device.
 
     Raises: ResolveError.
+    Durable: unless `read_only`, everything that is read from it, and its name.
     """
     return await _make(name, partial(_open, name, path, read_only), read_only=read_only)
 
@@ -52,6 +70,7 @@ def open_fd(path: str, *, read_only: bool) -> tuple[int, int]:
     """Open and lock an existing file or block device for a tool, which may block.
 
     Returns the descriptor, to be closed, and the size in bytes. Raises: ResolveError.
+    Durable: as of `open_file`.
     """
     fd = -1
     try:
@@ -73,6 +92,24 @@ def create_fd(path: str, size: int) -> int:
         return _create(path, path, size, False)
     except OSError as error:
         raise _refused(path, error) from None
+
+
+def give_space(path: str, size: int) -> None:
+    """Grow an existing, empty file to `size` zero bytes, for a tool, which may block.
+
+    Raises: OSError; then it is empty as before.
+    Durable: the size, and its space where the file system can promise that.
+    """
+    fd = os.open(path, os.O_CLOEXEC | os.O_RDWR)
+    try:
+        if not _allocated(fd, size):
+            os.ftruncate(fd, size)
+        os.fsync(fd)
+    except OSError:
+        os.ftruncate(fd, 0)  # what there was room for
+        raise
+    finally:
+        os.close(fd)
 
 
 async def _make(
@@ -135,10 +172,40 @@ def _open(name: str, path: str, read_only: bool) -> int:
     fd = os.open(path, flags)
     try:
         _lock(name, fd, exclusive=not read_only)
+        if not read_only:
+            _make_true(name, fd)
+            if stat.S_ISREG(mode):
+                _sync_directory_of(path)
     except (OSError, ResolveError):
         os.close(fd)
         raise
     return fd
+
+
+def _make_true(name: str, fd: int) -> None:
+    """Have reads of `fd` return what is on the disk. Raises: ResolveError."""
+    try:
+        believe_the_disk(fd, _size(name, fd))
+    except OSError as error:
+        raise ResolveError(
+            name,
+            "what had been written to it before cannot be written to the disk"
+            f" ({os.strerror(error.errno or errnos.EIO)}): see the kernel's log, mend"
+            " the disk, and try again",
+            error.errno or errnos.EIO,
+        ) from error
+
+
+def _sync_directory_of(path: str) -> None:
+    """Make the name of an existing file durable, where we may and the file system can."""
+    directory = os.path.dirname(os.path.realpath(path))
+    try:
+        sync_directory(directory)
+    except OSError as error:
+        # EACCES: we may pass through the directory, but not open it. EINVAL: no such fsync.
+        if error.errno not in (errnos.EACCES, errnos.EPERM, errnos.EINVAL):
+            raise
+        logger.debug("%s: not synced: %s", directory, error)
 
 
 def _create(name: str, path: str, size: int, sparse: bool) -> int:
@@ -149,7 +216,7 @@ def _create(name: str, path: str, size: int, sparse: bool) -> int:
         if sparse or not _allocated(fd, size):
             os.ftruncate(fd, size)
         os.fsync(fd)
-        _sync_directory(os.path.dirname(path) or ".")
+        sync_directory(os.path.dirname(path) or ".")
     except (OSError, ResolveError):
         os.unlink(path)
         os.close(fd)
@@ -168,7 +235,8 @@ def _allocated(fd: int, size: int) -> bool:
     return True
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable. It may block. Raises: OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

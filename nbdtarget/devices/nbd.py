@@ -282,7 +282,8 @@ class NbdDevice(Device):
         if self._nr_writes == 0:
             self._writes_are_done.set()
         if status:
-            if bio.flags & FUA or status not in _NOTHING_LOST:
+            # A DISCARD promises nothing, so one that fails has lost nothing.
+            if op != OP_DISCARD and (bio.flags & FUA or status not in _NOTHING_LOST):
                 self._latch(bio, status)
             bio.end(status)
         elif bio.flags & FUA and not self._has_fua:

@@ -25,6 +25,7 @@ __all__ = [
     "is_memory_file_system",
     "lock_for_reading",
     "lock_for_writing",
+    "refuses_before_it_takes",
     "start_writeback",
 ]
 
@@ -40,6 +41,20 @@ _SYNC_FILE_RANGE_WRITE: Final = 2
 
 _TMPFS_MAGIC: Final = 0x01021994
 _RAMFS_MAGIC: Final = 0x858458F6
+
+# File systems that reserve the space for a buffered write before they take any of its bytes.
+_RESERVING_MAGICS: Final = frozenset(
+    {
+        _TMPFS_MAGIC,
+        _RAMFS_MAGIC,
+        0x0000EF53,  # ext2, ext3, ext4
+        0x58465342,  # xfs
+        0x9123683E,  # btrfs
+        0xF2F52010,  # f2fs
+        0xCA451A4E,  # bcachefs
+        0x2FC12FC1,  # zfs
+    }
+)
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
 
@@ -80,13 +95,25 @@ def allocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 def is_memory_file_system(fd: int) -> bool:
     """Whether the file lies on tmpfs or ramfs, where no read or write waits for a disk."""
+    return _file_system_magic(fd) in (_TMPFS_MAGIC, _RAMFS_MAGIC)
+
+
+def refuses_before_it_takes(fd: int) -> bool:
+    """Whether a write that fails for want of space (or quota) says nothing of earlier writes.
+
+    NFS, for one, answers a write with the ENOSPC of an earlier one, and then forgets that.
+    """
+    return _file_system_magic(fd) in _RESERVING_MAGICS
+
+
+def _file_system_magic(fd: int) -> int:
     # struct statfs is 120 bytes on 64-bit Linux; its first word is the magic number.
     buffer = ctypes.create_string_buffer(256)
     if _libc.fstatfs(fd, buffer) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
     (magic,) = struct.unpack_from("l", buffer.raw)
-    return magic & 0xFFFFFFFF in (_TMPFS_MAGIC, _RAMFS_MAGIC)
+    return int(magic) & 0xFFFFFFFF
 
 
 def start_writeback(fd: int) -> None:

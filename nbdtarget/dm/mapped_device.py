@@ -14,8 +14,10 @@ may stand on another, one call deeper.
 A new device is ACTIVE without a table, has size 0 and fails all I/O. `load` fills the
 inactive slot beside the running table. `resume` is where it happens, in the kernel's order:
 suspend the running table, swap, preresume every new target, resume every new target, run the
-queue, destroy the old table. If a preresume refuses, the device **stays suspended with the new
-table live**, and the old table is destroyed all the same; the way out is to load another.
+queue, destroy the old table. If a preresume refuses, everything is **as it was before** the verb: the
+old table is put back, and resumed if it ran; the refused one is in the inactive slot again. (The
+kernel leaves the device suspended with the refused table, and all who use it hang.) Only if the
+old table cannot be resumed any more either is the device left suspended, with the old table.
 
 What becomes of a bio: `nbdtarget.dm.mapped_io`.
 
@@ -37,6 +39,7 @@ import errno as errnos
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import NoReturn
 
 from nbdtarget.clock import Clock
 from nbdtarget.devices.base import EXTENTS_MAX, Extent, append_extent
@@ -207,29 +210,68 @@ class MappedDevice(MappedIo):
         """
         async with self._verbs:
             old = await self._swap()
+            assert self.active is not None
             if old is not None:
+                if self._swap_loses(old, self.active):
+                    self.health.note_loss()
                 await self._destroy(old)
 
     async def resume(self) -> None:
         """Make the inactive table live, if there is one, and let I/O go.
 
         A device that runs, without an inactive table, is left as it is.
-        Raises: TableError: suspended without any table, or a target's preresume refused; the
-            device is then suspended with the new table live.
+        Raises: TableError: suspended without any table, or a target's preresume refused, and
+            then both tables are where they were before.
         """
         async with self._verbs:
-            if self.inactive is None and self.active is None:
-                if self.state is State.ACTIVE:
-                    return
-                raise TableError("Invalid argument: no table to resume")
-            old = None if self.inactive is None else await self._swap()
+            if self.inactive is not None:
+                await self._resume_inactive()
+            elif self.state is not State.ACTIVE:
+                if self.active is None:
+                    raise TableError("Invalid argument: no table to resume")
+                await self._resume(self.active)
+
+    async def _resume_inactive(self) -> None:
+        ran = self.state is State.ACTIVE
+        old = await self._swap()
+        new = self.active
+        assert new is not None
+        try:
+            await self._preresume(new)
+        except TableError as refusal:
+            await self._take_back(old, new, refusal, runs=ran)
+        if old is not None and self._swap_loses(old, new):
+            self.health.note_loss()
+        self._run(new)
+        if old is not None:
+            await self._destroy(old)
+
+    async def _take_back(
+        self, old: Table | None, new: Table, refusal: TableError, *, runs: bool
+    ) -> NoReturn:
+        """Put both tables where they were before `new` was refused.
+
+        Raises: TableError: `refusal`, with what has become of the device.
+        """
+        self.inactive = new
+        self._adopt(old)
+        slot = "`clear' drops the refused table"
+        if not runs:
+            outcome = f"the device is still suspended, without it; {slot}"
+        elif old is None or old.failed:
+            self._run(old)
+            outcome = f"the device is as it was before; {slot}"
+        else:
+            outcome = f"the device goes on with the table that it had; {slot}"
             try:
-                if self.state is not State.ACTIVE:
-                    assert self.active is not None
-                    await self._resume(self.active)
-            finally:
-                if old is not None:
-                    await self._destroy(old)
+                await self._resume(old)
+            except TableError as error:
+                outcome = (
+                    f"the table before it cannot be resumed either ({error}): the device"
+                    " is suspended; load a table that works, and resume it"
+                )
+        _log.error("%s: resume refused: %s (%s)", self.name, refusal, outcome)
+        raise TableError(refusal.reason, refusal.errno, outcome) from refusal
 
     async def _swap(self) -> Table | None:
         """Suspend, put the inactive table in the live slot; the caller destroys the old one."""
@@ -239,8 +281,6 @@ class MappedDevice(MappedIo):
             raise TableError("Invalid argument: no inactive table")
         await self._suspend()
         old, new, self.inactive = self.active, self.inactive, None
-        if old is not None and self._swap_loses(old, new):
-            self.health.note_loss()
         self._adopt(new)
         return old
 
@@ -292,18 +332,29 @@ class MappedDevice(MappedIo):
         return self.active
 
     async def _resume(self, table: Table) -> None:
+        await self._preresume(table)
+        self._run(table)
+
+    async def _preresume(self, table: Table) -> None:
+        """Raises: TableError: refused; the targets that did not refuse have committed again."""
         if table.failed:
             raise TableError("the table has failed: load another", errnos.EIO)
-        for target in table.targets:
+        for index, target in enumerate(table.targets):
             try:
                 await target.preresume()
             except TableError as error:
+                for other in table.targets[:index]:
+                    await self._postsuspend(table, other)
                 raise TableError(
                     f"{target.type_name}: {error}",
                     error.errno,
                 ) from error
-        for target in table.targets:
-            self._guard(table, target.resume)
+
+    def _run(self, table: Table | None) -> None:
+        """Let I/O go, to `table`, which is the live one."""
+        if table is not None and not table.failed:
+            for target in table.targets:
+                self._guard(table, target.resume)
         self.state = State.ACTIVE
         self._running.set()
         self._set_fast_path()

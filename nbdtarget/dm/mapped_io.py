@@ -417,16 +417,16 @@ class MappedIo(Device):
         await drained
         timer.cancel()
 
-    def _adopt(self, table: Table) -> None:
+    def _adopt(self, table: Table | None) -> None:
         """Make `table` live: what a device can do is what its live table can do."""
         self.health.losses += self._losses_below()
-        self._data_devices = table.data_devices()
+        self._data_devices = () if table is None else table.data_devices()
         self._losses_before = sum(each.losses for each in self._data_devices)
         self.active = table
-        targets = table.targets
-        self.size = table.size
-        self.read_only = table.read_only
-        self._limits = table.limits
+        targets = () if table is None else table.targets
+        self.size = 0 if table is None else table.size
+        self.read_only = table is not None and table.read_only
+        self._limits = QueueLimits() if table is None else table.limits
         self.logical_block_size = self._limits.logical_block_size
         # A DISCARD is worth sending if any part of the device takes it.
         self.can_discard = any(target.can_discard for target in targets)

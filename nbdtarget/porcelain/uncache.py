@@ -20,8 +20,8 @@ which serves what the origin cannot take, and the error says so. To take the ste
 suspend a table that cannot be committed, and to find the next one read-only.
 
 Where it stops, nothing is lost, and the same command goes on from there: a table is a whole state,
-and each of the three is one in which clients are served what they wrote. A table that is refused at
-the last moment leaves the device suspended; the one before it is put back then. Ctrl-C is heeded
+and each of the three is one in which clients are served what they wrote. When a
+table is refused at the last moment, the server goes on with the one before it. Ctrl-C is heeded
 while it waits for dirty blocks, and not between the load of a table and its resume, nor in the last
 two steps, which are short; a second one ends it at once.
 
@@ -281,11 +281,10 @@ class UncacheJob:
 
     async def _pass_through(self, line: CacheLine, fields: StatusFields) -> bool:
         """Swap in passthrough; False: a block is dirty, and the old table is back."""
-        before = await self._table()
         await self._check_origin(line)
         await self._load(line, line.table_of(PASSTHROUGH, fields))
         try:
-            await self._resume(line, before)
+            await self._resume()
         except TableError as error:
             if error.errno != errnos.EBUSY:
                 raise
@@ -305,10 +304,9 @@ class UncacheJob:
 
     async def _swap(self, line: CacheLine, table: str) -> None:
         """Load and resume `table`; if it is refused, what was there before. Raises: TableError."""
-        before = await self._table()
         await self._check_origin(line)
         await self._load(line, table)
-        await self._resume(line, before)
+        await self._resume()
 
     async def _check_origin(self, line: CacheLine) -> None:
         """Flush the origin. Raises: UncacheError: it takes no flush; nothing has been changed."""
@@ -320,19 +318,13 @@ class UncacheJob:
                 f" cache goes on serving. Give this command again when {line.origin} is well"
             ) from error
 
-    async def _resume(self, line: CacheLine, before: str) -> None:
+    async def _resume(self) -> None:
         try:
             await self._ask("resume", m.Resume(self._name), m.Done)
-        except TableError as refusal:
-            # The device is suspended now, and the table that was refused is live.
-            try:
-                await self._load(line, before)
-                await self._ask("resume", m.Resume(self._name), m.Done)
-            except NbdTargetError as error:
-                raise self._refused(
-                    f"{refusal}; the table before it cannot be put back either"
-                    f" ({error}): the device is suspended"
-                ) from refusal
+        except TableError:
+            # The server has put the table before it back.
+            with suppress(NbdTargetError):
+                await self._ask("clear", m.Clear(self._name), m.Done)
             raise
 
     async def _load(self, line: CacheLine, table: str) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The XML of the tools for the kernel's caches, out and in."""
 
+import re
 from array import array
 
 import pytest
@@ -71,7 +72,9 @@ def test_without_a_clean_shutdown_all_is_dirty_and_nothing_hinted() -> None:
 def test_xml_again_is_identical(age: str) -> None:
     content = lives()[age].content
     text = "".join(render_xml(content))
-    again = parse_xml([text.encode()], origin_size=content.origin_size, uuid=UUID)
+    again = parse_xml(
+        [text.encode()], origin_size=content.origin_size, uuid=UUID, clean=True
+    )
     assert "".join(render_xml(again)) == text
     assert again.flags == CLEAN_SHUTDOWN
 
@@ -88,7 +91,7 @@ BAD = [
     ('nr_cache_blocks="4"', 'nr_cache_blocks="0"', 1, "out of range"),
     ('nr_cache_blocks="4"', 'nr_cache_blocks="3"', 5, "is behind the last of 3"),
     ('policy="smq"', f'policy="{"p" * 17}"', 1, "at most 16 bytes"),
-    ('hint_width="4"', 'hint_width="8"', 1, "hint_width: expected 4, found 8"),
+    ('hint_width="4"', 'hint_width="8"', 1, "hint_width: expected 0 or 4, found 8"),
     ('origin_block="3"', 'origin_block="17"', 13, "both hold origin block 17"),
     ('origin_block="3"', 'origin_block="100"', 5, "the origin is too small"),
     ('mapping cache_block="3"', 'mapping cache_block="1"', 5, "is out of order"),
@@ -132,6 +135,21 @@ def test_mappings_behind_hints_are_refused() -> None:
         parsed(head + hints + "</mappings></superblock>")
 
 
+def test_a_policy_without_hints_has_hint_width_zero() -> None:
+    hints = SMALL[SMALL.index("  <hints>") :]
+    found = parsed(
+        changed('hint_width="4"', 'hint_width="0"').replace(hints, "</superblock>")
+    )
+    assert found.nr_mapped == 3
+    assert (found.hints, found.policy) == (None, NO_POLICY)
+
+
+def test_hints_of_no_bytes_are_none() -> None:
+    text = changed('hint_width="4"', 'hint_width="0"')
+    text = re.sub('data="[^"]*"', 'data=""', text)
+    assert parsed(text).hints is None
+
+
 def test_superblock_alone_is_refused() -> None:
     with pytest.raises(BadDump, match="mappings are missing"):
         parsed(SMALL.split("\n")[0] + "</superblock>")
@@ -148,5 +166,5 @@ def test_many_mappings_come_in_pieces() -> None:
     pieces = list(render_xml(content))
     assert max(map(len, pieces)) < sum(map(len, pieces)) // 3
     data = "".join(pieces).encode()
-    again = parse_xml([data], origin_size=content.origin_size, uuid=UUID)
+    again = parse_xml([data], origin_size=content.origin_size, uuid=UUID, clean=True)
     assert (again.values, again.hints) == (content.values, content.hints)

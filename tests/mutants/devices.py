@@ -8,8 +8,11 @@ from tests.mutants.mutant import Mutant
 __all__ = ["DEVICES"]
 
 FILE_PY: Final = "nbdtarget/devices/file.py"
+PAGE_CACHE_PY: Final = "nbdtarget/devices/page_cache.py"
 NBD_PY: Final = "nbdtarget/devices/nbd.py"
 FILE: Final = ("tests/nbdtarget/devices/test_file.py",)
+FILE_HEALTH: Final = ("tests/nbdtarget/devices/test_file_health.py",)
+PAGE_CACHE: Final = ("tests/nbdtarget/devices/test_page_cache.py",)
 NBD: Final = ("tests/nbdtarget/devices/test_nbd.py",)
 
 DEVICES: Final = (
@@ -20,8 +23,8 @@ DEVICES: Final = (
         FILE_PY,
         (
             (
-                "            self._is_latched = True\n",
-                "            self._is_latched = False\n",
+                "        self._is_latched = True\n",
+                "        self._is_latched = False\n",
             ),
         ),
         FILE,
@@ -99,12 +102,50 @@ DEVICES: Final = (
         FILE_PY,
         (
             (
-                "        if status not in _NOTHING_LOST:\n"
+                "        if bio.op != OP_DISCARD and status not in self._nothing_lost:\n"
                 "            self._latch(OP_NAMES[bio.op], status)\n",
                 "",
             ),
         ),
         FILE,
+    ),
+    Mutant(
+        "failed-discard-latches",
+        "One TRIM that the disk refuses makes each later FLUSH fail.",
+        FILE_PY,
+        (
+            (
+                "if bio.op != OP_DISCARD and status not in self._nothing_lost:",
+                "if status not in self._nothing_lost:",
+            ),
+        ),
+        FILE_HEALTH,
+    ),
+    Mutant(
+        "no-room-on-nfs-taken-for-nothing-lost",
+        "NFS tells of an earlier, acknowledged write that it has lost, and FLUSH succeeds.",
+        FILE_PY,
+        (
+            (
+                "self._is_block_device or refuses_before_it_takes(self._fd)",
+                "True",
+            ),
+        ),
+        FILE_HEALTH,
+    ),
+    Mutant(
+        "no-sync-at-open",
+        "What an earlier life has left unwritten, and the news that it cannot be, stays unseen.",
+        PAGE_CACHE_PY,
+        (("    os.fdatasync(fd)\n    # A block", "    # A block"),),
+        PAGE_CACHE,
+    ),
+    Mutant(
+        "clean-pages-believed-at-open",
+        "Pages that never reached the disk are read as if they had, and vouch for a FLUSH.",
+        PAGE_CACHE_PY,
+        (("    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)\n", ""),),
+        PAGE_CACHE,
     ),
     Mutant(
         "failed-writeback-does-not-latch",
@@ -175,6 +216,13 @@ DEVICES: Final = (
                 "        if True:\n            self._reconnecting",
             ),
         ),
+        NBD,
+    ),
+    Mutant(
+        "nbd-failed-discard-latches",
+        "One TRIM that the server refuses makes each later FLUSH fail.",
+        NBD_PY,
+        (("if op != OP_DISCARD and (", "if op and ("),),
         NBD,
     ),
     Mutant(

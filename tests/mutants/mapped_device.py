@@ -77,6 +77,18 @@ MAPPED_DEVICE: Final = (
         TESTS,
     ),
     Mutant(
+        "refused-table-leaves-the-device-suspended",
+        "A new table refuses to resume, and clients wait for ever, although the old one could serve.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "            await self._take_back(old, new, refusal, runs=ran)\n",
+                "            raise refusal\n",
+            ),
+        ),
+        TESTS,
+    ),
+    Mutant(
         "suspend-does-not-wait",
         "A table is swapped while its writes are under way: they miss the commit.",
         MAPPED_DEVICE_PY,

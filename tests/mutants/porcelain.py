@@ -53,10 +53,9 @@ PORCELAIN: Final = (
     ),
     _mutant(
         "uncache-leaves-a-refused-table",
-        "Clients wait for ever in a suspended device.",
+        "A table that was refused stays in the inactive slot, where the next resume takes it.",
         UNCACHE,
-        "                await self._load(line, before)\n"
-        '                await self._ask("resume", m.Resume(self._name), m.Done)\n',
+        '                await self._ask("clear", m.Clear(self._name), m.Done)\n',
         "                await self._table()\n",
         UNCACHE_TESTS,
     ),

@@ -286,7 +286,9 @@ class CrashDevice(Device):
         """What this bio will fail with, or 0."""
         durable = bio.op == OP_FLUSH or bool(bio.flags & FUA and bio.op != OP_READ)
         fails = self._lies_to(bio)
-        self.is_latched |= fails and durable and self.latches
+        # A DISCARD promises nothing: one that fails has lost nothing.
+        may_latch = durable and bio.op != OP_DISCARD and self.latches
+        self.is_latched |= fails and may_latch
         if not (fails or (self.is_latched and durable)):
             return 0
         self.failed += 1
@@ -493,7 +495,7 @@ class FaultDevice(_Wrapper):
         durable = bio.op == OP_FLUSH or bool(bio.flags & FUA and bio.op != OP_READ)
         if counted and self._fails(at):
             self.failed += 1
-            self.is_latched |= durable
+            self.is_latched |= durable and bio.op != OP_DISCARD
             if self.happens is not None:
                 bio.own()
             part = None if self.happens is None else part_of(bio, self.happens)

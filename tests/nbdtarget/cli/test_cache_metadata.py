@@ -221,7 +221,7 @@ def test_xml_out_and_in_and_out(tool: Tool) -> None:
     xml, _ = tool("dump", tool.file(IMAGE), "--format", "xml")
     assert xml.startswith('<superblock uuid="" block_size="192" nr_cache_blocks="40"')
     dump, output = tool.file(xml.encode(), "dump"), str(tool.directory / "new")
-    options = ["--origin-size", "9830912"]
+    options = ["--origin-size", "9830912", "--trust-dirty"]
     tool("restore", "-i", dump, "-o", output, *options)
     assert tool("dump", output, "--format", "xml")[0] == xml
     content, before = content_of(Path(output).read_bytes()), lives()["clean"].content
@@ -257,10 +257,18 @@ def test_xml_wants_the_size_of_the_origin_and_json_does_not(tool: Tool) -> None:
     assert not os.path.exists(output)
 
 
-def test_xml_without_its_dirty_bits(tool: Tool) -> None:
+def test_dirty_bits_are_for_xml_to_trust(tool: Tool) -> None:
+    output = str(tool.directory / "new")
+    dump = tool.file(DUMP.encode(), "dump")
+    line = tool.fails("restore", "-i", dump, "-o", output, "--trust-dirty")
+    assert "is not XML: its dirty bits are believed in any case" in line
+
+
+@pytest.mark.parametrize("words", [[], ["--omit-clean-shutdown", "--trust-dirty"]])
+def test_xml_without_its_dirty_bits(tool: Tool, words: list[str]) -> None:
     xml, _ = tool("dump", tool.file(IMAGE), "--format", "xml")
     dump, output = tool.file(xml.encode(), "dump"), str(tool.directory / "new")
-    options = ["--origin-size", "10M", "--omit-clean-shutdown"]
+    options = ["--origin-size", "10M", *words]
     tool("restore", "-q", "-i", dump, "-o", output, *options)
     assert content_of(Path(output).read_bytes()).dirty.count() == 11
 

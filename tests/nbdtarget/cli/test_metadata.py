@@ -404,6 +404,37 @@ def test_restore_into_files_that_are_there(tool: Tool) -> None:
         assert tool("dump", output)[0] == DUMP
 
 
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_metadata_that_restore_makes_are_not_sparse(tool: Tool, name: str) -> None:
+    """Else a commit, years later, may find the file system full."""
+    dump, output = tool.file(DUMP.encode(), "dump"), str(tool.directory / "new")
+    if name == "empty":
+        tool.file(b"", "new")
+    tool("restore", "-q", "-i", dump, "-o", output)
+    status = os.stat(output)
+    assert status.st_blocks * 512 >= status.st_size > 0
+
+
+def test_dump_into_a_file_makes_its_name_durable(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(fd: int) -> None:
+        order.append("directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        fsync(fd)
+
+    def renamed(old: str, new: str) -> None:
+        order.append("rename")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    tool("dump", tool.file(AGED), "-o", str(tool.directory / "dump"))
+    assert order == ["file", "rename", "directory"]
+
+
 OUTPUTS = {
     "foreign": (b"x" * (1 << 20), "block"),
     "metadata": (AGED, "holds clone metadata, generation"),

@@ -13,10 +13,12 @@ from nbdtarget.config import devices, openings
 from nbdtarget.config.devices import ConfiguredDevices
 from nbdtarget.config.file import ConfigError, read
 from nbdtarget.devices import resolve
+from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.types import TARGET_TYPES
 from nbdtarget.errors import TableError
 from nbdtarget.server.export import DirectoryExports
+from nbdtarget.targets.cache.target import CacheTarget
 from protocol.errors import OptionError
 
 NOTHING: dict[str, list[str]] = {"created": [], "loaded": [], "refused": []}
@@ -301,3 +303,59 @@ async def test_a_table_that_cannot_be_resumed_leaves_the_device_as_it_was(
     assert await server.reload() == {**NOTHING, "refused": ["a"]}
     device = server.registry.get("a")
     assert (device.inactive, device.size) == (None, 8 * 512)
+
+
+async def dirty_cache(server: Server, directory: Path) -> str:
+    """Serve a cache with a dirty block, as `c`; return its table up to the mode."""
+    for name, size in (("origin", 2 << 20), ("fast", 1 << 20)):
+        (directory / name).write_bytes(bytes(size))
+    line = "0 4096 cache meta fast origin 128 1"
+    server.write(c=f"{line} writeback smq 0")
+    await server.start()
+    device = server.registry.get("c")
+    await device.message(0, ("warm", "0"))
+    async with timeout(10):
+        while " 1/16 " not in (await device.status())[0][3]:
+            await sleep(0.01)
+    await device.write(0, b"dirty" * 100)
+    return line
+
+
+async def test_a_reload_whose_table_is_refused_at_resume_goes_on_serving(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = await dirty_cache(server, tmp_path)
+    before = server.tables()
+    server.write(c=f"{line} passthrough smq 0")
+    assert await server.reload() == {**NOTHING, "refused": ["c"]}
+    assert "unless all blocks are clean" in caplog.text
+    assert "goes on with the table that it had" in caplog.text
+    assert server.tables() == before
+    device = server.registry.get("c")
+    assert device.inactive is None
+    async with timeout(5):
+        assert bytes(await device.read(0, 5)) == b"dirty"
+    server.write(c=f"{line} writeback smq 0")  # the old text again
+    assert await server.reload() == NOTHING
+    server.write(c=f"{line} writethrough smq 0")
+    assert await server.reload() == {**NOTHING, "loaded": ["c"]}
+
+
+async def test_a_device_that_a_refused_table_left_suspended_takes_the_old_text_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = await dirty_cache(server, tmp_path)
+
+    async def refuse(self: CacheTarget) -> None:
+        raise TableError("not now")
+
+    monkeypatch.setattr(CacheTarget, "preresume", refuse)
+    server.write(c=f"{line} passthrough smq 0")
+    assert await server.reload() == {**NOTHING, "refused": ["c"]}
+    device = server.registry.get("c")
+    assert device.state is State.SUSPENDED
+    monkeypatch.undo()
+    server.write(c=f"{line} writeback smq 0")
+    assert await server.reload() == {**NOTHING, "loaded": ["c"]}
+    async with timeout(5):
+        assert bytes(await device.read(0, 5)) == b"dirty"

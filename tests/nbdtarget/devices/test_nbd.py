@@ -225,6 +225,9 @@ async def test_fua_is_a_flush_afterwards_without_it(tmp_path: Path) -> None:
         (consts.CMD_WRITE, errno.EIO, True),
         (consts.CMD_WRITE, errno.ENOSPC, False),
         (consts.CMD_READ, errno.EIO, False),
+        # A discard promises nothing: it fails alone.
+        (consts.CMD_TRIM, errno.EIO, False),
+        (consts.CMD_TRIM, errno.EINVAL, False),
     ],
 )
 async def test_server_errors_latch_as_a_file_would(
@@ -237,6 +240,7 @@ async def test_server_errors_latch_as_a_file_would(
             consts.CMD_FLUSH: device.flush,
             consts.CMD_WRITE: lambda: device.write(0, b"x"),
             consts.CMD_READ: lambda: device.read(0, 1),
+            consts.CMD_TRIM: lambda: device.discard(0, 4096),
         }
         with pytest.raises(DeviceError) as caught:
             await operations[command]()

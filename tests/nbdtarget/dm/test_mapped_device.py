@@ -281,21 +281,84 @@ async def test_resume_swaps_the_inactive_table_in() -> None:
     assert opener.still_open == ["/b"]
 
 
-async def test_refused_preresume_leaves_the_device_suspended_with_the_new_table() -> (
+async def test_device_whose_new_table_refuses_to_resume_serves_with_the_old_one() -> (
     None
 ):
-    device, registry, opener = await make("0 8 linear /c 0", a=4096, b=4096, c=4096)
-    await registry.load("x", "0 8 probe /a /b refuse")
-    with pytest.raises(TableError, match="probe: will not") as caught:
+    device, registry, opener = await make("0 8 probe /c /d", a=8192, c=4096, d=4096)
+    await registry.load("x", "0 16 linear /a 0\n16 8 probe /a /d refuse")
+    ProbeTarget.lives.clear()
+    with pytest.raises(
+        TableError, match="goes on with the table that it had"
+    ) as caught:
         await device.resume()
     assert caught.value.errno == errnos.EBUSY
+    assert device.state is State.ACTIVE
+    assert device.size == 4096
+    assert device.table() == [(0, 8, "probe", "/c /d")]
+    assert device.table(inactive=True)[1] == (16, 8, "probe", "/a /d refuse")
+    assert submit(device, OP_READ, 0, 512).status == 0
+    assert device.losses == 0
+    with pytest.raises(TableError, match="goes on with the table that it had"):
+        await device.resume()
+    await device.clear()
+    assert sorted(opener.still_open) == ["/c", "/d"]
+
+
+async def test_bios_that_wait_for_a_table_that_is_refused_go_to_the_old_one() -> None:
+    device, registry, _ = await make("0 8 linear /c 0", a=4096, b=4096, c=4096)
+    await registry.load("x", "0 8 probe /a /b refuse")
+    resuming = asyncio.ensure_future(device.resume())
+    await device.suspend()  # has begun; the verbs run one after another
+    with pytest.raises(TableError, match="will not"):
+        await resuming
+    bio = submit(device, OP_READ, 0, 512)
+    with pytest.raises(TableError, match="is still suspended, without it"):
+        await device.resume()
+    assert bio.status < 0
     assert device.state is State.SUSPENDED
-    assert device.table() == [(0, 8, "probe", "/a /b refuse")]
-    assert sorted(opener.still_open) == ["/a", "/b"]
+    await device.clear()
+    await device.resume()
+    assert bio.status == 0
+
+
+async def test_device_without_a_table_is_without_one_when_its_first_is_refused() -> (
+    None
+):
+    registry, opener = make_registry(a=4096, b=4096)
+    device = await registry.create("x", None)
+    await registry.load("x", "0 8 probe /a /b refuse")
+    with pytest.raises(TableError, match="is as it was before"):
+        await device.resume()
+    assert (device.state, device.active, device.size) == (State.ACTIVE, None, 0)
+    assert submit(device, OP_READ, 0, 512).status == errnos.EIO
+    await registry.remove("x")
+    assert opener.still_open == []
+
+
+async def test_device_is_left_suspended_if_no_table_can_be_resumed() -> None:
+    device, registry, _ = await make("0 8 probe /c /d", a=4096, b=4096, c=4096, d=4096)
+    await registry.load("x", "0 8 probe /a /b refuse")
+    assert device.active is not None
+    probe = device.active.targets[0]
+    assert isinstance(probe, ProbeTarget)
+    probe.args = ("/c", "/d", "refuse")
+    with pytest.raises(TableError, match="cannot be resumed either") as caught:
+        await device.resume()
+    assert "load a table that works, and resume it" in str(caught.value)
+    assert device.state is State.SUSPENDED
     bio = submit(device, OP_READ, 0, 512)
     await registry.load("x", "0 8 linear /c 0")
     await device.resume()
     assert bio.status == 0
+
+
+async def test_targets_beside_the_one_that_refuses_to_resume_end_cleanly() -> None:
+    device, registry, _ = await make("0 8 linear /c 0", a=4096, b=4096, c=4096, d=4096)
+    await registry.load("x", "0 8 probe /a /b\n8 8 probe /d /a refuse")
+    ProbeTarget.lives.clear()
+    with pytest.raises(TableError, match="will not"):
+        await device.resume()
+    assert ProbeTarget.lives == ["preresume", "preresume", "postsuspend"]
 
 
 async def test_status_does_not_flush_when_suspended_or_asked_not_to() -> None:

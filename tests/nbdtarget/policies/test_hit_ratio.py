@@ -144,7 +144,8 @@ def test_trace_file_may_have_bare_numbers_and_small_letters(tmp_path: Path) -> N
 @pytest.mark.parametrize("version", [2, 3])
 def test_trace_file_may_be_a_log_of_fio(tmp_path: Path, version: int) -> None:
     path, time = tmp_path / "trace", "" if version == 2 else "1842 "
-    actions = ["add", "open", "read 131072 4096", "write 65535 4", "close"]
+    actions = ["add", "open", "read 131072 4096", "sync 131072 0", "write 65535 4"]
+    actions += ["datasync 65535 0", "trim 1048576 4096", "wait 100 0", "close"]
     lines = [f"fio version {version} iolog"]
     lines += [f"{time}t.0.0 {action}" for action in actions]
     path.write_text("\n".join(lines) + "\n")
@@ -181,7 +182,7 @@ def test_only_one_generator_can_be_saved(
 
 @pytest.mark.parametrize(
     "line",
-    ["R", "X 5", "R five", "R -1", "W,0,0", "R 1 2 3", "1 2", "t.0.0 trim 0 4096"],
+    ["R", "X 5", "R five", "R -1", "W,0,0", "R 1 2 3", "1 2", "t.0.0 frob 0 4096"],
 )
 def test_bad_line_of_a_trace_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "trace"
