@@ -15,6 +15,8 @@ user's fault: it is ours, and puts the mapped device that raised it into failure
 import errno as errnos
 import os
 
+from nbdtarget.permissions import Permission
+
 __all__ = [
     "ConstructorError",
     "DeviceError",
@@ -40,15 +42,21 @@ class ConstructorError(NbdTargetError):
         reason: the kernel's text where the kernel has one ("Region size is not a power of 2").
         errno: what the kernel's constructor returns, as a positive errno.
         target: the target type ("clone").
+        allowed_by: what the user can give to have it all the same (`nbdtarget.permissions`).
     """
 
     def __init__(
-        self, reason: str, errno: int = errnos.EINVAL, target: str = ""
+        self,
+        reason: str,
+        errno: int = errnos.EINVAL,
+        target: str = "",
+        allowed_by: Permission | None = None,
     ) -> None:
-        super().__init__(reason, errno, target)
+        super().__init__(reason, errno, target, allowed_by)
         self.reason = reason
         self.errno = errno
         self.target = target
+        self.allowed_by = allowed_by
 
     def __str__(self) -> str:
         return f"{self.target}: {self.reason}" if self.target else self.reason

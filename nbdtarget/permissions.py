@@ -13,13 +13,18 @@ This module imports nothing heavy, so that the command line can use it.
 
 from typing import Final, Literal
 
-__all__ = ["MOVED", "OTHER_DISK", "OVERWRITE", "Permission", "permissions"]
+__all__ = ["MOVED", "OTHER_DISK", "OVERWRITE", "Permission", "option_of", "permissions"]
 
 Permission = Literal["overwrite", "moved", "other-disk"]
 
 OVERWRITE: Final = "overwrite"
 MOVED: Final = "moved"
 OTHER_DISK: Final = "other-disk"
+
+
+def option_of(permission: Permission) -> str:
+    """The command line option that gives the word."""
+    return "--accept-other-disk" if permission == OTHER_DISK else f"--{permission}"
 
 
 def permissions(

@@ -30,7 +30,7 @@ from typing import Final
 
 from nbdtarget.clock import timeout
 from nbdtarget.config.file import Config, ConfigError, DeviceConfig, read
-from nbdtarget.config.openings import Opening
+from nbdtarget.config.openings import Opening, refusal
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
@@ -177,7 +177,8 @@ class ConfiguredDevices:
         try:
             await self._load(device)
         except NbdTargetError as error:
-            log.error("%s: device %s: %s", self._config.path, device.name, error)
+            reason = refusal(error, device)
+            log.error("%s: device %s: %s", self._config.path, device.name, reason)
             done["refused"].append(device.name)
             return False
         done["loaded"].append(device.name)

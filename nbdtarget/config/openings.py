@@ -17,6 +17,7 @@ The reason is logged when it is a new one, and not for each attempt.
 
 import asyncio
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
@@ -25,15 +26,30 @@ from nbdtarget.clock import timeout
 from nbdtarget.config.file import DeviceConfig
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.errors import ConstructorError, NbdTargetError
+from nbdtarget.permissions import option_of
 
-__all__ = ["RETRY_S_MAX", "RETRY_S_MIN", "Opening"]
+__all__ = ["RETRY_S_MAX", "RETRY_S_MIN", "Opening", "refusal"]
 
 RETRY_S_MIN: Final = 1.0
 RETRY_S_MAX: Final = 30.0
 BEING_OPENED: Final = "is being opened"
 
 log: Final = logging.getLogger(__name__)
+
+
+def refusal(error: NbdTargetError, device: DeviceConfig) -> str:
+    """The error; and the commands that allow what no word of a configuration file can allow."""
+    if not isinstance(error, ConstructorError) or error.allowed_by is None:
+        return str(error)
+    name = shlex.quote(device.name)
+    lines = " ".join(
+        f"--table {shlex.quote(line)}" for line in device.table.splitlines()
+    )
+    return (
+        f"{error} (a configuration file cannot allow that; once, by hand: nbdtarget load"
+        f" {name} {option_of(error.allowed_by)} {lines} && nbdtarget resume {name})"
+    )
 
 
 class Opening:
@@ -145,7 +161,7 @@ class Opening:
                 failure=stand_in.failure,
             )
         except NbdTargetError as error:
-            self._tell(str(error))
+            self._tell(refusal(error, device))
             # Somebody may have taken the name in this moment: then it is theirs.
             with suppress(NbdTargetError):
                 self._stand_in = await self._make_stand_in(stand_in.minor, str(error))

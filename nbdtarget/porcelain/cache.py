@@ -7,7 +7,8 @@ by itself:
     metadata            cache       verdict
     missing             missing     both are made, if the size is given
     missing             no data     metadata is made
-    missing             holds data  refused, unless told to overwrite: it may be the wrong disk
+    missing             holds data  refused by the target, unless told to overwrite: it may be
+                                    the wrong disk
     ours                missing     refused: what only the cache had would be lost
     ours, nothing       missing     the cache is made, if the size is given
     is cached
@@ -191,8 +192,6 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
             _check_nothing_lost(known, cache, metadata)
         _check_shape(known, options, metadata, size, cache_size)
         _check_may_pass_through(known, options, cache)
-    elif not is_missing and not options.overwrite:
-        await _check_no_data(cache, metadata)
     return CachePlan(
         name=name,
         size=size,
@@ -339,19 +338,6 @@ def _check_may_pass_through(
         f"{reason}: {nr_dirty} blocks may be dirty; serve it once with --mode"
         " writethrough --policy cleaner until none is, and stop it",
     )
-
-
-async def _check_no_data(cache: str, metadata: str) -> None:
-    device = await resolve.open_device(cache, read_only=False)
-    try:
-        if await look.holds_data(device):
-            raise ResolveError(
-                cache,
-                f"holds data, but there is no cache metadata in {metadata}: give"
-                " --metadata if it is elsewhere, --overwrite if the data may go",
-            )
-    finally:
-        await device.close()
 
 
 def _table_line(

@@ -3,12 +3,12 @@
 
 How it goes, and how it is undone: job.py.
 
-What is refused, besides what the clone target refuses by itself:
+What is refused, here or by the clone target itself:
 
     metadata   destination   verdict
     missing    missing       both are made
     missing    no data       metadata is made
-    missing    holds data    refused, unless told to overwrite: it may be the wrong disk
+    missing    holds data    refused by the target, unless told to overwrite: it may be the wrong disk
     ours       missing       refused: its regions would count as copied
     ours       there         goes on where it was
     foreign    any           refused by the clone target, untouched
@@ -133,7 +133,7 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
             " metadata to start anew",
         )
     if not make_dest:
-        await _check_dest(dest, size, fresh=fresh, options=options, metadata=metadata)
+        await _check_dest(dest, size)
     return ClonePlan(
         name=name,
         size=size,
@@ -143,23 +143,13 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     )
 
 
-async def _check_dest(
-    dest: str, size: int, *, fresh: bool, options: CloneOptions, metadata: str
-) -> None:
+async def _check_dest(dest: str, size: int) -> None:
     device = await resolve.open_device(dest, read_only=False)
-    try:
-        if device.size < size:
-            raise ResolveError(
-                dest, f"too small: {device.size} bytes, the source has {size}"
-            )
-        if fresh and not options.overwrite and await look.holds_data(device):
-            raise ResolveError(
-                dest,
-                f"holds data, but there is no clone metadata in {metadata}: give"
-                " --metadata if it is elsewhere, --overwrite if the data may go",
-            )
-    finally:
-        await device.close()
+    await device.close()
+    if device.size < size:
+        raise ResolveError(
+            dest, f"too small: {device.size} bytes, the source has {size}"
+        )
 
 
 def _table_line(

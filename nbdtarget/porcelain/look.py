@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Final
 
 from nbdtarget.devices import resolve
-from nbdtarget.devices.base import EXTENT_DATA, Device
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.table import SECTOR
 from nbdtarget.errors import ResolveError
@@ -15,15 +14,11 @@ __all__ = [
     "check_distinct",
     "default_name",
     "disk_size",
-    "holds_data",
     "is_fresh",
     "metadata_name",
 ]
 
 HEAD_BYTES: Final = 16384  # the superblocks of a metadata device
-SCAN_BYTES_MAX: Final = 256 << 20  # how much of a disk is read for data
-SCAN_STEP: Final = 4 << 20
-EXTENTS_STEP: Final = 1 << 40
 
 
 def metadata_name(given: str | None, disk: str, directory: str) -> str:
@@ -78,29 +73,3 @@ async def is_fresh(metadata: str) -> bool:
     finally:
         await device.close()
     return not any(head)
-
-
-async def holds_data(device: Device) -> bool:
-    """Whether anything but zeroes is there, as far as that can be found out quickly."""
-    at = scanned = 0
-    while at < device.size:
-        for extent in await device.extents(at, min(EXTENTS_STEP, device.size - at)):
-            if extent.flags == EXTENT_DATA:
-                budget = SCAN_BYTES_MAX - scanned
-                if await _reads_other_than_zero(device, at, min(extent.length, budget)):
-                    return True
-                scanned += extent.length
-                if scanned > SCAN_BYTES_MAX:
-                    return True  # too much to tell: the safe answer
-            at += extent.length
-    return False
-
-
-async def _reads_other_than_zero(device: Device, offset: int, length: int) -> bool:
-    end = offset + length
-    while offset < end:
-        part = await device.read(offset, min(SCAN_STEP, end - offset))
-        if part.tobytes().count(0) != len(part):
-            return True
-        offset += len(part)
-    return False

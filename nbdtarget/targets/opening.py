@@ -24,7 +24,9 @@ from typing import Protocol, TypeVar
 from metadata.errors import MetadataError, MetadataTooSmall, NotOurs
 from metadata.mode import Mode
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.content import maybe_content
 from nbdtarget.errors import ConstructorError, ResolveError
+from nbdtarget.permissions import OVERWRITE
 from nbdtarget.targets.base import TargetContext
 
 __all__ = ["Opening", "metadata_errno"]
@@ -52,6 +54,7 @@ class Opening:
         self._ctx = ctx
         self._target = target
         self._opened = AsyncExitStack()
+        self._created: Device | None = None
 
     async def __aenter__(self) -> "Opening":
         return self
@@ -86,7 +89,33 @@ class Opening:
         """Make a metadata file of `size` bytes, and open it. Raises: ConstructorError."""
         device = await self._awaited("metadata", self._ctx.create_device(name, size))
         self._opened.push_async_callback(self._ctx.close_device, device)
+        self._created = device
         return device
+
+    def has_created(self, device: Device) -> bool:
+        """Whether the metadata device was made just now."""
+        return device is self._created
+
+    async def refuse_content(
+        self, role: str, disk: Device, metadata_name: str, state: str
+    ) -> None:
+        """Refuse to make metadata for a disk that holds data: its own may be elsewhere.
+
+        Args: state: what is wrong with the metadata: "is missing".
+        Raises: ConstructorError; not if the user allows to overwrite.
+        """
+        if OVERWRITE in self._ctx.permissions:
+            return
+        content = await maybe_content(disk)
+        if content is not None:
+            raise ConstructorError(
+                f"{role} device {disk.name} {content}, but its metadata"
+                f" {metadata_name} {state}: name the metadata that belongs to it, or"
+                " give --overwrite if what it holds may be lost",
+                errnos.EEXIST,
+                self._target,
+                OVERWRITE,
+            )
 
     async def metadata(
         self,

@@ -16,6 +16,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.table import Table
 from nbdtarget.errors import ResolveError
 from nbdtarget.metadata_io import run
+from nbdtarget.permissions import OVERWRITE
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.volatile_cache import BORDERS
 from tests.crash.images import worn_metadata
@@ -104,7 +105,8 @@ class _RegistryRig:
         await self._registry.resume("d")
 
     async def load(self) -> None:
-        await self._registry.load("d", self.table)
+        # The disks hold what the model says, and their metadata is blank.
+        await self._registry.load("d", self.table, permissions=frozenset((OVERWRITE,)))
 
     async def message(self, *words: str) -> None:
         await self._registry.get("d").message(0, words)

@@ -8,6 +8,8 @@ from tests.mutants.mutant import Mutant
 __all__ = ["CACHE_PARTS"]
 
 ACTIVATION_PY: Final = "nbdtarget/targets/cache/activation.py"
+CACHE_CONSTRUCTOR_PY: Final = "nbdtarget/targets/cache/constructor.py"
+MISSING: Final = ("tests/nbdtarget/dm/test_missing_metadata.py",)
 OPENING_PY: Final = "nbdtarget/targets/opening.py"
 DISCARDS_PY: Final = "nbdtarget/targets/cache/discards.py"
 EXTENTS_PY: Final = "nbdtarget/targets/cache/extents.py"
@@ -106,6 +108,31 @@ CACHE_PARTS: Final = (
         "isinstance(metadata, kind) and metadata.mode is Mode.RW:",
         "isinstance(metadata, kind):",
         CONSTRUCTOR,
+    ),
+    # ---- new metadata
+    _mutant(
+        "new-metadata-whatever-the-cache-holds",
+        "The metadata's file system is not mounted: what was in the cache only is lost.",
+        CACHE_CONSTRUCTOR_PY,
+        'await opening.refuse_content("cache", cache, metadata_name, "is missing")',
+        "pass",
+        MISSING,
+    ),
+    _mutant(
+        "blank-metadata-whatever-the-cache-holds",
+        "A wiped metadata device is formatted: what was in the cache only is lost.",
+        CACHE_CONSTRUCTOR_PY,
+        'await opening.refuse_content("cache", cache, device.name, "is blank")',
+        "pass",
+        MISSING,
+    ),
+    _mutant(
+        "any-permission-overwrites",
+        "Whoever says that a disk has moved loses what it holds.",
+        OPENING_PY,
+        "if OVERWRITE in self._ctx.permissions:",
+        "if self._ctx.permissions:",
+        MISSING,
     ),
     # ---- discards
     _mutant(

@@ -393,4 +393,19 @@ CLONE: Final = (
         ),
         ("tests/nbdtarget/targets/test_prison.py",),
     ),
+    # ---- new metadata
+    Mutant(
+        "new-metadata-whatever-the-destination-holds",
+        "The metadata's file system is not mounted: the source is copied over what clients wrote.",
+        "nbdtarget/targets/clone/constructor.py",
+        (
+            (
+                "            await opening.refuse_content(\n"
+                '                "destination", destination, metadata_name, "is missing"\n'
+                "            )\n",
+                "",
+            ),
+        ),
+        ("tests/nbdtarget/dm/test_missing_metadata.py",),
+    ),
 )

@@ -76,14 +76,6 @@ PORCELAIN: Final = (
         UNCACHE_TESTS,
     ),
     _mutant(
-        "cache-porcelain-takes-a-disk-with-data",
-        "The wrong disk is overwritten, block by block.",
-        CACHE,
-        "elif not is_missing and not options.overwrite:",
-        "elif not is_missing and options.overwrite:",
-        CACHE_TESTS,
-    ),
-    _mutant(
         "cache-porcelain-takes-another-origin",
         "Dirty blocks of one disk are written over another.",
         CACHE,

@@ -34,6 +34,7 @@ from nbdtarget.bio import FUA, OP_FLUSH, OP_NAMES, OP_READ, Bio
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
+from nbdtarget.permissions import OVERWRITE, Permission
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget.volatile_cache import BORDERS, Fate
@@ -492,14 +493,16 @@ class Life:
     async def _create_devices(self) -> None:
         for name, table in self.rig.below:
             await self.registry.create(name, table)
+        # The disks hold what the model says before their metadata is made.
+        allowed: frozenset[Permission] = frozenset((OVERWRITE,))
         if self._random.random() < 0.5:
-            await self.registry.create("d", self.rig.table)
+            await self.registry.create("d", self.rig.table, permissions=allowed)
             self.watch_cache()
             self._listen()
         else:
             # As the porcelain does it: clients may attach before the first bio may go.
             device = await self.registry.create("d", None)
-            await self.registry.load("d", self.rig.table)
+            await self.registry.load("d", self.rig.table, permissions=allowed)
             self.watch_cache()
             await device.activate()
             self._listen()

@@ -2,7 +2,8 @@
 """From a table line to open devices, policy and metadata, in the kernel's order.
 
 Every check that needs no metadata comes first; only then is a missing metadata file created or an
-all-zero one formatted. Whatever fails, what was opened is closed again.
+all-zero one formatted, and not if the cache device holds data: then its metadata is elsewhere.
+Whatever fails, what was opened is closed again.
 
 Opening changes nothing on disk: whether the last shutdown was clean stands there until the first
 resume succeeds. So a table that is refused, or loaded and never resumed, costs nothing.
@@ -98,11 +99,12 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
             reason = f"Error setting cache policy's config values: {error}"
             raise opening.error(reason) from error
         if metadata_device is None:
+            await opening.refuse_content("cache", cache, metadata_name, "is missing")
             metadata_device = await opening.create_metadata_device(
                 metadata_name, CacheMetadata.device_size_for(nr_cblocks)
             )
         metadata = await _open_metadata(
-            opening, metadata_device, block_size, ctx.length, nr_cblocks
+            opening, metadata_device, cache, block_size, ctx.length
         )
         opening.keep()
     if nr_cblocks > NR_CBLOCKS_WARNING:
@@ -149,9 +151,9 @@ def make_policy(
 async def _open_metadata(
     opening: Opening,
     device: Device,
+    cache: Device,
     block_size: int,
     origin_size: int,
-    nr_cblocks: int,
 ) -> CacheMetadata:
     """Raises: ConstructorError."""
     try:
@@ -159,7 +161,9 @@ async def _open_metadata(
             device,
             CacheMetadata,
             check=lambda known: _check_block_size(known, block_size),
-            read=lambda: _read_metadata(device, block_size, origin_size, nr_cblocks),
+            read=lambda: _read_metadata(
+                opening, device, cache, block_size, origin_size
+            ),
         )
         if metadata.mode is not Mode.RW:
             raise ReadOnlyMetadata  # features that we may only read
@@ -181,20 +185,26 @@ def _check_block_size(metadata: CacheMetadata, block_size: int) -> None:
 
 
 async def _read_metadata(
-    device: Device, block_size: int, origin_size: int, nr_cblocks: int
+    opening: Opening,
+    device: Device,
+    cache: Device,
+    block_size: int,
+    origin_size: int,
 ) -> CacheMetadata:
     try:
         return await metadata_io.run(
             device, CacheMetadata.open(device_size=device.size, block_size=block_size)
         )
     except NotFormatted:
+        if not opening.has_created(device):
+            await opening.refuse_content("cache", cache, device.name, "is blank")
         return await metadata_io.run(
             device,
             CacheMetadata.format(
                 device_size=device.size,
                 block_size=block_size,
                 origin_size=origin_size,
-                nr_cblocks=nr_cblocks,
+                nr_cblocks=cache.size // block_size,
                 uuid=uuid.uuid4().bytes,
             ),
         )

@@ -2,7 +2,8 @@
 """From a table line to open devices and metadata, in the kernel's order.
 
 Every check that needs no metadata comes first; only then is a missing metadata file created or an
-all-zero one formatted. Whatever fails, what was opened is closed again.
+all-zero one formatted, and not if the destination holds data: then its metadata is elsewhere.
+Whatever fails, what was opened is closed again.
 """
 
 import errno as errnos
@@ -67,11 +68,14 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
             raise opening.error("Too many regions. Consider increasing the region size")
         options = parse_options(words[ARGUMENTS_MIN:])
         if metadata_device is None:
+            await opening.refuse_content(
+                "destination", destination, metadata_name, "is missing"
+            )
             metadata_device = await opening.create_metadata_device(
                 metadata_name, CloneMetadata.device_size_for(nr_regions)
             )
         metadata = await _open_metadata(
-            opening, metadata_device, region_size, ctx.length
+            opening, metadata_device, destination, region_size, ctx.length
         )
         opening.keep()
     return Parts(
@@ -86,7 +90,11 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
 
 
 async def _open_metadata(
-    opening: Opening, device: Device, region_size: int, target_size: int
+    opening: Opening,
+    device: Device,
+    destination: Device,
+    region_size: int,
+    target_size: int,
 ) -> CloneMetadata:
     """Raises: ConstructorError."""
     try:
@@ -94,7 +102,9 @@ async def _open_metadata(
             device,
             CloneMetadata,
             check=lambda known: _check_geometry(known, region_size, target_size),
-            read=lambda: _read_metadata(device, region_size, target_size),
+            read=lambda: _read_metadata(
+                opening, device, destination, region_size, target_size
+            ),
         )
     except MetadataError as error:
         reason = f"Failed to load metadata: {explain(error, device.name)}"
@@ -111,7 +121,11 @@ async def _open_metadata(
 
 
 async def _read_metadata(
-    device: Device, region_size: int, target_size: int
+    opening: Opening,
+    device: Device,
+    destination: Device,
+    region_size: int,
+    target_size: int,
 ) -> CloneMetadata:
     try:
         return await metadata_io.run(
@@ -123,6 +137,10 @@ async def _read_metadata(
             ),
         )
     except NotFormatted:
+        if not opening.has_created(device):
+            await opening.refuse_content(
+                "destination", destination, device.name, "is blank"
+            )
         return await metadata_io.run(
             device,
             CloneMetadata.format(

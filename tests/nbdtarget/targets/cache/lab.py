@@ -14,6 +14,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import ConstructorError, ResolveError, TableError
+from nbdtarget.permissions import OVERWRITE
 from nbdtarget.targets.cache.target import CacheTarget
 from tests.nbdtarget.targets.clone.support import Spy, settle
 from tests.support.clock import SimClock
@@ -118,13 +119,17 @@ class CacheLab:
         return f"0 {self.length // 512} cache /m /c /o {sectors} {words}"
 
     async def create(self, words: str = "0 smq 0") -> MappedDevice:
-        device = await self.registry.create("c", self.line(words))
+        device = await self.registry.create(
+            "c", self.line(words), permissions=frozenset((OVERWRITE,))
+        )
         await settle()
         self.log.clear()
         return device
 
     async def load(self, words: str = "0 smq 0") -> None:
-        await self.registry.load("c", self.line(words))
+        await self.registry.load(
+            "c", self.line(words), permissions=frozenset((OVERWRITE,))
+        )
 
     async def reload(self, words: str = "0 smq 0") -> None:
         await self.load(words)

@@ -12,7 +12,7 @@ from nbdtarget.clock import Clock
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.errors import ResolveError
-from nbdtarget.permissions import Permission
+from nbdtarget.permissions import OVERWRITE, Permission
 from nbdtarget.targets.base import KILL, REMAPPED
 from nbdtarget.targets.clone.target import CloneTarget
 from tests.support.clock import SimClock
@@ -74,7 +74,8 @@ class Context:
         self.length = length
         self.name = "c"
         self.read_only = False
-        self.permissions: frozenset[Permission] = frozenset()
+        # Tests fill their disks before the metadata is made.
+        self.permissions: frozenset[Permission] = frozenset((OVERWRITE,))
         self.clock = clock
         self.nr_events = 0
         self.replacements: list[tuple[str, ...]] = []

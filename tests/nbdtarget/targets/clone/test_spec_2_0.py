@@ -57,6 +57,7 @@ async def stack() -> AsyncIterator[Stack]:
     device = await registry.create("c", TABLE)
     stack = Stack(registry, opener, device)
     stack.source.data[:] = random.Random(3).randbytes(SIZE)
+    stack.destination.log.clear()  # it was looked at: it must be blank
     yield stack
     await registry.close()
 
