@@ -7,7 +7,7 @@ Theory of operation. States:
     HANDSHAKE     options                     GO: TRANSMISSION; ABORT, error, time: CLOSED
     TRANSMISSION  requests, unless paused     DISC, EOF: DRAINING; garbage, lost peer: CLOSED
     DRAINING      nothing, or to drop it      the last bio has ended and its reply has left
-    CLOSED        -                           released when the last bio has ended
+    CLOSED        -                           the last bio has ended: socket closed, device released
 
 The socket is non-blocking and read with `recv_into` when the loop says that it is readable:
 no transport stands between, so every buffer, bound and wake-up is ours to decide. What is
@@ -28,21 +28,27 @@ away, and the loop gets its turn after BATCHES_MAX batches.
 
 Ends. DISC and EOF let everything in flight finish and its replies leave. A peer that is gone
 costs nothing but its own connection: bios still in flight are dropped when they end, and
-only then is the device released.
+only then is the device released. While writes are among them the socket is not closed either, whatever
+ended the connection: a client takes EOF for the end of its writes, connects again, and writes what
+none of them may overtake. How the old writes are kept in front of the new ones: `gate.py`.
 
 Shutdown. What was received before is carried out, what comes after is answered with
 ESHUTDOWN, and when nothing is in flight our half of the connection is closed.
 """
 
+import contextlib
 import logging
 import os
+import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
+from nbdtarget.bio import Bio
 from nbdtarget.clock import Timer, perf_counter_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.server.export import DirectoryExports
+from nbdtarget.server.gate import Gate
 from nbdtarget.server.output import Output, is_gone
 from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
@@ -65,6 +71,7 @@ POLL_STREAK: Final = (
 POLL_SKIP_MAX: Final = 64
 POLL_GAP_NS: Final = 20_000  # between two looks: others want the processor
 HANDSHAKE_READ: Final = 64 << 10
+SETTLE_RECEIVES_MAX: Final = 4096  # of what a client that has gone left in its socket
 
 
 _sched_yield: Final = os.sched_yield
@@ -141,9 +148,9 @@ class Connection:
             self._is_writing = False
         if self._timer is not None:
             self._timer.cancel()
-        self._sock.close()
         self._output.drop()
         if self._requests is not None:
+            self._gate().leave(self)
             self._requests.drop()
         self.maybe_release()
 
@@ -158,11 +165,48 @@ class Connection:
     def maybe_release(self) -> None:
         """Release everything, unless bios are in flight: the last one calls again."""
         if self._requests is not None and self._requests.nr_requests:
+            if any(self.writes_in_flight()):
+                # The client takes the end of the connection for the end of its writes.
+                with contextlib.suppress(OSError):  # it has gone
+                    self._sock.shutdown(socket.SHUT_RD)
+            else:
+                self._sock.close()
             return
+        self._sock.close()
         device, self._device = self._device, None
         if device is not None:
             self._shared.directory.release(device)
+            self._shared.gates.forget_idle(device)
         self._shared.closed(self)
+
+    def settle(self) -> None:
+        """If the client has gone, take what it has sent before, and notice that it has gone.
+
+        What cannot be taken now, because a bound is met, never is: nobody waits for it.
+        """
+        if not self._hang_up_events():
+            return
+        for _ in range(SETTLE_RECEIVES_MAX):
+            if self.state != TRANSMISSION or self._is_paused:
+                break
+            self._guard(self._receive_transmission)
+        if self.state == TRANSMISSION:
+            logger.info("%s: has gone with requests unread: dropped", self.peer)
+            self.abort()
+
+    @property
+    def _is_paused(self) -> bool:
+        return self._requests is not None and self._requests.is_paused
+
+    def _hang_up_events(self) -> int:
+        """What the kernel knows of the client's end: 0, or POLLRDHUP, POLLHUP, POLLERR, or'ed."""
+        looker = select.poll()
+        looker.register(self._fd, select.POLLRDHUP)
+        return sum(events for _, events in looker.poll(0))
+
+    def _gate(self) -> Gate:
+        assert self._device is not None
+        return self._shared.gates.of(self._device)
 
     def _handshake_timed_out(self) -> None:
         logger.info("%s: no handshake in time", self.peer)
@@ -177,6 +221,8 @@ class Connection:
         """Read nothing more; close when everything in flight has been answered."""
         self.state = DRAINING
         self._stop_reading()
+        if self._requests is not None:
+            self._gate().leave(self)
 
     def _maybe_finish(self) -> None:
         """Close, if that is all that is left to do."""
@@ -267,6 +313,14 @@ class Connection:
         if self._requests is not None and self._requests.is_paused:
             self.maybe_resume()
 
+    def route(self, submit: Callable[[Bio], None]) -> None:
+        assert self._requests is not None
+        self._requests.route(submit)
+
+    def writes_in_flight(self) -> Iterator[tuple[Bio, int, int]]:
+        assert self._requests is not None
+        return self._requests.writes_in_flight()
+
     def flush_soon(self) -> None:
         """Flush once in this turn of the loop, however many bios end in it."""
         if not self._is_flushing:
@@ -326,6 +380,7 @@ class Connection:
         )
         if self._is_shutting_down:
             self._requests.refuse()
+        self._gate().join(self)
         self._requests.put(self._handshake.trailing_data())
         logger.info("%s: attached %s", self.peer, negotiated.export.name)
         self._requests.serve()
@@ -409,6 +464,9 @@ class Connection:
         self._is_resuming = False
         requests = self._requests
         if self.state != TRANSMISSION or requests is None or requests.is_full(0):
+            return
+        if self._hang_up_events() & (select.POLLHUP | select.POLLERR):
+            self.abort()  # and what it has left unread is dropped: nobody waits for it
             return
         requests.is_paused = False
         self._start_reading()

@@ -34,6 +34,7 @@ from nbdtarget.errors import ListenError
 from nbdtarget.server.address import UnixAddress, parse_address
 from nbdtarget.server.connection import Connection
 from nbdtarget.server.export import ExportDirectory
+from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.output import BufferPool
 from nbdtarget.server.shared import Shared
@@ -212,6 +213,7 @@ class Listener:
                 budget=Budget(self._limits),
                 pool=BufferPool(self._limits.pool_bytes_max),
                 directory=self._directory,
+                gates=Gates(self._clock),
                 starved=self._starved,
                 closed=self._connection_closed,
             )

@@ -38,6 +38,7 @@ import errno as errnos
 import logging
 import os
 import socket
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
@@ -47,6 +48,7 @@ from nbdtarget.errors import DeviceError
 from nbdtarget.server.block_status import describe
 from nbdtarget.server.commands import OPS, bio_flags_of
 from nbdtarget.server.output import HEADER_ROOM, Output
+from nbdtarget.server.replies import encode_error, pack_read
 from nbdtarget.server.shared import Host, Shared
 from nbdtarget.server.zeroes import is_zero
 from protocol.consts import (
@@ -57,7 +59,9 @@ from protocol.consts import (
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_READ,
+    CMD_TRIM,
     CMD_WRITE,
+    CMD_WRITE_ZEROES,
     EINVAL,
     ESHUTDOWN,
     OFFSET_DATA,
@@ -75,7 +79,6 @@ from protocol.transmission import (
     PAYLOAD_ACCEPT,
     PAYLOAD_DISCONNECT,
     ServerTransmission,
-    error_chunk,
     none_chunk,
     offset_hole,
     pack_offset_data_into,
@@ -101,6 +104,8 @@ _CHUNK: Final = STRUCTURED_REPLY_MAGIC
 assert CMD_FLAG_FUA == FUA
 assert REPLY_FLAG_DONE == REPLY_TYPE_OFFSET_DATA == 1
 assert SIMPLE_REPLY.size == 16
+
+_WRITING: Final = frozenset({CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES})
 
 
 class Violation(Exception):
@@ -153,7 +158,9 @@ class Requests:
         self._budget = shared.budget
         self._output = output
         self._device = device
-        self._submit = device.submit
+        self._gate = shared.gates.of(device)
+        self._submit: Callable[[Bio], None] = device.submit  # or the gate's
+        self._in_flight: set[Bio] = set()
         self._observer = ConnectionObserver(device)
         self._transmission = transmission
         self._is_shutting_down = False
@@ -203,9 +210,22 @@ class Requests:
         self._is_shutting_down = True
         self._read_max = self._write_max = -1
 
+    def route(self, submit: Callable[[Bio], None]) -> None:
+        """Submit bios this way from now on."""
+        self._submit = submit
+
+    def writes_in_flight(self) -> Iterator[tuple[Bio, int, int]]:
+        """Each with the offset and length that the client asked for."""
+        for bio in self._in_flight:
+            request = bio.private
+            assert isinstance(request, _Request)
+            if request.command in _WRITING:
+                yield bio, request.offset, bio.length
+
     def drop(self) -> None:
-        """The connection is closed: forget the WRITE that was being received."""
+        """The connection is closed: forget the WRITE that was being received, and what is held."""
         self._observer.close()
+        self._gate.drop(tuple(self._in_flight))
         bio = self._large_bio
         if bio is not None:
             request = bio.private
@@ -347,7 +367,7 @@ class Requests:
                 _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
                 out += 16
             elif length >= zero_min or bio.payload is not payload:
-                out += self._pack_read(bio, payload, out, cookie, offset)
+                out += self._pack_read(bio, payload, out, (cookie, offset))
             else:
                 if structured:
                     _pack_data(arena, out, _CHUNK, 1, 1, cookie, length + 8, offset)
@@ -396,6 +416,7 @@ class Requests:
         self._budget.nr_bytes += bio.length
         self._bio = Bio(OP_READ, 0, 0, None, 0, self._ended)
         self._check_owned(bio)
+        self._in_flight.add(bio)
         self.is_full(0)
         return self._bio
 
@@ -405,26 +426,18 @@ class Requests:
             raise AssertionError(f"{self._device.name} kept a borrowed payload: {bio}")
 
     def _pack_read(
-        self, bio: Bio, payload: memoryview, out: int, cookie: int, offset: int
+        self, bio: Bio, payload: memoryview, out: int, request: tuple[int, int]
     ) -> int:
-        """Pack the reply to a READ that is long, or was owned on its way and ended inline.
-
-        Returns how long the reply is.
-        """
-        arena, length = self._output.arena, bio.length
-        if bio.payload is not payload:
-            assert bio.payload is not None
-            payload[:] = bio.payload
-        if not self._transmission.structured:
-            pack_simple_reply_into(arena, out, 0, cookie)
-            return SIMPLE_REPLY.size + length
-        data_at = out + OFFSET_DATA.size
-        if length >= self._zero_min and is_zero(arena, data_at, length):
-            hole = offset_hole(cookie, offset, length, done=True)
-            arena[out : out + len(hole)] = hole
-            return len(hole)
-        pack_offset_data_into(arena, out, cookie, offset, length, done=True)
-        return OFFSET_DATA.size + length
+        structured, zero_min = self._transmission.structured, self._zero_min
+        return pack_read(
+            self._output,
+            bio,
+            payload,
+            out,
+            request,
+            structured=structured,
+            zero_min=zero_min,
+        )
 
     # ---- the slow path ----
 
@@ -527,6 +540,7 @@ class Requests:
     def _start(self, bio: Bio) -> None:
         self.nr_requests += 1
         self._budget.nr_requests += 1
+        self._in_flight.add(bio)
         self._submit(bio)
         output = self._output
         if output.nr_queued >= self._limits.flush_at and not output.is_blocked:
@@ -564,6 +578,7 @@ class Requests:
         status = 0
         reply = b""
         try:
+            await self._gate.passed(offset, length)
             req_one = bool(flags & CMD_FLAG_REQ_ONE)
             reply = await describe(
                 device, contexts, cookie, offset, length, req_one=req_one
@@ -591,6 +606,7 @@ class Requests:
             return
         assert isinstance(request, _Request)
         self.nr_requests -= 1
+        self._in_flight.discard(bio)  # not in it, if its device broke the rules
         if self._host.is_closed:
             self._give_back(request)
             self._host.maybe_release()
@@ -606,6 +622,8 @@ class Requests:
                 self._give_back(request)
                 self._reply_done(request.cookie, request.command)
             self._host.flush_soon()
+        if self._gate.elders:
+            self._gate.ended(bio)
         self._budget.give_back(1, 0)
 
     # ---- replies ----
@@ -632,9 +650,8 @@ class Requests:
     def _encode_error(
         self, cookie: int, command: int, error: int, message: str
     ) -> bytes:
-        if self._transmission.structured:
-            return error_chunk(cookie, error, message.encode())
-        return simple_reply(error, cookie)
+        structured = self._transmission.structured
+        return encode_error(cookie, error, message, structured=structured)
 
     def _reply_read(self, bio: Bio, request: _Request) -> None:
         """Answer a READ from its own buffer."""

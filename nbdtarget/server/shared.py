@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from nbdtarget.clock import Clock
 from nbdtarget.server.export import ExportDirectory
+from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.output import BufferPool
 
@@ -24,6 +25,7 @@ class Shared:
     budget: Budget
     pool: BufferPool
     directory: ExportDirectory
+    gates: Gates
     starved: Callable[[], None]  # a connection waits for the budget
     closed: Callable[[Any], None]  # a connection has released everything
 

@@ -14,6 +14,9 @@ REQUESTS: Final = (
     "tests/nbdtarget/server/test_connection.py",
 )
 
+GATE_PY: Final = "nbdtarget/server/gate.py"
+GATE: Final = ("tests/nbdtarget/server/test_gate.py",)
+
 SERVER: Final = (
     Mutant(
         "fua-of-a-small-write-dropped",
@@ -164,5 +167,36 @@ SERVER: Final = (
         ),
         REQUESTS,
         hangs=True,
+    ),
+    Mutant(
+        "younger-write-does-not-wait",
+        "A write overtakes one of a connection that has gone: an acknowledged write is undone.",
+        GATE_PY,
+        (
+            (
+                "elders = [] if op in (OP_FLUSH, OP_CACHE) else self._overlapped(bio)",
+                "elders = []",
+            ),
+        ),
+        GATE,
+    ),
+    Mutant(
+        "disc-forgets-writes-in-flight",
+        "What is in flight when a client says DISC, or closes, is not waited for.",
+        CONNECTION_PY,
+        (
+            (
+                "        if self._requests is not None:\n            self._gate().leave(self)\n\n    def _maybe",
+                "\n    def _maybe",
+            ),
+        ),
+        GATE,
+    ),
+    Mutant(
+        "socket-closed-before-its-writes-end",
+        "A client sees EOF, connects again, and its old write comes after its new one.",
+        CONNECTION_PY,
+        (("if any(self.writes_in_flight()):", "if False:"),),
+        GATE,
     ),
 )
