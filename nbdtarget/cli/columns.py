@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
+from nbdtarget.cli.health import worst_state
 from nbdtarget.control.messages import InfoLine
 from nbdtarget.errors import NbdTargetError
 
@@ -103,6 +104,15 @@ FIELDS: Final[dict[str, Field]] = {
         8,
         lambda d: ",".join(d.used_by),
         "Names of mapped devices that use this one.",
+    ),
+    "health": Field(
+        "Health",
+        7,
+        lambda d: worst_state(d.below),
+        "ok, latched or lost: the worst of the devices below.",
+    ),
+    "losses": Field(
+        "Losses", 6, lambda d: d.losses, "How often unflushed writes may be lost."
     ),
     "size": Field("Size", 10, lambda d: d.size, "Bytes."),
 }

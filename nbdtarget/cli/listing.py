@@ -24,6 +24,7 @@ from nbdtarget.cli.common import (
     print_json,
 )
 from nbdtarget.cli.concise import ConciseDevice, format_concise
+from nbdtarget.cli.health import describe_trouble, name_trouble
 from nbdtarget.cli.tree import OPTIONS, draw_tree
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import NoServerError
@@ -209,7 +210,8 @@ def ls(
             if what == "devno" and target is not None:
                 number = number.replace(":", ", ")
             failure = f" failed: {device.failure}" if device.failure else ""
-            print(f"{device.name}\t({number}){failure}")
+            trouble = failure or name_trouble(device.below)
+            print(f"{device.name}\t({number}){trouble}")
 
 
 _NUMBERS: Final[dict[str, Callable[[m.InfoLine], str]]] = {
@@ -370,6 +372,9 @@ def _print_info(device: m.InfoLine) -> None:
         ("Number of targets", str(device.nr_targets)),
     ]
     rows += [("Failure", device.failure)] if device.failure else []
+    rows += [("Below", line) for line in describe_trouble(device.below)]
+    if device.losses:
+        rows.append(("Losses", f"{device.losses} times, unflushed writes may be lost"))
     for key, value in rows:
         print(f"{key + ':':<18} {value}")
     if device.uuid:

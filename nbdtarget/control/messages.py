@@ -18,6 +18,7 @@ __all__ = [
     "READING_VERBS",
     "VERBS",
     "Answer",
+    "BelowLine",
     "Clear",
     "Create",
     "Deps",
@@ -196,12 +197,35 @@ class TableLine(Answer):
     fields: dict[str, bool | int | float | str | None] = {}
 
 
+class BelowLine(Answer):
+    """One device that a live table stands on, however many tables lie between.
+
+    `state` "ok"; "latched": a write or a flush failed, and no FLUSH succeeds until it is opened
+    again; "lost": it does not answer any more. `errno` and `since_s` (Unix time) of the latter two.
+    `errors`: how many requests have failed since it was opened, by operation; `last_error`: the last
+    one of them. `losses`: how often writes that were not flushed yet may have been lost.
+    """
+
+    name: str
+    state: str = "ok"
+    errno: int = 0
+    since_s: float = 0.0
+    errors: dict[str, int] = {}
+    last_error: str = ""
+    losses: int = 0
+
+
 class DeviceLines(Answer):
-    """`failure`: why the device has no table although it is meant to have one, or ""."""
+    """`failure`: why the device has no table although it is meant to have one, or "".
+
+    `below`, `losses`, of a status: as of `InfoLine`.
+    """
 
     name: str
     lines: tuple[TableLine, ...]
     failure: str = ""
+    below: tuple[BelowLine, ...] = ()
+    losses: int = 0
 
 
 class LinesAnswer(Answer):
@@ -221,6 +245,8 @@ class InfoLine(Answer):
     `deps` are the devices that the live table stands on, `mapped_deps` those of them that are
     mapped devices, by their names; `used_by`: mapped devices whose live table stands on it.
     `failure`: why it has no table although it is meant to have one, or "".
+    `below`: the devices that the live table stands on in the end. `losses`: how often clients'
+    writes that were not flushed yet may have been lost; the next FLUSH of each has said so.
     """
 
     name: str
@@ -241,6 +267,8 @@ class InfoLine(Answer):
     used_by: tuple[str, ...] = ()
     deferred_remove: bool = False
     failure: str = ""
+    below: tuple[BelowLine, ...] = ()
+    losses: int = 0
 
 
 class InfoAnswer(Answer):

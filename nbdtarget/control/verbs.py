@@ -113,6 +113,7 @@ class Verbs:
                         device,
                         await device.status_by_name(noflush=request.noflush),
                         request.target,
+                        has_health=True,
                     )
                     for device in self._devices(request.names)
                 ]
@@ -189,6 +190,8 @@ def _lines(
     device: MappedDevice,
     lines: Iterable[tuple[tuple[int, int, str, str], StatusFields]],
     target: str | None,
+    *,
+    has_health: bool = False,
 ) -> m.DeviceLines:
     return m.DeviceLines(
         device.dm_name,
@@ -198,6 +201,23 @@ def _lines(
             if target is None or line[2] == target
         ),
         _failure(device),
+        _below(device) if has_health else (),
+        device.losses if has_health else 0,
+    )
+
+
+def _below(device: MappedDevice) -> tuple[m.BelowLine, ...]:
+    return tuple(
+        m.BelowLine(
+            name=below.name,
+            state=below.health.state.value,
+            errno=below.health.errno,
+            since_s=below.health.since_s,
+            errors=dict(below.health.errors),
+            last_error=below.health.last_error,
+            losses=below.losses,
+        )
+        for below in device.devices_below()
     )
 
 
@@ -237,4 +257,6 @@ def _info(
         used_by=tuple(used_by.get(device.name, ())),
         deferred_remove=device.deferred_remove,
         failure=_failure(device),
+        below=_below(device),
+        losses=device.losses,
     )

@@ -391,6 +391,7 @@ class MappedDevice(MappedIo):
             await self._suspend()
             self.state = State.REMOVED
             self.stop_queueing()
+            self._watch(())
             active, self.active = self.active, None
             inactive, self.inactive = self.inactive, None
             for table in (active, inactive):

@@ -30,6 +30,9 @@ so (`has_lost_writes`), the table has failed, or `noflush` left the flush out an
 not stand on the same devices, so that no later FLUSH reaches the writes. Whoever flushes a mapped
 device learns of it from the number, on its way up through any number of tables, and not from the FLUSH.
 
+Trouble below. Whenever a device below the live table is latched or lost, or loses something, that is an event of
+this device, and of those that stand on it (`Health.watchers`).
+
 Pushing back. A suspend with `noflush` does not wait for bios that a target only holds back and has
 not begun below (`Target.push_back`): each goes to the front of the queue as it came, and is mapped
 anew by whatever table is resumed. They leave the flight meanwhile, as if `submit` had queued them.
@@ -139,6 +142,7 @@ class MappedIo(Device):
         "_queueing",
         "_running",
         "_uppers",
+        "_watched",
         "active",
         "state",
     )
@@ -155,6 +159,8 @@ class MappedIo(Device):
         self._drained: asyncio.Future[None] | None = None
         self._data_devices: tuple[Device, ...] = ()  # below the live table
         self._losses_before = 0  # theirs, when the table became live
+        self._watched: tuple[Device, ...] = ()  # all below the live table
+        self.health.watchers.append(self.event)
         self._limits = QueueLimits()
         self._is_flushed = False  # suspended, and all that has ended is durable
         self._running = asyncio.Event()
@@ -422,6 +428,7 @@ class MappedIo(Device):
         self.health.losses += self._losses_below()
         self._data_devices = () if table is None else table.data_devices()
         self._losses_before = sum(each.losses for each in self._data_devices)
+        self._watch(() if table is None else tuple(dict.fromkeys(table.devices())))
         self.active = table
         targets = () if table is None else table.targets
         self.size = 0 if table is None else table.size
@@ -432,6 +439,24 @@ class MappedIo(Device):
         self.can_discard = any(target.can_discard for target in targets)
         self.can_write_zeroes = all(target.can_write_zeroes for target in targets)
         self.can_fast_zero = all(target.can_fast_zero for target in targets)
+
+    def _watch(self, devices: tuple[Device, ...]) -> None:
+        """Hear of the trouble of these devices, and of no others."""
+        for device in self._watched:
+            device.health.watchers.remove(self.health.notify)
+        for device in devices:
+            device.health.watchers.append(self.health.notify)
+        self._watched = devices
+
+    def devices_below(self) -> list[Device]:
+        """What the live table stands on in the end, each once: no mapped devices."""
+        found: dict[Device, None] = {}
+        for device in self._watched:
+            if isinstance(device, MappedIo):
+                found.update(dict.fromkeys(device.devices_below()))
+            else:
+                found[device] = None
+        return list(found)
 
     def stop_queueing(self) -> None:
         """End what waits here, and what still comes, with EIO: nobody will resume the device."""

@@ -2,6 +2,7 @@
 """The battery that every command passes, and what the commands print, to the blank."""
 
 import asyncio
+import errno
 import io
 import json
 import re
@@ -261,6 +262,57 @@ def test_info_of_other_states(cli: CommandLine) -> None:
     assert reason in cli("info", "-u", "nix", status=1)
     assert "columns have options only with -c" in cli("info", "-o", "name", status=2)
     assert "blkdevname" in cli("info", "-c", "-o", "help")
+
+
+def test_latched_lost_and_failing_devices_below_are_shown(
+    cli: CommandLine, registry: Registry
+) -> None:
+    cli("create", "low", "--table", "0 8 linear /a 0\n8 8 linear /b 0")
+    cli("create", "top", "--table", "0 8 linear /dev/mapper/low 0\n8 8 linear /c 0")
+    cli("create", "well", "--table", "0 8 linear /c 0")
+    healthy = cli("info", "top")
+    below = {each.name: each for each in registry.get("top").devices_below()}
+    assert list(below) == ["/a", "/b", "/c"]
+    below["/a"].health.note_error("flush", errno.EIO)
+    below["/a"].health.latch(errno.EIO)
+    below["/b"].health.lose(errno.ENOTCONN)
+    below["/c"].health.note_error("write", errno.ENOSPC)
+    below["/c"].health.note_loss()
+    for name in ("low", "top"):
+        text = cli("info", name)
+        assert re.search(
+            r"\nBelow: +/a: latched since [-: 0-9]+ \(Input/output error\): no FLUSH"
+            r" succeeds until a table on it is loaded anew; failed: 1 flush, last flush:"
+            r" Input/output error\n",
+            text,
+        )
+        assert re.search(r"\nBelow: +/b: lost since [-: 0-9]+ \(Transport end", text)
+    assert cli("info", "top").startswith(healthy.split("Event")[0])
+    assert "/c: failed: 1 write, last write: No space left on device; lost" in text
+    assert re.search(r"\nLosses: +1 times, unflushed writes may be lost\n", text)
+    assert cli("ls").splitlines() == [
+        "low\t(253:0) latched: /a lost: /b",
+        "top\t(253:1) latched: /a lost: /b",
+        "well\t(253:2)",
+    ]
+    rows = cli("info", "-c", "--noheadings", "-o", "name,health,losses")
+    assert rows == "low:lost:0\ntop:lost:1\nwell:ok:1\n"
+    assert cli("info", "-c", "--noheadings", "-o", "name", "-S", "health!=ok") == (
+        "low\ntop\n"
+    )
+    for verb in ("status", "info"):
+        (device,) = json.loads(cli(verb, "top", "--json"))["devices"]
+        shown = {each["name"]: each for each in device["below"]}
+        assert {name: each["state"] for name, each in shown.items()} == {
+            "/a": "latched",
+            "/b": "lost",
+            "/c": "ok",
+        }
+        assert shown["/a"]["errno"] == errno.EIO
+        assert shown["/a"]["since_s"] > 0
+        assert shown["/a"]["errors"] == {"flush": 1}
+        assert shown["/a"]["last_error"] == "flush: Input/output error"
+        assert (shown["/c"]["losses"], device["losses"]) == (1, 1)
 
 
 @pytest.mark.usefixtures("registry")

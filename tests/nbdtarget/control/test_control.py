@@ -60,7 +60,8 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 async def test_life_of_a_device(server: Server) -> None:
     await server.create()
     status = await server.ask("status", m.Status(), m.LinesAnswer)
-    assert status.devices == (m.DeviceLines("x", (m.TableLine(0, 8, "linear", ""),)),)
+    lines = (m.TableLine(0, 8, "linear", ""),)
+    assert status.devices == (m.DeviceLines("x", lines, below=(m.BelowLine("/a"),)),)
     await server.ask("load", m.Load("x", "0 16 linear /a 0"), m.Done)
     await server.ask("suspend", m.Suspend("x"), m.Done)
     (info,) = (await server.ask("info", m.Info(("x",)), m.InfoAnswer)).devices

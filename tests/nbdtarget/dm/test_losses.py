@@ -103,3 +103,30 @@ async def test_table_that_has_failed_has_lost_what_it_did_not_flush() -> None:
     await registry.load("x", "0 8 linear /a 0")
     await registry.resume("x")
     await tells_once(client)
+
+
+async def test_trouble_of_a_disk_is_one_event_of_everything_above_it() -> None:
+    registry, opener, left, right = await stack()
+    other = await registry.create("other", "0 8 linear /b 0")
+    devices = [registry.get("lower"), left, right]
+    health = opener.open["/a"].health
+    for trouble in (
+        lambda: health.latch(errnos.EIO),
+        lambda: health.latch(errnos.EIO),  # no news
+        lambda: health.lose(errnos.EIO),
+        health.note_loss,
+    ):
+        trouble()
+    assert [device.event_nr for device in devices] == [3, 3, 3]
+    assert other.event_nr == 0
+    await registry.load("lower", "0 16 linear /b 0")
+    await registry.resume("lower")
+    before = [device.event_nr for device in devices]
+    health.note_loss()  # nobody stands on it any more
+    assert [device.event_nr for device in devices] == before
+    await registry.remove("left")
+    await registry.remove("right")
+    await registry.remove("lower")
+    opener.open["/b"].health.latch(errnos.EIO)
+    # Its removal was its last event.
+    assert (devices[0].event_nr, other.event_nr) == (before[0] + 1, 1)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `info` and `ls` say of the devices below, if something is wrong with them."""
+
+import os
+from collections.abc import Iterable
+from datetime import datetime
+
+from nbdtarget.control.messages import BelowLine
+
+__all__ = ["describe_trouble", "name_trouble", "worst_state"]
+
+_CONSEQUENCES = {
+    "latched": "no FLUSH succeeds until a table on it is loaded anew",
+    "lost": "it does not answer; a table on it that is loaded anew connects again",
+}
+
+
+def worst_state(below: Iterable[BelowLine]) -> str:
+    """Return "lost", "latched" or "ok"."""
+    states = {device.state for device in below}
+    return next((state for state in ("lost", "latched") if state in states), "ok")
+
+
+def describe_trouble(below: Iterable[BelowLine]) -> list[str]:
+    """One line for each device with which something is, or was, wrong."""
+    lines = []
+    for device in below:
+        parts = []
+        if device.state != "ok":
+            since = datetime.fromtimestamp(device.since_s).isoformat(" ", "seconds")
+            parts.append(
+                f"{device.state} since {since} ({os.strerror(device.errno)}):"
+                f" {_CONSEQUENCES.get(device.state, '')}"
+            )
+        if device.errors:
+            counts = [f"{nr} {what}" for what, nr in sorted(device.errors.items())]
+            parts.append(f"failed: {', '.join(counts)}, last {device.last_error}")
+        if device.losses:
+            parts.append(f"lost unflushed writes {device.losses} times")
+        if parts:
+            lines.append(f"{device.name}: {'; '.join(parts)}")
+    return lines
+
+
+def name_trouble(below: Iterable[BelowLine]) -> str:
+    """The devices that are latched or lost, for the end of a line; "" if there are none."""
+    return "".join(
+        f" {device.state}: {device.name}" for device in below if device.state != "ok"
+    )
