@@ -150,6 +150,19 @@ class Device:
             self.logical_block_size, self.io_min, self.io_opt, self.discard_granularity
         )
 
+    async def reopened(self, name: str, *, read_only: bool) -> "Device | None":
+        """Open the same disk once more, as `name`, because this device is latched or lost.
+
+        None: opening it by its name is all that it takes. Raises: ResolveError.
+        """
+        return None
+
+    def give_up_reads(self) -> None:
+        """End what is being read with EIO, if it may take forever: somebody wants to stop.
+
+        Nothing is lost by that. What is asked for afterwards is served as ever.
+        """
+
     def submit(self, bio: Bio) -> None:
         """Start `bio`; it ends here or later. Never blocks, never raises for an I/O error."""
         raise NotImplementedError

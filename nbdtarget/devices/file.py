@@ -57,7 +57,7 @@ import errno as errnos
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from resource import RUSAGE_THREAD, getrusage
 from typing import Final
@@ -143,13 +143,28 @@ class _Sync:
 
 
 class FileDevice(Device):
-    """An open regular file or block device. Made in `file_open.py`."""
+    """An open regular file or block device. Made in `file_open.py`.
+
+    Attributes:
+        open_beside: opens it once more, with the lock of this one.
+    """
+
+    open_beside: Callable[["FileDevice", str, bool], Awaitable["FileDevice"]]
 
     def __init__(
-        self, name: str, fd: int, size: int, pool: WorkerPool, *, read_only: bool
+        self,
+        name: str,
+        fd: int,
+        size: int,
+        pool: WorkerPool,
+        *,
+        read_only: bool,
+        lock_fd: int = -1,
     ) -> None:
+        """Args: lock_fd: has the lock, if `fd` has not; -1. Both belong to the device now."""
         super().__init__(name, size, read_only=read_only)
         self._fd = fd
+        self._lock_fd = lock_fd
         self._pool = pool
         self._writers = pool  # of writes without FUA
         self._alignment = 1  # of fallocate and discards, in bytes
@@ -249,6 +264,18 @@ class FileDevice(Device):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    async def reopened(self, name: str, *, read_only: bool) -> Device | None:
+        if self.read_only and not read_only:
+            return None  # our lock is not enough
+        return await self.open_beside(self, name, read_only)
+
+    def share_lock(self) -> int:
+        """Return a descriptor that keeps our lock for as long as it is open."""
+        return os.dup(self._fd if self._lock_fd < 0 else self._lock_fd)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         if self._is_block_device or length == 0:

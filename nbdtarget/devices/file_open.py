@@ -12,6 +12,12 @@ what is on the disk (page_cache.py); a failure there refuses the opening. The di
 file is synced as well: whoever made the file may not have done so, and an fsync of the file alone
 need not keep its name.
 
+*Once more.* A file that is latched is opened anew while the old descriptor, which has the lock (and a block
+device's O_EXCL), is still in use. A lock cannot be handed from one open file description to another, but
+it lives as long as any descriptor of its description does. So the new device keeps a duplicate of the old
+descriptor beside its own, only for the lock: there is no moment in which another process could take it. The
+new descriptor is a description of its own, which has not been told of any error.
+
 Everything here that may block runs in the new device's own worker.
 """
 
@@ -46,13 +52,20 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-async def open_file(name: str, path: str, *, read_only: bool) -> FileDevice:
+async def open_file(
+    name: str, path: str, *, read_only: bool, beside: FileDevice | None = None
+) -> FileDevice:
     """Open and lock an existing file or block device.
+
+    Args:
+        beside: we have the same one open already, at least as writable: share its lock.
 
     Raises: ResolveError.
     Durable: unless `read_only`, everything that is read from it, and its name.
     """
-    return await _make(name, partial(_open, name, path, read_only), read_only=read_only)
+    lock_fd = -1 if beside is None else beside.share_lock()
+    opening = partial(_open, name, path, read_only, lock_fd)
+    return await _make(name, opening, read_only=read_only, lock_fd=lock_fd)
 
 
 async def create_file(name: str, path: str, size: int, *, sparse: bool) -> FileDevice:
@@ -117,11 +130,13 @@ async def _make(
     open_fd: Callable[[], int],
     *,
     read_only: bool,
+    lock_fd: int = -1,
     undo: Callable[[], None] | None = None,
 ) -> FileDevice:
     """Open in the new device's own worker: on a dead network mount even that may block.
 
     Args:
+        lock_fd: has the lock, if `open_fd` does not take one; it is closed with the device.
         undo: takes back what `open_fd` did, if nobody waits for it any more.
     """
     pool = WorkerPool(name)
@@ -133,13 +148,17 @@ async def _make(
         try:
             fd = open_fd()
             size = _size(name, fd)
-            made.append(FileDevice(name, fd, size, pool, read_only=read_only))
+            made.append(
+                FileDevice(name, fd, size, pool, read_only=read_only, lock_fd=lock_fd)
+            )
         except ResolveError as error:
             refused.append(error)
         except OSError as error:
             refused.append(_refused(name, error))
-        if fd >= 0 and not made:
-            os.close(fd)
+        if not made:
+            for each in (fd, lock_fd):
+                if each >= 0:
+                    os.close(each)
         return 0
 
     making = asyncio.ensure_future(pool.run(make))
@@ -156,10 +175,15 @@ async def _make(
     if not made:
         await pool.close()
         raise refused[0]
+    made[0].open_beside = _open_beside
     return made[0]
 
 
-def _open(name: str, path: str, read_only: bool) -> int:
+async def _open_beside(old: FileDevice, name: str, read_only: bool) -> FileDevice:
+    return await open_file(name, name, read_only=read_only, beside=old)
+
+
+def _open(name: str, path: str, read_only: bool, lock_fd: int = -1) -> int:
     # Looked at before it is opened: opening a FIFO blocks, opening a tape rewinds it.
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -167,11 +191,14 @@ def _open(name: str, path: str, read_only: bool) -> int:
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise ResolveError(name, "is not a regular file or block device")
     flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
-    if stat.S_ISBLK(mode) and not read_only:
+    if stat.S_ISBLK(mode) and not read_only and lock_fd < 0:
         flags |= os.O_EXCL
     fd = os.open(path, flags)
     try:
-        _lock(name, fd, exclusive=not read_only)
+        if lock_fd < 0:
+            _lock(name, fd, exclusive=not read_only)
+        elif not os.path.sameopenfile(fd, lock_fd):
+            raise ResolveError(name, "was exchanged just now", errnos.ESTALE)
         if not read_only:
             _make_true(name, fd)
             if stat.S_ISREG(mode):

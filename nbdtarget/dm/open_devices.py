@@ -14,6 +14,11 @@ rules:
   opens only to read (a clone's source) to every other that would write, with EBUSY and
   the name of the holder.
 - The two tables of one mapped device take turns, so these rules do not stand between them.
+- A device that is latched or lost counts as not open: a table that is loaded now gets the same disk opened
+  anew, with a `Device` and a `shared` dictionary of its own, and the live table keeps the old device until it is
+  swapped away. The rules hold for both together. A lock of ours does not stand in the way (see
+  `nbdtarget.devices.file_open`). A source whose server cannot be reached stays the one that is open: it looks
+  for its server by itself.
 - What is open read-only stays so: who wants to write has to wait until it is closed. (A second
   descriptor would meet the locks of the first.)
 - One target never gets the same device twice if it would write: source and destination, or
@@ -128,16 +133,30 @@ class _Open:
         identity: what the device is.
         uses: at least one, once it is shown to anybody.
         shared: see `TargetContext.shared`.
+        before: the latched or lost one in whose stead this one was opened; it may be in use still.
     """
 
-    __slots__ = ("device", "identity", "read_only", "shared", "uses")
+    __slots__ = ("before", "device", "identity", "read_only", "shared", "uses")
 
-    def __init__(self, identity: Hashable, device: Device, *, read_only: bool) -> None:
+    def __init__(
+        self,
+        identity: Hashable,
+        device: Device,
+        *,
+        read_only: bool,
+        before: "_Open | None" = None,
+    ) -> None:
         self.identity = identity
         self.device = device
         self.read_only = read_only
+        self.before = before
         self.uses: list[_Use] = []
         self.shared: dict[str, object] = {}
+
+    @property
+    def uses_of_disk(self) -> list[_Use]:
+        """Those of every opening of the same disk."""
+        return self.uses + ([] if self.before is None else self.before.uses_of_disk)
 
     def is_held_by(self, holder: MappedDevice) -> bool:
         return any(use.holder is holder for use in self.uses)
@@ -147,7 +166,7 @@ class _Open:
         if self.uses and self.uses[-1].is_like(use):
             self.uses.append(use)  # one more target of a long table on one device
             return
-        others = [each for each in self.uses if each.holder is not use.holder]
+        others = [each for each in self.uses_of_disk if each.holder is not use.holder]
         clashing = [
             each for each in others if not (each.tolerates(use) and use.tolerates(each))
         ]
@@ -177,6 +196,7 @@ class OpenDevices:
     def __init__(self, opener: DeviceOpener) -> None:
         self.opener = opener
         self._opens: dict[Hashable, _Open] = {}
+        self._unusable: list[_Open] = []  # in use, but another was opened in its stead
         # Opening takes its time (a server may be far away), and must not happen twice.
         self._locks: WeakValueDictionary[Hashable, asyncio.Lock] = WeakValueDictionary()
 
@@ -196,7 +216,41 @@ class OpenDevices:
             if opened is None:
                 device = await self.opener.open_device(name, read_only=read_only)
                 opened = _Open(identity, device, read_only=read_only)
+            elif not opened.device.health.is_usable:
+                return await self._use_anew(
+                    name, opened, holder, read_only=read_only, shared=shared
+                )
             return self._use(name, opened, holder, read_only=read_only, shared=shared)
+
+    async def _use_anew(
+        self,
+        name: str,
+        old: _Open,
+        holder: MappedDevice,
+        *,
+        read_only: bool,
+        shared: bool,
+    ) -> _Use:
+        """Open a disk whose open device is latched or lost once more. Raises: ResolveError."""
+        try:
+            device = await old.device.reopened(name, read_only=read_only)
+            if device is None:
+                device = await self.opener.open_device(name, read_only=read_only)
+        except ResolveError:
+            if not (read_only and old.read_only):
+                raise
+            # What is only read cannot lie; and a source looks for its server by itself.
+            return self._use(name, old, holder, read_only=True, shared=shared)
+        new = _Open(old.identity, device, read_only=read_only, before=old)
+        self._unusable.append(old)
+        try:
+            use = self._use(name, new, holder, read_only=read_only, shared=shared)
+        except ResolveError:
+            self._unusable.remove(old)
+            await device.close()
+            raise
+        _log.info("%s: %s: opened anew", holder.name, name)
+        return use
 
     async def keep_open(
         self,
@@ -208,7 +262,7 @@ class OpenDevices:
         shared: bool,
     ) -> _Use:
         """Share what `holder` has open as `name`. Raises: ResolveError: it is another disk now."""
-        opened = next(each for each in self._opens.values() if each.device is device)
+        opened = next(each for each in self._all if each.device is device)
         means = self.opener.identity(name)
         # What is in memory is another disk each time that it is opened: only the open one is meant.
         is_always_another = means != self.opener.identity(name)
@@ -279,22 +333,46 @@ class OpenDevices:
         """Drop one reference; the last one closes the device."""
         opened = use.opened
         async with self._lock(opened.identity):
-            assert self._opens[opened.identity] is opened
             try:
                 opened.drop(use)
                 if not opened.uses and not isinstance(opened.device, MappedDevice):
                     await opened.device.close()
             finally:
                 if not opened.uses:
-                    del self._opens[opened.identity]
+                    self._forget(opened)
+
+    def _forget(self, opened: _Open) -> None:
+        """It is closed."""
+        if opened in self._unusable:
+            self._unusable.remove(opened)
+            return
+        assert self._opens[opened.identity] is opened
+        before = opened.before
+        while before is not None and not before.uses:
+            before = before.before
+        if before is None:
+            del self._opens[opened.identity]
+        else:
+            # The table that was loaded is gone again: the live one still has the old device.
+            self._unusable.remove(before)
+            self._opens[opened.identity] = before
+
+    def has_unusable(self, opened: _Open, holder: MappedDevice) -> bool:
+        """Whether `opened` was opened anew, and `holder` still has the old device in a table."""
+        before = opened.before
+        while before is not None:
+            if before.is_held_by(holder):
+                return True
+            before = before.before
+        return False
+
+    @property
+    def _all(self) -> list[_Open]:
+        return [*self._opens.values(), *self._unusable]
 
     def lower_devices(self, holder: MappedDevice) -> list[Device]:
         """What `holder`'s tables have open, live and inactive."""
-        return [
-            opened.device
-            for opened in self._opens.values()
-            if opened.is_held_by(holder)
-        ]
+        return [opened.device for opened in self._all if opened.is_held_by(holder)]
 
     def stands_on(self, upper: MappedDevice, lower: MappedDevice) -> bool:
         """Whether `upper` stands on `lower`, by any number of steps."""
@@ -366,7 +444,8 @@ class TableContext:
         path = absolute_name(name, self._directory)
         use = await self._open(path, read_only=read_only, shared=shared)
         for other in self._held:
-            if other.opened is use.opened and not (read_only and other.read_only):
+            is_same = other.opened.identity == use.opened.identity
+            if is_same and not (read_only and other.read_only):
                 await self._registry.opens.release(use)
                 raise ResolveError(
                     path,
@@ -421,6 +500,11 @@ class TableContext:
                 await self._registry.opens.release(use)
                 return
         raise AssertionError(f"{device.name} is not open here")
+
+    @property
+    def replaces_unusable(self) -> bool:
+        opens, holder = self._registry.opens, self.mapped_device
+        return any(opens.has_unusable(use.opened, holder) for use in self._held)
 
     def shared(self, device: Device) -> dict[str, object]:
         for use in self._held:

@@ -53,6 +53,9 @@ class TargetContext(Protocol):
             device read-only too. Metadata is opened for writing all the same.
         permissions: words of `nbdtarget.permissions` that the command gave which loads the table.
         clock: the only source of time.
+        replaces_unusable: the live table holds one of this target's disks by a device that is latched
+            or lost, and this target got it opened anew. What that table knows in memory cannot
+            become durable any more, so this target reads it from the disk.
     """
 
     begin: int
@@ -61,6 +64,9 @@ class TargetContext(Protocol):
     read_only: bool
     permissions: frozenset[Permission]
     clock: Clock
+
+    @property
+    def replaces_unusable(self) -> bool: ...
 
     async def open_device(
         self, name: str, *, read_only: bool = False, shared: bool = False

@@ -132,7 +132,8 @@ class Opening:
         """
         shared = self._ctx.shared(device)
         metadata = shared.get(self._target)
-        if isinstance(metadata, kind) and metadata.mode is Mode.RW:
+        is_shared = isinstance(metadata, kind) and not self._ctx.replaces_unusable
+        if isinstance(metadata, kind) and is_shared and metadata.mode is Mode.RW:
             check(metadata)
             return metadata
         metadata = await read()

@@ -292,4 +292,23 @@ MAPPED_DEVICE: Final = (
         ),
         TESTS,
     ),
+    Mutant(
+        "loaded-table-gets-the-latched-device",
+        "A table loaded to cure a latched disk gets the latched device once more.",
+        "nbdtarget/dm/open_devices.py",
+        (("elif not opened.device.health.is_usable:", "elif False:"),),
+        ("tests/nbdtarget/dm/test_reopening.py",),
+    ),
+    Mutant(
+        "new-table-shares-metadata-of-a-lost-cause",
+        "A table over a disk opened anew takes the metadata of the table that could not commit.",
+        "nbdtarget/targets/opening.py",
+        (
+            (
+                "isinstance(metadata, kind) and not self._ctx.replaces_unusable",
+                "isinstance(metadata, kind)",
+            ),
+        ),
+        ("tests/nbdtarget/dm/test_reopening.py",),
+    ),
 )

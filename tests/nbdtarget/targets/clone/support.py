@@ -74,6 +74,7 @@ class Context:
         self.length = length
         self.name = "c"
         self.read_only = False
+        self.replaces_unusable = False
         # Tests fill their disks before the metadata is made.
         self.permissions: frozenset[Permission] = frozenset((OVERWRITE,))
         self.clock = clock

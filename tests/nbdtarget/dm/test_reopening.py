@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A table that is loaded to cure a latched disk gets that disk opened anew, not the latched device."""
+
+import asyncio
+import errno as errnos
+import fcntl
+import os
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.devices import resolve
+from nbdtarget.devices.file import FileDevice
+from nbdtarget.devices.health import HealthState
+from nbdtarget.devices.resolve import open_device
+from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.dm.registry import Registry
+from nbdtarget.errors import ConstructorError, DeviceError, ResolveError
+from tests.nbdtarget.devices.test_block_device import loop
+
+__all__ = ["loop"]
+
+MIB = 1 << 20
+ROLES = {
+    "linear": ("a",),
+    "clone": ("m", "a"),
+    "cache": ("m", "a", "b"),
+}
+
+
+@pytest.fixture
+async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
+    for name in ("a", "b", "s"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+    it = Registry(resolve)
+    yield it
+    await it.close()
+
+
+def table_of(kind: str, directory: Path) -> str:
+    a, b, m, s = (directory / name for name in "abms")
+    return {
+        "linear": f"0 2048 linear {a} 0",
+        "clone": f"0 2048 clone {m} {a} {s} 8 1 no_hydration",
+        "cache": f"0 2048 cache {m} {a} {b} 64 1 writeback default 0",
+    }[kind]
+
+
+def open_file_of(registry: Registry, name: str) -> FileDevice:
+    """The device of that name that was opened last."""
+    found = [
+        device
+        for minor in registry.devices()
+        for device in registry.opens.lower_devices(minor)
+        if device.name.endswith(name)
+    ]
+    assert isinstance(found[0], FileDevice)
+    return found[0]
+
+
+async def latch(
+    registry: Registry, device: MappedDevice, name: str, monkeypatch: pytest.MonkeyPatch
+) -> FileDevice:
+    """Let the next sync of the file fail, as after a write to the disk that failed."""
+
+    def fail() -> int:
+        raise OSError(errnos.EIO, os.strerror(errnos.EIO))
+
+    below = open_file_of(registry, name)
+    monkeypatch.setattr(below, "_fdatasync", fail)
+    await device.write(0, b"doomed")
+    with suppress(
+        DeviceError
+    ):  # a cache that has nothing to commit does not flush its metadata
+        await device.flush()
+    with pytest.raises(DeviceError):
+        await below.flush()
+    assert below.health.state is HealthState.LATCHED
+    return below
+
+
+@pytest.mark.parametrize(
+    ("kind", "role"), [(kind, role) for kind in ROLES for role in ROLES[kind]]
+)
+@pytest.mark.parametrize("cleared_first", [False, True])
+async def test_same_line_loaded_and_resumed_cures_it(
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    role: str,
+    cleared_first: bool,
+) -> None:
+    table = table_of(kind, tmp_path)
+    device = await registry.create("d", table)
+    await device.write(4096, b"before")
+    await device.flush()
+    old = await latch(registry, device, f"/{role}", monkeypatch)
+    if cleared_first:
+        await registry.load("d", table)
+        await registry.clear("d")
+        assert old in registry.opens.lower_devices(device)
+    await registry.load("d", table)
+    assert old in registry.opens.lower_devices(device)
+    await registry.resume("d")
+    assert old not in registry.opens.lower_devices(device)
+    assert all(below.health.is_usable for below in registry.opens.lower_devices(device))
+    await device.write(8192, b"after")
+    await device.flush()
+    assert bytes(await device.read(4096, 6)) == b"before"
+    assert bytes(await device.read(8192, 5)) == b"after"
+    # And once more, now that all is well: nothing is opened anew.
+    below = set(registry.opens.lower_devices(device))
+    await registry.load("d", table)
+    await registry.resume("d")
+    assert set(registry.opens.lower_devices(device)) == below
+    assert bytes(await device.read(8192, 5)) == b"after"
+
+
+async def test_below_a_stacked_device_too(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_of("linear", tmp_path)
+    low = await registry.create("low", table)
+    top = await registry.create("top", "0 1024 linear /dev/mapper/low 1024")
+    await latch(registry, low, "/a", monkeypatch)
+    await registry.load("low", table)
+    await registry.resume("low")
+    await top.write(0, b"through")
+    await top.flush()
+    assert (tmp_path / "a").read_bytes()[512 << 10 :][:7] == b"through"
+
+
+async def test_others_are_kept_out_as_by_the_old_one(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = await registry.create("d", table_of("clone", tmp_path))
+    await latch(registry, device, "/a", monkeypatch)
+    with pytest.raises(ConstructorError, match="in use by d"):
+        await registry.create("e", table_of("linear", tmp_path))
+    assert len(registry.opens.lower_devices(device)) == 3
+
+
+async def test_slices_of_one_disk_are_cured_one_by_one(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"0 1024 linear {tmp_path}/a {begin}" for begin in (0, 1024)]
+    first, second = [await registry.create(f"d{i}", lines[i]) for i in (0, 1)]
+    old = await latch(registry, first, "/a", monkeypatch)
+    for nr, device in enumerate((first, second)):
+        assert old in registry.opens.lower_devices(device)
+        await registry.load(f"d{nr}", lines[nr])
+        await registry.resume(f"d{nr}")
+    assert registry.opens.lower_devices(first) == registry.opens.lower_devices(second)
+    assert old._fd < 0
+
+
+def lock_is_free(path: Path) -> bool:
+    """Whether another process could lock the file for writing now."""
+    with path.open("r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+async def test_lock_is_held_without_a_gap(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(4096))
+    first = await open_device(str(path))
+    second = await first.reopened(str(path), read_only=False)
+    assert second is not None
+    third = await second.reopened(str(path), read_only=False)
+    assert third is not None
+    for device in (second, first):
+        await device.close()
+        with pytest.raises(ResolveError, match="in use"):
+            await open_device(str(path))
+        # Of this process, whose POSIX locks are another matter than those of its open files.
+        assert not lock_is_free(path)
+    await third.write(0, b"x")
+    await third.flush()
+    await third.close()
+    assert lock_is_free(path)
+
+
+async def test_another_file_under_the_name_is_not_taken_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(4096))
+    device = await open_device(str(path))
+    nr_open = len(os.listdir("/proc/self/fd"))
+    path.rename(tmp_path / "old")
+    path.write_bytes(bytes(4096))
+    with pytest.raises(ResolveError, match="was exchanged"):
+        await device.reopened(str(path), read_only=False)
+    await asyncio.sleep(0)
+    assert len(os.listdir("/proc/self/fd")) == nr_open
+    await device.close()
+
+
+async def test_block_device_is_opened_beside_its_own_claim(loop: Path) -> None:
+    first = await open_device(str(loop))
+    second = await first.reopened(str(loop), read_only=False)
+    assert second is not None
+    await first.close()
+    with pytest.raises(ResolveError, match="in use"):
+        await open_device(str(loop))
+    await second.write(0, b"x", fua=True)
+    await second.close()
+    await (await open_device(str(loop))).close()
