@@ -306,6 +306,7 @@ class CacheMetadata(CacheBlocks):
             self._has_changed
             or self._transaction is not None
             or self._aborted
+            or self._has_new_disks
             or self._resized
             or self._starting
             or (self._clearing and self._cleaned.any())

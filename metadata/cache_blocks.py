@@ -401,6 +401,22 @@ class CacheBlocks(JournaledMetadata):
         self.origin_size = origin_size
         self._resized = True
 
+    def drop_clean(self) -> Steps[None]:
+        """Unmap all blocks that are not dirty: what they hold may be another disk's, or old.
+
+        Nothing else may change meanwhile, and no commit be under way.
+
+        Raises: ReadOnlyMetadata, FailedMetadata.
+        Durable: nothing, until a transaction that was pre-committed later is done.
+        """
+        self._check_change()
+        assert self._transaction is None
+        for cblock in range(self.nr_cblocks):
+            if self._values[cblock] and not self.dirty[cblock]:
+                self._remove(cblock)
+            if cblock % STEP_CBLOCKS == 0:
+                yield from self._pause()
+
     # Inside
 
     def _pause(self) -> Steps[None]:

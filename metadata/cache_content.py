@@ -29,6 +29,7 @@ class CacheContent(NamedTuple):
             how many.
         doubtful: blocks in `values` that may hold something else by now: a later change of some
             blocks is lost. None but after a repair.
+        disks: the record of which disks belong to it (disks.py).
     """
 
     uuid: bytes
@@ -52,6 +53,7 @@ class CacheContent(NamedTuple):
     write_misses: int
     nr_lost: int | None = 0
     doubtful: bitarray | None = None
+    disks: bytes = b""
 
     @property
     def nr_cblocks(self) -> int:
@@ -99,6 +101,7 @@ def cache_content_of(
         read_misses=superblock.read_misses,
         write_hits=superblock.write_hits,
         write_misses=superblock.write_misses,
+        disks=superblock.disks,
     )
 
 

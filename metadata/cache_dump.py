@@ -46,7 +46,7 @@ policy's hint where a policy has left some. The state is
                now. Restored as it stands; to give it up, remove the line and count anew
 
 After a repair there may also be "nr_lost", behind "nr_dirty": how many mapped blocks are missing, null if
-nobody knows. "policy", "policy_version" and the discard blocks are there only if a clean shutdown
+nobody knows. "disks", behind that: as in a clone's dump. "policy", "policy_version" and the discard blocks are there only if a clean shutdown
 recorded them. Nothing of the layout is in it: a device of any sufficient size can take it.
 """
 
@@ -59,7 +59,13 @@ from bitarray.util import intervals
 from metadata.cache_content import CacheContent
 from metadata.cache_records import LOGGED, OBLOCK_SHIFT
 from metadata.cache_superblock import DIRTY_LOG
-from metadata.dump import DUMP_FORMAT, DUMP_VERSION, LINES_PER_PIECE, flag_names
+from metadata.dump import (
+    DUMP_FORMAT,
+    DUMP_VERSION,
+    LINES_PER_PIECE,
+    disks_text,
+    flag_names,
+)
 
 __all__ = ["render_cache", "state_words"]
 
@@ -86,6 +92,8 @@ def render_cache(content: CacheContent) -> Iterator[str]:
     }
     if content.nr_lost != 0:
         fields["nr_lost"] = content.nr_lost
+    if content.disks:
+        fields["disks"] = disks_text(content.disks)
     fields["read_hits"] = content.read_hits
     fields["read_misses"] = content.read_misses
     fields["write_hits"] = content.write_hits

@@ -32,6 +32,7 @@ from metadata.cache_superblock import (
     POLICY_NAME_MAX,
     Policy,
 )
+from metadata.dump import disks_from_text
 from metadata.dump_fields import BITS_MAX, BadRow, Fields, Rows, RunReader, number
 from metadata.sizing import block_size_fault
 from metadata.superblock import CLEAN_SHUTDOWN, COUNTER_MAX
@@ -61,6 +62,7 @@ _NUMBERS: Final = {
 }
 _OPTIONAL: Final = (
     "nr_lost",
+    "disks",
     "policy",
     "policy_version",
     "discard_block_size_bytes",
@@ -88,6 +90,7 @@ def parse_cache(pieces: Iterable[bytes]) -> CacheContent:
         },
         other={
             "nr_lost": _nr_lost,
+            "disks": disks_from_text,
             "dirty_log": _dirty_log,
             "policy": _policy,
             "policy_version": _policy_version,
@@ -122,6 +125,7 @@ def parse_cache(pieces: Iterable[bytes]) -> CacheContent:
         write_misses=fields["write_misses"],
         nr_lost=fields.get("nr_lost", 0),
         doubtful=mappings.doubtful if mappings.doubtful.any() else None,
+        disks=fields.get("disks", b""),
     )
 
 

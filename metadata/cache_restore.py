@@ -185,4 +185,5 @@ def _superblock_of(
         read_misses=content.read_misses,
         write_hits=content.write_hits,
         write_misses=content.write_misses,
+        disks=content.disks,
     )

@@ -106,6 +106,7 @@ class CacheSuperblock(
     read_misses: int
     write_hits: int
     write_misses: int
+    disks: bytes = b""
 
     @property
     def nr_oblocks(self) -> int:

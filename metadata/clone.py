@@ -291,6 +291,7 @@ class CloneMetadata(JournaledMetadata):
             bool(self._active)
             or self._transaction is not None
             or self._aborted
+            or self._has_new_disks
             or (bool(self._unhealed) and self.mode is _RW)
         )
 

@@ -19,6 +19,7 @@ class CloneContent(NamedTuple):
         region_size, target_size: bytes.
         nr_lost: hydrated regions that are missing in `hydrated`, as nothing intact vouches for
             them any more; 0 but after a repair. None: it is not known how many.
+        disks: the record of which disks belong to it (disks.py).
     """
 
     uuid: bytes
@@ -32,6 +33,7 @@ class CloneContent(NamedTuple):
     target_size: int
     hydrated: bitarray
     nr_lost: int | None = 0
+    disks: bytes = b""
 
 
 def content_of(superblock: CloneSuperblock, hydrated: bitarray) -> CloneContent:
@@ -47,6 +49,7 @@ def content_of(superblock: CloneSuperblock, hydrated: bitarray) -> CloneContent:
         region_size=superblock.region_size,
         target_size=superblock.target_size,
         hydrated=hydrated,
+        disks=superblock.disks,
     )
 
 

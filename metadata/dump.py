@@ -25,21 +25,33 @@
 Always in this order, a run [first region, number of regions] a line, ascending, as long as
 possible: equal metadata gives equal text, and a `diff` shows what changed. `flags` are names, or
 "bit N" for one that this version does not know. After a repair that lost something there is
-"nr_lost", behind "nr_hydrated": how many hydrated regions are missing, null if nobody knows.
+"nr_lost", behind "nr_hydrated": how many hydrated regions are missing, null if nobody knows. "disks",
+behind that, is the record of which disks belong to the metadata, in base64; `metadata info` shows what it says.
+Without it, or emptied, the disks of the next start are accepted and recorded anew.
 
 Nothing of the layout (arenas, journal) is in it: a device of any sufficient size can take it.
 """
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from bitarray.util import intervals
 
 from metadata.content import CloneContent
+from metadata.disks import RECORD_MAX, decode_disks
 from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
 
-__all__ = ["DUMP_FORMAT", "DUMP_VERSION", "FLAG_NAMES", "flag_names", "render"]
+__all__ = [
+    "DUMP_FORMAT",
+    "DUMP_VERSION",
+    "FLAG_NAMES",
+    "disks_from_text",
+    "disks_text",
+    "flag_names",
+    "render",
+]
 
 DUMP_FORMAT: Final = "nbdtarget metadata dump"
 DUMP_VERSION: Final = 1
@@ -53,9 +65,24 @@ def flag_names(flags: int) -> list[str]:
     return [FLAG_NAMES.get(bit, f"bit {bit.bit_length() - 1}") for bit in bits]
 
 
+def disks_text(record: bytes) -> str:
+    """Return a record of disks as a dump has it."""
+    return b64encode(record).decode("ascii")
+
+
+def disks_from_text(text: Any) -> bytes:
+    """Invert `disks_text`. Raises: ValueError: it is no such text."""
+    if not isinstance(text, str):
+        raise ValueError(f"expected a text, found {text!r}")
+    record = b64decode(text, validate=True)
+    if len(record) > RECORD_MAX or (record and not decode_disks(record)):
+        raise ValueError("is no record of disks")
+    return record
+
+
 def render(content: CloneContent) -> Iterator[str]:
     """Yield the text in pieces: runs are many, memory is not."""
-    fields = {
+    fields: dict[str, object] = {
         "format": DUMP_FORMAT,
         "version": DUMP_VERSION,
         "kind": "clone",
@@ -73,6 +100,8 @@ def render(content: CloneContent) -> Iterator[str]:
     }
     if content.nr_lost != 0:
         fields["nr_lost"] = content.nr_lost
+    if content.disks:
+        fields["disks"] = disks_text(content.disks)
     head = "".join(
         f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in fields.items()
     )

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from metadata.arena import NR_REGIONS_MAX
 from metadata.content import CloneContent
+from metadata.dump import disks_from_text
 from metadata.dump_fields import BITS_MAX, Fields, RunReader, number
 from metadata.sizing import nr_regions_of, region_size_fault
 from metadata.superblock import COUNTER_MAX
@@ -42,8 +43,8 @@ def parse(pieces: Iterable[bytes]) -> CloneContent:
         "clone",
         numbers=_NUMBERS,
         rows={"hydrated": hydrated.rows("[first region, number of regions]")},
-        other={"nr_lost": _nr_lost},
-        optional=["nr_lost"],
+        other={"nr_lost": _nr_lost, "disks": disks_from_text},
+        optional=["nr_lost", "disks"],
     )
     fields.read()
     region_size = fields["region_size_bytes"]
@@ -76,6 +77,7 @@ def parse(pieces: Iterable[bytes]) -> CloneContent:
         target_size=target_size,
         hydrated=bits,
         nr_lost=fields.get("nr_lost", 0),
+        disks=fields.get("disks", b""),
     )
 
 

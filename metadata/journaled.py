@@ -100,6 +100,7 @@ class JournaledMetadata:
         uuid: 16 bytes.
         total_blocks: 4 KiB blocks of the metadata device.
         notes: what opening found that was not as it should be, and did without; for logs.
+        disks: the record of which disks belong to it (disks.py), as the next commit writes it.
     """
 
     def __init__(
@@ -116,9 +117,11 @@ class JournaledMetadata:
         self.uuid = superblock.uuid
         self.total_blocks = device_size // BLOCK_SIZE
         self.notes = notes
+        self.disks = superblock.disks
         self._superblock = superblock
         self._unhealed = unhealed
         self._aborted = False
+        self._has_new_disks = False
         self._transaction: JournaledTransaction[Any] | None = None
         # The compaction that a commit may still use, and the one whose generator is alive: it
         # may have a write under way long after it was dropped.
@@ -129,6 +132,22 @@ class JournaledMetadata:
     def generation(self) -> int:
         """The generation of the last commit that is done."""
         return self._superblock.generation
+
+    def record_disks(self, record: bytes) -> None:
+        """Have the next commit record which disks belong to it.
+
+        Raises: ReadOnlyMetadata, FailedMetadata.
+        Durable: nothing, until a transaction that was pre-committed later is done.
+        """
+        if self.mode is not _RW:
+            self._refuse_change()
+        self._has_new_disks |= record != self.disks
+        self.disks = record
+
+    @property
+    def recorded_disks(self) -> bytes:
+        """The record that is durable."""
+        return self._superblock.disks
 
     def fail(self) -> None:
         """Go to mode FAIL: everything raises FailedMetadata until it is opened again."""
@@ -225,7 +244,8 @@ class JournaledTransaction(Generic[C]):
         self._chain = Chain(
             block=live.journal_end, end=live.arena_end, digest=live.journal_digest
         )
-        self._next = superblock
+        self._next = msgspec.structs.replace(superblock, disks=metadata.disks)
+        metadata._has_new_disks = False
         self._plan()
         self._journaled = False
         self._written = False

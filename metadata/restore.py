@@ -77,6 +77,7 @@ def restore(
         region_size=content.region_size,
         target_size=content.target_size,
         nr_hydrated=content.hydrated.count(),
+        disks=content.disks,
     )
     assert superblock.nr_regions == nr_regions
     metadata = CloneMetadata(

@@ -42,12 +42,20 @@ state vouches for nothing and is formatted again. As soon as one copy of generat
 both copies of generation 0 are durable, and the metadata is open for business. Rot cannot turn
 a used device into that state: generation 2 overwrites slot 0.
 
+Which disks belong to it. The record of that (disks.py) is too long for the sector. It lies behind the
+sector, in the same block, and the superblock has its length and digest. A crash may leave a new
+sector before an old record, or the other way round. So the record of a superblock is whichever
+of the four copies' records has its digest. If none has, the disks are not known, as with metadata
+of older versions: that endangers no commit, and is noted. In core, the field `disks` holds the record itself.
+
 Not handled: a device that loses writes it has acknowledged with FUA. Two lost copies of one
 generation look like the generation before.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
@@ -157,6 +165,14 @@ class Superblock(msgspec.Struct, array_like=True, frozen=True, gc=False, kw_only
     journal_digest: bytes
 
     @property
+    def disks(self) -> bytes:
+        """The record of which disks belong to it (disks.py); empty if there is none.
+
+        A field of each kind, behind its own: there it does not move those of older versions.
+        """
+        raise NotImplementedError
+
+    @property
     def arena_begin(self) -> int:
         """The first block of the live arena."""
         return SUPERBLOCK_BLOCKS + self.arena * self.arena_blocks
@@ -185,6 +201,7 @@ class CloneSuperblock(
     region_size: int
     target_size: int
     nr_hydrated: int
+    disks: bytes = b""
 
     @property
     def nr_regions(self) -> int:
@@ -229,10 +246,14 @@ class FoundOf(NamedTuple, Generic[S]):
 
 
 class CopyOf(NamedTuple, Generic[S]):
-    """One of the four; `fault` says why it is not valid, and is empty if it is."""
+    """One of the four; `fault` says why it is not valid, and is empty if it is.
+
+    `note`: it is valid, but the record of its disks is lost.
+    """
 
     superblock: S | None
     fault: str
+    note: str = ""
 
 
 Found: TypeAlias = FoundOf[CloneSuperblock]
@@ -251,10 +272,12 @@ def superblock_writes(superblock: Superblock) -> tuple[Write, Write]:
 
     Durable: the generation, once both have ended. Only call when what it vouches for is.
     """
-    body = _ENCODER.encode(superblock)
+    record = superblock.disks
+    stored = msgspec.structs.replace(superblock, disks=_reference(record))
+    body = _ENCODER.encode(stored)
     assert HEADER_SIZE + len(body) <= SECTOR_SIZE, "a torn copy must be old or new"
     slot = superblock.generation % NR_SLOTS
-    return _write(slot, 0, body), _write(slot, 1, body)
+    return _write(slot, 0, body, record), _write(slot, 1, body, record)
 
 
 def format_superblocks(superblock: S) -> Steps[S]:
@@ -313,7 +336,10 @@ def open_copies_of(kind: SuperblockType[S], area: memoryview) -> list[list[CopyO
     Raises: NotOurs, UnsupportedFormat, CorruptMetadata: what no rot can have produced.
     """
     return [
-        [_open_copy(kind, area, slot, copy) for copy in range(NR_COPIES)]
+        [
+            _with_disks(area, _open_copy(kind, area, slot, copy))
+            for copy in range(NR_COPIES)
+        ]
         for slot in range(NR_SLOTS)
     ]
 
@@ -402,13 +428,49 @@ def choose_superblock_of(
         if slot in lost or first.superblock != second.superblock:
             unhealed.add(slot)
             notes.append(first.fault or second.fault or f"slot {slot}: copies differ")
+    notes += {
+        copy.note
+        for copy in copies[newest.generation % NR_SLOTS]
+        if copy.note and copy.superblock == newest
+    }
     return FoundOf(newest, frozenset(unhealed), tuple(notes), frozenset(lost))
 
 
-def _write(slot: int, copy: int, body: bytes) -> Write:
+def _write(slot: int, copy: int, body: bytes, disks: bytes) -> Write:
     block = superblock_block(slot, copy)
     data, _ = seal(SUPERBLOCK_MAGIC, block, body)
-    return Write(block * BLOCK_SIZE, data, fua=True)
+    assert SECTOR_SIZE + len(disks) <= BLOCK_SIZE
+    end = SECTOR_SIZE + len(disks)
+    return Write(block * BLOCK_SIZE, data[:SECTOR_SIZE] + disks + data[end:], fua=True)
+
+
+@lru_cache(maxsize=16)
+def _reference(record: bytes) -> bytes:
+    """What the sector says of the record behind it: length and digest."""
+    if not record:
+        return b""
+    digest = hashlib.blake2b(record, digest_size=DIGEST_SIZE).digest()
+    return len(record).to_bytes(2, "little") + digest
+
+
+def _with_disks(area: memoryview, copy: CopyOf[S]) -> CopyOf[S]:
+    """Put the record in the place of the reference to it."""
+    superblock = copy.superblock
+    if superblock is None or not superblock.disks:
+        return copy
+    reference = superblock.disks
+    length = int.from_bytes(reference[:2], "little")
+    record = b""
+    for block in range(SUPERBLOCK_BLOCKS):
+        begin = block * BLOCK_SIZE + SECTOR_SIZE
+        end = min(begin + length, (block + 1) * BLOCK_SIZE)
+        candidate = bytes(area[begin:end])
+        if _reference(candidate) == reference:
+            record = candidate
+            break
+    known = msgspec.structs.replace(superblock, disks=record)
+    note = "" if record else "the record of which disks belong to it is damaged"
+    return CopyOf(known, copy.fault, note)
 
 
 def _block_of(area: memoryview, slot: int, copy: int) -> memoryview:

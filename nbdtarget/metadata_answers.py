@@ -9,6 +9,7 @@ from metadata.cache_content import CacheContent
 from metadata.cache_superblock import DIRTY_LOG, CacheSuperblock
 from metadata.check import CopyState, Findings
 from metadata.content import CloneContent
+from metadata.disks import FILE, NOT_MARKED, Disk, decode_disks
 from metadata.dump import flag_names
 from metadata.envelope import FORMAT_VERSION
 from metadata.kernel_import import Imported
@@ -58,6 +59,51 @@ UNIT_LETTERS: Final = {
 }
 
 
+class DiskAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What is recorded of a disk that belongs to the metadata; `metadata.disks` explains it.
+
+    `changed_ns`: the time of the last change of a file that is not in use, in ns of Unix time. `marked`:
+    the generation of the mark on it.
+    """
+
+    role: str
+    kind: str
+    name: str
+    size: int
+    ids: list[str]
+    device: int | None
+    inode: int | None
+    marked: int | None
+    changed_ns: int | None
+    samples: int
+
+    def __str__(self) -> str:
+        evidence = [self.kind, _size_text(self.size), *self.ids]
+        if self.inode is not None:
+            evidence.append(f"inode {self.inode}")
+        if self.marked is not None:
+            evidence.append(f"marked at generation {self.marked}")
+        if self.samples:
+            evidence.append(f"{self.samples} blocks sampled")
+        return f"{self.name} ({', '.join(evidence)})"
+
+
+def _disk_answer(disk: Disk) -> DiskAnswer:
+    is_file = disk.kind == FILE
+    return DiskAnswer(
+        role=disk.role,
+        kind=disk.kind or "disk",
+        name=disk.name,
+        size=disk.size,
+        ids=list(disk.ids),
+        device=disk.place[0] if is_file else None,
+        inode=disk.place[1] if is_file else None,
+        marked=disk.mark_generation if disk.mark_generation != NOT_MARKED else None,
+        changed_ns=disk.mtime_ns if disk.is_stopped and disk.mtime_ns else None,
+        samples=len(disk.sample.offsets) if disk.sample is not None else 0,
+    )
+
+
 class InfoAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """What the newest superblock says. Sizes are bytes, arenas and their parts 4 KiB blocks.
 
@@ -79,6 +125,7 @@ class InfoAnswer(msgspec.Struct, frozen=True, kw_only=True):
     journal_blocks: int
     journal_blocks_max: int
     degraded: list[str]
+    disks: list[DiskAnswer]
 
     def rows(self) -> list[tuple[str, str]]:
         """What only this kind says."""
@@ -96,6 +143,7 @@ class InfoAnswer(msgspec.Struct, frozen=True, kw_only=True):
             ("Arena", f"{self.arena}, of {self.arena_blocks} blocks"),
             ("Snapshot", f"{self.snapshot_blocks} blocks"),
             ("Journal", f"{self.journal_blocks} of {self.journal_blocks_max} blocks"),
+            *((each.role.capitalize(), str(each)) for each in self.disks),
             *(("Degraded", each) for each in self.degraded),
         ]
         return "\n".join(f"{name + ':':<16}{value}" for name, value in rows)
@@ -176,6 +224,7 @@ def info_answer(
         "journal_blocks": live.journal_blocks,
         "journal_blocks_max": live.arena_end - live.journal_block,
         "degraded": list(found.notes),
+        "disks": [_disk_answer(disk) for disk in decode_disks(live.disks)],
     }
     if isinstance(live, CacheSuperblock):
         return CacheInfoAnswer(

@@ -34,6 +34,7 @@ import errno as errnos
 from math import lcm
 from typing import Final, NamedTuple
 
+from metadata.disks import Evidence, Mark
 from nbdtarget.bio import (
     FUA,
     NO_UNMAP,
@@ -247,6 +248,17 @@ class Device:
         Raises: DeviceError.
         """
         return [Extent(length, 0)]
+
+    async def identify(self, role: str) -> Evidence:
+        """Tell what this is (`nbdtarget.devices.identity`); `mark` is the one for `role`."""
+        return Evidence("", self.name, self.size)
+
+    async def mark(self, role: str, mark: Mark) -> bool:
+        """Carry a mark; False: it cannot, or not now. Never harms what is stored.
+
+        Durable: the mark, if this returns True.
+        """
+        return False
 
     async def _io(self, bio: Bio) -> None:
         loop = asyncio.get_running_loop()

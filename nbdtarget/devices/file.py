@@ -62,6 +62,7 @@ from functools import partial
 from resource import RUSAGE_THREAD, getrusage
 from typing import Final
 
+from metadata.disks import Evidence, Mark
 from nbdtarget.bio import (
     FAST_ZERO,
     FUA,
@@ -83,6 +84,7 @@ from nbdtarget.devices.base import (
     Device,
     Extent,
 )
+from nbdtarget.devices.identity import identify_fd, mark_fd
 from nbdtarget.devices.syscalls import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
@@ -90,6 +92,7 @@ from nbdtarget.devices.syscalls import (
     allocate,
     block_device_limit,
     block_device_sector,
+    can_punch_holes,
     discard_blocks,
     is_memory_file_system,
     refuses_before_it_takes,
@@ -287,6 +290,14 @@ class FileDevice(Device):
         if status:
             raise DeviceError(status, self.name, "extents", offset, length)
         return found
+
+    async def identify(self, role: str) -> Evidence:
+        look = partial(identify_fd, self.name, self._fd, self.size, role)
+        return await self._pool.ask(look, Evidence("", self.name, self.size))
+
+    async def mark(self, role: str, mark: Mark) -> bool:
+        write = partial(mark_fd, self._fd, role, mark)
+        return not self.read_only and await self._pool.ask(write, False)
 
     def _submit_slow(self, bio: Bio) -> None:
         """What does not go inline. Latched devices still read and write."""
@@ -675,19 +686,8 @@ class FileDevice(Device):
             if is_memory_file_system(self._fd):
                 self._read_flags = 0
             if not self.read_only:
-                # Nothing lies past the end of the file, so nothing is punched there.
-                keep = FALLOC_KEEP_SIZE
-                self.can_discard = self._can_allocate(FALLOC_PUNCH_HOLE | keep)
+                self.can_discard = can_punch_holes(self._fd, self.size)
                 self.can_write_zeroes = self.can_discard
                 # Not probed, for past the end it would allocate: true until it fails once.
                 self._can_zero_range = self.can_write_zeroes
         self.can_fast_zero = self.can_write_zeroes
-
-    def _can_allocate(self, mode: int) -> bool:
-        try:
-            allocate(self._fd, mode, self.size, 1)
-        except OSError as error:
-            if error.errno in (errnos.EOPNOTSUPP, errnos.ENOSYS, errnos.EINVAL):
-                return False
-            raise
-        return True

@@ -13,7 +13,9 @@ anyway. A chunk for which there is no memory ends the bio with ENOMEM.
 
 import errno as errnos
 from typing import Final
+from uuid import uuid4
 
+from metadata.disks import Evidence
 from nbdtarget.bio import (
     NO_UNMAP,
     OP_DISCARD,
@@ -29,6 +31,7 @@ from nbdtarget.devices.base import (
     Device,
     Extent,
 )
+from nbdtarget.devices.identity import MEMORY
 
 __all__ = ["CHUNK_SIZE", "MemoryDevice"]
 
@@ -51,6 +54,11 @@ class MemoryDevice(Device):
         assert size > 0
         super().__init__(name or f"memory:{size}", size, read_only=read_only)
         self._chunks: dict[int, memoryview] = {}
+        self._id = ""
+
+    async def identify(self, role: str) -> Evidence:
+        self._id = self._id or uuid4().hex
+        return Evidence(MEMORY, self.name, self.size, (f"disk={self._id}",))
 
     # hot: 4 KiB: read 0.6 us, write 1.2 us (scripts/bench_devices.py)
     def submit(self, bio: Bio) -> None:

@@ -41,6 +41,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
+from metadata.disks import Evidence
 from nbdtarget.bio import (
     FAST_ZERO,
     FUA,
@@ -64,6 +65,7 @@ from nbdtarget.devices.base import (
     Extent,
     append_extent,
 )
+from nbdtarget.devices.identity import NBD, nbd_ids
 from nbdtarget.devices.nbd_connection import NbdConnection, connect
 from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
 from nbdtarget.errors import DeviceError, ResolveError
@@ -196,6 +198,9 @@ class NbdDevice(Device):
             await asyncio.wait([self._reconnecting])
         for connection in self._connections:
             connection.close()
+
+    async def identify(self, role: str) -> Evidence:
+        return Evidence(NBD, self.name, self.size, nbd_ids(parse_nbd_uri(self.name)))
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         found: list[Extent] = []

@@ -11,6 +11,7 @@ import errno as errnos
 import fcntl
 import os
 import struct
+from contextlib import suppress
 from typing import Final
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "block_device_limit",
     "block_device_sector",
     "block_device_size",
+    "can_punch_holes",
     "discard_blocks",
     "is_memory_file_system",
     "lock_for_reading",
@@ -91,6 +93,25 @@ def allocate(fd: int, mode: int, offset: int, length: int) -> None:
         # ctypes does not repeat an interrupted call as the functions of `os` do.
         if errno != errnos.EINTR:
             raise OSError(errno, os.strerror(errno))
+
+
+def can_punch_holes(fd: int, size: int) -> bool:
+    """Whether a regular file of `size` bytes takes FALLOC_PUNCH_HOLE; it stays as it is.
+
+    Raises: OSError.
+    """
+    status = os.fstat(fd)
+    try:
+        # Nothing lies past the end of the file, so nothing is punched there.
+        allocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, size, 1)
+    except OSError as error:
+        if error.errno in (errnos.EOPNOTSUPP, errnos.ENOSYS, errnos.EINVAL):
+            return False
+        raise
+    # It counts as a change all the same, and by the time of the last change a disk is recognised.
+    with suppress(PermissionError):  # only the owner may: see `identify_fd`
+        os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return True
 
 
 def is_memory_file_system(fd: int) -> bool:

@@ -26,12 +26,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Final
+from typing import Final, TypeVar
 
 __all__ = ["HANDED_MAX", "THREADS_MAX", "WorkerPool"]
 
 THREADS_MAX: Final = 4
 HANDED_MAX: Final = 64  # jobs that the threads hold; the rest waits on the loop's side
+
+T = TypeVar("T")
 
 _Job = tuple[Callable[[], int], Callable[[int], None]]
 
@@ -82,6 +84,17 @@ class WorkerPool:
 
         self.submit(fn, done)
         return await future
+
+    async def ask(self, fn: Callable[[], T], otherwise: T) -> T:
+        """Run `fn` in a worker; what it returns, or `otherwise` if it raises OSError."""
+        answers: list[T] = []
+
+        def run() -> int:
+            answers.append(fn())
+            return 0
+
+        await self.run(run)
+        return answers[0] if answers else otherwise
 
     async def close(self) -> None:
         """End the threads. The caller has waited for all jobs; idempotent."""

@@ -41,8 +41,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
+from metadata.disks import Evidence
 from nbdtarget.clock import Clock
 from nbdtarget.devices.base import EXTENTS_MAX, Extent, append_extent
+from nbdtarget.devices.identity import MAPPED
 from nbdtarget.dm.events import EventCounter
 from nbdtarget.dm.mapped_io import FAILED_DRAIN_S_MAX, MappedIo, State
 from nbdtarget.dm.table import SECTOR, Table
@@ -405,6 +407,10 @@ class MappedDevice(MappedIo):
         async with self._verbs:
             if self.state is State.SUSPENDED:
                 self.stop_queueing()
+
+    async def identify(self, role: str) -> Evidence:
+        ids = (f"uuid={self.uuid}",) if self.uuid else ()
+        return Evidence(MAPPED, self.name, self.size, ids)
 
     async def close(self) -> None:
         await self.remove()

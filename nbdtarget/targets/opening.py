@@ -26,7 +26,7 @@ from metadata.mode import Mode
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.content import maybe_content
 from nbdtarget.errors import ConstructorError, ResolveError
-from nbdtarget.permissions import OVERWRITE
+from nbdtarget.permissions import OVERWRITE, Permission
 from nbdtarget.targets.base import TargetContext
 
 __all__ = ["Opening", "metadata_errno"]
@@ -66,9 +66,14 @@ class Opening:
         """What was opened belongs to the target from here on."""
         self._opened.pop_all()
 
-    def error(self, reason: str, errno: int = errnos.EINVAL) -> ConstructorError:
+    def error(
+        self,
+        reason: str,
+        errno: int = errnos.EINVAL,
+        allowed_by: Permission | None = None,
+    ) -> ConstructorError:
         """A refusal of this target's, to be raised."""
-        return ConstructorError(reason, errno, self._target)
+        return ConstructorError(reason, errno, self._target, allowed_by)
 
     async def device(self, role: str, name: str, *, read_only: bool = False) -> Device:
         """Open the device that is the table line's `role`. Raises: ConstructorError."""

@@ -17,7 +17,7 @@ What else must hold of the target, its `Invariants` assert all the while.
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from typing import Any, Protocol, TypeVar
 
 from nbdtarget.bio import (
@@ -279,14 +279,11 @@ class Driver:
 
     def _submit(self, bio: Bio, offset: int, length: int) -> None:
         self.in_flight[bio] = (offset, length)
-        # What is deferred is still to come when the caller scribbles over the payload.
-        self.call_inside(lambda: self.rig.disk.submit(bio))
-
-    def call_inside(self, call: Callable[[], None]) -> None:
-        """Call inside the loop, but without a turn of it."""
+        # Inside the loop, but without a turn of it: what is deferred is still to come when
+        # the caller scribbles over the payload.
         asyncio._set_running_loop(self.loop)
         try:
-            call()
+            self.rig.disk.submit(bio)
         finally:
             asyncio._set_running_loop(None)
 

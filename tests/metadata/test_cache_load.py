@@ -17,6 +17,7 @@ from metadata.cache_records import (
     snapshot_blocks_max,
 )
 from metadata.cache_superblock import CacheSuperblock, first_superblock, layout_for
+from metadata.disks import RECORD_MAX
 from metadata.errors import CorruptMetadata, UnsupportedFormat
 from metadata.records import Chain
 from metadata.superblock import SUPERBLOCK_BLOCKS, superblock_writes
@@ -382,13 +383,14 @@ def test_largest_superblock_fits_into_a_sector() -> None:
     fields = {
         field: large
         for field in CacheSuperblock.__struct_fields__
-        if field not in (*text, "policy_version", "generation")
+        if field not in (*text, "policy_version", "generation", "disks")
     }
     large_one = msgspec.structs.replace(
         superblock,
         generation=large,
         policy_name="a" * 16,
         policy_version=((1 << 32) - 1,) * 3,
+        disks=bytes(RECORD_MAX),
         **fields,
     )
     superblock_writes(large_one)  # asserts it

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from metadata import envelope
+from metadata.disks import RECORD_MAX
 from metadata.envelope import BLOCK_SIZE, seal
 from metadata.errors import (
     CorruptMetadata,
@@ -340,13 +341,15 @@ def test_largest_superblock_fits_one_sector() -> None:
     fields = {
         field: huge
         for field in CloneSuperblock.__struct_fields__
-        if field not in ("uuid", "snapshot_digest", "journal_digest")
+        if field not in ("uuid", "snapshot_digest", "journal_digest", "disks")
     }
-    superblock = msgspec.structs.replace(make_superblock(N), **fields)
+    record = b"d" * RECORD_MAX
+    superblock = msgspec.structs.replace(make_superblock(N), **fields, disks=record)
     for write in superblock_writes(superblock):
         assert isinstance(write, Write)
         assert write.fua
-        assert not any(bytes(write.data)[512:])
+        assert bytes(write.data)[512 : 512 + RECORD_MAX] == record
+        assert not any(bytes(write.data)[512 + RECORD_MAX :])
 
 
 def test_copies_of_a_slot_are_not_neighbours() -> None:

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Final
 from nbdtarget.control import messages as m
 from nbdtarget.dm.mapped_io import State
 from nbdtarget.errors import NbdTargetError, TableError
-from nbdtarget.permissions import OVERWRITE
 
 if TYPE_CHECKING:
     from tests.sim.life import Life
 
-__all__ = ["REFUSALS", "Operator"]
+__all__ = ["Operator"]
 
 # How a reload into passthrough may end.
 REFUSALS: Final = (
@@ -173,7 +172,7 @@ class Operator:
         if name == "d" and self._rig.others and rng.random() < 0.8:
             table = rng.choice(self._rig.others)
             self._note("loads", table)
-        await self._verbs.load(m.Load(name, table, permissions=(OVERWRITE,)))
+        await self._verbs.load(m.Load(name, table))
         self._life.watch_cache()
         await asyncio.sleep(rng.choice((0.0, 0.1)))
         if rng.random() < 0.1:
@@ -186,9 +185,7 @@ class Operator:
                 raise
             self._life.counts["refusals"] += 1
             self._note("refused", error)
-            await self._verbs.load(
-                m.Load(name, self._rig.tables[name], permissions=(OVERWRITE,))
-            )
+            await self._verbs.load(m.Load(name, self._rig.tables[name]))
             self._life.watch_cache()
             await self._verbs.resume(m.Resume(name))
 
@@ -261,9 +258,7 @@ class Operator:
             await asyncio.sleep(rng.choice((0.0, 0.001, 0.5)))
             await self._verbs.wipe_table(m.WipeTable("d"))
             await self._powercut("on")
-            await self._verbs.load(
-                m.Load("d", self._rig.table, permissions=(OVERWRITE,))
-            )
+            await self._verbs.load(m.Load("d", self._rig.table))
             await self._verbs.resume(m.Resume("d"))
         finally:
             life.owes_flush_error = True

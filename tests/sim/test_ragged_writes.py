@@ -11,7 +11,6 @@ import random
 import pytest
 
 from nbdtarget.dm.registry import Registry
-from nbdtarget.permissions import OVERWRITE
 from nbdtarget.volatile_cache import Fate
 from tests.crash.cache_rigs import small_blocks
 from tests.crash.rigs import DeviceTable
@@ -45,8 +44,7 @@ async def _create(rig: Rig, disks: list[SimDisk], loop: SimLoop) -> Registry:
     table = DeviceTable({disk.name: disk for disk in disks})
     registry = Registry(table, clock=SimLoopClock(loop))
     for name, lines in rig.tables.items():
-        # The disks hold what the model says before their metadata is made.
-        await registry.create(name, lines, permissions=frozenset((OVERWRITE,)))
+        await registry.create(name, lines)
     return registry
 
 

@@ -12,7 +12,8 @@ table is suspended, and a full sync has recorded what it left. In the kernel's o
     4  passthrough, and a block is dirty                             EBUSY
        the origin is smaller, and a dirty block would be cut off     EFBIG
     -  the metadata device has no room for a cache grown so far      ENOSPC
-    5  resize the metadata: clean mappings behind an end are removed
+    5  resize the metadata: clean mappings behind an end are removed; so are all of them if the
+       constructor has found that a disk was exchanged or changed without us
     6  load mappings into the policy, and discards
     7  have CLEAN_SHUTDOWN cleared, durably, in the commit that makes 5 durable, too
 
@@ -36,6 +37,7 @@ What a crash leaves: before the commit of step 7 what was there before; after it
 
 import asyncio
 import errno as errnos
+import logging
 from typing import Final
 
 from metadata.cache import Policy as RecordedPolicy
@@ -53,6 +55,8 @@ from nbdtarget.targets.committer import Committer
 __all__ = ["Activation"]
 
 STEP_BLOCKS: Final = 500  # looked at, and loaded, before others have their turn
+
+log = logging.getLogger(__name__)
 
 
 class Activation:
@@ -91,6 +95,7 @@ class Activation:
         nr_cblocks = self._check()
         try:
             await self._resize(nr_cblocks)
+            await self._drop_stale()
             if not self._is_loaded or nr_cblocks != self._nr_cblocks:
                 await self._load(nr_cblocks)
             if not self._is_loaded:
@@ -163,6 +168,22 @@ class Activation:
         if metadata.nr_cblocks != nr_cblocks:
             await metadata_io.run(device, metadata.resize_cache(nr_cblocks))
 
+    async def _drop_stale(self) -> None:
+        """Give up the clean blocks if a disk was exchanged or changed. Raises: MetadataError."""
+        parts = self._parts
+        if not parts.stale or self._is_loaded or parts.metadata.mode is not Mode.RW:
+            return
+        nr_before = parts.metadata.nr_mapped
+        await metadata_io.run(parts.metadata_device, parts.metadata.drop_clean())
+        nr_dropped = nr_before - parts.metadata.nr_mapped
+        if nr_dropped:
+            log.warning(
+                "%s: %s: %d cached blocks may be stale and are dropped",
+                self._ctx.name,
+                parts.stale,
+                nr_dropped,
+            )
+
     async def _load(self, nr_cblocks: int) -> None:
         """Load the mappings into a policy for `nr_cblocks`. Raises: TableError, MetadataError."""
         metadata = self._parts.metadata
@@ -197,6 +218,7 @@ class Activation:
     async def _start(self) -> None:
         """Have the metadata admit changes. Raises: TableError, MetadataError."""
         metadata = self._parts.metadata
+        await self._parts.disks.prepare()
         starting = metadata.start(dirty_log=self._parts.options.dirty_log)
         await metadata_io.run(self._parts.metadata_device, starting)
         if not await self._committer.commit():
@@ -204,6 +226,7 @@ class Activation:
                 "unable to resume cache: metadata commit failed", errnos.EIO
             )
         assert metadata.admits_changes
+        await self._parts.disks.confirm()
 
 
 def _recorded(policy: Policy) -> RecordedPolicy:

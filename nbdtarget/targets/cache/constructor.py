@@ -29,6 +29,7 @@ from nbdtarget import metadata_io
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError
 from nbdtarget.metadata_faults import explain
+from nbdtarget.permissions import OTHER_DISK
 from nbdtarget.policies.base import Policy, PolicyConfigError
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.targets.base import TargetContext
@@ -39,9 +40,13 @@ from nbdtarget.targets.cache.table import (
     parse_block_size,
     parse_options,
 )
+from nbdtarget.targets.disks import DiskRecords, Role
 from nbdtarget.targets.opening import Opening, metadata_errno
 
-__all__ = ["Parts", "construct", "make_policy"]
+__all__ = ["CACHE", "Parts", "construct", "make_policy"]
+
+CACHE: Final = "cache"
+ORIGIN: Final = "origin"
 
 NR_CBLOCKS_WARNING: Final = 1 << 20
 
@@ -60,6 +65,7 @@ class Parts:
         words: the table line's.
         metadata: not started: nothing in it may change yet. Shared with this device's other table.
         policy: for the size that the cache device has now; it knows no mappings yet.
+        stale: why what is mapped and clean is not to be believed; empty: it is.
     """
 
     words: tuple[str, ...]
@@ -70,6 +76,8 @@ class Parts:
     origin: Device
     metadata: CacheMetadata
     policy: Policy
+    disks: DiskRecords
+    stale: str
 
 
 async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
@@ -106,6 +114,13 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         metadata = await _open_metadata(
             opening, metadata_device, cache, block_size, ctx.length
         )
+        disks = DiskRecords(
+            ctx.name,
+            metadata,
+            (Role(CACHE, cache), Role(ORIGIN, origin)),
+            ctx.shared(metadata_device),
+        )
+        stale = await _check_disks(opening, ctx, disks, metadata, metadata_device.name)
         opening.keep()
     if nr_cblocks > NR_CBLOCKS_WARNING:
         log.warning(
@@ -123,7 +138,42 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         origin,
         metadata,
         policy,
+        disks,
+        stale,
     )
+
+
+async def _check_disks(
+    opening: Opening,
+    ctx: TargetContext,
+    disks: DiskRecords,
+    metadata: CacheMetadata,
+    metadata_name: str,
+) -> str:
+    """Refuse disks that do not belong together; return why clean blocks are stale, if they are.
+
+    Raises: ConstructorError.
+    """
+    nr_dirty = metadata.nr_dirty
+    stale = ""
+    for finding in await disks.look((CACHE, ORIGIN)):
+        if not finding.is_allowed(ctx.permissions):
+            raise opening.error(
+                finding.refusal(metadata_name), allowed_by=finding.allowed_by
+            )
+        if finding.is_same and not finding.changed:
+            continue
+        if finding.changed and nr_dirty and OTHER_DISK not in ctx.permissions:
+            why = f"{nr_dirty} blocks are waiting to be written back"
+            raise opening.error(
+                finding.refusal_of_change(metadata_name, why),
+                allowed_by=OTHER_DISK,
+            )
+        stale = stale or (
+            f"{finding.role} {finding.found.name}:"
+            f" {finding.changed or finding.comparison.reason}"
+        )
+    return stale
 
 
 def make_policy(

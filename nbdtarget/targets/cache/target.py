@@ -59,6 +59,7 @@ from nbdtarget.targets.base import (
 )
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
+from nbdtarget.targets.cache.constructor import CACHE as CACHE_ROLE
 from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.extents import CACHE, base_extents, cache_extents
@@ -69,6 +70,7 @@ from nbdtarget.targets.cache.report import status_fields, status_line
 from nbdtarget.targets.cache.table import parse_core_value, parse_ranges
 from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.committer import Committer
+from nbdtarget.targets.disks import spread_ones
 from nbdtarget.words import join_words
 
 __all__ = ["CacheTarget"]
@@ -279,8 +281,9 @@ class CacheTarget(Target):
         self._is_suspended = True
 
     async def _sync(self) -> None:
-        """Record all that a crash would forget."""
+        """Record all that a crash would forget, and what the disks are like."""
         policy, metadata = self._policy, self._metadata
+        await self._note_stop()
         hints: array[int] | None = None
         if policy.hint_size:
             hints = array("I")
@@ -295,6 +298,16 @@ class CacheTarget(Target):
             discarded=self._discards.as_recorded(),
         )
         await self._committer.commit(clean_shutdown=True)
+
+    async def _note_stop(self) -> None:
+        """Have the last commit record what the disks are like, and some dirty blocks."""
+        disks = self._parts.disks
+        # What is marked with a generation must say all that is recorded with it.
+        if not (disks.are_known and await self._committer.commit()):
+            return
+        dirty = spread_ones(self._metadata.dirty, self._metadata.nr_cblocks)
+        offsets = [cblock * self._block_size for cblock in dirty]
+        await disks.note_stop({CACHE_ROLE: offsets})
 
     def _committed(self) -> None:
         if self._metadata.changed:  # more than one commit takes

@@ -10,14 +10,17 @@ import errno as errnos
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from metadata.clone import NR_REGIONS_MAX, CloneMetadata
+from metadata.disks import spread_offsets
 from metadata.errors import GeometryMismatch, MetadataError, NotFormatted
 from metadata.mode import Mode
 from nbdtarget import metadata_io
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError
 from nbdtarget.metadata_faults import explain
+from nbdtarget.permissions import OTHER_DISK
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.clone.table import (
     ARGUMENTS_MIN,
@@ -25,9 +28,13 @@ from nbdtarget.targets.clone.table import (
     parse_options,
     parse_region_size,
 )
+from nbdtarget.targets.disks import DiskRecords, Role
 from nbdtarget.targets.opening import Opening, metadata_errno
 
-__all__ = ["Parts", "construct"]
+__all__ = ["DESTINATION", "Parts", "construct"]
+
+DESTINATION: Final = "destination"
+SOURCE: Final = "source"
 
 
 @dataclass(slots=True)
@@ -41,6 +48,7 @@ class Parts:
     destination: Device
     source: Device
     metadata: CloneMetadata
+    disks: DiskRecords
 
 
 async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
@@ -77,6 +85,21 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         metadata = await _open_metadata(
             opening, metadata_device, destination, region_size, ctx.length
         )
+        disks = DiskRecords(
+            ctx.name,
+            metadata,
+            (
+                Role(DESTINATION, destination),
+                Role(
+                    SOURCE,
+                    source,
+                    is_ours=False,
+                    sample_at_start=spread_offsets(source.size),
+                ),
+            ),
+            ctx.shared(metadata_device),
+        )
+        await _check_disks(opening, ctx, disks, metadata, metadata_device.name)
         opening.keep()
     return Parts(
         tuple(words),
@@ -86,7 +109,34 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         destination,
         source,
         metadata,
+        disks,
     )
+
+
+async def _check_disks(
+    opening: Opening,
+    ctx: TargetContext,
+    disks: DiskRecords,
+    metadata: CloneMetadata,
+    metadata_name: str,
+) -> None:
+    """Refuse disks that do not belong together. Raises: ConstructorError.
+
+    A source does not matter before anything was copied, nor after everything was.
+    """
+    is_partly_copied = 0 < metadata.nr_hydrated < metadata.nr_regions
+    roles = (DESTINATION, SOURCE) if is_partly_copied else (DESTINATION,)
+    for finding in await disks.look(roles):
+        if not finding.is_allowed(ctx.permissions):
+            raise opening.error(
+                finding.refusal(metadata_name), allowed_by=finding.allowed_by
+            )
+        if finding.changed and is_partly_copied and OTHER_DISK not in ctx.permissions:
+            why = "parts of two states would be mixed"
+            raise opening.error(
+                finding.refusal_of_change(metadata_name, why),
+                allowed_by=OTHER_DISK,
+            )
 
 
 async def _open_metadata(

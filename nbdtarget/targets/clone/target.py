@@ -65,6 +65,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from metadata.disks import SAMPLE_BYTES
 from metadata.mode import Mode
 from nbdtarget.bio import (
     FUA,
@@ -86,7 +87,7 @@ from nbdtarget.targets.base import (
     TargetContext,
 )
 from nbdtarget.targets.clone.cache_requests import CacheRequests
-from nbdtarget.targets.clone.constructor import Parts, construct
+from nbdtarget.targets.clone.constructor import DESTINATION, Parts, construct
 from nbdtarget.targets.clone.extents import (
     HYDRATION,
     clone_extents,
@@ -99,6 +100,7 @@ from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.report import status_fields, status_line
 from nbdtarget.targets.clone.table import NUMBERS, parse_number
 from nbdtarget.targets.committer import Committer
+from nbdtarget.targets.disks import spread_ones
 from nbdtarget.words import join_words
 
 __all__ = ["CloneTarget"]
@@ -286,6 +288,15 @@ class CloneTarget(Target):
 
     # Life
 
+    async def preresume(self) -> None:
+        """Record, durably, which disks these are, and that they are in use."""
+        if self._committer.has_failed or not self._regions.is_writable:
+            return
+        disks = self._parts.disks
+        await disks.prepare()
+        if not disks.is_recorded and await self._committer.commit():
+            await disks.confirm()
+
     def resume(self) -> None:
         self._is_suspended = False
         self._look_at_mode()
@@ -310,9 +321,25 @@ class CloneTarget(Target):
         await self._hydration.quiesce()
         await self._cache_requests.quiesce()
         if not self._committer.has_failed and not self._regions.has_failed:
+            await self._note_stop()
             await self._committer.commit(clean_shutdown=True)
         await self._committer.quiesce()
         self._is_suspended = True
+
+    async def _note_stop(self) -> None:
+        """Have the last commit record what the destination is like, and some of its regions."""
+        disks = self._parts.disks
+        if not (disks.are_known and self._regions.is_writable):
+            return
+        # What is marked with a generation must say all that is recorded with it.
+        if not await self._committer.commit():
+            return
+        size = self._regions.region_size
+        last = (self._parts.destination.size - SAMPLE_BYTES) // size
+        regions = spread_ones(self._bits, min(last + 1, self._metadata.nr_regions))
+        await disks.note_stop(
+            {DESTINATION: [region_nr * size for region_nr in regions]}
+        )
 
     def _committed(self) -> None:
         if not self._is_hydrated and self._metadata.hydration_done:

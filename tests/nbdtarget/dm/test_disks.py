@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that do not belong together are refused; those that do are found again, wherever they are.
+
+The registry, the targets and real files: only the server is left out.
+"""
+
+import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from metadata.cache_superblock import CACHE
+from metadata.disks import Disk, decode_disks
+from metadata.operations import Write
+from metadata.superblock import (
+    CLONE,
+    Superblock,
+    choose_superblock_of,
+    superblock_writes,
+)
+from nbdtarget.clock import sleep
+from nbdtarget.devices import resolve
+from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.dm.registry import Registry
+from nbdtarget.errors import ConstructorError
+from nbdtarget.permissions import MOVED, OTHER_DISK, Permission
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 2 * MIB
+BLOCK = 64 * KIB
+NR_SECTORS = SIZE // 512
+NOTHING: frozenset[Permission] = frozenset()
+SAY_MOVED: frozenset[Permission] = frozenset({MOVED})
+SAY_OTHER: frozenset[Permission] = frozenset({OTHER_DISK})
+
+
+class Site:
+    """Files of one machine, and tables over them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.write("source", os.urandom(SIZE))
+        self.write("origin", os.urandom(SIZE))
+        for name in ("dest", "cache"):
+            self.blank(name)
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def write(self, name: str, content: bytes) -> None:
+        self.path(name).write_bytes(content)
+
+    def read(self, name: str) -> bytes:
+        return self.path(name).read_bytes()
+
+    def blank(self, name: str) -> None:
+        """A new file of zeroes in the place of what was there."""
+        self.path(name).unlink(missing_ok=True)
+        with self.path(name).open("wb") as file:
+            file.truncate(SIZE)
+
+    def clone(self, *, dest: str = "dest", source: str = "source") -> str:
+        names = [str(self.path(each)) for each in ("clone.meta", dest, source)]
+        return f"0 {NR_SECTORS} clone {' '.join(names)} 128 1 no_hydration"
+
+    def cache(
+        self, *, cache: str = "cache", origin: str = "origin", mode: str = "writeback"
+    ) -> str:
+        names = [str(self.path(each)) for each in ("cache.meta", cache, origin)]
+        # In a writeback cache nothing is written back by itself.
+        threshold = 0 if mode == "writeback" else 1 << 20
+        features = f"1 {mode} smq 2 migration_threshold {threshold}"
+        return f"0 {NR_SECTORS} cache {' '.join(names)} 128 {features}"
+
+    @asynccontextmanager
+    async def served(
+        self, table: str, permissions: frozenset[Permission] = NOTHING
+    ) -> AsyncIterator[MappedDevice]:
+        registry = Registry(resolve)
+        device = await registry.create("d", table, permissions=permissions)
+        try:
+            yield device
+        finally:
+            await registry.remove("d")
+
+    async def refused(
+        self, table: str, permissions: frozenset[Permission] = NOTHING
+    ) -> str:
+        """The line with which a table is refused."""
+        with pytest.raises(ConstructorError) as caught:
+            async with self.served(table, permissions):
+                pass
+        line = str(caught.value)
+        assert "\n" not in line
+        return line
+
+    async def started(
+        self, table: str, permissions: frozenset[Permission] = NOTHING
+    ) -> None:
+        async with self.served(table, permissions):
+            pass
+
+    async def half_cloned(self) -> None:
+        """Leave a clone of which the first half is copied."""
+        async with self.served(self.clone()) as device:
+            await device.write(0, b"c" * MIB)
+            await device.flush()
+
+    async def dirty_cache(self) -> bytes:
+        """Leave a cache with a dirty block; return what a client reads."""
+        async with self.served(self.cache()) as device:
+            for _ in range(40):
+                await device.write(0, b"d" * BLOCK)
+                if _nr_dirty(device):
+                    break
+                await sleep(0.01)
+            assert _nr_dirty(device)
+            await device.flush()
+            return bytes(await device.read(0, SIZE))
+
+    async def clean_cache(self, mode: str = "writethrough") -> None:
+        """Leave a cache in which the first blocks are mapped and clean."""
+        async with self.served(self.cache(mode=mode)) as device:
+            await device.message(0, ["pin", "0-4"])
+            while _nr_mapped(device) < 4:
+                await sleep(0.005)
+
+    def superblock(self, name: str) -> Superblock:
+        area = memoryview(self.read(name)[: 16 * KIB])
+        if name == "clone.meta":
+            return choose_superblock_of(CLONE, area).superblock
+        return choose_superblock_of(CACHE, area).superblock
+
+    def recorded(self, name: str, role: str) -> Disk:
+        disks = decode_disks(self.superblock(name).disks)
+        return next(disk for disk in disks if disk.role == role)
+
+
+def _fields(device: MappedDevice) -> dict[str, object]:
+    assert device.active is not None
+    return dict(device.active.targets[0].status_fields())
+
+
+def _nr_dirty(device: MappedDevice) -> int:
+    return int(str(_fields(device)["dirty_blocks"]))
+
+
+def _nr_mapped(device: MappedDevice) -> int:
+    return int(str(_fields(device)["cache_blocks_used"]))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+# ---- another disk ----------------------------------------------------------------------------
+
+
+async def test_clone_goes_on_with_its_own_disks(site: Site) -> None:
+    await site.half_cloned()
+    for _ in range(3):
+        async with site.served(site.clone()) as device:
+            assert await device.read(0, MIB) == b"c" * MIB
+            assert await device.read(MIB, MIB) == site.read("source")[MIB:]
+            await device.write(0, b"c" * 512)
+
+
+async def test_another_source_of_an_interrupted_clone_is_refused(site: Site) -> None:
+    await site.half_cloned()
+    site.write("other", os.urandom(SIZE))
+    before = site.read("dest")
+    line = await site.refused(site.clone(source="other"))
+    assert str(site.path("source")) in line
+    assert str(site.path("other")) in line
+    assert await site.refused(site.clone(source="other"), SAY_MOVED)
+    assert site.read("dest") == before
+    await site.started(site.clone(source="other"), SAY_OTHER)
+
+
+async def test_any_source_will_do_before_anything_is_copied_and_after_all_is(
+    site: Site,
+) -> None:
+    site.write("other", os.urandom(SIZE))
+    await site.started(site.clone())
+    await site.started(site.clone(source="other"))
+    async with site.served(site.clone()) as device:
+        await device.write(0, b"c" * SIZE)
+    async with site.served(site.clone(source="other")) as device:
+        assert await device.read(0, SIZE) == b"c" * SIZE
+
+
+async def test_changed_source_of_an_interrupted_clone_is_refused(site: Site) -> None:
+    await site.half_cloned()
+    with site.path("source").open("r+b") as file:
+        file.write(b"changed")
+    line = await site.refused(site.clone())
+    assert "its content has changed" in line
+    await site.started(site.clone(), SAY_OTHER)
+    await site.started(site.clone())
+
+
+async def test_destination_exchanged_for_a_blank_file_is_refused(site: Site) -> None:
+    await site.half_cloned()
+    site.blank("dest")
+    line = await site.refused(site.clone())
+    assert "though it has its name" in line
+    assert "its content differs" in line
+    # Not even as moved: what was copied is not there.
+    await site.refused(site.clone(), SAY_MOVED)
+
+
+async def test_blank_destination_of_a_finished_clone_is_refused(site: Site) -> None:
+    async with site.served(site.clone()) as device:
+        await device.write(0, b"c" * SIZE)
+    site.blank("dest")
+    await site.refused(site.clone())
+
+
+async def test_another_origin_of_the_same_size_is_refused(site: Site) -> None:
+    await site.dirty_cache()
+    shutil.copy(site.path("origin"), site.path("oo"))
+    before = site.read("oo")
+    line = await site.refused(site.cache(origin="oo"))
+    assert str(site.path("origin")) in line
+    assert f"cache: {site.path('oo')} is not the origin" in line
+    assert "--accept-other-disk" in line
+    await site.refused(site.cache(origin="oo"), SAY_MOVED)  # origin is still there
+    assert site.read("oo") == before
+
+
+async def test_another_origin_is_refused_although_nothing_is_dirty(site: Site) -> None:
+    await site.clean_cache()
+    site.write("oo", os.urandom(SIZE))
+    await site.refused(site.cache(origin="oo", mode="writethrough"))
+    # Whoever insists gets no block of the old one.
+    async with site.served(
+        site.cache(origin="oo", mode="writethrough"), SAY_OTHER
+    ) as device:
+        assert await device.read(0, SIZE) == site.read("oo")
+
+
+async def test_blank_cache_with_dirty_blocks_is_refused(site: Site) -> None:
+    await site.dirty_cache()
+    site.blank("cache")
+    line = await site.refused(site.cache())
+    assert "is not the cache" in line
+    await site.refused(site.cache(), SAY_MOVED)
+
+
+async def test_disk_of_other_metadata_is_refused(site: Site) -> None:
+    await site.half_cloned()
+    for name in ("clone.meta", "dest"):
+        site.path(name).rename(site.path(f"first.{name}"))
+    site.blank("dest")
+    await site.half_cloned()
+    site.path("first.clone.meta").replace(site.path("clone.meta"))
+    line = await site.refused(site.clone())
+    assert "is marked as a disk of other metadata" in line
+    site.path("first.dest").replace(site.path("dest"))
+    await site.started(site.clone())
+
+
+# ---- old backups -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["clean", "crash"])
+async def test_metadata_of_an_old_backup_are_refused(site: Site, how: str) -> None:
+    await site.half_cloned()
+    shutil.copy(site.path("clone.meta"), site.path("backup"))
+    async with site.served(site.clone()) as device:
+        await device.write(MIB, b"d" * BLOCK)
+        if how == "crash":
+            mark = os.getxattr(site.path("dest"), "user.nbdtarget.destination")
+    if how == "crash":
+        os.setxattr(site.path("dest"), "user.nbdtarget.destination", mark)
+    site.path("backup").replace(site.path("clone.meta"))
+    line = await site.refused(site.clone())
+    assert "older backup" in line
+    await site.refused(site.clone(), SAY_MOVED)
+    await site.started(site.clone(), SAY_OTHER)
+
+
+async def test_disk_of_an_old_backup_is_refused(site: Site) -> None:
+    await site.half_cloned()
+    _copy_whole(site.path("dest"), site.path("backup"))
+    async with site.served(site.clone()) as device:
+        await device.write(MIB, b"d" * BLOCK)
+    site.path("backup").replace(site.path("dest"))
+    assert "older backup" in await site.refused(site.clone())
+
+
+# ---- the same disk elsewhere -------------------------------------------------------------------
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """As `cp -a` does it."""
+    shutil.copy2(source, target)  # with extended attributes
+    assert os.listxattr(target) == os.listxattr(source)
+
+
+async def test_renamed_disks_are_found_again(site: Site) -> None:
+    content = await site.dirty_cache()
+    site.path("origin").rename(site.path("o2"))
+    site.path("cache").rename(site.path("c2"))
+    async with site.served(site.cache(origin="o2", cache="c2")) as device:
+        assert await device.read(0, SIZE) == content
+    assert site.recorded("cache.meta", "origin").name == str(site.path("o2"))
+
+
+async def test_copy_of_disks_and_metadata_with_their_marks_starts(site: Site) -> None:
+    content = await site.dirty_cache()
+    for name in ("origin", "cache", "cache.meta"):
+        _copy_whole(site.path(name), site.path(f"copy.{name}"))
+    site.path("copy.cache.meta").replace(site.path("cache.meta"))
+    table = site.cache(origin="copy.origin", cache="copy.cache")
+    async with site.served(table) as device:
+        assert await device.read(0, SIZE) == content
+
+
+async def test_copy_of_disks_without_marks_starts_when_told_that_it_moved(
+    site: Site,
+) -> None:
+    content = await site.dirty_cache()
+    for name in ("origin", "cache"):
+        shutil.copyfile(site.path(name), site.path(f"copy.{name}"))
+        site.path(name).unlink()
+    table = site.cache(origin="copy.origin", cache="copy.cache")
+    line = await site.refused(table)
+    assert "--moved" in line
+    async with site.served(table, SAY_MOVED) as device:
+        assert await device.read(0, SIZE) == content
+    async with site.served(table) as device:  # once is enough
+        assert await device.read(0, SIZE) == content
+
+
+async def test_table_can_be_loaded_again_while_it_is_served(site: Site) -> None:
+    await site.dirty_cache()
+    registry = Registry(resolve)
+    device = await registry.create("d", site.cache())
+    await device.write(BLOCK, b"e" * BLOCK)
+    await registry.load("d", site.cache())
+    await device.suspend()
+    await device.resume()
+    assert await device.read(BLOCK, BLOCK) == b"e" * BLOCK
+    await registry.remove("d")
+
+
+# ---- changed while not in use ------------------------------------------------------------------
+
+
+async def test_clean_blocks_are_dropped_if_the_origin_was_used_without_the_cache(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    await site.clean_cache()
+    with site.path("origin").open("r+b") as file:
+        file.write(b"new" * 1000)
+    async with site.served(site.cache(mode="writethrough")) as device:
+        assert await device.read(0, SIZE) == site.read("origin")
+    (line,) = [each.getMessage() for each in caplog.records if "dropped" in each.msg]
+    assert str(site.path("origin")) in line
+    assert "4 cached blocks" in line
+
+
+async def test_clean_blocks_are_kept_if_the_origin_was_only_read(site: Site) -> None:
+    await site.clean_cache()
+    site.read("origin")
+    site.path("origin").chmod(0o640)
+    async with site.served(site.cache(mode="writethrough")) as device:
+        assert _nr_mapped(device) >= 4
+
+
+async def test_changed_origin_is_refused_while_blocks_are_dirty(site: Site) -> None:
+    await site.dirty_cache()
+    with site.path("origin").open("r+b") as file:
+        file.seek(MIB)
+        file.write(b"new")
+    line = await site.refused(site.cache())
+    assert str(site.path("origin")) in line
+    assert "written to while it was not in use" in line
+    await site.refused(site.cache(), SAY_MOVED)
+    async with site.served(site.cache(), SAY_OTHER) as device:
+        assert await device.read(0, BLOCK) == b"d" * BLOCK
+        assert bytes(await device.read(MIB, 3)) == b"new"
+
+
+async def test_changed_destination_of_an_interrupted_clone_is_refused(
+    site: Site,
+) -> None:
+    await site.half_cloned()
+    with site.path("dest").open("r+b") as file:
+        file.seek(MIB + MIB // 2)
+        file.write(b"new")
+    line = await site.refused(site.clone())
+    assert "two states would be mixed" in line
+    await site.started(site.clone(), SAY_OTHER)
+
+
+async def test_finished_destination_may_be_used_alone(site: Site) -> None:
+    async with site.served(site.clone()) as device:
+        await device.write(0, b"c" * SIZE)
+    with site.path("dest").open("r+b") as file:
+        file.write(b"new")
+    async with site.served(site.clone()) as device:
+        assert bytes(await device.read(0, 3)) == b"new"
+
+
+# ---- evidence that cannot be had ---------------------------------------------------------------
+
+
+async def test_file_system_without_marks_is_no_error(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "setxattr", refuse)
+    content = await site.dirty_cache()
+    assert site.recorded("cache.meta", "origin").mark_generation == -1
+    async with site.served(site.cache()) as device:
+        assert await device.read(0, SIZE) == content
+    site.path("origin").rename(site.path("o2"))
+    await site.started(site.cache(origin="o2"))
+    shutil.copyfile(site.path("o2"), site.path("oo"))
+    assert "o2 is still there" in await site.refused(site.cache(origin="oo"))
+
+
+async def test_metadata_without_a_record_take_the_disks_that_they_are_given(
+    site: Site,
+) -> None:
+    await site.half_cloned()
+    _forget_disks(site, "clone.meta")
+    shutil.copyfile(site.path("dest"), site.path("d2"))
+    await site.started(site.clone(dest="d2"))
+    assert site.recorded("clone.meta", "destination").name == str(site.path("d2"))
+    # From now on it is known.
+    await site.refused(site.clone(dest="dest"))
+
+
+def _forget_disks(site: Site, name: str) -> None:
+    """Make the metadata such as an older version has left them."""
+
+    superblock = site.superblock(name)
+    with site.path(name).open("r+b") as file:
+        for step in range(2):
+            plain = msgspec.structs.replace(
+                superblock, disks=b"", generation=superblock.generation + step
+            )
+            for write in superblock_writes(plain):
+                assert isinstance(write, Write)
+                file.seek(write.offset)
+                file.write(write.data)
