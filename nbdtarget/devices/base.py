@@ -115,7 +115,7 @@ class Device:
 
     Attributes:
         name: as the user wrote it; it stands in table lines, status and errors.
-        size: bytes. Fixed while open.
+        size: bytes. Changes only when a table is loaded, see `measure`.
         read_only: writes end with EPERM.
         health: what has gone wrong with it, see `nbdtarget.devices.health`.
         logical_block_size, io_min, io_opt, discard_granularity: see `QueueLimits`; a device
@@ -171,6 +171,13 @@ class Device:
     def submit_background(self, bio: Bio) -> None:
         """As `submit`, for a bio that no client waits for: it holds the loop up less, and takes longer."""
         self.submit(bio)
+
+    async def measure(self) -> int:
+        """Ask what lies below how large it is now, and return that; `size` stays what it was.
+
+        Raises: OSError.
+        """
+        return self.size
 
     async def close(self) -> None:
         """Release what is open. The caller has drained all I/O; nothing is flushed here."""

@@ -94,6 +94,7 @@ from nbdtarget.devices.syscalls import (
     block_device_sector,
     can_punch_holes,
     discard_blocks,
+    fd_size,
     is_memory_file_system,
     refuses_before_it_takes,
     start_writeback,
@@ -258,6 +259,9 @@ class FileDevice(Device):
     def _call(self, call: Callable[[int], None]) -> int:
         call(self._fd)
         return 0
+
+    async def measure(self) -> int:
+        return await self._pool.number(partial(fd_size, self._fd))
 
     async def close(self) -> None:
         if self._writeback is not None:

@@ -33,7 +33,7 @@ from nbdtarget.devices.file import FileDevice
 from nbdtarget.devices.page_cache import believe_the_disk
 from nbdtarget.devices.syscalls import (
     allocate,
-    block_device_size,
+    fd_size,
     lock_for_reading,
     lock_for_writing,
 )
@@ -282,10 +282,7 @@ def _lock(name: str, fd: int, *, exclusive: bool) -> None:
 
 
 def _size(name: str, fd: int) -> int:
-    status = os.fstat(fd)
-    size = status.st_size
-    if stat.S_ISBLK(status.st_mode):
-        size = block_device_size(fd)
+    size = fd_size(fd)
     if size == 0:
         raise ResolveError(name, "is empty")
     return size

@@ -10,6 +10,7 @@ import ctypes
 import errno as errnos
 import fcntl
 import os
+import stat
 import struct
 from contextlib import suppress
 from typing import Final
@@ -21,9 +22,9 @@ __all__ = [
     "allocate",
     "block_device_limit",
     "block_device_sector",
-    "block_device_size",
     "can_punch_holes",
     "discard_blocks",
+    "fd_size",
     "is_memory_file_system",
     "lock_for_reading",
     "lock_for_writing",
@@ -187,9 +188,12 @@ def _is_locked(fd: int, start: int) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def block_device_size(fd: int) -> int:
-    """Bytes."""
-    return _ioctl_number(fd, _BLKGETSIZE64, "Q")
+def fd_size(fd: int) -> int:
+    """Bytes of a file or block device, now."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        return _ioctl_number(fd, _BLKGETSIZE64, "Q")
+    return status.st_size
 
 
 def block_device_sector(fd: int) -> int:

@@ -22,6 +22,7 @@ lost, and the exception goes to the loop's exception handler.
 
 import asyncio
 import errno as errnos
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -95,6 +96,18 @@ class WorkerPool:
 
         await self.run(run)
         return answers[0] if answers else otherwise
+
+    async def number(self, fn: Callable[[], int]) -> int:
+        """As `run`, for an answer that is no errno. Raises: OSError: `fn` did."""
+        answers: list[int] = []
+
+        def answer() -> int:
+            answers.append(fn())
+            return 0
+
+        if status := await self.run(answer):
+            raise OSError(status, os.strerror(status))
+        return answers[0]
 
     async def close(self) -> None:
         """End the threads. The caller has waited for all jobs; idempotent."""

@@ -34,6 +34,11 @@ devices, and a name that is the name of one of them means that open one; if it m
 disk by now, that is refused, for the words of the new table would not lead back to what
 is served. A table that a person loads means what its names mean now.
 
+Disks grow while they are served, and a table that is loaded is judged by what it finds: an open device
+is measured anew. If it has grown, its `size` is the new one from then on; the live
+table goes on using what it had. If it has shrunk, that is known from then on, too, and stands beside
+the reason why a table does not fit.
+
 A `TableContext` is what one target knows of all this. It remembers what its target opened
 and created, and `undo` gives everything back if the constructor, or a later one of the same
 table, refuses: nothing stays open, and a file that was created for the table is removed.
@@ -131,12 +136,21 @@ class _Open:
 
     Attributes:
         identity: what the device is.
+        size_max: the largest that it has been, bytes.
         uses: at least one, once it is shown to anybody.
         shared: see `TargetContext.shared`.
         before: the latched or lost one in whose stead this one was opened; it may be in use still.
     """
 
-    __slots__ = ("before", "device", "identity", "read_only", "shared", "uses")
+    __slots__ = (
+        "before",
+        "device",
+        "identity",
+        "read_only",
+        "shared",
+        "size_max",
+        "uses",
+    )
 
     def __init__(
         self,
@@ -150,6 +164,7 @@ class _Open:
         self.device = device
         self.read_only = read_only
         self.before = before
+        self.size_max = device.size
         self.uses: list[_Use] = []
         self.shared: dict[str, object] = {}
 
@@ -157,6 +172,32 @@ class _Open:
     def uses_of_disk(self) -> list[_Use]:
         """Those of every opening of the same disk."""
         return self.uses + ([] if self.before is None else self.before.uses_of_disk)
+
+    async def measure(self) -> None:
+        """Look how large the device is by now."""
+        device = self.device
+        try:
+            size = await device.measure()
+        except OSError as error:
+            _log.warning(
+                "%s: cannot be measured, taken for as large as before: %s",
+                device.name,
+                error.strerror,
+            )
+            return
+        if size == device.size:
+            return
+        is_larger = size > device.size
+        _log.log(
+            logging.INFO if is_larger else logging.WARNING,
+            "%s: has %s from %d to %d bytes",
+            device.name,
+            "grown" if is_larger else "shrunk",
+            device.size,
+            size,
+        )
+        device.size = size
+        self.size_max = max(self.size_max, size)
 
     def is_held_by(self, holder: MappedDevice) -> bool:
         return any(use.holder is holder for use in self.uses)
@@ -407,6 +448,7 @@ class TableContext:
     Attributes:
         mapped_device: that the table is for.
         created: names of the files that the target has created.
+        shrunken: a sentence for each device that is smaller than it was.
     """
 
     def __init__(
@@ -419,11 +461,13 @@ class TableContext:
         read_only: bool,
         permissions: frozenset[Permission] = frozenset(),
         kept: Sequence[Device] = (),
+        measured: set[Device] | None = None,
     ) -> None:
         """
         Args:
             directory: absolute; where relative paths of the table line are meant.
             kept: open devices of `mapped_device` that their names stand for.
+            measured: shared by the lines of one table: devices whose size is known to be right.
         """
         self.begin = spec.begin
         self.length = spec.length
@@ -435,8 +479,10 @@ class TableContext:
         self.mapped_device = mapped_device
         self._directory = directory
         self._kept = tuple(kept)
+        self._measured = set() if measured is None else measured
         self._held: list[_Use] = []
         self.created: list[str] = []
+        self.shrunken: list[str] = []
 
     async def open_device(
         self, name: str, *, read_only: bool = False, shared: bool = False
@@ -453,7 +499,21 @@ class TableContext:
                     errnos.EBUSY,
                 )
         self._held.append(use)
+        if not isinstance(use.device, MappedDevice):
+            await self._measure(use.opened)
         return use.device
+
+    async def _measure(self, opened: _Open) -> None:
+        """Look how large it is by now, once for a whole table."""
+        device = opened.device
+        if device not in self._measured:
+            self._measured.add(device)
+            await opened.measure()
+        if device.size < opened.size_max:
+            self.shrunken.append(
+                f"{device.name} has shrunk from {opened.size_max} to {device.size} bytes"
+                " since it was opened"
+            )
 
     async def _open(self, path: str, *, read_only: bool, shared: bool) -> _Use:
         opens, holder = self._registry.opens, self.mapped_device

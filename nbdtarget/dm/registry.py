@@ -26,7 +26,7 @@ from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
 from nbdtarget.dm.table import SECTOR, Table, TargetSpec, construct_table, parse_table
 from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import NbdTargetError, TableError
+from nbdtarget.errors import ConstructorError, NbdTargetError, TableError
 from nbdtarget.permissions import Permission
 from nbdtarget.targets.base import Target
 
@@ -258,6 +258,7 @@ class Registry:
             contexts: list[TableContext] = []
             live = device.active if keep_open else None
             kept = () if live is None else tuple(dict.fromkeys(live.devices()))
+            measured: set[Device] = set()
 
             def make_context(spec: TargetSpec) -> TableContext:
                 context = TableContext(
@@ -268,6 +269,7 @@ class Registry:
                     read_only=read_only,
                     permissions=permissions,
                     kept=kept,
+                    measured=measured,
                 )
                 contexts.append(context)
                 return context
@@ -277,7 +279,13 @@ class Registry:
                     specs, self.types, make_context, read_only=read_only
                 )
                 await device.load(table)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, ConstructorError):
+                    # Perhaps that is why: the kernel's text says only that it does not fit.
+                    shrunken = [
+                        each for context in contexts for each in context.shrunken
+                    ]
+                    error.reason = "; ".join(dict.fromkeys([error.reason, *shrunken]))
                 for context in reversed(contexts):
                     await context.undo()
                 raise

@@ -21,8 +21,9 @@ A refusal, 1 to 4, changes nothing: neither on disk nor in core. So it costs nob
 dirty bits, and another table can be loaded and resumed. Here the kernel differs: to it, a shrink over a dirty
 block is a failure of the metadata, which then need a check.
 
-A later resume of the same table does 3 if the cache device has shrunk, and 7. Its policy is then
-replaced by one of the new size, which is loaded with the other one's mappings and hints: a policy
+A later resume of the same table does 3 if the cache device has shrunk, and 7; if the device has grown, it goes
+on with the blocks that it has (where the kernel refuses), for the next table to take the rest. Its policy is
+then replaced by one of the new size, which is loaded with the other one's mappings and hints: a policy
 that went on would promote into blocks that are gone.
 
 *Known for sure* is what is dirty, if the metadata are recorded clean now (a full sync of the
@@ -137,7 +138,9 @@ class Activation:
         parts = self._parts
         metadata = parts.metadata
         nr_cblocks = parts.cache.size // parts.block_size
-        if nr_cblocks > self._nr_cblocks:
+        if self._is_loaded:
+            nr_cblocks = min(nr_cblocks, self._nr_cblocks)
+        elif nr_cblocks > self._nr_cblocks:
             raise TableError("unable to extend cache due to missing cache table reload")
         if not nr_cblocks:
             raise TableError("Data block size is larger than the cache device")
