@@ -16,11 +16,14 @@ for older ones, which gives:
     held      True   0          `release`
     released  False  0          -
 
+Who waits for whom. For each number it is known which cell asked for it last (`_begins`, `_ends` and `_last`:
+disjoint pieces, sorted). A new cell waits for these only: each of them waits in its turn for the older ones, so
+when it is released they have been. So thousands of cells on one range are a chain, and
+neither asking, nor releasing, nor cancelling all of them looks at each pair.
+
 Cost. A cell is a pair of numbers, however long its range: a discard of 2^28 regions is one
-cell. Held cells never overlap, so they lie sorted and a new one finds its neighbours by
-bisection; waiting ones are scanned, and there are few: every one is a client's request that
-met another request's region. What is released counts down the cells that it blocks, so
-nothing is ever scanned to find out who is next.
+cell. What a cell overlaps is found by bisection. What is released counts down the cells that it
+blocks, so nothing is ever scanned to find out who is next.
 
 `granted` runs inside `lock` or inside the `release` that makes room, one at a time: a
 callback that releases its cell at once does not recurse into the next one's callback, or a
@@ -29,9 +32,9 @@ thousand writes to one region would overflow the stack.
 Nothing here survives a crash or needs to.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 __all__ = ["Cell", "Prison"]
@@ -68,6 +71,10 @@ class Prison:
     def __init__(self) -> None:
         self._held: list[Cell] = []  # sorted by begin; disjoint, so sorted by end too
         self._waiting: dict[Cell, None] = {}  # in the order they came
+        # Disjoint pieces of what is held or waited for, sorted: who asked for each last.
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        self._last: list[Cell] = []
         self._granting: deque[Cell] = deque()
         self._is_granting = False
 
@@ -81,25 +88,25 @@ class Prison:
 
     def is_clear(self, begin: int, end: int) -> bool:
         """Whether nobody holds or waits for any of the range."""
-        return not self._held_overlapping(begin, end) and not any(
-            cell.begin < end and begin < cell.end for cell in self._waiting
-        )
+        low, high = self._overlapping(begin, end)
+        return low == high
 
     def held(self, begin: int, end: int) -> list[tuple[int, int]]:
         """The parts of the range that somebody holds now, in order."""
-        cells = self._held_overlapping(begin, end)
+        held = self._held
+        low = bisect_left(held, begin, key=_begin_of)
+        if low and held[low - 1].end > begin:
+            low -= 1
+        cells = held[low : bisect_left(held, end, low, key=_begin_of)]
         return [(max(cell.begin, begin), min(cell.end, end)) for cell in cells]
 
     def maybe_clear_run(self, begin: int, end: int) -> tuple[int, int] | None:
         """Return the first part of the range that nobody holds or waits for, or None."""
-        busy = [(c.begin, c.end) for c in self._held_overlapping(begin, end)]
-        busy += [
-            (c.begin, c.end) for c in self._waiting if c.begin < end and begin < c.end
-        ]
-        for busy_begin, busy_end in sorted(busy):
-            if busy_begin > begin:
-                return begin, busy_begin
-            begin = max(begin, busy_end)
+        low, high = self._overlapping(begin, end)
+        for nr in range(low, high):
+            if self._begins[nr] > begin:
+                return begin, self._begins[nr]
+            begin = self._ends[nr]
         return (begin, end) if begin < end else None
 
     def maybe_lock(self, begin: int, end: int) -> Cell | None:
@@ -112,13 +119,7 @@ class Prison:
         """Ask for the range; `granted(cell)` is called once, now or later."""
         assert begin < end
         cell = Cell(begin, end, granted)
-        for older in self._held_overlapping(begin, end):
-            older.blocked.append(cell)
-            cell.blockers += 1
-        for older in self._waiting:
-            if older.begin < end and begin < older.end:
-                older.blocked.append(cell)
-                cell.blockers += 1
+        self._ask(cell)
         if cell.blockers:
             self._waiting[cell] = None
         else:
@@ -133,16 +134,85 @@ class Prison:
         index = bisect_left(self._held, cell.begin, key=_begin_of)
         assert self._held[index] is cell
         del self._held[index]
+        self._forget(cell)
         self._unblock(cell)
 
-    def cancel(self, cell: Cell) -> None:
-        """Ask no more for a range that is not held yet; `granted` will not be called."""
-        assert not cell.held
-        del self._waiting[cell]
-        for older in (*self._held, *self._waiting):
-            if cell in older.blocked:
-                older.blocked.remove(cell)
-        self._unblock(cell)
+    def cancel(self, cells: Iterable[Cell]) -> None:
+        """Ask no more for ranges that are not held yet; `granted` will not be called for them.
+
+        Costs as much as asking again for all that is left.
+        """
+        cancelled = set(cells)
+        assert not any(cell.held for cell in cancelled)
+        waiting = [cell for cell in self._waiting if cell not in cancelled]
+        self._waiting.clear()
+        self._begins.clear()
+        self._ends.clear()
+        self._last.clear()
+        for cell in self._held:
+            cell.blocked = []
+            self._ask(cell)
+        for cell in waiting:
+            cell.blocked = []
+            cell.blockers = 0
+            self._ask(cell)
+            if cell.blockers:
+                self._waiting[cell] = None
+            else:
+                self._hold(cell)
+                self._granting.append(cell)
+        self._grant()
+
+    def _ask(self, cell: Cell) -> None:
+        """Note that `cell` asks for its range, after all others; count whom it waits for."""
+        begin, end = cell.begin, cell.end
+        low, high = self._overlapping(begin, end)
+        if low == high:
+            self._begins.insert(low, begin)
+            self._ends.insert(low, end)
+            self._last.insert(low, cell)
+            return
+        before = self._last[low:high]
+        for older in dict.fromkeys(before):
+            older.blocked.append(cell)
+            cell.blockers += 1
+        begins, ends, last = [begin], [end], [cell]
+        if self._begins[low] < begin:
+            begins.insert(0, self._begins[low])
+            ends.insert(0, begin)
+            last.insert(0, before[0])
+        if self._ends[high - 1] > end:
+            begins.append(end)
+            ends.append(self._ends[high - 1])
+            last.append(before[-1])
+        self._begins[low:high] = begins
+        self._ends[low:high] = ends
+        self._last[low:high] = last
+
+    def _forget(self, cell: Cell) -> None:
+        """Nobody asks for what `cell` was the last to ask for."""
+        nr = bisect_left(self._begins, cell.begin)
+        if nr == len(self._begins):
+            return
+        if self._last[nr] is cell and self._ends[nr] == cell.end:
+            # hot: nobody has asked for any of it since.
+            del self._begins[nr], self._ends[nr], self._last[nr]
+            return
+        low, high = self._overlapping(cell.begin, cell.end)
+        left = [nr for nr in range(low, high) if self._last[nr] is not cell]
+        self._begins[low:high] = [self._begins[nr] for nr in left]
+        self._ends[low:high] = [self._ends[nr] for nr in left]
+        self._last[low:high] = [self._last[nr] for nr in left]
+
+    def _overlapping(self, begin: int, end: int) -> tuple[int, int]:
+        """Which pieces overlap the range, half-open."""
+        begins = self._begins
+        if not begins:
+            return 0, 0
+        low = bisect_right(begins, begin)
+        if low and self._ends[low - 1] > begin:
+            low -= 1
+        return low, bisect_left(begins, end, low)
 
     def _unblock(self, cell: Cell) -> None:
         blocked, cell.blocked = cell.blocked, []
@@ -169,15 +239,6 @@ class Prison:
     def _hold(self, cell: Cell) -> None:
         cell.held = True
         insort(self._held, cell, key=_begin_of)
-
-    def _held_overlapping(self, begin: int, end: int) -> list[Cell]:
-        held = self._held
-        if not held:
-            return held
-        low = bisect_left(held, begin, key=_begin_of)
-        if low and held[low - 1].end > begin:
-            low -= 1
-        return held[low : bisect_left(held, end, low, key=_begin_of)]
 
 
 def _nothing(_: Cell) -> None:

@@ -9,6 +9,7 @@ import pytest
 from metadata.superblock import SUPERBLOCK_BLOCKS
 from nbdtarget.bio import OP_READ
 from nbdtarget.errors import TableError
+from nbdtarget.permissions import OVERWRITE
 from tests.cache_battery.fire import Fire
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab
 from tests.nbdtarget.targets.cache.support import Bench
@@ -337,7 +338,12 @@ async def test_11_2_23_huge_error_devices_just_create(lab: CacheLab) -> None:
     await lab.registry.create("huge", f"0 {sectors} error")
     await lab.registry.create("fast", f"0 {1 << 33} error")
     devices = "/m /dev/mapper/fast /dev/mapper/huge"
-    await lab.registry.create("c", f"0 {sectors} cache {devices} 2097152 0 smq 0")
+    await lab.registry.create(
+        "c",
+        f"0 {sectors} cache {devices} 2097152 0 smq 0",
+        # A device that cannot be read may hold data.
+        permissions=frozenset((OVERWRITE,)),
+    )
     assert (await lab.status())[2:4] == ["2097152", "0/4096"]
     read = lab.submit(OP_READ, 1 << 46, 512)
     assert read.status == errnos.EIO

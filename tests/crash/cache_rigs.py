@@ -202,12 +202,13 @@ class CacheRig(_RegistryRig):
             await super().resume()
 
     def _check_refusal(self, error: TableError, before: CacheTarget | None) -> None:
-        """Only passthrough is refused, and not without a reason."""
-        refused = self.maybe_target()
-        reason = str(error).removeprefix("cache: ")
+        """Only passthrough is refused, not without a reason, and everything is as it was."""
+        assert self.maybe_target() is before
+        table = self._registry.get("d").inactive
+        assert table is not None
+        refused = _cache_of(table.targets[0])
+        reason = error.reason.removeprefix("cache: ")
         assert reason in REFUSALS, error
-        assert refused is not None
-        assert refused is not before
         assert refused._blocks.is_passthrough
         is_dirty = reason == REFUSALS[1]
         assert error.errno == (errnos.EBUSY if is_dirty else errnos.EINVAL)

@@ -17,7 +17,7 @@ What else must hold of the target, its `Invariants` assert all the while.
 
 import asyncio
 import random
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeVar
 
 from nbdtarget.bio import (
@@ -279,11 +279,14 @@ class Driver:
 
     def _submit(self, bio: Bio, offset: int, length: int) -> None:
         self.in_flight[bio] = (offset, length)
-        # Inside the loop, but without a turn of it: what is deferred is still to come when
-        # the caller scribbles over the payload.
+        # What is deferred is still to come when the caller scribbles over the payload.
+        self.call_inside(lambda: self.rig.disk.submit(bio))
+
+    def call_inside(self, call: Callable[[], None]) -> None:
+        """Call inside the loop, but without a turn of it."""
         asyncio._set_running_loop(self.loop)
         try:
-            self.rig.disk.submit(bio)
+            call()
         finally:
             asyncio._set_running_loop(None)
 

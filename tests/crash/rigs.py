@@ -12,6 +12,7 @@ from metadata.check import check
 from metadata.clone import CloneMetadata
 from metadata.errors import NotFormatted
 from nbdtarget.devices.base import Device
+from nbdtarget.dm.open_devices import DeviceOpener
 from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.table import Table
 from nbdtarget.errors import ResolveError
@@ -93,10 +94,14 @@ class _RegistryRig:
         self.registry: Registry | None = None
 
     async def start(self) -> None:
-        self.registry = Registry(DeviceTable(self.devices), clock=self.clock)
+        self.registry = Registry(self.opener(), clock=self.clock)
         self.disk: Device = await self.registry.create("d", None)
         await self.load()
         await self.resume()
+
+    def opener(self) -> DeviceOpener:
+        """What the registry opens devices with."""
+        return DeviceTable(self.devices)
 
     async def suspend(self) -> None:
         await self._registry.suspend("d")
@@ -141,6 +146,7 @@ class LinearRig(_RegistryRig):
             seed,
             content=images[0],
             inline_chance=inline,
+            name="/disk",
             border=_border(seed),
         )
         self.devices = {"/disk": self.device}

@@ -369,12 +369,16 @@ CLONE: Final = (
         PRISON_PY,
         (
             (
-                "        held = self._held\n        if not held:\n            return held\n",
-                "        held: list[Cell] = []\n        if not held:\n            return held\n",
+                "        begins = self._begins\n        if not begins:\n",
+                "        begins: list[int] = []\n        if not begins:\n",
             ),
             (
                 "        index = bisect_left(self._held, cell.begin, key=_begin_of)\n",
                 "        index = self._held.index(cell)\n",
+            ),
+            (
+                "        nr = bisect_left(self._begins, cell.begin)\n",
+                "        nr = self._last.index(cell)\n",
             ),
         ),
         WALKS,
@@ -385,10 +389,8 @@ CLONE: Final = (
         PRISON_PY,
         (
             (
-                "        for older in self._waiting:\n"
-                "            if older.begin < end and begin < older.end:",
-                "        for older in self._waiting:\n"
-                "            if older.begin == begin and end == older.end:",
+                "        for older in dict.fromkeys(before):\n",
+                "        for older in dict.fromkeys(each for each in before if each.held):\n",
             ),
         ),
         ("tests/nbdtarget/targets/test_prison.py",),

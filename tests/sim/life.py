@@ -491,10 +491,10 @@ class Life:
         return True
 
     async def _create_devices(self) -> None:
-        for name, table in self.rig.below:
-            await self.registry.create(name, table)
         # The disks hold what the model says before their metadata is made.
         allowed: frozenset[Permission] = frozenset((OVERWRITE,))
+        for name, table in self.rig.below:
+            await self.registry.create(name, table, permissions=allowed)
         if self._random.random() < 0.5:
             await self.registry.create("d", self.rig.table, permissions=allowed)
             self.watch_cache()

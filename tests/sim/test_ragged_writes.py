@@ -11,6 +11,7 @@ import random
 import pytest
 
 from nbdtarget.dm.registry import Registry
+from nbdtarget.permissions import OVERWRITE
 from nbdtarget.volatile_cache import Fate
 from tests.crash.cache_rigs import small_blocks
 from tests.crash.rigs import DeviceTable
@@ -44,7 +45,8 @@ async def _create(rig: Rig, disks: list[SimDisk], loop: SimLoop) -> Registry:
     table = DeviceTable({disk.name: disk for disk in disks})
     registry = Registry(table, clock=SimLoopClock(loop))
     for name, lines in rig.tables.items():
-        await registry.create(name, lines)
+        # The disks hold what the model says before their metadata is made.
+        await registry.create(name, lines, permissions=frozenset((OVERWRITE,)))
     return registry
 
 

@@ -84,13 +84,11 @@ class Foreground:
 
     def push_back(self) -> list[Bio]:
         """Forget, and return, the bios that have not begun, in the order they came."""
-        bios = [*self._waiting.values(), *(write.bio for write in self._queue)]
+        waiting, self._waiting = self._waiting, {}
+        bios = [*waiting.values(), *(write.bio for write in self._queue)]
         self._queue.clear()
-        # The newest first: none of them is granted because an older one has gone.
-        for cell in reversed(tuple(self._waiting)):
-            if self._waiting.pop(cell).op != OP_DISCARD:
-                self._nr_running -= 1
-            self.regions.prison.cancel(cell)
+        self._nr_running -= sum(bio.op != OP_DISCARD for bio in waiting.values())
+        self.regions.prison.cancel(waiting)
         return bios
 
     def lock(

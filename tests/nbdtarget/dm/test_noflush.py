@@ -18,6 +18,7 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
+from nbdtarget.clock import monotonic_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from tests.nbdtarget.targets.clone.support import settle
@@ -291,6 +292,27 @@ async def test_clone_takes_pushed_back_writes_again() -> None:
     assert {bio.status for bio in bios} == {0}
     read = submit(device, OP_READ, REGION, 310)
     assert content(read) == b"x" * 308 + b"SS"
+    await disks.registry.close()
+
+
+async def test_thousands_of_waiting_discards_do_not_stop_the_loop() -> None:
+    """As many as a server admits: they took minutes, with all exports standing still."""
+    disks, device = await make_clone()
+    disks["/s"].hold = True
+    copied = submit(device, OP_WRITE, REGION, b"first")
+    discards = [submit(device, OP_DISCARD, REGION, 8 * REGION) for _ in range(4096)]
+    suspend = asyncio.create_task(device.suspend(noflush=True))
+    began_ns = monotonic_ns()
+    await settle()
+    took_ns = monotonic_ns() - began_ns
+    disks["/s"].let_go()
+    await suspend
+    assert took_ns < 1e9
+    assert copied.status == 0
+    assert {bio.status for bio in discards} == {PENDING}
+    await device.resume()
+    await settle()
+    assert {bio.status for bio in discards} == {0}
     await disks.registry.close()
 
 
