@@ -96,9 +96,11 @@ def restore_cache(
 
 
 def record_written_back(
-    device_size: int, written_back: bitarray
+    device_size: int, written_back: bitarray, *, disks: bytes
 ) -> Steps[CacheSuperblock]:
     """Record that these cache blocks are the same as the origin's; what was dirty else, stays so.
+
+    Args: disks: the record of which disks belong to it (disks.py), as they are now.
 
     Only after both devices were flushed: neither may turn out older than the other. Nobody else
     has the metadata open.
@@ -118,6 +120,7 @@ def record_written_back(
             nr_commits=superblock.nr_commits + 1,
             flags=superblock.flags | CLEAN_SHUTDOWN,
             sync_area=area,
+            disks=disks,
         ),
         superblock.policy,
         loaded.hints,

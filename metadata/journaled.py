@@ -100,7 +100,6 @@ class JournaledMetadata:
         uuid: 16 bytes.
         total_blocks: 4 KiB blocks of the metadata device.
         notes: what opening found that was not as it should be, and did without; for logs.
-        disks: the record of which disks belong to it (disks.py), as the next commit writes it.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class JournaledMetadata:
         self.uuid = superblock.uuid
         self.total_blocks = device_size // BLOCK_SIZE
         self.notes = notes
-        self.disks = superblock.disks
+        self._disks = superblock.disks
         self._superblock = superblock
         self._unhealed = unhealed
         self._aborted = False
@@ -141,8 +140,13 @@ class JournaledMetadata:
         """
         if self.mode is not _RW:
             self._refuse_change()
-        self._has_new_disks |= record != self.disks
-        self.disks = record
+        self._has_new_disks |= record != self._disks
+        self._disks = record
+
+    @property
+    def disks(self) -> bytes:
+        """The record of which disks belong to it (disks.py), as the next commit writes it."""
+        return self._disks
 
     @property
     def recorded_disks(self) -> bytes:
@@ -244,7 +248,7 @@ class JournaledTransaction(Generic[C]):
         self._chain = Chain(
             block=live.journal_end, end=live.arena_end, digest=live.journal_digest
         )
-        self._next = msgspec.structs.replace(superblock, disks=metadata.disks)
+        self._next = msgspec.structs.replace(superblock, disks=metadata._disks)
         metadata._has_new_disks = False
         self._plan()
         self._journaled = False

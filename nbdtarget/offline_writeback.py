@@ -4,7 +4,8 @@
 Theory of operation
 ===================
 
-    1. open all three, exclusively; check the whole metadata: damage and needs_check are refused
+    1. open all three, exclusively; check the whole metadata: damage and needs_check are refused. So are
+       disks that do not belong to it (`nbdtarget.targets.disks`), unless told to take them
     2. which blocks: after a clean shutdown the dirty ones; else all that are mapped, or with dirty_log all
        that are logged
     3. copy them in the order of the origin, leg by leg, and flush the origin after each leg
@@ -48,7 +49,15 @@ from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError, NbdTargetError
 from nbdtarget.metadata_io import run
+from nbdtarget.permissions import OTHER_DISK, Permission
 from nbdtarget.targets.copier import Copier, CopyError
+from nbdtarget.targets.disks import (
+    CACHE_ROLE,
+    ORIGIN_ROLE,
+    DiskRecords,
+    Role,
+    spread_ones,
+)
 
 __all__ = [
     "OFFSET_ALIGNMENT",
@@ -76,6 +85,7 @@ class WritebackJob(msgspec.Struct, frozen=True, kw_only=True):
         cache_offset, origin_offset: bytes; where the cache's and the origin's data begin.
         retry: how often to try again what failed twice.
         update_metadata: record what was written back.
+        permissions: see `nbdtarget.permissions`.
     """
 
     metadata: str
@@ -85,6 +95,7 @@ class WritebackJob(msgspec.Struct, frozen=True, kw_only=True):
     origin_offset: int = 0
     retry: int = 0
     update_metadata: bool = True
+    permissions: frozenset[Permission] = frozenset()
 
 
 class FailedBlock(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +166,8 @@ async def write_back(
         await origin.open()
         opened.push_async_callback(origin.close)
         _check_sizes(job, content, cache, origin.device)
+        record_of_disks = _Record(content)
+        await _check_disks(job, content, record_of_disks.of(cache, origin.device))
         copy = _Copy(job, content, cache, origin, progress)
 
         async def record() -> bool:
@@ -165,8 +178,15 @@ async def write_back(
             if not job.update_metadata or not is_news:
                 return False
             await cache.flush()
-            steps = record_written_back(metadata.size, copy.copied)
-            await _run(job.metadata, metadata, steps)
+            disks = record_of_disks.of(cache, origin.device)
+            await disks.prepare()
+            await disks.note_stop({CACHE_ROLE: copy.offsets_of_the_rest()})
+            steps = record_written_back(
+                metadata.size, copy.copied, disks=record_of_disks.disks
+            )
+            superblock = await _run(job.metadata, metadata, steps)
+            record_of_disks.generation = superblock.generation
+            await disks.confirm()
             return True
 
         try:
@@ -232,6 +252,34 @@ def _check_sizes(
             )
 
 
+class _Record:
+    """What the metadata has recorded of its disks, and is going to record."""
+
+    def __init__(self, content: CacheContent) -> None:
+        self.uuid = content.uuid
+        self.generation = content.generation
+        self.disks = self.recorded_disks = content.disks
+
+    def record_disks(self, record: bytes) -> None:
+        self.disks = record
+
+    def of(self, cache: Device, origin: Device) -> DiskRecords:
+        roles = Role(CACHE_ROLE, cache), Role(ORIGIN_ROLE, origin)
+        return DiskRecords("metadata writeback", self, roles, {})
+
+
+async def _check_disks(
+    job: WritebackJob, content: CacheContent, disks: DiskRecords
+) -> None:
+    """Refuse disks that do not belong to the metadata. Raises: NbdTargetError."""
+    for finding in await disks.look((CACHE_ROLE, ORIGIN_ROLE)):
+        if not finding.is_allowed(job.permissions):
+            raise NbdTargetError(finding.refusal(job.metadata))
+        if finding.changed and OTHER_DISK not in job.permissions:
+            why = f"{content.dirty.count()} blocks are waiting to be written back"
+            raise NbdTargetError(finding.refusal_of_change(job.metadata, why))
+
+
 class _Origin:
     """The origin, which is opened again after it has latched."""
 
@@ -291,6 +339,17 @@ class _Copy:
         self._progress = progress
         self._nr_done = 0
         self._is_stopping = False
+
+    def offsets_of_the_rest(self) -> list[int]:
+        """Where the cache has some of what was not copied: to recognise it by."""
+        rest: bitarray = zeros(len(self.copied), "little")
+        for block in self.blocks:
+            rest[block.cblock] = not self.copied[block.cblock]
+        size = self._block_size
+        return [
+            self._job.cache_offset + cblock * size
+            for cblock in spread_ones(rest, len(rest))
+        ]
 
     async def run(self) -> None:
         """Copy all that can be copied. Raises: NbdTargetError: the origin cannot be opened again."""

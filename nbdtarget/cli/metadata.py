@@ -12,8 +12,9 @@ from typing import Annotated, TypeVar
 import msgspec
 import typer
 
-from nbdtarget.cli.common import Json
+from nbdtarget.cli.common import AcceptOtherDisk, Json, Moved
 from nbdtarget.errors import NbdTargetError
+from nbdtarget.permissions import permissions
 
 __all__ = ["register"]
 
@@ -385,6 +386,8 @@ def writeback(
             "--no-metadata-update", help="Copy only; what is dirty stays dirty."
         ),
     ] = False,
+    moved: Moved = False,
+    accept_other_disk: AcceptOtherDisk = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
@@ -404,6 +407,7 @@ def writeback(
         origin_offset=_offset("--origin-device-offset", origin_device_offset),
         retry=retry,
         update_metadata=not no_metadata_update,
+        permissions=permissions(moved=moved, accept_other_disk=accept_other_disk),
     )
 
     def job() -> None:

@@ -60,6 +60,7 @@ _SYSFS: Final = (
 
 def identify_fd(name: str, fd: int, size: int, role: str) -> Evidence:
     """Collect the evidence of an open file or block device; `mark` is that of `role`."""
+    name = os.path.abspath(name)
     status = os.fstat(fd)
     # Opening a file to write changes its time, and puts it back; only the owner may do that.
     is_owner = os.geteuid() in (0, status.st_uid)

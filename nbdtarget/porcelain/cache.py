@@ -9,9 +9,8 @@ by itself:
     missing             no data     metadata is made
     missing             holds data  refused by the target, unless told to overwrite: it may be
                                     the wrong disk
-    ours                missing     refused: what only the cache had would be lost
-    ours, nothing       missing     the cache is made, if the size is given
-    is cached
+    ours                missing     refused if anything may be dirty: what only the cache had would be
+                                    lost. Else the cache is made anew, as large as it was
     ours                there       goes on where it was
     ours, of another    there       refused, with both: another block size, or, unless told that they
     shape                           were resized, another size of origin or cache
@@ -22,8 +21,8 @@ All-zero metadata counts as missing, for the cache target would format it. A cac
 missing at each start, and so is metadata in memory; a writeback cache would lose what clients
 wrote, so it may stand on neither. An origin in memory would be another one at each start.
 
-An origin of another size may be another disk: what is dirty would be written over it. That a
-wrong origin of the same size is given, nobody can tell.
+An origin of another size may be another disk: what is dirty would be written over it. Another origin or
+cache of the same size is refused by the target, as the metadata tell what they are.
 
 Defaults. Writethrough: the origin has everything at any time, so neither the loss of the cache nor of
 the metadata loses anything. A writeback cache has a dirty log: without it a crash leaves
@@ -41,6 +40,7 @@ import msgspec
 
 from metadata.cache import CacheMetadata
 from metadata.cache_superblock import CACHE, DIRTY_LOG, CacheSuperblock
+from metadata.disks import decode_disks
 from metadata.errors import MetadataError, NotFormatted
 from metadata.superblock import CLEAN_SHUTDOWN, read_superblock_of
 from nbdtarget import metadata_io
@@ -182,6 +182,8 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
     check_name(name)
     size = await look.disk_size(origin, read_only=False)
     is_missing = resolve.may_create(cache)
+    if is_missing and options.cache_size is None:
+        options = await _sized_as_before(options, cache, directory)
     cache_size = await _cache_size(cache, options, is_missing=is_missing)
     metadata = _metadata_name(options, cache, cache_size, directory)
     look.check_distinct(origin=origin, cache=cache, metadata=metadata)
@@ -201,6 +203,20 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
         missing=(cache, cache_size) if is_missing else None,
         was_clean=known is None or bool(known.flags & CLEAN_SHUTDOWN),
     )
+
+
+async def _sized_as_before(
+    options: CacheOptions, cache: str, directory: str
+) -> CacheOptions:
+    """Have a missing cache made as large as its metadata knows it, if there is any."""
+    if options.metadata is None and cache.startswith("/dev/"):
+        return options
+    metadata = look.metadata_name(options.metadata, cache, directory)
+    known = await _superblock(metadata)
+    if known is None:
+        return options
+    size = known.nr_cblocks * known.block_size
+    return msgspec.structs.replace(options, cache_size=size)
 
 
 async def _cache_size(cache: str, options: CacheOptions, *, is_missing: bool) -> int:
@@ -279,6 +295,8 @@ def _check_nothing_lost(known: CacheSuperblock, cache: str, metadata: str) -> No
             f"up to {nr_dirty} blocks ({nr_dirty * known.block_size} bytes) that"
             " clients wrote are nowhere else: name it"
         )
+    elif any(disk.role == "cache" for disk in decode_disks(known.disks)):
+        return  # the target sees that it is another one, and believes nothing that is mapped
     else:
         lost = "the origin has everything, so remove the metadata to start anew"
     raise ResolveError(

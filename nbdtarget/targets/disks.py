@@ -23,7 +23,7 @@ that is never an error.
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 from bitarray import bitarray
@@ -44,19 +44,56 @@ from metadata.disks import (
     record_of,
     sample_of,
 )
-from metadata.journaled import JournaledMetadata
 from nbdtarget.clock import timeout
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.identity import is_still_there
 from nbdtarget.errors import DeviceError
 from nbdtarget.permissions import MOVED, OTHER_DISK, Permission, option_of
 
-__all__ = ["DiskRecords", "Finding", "Role", "read_sample", "spread_ones"]
+__all__ = [
+    "CACHE_ROLE",
+    "DESTINATION_ROLE",
+    "ORIGIN_ROLE",
+    "SOURCE_ROLE",
+    "DiskRecords",
+    "Finding",
+    "Recorded",
+    "Role",
+    "spread_ones",
+]
+
+# What a disk is to its target; these words stand in the metadata and in the marks.
+DESTINATION_ROLE: Final = "destination"
+SOURCE_ROLE: Final = "source"
+CACHE_ROLE: Final = "cache"
+ORIGIN_ROLE: Final = "origin"
 
 ANSWER_S_MAX: Final = 5.0  # for one question to one disk, and for all of a stop
 NR_SPREAD: Final = 16
 
 log = logging.getLogger(__name__)
+
+
+class Recorded(Protocol):
+    """What records them: the metadata of a target, or what a tool has read of it.
+
+    Attributes:
+        disks: the record as the next commit writes it; recorded_disks: the one that is durable.
+    """
+
+    @property
+    def uuid(self) -> bytes: ...
+
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def disks(self) -> bytes: ...
+
+    @property
+    def recorded_disks(self) -> bytes: ...
+
+    def record_disks(self, record: bytes) -> None: ...
 
 
 class Role(NamedTuple):
@@ -137,7 +174,7 @@ class DiskRecords:
     def __init__(
         self,
         name: str,
-        metadata: JournaledMetadata,
+        metadata: Recorded,
         roles: Sequence[Role],
         shared: dict[str, object],
     ) -> None:
@@ -289,7 +326,7 @@ def _key(role: Role) -> str:
     return f"device in use as {role.name}"
 
 
-async def look_at(role: Role, recorded: Disk, metadata: JournaledMetadata) -> Finding:
+async def look_at(role: Role, recorded: Disk, metadata: Recorded) -> Finding:
     """Compare one disk with what `metadata` has recorded of it."""
     found = await evidence_of(role)
     found = found._replace(is_elsewhere=await _is_elsewhere(recorded, found))

@@ -170,7 +170,7 @@ def test_what_was_written_back_is_clean_and_the_rest_as_it_was(age: str) -> None
     store = Store(len(aged.image), aged.image)
     dirty = list(aged.content.dirty.search(1))
     done = dirty[::2]
-    drive(store, record_written_back(store.size, written_back(*done)))
+    drive(store, record_written_back(store.size, written_back(*done), disks=b""))
     found = content_of(bytes(store.durable))
     assert list(found.dirty.search(1)) == dirty[1::2]
     assert found == aged.content._replace(
@@ -186,7 +186,7 @@ def test_what_was_written_back_is_clean_and_the_rest_as_it_was(age: str) -> None
 def test_cache_that_was_written_back_goes_on(age: str) -> None:
     aged = lives()[age]
     store = Store(len(aged.image), aged.image)
-    drive(store, record_written_back(store.size, aged.content.dirty))
+    drive(store, record_written_back(store.size, aged.content.dirty, disks=b""))
     metadata = cache_open(store)
     assert (metadata.nr_dirty, metadata.clean_when_opened) == (0, True)
     start(store, metadata, dirty_log=metadata.dirty_log)
@@ -205,7 +205,9 @@ def test_power_cut_leaves_the_old_dirty_bits_or_the_new_ones(age: str) -> None:
     store = Store(len(aged.image), aged.image)
     found = {
         str(content_of(image).dirty)
-        for image in cut(store, record_written_back(store.size, aged.content.dirty))
+        for image in cut(
+            store, record_written_back(store.size, aged.content.dirty, disks=b"")
+        )
     }
     after = zeros(NR_CBLOCKS, "little")
     assert found == {str(aged.content.dirty), str(after)}
@@ -216,5 +218,5 @@ def test_damage_is_not_written_over() -> None:
     image[4096 * superblock_of(bytes(image)).snapshot_block + 100] ^= 1
     store = Store(len(image), bytes(image))
     with pytest.raises(CorruptMetadata):
-        drive(store, record_written_back(store.size, written_back()))
+        drive(store, record_written_back(store.size, written_back(), disks=b""))
     assert store.current() == image

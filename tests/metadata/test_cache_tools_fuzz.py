@@ -44,7 +44,7 @@ def outcome(image: bytes) -> str:
     assert drive(store, examine_cache(size)).damage == ()
     again = drive(store, read_cache_content(size))
     assert again == content._replace(nr_lost=0, doubtful=None)
-    drive(store, record_written_back(size, again.dirty))
+    drive(store, record_written_back(size, again.dirty, disks=b""))
     assert drive(store, examine_cache(size)).damage == ()
     assert not drive(store, read_cache_content(size)).dirty.any()
     return "salvaged" if found.damage else "intact"

@@ -27,6 +27,7 @@ from metadata.errors import (
 from metadata.mode import Mode
 from nbdtarget import metadata_io
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.content import maybe_content
 from nbdtarget.errors import DeviceError
 from nbdtarget.metadata_faults import explain
 from nbdtarget.permissions import OTHER_DISK
@@ -40,13 +41,10 @@ from nbdtarget.targets.cache.table import (
     parse_block_size,
     parse_options,
 )
-from nbdtarget.targets.disks import DiskRecords, Role
+from nbdtarget.targets.disks import CACHE_ROLE, ORIGIN_ROLE, DiskRecords, Role
 from nbdtarget.targets.opening import Opening, metadata_errno
 
-__all__ = ["CACHE", "Parts", "construct", "make_policy"]
-
-CACHE: Final = "cache"
-ORIGIN: Final = "origin"
+__all__ = ["Parts", "construct", "make_policy"]
 
 NR_CBLOCKS_WARNING: Final = 1 << 20
 
@@ -117,10 +115,12 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         disks = DiskRecords(
             ctx.name,
             metadata,
-            (Role(CACHE, cache), Role(ORIGIN, origin)),
+            (Role(CACHE_ROLE, cache), Role(ORIGIN_ROLE, origin)),
             ctx.shared(metadata_device),
         )
-        stale = await _check_disks(opening, ctx, disks, metadata, metadata_device.name)
+        stale = await _check_disks(
+            opening, ctx, disks, metadata, cache, metadata_device.name
+        )
         opening.keep()
     if nr_cblocks > NR_CBLOCKS_WARNING:
         log.warning(
@@ -148,6 +148,7 @@ async def _check_disks(
     ctx: TargetContext,
     disks: DiskRecords,
     metadata: CacheMetadata,
+    cache: Device,
     metadata_name: str,
 ) -> str:
     """Refuse disks that do not belong together; return why clean blocks are stale, if they are.
@@ -156,8 +157,13 @@ async def _check_disks(
     """
     nr_dirty = metadata.nr_dirty
     stale = ""
-    for finding in await disks.look((CACHE, ORIGIN)):
-        if not finding.is_allowed(ctx.permissions):
+    for finding in await disks.look((CACHE_ROLE, ORIGIN_ROLE)):
+        if not finding.is_allowed(ctx.permissions) and not (
+            # The origin has everything: any empty disk can take the place of a lost cache.
+            finding.role == CACHE_ROLE
+            and not nr_dirty
+            and await maybe_content(cache) is None
+        ):
             raise opening.error(
                 finding.refusal(metadata_name), allowed_by=finding.allowed_by
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give cached blocks up by number: the message `invalidate_cblocks`, in passthrough mode.
+"""Give cached blocks up: the messages `invalidate_cblocks`, in passthrough mode, and `invalidate_all`.
 
 Theory of operation. Writes to a block that is not cached go to the origin. So nobody may take a block
 for one before its removal is durable, or a crash brings the mapping back, with old data that
@@ -7,7 +7,8 @@ hide what was written. Hence, for as many blocks as one commit should have:
 
     lock each  ->  remove the mappings  ->  commit  ->  tell the policy  ->  unlock
 
-One that somebody else has locked, a client's write or a DISCARD, is come back to.
+One that somebody else has locked, a client's write or a DISCARD, is come back to. One that is dirty stays:
+it is newer than the origin. (In passthrough mode none is.)
 
 Durable: the removals, when this returns.
 """
@@ -28,7 +29,7 @@ RETRY_S: Final = 0.01
 
 
 async def invalidate(blocks: Blocks, cblocks: Iterable[int], clock: Clock) -> None:
-    """Unmap these cache blocks; those that are not mapped are fine.
+    """Unmap these cache blocks; those that are not mapped are fine, and dirty ones stay.
 
     Raises: TableError: a commit has failed, the cache is read-only now.
     """
@@ -54,15 +55,17 @@ async def _invalidate_some(blocks: Blocks, cblocks: list[int]) -> list[int]:
             locking.append((cblock, granted))
     locks = [(cblock, await granted) for cblock, granted in locking]
     is_committed = False
+    clean: list[int] = []
     try:
         if blocks.is_writable:
-            for cblock, _ in locks:
+            clean = [cblock for cblock, _ in locks if not metadata.is_dirty(cblock)]
+            for cblock in clean:
                 metadata.remove(cblock)
-            is_committed = not locks or await blocks.committer.commit()
+            is_committed = not clean or await blocks.committer.commit()
     finally:
-        for cblock, lock in locks:
-            if is_committed:
-                blocks.policy.invalidate(cblock)
+        for cblock in clean if is_committed else ():
+            blocks.policy.invalidate(cblock)
+        for _, lock in locks:
             for bio in blocks.locks.unlock(lock):
                 blocks.remap(bio)
     if not is_committed:

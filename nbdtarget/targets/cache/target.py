@@ -59,7 +59,6 @@ from nbdtarget.targets.base import (
 )
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
-from nbdtarget.targets.cache.constructor import CACHE as CACHE_ROLE
 from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.extents import CACHE, base_extents, cache_extents
@@ -70,7 +69,7 @@ from nbdtarget.targets.cache.report import status_fields, status_line
 from nbdtarget.targets.cache.table import parse_core_value, parse_ranges
 from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.committer import Committer
-from nbdtarget.targets.disks import spread_ones
+from nbdtarget.targets.disks import CACHE_ROLE, spread_ones
 from nbdtarget.words import join_words
 
 __all__ = ["CacheTarget"]
@@ -372,6 +371,8 @@ class CacheTarget(Target):
         match [words[0].lower(), *words[1:]]:
             case ["invalidate_cblocks", *ranges]:
                 await self._invalidate(ranges)
+            case ["invalidate_all"]:
+                await self._invalidate_all()
             case ["clean_now"]:
                 self._migrations.clean_now()
             case ["pin", *ranges]:
@@ -415,12 +416,25 @@ class CacheTarget(Target):
             reason = "cache has to be in passthrough mode for invalidation"
             raise TableError(reason, errnos.EPERM)
         for begin, end in parse_ranges(ranges, self._metadata.nr_cblocks):
-            for at in range(begin, end, INVALIDATED_AT_ONCE):
-                cblocks = range(at, min(at + INVALIDATED_AT_ONCE, end))
-                async with self._changing:
-                    if self._is_stopped:
-                        raise TableError("cache is suspended", errnos.EBUSY)
-                    await invalidate(self._blocks, cblocks, self.ctx.clock)
+            await self._invalidate_range(begin, end)
+
+    async def _invalidate_range(self, begin: int, end: int) -> None:
+        for at in range(begin, end, INVALIDATED_AT_ONCE):
+            cblocks = range(at, min(at + INVALIDATED_AT_ONCE, end))
+            async with self._changing:
+                if self._is_stopped:
+                    raise TableError("cache is suspended", errnos.EBUSY)
+                await invalidate(self._blocks, cblocks, self.ctx.clock)
+
+    async def _invalidate_all(self) -> None:
+        """Give up what is cached: the origin has been changed without us, and cannot tell."""
+        await self._invalidate_range(0, self._metadata.nr_cblocks)
+        nr_dirty = self._metadata.nr_dirty
+        if nr_dirty:
+            raise TableError(
+                f"{nr_dirty} dirty blocks stay cached: they are newer than the origin",
+                errnos.EBUSY,
+            )
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await base_extents(self._blocks, offset - self.begin, length)

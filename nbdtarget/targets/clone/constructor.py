@@ -10,7 +10,6 @@ import errno as errnos
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from metadata.clone import NR_REGIONS_MAX, CloneMetadata
 from metadata.disks import spread_offsets
@@ -28,13 +27,10 @@ from nbdtarget.targets.clone.table import (
     parse_options,
     parse_region_size,
 )
-from nbdtarget.targets.disks import DiskRecords, Role
+from nbdtarget.targets.disks import DESTINATION_ROLE, SOURCE_ROLE, DiskRecords, Role
 from nbdtarget.targets.opening import Opening, metadata_errno
 
-__all__ = ["DESTINATION", "Parts", "construct"]
-
-DESTINATION: Final = "destination"
-SOURCE: Final = "source"
+__all__ = ["Parts", "construct"]
 
 
 @dataclass(slots=True)
@@ -89,9 +85,9 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
             ctx.name,
             metadata,
             (
-                Role(DESTINATION, destination),
+                Role(DESTINATION_ROLE, destination),
                 Role(
-                    SOURCE,
+                    SOURCE_ROLE,
                     source,
                     is_ours=False,
                     sample_at_start=spread_offsets(source.size),
@@ -125,7 +121,7 @@ async def _check_disks(
     A source does not matter before anything was copied, nor after everything was.
     """
     is_partly_copied = 0 < metadata.nr_hydrated < metadata.nr_regions
-    roles = (DESTINATION, SOURCE) if is_partly_copied else (DESTINATION,)
+    roles = (DESTINATION_ROLE, SOURCE_ROLE) if is_partly_copied else (DESTINATION_ROLE,)
     for finding in await disks.look(roles):
         if not finding.is_allowed(ctx.permissions):
             raise opening.error(

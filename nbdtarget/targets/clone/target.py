@@ -87,7 +87,7 @@ from nbdtarget.targets.base import (
     TargetContext,
 )
 from nbdtarget.targets.clone.cache_requests import CacheRequests
-from nbdtarget.targets.clone.constructor import DESTINATION, Parts, construct
+from nbdtarget.targets.clone.constructor import Parts, construct
 from nbdtarget.targets.clone.extents import (
     HYDRATION,
     clone_extents,
@@ -100,7 +100,7 @@ from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.report import status_fields, status_line
 from nbdtarget.targets.clone.table import NUMBERS, parse_number
 from nbdtarget.targets.committer import Committer
-from nbdtarget.targets.disks import spread_ones
+from nbdtarget.targets.disks import DESTINATION_ROLE, spread_ones
 from nbdtarget.words import join_words
 
 __all__ = ["CloneTarget"]
@@ -338,7 +338,7 @@ class CloneTarget(Target):
         last = (self._parts.destination.size - SAMPLE_BYTES) // size
         regions = spread_ones(self._bits, min(last + 1, self._metadata.nr_regions))
         await disks.note_stop(
-            {DESTINATION: [region_nr * size for region_nr in regions]}
+            {DESTINATION_ROLE: [region_nr * size for region_nr in regions]}
         )
 
     def _committed(self) -> None:

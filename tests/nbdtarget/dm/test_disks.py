@@ -26,7 +26,8 @@ from nbdtarget.clock import sleep
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError
+from nbdtarget.errors import ConstructorError, NbdTargetError, TableError
+from nbdtarget.offline_writeback import WritebackJob, write_back
 from nbdtarget.permissions import MOVED, OTHER_DISK, Permission
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -128,6 +129,15 @@ class Site:
             await device.message(0, ["pin", "0-4"])
             while _nr_mapped(device) < 4:
                 await sleep(0.005)
+
+    async def write_back(
+        self, cache: str, origin: str, permissions: frozenset[Permission] = NOTHING
+    ) -> None:
+        names = [str(self.path(each)) for each in ("cache.meta", cache, origin)]
+        job = WritebackJob(
+            metadata=names[0], cache=names[1], origin=names[2], permissions=permissions
+        )
+        await write_back(job, lambda done, of: None)
 
     def superblock(self, name: str) -> Superblock:
         area = memoryview(self.read(name)[: 16 * KIB])
@@ -252,6 +262,28 @@ async def test_blank_cache_with_dirty_blocks_is_refused(site: Site) -> None:
     await site.refused(site.cache(), SAY_MOVED)
 
 
+async def test_lost_cache_with_nothing_dirty_is_replaced_by_an_empty_one(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    await site.clean_cache()
+    site.blank("cache")
+    async with site.served(site.cache(mode="writethrough")) as device:
+        assert _nr_mapped(device) == 0
+        assert await device.read(0, SIZE) == site.read("origin")
+    (line,) = [each.getMessage() for each in caplog.records if "dropped" in each.msg]
+    assert str(site.path("cache")) in line
+
+
+async def test_lost_cache_is_not_replaced_by_a_disk_that_holds_data(
+    site: Site,
+) -> None:
+    await site.clean_cache()
+    site.path("cache").unlink()
+    site.write("cache", b"precious" * (SIZE // 8))
+    await site.refused(site.cache(mode="writethrough"))
+    assert site.read("cache").startswith(b"precious")
+
+
 async def test_disk_of_other_metadata_is_refused(site: Site) -> None:
     await site.half_cloned()
     for name in ("clone.meta", "dest"):
@@ -263,6 +295,37 @@ async def test_disk_of_other_metadata_is_refused(site: Site) -> None:
     assert "is marked as a disk of other metadata" in line
     site.path("first.dest").replace(site.path("dest"))
     await site.started(site.clone())
+
+
+async def test_writeback_offline_refuses_another_origin_and_another_cache(
+    site: Site,
+) -> None:
+    content = await site.dirty_cache()
+    shutil.copyfile(site.path("origin"), site.path("oo"))
+    shutil.copyfile(site.path("cache"), site.path("cc"))
+    for names in (("cache", "oo"), ("cc", "origin")):
+        before = site.read("oo"), site.read("origin")
+        with pytest.raises(NbdTargetError, match=r"is not the (cache|origin) that"):
+            await site.write_back(*names)
+        assert (site.read("oo"), site.read("origin")) == before
+    await site.write_back("cache", "origin")
+    assert site.read("origin") == content
+    # What it has written itself is no change by others.
+    async with site.served(site.cache()) as device:
+        assert _nr_mapped(device) > 0
+        assert await device.read(0, SIZE) == content
+
+
+async def test_writeback_offline_takes_a_disk_that_moved_when_told_so(
+    site: Site,
+) -> None:
+    content = await site.dirty_cache()
+    shutil.copyfile(site.path("origin"), site.path("oo"))
+    site.path("origin").unlink()
+    await site.write_back("cache", "oo", SAY_MOVED)
+    assert site.read("oo") == content
+    async with site.served(site.cache(origin="oo")) as device:
+        assert await device.read(0, SIZE) == content
 
 
 # ---- old backups -----------------------------------------------------------------------------
@@ -407,6 +470,29 @@ async def test_finished_destination_may_be_used_alone(site: Site) -> None:
         file.write(b"new")
     async with site.served(site.clone()) as device:
         assert bytes(await device.read(0, 3)) == b"new"
+
+
+async def test_invalidate_all_gives_up_what_is_clean_while_it_is_served(
+    site: Site,
+) -> None:
+    async with site.served(site.cache(mode="writethrough")) as device:
+        await device.message(0, ["pin", "0-4"])
+        while _nr_mapped(device) < 4:
+            await sleep(0.005)
+        with site.path("origin").open("r+b") as file:
+            file.write(b"new" * 1000)
+        assert bytes(await device.read(0, 3)) != b"new"
+        await device.message(0, ["invalidate_all"])
+        assert _nr_mapped(device) == 0
+        assert await device.read(0, SIZE) == site.read("origin")
+
+
+async def test_invalidate_all_keeps_dirty_blocks_and_says_so(site: Site) -> None:
+    await site.dirty_cache()
+    async with site.served(site.cache()) as device:
+        with pytest.raises(TableError, match="1 dirty blocks stay"):
+            await device.message(0, ["invalidate_all"])
+        assert await device.read(0, BLOCK) == b"d" * BLOCK
 
 
 # ---- evidence that cannot be had ---------------------------------------------------------------
