@@ -86,7 +86,11 @@ def table(
         if json or inactive or target or (config and concise):
             raise typer.BadParameter("--config and --concise go alone")
         devices = _tables(wanted, control)
-        print(_as_config(devices) if config else format_concise(devices))
+        print(
+            _as_config(devices)
+            if config
+            else format_concise(each for each, _ in devices)
+        )
         return
     request = m.Table(wanted, target, inactive)
     answer = ask(control, "table", request, m.LinesAnswer, about=_about(wanted))
@@ -299,27 +303,32 @@ def _ordered(devices: Iterable[D], wanted: tuple[str, ...]) -> list[D]:
     return sorted(devices, key=lambda device: device.name)
 
 
-def _tables(names: tuple[str, ...], control: str | None) -> list[ConciseDevice]:
+def _tables(
+    names: tuple[str, ...], control: str | None
+) -> list[tuple[ConciseDevice, m.InfoLine]]:
     about = _about(names)
     tables = ask(control, "table", m.Table(names), m.LinesAnswer, about=about)
     infos = ask(control, "info", m.Info(names), m.InfoAnswer, about=about)
     lines = {device.name: device.lines for device in tables.devices}
     return [
-        ConciseDevice(
-            info.name,
-            info.uuid,
-            info.minor,
-            info.read_only,
-            tuple(
-                f"{line.start} {line.length} {line.type} {line.params}"
-                for line in lines.get(info.name, ())
+        (
+            ConciseDevice(
+                info.name,
+                info.uuid,
+                info.minor,
+                info.read_only,
+                tuple(
+                    f"{line.start} {line.length} {line.type} {line.params}"
+                    for line in lines.get(info.name, ())
+                ),
             ),
+            info,
         )
         for info in _ordered(infos.devices, names)
     ]
 
 
-def _as_config(devices: Iterable[ConciseDevice]) -> str:
+def _as_config(devices: Iterable[tuple[ConciseDevice, m.InfoLine]]) -> str:
     from nbdtarget.config.file import DeviceConfig  # here: the other commands are quick
     from nbdtarget.config.render import render_devices
 
@@ -330,8 +339,9 @@ def _as_config(devices: Iterable[ConciseDevice]) -> str:
             (),
             device.uuid,
             device.read_only,
+            info.said_rotational,
         )
-        for device in devices
+        for device, info in devices
     ).removesuffix("\n")
 
 

@@ -40,6 +40,13 @@ TableFile = Annotated[
 ReadOnly = Annotated[
     bool, typer.Option("--readonly", "-r", help="Load the table read-only.")
 ]
+Rotational = Annotated[
+    bool | None,
+    typer.Option(
+        "--rotational/--no-rotational",
+        help="What clients are told, whatever the disks below are: whether it has to seek.",
+    ),
+]
 Overwrite = Annotated[
     bool,
     typer.Option(
@@ -82,6 +89,7 @@ def create(
             " NAME,UUID,MINOR,FLAGS,TABLE[,TABLE...][;...]",
         ),
     ] = False,
+    rotational: Rotational = None,
     overwrite: Overwrite = False,
     moved: Moved = False,
     accept_other_disk: AcceptOtherDisk = False,
@@ -92,7 +100,8 @@ def create(
         overwrite=overwrite, moved=moved, accept_other_disk=accept_other_disk
     )
     if concise:
-        if table or notable or readonly or uuid or file or minor is not None:
+        is_alone = not (table or notable or readonly or uuid or file)
+        if not is_alone or minor is not None or rotational is not None:
             raise typer.BadParameter("--concise goes alone with its one argument")
         text = sys.stdin.read() if name is None else name
         _create_concise(text, allowed, control)
@@ -109,6 +118,7 @@ def create(
         directory=caller_directory(),
         minor=minor,
         permissions=tuple(allowed),
+        rotational=rotational,
     )
     ask(control, "create", request, m.Done, about=name)
 

@@ -12,6 +12,7 @@ mistake anywhere nothing happens at all. Then:
     one that is not open yet            tried at once, as the file says it now
     its table says something else       loaded and resumed, with clients attached
       than at the last reading
+    `rotational` says something else    told to clients that connect from now on
     anything else                       nothing
 
 "Else than at the last reading", not "else than what is live": a table that was changed
@@ -172,6 +173,9 @@ class ConfiguredDevices:
         done: dict[str, list[str]],
     ) -> bool:
         """Load what the file says, if it says something new. False: it was refused."""
+        if known is None or known.rotational != device.rotational:
+            # It takes no table: clients are told when they connect.
+            self._registry.get(device.name).said_rotational = device.rotational
         if not device.specs or (known is not None and _same(known, device)):
             return True
         try:

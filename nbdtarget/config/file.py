@@ -10,6 +10,7 @@
     [device.disk]
     uuid = "CLONE-disk"          # optional
     readonly = false             # optional
+    rotational = true            # optional: what clients are told; else as the disks below are
     table = '''
     0 2097152 clone /srv/disk.meta /srv/disk.img nbd://far/disk 128
     '''
@@ -60,6 +61,7 @@ _DEVICE_KEYS: Final[dict[str, Any]] = {
     "table": list[str] | str,
     "uuid": str,
     "readonly": bool,
+    "rotational": bool,
 }
 _COUNT_MAX: Final = (1 << 31) - 1
 _BYTES_MAX: Final = 1 << 48
@@ -116,6 +118,7 @@ class DeviceConfig:
     specs: tuple[TargetSpec, ...]
     uuid: str = ""
     read_only: bool = False
+    rotational: bool | None = None
 
     def stands_on(self) -> set[str]:
         """The names of the mapped devices that the table names."""
@@ -320,7 +323,8 @@ class _Reader:
                 self._mistake((*path, "uuid"), f"UUID is that of {uuids[uuid]}, too")
             table, specs = self._table((*path, "table"), known.get("table"))
             read_only = known.get("readonly", False)
-            made.append(DeviceConfig(name, table, specs, uuid, read_only))
+            rotational = known.get("rotational")
+            made.append(DeviceConfig(name, table, specs, uuid, read_only, rotational))
         return made
 
     def _table(

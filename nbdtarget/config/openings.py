@@ -158,6 +158,7 @@ class Opening:
                 minor=stand_in.minor,
                 directory=self._directory,
                 read_only=device.read_only,
+                rotational=device.rotational,
                 failure=stand_in.failure,
             )
         except NbdTargetError as error:

@@ -24,6 +24,8 @@ def _render(device: DeviceConfig) -> str:
         lines.append(f"uuid = {_string(device.uuid)}")
     if device.read_only:
         lines.append("readonly = true")
+    if device.rotational is not None:
+        lines.append(f"rotational = {str(device.rotational).lower()}")
     if device.table:
         lines.append(f"table = {_text(device.table)}")
     return "\n".join(lines) + "\n"

@@ -80,6 +80,7 @@ class Create(Request):
     """`table` None: a device without a table. `directory`: where relative paths are meant.
 
     `permissions`: what would be refused and is allowed, see `nbdtarget.permissions`.
+    `rotational`: whether clients are told that the disk has to seek; null: as the disks below are.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Create(Request):
     directory: str = "/"
     minor: int | None = None
     permissions: tuple[Permission, ...] = ()
+    rotational: bool | None = None
 
 
 class Load(Request):
@@ -247,6 +249,7 @@ class InfoLine(Answer):
     `failure`: why it has no table although it is meant to have one, or "".
     `below`: the devices that the live table stands on in the end. `losses`: how often clients'
     writes that were not flushed yet may have been lost; the next FLUSH of each has said so.
+    `rotational`: what clients are told; `said_rotational`: if it is not what the disks below are.
     """
 
     name: str
@@ -269,6 +272,8 @@ class InfoLine(Answer):
     failure: str = ""
     below: tuple[BelowLine, ...] = ()
     losses: int = 0
+    rotational: bool = False
+    said_rotational: bool | None = None
 
 
 class InfoAnswer(Answer):

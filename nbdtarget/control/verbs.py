@@ -38,6 +38,7 @@ class Verbs:
             directory=_absolute(request.directory),
             read_only=request.readonly,
             permissions=frozenset(request.permissions),
+            rotational=request.rotational,
         )
         return m.Done()
 
@@ -259,4 +260,6 @@ def _info(
         failure=_failure(device),
         below=_below(device),
         losses=device.losses,
+        rotational=device.is_rotational,
+        said_rotational=device.said_rotational,
     )

@@ -123,6 +123,7 @@ class Device:
         can_discard, can_write_zeroes, can_fast_zero: without `can_write_zeroes`, a
             WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
+        rotational: what `is_rotational` says, of a device that does not ask others.
     """
 
     logical_block_size: int = 512
@@ -132,12 +133,18 @@ class Device:
     can_discard: bool = False
     can_write_zeroes: bool = False
     can_fast_zero: bool = False
+    rotational: bool = False
 
     def __init__(self, name: str, size: int, *, read_only: bool = False) -> None:
         self.name = name
         self.size = size
         self.read_only = read_only
         self.health = Health()
+
+    @property
+    def is_rotational(self) -> bool:
+        """Whether the disk has to seek, as the kernel's `queue/rotational` says."""
+        return self.rotational
 
     @property
     def losses(self) -> int:

@@ -34,6 +34,7 @@ from nbdtarget.devices.page_cache import believe_the_disk
 from nbdtarget.devices.syscalls import (
     allocate,
     fd_size,
+    is_rotational,
     lock_for_reading,
     lock_for_writing,
 )
@@ -148,9 +149,11 @@ async def _make(
         try:
             fd = open_fd()
             size = _size(name, fd)
-            made.append(
-                FileDevice(name, fd, size, pool, read_only=read_only, lock_fd=lock_fd)
+            device = FileDevice(
+                name, fd, size, pool, read_only=read_only, lock_fd=lock_fd
             )
+            device.rotational = is_rotational(fd)
+            made.append(device)
         except ResolveError as error:
             refused.append(error)
         except OSError as error:

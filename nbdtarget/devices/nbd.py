@@ -138,6 +138,7 @@ class NbdDevice(Device):
         flags = negotiated.flags
         self.can_discard = bool(flags & consts.FLAG_SEND_TRIM)
         self.can_write_zeroes = bool(flags & consts.FLAG_SEND_WRITE_ZEROES)
+        self.rotational = bool(flags & consts.FLAG_ROTATIONAL)
         self.can_fast_zero = bool(flags & consts.FLAG_SEND_FAST_ZERO)
         self._has_flush = bool(flags & consts.FLAG_SEND_FLUSH)
         self._has_fua = bool(flags & consts.FLAG_SEND_FUA)

@@ -26,6 +26,7 @@ __all__ = [
     "discard_blocks",
     "fd_size",
     "is_memory_file_system",
+    "is_rotational",
     "lock_for_reading",
     "lock_for_writing",
     "refuses_before_it_takes",
@@ -214,6 +215,13 @@ def block_device_limit(rdev: int, limit: str) -> int:
         except FileNotFoundError:
             continue
     return 0
+
+
+def is_rotational(fd: int) -> bool:
+    """Whether the block device, or the one below the file's file system, has to seek."""
+    status = os.fstat(fd)
+    disk = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
+    return block_device_limit(disk, "rotational") > 0
 
 
 def discard_blocks(fd: int, offset: int, length: int) -> None:

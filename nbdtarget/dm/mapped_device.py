@@ -69,6 +69,7 @@ class MappedDevice(MappedIo):
         events: of the targets, and of renaming; counted by `event_nr`.
         open_count: exports and tables that hold this device; see `put`.
         deferred_remove: it is removed when nobody holds it any more.
+        said_rotational: what people said that `is_rotational` is; None: ask the live table.
         failure: why it has no table although it is meant to have one, or "". Nothing is decided by it
             once there is a table.
     """
@@ -91,6 +92,7 @@ class MappedDevice(MappedIo):
         self.events = EventCounter()
         self.open_count = 0
         self.deferred_remove = False
+        self.said_rotational: bool | None = None
         self.failure = ""
         self._unused = unused
         self._verbs = asyncio.Lock()
@@ -99,6 +101,14 @@ class MappedDevice(MappedIo):
     def has_table(self) -> bool:
         """Whether a table is live, or is going to be."""
         return self.active is not None or self.inactive is not None
+
+    @property
+    def is_rotational(self) -> bool:
+        """As the kernel: if any part of the live table is; unless people said otherwise."""
+        if self.said_rotational is not None:
+            return self.said_rotational
+        targets = () if self.active is None else self.active.targets
+        return any(target.is_rotational for target in targets)
 
     def put(self) -> None:
         """One opener less."""
@@ -454,6 +464,9 @@ class MappedDevice(MappedIo):
         if words and words[0].lower() == "@cancel_deferred_remove":
             self.deferred_remove = False
             return None
+        if words and words[0].lower() == "@rotational":
+            self._say_rotational(words[1:])
+            return None
         table = self.active
         if table is None:
             raise TableError("No such device or address", errnos.ENXIO)
@@ -467,6 +480,12 @@ class MappedDevice(MappedIo):
             raise TableError("Input/output error", errnos.EIO)
         with table.use():
             return await table.target_at(sector * SECTOR).message(words)
+
+    def _say_rotational(self, words: Sequence[str]) -> None:
+        answers = {"yes": True, "no": False, "auto": None}
+        if len(words) != 1 or words[0].lower() not in answers:
+            raise TableError("Invalid argument: expected @rotational yes|no|auto")
+        self.said_rotational = answers[words[0].lower()]
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As `Device.extents`; waits while the device is suspended and may be resumed."""

@@ -150,6 +150,7 @@ class Registry:
         read_only: bool = False,
         permissions: frozenset[Permission] = frozenset(),
         failure: str = "",
+        rotational: bool | None = None,
     ) -> MappedDevice:
         """Create a device; with a table, load and resume it in one go.
 
@@ -158,6 +159,7 @@ class Registry:
             minor: its minor number; None: the lowest that is free.
             directory: absolute; where relative paths in the table are meant.
             permissions: what the caller allows, see `nbdtarget.permissions`.
+            rotational: what clients are told; None: what the table's devices say.
             failure: shown as long as it has no table, see `MappedDevice.failure`.
         Raises: TableError, ConstructorError; nothing is left of the device then.
         """
@@ -176,6 +178,7 @@ class Registry:
             unused=self._remove_unused,
         )
         device.failure = failure
+        device.said_rotational = rotational
         self._devices[name] = device
         self._load_locks[device] = asyncio.Lock()
         if table is None:

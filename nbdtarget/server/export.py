@@ -13,6 +13,7 @@ from nbdtarget.server.block_status import context_names
 from protocol.consts import (
     FLAG_CAN_MULTI_CONN,
     FLAG_READ_ONLY,
+    FLAG_ROTATIONAL,
     FLAG_SEND_CACHE,
     FLAG_SEND_FAST_ZERO,
     FLAG_SEND_FLUSH,
@@ -68,6 +69,8 @@ def transmission_flags(device: Device) -> int:
     always: a device that cannot zero writes zeroes.
     """
     flags = FLAG_SEND_FLUSH | FLAG_SEND_FUA | FLAG_CAN_MULTI_CONN | FLAG_SEND_CACHE
+    if device.is_rotational:
+        flags |= FLAG_ROTATIONAL
     if device.read_only:
         return flags | FLAG_READ_ONLY
     flags |= FLAG_SEND_WRITE_ZEROES

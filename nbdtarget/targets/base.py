@@ -234,6 +234,11 @@ class Target:
         """
         return self.iterate_devices()
 
+    @property
+    def is_rotational(self) -> bool:
+        """Whether any device that holds data is: the kernel asks all but metadata devices."""
+        return any(device.is_rotational for device in self.iterate_devices())
+
     def io_hints(self, limits: QueueLimits) -> QueueLimits:
         """What requests this target likes; `limits` are what the devices below like, stacked."""
         return limits

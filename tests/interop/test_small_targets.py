@@ -20,6 +20,7 @@ import pytest
 
 from nbdtarget.cli.app import run
 from scripts.processes import NBDTARGET, ServerProcess
+from tests.interop.clients import needs, report
 from tests.support.plain_client import (
     CMD_FLUSH,
     CMD_READ,
@@ -292,3 +293,17 @@ def test_powercut_forgets_what_was_not_flushed(host: Host) -> None:
         assert client.read(65536, 4096) == bytes(4096)
     host("remove", "p")
     assert Path(disk).read_bytes()[:8] == b"flushed!"
+
+
+@needs("nbdinfo")
+def test_nbdinfo_is_told_whether_the_disk_is_rotational(host: Host) -> None:
+    disk = host.disk("disk", 8)
+    host("create", "r", "--rotational", "--table", f"0 8 linear {disk} 0")
+    host("create", "n", "--no-rotational", "--table", "0 8 linear /dev/mapper/r 0")
+    host("create", "s", "--table", "0 8 linear /dev/mapper/r 0")
+    seen = {
+        name: report("nbdinfo", "--json", f"nbd+unix:///{name}?socket={host.socket}")
+        for name in ("r", "n", "s")
+    }
+    told = {name: each["exports"][0]["is_rotational"] for name, each in seen.items()}
+    assert told == {"r": True, "n": False, "s": True}

@@ -462,6 +462,10 @@ class CacheTarget(Target):
         parts = self._parts
         return parts.metadata_device, parts.cache, parts.origin
 
+    @property
+    def is_rotational(self) -> bool:
+        return any(device.is_rotational for device in self.data_devices())
+
     def data_devices(self) -> Iterable[Device]:
         return self._parts.cache, self._parts.origin
 

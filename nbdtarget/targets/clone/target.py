@@ -467,6 +467,10 @@ class CloneTarget(Target):
     def iterate_devices(self) -> Iterable[Device]:
         return self._parts.metadata_device, self._destination, self._source
 
+    @property
+    def is_rotational(self) -> bool:
+        return self._destination.is_rotational or self._source.is_rotational
+
     def data_devices(self) -> Iterable[Device]:
         return (self._destination,)
 

@@ -264,6 +264,26 @@ def test_info_of_other_states(cli: CommandLine) -> None:
     assert "blkdevname" in cli("info", "-c", "-o", "help")
 
 
+def test_what_clients_are_told_of_seeking_can_be_said(
+    cli: CommandLine, registry: Registry
+) -> None:
+    cli("create", "x", "--rotational", "--table", "0 8 linear /a 0")
+    cli("create", "y", "--no-rotational", "--table", "0 8 linear /b 0")
+    cli("create", "z", "--table", "0 8 linear /c 0")
+    devices = json.loads(cli("info", "--json"))["devices"]
+    assert [each["rotational"] for each in devices] == [True, False, False]
+    config = cli("table", "--config")
+    assert [line for line in config.splitlines() if "rotational" in line] == [
+        "rotational = true",
+        "rotational = false",
+    ]
+    cli("message", "z", "0", "@rotational", "yes")
+    assert registry.get("z").is_rotational
+    assert "--concise goes alone" in cli(
+        "create", "--rotational", "--concise", "w,,,,0 8 zero", status=2
+    )
+
+
 def test_latched_lost_and_failing_devices_below_are_shown(
     cli: CommandLine, registry: Registry
 ) -> None:

@@ -219,6 +219,19 @@ async def test_a_device_made_by_command_follows_the_file_once_it_is_there(
     assert await server.reload() == {**NOTHING, "loaded": ["a"]}
 
 
+async def test_a_reload_says_anew_whether_a_disk_is_rotational(server: Server) -> None:
+    server.write(a="0 8 zero")
+    await server.start()
+    assert not server.registry.get("a").is_rotational
+    text = server.path.read_text()
+    server.path.write_text(f"{text}rotational = true\n")
+    assert await server.reload() == NOTHING
+    assert server.registry.get("a").is_rotational
+    server.path.write_text(text)
+    assert await server.reload() == NOTHING
+    assert not server.registry.get("a").is_rotational
+
+
 async def test_what_has_gone_from_the_file_stays(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -239,10 +239,12 @@ def test_what_is_written_out_reads_back() -> None:
         8 8 zero'''
         [device.plain]
         table = "0 8 linear /srv/'''quotes 0"
+        rotational = true
         [device.empty]
+        rotational = false
         """
     )
     again = parsed(render_devices(config.devices))
-    assert [(d.name, d.uuid, d.read_only, d.specs) for d in again.devices] == [
-        (d.name, d.uuid, d.read_only, d.specs) for d in config.devices
-    ]
+    assert [
+        (d.name, d.uuid, d.read_only, d.rotational, d.specs) for d in again.devices
+    ] == [(d.name, d.uuid, d.read_only, d.rotational, d.specs) for d in config.devices]

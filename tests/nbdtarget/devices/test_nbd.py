@@ -566,3 +566,14 @@ async def test_extents_end_where_the_server_stops_telling(tmp_path: Path) -> Non
         # Where it tells nothing at all, all is data.
         assert await device.extents(12288, 4096) == [Extent(4096, EXTENT_DATA)]
         await device.close()
+
+
+@pytest.mark.parametrize("flag", [0, consts.FLAG_ROTATIONAL])
+async def test_source_is_as_rotational_as_its_server_says(
+    tmp_path: Path, flag: int
+) -> None:
+    flags = FLAGS_ALL & ~consts.FLAG_ROTATIONAL | flag
+    async with StrictServer(tmp_path, flags=flags) as server:
+        device = await open_nbd(server.uri, read_only=True)
+        assert device.is_rotational is bool(flag)
+        await device.close()

@@ -28,6 +28,14 @@ def test_flags_of_a_read_only_device() -> None:
     assert transmission_flags(Disk(read_only=True)) == ALWAYS | c.FLAG_READ_ONLY
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_clients_are_told_whether_the_disk_below_is_rotational(read_only: bool) -> None:
+    disk = Disk(read_only=read_only)
+    assert not transmission_flags(disk) & c.FLAG_ROTATIONAL
+    disk.rotational = True
+    assert transmission_flags(disk) & c.FLAG_ROTATIONAL
+
+
 @pytest.mark.parametrize("name", ["", "disk"])
 def test_lookup(name: str) -> None:
     info = DirectoryExports(Directory({"disk": Disk(4096)})).lookup(name)
