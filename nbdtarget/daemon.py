@@ -5,18 +5,31 @@ Theory of operation. Everything runs on one event loop. `Daemon` puts the three 
 takes them down again in the one order that loses nothing:
 
     1. the listener stops accepting; requests in flight are carried out and answered
-    2. every mapped device is suspended, which commits, and removed, upper ones first
+    2. every mapped device is suspended, which commits, and removed, upper ones first, those that do not
+       stand on each other side by side
     3. the control socket goes: until here `status` still answers
 
 SIGTERM, SIGINT and SIGHUP (the terminal is closed) begin this. After the first of them
-the signals have their usual effect again, so that a second Ctrl-C ends a process that hangs on
-a dead disk. What is on disk then is what a power cut would leave: nothing acknowledged is lost.
+the signals have their usual effect again: a second one ends the process at once. What is on disk then is
+what a power cut would leave: nothing acknowledged is lost.
+
+One signal is enough, whatever hangs (`StopBounds`; seconds from the signal, with the defaults):
+
+    10   reads of devices that are only read and do not answer are given up: nothing can be lost by it.
+         Their clients get EIO; a second later the connections that are still there are closed
+    30   what still does not end is logged, device by device. Everything else is committed by now, and of
+         what hangs is committed what can be: each device is flushed by itself
+    60   the process ends. It ends sooner, as soon as no commit is under way any more
+
+What hangs then is not waited for: a thread in a system call on a dead mount cannot be ended, so the
+process is left by `os._exit`. The exit status is 0 if everything was committed all the same.
 
 With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices`). One that comes
 while the server starts, or while the file is being followed, is carried out afterwards; any
 number of them are one.
 
-Sockets that were passed (`LISTEN_FDS`) are served beside those that were asked for.
+Sockets that were passed (`LISTEN_FDS`) are served beside those that were asked for. The service manager is
+told what happens (`nbdtarget.notify`).
 """
 
 import asyncio
@@ -24,11 +37,13 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
+from nbdtarget.clock import sleep
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.paths import (
     ControlAddress,
@@ -41,13 +56,16 @@ from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
+from nbdtarget.notify import Notifier
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 
 __all__ = [
     "Daemon",
     "ServeOptions",
+    "StopBounds",
     "default_listen",
+    "must_leave_at_once",
     "passed_sockets",
     "run",
     "serve_until_stopped",
@@ -55,23 +73,63 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-GRACE_S_MAX: Final = 10.0  # how long requests in flight may take at the end
+STOP_S_MAX: Final = 60.0  # systemd kills after 90
+REQUESTS_S_MAX: Final = 10.0
+DEVICES_S_MAX: Final = 30.0
+CONTROL_S_MAX: Final = 3.0
+CANCEL_S_MAX: Final = 5.0
+# The service manager hears that we are alive every so often, and waits for so long.
+EXTEND_PERIOD_S: Final = 10.0
+EXTEND_S: Final = 30.0
 LISTEN_FDS_START: Final = 3
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 T = TypeVar("T")
 
 
+class StopBounds(NamedTuple):
+    """How long the end may take; seconds from the signal. See the module head.
+
+    Attributes: total_s: None: for ever.
+    """
+
+    total_s: float | None = STOP_S_MAX
+
+    @classmethod
+    def of(cls, seconds: float | None) -> "StopBounds":
+        """What `--stop-timeout` says; 0: no bound. None: it says nothing."""
+        return cls() if seconds is None else cls(seconds or None)
+
+    @property
+    def requests_s(self) -> float:
+        """When reads of what hangs are given up."""
+        total_s = self.total_s
+        return REQUESTS_S_MAX if total_s is None else min(REQUESTS_S_MAX, total_s / 6)
+
+    @property
+    def connections_s(self) -> float:
+        """When the connections that are left are closed: clients have had their EIO by then."""
+        return self.requests_s * 1.1
+
+    @property
+    def devices_s(self) -> float | None:
+        """When devices that do not answer are not waited for any more."""
+        total_s = self.total_s
+        return None if total_s is None else min(DEVICES_S_MAX, total_s / 2)
+
+
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What `serve` was asked for. No `listen`: a unix socket in the runtime directory.
 
-    `config` is a file's path; `listen` and `control` win over what stands there.
+    `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
+    `stop_timeout`: seconds, see `StopBounds.of`.
     """
 
     listen: tuple[str, ...] = ()
     control: str | None = None
     control_token_file: str | None = None
     config: str | None = None
+    stop_timeout: float | None = None
 
 
 def passed_sockets() -> list[int]:
@@ -101,10 +159,17 @@ class Daemon:
         registry: the mapped devices.
         uris: of the listeners, with "{name}" where an export's name goes.
         stop: set it to end the process as SIGTERM does.
+        notifier: tells the service manager.
+        is_committed: after `close`: whether everything that had ended is committed.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(
+        self, limits: Limits | None = None, bounds: StopBounds | None = None
+    ) -> None:
         self.registry = Registry(resolve)
+        self.notifier = Notifier()
+        self.is_committed = True
+        self._bounds = bounds or StopBounds()
         self.uris: list[str] = []
         self.stop = asyncio.Event()
         self._listener = Listener(self.registry, limits=limits)
@@ -162,13 +227,26 @@ class Daemon:
             while True:
                 await self._reload_wanted.wait()
                 self._reload_wanted.clear()
+                self.notifier.reloading()
                 try:
                     await reload()
                 except Exception:
                     # The last line of defence: the next SIGHUP is followed all the same.
                     _log.exception("reload failed")
+                self.tell_ready()
 
         self._follower = asyncio.create_task(follow())
+
+    def tell_ready(self) -> None:
+        """Tell the service manager that clients may come, and what is served."""
+        devices = self.registry.devices()
+        failed = [
+            each.dm_name for each in devices if each.failure and not each.has_table
+        ]
+        status = f"{len(devices) - len(failed)} devices are served"
+        if failed:
+            status += f"; not yet: {', '.join(failed)}"
+        self.notifier.ready(status)
 
     def before_close(self, call: Callable[[], Awaitable[None]]) -> None:
         """Have `call` called when the end begins: nothing new is to be opened any more."""
@@ -189,38 +267,107 @@ class Daemon:
         task = asyncio.create_task(work)
         stop = asyncio.create_task(self.stop.wait())
         try:
-            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+            async with self._patient():
+                await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.cancel()
             if not task.done():
                 task.cancel()
-                await asyncio.wait([task])
+                total_s = self._bounds.total_s
+                bound_s = None if total_s is None else total_s + CANCEL_S_MAX
+                await asyncio.wait([task], timeout=bound_s)
+        if not task.done():
+            _log.error("what was begun at the start does not end: not waited for")
+            _leave_at_once.append("start")
+            return None
         return None if task.cancelled() else task.result()
+
+    @asynccontextmanager
+    async def _patient(self) -> AsyncIterator[None]:
+        """Meanwhile the service manager hears that we are alive."""
+
+        async def extend() -> None:
+            while True:
+                self.notifier.extend(EXTEND_S)
+                await sleep(EXTEND_PERIOD_S)
+
+        task = asyncio.create_task(extend())
+        try:
+            yield
+        finally:
+            task.cancel()
 
     async def wait_for_stop(self) -> None:
         """Return when a signal has come after `catch_signals`, or `stop` is set."""
         await self.stop.wait()
 
     async def close(self) -> None:
-        """End in the order of the module head. Durable: everything acknowledged."""
+        """End in the order, and within the bounds, of the module head.
+
+        Durable: everything acknowledged; everything that had ended, if `is_committed` afterwards.
+        """
         _log.info("stopping")
+        self.notifier.stopping()
+        ending = asyncio.create_task(self._end_in_order())
+        give_up = self.registry.clock.call_later(
+            self._bounds.requests_s, self.registry.give_up_reads
+        )
+        async with self._patient():
+            done, _ = await asyncio.wait([ending], timeout=self._bounds.devices_s)
+            give_up.cancel()
+            if not done:
+                await self._commit_what_answers()
+        if ending.done():
+            ending.result()
+        else:
+            await self._leave()
+
+    async def _end_in_order(self) -> None:
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.wait([self._follower])
         for call in self._before_close:
             await call()
-        await self._listener.close(GRACE_S_MAX)
-        await self.registry.close()
+        await self._listener.close(self._bounds.connections_s)
+        self._say_uncommitted(await self.registry.close())
         if self._control is not None:
             await self._control.close()
+
+    def _say_uncommitted(self, names: list[str]) -> None:
+        self.is_committed = not names
+        for name in names:
+            _log.error(
+                "%s: could not be committed: writes that no FLUSH has covered may be lost",
+                name,
+            )
+
+    async def _commit_what_answers(self) -> None:
+        registry, bounds = self.registry, self._bounds
+        assert bounds.total_s is not None
+        assert bounds.devices_s is not None
+        for line in registry.hanging():
+            _log.error("%s", line)
+        registry.give_up_reads()
+        rest_s = bounds.total_s - bounds.devices_s
+        self._say_uncommitted(await registry.commit_what_answers(rest_s))
+
+    async def _leave(self) -> None:
+        """Something still hangs, and is not waited for: the process is to be left at once."""
+        hanging = self.registry.hanging()
+        _leave_at_once.extend(hanging or ["stop"])
+        _log.error("leaving without waiting for: %s", "; ".join(hanging) or "the rest")
+        if self._control is not None:
+            closing = asyncio.create_task(self._control.close())
+            await asyncio.wait([closing], timeout=CONTROL_S_MAX)
 
 
 async def serve_until_stopped(
     options: ServeOptions, ready: Callable[[list[str]], None]
-) -> None:
+) -> int:
     """Serve until a signal comes: the devices of the configuration file, or none at first.
 
-    `ready` is called with the URIs. Raises: NbdTargetError.
+    `ready` is called with the URIs. Returns the exit status: 1 if not everything could be committed.
+    Raises: NbdTargetError.
     """
     if options.config is None:
         config = None
@@ -231,7 +378,12 @@ async def serve_until_stopped(
         from nbdtarget.dm.types import TARGET_TYPES
 
         config = read(options.config, TARGET_TYPES)
-    daemon = Daemon(None if config is None else config.limits)
+    stop_timeout = options.stop_timeout
+    if stop_timeout is None and config is not None:
+        stop_timeout = config.stop_timeout
+    daemon = Daemon(
+        None if config is None else config.limits, StopBounds.of(stop_timeout)
+    )
     fds = passed_sockets()
     addresses = options.listen or (() if config is None else config.listen)
     if not addresses and not fds:
@@ -248,14 +400,25 @@ async def serve_until_stopped(
             daemon.before_close(devices.close)
             await daemon.until_stopped(devices.start())
             if daemon.stop.is_set():
-                return
+                return 0
             daemon.follow_reloads(devices.reload_and_tell)
         await daemon.listen(addresses, fds)
         ready(daemon.uris)
+        daemon.tell_ready()
         await daemon.wait_for_stop()
     finally:
         daemon.release_signals()
         await daemon.close()
+    return 0 if daemon.is_committed else 1
+
+
+# What hangs and is not waited for. Python would wait, for tasks and for threads.
+_leave_at_once: Final[list[str]] = []
+
+
+def must_leave_at_once() -> bool:
+    """Whether the process has to be left by `os._exit`: something hangs."""
+    return bool(_leave_at_once)
 
 
 def run(main: Callable[[], Awaitable[T]]) -> T:
@@ -268,8 +431,14 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
     # What has been imported stays: to look through it again took a full collection 5 ms, with
     # the loop standing still.
     gc.freeze()
+    _leave_at_once.clear()
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(awaited())
+        return runner.run(awaited())
+    except KeyboardInterrupt:
+        _leave_at_once.append("interrupted")  # the second Ctrl-C, at the end
+        raise
     finally:
         gc.unfreeze()
+        if not must_leave_at_once():
+            runner.close()

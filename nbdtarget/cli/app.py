@@ -80,7 +80,13 @@ _UsageError: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
 
 def main() -> NoReturn:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    server = sys.modules.get("nbdtarget.daemon")
+    if server is not None and server.must_leave_at_once():
+        # A thread on a dead disk cannot be ended, and Python would wait for it.
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(argv: list[str]) -> int:

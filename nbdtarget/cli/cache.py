@@ -7,7 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
-from nbdtarget.cli.serve import Listen
+from nbdtarget.cli.serve import Listen, StopTimeout
 
 __all__ = ["register"]
 
@@ -128,6 +128,7 @@ def cache(
     moved: Moved = False,
     accept_other_disk: AcceptOtherDisk = False,
     resize: Resize = False,
+    stop_timeout: StopTimeout = None,
     verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
@@ -162,6 +163,7 @@ def cache(
         migration_threshold=_maybe_bytes("--migration-threshold", migration_threshold),
         listen=tuple(listen or ()),
         control=control,
+        stop_timeout=stop_timeout,
         overwrite=overwrite,
         moved=moved,
         accept_other_disk=accept_other_disk,

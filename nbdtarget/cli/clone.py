@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
-from nbdtarget.cli.serve import Listen
+from nbdtarget.cli.serve import Listen, StopTimeout
 
 __all__ = ["register"]
 
@@ -93,6 +93,7 @@ def clone(
     overwrite: Overwrite = False,
     moved: Moved = False,
     accept_other_disk: AcceptOtherDisk = False,
+    stop_timeout: StopTimeout = None,
     verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
@@ -121,6 +122,7 @@ def clone(
         hydration=not no_hydration,
         exit_when_hydrated=exit_when_hydrated,
         control=control,
+        stop_timeout=stop_timeout,
         overwrite=overwrite,
         moved=moved,
         accept_other_disk=accept_other_disk,

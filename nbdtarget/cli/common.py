@@ -21,6 +21,8 @@ __all__ = [
     "Moved",
     "Name",
     "Names",
+    "NamesNeeded",
+    "Timeout",
     "Uuid",
     "ask",
     "caller_directory",
@@ -59,6 +61,24 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A mapped device.")]
 Names = Annotated[
     list[str] | None,
     typer.Argument(metavar="[NAME]...", help="Mapped devices; default: all of them."),
+]
+NamesNeeded = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="NAME...",
+        help="Mapped devices; at least one, or --uuid.",
+        show_default=False,
+    ),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        min=0,
+        help="How long to wait for devices that do not answer; then it fails and the device goes"
+        " on as before. Default: 60, 0: for ever.",
+    ),
 ]
 Uuid = Annotated[
     str | None,

@@ -12,7 +12,8 @@ from nbdtarget.cli.common import (
     Control,
     Json,
     Name,
-    Names,
+    NamesNeeded,
+    Timeout,
     Uuid,
     ask,
     device_names,
@@ -40,7 +41,7 @@ def register(app: typer.Typer) -> None:
 
 
 def suspend(
-    names: Names = None,
+    names: NamesNeeded = None,
     noflush: Annotated[
         bool,
         typer.Option(
@@ -51,24 +52,26 @@ def suspend(
     nolockfs: Annotated[
         bool, typer.Option("--nolockfs", help="As dmsetup's; no file system is frozen.")
     ] = False,
+    timeout: Timeout = None,
     uuid: Uuid = None,
     control: Control = None,
 ) -> None:
     """Stop new I/O, wait for what is in flight, commit."""
     for name in _named(names, uuid, control):
-        ask(control, "suspend", m.Suspend(name, noflush), m.Done, about=name)
+        ask(control, "suspend", m.Suspend(name, noflush, timeout), m.Done, about=name)
 
 
 def resume(
-    names: Names = None,
+    names: NamesNeeded = None,
     noflush: Annotated[bool, typer.Option("--noflush", hidden=True)] = False,
     nolockfs: Annotated[bool, typer.Option("--nolockfs", hidden=True)] = False,
+    timeout: Timeout = None,
     uuid: Uuid = None,
     control: Control = None,
 ) -> None:
     """Let I/O go, with the inactive table if there is one."""
     for name in _named(names, uuid, control):
-        ask(control, "resume", m.Resume(name), m.Done, about=name)
+        ask(control, "resume", m.Resume(name, timeout), m.Done, about=name)
 
 
 def _named(
@@ -81,7 +84,7 @@ def _named(
 
 
 def remove(
-    names: Names = None,
+    names: NamesNeeded = None,
     force: Annotated[
         bool,
         typer.Option("--force", "-f", help="First fail all I/O, with an error table."),
@@ -96,12 +99,13 @@ def remove(
     retry: Annotated[
         bool, typer.Option("--retry", help="If it is in use, try for five seconds.")
     ] = False,
+    timeout: Timeout = None,
     uuid: Uuid = None,
     control: Control = None,
 ) -> None:
     """Commit, and remove devices that nobody holds open."""
     for name in _named(names, uuid, control):
-        request = m.Remove(name, force, deferred)
+        request = m.Remove(name, force, deferred, timeout)
         for tries_left in range(RETRIES_MAX if retry else 0, -1, -1):
             try:
                 ask(control, "remove", request, m.Done, about=name)
@@ -117,10 +121,11 @@ def remove_all(
         bool,
         typer.Option("--force", "-f", help="First fail all I/O, with error tables."),
     ] = False,
+    timeout: Timeout = None,
     control: Control = None,
 ) -> None:
     """Remove every device that nobody holds open."""
-    done = ask(control, "remove_all", m.RemoveAll(force), m.Done)
+    done = ask(control, "remove_all", m.RemoveAll(force, timeout), m.Done)
     for name in done.busy:
         print(f"nbdtarget: remove_all: {name} is in use: left", file=sys.stderr)
 

@@ -7,7 +7,7 @@ import typer
 
 from nbdtarget.cli.common import Control
 
-__all__ = ["Listen", "register"]
+__all__ = ["Listen", "StopTimeout", "register"]
 
 Listen = Annotated[
     list[str] | None,
@@ -16,6 +16,15 @@ Listen = Annotated[
         metavar="ADDR",
         help="unix:PATH or tcp:HOST:PORT; may be given more than once."
         " Default: a unix socket in the runtime directory.",
+    ),
+]
+StopTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--stop-timeout",
+        metavar="SECONDS",
+        min=0,
+        help="How long a stop waits for devices that do not answer; default: 60, 0: for ever.",
     ),
 ]
 
@@ -45,10 +54,11 @@ def serve(
             help="A TOML file with listeners, limits and devices; SIGHUP reads it again.",
         ),
     ] = None,
+    stop_timeout: StopTimeout = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log what happens to devices.")
     ] = False,
-) -> None:
+) -> int:
     """Serve mapped devices over NBD until told to stop."""
     from nbdtarget.cli.logs import start_logging
     from nbdtarget.daemon import ServeOptions, run, serve_until_stopped
@@ -60,10 +70,11 @@ def serve(
         control=control,
         control_token_file=control_token_file,
         config=config,
+        stop_timeout=stop_timeout,
     )
 
     def ready(patterns: list[str]) -> None:
         for pattern in patterns:
             print(export_uri(pattern), flush=True)
 
-    run(lambda: serve_until_stopped(options, ready))
+    return run(lambda: serve_until_stopped(options, ready))

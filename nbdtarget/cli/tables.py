@@ -12,6 +12,7 @@ from nbdtarget.cli.common import (
     Control,
     Moved,
     Name,
+    Timeout,
     ask,
     caller_directory,
 )
@@ -172,11 +173,12 @@ def clear(name: Name, control: Control = None) -> None:
 
 def wipe_table(
     names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    timeout: Timeout = None,
     control: Control = None,
 ) -> None:
     """Replace the table by one that fails all I/O."""
     for name in names:
-        ask(control, "wipe_table", m.WipeTable(name), m.Done, about=name)
+        ask(control, "wipe_table", m.WipeTable(name, timeout), m.Done, about=name)
 
 
 def _text(lines: list[str] | None, file: str | None) -> str:

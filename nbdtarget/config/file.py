@@ -3,6 +3,7 @@
 
     listen = ["unix:/run/nbd.sock", "tcp:127.0.0.1:10809"]
     control = "/run/nbdtarget/control.sock"
+    stop_timeout = 60            # seconds; 0: for ever
 
     [limits]
     connections_max = 64
@@ -54,6 +55,7 @@ _FILE_KEYS: Final[dict[str, Any]] = {
     "listen": list[str] | str,
     "control": str,
     "control_token_file": str,
+    "stop_timeout": float,
     "limits": dict[str, Any],
     "device": dict[str, dict[str, Any]],
 }
@@ -139,6 +141,7 @@ class Config:
     listen: tuple[str, ...]
     control: str | None
     control_token_file: str | None
+    stop_timeout: float | None
     limits: Limits
     devices: tuple[DeviceConfig, ...]
 
@@ -226,6 +229,7 @@ class _Reader:
             listen=self._listen(keys.get("listen", []), directory),
             control=None if control is None else self._control(control, directory),
             control_token_file=None if token is None else str(directory / token),
+            stop_timeout=self._seconds("stop_timeout", keys),
             limits=self._limits(keys.get("limits", {})),
             devices=self._in_order(devices),
         )
@@ -284,6 +288,12 @@ class _Reader:
             self._mistake(("control",), f"`control': {error}")
             return control
         return str(directory / address) if isinstance(address, Path) else control
+
+    def _seconds(self, key: str, values: dict[str, Any]) -> float | None:
+        seconds: float | None = values.get(key)
+        if seconds is not None and not 0 <= seconds <= _SECONDS_MAX:
+            self._mistake((key,), f"`{key}': must be 0 to {_SECONDS_MAX:.16g}")
+        return seconds
 
     def _limits(self, values: dict[str, Any]) -> Limits:
         path: KeyPath = ("limits",)

@@ -113,12 +113,22 @@ class Clear(Request):
 
 
 class Suspend(Request):
+    """`timeout_s`: how long to wait for devices below that do not answer; 0: for ever; None: a minute.
+
+    If they do not answer, it fails with ETIMEDOUT, and the device goes on as before. So do the
+    other verbs with a `timeout_s`.
+    """
+
     name: str
     noflush: bool = False
+    timeout_s: float | None = None
 
 
 class Resume(Request):
+    """`timeout_s`: as of `Suspend`, for the table that is live before."""
+
     name: str
+    timeout_s: float | None = None
 
 
 class Remove(Request):
@@ -127,10 +137,12 @@ class Remove(Request):
     name: str
     force: bool = False
     deferred: bool = False
+    timeout_s: float | None = None
 
 
 class RemoveAll(Request):
     force: bool = False
+    timeout_s: float | None = None
 
 
 class Rename(Request):
@@ -147,6 +159,7 @@ class SetUuid(Request):
 
 class WipeTable(Request):
     name: str
+    timeout_s: float | None = None
 
 
 class Message(Request):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from nbdtarget import __version__
 from nbdtarget.control import messages as m
 from nbdtarget.dm.mapped_device import MappedDevice, State
-from nbdtarget.dm.registry import MAJOR, Registry
+from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
 from nbdtarget.errors import TableError
 from nbdtarget.targets.base import StatusFields
 
@@ -61,28 +61,40 @@ class Verbs:
 
     async def suspend(self, request: m.Suspend) -> m.Done:
         """Stop new I/O, wait for what is in flight, commit."""
-        await self._registry.suspend(request.name, noflush=request.noflush)
+        await self._registry.suspend(
+            request.name,
+            noflush=request.noflush,
+            within_s=_within_s(request.timeout_s),
+        )
         return m.Done()
 
     async def resume(self, request: m.Resume) -> m.Done:
         """Let I/O go, with the inactive table if there is one."""
-        await self._registry.resume(request.name)
+        await self._registry.resume(request.name, within_s=_within_s(request.timeout_s))
         return m.Done()
 
     async def remove(self, request: m.Remove) -> m.Done:
         """Commit, and remove a device that nobody holds open."""
         await self._registry.remove(
-            request.name, force=request.force, deferred=request.deferred
+            request.name,
+            force=request.force,
+            deferred=request.deferred,
+            within_s=_within_s(request.timeout_s),
         )
         return m.Done()
 
     async def remove_all(self, request: m.RemoveAll) -> m.Done:
         """Remove every device that nobody holds open."""
-        return m.Done(tuple(await self._registry.remove_all(force=request.force)))
+        left = await self._registry.remove_all(
+            force=request.force, within_s=_within_s(request.timeout_s)
+        )
+        return m.Done(tuple(left))
 
     async def wipe_table(self, request: m.WipeTable) -> m.Done:
         """Replace the table by one that fails all I/O."""
-        await self._registry.wipe_table(request.name)
+        await self._registry.wipe_table(
+            request.name, within_s=_within_s(request.timeout_s)
+        )
         return m.Done()
 
     async def set_uuid(self, request: m.SetUuid) -> m.Done:
@@ -179,6 +191,15 @@ class Verbs:
         if not names:
             return self._registry.devices()
         return [self._registry.get(name) for name in names]
+
+
+def _within_s(timeout_s: float | None) -> float | None:
+    """What the registry calls it: None is for ever there."""
+    if timeout_s is None:
+        return SUSPEND_S_MAX
+    if timeout_s < 0:
+        raise TableError("timeout_s must be 0 or more")
+    return timeout_s or None
 
 
 def _absolute(directory: str) -> str:

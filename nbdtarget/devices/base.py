@@ -231,6 +231,18 @@ class Device:
         flags = (FUA if fua else 0) | (NO_UNMAP if no_unmap else 0)
         await self._io(Bio(OP_WRITE_ZEROES, offset, length, None, flags, _ended))
 
+    @property
+    def nr_in_flight(self) -> int:
+        """How many requests have begun and not ended, where the device knows; for messages."""
+        return 0
+
+    def give_up_reads(self) -> None:
+        """End with EIO what hangs, as far as nothing can be lost by it: reads of a read-only device.
+
+        Whoever calls it needs the device no more: later reads may fail, too. A device
+        that cannot take back what it has begun does nothing; it is not waited for then.
+        """
+
     def start_writeback(self) -> None:
         """Hint that much has been written, and that a flush will come: begin to write it back.
 

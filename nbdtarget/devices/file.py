@@ -263,6 +263,11 @@ class FileDevice(Device):
     async def measure(self) -> int:
         return await self._pool.number(partial(fd_size, self._fd))
 
+    @property
+    def nr_in_flight(self) -> int:
+        jobs = self._pool.nr_jobs
+        return jobs + (0 if self._writers is self._pool else self._writers.nr_jobs)
+
     async def close(self) -> None:
         if self._writeback is not None:
             await self._writeback

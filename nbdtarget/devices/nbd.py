@@ -192,6 +192,18 @@ class NbdDevice(Device):
             bio.own()
             self._submit_write(bio)
 
+    @property
+    def nr_in_flight(self) -> int:
+        return self._in_flight + len(self._queue)
+
+    def give_up_reads(self) -> None:
+        """Hang up. Only what is never written to has nothing to lose."""
+        if not self.read_only:
+            return
+        self._connection_lost("given up")
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+
     async def close(self) -> None:
         self._is_lost = True
         if self._reconnecting is not None:

@@ -28,6 +28,12 @@ Failure. A table that has failed (`mapped_io`) is still suspended, so that what 
 ends before its devices are closed, but nobody waits for it without end: it may have lost a bio.
 Loading and resuming a new table recovers the device.
 
+Patience. A device below that hangs would make a suspend wait for ever. With `within_s` it does not: if bios,
+background work or the flush have not ended by then, the suspend is undone (`presuspend_undo`), queued bios go on, and the
+verb fails with ETIMEDOUT and the names of the devices that do not answer. So does `resume`, which then
+leaves the inactive table where it is, and `remove`. Once the last commit has begun there is no
+way back: it goes on by itself, the verb fails, and the next one waits for it first.
+
 What a crash leaves behind is the targets' affair: nothing here is stored.
 
 Verbs on one device run one after another (`_verbs`); status, table, message and wait do not
@@ -42,7 +48,7 @@ from functools import partial
 from typing import NoReturn
 
 from metadata.disks import Evidence
-from nbdtarget.clock import Clock
+from nbdtarget.clock import Clock, timeout
 from nbdtarget.devices.base import EXTENTS_MAX, Extent, append_extent
 from nbdtarget.devices.identity import MAPPED
 from nbdtarget.dm.events import EventCounter
@@ -72,6 +78,7 @@ class MappedDevice(MappedIo):
         said_rotational: what people said that `is_rotational` is; None: ask the live table.
         failure: why it has no table although it is meant to have one, or "". Nothing is decided by it
             once there is a table.
+        is_uncommitted: it has been removed, and what had ended could not be flushed before.
     """
 
     def __init__(
@@ -94,8 +101,10 @@ class MappedDevice(MappedIo):
         self.deferred_remove = False
         self.said_rotational: bool | None = None
         self.failure = ""
+        self.is_uncommitted = False
         self._unused = unused
         self._verbs = asyncio.Lock()
+        self._last_commit: asyncio.Task[None] | None = None  # of a suspend with a bound
 
     @property
     def has_table(self) -> bool:
@@ -136,22 +145,31 @@ class MappedDevice(MappedIo):
             if old is not None:
                 await self._destroy(old)
 
-    async def suspend(self, *, noflush: bool = False) -> None:
+    async def suspend(
+        self, *, noflush: bool = False, within_s: float | None = None
+    ) -> None:
         """Stop new I/O, wait for what is in flight, flush, let the targets commit.
 
         A suspended device stays as it is. The flush is what the kernel gets by freezing the
         filesystem: what stands under the table may be gone from the next one, and then no
         later FLUSH reaches it. `noflush` leaves it out, and does not wait for bios that a target
         only holds back: those are queued, for whatever table is resumed.
+
+        Args: within_s: how long to wait for devices that do not answer; None: for ever.
+        Raises: TableError, ETIMEDOUT; see *Patience* in the module head.
         Durable: what each target's postsuspend commits; unless `noflush`, every write that
             has ended. If that flush fails it is logged, and the next FLUSH fails.
         """
         async with self._verbs:
             if self.state is State.REMOVED:
                 raise TableError("Device does not exist", errnos.ENXIO)
-            await self._suspend(noflush=noflush)
+            await self._suspend(noflush=noflush, within_s=within_s)
 
-    async def _suspend(self, *, noflush: bool = False) -> None:
+    async def _suspend(
+        self, *, noflush: bool = False, within_s: float | None = None
+    ) -> None:
+        if self._last_commit is not None:
+            await self._await_last_commit(within_s)
         if self.state is State.SUSPENDED:
             return
         table = self.active
@@ -163,14 +181,80 @@ class MappedDevice(MappedIo):
             for target in table.targets:
                 self._guard(table, target.presuspend)
         self._stop()
+        begun_ns = self._clock.now_ns()
+        try:
+            async with timeout(within_s):
+                await self._settle(table, noflush=noflush)
+        except TimeoutError:
+            assert table is not None
+            reason = f"{_unanswered(table)} for {within_s:g} s"
+            self._undo_suspend(table)
+            raise TableError(
+                f"{reason}; the device goes on as before", errnos.ETIMEDOUT
+            ) from None
+        except BaseException:
+            if table is not None:
+                self._undo_suspend(table)
+            raise
+        if table is None:
+            self._suspended()
+        elif within_s is None:
+            await self._commit_last(table)
+        else:
+            self._last_commit = asyncio.create_task(self._commit_last(table))
+            spent_s = (self._clock.now_ns() - begun_ns) / 1e9
+            await self._await_last_commit(max(0.0, within_s - spent_s))
+
+    async def _settle(self, table: Table | None, *, noflush: bool) -> None:
+        """Wait until nothing is under way, and flush. May be cancelled."""
         await self._drain(table)
-        if table is not None:
-            if not (noflush or table.failed or table.read_only):
-                await self._flush(table)
-            for target in table.targets:
-                await self._postsuspend(table, target)
+        if table is None or table.failed:
+            return
+        for target in table.targets:
+            await target.quiesce()
+        if not (noflush or table.read_only):
+            await self._flush(table)
+
+    async def _commit_last(self, table: Table) -> None:
+        """Stop the targets, which commit. There is no way back from here."""
+        for target in table.targets:
+            await self._postsuspend(table, target)
+        self._suspended()
+
+    async def _await_last_commit(self, within_s: float | None) -> None:
+        """Raises: TableError, ETIMEDOUT: the device is suspended as soon as it ends."""
+        commit = self._last_commit
+        assert commit is not None
+        done, _ = await asyncio.wait([commit], timeout=within_s)
+        if not done:
+            assert self.active is not None
+            raise TableError(
+                f"{_unanswered(self.active)} for {within_s:g} s while the device commits;"
+                " it is suspended when that ends",
+                errnos.ETIMEDOUT,
+            )
+        self._last_commit = None
+        commit.result()
+
+    def _suspended(self) -> None:
         self.state = State.SUSPENDED
         _log.info("%s: suspended", self.name)
+
+    def _undo_suspend(self, table: Table) -> None:
+        for target in table.targets:
+            self._guard(table, target.presuspend_undo)
+        self._let_go()
+
+    async def commit_ended(self) -> bool:
+        """Flush and commit what has ended, whatever hangs; False: that failed.
+
+        For a device that cannot be suspended, at the end of the process.
+        """
+        table = self.active
+        if table is None or table.read_only or self.state is State.SUSPENDED:
+            return True
+        await self._flush(table)
+        return self._is_flushed
 
     def _stop(self) -> None:
         """From now on bios are queued."""
@@ -228,24 +312,28 @@ class MappedDevice(MappedIo):
                     self.health.note_loss()
                 await self._destroy(old)
 
-    async def resume(self) -> None:
+    async def resume(self, *, within_s: float | None = None) -> None:
         """Make the inactive table live, if there is one, and let I/O go.
 
         A device that runs, without an inactive table, is left as it is.
+
+        Args: within_s: as of `suspend`.
         Raises: TableError: suspended without any table, or a target's preresume refused, and
             then both tables are where they were before.
         """
         async with self._verbs:
+            if self._last_commit is not None:
+                await self._await_last_commit(within_s)
             if self.inactive is not None:
-                await self._resume_inactive()
+                await self._resume_inactive(within_s)
             elif self.state is not State.ACTIVE:
                 if self.active is None:
                     raise TableError("Invalid argument: no table to resume")
                 await self._resume(self.active)
 
-    async def _resume_inactive(self) -> None:
+    async def _resume_inactive(self, within_s: float | None) -> None:
         ran = self.state is State.ACTIVE
-        old = await self._swap()
+        old = await self._swap(within_s)
         new = self.active
         assert new is not None
         try:
@@ -285,13 +373,13 @@ class MappedDevice(MappedIo):
         _log.error("%s: resume refused: %s (%s)", self.name, refusal, outcome)
         raise TableError(refusal.reason, refusal.errno, outcome) from refusal
 
-    async def _swap(self) -> Table | None:
+    async def _swap(self, within_s: float | None = None) -> Table | None:
         """Suspend, put the inactive table in the live slot; the caller destroys the old one."""
         if self.state is State.REMOVED:
             raise TableError("Device does not exist", errnos.ENXIO)
         if self.inactive is None:
             raise TableError("Invalid argument: no inactive table")
-        await self._suspend()
+        await self._suspend(within_s=within_s)
         old, new, self.inactive = self.active, self.inactive, None
         self._adopt(new)
         return old
@@ -367,10 +455,14 @@ class MappedDevice(MappedIo):
         if table is not None and not table.failed:
             for target in table.targets:
                 self._guard(table, target.resume)
+        self._let_go()
+        _log.info("%s: resumed", self.name)
+
+    def _let_go(self) -> None:
+        """From now on bios are mapped, first those that were queued."""
         self.state = State.ACTIVE
         self._running.set()
         self._set_fast_path()
-        _log.info("%s: resumed", self.name)
         for bio in self._take_queue():
             self.submit(bio)
 
@@ -391,19 +483,27 @@ class MappedDevice(MappedIo):
         except Exception:
             _log.exception("%s: destructor failed", self.name)
 
-    async def remove(self) -> None:
+    async def remove(self, *, within_s: float | None = None) -> None:
         """Suspend (which commits), destroy both tables, wake who waits for events.
 
         The caller has seen to it that nobody holds the device any more.
+
+        Args: within_s: as of `suspend`.
+        Raises: TableError, ETIMEDOUT: it is not removed.
         """
         async with self._verbs:
             if self.state is State.REMOVED:
                 return
             assert self.open_count == 0
-            await self._suspend()
+            await self._suspend(within_s=within_s)
             self.state = State.REMOVED
             self.stop_queueing()
             self._watch(())
+            self.is_uncommitted = self.active is not None and not (
+                self._is_flushed
+                or self.active.read_only
+                or not self.active.data_devices()
+            )
             active, self.active = self.active, None
             inactive, self.inactive = self.inactive, None
             for table in (active, inactive):
@@ -541,6 +641,15 @@ class MappedDevice(MappedIo):
 
 def _ask_extents(target: Target, offset: int, length: int) -> Awaitable[list[Extent]]:
     return target.extents(offset, length)
+
+
+def _unanswered(table: Table) -> str:
+    """Which devices below have not answered: "FILE has not answered"."""
+    devices = [each for each in table.devices() if each.nr_in_flight]
+    if not devices:
+        return "I/O below has not ended"
+    names = ", ".join(f"{each.name} ({each.nr_in_flight} requests)" for each in devices)
+    return f"no answer from {names}"
 
 
 def _line(target: Target, params: str) -> tuple[int, int, str, str]:

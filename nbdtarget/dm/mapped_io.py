@@ -399,7 +399,10 @@ class MappedIo(Device):
             if not done.done():  # cancelled: who waited has gone away
                 done.set_result(bio.status)
 
-        self._submit_flush(table, Bio(OP_FLUSH, 0, 0, None, 0, ended))
+        flush = Bio(OP_FLUSH, 0, 0, None, 0, ended)
+        self._submit_flush(table, flush)
+        # If nobody waits for it to the end, it is in flight all the same.
+        self._count_in_flight(flush)
         errno = await done
         if errno:
             self.health.note_loss()
@@ -412,7 +415,10 @@ class MappedIo(Device):
             return
         drained = self._drained = asyncio.get_running_loop().create_future()
         if table is None or not table.failed:
-            await drained
+            try:
+                await drained
+            finally:
+                self._drained = None
             return
 
         def give_up() -> None:

@@ -411,6 +411,23 @@ class OpenDevices:
     def _all(self) -> list[_Open]:
         return [*self._opens.values(), *self._unusable]
 
+    def devices(self) -> list[Device]:
+        """All that are open and are no mapped devices."""
+        return [
+            opened.device
+            for opened in self._opens.values()
+            if not isinstance(opened.device, MappedDevice)
+        ]
+
+    def is_held_only_by(self, device: Device, holder: MappedDevice) -> bool:
+        """Whether no other mapped device's table has `device` open."""
+        return all(
+            use.holder is holder
+            for opened in self._opens.values()
+            if opened.device is device
+            for use in opened.uses
+        )
+
     def lower_devices(self, holder: MappedDevice) -> list[Device]:
         """What `holder`'s tables have open, live and inactive."""
         return [opened.device for opened in self._all if opened.is_held_by(holder)]

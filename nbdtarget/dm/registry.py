@@ -30,7 +30,7 @@ from nbdtarget.errors import ConstructorError, NbdTargetError, TableError
 from nbdtarget.permissions import Permission
 from nbdtarget.targets.base import Target
 
-__all__ = ["MAJOR", "Registry"]
+__all__ = ["MAJOR", "SUSPEND_S_MAX", "Registry"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ MAJOR: Final = 253  # what Linux most often gives device-mapper
 NAME_LENGTH_MAX: Final = 127
 UUID_LENGTH_MAX: Final = 128
 DEVICES_MAX: Final = 4096
+# How long a verb waits for devices that do not answer, if it does not say anything else.
+SUSPEND_S_MAX: Final = 60.0
 MINOR_MAX: Final = (1 << 20) - 1
 
 
@@ -72,6 +74,7 @@ class Registry:
         self._replacements: dict[TableContext, asyncio.Task[None]] = {}
         self._deferred: set[asyncio.Task[None]] = set()
         self._is_closing = False
+        self._uncommitted: list[str] = []  # names of removed devices
 
     # ---- looking up ----
 
@@ -392,28 +395,42 @@ class Registry:
         """Drop the inactive table."""
         await self.get(name).clear()
 
-    async def suspend(self, name: str, *, noflush: bool = False) -> None:
-        """Suspend; commits. Raises: TableError."""
+    async def suspend(
+        self,
+        name: str,
+        *,
+        noflush: bool = False,
+        within_s: float | None = SUSPEND_S_MAX,
+    ) -> None:
+        """Suspend; commits. Raises: TableError; ETIMEDOUT: something below does not answer."""
         if self._is_closing:
             raise TableError("the server is stopping", errnos.ESHUTDOWN)
-        await self.get(name).suspend(noflush=noflush)
+        await self.get(name).suspend(noflush=noflush, within_s=within_s)
 
-    async def resume(self, name: str) -> None:
+    async def resume(
+        self, name: str, *, within_s: float | None = SUSPEND_S_MAX
+    ) -> None:
         """Resume, with the inactive table if there is one. Raises: TableError."""
-        await self.get(name).resume()
+        await self.get(name).resume(within_s=within_s)
 
     async def remove(
-        self, name: str, *, force: bool = False, deferred: bool = False
+        self,
+        name: str,
+        *,
+        force: bool = False,
+        deferred: bool = False,
+        within_s: float | None = SUSPEND_S_MAX,
     ) -> None:
         """Remove. With `force`, first replace the table by one that fails all I/O.
 
         Args:
+            within_s: as of `MappedDevice.suspend`.
             deferred: a device that is held open is removed when nobody holds it any more.
         Raises: TableError, EBUSY: a connection or another table holds the device open.
         """
         device = self.get(name)
         if force:
-            await self.wipe_table(name)
+            await self.wipe_table(name, within_s=within_s)
         if device.open_count and deferred:
             device.deferred_remove = True
             return
@@ -421,21 +438,44 @@ class Registry:
             raise TableError("Device or resource busy", errnos.EBUSY)
         if self._devices.get(device.dm_name) is not device:
             raise TableError("Device does not exist", errnos.ENXIO)
-        await self._remove(device)
+        await self._remove(device, within_s)
 
-    async def _remove(self, device: MappedDevice) -> None:
+    async def _remove(
+        self, device: MappedDevice, within_s: float | None = None
+    ) -> None:
+        """Raises: TableError, ETIMEDOUT: it is there as before."""
         if self._devices.get(device.dm_name) is not device:
             # Somebody else removes it: the name is free, or another device's by now.
-            await device.remove()
+            await device.remove(within_s=within_s)
             return
         del self._devices[device.dm_name]
         self._removing.add(device)
         try:
-            await device.remove()
+            await device.remove(within_s=within_s)
+        except TableError:
+            self._removing.discard(device)
+            self._put_back(device)
+            raise
+        except BaseException:
+            self._removing.discard(device)
+            del self._load_locks[device]
+            raise
+        if device.is_uncommitted:
+            self._uncommitted.append(device.name)
+        try:
             await self._replacements_ended(device)
         finally:
             self._removing.discard(device)
             del self._load_locks[device]
+
+    def _put_back(self, device: MappedDevice) -> None:
+        """A device that could not be removed has its name again, or one like it."""
+        name = device.dm_name
+        if name in self._devices:
+            name = f"{name[: NAME_LENGTH_MAX // 2]}.{device.minor}"
+            _log.error("%s: could not be removed, and is %s now", device.name, name)
+            device.dm_name, device.name = name, f"/dev/mapper/{name}"
+        self._devices[name] = device
 
     def _remove_unused(self, device: MappedDevice) -> None:
         """Remove a device that nobody holds any more, in a task of its own."""
@@ -451,37 +491,65 @@ class Registry:
         self._deferred.add(task)
         task.add_done_callback(self._deferred.discard)
 
-    async def remove_all(self, *, force: bool = False) -> list[str]:
+    async def remove_all(
+        self, *, force: bool = False, within_s: float | None = SUSPEND_S_MAX
+    ) -> list[str]:
         """Remove every device that nobody holds, upper ones first.
 
         Returns the names of those that are still there.
         """
         if force:
             for device in self.devices():
-                await self.wipe_table(device.dm_name)
+                await self.wipe_table(device.dm_name, within_s=within_s)
         progress = True
         while progress:
             progress = False
             for device in self.devices():
                 if not device.open_count and device.dm_name in self._devices:
-                    await self._remove(device)
+                    await self._remove(device, within_s)
                     progress = True
         return [device.dm_name for device in self.devices()]
 
-    async def wipe_table(self, name: str) -> None:
+    async def wipe_table(
+        self, name: str, *, within_s: float | None = SUSPEND_S_MAX
+    ) -> None:
         """Replace the table by an `error` target of the same size.
 
-        Nothing is flushed: what stands below may not answer any more.
+        Nothing is flushed: what stands below may not answer any more. Reads of a source that does not
+        answer are given up.
         """
         device = self.get(name)
-        if device.size:
-            await self.load(
-                name,
-                f"0 {device.size // SECTOR} error",
-                read_only=device.read_only,
-            )
-            await device.suspend(noflush=True)
-            await device.resume()
+        if not device.size:
+            return
+        await self.load(
+            name,
+            f"0 {device.size // SECTOR} error",
+            read_only=device.read_only,
+        )
+        try:
+            try:
+                await device.suspend(noflush=True, within_s=within_s)
+            except TableError as error:
+                if error.errno != errnos.ETIMEDOUT or not self._give_up_reads(device):
+                    raise
+                await device.suspend(noflush=True, within_s=within_s)
+        except TableError:
+            await device.clear()
+            raise
+        await device.resume(within_s=within_s)
+
+    def _give_up_reads(self, holder: MappedDevice) -> bool:
+        """Give up what hangs of devices that `holder` alone reads; False: there are none."""
+        hanging = [
+            device
+            for device in self.opens.lower_devices(holder)
+            if device.read_only
+            and device.nr_in_flight
+            and self.opens.is_held_only_by(device, holder)
+        ]
+        for device in hanging:
+            device.give_up_reads()
+        return bool(hanging)
 
     def set_uuid(self, name: str, uuid: str) -> None:
         """Give a device that has none a UUID. Raises: TableError."""
@@ -506,8 +574,10 @@ class Registry:
         device.name = f"/dev/mapper/{new}"
         device.event()
 
-    async def close(self) -> None:
+    async def close(self) -> list[str]:
         """Suspend and remove everything, upper devices first: the process ends.
+
+        Returns the names of devices of which what had ended could not be flushed.
 
         Bios that wait in a suspended device end with EIO: nobody will resume it, and what
         stands on it could not be suspended while they wait.
@@ -515,34 +585,105 @@ class Registry:
             has suspended, what its last FLUSH made so.
         """
         self._is_closing = True
-        if self._deferred:
-            await asyncio.wait(set(self._deferred))
+        stops = [
+            asyncio.create_task(device.stop_if_suspended())
+            # One that is being suspended now: what it waits for is let go here.
+            for device in self.devices()
+        ]
         for device in self.devices():
             if device.state is State.SUSPENDED:
                 device.stop_queueing()
-        # One that is being suspended now: what it waits for has been let go above.
-        await asyncio.gather(*(each.stop_if_suspended() for each in self.devices()))
-        loads = list(self._load_locks.values())
-        await self.remove_all()
-        if self._devices:
-            # A load may be under way for a device that is gone: it lets go of what it has opened.
-            for lock in loads:
-                async with lock:
-                    pass
-            await self.remove_all()
-        while self._devices:
-            # Only connections that did not go can hold the topmost now. No cycle: there is one.
-            held = [
-                below
-                for device in self.devices()
-                for below in self.opens.lower_devices(device)
-            ]
-            for device in self.devices():
-                if device not in held:
-                    _log.warning(
-                        "%s: still open %d times", device.name, device.open_count
-                    )
-                    device.open_count = 0
-                    await self._remove(device)
+        await self._close_devices()
+        for task in (*stops, *self._deferred):
+            await task
         for device in list(self._removing):
             await device.remove()
+        return self._uncommitted
+
+    async def _close_devices(self) -> None:
+        """Remove all side by side, so that one that hangs holds up only what it stands on."""
+        loads = asyncio.create_task(self._loads_ended())
+        running: dict[asyncio.Task[None], MappedDevice] = {}
+        errors: list[BaseException] = []
+        while True:
+            # A load that is under way for a device that is gone lets go of what it has opened.
+            for device in self._removable(may_force=loads.done()):
+                running[asyncio.create_task(self._remove(device))] = device
+                # The name is free at once: no second task for the same device.
+                await asyncio.sleep(0)
+            waiting = {*running, *(() if loads.done() else (loads,))}
+            if not waiting:
+                break
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done & running.keys():
+                del running[task]
+                if error := task.exception():
+                    errors.append(error)
+        await loads
+        if errors:
+            raise errors[0]
+        assert not self._devices
+
+    async def _loads_ended(self) -> None:
+        for lock in list(self._load_locks.values()):
+            async with lock:
+                pass
+
+    def _removable(self, *, may_force: bool) -> list[MappedDevice]:
+        """What nobody holds; with `may_force`, or only connections that did not go."""
+        found = [device for device in self.devices() if not device.open_count]
+        if found or not may_force:
+            return found
+        held = [
+            below
+            for device in (*self.devices(), *self._removing)
+            for below in self.opens.lower_devices(device)
+        ]
+        for device in self.devices():
+            if device not in held:
+                _log.warning("%s: still open %d times", device.name, device.open_count)
+                device.open_count = 0
+                found.append(device)
+        return found
+
+    def give_up_reads(self) -> None:
+        """End what hangs of the devices that are only read: nothing can be lost by it."""
+        for device in self.opens.devices():
+            if device.read_only and device.nr_in_flight:
+                _log.warning(
+                    "%s: does not answer: %d requests are given up",
+                    device.name,
+                    device.nr_in_flight,
+                )
+                device.give_up_reads()
+
+    def hanging(self) -> list[str]:
+        """What `close` still waits for, a line each."""
+        lines = []
+        for device in (*self.devices(), *self._removing):
+            below = [
+                f"{each.name} ({each.nr_in_flight} requests)"
+                for each in self.opens.lower_devices(device)
+                if each.nr_in_flight
+            ]
+            what = f"no answer from {', '.join(below)}" if below else "does not end"
+            lines.append(f"{device.name}: {what}")
+        return lines
+
+    async def commit_what_answers(self, within_s: float) -> list[str]:
+        """While `close` hangs: flush and commit what has ended, of each device by itself.
+
+        Returns the names of the devices of which that failed, or did not end in time.
+        """
+        tasks = {
+            asyncio.create_task(device.commit_ended()): device
+            for device in (*self.devices(), *self._removing)
+        }
+        if not tasks:
+            return []
+        done, _ = await asyncio.wait(tasks, timeout=within_s)
+        return [
+            device.name
+            for task, device in tasks.items()
+            if task not in done or task.exception() is not None or not task.result()
+        ]

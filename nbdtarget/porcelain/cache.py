@@ -85,6 +85,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         migration_threshold: None: what eight blocks need, or the kernel's default if that is more.
         listen: addresses; none: a unix socket in the runtime directory.
         control: path of the control socket; None: the usual one, if it is free.
+        stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         overwrite: the cache's data may go.
         moved: the disks are those that the metadata names, under other names.
         accept_other_disk: a disk may be another one than the metadata names.
@@ -105,6 +106,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     migration_threshold: int | None = None
     listen: tuple[str, ...] = ()
     control: str | None = None
+    stop_timeout: float | None = None
     overwrite: bool = False
     moved: bool = False
     accept_other_disk: bool = False
@@ -392,6 +394,7 @@ class CacheJob(job.Job[CachePlan]):
             reporter,
             listen=options.listen,
             control=options.control,
+            stop_timeout=options.stop_timeout,
             permissions=permissions(
                 overwrite=options.overwrite,
                 moved=options.moved,

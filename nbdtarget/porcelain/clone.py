@@ -55,6 +55,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
         region_size: bytes.
         listen: addresses; none: a unix socket in the runtime directory.
         control: path of the control socket; None: the usual one, if it is free.
+        stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         overwrite: the destination's data may go.
         moved: the disks are those that the metadata names, under other names.
         accept_other_disk: a disk may be another one than the metadata names.
@@ -72,6 +73,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     hydration: bool = True
     exit_when_hydrated: bool = False
     control: str | None = None
+    stop_timeout: float | None = None
     overwrite: bool = False
     moved: bool = False
     accept_other_disk: bool = False
@@ -184,6 +186,7 @@ class CloneJob(job.Job[ClonePlan]):
             reporter,
             listen=options.listen,
             control=options.control,
+            stop_timeout=options.stop_timeout,
             permissions=permissions(
                 overwrite=options.overwrite,
                 moved=options.moved,

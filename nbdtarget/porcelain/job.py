@@ -20,7 +20,13 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from nbdtarget.control.paths import control_address, control_token
-from nbdtarget.daemon import Daemon, default_listen, passed_sockets
+from nbdtarget.daemon import (
+    Daemon,
+    StopBounds,
+    default_listen,
+    must_leave_at_once,
+    passed_sockets,
+)
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.table import Table
@@ -72,6 +78,7 @@ class Job(Generic[P]):
     Args:
         listen: addresses; none: a unix socket in the runtime directory.
         control: address of the control socket; None: the usual one, if it is free.
+        stop_timeout: seconds, see `StopBounds.of`.
         permissions: what the user allows, see `nbdtarget.permissions`.
     """
 
@@ -81,13 +88,14 @@ class Job(Generic[P]):
         *,
         listen: tuple[str, ...],
         control: str | None,
+        stop_timeout: float | None,
         permissions: frozenset[Permission],
     ) -> None:
         self._served = reporter
         self._listen = listen
         self._control = control
         self._permissions = permissions
-        self._daemon = Daemon()
+        self._daemon = Daemon(bounds=StopBounds.of(stop_timeout))
         self._has_failed = False
 
     async def _plan(self) -> P:
@@ -102,7 +110,7 @@ class Job(Generic[P]):
         """Told to stop, and still there: nobody watches any more."""
 
     async def _ended(self, plan: P) -> None:
-        """Everything is committed and closed."""
+        """Everything is closed. Not called if something hangs, and was not waited for."""
 
     async def run(self) -> int:
         """Do the job; the exit status. Raises: NbdTargetError: nothing has changed."""
@@ -110,7 +118,8 @@ class Job(Generic[P]):
         try:
             begun = await self._daemon.until_stopped(self._begin())
             if begun is None:
-                return 0  # told to stop before anybody was served: nothing has changed
+                # Told to stop before anybody was served: nothing has changed.
+                return 1 if must_leave_at_once() else 0
             plan, device = begun
             watcher = asyncio.create_task(self._watch(device, plan))
             table: Table | None = None
@@ -132,6 +141,9 @@ class Job(Generic[P]):
             raise AssertionError("watching has failed") from watcher.exception()
         if table is not None and _has_lost_any(device, table):
             self._has_failed = True
+        if must_leave_at_once():
+            # What hangs would hang again, whatever is asked of it.
+            return 0 if self._daemon.is_committed and not self._has_failed else 1
         await self._ended(plan)
         return 1 if self._has_failed else 0
 
@@ -139,6 +151,7 @@ class Job(Generic[P]):
         plan = await self._plan()
         device = await self._prepare(plan)
         self._report(self._served.serving, plan, self._daemon.uris)
+        self._daemon.tell_ready()
         return plan, device
 
     async def _prepare(self, plan: P) -> MappedDevice:

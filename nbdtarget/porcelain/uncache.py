@@ -321,10 +321,15 @@ class UncacheJob:
     async def _resume(self) -> None:
         try:
             await self._ask("resume", m.Resume(self._name), m.Done)
-        except TableError:
-            # The server has put the table before it back.
+        except TableError as refusal:
+            # The table before it is live: the server has put it back, or has never swapped it.
             with suppress(NbdTargetError):
                 await self._ask("clear", m.Clear(self._name), m.Done)
+            if refusal.errno == errnos.ETIMEDOUT:
+                raise self._refused(
+                    f"{refusal.reason}; what is dirty is still in the cache, and the same"
+                    " command goes on when the device answers"
+                ) from refusal
             raise
 
     async def _load(self, line: CacheLine, table: str) -> None:

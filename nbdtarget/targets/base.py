@@ -8,7 +8,9 @@ Life of a target, in order:
     map        once per bio; synchronous; decides and returns, waits for nothing
     push_back  only if suspended with `noflush`: bios that are merely held back go to the queue
     presuspend new background work stops; bios in flight go on
-    postsuspend no bio is in flight any more: stop everything, commit
+    quiesce    no bio is in flight any more: wait until no background work is, either
+    presuspend_undo  instead of all that follows: it takes too long, go on as before
+    postsuspend stop everything, commit
     resume …
     dtr        release devices and metadata
 
@@ -177,6 +179,12 @@ class Target:
 
     def presuspend(self) -> None:
         """Stop starting background work."""
+
+    async def quiesce(self) -> None:
+        """No bio is in flight: wait for background work. May be cancelled; changes nothing."""
+
+    def presuspend_undo(self) -> None:
+        """The suspend that `presuspend` began is given up: start background work again."""
 
     async def postsuspend(self) -> None:
         """No bio is in flight: wait for background work, commit, stop timers."""

@@ -151,6 +151,9 @@ class DelayTarget(Target):
         while self._waiting:
             self._send_first()
 
+    def presuspend_undo(self) -> None:
+        self._may_delay = True
+
     def resume(self) -> None:
         self._may_delay = True
 

@@ -104,7 +104,7 @@ CACHE_TARGET: Final = (
         "full-sync-beside-migrations",
         "A suspend records what is dirty while migrations still change it.",
         TARGET,
-        ("        await self._migrations.quiesce()\n", ""),
+        ("        await self._migrations.quiesce()\n", "        pass\n"),
         (UNIT + "test_spec_4_2.py", *WALKS),
     ),
     # ---- FUA

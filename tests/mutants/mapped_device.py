@@ -99,8 +99,44 @@ MAPPED_DEVICE: Final = (
         "suspend-does-not-flush",
         "Writes to a table that is swapped away are beyond the reach of every later FLUSH.",
         MAPPED_DEVICE_PY,
-        (("                await self._flush(table)\n", "                pass\n"),),
+        (
+            (
+                "table.read_only):\n            await self._flush(table)\n",
+                "table.read_only):\n            pass\n",
+            ),
+        ),
         TESTS,
+    ),
+    Mutant(
+        "suspend-given-up-stays-suspended",
+        "After a suspend that a device made take too long, clients' I/O waits for ever.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "            self._undo_suspend(table)\n            raise TableError(",
+                "            raise TableError(",
+            ),
+        ),
+        ("tests/nbdtarget/dm/test_hanging.py",),
+    ),
+    Mutant(
+        "end-commits-nothing-of-what-hangs",
+        "What a client wrote to a clone whose source hangs is forgotten at the end.",
+        MAPPED_DEVICE_PY,
+        (
+            (
+                "        await self._flush(table)\n        return self._is_flushed\n",
+                "        return True\n",
+            ),
+        ),
+        ("tests/nbdtarget/dm/test_hanging.py",),
+    ),
+    Mutant(
+        "abandoned-flush-not-in-flight",
+        "A table is destroyed while a flush of it that nobody waited for is under way.",
+        MAPPED_IO_PY,
+        (("        self._count_in_flight(flush)\n", ""),),
+        ("tests/nbdtarget/dm/test_hanging.py",),
     ),
     Mutant(
         "failed-flush-of-a-suspend-forgotten",

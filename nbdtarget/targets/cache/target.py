@@ -267,9 +267,16 @@ class CacheTarget(Target):
         self._is_stopped = True
         self._migrations.presuspend()
 
+    async def quiesce(self) -> None:
+        await self._migrations.quiesce()
+
+    def presuspend_undo(self) -> None:
+        self._is_stopped = False
+        self._migrations.resume()
+
     async def postsuspend(self) -> None:
         self.presuspend()
-        await self._migrations.quiesce()
+        await self.quiesce()
         try:
             async with self._changing:
                 if self._is_active and self._blocks.is_writable:

@@ -316,10 +316,17 @@ class CloneTarget(Target):
         self._hydration.presuspend()
         self._cache_requests.presuspend()
 
-    async def postsuspend(self) -> None:
-        self.presuspend()
+    async def quiesce(self) -> None:
         await self._hydration.quiesce()
         await self._cache_requests.quiesce()
+
+    def presuspend_undo(self) -> None:
+        self._cache_requests.resume()
+        self._hydration.resume()
+
+    async def postsuspend(self) -> None:
+        self.presuspend()
+        await self.quiesce()
         if not self._committer.has_failed and not self._regions.has_failed:
             await self._note_stop()
             await self._committer.commit(clean_shutdown=True)

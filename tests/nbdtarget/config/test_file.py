@@ -24,7 +24,9 @@ def mistakes(text: str) -> list[str]:
 
 def test_an_empty_file_is_a_server_without_devices() -> None:
     config = parsed("")
-    assert config == Config("/etc/disks.toml", "/etc", (), None, None, Limits(), ())
+    assert config == Config(
+        "/etc/disks.toml", "/etc", (), None, None, None, Limits(), ()
+    )
 
 
 def test_a_whole_file() -> None:

@@ -194,10 +194,10 @@ async def test_a_verb_that_has_begun_is_carried_out(
     begun = asyncio.Event()
     suspend = device.suspend
 
-    async def slow(*, noflush: bool = False) -> None:
+    async def slow(*, noflush: bool, within_s: float | None) -> None:
         begun.set()
         await go.wait()
-        await suspend(noflush=noflush)
+        await suspend(noflush=noflush, within_s=within_s)
 
     monkeypatch.setattr(device, "suspend", slow)
     _, writer = await asyncio.open_unix_connection(http.path)

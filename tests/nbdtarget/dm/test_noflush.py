@@ -3,6 +3,7 @@
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 
@@ -423,7 +424,7 @@ class Walk:
         await self.suspend(device)
         await self.wait(asyncio.create_task(device.resume()))
 
-    async def wait(self, task: "asyncio.Task[None]") -> None:
+    async def wait(self, task: "asyncio.Task[Any]") -> None:
         while not task.done():
             self.disks["/a"].let_go()
             low = self.disks.registry.maybe_device("low")
