@@ -89,8 +89,9 @@ async def test_a_suspend_over_a_device_that_hangs_fails_and_the_device_goes_on(
     assert caught.value.errno == errnos.ETIMEDOUT
     world["/a"].let_go()
     assert await hanging == bytes(4096)
-    await a.write(0, b"x" * 512)
-    await a.flush()
+    async with timeout(5):
+        await a.write(0, b"x" * 512)
+        await a.flush()
     await world.registry.suspend("a")
     assert a.state is State.SUSPENDED
 
@@ -108,7 +109,8 @@ async def test_what_was_queued_by_a_suspend_that_fails_is_carried_out(
     with pytest.raises(TableError):
         await suspending
     world["/a"].let_go()
-    await queued
+    async with timeout(5):
+        await queued
     await hanging
     assert world["/a"].data[:512] == b"q" * 512
 
@@ -119,7 +121,7 @@ async def test_a_flush_that_hangs_fails_the_suspend_too(world: World) -> None:
     with pytest.raises(TableError, match="no answer from /a"):
         await a.suspend(within_s=SHORT_S)
     # It is under way all the same: nothing is taken away from below it.
-    suspending = asyncio.create_task(a.suspend())
+    suspending = asyncio.create_task(a.suspend(noflush=True))
     await sleep(SHORT_S)
     assert not suspending.done()
     world["/a"].let_go()
