@@ -76,6 +76,7 @@ _log = logging.getLogger(__name__)
 STOP_S_MAX: Final = 60.0  # systemd kills after 90
 REQUESTS_S_MAX: Final = 10.0
 DEVICES_S_MAX: Final = 30.0
+GIVE_UP_PERIOD_S: Final = 0.5
 CONTROL_S_MAX: Final = 3.0
 CANCEL_S_MAX: Final = 5.0
 # The service manager hears that we are alive every so often, and waits for so long.
@@ -309,9 +310,7 @@ class Daemon:
         _log.info("stopping")
         self.notifier.stopping()
         ending = asyncio.create_task(self._end_in_order())
-        give_up = self.registry.clock.call_later(
-            self._bounds.requests_s, self.registry.give_up_reads
-        )
+        give_up = asyncio.create_task(self._give_up_reads())
         async with self._patient():
             done, _ = await asyncio.wait([ending], timeout=self._bounds.devices_s)
             give_up.cancel()
@@ -321,6 +320,13 @@ class Daemon:
             ending.result()
         else:
             await self._leave()
+
+    async def _give_up_reads(self) -> None:
+        """Again and again: a clone goes on copying until it is its turn to be suspended."""
+        await sleep(self._bounds.requests_s)
+        while True:
+            self.registry.give_up_reads()
+            await sleep(GIVE_UP_PERIOD_S)
 
     async def _end_in_order(self) -> None:
         if self._follower is not None:

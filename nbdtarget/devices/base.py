@@ -48,6 +48,7 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.devices.health import Health
+from nbdtarget.devices.workers import WorkerPool
 from nbdtarget.errors import DeviceError
 
 __all__ = [
@@ -134,6 +135,7 @@ class Device:
     can_write_zeroes: bool = False
     can_fast_zero: bool = False
     rotational: bool = False
+    _pools: tuple[WorkerPool, ...] = ()
 
     def __init__(self, name: str, size: int, *, read_only: bool = False) -> None:
         self.name = name
@@ -234,14 +236,7 @@ class Device:
     @property
     def nr_in_flight(self) -> int:
         """How many requests have begun and not ended, where the device knows; for messages."""
-        return 0
-
-    def give_up_reads(self) -> None:
-        """End with EIO what hangs, as far as nothing can be lost by it: reads of a read-only device.
-
-        Whoever calls it needs the device no more: later reads may fail, too. A device
-        that cannot take back what it has begun does nothing; it is not waited for then.
-        """
+        return sum(pool.nr_jobs for pool in self._pools)
 
     def start_writeback(self) -> None:
         """Hint that much has been written, and that a flush will come: begin to write it back.

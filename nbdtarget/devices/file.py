@@ -170,6 +170,7 @@ class FileDevice(Device):
         self._fd = fd
         self._lock_fd = lock_fd
         self._pool = pool
+        self._pools = (pool,)
         self._writers = pool  # of writes without FUA
         self._alignment = 1  # of fallocate and discards, in bytes
         self._can_zero_range = False
@@ -262,11 +263,6 @@ class FileDevice(Device):
 
     async def measure(self) -> int:
         return await self._pool.number(partial(fd_size, self._fd))
-
-    @property
-    def nr_in_flight(self) -> int:
-        jobs = self._pool.nr_jobs
-        return jobs + (0 if self._writers is self._pool else self._writers.nr_jobs)
 
     async def close(self) -> None:
         if self._writeback is not None:
@@ -692,6 +688,7 @@ class FileDevice(Device):
             self._can_zero_range = self.can_write_zeroes
         else:
             self._writers = WorkerPool(f"{self.name}-writer", threads_max=1)
+            self._pools = (self._pool, self._writers)
             if is_memory_file_system(self._fd):
                 self._read_flags = 0
             if not self.read_only:

@@ -649,11 +649,11 @@ class Registry:
     def give_up_reads(self) -> None:
         """End what hangs of the devices that are only read: nothing can be lost by it."""
         for device in self.opens.devices():
-            if device.read_only and device.nr_in_flight:
+            if device.read_only and (nr_reads := device.nr_in_flight):
                 _log.warning(
                     "%s: does not answer: %d requests are given up",
                     device.name,
-                    device.nr_in_flight,
+                    nr_reads,
                 )
                 device.give_up_reads()
 
