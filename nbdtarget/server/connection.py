@@ -39,7 +39,6 @@ ESHUTDOWN, and when nothing is in flight our half of the connection is closed.
 import contextlib
 import logging
 import os
-import select
 import socket
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -50,6 +49,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.server.export import DirectoryExports
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.output import Output, is_gone
+from nbdtarget.server.peer import HUNG_UP
 from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
 from protocol.consts import REQUEST
@@ -199,10 +199,7 @@ class Connection:
         return self._requests is not None and self._requests.is_paused
 
     def _hang_up_events(self) -> int:
-        """What the kernel knows of the client's end: 0, or POLLRDHUP, POLLHUP, POLLERR, or'ed."""
-        looker = select.poll()
-        looker.register(self._fd, select.POLLRDHUP)
-        return sum(events for _, events in looker.poll(0))
+        return self._shared.hang_up_events(self._sock)
 
     def _gate(self) -> Gate:
         assert self._device is not None
@@ -465,7 +462,7 @@ class Connection:
         requests = self._requests
         if self.state != TRANSMISSION or requests is None or requests.is_full(0):
             return
-        if self._hang_up_events() & (select.POLLHUP | select.POLLERR):
+        if self._hang_up_events() & HUNG_UP:
             self.abort()  # and what it has left unread is dropped: nobody waits for it
             return
         requests.is_paused = False

@@ -26,6 +26,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Callable
 from typing import Final
 from urllib.parse import quote
 
@@ -37,6 +38,7 @@ from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.output import BufferPool
+from nbdtarget.server.peer import hang_up_events
 from nbdtarget.server.shared import Shared
 
 __all__ = ["Listener", "export_uri"]
@@ -67,7 +69,9 @@ class Listener:
         *,
         limits: Limits | None = None,
         clock: Clock | None = None,
+        hang_up_events: Callable[[socket.socket], int] = hang_up_events,
     ) -> None:
+        self._hang_up_events = hang_up_events
         self._limits = limits or Limits()
         self._directory = directory
         self._clock = clock or LoopClock()
@@ -216,6 +220,7 @@ class Listener:
                 gates=Gates(self._clock),
                 starved=self._starved,
                 closed=self._connection_closed,
+                hang_up_events=self._hang_up_events,
             )
         sock.setblocking(False)
         sock.listen(self._limits.backlog_max)

@@ -2,6 +2,7 @@
 """What the connections of one listener share, and what requests ask of their connection."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ class Shared:
     gates: Gates
     starved: Callable[[], None]  # a connection waits for the budget
     closed: Callable[[Any], None]  # a connection has released everything
+    hang_up_events: Callable[[socket.socket], int]  # see nbdtarget.server.peer
 
 
 class Host(Protocol):

@@ -471,7 +471,10 @@ class Life:
         self.registry = Registry(DeviceTable(dict(self.disks)), clock=self.clock)
         self.verbs = Verbs(self.registry)
         self.listener = Listener(
-            self.registry, limits=draw_limits(self._random), clock=self.clock
+            self.registry,
+            limits=draw_limits(self._random),
+            clock=self.clock,
+            hang_up_events=lambda sock: cast(SimSocket, sock).hang_up_events(),
         )
         self._operator = Operator(self, random.Random(f"{self._seed} operator"))
         try:

@@ -17,6 +17,7 @@ Descriptor numbers are the lowest that are free, so that they are used again at 
 import errno as errnos
 import os
 import random
+import select
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -173,11 +174,22 @@ class SimSocket:
     # ---- ends ----
 
     def shutdown(self, how: int) -> None:
-        assert how == socket.SHUT_WR
+        assert how in (socket.SHUT_RD, socket.SHUT_WR)
         self._check_open()
         if self._out.broken and self._in.reset:
             raise OSError(errnos.ENOTCONN, os.strerror(errnos.ENOTCONN))
-        self._out.ended = True
+        if how == socket.SHUT_WR:
+            self._out.ended = True
+        elif self.family == socket.AF_UNIX:
+            self._in.broken = True  # over TCP the peer notices nothing
+
+    def hang_up_events(self) -> int:
+        """As `nbdtarget.server.peer.hang_up_events`."""
+        self._check_open()
+        events = select.POLLRDHUP if self._in.ended else 0
+        if self._in.ended and (self._out.ended or self._out.broken):
+            events |= select.POLLHUP
+        return events | (select.POLLERR if self._in.reset else 0)
 
     def close(self) -> None:
         if self._fd < 0:

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernel knows of a client's end of a connection, without reading from it."""
+
+import select
+import socket
+from typing import Final
+
+__all__ = ["HUNG_UP", "hang_up_events"]
+
+HUNG_UP: Final = select.POLLHUP | select.POLLERR  # nothing can be sent to it any more
+
+
+def hang_up_events(sock: socket.socket) -> int:
+    """Return POLLRDHUP, POLLHUP and POLLERR, or'ed; 0 while the client may still send something.
+
+    POLLRDHUP is set as soon as the client has closed its sending half, also while bytes are unread.
+    """
+    looker = select.poll()
+    looker.register(sock.fileno(), select.POLLRDHUP)
+    return sum(events for _, events in looker.poll(0))
