@@ -25,10 +25,15 @@ first thing that `fail_all` returns.
 
 Bounds. Chunks with text or descriptors are collected in a buffer of their own, whose size the
 protocol limits (8 MiB + 4); a READ in pieces keeps at most SPANS_MAX disjoint spans.
+
+Giving up. `abandon` takes requests back from the server: they are returned as failed, and their
+buffers are the caller's again. Their replies may come all the same. They are parsed as ever, READ
+data goes into a sink, and what completes has `private` None.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from copy import copy
 from struct import Struct
 from typing import Final
 
@@ -217,6 +222,37 @@ class ClientTransmission:
         assert request.offset == offset
         assert request.length == len(buffer)
         request.buffer = buffer
+
+    def abandon(
+        self, error: int, which: Callable[[Completion], bool]
+    ) -> list[Completion]:
+        """Return those in flight that `which` chooses, with `error`; see *Giving up*."""
+        given_up = [request for request in self.in_flight.values() if which(request)]
+        reads = [each.length for each in given_up if each.command == CMD_READ]
+        sink = memoryview(bytearray(max(reads, default=0)))
+        for request in given_up:
+            twin = copy(request)
+            twin.private = None
+            if request.command == CMD_READ:
+                twin.buffer = sink[: request.length]
+            # In the same place: the order is that of sending.
+            self.in_flight[request.cookie] = twin
+            if self._payload_request is request:
+                self._payload_request = twin
+                if request.command == CMD_READ and not self._is_collecting:
+                    self._payload = sink[: len(self._payload)]
+            request.error = error
+        return given_up
+
+    @property
+    def _is_collecting(self) -> bool:
+        """Whether the payload under way is not READ data, but is looked at when it is whole."""
+        return self._payload_end in (self._payload_error, self._payload_block_status)
+
+    def forget(self, cookies: Iterable[int]) -> None:
+        """The server will never answer these: it was not sent them, or not all of them."""
+        for cookie in cookies:
+            del self.in_flight[cookie]
 
     def fail_all(self, error: int) -> list[Completion]:
         """End the connection: return what was not returned yet, the unanswered with `error`."""

@@ -24,13 +24,22 @@ makes it. A server without FLUSH promises nothing, and is refused as a device to
 After a failed FLUSH, FUA or write (but for want of space), FLUSH and FUA fail until the device
 is opened again: the server's file may have latched as ours would.
 
-*Loss.* When any connection is lost, everything in flight ends with EIO and so does all that
-comes later, on every connection: a server that crashed may have forgotten what it answered
-before, so going on with another connection could lose writes silently. Until it is opened again,
-that is the end of a device that is written to. A read-only one has nothing to lose: it
-connects again by itself, trying ever more seldom, from `RECONNECT_S_MIN` to
-`RECONNECT_S_MAX`, and goes on if size, flags and limits are what they were. What comes
-meanwhile ends with EIO, at once. That the content is what it was is for the server to see to.
+*Loss.* When any connection is lost, everything in flight ends with EIO, on every connection, and so does
+what comes while the device is lost. It connects again by itself, trying ever more seldom, from
+`RECONNECT_S_MIN` to `RECONNECT_S_MAX`; how lost connections are kept from overtaking the new ones with what they
+had under way is told in `nbd_connection`. Nothing is sent again: what was answered may not be, and
+what was not has ended with EIO. A server that crashed may have forgotten what it answered before. So if a write
+has ended that no FLUSH has covered since, the loss is counted (`nbdtarget.devices.health`), and whoever
+flushes learns of it once, by a FLUSH that fails; otherwise the device just goes on. The same if
+the device was latched, for it is as if it was opened anew.
+
+What comes meanwhile ends with EIO at once, and does not wait for the server: whoever stacks disks
+(a mirror, a cache, a file system with a standby) wants to know, and a client that wants to wait can ask again.
+The kernel (`dead_conn_timeout`) and QEMU (`reconnect-delay`) do the same if they are told nothing else.
+
+A server that comes back as another disk (another size, minimum block size or maximum payload), or
+that may not be written to any more, is refused. That is said once, and the device goes on looking: the right one may
+come back later. Whether the content is what it was is for the server to see to.
 """
 
 import asyncio
@@ -66,7 +75,7 @@ from nbdtarget.devices.base import (
     append_extent,
 )
 from nbdtarget.devices.identity import NBD, nbd_ids
-from nbdtarget.devices.nbd_connection import NbdConnection, connect
+from nbdtarget.devices.nbd_connection import NbdConnection, connect, wait_until_ended
 from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
 from nbdtarget.errors import DeviceError, ResolveError
 from protocol import consts
@@ -96,6 +105,7 @@ _COMMANDS: Final = (
     consts.CMD_WRITE_ZEROES,
     consts.CMD_CACHE,
 )
+_READING: Final = (consts.CMD_READ, consts.CMD_CACHE, consts.CMD_BLOCK_STATUS)
 _ZEROES: Final = memoryview(bytes(PIECE_MAX))
 # base:allocation has the same two bits.
 _EXTENT_FLAGS: Final = EXTENT_HOLE | EXTENT_ZERO
@@ -132,18 +142,8 @@ class NbdDevice(Device):
     ) -> None:
         negotiated = connections[0].negotiated
         self._block = negotiated.block_size_min
-        # proto.md: what lies past the last whole block cannot be reached.
-        size = negotiated.size // self._block * self._block
-        super().__init__(name, size, read_only=read_only)
-        flags = negotiated.flags
-        self.can_discard = bool(flags & consts.FLAG_SEND_TRIM)
-        self.can_write_zeroes = bool(flags & consts.FLAG_SEND_WRITE_ZEROES)
-        self.rotational = bool(flags & consts.FLAG_ROTATIONAL)
-        self.can_fast_zero = bool(flags & consts.FLAG_SEND_FAST_ZERO)
-        self._has_flush = bool(flags & consts.FLAG_SEND_FLUSH)
-        self._has_fua = bool(flags & consts.FLAG_SEND_FUA)
-        self._has_cache = bool(flags & consts.FLAG_SEND_CACHE)
-        self._has_status = bool(negotiated.contexts)
+        super().__init__(name, _usable_size(negotiated), read_only=read_only)
+        self._take_abilities(negotiated)
         self._status_range = RANGE_MAX
         self.logical_block_size = max(512, self._block)
         payload_max = negotiated.payload_max // self._block * self._block
@@ -158,11 +158,29 @@ class NbdDevice(Device):
         self._writes_are_done = asyncio.Event()
         self._flush_runs: list[Bio] = []
         self._flush_waiting: list[Bio] = []
+        # Writes that have ended without being durable, and those that a FLUSH has covered.
+        self._nr_written = 0
+        self._nr_flushing = 0
+        self._nr_flushed = 0
+        # What `health` says, for `submit`: set where that is set.
         self._is_latched = False
         self._is_lost = False
+        self._refusal = ""  # why the server was not taken the last time
         self._connect_anew = connect_anew
         self._reconnecting: asyncio.Task[None] | None = None
         self._start_connections()
+
+    def _take_abilities(self, negotiated: ClientNegotiated) -> None:
+        """Take over what the server can do; it may be another when it comes back."""
+        flags = negotiated.flags
+        self.can_discard = bool(flags & consts.FLAG_SEND_TRIM)
+        self.can_write_zeroes = bool(flags & consts.FLAG_SEND_WRITE_ZEROES)
+        self.rotational = bool(flags & consts.FLAG_ROTATIONAL)
+        self.can_fast_zero = bool(flags & consts.FLAG_SEND_FAST_ZERO)
+        self._has_flush = bool(flags & consts.FLAG_SEND_FLUSH)
+        self._has_fua = bool(flags & consts.FLAG_SEND_FUA)
+        self._has_cache = bool(flags & consts.FLAG_SEND_CACHE)
+        self._has_status = bool(negotiated.contexts)
 
     @property
     def nr_connections(self) -> int:
@@ -197,12 +215,18 @@ class NbdDevice(Device):
         return self._in_flight + len(self._queue)
 
     def give_up_reads(self) -> None:
-        """Hang up. Only what is never written to has nothing to lose."""
-        if not self.read_only:
-            return
-        self._connection_lost("given up")
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
+        if self._is_lost:
+            return  # there are none
+        given_up = [c for conn in self._connections for c in conn.give_up_reads()]
+        queued = [request for request in self._queue if request[0] in _READING]
+        for request in queued:
+            self._queue.remove(request)
+            self._answer(request[-1], errnos.EIO, None)
+        for completion in given_up:
+            self._completed(completion)
+        if given_up or queued:
+            nr = len(given_up) + len(queued)
+            logger.warning("%s: %d reads given up", self.name, nr)
 
     async def close(self) -> None:
         self._is_lost = True
@@ -265,7 +289,10 @@ class NbdDevice(Device):
         if self._queue and not self._is_lost:
             self._send(self._queue.popleft())
         status = completion.error
-        if status:
+        if self._is_lost and not status and completion.command not in _READING:
+            # It came together with what made us give up, after what may be lost was counted.
+            status = errnos.EIO
+        elif status:
             if completion.message:
                 logger.info("%s: %s", self.name, completion.message)
             if status == errnos.ESHUTDOWN:
@@ -290,6 +317,8 @@ class NbdDevice(Device):
     def _finish(self, bio: Bio, status: int) -> None:
         """All requests of `bio` have been answered."""
         op = bio.op
+        if status:
+            self.health.note_error(OP_NAMES[op], status)
         if op == OP_FLUSH:
             self._flush_done(status)
             return
@@ -308,11 +337,15 @@ class NbdDevice(Device):
             self._flush_waiting.append(bio)
             self._start_flush()
         else:
+            if not bio.flags & FUA and op != OP_DISCARD:
+                self._nr_written += 1
             bio.end(0)
 
     def _latch(self, bio: Bio, status: int) -> None:
-        if not self._is_latched and not self._is_lost and status != errnos.ENOTSUP:
-            self._is_latched = True
+        if self._is_lost or status == errnos.ENOTSUP:
+            return
+        self._is_latched = True
+        if self.health.latch(status):
             logger.error(
                 "%s: %s failed with errno %d: no flush will succeed until it is opened"
                 " again",
@@ -334,13 +367,16 @@ class NbdDevice(Device):
                 bio.end(status)
             return
         self._flush_runs = bios
+        self._nr_flushing = self._nr_written
         # Its own bio: those that ride may be writes whose FUA it stands for.
         rider = Bio(OP_FLUSH, 0, 0, None, 0, _no_endio)
         self._request((consts.CMD_FLUSH, 0, 0, 0, None, None, rider))
 
     def _flush_done(self, status: int) -> None:
         bios, self._flush_runs = self._flush_runs, []
-        if status and bios:
+        if not status:
+            self._nr_flushed = self._nr_flushing
+        elif bios:
             self._latch(bios[0], status)
         for bio in bios:
             bio.end(status)
@@ -514,39 +550,66 @@ class NbdDevice(Device):
             return
         self._is_lost = True
         logger.error("%s: connection lost: %s", self.name, reason)
-        answers = [c for conn in self._connections for c in conn.fail_all()]
-        for connection in self._connections:
-            connection.close()
+        if self._is_latched or self._nr_written != self._nr_flushed:
+            logger.error(
+                "%s: what was written since the last flush may be gone: the next FLUSH"
+                " of each client fails",
+                self.name,
+            )
+            self._nr_flushed = self._nr_written
+            self.health.note_loss()
+        self.health.lose(errnos.EIO)
+        answers = [c for conn in self._connections for c in conn.give_up()]
         queued = list(self._queue)
         self._queue.clear()
         for completion in answers:
             self._completed(completion)
         for request in queued:
             self._answer(request[-1], errnos.EIO, None)
-        if self.read_only:
-            self._reconnecting = asyncio.ensure_future(self._connect_again())
+        self.health.last_error = f"connection lost: {reason}"
+        self._refusal = ""
+        self._reconnecting = asyncio.ensure_future(self._connect_again())
 
     async def _connect_again(self) -> None:
-        """Connect until the server is back. Only for what is never written to."""
+        """Connect until the server is back, and has the disk that it had."""
         delay_s = RECONNECT_S_MIN
-        while True:
+        connections: list[NbdConnection] = []
+        while not connections:
             await sleep(delay_s)
             try:
                 connections = await self._connect_anew()
-                break
+                self._check_same(connections)
             except ResolveError as error:
-                logger.debug("%s", error)
+                for connection in connections:
+                    connection.close()
+                connections = []
+                self._note_refusal(error)
                 delay_s = min(2 * delay_s, RECONNECT_S_MAX)
-        before, after = self._connections[0].negotiated, connections[0].negotiated
-        if _terms(before) != _terms(after):
-            logger.error("%s: is another disk now: not read any more", self.name)
-            for connection in connections:
-                connection.close()
-            return
         logger.warning("%s: connected again", self.name)
         self._connections = connections
-        self._is_lost = False
+        self._take_abilities(connections[0].negotiated)
+        self._is_lost = self._is_latched = False
+        self.health.recover()
         self._start_connections()
+
+    def _check_same(self, connections: list[NbdConnection]) -> None:
+        """Raises: ResolveError: the server has another disk now."""
+        before, after = self._connections[0].negotiated, connections[0].negotiated
+        for what, old, new in (
+            ("size", self.size, _usable_size(after)),
+            ("minimum block size", before.block_size_min, after.block_size_min),
+            ("maximum payload", before.payload_max, after.payload_max),
+        ):
+            if old != new:
+                reason = f"is another disk now: its {what} is {new} bytes, not {old}"
+                raise ResolveError(self.name, reason)
+
+    def _note_refusal(self, error: ResolveError) -> None:
+        """Say why the server is not taken: once, as long as it stays the same."""
+        if error.reason != self._refusal:
+            self._refusal = error.reason
+            self.health.last_error = error.reason
+            logger.warning("%s; trying again and again", error)
 
     def _start_connections(self) -> None:
         for connection in self._connections:
@@ -568,6 +631,8 @@ async def _connect_all(
     name: str, uri: NbdUri, *, read_only: bool
 ) -> list[NbdConnection]:
     """Connect as often as the server takes it. Raises: ResolveError."""
+    if not read_only:
+        await wait_until_ended(name, uri)
     connections = [await connect(name, uri)]
     try:
         negotiated = connections[0].negotiated
@@ -610,15 +675,9 @@ def _check(name: str, negotiated: ClientNegotiated, *, read_only: bool) -> None:
         raise ResolveError(name, reason)
 
 
-def _terms(negotiated: ClientNegotiated) -> tuple[int, int, int, int, bool]:
-    """What a device goes by, and must find again when it connects again."""
-    return (
-        negotiated.size,
-        negotiated.flags,
-        negotiated.block_size_min,
-        negotiated.payload_max,
-        bool(negotiated.contexts),
-    )
+def _usable_size(negotiated: ClientNegotiated) -> int:
+    # proto.md: what lies past the last whole block cannot be reached.
+    return negotiated.size // negotiated.block_size_min * negotiated.block_size_min
 
 
 def _zero_flags(flags: int) -> int:

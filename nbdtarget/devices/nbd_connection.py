@@ -9,20 +9,45 @@ the socket belongs to a `NbdConnection`:
     in     each wake-up receives until the socket is empty, at most RECEIVES_MAX times;
            READ data goes straight into the caller's buffer
 
-The connection ends when the server hangs up or breaks the protocol: `lost` is called once,
-with a sentence, and after it `fail_all` answers what was in flight. Nothing reconnects, and no
-request times out: a server may take as long as it likes, and TCP's keepalive finds a dead one.
+The connection is lost when the server hangs up, breaks the protocol, or does not answer a request
+in time (*Timeouts*). `lost` is then called once, with a sentence. After it, or at any other time,
+`give_up` takes back what was in flight.
+
+*The end.* A write that was given up may still be under way at the server, or on its way there. Whoever
+connects again and writes must not be overtaken by it. So a connection that was given up sends nothing
+more, but is not closed while the server owes an answer to a write. It has `ended` when no write of it can
+be carried out any more:
+
+    every write that was sent has been answered                  that is certain, with any server
+    the server has closed the connection (EOF, reset)            see below
+    the kernel has given up the peer (keepalive, no route)       nothing is known
+
+A server whose process dies ends its connections when its last system call is done, so the second holds for
+every server that crashes or is stopped. nbdkit and nbd-server, when they close a connection of their
+own accord, do so after the requests under way have ended, and so do we. qemu-nbd shuts the socket first
+when a client breaks the protocol or leaves, which we do neither of while a write is owed. After the
+third, a server beyond a cut network may still carry out a write that it had received, when
+the network is whole again: nothing in NBD could tell. What began to be sent, but not all of it, is
+never carried out: it is no request.
+
+`wait_until_ended` waits for all connections to one export that were given up, whichever device they belonged to.
+
+*Timeouts.* A request is too late when it has waited for the time that its URI gives it (see `nbd_uri`) and
+nothing at all has come on the connection lately; or, while other data comes, when it has waited
+TALKING_FACTOR times as long: a slow link with much in flight is not a server that hangs. It is looked
+at TICKS times in that time. TCP's keepalive finds a server that has vanished.
 """
 
 import asyncio
 import contextlib
 import errno as errnos
+import logging
 import os
 import socket
 from collections.abc import Callable
 from typing import Final
 
-from nbdtarget.clock import timeout
+from nbdtarget.clock import LoopClock, Timer, timeout
 from nbdtarget.devices.base import EXTENTS_MAX
 from nbdtarget.devices.nbd_uri import NbdUri
 from nbdtarget.errors import ResolveError
@@ -32,13 +57,28 @@ from protocol.client import (
     ClientTransmission,
     Completion,
 )
-from protocol.consts import CMD_DISC, EIO
+from protocol.consts import (
+    CMD_BLOCK_STATUS,
+    CMD_CACHE,
+    CMD_DISC,
+    CMD_NAMES,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    EIO,
+)
 from protocol.errors import ReplyError
 
-__all__ = ["NbdConnection", "connect"]
+__all__ = ["NbdConnection", "connect", "wait_until_ended"]
 
-CONNECT_TIMEOUT_S: Final = 10.0  # each address
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S: Final = 10.0  # to resolve the name; and each address
 HANDSHAKE_TIMEOUT_S: Final = 10.0
+END_TIMEOUT_S: Final = 10.0  # for a connection that was given up, before the next one
+TICKS: Final = 4
+TALKING_FACTOR: Final = 4
 RECEIVES_MAX: Final = 32  # in one wake-up, so that the loop gets to others
 BUFFERS_MAX: Final = 512  # of one sendmsg; Linux takes 1024
 SOCKET_BUFFER: Final = 4 << 20  # bytes; the kernel may grant less
@@ -49,6 +89,12 @@ KEEPALIVE_PROBES: Final = 6
 
 _HANDSHAKE_RECEIVE: Final = 16 << 10
 
+_READING: Final = frozenset({CMD_READ, CMD_CACHE, CMD_BLOCK_STATUS})
+_WRITING: Final = frozenset({CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES})
+_clock: Final = LoopClock()
+# Connections that were given up, and have not ended.
+_given_up: list["NbdConnection"] = []
+
 _Address = str | tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 
 
@@ -58,10 +104,15 @@ class NbdConnection:
     Attributes:
         negotiated: what the handshake led to.
         in_flight: requests that have no answer yet.
+        ended: see *The end* in the module head.
     """
 
-    def __init__(self, sock: socket.socket, handshake: ClientHandshake) -> None:
+    def __init__(
+        self, sock: socket.socket, handshake: ClientHandshake, uri: NbdUri
+    ) -> None:
         assert handshake.negotiated is not None
+        self.uri = uri
+        self.ended = asyncio.Event()
         self.negotiated: ClientNegotiated = handshake.negotiated
         self.in_flight = 0
         self._sock = sock
@@ -78,6 +129,14 @@ class NbdConnection:
         self._completed: Callable[[Completion], None] = _nobody
         self._lost: Callable[[str], None] = _nobody
         self._is_open = True
+        self._is_given_up = False
+        self._is_garbled = (
+            False  # what comes is no protocol: nothing is parsed any more
+        )
+        self._ticker: Timer | None = None
+        self._tick_s = _tick_s(uri)
+        self._seen: dict[int, float] = {}  # cookie: how long it has been seen waiting
+        self._has_heard = False
 
     def start(
         self, completed: Callable[[Completion], None], lost: Callable[[str], None]
@@ -108,6 +167,8 @@ class NbdConnection:
         if payload is not None:
             self._out.append(payload)
         self.in_flight += 1
+        if self._ticker is None and self._tick_s:
+            self._ticker = _clock.call_later(self._tick_s, self._tick)
         if self._send_is_due or self._writer_is_set:
             return
         if self.in_flight == 1:
@@ -116,15 +177,49 @@ class NbdConnection:
             self._send_is_due = True
             self._loop.call_soon(self._send_out)
 
-    def fail_all(self) -> list[Completion]:
-        """The requests that have no answer, as if answered with EIO."""
+    def give_up(self) -> list[Completion]:
+        """Take back everything that is in flight, as if answered with EIO. Nothing more is sent."""
+        transmission = self._transmission
         self.in_flight = 0
-        return self._transmission.fail_all(EIO)
+        self._is_given_up = True
+        self._lost = _ignore
+        if not self._is_open or self._is_garbled:
+            given_up = list(filter(_is_awaited, transmission.fail_all(EIO)))
+        else:
+            given_up = transmission.abandon(EIO, _is_awaited)
+            unsent = sum(type(piece) is bytes for piece in self._out)
+            if self._out and type(self._out[0]) is not bytes:
+                unsent += 1  # it was sent in part
+            cookies = list(transmission.in_flight)
+            transmission.forget(cookies[len(cookies) - unsent :])
+            self._out.clear()
+            self._end_if_answered()
+        if not self.ended.is_set():
+            _given_up.append(self)
+        return given_up
+
+    def give_up_reads(self) -> list[Completion]:
+        """Take back the reads that are in flight, as if answered with EIO; the rest goes on."""
+        if not self._is_open or self._is_given_up:
+            return []
+        given_up = self._transmission.abandon(EIO, _is_awaited_read)
+        self.in_flight -= len(given_up)
+        return given_up
+
+    def _end_if_answered(self) -> None:
+        """Close, if the connection is given up and no write is owed an answer."""
+        in_flight = self._transmission.in_flight.values()
+        if self._is_given_up and not any(
+            each.command in _WRITING for each in in_flight
+        ):
+            self._shut()
 
     def close(self) -> None:
         """Say goodbye if the server still listens, and close. Idempotent."""
         if not self._is_open:
             return
+        if self._is_given_up:
+            return  # it closes by itself, when the server has ended
         if self._transmission.error is None and not self._out:
             goodbye = self._transmission.request(CMD_DISC, 0, 0, 0, 0)
             # The server may be gone or its socket full: it learns by the close.
@@ -138,13 +233,52 @@ class NbdConnection:
         if self._writer_is_set:
             self._loop.remove_writer(self._fd)
             self._writer_is_set = False
+        if self._ticker is not None:
+            self._ticker.cancel()
         self._out.clear()
         self._sock.close()
+        self.ended.set()
+        if self in _given_up:
+            _given_up.remove(self)
 
     def _fail(self, reason: str) -> None:
         if self._is_open:
             self._shut()
             self._lost(reason)
+
+    def _garbled(self, reason: str) -> None:
+        """The server breaks the protocol: read nothing more but the end."""
+        if not any(
+            each.command in _WRITING for each in self._transmission.in_flight.values()
+        ):
+            self._fail(reason)
+            return
+        self._is_garbled = True
+        self._out.clear()
+        if self._writer_is_set:
+            self._loop.remove_writer(self._fd)
+            self._writer_is_set = False
+        with contextlib.suppress(OSError):  # it has gone: the reader will see
+            self._sock.shutdown(socket.SHUT_WR)
+        self._lost(reason)
+
+    def _tick(self) -> None:
+        """Look whether a request has waited for too long."""
+        self._ticker = None
+        seen, heard = self._seen, self._has_heard
+        self._seen, self._has_heard = {}, False
+        for cookie, request in self._transmission.in_flight.items():
+            if request.private is None:
+                continue  # given up already
+            waited = self._seen[cookie] = seen.get(cookie, -self._tick_s) + self._tick_s
+            is_read = request.command in _READING
+            limit = self.uri.read_timeout_s if is_read else self.uri.write_timeout_s
+            if limit and waited >= limit * (TALKING_FACTOR if heard else 1):
+                name = CMD_NAMES[request.command]
+                self._lost(f"no answer to {name} within {limit:g} s")
+                return
+        if self._seen:
+            self._ticker = _clock.call_later(self._tick_s, self._tick)
 
     def _send_out(self) -> None:
         self._send_is_due = False
@@ -159,6 +293,8 @@ class NbdConnection:
             pass  # the rest waits for `_writable`
         except OSError as error:
             self._fail(_sentence(error))
+            return
+        if not self._is_open:
             return
         if bool(out) is not self._writer_is_set:
             self._writer_is_set = bool(out)
@@ -181,8 +317,13 @@ class NbdConnection:
 
     # hot: 0.15 CPU seconds a GiB in 256 KiB reads (scripts/bench_devices.py)
     def _readable(self) -> None:
+        if self._is_garbled:
+            self._read_to_the_end()
+            return
         transmission = self._transmission
         receive = self._sock.recv_into
+        completed = self._completed
+        self._has_heard = True
         try:
             for _ in range(RECEIVES_MAX):
                 got = receive(transmission.get_buffer())
@@ -190,16 +331,49 @@ class NbdConnection:
                     self._fail("server hung up")
                     return
                 for completion in transmission.buffer_updated(got):
-                    self.in_flight -= 1
-                    self._completed(completion)
+                    if completion.private is not None:
+                        self.in_flight -= 1
+                        completed(completion)
+                if self._is_given_up:
+                    self._end_if_answered()
                 if not self._is_open:
-                    return  # an endio has closed us
+                    return  # an endio has closed us, or nothing more is owed
         except BlockingIOError:
             return
         except ReplyError as error:
-            self._fail(str(error))
+            self._garbled(str(error))
         except OSError as error:
             self._fail(_sentence(error))
+
+    def _read_to_the_end(self) -> None:
+        try:
+            while self._sock.recv(_HANDSHAKE_RECEIVE):
+                pass
+        except BlockingIOError:
+            return
+        except OSError as error:
+            logger.debug("%s: %s", self.uri, error)
+        self._shut()
+
+
+async def wait_until_ended(name: str, uri: NbdUri) -> None:
+    """Wait for the end of all connections to this export that were given up.
+
+    Raises: ResolveError: the server owes an answer to a write, and neither gives it nor closes.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with timeout(END_TIMEOUT_S):
+            for connection in tuple(_given_up):
+                if connection._loop is loop and connection.uri.identity == uri.identity:
+                    await connection.ended.wait()
+    except TimeoutError:
+        raise ResolveError(
+            name,
+            "writes of the connection before may still be under way: the server has neither"
+            " answered them nor closed the connection. If it hangs, restart it",
+            errnos.EBUSY,
+        ) from None
 
 
 async def connect(name: str, uri: NbdUri) -> NbdConnection:
@@ -213,7 +387,7 @@ async def connect(name: str, uri: NbdUri) -> NbdConnection:
             handshake = await _shake_hands(sock, uri.export_name)
         if handshake.error is not None:
             raise ResolveError(name, str(handshake.error))
-        return NbdConnection(sock, handshake)
+        return NbdConnection(sock, handshake, uri)
     except TimeoutError:
         sock.close()
         reason = f"no NBD handshake within {HANDSHAKE_TIMEOUT_S:g} s"
@@ -278,11 +452,12 @@ async def _addresses(name: str, uri: NbdUri) -> list[tuple[int, _Address]]:
         )
     except (socket.gaierror, UnicodeError):
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(
-                uri.host, uri.port, type=socket.SOCK_STREAM
-            )
-        except (OSError, UnicodeError) as error:
-            reason = f"cannot resolve {uri.host}: {error}"
+            async with timeout(CONNECT_TIMEOUT_S):
+                found = await asyncio.get_running_loop().getaddrinfo(
+                    uri.host, uri.port, type=socket.SOCK_STREAM
+                )
+        except (OSError, UnicodeError) as error:  # also TimeoutError
+            reason = f"cannot resolve {uri.host}: {str(error) or 'timed out'}"
             raise ResolveError(name, reason, errnos.EHOSTUNREACH) from None
     return [(entry[0], entry[4]) for entry in found]
 
@@ -303,6 +478,24 @@ def _set_options(sock: socket.socket, family: int) -> None:
 def _sentence(error: OSError) -> str:
     text = os.strerror(error.errno) if error.errno else str(error)
     return text[:1].lower() + text[1:]
+
+
+def _tick_s(uri: NbdUri) -> float:
+    limits = [each for each in (uri.read_timeout_s, uri.write_timeout_s) if each]
+    return min(limits, default=0.0) / TICKS
+
+
+def _is_awaited(request: Completion) -> bool:
+    """Whether it has not been taken back already."""
+    return request.private is not None
+
+
+def _is_awaited_read(request: Completion) -> bool:
+    return request.command in _READING and request.private is not None
+
+
+def _ignore(_: str) -> None:
+    """It was given up: whoever did knows."""
 
 
 def _nobody(_: object) -> None:

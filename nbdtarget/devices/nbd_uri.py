@@ -4,12 +4,17 @@
     nbd://HOST[:PORT]/EXPORT            TCP; port 10809 by default; IPv6 in brackets
     nbd+unix:///EXPORT?socket=PATH      %00 first in PATH: an abstract socket
 
-Export name and socket path are %-decoded. Query keys that are not known are ignored.
+Export name and socket path are %-decoded. Query keys that are not known are ignored, here and by other
+programs. One is our own, and no part of what the URI names:
+
+    request-timeout=SECONDS    a request that the server does not answer for so long makes the
+                               connection lost; 0: none does. Without it, reads have a minute,
+                               and writes and flushes have all the time in the world
 """
 
 import os
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +25,8 @@ __all__ = ["NBD_PORT", "NBD_SCHEMES", "NbdUri", "parse_nbd_uri"]
 NBD_PORT: Final = 10809
 NBD_SCHEMES: Final = frozenset({"nbd", "nbd+unix"})
 EXPORT_NAME_MAX: Final = 4096  # bytes
+READ_TIMEOUT_S: Final = 60.0
+REQUEST_TIMEOUT_S_MAX: Final = 86_400
 _TLS_SCHEMES: Final = frozenset({"nbds", "nbds+unix"})
 
 
@@ -30,12 +37,15 @@ class NbdUri:
     Attributes:
         host, port: TCP; `host` is empty for a unix socket.
         socket_path: unix socket; starts with NUL if abstract; empty for TCP.
+        read_timeout_s, write_timeout_s: see `request-timeout`; 0: none.
     """
 
     export_name: str
     host: str = ""
     port: int = NBD_PORT
     socket_path: str = ""
+    read_timeout_s: float = READ_TIMEOUT_S
+    write_timeout_s: float = 0.0
 
     @property
     def identity(self) -> Hashable:
@@ -67,7 +77,8 @@ def parse_nbd_uri(name: str) -> NbdUri:
             raise ResolveError(name, "the URI names no host")
         # 0 is a port that the URI may well say; it is only not one to connect to.
         port = NBD_PORT if port is None else port
-        return NbdUri(export_name, unquote(parts.hostname), port)
+        host = unquote(parts.hostname)
+        return _with_timeout(name, NbdUri(export_name, host, port), query)
     if parts.netloc:
         raise ResolveError(
             name, "a unix URI has no host: nbd+unix:///EXPORT?socket=PATH"
@@ -77,7 +88,18 @@ def parse_nbd_uri(name: str) -> NbdUri:
         raise ResolveError(name, "the URI names no socket: add ?socket=PATH")
     if "\0" in path[1:]:
         raise ResolveError(name, "a socket path has no NUL byte")
-    return NbdUri(export_name, socket_path=path)
+    return _with_timeout(name, NbdUri(export_name, socket_path=path), query)
+
+
+def _with_timeout(name: str, uri: NbdUri, query: dict[str, str]) -> NbdUri:
+    text = query.get("request-timeout")
+    if text is None:
+        return uri
+    if not text.isdecimal() or int(text) > REQUEST_TIMEOUT_S_MAX:
+        reason = f"request-timeout is 0 to {REQUEST_TIMEOUT_S_MAX} seconds, not {text}"
+        raise ResolveError(name, reason)
+    seconds = float(text)
+    return replace(uri, read_timeout_s=seconds, write_timeout_s=seconds)
 
 
 def _query(text: str) -> dict[str, str]:

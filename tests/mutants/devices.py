@@ -15,6 +15,8 @@ FILE_HEALTH: Final = ("tests/nbdtarget/devices/test_file_health.py",)
 PAGE_CACHE: Final = ("tests/nbdtarget/devices/test_page_cache.py",)
 NBD: Final = ("tests/nbdtarget/devices/test_nbd.py",)
 
+NBD_LOSS: Final = ("tests/nbdtarget/devices/test_nbd_loss.py",)
+
 DEVICES: Final = (
     # ---- a file
     Mutant(
@@ -297,5 +299,45 @@ DEVICES: Final = (
             ),
         ),
         NBD,
+    ),
+    Mutant(
+        "nbd-reconnects-without-counting-the-loss",
+        "A server forgets unflushed writes, is connected again, and the next FLUSH succeeds.",
+        NBD_PY,
+        (("            self.health.note_loss()\n", ""),),
+        NBD_LOSS,
+    ),
+    Mutant(
+        "nbd-flush-covers-what-ended-meanwhile",
+        "A write that ends while a FLUSH runs is taken for flushed.",
+        NBD_PY,
+        (
+            (
+                "self._nr_flushed = self._nr_flushing",
+                "self._nr_flushed = self._nr_written",
+            ),
+        ),
+        NBD_LOSS,
+    ),
+    Mutant(
+        "nbd-takes-another-disk",
+        "A server comes back with another disk, and the device goes on with it.",
+        NBD_PY,
+        (("                self._check_same(connections)\n", ""),),
+        NBD_LOSS,
+    ),
+    Mutant(
+        "nbd-old-connection-overtakes-the-new-one",
+        "The device connects again while a write of the old connection is under way at the server.",
+        NBD_PY,
+        (("        await wait_until_ended(name, uri)\n", "        pass\n"),),
+        NBD_LOSS,
+    ),
+    Mutant(
+        "nbd-late-reply-into-a-buffer-given-back",
+        "The reply to a read that was given up is received into memory that is somebody else's by now.",
+        "protocol/client_transmission.py",
+        (("twin.buffer = sink[: request.length]", "twin.buffer = request.buffer"),),
+        NBD_LOSS,
     ),
 )

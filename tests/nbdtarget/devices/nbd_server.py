@@ -70,6 +70,7 @@ class StrictServer:
         self.nr_connections = 0
         self.nr_goodbyes = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> "StrictServer":
         self._server = await asyncio.start_unix_server(self._serve, self.path)
@@ -86,6 +87,13 @@ class StrictServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def hang_up_all(self) -> None:
+        """Close each connection, whatever is under way; what waits at the gate never happens."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        for writer in tuple(self._writers):
+            writer.close()
+
     def commands(self) -> list[int]:
         return [noted[0] for noted in self.noted]
 
@@ -95,6 +103,7 @@ class StrictServer:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self._writers.add(writer)
         self.nr_connections += 1
         try:
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -106,7 +115,11 @@ class StrictServer:
                 await self._shake_hands(reader, writer)
                 while await self._answer_one(reader, writer):
                     pass
+        except asyncio.CancelledError:
+            pass  # told to hang up
         finally:
+            self._tasks.discard(task)
+            self._writers.discard(writer)
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()

@@ -443,35 +443,6 @@ async def test_read_only_device_asks_until_the_server_is_back(
         await device.close()
 
 
-async def test_device_that_is_written_to_never_connects_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The server may have forgotten what it has answered: only opening it anew is honest."""
-    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 0.0)
-    async with StrictServer(tmp_path) as server:
-        device = await lost_device(server, read_only=False)
-        nr_connections = server.nr_connections
-        for _ in range(100):
-            await asyncio.sleep(0)
-        assert server.nr_connections == nr_connections
-        with pytest.raises(DeviceError):
-            await device.read(0, 512)
-        await device.close()
-
-
-async def test_another_disk_is_not_taken_for_the_one_that_was_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 0.001)
-    async with StrictServer(tmp_path) as server:
-        device = await lost_device(server, read_only=True)
-        server.disk += bytes(4096)
-        await until(lambda: "is another disk now" in caplog.text)
-        with pytest.raises(DeviceError):
-            await device.read(0, 512)
-        await device.close()
-
-
 async def test_close_ends_the_attempts_to_connect_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
