@@ -281,6 +281,13 @@ class Device:
         """
         return False
 
+    async def sync_attributes(self) -> bool:
+        """Make what `identify` tells durable, the time of the last change included.
+
+        False: it cannot be said. Durable: that, if this returns True.
+        """
+        return False
+
     async def _io(self, bio: Bio) -> None:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] | None = None

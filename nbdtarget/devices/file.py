@@ -62,7 +62,6 @@ from functools import partial
 from resource import RUSAGE_THREAD, getrusage
 from typing import Final
 
-from metadata.disks import Evidence, Mark
 from nbdtarget.bio import (
     FAST_ZERO,
     FUA,
@@ -84,7 +83,7 @@ from nbdtarget.devices.base import (
     Device,
     Extent,
 )
-from nbdtarget.devices.identity import identify_fd, mark_fd
+from nbdtarget.devices.file_identity import RecognisedFile
 from nbdtarget.devices.syscalls import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
@@ -146,7 +145,7 @@ class _Sync:
         self.held: list[_Sync] = []  # those that wait for this one
 
 
-class FileDevice(Device):
+class FileDevice(RecognisedFile):
     """An open regular file or block device. Made in `file_open.py`.
 
     Attributes:
@@ -295,14 +294,6 @@ class FileDevice(Device):
         if status:
             raise DeviceError(status, self.name, "extents", offset, length)
         return found
-
-    async def identify(self, role: str) -> Evidence:
-        look = partial(identify_fd, self.name, self._fd, self.size, role)
-        return await self._pool.ask(look, Evidence("", self.name, self.size))
-
-    async def mark(self, role: str, mark: Mark) -> bool:
-        write = partial(mark_fd, self._fd, role, mark)
-        return not self.read_only and await self._pool.ask(write, False)
 
     def _submit_slow(self, bio: Bio) -> None:
         """What does not go inline. Latched devices still read and write."""

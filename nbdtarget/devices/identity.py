@@ -35,6 +35,7 @@ __all__ = [
     "is_still_there",
     "mark_fd",
     "nbd_ids",
+    "sync_attributes_fd",
 ]
 
 BLOCK: Final = "block"
@@ -87,8 +88,18 @@ def mark_fd(fd: int, role: str, mark: Mark) -> bool:
     value = f"{mark.uuid.hex()} {mark.generation}".encode()
     try:
         os.setxattr(fd, XATTR + role, value)
-        # By a descriptor of its own: an error that the device's own flush must report is not
-        # taken away from it, as each open file is told of it once.
+    except OSError:
+        return False
+    return sync_attributes_fd(fd)
+
+
+def sync_attributes_fd(fd: int) -> bool:
+    """Make the times and marks of an open file durable; False: that cannot be said.
+
+    fdatasync does not do it. And it is done by a descriptor of its own: an error that the
+    device's own flush must report is not taken away from it, as each open file learns of it once.
+    """
+    try:
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False

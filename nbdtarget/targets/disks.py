@@ -278,8 +278,11 @@ class DiskRecords:
             if disk is None:
                 continue
             if not role.sample_at_start:
+                is_synced = False
                 if disk.mark_generation != NOT_MARKED and await self._mark(role):
                     disk = msgspec.structs.replace(disk, mark_generation=generation)
+                    is_synced = True
+                is_synced = is_synced or await role.device.sync_attributes()
                 found = await evidence_of(role)
                 sample = None
                 if offsets := samples.get(role.name):
@@ -288,7 +291,8 @@ class DiskRecords:
                     disk,
                     is_stopped=True,
                     size=found.size,
-                    mtime_ns=found.mtime_ns,
+                    # After a power cut the file may have an older time, unless that is durable.
+                    mtime_ns=found.mtime_ns if is_synced else 0,
                     sample=sample,
                 )
             disks.append(disk)
