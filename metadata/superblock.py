@@ -440,8 +440,8 @@ def _write(slot: int, copy: int, body: bytes, disks: bytes) -> Write:
     block = superblock_block(slot, copy)
     data, _ = seal(SUPERBLOCK_MAGIC, block, body)
     assert SECTOR_SIZE + len(disks) <= BLOCK_SIZE
-    end = SECTOR_SIZE + len(disks)
-    return Write(block * BLOCK_SIZE, data[:SECTOR_SIZE] + disks + data[end:], fua=True)
+    sealed = data[:SECTOR_SIZE] + disks + data[SECTOR_SIZE + len(disks) :]
+    return Write(block * BLOCK_SIZE, sealed, fua=True)
 
 
 @lru_cache(maxsize=16)

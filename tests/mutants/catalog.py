@@ -11,6 +11,7 @@ from tests.mutants.clone import CLONE
 from tests.mutants.clone_features import CLONE_FEATURES
 from tests.mutants.commit import COMMIT
 from tests.mutants.devices import DEVICES
+from tests.mutants.disks import DISKS
 from tests.mutants.mapped_device import MAPPED_DEVICE
 from tests.mutants.metadata import METADATA
 from tests.mutants.mutant import Mutant
@@ -31,6 +32,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *CLONE_FEATURES,
     *MAPPED_DEVICE,
     *DEVICES,
+    *DISKS,
     *POLICIES,
     *SERVER,
     *PORCELAIN,

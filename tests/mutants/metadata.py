@@ -46,8 +46,8 @@ METADATA: Final = (
         "metadata/superblock.py",
         (
             (
-                "return _write(slot, 0, body), _write(slot, 1, body)",
-                "return _write(slot, 0, body), _write(slot, 0, body)",
+                "return _write(slot, 0, body, record), _write(slot, 1, body, record)",
+                "return _write(slot, 0, body, record), _write(slot, 0, body, record)",
             ),
         ),
         CUTS,
@@ -58,8 +58,8 @@ METADATA: Final = (
         "metadata/superblock.py",
         (
             (
-                "Write(block * BLOCK_SIZE, data, fua=True)",
-                "Write(block * BLOCK_SIZE, data, fua=False)",
+                "return Write(block * BLOCK_SIZE, sealed, fua=True)",
+                "return Write(block * BLOCK_SIZE, sealed, fua=False)",
             ),
         ),
         CUTS,

@@ -23,7 +23,7 @@ from metadata.superblock import (
     superblock_writes,
 )
 from nbdtarget.clock import sleep
-from nbdtarget.devices import resolve
+from nbdtarget.devices import file_identity, identity, resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import ConstructorError, NbdTargetError, TableError
@@ -127,8 +127,7 @@ class Site:
         """Leave a cache in which the first blocks are mapped and clean."""
         async with self.served(self.cache(mode=mode)) as device:
             await device.message(0, ["pin", "0-4"])
-            while _nr_mapped(device) < 4:
-                await sleep(0.005)
+            await _promoted(device, 4)
 
     async def write_back(
         self, cache: str, origin: str, permissions: frozenset[Permission] = NOTHING
@@ -161,6 +160,12 @@ def _nr_dirty(device: MappedDevice) -> int:
 
 def _nr_mapped(device: MappedDevice) -> int:
     return int(str(_fields(device)["cache_blocks_used"]))
+
+
+async def _promoted(device: MappedDevice, nr_blocks: int) -> None:
+    """Wait until so many blocks are cached, and none is being copied."""
+    while int(str(_fields(device)["promotions"])) < nr_blocks:
+        await sleep(0.005)
 
 
 @pytest.fixture
@@ -477,8 +482,7 @@ async def test_invalidate_all_gives_up_what_is_clean_while_it_is_served(
 ) -> None:
     async with site.served(site.cache(mode="writethrough")) as device:
         await device.message(0, ["pin", "0-4"])
-        while _nr_mapped(device) < 4:
-            await sleep(0.005)
+        await _promoted(device, 4)
         with site.path("origin").open("r+b") as file:
             file.write(b"new" * 1000)
         assert bytes(await device.read(0, 3)) != b"new"
@@ -513,6 +517,20 @@ async def test_file_system_without_marks_is_no_error(
     await site.started(site.cache(origin="o2"))
     shutil.copyfile(site.path("o2"), site.path("oo"))
     assert "o2 is still there" in await site.refused(site.cache(origin="oo"))
+
+
+async def test_time_that_a_power_cut_may_take_back_is_not_recorded(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await site.half_cloned()
+    assert site.recorded("clone.meta", "destination").mtime_ns
+    for module in (identity, file_identity):
+        monkeypatch.setattr(module, "sync_attributes_fd", lambda fd: False)
+    await site.started(site.clone())
+    assert site.recorded("clone.meta", "destination").mtime_ns == 0
+    monkeypatch.undo()
+    os.utime(site.path("dest"))
+    await site.started(site.clone())
 
 
 async def test_metadata_without_a_record_take_the_disks_that_they_are_given(
