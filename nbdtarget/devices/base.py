@@ -125,6 +125,7 @@ class Device:
             WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
         rotational: what `is_rotational` says, of a device that does not ask others.
+        can_resize: `size` may be set to what `measure` says; else the disk has to be opened anew.
     """
 
     logical_block_size: int = 512
@@ -136,6 +137,7 @@ class Device:
     can_fast_zero: bool = False
     rotational: bool = False
     _pools: tuple[WorkerPool, ...] = ()
+    can_resize: bool = True
 
     def __init__(self, name: str, size: int, *, read_only: bool = False) -> None:
         self.name = name
@@ -184,7 +186,7 @@ class Device:
     async def measure(self) -> int:
         """Ask what lies below how large it is now, and return that; `size` stays what it was.
 
-        Raises: OSError.
+        Raises: OSError, ResolveError.
         """
         return self.size
 

@@ -132,6 +132,8 @@ class _Pieces:
 class NbdDevice(Device):
     """An export behind one or more connections. Made by `open_nbd`."""
 
+    can_resize = False
+
     def __init__(
         self,
         name: str,
@@ -227,6 +229,12 @@ class NbdDevice(Device):
         if given_up or queued:
             nr = len(given_up) + len(queued)
             logger.warning("%s: %d reads given up", self.name, nr)
+
+    async def measure(self) -> int:
+        # A server tells the size at the handshake, and never again.
+        connection = await connect(self.name, parse_nbd_uri(self.name))
+        connection.close()
+        return connection.negotiated.size // self._block * self._block
 
     async def close(self) -> None:
         self._is_lost = True

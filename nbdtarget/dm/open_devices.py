@@ -37,7 +37,8 @@ is served. A table that a person loads means what its names mean now.
 Disks grow while they are served, and a table that is loaded is judged by what it finds: an open device
 is measured anew. If it has grown, its `size` is the new one from then on; the live
 table goes on using what it had. If it has shrunk, that is known from then on, too, and stands beside
-the reason why a table does not fit.
+the reason why a table does not fit. What cannot change its size while it is open (`Device.can_resize`: a
+connection to an NBD server) is opened once more for the new table, as one that is latched is.
 
 A `TableContext` is what one target knows of all this. It remembers what its target opened
 and created, and `undo` gives everything back if the constructor, or a later one of the same
@@ -49,12 +50,12 @@ import errno as errnos
 import logging
 import os
 import re
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Container, Hashable, Iterable, Sequence
+from typing import Final, Protocol
 from urllib.parse import quote
 from weakref import WeakValueDictionary
 
-from nbdtarget.clock import Clock
+from nbdtarget.clock import Clock, timeout
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.table import TargetSpec
@@ -66,6 +67,7 @@ __all__ = ["MAPPER", "DeviceOpener", "OpenDevices", "TableContext", "absolute_na
 _log = logging.getLogger(__name__)
 
 MAPPER = "/dev/mapper/"
+MEASURE_S_MAX: Final = 2.0  # a server that hangs keeps no table from being loaded
 
 
 class DeviceOpener(Protocol):
@@ -173,18 +175,35 @@ class _Open:
         """Those of every opening of the same disk."""
         return self.uses + ([] if self.before is None else self.before.uses_of_disk)
 
-    async def measure(self) -> None:
-        """Look how large the device is by now."""
+    async def has_left_its_size(self) -> bool:
+        """Whether the disk must be opened once more for its size of now to be used.
+
+        Not while it holds metadata: two tables that are loaded have one object of them, on one device.
+        """
+        device = self.device
+        if device.can_resize or self.shared:
+            return False
+        return await self._measured_size() != device.size
+
+    async def _measured_size(self) -> int:
         device = self.device
         try:
-            size = await device.measure()
-        except OSError as error:
+            async with timeout(MEASURE_S_MAX):
+                return await device.measure()
+        except (OSError, ResolveError) as error:
             _log.warning(
                 "%s: cannot be measured, taken for as large as before: %s",
                 device.name,
-                error.strerror,
+                error or "no answer",
             )
+            return device.size
+
+    async def measure(self) -> None:
+        """Look how large the device is by now."""
+        device = self.device
+        if not device.can_resize:
             return
+        size = await self._measured_size()
         if size == device.size:
             return
         is_larger = size > device.size
@@ -248,16 +267,28 @@ class OpenDevices:
         return lock
 
     async def open_path(
-        self, name: str, holder: MappedDevice, *, read_only: bool, shared: bool
+        self,
+        name: str,
+        holder: MappedDevice,
+        *,
+        read_only: bool,
+        shared: bool,
+        measured: Container[Device] = (),
     ) -> _Use:
-        """Open or share a device that is not a mapped one. Raises: ResolveError."""
+        """Open or share a device that is not a mapped one. Raises: ResolveError.
+
+        Args:
+            measured: devices whose size is known to be right.
+        """
         identity = self.opener.identity(name)
         async with self._lock(identity):
             opened = self._opens.get(identity)
             if opened is None:
                 device = await self.opener.open_device(name, read_only=read_only)
                 opened = _Open(identity, device, read_only=read_only)
-            elif not opened.device.health.is_usable:
+            elif not opened.device.health.is_usable or (
+                opened.device not in measured and await opened.has_left_its_size()
+            ):
                 return await self._use_anew(
                     name, opened, holder, read_only=read_only, shared=shared
                 )
@@ -272,7 +303,10 @@ class OpenDevices:
         read_only: bool,
         shared: bool,
     ) -> _Use:
-        """Open a disk whose open device is latched or lost once more. Raises: ResolveError."""
+        """Open a disk once more whose open device is latched, lost, or of another size by now.
+
+        Raises: ResolveError.
+        """
         try:
             device = await old.device.reopened(name, read_only=read_only)
             if device is None:
@@ -283,6 +317,7 @@ class OpenDevices:
             # What is only read cannot lie; and a source looks for its server by itself.
             return self._use(name, old, holder, read_only=True, shared=shared)
         new = _Open(old.identity, device, read_only=read_only, before=old)
+        new.size_max = max(old.size_max, device.size)
         self._unusable.append(old)
         try:
             use = self._use(name, new, holder, read_only=read_only, shared=shared)
@@ -544,7 +579,16 @@ class TableContext:
             return await opens.keep_open(
                 kept, path, holder, read_only=read_only, shared=shared
             )
-        return await opens.open_path(path, holder, read_only=read_only, shared=shared)
+        use = await opens.open_path(
+            path,
+            holder,
+            read_only=read_only,
+            shared=shared,
+            measured=self._measured,
+        )
+        if not use.device.can_resize:
+            self._measured.add(use.device)  # just now
+        return use
 
     def _kept_as(self, path: str) -> Device | None:
         """Raises: ResolveError: more than one device is open under this name."""

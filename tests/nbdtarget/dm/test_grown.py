@@ -10,9 +10,11 @@ import pytest
 
 from nbdtarget.clock import sleep, timeout
 from nbdtarget.devices import resolve
+from nbdtarget.dm import open_devices
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import ConstructorError, DeviceError
+from tests.nbdtarget.devices.nbd_server import StrictServer
 
 MIB = 1 << 20
 S = MIB // 512  # sectors
@@ -157,3 +159,72 @@ async def test_clone_is_followed_by_the_new_room_of_its_destination(
             await sleep(0.01)
     data = (server.directory / "dest").read_bytes()
     assert data == b"c" * 4096 + b"s" * (MIB - 4096) + bytes(MIB - 4096) + b"d" * 4096
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_grown_export_of_an_nbd_server_is_used_by_the_next_table(
+    server: Server, read_only: bool
+) -> None:
+    async with StrictServer(server.directory, MIB) as nbd:
+        line = f"linear {nbd.uri} 0"
+
+        async def load(nr_sectors: int) -> None:
+            await server.registry.load(
+                "d", f"0 {nr_sectors} {line}", read_only=read_only
+            )
+            await server.registry.resume("d")
+
+        device = await server.registry.create("d", f"0 {S} {line}", read_only=read_only)
+        nr_connections = nbd.nr_connections
+        await load(S)
+        assert nbd.nr_connections == nr_connections + 1  # it has asked for the size
+        nbd.disk += bytes(range(256)) * (MIB // 256)
+        await load(2 * S)
+        assert bytes(await device.read(MIB, 256)) == bytes(range(256))
+        if not read_only:
+            await device.write(2 * MIB - 512, b"b" * 512)
+            await device.flush()
+            assert nbd.disk[-512:] == b"b" * 512
+        assert device.losses == 0
+        del nbd.disk[MIB:]
+        with pytest.raises(
+            ConstructorError, match="has shrunk from 2097152 to 1048576"
+        ):
+            await load(2 * S)
+        await load(S)
+        assert bytes(await device.read(MIB - 512, 512)) == bytes(512)
+        await server.registry.remove("d")
+        assert server.registry.opens.lower_devices(device) == []
+
+
+async def test_cache_takes_the_new_room_of_an_origin_behind_nbd(server: Server) -> None:
+    server.size(MIB, "fast")
+    async with StrictServer(server.directory, 2 * MIB) as nbd:
+
+        def table(nr_sectors: int) -> str:
+            return f"0 {nr_sectors} cache meta fast {nbd.uri} 128 1 writeback smq 0"
+
+        device = await server.create(table(2 * S))
+        await device.write(0, b"c" * 4096)
+        nbd.disk += bytes(2 * MIB)
+        await server.load(table(4 * S))
+        await device.write(4 * MIB - 4096, b"d" * 4096)
+        await device.flush()
+        assert bytes(await device.read(4 * MIB - 4096, 4096)) == b"d" * 4096
+        assert bytes(await device.read(0, 4096)) == b"c" * 4096
+        await server.registry.remove("d")
+
+
+async def test_server_that_takes_no_second_connection_costs_a_moment_only(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_devices, "MEASURE_S_MAX", 0.05)
+    async with StrictServer(server.directory, MIB) as nbd:
+        device = await server.create(f"0 {S} linear {nbd.uri} 0")
+        nbd.greeting, nbd.is_silent = b"", True
+        async with timeout(5):
+            await server.load(f"0 {S} linear {nbd.uri} 0")
+        nbd.greeting = None
+        await device.write(0, b"a" * 512)
+        assert nbd.disk[:512] == b"a" * 512
+        await server.registry.remove("d")
