@@ -117,12 +117,13 @@ from metadata.errors import (
 from metadata.mode import Mode
 from metadata.operations import Flush, Steps
 from metadata.superblock import (
+    ALL_SLOTS,
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
     SUPERBLOCK_BLOCKS,
     format_superblocks,
     read_superblock_of,
-    superblock_writes,
+    write_superblock,
 )
 
 __all__ = [
@@ -272,7 +273,7 @@ class CacheMetadata(CacheBlocks):
             superblock=superblock,
             loaded=loaded,
             device_size=device_size,
-            unhealed=found.unhealed,
+            unhealed=ALL_SLOTS,
             notes=found.notes,
         )
 
@@ -299,7 +300,7 @@ class CacheMetadata(CacheBlocks):
     def changed(self) -> bool:
         """Whether anything is not durably committed, the transaction under way included.
 
-        True for ever after `abort`. True also while a superblock copy needs healing. Dirty bits
+        True for ever after `abort`. True also after opening, until both superblock slots are rewritten. Dirty bits
         and cleaned blocks do not count.
         """
         return (
@@ -310,7 +311,7 @@ class CacheMetadata(CacheBlocks):
             or self._resized
             or self._starting
             or (self._clearing and self._cleaned.any())
-            or (bool(self._unhealed) and self.mode is _RW)
+            or self.needs_rewrite
         )
 
     # Committing
@@ -422,7 +423,7 @@ class CacheMetadata(CacheBlocks):
             flags=self._superblock.flags | NEEDS_CHECK,
             nr_commits=self._superblock.nr_commits + 1,
         )
-        yield superblock_writes(superblock)
+        yield from write_superblock(superblock)
         yield Flush()
         self._superblock = superblock
 

@@ -42,7 +42,7 @@ from metadata.superblock import (
     RO_COMPAT_KNOWN,
     SUPERBLOCK_BLOCKS,
     read_superblock_of,
-    superblock_writes,
+    write_superblock,
 )
 
 __all__ = ["record_written_back", "restore_cache"]
@@ -90,7 +90,7 @@ def restore_cache(
     yield Flush()
     for generation in (content.generation - 1, content.generation):
         superblock = msgspec.structs.replace(superblock, generation=generation)
-        yield superblock_writes(superblock)
+        yield from write_superblock(superblock)
         yield Flush()
     return superblock
 
@@ -128,7 +128,7 @@ def record_written_back(
         loaded.dirty & ~written_back,
     )
     yield Flush()
-    yield superblock_writes(after)
+    yield from write_superblock(after)
     yield Flush()
     return after
 

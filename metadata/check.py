@@ -45,7 +45,7 @@ from metadata.superblock import (
     read_area,
     read_superblock,
     superblock_block,
-    superblock_writes,
+    write_superblock,
 )
 
 __all__ = [
@@ -239,11 +239,11 @@ def mend_of(
         area = yield from read_area(device_size)
         copies = open_copies_of(anatomy.kind, area)[slot]
         valid = [copy.superblock for copy in copies if copy.superblock]
-        yield superblock_writes(max(valid, key=lambda each: each.generation))
+        yield from write_superblock(max(valid, key=lambda each: each.generation))
         done.append(f"superblock slot {slot} has two good copies again")
     if clear_needs_check and findings.needs_check:
         superblock = findings.superblock
-        yield superblock_writes(
+        yield from write_superblock(
             msgspec.structs.replace(
                 superblock,
                 generation=superblock.generation + 1,

@@ -35,8 +35,8 @@ the compaction began, and these are all journaled again. (3) Setting a bit twice
 A snapshot that a transaction writes itself is exact: chunks that change meanwhile are saved first.
 
 Flags. `clean_shutdown` on disk says: an orderly suspend was the last thing that this metadata
-has recorded. It is set by `pre_commit(clean_shutdown=True)` and cleared by every other commit, so
-never by opening alone. Since bits of a clone are right after any crash, it informs people and
+has recorded. It is set by `pre_commit(clean_shutdown=True)` and cleared by every other commit that
+records a change, so never by opening alone. Since bits of a clone are right after any crash, it informs people and
 nobody relies on it; a changed bit that was lost in a crash leaves it set, over bits that are
 exactly those of the clean shutdown. (A cache, which trusts dirty bits because of it, must clear
 it by a commit of its own before the first block becomes dirty.)
@@ -84,6 +84,7 @@ from metadata.records import (
     snapshot_blocks_max,
 )
 from metadata.superblock import (
+    ALL_SLOTS,
     CLEAN_SHUTDOWN,
     SUPERBLOCK_BLOCKS,
     CloneSuperblock,
@@ -229,7 +230,7 @@ class CloneMetadata(JournaledMetadata):
             superblock=superblock,
             hydrated=hydrated,
             device_size=device_size,
-            unhealed=found.unhealed,
+            unhealed=ALL_SLOTS,
             notes=found.notes,
         )
 
@@ -285,14 +286,14 @@ class CloneMetadata(JournaledMetadata):
     def changed(self) -> bool:
         """Whether anything is not durably committed, the transaction under way included.
 
-        True for ever after `abort`. True also while a superblock copy needs healing.
+        True for ever after `abort`. True also after opening, until both superblock slots are rewritten.
         """
         return (
             bool(self._active)
             or self._transaction is not None
             or self._aborted
             or self._has_new_disks
-            or (bool(self._unhealed) and self.mode is _RW)
+            or self.needs_rewrite
         )
 
     # Changing

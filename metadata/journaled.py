@@ -20,6 +20,11 @@ room), so the two cannot meet; the compaction ends without effect.
     arena:  | snapshot of `compact`, <= S | journal ...                                |
        or:  | abandoned, S or more        | snapshot of a commit, <= S | journal, >= 16 |
 
+Opening. What was read may be in a page cache and nowhere else (superblock.py, "Opening begins with a
+flush"). So an opening takes both superblock slots for unhealed, and the first resume makes two commits,
+one for each, before anything is acknowledged. A commit that only heals writes no record: each of its
+two writes can be lost or torn, and what was there before can be opened. Loading alone writes nothing.
+
 A kind brings its `Compaction` and its `JournaledTransaction`: what a change is, and how it is written.
 """
 
@@ -37,7 +42,7 @@ from metadata.superblock import (
     NR_SLOTS,
     RO_COMPAT_KNOWN,
     Superblock,
-    superblock_writes,
+    write_superblock,
 )
 
 __all__ = ["Compaction", "JournaledMetadata", "JournaledTransaction"]
@@ -152,6 +157,11 @@ class JournaledMetadata:
     def recorded_disks(self) -> bytes:
         """The record that is durable."""
         return self._superblock.disks
+
+    @property
+    def needs_rewrite(self) -> bool:
+        """Whether a superblock slot has yet to be rewritten: by the next commit, or the one after."""
+        return bool(self._unhealed) and self.mode is _RW
 
     def fail(self) -> None:
         """Go to mode FAIL: everything raises FailedMetadata until it is opened again."""
@@ -283,7 +293,7 @@ class JournaledTransaction(Generic[C]):
         self._journaled = True
 
     def superblock(self) -> Steps[None]:
-        """Write both copies of the superblock, with FUA.
+        """Write both copies of the superblock with FUA, one after the other.
 
         Only after `journal` **and** the flushes of the data have succeeded.
 
@@ -306,7 +316,7 @@ class JournaledTransaction(Generic[C]):
             journal_blocks=self._chain.block - journal_block,
             journal_digest=self._chain.digest,
         )
-        yield superblock_writes(self._next)
+        yield from write_superblock(self._next)
         self._written = True
 
     def done(self) -> None:

@@ -8,6 +8,7 @@ over an asynchronous device, over a plain file in an offline tool, and over a si
 whose power is cut between any two operations.
 
     Read(offset, length)        answered with `length` bytes
+    TryRead(offset, length)     the same; if the disk cannot read them, with `UNREADABLE` for each block
     Write(offset, data, fua)    answered with None, once it has ended
     Flush()                     answered with None, once it has ended
     ()                          nothing to do: let others run (a step may take milliseconds)
@@ -20,11 +21,24 @@ ended before the generator is closed: a late Write would land on what is written
 """
 
 from collections.abc import Generator
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
-__all__ = ["Answer", "Flush", "Operation", "Read", "Steps", "Write", "read"]
+__all__ = [
+    "UNREADABLE",
+    "Answer",
+    "Flush",
+    "Operation",
+    "Read",
+    "Steps",
+    "TryRead",
+    "Write",
+    "read",
+]
 
 T = TypeVar("T")
+
+# Stands for a block that a disk cannot read: neither zeroes nor anything of ours.
+UNREADABLE: Final = b"\xee" * 4096
 
 
 class Read(NamedTuple):
@@ -32,6 +46,12 @@ class Read(NamedTuple):
 
     offset: int
     length: int
+
+
+class TryRead(Read):
+    """As `Read`, of blocks without which the reader can go on: see the module head."""
+
+    __slots__ = ()
 
 
 class Write(NamedTuple):
@@ -56,9 +76,9 @@ Steps: TypeAlias = Generator[
 ]
 
 
-def read(offset: int, length: int) -> Steps[memoryview]:
-    """Read `length` bytes from `offset`."""
-    answer = yield Read(offset, length)
+def read(offset: int, length: int, how: type[Read] = Read) -> Steps[memoryview]:
+    """Read `length` bytes from `offset`, as `how` says."""
+    answer = yield how(offset, length)
     assert answer is not None
     assert not isinstance(answer, tuple)
     assert len(answer) == length, "a Read is answered in full"

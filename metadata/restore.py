@@ -27,7 +27,7 @@ from metadata.superblock import (
     RO_COMPAT_KNOWN,
     SUPERBLOCK_BLOCKS,
     CloneSuperblock,
-    superblock_writes,
+    write_superblock,
 )
 
 __all__ = ["restore"]
@@ -100,6 +100,6 @@ def restore(
     )
     for generation in (content.generation - 1, content.generation):
         superblock = msgspec.structs.replace(superblock, generation=generation)
-        yield superblock_writes(superblock)
+        yield from write_superblock(superblock)
         yield Flush()
     return superblock

@@ -8,24 +8,30 @@ Blocks 0 to 3 hold two **slots** of two **copies**, the copies of a slot apart:
 
     block 0: slot 0 copy 0    block 1: slot 1 copy 0    block 2: slot 0 copy 1    block 3: slot 1 copy 1
 
-Generation g goes to slot g % 2, both copies with FUA, after everything that it vouches for is
-durable. It is acknowledged when both copies are. Envelope and body lie in the first 512-byte
-sector of the block and the rest is zero, so a torn write leaves a copy old or new, never
-invalid. Formatting writes generations 0 and 1, hence all four copies are valid ever after.
-An **invalid** copy is therefore rot, never the trace of a crash.
+Generation g goes to slot g % 2, with FUA, after everything that it vouches for is durable: first
+copy 0, and copy 1 **when that has ended**. It is acknowledged when both are. So a power cut finds one
+copy under way at most, and a disk that loses the sector which it is writing loses one copy.
+Envelope and body lie in the first 512-byte sector of the block and the rest is zero, so a torn
+write leaves a copy old or new. Formatting writes generations 0 and 1, hence all four copies
+are valid ever after.
 
-A crash while generation N is written to slot s leaves each of its copies, on its own, at N-2
-or N; the other slot holds N-1 twice. With one rotten copy (X) on top, this is every case:
+An **invalid** copy holds something else, or cannot be read at all: each copy is read on its own, and an
+error of the disk is a fault of that copy. It is rot, or the sector that a power cut has spoilt.
+
+A crash while generation N is written to slot s leaves copy 0 at N-2 or N, and copy 1 at N-2 unless
+copy 0 is N; the other slot holds N-1 twice. With one invalid copy (X), this is every case:
 
     slot s        other slot    opens at   why that is right
     N-2, N-2      N-1, N-1      N-1        nothing of N arrived
     N  , N-2      N-1, N-1      N          valid, so what it vouches for is durable
     N  , N        N-1, N-1      N          the commit was complete
-    X  , N-2      N-1, N-1      N-1        X was N-2, or an N whose sibling never arrived: nobody
+    X  , N-2      N-1, N-1      N-1        X was N-2, or an N whose sibling was never written: nobody
                                            was told of it
+    N-2, X        N-1, N-1      N-1        X was N-2: copy 0 would be N
     N  , X        N-1, N-1      N          one good copy is enough
+    X  , N        N-1, N-1      N          one good copy is enough
     any of them   N-1, X        as above   one good copy is enough
-    X  , X        anything      refused    two rotten copies: it may have been the newest
+    X  , X        anything      refused    two invalid copies: it may have been the newest
     zeroes twice  0 and 0/zero  format     formatting was interrupted: see below
 
 The newest valid copy counts. A slot whose copies are not both valid and equal is **unhealed**:
@@ -34,7 +40,11 @@ counts the metadata as changed until commits have rewritten each unhealed slot; 
 is acknowledged on the strength of a single copy.
 
 Opening begins with a flush: after a kill (not a power cut) what we read may lie in a cache that
-no flush of ours has covered, and an acknowledgement could rest on it.
+no flush of ours has covered, and an acknowledgement could rest on it. After an I/O error in the
+same boot even that is not enough: a cache may show, and call clean, what never reached the disk.
+So whoever opens takes both slots for unhealed (journaled.py), and the first resume rewrites them.
+The first of these commits writes nothing but its superblock, and copy 0 before copy 1. Thus an X that
+was an N, and that can be read again later, is overwritten before what it vouches for is.
 
 Formatting writes slot 0 (generation 0), flushes, writes slot 1 (generation 1), flushes. A
 crash before the first flush leaves valid copies of generation 0 or zeroes, and slot 1 zero: that
@@ -77,9 +87,10 @@ from metadata.errors import (
     NotOurs,
     UnsupportedFormat,
 )
-from metadata.operations import Flush, Steps, Write, read
+from metadata.operations import UNREADABLE, Flush, Steps, TryRead, Write, read
 
 __all__ = [
+    "ALL_SLOTS",
     "CLEAN_SHUTDOWN",
     "CLONE",
     "COUNTER_MAX",
@@ -110,12 +121,14 @@ __all__ = [
     "superblock_block",
     "superblock_writes",
     "tag_of",
+    "write_superblock",
 ]
 
 SUPERBLOCK_MAGIC: Final = b"nbdt-sb\0"
 SECTOR_SIZE: Final = 512
 NR_SLOTS: Final = 2
 NR_COPIES: Final = 2
+ALL_SLOTS: Final = frozenset(range(NR_SLOTS))
 SUPERBLOCK_BLOCKS: Final = NR_SLOTS * NR_COPIES
 
 # Flags.
@@ -268,16 +281,21 @@ def superblock_block(slot: int, copy: int) -> int:
 
 
 def superblock_writes(superblock: Superblock) -> tuple[Write, Write]:
-    """Return the FUA writes of both copies; they may be carried out at the same time.
-
-    Durable: the generation, once both have ended. Only call when what it vouches for is.
-    """
+    """Return the FUA writes of both copies: the second only after the first has ended."""
     record = superblock.disks
     stored = msgspec.structs.replace(superblock, disks=_reference(record))
     body = _ENCODER.encode(stored)
     assert HEADER_SIZE + len(body) <= SECTOR_SIZE, "a torn copy must be old or new"
     slot = superblock.generation % NR_SLOTS
     return _write(slot, 0, body, record), _write(slot, 1, body, record)
+
+
+def write_superblock(superblock: Superblock) -> Steps[None]:
+    """Write both copies, one after the other.
+
+    Durable: the generation, when this returns. Only call when what it vouches for is.
+    """
+    yield from superblock_writes(superblock)
 
 
 def format_superblocks(superblock: S) -> Steps[S]:
@@ -288,7 +306,7 @@ def format_superblocks(superblock: S) -> Steps[S]:
     assert superblock.generation == 0
     for generation in range(NR_SLOTS):
         superblock = msgspec.structs.replace(superblock, generation=generation)
-        yield superblock_writes(superblock)
+        yield from write_superblock(superblock)
         # FUA alone would do; the flush also orders the zeroes that the owner found.
         yield Flush()
     return superblock
@@ -310,7 +328,7 @@ def read_superblock_of(kind: SuperblockType[S], device_size: int) -> Steps[Found
 
 
 def read_area(device_size: int) -> Steps[memoryview]:
-    """Flush, then read the four blocks.
+    """Flush, then read the four blocks, each on its own: one that cannot be is `UNREADABLE`.
 
     Raises: NotOurs, MetadataTooSmall: they do not fit.
     """
@@ -322,7 +340,13 @@ def read_area(device_size: int) -> Steps[memoryview]:
         if any(head) and not is_cut_short:
             raise NotOurs("block 0", _describe(head))
         raise MetadataTooSmall(needed=area_size, given=device_size)
-    return (yield from read(0, area_size))
+    area = bytearray()
+    for block in range(SUPERBLOCK_BLOCKS):
+        area += yield from read(block * BLOCK_SIZE, BLOCK_SIZE, TryRead)
+    if area == UNREADABLE * SUPERBLOCK_BLOCKS:
+        # It is not a fault of a copy: have the disk say what is wrong with it.
+        return (yield from read(0, area_size))
+    return memoryview(area)
 
 
 def open_copies(area: memoryview) -> list[list[Copy]]:
@@ -484,10 +508,11 @@ def _open_copy(
     """Open one copy. Only what no rot can produce (a valid digest) may raise here."""
     block = superblock_block(slot, copy)
     where = f"superblock slot {slot} copy {copy} (block {block})"
+    data = _block_of(area, slot, copy)
+    if data == UNREADABLE:
+        return CopyOf(None, f"{where} cannot be read")
     try:
-        opened = open_envelope(
-            SUPERBLOCK_MAGIC, block, _block_of(area, slot, copy), where
-        )
+        opened = open_envelope(SUPERBLOCK_MAGIC, block, data, where)
     except CorruptMetadata as error:
         return CopyOf(None, str(error))
     try:
@@ -516,7 +541,10 @@ def _refuse_foreign(area: memoryview, copies: list[list[CopyOf[S]]]) -> None:
     for slot in range(NR_SLOTS):
         for copy in range(NR_COPIES):
             block = _block_of(area, slot, copy)
-            if bytes(block[: len(SUPERBLOCK_MAGIC)]) == SUPERBLOCK_MAGIC:
+            if (
+                block == UNREADABLE
+                or bytes(block[: len(SUPERBLOCK_MAGIC)]) == SUPERBLOCK_MAGIC
+            ):
                 faults = [each.fault for pair in copies for each in pair]
                 raise CorruptMetadata(
                     "all superblocks", "a valid copy", "; ".join(faults)

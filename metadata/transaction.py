@@ -81,9 +81,14 @@ class Transaction(JournaledTransaction[Runs]):
         self, metadata: "CloneMetadata", runs: Runs, *, clean_shutdown: bool
     ) -> None:
         self.runs = runs
+        # A commit that only heals superblock copies leaves standing what they say.
+        has_changed = bool(runs) or metadata._has_new_disks
+        flags = 0 if has_changed else metadata._superblock.flags & CLEAN_SHUTDOWN
+        if clean_shutdown:
+            flags = CLEAN_SHUTDOWN
         superblock = msgspec.structs.replace(
             metadata._superblock,
-            flags=CLEAN_SHUTDOWN if clean_shutdown else 0,
+            flags=flags,
             # Between transactions, what is in core is what is committed and what this one takes.
             nr_hydrated=metadata.nr_hydrated,
         )

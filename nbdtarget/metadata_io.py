@@ -11,19 +11,31 @@ middle of something, and the caller decides between `abort` and `fail`.
 
 import asyncio
 import errno as errnos
+import logging
 import os
 from typing import Final, TypeVar
 
-from metadata.operations import Answer, Flush, Operation, Read, Steps, Write
+from metadata.operations import (
+    UNREADABLE,
+    Answer,
+    Flush,
+    Operation,
+    Read,
+    Steps,
+    TryRead,
+    Write,
+)
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import DeviceError
 
-__all__ = ["UNREADABLE", "run", "run_file"]
+__all__ = ["run", "run_file"]
 
 T = TypeVar("T")
 
-# Stands for a block that a disk cannot read: neither zeroes nor anything of ours.
-UNREADABLE: Final = b"\xee" * 4096
+log = logging.getLogger(__name__)
+
+# How disks report that they cannot read a sector; the page cache makes EIO of all of them.
+_CANNOT_READ: Final = frozenset({errnos.EIO, errnos.ENODATA, errnos.EILSEQ})
 
 
 async def run(device: Device, steps: Steps[T]) -> T:
@@ -75,7 +87,13 @@ async def _carry_out_all(
 
 async def _carry_out(device: Device, operation: Operation) -> Answer:
     if isinstance(operation, Read):
-        return await device.read(operation.offset, operation.length)
+        try:
+            return await device.read(operation.offset, operation.length)
+        except DeviceError as error:
+            if not isinstance(operation, TryRead) or error.errno not in _CANNOT_READ:
+                raise
+            log.warning("%s", error)
+            return _unreadable(operation.length)
     if isinstance(operation, Write):
         await device.write(operation.offset, operation.data, fua=operation.fua)
     else:
@@ -140,9 +158,11 @@ def _carry_out_fd(
     try:
         if isinstance(operation, Read):
             offset, length, verb = operation.offset, operation.length, "read"
-            if unreadable is None:
+            if unreadable is None and not isinstance(operation, TryRead):
                 return _pread(fd, offset, length)
-            return _pread_around(fd, offset, length, unreadable)
+            return _pread_around(
+                fd, offset, length, [] if unreadable is None else unreadable
+            )
         if isinstance(operation, Write):
             offset, length, verb = operation.offset, len(operation.data), "write"
             _pwrite(fd, offset, operation.data)
@@ -176,16 +196,20 @@ def _pread_around(
     try:
         return _pread(fd, offset, length)
     except OSError as error:
-        if error.errno != errnos.EIO:
+        if error.errno not in _CANNOT_READ:
             raise
     if length <= len(UNREADABLE):
         unreadable.append(offset)
-        return bytearray(UNREADABLE[:length])
+        return _unreadable(length)
     data = bytearray()
     for at in range(offset, offset + length, len(UNREADABLE)):
         size = min(len(UNREADABLE), offset + length - at)
         data += _pread_around(fd, at, size, unreadable)
     return data
+
+
+def _unreadable(length: int) -> bytearray:
+    return bytearray(UNREADABLE * -(-length // len(UNREADABLE)))[:length]
 
 
 def _pwrite(fd: int, offset: int, data: bytes | bytearray | memoryview) -> None:

@@ -8,6 +8,7 @@ chunks are made small while an image is built; a reader knows nothing of chunks.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -122,11 +123,9 @@ class Life:
         transaction = self.metadata.pre_commit()
         assert transaction is not None
         drive(self.store, transaction.journal())
-        for writes in transaction.superblock():
-            assert not isinstance(writes, Read | Write | Flush)
-            for write in writes[:copies]:
-                self.store.do(write)
-            break
+        for write in islice(transaction.superblock(), copies):
+            assert isinstance(write, Write)
+            self.store.do(write)
         if copies:
             bits = self.metadata.hydrated.tobytes()
             self.states[transaction.generation] = bits

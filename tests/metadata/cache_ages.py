@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -18,7 +19,7 @@ from bitarray import bitarray
 from metadata import cache_records, cache_transaction
 from metadata.cache import CacheMetadata, Discarded, Policy, Statistics
 from metadata.cache_superblock import CacheSuperblock, device_size_with
-from metadata.operations import Flush, Read, Steps, Write
+from metadata.operations import Steps, Write
 from tests.metadata.ages import run_bounded
 from tests.metadata.cache_reader import Held, live_ranges
 from tests.metadata.cache_small import BLOCK_SIZE, UUID, commit, start
@@ -145,11 +146,9 @@ class Life:
         transaction = self.metadata.pre_commit()
         assert transaction is not None
         drive(self.store, transaction.journal())
-        for writes in transaction.superblock():
-            assert not isinstance(writes, Read | Write | Flush)
-            for write in writes[:copies]:
-                self.store.do(write)
-            break
+        for write in islice(transaction.superblock(), copies):
+            assert isinstance(write, Write)
+            self.store.do(write)
         if copies:
             acknowledged = self.metadata._superblock
             self.metadata._superblock = transaction._next

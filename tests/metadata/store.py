@@ -147,6 +147,23 @@ def drive(store: Store, steps: Steps[T]) -> T:
             answer = tuple(store.do(each) for each in operation)
 
 
+def cut(store: Store, steps: Steps[object], rng: random.Random) -> Iterator[bytes]:
+    """Run `steps`; yield what a power cut may leave while each operation is under way, and after it."""
+    answer: Answer | tuple[Answer, ...] = None
+    while True:
+        try:
+            operation = steps.send(answer)
+        except StopIteration:
+            return
+        single = isinstance(operation, Read | Write | Flush)
+        operations = (operation,) if single else operation
+        tickets = [store.submit(each) for each in operations]  # type: ignore[arg-type]
+        yield from store.crash_images(rng)
+        answers = tuple(store.end(ticket) for ticket in tickets)
+        yield from store.crash_images(rng)
+        answer = answers[0] if single else answers
+
+
 def read_image(image: bytes, steps: Steps[T]) -> T:
     """Run `steps`, which must not write, over `image`."""
     view = memoryview(image)

@@ -27,7 +27,7 @@ from metadata.errors import (
 )
 from metadata.mode import Mode
 from metadata.operations import Flush, Write
-from metadata.superblock import superblock_writes
+from metadata.superblock import NR_SLOTS, superblock_writes
 from tests.metadata import small
 from tests.metadata.cache_small import (
     BLOCK_SIZE,
@@ -294,10 +294,13 @@ def test_nothing_changes_after_a_full_sync_has_begun(
     metadata.set_dirty(3)
 
 
-def test_start_after_an_unclean_shutdown_needs_no_commit(
+def test_start_after_an_unclean_shutdown_needs_no_commit_of_its_own(
     store: Store, metadata: CacheMetadata
 ) -> None:
     opened = open_on(store)
+    for _ in range(NR_SLOTS):
+        assert opened.needs_rewrite
+        commit(store, opened)
     drive(store, opened.start(dirty_log=False))
     assert opened.admits_changes
     assert not opened.changed

@@ -13,7 +13,6 @@ from metadata.cache import CacheMetadata
 from metadata.cache_content import read_cache_content
 from metadata.cache_dump import render_cache
 from metadata.errors import NotFormatted
-from metadata.operations import Answer, Flush, Read, Write
 from tests.metadata.cache_ages import held_by, open_cache
 from tests.metadata.cache_reader import Held, held_in, live_ranges
 from tests.metadata.cache_small import (
@@ -27,7 +26,7 @@ from tests.metadata.cache_small import (
     open_on,
     start,
 )
-from tests.metadata.store import Store, read_image
+from tests.metadata.store import Store, cut, read_image
 from tests.metadata.test_format import FIXTURES, FLAGS, Reader
 
 IMAGES = sorted(FIXTURES.glob("cache-*.img"))
@@ -160,20 +159,7 @@ def format_crash_images() -> list[bytes]:
         nr_cblocks=NR_CBLOCKS,
         uuid=UUID,
     )
-    images: list[bytes] = []
-    answer: Answer | tuple[Answer, ...] = None
-    try:
-        while True:
-            operation = steps.send(answer)
-            if isinstance(operation, Read | Write | Flush):
-                answer = store.do(operation)
-            else:
-                tickets = [store.submit(each) for each in operation]
-                images.extend(store.crash_images(rng))
-                answer = tuple(store.end(ticket) for ticket in tickets)
-            images.extend(store.crash_images(rng))
-    except StopIteration:
-        return images
+    return list(cut(store, steps, rng))
 
 
 def test_crash_while_formatting_leaves_it_formatted_or_formattable() -> None:

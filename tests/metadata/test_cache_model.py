@@ -166,7 +166,8 @@ class CacheModel(RuleBasedStateMachine):
         if self.transaction is not None:
             finish(self.store, self.transaction)
             self.committed = self.taken
-            self.recorded = set(self.dirty) if self.syncs else None
+            if not self.transaction.heals:
+                self.recorded = set(self.dirty) if self.syncs else None
         self.transaction = None
 
     @precondition(started)

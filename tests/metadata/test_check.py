@@ -73,7 +73,7 @@ def test_format_version_1_opens_for_ever(v1_image: bytes) -> None:
     assert hydrated == V1_HYDRATED
     assert (metadata.generation, metadata.clean_shutdown) == (5, True)
     assert metadata.uuid == bytes(range(16))
-    assert not metadata.changed
+    assert metadata.notes == ()
 
 
 def test_format_version_1_checks_clean(v1_image: bytes) -> None:

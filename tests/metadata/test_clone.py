@@ -18,7 +18,7 @@ from metadata.errors import (
 )
 from metadata.mode import Mode
 from metadata.operations import Flush, Write
-from metadata.superblock import format_superblocks, superblock_writes
+from metadata.superblock import NR_SLOTS, format_superblocks, superblock_writes
 from tests.metadata.small import (
     NR_REGIONS,
     SIZE,
@@ -106,7 +106,7 @@ def test_opening_writes_nothing_and_flushes_before_it_reads(
     assert isinstance(store.log[0], Flush)
     assert not any(isinstance(each, Write) for each in store.log)
     assert opened.uuid == UUID
-    assert not opened.changed
+    assert opened.needs_rewrite, "what was read may be in a page cache only"
 
 
 def test_unknown_ro_compat_feature_opens_read_only(store: Store) -> None:
@@ -208,3 +208,26 @@ def test_failed_metadata_answers_nothing(name: str, metadata: CloneMetadata) -> 
 def test_format_is_the_only_way_to_generation_0(metadata: CloneMetadata) -> None:
     with pytest.raises(AssertionError):
         next(format_superblocks(metadata._superblock))
+
+
+def test_commits_after_opening_rewrite_both_slots_and_say_what_they_said(
+    store: Store, metadata: CloneMetadata
+) -> None:
+    metadata.set_hydrated(0, 3)
+    commit(store, metadata, clean=True)
+    opened = open_on(store)
+    before = opened.generation
+    for nr in range(NR_SLOTS):
+        assert opened.changed
+        assert opened.needs_rewrite
+        log = len(store.log)
+        commit(store, opened)
+        written = [each for each in store.log[log:] if isinstance(each, Write)]
+        assert len(written) == 2, "both copies, and no record"
+        assert opened.generation == before + nr + 1
+        again = open_on(store)
+        assert (again.nr_hydrated, again.clean_shutdown) == (3, True)
+    assert not opened.changed
+    opened.set_hydrated(3, 4)
+    commit(store, opened)
+    assert not open_on(store).clean_shutdown

@@ -12,9 +12,9 @@ import pytest
 
 from metadata.clone import CloneMetadata
 from metadata.errors import MetadataError, NotFormatted
-from metadata.operations import Answer, Flush, Read, Steps, Write
+from metadata.operations import Flush, Steps
 from metadata.superblock import CloneSuperblock, superblock_writes
-from tests.metadata.store import Store, drive
+from tests.metadata.store import Store, cut, drive
 from tests.metadata.world import (
     NR_REGIONS,
     REGION_SIZE,
@@ -98,21 +98,7 @@ def format_crash_images() -> list[bytes]:
     """Return what a crash at any time while formatting may leave."""
     rng = random.Random(1)
     store = Store(CloneMetadata.device_size_min(NR_REGIONS))
-    steps = format_steps(store.size)
-    images: list[bytes] = []
-    answer: Answer | tuple[Answer, ...] = None
-    try:
-        while True:
-            operation = steps.send(answer)
-            if not isinstance(operation, Read | Write | Flush):
-                tickets = [store.submit(each) for each in operation]
-                images.extend(store.crash_images(rng))
-                answer = tuple(store.end(ticket) for ticket in tickets)
-            else:
-                answer = store.do(operation)
-            images.extend(store.crash_images(rng))
-    except StopIteration:
-        return images
+    return list(cut(store, format_steps(store.size), rng))
 
 
 def test_crash_while_formatting_leaves_it_formatted_or_formattable() -> None:

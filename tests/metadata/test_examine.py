@@ -18,10 +18,10 @@ from metadata.errors import (
     UnknownKind,
 )
 from metadata.kinds import CLONE, find_kind
-from metadata.operations import Answer, Flush, Read, Write
+from metadata.operations import Write
 from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK, superblock_writes
 from tests.metadata.ages import ages, opening
-from tests.metadata.store import Store, drive, read_image
+from tests.metadata.store import Store, cut, drive, read_image
 from tests.metadata.test_salvage import live_blocks, rot
 from tests.metadata.test_superblock import put_body
 
@@ -225,22 +225,11 @@ def test_power_cut_while_mending_loses_nothing() -> None:
     bits = read_image(image, read_content(len(image))).hydrated
     store = Store(len(image), image)
     steps = mend(store.size, heal=True, clear_needs_check=True)
-    answer: Answer | tuple[Answer, ...] = None
     nr_images = 0
-    while True:
-        try:
-            operation = steps.send(answer)
-        except StopIteration:
-            break
-        if isinstance(operation, Read | Write | Flush):
-            answer = store.do(operation)
-            continue
-        tickets = [store.submit(each) for each in operation]
-        for crashed in store.crash_images(rng):
-            nr_images += 1
-            content = read_image(crashed, read_content(len(crashed)))
-            assert content.hydrated == bits
-        answer = tuple(store.end(ticket) for ticket in tickets)
+    for crashed in cut(store, steps, rng):
+        nr_images += 1
+        content = read_image(crashed, read_content(len(crashed)))
+        assert content.hydrated == bits
     assert nr_images > 8
     assert opens(bytes(store.durable))
 

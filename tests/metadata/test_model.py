@@ -62,7 +62,7 @@ class CloneModel(RuleBasedStateMachine):
     @rule(clean=st.booleans())
     def pre_commit(self, clean: bool) -> None:
         changed = self.metadata.changed
-        assert changed == (self.bits != self.committed)
+        assert changed == (self.bits != self.committed or self.metadata.needs_rewrite)
         self.transaction = self.metadata.pre_commit(clean_shutdown=clean)
         assert self.transaction is not None or not changed
         self.taken = set(self.bits)

@@ -53,11 +53,13 @@ def test_restored_metadata_is_in_order_and_can_be_committed_to(age: str) -> None
     findings = drive(store, examine(SIZE))
     assert (findings.damage, findings.unhealed, findings.complete) == ((), (), True)
     metadata = drive(store, opening(SIZE))
+    while metadata.needs_rewrite:
+        commit(store, metadata)
     assert not metadata.changed
     metadata.set_hydrated(0, 1200)
     commit(store, metadata)
     report = read_image(bytes(store.durable), check(SIZE))
-    assert (report.nr_hydrated, report.generation) == (1200, content.generation + 1)
+    assert (report.nr_hydrated, report.generation) == (1200, content.generation + 3)
 
 
 @pytest.mark.parametrize("bits", ["0" * 1200, "1" * 1200, "01" * 600])

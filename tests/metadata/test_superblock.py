@@ -17,7 +17,7 @@ from metadata.errors import (
     NotOurs,
     UnsupportedFormat,
 )
-from metadata.operations import Write
+from metadata.operations import UNREADABLE, Write
 from metadata.superblock import (
     NEEDS_CHECK,
     SUPERBLOCK_MAGIC,
@@ -33,7 +33,7 @@ from tests.metadata.store import Store, drive
 UUID = bytes(range(16))
 N = 10  # the generation under way; slot 0
 
-NEW, OLD, ROT, ZERO = "new", "old", "rot", "zero"
+NEW, OLD, ROT, ZERO, LOST = "new", "old", "rot", "zero", "unreadable"
 
 
 def make_superblock(generation: int, **fields: object) -> CloneSuperblock:
@@ -73,6 +73,8 @@ def spoil(area: bytearray, slot: int, copy: int, how: str) -> None:
         area[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] = bytes(BLOCK_SIZE)
     elif how == ROT:
         area[block * BLOCK_SIZE + 40] ^= 0xFF
+    elif how == LOST:
+        area[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE] = UNREADABLE
 
 
 def area_of(slot_0: tuple[str, str], slot_1: tuple[str, str]) -> bytearray:
@@ -90,8 +92,8 @@ def choose(area: bytearray) -> Found:
     return choose_superblock(memoryview(area))
 
 
-STATES = list(product((NEW, OLD, ROT, ZERO), repeat=2))
-DAMAGES = list(product((OLD, ROT, ZERO), repeat=2))
+STATES = list(product((NEW, OLD, ROT, ZERO, LOST), repeat=2))
+DAMAGES = list(product((OLD, ROT, ZERO, LOST), repeat=2))
 
 
 @pytest.mark.parametrize("slot_1", DAMAGES, ids="-".join)
@@ -100,14 +102,20 @@ def test_newest_valid_copy_counts_unless_a_slot_has_none(
     slot_0: tuple[str, str], slot_1: tuple[str, str]
 ) -> None:
     area = area_of(slot_0, slot_1)
-    bad = {ROT, ZERO}
+    bad = {ROT, ZERO, LOST}
     if {*slot_0, *slot_1} == {ZERO}:
         with pytest.raises(NotFormatted):
             choose(area)
         return
     if set(slot_0) <= bad or set(slot_1) <= bad:
-        with pytest.raises(CorruptMetadata, match="a valid copy"):
+        with pytest.raises(CorruptMetadata, match="a valid copy") as caught:
             choose(area)
+        for slot, pair in enumerate((slot_0, slot_1)):
+            if set(pair) == {LOST} and (slot == 0 or not set(slot_0) <= bad):
+                for copy in range(2):
+                    assert f"block {superblock_block(slot, copy)}) cannot be read" in (
+                        str(caught.value)
+                    )
         return
     found = choose(area)
     assert found.superblock.generation == (N if NEW in slot_0 else N - 1)

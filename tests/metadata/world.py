@@ -75,12 +75,12 @@ class Process:
                 return
             if isinstance(operation, Read | Write | Flush):
                 operation = (operation,)
-            for index, each in enumerate(operation):
+            for each in operation:
                 if isinstance(each, Write) and mutant.superblock_without_fua:
                     each = each._replace(fua=False)
                 if isinstance(each, Flush) and self._skips_flush():
                     continue
-                if self.kind == "superblock" and index and mutant.single_copy:
+                if self.kind == "superblock" and self.written and mutant.single_copy:
                     continue
                 ticket = self.world.store.submit(each)
                 if isinstance(each, Write):

@@ -106,8 +106,8 @@ CACHE_TOOLS: Final = (
         "superblock-of-a-writeback-before-its-records",
         "A power cut leaves a superblock that vouches for records that never came.",
         RESTORE,
-        "    yield Flush()\n    yield superblock_writes(after)\n",
-        "    yield superblock_writes(after)\n",
+        "    yield Flush()\n    yield from write_superblock(after)\n",
+        "    yield from write_superblock(after)\n",
         RESTORE_TESTS,
     ),
     _mutant(
@@ -126,13 +126,13 @@ CACHE_TOOLS: Final = (
     yield Flush()
     for generation in (content.generation - 1, content.generation):
         superblock = msgspec.structs.replace(superblock, generation=generation)
-        yield superblock_writes(superblock)
+        yield from write_superblock(superblock)
         yield Flush()
 """,
         """\
     for generation in (content.generation - 1, content.generation):
         superblock = msgspec.structs.replace(superblock, generation=generation)
-        yield superblock_writes(superblock)
+        yield from write_superblock(superblock)
 """,
         RESTORE_TESTS,
     ),

@@ -14,6 +14,7 @@ CUTS: Final = (
 FORMATTING: Final = (
     "tests/metadata/test_crash.py::test_crash_while_formatting_leaves_it_formatted_or_formattable",
 )
+COPIES: Final = ("tests/metadata/test_unreadable_copies.py",)
 SUPERBLOCK: Final = (
     "tests/metadata/test_superblock.py",
     "tests/metadata/test_clone.py",
@@ -101,7 +102,7 @@ METADATA: Final = (
         "metadata/superblock.py",
         (
             (
-                "        yield superblock_writes(superblock)\n",
+                "        yield from write_superblock(superblock)\n",
                 "        if generation:\n"
                 "            first = msgspec.structs.replace(superblock, generation=0)\n"
                 "            yield (*superblock_writes(first), *superblock_writes(superblock))\n",
@@ -117,6 +118,49 @@ METADATA: Final = (
         SUPERBLOCK,
     ),
     Mutant(
+        "both-copies-written-at-once",
+        "A power cut spoils both sectors that are being written: no copy is left, and all is refused.",
+        "metadata/superblock.py",
+        (
+            (
+                "    yield from superblock_writes(superblock)\n",
+                "    yield superblock_writes(superblock)\n",
+            ),
+        ),
+        COPIES,
+    ),
+    Mutant(
+        "unreadable-copy-refuses-the-disk",
+        "One bad sector under one of four copies, and nothing is served any more.",
+        "metadata/superblock.py",
+        (("BLOCK_SIZE, BLOCK_SIZE, TryRead)", "BLOCK_SIZE, BLOCK_SIZE)"),),
+        COPIES,
+    ),
+    Mutant(
+        "what-was-read-at-open-believed",
+        "A superblock that is in a page cache only vouches for an acknowledged FLUSH.",
+        "metadata/clone.py",
+        (
+            (
+                "            unhealed=ALL_SLOTS,\n",
+                "            unhealed=found.unhealed,\n",
+            ),
+        ),
+        ("tests/metadata/test_clone.py",),
+    ),
+    Mutant(
+        "what-was-read-of-a-cache-believed",
+        "A superblock that is in a page cache only vouches for an acknowledged FLUSH.",
+        "metadata/cache.py",
+        (
+            (
+                "            unhealed=ALL_SLOTS,\n",
+                "            unhealed=found.unhealed,\n",
+            ),
+        ),
+        ("tests/metadata/test_cache.py",),
+    ),
+    Mutant(
         "rotten-slot-rolled-back",
         "Two rotten copies of the newest generation silently open the one before.",
         "metadata/superblock.py",
@@ -129,11 +173,11 @@ METADATA: Final = (
         SUPERBLOCK,
     ),
     Mutant(
-        "rotten-copy-never-healed",
-        "One good copy is relied on for ever: the next rot loses acknowledged commits.",
+        "rotten-copy-not-told-of",
+        "`metadata check` finds nothing to heal: the next rot loses acknowledged commits.",
         "metadata/superblock.py",
         (("            unhealed.add(slot)\n", ""),),
-        CUTS,
+        SUPERBLOCK,
     ),
     Mutant(
         "healed-after-one-slot",
@@ -286,8 +330,8 @@ METADATA: Final = (
                 "            self._late = [*getattr(self, '_late', []), operation]\n",
             ),
             (
-                "        yield superblock_writes(self._next)\n",
-                "        yield superblock_writes(self._next)\n"
+                "        yield from write_superblock(self._next)\n",
+                "        yield from write_superblock(self._next)\n"
                 "        for late in getattr(self, '_late', []):\n"
                 "            yield late\n"
                 "        yield Flush()\n",
@@ -353,8 +397,8 @@ METADATA: Final = (
         "metadata/transaction.py",
         (
             (
-                "CLEAN_SHUTDOWN if clean_shutdown else 0",
-                "CLEAN_SHUTDOWN if clean_shutdown else metadata._superblock.flags",
+                "flags = 0 if has_changed else metadata._superblock.flags & CLEAN_SHUTDOWN",
+                "flags = metadata._superblock.flags & CLEAN_SHUTDOWN",
             ),
         ),
         TRANSACTION,

@@ -12,12 +12,15 @@ table is suspended, and a full sync has recorded what it left. In the kernel's o
     4  passthrough, and a block is dirty                             EBUSY
        the origin is smaller, and a dirty block would be cut off     EFBIG
     -  the metadata device has no room for a cache grown so far      ENOSPC
+    -  rewrite one superblock slot by a commit that changes nothing, if the metadata were just opened:
+       what was read of it may be in a page cache only (metadata/journaled.py)
     5  resize the metadata: clean mappings behind an end are removed; so are all of them if the
        constructor has found that a disk was exchanged or changed without us
     6  load mappings into the policy, and discards
-    7  have CLEAN_SHUTDOWN cleared, durably, in the commit that makes 5 durable, too
+    7  have CLEAN_SHUTDOWN cleared, durably, in the commit that makes 5 durable, too, and that
+       rewrites the other slot
 
-A refusal, 1 to 4, changes nothing: neither on disk nor in core. So it costs nobody the recorded
+A refusal, 1 to 4, changes nothing: neither in core, nor what is recorded on disk. So it costs nobody the recorded
 dirty bits, and another table can be loaded and resumed. Here the kernel differs: to it, a shrink over a dirty
 block is a failure of the metadata, which then need a check.
 
@@ -95,6 +98,8 @@ class Activation:
             return self._parts.policy
         nr_cblocks = self._check()
         try:
+            if metadata.needs_rewrite:
+                await self._commit()
             await self._resize(nr_cblocks)
             await self._drop_stale()
             if not self._is_loaded or nr_cblocks != self._nr_cblocks:
@@ -224,12 +229,16 @@ class Activation:
         await self._parts.disks.prepare()
         starting = metadata.start(dirty_log=self._parts.options.dirty_log)
         await metadata_io.run(self._parts.metadata_device, starting)
+        await self._commit()
+        assert metadata.admits_changes
+        await self._parts.disks.confirm()
+
+    async def _commit(self) -> None:
+        """Raises: TableError."""
         if not await self._committer.commit():
             raise TableError(
                 "unable to resume cache: metadata commit failed", errnos.EIO
             )
-        assert metadata.admits_changes
-        await self._parts.disks.confirm()
 
 
 def _recorded(policy: Policy) -> RecordedPolicy:

@@ -289,12 +289,22 @@ class CloneTarget(Target):
     # Life
 
     async def preresume(self) -> None:
-        """Record, durably, which disks these are, and that they are in use."""
+        """Record, durably, which disks these are, and that they are in use.
+
+        If the metadata were just opened, the two commits that it takes rewrite both superblock slots:
+        what was read of them may be in a page cache only. The first of them changes nothing
+        (metadata/journaled.py).
+        """
         if self._committer.has_failed or not self._regions.is_writable:
             return
+        if self._metadata.needs_rewrite and not await self._committer.commit():
+            return  # it is in mode RO now, which `resume` looks at
         disks = self._parts.disks
         await disks.prepare()
-        if not disks.is_recorded and await self._committer.commit():
+        is_recorded = disks.is_recorded
+        if is_recorded and not self._metadata.needs_rewrite:
+            return
+        if await self._committer.commit() and not is_recorded:
             await disks.confirm()
 
     def resume(self) -> None:

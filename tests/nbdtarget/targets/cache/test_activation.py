@@ -21,12 +21,16 @@ RELOAD = "unable to resume cache due to missing proper cache table reload"
 EXTEND = "unable to extend cache due to missing cache table reload"
 
 
+# A commit without changes: both devices, both copies of one superblock slot, no record.
+HEAL = ["flush", "flush", "write", "write"]
+
+
 async def refusal(table: Table) -> tuple[str, int]:
-    """Why the table cannot be resumed; nothing is written, and no failure noted."""
+    """Why the table cannot be resumed; nothing is written but a healing commit, no failure noted."""
     table.bench.log.clear()
     with pytest.raises(TableError) as caught:
         await table.resume()
-    assert [op for _, op, _, _ in table.bench.log] == []
+    assert [op for _, op, _, _ in table.bench.log] in ([], HEAL)
     assert table.nr_failures == 0
     assert table.metadata.mode is Mode.RW
     return str(caught.value), caught.value.errno
