@@ -327,7 +327,7 @@ MATRIX: list[tuple[type[CacheRig], Workload, int, int]] = [
     (IdleCacheRig, policies, 96, 32),
     (IdleCacheRig, cache_that_shrinks_and_grows, 120, 60),
     (IdleCacheRig, failed_flush_of_the_cache, 54, 16),
-    (IdleCacheRig, failed_flush_of_the_origin, 64, 46),
+    (IdleCacheRig, failed_flush_of_the_origin, 64, 33),
     (IdleCacheRig, metadata_that_die_in_a_commit, 40, 7),
 ]
 
