@@ -4,7 +4,8 @@ run a whole server on a simulated one and replay it from a seed.
 
 What has no `Clock` takes its time from the functions here, and from nowhere else:
 
-    sleep, timeout     on the loop's time, which a simulated loop simulates
+    sleep, timeout, wait_within
+                       on the loop's time, which a simulated loop simulates
     monotonic_ns       how long a system call took, when to print the next line
     perf_counter_ns    how long a connection has polled its socket
     wall_clock_s       Unix time, for what people read; nothing is decided by it
@@ -12,10 +13,10 @@ What has no `Clock` takes its time from the functions here, and from nowhere els
 
 import asyncio
 from asyncio import sleep, timeout
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic_ns, perf_counter_ns
 from time import time as wall_clock_s
-from typing import Protocol
+from typing import Any, Protocol
 
 __all__ = [
     "Clock",
@@ -25,8 +26,20 @@ __all__ = [
     "perf_counter_ns",
     "sleep",
     "timeout",
+    "wait_within",
     "wall_clock_s",
 ]
+
+
+async def wait_within(
+    tasks: Iterable["asyncio.Task[Any]"], within_s: float | None
+) -> set["asyncio.Task[Any]"]:
+    """Wait until all `tasks` have ended, or for so many seconds (None: for ever); return those that have.
+
+    Nothing is cancelled, and what they raise stays in them.
+    """
+    done, _ = await asyncio.wait(tasks, timeout=within_s)
+    return done
 
 
 class Timer(Protocol):

@@ -43,7 +43,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from nbdtarget.clock import sleep
+from nbdtarget.clock import sleep, wait_within
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.paths import (
     ControlAddress,
@@ -276,7 +276,7 @@ class Daemon:
                 task.cancel()
                 total_s = self._bounds.total_s
                 bound_s = None if total_s is None else total_s + CANCEL_S_MAX
-                await asyncio.wait([task], timeout=bound_s)
+                await wait_within([task], bound_s)
         if not task.done():
             _log.error("what was begun at the start does not end: not waited for")
             _leave_at_once.append("start")
@@ -312,7 +312,7 @@ class Daemon:
         ending = asyncio.create_task(self._end_in_order())
         give_up = asyncio.create_task(self._give_up_reads())
         async with self._patient():
-            done, _ = await asyncio.wait([ending], timeout=self._bounds.devices_s)
+            done = await wait_within([ending], self._bounds.devices_s)
             give_up.cancel()
             if not done:
                 await self._commit_what_answers()
@@ -364,7 +364,7 @@ class Daemon:
         _log.error("leaving without waiting for: %s", "; ".join(hanging) or "the rest")
         if self._control is not None:
             closing = asyncio.create_task(self._control.close())
-            await asyncio.wait([closing], timeout=CONTROL_S_MAX)
+            await wait_within([closing], CONTROL_S_MAX)
 
 
 async def serve_until_stopped(

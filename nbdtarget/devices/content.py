@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Final, NamedTuple
 
+from nbdtarget.clock import monotonic_ns
 from nbdtarget.devices.base import EXTENT_DATA, Device
 from nbdtarget.errors import DeviceError
 
@@ -110,8 +111,7 @@ class _Look:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + LOOK_S_MAX
+        self._deadline_ns = monotonic_ns() + round(LOOK_S_MAX * 1e9)
         self.nr_bytes = 0
 
     async def maybe_content(self) -> str | None:
@@ -136,7 +136,7 @@ class _Look:
         return await self._look_at(_places(ranges, device.size))
 
     def _check_time(self) -> None:
-        if self._loop.time() >= self._deadline:
+        if monotonic_ns() >= self._deadline_ns:
             raise TimeoutError
 
     async def _read(self, offset: int, length: int) -> bytes:

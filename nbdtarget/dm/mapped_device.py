@@ -48,7 +48,7 @@ from functools import partial
 from typing import NoReturn
 
 from metadata.disks import Evidence
-from nbdtarget.clock import Clock, timeout
+from nbdtarget.clock import Clock, timeout, wait_within
 from nbdtarget.devices.base import EXTENTS_MAX, Extent, append_extent
 from nbdtarget.devices.identity import MAPPED
 from nbdtarget.dm.events import EventCounter
@@ -225,7 +225,7 @@ class MappedDevice(MappedIo):
         """Raises: TableError, ETIMEDOUT: the device is suspended as soon as it ends."""
         commit = self._last_commit
         assert commit is not None
-        done, _ = await asyncio.wait([commit], timeout=within_s)
+        done = await wait_within([commit], within_s)
         if not done:
             assert self.active is not None
             raise TableError(

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from nbdtarget.clock import Clock, LoopClock
+from nbdtarget.clock import Clock, LoopClock, wait_within
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
@@ -681,7 +681,7 @@ class Registry:
         }
         if not tasks:
             return []
-        done, _ = await asyncio.wait(tasks, timeout=within_s)
+        done = await wait_within(tasks, within_s)
         return [
             device.name
             for task, device in tasks.items()

@@ -105,8 +105,8 @@ CACHE_PARTS: Final = (
         "failed-metadata-are-taken-over",
         "A table is loaded over metadata that need a check, as if nothing had happened.",
         OPENING_PY,
-        "isinstance(metadata, kind) and metadata.mode is Mode.RW:",
-        "isinstance(metadata, kind):",
+        "and is_shared and metadata.mode is Mode.RW:",
+        "and is_shared:",
         CONSTRUCTOR,
     ),
     # ---- new metadata

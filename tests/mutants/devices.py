@@ -214,11 +214,11 @@ DEVICES: Final = (
         NBD_PY,
         (
             (
-                "        if self.read_only:\n            self._reconnecting",
-                "        if True:\n            self._reconnecting",
+                "            self.health.note_loss()\n        self.health.lose(",
+                "        self.health.lose(",
             ),
         ),
-        NBD,
+        NBD_LOSS,
     ),
     Mutant(
         "nbd-failed-discard-latches",
@@ -233,8 +233,8 @@ DEVICES: Final = (
         NBD_PY,
         (
             (
-                "            self._is_latched = True\n",
-                "            self._is_latched = False\n",
+                "        self._is_latched = True\n",
+                "        self._is_latched = False\n",
             ),
         ),
         NBD,

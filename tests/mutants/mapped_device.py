@@ -332,7 +332,7 @@ MAPPED_DEVICE: Final = (
         "loaded-table-gets-the-latched-device",
         "A table loaded to cure a latched disk gets the latched device once more.",
         "nbdtarget/dm/open_devices.py",
-        (("elif not opened.device.health.is_usable:", "elif False:"),),
+        (("elif not opened.device.health.is_usable or (", "elif ("),),
         ("tests/nbdtarget/dm/test_reopening.py",),
     ),
     Mutant(

@@ -88,8 +88,8 @@ SERVER: Final = (
         REQUESTS_PY,
         (
             (
-                "        self._check_owned(bio)\n        self.is_full(0)\n",
-                "        self._check_owned(bio)\n"
+                "        self._in_flight.add(bio)\n        self.is_full(0)\n",
+                "        self._in_flight.add(bio)\n"
                 "        if command == CMD_WRITE:\n"
                 "            self._reply_done(cookie, command)\n"
                 "        self.is_full(0)\n",
@@ -147,9 +147,10 @@ SERVER: Final = (
         CONNECTION_PY,
         (
             (
-                "        if self._requests is not None and self._requests.nr_requests:\n"
-                "            return\n        device, self._device",
-                "        device, self._device",
+                "                self._sock.close()\n            return\n"
+                "        self._sock.close()\n        device, self._device",
+                "                self._sock.close()\n"
+                "        self._sock.close()\n        device, self._device",
             ),
         ),
         REQUESTS,
@@ -160,9 +161,9 @@ SERVER: Final = (
         REQUESTS_PY,
         (
             (
-                "            self._host.flush_soon()\n        self._budget.give_back(1, 0)\n\n"
+                "            self._gate.ended(bio)\n        self._budget.give_back(1, 0)\n\n"
                 "    # ---- replies ----",
-                "            self._host.flush_soon()\n\n    # ---- replies ----",
+                "            self._gate.ended(bio)\n\n    # ---- replies ----",
             ),
         ),
         REQUESTS,
