@@ -41,10 +41,14 @@ _CANNOT_READ: Final = frozenset({errnos.EIO, errnos.ENODATA, errnos.EILSEQ})
 async def run(device: Device, steps: Steps[T]) -> T:
     """Run `steps` over `device` and return its result.
 
+    A flush also fails if the device has lost anything since the run began (`Device.losses`): what
+    `steps` has written may be gone, although the device goes on.
+
     Raises: DeviceError, after every operation under way has ended; whatever `steps` raises.
     Durable: what `steps` says.
     """
     answer: Answer | tuple[Answer, ...] = None
+    losses = device.losses
     try:
         while True:
             try:
@@ -55,6 +59,8 @@ async def run(device: Device, steps: Steps[T]) -> T:
                 return result
             if isinstance(operation, Read | Write | Flush):
                 (answer,) = await _carry_out_all(device, (operation,))
+                if isinstance(operation, Flush) and device.losses != losses:
+                    raise DeviceError(errnos.EIO, device.name, "flush", 0, 0)
             elif operation:
                 answer = await _carry_out_all(device, operation)
             else:

@@ -47,6 +47,7 @@ from metadata.operations import Steps
 from metadata.superblock import CLEAN_SHUTDOWN
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.errors import DeviceError, NbdTargetError
 from nbdtarget.metadata_io import run
 from nbdtarget.permissions import OTHER_DISK, Permission
@@ -284,6 +285,7 @@ class _Origin:
     """The origin, which is opened again after it has latched."""
 
     device: Device
+    _observer: FlushObserver
 
     def __init__(self, name: str, opener: Opener) -> None:
         self._name = name
@@ -292,7 +294,12 @@ class _Origin:
 
     async def open(self) -> None:
         self.device = await self._opener(self._name, False)
+        self._observer = FlushObserver(self.device)
         self._is_open = True
+
+    async def flush(self) -> None:
+        """Raises: DeviceError; also if the device went on after it had lost writes."""
+        await self._observer.flush()
 
     async def reopen(self) -> None:
         """Raises: ResolveError: it is gone, or somebody else was faster."""
@@ -378,7 +385,7 @@ class _Copy:
             await self._copy_all(rest, width, failures)
             good = [block for block in rest if block not in failures]
             try:
-                await self._origin.device.flush()
+                await self._origin.flush()
             except DeviceError as error:
                 await self._origin.reopen()
                 self._nr_done -= len(good)

@@ -67,16 +67,23 @@ class FlushObserver:
         Durable: every write to the devices that had ended when this was called.
         """
         mark = self.mark()
-        results = await asyncio.gather(
-            *(device.flush() for device in self._devices), return_exceptions=True
-        )
-        errors = [result for result in results if result is not None]
-        errno = self.end(mark, errnos.EIO if errors else 0)
-        if errors:
-            raise errors[0]
-        if errno:
+        try:
+            await self._flush_all()
+        except DeviceError as error:
+            self.end(mark, error.errno)
+            raise
+        if errno := self.end(mark, 0):
             names = ", ".join(device.name for device in self._devices)
             raise DeviceError(errno, names, "flush", 0, 0)
+
+    async def _flush_all(self) -> None:
+        if len(self._devices) == 1:
+            await self._devices[0].flush()
+            return
+        flushes = (device.flush() for device in self._devices)
+        for result in await asyncio.gather(*flushes, return_exceptions=True):
+            if result is not None:
+                raise result
 
 
 class _Mark(NamedTuple):

@@ -26,7 +26,7 @@ CACHE_TOOLS: Final = (
         "dirty-bits-cleared-before-the-origin-is-flushed",
         "A power cut after a writeback: what was dirty is in neither place for good.",
         WRITEBACK,
-        "                await self._origin.device.flush()\n",
+        "                await self._origin.flush()\n",
         "                pass\n",
         WRITEBACK_TESTS,
     ),

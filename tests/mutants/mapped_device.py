@@ -191,6 +191,30 @@ MAPPED_DEVICE: Final = (
         LOSSES,
     ),
     Mutant(
+        "writeback-believes-a-flush-after-a-loss",
+        "The origin's server was restarted: what it had not flushed is recorded as clean.",
+        "nbdtarget/offline_writeback.py",
+        (
+            (
+                "        await self._observer.flush()\n",
+                "        await self.device.flush()\n",
+            ),
+        ),
+        ("tests/nbdtarget/test_offline_writeback.py",),
+    ),
+    Mutant(
+        "metadata-believe-a-flush-after-a-loss",
+        "A superblock is written over a journal that the device has lost meanwhile.",
+        "nbdtarget/metadata_io.py",
+        (
+            (
+                "isinstance(operation, Flush) and device.losses != losses:\n",
+                "isinstance(operation, Flush) and device.losses < losses:\n",
+            ),
+        ),
+        ("tests/nbdtarget/test_metadata_io.py",),
+    ),
+    Mutant(
         "flush-to-one-stripe-only",
         "FLUSH reaches the first disk of a stripe set.",
         "nbdtarget/targets/striped.py",

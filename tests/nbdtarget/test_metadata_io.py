@@ -278,3 +278,19 @@ def test_read_past_the_end_of_a_file_is_an_error(path: Path) -> None:
 def test_error_of_the_steps_comes_out_of_a_file(path: Path) -> None:
     with pytest.raises(MetadataError):
         run_file(path, check(SIZE))
+
+
+async def test_flush_fails_if_the_device_has_lost_what_the_run_has_written() -> None:
+    device = RecordingDevice()
+    device.health.note_loss()  # before the run: nothing of it
+
+    def steps(loses: bool) -> Steps[None]:
+        yield Write(0, bytes(4096))
+        if loses:
+            device.health.note_loss()
+        yield Flush()
+
+    await run(device, steps(loses=False))
+    with pytest.raises(DeviceError, match="flush"):
+        await run(device, steps(loses=True))
+    await run(device, steps(loses=False))

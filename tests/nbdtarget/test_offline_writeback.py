@@ -401,6 +401,22 @@ def test_failed_flush_of_the_origin_proves_nothing() -> None:
     check_home(disks, DIRTY)
 
 
+def test_origin_that_goes_on_after_a_loss_gets_everything_again() -> None:
+    """As an NBD server that was restarted: its next flush succeeds, and proves nothing."""
+    disks = Disks(metadata_image())
+    losses = iter([True])
+
+    def progress(done: int, total: int) -> None:
+        if done and next(losses, False):
+            disks.devices["origin"].health.note_loss()
+
+    disks.progress = progress  # type: ignore[method-assign]  # once, for this test
+    answer = disks.run()
+    assert str(answer) == "3/3 blocks successfully copied"
+    assert disks.written("origin") == IN_ORDER * 2
+    check_home(disks, DIRTY)
+
+
 class DeadFlush(Disks):
     """An origin of which no flush ever succeeds."""
 

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.targets.log_writes.format import (
     DISCARD,
     FLUSH,
@@ -178,13 +179,14 @@ async def replay(
                 f"entry {found.nr}",
                 f"writes up to byte {end}, {target.name} has {target.size}",
             )
+    observer = FlushObserver(target)
     nr_replayed = 0
     async for found in select(reader, selection):
         if not selection.leaves_out(found.entry):
             await _replay_entry(reader, target, found)
         nr_replayed += 1
         await replayed(found)
-    await target.flush()
+    await observer.flush()
     return nr_replayed
 
 
