@@ -39,7 +39,22 @@ The life of `clean_shutdown`:
 Nothing but `resize_*` may be called before `admits_changes`, which the commit after `start` sets. A
 full sync is `prepare_shutdown` and pre_commit(clean_shutdown=True), when nothing is under way.
 
-After an unclean shutdown every mapped block counts as dirty. With **dirty_log** only those that may
+**Origin complete.** A cache that does not write back (writethrough, passthrough) says so when it starts, unless blocks
+are dirty still; then it is said with the commit after the last of them was written back. After a crash nothing is dirty
+then, and the origin has all that was promised. What the cache holds may differ from it: a write through
+that was not flushed may be on one device only, and the origin may have been used alone since, which its users are
+told that they may do. So `gives_up_mappings`, and `drop_clean` comes before `start`.
+
+    start            on disk             dirty in core              a crash leaves
+    writes_back      -                   any                        dirty: see below
+    not writes_back  -                   some, of a writeback past  dirty: see below
+    not writes_back  ORIGIN_COMPLETE     none                       the origin alone
+    not writes_back  ORIGIN_COMPLETE     the origin refused a       the origin alone: nobody has been promised
+                                         write through              that write, `vouches_for` says no. The
+                                                                    next commit, which `changed` asks for, takes
+                                                                    the flag back, and then FLUSH and FUA may end
+
+Else, after an unclean shutdown, every mapped block counts as dirty. With **dirty_log** only those that may
 be: the value of a block on disk says LOGGED before the block first turns dirty.
 
     clean --log_dirty--> wanted --commit done--> admitted --set_dirty--> dirty
@@ -311,6 +326,7 @@ class CacheMetadata(CacheBlocks):
             or self._resized
             or self._starting
             or (self._clearing and self._cleaned.any())
+            or (self.admits_changes and self.is_complete != self.is_recorded_complete)
             or self.needs_rewrite
         )
 

@@ -36,7 +36,7 @@ from metadata.errors import (
 from metadata.journaled import JournaledMetadata
 from metadata.mode import Mode
 from metadata.operations import Steps
-from metadata.superblock import CLEAN_SHUTDOWN
+from metadata.superblock import CLEAN_SHUTDOWN, ORIGIN_COMPLETE
 
 if TYPE_CHECKING:
     from metadata.cache_transaction import CacheTransaction
@@ -69,6 +69,9 @@ class CacheBlocks(JournaledMetadata):
         nr_mapped, nr_dirty, nr_logged: in core, in O(1).
         dirty: the bitmap in core, at least `nr_cblocks` long. Look, don't touch.
         dirty_log: whether LOGGED is kept; changed by `start` only.
+        writes_back: whether clients' writes may make blocks dirty; changed by `start` only.
+        gives_up_mappings: it was opened after a crash, and only the origin counts: `drop_clean`
+            comes before `start`.
         admits_changes: `clean_shutdown` is durably clear, and no full sync has begun.
     """
 
@@ -96,6 +99,8 @@ class CacheBlocks(JournaledMetadata):
         self.nr_dirty = loaded.dirty.count()
         self.dirty = loaded.dirty
         self.dirty_log = bool(superblock.incompat & DIRTY_LOG)
+        self.writes_back = True
+        self.gives_up_mappings = superblock.gives_up_mappings
         self.admits_changes = False
         self._values = loaded.values
         self._by_oblock = loaded.by_oblock
@@ -127,6 +132,19 @@ class CacheBlocks(JournaledMetadata):
     def is_recorded_clean(self) -> bool:
         """Whether CLEAN_SHUTDOWN is set on disk: nothing may have changed since a full sync."""
         return bool(self._superblock.flags & CLEAN_SHUTDOWN)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the next commit may say that the origin has everything.
+
+        One before `drop_clean` must: else its mappings would count again, and as dirty.
+        """
+        return self.gives_up_mappings or not (self.writes_back or self.nr_dirty)
+
+    @property
+    def is_recorded_complete(self) -> bool:
+        """Whether the disk says so: a crash now would give up all mappings."""
+        return bool(self._superblock.flags & ORIGIN_COMPLETE)
 
     @property
     def nr_cleaned(self) -> int:
@@ -176,13 +194,18 @@ class CacheBlocks(JournaledMetadata):
 
         So what is written to it is found again, if it is dirty: also after `abort`, when nothing
         can be recorded any more. May be false although the mapping is the same: if it was logged
-        or taken back since.
+        or taken back since; or if the disk says, or is about to say, that the origin has everything.
 
         Raises: FailedMetadata.
         """
         if self.mode is _FAIL:
             raise FailedMetadata
-        return bool(self._values[cblock]) and not self._is_uncommitted(cblock)
+        return (
+            bool(self._values[cblock])
+            and not self._is_uncommitted(cblock)
+            and not self.is_recorded_complete
+            and not (self._transaction is not None and self._transaction.completes)
+        )
 
     def may_insert(self, cblock: int) -> bool:
         """Tell whether `cblock` is unmapped, durably: else a crash would mix two blocks up."""
@@ -201,21 +224,28 @@ class CacheBlocks(JournaledMetadata):
 
     # Changing
 
-    def start(self, *, dirty_log: bool) -> Steps[None]:
+    def start(self, *, dirty_log: bool, writes_back: bool = True) -> Steps[None]:
         """Ask for what must be durable before the first change; then commit.
 
         `admits_changes` tells when it is. Nothing else may be under way.
+
+        Args: writes_back: see the attribute.
 
         Raises: ReadOnlyMetadata, FailedMetadata.
         Durable: nothing, until a transaction that was pre-committed later is done.
         """
         self._check_change()
         assert self._transaction is None
+        assert not self.gives_up_mappings, "the origin counts: drop_clean comes first"
         self._shutdown = Shutdown()
+        self.writes_back = writes_back
         was_logged = bool(self._superblock.incompat & DIRTY_LOG)
         # While there is one copy only of what says so, its rot brings back what was before.
         self._starting = (
-            self.is_recorded_clean or dirty_log != was_logged or bool(self._unhealed)
+            self.is_recorded_clean
+            or dirty_log != was_logged
+            or self.is_recorded_complete != self.is_complete
+            or bool(self._unhealed)
         )
         self.admits_changes = not self._starting
         self.dirty_log = dirty_log
@@ -416,6 +446,7 @@ class CacheBlocks(JournaledMetadata):
                 self._remove(cblock)
             if cblock % STEP_CBLOCKS == 0:
                 yield from self._pause()
+        self.gives_up_mappings = False
 
     # Inside
 

@@ -9,7 +9,12 @@ from metadata.cache_load import Discarded, load
 from metadata.cache_records import Words
 from metadata.cache_superblock import CACHE, NO_POLICY, CacheSuperblock, Policy
 from metadata.operations import Steps
-from metadata.superblock import choose_superblock_of, read_area
+from metadata.superblock import (
+    CLEAN_SHUTDOWN,
+    ORIGIN_COMPLETE,
+    choose_superblock_of,
+    read_area,
+)
 
 __all__ = ["CacheContent", "cache_content_of", "read_cache_content"]
 
@@ -58,6 +63,11 @@ class CacheContent(NamedTuple):
     @property
     def nr_cblocks(self) -> int:
         return len(self.values)
+
+    @property
+    def gives_up_mappings(self) -> bool:
+        """Only the origin counts: see `CacheSuperblock.gives_up_mappings`."""
+        return self.flags & (CLEAN_SHUTDOWN | ORIGIN_COMPLETE) == ORIGIN_COMPLETE
 
     @property
     def nr_mapped(self) -> int:

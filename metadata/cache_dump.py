@@ -40,10 +40,13 @@ policy's hint where a policy has left some. The state is
 
     clean      the origin block is the same
     dirty      the cache block is newer, or may be: without clean_shutdown, each is, or with
-               dirty_log each that is logged
+               dirty_log each that is logged; with origin_complete none is
     logged     behind one of these: it is on record, in advance, that it may be dirty
     doubtful   behind these, after a repair: the cache block may hold another origin block by
                now. Restored as it stands; to give it up, remove the line and count anew
+
+With the flag origin_complete, and without clean_shutdown, the origin has everything, but the cache blocks
+may differ from it: the next start gives all mappings up.
 
 After a repair there may also be "nr_lost", behind "nr_dirty": how many mapped blocks are missing, null if
 nobody knows. "disks", behind that: as in a clone's dump. "policy", "policy_version" and the discard blocks are there only if a clean shutdown

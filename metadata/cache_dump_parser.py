@@ -35,7 +35,7 @@ from metadata.cache_superblock import (
 from metadata.dump import disks_from_text
 from metadata.dump_fields import BITS_MAX, BadRow, Fields, Rows, RunReader, number
 from metadata.sizing import block_size_fault
-from metadata.superblock import CLEAN_SHUTDOWN, COUNTER_MAX
+from metadata.superblock import CLEAN_SHUTDOWN, COUNTER_MAX, ORIGIN_COMPLETE
 
 __all__ = ["MappingReader", "parse_cache"]
 
@@ -266,10 +266,18 @@ def _check_dirty(
 ) -> None:
     """Refuse dirty bits that would not be the same when they are opened."""
     clean = bool(flags & CLEAN_SHUTDOWN)
+    complete = not clean and bool(flags & ORIGIN_COMPLETE)
     for cblock, value in enumerate(mappings.values):
         if not value:
             continue
         dirty, logged = bool(mappings.dirty[cblock]), bool(value & LOGGED)
+        if complete:
+            if dirty:
+                raise fields.bad(
+                    "mappings",
+                    f"cache block {cblock} is dirty, but flags say origin_complete",
+                )
+            continue
         if incompat & DIRTY_LOG:
             if dirty and not logged:
                 raise fields.bad(

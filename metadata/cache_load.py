@@ -45,7 +45,8 @@ class Loaded(NamedTuple):
     """The state in core. Bitmaps are of cache blocks.
 
     Attributes:
-        dirty: exact after a clean shutdown; else every block that may be dirty.
+        dirty: exact after a clean shutdown; else every block that may be dirty. None if the
+            superblock `gives_up_mappings`.
         logged: LOGGED, as the values have it.
         hints, discarded: only after a clean shutdown that recorded any.
     """
@@ -74,7 +75,10 @@ def load(superblock: CacheSuperblock, device_size: int) -> Steps[Loaded]:
     _expect_count("mapped cache blocks", superblock.nr_mapped, mapped.count())
     _expect_count("logged cache blocks", superblock.nr_logged, logged.count())
     if not superblock.flags & CLEAN_SHUTDOWN:
-        dirty = (logged if superblock.incompat & DIRTY_LOG else mapped).copy()
+        if superblock.gives_up_mappings:
+            dirty = zeros(superblock.nr_cblocks, "little")
+        else:
+            dirty = (logged if superblock.incompat & DIRTY_LOG else mapped).copy()
         return Loaded(values, index, dirty, logged, None, None)
     sync = Sync(superblock)
     yield from sync.read()

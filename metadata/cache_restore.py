@@ -109,6 +109,7 @@ def record_written_back(
     Durable: a clean shutdown, when this returns. A crash leaves what was recorded before, or that.
     """
     superblock = (yield from read_superblock_of(CACHE, device_size)).superblock
+    assert not superblock.gives_up_mappings, "its blocks may differ from the origin's"
     loaded = yield from load(superblock, device_size)
     area = superblock.sync_area
     if superblock.flags & CLEAN_SHUTDOWN:

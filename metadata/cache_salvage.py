@@ -16,6 +16,10 @@ dirty. So:
                Else it is kept, as dirty, and told: a dump marks it, so that a human can decide
     lost       missing altogether: a broken record of the snapshot named it, or that of its insertion
 
+If the superblock says that the origin has everything, and there was no clean shutdown, the next start would give
+all mappings up, so none is looked for. That holds only while both slots can be read: else the newest superblock,
+which is lost, may have said something else.
+
 A broken snapshot is no loss while the commit before it stands whole in the other arena.
 
 Dirty bits that cannot be read are dirty bits that are set: of each mapped block, or with `dirty_log` of
@@ -54,6 +58,7 @@ from metadata.scan import PlacedOf, scan
 from metadata.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
+    ORIGIN_COMPLETE,
     FoundOf,
     choose_superblock_of,
     open_copies_of,
@@ -85,6 +90,8 @@ def salvage_cache(device_size: int) -> Steps[SalvagedOf[CacheContent]]:
         CACHE, area, admit_needs_check=True, admit_lost_slot=True
     )
     superblock = found.superblock
+    if superblock.gives_up_mappings and not found.lost:
+        return SalvagedOf(_empty(superblock), tuple(damage))
     base = yield from _maybe_base(found, area, device_size)
     arena = _Arena(superblock, base)
     yield from arena.read(device_size, onward=not found.lost)
@@ -242,6 +249,17 @@ class _Arena:
                 self._stated[cblock] = self._nr_records
 
 
+def _empty(superblock: CacheSuperblock) -> CacheContent:
+    """What a start would make of it anyway: the origin has everything."""
+    return cache_content_of(
+        msgspec.structs.replace(superblock, flags=superblock.flags & ~NEEDS_CHECK),
+        values=array("Q", bytes(8 * superblock.nr_cblocks)),
+        dirty=zeros(superblock.nr_cblocks, "little"),
+        hints=None,
+        discarded=None,
+    )
+
+
 class _Dirty(NamedTuple):
     """Which blocks are dirty, and how many are lost."""
 
@@ -267,6 +285,8 @@ def _content(
     found = _dirty_after(superblock, values, unlogged, sync)
     is_whole = sync is not None and not found.nr_lost and not doubtful.any()
     flags = superblock.flags & ~NEEDS_CHECK
+    if is_slot_lost:
+        flags &= ~ORIGIN_COMPLETE  # what the other slot said, nobody knows
     if not is_whole:
         flags &= ~CLEAN_SHUTDOWN
     content = cache_content_of(

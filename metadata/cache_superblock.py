@@ -26,6 +26,7 @@ from metadata.errors import CorruptMetadata, MetadataTooSmall
 from metadata.superblock import (
     CLEAN_SHUTDOWN,
     COUNTER_MAX,
+    ORIGIN_COMPLETE,
     SUPERBLOCK_BLOCKS,
     Superblock,
     SuperblockType,
@@ -112,6 +113,11 @@ class CacheSuperblock(
     def nr_oblocks(self) -> int:
         """Whole blocks of the origin: a short tail is never cached."""
         return self.origin_size // self.block_size
+
+    @property
+    def gives_up_mappings(self) -> bool:
+        """A cache that did not write back has ended in a crash: only the origin counts."""
+        return self.flags & (CLEAN_SHUTDOWN | ORIGIN_COMPLETE) == ORIGIN_COMPLETE
 
     @property
     def sync_begin(self) -> int:

@@ -41,7 +41,7 @@ from metadata.cache_superblock import (
 from metadata.journaled import Compaction, JournaledTransaction
 from metadata.operations import Operation, Steps
 from metadata.records import Chain
-from metadata.superblock import CLEAN_SHUTDOWN
+from metadata.superblock import CLEAN_SHUTDOWN, ORIGIN_COMPLETE
 
 if TYPE_CHECKING:
     from metadata.cache import CacheMetadata
@@ -113,6 +113,7 @@ class CacheTransaction(JournaledTransaction[bitarray]):
         taken: the cache blocks that it makes durable; `logged` those that become LOGGED.
         flushes: FLUSH_CACHE and FLUSH_ORIGIN: which devices must be flushed before `superblock`.
         starts: `admits_changes` afterwards. heals: nothing is new but the superblock copies.
+        completes: its superblock says that the origin has everything.
     """
 
     _metadata: "CacheMetadata"
@@ -136,6 +137,9 @@ class CacheTransaction(JournaledTransaction[bitarray]):
         metadata._flushes = 0
         if shutdown is not None:
             self.flushes = FLUSH_CACHE | FLUSH_ORIGIN
+        self.completes = shutdown is None and not heals and metadata.is_complete
+        if self.completes and not metadata.is_recorded_complete:
+            self.flushes |= FLUSH_ORIGIN  # what was written back
         self.starts = starts
         self.heals = heals
         self._shutdown = shutdown
@@ -201,10 +205,12 @@ class CacheTransaction(JournaledTransaction[bitarray]):
         policy = NO_POLICY
         if shutdown is not None and shutdown.hints is not None:
             policy = shutdown.policy
+        flags = CLEAN_SHUTDOWN if shutdown is not None else 0
+        flags |= ORIGIN_COMPLETE if self.completes else 0
         statistics = metadata.statistics
         return msgspec.structs.replace(
             superblock,
-            flags=CLEAN_SHUTDOWN if shutdown is not None else 0,
+            flags=flags,
             incompat=DIRTY_LOG if metadata.dirty_log else 0,
             origin_size=metadata.origin_size,
             nr_cblocks=metadata.nr_cblocks,

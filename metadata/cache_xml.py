@@ -52,7 +52,10 @@ _NUMBER_DIGITS_MAX: Final = 20
 
 
 def render_xml(content: CacheContent) -> Iterator[str]:
-    """Yield the text in pieces. `content` has nothing that is lost or doubtful, or it is not told."""
+    """Yield the text in pieces. `content` has nothing that is lost or doubtful, or it is not told.
+
+    Mappings that the next start would give up are left out: nothing in the text could say so.
+    """
     yield (
         f'<superblock uuid="" block_size="{content.block_size // SECTOR_SIZE}"'
         f' nr_cache_blocks="{content.nr_cblocks}"'
@@ -67,6 +70,8 @@ def render_xml(content: CacheContent) -> Iterator[str]:
 
 def _mappings(content: CacheContent) -> Iterator[str]:
     dirty = content.dirty
+    if content.gives_up_mappings:
+        return
     for cblock, value in enumerate(content.values):
         if value:
             yield (

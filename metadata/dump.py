@@ -41,7 +41,7 @@ from bitarray.util import intervals
 
 from metadata.content import CloneContent
 from metadata.disks import RECORD_MAX, decode_disks
-from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
+from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK, ORIGIN_COMPLETE
 
 __all__ = [
     "DUMP_FORMAT",
@@ -55,7 +55,11 @@ __all__ = [
 
 DUMP_FORMAT: Final = "nbdtarget metadata dump"
 DUMP_VERSION: Final = 1
-FLAG_NAMES: Final = {CLEAN_SHUTDOWN: "clean_shutdown", NEEDS_CHECK: "needs_check"}
+FLAG_NAMES: Final = {
+    CLEAN_SHUTDOWN: "clean_shutdown",
+    NEEDS_CHECK: "needs_check",
+    ORIGIN_COMPLETE: "origin_complete",
+}
 LINES_PER_PIECE: Final = 4096
 
 

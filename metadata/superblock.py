@@ -99,6 +99,7 @@ __all__ = [
     "NEEDS_CHECK",
     "NR_COPIES",
     "NR_SLOTS",
+    "ORIGIN_COMPLETE",
     "SUPERBLOCK_BLOCKS",
     "SUPERBLOCK_MAGIC",
     "CloneSuperblock",
@@ -134,6 +135,7 @@ SUPERBLOCK_BLOCKS: Final = NR_SLOTS * NR_COPIES
 # Flags.
 CLEAN_SHUTDOWN: Final = 1  # the last commit ended an orderly suspend
 NEEDS_CHECK: Final = 2  # a tool must look at it before it is used again
+ORIGIN_COMPLETE: Final = 4  # of a cache: no cached block has what the origin has not
 
 # Feature bits of a clone that this version knows. Unknown compat: ignored. Unknown ro_compat: mode RO.
 # Unknown incompat: refused.

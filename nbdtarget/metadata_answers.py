@@ -234,7 +234,7 @@ def info_answer(
             nr_cblocks=live.nr_cblocks,
             nr_cblocks_max=live.nr_cblocks_max,
             nr_mapped=live.nr_mapped,
-            nr_dirty=live.nr_dirty if live.flags & CLEAN_SHUTDOWN else None,
+            nr_dirty=_maybe_nr_dirty(live),
             nr_logged=live.nr_logged,
             dirty_log=bool(live.incompat & DIRTY_LOG),
             policy=live.policy_name,
@@ -334,15 +334,28 @@ class CacheCheckAnswer(CheckAnswer, frozen=True, kw_only=True):
     nr_cblocks: int | None
     nr_mapped: int | None
     nr_dirty: int | None
+    origin_complete: bool | None = None
 
     def counts(self) -> str:
         if self.nr_cblocks is None:
             return ""
-        if self.nr_dirty is None:
+        if self.origin_complete:
+            end = (
+                "not shut down cleanly; the origin has everything, and the next start"
+                " gives the mappings up"
+            )
+        elif self.nr_dirty is None:
             end = "not shut down cleanly"
         else:
             end = f"{self.nr_dirty} dirty"
         return f"{self.nr_mapped} of {self.nr_cblocks} cache blocks mapped, {end}"
+
+
+def _maybe_nr_dirty(superblock: CacheSuperblock) -> int | None:
+    """How many blocks are dirty, if that is recorded."""
+    if superblock.flags & CLEAN_SHUTDOWN:
+        return superblock.nr_dirty
+    return 0 if superblock.gives_up_mappings else None
 
 
 def check_answer(
@@ -372,7 +385,8 @@ def check_answer(
             clean_shutdown=clean,
             nr_cblocks=cache.nr_cblocks if cache else None,
             nr_mapped=cache.nr_mapped if cache else None,
-            nr_dirty=cache.nr_dirty if cache and clean else None,
+            nr_dirty=_maybe_nr_dirty(cache) if cache else None,
+            origin_complete=cache.gives_up_mappings if cache else None,
         )
     clone = live if isinstance(live, CloneSuperblock) else None
     return CloneCheckAnswer(

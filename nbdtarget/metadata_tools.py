@@ -387,7 +387,7 @@ def import_kernel(
 def _unclean(content: Content) -> Content:
     """Return what is to be believed of `content` without its clean shutdown."""
     flags = content.flags & ~CLEAN_SHUTDOWN
-    if not isinstance(content, CacheContent):
+    if not isinstance(content, CacheContent) or content.gives_up_mappings:
         return content._replace(flags=flags)
     flag = LOGGED if content.incompat & DIRTY_LOG else -1
     dirty = content.dirty.copy()

@@ -7,7 +7,7 @@ Theory of operation
     1. open all three, exclusively; check the whole metadata: damage and needs_check are refused. So are
        disks that do not belong to it (`nbdtarget.targets.disks`), unless told to take them
     2. which blocks: after a clean shutdown the dirty ones; else all that are mapped, or with dirty_log all
-       that are logged
+       that are logged; none if the metadata say that the origin has everything
     3. copy them in the order of the origin, leg by leg, and flush the origin after each leg
     4. try what failed again, one block at a time: once in any case, then as often as told
     5. flush the cache device; then record, in one commit, that what was copied is clean
@@ -173,6 +173,8 @@ async def write_back(
 
         async def record() -> bool:
             """Record what the origin has; tell whether there was anything to be recorded."""
+            if content.gives_up_mappings:
+                return False  # nothing is dirty, and to call it clean would be wrong
             is_unclean = not content.flags & CLEAN_SHUTDOWN
             # Without any block copied it would say the same in other words.
             is_news = copy.copied.any() or (is_unclean and not copy.blocks)

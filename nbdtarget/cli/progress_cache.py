@@ -63,6 +63,9 @@ class Reporter:
             + (" and are written back" if nr_dirty else "")
         )
 
+    def given_up(self, nr_blocks: int) -> None:
+        """Nothing, here: the log says it."""
+
     def status(self, status: CacheStatus) -> None:
         """Nothing, here."""
 
@@ -127,6 +130,9 @@ class _JsonReporter(Reporter):
 
     def unclean(self, nr_dirty: int, nr_bytes: int) -> None:
         print_event(event="unclean", dirty_blocks=nr_dirty, dirty_bytes=nr_bytes)
+
+    def given_up(self, nr_blocks: int) -> None:
+        print_event(event="given_up", blocks=nr_blocks)
 
     def status(self, status: CacheStatus) -> None:
         now_s = monotonic_ns() / 1e9

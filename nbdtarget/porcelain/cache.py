@@ -120,6 +120,7 @@ class CachePlan(msgspec.Struct, frozen=True, kw_only=True):
         size: of the origin.
         missing: the cache and its size, if it is to be made.
         was_clean: what is recorded about dirty blocks is exact.
+        nr_given_up: cached blocks that do not count any more: after a crash, the origin does.
     """
 
     name: str
@@ -129,6 +130,7 @@ class CachePlan(msgspec.Struct, frozen=True, kw_only=True):
     metadata: str
     missing: tuple[str, int] | None
     was_clean: bool
+    nr_given_up: int = 0
 
 
 class CacheStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,6 +150,10 @@ class CacheReporter(job.Reporter[CachePlan], Protocol):
 
     def unclean(self, nr_dirty: int, nr_bytes: int) -> None:
         """It was not shut down cleanly: so much is taken for dirty, and will be written back."""
+        ...
+
+    def given_up(self, nr_blocks: int) -> None:
+        """It was not shut down cleanly, and the origin has everything: it starts empty."""
         ...
 
     def status(self, status: CacheStatus) -> None:
@@ -203,7 +209,10 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
         origin=origin,
         metadata=metadata,
         missing=(cache, cache_size) if is_missing else None,
-        was_clean=known is None or bool(known.flags & CLEAN_SHUTDOWN),
+        was_clean=known is None
+        or known.gives_up_mappings
+        or bool(known.flags & CLEAN_SHUTDOWN),
+        nr_given_up=known.nr_mapped if known and known.gives_up_mappings else 0,
     )
 
 
@@ -290,7 +299,7 @@ async def _superblock(metadata: str) -> CacheSuperblock | None:
 
 
 def _check_nothing_lost(known: CacheSuperblock, cache: str, metadata: str) -> None:
-    if not known.nr_mapped:
+    if not known.nr_mapped or known.gives_up_mappings:
         return
     if nr_dirty := _nr_maybe_dirty(known):
         lost = (
@@ -307,6 +316,8 @@ def _check_nothing_lost(known: CacheSuperblock, cache: str, metadata: str) -> No
 
 
 def _nr_maybe_dirty(known: CacheSuperblock) -> int:
+    if known.gives_up_mappings:
+        return 0
     if known.flags & CLEAN_SHUTDOWN:
         return known.nr_dirty
     return known.nr_logged if known.incompat & DIRTY_LOG else known.nr_mapped
@@ -345,7 +356,11 @@ def _check_may_pass_through(
     """As the target does it a little later; but here we can say what helps."""
     if options.mode != PASSTHROUGH:
         return
-    is_exact = known.flags & CLEAN_SHUTDOWN or known.incompat & DIRTY_LOG
+    is_exact = (
+        known.flags & CLEAN_SHUTDOWN
+        or known.incompat & DIRTY_LOG
+        or known.gives_up_mappings
+    )
     nr_dirty = _nr_maybe_dirty(known)
     if is_exact and not nr_dirty:
         return
@@ -436,6 +451,8 @@ class CacheJob(job.Job[CachePlan]):
                 self._report(self._reporter.failed, line)
             return
         status = _status(fields)
+        if is_first and plan.nr_given_up:
+            self._report(self._reporter.given_up, plan.nr_given_up)
         if is_first and not plan.was_clean:
             self._report(
                 self._reporter.unclean, status.dirty_blocks, status.dirty_bytes

@@ -15,7 +15,9 @@ is read from that device, by opening it, whenever it has been written.
     J5  while CLEAN_SHUTDOWN is on disk no data is written; after a cut every        bios,
         block that is recorded clean has on the origin what the oracle allows        images
     J6  after an unclean stop each mapped block is dirty (with a dirty log: each     images
-        that is not is the same on both, as far as the oracle can tell)
+        that is not is the same on both, as far as the oracle can tell); or, where
+        it is recorded that the origin has everything, none is: then the origin
+        alone has what the oracle allows, and no mapping counts
     J7  nr_dirty is the number of dirty bits, the policy's dirty blocks are the      each look
         same; when it becomes 0 there is an event
     J8  a cache that is idle and clean does no I/O at all                            `quiet`
@@ -237,6 +239,9 @@ class CacheInvariants(Invariants):
         assert self.origin is not None
         cache, origin = self.cache.image(), self.origin.image()
         size = self.block_size
+        if found is not None and found.gives_up_mappings:
+            self.j6_nothing_is_dirty(found)
+            found = None  # no mapping counts
         if found is not None and not (found.is_recorded_clean or found.dirty_log):
             self.j6_all_mapped_blocks_are_dirty(found)
         for begin in range(0, model.size, size):
@@ -345,6 +350,12 @@ class CacheInvariants(Invariants):
             raise self._broken(
                 f"J6: unclean, {found.nr_mapped} blocks, {found.nr_dirty} dirty"
             )
+
+    def j6_nothing_is_dirty(self, found: CacheMetadata) -> None:
+        self.counts["J6"] += found.nr_mapped
+        self.counts["given up"] += found.nr_mapped
+        if found.nr_dirty:
+            raise self._broken(f"J6: the origin has everything, but {found.nr_dirty}")
 
     def j7_dirty_blocks_are_counted(self, target: CacheTarget) -> None:
         metadata, policy = target._metadata, target._policy

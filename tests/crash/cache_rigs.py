@@ -275,7 +275,7 @@ class LoggedCacheRig(CacheRig):
 
 
 class WritethroughRig(CacheRig):
-    """Nothing is dirty but what an unclean stop makes so."""
+    """Nothing is dirty, and an unclean stop leaves the origin alone."""
 
     tables = (cache_table(WRITETHROUGH, "metadata2"),)
 
@@ -286,6 +286,7 @@ class PassthroughRig(CacheRig):
     tables = (
         cache_table(PASSTHROUGH),
         cache_table(WRITETHROUGH),
+        cache_table(WRITEBACK),
         cache_table(PASSTHROUGH, "dirty_log"),
     )
 

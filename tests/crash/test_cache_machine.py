@@ -167,9 +167,12 @@ def small_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             ("promotions", "demotions", "writebacks", "sweeps", "overwrites"),
         ),
         (LoggedCacheRig, ("promotions", "demotions", "sweeps", "logged writes")),
-        (WritethroughRig, ("promotions", "demotions", "writes through")),
+        (WritethroughRig, ("promotions", "demotions", "writes through", "given up")),
         (PassthroughRig, ("promotions", "invalidations", "refusals", "J3")),
-        (SwitchingCacheRig, ("promotions", "demotions", "writebacks", "refusals")),
+        (
+            SwitchingCacheRig,
+            ("promotions", "demotions", "writebacks", "refusals", "given up"),
+        ),
     ],
 )
 def test_no_acknowledged_flush_is_lost(rig: MakeRig, events: tuple[str, ...]) -> None:

@@ -40,9 +40,15 @@ def commit(store: Store, metadata: CacheMetadata, *, clean: bool = False) -> Non
     finish(store, metadata.pre_commit(clean_shutdown=clean))
 
 
-def start(store: Store, metadata: CacheMetadata, *, dirty_log: bool = False) -> None:
+def start(
+    store: Store,
+    metadata: CacheMetadata,
+    *,
+    dirty_log: bool = False,
+    writes_back: bool = True,
+) -> None:
     """Start, and commit that if need be."""
-    drive(store, metadata.start(dirty_log=dirty_log))
+    drive(store, metadata.start(dirty_log=dirty_log, writes_back=writes_back))
     if not metadata.admits_changes:
         commit(store, metadata)
 

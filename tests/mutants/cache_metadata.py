@@ -13,6 +13,11 @@ CUTS: Final = (
 CACHE: Final = ("tests/metadata/test_cache.py",)
 CYCLES: Final = ("tests/metadata/test_cache_cycles.py",)
 RESIZE: Final = ("tests/metadata/test_cache_resize.py",)
+COMPLETE: Final = (
+    "tests/metadata/test_cache_complete.py",
+    "tests/nbdtarget/targets/cache/test_origin_complete.py",
+)
+SWITCHES: Final = ("tests/crash/test_cache_machine.py",)
 LOAD: Final = ("tests/metadata/test_cache_load.py",)
 TRANSACTION: Final = "metadata/cache_transaction.py"
 BLOCKS: Final = "metadata/cache_blocks.py"
@@ -30,24 +35,24 @@ CACHE_METADATA: Final = (
         "clean-shutdown-not-cleared",
         "A crash looks like a clean shutdown: blocks that are dirty count as clean.",
         TRANSACTION,
-        "flags=CLEAN_SHUTDOWN if shutdown is not None else 0,",
-        "flags=CLEAN_SHUTDOWN if shutdown is not None else superblock.flags,",
+        "flags = CLEAN_SHUTDOWN if shutdown is not None else 0\n",
+        "flags = CLEAN_SHUTDOWN if shutdown is not None else superblock.flags\n",
         CUTS,
     ),
     _mutant(
         "changes-admitted-before-the-clean-shutdown-is-cleared",
         "A write dirties a block while the disk still says that all is exact.",
         BLOCKS,
-        "self.is_recorded_clean or dirty_log != was_logged or bool(self._unhealed)",
-        "dirty_log != was_logged or bool(self._unhealed)",
+        "            self.is_recorded_clean\n            or dirty_log != was_logged\n",
+        "            dirty_log != was_logged\n",
         CUTS,
     ),
     _mutant(
         "changes-admitted-over-a-single-copy",
         "A crash, then rot in the one copy that says so: blocks that are dirty count as clean.",
         BLOCKS,
-        "self.is_recorded_clean or dirty_log != was_logged or bool(self._unhealed)",
-        "self.is_recorded_clean or dirty_log != was_logged",
+        "            or bool(self._unhealed)\n        )\n        self.admits_changes",
+        "        )\n        self.admits_changes",
         (*CYCLES, *CUTS),
     ),
     _mutant(
@@ -249,5 +254,86 @@ CACHE_METADATA: Final = (
         'if dirty >= 0:\n            raise CannotShrink("origin", dirty)',
         'if dirty < -1:\n            raise CannotShrink("origin", dirty)',
         RESIZE,
+    ),
+    # ---- the origin has everything
+    _mutant(
+        "origin-complete-said-over-dirty-blocks",
+        "Writethrough takes over from writeback, and a crash gives up what only the cache has.",
+        BLOCKS,
+        "return self.gives_up_mappings or not (self.writes_back or self.nr_dirty)",
+        "return self.gives_up_mappings or not self.writes_back",
+        (*COMPLETE, *SWITCHES),
+    ),
+    _mutant(
+        "origin-complete-not-taken-back-by-writeback",
+        "A crash gives up the blocks that a writeback cache has just promised.",
+        BLOCKS,
+        "return self.gives_up_mappings or not (self.writes_back or self.nr_dirty)",
+        "return not self.nr_dirty",
+        (*COMPLETE, *SWITCHES),
+    ),
+    _mutant(
+        "origin-complete-forgotten-by-a-commit-before-the-mappings-are-dropped",
+        "A crash in the start after a crash: old blocks are dirty, and written over the origin.",
+        BLOCKS,
+        "return self.gives_up_mappings or not (self.writes_back or self.nr_dirty)",
+        "return not (self.writes_back or self.nr_dirty)",
+        COMPLETE,
+    ),
+    _mutant(
+        "changes-admitted-before-origin-complete-is-taken-back",
+        "Writeback after a crash in writethrough: the first writes are given up by the next one.",
+        BLOCKS,
+        "            or self.is_recorded_complete != self.is_complete\n",
+        "",
+        COMPLETE,
+    ),
+    _mutant(
+        "origin-complete-stays-when-a-write-through-has-failed",
+        "The origin did not take it; after a FLUSH a crash forgets what clients have read.",
+        "metadata/cache.py",
+        "            or (self.admits_changes and self.is_complete != self.is_recorded_complete)\n",
+        "",
+        COMPLETE,
+    ),
+    _mutant(
+        "fua-to-a-block-that-a-crash-gives-up",
+        "It is durable in the cache, and the mapping does not count after a crash.",
+        BLOCKS,
+        "            and not self.is_recorded_complete\n",
+        "",
+        COMPLETE,
+    ),
+    _mutant(
+        "origin-complete-before-the-origin-is-flushed",
+        "The last block was written back, and is lost in the origin's cache.",
+        TRANSACTION,
+        "self.flushes |= FLUSH_ORIGIN  # what was written back",
+        "pass",
+        COMPLETE,
+    ),
+    _mutant(
+        "all-dirty-after-a-crash-in-writethrough",
+        "Old blocks are written back over an origin that was used alone.",
+        READING,
+        "if superblock.gives_up_mappings:",
+        "if superblock.gives_up_mappings and not superblock.nr_mapped:",
+        COMPLETE,
+    ),
+    _mutant(
+        "origin-complete-believed-with-a-slot-lost",
+        "A repair drops dirty blocks: the newest superblock is gone, and said something else.",
+        "metadata/cache_salvage.py",
+        "        flags &= ~ORIGIN_COMPLETE  # what the other slot said, nobody knows\n",
+        "        pass\n",
+        COMPLETE,
+    ),
+    _mutant(
+        "blocks-recorded-clean-after-a-crash-in-writethrough",
+        "Offline writeback calls blocks clean that differ from the origin: old data is read.",
+        "nbdtarget/offline_writeback.py",
+        "if content.gives_up_mappings:",
+        "if content.gives_up_mappings and content.nr_lost:",
+        ("tests/nbdtarget/test_offline_writeback.py",),
     ),
 )

@@ -39,7 +39,9 @@ IN_ORDER = [0, 9, 17]
 
 
 @cache
-def metadata_image(*, clean: bool = True, dirty_log: bool = False) -> bytes:
+def metadata_image(
+    *, clean: bool = True, dirty_log: bool = False, writes_back: bool = True
+) -> bytes:
     store = Store(METADATA_SIZE)
     steps = CacheMetadata.format(
         device_size=METADATA_SIZE,
@@ -49,9 +51,9 @@ def metadata_image(*, clean: bool = True, dirty_log: bool = False) -> bytes:
         uuid=bytes(range(16)),
     )
     metadata = drive(store, steps)
-    start(store, metadata, dirty_log=dirty_log)
+    start(store, metadata, dirty_log=dirty_log, writes_back=writes_back)
     for cblock, (oblock, dirty) in MAPPED.items():
-        metadata.insert(cblock, oblock, dirty=dirty)
+        metadata.insert(cblock, oblock, dirty=dirty and writes_back)
     commit(store, metadata)
     if clean:
         metadata.prepare_shutdown(policy=Policy("smq", (2, 0, 0)))
@@ -181,6 +183,18 @@ def test_after_an_unclean_stop_with_a_dirty_log_only_logged_blocks_go_home() -> 
     assert str(disks.run()) == "3/3 blocks successfully copied"
     assert disks.written("origin") == IN_ORDER
     assert disks.content().flags == CLEAN_SHUTDOWN
+
+
+def test_after_a_crash_in_writethrough_nothing_goes_home_and_nothing_is_recorded() -> (
+    None
+):
+    """The origin has everything; and to call the blocks clean would have old ones read."""
+    disks = Disks(metadata_image(clean=False, writes_back=False))
+    answer = disks.run()
+    assert str(answer) == "0/0 blocks successfully copied"
+    assert not answer.recorded
+    assert disks.written("origin") == []
+    assert disks.content().gives_up_mappings
 
 
 def test_nothing_dirty_writes_nothing() -> None:

@@ -14,6 +14,7 @@ table is suspended, and a full sync has recorded what it left. In the kernel's o
     -  the metadata device has no room for a cache grown so far      ENOSPC
     -  rewrite one superblock slot by a commit that changes nothing, if the metadata were just opened:
        what was read of it may be in a page cache only (metadata/journaled.py)
+    -  after a crash of a cache that did not write back: drop all mappings, see below
     5  resize the metadata: clean mappings behind an end are removed; so are all of them if the
        constructor has found that a disk was exchanged or changed without us
     6  load mappings into the policy, and discards
@@ -30,7 +31,13 @@ then replaced by one of the new size, which is loaded with the other one's mappi
 that went on would promote into blocks that are gone.
 
 *Known for sure* is what is dirty, if the metadata are recorded clean now (a full sync of the
-table before this one is as good as a shutdown), or have a dirty log.
+table before this one is as good as a shutdown), or have a dirty log, or say that the origin has everything.
+
+*The origin has everything* while the mode is writethrough or passthrough and no block is dirty; the metadata say
+so from step 7 on, or from the commit after the last dirty block was written back, and a table in writeback mode takes
+that back in step 7. After a crash the two copies of a block that was just written may differ,
+and somebody may have used the origin alone meanwhile, as its users are told that they may. So all mappings are
+given up then: nothing is written back, and nothing old is read.
 
 Mode RO: there is nothing to commit. What is in core is loaded and can be read, as it still tells
 where the data are; a resize is refused. Mode FAIL: a table that had been resumed before is resumed, to fail
@@ -53,7 +60,7 @@ from nbdtarget.policies.base import MappingError, Policy, PolicyConfigError
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.cache.constructor import Parts, make_policy
 from nbdtarget.targets.cache.discards import DiscardBits
-from nbdtarget.targets.cache.table import PASSTHROUGH
+from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK
 from nbdtarget.targets.committer import Committer
 
 __all__ = ["Activation"]
@@ -100,6 +107,7 @@ class Activation:
         try:
             if metadata.needs_rewrite:
                 await self._commit()
+            await self._give_up()
             await self._resize(nr_cblocks)
             await self._drop_stale()
             if not self._is_loaded or nr_cblocks != self._nr_cblocks:
@@ -124,7 +132,9 @@ class Activation:
             self._parts.options.mode == PASSTHROUGH and not self._is_loaded
         )
         if enters_passthrough and not (
-            metadata.is_recorded_clean or metadata.dirty_log
+            metadata.is_recorded_clean
+            or metadata.dirty_log
+            or metadata.is_recorded_complete
         ):
             raise TableError(
                 "unable to resume into passthrough mode after unclean shutdown"
@@ -160,6 +170,21 @@ class Activation:
                 errnos.ENOSPC,
             )
         return nr_cblocks
+
+    async def _give_up(self) -> None:
+        """Drop the mappings after a crash of a cache that did not write back. Raises: MetadataError."""
+        metadata = self._parts.metadata
+        if metadata.gives_up_mappings:
+            nr_mapped = metadata.nr_mapped
+            dropping = metadata.drop_clean()
+            await metadata_io.run(self._parts.metadata_device, dropping)
+            if nr_mapped:
+                log.warning(
+                    "%s: was not shut down cleanly: the origin has everything, and %d"
+                    " cached blocks are given up",
+                    self._ctx.name,
+                    nr_mapped,
+                )
 
     async def _resize(self, nr_cblocks: int) -> None:
         """Make the metadata's sizes those of the table and of the cache device.
@@ -227,7 +252,10 @@ class Activation:
         """Have the metadata admit changes. Raises: TableError, MetadataError."""
         metadata = self._parts.metadata
         await self._parts.disks.prepare()
-        starting = metadata.start(dirty_log=self._parts.options.dirty_log)
+        options = self._parts.options
+        starting = metadata.start(
+            dirty_log=options.dirty_log, writes_back=options.mode == WRITEBACK
+        )
         await metadata_io.run(self._parts.metadata_device, starting)
         await self._commit()
         assert metadata.admits_changes

@@ -107,6 +107,9 @@ class Blocks:
         if not self.metadata.dirty[cblock]:
             self.metadata.set_dirty(cblock)
             self.policy.set_dirty(cblock)
+            if self.metadata.changed:
+                # Writethrough, and the origin has failed: it has not everything any more.
+                self.committer.note_change()
 
     def set_clean(self, cblock: int) -> None:
         """The origin has the block's data, or nobody wants them. Raises: MetadataError."""
@@ -117,6 +120,8 @@ class Blocks:
             self.policy.clear_dirty(cblock)
             if not metadata.nr_dirty:
                 self.event()
+                if metadata.changed:
+                    self.committer.note_change()  # that the origin has everything
 
 
 def _nobody(*_: object) -> None:

@@ -31,8 +31,9 @@ that is started again, goes on from there. Was it the metadata device that faile
 `needs_check`, as the kernel's does; nothing on the disk says so, for nothing there is in doubt. If the metadata device
 cannot be read any more, either, the mode is Fail, and all I/O ends with EIO.
 
-What a crash leaves: every mapping that was committed, and its data. All of them count as dirty, or with
-`dirty_log` those that may be; hints and discards are forgotten.
+What a crash leaves. In writeback mode, and as long as a block is dirty: every mapping that was committed, and its
+data. All of them count as dirty, or with `dirty_log` those that may be. Else: the origin, which has everything; the
+cache starts empty (`Activation`). Hints and discards are forgotten.
 """
 
 import asyncio

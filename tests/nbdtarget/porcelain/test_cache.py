@@ -44,6 +44,9 @@ class Recorder:
         self.uris = uris
         self._called("serving")
 
+    def given_up(self, nr_blocks: int) -> None:
+        self._called("given_up", nr_blocks)
+
     def unclean(self, nr_dirty: int, nr_bytes: int) -> None:
         self._called("unclean", (nr_dirty, nr_bytes))
 
@@ -114,6 +117,7 @@ async def make_metadata(
     dirty: int = 0,
     is_clean: bool = True,
     dirty_log: bool = False,
+    writes_back: bool = True,
 ) -> None:
     """Metadata of a cache of which the first `mapped` blocks are in use."""
     size = CacheMetadata.device_size_for(nr_cblocks)
@@ -128,7 +132,9 @@ async def make_metadata(
             uuid=bytes(16),
         ),
     )
-    await metadata_io.run(device, metadata.start(dirty_log=dirty_log))
+    await metadata_io.run(
+        device, metadata.start(dirty_log=dirty_log, writes_back=writes_back)
+    )
     await commit(metadata, device)
     for cblock in range(mapped):
         metadata.insert(cblock, cblock, dirty=cblock < dirty)
@@ -213,6 +219,19 @@ async def test_unclean_stop_is_told(
     assert await cache(recorder, mode="writeback", migration_threshold=1) == 0
     assert recorder.calls == ["serving", "unclean", "stopping", "stopped"]
     assert recorder.told["unclean"] == told
+
+
+@pytest.mark.parametrize("mode", ["writethrough", "writeback", "passthrough"])
+async def test_crash_in_writethrough_is_told_and_leaves_nothing_dirty(
+    work: Path, mode: str
+) -> None:
+    await make_metadata("fast.nbdtarget", mapped=5, is_clean=False, writes_back=False)
+    (work / "fast").write_bytes(bytes(MIB))
+    recorder = Recorder()
+    assert await cache(recorder, mode=mode, migration_threshold=1) == 0
+    assert recorder.calls == ["serving", "given_up", "stopping", "stopped"]
+    assert recorder.told["given_up"] == 5
+    assert recorder.told["stopped"] == (0, 0)
 
 
 @pytest.mark.parametrize(

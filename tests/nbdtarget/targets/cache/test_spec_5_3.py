@@ -119,7 +119,7 @@ async def test_5_3_step_1_resume_that_failed_once_needs_another_table(
 async def test_5_3_step_2_passthrough_after_an_unclean_shutdown(
     lab: CacheLab, oblocks: tuple[int, ...]
 ) -> None:
-    await lab.create(WRITETHROUGH)
+    await lab.create(f"1 writeback smq {BUSY}")
     for nr in oblocks:
         await lab.message(f"warm {nr}")
     await lab.pass_time(2)
@@ -137,6 +137,19 @@ async def test_5_3_step_2_passthrough_after_an_unclean_shutdown(
     await lab.pass_time(3)
     await lab.recreate(PASSTHROUGH)
     assert await lab.used() == len(oblocks)
+
+
+async def test_5_3_step_2_passthrough_after_a_crash_in_writethrough(
+    lab: CacheLab,
+) -> None:
+    """Ours: nothing is dirty then, and the metadata say so; the kernel refuses this, too."""
+    await lab.create(WRITETHROUGH)
+    await lab.message(f"warm {A}")
+    await lab.pass_time(2)
+    assert await lab.used() == 1
+    await lab.cut_power(kills_only=True)
+    await lab.create(PASSTHROUGH)
+    assert await lab.used() == 0
 
 
 async def test_5_3_step_2_no_needs_check(lab: CacheLab) -> None:
@@ -345,7 +358,7 @@ async def test_5_3_refused_passthrough_is_left_by_loading_another_table(
 
 async def test_5_3_dirty_log_tells_what_is_dirty_after_a_crash(lab: CacheLab) -> None:
     """Ours: a cache whose blocks are all clean may enter passthrough, whatever happened."""
-    await lab.create("2 writethrough dirty_log smq 0")
+    await lab.create(f"2 writeback dirty_log smq {BUSY}")
     await lab.message(f"warm {A}")
     await lab.pass_time(2)
     await lab.cut_power(kills_only=True)

@@ -136,8 +136,9 @@ async def test_6_3_invalidation_is_durable_and_counts_as_no_demotion(
     assert await lab.field("demotions") == "0"
     await lab.write(0, "n")
     await lab.cut_power()
+    # After a crash in this mode no mapping counts at all.
     await lab.create(DIRTY_BUSY)
-    assert await lab.used() == 5
+    assert await lab.used() == 0
 
 
 async def test_6_3_invalidation_that_cannot_be_committed_is_an_error(

@@ -402,6 +402,7 @@ LIFE: Final[dict[str, tuple[str, ...]]] = {
     "5.3 preresume 1": ("test_5_3_step_1_resume_that_failed_once_needs_another_table",),
     "5.3 preresume 2": (
         "test_5_3_step_2_passthrough_after_an_unclean_shutdown",
+        "test_5_3_step_2_passthrough_after_a_crash_in_writethrough",
         "test_5_3_step_2_no_needs_check",
         "test_passthrough_is_refused_after_an_unclean_shutdown",
     ),
@@ -520,7 +521,7 @@ METADATA: Final[dict[str, tuple[str, ...]]] = {
     "7.3 crash recovery": (
         "test_5_4_unclean_start_has_every_mapping_dirty",
         "test_7_3_counters_after_a_crash_are_those_of_the_last_commit",
-        "test_7_3_crash_in_writethrough_has_all_dirty_but_not_with_a_dirty_log",
+        "test_7_3_crash_in_writethrough_leaves_nothing_dirty_and_nothing_cached",
         "test_after_an_unclean_shutdown_all_is_dirty_and_nothing_else_believed",
     ),
     "7.3 needs_check": ("test_7_3_needs_check_refuses_the_constructor",),
