@@ -23,6 +23,10 @@ lock) pushes a callable with `bio.on_end(hook)`; hooks run last in, first out, b
 `endio`. Layers push one only for bios that do not end inside `submit`, so the inline
 path pays nothing for them.
 
+Rescue. A hook that has a method `rescue(bio, status)` is asked before a bio ends with an error, and
+before any hook runs. If it answers True, it has submitted the bio somewhere else, which will end it: no
+layer above has noticed anything. It must not say so twice for one bio.
+
 Offsets and lengths are bytes, never sectors.
 """
 
@@ -150,12 +154,22 @@ class Bio:
     def end(self, status: int) -> None:
         """End the bio with 0 or a positive errno."""
         assert self.status == PENDING, "a bio ends once"
-        self.status = status
         hooks = self.hooks
+        if status and hooks is not None and self._is_rescued(hooks, status):
+            return
+        self.status = status
         if hooks is not None:
             while hooks:
                 hooks.pop()(self)
         self.endio(self)
+
+    def _is_rescued(self, hooks: list[Callable[["Bio"], None]], status: int) -> bool:
+        """Whether a hook has sent the bio, which has failed, somewhere else: it has not ended."""
+        for hook in reversed(hooks):
+            rescue = getattr(hook, "rescue", None)
+            if rescue is not None and rescue(self, status):
+                return True
+        return False
 
     def __repr__(self) -> str:
         return (

@@ -121,6 +121,8 @@ class Device:
         health: what has gone wrong with it, see `nbdtarget.devices.health`.
         logical_block_size, io_min, io_opt, discard_granularity: see `QueueLimits`; a device
             takes requests of any size and alignment all the same, and FUA.
+        fails_inline: a READ may end with an error inside `submit`, while `health` says that all is
+            well. Without it, an error comes later, so there was time to push a hook.
         can_discard, can_write_zeroes, can_fast_zero: without `can_write_zeroes`, a
             WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
@@ -132,6 +134,7 @@ class Device:
     io_min: int = 0
     io_opt: int = 0
     discard_granularity: int = 0
+    fails_inline: bool = False
     can_discard: bool = False
     can_write_zeroes: bool = False
     can_fast_zero: bool = False

@@ -147,6 +147,8 @@ class MappedIo(Device):
         "state",
     )
 
+    fails_inline = True  # what `map` kills ends at once
+
     def __init__(self, name: str, clock: Clock) -> None:
         super().__init__(name, 0)
         self.state = State.ACTIVE

@@ -19,6 +19,8 @@ WALKS: Final = ("tests/crash/test_cache_machine.py",)
 CRASH: Final = (*MATRIX, *WALKS)
 LOCK_TESTS: Final = (UNIT + "test_locks.py",)
 FOREGROUND_TESTS: Final = (UNIT + "test_foreground.py",)
+GIVING_UP: Final = "nbdtarget/targets/cache/giving_up.py"
+GIVING_UP_TESTS: Final = (UNIT + "test_giving_up.py",)
 MIGRATION_TESTS: Final = (UNIT + "test_migrations.py",)
 
 
@@ -283,10 +285,45 @@ CACHE_TARGET: Final = (
         "The origin has a write that the cache has not, and what is read is the old data.",
         FOREGROUND,
         (
-            "        if through.cache_error:\n            self._give_up_block",
-            "        if through.cache_error < 0:\n            self._give_up_block",
+            "            self._giving_up.give_up(oblock, cblock, bio.end)\n",
+            "            bio.end(0)\n",
         ),
         FOREGROUND_TESTS,
+    ),
+    _mutant(
+        "refused-write-acknowledged-before-its-block-is-given-up",
+        "A write that only the origin took ends, and a crash brings its old copy back.",
+        FOREGROUND,
+        (
+            "            self._giving_up.give_up(oblock, cblock, bio.end)\n",
+            "            bio.end(0)\n"
+            "            self._giving_up.give_up(oblock, cblock, _nobody)\n",
+        ),
+        GIVING_UP_TESTS,
+    ),
+    _mutant(
+        "clean-read-error-not-tried-at-the-origin",
+        "The cache device cannot read a clean block, and the client is told so.",
+        GIVING_UP,
+        (
+            "metadata.dirty[cblock]:\n            return False",
+            "metadata.nr_mapped:\n            return False",
+        ),
+        GIVING_UP_TESTS,
+    ),
+    _mutant(
+        "dirty-block-read-from-the-origin",
+        "The cache device cannot read a dirty block, and the origin's old data are read.",
+        GIVING_UP,
+        ("if blocks.has_failed or metadata.dirty[cblock]:", "if blocks.has_failed:"),
+        GIVING_UP_TESTS,
+    ),
+    _mutant(
+        "block-given-up-in-core-only",
+        "A block is given up without a commit: a crash brings its old copy back.",
+        GIVING_UP,
+        ("            if await blocks.committer.commit():\n", "            if True:\n"),
+        GIVING_UP_TESTS,
     ),
     _mutant(
         "writes-through-overtake-each-other",

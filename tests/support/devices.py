@@ -157,6 +157,8 @@ class CrashDevice(Device):
     ) -> None:
         assert size % SECTOR == 0
         super().__init__(name, size, read_only=read_only)
+        # Caches go a longer way with what may fail inline: by seed, both ways are gone.
+        self.fails_inline = seed % 2 == 1
         self.inline_chance = inline_chance
         self.border = border
         self.trace: list[Trace] = []

@@ -24,6 +24,7 @@ from nbdtarget.bio import Bio
 from nbdtarget.devices.base import Device
 from nbdtarget.policies.base import Policy
 from nbdtarget.targets.cache.discards import DiscardBits
+from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.cache.locks import BlockLocks
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, Options
 from nbdtarget.targets.cache.unflushed import OriginWrites
@@ -45,6 +46,7 @@ class Blocks:
         origin_writes: counts what is written to the origin, for who flushes it.
         event: raises a device-mapper event.
         wake: tells the migrations that there may be something to do.
+        failures: counts what has failed below.
         broken: takes an exception of our own making, after which nothing can be trusted.
         remap: takes a bio through the target from the beginning.
     """
@@ -63,6 +65,7 @@ class Blocks:
         options: Options,
         event: Callable[[], None],
         broken: Callable[[BaseException], None],
+        failures: Failures,
     ) -> None:
         self.name = name
         self.origin = origin
@@ -86,6 +89,7 @@ class Blocks:
         self.nr_migrating = 0
         self.event = event
         self.broken = broken
+        self.failures = failures
         self.wake: Callable[[], None] = _nobody
         self.remap: Callable[[Bio], None] = _nobody
 

@@ -24,8 +24,8 @@ Why no acknowledged flush is lost
    A miss needs no commit: no crash brings a mapping of its block back (rule 1: the lock of
    who removes one is kept until the removal is committed).
 4. *A write through to both devices* that fails on one of them leaves two copies that differ. If the
-   cache device failed, the block is given up, and the origin counts; if the origin did, the block is
-   marked dirty, and the cache counts. Writes to the same bytes go one after another: in
+   cache device failed, the origin counts: the block is given up, durably, before the write ends, and then it
+   ends well. If the origin did, the block is marked dirty, the cache counts, and the client is told. Writes to the same bytes go one after another: in
    two orders they would leave two copies that differ, too.
 5. *Invalidation* (passthrough): removed, committed, and only then written to the origin.
 6. *Mode RO.* A write that would need something recorded is refused. What may go on: writes to
@@ -56,6 +56,7 @@ from nbdtarget.bio import (
 from nbdtarget.devices.base import Device
 from nbdtarget.policies.base import MISS_WAKE, Work
 from nbdtarget.targets.cache.blocks import Blocks
+from nbdtarget.targets.cache.giving_up import GivingUp
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.pieces import BYTES_AT_ONCE, PIECES_AT_ONCE, Pieces
 
@@ -78,6 +79,7 @@ class WriteThrough:
 
     __slots__ = (
         "_ended",
+        "_failed",
         "_left",
         "begin",
         "bio",
@@ -87,8 +89,11 @@ class WriteThrough:
         "waiting",
     )
 
-    def __init__(self, bio: Bio, ended: Callable[[], None]) -> None:
+    def __init__(
+        self, bio: Bio, ended: Callable[[], None], failed: Callable[[Bio, int], None]
+    ) -> None:
         self.bio = bio
+        self._failed = failed
         self.begin = bio.offset
         self.end = bio.offset + bio.length
         self.waiting: list[Callable[[], None]] = []
@@ -103,6 +108,8 @@ class WriteThrough:
 
     def cache_ended(self, child: Bio) -> None:
         self.cache_error = child.status
+        if child.status:
+            self._failed(child, child.status)
         self._one_ended()
 
     def _one_ended(self) -> None:
@@ -123,6 +130,7 @@ class Foreground:
     def __init__(
         self,
         blocks: Blocks,
+        giving_up: GivingUp,
         *,
         passdown: bool,
         missed: Callable[[bool], None],
@@ -130,6 +138,7 @@ class Foreground:
     ) -> None:
         self._blocks = blocks
         self._locks = blocks.locks
+        self._giving_up = giving_up
         self._passdown = passdown
         self._missed = missed
         self._warm = warm
@@ -214,7 +223,7 @@ class Foreground:
             blocks.metadata.statistics.read_hits += 1
             if not blocks.is_passthrough:
                 bio.offset += (cblock - oblock) * blocks.block_size
-                self._submit_held(blocks.cache, bio, oblock)
+                self._read_cached(bio, oblock, cblock)
             else:
                 self._submit_held(blocks.origin, bio, oblock)
 
@@ -251,6 +260,16 @@ class Foreground:
         self._submit(device, bio)
         if bio.status < 0:
             self._locks.hold(oblock, bio, is_write=bio.op != OP_READ)
+
+    def _read_cached(self, bio: Bio, oblock: int, cblock: int) -> None:
+        cache = self._blocks.cache
+        if cache.fails_inline:
+            self._locks.hold_cached(oblock, cblock, bio)
+            cache.submit(bio)
+        else:
+            cache.submit(bio)
+            if bio.status < 0:
+                self._locks.hold_cached(oblock, cblock, bio)
 
     def miss(self, bio: Bio, oblock: int, answer: int) -> None:
         """A READ or write of a block that is not cached, which `answer` is about."""
@@ -365,7 +384,9 @@ class Foreground:
         self._blocks.metadata.begin_write_through(cblock)
         self._blocks.origin_writes.nr_sent += 1
         through = WriteThrough(
-            bio, lambda: self._written_through(through, oblock, cblock)
+            bio,
+            lambda: self._written_through(through, oblock, cblock),
+            self._giving_up.note,
         )
         self._through.setdefault(oblock, []).append(through)
         offset = bio.offset
@@ -394,10 +415,12 @@ class Foreground:
     ) -> None:
         """Both have ended: see rule 4 of the module head."""
         blocks = self._blocks
-        error = through.cache_error or through.origin_error
+        bio = through.bio
+        error = through.origin_error
         try:
             if through.cache_error:
-                pass  # see below
+                # If it is dirty, because the origin failed another write, the cache counts.
+                error = error or (errnos.EIO if blocks.metadata.dirty[cblock] else 0)
             elif through.origin_error:
                 blocks.set_dirty(cblock)
             elif self._locks.nr_writers(oblock) == 1:
@@ -408,41 +431,16 @@ class Foreground:
         others.remove(through)
         if not others:
             del self._through[oblock]
-        through.bio.end(error)
+        if through.cache_error and not error:
+            # It does no more I/O, and must not be waited for by who locks the block for its sake.
+            self._locks.let_go(bio)
+            self._giving_up.give_up(oblock, cblock, bio.end)
+        else:
+            bio.end(error)
         for send in through.waiting:
             send()
-        if through.cache_error:
-            self._give_up_block(oblock, cblock)
-
-    def _give_up_block(self, oblock: int, cblock: int) -> None:
-        """The cache device failed to take what the origin has: only the origin counts.
-
-        If it cannot be removed now, because others lock the block or no commit succeeds, it stays as it
-        is, with old or new data in it: the client knows that its write has failed.
-        """
-        locks, blocks = self._locks, self._blocks
-
-        def locked(lock: BlockLock) -> None:
-            metadata = blocks.metadata
-            gone = metadata.maybe_cblock(oblock) != cblock or metadata.dirty[cblock]
-            if gone or not blocks.is_writable:
-                self._unlock(lock)
-                return
-            metadata.remove(cblock)
-            blocks.committer.after_commit(lambda errno: removed(lock, errno))
-
-        def removed(lock: BlockLock, errno: int) -> None:
-            if errno:
-                self._unlock(lock)
-            else:
-                locks.raise_level(lock, unread)
-
-        def unread(lock: BlockLock) -> None:
-            blocks.policy.invalidate(cblock)
-            self._unlock(lock)
-
-        if not blocks.has_failed:
-            locks.maybe_lock(oblock, locked)
+        if through.cache_error and error:
+            self._giving_up.give_up(oblock, cblock, _nobody)
 
     def _invalidate(self, bio: Bio, oblock: int, cblock: int) -> None:
         """Passthrough: a write to a cached block. Durably unmapped, it goes to the origin."""
@@ -496,12 +494,7 @@ class Foreground:
             or not is_possible
             or not blocks.metadata.may_insert(work.cblock)
         ):
-            blocks.policy.complete_background_work(work, False)
-            blocks.metadata.statistics.write_misses += 1
-            blocks.discards.clear(work.oblock)
-            blocks.origin_writes.nr_sent += 1
-            self._submit_held(blocks.origin, bio, work.oblock)
-            self._unlock(lock)
+            self._overwrite_not(bio, work, lock)
             return
         payload = bio.payload
         if not is_whole:
@@ -516,7 +509,7 @@ class Foreground:
             blocks.block_size,
             payload,
             bio.flags & ~FUA,
-            lambda child: self._overwritten(bio, work, lock, child.status),
+            lambda child: self._overwritten(bio, work, lock, child),
             None,
             is_whole and bio.borrowed,
         )
@@ -524,11 +517,34 @@ class Foreground:
             bio.give_away()
         blocks.cache.submit(child)
 
-    def _overwritten(self, bio: Bio, work: Work, lock: BlockLock, errno: int) -> None:
+    def _write_past(self, bio: Bio, work: Work, lock: BlockLock, child: Bio) -> None:
+        """The cache device has failed to take what a block was to be overwritten with."""
         blocks = self._blocks
+        self._giving_up.note(child, child.status)
+        if child.payload is not None:
+            at = bio.offset - work.oblock * blocks.block_size
+            bio.payload = child.payload[at : at + bio.length]
+            bio.borrowed = child.borrowed
+        self._overwrite_not(bio, work, lock)
+
+    def _overwrite_not(self, bio: Bio, work: Work, lock: BlockLock) -> None:
+        """It goes to the origin, as a miss that the policy wanted nothing for."""
+        blocks = self._blocks
+        blocks.policy.complete_background_work(work, False)
+        blocks.metadata.statistics.write_misses += 1
+        blocks.discards.clear(work.oblock)
+        blocks.origin_writes.nr_sent += 1
+        self._submit_held(blocks.origin, bio, work.oblock)
+        self._unlock(lock)
+
+    def _overwritten(self, bio: Bio, work: Work, lock: BlockLock, child: Bio) -> None:
+        blocks = self._blocks
+        errno = 0
+        if child.status:
+            self._write_past(bio, work, lock, child)
+            return
         try:
-            if not errno:
-                blocks.metadata.insert(work.cblock, work.oblock, dirty=True)
+            blocks.metadata.insert(work.cblock, work.oblock, dirty=True)
         except MetadataError:
             errno = errnos.EIO
         try:
@@ -582,3 +598,7 @@ class Foreground:
         for parked in self._locks.unlock(lock):
             self._blocks.remap(parked)
         self._blocks.wake()
+
+
+def _nobody(_: int) -> None:
+    """Nobody waits for it."""

@@ -35,6 +35,7 @@ Nothing here survives a crash or needs to.
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from nbdtarget.bio import Bio
 
@@ -67,10 +68,33 @@ class BlockLock:
         return f"<BlockLock {self.begin}-{self.end} level {self.level} {state}>"
 
 
+class CachedRead:
+    """The hook of a READ that is served from the cache: its hold, and who can help if it fails."""
+
+    __slots__ = ("_cblock", "_is_rescued", "_locks", "_oblock")
+
+    def __init__(self, locks: "BlockLocks", oblock: int, cblock: int) -> None:
+        self._locks = locks
+        self._oblock = oblock
+        self._cblock = cblock
+        self._is_rescued = False
+
+    def __call__(self, _: Bio) -> None:
+        self._locks.end_read(self._oblock)
+
+    def rescue(self, bio: Bio, status: int) -> bool:
+        """The bio has failed; whether it was sent to the origin, still holding its block."""
+        if self._is_rescued:
+            return False
+        self._is_rescued = True
+        return self._locks.rescue(bio, status, self._oblock, self._cblock)
+
+
 class BlockLocks:
     """The locks and holds of one cache.
 
     Attributes:
+        rescue: is asked about a READ of a cached block that failed: `CachedRead.rescue`.
         locked: not empty while anything is locked or about to be. Look, don't touch.
     """
 
@@ -82,6 +106,7 @@ class BlockLocks:
         self.locked: dict[int, BlockLock] = {}
         self._due: deque[BlockLock] = deque()  # held; their `granted` is to be called
         self._is_granting = False
+        self.rescue: Callable[[Bio, int, int, int], bool] = _no_rescue
 
     @property
     def nr_holds(self) -> int:
@@ -107,9 +132,24 @@ class BlockLocks:
             for waiting in self._ranges:
                 if not waiting.held and waiting.begin <= oblock < waiting.end:
                     waiting.nr_awaited += 1
-            bio.on_end(lambda _: self._end_write(oblock))
+            bio.on_end(partial(self._end_write, oblock))
         else:
-            bio.on_end(lambda _: self._end_read(oblock))
+            bio.on_end(lambda _: self.end_read(oblock))
+
+    def hold_cached(self, oblock: int, cblock: int, bio: Bio) -> None:
+        """`bio`, a READ that has not ended, reads `oblock` from the cache until it ends."""
+        self._readers[oblock] = self._readers.get(oblock, 0) + 1
+        bio.on_end(CachedRead(self, oblock, cblock))
+
+    def let_go(self, bio: Bio) -> None:
+        """`bio`, a write that holds its block, does no more I/O on it, and ends later."""
+        assert bio.hooks is not None
+        for nr, hook in enumerate(bio.hooks):
+            if isinstance(hook, partial) and hook.func == self._end_write:
+                del bio.hooks[nr]
+                hook(bio)
+                return
+        raise AssertionError("it holds nothing")
 
     def is_locked(self, oblock: int) -> bool:
         """Whether anybody has locked `oblock`, or is about to: ask `maybe_blocking` whom."""
@@ -198,7 +238,7 @@ class BlockLocks:
 
     # Inside
 
-    def _end_write(self, oblock: int) -> None:
+    def _end_write(self, oblock: int, _: Bio) -> None:
         _count_down(self._writers, oblock)
         lock = self.locked.get(oblock)
         if lock is not None and not lock.held and not lock.level:
@@ -207,7 +247,8 @@ class BlockLocks:
             if not waiting.held and waiting.begin <= oblock < waiting.end:
                 self._stop_awaiting(waiting)
 
-    def _end_read(self, oblock: int) -> None:
+    def end_read(self, oblock: int) -> None:
+        """A READ that held `oblock` has ended."""
         _count_down(self._readers, oblock)
         lock = self.locked.get(oblock)
         if lock is not None and not lock.held and lock.level:
@@ -236,6 +277,10 @@ class BlockLocks:
         if not lock.nr_awaited:
             lock.held = True
             lock.granted(lock)
+
+
+def _no_rescue(bio: Bio, errno: int, oblock: int, cblock: int) -> bool:
+    return False
 
 
 def _count_down(holds: dict[int, int], oblock: int) -> None:

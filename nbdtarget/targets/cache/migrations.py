@@ -54,7 +54,6 @@ TICK_S: Final = 1.0
 RETRY_S_MIN: Final = 1.0
 RETRY_S_MAX: Final = 64.0
 LOCKED_MAX: Final = 64  # that a sweep passes over in a turn of the loop
-SAY_S_MIN: Final = 5.0  # between two lines in the log about failures
 _NS: Final = 1_000_000_000
 
 log = logging.getLogger(__name__)
@@ -65,8 +64,6 @@ class Migrations:
 
     Attributes:
         rate: migration_rate.
-        nr_errors: copies that have failed.
-        last_error: what the last of them says, in one line.
     """
 
     def __init__(self, blocks: Blocks, wishes: Wishes, clock: Clock) -> None:
@@ -74,8 +71,6 @@ class Migrations:
         self._clock = clock
         self.rate = Rate(clock, blocks.options.migration_rate)
         self._pace = Pace(clock, blocks.metadata.statistics)
-        self.nr_errors = 0
-        self.last_error: str | None = None
         self._promoter = Copier(
             blocks.origin,
             blocks.cache,
@@ -104,7 +99,6 @@ class Migrations:
         self._is_idle = False
         self._retry_s = RETRY_S_MIN
         self._retry_ns = 0
-        self._say_ns = 0
         blocks.wake = self.wake
 
     # Life
@@ -425,20 +419,11 @@ class Migrations:
             blocks.remap(bio)
 
     def _note_failure(self, what: str, error: DeviceError, op: int) -> None:
-        self.nr_errors += 1
-        self.last_error = f"{what}: {error}"
+        self._blocks.failures.note(what, error)
         now_ns = self._clock.now_ns()
         if op != PROMOTE:
             self._retry_ns = now_ns + int(self._retry_s * _NS)
             self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)
-        if now_ns >= self._say_ns:
-            self._say_ns = now_ns + int(SAY_S_MIN * _NS)
-            log.error(
-                "%s: %s (%d failed so far)",
-                self._blocks.name,
-                self.last_error,
-                self.nr_errors,
-            )
 
     def _task_done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

@@ -63,7 +63,9 @@ from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.extents import CACHE, base_extents, cache_extents
+from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.cache.foreground import Foreground
+from nbdtarget.targets.cache.giving_up import GivingUp
 from nbdtarget.targets.cache.invalidation import invalidate
 from nbdtarget.targets.cache.migrations import Migrations
 from nbdtarget.targets.cache.report import status_fields, status_line
@@ -123,6 +125,7 @@ class CacheTarget(Target):
             options=parts.options,
             event=ctx.event,
             broken=self._broken,
+            failures=Failures(ctx.name, ctx.clock),
         )
         self._blocks.remap = self._remap
         self._committer.unflushed[parts.origin] = self._blocks.origin_writes
@@ -136,8 +139,10 @@ class CacheTarget(Target):
             self._passdown = False
         self._wishes = Wishes(self._blocks)
         self._migrations = Migrations(self._blocks, self._wishes, ctx.clock)
+        self._giving_up = GivingUp(self._blocks, ctx.clock, self._migrations.spawn)
         self._foreground = Foreground(
             self._blocks,
+            self._giving_up,
             passdown=self._passdown,
             missed=self._missed,
             warm=self._wishes.advise,
@@ -196,7 +201,7 @@ class CacheTarget(Target):
             bio.offset = cblock * size + at
             self._cache.submit(bio)
             if bio.status < 0:
-                self._locks.hold(oblock, bio, is_write=False)
+                self._locks.hold_cached(oblock, cblock, bio)
         elif self._dirty[cblock]:
             self._statistics.write_hits += 1
             bio.offset = cblock * size + at
@@ -339,7 +344,8 @@ class CacheTarget(Target):
         blocks = self._blocks
         self._fast_op_max = -1
         if blocks.is_writable and not blocks.is_passthrough:
-            self._fast_op_max = OP_WRITE
+            if not blocks.cache.fails_inline:
+                self._fast_op_max = OP_WRITE
         elif not blocks.is_writable:
             self._policy.allow_migrations(False)  # else it takes blocks for them
 
@@ -356,8 +362,10 @@ class CacheTarget(Target):
 
     def status_fields(self) -> StatusFields:
         fields = status_fields(self._blocks, discard_passdown=self._passdown)
-        fields["errors"] = self._migrations.nr_errors
-        fields["last_error"] = self._migrations.last_error
+        failures = self._blocks.failures
+        fields["errors"] = failures.nr_errors
+        fields["last_error"] = failures.last_error or self._committer.last_error
+        fields["blocks_given_up"] = self._giving_up.nr_given_up
         return fields
 
     def table_words(self) -> str:

@@ -12,6 +12,7 @@ from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
+from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.committer import Committer
 from tests.nbdtarget.targets.clone.support import Context, Spy
 from tests.support.clock import SimClock
@@ -128,6 +129,7 @@ class Table:
             metadata=self.metadata,
             policy=self.parts.policy,
             committer=self.committer,
+            failures=Failures("c", bench.clock),
             discards=self.discards,
             length=bench.ctx.length,
             options=self.parts.options,

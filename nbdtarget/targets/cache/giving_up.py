@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of blocks whose copy in the cache the cache device cannot read or write any more.
+
+Theory of operation. Of a clean block the origin has everything. So when the cache device fails, clients need
+not notice:
+
+    a READ                    is sent to the origin                 (`CachedRead`, before anybody is told)
+    a write through           whose origin's half went well ends well, once the block is given up durably
+    an overwrite              goes to the origin instead
+    a promotion               has not taken place
+
+and the block is given up: its mapping is removed and the removal committed, so that no crash brings back a copy
+that is older than the origin. A write through ends only after that. Till then its client has been told nothing, so
+reads may find either content, and a FLUSH promises nothing about it; that is why FLUSH needs no care of its own.
+A write whose hold was let go waits for the commit alone, never for a lock that waits for it.
+
+Of a dirty block the cache device has the only copy: EIO is the truth.
+
+Nobody waits for what may not come: a block that somebody else has locked is come back to, and what locks a block
+waits for devices and commits. When the metadata cannot record the removal any more, the write ends with EIO.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from metadata.errors import MetadataError
+from nbdtarget.bio import OP_NAMES, Bio
+from nbdtarget.clock import Clock
+from nbdtarget.errors import DeviceError
+from nbdtarget.targets.cache.blocks import Blocks
+from nbdtarget.targets.cache.locks import BlockLock
+
+__all__ = ["GivingUp"]
+
+RETRY_S: Final = 0.01
+
+log = logging.getLogger(__name__)
+
+
+class GivingUp:
+    """Gives blocks up. See the module head.
+
+    Args:
+        spawn: runs a coroutine that a suspend waits for.
+
+    Attributes:
+        nr_given_up: blocks, since this table was constructed.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        clock: Clock,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._blocks = blocks
+        self._clock = clock
+        self._spawn = spawn
+        self._under_way: dict[int, list[Callable[[int], None]]] = {}  # by oblock
+        self.nr_given_up = 0
+        blocks.locks.rescue = self.rescue_read
+
+    def rescue_read(self, bio: Bio, errno: int, oblock: int, cblock: int) -> bool:
+        """A READ of a cached block has failed: send it to the origin, if that has everything."""
+        blocks = self._blocks
+        self.note(bio, errno)
+        metadata = blocks.metadata
+        if blocks.has_failed or metadata.dirty[cblock]:
+            return False
+        bio.offset += (oblock - cblock) * blocks.block_size
+        self.give_up(oblock, cblock, _nobody)
+        blocks.origin.submit(bio)
+        return True
+
+    def note(self, bio: Bio, errno: int) -> None:
+        """The cache device has failed this bio."""
+        blocks = self._blocks
+        error = DeviceError(
+            errno, blocks.cache.name, OP_NAMES[bio.op], bio.offset, bio.length
+        )
+        blocks.failures.note("cache device", error)
+
+    def give_up(self, oblock: int, cblock: int, ended: Callable[[int], None]) -> None:
+        """Remove a clean mapping; `ended(errno)` is called when that is durable, or cannot be.
+
+        0 also if somebody else has removed it. EIO if the block is dirty by then.
+        """
+        waiting = self._under_way.get(oblock)
+        if waiting is not None:
+            waiting.append(ended)
+            return
+        self._under_way[oblock] = [ended]
+        self._spawn(self._give_up(oblock, cblock))
+
+    async def _give_up(self, oblock: int, cblock: int) -> None:
+        errno = errnos.EIO
+        try:
+            while not await self._is_settled(oblock, cblock):
+                await self._clock.sleep(RETRY_S)
+            metadata = self._blocks.metadata
+            if self._blocks.is_writable and metadata.maybe_cblock(oblock) != cblock:
+                errno = 0
+        except MetadataError as error:
+            log.error("%s: block %d: %s", self._blocks.name, oblock, error)
+        finally:
+            for ended in self._under_way.pop(oblock):
+                ended(errno)
+
+    async def _is_settled(self, oblock: int, cblock: int) -> bool:
+        """Try once; whether there is nothing more to be done. Raises: MetadataError."""
+        blocks = self._blocks
+        metadata = blocks.metadata
+        if not blocks.is_writable:
+            return True
+        if metadata.maybe_cblock(oblock) != cblock:
+            await blocks.committer.commit()
+            return True
+        if metadata.dirty[cblock]:
+            return True
+        granted: asyncio.Future[BlockLock] = asyncio.get_running_loop().create_future()
+        if blocks.locks.maybe_lock(oblock, granted.set_result) is None:
+            return False
+        lock = await granted
+        try:
+            if (
+                not blocks.is_writable
+                or metadata.maybe_cblock(oblock) != cblock
+                or metadata.dirty[cblock]
+            ):
+                return False
+            metadata.remove(cblock)
+            if await blocks.committer.commit():
+                unread: asyncio.Future[BlockLock]
+                unread = asyncio.get_running_loop().create_future()
+                blocks.locks.raise_level(lock, unread.set_result)
+                await unread
+                blocks.policy.invalidate(cblock)
+                self._tell(oblock)
+        finally:
+            for parked in blocks.locks.unlock(lock):
+                blocks.remap(parked)
+            blocks.wake()
+        return True
+
+    def _tell(self, oblock: int) -> None:
+        blocks = self._blocks
+        self.nr_given_up += 1
+        blocks.failures.say(
+            f"origin block {oblock} is not cached any more, as its copy in"
+            f" {blocks.cache.name} cannot be used; the origin has it"
+            f" ({self.nr_given_up} blocks so far)"
+        )
+        blocks.event()
+
+
+def _nobody(_: int) -> None:
+    """Nobody waits for it."""
