@@ -175,7 +175,7 @@ class Device:
     def give_up_reads(self) -> None:
         """End what is being read with EIO, if it may take forever: somebody wants to stop.
 
-        Nothing is lost by that. What is asked for afterwards is served as ever.
+        Nothing is lost by that. What is asked for afterwards may hang again, or fail for a few seconds.
         """
 
     def submit(self, bio: Bio) -> None:

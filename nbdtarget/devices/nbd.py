@@ -75,8 +75,9 @@ from nbdtarget.devices.base import (
     append_extent,
 )
 from nbdtarget.devices.identity import NBD, nbd_ids
-from nbdtarget.devices.nbd_connection import NbdConnection, connect, wait_until_ended
-from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
+from nbdtarget.devices.nbd_connect import connect_all
+from nbdtarget.devices.nbd_connection import NbdConnection, connect
+from nbdtarget.devices.nbd_uri import parse_nbd_uri
 from nbdtarget.errors import DeviceError, ResolveError
 from protocol import consts
 from protocol.client import ClientNegotiated, Completion
@@ -85,7 +86,6 @@ __all__ = ["NbdDevice", "open_nbd"]
 
 logger = logging.getLogger(__name__)
 
-CONNECTIONS_MAX: Final = 4
 IN_FLIGHT_MAX: Final = 64  # requests, over all connections
 PIECE_MAX: Final = 4 << 20  # bytes of payload in one request
 RECONNECT_S_MIN: Final = (
@@ -219,6 +219,12 @@ class NbdDevice(Device):
     def give_up_reads(self) -> None:
         if self._is_lost:
             return  # there are none
+        if self.read_only:
+            # Without a connection what follows fails at once, instead of hanging like the rest.
+            if self.nr_in_flight:
+                reason = f"{self.nr_in_flight} reads given up"
+                self._connection_lost(reason, RECONNECT_S_MAX)
+            return
         given_up = [c for conn in self._connections for c in conn.give_up_reads()]
         queued = [request for request in self._queue if request[0] in _READING]
         for request in queued:
@@ -553,7 +559,8 @@ class NbdDevice(Device):
 
     # -- loss -----------------------------------------------------------------------------
 
-    def _connection_lost(self, reason: str) -> None:
+    def _connection_lost(self, reason: str, delay_s: float | None = None) -> None:
+        """Args: delay_s: before the first attempt to connect again; None: RECONNECT_S_MIN."""
         if self._is_lost:
             return
         self._is_lost = True
@@ -576,11 +583,12 @@ class NbdDevice(Device):
             self._answer(request[-1], errnos.EIO, None)
         self.health.last_error = f"connection lost: {reason}"
         self._refusal = ""
-        self._reconnecting = asyncio.ensure_future(self._connect_again())
+        self._reconnecting = asyncio.ensure_future(
+            self._connect_again(RECONNECT_S_MIN if delay_s is None else delay_s)
+        )
 
-    async def _connect_again(self) -> None:
+    async def _connect_again(self, delay_s: float) -> None:
         """Connect until the server is back, and has the disk that it had."""
-        delay_s = RECONNECT_S_MIN
         connections: list[NbdConnection] = []
         while not connections:
             await sleep(delay_s)
@@ -631,56 +639,8 @@ async def open_nbd(name: str, *, read_only: bool) -> NbdDevice:
     Raises: ResolveError: no such server or export, read-only, without FLUSH, ….
     """
     uri = parse_nbd_uri(name)
-    connect_all = partial(_connect_all, name, uri, read_only=read_only)
-    return NbdDevice(name, await connect_all(), connect_all, read_only=read_only)
-
-
-async def _connect_all(
-    name: str, uri: NbdUri, *, read_only: bool
-) -> list[NbdConnection]:
-    """Connect as often as the server takes it. Raises: ResolveError."""
-    if not read_only:
-        await wait_until_ended(name, uri)
-    connections = [await connect(name, uri)]
-    try:
-        negotiated = connections[0].negotiated
-        _check(name, negotiated, read_only=read_only)
-        if negotiated.flags & consts.FLAG_CAN_MULTI_CONN:
-            await _connect_more(name, uri, connections)
-    except BaseException:
-        for connection in connections:
-            connection.close()
-        raise
-    return connections
-
-
-async def _connect_more(
-    name: str, uri: NbdUri, connections: list[NbdConnection]
-) -> None:
-    """Add connections; one that cannot be had is only a loss of speed."""
-    while len(connections) < CONNECTIONS_MAX:
-        try:
-            another = await connect(name, uri)
-        except ResolveError as error:
-            logger.info("%s; going on with %d", error, len(connections))
-            return
-        if another.negotiated != connections[0].negotiated:
-            another.close()
-            logger.info("%s: its connections disagree: using one", name)
-            return
-        connections.append(another)
-
-
-def _check(name: str, negotiated: ClientNegotiated, *, read_only: bool) -> None:
-    if negotiated.size < max(negotiated.block_size_min, 1):
-        raise ResolveError(name, "is empty")
-    if read_only:
-        return
-    if negotiated.flags & consts.FLAG_READ_ONLY:
-        raise ResolveError(name, "the server exports it read-only", errnos.EROFS)
-    if not negotiated.flags & consts.FLAG_SEND_FLUSH:
-        reason = "the server has no FLUSH: nothing written there would be durable"
-        raise ResolveError(name, reason)
+    connecting = partial(connect_all, name, uri, read_only=read_only)
+    return NbdDevice(name, await connecting(), connecting, read_only=read_only)
 
 
 def _usable_size(negotiated: ClientNegotiated) -> int:

@@ -450,7 +450,7 @@ class OpenDevices:
         """All that are open and are no mapped devices."""
         return [
             opened.device
-            for opened in self._opens.values()
+            for opened in self._all
             if not isinstance(opened.device, MappedDevice)
         ]
 
@@ -458,7 +458,7 @@ class OpenDevices:
         """Whether no other mapped device's table has `device` open."""
         return all(
             use.holder is holder
-            for opened in self._opens.values()
+            for opened in self._all
             if opened.device is device
             for use in opened.uses
         )

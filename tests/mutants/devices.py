@@ -10,6 +10,7 @@ __all__ = ["DEVICES"]
 FILE_PY: Final = "nbdtarget/devices/file.py"
 PAGE_CACHE_PY: Final = "nbdtarget/devices/page_cache.py"
 NBD_PY: Final = "nbdtarget/devices/nbd.py"
+NBD_CONNECT_PY: Final = "nbdtarget/devices/nbd_connect.py"
 FILE: Final = ("tests/nbdtarget/devices/test_file.py",)
 FILE_HEALTH: Final = ("tests/nbdtarget/devices/test_file_health.py",)
 PAGE_CACHE: Final = ("tests/nbdtarget/devices/test_page_cache.py",)
@@ -291,7 +292,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-written-to-without-flush",
         "A server that has no FLUSH is taken for a disk to write to.",
-        NBD_PY,
+        NBD_CONNECT_PY,
         (
             (
                 "    if not negotiated.flags & consts.FLAG_SEND_FLUSH:",
@@ -329,7 +330,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-old-connection-overtakes-the-new-one",
         "The device connects again while a write of the old connection is under way at the server.",
-        NBD_PY,
+        NBD_CONNECT_PY,
         (("        await wait_until_ended(name, uri)\n", "        pass\n"),),
         NBD_LOSS,
     ),

@@ -466,3 +466,23 @@ async def test_reads_are_given_up_on_request_and_nothing_else_is(
         device.give_up_reads()
         assert device._in_flight == 0
         await device.close()
+
+
+async def test_source_whose_reads_are_given_up_fails_at_once_until_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server, read_only=True)
+        device.give_up_reads()  # there are none: nothing happens
+        assert device.health.is_usable
+        server.gate.clear()
+        read = bio_of(OP_READ, 0, 512)
+        device.submit(read)
+        device.give_up_reads()
+        assert read.status == errno.EIO
+        assert "connection lost: 1 reads given up" in caplog.text
+        await gives_eio(device.read(0, 512))
+        server.gate.set()
+        await recovered(device)
+        assert bytes(await device.read(0, 4)) == bytes(4)
+        await device.close()

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All connections of one `NbdDevice`: as many as the server takes, and none before the old ones have ended."""
+
+import errno as errnos
+import logging
+from typing import Final
+
+from nbdtarget.devices.nbd_connection import NbdConnection, connect, wait_until_ended
+from nbdtarget.devices.nbd_uri import NbdUri
+from nbdtarget.errors import ResolveError
+from protocol import consts
+from protocol.client import ClientNegotiated
+
+__all__ = ["CONNECTIONS_MAX", "connect_all"]
+
+logger = logging.getLogger(__name__)
+
+CONNECTIONS_MAX: Final = 4
+
+
+async def connect_all(
+    name: str, uri: NbdUri, *, read_only: bool
+) -> list[NbdConnection]:
+    """Connect as often as the server takes it. Raises: ResolveError."""
+    if not read_only:
+        await wait_until_ended(name, uri)
+    connections = [await connect(name, uri)]
+    try:
+        negotiated = connections[0].negotiated
+        _check(name, negotiated, read_only=read_only)
+        if negotiated.flags & consts.FLAG_CAN_MULTI_CONN:
+            await _connect_more(name, uri, connections)
+    except BaseException:
+        for connection in connections:
+            connection.close()
+        raise
+    return connections
+
+
+async def _connect_more(
+    name: str, uri: NbdUri, connections: list[NbdConnection]
+) -> None:
+    """Add connections; one that cannot be had is only a loss of speed."""
+    while len(connections) < CONNECTIONS_MAX:
+        try:
+            another = await connect(name, uri)
+        except ResolveError as error:
+            logger.info("%s; going on with %d", error, len(connections))
+            return
+        if another.negotiated != connections[0].negotiated:
+            another.close()
+            logger.info("%s: its connections disagree: using one", name)
+            return
+        connections.append(another)
+
+
+def _check(name: str, negotiated: ClientNegotiated, *, read_only: bool) -> None:
+    if negotiated.size < max(negotiated.block_size_min, 1):
+        raise ResolveError(name, "is empty")
+    if read_only:
+        return
+    if negotiated.flags & consts.FLAG_READ_ONLY:
+        raise ResolveError(name, "the server exports it read-only", errnos.EROFS)
+    if not negotiated.flags & consts.FLAG_SEND_FLUSH:
+        reason = "the server has no FLUSH: nothing written there would be durable"
+        raise ResolveError(name, reason)
