@@ -308,8 +308,7 @@ class MappedDevice(MappedIo):
             old = await self._swap()
             assert self.active is not None
             if old is not None:
-                if self._swap_loses(old, self.active):
-                    self.health.note_loss()
+                self._note_losses(old, self.active)
                 await self._destroy(old)
 
     async def resume(self, *, within_s: float | None = None) -> None:
@@ -340,8 +339,8 @@ class MappedDevice(MappedIo):
             await self._preresume(new)
         except TableError as refusal:
             await self._take_back(old, new, refusal, runs=ran)
-        if old is not None and self._swap_loses(old, new):
-            self.health.note_loss()
+        if old is not None:
+            self._note_losses(old, new)
         self._run(new)
         if old is not None:
             await self._destroy(old)
@@ -383,6 +382,16 @@ class MappedDevice(MappedIo):
         old, new, self.inactive = self.active, self.inactive, None
         self._adopt(new)
         return old
+
+    def _note_losses(self, old: Table, new: Table) -> None:
+        """`new` takes the place of `old`: say so if it takes writes with it."""
+        if self._swap_loses(old, new):
+            _log.error(
+                "%s: writes that were not flushed went with the table that was replaced:"
+                " the next FLUSH of each client fails",
+                self.name,
+            )
+            self.health.note_loss()
 
     def _swap_loses(self, old: Table, new: Table) -> bool:
         """Whether writes that have ended under `old` are reached by no FLUSH any more."""

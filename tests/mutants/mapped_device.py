@@ -69,8 +69,7 @@ MAPPED_DEVICE: Final = (
         MAPPED_DEVICE_PY,
         (
             (
-                "        if old is not None and self._swap_loses(old, new):\n"
-                "            self.health.note_loss()\n",
+                "        if old is not None:\n            self._note_losses(old, new)\n",
                 "",
             ),
         ),

@@ -68,7 +68,9 @@ async def test_table_swap_neither_hides_a_loss_nor_invents_one() -> None:
     await tells_once(told)
 
 
-async def test_replaced_table_without_a_flush_that_leaves_the_disk_is_a_loss() -> None:
+async def test_replaced_table_without_a_flush_that_leaves_the_disk_is_a_loss(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     registry, _ = make_registry(a=4096, b=4096)
     device = await registry.create("x", "0 8 linear /a 0")
     client = FlushObserver(device)
@@ -77,6 +79,7 @@ async def test_replaced_table_without_a_flush_that_leaves_the_disk_is_a_loss() -
     await registry.load("x", "0 8 linear /b 0")
     await registry.resume("x")
     await tells_once(client)
+    assert "the next FLUSH of each client fails" in caplog.text
 
 
 @pytest.mark.parametrize("verb", ["same disk", "flushed", "read-only"])
