@@ -9,6 +9,7 @@ import pytest
 
 from scripts.processes import NBDTARGET, ServerProcess
 from tests.interop.clients import MIB, CloneUnderTest
+from tests.support.plain_client import PlainClient
 
 pytestmark = pytest.mark.interop
 
@@ -65,8 +66,11 @@ def test_foreign_metadata_is_refused(clone: CloneUnderTest, tmp_path: Path) -> N
 
 
 def test_other_region_size_is_refused(clone: CloneUnderTest, tmp_path: Path) -> None:
-    with clone.serve("--region-size", "64K", "--no-hydration"):
-        pass
+    with (
+        clone.serve("--region-size", "64K", "--no-hydration"),
+        PlainClient(clone.socket, "disk") as client,
+    ):
+        client.read(0, 512)  # told to stop before that, it would leave nothing behind
     before = {**files(tmp_path), "log": b""}
     assert refused(clone.argv("--region-size", "4K"))
     assert {**files(tmp_path), "log": b""} == before
