@@ -11,7 +11,7 @@ __all__ = ["describe_trouble", "name_trouble", "worst_state"]
 
 _CONSEQUENCES = {
     "latched": "no FLUSH succeeds until a table on it is loaded anew",
-    "lost": "it does not answer; a table on it that is loaded anew connects again",
+    "lost": "it does not answer, and is looked for",
 }
 
 

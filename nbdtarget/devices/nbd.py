@@ -240,7 +240,7 @@ class NbdDevice(Device):
         # A server tells the size at the handshake, and never again.
         connection = await connect(self.name, parse_nbd_uri(self.name))
         connection.close()
-        return connection.negotiated.size // self._block * self._block
+        return _usable_size(connection.negotiated)
 
     async def close(self) -> None:
         self._is_lost = True

@@ -2,14 +2,18 @@
 """The losses of a mapped device: its own, and those below its live table."""
 
 import errno as errnos
+from pathlib import Path
 
 import pytest
 
 from nbdtarget.bio import OP_WRITE
+from nbdtarget.clock import sleep, timeout
+from nbdtarget.devices import resolve
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import DeviceError
+from tests.nbdtarget.devices.nbd_server import StrictServer
 from tests.nbdtarget.dm.support import RamOpener, make_registry
 from tests.nbdtarget.targets.support import submit
 
@@ -133,3 +137,26 @@ async def test_trouble_of_a_disk_is_one_event_of_everything_above_it() -> None:
     opener.open["/b"].health.latch(errnos.EIO)
     # Its removal was its last event.
     assert (devices[0].event_nr, other.event_nr) == (before[0] + 1, 1)
+
+
+async def test_loss_of_a_restarted_nbd_server_is_told_through_two_tables(
+    tmp_path: Path,
+) -> None:
+    registry = Registry(resolve)
+    async with StrictServer(tmp_path) as server:
+        await registry.create("lower", f"0 16 linear {server.uri} 0")
+        upper = await registry.create("upper", f"0 8 linear {LOWER} 8")
+        clients = [FlushObserver(upper) for _ in range(2)]
+        await upper.write(0, b"data")
+        server.hang_up_after = len(server.noted)
+        with pytest.raises(DeviceError):
+            await upper.read(0, 512)
+        server.hang_up_after = -1
+        (device,) = upper.devices_below()
+        async with timeout(10):
+            while not device.health.is_usable:
+                await sleep(0.01)
+        for client in clients:
+            await tells_once(client)
+        await FlushObserver(upper).flush()
+        await registry.close()

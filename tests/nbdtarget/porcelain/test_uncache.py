@@ -436,6 +436,21 @@ async def test_table_that_is_refused_is_taken_back(
     world.check_uncached()
 
 
+async def test_cache_whose_origin_was_renamed_is_left_alone(world: World) -> None:
+    """The disk that is served has another name now, and another disk has its name."""
+    await world.create(nr_dirty=3)
+    before = world.line
+    origin = world.directory / "origin"
+    origin.rename(world.directory / "renamed")
+    origin.write_bytes(bytes(SIZE))
+    assert "has another disk open under this name" in await world.refusal()
+    assert world.line == before
+    assert origin.read_bytes() == bytes(SIZE)
+    (world.directory / "renamed").rename(origin)
+    assert await world.uncache() == 0
+    world.check_uncached()
+
+
 # ---- what is refused ----
 
 
