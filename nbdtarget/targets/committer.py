@@ -47,7 +47,8 @@ constructed anew, and reads the disk. If the metadata device cannot even be read
 metadata fails altogether.
 
 A device that goes on, but says that it may have lost what no flush had covered (`Device.losses`), has failed its
-next flush, once.
+next flush, once. If what is in core rests on that data (`rests_on_unflushed`), it is aborted at once, and not
+only at the next flush: until then clients would be shown whatever the device holds there instead.
 
 A failed flush of a backing device that nothing was written to since its last good flush (`Unflushed`) has
 lost nothing, and fails nobody.
@@ -57,6 +58,7 @@ its own, and is waited for only by `quiesce`.
 """
 
 import asyncio
+import contextlib
 import errno as errnos
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -143,6 +145,8 @@ class Committer:
         metadata_failed: called before that if it was the metadata device that failed.
         aborts_on_loss: what is in core rests on data that no flush has covered, also when there is
             nothing to commit: so if these may be lost, the metadata is aborted.
+        rests_on_unflushed: asked when backing devices may have lost what no flush had covered, while
+            nothing is being committed: whether what is in core rests on it. None: never.
 
     Attributes:
         unflushed: of backing devices of which the owner knows what was written to them.
@@ -160,6 +164,7 @@ class Committer:
         committed: Callable[[], None],
         failed: Callable[[], None],
         metadata_failed: Callable[[], None] | None = None,
+        rests_on_unflushed: Callable[[Sequence[Device]], bool] | None = None,
         aborts_on_loss: bool = False,
         commit_period_s: float = COMMIT_PERIOD_S,
     ) -> None:
@@ -173,6 +178,8 @@ class Committer:
         self._committed = committed
         self._failed = failed
         self._metadata_failed = metadata_failed
+        self._rests_on_unflushed = rests_on_unflushed
+        self._is_watching = False
         self.unflushed: dict[Device, Unflushed] = {}
         # What each device had lost before we stood on it is no news for those who flush us.
         self._losses = {each: each.losses for each in (device, *backing)}
@@ -235,6 +242,38 @@ class Committer:
         self.after_commit(ended)
         return await done == 0
 
+    def watch(self) -> None:
+        """Bios may come from now on: hear of what the backing devices lose."""
+        if not self._is_watching:
+            self._is_watching = True
+            for device in self.backing:
+                device.health.watchers.append(self._look_for_losses)
+
+    def unwatch(self) -> None:
+        """No bio comes any more, and all is flushed."""
+        if self._is_watching:
+            self._is_watching = False
+            for device in self.backing:
+                device.health.watchers.remove(self._look_for_losses)
+
+    def _look_for_losses(self) -> None:
+        if self.has_failed or self._running is not None:
+            return  # what runs looks when it has ended
+        lost = [each for each in self.backing if each.losses != self._losses[each]]
+        rests = self._rests_on_unflushed
+        if lost and rests is not None and rests(lost):
+            names = ", ".join(each.name for each in lost)
+            self.last_error = f"{names} may have lost what was not flushed"
+            log.error(
+                "%s: %s: nothing more is written until its table is loaded again",
+                self.name,
+                self.last_error,
+            )
+            # Its owner may have gone further than that.
+            with contextlib.suppress(FailedMetadata):
+                self.metadata.abort()
+            self._give_up()
+
     async def quiesce(self) -> None:
         """Stop the timer, and wait until nothing of ours is in flight."""
         self._stop_timer()
@@ -270,7 +309,9 @@ class Committer:
             is_sound = True
         finally:
             self._running = None
-            if not is_sound:
+            if is_sound:
+                self._look_for_losses()
+            else:
                 # An exception of our own making: nothing can be trusted any more.
                 self.metadata.fail()
                 self._give_up()

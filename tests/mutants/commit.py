@@ -12,6 +12,7 @@ METADATA_IO_PY: Final = "nbdtarget/metadata_io.py"
 WALKS: Final = ("tests/crash/test_directed.py", "tests/crash/test_machine.py")
 COMMITTER: Final = ("tests/nbdtarget/targets/test_committer.py",)
 METADATA_IO: Final = ("tests/nbdtarget/test_metadata_io.py",)
+COMEBACKS: Final = ("tests/crash/test_comebacks.py",)
 FAULTS: Final = (
     "tests/nbdtarget/targets/test_committer.py",
     "tests/crash/test_faults.py",
@@ -264,5 +265,29 @@ COMMIT: Final = (
             ),
         ),
         METADATA_IO,
+    ),
+    Mutant(
+        "loss-below-not-heard-of",
+        "A destination has lost regions that are hydrated in core alone: garbage is read from it.",
+        COMMITTER_PY,
+        (
+            (
+                "                device.health.watchers.append(self._look_for_losses)\n",
+                "                pass\n",
+            ),
+        ),
+        COMEBACKS,
+    ),
+    Mutant(
+        "lost-block-is-read-from-the-cache",
+        "A block that is mapped in core alone is read from a cache device that has lost it.",
+        "nbdtarget/targets/cache/target.py",
+        (
+            (
+                "            self._metadata.fail()\n        return True\n",
+                "            pass\n        return True\n",
+            ),
+        ),
+        COMEBACKS,
     ),
 )

@@ -6,8 +6,8 @@ holds every answer against the model, which all clients share. By seed it is slo
 in pieces, hangs up politely, or goes away in the middle of a request; then it connects again.
 
 Writes that are in flight at the same time, anybody's, never overlap: NBD leaves their order open.
-Reads overlap them freely. A write whose connection was lost stays *in limbo*, and its range
-untouched, until the server has let go of that connection: so long it may still land.
+Reads overlap them freely. A client that comes back writes again where writes of its lost connection
+were in flight, as the kernel's client does: these may land before, never after.
 
 An error is a Violation, unless the machine may fail just then (`Life.may_fail`) or might have since
 the request was sent. What a request that was in flight at an outage proves by its answer: see
@@ -188,6 +188,7 @@ class Client:
         self._transmission: _Transmission | None = None
         self._out = bytearray()
         self._ops: dict[int, _Op] = {}
+        self._again: list[tuple[int, int]] = []  # where writes were in flight and lost
 
     @property
     def is_connected(self) -> bool:
@@ -318,6 +319,11 @@ class Client:
         transmission = self._transmission
         assert transmission is not None
         flags = transmission.negotiated.flags
+        if self._again and rng.random() < 0.7:
+            offset, length = self._again.pop(0)
+            if self.life.may_change(offset, length):
+                self._change_disk(CMD_WRITE, offset, length, flags)
+                return
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
         if kind == CMD_TRIM and not flags & FLAG_SEND_TRIM:
             kind = CMD_FLUSH
@@ -611,7 +617,7 @@ class Client:
             sock.reset()
         else:
             sock.close()
-        self.life.put_in_limbo(sock, self.changes())
+        self._again += [(op.begin, op.length) for op in self.changes()]
         self._drop_ops()
         self._changed.set()
 

@@ -14,6 +14,7 @@ from nbdtarget import metadata_io
 from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, Bio
 from nbdtarget.devices.base import Extent
 from nbdtarget.dm.types import TARGET_TYPES
+from nbdtarget.server.gate import Gate
 from nbdtarget.server.requests import Requests
 from nbdtarget.targets.base import REMAPPED, Target
 from nbdtarget.targets.clone.extents import hydration_extents
@@ -150,6 +151,11 @@ class DeafToFua(Requests):
         super()._start(bio)
 
 
+def hold_nothing(gate: Gate, bio: Bio) -> list[Bio]:
+    """Lets a client's new write go beside one of its lost connection."""
+    return []
+
+
 @pytest.mark.parametrize(
     ("where", "mutant"),
     [
@@ -167,6 +173,14 @@ def test_simulation_catches(
     monkeypatch.setattr(where, mutant)
     seeds = range(MUTANT_SEEDS_MAX)
     assert any(simulate(seed, rig_name="clone").failure for seed in seeds)
+
+
+def test_simulation_catches_a_write_that_lands_after_its_client_has_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Gate, "_overlapped", hold_nothing)
+    seeds = range(MUTANT_SEEDS_MAX)
+    assert any(simulate(seed, rig_name="linear").failure for seed in seeds)
 
 
 class KeepingDisk(SimDisk):

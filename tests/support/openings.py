@@ -10,6 +10,8 @@ when the disk goes; who opens the disk again gets one that is neither.
     go         each opening is lost: what is in flight ends with EIO, and has happened or not.
                The disk cannot be opened until it `comes_back`; then it has forgotten what was
                not flushed, or not, by `fate`
+    forget     what was not flushed meets its `fate`, what is in flight ends with EIO, and each
+               opening goes on, having noted a loss: as one that has connected again by itself
     exchange   the disk that comes back is another one, with other content
 
 `Openings` opens disks by name; it is what a registry under test gets.
@@ -83,6 +85,10 @@ class Opening(Device):
     def let_go(self, errno: int) -> None:
         """The connection is gone: what is in flight ends, and has happened or not."""
         self.health.lose(errno)
+        self.break_off()
+
+    def break_off(self) -> None:
+        """What is in flight ends, and has happened or not."""
         under_way, self._under_way = self._under_way, {}
         self._held.clear()
         self.disk.abandon(under_way.keys())
@@ -168,6 +174,15 @@ class Openings:
         """It may be opened again; `fate` is that of what nobody had flushed."""
         self._gone.discard(disk.name)
         disk.lose_power(seed, fate)
+
+    def forget(self, disk: CrashDevice, seed: int, fate: Fate) -> None:
+        """The disk loses its power, and its openings go on."""
+        openings = self.of(disk)
+        for opening in openings:
+            opening.break_off()
+        disk.lose_power(seed, fate)
+        for opening in openings:
+            opening.health.note_loss()
 
     def exchange(self, disk: CrashDevice, other: CrashDevice) -> None:
         """Another disk has come back under the name of this one."""

@@ -109,6 +109,7 @@ class CacheTarget(Target):
             ctx.clock,
             committed=self._committed,
             failed=self._failed,
+            rests_on_unflushed=self._rests_on_unflushed,
             metadata_failed=parts.metadata.blame,
             aborts_on_loss=True,
         )
@@ -255,6 +256,7 @@ class CacheTarget(Target):
 
     def resume(self) -> None:
         self._is_suspended = self._is_stopped = False
+        self._committer.watch()
         if not self._blocks.is_writable:
             # The table before had a commit fail: no FLUSH or FUA can be promised here, either.
             self._committer.has_failed = True
@@ -290,6 +292,7 @@ class CacheTarget(Target):
         except MetadataError as error:
             log.error("%s: full sync: %s", self.ctx.name, error)
         await self._committer.quiesce()
+        self._committer.unwatch()
         self._is_suspended = True
 
     async def _sync(self) -> None:
@@ -320,6 +323,15 @@ class CacheTarget(Target):
         dirty = spread_ones(self._metadata.dirty, self._metadata.nr_cblocks)
         offsets = [cblock * self._block_size for cblock in dirty]
         await disks.note_stop({CACHE_ROLE: offsets})
+
+    def _rests_on_unflushed(self, lost: Sequence[Device]) -> bool:
+        """What was copied may be lost: a block that is clean in core may be dirty.
+
+        A block that is mapped in core alone may hold anything by now, so it must not even be read.
+        """
+        if self._parts.cache in lost and self._metadata.changed:
+            self._metadata.fail()
+        return True
 
     def _committed(self) -> None:
         if self._metadata.changed:  # more than one commit takes

@@ -137,6 +137,7 @@ class CloneTarget(Target):
             ctx.clock,
             committed=self._committed,
             failed=self._failed,
+            rests_on_unflushed=self._rests_on_unflushed,
         )
         self._regions = Regions(
             source=parts.source,
@@ -309,6 +310,7 @@ class CloneTarget(Target):
 
     def resume(self) -> None:
         self._is_suspended = False
+        self._committer.watch()
         self._look_at_mode()
         if self._metadata.changed and self._regions.is_writable:
             self._committer.note_change()
@@ -341,6 +343,7 @@ class CloneTarget(Target):
             await self._note_stop()
             await self._committer.commit(clean_shutdown=True)
         await self._committer.quiesce()
+        self._committer.unwatch()
         self._is_suspended = True
 
     async def _note_stop(self) -> None:
@@ -357,6 +360,10 @@ class CloneTarget(Target):
         await disks.note_stop(
             {DESTINATION_ROLE: [region_nr * size for region_nr in regions]}
         )
+
+    def _rests_on_unflushed(self, lost: Sequence[Device]) -> bool:
+        """Regions that are hydrated in core alone may be lost, and one that is being copied."""
+        return self._metadata.changed or self._regions.prison.nr_held > 0
 
     def _committed(self) -> None:
         if not self._is_hydrated and self._metadata.hydration_done:
