@@ -233,6 +233,11 @@ class Life:
         """Requests and verbs may, and ERROR lines may be logged."""
         return self._is_faulty or self._is_cornered or self._is_out
 
+    @property
+    def is_slow(self) -> bool:
+        """A disk takes so long that a suspend may be given up."""
+        return self.fault is not None and self.fault.lie is None
+
     def begin_outage(self, *, loses: bool) -> None:
         """A powercut device is about to be cut; `loses`: and clients will go on after it."""
         self.nr_outages += 1

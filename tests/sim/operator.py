@@ -35,6 +35,7 @@ REFUSALS: Final = (
 )
 PAUSES_S: Final = (0.001, 0.1, 2.0)
 FATES: Final = ("keep", "drop", "tear", "mixed")
+RESUMES_MAX: Final = 20  # of a device on a slow disk
 LAST_STEPS_MAX: Final = 300  # from a cut below to the end of the machine
 
 
@@ -73,11 +74,30 @@ class Operator:
                 await deed()
             except NbdTargetError as error:
                 self._note("refused", error)
+                if _is_overdue(error) and life.is_slow:
+                    await self._resume_all()
+                    continue
                 if not (life.is_stopping or life.may_fail):
                     raise
                 if self._is_stuck():
                     # At once: when the clients are done there may be no step but our own.
                     life.loop.cut_at = life.loop.steps + 1
+
+    async def _resume_all(self) -> None:
+        """A disk is too slow for a suspend: what is suspended all the same is let go again."""
+        for name in [*self._names, "d"]:
+            for _ in range(RESUMES_MAX):
+                device = self._life.registry.maybe_device(name)
+                if device is None or self._life.is_stopping:
+                    return
+                try:
+                    await self._verbs.resume(m.Resume(name))
+                    self.unflushed.discard(name)
+                    break
+                except NbdTargetError as error:
+                    self._note("refused", error)
+                    if not (_is_overdue(error) or self._life.may_fail):
+                        raise
 
     def _is_stuck(self) -> bool:
         """Whether a table was refused at its resume, and no other one can be loaded.
@@ -268,3 +288,8 @@ class Operator:
         finally:
             life.owes_flush_error = True
             life.end_outage()
+
+
+def _is_overdue(error: NbdTargetError) -> bool:
+    """Whether a verb was given up because a disk takes too long."""
+    return isinstance(error, TableError) and error.errno == errnos.ETIMEDOUT
