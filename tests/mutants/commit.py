@@ -140,8 +140,9 @@ COMMIT: Final = (
         COMMITTER_PY,
         (
             (
+                "        if not isinstance(error, FailedMetadata):\n"
                 "            self.metadata.abort()\n",
-                "            pass\n",
+                "",
             ),
         ),
         FAULTS,
