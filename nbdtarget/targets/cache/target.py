@@ -130,14 +130,7 @@ class CacheTarget(Target):
         )
         self._blocks.remap = self._remap
         self._committer.unflushed[parts.origin] = self._blocks.origin_writes
-        self._passdown = parts.options.discard_passdown
-        if self._passdown and not parts.origin.can_discard:
-            log.warning(
-                "%s: origin %s does not support discards: no passdown",
-                ctx.name,
-                parts.origin.name,
-            )
-            self._passdown = False
+        self._passdown = _passes_down(ctx.name, parts)
         self._wishes = Wishes(self._blocks)
         self._migrations = Migrations(self._blocks, self._wishes, ctx.clock)
         self._giving_up = GivingUp(self._blocks, ctx.clock, self._migrations.spawn)
@@ -502,3 +495,16 @@ class CacheTarget(Target):
 
     def exclusive_devices(self) -> Iterable[Device]:
         return self.iterate_devices()
+
+
+def _passes_down(name: str, parts: Parts) -> bool:
+    """Whether discards go on to the origin."""
+    if not parts.options.discard_passdown:
+        return False
+    if not parts.origin.can_discard:
+        log.warning(
+            "%s: origin %s does not support discards: no passdown",
+            name,
+            parts.origin.name,
+        )
+    return parts.origin.can_discard
