@@ -597,6 +597,9 @@ class TableContext:
             raise ResolveError(path, "two open disks have this name", errnos.ENOTUNIQ)
         return kept[0] if kept else None
 
+    def full_name(self, name: str) -> str:
+        return absolute_name(name, self._directory)
+
     async def maybe_open_device(self, name: str) -> Device | None:
         path = absolute_name(name, self._directory)
         if (

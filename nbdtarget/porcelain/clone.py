@@ -17,6 +17,9 @@ All-zero metadata counts as missing, for the clone target would format it. Two o
 being one and the same file is refused by the registry, but only after a missing destination
 would have been made, so it is looked at here too.
 
+When everything has been copied, SOURCE is not even opened: its server may be gone for good, and must not
+hold the start up. The size of the disk is the recorded one then.
+
 A crash between making the destination and making the metadata leaves an empty destination:
 the same line starts anew. One after that goes on.
 """
@@ -27,6 +30,9 @@ from typing import Final, Protocol
 
 import msgspec
 
+from metadata.errors import MetadataError
+from metadata.superblock import CloneSuperblock, read_superblock
+from nbdtarget import metadata_io
 from nbdtarget.clock import timeout
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
@@ -125,8 +131,9 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     name = options.name or look.default_name(dest, "clone")
     check_name(name)
     look.check_distinct(source=source, destination=dest, metadata=metadata)
-    size = await look.disk_size(source, read_only=True)
     fresh = await look.is_fresh(metadata)
+    known = None if fresh else await _maybe_superblock(metadata)
+    size = await _size(source, known)
     make_dest = resolve.may_create(dest)
     if make_dest and not fresh:
         raise ResolveError(
@@ -143,6 +150,39 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
         dest=dest,
         make_dest=make_dest,
     )
+
+
+async def _maybe_superblock(metadata: str) -> CloneSuperblock | None:
+    """What the metadata says of itself; None if it cannot be read: the target says why."""
+    device = await resolve.open_device(metadata, read_only=True)
+    try:
+        found = await metadata_io.run(device, read_superblock(device.size))
+    except MetadataError:
+        return None
+    finally:
+        await device.close()
+    return found.superblock
+
+
+async def _size(source: str, known: CloneSuperblock | None) -> int:
+    """The size of the disk: of the source, or, if that is not needed any more, as it is recorded.
+
+    Raises: ResolveError.
+    """
+    nr_left = 0 if known is None else known.nr_regions - known.nr_hydrated
+    if known is not None and not nr_left:
+        return known.target_size
+    try:
+        return await look.disk_size(source, read_only=True)
+    except ResolveError as error:
+        if known is None or nr_left == known.nr_regions:
+            raise
+        raise ResolveError(
+            source,
+            f"{error.reason}; {nr_left} of {known.nr_regions} regions"
+            f" ({nr_left * known.region_size >> 10} KiB) are still to be copied from it",
+            error.errno,
+        ) from error
 
 
 async def _check_dest(dest: str, size: int) -> None:

@@ -84,6 +84,10 @@ class TargetContext(Protocol):
         """
         ...
 
+    def full_name(self, name: str) -> str:
+        """What a device would be called that is opened as `name`: a path is absolute."""
+        ...
+
     async def maybe_open_device(self, name: str) -> Device | None:
         """As `open_device` to write alone, but None if a file of that name could be created."""
         ...

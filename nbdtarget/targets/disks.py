@@ -214,7 +214,7 @@ class DiskRecords:
 
         Raises: MetadataError.
         """
-        disks = []
+        disks = self._recorded_of_others()
         for role in self._roles:
             self._shared[_key(role)] = role.device
             found = await evidence_of(role)
@@ -271,7 +271,7 @@ class DiskRecords:
             )
 
     async def _note_stop(self, samples: Mapping[str, Sequence[int]]) -> None:
-        disks = []
+        disks = self._recorded_of_others()
         generation = self._metadata.generation
         for role in self._roles:
             disk = self.recorded(role.name)
@@ -298,6 +298,12 @@ class DiskRecords:
             disks.append(disk)
         if disks:
             self._metadata.record_disks(encode_disks(disks))
+
+    def _recorded_of_others(self) -> list[Disk]:
+        """What is recorded of disks that this table does without."""
+        ours = {role.name for role in self._roles}
+        recorded = decode_disks(self._metadata.disks)
+        return [disk for disk in recorded if disk.role not in ours]
 
     async def _marked_generation(
         self, role: Role, found: Evidence, old: Disk | None

@@ -410,4 +410,19 @@ CLONE: Final = (
         ),
         ("tests/nbdtarget/dm/test_missing_metadata.py",),
     ),
+    # ---- without a source
+    Mutant(
+        "source-left-out-before-all-is-copied",
+        "The last region is read as an error though the source has it.",
+        "nbdtarget/targets/clone/constructor.py",
+        (("    if not nr_left:\n        log", "    if nr_left < 4:\n        log"),),
+        ("tests/nbdtarget/targets/clone/test_without_source.py",),
+    ),
+    Mutant(
+        "source-that-is-not-needed-is-opened",
+        "A hydrated clone does not start when its source's server has gone.",
+        "nbdtarget/targets/clone/constructor.py",
+        (("    if not nr_left:\n        log", "    if nr_left < 0:\n        log"),),
+        ("tests/nbdtarget/targets/clone/test_without_source.py",),
+    ),
 )

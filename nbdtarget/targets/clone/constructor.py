@@ -4,9 +4,13 @@
 Every check that needs no metadata comes first; only then is a missing metadata file created or an
 all-zero one formatted, and not if the destination holds data: then its metadata is elsewhere.
 Whatever fails, what was opened is closed again.
+
+A source from which everything has been copied is not opened: it may be gone for good, and a server
+that does not answer must not hold the start up. `AbsentDevice` stands in its place.
 """
 
 import errno as errnos
+import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +19,11 @@ from metadata.clone import NR_REGIONS_MAX, CloneMetadata
 from metadata.disks import spread_offsets
 from metadata.errors import GeometryMismatch, MetadataError, NotFormatted
 from metadata.mode import Mode
+from metadata.superblock import CloneSuperblock, read_superblock
 from nbdtarget import metadata_io
+from nbdtarget.devices.absent import AbsentDevice
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import DeviceError
+from nbdtarget.errors import ConstructorError, DeviceError
 from nbdtarget.metadata_faults import explain
 from nbdtarget.permissions import OTHER_DISK
 from nbdtarget.targets.base import TargetContext
@@ -32,6 +38,8 @@ from nbdtarget.targets.opening import Opening, metadata_errno
 
 __all__ = ["Parts", "construct"]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class Parts:
@@ -45,6 +53,11 @@ class Parts:
     source: Device
     metadata: CloneMetadata
     disks: DiskRecords
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the source is open."""
+        return not isinstance(self.source, AbsentDevice)
 
 
 async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
@@ -62,7 +75,9 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         destination = await opening.device("destination", destination_name)
         if destination.size < ctx.length:
             raise opening.error("Device size larger than destination device")
-        source = await opening.device("source", source_name, read_only=True)
+        source = await _open_source(
+            opening, ctx, source_name, await _maybe_superblock(metadata_device)
+        )
         if source.size < ctx.length:
             raise opening.error("Device size larger than source device")
         block_size = max(source.logical_block_size, destination.logical_block_size)
@@ -84,15 +99,7 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         disks = DiskRecords(
             ctx.name,
             metadata,
-            (
-                Role(DESTINATION_ROLE, destination),
-                Role(
-                    SOURCE_ROLE,
-                    source,
-                    is_ours=False,
-                    sample_at_start=spread_offsets(source.size),
-                ),
-            ),
+            _roles(destination, source),
             ctx.shared(metadata_device),
         )
         await _check_disks(opening, ctx, disks, metadata, metadata_device.name)
@@ -107,6 +114,46 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         metadata,
         disks,
     )
+
+
+async def _maybe_superblock(metadata_device: Device | None) -> CloneSuperblock | None:
+    """What is committed, as far as that can be told; `_open_metadata` says what is wrong."""
+    if metadata_device is None:
+        return None
+    reading = read_superblock(metadata_device.size)
+    try:
+        return (await metadata_io.run(metadata_device, reading)).superblock
+    except (MetadataError, DeviceError):
+        return None
+
+
+async def _open_source(
+    opening: Opening, ctx: TargetContext, name: str, known: CloneSuperblock | None
+) -> Device:
+    """Open the source, if it is needed. Raises: ConstructorError."""
+    if known is None or known.target_size != ctx.length:
+        return await opening.device("source", name, read_only=True)
+    nr_left = known.nr_regions - known.nr_hydrated
+    if not nr_left:
+        log.info("%s: everything is copied: source %s is not opened", ctx.name, name)
+        return AbsentDevice(ctx.full_name(name), ctx.length)
+    try:
+        return await opening.device("source", name, read_only=True)
+    except ConstructorError as error:
+        raise opening.error(
+            f"{error.reason}; {nr_left} of {known.nr_regions} regions"
+            f" ({nr_left * known.region_size >> 10} KiB) are still to be copied from it",
+            error.errno,
+        ) from error
+
+
+def _roles(destination: Device, source: Device) -> tuple[Role, ...]:
+    """The disks that are to be recognised: not a source that is not needed."""
+    role = Role(DESTINATION_ROLE, destination)
+    if isinstance(source, AbsentDevice):
+        return (role,)
+    offsets = spread_offsets(source.size)
+    return role, Role(SOURCE_ROLE, source, is_ours=False, sample_at_start=offsets)
 
 
 async def _check_disks(

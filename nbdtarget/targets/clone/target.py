@@ -412,19 +412,23 @@ class CloneTarget(Target):
         )
 
     def status_fields(self) -> StatusFields:
-        return status_fields(
+        fields = status_fields(
             self._regions,
             self._hydration,
             self._filler,
             discard_passdown=self._passdown,
             then_linear=self._then_linear,
         )
+        fields["source_open"] = self._parts.has_source
+        return fields
 
     def table_words(self) -> str:
         # As the kernel shows major:minor for whatever name was given: one that means the same
         # device in every directory, and today. The other words stay as they were typed.
-        names = [device.name for device in self.iterate_devices()]
-        return join_words((*names, *self._parts.words[len(names) :]))
+        parts = self._parts
+        devices = parts.metadata_device, parts.destination, parts.source
+        names = [device.name for device in devices]
+        return join_words((*names, *parts.words[len(names) :]))
 
     async def message(self, words: Sequence[str]) -> str | None:
         hydration = self._hydration
@@ -489,7 +493,9 @@ class CloneTarget(Target):
         return limits
 
     def iterate_devices(self) -> Iterable[Device]:
-        return self._parts.metadata_device, self._destination, self._source
+        parts = self._parts
+        source = (parts.source,) if parts.has_source else ()
+        return parts.metadata_device, parts.destination, *source
 
     @property
     def is_rotational(self) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from metadata.clone import CloneMetadata
+from nbdtarget import metadata_io
 from nbdtarget.bio import OP_FLUSH, Bio
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.paths import control_address
@@ -118,6 +120,45 @@ async def test_same_line_goes_on_until_told_to_stop(work: Path) -> None:
     assert await clone(recorder, exit_when_hydrated=False) == 0
     assert recorder.calls == ["serving", "hydrated", "stopping"]
     assert (work / "dest").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("then_linear", [False, True])
+async def test_same_line_serves_without_the_source_once_all_is_copied(
+    work: Path, then_linear: bool
+) -> None:
+    assert await clone(then_linear=then_linear) == 0
+    (work / "source").unlink()
+    recorder = Recorder(stop_when="hydrated")
+    status = await clone(recorder, exit_when_hydrated=False, then_linear=then_linear)
+    assert status == 0
+    assert recorder.calls == ["serving", "hydrated", "stopping"]
+    assert (work / "dest").read_bytes() == CONTENT
+
+
+async def test_source_that_is_missing_too_early_is_named_with_what_is_left(
+    work: Path,
+) -> None:
+    assert await clone() == 0
+    metadata = await resolve.open_device("dest.nbdtarget")
+    steps = CloneMetadata.format(
+        device_size=metadata.size,
+        region_size=64 << 10,
+        target_size=len(CONTENT),
+        uuid=bytes(16),
+    )
+    await metadata.write_zeroes(0, metadata.size)
+    core = await metadata_io.run(metadata, steps)
+    core.set_hydrated(0, 1)
+    transaction = core.pre_commit()
+    assert transaction is not None
+    await metadata_io.run(metadata, transaction.journal())
+    await metadata_io.run(metadata, transaction.superblock())
+    await metadata.close()
+    (work / "source").unlink()
+    nr_regions = core.nr_regions
+    left = f"{nr_regions - 1} of {nr_regions} regions .* are still to be copied from it"
+    with pytest.raises(NbdTargetError, match=f"/source: .*; {left}"):
+        await clone()
 
 
 @pytest.mark.parametrize("exit_when_hydrated", [True, False])

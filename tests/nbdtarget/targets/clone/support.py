@@ -93,6 +93,9 @@ class Context:
         self.nr_open += 1
         return device
 
+    def full_name(self, name: str) -> str:
+        return name
+
     async def maybe_open_device(self, name: str) -> Device | None:
         if name.startswith("new"):
             return None

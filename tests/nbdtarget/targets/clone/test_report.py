@@ -76,6 +76,7 @@ async def test_fields_say_what_is_set_and_where_it_stands() -> None:
         "errors": 0,
         "regions_failed": 0,
         "retry_in_s": None,
+        "source_open": True,
     }
     rig.source.let_go()
     await rig.stop()
