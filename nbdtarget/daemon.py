@@ -49,9 +49,11 @@ from nbdtarget.control.paths import (
     ControlAddress,
     control_address,
     control_token,
+    known_controls,
+    make_directory,
     runtime_directory,
+    socket_path,
 )
-from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import Registry
@@ -59,6 +61,12 @@ from nbdtarget.errors import NbdTargetError
 from nbdtarget.notify import Notifier
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
+from nbdtarget.unix_socket import (
+    PRIVATE,
+    SocketAccess,
+    SocketOptions,
+    remove_if_stale,
+)
 
 __all__ = [
     "Daemon",
@@ -123,7 +131,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What `serve` was asked for. No `listen`: a unix socket in the runtime directory.
 
     `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
-    `stop_timeout`: seconds, see `StopBounds.of`.
+    `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.
     """
 
     listen: tuple[str, ...] = ()
@@ -131,6 +139,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     control_token_file: str | None = None
     config: str | None = None
     stop_timeout: float | None = None
+    sockets: SocketOptions = SocketOptions()
 
 
 def passed_sockets() -> list[int]:
@@ -143,14 +152,14 @@ def passed_sockets() -> list[int]:
     return list(range(LISTEN_FDS_START, LISTEN_FDS_START + int(count)))
 
 
-def default_listen(name: str) -> str:
+def default_listen(name: str, access: SocketAccess = PRIVATE) -> str:
     """The address of a unix socket in the runtime directory. Raises: NbdTargetError."""
     directory = runtime_directory()
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(directory, is_shared=access.is_shared)
     except OSError as error:
         raise NbdTargetError(f"{directory}: {error.strerror or error}") from None
-    return f"unix:{directory / name}.sock"
+    return f"unix:{socket_path(directory, name)}"
 
 
 class Daemon:
@@ -161,47 +170,51 @@ class Daemon:
         uris: of the listeners, with "{name}" where an export's name goes.
         stop: set it to end the process as SIGTERM does.
         notifier: tells the service manager.
+        listen_access: who may connect to NBD sockets.
         is_committed: after `close`: whether everything that had ended is committed.
     """
 
     def __init__(
-        self, limits: Limits | None = None, bounds: StopBounds | None = None
+        self,
+        limits: Limits | None = None,
+        bounds: StopBounds | None = None,
+        sockets: SocketOptions | None = None,
     ) -> None:
+        """Raises: NbdTargetError: `sockets` has a mode, an owner or a group that is none."""
         self.registry = Registry(resolve)
         self.notifier = Notifier()
         self.is_committed = True
         self._bounds = bounds or StopBounds()
         self.uris: list[str] = []
         self.stop = asyncio.Event()
-        self._listener = Listener(self.registry, limits=limits)
+        sockets = sockets or SocketOptions()
+        self.listen_access = sockets.listen
+        self._control_access = sockets.control
+        self._listener = Listener(
+            self.registry, limits=limits, access=self.listen_access
+        )
         self._reload_wanted = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
         self._before_close: list[Callable[[], Awaitable[None]]] = []
         self._control: ControlServer | None = None
 
     async def open_control(
-        self,
-        address: ControlAddress,
-        *,
-        token: str | None = None,
-        optional: bool = False,
-    ) -> bool:
-        """Open the control socket; with `optional`, go without it if another server has it.
+        self, address: ControlAddress, *, token: str | None = None
+    ) -> None:
+        """Open the control socket; those that killed servers have left behind are removed.
 
-        Raises: SocketInUseError; NbdTargetError: TCP without a token.
+        Raises: SocketInUseError, NoSocketError; NbdTargetError: TCP without a token.
         """
+        for path in known_controls():
+            remove_if_stale(str(path))
         control = ControlServer(
-            Verbs(self.registry, lambda: self.uris), address, token=token
+            Verbs(self.registry, lambda: self.uris),
+            address,
+            token=token,
+            access=self._control_access,
         )
-        try:
-            await control.start()
-        except SocketInUseError as error:
-            if not optional:
-                raise
-            _log.info("no control socket: %s", error)
-            return False
+        await control.start()
         self._control = control
-        return True
 
     async def listen(self, addresses: Sequence[str], fds: Sequence[int] = ()) -> None:
         """Listen on `addresses` and on passed sockets. Raises: NbdTargetError, OSError."""
@@ -387,13 +400,16 @@ async def serve_until_stopped(
     stop_timeout = options.stop_timeout
     if stop_timeout is None and config is not None:
         stop_timeout = config.stop_timeout
+    sockets = options.sockets
     daemon = Daemon(
-        None if config is None else config.limits, StopBounds.of(stop_timeout)
+        None if config is None else config.limits,
+        StopBounds.of(stop_timeout),
+        sockets if config is None else sockets.or_else(config.sockets),
     )
     fds = passed_sockets()
     addresses = options.listen or (() if config is None else config.listen)
     if not addresses and not fds:
-        addresses = (default_listen("nbd"),)
+        addresses = (default_listen("nbd", daemon.listen_access),)
     address = control_address(options.control or getattr(config, "control", None))
     token = control_token(
         options.control_token_file or getattr(config, "control_token_file", None)

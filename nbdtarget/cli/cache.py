@@ -2,12 +2,24 @@
 """`nbdtarget cache`: one line that puts a cache under a slow disk."""
 
 from enum import StrEnum
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
-from nbdtarget.cli.serve import Listen, StopTimeout
+from nbdtarget.cli.serve import (
+    ControlGroup,
+    ControlMode,
+    ControlOwner,
+    Listen,
+    SocketGroup,
+    SocketMode,
+    SocketOwner,
+    StopTimeout,
+)
+
+if TYPE_CHECKING:
+    from nbdtarget.porcelain.cache import CacheOptions
 
 __all__ = ["register"]
 
@@ -128,6 +140,12 @@ def cache(
     moved: Moved = False,
     accept_other_disk: AcceptOtherDisk = False,
     resize: Resize = False,
+    socket_mode: SocketMode = None,
+    socket_owner: SocketOwner = None,
+    socket_group: SocketGroup = None,
+    control_mode: ControlMode = None,
+    control_owner: ControlOwner = None,
+    control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
     verbose: Verbose = False,
     json: Json = False,
@@ -137,17 +155,10 @@ def cache(
 
     Stop it at any time; the same line goes on where it was. `uncache` ends it for good.
     """
-    block_bytes = _bytes("--block-size", block_size)
-    if not 0 < block_bytes <= BLOCK_SIZE_MAX or block_bytes % BLOCK_SIZE_STEP:
-        raise typer.BadParameter(
-            "--block-size: Invalid data block size (32K to 1G, in steps of 32K)"
-        )
-    from nbdtarget.cli.logs import start_logging
-    from nbdtarget.cli.progress_cache import make_reporter
-    from nbdtarget.daemon import run
-    from nbdtarget.porcelain.cache import CacheJob, CacheOptions
+    block_bytes = _block_bytes(block_size)
+    from nbdtarget.porcelain.cache import CacheOptions
+    from nbdtarget.unix_socket import SocketOptions
 
-    start_logging(verbose=verbose)
     options = CacheOptions(
         origin=origin,
         cache=cache,
@@ -164,13 +175,40 @@ def cache(
         listen=tuple(listen or ()),
         control=control,
         stop_timeout=stop_timeout,
+        sockets=SocketOptions(
+            socket_mode,
+            socket_owner,
+            socket_group,
+            control_mode,
+            control_owner,
+            control_group,
+        ),
         overwrite=overwrite,
         moved=moved,
         accept_other_disk=accept_other_disk,
         resize=resize,
     )
+    return _run(options, verbose=verbose, json=json)
+
+
+def _run(options: "CacheOptions", *, verbose: bool, json: bool) -> int:
+    from nbdtarget.cli.logs import start_logging
+    from nbdtarget.cli.progress_cache import make_reporter
+    from nbdtarget.daemon import run
+    from nbdtarget.porcelain.cache import CacheJob
+
+    start_logging(verbose=verbose)
     with make_reporter(options, json=json) as reporter:
         return run(lambda: CacheJob(options, reporter).run())
+
+
+def _block_bytes(text: str) -> int:
+    size = _bytes("--block-size", text)
+    if not 0 < size <= BLOCK_SIZE_MAX or size % BLOCK_SIZE_STEP:
+        raise typer.BadParameter(
+            "--block-size: Invalid data block size (32K to 1G, in steps of 32K)"
+        )
+    return size
 
 
 def _maybe_bytes(option: str, text: str | None) -> int | None:

@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nbdtarget clone`: one line that makes a disk out of a source."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
-from nbdtarget.cli.serve import Listen, StopTimeout
+from nbdtarget.cli.serve import (
+    ControlGroup,
+    ControlMode,
+    ControlOwner,
+    Listen,
+    SocketGroup,
+    SocketMode,
+    SocketOwner,
+    StopTimeout,
+)
+
+if TYPE_CHECKING:
+    from nbdtarget.porcelain.clone import CloneOptions
 
 __all__ = ["register"]
 
@@ -93,6 +105,12 @@ def clone(
     overwrite: Overwrite = False,
     moved: Moved = False,
     accept_other_disk: AcceptOtherDisk = False,
+    socket_mode: SocketMode = None,
+    socket_owner: SocketOwner = None,
+    socket_group: SocketGroup = None,
+    control_mode: ControlMode = None,
+    control_owner: ControlOwner = None,
+    control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
     verbose: Verbose = False,
     json: Json = False,
@@ -106,12 +124,9 @@ def clone(
     rate = 0 if hydration_rate is None else _rate_bytes(hydration_rate)
     if no_hydration and exit_when_hydrated:
         raise typer.BadParameter("--exit-when-hydrated would wait for ever")
-    from nbdtarget.cli.logs import start_logging
-    from nbdtarget.cli.progress import make_reporter
-    from nbdtarget.daemon import run
-    from nbdtarget.porcelain.clone import CloneJob, CloneOptions
+    from nbdtarget.porcelain.clone import CloneOptions
+    from nbdtarget.unix_socket import SocketOptions
 
-    start_logging(verbose=verbose)
     options = CloneOptions(
         source=source,
         dest=dest,
@@ -123,6 +138,14 @@ def clone(
         exit_when_hydrated=exit_when_hydrated,
         control=control,
         stop_timeout=stop_timeout,
+        sockets=SocketOptions(
+            socket_mode,
+            socket_owner,
+            socket_group,
+            control_mode,
+            control_owner,
+            control_group,
+        ),
         overwrite=overwrite,
         moved=moved,
         accept_other_disk=accept_other_disk,
@@ -130,6 +153,16 @@ def clone(
         hydration_rate=rate,
         then_linear=then_linear,
     )
+    return _run(options, verbose=verbose, json=json)
+
+
+def _run(options: "CloneOptions", *, verbose: bool, json: bool) -> int:
+    from nbdtarget.cli.logs import start_logging
+    from nbdtarget.cli.progress import make_reporter
+    from nbdtarget.daemon import run
+    from nbdtarget.porcelain.clone import CloneJob
+
+    start_logging(verbose=verbose)
     with make_reporter(options, json=json) as reporter:
         return run(lambda: CloneJob(options, reporter).run())
 

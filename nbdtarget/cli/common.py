@@ -4,14 +4,33 @@
 import errno as errnos
 import os
 import sys
-from typing import Annotated, TypeVar
+from pathlib import Path
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 import typer
+from msgspec.structs import replace
 
-from nbdtarget.control.client import ControlClient
-from nbdtarget.control.messages import Answer, Info, InfoAnswer, Request
-from nbdtarget.control.paths import control_address, control_token
+from nbdtarget.control.client import ControlClient, NoServerError
+from nbdtarget.control.messages import (
+    Answer,
+    Create,
+    Deps,
+    Info,
+    InfoAnswer,
+    Request,
+    Status,
+    Table,
+)
+from nbdtarget.control.paths import (
+    ControlAddress,
+    control_address,
+    control_token,
+    is_control_given,
+    known_controls,
+    serve_control_path,
+)
+from nbdtarget.control.servers import default_server, look, server_of
 from nbdtarget.errors import TableError
 
 __all__ = [
@@ -24,6 +43,8 @@ __all__ = [
     "NamesNeeded",
     "Timeout",
     "Uuid",
+    "address_for",
+    "addresses",
     "ask",
     "caller_directory",
     "command_error",
@@ -33,13 +54,16 @@ __all__ = [
 
 A = TypeVar("A", bound=Answer)
 
+# They only tell, and about all devices unless some are named: all servers are asked.
+ALL_SERVERS: Final = (Status, Table, Info, Deps)
+
 Control = Annotated[
     str | None,
     typer.Option(
         "--control",
         metavar="ADDR",
         help="Control socket of the server, a path or tcp:HOST:PORT; default:"
-        " $NBDTARGET_CONTROL, else control.sock in the runtime directory.",
+        " $NBDTARGET_CONTROL, else the server in the runtime directory that has the device.",
     ),
 ]
 Moved = Annotated[
@@ -98,11 +122,64 @@ def ask(
 
     Raises: NoServerError, TableError.
     """
-    client = ControlClient(control_address(control), control_token())
     try:
-        return client.ask(verb, request, answer_type)
+        if isinstance(request, ALL_SERVERS) and not is_control_given(control):
+            return _ask_all(verb, request, answer_type)
+        address = address_for(control, request)
+        return ControlClient(address, control_token()).ask(verb, request, answer_type)
     except TableError as error:
         raise command_error(verb, about, error) from error
+
+
+def address_for(control: str | None, request: Request) -> ControlAddress:
+    """The control socket to ask; see `nbdtarget.control.servers`. Raises: NbdTargetError."""
+    if is_control_given(control):
+        return control_address(control)
+    name = None if isinstance(request, Create) else getattr(request, "name", None)
+    return default_server() if name is None else server_of(name)
+
+
+def addresses(control: str | None) -> list[ControlAddress]:
+    """All control sockets that may be meant."""
+    if is_control_given(control):
+        return [control_address(control)]
+    return [*known_controls()]
+
+
+def _ask_all(
+    verb: str, request: Status | Table | Info | Deps, answer_type: type[A]
+) -> A:
+    """Ask the servers that have the devices, or all, and put their answers together."""
+    known = known_controls()
+    if len(known) < 2:
+        address = known[0] if known else serve_control_path()
+        return ControlClient(address).ask(verb, request, answer_type)
+    wanted: dict[Path, tuple[str, ...]] = {}
+    if request.names:
+        for name in request.names:
+            path = server_of(name)
+            wanted[path] = (*wanted.get(path, ()), name)
+    else:
+        found = look(known)
+        for reason in found.silent.values():
+            print(f"nbdtarget: {reason}: left out", file=sys.stderr)
+        wanted = dict.fromkeys(found.servers, ())
+        if not wanted:
+            raise NoServerError(
+                f"no server on {serve_control_path()} (start one: nbdtarget serve)"
+            )
+    answers = [
+        ControlClient(path).ask(verb, replace(request, names=names), answer_type)
+        for path, names in wanted.items()
+    ]
+    devices = [device for answer in answers for device in answer.devices]  # type: ignore[attr-defined]
+    if request.names:
+        order = {
+            name.removeprefix("/dev/mapper/"): nr
+            for nr, name in enumerate(request.names)
+        }
+        devices.sort(key=lambda device: order.get(device.name, 0))
+    return replace(answers[0], devices=tuple(devices))
 
 
 def device_names(

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Annotated, Final, TypeVar
 
 import typer
@@ -19,6 +20,7 @@ from nbdtarget.cli.common import (
     Json,
     Names,
     Uuid,
+    addresses,
     ask,
     device_names,
     print_json,
@@ -267,26 +269,28 @@ def targets(json: Json = False, control: Control = None) -> None:
 
 
 def version(json: Json = False, control: Control = None) -> None:
-    """Print the version of this program, and of the server if one is running."""
-    try:
-        server = ask(control, "version", m.Version(), m.VersionAnswer)
-    except NoServerError:
-        server = None
+    """Print the version of this program, and of the servers that are running."""
+    servers = []
+    for address in addresses(control):
+        with suppress(NoServerError):
+            servers.append(ask(str(address), "version", m.Version(), m.VersionAnswer))
     if json:
-        print_json(ProgramVersion(__version__, server))
+        first = servers[0] if servers else None
+        print_json(ProgramVersion(__version__, first, tuple(servers)))
         return
     print(f"nbdtarget version: {__version__}")
-    if server is not None:
+    for server in servers:
         print(f"Server version:    {server.version} (process {server.pid})")
         for uri in server.uris:
             print(f"Listening:         {uri.replace('{name}', 'NAME')}")
 
 
 class ProgramVersion(m.Answer):
-    """`server` is None when none is running."""
+    """`server` is the first of `servers`; None when none is running."""
 
     version: str
     server: m.VersionAnswer | None
+    servers: tuple[m.VersionAnswer, ...] = ()
 
 
 def _about(names: Iterable[str]) -> str:

@@ -7,7 +7,17 @@ import typer
 
 from nbdtarget.cli.common import Control
 
-__all__ = ["Listen", "StopTimeout", "register"]
+__all__ = [
+    "ControlGroup",
+    "ControlMode",
+    "ControlOwner",
+    "Listen",
+    "SocketGroup",
+    "SocketMode",
+    "SocketOwner",
+    "StopTimeout",
+    "register",
+]
 
 Listen = Annotated[
     list[str] | None,
@@ -26,6 +36,40 @@ StopTimeout = Annotated[
         min=0,
         help="How long a stop waits for devices that do not answer; default: 60, 0: for ever.",
     ),
+]
+
+
+SocketMode = Annotated[
+    str | None,
+    typer.Option(
+        "--socket-mode",
+        metavar="MODE",
+        help="Mode of NBD sockets on unix:PATH, as 0660; default: 0600.",
+    ),
+]
+SocketOwner = Annotated[
+    str | None,
+    typer.Option("--socket-owner", metavar="USER", help="Their owner."),
+]
+SocketGroup = Annotated[
+    str | None,
+    typer.Option("--socket-group", metavar="GROUP", help="Their group."),
+]
+ControlMode = Annotated[
+    str | None,
+    typer.Option(
+        "--control-mode",
+        metavar="MODE",
+        help="Mode of the control socket; default: 0600.",
+    ),
+]
+ControlOwner = Annotated[
+    str | None,
+    typer.Option("--control-owner", metavar="USER", help="Its owner."),
+]
+ControlGroup = Annotated[
+    str | None,
+    typer.Option("--control-group", metavar="GROUP", help="Its group."),
 ]
 
 
@@ -54,6 +98,12 @@ def serve(
             help="A TOML file with listeners, limits and devices; SIGHUP reads it again.",
         ),
     ] = None,
+    socket_mode: SocketMode = None,
+    socket_owner: SocketOwner = None,
+    socket_group: SocketGroup = None,
+    control_mode: ControlMode = None,
+    control_owner: ControlOwner = None,
+    control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log what happens to devices.")
@@ -63,6 +113,7 @@ def serve(
     from nbdtarget.cli.logs import start_logging
     from nbdtarget.daemon import ServeOptions, run, serve_until_stopped
     from nbdtarget.server.listener import export_uri
+    from nbdtarget.unix_socket import SocketOptions
 
     start_logging(verbose=verbose)
     options = ServeOptions(
@@ -71,6 +122,14 @@ def serve(
         control_token_file=control_token_file,
         config=config,
         stop_timeout=stop_timeout,
+        sockets=SocketOptions(
+            socket_mode,
+            socket_owner,
+            socket_group,
+            control_mode,
+            control_owner,
+            control_group,
+        ),
     )
 
     def ready(patterns: list[str]) -> None:

@@ -5,8 +5,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from nbdtarget.cli.common import Control, Json, ask
-from nbdtarget.control.messages import Answer, Request
+from nbdtarget.cli.common import Control, Json, address_for, ask
+from nbdtarget.control.messages import Answer, Remove, Request
 
 __all__ = ["register"]
 
@@ -32,8 +32,10 @@ def uncache(name: CacheName, json: Json = False, control: Control = None) -> int
     from nbdtarget.cli.progress_uncache import make_reporter
     from nbdtarget.porcelain.uncache import UncacheJob
 
+    address = str(address_for(control, Remove(name)))
+
     def ask_server(verb: str, request: Request, answer_type: type[A]) -> A:
-        return ask(control, verb, request, answer_type, about=name)
+        return ask(address, verb, request, answer_type, about=name)
 
     with make_reporter(name, json=json) as reporter:
         return asyncio.run(UncacheJob(name, ask_server, reporter).run())

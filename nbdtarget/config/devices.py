@@ -35,6 +35,7 @@ from nbdtarget.config.openings import Opening, refusal
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
+from nbdtarget.unix_socket import SocketOptions
 
 __all__ = ["START_S_MAX", "ConfiguredDevices"]
 
@@ -205,9 +206,15 @@ class ConfiguredDevices:
                 path,
                 name,
             )
-        for key in ("listen", "control", "control_token_file", "limits"):
-            if getattr(config, key) != getattr(before, key):
-                log.warning("%s: `%s' changes with a restart", path, key)
+        keys = ["listen", "control", "control_token_file", "stop_timeout", "limits"]
+        changed = [key for key in keys if getattr(config, key) != getattr(before, key)]
+        changed += [
+            key
+            for key in SocketOptions._fields
+            if getattr(config.sockets, key) != getattr(before.sockets, key)
+        ]
+        for key in changed:
+            log.warning("%s: `%s' changes with a restart", path, key)
 
     async def _load(self, device: DeviceConfig) -> None:
         await self._registry.load(

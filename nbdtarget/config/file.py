@@ -3,6 +3,8 @@
 
     listen = ["unix:/run/nbd.sock", "tcp:127.0.0.1:10809"]
     control = "/run/nbdtarget/control.sock"
+    socket_mode = "0660"         # with socket_group, socket_owner; control_mode, …
+    socket_group = "disk"
     stop_timeout = 60            # seconds; 0: for ever
 
     [limits]
@@ -44,6 +46,7 @@ from nbdtarget.errors import ListenError, NbdTargetError, TableError
 from nbdtarget.server.address import UnixAddress, parse_address
 from nbdtarget.server.limits import RELATIONS, Limits
 from nbdtarget.targets.base import Target
+from nbdtarget.unix_socket import SocketOptions
 from nbdtarget.words import split_words
 
 __all__ = ["Config", "ConfigError", "DeviceConfig", "Mistake", "parse", "read"]
@@ -56,6 +59,7 @@ _FILE_KEYS: Final[dict[str, Any]] = {
     "control": str,
     "control_token_file": str,
     "stop_timeout": float,
+    **dict.fromkeys(SocketOptions._fields, str),
     "limits": dict[str, Any],
     "device": dict[str, dict[str, Any]],
 }
@@ -142,6 +146,7 @@ class Config:
     control: str | None
     control_token_file: str | None
     stop_timeout: float | None
+    sockets: SocketOptions
     limits: Limits
     devices: tuple[DeviceConfig, ...]
 
@@ -230,6 +235,7 @@ class _Reader:
             control=None if control is None else self._control(control, directory),
             control_token_file=None if token is None else str(directory / token),
             stop_timeout=self._seconds("stop_timeout", keys),
+            sockets=self._sockets(keys),
             limits=self._limits(keys.get("limits", {})),
             devices=self._in_order(devices),
         )
@@ -288,6 +294,16 @@ class _Reader:
             self._mistake(("control",), f"`control': {error}")
             return control
         return str(directory / address) if isinstance(address, Path) else control
+
+    def _sockets(self, keys: dict[str, Any]) -> SocketOptions:
+        options = SocketOptions(*(keys.get(name) for name in SocketOptions._fields))
+        for name in SocketOptions._fields:
+            one = SocketOptions(**{name: keys.get(name)})
+            try:
+                _ = one.listen, one.control
+            except NbdTargetError as error:
+                self._mistake((name,), f"`{name}': {error}")
+        return options
 
     def _seconds(self, key: str, values: dict[str, Any]) -> float | None:
         seconds: float | None = values.get(key)

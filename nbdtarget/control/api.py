@@ -6,31 +6,31 @@ it, and clients may connect from then on. The HTTP library takes longer to impor
 a server, and most clones never see a control client: the first one to connect has it imported,
 in a thread, so that the disk's clients do not wait for it.
 
-Who may ask: whoever may open the socket, which has mode 0600 from the moment it exists
-(`unix_socket.py`). On TCP: whoever knows the token; without one there is no control on TCP.
+Who may ask: whoever may open the socket, which has mode 0600 from the moment it exists, or what was
+asked for (`nbdtarget.unix_socket`). On TCP: whoever knows the token; without one there is no control on TCP.
 """
 
 import asyncio
 import importlib
 import logging
-import os
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from nbdtarget.control.paths import TOKEN_VARIABLE, ControlAddress
+from nbdtarget.control.paths import TOKEN_VARIABLE, ControlAddress, forget_directory
 from nbdtarget.control.sockets import (
     BACKLOG_MAX,
+    NoSocketError,
     SocketInUseError,
+    take_path,
     take_tcp_socket,
-    take_unix_socket,
 )
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.errors import NbdTargetError
+from nbdtarget.unix_socket import PRIVATE, SocketAccess, UnixSocket
 
-__all__ = ["ControlServer", "SocketInUseError"]
+__all__ = ["ControlServer", "NoSocketError", "SocketInUseError"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,24 +45,30 @@ class ControlServer:
         address: with the port that was taken, once it is started.
     Args:
         token: what each request must carry; on TCP it must be there.
+        access: who may connect to a unix socket.
     """
 
     def __init__(
-        self, verbs: Verbs, address: ControlAddress, *, token: str | None = None
+        self,
+        verbs: Verbs,
+        address: ControlAddress,
+        *,
+        token: str | None = None,
+        access: SocketAccess = PRIVATE,
     ) -> None:
         self.address = address
         self._verbs = verbs
         self._token = token
         self._listener: socket.socket | None = None
         self._answering: asyncio.Task[Callable[[], Awaitable[None]]] | None = None
-        self._inode: tuple[int, int] | None = None
+        self._access = access
+        self._taken: UnixSocket | None = None
 
     async def start(self) -> None:
-        """Take the socket and listen. Raises: SocketInUseError; NbdTargetError: no token."""
+        """Take the socket and listen. Raises: SocketInUseError, NoSocketError; NbdTargetError: no token."""
         if isinstance(self.address, Path):
-            listener = await take_unix_socket(self.address)
-            status = os.stat(self.address)
-            self._inode = (status.st_dev, status.st_ino)
+            self._taken = take_path(self.address, self._access)
+            listener = self._taken.socket
         elif self._token is None:
             raise NbdTargetError(
                 f"{self.address}: a control socket on TCP needs a token"
@@ -100,11 +106,9 @@ class ControlServer:
         listener, self._listener = self._listener, None
         if listener is None:
             return
-        if isinstance(self.address, Path):
-            with suppress(OSError):
-                status = os.stat(self.address)
-                if (status.st_dev, status.st_ino) == self._inode:
-                    os.unlink(self.address)
+        if self._taken is not None:
+            self._taken.release()
+            forget_directory(Path(self._taken.path).parent)
         if self._answering is None:
             asyncio.get_running_loop().remove_reader(listener)
             listener.close()

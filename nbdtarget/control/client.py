@@ -16,7 +16,7 @@ from nbdtarget.control.messages import VERBS, Answer, Failure, Request
 from nbdtarget.control.paths import ControlAddress
 from nbdtarget.errors import NbdTargetError, TableError
 
-__all__ = ["ControlClient", "NoServerError"]
+__all__ = ["ControlClient", "NoServerError", "SilentServerError"]
 
 HEAD_BYTES_MAX: Final = 65536
 A = TypeVar("A", bound=Answer)
@@ -26,6 +26,10 @@ class NoServerError(NbdTargetError):
     """Nobody answers on the control socket, or not as we do."""
 
 
+class SilentServerError(NoServerError):
+    """Somebody has the control socket, and does not answer in time."""
+
+
 class ControlClient:
     """Asks the server at one control socket, with a token if it wants one."""
 
@@ -33,13 +37,23 @@ class ControlClient:
         self.address = address
         self._token = token
 
-    def ask(self, verb: str, request: Request, answer_type: type[A]) -> A:
+    def ask(
+        self,
+        verb: str,
+        request: Request,
+        answer_type: type[A],
+        *,
+        timeout_s: float | None = None,
+    ) -> A:
         """Carry out `verb`; blocks until it is done, however long that takes.
 
+        Args: timeout_s: for each step of the conversation; None: no bound.
         Raises: NoServerError; TableError: the verb failed.
         """
         assert VERBS[verb] == (type(request), answer_type)
-        status, body = self._post(f"/v1/{verb}", msgspec.json.encode(request))
+        status, body = self._post(
+            f"/v1/{verb}", msgspec.json.encode(request), timeout_s
+        )
         try:
             if status == 200:
                 return msgspec.json.decode(body, type=answer_type)
@@ -50,7 +64,9 @@ class ControlClient:
             ) from None
         raise TableError(failure.reason, failure.errno)
 
-    def _post(self, url: str, body: bytes) -> tuple[int, bytes]:
+    def _post(
+        self, url: str, body: bytes, timeout_s: float | None
+    ) -> tuple[int, bytes]:
         # HTTP/1.0: the answer ends where the connection does, no chunks to undo.
         head = (
             f"POST {url} HTTP/1.0\r\nHost: nbdtarget\r\n"
@@ -59,7 +75,7 @@ class ControlClient:
         if self._token is not None:
             head += f"Authorization: Bearer {self._token}\r\n"
         try:
-            with self._connected() as connection:
+            with self._connected(timeout_s) as connection:
                 connection.sendall(f"{head}\r\n".encode() + body)
                 reply = _read_all(connection)
         except OSError as error:
@@ -74,10 +90,11 @@ class ControlClient:
             raise NoServerError(f"{self.address}: the server went away")
         return int(words[1]), answer
 
-    def _connected(self) -> socket.socket:
+    def _connected(self, timeout_s: float | None) -> socket.socket:
         if not isinstance(self.address, Path):
-            return socket.create_connection(self.address)
+            return socket.create_connection(self.address, timeout_s)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(timeout_s)
         try:
             connection.connect(str(self.address))
         except BaseException:
@@ -86,6 +103,8 @@ class ControlClient:
         return connection
 
     def _no_server(self, error: OSError) -> NoServerError:
+        if isinstance(error, TimeoutError):
+            return SilentServerError(f"{self.address}: the server does not answer")
         if error.errno in (errnos.ENOENT, errnos.ECONNREFUSED):
             return NoServerError(
                 f"no server on {self.address} (start one: nbdtarget serve)"

@@ -1,7 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the control socket and the default NBD socket are, and the token of a control socket on TCP."""
+"""Where control sockets and the default NBD sockets are, and the token of a control socket on TCP.
 
+In the runtime directory:
+
+    control.sock            of `serve`
+    control/NAME.sock       of the `clone` or `cache` that serves NAME: each job has its own
+    nbd.sock, NAME.sock     where NBD clients come, if nobody says anything else
+
+A name that would make a path too long for a socket is shortened, and ends in a digest of itself.
+"""
+
+import errno as errnos
+import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -13,9 +25,19 @@ __all__ = [
     "TcpControl",
     "control_address",
     "control_token",
+    "forget_directory",
+    "is_control_given",
+    "job_control_path",
+    "known_controls",
+    "make_directory",
     "runtime_directory",
+    "serve_control_path",
+    "socket_path",
 ]
 
+SOCKET_PATH_MAX: Final = 107  # bytes
+DIGEST_LENGTH: Final = 16
+CONTROL_DIRECTORY: Final = "control"
 CONTROL_VARIABLE: Final = "NBDTARGET_CONTROL"
 TOKEN_VARIABLE: Final = "NBDTARGET_CONTROL_TOKEN"
 TOKEN_LENGTH_MIN: Final = 16
@@ -37,10 +59,14 @@ ControlAddress = Path | TcpControl
 
 
 def runtime_directory() -> Path:
-    """$XDG_RUNTIME_DIR/nbdtarget; else /run/nbdtarget for root; else ~/.local/state/nbdtarget.
+    """$RUNTIME_DIRECTORY, as systemd sets it; else $XDG_RUNTIME_DIR/nbdtarget; else /run/nbdtarget for
+    root; else ~/.local/state/nbdtarget.
 
-    All three are the user's own: nobody else can put a socket there, or replace ours.
+    All of them are the user's own: nobody else can put a socket there, or replace ours.
     """
+    given = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    if given:
+        return Path(given)
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime:
         return Path(runtime) / "nbdtarget"
@@ -50,6 +76,68 @@ def runtime_directory() -> Path:
     return (Path(state) if state else Path.home() / ".local" / "state") / "nbdtarget"
 
 
+def make_directory(directory: Path, *, is_shared: bool) -> None:
+    """Make it, with all above it that is missing; others can only pass through, if `is_shared`.
+
+    Raises: OSError.
+    """
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    for each in reversed(missing):
+        # Not `parents`: those that it makes are open to all.
+        each.mkdir(mode=0o711 if is_shared else 0o700, exist_ok=True)
+    if not directory.is_dir():
+        raise NotADirectoryError(errnos.ENOTDIR, os.strerror(errnos.ENOTDIR))
+
+
+def forget_directory(directory: Path) -> None:
+    """Remove the directory of the jobs' control sockets, if that is it and no job is left."""
+    if directory.name == CONTROL_DIRECTORY:
+        with suppress(OSError):  # not empty
+            directory.rmdir()
+
+
+def socket_path(directory: Path, name: str) -> Path:
+    """`NAME.sock` in `directory`. Raises: NbdTargetError: the directory's path is too long."""
+    path = directory / f"{name}.sock"
+    room = SOCKET_PATH_MAX - len(os.fsencode(path))
+    if room >= 0:
+        return path
+    raw = os.fsencode(name)
+    kept = len(raw) + room - DIGEST_LENGTH - 1
+    if kept < 0:
+        raise NbdTargetError(f"{directory}: the path is too long for a socket in it")
+    digest = hashlib.sha256(raw).hexdigest()[:DIGEST_LENGTH]
+    return directory / f"{raw[:kept].decode('ascii', 'replace')[:kept]}~{digest}.sock"
+
+
+def serve_control_path() -> Path:
+    """The control socket of `serve`."""
+    return runtime_directory() / "control.sock"
+
+
+def job_control_path(name: str) -> Path:
+    """The control socket of the `clone` or `cache` that serves `name`. Raises: NbdTargetError."""
+    return socket_path(runtime_directory() / CONTROL_DIRECTORY, name)
+
+
+def known_controls() -> list[Path]:
+    """The control sockets in the runtime directory, those of killed servers among them."""
+    directory = runtime_directory()
+    found = [path for path in (directory / "control.sock",) if path.exists()]
+    try:
+        names = sorted(os.listdir(directory / CONTROL_DIRECTORY))
+    except OSError:
+        names = []  # there has never been a job
+    directory /= CONTROL_DIRECTORY
+    found += [directory / name for name in names if name.endswith(".sock")]
+    return found
+
+
+def is_control_given(given: str | None) -> bool:
+    """Whether the user says which server is meant."""
+    return bool(given or os.environ.get(CONTROL_VARIABLE))
+
+
 def control_address(given: str | None) -> ControlAddress:
     """What was `given`, $NBDTARGET_CONTROL, or the runtime directory's control.sock.
 
@@ -57,7 +145,7 @@ def control_address(given: str | None) -> ControlAddress:
     """
     address = given or os.environ.get(CONTROL_VARIABLE)
     if not address:
-        return runtime_directory() / "control.sock"
+        return serve_control_path()
     if address.startswith("tcp:"):
         host, _, port = address.removeprefix("tcp:").rpartition(":")
         host = host.strip("[]")

@@ -147,4 +147,7 @@ def _memory_size(name: str) -> int:
 
 
 def _unsupported(name: str, scheme: str) -> ResolveError:
-    return ResolveError(name, f"{scheme}: is not supported; {_SUPPORTED}")
+    return ResolveError(
+        name,
+        f"{scheme}: is not supported; {_SUPPORTED}; if it is a file, write ./{name}",
+    )

@@ -56,6 +56,7 @@ from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.table import PASSTHROUGH, SECTOR, WRITEBACK, WRITETHROUGH
+from nbdtarget.unix_socket import SocketOptions
 from nbdtarget.words import join_words, split_words
 
 __all__ = [
@@ -84,8 +85,9 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         migration_rate: bytes a second; 0: no bound.
         migration_threshold: None: what eight blocks need, or the kernel's default if that is more.
         listen: addresses; none: a unix socket in the runtime directory.
-        control: path of the control socket; None: the usual one, if it is free.
+        control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
+        sockets: modes, owners and groups.
         overwrite: the cache's data may go.
         moved: the disks are those that the metadata names, under other names.
         accept_other_disk: a disk may be another one than the metadata names.
@@ -107,6 +109,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     listen: tuple[str, ...] = ()
     control: str | None = None
     stop_timeout: float | None = None
+    sockets: SocketOptions = SocketOptions()
     overwrite: bool = False
     moved: bool = False
     accept_other_disk: bool = False
@@ -410,6 +413,7 @@ class CacheJob(job.Job[CachePlan]):
             listen=options.listen,
             control=options.control,
             stop_timeout=options.stop_timeout,
+            sockets=options.sockets,
             permissions=permissions(
                 overwrite=options.overwrite,
                 moved=options.moved,

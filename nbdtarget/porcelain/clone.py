@@ -42,6 +42,7 @@ from nbdtarget.dm.table import SECTOR
 from nbdtarget.errors import ResolveError
 from nbdtarget.permissions import permissions
 from nbdtarget.porcelain import job, look
+from nbdtarget.unix_socket import SocketOptions
 from nbdtarget.words import join_words, split_words
 
 __all__ = ["CloneJob", "CloneOptions", "ClonePlan", "CloneReporter", "plan_clone"]
@@ -60,8 +61,9 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
         metadata: None: beside the destination.
         region_size: bytes.
         listen: addresses; none: a unix socket in the runtime directory.
-        control: path of the control socket; None: the usual one, if it is free.
+        control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
+        sockets: modes, owners and groups.
         overwrite: the destination's data may go.
         moved: the disks are those that the metadata names, under other names.
         accept_other_disk: a disk may be another one than the metadata names.
@@ -80,6 +82,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     exit_when_hydrated: bool = False
     control: str | None = None
     stop_timeout: float | None = None
+    sockets: SocketOptions = SocketOptions()
     overwrite: bool = False
     moved: bool = False
     accept_other_disk: bool = False
@@ -227,6 +230,7 @@ class CloneJob(job.Job[ClonePlan]):
             listen=options.listen,
             control=options.control,
             stop_timeout=options.stop_timeout,
+            sockets=options.sockets,
             permissions=permissions(
                 overwrite=options.overwrite,
                 moved=options.moved,

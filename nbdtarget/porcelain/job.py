@@ -19,7 +19,13 @@ import logging
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from nbdtarget.control.paths import control_address, control_token
+from nbdtarget.control.paths import (
+    control_address,
+    control_token,
+    is_control_given,
+    job_control_path,
+)
+from nbdtarget.control.sockets import NoSocketError, SocketInUseError
 from nbdtarget.daemon import (
     Daemon,
     StopBounds,
@@ -30,7 +36,9 @@ from nbdtarget.daemon import (
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.table import Table
+from nbdtarget.errors import NbdTargetError
 from nbdtarget.permissions import Permission
+from nbdtarget.unix_socket import SocketOptions
 
 __all__ = ["Job", "Plan", "Reporter"]
 
@@ -77,7 +85,8 @@ class Job(Generic[P]):
 
     Args:
         listen: addresses; none: a unix socket in the runtime directory.
-        control: address of the control socket; None: the usual one, if it is free.
+        control: address of the control socket; None: the one called after the export.
+        sockets: modes, owners and groups.
         stop_timeout: seconds, see `StopBounds.of`.
         permissions: what the user allows, see `nbdtarget.permissions`.
     """
@@ -88,6 +97,7 @@ class Job(Generic[P]):
         *,
         listen: tuple[str, ...],
         control: str | None,
+        sockets: SocketOptions,
         stop_timeout: float | None,
         permissions: frozenset[Permission],
     ) -> None:
@@ -95,7 +105,7 @@ class Job(Generic[P]):
         self._listen = listen
         self._control = control
         self._permissions = permissions
-        self._daemon = Daemon(bounds=StopBounds.of(stop_timeout))
+        self._daemon = Daemon(bounds=StopBounds.of(stop_timeout), sockets=sockets)
         self._has_failed = False
 
     async def _plan(self) -> P:
@@ -158,11 +168,7 @@ class Job(Generic[P]):
         daemon = self._daemon
         made: list[str] = []
         try:
-            await daemon.open_control(
-                control_address(self._control),
-                token=control_token(),
-                optional=self._control is None,
-            )
+            await self._open_control(plan.name)
             if plan.missing is not None:
                 path, size = plan.missing
                 disk = await resolve.create_device(path, size, sparse=True)
@@ -175,7 +181,9 @@ class Job(Generic[P]):
             # Clients may attach from here on, and their requests wait a moment.
             await device.activate()
             fds = passed_sockets()
-            addresses = self._listen or (() if fds else (default_listen(plan.name),))
+            addresses = self._listen or (
+                () if fds else (self._default_listen(plan.name),)
+            )
             await daemon.listen(addresses, fds)
             await device.resume()
         except BaseException:
@@ -186,6 +194,42 @@ class Job(Generic[P]):
                     await resolve.remove_created(path)
             raise
         return device
+
+    def _default_listen(self, name: str) -> str:
+        return default_listen(name, self._daemon.listen_access)
+
+    async def _open_control(self, name: str) -> None:
+        """Open the socket that was named, or that of the export's name.
+
+        Raises: NbdTargetError: it is taken; for that of the name: by another job that serves it.
+        """
+        daemon, token = self._daemon, control_token()
+        if self._control is not None:
+            await daemon.open_control(control_address(self._control), token=token)
+            return
+        path = job_control_path(name)
+        if is_control_given(None):
+            try:
+                await daemon.open_control(control_address(None), token=token)
+            except (SocketInUseError, NoSocketError) as error:
+                _log.warning("%s; the control socket of %s is %s", error, name, path)
+            else:
+                return
+        try:
+            await daemon.open_control(path)
+        except SocketInUseError:
+            raise NbdTargetError(
+                f"{name}: is being served already, by the server with the control socket"
+                f" {path}: give another --name"
+            ) from None
+        except NoSocketError as error:
+            if not self._listen:
+                raise
+            _log.warning(
+                "no control socket: %s: no command will find %s; give --control PATH",
+                error,
+                name,
+            )
 
     def _report(self, tell: Callable[..., None], *words: object) -> None:
         """Tell the user; the disk goes on if nobody reads any more (`| head`)."""

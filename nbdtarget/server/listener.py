@@ -3,7 +3,8 @@
 
 Theory of operation. `start` may be called for any number of addresses; all share one budget.
 
-    unix:PATH        a stale socket of a dead server is replaced, a live one is refused
+    unix:PATH        a stale socket of a dead server is replaced, a live one is refused; its mode is
+                     what was asked for, whatever the umask is (`nbdtarget.unix_socket`)
     tcp:HOST:PORT    every address of HOST; port 0 takes a free one; [::1] in brackets
 
 Accepting stops, and the kernel's backlog fills, while there are `connections_max`
@@ -25,7 +26,6 @@ import errno as errnos
 import logging
 import os
 import socket
-import stat
 from collections.abc import Callable
 from typing import Final
 from urllib.parse import quote
@@ -40,6 +40,13 @@ from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.output import BufferPool
 from nbdtarget.server.peer import hang_up_events
 from nbdtarget.server.shared import Shared
+from nbdtarget.unix_socket import (
+    PRIVATE,
+    SocketAccess,
+    SocketInUseError,
+    UnixSocket,
+    take_unix_socket,
+)
 
 __all__ = ["Listener", "export_uri"]
 
@@ -61,6 +68,7 @@ class Listener:
     Args:
         directory: the exports.
         limits: every bound.
+        access: who may connect to unix sockets.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class Listener:
         limits: Limits | None = None,
         clock: Clock | None = None,
         hang_up_events: Callable[[socket.socket], int] = hang_up_events,
+        access: SocketAccess = PRIVATE,
     ) -> None:
         self._hang_up_events = hang_up_events
         self._limits = limits or Limits()
@@ -77,7 +86,8 @@ class Listener:
         self._clock = clock or LoopClock()
         self._shared: Shared | None = None
         self._sockets: dict[int, socket.socket] = {}
-        self._unix_paths: list[tuple[str, int]] = []  # path, inode
+        self._unix_sockets: list[UnixSocket] = []
+        self._access = access
         # In the order of accepting: whoever came first is told first.
         self._connections: dict[Connection, None] = {}
         self._is_accepting = False
@@ -133,8 +143,8 @@ class Listener:
         for sock in self._sockets.values():
             sock.close()
         self._sockets.clear()
-        for path, inode in self._unix_paths:
-            _unlink_own(path, inode)
+        for taken in self._unix_sockets:
+            taken.release()
         for timer in (self._accept_timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
@@ -163,20 +173,15 @@ class Listener:
     # ---- sockets ----
 
     def _start_unix(self, path: str, address: str) -> str:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            _remove_stale(path, address)
-            sock.bind(path)
-            inode = os.stat(path).st_ino
-            pattern = self.start_socket(sock)
+            taken = take_unix_socket(path, self._access)
+        except SocketInUseError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise ListenError(address, reason) from error
         except OSError as error:
-            sock.close()
-            raise ListenError(address, str(error.strerror)) from error
-        except ListenError:
-            sock.close()
-            raise
-        self._unix_paths.append((os.path.abspath(path), inode))
-        return pattern
+            raise ListenError(address, str(error.strerror or error)) from error
+        self._unix_sockets.append(taken)
+        return self.start_socket(taken.socket)
 
     async def _start_tcp(self, host: str, port: int, address: str) -> list[str]:
         loop = asyncio.get_running_loop()
@@ -327,32 +332,3 @@ def _peer_name(client: socket.socket) -> str:
         return f"client {client.fileno()}"
     name = client.getpeername()
     return f"{name[0]}:{name[1]}"
-
-
-def _remove_stale(path: str, address: str) -> None:
-    """Remove the socket of a server that is gone. Raises: ListenError: it is not gone."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ListenError(address, "exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass  # its backlog is full: very much alive
-    raise ListenError(address, "another server is listening there")
-
-
-def _unlink_own(path: str, inode: int) -> None:
-    """Unlink our socket, unless another one has taken its place."""
-    try:
-        if os.stat(path).st_ino == inode:
-            os.unlink(path)
-    except FileNotFoundError:
-        pass

@@ -120,7 +120,9 @@ def test_second_server_is_refused(serve: ServeProcess, tmp_path: Path) -> None:
     second = ServeProcess(tmp_path, "--listen", f"unix:{tmp_path}/other.sock")
     _, err = second.process.communicate(timeout=TIMEOUT_S)
     assert second.process.returncode == 1
-    assert err.startswith(f"nbdtarget: {serve.directory}/control.sock: a server is")
+    assert err.startswith(
+        f"nbdtarget: {serve.directory}/control.sock: another server is"
+    )
     assert err.count("\n") == 1
     assert not (tmp_path / "other.sock").exists()
 

@@ -10,6 +10,7 @@ from nbdtarget.config.render import render_devices
 from nbdtarget.dm.types import TARGET_TYPES
 from nbdtarget.errors import NbdTargetError
 from nbdtarget.server.limits import Limits
+from nbdtarget.unix_socket import SocketOptions
 
 
 def parsed(text: str, *existing: str) -> Config:
@@ -25,7 +26,7 @@ def mistakes(text: str) -> list[str]:
 def test_an_empty_file_is_a_server_without_devices() -> None:
     config = parsed("")
     assert config == Config(
-        "/etc/disks.toml", "/etc", (), None, None, None, Limits(), ()
+        "/etc/disks.toml", "/etc", (), None, None, None, SocketOptions(), Limits(), ()
     )
 
 

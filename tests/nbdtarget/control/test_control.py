@@ -22,7 +22,7 @@ from nbdtarget.control.paths import (
     control_address,
     runtime_directory,
 )
-from nbdtarget.control.sockets import SocketInUseError
+from nbdtarget.control.sockets import NoSocketError, SocketInUseError
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.errors import NbdTargetError, TableError
 from tests.nbdtarget.dm.support import RamOpener, make_registry
@@ -132,7 +132,9 @@ async def test_targets_and_version(server: Server) -> None:
     "body", [b"", b"[]", b"{}", b'{"name": 1}', b'{"name": "x", "nme": "y"}', b"\xff"]
 )
 async def test_bad_request_is_refused(server: Server, body: bytes) -> None:
-    status, answer = await asyncio.to_thread(server.client._post, "/v1/clear", body)
+    status, answer = await asyncio.to_thread(
+        server.client._post, "/v1/clear", body, None
+    )
     assert status == 400
     failure = msgspec.json.decode(answer, type=m.Failure)
     assert failure.reason.startswith("bad request")
@@ -165,7 +167,7 @@ async def test_socket_is_private_and_goes_with_the_server(tmp_path: Path) -> Non
 
 async def test_second_server_is_refused(server: Server) -> None:
     second = Server(server.control.address)
-    with pytest.raises(SocketInUseError, match="a server is running"):
+    with pytest.raises(SocketInUseError, match="another server is listening"):
         await second.control.start()
     await second.control.close()
     await server.ask("version", m.Version(), m.VersionAnswer)
@@ -195,7 +197,7 @@ async def test_impossible_path_is_refused_in_one_line(
     tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SocketInUseError) as caught:
+    with pytest.raises(NoSocketError) as caught:
         await Server(tmp_path / name).control.start()
     assert "\n" not in str(caught.value)
 
@@ -238,8 +240,12 @@ def test_runtime_directory_without_xdg(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert runtime_directory() == Path("/run/nbdtarget")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert runtime_directory() == tmp_path / "nbdtarget"
+    # systemd makes it, and names it; with several, the first is ours.
+    monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/disks:/run/other")
+    assert runtime_directory() == Path("/run/disks")

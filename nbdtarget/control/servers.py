@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which server a command is for, when nobody says: all control sockets of this user are looked through.
+
+Theory of operation. Each `clone` and `cache` has a control socket of its own, called after its export, and `serve`
+has another (`nbdtarget.control.paths`). With one socket there is nothing to choose. With several, a
+command about NAME asks the two that are the likeliest to have it, the socket called NAME and that of
+`serve`, and if neither has it (a job whose device was renamed), all others. What is about no name goes to
+all servers if it only tells, else to `serve`, or to the only one there is.
+
+Looking is quick: all are asked side by side, for a look at their devices and nothing that waits for a
+disk. One that does not answer within LOOK_S_MAX is left out, and that is said. A socket that
+nobody listens on was left behind by a server that was killed, and counts as none; the next
+server that starts removes it.
+
+Nothing heavy is imported here: this is on the way of each command.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from nbdtarget.control.client import (
+    ControlClient,
+    NoServerError,
+    SilentServerError,
+)
+from nbdtarget.control.messages import Info, InfoAnswer
+from nbdtarget.control.paths import (
+    job_control_path,
+    known_controls,
+    serve_control_path,
+)
+from nbdtarget.errors import NbdTargetError, TableError
+
+__all__ = [
+    "LOOK_S_MAX",
+    "AmbiguousServerError",
+    "Look",
+    "default_server",
+    "look",
+    "server_of",
+]
+
+LOOK_S_MAX: Final = 3.0
+ASKED_AT_ONCE_MAX: Final = 32
+
+
+class AmbiguousServerError(NbdTargetError):
+    """More than one server may be meant; the message names them."""
+
+
+class Look(NamedTuple):
+    """What was found.
+
+    Attributes:
+        servers: those that answered, with the names of their devices.
+        silent: those that have not, with the reason.
+    """
+
+    servers: dict[Path, tuple[str, ...]]
+    silent: dict[Path, str]
+
+    def having(self, name: str) -> list[Path]:
+        return [path for path, names in self.servers.items() if name in names]
+
+
+def look(paths: Sequence[Path]) -> Look:
+    """Ask all for their devices, side by side."""
+    found: dict[Path, tuple[str, ...]] = {}
+    silent: dict[Path, str] = {}
+    left = list(reversed(paths))
+
+    def work() -> None:
+        while left:
+            try:
+                path = left.pop()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                answer = ControlClient(path).ask(
+                    "info", Info(), InfoAnswer, timeout_s=LOOK_S_MAX
+                )
+            except SilentServerError as error:
+                silent[path] = str(error)
+            except NoServerError:
+                pass  # left behind
+            except TableError as error:
+                silent[path] = f"{path}: {error}"
+            else:
+                found[path] = tuple(device.name for device in answer.devices)
+
+    threads = [
+        threading.Thread(target=work, daemon=True)
+        for _ in range(min(len(paths), ASKED_AT_ONCE_MAX) - 1)
+    ]
+    for thread in threads:
+        thread.start()
+    work()
+    for thread in threads:
+        thread.join()
+    in_order = {path: found[path] for path in paths if path in found}
+    return Look(in_order, silent)
+
+
+def server_of(name: str) -> Path:
+    """The control socket of the server that has the device `name`.
+
+    If nobody has it, the one that is asked in the end says so.
+    Raises: AmbiguousServerError; NbdTargetError: a server does not answer that may have it.
+    """
+    name = name.removeprefix("/dev/mapper/")
+    known = known_controls()
+    if len(known) == 1:
+        return known[0]
+    likely = [
+        path for path in (job_control_path(name), serve_control_path()) if path in known
+    ]
+    found = look(likely)
+    having = found.having(name)
+    if not having:
+        others = look([path for path in known if path not in likely])
+        having = others.having(name)
+        found = Look(
+            {**found.servers, **others.servers}, {**found.silent, **others.silent}
+        )
+    if len(having) > 1:
+        raise AmbiguousServerError(
+            f"{name} is on {len(having)} servers: {_paths(having)}; say which one is meant"
+            " with --control"
+        )
+    if having:
+        return having[0]
+    if found.silent:
+        raise NbdTargetError("; ".join(found.silent.values()))
+    return next(iter(found.servers), serve_control_path())
+
+
+def default_server() -> Path:
+    """The one for what is about no device that is there: `serve`, or the only one.
+
+    Raises: AmbiguousServerError.
+    """
+    known = known_controls()
+    if len(known) < 2:
+        return known[0] if known else serve_control_path()
+    found = look(known)
+    alive = [*found.servers, *found.silent]
+    if serve_control_path() in alive:
+        return serve_control_path()
+    if len(alive) > 1:
+        raise AmbiguousServerError(
+            f"{len(alive)} servers are running, and none of them is `nbdtarget serve`:"
+            f" {_paths(alive)}; say which one is meant with --control"
+        )
+    return alive[0] if alive else serve_control_path()
+
+
+def _paths(paths: Iterable[Path]) -> str:
+    return ", ".join(map(str, paths))

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several servers of one user: each job has its own control socket, found by the name of its export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.control.paths import (
+    job_control_path,
+    known_controls,
+    runtime_directory,
+    socket_path,
+)
+from nbdtarget.errors import NbdTargetError
+
+NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
+TIMEOUT_S = 30
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    for name in ("one", "two"):
+        Path(name).write_bytes(bytes(1 << 20))
+    return tmp_path
+
+
+@pytest.fixture
+def start(work: Path) -> Iterator[Start]:
+    started = []
+
+    def start(*argv: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*NBDTARGET, *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline(), process.communicate()
+        return process
+
+    yield start
+    for process in started:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.communicate(timeout=TIMEOUT_S)
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*NBDTARGET, *argv],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def says(*argv: str) -> str:
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_each_job_is_asked_messaged_and_uncached_by_its_name(start: Start) -> None:
+    start("clone", "one", "copy", "--no-hydration")
+    start("cache", "two", "fast", "--cache-size", "512K")
+    start("serve")
+    says("create", "plain", "--table", "0 8 zero")
+    assert says("status", "copy").split()[2] == "clone"
+    assert says("status", "two", "--noflush").split()[2] == "cache"
+    assert says("status", "plain") == "0 8 zero \n"
+    by_name = [line.split(":")[0] for line in says("status", "--noflush").splitlines()]
+    assert by_name == ["copy", "plain", "two"]
+    assert [line.split()[0] for line in says("ls").splitlines()] == by_name
+    assert says("table", "two", "plain").startswith("two: 0 2048 cache ")
+    says("message", "copy", "0", "enable_hydration")
+    assert "two is " in says("uncache", "two")
+    assert says("table", "two").split()[2] == "linear"
+    assert len(json.loads(says("version", "--json"))["servers"]) == 3
+    missing = run("status", "nosuch")
+    assert (
+        missing.stderr
+        == "nbdtarget: status nosuch: Device does not exist (No such device or address)\n"
+    )
+
+
+def test_a_second_job_of_the_same_name_is_refused_in_one_line(
+    start: Start, work: Path
+) -> None:
+    start("clone", "one", "copy")
+    second = run("clone", "two", "other", "--name", "copy", "--listen", "unix:s")
+    assert second.returncode == 1
+    assert second.stderr == (
+        "nbdtarget: copy: is being served already, by the server with the control socket"
+        f" {work}/run/nbdtarget/control/copy.sock: give another --name\n"
+    )
+    assert not Path("other").exists()
+
+
+def test_a_name_that_two_servers_have_is_asked_for_with_both(
+    start: Start, work: Path
+) -> None:
+    start("clone", "one", "copy")
+    start("serve")
+    says("create", "copy", "--table", "0 8 zero")
+    runtime = work / "run" / "nbdtarget"
+    refused = run("remove", "copy")
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        f"nbdtarget: copy is on 2 servers: {runtime}/control/copy.sock,"
+        f" {runtime}/control.sock; say which one is meant with --control\n"
+    )
+    says("remove", "copy", "--control", f"{runtime}/control.sock")
+    assert says("status", "copy").split()[2] == "clone"
+
+
+def test_a_renamed_device_of_a_job_is_found_by_its_new_name(start: Start) -> None:
+    start("clone", "one", "copy")
+    start("clone", "two", "other")
+    says("rename", "copy", "renamed")
+    assert says("status", "renamed").split()[2] == "clone"
+
+
+def test_what_is_about_no_device_needs_to_know_the_server(start: Start) -> None:
+    start("clone", "one", "copy")
+    says("create", "a", "--table", "0 8 zero")  # there is only one
+    start("clone", "two", "other")
+    refused = run("create", "b", "--table", "0 8 zero")
+    assert refused.returncode == 1
+    assert (
+        "2 servers are running, and none of them is `nbdtarget serve`" in refused.stderr
+    )
+
+
+def test_sockets_of_killed_servers_are_passed_over_and_removed_by_the_next_one(
+    start: Start, work: Path
+) -> None:
+    killed = start("clone", "one", "copy")
+    start("clone", "two", "other")
+    killed.kill()
+    killed.communicate(timeout=TIMEOUT_S)
+    assert len(known_controls()) == 2
+    assert says("ls").split()[0] == "other"
+    assert "Device does not exist" in run("status", "copy").stderr
+    start("serve")
+    names = sorted(os.listdir(work / "run" / "nbdtarget" / "control"))
+    assert names == ["other.sock", "other.sock.lock"]
+
+
+def test_a_server_that_hangs_does_not_hold_up_a_look_at_the_others(
+    start: Start, work: Path
+) -> None:
+    hung = start("clone", "one", "copy")
+    start("clone", "two", "other")
+    hung.send_signal(signal.SIGSTOP)
+    listed = run("ls")
+    assert listed.stdout.split()[0] == "other"
+    assert listed.stderr == (
+        f"nbdtarget: {work}/run/nbdtarget/control/copy.sock: the server does not answer:"
+        " left out\n"
+    )
+
+
+def test_a_named_control_socket_that_is_taken_leaves_a_warning_and_the_one_by_name(
+    start: Start, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NBDTARGET_CONTROL", str(work / "ctl"))
+    start("clone", "one", "copy")
+    second = start("clone", "two", "other")
+    assert second.stderr is not None
+    warning = second.stderr.readline()
+    assert f"{work}/ctl: another server is listening there" in warning
+    assert f"the control socket of other is {job_control_path('other')}" in warning
+    monkeypatch.delenv("NBDTARGET_CONTROL")
+    assert says("status", "other").split()[2] == "clone"
+
+
+def test_a_name_that_is_too_long_for_a_socket_gets_one_all_the_same(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "n" * 127
+    # Not the test's own directory: its path alone is too long.
+    with tempfile.TemporaryDirectory() as short:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", short)
+        one = start("clone", "one", "copy", "--name", name)
+        two = start("clone", "two", "other")
+        assert says("status", name).split()[2] == "clone"
+        for process in (one, two):
+            process.terminate()
+            process.communicate(timeout=TIMEOUT_S)
+
+
+def test_socket_paths_of_long_names_differ_and_fit(tmp_path: Path) -> None:
+    paths = {socket_path(tmp_path, "x" * 100 + end) for end in "abc"}
+    assert len(paths) == 3
+    assert all(len(str(path)) <= 107 for path in paths)
+    with pytest.raises(NbdTargetError, match="too long for a socket"):
+        socket_path(Path("/" + "d" * 120), "x")
+
+
+def test_sockets_have_the_modes_that_options_say(start: Start, work: Path) -> None:
+    start("clone", "one", "copy", "--socket-mode", "0666", "--control-mode", "0660")
+    start("clone", "two", "other")
+    directory = runtime_directory()
+    assert (directory / "copy.sock").stat().st_mode & 0o777 == 0o666
+    assert job_control_path("copy").stat().st_mode & 0o777 == 0o660
+    assert (directory / "other.sock").stat().st_mode & 0o777 == 0o600
+    assert job_control_path("other").stat().st_mode & 0o777 == 0o600
+    # Others get as far as the sockets, and see no names.
+    assert directory.stat().st_mode & 0o777 == 0o711
+
+
+def test_a_file_whose_name_looks_like_a_scheme_can_be_opened(
+    start: Start, work: Path
+) -> None:
+    Path("disk:1.img").write_bytes(bytes(1 << 20))
+    refused = run("clone", "disk:1.img", "copy")
+    assert refused.returncode == 1
+    assert refused.stderr.rstrip().endswith("; if it is a file, write ./disk:1.img")
+    start("clone", "./disk:1.img", "./copy:1.img")
+    assert f"{work}/disk:1.img" in says("table")
+    start("serve")
+    says("create", "line", "--table", "0 8 linear ./disk:1.img 0", "-r")
+    assert f"{work}/disk:1.img" in says("table", "line")
