@@ -38,11 +38,13 @@ class Failures:
 
     Attributes:
         nr_errors: failures ever noted; also of ranges that have been copied since.
+        last_error: what the last of them says, in one line; None: there was none.
     """
 
     def __init__(self, *, ranges_max: int = RANGES_MAX) -> None:
         self.ranges_max = ranges_max
         self.nr_errors = 0
+        self.last_error: str | None = None
         self._ranges: list[FailedRange] = []
 
     def __len__(self) -> int:

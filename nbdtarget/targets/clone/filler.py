@@ -105,6 +105,7 @@ class Filler:
     def _note_failure(self, begin: int, end: int, error: Exception) -> None:
         now_ns = self.clock.now_ns()
         is_new = self.failures.note_failure(begin, end, now_ns)
+        self.failures.last_error = f"hydration: {error}"
         self._maybe_event(is_new=is_new)
         if not is_new:
             return
@@ -113,6 +114,7 @@ class Filler:
     def _note_foreground_error(self, begin: int, end: int, error: Exception) -> None:
         # The client tries again when it likes: no reason for the background to wait longer.
         self.failures.nr_errors += 1
+        self.failures.last_error = f"copy for a client's write: {error}"
         self._maybe_event(is_new=False)
         self._say("a client's write needs", begin, end, error)
 

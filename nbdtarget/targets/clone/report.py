@@ -90,6 +90,7 @@ def status_fields(
         "then_linear": then_linear,
         "event_after_errors": filler.event_after_errors,
         "errors": filler.failures.nr_errors,
+        "last_error": filler.failures.last_error or regions.committer.last_error,
         "regions_failed": nr_failed,
         "retry_in_s": retry_in_s,
     }

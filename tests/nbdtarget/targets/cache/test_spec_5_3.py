@@ -356,6 +356,21 @@ async def test_5_3_refused_passthrough_is_left_by_loading_another_table(
     assert await lab.field("dirty") == "1"
 
 
+async def test_5_3_refused_table_costs_nothing_that_is_flushed_afterwards(
+    lab: CacheLab,
+) -> None:
+    await lab.create(DIRTY_BUSY)
+    await lab.fill([A])
+    await lab.load(PASSTHROUGH)
+    await lab.resume_refused()
+    await lab.fill([A + 1])
+    await lab.device.flush()
+    await lab.cut_power()
+    await lab.create(DIRTY_BUSY)
+    for block in (A, A + 1):
+        assert await lab.read(block) == b"w" * BLOCK
+
+
 async def test_5_3_dirty_log_tells_what_is_dirty_after_a_crash(lab: CacheLab) -> None:
     """Ours: a cache whose blocks are all clean may enter passthrough, whatever happened."""
     await lab.create(f"2 writeback dirty_log smq {BUSY}")

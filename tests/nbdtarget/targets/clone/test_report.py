@@ -74,6 +74,7 @@ async def test_fields_say_what_is_set_and_where_it_stands() -> None:
         "then_linear": True,
         "event_after_errors": 1,
         "errors": 0,
+        "last_error": None,
         "regions_failed": 0,
         "retry_in_s": None,
         "source_open": True,
@@ -108,12 +109,16 @@ async def test_errors_are_counted_and_when_they_are_tried_again_is_told() -> Non
     await settle(300)
     fields = rig.target.status_fields()
     assert (fields["errors"], fields["regions_failed"]) == (4, 4)
+    last_error = str(fields["last_error"])
+    assert last_error.startswith("hydration: ")
+    assert last_error.endswith("Input/output error")
     retry_in_s = fields["retry_in_s"]
     assert isinstance(retry_in_s, float)
     assert 0 < retry_in_s <= 1
     assert rig.bio(OP_WRITE, 6 * REGION, 512).status == errnos.EIO
     rig.bio(OP_WRITE, 7 * REGION, REGION)  # heals it
     fields = rig.target.status_fields()
+    assert str(fields["last_error"]).startswith("copy for a client's write: ")
     assert (fields["errors"], fields["regions_failed"]) == (5, 3)
     rig.source.fails = lambda _: 0
     for _ in range(40):
