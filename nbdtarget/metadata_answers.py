@@ -167,7 +167,10 @@ class CloneInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
 
 
 class CacheInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
-    """Of a cache. `nr_dirty`: None without a clean shutdown: then it takes the mappings to tell."""
+    """Of a cache. `nr_dirty`: None without a clean shutdown: then it takes the mappings to tell.
+
+    `gives_up_mappings`: it ended in a crash, and the origin has everything: none is dirty.
+    """
 
     block_size: int
     origin_size: int
@@ -175,6 +178,7 @@ class CacheInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
     nr_cblocks_max: int
     nr_mapped: int
     nr_dirty: int | None
+    gives_up_mappings: bool = False
     nr_logged: int
     dirty_log: bool
     policy: str
@@ -187,7 +191,9 @@ class CacheInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
 
     def rows(self) -> list[tuple[str, str]]:
         percent = 100 * self.nr_mapped / self.nr_cblocks
-        if self.nr_dirty is not None:
+        if self.gives_up_mappings:
+            dirty = "none: the origin has everything, the next start gives the rest up"
+        elif self.nr_dirty is not None:
             dirty = str(self.nr_dirty)
         else:
             dirty = f"{self.nr_logged if self.dirty_log else self.nr_mapped} at most"
@@ -235,6 +241,7 @@ def info_answer(
             nr_cblocks_max=live.nr_cblocks_max,
             nr_mapped=live.nr_mapped,
             nr_dirty=_maybe_nr_dirty(live),
+            gives_up_mappings=live.gives_up_mappings,
             nr_logged=live.nr_logged,
             dirty_log=bool(live.incompat & DIRTY_LOG),
             policy=live.policy_name,
@@ -334,12 +341,12 @@ class CacheCheckAnswer(CheckAnswer, frozen=True, kw_only=True):
     nr_cblocks: int | None
     nr_mapped: int | None
     nr_dirty: int | None
-    origin_complete: bool | None = None
+    gives_up_mappings: bool = False
 
     def counts(self) -> str:
         if self.nr_cblocks is None:
             return ""
-        if self.origin_complete:
+        if self.gives_up_mappings:
             end = (
                 "not shut down cleanly; the origin has everything, and the next start"
                 " gives the mappings up"
@@ -386,7 +393,7 @@ def check_answer(
             nr_cblocks=cache.nr_cblocks if cache else None,
             nr_mapped=cache.nr_mapped if cache else None,
             nr_dirty=_maybe_nr_dirty(cache) if cache else None,
-            origin_complete=cache.gives_up_mappings if cache else None,
+            gives_up_mappings=bool(cache and cache.gives_up_mappings),
         )
     clone = live if isinstance(live, CloneSuperblock) else None
     return CloneCheckAnswer(

@@ -80,6 +80,7 @@ def held_in(image: bytes, fields: Sequence[Any]) -> Held:
     values = {cblock: value for cblock, value in values.items() if value}
     if not fields[3] & 1:
         dirty = [c for c, value in values.items() if value & 2 or not fields[6] & 1]
+        dirty = [] if fields[3] & 4 else dirty
         return Held(values, frozenset(dirty), None, None)
     dirty, discards = [], None
     hints = [0] * fields[18] if fields[26] else None

@@ -16,7 +16,7 @@ import pytest
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IMAGES = sorted(FIXTURES.glob("clone-*.img"))
-FLAGS = {1: "clean_shutdown", 2: "needs_check"}
+FLAGS = {1: "clean_shutdown", 2: "needs_check", 4: "origin_complete"}
 
 
 class Reader:

@@ -19,6 +19,7 @@ from tests.metadata.test_cache_salvage import (
     live_blocks,
     needing_check,
 )
+from tests.metadata.test_format import FIXTURES
 from tests.metadata.test_salvage import rot
 from tests.nbdtarget.cli.metadata_tool import Tool
 
@@ -97,6 +98,23 @@ def test_info_of_an_unclean_stop_says_how_many_may_be_dirty(tool: Tool) -> None:
         None,
         True,
     )
+
+
+def test_info_and_check_of_a_crash_in_writethrough_say_that_the_origin_counts(
+    tool: Tool,
+) -> None:
+    path = tool.file((FIXTURES / "cache-v1-complete.img").read_bytes())
+    out, _ = tool("info", path)
+    assert "Flags:          origin_complete" in out
+    assert "Dirty:          none: the origin has everything" in out
+    out, _ = tool("check", path)
+    assert (
+        "3 of 40 cache blocks mapped, not shut down cleanly; the origin has"
+        " everything, and the next start gives the mappings up"
+    ) in out
+    answer = json.loads(tool("check", path, "--json")[0])
+    assert (answer["nr_dirty"], answer["gives_up_mappings"]) == (0, True)
+    assert "<mapping " not in tool("dump", path, "--format", "xml")[0]
 
 
 def test_check_of_healthy_metadata(tool: Tool) -> None:
