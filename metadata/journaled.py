@@ -105,7 +105,11 @@ class JournaledMetadata:
         uuid: 16 bytes.
         total_blocks: 4 KiB blocks of the metadata device.
         notes: what opening found that was not as it should be, and did without; for logs.
+        beside: another object of the same disk that was open when this one was read, and its
+            generation then. If it has gone on, this one is old.
     """
+
+    beside: "tuple[JournaledMetadata, int] | None" = None
 
     def __init__(
         self,

@@ -168,7 +168,8 @@ class Device:
     async def reopened(self, name: str, *, read_only: bool) -> "Device | None":
         """Open the same disk once more, as `name`, because this device is latched or lost.
 
-        None: opening it by its name is all that it takes. Raises: ResolveError.
+        None: opening it by its name is all that it takes. The device itself: it is usable again.
+        Raises: ResolveError.
         """
         return None
 

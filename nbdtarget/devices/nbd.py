@@ -118,6 +118,10 @@ _Request = tuple[
 _Status = asyncio.Future[tuple[int, Completion | None]]
 
 
+class _AnotherDisk(ResolveError):
+    """The server is back, and has another disk."""
+
+
 class _Pieces:
     """The requests that one bio became."""
 
@@ -242,11 +246,24 @@ class NbdDevice(Device):
         connection.close()
         return _usable_size(connection.negotiated)
 
+    async def reopened(self, name: str, *, read_only: bool) -> Device | None:
+        """Connect now, if the server has been lost. If it has another disk now, the name means that one."""
+        if not self._is_lost or self.read_only is not read_only:
+            return None
+        await self._stop_connecting()
+        try:
+            await self._connect_once()
+        except _AnotherDisk as error:
+            self._note_refusal(error)
+            return None
+        finally:
+            if self._is_lost:
+                self._start_connecting(RECONNECT_S_MIN)
+        return self
+
     async def close(self) -> None:
         self._is_lost = True
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
-            await asyncio.wait([self._reconnecting])
+        await self._stop_connecting()
         for connection in self._connections:
             connection.close()
 
@@ -583,24 +600,35 @@ class NbdDevice(Device):
             self._answer(request[-1], errnos.EIO, None)
         self.health.last_error = f"connection lost: {reason}"
         self._refusal = ""
-        self._reconnecting = asyncio.ensure_future(
-            self._connect_again(RECONNECT_S_MIN if delay_s is None else delay_s)
-        )
+        self._start_connecting(RECONNECT_S_MIN if delay_s is None else delay_s)
+
+    def _start_connecting(self, delay_s: float) -> None:
+        self._reconnecting = asyncio.ensure_future(self._connect_again(delay_s))
+
+    async def _stop_connecting(self) -> None:
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+            await asyncio.wait([self._reconnecting])
 
     async def _connect_again(self, delay_s: float) -> None:
         """Connect until the server is back, and has the disk that it had."""
-        connections: list[NbdConnection] = []
-        while not connections:
+        while self._is_lost:
             await sleep(delay_s)
             try:
-                connections = await self._connect_anew()
-                self._check_same(connections)
+                await self._connect_once()
             except ResolveError as error:
-                for connection in connections:
-                    connection.close()
-                connections = []
                 self._note_refusal(error)
                 delay_s = min(2 * delay_s, RECONNECT_S_MAX)
+
+    async def _connect_once(self) -> None:
+        """Connect, and be usable again. Raises: ResolveError."""
+        connections = await self._connect_anew()
+        try:
+            self._check_same(connections)
+        except ResolveError:
+            for connection in connections:
+                connection.close()
+            raise
         logger.warning("%s: connected again", self.name)
         self._connections = connections
         self._take_abilities(connections[0].negotiated)
@@ -609,7 +637,7 @@ class NbdDevice(Device):
         self._start_connections()
 
     def _check_same(self, connections: list[NbdConnection]) -> None:
-        """Raises: ResolveError: the server has another disk now."""
+        """Raises: _AnotherDisk."""
         before, after = self._connections[0].negotiated, connections[0].negotiated
         for what, old, new in (
             ("size", self.size, _usable_size(after)),
@@ -618,7 +646,7 @@ class NbdDevice(Device):
         ):
             if old != new:
                 reason = f"is another disk now: its {what} is {new} bytes, not {old}"
-                raise ResolveError(self.name, reason)
+                raise _AnotherDisk(self.name, reason)
 
     def _note_refusal(self, error: ResolveError) -> None:
         """Say why the server is not taken: once, as long as it stays the same."""

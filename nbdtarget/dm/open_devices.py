@@ -17,8 +17,8 @@ rules:
 - A device that is latched or lost counts as not open: a table that is loaded now gets the same disk opened
   anew, with a `Device` and a `shared` dictionary of its own, and the live table keeps the old device until it is
   swapped away. The rules hold for both together. A lock of ours does not stand in the way (see
-  `nbdtarget.devices.file_open`). A source whose server cannot be reached stays the one that is open: it looks
-  for its server by itself.
+  `nbdtarget.devices.file_open`). One that is able to mend itself (a connection to a server) is asked to do so first,
+  and is shared then. A source whose server cannot be reached stays the one that is open: it looks for its server by itself.
 - What is open read-only stays so: who wants to write has to wait until it is closed. (A second
   descriptor would meet the locks of the first.)
 - One target never gets the same device twice if it would write: source and destination, or
@@ -316,6 +316,8 @@ class OpenDevices:
                 raise
             # What is only read cannot lie; and a source looks for its server by itself.
             return self._use(name, old, holder, read_only=True, shared=shared)
+        if device is old.device:
+            return self._use(name, old, holder, read_only=read_only, shared=shared)
         new = _Open(old.identity, device, read_only=read_only, before=old)
         new.size_max = max(old.size_max, device.size)
         self._unusable.append(old)
@@ -434,10 +436,11 @@ class OpenDevices:
             self._opens[opened.identity] = before
 
     def has_unusable(self, opened: _Open, holder: MappedDevice) -> bool:
-        """Whether `opened` was opened anew, and `holder` still has the old device in a table."""
+        """Whether `opened` was opened anew, and `holder` still has the latched or lost device."""
         before = opened.before
         while before is not None:
-            if before.is_held_by(holder):
+            is_useless = not (before.read_only or before.device.health.is_usable)
+            if is_useless and before.is_held_by(holder):
                 return True
             before = before.before
         return False

@@ -19,32 +19,25 @@ import errno as errnos
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from metadata.errors import MetadataError, MetadataTooSmall, NotOurs
+from metadata.journaled import JournaledMetadata
 from metadata.mode import Mode
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.content import maybe_content
-from nbdtarget.errors import ConstructorError, ResolveError
+from nbdtarget.errors import ConstructorError, ResolveError, TableError
 from nbdtarget.permissions import OVERWRITE, Permission
 from nbdtarget.targets.base import TargetContext
 
-__all__ = ["Opening", "metadata_errno"]
+__all__ = ["Opening", "metadata_errno", "refuse_stale"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class _Metadata(Protocol):
-    @property
-    def mode(self) -> Mode: ...
-
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-
-M = TypeVar("M", bound=_Metadata)
+M = TypeVar("M", bound=JournaledMetadata)
 
 
 class Opening:
@@ -136,12 +129,20 @@ class Opening:
         Raises: whatever `check` and `read` do. The object may be in mode RO.
         """
         shared = self._ctx.shared(device)
-        metadata = shared.get(self._target)
-        is_shared = isinstance(metadata, kind) and not self._ctx.replaces_unusable
-        if isinstance(metadata, kind) and is_shared and metadata.mode is Mode.RW:
-            check(metadata)
-            return metadata
+        live = shared.get(self._target)
+        if isinstance(live, JournaledMetadata) and live.beside is not None:
+            live = live.beside[0]  # of a table that was loaded, and never resumed
+        if not isinstance(live, kind):
+            live = None
+        generation = 0 if live is None else live.generation
+        if live is not None and live.mode is Mode.RW:
+            check(live)
+            if not self._ctx.replaces_unusable:
+                shared[self._target] = live
+                return live
         metadata = await read()
+        if live is not None and live.mode is Mode.RW:
+            metadata.beside = live, generation
         for note in metadata.notes:
             log.warning("%s: %s: %s", self._ctx.name, device.name, note)
         if metadata.mode is Mode.RW:
@@ -154,6 +155,22 @@ class Opening:
         except ResolveError as error:
             reason = f"Error opening {role} device: {error}"
             raise self.error(reason, error.errno) from error
+
+
+def refuse_stale(metadata: JournaledMetadata) -> None:
+    """Before anything is done by it: has the table that is swapped away committed meanwhile?
+
+    It could not, while its disk was latched or lost. Should that have passed, this metadata is old.
+    Raises: TableError.
+    """
+    if metadata.beside is not None:
+        other, generation = metadata.beside
+        if other.generation != generation:
+            raise TableError(
+                "the metadata was written since this table was loaded: load it again",
+                errnos.ESTALE,
+            )
+        metadata.beside = None
 
 
 def metadata_errno(error: MetadataError) -> int:

@@ -105,8 +105,8 @@ CACHE_PARTS: Final = (
         "failed-metadata-are-taken-over",
         "A table is loaded over metadata that need a check, as if nothing had happened.",
         OPENING_PY,
-        "and is_shared and metadata.mode is Mode.RW:",
-        "and is_shared:",
+        "if live is not None and live.mode is Mode.RW:\n            check(live)",
+        "if live is not None:\n            check(live)",
         CONSTRUCTOR,
     ),
     # ---- new metadata

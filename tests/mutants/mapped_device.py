@@ -362,12 +362,14 @@ MAPPED_DEVICE: Final = (
         "new-table-shares-metadata-of-a-lost-cause",
         "A table over a disk opened anew takes the metadata of the table that could not commit.",
         "nbdtarget/targets/opening.py",
-        (
-            (
-                "isinstance(metadata, kind) and not self._ctx.replaces_unusable",
-                "isinstance(metadata, kind)",
-            ),
-        ),
+        (("if not self._ctx.replaces_unusable:", "if True:"),),
+        ("tests/nbdtarget/dm/test_reopening.py",),
+    ),
+    Mutant(
+        "stale-metadata-take-over",
+        "A table that read its metadata before the live one committed again is resumed all the same.",
+        "nbdtarget/targets/opening.py",
+        (("if other.generation != generation:", "if False:"),),
         ("tests/nbdtarget/dm/test_reopening.py",),
     ),
 )

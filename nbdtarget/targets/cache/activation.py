@@ -62,6 +62,7 @@ from nbdtarget.targets.cache.constructor import Parts, make_policy
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK
 from nbdtarget.targets.committer import Committer
+from nbdtarget.targets.opening import refuse_stale
 
 __all__ = ["Activation"]
 
@@ -101,6 +102,7 @@ class Activation:
         Durable: that the cache is in use, before anything can change.
         """
         metadata = self._parts.metadata
+        refuse_stale(metadata)
         if metadata.mode is Mode.FAIL and self._is_loaded:
             return self._parts.policy
         nr_cblocks = self._check()

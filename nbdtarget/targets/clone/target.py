@@ -101,6 +101,7 @@ from nbdtarget.targets.clone.report import status_fields, status_line
 from nbdtarget.targets.clone.table import NUMBERS, parse_number
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import DESTINATION_ROLE, spread_ones
+from nbdtarget.targets.opening import refuse_stale
 from nbdtarget.words import join_words
 
 __all__ = ["CloneTarget"]
@@ -296,6 +297,7 @@ class CloneTarget(Target):
         what was read of them may be in a page cache only. The first of them changes nothing
         (metadata/journaled.py).
         """
+        refuse_stale(self._metadata)
         if self._committer.has_failed or not self._regions.is_writable:
             return
         if self._metadata.needs_rewrite and not await self._committer.commit():

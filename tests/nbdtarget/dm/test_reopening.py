@@ -11,14 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.devices import nbd as nbd_module
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file import FileDevice
 from nbdtarget.devices.health import HealthState
+from nbdtarget.devices.nbd import NbdDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError, DeviceError, ResolveError
+from nbdtarget.errors import ConstructorError, DeviceError, ResolveError, TableError
+from tests.nbdtarget.devices.nbd_server import StrictServer
 from tests.nbdtarget.devices.test_block_device import loop
+from tests.nbdtarget.devices.test_nbd import until
 
 __all__ = ["loop"]
 
@@ -211,3 +215,59 @@ async def test_block_device_is_opened_beside_its_own_claim(loop: Path) -> None:
     await second.write(0, b"x", fua=True)
     await second.close()
     await (await open_device(str(loop))).close()
+
+
+@pytest.mark.parametrize("kind", ["clone", "cache"])
+@pytest.mark.parametrize("cleared_first", [False, True])
+async def test_table_is_refused_if_the_old_one_has_committed_since_it_was_loaded(
+    registry: Registry, tmp_path: Path, kind: str, cleared_first: bool
+) -> None:
+    table = table_of(kind, tmp_path)
+    device = await registry.create("d", table)
+    old = open_file_of(registry, "/a")
+    assert old.health.latch(errnos.EIO)
+    await registry.load("d", table)
+    if cleared_first:
+        await registry.clear("d")
+        await registry.load("d", table)
+    old.health.recover()  # as a lost server does that is back
+    await device.write(4096, b"after the load")
+    await device.flush()
+    with pytest.raises(TableError, match="load it again"):
+        await registry.resume("d")
+    await registry.load("d", table)
+    await registry.resume("d")
+    assert bytes(await device.read(4096, 14)) == b"after the load"
+    await device.write(8192, b"more")
+    await device.flush()
+
+
+async def test_lost_server_is_connected_at_once_by_a_load(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 1000.0)
+    (tmp_path / "back").mkdir()
+    async with StrictServer(tmp_path / "back") as server:
+        table = f"0 2048 clone {tmp_path}/m {server.uri} {tmp_path}/s 8 1 no_hydration"
+        device = await registry.create("d", table)
+        await device.write(4096, b"before")
+        await device.flush()
+        server.hang_up_all()
+        below = next(
+            each
+            for each in registry.opens.lower_devices(device)
+            if isinstance(each, NbdDevice)
+        )
+        await until(lambda: not below.health.is_usable)
+        away = server.path.rename(tmp_path / "away")
+        with pytest.raises(ConstructorError, match="cannot connect"):
+            await registry.load("d", table)
+        away.rename(server.path)
+        await registry.load("d", table)
+        assert below.health.is_usable
+        await registry.resume("d")
+        assert below in registry.opens.lower_devices(device)
+        assert bytes(await device.read(4096, 6)) == b"before"
+        await device.write(4096, b"after")
+        await device.flush()
+        await registry.remove("d")
