@@ -33,6 +33,7 @@ __all__ = [
     "TryRead",
     "Write",
     "read",
+    "without_flushes",
 ]
 
 T = TypeVar("T")
@@ -83,3 +84,18 @@ def read(offset: int, length: int, how: type[Read] = Read) -> Steps[memoryview]:
     assert not isinstance(answer, tuple)
     assert len(answer) == length, "a Read is answered in full"
     return memoryview(answer)
+
+
+def without_flushes(steps: Steps[T]) -> Steps[T]:
+    """As `steps`, but what would be flushed is not. For who only reads, and promises nothing."""
+    answer: Answer | tuple[Answer, ...] = None
+    try:
+        while True:
+            try:
+                operation = steps.send(answer)
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+            answer = None if isinstance(operation, Flush) else (yield operation)
+    finally:
+        steps.close()

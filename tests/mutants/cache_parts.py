@@ -56,9 +56,18 @@ CACHE_PARTS: Final = (
         "clean-shutdown-left-set-by-a-plain-resume",
         "Suspend, resume, write, crash: the dirty bits of the suspend are believed.",
         ACTIVATION_PY,
-        "if metadata.mode is Mode.RW:",
-        "if metadata.mode is Mode.RW and not self._is_loaded:",
+        "if metadata.mode is Mode.RW:\n                await self._start()",
+        "if metadata.mode is Mode.RW and not self._is_loaded:\n"
+        "                await self._start()",
         ACTIVATION,
+    ),
+    _mutant(
+        "stale-blocks-served-where-nothing-can-be-recorded",
+        "The metadata cannot be written, and blocks that only a crash has left are read.",
+        ACTIVATION_PY,
+        "if self._parts.stale or metadata.gives_up_mappings:",
+        "if self._parts.stale and metadata.gives_up_mappings:",
+        ("tests/nbdtarget/targets/cache/test_read_only_metadata.py",),
     ),
     _mutant(
         "policy-keeps-blocks-that-are-cut-off",

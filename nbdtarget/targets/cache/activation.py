@@ -39,7 +39,8 @@ that back in step 7. After a crash the two copies of a block that was just writt
 and somebody may have used the origin alone meanwhile, as its users are told that they may. So all mappings are
 given up then: nothing is written back, and nothing old is read.
 
-Mode RO: there is nothing to commit. What is in core is loaded and can be read, as it still tells
+Mode RO: there is nothing to commit. A metadata device that can be read, but not written, leads there, too: it serves
+reads, and refuses each FLUSH; the status line says `needs_check`. What is in core is loaded and can be read, as it still tells
 where the data are; a resize is refused. Mode FAIL: a table that had been resumed before is resumed, to fail
 all I/O; a new one is refused.
 
@@ -109,6 +110,8 @@ class Activation:
         try:
             if metadata.needs_rewrite:
                 await self._commit()
+            if metadata.mode is Mode.RO and not self._is_loaded:
+                self._check_read_only()
             await self._give_up()
             await self._resize(nr_cblocks)
             await self._drop_stale()
@@ -122,6 +125,16 @@ class Activation:
             raise TableError(f"unable to resume cache: {error}") from error
         self._is_loaded = True
         return self._parts.policy
+
+    def _check_read_only(self) -> None:
+        """Refuse what cannot be served without recording anything. Raises: TableError."""
+        metadata = self._parts.metadata
+        if self._parts.stale or metadata.gives_up_mappings:
+            raise TableError(
+                f"unable to resume cache: {self._parts.metadata_device.name} cannot be"
+                " written, and cached blocks that may be stale must be given up",
+                errnos.EIO,
+            )
 
     def _check(self) -> int:
         """Refuse, by steps 1 to 4; return how many cache blocks there are now."""
@@ -176,7 +189,7 @@ class Activation:
     async def _give_up(self) -> None:
         """Drop the mappings after a crash of a cache that did not write back. Raises: MetadataError."""
         metadata = self._parts.metadata
-        if metadata.gives_up_mappings:
+        if metadata.gives_up_mappings and metadata.mode is Mode.RW:
             nr_mapped = metadata.nr_mapped
             dropping = metadata.drop_clean()
             await metadata_io.run(self._parts.metadata_device, dropping)
@@ -260,12 +273,16 @@ class Activation:
         )
         await metadata_io.run(self._parts.metadata_device, starting)
         await self._commit()
-        assert metadata.admits_changes
-        await self._parts.disks.confirm()
+        if metadata.mode is Mode.RW:
+            assert metadata.admits_changes
+            await self._parts.disks.confirm()
 
     async def _commit(self) -> None:
-        """Raises: TableError."""
-        if not await self._committer.commit():
+        """Raises: TableError; not if the metadata device is to blame: then the mode is RO."""
+        if await self._committer.commit():
+            return
+        metadata = self._parts.metadata
+        if metadata.mode is not Mode.RO or not metadata.needs_check:
             raise TableError(
                 "unable to resume cache: metadata commit failed", errnos.EIO
             )

@@ -25,7 +25,9 @@ from metadata.errors import (
     ReadOnlyMetadata,
 )
 from metadata.mode import Mode
+from metadata.operations import Steps, without_flushes
 from nbdtarget import metadata_io
+from nbdtarget.bio import OP_FLUSH, OP_NAMES
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.content import maybe_content
 from nbdtarget.errors import DeviceError
@@ -36,6 +38,7 @@ from nbdtarget.policies.registry import policy_type
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.cache.table import (
     ARGUMENTS_MIN,
+    BAD_FEATURE_COUNT,
     PASSTHROUGH,
     Options,
     parse_block_size,
@@ -85,7 +88,9 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
     """
     async with Opening(ctx, "cache") as opening:
         if len(words) < ARGUMENTS_MIN:
-            raise opening.error("Insufficient args")
+            # A count of features with none behind it is a bad count, says the kernel.
+            is_count = len(words) == ARGUMENTS_MIN - 1 and words[-1] != "0"
+            raise opening.error(BAD_FEATURE_COUNT if is_count else "Insufficient args")
         metadata_name, cache_name, origin_name, block_word = words[:4]
         metadata_device = await opening.maybe_metadata_device(metadata_name)
         cache = await opening.device("cache", cache_name)
@@ -221,7 +226,7 @@ async def _open_metadata(
                 opening, device, cache, block_size, origin_size
             ),
         )
-        if metadata.mode is not Mode.RW:
+        if metadata.mode is not Mode.RW and not metadata.needs_check:
             raise ReadOnlyMetadata  # features that we may only read
     except MetadataError as error:
         fault = explain(error, device.name)
@@ -247,10 +252,24 @@ async def _read_metadata(
     block_size: int,
     origin_size: int,
 ) -> CacheMetadata:
+    def open_() -> Steps[CacheMetadata]:
+        return CacheMetadata.open(device_size=device.size, block_size=block_size)
+
     try:
-        return await metadata_io.run(
-            device, CacheMetadata.open(device_size=device.size, block_size=block_size)
+        return await metadata_io.run(device, open_())
+    except DeviceError as error:
+        if error.op != OP_NAMES[OP_FLUSH]:
+            raise
+        # It cannot be written. What it says can be read, and tells where the data are.
+        metadata = await metadata_io.run(device, without_flushes(open_()))
+        metadata.abort()
+        metadata.blame()
+        log.error(
+            "%s: %s: the cache is read-only until its table is loaded again",
+            device.name,
+            error,
         )
+        return metadata
     except NotFormatted:
         if not opening.has_created(device):
             await opening.refuse_content("cache", cache, device.name, "is blank")

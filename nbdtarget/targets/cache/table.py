@@ -23,7 +23,8 @@
 
 `*`: not in the kernel; without these words a cache does what the kernel's does, and its status
 line reads the same. Features and the keys above are the same in upper case, policies are not. A
-feature may be repeated, but for the three modes; the last value of a key wins. Words after the
+feature may be repeated, but for the three modes. As in the kernel there may be 3 features, repeated ones
+included; those with a `*` are not counted. The last value of a key wins. Words after the
 policy's are ignored. Numbers have 64 bits.
 
 The message `flush_origin` (*) flushes the origin, and fails if that fails; in every mode, and
@@ -45,6 +46,7 @@ from nbdtarget.targets.arguments import parse_uint, read_argument
 
 __all__ = [
     "ARGUMENTS_MIN",
+    "BAD_FEATURE_COUNT",
     "CORE_KEYS",
     "PASSTHROUGH",
     "SECTOR",
@@ -65,13 +67,15 @@ SECTOR: Final = 512
 ARGUMENTS_MIN: Final = 6  # up to the name of the policy
 BLOCK_SECTORS_MIN: Final = 64
 BLOCK_SECTORS_MAX: Final = 2097152
-FEATURES_MAX: Final = 5
+FEATURES_MAX: Final = 3
+OUR_FEATURES: Final = ("dirty_log", "sorted_writeback")  # the kernel does not know them
 POLICY_ARGUMENTS_MAX: Final = 1024
 UINT64_MAX: Final = (1 << 64) - 1
 
 # Keys that are ours and not the policy's; each is a field of `Options`.
 CORE_KEYS: Final = ("migration_threshold", "migration_rate")
 
+BAD_FEATURE_COUNT: Final = "Invalid number of cache feature arguments"
 _INSUFFICIENT: Final = "Insufficient args"
 _BAD_CONFIG: Final = "Error setting cache policy's config values"
 
@@ -122,9 +126,10 @@ def parse_options(words: Sequence[str]) -> Options:
     Raises: ConstructorError.
     """
     options = Options()
-    features, rest = _group(
-        words, FEATURES_MAX, "Invalid number of cache feature arguments"
-    )
+    features, rest = _group(words, len(words), BAD_FEATURE_COUNT)
+    nr_ours = sum(word.lower() in OUR_FEATURES for word in features)
+    if len(features) > FEATURES_MAX + nr_ours:
+        raise _error(BAD_FEATURE_COUNT)
     _parse_features(options, features)
     if not rest:
         raise _error(_INSUFFICIENT)

@@ -22,7 +22,8 @@
                                 event; 0: they never are
 
 `*`: not in the kernel; without these words a clone does what the kernel's does, and its status
-line reads the same. Words are the same in upper case; what is repeated counts once, the last value of a
+line reads the same. The kernel bounds how many features (2) and core arguments (4 words) there may be,
+repeated ones included; so do we, but do not count our own words. Words are the same in upper case; what is repeated counts once, the last value of a
 key wins. Numbers have 32 bits, the rate has 64.
 
 Pure: devices are opened by the target, between the steps here.
@@ -38,8 +39,8 @@ __all__ = ["NUMBERS", "Options", "parse_number", "parse_options", "parse_region_
 
 SECTOR: Final = 512
 ARGUMENTS_MIN: Final = 4
-FEATURES_MAX: Final = 4
-CORE_ARGUMENTS_MAX: Final = 8
+FEATURES_MAX: Final = 2
+CORE_ARGUMENTS_MAX: Final = 4
 REGION_SECTORS_MIN: Final = 8
 REGION_SECTORS_MAX: Final = 2097152
 DIGITS_MAX: Final = 4000  # longer ones `int` does not take
@@ -53,6 +54,11 @@ NUMBERS: Final = {
     "hydration_rate": UINT64_MAX,
     "event_after_errors": UINT32_MAX,
 }
+
+
+# Those of the words above that the kernel does not know.
+OUR_FEATURES: Final = ("hydrate_on_read", "then_linear")
+OUR_KEYS: Final = ("hydration_rate", "event_after_errors")
 
 
 @dataclass(slots=True)
@@ -102,7 +108,10 @@ def parse_options(words: Sequence[str]) -> Options:
     Raises: ConstructorError.
     """
     options = Options()
-    features, rest = _group(words, FEATURES_MAX, "Invalid number of feature arguments")
+    features, rest = _group(words, "Invalid number of feature arguments")
+    nr_ours = sum(word.lower() in OUR_FEATURES for word in features)
+    if len(features) > FEATURES_MAX + nr_ours:
+        raise _error("Invalid number of feature arguments")
     for word in features:
         match word.lower():
             case "no_hydration":
@@ -115,7 +124,10 @@ def parse_options(words: Sequence[str]) -> Options:
                 options.then_linear = True
             case _:
                 raise _error("Invalid feature argument")
-    core, _ = _group(rest, CORE_ARGUMENTS_MAX, "Invalid number of core arguments")
+    core, _ = _group(rest, "Invalid number of core arguments")
+    nr_ours = 2 * sum(key.lower() in OUR_KEYS for key in core[::2])
+    if len(core) > CORE_ARGUMENTS_MAX + nr_ours:
+        raise _error("Invalid number of core arguments")
     if len(core) % 2:
         raise _error("Number of core arguments must be even")
     for key, value in zip(core[::2], core[1::2], strict=True):
@@ -129,14 +141,12 @@ def parse_options(words: Sequence[str]) -> Options:
     return options
 
 
-def _group(
-    words: Sequence[str], count_max: int, message: str
-) -> tuple[Sequence[str], Sequence[str]]:
+def _group(words: Sequence[str], message: str) -> tuple[Sequence[str], Sequence[str]]:
     """Split `words` into the group that its first word counts, and what follows it."""
     if not words:
         return (), ()
     count = parse_number(words[0])
-    if count is None or count > count_max or count > len(words) - 1:
+    if count is None or count > len(words) - 1:
         raise _error(message)
     return words[1 : 1 + count], words[1 + count :]
 

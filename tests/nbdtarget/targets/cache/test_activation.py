@@ -258,18 +258,17 @@ async def test_clean_shutdown_is_cleared_durably_before_a_resume_ends() -> None:
     assert not (await table.from_disk()).is_recorded_clean
 
 
-async def test_resume_fails_if_the_clean_shutdown_cannot_be_cleared() -> None:
+async def test_resume_is_read_only_if_the_clean_shutdown_cannot_be_cleared() -> None:
+    """It serves reads, as the kernel's does."""
     bench = await stopped({1: 3}, dirty=(1,))
     table = await bench.table()
     bench.metadata.fails = lambda bio: errnos.EIO if bio.op == OP_WRITE else 0
-    with pytest.raises(TableError, match="metadata commit failed") as caught:
-        await table.resume()
-    assert caught.value.errno == errnos.EIO
+    await table.resume()
+    assert table.metadata.mode is Mode.RO
+    assert table.metadata.needs_check
     assert not table.metadata.admits_changes
     assert table.nr_failures == 1
     bench.metadata.fails = lambda bio: 0
-    with pytest.raises(TableError, match=RELOAD):
-        await table.resume()
     again = await bench.resumed()  # which starts over from disk
     assert list(again.metadata.dirty.search(1)) == [1]
 

@@ -66,6 +66,8 @@ def chunks(ctx: Context) -> dict[str, int]:
             errnos.EINVAL,
         ),
         ("m c o 64 1 writeback", "Insufficient args", errnos.EINVAL),
+        ("m c o 64 0", "Insufficient args", errnos.EINVAL),
+        ("m c o 64 1", "Invalid number of cache feature arguments", errnos.EINVAL),
         ("m c o 64 0 x", "Invalid number of policy arguments", errnos.EINVAL),
         ("m c o 64 0 x 1 x", "Error creating cache's policy", errnos.EINVAL),
         ("tiny c o 64 0 smq 1 x", CONFIG, errnos.EINVAL),
@@ -207,7 +209,7 @@ async def test_failed_metadata_are_read_anew_by_the_next_table() -> None:
 async def test_unreadable_metadata_are_refused_with_the_devices_errno() -> None:
     bench = Bench()
     bench.metadata.fails = lambda bio: errnos.ENOLINK
-    with pytest.raises(ConstructorError, match="metadata object: m: flush") as caught:
+    with pytest.raises(ConstructorError, match="metadata object: m: read") as caught:
         await bench.table()
     assert caught.value.errno == errnos.ENOLINK
     assert bench.ctx.nr_open == 0

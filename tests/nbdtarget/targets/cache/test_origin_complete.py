@@ -152,7 +152,7 @@ async def test_crash_in_the_start_that_gives_up_gives_up_again(lab: CacheLab) ->
     await cached(lab, 2)
     await lab.cut_power()
     lab.fail("m", OP_WRITE)
-    with pytest.raises(Exception, match="commit failed"):
+    with pytest.raises(Exception, match="m cannot be written"):
         await lab.create(BUSY)
     lab.fail("m")
     assert (await lab.recorded()).gives_up_mappings

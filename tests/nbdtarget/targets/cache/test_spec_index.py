@@ -439,6 +439,7 @@ LIFE: Final[dict[str, tuple[str, ...]]] = {
     "5.3 CLEAN_SHUTDOWN": (
         "test_5_3_clean_shutdown_is_cleared_before_the_first_io",
         "test_5_3_refused_activation_leaves_the_flag",
+        "test_5_3_refused_table_costs_nothing_that_is_flushed_afterwards",
     ),
     "5.4 dirty state": (
         "test_5_4_clean_start_has_the_stored_dirty_bits",

@@ -93,6 +93,14 @@ def test_options(words: str, options: Options) -> None:
         ("-1 default 0", "Invalid number of cache feature arguments"),
         ("2 writeback", "Invalid number of cache feature arguments"),
         ("6 a b c d e f default 0", "Invalid number of cache feature arguments"),
+        (
+            "4 metadata2 metadata2 writeback no_discard_passdown smq 0",
+            "Invalid number of cache feature arguments",
+        ),
+        (
+            "5 dirty_log metadata2 METADATA2 writeback no_discard_passdown smq 0",
+            "Invalid number of cache feature arguments",
+        ),
         ("1 fast default 0", "Unrecognised cache feature requested"),
         ("3 writeback writeback fast smq 0", "Unrecognised cache feature requested"),
         (

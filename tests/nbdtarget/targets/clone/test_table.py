@@ -62,6 +62,19 @@ def test_options(words: str, options: Options) -> None:
     assert parse_options(words.split()) == options
 
 
+def test_our_own_words_are_not_counted_among_the_kernels() -> None:
+    """What the kernel admits may have all of ours added."""
+    words = (
+        "5 no_hydration then_linear no_discard_passdown hydrate_on_read THEN_LINEAR"
+        " 8 hydration_threshold 2 hydration_batch_size 3 hydration_rate 4"
+        " Event_After_Errors 5"
+    )
+    options = parse_options(words.split())
+    assert options.then_linear
+    assert options.hydrate_on_read
+    assert (options.hydration_rate, options.event_after_errors) == (4, 5)
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -72,7 +85,19 @@ def test_options(words: str, options: Options) -> None:
             "Invalid number of feature arguments",
         ),
         ("1 hydrate_on_reads", "Invalid feature argument"),
-        ("0 10" + 5 * " hydration_rate 1", "Invalid number of core arguments"),
+        ("0 6" + 3 * " hydration_threshold 1", "Invalid number of core arguments"),
+        (
+            "0 8" + 3 * " hydration_threshold 1" + " hydration_rate 1",
+            "Invalid number of core arguments",
+        ),
+        (
+            "3 no_hydration no_hydration NO_HYDRATION",
+            "Invalid number of feature arguments",
+        ),
+        (
+            "4 no_hydration then_linear no_hydration no_discard_passdown",
+            "Invalid number of feature arguments",
+        ),
         (
             "0 2 hydration_rate 18446744073709551616",
             "Invalid value for argument `hydration_rate'",
