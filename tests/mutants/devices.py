@@ -13,7 +13,10 @@ NBD_PY: Final = "nbdtarget/devices/nbd.py"
 NBD_CONNECT_PY: Final = "nbdtarget/devices/nbd_connect.py"
 FILE: Final = ("tests/nbdtarget/devices/test_file.py",)
 FILE_HEALTH: Final = ("tests/nbdtarget/devices/test_file_health.py",)
-PAGE_CACHE: Final = ("tests/nbdtarget/devices/test_page_cache.py",)
+PAGE_CACHE: Final = (
+    "tests/nbdtarget/devices/test_page_cache.py",
+    "tests/crash/test_page_cache.py",
+)
 NBD: Final = ("tests/nbdtarget/devices/test_nbd.py",)
 
 NBD_LOSS: Final = ("tests/nbdtarget/devices/test_nbd_loss.py",)

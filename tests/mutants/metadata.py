@@ -146,7 +146,7 @@ METADATA: Final = (
                 "            unhealed=found.unhealed,\n",
             ),
         ),
-        ("tests/metadata/test_clone.py",),
+        ("tests/metadata/test_clone.py", "tests/crash/test_page_cache.py"),
     ),
     Mutant(
         "what-was-read-of-a-cache-believed",
