@@ -233,12 +233,14 @@ async def test_suspend_flushes_unless_asked_not_to(noflush: bool) -> None:
     assert len(flushes) == (0 if noflush else 1)
 
 
-async def test_flush_that_fails_in_suspend_is_a_loss() -> None:
+@pytest.mark.parametrize("disk", ["/a", "/b"])
+async def test_flush_that_fails_in_suspend_is_a_loss(disk: str) -> None:
     device, registry, opener = await make("0 8 linear /a 0", a=4096, b=4096)
     submit(device, OP_WRITE, 0, b"data")
     opener.open["/a"].flush_errno = errnos.EIO
-    await registry.load("x", "0 8 linear /b 0")
+    await registry.load("x", f"0 8 linear {disk} 0")
     await device.resume()
+    opener.open["/a"].flush_errno = 0
     assert device.losses > 0
     assert submit(device, OP_FLUSH).status == 0  # who sent it compares the losses
 
