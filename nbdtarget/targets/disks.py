@@ -44,6 +44,7 @@ from metadata.disks import (
     record_of,
     sample_of,
 )
+from metadata.errors import MetadataError
 from nbdtarget.clock import timeout
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.identity import is_still_there
@@ -145,7 +146,7 @@ class Finding(NamedTuple):
     def refusal(self, metadata: str) -> str:
         """Say in one line why another disk is refused, and what helps."""
         name, recorded = self.found.name, self.recorded.name
-        which = f"that is {recorded}" if recorded != name else "though it has its name"
+        which = f"which is {recorded}" if recorded != name else "though it has its name"
         words = f"{option_of(OTHER_DISK)} if you answer for it"
         if self.allowed_by == MOVED:
             words = f"{option_of(MOVED)} if it is the same disk elsewhere, {words}"
@@ -210,10 +211,7 @@ class DiskRecords:
         return findings
 
     async def prepare(self) -> None:
-        """Have the next commit record what is there, and that it is in use.
-
-        Raises: MetadataError.
-        """
+        """Have the next commit record what is there, and that it is in use."""
         disks = self._recorded_of_others()
         for role in self._roles:
             self._shared[_key(role)] = role.device
@@ -237,7 +235,7 @@ class DiskRecords:
                 )
             )
         if any(disk.kind for disk in disks) or self._metadata.disks:
-            self._metadata.record_disks(encode_disks(disks))
+            self._record(disks)
 
     @property
     def are_known(self) -> bool:
@@ -260,7 +258,6 @@ class DiskRecords:
         """Have the next commit record what the disks are like when nothing writes any more.
 
         Everything is committed and the devices are flushed. Args: samples: offsets, by role.
-        Raises: MetadataError.
         """
         try:
             async with timeout(ANSWER_S_MAX):
@@ -297,13 +294,21 @@ class DiskRecords:
                 )
             disks.append(disk)
         if disks:
-            self._metadata.record_disks(encode_disks(disks))
+            self._record(disks)
 
     def _recorded_of_others(self) -> list[Disk]:
         """What is recorded of disks that this table does without."""
         ours = {role.name for role in self._roles}
         recorded = decode_disks(self._metadata.disks)
         return [disk for disk in recorded if disk.role not in ours]
+
+    def _record(self, disks: Sequence[Disk]) -> None:
+        try:
+            self._metadata.record_disks(encode_disks(disks))
+        except MetadataError as error:
+            # A compaction may have failed meanwhile: then nothing is committed any more, and
+            # whoever opens the metadata again finds what was recorded before.
+            log.warning("%s: what the disks are is not recorded: %s", self._name, error)
 
     async def _marked_generation(
         self, role: Role, found: Evidence, old: Disk | None

@@ -49,6 +49,13 @@ BLOCK_DEVICE = Disk(
     size=SIZE,
     ids=("wwid=naa.5", "serial=X"),
 )
+LOOP = Disk(
+    role="cache",
+    kind="block",
+    name="/dev/loop0",
+    size=SIZE,
+    ids=("backing-file=/f",),
+)
 NBD = Disk(
     role="source",
     kind="nbd",
@@ -109,6 +116,8 @@ TABLE = [
     (BLOCK_DEVICE, block("/dev/sda"), None, SAME, "same name"),
     (BLOCK_DEVICE, block("/dev/sdb"), None, MOVED, "another name"),
     (BLOCK_DEVICE, file("/dev/sda"), None, MOVED, "was a block and is a file"),
+    (LOOP, block("/dev/loop7", "backing-file=/f"), None, SAME, "itself"),
+    (LOOP, block("/dev/loop0", "backing-file=/g"), None, MOVED, "/g, not /f"),
     # An export that moved to another server may be the same; another export is not, unless it
     # holds the same.
     (NBD, nbd("export=x", "server=a:10809"), None, SAME, "itself"),

@@ -14,7 +14,9 @@ import msgspec
 import pytest
 
 from metadata.cache_superblock import CACHE
+from metadata.clone import CloneMetadata
 from metadata.disks import Disk, decode_disks
+from metadata.errors import ReadOnlyMetadata
 from metadata.operations import Write
 from metadata.superblock import (
     CLONE,
@@ -497,6 +499,23 @@ async def test_invalidate_all_keeps_dirty_blocks_and_says_so(site: Site) -> None
         with pytest.raises(TableError, match="1 dirty blocks stay"):
             await device.message(0, ["invalidate_all"])
         assert await device.read(0, BLOCK) == b"d" * BLOCK
+
+
+async def test_stop_whose_compaction_fails_meanwhile_is_a_stop_all_the_same(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await site.half_cloned()
+
+    def refuse(*_: object) -> None:
+        raise ReadOnlyMetadata
+
+    async with site.served(site.clone()) as device:
+        monkeypatch.setattr(CloneMetadata, "record_disks", refuse)
+        await device.suspend()
+        assert device.active is not None
+        assert not device.active.failed
+    monkeypatch.undo()
+    await site.started(site.clone())
 
 
 # ---- evidence that cannot be had ---------------------------------------------------------------
