@@ -41,33 +41,52 @@ async def invalidate(blocks: Blocks, cblocks: Iterable[int], clock: Clock) -> No
 async def _invalidate_some(blocks: Blocks, cblocks: list[int]) -> list[int]:
     """Return those whose blocks were locked by somebody."""
     metadata = blocks.metadata
-    loop = asyncio.get_running_loop()
     busy: list[int] = []
-    locking: list[tuple[int, asyncio.Future[BlockLock]]] = []
-    for cblock in cblocks:
-        oblock = metadata.maybe_oblock(cblock)
-        if oblock is None:
-            continue
-        granted: asyncio.Future[BlockLock] = loop.create_future()
-        if blocks.locks.maybe_lock(oblock, granted.set_result) is None:
-            busy.append(cblock)
-        else:
-            locking.append((cblock, granted))
-    locks = [(cblock, await granted) for cblock, granted in locking]
-    is_committed = False
+    locking: dict[int, asyncio.Future[BlockLock]] = {}
     clean: list[int] = []
+    is_committed = False
     try:
+        for cblock in cblocks:
+            oblock = metadata.maybe_oblock(cblock)
+            if oblock is None:
+                continue
+            granted = _lock(blocks, oblock)
+            if granted is None:
+                busy.append(cblock)
+            else:
+                locking[cblock] = granted
+        for granted in locking.values():
+            await granted
         if blocks.is_writable:
-            clean = [cblock for cblock, _ in locks if not metadata.is_dirty(cblock)]
+            clean = [cblock for cblock in locking if not metadata.is_dirty(cblock)]
             for cblock in clean:
                 metadata.remove(cblock)
             is_committed = not clean or await blocks.committer.commit()
     finally:
         for cblock in clean if is_committed else ():
             blocks.policy.invalidate(cblock)
-        for _, lock in locks:
-            for bio in blocks.locks.unlock(lock):
-                blocks.remap(bio)
+        for granted in locking.values():
+            # What is not granted yet, because we were cancelled, is unlocked when it is.
+            if not granted.cancel() and not granted.cancelled():
+                _unlock(blocks, granted.result())
     if not is_committed:
         raise TableError("Input/output error", errnos.EIO)
     return busy
+
+
+def _lock(blocks: Blocks, oblock: int) -> asyncio.Future[BlockLock] | None:
+    """Lock a block, unless somebody else has or wants to; cancelled, it is unlocked again."""
+    waiting: asyncio.Future[BlockLock] = asyncio.get_running_loop().create_future()
+
+    def granted(lock: BlockLock) -> None:
+        if waiting.done():
+            _unlock(blocks, lock)
+        else:
+            waiting.set_result(lock)
+
+    return None if blocks.locks.maybe_lock(oblock, granted) is None else waiting
+
+
+def _unlock(blocks: Blocks, lock: BlockLock) -> None:
+    for bio in blocks.locks.unlock(lock):
+        blocks.remap(bio)

@@ -232,6 +232,8 @@ class Migrations:
         if lock is None:
             # A client is at it, or the sweep: whoever unlocks wakes us. Or it is too soon.
             blocks.policy.complete_background_work(work, False)
+            if work.op == PROMOTE:
+                self._wishes.failed(work)
             return False
         self._started()
         self._nr_demoting += work.op == DEMOTE
@@ -295,6 +297,8 @@ class Migrations:
             blocks.policy.complete_background_work(work, success)
             if success:
                 self._count(work)
+            elif work.op == PROMOTE:
+                self._wishes.failed(work)
         except Exception as error:
             # Of our own making. All I/O must be refused before those who wait are let in.
             blocks.broken(error)

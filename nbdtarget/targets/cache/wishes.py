@@ -141,6 +141,10 @@ class Wishes:
             self._to_pin.discard(work.oblock)
             self._blocks.policy.pin(work.cblock)
 
+    def failed(self, work: Work) -> None:
+        """A promotion has not taken place: whoever promotes the block later pins it for nobody."""
+        self._to_pin.discard(work.oblock)
+
     def tick(self, *, is_migrating: bool) -> None:
         """A second has passed. While anything is migrated there may be room soon."""
         lacks_room, self._lacks_room = self._lacks_room, False

@@ -57,6 +57,9 @@ BUSY_BYTES_MAX: Final = 1 << 20
 REST_FACTOR: Final = 3
 REST_S_MAX: Final = 0.100
 SCAN_REGIONS_MAX: Final = 1 << 25  # bits looked through between two turns of the loop
+SCAN_RUNS_MAX: Final = (
+    256  # that wait, or that somebody is at work on: a millisecond or so
+)
 ZERO_REGIONS_MAX: Final = 1 << 25
 ZERO_BYTES_SLOW_MAX: Final = 4 << 20  # where the destination must write its zeroes
 FAILED_JOBS_FREE: Final = 8  # failed in a row before hydration slows down
@@ -245,7 +248,7 @@ class Hydration:
         for first, last in ((begin_at, regions.nr_regions), (0, begin_at)):
             while first < last:
                 stop = min(first + SCAN_REGIONS_MAX, last)
-                run = self._maybe_run(first, stop)
+                run, stop = self._look_for_run(first, stop)
                 if run is None:
                     first = stop
                     await asyncio.sleep(0)
@@ -263,23 +266,33 @@ class Hydration:
 
     def _maybe_run(self, begin: int, end: int) -> tuple[int, int] | None:
         """Return the first run of regions that a job may take, or None."""
+        while begin < end:
+            run, begin = self._look_for_run(begin, end)
+            if run is not None:
+                return run
+        return None
+
+    def _look_for_run(self, begin: int, end: int) -> tuple[tuple[int, int] | None, int]:
+        """As `_maybe_run`, but look at a bounded number of runs; and where it has stopped."""
         regions = self.regions
         if not regions.is_writable:
-            return None
+            return None, end
         now_ns = self.clock.now_ns()
-        while begin < end:
+        for _ in range(SCAN_RUNS_MAX):
+            if begin >= end:
+                break
             unhydrated = regions.metadata.maybe_next_unhydrated(begin, end)
             if unhydrated is None:
-                return None
+                return None, end
             stop = min(unhydrated + ZERO_REGIONS_MAX, end)
             _, stop, _ = next(regions.metadata.runs(unhydrated, stop))
             run = regions.prison.maybe_clear_run(unhydrated, stop)
             if run is not None:
                 run = self._failures.maybe_clear_run(*run, now_ns)
             if run is not None:
-                return run
+                return run, begin
             begin = stop
-        return None
+        return None, begin
 
     def _start(self, begin: int, end: int, holes: Holes) -> int:
         """Start a job for the run, or for its beginning; return where that ends."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cache does when its disks fail: who counts, who is told, what may go on."""
 
+import asyncio
 import errno as errnos
 
 from metadata.mode import Mode
-from nbdtarget.bio import OP_DISCARD, OP_FLUSH, OP_WRITE
+from nbdtarget.bio import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 
@@ -34,3 +35,35 @@ async def test_read_only_cache_takes_no_write_to_what_is_recorded_as_discarded(
     await settle()
     assert discarded.status == errnos.EIO
     assert other.status == 0
+
+
+async def test_table_that_is_loaded_while_a_commit_fails_is_overtaken_by_nothing(
+    lab: CacheLab,
+) -> None:
+    """After the abort the failing table only reads: no generation of its own comes later."""
+    await lab.create(DIRTY_BUSY)
+    await lab.write(3)
+    await lab.write_part(20)
+    lab.fail_once("o", OP_FLUSH)
+    lab.hold("m", OP_READ)  # the look whether the metadata can be read still
+    flush = lab.flush()
+    await settle()
+    assert flush.status < 0
+    assert lab.core.mode is Mode.RO
+    lab.fail("o")
+    loading = asyncio.ensure_future(lab.load(DIRTY_BUSY))
+    await settle()
+    lab.log.clear()
+    lab.metadata.let_go()
+    await loading
+    await settle()
+    assert flush.status == errnos.EIO
+    assert not lab.asked("m", "write")
+    await lab.resume()
+    await lab.write(4)
+    again = lab.flush()
+    await settle()
+    assert again.status == 0
+    await lab.cut_power()
+    await lab.create(DIRTY_BUSY)
+    assert await lab.read(4) == b"w" * BLOCK

@@ -5,6 +5,7 @@ import errno as errnos
 
 import pytest
 
+from nbdtarget.bio import OP_WRITE
 from nbdtarget.errors import TableError
 from nbdtarget.targets.cache import wishes
 from tests.nbdtarget.targets.cache.lab import DIRTY_BUSY, CacheLab, settle
@@ -52,3 +53,18 @@ async def test_unpin_that_would_leave_too_many_ranges_is_refused(
     await settle()
     await lab.pass_time(3)
     assert pinned(lab) == [0, 1, 2, 3, 4, 5]
+
+
+async def test_pin_whose_promotion_failed_does_not_pin_the_block_later(
+    lab: CacheLab,
+) -> None:
+    await lab.create(DIRTY_BUSY)
+    lab.fail("c", OP_WRITE)
+    await lab.message("pin 3")
+    await lab.pass_time(2)
+    assert lab.cblock(3) is None
+    lab.fail("c")
+    await lab.message("warm 3")
+    await lab.pass_time(2)
+    assert lab.cblock(3) is not None
+    assert pinned(lab) == []
