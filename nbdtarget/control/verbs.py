@@ -124,7 +124,9 @@ class Verbs:
                 [
                     _lines(
                         device,
-                        await device.status_by_name(noflush=request.noflush),
+                        await device.status_by_name(
+                            noflush=request.noflush, within_s=SUSPEND_S_MAX
+                        ),
                         request.target,
                         has_health=True,
                     )

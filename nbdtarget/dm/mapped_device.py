@@ -541,9 +541,13 @@ class MappedDevice(MappedIo):
         return [line for line, _ in await self.status_by_name(noflush=noflush)]
 
     async def status_by_name(
-        self, *, noflush: bool = False
+        self, *, noflush: bool = False, within_s: float | None = None
     ) -> list[tuple[tuple[int, int, str, str], StatusFields]]:
-        """As `status`, each line with the fields that its target tells by name."""
+        """As `status`, each line with the fields that its target tells by name.
+
+        Args: within_s: how long the commit of each target may take; None: for ever.
+        Raises: TableError, ETIMEDOUT.
+        """
         table = self.active
         if table is None:
             return []
@@ -551,9 +555,19 @@ class MappedDevice(MappedIo):
         lines = []
         with table.use():
             for target in table.targets:
-                params = (
-                    "Fail" if table.failed else await target.status(noflush=noflush)
-                )
+                try:
+                    async with timeout(within_s):
+                        params = (
+                            "Fail"
+                            if table.failed
+                            else await target.status(noflush=noflush)
+                        )
+                except TimeoutError:
+                    raise TableError(
+                        f"{_unanswered(table)} for {within_s:g} s, and so no commit;"
+                        " --noflush tells what is known without one",
+                        errnos.ETIMEDOUT,
+                    ) from None
                 fields = {} if table.failed else target.status_fields()
                 lines.append((_line(target, params), fields))
         return lines

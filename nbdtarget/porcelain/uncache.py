@@ -70,6 +70,7 @@ POLL_S: Final = 0.25
 STUCK_S: Final = 5.0  # without a block less, it is said, and asked for again
 CLEANER: Final = "cleaner"
 THRESHOLD_BLOCKS_MIN: Final = 8
+ORIGIN_S_MAX: Final = 60.0
 DRAINS_MAX: Final = 3  # how often a block may be dirty again when there were none
 
 A = TypeVar("A", bound=m.Answer)
@@ -311,7 +312,14 @@ class UncacheJob:
     async def _check_origin(self, line: CacheLine) -> None:
         """Flush the origin. Raises: UncacheError: it takes no flush; nothing has been changed."""
         try:
-            await self._ask_message("flush_origin")
+            async with timeout(ORIGIN_S_MAX):
+                await self._ask_message("flush_origin")
+        except TimeoutError:
+            raise self._refused(
+                f"the origin has not answered a flush for {ORIGIN_S_MAX:g} s: nothing has"
+                f" been changed, and the cache goes on. Give this command again when"
+                f" {line.origin} answers"
+            ) from None
         except TableError as error:
             raise self._refused(
                 f"the origin takes no flush ({error}): nothing has been changed, and the"

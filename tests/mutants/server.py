@@ -17,7 +17,45 @@ REQUESTS: Final = (
 GATE_PY: Final = "nbdtarget/server/gate.py"
 GATE: Final = ("tests/nbdtarget/server/test_gate.py",)
 
+UNIX_SOCKET_PY: Final = "nbdtarget/unix_socket.py"
+UNIX_SOCKET: Final = ("tests/nbdtarget/test_unix_socket.py",)
+DAEMON_PY: Final = "nbdtarget/daemon.py"
+STOP: Final = ("tests/nbdtarget/test_stop.py",)
+
 SERVER: Final = (
+    Mutant(
+        "lock-of-a-socket-not-taken",
+        "Of two servers that start at once, one takes the other's socket away.",
+        UNIX_SOCKET_PY,
+        (("            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", ""),),
+        UNIX_SOCKET,
+    ),
+    Mutant(
+        "socket-open-before-its-mode",
+        "For a moment whoever the umask lets in may connect.",
+        UNIX_SOCKET_PY,
+        (("        os.fchmod(sock.fileno(), PRIVATE_MODE)\n", ""),),
+        UNIX_SOCKET,
+    ),
+    Mutant(
+        "reads-of-a-source-waited-for-at-the-end",
+        "A clone whose source hangs does not end in order: its clients get no answer.",
+        DAEMON_PY,
+        (
+            (
+                "            self.registry.give_up_reads()\n            await sleep(",
+                "            await sleep(",
+            ),
+        ),
+        STOP,
+    ),
+    Mutant(
+        "end-says-all-is-committed",
+        "A disk could not be committed, and the exit status says that it was.",
+        DAEMON_PY,
+        (("        self.is_committed = not names\n", ""),),
+        STOP,
+    ),
     Mutant(
         "fua-of-a-small-write-dropped",
         "The hot loop forgets FUA: an acknowledged FUA write is lost.",

@@ -218,6 +218,23 @@ async def test_a_last_commit_that_hangs_fails_the_suspend_and_is_waited_for_late
     assert await a.read(0, 512) == bytes(512)
 
 
+async def test_a_status_whose_commit_hangs_fails_and_tells_how_to_go_without(
+    world: World,
+) -> None:
+    clone = await world.registry.create("c", f"{CLONE} 1 no_hydration")
+    await clone.write(0, b"w" * 65536)
+    world["/dest"].hold = True
+    with pytest.raises(
+        TableError, match=r"no answer from /dest .* --noflush"
+    ) as caught:
+        await clone.status_by_name(within_s=SHORT_S)
+    assert caught.value.errno == errnos.ETIMEDOUT
+    ((line, _),) = await clone.status_by_name(noflush=True, within_s=SHORT_S)
+    assert " 1/16 " in line[3]
+    world["/dest"].let_go()
+    assert await clone.status_by_name(within_s=5)
+
+
 async def test_the_end_commits_every_device_that_answers_whatever_hangs(
     world: World,
 ) -> None:

@@ -2,9 +2,11 @@
 """`nbdtarget uncache`: a cache goes home and away, over real files and the server's own verbs."""
 
 import asyncio
+import errno as errnos
 import os
 import random
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -432,6 +434,48 @@ async def test_table_that_is_refused_is_taken_back(
     assert world.line == world.table(words)
     assert await world.disk.read(0, SIZE) == world.content
     monkeypatch.undo()
+    assert await world.uncache() == 0
+    world.check_uncached()
+
+
+async def test_an_origin_that_does_not_answer_is_told_after_a_while(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uncache, "ORIGIN_S_MAX", 0.1)
+    await world.create(nr_dirty=3)
+    before = world.line
+    answers = threading.Event()
+
+    def hang(verb: str, request: m.Request) -> None:
+        if isinstance(request, m.Message) and request.words == ("flush_origin",):
+            answers.wait(5)
+
+    world.before_verb = hang
+    assert "the origin has not answered a flush for 0.1 s" in await world.refusal()
+    answers.set()
+    assert world.line == before
+    assert await world.disk.read(0, SIZE) == world.content
+    assert await world.uncache() == 0
+    world.check_uncached()
+
+
+async def test_a_swap_that_waits_too_long_leaves_the_cache_as_it_was(
+    world: World,
+) -> None:
+    await world.create(nr_dirty=3)
+    before = world.line
+
+    def hang(verb: str, request: m.Request) -> None:
+        if isinstance(request, m.Resume):
+            raise TableError("no answer from origin for 60 s", errnos.ETIMEDOUT)
+
+    world.before_verb = hang
+    assert "no answer from origin for 60 s; what is dirty is still in the cache" in (
+        await world.refusal()
+    )
+    assert (world.line, world.disk.inactive) == (before, None)
+    assert await world.disk.read(0, SIZE) == world.content
+    world.before_verb = lambda verb, request: None
     assert await world.uncache() == 0
     world.check_uncached()
 
