@@ -22,6 +22,7 @@ from nbdtarget.errors import NbdTargetError
 __all__ = [
     "TOKEN_VARIABLE",
     "ControlAddress",
+    "NoSocketError",
     "TcpControl",
     "control_address",
     "control_token",
@@ -42,6 +43,10 @@ CONTROL_VARIABLE: Final = "NBDTARGET_CONTROL"
 TOKEN_VARIABLE: Final = "NBDTARGET_CONTROL_TOKEN"
 TOKEN_LENGTH_MIN: Final = 16
 TOKEN_LENGTH_MAX: Final = 4096
+
+
+class NoSocketError(NbdTargetError):
+    """There can be no socket: no directory, no permission, no such address, too long a path."""
 
 
 class TcpControl(NamedTuple):
@@ -97,7 +102,7 @@ def forget_directory(directory: Path) -> None:
 
 
 def socket_path(directory: Path, name: str) -> Path:
-    """`NAME.sock` in `directory`. Raises: NbdTargetError: the directory's path is too long."""
+    """`NAME.sock` in `directory`. Raises: NoSocketError: the directory's path is too long."""
     path = directory / f"{name}.sock"
     room = SOCKET_PATH_MAX - len(os.fsencode(path))
     if room >= 0:
@@ -105,7 +110,7 @@ def socket_path(directory: Path, name: str) -> Path:
     raw = os.fsencode(name)
     kept = len(raw) + room - DIGEST_LENGTH - 1
     if kept < 0:
-        raise NbdTargetError(f"{directory}: the path is too long for a socket in it")
+        raise NoSocketError(f"{directory}: the path is too long for a socket in it")
     digest = hashlib.sha256(raw).hexdigest()[:DIGEST_LENGTH]
     return directory / f"{raw[:kept].decode('ascii', 'replace')[:kept]}~{digest}.sock"
 

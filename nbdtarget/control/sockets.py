@@ -6,8 +6,7 @@ import socket
 from pathlib import Path
 from typing import Final
 
-from nbdtarget.control.paths import TcpControl, make_directory
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.control.paths import NoSocketError, TcpControl, make_directory
 from nbdtarget.unix_socket import (
     PRIVATE,
     SocketAccess,
@@ -26,10 +25,6 @@ __all__ = [
 
 BACKLOG_MAX: Final = 64
 DIRECTORY_TRIES_MAX: Final = 20
-
-
-class NoSocketError(NbdTargetError):
-    """There can be no socket: no directory, no permission, no such address."""
 
 
 async def take_tcp_socket(address: TcpControl) -> socket.socket:

@@ -20,12 +20,13 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from nbdtarget.control.paths import (
+    NoSocketError,
     control_address,
     control_token,
     is_control_given,
     job_control_path,
 )
-from nbdtarget.control.sockets import NoSocketError, SocketInUseError
+from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.daemon import (
     Daemon,
     StopBounds,
@@ -207,20 +208,21 @@ class Job(Generic[P]):
         if self._control is not None:
             await daemon.open_control(control_address(self._control), token=token)
             return
-        path = job_control_path(name)
         if is_control_given(None):
             try:
                 await daemon.open_control(control_address(None), token=token)
             except (SocketInUseError, NoSocketError) as error:
-                _log.warning("%s; the control socket of %s is %s", error, name, path)
+                _log.warning(
+                    "%s; %s has the control socket of its name instead", error, name
+                )
             else:
                 return
         try:
-            await daemon.open_control(path)
+            await daemon.open_control(job_control_path(name))
         except SocketInUseError:
             raise NbdTargetError(
                 f"{name}: is being served already, by the server with the control socket"
-                f" {path}: give another --name"
+                f" {job_control_path(name)}: give another --name"
             ) from None
         except NoSocketError as error:
             if not self._listen:
