@@ -164,7 +164,8 @@ class Registry:
             permissions: what the caller allows, see `nbdtarget.permissions`.
             rotational: what clients are told; None: what the table's devices say.
             failure: shown as long as it has no table, see `MappedDevice.failure`.
-        Raises: TableError, ConstructorError; nothing is left of the device then.
+        Raises: TableError, ConstructorError; nothing is left of the device then, nor of the
+            files that were created for it.
         """
         check_name(name)
         if name in self._devices:
@@ -186,8 +187,9 @@ class Registry:
         self._load_locks[device] = asyncio.Lock()
         if table is None:
             return device
+        created: list[str] = []
         try:
-            await self._load(
+            created = await self._load(
                 device,
                 table,
                 directory=directory,
@@ -197,6 +199,9 @@ class Registry:
             await device.resume()
         except BaseException:
             await self._remove(device)
+            # It was never resumed, so nobody has written to what was made for it.
+            for path in created:
+                await self.opens.opener.remove_created(path)
             raise
         return device
 

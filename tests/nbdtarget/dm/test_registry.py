@@ -75,6 +75,22 @@ async def test_created_file_is_removed_when_its_own_constructor_refuses() -> Non
     assert opener.still_open == []
 
 
+async def test_created_file_is_removed_when_the_first_resume_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(_: ProbeTarget) -> None:
+        raise TableError("not today")
+
+    monkeypatch.setattr(ProbeTarget, "preresume", refuse)
+    registry, opener = make_registry(b=4096)
+    with pytest.raises(TableError, match="not today"):
+        await registry.create("x", "0 8 probe /new /b")
+    assert opener.created == ["/new"]
+    assert "/new" not in opener.sizes
+    assert opener.still_open == []
+    assert registry.devices() == []
+
+
 async def test_created_file_is_removed_when_a_later_line_is_refused() -> None:
     registry, opener = make_registry(b=4096)
     with pytest.raises(ConstructorError):
