@@ -83,8 +83,8 @@ async def test_what_is_found_is_named(offset: int, magic: bytes, what: str) -> N
 
 @pytest.mark.parametrize("at", [0.1, 0.37, 0.62, 0.9])
 async def test_data_in_one_percent_of_a_large_disk_are_found(at: float) -> None:
-    disk = Opaque(8 << 30)
-    run = bytes([7]) * (80 << 20)
+    disk = Opaque(1 << 30)
+    run = bytes([7]) * (10 << 20)
     await disk.inner.write(int(at * disk.size), run)
     found = await maybe_content(disk)
     assert found is not None
@@ -160,7 +160,7 @@ def blank_block_device(tmp_path: Path) -> Iterator[str]:
         pytest.skip("loop devices need root and losetup")
     image = tmp_path / "blank"
     with image.open("wb") as file:
-        file.truncate(8 << 30)
+        file.truncate(2 << 30)
     made = subprocess.run(
         ["losetup", "-f", "--show", str(image)], capture_output=True, text=True
     )
@@ -179,7 +179,7 @@ async def test_large_blank_block_device_holds_no_data(blank_block_device: str) -
     try:
         assert await maybe_content(disk) is None
         assert monotonic_ns() - begun_ns < 10_000_000_000
-        await disk.write(5 << 30, bytes([9]) * (100 << 20))
+        await disk.write(1 << 30, bytes([9]) * (20 << 20))
         found = await maybe_content(disk)
         assert found is not None
         assert found.startswith("holds data (byte ")
