@@ -314,6 +314,13 @@ def _tables(
     tables = ask(control, "table", m.Table(names), m.LinesAnswer, about=about)
     infos = ask(control, "info", m.Info(names), m.InfoAnswer, about=about)
     lines = {device.name: device.lines for device in tables.devices}
+    for info in infos.devices:
+        if info.failure:
+            print(
+                f"nbdtarget: table: {info.name} could not be opened, so its table is"
+                f" missing here: {info.failure}",
+                file=sys.stderr,
+            )
     return [
         (
             ConciseDevice(

@@ -64,16 +64,17 @@ class ServeProcess:
     def create(self, name: str, table: str) -> None:
         self.client.ask("create", m.Create(name, table), m.Done)
 
-    def run(self, *words: str) -> str:
-        """What a command prints."""
+    def run(self, *words: str, err: bool = False) -> str:
+        """What a command prints, on stderr if `err`."""
         control = str(self.directory / "control.sock")
-        return subprocess.run(
+        done = subprocess.run(
             [*NBDTARGET, *words, "--control", control],
             check=True,
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
-        ).stdout
+        )
+        return done.stderr if err else done.stdout
 
     def end(self, number: int) -> str:
         """Send a signal; it must end with 0. Returns what it said on stderr."""
@@ -209,6 +210,9 @@ def test_a_device_that_cannot_be_opened_is_shown_as_failed_with_the_reason(
     assert serve.run("ls") == f"a\t(253:0)\nb\t(253:1) failed: {reason}\n"
     assert serve.run("status") == f"a: 0 8 zero \nb: failed: {reason}\n"
     assert f"Failure:           {reason}\n" in serve.run("info", "b")
+    # Who writes this over the file that was read would lose the table.
+    written = serve.run("table", "--config", err=True)
+    assert "nbdtarget: table: b could not be opened, so its table is missing" in written
     (info,) = json.loads(serve.run("info", "b", "--json"))["devices"]
     assert info["failure"] == reason
     (tmp_path / "late.img").write_bytes(bytes(4096))

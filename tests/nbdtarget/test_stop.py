@@ -23,11 +23,31 @@ SECTORS = 8192
 STOP_S = 1.5
 
 
+# As a file on a mount whose server has gone: a system call that does not come back.
+DEAD_MOUNT = """
+import os, time
+from nbdtarget.bio import OP_READ
+from nbdtarget.devices.file import FileDevice
+submit = FileDevice.submit
+def hang(self, bio):
+    if bio.op == OP_READ and self.name.endswith("/source.img") and os.path.exists("dead"):
+        bio.own()
+        self._pool.submit(lambda: time.sleep(1000) or 0, bio.end)
+    else:
+        submit(self, bio)
+FileDevice.submit = hang
+from nbdtarget.cli.app import main
+main()
+"""
+
+
 @contextmanager
-def started(work: Path, *argv: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    work: Path, *argv: str, program: str = NBDTARGET[-1]
+) -> Iterator[subprocess.Popen[str]]:
     """A server of ours, from the first line that it prints on."""
     process = subprocess.Popen(
-        [*NBDTARGET, *argv],
+        [sys.executable, "-c", program, *argv],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -124,6 +144,25 @@ def test_one_signal_ends_a_clone_whose_source_hangs_with_everything_committed(
     # Nothing is in doubt: the same line goes on.
     with started(tmp_path, *argv) as clone:
         assert end(clone)[0] == 0
+
+
+def test_one_signal_ends_a_clone_whose_source_is_a_file_on_a_dead_mount(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "source.img").write_bytes(os.urandom(SECTORS * 512))
+    argv = ["clone", "source.img", "dest.img", "--no-hydration"]
+    argv += ["--listen", f"unix:{tmp_path}/nbd.sock"]
+    stop = ["--stop-timeout", str(STOP_S)]
+    with started(tmp_path, *argv, *stop, program=DEAD_MOUNT) as clone:
+        (tmp_path / "dead").touch()
+        with nbd_read(tmp_path / "nbd.sock", "dest"):
+            status, err, took_s = end(clone)
+    assert took_s < STOP_S + 2
+    assert "dest: no answer from" in err
+    assert "source.img (1 requests)" in err
+    assert "leaving without waiting for: " in err
+    assert "could not be committed" not in err
+    assert status == 0, err
 
 
 def test_one_signal_ends_a_server_whose_disk_hangs_and_commits_the_others(
