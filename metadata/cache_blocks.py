@@ -72,6 +72,8 @@ class CacheBlocks(JournaledMetadata):
         writes_back: whether clients' writes may make blocks dirty; changed by `start` only.
         gives_up_mappings: it was opened after a crash, and only the origin counts: `drop_clean`
             comes before `start`.
+        is_distrusted: set by the owner: the copies of clean blocks may be old, so whoever takes this
+            over begins with `drop_clean`.
         admits_changes: `clean_shutdown` is durably clear, and no full sync has begun.
     """
 
@@ -101,6 +103,7 @@ class CacheBlocks(JournaledMetadata):
         self.dirty_log = bool(superblock.incompat & DIRTY_LOG)
         self.writes_back = True
         self.gives_up_mappings = superblock.gives_up_mappings
+        self.is_distrusted = False
         self.admits_changes = False
         self._values = loaded.values
         self._by_oblock = loaded.by_oblock
@@ -447,6 +450,7 @@ class CacheBlocks(JournaledMetadata):
             if cblock % STEP_CBLOCKS == 0:
                 yield from self._pause()
         self.gives_up_mappings = False
+        self.is_distrusted = False
 
     # Inside
 

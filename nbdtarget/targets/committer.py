@@ -62,7 +62,7 @@ import contextlib
 import errno as errnos
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from metadata.errors import FailedMetadata, MetadataError
 from metadata.operations import Steps
@@ -133,6 +133,12 @@ class _MetadataFailure(Exception):
         self.cause = cause
 
 
+# None: the flush is needed.
+CanDoWithout: TypeAlias = Callable[
+    [Device, Transaction | None], Callable[[DeviceError], None] | None
+]
+
+
 class Committer:
     """Commits the metadata of one target. See the module head.
 
@@ -149,6 +155,8 @@ class Committer:
             nothing is being committed: whether what is in core rests on it. None: never.
 
     Attributes:
+        can_do_without: asked when a backing device is about to be flushed for a transaction, or for FLUSH
+            alone: whether nothing rests on that flush; then what to call if it fails. See `CanDoWithout`.
         unflushed: of backing devices of which the owner knows what was written to them.
         last_error: why the last flush or commit failed, in one line; None: none has.
     """
@@ -181,6 +189,7 @@ class Committer:
         self._rests_on_unflushed = rests_on_unflushed
         self._is_watching = False
         self.unflushed: dict[Device, Unflushed] = {}
+        self.can_do_without: CanDoWithout | None = None
         # What each device had lost before we stood on it is no news for those who flush us.
         self._losses = {each: each.losses for each in (device, *backing)}
         self._aborts_on_loss = aborts_on_loss
@@ -368,7 +377,7 @@ class Committer:
     async def _commit_transaction(self, transaction: Transaction) -> None:
         """Steps 2 to 4 of the module head. Raises: DeviceError, _MetadataFailure."""
         await _all(
-            *(self._flush(device) for device in self.backing),
+            *(self._flush(device, transaction) for device in self.backing),
             self._run_steps(transaction.journal()),
         )
         await self._run_steps(transaction.superblock())
@@ -393,8 +402,23 @@ class Committer:
             self._losses[device] = losses
             raise DeviceError(errnos.EIO, device.name, "flush", 0, 0)
 
-    async def _flush(self, device: Device) -> None:
-        """Flush a backing device. Raises: DeviceError: and something may be lost by that."""
+    async def _flush(self, device: Device, transaction: Transaction | None) -> None:
+        """Flush a backing device. Raises: DeviceError: and something may be lost by that.
+
+        Args: transaction: the one that will vouch for what is flushed; None: none is under way.
+        """
+        ask = self.can_do_without
+        if ask is None or (let_go := ask(device, transaction)) is None:
+            await self._flush_needed(device)
+            return
+        try:
+            await self._flush_needed(device)
+        except DeviceError as error:
+            self.last_error = f"flush: {error}"
+            let_go(error)
+
+    async def _flush_needed(self, device: Device) -> None:
+        """Raises: DeviceError."""
         unflushed = self.unflushed.get(device)
         if unflushed is None:
             await device.flush()
@@ -415,7 +439,7 @@ class Committer:
     async def _flush_only(self) -> int:
         losses = dict(self._losses)
         try:
-            await _all(*(self._flush(device) for device in self.backing))
+            await _all(*(self._flush(device, None) for device in self.backing))
         except DeviceError as error:
             if self._aborts_on_loss and self._has_lost(losses):
                 await self._abort(error, blames_metadata=False)

@@ -21,6 +21,8 @@ LOCK_TESTS: Final = (UNIT + "test_locks.py",)
 FOREGROUND_TESTS: Final = (UNIT + "test_foreground.py",)
 GIVING_UP: Final = "nbdtarget/targets/cache/giving_up.py"
 GIVING_UP_TESTS: Final = (UNIT + "test_giving_up.py",)
+DISTRUST: Final = "nbdtarget/targets/cache/distrust.py"
+DISTRUST_TESTS: Final = (UNIT + "test_distrust.py",)
 MIGRATION_TESTS: Final = (UNIT + "test_migrations.py",)
 
 
@@ -317,6 +319,53 @@ CACHE_TARGET: Final = (
         GIVING_UP,
         ("if blocks.has_failed or metadata.dirty[cblock]:", "if blocks.has_failed:"),
         GIVING_UP_TESTS,
+    ),
+    _mutant(
+        "clean-shutdown-over-a-failed-flush",
+        "The cache device fails the last flush, and its copies are recorded as clean.",
+        DISTRUST,
+        (
+            'not getattr(transaction, "completes", False)',
+            'not getattr(transaction, "completes", True) and device.read_only',
+        ),
+        DISTRUST_TESTS,
+    ),
+    _mutant(
+        "flush-forgiven-although-a-crash-keeps-the-mappings",
+        "The cache device fails its flush, FLUSH is acknowledged, and a crash reads old copies.",
+        DISTRUST,
+        (
+            "return metadata.is_recorded_complete and not metadata.nr_dirty",
+            "return not metadata.nr_dirty",
+        ),
+        DISTRUST_TESTS,
+    ),
+    _mutant(
+        "distrusted-copies-recorded-as-clean",
+        "A cache device has failed its flush, and the end records its copies as clean.",
+        TARGET,
+        (
+            "is_sound = self._is_active and not self._blocks.distrusts_cache",
+            "is_sound = self._is_active",
+        ),
+        DISTRUST_TESTS,
+    ),
+    _mutant(
+        "distrusted-copy-read",
+        "A page that could not be written is read as it was before.",
+        FOREGROUND,
+        (
+            "blocks.distrusts_cache and not blocks.metadata.dirty[cblock]",
+            "blocks.distrusts_cache and not blocks.metadata.nr_mapped",
+        ),
+        DISTRUST_TESTS,
+    ),
+    _mutant(
+        "distrusted-copies-passed-on",
+        "The next table takes over copies that the one before did not trust.",
+        DISTRUST,
+        ("        blocks.metadata.is_distrusted = True\n", ""),
+        DISTRUST_TESTS,
     ),
     _mutant(
         "block-given-up-in-core-only",

@@ -20,7 +20,7 @@ FAULTS: Final = (
 
 _TOGETHER: Final = """\
         await _all(
-            *(self._flush(device) for device in self.backing),
+            *(self._flush(device, transaction) for device in self.backing),
             self._run_steps(transaction.journal()),
         )
         await self._run_steps(transaction.superblock())
@@ -38,7 +38,7 @@ COMMIT: Final = (
                 "        await self._run_steps(transaction.journal())\n"
                 "        await self._run_steps(transaction.superblock())\n"
                 "        transaction.done()\n"
-                "        await _all(*(self._flush(device) for device in self.backing))\n",
+                "        await _all(*(self._flush(device, transaction) for device in self.backing))\n",
             ),
         ),
         WALKS,
@@ -68,7 +68,7 @@ COMMIT: Final = (
                 "            await self._run_steps(transaction.journal())\n"
                 "            await self._run_steps(transaction.superblock())\n"
                 "\n"
-                "        await _all(*(self._flush(device) for device in self.backing), write())\n"
+                "        await _all(*(self._flush(device, transaction) for device in self.backing), write())\n"
                 "        transaction.done()\n",
             ),
         ),

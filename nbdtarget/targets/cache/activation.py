@@ -189,7 +189,8 @@ class Activation:
     async def _give_up(self) -> None:
         """Drop the mappings after a crash of a cache that did not write back. Raises: MetadataError."""
         metadata = self._parts.metadata
-        if metadata.gives_up_mappings and metadata.mode is Mode.RW:
+        is_old = metadata.is_distrusted and not self._is_loaded
+        if (metadata.gives_up_mappings or is_old) and metadata.mode is Mode.RW:
             nr_mapped = metadata.nr_mapped
             dropping = metadata.drop_clean()
             await metadata_io.run(self._parts.metadata_device, dropping)

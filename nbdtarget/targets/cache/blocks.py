@@ -43,6 +43,7 @@ class Blocks:
         is_writeback, is_passthrough: of the mode's three; neither: writethrough.
         nr_promotions, nr_demotions: since this table was constructed.
         nr_migrating: migrations under way, as far as they copy.
+        distrusts_cache: the cache device has failed a flush that nothing rested on: see `Distrust`.
         origin_writes: counts what is written to the origin, for who flushes it.
         event: raises a device-mapper event.
         wake: tells the migrations that there may be something to do.
@@ -87,6 +88,7 @@ class Blocks:
         self.nr_promotions = 0
         self.nr_demotions = 0
         self.nr_migrating = 0
+        self.distrusts_cache = False
         self.event = event
         self.broken = broken
         self.failures = failures

@@ -221,7 +221,9 @@ class Foreground:
             self.write_hit(bio, oblock, cblock)
         else:
             blocks.metadata.statistics.read_hits += 1
-            if not blocks.is_passthrough:
+            if not blocks.is_passthrough and not (
+                blocks.distrusts_cache and not blocks.metadata.dirty[cblock]
+            ):
                 bio.offset += (cblock - oblock) * blocks.block_size
                 self._read_cached(bio, oblock, cblock)
             else:

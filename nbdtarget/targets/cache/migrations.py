@@ -191,7 +191,7 @@ class Migrations:
     def _pump(self) -> None:
         """Start what may be started."""
         blocks = self._blocks
-        if blocks.is_passthrough:
+        if blocks.is_passthrough or blocks.distrusts_cache:
             return
         while (
             self._nr_migrations < MIGRATIONS_MAX

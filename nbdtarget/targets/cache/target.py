@@ -62,6 +62,7 @@ from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
+from nbdtarget.targets.cache.distrust import Distrust
 from nbdtarget.targets.cache.extents import CACHE, base_extents, cache_extents
 from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.cache.foreground import Foreground
@@ -130,6 +131,8 @@ class CacheTarget(Target):
         )
         self._blocks.remap = self._remap
         self._committer.unflushed[parts.origin] = self._blocks.origin_writes
+        self._distrust = Distrust(self._blocks, self._look_at_mode)
+        self._committer.can_do_without = self._distrust.maybe_let_go
         self._passdown = _passes_down(ctx.name, parts)
         self._wishes = Wishes(self._blocks)
         self._migrations = Migrations(self._blocks, self._wishes, ctx.clock)
@@ -280,7 +283,9 @@ class CacheTarget(Target):
         await self.quiesce()
         try:
             async with self._changing:
-                if self._is_active and self._blocks.is_writable:
+                # Of copies that nobody trusts nothing may be recorded as clean.
+                is_sound = self._is_active and not self._blocks.distrusts_cache
+                if is_sound and self._blocks.is_writable:
                     await self._sync()
         except MetadataError as error:
             log.error("%s: full sync: %s", self.ctx.name, error)
@@ -322,6 +327,8 @@ class CacheTarget(Target):
 
         A block that is mapped in core alone may hold anything by now, so it must not even be read.
         """
+        if self._distrust.maybe_distrust(lost):
+            return False
         if self._parts.cache in lost and self._metadata.changed:
             self._metadata.fail()
         return True
@@ -349,7 +356,7 @@ class CacheTarget(Target):
         blocks = self._blocks
         self._fast_op_max = -1
         if blocks.is_writable and not blocks.is_passthrough:
-            if not blocks.cache.fails_inline:
+            if not (blocks.cache.fails_inline or blocks.distrusts_cache):
                 self._fast_op_max = OP_WRITE
         elif not blocks.is_writable:
             self._policy.allow_migrations(False)  # else it takes blocks for them
@@ -370,6 +377,7 @@ class CacheTarget(Target):
         failures = self._blocks.failures
         fields["errors"] = failures.nr_errors
         fields["last_error"] = failures.last_error or self._committer.last_error
+        fields["distrusts_cache_device"] = self._blocks.distrusts_cache
         fields["blocks_given_up"] = self._giving_up.nr_given_up
         return fields
 

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache device that fails its flush, under a cache that does not write back.
+
+What does a FLUSH promise then? Everything that a writethrough cache has acknowledged is on the origin, as long as
+nothing is dirty. The cache device may hold older copies; but while the superblock says that the origin is
+complete, a crash gives all mappings up, so no copy is ever read again after it. So nothing rests on the cache
+device's flush, and FLUSH need not fail. That goes for a commit, too, whose superblock says so still.
+
+From the first such failure on, until the table is loaded again, the device is not trusted:
+
+    reads of clean blocks    go to the origin: a page that could not be written may read as it was before
+    promotions, overwrites   there are none
+    the end                  no clean shutdown is recorded, as it would vouch for the copies: the next
+                             start, or table, gives all mappings up
+
+While a block is dirty, or in a cache that writes back, the flush is needed, and EIO is the truth.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from nbdtarget.devices.base import Device
+from nbdtarget.errors import DeviceError
+from nbdtarget.targets.cache.blocks import Blocks
+from nbdtarget.targets.committer import Transaction
+
+__all__ = ["Distrust"]
+
+log = logging.getLogger(__name__)
+
+
+class Distrust:
+    """See the module head.
+
+    Args:
+        changed: called when the device is trusted no more.
+    """
+
+    def __init__(self, blocks: Blocks, changed: Callable[[], None]) -> None:
+        self._blocks = blocks
+        self._changed = changed
+
+    def maybe_let_go(
+        self, device: Device, transaction: Transaction | None
+    ) -> Callable[[DeviceError], None] | None:
+        """Say what to do if the flush of `device` fails that begins now; None: it is needed."""
+        blocks = self._blocks
+        if device is not blocks.cache or not self._is_origin_complete:
+            return None
+        if transaction is not None and not getattr(transaction, "completes", False):
+            return None
+        return self._flush_failed
+
+    def maybe_distrust(self, lost: Sequence[Device]) -> bool:
+        """The cache device alone may have lost what was not flushed: whether that does not matter."""
+        blocks = self._blocks
+        if list(lost) != [blocks.cache] or not self._is_origin_complete:
+            return False
+        self._distrust("it may have lost what was not flushed")
+        return True
+
+    @property
+    def _is_origin_complete(self) -> bool:
+        """Whether all that was acknowledged is on the origin, and a crash gives all mappings up."""
+        metadata = self._blocks.metadata
+        return metadata.is_recorded_complete and not metadata.nr_dirty
+
+    def _flush_failed(self, error: DeviceError) -> None:
+        self._blocks.failures.note("cache device", error)
+        self._distrust(str(error))
+
+    def _distrust(self, reason: str) -> None:
+        blocks = self._blocks
+        if blocks.distrusts_cache:
+            return
+        blocks.distrusts_cache = True
+        blocks.metadata.is_distrusted = True
+        log.error(
+            "%s: cache device %s: %s: it is not read any more until the table is loaded"
+            " again; the origin has everything",
+            blocks.name,
+            blocks.cache.name,
+            reason,
+        )
+        if blocks.is_writable:
+            blocks.policy.allow_migrations(False)
+        self._changed()
+        blocks.event()

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache device dies under a writethrough cache: clients see no error, and no stale copy."""
+
+import errno as errnos
+
+import pytest
+
+from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
+from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
+
+THROUGH = "1 writethrough smq 0"
+A, B = 2, 3
+
+
+async def cached(lab: CacheLab, *oblocks: int) -> None:
+    await lab.create(THROUGH)
+    for oblock in oblocks:
+        await lab.message(f"warm {oblock}")
+        await lab.pass_time(1)
+        assert lab.cblock(oblock) is not None
+    await lab.device.flush()
+    assert lab.core.is_recorded_complete
+    lab.log.clear()
+
+
+async def flushed(lab: CacheLab) -> int:
+    bio = lab.flush()
+    await settle()
+    return bio.status
+
+
+async def test_clients_see_no_error_when_the_cache_device_dies(lab: CacheLab) -> None:
+    await cached(lab, A, B)
+    events = lab.device.event_nr
+    lab.cache.fails_inline = True
+    await lab.reload(THROUGH)
+    lab.cache.fails = lambda _: errnos.EIO
+    for round_nr in range(3):
+        for oblock in (A, B, 20):
+            write = lab.submit(OP_WRITE, oblock * BLOCK, 512, fill=str(round_nr))
+            fua = lab.submit(OP_WRITE, oblock * BLOCK + 512, 512, FUA, fill="f")
+            read = lab.submit(OP_READ, oblock * BLOCK, 1024)
+            await settle()
+            assert (write.status, fua.status, read.status) == (0, 0, 0)
+        assert await flushed(lab) == 0
+        await lab.pass_time(2)
+    assert lab.device.event_nr > events
+    assert lab.target.status_fields()["distrusts_cache_device"]
+    await lab.cut_power()
+    await lab.create(THROUGH)
+    for oblock in (A, B, 20):
+        assert (await lab.read(oblock))[:1024] == b"2" * 512 + b"f" * 512
+
+
+async def test_flush_that_the_cache_device_fails_leaves_no_stale_copy_to_be_read(
+    lab: CacheLab,
+) -> None:
+    """What it took before, and could not write, may read as it was: only the origin counts."""
+    await cached(lab, A)
+    await lab.write_part(A, at=0)
+    lab.fail("c", OP_FLUSH)
+    assert await flushed(lab) == 0
+    cblock = lab.cblock(A)
+    assert cblock is not None
+    lab.log.clear()
+    assert (await lab.read(A))[:512] == b"p" * 512
+    assert lab.asked("c", "read") == []
+    await lab.remove()
+    recorded = await lab.recorded()
+    assert not recorded.is_recorded_clean
+    assert recorded.gives_up_mappings
+    lab.fail("c")
+    await lab.create(THROUGH)
+    assert await lab.used() == 0
+    assert (await lab.read(A))[:512] == b"p" * 512
+
+
+@pytest.mark.parametrize("words", [THROUGH, DIRTY_BUSY, "1 passthrough smq 0"])
+async def test_next_table_begins_without_the_copies(lab: CacheLab, words: str) -> None:
+    """Also if it shares the metadata, because the cache device does not say that it is latched."""
+    await cached(lab, A)
+    lab.fail("c", OP_FLUSH)
+    await lab.write_part(A, at=0)
+    assert await flushed(lab) == 0
+    lab.fail("c")
+    await lab.reload(words)
+    assert await lab.used() == 0
+    assert (await lab.read(A))[:512] == b"p" * 512
+    assert not lab.target._blocks.distrusts_cache
+    assert await flushed(lab) == 0
+
+
+async def test_same_table_resumed_still_distrusts(lab: CacheLab) -> None:
+    await cached(lab, A)
+    lab.fail("c", OP_FLUSH)
+    assert await flushed(lab) == 0
+    await lab.suspend()
+    await lab.resume()
+    lab.log.clear()
+    write = lab.submit(OP_WRITE, A * BLOCK, 512, fill="z")
+    await settle()
+    assert write.status == 0
+    assert (await lab.read(A))[:512] == b"z" * 512
+    assert lab.asked("c", "read") == []
+    assert await flushed(lab) == 0
+
+
+async def test_commit_of_a_promotion_does_not_need_the_cache_devices_flush(
+    lab: CacheLab,
+) -> None:
+    await cached(lab, A)
+    lab.fail("c", OP_FLUSH)
+    await lab.message(f"warm {B}")
+    await lab.pass_time(2)
+    assert await flushed(lab) == 0
+    assert (await lab.status())[-3] == "rw"
+    await lab.cut_power()
+    await lab.create(THROUGH)
+    assert await lab.used() == 0
+
+
+async def test_loss_of_the_cache_device_is_nobodys_loss(lab: CacheLab) -> None:
+    await cached(lab, A)
+    lab.disks["c"].health.note_loss()
+    lab.cache.health.note_loss()
+    await settle()
+    assert (await lab.status())[-3] == "rw"
+    assert await flushed(lab) == 0
+    lab.log.clear()
+    await lab.read(A)
+    assert lab.asked("c", "read") == []
+
+
+async def test_clean_shutdown_needs_the_flush(lab: CacheLab) -> None:
+    """It vouches for the copies."""
+    await cached(lab, A)
+    await lab.write_part(A, at=0)
+    left = [0, errnos.EIO]  # the flush of the suspend, and that of its commit
+
+    def fails(bio: Bio) -> int:
+        return left.pop(0) if bio.op == OP_FLUSH and left else 0
+
+    lab.cache.fails = fails
+    await lab.remove()
+    assert not left
+    assert not (await lab.recorded()).is_recorded_clean
+
+
+@pytest.mark.parametrize("words", [DIRTY_BUSY, "1 writeback smq 0"])
+async def test_writeback_cache_needs_the_flush(lab: CacheLab, words: str) -> None:
+    await lab.create(words)
+    await lab.fill_clean([A])
+    lab.fail("c", OP_FLUSH)
+    assert await flushed(lab) == errnos.EIO
+    assert not lab.target._blocks.distrusts_cache
+
+
+async def test_dirty_block_in_a_writethrough_cache_needs_the_flush(
+    lab: CacheLab,
+) -> None:
+    await cached(lab, A)
+    lab.fail("o", OP_WRITE)
+    write = lab.submit(OP_WRITE, A * BLOCK, 512)
+    await settle()
+    assert write.status == errnos.EIO
+    assert lab.core.nr_dirty == 1
+    lab.fail("c", OP_FLUSH)
+    assert await flushed(lab) == errnos.EIO
