@@ -42,7 +42,7 @@ __all__ = [
     "server_of",
 ]
 
-LOOK_S_MAX: Final = 3.0
+LOOK_S_MAX: Final = 5.0
 ASKED_AT_ONCE_MAX: Final = 32
 
 
