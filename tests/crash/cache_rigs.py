@@ -25,7 +25,7 @@ from nbdtarget.metadata_io import run
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
 from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.volatile_cache import BORDERS
-from tests.crash.cache_invariants import CacheInvariants
+from tests.crash.cache_invariants import CacheInvariants, maybe_open_cache
 from tests.crash.images import run_over
 from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE, _RegistryRig
 from tests.support.devices import CrashDevice
@@ -275,9 +275,23 @@ class LoggedCacheRig(CacheRig):
 
 
 class WritethroughRig(CacheRig):
-    """Nothing is dirty, and an unclean stop leaves the origin alone."""
+    """Nothing is dirty, and an unclean stop leaves the origin alone: sometimes it is used so."""
 
     tables = (cache_table(WRITETHROUGH, "metadata2"),)
+
+    def check_survivors(self, model: DiskModel, promised: object) -> None:
+        super().check_survivors(model, promised)
+        found = maybe_open_cache(self.metadata.image(), BLOCK_SIZE)
+        rng = self._random
+        if found is None or not found.gives_up_mappings or rng.random() < 0.5:
+            return
+        content = bytearray(self.origin.image())
+        for _ in range(4):
+            at = rng.randrange(len(content) // SECTOR) * SECTOR
+            content[at : at + SECTOR] = rng.randbytes(SECTOR)
+        self.origin._stable[:] = content
+        model.settle(bytes(content))
+        self.invariants.counts["used alone"] += 1
 
 
 class PassthroughRig(CacheRig):

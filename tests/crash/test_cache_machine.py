@@ -167,7 +167,10 @@ def small_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             ("promotions", "demotions", "writebacks", "sweeps", "overwrites"),
         ),
         (LoggedCacheRig, ("promotions", "demotions", "sweeps", "logged writes")),
-        (WritethroughRig, ("promotions", "demotions", "writes through", "given up")),
+        (
+            WritethroughRig,
+            ("promotions", "demotions", "writes through", "given up", "used alone"),
+        ),
         (PassthroughRig, ("promotions", "invalidations", "refusals", "J3")),
         (
             SwitchingCacheRig,

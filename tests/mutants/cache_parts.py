@@ -101,6 +101,14 @@ CACHE_PARTS: Final = (
         "self._discards.load(None)",
         ACTIVATION,
     ),
+    _mutant(
+        "mappings-kept-after-a-crash-in-writethrough",
+        "Clients read what the cache had, over an origin that was used alone meanwhile.",
+        ACTIVATION_PY,
+        "await metadata_io.run(self._parts.metadata_device, dropping)",
+        "metadata.gives_up_mappings = bool(dropping.close())",
+        ("tests/nbdtarget/targets/cache/test_origin_complete.py",),
+    ),
     # ---- one metadata object
     _mutant(
         "each-table-has-metadata-of-its-own",
