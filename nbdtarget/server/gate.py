@@ -28,8 +28,10 @@ sends, too: each member `settle`s before a new one joins.
 
 Beyond our reach is what is still in the network, or in the memory of the other machine, when its client
 has already connected again: NBD has nothing by which it could be told from what a living client sends.
-A client that closes its socket for sending, and connects again when the server has ended the
-connection, is safe (`nbdtarget.devices.nbd` does so).
+A client that waits for the end of the old connection before it connects again is safe (our own does:
+`nbdtarget.devices.nbd_connection`). Requests of two connections that live are not ordered either. A client
+that gives one of them up, and sends its requests again by another that it has had open all along, as the kernel
+does after a timeout, is safe as soon as we have seen the end of the first; both may come in one turn of the loop.
 
 Bounds. Elders and held requests are counted as in flight on their connections, which are bounded, and
 which are kept as long as anything of theirs is in flight.
