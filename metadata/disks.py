@@ -34,8 +34,10 @@ metadata of one history, and after any crash,
 A mark that is newer than the metadata proves that the metadata come from an old backup; one that is
 older than recorded proves it of the disk. A copy of disk and metadata together keeps the order.
 
-Last change. A clean stop records size and modification time (`changed_since`). The time of the last
-change of the inode is not compared: a renaming, a changed mode, and our own mark change it.
+Last change. A clean stop records size, modification time and a sample (`changed_since`). The time of the
+last change of the inode is not compared: a renaming, a changed mode, and our own mark change it. A block
+device or an export has no such time; there the sample tells, if only of what it covers: the head of the disk
+is part of it, which a file system writes to when it is mounted.
 
 On disk. The record is a msgpack array; where it lies: superblock.py. Strings are cut to bounds, so
 that it never exceeds `RECORD_MAX`. A record that cannot be decoded is none: the disks are then
@@ -229,6 +231,8 @@ def changed_since(
         return "its content has changed"
     if not recorded.is_stopped:
         return ""
+    if recorded.size != found.size and is_sample_equal:
+        return ""  # to grow or shrink a file changes its time, too
     if recorded.mtime_ns and found.mtime_ns and recorded.mtime_ns != found.mtime_ns:
         return "it has been written to"
     return ""

@@ -41,6 +41,7 @@ from bitarray.util import zeros
 from metadata.cache_content import CacheContent, read_cache_content
 from metadata.cache_records import OBLOCK_SHIFT
 from metadata.cache_restore import record_written_back
+from metadata.disks import spread_offsets
 from metadata.errors import MetadataError
 from metadata.kinds import CACHE, find_kind
 from metadata.operations import Steps
@@ -54,6 +55,7 @@ from nbdtarget.permissions import OTHER_DISK, Permission
 from nbdtarget.targets.copier import Copier, CopyError
 from nbdtarget.targets.disks import (
     CACHE_ROLE,
+    NR_SPREAD,
     ORIGIN_ROLE,
     DiskRecords,
     Role,
@@ -152,11 +154,7 @@ async def write_back(
     Raises: NbdTargetError: a device or the metadata are refused, or it cannot be recorded.
     Durable: what the answer says.
     """
-    for name, offset in (("origin", job.origin_offset), ("cache", job.cache_offset)):
-        if offset % OFFSET_ALIGNMENT:
-            raise NbdTargetError(
-                f"offset {offset} of the {name} is not a multiple of {OFFSET_ALIGNMENT}"
-            )
+    _check_offsets(job)
     async with AsyncExitStack() as opened:
         metadata = await opener(job.metadata, not job.update_metadata)
         opened.push_async_callback(metadata.close)
@@ -183,7 +181,7 @@ async def write_back(
             await cache.flush()
             disks = record_of_disks.of(cache, origin.device)
             await disks.prepare()
-            await disks.note_stop({CACHE_ROLE: copy.offsets_of_the_rest()})
+            await disks.note_stop(copy.samples())
             steps = record_written_back(
                 metadata.size, copy.copied, disks=record_of_disks.disks
             )
@@ -237,6 +235,14 @@ async def _read(name: str, metadata: Device) -> CacheContent:
             " --clear-needs-check` comes first"
         )
     return await _run(name, metadata, read_cache_content(metadata.size))
+
+
+def _check_offsets(job: WritebackJob) -> None:
+    for name, offset in (("origin", job.origin_offset), ("cache", job.cache_offset)):
+        if offset % OFFSET_ALIGNMENT:
+            raise NbdTargetError(
+                f"offset {offset} of the {name} is not a multiple of {OFFSET_ALIGNMENT}"
+            )
 
 
 def _check_sizes(
@@ -349,16 +355,17 @@ class _Copy:
         self._nr_done = 0
         self._is_stopping = False
 
-    def offsets_of_the_rest(self) -> list[int]:
-        """Where the cache has some of what was not copied: to recognise it by."""
+    def samples(self) -> dict[str, list[int]]:
+        """Where the disks are sampled: some of what was not copied, and all over the origin."""
         rest: bitarray = zeros(len(self.copied), "little")
         for block in self.blocks:
             rest[block.cblock] = not self.copied[block.cblock]
-        size = self._block_size
-        return [
-            self._job.cache_offset + cblock * size
-            for cblock in spread_ones(rest, len(rest))
-        ]
+        begin, size = self._job.cache_offset, self._block_size
+        dirty = spread_ones(rest, len(rest))
+        return {
+            CACHE_ROLE: [begin + cblock * size for cblock in dirty],
+            ORIGIN_ROLE: [*spread_offsets(self._origin.device.size, NR_SPREAD)],
+        }
 
     async def run(self) -> None:
         """Copy all that can be copied. Raises: NbdTargetError: the origin cannot be opened again."""

@@ -43,6 +43,7 @@ from metadata.disks import (
     encode_disks,
     record_of,
     sample_of,
+    spread_offsets,
 )
 from metadata.errors import MetadataError
 from nbdtarget.clock import timeout
@@ -54,12 +55,14 @@ from nbdtarget.permissions import MOVED, OTHER_DISK, Permission, option_of
 __all__ = [
     "CACHE_ROLE",
     "DESTINATION_ROLE",
+    "NR_SPREAD",
     "ORIGIN_ROLE",
     "SOURCE_ROLE",
     "DiskRecords",
     "Finding",
     "Recorded",
     "Role",
+    "cache_samples",
     "spread_ones",
 ]
 
@@ -70,7 +73,7 @@ CACHE_ROLE: Final = "cache"
 ORIGIN_ROLE: Final = "origin"
 
 ANSWER_S_MAX: Final = 5.0  # for one question to one disk, and for all of a stop
-NR_SPREAD: Final = 16
+NR_SPREAD: Final = 16  # blocks of a sample that is taken at each stop
 
 log = logging.getLogger(__name__)
 
@@ -386,6 +389,16 @@ async def read_sample(device: Device, offsets: Sequence[int]) -> Sample | None:
         if isinstance(block, BaseException) and not isinstance(block, DeviceError):
             raise block
     return sample_of(offsets, read) if len(read) == len(offsets) else None
+
+
+def cache_samples(
+    dirty: Iterable[int], block_size: int, origin: Device
+) -> dict[str, Sequence[int]]:
+    """Where the disks of a cache are sampled at a stop. Args: dirty: some dirty blocks."""
+    return {
+        CACHE_ROLE: [cblock * block_size for cblock in dirty],
+        ORIGIN_ROLE: spread_offsets(origin.size, NR_SPREAD),
+    }
 
 
 def spread_ones(bits: bitarray, length: int, nr_max: int = NR_SPREAD) -> list[int]:

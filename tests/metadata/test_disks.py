@@ -165,6 +165,11 @@ def test_last_change_counts_after_a_clean_stop_only() -> None:
     assert changed_since(stopped, file(mtime_ns=8)) == "it has been written to"
     assert changed_since(stopped, file(mtime_ns=0)) == ""  # it cannot be told
     assert changed_since(running, file(mtime_ns=8)) == ""
+    # To grow a file changes its time: then the content decides, where it is known.
+    grown = file(mtime_ns=8)._replace(size=2 * SIZE)
+    assert changed_since(stopped, grown) == "it has been written to"
+    assert changed_since(stopped, grown, is_sample_equal=True) == ""
+    assert "content" in changed_since(stopped, grown, is_sample_equal=False)
     assert "content" in changed_since(stopped, file(mtime_ns=7), is_sample_equal=False)
 
 

@@ -73,7 +73,7 @@ from nbdtarget.targets.cache.report import status_fields, status_line
 from nbdtarget.targets.cache.table import parse_core_value, parse_ranges
 from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.committer import Committer
-from nbdtarget.targets.disks import CACHE_ROLE, spread_ones
+from nbdtarget.targets.disks import cache_samples, spread_ones
 from nbdtarget.words import join_words
 
 __all__ = ["CacheTarget"]
@@ -313,14 +313,14 @@ class CacheTarget(Target):
         await self._committer.commit(clean_shutdown=True)
 
     async def _note_stop(self) -> None:
-        """Have the last commit record what the disks are like, and some dirty blocks."""
+        """Have the last commit record what the disks are like."""
         disks = self._parts.disks
         # What is marked with a generation must say all that is recorded with it.
         if not (disks.are_known and await self._committer.commit()):
             return
         dirty = spread_ones(self._metadata.dirty, self._metadata.nr_cblocks)
-        offsets = [cblock * self._block_size for cblock in dirty]
-        await disks.note_stop({CACHE_ROLE: offsets})
+        samples = cache_samples(dirty, self._block_size, self._parts.origin)
+        await disks.note_stop(samples)
 
     def _rests_on_unflushed(self, lost: Sequence[Device]) -> bool:
         """What was copied may be lost: a block that is clean in core may be dirty.

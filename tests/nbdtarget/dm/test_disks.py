@@ -458,6 +458,30 @@ async def test_changed_origin_is_refused_while_blocks_are_dirty(site: Site) -> N
         assert bytes(await device.read(MIB, 3)) == b"new"
 
 
+async def test_change_of_an_origin_that_has_no_time_is_seen_at_its_head(
+    site: Site,
+) -> None:
+    await site.clean_cache()
+    before = site.recorded("cache.meta", "origin").mtime_ns
+    with site.path("origin").open("r+b") as file:
+        file.seek(1024)
+        file.write(b"mounted")
+    os.utime(site.path("origin"), ns=(before, before))  # as a block device has none
+    async with site.served(site.cache(mode="writethrough")) as device:
+        assert _nr_mapped(device) == 0
+        assert await device.read(0, SIZE) == site.read("origin")
+
+
+async def test_disks_of_a_dirty_cache_may_grow_while_it_is_not_in_use(
+    site: Site,
+) -> None:
+    content = await site.dirty_cache()
+    for name in ("origin", "cache"):
+        os.truncate(site.path(name), 2 * SIZE)
+    async with site.served(site.cache()) as device:
+        assert await device.read(0, SIZE) == content
+
+
 async def test_changed_destination_of_an_interrupted_clone_is_refused(
     site: Site,
 ) -> None:
