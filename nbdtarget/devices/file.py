@@ -429,7 +429,9 @@ class FileDevice(RecognisedFile):
         assert payload is not None
         if bio.flags & FUA:
             # Twice: a failure of the second alone leaves open whether the page cache or the
-            # disk had no room. Next to the disk, the first costs nothing (2 us for 4 KiB).
+            # disk had no room. Next to the disk, the first costs nothing (2 us for 4 KiB). Between
+            # the two, a later write to the same bytes could be undone: who submits bios that
+            # overlap in flight leaves their order open (`base.py`), and the server does not.
             write = partial(self._write_rest, payload, bio.offset, put)
             self._start_sync(
                 _Sync([bio]), partial(write, 0), partial(write, os.RWF_DSYNC)
