@@ -327,7 +327,10 @@ class CacheTarget(Target):
 
         A block that is mapped in core alone may hold anything by now, so it must not even be read.
         """
-        if self._distrust.maybe_distrust(lost):
+        if not self._blocks.origin_writes.has_any:
+            # The origin had nothing of ours that a flush had not covered: it lost nothing.
+            lost = [device for device in lost if device is not self._parts.origin]
+        if not lost or self._distrust.maybe_distrust(lost):
             return False
         if self._parts.cache in lost and self._metadata.changed:
             self._metadata.fail()

@@ -67,3 +67,25 @@ async def test_table_that_is_loaded_while_a_commit_fails_is_overtaken_by_nothing
     await lab.cut_power()
     await lab.create(DIRTY_BUSY)
     assert await lab.read(4) == b"w" * BLOCK
+
+
+async def test_origin_that_lost_nothing_of_ours_leaves_the_cache_as_it_is(
+    lab: CacheLab,
+) -> None:
+    """Its table was swapped while its flush failed, but all that we wrote was flushed before."""
+    await lab.create(DIRTY_BUSY)
+    await lab.fill([3])
+    await lab.device.flush()
+    lab.origin.health.note_loss()
+    await settle()
+    assert lab.core.mode is Mode.RW
+    flush = lab.flush()
+    await settle()
+    assert flush.status == 0
+    await lab.write_part(20)  # it goes to the origin
+    lab.origin.health.note_loss()
+    await settle()
+    assert (await lab.status())[-3] == "ro"
+    flush = lab.flush()
+    await settle()
+    assert flush.status == errnos.EIO
