@@ -62,6 +62,13 @@ DISKS: Final = (
         SITE,
     ),
     Mutant(
+        "disks-origin-not-sampled",
+        "A block device that was mounted without its cache goes on: old blocks hide new data.",
+        DISKS_PY,
+        (("        ORIGIN_ROLE: spread_offsets(origin.size, NR_SPREAD),\n", ""),),
+        SITE,
+    ),
+    Mutant(
         "disks-torn-record-believed",
         "Whatever stands behind a superblock counts as its record.",
         SUPERBLOCK_PY,
