@@ -50,6 +50,9 @@ A device that goes on, but says that it may have lost what no flush had covered 
 next flush, once. If what is in core rests on that data (`rests_on_unflushed`), it is aborted at once, and not
 only at the next flush: until then clients would be shown whatever the device holds there instead.
 
+A failed flush that nothing rests on (`can_do_without`; a writethrough cache's cache device, see
+`nbdtarget.targets.cache.distrust`) is told to the owner, and fails nobody.
+
 A failed flush of a backing device that nothing was written to since its last good flush (`Unflushed`) has
 lost nothing, and fails nobody.
 

@@ -36,6 +36,7 @@ from nbdtarget.targets.cache.locks import BlockLock
 __all__ = ["GivingUp"]
 
 RETRY_S: Final = 0.01
+GIVEN_UP_MAX: Final = 16  # blocks, before the device itself is in doubt
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class GivingUp:
 
     Attributes:
         nr_given_up: blocks, since this table was constructed.
+        too_many: called when these have become many: each of them costs a failed try and a commit.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class GivingUp:
         self._spawn = spawn
         self._under_way: dict[int, list[Callable[[int], None]]] = {}  # by oblock
         self.nr_given_up = 0
+        self.too_many: Callable[[], object] = lambda: None
         blocks.locks.rescue = self.rescue_read
 
     def rescue_read(self, bio: Bio, errno: int, oblock: int, cblock: int) -> bool:
@@ -154,6 +157,8 @@ class GivingUp:
             f" ({self.nr_given_up} blocks so far)"
         )
         blocks.event()
+        if self.nr_given_up == GIVEN_UP_MAX:
+            self.too_many()
 
 
 def _nobody(_: int) -> None:

@@ -29,7 +29,8 @@ Failure. When a commit fails the metadata become read-only in core, and no FLUSH
 writes that need nothing recorded. The disk holds the last commit, so a table that is loaded now, or a server
 that is started again, goes on from there. Was it the metadata device that failed, the status line says
 `needs_check`, as the kernel's does; nothing on the disk says so, for nothing there is in doubt. If the metadata device
-cannot be read any more, either, the mode is Fail, and all I/O ends with EIO.
+cannot be read any more, either, the mode is Fail, and all I/O ends with EIO. What the cache device fails, while the
+origin has everything, no client notices: `giving_up` for single blocks, `distrust` for the device.
 
 What a crash leaves. In writeback mode, and as long as a block is dirty: every mapping that was committed, and its
 data. All of them count as dirty, or with `dirty_log` those that may be. Else: the origin, which has everything; the
@@ -137,6 +138,7 @@ class CacheTarget(Target):
         self._wishes = Wishes(self._blocks)
         self._migrations = Migrations(self._blocks, self._wishes, ctx.clock)
         self._giving_up = GivingUp(self._blocks, ctx.clock, self._migrations.spawn)
+        self._giving_up.too_many = self._distrust.many_given_up
         self._foreground = Foreground(
             self._blocks,
             self._giving_up,

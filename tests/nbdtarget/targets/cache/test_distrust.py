@@ -166,3 +166,18 @@ async def test_dirty_block_in_a_writethrough_cache_needs_the_flush(
     assert lab.core.nr_dirty == 1
     lab.fail("c", OP_FLUSH)
     assert await flushed(lab) == errnos.EIO
+
+
+async def test_device_that_fails_block_after_block_is_not_tried_for_each_of_them(
+    lab: CacheLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdtarget.targets.cache.giving_up.GIVEN_UP_MAX", 2)
+    lab.cache.fails_inline = True
+    await cached(lab, *range(6))
+    lab.fail("c", OP_READ)
+    for oblock in range(6):
+        read = lab.submit(OP_READ, oblock * BLOCK, 512)
+        await settle()
+        assert read.status == 0
+    assert len(lab.asked("c", "read")) == 2
+    assert lab.target.status_fields()["blocks_given_up"] == 2
