@@ -24,7 +24,8 @@ makes it. A server without FLUSH promises nothing, and is refused as a device to
 After a failed FLUSH, FUA or write (but for want of space), FLUSH and FUA fail until the device
 is opened again: the server's file may have latched as ours would.
 
-*Loss.* When any connection is lost, everything in flight ends with EIO, on every connection, and so does
+*Loss.* A connection is lost when the server hangs up, and when it answers ESHUTDOWN: nbdkit, for one, refuses
+everything then, but stays for as long as we are connected. When any connection is lost, everything in flight ends with EIO, on every connection, and so does
 what comes while the device is lost. It connects again by itself, trying ever more seldom, from
 `RECONNECT_S_MIN` to `RECONNECT_S_MAX`; how lost connections are kept from overtaking the new ones with what they
 had under way is told in `nbd_connection`. Nothing is sent again: what was answered may not be, and
@@ -328,6 +329,8 @@ class NbdDevice(Device):
                 logger.info("%s: %s", self.name, completion.message)
             if status == errnos.ESHUTDOWN:
                 status = errnos.EIO
+                # Such a server may stay for as long as we are connected, and refuse everything.
+                self._connection_lost("the server is shutting down")
         self._answer(completion.private, status, completion)
 
     def _answer(

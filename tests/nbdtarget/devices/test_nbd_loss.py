@@ -79,6 +79,26 @@ async def test_written_device_connects_again_and_goes_on(
     assert "may be gone" not in caplog.text
 
 
+async def test_a_server_that_is_shutting_down_is_left_and_its_successor_found(
+    tmp_path: Path,
+) -> None:
+    """nbdkit stays, and refuses everything with ESHUTDOWN, while a client is connected."""
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        await device.write(0, b"durable")
+        await device.flush()
+        server.errors[consts.CMD_WRITE] = errno.ESHUTDOWN
+        await gives_eio(device.write(0, b"refused"))
+        assert device.health.state is HealthState.LOST
+        del server.errors[consts.CMD_WRITE]
+        await recovered(device)
+        await device.write(0, b"retried")
+        await device.flush()
+        assert device.losses == 0
+        assert server.disk[:7] == b"retried"
+        await device.close()
+
+
 @pytest.mark.parametrize("op", [OP_WRITE, OP_WRITE_ZEROES])
 async def test_writes_that_no_flush_covered_are_a_loss(
     tmp_path: Path, op: int, caplog: pytest.LogCaptureFixture
