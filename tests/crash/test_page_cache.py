@@ -18,12 +18,14 @@ from metadata.errors import MetadataError
 from metadata.operations import Steps
 from metadata.superblock import CloneSuperblock, superblock_writes
 from nbdtarget.bio import FUA, Bio
+from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.volatile_cache import Fate
 from tests.crash.cache_rigs import (
     CacheRig,
     LoggedCacheRig,
     SwitchingCacheRig,
+    WritethroughRig,
     small_blocks,
 )
 from tests.crash.machine import Driver
@@ -33,7 +35,7 @@ from tests.crash.test_cache_faults import draw_walk as draw_cache_walk
 from tests.crash.test_cache_machine import take_cache
 from tests.crash.test_faults import FaultDriver, draw_walk
 from tests.crash.test_machine import Step, take
-from tests.support.pagecache import PageCacheDevice, Stay
+from tests.support.pagecache import PAGE, PageCacheDevice, Stay
 
 CLONE_WALKS = int(os.environ.get("SIM_WALKS", "40"))
 CACHE_WALKS = int(os.environ.get("SIM_WALKS", "30"))
@@ -249,4 +251,42 @@ def test_a_flush_that_rests_on_a_superblock_which_never_reached_the_disk_is_kept
     driver.drain()
     driver.cut_power(1, Fate.DROP)
     driver.verify()
+    driver.discard_loop()
+
+
+@pytest.mark.parametrize("make_rig", [QuietCloneRig, WritethroughRig])
+def test_loading_writes_nothing_and_after_the_first_resume_an_idle_disk_does_no_io(
+    make_rig: type[CloneRig | CacheRig],
+) -> None:
+    driver = Driver(make_rig(1, 1.0))
+    driver.write(0, 2 * REGION_SIZE, fua=False)
+    driver.flush()
+    driver.drain()
+    driver.run(driver.rig.stop())
+    rig = driver.rig.reboot(2, tuple(each.image() for each in driver.rig.at_risk))
+    assert isinstance(rig, CloneRig | CacheRig)
+    metadata = next(each for each in rig.at_risk if each.name == "/metadata")
+
+    def written() -> list[int]:
+        return [at for op, at, _, _ in metadata.trace if op not in ("read", "flush")]
+
+    async def load_alone() -> None:
+        rig.registry = Registry(rig.opener(), clock=rig.clock)
+        rig.disk = await rig.registry.create("d", None)
+        await rig.load()
+
+    driver.rig = rig
+    driver.run(load_alone())
+    assert written() == []
+    driver.run(rig.resume())
+    # Both copies of both slots, each after the other, and nothing but them.
+    slots = [at // PAGE for at in written()]
+    assert sorted(slots) == [0, 1, 2, 3]
+    assert [block % 2 for block in slots] in ([0, 0, 1, 1], [1, 1, 0, 0])
+    before = [len(each.trace) for each in rig.at_risk]
+    for _ in range(10):
+        driver.advance(2.0)
+        driver.turn(50)
+    assert [len(each.trace) for each in rig.at_risk] == before
+    driver.run(rig.stop())
     driver.discard_loop()

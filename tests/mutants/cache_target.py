@@ -33,6 +33,17 @@ def _mutant(
 
 
 CACHE_TARGET: Final = (
+    # ---- the first resume
+    _mutant(
+        "no-commit-before-a-resumed-cache-changes",
+        "The first commit overwrites records that a copy, unreadable today, vouches for tomorrow.",
+        "nbdtarget/targets/cache/activation.py",
+        (
+            "            if metadata.needs_rewrite:\n                await self._commit()\n",
+            "",
+        ),
+        ("tests/crash/test_page_cache.py",),
+    ),
     # ---- what a commit stands on
     _mutant(
         "cache-not-flushed-by-a-commit",

@@ -26,6 +26,19 @@ FAULTS: Final = (
 COPIER: Final = ("tests/nbdtarget/targets/test_copier.py",)
 
 CLONE: Final = (
+    # ---- the first resume
+    Mutant(
+        "no-commit-before-a-resumed-clone-serves",
+        "What was read of superblocks, perhaps in a page cache only, is acted upon for a second.",
+        TARGET_PY,
+        (
+            (
+                "if self._metadata.needs_rewrite and not await self._committer.commit():",
+                "if not self._regions.is_writable:",
+            ),
+        ),
+        ("tests/crash/test_page_cache.py",),
+    ),
     # ---- FLUSH and FUA
     Mutant(
         "flush-passed-down-uncommitted",
