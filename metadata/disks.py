@@ -37,7 +37,8 @@ older than recorded proves it of the disk. A copy of disk and metadata together 
 Last change. A clean stop records size, modification time and a sample (`changed_since`). The time of the
 last change of the inode is not compared: a renaming, a changed mode, and our own mark change it. A block
 device or an export has no such time; there the sample tells, if only of what it covers: the head of the disk
-is part of it, which a file system writes to when it is mounted.
+is part of it, which a file system writes to when it is mounted. A change within the same tick of a file's
+time as our last write (some milliseconds; on old file systems a second) is seen in the sample at most.
 
 On disk. The record is a msgpack array; where it lies: superblock.py. Strings are cut to bounds, so
 that it never exceeds `RECORD_MAX`. A record that cannot be decoded is none: the disks are then

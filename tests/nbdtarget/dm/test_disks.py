@@ -60,6 +60,14 @@ class Site:
     def read(self, name: str) -> bytes:
         return self.path(name).read_bytes()
 
+    def change(self, name: str, offset: int, content: bytes) -> None:
+        """Write to a file as somebody else does, who takes longer than a tick of its time."""
+        before = self.path(name).stat().st_mtime_ns
+        while self.path(name).stat().st_mtime_ns == before:
+            with self.path(name).open("r+b") as file:
+                file.seek(offset)
+                file.write(content)
+
     def blank(self, name: str) -> None:
         """A new file of zeroes in the place of what was there."""
         self.path(name).unlink(missing_ok=True)
@@ -213,8 +221,7 @@ async def test_any_source_will_do_before_anything_is_copied_and_after_all_is(
 
 async def test_changed_source_of_an_interrupted_clone_is_refused(site: Site) -> None:
     await site.half_cloned()
-    with site.path("source").open("r+b") as file:
-        file.write(b"changed")
+    site.change("source", 0, b"changed")
     line = await site.refused(site.clone())
     assert "its content has changed" in line
     await site.started(site.clone(), SAY_OTHER)
@@ -427,8 +434,7 @@ async def test_clean_blocks_are_dropped_if_the_origin_was_used_without_the_cache
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     await site.clean_cache()
-    with site.path("origin").open("r+b") as file:
-        file.write(b"new" * 1000)
+    site.change("origin", 0, b"new" * 1000)
     async with site.served(site.cache(mode="writethrough")) as device:
         assert await device.read(0, SIZE) == site.read("origin")
     (line,) = [each.getMessage() for each in caplog.records if "dropped" in each.msg]
@@ -446,9 +452,7 @@ async def test_clean_blocks_are_kept_if_the_origin_was_only_read(site: Site) -> 
 
 async def test_changed_origin_is_refused_while_blocks_are_dirty(site: Site) -> None:
     await site.dirty_cache()
-    with site.path("origin").open("r+b") as file:
-        file.seek(MIB)
-        file.write(b"new")
+    site.change("origin", MIB, b"new")
     line = await site.refused(site.cache())
     assert str(site.path("origin")) in line
     assert "written to while it was not in use" in line
@@ -463,9 +467,7 @@ async def test_change_of_an_origin_that_has_no_time_is_seen_at_its_head(
 ) -> None:
     await site.clean_cache()
     before = site.recorded("cache.meta", "origin").mtime_ns
-    with site.path("origin").open("r+b") as file:
-        file.seek(1024)
-        file.write(b"mounted")
+    site.change("origin", 1024, b"mounted")
     os.utime(site.path("origin"), ns=(before, before))  # as a block device has none
     async with site.served(site.cache(mode="writethrough")) as device:
         assert _nr_mapped(device) == 0
@@ -486,9 +488,7 @@ async def test_changed_destination_of_an_interrupted_clone_is_refused(
     site: Site,
 ) -> None:
     await site.half_cloned()
-    with site.path("dest").open("r+b") as file:
-        file.seek(MIB + MIB // 2)
-        file.write(b"new")
+    site.change("dest", MIB + MIB // 2, b"new")
     line = await site.refused(site.clone())
     assert "two states would be mixed" in line
     await site.started(site.clone(), SAY_OTHER)
@@ -497,8 +497,7 @@ async def test_changed_destination_of_an_interrupted_clone_is_refused(
 async def test_finished_destination_may_be_used_alone(site: Site) -> None:
     async with site.served(site.clone()) as device:
         await device.write(0, b"c" * SIZE)
-    with site.path("dest").open("r+b") as file:
-        file.write(b"new")
+    site.change("dest", 0, b"new")
     async with site.served(site.clone()) as device:
         assert bytes(await device.read(0, 3)) == b"new"
 
@@ -509,8 +508,7 @@ async def test_invalidate_all_gives_up_what_is_clean_while_it_is_served(
     async with site.served(site.cache(mode="writethrough")) as device:
         await device.message(0, ["pin", "0-4"])
         await _promoted(device, 4)
-        with site.path("origin").open("r+b") as file:
-            file.write(b"new" * 1000)
+        site.change("origin", 0, b"new" * 1000)
         assert bytes(await device.read(0, 3)) != b"new"
         await device.message(0, ["invalidate_all"])
         assert _nr_mapped(device) == 0
