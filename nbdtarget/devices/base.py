@@ -195,7 +195,8 @@ class Device:
         return self.size
 
     async def close(self) -> None:
-        """Release what is open. The caller has drained all I/O; nothing is flushed here."""
+        """Release what is open. The caller has drained all I/O, but for reads that it has given
+        up; nothing is flushed here."""
         raise NotImplementedError
 
     async def readinto(self, offset: int, buffer: memoryview) -> None:

@@ -5,6 +5,11 @@ import random
 from collections.abc import Callable
 from typing import Final
 
+from tests.sim.backend_rigs import (
+    cache_over_backends,
+    clone_over_backends,
+    linear_over_backend,
+)
 from tests.sim.cache_rigs import (
     cache,
     cache_over_clone,
@@ -40,4 +45,7 @@ RIGS: Final[dict[str, tuple[Callable[[random.Random], Rig], int]]] = {
     "cache_passthrough": (cache_passthrough, 2),
     "cache_switching": (cache_switching, 3),
     "cache_over_clone": (cache_over_clone, 3),
+    "linear_over_backend": (linear_over_backend, 2),
+    "clone_over_backends": (clone_over_backends, 4),
+    "cache_over_backends": (cache_over_backends, 4),
 }

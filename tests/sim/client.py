@@ -68,7 +68,7 @@ KINDS: Final = {
     CMD_WRITE_ZEROES: 2,
     CMD_TRIM: 1,
     CMD_CACHE: 1,
-    CMD_BLOCK_STATUS: 1,
+    CMD_BLOCK_STATUS: 3,
 }
 CONTEXTS: Final = (
     (),
@@ -123,7 +123,16 @@ class Habits:
 class _Op:
     """What the model must be told when the answer comes, or does not."""
 
-    __slots__ = ("begin", "ended", "is_change", "length", "lost", "outages")
+    __slots__ = (
+        "begin",
+        "ended",
+        "is_change",
+        "is_told",
+        "length",
+        "loss_nr",
+        "lost",
+        "outages",
+    )
 
     def __init__(
         self,
@@ -139,6 +148,8 @@ class _Op:
         self.ended = ended
         self.lost = lost
         self.outages = 0  # `Life.nr_outages` when it was sent
+        self.is_told = False  # its connection, of the last loss, when it was sent
+        self.loss_nr = 0
 
     def overlaps(self, begin: int, length: int) -> bool:
         """Whether a sector belongs to both."""
@@ -184,6 +195,8 @@ class Client:
         self._is_reading = False
         self._is_writing = False
         self._is_leaving = False  # DISC is sent
+        self._loss_nr = 0
+        self._is_told = False  # of that loss below, by a FLUSH that failed
         self._handshake: ClientHandshake | None = None
         self._transmission: _Transmission | None = None
         self._out = bytearray()
@@ -199,6 +212,11 @@ class Client:
         return self._sock is not None and not (
             self._is_leaving or self.life.is_stopping or self.life.is_over
         )
+
+    def forget_losses(self) -> None:
+        """There may be another loss, of which it has to be told."""
+        self._is_told = False
+        self._loss_nr += 1
 
     def changes(self) -> list[_Op]:
         """The writes in flight."""
@@ -221,7 +239,9 @@ class Client:
                     break
                 self._issue()
                 if self._random.random() < self._habits.think:
-                    await asyncio.sleep(self._random.random() * self._habits.think_s)
+                    # So long that a server may go and come back without its noticing.
+                    longest_s = self._habits.think_s * (8 if self.life.backends else 1)
+                    await asyncio.sleep(self._random.random() * longest_s)
             await self.disconnect()
 
     async def connect(self) -> bool:
@@ -234,6 +254,7 @@ class Client:
             return False
         self._sock = sock
         self._is_leaving = False
+        self._is_told = False
         self._out.clear()
         self._transmission = None
         self._handshake = handshake = ClientHandshake(
@@ -367,7 +388,8 @@ class Client:
 
     def _flush(self) -> None:
         life, model = self.life, self.life.model
-        promised = model.start_flush()
+        owner = self._sock
+        promised = model.start_flush_of(owner)
         told = life.hydration.start()
         must_fail = life.flushes_fail
         losses = model.nr_losses
@@ -378,12 +400,14 @@ class Client:
             if ok and must_fail and not life.nr_outages:
                 raise Violation(f"{self.name}: FLUSH after one that has failed: ok")
             if ok and losses == model.nr_losses:
-                model.end_flush(promised, ok=True)
+                model.end_flush_of(promised)
                 life.hydration.end_flush(told)
             if ok:
                 life.promised()
             else:
                 life.flush_failed()
+                if life.is_hurt:
+                    model.doubt(owner)
 
         op = _Op(0, 0, False, ended, _nothing)
         self._request(CMD_FLUSH, 0, 0, 0, op)
@@ -401,6 +425,8 @@ class Client:
                 flags |= CMD_FLAG_FAST_ZERO
         label = f"{CMD_NAMES[kind].lower()}#{self.name}.{self._cookie + 1}"
         started = model.start_write(offset, data, length, label)
+        for _, write in started:
+            write.owner = self._sock
         losses = model.nr_losses
 
         def ended(completion: Completion) -> None:
@@ -462,6 +488,10 @@ class Client:
         may_fail = life.may_fail or op.outages != life.nr_outages
         if completion.command == CMD_FLUSH and life.owes_flush_error and not may_fail:
             life.owes_flush_error, may_fail = False, True
+        if completion.command == CMD_FLUSH and life.is_hurt and not op.is_told:
+            # Each connection is told of a loss, by a FLUSH that fails, and by those beside it.
+            may_fail = True
+            self._is_told = self._is_told or op.loss_nr == self._loss_nr
         if not life.is_stopping and not (may_fail and error == EIO):
             raise Violation(f"{self.name}: {completion} {completion.message}")
         return False
@@ -484,6 +514,7 @@ class Client:
             command, flags, cookie, offset, length, buffer
         )
         op.outages = self.life.nr_outages
+        op.is_told, op.loss_nr = self._is_told, self._loss_nr
         self._ops[cookie] = op
         self._send(header + payload)
 

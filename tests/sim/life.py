@@ -38,7 +38,7 @@ from nbdtarget.permissions import OVERWRITE, Permission
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget.volatile_cache import BORDERS, Fate
-from tests.crash.rigs import DeviceTable
+from tests.sim.backend import RECOVERY_S, Backend, BackendTable, Trouble
 from tests.sim.cache_watch import CacheWatch
 from tests.sim.client import Client, Habits
 from tests.sim.disks import LATENCIES, SimDisk
@@ -140,6 +140,9 @@ class Life:
         nr_outages: beginnings and ends of them: a request that has seen one may fail.
         owes_flush_error: the next FLUSH may fail, for what a table that is gone has lost.
         flushes_fail: one has failed on a disk that has latched: so will each that is sent.
+        is_hurt: a server of a disk that is written to has gone in this life: what was not
+            flushed may be lost, which is told once to each connection.
+        nr_departures: how often a backend has gone, or begun to hang.
         failure: the first thing that went wrong.
         counts: what happened in the cache, if there is one.
     """
@@ -204,7 +207,14 @@ class Life:
             family=rng.choice((socket.AF_UNIX, socket.AF_INET)),
         )
         self.disks = self._make_disks(images, disk_type)
-        self._cache = CacheWatch.maybe_of(self)
+        self.backends = self._make_backends()
+        self.loop.backends = self.backends
+        self.is_hurt = False
+        self.nr_departures = 0
+        self._nr_away = 0  # backends
+        self._nr_back = 0  # times that one has come back
+        self._is_recovering = False
+        self._cache = None if rig.backends else CacheWatch.maybe_of(self)
 
     def _make_disks(
         self, images: dict[str, bytes], disk_type: type[SimDisk]
@@ -226,12 +236,68 @@ class Life:
             self.note("boot", disk.name, latency)
         return disks
 
+    def _make_backends(self) -> dict[str, Backend]:
+        """By host name."""
+        return {
+            name[1:]: Backend(
+                self.network,
+                self.disks[name],
+                random.Random(f"{self._seed} backend {name}"),
+                self.loop,
+            )
+            for name in self.rig.backends
+        }
+
     # ---- what may go wrong ----
 
     @property
     def may_fail(self) -> bool:
         """Requests and verbs may, and ERROR lines may be logged."""
-        return self._is_faulty or self._is_cornered or self._is_out
+        return (
+            self._is_faulty or self._is_cornered or self._is_out or self._is_recovering
+        )
+
+    def backend_goes(self, *, is_written: bool) -> None:
+        """A backend is about to go away."""
+        self.nr_outages += 1
+        self._nr_away += 1
+        self.nr_departures += 1
+        self._is_recovering = True
+        if is_written:
+            self.is_hurt = True
+            self.model.become_lossy()
+            self.hydration.forget()
+            for client in self.clients:
+                client.forget_losses()
+
+    def backend_is_back(self) -> None:
+        """It is there again; every device must have found it soon."""
+        self._nr_away -= 1
+        self._nr_back += 1
+        nr_back = self._nr_back
+
+        def recovered() -> None:
+            if self._nr_away or nr_back != self._nr_back:
+                return
+            if self.is_hurt and self.rig.has_metadata:
+                return  # a commit may have failed: until the table is loaded again
+            self.recovered()
+
+        self.loop.call_later(RECOVERY_S, recovered)
+
+    @property
+    def are_backends_well(self) -> bool:
+        return not self._nr_away and not any(b.is_hung for b in self.backends.values())
+
+    def recovered(self) -> None:
+        """From here on nothing may fail, but the FLUSH that tells a client of a loss."""
+        if self._is_recovering:
+            self.note("recovered")
+            self.nr_outages += 1
+            # A suspend whose flush failed counts as a loss, too, whatever had been told before.
+            for client in self.clients:
+                client.forget_losses()
+            self._is_recovering = False
 
     @property
     def is_slow(self) -> bool:
@@ -267,7 +333,8 @@ class Life:
         fault = self.fault
         assert fault is not None
         self.note("fault", fault.disk, fault.lie)
-        self._is_faulty = fault.lie is not None
+        # One that is slow behind a server may take longer than our client waits.
+        self._is_faulty = fault.lie is not None or fault.disk in self.rig.backends
         self.disks[fault.disk].lie = fault.lie_with(self.clock)
 
     def watch_cache(self) -> None:
@@ -372,6 +439,20 @@ class Life:
             raise self.failure
         return images
 
+    def repaired(
+        self, images: dict[str, bytes], fail: Callable[[BaseException], None]
+    ) -> dict[str, bytes]:
+        """What the next life finds; nothing but a disk of metadata that is bad asks for a tool."""
+        fault = self.fault
+        repaired = {}
+        for disk in self.rig.disks:
+            image = images[disk.name]
+            repaired[disk.name] = mended = self.rig.repaired(disk, image)
+            is_bad = fault is not None and fault.disk == disk.name and fault.lie
+            if mended != image and not is_bad:
+                fail(AssertionError(f"{disk.name}: needs_check, and it is sound"))
+        return repaired
+
     def _try(self, call: Callable[[], None]) -> None:
         try:
             call()
@@ -417,6 +498,9 @@ class Life:
             operator = self.loop.create_task(self._operator.run())
             operator.add_done_callback(self._operator_ended)
         await self._verify()
+        if self.backends and self.plan.nr_clients:
+            trouble = Trouble(self, random.Random(f"{self._seed} trouble"))
+            self._spawn(trouble.run()).add_done_callback(self._operator_ended)
         running = [self._spawn(client.run()) for client in clients]
         if self.plan.shutdown_after_s is None:
             await asyncio.gather(*running)
@@ -456,7 +540,7 @@ class Life:
         fault = self.fault
         if fault is not None and fault.after_s is None:
             self._break_disk()
-        self.registry = Registry(DeviceTable(dict(self.disks)), clock=self.clock)
+        self.registry = Registry(BackendTable(dict(self.disks)), clock=self.clock)
         self.verbs = Verbs(self.registry)
         self.listener = Listener(
             self.registry,
@@ -549,7 +633,9 @@ class Life:
         self._is_cornered = not unflushed <= {"d"}
         promised = self.model.start_flush()
         await self.registry.close()
-        is_durable = not (unflushed or self._is_faulty or self.owes_flush_error)
+        is_durable = not (
+            unflushed or self._is_faulty or self.owes_flush_error or self.is_hurt
+        )
         self.model.end_flush(promised, ok=is_durable)
         if operator is not None:
             await operator

@@ -60,6 +60,7 @@ class SimLoop(asyncio.BaseEventLoop):
         cut_at: the step that is not taken any more, or None.
         deadline_s: when to call it stuck.
         sockets: by descriptor; whoever makes a socket puts it here.
+        backends: the servers that can be connected to, by host name.
     """
 
     # What BaseEventLoop has, and the type stubs do not know.
@@ -75,6 +76,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self.cut_at: int | None = None
         self.deadline_s = float("inf")
         self.sockets: dict[int, Watchable] = {}
+        self.backends: dict[str, Any] = {}
         self._now_s = now_s
         self._random = random.Random(seed)
         self._readers: dict[int, asyncio.Handle] = {}
@@ -105,6 +107,41 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def remove_writer(self, fd: Any) -> bool:
         return _unwatch(self._writers, fd)
+
+    async def sock_recv(self, sock: Any, nbytes: int) -> bytes:
+        """As asyncio's."""
+        while True:
+            try:
+                data: bytes = sock.recv(nbytes)
+                return data
+            except BlockingIOError:
+                await self._until(self.add_reader, self.remove_reader, sock)
+
+    async def sock_sendall(self, sock: Any, data: Any) -> None:
+        """As asyncio's."""
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[sock.send(left) :]
+            except BlockingIOError:
+                await self._until(self.add_writer, self.remove_writer, sock)
+
+    async def _until(
+        self, add: Callable[..., None], remove: Callable[[Any], bool], sock: Any
+    ) -> None:
+        """Wait until a socket is ready."""
+        ready: asyncio.Future[None] = self.create_future()
+        fd = sock.fileno()
+
+        def is_ready() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        add(fd, is_ready)
+        try:
+            await ready
+        finally:
+            remove(fd)
 
     def _watch(
         self, watched: dict[int, asyncio.Handle], fd: Any, handle: asyncio.Handle

@@ -115,6 +115,41 @@ class ClientModel(DiskModel):
             else:
                 sector.history = [Write(found, True, "survived")]
 
+    def start_flush_of(self, owner: object) -> list[Write]:
+        """As `start_flush`, for one of several who flush: what others wrote may be in doubt."""
+        return [
+            next(
+                (
+                    w
+                    for w in reversed(s.history)
+                    if w.ended and (w.owner is owner or not w.in_doubt)
+                ),
+                s.history[0],
+            )
+            for s in self._sectors
+        ]
+
+    def doubt(self, owner: object) -> None:
+        """A FLUSH of `owner` has failed: what it has written and not flushed may be lost.
+
+        What others have written too, but they must be told themselves.
+        """
+        self.nr_changes += 1
+        for sector in self._sectors:
+            sector.history[0].ended = True
+            for write in sector.history[1:]:
+                if write.owner is owner:
+                    write.ended = False
+                else:
+                    write.in_doubt = True
+
+    def end_flush_of(self, promised: list[Write]) -> None:
+        """That FLUSH has ended with 0. What was put in doubt meanwhile is not promised."""
+        self.nr_changes += 1
+        for sector, write in zip(self._sectors, promised, strict=True):
+            if write.ended and write in sector.history:
+                del sector.history[: sector.history.index(write)]
+
     def lose_unflushed(self) -> None:
         """A device has lost its power, and what was not flushed may be gone."""
         self.nr_losses += 1

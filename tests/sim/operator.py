@@ -59,6 +59,8 @@ class Operator:
             deeds += [self._suspend_below, self._remove_what_is_used]
         if life.rig.powercut:
             deeds.append(self._cut_power)
+        if life.rig.backends:
+            deeds += [self._cure, self._cure]
         self._deeds = deeds
 
     async def run(self) -> None:
@@ -70,11 +72,14 @@ class Operator:
                 return
             deed = rng.choice(self._deeds)
             self._note(deed.__name__)
+            nr_departures, was_well = life.nr_departures, life.are_backends_well
             try:
                 await deed()
             except NbdTargetError as error:
                 self._note("refused", error)
-                if _is_overdue(error) and life.is_slow:
+                # A server that hangs shakes no hands, and lets nothing be suspended in time.
+                is_hanging = not was_well or nr_departures != life.nr_departures
+                if is_hanging or (_is_overdue(error) and life.is_slow):
                     await self._resume_all()
                     continue
                 if not (life.is_stopping or life.may_fail):
@@ -211,6 +216,34 @@ class Operator:
             )
             self._life.watch_cache()
             await self._verbs.resume(m.Resume(name))
+
+    async def _cure(self) -> None:
+        """All servers are back: the same table, loaded again, makes everything well."""
+        life = self._life
+        if not life.is_hurt or not life.are_backends_well:
+            return
+        nr_departures = life.nr_departures
+        load = m.Load("d", self._rig.table, permissions=(OVERWRITE,))
+        try:
+            await self._verbs.load(load)
+            await self._verbs.resume(m.Resume("d"))
+        except NbdTargetError as error:
+            is_well = nr_departures == life.nr_departures and life.fault is None
+            if is_well and not life.is_stopping:
+                raise AssertionError("all is well, and a table is refused") from error
+            raise
+        # If a commit fails between load and resume, the new table has the old one's metadata.
+        if await self._is_writable() and nr_departures == life.nr_departures:
+            life.recovered()
+
+    async def _is_writable(self) -> bool:
+        answer = await self._verbs.status(m.Status(("d",), noflush=True))
+        return all(
+            "rw" in line.params.split()
+            for device in answer.devices
+            for line in device.lines
+            if line.type in ("clone", "cache")
+        )
 
     async def _remove_what_is_used(self) -> None:
         name = self._random.choice(self._names[:-1])

@@ -30,6 +30,7 @@ from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE
 from tests.support.model import SECTOR
 
 __all__ = [
+    "BACKEND",
     "SECTORS",
     "Disk",
     "Message",
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 SECTORS: Final = DISK_SIZE // SECTOR
+BACKEND: Final = "nbd://"  # a disk called "/name" is "nbd://name/" behind a server
 
 
 Message = tuple[str, int, tuple[str, ...]]  # to which device and sector, and its words
@@ -94,6 +96,7 @@ class Rig:
         others: tables that `d` may be reloaded with, instead of its own.
         refusals: errnos with which a message may be refused.
         discards_last: see `DiskModel`.
+        backends: names of the disks that other machines have, behind NBD servers.
     """
 
     name: str
@@ -108,6 +111,7 @@ class Rig:
     others: tuple[str, ...] = ()
     refusals: tuple[int, ...] = ()
     discards_last: bool = False
+    backends: tuple[str, ...] = ()
 
     @property
     def has_metadata(self) -> bool:

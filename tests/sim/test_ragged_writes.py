@@ -98,7 +98,7 @@ async def _read(rig: Rig, disks: list[SimDisk], loop: SimLoop) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("rig_name", RIGS)
+@pytest.mark.parametrize("rig_name", [n for n in RIGS if "backend" not in n])
 def test_ragged_writes_at_once_lose_nothing_of_each_other(rig_name: str) -> None:
     for seed in range(SEEDS):
         rng = random.Random(f"{rig_name} {seed}")

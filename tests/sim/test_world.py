@@ -13,6 +13,8 @@ from metadata.operations import Flush, Steps
 from nbdtarget import metadata_io
 from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, Bio
 from nbdtarget.devices.base import Extent
+from nbdtarget.devices.health import Health
+from nbdtarget.devices.nbd import NbdDevice
 from nbdtarget.dm.types import TARGET_TYPES
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.requests import Requests
@@ -31,6 +33,7 @@ from tests.sim.world import simulate
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = 18  # of `make test`, for each rig; `make sim` draws new ones
 CACHE_SEEDS = 14
+BACKEND_SEEDS = 10
 MUTANT_SEEDS_MAX = 150
 
 # What the rigs with a cache must reach: a simulation that never gets there proves nothing.
@@ -50,6 +53,8 @@ def test_nothing_acknowledged_is_lost(rig: str) -> None:
     crashes = requests = 0
     counts: Counter[str] = Counter()
     nr_seeds = CACHE_SEEDS if rig in CACHE_EVENTS else SEEDS
+    if "backend" in rig:
+        nr_seeds = BACKEND_SEEDS
     for seed in range(nr_seeds):
         history = simulate(seed, rig_name=rig)
         counts += history.counts
@@ -172,7 +177,9 @@ def test_simulation_catches(
 ) -> None:
     monkeypatch.setattr(where, mutant)
     seeds = range(MUTANT_SEEDS_MAX)
-    assert any(simulate(seed, rig_name="clone").failure for seed in seeds)
+    # Of two clones side by side, more is told of what is hydrated.
+    rig = "two_clones" if mutant is upside_down else "clone"
+    assert any(simulate(seed, rig_name=rig).failure for seed in seeds)
 
 
 def test_simulation_catches_a_write_that_lands_after_its_client_has_come_back(
@@ -181,6 +188,41 @@ def test_simulation_catches_a_write_that_lands_after_its_client_has_come_back(
     monkeypatch.setattr(Gate, "_overlapped", hold_nothing)
     seeds = range(MUTANT_SEEDS_MAX)
     assert any(simulate(seed, rig_name="linear").failure for seed in seeds)
+
+
+async def _nothing(*_: object) -> None:
+    """Does nothing."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "mutant", "rig"),
+    [
+        # What a server may have forgotten is told to nobody.
+        (Health, "note_loss", lambda health: None, "linear_over_backend"),
+        (Health, "note_loss", lambda health: None, "clone_over_backends"),
+        # Another disk is taken for ours.
+        (
+            NbdDevice,
+            "_check_same",
+            lambda device, connections: None,
+            "linear_over_backend",
+        ),
+        # A server that comes back is never looked for.
+        (NbdDevice, "_connect_again", _nothing, "linear_over_backend"),
+        # A dead device counts as open.
+        (Health, "is_usable", True, "cache_over_backends"),
+    ],
+)
+def test_simulation_of_backends_catches(
+    owner: type[object],
+    name: str,
+    mutant: object,
+    rig: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(owner, name, mutant)
+    seeds = range(MUTANT_SEEDS_MAX)
+    assert any(simulate(seed, rig_name=rig).failure for seed in seeds)
 
 
 class KeepingDisk(SimDisk):

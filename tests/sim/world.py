@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from typing import Final
 from unittest import mock
 
+from nbdtarget.devices import nbd_connection
 from nbdtarget.targets.clone import holes
 from tests.crash.cache_rigs import small_blocks
+from tests.sim.backend import connect_in_memory
 from tests.sim.catalog import RIGS
 from tests.sim.disks import SimDisk
 from tests.sim.faults import Fault
@@ -57,6 +59,10 @@ class History:
     events: tuple[str, ...] = ()
     digest: str = ""
     counts: Counter[str] = field(default_factory=Counter)
+
+    def fail(self, error: BaseException) -> None:
+        """Something is wrong with what a life has left."""
+        self.failure = self.failure or error
 
 
 class _Recorder:
@@ -126,9 +132,8 @@ def simulate(
                 images = life.run()
             except Exception as error:
                 history.failure = error
-            images = {
-                disk.name: rig.repaired(disk, images[disk.name]) for disk in rig.disks
-            }
+            if history.failure is None:
+                images = life.repaired(images, history.fail)
             has_booted = life.has_booted
             history.counts += life.counts
             history.nr_lives += 1
@@ -172,7 +177,11 @@ def _watched_log() -> Iterator[_LogWatch]:
     logger.propagate = False
     try:
         # Holes as small as the disks here have them.
-        with mock.patch.object(holes, "HOLE_BYTES_MIN", SECTOR), small_blocks():
+        with (
+            mock.patch.object(holes, "HOLE_BYTES_MIN", SECTOR),
+            mock.patch.object(nbd_connection, "_connected", connect_in_memory),
+            small_blocks(),
+        ):
             yield watch
     finally:
         logger.removeHandler(watch)

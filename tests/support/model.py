@@ -38,6 +38,8 @@ class Write:
     Attributes:
         ended: well; a failed write stays possible.
         began, over: its span, for `OverlapModel`.
+        owner, in_doubt: who wrote it, and whether somebody else was told that it may be
+            lost, for the simulation's model.
     """
 
     value: bytes | None
@@ -45,6 +47,8 @@ class Write:
     label: str = ""
     began: float = 0
     over: float = float("inf")
+    owner: object = None
+    in_doubt: bool = False
 
 
 @dataclass(slots=True)
