@@ -162,7 +162,7 @@ class CacheInvariants(Invariants):
         if bio.op not in WRITES or device is self.metadata:
             return
         target = self.find_target()
-        self.j5_no_data_is_written_while_recorded_clean(target, bio)
+        self.j5_no_data_is_written_while_recorded_clean(target, device, bio)
         if target is None or target._metadata.mode is Mode.FAIL:
             return
         if device is self.cache:
@@ -327,7 +327,7 @@ class CacheInvariants(Invariants):
                     )
 
     def j5_no_data_is_written_while_recorded_clean(
-        self, target: CacheTarget | None, bio: Bio
+        self, target: CacheTarget | None, device: CrashDevice, bio: Bio
     ) -> None:
         """In mode RO what changes nothing of what is recorded may go on."""
         on_disk = self.maybe_on_disk()
@@ -340,6 +340,9 @@ class CacheInvariants(Invariants):
             discards = DiscardBits(self.block_size, on_disk.origin_size)
             discards.load(on_disk.discarded)
             where = [nr for nr in self._blocks_of(bio) if nr < on_disk.nr_oblocks]
+            if device is self.cache:
+                held = map(on_disk.maybe_oblock, self._blocks_of(bio))
+                where = [oblock for oblock in held if oblock is not None]
             if bio.op == OP_DISCARD or not any(map(discards.is_discarded, where)):
                 return
         raise self._broken(f"J5: recorded clean, and there is {bio}")

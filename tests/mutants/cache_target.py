@@ -454,8 +454,8 @@ CACHE_TARGET: Final = (
         "Whoever starts next finds the block recorded as discarded, and fills it with zeroes.",
         FOREGROUND,
         (
-            "if is_write and not blocks.is_writable and self._is_rec",
-            "if is_write and blocks.has_failed and self._is_rec",
+            "            and not blocks.is_writable\n            and self._may_be_rec",
+            "            and blocks.has_failed\n            and self._may_be_rec",
         ),
         (UNIT + "test_target_faults.py",),
     ),

@@ -205,7 +205,11 @@ class Foreground:
             bio.own()
             lock.parked.append(bio)
             return
-        if is_write and not blocks.is_writable and self._is_recorded_discarded(oblock):
+        if (
+            is_write
+            and not blocks.is_writable
+            and self._may_be_recorded_discarded(oblock)
+        ):
             bio.end(errnos.EIO)
             return
         if is_write and blocks.is_writeback and self._is_optimisable(bio, oblock):
@@ -242,12 +246,12 @@ class Foreground:
             and blocks.discards.is_discarded(oblock)
         )
 
-    def _is_recorded_discarded(self, oblock: int) -> bool:
-        """Whether the disk says, cleanly, that nobody needs the block."""
-        blocks = self._blocks
-        return blocks.metadata.is_recorded_clean and blocks.discards.is_discarded(
-            oblock
-        )
+    def _may_be_recorded_discarded(self, oblock: int) -> bool:
+        """Whether the disk may say, cleanly, that nobody needs the block.
+
+        A full sync that has failed may be on the disk all the same.
+        """
+        return self._blocks.discards.is_discarded(oblock)
 
     # Passing on
 
