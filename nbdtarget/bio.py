@@ -45,6 +45,7 @@ __all__ = [
     "OP_WRITE",
     "OP_WRITE_ZEROES",
     "PENDING",
+    "UNASKED",
     "Bio",
     "Submits",
     "split_bio",
@@ -63,6 +64,7 @@ OP_NAMES: Final = ("read", "write", "flush", "discard", "write_zeroes", "cache")
 FUA: Final = 1  # on stable storage before the bio ends
 NO_UNMAP: Final = 2  # WRITE_ZEROES: the space must stay allocated
 FAST_ZERO: Final = 4  # WRITE_ZEROES: ENOTSUP at once unless faster than writing
+UNASKED: Final = 8  # FLUSH: a suspend of ours sends it, which the kernel's does not
 
 PENDING: Final = -1  # bio.status before `end`
 
@@ -79,7 +81,7 @@ class Bio:
     Attributes:
         op: one of OP_*.
         offset, length: bytes, relative to the device that it is submitted to. FLUSH has 0, 0.
-        flags: FUA, NO_UNMAP, FAST_ZERO, or'ed.
+        flags: FUA, NO_UNMAP, FAST_ZERO, UNASKED, or'ed.
         payload: READ, WRITE: a memoryview of `length` bytes (format B); else None.
         borrowed: the payload's memory is valid only until `submit` returns.
         endio: called once with the bio, when it has ended. Must not raise.

@@ -62,7 +62,7 @@ def status(
     wanted = device_names(names, uuid, control)
     request = m.Status(wanted, target, noflush)
     answer = ask(control, "status", request, m.LinesAnswer, about=_about(wanted))
-    _print_lines(answer, wanted, json=json)
+    _print_lines(answer, wanted, target, json=json)
 
 
 def table(
@@ -96,7 +96,7 @@ def table(
         return
     request = m.Table(wanted, target, inactive)
     answer = ask(control, "table", request, m.LinesAnswer, about=_about(wanted))
-    _print_lines(answer, wanted, json=json)
+    _print_lines(answer, wanted, target, json=json)
 
 
 def info(
@@ -198,7 +198,9 @@ def ls(
     if json:
         print_json(answer)
     elif not devices:
-        print(NO_DEVICES)
+        # There may be devices, and none with such a target: then there is nothing to print.
+        if target is None or not ask(control, "info", m.Info(), m.InfoAnswer).devices:
+            print(NO_DEVICES)
     elif exec_ is not None:
         _run_for_each(exec_, devices)
     elif tree:
@@ -356,7 +358,9 @@ def _as_config(devices: Iterable[tuple[ConciseDevice, m.InfoLine]]) -> str:
     ).removesuffix("\n")
 
 
-def _print_lines(answer: m.LinesAnswer, wanted: tuple[str, ...], *, json: bool) -> None:
+def _print_lines(
+    answer: m.LinesAnswer, wanted: tuple[str, ...], target: str | None, *, json: bool
+) -> None:
     if json:
         print_json(answer)
         return
@@ -366,6 +370,8 @@ def _print_lines(answer: m.LinesAnswer, wanted: tuple[str, ...], *, json: bool) 
         before = f"{device.name}: " if len(wanted) != 1 else ""
         for line in device.lines:
             print(f"{before}{line.start} {line.length} {line.type} {line.params}")
+        if target is not None:
+            continue  # a device without such a target has no line at all
         if device.failure:
             print(f"{before}failed: {device.failure}")
         elif not device.lines:

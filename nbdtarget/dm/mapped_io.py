@@ -61,6 +61,7 @@ from nbdtarget.bio import (
     OP_READ,
     OP_WRITE,
     OP_WRITE_ZEROES,
+    UNASKED,
     Bio,
     split_bio,
 )
@@ -401,7 +402,7 @@ class MappedIo(Device):
             if not done.done():  # cancelled: who waited has gone away
                 done.set_result(bio.status)
 
-        flush = Bio(OP_FLUSH, 0, 0, None, 0, ended)
+        flush = Bio(OP_FLUSH, 0, 0, None, UNASKED, ended)
         self._submit_flush(table, flush)
         # If nobody waits for it to the end, it is in flight all the same.
         self._count_in_flight(flush)

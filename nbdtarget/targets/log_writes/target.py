@@ -19,6 +19,10 @@ No bio waits for the log, except that with 64 MiB of blocks in memory new writes
 (and, at half of that, the device is flushed without being asked, so that there will be room: what
 this covers is logged, without a flush entry). The kernel has no such bound.
 
+The flush that a suspend of ours sends (`UNASKED`), and the kernel's does not, is passed on and leaves the log as
+it is: the log is the same as the kernel's for the same requests. What a `clone` or `cache` above flushes
+by itself to commit is logged, for it is a user of the disk.
+
 A bio that failed is not logged, and a FLUSH that failed takes nothing along; the kernel logs
 both. A zeroing is logged as a write of zeroes. A write of part of a sector is logged as the whole
 sector, so it reads that first; such writes go one after another.
@@ -31,7 +35,16 @@ import errno as errnos
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Final
 
-from nbdtarget.bio import FUA, OP_CACHE, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, Bio
+from nbdtarget.bio import (
+    FUA,
+    OP_CACHE,
+    OP_DISCARD,
+    OP_FLUSH,
+    OP_READ,
+    OP_WRITE,
+    UNASKED,
+    Bio,
+)
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.targets.arguments import Runs, close_all
@@ -104,6 +117,8 @@ class LogWritesTarget(Target):
             bio.offset -= self.begin
         if op in (OP_READ, OP_CACHE) or not self._log.enabled:
             return self._pass(bio)
+        if bio.flags & UNASKED:
+            return REMAPPED
         if op == OP_FLUSH:
             return self._map_flush(bio)
         if not bio.length:

@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The battery that every command passes, and what the commands print, to the blank."""
 
-import asyncio
 import errno
 import io
 import json
 import re
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nbdtarget import __version__
 from nbdtarget.cli.app import run
-from nbdtarget.control.api import ControlServer
-from nbdtarget.control.verbs import Verbs
 from nbdtarget.dm.registry import Registry
-from tests.nbdtarget.dm.support import make_registry
+from tests.nbdtarget.cli.command_line import CommandLine
 
 # Every command with the least arguments that it takes.
 COMMANDS: dict[str, list[str]] = {
@@ -52,51 +47,6 @@ ASKING = sorted(
     COMMANDS.keys() - {"cache", "clone", "metadata", "replay-log", "serve", "version"}
 )
 PRINTING = ["deps", "info", "ls", "status", "table", "targets", "version"]
-
-
-class CommandLine:
-    """Runs commands in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *argv: str, status: int = 0) -> str:
-        """Run a command that must end with `status`. Returns stdout, or stderr if it fails."""
-        assert run(list(argv)) == status
-        out, err = self._capsys.readouterr()
-        if status:
-            assert out == ""
-            assert err.count("\n") == 1
-            assert err.startswith("nbdtarget: ")
-            return err
-        assert err == ""
-        return out
-
-
-@pytest.fixture
-def cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> CommandLine:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
-    return CommandLine(capsys)
-
-
-@pytest.fixture
-def registry(cli: CommandLine, tmp_path: Path) -> Iterator[Registry]:
-    """A server in a thread, over RAM devices /a, /b and /c of 32 MiB."""
-    registry, _ = make_registry(a=32 << 20, b=32 << 20, c=32 << 20)
-    loop = asyncio.new_event_loop()
-    server = ControlServer(Verbs(registry), tmp_path / "nbdtarget" / "control.sock")
-    loop.run_until_complete(server.start())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    yield registry
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.run_until_complete(server.close())
-    loop.run_until_complete(registry.close())
-    loop.close()
 
 
 def test_battery_knows_every_command(cli: CommandLine) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.verbs import Verbs
-from tests.nbdtarget.cli.test_commands import CommandLine
+from tests.nbdtarget.cli.command_line import CommandLine
 from tests.nbdtarget.dm.support import make_registry
 
 ZERO = "0 8 zero"

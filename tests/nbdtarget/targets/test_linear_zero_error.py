@@ -22,8 +22,13 @@ from tests.nbdtarget.dm.support import make_registry
             "linear: /a too small for target: start=9, len=8, dev_size=16",
         ),
         ("zero 1", "zero: No arguments required"),
-        ("error /a", "error: Invalid argument count"),
+        ("error /nosuch 0", "error: Device lookup failed: /nosuch: No such file"),
         ("error /a x", "error: Invalid device sector"),
+        ("error /a 12abc", "error: Invalid device sector"),
+        (
+            "error /a 9",
+            "error: /a too small for target: start=9, len=8, dev_size=16",
+        ),
     ],
 )
 async def test_constructor_refuses(words: str, reason: str) -> None:
@@ -34,7 +39,7 @@ async def test_constructor_refuses(words: str, reason: str) -> None:
     assert opener.still_open == []
 
 
-@pytest.mark.parametrize("words", ["linear /a 8", "zero ", "error ", "error /a 0"])
+@pytest.mark.parametrize("words", ["linear /a 8", "zero ", "error "])
 async def test_table_can_be_loaded_again_as_it_is(words: str) -> None:
     registry, _ = make_registry(a=8192)
     device = await registry.create("x", f"0 8 {words}")
@@ -55,3 +60,15 @@ async def test_linear_takes_relative_paths_from_the_callers_directory() -> None:
     opener.sizes["/srv/a"] = 4096
     await registry.create("x", "0 8 linear a 0", directory="/srv")
     assert opener.still_open == ["/srv/a"]
+
+
+async def test_error_holds_its_device_open_and_sends_nothing_to_it() -> None:
+    registry, opener = make_registry(a=8192)
+    device = await registry.create("x", "0 8 error /a 0")
+    assert registry.deps(device) == ["/a"]
+    assert device.table() == [(0, 8, "error", "")]
+    assert device.limits == opener.open["/a"].limits
+    await registry.suspend("x")
+    assert opener.open["/a"].log == []
+    await registry.remove("x")
+    assert opener.still_open == []

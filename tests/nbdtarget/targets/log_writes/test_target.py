@@ -276,6 +276,35 @@ async def test_removal_logs_what_waits_and_the_last_mark() -> None:
     assert logged.disks.log[-1] == ("/log", "flush", 0, 0)
 
 
+async def test_suspend_and_removal_log_nothing_that_was_not_asked_for() -> None:
+    """As recorded from the kernel: write, suspend, resume, mark, remove."""
+    logged = await Logged().start()
+    logged.write(0)
+    logged.write(8)
+    await logged.device.suspend()
+    assert logged.disks.log[-1] == ("/a", "flush", 0, 0)  # what was written is safe
+    assert await logged.status() == "0 0"
+    await logged.device.resume()
+    await logged.device.message(0, ("mark", "x"))
+    assert await logged.status() == "1 1"
+    await logged.disks.registry.close()
+    assert await logged.entries() == [
+        "mark x",
+        "write 0+1 w",
+        "write 8+1 w",
+        f"mark {END_MARK}",
+    ]
+
+
+async def test_suspend_of_a_device_above_logs_nothing() -> None:
+    logged = await Logged().start()
+    registry = logged.disks.registry
+    line = "0 32 linear /dev/mapper/d 0\n32 32 striped 1 32 /dev/mapper/d 32"
+    await registry.create("upper", line)
+    await registry.suspend("upper")
+    assert await logged.status() == "0 0"
+
+
 async def test_table_that_was_never_live_leaves_the_log_alone() -> None:
     logged = Logged()
     await logged.disks.registry.create("d", None)
