@@ -6,7 +6,8 @@ the socket belongs to a `NbdConnection`:
 
     out    requests gather in a list, which leaves by one `sendmsg` at the end of the loop's
            turn, or at once if nothing is in flight; what the socket does not take waits for it
-    in     each wake-up receives until the socket is empty, at most RECEIVES_MAX times;
+    in     each wake-up receives until the socket is empty, because uvloop does not call a reader again
+           after an error; others have a turn after each RECEIVES_MAX times;
            READ data goes straight into the caller's buffer
 
 The connection is lost when the server hangs up, breaks the protocol, or does not answer a request
@@ -338,17 +339,28 @@ class NbdConnection:
                     self._end_if_answered()
                 if not self._is_open:
                     return  # an endio has closed us, or nothing more is owed
+            self._loop.call_soon(self._read_on)
         except BlockingIOError:
             return
         except ReplyError as error:
             self._garbled(str(error))
+            self._loop.call_soon(self._read_on)
         except OSError as error:
             self._fail(_sentence(error))
 
+    def _read_on(self) -> None:
+        """Others had their turn: receive what is left. uvloop does not call again after an error."""
+        if self._is_open:
+            self._readable()
+
     def _read_to_the_end(self) -> None:
         try:
-            while self._sock.recv(_HANDSHAKE_RECEIVE):
-                pass
+            for _ in range(RECEIVES_MAX):
+                if not self._sock.recv(_HANDSHAKE_RECEIVE):
+                    break
+            else:
+                self._loop.call_soon(self._read_on)
+                return
         except BlockingIOError:
             return
         except OSError as error:

@@ -26,6 +26,12 @@ POLL_SKIP_MAX), one hit ends that.
 It yields the processor at every look, takes it for a miss when that gave the processor
 away, and the loop gets its turn after BATCHES_MAX batches.
 
+Errors. uvloop calls a reader once after an error at the socket, and then never again, neither for bytes
+that lie there nor for the error. Sending fails when the peer is gone, too. So each call of a reader either
+sends something, or leaves something that will be sent (a request in flight, a writer that is
+watched), or receives until there is nothing, the error, or the end. After BATCHES_MAX receives
+the loop gets a turn.
+
 Ends. DISC and EOF let everything in flight finish and its replies leave. A peer that is gone
 costs nothing but its own connection: bios still in flight are dropped when they end, and
 only then is the device released. While writes are among them the socket is not closed either, whatever
@@ -335,16 +341,23 @@ class Connection:
         self._requests.reply_left(charge, buffer)
 
     def _receive_nothing(self) -> None:
-        if not self._sock.recv_into(bytearray(HANDSHAKE_READ)):
-            self.abort()
+        for _ in range(BATCHES_MAX):
+            if not self._sock.recv(HANDSHAKE_READ):
+                self.abort()
+                return
+        self._shared.loop.call_soon(self._read_on)
 
     def _receive_handshake(self) -> None:
-        data = self._sock.recv(HANDSHAKE_READ)
-        if not data:
-            self.abort()
-            return
-        self._handshake.receive_data(data)
-        self._answer_handshake()
+        for _ in range(BATCHES_MAX):
+            data = self._sock.recv(HANDSHAKE_READ)
+            if not data:
+                self.abort()
+                return
+            self._handshake.receive_data(data)
+            self._answer_handshake()
+            if self.state != HANDSHAKE:
+                return
+        self._shared.loop.call_soon(self._read_on)
 
     def _answer_handshake(self) -> None:
         handshake = self._handshake
@@ -425,21 +438,24 @@ class Connection:
             else:
                 self.disc()
             output = self._output
+            goes_on = bool(poll_ns)
             if not output.is_empty and not output.is_blocked:
                 self.flush()
             elif self.state == DRAINING:
                 self._maybe_finish()
-            if not poll_ns or not self._is_reading:
+            elif output.is_empty and not requests.nr_requests:
+                goes_on = True  # see "Errors" in the module head
+            if not goes_on or not self._is_reading:
                 return
             batches_left -= 1
             if not batches_left:
-                self._shared.loop.call_soon(self._poll_on)
+                self._shared.loop.call_soon(self._read_on)
                 return
 
-    def _poll_on(self) -> None:
-        """The loop had its turn: go on polling, unless another connection had one too."""
-        if self.state == TRANSMISSION and self._is_reading:
-            self._guard(self._receive_transmission)
+    def _read_on(self) -> None:
+        """The loop had its turn: go on reading."""
+        if self._is_reading:
+            self._readable()
 
     def _poll_missed(self) -> None:
         self._poll_penalty = min(2 * self._poll_penalty + 1, POLL_SKIP_MAX)

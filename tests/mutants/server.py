@@ -24,6 +24,18 @@ STOP: Final = ("tests/nbdtarget/test_stop.py",)
 
 SERVER: Final = (
     Mutant(
+        "reset-in-a-payload-not-noticed",
+        "A client that resets in the middle of a WRITE keeps its connection, and the device, for ever.",
+        CONNECTION_PY,
+        (
+            (
+                '                goes_on = True  # see "Errors"',
+                '                pass  # see "Errors"',
+            ),
+        ),
+        ("tests/nbdtarget/server/test_dead_peers.py",),
+    ),
+    Mutant(
         "lock-of-a-socket-not-taken",
         "Of two servers that start at once, one takes the other's socket away.",
         UNIX_SOCKET_PY,

@@ -4,7 +4,8 @@
 Theory of operation. There is no selector, no descriptor, no thread and no real clock. One turn:
 
     1  each watched socket that is readable or writable adds its callback; when there are
-       several, in an order drawn from the seed, as a kernel gives no promise about it
+       several, in an order drawn from the seed, as a kernel gives no promise about it. A socket
+       that has an error adds its callbacks once, and then none before it is watched anew, as on uvloop
     2  if nothing is ready, time jumps to the next timer
     3  timers that have come due add their callbacks
     4  what is ready is run, in the order in which it became so (`call_soon` is a queue, and
@@ -51,6 +52,9 @@ class Watchable(Protocol):
     @property
     def is_writable(self) -> bool: ...
 
+    @property
+    def has_error(self) -> bool: ...
+
 
 class SimLoop(asyncio.BaseEventLoop):
     """See the module head.
@@ -81,6 +85,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._random = random.Random(seed)
         self._readers: dict[int, asyncio.Handle] = {}
         self._writers: dict[int, asyncio.Handle] = {}
+        self._silent: set[int] = set()  # the error has been told
 
     # ---- time ----
 
@@ -103,9 +108,11 @@ class SimLoop(asyncio.BaseEventLoop):
         self._watch(self._writers, fd, asyncio.Handle(callback, args, self))
 
     def remove_reader(self, fd: Any) -> bool:
+        self._silent.discard(_number(fd))
         return _unwatch(self._readers, fd)
 
     def remove_writer(self, fd: Any) -> bool:
+        self._silent.discard(_number(fd))
         return _unwatch(self._writers, fd)
 
     async def sock_recv(self, sock: Any, nbytes: int) -> bytes:
@@ -150,6 +157,7 @@ class SimLoop(asyncio.BaseEventLoop):
         assert number in self.sockets, f"descriptor {number} is not of this loop"
         _unwatch(watched, number)
         watched[number] = handle
+        self._silent.discard(number)
 
     def closed(self, fd: int) -> None:
         """A socket is closed: nobody may watch its number, which is free again."""
@@ -161,6 +169,7 @@ class SimLoop(asyncio.BaseEventLoop):
         """Forget all readers and writers."""
         self._readers.clear()
         self._writers.clear()
+        self._silent.clear()
 
     # ---- what a simulation must not do ----
 
@@ -206,10 +215,19 @@ class SimLoop(asyncio.BaseEventLoop):
             step._run()
 
     def _poll(self) -> None:
-        sockets = self.sockets
-        found = [h for fd, h in self._readers.items() if sockets[fd].is_readable]
-        if self._writers:
-            found += [h for fd, h in self._writers.items() if sockets[fd].is_writable]
+        sockets, silent = self.sockets, self._silent
+        readers, writers = self._readers, self._writers
+        found = [
+            h
+            for fd, h in readers.items()
+            if sockets[fd].is_readable and fd not in silent
+        ]
+        found += [
+            h
+            for fd, h in writers.items()
+            if sockets[fd].is_writable and fd not in silent
+        ]
+        silent.update(fd for fd in (*readers, *writers) if sockets[fd].has_error)
         if len(found) > 1:
             self._random.shuffle(found)
         self._ready.extend(found)

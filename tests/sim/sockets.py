@@ -4,7 +4,7 @@
 Theory of operation. A `SimNetwork` makes them for one `SimLoop`. A connected pair is two
 *pipes*, each of a bounded number of bytes. By seed a receive brings only part of what is
 there, a send takes only part of what it is given, and either may say EAGAIN though the
-socket was ready, as a kernel may.
+socket was ready, as a kernel may (but not a receive from a socket that has an error: a loop need not call again).
 
     close         the peer reads what is left, then the end; if the closed side had not read
                   all that it got, then ECONNRESET instead. What the peer sends gets EPIPE
@@ -109,6 +109,10 @@ class SimSocket:
         out = self._out
         return len(out.data) < out.capacity or out.broken
 
+    @property
+    def has_error(self) -> bool:
+        return self._in.reset
+
     # ---- data ----
 
     def recv(self, length: int) -> bytes:
@@ -167,7 +171,7 @@ class SimSocket:
             if pipe.ended:
                 return 0
             raise BlockingIOError
-        if self._network.says_again():
+        if not pipe.reset and self._network.says_again():
             raise BlockingIOError
         return self._network.part_of(min(length, len(pipe.data)))
 

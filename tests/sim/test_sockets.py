@@ -125,3 +125,21 @@ def test_listener_accepts_whoever_connects(loop: SimLoop) -> None:
     assert server.recv(10) == b"hello"
     with pytest.raises(BlockingIOError):
         listener.accept()
+
+
+def test_a_reader_is_called_once_after_an_error_and_anew_when_it_is_added_again(
+    loop: SimLoop, pair: tuple[SimSocket, SimSocket]
+) -> None:
+    """As uvloop does: findings/uvloop-add-reader-is-silent-after-a-socket-error.sh."""
+    one, other = pair
+    other.send(b"never read")
+    one.send(b"12345678")
+    one.close()
+    seen: list[bytes] = []
+    loop.add_reader(other, lambda: seen.append(other.recv(2)))
+    loop.run_until_complete(asyncio.sleep(1))
+    assert seen == [b"12"]
+    loop.add_reader(other, lambda: seen.append(other.recv(2)))
+    loop.run_until_complete(asyncio.sleep(1))
+    assert seen == [b"12", b"34"]
+    loop.remove_reader(other)
