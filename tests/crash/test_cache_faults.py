@@ -145,6 +145,10 @@ def run_walk(seed: int) -> Counter[str]:
                 if rig.is_stuck and not driver.suspended:
                     counts["stuck"] += 1
                     break
+            if rig.has_failed and rig._registry.get("d").losses:
+                # A table on what the disks hold: unflushed writes are gone, and that is said.
+                counts["lost"] += 1
+                break
         else:
             if not driver.suspended:
                 driver.drain()
