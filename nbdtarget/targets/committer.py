@@ -154,8 +154,8 @@ class Committer:
         metadata_failed: called before that if it was the metadata device that failed.
         aborts_on_loss: what is in core rests on data that no flush has covered, also when there is
             nothing to commit: so if these may be lost, the metadata is aborted.
-        rests_on_unflushed: asked when backing devices may have lost what no flush had covered, while
-            nothing is being committed: whether what is in core rests on it. None: never.
+        rests_on_unflushed: asked when backing devices may have lost what no flush had covered:
+            whether what is in core rests on it. None: never.
 
     Attributes:
         can_do_without: asked when a backing device is about to be flushed for a transaction, or for FLUSH
@@ -191,6 +191,7 @@ class Committer:
         self._metadata_failed = metadata_failed
         self._rests_on_unflushed = rests_on_unflushed
         self._is_watching = False
+        self._has_given_up = False
         self.unflushed: dict[Device, Unflushed] = {}
         self.can_do_without: CanDoWithout | None = None
         # What each device had lost before we stood on it is no news for those who flush us.
@@ -269,8 +270,8 @@ class Committer:
                 device.health.watchers.remove(self._look_for_losses)
 
     def _look_for_losses(self) -> None:
-        if self.has_failed or self._running is not None:
-            return  # what runs looks when it has ended
+        if self.has_failed:
+            return
         lost = [each for each in self.backing if each.losses != self._losses[each]]
         rests = self._rests_on_unflushed
         if lost and rests is not None and rests(lost):
@@ -321,9 +322,7 @@ class Committer:
             is_sound = True
         finally:
             self._running = None
-            if is_sound:
-                self._look_for_losses()
-            else:
+            if not is_sound:
                 # An exception of our own making: nothing can be trusted any more.
                 self.metadata.fail()
                 self._give_up()
@@ -383,6 +382,8 @@ class Committer:
             *(self._flush(device, transaction) for device in self.backing),
             self._run_steps(transaction.journal()),
         )
+        if self.has_failed:
+            raise DeviceError(errnos.EIO, self.name, "flush", 0, 0)  # lost meanwhile
         await self._run_steps(transaction.superblock())
         transaction.done()
 
@@ -480,7 +481,9 @@ class Committer:
     def _give_up(self) -> None:
         self.has_failed = True
         self._stop_timer()
-        self._failed()
+        if not self._has_given_up:
+            self._has_given_up = True
+            self._failed()
 
     def _start_compaction(self) -> None:
         if self._compaction is None and self.metadata.needs_compaction:

@@ -486,9 +486,8 @@ class Client:
         if error == ENOTSUP and completion.flags & CMD_FLAG_FAST_ZERO:
             return False
         may_fail = life.may_fail or op.outages != life.nr_outages
-        if completion.command == CMD_FLUSH and life.owes_flush_error and not may_fail:
-            life.owes_flush_error, may_fail = False, True
-        if completion.command == CMD_FLUSH and life.is_hurt and not op.is_told:
+        may_tell = life.is_hurt or life.owes_flush_error
+        if completion.command == CMD_FLUSH and may_tell and not op.is_told:
             # Each connection is told of a loss, by a FLUSH that fails, and by those beside it.
             may_fail = True
             self._is_told = self._is_told or op.loss_nr == self._loss_nr

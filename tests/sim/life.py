@@ -138,7 +138,8 @@ class Life:
     Attributes:
         is_stopping: clients may be refused.
         nr_outages: beginnings and ends of them: a request that has seen one may fail.
-        owes_flush_error: the next FLUSH may fail, for what a table that is gone has lost.
+        owes_flush_error: one FLUSH of each connection may fail, for what a table that is gone
+            has lost.
         flushes_fail: one has failed on a disk that has latched: so will each that is sent.
         is_hurt: a server of a disk that is written to has gone in this life: what was not
             flushed may be lost, which is told once to each connection.
@@ -322,11 +323,19 @@ class Life:
         if self.rig.starts_anew:
             self.hydration.trust_again()
 
+    def table_has_lost(self) -> None:
+        """A table was swapped away with what was not flushed: each connection is told once."""
+        self.owes_flush_error = True
+        for client in self.clients:
+            client.forget_losses()
+
     def flush_failed(self) -> None:
         """A client was told so."""
         if self.nr_outages:
             return  # it may be for that, and a table that was wiped flushes nothing
-        if self._is_faulty and any(disk.is_latched for disk in self.disks.values()):
+        # A cache device is given up where the origin has everything.
+        disks = [disk for name, disk in self.disks.items() if name != "/cache"]
+        if self._is_faulty and any(disk.is_latched for disk in disks):
             self.flushes_fail = True
 
     def _break_disk(self) -> None:

@@ -101,8 +101,9 @@ class Operator:
                     break
                 except NbdTargetError as error:
                     self._note("refused", error)
-                    if not (_is_overdue(error) or self._life.may_fail):
-                        raise
+                    if not _is_overdue(error):
+                        # The slot's table is refused: without it the device goes on.
+                        await self._verbs.clear(m.Clear(name))
 
     def _is_stuck(self) -> bool:
         """Whether a table was refused at its resume, and no other one can be loaded.
@@ -229,7 +230,9 @@ class Operator:
             await self._verbs.resume(m.Resume("d"))
         except NbdTargetError as error:
             is_well = nr_departures == life.nr_departures and life.fault is None
-            if is_well and not life.is_stopping:
+            # The old table's last commit has failed: what was loaded before that is stale.
+            is_stale = "load it again" in str(error)
+            if is_well and not (is_stale or life.is_stopping):
                 raise AssertionError("all is well, and a table is refused") from error
             raise
         # If a commit fails between load and resume, the new table has the old one's metadata.
@@ -319,7 +322,7 @@ class Operator:
             )
             await self._verbs.resume(m.Resume("d"))
         finally:
-            life.owes_flush_error = True
+            life.table_has_lost()
             life.end_outage()
 
 
