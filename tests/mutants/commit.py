@@ -23,6 +23,8 @@ _TOGETHER: Final = """\
             *(self._flush(device, transaction) for device in self.backing),
             self._run_steps(transaction.journal()),
         )
+        if self.has_failed:
+            raise DeviceError(errnos.EIO, self.name, "flush", 0, 0)  # lost meanwhile
         await self._run_steps(transaction.superblock())
         transaction.done()
 """
@@ -290,5 +292,19 @@ COMMIT: Final = (
             ),
         ),
         COMEBACKS,
+    ),
+    Mutant(
+        "superblock-over-what-was-lost-meanwhile",
+        "A destination loses what it had flushed for nobody, and the commit under way vouches for it.",
+        COMMITTER_PY,
+        (
+            (
+                "        if self.has_failed:\n"
+                '            raise DeviceError(errnos.EIO, self.name, "flush", 0, 0)'
+                "  # lost meanwhile\n",
+                "",
+            ),
+        ),
+        COMMITTER,
     ),
 )

@@ -311,6 +311,32 @@ async def test_commit_vouches_for_nothing_that_a_device_says_it_may_have_lost(
     assert rig.metadata.aborted
 
 
+async def test_loss_while_a_commit_runs_aborts_it_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The journal hangs; what is in core alone is lost meanwhile, and must not be read."""
+    rig = Rig()
+    rig.committer._rests_on_unflushed = lambda lost: rig.metadata.changed
+    rig.committer.watch()
+    aborted = []
+
+    def hanging_journal(transaction: FakeTransaction) -> Steps[None]:
+        yield Write(JOURNAL, bytes(512))
+        rig.metadata.nr_changes += 1
+        rig.backing[0].health.note_loss()
+        aborted.append(rig.metadata.aborted)
+        yield Flush()
+
+    monkeypatch.setattr(FakeTransaction, "journal", hanging_journal)
+    rig.change()
+    flush = rig.flush()
+    await settle()
+    assert aborted == [True]
+    assert flush.status == errnos.EIO
+    assert not any("superblock" in op for op in rig.ops())
+    assert rig.nr_failed == 1
+
+
 @pytest.mark.parametrize("aborts", [False, True])
 async def test_loss_without_changes_fails_one_flush(aborts: bool) -> None:
     rig = Rig(aborts_on_loss=aborts)
