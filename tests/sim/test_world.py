@@ -32,7 +32,7 @@ from tests.sim.world import simulate
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = 18  # of `make test`, for each rig; `make sim` draws new ones
-CACHE_SEEDS = 14
+CACHE_SEEDS = 18
 BACKEND_SEEDS = 10
 MUTANT_SEEDS_MAX = 150
 
