@@ -385,6 +385,7 @@ class CacheMetadata(CacheBlocks):
             raise ReadOnlyMetadata
         if self._clearing or self._flushes & FLUSH_ORIGIN:
             self._take_back_log()
+        self._is_stop_begun = clean_shutdown
         if clean_shutdown:
             self.admits_changes = False
             self._clearing = False

@@ -346,6 +346,7 @@ class CloneMetadata(JournaledMetadata):
         if self.mode is not _RW:
             raise ReadOnlyMetadata
         runs, self._active = self._active, new_runs()
+        self._is_stop_begun = clean_shutdown
         transaction = Transaction(self, runs, clean_shutdown=clean_shutdown)
         self._transaction = transaction
         return transaction

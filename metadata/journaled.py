@@ -39,6 +39,7 @@ from metadata.mode import Mode
 from metadata.operations import Flush, Steps
 from metadata.records import Chain
 from metadata.superblock import (
+    CLEAN_SHUTDOWN,
     NR_SLOTS,
     RO_COMPAT_KNOWN,
     Superblock,
@@ -131,6 +132,9 @@ class JournaledMetadata:
         self._aborted = False
         self._has_new_disks = False
         self._transaction: JournaledTransaction[Any] | None = None
+        self._is_stop_begun = (
+            False  # the newest transaction was that of a clean shutdown
+        )
         # The compaction that a commit may still use, and the one whose generator is alive: it
         # may have a write under way long after it was dropped.
         self._compaction: Compaction[Any] | None = None
@@ -161,6 +165,16 @@ class JournaledMetadata:
     def recorded_disks(self) -> bytes:
         """The record that is durable."""
         return self._superblock.disks
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the disk may say for good that an orderly stop was the last that happened.
+
+        In mode RO that cannot be taken back. Whatever is written to the other disks from here on, the
+        next opening would find them changed behind its back.
+        """
+        is_stopped = bool(self._superblock.flags & CLEAN_SHUTDOWN)
+        return self.mode is Mode.RO and (is_stopped or self._is_stop_begun)
 
     @property
     def needs_rewrite(self) -> bool:

@@ -13,6 +13,7 @@ and started, or killed and started, in the same boot; and the power is cut. What
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -536,6 +537,58 @@ async def test_block_that_the_cache_has_lost_is_not_read_from_it() -> None:
     await rig.resume()
     block = slice(BLOCK_SIZE, 2 * BLOCK_SIZE)
     assert await rig.disk.read(BLOCK_SIZE, BLOCK_SIZE) == CONTENT[block]
+    await rig.stop()
+
+
+async def resume_failing(rig: Any, disk: CrashDevice) -> None:
+    """Suspend, which records how the disks are; then the commit of the resume fails."""
+    registry = rig._registry
+    await registry.suspend("d")
+    disk.lie = FailFlush()
+    for _ in range(3):
+        if registry.get("d").state is State.SUSPENDED:
+            with contextlib.suppress(NbdTargetError):
+                await registry.resume("d")
+    disk.lie = None
+
+
+async def test_cache_whose_stop_stays_recorded_changes_no_disk_under_it() -> None:
+    rig = CacheComebacks(1, 1.0)
+    await rig.start()
+    await rig.message("warm", "0-2")
+    for _ in range(100):
+        await asyncio.sleep(0)
+        rig.clock.advance(0.001)
+    await rig.disk.write(BLOCK_SIZE, bytes(SECTOR))
+    await rig.disk.flush()
+    target = rig.maybe_target()
+    assert target is not None
+    assert target._metadata.nr_dirty
+    await resume_failing(rig, rig.cache)
+    for offset in (BLOCK_SIZE, DISK_SIZE - SECTOR):
+        with contextlib.suppress(DeviceError):
+            await rig.disk.write(offset, b"\1" * SECTOR)
+    await restart_and_read(rig)
+
+
+async def test_clone_whose_stop_stays_recorded_changes_no_disk_under_it() -> None:
+    rig = CloneComebacks(1, 1.0)
+    await rig.start()
+    await rig.message("disable_hydration")
+    await rig.disk.write(0, bytes(REGION_SIZE))
+    await rig.disk.flush()
+    await resume_failing(rig, rig.destination)
+    with contextlib.suppress(DeviceError):
+        await rig.disk.write(0, b"\1" * SECTOR)
+    await restart_and_read(rig)
+
+
+async def restart_and_read(rig: Any) -> None:
+    """All disks are well: one restart with the same line serves all data."""
+    with contextlib.suppress(NbdTargetError):
+        await rig.stop()
+    await rig.start()
+    await rig.disk.read(0, DISK_SIZE)
     await rig.stop()
 
 

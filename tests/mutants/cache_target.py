@@ -450,12 +450,12 @@ CACHE_TARGET: Final = (
         (UNIT + "test_spec_3_2.py",),
     ),
     _mutant(
-        "read-only-cache-takes-a-write-to-a-discarded-block",
-        "Whoever starts next finds the block recorded as discarded, and fills it with zeroes.",
-        FOREGROUND,
+        "read-only-cache-writes-while-its-stop-stays-recorded",
+        "The next start finds disks that have changed in nobody's use, and dirty blocks: refused.",
+        "nbdtarget/targets/cache/target.py",
         (
-            "            and not blocks.is_writable\n            and self._may_be_rec",
-            "            and blocks.has_failed\n            and self._may_be_rec",
+            "        if self._is_sealed and bio.op not in (OP_READ, OP_CACHE):\n",
+            "        if False:\n",
         ),
         (UNIT + "test_target_faults.py",),
     ),

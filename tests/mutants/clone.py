@@ -438,4 +438,28 @@ CLONE: Final = (
         (("    if not nr_left:\n        log", "    if nr_left < 0:\n        log"),),
         ("tests/nbdtarget/targets/clone/test_without_source.py",),
     ),
+    Mutant(
+        "read-only-clone-writes-while-its-stop-stays-recorded",
+        "The next start finds a half-copied destination that has changed in nobody's use: refused.",
+        "nbdtarget/targets/clone/target.py",
+        (
+            (
+                "        if self._is_sealed and op not in _READS:\n",
+                "        if False:\n",
+            ),
+        ),
+        ("tests/crash/test_comebacks.py",),
+    ),
+    Mutant(
+        "stop-that-failed-taken-for-none",
+        "The superblock of a stop was written, and only the news was lost: it stays recorded.",
+        "metadata/journaled.py",
+        (
+            (
+                "(is_stopped or self._is_stop_begun)",
+                "is_stopped",
+            ),
+        ),
+        ("tests/metadata/test_sealed.py",),
+    ),
 )

@@ -22,6 +22,7 @@ import random
 from collections.abc import Collection
 from typing import Final
 
+from metadata.disks import Evidence
 from nbdtarget.bio import FUA, OP_FLUSH, OP_NAMES, OP_READ, Bio
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.devices.health import HealthState
@@ -69,6 +70,10 @@ class Opening(Device):
     async def close(self) -> None:
         self.is_closed = True
         self.let_go(errnos.EIO)
+
+    async def identify(self, role: str) -> Evidence:
+        """It has a name, and tells nothing else: what it holds is compared."""
+        return Evidence("crash device", self.name, self.size)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await self.disk.extents(offset, length)

@@ -205,13 +205,6 @@ class Foreground:
             bio.own()
             lock.parked.append(bio)
             return
-        if (
-            is_write
-            and not blocks.is_writable
-            and self._may_be_recorded_discarded(oblock)
-        ):
-            bio.end(errnos.EIO)
-            return
         if is_write and blocks.is_writeback and self._is_optimisable(bio, oblock):
             cblock, work = blocks.policy.lookup_with_work(oblock, True)
             if work is not None:
@@ -245,13 +238,6 @@ class Foreground:
             and blocks.block_size <= ZERO_FILL_BYTES_MAX
             and blocks.discards.is_discarded(oblock)
         )
-
-    def _may_be_recorded_discarded(self, oblock: int) -> bool:
-        """Whether the disk may say, cleanly, that nobody needs the block.
-
-        A full sync that has failed may be on the disk all the same.
-        """
-        return self._blocks.discards.is_discarded(oblock)
 
     # Passing on
 

@@ -47,7 +47,7 @@ from typing import Final
 from metadata.cache import Policy as PolicyIdentity
 from metadata.errors import MetadataError
 from metadata.mode import Mode
-from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, Bio
+from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.clock import sleep
 from nbdtarget.devices.base import Device, Extent, QueueLimits
 from nbdtarget.errors import DeviceError, TableError
@@ -154,6 +154,7 @@ class CacheTarget(Target):
         self._is_tick_due = False
         # hot: what `map` asks for each bio.
         self._fast_op_max = -1
+        self._is_sealed = False  # nothing may be written: see `JournaledMetadata`
         self._block_size: Final = parts.block_size
         self._nr_oblocks: Final = ctx.length // parts.block_size
         self._locks = self._blocks.locks
@@ -218,6 +219,8 @@ class CacheTarget(Target):
                 return KILL
             self._committer.flush(bio)
             return SUBMITTED
+        if self._is_sealed and bio.op not in (OP_READ, OP_CACHE):
+            return KILL
         bio.offset -= self.begin
         self._foreground.take(bio)
         return SUBMITTED
@@ -359,6 +362,7 @@ class CacheTarget(Target):
 
     def _look_at_mode(self) -> None:
         blocks = self._blocks
+        self._is_sealed = self._metadata.is_sealed
         self._fast_op_max = -1
         if blocks.is_writable and not blocks.is_passthrough:
             if not (blocks.cache.fails_inline or blocks.distrusts_cache):

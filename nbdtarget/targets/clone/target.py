@@ -174,6 +174,7 @@ class CloneTarget(Target):
         # All regions are hydrated, and durably so: from here on we only pass bios on.
         self._is_hydrated = False
         self._has_failed = False
+        self._is_sealed = False  # nothing may be written: see `JournaledMetadata`
 
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "CloneTarget":
@@ -197,6 +198,8 @@ class CloneTarget(Target):
         op = bio.op
         if op == OP_FLUSH:
             return self._map_flush(bio)
+        if self._is_sealed and op not in _READS:
+            return KILL
         self._regions.nr_bios += 1
         bio.offset -= self.begin
         if op == OP_DISCARD:
@@ -394,6 +397,7 @@ class CloneTarget(Target):
 
     def _look_at_mode(self) -> None:
         self._has_failed = self._metadata.mode is Mode.FAIL
+        self._is_sealed = self._metadata.is_sealed
         self._is_hydrated = not self._has_failed and self._metadata.hydration_done
 
     # Words
