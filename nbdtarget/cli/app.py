@@ -19,6 +19,7 @@ from nbdtarget.cli import (
     cache,
     clone,
     devices,
+    dmsetup,
     listing,
     log_writes,
     metadata,
@@ -47,6 +48,7 @@ for group in (
     tables,
     devices,
     listing,
+    dmsetup,
     log_writes,
     metadata,
 ):

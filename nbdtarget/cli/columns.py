@@ -11,6 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from nbdtarget.cli.health import worst_state
+from nbdtarget.cli.names import (
+    LvmName,
+    mangled,
+    split_lvm_name,
+    subsystem_of,
+    unmangled,
+)
 from nbdtarget.control.messages import InfoLine
 from nbdtarget.errors import NbdTargetError
 
@@ -45,9 +52,40 @@ def _tables(device: InfoLine) -> str:
     return "Inactive" if device.inactive else "None"
 
 
+def _of_lvm(part: Callable[[LvmName], str]) -> Callable[[InfoLine], str]:
+    """A part of the names of devices that LVM made; others have none."""
+
+    def value(device: InfoLine) -> str:
+        is_lvms = subsystem_of(device.uuid) == "LVM"
+        return part(split_lvm_name(device.name)) if is_lvms else ""
+
+    return value
+
+
 FIELDS: Final[dict[str, Field]] = {
     "name": Field("Name", 16, lambda d: d.name, "Name of mapped device."),
+    "mangled_name": Field(
+        "MangledName", 16, lambda d: mangled(d.name), "Name as a device node's."
+    ),
+    "unmangled_name": Field(
+        "UnmangledName", 16, lambda d: unmangled(d.name), "Name with \\xNN read."
+    ),
     "uuid": Field("UUID", 32, lambda d: d.uuid, "Unique (optional) identifier."),
+    "mangled_uuid": Field(
+        "MangledUUID", 32, lambda d: mangled(d.uuid), "UUID as a device node's."
+    ),
+    "unmangled_uuid": Field(
+        "UnmangledUUID", 32, lambda d: unmangled(d.uuid), "UUID with \\xNN read."
+    ),
+    "subsystem": Field(
+        "Subsys",
+        6,
+        lambda d: subsystem_of(d.uuid),
+        "Userspace subsystem responsible for this device.",
+    ),
+    "vg_name": Field("VG", 4, _of_lvm(lambda n: n.vg), "LVM Volume Group name."),
+    "lv_name": Field("LV", 4, _of_lvm(lambda n: n.lv), "LVM Logical Volume name."),
+    "lv_layer": Field("LVLayer", 7, _of_lvm(lambda n: n.layer), "LVM device layer."),
     "read_ahead": Field("RAhead", 6, lambda d: READ_AHEAD_SECTORS, "Read ahead value."),
     "blkdevname": Field(
         "BlkDevName", 16, lambda d: f"dm-{d.minor}", "Name of block device."
@@ -115,6 +153,12 @@ FIELDS: Final[dict[str, Field]] = {
         "Losses", 6, lambda d: d.losses, "How often unflushed writes may be lost."
     ),
     "size": Field("Size", 10, lambda d: d.size, "Bytes."),
+    "geometry": Field(
+        "Geometry",
+        8,
+        lambda d: "" if d.geometry is None else ",".join(map(str, d.geometry)),
+        "Cylinders, heads, sectors and start, as `setgeometry' gave them.",
+    ),
 }
 
 
@@ -129,6 +173,7 @@ def describe_fields() -> str:
 def report(
     devices: Iterable[InfoLine],
     *,
+    default_fields: str = DEFAULT_FIELDS,
     fields: str | None = None,
     sort: str | None = None,
     select: str | None = None,
@@ -147,7 +192,7 @@ def report(
         separator: between values, which are not padded then.
     Raises: NbdTargetError: a field is unknown, or a condition is none.
     """
-    names = _field_names(fields)
+    names = _field_names(fields, default_fields)
     if select is not None:
         conditions = [_condition(text) for text in re.split(r",|&&", select)]
         devices = [each for each in devices if all(holds(each) for holds in conditions)]
@@ -165,6 +210,8 @@ def report(
     head = [FIELDS[name].heading for name in names]
     if separator is None and not headings:
         separator = ":"
+    if name_prefixes:
+        separator, headings = " " if separator is None else separator, False
     if separator is not None:
         lines = [separator.join(row) for row in cells]
         return [separator.join(head), *lines] if headings else lines
@@ -192,11 +239,11 @@ def _aligned(
     return lines
 
 
-def _field_names(fields: str | None) -> list[str]:
+def _field_names(fields: str | None, default: str) -> list[str]:
     if fields is None:
-        fields = DEFAULT_FIELDS
+        fields = default
     elif fields.startswith("+"):
-        fields = f"{DEFAULT_FIELDS},{fields[1:]}"
+        fields = f"{default},{fields[1:]}"
     return [_checked(name.strip()) for name in fields.split(",")]
 
 

@@ -27,6 +27,7 @@ from nbdtarget.cli.common import (
 )
 from nbdtarget.cli.concise import ConciseDevice, format_concise
 from nbdtarget.cli.health import describe_trouble, name_trouble
+from nbdtarget.cli.names import BELOW_NAMES, name_below
 from nbdtarget.cli.tree import OPTIONS, draw_tree
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import NoServerError
@@ -240,14 +241,29 @@ def _run_for_each(command: str, devices: Iterable[m.InfoLine]) -> None:
 
 def deps(
     names: Names = None,
+    options: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--options",
+            metavar="OPTION",
+            help="devno, devname or blkdevname; files have only their path. Default: paths.",
+        ),
+    ] = None,
     uuid: Uuid = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
     """Print the devices that the live tables stand on."""
+    if options is not None and options not in BELOW_NAMES:
+        raise NbdTargetError(f"deps: Option not recognised: {options}")
     wanted = device_names(names, uuid, control)
     request = m.Deps(wanted)
     answer = ask(control, "deps", request, m.DevicesAnswer, about=_about(wanted))
+    called: Callable[[str], str] = str
+    if options is not None:
+        everything = ask(control, "info", m.Info(), m.InfoAnswer).devices
+        called = name_below(options, {device.name: device for device in everything})
     if json:
         print_json(answer)
     elif not answer.devices:
@@ -255,7 +271,7 @@ def deps(
     else:
         for device in _ordered(answer.devices, wanted):
             prefix = f"{device.name}: " if len(wanted) != 1 else ""
-            below = "".join(f" ({name})" for name in device.deps)
+            below = "".join(f" ({called(name)})" for name in device.deps)
             print(f"{prefix}{len(device.deps)} dependencies\t:{below}")
 
 

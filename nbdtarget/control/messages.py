@@ -39,6 +39,7 @@ __all__ = [
     "Rename",
     "Request",
     "Resume",
+    "SetGeometry",
     "SetUuid",
     "Status",
     "Suspend",
@@ -157,6 +158,16 @@ class SetUuid(Request):
     uuid: str
 
 
+class SetGeometry(Request):
+    """`start`: the first sector, on the disk that it is a part of. NBD clients are not told."""
+
+    name: str
+    cylinders: int
+    heads: int
+    sectors: int
+    start: int
+
+
 class WipeTable(Request):
     name: str
     timeout_s: float | None = None
@@ -263,6 +274,7 @@ class InfoLine(Answer):
     `below`: the devices that the live table stands on in the end. `losses`: how often clients'
     writes that were not flushed yet may have been lost; the next FLUSH of each has said so.
     `rotational`: what clients are told; `said_rotational`: if it is not what the disks below are.
+    `geometry`: cylinders, heads, sectors and start sector, if `set_geometry` gave it one.
     """
 
     name: str
@@ -287,6 +299,7 @@ class InfoLine(Answer):
     losses: int = 0
     rotational: bool = False
     said_rotational: bool | None = None
+    geometry: tuple[int, int, int, int] | None = None
 
 
 class InfoAnswer(Answer):
@@ -342,6 +355,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "remove_all": (RemoveAll, Done),
     "rename": (Rename, Done),
     "resume": (Resume, Done),
+    "set_geometry": (SetGeometry, Done),
     "set_uuid": (SetUuid, Done),
     "status": (Status, LinesAnswer),
     "suspend": (Suspend, Done),

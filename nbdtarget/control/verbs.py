@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from nbdtarget import __version__
 from nbdtarget.control import messages as m
+from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
 from nbdtarget.errors import TableError
@@ -95,6 +96,16 @@ class Verbs:
         await self._registry.wipe_table(
             request.name, within_s=_within_s(request.timeout_s)
         )
+        return m.Done()
+
+    async def set_geometry(self, request: m.SetGeometry) -> m.Done:
+        """Give a device a disk geometry, which `info` shows."""
+        geometry = Geometry(
+            request.cylinders, request.heads, request.sectors, request.start
+        )
+        device = self._registry.get(request.name)
+        geometry.check()
+        device.geometry = geometry
         return m.Done()
 
     async def set_uuid(self, request: m.SetUuid) -> m.Done:
@@ -285,4 +296,5 @@ def _info(
         losses=device.losses,
         rotational=device.is_rotational,
         said_rotational=device.said_rotational,
+        geometry=device.geometry,
     )

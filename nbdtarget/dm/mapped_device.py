@@ -584,25 +584,32 @@ class MappedDevice(MappedIo):
 
         Raises: TableError: no live table (ENXIO), sector outside, or the target refuses.
         """
-        if words and words[0].lower() == "@cancel_deferred_remove":
-            self.deferred_remove = False
-            return None
-        if words and words[0].lower() == "@rotational":
-            self._say_rotational(words[1:])
-            return None
+        if words and words[0].startswith("@"):
+            return self._core_message(words)
         table = self.active
         if table is None:
             raise TableError("No such device or address", errnos.ENXIO)
         if not words:
             raise TableError("Invalid argument")
-        if words[0].startswith("@"):
-            raise TableError(f"Unsupported message `{words[0]}'")
         if not 0 <= sector * SECTOR < table.size:
             raise TableError("Invalid argument: sector is outside the table")
         if table.failed:
             raise TableError("Input/output error", errnos.EIO)
         with table.use():
             return await table.target_at(sector * SECTOR).message(words)
+
+    def _core_message(self, words: Sequence[str]) -> str | None:
+        """A message to the device itself and not to a target, whatever the sector."""
+        match words[0].lower():
+            case "@cancel_deferred_remove":
+                self.deferred_remove = False
+            case "@rotational":
+                self._say_rotational(words[1:])
+            case verb if verb.startswith("@stats_"):
+                return self.statistics.message(words, self.size // SECTOR)
+            case _:
+                raise TableError(f"Unsupported message `{words[0]}'")
+        return None
 
     def _say_rotational(self, words: Sequence[str]) -> None:
         answers = {"yes": True, "no": False, "auto": None}

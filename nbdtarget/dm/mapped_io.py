@@ -4,7 +4,7 @@
 Theory of operation. `submit` is the hottest function of the house after the wire. For a READ or
 WRITE to a running single-target table it compares twice, calls the target's `map` and sends
 the bio on. Everything else (FLUSH, DISCARD, zeroing, several targets, a suspended, read-only or
-failed device) takes `_submit_slow`; `_fast_op_max` and `_fast_end` are what tells them
+failed device, one whose I/O is counted in `nbdtarget.dm.statistics`) takes `_submit_slow`; `_fast_op_max` and `_fast_end` are what tells them
 apart. Only a bio that has not ended when `submit` returns is counted in flight, by a hook; of one
 that is cut at target borders its parts are counted, for each goes its own way.
 
@@ -67,6 +67,8 @@ from nbdtarget.bio import (
 )
 from nbdtarget.clock import Clock
 from nbdtarget.devices.base import Device, QueueLimits
+from nbdtarget.dm.geometry import Geometry
+from nbdtarget.dm.statistics import Statistics
 from nbdtarget.dm.table import Table
 from nbdtarget.dm.zero_fill import ZeroFill
 from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target
@@ -121,6 +123,8 @@ class MappedIo(Device):
     Attributes:
         state: see `nbdtarget.dm.mapped_device`.
         active: the live table, if there is one.
+        geometry: what people said that it is; gone with a table of another size.
+        statistics: the regions in which I/O is counted.
     """
 
     # hot: an object that has more than thirty attributes in its dictionary is slower to ask.
@@ -134,6 +138,7 @@ class MappedIo(Device):
         "_fast_remap",
         "_fast_through",
         "_in_flight",
+        "_is_counting",
         "_is_flushed",
         "_limits",
         "_losses_before",
@@ -145,7 +150,9 @@ class MappedIo(Device):
         "_uppers",
         "_watched",
         "active",
+        "geometry",
         "state",
+        "statistics",
     )
 
     fails_inline = True  # what `map` kills ends at once
@@ -176,6 +183,9 @@ class MappedIo(Device):
         self._fast_remap: tuple[Device, int] | None = None
         self._fast_through: tuple[MappedIo, ...] = ()
         self._lower: MappedIo | None = None
+        self.geometry: Geometry | None = None
+        self.statistics = Statistics(clock, self._count_or_not)
+        self._is_counting = False
         self._uppers: set[MappedIo] = set()  # whose fast path depends on ours
 
     @property
@@ -235,6 +245,8 @@ class MappedIo(Device):
         elif bio.length == 0:
             bio.end(0)
         else:
+            if self._is_counting:
+                self.statistics.begin(bio)
             runs = table.runs(bio.offset, bio.length)
             if len(runs) == 1:
                 self._submit_to(runs[0][0], bio)
@@ -328,6 +340,8 @@ class MappedIo(Device):
         assert not self._running.is_set()
         assert bio.hooks is not None
         bio.hooks.remove(self._bio_ended)
+        if self._is_counting:
+            self.statistics.pass_over(bio)
         self._queue.insert(self._nr_pushed_back, bio)
         self._nr_pushed_back += 1
         self._bio_ended(bio)
@@ -349,6 +363,7 @@ class MappedIo(Device):
             and table is not None
             and not table.failed
             and len(table.targets) == 1
+            and not self._is_counting
         ):
             self._fast_map = table.targets[0].map
             self._fast_op_max = OP_READ if self.read_only else OP_WRITE
@@ -361,6 +376,11 @@ class MappedIo(Device):
         self._shorten_fast_path()
         for upper in tuple(self._uppers):
             upper._set_fast_path()
+
+    def _count_or_not(self) -> None:
+        """There is a region by now, or none any more."""
+        self._is_counting = bool(self.statistics)
+        self._set_fast_path()
 
     def _shorten_fast_path(self) -> None:
         """Leave out the mapped devices below that only pass bios on, too."""
@@ -440,7 +460,10 @@ class MappedIo(Device):
         self._watch(() if table is None else tuple(dict.fromkeys(table.devices())))
         self.active = table
         targets = () if table is None else table.targets
-        self.size = 0 if table is None else table.size
+        size = 0 if table is None else table.size
+        if size != self.size:
+            self.geometry = None
+        self.size = size
         self.read_only = table is not None and table.read_only
         self._limits = QueueLimits() if table is None else table.limits
         self.logical_block_size = self._limits.logical_block_size

@@ -163,3 +163,32 @@ def test_every_field_has_its_help_and_a_value() -> None:
     assert len(text.splitlines()) == len(FIELDS)
     everything = report(DEVICES, fields=",".join(FIELDS), separator="|")
     assert len(everything) == 1 + len(DEVICES)
+
+
+def test_prefixes_have_no_headings_and_no_padding() -> None:
+    fields = "name,vg_name"
+    assert report(DEVICES[2:3], fields=fields, name_prefixes=True) == [
+        "DM_NAME='b' DM_VG_NAME=''"
+    ]
+
+
+def test_parts_and_forms_of_names_as_recorded() -> None:
+    devices = [
+        line("a b", 0),
+        line("a\\x20c", 1),
+        line("plain-name", 2, uuid="CRYPT-xx"),
+        line("vg--a-lv--b-real", 3, uuid="LVM-bbbb-real"),
+        line("vg0-lv0", 4, uuid="LVM-x"),
+    ]
+    fields = "subsystem,vg_name,lv_name,lv_layer,mangled_name,unmangled_name"
+    assert report(devices, fields=fields) == [
+        "Subsys VG   LV   LVLayer MangledName      UnmangledName   ",
+        "                         a\\x20b           a b             ",
+        "                         a\\x20c           a c             ",
+        "CRYPT                    plain-name       plain-name      ",
+        "LVM    vg-a lv-b real    vg--a-lv--b-real vg--a-lv--b-real",
+        "LVM    vg0  lv0          vg0-lv0          vg0-lv0         ",
+    ]
+    assert report(devices[3:], fields="name," + fields, headings=False)[0] == (
+        "vg--a-lv--b-real:LVM:vg-a:lv-b:real:vg--a-lv--b-real:vg--a-lv--b-real"
+    )

@@ -22,9 +22,11 @@ COMMANDS: dict[str, list[str]] = {
     "clone": ["/nonexistent/source", "/nonexistent/dest"],
     "create": ["x", "--notable"],
     "deps": [],
+    "help": [],
     "info": [],
     "load": ["x", "--table", "0 8 zero"],
     "ls": [],
+    "mangle": [],
     "message": ["x", "0", "word"],
     "metadata": [],
     "reload": ["x", "--table", "0 8 zero"],
@@ -34,6 +36,8 @@ COMMANDS: dict[str, list[str]] = {
     "replay-log": ["--log", "/nonexistent/log"],
     "resume": ["x"],
     "serve": ["--listen", "nonsense"],
+    "setgeometry": ["x", "1", "1", "1", "0"],
+    "splitname": ["vg-lv"],
     "status": [],
     "suspend": ["x"],
     "table": [],
@@ -43,9 +47,17 @@ COMMANDS: dict[str, list[str]] = {
     "wait": ["x"],
     "wipe_table": ["x"],
 }
-ASKING = sorted(
-    COMMANDS.keys() - {"cache", "clone", "metadata", "replay-log", "serve", "version"}
-)
+NOT_ASKING = {
+    "cache",
+    "clone",
+    "help",
+    "metadata",
+    "replay-log",
+    "serve",
+    "splitname",
+    "version",
+}
+ASKING = sorted(COMMANDS.keys() - NOT_ASKING)
 PRINTING = ["deps", "info", "ls", "status", "table", "targets", "version"]
 
 
