@@ -52,6 +52,7 @@ from typing import Final
 from nbdtarget.bio import Bio
 from nbdtarget.clock import Timer, perf_counter_ns
 from nbdtarget.devices.base import Device
+from nbdtarget.server.buffers import Buffer
 from nbdtarget.server.export import DirectoryExports
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.output import Output, is_gone
@@ -76,7 +77,7 @@ POLL_STREAK: Final = (
 )
 POLL_SKIP_MAX: Final = 64
 POLL_GAP_NS: Final = 20_000  # between two looks: others want the processor
-HANDSHAKE_READ: Final = 64 << 10
+HANDSHAKE_READ: Final = 4 << 10  # few options, for each answer may be long
 SETTLE_RECEIVES_MAX: Final = 4096  # of what a client that has gone left in its socket
 
 
@@ -102,7 +103,8 @@ class Connection:
         self._fd = sock.fileno()
         self._output = Output(sock, limits, self._reply_left)
         self._handshake = ServerHandshake(
-            DirectoryExports(shared.directory, payload_max=limits.payload_max)
+            DirectoryExports(shared.directory, payload_max=limits.payload_max),
+            output_max=limits.handshake_output_max,
         )
         self._requests: Requests | None = None  # from TRANSMISSION on
         self._device: Device | None = None
@@ -313,6 +315,8 @@ class Connection:
                 self._is_writing = False
             if self.state == DRAINING or self._is_shutting_down:
                 self._maybe_finish()
+            elif self.state == HANDSHAKE:
+                self._start_reading()
         if self._requests is not None and self._requests.is_paused:
             self.maybe_resume()
 
@@ -335,7 +339,7 @@ class Connection:
         if self.state != CLOSED:
             self._guard(self.flush)
 
-    def _reply_left(self, charge: int, buffer: bytearray | None) -> None:
+    def _reply_left(self, charge: int, buffer: Buffer | None) -> None:
         """A large reply has left, or never will."""
         assert self._requests is not None
         self._requests.reply_left(charge, buffer)
@@ -356,6 +360,9 @@ class Connection:
             self._handshake.receive_data(data)
             self._answer_handshake()
             if self.state != HANDSHAKE:
+                return
+            if self._output.is_blocked:
+                self._stop_reading()  # until it has taken its answers
                 return
         self._shared.loop.call_soon(self._read_on)
 
@@ -384,6 +391,7 @@ class Connection:
             self._timer.cancel()
             self._timer = None
         self.state = TRANSMISSION
+        self._output.open_arena()
         self._device = device
         self._requests = Requests(
             self, self._sock, self._shared, self._output, device, negotiated

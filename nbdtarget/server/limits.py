@@ -10,7 +10,8 @@ line, and is woken when a reply of another connection has left. A request of the
 is counted only when it turns out not to end at once, so each connection may be over by one.
 
 What counts: a request from when it was submitted until its bio has ended; a byte from when
-memory was taken for it until the reply has left, or the write has ended. The fixed buffers
+memory was taken for it until the reply has left, or the write has ended. Memory for the payload of a
+large WRITE is taken as it comes (`large_write.py`). The fixed buffers
 of a connection (`receive_buffer`, `arena`) do not count: they are `connections_max` times
 their size.
 """
@@ -37,8 +38,11 @@ class Limits:
         connections_max: above, new ones wait in the kernel's backlog.
         backlog_max: connections the kernel keeps waiting.
         handshake_timeout_s: from accept to the transmission phase.
+        handshake_output_max: answers to options, in all; a LIST that needs more is refused, and
+            who asks for twice as much is cut off.
         stall_timeout_s: a client in the middle of a large WRITE that sends nothing for so
-            long is cut off, **if** others wait for the memory that it holds.
+            long is cut off, **if** others wait for the memory that it holds; and one that said DISC
+            and reads none of its replies for so long, in any case.
         linger_s: after our half of a connection was closed at shutdown, how long the client
             has to close its own.
         requests_in_flight_max, bytes_in_flight_max: of one connection.
@@ -46,6 +50,8 @@ class Limits:
         send_buffer_max: replies that wait for the socket; above, no request is started.
         send_queue_max: pieces of such replies, for a small one is mostly overhead; more
             only by what lay in the receive buffer already.
+        payload_step: a large WRITE takes so much of `bytes_total_max` at a time, as its payload comes.
+        progress_bytes: who sends less of a payload in `stall_timeout_s` has sent nothing.
         payload_max: of one READ or WRITE.
         receive_buffer: of each connection. A WRITE that fits is used where it lies.
         arena: where replies to small READs are built, one after another.
@@ -62,6 +68,7 @@ class Limits:
     connections_max: int = 256
     backlog_max: int = 128
     handshake_timeout_s: float = 10.0
+    handshake_output_max: int = 2 << 20
     stall_timeout_s: float = 30.0
     linger_s: float = 0.2
     requests_in_flight_max: int = 256
@@ -70,6 +77,8 @@ class Limits:
     bytes_total_max: int = 512 << 20
     send_buffer_max: int = 2 << 20
     send_queue_max: int = 4096
+    payload_step: int = 256 << 10
+    progress_bytes: int = 64 << 10
     payload_max: int = 64 << 20
     receive_buffer: int = 512 << 10
     arena: int = 1 << 20
@@ -95,29 +104,39 @@ class Budget:
     """What all connections of a listener have in flight, and who waits for it to shrink.
 
     Attributes:
+        requests_max, bytes_max, payload_step: see `Limits`.
         nr_requests, nr_bytes: in flight now.
         hot: who received last, and how many times in a row: only a connection that is alone
             polls. Any object; compared by identity.
         hot_streak: see `hot`.
+        nr_growing: those of half-received WRITEs behind their first step; see `large_write.py`.
+        favoured: the one WRITE that may take more than there is, so that not all half-received
+            ones wait for each other: at most `payload_max` more. Any object.
     """
 
     __slots__ = (
         "_waiters",
         "bytes_max",
+        "favoured",
         "hot",
         "hot_streak",
         "nr_bytes",
+        "nr_growing",
         "nr_requests",
+        "payload_step",
         "requests_max",
     )
 
     def __init__(self, limits: Limits) -> None:
         self.requests_max = limits.requests_total_max
         self.bytes_max = limits.bytes_total_max
+        self.payload_step = limits.payload_step
         self.nr_requests = 0
         self.nr_bytes = 0
+        self.nr_growing = 0
         self.hot: object = None
         self.hot_streak = 0
+        self.favoured: object = None
         self._waiters: deque[Callable[[], None]] = deque()
 
     def is_full(self, length: int) -> bool:

@@ -33,11 +33,11 @@ from urllib.parse import quote
 from nbdtarget.clock import Clock, LoopClock, Timer
 from nbdtarget.errors import ListenError
 from nbdtarget.server.address import UnixAddress, parse_address
+from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.connection import Connection
 from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
-from nbdtarget.server.output import BufferPool
 from nbdtarget.server.peer import hang_up_events
 from nbdtarget.server.shared import Shared
 from nbdtarget.unix_socket import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves a connection: the arena of small replies, the queue behind it, large buffers.
+"""What leaves a connection: the arena of small replies, and the queue behind it.
 
 Theory of operation. Small replies are packed one after another into the *arena*, READ data
 included: the device reads straight into the place that is sent. One `send` carries a whole
@@ -26,47 +26,12 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Final
 
+from nbdtarget.server.buffers import HEADER_ROOM, Buffer
 from nbdtarget.server.limits import Limits
 
-__all__ = ["HEADER_ROOM", "BufferPool", "Output", "is_gone"]
+__all__ = ["Output", "is_gone"]
 
-HEADER_ROOM: Final = (
-    32  # bytes before the data in a pooled buffer: a reply's header fits
-)
 GATHER_MAX: Final = 64  # pieces of one sendmsg; the kernel's own bound is 1024
-CLASS_MIN: Final = 64 << 10  # smallest size of a pooled buffer's data
-
-
-class BufferPool:
-    """Large buffers for reuse. A fresh one costs a page fault every 4 KiB: 4 KiB of copying.
-
-    Sizes are powers of two, so that one that was given back fits again.
-    """
-
-    __slots__ = ("_free", "_kept", "_kept_max")
-
-    def __init__(self, kept_max: int) -> None:
-        self._free: dict[int, list[bytearray]] = {}
-        self._kept = 0
-        self._kept_max = kept_max
-
-    def take(self, length: int) -> bytearray:
-        """Return a buffer of at least HEADER_ROOM + `length` bytes, with anything in it."""
-        size = HEADER_ROOM + max(CLASS_MIN, 1 << (length - 1).bit_length())
-        free = self._free.get(size)
-        if free:
-            self._kept -= size
-            return free.pop()
-        # What is too large to be kept need not be rounded up either.
-        if size > self._kept_max:
-            size = HEADER_ROOM + length
-        return bytearray(size)
-
-    def give_back(self, buffer: bytearray) -> None:
-        size = len(buffer)
-        if self._kept + size <= self._kept_max:
-            self._kept += size
-            self._free.setdefault(size, []).append(buffer)
 
 
 class Output:
@@ -81,6 +46,7 @@ class Output:
     """
 
     __slots__ = (
+        "_arena_size",
         "_on_left",
         "_queue",
         "_queue_max",
@@ -101,13 +67,14 @@ class Output:
         self,
         sock: socket.socket,
         limits: Limits,
-        on_left: Callable[[int, bytearray | None], None],
+        on_left: Callable[[int, Buffer | None], None],
     ) -> None:
-        self.arena = bytearray(limits.arena)
+        self.arena = bytearray()
         self.view = memoryview(self.arena)
         self.base = 0
         self.end = 0
         self.end_max = limits.arena - HEADER_ROOM - limits.arena_read_max
+        self._arena_size = limits.arena
         self.nr_queued = 0
         self.is_blocked = False
         self.poison = limits.poison_borrowed
@@ -115,14 +82,19 @@ class Output:
         self._queue_max = limits.send_queue_max
         self._send = sock.send
         self._sendmsg = sock.sendmsg
-        self._queue: deque[tuple[memoryview, int, bytearray | None]] = deque()
+        self._queue: deque[tuple[memoryview, int, Buffer | None]] = deque()
         self._on_left = on_left
+
+    def open_arena(self) -> None:
+        """Take the memory of the arena: a client that is attached needs it, and nobody before."""
+        self.arena = bytearray(self._arena_size)
+        self.view = memoryview(self.arena)
 
     def push(
         self,
         data: bytes | bytearray | memoryview,
         charge: int = 0,
-        buffer: bytearray | None = None,
+        buffer: Buffer | None = None,
     ) -> None:
         """Queue `data`, which must not change until it has left.
 

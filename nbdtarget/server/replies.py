@@ -2,6 +2,7 @@
 """Replies that need a closer look: a READ that may be a hole, and an error."""
 
 from nbdtarget.bio import Bio
+from nbdtarget.server.buffers import HEADER_ROOM
 from nbdtarget.server.output import Output
 from nbdtarget.server.zeroes import is_zero
 from protocol.consts import (
@@ -16,7 +17,7 @@ from protocol.transmission import (
     simple_reply,
 )
 
-__all__ = ["encode_error", "pack_read"]
+__all__ = ["encode_error", "pack_read", "push_read"]
 
 
 def pack_read(
@@ -54,6 +55,52 @@ def pack_read(
         return len(hole)
     pack_offset_data_into(arena, out, cookie, offset, length, done=True)
     return OFFSET_DATA.size + length
+
+
+def push_read(
+    output: Output,
+    bio: Bio,
+    request: tuple[int, int],
+    account: tuple[int, bytearray | None],
+    *,
+    structured: bool,
+    zero_min: int,
+) -> bool:
+    """Queue the reply to a READ that has a buffer of its own.
+
+    Args:
+        request: cookie and offset.
+        account: what is given back when the data has left: charge, and the buffer.
+        zero_min: data this long is looked through for zeroes.
+
+    Returns whether it is a hole: then the buffer is free already.
+    """
+    cookie, offset = request
+    charge, buffer = account
+    payload, length = bio.payload, bio.length
+    assert payload is not None
+    in_buffer = buffer is not None and payload.obj is buffer
+    if (
+        length >= zero_min
+        and (in_buffer or memoryview(payload.obj).nbytes == length)  # from `own`
+        and is_zero(payload.obj, HEADER_ROOM if in_buffer else 0, length)
+    ):
+        output.push(offset_hole(cookie, offset, length, done=True))
+        return True
+    header = bytearray(OFFSET_DATA.size if structured else SIMPLE_REPLY.size)
+    if structured:
+        pack_offset_data_into(header, 0, cookie, offset, length, done=True)
+    else:
+        pack_simple_reply_into(header, 0, 0, cookie)
+    if in_buffer and buffer is not None:
+        begin = HEADER_ROOM - len(header)
+        buffer[begin:HEADER_ROOM] = header
+        reply = memoryview(buffer)[begin : HEADER_ROOM + length]
+        output.push(reply, charge, buffer)
+    else:
+        output.push(header)
+        output.push(payload, charge, buffer)
+    return False
 
 
 def encode_error(cookie: int, error: int, message: str, *, structured: bool) -> bytes:

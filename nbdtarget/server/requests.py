@@ -39,6 +39,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from mmap import mmap
 from typing import Final, NamedTuple
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
@@ -46,11 +47,12 @@ from nbdtarget.devices.base import Device
 from nbdtarget.devices.losses import ConnectionObserver
 from nbdtarget.errors import DeviceError
 from nbdtarget.server.block_status import describe
+from nbdtarget.server.buffers import HEADER_ROOM, Buffer
 from nbdtarget.server.commands import OPS, bio_flags_of
-from nbdtarget.server.output import HEADER_ROOM, Output
-from nbdtarget.server.replies import encode_error, pack_read
+from nbdtarget.server.large_write import LargeWrite
+from nbdtarget.server.output import Output
+from nbdtarget.server.replies import encode_error, pack_read, push_read
 from nbdtarget.server.shared import Host, Shared
-from nbdtarget.server.zeroes import is_zero
 from protocol.consts import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
@@ -80,9 +82,6 @@ from protocol.transmission import (
     PAYLOAD_DISCONNECT,
     ServerTransmission,
     none_chunk,
-    offset_hole,
-    pack_offset_data_into,
-    pack_simple_reply_into,
     simple_reply,
     wire_errno,
 )
@@ -120,7 +119,7 @@ class _Request(NamedTuple):
     flags: int
     offset: int  # as asked for: a target moves `bio.offset` on its way down
     charge: int  # bytes of budget
-    buffer: bytearray | None  # pooled, holds the bio's payload
+    buffer: Buffer | None  # pooled, holds the bio's payload
 
 
 class Requests:
@@ -177,10 +176,7 @@ class Requests:
         self._view = memoryview(self._buffer)
         self._begin = 0
         self._end = 0
-        # A large WRITE whose payload is being received, and how much of it is there.
-        self._large: memoryview | None = None
-        self._large_filled = 0
-        self._large_bio: Bio | None = None
+        self._large: LargeWrite | None = None  # its payload is being received
         # Payload of a refused WRITE, to be dropped, and what to answer then.
         self._skip = 0
         self._skip_reply = b""
@@ -188,8 +184,8 @@ class Requests:
 
     @property
     def is_receiving_large(self) -> bool:
-        """Whether memory is held for a payload that has not all come yet."""
-        return self._large is not None
+        """Whether memory is held for a payload that the client has not sent yet, though we wait for it."""
+        return self._large is not None and not self.is_paused
 
     @property
     def is_batch(self) -> bool:
@@ -226,12 +222,10 @@ class Requests:
         """The connection is closed: forget the WRITE that was being received, and what is held."""
         self._observer.close()
         self._gate.drop(tuple(self._in_flight))
-        bio = self._large_bio
-        if bio is not None:
-            request = bio.private
-            assert isinstance(request, _Request)
-            self._large = self._large_bio = None
-            self._give_back(request)
+        large, self._large = self._large, None
+        if large is not None:
+            large.leave()
+            self.reply_left(large.charge, large.buffer)
 
     # ---- bounds ----
 
@@ -245,18 +239,23 @@ class Requests:
         ):
             self._pause()
             return True
-        if self._budget.is_full(length):
-            self._budget.wait(self._host.maybe_resume)
-            self._shared.starved()
-            self._pause()
+        budget = self._budget
+        favoured = budget.favoured
+        if budget.is_full(length) and (favoured is None or favoured is not self._large):
+            self._wait_for_budget()
             return True
         return False
+
+    def _wait_for_budget(self) -> None:
+        self._budget.wait(self._host.maybe_resume)
+        self._shared.starved()
+        self._pause()
 
     def _pause(self) -> None:
         self.is_paused = True
         self._host.pause()
 
-    def reply_left(self, charge: int, buffer: bytearray | None) -> None:
+    def reply_left(self, charge: int, buffer: Buffer | None) -> None:
         """A large reply has left, or never will."""
         self._nr_bytes -= charge
         if buffer is not None:
@@ -286,24 +285,42 @@ class Requests:
             self._output.push(self._skip_reply)
         return received
 
-    def _receive_large(self, payload: memoryview) -> int:
-        """Receive the rest of a large WRITE's payload, and what follows it if it is there."""
-        filled = self._large_filled
-        # Only a little of what follows: if it is another large WRITE, the rest of its payload
-        # goes straight into its own buffer, and is not copied there.
-        behind = self._view[:COMPACT_MAX]
-        received = self._sock.recvmsg_into([payload[filled:], behind])[0]
+    # hot: a few of them for each large WRITE
+    def _receive_large(self, large: LargeWrite) -> int:
+        """Receive more of a large WRITE's payload, and what follows it if it is there."""
+        payload, filled, length = large.payload, large.filled, large.length
+        if filled == large.charge:
+            more = large.grow()
+            if more < 0:
+                self._wait_for_budget()
+                raise BlockingIOError
+            self._nr_bytes += more
+        if large.charge == length:
+            # Only a little of what follows: if it is another large WRITE, the rest of its payload
+            # goes straight into its own buffer, and is not copied there.
+            behind = self._view[:COMPACT_MAX]
+            received = self._sock.recvmsg_into([payload[filled:], behind])[0]
+        else:
+            received = self._sock.recv_into(payload[filled : large.charge])
         filled += received
-        self._host.moved()
-        if filled < len(payload):
-            self._large_filled = filled
+        if filled >= large.progress_at:
+            large.progress_at = filled + self._limits.progress_bytes
+            self._host.moved()
+        if filled < length:
+            large.filled = filled
             return received
-        self._end = filled - len(payload)
-        bio = self._large_bio
-        assert bio is not None
-        self._large = self._large_bio = None
-        self._start(bio)
+        self._end = filled - length
+        self._large = None
+        self._start_large(large)
         return received
+
+    def _start_large(self, large: LargeWrite) -> None:
+        if large.grown:
+            large.leave()
+            request = large.bio.private
+            assert isinstance(request, _Request)
+            large.bio.private = request._replace(charge=large.charge)
+        self._start(large.bio)
 
     # ---- the fast path ----
 
@@ -512,16 +529,23 @@ class Requests:
         if not length:
             self._reply_done(cookie, CMD_WRITE)
             return stop
-        if length < self._limits.own_payload_min or self.is_full(length):
+        if length < self._limits.own_payload_min:
             return -1
-        request, payload = self._take_memory(cookie, CMD_WRITE, flags, offset, length)
         here = self._view[payload_at : min(stop, self._end)]
-        payload[: len(here)] = here
+        charge = max(len(here), min(length, self._limits.payload_step))
+        if self.is_full(charge):
+            return -1
+        buffer = self._shared.pool.take_untouched(length)
+        payload = memoryview(buffer)[:length]
+        request = _Request(cookie, CMD_WRITE, flags, offset, charge, buffer)
         bio = Bio(OP_WRITE, offset, length, payload, flags & FUA, self._ended, request)
+        payload[: len(here)] = here
+        self._nr_bytes += charge
+        self._budget.nr_bytes += charge
         if len(here) == length:
             self._start(bio)
             return stop
-        self._large, self._large_filled, self._large_bio = payload, len(here), bio
+        self._large = LargeWrite(bio, buffer, charge, len(here), self._budget)
         return self._end
 
     def _take_memory(
@@ -656,29 +680,15 @@ class Requests:
     def _reply_read(self, bio: Bio, request: _Request) -> None:
         """Answer a READ from its own buffer."""
         cookie, _, flags, offset, charge, buffer = request
-        payload, length = bio.payload, bio.length
-        assert payload is not None
-        structured = self._transmission.structured
-        in_buffer = buffer is not None and payload.obj is buffer
-        if (
-            length >= self._zero_min
-            and not flags & CMD_FLAG_DF
-            and (in_buffer or memoryview(payload.obj).nbytes == length)  # from `own`
-            and is_zero(payload.obj, HEADER_ROOM if in_buffer else 0, length)
-        ):
+        assert not isinstance(buffer, mmap)
+        zero_min = self._zero_min if not flags & CMD_FLAG_DF else 1 << 62
+        is_hole = push_read(
+            self._output,
+            bio,
+            (cookie, offset),
+            (charge, buffer),
+            structured=self._transmission.structured,
+            zero_min=zero_min,
+        )
+        if is_hole:
             self._give_back(request)
-            self._output.push(offset_hole(cookie, offset, length, done=True))
-            return
-        header = bytearray(OFFSET_DATA.size if structured else SIMPLE_REPLY.size)
-        if structured:
-            pack_offset_data_into(header, 0, cookie, offset, length, done=True)
-        else:
-            pack_simple_reply_into(header, 0, 0, cookie)
-        if in_buffer and buffer is not None:
-            begin = HEADER_ROOM - len(header)
-            buffer[begin:HEADER_ROOM] = header
-            reply = memoryview(buffer)[begin : HEADER_ROOM + length]
-            self._output.push(reply, charge, buffer)
-        else:
-            self._output.push(header)
-            self._output.push(payload, charge, buffer)

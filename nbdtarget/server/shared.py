@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nbdtarget.clock import Clock
+from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
-from nbdtarget.server.output import BufferPool
 
 __all__ = ["Host", "Shared"]
 

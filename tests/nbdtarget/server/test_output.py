@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from nbdtarget.server.buffers import HEADER_ROOM, Buffer, BufferPool
 from nbdtarget.server.limits import Limits
-from nbdtarget.server.output import HEADER_ROOM, BufferPool, Output
+from nbdtarget.server.output import Output
 
 
 class Pair:
@@ -17,8 +18,9 @@ class Pair:
         self.ours, self.theirs = socket.socketpair()
         for sock in (self.ours, self.theirs):
             sock.setblocking(False)
-        self.left: list[tuple[int, bytearray | None]] = []
+        self.left: list[tuple[int, Buffer | None]] = []
         self.output = Output(self.ours, Limits(), lambda *it: self.left.append(it))
+        self.output.open_arena()
 
     def pack(self, data: bytes) -> None:
         output = self.output

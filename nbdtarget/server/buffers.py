@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Large buffers for the payloads of READ and WRITE, used again and again.
+
+A fresh buffer costs a page fault every 4 KiB, as much as 4 KiB of copying. Two kinds:
+
+    take           a bytearray, for a READ: its device fills it at once, and it is looked through for zeroes
+    take_untouched memory that the kernel gives page by page when something is written to it, for a
+                   WRITE whose payload is still to come: before that it costs nothing
+"""
+
+import mmap
+from typing import Final
+
+__all__ = ["HEADER_ROOM", "Buffer", "BufferPool"]
+
+HEADER_ROOM: Final = (
+    32  # bytes before the data in a pooled buffer: a reply's header fits
+)
+CLASS_MIN: Final = 64 << 10  # smallest size of a pooled buffer's data
+
+Buffer = bytearray | mmap.mmap
+
+
+class BufferPool:
+    """Large buffers for reuse; see the module head.
+
+    Sizes are powers of two, so that one that was given back fits again.
+    """
+
+    __slots__ = ("_free", "_kept", "_kept_max", "_untouched")
+
+    def __init__(self, kept_max: int) -> None:
+        self._free: dict[int, list[bytearray]] = {}
+        self._untouched: dict[int, list[mmap.mmap]] = {}
+        self._kept = 0
+        self._kept_max = kept_max
+
+    def take(self, length: int) -> bytearray:
+        """Return a buffer of at least HEADER_ROOM + `length` bytes, with anything in it."""
+        size = self._size_for(length)
+        free = self._free.get(size)
+        if free:
+            self._kept -= size
+            return free.pop()
+        return bytearray(size)
+
+    def take_untouched(self, length: int) -> mmap.mmap:
+        """As `take`, but it takes memory only as it is written to."""
+        size = self._size_for(length)
+        free = self._untouched.get(size)
+        if free:
+            self._kept -= size
+            return free.pop()
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def give_back(self, buffer: Buffer) -> None:
+        size = len(buffer)
+        if self._kept + size > self._kept_max:
+            return
+        self._kept += size
+        if isinstance(buffer, bytearray):
+            self._free.setdefault(size, []).append(buffer)
+        else:
+            self._untouched.setdefault(size, []).append(buffer)
+
+    def _size_for(self, length: int) -> int:
+        size = HEADER_ROOM + max(CLASS_MIN, 1 << (length - 1).bit_length())
+        # What is too large to be kept need not be rounded up either.
+        return size if size <= self._kept_max else HEADER_ROOM + length

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clients that announce large WRITEs and do not send them: what they take, and who waits for them."""
+
+import asyncio
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.server.buffers import BufferPool
+from protocol import consts as c
+from tests.nbdtarget.server.peer import MIB, Disk, Served, until
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+async def test_headers_of_large_writes_take_no_memory_and_nobody_waits_for_them(
+    served: Served,
+) -> None:
+    served.directory.devices["disk"] = Disk(32 * MIB)
+    other = await served.attach()
+    hostile = [await served.attach() for _ in range(50)]
+    before = resident_bytes()
+    for peer in hostile:
+        peer.send(c.CMD_WRITE, 0, 32 * MIB)
+    listener = await served.start()
+    budget = listener.budget
+    assert budget is not None
+    await until(lambda: budget.nr_bytes > 10 * MIB)
+    async with asyncio.timeout(5):
+        assert (await other.ask(c.CMD_READ, 0, 16 * MIB)).error == 0
+        assert (await other.ask(c.CMD_WRITE, payload=b"x" * 16 * MIB)).error == 0
+    assert budget.nr_bytes < 20 * MIB
+    assert resident_bytes() - before < 200 * MIB  # the buffers of this one's own
+
+
+async def test_half_sent_writes_leave_half_of_the_budget_to_others(
+    served: Served,
+) -> None:
+    served.limits = replace(
+        served.limits, payload_max=4 * MIB, bytes_total_max=16 * MIB
+    )
+    served.directory.devices["disk"] = Disk(4 * MIB)
+    other = await served.attach()
+    hostile = [await served.attach() for _ in range(10)]
+    for peer in hostile:
+        peer.send(c.CMD_WRITE, 0, 4 * MIB)
+        peer.writer.write(bytes(3 * MIB))
+    listener = await served.start()
+    budget = listener.budget
+    assert budget is not None
+    await until(lambda: budget.nr_waiters > 3)
+    async with asyncio.timeout(5):
+        for _ in range(3):
+            assert (await other.ask(c.CMD_READ, 0, MIB)).error == 0
+            assert (await other.ask(c.CMD_WRITE, payload=b"x" * 200_000)).error == 0
+
+
+async def test_all_writes_end_although_together_they_are_more_than_the_budget(
+    served: Served,
+) -> None:
+    served.limits = replace(served.limits, payload_max=4 * MIB, bytes_total_max=4 * MIB)
+    served.directory.devices["disk"] = Disk(4 * MIB)
+    peers = [await served.attach() for _ in range(6)]
+    for peer in peers:
+        peer.send(c.CMD_WRITE, 0, 4 * MIB)
+        peer.writer.write(bytes(MIB))
+    await asyncio.sleep(0.05)
+    for peer in peers:
+        peer.writer.write(bytes(3 * MIB))
+    async with asyncio.timeout(10):
+        for peer in peers:
+            assert (await peer.reply()).error == 0
+
+
+@pytest.mark.parametrize("dribbles", [False, True])
+async def test_who_holds_memory_and_does_not_send_is_cut_off_when_others_wait(
+    served: Served, dribbles: bool
+) -> None:
+    served.limits = replace(
+        served.limits,
+        payload_max=2 * MIB,
+        bytes_total_max=2 * MIB,
+        stall_timeout_s=0.2,
+    )
+    served.directory.devices["disk"] = Disk(2 * MIB)
+    stalled, other = await served.attach(), await served.attach()
+    stalled.send(c.CMD_WRITE, 0, 2 * MIB)
+    stalled.writer.write(bytes(MIB))
+    await asyncio.sleep(0.5)
+    assert not stalled.reader.at_eof()  # it harms nobody yet
+    async with asyncio.timeout(5):
+        cookie = other.send(c.CMD_READ, 0, 2 * MIB)
+        answer = asyncio.create_task(other.reply())
+        while dribbles and not answer.done():
+            stalled.writer.write(b"x")
+            await asyncio.sleep(0.02)
+        assert (await answer).cookie == cookie
+    await served.until_connections(1)
+
+
+async def test_a_client_costs_little_before_it_is_attached(served: Served) -> None:
+    await served.attach()
+    before = resident_bytes()
+    peers = [await served.connect() for _ in range(100)]
+    for peer in peers:
+        await peer.greet()
+    assert resident_bytes() - before < 30 * MIB
+
+
+async def test_a_client_that_does_not_take_its_answers_is_not_read_from(
+    served: Served,
+) -> None:
+    """Else a few options of 20 bytes, each answered with a long list, would take any memory."""
+    for nr in range(2000):
+        served.directory.devices[f"{nr:030}"] = served.disk
+    served.limits = replace(served.limits, socket_buffer=64 << 10)
+    listener = await served.start()
+    peer = await served.connect()
+    await peer.greet()
+    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a read transport
+    before = resident_bytes()
+    for _ in range(2000):
+        peer.option(c.OPT_LIST)
+    (connection,) = listener._connections
+    await until(lambda: connection._output.is_blocked)
+    await asyncio.sleep(0.1)
+    assert connection._output.nr_queued < 5 * MIB
+    assert resident_bytes() - before < 30 * MIB
+
+
+def test_memory_for_a_write_is_not_taken_before_it_is_written_to() -> None:
+    pool = BufferPool(1 << 20)
+    before = resident_bytes()
+    buffers = [pool.take_untouched(32 * MIB) for _ in range(20)]
+    assert resident_bytes() - before < 10 * MIB
+    for buffer in buffers:
+        pool.give_back(buffer)
+    small = pool.take_untouched(100_000)
+    pool.give_back(small)
+    assert pool.take_untouched(100_000) is small
