@@ -5,8 +5,7 @@ Theory of operation. From its first attempt on, the device is in the registry, w
 reason in `MappedDevice.failure`: `ls`, `info` and `status` show it, clients that ask for it are told
 the reason, and what stands on it is refused as long as it is so.
 
-    attempt     the device without a table is removed, and one with its table created in its
-                place; if that is refused, the one without a table is there again
+    attempt     the table is loaded and resumed; if that is refused, the device is without one again
     between     RETRY_S_MIN after the first attempt, twice as long after each other one, at
                 most RETRY_S_MAX; at once after `try_now` (SIGHUP, or a lower device is open)
     end         the device is open; or somebody has removed it, or given it a table, by command:
@@ -19,7 +18,6 @@ import asyncio
 import logging
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Final
 
 from nbdtarget.clock import timeout
@@ -95,7 +93,13 @@ class Opening:
     async def start(self) -> None:
         """Show the device as one that is being opened, and begin."""
         try:
-            self._stand_in = await self._make_stand_in(None, BEING_OPENED)
+            self._stand_in = await self._registry.create(
+                self.device.name,
+                None,
+                uuid=self.device.uuid,
+                failure=BEING_OPENED,
+                rotational=self.device.rotational,
+            )
         except NbdTargetError as error:
             log.error("%s: %s; it is not served", self._what, error)
             self.tried.set()
@@ -150,32 +154,22 @@ class Opening:
         device, stand_in = self.device, self._stand_in
         assert stand_in is not None
         try:
-            await self._registry.remove(device.name)
-            await self._registry.create(
-                device.name,
-                device.table if device.specs else None,
-                uuid=device.uuid,
-                minor=stand_in.minor,
-                directory=self._directory,
-                read_only=device.read_only,
-                rotational=device.rotational,
-                failure=stand_in.failure,
-            )
+            if device.specs:
+                await self._registry.fill(
+                    device.name,
+                    device.table,
+                    directory=self._directory,
+                    read_only=device.read_only,
+                )
         except NbdTargetError as error:
             self._tell(refusal(error, device))
-            # Somebody may have taken the name in this moment: then it is theirs.
-            with suppress(NbdTargetError):
-                self._stand_in = await self._make_stand_in(stand_in.minor, str(error))
+            stand_in.failure = str(error)
             return False
+        stand_in.failure = ""
         if self._told:
             log.warning("%s: is open", self._what)
         self.is_open = True
         return True
-
-    async def _make_stand_in(self, minor: int | None, failure: str) -> MappedDevice:
-        return await self._registry.create(
-            self.device.name, None, uuid=self.device.uuid, minor=minor, failure=failure
-        )
 
     def _tell(self, reason: str) -> None:
         if reason == self._told:

@@ -174,6 +174,7 @@ async def _make(
             if undo is not None:
                 undo()
             await device.close()
+        await pool.close()
         raise
     if not made:
         await pool.close()

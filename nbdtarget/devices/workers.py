@@ -110,7 +110,11 @@ class WorkerPool:
         return answers[0]
 
     async def close(self) -> None:
-        """End the threads. The caller has waited for all jobs; idempotent."""
+        """End the threads. The caller has waited for all jobs; idempotent.
+
+        Also when it is cancelled it returns only when they have ended: a thread that ends later
+        would tell a loop that is closed.
+        """
         if self._is_closed:
             return
         assert not self._waiting
@@ -131,10 +135,17 @@ class WorkerPool:
         self._thread_ended = thread_ended
         for _ in self._threads:
             self._handed.put(None)
-        await ended
+        cancelled: asyncio.CancelledError | None = None
+        while not ended.done():
+            try:
+                await asyncio.shield(ended)
+            except asyncio.CancelledError as error:
+                cancelled = error
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        if cancelled is not None:
+            raise cancelled
 
     def _hand(self, job: _Job) -> None:
         self._nr_handed += 1

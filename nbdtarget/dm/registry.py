@@ -187,23 +187,58 @@ class Registry:
         self._load_locks[device] = asyncio.Lock()
         if table is None:
             return device
-        created: list[str] = []
         try:
-            created = await self._load(
+            await self._fill(
                 device,
                 table,
                 directory=directory,
                 read_only=read_only,
                 permissions=permissions,
             )
-            await device.resume()
         except BaseException:
             await self._remove(device)
+            raise
+        return device
+
+    async def fill(
+        self, name: str, table: str, *, directory: str = "/", read_only: bool = False
+    ) -> None:
+        """Load the first table of a device that has none, and resume it.
+
+        Raises: TableError, ConstructorError; then the device is as it was, without a table, and
+            nothing is left of the files that were created for it.
+        """
+        device = self.get(name)
+        await self._fill(device, table, directory=directory, read_only=read_only)
+
+    async def _fill(
+        self,
+        device: MappedDevice,
+        text: str,
+        *,
+        directory: str,
+        read_only: bool,
+        permissions: frozenset[Permission] = frozenset(),
+    ) -> None:
+        created = await self._load(
+            device,
+            text,
+            directory=directory,
+            read_only=read_only,
+            permissions=permissions,
+        )
+        table = device.inactive
+        try:
+            await device.resume()
+        except BaseException:
+            if (
+                device.inactive is table
+            ):  # else somebody has loaded another one meanwhile
+                await device.clear()
             # It was never resumed, so nobody has written to what was made for it.
             for path in created:
                 await self.opens.opener.remove_created(path)
             raise
-        return device
 
     def _check_uuid(self, uuid: str) -> None:
         if len(uuid) > UUID_LENGTH_MAX:

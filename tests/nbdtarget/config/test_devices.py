@@ -142,6 +142,26 @@ async def test_a_device_that_could_not_be_opened_is_left_to_who_loads_a_table(
     assert server.tables() == {"b": "0 8 zero"}
 
 
+async def test_a_device_that_is_tried_again_is_there_all_the_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Between two attempts, and during each, a command finds it."""
+    monkeypatch.setattr(openings, "RETRY_S_MIN", 0.001)
+    server.write(b="0 8 linear late.img 0")
+    await server.start()
+    device = server.registry.get("b")
+    for _ in range(100):
+        assert server.registry.get("b") is device
+        assert device.failure
+        await sleep(0.0005)
+    (tmp_path / "late.img").write_bytes(bytes(4096))
+    async with timeout(5):
+        while device.failure:
+            assert server.registry.get("b") is device
+            await sleep(0.001)
+    assert server.tables() == {"b": f"0 8 linear {tmp_path}/late.img 0"}
+
+
 async def test_damaged_metadata_of_one_device_does_not_keep_the_others_from_being_served(
     server: Server, tmp_path: Path
 ) -> None:

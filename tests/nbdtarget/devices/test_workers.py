@@ -46,6 +46,28 @@ async def test_close_leaves_no_thread() -> None:
     assert threading.active_count() == before
 
 
+async def test_a_close_that_is_cancelled_waits_for_the_threads_all_the_same() -> None:
+    pool = WorkerPool("pool")
+    begun, may_end = threading.Event(), threading.Event()
+
+    def job() -> int:
+        begun.set()
+        may_end.wait(5)
+        return 0
+
+    pool.submit(job, lambda _: None)
+    await asyncio.to_thread(begun.wait)
+    closing = asyncio.create_task(pool.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert not any(thread.name.startswith("pool-") for thread in threading.enumerate())
+
+
 async def test_os_error_is_its_errno(pool: WorkerPool) -> None:
     def job() -> int:
         raise OSError(errno.ENOSPC, "full")
