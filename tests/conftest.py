@@ -2,6 +2,12 @@
 """What holds for the whole suite."""
 
 import gc
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 
 def pytest_collection_finish() -> None:
@@ -9,3 +15,17 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def runtime_directory() -> Iterator[None]:
+    """Servers of this process of the suite find only each other, and not those of the machine.
+
+    Its path is short: a unix socket's has room for 107 bytes.
+    """
+    directory = tempfile.mkdtemp(prefix="nbdt")
+    os.environ["XDG_RUNTIME_DIR"] = directory
+    for name in ("RUNTIME_DIRECTORY", "NBDTARGET_CONTROL"):
+        os.environ.pop(name, None)
+    yield
+    shutil.rmtree(directory, ignore_errors=True)

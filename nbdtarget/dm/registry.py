@@ -24,9 +24,10 @@ from nbdtarget.clock import Clock, LoopClock, wait_within
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
+from nbdtarget.dm.replacements import Replacements
 from nbdtarget.dm.table import SECTOR, Table, TargetSpec, construct_table, parse_table
 from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import ConstructorError, NbdTargetError, TableError
+from nbdtarget.errors import ConstructorError, TableError
 from nbdtarget.permissions import Permission
 from nbdtarget.targets.base import Target
 
@@ -71,7 +72,7 @@ class Registry:
         self._devices: dict[str, MappedDevice] = {}
         self._removing: set[MappedDevice] = set()
         self._load_locks: dict[MappedDevice, asyncio.Lock] = {}
-        self._replacements: dict[TableContext, asyncio.Task[None]] = {}
+        self.replacements = Replacements(self)
         self._deferred: set[asyncio.Task[None]] = set()
         self._is_closing = False
         self._uncommitted: list[str] = []  # names of removed devices
@@ -349,87 +350,12 @@ class Registry:
 
         See `TargetContext.request_replacement`. One that is under way is not begun again.
         """
-        if self._is_closing or context in self._replacements:
-            return
-        task = asyncio.get_running_loop().create_task(
-            self._replace_and_tell(device, context, type_name, args, devices)
-        )
-        self._replacements[context] = task
+        if not self._is_closing:
+            self.replacements.request(device, context, type_name, args, devices)
 
-        def done(task: "asyncio.Task[None]") -> None:
-            del self._replacements[context]
-            if not task.cancelled() and (error := task.exception()) is not None:
-                _log.critical("%s: replacement", device.name, exc_info=error)
-
-        task.add_done_callback(done)
-
-    async def _replace_and_tell(
-        self,
-        device: MappedDevice,
-        context: TableContext,
-        type_name: str,
-        args: tuple[str, ...],
-        devices: tuple[Device, ...],
-    ) -> None:
-        what = f"{device.name}: {type_name} in the place of sector"
-        what = f"{what} {context.begin // SECTOR} of the table"
-        try:
-            await self._replace(device, context, type_name, args, devices)
-        except NbdTargetError as error:
-            # Whoever suspended it, or loaded another table, need not be told.
-            is_live = device.maybe_live_target(context) is not None
-            is_news = is_live and device.state is State.ACTIVE
-            level = logging.WARNING if is_news else logging.INFO
-            _log.log(level, "%s: not done: %s", what, error)
-        else:
-            _log.info("%s", what)
-        device.event()
-
-    async def _replace(
-        self,
-        device: MappedDevice,
-        context: TableContext,
-        type_name: str,
-        args: tuple[str, ...],
-        devices: tuple[Device, ...],
-    ) -> None:
-        """Raises: TableError, ConstructorError: the table is what it was."""
-        lock = self._load_locks.get(device)
-        if lock is None:
-            raise TableError("Device does not exist", errnos.ENXIO)
-        async with lock:
-            old = device.maybe_live_target(context)
-            if old is None:
-                raise TableError("another table is live")
-            spec = TargetSpec(old.begin, old.length, type_name, args)
-            new_context = TableContext(
-                self,
-                device,
-                spec,
-                directory="/",
-                read_only=device.read_only,
-                kept=devices,
-            )
-            try:
-                new = await self.types[type_name].ctr(new_context, args)
-            except BaseException:
-                await new_context.undo()
-                raise
-            try:
-                await device.replace_target(old, new)
-            except BaseException:
-                await new.dtr()
-                raise
-
-    async def _replacements_ended(self, device: MappedDevice) -> None:
-        """Wait until no replacement holds anything open for `device` any more."""
-        tasks = [
-            task
-            for context, task in self._replacements.items()
-            if context.mapped_device is device
-        ]
-        if tasks:
-            await asyncio.wait(tasks)
+    def maybe_load_lock(self, device: MappedDevice) -> asyncio.Lock | None:
+        """What keeps loads for `device` from each other; None: it is gone."""
+        return self._load_locks.get(device)
 
     async def clear(self, name: str) -> None:
         """Drop the inactive table."""
@@ -503,7 +429,7 @@ class Registry:
         if device.is_uncommitted:
             self._uncommitted.append(device.name)
         try:
-            await self._replacements_ended(device)
+            await self.replacements.ended(device)
         finally:
             self._removing.discard(device)
             del self._load_locks[device]

@@ -55,12 +55,16 @@ class CloneUnderTest:
     """One clone: its files, its command line, and its server while it runs.
 
     Attributes:
+        name: of its export.
         source: what the command line names: a path or a URI.
         content: what the source holds, and what the disk holds before the first write.
     """
 
-    def __init__(self, work: Path, content: bytes, source: str) -> None:
+    def __init__(
+        self, work: Path, content: bytes, source: str, *, name: str = NAME
+    ) -> None:
         self.work = work
+        self.name = name
         self.content = content
         self.source = source
         self.dest = work / "dest.img"
@@ -70,12 +74,12 @@ class CloneUnderTest:
 
     @property
     def uri(self) -> str:
-        return f"nbd+unix:///{NAME}?socket={self.socket}"
+        return f"nbd+unix:///{self.name}?socket={self.socket}"
 
     def argv(self, *extra: str) -> list[str]:
         return [
             *[NBDTARGET, "clone", self.source, str(self.dest)],
-            *["--metadata", str(self.metadata), "--name", NAME],
+            *["--metadata", str(self.metadata), "--name", self.name],
             *["--listen", f"unix:{self.socket}", *extra],
         ]
 

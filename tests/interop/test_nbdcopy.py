@@ -60,7 +60,9 @@ def test_copy_between_two_clones(
     clone: CloneUnderTest, served: ServerProcess, tmp_path: Path, source_image: Path
 ) -> None:
     (tmp_path / "other").mkdir()
-    other = CloneUnderTest(tmp_path / "other", clone.content, str(source_image))
+    other = CloneUnderTest(
+        tmp_path / "other", clone.content, str(source_image), name="other"
+    )
     with other.serve("--no-hydration"):
         client("nbdcopy", "--flush", "--connections=2", clone.uri, other.uri)
         client("nbdcopy", other.uri, str(tmp_path / "back.img"))

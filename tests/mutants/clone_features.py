@@ -148,7 +148,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "then-linear-opens-by-name",
         "The disk under a hydrated clone is opened again by name: another file, or an empty one in memory.",
-        "nbdtarget/dm/registry.py",
+        "nbdtarget/dm/replacements.py",
         (("                kept=devices,\n", ""),),
         ("tests/nbdtarget/dm/test_renamed.py",),
     ),

@@ -46,7 +46,7 @@ async def clone_on(registry: Registry, directory: Path, dest: str) -> MappedDevi
 
 async def ask_for_linear(registry: Registry, device: MappedDevice) -> None:
     await device.message(0, ["then_linear"])
-    await registry._replacements_ended(device)
+    await registry.replacements.ended(device)
 
 
 async def test_clone_in_memory_keeps_its_content_when_it_becomes_linear(

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Replacements`: a target asks that another one take its place, and gets it while clients go on.
+
+A hydrated clone asks for a `linear` on its destination, for example. It gets the devices that it hands over as
+they are open, not what goes by their names by now. Each replacement is a task of its own; it holds the
+lock of the loads, so nobody loads a table meanwhile. If it cannot be done, the table is what it was.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+from collections.abc import Mapping
+from typing import Protocol
+
+from nbdtarget.devices.base import Device
+from nbdtarget.dm.mapped_device import MappedDevice, State
+from nbdtarget.dm.open_devices import MappedDevices, TableContext
+from nbdtarget.dm.table import SECTOR, TargetSpec
+from nbdtarget.errors import NbdTargetError, TableError
+from nbdtarget.targets.base import Target
+
+__all__ = ["Replacements"]
+
+_log = logging.getLogger(__name__)
+
+
+class _Registry(MappedDevices, Protocol):
+    """What is asked of the registry."""
+
+    types: Mapping[str, type[Target]]
+
+    def maybe_load_lock(self, device: MappedDevice) -> asyncio.Lock | None: ...
+
+
+class Replacements:
+    """Those that are under way. See the module head."""
+
+    def __init__(self, registry: _Registry) -> None:
+        self._registry = registry
+        self._tasks: dict[TableContext, asyncio.Task[None]] = {}
+
+    def request(
+        self,
+        device: MappedDevice,
+        context: TableContext,
+        type_name: str,
+        args: tuple[str, ...],
+        devices: tuple[Device, ...],
+    ) -> None:
+        """Begin one, unless one for this target is under way. See `TargetContext.request_replacement`."""
+        if context in self._tasks:
+            return
+        task = asyncio.get_running_loop().create_task(
+            self._replace_and_tell(device, context, type_name, args, devices)
+        )
+        self._tasks[context] = task
+
+        def done(task: "asyncio.Task[None]") -> None:
+            del self._tasks[context]
+            if not task.cancelled() and (error := task.exception()) is not None:
+                _log.critical("%s: replacement", device.name, exc_info=error)
+
+        task.add_done_callback(done)
+
+    async def ended(self, device: MappedDevice) -> None:
+        """Wait until no replacement holds anything open for `device` any more."""
+        tasks = [
+            task
+            for context, task in self._tasks.items()
+            if context.mapped_device is device
+        ]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _replace_and_tell(
+        self,
+        device: MappedDevice,
+        context: TableContext,
+        type_name: str,
+        args: tuple[str, ...],
+        devices: tuple[Device, ...],
+    ) -> None:
+        what = f"{device.name}: {type_name} in the place of sector"
+        what = f"{what} {context.begin // SECTOR} of the table"
+        try:
+            await self._replace(device, context, type_name, args, devices)
+        except NbdTargetError as error:
+            # Somebody who has suspended it, or loaded another table, need not be told.
+            is_live = device.maybe_live_target(context) is not None
+            is_news = is_live and device.state is State.ACTIVE
+            level = logging.WARNING if is_news else logging.INFO
+            _log.log(level, "%s: not done: %s", what, error)
+        else:
+            _log.info("%s", what)
+        device.event()
+
+    async def _replace(
+        self,
+        device: MappedDevice,
+        context: TableContext,
+        type_name: str,
+        args: tuple[str, ...],
+        devices: tuple[Device, ...],
+    ) -> None:
+        """Raises: TableError, ConstructorError: the table is what it was."""
+        lock = self._registry.maybe_load_lock(device)
+        if lock is None:
+            raise TableError("Device does not exist", errnos.ENXIO)
+        async with lock:
+            old = device.maybe_live_target(context)
+            if old is None:
+                raise TableError("another table is live")
+            spec = TargetSpec(old.begin, old.length, type_name, args)
+            new_context = TableContext(
+                self._registry,
+                device,
+                spec,
+                directory="/",
+                read_only=device.read_only,
+                kept=devices,
+            )
+            try:
+                new = await self._registry.types[type_name].ctr(new_context, args)
+            except BaseException:
+                await new_context.undo()
+                raise
+            try:
+                await device.replace_target(old, new)
+            except BaseException:
+                await new.dtr()
+                raise
