@@ -18,6 +18,7 @@ from nbdtarget.control.messages import (
     Deps,
     Info,
     InfoAnswer,
+    Measure,
     Request,
     Status,
     Table,
@@ -55,7 +56,7 @@ __all__ = [
 A = TypeVar("A", bound=Answer)
 
 # They only tell, and about all devices unless some are named: all servers are asked.
-ALL_SERVERS: Final = (Status, Table, Info, Deps)
+ALL_SERVERS: Final = (Status, Table, Measure, Info, Deps)
 
 Control = Annotated[
     str | None,
@@ -147,7 +148,7 @@ def addresses(control: str | None) -> list[ControlAddress]:
 
 
 def _ask_all(
-    verb: str, request: Status | Table | Info | Deps, answer_type: type[A]
+    verb: str, request: Status | Table | Measure | Info | Deps, answer_type: type[A]
 ) -> A:
     """Ask the servers that have the devices, or all, and put their answers together."""
     known = known_controls()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that tell: status, table, info, ls, deps, targets, version.
+"""Commands that tell: status, table, measure, info, ls, deps, targets, version.
 
 What they print is what dmsetup prints, to the blank: scripts read it.
 """
@@ -45,7 +45,7 @@ Target = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (status, table, info, ls, deps, targets, version):
+    for command in (status, table, measure, info, ls, deps, targets, version):
         app.command()(command)
 
 
@@ -97,6 +97,26 @@ def table(
         return
     request = m.Table(wanted, target, inactive)
     answer = ask(control, "table", request, m.LinesAnswer, about=_about(wanted))
+    _print_lines(answer, wanted, target, json=json)
+
+
+def measure(
+    names: Names = None,
+    target: Target = None,
+    inactive: Annotated[
+        bool, typer.Option("--inactive", help="The inactive tables instead.")
+    ] = False,
+    uuid: Uuid = None,
+    json: Json = False,
+    control: Control = None,
+) -> None:
+    """Print what the kernel would measure of the live tables for IMA.
+
+    As in the kernel, most types of targets measure nothing.
+    """
+    wanted = device_names(names, uuid, control)
+    request = m.Measure(wanted, target, inactive)
+    answer = ask(control, "measure", request, m.LinesAnswer, about=_about(wanted))
     _print_lines(answer, wanted, target, json=json)
 
 

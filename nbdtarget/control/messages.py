@@ -32,6 +32,7 @@ __all__ = [
     "InfoLine",
     "LinesAnswer",
     "Load",
+    "Measure",
     "Message",
     "MessageAnswer",
     "Remove",
@@ -210,6 +211,14 @@ class Table(Request):
     inactive: bool = False
 
 
+class Measure(Request):
+    """As `Table`."""
+
+    names: tuple[str, ...] = ()
+    target: str | None = None
+    inactive: bool = False
+
+
 class TableLine(Answer):
     """One target. `start` and `length` in sectors; `params` is what follows the type.
 
@@ -350,6 +359,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "deps": (Deps, DevicesAnswer),
     "info": (Info, InfoAnswer),
     "load": (Load, Done),
+    "measure": (Measure, LinesAnswer),
     "message": (Message, MessageAnswer),
     "remove": (Remove, Done),
     "remove_all": (RemoveAll, Done),
@@ -367,4 +377,12 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
 }
 
 # They change nothing, and all of their requests' fields have defaults.
-READING_VERBS: Final = ("deps", "info", "status", "table", "targets", "version")
+READING_VERBS: Final = (
+    "deps",
+    "info",
+    "measure",
+    "status",
+    "table",
+    "targets",
+    "version",
+)

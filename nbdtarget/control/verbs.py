@@ -10,7 +10,7 @@ from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
 from nbdtarget.errors import TableError
-from nbdtarget.targets.base import StatusFields
+from nbdtarget.targets.base import StatusFields, Target
 
 __all__ = ["Verbs"]
 
@@ -148,11 +148,23 @@ class Verbs:
 
     async def table(self, request: m.Table) -> m.LinesAnswer:
         """The live tables, as they can be loaded again."""
+        return self._tables(request, lambda target: target.table_words())
+
+    async def measure(self, request: m.Measure) -> m.LinesAnswer:
+        """What the kernel would measure of the live tables."""
+        return self._tables(request, lambda target: target.measured_words())
+
+    def _tables(
+        self, request: m.Table | m.Measure, words: Callable[[Target], str]
+    ) -> m.LinesAnswer:
         return m.LinesAnswer(
             tuple(
                 _lines(
                     device,
-                    [(line, {}) for line in device.table(inactive=request.inactive)],
+                    [
+                        (line, {})
+                        for line in device.table(inactive=request.inactive, words=words)
+                    ],
                     request.target,
                 )
                 for device in self._devices(request.names)

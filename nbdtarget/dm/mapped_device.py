@@ -572,12 +572,17 @@ class MappedDevice(MappedIo):
                 lines.append((_line(target, params), fields))
         return lines
 
-    def table(self, *, inactive: bool = False) -> list[tuple[int, int, str, str]]:
-        """TABLE of one slot: (start, length, type, params), in sectors."""
+    def table(
+        self,
+        *,
+        inactive: bool = False,
+        words: Callable[[Target], str] = lambda target: target.table_words(),
+    ) -> list[tuple[int, int, str, str]]:
+        """TABLE of one slot, or other `words` of it: (start, length, type, params), in sectors."""
         table = self.inactive if inactive else self.active
         if table is None:
             return []
-        return [_line(target, target.table_words()) for target in table.targets]
+        return [_line(target, words(target)) for target in table.targets]
 
     async def message(self, sector: int, words: Sequence[str]) -> str | None:
         """Hand a message to the target at `sector`; its answer, if any.

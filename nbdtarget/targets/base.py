@@ -211,6 +211,10 @@ class Target:
         """The TABLE words: loadable again as they are."""
         return ""
 
+    def measured_words(self) -> str:
+        """What the kernel measures of such a target, as `target_attributes`; "" where it measures nothing."""
+        return ""
+
     async def message(self, words: Sequence[str]) -> str | None:
         """Carry out a message; the answer to print, or None. Raises: TableError."""
         raise TableError("Invalid argument")

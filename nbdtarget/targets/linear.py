@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from nbdtarget.bio import OP_FLUSH, Bio
 from nbdtarget.devices.base import Device
 from nbdtarget.errors import ConstructorError
-from nbdtarget.targets.arguments import Runs, parse_sectors
+from nbdtarget.targets.arguments import SECTOR, Runs, parse_sectors
 from nbdtarget.targets.base import REMAPPED, TargetContext
+from nbdtarget.targets.measured import target_attributes
 from nbdtarget.targets.run import RunTarget
 
 __all__ = ["LinearTarget"]
@@ -43,6 +44,11 @@ class LinearTarget(RunTarget):
 
     def table_words(self) -> str:
         return self._run.words
+
+    def measured_words(self) -> str:
+        start = self._run.start // SECTOR
+        pairs = (("device_name", self._device.name), ("start", start))
+        return target_attributes(self, pairs)
 
     def maybe_remap(self) -> tuple[Device, int]:
         return self._device, self._delta

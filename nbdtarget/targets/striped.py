@@ -56,6 +56,7 @@ from nbdtarget.targets.base import (
     Target,
     TargetContext,
 )
+from nbdtarget.targets.measured import target_attributes
 
 __all__ = ["StripedTarget"]
 
@@ -228,6 +229,19 @@ class StripedTarget(Target):
     def table_words(self) -> str:
         runs = " ".join(run.words for run in self._stripes)
         return f"{self._nr_stripes} {self._chunk_size // SECTOR} {runs}"
+
+    def measured_words(self) -> str:
+        pairs: list[tuple[str, object]] = [
+            ("stripes", self._nr_stripes),
+            ("chunk_size", self._chunk_size // SECTOR),
+        ]
+        for nr, (device, start) in enumerate(self._stripes):
+            pairs += [
+                (f"stripe_{nr}_device_name", device.name),
+                (f"stripe_{nr}_physical_start", start // SECTOR),
+                (f"stripe_{nr}_status", "D" if self._errors[device] else "A"),
+            ]
+        return target_attributes(self, pairs)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         begin = offset - self.begin

@@ -9,13 +9,21 @@ Used blocks are those that the policy knows of, with those that promotions are o
 table that was never resumed, or was refused, knows of no blocks, hence of no dirty ones.
 """
 
+from collections.abc import Iterable
 from typing import Final
 
+from nbdtarget.devices.base import Device
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.blocks import Blocks
-from nbdtarget.targets.cache.table import SECTOR
+from nbdtarget.targets.cache.table import (
+    PASSTHROUGH,
+    SECTOR,
+    WRITEBACK,
+    WRITETHROUGH,
+)
+from nbdtarget.targets.measured import yes_or_no
 
-__all__ = ["status_fields", "status_line"]
+__all__ = ["measured_pairs", "status_fields", "status_line"]
 
 METADATA_BLOCK_SECTORS: Final = 8
 
@@ -103,6 +111,25 @@ def status_fields(blocks: Blocks, *, discard_passdown: bool) -> StatusFields:
         "migration_rate_bytes_per_s": options.migration_rate,
         "policy": policy.name,
     }
+
+
+def measured_pairs(
+    blocks: Blocks, devices: Iterable[Device], *, discard_passdown: bool
+) -> list[tuple[str, str]]:
+    """What `measure` tells, as the kernel names it.
+
+    Args: devices: metadata, cache, origin.
+    """
+    options = blocks.options
+    roles = ("cache_metadata_device", "cache_device", "cache_origin_device")
+    modes = (WRITETHROUGH, WRITEBACK, PASSTHROUGH)
+    return [
+        ("metadata_mode", blocks.metadata.mode.value.lower()),
+        *((role, each.name) for role, each in zip(roles, devices, strict=True)),
+        *((mode, yes_or_no(options.mode == mode)) for mode in modes),
+        ("metadata2", yes_or_no(options.metadata2)),
+        ("no_discard_passdown", yes_or_no(not discard_passdown)),
+    ]
 
 
 def _nr_dirty(blocks: Blocks) -> int:

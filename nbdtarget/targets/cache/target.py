@@ -70,11 +70,16 @@ from nbdtarget.targets.cache.foreground import Foreground
 from nbdtarget.targets.cache.giving_up import GivingUp
 from nbdtarget.targets.cache.invalidation import invalidate
 from nbdtarget.targets.cache.migrations import Migrations
-from nbdtarget.targets.cache.report import status_fields, status_line
+from nbdtarget.targets.cache.report import (
+    measured_pairs,
+    status_fields,
+    status_line,
+)
 from nbdtarget.targets.cache.table import parse_core_value, parse_ranges
 from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import cache_samples, spread_ones
+from nbdtarget.targets.measured import target_attributes
 from nbdtarget.words import join_words
 
 __all__ = ["CacheTarget"]
@@ -395,6 +400,14 @@ class CacheTarget(Target):
         # device in every directory, and today. The other words stay as they were typed.
         names = [device.name for device in self.iterate_devices()]
         return join_words((*names, *self._parts.words[len(names) :]))
+
+    def measured_words(self) -> str:
+        return target_attributes(
+            self,
+            measured_pairs(
+                self._blocks, self.iterate_devices(), discard_passdown=self._passdown
+            ),
+        )
 
     async def message(self, words: Sequence[str]) -> str | None:
         if [word.lower() for word in words] == ["flush_origin"]:

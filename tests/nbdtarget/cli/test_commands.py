@@ -27,6 +27,7 @@ COMMANDS: dict[str, list[str]] = {
     "load": ["x", "--table", "0 8 zero"],
     "ls": [],
     "mangle": [],
+    "measure": [],
     "message": ["x", "0", "word"],
     "metadata": [],
     "reload": ["x", "--table", "0 8 zero"],
@@ -58,7 +59,7 @@ NOT_ASKING = {
     "version",
 }
 ASKING = sorted(COMMANDS.keys() - NOT_ASKING)
-PRINTING = ["deps", "info", "ls", "status", "table", "targets", "version"]
+PRINTING = ["deps", "info", "ls", "measure", "status", "table", "targets", "version"]
 
 
 def test_battery_knows_every_command(cli: CommandLine) -> None:
@@ -108,14 +109,17 @@ def test_json_of_an_empty_server(cli: CommandLine, command: str) -> None:
     assert isinstance(json.loads(cli(command, "--json")), dict)
 
 
-@pytest.mark.parametrize("command", ["deps", "info", "ls", "status", "table"])
+@pytest.mark.parametrize(
+    "command", ["deps", "info", "ls", "measure", "status", "table"]
+)
 @pytest.mark.usefixtures("registry")
 def test_no_devices(cli: CommandLine, command: str) -> None:
     assert cli(command) == "No devices found\n"
 
 
 @pytest.mark.parametrize(
-    "command", ["deps", "info", "status", "table", "remove", "resume", "wait"]
+    "command",
+    ["deps", "info", "measure", "status", "table", "remove", "resume", "wait"],
 )
 @pytest.mark.usefixtures("registry")
 def test_unknown_device(cli: CommandLine, command: str) -> None:

@@ -176,3 +176,24 @@ def test_flags_of_udev_cookies_as_recorded(cli: CommandLine) -> None:
         for cookie in ("0", "abc"):
             assert "Incorrect cookie value" in cli(verb, cookie, status=1)
     assert "No udev transaction cookie" in cli("udevreleasecookie", status=1)
+
+
+@pytest.mark.usefixtures("registry")
+def test_measure_as_recorded(cli: CommandLine) -> None:
+    cli("create", "lin", "--table", "0 2048 linear /a 0")
+    lines = ("0 1024 linear /a 2048", "1024 1024 error")
+    cli("create", "two", "--table", lines[0], "--table", lines[1])
+    cli("create", "bare", "--notable")
+    linear = "target_name=linear,target_version=1.4.0,device_name=/a,start"
+    assert cli("measure", "lin", "two", "bare") == (
+        f"lin: 0 2048 linear {linear}=0;\n"
+        f"two: 0 1024 linear {linear}=2048;\n"
+        "two: 1024 1024 error \n"
+        "bare: \n"
+    )
+    assert cli("measure", "--target", "linear") == (
+        f"lin: 0 2048 linear {linear}=0;\ntwo: 0 1024 linear {linear}=2048;\n"
+    )
+    cli("load", "lin", "--table", "0 4096 linear /a 0")
+    assert cli("measure", "lin") == f"0 2048 linear {linear}=0;\n"
+    assert cli("measure", "--inactive", "lin") == f"0 4096 linear {linear}=0;\n"
