@@ -29,8 +29,9 @@ Why no acknowledged flush is lost
    two orders they would leave two copies that differ, too.
 5. *Invalidation* (passthrough): removed, committed, and only then written to the origin.
 6. *Mode RO.* A write that would need something recorded is refused. What may go on: writes to
-   dirty blocks whose mapping is on disk, and to blocks that are not cached; but none to a block that is
-   recorded as discarded, which whoever starts next would fill with zeroes.
+   dirty blocks whose mapping is on disk, and to blocks that are not cached; but nothing while the disk says
+   that a stop was the last that happened (`target` sees to it): the next start would find disks that
+   have changed in nobody's use, and blocks recorded as discarded that are not.
 
 A DISCARD locks its range, so that it does not race with writes to it or with migrations; the bits are
 set with the lock held. Cached blocks stay cached: what they read is as good as anything.

@@ -26,7 +26,7 @@ metadata runs; `Activation` does, at preresume, with all refusals. From there on
 cleanly shut down", until postsuspend records dirty bits, the policy's hints, discards and statistics: the full sync.
 
 Failure. When a commit fails the metadata become read-only in core, and no FLUSH succeeds any more. Reads go on, and those
-writes that need nothing recorded. The disk holds the last commit, so a table that is loaded now, or a server
+writes that need nothing recorded; none if a stop stays recorded (`JournaledMetadata.is_sealed`). The disk holds the last commit, so a table that is loaded now, or a server
 that is started again, goes on from there. Was it the metadata device that failed, the status line says
 `needs_check`, as the kernel's does; nothing on the disk says so, for nothing there is in doubt. If the metadata device
 cannot be read any more, either, the mode is Fail, and all I/O ends with EIO. What the cache device fails, while the
