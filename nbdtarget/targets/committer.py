@@ -150,7 +150,8 @@ class Committer:
         metadata, device: what is committed, and the device that it lies on.
         backing: the devices that hold the data which the metadata vouches for.
         committed: called after each successful commit, before those who waited are told.
-        failed: called once, after the metadata has been aborted (or has failed).
+        failed: called after the metadata has been aborted, or has failed; again if it fails
+            when it had been aborted before.
         metadata_failed: called before that if it was the metadata device that failed.
         aborts_on_loss: what is in core rests on data that no flush has covered, also when there is
             nothing to commit: so if these may be lost, the metadata is aborted.
@@ -196,6 +197,7 @@ class Committer:
         self.can_do_without: CanDoWithout | None = None
         # What each device had lost before we stood on it is no news for those who flush us.
         self._losses = {each: each.losses for each in (device, *backing)}
+        self._seen_losses = {each: each.losses for each in backing}
         self._aborts_on_loss = aborts_on_loss
         self.last_error: str | None = None
         self._commit_waiters: list[Callable[[int], None]] = []
@@ -259,6 +261,7 @@ class Committer:
         """Bios may come from now on: hear of what the backing devices lose."""
         if not self._is_watching:
             self._is_watching = True
+            self._seen_losses = {each: each.losses for each in self.backing}
             for device in self.backing:
                 device.health.watchers.append(self._look_for_losses)
 
@@ -270,9 +273,9 @@ class Committer:
                 device.health.watchers.remove(self._look_for_losses)
 
     def _look_for_losses(self) -> None:
-        if self.has_failed:
-            return
-        lost = [each for each in self.backing if each.losses != self._losses[each]]
+        seen = self._seen_losses
+        lost = [each for each in self.backing if each.losses != seen[each]]
+        seen.update((each, each.losses) for each in lost)
         rests = self._rests_on_unflushed
         if lost and rests is not None and rests(lost):
             names = ", ".join(each.name for each in lost)
@@ -285,7 +288,7 @@ class Committer:
             # Its owner may have gone further than that.
             with contextlib.suppress(FailedMetadata):
                 self.metadata.abort()
-            self._give_up()
+            self._give_up(is_worse=True)
 
     async def quiesce(self) -> None:
         """Stop the timer, and wait until nothing of ours is in flight."""
@@ -325,7 +328,7 @@ class Committer:
             if not is_sound:
                 # An exception of our own making: nothing can be trusted any more.
                 self.metadata.fail()
-                self._give_up()
+                self._give_up(is_worse=True)
                 while self._commit_waiters or self._flush_waiters:
                     self._tell_failure()
 
@@ -460,13 +463,16 @@ class Committer:
         # At once: what is reverted must not be built on while we probe.
         self.has_failed = True
         self._compaction_error = None
-        if not isinstance(error, FailedMetadata):
+        # A loss below may have made it fail before.
+        with contextlib.suppress(FailedMetadata):
             self.metadata.abort()
+        is_worse = False
         try:
             await self.device.read(0, PROBE_BYTES)
         except DeviceError as unusable:
             log.error("%s: switching to fail mode: %s", self.name, unusable)
             self.metadata.fail()
+            is_worse = True
         else:
             if blames_metadata and self._metadata_failed is not None:
                 self._metadata_failed()
@@ -476,12 +482,13 @@ class Committer:
                 self.name,
                 self.device.name,
             )
-        self._give_up()
+        self._give_up(is_worse=is_worse)
 
-    def _give_up(self) -> None:
+    def _give_up(self, *, is_worse: bool = False) -> None:
+        """`is_worse`: it had been aborted before perhaps, and now it has failed."""
         self.has_failed = True
         self._stop_timer()
-        if not self._has_given_up:
+        if is_worse or not self._has_given_up:
             self._has_given_up = True
             self._failed()
 

@@ -142,9 +142,10 @@ COMMIT: Final = (
         COMMITTER_PY,
         (
             (
-                "        if not isinstance(error, FailedMetadata):\n"
-                "            self.metadata.abort()\n",
-                "",
+                "        with contextlib.suppress(FailedMetadata):\n"
+                "            self.metadata.abort()\n"
+                "        is_worse",
+                "        is_worse",
             ),
         ),
         FAULTS,
@@ -160,8 +161,9 @@ COMMIT: Final = (
                 "",
             ),
             (
-                "    def _give_up(self) -> None:\n        self.has_failed = True\n",
-                "    def _give_up(self) -> None:\n",
+                '        """`is_worse`: it had been aborted before perhaps, and now it has failed."""\n'
+                "        self.has_failed = True\n",
+                '        """`is_worse`: it had been aborted before perhaps, and now it has failed."""\n',
             ),
         ),
         FAULTS,
