@@ -102,11 +102,14 @@ class Gate:
 
     def join(self, member: Member) -> None:
         """A client attaches: what is in flight now is older than what it will ask for."""
-        for each in tuple(self._members):
-            each.settle()
-        for each in self._members:
-            self._make_elders(each)
+        older = tuple(self._members)
+        # First: if the last of the others goes, it must not take the gate with it.
         self._members.append(member)
+        for each in older:
+            each.settle()
+        for each in older:
+            if each in self._members:
+                self._make_elders(each)
         if self.elders:
             member.route(self.submit)
 

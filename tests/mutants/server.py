@@ -220,6 +220,20 @@ SERVER: Final = (
         hangs=True,
     ),
     Mutant(
+        "gate-forgotten-while-a-client-attaches",
+        "The last old connection takes the gate with it: writes of the new one overtake and undo others.",
+        GATE_PY,
+        (
+            (
+                "        self._members.append(member)\n        for each in older:\n"
+                "            each.settle()\n",
+                "        for each in older:\n"
+                "            each.settle()\n        self._members.append(member)\n",
+            ),
+        ),
+        ("tests/nbdtarget/server/test_gate.py",),
+    ),
+    Mutant(
         "younger-write-does-not-wait",
         "A write overtakes one of a connection that has gone: an acknowledged write is undone.",
         GATE_PY,

@@ -4,13 +4,14 @@
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nbdtarget.bio import OP_WRITE, Bio
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file import FileDevice
 from nbdtarget.devices.resolve import open_device
@@ -21,6 +22,8 @@ from nbdtarget.server.listener import Listener
 from protocol import consts as c
 from tests.nbdtarget.devices.nbd_server import StrictServer
 from tests.nbdtarget.server.peer import Directory, Peer, Served, until
+from tests.support.clock import SimClock
+from tests.support.devices import CrashDevice
 
 OLD = b"o" * 4096
 NEW = b"n" * 4096
@@ -326,3 +329,37 @@ async def test_write_of_a_dead_connection_under_way_at_an_nbd_server(
             assert (await back.reply()).error == 0
             back.close()
         assert server.disk[4096:8192] == NEW
+
+
+class FakeMember:
+    """A connection whose client has gone: it is noticed when another one attaches."""
+
+    def __init__(self, gates: gate.Gates, device: CrashDevice) -> None:
+        self.gates = gates
+        self.device = device
+        self.writes: list[tuple[Bio, int, int]] = []
+        self.submit: Callable[[Bio], None] = device.submit
+
+    def writes_in_flight(self) -> list[tuple[Bio, int, int]]:
+        return self.writes
+
+    def route(self, submit: Callable[[Bio], None]) -> None:
+        self.submit = submit
+
+    def settle(self) -> None:
+        self.gates.of(self.device).leave(self)
+        self.gates.forget_idle(self.device)
+
+
+def test_last_connection_that_goes_takes_no_gate_from_the_one_that_attaches() -> None:
+    device = CrashDevice(1 << 13)
+    gates = gate.Gates(SimClock())
+    gone, new, third = (FakeMember(gates, device) for _ in range(3))
+    gates.of(device).join(gone)
+    gates.of(device).join(new)
+    write = Bio(OP_WRITE, 0, 512, memoryview(bytes(512)), 0, lambda _: None)
+    new.writes = [(write, 0, 512)]
+    gates.of(device).leave(new)
+    assert gates.of(device).elders == {write: (0, 512)}
+    gates.of(device).join(third)
+    assert third.submit == gates.of(device).submit
