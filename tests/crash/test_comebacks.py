@@ -318,7 +318,18 @@ class ComebackDriver(CacheDriver):
         if not done:
             self.retry()
         elif well and self.is_well:
+            if not self.is_writable:
+                # The new table has the metadata of the old one, whose last commit has failed.
+                self.attempt("load", self.rig.load())
+                self.attempt("resume", self.rig.resume())
+                assert self.is_writable, "loaded twice in health, and still read-only"
             self.rig.is_hurt = False
+
+    @property
+    def is_writable(self) -> bool:
+        """As the status line says; linear always is."""
+        words = self.run(self.rig.status()).split()
+        return not words or "rw" in words
 
     def retry(self) -> None:
         """A refused table must not be the end: when all is well, load and resume again."""
