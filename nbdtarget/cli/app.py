@@ -24,6 +24,7 @@ from nbdtarget.cli import (
     log_writes,
     metadata,
     serve,
+    stats,
     tables,
     uncache,
 )
@@ -49,6 +50,7 @@ for group in (
     devices,
     listing,
     dmsetup,
+    stats,
     log_writes,
     metadata,
 ):

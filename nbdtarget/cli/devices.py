@@ -21,6 +21,7 @@ from nbdtarget.cli.common import (
 )
 from nbdtarget.control import messages as m
 from nbdtarget.errors import TableError
+from nbdtarget.words import split_words
 
 __all__ = ["register"]
 
@@ -155,8 +156,8 @@ def message(
     control: Control = None,
 ) -> None:
     """Send a message to a target; prints its answer, if it has one."""
-    # As with dmsetup, one quoted argument may hold several words.
-    split = tuple(word for argument in words for word in argument.split())
+    # As with dmsetup, one quoted argument may hold several words, and a backslash keeps a blank.
+    split = tuple(word for argument in words for word in split_words(argument))
     answer = ask(
         control, "message", m.Message(name, sector, split), m.MessageAnswer, about=name
     )

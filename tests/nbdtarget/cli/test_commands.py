@@ -39,6 +39,7 @@ COMMANDS: dict[str, list[str]] = {
     "serve": ["--listen", "nonsense"],
     "setgeometry": ["x", "1", "1", "1", "0"],
     "splitname": ["vg-lv"],
+    "stats": [],
     "status": [],
     "suspend": ["x"],
     "table": [],
@@ -56,6 +57,7 @@ NOT_ASKING = {
     "replay-log",
     "serve",
     "splitname",
+    "stats",
     "version",
 }
 ASKING = sorted(COMMANDS.keys() - NOT_ASKING)
