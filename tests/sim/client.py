@@ -7,7 +7,8 @@ in pieces, hangs up politely, or goes away in the middle of a request; then it c
 
 Writes that are in flight at the same time, anybody's, never overlap: NBD leaves their order open.
 Reads overlap them freely. A client that comes back writes again where writes of its lost connection
-were in flight, as the kernel's client does: these may land before, never after.
+were in flight, as the kernel's client does: these may land before, never after. Other clients
+wait until it is back, or the server has let go of it.
 
 An error is a Violation, unless the machine may fail just then (`Life.may_fail`) or might have since
 the request was sent. What a request that was in flight at an outage proves by its answer: see
@@ -48,12 +49,11 @@ from protocol.consts import (
     FLAG_SEND_FAST_ZERO,
     FLAG_SEND_TRIM,
     REQUEST,
-    STATE_HOLE,
-    STATE_ZERO,
 )
 from protocol.errors import ReplyError
+from tests.sim.block_status import check_zeroes, clipped
 from tests.sim.hydration import CONTEXT
-from tests.sim.model import SECTOR, ClientModel, RunningRead, Violation
+from tests.sim.model import SECTOR, Violation
 from tests.sim.sockets import SimSocket
 
 if TYPE_CHECKING:
@@ -206,6 +206,11 @@ class Client:
     @property
     def is_connected(self) -> bool:
         return self._sock is not None
+
+    @property
+    def is_attached(self) -> bool:
+        """Connected, and told so: what was sent before is older than what it sends now."""
+        return self._sock is not None and self._transmission is not None
 
     @property
     def _may_send(self) -> bool:
@@ -468,11 +473,11 @@ class Client:
             if not self._is_done(op, completion):
                 return
             for name, extents in described.items():
-                extents = _clipped(extents, length, flags)
+                extents = clipped(extents, length, flags)
                 if name == CONTEXT:
                     hydration.check(told, offset, extents)
                 else:
-                    _check_zeroes(model, running, offset, extents)
+                    check_zeroes(model, running, offset, extents)
 
         flags = CMD_FLAG_REQ_ONE if self._random.random() < 0.3 else 0
         op = _Op(offset, length, False, ended, lambda: model.drop_read(running))
@@ -648,6 +653,7 @@ class Client:
         else:
             sock.close()
         self._again += [(op.begin, op.length) for op in self.changes()]
+        self.life.put_in_limbo(self, sock, self.changes())
         self._drop_ops()
         self._changed.set()
 
@@ -662,36 +668,3 @@ class Client:
 
 def _nothing() -> None:
     """Nobody needs to know."""
-
-
-def _clipped(
-    extents: list[tuple[int, int]], length: int, flags: int
-) -> list[tuple[int, int]]:
-    """What is within the request: only the last one may reach beyond it, and without REQ_ONE.
-
-    Raises: Violation.
-    """
-    total = sum(part for part, _ in extents)
-    is_last_beyond = total - extents[-1][0] < length < total
-    if not (0 < total <= length or (is_last_beyond and not flags & CMD_FLAG_REQ_ONE)):
-        raise Violation(f"extents {extents} for {length} bytes")
-    if not all(part for part, _ in extents) or (
-        flags & CMD_FLAG_REQ_ONE and len(extents) != 1
-    ):
-        raise Violation(f"extents {extents}")
-    part, state = extents[-1]
-    return [*extents[:-1], (part - max(0, total - length), state)]
-
-
-def _check_zeroes(
-    model: ClientModel,
-    running: RunningRead,
-    offset: int,
-    extents: list[tuple[int, int]],
-) -> None:
-    for part, state in extents:
-        if state & ~(STATE_HOLE | STATE_ZERO) or state == STATE_HOLE:
-            raise Violation(f"allocation {state} at {offset}")
-        if state & STATE_ZERO:
-            model.check_piece(running, offset, bytes(part))
-        offset += part

@@ -185,6 +185,7 @@ class Life:
         self._random = rng = random.Random(seed)
         self._note = note
         self._stamp = 0
+        self._limbo: list[tuple[Client, SimSocket, list[Any]]] = []
         self._is_faulty = False
         self._is_cornered = False  # stops with a device suspended that others stand on
         self._is_out = (
@@ -408,11 +409,31 @@ class Life:
         return random.Random(f"{self._seed} {self._stamp} {offset}").randbytes(length)
 
     def may_change(self, offset: int, length: int) -> bool:
-        """Whether no write to the range is in flight."""
+        """Whether no write to the range is in flight, nor of a client that has not come back."""
         if any(op.overlaps(offset, length) for c in self.clients for op in c.changes()):
+            return False
+        self._limbo = [
+            entry
+            for entry in self._limbo
+            if not entry[0].is_attached and self._is_served(entry[1])
+        ]
+        if any(op.overlaps(offset, length) for *_, ops in self._limbo for op in ops):
             return False
         edges = offset, offset + length
         return all(self.model.is_certain_at(edge) for edge in edges)
+
+    def put_in_limbo(self, client: Client, sock: SimSocket, changes: list[Any]) -> None:
+        """Its connection was lost with these in flight: until it is back, they may land."""
+        if changes:
+            assert sock.peer is not None
+            self._limbo.append((client, sock.peer, changes))
+
+    def _is_served(self, server: SimSocket) -> bool:
+        """Whether the server may still do anything for this end of a connection."""
+        if server.fileno() >= 0:
+            return True
+        connections = self.listener._connections
+        return any(c._sock is cast(socket.socket, server) for c in connections)
 
     # ---- a life ----
 
