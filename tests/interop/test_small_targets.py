@@ -204,6 +204,10 @@ def test_flakey_examples(host: Host) -> None:
     with host.client("flaky") as client:
         assert error_of(client, CMD_READ, 0) == NBD_EIO
         assert error_of(client, CMD_WRITE, 0, b"y" * SECTOR) == NBD_EIO
+    # What cannot be flushed when it is removed makes the server end with 1.
+    host("load", "flaky", "--table", f"0 16 linear {disk} 0")
+    host("suspend", "--noflush", "flaky")
+    host("resume", "flaky")
 
 
 def test_dust_examples(host: Host) -> None:

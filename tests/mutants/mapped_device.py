@@ -24,6 +24,7 @@ LOSSES: Final = (
     "tests/nbdtarget/devices/test_losses.py",
     "tests/nbdtarget/server/test_losses.py",
 )
+STATISTICS: Final = ("tests/nbdtarget/dm/test_statistics.py",)
 NOFLUSH: Final = ("tests/nbdtarget/dm/test_noflush.py",)
 
 MAPPED_DEVICE: Final = (
@@ -371,5 +372,51 @@ MAPPED_DEVICE: Final = (
         "nbdtarget/targets/opening.py",
         (("if other.generation != generation:", "if False:"),),
         ("tests/nbdtarget/dm/test_reopening.py",),
+    ),
+    Mutant(
+        "flush-of-a-suspend-is-logged",
+        "A log-writes log has a flush entry that no client asked for.",
+        "nbdtarget/targets/log_writes/target.py",
+        (("        if bio.flags & UNASKED:\n", "        if False:\n"),),
+        ("tests/nbdtarget/targets/log_writes/test_target.py",),
+    ),
+    Mutant(
+        "flush-of-a-suspend-stays-in-the-log",
+        "A suspend over log-writes ends its flush without the disk below.",
+        "nbdtarget/targets/log_writes/target.py",
+        (
+            (
+                "        if bio.flags & UNASKED:\n            return REMAPPED\n",
+                "        if bio.flags & UNASKED:\n            bio.end(0)\n"
+                "            return SUBMITTED\n",
+            ),
+        ),
+        ("tests/nbdtarget/targets/log_writes/test_target.py",),
+    ),
+    Mutant(
+        "counting-leaves-the-fast-path-on",
+        "Reads and writes of a device with one target are not counted.",
+        MAPPED_IO_PY,
+        (("            and not self._is_counting\n", ""),),
+        STATISTICS,
+    ),
+    Mutant(
+        "what-is-given-back-counts-twice",
+        "A bio that a suspend with noflush gives back counts each time that it is mapped.",
+        MAPPED_IO_PY,
+        (
+            (
+                "        if self._is_counting:\n            self.statistics.pass_over(bio)\n",
+                "",
+            ),
+        ),
+        STATISTICS,
+    ),
+    Mutant(
+        "failed-before-it-is-counted-off",
+        "A request that ends leaves the number of those in flight as it was.",
+        "nbdtarget/dm/statistics.py",
+        (("            area.in_flight[way] -= 1\n", ""),),
+        STATISTICS,
     ),
 )
