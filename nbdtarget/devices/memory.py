@@ -3,7 +3,8 @@
 
 Theory of operation. The disk is a dictionary of chunks, made when first written to; a missing
 chunk reads as zeroes and is reported as a hole. So `memory:1T` opens at once and costs what is
-written to it. Everything ends inside `submit`; nothing survives a power cut, and since nobody
+written to it. Everything ends inside `submit`, but for a clearing of more than CLEARED_MAX chunks: that takes
+some of them in each turn of the loop, so that others are served meanwhile. Nothing survives a power cut, and since nobody
 can come back to ask, FLUSH and FUA are always granted.
 
 DISCARD drops whole chunks; WRITE_ZEROES does the same and clears the edges. NO_UNMAP clears the
@@ -12,6 +13,7 @@ anyway. A chunk for which there is no memory ends the bio with ENOMEM.
 """
 
 import errno as errnos
+from functools import partial
 from typing import Final
 from uuid import uuid4
 
@@ -32,6 +34,7 @@ from nbdtarget.devices.base import (
     Extent,
 )
 from nbdtarget.devices.identity import MEMORY
+from nbdtarget.turns import Turns
 
 __all__ = ["CHUNK_SIZE", "MemoryDevice"]
 
@@ -39,6 +42,7 @@ CHUNK_SHIFT: Final = 16
 CHUNK_SIZE: Final = 1 << CHUNK_SHIFT
 _CHUNK_MASK: Final = CHUNK_SIZE - 1
 _ZEROES: Final = memoryview(bytes(CHUNK_SIZE))
+CLEARED_MAX: Final = 256  # chunks that are cleared in one turn of the loop
 
 
 class MemoryDevice(Device):
@@ -55,6 +59,7 @@ class MemoryDevice(Device):
         super().__init__(name or f"memory:{size}", size, read_only=read_only)
         self._chunks: dict[int, memoryview] = {}
         self._id = ""
+        self._turns = Turns()
 
     async def identify(self, role: str) -> Evidence:
         self._id = self._id or uuid4().hex
@@ -83,6 +88,7 @@ class MemoryDevice(Device):
                     self._write(bio)
                 elif op in (OP_WRITE_ZEROES, OP_DISCARD):
                     self._clear(bio)
+                    return
             except MemoryError:
                 status = errnos.ENOMEM
         bio.end(status)
@@ -145,13 +151,22 @@ class MemoryDevice(Device):
 
     def _clear(self, bio: Bio) -> None:
         begin, end = bio.offset, bio.offset + bio.length
-        drop = not bio.flags & NO_UNMAP
         first, last = begin >> CHUNK_SHIFT, (end - 1) >> CHUNK_SHIFT
         if last - first < len(self._chunks):
             present = [nr for nr in range(first, last + 1) if nr in self._chunks]
         else:
             present = [nr for nr in self._chunks if first <= nr <= last]
-        for nr in present:
+        self._clear_chunks(bio, present)
+
+    def _clear_chunks(self, bio: Bio, present: list[int]) -> None:
+        """Clear some of the chunks that lie in `bio`, the others in later turns of the loop; then end it."""
+        begin, end = bio.offset, bio.offset + bio.length
+        drop = not bio.flags & NO_UNMAP
+        now, later = present[:CLEARED_MAX], present[CLEARED_MAX:]
+        for nr in now:
+            chunk = self._chunks.get(nr)
+            if chunk is None:
+                continue  # another bio has dropped it meanwhile
             low = max(begin - (nr << CHUNK_SHIFT), 0)
             high = min(end - (nr << CHUNK_SHIFT), CHUNK_SIZE)
             # The last chunk may be cut off by the end of the disk.
@@ -159,4 +174,8 @@ class MemoryDevice(Device):
             if drop and low == 0 and high == room:
                 del self._chunks[nr]
             else:
-                self._chunks[nr][low:high] = _ZEROES[: high - low]
+                chunk[low:high] = _ZEROES[: high - low]
+        if not later:
+            bio.end(0)
+            return
+        self._turns.ask(partial(self._clear_chunks, bio, later))

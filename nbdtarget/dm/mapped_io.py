@@ -72,6 +72,7 @@ from nbdtarget.dm.statistics import Statistics
 from nbdtarget.dm.table import Table
 from nbdtarget.dm.zero_fill import ZeroFill
 from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target
+from nbdtarget.turns import Turns
 
 __all__ = ["FAILED_DRAIN_S_MAX", "MappedIo", "State"]
 
@@ -147,6 +148,7 @@ class MappedIo(Device):
         "_queue",
         "_queueing",
         "_running",
+        "_turns",
         "_uppers",
         "_watched",
         "active",
@@ -165,6 +167,7 @@ class MappedIo(Device):
         self._queue: list[Bio] = []
         self._nr_pushed_back = 0  # so many at the front of the queue
         self._queueing = True
+        self._turns = Turns()
         self._in_flight = 0
         self._drained: asyncio.Future[None] | None = None
         self._data_devices: tuple[Device, ...] = ()  # below the live table
@@ -295,7 +298,7 @@ class MappedIo(Device):
             else:
                 bio.end(errnos.ENOTSUP)
         elif bio.op == OP_WRITE_ZEROES and not target.can_write_zeroes:
-            ZeroFill(self.map_to, self._requeue, target, bio).pump()
+            ZeroFill(self.map_to, self._requeue, target, bio, self._turns).pump()
         else:
             self.map_to(target, bio)
 

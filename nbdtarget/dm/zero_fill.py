@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A WRITE_ZEROES to a target that cannot: carried out as writes of zeroes, some at a time."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_WRITE, Bio
 from nbdtarget.targets.base import Target
+from nbdtarget.turns import Turns
 
 __all__ = ["ZERO_BYTES_MAX", "ZERO_WRITES_MAX", "ZeroFill"]
 
@@ -22,6 +22,7 @@ class ZeroFill:
     Args:
         map_to: sends a bio to a target of the live table.
         requeue: queues the whole bio again, when one of the writes was pushed back.
+        turns: the device's, so that not all of its fills go on in each turn of the loop.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class ZeroFill:
         "_pumping",
         "_requeue",
         "_target",
+        "_turns",
     )
 
     def __init__(
@@ -43,7 +45,9 @@ class ZeroFill:
         requeue: Callable[[Bio], None],
         target: Target,
         bio: Bio,
+        turns: Turns,
     ) -> None:
+        self._turns = turns
         self._map_to = map_to
         self._requeue = requeue
         self._target = target
@@ -93,7 +97,7 @@ class ZeroFill:
             self._parent.end(0)
         else:
             # All of them ended inline. 4 GiB of that would hold up every other client.
-            asyncio.get_running_loop().call_soon(self.pump)
+            self._turns.ask(self.pump)
 
     def pushed_back(self) -> None:
         """One of the writes is not going to end: a target held it and has given it back."""

@@ -479,14 +479,22 @@ class Connection:
         requests = self._requests
         if requests is not None and requests.is_paused and not self._is_resuming:
             self._is_resuming = True
-            self._shared.loop.call_soon(self._resume)
+            self._shared.loop.call_soon(self._resume_woken)
 
-    def _resume(self) -> None:
+    def _resume_woken(self) -> None:
         self._is_resuming = False
         requests = self._requests
-        if self.state != TRANSMISSION or requests is None or requests.is_full(0):
+        if requests is not None and requests.is_paused and not requests.is_yielding:
+            self.resume()
+
+    def resume(self) -> None:
+        """Serve what was received, if no bound is met any more."""
+        requests = self._requests
+        assert requests is not None
+        was_yielding, requests.is_yielding = requests.is_yielding, False
+        if self.state != TRANSMISSION or requests.is_full(0):
             return
-        if self._hang_up_events() & HUNG_UP:
+        if not was_yielding and self._hang_up_events() & HUNG_UP:
             self.abort()  # and what it has left unread is dropped: nobody waits for it
             return
         requests.is_paused = False

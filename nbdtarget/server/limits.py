@@ -50,6 +50,8 @@ class Limits:
         send_buffer_max: replies that wait for the socket; above, no request is started.
         send_queue_max: pieces of such replies, for a small one is mostly overhead; more
             only by what lay in the receive buffer already.
+        turn_us, turn_bytes_max: how long, and how many bytes of large READs and WRITEs, one
+            connection is served in one turn of the loop; 0 us: only bytes count.
         payload_step: a large WRITE takes so much of `bytes_total_max` at a time, as its payload comes.
         progress_bytes: who sends less of a payload in `stall_timeout_s` has sent nothing.
         payload_max: of one READ or WRITE.
@@ -77,6 +79,8 @@ class Limits:
     bytes_total_max: int = 512 << 20
     send_buffer_max: int = 2 << 20
     send_queue_max: int = 4096
+    turn_us: int = 2000
+    turn_bytes_max: int = 16 << 20
     payload_step: int = 256 << 10
     progress_bytes: int = 64 << 10
     payload_max: int = 64 << 20

@@ -40,6 +40,7 @@ from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.peer import hang_up_events
 from nbdtarget.server.shared import Shared
+from nbdtarget.turns import Turns
 from nbdtarget.unix_socket import (
     PRIVATE,
     SocketAccess,
@@ -223,6 +224,7 @@ class Listener:
                 pool=BufferPool(self._limits.pool_bytes_max),
                 directory=self._directory,
                 gates=Gates(self._clock),
+                turns=Turns(),
                 starved=self._starved,
                 closed=self._connection_closed,
                 hang_up_events=self._hang_up_events,

@@ -25,23 +25,20 @@ def pack_read(
     bio: Bio,
     payload: memoryview,
     out: int,
-    request: tuple[int, int],
-    *,
-    structured: bool,
-    zero_min: int,
+    request: tuple[int, int, bool, int],
 ) -> int:
     """Pack the reply to a READ that is long, or was owned on its way and ended inline.
 
     Args:
         payload: the place in the arena of `output` where the data belongs.
         out: where in the arena the reply begins.
-        request: cookie and offset.
-        zero_min: data this long is looked through for zeroes.
+        request: cookie, offset, whether replies are structured, and how long data must be to be looked
+            through for zeroes.
 
     Returns how long the reply is.
     """
     arena, length = output.arena, bio.length
-    cookie, offset = request
+    cookie, offset, structured, zero_min = request
     if bio.payload is not payload:
         assert bio.payload is not None
         payload[:] = bio.payload
@@ -60,22 +57,18 @@ def pack_read(
 def push_read(
     output: Output,
     bio: Bio,
-    request: tuple[int, int],
+    request: tuple[int, int, bool, int],
     account: tuple[int, bytearray | None],
-    *,
-    structured: bool,
-    zero_min: int,
 ) -> bool:
     """Queue the reply to a READ that has a buffer of its own.
 
     Args:
-        request: cookie and offset.
+        request: as for `pack_read`.
         account: what is given back when the data has left: charge, and the buffer.
-        zero_min: data this long is looked through for zeroes.
 
     Returns whether it is a hole: then the buffer is free already.
     """
-    cookie, offset = request
+    cookie, offset, structured, zero_min = request
     charge, buffer = account
     payload, length = bio.payload, bio.length
     assert payload is not None

@@ -11,7 +11,7 @@ buffer, with nothing wrong. One Bio is used again and again as long as bios end 
 A bio that does not end inside `submit` keeps its object (and by the rule of `bio.py` owns
 its bytes by then); the loop takes a new one, and the arena's end is simply not advanced.
 
-*Slow* (`_take` and below): everything else, each with a `_Request` as its account. Large READs
+*Slow* (`_take` and below): everything else, each with a `Request` as its account. Large READs
 and WRITEs have a pooled buffer of their own, which the device may keep until the bio ends;
 a large WRITE is received straight into it.
 
@@ -24,7 +24,8 @@ at once (perf stat, Python 3.11, a file in the page cache behind a hydrated clon
     CPU             0.75 us here, 1 to 1.5 us in the device, 5.5 to 6 us all in: the rest is
                     the kernel's socket
 
-Bounds. `is_full` is asked before each slow request (before one that is answered without I/O only
+Bounds. What is served in one turn of the loop is bounded in bytes and in time (`turns.py`); the clock is
+looked at after each slow request, and each TURN_LOOK received bytes of fast ones. `is_full` is asked before each slow request (before one that is answered without I/O only
 whether the client takes its answers), and after each bio that stays in flight. When
 it says yes the connection pauses: requests that were received lie in the buffer until
 something was given back.
@@ -40,9 +41,10 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from mmap import mmap
-from typing import Final, NamedTuple
+from typing import Final
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
+from nbdtarget.clock import perf_counter_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.losses import ConnectionObserver
 from nbdtarget.errors import DeviceError
@@ -52,6 +54,7 @@ from nbdtarget.server.commands import OPS, bio_flags_of
 from nbdtarget.server.large_write import LargeWrite
 from nbdtarget.server.output import Output
 from nbdtarget.server.replies import encode_error, pack_read, push_read
+from nbdtarget.server.request import WRITING, Request, Violation
 from nbdtarget.server.shared import Host, Shared
 from protocol.consts import (
     CMD_BLOCK_STATUS,
@@ -61,9 +64,7 @@ from protocol.consts import (
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_READ,
-    CMD_TRIM,
     CMD_WRITE,
-    CMD_WRITE_ZEROES,
     EINVAL,
     ESHUTDOWN,
     OFFSET_DATA,
@@ -90,6 +91,7 @@ __all__ = ["Requests", "Violation"]
 
 logger = logging.getLogger(__name__)
 
+TURN_LOOK: Final = 32 << 10  # received bytes between two looks at the clock
 COMPACT_MAX: Final = 4 << 10  # so much is moved to the front of the buffer at once
 
 _HEADER: Final = REQUEST.size
@@ -104,23 +106,6 @@ assert CMD_FLAG_FUA == FUA
 assert REPLY_FLAG_DONE == REPLY_TYPE_OFFSET_DATA == 1
 assert SIMPLE_REPLY.size == 16
 
-_WRITING: Final = frozenset({CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES})
-
-
-class Violation(Exception):
-    """The client broke a rule that leaves nothing to answer with."""
-
-
-class _Request(NamedTuple):
-    """What is needed to answer a bio that did not take the fast path (`bio.private`)."""
-
-    cookie: int
-    command: int
-    flags: int
-    offset: int  # as asked for: a target moves `bio.offset` on its way down
-    charge: int  # bytes of budget
-    buffer: Buffer | None  # pooled, holds the bio's payload
-
 
 class Requests:
     """See the module head.
@@ -133,6 +118,7 @@ class Requests:
     Attributes:
         nr_requests: bios, and other answers, in flight.
         is_paused: a bound was met: nothing is received or served.
+        is_yielding: it is only that others have their turn.
     """
 
     def __init__(
@@ -148,7 +134,7 @@ class Requests:
         transmission = ServerTransmission(negotiated, payload_max=limits.payload_max)
         assert not transmission.align_mask, "the fast path checks no alignment"
         self.nr_requests = 0
-        self.is_paused = False
+        self.is_paused = self.is_yielding = False
         self._nr_bytes = 0
         self._host = host
         self._sock = sock
@@ -170,8 +156,14 @@ class Requests:
         self._read_max = limits.arena_read_max
         writable = transmission.flags_allowed.get(CMD_WRITE) == CMD_FLAG_FUA
         self._write_max = limits.receive_buffer if writable else -1
+        self._structured = transmission.structured
+        self._header = (OFFSET_DATA if transmission.structured else SIMPLE_REPLY).size
+        # What is left of this turn of the loop, and when (ns) it ends, if it has been looked at.
+        self._turn_left = limits.turn_bytes_max
+        self._turn_end = 0
+        self._turn_is_counted = False
         self._zero_min = limits.zero_check_min if transmission.structured else 1 << 62
-        # The receive buffer: [_begin, _end) is received and not yet served.
+        # [_begin, _end) is received and not yet served.
         self._buffer = bytearray(limits.receive_buffer)
         self._view = memoryview(self._buffer)
         self._begin = 0
@@ -184,7 +176,7 @@ class Requests:
 
     @property
     def is_receiving_large(self) -> bool:
-        """Whether memory is held for a payload that the client has not sent yet, though we wait for it."""
+        """Whether memory is held for a payload, and the client is who does not go on."""
         return self._large is not None and not self.is_paused
 
     @property
@@ -198,8 +190,8 @@ class Requests:
 
     def put(self, data: bytes) -> None:
         """Take what came behind the handshake."""
-        self._view[: len(data)] = data
         self._end = len(data)
+        self._view[: self._end] = data
 
     def refuse(self) -> None:
         """From now on answer every request with ESHUTDOWN."""
@@ -214,8 +206,8 @@ class Requests:
         """Each with the offset and length that the client asked for."""
         for bio in self._in_flight:
             request = bio.private
-            assert isinstance(request, _Request)
-            if request.command in _WRITING:
+            assert isinstance(request, Request)
+            if request.command in WRITING:
                 yield bio, request.offset, bio.length
 
     def drop(self) -> None:
@@ -318,7 +310,7 @@ class Requests:
         if large.grown:
             large.leave()
             request = large.bio.private
-            assert isinstance(request, _Request)
+            assert isinstance(request, Request)
             large.bio.private = request._replace(charge=large.charge)
         self._start(large.bio)
 
@@ -332,17 +324,17 @@ class Requests:
         arena, replies, out = output.arena, output.view, output.end
         submit, bio, size = self._submit, self._bio, self._transmission.size
         read_max, write_max, zero_min = self._read_max, self._write_max, self._zero_min
-        structured = self._transmission.structured
-        header = OFFSET_DATA.size if structured else SIMPLE_REPLY.size
+        structured, header = self._structured, self._header
         flush_at = self._flush_at()
-        while end - position >= _HEADER:
+        last = end - _HEADER  # where the last request may begin
+        look_at = last if last <= position + TURN_LOOK else position + TURN_LOOK
+        while position <= last:
+            if position > look_at and (look_at := self._look_at(position, last)) < 0:
+                break
             if out >= flush_at:
-                output.end = out
-                is_full = self._flush_early()
-                out = output.end
-                if is_full:
+                flush_at, out = self._flush_early(out)
+                if not flush_at:
                     break
-                flush_at = self._flush_at()
             magic, flags, command, cookie, offset, length = _unpack(buffer, position)
             stop = position + _HEADER
             if (
@@ -370,7 +362,7 @@ class Requests:
                 stop = self._take(magic, flags, command, cookie, offset, length)
                 if stop < 0:
                     break
-                position, out = stop, output.end
+                position, out, look_at = stop, output.end, -1  # it took any time
                 continue
             bio.offset, bio.length, bio.flags = offset, length, flags
             bio.payload, bio.borrowed, bio.status = payload, True, PENDING
@@ -384,7 +376,9 @@ class Requests:
                 _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
                 out += 16
             elif length >= zero_min or bio.payload is not payload:
-                out += self._pack_read(bio, payload, out, (cookie, offset))
+                out += pack_read(
+                    output, bio, payload, out, (cookie, offset, structured, zero_min)
+                )
             else:
                 if structured:
                     _pack_data(arena, out, _CHUNK, 1, 1, cookie, length + 8, offset)
@@ -394,10 +388,29 @@ class Requests:
         output.end = out
         self._consume(position)
 
+    def _look_at(self, position: int, last: int) -> int:
+        """Return up to where in the buffer to serve without a look at the clock.
+
+        -1: not at all any more in this turn of the loop.
+        """
+        turn_us = self._limits.turn_us
+        now_ns = perf_counter_ns() if turn_us else 0
+        self._turn_is_counted = True
+        self._turn_end = self._turn_end or now_ns + turn_us * 1000 + 1
+        if self._turn_left > 0 and now_ns <= self._turn_end:
+            return min(last, position + TURN_LOOK)
+        self.is_yielding = True
+        self._pause()
+        self._shared.turns.ask(self._host.resume)
+        return -1
+
     def _consume(self, position: int) -> None:
         """The receive buffer has been served up to `position`: make room behind `_end`."""
         view, end = self._view, self._end
         left = end - position
+        if self._turn_is_counted:
+            self._turn_is_counted = False
+            self._turn_left, self._turn_end = self._limits.turn_bytes_max, 0
         if self._limits.poison_borrowed:
             view[:position] = b"\xdb" * position
         if not left:
@@ -415,18 +428,23 @@ class Requests:
             return output.end_max
         return min(output.end + self._limits.flush_at, output.end_max)
 
-    def _flush_early(self) -> bool:
-        """Let the client begin to work on what is there. Returns whether we paused."""
-        if not self._output.is_blocked:
+    def _flush_early(self, out: int) -> tuple[int, int]:
+        """Let the client begin to work on what is there, up to `out` in the arena.
+
+        Returns where to send next, 0 if we paused; and where the next reply goes.
+        """
+        output = self._output
+        output.end = out
+        if not output.is_blocked:
             self._host.flush()
-        return self.is_full(0)
+        return (0 if self.is_full(0) else self._flush_at()), output.end
 
     def _not_inline(self, bio: Bio, command: int, cookie: int, offset: int) -> Bio:
         """The bio failed, or goes on: it needs an account. Returns the next bio to use."""
         if bio.status > 0:
             self._reply_error(cookie, command, bio.flags, bio.status)
             return bio
-        bio.private = _Request(cookie, command, 0, offset, bio.length, None)
+        bio.private = Request(cookie, command, 0, offset, bio.length, None)
         self.nr_requests += 1
         self._nr_bytes += bio.length
         self._budget.nr_requests += 1
@@ -439,22 +457,7 @@ class Requests:
 
     def _check_owned(self, bio: Bio) -> None:
         if bio.borrowed:
-            assert self._device is not None
             raise AssertionError(f"{self._device.name} kept a borrowed payload: {bio}")
-
-    def _pack_read(
-        self, bio: Bio, payload: memoryview, out: int, request: tuple[int, int]
-    ) -> int:
-        structured, zero_min = self._transmission.structured, self._zero_min
-        return pack_read(
-            self._output,
-            bio,
-            payload,
-            out,
-            request,
-            structured=structured,
-            zero_min=zero_min,
-        )
 
     # ---- the slow path ----
 
@@ -471,6 +474,8 @@ class Requests:
 
         -1: nothing more can be served now.
         """
+        self._turn_is_counted = True
+        self._turn_left -= length
         if magic != REQUEST_MAGIC:
             raise Violation(f"bad request magic {magic:#x}")
         if self._output.is_full:
@@ -495,7 +500,7 @@ class Requests:
         elif command == CMD_BLOCK_STATUS:
             self._start_block_status(flags, cookie, offset, length)
         else:
-            request = _Request(cookie, command, flags, offset, 0, None)
+            request = Request(cookie, command, flags, offset, 0, None)
             self._start(self._make_bio(request, length))
         return self._begin + _HEADER
 
@@ -537,7 +542,7 @@ class Requests:
             return -1
         buffer = self._shared.pool.take_untouched(length)
         payload = memoryview(buffer)[:length]
-        request = _Request(cookie, CMD_WRITE, flags, offset, charge, buffer)
+        request = Request(cookie, CMD_WRITE, flags, offset, charge, buffer)
         bio = Bio(OP_WRITE, offset, length, payload, flags & FUA, self._ended, request)
         payload[: len(here)] = here
         self._nr_bytes += charge
@@ -550,15 +555,15 @@ class Requests:
 
     def _take_memory(
         self, cookie: int, command: int, flags: int, offset: int, length: int
-    ) -> tuple[_Request, memoryview]:
+    ) -> tuple[Request, memoryview]:
         """Take a buffer for `length` bytes of payload, and put it on the account."""
         buffer = self._shared.pool.take(length)
         self._nr_bytes += len(buffer)
         self._budget.nr_bytes += len(buffer)
-        request = _Request(cookie, command, flags, offset, len(buffer), buffer)
+        request = Request(cookie, command, flags, offset, len(buffer), buffer)
         return request, memoryview(buffer)[HEADER_ROOM : HEADER_ROOM + length]
 
-    def _give_back(self, request: _Request) -> None:
+    def _give_back(self, request: Request) -> None:
         self.reply_left(request.charge, request.buffer)
 
     def _start(self, bio: Bio) -> None:
@@ -570,7 +575,7 @@ class Requests:
         if output.nr_queued >= self._limits.flush_at and not output.is_blocked:
             self._host.flush()  # a large reply: let the client begin with it
 
-    def _make_bio(self, request: _Request, length: int) -> Bio:
+    def _make_bio(self, request: Request, length: int) -> Bio:
         """Make a bio without payload; a FLUSH also tells what the device has lost meanwhile."""
         _, command, flags, offset, _, _ = request
         if command != CMD_FLUSH:
@@ -602,6 +607,7 @@ class Requests:
         status = 0
         reply = b""
         try:
+            await self._shared.turns.wait()
             await self._gate.passed(offset, length)
             req_one = bool(flags & CMD_FLAG_REQ_ONE)
             reply = await describe(
@@ -628,7 +634,7 @@ class Requests:
         request = bio.private
         if request is None:
             return
-        assert isinstance(request, _Request)
+        assert isinstance(request, Request)
         self.nr_requests -= 1
         self._in_flight.discard(bio)  # not in it, if its device broke the rules
         if self._host.is_closed:
@@ -677,18 +683,11 @@ class Requests:
         structured = self._transmission.structured
         return encode_error(cookie, error, message, structured=structured)
 
-    def _reply_read(self, bio: Bio, request: _Request) -> None:
+    def _reply_read(self, bio: Bio, request: Request) -> None:
         """Answer a READ from its own buffer."""
         cookie, _, flags, offset, charge, buffer = request
         assert not isinstance(buffer, mmap)
         zero_min = self._zero_min if not flags & CMD_FLAG_DF else 1 << 62
-        is_hole = push_read(
-            self._output,
-            bio,
-            (cookie, offset),
-            (charge, buffer),
-            structured=self._transmission.structured,
-            zero_min=zero_min,
-        )
-        if is_hole:
+        how = cookie, offset, self._transmission.structured, zero_min
+        if push_read(self._output, bio, how, (charge, buffer)):
             self._give_back(request)

@@ -12,6 +12,7 @@ from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
+from nbdtarget.turns import Turns
 
 __all__ = ["Host", "Shared"]
 
@@ -27,6 +28,7 @@ class Shared:
     pool: BufferPool
     directory: ExportDirectory
     gates: Gates
+    turns: Turns
     starved: Callable[[], None]  # a connection waits for the budget
     closed: Callable[[Any], None]  # a connection has released everything
     hang_up_events: Callable[[socket.socket], int]  # see nbdtarget.server.peer
@@ -51,6 +53,9 @@ class Host(Protocol):
 
     def maybe_resume(self) -> None:
         """Something was given back: soon see whether it is enough."""
+
+    def resume(self) -> None:
+        """It is our turn: go on, unless a bound is met."""
 
     def moved(self) -> None:
         """The client took or gave something large."""

@@ -121,7 +121,7 @@ SERVER: Final = (
                 "        self._submit(bio)\n        output = self._output\n"
                 "        if bio.op == OP_FLUSH:\n"
                 "            request = bio.private\n"
-                "            assert isinstance(request, _Request)\n"
+                "            assert isinstance(request, Request)\n"
                 "            self._reply_done(request.cookie, request.command)\n",
             ),
             (

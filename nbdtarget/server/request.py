@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request that did not take the fast path: what is needed to answer it, and to give back what it holds."""
+
+from typing import Final, NamedTuple
+
+from nbdtarget.server.buffers import Buffer
+from protocol.consts import CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
+
+__all__ = ["WRITING", "Request", "Violation"]
+
+WRITING: Final = frozenset({CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES})
+
+
+class Violation(Exception):
+    """The client broke a rule that leaves nothing to answer with."""
+
+
+class Request(NamedTuple):
+    """What is needed to answer a bio that did not take the fast path (`bio.private`)."""
+
+    cookie: int
+    command: int
+    flags: int
+    offset: int  # as asked for: a target moves `bio.offset` on its way down
+    charge: int  # bytes of budget
+    buffer: Buffer | None  # pooled, holds the bio's payload
