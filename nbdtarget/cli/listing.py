@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that tell: status, table, measure, info, ls, deps, targets, version.
+"""Commands that tell: status, table, measure, info, ls, deps, targets, target-version, version.
 
 What they print is what dmsetup prints, to the blank: scripts read it.
 """
@@ -47,6 +47,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     for command in (status, table, measure, info, ls, deps, targets, version):
         app.command()(command)
+    app.command("target-version")(target_version)
 
 
 def status(
@@ -302,8 +303,25 @@ def targets(json: Json = False, control: Control = None) -> None:
         print_json(answer)
         return
     for target in answer.targets:
-        major, minor, patch = target.version
-        print(f"{target.name:<16} v{major}.{minor}.{patch}")
+        _print_target(target)
+
+
+def target_version(
+    names: Annotated[list[str], typer.Argument(metavar="TYPE...")],
+    control: Control = None,
+) -> None:
+    """Print the versions of target types."""
+    answer = ask(control, "targets", m.Targets(), m.TargetsAnswer)
+    types = {target.name: target for target in answer.targets}
+    for name in names:
+        if name not in types:
+            raise NbdTargetError(f"target-version: {name}: Invalid argument: no type")
+        _print_target(types[name])
+
+
+def _print_target(target: m.TargetType) -> None:
+    major, minor, patch = target.version
+    print(f"{target.name:<16} v{major}.{minor}.{patch}")
 
 
 def version(json: Json = False, control: Control = None) -> None:

@@ -590,7 +590,7 @@ class MappedDevice(MappedIo):
         Raises: TableError: no live table (ENXIO), sector outside, or the target refuses.
         """
         if words and words[0].startswith("@"):
-            return self._core_message(words)
+            return await self._core_message(words)
         table = self.active
         if table is None:
             raise TableError("No such device or address", errnos.ENXIO)
@@ -603,7 +603,7 @@ class MappedDevice(MappedIo):
         with table.use():
             return await table.target_at(sector * SECTOR).message(words)
 
-    def _core_message(self, words: Sequence[str]) -> str | None:
+    async def _core_message(self, words: Sequence[str]) -> str | None:
         """A message to the device itself and not to a target, whatever the sector."""
         match words[0].lower():
             case "@cancel_deferred_remove":
@@ -611,7 +611,7 @@ class MappedDevice(MappedIo):
             case "@rotational":
                 self._say_rotational(words[1:])
             case verb if verb.startswith("@stats_"):
-                return self.statistics.message(words, self.size // SECTOR)
+                return await self.statistics.message(words, self.size // SECTOR)
             case _:
                 raise TableError(f"Unsupported message `{words[0]}'")
         return None

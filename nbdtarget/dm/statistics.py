@@ -21,6 +21,7 @@ included; the kernel's have the coarseness of its clock tick.
 Source of the formats: Documentation/admin-guide/device-mapper/statistics.rst.
 """
 
+import asyncio
 import errno as errnos
 import re
 from bisect import bisect_right
@@ -37,6 +38,7 @@ __all__ = ["AREAS_MAX", "Statistics"]
 SECTOR: Final = 512
 AREAS_MAX: Final = 1 << 16
 BOUNDS_MAX: Final = 256
+LINES_AT_ONCE_MAX: Final = 1024  # printed between two turns of the loop
 MS_NS: Final = 1_000_000
 _END_MAX: Final = (1 << 63) // SECTOR
 _READ: Final = 0
@@ -163,16 +165,16 @@ class _Region:
 
     def lines(self, first: int, end: int, now_ns: int) -> Iterator[str]:
         untouched = self._new_area(now_ns)
-        for index in range(first, min(end, self.nr_areas)):
+        for index in range(first, end):
             area = self.areas.get(index, untouched)
             area.tick(now_ns)
             start = self.start + index * self.step
             yield f"{start}+{self.step} {area.words(self.unit_ns)}"
 
     def clear(self, first: int, end: int, now_ns: int) -> None:
-        for index, area in self.areas.items():
-            if first <= index < end:
-                area.clear(now_ns)
+        for index in range(first, end):
+            if index in self.areas:
+                self.areas[index].clear(now_ns)
 
 
 class _Counted:
@@ -258,7 +260,7 @@ class Statistics:
 
     # ---- messages ----
 
-    def message(self, words: Sequence[str], size_sectors: int) -> str | None:
+    async def message(self, words: Sequence[str], size_sectors: int) -> str | None:
         """Carry out an `@stats_…` message; the answer to print, or None.
 
         Args: size_sectors: of the device, which `-` stands for.
@@ -285,7 +287,7 @@ class Statistics:
             case ["@stats_print" | "@stats_print_clear" as verb, number, *lines] if len(
                 lines
             ) in (0, 2):
-                return self._print(number, lines, clears=verb != "@stats_print")
+                return await self._print(number, lines, clears=verb != "@stats_print")
             case ["@stats_set_aux", number, aux]:
                 self._region(number).aux = "" if aux == "-" else aux
             case _:
@@ -302,14 +304,23 @@ class Statistics:
             )
         return region
 
-    def _print(self, number: str, lines: Sequence[str], *, clears: bool) -> str | None:
+    async def _print(
+        self, number: str, lines: Sequence[str], *, clears: bool
+    ) -> str | None:
+        """Disks get a turn of the loop now and then: there may be many lines."""
         region = self._region(number)
         first = _number(lines[0]) if lines else 0
         end = first + _number(lines[1]) if lines else region.nr_areas
-        now_ns = self.clock.now_ns()
-        told = list(region.lines(first, end, now_ns))
-        if clears:
-            region.clear(first, end, now_ns)
+        end = min(end, region.nr_areas)
+        told: list[str] = []
+        for begin in range(first, end, LINES_AT_ONCE_MAX):
+            if told:
+                await asyncio.sleep(0)
+            stop = min(begin + LINES_AT_ONCE_MAX, end)
+            now_ns = self.clock.now_ns()
+            told += region.lines(begin, stop, now_ns)
+            if clears:
+                region.clear(begin, stop, now_ns)
         return "\n".join(told) or None
 
     def _create(

@@ -43,6 +43,7 @@ COMMANDS: dict[str, list[str]] = {
     "status": [],
     "suspend": ["x"],
     "table": [],
+    "target-version": ["linear"],
     "targets": [],
     "uncache": ["x"],
     "version": [],

@@ -197,3 +197,15 @@ def test_measure_as_recorded(cli: CommandLine) -> None:
     cli("load", "lin", "--table", "0 4096 linear /a 0")
     assert cli("measure", "lin") == f"0 2048 linear {linear}=0;\n"
     assert cli("measure", "--inactive", "lin") == f"0 4096 linear {linear}=0;\n"
+
+
+@pytest.mark.usefixtures("registry")
+def test_target_version_as_recorded(
+    cli: CommandLine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "linear           v1.4.0\nzero             v1.2.0\n"
+    assert cli("target-version", "linear", "zero") == lines
+    assert run(["target-version", "linear", "nosuch", "zero"]) == 1
+    out, err = capsys.readouterr()
+    assert out == lines.splitlines(keepends=True)[0]
+    assert "nosuch: Invalid argument" in err

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counters of regions: messages and numbers as a 6.12 kernel answers them."""
 
+import asyncio
 import errno
 
 import pytest
@@ -295,3 +296,14 @@ async def test_areas_are_bounded(lab: Lab) -> None:
     assert await lab.ask(f"@stats_create 0+{AREAS_MAX} 1") == "0"
     with pytest.raises(TableError):
         await lab.ask("@stats_create - /1")
+
+
+async def test_disks_have_their_turns_while_many_areas_are_printed(lab: Lab) -> None:
+    await lab.ask(f"@stats_create 0+{AREAS_MAX} 1")
+    printing = asyncio.create_task(lab.ask("@stats_print 0"))
+    nr_turns = 0
+    while not printing.done():
+        await asyncio.sleep(0)
+        nr_turns += 1
+    assert nr_turns >= AREAS_MAX // 1024
+    assert len((await printing or "").splitlines()) == AREAS_MAX
