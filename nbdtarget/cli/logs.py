@@ -1,22 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logging of a process that serves: to whatever stderr is at the time."""
+"""Logging of a process that serves: to whatever stderr is at the time, by an `Outlet`.
+
+Logging never raises into who logs and never waits for who reads. What clients cause is bounded: lines about
+clients and control clients may come CLIENT_LINES_BURST at once and CLIENT_LINES_PER_S in the long run; how many
+were left out is told by the next line.
+"""
 
 import logging
-import sys
+from collections.abc import Callable
+from typing import Final
 
-__all__ = ["start_logging"]
+from nbdtarget.cli.outlet import Outlet, process_stderr
+from nbdtarget.clock import monotonic_ns
+
+__all__ = ["LogHandler", "start_logging"]
+
+CLIENT_LINES_BURST: Final = 200
+CLIENT_LINES_PER_S: Final = 10
+# What a stranger can make us log as often as it likes.
+_ABOUT_CLIENTS: Final = ("nbdtarget.server.", "nbdtarget.control.")
 
 
-class _StderrHandler(logging.Handler):
-    """Asks for `sys.stderr` each time: a progress bar puts its own there meanwhile."""
+class LogHandler(logging.Handler):
+    """See the module head."""
+
+    def __init__(
+        self,
+        outlet: Outlet | None = None,
+        now_ns: Callable[[], int] = monotonic_ns,
+    ) -> None:
+        super().__init__()
+        self._outlet = outlet or Outlet(process_stderr, _tell_lost)
+        self._now_ns = now_ns
+        self._tokens = float(CLIENT_LINES_BURST)
+        self._counted_ns = now_ns()
+        self._nr_left_out = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        if record.name.startswith(_ABOUT_CLIENTS) and not self._may_tell():
+            self._nr_left_out += 1
+            return
+        try:
+            line = self.format(record)
+        except Exception as error:  # a bug in a log line is no reason to fail
+            line = f"nbdtarget: {record.name}:{record.lineno}: log line: {error!r}"
+        if self._nr_left_out:
+            nr, self._nr_left_out = self._nr_left_out, 0
+            self._outlet.write_line(f"nbdtarget: {nr} lines about clients are left out")
+        self._outlet.write_line(line)
+
+    def _may_tell(self) -> bool:
+        now_ns = self._now_ns()
+        gained = (now_ns - self._counted_ns) * CLIENT_LINES_PER_S / 1e9
+        self._counted_ns = now_ns
+        self._tokens = min(self._tokens + gained, CLIENT_LINES_BURST)
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+def _tell_lost(nr: int) -> str:
+    return f"nbdtarget: {nr} lines of the log were lost: nobody read them"
 
 
 def start_logging(*, verbose: bool) -> None:
     """Log warnings and errors, with `verbose` also what happens to devices."""
-    handler = _StderrHandler()
+    handler = LogHandler()
     handler.setFormatter(logging.Formatter("nbdtarget: %(message)s"))
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, handlers=[handler]

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 
+from nbdtarget.cli.outlet import Outlet, process_stderr, process_stdout
 from nbdtarget.clock import monotonic_ns
 from nbdtarget.porcelain.clone import CloneOptions, ClonePlan, CloneReporter
 from nbdtarget.server.listener import export_uri
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 LINE_PERIOD_S: Final = 10.0
+_stdout: Final = Outlet(process_stdout, lambda nr: f'{{"event":"lost","lines":{nr}}}')
+_stderr: Final = Outlet(process_stderr, lambda nr: f"nbdtarget: {nr} lines were lost")
 
 
 def client_lines(uri: str) -> list[str]:
@@ -64,13 +67,13 @@ def print_attach(what: str, name: str, uris: list[str]) -> None:
 
 
 def print_event(**fields: object) -> None:
-    """Print one JSON object in a line."""
-    print(msgspec.json.encode(fields).decode(), flush=True)
+    """Print one JSON object in a line; never waits for who reads."""
+    _stdout.write_line(msgspec.json.encode(fields).decode())
 
 
 def say(text: str) -> None:
-    """Tell the user, beside what scripts read."""
-    print(f"nbdtarget: {text}", file=sys.stderr, flush=True)
+    """Tell the user, beside what scripts read; never waits for who reads."""
+    _stderr.write_line(f"nbdtarget: {text}")
 
 
 class Reporter:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Outlet`: lines for stderr or stdout of a process that serves, which must not depend on who reads them.
+
+A pipe that nobody empties would hang the server at the next line, and one that is closed would make the
+line raise into whatever said it. So a line is written only if the stream takes it at once, and never raises;
+lines that it did not take are counted, and told of before the next one that it takes.
+"""
+
+import io
+import os
+import select
+import sys
+from collections.abc import Callable
+from typing import Final, TextIO
+
+__all__ = ["Outlet", "process_stderr", "process_stdout"]
+
+# A pipe that is writable takes so many bytes without blocking (one page, PIPE_BUF).
+PIECE_BYTES: Final = 4096
+
+
+class Outlet:
+    """See the module head.
+
+    Args:
+        stream: which stream it is at the time: a progress bar puts its own there meanwhile.
+        tell_lost: says, in one line, that so many lines were lost.
+    Attributes:
+        nr_lost: lines that were lost since the last one that was written.
+    """
+
+    def __init__(
+        self, stream: Callable[[], TextIO | None], tell_lost: Callable[[int], str]
+    ) -> None:
+        self.nr_lost = 0
+        self._stream = stream
+        self._tell_lost = tell_lost
+        self._is_broken_off = False  # in the middle of a line
+
+    def write_line(self, line: str) -> None:
+        """Write `line`, or count it as lost. Never blocks, never raises an Exception."""
+        if self.nr_lost and not self._write(self._tell_lost(self.nr_lost)):
+            self.nr_lost += 1
+            return
+        self.nr_lost = 0 if self._write(line) else 1
+
+    def _write(self, line: str) -> bool:
+        stream = self._stream()
+        if stream is None:
+            return False
+        try:
+            if isinstance(stream, io.TextIOWrapper) and _has_descriptor(stream):
+                stream.flush()
+                return self._write_pieces(stream.fileno(), line, stream.encoding)
+            if not _has_descriptor(stream) or _is_writable(stream.fileno()):
+                stream.write(line + "\n")
+                stream.flush()
+                return True
+        except (OSError, ValueError):
+            pass  # closed, or full: counted as lost
+        return False
+
+    def _write_pieces(self, fd: int, line: str, encoding: str) -> bool:
+        begin = "\n" if self._is_broken_off else ""
+        data = f"{begin}{line}\n".encode(encoding, "backslashreplace")
+        sent = 0
+        while sent < len(data) and _is_writable(fd):
+            sent += os.write(fd, data[sent : sent + PIECE_BYTES])
+            self._is_broken_off = sent < len(data)
+        return sent == len(data)
+
+
+def _has_descriptor(stream: TextIO) -> bool:
+    try:
+        stream.fileno()
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def _is_writable(fd: int) -> bool:
+    looker = select.poll()
+    looker.register(fd, select.POLLOUT)
+    return any(events & select.POLLOUT for _, events in looker.poll(0))
+
+
+def process_stderr() -> TextIO | None:
+    return sys.stderr
+
+
+def process_stdout() -> TextIO | None:
+    return sys.stdout

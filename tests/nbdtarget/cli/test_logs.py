@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log of a server: it never raises, never blocks, and no client can fill it."""
+
+import io
+import logging
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+import pytest
+
+from nbdtarget.cli.logs import CLIENT_LINES_BURST, CLIENT_LINES_PER_S, LogHandler
+from nbdtarget.cli.outlet import Outlet
+
+
+def told(nr: int) -> str:
+    return f"lost {nr}"
+
+
+class Pipe:
+    """A stream into a pipe, and its other end."""
+
+    def __init__(self) -> None:
+        self.read_fd, write_fd = os.pipe()
+        self.stream: TextIO = os.fdopen(write_fd, "w")
+        self.outlet = Outlet(lambda: self.stream, told)
+
+    def read(self) -> str:
+        data = b""
+        while select.select([self.read_fd], [], [], 0)[0]:
+            piece = os.read(self.read_fd, 1 << 16)
+            if not piece:
+                break
+            data += piece
+        return data.decode()
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    it = Pipe()
+    yield it
+    it.stream.close()
+    os.close(it.read_fd)
+
+
+def test_a_pipe_that_nobody_empties_blocks_nobody_and_what_is_lost_is_told(
+    pipe: Pipe,
+) -> None:
+    for _ in range(100):
+        pipe.outlet.write_line("x" * 10_000)
+    assert pipe.outlet.nr_lost > 50
+    lost = pipe.outlet.nr_lost
+    assert set(pipe.read()) == {"x", "\n"}
+    pipe.outlet.write_line("at last")
+    assert pipe.read().split() == ["lost", str(lost), "at", "last"]
+
+
+def test_a_closed_pipe_raises_nothing() -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    with os.fdopen(write_fd, "w") as stream:
+        outlet = Outlet(lambda: stream, told)
+        outlet.write_line("one")
+        outlet.write_line("two")
+        assert outlet.nr_lost == 2
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_no_stderr_at_all_raises_nothing(is_closed: bool) -> None:
+    stream = io.StringIO()
+    stream.close()
+    outlet = Outlet(lambda: stream if is_closed else None, told)
+    outlet.write_line("one")
+    assert outlet.nr_lost == 1
+
+
+def test_a_full_disk_raises_nothing() -> None:
+    with open("/dev/full", "w") as stream:
+        outlet = Outlet(lambda: stream, told)
+        outlet.write_line("one")
+        assert outlet.nr_lost == 1
+
+
+class _Log:
+    def __init__(self, pipe: Pipe) -> None:
+        self.now_ns = 0
+        self.handler = LogHandler(pipe.outlet, lambda: self.now_ns)
+        self.handler.setFormatter(logging.Formatter("%(message)s"))
+
+    def log(self, name: str, message: str, *args: object) -> None:
+        record = logging.LogRecord(name, logging.INFO, "f", 7, message, args, None)
+        self.handler.emit(record)
+
+
+def test_lines_about_clients_are_bounded_and_others_are_not(pipe: Pipe) -> None:
+    log = _Log(pipe)
+    for _ in range(CLIENT_LINES_BURST + 50):
+        log.log("nbdtarget.server.connection", "attached")
+    assert pipe.read().count("attached") == CLIENT_LINES_BURST
+    log.log("nbdtarget.dm.registry", "a device")
+    assert pipe.read() == "nbdtarget: 50 lines about clients are left out\na device\n"
+    log.now_ns += 10**9
+    for _ in range(100):
+        log.log("nbdtarget.control.http", "asked")
+    assert pipe.read().count("asked") == CLIENT_LINES_PER_S
+
+
+def test_a_log_line_with_a_mistake_is_a_line_all_the_same(pipe: Pipe) -> None:
+    log = _Log(pipe)
+    log.log("nbdtarget.dm", "%d", "no number")
+    assert "nbdtarget.dm:7: log line: TypeError" in pipe.read()
+
+
+SERVER = """
+import logging, sys
+from nbdtarget.cli.logs import start_logging
+from nbdtarget.cli.progress import print_event, say
+start_logging(verbose=True)
+for nr in range(20_000):
+    logging.getLogger("nbdtarget.dm").info("line %d of the log, which nobody reads", nr)
+    say("line")
+    print_event(event="progress", nr=nr)
+"""
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_process_whose_output_is_not_read_ends_all_the_same(is_closed: bool) -> None:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
+        if is_closed:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            process.stderr.close()
+        assert process.wait(30) == 0
