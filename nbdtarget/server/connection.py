@@ -477,7 +477,12 @@ class Connection:
     def maybe_resume(self) -> None:
         """Something was given back: look, in a turn of its own, whether it is enough."""
         requests = self._requests
-        if requests is not None and requests.is_paused and not self._is_resuming:
+        if (
+            requests is not None
+            and requests.is_paused
+            and not requests.is_in_line
+            and not self._is_resuming
+        ):
             self._is_resuming = True
             self._shared.loop.call_soon(self._resume_woken)
 

@@ -118,6 +118,7 @@ class Requests:
     Attributes:
         nr_requests: bios, and other answers, in flight.
         is_paused: a bound was met: nothing is received or served.
+        is_in_line: it is paused until something is given back to the budget: nothing else resumes it.
         is_yielding: it is only that others have their turn.
     """
 
@@ -134,7 +135,7 @@ class Requests:
         transmission = ServerTransmission(negotiated, payload_max=limits.payload_max)
         assert not transmission.align_mask, "the fast path checks no alignment"
         self.nr_requests = 0
-        self.is_paused = self.is_yielding = False
+        self.is_paused = self.is_yielding = self.is_in_line = False
         self._nr_bytes = 0
         self._host = host
         self._sock = sock
@@ -239,9 +240,15 @@ class Requests:
         return False
 
     def _wait_for_budget(self) -> None:
-        self._budget.wait(self._host.maybe_resume)
+        if not self.is_in_line:
+            self.is_in_line = True
+            self._budget.wait(self._budget_shrank)
         self._shared.starved()
         self._pause()
+
+    def _budget_shrank(self) -> None:
+        self.is_in_line = False
+        self._host.maybe_resume()
 
     def _pause(self) -> None:
         self.is_paused = True

@@ -143,3 +143,33 @@ def test_memory_for_a_write_is_not_taken_before_it_is_written_to() -> None:
     small = pool.take_untouched(100_000)
     pool.give_back(small)
     assert pool.take_untouched(100_000) is small
+
+
+async def test_who_waits_for_memory_waits_in_line_once_and_without_asking_again(
+    served: Served,
+) -> None:
+    served.limits = replace(served.limits, payload_max=2 * MIB, bytes_total_max=2 * MIB)
+    disk = Disk(2 * MIB)
+    disk.hold = True
+    served.directory.devices["disk"] = disk
+    first, second, third = [await served.attach() for _ in range(3)]
+    third.send(c.CMD_READ, 0, 128 << 10)
+    first.send(c.CMD_READ, 0, MIB + MIB // 2)
+    await disk.until_held(2)
+    second.send(c.CMD_READ, 0, MIB)
+    listener = await served.start()
+    budget = listener.budget
+    assert budget is not None
+    await until(lambda: budget.nr_waiters == 1)
+    disk.let_go(1)  # too little for it to go on
+    assert (await third.reply()).error == 0
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert (
+        budget.nr_waiters == 1
+    )  # each further look would have taken a place in the line
+    disk.hold = False
+    disk.let_go()
+    async with asyncio.timeout(5):
+        assert (await first.reply()).error == 0
+        assert (await second.reply()).error == 0
