@@ -148,15 +148,15 @@ def test_memory_for_a_write_is_not_taken_before_it_is_written_to() -> None:
 async def test_who_waits_for_memory_waits_in_line_once_and_without_asking_again(
     served: Served,
 ) -> None:
-    served.limits = replace(served.limits, payload_max=2 * MIB, bytes_total_max=2 * MIB)
+    served.limits = replace(served.limits, payload_max=2 * MIB, bytes_total_max=4 * MIB)
     disk = Disk(2 * MIB)
     disk.hold = True
     served.directory.devices["disk"] = disk
     first, second, third = [await served.attach() for _ in range(3)]
     third.send(c.CMD_READ, 0, 128 << 10)
-    first.send(c.CMD_READ, 0, MIB + MIB // 2)
+    first.send(c.CMD_READ, 0, 2 * MIB)
     await disk.until_held(2)
-    second.send(c.CMD_READ, 0, MIB)
+    second.send(c.CMD_READ, 0, 2 * MIB)
     listener = await served.start()
     budget = listener.budget
     assert budget is not None
