@@ -108,9 +108,18 @@ def record_written_back(
     Raises: what `load` does. Nothing was written.
     Durable: a clean shutdown, when this returns. A crash leaves what was recorded before, or that.
     """
-    superblock = (yield from read_superblock_of(CACHE, device_size)).superblock
+    found = yield from read_superblock_of(CACHE, device_size)
+    superblock = found.superblock
     assert not superblock.gives_up_mappings, "its blocks may differ from the origin's"
     loaded = yield from load(superblock, device_size)
+    if found.unhealed:
+        # A copy that cannot be read now, and can be after a power cut, must not vouch for
+        # a sync area that is about to be written over.
+        superblock = msgspec.structs.replace(
+            superblock, generation=superblock.generation + 1
+        )
+        yield from write_superblock(superblock)
+        yield Flush()
     area = superblock.sync_area
     if superblock.flags & CLEAN_SHUTDOWN:
         area = (area + 1) % NR_SYNC_AREAS

@@ -222,3 +222,25 @@ def test_damage_is_not_written_over() -> None:
     with pytest.raises(CorruptMetadata):
         drive(store, record_written_back(store.size, written_back(), disks=b""))
     assert store.current() == image
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_a_bad_copy_is_rewritten_before_the_sync_area_that_it_may_vouch_for(
+    block: int,
+) -> None:
+    image = bytearray(lives()["clean"].image)
+    at = 4096 * block
+    image[at : at + 512] = bytes(512)
+    store = Store(len(image), bytes(image))
+    begun = len(store.log)
+    drive(
+        store,
+        record_written_back(store.size, lives()["clean"].content.dirty, disks=b""),
+    )
+    writes = [
+        each.offset // 4096 for each in store.log[begun:] if isinstance(each, Write)
+    ]
+    # Both slots are written anew, and one of them before anything else.
+    assert set(writes[:2]) in ({0, 2}, {1, 3}), writes
+    assert {0, 1, 2, 3} <= set(writes)
+    assert drive(store, examine_cache(store.size)).unhealed == ()
