@@ -39,6 +39,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
@@ -59,6 +60,7 @@ from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import NbdTargetError
 from nbdtarget.notify import Notifier
+from nbdtarget.server.admission import raise_descriptor_limit
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget.unix_socket import (
@@ -132,6 +134,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
     `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.
+    `limits`: fields of `Limits`, over those of the file.
     """
 
     listen: tuple[str, ...] = ()
@@ -140,6 +143,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     config: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
+    limits: dict[str, Any] = {}
 
 
 def passed_sockets() -> list[int]:
@@ -401,8 +405,9 @@ async def serve_until_stopped(
     if stop_timeout is None and config is not None:
         stop_timeout = config.stop_timeout
     sockets = options.sockets
+    limits = Limits() if config is None else config.limits
     daemon = Daemon(
-        None if config is None else config.limits,
+        replace(limits, **options.limits),
         StopBounds.of(stop_timeout),
         sockets if config is None else sockets.or_else(config.sockets),
     )
@@ -446,6 +451,8 @@ def must_leave_at_once() -> bool:
 def run(main: Callable[[], Awaitable[T]]) -> T:
     """Run a coroutine function to its end on a fast loop."""
     import uvloop  # here: most commands never start a loop
+
+    raise_descriptor_limit()
 
     async def awaited() -> T:
         return await main()

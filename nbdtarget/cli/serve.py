@@ -71,6 +71,25 @@ ControlGroup = Annotated[
     str | None,
     typer.Option("--control-group", metavar="GROUP", help="Its group."),
 ]
+MaxConnections = Annotated[
+    int | None,
+    typer.Option(
+        "--max-connections",
+        metavar="N",
+        min=1,
+        help="Connections on TCP, and as many on unix sockets; more are closed at once."
+        " Default: 256, or connections_max of the file.",
+    ),
+]
+MaxConnectionsPerPeer = Annotated[
+    int | None,
+    typer.Option(
+        "--max-connections-per-peer",
+        metavar="N",
+        min=1,
+        help="Connections from one address. Default: 128, or peer_connections_max of the file.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -105,6 +124,8 @@ def serve(
     control_owner: ControlOwner = None,
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
+    max_connections: MaxConnections = None,
+    max_connections_per_peer: MaxConnectionsPerPeer = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log what happens to devices.")
     ] = False,
@@ -116,7 +137,12 @@ def serve(
     from nbdtarget.unix_socket import SocketOptions
 
     start_logging(verbose=verbose)
+    limits = {
+        "connections_max": max_connections,
+        "peer_connections_max": max_connections_per_peer,
+    }
     options = ServeOptions(
+        limits={key: value for key, value in limits.items() if value is not None},
         listen=tuple(listen or ()),
         control=control,
         control_token_file=control_token_file,

@@ -8,7 +8,8 @@
     stop_timeout = 60            # seconds; 0: for ever
 
     [limits]
-    connections_max = 64
+    connections_max = 64         # of TCP, and as many of unix sockets
+    peer_connections_max = 16    # of one address
 
     [device.disk]
     uuid = "CLONE-disk"          # optional
@@ -78,6 +79,7 @@ _SECONDS_MAX: Final = 86400.0 * 365
 # the others are the server's own matter.
 _LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
     "connections_max": (1, _COUNT_MAX),
+    "peer_connections_max": (1, _COUNT_MAX),
     "backlog_max": (1, _COUNT_MAX),
     "handshake_timeout_s": (0.001, _SECONDS_MAX),
     "stall_timeout_s": (0.001, _SECONDS_MAX),

@@ -228,6 +228,22 @@ class Connection:
         self._stop_reading()
         if self._requests is not None:
             self._gate().leave(self)
+        if not self._is_shutting_down:
+            self.moved()
+            self._drain_timed_out()
+
+    def _drain_timed_out(self) -> None:
+        """Close if the client does not take its replies; if nothing was due to it, look again later."""
+        waited_ns = self._shared.clock.now_ns() - self.progress_ns
+        left_s = self._limits.stall_timeout_s - waited_ns / 1e9
+        if left_s <= 0 and self._output.is_blocked:
+            logger.info("%s: has left and does not take its replies", self.peer)
+            self.abort()
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        left_s = left_s if left_s > 0 else self._limits.stall_timeout_s
+        self._timer = self._shared.clock.call_later(left_s, self._drain_timed_out)
 
     def _maybe_finish(self) -> None:
         """Close, if that is all that is left to do."""

@@ -35,7 +35,8 @@ class Limits:
     """Bounds of a listener and its connections; bytes unless the name says otherwise.
 
     Args:
-        connections_max: above, new ones wait in the kernel's backlog.
+        connections_max: of TCP, and as many of unix sockets; above, new ones are closed at once.
+        peer_connections_max: from one address.
         backlog_max: connections the kernel keeps waiting.
         handshake_timeout_s: from accept to the transmission phase.
         handshake_output_max: answers to options, in all; a LIST that needs more is refused, and
@@ -68,6 +69,7 @@ class Limits:
     """
 
     connections_max: int = 256
+    peer_connections_max: int = 128
     backlog_max: int = 128
     handshake_timeout_s: float = 10.0
     handshake_output_max: int = 2 << 20

@@ -7,8 +7,8 @@ Theory of operation. `start` may be called for any number of addresses; all shar
                      what was asked for, whatever the umask is (`nbdtarget.unix_socket`)
     tcp:HOST:PORT    every address of HOST; port 0 takes a free one; [::1] in brackets
 
-Accepting stops, and the kernel's backlog fills, while there are `connections_max`
-connections, and for ACCEPT_PAUSE_S when the process is out of file descriptors.
+How many connections there may be, and from where: `admission.py`; one above a bound is closed at once. Accepting
+stops, and the kernel's backlog fills, for ACCEPT_PAUSE_S when the process is out of file descriptors.
 
 A connection is kept in `_connections` until its last bio has ended, even when its socket is
 long closed: it counts as long as it holds something.
@@ -33,6 +33,7 @@ from urllib.parse import quote
 from nbdtarget.clock import Clock, LoopClock, Timer
 from nbdtarget.errors import ListenError
 from nbdtarget.server.address import UnixAddress, parse_address
+from nbdtarget.server.admission import Admission, origin_of
 from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.connection import Connection
 from nbdtarget.server.export import ExportDirectory
@@ -89,8 +90,9 @@ class Listener:
         self._sockets: dict[int, socket.socket] = {}
         self._unix_sockets: list[UnixSocket] = []
         self._access = access
-        # In the order of accepting: whoever came first is told first.
-        self._connections: dict[Connection, None] = {}
+        # And where each comes from. In the order of accepting: whoever came first is told first.
+        self._connections: dict[Connection, str] = {}
+        self._admission = Admission(self._limits)
         self._is_accepting = False
         self._is_closed = False
         self._all_gone: asyncio.Future[None] | None = None
@@ -256,12 +258,8 @@ class Listener:
 
     def _accept(self, sock: socket.socket) -> None:
         for _ in range(ACCEPTS_MAX):
-            if len(self._connections) >= self._limits.connections_max:
-                logger.warning("%d connections: no more", len(self._connections))
-                self._stop_accepting()
-                return
             try:
-                client, _ = sock.accept()
+                client, address = sock.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -273,9 +271,15 @@ class Listener:
                     )
                 # Anything else is about that one client, who is gone already.
                 return
-            self._connect(client)
+            origin = origin_of(client, address)
+            refusal = self._admission.refusal(origin, client.fileno())
+            if refusal:
+                logger.warning("a client is turned away: %s", refusal)
+                client.close()
+            else:
+                self._connect(client, origin)
 
-    def _connect(self, client: socket.socket) -> None:
+    def _connect(self, client: socket.socket, origin: str) -> None:
         assert self._shared is not None
         client.setblocking(False)
         try:
@@ -289,16 +293,16 @@ class Listener:
             client.close()  # gone between accept and here
             return
         connection = Connection(client, peer, self._shared)
-        self._connections[connection] = None
+        self._connections[connection] = origin
+        self._admission.enter(origin)
         connection.start()
 
     def _connection_closed(self, connection: Connection) -> None:
-        self._connections.pop(connection, None)
-        if self._is_closed:
-            if not self._connections:
-                self._set_all_gone()
-        elif not self._is_accepting and self._accept_timer is None:
-            self._start_accepting()
+        origin = self._connections.pop(connection, None)
+        if origin is not None:
+            self._admission.leave(origin)
+        if self._is_closed and not self._connections:
+            self._set_all_gone()
 
     def _starved(self) -> None:
         if self._stall_timer is None and not self._is_closed:

@@ -485,15 +485,15 @@ class Requests:
         self._turn_left -= length
         if magic != REQUEST_MAGIC:
             raise Violation(f"bad request magic {magic:#x}")
+        if command == CMD_DISC:
+            self._host.disc()
+            return -1
         if self._output.is_full:
             # Also before what is answered without I/O: each answer takes memory.
             self._pause()
             return -1
         if command == CMD_WRITE:
             return self._take_write(flags, cookie, offset, length)
-        if command == CMD_DISC:
-            self._host.disc()
-            return -1
         refusal = self._refusal(command, flags, offset, length)
         if refusal is not None:
             self._reply_refusal(cookie, command, refusal)

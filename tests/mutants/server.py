@@ -251,8 +251,8 @@ SERVER: Final = (
         CONNECTION_PY,
         (
             (
-                "        if self._requests is not None:\n            self._gate().leave(self)\n\n    def _maybe",
-                "\n    def _maybe",
+                "        if self._requests is not None:\n            self._gate().leave(self)\n        if not self._is_sh",
+                "        if not self._is_sh",
             ),
         ),
         GATE,

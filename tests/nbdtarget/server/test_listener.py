@@ -5,7 +5,6 @@ import asyncio
 import errno as errnos
 import socket
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,16 +133,6 @@ async def test_passed_socket_that_does_not_listen_is_refused(
 async def test_passed_file_is_refused(listener: Listener, tmp_path: Path) -> None:
     with (tmp_path / "f").open("w") as file, pytest.raises(ListenError):
         await listener.start_fd(file.fileno())
-
-
-async def test_connections_over_the_limit_wait_their_turn(served: Served) -> None:
-    served.limits = replace(served.limits, connections_max=2)
-    first, _ = await served.attach(), await served.attach()
-    third = await served.connect()
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(third.reader.read(1), 0.05)
-    first.send(c.CMD_DISC)
-    assert len(await third.reader.readexactly(18)) == 18
 
 
 async def test_out_of_descriptors_pauses_accepting(

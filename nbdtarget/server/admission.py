@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is let in: bounds on connections, so that no stranger keeps the others out.
+
+    from TCP        `connections_max` in all, and `peer_connections_max` from one address (IPv6: from one /64)
+    from unix       `connections_max` in all, of their own: whoever is on this machine gets in, however many
+                    come from outside
+    descriptors     the last DESCRIPTORS_RESERVE of the process are not for clients: the control socket and
+                    the disks need them
+
+What is above a bound is accepted and closed at once, so that its client knows and does not wait.
+"""
+
+import resource
+import socket
+from collections import Counter
+from ipaddress import IPv6Address
+from typing import Final
+
+from nbdtarget.server.limits import Limits
+
+__all__ = ["DESCRIPTORS_RESERVE", "Admission", "origin_of", "raise_descriptor_limit"]
+
+DESCRIPTORS_RESERVE: Final = 64
+# More than any server has connections and disks; tables of descriptors grow with what is used.
+_DESCRIPTORS_MAX: Final = 1 << 16
+_UNIX: Final = ""
+
+
+def origin_of(client: socket.socket, address: object) -> str:
+    """Return whose connection it is, of what `accept` returned: "" for any unix socket."""
+    if client.family == socket.AF_UNIX:
+        return _UNIX
+    assert isinstance(address, tuple)
+    host = str(address[0])
+    if client.family != socket.AF_INET6:
+        return host
+    prefix = int(IPv6Address(host.partition("%")[0])) >> 64 << 64
+    return f"{IPv6Address(prefix)}/64"
+
+
+def raise_descriptor_limit() -> None:
+    """Let the process open as many files as it may: distributions set a low soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS_MAX
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class Admission:
+    """Counts the connections of a listener by where they come from; see the module head."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._by_origin: Counter[str] = Counter()
+        self._nr_remote = 0
+
+    def refusal(self, origin: str, descriptor: int) -> str:
+        """Return why a new connection must be closed; "": it is welcome."""
+        limits = self._limits
+        all_max, peer_max = limits.connections_max, limits.peer_connections_max
+        here = self._by_origin[origin]
+        if origin == _UNIX:
+            if here >= all_max:
+                return f"{here} connections on unix sockets (connections_max)"
+        elif self._nr_remote >= all_max:
+            return f"{self._nr_remote} connections (connections_max)"
+        elif here >= peer_max:
+            return f"{here} connections from {origin} (peer_connections_max)"
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        reserve = min(DESCRIPTORS_RESERVE, soft // 4)
+        if soft != resource.RLIM_INFINITY and descriptor >= soft - reserve:
+            return f"few of the {soft} file descriptors are left (ulimit -n)"
+        return ""
+
+    def enter(self, origin: str) -> None:
+        self._by_origin[origin] += 1
+        self._nr_remote += origin != _UNIX
+
+    def leave(self, origin: str) -> None:
+        self._by_origin[origin] -= 1
+        if not self._by_origin[origin]:
+            del self._by_origin[origin]
+        self._nr_remote -= origin != _UNIX
