@@ -405,7 +405,7 @@ class Client:
             if ok and must_fail and not life.nr_outages:
                 raise Violation(f"{self.name}: FLUSH after one that has failed: ok")
             if ok and losses == model.nr_losses:
-                model.end_flush_of(promised)
+                model.end_flush_of(owner, promised)
                 life.hydration.end_flush(told)
             if ok:
                 life.promised()

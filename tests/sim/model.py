@@ -143,11 +143,16 @@ class ClientModel(DiskModel):
                 else:
                     write.in_doubt = True
 
-    def end_flush_of(self, promised: list[Write]) -> None:
-        """That FLUSH has ended with 0. What was put in doubt meanwhile is not promised."""
+    def end_flush_of(self, owner: object, promised: list[Write]) -> None:
+        """That FLUSH has ended with 0. What was put in doubt meanwhile is not promised.
+
+        Also what another FLUSH of `owner` has put in doubt, which was answered while this one was on
+        its way.
+        """
         self.nr_changes += 1
         for sector, write in zip(self._sectors, promised, strict=True):
-            if write.ended and write in sector.history:
+            is_doubtful = write.in_doubt and write.owner is not owner
+            if write.ended and not is_doubtful and write in sector.history:
                 del sector.history[: sector.history.index(write)]
 
     def lose_unflushed(self) -> None:
