@@ -5,6 +5,7 @@ The page cache lies then, as Linux's does (`tests.support.pagecache`). A server 
 must not believe it: what it has read, and what was flushed after that, is there after a power cut.
 """
 
+import errno as errnos
 import logging
 import os
 import random
@@ -17,7 +18,7 @@ import pytest
 from metadata.errors import MetadataError
 from metadata.operations import Steps
 from metadata.superblock import CloneSuperblock, superblock_writes
-from nbdtarget.bio import FUA, Bio
+from nbdtarget.bio import FUA, OP_WRITE, Bio
 from nbdtarget.dm.registry import Registry
 from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.volatile_cache import Fate
@@ -35,6 +36,7 @@ from tests.crash.test_cache_faults import draw_walk as draw_cache_walk
 from tests.crash.test_cache_machine import take_cache
 from tests.crash.test_faults import FaultDriver, draw_walk
 from tests.crash.test_machine import Step, take
+from tests.support.model import SECTOR
 from tests.support.pagecache import PAGE, PageCacheDevice, Stay
 
 CLONE_WALKS = int(os.environ.get("SIM_WALKS", "40"))
@@ -206,6 +208,29 @@ def test_a_cache_that_is_restarted_after_an_io_error_keeps_its_word(
 ) -> None:
     counts = walks(rig, CACHE_WALKS)
     assert counts["lies"] > CACHE_WALKS // 4, counts
+
+
+def test_page_cache_shows_what_was_written_over_a_lie() -> None:
+    """Also when another part of the page is written after that."""
+    device = PageCacheDevice(PAGE, 1, inline_chance=1.0)
+    ended: list[int] = []
+
+    def write(nr: int, byte: bytes, flags: int = 0) -> None:
+        data = memoryview(byte * SECTOR)
+        bio = Bio(OP_WRITE, nr * SECTOR, SECTOR, data, flags, lambda _: None)
+        device._carry_out(bio, 0, 0)
+        ended.append(bio.status)
+
+    device.fails = True
+    write(0, b"a", FUA)
+    assert device.lies
+    write(0, b"b")
+    write(1, b"c")
+    assert ended == [errnos.EIO, 0, 0]
+    assert device._read(0, 2 * SECTOR) == b"b" * SECTOR + b"c" * SECTOR
+    device.fails = False
+    device.sync(device._cache.mark)
+    assert device.image()[: 2 * SECTOR] == b"b" * SECTOR + b"c" * SECTOR
 
 
 class FailsItsSuperblock:

@@ -161,8 +161,9 @@ class PageCacheDevice(CrashDevice):
         whole[bio.offset - begin : bio.offset - begin + bio.length] = data
         sectors = split_sectors(numbers.start, whole)
         for nr in _whole_pages(numbers):
-            if nr in self.lies:  # the page is dirty again, all of it
-                sectors.setdefault(nr, self.lies[nr])
+            if nr in self.lies and nr not in sectors:
+                # The page is dirty again, all of it: also what was written over a lie since.
+                sectors[nr] = bytes(self._read(nr * SECTOR, SECTOR))
         self._cache.write(sectors)
 
 
