@@ -2,8 +2,9 @@
 """Random walks over a cache one of whose devices fails, or lies, on the way; then the power is cut.
 
 What is read must be right, as long as it can be read: a cache whose commit has failed keeps its mappings in
-core. What an acknowledged FLUSH or FUA covered is there after the crash, once somebody has
-taken back `needs_check`. When a resume is refused, the walk ends there: a cache whose
+core. A table that is loaded over metadata that failed may say that unflushed writes are lost: then a read
+may find older values, but none from before the last FLUSH that ended well. What an acknowledged FLUSH or
+FUA covered is there after the crash, once somebody has taken back `needs_check`. When a resume is refused, the walk ends there: a cache whose
 metadata need a check is none for the running machine to mend.
 """
 
@@ -16,10 +17,11 @@ from collections.abc import Iterator
 import pytest
 
 from nbdtarget.bio import OP_READ, Bio
+from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.mapped_io import State
 from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.targets.cache.target import CacheTarget
-from tests.crash.cache_rigs import SwitchingCacheRig, small_blocks
+from tests.crash.cache_rigs import CacheRig, SwitchingCacheRig, small_blocks
 from tests.crash.rigs import DISK_SIZE, REGION_SIZE
 from tests.crash.test_cache_machine import WEIGHTS, CacheDriver, take_cache
 from tests.crash.test_directed import LazyDevice
@@ -85,6 +87,10 @@ class FaultRig(SwitchingCacheRig):
         return self.fault is not None and self.fault.failed > 0
 
     @property
+    def losses(self) -> int:
+        return self._registry.get("d").losses
+
+    @property
     def is_stuck(self) -> bool:
         return self._registry.get("d").state is State.SUSPENDED
 
@@ -138,6 +144,7 @@ def run_walk(seed: int) -> Counter[str]:
         return counts  # it was refused: there is nothing to lose
     try:
         for step in draw_walk(rng):
+            target, losses = rig.maybe_target(), rig.losses
             try:
                 take_cache(driver, step)
             except (ConstructorError, TableError, DeviceError):
@@ -145,10 +152,11 @@ def run_walk(seed: int) -> Counter[str]:
                 if rig.is_stuck and not driver.suspended:
                     counts["stuck"] += 1
                     break
-            if rig.has_failed and rig._registry.get("d").losses:
+            if rig.maybe_target() is not target and rig.losses > losses:
+                assert rig.has_failed, "lost without a reason"
                 # A table on what the disks hold: unflushed writes are gone, and that is said.
+                driver.model.lose_unflushed()
                 counts["lost"] += 1
-                break
         else:
             if not driver.suspended:
                 driver.drain()
@@ -184,3 +192,36 @@ def test_cache_keeps_its_word_when_a_device_fails() -> None:
             raise
     assert counts["failed"] > WALKS // 4, "faults that nothing meets prove nothing"
     assert counts["ro"] > WALKS // 10, counts
+    assert counts["lost"], counts
+
+
+@pytest.mark.parametrize("noflush", [False, True])
+async def test_flush_after_reloads_does_not_promise_a_write_that_a_commit_lost(
+    noflush: bool,
+) -> None:
+    rig = CacheRig(1, 1.0)
+    rig.invariants.may_differ = True
+    fault = FaultDevice(rig.metadata)
+    rig.devices["/metadata"] = fault
+    await rig.start()
+    clients = [FlushObserver(rig.disk) for _ in range(2)]
+    written = bytes([7]) * REGION_SIZE
+    await rig.disk.write(0, written)  # never flushed; its mapping is in core alone
+    target = rig.maybe_target()
+    assert target is not None
+    assert target._metadata.nr_dirty == 1
+    fault.fail_at = fault.count
+    with pytest.raises(DeviceError, match="flush"):
+        await clients[0].flush()
+    if noflush:
+        await rig._registry.suspend("d", noflush=True)
+    fault.clear()
+    await rig.load()
+    await rig.resume()
+    assert bytes(await rig.disk.read(0, REGION_SIZE)) != written
+    for client in clients:  # as each open file learns of a lost page once
+        with pytest.raises(DeviceError, match="flush"):
+            await client.flush()
+    for client in clients:
+        await client.flush()
+    await rig.stop()

@@ -106,6 +106,16 @@ CACHE_TARGET: Final = (
         (UNIT + "test_spec_3_2.py",),
     ),
     _mutant(
+        "lost-writes-forgotten-at-reload",
+        "A table whose commit failed is swapped away, and the next FLUSH says that all is well.",
+        TARGET,
+        (
+            "    def has_lost_writes(self) -> bool:\n        return self._committer.has_failed",
+            "    def has_lost_writes(self) -> bool:\n        return False",
+        ),
+        ("tests/crash/test_cache_faults.py",),
+    ),
+    _mutant(
         "table-after-a-failed-commit-promises-fua",
         "The table that was loaded before another one's commit failed acknowledges FUA.",
         TARGET,

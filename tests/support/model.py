@@ -131,6 +131,16 @@ class DiskModel:
             if write in sector.history:
                 del sector.history[: sector.history.index(write)]
 
+    def lose_unflushed(self) -> None:
+        """The running disk has said that writes which no FLUSH has covered may be gone.
+
+        Until it is written again, a sector may hold any value from the floor on.
+        """
+        self.nr_changes += 1
+        for sector in self._sectors:
+            for write in sector.history[1:]:
+                write.ended = False
+
     def check_read(self, offset: int, data: bytes | memoryview) -> None:
         """Hold a read of the running disk against the newest values.
 

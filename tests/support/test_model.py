@@ -108,6 +108,25 @@ def test_copy_does_not_know_what_is_promised_later() -> None:
         model.check_survivor(b"A" * SECTOR)
 
 
+def test_loss_that_was_told_lets_unflushed_values_go_until_they_are_written_again() -> (
+    None
+):
+    model = DiskModel(ZERO)
+    written(model, A)
+    model.end_flush(model.start_flush(), ok=True)
+    written(model, B)
+    model.lose_unflushed()
+    model.check_read(0, A)
+    model.check_read(0, B)
+    with pytest.raises(Violation):
+        model.check_read(0, ZERO)  # what was flushed is not lost
+    model.end_flush(model.start_flush(), ok=True)
+    model.check_survivor(A)  # the write was lost before this FLUSH
+    written(model, B)
+    with pytest.raises(Violation):
+        model.check_read(0, A)
+
+
 def test_every_change_of_what_may_be_held_is_counted() -> None:
     model = DiskModel(b"A" * SECTOR)
     counted = [model.nr_changes]
