@@ -7,8 +7,9 @@
 
 A handler decodes the request, calls the registry and encodes the answer; the registry decides
 everything. What a user did wrong comes back as a `Failure` with its reason and errno, with status
-400 (not a request), 401 (no token), 404 (no such verb or device), 405, 409 (in use), 413 (too
-large) or 422 (refused). What we did wrong is logged with its traceback and comes back as 500
+400 (not a request), 401 (no token), 404 (no such verb or device), 405, 408 (too slow), 409 (in use), 413 (too
+large), 415 (compressed) or 422 (refused). Without the token no body is read; a compressed one never is.
+How many may connect, and how long a request may take to come: `doorkeeper.py`. What we did wrong is logged with its traceback and comes back as 500
 and EIO: the server goes on.
 
 A verb that has begun is carried out even if its client goes away, but for `wait`, which
@@ -30,7 +31,9 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
+from nbdtarget.clock import timeout
 from nbdtarget.control import messages as m
+from nbdtarget.control.doorkeeper import BODY_S, Doorkeeper
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.errors import NbdTargetError
 
@@ -71,9 +74,11 @@ async def serve_http(
     Args:
         token: what each request must carry, in an `Authorization: Bearer` header.
     """
-    middlewares: list[Middleware] = [_failures_are_json]
+    keepers: list[Doorkeeper] = []
+    middlewares: list[Middleware] = [_watched(keepers), _failures_are_json]
     if token is not None:
         middlewares.append(_check_token(token))
+    middlewares.append(_check_encoding)
     app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=middlewares)
     for verb, (request_type, _) in m.VERBS.items():
         handle = _handler(verbs, verb, request_type)
@@ -88,10 +93,20 @@ async def serve_http(
         handler_cancellation=True,
         logger=_http_log,
         shutdown_timeout=SHUTDOWN_S_MAX,
+        auto_decompress=False,  # a megabyte may be a gigabyte, on the loop
     )
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=backlog_max).start()
-    return runner.cleanup
+    assert runner.server is not None
+    keepers.append(Doorkeeper(runner.server))
+    server = await asyncio.get_running_loop().create_server(
+        keepers[0], sock=listener, backlog=backlog_max
+    )
+
+    async def end() -> None:
+        server.close()
+        await runner.cleanup()
+
+    return end
 
 
 def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
@@ -100,7 +115,11 @@ def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
     decode = msgspec.json.Decoder(request_type).decode
 
     async def handle(http: web.Request) -> web.Response:
-        body = await http.read() or b"{}"
+        try:
+            async with timeout(BODY_S):
+                body = await http.read() or b"{}"
+        except TimeoutError:
+            return _cut_off(http, 408, f"no request within {BODY_S:g} s")
         try:
             if http.method == "POST":
                 request = decode(body)
@@ -175,10 +194,48 @@ def _check_token(token: str) -> Middleware:
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode("utf-8", "replace")
         if not hmac.compare_digest(given, expected):
-            return _failure(401, "the token is missing or wrong", errnos.EACCES)
+            return _cut_off(request, 401, "the token is missing or wrong")
         return await handler(request)
 
     return check
+
+
+@web.middleware
+async def _check_encoding(request: web.Request, handler: Handler) -> web.StreamResponse:
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        return _cut_off(request, 415, "no Content-Encoding is accepted")
+    return await handler(request)
+
+
+def _watched(keepers: list[Doorkeeper]) -> Middleware:
+    """Tell the doorkeeper of each request."""
+
+    @web.middleware
+    async def watched(request: web.Request, handler: Handler) -> web.StreamResponse:
+        transport = request.transport
+        keepers[0].request_begins(transport)
+        try:
+            return await handler(request)
+        finally:
+            keepers[0].request_ends(transport)
+
+    return watched
+
+
+def _cut_off(request: web.Request, status: int, reason: str) -> web.Response:
+    """Answer, and close if not all of the body is there: it is not read."""
+    answer = _failure(status, reason, _CUT_OFF_ERRNOS[status])
+    if not request.content.is_eof():
+        answer.force_close()
+        request.protocol._lingering_time = 0.0  # it would be read for ten seconds
+    return answer
+
+
+_CUT_OFF_ERRNOS: Final = {
+    401: errnos.EACCES,
+    408: errnos.ETIMEDOUT,
+    415: errnos.EINVAL,
+}
 
 
 def _response(status: int, answer: m.Answer) -> web.Response:

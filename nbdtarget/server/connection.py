@@ -96,7 +96,8 @@ class Connection:
         limits = shared.limits
         self.state = HANDSHAKE
         self.peer = peer
-        self.progress_ns = shared.clock.now_ns()
+        self.progress_ns = self._began_ns = shared.clock.now_ns()
+        self._nr_options = 0  # of the handshake, at the last look
         self._shared = shared
         self._limits = limits
         self._sock = sock
@@ -214,6 +215,16 @@ class Connection:
         return self._shared.gates.of(self._device)
 
     def _handshake_timed_out(self) -> None:
+        """Time is up, unless options came since the last look, and not for too long in all."""
+        limits, clock = self._limits, self._shared.clock
+        nr_options, before = self._handshake.nr_options, self._nr_options
+        total_s = (clock.now_ns() - self._began_ns) / 1e9
+        if nr_options > before and total_s < limits.handshake_total_s:
+            self._nr_options = nr_options
+            self._timer = clock.call_later(
+                limits.handshake_timeout_s, self._handshake_timed_out
+            )
+            return
         logger.info("%s: no handshake in time", self.peer)
         self.abort()
 

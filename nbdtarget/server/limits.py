@@ -38,7 +38,9 @@ class Limits:
         connections_max: of TCP, and as many of unix sockets; above, new ones are closed at once.
         peer_connections_max: from one address.
         backlog_max: connections the kernel keeps waiting.
-        handshake_timeout_s: from accept to the transmission phase.
+        handshake_timeout_s: from accept to the transmission phase; once more each time if options
+            came meanwhile, as of a client that asks for each of many exports.
+        handshake_total_s: of a handshake, whatever comes.
         handshake_output_max: answers to options, in all; a LIST that needs more is refused, and
             who asks for twice as much is cut off.
         stall_timeout_s: a client in the middle of a large WRITE that sends nothing for so
@@ -72,6 +74,7 @@ class Limits:
     peer_connections_max: int = 128
     backlog_max: int = 128
     handshake_timeout_s: float = 10.0
+    handshake_total_s: float = 120.0
     handshake_output_max: int = 2 << 20
     stall_timeout_s: float = 30.0
     linger_s: float = 0.2

@@ -143,3 +143,28 @@ async def test_a_client_that_leaves_while_its_disk_is_slow_gets_its_replies(
     served.disk.let_go()
     assert (await peer.reply()).error == 0
     assert await peer.at_end()
+
+
+@pytest.mark.parametrize(("total_s", "is_cut_off"), [(60.0, False), (0.05, True)])
+async def test_a_handshake_that_goes_on_has_more_time_but_not_for_ever(
+    served: Served, total_s: float, is_cut_off: bool
+) -> None:
+    served.limits = replace(
+        served.limits, handshake_timeout_s=0.1, handshake_total_s=total_s
+    )
+    peer = await served.connect()
+    await peer.greet()
+
+    async def haggle() -> None:
+        for _ in range(50):
+            peer.option(c.OPT_LIST)
+            while (await peer.option_reply())[0] != c.REP_ACK:
+                pass
+            await asyncio.sleep(0.01)
+
+    if is_cut_off:
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await haggle()
+    else:
+        await haggle()
+        assert await peer.at_end()  # it has gone silent
