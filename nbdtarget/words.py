@@ -7,7 +7,7 @@ path with a blank in it is one word: `/srv/my\\ disks/a.img`.
 
 from collections.abc import Iterable
 
-__all__ = ["join_words", "quote_word", "split_words"]
+__all__ = ["join_words", "printable", "quote_word", "split_words"]
 
 
 def split_words(text: str) -> list[str]:
@@ -47,3 +47,19 @@ def quote_word(word: str) -> str:
 def join_words(words: Iterable[str]) -> str:
     """The inverse of `split_words`, for words that are not empty."""
     return " ".join(quote_word(word) for word in words)
+
+
+def printable(text: str, length_max: int) -> str:
+    """Return `text` as it may stand in a log or a message: no control characters, and not longer than that.
+
+    Newlines are control characters, too. What is too long loses its middle.
+    """
+    if len(text) > length_max:
+        half = length_max // 2
+        text = f"{text[:half]} [...] {text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )

@@ -12,9 +12,11 @@ from typing import Final
 
 from nbdtarget.cli.outlet import Outlet, process_stderr
 from nbdtarget.clock import monotonic_ns
+from nbdtarget.words import printable
 
 __all__ = ["LogHandler", "start_logging"]
 
+LINE_LENGTH_MAX: Final = 4000  # characters, without a traceback
 CLIENT_LINES_BURST: Final = 200
 CLIENT_LINES_PER_S: Final = 10
 # What a stranger can make us log as often as it likes.
@@ -41,6 +43,9 @@ class LogHandler(logging.Handler):
             self._nr_left_out += 1
             return
         try:
+            message = record.getMessage()
+            # What a name or an error says must not look like another line, nor move the cursor.
+            record.msg, record.args = printable(message, LINE_LENGTH_MAX), None
             line = self.format(record)
         except Exception as error:  # a bug in a log line is no reason to fail
             line = f"nbdtarget: {record.name}:{record.lineno}: log line: {error!r}"

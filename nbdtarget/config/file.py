@@ -41,7 +41,7 @@ from nbdtarget.config.lines import value_lines
 from nbdtarget.config.table_words import words_mistake
 from nbdtarget.control.paths import control_address
 from nbdtarget.dm.open_devices import MAPPER
-from nbdtarget.dm.registry import UUID_LENGTH_MAX, check_name
+from nbdtarget.dm.registry import check_name, check_uuid
 from nbdtarget.dm.table import SECTOR, TargetSpec, scan_table
 from nbdtarget.errors import ListenError, NbdTargetError, TableError
 from nbdtarget.server.address import UnixAddress, parse_address
@@ -344,10 +344,11 @@ class _Reader:
                 self._mistake(path, error.reason)
             known = self._known(path, values, _DEVICE_KEYS)
             uuid = known.get("uuid", "")
-            if len(uuid) > UUID_LENGTH_MAX:
-                reason = f"UUID is longer than {UUID_LENGTH_MAX} characters"
-                self._mistake((*path, "uuid"), reason)
-            elif uuid and uuids.setdefault(uuid, name) != name:
+            try:
+                check_uuid(uuid)
+            except TableError as error:
+                self._mistake((*path, "uuid"), error.reason)
+            if uuid and uuids.setdefault(uuid, name) != name:
                 self._mistake((*path, "uuid"), f"UUID is that of {uuids[uuid]}, too")
             table, specs = self._table((*path, "table"), known.get("table"))
             read_only = known.get("readonly", False)

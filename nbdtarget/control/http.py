@@ -36,12 +36,14 @@ from nbdtarget.control import messages as m
 from nbdtarget.control.doorkeeper import BODY_S, Doorkeeper
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.errors import NbdTargetError
+from nbdtarget.words import printable
 
 __all__ = ["serve_http"]
 
 _log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX: Final = 16 << 20
+REASON_LENGTH_MAX: Final = 4000  # characters
 SHUTDOWN_S_MAX: Final = 2.0
 
 
@@ -50,11 +52,14 @@ _running: set["asyncio.Task[m.Answer]"] = set()
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """What is no HTTP is its client's bug and not ours: a line, for who wants to know."""
+    """What is no HTTP, or a client that has gone, is no bug of ours: a line, for who wants to know."""
     error = record.exc_info[1] if record.exc_info else None
-    if not isinstance(error, HttpProcessingError):
+    if isinstance(error, ConnectionError):
+        _log.info("control socket: the client has gone: %s", error)
+    elif isinstance(error, HttpProcessingError):
+        _log.info("control socket: not HTTP: %s", " ".join(error.message.split()))
+    else:
         return True
-    _log.info("control socket: not HTTP: %s", " ".join(error.message.split()))
     return False
 
 
@@ -247,4 +252,4 @@ def _response(status: int, answer: m.Answer) -> web.Response:
 
 
 def _failure(status: int, reason: str, errno: int) -> web.Response:
-    return _response(status, m.Failure(reason, errno))
+    return _response(status, m.Failure(printable(reason, REASON_LENGTH_MAX), errno))

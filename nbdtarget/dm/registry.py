@@ -56,6 +56,14 @@ def check_name(name: str) -> None:
         raise TableError(f"Device name {name!r} has unprintable characters")
 
 
+def check_uuid(uuid: str) -> None:
+    """Raise TableError unless `uuid` may be the UUID of a mapped device."""
+    if len(uuid) > UUID_LENGTH_MAX:
+        raise TableError(f"UUID is longer than {UUID_LENGTH_MAX} characters")
+    if not uuid.isprintable():
+        raise TableError(f"UUID {uuid!r} has unprintable characters")
+
+
 class Registry:
     """See the module head. One per process; everything runs on the event loop's thread."""
 
@@ -242,8 +250,7 @@ class Registry:
             raise
 
     def _check_uuid(self, uuid: str) -> None:
-        if len(uuid) > UUID_LENGTH_MAX:
-            raise TableError(f"UUID is longer than {UUID_LENGTH_MAX} characters")
+        check_uuid(uuid)
         if any(device.uuid == uuid for device in self._devices.values()):
             raise TableError("Device or resource busy: UUID exists", errnos.EBUSY)
 

@@ -114,6 +114,16 @@ def test_a_log_line_with_a_mistake_is_a_line_all_the_same(pipe: Pipe) -> None:
     assert "nbdtarget.dm:7: log line: TypeError" in pipe.read()
 
 
+def test_what_is_logged_is_one_line_whatever_a_name_holds(pipe: Pipe) -> None:
+    log = _Log(pipe)
+    log.log(
+        "nbdtarget.dm", "%s: refused", "a\nnbdtarget: all is well\x1b[2J" + "x" * 10**6
+    )
+    (line,) = pipe.read().splitlines()
+    assert line.startswith(r"a\nnbdtarget: all is well\x1b[2Jxxx")
+    assert len(line) < 5000
+
+
 SERVER = """
 import logging, sys
 from nbdtarget.cli.logs import start_logging

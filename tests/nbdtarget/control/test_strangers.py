@@ -2,6 +2,7 @@
 """The control socket on TCP, and clients without the token: what they can make the server do."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import resource
@@ -137,3 +138,64 @@ async def test_connections_are_bounded_and_one_more_is_closed_at_once(
             each.close()
         await asyncio.sleep(0.05)
         assert (await stranger.ask(RIGHT, b""))[0] == 200
+
+
+BAD_REQUESTS = [
+    b"GET /v1/info HTTP/1.1\r\nHost x\r\n\r\n",
+    b"GET /v1/info HTTP/9.9\r\n\r\n",
+    b"GET /v1/info\r\n\r\n",
+    b"GET /%ff%00%0a HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET " + b"x" * 20_000 + b" HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 20_000 + b"\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: x\r\n" * 500 + b"\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: \xff\xfe\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nExpect: tea\r\n\r\n",
+    b"POST /v1/info HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    b"POST /v1/info HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /v1/info HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n1\r\nx",
+    b"POST /v1/info HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    b"POST /v1/info HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf",
+    b"POST /v1/info HTTP/1.1\r\nHost: x\r\n"
+    + RIGHT.encode()
+    + b"Content-Length: 99\r\n\r\nhalf",
+    b"POST /v1/info HTTP/1.1\r\nHost: x\r\nContent-Encoding: br\r\nContent-Length: 4\r\n\r\nhalf",
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"CONNECT a:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+async def test_no_request_leaves_a_traceback_in_the_log(
+    stranger: Stranger, is_reset: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for request in BAD_REQUESTS:
+        reader, writer = await stranger.connect()
+        writer.write(request)
+        if is_reset:
+            await asyncio.sleep(0.01)
+            writer.transport.abort()
+            continue
+        writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(5):
+                await reader.read()
+        writer.close()
+    await asyncio.sleep(0.05)
+    assert (await stranger.ask(RIGHT, b""))[0] == 200
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+
+
+async def test_a_reason_is_printable_and_short(stranger: Stranger) -> None:
+    table = "0 8 linear /" + "\x1b[2J\n" + "x" * 1_000_000 + " 0"
+    body = json.dumps({"name": "a", "table": table}).encode()
+    reader, writer = await stranger.connect()
+    head = f"POST /v1/create HTTP/1.1\r\nHost: x\r\n{RIGHT}Connection: close\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    answer = (await reader.read()).partition(b"\r\n\r\n")[2]
+    writer.close()
+    reason = json.loads(answer)["reason"]
+    assert len(reason) < 5000
+    assert reason.isprintable()

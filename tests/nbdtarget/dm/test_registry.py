@@ -534,7 +534,12 @@ async def test_uuid_is_set_once() -> None:
     registry, _ = make_registry()
     await registry.create("x", None)
     await registry.create("y", None, uuid="U-Y")
-    for uuid, reason in [("", "empty"), ("U-Y", "UUID exists"), ("u" * 129, "longer")]:
+    for uuid, reason in [
+        ("", "empty"),
+        ("U-Y", "UUID exists"),
+        ("u" * 129, "longer"),
+        ("a\n\x1b[2J", "unprintable"),
+    ]:
         with pytest.raises(TableError, match=reason):
             registry.set_uuid("x", uuid)
     registry.set_uuid("x", "U-X")
