@@ -182,6 +182,8 @@ class Connection:
                 self._sock.close()
             return
         self._sock.close()
+        if self._requests is not None:
+            self._requests.release()
         device, self._device = self._device, None
         if device is not None:
             self._shared.directory.release(device)

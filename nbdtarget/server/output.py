@@ -176,7 +176,9 @@ class Output:
         self.base = self.end = 0
 
     def drop(self) -> None:
-        """Forget everything: the peer is gone."""
+        """Forget everything, and give the arena back: the peer is gone."""
+        self.arena = bytearray()
+        self.view = memoryview(self.arena)
         queue, self._queue = self._queue, deque()
         self.nr_queued = 0
         self.base = self.end = 0

@@ -137,13 +137,9 @@ class Requests:
         self.nr_requests = 0
         self.is_paused = self.is_yielding = self.is_in_line = False
         self._nr_bytes = 0
-        self._host = host
-        self._sock = sock
-        self._shared = shared
-        self._limits = limits
-        self._budget = shared.budget
-        self._output = output
-        self._device = device
+        self._host, self._sock, self._shared = host, sock, shared
+        self._limits, self._budget = limits, shared.budget
+        self._output, self._device = output, device
         self._gate = shared.gates.of(device)
         self._submit: Callable[[Bio], None] = device.submit  # or the gate's
         self._in_flight: set[Bio] = set()
@@ -219,6 +215,12 @@ class Requests:
         if large is not None:
             large.leave()
             self.reply_left(large.charge, large.buffer)
+
+    def release(self) -> None:
+        """Nothing is in flight any more: give the memory back now, not at the next full collection."""
+        self._bio.payload = None
+        self._buffer = bytearray()
+        self._view = memoryview(self._buffer)
 
     # ---- bounds ----
 
@@ -457,14 +459,11 @@ class Requests:
         self._budget.nr_requests += 1
         self._budget.nr_bytes += bio.length
         self._bio = Bio(OP_READ, 0, 0, None, 0, self._ended)
-        self._check_owned(bio)
+        if bio.borrowed:
+            raise AssertionError(f"{self._device.name} kept a borrowed payload: {bio}")
         self._in_flight.add(bio)
         self.is_full(0)
         return self._bio
-
-    def _check_owned(self, bio: Bio) -> None:
-        if bio.borrowed:
-            raise AssertionError(f"{self._device.name} kept a borrowed payload: {bio}")
 
     # ---- the slow path ----
 

@@ -198,9 +198,9 @@ SERVER: Final = (
         (
             (
                 "                self._sock.close()\n            return\n"
-                "        self._sock.close()\n        device, self._device",
+                "        self._sock.close()\n        if self._requests",
                 "                self._sock.close()\n"
-                "        self._sock.close()\n        device, self._device",
+                "        self._sock.close()\n        if self._requests",
             ),
         ),
         REQUESTS,

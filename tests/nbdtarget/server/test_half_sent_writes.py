@@ -133,6 +133,28 @@ async def test_a_client_that_does_not_take_its_answers_is_not_read_from(
     assert resident_bytes() - before < 30 * MIB
 
 
+@pytest.mark.parametrize("says_disc", [True, False])
+async def test_a_connection_gives_its_memory_back_when_it_ends(
+    served: Served, says_disc: bool
+) -> None:
+    """Not at the next full garbage collection: 200 connections were a gigabyte until then."""
+    listener = await served.start()
+    peer = await served.attach()
+    (connection,) = listener._connections
+    await peer.ask(c.CMD_READ, 0, 4096)
+    await peer.ask(c.CMD_WRITE, payload=b"x" * 4096)
+    requests = connection._requests
+    assert requests is not None
+    assert len(requests._buffer) == served.limits.receive_buffer
+    if says_disc:
+        peer.send(c.CMD_DISC)
+    else:
+        peer.close()
+    await served.until_connections(0)
+    assert len(requests._buffer) == len(connection._output.arena) == 0
+    assert requests._bio.payload is None
+
+
 def test_memory_for_a_write_is_not_taken_before_it_is_written_to() -> None:
     pool = BufferPool(1 << 20)
     before = resident_bytes()
