@@ -74,6 +74,7 @@ def _run(
         total.nr_requests += history.nr_requests
         total.nr_steps += history.nr_steps
         total.simulated_s += history.simulated_s
+        total.counts += history.counts
         if history.failure is not None:
             failures += 1
             again = f"make sim SEED={history.seed}" + (f" RIG={rig}" if rig else "")
@@ -87,7 +88,8 @@ def _run(
         f"{nr_seeds} seeds from {first}: {total.nr_crashes} crashes,"
         f" {total.nr_requests} requests, {total.nr_steps} steps,"
         f" {total.simulated_s / 3600:.1f} simulated hours in {took_s:.0f} s"
-        f" ({total.nr_crashes / took_s * 60:.0f} crashes a minute): {failures} failed"
+        f" ({total.nr_crashes / took_s * 60:.0f} crashes a minute),"
+        f" {total.counts['upgrades']} upgrades: {failures} failed"
     )
     return 1 if failures else 0
 

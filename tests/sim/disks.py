@@ -5,7 +5,9 @@ import asyncio
 import random
 from dataclasses import dataclass
 
+from metadata.disks import Evidence
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
+from nbdtarget.devices.identity import BLOCK
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR
 
@@ -50,6 +52,10 @@ class SimDisk(CrashDevice):
     """A disk whose bios end after a time drawn from its seed, in any order."""
 
     latency = Latency()
+
+    async def identify(self, role: str) -> Evidence:
+        """It tells its serial number, as disks do."""
+        return Evidence(BLOCK, self.name, self.size, (f"serial={self.name[1:]}",))
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """The sectors that are all zeroes are known."""

@@ -139,6 +139,7 @@ class Life:
         fault: what goes wrong with a disk, if anything.
 
     Attributes:
+        has_booted, is_booted: this machine, in any life; in this one.
         is_stopping: clients may be refused.
         nr_outages: beginnings and ends of them: a request that has seen one may fail.
         owes_flush_error: one FLUSH of each connection may fail, for what a table that is gone
@@ -173,6 +174,7 @@ class Life:
         self.plan = plan
         self.fault = fault
         self.has_booted = has_booted
+        self.is_booted = False
         self.is_stopping = False
         self.is_over = False
         self.was_cut = False
@@ -592,15 +594,18 @@ class Life:
             await self.listener.close(GRACE_S)
             await self.registry.close()
             return False
-        self.has_booted = True
+        self.has_booted = self.is_booted = True
         self.note("booted")
         if fault is not None and fault.after_s is not None:
             self.loop.call_later(fault.after_s, self._break_disk)
         return True
 
     async def _create_devices(self) -> None:
-        # The disks hold what the model says before their metadata is made.
-        allowed: frozenset[Permission] = frozenset((OVERWRITE,))
+        # The disks hold what the model says before their metadata is made. After that no start may
+        # need a word that a person has to say.
+        allowed: frozenset[Permission] = frozenset()
+        if not self.has_booted:
+            allowed = frozenset((OVERWRITE,))
         for name, table in self.rig.below:
             await self.registry.create(name, table, permissions=allowed)
         if self._random.random() < 0.5:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Final
 from nbdtarget.control import messages as m
 from nbdtarget.dm.mapped_io import State
 from nbdtarget.errors import NbdTargetError, TableError
-from nbdtarget.permissions import OVERWRITE
 
 if TYPE_CHECKING:
     from tests.sim.life import Life
@@ -199,7 +198,7 @@ class Operator:
         if name == "d" and self._rig.others and rng.random() < 0.8:
             table = rng.choice(self._rig.others)
             self._note("loads", table)
-        await self._verbs.load(m.Load(name, table, permissions=(OVERWRITE,)))
+        await self._verbs.load(m.Load(name, table))
         self._life.watch_cache()
         await asyncio.sleep(rng.choice((0.0, 0.1)))
         if rng.random() < 0.1:
@@ -212,9 +211,7 @@ class Operator:
                 raise
             self._life.counts["refusals"] += 1
             self._note("refused", error)
-            await self._verbs.load(
-                m.Load(name, self._rig.tables[name], permissions=(OVERWRITE,))
-            )
+            await self._verbs.load(m.Load(name, self._rig.tables[name]))
             self._life.watch_cache()
             await self._verbs.resume(m.Resume(name))
 
@@ -224,7 +221,7 @@ class Operator:
         if not life.is_hurt or not life.are_backends_well:
             return
         nr_departures = life.nr_departures
-        load = m.Load("d", self._rig.table, permissions=(OVERWRITE,))
+        load = m.Load("d", self._rig.table)
         try:
             await self._verbs.load(load)
             await self._verbs.resume(m.Resume("d"))
@@ -317,9 +314,7 @@ class Operator:
             await asyncio.sleep(rng.choice((0.0, 0.001, 0.5)))
             await self._verbs.wipe_table(m.WipeTable("d"))
             await self._powercut("on")
-            await self._verbs.load(
-                m.Load("d", self._rig.table, permissions=(OVERWRITE,))
-            )
+            await self._verbs.load(m.Load("d", self._rig.table))
             await self._verbs.resume(m.Resume("d"))
         finally:
             life.table_has_lost()

@@ -67,6 +67,7 @@ def test_nothing_acknowledged_is_lost(rig: str) -> None:
             ) from history.failure
     assert crashes > nr_seeds
     assert requests > 10 * nr_seeds
+    assert counts["upgrades"], "no machine has lived with the older version"
     missing = [what for what in CACHE_EVENTS.get(rig, ()) if not counts[what]]
     assert not missing, counts
 

@@ -27,6 +27,7 @@ from tests.sim.faults import Fault
 from tests.sim.hydration import HydrationModel
 from tests.sim.life import Life, Plan
 from tests.sim.model import SECTOR, ClientModel
+from tests.sim.older import check_recorded, older_version
 from tests.sim.operator import REFUSALS
 from tests.sim.rigs import Rig, Role
 
@@ -35,6 +36,7 @@ __all__ = ["History", "simulate"]
 LIVES_MAX: Final = 10
 EVENTS_SHOWN: Final = 40
 OFF_S: Final = 60.0  # between two lives
+UPGRADES: Final = 0.3  # how many machines see their first lives with an older version
 
 
 @dataclass
@@ -109,6 +111,7 @@ def simulate(
     }
     assert all(d.content is not None for d in rig.disks if d.role is not Role.DATA)
     nr_lives = rng.randrange(2, LIVES_MAX + 1)
+    nr_older = rng.randrange(1, nr_lives) if rng.random() < UPGRADES else 0
     has_booted = False
     with _watched_log() as log:
         for nr in range(nr_lives):
@@ -129,12 +132,16 @@ def simulate(
             )
             log.life = life
             try:
-                images = life.run()
+                with older_version(lives=nr < nr_older):
+                    images = life.run()
             except Exception as error:
                 history.failure = error
+            if history.failure is None and nr >= nr_older:
+                _check_recorded(life, images, history)
             if history.failure is None:
                 images = life.repaired(images, history.fail)
             has_booted = life.has_booted
+            history.counts["upgrades"] += has_booted and nr == nr_older > 0
             history.counts += life.counts
             history.nr_lives += 1
             history.nr_crashes += life.was_cut
@@ -146,6 +153,20 @@ def simulate(
     history.events = recorder.lines()
     history.digest = recorder.digest()
     return history
+
+
+def _check_recorded(life: Life, images: dict[str, bytes], history: History) -> None:
+    """A start has recorded what the disks are, whatever came after it."""
+    if not life.is_booted or life.fault is not None:
+        return
+    for disk in life.rig.disks:
+        if disk.role is Role.METADATA:
+            try:
+                check_recorded(disk, images[disk.name])
+            except Exception as error:
+                history.fail(error)
+            else:
+                history.counts["recorded"] += 1
 
 
 class _LogWatch(logging.Handler):
