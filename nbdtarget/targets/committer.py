@@ -136,7 +136,7 @@ class _MetadataFailure(Exception):
         self.cause = cause
 
 
-# None: the flush is needed.
+# None: the flush is needed. What is returned may raise the error again: the flush is needed by now.
 CanDoWithout: TypeAlias = Callable[
     [Device, Transaction | None], Callable[[DeviceError], None] | None
 ]

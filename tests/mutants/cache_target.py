@@ -298,8 +298,8 @@ CACHE_TARGET: Final = (
         "The cache has a write that the origin has not, and drops it as clean.",
         FOREGROUND,
         (
-            "            elif through.origin_error:\n                blocks.set_dirty(cblock)",
-            "            elif through.origin_error:\n                pass",
+            "                if self._has_whole_copy(oblock):\n",
+            "                if False:\n",
         ),
         FOREGROUND_TESTS,
     ),
@@ -386,6 +386,27 @@ CACHE_TARGET: Final = (
         "The next table takes over copies that the one before did not trust.",
         DISTRUST,
         ("        blocks.metadata.is_distrusted = True\n", ""),
+        DISTRUST_TESTS,
+    ),
+    _mutant(
+        "distrusted-copy-made-to-count",
+        "The origin fails a write, and an old copy is read, and written back over flushed data.",
+        FOREGROUND,
+        ("            self._blocks.distrusts_cache or self", "            self"),
+        DISTRUST_TESTS,
+    ),
+    _mutant(
+        "copy-that-is-given-up-made-to-count",
+        "The origin fails a write to a block whose copy lacks another one: that one is lost.",
+        FOREGROUND,
+        (" or self._giving_up.is_giving_up(oblock)", ""),
+        GIVING_UP_TESTS,
+    ),
+    _mutant(
+        "flush-forgiven-although-a-block-became-dirty",
+        "FLUSH is acknowledged although the cache device, which counts now, failed its own.",
+        DISTRUST,
+        ("            raise error\n", "            pass\n"),
         DISTRUST_TESTS,
     ),
     _mutant(

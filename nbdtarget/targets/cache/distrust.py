@@ -13,7 +13,9 @@ From the first such failure on, or when many blocks have been given up (`GivingU
     the end                  no clean shutdown is recorded, as it would vouch for the copies: the next
                              start, or table, gives all mappings up
 
-While a block is dirty, or in a cache that writes back, the flush is needed, and EIO is the truth.
+While a block is dirty, or in a cache that writes back, the flush is needed, and EIO is the truth. So it is if a
+block has become dirty while the flush was under way. In a cache whose device is not trusted, no
+block becomes dirty: if the origin fails a write, the client is told, and the origin counts all the same.
 """
 
 import logging
@@ -71,6 +73,9 @@ class Distrust:
         return metadata.is_recorded_complete and not metadata.nr_dirty
 
     def _flush_failed(self, error: DeviceError) -> None:
+        """Raises: DeviceError: `error`; a block has become dirty since the flush began."""
+        if not self._is_origin_complete:
+            raise error
         self._blocks.failures.note("cache device", error)
         self._distrust(str(error))
 

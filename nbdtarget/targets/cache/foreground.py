@@ -25,7 +25,9 @@ Why no acknowledged flush is lost
    who removes one is kept until the removal is committed).
 4. *A write through to both devices* that fails on one of them leaves two copies that differ. If the
    cache device failed, the origin counts: the block is given up, durably, before the write ends, and then it
-   ends well. If the origin did, the block is marked dirty, the cache counts, and the client is told. Writes to the same bytes go one after another: in
+   ends well. If the origin did, the client is told, the block is marked dirty, and the cache counts; but not if the
+   rest of the copy may be older than the origin, as the device is not trusted (`distrust`) or the block
+   is being given up: then the block stays clean, and the origin counts. Writes to the same bytes go one after another: in
    two orders they would leave two copies that differ, too.
 5. *Invalidation* (passthrough): removed, committed, and only then written to the origin.
 6. *Mode RO.* A write that would need something recorded is refused. What may go on: writes to
@@ -415,7 +417,8 @@ class Foreground:
                 # If it is dirty, because the origin failed another write, the cache counts.
                 error = error or (errnos.EIO if blocks.metadata.dirty[cblock] else 0)
             elif through.origin_error:
-                blocks.set_dirty(cblock)
+                if self._has_whole_copy(oblock):
+                    blocks.set_dirty(cblock)
             elif self._locks.nr_writers(oblock) == 1:
                 blocks.metadata.end_write_through(cblock)
         except MetadataError:
@@ -434,6 +437,12 @@ class Foreground:
             send()
         if through.cache_error and error:
             self._giving_up.give_up(oblock, cblock, _nobody)
+
+    def _has_whole_copy(self, oblock: int) -> bool:
+        """Whether the cached copy of a clean block is known to hold all that the origin does."""
+        return not (
+            self._blocks.distrusts_cache or self._giving_up.is_giving_up(oblock)
+        )
 
     def _invalidate(self, bio: Bio, oblock: int, cblock: int) -> None:
         """Passthrough: a write to a cached block. Durably unmapped, it goes to the origin."""

@@ -98,6 +98,10 @@ class GivingUp:
         self._under_way[oblock] = [ended]
         self._spawn(self._give_up(oblock, cblock))
 
+    def is_giving_up(self, oblock: int) -> bool:
+        """Whether the cached copy of a block is known to be bad, and is about to go."""
+        return oblock in self._under_way
+
     async def _give_up(self, oblock: int, cblock: int) -> None:
         errno = errnos.EIO
         try:

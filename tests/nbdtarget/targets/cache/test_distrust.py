@@ -168,6 +168,58 @@ async def test_dirty_block_in_a_writethrough_cache_needs_the_flush(
     assert await flushed(lab) == errnos.EIO
 
 
+async def test_write_that_the_origin_fails_does_not_make_an_old_copy_count(
+    lab: CacheLab,
+) -> None:
+    """The copy has the bytes of that write; what else it holds may be older than the origin."""
+    await cached(lab, A)
+    cblock = lab.cblock(A)
+    assert cblock is not None
+    before = lab.on_disk("c", cblock)
+    await lab.write_part(A, at=0)
+    lab.fail("c", OP_FLUSH)
+    assert await flushed(lab) == 0
+    lab.put("c", before)  # the page that could not be written reads as it was
+    for flags in (0, FUA):
+        lab.fail("o", OP_WRITE)
+        write = lab.submit(OP_WRITE, A * BLOCK + 1024, 512, flags, fill="z")
+        await settle()
+        assert write.status == errnos.EIO
+        assert not lab.core.nr_dirty
+        lab.fail("o")
+        assert (await lab.read(A))[:512] == b"p" * 512
+        assert await flushed(lab) == 0
+        await lab.pass_time(3)
+        assert lab.on_disk("o", A)[:512] == b"p" * 512
+    write = lab.submit(OP_WRITE, A * BLOCK + 1024, 512, fill="y")
+    await settle()
+    assert write.status == 0
+    assert (await lab.read(A))[1024:1536] == b"y" * 512
+
+
+async def test_flush_that_fails_after_a_block_has_become_dirty_is_no_success(
+    lab: CacheLab,
+) -> None:
+    """When it began, nothing rested on it; now the copy counts, and it may not be there."""
+    await cached(lab, A)
+    await lab.write_part(A, at=0)
+    lab.hold("c", OP_FLUSH)
+    flush = lab.flush()
+    await settle()
+    assert flush.status < 0
+    lab.fail("o", OP_WRITE)
+    write = lab.submit(OP_WRITE, A * BLOCK + 1024, 512, fill="z")
+    await settle()
+    assert write.status == errnos.EIO
+    assert lab.core.nr_dirty == 1
+    lab.fail("o")
+    lab.fail("c", OP_FLUSH)
+    lab.cache.let_go()
+    await settle()
+    assert flush.status == errnos.EIO
+    assert not lab.target._blocks.distrusts_cache
+
+
 async def test_device_that_fails_block_after_block_is_not_tried_for_each_of_them(
     lab: CacheLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

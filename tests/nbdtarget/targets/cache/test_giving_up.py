@@ -191,6 +191,30 @@ async def test_write_that_neither_took_is_an_error_and_the_origin_counts(
     assert await lab.read(A) == bytes(range(256)) * (BLOCK // 256)
 
 
+@pytest.mark.parametrize("flags", [0, FUA])
+async def test_write_that_the_origin_fails_keeps_no_block_that_is_being_given_up(
+    lab: CacheLab, flags: int
+) -> None:
+    """Its copy is older than the origin: it must not be what counts."""
+    await cached(lab, A)
+    lab.hold("o", OP_WRITE)
+    failing = lab.submit(OP_WRITE, A * BLOCK + 1024, 512, flags, fill="z")
+    lab.origin.hold = False
+    fail(lab, OP_WRITE)
+    write = lab.submit(OP_WRITE, A * BLOCK, 512, flags, fill="w")
+    assert (await ended(lab, write, failing)) == [-1, -1]
+    lab.fail("c")
+    lab.fail("o", OP_WRITE)
+    lab.origin.let_go()
+    await settle()
+    lab.fail("o")
+    await lab.pass_time(1)
+    assert (write.status, failing.status) == (0, errnos.EIO)
+    assert not lab.core.nr_dirty
+    assert lab.cblock(A) is None
+    assert (await lab.read(A))[:512] == b"w" * 512
+
+
 async def test_promotion_that_the_cache_device_fails_is_nobodys_error(
     lab: CacheLab,
 ) -> None:
