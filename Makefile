@@ -14,12 +14,13 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz rot lock wheel clean hit-ratio help
+.PHONY: run check test sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz rot lock wheel clean hit-ratio attack help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
 	@echo 'make test          the whole suite            make check   format, lint, types, walls'
 	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost'
+	@echo 'make attack [ARGS=--quick]  what hostile clients cost a quiet one'
 	@echo 'make bench-stack   one of these alone: also bench-cache, -commit; bench-hydration, bench-open'
 	@echo 'make hit-ratio [ARGS=…]  of the cache policy, beside LRU and the best possible one'
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
@@ -105,6 +106,10 @@ sim: .venv/dev.stamp
 # The crash suites without their bounds: make crash ARGS='-k clone'.
 crash: .venv/dev.stamp
 	@CRASH_DEEP=1 $(BIN)/python -m pytest -q tests/crash -o faulthandler_timeout=0 $(ARGS)
+
+# What hostile clients cost a quiet one: a table.
+attack: .venv/dev.stamp
+	@$(BIN)/python -m scripts.attack $(ARGS)
 
 kill-test: .venv/dev.stamp
 	@$(BIN)/python -m scripts.kill_loop $(ARGS)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hostile clients cost a quiet one: bounded attacks on a real server, and a table.
+
+    python -m scripts.attack [--quick] [--json FILE]
+
+A quiet client, in a process of its own, reads 512 bytes again and again while each attack runs. Printed for each: the
+quiet client's median, 99th percentile and longest wait; after the attackers have gone, the server's memory,
+and what it still holds open beyond what it had at first. Exit status 1 if something stays held. `--json` keeps the figures, to
+be compared with those of another day or version; only runs of one machine can be compared.
+"""
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, Final
+
+from protocol import consts as c
+
+BIN: Final = Path(sys.executable).parent
+MIB: Final = 1 << 20
+SETTLE_S: Final = 5.0  # for the server to notice who has gone
+PAUSE_S: Final = 0.002
+BEFORE_S: Final = 0.2
+
+Address = str | tuple[str, int]
+
+
+def request(command: int, length: int, offset: int = 0) -> bytes:
+    return c.REQUEST.pack(c.REQUEST_MAGIC, 0, command, 1, offset, length)
+
+
+def connected(address: Address) -> socket.socket:
+    """A connection that has been greeted."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    sock = socket.socket(family)
+    sock.settimeout(30)
+    sock.connect(address)
+    sock.recv(18, socket.MSG_WAITALL)
+    return sock
+
+
+def attached(address: Address, *, structured: bool = False) -> socket.socket:
+    """A connection in transmission."""
+    sock = connected(address)
+    sock.sendall(c.CLIENT_FLAGS.pack(3))
+    if structured:
+        sock.sendall(c.OPTION.pack(c.IHAVEOPT, c.OPT_STRUCTURED_REPLY, 0))
+        sock.recv(20, socket.MSG_WAITALL)
+    sock.sendall(c.OPTION.pack(c.IHAVEOPT, c.OPT_EXPORT_NAME, 1) + b"d")
+    if len(sock.recv(10, socket.MSG_WAITALL)) != 10:
+        raise ConnectionError("not attached")
+    return sock
+
+
+class Server:
+    """A server process with one export, `d`, of zeroes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.unix: Address = str(folder / "nbd.sock")
+        self.tcp: tuple[str, int] = ("127.0.0.1", _free_port())
+        self.control: tuple[str, int] = ("127.0.0.1", _free_port())
+        token = folder / "token"
+        token.write_text("correct-horse-battery\n")
+        token.chmod(0o600)
+        host, control_port = self.control
+        self._process = subprocess.Popen(
+            [
+                BIN / "nbdtarget", "serve", "--verbose",
+                "--listen", f"unix:{self.unix}", "--listen", f"tcp:{host}:{self.tcp[1]}",
+                "--control", f"tcp:{host}:{control_port}", "--control-token-file", token,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,  # which nobody reads
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+        environment = os.environ | {
+            "NBDTARGET_CONTROL": f"tcp:{host}:{control_port}",
+            "NBDTARGET_CONTROL_TOKEN": token.read_text().strip(),
+        }
+        subprocess.run(
+            [
+                BIN / "nbdtarget", "create", "d", "--table", f"0 {64 * MIB // 512} zero",
+            ],
+            check=True,
+            env=environment,
+        )  # fmt: skip
+
+    def nr_open(self) -> int:
+        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
+
+    def resident_mib(self) -> int:
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGESIZE") // MIB
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(70)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+# ---- attacks: each makes its connections, does its worst, and returns what to close ----
+
+Attack = Callable[[Server, int], list[socket.socket]]
+
+
+def burst_of_large_reads(server: Server, scale: int) -> list[socket.socket]:
+    sock = attached(server.unix, structured=True)
+    nr = 20 * scale
+    sock.sendall(request(c.CMD_READ, 32 * MIB) * nr)
+    got = 0
+    while got < 32 * nr:
+        got += len(sock.recv(MIB))
+    return [sock]
+
+
+def headers_of_large_writes(server: Server, scale: int) -> list[socket.socket]:
+    socks = [attached(server.unix) for _ in range(10 * scale)]
+    for sock in socks:
+        sock.sendall(request(c.CMD_WRITE, 32 * MIB))
+    time.sleep(0.5)
+    return socks
+
+
+def resets_in_a_payload(server: Server, scale: int) -> list[socket.socket]:
+    for _ in range(10 * scale):
+        sock = attached(server.unix)
+        sock.sendall(request(c.CMD_READ, 8))
+        time.sleep(0.002)
+        sock.sendall(request(c.CMD_WRITE, MIB) + bytes(100_000))
+        sock.close()
+    return []
+
+
+def idle_connections(server: Server, scale: int) -> list[socket.socket]:
+    return [connected(server.tcp) for _ in range(40 * scale)]
+
+
+def attach_and_leave(server: Server, scale: int) -> list[socket.socket]:
+    for _ in range(60 * scale):
+        attached(server.unix).close()
+    return []
+
+
+def half_headers_on_the_control_socket(
+    server: Server, scale: int
+) -> list[socket.socket]:
+    socks = [socket.create_connection(server.control) for _ in range(20 * scale)]
+    for sock in socks:
+        sock.sendall(b"POST /v1/info HT")
+    return socks
+
+
+def compressed_body_without_the_token(
+    server: Server, scale: int
+) -> list[socket.socket]:
+    body = gzip.compress(bytes(20 * scale * MIB), 1)
+    head = "POST /v1/info HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n"
+    sock = socket.create_connection(server.control)
+    sock.settimeout(30)
+    sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    sock.recv(100)
+    return [sock]
+
+
+ATTACKS: Final[tuple[Attack, ...]] = (
+    burst_of_large_reads,
+    headers_of_large_writes,
+    resets_in_a_payload,
+    idle_connections,
+    attach_and_leave,
+    half_headers_on_the_control_socket,
+    compressed_body_without_the_token,
+)
+
+
+def _quiet(address: Address, stop: Event, results: Any) -> None:
+    """The quiet client: how long each of its reads took."""
+    sock = attached(address)
+    waits: list[float] = []
+    while not stop.is_set():
+        began_s = time.perf_counter()
+        sock.sendall(request(c.CMD_READ, 512))
+        sock.recv(528, socket.MSG_WAITALL)
+        waits.append(time.perf_counter() - began_s)
+        time.sleep(PAUSE_S)
+    results.put(waits)
+
+
+def run(server: Server, attack: Attack, scale: int) -> dict[str, Any]:
+    """One attack; returns its row of the table."""
+    spawn = multiprocessing.get_context("spawn")
+    open_before = server.nr_open()
+    stop, results = spawn.Event(), spawn.Queue()
+    quiet = spawn.Process(target=_quiet, args=(server.unix, stop, results))
+    quiet.start()
+    time.sleep(BEFORE_S)
+    for sock in attack(server, scale):
+        sock.close()
+    time.sleep(BEFORE_S)
+    stop.set()
+    waits = sorted(results.get())
+    quiet.join()
+    deadline_s = time.monotonic() + SETTLE_S
+    while server.nr_open() > open_before and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return {
+        "attack": attack.__name__,
+        "p50_ms": 1e3 * statistics.median(waits),
+        "p99_ms": 1e3 * waits[len(waits) * 99 // 100],
+        "longest_ms": 1e3 * waits[-1],
+        "resident_mib": server.resident_mib(),
+        "held": server.nr_open() - open_before,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder))
+        try:
+            print(f"{'attack':36} {'p50':>8} {'p99':>8} {'longest':>8} {'MiB':>5} held")
+            for attack in ATTACKS:
+                row = run(server, attack, 1 if options.quick else 10)
+                rows.append(row)
+                print(
+                    f"{row['attack']:36} {row['p50_ms']:5.1f} ms {row['p99_ms']:5.1f} ms"
+                    f" {row['longest_ms']:5.0f} ms {row['resident_mib']:5} {row['held']:4}",
+                    flush=True,
+                )
+        finally:
+            server.stop()
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
+    return int(any(row["held"] > 0 for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

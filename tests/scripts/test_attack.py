@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make attack` in its short form: what hostile clients do is over when they have gone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.attack import ATTACKS
+
+MEMORY_MIB_MAX = 300
+
+
+def test_attacks_cost_a_quiet_client_little_and_leave_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    figures = tmp_path / "figures"
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.attack",
+        "--quick",
+        "--json",
+        str(figures),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(figures.read_text())
+    assert len(rows) == len(ATTACKS)
+    for row in rows:
+        assert row["held"] <= 0, row
+        assert row["resident_mib"] < MEMORY_MIB_MAX, row
+        # A busy machine is slow by itself; an attack that works takes many seconds.
+        assert row["longest_ms"] < 5000, row
