@@ -7,13 +7,16 @@ against the model.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from nbdtarget.bio import Bio
 from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.table import Table
 from nbdtarget.policies.smq import Smq
 from nbdtarget.targets.cache.target import CacheTarget
 from tests.crash.cache_invariants import CacheInvariants
+from tests.support.devices import CrashDevice
 
 if TYPE_CHECKING:
     from tests.sim.life import Life
@@ -24,7 +27,13 @@ QUIET_S: Final = 5.0
 
 
 class CacheWatch(CacheInvariants):
-    """Watches the cache that is mapped device `d`, for one life."""
+    """Watches the cache that is mapped device `d`, for one life.
+
+    Attributes:
+        is_uncached: whether there is a table; asked when it is no cache's.
+    """
+
+    is_uncached: Callable[[], bool]
 
     @classmethod
     def maybe_of(cls, life: "Life") -> "CacheWatch | None":
@@ -41,7 +50,7 @@ class CacheWatch(CacheInvariants):
             device = life.registry.maybe_device("d")
             return 0 if device is None else device.event_nr
 
-        return cls(
+        watch = cls(
             lambda: _maybe_cache(device_table()),
             event_nr,
             disks["/metadata"],
@@ -50,6 +59,20 @@ class CacheWatch(CacheInvariants):
             block_size=life.rig.region_size,
             is_discarded=life.model.may_be_discarded,
         )
+        watch.is_uncached = lambda: device_table() is not None
+        return watch
+
+    def j5_no_data_is_written_while_recorded_clean(
+        self, target: CacheTarget | None, device: CrashDevice, bio: Bio
+    ) -> None:
+        """As above; or, when the origin is used alone, while anything is recorded as cached."""
+        if target is not None or not self.is_uncached():
+            super().j5_no_data_is_written_while_recorded_clean(target, device, bio)
+            return
+        self.counts["uncached writes"] += 1
+        on_disk = self.maybe_on_disk()
+        if on_disk is not None and on_disk.nr_mapped:
+            raise self._broken(f"J5: {bio} passes by {on_disk.nr_mapped} cached blocks")
 
     async def be_quiet(self) -> None:
         """Nobody asks for anything: see that a cache that has nothing to do does nothing (J8)."""
@@ -84,8 +107,8 @@ class CacheWatch(CacheInvariants):
         """A table was loaded."""
         device = registry.get("d")
         target = _maybe_cache(device.inactive or device.active)
-        assert target is not None
-        self.watch(target)
+        if target is not None:
+            self.watch(target)
 
 
 def _has_work(target: CacheTarget) -> bool:
@@ -99,5 +122,4 @@ def _maybe_cache(table: Table | None) -> CacheTarget | None:
     if table is None:
         return None
     target = table.targets[0]
-    assert isinstance(target, CacheTarget)
-    return target
+    return target if isinstance(target, CacheTarget) else None  # uncached

@@ -136,9 +136,11 @@ class Life:
         note: is told everything that happens.
         images: what is on each disk of the rig.
         has_booted: an earlier life has: there is metadata.
+        is_uncached: it begins without the cache that the rig has.
         fault: what goes wrong with a disk, if anything.
 
     Attributes:
+        is_uncached: the origin alone is the disk, certainly.
         has_booted, is_booted: this machine, in any life; in this one.
         is_stopping: clients may be refused.
         nr_outages: beginnings and ends of them: a request that has seen one may fail.
@@ -165,9 +167,12 @@ class Life:
         fault: Fault | None = None,
         now_s: float = 0.0,
         has_booted: bool = False,
+        is_uncached: bool = False,
         disk_type: type[SimDisk] = SimDisk,
     ) -> None:
         self.rig = rig
+        self.is_uncached = is_uncached
+        self.table = rig.uncached if is_uncached else rig.table
         self.model = model
         self.hydration = hydration
         self.counts: Counter[str] = Counter()
@@ -205,14 +210,7 @@ class Life:
         self.loop.deadline_s = now_s + LIFE_S_MAX
         self.loop.cut_at = plan.cut_step
         self.clock = SimLoopClock(self.loop)
-        self.network = SimNetwork(
-            self.loop,
-            random.Random(rng.randrange(1 << 32)),
-            partial=rng.choice((0.0, 0.2, 0.8)),
-            again=rng.choice((0.0, 0.1)),
-            capacity=rng.choice((300, 4096, 64 << 10)),
-            family=rng.choice((socket.AF_UNIX, socket.AF_INET)),
-        )
+        self.network = self._make_network()
         self.disks = self._make_disks(images, disk_type)
         self.backends = self._make_backends()
         self.loop.backends = self.backends
@@ -222,6 +220,17 @@ class Life:
         self._nr_back = 0  # times that one has come back
         self._is_recovering = False
         self._cache = None if rig.backends else CacheWatch.maybe_of(self)
+
+    def _make_network(self) -> SimNetwork:
+        rng = self._random
+        return SimNetwork(
+            self.loop,
+            random.Random(rng.randrange(1 << 32)),
+            partial=rng.choice((0.0, 0.2, 0.8)),
+            again=rng.choice((0.0, 0.1)),
+            capacity=rng.choice((300, 4096, 64 << 10)),
+            family=rng.choice((socket.AF_UNIX, socket.AF_INET)),
+        )
 
     def _make_disks(
         self, images: dict[str, bytes], disk_type: type[SimDisk]
@@ -609,13 +618,13 @@ class Life:
         for name, table in self.rig.below:
             await self.registry.create(name, table, permissions=allowed)
         if self._random.random() < 0.5:
-            await self.registry.create("d", self.rig.table, permissions=allowed)
+            await self.registry.create("d", self.table, permissions=allowed)
             self.watch_cache()
             self._listen()
         else:
             # As the porcelain does it: clients may attach before the first bio may go.
             device = await self.registry.create("d", None)
-            await self.registry.load("d", self.rig.table, permissions=allowed)
+            await self.registry.load("d", self.table, permissions=allowed)
             self.watch_cache()
             await device.activate()
             self._listen()

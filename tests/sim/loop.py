@@ -86,6 +86,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._readers: dict[int, asyncio.Handle] = {}
         self._writers: dict[int, asyncio.Handle] = {}
         self._silent: set[int] = set()  # the error has been told
+        self._signals: dict[int, Callable[[], Any]] = {}
 
     # ---- time ----
 
@@ -170,6 +171,24 @@ class SimLoop(asyncio.BaseEventLoop):
         self._readers.clear()
         self._writers.clear()
         self._silent.clear()
+
+    # ---- signals: of the one process that catches them ----
+
+    def add_signal_handler(  # type: ignore[override]
+        self, sig: int, callback: Callable[[], Any]
+    ) -> None:
+        self._signals[sig] = callback
+
+    def remove_signal_handler(self, sig: int) -> bool:
+        return self._signals.pop(sig, None) is not None
+
+    def press(self, sig: int) -> bool:
+        """A signal comes; False: nobody catches it, and the process ends."""
+        handler = self._signals.get(sig)
+        if handler is None:
+            return False
+        self.call_soon(handler)
+        return True
 
     # ---- what a simulation must not do ----
 

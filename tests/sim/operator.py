@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Final
 from nbdtarget.control import messages as m
 from nbdtarget.dm.mapped_io import State
 from nbdtarget.errors import NbdTargetError, TableError
+from nbdtarget.porcelain.uncache import UncacheError
+from tests.sim.uncache import KILLED, check_empty, uncache
 
 if TYPE_CHECKING:
     from tests.sim.life import Life
@@ -60,6 +62,8 @@ class Operator:
             deeds.append(self._cut_power)
         if life.rig.backends:
             deeds += [self._cure, self._cure]
+        if life.rig.uncached:
+            deeds.append(self._uncache)
         self._deeds = deeds
 
     async def run(self) -> None:
@@ -154,11 +158,17 @@ class Operator:
             if name == "d" and error.errno in self._rig.refusals:
                 self._note("refused", error)
                 return  # not in this mode, or not now
+            if name == "d" and self._rig.uncached and not await self._has_cache():
+                return
             # The clone may have become a linear target, which takes no messages.
             if (name == "d" and self._rig.others) or await self._has_clone(
                 name, sector
             ):
                 raise
+
+    async def _has_cache(self) -> bool:
+        answer = await self._verbs.table(m.Table(("d",)))
+        return any(line.type == "cache" for line in answer.devices[0].lines)
 
     async def _has_clone(self, name: str, sector: int) -> bool:
         answer = await self._verbs.table(m.Table((name,)))
@@ -198,6 +208,8 @@ class Operator:
         if name == "d" and self._rig.others and rng.random() < 0.8:
             table = rng.choice(self._rig.others)
             self._note("loads", table)
+        if name == "d":
+            self._life.is_uncached = False
         await self._verbs.load(m.Load(name, table))
         self._life.watch_cache()
         await asyncio.sleep(rng.choice((0.0, 0.1)))
@@ -222,6 +234,7 @@ class Operator:
             return
         nr_departures = life.nr_departures
         load = m.Load("d", self._rig.table)
+        life.is_uncached = False
         try:
             await self._verbs.load(load)
             await self._verbs.resume(m.Resume("d"))
@@ -244,6 +257,28 @@ class Operator:
             for line in device.lines
             if line.type in ("clone", "cache")
         )
+
+    async def _uncache(self) -> None:
+        """The cache goes home and away; see `tests.sim.uncache`."""
+        life = self._life
+        if self._random.random() < 0.5 or not await self._has_cache():
+            return
+        life.counts["uncaches"] += 1
+        try:
+            status = await uncache(life, self._random)
+        except UncacheError as error:
+            if not life.is_slow:
+                raise
+            self._note("refused", error)
+            return
+        self._note("uncached", status)
+        life.counts[f"uncached {status}"] += 1
+        if status == 0:
+            life.is_uncached = True
+            check_empty(life)
+        elif status == KILLED and not life.is_stopping:
+            # A table may be loaded that nobody resumes any more.
+            await self._verbs.clear(m.Clear("d"))
 
     async def _remove_what_is_used(self) -> None:
         name = self._random.choice(self._names[:-1])

@@ -118,6 +118,12 @@ class Rig:
         return any(disk.role is Role.METADATA for disk in self.disks)
 
     @property
+    def uncached(self) -> str:
+        """The table of `d` when its cache is gone; empty if it has none."""
+        words = self.table.split(" ")
+        return f"0 {words[1]} linear {words[5]} 0" if words[2] == "cache" else ""
+
+    @property
     def tables(self) -> dict[str, str]:
         """The table of each mapped device, lower ones first."""
         return {**dict(self.below), "d": self.table}

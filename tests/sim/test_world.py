@@ -32,12 +32,22 @@ from tests.sim.world import simulate
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = 18  # of `make test`, for each rig; `make sim` draws new ones
-CACHE_SEEDS = 18
+CACHE_SEEDS = 21
 BACKEND_SEEDS = 10
 MUTANT_SEEDS_MAX = 150
 
 # What the rigs with a cache must reach: a simulation that never gets there proves nothing.
-MOVES = ("promotions", "demotions", "discards", "J1", "J2", "J5", "J7", "J8")
+MOVES = (
+    "uncached 0",
+    "promotions",
+    "demotions",
+    "discards",
+    "J1",
+    "J2",
+    "J5",
+    "J7",
+    "J8",
+)
 CACHE_EVENTS = {
     "cache": (*MOVES, "J4", "writebacks", "sweeps", "overwrites", "logged writes"),
     "cache_writethrough": (*MOVES, "J4", "writes through", "logged writes"),

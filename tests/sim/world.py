@@ -7,6 +7,7 @@ names, and the digest over all that happened, with the step and the simulated ti
 event, tells whether two histories are one.
 """
 
+import asyncio
 import hashlib
 import logging
 import random
@@ -18,6 +19,7 @@ from typing import Final
 from unittest import mock
 
 from nbdtarget.devices import nbd_connection
+from nbdtarget.porcelain import uncache
 from nbdtarget.targets.clone import holes
 from tests.crash.cache_rigs import small_blocks
 from tests.sim.backend import connect_in_memory
@@ -112,7 +114,7 @@ def simulate(
     assert all(d.content is not None for d in rig.disks if d.role is not Role.DATA)
     nr_lives = rng.randrange(2, LIVES_MAX + 1)
     nr_older = rng.randrange(1, nr_lives) if rng.random() < UPGRADES else 0
-    has_booted = False
+    has_booted = is_uncached = False
     with _watched_log() as log:
         for nr in range(nr_lives):
             is_last = nr == nr_lives - 1
@@ -128,6 +130,7 @@ def simulate(
                 fault=None if is_last else Fault.maybe_draw(rng, rig),
                 now_s=history.simulated_s + OFF_S,
                 has_booted=has_booted,
+                is_uncached=is_uncached and rng.random() < 0.5,
                 disk_type=disk_type,
             )
             log.life = life
@@ -140,7 +143,7 @@ def simulate(
                 _check_recorded(life, images, history)
             if history.failure is None:
                 images = life.repaired(images, history.fail)
-            has_booted = life.has_booted
+            has_booted, is_uncached = life.has_booted, life.is_uncached
             history.counts["upgrades"] += has_booted and nr == nr_older > 0
             history.counts += life.counts
             history.nr_lives += 1
@@ -157,7 +160,8 @@ def simulate(
 
 def _check_recorded(life: Life, images: dict[str, bytes], history: History) -> None:
     """A start has recorded what the disks are, whatever came after it."""
-    if not life.is_booted or life.fault is not None:
+    starts_cache = life.table == life.rig.table
+    if not (life.is_booted and starts_cache) or life.fault is not None:
         return
     for disk in life.rig.disks:
         if disk.role is Role.METADATA:
@@ -188,6 +192,10 @@ class _LogWatch(logging.Handler):
             life.fail(error)
 
 
+def _simulated_ns() -> int:
+    return round(asyncio.get_running_loop().time() * 1e9)
+
+
 @contextmanager
 def _watched_log() -> Iterator[_LogWatch]:
     logger = logging.getLogger("nbdtarget")
@@ -201,6 +209,7 @@ def _watched_log() -> Iterator[_LogWatch]:
         with (
             mock.patch.object(holes, "HOLE_BYTES_MIN", SECTOR),
             mock.patch.object(nbd_connection, "_connected", connect_in_memory),
+            mock.patch.object(uncache, "monotonic_ns", _simulated_ns),
             small_blocks(),
         ):
             yield watch

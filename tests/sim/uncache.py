@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget uncache` on a simulated machine: the real job, whose questions go to the life's own verbs.
+
+The power may go at any step, a server may go away, and the person who has typed it may press Ctrl-C: once,
+which the job heeds when it may, or twice, which ends its process at once. What the server was
+asked by then it does all the same; nothing comes after it.
+
+When the job says that it is done, the origin alone is the disk: the metadata map no block any more, durably, and
+the next life may be given the cache's line or `linear`. Until then, whatever happened, the cache's line
+serves all.
+"""
+
+import asyncio
+import random
+import signal
+from typing import TYPE_CHECKING, Final
+
+from metadata.cache_superblock import CACHE
+from metadata.envelope import BLOCK_SIZE
+from metadata.superblock import SUPERBLOCK_BLOCKS, choose_superblock_of
+from nbdtarget.control import messages as m
+from nbdtarget.porcelain.uncache import A, CacheLine, Draining, UncacheJob
+
+if TYPE_CHECKING:
+    from tests.sim.life import Life
+
+__all__ = ["INTERRUPTED", "KILLED", "SimUncache", "check_empty", "uncache"]
+
+INTERRUPTED: Final = 130
+KILLED: Final = 137
+STEP_S: Final = 0.2
+PRESSES_S: Final = (0.0, 0.001, 0.1, 1.0)  # Ctrl-C, after that time
+PATIENCE_S: Final = 120.0
+
+
+class _Terminal:
+    """Reports to nobody."""
+
+    def draining(self, now: Draining) -> None:
+        """Nothing."""
+
+    def stuck(self, now: Draining, for_s: float) -> None:
+        """Nothing."""
+
+    def interrupted(self, now: Draining | None) -> None:
+        """Nothing: the exit status says it."""
+
+    def uncached(self, line: CacheLine) -> None:
+        """Nothing: the exit status says it."""
+
+
+class SimUncache(UncacheJob):
+    """The job, in a process that shares nothing with the server but the control socket."""
+
+    def __init__(self, life: "Life") -> None:
+        super().__init__("d", _not_called, _Terminal())
+        self._life = life
+        self.asked: asyncio.Task[m.Answer] | None = None  # what the server does for us
+
+    async def _ask(self, verb: str, request: m.Request, answer_type: type[A]) -> A:
+        self._life.note("uncache", verb)
+        asked = asyncio.ensure_future(self._do(verb, request))
+        self.asked = asked
+        answer = await asyncio.shield(asked)
+        assert isinstance(answer, answer_type)
+        return answer
+
+    async def _do(self, verb: str, request: m.Request) -> m.Answer:
+        answer: m.Answer = await getattr(self._life.verbs, verb)(request)
+        if verb == "load":
+            self._life.watch_cache()
+        return answer
+
+
+def _not_called(verb: str, request: m.Request, answer_type: type[A]) -> A:
+    raise AssertionError("the simulation has no threads")
+
+
+async def uncache(life: "Life", rng: random.Random) -> int:
+    """Run the job to its end; returns its exit status. Raises: NbdTargetError."""
+    job = SimUncache(life)
+    running = asyncio.ensure_future(job.run())
+    loop = life.loop
+    first_s = rng.choice(PRESSES_S) if rng.random() < 0.3 else PATIENCE_S
+    second_s = first_s + (rng.choice(PRESSES_S) if rng.random() < 0.5 else PATIENCE_S)
+    pressed_s = [loop.time() + after_s for after_s in (first_s, second_s)]
+    while not running.done():
+        left_s = pressed_s[0] - loop.time()
+        await asyncio.wait([running], timeout=max(0.0, min(STEP_S, left_s)))
+        if running.done() or not (life.is_stopping or left_s <= STEP_S):
+            continue
+        if life.is_stopping or loop.time() >= pressed_s[0]:
+            del pressed_s[0]
+            life.note("uncache", "Ctrl-C")
+            if not loop.press(signal.SIGINT) or not pressed_s:
+                running.cancel()
+                await asyncio.wait([running])
+                await _wait_for_server(job)
+                return KILLED
+    return running.result()
+
+
+async def _wait_for_server(job: SimUncache) -> None:
+    """What a killed process has asked for is carried out; its answer reaches nobody."""
+    if job.asked is not None:
+        await asyncio.wait([job.asked])
+        if not job.asked.cancelled():
+            job.asked.exception()
+
+
+def check_empty(life: "Life") -> None:
+    """The job is done: hold the metadata against what it says. Raises: AssertionError."""
+    image = life.disks["/metadata"].stable_image()
+    area = memoryview(image)[: SUPERBLOCK_BLOCKS * BLOCK_SIZE]
+    found = choose_superblock_of(CACHE, area).superblock
+    assert not found.nr_mapped, f"uncached, and {found.nr_mapped} blocks are mapped"
