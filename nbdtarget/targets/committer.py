@@ -377,7 +377,10 @@ class Committer:
             self._committed()
             self._start_compaction()
             return 0
-        return await self._flush_only() if has_flushes else 0
+        if has_flushes:
+            return await self._flush_only()
+        await asyncio.sleep(0)  # somebody who asks again at once must not keep the loop
+        return 0
 
     async def _commit_transaction(self, transaction: Transaction) -> None:
         """Steps 2 to 4 of the module head. Raises: DeviceError, _MetadataFailure."""

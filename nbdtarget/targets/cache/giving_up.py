@@ -146,6 +146,11 @@ class GivingUp:
                 await unread
                 blocks.policy.invalidate(cblock)
                 self._tell(oblock)
+        except asyncio.CancelledError as error:
+            blocks.broken(
+                error
+            )  # as in a migration: the policy may still have the mapping
+            raise
         finally:
             for parked in blocks.locks.unlock(lock):
                 blocks.remap(parked)

@@ -62,6 +62,10 @@ async def _invalidate_some(blocks: Blocks, cblocks: list[int]) -> list[int]:
             for cblock in clean:
                 metadata.remove(cblock)
             is_committed = not clean or await blocks.committer.commit()
+    except asyncio.CancelledError as error:
+        if clean:
+            blocks.broken(error)  # as in a migration: the policy still has the mappings
+        raise
     finally:
         for cblock in clean if is_committed else ():
             blocks.policy.invalidate(cblock)

@@ -286,6 +286,11 @@ class Migrations:
             self._note_failure(OP_NAMES[work.op], error, work.op)
         except MetadataError as error:
             log.error("%s: %s: %s", blocks.name, OP_NAMES[work.op], error)
+        except asyncio.CancelledError as error:
+            # The loop ends. The metadata may have lost a mapping that the policy still has: all I/O
+            # must be refused before those who wait for the block are let in.
+            blocks.broken(error)
+            raise
         except Exception as error:
             blocks.broken(error)
         finally:

@@ -465,3 +465,23 @@ async def test_callback_that_raises_leaves_nobody_waiting(
     assert flush.status == errnos.EIO
     assert "AssertionError: told" in caplog.text
     assert rig.metadata.failed
+
+
+async def test_who_asks_again_at_once_for_ever_does_not_keep_the_loop() -> None:
+    rig = Rig()
+    nr_asked = 0
+
+    def ask_again(_: int) -> None:
+        nonlocal nr_asked
+        nr_asked += 1
+        if nr_asked < 10_000:
+            rig.committer.after_commit(ask_again)
+
+    rig.committer.after_commit(ask_again)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert 0 < nr_asked < 100
+    assert rig.committer._running is not None
+    rig.committer._running.cancel()
+    await settle()
+    assert nr_asked >= 10_000  # told that it failed, each time

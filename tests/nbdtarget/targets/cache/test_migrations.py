@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Migrations that fail, meet clients, or are called off."""
 
-from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE
+import asyncio
+import errno as errnos
+
+from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 
@@ -113,3 +116,25 @@ async def test_failed_demotion_commit_keeps_the_cblock_for_its_block(
     assert lab.cblock(20) is None
     assert not lab.asked("c", "write")
     assert [await lab.read(oblock) for oblock in range(8)] == [b"w" * BLOCK] * 8
+
+
+async def test_a_demotion_that_is_cancelled_lets_nobody_write_to_a_block_that_is_gone(
+    lab: CacheLab,
+) -> None:
+    """Only the end of the loop cancels it: the metadata have lost a mapping that the policy has."""
+    await lab.create(DIRTY_BUSY)
+    await lab.fill(range(8))
+    await lab.clean()
+    before = asyncio.all_tasks()
+    lab.metadata.hold = True
+    await lab.message("warm 20")
+    await lab.pass_time(1.0)
+    gone = next(oblock for oblock in range(8) if lab.core.maybe_cblock(oblock) is None)
+    write = lab.submit(OP_WRITE, gone * BLOCK, 512, FUA)
+    for task in asyncio.all_tasks() - before:
+        if "_migrate" in repr(task.get_coro()):
+            task.cancel()
+    await settle()
+    lab.metadata.let_go()
+    await settle()
+    assert write.status == errnos.EIO
