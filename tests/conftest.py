@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,4 +29,13 @@ def runtime_directory() -> Iterator[None]:
     for name in ("RUNTIME_DIRECTORY", "NBDTARGET_CONTROL"):
         os.environ.pop(name, None)
     yield
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runtime directory of the test's own. Its path is short, unlike `tmp_path`."""
+    directory = Path(tempfile.mkdtemp(prefix="nbdt"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
+    yield directory
     shutil.rmtree(directory, ignore_errors=True)

@@ -83,9 +83,7 @@ class Recorder:
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # Short: the path of a socket has 107 characters at most.
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "r"))
+def work(tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
     work = tmp_path / "work"
     work.mkdir()
@@ -159,7 +157,7 @@ async def commit(
 # ---- what is made, and what is left ----
 
 
-async def test_everything_is_made_and_served(work: Path) -> None:
+async def test_everything_is_made_and_served(work: Path, runtime: Path) -> None:
     recorder = Recorder()
     assert await cache(recorder, cache_size=MIB) == 0
     assert recorder.calls == ["serving", "stopping", "stopped"]
@@ -176,7 +174,7 @@ async def test_everything_is_made_and_served(work: Path) -> None:
     assert files(work).keys() == {"slow.img", "fast", "fast.nbdtarget"}
     assert (work / "fast").stat().st_size == MIB
     assert (work / "slow.img").read_bytes() == CONTENT
-    assert list((work.parent / "r" / "nbdtarget").iterdir()) == []
+    assert list((runtime / "nbdtarget").iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", ["writethrough", "writeback", "passthrough"])

@@ -61,9 +61,7 @@ class Recorder:
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # Short: the path of a socket has 107 characters at most.
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "r"))
+def work(tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
     work = tmp_path / "work"
     work.mkdir()
@@ -103,14 +101,14 @@ async def clone(
     return await CloneJob(options, recorder or Recorder()).run()
 
 
-async def test_everything_is_made_and_hydrated(work: Path) -> None:
+async def test_everything_is_made_and_hydrated(work: Path, runtime: Path) -> None:
     recorder = Recorder()
     assert await clone(recorder) == 0
     assert recorder.calls == ["serving", "hydrated", "stopping"]
     assert recorder.done[-1] == len(CONTENT)
     assert files(work).keys() == {"source", "dest", "dest.nbdtarget"}
     assert (work / "dest").read_bytes() == CONTENT
-    assert list((work.parent / "r" / "nbdtarget").iterdir()) == []
+    assert list((runtime / "nbdtarget").iterdir()) == []
 
 
 async def test_same_line_goes_on_until_told_to_stop(work: Path) -> None:
@@ -311,7 +309,10 @@ async def test_metadata_that_cannot_be_written_any_more_is_told(
 
 
 async def test_end_whose_last_commit_fails_is_told_by_the_exit_status(
-    work: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    runtime: Path,
 ) -> None:
     """As a cache does it."""
 
@@ -331,7 +332,7 @@ async def test_end_whose_last_commit_fails_is_told_by_the_exit_status(
     assert await clone(FailAtTheEnd("serving"), exit_when_hydrated=False) == 1
     assert f"{work}/dest: flush" in caplog.text
     monkeypatch.undo()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(work.parent / "r"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     monkeypatch.chdir(work)
     assert await clone() == 0
     assert (work / "dest").read_bytes() == CONTENT
