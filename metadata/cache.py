@@ -414,6 +414,7 @@ class CacheMetadata(CacheBlocks):
         self.admits_changes = False
         if self._transaction is not None:
             self._changed |= self._transaction.taken
+            self._removed |= self._transaction.removed
         self._transaction = None
         self._before = None
         self._compaction = None

@@ -115,6 +115,7 @@ class CacheBlocks(JournaledMetadata):
         self._cleaned = zeros(superblock.nr_cblocks, "little")
         self._changed = zeros(superblock.nr_cblocks, "little")
         self._has_changed = False  # whether there is one: looked at for each FLUSH
+        self._removed: set[int] = set()  # oblocks, that no transaction has taken yet
         # While a transaction's journal is not written yet: what the blocks that have changed
         # since its pre_commit were then.
         self._before: dict[int, int] | None = None
@@ -209,6 +210,13 @@ class CacheBlocks(JournaledMetadata):
             and not self.is_recorded_complete
             and not (self._transaction is not None and self._transaction.completes)
         )
+
+    def may_come_back(self, oblock: int) -> bool:
+        """Tell, after `abort`, whether the disk may still map an unmapped `oblock`.
+
+        So a write to it that went to the origin would be hidden by the old copy at the next start.
+        """
+        return oblock in self._removed
 
     def may_insert(self, cblock: int) -> bool:
         """Tell whether `cblock` is unmapped, durably: else a crash would mix two blocks up."""
@@ -446,7 +454,8 @@ class CacheBlocks(JournaledMetadata):
         assert self._transaction is None
         for cblock in range(self.nr_cblocks):
             if self._values[cblock] and not self.dirty[cblock]:
-                self._remove(cblock)
+                # What made us drop it is on disk, too: the next start drops it again.
+                self._remove(cblock, is_kept=False)
             if cblock % STEP_CBLOCKS == 0:
                 yield from self._pause()
         self.gives_up_mappings = False
@@ -488,10 +497,13 @@ class CacheBlocks(JournaledMetadata):
             self._refuse_change()
         assert self.admits_changes, "clean_shutdown must be cleared, durably, first"
 
-    def _remove(self, cblock: int) -> None:
+    def _remove(self, cblock: int, *, is_kept: bool = True) -> None:
+        """Args: is_kept: in mind, for `may_come_back`."""
         assert self._values[cblock], "it is mapped"
         assert not self.dirty[cblock], "its data would be lost"
         self._by_oblock.remove(cblock)
+        if is_kept:
+            self._removed.add(self._values[cblock] >> OBLOCK_SHIFT)
         self._set_value(cblock, 0)
         self.nr_mapped -= 1
         self.nr_logged -= self._logged[cblock]

@@ -111,6 +111,7 @@ class CacheTransaction(JournaledTransaction[bitarray]):
 
     Attributes: those of `JournaledTransaction`, and
         taken: the cache blocks that it makes durable; `logged` those that become LOGGED.
+        removed: the origin blocks that were unmapped; some of them may be mapped again.
         flushes: FLUSH_CACHE and FLUSH_ORIGIN: which devices must be flushed before `superblock`.
         starts: `admits_changes` afterwards. heals: nothing is new but the superblock copies.
         completes: its superblock says that the origin has everything.
@@ -130,6 +131,7 @@ class CacheTransaction(JournaledTransaction[bitarray]):
         self.taken = metadata._changed
         metadata._changed = zeros(len(self.taken), "little")
         metadata._has_changed = False
+        self.removed, metadata._removed = metadata._removed, set()
         self._before: Mapping[int, int] = {}
         metadata._before = self._before
         self.logged = self.taken & metadata._logged

@@ -410,6 +410,23 @@ CACHE_TARGET: Final = (
         DISTRUST_TESTS,
     ),
     _mutant(
+        "write-under-a-mapping-that-comes-back",
+        "A removal could not be committed; a write goes to the origin, and a restart reads the old copy.",
+        FOREGROUND,
+        (
+            "blocks.is_writable and blocks.metadata.may_come_back(oblock)",
+            "blocks.nr_oblocks",
+        ),
+        GIVING_UP_TESTS,
+    ),
+    _mutant(
+        "removals-of-a-failed-commit-forgotten",
+        "As above, for the removals that were in the commit that failed.",
+        "metadata/cache.py",
+        ("            self._removed |= self._transaction.removed\n", ""),
+        GIVING_UP_TESTS,
+    ),
+    _mutant(
         "block-given-up-in-core-only",
         "A block is given up without a commit: a crash brings its old copy back.",
         GIVING_UP,

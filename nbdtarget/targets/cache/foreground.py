@@ -31,7 +31,8 @@ Why no acknowledged flush is lost
    two orders they would leave two copies that differ, too.
 5. *Invalidation* (passthrough): removed, committed, and only then written to the origin.
 6. *Mode RO.* A write that would need something recorded is refused. What may go on: writes to
-   dirty blocks whose mapping is on disk, and to blocks that are not cached; but nothing while the disk says
+   dirty blocks whose mapping is on disk, and to blocks that are not cached, unless the removal of their mapping
+   could not be committed: the next start would find it, and an old copy; but nothing while the disk says
    that a stop was the last that happened (`target` sees to it): the next start would find disks that
    have changed in nobody's use, and blocks recorded as discarded that are not.
 
@@ -216,7 +217,10 @@ class Foreground:
         else:
             cblock = blocks.policy.lookup(oblock, is_write)
         if cblock < 0:
-            self.miss(bio, oblock, cblock)
+            if is_write and self._may_come_back(oblock):
+                bio.end(errnos.EIO)
+            else:
+                self.miss(bio, oblock, cblock)
         elif is_write:
             self.write_hit(bio, oblock, cblock)
         else:
@@ -228,6 +232,11 @@ class Foreground:
                 self._read_cached(bio, oblock, cblock)
             else:
                 self._submit_held(blocks.origin, bio, oblock)
+
+    def _may_come_back(self, oblock: int) -> bool:
+        """Whether the next start may find an old copy of a block that is not cached: see rule 6."""
+        blocks = self._blocks
+        return not blocks.is_writable and blocks.metadata.may_come_back(oblock)
 
     def _is_optimisable(self, bio: Bio, oblock: int) -> bool:
         """Whether the block could be cached without reading the origin."""
@@ -533,10 +542,13 @@ class Foreground:
         """It goes to the origin, as a miss that the policy wanted nothing for."""
         blocks = self._blocks
         blocks.policy.complete_background_work(work, False)
-        blocks.metadata.statistics.write_misses += 1
-        blocks.discards.clear(work.oblock)
-        blocks.origin_writes.nr_sent += 1
-        self._submit_held(blocks.origin, bio, work.oblock)
+        if self._may_come_back(work.oblock):
+            bio.end(errnos.EIO)
+        else:
+            blocks.metadata.statistics.write_misses += 1
+            blocks.discards.clear(work.oblock)
+            blocks.origin_writes.nr_sent += 1
+            self._submit_held(blocks.origin, bio, work.oblock)
         self._unlock(lock)
 
     def _overwritten(self, bio: Bio, work: Work, lock: BlockLock, child: Bio) -> None:

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from nbdtarget.bio import FUA, OP_READ, OP_WRITE, Bio
+from metadata.mode import Mode
+from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 THROUGH = "1 writethrough smq 0"
@@ -225,3 +226,43 @@ async def test_promotion_that_the_cache_device_fails_is_nobodys_error(
     assert lab.cblock(A) is None
     assert await lab.read(A) == bytes(range(256)) * (BLOCK // 256)
     assert lab.target.status_fields()["errors"] == 1
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("length", [512, BLOCK])
+@pytest.mark.parametrize("op", [OP_WRITE, OP_WRITE_ZEROES])
+async def test_write_to_a_block_whose_removal_is_not_on_disk_is_refused(
+    lab: CacheLab, op: int, length: int, is_loaded: bool
+) -> None:
+    """The next start finds the old copy, clean: the origin must not have changed under it."""
+    await lab.create("0 smq 0")
+    await lab.fill_clean([A])
+    await lab.device.flush()
+    assert not (await lab.recorded()).gives_up_mappings
+    await lab.write_part(20)  # to the origin, whose flush is needed then
+    if is_loaded:
+        await lab.load("0 smq 0")  # it shares the metadata, which are well still
+    fail(lab, OP_READ)
+    lab.fail("o", OP_FLUSH)
+    read = lab.submit(OP_READ, A * BLOCK, 512)
+    assert await ended(lab, read) == [0]
+    await lab.pass_time(1)
+    assert lab.core.mode is Mode.RO
+    assert lab.cblock(A) is None
+    assert (await lab.recorded()).maybe_cblock(A) is not None
+    if is_loaded:
+        await lab.resume()  # its policy does not know the block
+    assert lab.core.mode is Mode.RO
+    lab.fail("c")
+    lab.fail("o")
+    fill = "n" if op == OP_WRITE else ""
+    write = lab.submit(op, A * BLOCK, length, fill=fill)
+    other = lab.submit(op, 20 * BLOCK, length, fill=fill)
+    await settle()
+    assert (write.status, other.status) == (errnos.EIO, 0)
+    assert (await lab.read(A)) == lab.on_disk("o", A)
+    await lab.cut_power(kills_only=True)
+    await lab.create("0 smq 0")
+    cblock = lab.cblock(A)
+    assert cblock is not None
+    assert lab.on_disk("c", cblock) == lab.on_disk("o", A)
