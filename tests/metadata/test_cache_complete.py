@@ -215,3 +215,20 @@ def test_flags_are_what_a_superblock_says() -> None:
     assert superblock.gives_up_mappings
     clean = msgspec.structs.replace(superblock, flags=ORIGIN_COMPLETE | CLEAN_SHUTDOWN)
     assert not clean.gives_up_mappings
+
+
+def test_a_second_start_in_writeback_takes_it_back_before_the_first_change_is_admitted() -> (
+    None
+):
+    """Another table over the same metadata, of which no clean shutdown could be recorded."""
+    store = Store(SIZE)
+    metadata = format_on(store)
+    drive(store, metadata.start(dirty_log=False, writes_back=False))
+    commit(store, metadata)
+    assert metadata.is_recorded_complete
+    assert not metadata.is_recorded_clean
+    drive(store, metadata.start(dirty_log=False, writes_back=True))
+    assert not metadata.admits_changes
+    commit(store, metadata)
+    assert metadata.admits_changes
+    assert not metadata.is_recorded_complete

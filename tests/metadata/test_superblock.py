@@ -17,7 +17,7 @@ from metadata.errors import (
     NotOurs,
     UnsupportedFormat,
 )
-from metadata.operations import UNREADABLE, Write
+from metadata.operations import UNREADABLE, Flush, Write
 from metadata.superblock import (
     NEEDS_CHECK,
     SUPERBLOCK_MAGIC,
@@ -379,3 +379,11 @@ def test_device_shorter_than_the_superblock_area(
 ) -> None:
     with pytest.raises(error):
         drive(Store(100, content), read_superblock(100))
+
+
+def test_opening_begins_with_a_flush() -> None:
+    """What is read may lie in the disk's own cache, where a killed server has left it."""
+    store = Store(8 * BLOCK_SIZE)
+    with pytest.raises(NotFormatted):
+        drive(store, read_superblock(store.size))
+    assert isinstance(store.log[0], Flush)

@@ -87,7 +87,7 @@ METADATA: Final = (
                 "    if device_size < area_size:",
             ),
         ),
-        CUTS,
+        ("tests/metadata/test_superblock.py",),
     ),
     Mutant(
         "slot-1-formatted-first",
