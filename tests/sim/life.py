@@ -49,12 +49,13 @@ from tests.sim.model import SECTOR, ClientModel
 from tests.sim.operator import Operator
 from tests.sim.rigs import Rig, Role
 from tests.sim.sockets import SimNetwork, SimSocket
+from tests.sim.stop import Stop
 from tests.support.devices import CrashDevice
 
 __all__ = ["Life", "Plan"]
 
 LIFE_S_MAX: Final = 24 * 3600.0  # simulated; whatever waits longer is stuck
-GRACE_S: Final = 10.0  # as the daemon's
+GRACE_S: Final = 10.0
 BURIAL_STEPS_MAX: Final = 20_000
 VERIFY_BYTES: Final = 16 * SECTOR
 
@@ -180,6 +181,7 @@ class Life:
         self.fault = fault
         self.has_booted = has_booted
         self.is_booted = False
+        self.suspended: set[str] = set()
         self.is_stopping = False
         self.is_over = False
         self.was_cut = False
@@ -196,7 +198,7 @@ class Life:
         self._stamp = 0
         self._limbo: list[tuple[Client, SimSocket, list[Any]]] = []
         self._is_faulty = False
-        self._is_cornered = False  # stops with a device suspended that others stand on
+        self._is_cornered = False  # see `corner`
         self._is_out = (
             False  # a powercut device is off, or what stood on it is not started anew
         )
@@ -593,6 +595,7 @@ class Life:
             hang_up_events=lambda sock: cast(SimSocket, sock).hang_up_events(),
         )
         self._operator = Operator(self, random.Random(f"{self._seed} operator"))
+        self.suspended = self._operator.unflushed
         try:
             await self._create_devices()
         except NbdTargetError as error:
@@ -668,24 +671,26 @@ class Life:
         await client.disconnect()
 
     async def _shut_down(self, operator: "asyncio.Task[None] | None") -> None:
-        """As the daemon ends."""
+        """As the daemon ends; see `tests.sim.stop`."""
+        stop = Stop(self, random.Random(f"{self._seed} stop"))
+        await stop.prepare()
         self.note("shutdown")
-        if self.plan.cut_in_shutdown is not None and not self.is_over:
+        # A cut would let few stops over what hangs see their end.
+        if self.plan.cut_in_shutdown is not None and not stop.hangs:
             self.loop.cut_at = self.loop.steps + self.plan.cut_in_shutdown
         self.is_stopping = True
-        await self.listener.close(GRACE_S)
-        await self.is_cutting.acquire()
-        # What waits in a suspended device when everything stops ends with an error.
-        unflushed = set(self._operator.unflushed)
-        self._is_cornered = not unflushed <= {"d"}
-        promised = self.model.start_flush()
-        await self.registry.close()
-        is_durable = not (
-            unflushed or self._is_faulty or self.owes_flush_error or self.is_hurt
-        )
-        self.model.end_flush(promised, ok=is_durable)
-        if operator is not None:
+        if await stop.run() and operator is not None:
             await operator
+
+    def corner(self) -> None:
+        """It stops in a way in which not everybody can get an answer."""
+        self.nr_outages += 1
+        self._is_cornered = True
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether a stop that ends makes everything durable."""
+        return not (self._is_faulty or self.owes_flush_error or self.is_hurt)
 
     def are_clients_done(self) -> bool:
         """Whether nobody will ask anything any more."""

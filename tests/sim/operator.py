@@ -309,7 +309,9 @@ class Operator:
             if not self._rig.starts_anew:
                 await self._cut_and_go_on()
                 return
-            ways = (self._cut_suspended, self._cut_and_end, self._cut_and_load)
+            ways = [self._cut_suspended, self._cut_and_end]
+            if not life.is_slow:  # else the table may not be wiped in time
+                ways.append(self._cut_and_load)
             await self._random.choice(ways)()
 
     async def _cut_and_go_on(self) -> None:
