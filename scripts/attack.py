@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What hostile clients cost a quiet one: bounded attacks on a real server, and a table.
 
-    python -m scripts.attack [--quick] [--json FILE]
+    python -m scripts.attack [--quick] [--json FILE] [--against FILE]
 
 A quiet client, in a process of its own, reads 512 bytes again and again while each attack runs. Printed for each: the
 quiet client's median, 99th percentile and longest wait; after the attackers have gone, the server's memory,
-and what it still holds open beyond what it had at first. Exit status 1 if something stays held. `--json` keeps the figures, to
-be compared with those of another day or version; only runs of one machine can be compared.
+and what it still holds open beyond what it had at first. Exit status 1 if something stays held. `--json` keeps the figures;
+`--against` prints those of an earlier run beside the new ones. Only runs of one machine, with the same `--quick`, can be compared.
 """
 
 import argparse
@@ -230,11 +230,30 @@ def run(server: Server, attack: Attack, scale: int) -> dict[str, Any]:
     }
 
 
+def line_of(row: dict[str, Any], before: dict[str, Any] | None) -> str:
+    """A row of the table; with the figures of an earlier run, if there are some."""
+    line = (
+        f"{row['attack']:36} {row['p50_ms']:5.1f} ms {row['p99_ms']:5.1f} ms"
+        f" {row['longest_ms']:5.0f} ms {row['resident_mib']:5} {row['held']:4}"
+    )
+    if before is None:
+        return line
+    return (
+        f"{line}   before: {before['p50_ms']:.1f}, {before['p99_ms']:.1f},"
+        f" {before['longest_ms']:.0f} ms, {before['resident_mib']} MiB, {before['held']} held"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--against", metavar="FILE", help="an earlier --json")
     options = parser.parse_args()
+    earlier: dict[str, dict[str, Any]] = {}
+    if options.against:
+        text = Path(options.against).read_text()
+        earlier = {row["attack"]: row for row in json.loads(text)}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))
@@ -243,11 +262,7 @@ def main() -> int:
             for attack in ATTACKS:
                 row = run(server, attack, 1 if options.quick else 10)
                 rows.append(row)
-                print(
-                    f"{row['attack']:36} {row['p50_ms']:5.1f} ms {row['p99_ms']:5.1f} ms"
-                    f" {row['longest_ms']:5.0f} ms {row['resident_mib']:5} {row['held']:4}",
-                    flush=True,
-                )
+                print(line_of(row, earlier.get(row["attack"])), flush=True)
         finally:
             server.stop()
     if options.json:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.attack import ATTACKS
+from scripts.attack import ATTACKS, line_of
 
 MEMORY_MIB_MAX = 300
 
@@ -32,3 +32,19 @@ def test_attacks_cost_a_quiet_client_little_and_leave_nothing_behind(
         assert row["resident_mib"] < MEMORY_MIB_MAX, row
         # A busy machine is slow by itself; an attack that works takes many seconds.
         assert row["longest_ms"] < 5000, row
+
+
+def test_a_table_is_compared_with_an_earlier_one() -> None:
+    row = {
+        "attack": "burst",
+        "p50_ms": 1.0,
+        "p99_ms": 2.0,
+        "longest_ms": 3.0,
+        "resident_mib": 50,
+        "held": 0,
+    }
+    before = {**row, "longest_ms": 501.0, "held": 1}
+    assert line_of(row, None).split() == [
+        *["burst", "1.0", "ms", "2.0", "ms", "3", "ms", "50", "0"]
+    ]
+    assert line_of(row, before).endswith("before: 1.0, 2.0, 501 ms, 50 MiB, 1 held")
