@@ -594,6 +594,28 @@ async def test_clone_whose_stop_stays_recorded_changes_no_disk_under_it() -> Non
     await restart_and_read(rig)
 
 
+@pytest.mark.parametrize("name", ["/origin", "/cache"])
+async def test_exchanged_disk_is_refused_by_name_and_the_right_one_serves(
+    name: str,
+) -> None:
+    rig = CacheComebacks(1, 1.0)
+    await rig.start()
+    await rig.disk.write(0, bytes(REGION_SIZE))
+    await rig.disk.flush()
+    await rig.stop()
+    right = rig.openings.disks[name]
+    content = random.Random(9).randbytes(right.size)
+    other = CrashDevice(right.size, 9, content=content, name=name)
+    rig.openings.exchange(right, other)
+    with pytest.raises(NbdTargetError, match=f"{name} is not as /metadata knows it"):
+        await rig.start()
+    assert other.image() == content, "a disk that was refused was written"
+    rig.openings.exchange(other, right)
+    await rig.start()
+    assert await rig.disk.read(0, REGION_SIZE) == bytes(REGION_SIZE)
+    await rig.stop()
+
+
 async def restart_and_read(rig: Any) -> None:
     """All disks are well: one restart with the same line serves all data."""
     with contextlib.suppress(NbdTargetError):
