@@ -13,7 +13,7 @@ from bitarray.util import zeros
 
 from metadata.arena import JOURNAL_BLOCKS_MIN
 from metadata.cache_index import OblockIndex
-from metadata.cache_load import Loaded, new_words
+from metadata.cache_load import Discarded, Loaded, new_words
 from metadata.cache_records import LOGGED, NR_OBLOCKS_MAX, OBLOCK_SHIFT, VALID, Words
 from metadata.cache_superblock import (
     DIRTY_LOG,
@@ -79,6 +79,7 @@ class CacheBlocks(JournaledMetadata):
 
     _superblock: CacheSuperblock
     _transaction: CacheTransaction | None
+    _discarded: Discarded | None
 
     def __init__(
         self,
@@ -445,6 +446,8 @@ class CacheBlocks(JournaledMetadata):
     def drop_clean(self) -> Steps[None]:
         """Unmap all blocks that are not dirty: what they hold may be another disk's, or old.
 
+        What is recorded as discarded is forgotten, too.
+
         Nothing else may change meanwhile, and no commit be under way.
 
         Raises: ReadOnlyMetadata, FailedMetadata.
@@ -458,6 +461,8 @@ class CacheBlocks(JournaledMetadata):
                 self._remove(cblock, is_kept=False)
             if cblock % STEP_CBLOCKS == 0:
                 yield from self._pause()
+        # A block that nobody needed may have been written since, by the one who changed the origin.
+        self._discarded = None
         self.gives_up_mappings = False
         self.is_distrusted = False
 

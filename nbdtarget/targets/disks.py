@@ -213,6 +213,20 @@ class DiskRecords:
             findings.append(finding)
         return findings
 
+    async def may_have_changed(self, role: str) -> bool:
+        """Whether a disk that has not changed, as far as can be told, may have done so all the same.
+
+        A file tells when it was last written to. Of a block device or an export some blocks are
+        compared. A disk that tells nothing of itself is taken at its word.
+        """
+        recorded = self.recorded(role)
+        if recorded is not None and recorded.mtime_ns:
+            return False
+        for each in self._roles:
+            if each.name == role:
+                return bool((await evidence_of(each)).kind)
+        return False
+
     async def prepare(self) -> None:
         """Have the next commit record what is there, and that it is in use."""
         disks = self._recorded_of_others()

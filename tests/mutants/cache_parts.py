@@ -15,6 +15,7 @@ DISCARDS_PY: Final = "nbdtarget/targets/cache/discards.py"
 EXTENTS_PY: Final = "nbdtarget/targets/cache/extents.py"
 TESTS: Final = "tests/nbdtarget/targets/cache/"
 ACTIVATION: Final = (f"{TESTS}test_activation.py",)
+DISKS_DM: Final = ("tests/nbdtarget/dm/test_disks.py",)
 CONSTRUCTOR: Final = (f"{TESTS}test_constructor.py",)
 DISCARDS: Final = (f"{TESTS}test_discards.py",)
 EXTENTS: Final = (f"{TESTS}test_extents.py",)
@@ -97,7 +98,7 @@ CACHE_PARTS: Final = (
         "discards-not-loaded",
         "Promotions copy what nobody needs, for as long as the cache lives.",
         ACTIVATION_PY,
-        "self._discards.load(metadata.discarded)",
+        "self._discards.load(discarded)",
         "self._discards.load(None)",
         ACTIVATION,
     ),
@@ -125,6 +126,15 @@ CACHE_PARTS: Final = (
         "if live is not None and live.mode is Mode.RW:\n            check(live)",
         "if live is not None:\n            check(live)",
         CONSTRUCTOR,
+    ),
+    # ---- what was written to the origin alone
+    _mutant(
+        "discards-believed-over-a-changed-origin",
+        "The origin was written to alone where the cache had discarded: zeroes are written over it.",
+        "metadata/cache_blocks.py",
+        "        self._discarded = None\n        self.gives_up_mappings",
+        "        self.gives_up_mappings",
+        DISKS_DM,
     ),
     # ---- new metadata
     _mutant(

@@ -17,7 +17,7 @@ table is suspended, and a full sync has recorded what it left. In the kernel's o
     -  after a crash of a cache that did not write back: drop all mappings, see below
     5  resize the metadata: clean mappings behind an end are removed; so are all of them if the
        constructor has found that a disk was exchanged or changed without us
-    6  load mappings into the policy, and discards
+    6  load mappings into the policy, and discards, if the origin was surely not written to since
     7  have CLEAN_SHUTDOWN cleared, durably, in the commit that makes 5 durable, too, and that
        rewrites the other slot
 
@@ -63,6 +63,7 @@ from nbdtarget.targets.cache.constructor import Parts, make_policy
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK
 from nbdtarget.targets.committer import Committer
+from nbdtarget.targets.disks import ORIGIN_ROLE
 from nbdtarget.targets.opening import refuse_stale
 
 __all__ = ["Activation"]
@@ -114,11 +115,12 @@ class Activation:
                 self._check_read_only()
             await self._give_up()
             await self._resize(nr_cblocks)
+            await self._look_again()
             await self._drop_stale()
             if not self._is_loaded or nr_cblocks != self._nr_cblocks:
                 await self._load(nr_cblocks)
             if not self._is_loaded:
-                self._discards.load(metadata.discarded)
+                await self._load_discards()
             if metadata.mode is Mode.RW:
                 await self._start()
         except MetadataError as error:
@@ -216,6 +218,33 @@ class Activation:
                 raise TableError(str(error), errnos.EFBIG) from error
         if metadata.nr_cblocks != nr_cblocks:
             await metadata_io.run(device, metadata.resize_cache(nr_cblocks))
+
+    async def _look_again(self) -> None:
+        """Between load and resume another table may have written to the origin. Raises: TableError."""
+        parts = self._parts
+        if parts.stale or self._is_loaded:
+            return
+        for finding in await parts.disks.look((ORIGIN_ROLE,)):
+            if not finding.changed:
+                continue
+            if nr_dirty := parts.metadata.nr_dirty:
+                why = f"{nr_dirty} blocks are waiting to be written back"
+                name = parts.metadata_device.name
+                raise TableError(finding.refusal_of_change(name, why))
+            parts.stale = f"{finding.role} {finding.found.name}: {finding.changed}"
+
+    async def _load_discards(self) -> None:
+        """Believe what is recorded as discarded, if the origin was surely not written to since.
+
+        A discarded block that is promoted is filled with zeroes, and these go home: that
+        would destroy what somebody has written to the origin alone.
+        """
+        discarded = self._parts.metadata.discarded
+        if discarded is not None and await self._parts.disks.may_have_changed(
+            ORIGIN_ROLE
+        ):
+            discarded = None
+        self._discards.load(discarded)
 
     async def _drop_stale(self) -> None:
         """Give up the clean blocks if a disk was exchanged or changed. Raises: MetadataError."""

@@ -479,6 +479,7 @@ class CacheTarget(Target):
 
     async def _invalidate_all(self) -> None:
         """Give up what is cached: the origin has been changed without us, and cannot tell."""
+        self._discards.load(None)  # nor is it known what nobody needs there
         await self._invalidate_range(0, self._metadata.nr_cblocks)
         nr_dirty = self._metadata.nr_dirty
         if nr_dirty:

@@ -515,6 +515,45 @@ async def test_invalidate_all_gives_up_what_is_clean_while_it_is_served(
         assert await device.read(0, SIZE) == site.read("origin")
 
 
+async def test_what_was_written_where_a_cache_had_discarded_is_not_filled_with_zeroes(
+    site: Site,
+) -> None:
+    """A writeback cache fills a discarded block with zeroes when it promotes it."""
+    async with site.served(site.cache()) as device:
+        await device.discard(0, SIZE)
+    site.change("origin", 0, b"new" * 1000)
+    table = site.cache().replace("migration_threshold 0", "migration_threshold 1048576")
+    async with site.served(table) as device:
+        await device.message(0, ["warm", "0-2"])
+        await _promoted(device, 2)
+        assert bytes(await device.read(0, 3000)) == b"new" * 1000
+    assert site.read("origin")[:3000] == b"new" * 1000
+
+
+@pytest.mark.parametrize("mode", ["writeback", "writethrough"])
+async def test_what_was_written_between_load_and_resume_is_not_hidden_by_the_cache(
+    site: Site, mode: str
+) -> None:
+    registry = Registry(resolve)
+    cache = site.cache(mode=mode).replace("threshold 0", "threshold 1048576")
+    linear = f"0 {NR_SECTORS} linear {site.path('origin')} 0"
+    device = await registry.create("d", cache)
+    await device.message(0, ["warm", "0-2"])
+    await _promoted(device, 2)
+    await device.discard(2 * BLOCK, 2 * BLOCK)
+    for table in (linear, cache):
+        await registry.load("d", table)
+        if table is cache:  # the linear table is live still
+            await device.write(0, b"late" * 1000)
+            await device.write(2 * BLOCK, b"late" * 1000)
+        await registry.resume("d")
+    await device.message(0, ["warm", "0-4"])
+    await _promoted(device, 4)
+    for offset in (0, 2 * BLOCK):
+        assert bytes(await device.read(offset, 4000)) == b"late" * 1000
+    await registry.remove("d")
+
+
 async def test_invalidate_all_keeps_dirty_blocks_and_says_so(site: Site) -> None:
     await site.dirty_cache()
     async with site.served(site.cache()) as device:
