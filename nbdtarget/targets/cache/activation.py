@@ -108,19 +108,23 @@ class Activation:
         if metadata.mode is Mode.FAIL and self._is_loaded:
             return self._parts.policy
         nr_cblocks = self._check()
+        # First, as it may take long, and before anything is written.
+        believes_discards = not self._is_loaded and await self._look_again()
         try:
             if metadata.needs_rewrite:
                 await self._commit()
+            # The other slot would be due in a second: the commit of `_start` takes care of it.
+            await self._committer.quiesce()
             if metadata.mode is Mode.RO and not self._is_loaded:
                 self._check_read_only()
             await self._give_up()
             await self._resize(nr_cblocks)
-            await self._look_again()
             await self._drop_stale()
             if not self._is_loaded or nr_cblocks != self._nr_cblocks:
                 await self._load(nr_cblocks)
             if not self._is_loaded:
-                await self._load_discards()
+                discarded = metadata.discarded if believes_discards else None
+                self._discards.load(discarded)
             if metadata.mode is Mode.RW:
                 await self._start()
         except MetadataError as error:
@@ -219,12 +223,16 @@ class Activation:
         if metadata.nr_cblocks != nr_cblocks:
             await metadata_io.run(device, metadata.resize_cache(nr_cblocks))
 
-    async def _look_again(self) -> None:
-        """Between load and resume another table may have written to the origin. Raises: TableError."""
+    async def _look_again(self) -> bool:
+        """Look at the origin once more: since the load another table may have written to it.
+
+        Returns whether what is recorded as discarded may be believed: if the origin was surely not
+        written to. A discarded block that is promoted is filled with zeroes, and these go home: that
+        would destroy what somebody has written to the origin alone.
+        Raises: TableError: it was written to, and a dirty block would overwrite that.
+        """
         parts = self._parts
-        if parts.stale or self._is_loaded:
-            return
-        for finding in await parts.disks.look((ORIGIN_ROLE,)):
+        for finding in () if parts.stale else await parts.disks.look((ORIGIN_ROLE,)):
             if not finding.changed:
                 continue
             if nr_dirty := parts.metadata.nr_dirty:
@@ -232,19 +240,7 @@ class Activation:
                 name = parts.metadata_device.name
                 raise TableError(finding.refusal_of_change(name, why))
             parts.stale = f"{finding.role} {finding.found.name}: {finding.changed}"
-
-    async def _load_discards(self) -> None:
-        """Believe what is recorded as discarded, if the origin was surely not written to since.
-
-        A discarded block that is promoted is filled with zeroes, and these go home: that
-        would destroy what somebody has written to the origin alone.
-        """
-        discarded = self._parts.metadata.discarded
-        if discarded is not None and await self._parts.disks.may_have_changed(
-            ORIGIN_ROLE
-        ):
-            discarded = None
-        self._discards.load(discarded)
+        return not (parts.stale or await parts.disks.may_have_changed(ORIGIN_ROLE))
 
     async def _drop_stale(self) -> None:
         """Give up the clean blocks if a disk was exchanged or changed. Raises: MetadataError."""
