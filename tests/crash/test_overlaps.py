@@ -191,6 +191,8 @@ class OldWriteComesBack(CrashDevice):
 def fails(make_rig: MakeRig, seed: int) -> bool:
     try:
         run_walk(make_rig, seed)
+    except TimeoutError:
+        return False  # it is stuck, which proves nothing about what it wrote
     except Exception:
         return True
     return False
@@ -199,6 +201,7 @@ def fails(make_rig: MakeRig, seed: int) -> bool:
 def test_overlap_walks_catch_write_throughs_that_take_different_orders(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("tests.crash.machine.RUN_S_MAX", 1.0)
     monkeypatch.setattr(Foreground, "_write_through", write_through_beside_others)
     assert any(fails(WritethroughRig, seed) for seed in range(MUTANT_WALKS_MAX))
 
