@@ -25,7 +25,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Final
 
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 
 BIN: Final = Path(sys.executable).parent
 MIB: Final = 1 << 20

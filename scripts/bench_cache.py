@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 from scripts import (
     bench_cache_hits,
     bench_cache_idle,

@@ -30,16 +30,17 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from metadata.clone import CloneMetadata
-from metadata.operations import Flush, Operation, Read, Steps, Write
-from metadata.superblock import read_superblock
-from metadata.transaction import Transaction
-from nbdtarget import daemon, metadata_io
-from nbdtarget.clock import LoopClock
+from nbdtarget.common.clock import LoopClock
+from nbdtarget.daemon import daemon
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.committer import Committer
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.transaction import Transaction
+from nbdtarget_metadata.log.superblock import read_superblock
+from nbdtarget_metadata.operations import Flush, Operation, Read, Steps, Write
 from scripts.processes import NBDTARGET, ServerProcess
 from tests.support.plain_client import CMD_FLUSH, PlainClient
 

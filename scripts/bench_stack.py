@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nbdtarget import daemon
+from nbdtarget.daemon import daemon
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
-from metadata.cache import CacheMetadata
-from metadata.operations import Steps
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
-from nbdtarget.metadata_io import run_file
+from nbdtarget.targets.metadata_io import run_file
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.operations import Steps
 from scripts.processes import NBDTARGET, ServerProcess
 
 __all__ = [

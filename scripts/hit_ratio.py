@@ -51,7 +51,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TextIO
 
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.policies.base import DEMOTE, MISS, OP_NAMES, PROMOTE, WRITEBACK, Policy
 from nbdtarget.policies.registry import policy_type, policy_types
 

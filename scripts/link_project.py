@@ -16,6 +16,9 @@ __all__ = ["main"]
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 
+# The packages nbdtarget_protocol and nbdtarget_metadata stand in folders of their own.
+PACKAGE_FOLDERS: Final = ("protocol", "metadata")
+
 SCRIPT: Final = """\
 #!{python}
 import sys
@@ -32,7 +35,10 @@ def main() -> int:
         return 1
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     packages = Path(site.getsitepackages()[0])
-    (packages / f"{project['name']}-tree.pth").write_text(f"{ROOT}\n")
+    folders = (ROOT, *(ROOT / name for name in PACKAGE_FOLDERS))
+    (packages / f"{project['name']}-tree.pth").write_text(
+        "".join(f"{folder}\n" for folder in folders)
+    )
     for name, target in project["scripts"].items():
         module, _, function = target.partition(":")
         script = Path(sys.prefix, "bin", name)

@@ -31,7 +31,7 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     info = f"nbdtarget-{nbdtarget.__version__}.dist-info"
-    assert tops == {"nbdtarget", "protocol", "metadata", info}
+    assert tops == {"nbdtarget", "nbdtarget_protocol", "nbdtarget_metadata", info}
     assert f"{info}/licenses/LICENSE" in names
 
 

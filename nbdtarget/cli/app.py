@@ -28,7 +28,7 @@ from nbdtarget.cli import (
     tables,
     uncache,
 )
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 
 __all__ = ["app", "main", "run"]
 
@@ -85,7 +85,7 @@ _UsageError: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
 def main() -> NoReturn:
     """The console script."""
     status = run(sys.argv[1:])
-    server = sys.modules.get("nbdtarget.daemon")
+    server = sys.modules.get("nbdtarget.daemon.daemon")
     if server is not None and server.must_leave_at_once():
         # A thread on a dead disk cannot be ended, and Python would wait for it.
         sys.stderr.flush()

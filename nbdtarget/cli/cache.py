@@ -156,8 +156,8 @@ def cache(
     Stop it at any time; the same line goes on where it was. `uncache` ends it for good.
     """
     block_bytes = _block_bytes(block_size)
+    from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.cache import CacheOptions
-    from nbdtarget.unix_socket import SocketOptions
 
     options = CacheOptions(
         origin=origin,
@@ -193,8 +193,8 @@ def cache(
 
 def _run(options: "CacheOptions", *, verbose: bool, json: bool) -> int:
     from nbdtarget.cli.logs import start_logging
-    from nbdtarget.cli.progress_cache import make_reporter
-    from nbdtarget.daemon import run
+    from nbdtarget.cli.progress.cache import make_reporter
+    from nbdtarget.daemon.daemon import run
     from nbdtarget.porcelain.cache import CacheJob
 
     start_logging(verbose=verbose)

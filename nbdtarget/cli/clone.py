@@ -124,8 +124,8 @@ def clone(
     rate = 0 if hydration_rate is None else _rate_bytes(hydration_rate)
     if no_hydration and exit_when_hydrated:
         raise typer.BadParameter("--exit-when-hydrated would wait for ever")
+    from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.clone import CloneOptions
-    from nbdtarget.unix_socket import SocketOptions
 
     options = CloneOptions(
         source=source,
@@ -158,8 +158,8 @@ def clone(
 
 def _run(options: "CloneOptions", *, verbose: bool, json: bool) -> int:
     from nbdtarget.cli.logs import start_logging
-    from nbdtarget.cli.progress import make_reporter
-    from nbdtarget.daemon import run
+    from nbdtarget.cli.progress.clone import make_reporter
+    from nbdtarget.daemon.daemon import run
     from nbdtarget.porcelain.clone import CloneJob
 
     start_logging(verbose=verbose)

@@ -18,8 +18,8 @@ from nbdtarget.cli.names import (
     subsystem_of,
     unmangled,
 )
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control.messages import InfoLine
-from nbdtarget.errors import NbdTargetError
 
 __all__ = ["FIELDS", "attributes", "describe_fields", "report"]
 

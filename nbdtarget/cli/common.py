@@ -11,6 +11,7 @@ import msgspec
 import typer
 from msgspec.structs import replace
 
+from nbdtarget.common.errors import TableError
 from nbdtarget.control.client import ControlClient, NoServerError
 from nbdtarget.control.messages import (
     Answer,
@@ -32,7 +33,6 @@ from nbdtarget.control.paths import (
     serve_control_path,
 )
 from nbdtarget.control.servers import default_server, look, server_of
-from nbdtarget.errors import TableError
 
 __all__ = [
     "AcceptOtherDisk",

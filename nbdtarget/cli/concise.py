@@ -10,7 +10,7 @@ it is: commas, semicolons and backslashes that are part of a name or a table.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 
 __all__ = ["ConciseDevice", "format_concise", "parse_concise"]
 

@@ -19,9 +19,9 @@ from nbdtarget.cli.common import (
     device_names,
     print_json,
 )
+from nbdtarget.common.errors import TableError
+from nbdtarget.common.words import split_words
 from nbdtarget.control import messages as m
-from nbdtarget.errors import TableError
-from nbdtarget.words import split_words
 
 __all__ = ["register"]
 

@@ -14,8 +14,8 @@ import typer
 from nbdtarget.cli.columns import describe_fields, report
 from nbdtarget.cli.common import Control, Name, Names, ask
 from nbdtarget.cli.names import mangled
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control import messages as m
-from nbdtarget.errors import NbdTargetError, TableError
 
 __all__ = ["register"]
 

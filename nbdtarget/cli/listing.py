@@ -29,9 +29,9 @@ from nbdtarget.cli.concise import ConciseDevice, format_concise
 from nbdtarget.cli.health import describe_trouble, name_trouble
 from nbdtarget.cli.names import BELOW_NAMES, name_below
 from nbdtarget.cli.tree import OPTIONS, draw_tree
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import NoServerError
-from nbdtarget.errors import NbdTargetError
 
 __all__ = ["register"]
 

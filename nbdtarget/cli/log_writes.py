@@ -102,8 +102,8 @@ def replay_log(
         raise typer.BadParameter("--fsck needs --replay")
     if start_mark is not None and start_entry:
         raise typer.BadParameter("--start-mark or --start-entry, not both")
-    from nbdtarget.replay_log import Answer, ReplayJob, run
     from nbdtarget.targets.log_writes.replay import Selection
+    from nbdtarget.tools.replay_log import Answer, ReplayJob, run
 
     job = ReplayJob(
         log=log,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.cli.outlet import Outlet, process_stderr
-from nbdtarget.clock import monotonic_ns
-from nbdtarget.words import printable
+from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.words import printable
 
 __all__ = ["LogHandler", "start_logging"]
 

@@ -13,8 +13,8 @@ import msgspec
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Json, Moved
-from nbdtarget.errors import NbdTargetError
-from nbdtarget.permissions import permissions
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.permissions import permissions
 
 __all__ = ["register"]
 
@@ -148,7 +148,7 @@ def check(
     # What --ignore-non-fatal-errors asks for is so in any case.
 
     def job() -> None:
-        from nbdtarget import metadata_tools
+        from nbdtarget.tools import metadata as metadata_tools
 
         answer = metadata_tools.check(
             file,
@@ -188,7 +188,7 @@ def dump(
     """Print the metadata as JSON, which `restore` makes metadata of again."""
     if form not in ("json", "xml"):
         raise typer.BadParameter(f"--format: json or xml, not {form!r}")
-    from nbdtarget import metadata_tools
+    from nbdtarget.tools import metadata as metadata_tools
 
     xml = form == "xml"
     if output is None:
@@ -251,7 +251,7 @@ def restore(
     origin_bytes = _bytes("--origin-size", origin_size)
 
     def job() -> None:
-        from nbdtarget import metadata_tools
+        from nbdtarget.tools import metadata as metadata_tools
 
         answer = metadata_tools.restore(
             source,
@@ -300,7 +300,7 @@ def import_(
     origin_bytes = _bytes("--origin-size", origin_size)
 
     def job() -> None:
-        from nbdtarget import metadata_tools
+        from nbdtarget.tools import metadata as metadata_tools
 
         answer = metadata_tools.import_kernel(
             file, output, origin_size=origin_bytes, overwrite=overwrite
@@ -338,7 +338,7 @@ def repair(
         raise typer.BadParameter(f"unexpected argument {unused!r}")
 
     def job() -> None:
-        from nbdtarget import metadata_tools
+        from nbdtarget.tools import metadata as metadata_tools
 
         answer = metadata_tools.repair(source, output, overwrite=overwrite, force=force)
         if not quiet:
@@ -351,7 +351,7 @@ def repair(
 
 def info(file: File, json: Json = False) -> None:
     """Print what the newest superblock says; nothing else is read or verified."""
-    from nbdtarget import metadata_tools
+    from nbdtarget.tools import metadata as metadata_tools
 
     _print(metadata_tools.info(file), quiet=False, json=json)
 
@@ -397,7 +397,7 @@ def writeback(
     was copied is recorded clean, as by a clean shutdown, once the origin has it for good.
     Exit 1 if a block could not be copied: it stays dirty.
     """
-    from nbdtarget.offline_writeback import WritebackJob
+    from nbdtarget.tools.writeback import WritebackJob
 
     writeback_job = WritebackJob(
         metadata=metadata,
@@ -413,8 +413,8 @@ def writeback(
     def job() -> None:
         import asyncio
 
-        from nbdtarget.cli.progress_writeback import make_progress
-        from nbdtarget.offline_writeback import write_back
+        from nbdtarget.cli.progress.writeback import make_progress
+        from nbdtarget.tools.writeback import write_back
 
         with make_progress(quiet=quiet or json) as progress:
             answer = asyncio.run(write_back(writeback_job, progress))
@@ -456,8 +456,8 @@ def size(
         _refuse_mixture(device_size, block_size, nr_blocks, "block")
     else:
         _refuse_mixture(device_size, region_size, nr_regions, "region")
-    from nbdtarget import metadata_tools
-    from nbdtarget.metadata_answers import UNIT_LETTERS, UNITS, SizeAnswer
+    from nbdtarget.tools import metadata as metadata_tools
+    from nbdtarget.tools.answers import UNIT_LETTERS, UNITS, SizeAnswer
 
     name = UNIT_LETTERS.get(unit, unit)
     if name not in UNITS:

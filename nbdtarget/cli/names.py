@@ -11,8 +11,8 @@ import stat
 from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control.messages import InfoLine
-from nbdtarget.errors import NbdTargetError
 
 __all__ = [
     "BELOW_NAMES",

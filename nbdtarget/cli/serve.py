@@ -132,9 +132,9 @@ def serve(
 ) -> int:
     """Serve mapped devices over NBD until told to stop."""
     from nbdtarget.cli.logs import start_logging
-    from nbdtarget.daemon import ServeOptions, run, serve_until_stopped
+    from nbdtarget.common.unix_socket import SocketOptions
+    from nbdtarget.daemon.daemon import ServeOptions, run, serve_until_stopped
     from nbdtarget.server.listener import export_uri
-    from nbdtarget.unix_socket import SocketOptions
 
     start_logging(verbose=verbose)
     limits = {

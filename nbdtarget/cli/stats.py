@@ -18,8 +18,8 @@ from nbdtarget.cli.stats_report import (
     region_table,
     report_table,
 )
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
-from nbdtarget.errors import NbdTargetError
 
 __all__ = ["register"]
 
@@ -253,7 +253,7 @@ def report(
 def _wait(seconds: int) -> None:
     import asyncio  # here: the other commands are quick
 
-    from nbdtarget.clock import sleep
+    from nbdtarget.common.clock import sleep
 
     asyncio.run(sleep(seconds))
 

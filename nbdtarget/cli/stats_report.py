@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 
 __all__ = ["Region", "parse_region", "region_table", "report_table"]
 

@@ -17,9 +17,9 @@ from nbdtarget.cli.common import (
     caller_directory,
 )
 from nbdtarget.cli.concise import parse_concise
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.permissions import Permission, permissions
 from nbdtarget.control import messages as m
-from nbdtarget.errors import NbdTargetError
-from nbdtarget.permissions import Permission, permissions
 
 __all__ = ["register"]
 

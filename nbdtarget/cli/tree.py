@@ -4,8 +4,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control.messages import InfoLine
-from nbdtarget.errors import NbdTargetError
 
 __all__ = ["OPTIONS", "draw_tree"]
 

@@ -29,7 +29,7 @@ def uncache(name: CacheName, json: Json = False, control: Control = None) -> int
     """
     import asyncio
 
-    from nbdtarget.cli.progress_uncache import make_reporter
+    from nbdtarget.cli.progress.uncache import make_reporter
     from nbdtarget.porcelain.uncache import UncacheJob
 
     address = str(address_for(control, Remove(name)))

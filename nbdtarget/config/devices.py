@@ -29,13 +29,13 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
-from nbdtarget.clock import timeout
+from nbdtarget.common.clock import timeout
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.config.file import Config, ConfigError, DeviceConfig, read
 from nbdtarget.config.openings import Opening, refusal
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import NbdTargetError
-from nbdtarget.unix_socket import SocketOptions
 
 __all__ = ["START_S_MAX", "ConfiguredDevices"]
 

@@ -36,6 +36,9 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from nbdtarget.common.errors import ListenError, NbdTargetError, TableError
+from nbdtarget.common.unix_socket import SocketOptions
+from nbdtarget.common.words import split_words
 from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
 from nbdtarget.config.table_words import words_mistake
@@ -43,12 +46,9 @@ from nbdtarget.control.paths import control_address
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import check_name, check_uuid
 from nbdtarget.dm.table import SECTOR, TargetSpec, scan_table
-from nbdtarget.errors import ListenError, NbdTargetError, TableError
 from nbdtarget.server.address import UnixAddress, parse_address
 from nbdtarget.server.limits import RELATIONS, Limits
 from nbdtarget.targets.base import Target
-from nbdtarget.unix_socket import SocketOptions
-from nbdtarget.words import split_words
 
 __all__ = ["Config", "ConfigError", "DeviceConfig", "Mistake", "parse", "read"]
 

@@ -20,12 +20,12 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from nbdtarget.clock import timeout
+from nbdtarget.common.clock import timeout
+from nbdtarget.common.errors import ConstructorError, NbdTargetError
+from nbdtarget.common.permissions import option_of
 from nbdtarget.config.file import DeviceConfig
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError, NbdTargetError
-from nbdtarget.permissions import option_of
 
 __all__ = ["RETRY_S_MAX", "RETRY_S_MIN", "Opening", "refusal"]
 

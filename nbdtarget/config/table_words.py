@@ -9,9 +9,9 @@ from being served.
 
 from collections.abc import Sequence
 
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.devices.resolve import SIZE_MAX
 from nbdtarget.dm.table import TargetSpec
-from nbdtarget.errors import NbdTargetError
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.targets.arguments import parse_sectors
 from nbdtarget.targets.cache import table as cache_table

@@ -7,7 +7,7 @@ a server, and most clones never see a control client: the first one to connect h
 in a thread, so that the disk's clients do not wait for it.
 
 Who may ask: whoever may open the socket, which has mode 0600 from the moment it exists, or what was
-asked for (`nbdtarget.unix_socket`). On TCP: whoever knows the token; without one there is no control on TCP.
+asked for (`nbdtarget.common.unix_socket`). On TCP: whoever knows the token; without one there is no control on TCP.
 """
 
 import asyncio
@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, UnixSocket
 from nbdtarget.control.paths import TOKEN_VARIABLE, ControlAddress, forget_directory
 from nbdtarget.control.sockets import (
     BACKLOG_MAX,
@@ -27,8 +29,6 @@ from nbdtarget.control.sockets import (
     take_tcp_socket,
 )
 from nbdtarget.control.verbs import Verbs
-from nbdtarget.errors import NbdTargetError
-from nbdtarget.unix_socket import PRIVATE, SocketAccess, UnixSocket
 
 __all__ = ["ControlServer", "NoSocketError", "SocketInUseError"]
 

@@ -12,9 +12,9 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control.messages import VERBS, Answer, Failure, Request
 from nbdtarget.control.paths import ControlAddress
-from nbdtarget.errors import NbdTargetError, TableError
 
 __all__ = ["ControlClient", "NoServerError", "SilentServerError"]
 

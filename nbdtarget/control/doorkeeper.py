@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from nbdtarget.clock import LoopClock, Timer
+from nbdtarget.common.clock import LoopClock, Timer
 
 __all__ = ["BODY_S", "CONNECTIONS_MAX", "HEADER_S", "IDLE_S", "Doorkeeper"]
 

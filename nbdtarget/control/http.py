@@ -31,12 +31,12 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
-from nbdtarget.clock import timeout
+from nbdtarget.common.clock import timeout
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.words import printable
 from nbdtarget.control import messages as m
 from nbdtarget.control.doorkeeper import BODY_S, Doorkeeper
 from nbdtarget.control.verbs import Verbs
-from nbdtarget.errors import NbdTargetError
-from nbdtarget.words import printable
 
 __all__ = ["serve_http"]
 

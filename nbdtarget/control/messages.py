@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from nbdtarget.permissions import Permission
+from nbdtarget.common.permissions import Permission
 
 __all__ = [
     "READING_VERBS",
@@ -81,7 +81,7 @@ class Done(Answer):
 class Create(Request):
     """`table` None: a device without a table. `directory`: where relative paths are meant.
 
-    `permissions`: what would be refused and is allowed, see `nbdtarget.permissions`.
+    `permissions`: what would be refused and is allowed, see `nbdtarget.common.permissions`.
     `rotational`: whether clients are told that the disk has to seek; null: as the disks below are.
     """
 

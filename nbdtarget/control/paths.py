@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 
 __all__ = [
     "TOKEN_VARIABLE",

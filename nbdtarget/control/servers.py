@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control.client import (
     ControlClient,
     NoServerError,
@@ -31,7 +32,6 @@ from nbdtarget.control.paths import (
     known_controls,
     serve_control_path,
 )
-from nbdtarget.errors import NbdTargetError, TableError
 
 __all__ = [
     "LOOK_S_MAX",

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The listening sockets of the control server. How one server gets a path: `nbdtarget.unix_socket`."""
+"""The listening sockets of the control server. How one server gets a path: `nbdtarget.common.unix_socket`."""
 
 import asyncio
 import socket
 from pathlib import Path
 from typing import Final
 
-from nbdtarget.control.paths import NoSocketError, TcpControl, make_directory
-from nbdtarget.unix_socket import (
+from nbdtarget.common.unix_socket import (
     PRIVATE,
     SocketAccess,
     SocketInUseError,
     UnixSocket,
     take_unix_socket,
 )
+from nbdtarget.control.paths import NoSocketError, TcpControl, make_directory
 
 __all__ = [
     "BACKLOG_MAX",

@@ -5,11 +5,11 @@ import os
 from collections.abc import Callable, Iterable
 
 from nbdtarget import __version__
+from nbdtarget.common.errors import TableError
 from nbdtarget.control import messages as m
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
-from nbdtarget.errors import TableError
 from nbdtarget.targets.base import StatusFields, Target
 
 __all__ = ["Verbs"]

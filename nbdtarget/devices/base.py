@@ -34,7 +34,6 @@ import errno as errnos
 from math import lcm
 from typing import Final, NamedTuple
 
-from metadata.disks import Evidence, Mark
 from nbdtarget.bio import (
     FUA,
     NO_UNMAP,
@@ -47,9 +46,10 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.workers import WorkerPool
-from nbdtarget.errors import DeviceError
+from nbdtarget_metadata.disks import Evidence, Mark
 
 __all__ = [
     "EXTENTS_MAX",

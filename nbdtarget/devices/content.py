@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Final, NamedTuple
 
-from nbdtarget.clock import monotonic_ns
+from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, Device
-from nbdtarget.errors import DeviceError
 
 __all__ = ["LOOK_S_MAX", "maybe_content"]
 

@@ -75,7 +75,8 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
-from nbdtarget.clock import monotonic_ns
+from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import (
     EXTENT_DATA,
     EXTENT_HOLE,
@@ -99,7 +100,6 @@ from nbdtarget.devices.syscalls import (
     start_writeback,
 )
 from nbdtarget.devices.workers import WorkerPool
-from nbdtarget.errors import DeviceError
 
 __all__ = ["FileDevice"]
 

@@ -3,10 +3,10 @@
 
 from functools import partial
 
-from metadata.disks import Evidence, Mark
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.identity import identify_fd, mark_fd, sync_attributes_fd
 from nbdtarget.devices.workers import WorkerPool
+from nbdtarget_metadata.disks import Evidence, Mark
 
 __all__ = ["RecognisedFile"]
 

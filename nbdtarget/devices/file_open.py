@@ -29,6 +29,7 @@ import stat
 from collections.abc import Callable
 from functools import partial
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.file import FileDevice
 from nbdtarget.devices.page_cache import believe_the_disk
 from nbdtarget.devices.syscalls import (
@@ -39,7 +40,6 @@ from nbdtarget.devices.syscalls import (
     lock_for_writing,
 )
 from nbdtarget.devices.workers import WorkerPool
-from nbdtarget.errors import ResolveError
 
 __all__ = [
     "create_fd",

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 
-from nbdtarget.clock import wall_clock_s
+from nbdtarget.common.clock import wall_clock_s
 
 __all__ = ["Bequest", "Health", "HealthState"]
 

@@ -10,7 +10,7 @@
     a mapped device     its uuid, if it was given one
     a disk in memory    a number that is drawn anew each time
 
-How it is compared with what was recorded: `metadata.disks`. Everything here that takes a file
+How it is compared with what was recorded: `nbdtarget_metadata.disks`. Everything here that takes a file
 descriptor or a path may block and runs in a worker. Nothing here fails: what cannot be found out is
 left out, and what cannot be marked is not.
 """
@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from metadata.disks import FILE, Disk, Evidence, Mark
 from nbdtarget.devices.nbd_uri import NbdUri
+from nbdtarget_metadata.disks import FILE, Disk, Evidence, Mark
 
 __all__ = [
     "BLOCK",

@@ -28,9 +28,9 @@ import asyncio
 import errno as errnos
 from typing import NamedTuple
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.health import Bequest
-from nbdtarget.errors import DeviceError
 
 __all__ = ["ConnectionObserver", "FlushObserver"]
 

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Final
 from uuid import uuid4
 
-from metadata.disks import Evidence
 from nbdtarget.bio import (
     NO_UNMAP,
     OP_DISCARD,
@@ -26,6 +25,7 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.turns import Turns
 from nbdtarget.devices.base import (
     EXTENT_DATA,
     EXTENT_HOLE,
@@ -34,7 +34,7 @@ from nbdtarget.devices.base import (
     Extent,
 )
 from nbdtarget.devices.identity import MEMORY
-from nbdtarget.turns import Turns
+from nbdtarget_metadata.disks import Evidence
 
 __all__ = ["CHUNK_SIZE", "MemoryDevice"]
 

@@ -51,7 +51,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
-from metadata.disks import Evidence
 from nbdtarget.bio import (
     FAST_ZERO,
     FUA,
@@ -65,7 +64,8 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
-from nbdtarget.clock import sleep
+from nbdtarget.common.clock import sleep
+from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.base import (
     EXTENT_DATA,
     EXTENT_HOLE,
@@ -79,9 +79,9 @@ from nbdtarget.devices.identity import NBD, nbd_ids
 from nbdtarget.devices.nbd_connect import connect_all
 from nbdtarget.devices.nbd_connection import NbdConnection, connect
 from nbdtarget.devices.nbd_uri import parse_nbd_uri
-from nbdtarget.errors import DeviceError, ResolveError
-from protocol import consts
-from protocol.client import ClientNegotiated, Completion
+from nbdtarget_metadata.disks import Evidence
+from nbdtarget_protocol import consts
+from nbdtarget_protocol.client import ClientNegotiated, Completion
 
 __all__ = ["NbdDevice", "open_nbd"]
 

@@ -5,11 +5,11 @@ import errno as errnos
 import logging
 from typing import Final
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.nbd_connection import NbdConnection, connect, wait_until_ended
 from nbdtarget.devices.nbd_uri import NbdUri
-from nbdtarget.errors import ResolveError
-from protocol import consts
-from protocol.client import ClientNegotiated
+from nbdtarget_protocol import consts
+from nbdtarget_protocol.client import ClientNegotiated
 
 __all__ = ["CONNECTIONS_MAX", "connect_all"]
 

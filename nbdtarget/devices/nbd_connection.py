@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One client connection to an NBD server: a non-blocking socket under `protocol.client`.
+"""One client connection to an NBD server: a non-blocking socket under `nbdtarget_protocol.client`.
 
 Theory of operation. `connect` resolves, connects and shakes hands, within named timeouts. Then
 the socket belongs to a `NbdConnection`:
@@ -48,17 +48,17 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from nbdtarget.clock import LoopClock, Timer, timeout
+from nbdtarget.common.clock import LoopClock, Timer, timeout
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.base import EXTENTS_MAX
 from nbdtarget.devices.nbd_uri import NbdUri
-from nbdtarget.errors import ResolveError
-from protocol.client import (
+from nbdtarget_protocol.client import (
     ClientHandshake,
     ClientNegotiated,
     ClientTransmission,
     Completion,
 )
-from protocol.consts import (
+from nbdtarget_protocol.consts import (
     CMD_BLOCK_STATUS,
     CMD_CACHE,
     CMD_DISC,
@@ -69,7 +69,7 @@ from protocol.consts import (
     CMD_WRITE_ZEROES,
     EIO,
 )
-from protocol.errors import ReplyError
+from nbdtarget_protocol.errors import ReplyError
 
 __all__ = ["NbdConnection", "connect", "wait_until_ended"]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from nbdtarget.errors import ResolveError
+from nbdtarget.common.errors import ResolveError
 
 __all__ = ["NBD_PORT", "NBD_SCHEMES", "NbdUri", "parse_nbd_uri"]
 

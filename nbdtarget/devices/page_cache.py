@@ -23,7 +23,7 @@ is beyond our reach. tmpfs has no disk, and its pages are the data: nothing is d
 
 cachestat came with Linux 6.5. On an older kernel the advice is trusted; for metadata, which are all that
 an acknowledgement can rest on without a write of the client, the first resume of each opening
-rewrites the superblock in any case (see `metadata/journaled.py`).
+rewrites the superblock in any case (see `metadata/nbdtarget_metadata/log/commit.py`).
 """
 
 import ctypes

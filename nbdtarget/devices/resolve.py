@@ -18,12 +18,12 @@ import stat
 from collections.abc import Hashable
 from typing import Final
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.file_open import create_file, open_file
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.devices.nbd import open_nbd
 from nbdtarget.devices.nbd_uri import NBD_SCHEMES, parse_nbd_uri
-from nbdtarget.errors import ResolveError
 
 __all__ = [
     "SIZE_MAX",

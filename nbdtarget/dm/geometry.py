@@ -6,7 +6,7 @@ NBD has no place for it: it is kept, and shown, and no client learns of it.
 
 from typing import Final, NamedTuple
 
-from nbdtarget.errors import TableError
+from nbdtarget.common.errors import TableError
 
 __all__ = ["Geometry"]
 

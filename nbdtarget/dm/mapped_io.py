@@ -65,14 +65,14 @@ from nbdtarget.bio import (
     Bio,
     split_bio,
 )
-from nbdtarget.clock import Clock
+from nbdtarget.common.clock import Clock
+from nbdtarget.common.turns import Turns
 from nbdtarget.devices.base import Device, QueueLimits
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.statistics import Statistics
 from nbdtarget.dm.table import Table
 from nbdtarget.dm.zero_fill import ZeroFill
 from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target
-from nbdtarget.turns import Turns
 
 __all__ = ["FAILED_DRAIN_S_MAX", "MappedIo", "State"]
 

@@ -55,12 +55,12 @@ from typing import Final, Protocol
 from urllib.parse import quote
 from weakref import WeakValueDictionary
 
-from nbdtarget.clock import Clock, timeout
+from nbdtarget.common.clock import Clock, timeout
+from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.permissions import Permission
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.table import TargetSpec
-from nbdtarget.errors import ResolveError
-from nbdtarget.permissions import Permission
 
 __all__ = ["MAPPER", "DeviceOpener", "OpenDevices", "TableContext", "absolute_name"]
 

@@ -20,16 +20,16 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from nbdtarget.clock import Clock, LoopClock, wait_within
+from nbdtarget.common.clock import Clock, LoopClock, wait_within
+from nbdtarget.common.errors import ConstructorError, TableError
+from nbdtarget.common.permissions import Permission
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
 from nbdtarget.dm.replacements import Replacements
 from nbdtarget.dm.table import SECTOR, Table, TargetSpec, construct_table, parse_table
-from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import ConstructorError, TableError
-from nbdtarget.permissions import Permission
 from nbdtarget.targets.base import Target
+from nbdtarget.targets.registry import TARGET_TYPES
 
 __all__ = ["MAJOR", "SUSPEND_S_MAX", "Registry"]
 
@@ -170,7 +170,7 @@ class Registry:
             table: text, or None for a device without one.
             minor: its minor number; None: the lowest that is free.
             directory: absolute; where relative paths in the table are meant.
-            permissions: what the caller allows, see `nbdtarget.permissions`.
+            permissions: what the caller allows, see `nbdtarget.common.permissions`.
             rotational: what clients are told; None: what the table's devices say.
             failure: shown as long as it has no table, see `MappedDevice.failure`.
         Raises: TableError, ConstructorError; nothing is left of the device then, nor of the

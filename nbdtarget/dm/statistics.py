@@ -30,8 +30,8 @@ from itertools import pairwise
 from typing import Final
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, Bio
-from nbdtarget.clock import Clock
-from nbdtarget.errors import TableError
+from nbdtarget.common.clock import Clock
+from nbdtarget.common.errors import TableError
 
 __all__ = ["AREAS_MAX", "Statistics"]
 

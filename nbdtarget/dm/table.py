@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
+from nbdtarget.common.errors import ConstructorError, TableError
+from nbdtarget.common.words import split_words
 from nbdtarget.devices.base import Device, QueueLimits
-from nbdtarget.errors import ConstructorError, TableError
 from nbdtarget.targets.base import Target, TargetContext
-from nbdtarget.words import split_words
 
 __all__ = [
     "SECTOR",

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_WRITE, Bio
+from nbdtarget.common.turns import Turns
 from nbdtarget.targets.base import Target
-from nbdtarget.turns import Turns
 
 __all__ = ["ZERO_BYTES_MAX", "ZERO_WRITES_MAX", "ZeroFill"]
 

@@ -34,7 +34,7 @@ Errors, all the user's doing, so not AssertionErrors:
 from abc import ABC, abstractmethod
 from typing import ClassVar, Final
 
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 
 __all__ = [
     "DEMOTE",

@@ -9,7 +9,7 @@ is dirty.
 
 from typing import ClassVar, Final
 
-from nbdtarget.policies.smq import Smq
+from nbdtarget.policies.smq.policy import Smq
 
 __all__ = ["Cleaner"]
 

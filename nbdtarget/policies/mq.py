@@ -8,7 +8,7 @@ accepted, shown as 0, and said to be ignored.
 from typing import ClassVar, Final
 
 from nbdtarget.policies.base import PolicyConfigError
-from nbdtarget.policies.smq import Smq
+from nbdtarget.policies.smq.policy import Smq
 
 __all__ = ["Mq"]
 

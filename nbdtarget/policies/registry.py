@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Final
 
 import nbdtarget.policies
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.policies.base import Policy
 
 __all__ = ["UnknownPolicyError", "policy_type", "policy_types"]

@@ -38,26 +38,26 @@ from typing import Final, Protocol
 
 import msgspec
 
-from metadata.cache import CacheMetadata
-from metadata.cache_superblock import CACHE, DIRTY_LOG, CacheSuperblock
-from metadata.disks import decode_disks
-from metadata.errors import MetadataError, NotFormatted
-from metadata.superblock import CLEAN_SHUTDOWN, read_superblock_of
-from nbdtarget import metadata_io
-from nbdtarget.clock import timeout
+from nbdtarget.common.clock import timeout
+from nbdtarget.common.errors import NbdTargetError, ResolveError
+from nbdtarget.common.permissions import permissions
+from nbdtarget.common.unix_socket import SocketOptions
+from nbdtarget.common.words import join_words, split_words
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.registry import check_name
-from nbdtarget.errors import NbdTargetError, ResolveError
-from nbdtarget.metadata_faults import explain
-from nbdtarget.permissions import permissions
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.table import PASSTHROUGH, SECTOR, WRITEBACK, WRITETHROUGH
-from nbdtarget.unix_socket import SocketOptions
-from nbdtarget.words import join_words, split_words
+from nbdtarget.targets.metadata_faults import explain
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.cache.superblock import CACHE, DIRTY_LOG, CacheSuperblock
+from nbdtarget_metadata.disks import decode_disks
+from nbdtarget_metadata.errors import MetadataError, NotFormatted
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, read_superblock_of
 
 __all__ = [
     "CacheJob",

@@ -30,20 +30,20 @@ from typing import Final, Protocol
 
 import msgspec
 
-from metadata.errors import MetadataError
-from metadata.superblock import CloneSuperblock, read_superblock
-from nbdtarget import metadata_io
-from nbdtarget.clock import timeout
+from nbdtarget.common.clock import timeout
+from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.permissions import permissions
+from nbdtarget.common.unix_socket import SocketOptions
+from nbdtarget.common.words import join_words, split_words
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.registry import check_name
 from nbdtarget.dm.table import SECTOR
-from nbdtarget.errors import ResolveError
-from nbdtarget.permissions import permissions
 from nbdtarget.porcelain import job, look
-from nbdtarget.unix_socket import SocketOptions
-from nbdtarget.words import join_words, split_words
+from nbdtarget.targets import metadata_io
+from nbdtarget_metadata.errors import MetadataError
+from nbdtarget_metadata.log.superblock import CloneSuperblock, read_superblock
 
 __all__ = ["CloneJob", "CloneOptions", "ClonePlan", "CloneReporter", "plan_clone"]
 

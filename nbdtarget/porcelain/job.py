@@ -19,6 +19,9 @@ import logging
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.permissions import Permission
+from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.control.paths import (
     NoSocketError,
     control_address,
@@ -27,7 +30,7 @@ from nbdtarget.control.paths import (
     job_control_path,
 )
 from nbdtarget.control.sockets import SocketInUseError
-from nbdtarget.daemon import (
+from nbdtarget.daemon.daemon import (
     Daemon,
     StopBounds,
     default_listen,
@@ -37,9 +40,6 @@ from nbdtarget.daemon import (
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.table import Table
-from nbdtarget.errors import NbdTargetError
-from nbdtarget.permissions import Permission
-from nbdtarget.unix_socket import SocketOptions
 
 __all__ = ["Job", "Plan", "Reporter"]
 
@@ -89,7 +89,7 @@ class Job(Generic[P]):
         control: address of the control socket; None: the one called after the export.
         sockets: modes, owners and groups.
         stop_timeout: seconds, see `StopBounds.of`.
-        permissions: what the user allows, see `nbdtarget.permissions`.
+        permissions: what the user allows, see `nbdtarget.common.permissions`.
     """
 
     def __init__(

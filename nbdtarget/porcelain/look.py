@@ -5,10 +5,10 @@ import errno as errnos
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices import resolve
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.table import SECTOR
-from nbdtarget.errors import ResolveError
 
 __all__ = [
     "check_distinct",

@@ -43,9 +43,10 @@ from typing import Final, Protocol, TypeVar
 
 import msgspec
 
-from nbdtarget.clock import monotonic_ns, timeout
+from nbdtarget.common.clock import monotonic_ns, timeout
+from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.common.words import join_words, split_words
 from nbdtarget.control import messages as m
-from nbdtarget.errors import NbdTargetError, TableError
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.table import (
     ARGUMENTS_MIN,
@@ -55,7 +56,6 @@ from nbdtarget.targets.cache.table import (
     Options,
     parse_options,
 )
-from nbdtarget.words import join_words, split_words
 
 __all__ = [
     "Ask",

@@ -4,7 +4,7 @@
 import os
 from typing import Final, NamedTuple
 
-from nbdtarget.errors import ListenError
+from nbdtarget.common.errors import ListenError
 
 __all__ = ["TcpAddress", "UnixAddress", "parse_address"]
 

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from nbdtarget.devices.base import Device, Extent
-from protocol.consts import BASE_ALLOCATION
-from protocol.handshake import CONTEXTS_MAX
-from protocol.transmission import block_status, clip_extents
+from nbdtarget_protocol.consts import BASE_ALLOCATION
+from nbdtarget_protocol.handshake import CONTEXTS_MAX
+from nbdtarget_protocol.transmission import block_status, clip_extents
 
 __all__ = ["NAMESPACE", "context_names", "describe"]
 

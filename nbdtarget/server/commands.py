@@ -11,7 +11,7 @@ from nbdtarget.bio import (
     OP_DISCARD,
     OP_WRITE_ZEROES,
 )
-from protocol.consts import (
+from nbdtarget_protocol.consts import (
     CMD_CACHE,
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_NO_HOLE,

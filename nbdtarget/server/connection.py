@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from nbdtarget.bio import Bio
-from nbdtarget.clock import Timer, perf_counter_ns
+from nbdtarget.common.clock import Timer, perf_counter_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.server.buffers import Buffer
 from nbdtarget.server.export import DirectoryExports
@@ -59,8 +59,8 @@ from nbdtarget.server.output import Output, is_gone
 from nbdtarget.server.peer import HUNG_UP
 from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
-from protocol.consts import REQUEST
-from protocol.handshake import Negotiated, ServerHandshake
+from nbdtarget_protocol.consts import REQUEST
+from nbdtarget_protocol.handshake import Negotiated, ServerHandshake
 
 __all__ = ["Connection"]
 

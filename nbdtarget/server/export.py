@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from nbdtarget.devices.base import Device
 from nbdtarget.server.block_status import context_names
-from protocol.consts import (
+from nbdtarget_protocol.consts import (
     FLAG_CAN_MULTI_CONN,
     FLAG_READ_ONLY,
     FLAG_ROTATIONAL,
@@ -23,8 +23,8 @@ from protocol.consts import (
     PAYLOAD_MAX_DEFAULT,
     REP_ERR_UNKNOWN,
 )
-from protocol.errors import OptionError
-from protocol.handshake import ExportInfo
+from nbdtarget_protocol.errors import OptionError
+from nbdtarget_protocol.handshake import ExportInfo
 
 __all__ = [
     "DirectoryExports",
@@ -95,7 +95,7 @@ def preferred_block_size(device: Device, *, payload_max: int) -> int:
 
 
 class DirectoryExports:
-    """A directory as `protocol.handshake.Exports`.
+    """A directory as `nbdtarget_protocol.handshake.Exports`.
 
     Args:
         payload_max: bytes of one READ or WRITE that the server takes; no more is advertised,

@@ -45,7 +45,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, Bio
-from nbdtarget.clock import Clock, Timer
+from nbdtarget.common.clock import Clock, Timer
 from nbdtarget.devices.base import Device
 
 __all__ = ["Gate", "Gates", "Member"]

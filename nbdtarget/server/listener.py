@@ -4,7 +4,7 @@
 Theory of operation. `start` may be called for any number of addresses; all share one budget.
 
     unix:PATH        a stale socket of a dead server is replaced, a live one is refused; its mode is
-                     what was asked for, whatever the umask is (`nbdtarget.unix_socket`)
+                     what was asked for, whatever the umask is (`nbdtarget.common.unix_socket`)
     tcp:HOST:PORT    every address of HOST; port 0 takes a free one; [::1] in brackets
 
 How many connections there may be, and from where: `admission.py`; one above a bound is closed at once. Accepting
@@ -30,8 +30,16 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import quote
 
-from nbdtarget.clock import Clock, LoopClock, Timer
-from nbdtarget.errors import ListenError
+from nbdtarget.common.clock import Clock, LoopClock, Timer
+from nbdtarget.common.errors import ListenError
+from nbdtarget.common.turns import Turns
+from nbdtarget.common.unix_socket import (
+    PRIVATE,
+    SocketAccess,
+    SocketInUseError,
+    UnixSocket,
+    take_unix_socket,
+)
 from nbdtarget.server.address import UnixAddress, parse_address
 from nbdtarget.server.admission import Admission, origin_of
 from nbdtarget.server.buffers import BufferPool
@@ -41,14 +49,6 @@ from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.peer import hang_up_events
 from nbdtarget.server.shared import Shared
-from nbdtarget.turns import Turns
-from nbdtarget.unix_socket import (
-    PRIVATE,
-    SocketAccess,
-    SocketInUseError,
-    UnixSocket,
-    take_unix_socket,
-)
 
 __all__ = ["Listener", "export_uri"]
 

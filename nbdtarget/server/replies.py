@@ -5,11 +5,8 @@ from nbdtarget.bio import Bio
 from nbdtarget.server.buffers import HEADER_ROOM
 from nbdtarget.server.output import Output
 from nbdtarget.server.zeroes import is_zero
-from protocol.consts import (
-    OFFSET_DATA,
-    SIMPLE_REPLY,
-)
-from protocol.transmission import (
+from nbdtarget_protocol.consts import OFFSET_DATA, SIMPLE_REPLY
+from nbdtarget_protocol.transmission import (
     error_chunk,
     offset_hole,
     pack_offset_data_into,

@@ -4,7 +4,7 @@
 from typing import Final, NamedTuple
 
 from nbdtarget.server.buffers import Buffer
-from protocol.consts import CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
+from nbdtarget_protocol.consts import CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 
 __all__ = ["WRITING", "Request", "Violation"]
 

@@ -44,10 +44,10 @@ from mmap import mmap
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
-from nbdtarget.clock import perf_counter_ns
+from nbdtarget.common.clock import perf_counter_ns
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.losses import ConnectionObserver
-from nbdtarget.errors import DeviceError
 from nbdtarget.server.block_status import describe
 from nbdtarget.server.buffers import HEADER_ROOM, Buffer
 from nbdtarget.server.commands import OPS, bio_flags_of
@@ -56,7 +56,7 @@ from nbdtarget.server.output import Output
 from nbdtarget.server.replies import encode_error, pack_read, push_read
 from nbdtarget.server.request import WRITING, Request, Violation
 from nbdtarget.server.shared import Host, Shared
-from protocol.consts import (
+from nbdtarget_protocol.consts import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
     CMD_FLAG_DF,
@@ -76,9 +76,9 @@ from protocol.consts import (
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
 )
-from protocol.errors import RequestError
-from protocol.handshake import Negotiated
-from protocol.transmission import (
+from nbdtarget_protocol.errors import RequestError
+from nbdtarget_protocol.handshake import Negotiated
+from nbdtarget_protocol.transmission import (
     PAYLOAD_ACCEPT,
     PAYLOAD_DISCONNECT,
     ServerTransmission,

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nbdtarget.clock import Clock
+from nbdtarget.common.clock import Clock
+from nbdtarget.common.turns import Turns
 from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
-from nbdtarget.turns import Turns
 
 __all__ = ["Host", "Shared"]
 

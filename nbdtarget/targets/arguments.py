@@ -11,10 +11,10 @@ its own flush delay): it is opened once for each name, as `Runs` does.
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+from nbdtarget.common.errors import ConstructorError, ResolveError
+from nbdtarget.common.words import quote_word
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import ConstructorError, ResolveError
 from nbdtarget.targets.base import TargetContext
-from nbdtarget.words import quote_word
 
 __all__ = [
     "SECTOR",

@@ -22,10 +22,10 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Final, Protocol
 
 from nbdtarget.bio import Bio
-from nbdtarget.clock import Clock
+from nbdtarget.common.clock import Clock
+from nbdtarget.common.errors import TableError
+from nbdtarget.common.permissions import Permission
 from nbdtarget.devices.base import Device, Extent, QueueLimits
-from nbdtarget.errors import TableError
-from nbdtarget.permissions import Permission
 
 __all__ = [
     "KILL",
@@ -53,7 +53,7 @@ class TargetContext(Protocol):
         name: the mapped device's name, for logs.
         read_only: the table is loaded read-only: a target that only passes bios on opens its
             device read-only too. Metadata is opened for writing all the same.
-        permissions: words of `nbdtarget.permissions` that the command gave which loads the table.
+        permissions: words of `nbdtarget.common.permissions` that the command gave which loads the table.
         clock: the only source of time.
         replaces_unusable: the live table holds one of this target's disks by a device that is latched
             or lost, and this target got it opened anew. What that table knows in memory cannot

@@ -67,13 +67,13 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Protocol, TypeAlias
 
-from metadata.errors import FailedMetadata, MetadataError
-from metadata.operations import Steps
-from nbdtarget import metadata_io
 from nbdtarget.bio import Bio
-from nbdtarget.clock import Clock, Timer
+from nbdtarget.common.clock import Clock, Timer
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import DeviceError
+from nbdtarget.targets import metadata_io
+from nbdtarget_metadata.errors import FailedMetadata, MetadataError
+from nbdtarget_metadata.operations import Steps
 
 __all__ = ["COMMIT_PERIOD_S", "Committable", "Committer", "Transaction", "Unflushed"]
 
@@ -94,7 +94,7 @@ class Transaction(Protocol):
 
 
 class Committable(Protocol):
-    """The metadata of a target, as far as committing it goes. See `metadata.clone`."""
+    """The metadata of a target, as far as committing it goes. See `nbdtarget_metadata.clone.metadata`."""
 
     @property
     def changed(self) -> bool: ...

@@ -32,8 +32,8 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from nbdtarget.bio import OP_NAMES, OP_READ, OP_WRITE, Bio
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import DeviceError
 
 __all__ = ["CHUNK_BYTES", "COPY_BYTES_MAX", "Copier", "CopyError"]
 

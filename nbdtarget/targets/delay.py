@@ -20,9 +20,9 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, Bio
-from nbdtarget.clock import Timer
+from nbdtarget.common.clock import Timer
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import Device, Extent
-from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.arguments import (
     UINT32_MAX,
     Run,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which disks belong together: asked when a table is opened, recorded at each start and stop.
 
-Theory of operation. `metadata.disks` says what is recorded, and how it is compared; devices say what they
+Theory of operation. `nbdtarget_metadata.disks` says what is recorded, and how it is compared; devices say what they
 are (`Device.identify`). This module stands between: clone and cache ask it, each with its roles.
 
     open    `look` compares what is recorded with what is there. The constructor decides what
@@ -28,7 +28,12 @@ from typing import Final, NamedTuple, Protocol
 import msgspec
 from bitarray import bitarray
 
-from metadata.disks import (
+from nbdtarget.common.clock import timeout
+from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.permissions import MOVED, OTHER_DISK, Permission, option_of
+from nbdtarget.devices.base import Device
+from nbdtarget.devices.identity import is_still_there
+from nbdtarget_metadata.disks import (
     NOT_MARKED,
     SAMPLE_BYTES,
     Comparison,
@@ -45,12 +50,7 @@ from metadata.disks import (
     sample_of,
     spread_offsets,
 )
-from metadata.errors import MetadataError
-from nbdtarget.clock import timeout
-from nbdtarget.devices.base import Device
-from nbdtarget.devices.identity import is_still_there
-from nbdtarget.errors import DeviceError
-from nbdtarget.permissions import MOVED, OTHER_DISK, Permission, option_of
+from nbdtarget_metadata.errors import MetadataError
 
 __all__ = [
     "CACHE_ROLE",

@@ -26,7 +26,8 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, Bio, split_bio
-from nbdtarget.errors import ConstructorError, TableError
+from nbdtarget.common.errors import ConstructorError, TableError
+from nbdtarget.common.words import quote_word
 from nbdtarget.targets.arguments import (
     SECTOR,
     Run,
@@ -43,7 +44,6 @@ from nbdtarget.targets.base import (
     TargetContext,
 )
 from nbdtarget.targets.run import RunTarget
-from nbdtarget.words import quote_word
 
 __all__ = ["DustTarget"]
 

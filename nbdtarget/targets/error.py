@@ -4,8 +4,8 @@
 from collections.abc import Iterable, Sequence
 
 from nbdtarget.bio import Bio
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.arguments import Runs, close_all, parse_sectors
 from nbdtarget.targets.base import KILL, Target, TargetContext
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_CACHE, OP_FLUSH, OP_READ, OP_WRITE, Bio
-from nbdtarget.errors import ConstructorError
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.targets.arguments import (
     UINT32_MAX,
     Run,

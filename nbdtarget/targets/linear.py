@@ -9,8 +9,8 @@ flush, extents) shines through unchanged.
 from collections.abc import Sequence
 
 from nbdtarget.bio import OP_FLUSH, Bio
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.arguments import SECTOR, Runs, parse_sectors
 from nbdtarget.targets.base import REMAPPED, TargetContext
 from nbdtarget.targets.measured import target_attributes

@@ -21,14 +21,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import TypeVar
 
-from metadata.errors import MetadataError, MetadataTooSmall, NotOurs
-from metadata.journaled import JournaledMetadata
-from metadata.mode import Mode
+from nbdtarget.common.errors import ConstructorError, ResolveError, TableError
+from nbdtarget.common.permissions import OVERWRITE, Permission
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.content import maybe_content
-from nbdtarget.errors import ConstructorError, ResolveError, TableError
-from nbdtarget.permissions import OVERWRITE, Permission
 from nbdtarget.targets.base import TargetContext
+from nbdtarget_metadata.errors import MetadataError, MetadataTooSmall, NotOurs
+from nbdtarget_metadata.log.commit import JournaledMetadata
+from nbdtarget_metadata.mode import Mode
 
 __all__ = ["Opening", "metadata_errno", "refuse_stale"]
 

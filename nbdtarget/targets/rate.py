@@ -10,7 +10,7 @@ fire late, too little for a burst after a pause.
 
 from typing import Final
 
-from nbdtarget.clock import Clock
+from nbdtarget.common.clock import Clock
 
 __all__ = ["CREDIT_S", "JOB_S_MAX", "Rate"]
 

@@ -33,6 +33,7 @@ from nbdtarget.bio import (
     Bio,
     split_bio,
 )
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import (
     EXTENTS_MAX,
     Device,
@@ -40,7 +41,6 @@ from nbdtarget.devices.base import (
     QueueLimits,
     append_extent,
 )
-from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.arguments import (
     SECTOR,
     Run,

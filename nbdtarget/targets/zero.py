@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from nbdtarget.bio import OP_READ, Bio
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import EXTENT_HOLE, EXTENT_ZERO, Extent
-from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.base import SUBMITTED, Target, TargetContext
 
 __all__ = ["ZeroTarget"]

@@ -6,10 +6,10 @@ import errno as errnos
 
 import pytest
 
-from metadata.superblock import SUPERBLOCK_BLOCKS
 from nbdtarget.bio import OP_READ
-from nbdtarget.errors import TableError
-from nbdtarget.permissions import OVERWRITE
+from nbdtarget.common.errors import TableError
+from nbdtarget.common.permissions import OVERWRITE
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS
 from tests.cache_battery.fire import Fire
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab
 from tests.nbdtarget.targets.cache.support import Bench

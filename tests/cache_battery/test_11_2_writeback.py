@@ -9,7 +9,7 @@ import errno as errnos
 
 import pytest
 
-from nbdtarget.errors import DeviceError
+from nbdtarget.common.errors import DeviceError
 from tests.cache_battery.fire import Fire
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 

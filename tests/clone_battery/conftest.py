@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from metadata.check import check
-from nbdtarget import metadata_io
+from nbdtarget.targets import metadata_io
+from nbdtarget_metadata.tools.check import check
 from tests.clone_battery.lab import Lab
 
 

@@ -7,15 +7,15 @@ import random
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
-from metadata.superblock import read_superblock
-from nbdtarget import metadata_io
 from nbdtarget.bio import Bio
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.clone.target import CloneTarget
+from nbdtarget_metadata.log.superblock import read_superblock
 from tests.nbdtarget.targets.clone.support import Spy
 from tests.support.clock import SimClock
 

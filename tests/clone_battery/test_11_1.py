@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from nbdtarget.errors import ConstructorError
+from nbdtarget.common.errors import ConstructorError
 from tests.clone_battery.lab import MIB, Lab
 
 REGION = 4096

@@ -6,7 +6,7 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import FUA, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, PENDING
-from nbdtarget.errors import DeviceError
+from nbdtarget.common.errors import DeviceError
 from tests.clone_battery.lab import Lab
 from tests.nbdtarget.targets.clone.support import settle
 

@@ -32,14 +32,14 @@ happened that a cache is there for: a rig that never gets there proves nothing.
 from collections.abc import Callable
 from typing import Any, Final
 
-from metadata.cache import CacheMetadata
-from metadata.cache_check import mend_cache
-from metadata.errors import CorruptMetadata, NotFormatted
-from metadata.mode import Mode
 from nbdtarget.bio import OP_DISCARD, OP_WRITE, OP_WRITE_ZEROES, Bio
-from nbdtarget.policies.smq import _DIRTY, Smq
+from nbdtarget.policies.smq.policy import _DIRTY, Smq
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.target import CacheTarget
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.errors import CorruptMetadata, NotFormatted
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.tools.cache_check import mend_cache
 from tests.crash.images import run_over
 from tests.crash.invariants import Broken, Invariants
 from tests.support.devices import CrashDevice

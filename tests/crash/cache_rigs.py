@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from typing import Final
 from unittest import mock
 
-from metadata.cache import CacheMetadata
-from metadata.cache_check import examine_cache, mend_cache
-from metadata.errors import NotFormatted
-from nbdtarget.errors import TableError
-from nbdtarget.metadata_io import run
+from nbdtarget.common.errors import TableError
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
 from nbdtarget.targets.cache.target import CacheTarget
-from nbdtarget.volatile_cache import BORDERS
+from nbdtarget.targets.metadata_io import run
+from nbdtarget.targets.powercut.volatile_cache import BORDERS
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.errors import NotFormatted
+from nbdtarget_metadata.tools.cache_check import examine_cache, mend_cache
 from tests.crash.cache_invariants import CacheInvariants, maybe_open_cache
 from tests.crash.images import run_over
 from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE, _RegistryRig
@@ -60,9 +60,9 @@ def small_blocks() -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for module, name, value in (
             ("nbdtarget.targets.cache.table", "BLOCK_SECTORS_MIN", 1),
-            ("metadata.cache", "BLOCK_SIZE_MIN", SECTOR),
-            ("metadata.cache_superblock", "BLOCK_SIZE_MIN", SECTOR),
-            ("metadata.cache_blocks", "TAKEN_BACK_MAX", 1),
+            ("nbdtarget_metadata.cache.metadata", "BLOCK_SIZE_MIN", SECTOR),
+            ("nbdtarget_metadata.cache.superblock", "BLOCK_SIZE_MIN", SECTOR),
+            ("nbdtarget_metadata.cache.blocks", "TAKEN_BACK_MAX", 1),
             ("nbdtarget.targets.cache.foreground", "PIECES_AT_ONCE", 3),
             ("nbdtarget.targets.cache.pieces", "PIECES_AT_ONCE", 1),
             ("nbdtarget.targets.cache.pieces", "PIECES_MAX", 2),

@@ -28,7 +28,7 @@ import itertools
 import uvloop
 
 from nbdtarget.bio import OP_CACHE, OP_READ, Bio
-from nbdtarget.volatile_cache import SUBSETS_MAX
+from nbdtarget.targets.powercut.volatile_cache import SUBSETS_MAX
 from tests.crash.machine import Rig
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR, DiskModel, Violation

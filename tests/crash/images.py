@@ -5,9 +5,9 @@ from typing import TypeVar
 
 from bitarray import bitarray
 
-from metadata.clone import CloneMetadata
-from metadata.errors import NotFormatted
-from metadata.operations import Answer, Flush, Operation, Read, Steps, Write
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import NotFormatted
+from nbdtarget_metadata.operations import Answer, Flush, Operation, Read, Steps, Write
 
 __all__ = ["committed_bits", "run_over", "worn_metadata"]
 

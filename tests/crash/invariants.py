@@ -31,7 +31,6 @@ from typing import Any, Final
 
 from bitarray import bitarray
 
-from metadata.mode import Mode
 from nbdtarget.bio import (
     OP_CACHE,
     OP_DISCARD,
@@ -44,6 +43,7 @@ from nbdtarget.bio import (
 from nbdtarget.targets.clone.holes import Piece
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.prison import Cell
+from nbdtarget_metadata.mode import Mode
 from tests.crash.images import committed_bits
 from tests.support.devices import CrashDevice
 from tests.support.model import DiskModel

@@ -32,7 +32,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.losses import FlushObserver
-from nbdtarget.volatile_cache import Fate
+from nbdtarget.targets.powercut.volatile_cache import Fate
 from tests.crash.invariants import Invariants
 from tests.support.clock import SimClock
 from tests.support.devices import CrashDevice

@@ -8,18 +8,18 @@ from typing import Final
 
 from bitarray import bitarray
 
-from metadata.check import check
-from metadata.clone import CloneMetadata
-from metadata.errors import NotFormatted
+from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.permissions import OVERWRITE
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.open_devices import DeviceOpener
 from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.table import Table
-from nbdtarget.errors import ResolveError
-from nbdtarget.metadata_io import run
-from nbdtarget.permissions import OVERWRITE
 from nbdtarget.targets.clone.target import CloneTarget
-from nbdtarget.volatile_cache import BORDERS
+from nbdtarget.targets.metadata_io import run
+from nbdtarget.targets.powercut.volatile_cache import BORDERS
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import NotFormatted
+from nbdtarget_metadata.tools.check import check
 from tests.crash.images import worn_metadata
 from tests.crash.invariants import CloneInvariants, Invariants
 from tests.support.clock import SimClock

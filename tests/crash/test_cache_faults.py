@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import pytest
 
 from nbdtarget.bio import OP_READ, Bio
+from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.mapped_io import State
-from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.targets.cache.target import CacheTarget
 from tests.crash.cache_rigs import CacheRig, SwitchingCacheRig, small_blocks
 from tests.crash.rigs import DISK_SIZE, REGION_SIZE

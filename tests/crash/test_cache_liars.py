@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from metadata.cache import CacheMetadata
-from nbdtarget import metadata_io
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.policies.base import PROMOTE, Work
-from nbdtarget.policies.smq import Smq
+from nbdtarget.policies.smq.policy import Smq
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.foreground import Foreground
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.migrations import Migrations
 from nbdtarget.targets.committer import Committer, Transaction
+from nbdtarget_metadata.cache.metadata import CacheMetadata
 from tests.crash import test_cache_exhaustive as matrix
 from tests.crash.cache_rigs import PassthroughRig
 from tests.crash.invariants import Broken
@@ -156,7 +156,7 @@ def try_all() -> None:
         (MIGRATIONS + "_demote", demote_without_commit, "J1"),
         (FOREGROUND + "_invalidate", invalidate_after_the_write, "J1"),
         (
-            "nbdtarget.policies.smq.Smq.complete_background_work",
+            "nbdtarget.policies.smq.policy.Smq.complete_background_work",
             forget_promotion,
             "J2",
         ),
@@ -168,7 +168,11 @@ def try_all() -> None:
             start_later,
             "J5",
         ),
-        ("metadata.cache.CacheMetadata.__init__", trust_dirty_bits, "J6"),
+        (
+            "nbdtarget_metadata.cache.metadata.CacheMetadata.__init__",
+            trust_dirty_bits,
+            "J6",
+        ),
         ("nbdtarget.targets.cache.blocks.Blocks.set_clean", clean_silently, "J7"),
         ("nbdtarget.targets.cache.blocks.Blocks.set_dirty", dirty_in_policy_only, "J7"),
         (MIGRATIONS + "_tick_and_wait", tick_with_io, "J8"),

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 
 from nbdtarget.bio import OP_CACHE, Bio
-from nbdtarget.targets.clone import cache_requests
+from nbdtarget.targets.clone import prefetch as cache_requests
 from tests.crash.invariants import CloneInvariants
 from tests.crash.machine import Driver
 from tests.crash.rigs import DISK_SIZE, REGION_SIZE, CloneRig

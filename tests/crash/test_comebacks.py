@@ -23,18 +23,18 @@ from typing import Any
 
 import pytest
 
-from metadata.cache_check import examine_cache
-from metadata.errors import NotFormatted
-from nbdtarget import metadata_io
 from nbdtarget.bio import OP_FLUSH, OP_READ, Bio
+from nbdtarget.common.errors import DeviceError, NbdTargetError, TableError
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.mapped_io import State
 from nbdtarget.dm.open_devices import DeviceOpener
-from nbdtarget.errors import DeviceError, NbdTargetError, TableError
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.committer import Committer
-from nbdtarget.volatile_cache import Fate
+from nbdtarget.targets.powercut.volatile_cache import Fate
+from nbdtarget_metadata.errors import NotFormatted
+from nbdtarget_metadata.tools.cache_check import examine_cache
 from tests.crash.cache_rigs import (
     BLOCK_SIZE,
     REFUSALS,

@@ -15,9 +15,9 @@ from collections import Counter
 import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE, Bio
+from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.table import Table
-from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from tests.crash.machine import Driver
 from tests.crash.rigs import DISK_SIZE, REGION_SIZE, CloneRig
 from tests.crash.test_machine import KINDS, Step, take

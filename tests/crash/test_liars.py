@@ -9,10 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from metadata.errors import CorruptMetadata
-from nbdtarget import metadata_io
 from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, Bio
-from nbdtarget.dm.types import TARGET_TYPES
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import REMAPPED
 from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.holes import Holes
@@ -20,6 +18,8 @@ from nbdtarget.targets.clone.hydration import Hydration
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.committer import Committer, Transaction
 from nbdtarget.targets.prison import Cell, Prison
+from nbdtarget.targets.registry import TARGET_TYPES
+from nbdtarget_metadata.errors import CorruptMetadata
 from tests.crash import test_exhaustive as matrix
 from tests.crash.invariants import Broken
 from tests.crash.machine import Rig

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from metadata.errors import MetadataError
-from metadata.operations import Steps
-from metadata.superblock import CloneSuperblock, superblock_writes
 from nbdtarget.bio import FUA, OP_WRITE, Bio
+from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError, DeviceError, TableError
-from nbdtarget.volatile_cache import Fate
+from nbdtarget.targets.powercut.volatile_cache import Fate
+from nbdtarget_metadata.errors import MetadataError
+from nbdtarget_metadata.log.superblock import CloneSuperblock, superblock_writes
+from nbdtarget_metadata.operations import Steps
 from tests.crash.cache_rigs import (
     CacheRig,
     LoggedCacheRig,
@@ -257,7 +257,7 @@ def test_a_flush_that_rests_on_a_superblock_which_never_reached_the_disk_is_kept
     """The order of the copies and the first commits of a resume: each alone is enough for that."""
     walk = Walk(QuietCloneRig, 1)
     if not in_turn:
-        monkeypatch.setattr("metadata.journaled.write_superblock", at_once)
+        monkeypatch.setattr("nbdtarget_metadata.log.commit.write_superblock", at_once)
     driver = walk.driver
     driver.write(0, REGION_SIZE, fua=False)
     driver.flush()

@@ -161,7 +161,7 @@ def drain_reads(driver: Driver) -> None:
 def test_machine_catches_a_powercut_that_forgets_fua(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nbdtarget.targets.powercut.FUA", 0)
+    monkeypatch.setattr("nbdtarget.targets.powercut.target.FUA", 0)
     assert seeds_that_fail(PowercutRig, 20)
 
 
@@ -172,6 +172,6 @@ def test_machine_catches_a_powercut_that_does_not_flush(
         """A flush that brings nothing to the medium."""
 
     monkeypatch.setattr(
-        "nbdtarget.targets.powercut.PowercutTarget._write_back", nothing
+        "nbdtarget.targets.powercut.target.PowercutTarget._write_back", nothing
     )
     assert seeds_that_fail(PowercutRig, 20)

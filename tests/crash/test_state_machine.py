@@ -29,7 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nbdtarget.volatile_cache import Fate
+from nbdtarget.targets.powercut.volatile_cache import Fate
 from tests.crash.machine import Driver, Rig
 from tests.crash.rigs import REGION_SIZE, LinearRig, QuietCloneRig, WornCloneRig
 from tests.crash.test_directed import LazyDevice

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.devices import nbd as nbd_module
 from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import NbdTargetError
 from nbdtarget.server.listener import Listener
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.server.peer import Peer
 
 pytestmark = pytest.mark.interop

@@ -15,11 +15,16 @@ import msgspec
 import pytest
 from bitarray import bitarray
 
-from metadata import clone, records
-from metadata.clone import CloneMetadata
-from metadata.envelope import BLOCK_SIZE, HEADER_SIZE
-from metadata.operations import Answer, Flush, Read, Steps, Write
-from metadata.superblock import SUPERBLOCK_BLOCKS, CloneSuperblock, Superblock
+from nbdtarget_metadata.clone import metadata as clone
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.log import records
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE
+from nbdtarget_metadata.log.superblock import (
+    SUPERBLOCK_BLOCKS,
+    CloneSuperblock,
+    Superblock,
+)
+from nbdtarget_metadata.operations import Answer, Flush, Read, Steps, Write
 from tests.metadata.small import commit
 from tests.metadata.store import Store, drive
 

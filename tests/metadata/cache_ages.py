@@ -16,10 +16,16 @@ import msgspec
 import pytest
 from bitarray import bitarray
 
-from metadata import cache_records, cache_transaction
-from metadata.cache import CacheMetadata, Discarded, Policy, Statistics
-from metadata.cache_superblock import CacheSuperblock, device_size_with
-from metadata.operations import Steps, Write
+from nbdtarget_metadata.cache import records as cache_records
+from nbdtarget_metadata.cache import transaction as cache_transaction
+from nbdtarget_metadata.cache.metadata import (
+    CacheMetadata,
+    Discarded,
+    Policy,
+    Statistics,
+)
+from nbdtarget_metadata.cache.superblock import CacheSuperblock, device_size_with
+from nbdtarget_metadata.operations import Steps, Write
 from tests.metadata.ages import run_bounded
 from tests.metadata.cache_reader import Held, live_ranges
 from tests.metadata.cache_small import BLOCK_SIZE, UUID, commit, start

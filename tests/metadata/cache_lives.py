@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from bitarray import bitarray
 
-from metadata.cache import CacheMetadata, Policy
-from metadata.cache_content import CacheContent, read_cache_content
-from metadata.cache_load import Discarded
-from metadata.cache_superblock import CACHE, CacheSuperblock
-from metadata.superblock import choose_superblock_of
+from nbdtarget_metadata.cache.content import CacheContent, read_cache_content
+from nbdtarget_metadata.cache.load import Discarded
+from nbdtarget_metadata.cache.metadata import CacheMetadata, Policy
+from nbdtarget_metadata.cache.superblock import CACHE, CacheSuperblock
+from nbdtarget_metadata.log.superblock import choose_superblock_of
 from tests.metadata.cache_small import (
     NR_CBLOCKS,
     SIZE,

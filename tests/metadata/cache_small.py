@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small cache on a `Store`, and how to commit it."""
 
-from metadata.cache import CacheMetadata, CacheTransaction
+from nbdtarget_metadata.cache.metadata import CacheMetadata, CacheTransaction
 from tests.metadata.store import Store, drive
 
 # Neither is a power of two.

@@ -21,17 +21,17 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from metadata.cache import (
+from nbdtarget_metadata.cache.metadata import (
     FLUSH_CACHE,
     FLUSH_ORIGIN,
     CacheMetadata,
     CacheTransaction,
     Policy,
 )
-from metadata.cache_superblock import device_size_with
-from metadata.errors import CannotShrink, CorruptMetadata, ReadOnlyMetadata
-from metadata.operations import Flush, Read, Steps, Write
-from metadata.superblock import NEEDS_CHECK, superblock_writes
+from nbdtarget_metadata.cache.superblock import device_size_with
+from nbdtarget_metadata.errors import CannotShrink, CorruptMetadata, ReadOnlyMetadata
+from nbdtarget_metadata.log.superblock import NEEDS_CHECK, superblock_writes
+from nbdtarget_metadata.operations import Flush, Read, Steps, Write
 from tests.metadata.cache_small import UUID, dirty, mapped
 from tests.metadata.store import Store, Ticket, drive, read_image
 from tests.metadata.world import rotten

@@ -3,15 +3,13 @@
 
 import pytest
 
-from metadata import (
-    cache_blocks,
-    cache_records,
-    cache_transaction,
-    clone,
-    records,
-    transaction,
-)
-from metadata.clone import CloneMetadata
+from nbdtarget_metadata.cache import blocks as cache_blocks
+from nbdtarget_metadata.cache import records as cache_records
+from nbdtarget_metadata.cache import transaction as cache_transaction
+from nbdtarget_metadata.clone import metadata as clone
+from nbdtarget_metadata.clone import transaction
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.log import records
 from tests.metadata.small import SIZE, format_on
 from tests.metadata.store import Store
 

@@ -19,20 +19,25 @@ import msgspec
 import pytest
 from bitarray.util import zeros
 
-from metadata import records
-from metadata.arena import NR_REGIONS_MAX
-from metadata.check import check
-from metadata.envelope import BLOCK_SIZE, HEADER_SIZE, blocks_for, seal
-from metadata.errors import (
+from nbdtarget_metadata.errors import (
     GeometryMismatch,
     MetadataError,
     MetadataTooSmall,
     NotFormatted,
     NotOurs,
 )
-from metadata.mode import Mode
-from metadata.records import RECORD_MAGIC, Record, apply_record, read_chain
-from metadata.superblock import SUPERBLOCK_BLOCKS, SUPERBLOCK_MAGIC
+from nbdtarget_metadata.log import records
+from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE, blocks_for, seal
+from nbdtarget_metadata.log.records import (
+    RECORD_MAGIC,
+    Record,
+    apply_record,
+    read_chain,
+)
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, SUPERBLOCK_MAGIC
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.tools.check import check
 from tests.metadata.ages import (
     Aged,
     AnyAged,

@@ -16,19 +16,19 @@ from typing import Any, Final
 
 import msgspec
 
-from metadata.cache import CacheMetadata
-from metadata.cache_check import examine_cache
-from metadata.envelope import BLOCK_SIZE as META_BLOCK
-from metadata.errors import (
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.errors import (
     BlockSizeMismatch,
     MetadataError,
     MetadataTooSmall,
     NotFormatted,
     NotOurs,
 )
-from metadata.mode import Mode
-from metadata.records import RECORD_MAGIC
-from metadata.superblock import SUPERBLOCK_BLOCKS, SUPERBLOCK_MAGIC
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE as META_BLOCK
+from nbdtarget_metadata.log.records import RECORD_MAGIC
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, SUPERBLOCK_MAGIC
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.tools.cache_check import examine_cache
 from tests.metadata.cache_ages import (
     NR_CBLOCKS,
     ORIGIN_SIZE,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small clone on a `Store`, and how to commit it."""
 
-from metadata.clone import CloneMetadata
-from metadata.transaction import Transaction
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.transaction import Transaction
 from tests.metadata.store import Store, drive
 
 REGION_SIZE = 4096

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import TypeVar
 
-from metadata.operations import Answer, Flush, Operation, Read, Steps, Write
+from nbdtarget_metadata.operations import Answer, Flush, Operation, Read, Steps, Write
 
 T = TypeVar("T")
 

@@ -5,8 +5,11 @@ from functools import cache
 
 import pytest
 
-from metadata import clone, records
-from metadata.arena import (
+from nbdtarget_metadata.clone import metadata as clone
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall, NotOurs
+from nbdtarget_metadata.log import records
+from nbdtarget_metadata.log.arena import (
     JOURNAL_BLOCKS_MIN,
     NR_REGIONS_MAX,
     arena_blocks_for,
@@ -14,10 +17,8 @@ from metadata.arena import (
     load_bitmap,
     new_bitmap,
 )
-from metadata.clone import CloneMetadata
-from metadata.envelope import BLOCK_SIZE, HEADER_SIZE, peek_blocks
-from metadata.errors import CorruptMetadata, MetadataTooSmall, NotOurs
-from metadata.superblock import SUPERBLOCK_BLOCKS, CloneSuperblock
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE, peek_blocks
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, CloneSuperblock
 from tests.metadata.store import SECTOR, Store, drive, read_image
 from tests.metadata.test_superblock import make_superblock
 from tests.metadata.world import (
@@ -52,7 +53,7 @@ def test_larger_device_is_not_used_in_full() -> None:
 
 
 def test_new_bitmap_is_made_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metadata.arena.STEP_REGIONS", 64)
+    monkeypatch.setattr("nbdtarget_metadata.log.arena.STEP_REGIONS", 64)
     steps = new_bitmap(150)
     assert [next(steps) for _ in range(3)] == [(), (), ()]
     with pytest.raises(StopIteration) as stop:

@@ -8,15 +8,15 @@ import msgspec
 import pytest
 from bitarray import bitarray
 
-from metadata import cache_blocks
-from metadata.cache import (
+from nbdtarget_metadata.cache import blocks as cache_blocks
+from nbdtarget_metadata.cache.metadata import (
     FLUSH_CACHE,
     FLUSH_ORIGIN,
     CacheMetadata,
     Discarded,
     Policy,
 )
-from metadata.errors import (
+from nbdtarget_metadata.errors import (
     BlockSizeMismatch,
     CorruptMetadata,
     FailedMetadata,
@@ -25,9 +25,9 @@ from metadata.errors import (
     NotOurs,
     ReadOnlyMetadata,
 )
-from metadata.mode import Mode
-from metadata.operations import Flush, Write
-from metadata.superblock import NR_SLOTS, superblock_writes
+from nbdtarget_metadata.log.superblock import NR_SLOTS, superblock_writes
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.operations import Flush, Write
 from tests.metadata import small
 from tests.metadata.cache_small import (
     BLOCK_SIZE,

@@ -4,14 +4,18 @@
 import msgspec
 import pytest
 
-from metadata.cache import FLUSH_ORIGIN
-from metadata.cache_content import read_cache_content
-from metadata.cache_dump import render_cache
-from metadata.cache_dump_parser import parse_cache
-from metadata.cache_salvage import salvage_cache
-from metadata.cache_superblock import CacheSuperblock
-from metadata.cache_xml import render_xml
-from metadata.superblock import CLEAN_SHUTDOWN, ORIGIN_COMPLETE, superblock_block
+from nbdtarget_metadata.cache.content import read_cache_content
+from nbdtarget_metadata.cache.metadata import FLUSH_ORIGIN
+from nbdtarget_metadata.cache.superblock import CacheSuperblock
+from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
+    ORIGIN_COMPLETE,
+    superblock_block,
+)
+from nbdtarget_metadata.tools.cache_dump import render_cache
+from nbdtarget_metadata.tools.cache_dump_parser import parse_cache
+from nbdtarget_metadata.tools.cache_salvage import salvage_cache
+from nbdtarget_metadata.tools.cache_xml import render_xml
 from tests.metadata.cache_small import (
     SIZE,
     commit,

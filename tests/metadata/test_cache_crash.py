@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from metadata.cache import FLUSH_CACHE, FLUSH_ORIGIN
-from metadata.errors import MetadataError
+from nbdtarget_metadata.cache.metadata import FLUSH_CACHE, FLUSH_ORIGIN
+from nbdtarget_metadata.errors import MetadataError
 from tests.metadata.cache_world import CacheWorld, Mutant
 
 pytestmark = [pytest.mark.usefixtures("small_cache_chunks"), pytest.mark.slow]

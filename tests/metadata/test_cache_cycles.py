@@ -7,10 +7,10 @@ from itertools import islice
 import pytest
 from bitarray import bitarray
 
-from metadata.cache import CacheMetadata, Discarded, Policy
-from metadata.errors import CorruptMetadata, FailedMetadata, ReadOnlyMetadata
-from metadata.mode import Mode
-from metadata.operations import Write
+from nbdtarget_metadata.cache.metadata import CacheMetadata, Discarded, Policy
+from nbdtarget_metadata.errors import CorruptMetadata, FailedMetadata, ReadOnlyMetadata
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.operations import Write
 from tests.metadata.cache_small import (
     NR_CBLOCKS,
     SIZE,

@@ -4,8 +4,8 @@
 import pytest
 from bitarray import bitarray
 
-from metadata.cache_discards import convert_discards, discard_block_size_for
-from metadata.cache_load import Discarded
+from nbdtarget_metadata.cache.discards import convert_discards, discard_block_size_for
+from nbdtarget_metadata.cache.load import Discarded
 
 
 @pytest.mark.parametrize(

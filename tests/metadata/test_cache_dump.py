@@ -8,14 +8,14 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from metadata.cache_content import CacheContent
-from metadata.cache_dump import render_cache
-from metadata.cache_load import Discarded
-from metadata.cache_records import LOGGED, VALID
-from metadata.cache_superblock import DIRTY_LOG, NO_POLICY, Policy
-from metadata.errors import BadDump
-from metadata.kinds import CACHE, parse_dump
-from metadata.superblock import CLEAN_SHUTDOWN
+from nbdtarget_metadata.cache.content import CacheContent
+from nbdtarget_metadata.cache.load import Discarded
+from nbdtarget_metadata.cache.records import LOGGED, VALID
+from nbdtarget_metadata.cache.superblock import DIRTY_LOG, NO_POLICY, Policy
+from nbdtarget_metadata.errors import BadDump
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
+from nbdtarget_metadata.tools.cache_dump import render_cache
+from nbdtarget_metadata.tools.kinds import CACHE, parse_dump
 from tests.metadata.cache_lives import lives
 
 AGES = sorted(lives())

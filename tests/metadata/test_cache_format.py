@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from metadata.cache import CacheMetadata
-from metadata.cache_content import read_cache_content
-from metadata.cache_dump import render_cache
-from metadata.errors import NotFormatted
+from nbdtarget_metadata.cache.content import read_cache_content
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.errors import NotFormatted
+from nbdtarget_metadata.tools.cache_dump import render_cache
 from tests.metadata.cache_ages import held_by, open_cache
 from tests.metadata.cache_reader import Held, held_in, live_ranges
 from tests.metadata.cache_small import (

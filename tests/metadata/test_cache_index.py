@@ -6,8 +6,8 @@ from array import array
 
 import pytest
 
-from metadata.cache_index import OblockIndex
-from metadata.cache_records import OBLOCK_SHIFT, VALID, Words
+from nbdtarget_metadata.cache.index import OblockIndex
+from nbdtarget_metadata.cache.records import OBLOCK_SHIFT, VALID, Words
 from tests.metadata.store import read_image
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from metadata.cache import Policy
-from metadata.cache_records import (
+from nbdtarget_metadata.cache.metadata import Policy
+from nbdtarget_metadata.cache.records import (
     DirtyBits,
     Discards,
     Hints,
@@ -16,11 +16,15 @@ from metadata.cache_records import (
     SetValues,
     snapshot_blocks_max,
 )
-from metadata.cache_superblock import CacheSuperblock, first_superblock, layout_for
-from metadata.disks import RECORD_MAX
-from metadata.errors import CorruptMetadata, UnsupportedFormat
-from metadata.records import Chain
-from metadata.superblock import SUPERBLOCK_BLOCKS, superblock_writes
+from nbdtarget_metadata.cache.superblock import (
+    CacheSuperblock,
+    first_superblock,
+    layout_for,
+)
+from nbdtarget_metadata.disks import RECORD_MAX
+from nbdtarget_metadata.errors import CorruptMetadata, UnsupportedFormat
+from nbdtarget_metadata.log.records import Chain
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, superblock_writes
 from tests.metadata.cache_small import (
     BLOCK_SIZE,
     NR_CBLOCKS,

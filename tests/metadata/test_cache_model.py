@@ -16,10 +16,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from metadata.cache import CacheMetadata, CacheTransaction, Discarded, Policy
-from metadata.errors import CannotShrink
-from metadata.mode import Mode
-from metadata.operations import Operation, Steps
+from nbdtarget_metadata.cache.metadata import (
+    CacheMetadata,
+    CacheTransaction,
+    Discarded,
+    Policy,
+)
+from nbdtarget_metadata.errors import CannotShrink
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.operations import Operation, Steps
 from tests.metadata.cache_small import (
     BLOCK_SIZE,
     NR_CBLOCKS,

@@ -3,9 +3,9 @@
 
 import pytest
 
-from metadata import cache_blocks
-from metadata.cache import FLUSH_ORIGIN, CacheMetadata
-from metadata.errors import CannotShrink, MetadataTooSmall, ReadOnlyMetadata
+from nbdtarget_metadata.cache import blocks as cache_blocks
+from nbdtarget_metadata.cache.metadata import FLUSH_ORIGIN, CacheMetadata
+from nbdtarget_metadata.errors import CannotShrink, MetadataTooSmall, ReadOnlyMetadata
 from tests.metadata.cache_small import (
     BLOCK_SIZE,
     NR_CBLOCKS,

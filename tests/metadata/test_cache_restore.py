@@ -10,20 +10,20 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from metadata.cache import CacheMetadata
-from metadata.cache_check import examine_cache
-from metadata.cache_content import CacheContent
-from metadata.cache_restore import record_written_back, restore_cache
-from metadata.cache_superblock import DIRTY_LOG
-from metadata.errors import (
+from nbdtarget_metadata.cache.content import CacheContent
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.cache.superblock import DIRTY_LOG
+from nbdtarget_metadata.errors import (
     CorruptMetadata,
     MetadataError,
     MetadataTooSmall,
     NotOurs,
     UnsupportedFormat,
 )
-from metadata.operations import Answer, Flush, Read, Steps, Write
-from metadata.superblock import CLEAN_SHUTDOWN
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
+from nbdtarget_metadata.operations import Answer, Flush, Read, Steps, Write
+from nbdtarget_metadata.tools.cache_check import examine_cache
+from nbdtarget_metadata.tools.cache_restore import record_written_back, restore_cache
 from tests.metadata.cache_lives import LIVES, content_of, lives, superblock_of
 from tests.metadata.cache_small import NR_CBLOCKS, SIZE, commit, start
 from tests.metadata.cache_small import open_on as cache_open

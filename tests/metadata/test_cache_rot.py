@@ -12,9 +12,9 @@ from itertools import combinations
 import msgspec
 import pytest
 
-from metadata.cache import CacheMetadata
-from metadata.errors import CorruptMetadata, MetadataError
-from metadata.superblock import NR_SLOTS, SUPERBLOCK_BLOCKS
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.errors import CorruptMetadata, MetadataError
+from nbdtarget_metadata.log.superblock import NR_SLOTS, SUPERBLOCK_BLOCKS
 from tests.metadata.cache_ages import CacheAged, cache_ages, held_by, open_cache
 from tests.metadata.cache_reader import held_in, live_ranges, read_records
 from tests.metadata.test_rot import (

@@ -8,24 +8,28 @@ import msgspec
 import pytest
 from bitarray import bitarray
 
-from metadata.cache_check import examine_cache, mend_cache
-from metadata.cache_content import CacheContent
-from metadata.cache_records import LOGGED, SetEntries, decode_arena_record
-from metadata.cache_restore import restore_cache
-from metadata.cache_salvage import _Arena, salvage_cache
-from metadata.cache_superblock import DIRTY_LOG
-from metadata.check import Findings
-from metadata.envelope import BLOCK_SIZE
-from metadata.errors import (
+from nbdtarget_metadata.cache.content import CacheContent
+from nbdtarget_metadata.cache.records import LOGGED, SetEntries, decode_arena_record
+from nbdtarget_metadata.cache.superblock import DIRTY_LOG
+from nbdtarget_metadata.errors import (
     CorruptMetadata,
     MetadataError,
     MetadataTooSmall,
     NotFormatted,
     NotOurs,
 )
-from metadata.records import Chain
-from metadata.salvage import SalvagedOf
-from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK, superblock_writes
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.records import Chain
+from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
+    NEEDS_CHECK,
+    superblock_writes,
+)
+from nbdtarget_metadata.tools.cache_check import examine_cache, mend_cache
+from nbdtarget_metadata.tools.cache_restore import restore_cache
+from nbdtarget_metadata.tools.cache_salvage import _Arena, salvage_cache
+from nbdtarget_metadata.tools.check import Findings
+from nbdtarget_metadata.tools.clone_salvage import SalvagedOf
 from tests.metadata.cache_lives import (
     LIVES,
     CacheLife,

@@ -9,12 +9,12 @@ from collections import Counter
 
 import pytest
 
-from metadata.cache import CacheMetadata
-from metadata.cache_check import examine_cache
-from metadata.cache_content import read_cache_content
-from metadata.cache_restore import record_written_back, restore_cache
-from metadata.cache_salvage import salvage_cache
-from metadata.errors import MetadataError, UnsupportedFormat
+from nbdtarget_metadata.cache.content import read_cache_content
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.errors import MetadataError, UnsupportedFormat
+from nbdtarget_metadata.tools.cache_check import examine_cache
+from nbdtarget_metadata.tools.cache_restore import record_written_back, restore_cache
+from nbdtarget_metadata.tools.cache_salvage import salvage_cache
 from tests.metadata import fuzz_cache
 from tests.metadata.store import Store, drive, read_image
 from tests.metadata.test_cache_dump import parsed, text_of

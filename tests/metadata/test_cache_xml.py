@@ -8,11 +8,11 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from metadata.cache_content import CacheContent
-from metadata.cache_superblock import NO_POLICY
-from metadata.cache_xml import parse_xml, render_xml
-from metadata.errors import BadDump
-from metadata.superblock import CLEAN_SHUTDOWN
+from nbdtarget_metadata.cache.content import CacheContent
+from nbdtarget_metadata.cache.superblock import NO_POLICY
+from nbdtarget_metadata.errors import BadDump
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
+from nbdtarget_metadata.tools.cache_xml import parse_xml, render_xml
 from tests.metadata.cache_lives import lives
 from tests.metadata.test_cache_dump import make_cache, value
 

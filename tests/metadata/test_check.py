@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from metadata.check import check
-from metadata.clone import CloneMetadata
-from metadata.errors import CorruptMetadata, NotFormatted
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import CorruptMetadata, NotFormatted
+from nbdtarget_metadata.tools.check import check
 from tests.metadata.small import NR_REGIONS, SIZE, UUID, commit, format_on
 from tests.metadata.store import Store, drive, read_image
 from tests.metadata.world import rotten

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from metadata.clone import CloneMetadata
-from metadata.errors import (
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import (
     FailedMetadata,
     GeometryMismatch,
     MetadataError,
@@ -16,9 +16,13 @@ from metadata.errors import (
     NotOurs,
     ReadOnlyMetadata,
 )
-from metadata.mode import Mode
-from metadata.operations import Flush, Write
-from metadata.superblock import NR_SLOTS, format_superblocks, superblock_writes
+from nbdtarget_metadata.log.superblock import (
+    NR_SLOTS,
+    format_superblocks,
+    superblock_writes,
+)
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.operations import Flush, Write
 from tests.metadata.small import (
     NR_REGIONS,
     SIZE,

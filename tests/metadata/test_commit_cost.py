@@ -12,12 +12,12 @@ from typing import Final, Literal, TypeVar
 import pytest
 from bitarray import bitarray, util
 
-from metadata import arena, envelope, records
-from metadata import clone as clones
-from metadata.clone import CloneMetadata
-from metadata.operations import Answer, Flush, Operation, Read, Steps, Write
-from metadata.records import CHUNK_BYTES, STEP_BLOCKS
-from metadata.transaction import CATCH_UP_RUNS_MAX
+from nbdtarget_metadata.clone import metadata as clones
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.transaction import CATCH_UP_RUNS_MAX
+from nbdtarget_metadata.log import arena, envelope, records
+from nbdtarget_metadata.log.records import CHUNK_BYTES, STEP_BLOCKS
+from nbdtarget_metadata.operations import Answer, Flush, Operation, Read, Steps, Write
 
 NR_REGIONS: Final = 1 << 28
 CHANGES: Final = 1000

@@ -10,10 +10,10 @@ import random
 import msgspec
 import pytest
 
-from metadata.clone import CloneMetadata
-from metadata.errors import MetadataError, NotFormatted
-from metadata.operations import Flush, Steps
-from metadata.superblock import CloneSuperblock, superblock_writes
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import MetadataError, NotFormatted
+from nbdtarget_metadata.log.superblock import CloneSuperblock, superblock_writes
+from nbdtarget_metadata.operations import Flush, Steps
 from tests.metadata.store import Store, cut, drive
 from tests.metadata.world import (
     NR_REGIONS,
@@ -124,6 +124,6 @@ def test_crash_while_formatting_is_caught_when_slots_are_written_together(
         yield Flush()
         return second
 
-    monkeypatch.setattr("metadata.clone.format_superblocks", hasty)
+    monkeypatch.setattr("nbdtarget_metadata.clone.metadata.format_superblocks", hasty)
     with pytest.raises(MetadataError):
         test_crash_while_formatting_leaves_it_formatted_or_formattable()

@@ -6,7 +6,7 @@ from itertools import product
 import msgspec
 import pytest
 
-from metadata.disks import (
+from nbdtarget_metadata.disks import (
     FILE,
     IDS_MAX,
     NOT_MARKED,
@@ -25,13 +25,17 @@ from metadata.disks import (
     sample_of,
     spread_offsets,
 )
-from metadata.dump import disks_from_text, disks_text, render
-from metadata.dump_parser import parse
-from metadata.envelope import BLOCK_SIZE
-from metadata.operations import Write
-from metadata.restore import restore
-from metadata.salvage import salvage
-from metadata.superblock import choose_superblock, superblock_block, superblock_writes
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.superblock import (
+    choose_superblock,
+    superblock_block,
+    superblock_writes,
+)
+from nbdtarget_metadata.operations import Write
+from nbdtarget_metadata.tools.clone_dump import disks_from_text, disks_text, render
+from nbdtarget_metadata.tools.clone_dump_parser import parse
+from nbdtarget_metadata.tools.clone_restore import restore
+from nbdtarget_metadata.tools.clone_salvage import salvage
 from tests.metadata.store import Store, drive
 from tests.metadata.test_superblock import make_superblock
 

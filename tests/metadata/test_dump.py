@@ -10,13 +10,13 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from metadata import dump_fields
-from metadata.content import CloneContent, read_content
-from metadata.dump import flag_names, render
-from metadata.dump_fields import TOKEN_MAX, Scanner
-from metadata.dump_parser import parse
-from metadata.errors import BadDump
-from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
+from nbdtarget_metadata.clone.content import CloneContent, read_content
+from nbdtarget_metadata.errors import BadDump
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
+from nbdtarget_metadata.tools import dump_fields
+from nbdtarget_metadata.tools.clone_dump import flag_names, render
+from nbdtarget_metadata.tools.clone_dump_parser import parse
+from nbdtarget_metadata.tools.dump_fields import TOKEN_MAX, Scanner
 from tests.metadata.store import read_image
 
 FIXTURES = Path(__file__).parent / "fixtures"

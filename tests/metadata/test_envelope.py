@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadata import envelope
-from metadata.envelope import (
+from nbdtarget_metadata.errors import CorruptMetadata, UnsupportedFormat
+from nbdtarget_metadata.log import envelope
+from nbdtarget_metadata.log.envelope import (
     BLOCK_SIZE,
     FORMAT_VERSION,
     HEADER_SIZE,
@@ -15,7 +16,6 @@ from metadata.envelope import (
     peek_blocks,
     seal,
 )
-from metadata.errors import CorruptMetadata, UnsupportedFormat
 
 MAGIC = b"test-mag"
 

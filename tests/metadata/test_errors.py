@@ -3,7 +3,7 @@
 
 import pytest
 
-from metadata.errors import (
+from nbdtarget_metadata.errors import (
     BlockSizeMismatch,
     CannotShrink,
     CorruptMetadata,

@@ -6,10 +6,8 @@ import random
 import msgspec
 import pytest
 
-from metadata.check import Findings, check, examine, mend
-from metadata.content import read_content
-from metadata.envelope import BLOCK_SIZE
-from metadata.errors import (
+from nbdtarget_metadata.clone.content import read_content
+from nbdtarget_metadata.errors import (
     CorruptMetadata,
     MetadataError,
     MetadataTooSmall,
@@ -17,9 +15,15 @@ from metadata.errors import (
     NotOurs,
     UnknownKind,
 )
-from metadata.kinds import CLONE, find_kind
-from metadata.operations import Write
-from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK, superblock_writes
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
+    NEEDS_CHECK,
+    superblock_writes,
+)
+from nbdtarget_metadata.operations import Write
+from nbdtarget_metadata.tools.check import Findings, check, examine, mend
+from nbdtarget_metadata.tools.kinds import CLONE, find_kind
 from tests.metadata.ages import ages, opening
 from tests.metadata.store import Store, cut, drive, read_image
 from tests.metadata.test_salvage import live_blocks, rot
@@ -112,7 +116,7 @@ def test_every_broken_place_of_the_chain_is_named() -> None:
 
 
 def test_long_lists_of_broken_places_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metadata.check.GAPS_MAX", 1)
+    monkeypatch.setattr("nbdtarget_metadata.tools.check.GAPS_MAX", 1)
     image = ages()["compacted"].image
     live = live_blocks("compacted")
     damage = examined(rot(image, *live[:5:2])).damage

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from metadata.cache_content import CacheContent
-from metadata.cache_superblock import NO_POLICY
-from metadata.content import CloneContent
-from metadata.errors import CorruptMetadata, NotTheKernels, UnsupportedFormat
-from metadata.kernel_blocks import checksum
-from metadata.kernel_import import (
+from nbdtarget_metadata.cache.content import CacheContent
+from nbdtarget_metadata.cache.superblock import NO_POLICY
+from nbdtarget_metadata.clone.content import CloneContent
+from nbdtarget_metadata.errors import CorruptMetadata, NotTheKernels, UnsupportedFormat
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
+from nbdtarget_metadata.tools.kernel_blocks import checksum
+from nbdtarget_metadata.tools.kernel_import import (
     Imported,
     find_kernel_kind,
     import_cache,
     import_clone,
 )
-from metadata.superblock import CLEAN_SHUTDOWN
 from tests.metadata.kernel_writer import BLOCK, KernelWriter, crc32c
 from tests.metadata.store import read_image
 

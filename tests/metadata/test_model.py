@@ -13,12 +13,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from metadata.check import check
-from metadata.clone import CloneMetadata
-from metadata.errors import ReadOnlyMetadata
-from metadata.mode import Mode
-from metadata.operations import Operation, Steps
-from metadata.transaction import Transaction
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.transaction import Transaction
+from nbdtarget_metadata.errors import ReadOnlyMetadata
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.operations import Operation, Steps
+from nbdtarget_metadata.tools.check import check
 from tests.metadata.small import NR_REGIONS, SIZE, format_on, open_on
 from tests.metadata.store import Store, drive, read_image
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from metadata.operations import Flush, Read, read
+from nbdtarget_metadata.operations import Flush, Read, read
 
 
 def test_read_asks_for_what_it_was_told() -> None:

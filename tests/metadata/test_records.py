@@ -9,10 +9,10 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from metadata import records
-from metadata.envelope import BLOCK_SIZE, seal
-from metadata.errors import CorruptMetadata
-from metadata.records import (
+from nbdtarget_metadata.errors import CorruptMetadata
+from nbdtarget_metadata.log import records
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, seal
+from nbdtarget_metadata.log.records import (
     CHUNK_BYTES,
     CHUNK_REGIONS,
     RECORD_MAGIC,
@@ -90,7 +90,7 @@ def test_packed_runs_are_unpacked_on_any_machine(
     byteorder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = runs_of((1, 2), (0x01020304, 5))
-    monkeypatch.setattr("metadata.records.sys.byteorder", byteorder)
+    monkeypatch.setattr("nbdtarget_metadata.log.records.sys.byteorder", byteorder)
     assert unpack_runs(pack_runs(runs)) == runs
 
 

@@ -7,20 +7,20 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from metadata.check import check, examine
-from metadata.clone import CloneMetadata
-from metadata.content import CloneContent, read_content
-from metadata.dump import render
-from metadata.dump_parser import parse
-from metadata.errors import (
+from nbdtarget_metadata.clone.content import CloneContent, read_content
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import (
     MetadataError,
     MetadataTooSmall,
     NotFormatted,
     NotOurs,
     UnsupportedFormat,
 )
-from metadata.operations import Answer, Flush, Read, Write
-from metadata.restore import restore
+from nbdtarget_metadata.operations import Answer, Flush, Read, Write
+from nbdtarget_metadata.tools.check import check, examine
+from nbdtarget_metadata.tools.clone_dump import render
+from nbdtarget_metadata.tools.clone_dump_parser import parse
+from nbdtarget_metadata.tools.clone_restore import restore
 from tests.metadata.ages import REGION_SIZE, TARGET_SIZE, ages, opening
 from tests.metadata.small import commit
 from tests.metadata.store import Store, drive, read_image

@@ -15,11 +15,11 @@ from itertools import combinations
 
 import pytest
 
-from metadata.check import check
-from metadata.clone import CloneMetadata
-from metadata.envelope import BLOCK_SIZE, HEADER_SIZE, blocks_for
-from metadata.errors import CorruptMetadata, MetadataError
-from metadata.superblock import NR_SLOTS, SUPERBLOCK_BLOCKS
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import CorruptMetadata, MetadataError
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE, blocks_for
+from nbdtarget_metadata.log.superblock import NR_SLOTS, SUPERBLOCK_BLOCKS
+from nbdtarget_metadata.tools.check import check
 from tests.metadata.ages import (
     Aged,
     ages,

@@ -8,20 +8,24 @@ from pathlib import Path
 import pytest
 from bitarray import bitarray
 
-from metadata.content import CloneContent, read_content
-from metadata.envelope import BLOCK_SIZE
-from metadata.errors import (
+from nbdtarget_metadata.clone.content import CloneContent, read_content
+from nbdtarget_metadata.errors import (
     CorruptMetadata,
     MetadataError,
     MetadataTooSmall,
     NotFormatted,
     NotOurs,
 )
-from metadata.operations import Write
-from metadata.records import Chain, append_runs, new_runs
-from metadata.restore import restore
-from metadata.salvage import Salvaged, salvage
-from metadata.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK, CloneSuperblock
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.records import Chain, append_runs, new_runs
+from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
+    NEEDS_CHECK,
+    CloneSuperblock,
+)
+from nbdtarget_metadata.operations import Write
+from nbdtarget_metadata.tools.clone_restore import restore
+from nbdtarget_metadata.tools.clone_salvage import Salvaged, salvage
 from tests.metadata.ages import NR_REGIONS, Life, _compacted, ages
 from tests.metadata.small import commit
 from tests.metadata.store import Store, drive, read_image

@@ -3,9 +3,9 @@
 
 import pytest
 
-from metadata.envelope import BLOCK_SIZE
-from metadata.records import READ_BLOCKS, Chain, decode_record, new_runs
-from metadata.scan import WINDOW_BLOCKS, Placed, scan
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.records import READ_BLOCKS, Chain, decode_record, new_runs
+from nbdtarget_metadata.log.scan import WINDOW_BLOCKS, Placed, scan
 from tests.metadata.store import read_image
 
 NR_BLOCKS = 3 * WINDOW_BLOCKS

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metadata that can be written no more, and whose disk may say for good that an orderly stop was the last."""
 
-from metadata.clone import CloneMetadata
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.crash.images import run_over
 
 REGION = 4096

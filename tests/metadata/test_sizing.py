@@ -3,11 +3,11 @@
 
 import pytest
 
-from metadata.arena import NR_REGIONS_MAX
-from metadata.cache import CacheMetadata
-from metadata.clone import CloneMetadata
-from metadata.errors import MetadataTooSmall
-from metadata.sizing import (
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import MetadataTooSmall
+from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
+from nbdtarget_metadata.tools.sizing import (
     block_size_fault,
     cache_sizes,
     clone_sizes,

@@ -6,10 +6,8 @@ from itertools import product
 import msgspec
 import pytest
 
-from metadata import envelope
-from metadata.disks import RECORD_MAX
-from metadata.envelope import BLOCK_SIZE, seal
-from metadata.errors import (
+from nbdtarget_metadata.disks import RECORD_MAX
+from nbdtarget_metadata.errors import (
     CorruptMetadata,
     MetadataError,
     MetadataTooSmall,
@@ -17,8 +15,9 @@ from metadata.errors import (
     NotOurs,
     UnsupportedFormat,
 )
-from metadata.operations import UNREADABLE, Flush, Write
-from metadata.superblock import (
+from nbdtarget_metadata.log import envelope
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, seal
+from nbdtarget_metadata.log.superblock import (
     NEEDS_CHECK,
     SUPERBLOCK_MAGIC,
     CloneSuperblock,
@@ -28,6 +27,7 @@ from metadata.superblock import (
     superblock_block,
     superblock_writes,
 )
+from nbdtarget_metadata.operations import UNREADABLE, Flush, Write
 from tests.metadata.store import Store, drive
 
 UUID = bytes(range(16))

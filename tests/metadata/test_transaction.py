@@ -5,16 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
-from metadata.arena import JOURNAL_BLOCKS_MIN, device_size_with
-from metadata.clone import CloneMetadata
-from metadata.errors import (
-    FailedMetadata,
-    MetadataError,
-    ReadOnlyMetadata,
-)
-from metadata.operations import Flush, Write
-from metadata.records import snapshot_blocks_max
-from metadata.transaction import Transaction
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.transaction import Transaction
+from nbdtarget_metadata.errors import FailedMetadata, MetadataError, ReadOnlyMetadata
+from nbdtarget_metadata.log.arena import JOURNAL_BLOCKS_MIN, device_size_with
+from nbdtarget_metadata.log.records import snapshot_blocks_max
+from nbdtarget_metadata.operations import Flush, Write
 from tests.metadata.conftest import CATCH_UP_RUNS
 from tests.metadata.small import (
     NR_REGIONS,

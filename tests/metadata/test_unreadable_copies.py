@@ -9,12 +9,24 @@ from itertools import product
 
 import pytest
 
-from metadata.check import Findings, examine
-from metadata.clone import CloneMetadata
-from metadata.envelope import BLOCK_SIZE
-from metadata.errors import CorruptMetadata, MetadataError
-from metadata.operations import UNREADABLE, Answer, Flush, Read, Steps, TryRead, Write
-from metadata.superblock import NR_COPIES, SUPERBLOCK_BLOCKS, superblock_block
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import CorruptMetadata, MetadataError
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.superblock import (
+    NR_COPIES,
+    SUPERBLOCK_BLOCKS,
+    superblock_block,
+)
+from nbdtarget_metadata.operations import (
+    UNREADABLE,
+    Answer,
+    Flush,
+    Read,
+    Steps,
+    TryRead,
+    Write,
+)
+from nbdtarget_metadata.tools.check import Findings, examine
 from tests.metadata.small import SIZE, commit, format_on, open_on
 from tests.metadata.store import Store, Ticket, cut, drive
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from metadata.arena import JOURNAL_BLOCKS_MIN, device_size_with
-from metadata.clone import CloneMetadata
-from metadata.envelope import BLOCK_SIZE
-from metadata.operations import Flush, Read, Steps, Write
-from metadata.superblock import SUPERBLOCK_BLOCKS
-from metadata.transaction import Transaction
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.transaction import Transaction
+from nbdtarget_metadata.log.arena import JOURNAL_BLOCKS_MIN, device_size_with
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS
+from nbdtarget_metadata.operations import Flush, Read, Steps, Write
 from tests.metadata.store import SECTOR, Store, Ticket, drive, read_image
 
 NR_REGIONS = 2048

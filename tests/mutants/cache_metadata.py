@@ -19,9 +19,9 @@ COMPLETE: Final = (
 )
 SWITCHES: Final = ("tests/crash/test_cache_machine.py",)
 LOAD: Final = ("tests/metadata/test_cache_load.py",)
-TRANSACTION: Final = "metadata/cache_transaction.py"
-BLOCKS: Final = "metadata/cache_blocks.py"
-READING: Final = "metadata/cache_load.py"
+TRANSACTION: Final = "metadata/nbdtarget_metadata/cache/transaction.py"
+BLOCKS: Final = "metadata/nbdtarget_metadata/cache/blocks.py"
+READING: Final = "metadata/nbdtarget_metadata/cache/load.py"
 
 
 def _mutant(
@@ -170,7 +170,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "failed-commit-vouched-for",
         "Read only, a write goes to a mapping that no opening will find.",
-        "metadata/cache.py",
+        "metadata/nbdtarget_metadata/cache/metadata.py",
         "            self._changed |= self._transaction.taken\n",
         "            self._changed = self._transaction.taken ^ self._transaction.taken\n",
         (*CYCLES, *CUTS),
@@ -186,7 +186,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "stale-discards-believed",
         "After a reload what was written since the last full sync counts as discarded.",
-        "metadata/cache.py",
+        "metadata/nbdtarget_metadata/cache/metadata.py",
         "return self._discarded if self.is_recorded_clean else None",
         "return self._discarded",
         CYCLES,
@@ -202,7 +202,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "needs-check-in-the-failed-generation",
         "A crash leaves two superblocks of one generation that contradict each other.",
-        "metadata/cache.py",
+        "metadata/nbdtarget_metadata/cache/metadata.py",
         "generation=self._superblock.generation + 2,",
         "generation=self._superblock.generation + 1,",
         CUTS,
@@ -210,7 +210,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "needs-check-not-recorded",
         "After a failed commit the metadata opens as if nothing had been.",
-        "metadata/cache.py",
+        "metadata/nbdtarget_metadata/cache/metadata.py",
         "flags=self._superblock.flags | NEEDS_CHECK,",
         "flags=self._superblock.flags,",
         (*CACHE, *CUTS),
@@ -226,7 +226,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "hints-of-another-policy-believed",
         "Levels of one policy are taken for those of another.",
-        "metadata/cache_superblock.py",
+        "metadata/nbdtarget_metadata/cache/superblock.py",
         "            and self.name == stored.name\n",
         "",
         CACHE,
@@ -291,7 +291,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "origin-complete-stays-when-a-write-through-has-failed",
         "The origin did not take it; after a FLUSH a crash forgets what clients have read.",
-        "metadata/cache.py",
+        "metadata/nbdtarget_metadata/cache/metadata.py",
         "            or (self.admits_changes and self.is_complete != self.is_recorded_complete)\n",
         "",
         COMPLETE,
@@ -323,7 +323,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "origin-complete-believed-with-a-slot-lost",
         "A repair drops dirty blocks: the newest superblock is gone, and said something else.",
-        "metadata/cache_salvage.py",
+        "metadata/nbdtarget_metadata/tools/cache_salvage.py",
         "        flags &= ~ORIGIN_COMPLETE  # what the other slot said, nobody knows\n",
         "        pass\n",
         COMPLETE,
@@ -331,7 +331,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "blocks-recorded-clean-after-a-crash-in-writethrough",
         "Offline writeback calls blocks clean that differ from the origin: old data is read.",
-        "nbdtarget/offline_writeback.py",
+        "nbdtarget/tools/writeback.py",
         "if content.gives_up_mappings:",
         "if content.gives_up_mappings and content.nr_lost:",
         ("tests/nbdtarget/test_offline_writeback.py",),

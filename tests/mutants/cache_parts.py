@@ -131,7 +131,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "discards-believed-over-a-changed-origin",
         "The origin was written to alone where the cache had discarded: zeroes are written over it.",
-        "metadata/cache_blocks.py",
+        "metadata/nbdtarget_metadata/cache/blocks.py",
         "        self._discarded = None\n        self.gives_up_mappings",
         "        self.gives_up_mappings",
         DISKS_DM,

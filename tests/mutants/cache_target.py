@@ -422,7 +422,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "removals-of-a-failed-commit-forgotten",
         "As above, for the removals that were in the commit that failed.",
-        "metadata/cache.py",
+        "metadata/nbdtarget_metadata/cache/metadata.py",
         ("            self._removed |= self._transaction.removed\n", ""),
         GIVING_UP_TESTS,
     ),

@@ -7,9 +7,9 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["CACHE_TOOLS"]
 
-WRITEBACK: Final = "nbdtarget/offline_writeback.py"
-RESTORE: Final = "metadata/cache_restore.py"
-SALVAGE: Final = "metadata/cache_salvage.py"
+WRITEBACK: Final = "nbdtarget/tools/writeback.py"
+RESTORE: Final = "metadata/nbdtarget_metadata/tools/cache_restore.py"
+SALVAGE: Final = "metadata/nbdtarget_metadata/tools/cache_salvage.py"
 WRITEBACK_TESTS: Final = ("tests/nbdtarget/test_offline_writeback.py",)
 RESTORE_TESTS: Final = ("tests/metadata/test_cache_restore.py",)
 SALVAGE_TESTS: Final = ("tests/metadata/test_cache_salvage.py",)

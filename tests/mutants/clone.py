@@ -312,7 +312,7 @@ CLONE: Final = (
     Mutant(
         "cache-copies-without-the-lock",
         "CACHE copies a region that a client writes to: the newer write is overwritten.",
-        "nbdtarget/targets/clone/cache_requests.py",
+        "nbdtarget/targets/clone/prefetch.py",
         (
             ("        cell = await self._locked(begin, end)\n", ""),
             ("            regions.prison.release(cell)\n", ""),
@@ -453,7 +453,7 @@ CLONE: Final = (
     Mutant(
         "stop-that-failed-taken-for-none",
         "The superblock of a stop was written, and only the news was lost: it stays recorded.",
-        "metadata/journaled.py",
+        "metadata/nbdtarget_metadata/log/commit.py",
         (
             (
                 "(is_stopped or self._is_stop_begun)",

@@ -7,7 +7,7 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["CLONE_FEATURES"]
 
-CACHE_PY: Final = "nbdtarget/targets/clone/cache_requests.py"
+CACHE_PY: Final = "nbdtarget/targets/clone/prefetch.py"
 HYDRATION_PY: Final = "nbdtarget/targets/clone/hydration.py"
 MAPPED_DEVICE_PY: Final = "nbdtarget/dm/mapped_device.py"
 RATE_PY: Final = "nbdtarget/targets/rate.py"

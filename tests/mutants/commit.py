@@ -8,7 +8,7 @@ from tests.mutants.mutant import Mutant
 __all__ = ["COMMIT"]
 
 COMMITTER_PY: Final = "nbdtarget/targets/committer.py"
-METADATA_IO_PY: Final = "nbdtarget/metadata_io.py"
+METADATA_IO_PY: Final = "nbdtarget/targets/metadata_io.py"
 WALKS: Final = ("tests/crash/test_directed.py", "tests/crash/test_machine.py")
 COMMITTER: Final = ("tests/nbdtarget/targets/test_committer.py",)
 METADATA_IO: Final = ("tests/nbdtarget/test_metadata_io.py",)

@@ -340,7 +340,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-late-reply-into-a-buffer-given-back",
         "The reply to a read that was given up is received into memory that is somebody else's by now.",
-        "protocol/client_transmission.py",
+        "protocol/nbdtarget_protocol/client_transmission.py",
         (("twin.buffer = sink[: request.length]", "twin.buffer = request.buffer"),),
         NBD_LOSS,
     ),

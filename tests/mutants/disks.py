@@ -7,13 +7,13 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["DISKS"]
 
-COMPARE_PY: Final = "metadata/disks.py"
-SUPERBLOCK_PY: Final = "metadata/superblock.py"
-CACHE_BLOCKS_PY: Final = "metadata/cache_blocks.py"
+COMPARE_PY: Final = "metadata/nbdtarget_metadata/disks.py"
+SUPERBLOCK_PY: Final = "metadata/nbdtarget_metadata/log/superblock.py"
+CACHE_BLOCKS_PY: Final = "metadata/nbdtarget_metadata/cache/blocks.py"
 DISKS_PY: Final = "nbdtarget/targets/disks.py"
 CLONE_PY: Final = "nbdtarget/targets/clone/constructor.py"
 CACHE_PY: Final = "nbdtarget/targets/cache/constructor.py"
-WRITEBACK_PY: Final = "nbdtarget/offline_writeback.py"
+WRITEBACK_PY: Final = "nbdtarget/tools/writeback.py"
 TABLE: Final = ("tests/metadata/test_disks.py",)
 SITE: Final = ("tests/nbdtarget/dm/test_disks.py",)
 PICTURES: Final = ("tests/nbdtarget/dm/test_disks_crash.py",)

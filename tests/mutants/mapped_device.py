@@ -193,7 +193,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "writeback-believes-a-flush-after-a-loss",
         "The origin's server was restarted: what it had not flushed is recorded as clean.",
-        "nbdtarget/offline_writeback.py",
+        "nbdtarget/tools/writeback.py",
         (
             (
                 "        await self._observer.flush()\n",
@@ -205,7 +205,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "metadata-believe-a-flush-after-a-loss",
         "A superblock is written over a journal that the device has lost meanwhile.",
-        "nbdtarget/metadata_io.py",
+        "nbdtarget/targets/metadata_io.py",
         (
             (
                 "isinstance(operation, Flush) and device.losses != losses:\n",

@@ -13,9 +13,9 @@ SMQ_RULES: Final = "tests/nbdtarget/policies/test_smq.py"
 SHARE: Final = "tests/nbdtarget/policies/test_miss_share.py"
 QUEUE_RULES: Final = "tests/nbdtarget/policies/test_multi_level_queue.py"
 TRACKER_RULES: Final = "tests/nbdtarget/policies/test_tracker.py"
-SMQ: Final = "nbdtarget/policies/smq.py"
-QUEUE: Final = "nbdtarget/policies/multi_level_queue.py"
-TRACKER: Final = "nbdtarget/policies/tracker.py"
+SMQ: Final = "nbdtarget/policies/smq/policy.py"
+QUEUE: Final = "nbdtarget/policies/smq/multi_level_queue.py"
+TRACKER: Final = "nbdtarget/policies/smq/tracker.py"
 
 
 def _mutant(

@@ -17,9 +17,9 @@ REQUESTS: Final = (
 GATE_PY: Final = "nbdtarget/server/gate.py"
 GATE: Final = ("tests/nbdtarget/server/test_gate.py",)
 
-UNIX_SOCKET_PY: Final = "nbdtarget/unix_socket.py"
+UNIX_SOCKET_PY: Final = "nbdtarget/common/unix_socket.py"
 UNIX_SOCKET: Final = ("tests/nbdtarget/test_unix_socket.py",)
-DAEMON_PY: Final = "nbdtarget/daemon.py"
+DAEMON_PY: Final = "nbdtarget/daemon/daemon.py"
 STOP: Final = ("tests/nbdtarget/test_stop.py",)
 
 SERVER: Final = (

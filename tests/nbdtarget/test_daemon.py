@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget import daemon
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient, NoServerError
-from nbdtarget.daemon import passed_sockets
+from nbdtarget.daemon import daemon
+from nbdtarget.daemon.daemon import passed_sockets
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 TIMEOUT_S = 30

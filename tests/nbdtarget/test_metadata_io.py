@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from metadata.check import check
-from metadata.clone import CloneMetadata
-from metadata.errors import MetadataError, NotFormatted
-from metadata.operations import Answer, Flush, Operation, Read, Steps, Write
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import DeviceError
-from nbdtarget.metadata_io import run, run_file
+from nbdtarget.targets.metadata_io import run, run_file
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import MetadataError, NotFormatted
+from nbdtarget_metadata.operations import Answer, Flush, Operation, Read, Steps, Write
+from nbdtarget_metadata.tools.check import check
 
 SIZE = CloneMetadata.device_size_min(100)
 UUID = bytes(range(16))

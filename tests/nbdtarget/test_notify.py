@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.daemon import STOP_S_MAX
-from nbdtarget.notify import Notifier
+from nbdtarget.daemon.daemon import STOP_S_MAX
+from nbdtarget.daemon.notify import Notifier
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 UNITS = Path(__file__).parents[2] / "docs" / "systemd"

@@ -13,14 +13,14 @@ from functools import cache
 
 import pytest
 
-from metadata.cache import CacheMetadata, Policy
-from metadata.cache_content import CacheContent
-from metadata.superblock import CLEAN_SHUTDOWN
-from nbdtarget import offline_writeback
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
+from nbdtarget.common.errors import NbdTargetError, ResolveError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import NbdTargetError, ResolveError
-from nbdtarget.offline_writeback import WritebackAnswer, WritebackJob, write_back
+from nbdtarget.tools import writeback as offline_writeback
+from nbdtarget.tools.writeback import WritebackAnswer, WritebackJob, write_back
+from nbdtarget_metadata.cache.content import CacheContent
+from nbdtarget_metadata.cache.metadata import CacheMetadata, Policy
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from tests.metadata.cache_lives import content_of
 from tests.metadata.cache_small import commit, start
 from tests.metadata.store import Store, drive

@@ -9,17 +9,17 @@ import msgspec
 import pytest
 
 from nbdtarget.cli.app import run
-from nbdtarget.control.api import ControlServer
-from nbdtarget.control.messages import Create, Load
-from nbdtarget.control.verbs import Verbs
-from nbdtarget.dm.registry import Registry
-from nbdtarget.permissions import (
+from nbdtarget.common.permissions import (
     MOVED,
     OTHER_DISK,
     OVERWRITE,
     Permission,
     permissions,
 )
+from nbdtarget.control.api import ControlServer
+from nbdtarget.control.messages import Create, Load
+from nbdtarget.control.verbs import Verbs
+from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.base import Target, TargetContext
 from tests.nbdtarget.dm.support import RamOpener
 

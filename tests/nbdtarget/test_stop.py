@@ -15,7 +15,7 @@ import pytest
 
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
-from nbdtarget.daemon import StopBounds
+from nbdtarget.daemon.daemon import StopBounds
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 TIMEOUT_S = 30

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.errors import NbdTargetError
-from nbdtarget.unix_socket import (
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.unix_socket import (
     SocketAccess,
     SocketInUseError,
     SocketOptions,
@@ -23,7 +23,7 @@ PROCESSES = 20
 # Takes the socket as soon as it is told to, says how that went, and keeps it until it is told to end.
 RACER = """
 import sys
-from nbdtarget.unix_socket import SocketInUseError, take_unix_socket
+from nbdtarget.common.unix_socket import SocketInUseError, take_unix_socket
 print("up", flush=True)
 sys.stdin.readline()
 try:

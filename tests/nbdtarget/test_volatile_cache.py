@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nbdtarget.volatile_cache import (
+from nbdtarget.targets.powercut.volatile_cache import (
     SECTOR,
     Fate,
     PendingWrite,

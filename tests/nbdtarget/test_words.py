@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdtarget.words import join_words, split_words
+from nbdtarget.common.words import join_words, split_words
 
 
 @pytest.mark.parametrize(

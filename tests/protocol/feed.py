@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.client import (
+from nbdtarget_protocol.client import (
     ClientHandshake,
     ClientNegotiated,
     ClientTransmission,
     Completion,
 )
-from protocol.consts import (
+from nbdtarget_protocol.consts import (
     CMD_READ,
     FLAG_CAN_MULTI_CONN,
     FLAG_HAS_FLAGS,
@@ -25,9 +25,9 @@ from protocol.consts import (
     OPTION_REPLY_MAGIC,
     U32,
 )
-from protocol.errors import ReplyError
-from protocol.handshake import ExportInfo, Negotiated, ServerHandshake
-from protocol.options import encode_option
+from nbdtarget_protocol.errors import ReplyError
+from nbdtarget_protocol.handshake import ExportInfo, Negotiated, ServerHandshake
+from nbdtarget_protocol.options import encode_option
 
 GARBAGE = bytes(range(256)) * 2
 KIB = 1 << 10

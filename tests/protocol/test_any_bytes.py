@@ -11,8 +11,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.client import ClientHandshake
-from protocol.consts import (
+from nbdtarget_protocol.client import ClientHandshake
+from nbdtarget_protocol.consts import (
     CHUNK,
     CMD_BLOCK_STATUS,
     CMD_FLAG_DF,
@@ -30,16 +30,16 @@ from protocol.consts import (
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
 )
-from protocol.errors import ReplyError
-from protocol.handshake import ServerHandshake
-from protocol.options import (
+from nbdtarget_protocol.errors import ReplyError
+from nbdtarget_protocol.handshake import ServerHandshake
+from nbdtarget_protocol.options import (
     encode_info_request,
     encode_meta_context,
     encode_meta_context_request,
     encode_option,
     encode_option_reply,
 )
-from protocol.transmission import (
+from nbdtarget_protocol.transmission import (
     ServerTransmission,
     block_status,
     error_chunk,

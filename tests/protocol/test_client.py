@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from protocol.client import ClientHandshake, ClientTransmission, Completion
-from protocol.consts import (
+from nbdtarget_protocol.client import ClientHandshake, ClientTransmission, Completion
+from nbdtarget_protocol.consts import (
     CMD_BLOCK_STATUS,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
@@ -20,8 +20,8 @@ from protocol.consts import (
     FLAG_SEND_DF,
     REQUEST,
 )
-from protocol.handshake import ExportInfo, Negotiated, ServerHandshake
-from protocol.transmission import (
+from nbdtarget_protocol.handshake import ExportInfo, Negotiated, ServerHandshake
+from nbdtarget_protocol.transmission import (
     ServerTransmission,
     block_status,
     clip_extents,

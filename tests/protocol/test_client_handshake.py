@@ -3,8 +3,8 @@
 
 import pytest
 
-from protocol.client import ClientHandshake
-from protocol.consts import (
+from nbdtarget_protocol.client import ClientHandshake
+from nbdtarget_protocol.consts import (
     CLISERV_MAGIC,
     EXPORT,
     GREETING,
@@ -35,7 +35,7 @@ from protocol.consts import (
     U16,
     U32,
 )
-from protocol.options import (
+from nbdtarget_protocol.options import (
     encode_info_request,
     encode_meta_context,
     encode_meta_context_request,

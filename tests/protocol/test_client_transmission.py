@@ -7,9 +7,13 @@ from struct import Struct
 
 import pytest
 
-from protocol.client import ClientNegotiated, ClientTransmission
-from protocol.client_transmission import DIRECT_MIN, HEADER_OFFER, SCRATCH_SIZE
-from protocol.consts import (
+from nbdtarget_protocol.client import ClientNegotiated, ClientTransmission
+from nbdtarget_protocol.client_transmission import (
+    DIRECT_MIN,
+    HEADER_OFFER,
+    SCRATCH_SIZE,
+)
+from nbdtarget_protocol.consts import (
     CHUNK,
     CMD_BLOCK_STATUS,
     CMD_DISC,
@@ -35,8 +39,8 @@ from protocol.consts import (
     STRUCTURED_REPLY_MAGIC,
     U32,
 )
-from protocol.errors import ReplyError
-from protocol.transmission import (
+from nbdtarget_protocol.errors import ReplyError
+from nbdtarget_protocol.transmission import (
     block_status,
     error_chunk,
     none_chunk,

@@ -5,7 +5,7 @@ from struct import Struct
 
 import pytest
 
-from protocol import consts
+from nbdtarget_protocol import consts
 
 
 @pytest.mark.parametrize(

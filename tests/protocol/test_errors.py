@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors are one line that names thing and reason."""
 
-from protocol.consts import EINVAL, REP_ERR_UNKNOWN
-from protocol.errors import HandshakeError, OptionError, ReplyError, RequestError
+from nbdtarget_protocol.consts import EINVAL, REP_ERR_UNKNOWN
+from nbdtarget_protocol.errors import (
+    HandshakeError,
+    OptionError,
+    ReplyError,
+    RequestError,
+)
 
 
 def test_errors_say_one_line() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from protocol.consts import (
+from nbdtarget_protocol.consts import (
     EXPORT,
     FLAG_READ_ONLY,
     FLAG_SEND_DF,
@@ -42,8 +42,8 @@ from protocol.consts import (
     U16,
     U32,
 )
-from protocol.handshake import CONTEXTS_MAX, ExportInfo, ServerHandshake
-from protocol.options import (
+from nbdtarget_protocol.handshake import CONTEXTS_MAX, ExportInfo, ServerHandshake
+from nbdtarget_protocol.options import (
     encode_info_request,
     encode_meta_context_request,
     encode_option,

@@ -5,9 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.consts import REP_ERR_INVALID, REP_ERR_TOO_BIG, STRING_MAX, U16, U32
-from protocol.errors import OptionError
-from protocol.options import (
+from nbdtarget_protocol.consts import (
+    REP_ERR_INVALID,
+    REP_ERR_TOO_BIG,
+    STRING_MAX,
+    U16,
+    U32,
+)
+from nbdtarget_protocol.errors import OptionError
+from nbdtarget_protocol.options import (
     clip_string,
     decode_info_request,
     decode_meta_context_request,

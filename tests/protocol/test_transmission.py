@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.consts import (
+from nbdtarget_protocol.consts import (
     CHUNK,
     CMD_BLOCK_STATUS,
     CMD_CACHE,
@@ -35,8 +35,8 @@ from protocol.consts import (
     FLAG_READ_ONLY,
     FLAG_SEND_FAST_ZERO,
 )
-from protocol.handshake import Negotiated
-from protocol.transmission import (
+from nbdtarget_protocol.handshake import Negotiated
+from nbdtarget_protocol.transmission import (
     PAYLOAD_ACCEPT,
     PAYLOAD_DISCONNECT,
     PAYLOAD_DRAIN,

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from protocol.client import ClientTransmission
-from protocol.consts import (
+from nbdtarget_protocol.client import ClientTransmission
+from nbdtarget_protocol.consts import (
     CHUNK,
     CMD_BLOCK_STATUS,
     CMD_CACHE,
@@ -69,14 +69,14 @@ from protocol.consts import (
     U16,
     U32,
 )
-from protocol.errors import ReplyError
-from protocol.handshake import Negotiated, ServerHandshake
-from protocol.options import (
+from nbdtarget_protocol.errors import ReplyError
+from nbdtarget_protocol.handshake import Negotiated, ServerHandshake
+from nbdtarget_protocol.options import (
     encode_info_request,
     encode_meta_context_request,
     encode_option,
 )
-from protocol.transmission import (
+from nbdtarget_protocol.transmission import (
     PAYLOAD_ACCEPT,
     PAYLOAD_DISCONNECT,
     PAYLOAD_DRAIN,

@@ -32,14 +32,14 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.nbd import open_nbd
 from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
-from nbdtarget.errors import ResolveError
-from nbdtarget.volatile_cache import Fate
-from protocol import consts
-from protocol.handshake import ExportInfo, ServerHandshake
-from protocol.transmission import error_chunk, none_chunk, offset_data_header
+from nbdtarget.targets.powercut.volatile_cache import Fate
+from nbdtarget_protocol import consts
+from nbdtarget_protocol.handshake import ExportInfo, ServerHandshake
+from nbdtarget_protocol.transmission import error_chunk, none_chunk, offset_data_header
 from tests.crash.rigs import DeviceTable
 from tests.sim.disks import SimDisk
 from tests.sim.model import SECTOR

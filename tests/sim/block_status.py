@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an answer to BLOCK_STATUS may say, held against the model of the clients."""
 
-from protocol.consts import CMD_FLAG_REQ_ONE, STATE_HOLE, STATE_ZERO
+from nbdtarget_protocol.consts import CMD_FLAG_REQ_ONE, STATE_HOLE, STATE_ZERO
 from tests.sim.model import ClientModel, RunningRead, Violation
 
 __all__ = ["check_zeroes", "clipped"]

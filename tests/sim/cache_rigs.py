@@ -14,8 +14,8 @@ import random
 from collections.abc import Sequence
 from typing import Final
 
-from metadata.cache import CacheMetadata
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
+from nbdtarget_metadata.cache.metadata import CacheMetadata
 from tests.crash.rigs import CONTENT
 from tests.sim.rigs import (
     SECTORS,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from nbdtarget.bio import Bio
 from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.table import Table
-from nbdtarget.policies.smq import Smq
+from nbdtarget.policies.smq.policy import Smq
 from nbdtarget.targets.cache.target import CacheTarget
 from tests.crash.cache_invariants import CacheInvariants
 from tests.support.devices import CrashDevice

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
 
-from protocol.client import (
+from nbdtarget_protocol.client import (
     ClientHandshake,
     ClientNegotiated,
     ClientTransmission,
     Completion,
 )
-from protocol.consts import (
+from nbdtarget_protocol.consts import (
     BASE_ALLOCATION,
     CMD_BLOCK_STATUS,
     CMD_CACHE,
@@ -50,7 +50,7 @@ from protocol.consts import (
     FLAG_SEND_TRIM,
     REQUEST,
 )
-from protocol.errors import ReplyError
+from nbdtarget_protocol.errors import ReplyError
 from tests.sim.block_status import check_zeroes, clipped
 from tests.sim.hydration import CONTEXT
 from tests.sim.model import SECTOR, Violation

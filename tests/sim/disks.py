@@ -5,9 +5,9 @@ import asyncio
 import random
 from dataclasses import dataclass
 
-from metadata.disks import Evidence
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
 from nbdtarget.devices.identity import BLOCK
+from nbdtarget_metadata.disks import Evidence
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
-from nbdtarget.clock import Clock
+from nbdtarget.common.clock import Clock
 from tests.sim.rigs import Disk, Rig, Role
 from tests.support.devices import BadRange, FailAfter, FailFlush, Lie, Slow
 from tests.support.model import SECTOR

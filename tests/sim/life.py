@@ -31,13 +31,13 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_NAMES, OP_READ, Bio
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.permissions import OVERWRITE, Permission
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import NbdTargetError
-from nbdtarget.permissions import OVERWRITE, Permission
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
-from nbdtarget.volatile_cache import BORDERS, Fate
+from nbdtarget.targets.powercut.volatile_cache import BORDERS, Fate
 from tests.sim.backend import RECOVERY_S, Backend, BackendTable, Trouble
 from tests.sim.cache_watch import CacheWatch
 from tests.sim.client import Client, Habits

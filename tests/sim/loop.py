@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from nbdtarget.clock import LoopClock
+from nbdtarget.common.clock import LoopClock
 
 __all__ = ["PowerCut", "SimLoop", "SimLoopClock", "Stuck", "Watchable"]
 

@@ -17,17 +17,17 @@ from unittest import mock
 
 import msgspec
 
-from metadata import superblock as superblocks
-from metadata.cache_blocks import CacheBlocks
-from metadata.cache_superblock import CACHE
-from metadata.envelope import BLOCK_SIZE
-from metadata.operations import Write
-from metadata.superblock import (
+from nbdtarget.targets.disks import DiskRecords
+from nbdtarget_metadata.cache.blocks import CacheBlocks
+from nbdtarget_metadata.cache.superblock import CACHE
+from nbdtarget_metadata.log import superblock as superblocks
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.superblock import (
     SUPERBLOCK_BLOCKS,
     choose_superblock,
     choose_superblock_of,
 )
-from nbdtarget.targets.disks import DiskRecords
+from nbdtarget_metadata.operations import Write
 from tests.sim.rigs import Disk
 
 __all__ = ["NR_FIELDS", "check_recorded", "older_version"]

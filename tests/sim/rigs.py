@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from metadata.cache_check import examine_cache, mend_cache
-from metadata.check import check
-from metadata.clone import CloneMetadata
-from metadata.errors import NotFormatted
-from metadata.operations import Read, Steps
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import NotFormatted
+from nbdtarget_metadata.operations import Read, Steps
+from nbdtarget_metadata.tools.cache_check import examine_cache, mend_cache
+from nbdtarget_metadata.tools.check import check
 from tests.crash.images import run_over
 from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE
 from tests.support.model import SECTOR

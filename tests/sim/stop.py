@@ -12,8 +12,8 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
-from nbdtarget import daemon as daemons
-from nbdtarget.daemon import CONTROL_S_MAX, STOP_S_MAX, Daemon
+from nbdtarget.daemon import daemon as daemons
+from nbdtarget.daemon.daemon import CONTROL_S_MAX, STOP_S_MAX, Daemon
 from tests.sim.rigs import Role
 
 if TYPE_CHECKING:

@@ -7,19 +7,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from metadata.cache import CacheMetadata
-from metadata.cache_superblock import CACHE, CacheSuperblock
-from metadata.clone import CloneMetadata
-from metadata.disks import Comparison, Verdict, record_of
-from metadata.envelope import BLOCK_SIZE, open_envelope
-from metadata.superblock import (
+from nbdtarget.targets.disks import DiskRecords, Finding, evidence_of
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.cache.superblock import CACHE, CacheSuperblock
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.disks import Comparison, Verdict, record_of
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, open_envelope
+from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     CLONE,
     SUPERBLOCK_MAGIC,
     Superblock,
     SuperblockType,
 )
-from nbdtarget.targets.disks import DiskRecords, Finding, evidence_of
 from tests.crash.images import run_over
 from tests.metadata.test_format import FIXTURES
 from tests.sim.older import NR_FIELDS, older_version

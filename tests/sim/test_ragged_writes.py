@@ -10,9 +10,9 @@ import random
 
 import pytest
 
+from nbdtarget.common.permissions import OVERWRITE
 from nbdtarget.dm.registry import Registry
-from nbdtarget.permissions import OVERWRITE
-from nbdtarget.volatile_cache import Fate
+from nbdtarget.targets.powercut.volatile_cache import Fate
 from tests.crash.cache_rigs import small_blocks
 from tests.crash.rigs import DeviceTable
 from tests.sim.catalog import RIGS

@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from metadata.operations import Flush, Steps
-from nbdtarget import metadata_io
 from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, Bio
 from nbdtarget.devices.base import Extent
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.nbd import NbdDevice
-from nbdtarget.dm.types import TARGET_TYPES
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.requests import Requests
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import REMAPPED, Target
 from nbdtarget.targets.clone.extents import hydration_extents
 from nbdtarget.targets.clone.foreground import Foreground
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.committer import Committer, Transaction
-from nbdtarget.targets.powercut import PowercutTarget
+from nbdtarget.targets.powercut.target import PowercutTarget
+from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget.targets.striped import StripedTarget
+from nbdtarget_metadata.operations import Flush, Steps
 from tests.crash import test_cache_liars as liars
 from tests.sim.catalog import RIGS
 from tests.sim.disks import SimDisk

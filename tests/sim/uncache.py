@@ -15,11 +15,11 @@ import random
 import signal
 from typing import TYPE_CHECKING, Final
 
-from metadata.cache_superblock import CACHE
-from metadata.envelope import BLOCK_SIZE
-from metadata.superblock import SUPERBLOCK_BLOCKS, choose_superblock_of
 from nbdtarget.control import messages as m
 from nbdtarget.porcelain.uncache import A, CacheLine, Draining, UncacheJob
+from nbdtarget_metadata.cache.superblock import CACHE
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, choose_superblock_of
 
 if TYPE_CHECKING:
     from tests.sim.life import Life

@@ -2,7 +2,7 @@
 """Devices that lose power, fail, and dawdle: what the crash suites stand targets on.
 
 Theory of operation of `CrashDevice`. Under it is *stable* storage, and on that a
-`VolatileCache` (`nbdtarget.volatile_cache`) with the **pending** writes, sector by sector: so
+`VolatileCache` (`nbdtarget.targets.powercut.volatile_cache`) with the **pending** writes, sector by sector: so
 whatever a power cut leaves of them, a sector holds its stable value or the value that it
 had after one of the writes, never a mixture.
 
@@ -45,9 +45,9 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
-from nbdtarget.clock import Clock
+from nbdtarget.common.clock import Clock
 from nbdtarget.devices.base import Device, Extent
-from nbdtarget.volatile_cache import (
+from nbdtarget.targets.powercut.volatile_cache import (
     SAMPLES_DEFAULT,
     SECTOR,
     SUBSETS_MAX,

@@ -22,12 +22,12 @@ import random
 from collections.abc import Collection
 from typing import Final
 
-from metadata.disks import Evidence
 from nbdtarget.bio import FUA, OP_FLUSH, OP_NAMES, OP_READ, Bio
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.devices.health import HealthState
-from nbdtarget.errors import ResolveError
-from nbdtarget.volatile_cache import Fate
+from nbdtarget.targets.powercut.volatile_cache import Fate
+from nbdtarget_metadata.disks import Evidence
 from tests.support.devices import CrashDevice
 
 __all__ = ["Opening", "Openings"]

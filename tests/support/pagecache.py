@@ -28,7 +28,13 @@ from unittest import mock
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.devices import page_cache
-from nbdtarget.volatile_cache import SECTOR, Sectors, covering, lay_over, split_sectors
+from nbdtarget.targets.powercut.volatile_cache import (
+    SECTOR,
+    Sectors,
+    covering,
+    lay_over,
+    split_sectors,
+)
 from tests.support.devices import CrashDevice
 
 __all__ = ["PAGE", "PageCacheDevice", "Stay"]

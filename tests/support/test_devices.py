@@ -7,8 +7,8 @@ import errno
 import pytest
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
-from nbdtarget.errors import DeviceError
-from nbdtarget.volatile_cache import Fate
+from nbdtarget.common.errors import DeviceError
+from nbdtarget.targets.powercut.volatile_cache import Fate
 from tests.support.clock import SimClock
 from tests.support.devices import (
     BadRange,

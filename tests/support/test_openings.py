@@ -6,9 +6,9 @@ import random
 
 import pytest
 
+from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.health import HealthState
-from nbdtarget.errors import DeviceError, ResolveError
-from nbdtarget.volatile_cache import Fate
+from nbdtarget.targets.powercut.volatile_cache import Fate
 from tests.support.devices import CrashDevice, FailFlush
 from tests.support.openings import Openings
 

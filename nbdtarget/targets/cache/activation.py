@@ -13,7 +13,7 @@ table is suspended, and a full sync has recorded what it left. In the kernel's o
        the origin is smaller, and a dirty block would be cut off     EFBIG
     -  the metadata device has no room for a cache grown so far      ENOSPC
     -  rewrite one superblock slot by a commit that changes nothing, if the metadata were just opened:
-       what was read of it may be in a page cache only (metadata/journaled.py)
+       what was read of it may be in a page cache only (metadata/nbdtarget_metadata/log/commit.py)
     -  after a crash of a cache that did not write back: drop all mappings, see below
     5  resize the metadata: clean mappings behind an end are removed; so are all of them if the
        constructor has found that a disk was exchanged or changed without us
@@ -52,12 +52,9 @@ import errno as errnos
 import logging
 from typing import Final
 
-from metadata.cache import Policy as RecordedPolicy
-from metadata.errors import CannotShrink, FailedMetadata, MetadataError
-from metadata.mode import Mode
-from nbdtarget import metadata_io
-from nbdtarget.errors import TableError
+from nbdtarget.common.errors import TableError
 from nbdtarget.policies.base import MappingError, Policy, PolicyConfigError
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.cache.constructor import Parts, make_policy
 from nbdtarget.targets.cache.discards import DiscardBits
@@ -65,6 +62,9 @@ from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import ORIGIN_ROLE
 from nbdtarget.targets.opening import refuse_stale
+from nbdtarget_metadata.cache.metadata import Policy as RecordedPolicy
+from nbdtarget_metadata.errors import CannotShrink, FailedMetadata, MetadataError
+from nbdtarget_metadata.mode import Mode
 
 __all__ = ["Activation"]
 

@@ -18,8 +18,6 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from metadata.cache import CacheMetadata
-from metadata.mode import Mode
 from nbdtarget.bio import Bio
 from nbdtarget.devices.base import Device
 from nbdtarget.policies.base import Policy
@@ -29,6 +27,8 @@ from nbdtarget.targets.cache.locks import BlockLocks
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, Options
 from nbdtarget.targets.cache.unflushed import OriginWrites
 from nbdtarget.targets.committer import Committer
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.mode import Mode
 
 __all__ = ["Blocks"]
 

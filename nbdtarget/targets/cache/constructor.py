@@ -15,26 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from metadata.cache import CacheMetadata
-from metadata.cache_records import NR_CBLOCKS_MAX
-from metadata.errors import (
-    BlockSizeMismatch,
-    MetadataError,
-    NeedsCheck,
-    NotFormatted,
-    ReadOnlyMetadata,
-)
-from metadata.mode import Mode
-from metadata.operations import Steps, without_flushes
-from nbdtarget import metadata_io
 from nbdtarget.bio import OP_FLUSH, OP_NAMES
+from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.permissions import OTHER_DISK
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.content import maybe_content
-from nbdtarget.errors import DeviceError
-from nbdtarget.metadata_faults import explain
-from nbdtarget.permissions import OTHER_DISK
 from nbdtarget.policies.base import Policy, PolicyConfigError
 from nbdtarget.policies.registry import policy_type
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.cache.table import (
     ARGUMENTS_MIN,
@@ -45,7 +33,19 @@ from nbdtarget.targets.cache.table import (
     parse_options,
 )
 from nbdtarget.targets.disks import CACHE_ROLE, ORIGIN_ROLE, DiskRecords, Role
+from nbdtarget.targets.metadata_faults import explain
 from nbdtarget.targets.opening import Opening, metadata_errno
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
+from nbdtarget_metadata.errors import (
+    BlockSizeMismatch,
+    MetadataError,
+    NeedsCheck,
+    NotFormatted,
+    ReadOnlyMetadata,
+)
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.operations import Steps, without_flushes
 
 __all__ = ["Parts", "construct", "make_policy"]
 

@@ -13,8 +13,8 @@ from typing import Final
 
 from bitarray.util import zeros
 
-from metadata.cache import Discarded
-from metadata.cache_discards import convert_discards, discard_block_size_for
+from nbdtarget_metadata.cache.discards import convert_discards, discard_block_size_for
+from nbdtarget_metadata.cache.metadata import Discarded
 
 __all__ = ["DiscardBits"]
 

@@ -21,8 +21,8 @@ block becomes dirty: if the origin fails a write, the client is told, and the or
 import logging
 from collections.abc import Callable, Sequence
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import DeviceError
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.committer import Transaction
 

@@ -28,8 +28,8 @@ them: a few milliseconds. If there is more it is for less than was asked.
 import errno as errnos
 from typing import Final
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent, append_extent
-from nbdtarget.errors import DeviceError
 from nbdtarget.targets.cache.blocks import Blocks
 
 __all__ = [

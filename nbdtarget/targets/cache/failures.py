@@ -4,8 +4,8 @@
 import logging
 from typing import Final
 
-from nbdtarget.clock import Clock
-from nbdtarget.errors import DeviceError
+from nbdtarget.common.clock import Clock
+from nbdtarget.common.errors import DeviceError
 
 __all__ = ["Failures"]
 

@@ -46,7 +46,6 @@ import errno as errnos
 from collections.abc import Callable
 from typing import Final
 
-from metadata.errors import MetadataError
 from nbdtarget.bio import (
     FAST_ZERO,
     FUA,
@@ -63,6 +62,7 @@ from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.giving_up import GivingUp
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.pieces import BYTES_AT_ONCE, PIECES_AT_ONCE, Pieces
+from nbdtarget_metadata.errors import MetadataError
 
 __all__ = ["Foreground"]
 

@@ -26,12 +26,12 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from metadata.errors import MetadataError
 from nbdtarget.bio import OP_NAMES, Bio
-from nbdtarget.clock import Clock
-from nbdtarget.errors import DeviceError
+from nbdtarget.common.clock import Clock
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.locks import BlockLock
+from nbdtarget_metadata.errors import MetadataError
 
 __all__ = ["GivingUp"]
 

@@ -18,8 +18,8 @@ import errno as errnos
 from collections.abc import Iterable
 from typing import Final
 
-from nbdtarget.clock import Clock
-from nbdtarget.errors import TableError
+from nbdtarget.common.clock import Clock
+from nbdtarget.common.errors import TableError
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.locks import BlockLock
 

@@ -33,9 +33,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from metadata.errors import MetadataError
-from nbdtarget.clock import Clock, Timer
-from nbdtarget.errors import DeviceError
+from nbdtarget.common.clock import Clock, Timer
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.policies.base import DEMOTE, OP_NAMES, PROMOTE, Work
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.locks import BlockLock
@@ -45,6 +44,7 @@ from nbdtarget.targets.cache.table import SECTOR
 from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.copier import Copier, CopyError
 from nbdtarget.targets.rate import Rate
+from nbdtarget_metadata.errors import MetadataError
 
 __all__ = ["MIGRATIONS_MAX", "TICK_S", "Migrations"]
 

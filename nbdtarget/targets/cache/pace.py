@@ -14,8 +14,8 @@ and a cache that is not warm yet must become so. (Measured with fio's zipf:1.1 b
 
 from typing import Final
 
-from metadata.cache import Statistics
-from nbdtarget.clock import Clock
+from nbdtarget.common.clock import Clock
+from nbdtarget_metadata.cache.metadata import Statistics
 
 __all__ = ["BURST", "HITS_PER_MISS", "LOOK_S", "PERIOD_S", "Pace"]
 

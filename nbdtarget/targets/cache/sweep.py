@@ -19,7 +19,7 @@ from heapq import merge
 from itertools import islice
 from typing import Final
 
-from nbdtarget.clock import sleep
+from nbdtarget.common.clock import sleep
 from nbdtarget.targets.cache.blocks import Blocks
 
 __all__ = ["STEP_CBLOCKS", "Sweep"]

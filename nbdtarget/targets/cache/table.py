@@ -39,7 +39,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from nbdtarget.errors import ConstructorError, TableError
+from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.policies.registry import UnknownPolicyError, policy_type
 from nbdtarget.targets.arguments import parse_uint, read_argument

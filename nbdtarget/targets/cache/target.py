@@ -44,13 +44,11 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from metadata.cache import Policy as PolicyIdentity
-from metadata.errors import MetadataError
-from metadata.mode import Mode
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, OP_WRITE, Bio
-from nbdtarget.clock import sleep
+from nbdtarget.common.clock import sleep
+from nbdtarget.common.errors import DeviceError, TableError
+from nbdtarget.common.words import join_words
 from nbdtarget.devices.base import Device, Extent, QueueLimits
-from nbdtarget.errors import DeviceError, TableError
 from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.targets.base import (
     KILL,
@@ -80,7 +78,9 @@ from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import cache_samples, spread_ones
 from nbdtarget.targets.measured import target_attributes
-from nbdtarget.words import join_words
+from nbdtarget_metadata.cache.metadata import Policy as PolicyIdentity
+from nbdtarget_metadata.errors import MetadataError
+from nbdtarget_metadata.mode import Mode
 
 __all__ = ["CacheTarget"]
 

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Final
 
-from nbdtarget.clock import sleep
-from nbdtarget.errors import TableError
+from nbdtarget.common.clock import sleep
+from nbdtarget.common.errors import TableError
 from nbdtarget.policies.base import Work
 from nbdtarget.targets.cache.blocks import Blocks
 

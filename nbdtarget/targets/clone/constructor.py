@@ -15,17 +15,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metadata.clone import NR_REGIONS_MAX, CloneMetadata
-from metadata.disks import spread_offsets
-from metadata.errors import GeometryMismatch, MetadataError, NotFormatted
-from metadata.mode import Mode
-from metadata.superblock import CloneSuperblock, read_superblock
-from nbdtarget import metadata_io
+from nbdtarget.common.errors import ConstructorError, DeviceError
+from nbdtarget.common.permissions import OTHER_DISK
 from nbdtarget.devices.absent import AbsentDevice
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import ConstructorError, DeviceError
-from nbdtarget.metadata_faults import explain
-from nbdtarget.permissions import OTHER_DISK
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.clone.table import (
     ARGUMENTS_MIN,
@@ -34,7 +28,13 @@ from nbdtarget.targets.clone.table import (
     parse_region_size,
 )
 from nbdtarget.targets.disks import DESTINATION_ROLE, SOURCE_ROLE, DiskRecords, Role
+from nbdtarget.targets.metadata_faults import explain
 from nbdtarget.targets.opening import Opening, metadata_errno
+from nbdtarget_metadata.clone.metadata import NR_REGIONS_MAX, CloneMetadata
+from nbdtarget_metadata.disks import spread_offsets
+from nbdtarget_metadata.errors import GeometryMismatch, MetadataError, NotFormatted
+from nbdtarget_metadata.log.superblock import CloneSuperblock, read_superblock
+from nbdtarget_metadata.mode import Mode
 
 __all__ = ["Parts", "construct"]
 

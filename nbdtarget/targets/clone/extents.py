@@ -26,6 +26,7 @@ import errno as errnos
 from collections.abc import Sequence
 from typing import Final
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import (
     EXTENT_DATA,
     EXTENT_HOLE,
@@ -33,7 +34,6 @@ from nbdtarget.devices.base import (
     Extent,
     append_extent,
 )
-from nbdtarget.errors import DeviceError
 from nbdtarget.targets.clone.regions import Regions
 
 __all__ = [

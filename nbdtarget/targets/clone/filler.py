@@ -14,13 +14,13 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from metadata.errors import MetadataError
-from nbdtarget.clock import Clock
-from nbdtarget.errors import DeviceError
+from nbdtarget.common.clock import Clock
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.targets.clone.failures import Failures
 from nbdtarget.targets.clone.holes import Piece
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.copier import CopyError
+from nbdtarget_metadata.errors import MetadataError
 
 __all__ = ["ERRORS_PER_JOB_MAX", "Filler"]
 

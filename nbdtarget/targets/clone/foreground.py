@@ -37,13 +37,13 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
-from metadata.errors import MetadataError
 from nbdtarget.bio import FAST_ZERO, FUA, OP_DISCARD, OP_NAMES, OP_READ, OP_WRITE, Bio
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import DeviceError
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.copier import CopyError
 from nbdtarget.targets.prison import Cell
+from nbdtarget_metadata.errors import MetadataError
 
 __all__ = ["DEFERRED_BIOS_MAX", "Foreground"]
 

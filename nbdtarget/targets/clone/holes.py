@@ -10,8 +10,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Final
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_ZERO, Device, Extent
-from nbdtarget.errors import DeviceError
 
 __all__ = ["HOLE_BYTES_MIN", "WINDOW_BYTES_MAX", "Holes", "Piece"]
 

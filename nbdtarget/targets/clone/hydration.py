@@ -40,7 +40,7 @@ full and raises the event. Here the task just ends; `wake` starts another if nee
 import asyncio
 from typing import Final
 
-from nbdtarget.clock import Clock, Timer
+from nbdtarget.common.clock import Clock, Timer
 from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.holes import WINDOW_BYTES_MIN, Holes, Piece
 from nbdtarget.targets.clone.read_queue import ReadQueue

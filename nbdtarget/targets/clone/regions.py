@@ -8,12 +8,12 @@ on the destination. The last region may be short: spans are clipped to the targe
 
 from collections.abc import Callable
 
-from metadata.clone import CloneMetadata
-from metadata.mode import Mode
 from nbdtarget.devices.base import Device
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.copier import Copier
 from nbdtarget.targets.prison import Prison
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.mode import Mode
 
 __all__ = ["Regions"]
 

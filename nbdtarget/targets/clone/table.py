@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from nbdtarget.errors import ConstructorError
+from nbdtarget.common.errors import ConstructorError
 
 __all__ = ["NUMBERS", "Options", "parse_number", "parse_options", "parse_region_size"]
 

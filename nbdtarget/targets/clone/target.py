@@ -65,8 +65,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from metadata.disks import SAMPLE_BYTES
-from metadata.mode import Mode
 from nbdtarget.bio import (
     FUA,
     OP_CACHE,
@@ -76,8 +74,9 @@ from nbdtarget.bio import (
     Bio,
     split_bio,
 )
+from nbdtarget.common.errors import TableError
+from nbdtarget.common.words import join_words
 from nbdtarget.devices.base import Device, Extent, QueueLimits
-from nbdtarget.errors import TableError
 from nbdtarget.targets.base import (
     KILL,
     REMAPPED,
@@ -86,7 +85,6 @@ from nbdtarget.targets.base import (
     Target,
     TargetContext,
 )
-from nbdtarget.targets.clone.cache_requests import CacheRequests
 from nbdtarget.targets.clone.constructor import Parts, construct
 from nbdtarget.targets.clone.extents import (
     HYDRATION,
@@ -96,13 +94,15 @@ from nbdtarget.targets.clone.extents import (
 from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.foreground import Foreground
 from nbdtarget.targets.clone.hydration import Hydration
+from nbdtarget.targets.clone.prefetch import CacheRequests
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.report import status_fields, status_line
 from nbdtarget.targets.clone.table import NUMBERS, parse_number
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import DESTINATION_ROLE, spread_ones
 from nbdtarget.targets.opening import refuse_stale
-from nbdtarget.words import join_words
+from nbdtarget_metadata.disks import SAMPLE_BYTES
+from nbdtarget_metadata.mode import Mode
 
 __all__ = ["CloneTarget"]
 
@@ -298,7 +298,7 @@ class CloneTarget(Target):
 
         If the metadata were just opened, the two commits that it takes rewrite both superblock slots:
         what was read of them may be in a page cache only. The first of them changes nothing
-        (metadata/journaled.py).
+        (metadata/nbdtarget_metadata/log/commit.py).
         """
         refuse_stale(self._metadata)
         if self._committer.has_failed or not self._regions.is_writable:

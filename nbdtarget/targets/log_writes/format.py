@@ -15,7 +15,7 @@ is zeroes. What lies behind the last entry means nothing.
 import struct
 from typing import Final, NamedTuple
 
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 
 __all__ = [
     "DISCARD",

@@ -33,8 +33,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import DeviceError
 from nbdtarget.targets.log_writes.format import (
     DISCARD,
     END_MARK,

@@ -45,8 +45,9 @@ from nbdtarget.bio import (
     UNASKED,
     Bio,
 )
+from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
+from nbdtarget.common.words import quote_word
 from nbdtarget.devices.base import Device, Extent
-from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.targets.arguments import Runs, close_all
 from nbdtarget.targets.base import (
     REMAPPED,
@@ -62,7 +63,6 @@ from nbdtarget.targets.log_writes.log import (
     data_entry,
     maybe_discard_entry,
 )
-from nbdtarget.words import quote_word
 
 __all__ = ["LogWritesTarget"]
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from nbdtarget.cli import progress_cache, progress_uncache
 from nbdtarget.cli.app import run
-from nbdtarget.cli.progress_cache import describe_bytes, describe_status
-from nbdtarget.cli.progress_line import LineReporter
-from nbdtarget.cli.progress_uncache_bar import BarReporter
+from nbdtarget.cli.progress import cache as progress_cache
+from nbdtarget.cli.progress import uncache as progress_uncache
+from nbdtarget.cli.progress.cache import describe_bytes, describe_status
+from nbdtarget.cli.progress.line import LineReporter
+from nbdtarget.cli.progress.uncache_bar import BarReporter
 from nbdtarget.porcelain.cache import CacheOptions, CachePlan, CacheStatus
 from nbdtarget.porcelain.uncache import CacheLine, Draining
 from nbdtarget.targets.cache.table import Options

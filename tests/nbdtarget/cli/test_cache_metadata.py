@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from metadata.cache import CacheMetadata
-from metadata.cache_records import NR_CBLOCKS_MAX
 from nbdtarget.devices import file_open
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
 from tests.metadata.cache_lives import content_of, lives
 from tests.metadata.cache_small import NR_CBLOCKS
 from tests.metadata.test_cache_dump import text_of

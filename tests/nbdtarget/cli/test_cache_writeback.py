@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from metadata.cache_content import CacheContent
-from nbdtarget.cli import progress_writeback
+from nbdtarget.cli.progress import writeback as progress_writeback
 from nbdtarget.devices import file_open
+from nbdtarget_metadata.cache.content import CacheContent
 from tests.metadata.cache_lives import content_of, lives
 from tests.metadata.cache_small import BLOCK_SIZE, NR_CBLOCKS, ORIGIN_SIZE
 from tests.metadata.test_cache_salvage import journal_blocks

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from nbdtarget.cli.columns import FIELDS, describe_fields, report
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control.messages import InfoLine
-from nbdtarget.errors import NbdTargetError
 
 
 def line(name: str, minor: int, **more: object) -> InfoLine:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdtarget.cli.concise import ConciseDevice, format_concise, parse_concise
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 
 
 def test_the_example_of_the_manual() -> None:

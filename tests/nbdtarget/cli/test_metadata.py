@@ -13,10 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from metadata.clone import CloneMetadata
-from metadata.superblock import superblock_block
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices import file_open
-from nbdtarget.errors import ResolveError
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.log.superblock import superblock_block
 from tests.metadata.ages import ages
 from tests.metadata.test_examine import needing_check
 from tests.metadata.test_salvage import live_blocks, rot
@@ -37,7 +37,7 @@ def marked(image: bytes) -> bytes:
     """The image as a later format version, with digests that fit."""
     area = area_of(("old", "old"), ("old", "old"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metadata.envelope.FORMAT_VERSION", 2)
+        patch.setattr("nbdtarget_metadata.log.envelope.FORMAT_VERSION", 2)
         for slot in (0, 1):
             put(area, slot, 0, make_superblock(10 + slot))
     return bytes(area) + image[len(area) :]

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from metadata.arena import NR_REGIONS_MAX
-from metadata.clone import CloneMetadata
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
 from tests.nbdtarget.cli.metadata_tool import Tool
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control.paths import (
     job_control_path,
     known_controls,
     runtime_directory,
     socket_path,
 )
-from nbdtarget.errors import NbdTargetError
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 TIMEOUT_S = 30

@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.cli.tree import draw_tree
-from nbdtarget.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError
 from tests.nbdtarget.cli.test_columns import line
 
 DEVICES = [

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.clock import sleep, timeout
+from nbdtarget.common.clock import sleep, timeout
+from nbdtarget.common.errors import TableError
 from nbdtarget.config import devices, openings
 from nbdtarget.config.devices import ConfiguredDevices
 from nbdtarget.config.file import ConfigError, read
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
-from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import TableError
 from nbdtarget.server.export import DirectoryExports
 from nbdtarget.targets.cache.target import CacheTarget
-from protocol.errors import OptionError
+from nbdtarget.targets.registry import TARGET_TYPES
+from nbdtarget_protocol.errors import OptionError
 
 NOTHING: dict[str, list[str]] = {"created": [], "loaded": [], "refused": []}
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.config.file import Config, ConfigError, parse, read
 from nbdtarget.config.render import render_devices
-from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import NbdTargetError
 from nbdtarget.server.limits import Limits
-from nbdtarget.unix_socket import SocketOptions
+from nbdtarget.targets.registry import TARGET_TYPES
 
 
 def parsed(text: str, *existing: str) -> Config:

@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 import pytest
 
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control import messages as m
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.client import ControlClient, NoServerError
@@ -24,7 +25,6 @@ from nbdtarget.control.paths import (
 )
 from nbdtarget.control.sockets import NoSocketError, SocketInUseError
 from nbdtarget.control.verbs import Verbs
-from nbdtarget.errors import NbdTargetError, TableError
 from tests.nbdtarget.dm.support import RamOpener, make_registry
 
 A = TypeVar("A", bound=m.Answer)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control import messages as m
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.client import ControlClient
@@ -20,7 +21,6 @@ from nbdtarget.control.openapi import openapi
 from nbdtarget.control.paths import TOKEN_VARIABLE, TcpControl, control_token
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.dm.mapped_device import State
-from nbdtarget.errors import NbdTargetError, TableError
 from tests.nbdtarget.dm.support import make_registry
 
 TOKEN = "correct-horse-battery"

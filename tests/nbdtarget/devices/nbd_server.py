@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
-from protocol import consts
-from protocol.transmission import block_status
+from nbdtarget_protocol import consts
+from nbdtarget_protocol.transmission import block_status
 
 __all__ = ["StrictServer"]
 

@@ -17,8 +17,8 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent, append_extent
-from nbdtarget.errors import DeviceError
 
 
 class RecordingDevice(Device):

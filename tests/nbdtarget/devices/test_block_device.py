@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.base import EXTENT_DATA, Extent
 from nbdtarget.devices.resolve import create_device, identity, open_device
-from nbdtarget.errors import ResolveError
 
 SIZE = 4 << 20
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.clock import monotonic_ns
+from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices import content
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.devices.content import maybe_content
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.devices.resolve import open_device
-from nbdtarget.errors import DeviceError
 
 TERABYTE = 1 << 40
 

@@ -27,12 +27,12 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
+from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices import file as file_module
 from nbdtarget.devices import syscalls
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Device, Extent
 from nbdtarget.devices.file import FileDevice
 from nbdtarget.devices.resolve import create_device, open_device
-from nbdtarget.errors import DeviceError, ResolveError
 
 SIZE = 1 << 20
 HOLE = EXTENT_HOLE | EXTENT_ZERO

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.bio import FUA, OP_DISCARD
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices import file as file_module
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.health import HealthState
 from nbdtarget.devices.resolve import create_device
-from nbdtarget.errors import DeviceError
 from tests.nbdtarget.devices.test_file import SIZE, Syncs, bio_of, ended
 
 

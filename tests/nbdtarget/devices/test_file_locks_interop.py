@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.resolve import open_device
-from nbdtarget.errors import ResolveError
 
 pytestmark = [
     pytest.mark.interop,

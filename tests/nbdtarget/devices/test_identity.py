@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from metadata.disks import FILE, Evidence, Mark, record_of
 from nbdtarget.devices import identity, resolve
 from nbdtarget.devices.identity import block_ids, is_still_there, nbd_ids
 from nbdtarget.devices.nbd_uri import parse_nbd_uri
+from nbdtarget_metadata.disks import FILE, Evidence, Mark, record_of
 
 SIZE = 1 << 20
 MARK = Mark(bytes(range(16)), 7)

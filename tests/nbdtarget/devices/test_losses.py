@@ -5,8 +5,8 @@ import errno as errnos
 
 import pytest
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.losses import ConnectionObserver, FlushObserver
-from nbdtarget.errors import DeviceError
 from tests.nbdtarget.dm.support import RamDevice
 
 

@@ -7,9 +7,9 @@ import random
 import pytest
 
 from nbdtarget.bio import OP_FLUSH, Bio
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Extent
 from nbdtarget.devices.memory import CHUNK_SIZE, MemoryDevice
-from nbdtarget.errors import DeviceError
 
 HOLE = EXTENT_HOLE | EXTENT_ZERO
 

@@ -19,12 +19,12 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
+from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices import nbd as nbd_module
 from nbdtarget.devices import nbd_connection
 from nbdtarget.devices.health import HealthState
 from nbdtarget.devices.nbd import NbdDevice, open_nbd
-from nbdtarget.errors import DeviceError, ResolveError
-from protocol import consts
+from nbdtarget_protocol import consts
 from tests.nbdtarget.devices.nbd_server import FLAGS_ALL, StrictServer
 from tests.nbdtarget.devices.test_nbd import bio_of, device_of, until
 

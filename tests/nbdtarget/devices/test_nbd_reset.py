@@ -12,8 +12,8 @@ import uvloop
 from nbdtarget.devices import nbd_connection
 from nbdtarget.devices.nbd_connection import NbdConnection
 from nbdtarget.devices.nbd_uri import NbdUri
-from protocol import consts as c
-from protocol.client import ClientNegotiated
+from nbdtarget_protocol import consts as c
+from nbdtarget_protocol.client import ClientNegotiated
 from tests.nbdtarget.server.peer import until
 
 LOOPS: Final = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

@@ -3,8 +3,8 @@
 
 import pytest
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
-from nbdtarget.errors import ResolveError
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices import file_open
 from nbdtarget.devices.page_cache import believe_the_disk, cached_pages
 from nbdtarget.devices.resolve import open_device
-from nbdtarget.errors import ResolveError
 
 SIZE = 1 << 20
 

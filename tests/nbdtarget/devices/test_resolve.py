@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.devices.resolve import (
     create_device,
@@ -17,7 +18,6 @@ from nbdtarget.devices.resolve import (
     open_device,
     parse_size,
 )
-from nbdtarget.errors import ResolveError
 
 
 def names(directory: Path) -> list[str]:

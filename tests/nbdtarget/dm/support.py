@@ -12,11 +12,11 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import ConstructorError, ResolveError, TableError
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.dm.registry import Registry
-from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import ConstructorError, ResolveError, TableError
 from nbdtarget.targets.base import SUBMITTED, Target, TargetContext
+from nbdtarget.targets.registry import TARGET_TYPES
 from tests.support.clock import SimClock
 
 __all__ = [

@@ -13,24 +13,24 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from metadata.cache_superblock import CACHE
-from metadata.clone import CloneMetadata
-from metadata.disks import Disk, decode_disks
-from metadata.errors import ReadOnlyMetadata
-from metadata.operations import Write
-from metadata.superblock import (
+from nbdtarget.common.clock import sleep
+from nbdtarget.common.errors import ConstructorError, NbdTargetError, TableError
+from nbdtarget.common.permissions import MOVED, OTHER_DISK, Permission
+from nbdtarget.devices import file_identity, identity, resolve
+from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.dm.registry import Registry
+from nbdtarget.tools.writeback import WritebackJob, write_back
+from nbdtarget_metadata.cache.superblock import CACHE
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.disks import Disk, decode_disks
+from nbdtarget_metadata.errors import ReadOnlyMetadata
+from nbdtarget_metadata.log.superblock import (
     CLONE,
     Superblock,
     choose_superblock_of,
     superblock_writes,
 )
-from nbdtarget.clock import sleep
-from nbdtarget.devices import file_identity, identity, resolve
-from nbdtarget.dm.mapped_device import MappedDevice
-from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError, NbdTargetError, TableError
-from nbdtarget.offline_writeback import WritebackJob, write_back
-from nbdtarget.permissions import MOVED, OTHER_DISK, Permission
+from nbdtarget_metadata.operations import Write
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 2 * MIB

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from metadata.disks import Mark
-from metadata.operations import Answer, Operation, Write
-from nbdtarget import metadata_io
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices import file_identity, identity
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import ConstructorError
+from nbdtarget.targets import metadata_io
+from nbdtarget_metadata.disks import Mark
+from nbdtarget_metadata.operations import Answer, Operation, Write
 from tests.nbdtarget.dm.test_disks import BLOCK, SAY_OTHER, SIZE, Site
 
 

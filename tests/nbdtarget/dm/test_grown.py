@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.clock import sleep, timeout
+from nbdtarget.common.clock import sleep, timeout
+from nbdtarget.common.errors import ConstructorError, DeviceError
 from nbdtarget.devices import resolve
 from nbdtarget.dm import open_devices
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError, DeviceError
 from tests.nbdtarget.devices.nbd_server import StrictServer
 
 MIB = 1 << 20

@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from metadata.clone import CloneMetadata
-from nbdtarget import metadata_io
 from nbdtarget.bio import OP_FLUSH
-from nbdtarget.clock import sleep, timeout
+from nbdtarget.common.clock import sleep, timeout
+from nbdtarget.common.errors import DeviceError, TableError
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
-from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import DeviceError, TableError
+from nbdtarget.targets import metadata_io
+from nbdtarget.targets.registry import TARGET_TYPES
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.dm.support import RamDevice, RamOpener
 
 SIZE = 1 << 20

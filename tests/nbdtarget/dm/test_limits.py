@@ -3,7 +3,6 @@
 
 import pytest
 
-from metadata.clone import CloneMetadata
 from nbdtarget.devices.base import Device, QueueLimits
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.dm.mapped_device import MappedDevice
@@ -12,7 +11,8 @@ from nbdtarget.server.export import (
     preferred_block_size,
     transmission_flags,
 )
-from protocol.consts import FLAG_SEND_FAST_ZERO, FLAG_SEND_FUA, FLAG_SEND_TRIM
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_protocol.consts import FLAG_SEND_FAST_ZERO, FLAG_SEND_FUA, FLAG_SEND_TRIM
 from tests.nbdtarget.targets.support import Disks
 
 K = 1024

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.bio import OP_WRITE
-from nbdtarget.clock import sleep, timeout
+from nbdtarget.common.clock import sleep, timeout
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices import resolve
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import DeviceError
 from tests.nbdtarget.devices.nbd_server import StrictServer
 from tests.nbdtarget.dm.support import RamOpener, make_registry
 from tests.nbdtarget.targets.support import submit

@@ -18,6 +18,7 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
+from nbdtarget.common.errors import DeviceError, TableError
 from nbdtarget.devices.base import (
     EXTENT_DATA,
     EXTENT_HOLE,
@@ -27,7 +28,6 @@ from nbdtarget.devices.base import (
 )
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import DeviceError, TableError
 from tests.nbdtarget.dm.support import ProbeTarget, RamOpener, make_registry
 from tests.support.clock import SimClock
 

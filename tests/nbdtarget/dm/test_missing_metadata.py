@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from metadata.cache import CacheMetadata
-from metadata.clone import CloneMetadata
+from nbdtarget.common.errors import ConstructorError
+from nbdtarget.common.permissions import MOVED, OTHER_DISK, OVERWRITE, Permission
 from nbdtarget.config.devices import ConfiguredDevices
 from nbdtarget.config.file import read
 from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import Registry
-from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import ConstructorError
-from nbdtarget.permissions import MOVED, OTHER_DISK, OVERWRITE, Permission
+from nbdtarget.targets.registry import TARGET_TYPES
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 
 SIZE = 1 << 20
 SECTORS = SIZE // 512

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from metadata.clone import CloneMetadata
 from nbdtarget.bio import (
     FUA,
     OP_CACHE,
@@ -19,9 +18,10 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
-from nbdtarget.clock import monotonic_ns
+from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.targets.clone.support import settle
 from tests.nbdtarget.targets.support import Disks, content, submit
 from tests.support.model import SECTOR

@@ -6,12 +6,17 @@ import errno as errnos
 
 import pytest
 
-from metadata.clone import CloneMetadata
 from nbdtarget.bio import OP_READ, OP_WRITE
+from nbdtarget.common.errors import (
+    ConstructorError,
+    NbdTargetError,
+    ResolveError,
+    TableError,
+)
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.open_devices import absolute_name
-from nbdtarget.errors import ConstructorError, NbdTargetError, ResolveError, TableError
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.dm.support import ProbeTarget, RamOpener, make_registry
 from tests.nbdtarget.dm.test_mapped_device import content, submit
 from tests.nbdtarget.targets.clone.support import settle

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.clock import sleep, timeout
+from nbdtarget.common.clock import sleep, timeout
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.clone.target import CloneTarget
 
 MIB = 1 << 20

@@ -11,6 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import (
+    ConstructorError,
+    DeviceError,
+    ResolveError,
+    TableError,
+)
 from nbdtarget.devices import nbd as nbd_module
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file import FileDevice
@@ -19,7 +25,6 @@ from nbdtarget.devices.nbd import NbdDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError, DeviceError, ResolveError, TableError
 from tests.nbdtarget.devices.nbd_server import StrictServer
 from tests.nbdtarget.devices.test_block_device import loop
 from tests.nbdtarget.devices.test_nbd import until

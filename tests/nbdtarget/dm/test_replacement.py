@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
+from nbdtarget.common.errors import TableError
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import TableError
 from nbdtarget.targets.base import SUBMITTED, Target, TargetContext
 from tests.nbdtarget.dm.support import RamOpener, make_registry
 from tests.nbdtarget.targets.clone.support import settle

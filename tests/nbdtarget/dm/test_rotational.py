@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import TableError
 from nbdtarget.devices import resolve, syscalls
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import TableError
 from tests.nbdtarget.dm.support import RamOpener, make_registry
 
 MIB = 1 << 20

@@ -14,8 +14,8 @@ from typing import Final
 import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE, PENDING
+from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.dm.mapped_device import State
-from nbdtarget.errors import ConstructorError, TableError
 from tests.nbdtarget.dm.support import ProbeTarget
 from tests.nbdtarget.dm.test_mapped_device import make, submit
 

@@ -19,8 +19,8 @@ from typing import Final
 import pytest
 
 from nbdtarget.bio import OP_READ
+from nbdtarget.common.errors import ConstructorError, NbdTargetError, TableError
 from nbdtarget.dm.registry import NAME_LENGTH_MAX, UUID_LENGTH_MAX
-from nbdtarget.errors import ConstructorError, NbdTargetError, TableError
 from tests.nbdtarget.dm.support import make_registry
 from tests.nbdtarget.dm.test_mapped_device import make, submit
 from tests.nbdtarget.dm.test_spec_5_1 import written_tests

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadata.clone import CloneMetadata
 from nbdtarget.bio import (
     FUA,
     OP_DISCARD,
@@ -20,11 +19,12 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     PENDING,
 )
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError
 from nbdtarget.server.export import DirectoryExports
-from nbdtarget.volatile_cache import Fate
+from nbdtarget.targets.powercut.volatile_cache import Fate
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.targets.clone.support import settle
 from tests.nbdtarget.targets.support import Disks, content, submit
 from tests.support.clock import SimClock

@@ -15,10 +15,10 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import TableError
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.statistics import AREAS_MAX
-from nbdtarget.errors import TableError
 from tests.nbdtarget.dm.support import RamDevice, make_registry
 from tests.support.clock import SimClock
 

@@ -3,9 +3,9 @@
 
 import pytest
 
+from nbdtarget.common.errors import TableError
 from nbdtarget.dm.table import TargetSpec, parse_table
-from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import TableError
+from nbdtarget.targets.registry import TARGET_TYPES
 
 
 def parse(text: str) -> tuple[TargetSpec, ...]:

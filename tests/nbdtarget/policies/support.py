@@ -2,7 +2,7 @@
 """A small smq and what a target would do with it."""
 
 from nbdtarget.policies.base import Work
-from nbdtarget.policies.smq import Smq
+from nbdtarget.policies.smq.policy import Smq
 
 __all__ = ["BLOCK", "S", "finish_all", "new_smq"]
 

@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from nbdtarget.policies.allocator import Allocator
-from nbdtarget.policies.block_table import BlockTable
-from nbdtarget.policies.multi_level_queue import Links
+from nbdtarget.policies.smq.allocator import Allocator
+from nbdtarget.policies.smq.block_table import BlockTable
+from nbdtarget.policies.smq.multi_level_queue import Links
 
 
 @pytest.mark.parametrize("nr_entries", [1, 2, 3, 100])

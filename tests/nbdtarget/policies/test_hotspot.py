@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from nbdtarget.policies.hotspot import Hotspot, hotspot_geometry
+from nbdtarget.policies.smq.hotspot import Hotspot, hotspot_geometry
 
 MIB = 1 << 20
 S = 1_000_000_000

@@ -3,8 +3,8 @@
 
 import pytest
 
-from nbdtarget.policies.miss_share import EVENTS_MIN, MissShare
-from nbdtarget.policies.smq import HIT_BLOCKS_PER_MISS, Smq
+from nbdtarget.policies.smq.miss_share import EVENTS_MIN, MissShare
+from nbdtarget.policies.smq.policy import HIT_BLOCKS_PER_MISS, Smq
 from tests.nbdtarget.policies.support import S, new_smq
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdtarget.policies.multi_level_queue import (
+from nbdtarget.policies.smq.multi_level_queue import (
     NR_LEVELS,
     AgedQueue,
     Links,

@@ -5,8 +5,8 @@ import pytest
 
 from nbdtarget.policies.base import DEMOTE, MISS, PROMOTE, WRITEBACK, Work
 from nbdtarget.policies.cleaner import Cleaner
-from nbdtarget.policies.smq import Smq
-from nbdtarget.policies.tracker import PENDING_MAX
+from nbdtarget.policies.smq.policy import Smq
+from nbdtarget.policies.smq.tracker import PENDING_MAX
 from tests.nbdtarget.policies.support import S, finish_all, new_smq
 
 FAR = 1 << 20  # an oblock far from the cached ones

@@ -11,7 +11,7 @@ from nbdtarget.policies.base import MISS, WRITEBACK, PolicyConfigError
 from nbdtarget.policies.cleaner import Cleaner
 from nbdtarget.policies.mq import Mq
 from nbdtarget.policies.registry import UnknownPolicyError, policy_type, policy_types
-from nbdtarget.policies.smq import Smq
+from nbdtarget.policies.smq.policy import Smq
 from tests.nbdtarget.policies.support import BLOCK, S, new_smq
 
 OLD_KEYS = [

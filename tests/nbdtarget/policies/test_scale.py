@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-from nbdtarget.policies.multi_level_queue import MultiLevelQueue
-from nbdtarget.policies.smq import MOVES_MAX, Smq
+from nbdtarget.policies.smq.multi_level_queue import MultiLevelQueue
+from nbdtarget.policies.smq.policy import MOVES_MAX, Smq
 from tests.nbdtarget.policies.support import BLOCK, S
 
 MILLION = 1 << 20

@@ -13,8 +13,8 @@ from nbdtarget.policies.base import (
     WRITEBACK,
     MappingError,
 )
-from nbdtarget.policies.smq import Smq
-from nbdtarget.policies.tracker import PENDING_MAX
+from nbdtarget.policies.smq.policy import Smq
+from nbdtarget.policies.smq.tracker import PENDING_MAX
 from tests.nbdtarget.policies.support import S, finish_all, new_smq
 
 

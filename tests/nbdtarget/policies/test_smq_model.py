@@ -16,11 +16,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from nbdtarget.policies import miss_share, smq
 from nbdtarget.policies.base import DEMOTE, MISS, MISS_WAKE, OP_NAMES, PROMOTE, Work
 from nbdtarget.policies.cleaner import Cleaner
-from nbdtarget.policies.multi_level_queue import MultiLevelQueue
-from nbdtarget.policies.smq import Smq
+from nbdtarget.policies.smq import miss_share
+from nbdtarget.policies.smq import policy as smq
+from nbdtarget.policies.smq.multi_level_queue import MultiLevelQueue
+from nbdtarget.policies.smq.policy import Smq
 from tests.nbdtarget.policies.plain import LEVELS, PlainQueue, PlainSmq, PlainWork, S
 
 BLOCK = 1 << 16

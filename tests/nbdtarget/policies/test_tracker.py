@@ -2,7 +2,7 @@
 import pytest
 
 from nbdtarget.policies.base import DEMOTE, PROMOTE, WRITEBACK, Work
-from nbdtarget.policies.tracker import BackgroundTracker
+from nbdtarget.policies.smq.tracker import BackgroundTracker
 
 
 def test_newest_is_issued_first() -> None:

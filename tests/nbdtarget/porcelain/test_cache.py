@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-from metadata.cache import CacheMetadata
-from nbdtarget import metadata_io
-from nbdtarget.clock import sleep
+from nbdtarget.common.clock import sleep
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import NbdTargetError
 from nbdtarget.porcelain.cache import (
     CacheJob,
     CacheOptions,
@@ -22,6 +20,8 @@ from nbdtarget.porcelain.cache import (
     CacheStatus,
     plan_cache,
 )
+from nbdtarget.targets import metadata_io
+from nbdtarget_metadata.cache.metadata import CacheMetadata
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from metadata.clone import CloneMetadata
-from nbdtarget import metadata_io
 from nbdtarget.bio import OP_FLUSH, Bio
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.paths import control_address
 from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file import FileDevice
-from nbdtarget.errors import NbdTargetError
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions, ClonePlan, plan_clone
+from nbdtarget.targets import metadata_io
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.dm.support import make_registry
 
 MIB = 1 << 20

@@ -14,27 +14,27 @@ from typing import Final
 
 import pytest
 
-from metadata.cache_superblock import CACHE, CacheSuperblock
-from metadata.superblock import (
-    CLEAN_SHUTDOWN,
-    NEEDS_CHECK,
-    choose_superblock_of,
-    read_area,
-)
-from nbdtarget import metadata_io
 from nbdtarget.bio import OP_FLUSH, OP_WRITE
-from nbdtarget.clock import sleep
+from nbdtarget.common.clock import sleep
+from nbdtarget.common.errors import DeviceError, NbdTargetError, TableError
 from nbdtarget.control import messages as m
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import DeviceError, NbdTargetError, TableError
 from nbdtarget.porcelain import uncache
 from nbdtarget.porcelain.uncache import A, CacheLine, Draining, UncacheJob
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.linear import LinearTarget
+from nbdtarget_metadata.cache.superblock import CACHE, CacheSuperblock
+from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
+    NEEDS_CHECK,
+    choose_superblock_of,
+    read_area,
+)
 from tests.support.devices import FaultDevice
 
 KIB: Final = 1 << 10

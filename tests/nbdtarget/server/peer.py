@@ -15,7 +15,7 @@ from nbdtarget.bio import OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 
 __all__ = ["MIB", "Directory", "Disk", "Peer", "Reply", "Served", "until"]
 

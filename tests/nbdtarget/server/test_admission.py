@@ -17,7 +17,7 @@ from nbdtarget.server.admission import (
     raise_descriptor_limit,
 )
 from nbdtarget.server.limits import Limits
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.server.peer import MIB, Disk, Peer, Served
 
 LIMITS: Final = Limits(connections_max=3, peer_connections_max=2)

@@ -6,13 +6,13 @@ import struct
 
 import pytest
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device, Extent
-from nbdtarget.errors import DeviceError
 from nbdtarget.server.block_status import NAMESPACE, context_names, describe
 from nbdtarget.server.export import DirectoryExports
-from protocol import consts as c
-from protocol.client import ClientNegotiated, ClientTransmission
-from protocol.handshake import CONTEXTS_MAX
+from nbdtarget_protocol import consts as c
+from nbdtarget_protocol.client import ClientNegotiated, ClientTransmission
+from nbdtarget_protocol.handshake import CONTEXTS_MAX
 from tests.nbdtarget.server.peer import Directory, Disk, Peer, Served
 
 HYDRATION = f"{NAMESPACE}hydration"

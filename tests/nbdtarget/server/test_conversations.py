@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from nbdtarget.bio import Bio
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.server.peer import Disk, Served
 
 STRIPE = 96 << 10

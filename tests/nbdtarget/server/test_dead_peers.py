@@ -17,7 +17,7 @@ import pytest
 import uvloop
 
 from nbdtarget.server.listener import Listener
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.server.peer import MIB, Served, until
 
 LOOPS: Final = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

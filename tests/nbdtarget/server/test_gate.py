@@ -19,7 +19,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.server import gate
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.devices.nbd_server import StrictServer
 from tests.nbdtarget.server.peer import Directory, Peer, Served, until
 from tests.support.clock import SimClock

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.server.buffers import BufferPool
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.server.peer import MIB, Disk, Served, until
 
 

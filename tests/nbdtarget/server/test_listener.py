@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.errors import ListenError
+from nbdtarget.common.errors import ListenError
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener, export_uri
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.server.peer import Directory, Disk, Peer, Served
 
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.server.peer import Disk, Served
 
 

@@ -23,9 +23,9 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_HOLE, EXTENT_ZERO, Extent
-from nbdtarget.errors import DeviceError
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.server.peer import MIB, Disk, Reply, Served
 
 PATTERN = bytes(range(1, 251)) * 300  # 75000 bytes without a zero

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from nbdtarget.bio import NO_UNMAP, OP_WRITE_ZEROES, PENDING, Bio
+from nbdtarget.common.turns import Turns
 from nbdtarget.devices.base import Extent
 from nbdtarget.devices.memory import CHUNK_SIZE, MemoryDevice
-from nbdtarget.turns import Turns
-from protocol import consts as c
+from nbdtarget_protocol import consts as c
 from tests.nbdtarget.server.peer import MIB, Disk, Served, until
 
 

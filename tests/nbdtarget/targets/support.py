@@ -5,11 +5,11 @@ import errno as errnos
 from collections.abc import Callable
 
 from nbdtarget.bio import OP_READ, Bio
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ResolveError
 from tests.nbdtarget.targets.clone.support import Spy
 from tests.support.clock import SimClock
 

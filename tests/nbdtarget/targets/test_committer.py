@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from metadata.errors import FailedMetadata
-from metadata.operations import Flush, Steps, Write
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.targets.committer import Committer
+from nbdtarget_metadata.errors import FailedMetadata
+from nbdtarget_metadata.operations import Flush, Steps, Write
 from tests.nbdtarget.targets.clone.support import Spy, settle
 from tests.support.clock import SimClock
 from tests.support.devices import CrashDevice

@@ -12,7 +12,7 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
-from nbdtarget.errors import ConstructorError
+from nbdtarget.common.errors import ConstructorError
 from tests.nbdtarget.targets.clone.support import settle
 from tests.nbdtarget.targets.support import Disks, content, submit
 

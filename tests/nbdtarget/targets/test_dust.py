@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from nbdtarget.bio import OP_CACHE, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE
-from nbdtarget.errors import ConstructorError, TableError
+from nbdtarget.common.errors import ConstructorError, TableError
 from tests.nbdtarget.targets.support import Disks, content, submit
 
 BLOCK = 1024

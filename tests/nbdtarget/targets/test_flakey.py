@@ -15,8 +15,8 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.dm.mapped_device import MappedDevice
-from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.flakey import FlakeyTarget
 from tests.nbdtarget.targets.support import Disks, content, submit
 

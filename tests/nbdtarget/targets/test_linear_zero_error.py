@@ -3,7 +3,7 @@
 
 import pytest
 
-from nbdtarget.errors import ConstructorError
+from nbdtarget.common.errors import ConstructorError
 from tests.nbdtarget.dm.support import make_registry
 
 

@@ -16,10 +16,10 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.devices.base import EXTENT_DATA, Extent
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.mapped_device import MappedDevice
-from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from tests.nbdtarget.targets.clone.support import settle
 from tests.nbdtarget.targets.support import Disks, content, submit
 

@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdtarget.clock import monotonic_ns
+from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.targets.prison import Cell, Prison
 
 

@@ -16,9 +16,9 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Extent
 from nbdtarget.devices.memory import CHUNK_SIZE
-from nbdtarget.errors import ConstructorError
 from tests.nbdtarget.targets.clone.support import settle
 from tests.nbdtarget.targets.support import Disks, content, submit
 

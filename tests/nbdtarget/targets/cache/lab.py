@@ -4,18 +4,18 @@
 import errno as errnos
 from collections.abc import Iterable
 
-from metadata.cache import CacheMetadata
-from metadata.cache_check import mend_cache
-from metadata.errors import CorruptMetadata, NotFormatted
-from metadata.mode import Mode
-from nbdtarget import metadata_io
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, Bio
+from nbdtarget.common.errors import ConstructorError, ResolveError, TableError
+from nbdtarget.common.permissions import OVERWRITE
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from nbdtarget.errors import ConstructorError, ResolveError, TableError
-from nbdtarget.permissions import OVERWRITE
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.target import CacheTarget
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.errors import CorruptMetadata, NotFormatted
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.tools.cache_check import mend_cache
 from tests.nbdtarget.targets.clone.support import Spy, settle
 from tests.support.clock import SimClock
 from tests.support.devices import CrashDevice

@@ -12,7 +12,6 @@ import random
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from metadata.mode import Mode
 from nbdtarget.bio import (
     FUA,
     OP_CACHE,
@@ -23,10 +22,11 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.dm.mapped_device import State
-from nbdtarget.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.policies.base import PROMOTE
-from nbdtarget.policies.smq import Smq
+from nbdtarget.policies.smq.policy import Smq
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.cache.lab import BLOCK, CacheLab, LabSpy
 
 __all__ = ["Liveness"]

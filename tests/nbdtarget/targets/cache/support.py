@@ -4,16 +4,16 @@
 from array import array
 from collections.abc import Iterable
 
-from metadata.cache import CacheMetadata
-from metadata.cache import Policy as RecordedPolicy
-from nbdtarget import metadata_io
 from nbdtarget.devices.memory import MemoryDevice
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.committer import Committer
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.cache.metadata import Policy as RecordedPolicy
 from tests.nbdtarget.targets.clone.support import Context, Spy
 from tests.support.clock import SimClock
 

@@ -6,10 +6,10 @@ import errno as errnos
 
 import pytest
 
-from metadata.mode import Mode
 from nbdtarget.bio import OP_WRITE
-from nbdtarget.errors import TableError
+from nbdtarget.common.errors import TableError
 from nbdtarget.policies.base import MappingError, Policy
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.cache.support import BLOCK, Bench, Table
 
 WRITEBACK = "1 writeback smq 0"

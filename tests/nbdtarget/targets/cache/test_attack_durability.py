@@ -3,8 +3,8 @@
 
 import errno as errnos
 
-from metadata.mode import Mode
 from nbdtarget.bio import FUA, OP_WRITE
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 

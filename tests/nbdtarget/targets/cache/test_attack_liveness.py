@@ -5,9 +5,9 @@ import errno as errnos
 
 import pytest
 
-from metadata.mode import Mode
 from nbdtarget.bio import OP_DISCARD, OP_WRITE
 from nbdtarget.targets.cache.wishes import PATIENCE_TICKS
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 NO_PASSDOWN = "1 no_discard_passdown smq 2 migration_threshold 0"

@@ -5,15 +5,15 @@ import errno as errnos
 
 import pytest
 
-from metadata.cache import CacheMetadata, Statistics
-from metadata.mode import Mode
-from nbdtarget import metadata_io
 from nbdtarget.bio import OP_WRITE
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
-from nbdtarget.errors import ConstructorError
 from nbdtarget.policies.base import PROMOTE
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.constructor import construct
+from nbdtarget_metadata.cache.metadata import CacheMetadata, Statistics
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.cache.support import BLOCK, SECTORS, Bench
 from tests.nbdtarget.targets.clone.support import Context
 from tests.support.clock import SimClock

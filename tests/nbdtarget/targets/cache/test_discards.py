@@ -3,8 +3,8 @@
 
 import pytest
 
-from metadata.cache import Discarded
 from nbdtarget.targets.cache.discards import DiscardBits
+from nbdtarget_metadata.cache.metadata import Discarded
 
 BLOCK = 96 << 10  # no power of two
 MANY = 1 << 14

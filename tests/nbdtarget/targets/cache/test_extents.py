@@ -5,13 +5,13 @@ import errno as errnos
 
 import pytest
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import (
     EXTENT_DATA,
     EXTENT_HOLE,
     EXTENT_ZERO,
     Extent,
 )
-from nbdtarget.errors import DeviceError
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.extents import (
     CACHE_CACHED,

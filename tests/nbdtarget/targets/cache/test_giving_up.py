@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from metadata.mode import Mode
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 THROUGH = "1 writethrough smq 0"

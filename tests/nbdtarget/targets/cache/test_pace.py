@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How migrations are kept together, and apart, while clients hit."""
 
-from metadata.cache import Statistics
 from nbdtarget.targets.cache.pace import (
     BURST,
     HITS_PER_MISS,
@@ -9,6 +8,7 @@ from nbdtarget.targets.cache.pace import (
     PERIOD_S,
     Pace,
 )
+from nbdtarget_metadata.cache.metadata import Statistics
 from tests.support.clock import SimClock
 
 

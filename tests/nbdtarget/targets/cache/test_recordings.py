@@ -8,7 +8,7 @@ many of these to skip, how many); `= …`: the status, but for the numbers of me
 
 import pytest
 
-from nbdtarget.errors import NbdTargetError, TableError
+from nbdtarget.common.errors import NbdTargetError, TableError
 from tests.nbdtarget.targets.clone.support import settle
 from tests.nbdtarget.targets.support import Disks
 

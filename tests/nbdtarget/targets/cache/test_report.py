@@ -3,11 +3,11 @@
 
 import pytest
 
-from metadata.cache import Statistics
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.constructor import construct
 from nbdtarget.targets.cache.report import status_fields, status_line
+from nbdtarget_metadata.cache.metadata import Statistics
 from tests.nbdtarget.targets.cache.support import BLOCK, Bench, Table
 
 MQ = (

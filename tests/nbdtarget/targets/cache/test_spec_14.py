@@ -6,7 +6,7 @@ import random
 import pytest
 
 from nbdtarget.bio import OP_DISCARD, OP_WRITE, PENDING
-from nbdtarget.errors import TableError
+from nbdtarget.common.errors import TableError
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 BUSY = "2 migration_threshold 0"

@@ -10,8 +10,8 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import FUA, OP_DISCARD, OP_READ, OP_WRITE, PENDING
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.dm.mapped_device import State
-from nbdtarget.errors import DeviceError
 from tests.nbdtarget.targets.cache.lab import (
     BLOCK,
     DIRTY_BUSY,

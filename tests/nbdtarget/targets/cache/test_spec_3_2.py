@@ -9,9 +9,9 @@ import errno as errnos
 
 import pytest
 
-from metadata.cache import Policy
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING
-from nbdtarget.errors import TableError
+from nbdtarget.common.errors import TableError
+from nbdtarget_metadata.cache.metadata import Policy
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 BUSY = "2 migration_threshold 0"

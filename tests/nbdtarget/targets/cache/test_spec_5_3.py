@@ -10,8 +10,8 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE, PENDING
+from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.dm.mapped_device import State
-from nbdtarget.errors import ConstructorError, TableError
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 BUSY = "2 migration_threshold 0"

@@ -6,7 +6,7 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_WRITE
-from nbdtarget.errors import TableError
+from nbdtarget.common.errors import TableError
 from tests.nbdtarget.targets.cache.lab import DIRTY_BUSY, CacheLab, settle
 
 BUSY = "2 migration_threshold 0"

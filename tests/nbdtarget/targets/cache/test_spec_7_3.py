@@ -3,7 +3,7 @@
 
 import pytest
 
-from nbdtarget.errors import ConstructorError
+from nbdtarget.common.errors import ConstructorError
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab
 
 BUSY = "2 migration_threshold 0"

@@ -5,7 +5,7 @@ import errno as errnos
 
 import pytest
 
-from nbdtarget.errors import ConstructorError, TableError
+from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.targets.cache.table import (
     PASSTHROUGH,
     WRITETHROUGH,

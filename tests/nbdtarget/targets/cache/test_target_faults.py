@@ -4,8 +4,8 @@
 import asyncio
 import errno as errnos
 
-from metadata.mode import Mode
 from nbdtarget.bio import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 

@@ -6,15 +6,15 @@ import errno as errnos
 import random
 from collections.abc import Callable, Sequence
 
-from metadata.clone import CloneMetadata
 from nbdtarget.bio import OP_FLUSH, OP_NAMES, OP_READ, OP_WRITE, Bio
-from nbdtarget.clock import Clock
+from nbdtarget.common.clock import Clock
+from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.permissions import OVERWRITE, Permission
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.devices.memory import MemoryDevice
-from nbdtarget.errors import ResolveError
-from nbdtarget.permissions import OVERWRITE, Permission
 from nbdtarget.targets.base import KILL, REMAPPED
 from nbdtarget.targets.clone.target import CloneTarget
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.support.clock import SimClock
 from tests.support.model import SECTOR
 

@@ -6,7 +6,7 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_CACHE, OP_DISCARD, OP_WRITE, PENDING
-from nbdtarget.targets.clone.cache_requests import STEP_BYTES, STEPS_AT_ONCE_MAX
+from nbdtarget.targets.clone.prefetch import STEP_BYTES, STEPS_AT_ONCE_MAX
 from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
 
 MIB = 1 << 20

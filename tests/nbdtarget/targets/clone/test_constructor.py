@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from metadata.clone import CloneMetadata
 from nbdtarget.bio import OP_WRITE
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
-from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.clone.target import CloneTarget
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.targets.clone.support import REGION, Context, Rig
 from tests.support.clock import SimClock
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdtarget.bio import OP_DISCARD, OP_WRITE, PENDING
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Extent
-from nbdtarget.errors import DeviceError
 from nbdtarget.targets.clone.extents import (
     HYDRATION,
     HYDRATION_ACTIVE,

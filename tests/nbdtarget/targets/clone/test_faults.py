@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from metadata.check import check
-from metadata.clone import CloneMetadata
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
-from nbdtarget.errors import DeviceError
-from nbdtarget.metadata_io import run
 from nbdtarget.targets.clone.target import CloneTarget
+from nbdtarget.targets.metadata_io import run
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.tools.check import check
 from tests.nbdtarget.targets.clone.support import REGION, Context, Disk, settle
 from tests.support.clock import SimClock
 from tests.support.devices import CrashDevice, FaultDevice

@@ -3,8 +3,8 @@
 
 import errno as errnos
 
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Device, Extent
-from nbdtarget.errors import DeviceError
 from nbdtarget.targets.clone.holes import EXTENTS_MAX, WINDOW_BYTES_MAX, Holes
 
 K = 1024

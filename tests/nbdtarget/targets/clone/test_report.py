@@ -5,8 +5,8 @@ import errno as errnos
 
 import pytest
 
-from metadata.mode import Mode
 from nbdtarget.bio import OP_READ, OP_WRITE
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The background looks for its next region in steps, however many wait to be tried again."""
 
-from nbdtarget.clock import monotonic_ns
+from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.targets.clone.hydration import SCAN_RUNS_MAX
 from tests.nbdtarget.targets.clone.support import Rig
 

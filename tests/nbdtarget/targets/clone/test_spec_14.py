@@ -5,10 +5,10 @@ import errno as errnos
 
 import pytest
 
-from metadata.clone import CloneMetadata
 from nbdtarget.bio import FUA, OP_DISCARD, OP_READ, OP_WRITE, PENDING
-from nbdtarget.errors import ConstructorError
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.targets.clone.target import CloneTarget
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.dm.support import make_registry
 from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
 

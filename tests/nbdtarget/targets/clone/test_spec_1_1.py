@@ -5,13 +5,13 @@ import errno as errnos
 
 import pytest
 
-from metadata.clone import CloneMetadata
-from metadata.mode import Mode
 from nbdtarget.bio import OP_READ, OP_WRITE
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
-from nbdtarget.errors import ConstructorError
 from nbdtarget.targets.clone.target import CloneTarget
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.clone.support import REGION, Context, Disk, Rig, settle
 from tests.support.clock import SimClock
 

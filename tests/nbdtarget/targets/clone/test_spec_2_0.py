@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from metadata.clone import CloneMetadata
 from nbdtarget.bio import (
     FUA,
     NO_UNMAP,
@@ -25,6 +24,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.dm.support import RamDevice, RamOpener, make_registry
 from tests.nbdtarget.targets.clone.support import REGION, settle
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from metadata.mode import Mode
 from nbdtarget.bio import (
     FUA,
     OP_DISCARD,
@@ -20,7 +19,8 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
-from nbdtarget.errors import DeviceError
+from nbdtarget.common.errors import DeviceError
+from nbdtarget_metadata.mode import Mode
 from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
 
 HYDRATED, CHANGED, UNHYDRATED, HYDRATING = range(4)  # also the regions in that state

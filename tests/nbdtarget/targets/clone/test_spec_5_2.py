@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE
-from nbdtarget.errors import ConstructorError
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.targets.clone.target import CloneTarget
 from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
 

@@ -5,9 +5,9 @@ import errno as errnos
 
 import pytest
 
-from metadata.clone import CloneMetadata
 from nbdtarget.bio import OP_DISCARD, OP_WRITE
-from nbdtarget.errors import TableError
+from nbdtarget.common.errors import TableError
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
 
 # 32 MiB in regions of 4 KiB, as in the recordings.

@@ -3,7 +3,7 @@
 
 import pytest
 
-from nbdtarget.errors import ConstructorError
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.targets.clone.table import Options, parse_options, parse_region_size
 
 

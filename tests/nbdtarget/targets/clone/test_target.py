@@ -18,7 +18,7 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
-from nbdtarget.errors import TableError
+from nbdtarget.common.errors import TableError
 from nbdtarget.targets.base import KILL, REMAPPED
 from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
 

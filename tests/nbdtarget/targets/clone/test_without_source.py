@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from metadata.clone import CloneMetadata
 from nbdtarget.bio import OP_WRITE
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.config.devices import ConfiguredDevices
 from nbdtarget.config.file import read
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry
-from nbdtarget.dm.types import TARGET_TYPES
-from nbdtarget.errors import ConstructorError
+from nbdtarget.targets.registry import TARGET_TYPES
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.dm.support import RamOpener, make_registry
 from tests.nbdtarget.targets.clone.support import REGION, Rig
 

@@ -16,8 +16,8 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
+from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.dm.mapped_device import MappedDevice
-from nbdtarget.errors import ConstructorError, TableError
 from nbdtarget.targets.log_writes import log as log_module
 from nbdtarget.targets.log_writes.format import (
     END_MARK,

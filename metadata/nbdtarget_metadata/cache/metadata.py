@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache's metadata: which cache block holds which origin block, and how that survives.
+
+Theory of operation
+===================
+
+Each cache block (cblock) is unmapped, or holds one origin block (oblock); no oblock is held twice.
+Mappings survive any crash. Whether a mapped block is **dirty** (newer than the origin), the
+policy's hints, the discarded blocks: these are in core only, and recorded by a clean shutdown.
+
+The commit, in two phases as a clone's, because two other disks must act between them:
+
+    transaction = metadata.pre_commit()     # takes the changes; later ones ride on the next
+    flush what transaction.flushes names   AND   run transaction.journal()      # together
+    run transaction.superblock()            # only if all of them succeeded
+    transaction.done()                      # only now may FLUSH and FUA be acknowledged
+
+A committed mapping is read from the cache device, so its data must be there first: FLUSH_CACHE after
+`insert`. If it is clean, the origin must have the same data: it may have been written just before it
+was copied, so FLUSH_ORIGIN, too. Once a removal is committed the origin is read instead, so what was written back
+must be there first: FLUSH_ORIGIN after `remove`. When blocks are recorded clean, both: what was written
+back may have been written just before that. Whatever fails: `abort`.
+
+A FLUSH bio needs both devices flushed, whatever `flushes` says: dirtying a block changes no metadata.
+
+Reuse. Until a removal is committed a crash brings the mapping back. So its cblock must not be used
+for another oblock (`may_insert`), and no write to its oblock may be sent to the origin: the old
+mapping would come back as dirty, and hide or overwrite it.
+
+The life of `clean_shutdown`:
+
+    on disk   in core                          what a crash leaves
+    set       opened, or suspended             exact dirty bits, hints, discards
+    set       `start`ed, commit under way      the same, and nothing has changed
+    clear     `admits_changes`                 mappings; dirty: see below; no hints, no discards
+    clear     full sync under way              the same, and nothing changes any more
+    set       full sync done                   exact dirty bits, hints, discards
+
+Nothing but `resize_*` may be called before `admits_changes`, which the commit after `start` sets. A
+full sync is `prepare_shutdown` and pre_commit(clean_shutdown=True), when nothing is under way.
+
+**Origin complete.** A cache that does not write back (writethrough, passthrough) says so when it starts, unless blocks
+are dirty still; then it is said with the commit after the last of them was written back. After a crash nothing is dirty
+then, and the origin has all that was promised. What the cache holds may differ from it: a write through
+that was not flushed may be on one device only, and the origin may have been used alone since, which its users are
+told that they may do. So `gives_up_mappings`, and `drop_clean` comes before `start`.
+
+    start            on disk             dirty in core              a crash leaves
+    writes_back      -                   any                        dirty: see below
+    not writes_back  -                   some, of a writeback past  dirty: see below
+    not writes_back  ORIGIN_COMPLETE     none                       the origin alone
+    not writes_back  ORIGIN_COMPLETE     the origin refused a       the origin alone: nobody has been promised
+                                         write through              that write, `vouches_for` says no. The
+                                                                    next commit, which `changed` asks for, takes
+                                                                    the flag back, and then FLUSH and FUA may end
+
+Else, after an unclean shutdown, every mapped block counts as dirty. With **dirty_log** only those that may
+be: the value of a block on disk says LOGGED before the block first turns dirty.
+
+    clean --log_dirty--> wanted --commit done--> admitted --set_dirty--> dirty
+      ^                                              ^                     |
+      +------ commit (both flushed) ----- cleaned <--+---- set_clean ------+
+
+`may_dirty` tells whether a write may be sent to the cache device; if not: `log_dirty`, and wait
+for a commit; many such waiters share one. That goes for a write through to both devices, too: it is
+dirty until both have ended. A block that was inserted dirty is LOGGED with its
+mapping and need not wait: a crash forgets both. Cleaned blocks stay LOGGED, and may be dirtied
+again at no cost, until a commit that flushes the origin anyway (or `clear_log`) takes that back.
+So LOGGED on disk is a superset of the dirty blocks at any time, and mostly a small one.
+
+Space and compaction: see journaled.py. A snapshot is fuzzy here, too: (1) whatever
+uncommitted state it caught, its block is in a transaction that was pre-committed later, at the
+latest in the switching one; (2) so is each block that changed after its chunk was copied; (3) a
+record says what a block is, and the last one wins. So the new journal ends with each such block as it was at the switching pre_commit.
+
+Abort. The mode becomes RO, and what is in core stays as it is: it tells where the data are, and an
+inserted dirty block has its data nowhere else. What is on disk is the last commit, or the one that failed,
+and each of them is complete: opening it again is safe. `blame` says in core that the metadata device is to blame.
+`record_needs_check` is for who finds reason to doubt what is on the disk: it forbids to open it. It skips a
+generation, as copies of a failed one may be there.
+
+Not handled: sharing. One object per metadata device, whoever uses it.
+
+Context: nothing here blocks, waits or does I/O. Steps between two yields take milliseconds at
+most for a million cache blocks. One thread.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+from bitarray.util import zeros
+
+from nbdtarget_metadata.cache.blocks import CacheBlocks, Mapping
+from nbdtarget_metadata.cache.index import OblockIndex
+from nbdtarget_metadata.cache.load import Discarded, Loaded, load, new_words
+from nbdtarget_metadata.cache.records import (
+    NR_CBLOCKS_MAX,
+    NR_OBLOCKS_MAX,
+    Words,
+    snapshot_blocks_max,
+)
+from nbdtarget_metadata.cache.superblock import (
+    BLOCK_SIZE_MAX,
+    BLOCK_SIZE_MIN,
+    CACHE,
+    HINT_SIZE,
+    NO_POLICY,
+    NR_DBLOCKS_MAX,
+    POLICY_NAME_MAX,
+    CacheSuperblock,
+    Policy,
+    device_size_with,
+    first_superblock,
+    journal_blocks_preferred,
+    layout_for,
+)
+from nbdtarget_metadata.cache.transaction import (
+    FLUSH_CACHE,
+    FLUSH_ORIGIN,
+    CacheCompaction,
+    CacheTransaction,
+    Shutdown,
+)
+from nbdtarget_metadata.errors import (
+    BlockSizeMismatch,
+    FailedMetadata,
+    ReadOnlyMetadata,
+)
+from nbdtarget_metadata.log.arena import JOURNAL_BLOCKS_MIN, refuse_content_of
+from nbdtarget_metadata.log.envelope import DIGEST_SIZE
+from nbdtarget_metadata.log.superblock import (
+    ALL_SLOTS,
+    CLEAN_SHUTDOWN,
+    NEEDS_CHECK,
+    SUPERBLOCK_BLOCKS,
+    format_superblocks,
+    read_superblock_of,
+    write_superblock,
+)
+from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.operations import Flush, Steps
+
+__all__ = [
+    "FLUSH_CACHE",
+    "FLUSH_ORIGIN",
+    "CacheMetadata",
+    "CacheTransaction",
+    "Discarded",
+    "Mapping",
+    "Mode",
+    "Policy",
+    "Statistics",
+]
+
+_RW: Final = Mode.RW
+_FAIL: Final = Mode.FAIL
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Of bios, since formatting. Whatever stands here rides on each commit."""
+
+    read_hits: int = 0
+    read_misses: int = 0
+    write_hits: int = 0
+    write_misses: int = 0
+
+
+class CacheMetadata(CacheBlocks):
+    """The metadata of one cache. Made by `format` or `open`, which see.
+
+    Attributes: those of `CacheBlocks`, and
+        clean_when_opened: a fact of this opening (true when just formatted).
+        statistics: the owner counts here.
+        total_blocks: 4 KiB blocks of the metadata device.
+        notes: what opening found that was not as it should be, and did without; for logs.
+    """
+
+    def __init__(
+        self,
+        *,
+        superblock: CacheSuperblock,
+        loaded: Loaded,
+        device_size: int,
+        unhealed: frozenset[int],
+        notes: tuple[str, ...],
+    ) -> None:
+        super().__init__(
+            superblock,
+            loaded,
+            device_size=device_size,
+            unhealed=unhealed,
+            notes=notes,
+        )
+        self.clean_when_opened = bool(superblock.flags & CLEAN_SHUTDOWN)
+        self._discarded = loaded.discarded
+        self._is_blamed = False
+        self.statistics = Statistics(
+            superblock.read_hits,
+            superblock.read_misses,
+            superblock.write_hits,
+            superblock.write_misses,
+        )
+
+    # Making and opening
+
+    @staticmethod
+    def device_size_for(nr_cblocks: int) -> int:
+        """Return the bytes of a metadata device that is right for `nr_cblocks`.
+
+        Down to `device_size_min` smaller ones work, and compact more often. On larger ones
+        the cache may grow.
+        """
+        return device_size_with(nr_cblocks, journal_blocks_preferred(nr_cblocks))
+
+    @staticmethod
+    def device_size_min(nr_cblocks: int) -> int:
+        """Return the bytes of the smallest metadata device for `nr_cblocks`."""
+        return device_size_with(nr_cblocks, JOURNAL_BLOCKS_MIN)
+
+    @classmethod
+    def format(
+        cls,
+        *,
+        device_size: int,
+        block_size: int,
+        origin_size: int,
+        nr_cblocks: int,
+        uuid: bytes,
+    ) -> Steps["CacheMetadata"]:
+        """Make new metadata, in which nothing is mapped, on an all-zero device.
+
+        Also finishes a format that was interrupted. Costs four blocks, whatever the size.
+
+        Raises:
+            NotOurs: the device holds anything else, be it metadata. Nothing was written.
+            MetadataTooSmall: see `device_size_min`. Nothing was written.
+        Durable: the metadata, formatted and empty, when this returns. A crash before that
+            leaves it formatted or `NotFormatted`.
+        """
+        assert block_size % BLOCK_SIZE_MIN == 0
+        assert BLOCK_SIZE_MIN <= block_size <= BLOCK_SIZE_MAX
+        assert 0 < origin_size // block_size + 1 <= NR_OBLOCKS_MAX
+        assert origin_size > 0
+        assert 0 < nr_cblocks <= NR_CBLOCKS_MAX
+        assert len(uuid) == DIGEST_SIZE, "it stands where a digest does"
+        layout = layout_for(nr_cblocks, device_size)
+        yield from refuse_content_of(CACHE, device_size, layout.arena_blocks)
+        superblock = first_superblock(
+            bytes(uuid),
+            block_size=block_size,
+            origin_size=origin_size,
+            nr_cblocks=nr_cblocks,
+            nr_cblocks_max=layout.nr_cblocks_max,
+            arena_blocks=layout.arena_blocks,
+        )
+        values = yield from new_words("Q", nr_cblocks)
+        by_oblock = yield from OblockIndex.new(values)
+        superblock = yield from format_superblocks(superblock)
+        dirty, logged = zeros(nr_cblocks, "little"), zeros(nr_cblocks, "little")
+        return cls(
+            superblock=superblock,
+            loaded=Loaded(values, by_oblock, dirty, logged, None, None),
+            device_size=device_size,
+            unhealed=frozenset(),
+            notes=(),
+        )
+
+    @classmethod
+    def open(cls, *, device_size: int, block_size: int) -> Steps["CacheMetadata"]:
+        """Open existing metadata, whatever sizes it was left with. Writes nothing.
+
+        Raises:
+            NotFormatted: `format` may follow.
+            NotOurs, CorruptMetadata, UnsupportedFormat: nothing may follow but a human;
+                `needs_check` is CorruptMetadata.
+            BlockSizeMismatch: it belongs to another table line.
+            MetadataTooSmall: the device has shrunk.
+        Durable: everything that this returns.
+        """
+        found = yield from read_superblock_of(CACHE, device_size)
+        superblock = found.superblock
+        if superblock.block_size != block_size:
+            raise BlockSizeMismatch(stored=superblock.block_size, given=block_size)
+        loaded = yield from load(superblock, device_size)
+        return cls(
+            superblock=superblock,
+            loaded=loaded,
+            device_size=device_size,
+            unhealed=ALL_SLOTS,
+            notes=found.notes,
+        )
+
+    # What there is
+
+    @property
+    def used_blocks(self) -> int:
+        """4 KiB blocks in use: superblocks, live snapshot, journal, clean shutdown."""
+        live = self._superblock
+        arena = live.journal_end - live.snapshot_block
+        return SUPERBLOCK_BLOCKS + arena + live.sync_blocks
+
+    @property
+    def discarded(self) -> Discarded | None:
+        """What the last full sync recorded; None once `start` is committed: it may be stale."""
+        return self._discarded if self.is_recorded_clean else None
+
+    @property
+    def needs_check(self) -> bool:
+        """Whether the metadata device should be looked at: it failed, or says so of itself."""
+        return self._is_blamed or bool(self._superblock.flags & NEEDS_CHECK)
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything is not durably committed, the transaction under way included.
+
+        True for ever after `abort`. True also after opening, until both superblock slots are rewritten. Dirty bits
+        and cleaned blocks do not count.
+        """
+        return (
+            self._has_changed
+            or self._transaction is not None
+            or self._aborted
+            or self._has_new_disks
+            or self._resized
+            or self._starting
+            or (self._clearing and self._cleaned.any())
+            or (self.admits_changes and self.is_complete != self.is_recorded_complete)
+            or self.needs_rewrite
+        )
+
+    # Committing
+
+    def prepare_shutdown(
+        self,
+        *,
+        policy: Policy = NO_POLICY,
+        hints: Words | None = None,
+        discarded: Discarded | None = None,
+    ) -> None:
+        """Give what the next pre_commit(clean_shutdown=True) records beside the dirty bits.
+
+        Once that is done, a policy that loads `mappings` and whoever loads `discarded` get it, too.
+
+        Args:
+            hints: array of u32, one for each cache block; ours from here on.
+
+        Raises: FailedMetadata.
+        """
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        assert hints is None or len(hints) == self.nr_cblocks
+        assert hints is None or (
+            hints.typecode == "I" and policy.hint_size == HINT_SIZE
+        )
+        assert hints is None or 0 < len(policy.name.encode()) <= POLICY_NAME_MAX
+        assert discarded is None or 0 < len(discarded.bits) <= NR_DBLOCKS_MAX
+        self._shutdown = Shutdown(policy, hints, discarded)
+
+    def pre_commit(self, *, clean_shutdown: bool = False) -> CacheTransaction | None:
+        """Take the changes made so far as one transaction; None if there is nothing to commit.
+
+        Changes made from here on belong to the next. A commit before `start` that only heals
+        superblock copies keeps what the last full sync has recorded. The caller then flushes what
+        `transaction.flushes` names and runs `journal`, together; runs `superblock`; calls
+        `done`. If anything fails in between, `abort`. One transaction at a time.
+
+        Args:
+            clean_shutdown: a full sync: nothing is under way, and nothing may change before
+                `start`. See `prepare_shutdown`.
+
+        Raises: ReadOnlyMetadata if there is something to commit; FailedMetadata.
+        """
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        assert self._transaction is None, "one transaction at a time"
+        shutdown = None
+        if clean_shutdown:
+            shutdown, self._shutdown = self._shutdown, Shutdown()
+        marked = self.is_recorded_clean
+        if not self.changed and (marked or not clean_shutdown or self.mode is not _RW):
+            return None
+        if self.mode is not _RW:
+            raise ReadOnlyMetadata
+        if self._clearing or self._flushes & FLUSH_ORIGIN:
+            self._take_back_log()
+        self._is_stop_begun = clean_shutdown
+        if clean_shutdown:
+            self.admits_changes = False
+            self._clearing = False
+        transaction = CacheTransaction(
+            self,
+            shutdown=shutdown,
+            starts=self._starting and not clean_shutdown,
+            heals=marked
+            and not (
+                clean_shutdown or self._starting or self._resized or self._has_changed
+            ),
+        )
+        self._resized = self._starting = False
+        self._transaction = transaction
+        return transaction
+
+    def abort(self) -> None:
+        """Give up: a commit failed. Mode RO; see "Abort" in the module head.
+
+        Raises: FailedMetadata.
+        """
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        self.mode = Mode.RO
+        self._aborted = True
+        self.admits_changes = False
+        if self._transaction is not None:
+            self._changed |= self._transaction.taken
+            self._removed |= self._transaction.removed
+        self._transaction = None
+        self._before = None
+        self._compaction = None
+
+    def blame(self) -> None:
+        """After `abort`: it was the metadata device that failed. In core only."""
+        self._is_blamed = True
+
+    def record_needs_check(self) -> Steps[None]:
+        """After `abort`: forbid, durably, to open this again before a tool has looked at it.
+
+        Once what was under way has ended. A commit that failed is no reason for it.
+
+        Raises: FailedMetadata.
+        Durable: `needs_check`, over the last committed state, when this returns.
+        """
+        if self.mode is _FAIL:
+            raise FailedMetadata
+        assert self._aborted
+        superblock = msgspec.structs.replace(
+            self._superblock,
+            # Copies of the failed generation may be on disk, in the other slot.
+            generation=self._superblock.generation + 2,
+            flags=self._superblock.flags | NEEDS_CHECK,
+            nr_commits=self._superblock.nr_commits + 1,
+        )
+        yield from write_superblock(superblock)
+        yield Flush()
+        self._superblock = superblock
+
+    def fail(self) -> None:
+        """Go to mode FAIL: everything raises FailedMetadata until it is opened again."""
+        super().fail()
+        self.admits_changes = False
+
+    # Inside
+
+    def _new_compaction(self) -> CacheCompaction:
+        return CacheCompaction(self)
+
+    def _snapshot_blocks_max(self) -> int:
+        return snapshot_blocks_max(self.nr_cblocks_max)

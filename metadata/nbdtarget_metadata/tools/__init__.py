@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check, dump, restore, salvage and import, for both kinds."""

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write complete cache metadata from its content; record that a cache was written back, offline.
+
+The order of a restore is a clone's (restore.py): zero the superblocks of old content, flush; the
+snapshot and, of a clean shutdown, what that records, flush; then the superblock, in two generations.
+
+`record_written_back` is one commit without a change of mappings, and always a clean shutdown: after it
+the dirty bits are exact, whatever they were before. It goes to the sync area that the superblock does not
+vouch for, so a crash leaves either state. What is LOGGED may stay so: it is a superset of the dirty blocks.
+"""
+
+from typing import Final
+
+import msgspec
+from bitarray import bitarray
+
+from nbdtarget_metadata.cache.content import CacheContent
+from nbdtarget_metadata.cache.load import Discarded, load
+from nbdtarget_metadata.cache.records import LOGGED, Words
+from nbdtarget_metadata.cache.superblock import (
+    CACHE,
+    DIRTY_LOG,
+    NO_POLICY,
+    NR_SYNC_AREAS,
+    CacheSuperblock,
+    Policy,
+    first_superblock,
+    layout_for,
+)
+from nbdtarget_metadata.cache.transaction import (
+    Shutdown,
+    sync_chain,
+    write_snapshot,
+    write_sync,
+)
+from nbdtarget_metadata.errors import UnsupportedFormat
+from nbdtarget_metadata.log.arena import new_chain, refuse_content_of
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, FORMAT_VERSION
+from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
+    RO_COMPAT_KNOWN,
+    SUPERBLOCK_BLOCKS,
+    read_superblock_of,
+    write_superblock,
+)
+from nbdtarget_metadata.operations import Flush, Steps, Write
+
+__all__ = ["record_written_back", "restore_cache"]
+
+GENERATION_MIN: Final = 1  # of formatted metadata
+
+
+def restore_cache(
+    content: CacheContent, *, device_size: int, overwrite: bool = False
+) -> Steps[CacheSuperblock]:
+    """Write `content`; the layout follows from `device_size`. Returns the new superblock.
+
+    Args: overwrite: whatever the device holds may go.
+
+    Raises:
+        MetadataTooSmall, UnsupportedFormat: nothing was written.
+        NotOurs: the device is not all zero, and `overwrite` is not set. Nothing was written.
+    Durable: the metadata, when this returns.
+    """
+    assert content.generation >= GENERATION_MIN
+    unknown = content.ro_compat & ~RO_COMPAT_KNOWN | content.incompat & ~DIRTY_LOG
+    if unknown:  # what these features keep is not in the content
+        raise UnsupportedFormat(FORMAT_VERSION, unknown)
+    layout = layout_for(content.nr_cblocks, device_size)
+    if overwrite:
+        yield Write(0, bytes(SUPERBLOCK_BLOCKS * BLOCK_SIZE), fua=True)
+        yield Flush()
+    else:
+        yield from refuse_content_of(CACHE, device_size, layout.arena_blocks)
+    superblock = _superblock_of(
+        content, arena_blocks=layout.arena_blocks, nr_cblocks_max=layout.nr_cblocks_max
+    )
+    chain = new_chain(superblock, 0, 0)
+    yield from write_snapshot(chain, superblock.generation, content.values)
+    superblock = msgspec.structs.replace(
+        superblock,
+        snapshot_blocks=chain.block - superblock.snapshot_block,
+        snapshot_digest=chain.digest,
+        journal_digest=chain.digest,
+    )
+    if content.flags & CLEAN_SHUTDOWN:
+        superblock = yield from _write_shutdown(
+            superblock, content.policy, content.hints, content.discarded, content.dirty
+        )
+    yield Flush()
+    for generation in (content.generation - 1, content.generation):
+        superblock = msgspec.structs.replace(superblock, generation=generation)
+        yield from write_superblock(superblock)
+        yield Flush()
+    return superblock
+
+
+def record_written_back(
+    device_size: int, written_back: bitarray, *, disks: bytes
+) -> Steps[CacheSuperblock]:
+    """Record that these cache blocks are the same as the origin's; what was dirty else, stays so.
+
+    Args: disks: the record of which disks belong to it (disks.py), as they are now.
+
+    Only after both devices were flushed: neither may turn out older than the other. Nobody else
+    has the metadata open.
+
+    Raises: what `load` does. Nothing was written.
+    Durable: a clean shutdown, when this returns. A crash leaves what was recorded before, or that.
+    """
+    found = yield from read_superblock_of(CACHE, device_size)
+    superblock = found.superblock
+    assert not superblock.gives_up_mappings, "its blocks may differ from the origin's"
+    loaded = yield from load(superblock, device_size)
+    if found.unhealed:
+        # A copy that cannot be read now, and can be after a power cut, must not vouch for
+        # a sync area that is about to be written over.
+        superblock = msgspec.structs.replace(
+            superblock, generation=superblock.generation + 1
+        )
+        yield from write_superblock(superblock)
+        yield Flush()
+    area = superblock.sync_area
+    if superblock.flags & CLEAN_SHUTDOWN:
+        area = (area + 1) % NR_SYNC_AREAS
+    after = yield from _write_shutdown(
+        msgspec.structs.replace(
+            superblock,
+            generation=superblock.generation + 1,
+            nr_commits=superblock.nr_commits + 1,
+            flags=superblock.flags | CLEAN_SHUTDOWN,
+            sync_area=area,
+            disks=disks,
+        ),
+        superblock.policy,
+        loaded.hints,
+        loaded.discarded,
+        loaded.dirty & ~written_back,
+    )
+    yield Flush()
+    yield from write_superblock(after)
+    yield Flush()
+    return after
+
+
+def _write_shutdown(
+    superblock: CacheSuperblock,
+    policy: Policy,
+    hints: Words | None,
+    discarded: Discarded | None,
+    dirty: bitarray,
+) -> Steps[CacheSuperblock]:
+    """Write the records of a clean shutdown; return the superblock that vouches for them."""
+    chain = sync_chain(superblock, superblock.sync_area)
+    begin = chain.block
+    if hints is None:
+        policy = NO_POLICY
+    shutdown = Shutdown(policy, hints, discarded)
+    yield from write_sync(chain, superblock.generation, dirty, shutdown)
+    return msgspec.structs.replace(
+        superblock,
+        nr_dirty=dirty.count(),
+        sync_blocks=chain.block - begin,
+        sync_digest=chain.digest,
+        policy_name=policy.name,
+        policy_version=policy.version,
+        hint_size=policy.hint_size,
+        discard_block_size=discarded.block_size if discarded is not None else 0,
+        nr_dblocks=len(discarded.bits) if discarded is not None else 0,
+    )
+
+
+def _superblock_of(
+    content: CacheContent, *, arena_blocks: int, nr_cblocks_max: int
+) -> CacheSuperblock:
+    """Return the superblock without what only writing tells."""
+    first = first_superblock(
+        content.uuid,
+        block_size=content.block_size,
+        origin_size=content.origin_size,
+        nr_cblocks=content.nr_cblocks,
+        nr_cblocks_max=nr_cblocks_max,
+        arena_blocks=arena_blocks,
+    )
+    return msgspec.structs.replace(
+        first,
+        # Of the records: G - 1 vouches for them as well.
+        generation=content.generation - 1,
+        flags=content.flags,
+        compat=content.compat,
+        ro_compat=content.ro_compat,
+        incompat=content.incompat,
+        nr_commits=content.nr_commits,
+        nr_compactions=content.nr_compactions,
+        nr_mapped=content.nr_mapped,
+        nr_logged=sum(1 for value in content.values if value & LOGGED),
+        read_hits=content.read_hits,
+        read_misses=content.read_misses,
+        write_hits=content.write_hits,
+        write_misses=content.write_misses,
+        disks=content.disks,
+    )

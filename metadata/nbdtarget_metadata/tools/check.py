@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check any metadata, offline, without knowing what device it belongs to.
+
+`check` is what the server does: it accepts what `CloneMetadata.open` accepts, and stops at the
+first thing that is not so. `examine` goes on, for any kind, of which an `Anatomy` tells it what it must know,
+and tells apart
+
+    damage     what the newest superblock vouches for is not intact: the server refuses it
+    unhealed   superblock copies that differ, or that are rotten while their sibling is not: the
+               server does without, and its next commits rewrite them
+    orphans    intact records that nobody vouches for: what a compaction left in the other arena,
+               what a crash left of a commit. Never read, and overwritten in time
+    leaks      blocks with other content that nobody vouches for: parts of former records
+
+Only damage matters. What is in use has orphans and leaks most of the time.
+
+`mend` does what little can be done in place without losing anything: it rewrites unhealed
+copies from their siblings, and takes back `needs_check`, as a commit without changes.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, Generic, NamedTuple
+
+import msgspec
+
+from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall
+from nbdtarget_metadata.log.arena import NR_ARENAS, check_device_size, load_bitmap
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.records import decode_record
+from nbdtarget_metadata.log.scan import PlacedOf, scan
+from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
+    CLONE,
+    NEEDS_CHECK,
+    NR_SLOTS,
+    SUPERBLOCK_BLOCKS,
+    CloneSuperblock,
+    CopyOf,
+    S,
+    Superblock,
+    SuperblockType,
+    choose_superblock_of,
+    open_copies_of,
+    read_area,
+    read_superblock,
+    superblock_block,
+    write_superblock,
+)
+from nbdtarget_metadata.operations import Flush, Steps
+
+__all__ = [
+    "GAPS_MAX",
+    "Anatomy",
+    "CopyState",
+    "Findings",
+    "Report",
+    "check",
+    "examine",
+    "examine_of",
+    "mend",
+    "mend_of",
+]
+
+# Of broken places in one chain; a rotten disk has thousands, and the first ones tell.
+GAPS_MAX: Final = 16
+
+
+class Report(NamedTuple):
+    """Metadata that `CloneMetadata.open` would accept.
+
+    Attributes:
+        region_size, target_size: bytes.
+        clean_shutdown: the flag as it stands on disk.
+        used_blocks: 4 KiB blocks: superblocks, the live snapshot and its journal.
+        warnings: what is not as it should be, but does not hinder opening.
+    """
+
+    uuid: bytes
+    generation: int
+    region_size: int
+    target_size: int
+    nr_regions: int
+    nr_hydrated: int
+    clean_shutdown: bool
+    nr_commits: int
+    nr_compactions: int
+    used_blocks: int
+    warnings: tuple[str, ...]
+
+
+def check(device_size: int) -> Steps[Report]:
+    """Read everything that is vouched for and check it. Writes nothing.
+
+    Raises: what `CloneMetadata.open` does, except GeometryMismatch.
+    """
+    found = yield from read_superblock(device_size)
+    superblock = found.superblock
+    yield from load_bitmap(superblock, device_size)
+    return Report(
+        uuid=superblock.uuid,
+        generation=superblock.generation,
+        region_size=superblock.region_size,
+        target_size=superblock.target_size,
+        nr_regions=superblock.nr_regions,
+        nr_hydrated=superblock.nr_hydrated,
+        clean_shutdown=bool(superblock.flags & CLEAN_SHUTDOWN),
+        nr_commits=superblock.nr_commits,
+        nr_compactions=superblock.nr_compactions,
+        used_blocks=superblock.journal_end
+        - superblock.snapshot_block
+        + SUPERBLOCK_BLOCKS,
+        warnings=found.notes,
+    )
+
+
+class CopyState(msgspec.Struct, frozen=True, kw_only=True):
+    """One superblock copy.
+
+    `state`: "newest"; "older", of the commit before it; "stale", while its sibling is newer;
+    "invalid", and `fault` says why.
+    """
+
+    slot: int
+    copy: int
+    block: int
+    generation: int | None
+    state: str
+    fault: str
+
+
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
+    """What `examine` found; the module head defines the words.
+
+    Attributes:
+        superblock: the newest; None if damage leaves none to believe.
+        damage: one line each; none: the server would open it (but for `needs_check`).
+        unhealed: slots.
+        orphans: records; `orphan_blocks` what they occupy.
+        complete: everything was looked at.
+    """
+
+    copies: tuple[CopyState, ...]
+    superblock: Superblock | None = None
+    damage: tuple[str, ...] = ()
+    unhealed: tuple[int, ...] = ()
+    needs_check: bool = False
+    orphans: int = 0
+    orphan_blocks: int = 0
+    leaked_blocks: int = 0
+    complete: bool = False
+
+
+class Anatomy(NamedTuple, Generic[S]):
+    """What `examine` must know of a kind of metadata.
+
+    Attributes:
+        check_size: raises MetadataTooSmall if the device has shrunk.
+        load: reads and checks everything, and raises what the server would.
+        live: the block ranges that the superblock vouches for, ascending; `end` of all that is laid out.
+        decode: any record, wherever it stands.
+        faults: the rest of what is wrong where every record is intact; `load` stops at the first.
+    """
+
+    kind: SuperblockType[S]
+    check_size: Callable[[S, int], None]
+    load: Callable[[S, int], Steps[object]]
+    live: Callable[[S], list[tuple[int, int]]]
+    end: Callable[[S], int]
+    decode: Callable[[memoryview, str], Any]
+    faults: Callable[[S], Steps[list[str]]]
+
+
+def examine_of(
+    anatomy: Anatomy[S], device_size: int, *, records: bool = True, unused: bool = True
+) -> Steps[Findings]:
+    """Look at everything and tell what is there. Writes nothing.
+
+    Args:
+        records: read what the superblock vouches for; else only the superblocks.
+        unused: look for orphans and leaks.
+
+    Raises: NotFormatted, NotOurs, UnsupportedFormat; MetadataTooSmall: for any metadata.
+    """
+    area = yield from read_area(device_size)
+    try:
+        found = choose_superblock_of(anatomy.kind, area, admit_needs_check=True)
+    except CorruptMetadata as error:
+        return Findings(copies=_maybe_states(anatomy.kind, area), damage=(str(error),))
+    superblock = found.superblock
+    damage: list[str] = []
+    try:
+        anatomy.check_size(superblock, device_size)
+        if records:
+            yield from anatomy.load(superblock, device_size)
+    except (CorruptMetadata, MetadataTooSmall) as error:
+        damage.append(str(error))
+    if damage and records:
+        gaps = yield from _gaps(anatomy, superblock, device_size)
+        faults = gaps or (yield from anatomy.faults(superblock))
+        damage += [line for line in faults if line not in damage]
+    orphans = _Unvouched()
+    if unused:
+        for begin, end in _unvouched_ranges(anatomy, superblock, device_size):
+            yield from scan(
+                begin,
+                end,
+                decode=anatomy.decode,
+                intact=orphans.count_orphan,
+                other=orphans.count_other,
+            )
+    return Findings(
+        copies=_states(open_copies_of(anatomy.kind, area), superblock.generation),
+        superblock=superblock,
+        damage=tuple(damage),
+        unhealed=tuple(sorted(found.unhealed)),
+        needs_check=bool(superblock.flags & NEEDS_CHECK),
+        orphans=orphans.records,
+        orphan_blocks=orphans.record_blocks,
+        leaked_blocks=orphans.leaked_blocks,
+        complete=records and unused,
+    )
+
+
+def mend_of(
+    anatomy: Anatomy[S], device_size: int, *, heal: bool, clear_needs_check: bool
+) -> Steps[tuple[str, ...]]:
+    """Check everything; if there is no damage, rewrite what the arguments name.
+
+    Returns what was done, a sentence each; nothing is written if there is nothing to do.
+
+    Raises: what `examine_of` does; CorruptMetadata: there is damage. Then nothing was written.
+    Durable: what was done. A crash leaves each copy as it was or as it will be.
+    """
+    findings = yield from examine_of(anatomy, device_size)
+    if findings.damage or findings.superblock is None:
+        raise CorruptMetadata("the metadata", "no damage", "; ".join(findings.damage))
+    done = []
+    for slot in findings.unhealed if heal else ():
+        area = yield from read_area(device_size)
+        copies = open_copies_of(anatomy.kind, area)[slot]
+        valid = [copy.superblock for copy in copies if copy.superblock]
+        yield from write_superblock(max(valid, key=lambda each: each.generation))
+        done.append(f"superblock slot {slot} has two good copies again")
+    if clear_needs_check and findings.needs_check:
+        superblock = findings.superblock
+        yield from write_superblock(
+            msgspec.structs.replace(
+                superblock,
+                generation=superblock.generation + 1,
+                nr_commits=superblock.nr_commits + 1,
+                flags=superblock.flags & ~NEEDS_CHECK,
+            )
+        )
+        done.append("needs_check is cleared")
+    if done:
+        yield Flush()
+    return tuple(done)
+
+
+# A clone's
+
+
+def _live_of_clone(superblock: CloneSuperblock) -> list[tuple[int, int]]:
+    return [(superblock.snapshot_block, superblock.journal_end)]
+
+
+def _end_of_clone(superblock: CloneSuperblock) -> int:
+    return SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
+
+
+def _faults_of_clone(superblock: CloneSuperblock) -> Steps[list[str]]:
+    """Bits say no more than `load` has said."""
+    yield ()
+    return []
+
+
+_CLONE: Final = Anatomy(
+    kind=CLONE,
+    check_size=check_device_size,
+    load=load_bitmap,
+    live=_live_of_clone,
+    end=_end_of_clone,
+    decode=decode_record,
+    faults=_faults_of_clone,
+)
+
+
+def examine(
+    device_size: int, *, records: bool = True, unused: bool = True
+) -> Steps[Findings]:
+    """Examine a clone's metadata; see `examine_of`."""
+    return (yield from examine_of(_CLONE, device_size, records=records, unused=unused))
+
+
+def mend(
+    device_size: int, *, heal: bool, clear_needs_check: bool
+) -> Steps[tuple[str, ...]]:
+    """Mend a clone's metadata; see `mend_of`."""
+    return (
+        yield from mend_of(
+            _CLONE, device_size, heal=heal, clear_needs_check=clear_needs_check
+        )
+    )
+
+
+# Inside
+
+
+class _Unvouched:
+    """Counts what lies outside the live ranges."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self.record_blocks = 0
+        self.leaked_blocks = 0
+
+    def count_orphan(self, placed: PlacedOf[Any]) -> None:
+        self.records += 1
+        self.record_blocks += placed.end - placed.block
+
+    def count_other(self, block: int, is_zero: bool) -> None:
+        self.leaked_blocks += not is_zero
+
+
+def _unvouched_ranges(
+    anatomy: Anatomy[S], superblock: S, device_size: int
+) -> list[tuple[int, int]]:
+    """What is laid out less the live ranges, within the device."""
+    end = min(anatomy.end(superblock), device_size // BLOCK_SIZE)
+    ranges = []
+    begin = SUPERBLOCK_BLOCKS
+    for first, last in [*anatomy.live(superblock), (end, end)]:
+        if begin < min(first, end):
+            ranges.append((begin, min(first, end)))
+        begin = max(begin, last)
+    return ranges
+
+
+def _gaps(anatomy: Anatomy[S], superblock: S, device_size: int) -> Steps[list[str]]:
+    """Name the blocks of the live ranges that hold no intact record."""
+    gaps: list[list[int]] = []
+
+    def note(block: int, is_zero: bool) -> None:
+        if gaps and gaps[-1][1] == block:
+            gaps[-1][1] += 1
+        else:
+            gaps.append([block, block + 1])
+
+    def intact(placed: PlacedOf[Any]) -> None:
+        """Nothing to say."""
+
+    for begin, last in anatomy.live(superblock):
+        end = min(last, device_size // BLOCK_SIZE)
+        yield from scan(begin, end, decode=anatomy.decode, intact=intact, other=note)
+        if end < last:
+            gaps.append([max(end, begin), last])
+    lines = [
+        f"no intact record in blocks {first} to {last - 1}" for first, last in gaps
+    ]
+    if len(lines) > GAPS_MAX:
+        lines[GAPS_MAX:] = [f"and in {len(lines) - GAPS_MAX} more places"]
+    return lines
+
+
+def _maybe_states(kind: SuperblockType[S], area: memoryview) -> tuple[CopyState, ...]:
+    """The copies one by one, where they are too damaged to choose one."""
+    try:
+        copies = open_copies_of(kind, area)
+    except CorruptMetadata:
+        return ()  # an intact envelope around nonsense: `damage` names it
+    valid = [copy.superblock for slot in copies for copy in slot if copy.superblock]
+    newest = max((each.generation for each in valid), default=-1)
+    return _states(copies, newest)
+
+
+def _states(copies: list[list[CopyOf[S]]], newest: int) -> tuple[CopyState, ...]:
+    states = []
+    for slot, pair in enumerate(copies):
+        for nr, copy in enumerate(pair):
+            generation = copy.superblock.generation if copy.superblock else None
+            states.append(
+                CopyState(
+                    slot=slot,
+                    copy=nr,
+                    block=superblock_block(slot, nr),
+                    generation=generation,
+                    state=_state(generation, newest),
+                    fault=copy.fault,
+                )
+            )
+    return tuple(states)
+
+
+def _state(generation: int | None, newest: int) -> str:
+    if generation is None:
+        return "invalid"
+    if generation == newest:
+        return "newest"
+    return "stale" if (newest - generation) % NR_SLOTS == 0 else "older"

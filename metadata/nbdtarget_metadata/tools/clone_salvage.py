@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read what is left of damaged clone metadata. Writes nothing; `restore` can write it elsewhere.
+
+What may be believed
+====================
+
+A bit that is wrongly set makes the clone read a destination that was never written; one that is
+wrongly missing makes it read the source for a region that a client has written, and hydration
+copies the source over that. Neither is harmless, so no bit is set that nothing intact vouches
+for, and what is missing is told, not passed over.
+
+Bits of a clone are only ever set. So whatever *any* valid superblock vouches for is true still,
+also one that a newer one has replaced. A superblock vouches for a record by its digest, or by a
+chain of digests that leads to it. Of the newest superblock's live range:
+
+    backward   the records with `journal_digest` and `snapshot_digest`, and each predecessor of
+               one that is vouched for, down to a broken one
+    forward    each record whose predecessor is vouched for, beginning at the uuid, up to a
+               broken one; unless its successor names another predecessor
+
+An older superblock's range may have been written over by a compaction since, whose first record
+names the uuid as well: so only backward there, and if a slot is lost, everywhere. What lies outside of these ranges (orphans) proves
+nothing: a commit may have died before its data was durable.
+
+How much is missing is known: the superblock says how many regions are hydrated. If as many were
+found, nothing is missing, whatever is broken. If it says that all of them are, they are.
+
+A slot without any valid copy may have held the newest superblock. What the other one says is then
+the best there is, but it is unknown what is missing.
+"""
+
+from collections.abc import Iterable
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
+
+from bitarray import bitarray
+
+from nbdtarget_metadata.clone.content import CloneContent, content_of, read_content
+from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall
+from nbdtarget_metadata.log.arena import NR_REGIONS_MAX, new_bitmap
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.records import apply_record, decode_record
+from nbdtarget_metadata.log.scan import Placed, scan
+from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
+    NEEDS_CHECK,
+    CloneSuperblock,
+    Superblock,
+    choose_superblock,
+    open_copies,
+    read_area,
+)
+from nbdtarget_metadata.operations import Steps
+
+__all__ = [
+    "Link",
+    "Salvaged",
+    "SalvagedOf",
+    "backward",
+    "forward",
+    "pass_over",
+    "salvage",
+]
+
+
+C = TypeVar("C")
+
+
+class SalvagedOf(NamedTuple, Generic[C]):
+    """What could be read.
+
+    Attributes:
+        content: `nr_lost` says how many hydrated regions (mapped cache blocks) are missing; its
+            flags say neither `needs_check` nor, if any are missing, `clean_shutdown`.
+        damage: what was broken, a line each; none: the input was intact.
+    """
+
+    content: C
+    damage: tuple[str, ...]
+
+
+Salvaged: TypeAlias = SalvagedOf[CloneContent]
+
+
+def salvage(device_size: int) -> Steps[Salvaged]:
+    """Read all that can be believed.
+
+    Raises:
+        NotFormatted, NotOurs, UnsupportedFormat: as for intact metadata.
+        MetadataTooSmall: not even the superblocks are there.
+        CorruptMetadata: no superblock is valid, or valid ones contradict each other.
+    """
+    try:
+        content = yield from read_content(device_size)
+    except (CorruptMetadata, MetadataTooSmall) as error:
+        damage = str(error)
+    else:
+        flags = content.flags & ~NEEDS_CHECK
+        return SalvagedOf(content._replace(flags=flags), ())
+    area = yield from read_area(device_size)
+    found = choose_superblock(area, admit_needs_check=True, admit_lost_slot=True)
+    newest = found.superblock
+    if newest.nr_regions > NR_REGIONS_MAX:
+        raise CorruptMetadata("nr_regions", NR_REGIONS_MAX, newest.nr_regions)
+    superblocks = {
+        copy.superblock.generation: copy.superblock
+        for slot in open_copies(area)
+        for copy in slot
+        if copy.superblock is not None
+    }
+    hydrated = yield from new_bitmap(newest.nr_regions)
+    for superblock in superblocks.values():
+        onward = superblock.generation == newest.generation and not found.lost
+        hydrated |= yield from _vouched(superblock, device_size, onward=onward)
+    if newest.nr_hydrated == newest.nr_regions:
+        hydrated.setall(1)
+    nr_lost: int | None = newest.nr_hydrated - hydrated.count()
+    if nr_lost is not None and nr_lost < 0:
+        raise CorruptMetadata(
+            "number of hydrated regions",
+            f"at most {newest.nr_hydrated}",
+            hydrated.count(),
+        )
+    if found.lost and newest.nr_hydrated < newest.nr_regions:
+        nr_lost = None
+    flags = newest.flags & ~NEEDS_CHECK
+    if nr_lost != 0:
+        flags &= ~CLEAN_SHUTDOWN
+    content = content_of(newest, hydrated)._replace(flags=flags, nr_lost=nr_lost)
+    return SalvagedOf(content, (damage,))
+
+
+class Link(NamedTuple):
+    """An intact record without its content, which may be half a megabyte."""
+
+    block: int
+    end: int
+    digest: bytes
+    previous: bytes
+
+
+def _vouched(
+    superblock: CloneSuperblock, device_size: int, *, onward: bool
+) -> Steps[bitarray]:
+    """Return the bits of the records that `superblock` vouches for."""
+    begin = superblock.snapshot_block
+    end = min(superblock.journal_end, device_size // BLOCK_SIZE)
+    links: list[Link] = []
+
+    def note(placed: Placed) -> None:
+        if placed.record.generation <= superblock.generation:
+            links.append(
+                Link(placed.block, placed.end, placed.digest, placed.record.previous)
+            )
+
+    yield from scan(begin, end, decode=decode_record, intact=note, other=pass_over)
+    believed = backward(links, superblock)
+    if onward:
+        believed |= forward(links, believed, superblock)
+    hydrated = yield from new_bitmap(superblock.nr_regions)
+    bits_begin_min: int | None = 0
+
+    def apply(placed: Placed) -> None:
+        nonlocal bits_begin_min
+        if placed.block not in believed:
+            return
+        if placed.block >= superblock.journal_block:
+            bits_begin_min = None
+        bits_begin_min = apply_record(
+            hydrated,
+            placed.record,
+            f"record at block {placed.block}",
+            bits_begin_min=bits_begin_min,
+        )
+
+    yield from scan(begin, end, decode=decode_record, intact=apply, other=pass_over)
+    return hydrated
+
+
+def pass_over(block: int, is_zero: bool) -> None:
+    """What is broken says nothing."""
+
+
+def backward(links: Iterable[Link], superblock: Superblock) -> set[int]:
+    """Return the blocks of the records that digests lead to, from the ends of both chains."""
+    by_digest = {link.digest: link for link in links}
+    believed: set[int] = set()
+    for digest in (superblock.journal_digest, superblock.snapshot_digest):
+        link = by_digest.get(digest)
+        while link is not None and link.block not in believed:
+            believed.add(link.block)
+            link = by_digest.get(link.previous)
+    return believed
+
+
+def forward(links: list[Link], believed: set[int], superblock: Superblock) -> set[int]:
+    """Return the blocks of the records that follow on the beginning or on believed ones."""
+    by_block = {link.block: link for link in links}
+    # What a record at this block may name as its predecessor.
+    expected = {
+        superblock.journal_block: superblock.snapshot_digest,
+        superblock.snapshot_block: superblock.uuid,
+    }
+    if not superblock.snapshot_blocks:
+        expected[superblock.journal_block] = superblock.uuid
+    found: set[int] = set()
+    for link in links:
+        if link.block not in believed:
+            if expected.get(link.block) != link.previous:
+                continue
+            follower = by_block.get(link.end)
+            if follower is not None and follower.previous != link.digest:
+                continue  # an old record, where the write of a newer one was lost
+            found.add(link.block)
+        expected.setdefault(link.end, link.digest)
+    return found

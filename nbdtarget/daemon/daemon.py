@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server process: registry, NBD listener and control socket under one roof.
+
+Theory of operation. Everything runs on one event loop. `Daemon` puts the three together and
+takes them down again in the one order that loses nothing:
+
+    1. the listener stops accepting; requests in flight are carried out and answered
+    2. every mapped device is suspended, which commits, and removed, upper ones first, those that do not
+       stand on each other side by side
+    3. the control socket goes: until here `status` still answers
+
+SIGTERM, SIGINT and SIGHUP (the terminal is closed) begin this. After the first of them
+the signals have their usual effect again: a second one ends the process at once. What is on disk then is
+what a power cut would leave: nothing acknowledged is lost.
+
+One signal is enough, whatever hangs (`StopBounds`; seconds from the signal, with the defaults):
+
+    10   reads of devices that are only read and do not answer are given up: nothing can be lost by it.
+         Their clients get EIO; a second later the connections that are still there are closed
+    30   what still does not end is logged, device by device. Everything else is committed by now, and of
+         what hangs is committed what can be: each device is flushed by itself
+    60   the process ends. It ends sooner, as soon as no commit is under way any more
+
+What hangs then is not waited for: a thread in a system call on a dead mount cannot be ended, so the
+process is left by `os._exit`. The exit status is 0 if everything was committed all the same.
+
+With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices`). One that comes
+while the server starts, or while the file is being followed, is carried out afterwards; any
+number of them are one.
+
+Sockets that were passed (`LISTEN_FDS`) are served beside those that were asked for. The service manager is
+told what happens (`nbdtarget.daemon.notify`).
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, Final, NamedTuple, TypeVar
+
+import msgspec
+
+from nbdtarget.common.clock import sleep, wait_within
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.unix_socket import (
+    PRIVATE,
+    SocketAccess,
+    SocketOptions,
+    remove_if_stale,
+)
+from nbdtarget.control.api import ControlServer
+from nbdtarget.control.paths import (
+    ControlAddress,
+    control_address,
+    control_token,
+    known_controls,
+    make_directory,
+    runtime_directory,
+    socket_path,
+)
+from nbdtarget.control.verbs import Verbs
+from nbdtarget.daemon.notify import Notifier
+from nbdtarget.devices import resolve
+from nbdtarget.dm.registry import Registry
+from nbdtarget.server.admission import raise_descriptor_limit
+from nbdtarget.server.limits import Limits
+from nbdtarget.server.listener import Listener
+
+__all__ = [
+    "Daemon",
+    "ServeOptions",
+    "StopBounds",
+    "default_listen",
+    "must_leave_at_once",
+    "passed_sockets",
+    "run",
+    "serve_until_stopped",
+]
+
+_log = logging.getLogger(__name__)
+
+STOP_S_MAX: Final = 60.0  # systemd kills after 90
+REQUESTS_S_MAX: Final = 10.0
+DEVICES_S_MAX: Final = 30.0
+GIVE_UP_PERIOD_S: Final = 0.5
+CONTROL_S_MAX: Final = 3.0
+CANCEL_S_MAX: Final = 5.0
+# The service manager hears that we are alive every so often, and waits for so long.
+EXTEND_PERIOD_S: Final = 10.0
+EXTEND_S: Final = 30.0
+LISTEN_FDS_START: Final = 3
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+T = TypeVar("T")
+
+
+class StopBounds(NamedTuple):
+    """How long the end may take; seconds from the signal. See the module head.
+
+    Attributes: total_s: None: for ever.
+    """
+
+    total_s: float | None = STOP_S_MAX
+
+    @classmethod
+    def of(cls, seconds: float | None) -> "StopBounds":
+        """What `--stop-timeout` says; 0: no bound. None: it says nothing."""
+        return cls() if seconds is None else cls(seconds or None)
+
+    @property
+    def requests_s(self) -> float:
+        """When reads of what hangs are given up."""
+        total_s = self.total_s
+        return REQUESTS_S_MAX if total_s is None else min(REQUESTS_S_MAX, total_s / 6)
+
+    @property
+    def connections_s(self) -> float:
+        """When the connections that are left are closed: clients have had their EIO by then."""
+        return self.requests_s * 1.1
+
+    @property
+    def devices_s(self) -> float | None:
+        """When devices that do not answer are not waited for any more."""
+        total_s = self.total_s
+        return None if total_s is None else min(DEVICES_S_MAX, total_s / 2)
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What `serve` was asked for. No `listen`: a unix socket in the runtime directory.
+
+    `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
+    `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.
+    `limits`: fields of `Limits`, over those of the file.
+    """
+
+    listen: tuple[str, ...] = ()
+    control: str | None = None
+    control_token_file: str | None = None
+    config: str | None = None
+    stop_timeout: float | None = None
+    sockets: SocketOptions = SocketOptions()
+    limits: dict[str, Any] = {}
+
+
+def passed_sockets() -> list[int]:
+    """The listening sockets that the service manager passed to this very process."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = os.environ.get("LISTEN_FDS", "")
+    if not (count.isascii() and count.isdecimal()):
+        return []
+    return list(range(LISTEN_FDS_START, LISTEN_FDS_START + int(count)))
+
+
+def default_listen(name: str, access: SocketAccess = PRIVATE) -> str:
+    """The address of a unix socket in the runtime directory. Raises: NbdTargetError."""
+    directory = runtime_directory()
+    try:
+        make_directory(directory, is_shared=access.is_shared)
+    except OSError as error:
+        raise NbdTargetError(f"{directory}: {error.strerror or error}") from None
+    return f"unix:{socket_path(directory, name)}"
+
+
+class Daemon:
+    """One server process.
+
+    Attributes:
+        registry: the mapped devices.
+        uris: of the listeners, with "{name}" where an export's name goes.
+        stop: set it to end the process as SIGTERM does.
+        notifier: tells the service manager.
+        listen_access: who may connect to NBD sockets.
+        is_committed: after `close`: whether everything that had ended is committed.
+    """
+
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        bounds: StopBounds | None = None,
+        sockets: SocketOptions | None = None,
+    ) -> None:
+        """Raises: NbdTargetError: `sockets` has a mode, an owner or a group that is none."""
+        self.registry = Registry(resolve)
+        self.notifier = Notifier()
+        self.is_committed = True
+        self._bounds = bounds or StopBounds()
+        self.uris: list[str] = []
+        self.stop = asyncio.Event()
+        sockets = sockets or SocketOptions()
+        self.listen_access = sockets.listen
+        self._control_access = sockets.control
+        self._listener = Listener(
+            self.registry, limits=limits, access=self.listen_access
+        )
+        self._reload_wanted = asyncio.Event()
+        self._follower: asyncio.Task[None] | None = None
+        self._before_close: list[Callable[[], Awaitable[None]]] = []
+        self._control: ControlServer | None = None
+
+    async def open_control(
+        self, address: ControlAddress, *, token: str | None = None
+    ) -> None:
+        """Open the control socket; those that killed servers have left behind are removed.
+
+        Raises: SocketInUseError, NoSocketError; NbdTargetError: TCP without a token.
+        """
+        for path in known_controls():
+            remove_if_stale(str(path))
+        control = ControlServer(
+            Verbs(self.registry, lambda: self.uris),
+            address,
+            token=token,
+            access=self._control_access,
+        )
+        await control.start()
+        self._control = control
+
+    async def listen(self, addresses: Sequence[str], fds: Sequence[int] = ()) -> None:
+        """Listen on `addresses` and on passed sockets. Raises: NbdTargetError, OSError."""
+        for fd in fds:
+            self.uris += await self._listener.start_fd(fd)
+        for address in addresses:
+            self.uris += await self._listener.start(address)
+
+    def catch_signals(self, *, sighup_reloads: bool = False) -> None:
+        """From now on the first signal sets `stop`; what follows it has its usual effect.
+
+        With `sighup_reloads` SIGHUP does not stop: `follow_reloads` says what it does.
+        """
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._stop_by_signal)
+        if sighup_reloads:
+            loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+
+    def follow_reloads(self, reload: Callable[[], Awaitable[None]]) -> None:
+        """From now on call `reload` after each SIGHUP, and for one that has come already."""
+
+        async def follow() -> None:
+            while True:
+                await self._reload_wanted.wait()
+                self._reload_wanted.clear()
+                self.notifier.reloading()
+                try:
+                    await reload()
+                except Exception:
+                    # The last line of defence: the next SIGHUP is followed all the same.
+                    _log.exception("reload failed")
+                self.tell_ready()
+
+        self._follower = asyncio.create_task(follow())
+
+    def tell_ready(self) -> None:
+        """Tell the service manager that clients may come, and what is served."""
+        devices = self.registry.devices()
+        failed = [
+            each.dm_name for each in devices if each.failure and not each.has_table
+        ]
+        status = f"{len(devices) - len(failed)} devices are served"
+        if failed:
+            status += f"; not yet: {', '.join(failed)}"
+        self.notifier.ready(status)
+
+    def before_close(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Have `call` called when the end begins: nothing new is to be opened any more."""
+        self._before_close.append(call)
+
+    def _stop_by_signal(self) -> None:
+        self.stop.set()
+        self.release_signals()
+
+    def release_signals(self) -> None:
+        """Give signals their usual effect again."""
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+
+    async def until_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Return what `work` does, or None if it had to be cancelled because of `stop`."""
+        task = asyncio.create_task(work)
+        stop = asyncio.create_task(self.stop.wait())
+        try:
+            async with self._patient():
+                await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+                total_s = self._bounds.total_s
+                bound_s = None if total_s is None else total_s + CANCEL_S_MAX
+                await wait_within([task], bound_s)
+        if not task.done():
+            _log.error("what was begun at the start does not end: not waited for")
+            _leave_at_once.append("start")
+            return None
+        return None if task.cancelled() else task.result()
+
+    @asynccontextmanager
+    async def _patient(self) -> AsyncIterator[None]:
+        """Meanwhile the service manager hears that we are alive."""
+
+        async def extend() -> None:
+            while True:
+                self.notifier.extend(EXTEND_S)
+                await sleep(EXTEND_PERIOD_S)
+
+        task = asyncio.create_task(extend())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def wait_for_stop(self) -> None:
+        """Return when a signal has come after `catch_signals`, or `stop` is set."""
+        await self.stop.wait()
+
+    async def close(self) -> None:
+        """End in the order, and within the bounds, of the module head.
+
+        Durable: everything acknowledged; everything that had ended, if `is_committed` afterwards.
+        """
+        _log.info("stopping")
+        self.notifier.stopping()
+        ending = asyncio.create_task(self._end_in_order())
+        give_up = asyncio.create_task(self._give_up_reads())
+        async with self._patient():
+            done = await wait_within([ending], self._bounds.devices_s)
+            give_up.cancel()
+            if not done:
+                await self._commit_what_answers()
+        if ending.done():
+            ending.result()
+        else:
+            await self._leave()
+
+    async def _give_up_reads(self) -> None:
+        """Again and again: a clone goes on copying until it is its turn to be suspended."""
+        await sleep(self._bounds.requests_s)
+        while True:
+            self.registry.give_up_reads()
+            await sleep(GIVE_UP_PERIOD_S)
+
+    async def _end_in_order(self) -> None:
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.wait([self._follower])
+        for call in self._before_close:
+            await call()
+        await self._listener.close(self._bounds.connections_s)
+        self._say_uncommitted(await self.registry.close())
+        if self._control is not None:
+            await self._control.close()
+
+    def _say_uncommitted(self, names: list[str]) -> None:
+        self.is_committed = not names
+        for name in names:
+            _log.error(
+                "%s: could not be committed: writes that no FLUSH has covered may be lost",
+                name,
+            )
+
+    async def _commit_what_answers(self) -> None:
+        registry, bounds = self.registry, self._bounds
+        assert bounds.total_s is not None
+        assert bounds.devices_s is not None
+        for line in registry.hanging():
+            _log.error("%s", line)
+        registry.give_up_reads()
+        rest_s = bounds.total_s - bounds.devices_s
+        self._say_uncommitted(await registry.commit_what_answers(rest_s))
+
+    async def _leave(self) -> None:
+        """Something still hangs, and is not waited for: the process is to be left at once."""
+        hanging = self.registry.hanging()
+        _leave_at_once.extend(hanging or ["stop"])
+        _log.error("leaving without waiting for: %s", "; ".join(hanging) or "the rest")
+        if self._control is not None:
+            closing = asyncio.create_task(self._control.close())
+            await wait_within([closing], CONTROL_S_MAX)
+
+
+async def serve_until_stopped(
+    options: ServeOptions, ready: Callable[[list[str]], None]
+) -> int:
+    """Serve until a signal comes: the devices of the configuration file, or none at first.
+
+    `ready` is called with the URIs. Returns the exit status: 1 if not everything could be committed.
+    Raises: NbdTargetError.
+    """
+    if options.config is None:
+        config = None
+    else:
+        # Here: most servers are one clone, and need none of it.
+        from nbdtarget.config.devices import ConfiguredDevices
+        from nbdtarget.config.file import read
+        from nbdtarget.targets.registry import TARGET_TYPES
+
+        config = read(options.config, TARGET_TYPES)
+    stop_timeout = options.stop_timeout
+    if stop_timeout is None and config is not None:
+        stop_timeout = config.stop_timeout
+    sockets = options.sockets
+    limits = Limits() if config is None else config.limits
+    daemon = Daemon(
+        replace(limits, **options.limits),
+        StopBounds.of(stop_timeout),
+        sockets if config is None else sockets.or_else(config.sockets),
+    )
+    fds = passed_sockets()
+    addresses = options.listen or (() if config is None else config.listen)
+    if not addresses and not fds:
+        addresses = (default_listen("nbd", daemon.listen_access),)
+    address = control_address(options.control or getattr(config, "control", None))
+    token = control_token(
+        options.control_token_file or getattr(config, "control_token_file", None)
+    )
+    daemon.catch_signals(sighup_reloads=config is not None)
+    try:
+        await daemon.open_control(address, token=token)
+        if config is not None:
+            devices = ConfiguredDevices(daemon.registry, config)
+            daemon.before_close(devices.close)
+            await daemon.until_stopped(devices.start())
+            if daemon.stop.is_set():
+                return 0
+            daemon.follow_reloads(devices.reload_and_tell)
+        await daemon.listen(addresses, fds)
+        ready(daemon.uris)
+        daemon.tell_ready()
+        await daemon.wait_for_stop()
+    finally:
+        daemon.release_signals()
+        await daemon.close()
+    return 0 if daemon.is_committed else 1
+
+
+# What hangs and is not waited for. Python would wait, for tasks and for threads.
+_leave_at_once: Final[list[str]] = []
+
+
+def must_leave_at_once() -> bool:
+    """Whether the process has to be left by `os._exit`: something hangs."""
+    return bool(_leave_at_once)
+
+
+def run(main: Callable[[], Awaitable[T]]) -> T:
+    """Run a coroutine function to its end on a fast loop."""
+    import uvloop  # here: most commands never start a loop
+
+    raise_descriptor_limit()
+
+    async def awaited() -> T:
+        return await main()
+
+    # What has been imported stays: to look through it again took a full collection 5 ms, with
+    # the loop standing still.
+    gc.freeze()
+    _leave_at_once.clear()
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    try:
+        return runner.run(awaited())
+    except KeyboardInterrupt:
+        _leave_at_once.append("interrupted")  # the second Ctrl-C, at the end
+        raise
+    finally:
+        gc.unfreeze()
+        if not must_leave_at_once():
+            runner.close()

@@ -1,0 +1,617 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client side of transmission: requests out, replies in, READ data in its place.
+
+Theory of operation. `request` encodes a request and keeps a `Completion` for it, under its
+cookie, until the reply is whole. The shell receives into `get_buffer()` and tells
+`buffer_updated(n)` how much came, which returns what completed:
+
+    what comes next           get_buffer() is             afterwards
+    a header                  the scratch                 as many replies as came are taken,
+                                                          small data copied to its buffer
+    >= DIRECT_MIN of data     a slice of the caller's     nothing is copied
+                              own buffer
+    < DIRECT_MIN of data      the scratch                 copied: one receive then brings the
+                                                          next headers as well
+
+While replies carry much data each, only HEADER_OFFER bytes of scratch are offered, so that
+the data behind a header is not in the scratch already when the header is understood.
+
+Checks. The server is not trusted: unknown cookie, wrong magic, a simple reply to a READ where
+structured replies were negotiated, a chunk that lies outside its request, overlaps an
+earlier one or leaves a gap, an impossible length, metadata contexts that are missing, given
+twice or not negotiated: each raises `ReplyError`. From then on nothing is parsed any more; the
+shell calls `fail_all` and closes. What completed in the same batch before the error is the
+first thing that `fail_all` returns.
+
+Bounds. Chunks with text or descriptors are collected in a buffer of their own, whose size the
+protocol limits (8 MiB + 4); a READ in pieces keeps at most SPANS_MAX disjoint spans.
+
+Giving up. `abandon` takes requests back from the server: they are returned as failed, and their
+buffers are the caller's again. Their replies may come all the same. They are parsed as ever, READ
+data goes into a sink, and what completes has `private` None.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from copy import copy
+from struct import Struct
+from typing import Final
+
+from nbdtarget_protocol.client_handshake import ClientNegotiated
+from nbdtarget_protocol.consts import (
+    CHUNK,
+    CMD_BLOCK_STATUS,
+    CMD_DISC,
+    CMD_FLAG_DF,
+    CMD_FLAG_REQ_ONE,
+    CMD_NAMES,
+    CMD_READ,
+    EINVAL,
+    ERROR_NAMES,
+    ESHUTDOWN,
+    EXTENTS_MAX,
+    OFFSET_DATA,
+    OFFSET_HOLE,
+    REPLY_FLAG_DONE,
+    REPLY_TYPE_BLOCK_STATUS,
+    REPLY_TYPE_ERROR_OFFSET,
+    REPLY_TYPE_FLAG_ERROR,
+    REPLY_TYPE_NONE,
+    REPLY_TYPE_OFFSET_DATA,
+    REPLY_TYPE_OFFSET_HOLE,
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    STRING_MAX,
+    STRUCTURED_REPLY_MAGIC,
+    U32,
+    U64,
+)
+from nbdtarget_protocol.errors import ReplyError
+from nbdtarget_protocol.options import printable
+
+__all__ = ["ClientTransmission", "Completion"]
+
+SCRATCH_SIZE: Final = 64 << 10
+HEADER_OFFER: Final = 4 << 10
+DIRECT_MIN: Final = 16 << 10
+LARGE_PAYLOAD_MIN: Final = 64 << 10  # from here on a copy costs more than a receive
+ERROR_CHUNK_MAX: Final = 6 + STRING_MAX + 256  # leaves room for fields yet unknown
+SPANS_MAX: Final = 1 << 16
+
+_ZEROES: Final = memoryview(bytes(256 << 10))
+_ERROR_HEAD: Final = Struct(">IH")  # error, message length
+_NO_VIEW: Final = memoryview(b"")
+
+
+class Completion:
+    """A request in flight, and when it has completed, its end.
+
+    Attributes:
+        cookie, command, flags, offset, length: of the request.
+        buffer: READ: where the data is.
+        error: 0 or one of the wire's eight.
+        message: what the server said about the error, or "".
+        extents: BLOCK_STATUS without error: (length in bytes, flags) from `offset` on, none
+            longer than the request, perhaps less than all of it. Of the first metadata
+            context that was negotiated; at most `extents_max` of them.
+        private: the caller's own.
+    """
+
+    __slots__ = (
+        "buffer",
+        "command",
+        "contexts",
+        "cookie",
+        "covered",
+        "error",
+        "extents",
+        "flags",
+        "length",
+        "message",
+        "offset",
+        "private",
+        "spans",
+    )
+
+    def __init__(
+        self,
+        command: int,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        buffer: memoryview | None,
+        private: object,
+    ) -> None:
+        self.command = command
+        self.flags = flags
+        self.cookie = cookie
+        self.offset = offset
+        self.length = length
+        self.buffer = buffer
+        self.private = private
+        self.error = 0
+        self.message = ""
+        self.extents: list[tuple[int, int]] | None = None
+        self.covered = 0  # bytes of a structured READ that came
+        # The borders of what came, begin, end, begin, end, ...; None: nothing or all.
+        self.spans: list[int] | None = None
+        self.contexts: set[int] | None = None  # whose BLOCK_STATUS came
+
+    def __repr__(self) -> str:
+        name = CMD_NAMES.get(self.command, str(self.command))
+        return (
+            f"<{name} {self.offset}+{self.length} cookie={self.cookie:#x}"
+            f" error={self.error}>"
+        )
+
+
+class ClientTransmission:
+    """One connection in transmission; see the module head.
+
+    Args:
+        extents_max: descriptors of one BLOCK_STATUS chunk that are taken, at least 2. What
+            comes behind them is dropped unread, as if the server had told less.
+
+    Attributes:
+        in_flight: cookie -> the request that waits for its reply.
+        error: set once a ReplyError was raised, or `fail_all` called: no more requests.
+        shutting_down: the server said ESHUTDOWN: send DISC when all is answered, and close.
+    """
+
+    def __init__(
+        self, negotiated: ClientNegotiated, *, extents_max: int = EXTENTS_MAX
+    ) -> None:
+        assert extents_max >= 2, "REQ_ONE could not be checked"
+        self.negotiated = negotiated
+        self.extents_max = extents_max
+        self.structured = negotiated.structured
+        self.context_ids = tuple(context_id for context_id, _ in negotiated.contexts)
+        self.in_flight: dict[int, Completion] = {}
+        self.error: ReplyError | None = None
+        self.shutting_down = False
+        self._scratch = bytearray(SCRATCH_SIZE)
+        self._scratch_view = memoryview(self._scratch)
+        self._end = 0  # of what came into the scratch
+        self._offer = SCRATCH_SIZE
+        self._direct = False  # get_buffer() gave a slice of _payload away
+        # The payload under way: where it goes, and what to call when it is whole.
+        self._payload = _NO_VIEW
+        self._at = 0
+        self._left = 0
+        self._payload_request: Completion | None = None
+        self._payload_end: Callable[[Completion], None] = self._payload_simple
+        self._payload_done = False  # the chunk has the DONE flag
+        self._payload_type = 0
+        self._completed: list[Completion] = []
+
+    # Requests.
+
+    def request(
+        self,
+        command: int,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        buffer: memoryview | None = None,
+        private: object = None,
+    ) -> bytes:
+        """Encode a request; a WRITE's payload is for the caller to send after it.
+
+        Args:
+            cookie: not in flight (DISC, which has no reply: any).
+            buffer: READ: a writable memoryview (format B) of `length` bytes; or call
+                `register_read` before the reply can come.
+        """
+        assert self.error is None
+        assert command == CMD_DISC or cookie not in self.in_flight
+        assert buffer is None or len(buffer) == length
+        if command != CMD_DISC:  # which has no reply
+            self.in_flight[cookie] = Completion(
+                command, flags, cookie, offset, length, buffer, private
+            )
+        return REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
+
+    def register_read(self, cookie: int, buffer: memoryview, offset: int) -> None:
+        """Tell where the data of the READ in flight under `cookie` goes."""
+        request = self.in_flight[cookie]
+        assert request.command == CMD_READ
+        assert request.offset == offset
+        assert request.length == len(buffer)
+        request.buffer = buffer
+
+    def abandon(
+        self, error: int, which: Callable[[Completion], bool]
+    ) -> list[Completion]:
+        """Return those in flight that `which` chooses, with `error`; see *Giving up*."""
+        given_up = [request for request in self.in_flight.values() if which(request)]
+        reads = [each.length for each in given_up if each.command == CMD_READ]
+        sink = memoryview(bytearray(max(reads, default=0)))
+        for request in given_up:
+            twin = copy(request)
+            twin.private = None
+            if request.command == CMD_READ:
+                twin.buffer = sink[: request.length]
+            # In the same place: the order is that of sending.
+            self.in_flight[request.cookie] = twin
+            if self._payload_request is request:
+                self._payload_request = twin
+                if request.command == CMD_READ and not self._is_collecting:
+                    self._payload = sink[: len(self._payload)]
+            request.error = error
+        return given_up
+
+    @property
+    def _is_collecting(self) -> bool:
+        """Whether the payload under way is not READ data, but is looked at when it is whole."""
+        return self._payload_end in (self._payload_error, self._payload_block_status)
+
+    def forget(self, cookies: Iterable[int]) -> None:
+        """The server will never answer these: it was not sent them, or not all of them."""
+        for cookie in cookies:
+            del self.in_flight[cookie]
+
+    def fail_all(self, error: int) -> list[Completion]:
+        """End the connection: return what was not returned yet, the unanswered with `error`."""
+        completed = self._completed
+        self._completed = []
+        for request in self.in_flight.values():
+            request.error = error
+            completed.append(request)
+        self.in_flight.clear()
+        if self.error is None:
+            self.error = ReplyError("connection was given up")
+        self._left = self._end = 0
+        self._payload = _NO_VIEW
+        self._payload_request = None
+        return completed
+
+    # Replies.
+
+    # hot: 0.2 us
+    def get_buffer(self) -> memoryview:
+        """Return where the next bytes must be received to; never empty."""
+        if self._left >= DIRECT_MIN:
+            self._direct = True
+            return self._payload[self._at :]
+        self._direct = False
+        # The rest of a small payload comes first: the offer is for what is behind it.
+        return self._scratch_view[self._end : self._end + self._left + self._offer]
+
+    # hot: 1.5 us for each small reply
+    def buffer_updated(self, n: int) -> list[Completion]:
+        """Take `n` bytes that were received into `get_buffer()`; return what completed.
+
+        Raises: ReplyError.
+        """
+        if self.error is not None:
+            raise self.error
+        try:
+            if self._direct:
+                self._at += n
+                self._left -= n
+                if not self._left:
+                    self._end_payload()
+            else:
+                self._end += n
+                self._parse()
+        except ReplyError as error:
+            self.error = error
+            self._left = self._end = 0
+            raise
+        completed = self._completed
+        if completed:
+            self._completed = []
+        return completed
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> list[Completion]:
+        """Take bytes that were received elsewhere, as behind the handshake.
+
+        Raises: ReplyError.
+        """
+        view = memoryview(data)
+        completed: list[Completion] = []
+        while len(view):
+            buffer = self.get_buffer()
+            n = min(len(buffer), len(view))
+            buffer[:n] = view[:n]
+            try:
+                completed += self.buffer_updated(n)
+            except ReplyError:
+                self._completed[:0] = completed  # for `fail_all`
+                raise
+            view = view[n:]
+        return completed
+
+    def _parse(self) -> None:
+        """Take whole replies from the scratch, and the beginning of one payload."""
+        scratch = self._scratch
+        end = self._end
+        pos = 0
+        while True:
+            if self._left:
+                taken = min(self._left, end - pos)
+                self._payload[self._at : self._at + taken] = self._scratch_view[
+                    pos : pos + taken
+                ]
+                pos += taken
+                self._at += taken
+                self._left -= taken
+                if self._left:
+                    break
+                self._end_payload()
+            if end - pos < SIMPLE_REPLY.size:
+                break
+            magic, error, cookie = SIMPLE_REPLY.unpack_from(scratch, pos)
+            if magic == SIMPLE_REPLY_MAGIC:
+                self._take_simple(error, cookie)
+                pos += SIMPLE_REPLY.size
+            elif magic == STRUCTURED_REPLY_MAGIC and self.structured:
+                taken = self._take_chunk(pos, end)
+                if not taken:
+                    break
+                pos += taken
+            else:
+                raise ReplyError(f"bad reply magic {magic:#x}")
+        # What is left is less than a header: moving it to the front costs nothing.
+        rest = end - pos
+        if rest:
+            scratch[:rest] = scratch[pos:end]
+        self._end = rest
+
+    def _find(self, cookie: int) -> Completion:
+        request = self.in_flight.get(cookie)
+        if request is None:
+            raise ReplyError(f"reply with unknown cookie {cookie:#x}")
+        return request
+
+    def _take_simple(self, error: int, cookie: int) -> None:
+        request = self._find(cookie)
+        if request.command == CMD_READ:
+            if self.structured:
+                raise ReplyError(f"simple reply to {request!r}")
+            if not error and request.length:
+                self._begin_payload(
+                    request, 0, request.length, self._payload_simple, True
+                )
+                return
+        elif not error and request.command == CMD_BLOCK_STATUS:
+            raise ReplyError(f"simple reply to {request!r}")
+        if request.error or request.contexts:
+            raise ReplyError(f"simple reply after chunks to {request!r}")
+        if error:
+            self._set_error(request, error, "")
+        del self.in_flight[cookie]
+        self._completed.append(request)
+
+    def _take_chunk(self, pos: int, end: int) -> int:
+        """Take a chunk's header; return its length, or 0 if it has not all come."""
+        if end - pos < CHUNK.size:
+            return 0
+        _, flags, kind, cookie, length = CHUNK.unpack_from(self._scratch, pos)
+        request = self._find(cookie)
+        done = bool(flags & REPLY_FLAG_DONE)
+        if kind == REPLY_TYPE_OFFSET_DATA:
+            if length < 9:
+                raise ReplyError(f"OFFSET_DATA chunk of {length} bytes")
+            if end - pos < OFFSET_DATA.size:
+                return 0
+            offset = U64.unpack_from(self._scratch, pos + CHUNK.size)[0]
+            at = self._cover(request, offset, length - 8)
+            self._begin_payload(request, at, length - 8, self._payload_data, done)
+            return OFFSET_DATA.size
+        if kind == REPLY_TYPE_OFFSET_HOLE:
+            if length != 12:
+                raise ReplyError(f"OFFSET_HOLE chunk of {length} bytes")
+            if end - pos < OFFSET_HOLE.size:
+                return 0
+            offset, length = OFFSET_HOLE.unpack_from(self._scratch, pos)[-2:]
+            self._take_hole(request, offset, length)
+            if done:
+                self._finish(request)
+            return OFFSET_HOLE.size
+        if kind == REPLY_TYPE_NONE:
+            if length or not done:
+                raise ReplyError("NONE chunk with a payload, or without DONE")
+            self._finish(request)
+        else:
+            self._take_collected(request, kind, length, done)
+        return CHUNK.size
+
+    def _take_collected(
+        self, request: Completion, kind: int, length: int, done: bool
+    ) -> None:
+        """Begin a chunk that is looked at only when its payload is whole."""
+        if kind == REPLY_TYPE_BLOCK_STATUS:
+            if length < 12 or length % 8 != 4 or length > 4 + 8 * EXTENTS_MAX:
+                raise ReplyError(f"BLOCK_STATUS chunk of {length} bytes")
+            if request.command != CMD_BLOCK_STATUS:
+                raise ReplyError(f"BLOCK_STATUS chunk in reply to {request!r}")
+            payload_end = self._payload_block_status
+        elif kind & REPLY_TYPE_FLAG_ERROR:
+            least = 14 if kind == REPLY_TYPE_ERROR_OFFSET else 6
+            if not least <= length <= ERROR_CHUNK_MAX:
+                raise ReplyError(f"error chunk of {length} bytes")
+            payload_end = self._payload_error
+        else:
+            raise ReplyError(f"unknown chunk type {kind}")
+        self._payload = memoryview(bytearray(length))
+        self._at = 0
+        self._left = length
+        self._payload_request = request
+        self._payload_end = payload_end
+        self._payload_done = done
+        self._payload_type = kind
+
+    # Payloads.
+
+    def _begin_payload(
+        self,
+        request: Completion,
+        at: int,
+        length: int,
+        payload_end: Callable[[Completion], None],
+        done: bool,
+    ) -> None:
+        buffer = request.buffer
+        assert buffer is not None, "READ without a buffer"
+        if at or length != request.length:
+            buffer = buffer[at : at + length]
+        self._payload = buffer
+        self._at = 0
+        self._left = length
+        self._payload_request = request
+        self._payload_end = payload_end
+        self._payload_done = done
+        self._offer = HEADER_OFFER if length >= LARGE_PAYLOAD_MIN else SCRATCH_SIZE
+
+    def _end_payload(self) -> None:
+        request = self._payload_request
+        assert request is not None
+        self._payload_request = None
+        self._payload_end(request)
+        self._payload = _NO_VIEW
+
+    def _payload_simple(self, request: Completion) -> None:
+        del self.in_flight[request.cookie]
+        self._completed.append(request)
+
+    def _payload_data(self, request: Completion) -> None:
+        if self._payload_done:
+            self._finish(request)
+
+    def _payload_error(self, request: Completion) -> None:
+        payload = self._payload
+        error, message_length = _ERROR_HEAD.unpack_from(payload)
+        tail = 8 if self._payload_type == REPLY_TYPE_ERROR_OFFSET else 0
+        if not error:
+            raise ReplyError("error chunk with error 0")
+        if message_length > len(payload) - 6 - tail:
+            raise ReplyError("error message is longer than its chunk")
+        if tail:
+            offset = U64.unpack_from(payload, 6 + message_length)[0]
+            # An empty request has no byte that an error could be at: leave that alone.
+            if not 0 <= offset - request.offset <= max(request.length - 1, 0):
+                raise ReplyError(f"error at {offset}, outside of {request!r}")
+        self._set_error(
+            request, error, printable(bytes(payload[6 : 6 + message_length]))
+        )
+        if self._payload_done:
+            self._finish(request)
+
+    def _payload_block_status(self, request: Completion) -> None:
+        payload = self._payload
+        context_id = U32.unpack_from(payload)[0]
+        if request.contexts is None:
+            request.contexts = set()
+        if context_id not in self.context_ids or context_id in request.contexts:
+            raise ReplyError(f"metadata context {context_id} unknown or given twice")
+        request.contexts.add(context_id)
+        nr_taken = min(len(payload) // 8, self.extents_max)
+        numbers = Struct(f">{2 * nr_taken}I").unpack_from(payload, 4)
+        extents = list(zip(numbers[::2], numbers[1::2], strict=True))
+        _check_extents(request, extents)
+        if context_id == self.context_ids[0]:
+            request.extents = extents
+        if self._payload_done:
+            self._finish(request)
+
+    # Ends.
+
+    def _set_error(self, request: Completion, error: int, message: str) -> None:
+        if error == ESHUTDOWN:
+            self.shutting_down = True
+        if not request.error:  # the first one is the cause
+            # proto.md: an unexpected value counts as EINVAL.
+            request.error = error if error in ERROR_NAMES else EINVAL
+            request.message = message
+
+    def _finish(self, request: Completion) -> None:
+        """Take the chunk with DONE."""
+        if not request.error:
+            if request.command == CMD_READ and request.covered != request.length:
+                raise ReplyError(
+                    f"only {request.covered} bytes in reply to {request!r}"
+                )
+            if request.command == CMD_BLOCK_STATUS and (
+                request.contexts is None
+                or len(request.contexts) != len(self.context_ids)
+            ):
+                raise ReplyError(f"metadata context missing in reply to {request!r}")
+        else:
+            request.extents = None
+        del self.in_flight[request.cookie]
+        self._completed.append(request)
+
+    def _take_hole(self, request: Completion, offset: int, length: int) -> None:
+        if not length:
+            raise ReplyError("OFFSET_HOLE chunk of no bytes")
+        at = self._cover(request, offset, length)
+        buffer = request.buffer
+        assert buffer is not None, "READ without a buffer"
+        end = at + length
+        while at < end:
+            n = min(end - at, len(_ZEROES))
+            buffer[at : at + n] = _ZEROES[:n]
+            at += n
+
+    def _cover(self, request: Completion, offset: int, length: int) -> int:
+        """Note that content came for a range; return where it begins in the buffer."""
+        begin = offset - request.offset
+        end = begin + length
+        if request.command != CMD_READ or begin < 0 or end > request.length:
+            raise ReplyError(f"chunk {offset}+{length} outside of {request!r}")
+        if not request.covered:
+            if length != request.length:
+                request.spans = [begin, end]
+        else:
+            if request.flags & CMD_FLAG_DF:
+                raise ReplyError(f"second content chunk in reply to {request!r}")
+            _add_span(request, begin, end)
+        request.covered += length
+        return begin
+
+
+def _add_span(request: Completion, begin: int, end: int) -> None:
+    """Add a range to those that came already. Raises: ReplyError if they overlap."""
+    spans = request.spans
+    if spans is None:
+        raise ReplyError(f"overlapping chunks in reply to {request!r}")
+    i = bisect_right(spans, begin)
+    if i % 2 or (i < len(spans) and spans[i] < end):
+        raise ReplyError(f"overlapping chunks in reply to {request!r}")
+    # Ranges that touch become one: a border that both have goes away.
+    first, last = i, i
+    borders = []
+    if i and spans[i - 1] == begin:
+        first -= 1
+    else:
+        borders.append(begin)
+    if i < len(spans) and spans[i] == end:
+        last += 1
+    else:
+        borders.append(end)
+    spans[first:last] = borders
+    if len(spans) > 2 * SPANS_MAX:
+        raise ReplyError(f"too many scattered chunks in reply to {request!r}")
+
+
+def _check_extents(request: Completion, extents: list[tuple[int, int]]) -> None:
+    """Check descriptors, and cut the last at the request's end. Raises: ReplyError."""
+    total = 0
+    for length, _ in extents:
+        if not length:
+            raise ReplyError("BLOCK_STATUS descriptor of no bytes")
+        if total >= request.length:
+            raise ReplyError(f"descriptors past the end of {request!r}")
+        total += length
+    if request.flags & CMD_FLAG_REQ_ONE and (
+        len(extents) != 1 or total > request.length
+    ):
+        raise ReplyError(f"REQ_ONE was ignored in reply to {request!r}")
+    if total > request.length:
+        length, flags = extents[-1]
+        extents[-1] = (length - (total - request.length), flags)

@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server side of the handshake: bytes in, bytes out, and what was negotiated.
+
+Theory of operation. The shell constructs a `ServerHandshake`, sends what `data_to_send`
+returns (the greeting is there at once), feeds what it receives to `receive_data`, and after
+each time sends again. `receive_data` takes any bytes and never raises.
+
+    state         bytes it waits for        next
+    client flags  4                         option; closed on an unknown flag
+    option        16: magic, number, length payload, or swallow if the payload is unwanted
+    payload       the option's length       option; transmission; closed
+    swallow       the rest of a payload     option, answered with the error decided before
+    transmission  none: what comes is kept for `trailing_data`
+    closed        none: what comes is dropped
+
+Ends. `negotiated` is set by GO and EXPORT_NAME. `closed` is set by ABORT, and together with
+`error` when the client broke a rule that leaves nothing to answer with; the shell then sends
+what is queued and closes the connection.
+
+What is negotiated, and forgotten again: structured replies stay once acknowledged. Metadata
+contexts belong to the export name that SET_META_CONTEXT gave; each further one clears them
+before anything else, also when it fails, and a GO for another name leaves with none.
+
+Metadata contexts. An export offers a list of names; a context's id is its place in that list,
+from 1. LIST shows those that a query names, by its whole name or by its namespace alone
+(`base:`), and all of them if there is no query. SET selects by whole name only, as proto.md
+recommends: a namespace alone, an unknown one, or no query at all, select nothing. Both answer
+in the export's order, and each context once, however often it was asked for.
+
+Bounds. Only the payloads of options that are understood are buffered, to
+`option_length_max`; longer ones are swallowed and answered with ERR_TOO_BIG, and above
+`option_swallow_max` the connection ends. `options_max` ends a client that haggles without
+end; the time limit against a slow one is the shell's, since here is no clock. Replies that are
+queued or were ever sent count against `output_max`: a LIST that would go beyond it ends with
+ERR_TOO_BIG, and whoever goes on asking up to the double is cut off, so that answers cost a
+bounded memory even if the client reads none of them.
+
+Not here: TLS (STARTTLS is answered as a server without it does), extended headers (the same),
+oldstyle.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from nbdtarget_protocol.consts import (
+    BASE_ALLOCATION,
+    BLOCK_SIZE_MIN_DEFAULT,
+    BLOCK_SIZE_PREFERRED_DEFAULT,
+    CLIENT_FLAGS,
+    EXPORT,
+    FLAG_C_FIXED_NEWSTYLE,
+    FLAG_C_NO_ZEROES,
+    FLAG_FIXED_NEWSTYLE,
+    FLAG_HAS_FLAGS,
+    FLAG_NO_ZEROES,
+    FLAG_SEND_DF,
+    FLAG_SEND_FAST_ZERO,
+    FLAG_SEND_WRITE_ZEROES,
+    GREETING,
+    IHAVEOPT,
+    INFO_BLOCK_SIZE,
+    INFO_DESCRIPTION,
+    INFO_NAME,
+    NBDMAGIC,
+    OPT_ABORT,
+    OPT_EXPORT_NAME,
+    OPT_EXTENDED_HEADERS,
+    OPT_GO,
+    OPT_INFO,
+    OPT_LIST,
+    OPT_LIST_META_CONTEXT,
+    OPT_NAMES,
+    OPT_SET_META_CONTEXT,
+    OPT_STARTTLS,
+    OPT_STRUCTURED_REPLY,
+    OPTION,
+    PAYLOAD_MAX_DEFAULT,
+    REP_ACK,
+    REP_ERR_INVALID,
+    REP_ERR_SHUTDOWN,
+    REP_ERR_TOO_BIG,
+    REP_ERR_UNKNOWN,
+    REP_ERR_UNSUP,
+    REP_INFO,
+    REP_META_CONTEXT,
+    REP_SERVER,
+    SIZE_MAX,
+    STRING_MAX,
+)
+from nbdtarget_protocol.errors import HandshakeError, OptionError
+from nbdtarget_protocol.options import (
+    ZEROES,
+    clip_string,
+    decode_info_request,
+    decode_meta_context_request,
+    decode_name,
+    encode_info_block_size,
+    encode_info_description,
+    encode_info_export,
+    encode_info_name,
+    encode_meta_context,
+    encode_option_reply,
+    encode_server,
+    is_context_name,
+    is_export_name,
+)
+
+__all__ = ["CONTEXTS_MAX", "ExportInfo", "Exports", "Negotiated", "ServerHandshake"]
+
+# Enough for a GO that asks for every one of the 65 536 information types.
+OPTION_LENGTH_MAX: Final = 256 << 10
+# A payload up to 32 MiB is no attack (proto.md, "Size constraints"), so it is swallowed.
+OPTION_SWALLOW_MAX: Final = 32 << 20
+OPTIONS_MAX: Final = 4096
+QUERIES_MAX: Final = 1024
+LIST_MAX: Final = 10_000
+OUTPUT_MAX: Final = 16 << 20
+
+CONTEXTS_MAX: Final = 16  # metadata contexts that one export may offer
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """What the handshake tells about an export.
+
+    Args:
+        name: the canonical name.
+        size: bytes, below 2**63.
+        flags: transmission flags. HAS_FLAGS is added, and SEND_DF where it may stand.
+        description: for people; may be empty.
+        block_size_min, block_size_preferred, payload_max: bytes, as advertised.
+        contexts: names of the metadata contexts that a client may select, each once.
+    """
+
+    name: str
+    size: int
+    flags: int
+    description: str = ""
+    block_size_min: int = BLOCK_SIZE_MIN_DEFAULT
+    block_size_preferred: int = BLOCK_SIZE_PREFERRED_DEFAULT
+    payload_max: int = PAYLOAD_MAX_DEFAULT
+    contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+
+    def __post_init__(self) -> None:
+        minimum, preferred = self.block_size_min, self.block_size_preferred
+        assert is_export_name(self.name), "export name cannot be sent"
+        assert 0 <= self.size <= SIZE_MAX, "export size out of range"
+        assert 1 <= minimum <= 65536, "minimum block size out of range"
+        assert minimum & (minimum - 1) == 0, "minimum block size: no power of two"
+        assert preferred >= max(minimum, 512), "preferred block size out of range"
+        assert preferred & (preferred - 1) == 0, "preferred block size: no power of two"
+        assert preferred <= self.payload_max < 1 << 32, "payload_max out of range"
+        assert not self.flags & FLAG_SEND_DF, "SEND_DF is the handshake's to set"
+        assert (
+            not self.flags & FLAG_SEND_FAST_ZERO or self.flags & FLAG_SEND_WRITE_ZEROES
+        ), "SEND_FAST_ZERO without SEND_WRITE_ZEROES"
+        names = self.contexts
+        assert len(names) == len(set(names)) <= CONTEXTS_MAX, "contexts: many or twice"
+        assert all(map(is_context_name, names)), "context name cannot be sent"
+
+
+class Exports(Protocol):
+    """What the handshake asks of whoever has the exports. Nothing is raised but what is said here."""
+
+    def lookup(self, name: str) -> ExportInfo | None:
+        """Return the export of that name; "" is the default export, if there is one.
+
+        Raises: OptionError: it ought to be there, and is not now; the client is told why.
+        """
+        ...
+
+    def names(self) -> Iterable[tuple[str, str]]:
+        """Return name and description of what LIST shows; iterated lazily."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Negotiated:
+    """What a handshake led to.
+
+    Args:
+        contexts: (context id, name) of each metadata context selected, in the export's order.
+    """
+
+    export: ExportInfo
+    structured: bool
+    contexts: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def flags(self) -> int:
+        """The transmission flags as the client was told them."""
+        flags = self.export.flags | FLAG_HAS_FLAGS
+        return flags | FLAG_SEND_DF if self.structured else flags
+
+
+class ServerHandshake:
+    """One connection's handshake; see the module head.
+
+    Attributes:
+        negotiated: set when the transmission phase begins.
+        closed: nothing more is read or answered; send what is queued and close.
+        error: why, if it was not the client's wish.
+    """
+
+    def __init__(
+        self,
+        exports: Exports,
+        *,
+        option_length_max: int = OPTION_LENGTH_MAX,
+        option_swallow_max: int = OPTION_SWALLOW_MAX,
+        options_max: int = OPTIONS_MAX,
+        queries_max: int = QUERIES_MAX,
+        list_max: int = LIST_MAX,
+        output_max: int = OUTPUT_MAX,
+    ) -> None:
+        self.exports = exports
+        self.option_length_max = option_length_max
+        self.option_swallow_max = option_swallow_max
+        self.options_max = options_max
+        self.queries_max = queries_max
+        self.list_max = list_max
+        self.output_max = output_max
+        self.negotiated: Negotiated | None = None
+        self.closed = False
+        self.error: HandshakeError | None = None
+        self.structured = False
+        self.no_zeroes = False
+        self.shutting_down = False
+        self.nr_options = 0
+        self._buffer = bytearray()
+        self._swallow = 0  # bytes of an unwanted payload still to come
+        self._swallowed: tuple[int, OptionError] | None = (
+            None  # answered when they came
+        )
+        self._step: Callable[[], bool] = self._step_client_flags
+        self._contexts: tuple[tuple[int, str], ...] = ()
+        self._contexts_name = ""  # the export that _contexts belong to
+        self._output: list[bytes] = []
+        self._output_total = 0
+        self._send(
+            GREETING.pack(NBDMAGIC, IHAVEOPT, FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)
+        )
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> None:
+        """Take what the client sent. Never raises, whatever it is."""
+        if self.closed:
+            return
+        self._buffer += data
+        while not self.closed and self.negotiated is None and self._step():
+            pass
+        if self.closed:
+            self._buffer.clear()
+
+    def data_to_send(self) -> list[bytes]:
+        """Return what is to be sent, and forget it."""
+        output = self._output
+        self._output = []
+        return output
+
+    def trailing_data(self) -> bytes:
+        """Return the bytes that came after the handshake, and forget them."""
+        if self.negotiated is None:
+            return b""
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        return data
+
+    def shutdown(self) -> None:
+        """From now on answer every option but ABORT with ERR_SHUTDOWN."""
+        self.shutting_down = True
+
+    # Steps: each takes one message from the buffer, or returns False to wait for more.
+
+    def _step_client_flags(self) -> bool:
+        if len(self._buffer) < CLIENT_FLAGS.size:
+            return False
+        flags = CLIENT_FLAGS.unpack_from(self._buffer)[0]
+        del self._buffer[: CLIENT_FLAGS.size]
+        # A client without C_FIXED_NEWSTYLE is served like any other: it will only ever send
+        # EXPORT_NAME, or it forgot the flag.
+        if flags & ~(FLAG_C_FIXED_NEWSTYLE | FLAG_C_NO_ZEROES):
+            self._fail(f"unknown client flags {flags:#x}")
+        self.no_zeroes = bool(flags & FLAG_C_NO_ZEROES)
+        self._step = self._step_option
+        return True
+
+    def _step_option(self) -> bool:
+        if len(self._buffer) < OPTION.size:
+            return False
+        magic, option, length = OPTION.unpack_from(self._buffer)
+        if magic != IHAVEOPT:
+            self._fail(f"bad option magic {magic:#x}")
+            return False
+        refusal = self._refuse_by_header(option, length)
+        if self.closed:
+            return False
+        if refusal is None:
+            end = OPTION.size + length
+            if len(self._buffer) < end:
+                return False
+            data = bytes(memoryview(self._buffer)[OPTION.size : end])
+            del self._buffer[:end]
+            self.nr_options += 1
+            self._handle_option(option, data)
+        else:
+            del self._buffer[: OPTION.size]
+            self.nr_options += 1
+            self._swallow = length
+            self._swallowed = (option, refusal)
+            self._step = self._step_swallow
+        return True
+
+    def _step_swallow(self) -> bool:
+        taken = min(self._swallow, len(self._buffer))
+        del self._buffer[:taken]
+        self._swallow -= taken
+        if self._swallow:
+            return False
+        assert self._swallowed is not None
+        option, refusal = self._swallowed
+        self._swallowed = None
+        self._step = self._step_option
+        self._end_swallowed(option, refusal)
+        return True
+
+    def _end_swallowed(self, option: int, refusal: OptionError) -> None:
+        if option == OPT_ABORT:
+            self._handle_abort(b"")
+        else:
+            self._refuse(option, refusal)
+
+    def _refuse_by_header(self, option: int, length: int) -> OptionError | None:
+        """Decide, before its payload came, whether to take `option` at all.
+
+        Returns: what to answer once the payload is swallowed; None to buffer and handle it.
+        """
+        if self.nr_options >= self.options_max:
+            self._fail(f"more than {self.options_max} options")
+            return None
+        if self._output_total > 2 * self.output_max:
+            self._fail(f"asked for more than {2 * self.output_max} bytes of answers")
+            return None
+        if length > self.option_swallow_max:
+            self._fail(f"option {_name(option)} with a payload of {length} bytes")
+            return None
+        if option == OPT_SET_META_CONTEXT:
+            self._contexts = ()  # replaced even if this one fails
+        if option == OPT_EXPORT_NAME:
+            if length > STRING_MAX:
+                self._fail("export name is longer than 4096 bytes")
+            return None
+        if option not in _HANDLERS:
+            return OptionError(REP_ERR_UNSUP, f"option {_name(option)} is not known")
+        if option in _WITHOUT_PAYLOAD and length:
+            return OptionError(REP_ERR_INVALID, f"{_name(option)} takes no payload")
+        if length > self.option_length_max:
+            return OptionError(
+                REP_ERR_TOO_BIG, f"payload is longer than {self.option_length_max}"
+            )
+        return None
+
+    # Options. Each handler answers by itself, or raises OptionError.
+
+    def _handle_option(self, option: int, data: bytes) -> None:
+        try:
+            if self.shutting_down and option != OPT_ABORT:
+                raise OptionError(REP_ERR_SHUTDOWN, "server is shutting down")
+            _HANDLERS[option](self, data)
+        except OptionError as error:
+            self._refuse(option, error)
+
+    def _handle_export_name(self, data: bytes) -> None:
+        name = decode_name(data)
+        export = self._lookup(name)
+        self._negotiate(name, export)
+        assert self.negotiated is not None
+        self._send(EXPORT.pack(export.size, self.negotiated.flags))
+        if not self.no_zeroes:
+            self._send(ZEROES)
+
+    def _handle_abort(self, data: bytes) -> None:
+        self._reply(OPT_ABORT, REP_ACK)
+        self.closed = True
+
+    def _handle_list(self, data: bytes) -> None:
+        nr_listed = 0
+        for name, description in self.exports.names():
+            if not is_export_name(name):
+                continue  # no client could ask for it
+            if nr_listed == self.list_max:
+                raise OptionError(
+                    REP_ERR_TOO_BIG, f"there are more than {self.list_max} exports"
+                )
+            if self._output_total > self.output_max:
+                raise OptionError(REP_ERR_TOO_BIG, "listed too much on one connection")
+            self._reply(OPT_LIST, REP_SERVER, encode_server(name, description))
+            nr_listed += 1
+        self._reply(OPT_LIST, REP_ACK)
+
+    def _handle_unsupported(self, data: bytes) -> None:
+        raise OptionError(REP_ERR_UNSUP, "not supported by this server")
+
+    def _handle_info(self, data: bytes) -> None:
+        self._answer_info(OPT_INFO, data)
+
+    def _handle_go(self, data: bytes) -> None:
+        name, export = self._answer_info(OPT_GO, data)
+        self._negotiate(name, export)
+
+    def _answer_info(self, option: int, data: bytes) -> tuple[str, ExportInfo]:
+        name, infos = decode_info_request(data)
+        export = self._lookup(name)
+        flags = Negotiated(export, self.structured).flags
+        self._reply(option, REP_INFO, encode_info_export(export.size, flags))
+        if INFO_NAME in infos:
+            self._reply(option, REP_INFO, encode_info_name(export.name))
+        if INFO_DESCRIPTION in infos and export.description:
+            self._reply(option, REP_INFO, encode_info_description(export.description))
+        # Constraints that will be enforced are told even to those who did not ask.
+        if INFO_BLOCK_SIZE in infos or export.block_size_min > 1:
+            info = encode_info_block_size(
+                minimum=export.block_size_min,
+                preferred=export.block_size_preferred,
+                payload_max=export.payload_max,
+            )
+            self._reply(option, REP_INFO, info)
+        self._reply(option, REP_ACK)
+        return name, export
+
+    def _handle_structured_reply(self, data: bytes) -> None:
+        self.structured = True
+        self._reply(OPT_STRUCTURED_REPLY, REP_ACK)
+
+    def _handle_list_meta_context(self, data: bytes) -> None:
+        _, export, queries = self._meta_context_request(data)
+        for name in export.contexts:
+            namespace = name[: name.index(":") + 1]
+            if not queries or {name.encode(), namespace.encode()} & queries:
+                context = encode_meta_context(0, name)
+                self._reply(OPT_LIST_META_CONTEXT, REP_META_CONTEXT, context)
+        self._reply(OPT_LIST_META_CONTEXT, REP_ACK)
+
+    def _handle_set_meta_context(self, data: bytes) -> None:
+        name, export, queries = self._meta_context_request(data)
+        # Unknown namespaces, unknown leaves and wildcards select nothing.
+        self._contexts_name = name
+        self._contexts = tuple(
+            (context_id, context)
+            for context_id, context in enumerate(export.contexts, 1)
+            if context.encode() in queries
+        )
+        for context_id, context in self._contexts:
+            selected = encode_meta_context(context_id, context)
+            self._reply(OPT_SET_META_CONTEXT, REP_META_CONTEXT, selected)
+        self._reply(OPT_SET_META_CONTEXT, REP_ACK)
+
+    def _meta_context_request(self, data: bytes) -> tuple[str, ExportInfo, set[bytes]]:
+        if not self.structured:
+            raise OptionError(REP_ERR_INVALID, "needs STRUCTURED_REPLY first")
+        name, queries = decode_meta_context_request(data, self.queries_max)
+        return name, self._lookup(name), set(queries)
+
+    # Ends.
+
+    def _lookup(self, name: str) -> ExportInfo:
+        export = self.exports.lookup(name)
+        if export is None:
+            shown = f"export {name!r}" if name else "default export"
+            raise OptionError(REP_ERR_UNKNOWN, f"no {shown}")
+        return export
+
+    def _negotiate(self, name: str, export: ExportInfo) -> None:
+        contexts = self._contexts if name == self._contexts_name else ()
+        self.negotiated = Negotiated(export, self.structured, contexts)
+
+    def _refuse(self, option: int, error: OptionError) -> None:
+        if option == OPT_EXPORT_NAME:  # has no error reply
+            self._fail(f"EXPORT_NAME refused: {error.message}")
+            return
+        self._reply(option, error.rep, clip_string(error.message))
+
+    def _fail(self, message: str) -> None:
+        self.error = HandshakeError(message)
+        self.closed = True
+
+    def _reply(self, option: int, rep: int, data: bytes = b"") -> None:
+        self._send(encode_option_reply(option, rep, data))
+
+    def _send(self, data: bytes) -> None:
+        self._output.append(data)
+        self._output_total += len(data)
+
+
+def _name(option: int) -> str:
+    return OPT_NAMES.get(option, str(option))
+
+
+_HANDLERS: Final[dict[int, Callable[[ServerHandshake, bytes], None]]] = {
+    OPT_EXPORT_NAME: ServerHandshake._handle_export_name,
+    OPT_ABORT: ServerHandshake._handle_abort,
+    OPT_LIST: ServerHandshake._handle_list,
+    OPT_STARTTLS: ServerHandshake._handle_unsupported,
+    OPT_INFO: ServerHandshake._handle_info,
+    OPT_GO: ServerHandshake._handle_go,
+    OPT_STRUCTURED_REPLY: ServerHandshake._handle_structured_reply,
+    OPT_LIST_META_CONTEXT: ServerHandshake._handle_list_meta_context,
+    OPT_SET_META_CONTEXT: ServerHandshake._handle_set_meta_context,
+    OPT_EXTENDED_HEADERS: ServerHandshake._handle_unsupported,
+}
+
+_WITHOUT_PAYLOAD: Final = frozenset(
+    {OPT_LIST, OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPT_EXTENDED_HEADERS}
+)
