@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from tests.mutants.catalog import CATALOG
-from tests.mutants.mutant import Mutant, patched
+from tests.mutants.mutant import ROOTS, Mutant, patched, path_of
 
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = ("nbdtarget", "protocol", "metadata", "tests", "scripts")
@@ -88,7 +88,11 @@ def run_python(tree: Path, arguments: Sequence[str], timeout_s: float) -> Run:
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), "TMPDIR": str(tree / "tmp")},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(tree / base) for base in ROOTS),
+            "TMPDIR": str(tree / "tmp"),
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -117,10 +121,9 @@ def run_tests(tree: Path, paths: Iterable[str], timeout_s: float) -> Run:
 
 def import_error(tree: Path, mutant: Mutant) -> str:
     """Return what goes wrong when the mutant is imported; empty: nothing does."""
-    module = mutant.file.removesuffix(".py").replace("/", ".")
-    program = f"import {module} as m; print(m.__file__)"
+    program = f"import {mutant.module} as m; print(m.__file__)"
     run = run_python(tree, ["-c", program], TIMEOUT_S)
-    if run.status == 0 and Path(run.output.strip()) == tree / mutant.file:
+    if run.status == 0 and Path(run.output.strip()) == path_of(mutant.module, tree):
         return ""
     return (run.output.strip().splitlines() or ["nothing was imported"])[-1]
 
@@ -129,15 +132,16 @@ def judge(
     mutant: Mutant, tree: Path, tests: Sequence[str], timeout_s: float
 ) -> Verdict:
     """Apply the mutant in `tree`, see what the tests say, and take it back."""
-    source = (tree / mutant.file).read_text()
-    (tree / mutant.file).write_text(patched(mutant, tree))
+    path = path_of(mutant.module, tree)
+    source = path.read_text()
+    path.write_text(patched(mutant, tree))
     try:
         error = import_error(tree, mutant)
         if error:
             return Verdict(mutant, False, f"BROKEN   {mutant.name}: {error}")
         run = run_tests(tree, tests or mutant.tests, timeout_s)
     finally:
-        (tree / mutant.file).write_text(source)
+        path.write_text(source)
     took = f"({run.seconds:.1f} s)"
     if run.status is None and mutant.hangs:
         return Verdict(mutant, True, f"caught   {mutant.name}  by timeout {took}")
@@ -195,7 +199,7 @@ def run_mutants(options: argparse.Namespace, mutants: Sequence[Mutant]) -> bool:
             )  # interrupted: only what runs is waited for
     print(f"{len(mutants) - len(escaped)} of {len(mutants)} caught")
     for mutant in escaped:
-        print(f"  {mutant.name}: {mutant.file}: {mutant.forgets}")
+        print(f"  {mutant.name}: {mutant.where}: {mutant.forgets}")
     return not escaped
 
 
@@ -220,7 +224,7 @@ def main() -> int:
     mutants = [m for m in CATALOG if not options.only or m.name in options.only]
     if options.list:
         for mutant in mutants:
-            print(f"{mutant.name}  ({mutant.file})\n    {mutant.forgets}")
+            print(f"{mutant.name}  ({mutant.where})\n    {mutant.forgets}")
         return 0
     try:
         return 0 if run_mutants(options, mutants) else 1

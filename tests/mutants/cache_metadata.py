@@ -19,22 +19,19 @@ COMPLETE: Final = (
 )
 SWITCHES: Final = ("tests/crash/test_cache_machine.py",)
 LOAD: Final = ("tests/metadata/test_cache_load.py",)
-TRANSACTION: Final = "metadata/nbdtarget_metadata/cache/transaction.py"
-BLOCKS: Final = "metadata/nbdtarget_metadata/cache/blocks.py"
-READING: Final = "metadata/nbdtarget_metadata/cache/load.py"
 
 
 def _mutant(
-    name: str, forgets: str, file: str, old: str, new: str, tests: tuple[str, ...]
+    name: str, forgets: str, where: str, old: str, new: str, tests: tuple[str, ...]
 ) -> Mutant:
-    return Mutant(f"cache-{name}", forgets, file, ((old, new),), tests)
+    return Mutant(f"cache-{name}", forgets, where, ((old, new),), tests)
 
 
 CACHE_METADATA: Final = (
     _mutant(
         "clean-shutdown-not-cleared",
         "A crash looks like a clean shutdown: blocks that are dirty count as clean.",
-        TRANSACTION,
+        "nbdtarget_metadata.cache.transaction:CacheTransaction._changed_superblock",
         "flags = CLEAN_SHUTDOWN if shutdown is not None else 0\n",
         "flags = CLEAN_SHUTDOWN if shutdown is not None else superblock.flags\n",
         CUTS,
@@ -42,7 +39,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "changes-admitted-before-the-clean-shutdown-is-cleared",
         "A write dirties a block while the disk still says that all is exact.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.start",
         "            self.is_recorded_clean\n            or dirty_log != was_logged\n",
         "            dirty_log != was_logged\n",
         CUTS,
@@ -50,7 +47,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "changes-admitted-over-a-single-copy",
         "A crash, then rot in the one copy that says so: blocks that are dirty count as clean.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.start",
         "            or bool(self._unhealed)\n        )\n        self.admits_changes",
         "        )\n        self.admits_changes",
         (*CYCLES, *CUTS),
@@ -58,7 +55,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "dirty-bits-trusted-after-an-unclean-shutdown",
         "What was dirty at a crash counts as clean, and is dropped with the next demotion.",
-        READING,
+        "nbdtarget_metadata.cache.load:load",
         "dirty = (logged if superblock.incompat & DIRTY_LOG else mapped).copy()",
         "dirty = logged.copy()",
         CUTS,
@@ -66,7 +63,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "removal-without-origin-flush",
         "A mapping is gone, and what was written back to the origin is lost in its cache.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks._remove",
         "        self._cleaned[cblock] = 0\n        self._flushes |= FLUSH_ORIGIN\n",
         "        self._cleaned[cblock] = 0\n",
         CUTS,
@@ -74,7 +71,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "insertion-without-cache-flush",
         "A committed mapping points at what the cache block held before: another block's data.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.insert",
         "FLUSH_CACHE if dirty else FLUSH_CACHE | FLUSH_ORIGIN",
         "0 if dirty else FLUSH_ORIGIN",
         CUTS,
@@ -82,7 +79,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "clean-insertion-without-origin-flush",
         "A block that was copied before the origin was durable is clean, but newer than that.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.insert",
         "FLUSH_CACHE if dirty else FLUSH_CACHE | FLUSH_ORIGIN",
         "FLUSH_CACHE",
         (*CACHE, *CUTS),
@@ -90,7 +87,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "recorded-clean-without-cache-flush",
         "The origin has what was written back, the cache block something older, and it is clean.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks._take_back_log",
         "self._flushes |= FLUSH_CACHE | FLUSH_ORIGIN",
         "self._flushes |= FLUSH_ORIGIN",
         CUTS,
@@ -98,7 +95,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "recorded-clean-without-origin-flush",
         "The dirty log says clean before what was written back is durable.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks._take_back_log",
         "self._flushes |= FLUSH_CACHE | FLUSH_ORIGIN",
         "self._flushes |= FLUSH_CACHE",
         (*CACHE, *CUTS),
@@ -106,7 +103,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "dirty-log-record-after-the-write",
         "A write is sent before the log says so durably: a crash leaves the block clean.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.may_dirty",
         "bool(self._admitted[cblock])",
         "bool(self._logged[cblock])",
         CUTS,
@@ -114,7 +111,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "taken-back-record-still-believed",
         "A block is dirtied again on the strength of a record that was taken back.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks._take_back_log",
         "            self._admitted &= keep\n",
         "",
         CUTS,
@@ -122,7 +119,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "dirty-log-switched-on-without-what-is-dirty",
         "Blocks that were dirty before the log was kept are clean after the next crash.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.start",
         "enumerate(missing.search(1))",
         "enumerate(missing.search(1, 0, 0))",
         CUTS,
@@ -130,7 +127,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "block-reused-before-its-removal-is-committed",
         "A crash brings the old mapping back over another block's data.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks._is_uncommitted",
         "            self._changed[cblock]\n            or (",
         "            (",
         CUTS,
@@ -138,7 +135,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "block-reused-while-its-removal-is-committed",
         "A crash in the middle of that commit brings the old mapping back over other data.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks._is_uncommitted",
         "transaction.taken[cblock])",
         "False)",
         CUTS,
@@ -146,7 +143,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "transaction-writes-what-changed-later",
         "A commit journals what blocks became after its flushes had begun.",
-        TRANSACTION,
+        "nbdtarget_metadata.cache.transaction:CacheTransaction._records",
         "entry_records(cblocks, values, self._before)",
         "entry_records(cblocks, values)",
         CUTS,
@@ -154,7 +151,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "snapshot-of-what-changed-later",
         "The snapshot of a commit holds what blocks became after its flushes had begun.",
-        TRANSACTION,
+        "nbdtarget_metadata.cache.transaction:CacheTransaction._snapshot",
         "write_snapshot(self._chain, self.generation, values, self._before)",
         "write_snapshot(self._chain, self.generation, values)",
         CUTS,
@@ -162,7 +159,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "compaction-drops-a-transaction",
         "What was committed while a snapshot was written is gone with the switch.",
-        TRANSACTION,
+        "nbdtarget_metadata.cache.transaction:CacheCompaction.note",
         "self.since = _union(self.since, changes)",
         "self.since = _union(self.since, changes ^ changes)",
         CUTS,
@@ -170,7 +167,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "failed-commit-vouched-for",
         "Read only, a write goes to a mapping that no opening will find.",
-        "metadata/nbdtarget_metadata/cache/metadata.py",
+        "nbdtarget_metadata.cache.metadata:CacheMetadata.abort",
         "            self._changed |= self._transaction.taken\n",
         "            self._changed = self._transaction.taken ^ self._transaction.taken\n",
         (*CYCLES, *CUTS),
@@ -178,7 +175,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "healing-commit-forgets-the-full-sync",
         "One rotten copy, healed before the first change, and every block is dirty.",
-        TRANSACTION,
+        "nbdtarget_metadata.cache.transaction:CacheTransaction._changed_superblock",
         "        if self.heals:\n",
         "        if self.heals and self.taken.any():\n",
         CYCLES,
@@ -186,7 +183,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "stale-discards-believed",
         "After a reload what was written since the last full sync counts as discarded.",
-        "metadata/nbdtarget_metadata/cache/metadata.py",
+        "nbdtarget_metadata.cache.metadata:CacheMetadata.discarded",
         "return self._discarded if self.is_recorded_clean else None",
         "return self._discarded",
         CYCLES,
@@ -194,7 +191,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "hint-of-the-block-before-believed",
         "A block starts at the level of what its place held before.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.insert",
         "            self._hints[cblock] = 0  # it was another block's\n",
         "            pass\n",
         CYCLES,
@@ -202,7 +199,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "needs-check-in-the-failed-generation",
         "A crash leaves two superblocks of one generation that contradict each other.",
-        "metadata/nbdtarget_metadata/cache/metadata.py",
+        "nbdtarget_metadata.cache.metadata:CacheMetadata.record_needs_check",
         "generation=self._superblock.generation + 2,",
         "generation=self._superblock.generation + 1,",
         CUTS,
@@ -210,7 +207,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "needs-check-not-recorded",
         "After a failed commit the metadata opens as if nothing had been.",
-        "metadata/nbdtarget_metadata/cache/metadata.py",
+        "nbdtarget_metadata.cache.metadata:CacheMetadata.record_needs_check",
         "flags=self._superblock.flags | NEEDS_CHECK,",
         "flags=self._superblock.flags,",
         (*CACHE, *CUTS),
@@ -218,7 +215,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "live-sync-area-overwritten",
         "A crash in a full sync destroys the dirty bits that the superblock vouches for.",
-        TRANSACTION,
+        "nbdtarget_metadata.cache.transaction:CacheTransaction.__init__",
         "self._sync_area = (area + (shutdown is not None)) % NR_SYNC_AREAS",
         "self._sync_area = area % NR_SYNC_AREAS",
         CACHE,
@@ -226,7 +223,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "hints-of-another-policy-believed",
         "Levels of one policy are taken for those of another.",
-        "metadata/nbdtarget_metadata/cache/superblock.py",
+        "nbdtarget_metadata.cache.superblock:Policy.understands",
         "            and self.name == stored.name\n",
         "",
         CACHE,
@@ -234,7 +231,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "origin-block-held-twice",
         "Two cache blocks hold one origin block: which of them is read is chance.",
-        READING,
+        "nbdtarget_metadata.cache.load:_index_values",
         "        if other is not None:\n            raise",
         "        if other == -1:\n            raise",
         LOAD,
@@ -242,7 +239,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "dirty-bit-of-an-unmapped-block-believed",
         "Garbage is written back over the origin.",
-        READING,
+        "nbdtarget_metadata.cache.load:load",
         '    _refuse_any(sync.dirty & ~mapped, "unmapped")\n',
         "",
         LOAD,
@@ -250,7 +247,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "shrunk-over-a-dirty-block",
         "The only copy of acknowledged data is cut off.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.resize_origin",
         'if dirty >= 0:\n            raise CannotShrink("origin", dirty)',
         'if dirty < -1:\n            raise CannotShrink("origin", dirty)',
         RESIZE,
@@ -259,7 +256,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "origin-complete-said-over-dirty-blocks",
         "Writethrough takes over from writeback, and a crash gives up what only the cache has.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.is_complete",
         "return self.gives_up_mappings or not (self.writes_back or self.nr_dirty)",
         "return self.gives_up_mappings or not self.writes_back",
         (*COMPLETE, *SWITCHES),
@@ -267,7 +264,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "origin-complete-not-taken-back-by-writeback",
         "A crash gives up the blocks that a writeback cache has just promised.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.is_complete",
         "return self.gives_up_mappings or not (self.writes_back or self.nr_dirty)",
         "return not self.nr_dirty",
         (*COMPLETE, *SWITCHES),
@@ -275,7 +272,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "origin-complete-forgotten-by-a-commit-before-the-mappings-are-dropped",
         "A crash in the start after a crash: old blocks are dirty, and written over the origin.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.is_complete",
         "return self.gives_up_mappings or not (self.writes_back or self.nr_dirty)",
         "return not (self.writes_back or self.nr_dirty)",
         COMPLETE,
@@ -283,7 +280,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "changes-admitted-before-origin-complete-is-taken-back",
         "Writeback after a crash in writethrough: the first writes are given up by the next one.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.start",
         "            or self.is_recorded_complete != self.is_complete\n",
         "",
         COMPLETE,
@@ -291,7 +288,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "origin-complete-stays-when-a-write-through-has-failed",
         "The origin did not take it; after a FLUSH a crash forgets what clients have read.",
-        "metadata/nbdtarget_metadata/cache/metadata.py",
+        "nbdtarget_metadata.cache.metadata:CacheMetadata.changed",
         "            or (self.admits_changes and self.is_complete != self.is_recorded_complete)\n",
         "",
         COMPLETE,
@@ -299,7 +296,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "fua-to-a-block-that-a-crash-gives-up",
         "It is durable in the cache, and the mapping does not count after a crash.",
-        BLOCKS,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.vouches_for",
         "            and not self.is_recorded_complete\n",
         "",
         COMPLETE,
@@ -307,7 +304,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "origin-complete-before-the-origin-is-flushed",
         "The last block was written back, and is lost in the origin's cache.",
-        TRANSACTION,
+        "nbdtarget_metadata.cache.transaction:CacheTransaction.__init__",
         "self.flushes |= FLUSH_ORIGIN  # what was written back",
         "pass",
         COMPLETE,
@@ -315,7 +312,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "all-dirty-after-a-crash-in-writethrough",
         "Old blocks are written back over an origin that was used alone.",
-        READING,
+        "nbdtarget_metadata.cache.load:load",
         "if superblock.gives_up_mappings:",
         "if superblock.gives_up_mappings and not superblock.nr_mapped:",
         COMPLETE,
@@ -323,7 +320,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "origin-complete-believed-with-a-slot-lost",
         "A repair drops dirty blocks: the newest superblock is gone, and said something else.",
-        "metadata/nbdtarget_metadata/tools/cache_salvage.py",
+        "nbdtarget_metadata.tools.cache_salvage:_content",
         "        flags &= ~ORIGIN_COMPLETE  # what the other slot said, nobody knows\n",
         "        pass\n",
         COMPLETE,
@@ -331,7 +328,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "blocks-recorded-clean-after-a-crash-in-writethrough",
         "Offline writeback calls blocks clean that differ from the origin: old data is read.",
-        "nbdtarget/tools/writeback.py",
+        "nbdtarget.tools.writeback:write_back",
         "if content.gives_up_mappings:",
         "if content.gives_up_mappings and content.nr_lost:",
         ("tests/nbdtarget/test_offline_writeback.py",),

@@ -7,12 +7,7 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["CACHE_PARTS"]
 
-ACTIVATION_PY: Final = "nbdtarget/targets/cache/activation.py"
-CACHE_CONSTRUCTOR_PY: Final = "nbdtarget/targets/cache/constructor.py"
 MISSING: Final = ("tests/nbdtarget/dm/test_missing_metadata.py",)
-OPENING_PY: Final = "nbdtarget/targets/opening.py"
-DISCARDS_PY: Final = "nbdtarget/targets/cache/discards.py"
-EXTENTS_PY: Final = "nbdtarget/targets/cache/extents.py"
 TESTS: Final = "tests/nbdtarget/targets/cache/"
 ACTIVATION: Final = (f"{TESTS}test_activation.py",)
 DISKS_DM: Final = ("tests/nbdtarget/dm/test_disks.py",)
@@ -22,9 +17,9 @@ EXTENTS: Final = (f"{TESTS}test_extents.py",)
 
 
 def _mutant(
-    name: str, forgets: str, file: str, old: str, new: str, tests: tuple[str, ...]
+    name: str, forgets: str, where: str, old: str, new: str, tests: tuple[str, ...]
 ) -> Mutant:
-    return Mutant(f"cache-{name}", forgets, file, ((old, new),), tests)
+    return Mutant(f"cache-{name}", forgets, where, ((old, new),), tests)
 
 
 CACHE_PARTS: Final = (
@@ -32,7 +27,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "passthrough-over-dirty-blocks",
         "Reads come from the origin, which has not got what was written.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation._check",
         "if enters_passthrough and metadata.nr_dirty:",
         "if enters_passthrough and metadata.nr_dirty < 0:",
         ACTIVATION,
@@ -40,7 +35,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "passthrough-after-a-crash",
         "What is dirty is not known, but passthrough is entered.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation._check",
         "            metadata.is_recorded_clean\n",
         "            metadata.is_recorded_clean or not metadata.nr_dirty\n",
         ACTIVATION,
@@ -48,7 +43,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "clean-when-opened-is-latched",
         "After a crash passthrough is refused for ever, whatever was cleaned since.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation._check",
         "            metadata.is_recorded_clean\n",
         "            metadata.clean_when_opened\n",
         ACTIVATION,
@@ -56,7 +51,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "clean-shutdown-left-set-by-a-plain-resume",
         "Suspend, resume, write, crash: the dirty bits of the suspend are believed.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation.preresume",
         "if metadata.mode is Mode.RW:\n                await self._start()",
         "if metadata.mode is Mode.RW and not self._is_loaded:\n"
         "                await self._start()",
@@ -65,7 +60,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "stale-blocks-served-where-nothing-can-be-recorded",
         "The metadata cannot be written, and blocks that only a crash has left are read.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation._check_read_only",
         "if self._parts.stale or metadata.gives_up_mappings:",
         "if self._parts.stale and metadata.gives_up_mappings:",
         ("tests/nbdtarget/targets/cache/test_read_only_metadata.py",),
@@ -73,7 +68,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "policy-keeps-blocks-that-are-cut-off",
         "A hit is read behind the end of a cache device that has shrunk.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation.preresume",
         "if not self._is_loaded or nr_cblocks != self._nr_cblocks:",
         "if not self._is_loaded:",
         ACTIVATION,
@@ -81,7 +76,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "extended-without-a-reload",
         "The policy is too small for what the metadata may hold.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation._checked_size",
         "if nr_cblocks > self._nr_cblocks:",
         "if nr_cblocks > metadata.nr_cblocks_max:",
         ACTIVATION,
@@ -89,7 +84,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "half-resumed-table-is-resumed-again",
         "A table that was refused half-way gets its mappings after all.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation._check",
         "if self._is_sized and not self._is_loaded:",
         "if self._is_sized and self._committer.has_failed:",
         ACTIVATION,
@@ -97,7 +92,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "discards-not-loaded",
         "Promotions copy what nobody needs, for as long as the cache lives.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation.preresume",
         "self._discards.load(discarded)",
         "self._discards.load(None)",
         ACTIVATION,
@@ -105,7 +100,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "mappings-kept-after-a-crash-in-writethrough",
         "Clients read what the cache had, over an origin that was used alone meanwhile.",
-        ACTIVATION_PY,
+        "nbdtarget.targets.cache.activation:Activation._give_up",
         "await metadata_io.run(self._parts.metadata_device, dropping)",
         "metadata.gives_up_mappings = bool(dropping.close())",
         ("tests/nbdtarget/targets/cache/test_origin_complete.py",),
@@ -114,7 +109,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "each-table-has-metadata-of-its-own",
         "The next table starts with what was on disk when it was loaded.",
-        OPENING_PY,
+        "nbdtarget.targets.opening:Opening.metadata",
         "    shared[self._target] = metadata",
         "    shared[self._target.upper()] = metadata",
         (*CONSTRUCTOR, *ACTIVATION),
@@ -122,7 +117,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "failed-metadata-are-taken-over",
         "A table is loaded over metadata that need a check, as if nothing had happened.",
-        OPENING_PY,
+        "nbdtarget.targets.opening:Opening.metadata",
         "if live is not None and live.mode is Mode.RW:\n            check(live)",
         "if live is not None:\n            check(live)",
         CONSTRUCTOR,
@@ -131,7 +126,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "discards-believed-over-a-changed-origin",
         "The origin was written to alone where the cache had discarded: zeroes are written over it.",
-        "metadata/nbdtarget_metadata/cache/blocks.py",
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.drop_clean",
         "        self._discarded = None\n        self.gives_up_mappings",
         "        self.gives_up_mappings",
         DISKS_DM,
@@ -140,7 +135,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "new-metadata-whatever-the-cache-holds",
         "The metadata's file system is not mounted: what was in the cache only is lost.",
-        CACHE_CONSTRUCTOR_PY,
+        "nbdtarget.targets.cache.constructor:construct",
         'await opening.refuse_content("cache", cache, metadata_name, "is missing")',
         "pass",
         MISSING,
@@ -148,7 +143,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "blank-metadata-whatever-the-cache-holds",
         "A wiped metadata device is formatted: what was in the cache only is lost.",
-        CACHE_CONSTRUCTOR_PY,
+        "nbdtarget.targets.cache.constructor:_read_metadata",
         'await opening.refuse_content("cache", cache, device.name, "is blank")',
         "pass",
         MISSING,
@@ -156,7 +151,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "any-permission-overwrites",
         "Whoever says that a disk has moved loses what it holds.",
-        OPENING_PY,
+        "nbdtarget.targets.opening:Opening.refuse_content",
         "if OVERWRITE in self._ctx.permissions:",
         "if self._ctx.permissions:",
         MISSING,
@@ -165,7 +160,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "discard-marks-what-it-covers-in-part",
         "A promotion fills with zeroes what was never discarded.",
-        DISCARDS_PY,
+        "nbdtarget.targets.cache.discards:DiscardBits.set_range",
         "begin = -(-offset // self.dblock_size)",
         "begin = offset // self.dblock_size",
         DISCARDS,
@@ -173,7 +168,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "discard-marks-the-short-tail",
         "The origin grows, and what it grows by counts as discarded.",
-        DISCARDS_PY,
+        "nbdtarget.targets.cache.discards:DiscardBits.set_range",
         "end = (offset + length) // self.dblock_size",
         "end = -(-(offset + length) // self.dblock_size)",
         DISCARDS,
@@ -182,7 +177,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "cached-blocks-are-zeroes-if-the-origin-s-are",
         "A backup leaves out what was written, and is dirty still.",
-        EXTENTS_PY,
+        "nbdtarget.targets.cache.extents:base_extents",
         "is_zero = not cached and below_flags & EXTENT_ZERO",
         "is_zero = below_flags & EXTENT_ZERO",
         EXTENTS,
@@ -190,7 +185,7 @@ CACHE_PARTS: Final = (
     _mutant(
         "clean-blocks-are-what-the-origin-says",
         "A discard empties the origin: reads say what the cache has, extents say zeroes.",
-        EXTENTS_PY,
+        "nbdtarget.targets.cache.extents:base_extents",
         "is_zero = not cached and below_flags & EXTENT_ZERO",
         "is_zero = cached < CACHE_DIRTY and below_flags & EXTENT_ZERO",
         EXTENTS,

@@ -7,11 +7,6 @@ from tests.mutants.mutant import Edit, Mutant
 
 __all__ = ["CACHE_TARGET"]
 
-FOREGROUND: Final = "nbdtarget/targets/cache/foreground.py"
-MIGRATIONS: Final = "nbdtarget/targets/cache/migrations.py"
-TARGET: Final = "nbdtarget/targets/cache/target.py"
-LOCKS: Final = "nbdtarget/targets/cache/locks.py"
-BLOCKS: Final = "nbdtarget/targets/cache/blocks.py"
 
 UNIT: Final = "tests/nbdtarget/targets/cache/"
 MATRIX: Final = ("tests/crash/test_cache_exhaustive.py",)
@@ -19,17 +14,15 @@ WALKS: Final = ("tests/crash/test_cache_machine.py",)
 CRASH: Final = (*MATRIX, *WALKS)
 LOCK_TESTS: Final = (UNIT + "test_locks.py",)
 FOREGROUND_TESTS: Final = (UNIT + "test_foreground.py",)
-GIVING_UP: Final = "nbdtarget/targets/cache/giving_up.py"
 GIVING_UP_TESTS: Final = (UNIT + "test_giving_up.py",)
-DISTRUST: Final = "nbdtarget/targets/cache/distrust.py"
 DISTRUST_TESTS: Final = (UNIT + "test_distrust.py",)
 MIGRATION_TESTS: Final = (UNIT + "test_migrations.py",)
 
 
 def _mutant(
-    name: str, forgets: str, file: str, edit: Edit, tests: tuple[str, ...]
+    name: str, forgets: str, where: str, edit: Edit, tests: tuple[str, ...]
 ) -> Mutant:
-    return Mutant(f"cache-target-{name}", forgets, file, (edit,), tests)
+    return Mutant(f"cache-target-{name}", forgets, where, (edit,), tests)
 
 
 CACHE_TARGET: Final = (
@@ -37,7 +30,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "no-commit-before-a-resumed-cache-changes",
         "The first commit overwrites records that a copy, unreadable today, vouches for tomorrow.",
-        "nbdtarget/targets/cache/activation.py",
+        "nbdtarget.targets.cache.activation:Activation.preresume",
         (
             "            if metadata.needs_rewrite:\n                await self._commit()\n",
             "",
@@ -48,7 +41,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "cache-not-flushed-by-a-commit",
         "Mappings are committed whose data the cache device may still lose.",
-        TARGET,
+        "nbdtarget.targets.cache.target:CacheTarget.__init__",
         (
             "            devices,\n            ctx.clock,",
             "            devices[1:],\n            ctx.clock,",
@@ -58,7 +51,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "origin-not-flushed-by-a-commit",
         "A removal is committed, and what was written back is lost in the origin's write cache.",
-        TARGET,
+        "nbdtarget.targets.cache.target:CacheTarget.__init__",
         (
             "            devices,\n            ctx.clock,",
             "            devices[:1],\n            ctx.clock,",
@@ -68,7 +61,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "needs-check-written-after-a-failed-flush",
         "An origin that is away for a second leaves a cache that no restart gets past.",
-        "nbdtarget/targets/committer.py",
+        "nbdtarget.targets.committer:Committer._abort",
         (
             "            await self.device.read(0, PROBE_BYTES)\n",
             "            await self.device.read(0, PROBE_BYTES)\n"
@@ -81,7 +74,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "write-to-the-origin-not-counted",
         "A miss is written to the origin, whose flush fails, and FLUSH is acknowledged.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground.miss",
         (
             "            blocks.discards.clear(oblock)\n"
             "            blocks.origin_writes.nr_sent += 1\n"
@@ -94,21 +87,21 @@ CACHE_TARGET: Final = (
     _mutant(
         "write-back-not-counted",
         "A block is written back, the origin's flush fails, and the removal is committed.",
-        MIGRATIONS,
+        "nbdtarget.targets.cache.migrations:Migrations._write_back",
         ("            blocks.origin_writes.nr_sent += 1\n", ""),
         (UNIT + "test_spec_3_2.py",),
     ),
     _mutant(
         "flush-covers-writes-under-way",
         "A flush that began while a write was under way counts as its flush.",
-        "nbdtarget/targets/cache/unflushed.py",
+        "nbdtarget.targets.cache.unflushed:OriginWrites.begin_flush",
         ("if self._is_quiet() else self._nr_covered", ""),
         (UNIT + "test_spec_3_2.py",),
     ),
     _mutant(
         "lost-writes-forgotten-at-reload",
         "A table whose commit failed is swapped away, and the next FLUSH says that all is well.",
-        TARGET,
+        "nbdtarget.targets.cache.target:CacheTarget.has_lost_writes",
         (
             "    def has_lost_writes(self) -> bool:\n        return self._committer.has_failed",
             "    def has_lost_writes(self) -> bool:\n        return False",
@@ -118,7 +111,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "table-after-a-failed-commit-promises-fua",
         "The table that was loaded before another one's commit failed acknowledges FUA.",
-        TARGET,
+        "nbdtarget.targets.cache.target:CacheTarget.resume",
         (
             "            self._committer.has_failed = True\n        self._look_at_mode()",
             "            self._is_tick_due = False\n        self._look_at_mode()",
@@ -128,7 +121,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "full-sync-beside-migrations",
         "A suspend records what is dirty while migrations still change it.",
-        TARGET,
+        "nbdtarget.targets.cache.target:CacheTarget.quiesce",
         ("        await self._migrations.quiesce()\n", "        pass\n"),
         (UNIT + "test_spec_4_2.py", *WALKS),
     ),
@@ -136,14 +129,14 @@ CACHE_TARGET: Final = (
     _mutant(
         "fua-overwrite-ends-before-its-commit",
         "A whole block written with FUA is acknowledged, and a crash forgets where it is.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._overwritten",
         ("if errno == 0 and bio.flags & FUA:", "if errno and bio.flags & FUA:"),
         MATRIX,
     ),
     _mutant(
         "fua-hit-without-a-committed-mapping",
         "FUA to a block whose mapping is not committed: a crash reads the origin again.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._write_cached",
         (
             "bio.flags & FUA and not metadata.vouches_for(cblock):",
             "bio.flags & FUA and blocks.has_failed:",
@@ -154,7 +147,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "demotion-does-not-wait-for-its-commit",
         "A block is written to the origin while a crash would bring its old copy back.",
-        MIGRATIONS,
+        "nbdtarget.targets.cache.migrations:Migrations._demote",
         (
             "        if not await blocks.committer.commit():\n            return False\n",
             "        blocks.committer.note_change()\n",
@@ -164,7 +157,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "cblock-reused-while-it-is-read",
         "A read that began before a demotion returns another block's data.",
-        MIGRATIONS,
+        "nbdtarget.targets.cache.migrations:Migrations._demote",
         (
             "blocks.locks.raise_level(lock, unread.set_result)",
             "unread.set_result(lock)",
@@ -174,7 +167,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "invalidation-writes-before-its-commit",
         "Passthrough writes to the origin, and a crash brings the old copy back.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._invalidate",
         (
             "                return\n            blocks.committer.after_commit("
             "lambda errno: removed(lock, errno))",
@@ -187,7 +180,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "dirty-when-the-write-has-ended",
         "While a write is under way its block counts as clean, and may be given up.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._write_cached",
         (
             "            blocks.set_dirty(cblock)\n            bio.offset +=",
             "            bio.on_end(lambda _: blocks.set_dirty(cblock))\n"
@@ -198,7 +191,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "clean-before-the-copy-has-ended",
         "A writeback that fails leaves a block that counts as clean, and is dropped.",
-        MIGRATIONS,
+        "nbdtarget.targets.cache.migrations:Migrations._write_back",
         (
             "        if not blocks.discards.is_discarded(oblock):\n"
             "            await self._demoter.copy(",
@@ -211,14 +204,14 @@ CACHE_TARGET: Final = (
     _mutant(
         "no-event-when-all-is-clean",
         "Whoever waits for the last dirty block waits for ever.",
-        BLOCKS,
+        "nbdtarget.targets.cache.blocks:Blocks.set_clean",
         ("                self.event()\n", "                self.wake()\n"),
         MATRIX,
     ),
     _mutant(
         "dirty-log-taken-back-under-a-write-through",
         "A crash between the two halves of a write leaves two copies that differ, and are clean.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._write_through",
         ("        self._blocks.metadata.begin_write_through(cblock)\n", ""),
         FOREGROUND_TESTS,
     ),
@@ -226,7 +219,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "lock-granted-beside-a-write",
         "A block is copied while it is being written: the copy has half of it.",
-        LOCKS,
+        "nbdtarget.targets.cache.locks:BlockLocks.maybe_lock",
         (
             "        lock.nr_awaited = self._writers.get(oblock, 0)\n",
             "        lock.nr_awaited = 0\n",
@@ -236,14 +229,14 @@ CACHE_TARGET: Final = (
     _mutant(
         "reads-pass-a-raised-lock",
         "A read finds its cache block while that becomes another one's.",
-        LOCKS,
+        "nbdtarget.targets.cache.locks:BlockLocks.maybe_blocking",
         ("and (is_write or lock.level) else None", "and is_write else None"),
         LOCK_TESTS,
     ),
     _mutant(
         "range-does-not-wait-for-older-locks",
         "A discard marks a block that a migration is copying.",
-        LOCKS,
+        "nbdtarget.targets.cache.locks:BlockLocks.lock_range",
         (
             "other.begin < end and begin < other.end for other in self.locked.values()",
             "other.begin < end < other.begin for other in self.locked.values()",
@@ -253,7 +246,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "write-in-flight-holds-nothing",
         "A promotion copies a block from under a write to the origin, and lacks it.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._submit_held",
         (
             "        if bio.status < 0:\n"
             "            self._locks.hold(oblock, bio, is_write=bio.op != OP_READ)",
@@ -265,7 +258,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "quick-write-in-flight-holds-as-a-read",
         "A writeback copies a block from under a write to it, and calls it clean.",
-        TARGET,
+        "nbdtarget.targets.cache.target:CacheTarget.map",
         (
             "self._locks.hold(oblock, bio, is_write=True)",
             "self._locks.hold(oblock, bio, is_write=False)",
@@ -275,7 +268,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "quick-way-does-not-look-at-locks",
         "A write hits a block that is being copied.",
-        TARGET,
+        "nbdtarget.targets.cache.target:CacheTarget.map",
         (
             "or (self._locked and self._locks.is_locked(oblock))",
             "or (self._locked and self._is_suspended)",
@@ -285,7 +278,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "parked-bios-kept-over-a-suspend",
         "A suspend without flush keeps bios in a table that may be gone when they run.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground.push_back",
         (
             "return self._locks.take_parked(lambda bio: bio.private is not _PIECE)",
             "return self._locks.take_parked(lambda bio: bio.private is _PIECE)",
@@ -296,7 +289,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "origin-that-failed-a-write-through-counts",
         "The cache has a write that the origin has not, and drops it as clean.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._written_through",
         (
             "                if self._has_whole_copy(oblock):\n",
             "                if False:\n",
@@ -306,7 +299,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "cache-that-failed-a-write-through-is-read",
         "The origin has a write that the cache has not, and what is read is the old data.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._written_through",
         (
             "            self._giving_up.give_up(oblock, cblock, bio.end)\n",
             "            bio.end(0)\n",
@@ -316,7 +309,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "refused-write-acknowledged-before-its-block-is-given-up",
         "A write that only the origin took ends, and a crash brings its old copy back.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._written_through",
         (
             "            self._giving_up.give_up(oblock, cblock, bio.end)\n",
             "            bio.end(0)\n"
@@ -327,7 +320,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "clean-read-error-not-tried-at-the-origin",
         "The cache device cannot read a clean block, and the client is told so.",
-        GIVING_UP,
+        "nbdtarget.targets.cache.giving_up:GivingUp.rescue_read",
         (
             "metadata.dirty[cblock]:\n            return False",
             "metadata.nr_mapped:\n            return False",
@@ -337,14 +330,14 @@ CACHE_TARGET: Final = (
     _mutant(
         "dirty-block-read-from-the-origin",
         "The cache device cannot read a dirty block, and the origin's old data are read.",
-        GIVING_UP,
+        "nbdtarget.targets.cache.giving_up:GivingUp.rescue_read",
         ("if blocks.has_failed or metadata.dirty[cblock]:", "if blocks.has_failed:"),
         GIVING_UP_TESTS,
     ),
     _mutant(
         "clean-shutdown-over-a-failed-flush",
         "The cache device fails the last flush, and its copies are recorded as clean.",
-        DISTRUST,
+        "nbdtarget.targets.cache.distrust:Distrust.maybe_let_go",
         (
             'not getattr(transaction, "completes", False)',
             'not getattr(transaction, "completes", True) and device.read_only',
@@ -354,7 +347,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "flush-forgiven-although-a-crash-keeps-the-mappings",
         "The cache device fails its flush, FLUSH is acknowledged, and a crash reads old copies.",
-        DISTRUST,
+        "nbdtarget.targets.cache.distrust:Distrust._is_origin_complete",
         (
             "return metadata.is_recorded_complete and not metadata.nr_dirty",
             "return not metadata.nr_dirty",
@@ -364,7 +357,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "distrusted-copies-recorded-as-clean",
         "A cache device has failed its flush, and the end records its copies as clean.",
-        TARGET,
+        "nbdtarget.targets.cache.target:CacheTarget.postsuspend",
         (
             "is_sound = self._is_active and not self._blocks.distrusts_cache",
             "is_sound = self._is_active",
@@ -374,7 +367,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "distrusted-copy-read",
         "A page that could not be written is read as it was before.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._take_block",
         (
             "blocks.distrusts_cache and not blocks.metadata.dirty[cblock]",
             "blocks.distrusts_cache and not blocks.metadata.nr_mapped",
@@ -384,35 +377,35 @@ CACHE_TARGET: Final = (
     _mutant(
         "distrusted-copies-passed-on",
         "The next table takes over copies that the one before did not trust.",
-        DISTRUST,
+        "nbdtarget.targets.cache.distrust:Distrust._distrust",
         ("        blocks.metadata.is_distrusted = True\n", ""),
         DISTRUST_TESTS,
     ),
     _mutant(
         "distrusted-copy-made-to-count",
         "The origin fails a write, and an old copy is read, and written back over flushed data.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._has_whole_copy",
         ("            self._blocks.distrusts_cache or self", "            self"),
         DISTRUST_TESTS,
     ),
     _mutant(
         "copy-that-is-given-up-made-to-count",
         "The origin fails a write to a block whose copy lacks another one: that one is lost.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._has_whole_copy",
         (" or self._giving_up.is_giving_up(oblock)", ""),
         GIVING_UP_TESTS,
     ),
     _mutant(
         "flush-forgiven-although-a-block-became-dirty",
         "FLUSH is acknowledged although the cache device, which counts now, failed its own.",
-        DISTRUST,
+        "nbdtarget.targets.cache.distrust:Distrust._flush_failed",
         ("            raise error\n", "            pass\n"),
         DISTRUST_TESTS,
     ),
     _mutant(
         "write-under-a-mapping-that-comes-back",
         "A removal could not be committed; a write goes to the origin, and a restart reads the old copy.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._may_come_back",
         (
             "blocks.is_writable and blocks.metadata.may_come_back(oblock)",
             "blocks.nr_oblocks",
@@ -422,21 +415,21 @@ CACHE_TARGET: Final = (
     _mutant(
         "removals-of-a-failed-commit-forgotten",
         "As above, for the removals that were in the commit that failed.",
-        "metadata/nbdtarget_metadata/cache/metadata.py",
+        "nbdtarget_metadata.cache.metadata:CacheMetadata.abort",
         ("            self._removed |= self._transaction.removed\n", ""),
         GIVING_UP_TESTS,
     ),
     _mutant(
         "block-given-up-in-core-only",
         "A block is given up without a commit: a crash brings its old copy back.",
-        GIVING_UP,
+        "nbdtarget.targets.cache.giving_up:GivingUp._is_settled",
         ("            if await blocks.committer.commit():\n", "            if True:\n"),
         GIVING_UP_TESTS,
     ),
     _mutant(
         "writes-through-overtake-each-other",
         "Two writes to the same bytes end in different orders on the two devices.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._write_through",
         (
             "if other.begin < bio.offset + bio.length and bio.offset < other.end:",
             "if other.begin == bio.offset and other.end < bio.offset:",
@@ -447,7 +440,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "discard-unlocked-before-it-has-ended",
         "A write that came after a discard was acknowledged, and the origin discards it.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._discard",
         (
             "                child.on_end(lambda _: self._unlock(lock))\n",
             "                self._unlock(lock)\n",
@@ -457,7 +450,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "discard-bit-survives-a-write",
         "A block that was written after a discard is filled with zeroes when it is cached.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground.miss",
         (
             "            blocks.metadata.statistics.write_misses += 1\n"
             "            blocks.discards.clear(oblock)\n"
@@ -472,7 +465,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "no-zeroes-around-a-write-to-a-discarded-block",
         "The rest of a discarded block shows what the memory, or the cache, held before.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._overwrite_locked",
         (
             "whole = memoryview(bytearray(blocks.block_size))",
             'whole = memoryview(bytearray(b"?" * blocks.block_size))',
@@ -482,7 +475,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "discarded-block-promoted-as-it-is",
         "A promotion of a discarded block shows what the cache block held before.",
-        MIGRATIONS,
+        "nbdtarget.targets.cache.migrations:Migrations._promote",
         (
             "await blocks.cache.write_zeroes(work.cblock * size, size)",
             "await blocks.cache.flush()",
@@ -493,14 +486,14 @@ CACHE_TARGET: Final = (
     _mutant(
         "read-only-cache-takes-a-write-to-a-clean-block",
         "In mode RO a clean block is written, and nothing can record that it is dirty.",
-        FOREGROUND,
+        "nbdtarget.targets.cache.foreground:Foreground._may_write",
         ("            and bool(metadata.dirty[cblock])\n", ""),
         (UNIT + "test_spec_3_2.py",),
     ),
     _mutant(
         "read-only-cache-writes-while-its-stop-stays-recorded",
         "The next start finds disks that have changed in nobody's use, and dirty blocks: refused.",
-        "nbdtarget/targets/cache/target.py",
+        "nbdtarget.targets.cache.target:CacheTarget._map_slow",
         (
             "        if self._is_sealed and bio.op not in (OP_READ, OP_CACHE):\n",
             "        if False:\n",
@@ -510,7 +503,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "failed-writebacks-spin",
         "An origin that cannot be written is tried again at once, and again.",
-        MIGRATIONS,
+        "nbdtarget.targets.cache.migrations:Migrations._note_failure",
         ("            self._retry_ns = now_ns + ", "            self._retry_ns = 0 * "),
         MIGRATION_TESTS,
     ),

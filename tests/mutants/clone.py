@@ -7,12 +7,6 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["CLONE"]
 
-FOREGROUND_PY: Final = "nbdtarget/targets/clone/foreground.py"
-FILLER_PY: Final = "nbdtarget/targets/clone/filler.py"
-HYDRATION_PY: Final = "nbdtarget/targets/clone/hydration.py"
-TARGET_PY: Final = "nbdtarget/targets/clone/target.py"
-COPIER_PY: Final = "nbdtarget/targets/copier.py"
-PRISON_PY: Final = "nbdtarget/targets/prison.py"
 WALKS: Final = ("tests/crash/test_directed.py", "tests/crash/test_machine.py")
 TARGET: Final = (
     "tests/nbdtarget/targets/clone/test_target.py",
@@ -30,7 +24,7 @@ CLONE: Final = (
     Mutant(
         "no-commit-before-a-resumed-clone-serves",
         "What was read of superblocks, perhaps in a page cache only, is acted upon for a second.",
-        TARGET_PY,
+        "nbdtarget.targets.clone.target:CloneTarget.preresume",
         (
             (
                 "if self._metadata.needs_rewrite and not await self._committer.commit():",
@@ -43,7 +37,7 @@ CLONE: Final = (
     Mutant(
         "flush-passed-down-uncommitted",
         "FLUSH flushes the destination and commits nothing: the bits are lost.",
-        TARGET_PY,
+        "nbdtarget.targets.clone.target:CloneTarget._map_flush",
         (
             (
                 "        committer = self._committer\n        if committer.is_clean:",
@@ -55,7 +49,7 @@ CLONE: Final = (
     Mutant(
         "fua-without-commit",
         "FUA to a region whose bit is not committed goes straight down: a crash reverts it.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:Foreground.write_hydrated",
         (
             (
                 "if not bio.flags & FUA or regions.committer.is_clean:",
@@ -67,7 +61,7 @@ CLONE: Final = (
     Mutant(
         "fua-mapped-without-commit",
         "The quick way through `map` forgets that a FUA write may have to wait for a bit.",
-        TARGET_PY,
+        "nbdtarget.targets.clone.target:CloneTarget.map",
         (
             (
                 "if bio.flags & FUA and op not in _READS and not self._committer.is_clean:",
@@ -79,7 +73,7 @@ CLONE: Final = (
     Mutant(
         "fua-completed-before-its-commit",
         "A FUA write that hydrates its region ends when it is written, not when it is durable.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:RegionWrite._leave",
         (
             (
                 "            self.regions.committer.after_commit(self.bio.end)\n",
@@ -91,7 +85,7 @@ CLONE: Final = (
     Mutant(
         "fua-discard-completed-before-its-commit",
         "A FUA discard ends before its bits are durable: the source shines through again.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:Foreground.discard",
         (
             (
                 "                regions.committer.after_commit(bio.end)\n",
@@ -103,7 +97,7 @@ CLONE: Final = (
     Mutant(
         "lost-writes-forgotten-at-reload",
         "A table whose commit failed is swapped away, and the next FLUSH says that all is well.",
-        TARGET_PY,
+        "nbdtarget.targets.clone.target:CloneTarget.has_lost_writes",
         (
             (
                 "    def has_lost_writes(self) -> bool:\n        return self._committer.has_failed",
@@ -115,7 +109,7 @@ CLONE: Final = (
     Mutant(
         "suspend-without-commit",
         "A clean shutdown does not commit: what was hydrated is hydrated again.",
-        TARGET_PY,
+        "nbdtarget.targets.clone.target:CloneTarget.postsuspend",
         (
             (
                 "            await self._committer.commit(clean_shutdown=True)\n",
@@ -128,7 +122,7 @@ CLONE: Final = (
     Mutant(
         "bit-set-before-the-overwrite-has-ended",
         "A region counts as hydrated while its write is under way: a crash tears it.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:RegionWrite._write_payload",
         (
             (
                 "        bio = self.bio\n        self.has_payload_left = True\n",
@@ -142,14 +136,14 @@ CLONE: Final = (
     Mutant(
         "gaps-not-copied",
         "Every write is taken for one of whole regions: the rest of them reads as garbage.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:RegionWrite._granted",
         (("        gaps = self.gaps()\n", "        gaps: list[Gap] = []\n"),),
         WALKS,
     ),
     Mutant(
         "short-tail-region-taken-for-an-overwrite",
         "A write to a part of the short last region is taken for all of it.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:RegionWrite.gaps",
         (
             (
                 "        if self.end < region_end and not",
@@ -162,7 +156,7 @@ CLONE: Final = (
     Mutant(
         "gap-in-front-forgotten",
         "What stands before a write in its first region is not brought from the source.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:RegionWrite.gaps",
         (
             (
                 "            gaps.append((region_begin, self.begin))\n",
@@ -174,7 +168,7 @@ CLONE: Final = (
     Mutant(
         "unreadable-gap-ignored",
         "The source can not be read, and zeroes become the rest of the region.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:RegionWrite._gap_read",
         (
             (
                 "        if child.status:\n            self.error = DeviceError(",
@@ -186,7 +180,7 @@ CLONE: Final = (
     Mutant(
         "failed-overwrite-hydrates",
         "A write fails, and its region counts as hydrated: garbage instead of the source.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:RegionWrite._written",
         (
             (
                 "        if child.status:\n            self._leave(child.status)\n"
@@ -199,7 +193,7 @@ CLONE: Final = (
     Mutant(
         "deferred-payload-not-owned",
         "A write that waits keeps the receive buffer, which the next request overwrites.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:Foreground.write",
         (
             (
                 "        if not write.has_payload_left:\n            bio.own()",
@@ -211,7 +205,7 @@ CLONE: Final = (
     Mutant(
         "discard-overtakes-a-copy",
         "A discard does not wait for the copy of its region: that lands on later writes.",
-        FOREGROUND_PY,
+        "nbdtarget.targets.clone.foreground:Foreground",
         (
             (
                 "granted)\n\n    def set_hydrated(self, begin",
@@ -228,14 +222,14 @@ CLONE: Final = (
     Mutant(
         "discard-rounded-outwards",
         "A discard of a part of a region drops all of it.",
-        TARGET_PY,
+        "nbdtarget.targets.clone.target:CloneTarget._map_discard",
         (("first = -(-bio.offset // size)", "first = bio.offset // size"),),
         TARGET,
     ),
     Mutant(
         "unhydrated-read-from-the-destination",
         "A region that was never copied reads as what the destination happens to hold.",
-        TARGET_PY,
+        "nbdtarget.targets.clone.target:CloneTarget._map_unhydrated_read",
         (("bio.device = self._source", "bio.device = self._destination"),),
         WALKS,
     ),
@@ -243,7 +237,7 @@ CLONE: Final = (
     Mutant(
         "bit-set-before-the-copy-is-written",
         "A region counts as hydrated when its copy begins: reads find garbage.",
-        FILLER_PY,
+        "nbdtarget.targets.clone.filler:Filler.hydrate",
         (
             (
                 "        try:\n            await self._fill(",
@@ -257,7 +251,7 @@ CLONE: Final = (
     Mutant(
         "failed-copy-hydrates",
         "A bad sector of the source becomes whatever the destination holds, for good.",
-        FILLER_PY,
+        "nbdtarget.targets.clone.filler:Filler.hydrate",
         (
             (
                 "                self._note_failure(begin, end, error)\n",
@@ -270,7 +264,7 @@ CLONE: Final = (
     Mutant(
         "holes-not-zeroed",
         "A hole of the source is what the destination held before.",
-        FILLER_PY,
+        "nbdtarget.targets.clone.filler:Filler._fill",
         (
             (
                 "                await self.regions.destination.write_zeroes(at, stop - at)\n",
@@ -282,7 +276,7 @@ CLONE: Final = (
     Mutant(
         "copy-lock-released-early",
         "A region's lock goes when its copy begins: a client's write is overwritten by it.",
-        HYDRATION_PY,
+        "nbdtarget.targets.clone.hydration:Hydration._job",
         (
             (
                 "        try:\n            nr_errors = len(await self.filler.hydrate(",
@@ -300,7 +294,7 @@ CLONE: Final = (
     Mutant(
         "suspend-does-not-wait-for-copies",
         "Copies go on after a suspend, into a destination that may be another's by then.",
-        HYDRATION_PY,
+        "nbdtarget.targets.clone.hydration:Hydration.quiesce",
         (
             (
                 "while tasks := [*self._jobs, *([self._task] if self._task else [])]:",
@@ -312,7 +306,7 @@ CLONE: Final = (
     Mutant(
         "cache-copies-without-the-lock",
         "CACHE copies a region that a client writes to: the newer write is overwritten.",
-        "nbdtarget/targets/clone/prefetch.py",
+        "nbdtarget.targets.clone.prefetch:CacheRequests._hydrate_step",
         (
             ("        cell = await self._locked(begin, end)\n", ""),
             ("            regions.prison.release(cell)\n", ""),
@@ -323,7 +317,7 @@ CLONE: Final = (
     Mutant(
         "failed-copy-write-swallowed",
         "The destination refuses a chunk, and the copy says that it is whole.",
-        COPIER_PY,
+        "nbdtarget.targets.copier:_Copy._chunk_ended",
         (
             (
                 "        if bio.status and self._error is None:",
@@ -335,7 +329,7 @@ CLONE: Final = (
     Mutant(
         "failed-copy-read-swallowed",
         "The source can not be read, and a buffer's old content is written instead.",
-        COPIER_PY,
+        "nbdtarget.targets.copier:_Copy._read_ended",
         (
             (
                 "        if bio.status or self._error is not None:",
@@ -347,7 +341,7 @@ CLONE: Final = (
     Mutant(
         "copy-ends-before-its-last-write",
         "A copy ends when its last chunk is on its way: bits before data.",
-        COPIER_PY,
+        "nbdtarget.targets.copier:_Copy._maybe_end",
         (
             (
                 "if self._in_flight or self._next < self._end or self.ended.done():",
@@ -359,7 +353,7 @@ CLONE: Final = (
     Mutant(
         "copy-buffer-lent-twice",
         "A chunk's buffer is given back while it is being written: regions get mixed up.",
-        COPIER_PY,
+        "nbdtarget.targets.copier:_Copy",
         (
             (
                 "            self._submit(OP_WRITE, bio.private, self._chunk_ended)\n",
@@ -379,7 +373,7 @@ CLONE: Final = (
     Mutant(
         "no-locks",
         "Everybody works on a region at the same time: copies overwrite newer writes.",
-        PRISON_PY,
+        "nbdtarget.targets.prison:Prison",
         (
             (
                 "        begins = self._begins\n        if not begins:\n",
@@ -399,7 +393,7 @@ CLONE: Final = (
     Mutant(
         "later-lock-overtakes",
         "A newcomer takes a range for which somebody waits: older writes land on newer ones.",
-        PRISON_PY,
+        "nbdtarget.targets.prison:Prison._ask",
         (
             (
                 "        for older in dict.fromkeys(before):\n",
@@ -412,7 +406,7 @@ CLONE: Final = (
     Mutant(
         "new-metadata-whatever-the-destination-holds",
         "The metadata's file system is not mounted: the source is copied over what clients wrote.",
-        "nbdtarget/targets/clone/constructor.py",
+        "nbdtarget.targets.clone.constructor:construct",
         (
             (
                 "            await opening.refuse_content(\n"
@@ -427,21 +421,21 @@ CLONE: Final = (
     Mutant(
         "source-left-out-before-all-is-copied",
         "The last region is read as an error though the source has it.",
-        "nbdtarget/targets/clone/constructor.py",
+        "nbdtarget.targets.clone.constructor:_open_source",
         (("    if not nr_left:\n        log", "    if nr_left < 4:\n        log"),),
         ("tests/nbdtarget/targets/clone/test_without_source.py",),
     ),
     Mutant(
         "source-that-is-not-needed-is-opened",
         "A hydrated clone does not start when its source's server has gone.",
-        "nbdtarget/targets/clone/constructor.py",
+        "nbdtarget.targets.clone.constructor:_open_source",
         (("    if not nr_left:\n        log", "    if nr_left < 0:\n        log"),),
         ("tests/nbdtarget/targets/clone/test_without_source.py",),
     ),
     Mutant(
         "read-only-clone-writes-while-its-stop-stays-recorded",
         "The next start finds a half-copied destination that has changed in nobody's use: refused.",
-        "nbdtarget/targets/clone/target.py",
+        "nbdtarget.targets.clone.target:CloneTarget.map",
         (
             (
                 "        if self._is_sealed and op not in _READS:\n",
@@ -453,7 +447,7 @@ CLONE: Final = (
     Mutant(
         "stop-that-failed-taken-for-none",
         "The superblock of a stop was written, and only the news was lost: it stays recorded.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledMetadata.is_sealed",
         (
             (
                 "(is_stopped or self._is_stop_begun)",

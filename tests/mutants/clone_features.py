@@ -7,11 +7,6 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["CLONE_FEATURES"]
 
-CACHE_PY: Final = "nbdtarget/targets/clone/prefetch.py"
-HYDRATION_PY: Final = "nbdtarget/targets/clone/hydration.py"
-MAPPED_DEVICE_PY: Final = "nbdtarget/dm/mapped_device.py"
-RATE_PY: Final = "nbdtarget/targets/rate.py"
-TARGET_PY: Final = "nbdtarget/targets/clone/target.py"
 CLONE_TESTS: Final = "tests/nbdtarget/targets/clone"
 REPLACEMENT: Final = ("tests/nbdtarget/dm/test_replacement.py",)
 WALKS: Final = ("tests/crash/test_clone_features.py",)
@@ -20,7 +15,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "cache-does-not-lock",
         "CACHE copies over a client's write of the same moment.",
-        CACHE_PY,
+        "nbdtarget.targets.clone.prefetch:CacheRequests",
         (
             (
                 "        self.regions.prison.lock(begin, end, granted)\n"
@@ -39,7 +34,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "cache-copies-what-is-hydrated",
         "CACHE does not look again once it has the lock: what was written meanwhile is lost.",
-        CACHE_PY,
+        "nbdtarget.targets.clone.prefetch:CacheRequests._hydrate_step",
         (
             (
                 "                at = regions.metadata.maybe_next_unhydrated(at, end)\n"
@@ -54,7 +49,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "cache-ends-before-its-regions-are-hydrated",
         "CACHE says that the range is here, and takes its first step only then.",
-        CACHE_PY,
+        "nbdtarget.targets.clone.prefetch:CacheRequests._next",
         (
             (
                 "        elif request.maybe_next() is None:\n",
@@ -66,7 +61,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "suspend-waits-for-all-of-a-cache",
         "CACHE of a whole disk holds up a suspend, and the end of the server.",
-        CACHE_PY,
+        "nbdtarget.targets.clone.prefetch:CacheRequests._next",
         (
             (
                 "        elif self._is_resumed:\n            self._queue.append(request)\n",
@@ -79,7 +74,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "rate-not-charged",
         "The background copies as fast as it can, whatever rate was set.",
-        RATE_PY,
+        "nbdtarget.targets.rate:Rate.charge",
         (
             (
                 "            self._paid_ns = begun_ns + length * _NS // self._bytes_per_s\n",
@@ -91,7 +86,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "linear-before-the-bits-are-durable",
         "The clone is swapped away with its last bits uncommitted: never recorded.",
-        TARGET_PY,
+        "nbdtarget.targets.clone.target:CloneTarget",
         (
             (
                 "is_sound = self._is_hydrated and not",
@@ -110,7 +105,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "replacement-wakes-a-suspended-device",
         "Whoever has suspended a device finds it running, on another table.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice._check_replaceable",
         (
             (
                 "        if self.state is not State.ACTIVE:\n"
@@ -123,7 +118,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "replacement-beside-an-inactive-table",
         "A table that somebody has loaded meets one that it was not meant for.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice._check_replaceable",
         (
             (
                 "        if self.inactive is not None:\n"
@@ -136,7 +131,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "replaced-although-writes-were-lost",
         "A target that lost writes is swapped away, and flushes succeed again.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice.replace_target",
         (
             (
                 "                if table.failed or old.has_lost_writes():\n",
@@ -148,14 +143,14 @@ CLONE_FEATURES: Final = (
     Mutant(
         "then-linear-opens-by-name",
         "The disk under a hydrated clone is opened again by name: another file, or an empty one in memory.",
-        "nbdtarget/dm/replacements.py",
+        "nbdtarget.dm.replacements:Replacements._replace",
         (("                kept=devices,\n", ""),),
         ("tests/nbdtarget/dm/test_renamed.py",),
     ),
     Mutant(
         "then-linear-believes-the-name",
         "A renamed destination is served by a table that names another file.",
-        "nbdtarget/dm/open_devices.py",
+        "nbdtarget.dm.open_devices:OpenDevices.keep_open",
         (
             (
                 "        if means != opened.identity and not is_always_another:\n",
@@ -167,7 +162,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "refused-replacement-stays",
         "A new target that refuses to resume leaves the device suspended on it.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice.replace_target",
         (
             (
                 "                self._adopt(table)\n"
@@ -181,7 +176,7 @@ CLONE_FEATURES: Final = (
     Mutant(
         "replaced-target-destroyed-under-a-status",
         "A target is destroyed while a status of it is under way.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice.replace_target",
         (
             (
                 "            await table.unused()\n"

@@ -7,8 +7,6 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["COMMIT"]
 
-COMMITTER_PY: Final = "nbdtarget/targets/committer.py"
-METADATA_IO_PY: Final = "nbdtarget/targets/metadata_io.py"
 WALKS: Final = ("tests/crash/test_directed.py", "tests/crash/test_machine.py")
 COMMITTER: Final = ("tests/nbdtarget/targets/test_committer.py",)
 METADATA_IO: Final = ("tests/nbdtarget/test_metadata_io.py",)
@@ -33,7 +31,7 @@ COMMIT: Final = (
     Mutant(
         "commit-before-flush",
         "The destination is flushed when the superblock is out: a crash finds bits without data.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._commit_transaction",
         (
             (
                 _TOGETHER,
@@ -48,7 +46,7 @@ COMMIT: Final = (
     Mutant(
         "commit-without-destination-flush",
         "The destination is not flushed at all: acknowledged data is lost, garbage is read.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._commit_transaction",
         (
             (
                 _TOGETHER,
@@ -62,7 +60,7 @@ COMMIT: Final = (
     Mutant(
         "superblock-beside-the-flush",
         "The superblock does not wait for the destination's flush, only for the journal.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._commit_transaction",
         (
             (
                 _TOGETHER,
@@ -79,7 +77,7 @@ COMMIT: Final = (
     Mutant(
         "flush-rides-on-the-running-commit",
         "A FLUSH that comes while a commit runs ends with it: its writes were not flushed.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._commit_transaction",
         (
             (
                 "        transaction.done()\n",
@@ -91,14 +89,14 @@ COMMIT: Final = (
     Mutant(
         "second-flush-elided-when-nothing-was-committed",
         "A FLUSH whose changes the commit before has taken ends without any flush.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._commit_or_flush",
         (("return await self._flush_only()", "return 0"),),
         WALKS,
     ),
     Mutant(
         "running-commit-taken-for-clean",
         "While a commit runs, FLUSH and FUA are passed down as if it had ended well.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer.is_clean",
         (
             (
                 "return not (self.metadata.changed or self._running or self.has_failed)",
@@ -112,7 +110,7 @@ COMMIT: Final = (
     Mutant(
         "flush-told-before-the-commit",
         "Who waits is told when the commit begins: an acknowledged FLUSH is lost.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._run_round",
         (
             (
                 "        errno = errnos.EIO\n        try:\n            if not self.has_failed:",
@@ -125,7 +123,7 @@ COMMIT: Final = (
     Mutant(
         "failed-commit-acknowledged",
         "A commit fails, and those who wait are told that it went well.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._commit_or_flush",
         (
             (
                 "            await self._abort(error, blames_metadata=False)\n"
@@ -139,7 +137,7 @@ COMMIT: Final = (
     Mutant(
         "revert-forgotten-after-a-failed-commit",
         "Bits that were not committed stay: later reads and commits build on lost data.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._abort",
         (
             (
                 "        with contextlib.suppress(FailedMetadata):\n"
@@ -153,7 +151,7 @@ COMMIT: Final = (
     Mutant(
         "flush-goes-on-after-a-failed-commit",
         "The commit after a failed one succeeds, and hides what was lost.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer",
         (
             (
                 "        # At once: what is reverted must not be built on while we probe.\n"
@@ -171,14 +169,14 @@ COMMIT: Final = (
     Mutant(
         "flush-error-swallowed",
         "The destination's flush fails, and the superblock is written all the same.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:_all",
         (("        if result is not None:\n            raise result", "        pass"),),
         FAULTS,
     ),
     Mutant(
         "failed-flush-without-changes-acknowledged",
         "With nothing to commit, a failed flush of the destination is a success.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._flush_only",
         (
             (
                 "            return error.errno\n        return 0",
@@ -190,7 +188,7 @@ COMMIT: Final = (
     Mutant(
         "loss-of-a-backing-device-not-looked-at",
         "A backing device has lost what was written to it, and a commit vouches for that.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._flush_needed",
         (
             (
                 "            await device.flush()\n            self._check_losses(device)\n"
@@ -203,21 +201,21 @@ COMMIT: Final = (
     Mutant(
         "loss-of-the-metadata-device-not-looked-at",
         "The metadata device has lost journal records, and a superblock vouches for them.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._run_steps",
         (("            self._check_losses(self.device)\n", ""),),
         COMMITTER,
     ),
     Mutant(
         "failed-flush-of-what-was-written-forgiven",
         "A device fails its flush, though something was written to it: FLUSH is acknowledged.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._flush_needed",
         (("            if had_any:\n                raise\n", ""),),
         ("tests/nbdtarget/targets/cache/test_spec_3_2.py",),
     ),
     Mutant(
         "commit-never-due",
         "Nothing is committed until somebody flushes: a crash repeats hours of hydration.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer.note_change",
         (
             (
                 "        if self._timer is None and not self.has_failed:",
@@ -229,7 +227,7 @@ COMMIT: Final = (
     Mutant(
         "quiesce-leaves-a-compaction-behind",
         "A compaction writes on into a device that has been closed, or is another's.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer.quiesce",
         (
             (
                 "for task in (self._running, self._compaction) if task]",
@@ -241,28 +239,28 @@ COMMIT: Final = (
     Mutant(
         "metadata-fua-dropped",
         "The driver drops the FUA of the superblock: it may be lost when it is relied on.",
-        METADATA_IO_PY,
+        "nbdtarget.targets.metadata_io:_carry_out",
         (("operation.data, fua=operation.fua)", "operation.data)"),),
         WALKS,
     ),
     Mutant(
         "metadata-flush-dropped",
         "The driver drops the journal's flush.",
-        METADATA_IO_PY,
+        "nbdtarget.targets.metadata_io:_carry_out",
         (("        await device.flush()\n", "        pass\n"),),
         WALKS,
     ),
     Mutant(
         "late-write-not-waited-for",
         "A cancelled operation leaves its write under way: it lands on what comes next.",
-        METADATA_IO_PY,
+        "nbdtarget.targets.metadata_io:_carry_out_all",
         (("            cancelled = error\n", "            raise\n"),),
         METADATA_IO,
     ),
     Mutant(
         "offline-fua-dropped",
         "An offline tool says that it is done while the superblock may still be lost.",
-        METADATA_IO_PY,
+        "nbdtarget.targets.metadata_io:_carry_out_fd",
         (
             (
                 "            if operation.fua:\n                os.fdatasync(fd)\n",
@@ -274,7 +272,7 @@ COMMIT: Final = (
     Mutant(
         "loss-below-not-heard-of",
         "A destination has lost regions that are hydrated in core alone: garbage is read from it.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer.watch",
         (
             (
                 "                device.health.watchers.append(self._look_for_losses)\n",
@@ -286,7 +284,7 @@ COMMIT: Final = (
     Mutant(
         "lost-block-is-read-from-the-cache",
         "A block that is mapped in core alone is read from a cache device that has lost it.",
-        "nbdtarget/targets/cache/target.py",
+        "nbdtarget.targets.cache.target:CacheTarget._rests_on_unflushed",
         (
             (
                 "            self._metadata.fail()\n        return True\n",
@@ -298,7 +296,7 @@ COMMIT: Final = (
     Mutant(
         "superblock-over-what-was-lost-meanwhile",
         "A destination loses what it had flushed for nobody, and the commit under way vouches for it.",
-        COMMITTER_PY,
+        "nbdtarget.targets.committer:Committer._commit_transaction",
         (
             (
                 "        if self.has_failed:\n"

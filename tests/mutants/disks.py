@@ -7,13 +7,6 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["DISKS"]
 
-COMPARE_PY: Final = "metadata/nbdtarget_metadata/disks.py"
-SUPERBLOCK_PY: Final = "metadata/nbdtarget_metadata/log/superblock.py"
-CACHE_BLOCKS_PY: Final = "metadata/nbdtarget_metadata/cache/blocks.py"
-DISKS_PY: Final = "nbdtarget/targets/disks.py"
-CLONE_PY: Final = "nbdtarget/targets/clone/constructor.py"
-CACHE_PY: Final = "nbdtarget/targets/cache/constructor.py"
-WRITEBACK_PY: Final = "nbdtarget/tools/writeback.py"
 TABLE: Final = ("tests/metadata/test_disks.py",)
 SITE: Final = ("tests/nbdtarget/dm/test_disks.py",)
 PICTURES: Final = ("tests/nbdtarget/dm/test_disks_crash.py",)
@@ -22,63 +15,63 @@ DISKS: Final = (
     Mutant(
         "disks-metadata-of-an-old-backup-accepted",
         "A disk that is newer than the metadata is taken: old bits over new data.",
-        COMPARE_PY,
+        "nbdtarget_metadata.disks:_compare_mark",
         (("if mark.generation > generation:", "if False:"),),
         SITE,
     ),
     Mutant(
         "disks-disk-of-an-old-backup-accepted",
         "A disk that is older than the metadata is taken: new bits over old data.",
-        COMPARE_PY,
+        "nbdtarget_metadata.disks:_compare_mark",
         (("if mark.generation < recorded.mark_generation:", "if False:"),),
         SITE,
     ),
     Mutant(
         "disks-mark-of-other-metadata-accepted",
         "The disk of another clone is taken.",
-        COMPARE_PY,
+        "nbdtarget_metadata.disks:_compare_mark",
         (("if mark.uuid != uuid:", "if False:"),),
         SITE,
     ),
     Mutant(
         "disks-file-in-the-same-place-needs-no-mark",
         "A new file that got the inode of the old one is taken for it.",
-        COMPARE_PY,
+        "nbdtarget_metadata.disks:_compare_files",
         (("if recorded.mark_generation != NOT_MARKED:", "if False:"),),
         TABLE,
     ),
     Mutant(
         "disks-content-not-compared",
         "A blank file is taken for the disk when it is said that it has moved.",
-        COMPARE_PY,
+        "nbdtarget_metadata.disks:compare",
         (("Verdict.MOVED and is_sample_equal is False:", "Verdict.MOVED and False:"),),
         SITE,
     ),
     Mutant(
         "disks-last-change-not-compared",
         "An origin that was written to without its cache goes on: old blocks hide new data.",
-        COMPARE_PY,
+        "nbdtarget_metadata.disks:changed_since",
         (("recorded.mtime_ns != found.mtime_ns:", "False:"),),
         SITE,
     ),
     Mutant(
         "disks-origin-not-sampled",
         "A block device that was mounted without its cache goes on: old blocks hide new data.",
-        DISKS_PY,
+        "nbdtarget.targets.disks:cache_samples",
         (("        ORIGIN_ROLE: spread_offsets(origin.size, NR_SPREAD),\n", ""),),
         SITE,
     ),
     Mutant(
         "disks-torn-record-believed",
         "Whatever stands behind a superblock counts as its record.",
-        SUPERBLOCK_PY,
+        "nbdtarget_metadata.log.superblock:_with_disks",
         (("if _reference(candidate) == reference:", "if candidate:"),),
         TABLE,
     ),
     Mutant(
         "disks-marked-with-a-generation-that-is-not-durable",
         "A crash leaves a mark that the metadata never reach: a good disk is refused.",
-        DISKS_PY,
+        "nbdtarget.targets.disks:DiskRecords._mark",
         (
             (
                 "Mark(self._metadata.uuid, self._metadata.generation)",
@@ -90,7 +83,7 @@ DISKS: Final = (
     Mutant(
         "disks-stop-not-taken-back-at-the-start",
         "After a crash our own writes count as changes by others: a good disk is refused.",
-        DISKS_PY,
+        "nbdtarget.targets.disks:DiskRecords.prepare",
         (
             (
                 "is_stopped=bool(role.sample_at_start),",
@@ -106,14 +99,14 @@ DISKS: Final = (
     Mutant(
         "disks-time-recorded-that-is-not-durable",
         "After a power cut the file has an older time: a good disk is refused.",
-        DISKS_PY,
+        "nbdtarget.targets.disks:DiskRecords._note_stop",
         (("mtime_ns=found.mtime_ns if is_synced else 0,", "mtime_ns=found.mtime_ns,"),),
         SITE,
     ),
     Mutant(
         "disks-source-not-compared",
         "An interrupted clone goes on with another source: two disks are mixed.",
-        CLONE_PY,
+        "nbdtarget.targets.clone.constructor:_check_disks",
         (
             (
                 "(DESTINATION_ROLE, SOURCE_ROLE) if is_partly_copied",
@@ -125,35 +118,35 @@ DISKS: Final = (
     Mutant(
         "disks-stale-blocks-kept",
         "Blocks that may be old are served although it was seen.",
-        CACHE_BLOCKS_PY,
+        "nbdtarget_metadata.cache.blocks:CacheBlocks.drop_clean",
         (("if self._values[cblock] and not self.dirty[cblock]:", "if False:"),),
         SITE,
     ),
     Mutant(
         "disks-lost-cache-replaced-by-a-disk-with-data",
         "A wrong name for the cache overwrites the disk that it names.",
-        CACHE_PY,
+        "nbdtarget.targets.cache.constructor:_check_disks",
         (("and await maybe_content(cache) is None", "and True"),),
         SITE,
     ),
     Mutant(
         "disks-lost-cache-replaced-although-blocks-are-dirty",
         "A blank cache is taken for one that holds the only copy of a block.",
-        CACHE_PY,
+        "nbdtarget.targets.cache.constructor:_check_disks",
         (("            and not nr_dirty\n", ""),),
         SITE,
     ),
     Mutant(
         "disks-not-compared-before-an-offline-writeback",
         "Dirty blocks are written over another disk of the same size.",
-        WRITEBACK_PY,
+        "nbdtarget.tools.writeback:_check_disks",
         (("if not finding.is_allowed(job.permissions):", "if False:"),),
         SITE,
     ),
     Mutant(
         "disks-offline-writeback-not-recorded",
         "What the tool wrote itself counts as a change by others.",
-        WRITEBACK_PY,
+        "nbdtarget.tools.writeback:write_back",
         (("disks=record_of_disks.disks", "disks=content.disks"),),
         SITE,
     ),

@@ -7,10 +7,6 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["MAPPED_DEVICE"]
 
-MAPPED_DEVICE_PY: Final = "nbdtarget/dm/mapped_device.py"
-MAPPED_IO_PY: Final = "nbdtarget/dm/mapped_io.py"
-ZERO_FILL_PY: Final = "nbdtarget/dm/zero_fill.py"
-BIO_PY: Final = "nbdtarget/bio.py"
 TESTS: Final = (
     "tests/nbdtarget/test_bio.py",
     "tests/nbdtarget/dm/test_mapped_device.py",
@@ -31,7 +27,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-to-one-target-only",
         "Of a table of several lines only the first is flushed.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._submit_flush",
         (
             (
                 "            target for target in table.targets for _ in",
@@ -43,7 +39,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-error-of-one-target-lost",
         "One line's disk could not flush, another could: FLUSH says that all is well.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._submit_flush",
         (
             (
                 "first_error = first_error or child.status",
@@ -55,7 +51,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-ends-with-the-first-target",
         "FLUSH ends when the quickest disk has flushed.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._submit_flush",
         (
             (
                 "                left -= 1\n                if left == 0:",
@@ -67,7 +63,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "owed-flush-error-forgotten",
         "Writes were lost with a table that is gone, and no FLUSH ever says so.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice._resume_inactive",
         (
             (
                 "        if old is not None:\n            self._note_losses(old, new)\n",
@@ -79,7 +75,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "refused-table-leaves-the-device-suspended",
         "A new table refuses to resume, and clients wait for ever, although the old one could serve.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice._resume_inactive",
         (
             (
                 "            await self._take_back(old, new, refusal, runs=ran)\n",
@@ -91,14 +87,14 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "suspend-does-not-wait",
         "A table is swapped while its writes are under way: they miss the commit.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice._settle",
         (("        await self._drain(table)\n", ""),),
         TESTS,
     ),
     Mutant(
         "suspend-does-not-flush",
         "Writes to a table that is swapped away are beyond the reach of every later FLUSH.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice._settle",
         (
             (
                 "table.read_only):\n            await self._flush(table)\n",
@@ -110,7 +106,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "suspend-given-up-stays-suspended",
         "After a suspend that a device made take too long, clients' I/O waits for ever.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice._suspend",
         (
             (
                 "            self._undo_suspend(table)\n            raise TableError(",
@@ -122,7 +118,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "end-commits-nothing-of-what-hangs",
         "What a client wrote to a clone whose source hangs is forgotten at the end.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice.commit_ended",
         (
             (
                 "        await self._flush(table)\n        return self._is_flushed\n",
@@ -134,14 +130,14 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "abandoned-flush-not-in-flight",
         "A table is destroyed while a flush of it that nobody waited for is under way.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._flush",
         (("        self._count_in_flight(flush)\n", ""),),
         ("tests/nbdtarget/dm/test_hanging.py",),
     ),
     Mutant(
         "failed-flush-of-a-suspend-forgotten",
         "A suspend could not flush, and the next FLUSH asks the new table only.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._flush",
         (
             (
                 "        if errno:\n            self.health.note_loss()\n",
@@ -153,7 +149,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "loss-told-to-one-connection-only",
         "One client's FLUSH tells of a loss; another one, whose write is gone too, hears that all is well.",
-        "nbdtarget/server/requests.py",
+        "nbdtarget.server.requests:Requests.__init__",
         (
             (
                 "        self._observer = ConnectionObserver(device)\n",
@@ -167,7 +163,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "loss-not-seen-through-a-stack",
         "A disk loses writes, and the FLUSH of a device two tables above it says that all is well.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo.losses",
         (
             (
                 "        return self.health.losses + self._losses_below()\n",
@@ -179,21 +175,21 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "table-swap-hides-a-loss",
         "The table under which a disk lost writes is swapped away, and the loss with it.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._adopt",
         (("        self.health.losses += self._losses_below()\n", ""),),
         LOSSES,
     ),
     Mutant(
         "client-that-comes-back-is-not-told",
         "A client's connection ends, its writes are lost, and over a new one its FLUSH succeeds.",
-        "nbdtarget/devices/losses.py",
+        "nbdtarget.devices.losses:ConnectionObserver.close",
         (("        health.bequest = Bequest(told)\n", "        assert told >= 0\n"),),
         LOSSES,
     ),
     Mutant(
         "writeback-believes-a-flush-after-a-loss",
         "The origin's server was restarted: what it had not flushed is recorded as clean.",
-        "nbdtarget/tools/writeback.py",
+        "nbdtarget.tools.writeback:_Origin.flush",
         (
             (
                 "        await self._observer.flush()\n",
@@ -205,7 +201,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "metadata-believe-a-flush-after-a-loss",
         "A superblock is written over a journal that the device has lost meanwhile.",
-        "nbdtarget/targets/metadata_io.py",
+        "nbdtarget.targets.metadata_io:run",
         (
             (
                 "isinstance(operation, Flush) and device.losses != losses:\n",
@@ -217,7 +213,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-to-one-stripe-only",
         "FLUSH reaches the first disk of a stripe set.",
-        "nbdtarget/targets/striped.py",
+        "nbdtarget.targets.striped:StripedTarget.map",
         (
             (
                 "[(device, 0, 0) for device in self._devices]",
@@ -229,7 +225,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "fast-path-survives-a-suspend",
         "Writes still reach a table that is suspended, behind its last commit.",
-        MAPPED_DEVICE_PY,
+        "nbdtarget.dm.mapped_device:MappedDevice._stop",
         (
             (
                 "        self._running.clear()\n        self._set_fast_path()\n",
@@ -241,7 +237,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "chain-survives-a-suspend-below",
         "What stands on a suspended device goes through it, in one step, all the same.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._set_fast_path",
         (
             (
                 "        for upper in tuple(self._uppers):\n"
@@ -254,7 +250,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "chain-not-in-flight-below",
         "A device in the middle of a stack is suspended while a write goes through it.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:_Chain.submit",
         (
             (
                 "            for lower in self._through:\n"
@@ -267,14 +263,14 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "chain-beyond-a-shrunken-device",
         "A write through a device that has become smaller lands behind its end.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._shorten_fast_path",
         ((" or lower._fast_end < self._fast_end + delta\n", "\n"),),
         ("tests/nbdtarget/dm/test_chains.py",),
     ),
     Mutant(
         "queued-payload-not-owned",
         "A write that waits for a resume keeps the receive buffer of somebody else.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._submit_slow",
         (
             (
                 "            bio.own()\n            self._queue.append(bio)",
@@ -286,21 +282,21 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "pushed-back-bio-forgotten",
         "A write that a target held back is neither done nor failed: its client waits for ever.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._requeue",
         (("        self._queue.insert(self._nr_pushed_back, bio)\n", ""),),
         NOFLUSH,
     ),
     Mutant(
         "part-of-a-bio-not-counted-in-flight",
         "A suspend does not wait for the parts of a request across a border.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._submit_slow",
         (("                    self._count_in_flight(child)\n", ""),),
         NOFLUSH,
     ),
     Mutant(
         "device-of-a-clone-shared-with-a-linear",
         "Somebody writes to a clone's destination behind its back, or to its source.",
-        "nbdtarget/dm/open_devices.py",
+        "nbdtarget.dm.open_devices:_Open.add",
         (
             (
                 "if not (each.tolerates(use) and use.tolerates(each))",
@@ -312,14 +308,14 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "written-zeroes-without-fua",
         "A FUA WRITE_ZEROES that has to be written out is not durable when it ends.",
-        ZERO_FILL_PY,
+        "nbdtarget.dm.zero_fill:ZeroFill.pump",
         (("                self._parent.flags & FUA,\n", "                0,\n"),),
         TESTS,
     ),
     Mutant(
         "written-zeroes-error-lost",
         "A WRITE_ZEROES that has to be written out succeeds though a write failed.",
-        ZERO_FILL_PY,
+        "nbdtarget.dm.zero_fill:ZeroFill._child_ended",
         (
             (
                 "        self._error = self._error or child.status\n",
@@ -331,7 +327,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "error-of-a-part-lost",
         "A write that was cut in two succeeds though one half failed.",
-        BIO_PY,
+        "nbdtarget.bio:_Split.child_ended",
         (
             (
                 "        if child.status and not self.error:",
@@ -343,7 +339,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "own-copies-nothing",
         "Whoever owns a payload still shares it with the receive buffer.",
-        BIO_PY,
+        "nbdtarget.bio:Bio.own",
         (
             (
                 "self.payload = memoryview(bytes(self.payload))",
@@ -355,35 +351,35 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "loaded-table-gets-the-latched-device",
         "A table loaded to cure a latched disk gets the latched device once more.",
-        "nbdtarget/dm/open_devices.py",
+        "nbdtarget.dm.open_devices:OpenDevices.open_path",
         (("elif not opened.device.health.is_usable or (", "elif ("),),
         ("tests/nbdtarget/dm/test_reopening.py",),
     ),
     Mutant(
         "new-table-shares-metadata-of-a-lost-cause",
         "A table over a disk opened anew takes the metadata of the table that could not commit.",
-        "nbdtarget/targets/opening.py",
+        "nbdtarget.targets.opening:Opening.metadata",
         (("if not self._ctx.replaces_unusable:", "if True:"),),
         ("tests/nbdtarget/dm/test_reopening.py",),
     ),
     Mutant(
         "stale-metadata-take-over",
         "A table that read its metadata before the live one committed again is resumed all the same.",
-        "nbdtarget/targets/opening.py",
+        "nbdtarget.targets.opening:refuse_stale",
         (("if other.generation != generation:", "if False:"),),
         ("tests/nbdtarget/dm/test_reopening.py",),
     ),
     Mutant(
         "flush-of-a-suspend-is-logged",
         "A log-writes log has a flush entry that no client asked for.",
-        "nbdtarget/targets/log_writes/target.py",
+        "nbdtarget.targets.log_writes.target:LogWritesTarget.map",
         (("        if bio.flags & UNASKED:\n", "        if False:\n"),),
         ("tests/nbdtarget/targets/log_writes/test_target.py",),
     ),
     Mutant(
         "flush-of-a-suspend-stays-in-the-log",
         "A suspend over log-writes ends its flush without the disk below.",
-        "nbdtarget/targets/log_writes/target.py",
+        "nbdtarget.targets.log_writes.target:LogWritesTarget.map",
         (
             (
                 "        if bio.flags & UNASKED:\n            return REMAPPED\n",
@@ -396,14 +392,14 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "counting-leaves-the-fast-path-on",
         "Reads and writes of a device with one target are not counted.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._set_fast_path",
         (("            and not self._is_counting\n", ""),),
         STATISTICS,
     ),
     Mutant(
         "what-is-given-back-counts-twice",
         "A bio that a suspend with noflush gives back counts each time that it is mapped.",
-        MAPPED_IO_PY,
+        "nbdtarget.dm.mapped_io:MappedIo._requeue",
         (
             (
                 "        if self._is_counting:\n            self.statistics.pass_over(bio)\n",
@@ -415,7 +411,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "failed-before-it-is-counted-off",
         "A request that ends leaves the number of those in flight as it was.",
-        "nbdtarget/dm/statistics.py",
+        "nbdtarget.dm.statistics:_Counted.__call__",
         (("            area.in_flight[way] -= 1\n", ""),),
         STATISTICS,
     ),

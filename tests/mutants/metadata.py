@@ -44,7 +44,7 @@ METADATA: Final = (
     Mutant(
         "one-superblock-copy-written",
         "The second copy is never written: one rotten sector loses an acknowledged commit.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:superblock_writes",
         (
             (
                 "return _write(slot, 0, body, record), _write(slot, 1, body, record)",
@@ -56,7 +56,7 @@ METADATA: Final = (
     Mutant(
         "superblock-without-fua",
         "The superblock may still lie in the disk's cache: an acknowledged FLUSH is lost.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:_write",
         (
             (
                 "return Write(block * BLOCK_SIZE, sealed, fua=True)",
@@ -68,7 +68,7 @@ METADATA: Final = (
     Mutant(
         "every-generation-in-one-slot",
         "Each commit overwrites the one before: a torn write leaves none of the two.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:superblock_writes",
         (
             (
                 "    slot = superblock.generation % NR_SLOTS\n    return",
@@ -80,7 +80,7 @@ METADATA: Final = (
     Mutant(
         "opened-without-a-flush",
         "After a kill, what is read may still be lost: it is acknowledged all the same.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:read_area",
         (
             (
                 "    yield Flush()\n    if device_size < area_size:",
@@ -92,14 +92,14 @@ METADATA: Final = (
     Mutant(
         "slot-1-formatted-first",
         "A crash while formatting leaves a device that neither opens nor is formatted.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:format_superblocks",
         (("for generation in range(NR_SLOTS):", "for generation in (1, 0, 1):"),),
         FORMATTING,
     ),
     Mutant(
         "formatted-in-one-go",
         "Both generations are written at once: a crash leaves the second without the first.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:format_superblocks",
         (
             (
                 "        yield from write_superblock(superblock)\n",
@@ -113,14 +113,14 @@ METADATA: Final = (
     Mutant(
         "older-generation-believed",
         "The older slot is opened: the last acknowledged commit is rolled back.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:choose_superblock_of",
         (("newest = max(valid", "newest = min(valid"),),
         SUPERBLOCK,
     ),
     Mutant(
         "both-copies-written-at-once",
         "A power cut spoils both sectors that are being written: no copy is left, and all is refused.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:write_superblock",
         (
             (
                 "    yield from superblock_writes(superblock)\n",
@@ -132,14 +132,14 @@ METADATA: Final = (
     Mutant(
         "unreadable-copy-refuses-the-disk",
         "One bad sector under one of four copies, and nothing is served any more.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:read_area",
         (("BLOCK_SIZE, BLOCK_SIZE, TryRead)", "BLOCK_SIZE, BLOCK_SIZE)"),),
         COPIES,
     ),
     Mutant(
         "what-was-read-at-open-believed",
         "A superblock that is in a page cache only vouches for an acknowledged FLUSH.",
-        "metadata/nbdtarget_metadata/clone/metadata.py",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.open",
         (
             (
                 "            unhealed=ALL_SLOTS,\n",
@@ -151,7 +151,7 @@ METADATA: Final = (
     Mutant(
         "what-was-read-of-a-cache-believed",
         "A superblock that is in a page cache only vouches for an acknowledged FLUSH.",
-        "metadata/nbdtarget_metadata/cache/metadata.py",
+        "nbdtarget_metadata.cache.metadata:CacheMetadata.open",
         (
             (
                 "            unhealed=ALL_SLOTS,\n",
@@ -163,7 +163,7 @@ METADATA: Final = (
     Mutant(
         "rotten-slot-rolled-back",
         "Two rotten copies of the newest generation silently open the one before.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:choose_superblock_of",
         (
             (
                 "if admit_lost_slot and not any(copy.superblock",
@@ -175,14 +175,14 @@ METADATA: Final = (
     Mutant(
         "rotten-copy-not-told-of",
         "`metadata check` finds nothing to heal: the next rot loses acknowledged commits.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:choose_superblock_of",
         (("            unhealed.add(slot)\n", ""),),
         SUPERBLOCK,
     ),
     Mutant(
         "healed-after-one-slot",
         "The commit that heals one slot takes the other for healed as well.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledTransaction.done",
         (
             (
                 "metadata._unhealed -= {slot}",
@@ -194,14 +194,14 @@ METADATA: Final = (
     Mutant(
         "contradicting-copies-believed",
         "Two disks mixed up, or a bug of ours: whichever copy comes first is served.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:_check_slot",
         (("if first.generation == last.generation and first != last:", "if False:"),),
         SUPERBLOCK,
     ),
     Mutant(
         "used-device-taken-for-an-unfinished-format",
         "Rot in slot 1 makes a used clone be formatted: everything is hydrated again.",
-        "metadata/nbdtarget_metadata/log/superblock.py",
+        "nbdtarget_metadata.log.superblock:_refuse_unfinished",
         (
             (
                 "elif superblock.generation != 0:",
@@ -213,7 +213,7 @@ METADATA: Final = (
     Mutant(
         "foreign-content-formatted",
         "A file system without our superblock is overwritten by metadata.",
-        "metadata/nbdtarget_metadata/log/arena.py",
+        "nbdtarget_metadata.log.arena:refuse_foreign",
         (
             (
                 "        if any(data):\n            at = next(",
@@ -226,14 +226,14 @@ METADATA: Final = (
     Mutant(
         "digest-not-checked",
         "Rotten bytes are believed: regions that were never copied read as garbage.",
-        "metadata/nbdtarget_metadata/log/envelope.py",
+        "nbdtarget_metadata.log.envelope:open_envelope",
         (("    if digest != expected:", "    if not expected:"),),
         RECORDS,
     ),
     Mutant(
         "misplaced-block-believed",
         "A block that the disk wrote to the wrong place is taken for the right one.",
-        "metadata/nbdtarget_metadata/log/envelope.py",
+        "nbdtarget_metadata.log.envelope:_digest",
         (
             (
                 "_DIGESTED.pack(magic, version, length, block)",
@@ -245,21 +245,21 @@ METADATA: Final = (
     Mutant(
         "record-length-believed",
         "A rotten length is read past the end of what was read.",
-        "metadata/nbdtarget_metadata/log/envelope.py",
+        "nbdtarget_metadata.log.envelope:open_envelope",
         (("    if length > len(data) - HEADER_SIZE:", "    if length < 0:"),),
         RECORDS,
     ),
     Mutant(
         "predecessor-not-checked",
         "Records of two lives of an arena are read as one journal.",
-        "metadata/nbdtarget_metadata/log/records.py",
+        "nbdtarget_metadata.log.records:read_linked",
         (("if record.previous != digest:", "if not record.previous:"),),
         RECORDS,
     ),
     Mutant(
         "record-generation-not-checked",
         "A record that is newer than its superblock is applied: bits before their data.",
-        "metadata/nbdtarget_metadata/log/records.py",
+        "nbdtarget_metadata.log.records:read_linked",
         (
             (
                 "if not generation <= record.generation <= generation_max:",
@@ -271,7 +271,7 @@ METADATA: Final = (
     Mutant(
         "journal-digest-not-checked",
         "The journal's last records may be others than the superblock vouched for.",
-        "metadata/nbdtarget_metadata/log/arena.py",
+        "nbdtarget_metadata.log.arena:load_bitmap",
         (
             (
                 '    _expect("digest of the journal", superblock.journal_digest, digest)\n',
@@ -283,14 +283,14 @@ METADATA: Final = (
     Mutant(
         "number-of-bits-not-checked",
         "A bitmap with other bits than were committed is served.",
-        "metadata/nbdtarget_metadata/log/arena.py",
+        "nbdtarget_metadata.log.arena:load_bitmap",
         (("if nr_hydrated != superblock.nr_hydrated:", "if nr_hydrated < 0:"),),
         RECORDS,
     ),
     Mutant(
         "run-past-the-end-applied",
         "A lying record makes the bitmap longer than the disk.",
-        "metadata/nbdtarget_metadata/log/records.py",
+        "nbdtarget_metadata.log.records:_apply_runs",
         (("if not 0 < count <= nr_regions - begin:", "if not 0 < count:"),),
         RECORDS,
     ),
@@ -298,7 +298,7 @@ METADATA: Final = (
     Mutant(
         "journal-not-flushed",
         "The superblock vouches for a journal that the disk's cache may still lose.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledTransaction.journal",
         (
             (
                 "        if has_written or self.moves:\n            yield Flush()",
@@ -310,7 +310,7 @@ METADATA: Final = (
     Mutant(
         "snapshot-of-a-commit-not-flushed",
         "A commit that writes a whole snapshot vouches for it while it may still be lost.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledTransaction.journal",
         (
             (
                 "        if has_written or self.moves:\n            yield Flush()",
@@ -322,7 +322,7 @@ METADATA: Final = (
     Mutant(
         "superblock-before-journal",
         "The superblock is written first: a crash between the two finds no journal.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledTransaction",
         (
             (
                 "            has_written = True\n            yield operation\n",
@@ -342,7 +342,7 @@ METADATA: Final = (
     Mutant(
         "generation-not-advanced",
         "Every commit has one number: it overwrites the slot that is live.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledTransaction.__init__",
         (
             (
                 "self.generation = live.generation + 1",
@@ -354,7 +354,7 @@ METADATA: Final = (
     Mutant(
         "record-merged-into-an-acknowledged-block",
         "To save space, a record is rewritten with the next one's changes: torn, both go.",
-        "metadata/nbdtarget_metadata/clone/transaction.py",
+        "nbdtarget_metadata.clone.transaction:Transaction.__init__",
         (
             (
                 "        super().__init__(metadata, runs, superblock)\n",
@@ -375,7 +375,7 @@ METADATA: Final = (
     Mutant(
         "late-change-rides-on-the-commit-under-way",
         "A region that is hydrated after the destination's flush is committed with it.",
-        "metadata/nbdtarget_metadata/clone/metadata.py",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.set_hydrated",
         (
             (
                 "            append_runs(self._active, first, last - first)\n",
@@ -394,7 +394,7 @@ METADATA: Final = (
     Mutant(
         "clean-shutdown-never-cleared",
         "A crash looks like a clean shutdown to whoever asks.",
-        "metadata/nbdtarget_metadata/clone/transaction.py",
+        "nbdtarget_metadata.clone.transaction:Transaction.__init__",
         (
             (
                 "flags = 0 if has_changed else metadata._superblock.flags & CLEAN_SHUTDOWN",
@@ -407,7 +407,7 @@ METADATA: Final = (
     Mutant(
         "compaction-drops-a-delta",
         "The switch journals its own changes only: what others committed since is gone.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledTransaction._switch_to",
         (
             (
                 "        self._to_journal = compaction.since\n",
@@ -419,7 +419,7 @@ METADATA: Final = (
     Mutant(
         "compaction-misses-earlier-commits",
         "What was committed while the snapshot was written is missing in the new arena.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledTransaction._plan",
         (
             (
                 "            compaction.note(self._to_journal)\n",
@@ -432,14 +432,14 @@ METADATA: Final = (
     Mutant(
         "catch-up-forgets-what-does-not-fit",
         "A compaction that runs out of room drops the commits that it has not journaled yet.",
-        "metadata/nbdtarget_metadata/clone/transaction.py",
+        "nbdtarget_metadata.clone.transaction:CloneCompaction.catch_up",
         (("                    self.since = runs[at:] + self.since\n", ""),),
         CUTS,
     ),
     Mutant(
         "switch-before-the-snapshot-is-whole",
         "A commit switches to a snapshot of which only the first chunks are written.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledMetadata.compact",
         (
             (
                 "        self._compaction = self._compacting = compaction\n",
@@ -452,7 +452,7 @@ METADATA: Final = (
     Mutant(
         "late-compaction-overwrites-a-commit",
         "A write that an abandoned compaction had under way lands on the live snapshot.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledTransaction._plan",
         (
             (
                 "late is not None and late.arena == self._arena:",
@@ -464,7 +464,7 @@ METADATA: Final = (
     Mutant(
         "changing-chunks-not-saved",
         "A commit's own snapshot holds bits of the next one, whose data is not flushed.",
-        "metadata/nbdtarget_metadata/clone/metadata.py",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.set_hydrated",
         (
             (
                 "            if self._saved is not None:\n"
@@ -477,7 +477,7 @@ METADATA: Final = (
     Mutant(
         "compaction-while-one-copy-is-rotten",
         "The arena that the older slot names is overwritten while only it may be left.",
-        "metadata/nbdtarget_metadata/log/commit.py",
+        "nbdtarget_metadata.log.commit:JournaledMetadata._may_compact",
         (("            and not self._unhealed\n", ""),),
         TRANSACTION,
     ),
@@ -485,28 +485,28 @@ METADATA: Final = (
     Mutant(
         "bits-kept-after-abort",
         "Regions whose data a failed flush may have lost are still read from there.",
-        "metadata/nbdtarget_metadata/clone/metadata.py",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.abort",
         (("            self.hydrated[begin : begin + count] = False\n", ""),),
         BITS,
     ),
     Mutant(
         "taken-changes-kept-after-abort",
         "Only the changes after pre_commit are reverted, not those that failed.",
-        "metadata/nbdtarget_metadata/clone/metadata.py",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.abort",
         (("            runs = self._transaction.runs + runs\n", "            pass\n"),),
         BITS,
     ),
     Mutant(
         "changed-forgotten-after-abort",
         "After a failed commit the metadata says that nothing is left to commit.",
-        "metadata/nbdtarget_metadata/clone/metadata.py",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.changed",
         (("            or self._aborted\n", ""),),
         BITS,
     ),
     Mutant(
         "writable-after-abort",
         "Commits go on after one has failed, on a disk of which nobody knows what it holds.",
-        "metadata/nbdtarget_metadata/clone/metadata.py",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.abort",
         (
             (
                 "        self.mode = Mode.RO\n        self._aborted = True",
@@ -518,14 +518,14 @@ METADATA: Final = (
     Mutant(
         "transaction-under-way-is-no-change",
         "While a commit runs there is nothing to wait for: FLUSH ends too early.",
-        "metadata/nbdtarget_metadata/clone/metadata.py",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.changed",
         (("            or self._transaction is not None\n", ""),),
         BITS,
     ),
     Mutant(
         "hydrated-before-it-is-committed",
         "The clone steps aside while its last bits are only in memory: FLUSH loses them.",
-        "metadata/nbdtarget_metadata/clone/metadata.py",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.hydration_done",
         (
             (
                 "return self._superblock.nr_hydrated == self.nr_regions",

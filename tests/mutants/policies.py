@@ -13,22 +13,19 @@ SMQ_RULES: Final = "tests/nbdtarget/policies/test_smq.py"
 SHARE: Final = "tests/nbdtarget/policies/test_miss_share.py"
 QUEUE_RULES: Final = "tests/nbdtarget/policies/test_multi_level_queue.py"
 TRACKER_RULES: Final = "tests/nbdtarget/policies/test_tracker.py"
-SMQ: Final = "nbdtarget/policies/smq/policy.py"
-QUEUE: Final = "nbdtarget/policies/smq/multi_level_queue.py"
-TRACKER: Final = "nbdtarget/policies/smq/tracker.py"
 
 
 def _mutant(
-    name: str, forgets: str, file: str, old: str, new: str, test: str
+    name: str, forgets: str, where: str, old: str, new: str, test: str
 ) -> Mutant:
-    return Mutant(f"policy-{name}", forgets, file, ((old, new),), (test, MODEL))
+    return Mutant(f"policy-{name}", forgets, where, ((old, new),), (test, MODEL))
 
 
 POLICIES: Final = (
     _mutant(
         "pinned-block-is-demoted",
         "What the user wants cached goes as any other block.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:_IS_QUEUED",
         "and flags & (_DIRTY | _PINNED) != _PINNED",
         "and flags | _PINNED",
         PINS,
@@ -36,7 +33,7 @@ POLICIES: Final = (
     _mutant(
         "pin-leaves-a-queued-demotion",
         "A block is pinned, and is demoted a moment later.",
-        TRACKER,
+        "nbdtarget.policies.smq.tracker:BackgroundTracker.cancel_demotion",
         "work is not None and work.op == DEMOTE and self",
         "work is not None and work.op < DEMOTE and self",
         PINS,
@@ -44,7 +41,7 @@ POLICIES: Final = (
     _mutant(
         "pin-forgotten-over-a-queued-demotion",
         "A block that was pinned a moment before its demotion is counted, but is in no queue ever.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq.pin",
         "            flags &= ~_PENDING\n        self._set_flags(cblock, flags | _PINNED)",
         "            flags &= ~_PENDING\n            return\n"
         "        self._set_flags(cblock, flags | _PINNED)",
@@ -53,7 +50,7 @@ POLICIES: Final = (
     _mutant(
         "pin-outlives-its-mapping",
         "Whatever comes into that cache block next is pinned too.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq._free",
         "            self._nr_pinned -= 1\n        self._flags[entry] = 0\n",
         "            self._nr_pinned -= 1\n        self._flags[entry] &= _PINNED\n",
         PINS,
@@ -61,7 +58,7 @@ POLICIES: Final = (
     _mutant(
         "pin-not-in-the-hint",
         "After a restart nothing is pinned any more.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq.get_hint",
         "return level | PINNED_HINT if flags & _PINNED else level",
         "return level",
         PINS,
@@ -69,7 +66,7 @@ POLICIES: Final = (
     _mutant(
         "pin-forgotten-with-a-promotion",
         "A block is pinned while it is promoted, and may be demoted as soon as it is there.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq._map",
         "        self._flags[entry] |= _MAPPED",
         "        self._flags[entry] = _MAPPED",
         PINS,
@@ -77,7 +74,7 @@ POLICIES: Final = (
     _mutant(
         "demotion-reserves-nothing",
         "A block that is being demoted is chosen for a second migration.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq._queue_pending",
         "            self._flags[entry] |= _PENDING\n        else:\n",
         "            self._push_front(entry)\n        else:\n",
         SMQ_RULES,
@@ -85,7 +82,7 @@ POLICIES: Final = (
     _mutant(
         "failed-promotion-keeps-its-block",
         "Each copy that fails makes the cache one block smaller.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq._unreserve",
         "    def _unreserve(self, work: Work) -> None:\n        self._free(work.cblock)",
         "    def _unreserve(self, work: Work) -> None:\n        self._flags[work.cblock] = 0",
         PINS,
@@ -93,7 +90,7 @@ POLICIES: Final = (
     _mutant(
         "invalidate-leaves-a-queued-migration",
         "A migration of a block that is gone is handed out, over what is there by then.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq.invalidate",
         "            work = self.tracker.cancel(self._table.blocks[cblock])",
         "            work = self.tracker._pending.get(self._table.blocks[cblock])",
         SMQ_RULES,
@@ -101,7 +98,7 @@ POLICIES: Final = (
     _mutant(
         "cleaner-promotes-on-demand",
         "A cache that is being ended fills up again.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq.maybe_promote",
         "            not self._may_migrate\n            or oblock in self.tracker",
         "            oblock in self.tracker",
         PINS,
@@ -109,7 +106,7 @@ POLICIES: Final = (
     _mutant(
         "cached-block-promoted-again",
         "One origin block is in two cache blocks: which of them is read is chance.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq.maybe_promote",
         "            or self._table.find(oblock) >= 0\n",
         "",
         PINS,
@@ -117,7 +114,7 @@ POLICIES: Final = (
     _mutant(
         "sentinels-not-moved",
         "Nothing that is dirty grows old: a busy cache never writes back.",
-        QUEUE,
+        "nbdtarget.policies.smq.multi_level_queue:AgedQueue",
         "            self.links.link_before(self._heads[level], sentinel)\n\n",
         "            self.links.link_before("
         "self.links.next[self._heads[level]], sentinel)\n\n",
@@ -126,7 +123,7 @@ POLICIES: Final = (
     _mutant(
         "two-migrations-of-one-block",
         "A block is written back and demoted at the same time.",
-        TRACKER,
+        "nbdtarget.policies.smq.tracker:BackgroundTracker.start",
         "if work.oblock in self._pending or len",
         "if len",
         TRACKER_RULES,
@@ -134,7 +131,7 @@ POLICIES: Final = (
     _mutant(
         "migrations-not-bounded",
         "A burst of misses queues migrations until memory is full.",
-        TRACKER,
+        "nbdtarget.policies.smq.tracker:BackgroundTracker.start",
         " or len(self._pending) >= self.pending_max",
         "",
         TRACKER_RULES,
@@ -142,7 +139,7 @@ POLICIES: Final = (
     _mutant(
         "busy-period-never-ends-by-use",
         "A small and busy cache cannot tell its blocks apart, and is worse than LRU.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq.tick",
         "                and nr_misses + self._nr_hit >= self._nr_events_max\n",
         "                and False\n",
         SHARE,
@@ -150,7 +147,7 @@ POLICIES: Final = (
     _mutant(
         "full-cache-stays-careful",
         "When other blocks become hot, the cache goes on with those that were.",
-        SMQ,
+        "nbdtarget.policies.smq.policy:Smq._promote_level_min",
         "is_careful = self._is_full and not self._miss_share.has_risen",
         "is_careful = self._is_full",
         SHARE,

@@ -7,9 +7,6 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["PORCELAIN"]
 
-CACHE: Final = "nbdtarget/porcelain/cache.py"
-JOB: Final = "nbdtarget/porcelain/job.py"
-UNCACHE: Final = "nbdtarget/porcelain/uncache.py"
 CACHE_TESTS: Final = ("tests/nbdtarget/porcelain/test_cache.py",)
 CLONE_TESTS: Final = ("tests/nbdtarget/porcelain/test_clone.py",)
 UNCACHE_TESTS: Final = ("tests/nbdtarget/porcelain/test_uncache.py",)
@@ -18,19 +15,19 @@ UNCACHE_TESTS: Final = ("tests/nbdtarget/porcelain/test_uncache.py",)
 def _mutant(
     name: str,
     forgets: str,
-    file: str,
+    where: str,
     old: str,
     new: str,
     tests: tuple[str, ...],
 ) -> Mutant:
-    return Mutant(name, forgets, file, ((old, new),), tests)
+    return Mutant(name, forgets, where, ((old, new),), tests)
 
 
 PORCELAIN: Final = (
     _mutant(
         "uncache-leaves-its-mappings",
         "Whoever gives the old cache line again reads blocks that are out of date.",
-        UNCACHE,
+        "nbdtarget.porcelain.uncache:UncacheJob._empty",
         "                await self._invalidate()\n",
         "",
         UNCACHE_TESTS,
@@ -38,7 +35,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-does-not-wait-until-nothing-is-dirty",
         "What only the cache has is to be given up: the target refuses, again and again.",
-        UNCACHE,
+        "nbdtarget.porcelain.uncache:UncacheJob._drain",
         "if not now.dirty_blocks:",
         "if now.dirty_blocks:",
         UNCACHE_TESTS,
@@ -46,7 +43,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-stays-in-writeback",
         "Clients dirty blocks as fast as they are cleaned, for ever.",
-        UNCACHE,
+        "nbdtarget.porcelain.uncache:UncacheJob._drain",
         "line.table_of(WRITETHROUGH, fields)",
         "line.table_of(WRITEBACK, fields)",
         UNCACHE_TESTS,
@@ -54,7 +51,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-leaves-a-refused-table",
         "A table that was refused stays in the inactive slot, where the next resume takes it.",
-        UNCACHE,
+        "nbdtarget.porcelain.uncache:UncacheJob._resume",
         '                await self._ask("clear", m.Clear(self._name), m.Done)\n',
         "                await self._table()\n",
         UNCACHE_TESTS,
@@ -62,7 +59,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-forgets-the-words-of-the-line",
         "A crash meanwhile leaves every block dirty: the dirty log is gone.",
-        UNCACHE,
+        "nbdtarget.porcelain.uncache:CacheLine.table_of",
         '            ("dirty_log", options.dirty_log),\n',
         "",
         UNCACHE_TESTS,
@@ -70,7 +67,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-of-a-cache-in-memory-reloads-it",
         "The next table finds an empty cache in memory, and what was dirty is gone.",
-        UNCACHE,
+        "nbdtarget.porcelain.uncache:CacheLine.is_in_memory",
         "return any(map(_is_memory, (self.metadata, self.cache)))",
         "return False",
         UNCACHE_TESTS,
@@ -78,7 +75,7 @@ PORCELAIN: Final = (
     _mutant(
         "cache-porcelain-takes-another-origin",
         "Dirty blocks of one disk are written over another.",
-        CACHE,
+        "nbdtarget.porcelain.cache:_check_shape",
         "if stored != given and not options.resize:",
         "if stored > given and not options.resize:",
         CACHE_TESTS,
@@ -86,7 +83,7 @@ PORCELAIN: Final = (
     _mutant(
         "cache-porcelain-makes-a-cache-that-was-lost",
         "An empty file is believed to hold what clients wrote.",
-        CACHE,
+        "nbdtarget.porcelain.cache:plan_cache",
         "            _check_nothing_lost(known, cache, metadata)\n",
         "            pass\n",
         CACHE_TESTS,
@@ -94,7 +91,7 @@ PORCELAIN: Final = (
     _mutant(
         "cache-porcelain-writes-back-from-memory",
         "What clients wrote is gone when the server ends in order.",
-        CACHE,
+        "nbdtarget.porcelain.cache:_check_volatile",
         "if options.mode == WRITEBACK and _is_memory(name):",
         "if not options.mode and _is_memory(name):",
         CACHE_TESTS,
@@ -102,7 +99,7 @@ PORCELAIN: Final = (
     _mutant(
         "cache-porcelain-believes-its-end",
         "A full sync that failed is not told, and the origin is used without its cache.",
-        CACHE,
+        "nbdtarget.porcelain.cache:CacheJob._ended",
         "if known is not None and known.flags & CLEAN_SHUTDOWN:",
         "if known is not None:",
         CACHE_TESTS,
@@ -110,7 +107,7 @@ PORCELAIN: Final = (
     _mutant(
         "porcelain-leaves-what-it-made",
         "A start that fails leaves files that the next one refuses.",
-        JOB,
+        "nbdtarget.porcelain.job:Job._prepare",
         "                    await resolve.remove_created(path)\n",
         "                    await asyncio.sleep(0)\n",
         (*CLONE_TESTS, *CACHE_TESTS),
@@ -118,7 +115,7 @@ PORCELAIN: Final = (
     _mutant(
         "porcelain-ends-when-nobody-reads",
         "The disk goes away because somebody closed a pipe.",
-        JOB,
+        "nbdtarget.porcelain.job:Job._report",
         "        except OSError as error:\n"
         '            _log.debug("cannot report: %s", error)\n',
         "        except FileNotFoundError as error:\n"

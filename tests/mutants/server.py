@@ -7,26 +7,21 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["SERVER"]
 
-REQUESTS_PY: Final = "nbdtarget/server/requests.py"
-CONNECTION_PY: Final = "nbdtarget/server/connection.py"
 REQUESTS: Final = (
     "tests/nbdtarget/server/test_requests.py",
     "tests/nbdtarget/server/test_connection.py",
 )
 
-GATE_PY: Final = "nbdtarget/server/gate.py"
 GATE: Final = ("tests/nbdtarget/server/test_gate.py",)
 
-UNIX_SOCKET_PY: Final = "nbdtarget/common/unix_socket.py"
 UNIX_SOCKET: Final = ("tests/nbdtarget/test_unix_socket.py",)
-DAEMON_PY: Final = "nbdtarget/daemon/daemon.py"
 STOP: Final = ("tests/nbdtarget/test_stop.py",)
 
 SERVER: Final = (
     Mutant(
         "reset-in-a-payload-not-noticed",
         "A client that resets in the middle of a WRITE keeps its connection, and the device, for ever.",
-        CONNECTION_PY,
+        "nbdtarget.server.connection:Connection._receive_transmission",
         (
             (
                 '                goes_on = True  # see "Errors"',
@@ -38,21 +33,21 @@ SERVER: Final = (
     Mutant(
         "lock-of-a-socket-not-taken",
         "Of two servers that start at once, one takes the other's socket away.",
-        UNIX_SOCKET_PY,
+        "nbdtarget.common.unix_socket:_lock",
         (("            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", ""),),
         UNIX_SOCKET,
     ),
     Mutant(
         "socket-open-before-its-mode",
         "For a moment whoever the umask lets in may connect.",
-        UNIX_SOCKET_PY,
+        "nbdtarget.common.unix_socket:_bind",
         (("        os.fchmod(sock.fileno(), PRIVATE_MODE)\n", ""),),
         UNIX_SOCKET,
     ),
     Mutant(
         "reads-of-a-source-waited-for-at-the-end",
         "A clone whose source hangs does not end in order: its clients get no answer.",
-        DAEMON_PY,
+        "nbdtarget.daemon.daemon:Daemon._give_up_reads",
         (
             (
                 "            self.registry.give_up_reads()\n            await sleep(",
@@ -64,14 +59,14 @@ SERVER: Final = (
     Mutant(
         "end-says-all-is-committed",
         "A disk could not be committed, and the exit status says that it was.",
-        DAEMON_PY,
+        "nbdtarget.daemon.daemon:Daemon._say_uncommitted",
         (("        self.is_committed = not names\n", ""),),
         STOP,
     ),
     Mutant(
         "fua-of-a-small-write-dropped",
         "The hot loop forgets FUA: an acknowledged FUA write is lost.",
-        REQUESTS_PY,
+        "nbdtarget.server.requests:Requests.serve",
         (
             (
                 "bio.offset, bio.length, bio.flags = offset, length, flags",
@@ -83,7 +78,7 @@ SERVER: Final = (
     Mutant(
         "fua-of-a-large-write-dropped",
         "A WRITE with a buffer of its own loses its FUA.",
-        REQUESTS_PY,
+        "nbdtarget.server.requests:Requests._take_write",
         (
             (
                 "length, payload, flags & FUA, self._ended",
@@ -95,14 +90,14 @@ SERVER: Final = (
     Mutant(
         "fua-of-zeroes-dropped",
         "WRITE_ZEROES and TRIM lose their FUA.",
-        "nbdtarget/server/commands.py",
+        "nbdtarget.server.commands:bio_flags_of",
         (("    bio_flags = flags & FUA\n", "    bio_flags = 0\n"),),
         REQUESTS,
     ),
     Mutant(
         "flush-replied-without-a-flush",
         "A FLUSH carries no bytes, so there is nothing to do: it is answered at once.",
-        REQUESTS_PY,
+        "nbdtarget.server.requests:Requests._take",
         (
             (
                 "        elif not length and command != CMD_FLUSH:",
@@ -114,7 +109,7 @@ SERVER: Final = (
     Mutant(
         "flush-replied-before-it-ends",
         "A FLUSH is answered when the device has it, not when the device has ended it.",
-        REQUESTS_PY,
+        "nbdtarget.server.requests:Requests",
         (
             (
                 "        self._submit(bio)\n        output = self._output\n",
@@ -135,7 +130,7 @@ SERVER: Final = (
     Mutant(
         "write-replied-before-it-ends",
         "A WRITE that the device still works on is answered: the next FLUSH may miss it.",
-        REQUESTS_PY,
+        "nbdtarget.server.requests:Requests",
         (
             (
                 "        self._in_flight.add(bio)\n        self.is_full(0)\n",
@@ -155,7 +150,7 @@ SERVER: Final = (
     Mutant(
         "late-error-answered-as-success",
         "A request that fails after a while is answered with success.",
-        REQUESTS_PY,
+        "nbdtarget.server.requests:Requests._ended",
         (
             (
                 "            if bio.status:\n                self._give_back(request)\n",
@@ -167,7 +162,7 @@ SERVER: Final = (
     Mutant(
         "inline-error-answered-as-success",
         "A request that fails at once is answered with success.",
-        REQUESTS_PY,
+        "nbdtarget.server.requests:Requests._not_inline",
         (
             (
                 "        if bio.status > 0:\n            self._reply_error(",
@@ -182,7 +177,7 @@ SERVER: Final = (
     Mutant(
         "borrowed-payload-not-checked",
         "A device that keeps a borrowed payload goes unnoticed, and writes garbage later.",
-        REQUESTS_PY,
+        "nbdtarget.server.requests:Requests._not_inline",
         (
             (
                 "        if bio.borrowed:\n",
@@ -194,7 +189,7 @@ SERVER: Final = (
     Mutant(
         "device-released-under-bios",
         "A client hangs up, and the device is let go while its writes are under way.",
-        CONNECTION_PY,
+        "nbdtarget.server.connection:Connection.maybe_release",
         (
             (
                 "                self._sock.close()\n            return\n"
@@ -208,7 +203,7 @@ SERVER: Final = (
     Mutant(
         "budget-not-given-back",
         "Each late reply costs a piece of the budget, until the server stands still.",
-        REQUESTS_PY,
+        "nbdtarget.server.requests:Requests",
         (
             (
                 "            self._gate.ended(bio)\n        self._budget.give_back(1, 0)\n\n"
@@ -222,7 +217,7 @@ SERVER: Final = (
     Mutant(
         "gate-forgotten-while-a-client-attaches",
         "The last old connection takes the gate with it: writes of the new one overtake and undo others.",
-        GATE_PY,
+        "nbdtarget.server.gate:Gate.join",
         (
             (
                 "        self._members.append(member)\n        for each in older:\n"
@@ -236,7 +231,7 @@ SERVER: Final = (
     Mutant(
         "younger-write-does-not-wait",
         "A write overtakes one of a connection that has gone: an acknowledged write is undone.",
-        GATE_PY,
+        "nbdtarget.server.gate:Gate.submit",
         (
             (
                 "elders = [] if op in (OP_FLUSH, OP_CACHE) else self._overlapped(bio)",
@@ -248,7 +243,7 @@ SERVER: Final = (
     Mutant(
         "disc-forgets-writes-in-flight",
         "What is in flight when a client says DISC, or closes, is not waited for.",
-        CONNECTION_PY,
+        "nbdtarget.server.connection:Connection.disc",
         (
             (
                 "        if self._requests is not None:\n            self._gate().leave(self)\n        if not self._is_sh",
@@ -260,7 +255,7 @@ SERVER: Final = (
     Mutant(
         "socket-closed-before-its-writes-end",
         "A client sees EOF, connects again, and its old write comes after its new one.",
-        CONNECTION_PY,
+        "nbdtarget.server.connection:Connection.maybe_release",
         (("if any(self.writes_in_flight()):", "if False:"),),
         GATE,
     ),

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.catalog import CATALOG, ESSENTIAL
-from tests.mutants.mutant import Mutant, PatchError, patched
+from tests.mutants.mutant import Mutant, PatchError, patched, path_of, symbols
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("mutant", CATALOG, ids=lambda mutant: mutant.name)
 def test_mutant_applies_once_and_compiles(mutant: Mutant) -> None:
-    source = (ROOT / mutant.file).read_text()
+    path = path_of(mutant.module, ROOT)
     text = patched(mutant, ROOT)
-    assert text != source
-    compile(text, mutant.file, "exec")
+    assert text != path.read_text()
+    compile(text, str(path), "exec")
 
 
 @pytest.mark.slow
@@ -53,9 +53,66 @@ def test_names_are_unique_and_the_essential_ones_are_there() -> None:
     assert set(names) >= ESSENTIAL
 
 
-def test_patch_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "twice.py").write_text("a = 1\na = 1\n")
-    for old, count in (("a = 1\n", 2), ("b = 1\n", 0)):
-        mutant = Mutant("no-fit", "Nothing.", "twice.py", ((old, ""),), ())
-        with pytest.raises(PatchError, match=rf"no-fit: twice\.py .* {count} times"):
-            patched(mutant, tmp_path)
+MODULE = """\
+LIMIT = 1
+
+class Disk:
+    @property
+    def size(self):
+        return LIMIT
+
+    def flush(self):
+        return LIMIT
+"""
+
+
+def mutant_of(where: str, old: str = "return LIMIT") -> Mutant:
+    return Mutant("a-mutant", "Nothing.", where, ((old, "return 0"),), ())
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    package = tmp_path / "nbdtarget"
+    package.mkdir()
+    (package / "disk.py").write_text(MODULE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("symbol", ["Disk.size", "Disk.flush"])
+def test_patch_changes_only_the_symbol_it_names(tree: Path, symbol: str) -> None:
+    text = patched(mutant_of(f"nbdtarget.disk:{symbol}"), tree)
+    begin, end = symbols(text)[symbol]
+    assert "return 0" in text[begin:end]
+    assert text.count("return LIMIT") == 1
+
+
+def test_source_of_a_symbol_begins_with_its_decorator() -> None:
+    begin, end = symbols(MODULE)["Disk.size"]
+    assert MODULE[begin:end].startswith("    @property\n")
+    assert MODULE[begin:end].endswith("        return LIMIT\n")
+
+
+def test_patch_may_name_a_constant_or_a_whole_module(tree: Path) -> None:
+    for where in ("nbdtarget.disk:LIMIT", "nbdtarget.disk"):
+        text = patched(mutant_of(where, "LIMIT = 1"), tree)
+        assert text.startswith("return 0\n")
+
+
+@pytest.mark.parametrize(
+    ("where", "old", "message"),
+    [
+        ("nbdtarget.disk:Disk", "return LIMIT", "nbdtarget.disk:Disk holds .* 2 times"),
+        ("nbdtarget.disk:Disk.size", "return 2", "holds 'return 2' 0 times, not once"),
+        ("nbdtarget.disk:flush", "", "nbdtarget.disk has no flush$"),
+        (
+            "nbdtarget.gone:Disk.size",
+            "",
+            "no module nbdtarget.gone; there is nbdtarget.disk:Disk.size",
+        ),
+    ],
+)
+def test_patch_that_does_not_fit_is_refused_with_the_place_it_names(
+    tree: Path, where: str, old: str, message: str
+) -> None:
+    with pytest.raises(PatchError, match=f"^a-mutant: .*{message}"):
+        patched(mutant_of(where, old), tree)
