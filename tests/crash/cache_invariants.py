@@ -57,9 +57,9 @@ EVENTS: Final = {
     "sweeps": ("_migrations", "_sweep_block"),
     "overwrites": ("_foreground", "_overwritten"),
     "writes through": ("_foreground", "_write_through"),
-    "logged writes": ("_foreground", "_write_logged"),
+    "logged writes": ("_foreground", "_advance_after_log"),
     "invalidations": ("_foreground", "_invalidate"),
-    "committed writes": ("_foreground", "_write_committed"),
+    "writes after a commit": ("_foreground", "_advance_after_commit"),
     "discards": ("_foreground", "_discard"),
 }
 

@@ -14,7 +14,7 @@ from nbdtarget.policies.smq.policy import Smq
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
-from nbdtarget.targets.cache.foreground import Foreground
+from nbdtarget.targets.cache.foreground import CachedWrite, Foreground
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.migrations import Migrations
 from nbdtarget.targets.committer import Committer, Transaction
@@ -70,11 +70,9 @@ def passthrough_caches(foreground: Foreground, bio: Bio, *_: int) -> None:
     foreground._submit(foreground._blocks.cache, bio)
 
 
-def write_through_to_one(
-    foreground: Foreground, bio: Bio, oblock: int, cblock: int
-) -> None:
+def write_through_to_one(foreground: Foreground, write: CachedWrite) -> None:
     """J4: a write through reaches the origin only."""
-    foreground._submit(foreground._blocks.origin, bio)
+    foreground._submit(foreground._blocks.origin, write.bio)
 
 
 async def promote_something(migrations: Migrations, work: Work) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from nbdtarget.bio import OP_READ, Bio
-from nbdtarget.targets.cache.foreground import Foreground
+from nbdtarget.targets.cache.foreground import CachedWrite, Foreground
 from tests.crash.cache_rigs import (
     CacheRig,
     LoggedCacheRig,
@@ -159,16 +159,8 @@ def test_bios_that_overlap_in_flight_leave_one_of_the_two(rig: MakeRig) -> None:
     assert met > 5 * WALKS, "bios that never meet prove nothing"
 
 
-def write_through_beside_others(
-    foreground: Foreground, bio: Bio, oblock: int, cblock: int
-) -> None:
-    """Sends a write through at once, whatever overlapping one is under way."""
-    others = foreground._through.pop(oblock, [])
-    original_write_through(foreground, bio, oblock, cblock)
-    foreground._through.setdefault(oblock, [])[:0] = others
-
-
-original_write_through = Foreground._write_through
+def find_no_overlap(foreground: Foreground, write: CachedWrite) -> None:
+    """Has a write through sent at once, whatever overlapping one is under way."""
 
 
 class OldWriteComesBack(CrashDevice):
@@ -202,7 +194,7 @@ def test_overlap_walks_catch_write_throughs_that_take_different_orders(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tests.crash.machine.RUN_S_MAX", 1.0)
-    monkeypatch.setattr(Foreground, "_write_through", write_through_beside_others)
+    monkeypatch.setattr(Foreground, "_maybe_overlapping", find_no_overlap)
     assert any(fails(WritethroughRig, seed) for seed in range(MUTANT_WALKS_MAX))
 
 

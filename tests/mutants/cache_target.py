@@ -136,7 +136,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "fua-hit-without-a-committed-mapping",
         "FUA to a block whose mapping is not committed: a crash reads the origin again.",
-        "nbdtarget.targets.cache.foreground:Foreground._write_cached",
+        "nbdtarget.targets.cache.foreground:Foreground._advance",
         (
             "bio.flags & FUA and not metadata.vouches_for(cblock):",
             "bio.flags & FUA and blocks.has_failed:",
@@ -180,7 +180,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "dirty-when-the-write-has-ended",
         "While a write is under way its block counts as clean, and may be given up.",
-        "nbdtarget.targets.cache.foreground:Foreground._write_cached",
+        "nbdtarget.targets.cache.foreground:Foreground._advance",
         (
             "            blocks.set_dirty(cblock)\n            bio.offset +=",
             "            bio.on_end(lambda _: blocks.set_dirty(cblock))\n"
@@ -429,7 +429,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "writes-through-overtake-each-other",
         "Two writes to the same bytes end in different orders on the two devices.",
-        "nbdtarget.targets.cache.foreground:Foreground._write_through",
+        "nbdtarget.targets.cache.foreground:Foreground._maybe_overlapping",
         (
             "if other.begin < bio.offset + bio.length and bio.offset < other.end:",
             "if other.begin == bio.offset and other.end < bio.offset:",

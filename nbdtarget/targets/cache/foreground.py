@@ -44,6 +44,7 @@ Nobody waits here for what may not come: a parked bio waits for a lock, which wa
 
 import errno as errnos
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from nbdtarget.bio import (
@@ -64,7 +65,7 @@ from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.pieces import BYTES_AT_ONCE, PIECES_AT_ONCE, Pieces
 from nbdtarget_metadata.errors import MetadataError
 
-__all__ = ["Foreground"]
+__all__ = ["CachedWrite", "Foreground"]
 
 ZERO_FILL_BYTES_MAX: Final = (
     256 << 10
@@ -120,6 +121,22 @@ class WriteThrough:
         self._left -= 1
         if not self._left:
             self._ended()
+
+
+class CachedWrite:
+    """One write to a cached block, until it is sent.
+
+    Attributes:
+        is_held: the write holds its block.
+    """
+
+    __slots__ = ("bio", "cblock", "is_held", "oblock")
+
+    def __init__(self, bio: Bio, oblock: int, cblock: int) -> None:
+        self.bio = bio
+        self.oblock = oblock
+        self.cblock = cblock
+        self.is_held = False
 
 
 class Foreground:
@@ -292,18 +309,72 @@ class Foreground:
     def write_hit(self, bio: Bio, oblock: int, cblock: int) -> None:
         """A write to a cached block, which nobody has locked."""
         blocks = self._blocks
-        metadata = blocks.metadata
-        metadata.statistics.write_hits += 1
+        blocks.metadata.statistics.write_hits += 1
         if blocks.is_passthrough:
             self._invalidate(bio, oblock, cblock)
             return
         blocks.discards.clear(oblock)
+        self._advance(CachedWrite(bio, oblock, cblock))
+
+    def _advance(self, write: CachedWrite) -> None:
+        """Send a write to a cached block, or have it wait for what must come first.
+
+        Each wait ends with another call, which asks everything again: while the write waited, another
+        one may have made the block dirty, or clean, and a commit may have failed.
+        """
+        blocks = self._blocks
+        metadata = blocks.metadata
+        bio, oblock, cblock = write.bio, write.oblock, write.cblock
+        is_dirty = metadata.dirty[cblock]
+        is_for_cache = blocks.is_writeback or is_dirty
         if not self._may_write(cblock):
             bio.end(errnos.EIO)
-        elif metadata.dirty[cblock] or metadata.may_dirty(cblock):
-            self._write_cached(bio, oblock, cblock, is_held=False)
+        elif not (is_dirty or metadata.may_dirty(cblock)):
+            # Rule 2, with `dirty_log`: that the block may be dirty must be on disk first.
+            self._advance_after_log(write)
+        elif is_for_cache and bio.flags & FUA and not metadata.vouches_for(cblock):
+            # Rule 3: a crash would forget the mapping, and with it what was written.
+            self._advance_after_commit(write)
+        elif is_for_cache:
+            # Rule 2: dirty before it is sent, so that no crash finds the block clean and written to.
+            blocks.set_dirty(cblock)
+            bio.offset += (cblock - oblock) * blocks.block_size
+            self._submit(blocks.cache, bio)
+            if bio.status < 0:
+                self._hold(write)
+        elif (other := self._maybe_overlapping(write)) is not None:
+            # Rule 4: in two orders they would leave two copies that differ.
+            bio.own()
+            self._hold(write)
+            other.waiting.append(partial(self._advance, write))
         else:
-            self._write_logged(bio, oblock, cblock)
+            self._hold(write)
+            self._write_through(write)
+
+    def _advance_after_log(self, write: CachedWrite) -> None:
+        """Go on with a write when it is on disk that its block may be dirty."""
+        self._blocks.metadata.log_dirty(write.cblock)
+        self._advance_after_commit(write)
+
+    def _advance_after_commit(self, write: CachedWrite) -> None:
+        """Go on with a write when all that is changed now is committed. It holds its block meanwhile."""
+        bio = write.bio
+        bio.own()
+        self._hold(write)
+
+        def committed(errno: int) -> None:
+            if errno:
+                bio.end(errno)
+            else:
+                self._advance(write)
+
+        self._blocks.committer.after_commit(committed)
+
+    def _hold(self, write: CachedWrite) -> None:
+        """Hold the block until the write ends, once."""
+        if not write.is_held:
+            write.is_held = True
+            self._locks.hold(write.oblock, write.bio, is_write=True)
 
     def _may_write(self, cblock: int) -> bool:
         """Whether a write to a cached block needs nothing recorded that no longer can be."""
@@ -317,74 +388,17 @@ class Foreground:
             and metadata.vouches_for(cblock)
         )
 
-    def _write_logged(self, bio: Bio, oblock: int, cblock: int) -> None:
-        """As `_write_cached`, once it is on disk that the block may be dirty."""
-        blocks = self._blocks
-        bio.own()
-        self._locks.hold(oblock, bio, is_write=True)
-
-        def logged(errno: int) -> None:
-            if errno or not blocks.is_writable:
-                bio.end(errnos.EIO)
-            elif not blocks.metadata.may_dirty(cblock):
-                # It was cleaned meanwhile by somebody else's write, and that was recorded.
-                self._write_after_log(cblock, logged)
-            else:
-                self._write_cached(bio, oblock, cblock, is_held=True)
-
-        self._write_after_log(cblock, logged)
-
-    def _write_after_log(self, cblock: int, logged: Callable[[int], None]) -> None:
-        self._blocks.metadata.log_dirty(cblock)
-        self._blocks.committer.after_commit(logged)
-
-    def _write_cached(
-        self, bio: Bio, oblock: int, cblock: int, *, is_held: bool
-    ) -> None:
-        """Send a write that may be sent, as far as the dirty log goes."""
-        blocks = self._blocks
-        metadata = blocks.metadata
-        is_for_cache = blocks.is_writeback or metadata.dirty[cblock]
-        if is_for_cache and bio.flags & FUA and not metadata.vouches_for(cblock):
-            self._write_committed(bio, oblock, cblock, is_held=is_held)
-        elif is_for_cache:
-            blocks.set_dirty(cblock)
-            bio.offset += (cblock - oblock) * blocks.block_size
-            self._submit(blocks.cache, bio)
-            if bio.status < 0 and not is_held:
-                self._locks.hold(oblock, bio, is_write=True)
-        else:
-            if not is_held:
-                self._locks.hold(oblock, bio, is_write=True)
-            self._write_through(bio, oblock, cblock)
-
-    def _write_committed(
-        self, bio: Bio, oblock: int, cblock: int, *, is_held: bool
-    ) -> None:
-        """A write with FUA to a block whose mapping a crash would forget: commit it first."""
-        bio.own()
-        if not is_held:
-            self._locks.hold(oblock, bio, is_write=True)
-
-        def committed(errno: int) -> None:
-            if errno:
-                bio.end(errno)
-            elif self._blocks.metadata.may_dirty(cblock):
-                self._write_cached(bio, oblock, cblock, is_held=True)
-            else:
-                self._write_after_log(cblock, committed)
-
-        self._blocks.committer.after_commit(committed)
-
-    def _write_through(self, bio: Bio, oblock: int, cblock: int) -> None:
-        """Send a held write to both devices, unless another one is on its way to the same bytes."""
-        for other in self._through.get(oblock, ()):
+    def _maybe_overlapping(self, write: CachedWrite) -> WriteThrough | None:
+        """Return a write that is on its way to both devices, and to some of the same bytes."""
+        bio = write.bio
+        for other in self._through.get(write.oblock, ()):
             if other.begin < bio.offset + bio.length and bio.offset < other.end:
-                bio.own()
-                other.waiting.append(
-                    lambda: self._write_after_another(bio, oblock, cblock)
-                )
-                return
+                return other
+        return None
+
+    def _write_through(self, write: CachedWrite) -> None:
+        """Send a held write to both devices."""
+        bio, oblock, cblock = write.bio, write.oblock, write.cblock
         self._blocks.metadata.begin_write_through(cblock)
         self._blocks.origin_writes.nr_sent += 1
         through = WriteThrough(
@@ -407,12 +421,6 @@ class Foreground:
         submit(self._blocks.origin, offset, through.origin_ended)
         offset += (cblock - oblock) * self._blocks.block_size
         submit(self._blocks.cache, offset, through.cache_ended)
-
-    def _write_after_another(self, bio: Bio, oblock: int, cblock: int) -> None:
-        if self._may_write(cblock):
-            self._write_cached(bio, oblock, cblock, is_held=True)
-        else:
-            bio.end(errnos.EIO)
 
     def _written_through(
         self, through: "WriteThrough", oblock: int, cblock: int
