@@ -123,3 +123,14 @@ def test_no_registry_machine_path_or_unfinished_work_is_named(
 ) -> None:
     found = ((name_of(path), unwanted.search(path.read_text())) for path in TEXTS)
     assert [(name, match.group()) for name, match in found if match] == []
+
+
+def test_logger_of_a_module_is_called_log() -> None:
+    made = re.compile(r"^(\w+) = logging\.getLogger\(__name__\)$", re.MULTILINE)
+    names = {
+        name_of(path): made.findall(path.read_text())
+        for path in MODULES
+        if is_library(path)
+    }
+    assert sum(map(len, names.values())) > 30
+    assert {name: found for name, found in names.items() if set(found) - {"log"}} == {}

@@ -32,7 +32,7 @@ from nbdtarget.control.verbs import Verbs
 
 __all__ = ["ControlServer", "NoSocketError", "SocketInUseError"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 HTTP_MODULE: Final = "nbdtarget.control.http"
 CLOSING_TURNS: Final = 5
@@ -80,7 +80,7 @@ class ControlServer:
             self.address = self.address._replace(port=listener.getsockname()[1])
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._first_client)
-        _log.info("control socket: %s", self.address)
+        log.info("control socket: %s", self.address)
 
     @property
     def port(self) -> int | None:

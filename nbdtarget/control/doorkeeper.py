@@ -17,7 +17,7 @@ from nbdtarget.common.clock import LoopClock, Timer
 
 __all__ = ["BODY_S", "CONNECTIONS_MAX", "HEADER_S", "IDLE_S", "Doorkeeper"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX: Final = 128
 HEADER_S: Final = 10.0
@@ -56,7 +56,7 @@ class Doorkeeper:
 
 class _TurnedAway(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        logger.warning("a client is turned away: %d connections", CONNECTIONS_MAX)
+        log.warning("a client is turned away: %d connections", CONNECTIONS_MAX)
         transport.close()
 
 
@@ -106,6 +106,6 @@ class _Watched(asyncio.Protocol):
             self._timer = _clock.call_later(seconds, self._too_late)
 
     def _too_late(self) -> None:
-        logger.info("control socket: no request in time: closed")
+        log.info("control socket: no request in time: closed")
         if isinstance(self._transport, asyncio.WriteTransport):
             self._transport.abort()

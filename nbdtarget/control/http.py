@@ -40,7 +40,7 @@ from nbdtarget.control.verbs import Verbs
 
 __all__ = ["serve_http"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX: Final = 16 << 20
 REASON_LENGTH_MAX: Final = 4000  # characters
@@ -55,9 +55,9 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     """What is no HTTP, or a client that has gone, is no bug of ours: a line, for who wants to know."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, ConnectionError):
-        _log.info("control socket: the client has gone: %s", error)
+        log.info("control socket: the client has gone: %s", error)
     elif isinstance(error, HttpProcessingError):
-        _log.info("control socket: not HTTP: %s", " ".join(error.message.split()))
+        log.info("control socket: not HTTP: %s", " ".join(error.message.split()))
     else:
         return True
     return False
@@ -143,7 +143,7 @@ def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
             return _failure(_STATUS.get(errno, 422), str(error), errno)
         except Exception:
             # The last line of defence: a bug in one verb must not end the server.
-            _log.exception("%s %r failed", verb, request)
+            log.exception("%s %r failed", verb, request)
             return _failure(500, "internal error, see the server's log", errnos.EIO)
         return _response(200, answer)
 

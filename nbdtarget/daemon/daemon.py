@@ -81,7 +81,7 @@ __all__ = [
     "serve_until_stopped",
 ]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 STOP_S_MAX: Final = 60.0  # systemd kills after 90
 REQUESTS_S_MAX: Final = 10.0
@@ -250,7 +250,7 @@ class Daemon:
                     await reload()
                 except Exception:
                     # The last line of defence: the next SIGHUP is followed all the same.
-                    _log.exception("reload failed")
+                    log.exception("reload failed")
                 self.tell_ready()
 
         self._follower = asyncio.create_task(follow())
@@ -295,7 +295,7 @@ class Daemon:
                 bound_s = None if total_s is None else total_s + CANCEL_S_MAX
                 await wait_within([task], bound_s)
         if not task.done():
-            _log.error("what was begun at the start does not end: not waited for")
+            log.error("what was begun at the start does not end: not waited for")
             _leave_at_once.append("start")
             return None
         return None if task.cancelled() else task.result()
@@ -324,7 +324,7 @@ class Daemon:
 
         Durable: everything acknowledged; everything that had ended, if `is_committed` afterwards.
         """
-        _log.info("stopping")
+        log.info("stopping")
         self.notifier.stopping()
         ending = asyncio.create_task(self._end_in_order())
         give_up = asyncio.create_task(self._give_up_reads())
@@ -359,7 +359,7 @@ class Daemon:
     def _say_uncommitted(self, names: list[str]) -> None:
         self.is_committed = not names
         for name in names:
-            _log.error(
+            log.error(
                 "%s: could not be committed: writes that no FLUSH has covered may be lost",
                 name,
             )
@@ -369,7 +369,7 @@ class Daemon:
         assert bounds.total_s is not None
         assert bounds.devices_s is not None
         for line in registry.hanging():
-            _log.error("%s", line)
+            log.error("%s", line)
         registry.give_up_reads()
         rest_s = bounds.total_s - bounds.devices_s
         self._say_uncommitted(await registry.commit_what_answers(rest_s))
@@ -378,7 +378,7 @@ class Daemon:
         """Something still hangs, and is not waited for: the process is to be left at once."""
         hanging = self.registry.hanging()
         _leave_at_once.extend(hanging or ["stop"])
-        _log.error("leaving without waiting for: %s", "; ".join(hanging) or "the rest")
+        log.error("leaving without waiting for: %s", "; ".join(hanging) or "the rest")
         if self._control is not None:
             closing = asyncio.create_task(self._control.close())
             await wait_within([closing], CONTROL_S_MAX)

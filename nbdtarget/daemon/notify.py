@@ -23,7 +23,7 @@ from nbdtarget.common.clock import monotonic_ns
 
 __all__ = ["Notifier"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 VARIABLE: Final = "NOTIFY_SOCKET"
 
@@ -62,7 +62,7 @@ class Notifier:
                 sock.setblocking(False)
                 sock.sendto(text.encode(errors="replace"), self._address)
         except OSError as error:
-            _log.warning("$%s: %s", VARIABLE, error.strerror or error)
+            log.warning("$%s: %s", VARIABLE, error.strerror or error)
             self._address = None
 
 
@@ -70,7 +70,7 @@ def _address(text: str) -> bytes | None:
     if not text:
         return None
     if text[0] not in "/@":
-        _log.warning("$%s: neither a path nor an abstract socket: %s", VARIABLE, text)
+        log.warning("$%s: neither a path nor an abstract socket: %s", VARIABLE, text)
         return None
     name = os.fsencode(text)
     return b"\0" + name[1:] if text[0] == "@" else name

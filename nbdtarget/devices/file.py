@@ -103,7 +103,7 @@ from nbdtarget.devices.workers import WorkerPool
 
 __all__ = ["FileDevice"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 INLINE_READ_MAX: Final = 1 << 20  # bytes; copying more would hold the loop up by itself
 INLINE_WRITE_MAX: Final = 256 << 10
@@ -330,7 +330,7 @@ class FileDevice(RecognisedFile):
         # read to meet again.
         if error.errno in (errnos.EOPNOTSUPP, errnos.ENOSYS):
             self._read_inline_max = -1
-            logger.info("%s: no RWF_NOWAIT: reads go to workers", self.name)
+            log.info("%s: no RWF_NOWAIT: reads go to workers", self.name)
 
     def _read_later(self, bio: Bio, got: int) -> None:
         here = bio.payload
@@ -410,7 +410,7 @@ class FileDevice(RecognisedFile):
         self._set_quick()
 
     def _back_off(self, took_ns: int) -> None:
-        logger.debug(
+        log.debug(
             "%s: a write took %d us: by workers for %.0f s",
             self.name,
             took_ns // 1000,
@@ -470,7 +470,7 @@ class FileDevice(RecognisedFile):
     def _latch(self, what: str, status: int) -> None:
         self._is_latched = True
         if self.health.latch(status):
-            logger.error(
+            log.error(
                 "%s: %s failed: %s: no flush will succeed until it is opened again",
                 self.name,
                 what,

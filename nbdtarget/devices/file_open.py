@@ -50,7 +50,7 @@ __all__ = [
     "sync_directory",
 ]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 async def open_file(
@@ -236,7 +236,7 @@ def _sync_directory_of(path: str) -> None:
         # EACCES: we may pass through the directory, but not open it. EINVAL: no such fsync.
         if error.errno not in (errnos.EACCES, errnos.EPERM, errnos.EINVAL):
             raise
-        logger.debug("%s: not synced: %s", directory, error)
+        log.debug("%s: not synced: %s", directory, error)
 
 
 def _create(name: str, path: str, size: int, sparse: bool) -> int:

@@ -85,7 +85,7 @@ from nbdtarget_protocol.client import ClientNegotiated, Completion
 
 __all__ = ["NbdDevice", "open_nbd"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 IN_FLIGHT_MAX: Final = 64  # requests, over all connections
 PIECE_MAX: Final = 4 << 20  # bytes of payload in one request
@@ -239,7 +239,7 @@ class NbdDevice(Device):
             self._completed(completion)
         if given_up or queued:
             nr = len(given_up) + len(queued)
-            logger.warning("%s: %d reads given up", self.name, nr)
+            log.warning("%s: %d reads given up", self.name, nr)
 
     async def measure(self) -> int:
         # A server tells the size at the handshake, and never again.
@@ -326,7 +326,7 @@ class NbdDevice(Device):
             status = errnos.EIO
         elif status:
             if completion.message:
-                logger.info("%s: %s", self.name, completion.message)
+                log.info("%s: %s", self.name, completion.message)
             if status == errnos.ESHUTDOWN:
                 status = errnos.EIO
                 # Such a server may stay for as long as we are connected, and refuse everything.
@@ -380,7 +380,7 @@ class NbdDevice(Device):
             return
         self._is_latched = True
         if self.health.latch(status):
-            logger.error(
+            log.error(
                 "%s: %s failed with errno %d: no flush will succeed until it is opened"
                 " again",
                 self.name,
@@ -566,7 +566,7 @@ class NbdDevice(Device):
         if self._is_lost:
             raise DeviceError(errnos.EIO, self.name, "extents", offset, length)
         if status or completion is None:
-            logger.info("%s: no block status: errno %d", self.name, status)
+            log.info("%s: no block status: errno %d", self.name, status)
             return None
         runs = completion.extents
         assert runs is not None
@@ -584,9 +584,9 @@ class NbdDevice(Device):
         if self._is_lost:
             return
         self._is_lost = True
-        logger.error("%s: connection lost: %s", self.name, reason)
+        log.error("%s: connection lost: %s", self.name, reason)
         if self._is_latched or self._nr_written != self._nr_flushed:
-            logger.error(
+            log.error(
                 "%s: what was written since the last flush may be gone: the next FLUSH"
                 " of each client fails",
                 self.name,
@@ -632,7 +632,7 @@ class NbdDevice(Device):
             for connection in connections:
                 connection.close()
             raise
-        logger.warning("%s: connected again", self.name)
+        log.warning("%s: connected again", self.name)
         self._connections = connections
         self._take_abilities(connections[0].negotiated)
         self._is_lost = self._is_latched = False
@@ -656,7 +656,7 @@ class NbdDevice(Device):
         if error.reason != self._refusal:
             self._refusal = error.reason
             self.health.last_error = error.reason
-            logger.warning("%s; trying again and again", error)
+            log.warning("%s; trying again and again", error)
 
     def _start_connections(self) -> None:
         for connection in self._connections:

@@ -13,7 +13,7 @@ from nbdtarget_protocol.client import ClientNegotiated
 
 __all__ = ["CONNECTIONS_MAX", "connect_all"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX: Final = 4
 
@@ -45,11 +45,11 @@ async def _connect_more(
         try:
             another = await connect(name, uri)
         except ResolveError as error:
-            logger.info("%s; going on with %d", error, len(connections))
+            log.info("%s; going on with %d", error, len(connections))
             return
         if another.negotiated != connections[0].negotiated:
             another.close()
-            logger.info("%s: its connections disagree: using one", name)
+            log.info("%s: its connections disagree: using one", name)
             return
         connections.append(another)
 

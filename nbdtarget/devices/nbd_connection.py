@@ -73,7 +73,7 @@ from nbdtarget_protocol.errors import ReplyError
 
 __all__ = ["NbdConnection", "connect", "wait_until_ended"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S: Final = 10.0  # to resolve the name; and each address
 HANDSHAKE_TIMEOUT_S: Final = 10.0
@@ -364,7 +364,7 @@ class NbdConnection:
         except BlockingIOError:
             return
         except OSError as error:
-            logger.debug("%s: %s", self.uri, error)
+            log.debug("%s: %s", self.uri, error)
         self._shut()
 
 

@@ -59,7 +59,7 @@ from nbdtarget_metadata.disks import Evidence
 
 __all__ = ["MappedDevice", "State"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _Ask = Callable[[Target, int, int], Awaitable[list[Extent]]]
 
@@ -238,7 +238,7 @@ class MappedDevice(MappedIo):
 
     def _suspended(self) -> None:
         self.state = State.SUSPENDED
-        _log.info("%s: suspended", self.name)
+        log.info("%s: suspended", self.name)
 
     def _undo_suspend(self, table: Table) -> None:
         for target in table.targets:
@@ -270,7 +270,7 @@ class MappedDevice(MappedIo):
         try:
             await target.postsuspend()
         except Exception:
-            _log.exception("%s: postsuspend failed: device fails", self.name)
+            log.exception("%s: postsuspend failed: device fails", self.name)
             table.failed = True
 
     async def _postsuspend_failed(self, target: Target) -> None:
@@ -285,7 +285,7 @@ class MappedDevice(MappedIo):
         timer.cancel()
         (task,) = done
         if task.cancelled() or task.exception() is not None:
-            _log.error(
+            log.error(
                 "%s: %s did not stop: %r",
                 self.name,
                 target.type_name,
@@ -296,7 +296,7 @@ class MappedDevice(MappedIo):
         try:
             call()
         except Exception:
-            _log.exception("%s: %r failed: device fails", self.name, call)
+            log.exception("%s: %r failed: device fails", self.name, call)
             table.failed = True
 
     async def activate(self) -> None:
@@ -369,7 +369,7 @@ class MappedDevice(MappedIo):
                     f"the table before it cannot be resumed either ({error}): the device"
                     " is suspended; load a table that works, and resume it"
                 )
-        _log.error("%s: resume refused: %s (%s)", self.name, refusal, outcome)
+        log.error("%s: resume refused: %s (%s)", self.name, refusal, outcome)
         raise TableError(refusal.reason, refusal.errno, outcome) from refusal
 
     async def _swap(self, within_s: float | None = None) -> Table | None:
@@ -386,7 +386,7 @@ class MappedDevice(MappedIo):
     def _note_losses(self, old: Table, new: Table) -> None:
         """`new` takes the place of `old`: say so if it takes writes with it."""
         if self._swap_loses(old, new):
-            _log.error(
+            log.error(
                 "%s: writes that were not flushed went with the table that was replaced:"
                 " the next FLUSH of each client fails",
                 self.name,
@@ -465,7 +465,7 @@ class MappedDevice(MappedIo):
             for target in table.targets:
                 self._guard(table, target.resume)
         self._let_go()
-        _log.info("%s: resumed", self.name)
+        log.info("%s: resumed", self.name)
 
     def _let_go(self) -> None:
         """From now on bios are mapped, first those that were queued."""
@@ -480,7 +480,7 @@ class MappedDevice(MappedIo):
         if table.failed and self._in_flight:
             # Bios may still be on their way below: a closed descriptor could be another file's
             # by then. The devices stay open, and locked, until the process ends.
-            _log.error("%s: %d bios lost in failure", self.name, self._in_flight)
+            log.error("%s: %d bios lost in failure", self.name, self._in_flight)
             return
         await table.unused()
         for target in table.targets:
@@ -490,7 +490,7 @@ class MappedDevice(MappedIo):
         try:
             await target.dtr()
         except Exception:
-            _log.exception("%s: destructor failed", self.name)
+            log.exception("%s: destructor failed", self.name)
 
     async def remove(self, *, within_s: float | None = None) -> None:
         """Suspend (which commits), destroy both tables, wake who waits for events.

@@ -76,7 +76,7 @@ from nbdtarget.targets.base import KILL, REMAPPED, SUBMITTED, Target
 
 __all__ = ["FAILED_DRAIN_S_MAX", "MappedIo", "State"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 FAILED_DRAIN_S_MAX: Final = 5.0  # a failed target may have lost bios: wait no longer
 
@@ -351,7 +351,7 @@ class MappedIo(Device):
 
     def _fail_table(self, bio: Bio) -> None:
         """Called in an except clause: the target, not the bio, is what went wrong."""
-        _log.exception("%s: target failed on %r: device fails", self.name, bio)
+        log.exception("%s: target failed on %r: device fails", self.name, bio)
         assert self.active is not None
         self.active.failed = True
         self._set_fast_path()
@@ -432,7 +432,7 @@ class MappedIo(Device):
         errno = await done
         if errno:
             self.health.note_loss()
-            _log.error("%s: flush: %s", self.name, os.strerror(errno))
+            log.error("%s: flush: %s", self.name, os.strerror(errno))
         self._is_flushed = not errno
 
     async def _drain(self, table: Table | None) -> None:

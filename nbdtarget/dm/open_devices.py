@@ -64,7 +64,7 @@ from nbdtarget.dm.table import TargetSpec
 
 __all__ = ["MAPPER", "DeviceOpener", "OpenDevices", "TableContext", "absolute_name"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MAPPER = "/dev/mapper/"
 MEASURE_S_MAX: Final = 2.0  # a server that hangs keeps no table from being loaded
@@ -191,7 +191,7 @@ class _Open:
             async with timeout(MEASURE_S_MAX):
                 return await device.measure()
         except (OSError, ResolveError) as error:
-            _log.warning(
+            log.warning(
                 "%s: cannot be measured, taken for as large as before: %s",
                 device.name,
                 error or "no answer",
@@ -207,7 +207,7 @@ class _Open:
         if size == device.size:
             return
         is_larger = size > device.size
-        _log.log(
+        log.log(
             logging.INFO if is_larger else logging.WARNING,
             "%s: has %s from %d to %d bytes",
             device.name,
@@ -327,7 +327,7 @@ class OpenDevices:
             self._unusable.remove(old)
             await device.close()
             raise
-        _log.info("%s: %s: opened anew", holder.name, name)
+        log.info("%s: %s: opened anew", holder.name, name)
         return use
 
     async def keep_open(
@@ -655,7 +655,7 @@ class TableContext:
             await self._registry.opens.release(self._held.pop())
         while self.created:
             path = self.created.pop()
-            _log.info("%s: removing %s again", self.name, path)
+            log.info("%s: removing %s again", self.name, path)
             await self._registry.opens.opener.remove_created(path)
 
     def _maybe_mapped(self, path: str) -> MappedDevice | None:

@@ -33,7 +33,7 @@ from nbdtarget.targets.registry import TARGET_TYPES
 
 __all__ = ["MAJOR", "SUSPEND_S_MAX", "Registry"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MAJOR: Final = 253  # what Linux most often gives device-mapper
 NAME_LENGTH_MAX: Final = 127
@@ -446,7 +446,7 @@ class Registry:
         name = device.dm_name
         if name in self._devices:
             name = f"{name[: NAME_LENGTH_MAX // 2]}.{device.minor}"
-            _log.error("%s: could not be removed, and is %s now", device.name, name)
+            log.error("%s: could not be removed, and is %s now", device.name, name)
             device.dm_name, device.name = name, f"/dev/mapper/{name}"
         self._devices[name] = device
 
@@ -614,7 +614,7 @@ class Registry:
         ]
         for device in self.devices():
             if device not in held:
-                _log.warning("%s: still open %d times", device.name, device.open_count)
+                log.warning("%s: still open %d times", device.name, device.open_count)
                 device.open_count = 0
                 found.append(device)
         return found
@@ -623,7 +623,7 @@ class Registry:
         """End what hangs of the devices that are only read: nothing can be lost by it."""
         for device in self.opens.devices():
             if device.read_only and (nr_reads := device.nr_in_flight):
-                _log.warning(
+                log.warning(
                     "%s: does not answer: %d requests are given up",
                     device.name,
                     nr_reads,

@@ -21,7 +21,7 @@ from nbdtarget.targets.base import Target
 
 __all__ = ["Replacements"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class _Registry(MappedDevices, Protocol):
@@ -58,7 +58,7 @@ class Replacements:
         def done(task: "asyncio.Task[None]") -> None:
             del self._tasks[context]
             if not task.cancelled() and (error := task.exception()) is not None:
-                _log.critical("%s: replacement", device.name, exc_info=error)
+                log.critical("%s: replacement", device.name, exc_info=error)
 
         task.add_done_callback(done)
 
@@ -89,9 +89,9 @@ class Replacements:
             is_live = device.maybe_live_target(context) is not None
             is_news = is_live and device.state is State.ACTIVE
             level = logging.WARNING if is_news else logging.INFO
-            _log.log(level, "%s: not done: %s", what, error)
+            log.log(level, "%s: not done: %s", what, error)
         else:
-            _log.info("%s", what)
+            log.info("%s", what)
         device.event()
 
     async def _replace(

@@ -43,7 +43,7 @@ from nbdtarget.dm.table import Table
 
 __all__ = ["Job", "Plan", "Reporter"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Plan(Protocol):
@@ -212,7 +212,7 @@ class Job(Generic[P]):
             try:
                 await daemon.open_control(control_address(None), token=token)
             except (SocketInUseError, NoSocketError) as error:
-                _log.warning(
+                log.warning(
                     "%s; %s has the control socket of its name instead", error, name
                 )
             else:
@@ -227,7 +227,7 @@ class Job(Generic[P]):
         except NoSocketError as error:
             if not self._listen:
                 raise
-            _log.warning(
+            log.warning(
                 "no control socket: %s: no command will find %s; give --control PATH",
                 error,
                 name,
@@ -238,7 +238,7 @@ class Job(Generic[P]):
         try:
             tell(*words)
         except OSError as error:
-            _log.debug("cannot report: %s", error)
+            log.debug("cannot report: %s", error)
 
 
 def _has_lost_any(device: MappedDevice, table: Table) -> bool:

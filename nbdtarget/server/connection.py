@@ -64,7 +64,7 @@ from nbdtarget_protocol.handshake import Negotiated, ServerHandshake
 
 __all__ = ["Connection"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 HANDSHAKE: Final = 0
 TRANSMISSION: Final = 1
@@ -202,7 +202,7 @@ class Connection:
                 break
             self._guard(self._receive_transmission)
         if self.state == TRANSMISSION:
-            logger.info("%s: has gone with requests unread: dropped", self.peer)
+            log.info("%s: has gone with requests unread: dropped", self.peer)
             self.abort()
 
     @property
@@ -227,7 +227,7 @@ class Connection:
                 limits.handshake_timeout_s, self._handshake_timed_out
             )
             return
-        logger.info("%s: no handshake in time", self.peer)
+        log.info("%s: no handshake in time", self.peer)
         self.abort()
 
     def _linger(self) -> None:
@@ -250,7 +250,7 @@ class Connection:
         waited_ns = self._shared.clock.now_ns() - self.progress_ns
         left_s = self._limits.stall_timeout_s - waited_ns / 1e9
         if left_s <= 0 and self._output.is_blocked:
-            logger.info("%s: has left and does not take its replies", self.peer)
+            log.info("%s: has left and does not take its replies", self.peer)
             self.abort()
             return
         if self._timer is not None:
@@ -295,16 +295,16 @@ class Connection:
         try:
             call()
         except Violation as error:
-            logger.info("%s: %s: disconnected", self.peer, error)
+            log.info("%s: %s: disconnected", self.peer, error)
             self.abort()
         except BlockingIOError:
             pass  # woken for nothing: the loop will call again
         except OSError as error:
             level = logging.DEBUG if is_gone(error) else logging.INFO
-            logger.log(level, "%s: %s", self.peer, error)
+            log.log(level, "%s: %s", self.peer, error)
             self.abort()
         except Exception:
-            logger.exception("%s: connection failed", self.peer)
+            log.exception("%s: connection failed", self.peer)
             self.abort()
 
     # ---- the socket ----
@@ -401,7 +401,7 @@ class Connection:
             self._output.push(data)
         if handshake.closed:
             if handshake.error is not None:
-                logger.info("%s: %s", self.peer, handshake.error)
+                log.info("%s: %s", self.peer, handshake.error)
             self.disc()
         elif handshake.negotiated is not None:
             self._begin_transmission(handshake.negotiated)
@@ -413,7 +413,7 @@ class Connection:
         try:
             device = self._shared.directory.acquire(negotiated.export.name)
         except KeyError:
-            logger.info("%s: %s is gone", self.peer, negotiated.export.name)
+            log.info("%s: %s is gone", self.peer, negotiated.export.name)
             self.disc()
             return
         if self._timer is not None:
@@ -429,7 +429,7 @@ class Connection:
             self._requests.refuse()
         self._gate().join(self)
         self._requests.put(self._handshake.trailing_data())
-        logger.info("%s: attached %s", self.peer, negotiated.export.name)
+        log.info("%s: attached %s", self.peer, negotiated.export.name)
         self._requests.serve()
 
     # hot: one system call and 0.6 us a batch, besides `Requests.serve`

@@ -50,7 +50,7 @@ from nbdtarget.devices.base import Device
 
 __all__ = ["Gate", "Gates", "Member"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 HELD_LOG_S: Final = 10.0  # from the first held request to a line in the log
 
@@ -189,7 +189,7 @@ class Gate:
     def _log_held(self) -> None:
         self._timer = None
         if self._held:
-            logger.warning(
+            log.warning(
                 "%s: requests wait for %d earlier writes that have not ended for %g s",
                 self._device.name,
                 len(self._behind),

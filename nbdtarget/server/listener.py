@@ -52,7 +52,7 @@ from nbdtarget.server.shared import Shared
 
 __all__ = ["Listener", "export_uri"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 ACCEPTS_MAX: Final = 16  # in one turn of the loop
 ACCEPT_PAUSE_S: Final = 1.0
@@ -164,7 +164,7 @@ class Listener:
         for connection in list(self._connections):
             connection.abort()
         if self._connections:
-            logger.warning(
+            log.warning(
                 "%d connections closed with I/O in flight", len(self._connections)
             )
         self._set_all_gone()
@@ -264,7 +264,7 @@ class Listener:
                 return
             except OSError as error:
                 if error.errno in _OUT_OF_FILES:
-                    logger.warning("cannot accept: %s", error.strerror)
+                    log.warning("cannot accept: %s", error.strerror)
                     self._stop_accepting()
                     self._accept_timer = self._clock.call_later(
                         ACCEPT_PAUSE_S, self._start_accepting
@@ -274,7 +274,7 @@ class Listener:
             origin = origin_of(client, address)
             refusal = self._admission.refusal(origin, client.fileno())
             if refusal:
-                logger.warning("a client is turned away: %s", refusal)
+                log.warning("a client is turned away: %s", refusal)
                 client.close()
             else:
                 self._connect(client, origin)
@@ -318,7 +318,7 @@ class Listener:
         now_ns = self._clock.now_ns()
         for connection in list(self._connections):
             if connection.is_stalled(now_ns):
-                logger.warning("%s: stalled while others wait", connection.peer)
+                log.warning("%s: stalled while others wait", connection.peer)
                 connection.abort()
         if self._shared.budget.nr_waiters:
             self._starved()

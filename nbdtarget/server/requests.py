@@ -89,7 +89,7 @@ from nbdtarget_protocol.transmission import (
 
 __all__ = ["Requests", "Violation"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 TURN_LOOK: Final = 32 << 10  # received bytes between two looks at the clock
 COMPACT_MAX: Final = 4 << 10  # so much is moved to the front of the buffer at once
@@ -622,7 +622,7 @@ class Requests:
         except DeviceError as error:
             status = error.errno
         except Exception:
-            logger.exception("%s: %s: block status", self._host.peer, device.name)
+            log.exception("%s: %s: block status", self._host.peer, device.name)
             status = errnos.EIO
         self.nr_requests -= 1
         if not self._host.is_closed:
@@ -672,7 +672,7 @@ class Requests:
             self._output.push(simple_reply(0, cookie))
 
     def _reply_refusal(self, cookie: int, command: int, refusal: RequestError) -> None:
-        logger.debug("%s: %s", self._host.peer, refusal)
+        log.debug("%s: %s", self._host.peer, refusal)
         self._output.push(
             self._encode_error(cookie, command, refusal.errno, refusal.message)
         )

@@ -117,9 +117,9 @@ PORCELAIN: Final = (
         "The disk goes away because somebody closed a pipe.",
         "nbdtarget.porcelain.job:Job._report",
         "        except OSError as error:\n"
-        '            _log.debug("cannot report: %s", error)\n',
+        '            log.debug("cannot report: %s", error)\n',
         "        except FileNotFoundError as error:\n"
-        '            _log.debug("cannot report: %s", error)\n',
+        '            log.debug("cannot report: %s", error)\n',
         (*CLONE_TESTS, *CACHE_TESTS),
     ),
 )

@@ -58,7 +58,7 @@ UNFLUSHED_BYTES_MAX: Final = 32 << 20
 BATCH_BYTES_MAX: Final = 1 << 20
 _SECTOR: Final = 512
 
-_logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Block:
@@ -172,9 +172,7 @@ class Log:
 
     def disable(self, reason: str) -> None:
         """Log nothing any more."""
-        _logger.error(
-            "%s: %s: %s: logging disabled", self._name, self.device.name, reason
-        )
+        log.error("%s: %s: %s: logging disabled", self._name, self.device.name, reason)
         self.enabled = False
         dropped = [*self._queue, *self.take_unflushed()]
         self._queue.clear()
