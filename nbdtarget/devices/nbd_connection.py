@@ -50,6 +50,7 @@ from typing import Final
 
 from nbdtarget.common.clock import LoopClock, Timer, timeout
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import EXTENTS_MAX
 from nbdtarget.devices.nbd_uri import NbdUri
 from nbdtarget_protocol.client import (
@@ -124,7 +125,8 @@ class NbdConnection:
         )
         self._trailing = handshake.trailing_data()
         self._out: list[bytes | memoryview] = []
-        self._send_is_due = False
+        self._send_soon = Soon(self._send_out)
+        self._read_on_soon = Soon(self._read_on)
         self._writer_is_set = False
         self._cookie = 0
         self._completed: Callable[[Completion], None] = _nobody
@@ -170,13 +172,13 @@ class NbdConnection:
         self.in_flight += 1
         if self._ticker is None and self._tick_s:
             self._ticker = _clock.call_later(self._tick_s, self._tick)
-        if self._send_is_due or self._writer_is_set:
+        if self._send_soon.is_due or self._writer_is_set:
             return
         if self.in_flight == 1:
             self._send_out()
         else:
-            self._send_is_due = True
-            self._loop.call_soon(self._send_out)
+            # Others may follow in this turn of the loop: they leave in one system call.
+            self._send_soon.ask()
 
     def give_up(self) -> list[Completion]:
         """Take back everything that is in flight, as if answered with EIO. Nothing more is sent."""
@@ -234,6 +236,8 @@ class NbdConnection:
         if self._writer_is_set:
             self._loop.remove_writer(self._fd)
             self._writer_is_set = False
+        self._send_soon.cancel()
+        self._read_on_soon.cancel()
         if self._ticker is not None:
             self._ticker.cancel()
         self._out.clear()
@@ -282,7 +286,6 @@ class NbdConnection:
             self._ticker = _clock.call_later(self._tick_s, self._tick)
 
     def _send_out(self) -> None:
-        self._send_is_due = False
         out = self._out
         try:
             while out:
@@ -339,12 +342,12 @@ class NbdConnection:
                     self._end_if_answered()
                 if not self._is_open:
                     return  # an endio has closed us, or nothing more is owed
-            self._loop.call_soon(self._read_on)
+            self._read_on_soon.ask()
         except BlockingIOError:
             return
         except ReplyError as error:
             self._garbled(str(error))
-            self._loop.call_soon(self._read_on)
+            self._read_on_soon.ask()
         except OSError as error:
             self._fail(_sentence(error))
 
@@ -359,7 +362,7 @@ class NbdConnection:
                 if not self._sock.recv(_HANDSHAKE_RECEIVE):
                     break
             else:
-                self._loop.call_soon(self._read_on)
+                self._read_on_soon.ask()
                 return
         except BlockingIOError:
             return

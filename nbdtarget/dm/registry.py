@@ -23,6 +23,7 @@ from typing import Final
 from nbdtarget.common.clock import Clock, LoopClock, wait_within
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.common.permissions import Permission
+from nbdtarget.common.turns import Tasks
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
@@ -56,6 +57,10 @@ def check_name(name: str) -> None:
         raise TableError(f"Device name {name!r} has unprintable characters")
 
 
+def _report_deferred(error: BaseException) -> None:
+    log.critical("a deferred removal failed", exc_info=error)
+
+
 def check_uuid(uuid: str) -> None:
     """Raise TableError unless `uuid` may be the UUID of a mapped device."""
     if len(uuid) > UUID_LENGTH_MAX:
@@ -81,7 +86,7 @@ class Registry:
         self._removing: set[MappedDevice] = set()
         self._load_locks: dict[MappedDevice, asyncio.Lock] = {}
         self.replacements = Replacements(self)
-        self._deferred: set[asyncio.Task[None]] = set()
+        self._deferred = Tasks(failed=_report_deferred)
         self._is_closing = False
         self._uncommitted: list[str] = []  # names of removed devices
 
@@ -460,9 +465,7 @@ class Registry:
             if device.deferred_remove and not device.open_count:
                 await self._remove(device)
 
-        task = asyncio.get_running_loop().create_task(remove())
-        self._deferred.add(task)
-        task.add_done_callback(self._deferred.discard)
+        self._deferred.start(remove())
 
     async def remove_all(
         self, *, force: bool = False, within_s: float | None = SUSPEND_S_MAX
@@ -567,8 +570,9 @@ class Registry:
             if device.state is State.SUSPENDED:
                 device.stop_queueing()
         await self._close_devices()
-        for task in (*stops, *self._deferred):
+        for task in stops:
             await task
+        await self._deferred.wait()
         for device in list(self._removing):
             await device.remove()
         return self._uncommitted

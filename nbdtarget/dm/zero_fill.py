@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_WRITE, Bio
-from nbdtarget.common.turns import Turns
+from nbdtarget.common.turns import Pump, Turns
 from nbdtarget.targets.base import Target
 
 __all__ = ["ZERO_BYTES_MAX", "ZERO_WRITES_MAX", "ZeroFill"]
@@ -33,7 +33,7 @@ class ZeroFill:
         "_map_to",
         "_next",
         "_parent",
-        "_pumping",
+        "_pump",
         "_requeue",
         "_target",
         "_turns",
@@ -56,14 +56,15 @@ class ZeroFill:
         self._end = bio.offset + bio.length
         self._left = 0
         self._error = 0
-        self._pumping = False
         self._is_pushed_back = False
+        self._pump = Pump(self._start_writes)
 
     def pump(self) -> None:
         """Start writes until enough are in flight; end the bio when all have ended."""
-        if self._pumping:
-            return  # a write ended inline: the loop below goes on
-        self._pumping = True
+        # A write that ends inline asks again, while the loop of `_start_writes` is running.
+        self._pump.run()
+
+    def _start_writes(self) -> None:
         turn_bytes = ZERO_WRITES_MAX * ZERO_BYTES_MAX
         while (
             self._next < self._end
@@ -86,7 +87,6 @@ class ZeroFill:
             )
             self._next += length
             self._map_to(self._target, child)
-        self._pumping = False
         if self._left:
             return
         if self._error:

@@ -308,7 +308,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "written-zeroes-without-fua",
         "A FUA WRITE_ZEROES that has to be written out is not durable when it ends.",
-        "nbdtarget.dm.zero_fill:ZeroFill.pump",
+        "nbdtarget.dm.zero_fill:ZeroFill._start_writes",
         (("                self._parent.flags & FUA,\n", "                0,\n"),),
         TESTS,
     ),
