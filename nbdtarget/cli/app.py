@@ -18,6 +18,7 @@ from nbdtarget import __version__
 from nbdtarget.cli import (
     cache,
     clone,
+    completion,
     devices,
     dmsetup,
     listing,
@@ -53,6 +54,7 @@ for group in (
     stats,
     log_writes,
     metadata,
+    completion,
 ):
     group.register(app)
 
@@ -96,6 +98,8 @@ def main() -> NoReturn:
 def run(argv: list[str]) -> int:
     """Run one command line. Returns the exit status."""
     try:
+        if completion.VARIABLE in os.environ:
+            completion.answer(app)
         status = app(argv, prog_name="nbdtarget", standalone_mode=False)
         sys.stdout.flush()
     except typer.Abort:

@@ -20,6 +20,7 @@ COMMANDS: dict[str, list[str]] = {
     "cache": ["/nonexistent/origin", "/nonexistent/cache"],
     "clear": ["x"],
     "clone": ["/nonexistent/source", "/nonexistent/dest"],
+    "completion": ["bash"],
     "create": ["x", "--notable"],
     "deps": [],
     "help": [],
@@ -53,6 +54,7 @@ COMMANDS: dict[str, list[str]] = {
 NOT_ASKING = {
     "cache",
     "clone",
+    "completion",
     "help",
     "metadata",
     "replay-log",

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completion of command lines: a real bash, and the words that the scripts for zsh and fish ask for."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.cli.completion import VARIABLE
+from nbdtarget.dm.registry import Registry
+from scripts.processes import NBDTARGET
+from tests.interop.clients import needs
+from tests.nbdtarget.cli.command_line import CommandLine
+
+BASH = """
+source <("$1" completion bash)
+shift
+COMP_WORDS=("$@")
+COMP_CWORD=$(($# - 1))
+_nbdtarget_completion "$1" "$2" "$3"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+def output(*argv: str, **environment: str) -> str:
+    done = subprocess.run(
+        argv,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, **environment},
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def in_bash(*line: str) -> list[str]:
+    """What TAB offers at the end of a command line whose first word is the program."""
+    bash = shutil.which("bash")
+    assert bash is not None
+    return output(bash, "-c", BASH, "bash", NBDTARGET, NBDTARGET, *line).split("\n")[
+        :-1
+    ]
+
+
+@pytest.fixture
+def devices(cli: CommandLine, registry: Registry) -> None:
+    for name in ("disk", "dust-1", "other", "x$(reboot)"):
+        cli("create", name, "--table", "0 8 zero")
+
+
+@needs("bash")
+@pytest.mark.usefixtures("devices")
+def test_bash_completes_names_of_devices() -> None:
+    assert in_bash("remove", "") == ["disk", "dust-1", "other"]
+
+
+@needs("bash")
+@pytest.mark.usefixtures("devices")
+def test_bash_does_not_offer_a_name_twice_on_a_line() -> None:
+    assert in_bash("status", "--noflush", "disk", "d") == ["dust-1"]
+
+
+@needs("bash")
+def test_bash_completes_commands_and_options() -> None:
+    assert in_bash("remove") == ["remove", "remove_all"]
+    assert in_bash("metadata", "check", "--q") == ["--quiet"]
+
+
+@pytest.mark.usefixtures("devices")
+def test_zsh_and_fish_complete_names_of_devices() -> None:
+    line = {"_TYPER_COMPLETE_ARGS": "nbdtarget resume d"}
+    fish = {VARIABLE: "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    assert output(NBDTARGET, **line, **fish) == "disk\ndust-1\n"
+    zsh = output(NBDTARGET, **line, **{VARIABLE: "complete_zsh"})
+    assert zsh == '_arguments \'*: :(("disk"\n"dust-1"))\'\n'
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_script_asks_the_program(cli: CommandLine, shell: str) -> None:
+    assert f"{VARIABLE}=complete_{shell}" in cli("completion", shell)
+
+
+def test_unknown_shell_is_refused(cli: CommandLine) -> None:
+    assert "'bash', 'zsh', 'fish'" in cli("completion", "tcsh", status=2)
+
+
+def test_server_that_does_not_answer_is_left_out(
+    cli: CommandLine, tmp_path: Path
+) -> None:
+    directory = tmp_path / "nbdtarget"
+    directory.mkdir()
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(directory / "control.sock"))
+        silent.listen()
+        began = time.monotonic()
+        environment = {VARIABLE: "complete_bash", "COMP_CWORD": "2"}
+        assert output(NBDTARGET, **environment, COMP_WORDS="nbdtarget remove ") == "\n"
+        assert time.monotonic() - began < 20
