@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from nbdtarget.devices.file import WRITE_PIECE
+from nbdtarget.devices.file.device import WRITE_PIECE
 from scripts.processes import NBDTARGET, ServerProcess
 
 __all__ = [

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from nbdtarget.devices.nbd_uri import NbdUri
+from nbdtarget.devices.nbd.uri import NbdUri
 from nbdtarget_metadata.disks import FILE, Disk, Evidence, Mark
 
 __all__ = [

@@ -20,10 +20,10 @@ from typing import Final
 
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.file_open import create_file, open_file
+from nbdtarget.devices.file.open import create_file, open_file
 from nbdtarget.devices.memory import MemoryDevice
-from nbdtarget.devices.nbd import open_nbd
-from nbdtarget.devices.nbd_uri import NBD_SCHEMES, parse_nbd_uri
+from nbdtarget.devices.nbd.device import open_nbd
+from nbdtarget.devices.nbd.uri import NBD_SCHEMES, parse_nbd_uri
 
 __all__ = [
     "SIZE_MAX",

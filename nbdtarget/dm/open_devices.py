@@ -17,7 +17,7 @@ rules:
 - A device that is latched or lost counts as not open: a table that is loaded now gets the same disk opened
   anew, with a `Device` and a `shared` dictionary of its own, and the live table keeps the old device until it is
   swapped away. The rules hold for both together. A lock of ours does not stand in the way (see
-  `nbdtarget.devices.file_open`). One that is able to mend itself (a connection to a server) is asked to do so first,
+  `nbdtarget.devices.file.open`). One that is able to mend itself (a connection to a server) is asked to do so first,
   and is shared then. A source whose server cannot be reached stays the one that is open: it looks for its server by itself.
 - What is open read-only stays so: who wants to write has to wait until it is closed. (A second
   descriptor would meet the locks of the first.)

@@ -29,7 +29,7 @@ sends, too: each member `settle`s before a new one joins.
 Beyond our reach is what is still in the network, or in the memory of the other machine, when its client
 has already connected again: NBD has nothing by which it could be told from what a living client sends.
 A client that waits for the end of the old connection before it connects again is safe (our own does:
-`nbdtarget.devices.nbd_connection`). Requests of two connections that live are not ordered either. A client
+`nbdtarget.devices.nbd.connection`). Requests of two connections that live are not ordered either. A client
 that gives one of them up, and sends its requests again by another that it has had open all along, as the kernel
 does after a timeout, is safe as soon as we have seen the end of the first; both may come in one turn of the loop.
 

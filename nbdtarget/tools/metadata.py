@@ -22,12 +22,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.devices import resolve
-from nbdtarget.devices.file_open import (
-    create_fd,
-    give_space,
-    open_fd,
-    sync_directory,
-)
+from nbdtarget.devices.file.open import create_fd, give_space, open_fd, sync_directory
 from nbdtarget.targets.metadata_io import run_file
 from nbdtarget.tools.answers import (
     CacheSizeAnswer,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.devices import nbd as nbd_module
 from nbdtarget.devices import resolve
+from nbdtarget.devices.nbd import device as nbd_module
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c

@@ -7,22 +7,22 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["DEVICES"]
 
-FILE: Final = ("tests/nbdtarget/devices/test_file.py",)
-FILE_HEALTH: Final = ("tests/nbdtarget/devices/test_file_health.py",)
+FILE: Final = ("tests/nbdtarget/devices/file/test_device.py",)
+FILE_HEALTH: Final = ("tests/nbdtarget/devices/file/test_health.py",)
 PAGE_CACHE: Final = (
-    "tests/nbdtarget/devices/test_page_cache.py",
+    "tests/nbdtarget/devices/file/test_page_cache.py",
     "tests/crash/test_page_cache.py",
 )
-NBD: Final = ("tests/nbdtarget/devices/test_nbd.py",)
+NBD: Final = ("tests/nbdtarget/devices/nbd/test_device.py",)
 
-NBD_LOSS: Final = ("tests/nbdtarget/devices/test_nbd_loss.py",)
+NBD_LOSS: Final = ("tests/nbdtarget/devices/nbd/test_loss.py",)
 
 DEVICES: Final = (
     # ---- a file
     Mutant(
         "latch-forgotten-after-a-failed-fsync",
         "The fsync after a failed one succeeds: the kernel has dropped the pages by then.",
-        "nbdtarget.devices.file:FileDevice._latch",
+        "nbdtarget.devices.file.device:FileDevice._latch",
         (
             (
                 "        self._is_latched = True\n",
@@ -34,7 +34,7 @@ DEVICES: Final = (
     Mutant(
         "fsync-result-ignored",
         "fdatasync fails, and FLUSH succeeds.",
-        "nbdtarget.devices.file:FileDevice._flush_done",
+        "nbdtarget.devices.file.device:FileDevice._flush_done",
         (
             (
                 "self._sync_done(sync, status)\n        self._start_flush()",
@@ -46,21 +46,21 @@ DEVICES: Final = (
     Mutant(
         "fdatasync-not-called",
         "FLUSH asks nothing of the kernel: a power cut takes what it acknowledged.",
-        "nbdtarget.devices.file:FileDevice._fdatasync",
+        "nbdtarget.devices.file.device:FileDevice._fdatasync",
         (("        os.fdatasync(self._fd)\n", ""),),
         FILE,
     ),
     Mutant(
         "fua-without-dsync",
         "A FUA write stays in the page cache.",
-        "nbdtarget.devices.file:FileDevice._write_later",
+        "nbdtarget.devices.file.device:FileDevice._write_later",
         (("partial(write, os.RWF_DSYNC)", "partial(write, 0)"),),
         FILE,
     ),
     Mutant(
         "fua-written-inline",
         "The quick way through `submit` takes a FUA write for a plain one.",
-        "nbdtarget.devices.file:FileDevice.submit",
+        "nbdtarget.devices.file.device:FileDevice.submit",
         (
             (
                 "            and self._is_quick\n            and not bio.flags\n",
@@ -72,14 +72,14 @@ DEVICES: Final = (
     Mutant(
         "fua-of-zeroes-not-synced",
         "FUA on WRITE_ZEROES or DISCARD is forgotten.",
-        "nbdtarget.devices.file:FileDevice._space_job",
+        "nbdtarget.devices.file.device:FileDevice._space_job",
         (("sync = _Sync([bio]) if bio.flags & FUA else None", "sync = None"),),
         FILE,
     ),
     Mutant(
         "file-flush-rides-on-the-running-one",
         "A FLUSH that comes while fdatasync runs ends with it, for pages it has passed.",
-        "nbdtarget.devices.file:FileDevice._flush_done",
+        "nbdtarget.devices.file.device:FileDevice._flush_done",
         (
             (
                 "        self._flush_runs = False\n        self._sync_done",
@@ -94,14 +94,14 @@ DEVICES: Final = (
     Mutant(
         "overlapping-sync-not-waited-for",
         "The kernel tells a lost page to one sync, and another that overlaps it succeeds.",
-        "nbdtarget.devices.file:FileDevice._sync_done",
+        "nbdtarget.devices.file.device:FileDevice._sync_done",
         (("sync.left = len(self._syncs)", "sync.left = 0"),),
         FILE,
     ),
     Mutant(
         "failed-write-does-not-latch",
         "A write to the disk has failed, and a later FLUSH succeeds all the same.",
-        "nbdtarget.devices.file:FileDevice._write_failed",
+        "nbdtarget.devices.file.device:FileDevice._write_failed",
         (
             (
                 "        if bio.op != OP_DISCARD and status not in self._nothing_lost:\n"
@@ -114,7 +114,7 @@ DEVICES: Final = (
     Mutant(
         "failed-discard-latches",
         "One TRIM that the disk refuses makes each later FLUSH fail.",
-        "nbdtarget.devices.file:FileDevice._write_failed",
+        "nbdtarget.devices.file.device:FileDevice._write_failed",
         (
             (
                 "if bio.op != OP_DISCARD and status not in self._nothing_lost:",
@@ -126,7 +126,7 @@ DEVICES: Final = (
     Mutant(
         "no-room-on-nfs-taken-for-nothing-lost",
         "NFS tells of an earlier, acknowledged write that it has lost, and FLUSH succeeds.",
-        "nbdtarget.devices.file:FileDevice._probe",
+        "nbdtarget.devices.file.device:FileDevice._probe",
         (
             (
                 "self._is_block_device or refuses_before_it_takes(self._fd)",
@@ -138,28 +138,28 @@ DEVICES: Final = (
     Mutant(
         "no-sync-at-open",
         "What an earlier life has left unwritten, and the news that it cannot be, stays unseen.",
-        "nbdtarget.devices.page_cache:believe_the_disk",
+        "nbdtarget.devices.file.page_cache:believe_the_disk",
         (("    os.fdatasync(fd)\n    # A block", "    # A block"),),
         PAGE_CACHE,
     ),
     Mutant(
         "clean-pages-believed-at-open",
         "Pages that never reached the disk are read as if they had, and vouch for a FLUSH.",
-        "nbdtarget.devices.page_cache:believe_the_disk",
+        "nbdtarget.devices.file.page_cache:believe_the_disk",
         (("    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)\n", ""),),
         PAGE_CACHE,
     ),
     Mutant(
         "failed-writeback-does-not-latch",
         "Pages that background writeback has lost are acknowledged by the next FLUSH.",
-        "nbdtarget.devices.file:FileDevice._write_back",
+        "nbdtarget.devices.file.device:FileDevice._write_back",
         (('            self._latch("writeback", status)\n', "            pass\n"),),
         FILE,
     ),
     Mutant(
         "deferred-file-write-not-owned",
         "A worker writes what the receive buffer holds by then.",
-        "nbdtarget.devices.file:FileDevice._write_later",
+        "nbdtarget.devices.file.device:FileDevice._write_later",
         (
             (
                 "    def _write_later(self, bio: Bio, put: int) -> None:\n        bio.own()",
@@ -172,7 +172,7 @@ DEVICES: Final = (
     Mutant(
         "short-write-taken-for-whole",
         "The kernel takes a part of a write, and the rest is never written.",
-        "nbdtarget.devices.file:FileDevice.submit",
+        "nbdtarget.devices.file.device:FileDevice.submit",
         (
             (
                 "                self._write_later(bio, put)\n            return\n"
@@ -187,7 +187,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-fua-not-sent",
         "FUA is not passed on to a server that has it.",
-        "nbdtarget.devices.nbd:NbdDevice._start_pieces",
+        "nbdtarget.devices.nbd.device:NbdDevice._start_pieces",
         (
             (
                 "                flags = consts.CMD_FLAG_FUA\n",
@@ -199,7 +199,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-fua-without-flush",
         "On a server without FUA, a FUA write ends without the FLUSH that stands for it.",
-        "nbdtarget.devices.nbd:NbdDevice._finish",
+        "nbdtarget.devices.nbd.device:NbdDevice._finish",
         (
             (
                 "        elif bio.flags & FUA and not self._has_fua:",
@@ -211,7 +211,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-connects-again-after-writes",
         "A server that crashed has lost writes, and the next FLUSH asks its successor.",
-        "nbdtarget.devices.nbd:NbdDevice._connection_lost",
+        "nbdtarget.devices.nbd.device:NbdDevice._connection_lost",
         (
             (
                 "            self.health.note_loss()\n        self.health.lose(",
@@ -223,14 +223,14 @@ DEVICES: Final = (
     Mutant(
         "nbd-failed-discard-latches",
         "One TRIM that the server refuses makes each later FLUSH fail.",
-        "nbdtarget.devices.nbd:NbdDevice._finish",
+        "nbdtarget.devices.nbd.device:NbdDevice._finish",
         (("if op != OP_DISCARD and (", "if op and ("),),
         NBD,
     ),
     Mutant(
         "nbd-latch-forgotten",
         "A FLUSH failed over there, and the next one is believed.",
-        "nbdtarget.devices.nbd:NbdDevice._latch",
+        "nbdtarget.devices.nbd.device:NbdDevice._latch",
         (
             (
                 "        self._is_latched = True\n",
@@ -242,7 +242,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-flush-rides-on-the-running-one",
         "A FLUSH that comes while one is with the server ends with it.",
-        "nbdtarget.devices.nbd:NbdDevice._flush_done",
+        "nbdtarget.devices.nbd.device:NbdDevice._flush_done",
         (
             (
                 "        bios, self._flush_runs = self._flush_runs, []\n",
@@ -255,7 +255,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-payload-not-owned",
         "A request that waits its turn sends what the receive buffer holds by then.",
-        "nbdtarget.devices.nbd:NbdDevice.submit",
+        "nbdtarget.devices.nbd.device:NbdDevice.submit",
         (
             (
                 "            bio.own()\n            self._submit_write(bio)",
@@ -267,7 +267,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-patch-beside-other-writes",
         "Two unaligned writes to one block patch each other away.",
-        "nbdtarget.devices.nbd:NbdDevice._patch_held",
+        "nbdtarget.devices.nbd.device:NbdDevice._patch_held",
         (
             (
                 "            while self._nr_writes:\n",
@@ -279,7 +279,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-error-of-a-piece-lost",
         "A large write succeeds though the server refused one of its pieces.",
-        "nbdtarget.devices.nbd:NbdDevice._answer",
+        "nbdtarget.devices.nbd.device:NbdDevice._answer",
         (
             (
                 "            whose.error = whose.error or status\n",
@@ -291,7 +291,7 @@ DEVICES: Final = (
     Mutant(
         "nbd-written-to-without-flush",
         "A server that has no FLUSH is taken for a disk to write to.",
-        "nbdtarget.devices.nbd_connect:_check",
+        "nbdtarget.devices.nbd.connect:_check",
         (
             (
                 "    if not negotiated.flags & consts.FLAG_SEND_FLUSH:",
@@ -303,14 +303,14 @@ DEVICES: Final = (
     Mutant(
         "nbd-reconnects-without-counting-the-loss",
         "A server forgets unflushed writes, is connected again, and the next FLUSH succeeds.",
-        "nbdtarget.devices.nbd:NbdDevice._connection_lost",
+        "nbdtarget.devices.nbd.device:NbdDevice._connection_lost",
         (("            self.health.note_loss()\n", ""),),
         NBD_LOSS,
     ),
     Mutant(
         "nbd-flush-covers-what-ended-meanwhile",
         "A write that ends while a FLUSH runs is taken for flushed.",
-        "nbdtarget.devices.nbd:NbdDevice._flush_done",
+        "nbdtarget.devices.nbd.device:NbdDevice._flush_done",
         (
             (
                 "self._nr_flushed = self._nr_flushing",
@@ -322,14 +322,14 @@ DEVICES: Final = (
     Mutant(
         "nbd-takes-another-disk",
         "A server comes back with another disk, and the device goes on with it.",
-        "nbdtarget.devices.nbd:NbdDevice._connect_once",
+        "nbdtarget.devices.nbd.device:NbdDevice._connect_once",
         (("            self._check_same(connections)\n", "            pass\n"),),
         NBD_LOSS,
     ),
     Mutant(
         "nbd-old-connection-overtakes-the-new-one",
         "The device connects again while a write of the old connection is under way at the server.",
-        "nbdtarget.devices.nbd_connect:connect_all",
+        "nbdtarget.devices.nbd.connect:connect_all",
         (("        await wait_until_ended(name, uri)\n", "        pass\n"),),
         NBD_LOSS,
     ),

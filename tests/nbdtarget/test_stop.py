@@ -28,7 +28,7 @@ ENDED_S_MAX = 10  # on a busy machine; without a bound it never ends
 DEAD_MOUNT = """
 import os, time
 from nbdtarget.bio import OP_READ
-from nbdtarget.devices.file import FileDevice
+from nbdtarget.devices.file.device import FileDevice
 submit = FileDevice.submit
 def hang(self, bio):
     if bio.op == OP_READ and self.name.endswith("/source.img") and os.path.exists("dead"):

@@ -3,7 +3,7 @@
 
 Theory of operation. A `Backend` serves one `SimDisk` over sockets of the life's network, with the
 sans I/O handshake of `protocol`. Requests are carried out as they come, in the disk's time and in
-any order. `nbd_connection._connected` is patched to come here (`connect_in_memory`), so what is
+any order. `nbd.connection._connected` is patched to come here (`connect_in_memory`), so what is
 simulated is all of our NBD client: connections, their loss, reconnection, time limits.
 
     kill         the process dies: connections are reset, what is in flight has happened or not. What
@@ -34,8 +34,8 @@ from nbdtarget.bio import (
 )
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.nbd import open_nbd
-from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
+from nbdtarget.devices.nbd.device import open_nbd
+from nbdtarget.devices.nbd.uri import NbdUri, parse_nbd_uri
 from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.handshake import ExportInfo, ServerHandshake

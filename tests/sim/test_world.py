@@ -12,7 +12,7 @@ import pytest
 from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, Bio
 from nbdtarget.devices.base import Extent
 from nbdtarget.devices.health import Health
-from nbdtarget.devices.nbd import NbdDevice
+from nbdtarget.devices.nbd.device import NbdDevice
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.requests import Requests
 from nbdtarget.targets import metadata_io

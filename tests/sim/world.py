@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 from unittest import mock
 
-from nbdtarget.devices import nbd_connection
+from nbdtarget.devices.nbd import connection as nbd_connection
 from nbdtarget.porcelain import uncache
 from nbdtarget.targets.clone import holes
 from tests.crash.cache_rigs import small_blocks

@@ -27,7 +27,7 @@ from typing import Any, Final
 from unittest import mock
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
-from nbdtarget.devices import page_cache
+from nbdtarget.devices.file import page_cache
 from nbdtarget.targets.powercut.volatile_cache import (
     SECTOR,
     Sectors,

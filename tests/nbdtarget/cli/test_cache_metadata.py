@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.devices import file_open
+from nbdtarget.devices.file import open as file_open
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
 from tests.metadata.cache_lives import content_of, lives

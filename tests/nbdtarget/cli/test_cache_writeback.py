@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.cli.progress import writeback as progress_writeback
-from nbdtarget.devices import file_open
+from nbdtarget.devices.file import open as file_open
 from nbdtarget_metadata.cache.content import CacheContent
 from tests.metadata.cache_lives import content_of, lives
 from tests.metadata.cache_small import BLOCK_SIZE, NR_CBLOCKS, ORIGIN_SIZE
@@ -158,7 +158,7 @@ def bad_cache_block(monkeypatch: pytest.MonkeyPatch, tool: Tool) -> int:
         return real(fd, buffers, offset, flags)
 
     # Inline, and by a worker.
-    monkeypatch.setattr("nbdtarget.devices.file._preadv", read)
+    monkeypatch.setattr("nbdtarget.devices.file.device._preadv", read)
     monkeypatch.setattr(os, "preadv", read)
     return cblock
 

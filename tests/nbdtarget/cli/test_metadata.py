@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.devices import file_open
+from nbdtarget.devices.file import open as file_open
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.log.superblock import superblock_block
 from tests.metadata.ages import ages

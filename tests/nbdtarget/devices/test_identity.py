@@ -11,7 +11,7 @@ import pytest
 
 from nbdtarget.devices import identity, resolve
 from nbdtarget.devices.identity import block_ids, is_still_there, nbd_ids
-from nbdtarget.devices.nbd_uri import parse_nbd_uri
+from nbdtarget.devices.nbd.uri import parse_nbd_uri
 from nbdtarget_metadata.disks import FILE, Evidence, Mark, record_of
 
 SIZE = 1 << 20
@@ -72,7 +72,7 @@ async def test_opening_to_write_leaves_the_time_as_it_is(
     path: Path, monkeypatch: pytest.MonkeyPatch, *, known: bool
 ) -> None:
     if not known:  # a file system that has to be tried
-        from nbdtarget.devices import syscalls
+        from nbdtarget.devices.file import syscalls
 
         monkeypatch.setattr(syscalls, "_PUNCHING_MAGICS", frozenset())
     os.utime(path, ns=(1, 1_000_000_001))

@@ -16,7 +16,8 @@ import pytest
 from nbdtarget.common.clock import sleep
 from nbdtarget.common.errors import ConstructorError, NbdTargetError, TableError
 from nbdtarget.common.permissions import MOVED, OTHER_DISK, Permission
-from nbdtarget.devices import file_identity, identity, resolve
+from nbdtarget.devices import identity, resolve
+from nbdtarget.devices.file import identity as file_identity
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.tools.writeback import WritebackJob, write_back

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.common.errors import ConstructorError
-from nbdtarget.devices import file_identity, identity
+from nbdtarget.devices import identity
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.file import identity as file_identity
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.disks import Mark
 from nbdtarget_metadata.operations import Answer, Operation, Write

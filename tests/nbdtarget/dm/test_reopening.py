@@ -17,17 +17,17 @@ from nbdtarget.common.errors import (
     ResolveError,
     TableError,
 )
-from nbdtarget.devices import nbd as nbd_module
 from nbdtarget.devices import resolve
-from nbdtarget.devices.file import FileDevice
+from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.health import HealthState
-from nbdtarget.devices.nbd import NbdDevice
+from nbdtarget.devices.nbd import device as nbd_module
+from nbdtarget.devices.nbd.device import NbdDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
+from tests.nbdtarget.devices.file.test_block_device import loop
+from tests.nbdtarget.devices.nbd.test_device import until
 from tests.nbdtarget.devices.nbd_server import StrictServer
-from tests.nbdtarget.devices.test_block_device import loop
-from tests.nbdtarget.devices.test_nbd import until
 
 __all__ = ["loop"]
 

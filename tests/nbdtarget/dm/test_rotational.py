@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.common.errors import TableError
-from nbdtarget.devices import resolve, syscalls
+from nbdtarget.devices import resolve
+from nbdtarget.devices.file import syscalls
 from nbdtarget.dm.registry import Registry
 from tests.nbdtarget.dm.support import RamOpener, make_registry
 

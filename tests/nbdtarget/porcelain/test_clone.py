@@ -17,7 +17,7 @@ from nbdtarget.control.paths import control_address
 from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
-from nbdtarget.devices.file import FileDevice
+from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions, ClonePlan, plan_clone
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.clone.metadata import CloneMetadata

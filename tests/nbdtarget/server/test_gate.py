@@ -13,7 +13,7 @@ import pytest
 
 from nbdtarget.bio import OP_WRITE, Bio
 from nbdtarget.devices import resolve
-from nbdtarget.devices.file import FileDevice
+from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server import gate

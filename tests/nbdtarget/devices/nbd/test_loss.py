@@ -20,13 +20,13 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.common.errors import DeviceError, ResolveError
-from nbdtarget.devices import nbd as nbd_module
-from nbdtarget.devices import nbd_connection
 from nbdtarget.devices.health import HealthState
-from nbdtarget.devices.nbd import NbdDevice, open_nbd
+from nbdtarget.devices.nbd import connection as nbd_connection
+from nbdtarget.devices.nbd import device as nbd_module
+from nbdtarget.devices.nbd.device import NbdDevice, open_nbd
 from nbdtarget_protocol import consts
+from tests.nbdtarget.devices.nbd.test_device import bio_of, device_of, until
 from tests.nbdtarget.devices.nbd_server import FLAGS_ALL, StrictServer
-from tests.nbdtarget.devices.test_nbd import bio_of, device_of, until
 
 SINGLE = FLAGS_ALL ^ consts.FLAG_CAN_MULTI_CONN
 

@@ -10,11 +10,11 @@ import pytest
 
 from nbdtarget.bio import FUA, OP_DISCARD
 from nbdtarget.common.errors import DeviceError
-from nbdtarget.devices import file as file_module
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.file import device as file_module
 from nbdtarget.devices.health import HealthState
 from nbdtarget.devices.resolve import create_device
-from tests.nbdtarget.devices.test_file import SIZE, Syncs, bio_of, ended
+from tests.nbdtarget.devices.file.test_device import SIZE, Syncs, bio_of, ended
 
 
 @pytest.fixture

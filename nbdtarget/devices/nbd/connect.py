@@ -6,8 +6,8 @@ import logging
 from typing import Final
 
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.devices.nbd_connection import NbdConnection, connect, wait_until_ended
-from nbdtarget.devices.nbd_uri import NbdUri
+from nbdtarget.devices.nbd.connection import NbdConnection, connect, wait_until_ended
+from nbdtarget.devices.nbd.uri import NbdUri
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.client import ClientNegotiated
 

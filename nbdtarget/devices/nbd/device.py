@@ -28,7 +28,7 @@ is opened again: the server's file may have latched as ours would.
 everything then, but stays for as long as we are connected. When any connection is lost, everything in flight ends with EIO, on every connection, and so does
 what comes while the device is lost. It connects again by itself, trying ever more seldom, from
 `RECONNECT_S_MIN` to `RECONNECT_S_MAX`; how lost connections are kept from overtaking the new ones with what they
-had under way is told in `nbd_connection`. Nothing is sent again: what was answered may not be, and
+had under way is told in `connection.py`. Nothing is sent again: what was answered may not be, and
 what was not has ended with EIO. A server that crashed may have forgotten what it answered before. So if a write
 has ended that no FLUSH has covered since, the loss is counted (`nbdtarget.devices.health`), and whoever
 flushes learns of it once, by a FLUSH that fails; otherwise the device just goes on. The same if
@@ -76,9 +76,9 @@ from nbdtarget.devices.base import (
     append_extent,
 )
 from nbdtarget.devices.identity import NBD, nbd_ids
-from nbdtarget.devices.nbd_connect import connect_all
-from nbdtarget.devices.nbd_connection import NbdConnection, connect
-from nbdtarget.devices.nbd_uri import parse_nbd_uri
+from nbdtarget.devices.nbd.connect import connect_all
+from nbdtarget.devices.nbd.connection import NbdConnection, connect
+from nbdtarget.devices.nbd.uri import parse_nbd_uri
 from nbdtarget_metadata.disks import Evidence
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.client import ClientNegotiated, Completion

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.devices import file_open
-from nbdtarget.devices.page_cache import believe_the_disk, cached_pages
+from nbdtarget.devices.file import open as file_open
+from nbdtarget.devices.file.page_cache import believe_the_disk, cached_pages
 from nbdtarget.devices.resolve import open_device
 
 SIZE = 1 << 20

@@ -35,7 +35,7 @@ import stat
 import struct
 from typing import Final
 
-from nbdtarget.devices.syscalls import is_memory_file_system
+from nbdtarget.devices.file.syscalls import is_memory_file_system
 
 __all__ = ["believe_the_disk", "cached_pages"]
 

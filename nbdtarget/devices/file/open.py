@@ -30,9 +30,9 @@ from collections.abc import Callable
 from functools import partial
 
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.devices.file import FileDevice
-from nbdtarget.devices.page_cache import believe_the_disk
-from nbdtarget.devices.syscalls import (
+from nbdtarget.devices.file.device import FileDevice
+from nbdtarget.devices.file.page_cache import believe_the_disk
+from nbdtarget.devices.file.syscalls import (
     allocate,
     fd_size,
     is_rotational,

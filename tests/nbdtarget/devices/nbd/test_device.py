@@ -21,11 +21,11 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.common.errors import DeviceError, ResolveError
-from nbdtarget.devices import nbd as nbd_module
-from nbdtarget.devices import nbd_connection
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
-from nbdtarget.devices.nbd import IN_FLIGHT_MAX, NbdDevice, open_nbd
-from nbdtarget.devices.nbd_connect import CONNECTIONS_MAX
+from nbdtarget.devices.nbd import connection as nbd_connection
+from nbdtarget.devices.nbd import device as nbd_module
+from nbdtarget.devices.nbd.connect import CONNECTIONS_MAX
+from nbdtarget.devices.nbd.device import IN_FLIGHT_MAX, NbdDevice, open_nbd
 from nbdtarget.devices.resolve import identity, open_device
 from nbdtarget_protocol import consts
 from tests.nbdtarget.devices.nbd_server import FLAGS_ALL, StrictServer

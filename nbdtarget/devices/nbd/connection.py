@@ -33,7 +33,7 @@ never carried out: it is no request.
 
 `wait_until_ended` waits for all connections to one export that were given up, whichever device they belonged to.
 
-*Timeouts.* A request is too late when it has waited for the time that its URI gives it (see `nbd_uri`) and
+*Timeouts.* A request is too late when it has waited for the time that its URI gives it (see `uri.py`) and
 nothing at all has come on the connection lately; or, while other data comes, when it has waited
 TALKING_FACTOR times as long: a slow link with much in flight is not a server that hangs. It is looked
 at TICKS times in that time. TCP's keepalive finds a server that has vanished.
@@ -52,7 +52,7 @@ from nbdtarget.common.clock import LoopClock, Timer, timeout
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import EXTENTS_MAX
-from nbdtarget.devices.nbd_uri import NbdUri
+from nbdtarget.devices.nbd.uri import NbdUri
 from nbdtarget_protocol.client import (
     ClientHandshake,
     ClientNegotiated,

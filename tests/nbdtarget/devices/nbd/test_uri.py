@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.devices.nbd_uri import NbdUri, parse_nbd_uri
+from nbdtarget.devices.nbd.uri import NbdUri, parse_nbd_uri
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any, Final
 import pytest
 import uvloop
 
-from nbdtarget.devices import nbd_connection
-from nbdtarget.devices.nbd_connection import NbdConnection
-from nbdtarget.devices.nbd_uri import NbdUri
+from nbdtarget.devices.nbd import connection as nbd_connection
+from nbdtarget.devices.nbd.connection import NbdConnection
+from nbdtarget.devices.nbd.uri import NbdUri
 from nbdtarget_protocol import consts as c
 from nbdtarget_protocol.client import ClientNegotiated
 from tests.nbdtarget.server.peer import until

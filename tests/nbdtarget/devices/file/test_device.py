@@ -28,10 +28,10 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.common.errors import DeviceError, ResolveError
-from nbdtarget.devices import file as file_module
-from nbdtarget.devices import syscalls
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Device, Extent
-from nbdtarget.devices.file import FileDevice
+from nbdtarget.devices.file import device as file_module
+from nbdtarget.devices.file import syscalls
+from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.resolve import create_device, open_device
 
 SIZE = 1 << 20
@@ -555,7 +555,7 @@ async def test_writeback_is_one_job_at_a_time_and_over_before_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("nbdtarget.devices.file.start_writeback", calls.append)
+    monkeypatch.setattr("nbdtarget.devices.file.device.start_writeback", calls.append)
     device = await create_device(str(tmp_path / "disk"), SIZE)
     device.start_writeback()
     device.start_writeback()
@@ -569,7 +569,7 @@ async def test_failed_writeback_latches(
     def fail(_: int) -> None:
         raise OSError(errno.EIO, "lost")
 
-    monkeypatch.setattr("nbdtarget.devices.file.start_writeback", fail)
+    monkeypatch.setattr("nbdtarget.devices.file.device.start_writeback", fail)
     device = await create_device(str(tmp_path / "disk"), SIZE)
     await device.write(0, b"x")
     assert isinstance(device, FileDevice)

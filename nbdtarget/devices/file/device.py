@@ -40,7 +40,7 @@ next one; never on the running one, for the kernel may have passed their pages a
 *Latch.* The kernel reports a lost page once, to whichever sync of this open file asks first,
 and then forgets it. So after any failed sync, and after a write that failed for more than want
 of space, each later FLUSH and FUA ends with EIO until the device is opened again (which first
-drops what the page cache shows and the disk does not have: see `file_open.py`). A DISCARD
+drops what the page cache shows and the disk does not have: see `open.py`). A DISCARD
 promises nothing: one that fails has lost nothing, and latches nothing. Want of space itself
 is harmless only where the file system refuses a write before it takes any of it. NFS does
 not: there ENOSPC may be the news of an *earlier* write, told once. So it latches, too,
@@ -84,8 +84,8 @@ from nbdtarget.devices.base import (
     Device,
     Extent,
 )
-from nbdtarget.devices.file_identity import RecognisedFile
-from nbdtarget.devices.syscalls import (
+from nbdtarget.devices.file.identity import RecognisedFile
+from nbdtarget.devices.file.syscalls import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
     FALLOC_ZERO_RANGE,
@@ -146,7 +146,7 @@ class _Sync:
 
 
 class FileDevice(RecognisedFile):
-    """An open regular file or block device. Made in `file_open.py`.
+    """An open regular file or block device. Made in `open.py`.
 
     Attributes:
         open_beside: opens it once more, with the lock of this one.
