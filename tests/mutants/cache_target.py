@@ -486,7 +486,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "read-only-cache-takes-a-write-to-a-clean-block",
         "In mode RO a clean block is written, and nothing can record that it is dirty.",
-        "nbdtarget.targets.cache.foreground:Foreground._may_write",
+        "nbdtarget.targets.cache.foreground:Foreground._is_all_recorded",
         ("            and bool(metadata.dirty[cblock])\n", ""),
         (UNIT + "test_spec_3_2.py",),
     ),

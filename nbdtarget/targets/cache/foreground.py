@@ -64,6 +64,7 @@ from nbdtarget.targets.cache.giving_up import GivingUp
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.pieces import BYTES_AT_ONCE, PIECES_AT_ONCE, Pieces
 from nbdtarget_metadata.errors import MetadataError
+from nbdtarget_metadata.mode import Mode
 
 __all__ = ["CachedWrite", "Foreground"]
 
@@ -327,8 +328,8 @@ class Foreground:
         bio, oblock, cblock = write.bio, write.oblock, write.cblock
         is_dirty = metadata.dirty[cblock]
         is_for_cache = blocks.is_writeback or is_dirty
-        if not self._may_write(cblock):
-            bio.end(errnos.EIO)
+        if metadata.mode is not Mode.RW and not self._is_all_recorded(cblock):
+            bio.end(errnos.EIO)  # rule 6
         elif not (is_dirty or metadata.may_dirty(cblock)):
             # Rule 2, with `dirty_log`: that the block may be dirty must be on disk first.
             self._advance_after_log(write)
@@ -340,9 +341,9 @@ class Foreground:
             blocks.set_dirty(cblock)
             bio.offset += (cblock - oblock) * blocks.block_size
             self._submit(blocks.cache, bio)
-            if bio.status < 0:
+            if bio.status < 0 and not write.is_held:
                 self._hold(write)
-        elif (other := self._maybe_overlapping(write)) is not None:
+        elif oblock in self._through and (other := self._maybe_overlapping(write)):
             # Rule 4: in two orders they would leave two copies that differ.
             bio.own()
             self._hold(write)
@@ -371,19 +372,16 @@ class Foreground:
         self._blocks.committer.after_commit(committed)
 
     def _hold(self, write: CachedWrite) -> None:
-        """Hold the block until the write ends, once."""
+        """Hold the block until the write ends, unless the write holds it already."""
         if not write.is_held:
             write.is_held = True
             self._locks.hold(write.oblock, write.bio, is_write=True)
 
-    def _may_write(self, cblock: int) -> bool:
-        """Whether a write to a cached block needs nothing recorded that no longer can be."""
-        blocks = self._blocks
-        if blocks.is_writable:
-            return True
-        metadata = blocks.metadata
+    def _is_all_recorded(self, cblock: int) -> bool:
+        """Whether the disk has all that a write to a cached block needs recorded: mode RO."""
+        metadata = self._blocks.metadata
         return (
-            not blocks.has_failed
+            not self._blocks.has_failed
             and bool(metadata.dirty[cblock])
             and metadata.vouches_for(cblock)
         )
@@ -391,7 +389,7 @@ class Foreground:
     def _maybe_overlapping(self, write: CachedWrite) -> WriteThrough | None:
         """Return a write that is on its way to both devices, and to some of the same bytes."""
         bio = write.bio
-        for other in self._through.get(write.oblock, ()):
+        for other in self._through[write.oblock]:
             if other.begin < bio.offset + bio.length and bio.offset < other.end:
                 return other
         return None
