@@ -129,8 +129,8 @@ fuzz: .venv/dev.stamp
 
 # Every bit of every block that is read, its padding too: some minutes.
 rot: .venv/dev.stamp
-	@ROT_DEEP=1 $(BIN)/python -m pytest -q tests/metadata/test_rot.py \
-	    tests/metadata/test_cache_rot.py $(ARGS)
+	@ROT_DEEP=1 $(BIN)/python -m pytest -q tests/metadata/clone/test_rot.py \
+	    tests/metadata/cache/test_rot.py $(ARGS)
 
 wheel: .venv/dev.stamp
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist

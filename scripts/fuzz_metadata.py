@@ -4,7 +4,7 @@
     make fuzz [SECONDS=60] [SEED=0] [CASES=N]
 
 Each case is an image of a clone and one of a cache (and a chain of records) that is damaged, or
-lies under valid digests, as its seed says; `tests/metadata/fuzz.py` and `fuzz_cache.py` tell how, and
+lies under valid digests, as its seed says; `tests/support/metadata/fuzz.py` and `fuzz_cache.py` tell how, and
 what must come of it. Seeds count up from
 SEED. The first case that fails ends the run: its seed, how to see it again, and what happened.
 
@@ -18,8 +18,8 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 
-from tests.metadata.fuzz import fuzz_chain, fuzz_image
-from tests.metadata.fuzz_cache import fuzz_cache_image
+from tests.support.metadata.fuzz import fuzz_chain, fuzz_image
+from tests.support.metadata.fuzz_cache import fuzz_cache_image
 
 __all__ = ["main"]
 

@@ -10,9 +10,9 @@ from nbdtarget.bio import OP_READ
 from nbdtarget.common.errors import TableError
 from nbdtarget.common.permissions import OVERWRITE
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS
-from tests.cache_battery.fire import Fire
-from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab
-from tests.nbdtarget.targets.cache.support import Bench
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.cache_battery import Fire
+from tests.support.cache_parts import Bench
 
 PASSTHROUGH = "1 passthrough smq 0"
 

@@ -10,8 +10,8 @@ import errno as errnos
 import pytest
 
 from nbdtarget.common.errors import DeviceError
-from tests.cache_battery.fire import Fire
-from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache_battery import Fire
 
 POLICIES = ["smq", "mq"]
 FORMATS = ["0", "1 metadata2"]

@@ -8,7 +8,7 @@ import pytest
 
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.tools.check import check
-from tests.clone_battery.lab import Lab
+from tests.support.clone_battery import Lab
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from nbdtarget.common.errors import ConstructorError
-from tests.clone_battery.lab import MIB, Lab
+from tests.support.clone_battery import MIB, Lab
 
 REGION = 4096
 SMALL = 16 * REGION

@@ -7,8 +7,8 @@ import pytest
 
 from nbdtarget.bio import FUA, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import DeviceError
-from tests.clone_battery.lab import Lab
-from tests.nbdtarget.targets.clone.support import settle
+from tests.support.clone import settle
+from tests.support.clone_battery import Lab
 
 REGION = 4096
 SIZE = 16 * REGION

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.devices.base import Device
-from tests.clone_battery.lab import MIB, Lab
+from tests.support.clone_battery import MIB, Lab
 
 REGION = 64 << 10
 BLOCK = 4096

@@ -13,10 +13,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
-from tests.crash.cache_rigs import BLOCK_SIZE, CacheRig, cache_table, small_blocks
-from tests.crash.cuts import Cuts
 from tests.crash.test_cache_machine import CacheDriver
 from tests.crash.test_directed import LazyDevice
+from tests.support.crash.cache_rigs import (
+    BLOCK_SIZE,
+    CacheRig,
+    cache_table,
+    small_blocks,
+)
+from tests.support.crash.cuts import Cuts
 from tests.support.devices import FailAfter, FailFlush
 from tests.support.model import SECTOR, DiskModel
 
@@ -303,7 +308,7 @@ def cuts_of(
 def small_blocks_that_take_their_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[None]:
-    monkeypatch.setattr("tests.crash.cache_rigs.CrashDevice", LazyDevice)
+    monkeypatch.setattr("tests.support.crash.cache_rigs.CrashDevice", LazyDevice)
     logging.disable(logging.CRITICAL)
     with small_blocks():
         yield

@@ -15,9 +15,14 @@ from collections.abc import Iterator
 import pytest
 
 from nbdtarget.bio import OP_DISCARD, OP_WRITE, OP_WRITE_ZEROES
-from tests.crash.cache_rigs import BLOCK_SIZE, CacheRig, cache_table, small_blocks
-from tests.crash.machine import Driver
 from tests.crash.test_cache_faults import FaultDriver
+from tests.support.crash.cache_rigs import (
+    BLOCK_SIZE,
+    CacheRig,
+    cache_table,
+    small_blocks,
+)
+from tests.support.crash.machine import Driver
 from tests.support.devices import FaultDevice
 from tests.support.model import SECTOR
 

@@ -21,12 +21,12 @@ from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.mapped_io import State
 from nbdtarget.targets.cache.target import CacheTarget
-from tests.crash.cache_rigs import CacheRig, SwitchingCacheRig, small_blocks
-from tests.crash.rigs import DISK_SIZE, REGION_SIZE
 from tests.crash.test_cache_machine import WEIGHTS, CacheDriver, take_cache
 from tests.crash.test_directed import LazyDevice
 from tests.crash.test_faults import FAIL_AT_MAX
 from tests.crash.test_machine import Step
+from tests.support.crash.cache_rigs import CacheRig, SwitchingCacheRig, small_blocks
+from tests.support.crash.rigs import DISK_SIZE, REGION_SIZE
 from tests.support.devices import (
     BadRange,
     CrashDevice,
@@ -174,7 +174,7 @@ def run_walk(seed: int) -> Counter[str]:
 
 @pytest.fixture(autouse=True)
 def small_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tests.crash.cache_rigs.CrashDevice", LazyDevice)
+    monkeypatch.setattr("tests.support.crash.cache_rigs.CrashDevice", LazyDevice)
     logging.disable(logging.CRITICAL)
     with small_blocks():
         yield

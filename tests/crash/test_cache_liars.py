@@ -20,10 +20,10 @@ from nbdtarget.targets.cache.migrations import Migrations
 from nbdtarget.targets.committer import Committer, Transaction
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from tests.crash import test_cache_exhaustive as matrix
-from tests.crash.cache_rigs import PassthroughRig
-from tests.crash.invariants import Broken
 from tests.crash.test_cache_exhaustive import small_blocks_that_take_their_time
 from tests.crash.test_cache_machine import draw_cache_walk, walk
+from tests.support.crash.cache_rigs import PassthroughRig
+from tests.support.crash.invariants import Broken
 
 __all__ = ["small_blocks_that_take_their_time"]  # a fixture, for each test here
 

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.crash.cache_rigs import (
+from tests.crash.test_directed import LazyDevice
+from tests.crash.test_machine import KINDS, Step, draw_range, take
+from tests.support.crash.cache_rigs import (
     CacheRig,
     LoggedCacheRig,
     PassthroughRig,
@@ -23,9 +25,7 @@ from tests.crash.cache_rigs import (
     WritethroughRig,
     small_blocks,
 )
-from tests.crash.machine import Driver
-from tests.crash.test_directed import LazyDevice
-from tests.crash.test_machine import KINDS, Step, draw_range, take
+from tests.support.crash.machine import Driver
 from tests.support.model import SECTOR
 
 WALKS = int(os.environ.get("SIM_WALKS", "8"))
@@ -151,7 +151,7 @@ def walk_or_tell(make_rig: MakeRig, seed: int) -> Counter[str]:
 
 @pytest.fixture(autouse=True)
 def small_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tests.crash.cache_rigs.CrashDevice", LazyDevice)
+    monkeypatch.setattr("tests.support.crash.cache_rigs.CrashDevice", LazyDevice)
     logging.disable(logging.CRITICAL)
     with small_blocks():
         yield

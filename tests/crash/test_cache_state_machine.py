@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.crash.cache_rigs import CacheRig, SwitchingCacheRig, small_blocks
 from tests.crash.test_directed import LazyDevice
 from tests.crash.test_state_machine import DEEP, EXAMPLES, run_machine
+from tests.support.crash.cache_rigs import CacheRig, SwitchingCacheRig, small_blocks
 
 
 @pytest.fixture(autouse=True)
 def small_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tests.crash.cache_rigs.CrashDevice", LazyDevice)
+    monkeypatch.setattr("tests.support.crash.cache_rigs.CrashDevice", LazyDevice)
     logging.disable(logging.CRITICAL)
     with small_blocks():
         yield

@@ -14,8 +14,8 @@ from functools import cached_property
 import pytest
 
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
-from tests.crash.rigs import REGION_SIZE, CloneRig
 from tests.crash.test_machine import Step, draw_walk, maybe_failure
+from tests.support.crash.rigs import REGION_SIZE, CloneRig
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR
 
@@ -90,7 +90,7 @@ def walks() -> Iterator[tuple[int, list[Step]]]:
 
 @pytest.fixture(autouse=True)
 def lazy_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tests.crash.rigs.CrashDevice", LazyDevice)
+    monkeypatch.setattr("tests.support.crash.rigs.CrashDevice", LazyDevice)
     monkeypatch.setattr("nbdtarget.targets.clone.holes.HOLE_BYTES_MIN", SECTOR)
     logging.disable(logging.CRITICAL)
     yield

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The crash matrix: short workloads, cut at every device operation, with every subset.
 
-What is tried at each crash point, and what is asked of the images: `tests/crash/cuts.py`. Each
+What is tried at each crash point, and what is asked of the images: `tests/support/crash/cuts.py`. Each
 workload runs on devices that serve at once, and on ones that defer every bio and reorder them.
 The numbers are those of the crash points and the different images that a workload has had at
 least; a run that has fewer tests less than it used to.
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.crash.cuts import Cuts
-from tests.crash.machine import Driver
-from tests.crash.rigs import REGION_SIZE, QuietCloneRig, WornCloneRig
 from tests.crash.test_directed import LazyDevice
+from tests.support.crash.cuts import Cuts
+from tests.support.crash.machine import Driver
+from tests.support.crash.rigs import REGION_SIZE, QuietCloneRig, WornCloneRig
 from tests.support.devices import BadRange, FailAfter, FailFlush, Slow
 from tests.support.model import SECTOR, DiskModel
 
@@ -264,7 +264,7 @@ def cuts_of(workload: Workload, inline: float, seed: int) -> Cuts:
 
 @pytest.fixture(autouse=True)
 def devices_that_take_their_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tests.crash.rigs.CrashDevice", LazyDevice)
+    monkeypatch.setattr("tests.support.crash.rigs.CrashDevice", LazyDevice)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

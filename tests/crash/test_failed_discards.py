@@ -11,9 +11,15 @@ import pytest
 
 from nbdtarget.bio import FUA, OP_DISCARD, PENDING, Bio
 from nbdtarget.dm.registry import Registry
-from tests.crash.cache_rigs import CacheRig, WritethroughRig, small_blocks
-from tests.crash.rigs import DISK_SIZE, REGION_SIZE, CloneRig, DeviceTable, LinearRig
 from tests.support.clock import SimClock
+from tests.support.crash.cache_rigs import CacheRig, WritethroughRig, small_blocks
+from tests.support.crash.rigs import (
+    DISK_SIZE,
+    REGION_SIZE,
+    CloneRig,
+    DeviceTable,
+    LinearRig,
+)
 from tests.support.devices import BadRange, CrashDevice
 from tests.support.model import SECTOR
 

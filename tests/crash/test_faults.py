@@ -18,9 +18,9 @@ from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.table import Table
-from tests.crash.machine import Driver
-from tests.crash.rigs import DISK_SIZE, REGION_SIZE, CloneRig
 from tests.crash.test_machine import KINDS, Step, take
+from tests.support.crash.machine import Driver
+from tests.support.crash.rigs import DISK_SIZE, REGION_SIZE, CloneRig
 from tests.support.devices import (
     BadRange,
     CrashDevice,
@@ -173,7 +173,7 @@ class LateDevice(CrashDevice):
 def test_fault_walks_catch_a_failed_write_that_lands_late(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tests.crash.rigs.CrashDevice", LateDevice)
+    monkeypatch.setattr("tests.support.crash.rigs.CrashDevice", LateDevice)
 
     def fails(seed: int) -> bool:
         try:

@@ -21,17 +21,17 @@ from nbdtarget.targets.prison import Cell, Prison
 from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget_metadata.errors import CorruptMetadata
 from tests.crash import test_exhaustive as matrix
-from tests.crash.invariants import Broken
-from tests.crash.machine import Rig
-from tests.crash.rigs import LinearRig, QuietCloneRig
 from tests.crash.test_directed import LazyDevice, lazy_devices
 from tests.crash.test_state_machine import run_machine
+from tests.support.crash.invariants import Broken
+from tests.support.crash.machine import Rig
+from tests.support.crash.rigs import LinearRig, QuietCloneRig
 
 __all__ = ["lazy_devices"]  # a fixture, for each test here
 
 TARGET = "nbdtarget.targets.clone.target."
 COMMITTER = TARGET + "Committer"
-DEVICE = "tests.crash.rigs.CrashDevice"
+DEVICE = "tests.support.crash.rigs.CrashDevice"
 
 
 class NoDestinationFlush(Committer):

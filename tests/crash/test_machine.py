@@ -22,8 +22,8 @@ from collections.abc import Callable
 import pytest
 
 from nbdtarget.bio import FUA, OP_FLUSH, Bio
-from tests.crash.machine import Driver, Rig
-from tests.crash.rigs import (
+from tests.support.crash.machine import Driver, Rig
+from tests.support.crash.rigs import (
     DISK_SIZE,
     REGION_SIZE,
     CloneRig,
@@ -219,5 +219,5 @@ class KeepingDevice(CrashDevice):
 def test_machine_catches_a_device_that_lies(
     device: type[CrashDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.crash.rigs.CrashDevice", device)
+    monkeypatch.setattr("tests.support.crash.rigs.CrashDevice", device)
     assert seeds_that_fail(LinearRig, 20)

@@ -15,7 +15,10 @@ import pytest
 
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.targets.cache.foreground import CachedWrite, Foreground
-from tests.crash.cache_rigs import (
+from tests.crash.test_cache_machine import CacheDriver, take_cache
+from tests.crash.test_directed import LazyDevice
+from tests.crash.test_machine import MakeRig, Step
+from tests.support.crash.cache_rigs import (
     CacheRig,
     LoggedCacheRig,
     PassthroughRig,
@@ -23,16 +26,13 @@ from tests.crash.cache_rigs import (
     WritethroughRig,
     small_blocks,
 )
-from tests.crash.rigs import (
+from tests.support.crash.rigs import (
     DISK_SIZE,
     REGION_SIZE,
     CloneRig,
     LinearRig,
     QuietCloneRig,
 )
-from tests.crash.test_cache_machine import CacheDriver, take_cache
-from tests.crash.test_directed import LazyDevice
-from tests.crash.test_machine import MakeRig, Step
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR
 from tests.support.overlap_model import OverlapModel
@@ -193,7 +193,7 @@ def fails(make_rig: MakeRig, seed: int) -> bool:
 def test_overlap_walks_catch_write_throughs_that_take_different_orders(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tests.crash.machine.RUN_S_MAX", 1.0)
+    monkeypatch.setattr("tests.support.crash.machine.RUN_S_MAX", 1.0)
     monkeypatch.setattr(Foreground, "_maybe_overlapping", find_no_overlap)
     assert any(fails(WritethroughRig, seed) for seed in range(MUTANT_WALKS_MAX))
 
@@ -201,5 +201,5 @@ def test_overlap_walks_catch_write_throughs_that_take_different_orders(
 def test_overlap_walks_catch_a_value_that_does_not_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tests.crash.rigs.CrashDevice", OldWriteComesBack)
+    monkeypatch.setattr("tests.support.crash.rigs.CrashDevice", OldWriteComesBack)
     assert any(fails(LinearRig, seed) for seed in range(MUTANT_WALKS_MAX))

@@ -22,20 +22,20 @@ from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget_metadata.errors import MetadataError
 from nbdtarget_metadata.log.superblock import CloneSuperblock, superblock_writes
 from nbdtarget_metadata.operations import Steps
-from tests.crash.cache_rigs import (
+from tests.crash.test_cache_faults import FaultDriver as CacheFaultDriver
+from tests.crash.test_cache_faults import draw_walk as draw_cache_walk
+from tests.crash.test_cache_machine import take_cache
+from tests.crash.test_faults import FaultDriver, draw_walk
+from tests.crash.test_machine import Step, take
+from tests.support.crash.cache_rigs import (
     CacheRig,
     LoggedCacheRig,
     SwitchingCacheRig,
     WritethroughRig,
     small_blocks,
 )
-from tests.crash.machine import Driver
-from tests.crash.rigs import REGION_SIZE, CloneRig, QuietCloneRig
-from tests.crash.test_cache_faults import FaultDriver as CacheFaultDriver
-from tests.crash.test_cache_faults import draw_walk as draw_cache_walk
-from tests.crash.test_cache_machine import take_cache
-from tests.crash.test_faults import FaultDriver, draw_walk
-from tests.crash.test_machine import Step, take
+from tests.support.crash.machine import Driver
+from tests.support.crash.rigs import REGION_SIZE, CloneRig, QuietCloneRig
 from tests.support.model import SECTOR
 from tests.support.pagecache import PAGE, PageCacheDevice, Stay
 
@@ -49,8 +49,8 @@ REFUSALS = (ConstructorError, TableError, DeviceError)
 
 @pytest.fixture(autouse=True)
 def lying_page_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tests.crash.rigs.CrashDevice", PageCacheDevice)
-    monkeypatch.setattr("tests.crash.cache_rigs.CrashDevice", PageCacheDevice)
+    monkeypatch.setattr("tests.support.crash.rigs.CrashDevice", PageCacheDevice)
+    monkeypatch.setattr("tests.support.crash.cache_rigs.CrashDevice", PageCacheDevice)
     logging.disable(logging.CRITICAL)
     with small_blocks():
         yield

@@ -4,7 +4,7 @@
 The rules are what a client, an administrator and the mains may do, at any time: submit a bio and
 not wait for it, let time pass, send a message, suspend, load, resume, cut the power with an
 image that hypothesis chooses, reopen. After each step the oracle (`tests/support/model.py`) and
-the invariants of the target (`tests/crash/invariants.py`: of a clone, I1 to I7) must hold; I1
+the invariants of the target (`tests/support/crash/invariants.py`: of a clone, I1 to I7) must hold; I1
 as if the power were cut right there.
 
 In the gate the examples are always the same. `CRASH_DEEP=1` tries many more, new ones each
@@ -30,9 +30,9 @@ from hypothesis.stateful import (
 )
 
 from nbdtarget.targets.powercut.volatile_cache import Fate
-from tests.crash.machine import Driver, Rig
-from tests.crash.rigs import REGION_SIZE, LinearRig, QuietCloneRig, WornCloneRig
 from tests.crash.test_directed import LazyDevice
+from tests.support.crash.machine import Driver, Rig
+from tests.support.crash.rigs import REGION_SIZE, LinearRig, QuietCloneRig, WornCloneRig
 from tests.support.model import SECTOR
 
 DEEP = bool(os.environ.get("CRASH_DEEP"))
@@ -264,7 +264,7 @@ def run_machine(make_rig: MakeRig, examples: int = EXAMPLES) -> Counter[str]:
 
 @pytest.fixture(autouse=True)
 def quiet_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tests.crash.rigs.CrashDevice", LazyDevice)
+    monkeypatch.setattr("tests.support.crash.rigs.CrashDevice", LazyDevice)
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.processes import ServerProcess
-from tests.interop.clients import MIB, CloneUnderTest
+from tests.support.clients import MIB, CloneUnderTest
 
 SIZE = 8 * MIB
 HOLE = range(2 * MIB, 4 * MIB)  # never allocated

@@ -15,7 +15,7 @@ from nbdtarget.devices.nbd import device as nbd_module
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import Peer
+from tests.support.peer import Peer
 
 pytestmark = pytest.mark.interop
 

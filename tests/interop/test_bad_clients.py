@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from scripts.processes import ServerProcess
-from tests.interop.clients import NAME, CloneUnderTest
+from tests.support.clients import NAME, CloneUnderTest
 from tests.support.plain_client import CMD_READ, CMD_WRITE, REQUEST, PlainClient
 
 pytestmark = pytest.mark.interop

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from scripts.processes import NBDTARGET, ServerProcess
-from tests.interop.clients import MIB, NAME, client, needs, report
+from tests.support.clients import MIB, NAME, client, needs, report
 from tests.support.plain_client import PlainClient
 
 pytestmark = pytest.mark.interop

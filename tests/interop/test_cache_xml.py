@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.clients import client, needs
-from tests.metadata.cache_lives import content_of, lives
-from tests.nbdtarget.cli.metadata_tool import Tool
+from tests.support.clients import client, needs
+from tests.support.metadata.cache_contents import content_of, lives
+from tests.support.metadata_tool import Tool
 
 pytestmark = [
     pytest.mark.interop,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.processes import NBDTARGET, ServerProcess
-from tests.interop.clients import MIB, CloneUnderTest
+from tests.support.clients import MIB, CloneUnderTest
 from tests.support.plain_client import PlainClient
 
 pytestmark = pytest.mark.interop

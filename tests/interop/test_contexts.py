@@ -10,7 +10,7 @@ import ctypes.util
 import pytest
 
 from scripts.processes import ServerProcess
-from tests.interop.clients import CloneUnderTest, client, needs
+from tests.support.clients import CloneUnderTest, client, needs
 
 LIBRARY = ctypes.util.find_library("nbd")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.clients import CloneUnderTest, client, needs
+from tests.support.clients import CloneUnderTest, client, needs
 
 pytestmark = [pytest.mark.interop, needs("fio")]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.processes import ServerProcess
-from tests.interop.clients import CloneUnderTest, client, needs, serving
+from tests.support.clients import CloneUnderTest, client, needs, serving
 
 pytestmark = [pytest.mark.interop, needs("nbdcopy")]
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from scripts.processes import ServerProcess
-from tests.interop.clients import NAME, CloneUnderTest, client, needs, report
+from tests.support.clients import NAME, CloneUnderTest, client, needs, report
 
 pytestmark = [pytest.mark.interop, needs("nbdinfo")]
 

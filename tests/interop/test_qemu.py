@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scripts.processes import ServerProcess
-from tests.interop.clients import (
+from tests.support.clients import (
     MIB,
     NAME,
     CloneUnderTest,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts.kill_loop import KINDS
-from tests.interop.clients import CloneUnderTest
+from tests.support.clients import CloneUnderTest
 
 pytestmark = pytest.mark.interop
 

@@ -20,7 +20,7 @@ import pytest
 
 from nbdtarget.cli.app import run
 from scripts.processes import NBDTARGET, ServerProcess
-from tests.interop.clients import needs, report
+from tests.support.clients import needs, report
 from tests.support.plain_client import (
     CMD_FLUSH,
     CMD_READ,

@@ -8,7 +8,7 @@ import pytest
 
 from scripts.bench_servers import nbdkit_file
 from scripts.make_sample_source import make_sample_source
-from tests.interop.clients import MIB, CloneUnderTest, client, needs
+from tests.support.clients import MIB, CloneUnderTest, client, needs
 
 pytestmark = [
     pytest.mark.interop,

@@ -13,7 +13,7 @@ from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.paths import control_address
 from scripts.processes import NBDTARGET, ServerProcess
-from tests.interop.clients import MIB
+from tests.support.clients import MIB
 from tests.support.plain_client import (
     CMD_FLUSH,
     CMD_READ,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts.processes import NBDTARGET, ServerProcess
-from tests.interop.clients import MIB, client, needs, report
+from tests.support.clients import MIB, client, needs, report
 
 pytestmark = [pytest.mark.interop, needs("qemu-io")]
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from scripts.processes import NBDTARGET
-from tests.interop.clients import CloneUnderTest, client, needs
+from tests.support.clients import CloneUnderTest, client, needs
 from tests.support.plain_client import (
     CMD_FLUSH,
     CMD_READ,

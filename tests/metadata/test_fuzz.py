@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.metadata.fuzz import fuzz_chain, fuzz_image
-from tests.metadata.fuzz_cache import fuzz_cache_image
+from tests.support.metadata.fuzz import fuzz_chain, fuzz_image
+from tests.support.metadata.fuzz_cache import fuzz_cache_image
 
 CASES = 3000
 

@@ -8,17 +8,17 @@ from tests.mutants.mutant import Mutant
 __all__ = ["CACHE_METADATA"]
 
 CUTS: Final = (
-    "tests/metadata/test_cache_crash.py::test_every_crash_image_opens_at_an_acknowledged_state",
+    "tests/metadata/cache/test_crash.py::test_every_crash_image_opens_at_an_acknowledged_state",
 )
-CACHE: Final = ("tests/metadata/test_cache.py",)
-CYCLES: Final = ("tests/metadata/test_cache_cycles.py",)
-RESIZE: Final = ("tests/metadata/test_cache_resize.py",)
+CACHE: Final = ("tests/metadata/cache/test_metadata.py",)
+CYCLES: Final = ("tests/metadata/cache/test_cycles.py",)
+RESIZE: Final = ("tests/metadata/cache/test_resize.py",)
 COMPLETE: Final = (
-    "tests/metadata/test_cache_complete.py",
+    "tests/metadata/cache/test_origin_complete.py",
     "tests/nbdtarget/targets/cache/test_origin_complete.py",
 )
 SWITCHES: Final = ("tests/crash/test_cache_machine.py",)
-LOAD: Final = ("tests/metadata/test_cache_load.py",)
+LOAD: Final = ("tests/metadata/cache/test_load.py",)
 
 
 def _mutant(
@@ -331,6 +331,6 @@ CACHE_METADATA: Final = (
         "nbdtarget.tools.writeback:write_back",
         "if content.gives_up_mappings:",
         "if content.gives_up_mappings and content.nr_lost:",
-        ("tests/nbdtarget/test_offline_writeback.py",),
+        ("tests/nbdtarget/tools/test_writeback.py",),
     ),
 )

@@ -7,9 +7,9 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["CACHE_TOOLS"]
 
-WRITEBACK_TESTS: Final = ("tests/nbdtarget/test_offline_writeback.py",)
-RESTORE_TESTS: Final = ("tests/metadata/test_cache_restore.py",)
-SALVAGE_TESTS: Final = ("tests/metadata/test_cache_salvage.py",)
+WRITEBACK_TESTS: Final = ("tests/nbdtarget/tools/test_writeback.py",)
+RESTORE_TESTS: Final = ("tests/metadata/tools/test_cache_restore.py",)
+SALVAGE_TESTS: Final = ("tests/metadata/tools/test_cache_salvage.py",)
 
 
 def _mutant(

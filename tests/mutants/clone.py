@@ -311,7 +311,7 @@ CLONE: Final = (
             ("        cell = await self._locked(begin, end)\n", ""),
             ("            regions.prison.release(cell)\n", ""),
         ),
-        ("tests/nbdtarget/targets/clone/test_cache_requests.py",),
+        ("tests/nbdtarget/targets/clone/test_prefetch.py",),
     ),
     # ---- copies
     Mutant(
@@ -454,6 +454,6 @@ CLONE: Final = (
                 "is_stopped",
             ),
         ),
-        ("tests/metadata/test_sealed.py",),
+        ("tests/metadata/log/test_sealed.py",),
     ),
 )

@@ -29,7 +29,7 @@ CLONE_FEATURES: Final = (
                 "            regions.wake()",
             ),
         ),
-        (f"{CLONE_TESTS}/test_cache_requests.py", *WALKS),
+        (f"{CLONE_TESTS}/test_prefetch.py", *WALKS),
     ),
     Mutant(
         "cache-copies-what-is-hydrated",
@@ -44,7 +44,7 @@ CLONE_FEATURES: Final = (
                 "                stop = end\n",
             ),
         ),
-        (f"{CLONE_TESTS}/test_cache_requests.py", *WALKS),
+        (f"{CLONE_TESTS}/test_prefetch.py", *WALKS),
     ),
     Mutant(
         "cache-ends-before-its-regions-are-hydrated",
@@ -56,7 +56,7 @@ CLONE_FEATURES: Final = (
                 "        elif request.errno == 0:\n",
             ),
         ),
-        (f"{CLONE_TESTS}/test_cache_requests.py",),
+        (f"{CLONE_TESTS}/test_prefetch.py",),
     ),
     Mutant(
         "suspend-waits-for-all-of-a-cache",
@@ -68,7 +68,7 @@ CLONE_FEATURES: Final = (
                 "        elif not request.errno:\n            self._queue.append(request)\n",
             ),
         ),
-        (f"{CLONE_TESTS}/test_cache_requests.py",),
+        (f"{CLONE_TESTS}/test_prefetch.py",),
         hangs=True,
     ),
     Mutant(

@@ -9,7 +9,7 @@ __all__ = ["COMMIT"]
 
 WALKS: Final = ("tests/crash/test_directed.py", "tests/crash/test_machine.py")
 COMMITTER: Final = ("tests/nbdtarget/targets/test_committer.py",)
-METADATA_IO: Final = ("tests/nbdtarget/test_metadata_io.py",)
+METADATA_IO: Final = ("tests/nbdtarget/targets/test_metadata_io.py",)
 COMEBACKS: Final = ("tests/crash/test_comebacks.py",)
 FAULTS: Final = (
     "tests/nbdtarget/targets/test_committer.py",

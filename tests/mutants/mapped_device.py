@@ -196,7 +196,7 @@ MAPPED_DEVICE: Final = (
                 "        await self.device.flush()\n",
             ),
         ),
-        ("tests/nbdtarget/test_offline_writeback.py",),
+        ("tests/nbdtarget/tools/test_writeback.py",),
     ),
     Mutant(
         "metadata-believe-a-flush-after-a-loss",
@@ -208,7 +208,7 @@ MAPPED_DEVICE: Final = (
                 "isinstance(operation, Flush) and device.losses < losses:\n",
             ),
         ),
-        ("tests/nbdtarget/test_metadata_io.py",),
+        ("tests/nbdtarget/targets/test_metadata_io.py",),
     ),
     Mutant(
         "flush-to-one-stripe-only",

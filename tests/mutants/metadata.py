@@ -9,33 +9,33 @@ __all__ = ["METADATA"]
 
 # What a power cut leaves: these must be noticed without looking at the code's inside.
 CUTS: Final = (
-    "tests/metadata/test_crash.py::test_every_crash_image_opens_at_an_acknowledged_state",
+    "tests/metadata/clone/test_crash.py::test_every_crash_image_opens_at_an_acknowledged_state",
 )
 FORMATTING: Final = (
-    "tests/metadata/test_crash.py::test_crash_while_formatting_leaves_it_formatted_or_formattable",
+    "tests/metadata/clone/test_crash.py::test_crash_while_formatting_leaves_it_formatted_or_formattable",
 )
-COPIES: Final = ("tests/metadata/test_unreadable_copies.py",)
+COPIES: Final = ("tests/metadata/log/test_unreadable_copies.py",)
 SUPERBLOCK: Final = (
-    "tests/metadata/test_superblock.py",
-    "tests/metadata/test_clone.py",
-    "tests/metadata/test_transaction.py",
+    "tests/metadata/log/test_superblock.py",
+    "tests/metadata/clone/test_metadata.py",
+    "tests/metadata/clone/test_transaction.py",
     *CUTS,
 )
 TRANSACTION: Final = (
-    "tests/metadata/test_transaction.py",
-    "tests/metadata/test_model.py",
+    "tests/metadata/clone/test_transaction.py",
+    "tests/metadata/clone/test_model.py",
     *CUTS,
 )
 RECORDS: Final = (
-    "tests/metadata/test_envelope.py",
-    "tests/metadata/test_records.py",
-    "tests/metadata/test_arena.py",
-    "tests/metadata/test_rot.py",
+    "tests/metadata/log/test_envelope.py",
+    "tests/metadata/log/test_records.py",
+    "tests/metadata/log/test_arena.py",
+    "tests/metadata/clone/test_rot.py",
 )
 BITS: Final = (
-    "tests/metadata/test_clone.py",
-    "tests/metadata/test_transaction.py",
-    "tests/metadata/test_model.py",
+    "tests/metadata/clone/test_metadata.py",
+    "tests/metadata/clone/test_transaction.py",
+    "tests/metadata/clone/test_model.py",
     *CUTS,
 )
 
@@ -87,7 +87,7 @@ METADATA: Final = (
                 "    if device_size < area_size:",
             ),
         ),
-        ("tests/metadata/test_superblock.py",),
+        ("tests/metadata/log/test_superblock.py",),
     ),
     Mutant(
         "slot-1-formatted-first",
@@ -146,7 +146,7 @@ METADATA: Final = (
                 "            unhealed=found.unhealed,\n",
             ),
         ),
-        ("tests/metadata/test_clone.py", "tests/crash/test_page_cache.py"),
+        ("tests/metadata/clone/test_metadata.py", "tests/crash/test_page_cache.py"),
     ),
     Mutant(
         "what-was-read-of-a-cache-believed",
@@ -158,7 +158,7 @@ METADATA: Final = (
                 "            unhealed=found.unhealed,\n",
             ),
         ),
-        ("tests/metadata/test_cache.py",),
+        ("tests/metadata/cache/test_metadata.py",),
     ),
     Mutant(
         "rotten-slot-rolled-back",
@@ -220,7 +220,7 @@ METADATA: Final = (
                 "        if not data:\n            at = next(",
             ),
         ),
-        ("tests/metadata/test_arena.py",),
+        ("tests/metadata/log/test_arena.py",),
     ),
     # ---- envelopes and records
     Mutant(

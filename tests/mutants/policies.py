@@ -7,12 +7,12 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["POLICIES"]
 
-MODEL: Final = "tests/nbdtarget/policies/test_smq_model.py"
-PINS: Final = "tests/nbdtarget/policies/test_pins.py"
-SMQ_RULES: Final = "tests/nbdtarget/policies/test_smq.py"
-SHARE: Final = "tests/nbdtarget/policies/test_miss_share.py"
-QUEUE_RULES: Final = "tests/nbdtarget/policies/test_multi_level_queue.py"
-TRACKER_RULES: Final = "tests/nbdtarget/policies/test_tracker.py"
+MODEL: Final = "tests/nbdtarget/policies/smq/test_model.py"
+PINS: Final = "tests/nbdtarget/policies/smq/test_pins.py"
+SMQ_RULES: Final = "tests/nbdtarget/policies/smq/test_policy.py"
+SHARE: Final = "tests/nbdtarget/policies/smq/test_miss_share.py"
+QUEUE_RULES: Final = "tests/nbdtarget/policies/smq/test_multi_level_queue.py"
+TRACKER_RULES: Final = "tests/nbdtarget/policies/smq/test_tracker.py"
 
 
 def _mutant(

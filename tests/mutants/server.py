@@ -14,8 +14,8 @@ REQUESTS: Final = (
 
 GATE: Final = ("tests/nbdtarget/server/test_gate.py",)
 
-UNIX_SOCKET: Final = ("tests/nbdtarget/test_unix_socket.py",)
-STOP: Final = ("tests/nbdtarget/test_stop.py",)
+UNIX_SOCKET: Final = ("tests/nbdtarget/common/test_unix_socket.py",)
+STOP: Final = ("tests/nbdtarget/daemon/test_stop.py",)
 
 SERVER: Final = (
     Mutant(

@@ -48,7 +48,7 @@ from nbdtarget_protocol.transmission import (
     offset_hole,
     simple_reply,
 )
-from tests.protocol.feed import (
+from tests.support.protocol_feed import (
     NEW_CLIENT,
     SERVED,
     SERVED_SIMPLE,

@@ -31,7 +31,7 @@ from nbdtarget_protocol.transmission import (
     offset_hole,
     simple_reply,
 )
-from tests.protocol.feed import ALL_FLAGS, DISK, MIB, OneExport, data_of
+from tests.support.protocol_feed import ALL_FLAGS, DISK, MIB, OneExport, data_of
 
 
 def shake_hands(

@@ -42,7 +42,7 @@ from nbdtarget_protocol.options import (
     encode_option,
     encode_option_reply,
 )
-from tests.protocol.feed import ALL_FLAGS, MIB, feed_client
+from tests.support.protocol_feed import ALL_FLAGS, MIB, feed_client
 
 GREETING_FIXED = GREETING.pack(NBDMAGIC, IHAVEOPT, 3)
 ACK_STRUCTURED = encode_option_reply(OPT_STRUCTURED_REPLY, REP_ACK)

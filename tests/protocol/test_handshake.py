@@ -48,7 +48,7 @@ from nbdtarget_protocol.options import (
     encode_meta_context_request,
     encode_option,
 )
-from tests.protocol.feed import (
+from tests.support.protocol_feed import (
     ALL_FLAGS,
     DISK,
     KIB,

@@ -52,7 +52,7 @@ from nbdtarget_protocol.transmission import (
     simple_reply,
     wire_errno,
 )
-from tests.protocol.feed import (
+from tests.support.protocol_feed import (
     ALL_FLAGS,
     CONTEXTS,
     DISK,

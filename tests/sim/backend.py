@@ -40,11 +40,11 @@ from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.handshake import ExportInfo, ServerHandshake
 from nbdtarget_protocol.transmission import error_chunk, none_chunk, offset_data_header
-from tests.crash.rigs import DeviceTable
 from tests.sim.disks import SimDisk
 from tests.sim.model import SECTOR
 from tests.sim.rigs import BACKEND, Role
 from tests.sim.sockets import SimNetwork, SimSocket
+from tests.support.crash.rigs import DeviceTable
 
 if TYPE_CHECKING:
     from tests.sim.life import Life

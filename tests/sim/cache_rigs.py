@@ -16,7 +16,6 @@ from typing import Final
 
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
 from nbdtarget_metadata.cache.metadata import CacheMetadata
-from tests.crash.rigs import CONTENT
 from tests.sim.rigs import (
     SECTORS,
     Disk,
@@ -27,6 +26,7 @@ from tests.sim.rigs import (
     clone_line,
     clone_messages,
 )
+from tests.support.crash.rigs import CONTENT
 from tests.support.model import SECTOR
 
 __all__ = [

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The invariants J1 to J8, held against the cache of a simulated machine.
 
-They are those of `tests/crash/cache_invariants.py`. What is discarded the model of the clients knows, over all
+They are those of `tests/support/crash/cache_invariants.py`. What is discarded the model of the clients knows, over all
 lives. J1, J5 and J6 of the images are the clients' own: what they read after a cut is held
 against the model.
 """
@@ -15,7 +15,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.table import Table
 from nbdtarget.policies.smq.policy import Smq
 from nbdtarget.targets.cache.target import CacheTarget
-from tests.crash.cache_invariants import CacheInvariants
+from tests.support.crash.cache_invariants import CacheInvariants
 from tests.support.devices import CrashDevice
 
 if TYPE_CHECKING:

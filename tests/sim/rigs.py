@@ -25,8 +25,8 @@ from nbdtarget_metadata.errors import NotFormatted
 from nbdtarget_metadata.operations import Read, Steps
 from nbdtarget_metadata.tools.cache_check import examine_cache, mend_cache
 from nbdtarget_metadata.tools.check import check
-from tests.crash.images import run_over
-from tests.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE
+from tests.support.crash.images import run_over
+from tests.support.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE
 from tests.support.model import SECTOR
 
 __all__ = [

@@ -13,12 +13,12 @@ import pytest
 from nbdtarget.common.permissions import OVERWRITE
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.powercut.volatile_cache import Fate
-from tests.crash.cache_rigs import small_blocks
-from tests.crash.rigs import DeviceTable
 from tests.sim.catalog import RIGS
 from tests.sim.disks import LATENCIES, SimDisk
 from tests.sim.loop import SimLoop, SimLoopClock
 from tests.sim.rigs import Rig
+from tests.support.crash.cache_rigs import small_blocks
+from tests.support.crash.rigs import DeviceTable
 
 SEEDS = 8  # for each rig
 PIECE_MAX = 200  # bytes

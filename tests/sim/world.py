@@ -21,7 +21,6 @@ from unittest import mock
 from nbdtarget.devices.nbd import connection as nbd_connection
 from nbdtarget.porcelain import uncache
 from nbdtarget.targets.clone import holes
-from tests.crash.cache_rigs import small_blocks
 from tests.sim.backend import connect_in_memory
 from tests.sim.catalog import RIGS
 from tests.sim.disks import SimDisk
@@ -32,6 +31,7 @@ from tests.sim.model import SECTOR, ClientModel
 from tests.sim.older import check_recorded, older_version
 from tests.sim.operator import REFUSALS
 from tests.sim.rigs import Rig, Role
+from tests.support.crash.cache_rigs import small_blocks
 
 __all__ = ["History", "simulate"]
 

@@ -11,9 +11,9 @@ import pytest
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.dm.registry import Registry
-from tests.nbdtarget.cli.command_line import CommandLine
-from tests.nbdtarget.cli.metadata_tool import Tool
-from tests.nbdtarget.dm.support import make_registry
+from tests.support.command_line import CommandLine
+from tests.support.dm import make_registry
+from tests.support.metadata_tool import Tool
 
 
 @pytest.fixture

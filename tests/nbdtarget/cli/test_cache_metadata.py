@@ -11,17 +11,17 @@ import pytest
 from nbdtarget.devices.file import open as file_open
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
-from tests.metadata.cache_lives import content_of, lives
-from tests.metadata.cache_small import NR_CBLOCKS
-from tests.metadata.test_cache_dump import text_of
-from tests.metadata.test_cache_salvage import (
+from tests.metadata.clone.test_format import FIXTURES
+from tests.metadata.tools.test_cache_dump import text_of
+from tests.metadata.tools.test_cache_salvage import (
     journal_blocks,
     live_blocks,
     needing_check,
 )
-from tests.metadata.test_format import FIXTURES
-from tests.metadata.test_salvage import rot
-from tests.nbdtarget.cli.metadata_tool import Tool
+from tests.metadata.tools.test_clone_salvage import rot
+from tests.support.metadata.cache_contents import content_of, lives
+from tests.support.metadata.small_cache import NR_CBLOCKS
+from tests.support.metadata_tool import Tool
 
 IMAGE = lives()["clean"].image
 DUMP = text_of(lives()["clean"].content)
@@ -292,7 +292,7 @@ def test_xml_without_its_dirty_bits(tool: Tool, words: list[str]) -> None:
 
 
 def test_xml_of_what_it_has_no_words_for_is_refused(tool: Tool) -> None:
-    from tests.metadata.ages import ages
+    from tests.support.metadata.clone_images import ages
 
     clone = tool.file(ages()["commits"].image)
     assert "only the metadata of a cache" in tool.fails(

@@ -12,11 +12,11 @@ import pytest
 from nbdtarget.cli.progress import writeback as progress_writeback
 from nbdtarget.devices.file import open as file_open
 from nbdtarget_metadata.cache.content import CacheContent
-from tests.metadata.cache_lives import content_of, lives
-from tests.metadata.cache_small import BLOCK_SIZE, NR_CBLOCKS, ORIGIN_SIZE
-from tests.metadata.test_cache_salvage import journal_blocks
-from tests.metadata.test_salvage import rot
-from tests.nbdtarget.cli.metadata_tool import Tool
+from tests.metadata.tools.test_cache_salvage import journal_blocks
+from tests.metadata.tools.test_clone_salvage import rot
+from tests.support.metadata.cache_contents import content_of, lives
+from tests.support.metadata.small_cache import BLOCK_SIZE, NR_CBLOCKS, ORIGIN_SIZE
+from tests.support.metadata_tool import Tool
 
 
 class Files:

@@ -13,7 +13,7 @@ import pytest
 from nbdtarget import __version__
 from nbdtarget.cli.app import run
 from nbdtarget.dm.registry import Registry
-from tests.nbdtarget.cli.command_line import CommandLine
+from tests.support.command_line import CommandLine
 
 # Every command with the least arguments that it takes.
 COMMANDS: dict[str, list[str]] = {

@@ -13,8 +13,8 @@ import pytest
 from nbdtarget.cli.completion import VARIABLE
 from nbdtarget.dm.registry import Registry
 from scripts.processes import NBDTARGET
-from tests.interop.clients import needs
-from tests.nbdtarget.cli.command_line import CommandLine
+from tests.support.clients import needs
+from tests.support.command_line import CommandLine
 
 BASH = """
 source <("$1" completion bash)

@@ -14,8 +14,8 @@ import pytest
 
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.verbs import Verbs
-from tests.nbdtarget.cli.command_line import CommandLine
-from tests.nbdtarget.dm.support import make_registry
+from tests.support.command_line import CommandLine
+from tests.support.dm import make_registry
 
 ZERO = "0 8 zero"
 BUSY = "Device or resource busy"

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.nbdtarget.cli.command_line import CommandLine
+from tests.support.command_line import CommandLine
 
 
 @pytest.fixture

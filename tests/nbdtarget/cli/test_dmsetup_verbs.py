@@ -11,7 +11,7 @@ import stat
 import pytest
 
 from nbdtarget.cli.app import run
-from tests.nbdtarget.cli.command_line import CommandLine
+from tests.support.command_line import CommandLine
 
 
 def test_help_is_what_the_options_print(cli: CommandLine) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.metadata.kernel_writer import KernelWriter
-from tests.metadata.test_kernel_import import CACHED, DIRTY, FOLDER, MADE
-from tests.nbdtarget.cli.metadata_tool import Tool
+from tests.metadata.tools.test_kernel_import import CACHED, DIRTY, FOLDER, MADE
+from tests.support.metadata.kernel_writer import KernelWriter
+from tests.support.metadata_tool import Tool
 
 BLOCK = 32 << 10
 ORIGIN = 48 << 20

@@ -17,11 +17,11 @@ from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.file import open as file_open
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.log.superblock import superblock_block
-from tests.metadata.ages import ages
-from tests.metadata.test_examine import needing_check
-from tests.metadata.test_salvage import live_blocks, rot
-from tests.metadata.test_superblock import area_of, make_superblock, put, put_body
-from tests.nbdtarget.cli.metadata_tool import Tool
+from tests.metadata.log.test_superblock import area_of, make_superblock, put, put_body
+from tests.metadata.tools.test_clone_salvage import live_blocks, rot
+from tests.metadata.tools.test_examine import needing_check
+from tests.support.metadata.clone_images import ages
+from tests.support.metadata_tool import Tool
 
 FIXTURES = Path(__file__).parents[2] / "metadata" / "fixtures"
 DUMP = (FIXTURES / "clone-v1.json").read_text()

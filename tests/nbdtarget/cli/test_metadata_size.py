@@ -7,7 +7,7 @@ import pytest
 
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
-from tests.nbdtarget.cli.metadata_tool import Tool
+from tests.support.metadata_tool import Tool
 
 
 @pytest.mark.parametrize(

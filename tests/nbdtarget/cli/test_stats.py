@@ -5,7 +5,7 @@ import pytest
 
 from nbdtarget.cli import stats
 from nbdtarget.cli.stats_report import parse_region, report_table
-from tests.nbdtarget.cli.command_line import CommandLine
+from tests.support.command_line import CommandLine
 
 
 @pytest.fixture

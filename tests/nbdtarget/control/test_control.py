@@ -25,7 +25,7 @@ from nbdtarget.control.paths import (
 )
 from nbdtarget.control.sockets import NoSocketError, SocketInUseError
 from nbdtarget.control.verbs import Verbs
-from tests.nbdtarget.dm.support import RamOpener, make_registry
+from tests.support.dm import RamOpener, make_registry
 
 A = TypeVar("A", bound=m.Answer)
 

@@ -21,7 +21,7 @@ from nbdtarget.control.openapi import openapi
 from nbdtarget.control.paths import TOKEN_VARIABLE, TcpControl, control_token
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.dm.mapped_device import State
-from tests.nbdtarget.dm.support import make_registry
+from tests.support.dm import make_registry
 
 TOKEN = "correct-horse-battery"
 

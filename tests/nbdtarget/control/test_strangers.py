@@ -15,7 +15,7 @@ from nbdtarget.control import http as control_http
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.paths import TcpControl
 from nbdtarget.control.verbs import Verbs
-from tests.nbdtarget.dm.support import make_registry
+from tests.support.dm import make_registry
 
 TOKEN = "correct-horse-battery"
 RIGHT = f"Authorization: Bearer {TOKEN}\r\n"

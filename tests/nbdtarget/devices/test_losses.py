@@ -7,7 +7,7 @@ import pytest
 
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.losses import ConnectionObserver, FlushObserver
-from tests.nbdtarget.dm.support import RamDevice
+from tests.support.dm import RamDevice
 
 
 @pytest.fixture

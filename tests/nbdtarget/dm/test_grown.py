@@ -14,7 +14,7 @@ from nbdtarget.devices import resolve
 from nbdtarget.dm import open_devices
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from tests.nbdtarget.devices.nbd_server import StrictServer
+from tests.support.nbd_server import StrictServer
 
 MIB = 1 << 20
 S = MIB // 512  # sectors

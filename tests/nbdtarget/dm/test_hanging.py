@@ -15,7 +15,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.dm.support import RamDevice, RamOpener
+from tests.support.dm import RamDevice, RamOpener
 
 SIZE = 1 << 20
 SECTORS = SIZE // 512

@@ -13,7 +13,7 @@ from nbdtarget.server.export import (
 )
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_protocol.consts import FLAG_SEND_FAST_ZERO, FLAG_SEND_FUA, FLAG_SEND_TRIM
-from tests.nbdtarget.targets.support import Disks
+from tests.support.tables import Disks
 
 K = 1024
 

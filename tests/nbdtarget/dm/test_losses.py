@@ -13,9 +13,9 @@ from nbdtarget.devices import resolve
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from tests.nbdtarget.devices.nbd_server import StrictServer
-from tests.nbdtarget.dm.support import RamOpener, make_registry
-from tests.nbdtarget.targets.support import submit
+from tests.support.dm import RamOpener, make_registry
+from tests.support.nbd_server import StrictServer
+from tests.support.tables import submit
 
 LOWER = "/dev/mapper/lower"
 

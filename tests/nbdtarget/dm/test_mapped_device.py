@@ -28,8 +28,8 @@ from nbdtarget.devices.base import (
 )
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
-from tests.nbdtarget.dm.support import ProbeTarget, RamOpener, make_registry
 from tests.support.clock import SimClock
+from tests.support.dm import ProbeTarget, RamOpener, make_registry
 
 MIXED = "0 8 linear /a 8\n8 8 error\n16 8 zero\n24 8 linear /b 0"
 

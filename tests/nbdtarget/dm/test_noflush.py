@@ -22,9 +22,9 @@ from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.targets.clone.support import settle
-from tests.nbdtarget.targets.support import Disks, content, submit
+from tests.support.clone import settle
 from tests.support.model import SECTOR
+from tests.support.tables import Disks, content, submit
 
 SLOW = "delay /a 1 60000"
 REGION = 4096

@@ -17,9 +17,9 @@ from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.dm.support import ProbeTarget, RamOpener, make_registry
 from tests.nbdtarget.dm.test_mapped_device import content, submit
-from tests.nbdtarget.targets.clone.support import settle
+from tests.support.clone import settle
+from tests.support.dm import ProbeTarget, RamOpener, make_registry
 
 
 @pytest.mark.parametrize(

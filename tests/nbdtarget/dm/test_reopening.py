@@ -27,7 +27,7 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from tests.nbdtarget.devices.file.test_block_device import loop
 from tests.nbdtarget.devices.nbd.test_device import until
-from tests.nbdtarget.devices.nbd_server import StrictServer
+from tests.support.nbd_server import StrictServer
 
 __all__ = ["loop"]
 

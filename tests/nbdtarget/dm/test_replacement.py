@@ -13,8 +13,8 @@ from nbdtarget.common.errors import TableError
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.base import SUBMITTED, Target, TargetContext
-from tests.nbdtarget.dm.support import RamOpener, make_registry
-from tests.nbdtarget.targets.clone.support import settle
+from tests.support.clone import settle
+from tests.support.dm import RamOpener, make_registry
 
 SIZE = 64 << 10
 CLONE = "clone /m /d /s 8 1 then_linear"

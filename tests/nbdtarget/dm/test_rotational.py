@@ -11,7 +11,7 @@ from nbdtarget.common.errors import TableError
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file import syscalls
 from nbdtarget.dm.registry import Registry
-from tests.nbdtarget.dm.support import RamOpener, make_registry
+from tests.support.dm import RamOpener, make_registry
 
 MIB = 1 << 20
 

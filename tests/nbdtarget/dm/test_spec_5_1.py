@@ -16,8 +16,8 @@ import pytest
 from nbdtarget.bio import OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.dm.mapped_device import State
-from tests.nbdtarget.dm.support import ProbeTarget
 from tests.nbdtarget.dm.test_mapped_device import make, submit
+from tests.support.dm import ProbeTarget
 
 ORDER = "test_suspend_and_resume_call_the_target_in_the_kernels_order"
 NOFLUSH = "test_held_bios_go_to_the_next_table_in_their_order"

@@ -25,10 +25,10 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.server.export import DirectoryExports
 from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.targets.clone.support import settle
-from tests.nbdtarget.targets.support import Disks, content, submit
 from tests.support.clock import SimClock
+from tests.support.clone import settle
 from tests.support.devices import CrashDevice
+from tests.support.tables import Disks, content, submit
 
 LEAVES, SECTORS = 4, 128
 BYTES = SECTORS * 512

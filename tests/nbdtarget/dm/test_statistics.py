@@ -19,8 +19,8 @@ from nbdtarget.common.errors import TableError
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.dm.statistics import AREAS_MAX
-from tests.nbdtarget.dm.support import RamDevice, make_registry
 from tests.support.clock import SimClock
+from tests.support.dm import RamDevice, make_registry
 
 S = 512
 ZEROES = "0 0 0 0 0 0 0 0 0 0 0 0 0"

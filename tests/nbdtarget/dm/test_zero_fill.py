@@ -4,7 +4,7 @@
 import errno as errnos
 
 from nbdtarget.bio import OP_WRITE_ZEROES, PENDING, Bio
-from tests.nbdtarget.dm.support import make_registry
+from tests.support.dm import make_registry
 
 
 async def test_failed_write_of_zeroes_fails_the_whole() -> None:

@@ -21,7 +21,7 @@ from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions, ClonePlan, plan_clone
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.dm.support import make_registry
+from tests.support.dm import make_registry
 
 MIB = 1 << 20
 CONTENT = os.urandom(2 * MIB)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nbdtarget.server.peer import Served
+from tests.support.peer import Served
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from nbdtarget.server.admission import (
 )
 from nbdtarget.server.limits import Limits
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import MIB, Disk, Peer, Served
+from tests.support.peer import MIB, Disk, Peer, Served
 
 LIMITS: Final = Limits(connections_max=3, peer_connections_max=2)
 

@@ -13,7 +13,7 @@ from nbdtarget.server.export import DirectoryExports
 from nbdtarget_protocol import consts as c
 from nbdtarget_protocol.client import ClientNegotiated, ClientTransmission
 from nbdtarget_protocol.handshake import CONTEXTS_MAX
-from tests.nbdtarget.server.peer import Directory, Disk, Peer, Served
+from tests.support.peer import Directory, Disk, Peer, Served
 
 HYDRATION = f"{NAMESPACE}hydration"
 CACHE = f"{NAMESPACE}cache"

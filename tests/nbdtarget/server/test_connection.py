@@ -12,7 +12,7 @@ import uvloop
 from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.devices.base import Device
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import MIB, Disk, Served
+from tests.support.peer import MIB, Disk, Served
 
 # ---- the handshake ----
 

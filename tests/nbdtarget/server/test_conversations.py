@@ -15,7 +15,7 @@ import pytest
 
 from nbdtarget.bio import Bio
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import Disk, Served
+from tests.support.peer import Disk, Served
 
 STRIPE = 96 << 10
 NR_STRIPES = 12

@@ -18,7 +18,7 @@ import uvloop
 
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import MIB, Served, until
+from tests.support.peer import MIB, Served, until
 
 LOOPS: Final = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 KINDS: Final = ("unix", "tcp")

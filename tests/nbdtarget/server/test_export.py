@@ -5,7 +5,7 @@ import pytest
 
 from nbdtarget.server.export import DirectoryExports, transmission_flags
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import Directory, Disk
+from tests.support.peer import Directory, Disk
 
 ALWAYS = c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE
 

@@ -20,10 +20,10 @@ from nbdtarget.server import gate
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.devices.nbd_server import StrictServer
-from tests.nbdtarget.server.peer import Directory, Peer, Served, until
 from tests.support.clock import SimClock
 from tests.support.devices import CrashDevice
+from tests.support.nbd_server import StrictServer
+from tests.support.peer import Directory, Peer, Served, until
 
 OLD = b"o" * 4096
 NEW = b"n" * 4096

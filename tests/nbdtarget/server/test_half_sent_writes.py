@@ -10,7 +10,7 @@ import pytest
 
 from nbdtarget.server.buffers import BufferPool
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import MIB, Disk, Served, until
+from tests.support.peer import MIB, Disk, Served, until
 
 
 def resident_bytes() -> int:

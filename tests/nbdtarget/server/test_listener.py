@@ -13,7 +13,7 @@ from nbdtarget.common.errors import ListenError
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener, export_uri
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import Directory, Disk, Peer, Served
+from tests.support.peer import Directory, Disk, Peer, Served
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import Disk, Served
+from tests.support.peer import Disk, Served
 
 
 @pytest.mark.parametrize("structured", [False, True])

@@ -26,7 +26,7 @@ from nbdtarget.bio import (
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_HOLE, EXTENT_ZERO, Extent
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import MIB, Disk, Reply, Served
+from tests.support.peer import MIB, Disk, Reply, Served
 
 PATTERN = bytes(range(1, 251)) * 300  # 75000 bytes without a zero
 LENGTHS = [1, 512, 4096, 65536, 65537, 70000]

@@ -13,7 +13,7 @@ from nbdtarget.common.turns import Turns
 from nbdtarget.devices.base import Extent
 from nbdtarget.devices.memory import CHUNK_SIZE, MemoryDevice
 from nbdtarget_protocol import consts as c
-from tests.nbdtarget.server.peer import MIB, Disk, Served, until
+from tests.support.peer import MIB, Disk, Served, until
 
 
 class Turning:

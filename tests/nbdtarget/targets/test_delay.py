@@ -13,8 +13,8 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.common.errors import ConstructorError
-from tests.nbdtarget.targets.clone.support import settle
-from tests.nbdtarget.targets.support import Disks, content, submit
+from tests.support.clone import settle
+from tests.support.tables import Disks, content, submit
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from nbdtarget.bio import OP_CACHE, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE
 from nbdtarget.common.errors import ConstructorError, TableError
-from tests.nbdtarget.targets.support import Disks, content, submit
+from tests.support.tables import Disks, content, submit
 
 BLOCK = 1024
 

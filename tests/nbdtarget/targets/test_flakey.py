@@ -18,7 +18,7 @@ from nbdtarget.bio import (
 from nbdtarget.common.errors import ConstructorError
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.targets.flakey import FlakeyTarget
-from tests.nbdtarget.targets.support import Disks, content, submit
+from tests.support.tables import Disks, content, submit
 
 BASE = 1_000_000_000
 

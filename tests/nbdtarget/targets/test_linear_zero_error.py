@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.common.errors import ConstructorError
-from tests.nbdtarget.dm.support import make_registry
+from tests.support.dm import make_registry
 
 
 @pytest.mark.parametrize(

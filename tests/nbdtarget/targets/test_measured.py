@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests.nbdtarget.targets.support import Disks
+from tests.support.tables import Disks
 
 CACHE = (
     "target_name=cache,target_version={version},metadata_mode=rw,cache_metadata_device=/m,"

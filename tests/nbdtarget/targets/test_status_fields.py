@@ -5,7 +5,7 @@ import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE
 from nbdtarget.targets.base import StatusFields
-from tests.nbdtarget.targets.support import Disks, submit
+from tests.support.tables import Disks, submit
 
 
 @pytest.mark.parametrize(

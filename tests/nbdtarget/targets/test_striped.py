@@ -19,8 +19,8 @@ from nbdtarget.bio import (
 from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Extent
 from nbdtarget.devices.memory import CHUNK_SIZE
-from tests.nbdtarget.targets.clone.support import settle
-from tests.nbdtarget.targets.support import Disks, content, submit
+from tests.support.clone import settle
+from tests.support.tables import Disks, content, submit
 
 SECTOR = 512
 HOLE = EXTENT_HOLE | EXTENT_ZERO

@@ -28,7 +28,7 @@ from nbdtarget.devices.nbd.connect import CONNECTIONS_MAX
 from nbdtarget.devices.nbd.device import IN_FLIGHT_MAX, NbdDevice, open_nbd
 from nbdtarget.devices.resolve import identity, open_device
 from nbdtarget_protocol import consts
-from tests.nbdtarget.devices.nbd_server import FLAGS_ALL, StrictServer
+from tests.support.nbd_server import FLAGS_ALL, StrictServer
 
 SIZE = 1 << 20
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.nbdtarget.targets.cache.lab import CacheLab
+from tests.support.cache import CacheLab
 
 
 @pytest.fixture

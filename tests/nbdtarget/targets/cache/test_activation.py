@@ -10,7 +10,7 @@ from nbdtarget.bio import OP_WRITE
 from nbdtarget.common.errors import TableError
 from nbdtarget.policies.base import MappingError, Policy
 from nbdtarget_metadata.mode import Mode
-from tests.nbdtarget.targets.cache.support import BLOCK, Bench, Table
+from tests.support.cache_parts import BLOCK, Bench, Table
 
 WRITEBACK = "1 writeback smq 0"
 PASSTHROUGH = "1 passthrough smq 0"

@@ -14,9 +14,9 @@ from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.constructor import construct
 from nbdtarget_metadata.cache.metadata import CacheMetadata, Statistics
 from nbdtarget_metadata.mode import Mode
-from tests.nbdtarget.targets.cache.support import BLOCK, SECTORS, Bench
-from tests.nbdtarget.targets.clone.support import Context
+from tests.support.cache_parts import BLOCK, SECTORS, Bench
 from tests.support.clock import SimClock
+from tests.support.clone import Context
 
 SIZE = 64 * BLOCK
 CONFIG = "Error setting cache policy's config values"

@@ -19,7 +19,7 @@ from nbdtarget.targets.cache.extents import (
     base_extents,
     cache_extents,
 )
-from tests.nbdtarget.targets.cache.support import BLOCK, Bench, Table
+from tests.support.cache_parts import BLOCK, Bench, Table
 
 THIN = EXTENT_HOLE | EXTENT_ZERO
 DIRTY = CACHE_CACHED | CACHE_DIRTY

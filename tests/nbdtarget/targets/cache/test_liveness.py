@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests.nbdtarget.targets.cache.liveness import Liveness
+from tests.support.cache_liveness import Liveness
 
 
 @pytest.mark.parametrize("may_fail", [False, True])

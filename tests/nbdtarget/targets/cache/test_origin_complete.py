@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.bio import FUA, OP_WRITE
-from tests.nbdtarget.targets.cache.lab import BLOCK, CacheLab, settle
+from tests.support.cache import BLOCK, CacheLab, settle
 
 THROUGH = "1 writethrough smq 0"
 PASS = "1 passthrough smq 0"

@@ -6,7 +6,7 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE
-from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 A, B = 2, 3
 

@@ -8,7 +8,7 @@ from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.constructor import construct
 from nbdtarget.targets.cache.report import status_fields, status_line
 from nbdtarget_metadata.cache.metadata import Statistics
-from tests.nbdtarget.targets.cache.support import BLOCK, Bench, Table
+from tests.support.cache_parts import BLOCK, Bench, Table
 
 MQ = (
     "mq 10 random_threshold 0 sequential_threshold 0 discard_promote_adjustment 0"

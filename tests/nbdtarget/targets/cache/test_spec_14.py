@@ -7,7 +7,7 @@ import pytest
 
 from nbdtarget.bio import OP_DISCARD, OP_WRITE, PENDING
 from nbdtarget.common.errors import TableError
-from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 BUSY = "2 migration_threshold 0"
 PASSTHROUGH = f"1 passthrough smq {BUSY}"

@@ -12,7 +12,7 @@ import pytest
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import TableError
 from nbdtarget_metadata.cache.metadata import Policy
-from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 BUSY = "2 migration_threshold 0"
 PASSTHROUGH = f"1 passthrough smq {BUSY}"

@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
 
 A, B = 3, 4  # blocks of the origin
 BUSY = "2 migration_threshold 0"

@@ -7,7 +7,7 @@ import pytest
 
 from nbdtarget.bio import OP_WRITE
 from nbdtarget.common.errors import TableError
-from tests.nbdtarget.targets.cache.lab import DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import DIRTY_BUSY, CacheLab, settle
 
 BUSY = "2 migration_threshold 0"
 PASSTHROUGH = f"1 passthrough smq {BUSY}"

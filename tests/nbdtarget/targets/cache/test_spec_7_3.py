@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.common.errors import ConstructorError
-from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
 
 BUSY = "2 migration_threshold 0"
 A, B = 3, 4  # blocks of the origin

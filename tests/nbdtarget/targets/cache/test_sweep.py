@@ -7,7 +7,7 @@ import pytest
 
 from nbdtarget.bio import OP_DISCARD
 from nbdtarget.targets.cache import migrations, sweep
-from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 SORTED = "1 sorted_writeback smq 2 migration_threshold 100000"
 

@@ -6,7 +6,7 @@ import errno as errnos
 
 from nbdtarget.bio import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE
 from nbdtarget_metadata.mode import Mode
-from tests.nbdtarget.targets.cache.lab import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 
 async def start_fails(lab: CacheLab) -> None:

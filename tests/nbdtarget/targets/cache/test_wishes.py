@@ -8,7 +8,7 @@ import pytest
 from nbdtarget.bio import OP_WRITE
 from nbdtarget.common.errors import TableError
 from nbdtarget.targets.cache import wishes
-from tests.nbdtarget.targets.cache.lab import DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import DIRTY_BUSY, CacheLab, settle
 
 
 def pinned(lab: CacheLab) -> list[int]:

@@ -12,8 +12,8 @@ from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.targets.clone.support import REGION, Context, Rig
 from tests.support.clock import SimClock
+from tests.support.clone import REGION, Context, Rig
 
 SIZE = 64 * REGION
 

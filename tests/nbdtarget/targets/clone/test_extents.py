@@ -16,7 +16,7 @@ from nbdtarget.targets.clone.extents import (
     HYDRATION_ACTIVE,
     HYDRATION_SOURCE,
 )
-from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
+from tests.support.clone import REGION, Rig, settle
 
 K64 = 1 << 16
 THIN = EXTENT_HOLE | EXTENT_ZERO

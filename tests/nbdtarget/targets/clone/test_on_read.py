@@ -6,7 +6,7 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE
-from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
+from tests.support.clone import REGION, Rig, settle
 
 PAUSE_S = 0.2
 

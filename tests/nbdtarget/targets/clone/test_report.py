@@ -7,7 +7,7 @@ import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE
 from nbdtarget_metadata.mode import Mode
-from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
+from tests.support.clone import REGION, Rig, settle
 
 
 async def tail(rig: Rig) -> str:

@@ -3,7 +3,7 @@
 
 from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.targets.clone.hydration import SCAN_RUNS_MAX
-from tests.nbdtarget.targets.clone.support import Rig
+from tests.support.clone import Rig
 
 NR_REGIONS = 1 << 14
 

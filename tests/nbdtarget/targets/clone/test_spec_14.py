@@ -9,8 +9,8 @@ from nbdtarget.bio import FUA, OP_DISCARD, OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import ConstructorError
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.dm.support import make_registry
-from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
+from tests.support.clone import REGION, Rig, settle
+from tests.support.dm import make_registry
 
 
 async def pass_time(rig: Rig, seconds: float, step: float = 0.05) -> None:

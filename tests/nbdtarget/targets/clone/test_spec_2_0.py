@@ -25,8 +25,8 @@ from nbdtarget.bio import (
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.dm.support import RamDevice, RamOpener, make_registry
-from tests.nbdtarget.targets.clone.support import REGION, settle
+from tests.support.clone import REGION, settle
+from tests.support.dm import RamDevice, RamOpener, make_registry
 
 SIZE = 16 * REGION
 TABLE = f"0 {SIZE // 512} clone /m /d /s 8 1 no_hydration"

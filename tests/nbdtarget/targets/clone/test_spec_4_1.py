@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from nbdtarget.bio import OP_DISCARD, OP_READ, OP_WRITE
-from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
+from tests.support.clone import REGION, Rig, settle
 
 
 async def pass_time(rig: Rig, seconds: float, step: float = 0.05) -> None:

@@ -20,7 +20,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.common.errors import TableError
 from nbdtarget.targets.base import KILL, REMAPPED
-from tests.nbdtarget.targets.clone.support import REGION, Rig, settle
+from tests.support.clone import REGION, Rig, settle
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.dm.support import RamOpener, make_registry
-from tests.nbdtarget.targets.clone.support import REGION, Rig
+from tests.support.clone import REGION, Rig
+from tests.support.dm import RamOpener, make_registry
 
 NR_REGIONS = 8
 SIZE = NR_REGIONS * REGION

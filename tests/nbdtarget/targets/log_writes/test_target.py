@@ -25,8 +25,8 @@ from nbdtarget.targets.log_writes.format import (
     parse_entry,
     parse_super,
 )
-from tests.nbdtarget.targets.clone.support import settle
-from tests.nbdtarget.targets.support import Disks, content, submit
+from tests.support.clone import settle
+from tests.support.tables import Disks, content, submit
 
 S = 512
 TABLE = "0 64 log-writes /a /log"

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rot in a cache's image: whatever bit flips, opening repairs it or refuses it by name.
+
+The clone's is test_rot.py, which see; ROT_DEEP=1 (`make rot`) flips the padding, too. Here
+every bit of each envelope is flipped in three ages, and every seventh in the others.
+"""
+
+import random
+from collections.abc import Iterator
+from itertools import combinations
+
+import msgspec
+import pytest
+
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.errors import CorruptMetadata, MetadataError
+from nbdtarget_metadata.log.superblock import NR_SLOTS, SUPERBLOCK_BLOCKS
+from tests.metadata.clone.test_rot import (
+    DEEP,
+    assert_named,
+    bits_to_flip,
+    flip,
+    spoiled,
+    superblock_lengths,
+)
+from tests.support.metadata.cache_images import (
+    CacheAged,
+    cache_ages,
+    held_by,
+    open_cache,
+)
+from tests.support.metadata.cache_reader import held_in, live_ranges, read_records
+
+EVERY_BIT = {"shut_down", "torn_start", "shrunk"}
+
+each_age = pytest.mark.parametrize("name", cache_ages())
+
+
+def some_bits(name: str, block: int, length: int) -> Iterator[int]:
+    bits = bits_to_flip(block, length)
+    yield from bits if name in EVERY_BIT else bits[block % 7 :: 7]
+
+
+def assert_right(aged: CacheAged, metadata: CacheMetadata) -> None:
+    assert metadata.generation >= aged.acknowledged, "rolled back"
+    held = held_by(metadata)
+    assert held == aged.states[metadata.generation]
+    assert (metadata.nr_mapped, metadata.nr_dirty) == (
+        len(held.values),
+        len(held.dirty),
+    )
+
+
+def live_records(aged: CacheAged) -> list[tuple[int, int]]:
+    """Return (block, bytes of header and body) of what the superblock vouches for."""
+    ranges = live_ranges(msgspec.to_builtins(aged.superblock()))
+    return [
+        (block, length)
+        for blocks in ranges
+        for block, length, _ in read_records(aged.image, blocks)
+    ]
+
+
+@each_age
+def test_image_opens_as_it_is_and_holds_what_its_records_say(name: str) -> None:
+    aged = cache_ages()[name]
+    metadata = open_cache(aged.image)
+    assert_right(aged, metadata)
+    fields = msgspec.to_builtins(metadata._superblock)
+    assert held_by(metadata) == held_in(aged.image, fields)
+    assert metadata.generation == max(aged.states)
+
+
+def test_ages_hold_what_can_rot() -> None:
+    fields = [msgspec.to_builtins(aged.superblock()) for aged in cache_ages().values()]
+    kinds = {
+        record[0]
+        for aged, each in zip(cache_ages().values(), fields, strict=True)
+        for blocks in live_ranges(each)
+        for _, _, record in read_records(aged.image, blocks)
+    }
+    assert kinds == {"entries", "values", "dirty", "hints", "discards"}
+    assert {each[23] for each in fields} == {0, 1}, "both sync areas"
+    assert {each[10] for each in fields} == {0, 1}, "both arenas"
+
+
+@each_age
+def test_rot_in_the_superblock_area_is_repaired(name: str) -> None:
+    aged = cache_ages()[name]
+    image = bytearray(aged.image)
+    for block, length in superblock_lengths(aged.image):
+        for bit in some_bits(name, block, length):
+            flip(image, bit)
+            assert_right(aged, open_cache(image))
+            flip(image, bit)
+
+
+@each_age
+def test_rot_in_a_vouched_record_is_refused_by_name(name: str) -> None:
+    aged = cache_ages()[name]
+    image = bytearray(aged.image)
+    for block, length in live_records(aged):
+        for bit in some_bits(name, block, length):
+            flip(image, bit)
+            is_padding = bit >= 8 * (block * 4096 + length)
+            try:
+                metadata = open_cache(image)
+            except MetadataError as error:
+                assert not is_padding
+                assert_named(error, block)
+            else:
+                assert is_padding
+                assert_right(aged, metadata)
+            flip(image, bit)
+
+
+@each_age
+def test_rot_anywhere_else_changes_nothing(name: str) -> None:
+    aged = cache_ages()[name]
+    live = aged.live_blocks()
+    rng = random.Random(name)
+    image = bytearray(aged.image)
+    for _ in range(2000 if DEEP else 100):
+        bit = rng.randrange(8 * 4096 * SUPERBLOCK_BLOCKS, 8 * len(image))
+        if bit // 8 // 4096 not in live:
+            flip(image, bit)
+            assert_right(aged, open_cache(image))  # and it stays rotten
+
+
+@each_age
+def test_two_rotten_superblock_copies_are_repaired_or_refused_by_name(
+    name: str,
+) -> None:
+    aged = cache_ages()[name]
+    for first, second in combinations(range(SUPERBLOCK_BLOCKS), 2):
+        image = spoiled(aged.image, first, second)
+        if first % NR_SLOTS != second % NR_SLOTS:
+            assert_right(aged, open_cache(image))
+            continue
+        with pytest.raises(CorruptMetadata, match="a valid copy") as caught:
+            open_cache(image)
+        assert_named(caught.value)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rot: whatever bit of an image flips, opening repairs it or refuses it by name.
+
+One rotten superblock copy costs nothing; a rotten record that is vouched for is refused; what
+nobody vouches for may rot. Never is an older state served, nor one that never was.
+
+Every bit of every envelope is flipped; with ROT_DEEP=1 (`make rot`) those of the padding too.
+"""
+
+import os
+import random
+import re
+from collections.abc import Iterator
+from itertools import combinations
+
+import pytest
+
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import CorruptMetadata, MetadataError
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE, blocks_for
+from nbdtarget_metadata.log.superblock import NR_SLOTS, SUPERBLOCK_BLOCKS
+from nbdtarget_metadata.tools.check import check
+from tests.support.metadata.clone_images import (
+    Aged,
+    ages,
+    open_image,
+    opening,
+    record_blocks,
+    run_bounded,
+    vouched_bits,
+)
+from tests.support.metadata.small_clone import commit
+from tests.support.metadata.store import Store, drive
+
+DEEP = os.environ.get("ROT_DEEP") == "1"
+NAMES_A_BLOCK = re.compile(r"blocks? \d+.*: expected .*, found ", re.DOTALL)
+
+each_age = pytest.mark.parametrize("name", ages())
+
+
+def bits_to_flip(block: int, length: int) -> range:
+    """Bit numbers from the start of the image: of an envelope at `block`."""
+    begin = block * BLOCK_SIZE
+    end = begin + (blocks_for(length) * BLOCK_SIZE if DEEP else length)
+    return range(8 * begin, 8 * end)
+
+
+def flip(image: bytearray, bit: int) -> None:
+    image[bit // 8] ^= 1 << bit % 8
+
+
+def superblock_lengths(image: bytes) -> Iterator[tuple[int, int]]:
+    for block in range(SUPERBLOCK_BLOCKS):
+        at = block * BLOCK_SIZE
+        yield block, HEADER_SIZE + int.from_bytes(image[at + 12 : at + 16], "little")
+
+
+def spoiled(image: bytes, *blocks: int) -> bytearray:
+    """Return the image with one byte in each of these blocks' bodies flipped."""
+    rotten = bytearray(image)
+    for block in blocks:
+        rotten[block * BLOCK_SIZE + HEADER_SIZE + 1] ^= 0x55
+    return rotten
+
+
+def assert_right(aged: Aged, metadata: CloneMetadata) -> None:
+    assert metadata.generation >= aged.acknowledged, "rolled back"
+    assert metadata.hydrated.tobytes() == aged.states[metadata.generation]
+    assert metadata.nr_hydrated == metadata.hydrated.count()
+
+
+def assert_named(error: MetadataError, block: int | None = None) -> None:
+    text = str(error)
+    assert block is None or f"block {block}" in text
+    assert isinstance(error, CorruptMetadata)
+    assert NAMES_A_BLOCK.search(text), text
+    assert "\n" not in text
+
+
+@each_age
+def test_image_opens_as_it_is_and_holds_what_its_records_say(name: str) -> None:
+    aged = ages()[name]
+    metadata = open_image(aged.image)
+    assert_right(aged, metadata)
+    held = vouched_bits(aged.image, metadata._superblock)
+    assert metadata.hydrated.tobytes() == held
+    assert metadata.generation == max(aged.states)
+
+
+@each_age
+def test_rot_in_the_superblock_area_is_repaired(name: str) -> None:
+    aged = ages()[name]
+    image = bytearray(aged.image)
+    for block, length in superblock_lengths(aged.image):
+        for bit in bits_to_flip(block, length):
+            flip(image, bit)
+            assert_right(aged, open_image(image))
+            flip(image, bit)
+
+
+@each_age
+def test_rot_in_a_vouched_record_is_refused_by_name(name: str) -> None:
+    aged = ages()[name]
+    image = bytearray(aged.image)
+    for block, length in record_blocks(aged.image, aged.superblock()):
+        for bit in bits_to_flip(block, length):
+            flip(image, bit)
+            is_padding = bit >= 8 * (block * BLOCK_SIZE + length)
+            try:
+                metadata = open_image(image)
+            except MetadataError as error:
+                assert not is_padding
+                assert_named(error, block)
+            else:
+                assert is_padding
+                assert_right(aged, metadata)
+            flip(image, bit)
+
+
+@each_age
+def test_rot_anywhere_else_changes_nothing(name: str) -> None:
+    aged = ages()[name]
+    superblock = aged.superblock()
+    live = range(superblock.snapshot_block, superblock.journal_end)
+    rng = random.Random(name)
+    image = bytearray(aged.image)
+    for _ in range(2000 if DEEP else 200):
+        bit = rng.randrange(8 * BLOCK_SIZE * SUPERBLOCK_BLOCKS, 8 * len(image))
+        if bit // 8 // BLOCK_SIZE not in live:
+            flip(image, bit)
+            assert_right(aged, open_image(image))  # and it stays rotten
+
+
+@each_age
+def test_two_rotten_superblock_copies_are_repaired_or_refused_by_name(
+    name: str,
+) -> None:
+    aged = ages()[name]
+    for first, second in combinations(range(SUPERBLOCK_BLOCKS), 2):
+        image = spoiled(aged.image, first, second)
+        if first % NR_SLOTS != second % NR_SLOTS:
+            assert_right(aged, open_image(image))
+            continue
+        with pytest.raises(CorruptMetadata, match="a valid copy") as caught:
+            open_image(image)
+        assert_named(caught.value)
+
+
+@each_age
+def test_rotten_record_is_refused_beside_a_rotten_copy_too(name: str) -> None:
+    aged = ages()[name]
+    superblock = aged.superblock()
+    newest = superblock.generation % NR_SLOTS
+    for block, _ in record_blocks(aged.image, superblock):
+        for copy in range(SUPERBLOCK_BLOCKS):
+            image = spoiled(aged.image, block, copy)
+            if name == "torn_commit" and copy == newest:
+                # The only copy of a generation that nobody was told of: if the record is of
+                # that one alone, what was acknowledged is whole.
+                assert_right_or_named(aged, image)
+                continue
+            with pytest.raises(CorruptMetadata) as caught:
+                open_image(image)
+            assert_named(caught.value)
+
+
+def assert_right_or_named(aged: Aged, image: bytearray) -> None:
+    try:
+        metadata = open_image(image)
+    except MetadataError as error:
+        assert_named(error)
+    else:
+        assert_right(aged, metadata)
+
+
+@each_age
+@pytest.mark.parametrize("block", range(SUPERBLOCK_BLOCKS))
+def test_commits_after_a_repair_heal_every_copy(name: str, block: int) -> None:
+    image = spoiled(ages()[name].image, block)
+    store = Store(len(image), bytes(image))
+    metadata = drive(store, opening(store.size))
+    assert metadata.changed, "one good copy is not enough to acknowledge anything"
+    assert any(f"block {block}" in note for note in metadata.notes)
+    for region in range(2):
+        metadata.set_hydrated(region, region + 1)
+        if metadata.changed:
+            commit(store, metadata)
+    healed = bytes(store.durable)
+    assert run_bounded(healed, check(len(healed))).warnings == ()
+    assert open_image(healed).notes == ()

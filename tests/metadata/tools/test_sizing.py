@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes before there is a device are those that creation and formatting go by."""
+
+import pytest
+
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.errors import MetadataTooSmall
+from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
+from nbdtarget_metadata.tools.sizing import (
+    block_size_fault,
+    cache_sizes,
+    clone_sizes,
+    nr_regions_of,
+    region_size_fault,
+)
+from tests.support.metadata.store import Store, drive
+
+
+@pytest.mark.parametrize("nr_regions", [1, 8, 100, 32768, 4_161_536, 5_000_000])
+def test_smallest_is_what_formatting_takes(nr_regions: int) -> None:
+    sizes = clone_sizes(nr_regions)
+    assert sizes.smallest < sizes.preferred
+    assert sizes.preferred == CloneMetadata.device_size_for(nr_regions)
+
+    def format_on(size: int) -> None:
+        steps = CloneMetadata.format(
+            device_size=size,
+            region_size=4096,
+            target_size=4096 * nr_regions,
+            uuid=bytes(16),
+        )
+        drive(Store(size), steps)
+
+    format_on(sizes.smallest)
+    with pytest.raises(MetadataTooSmall):
+        format_on(sizes.smallest - 4096)
+
+
+def test_large_counts() -> None:
+    # Two arenas of two snapshots of 256 MiB each.
+    sizes = clone_sizes(NR_REGIONS_MAX)
+    assert 1 << 30 < sizes.smallest < sizes.preferred < (1 << 30) + (16 << 20)
+
+
+def test_last_region_may_be_short() -> None:
+    assert nr_regions_of(8192, 4096) == 2
+    assert nr_regions_of(8193, 4096) == 3
+
+
+@pytest.mark.parametrize(
+    ("region_size", "fault"),
+    [
+        (4096, ""),
+        (1 << 30, ""),
+        (2048, "Invalid region size"),
+        (1 << 31, "Invalid region size"),
+        (12288, "not a power of 2"),
+    ],
+)
+def test_region_sizes_are_the_kernels(region_size: int, fault: str) -> None:
+    assert fault in region_size_fault(region_size)
+    assert bool(fault) == bool(region_size_fault(region_size))
+
+
+@pytest.mark.parametrize("nr_cblocks", [1, 8, 1000, 65_025, 5_000_000])
+def test_smallest_of_a_cache_is_what_formatting_takes(nr_cblocks: int) -> None:
+    sizes = cache_sizes(nr_cblocks)
+    assert sizes.smallest < sizes.preferred
+    assert sizes.preferred == CacheMetadata.device_size_for(nr_cblocks)
+
+    def format_on(size: int) -> None:
+        steps = CacheMetadata.format(
+            device_size=size,
+            block_size=32768,
+            origin_size=1 << 30,
+            nr_cblocks=nr_cblocks,
+            uuid=bytes(16),
+        )
+        drive(Store(size), steps)
+
+    format_on(sizes.smallest)
+    with pytest.raises(MetadataTooSmall):
+        format_on(sizes.smallest - 4096)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "may"),
+    [
+        (32 << 10, True),
+        (96 << 10, True),
+        (1 << 30, True),
+        (0, False),
+        (16 << 10, False),
+        (48 << 10, False),
+        ((1 << 30) + (32 << 10), False),
+    ],
+)
+def test_block_sizes_are_the_kernels(block_size: int, may: bool) -> None:
+    assert (block_size_fault(block_size) == "") == may
