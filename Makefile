@@ -14,7 +14,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz rot lock wheel clean hit-ratio attack help
+.PHONY: run check test sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz rot lock wheel clean hit-ratio attack docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -29,6 +29,7 @@ help:
 	@echo 'make passthrough-bugs  the steps of the two bugs of dm-cache, here'
 	@echo 'make mutants       every deliberate bug must be caught'
 	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
+	@echo 'make docs          site and man pages: build/docs    make docs-reference  commands anew, from their help'
 	@echo 'make wheel         dist/*.whl                 make lock    resolve the lock files anew'
 	@echo 'make clean         what was built, cached or sampled'
 
@@ -50,6 +51,11 @@ $(BIN)/python:
 .venv/dev.stamp: requirements-dev.lock .venv/run.stamp
 	@echo 'installing the locked development packages into .venv'
 	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+.venv/docs.stamp: requirements-docs.lock .venv/dev.stamp
+	@echo 'installing the locked packages for the documentation into .venv'
+	@$(PIP) -r requirements-docs.lock
 	@touch $@
 
 # ---- what a user runs --------------------------------------------------------------------
@@ -132,6 +138,18 @@ rot: .venv/dev.stamp
 	@ROT_DEEP=1 $(BIN)/python -m pytest -q tests/metadata/clone/test_rot.py \
 	    tests/metadata/cache/test_rot.py $(ARGS)
 
+# The site and the man pages. A warning is an error.
+SPHINX := $(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d build/docs/doctrees
+
+docs: .venv/docs.stamp
+	@$(SPHINX) -b html docs build/docs/html
+	@$(SPHINX) -b man docs build/docs/man
+	@echo 'build/docs/html/index.html, build/docs/man'
+
+# The pages of the commands are written anew from the help texts.
+docs-reference: .venv/dev.stamp
+	@$(BIN)/python -m scripts.command_reference
+
 wheel: .venv/dev.stamp
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
@@ -143,6 +161,7 @@ lock: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(COMPILE) --output-file requirements.lock
 	@$(COMPILE) --group dev --output-file requirements-dev.lock
+	@$(COMPILE) --group docs --constraints requirements-dev.lock --output-file requirements-docs.lock
 
 clean:
 	@rm -rf build dist run .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
