@@ -41,7 +41,7 @@ from scripts.bench_rounds import (
 )
 from scripts.bench_servers import CONTENDERS, Contender
 from scripts.fio import Job
-from scripts.processes import StartError
+from tests.support.processes import StartError
 
 __all__ = ["WORKLOADS", "Workload", "main"]
 

@@ -35,8 +35,8 @@ from scripts import (
     bench_cache_zipf,
 )
 from scripts.bench_rounds import write_report
-from scripts.processes import StartError
 from tests.support.plain_client import PlainClientError
+from tests.support.processes import StartError
 
 __all__ = ["WORDS", "main", "selected"]
 

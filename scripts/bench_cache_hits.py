@@ -51,8 +51,8 @@ from scripts.bench_servers import (
 )
 from scripts.cache_under_test import KIB, CacheUnderTest, Counters
 from scripts.fio import Job
-from scripts.processes import ServerProcess
 from tests.support.plain_client import PlainClient
+from tests.support.processes import ServerProcess
 
 __all__ = ["CACHE", "CONTENDERS", "JOBS", "run", "summarize"]
 

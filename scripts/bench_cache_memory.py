@@ -29,13 +29,13 @@ from scripts.cache_under_test import (
     make_full_metadata,
     make_sparse,
 )
-from scripts.processes import peak_rss_bytes, rss_bytes
 from tests.support.plain_client import (
     CMD_TRIM,
     CMD_WRITE,
     PlainClient,
     PlainClientError,
 )
+from tests.support.processes import peak_rss_bytes, rss_bytes
 
 __all__ = ["run"]
 

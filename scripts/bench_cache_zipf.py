@@ -19,9 +19,9 @@ from rich.console import Console
 
 from scripts import hit_ratio
 from scripts.bench_rounds import make_image
-from scripts.bench_servers import nbdkit_file
 from scripts.cache_under_test import KIB, CacheUnderTest, Counters, uri_of
 from scripts.fio import Job, run_fio
+from tests.support.processes import nbdkit_file
 
 __all__ = ["Measured", "run", "simulate"]
 

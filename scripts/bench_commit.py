@@ -41,8 +41,8 @@ from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.clone.transaction import Transaction
 from nbdtarget_metadata.log.superblock import read_superblock
 from nbdtarget_metadata.operations import Flush, Operation, Read, Steps, Write
-from scripts.processes import NBDTARGET, ServerProcess
 from tests.support.plain_client import CMD_FLUSH, PlainClient
+from tests.support.processes import NBDTARGET, ServerProcess
 
 __all__ = ["main"]
 

@@ -32,8 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from scripts.bench_servers import nbdkit_file
-from scripts.processes import NBDTARGET
+from tests.support.processes import NBDTARGET, nbdkit_file
 
 __all__ = ["Copy", "main"]
 

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from scripts.processes import NBDTARGET, ServerProcess, peak_rss_bytes, rss_bytes
 from tests.support.plain_client import PlainClient
+from tests.support.processes import NBDTARGET, ServerProcess, peak_rss_bytes, rss_bytes
 
 __all__ = ["main"]
 

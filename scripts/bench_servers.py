@@ -10,12 +10,11 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from nbdtarget.devices.file.device import WRITE_PIECE
-from scripts.processes import NBDTARGET, ServerProcess
+from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
 
 __all__ = [
     "CLONE",
@@ -30,22 +29,12 @@ __all__ = [
     "NbdServer",
     "Nbdkit",
     "QemuNbd",
-    "nbdkit_file",
 ]
 
 SECTOR = 512
 LINEAR = "linear"
 CLONE = "clone"
 HALF = "clone-half"
-
-
-def nbdkit_file(
-    image: Path, path: Path, log: Path, *extra: str, settings: Sequence[str] = ()
-) -> ServerProcess:
-    """Serve `image` with nbdkit's file plugin on the unix socket `path`."""
-    argv = ["nbdkit", "--foreground", "--unix", str(path), *extra, "file", str(image)]
-    argv += settings
-    return ServerProcess(argv, sockets=[path], log=log)
 
 
 class Contender:

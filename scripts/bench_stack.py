@@ -31,7 +31,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.listener import Listener
 from scripts.fio import Job, run_fio
-from scripts.processes import ServerProcess, StartError
+from tests.support.processes import ServerProcess, StartError
 
 __all__ = ["main"]
 

@@ -18,7 +18,7 @@ from nbdtarget.control.client import ControlClient
 from nbdtarget.targets.metadata_io import run_file
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.operations import Steps
-from scripts.processes import NBDTARGET, ServerProcess
+from tests.support.processes import NBDTARGET, ServerProcess
 
 __all__ = [
     "KIB",

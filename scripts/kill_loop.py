@@ -36,7 +36,6 @@ from typing import Final
 
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.messages import Message, MessageAnswer
-from scripts.processes import NBDTARGET, ServerProcess, StartError
 from tests.support.model import DiskModel, Violation, Write
 from tests.support.plain_client import (
     CMD_FLUSH,
@@ -46,6 +45,7 @@ from tests.support.plain_client import (
     PlainClient,
     PlainClientError,
 )
+from tests.support.processes import NBDTARGET, ServerProcess, StartError
 
 __all__ = ["KINDS", "DiskUnderFire", "Writer", "main"]
 

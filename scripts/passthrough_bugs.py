@@ -29,8 +29,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from scripts.processes import NBDTARGET, ServerProcess, StartError
 from tests.support.plain_client import PlainClient, PlainClientError
+from tests.support.processes import NBDTARGET, ServerProcess, StartError
 
 __all__ = ["Bench", "Failed", "main"]
 

@@ -7,7 +7,7 @@ import pytest
 
 from nbdtarget.bio import FUA, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import DeviceError
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.clone_battery import Lab
 
 REGION = 4096

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.processes import ServerProcess
 from tests.support.clients import MIB, CloneUnderTest
+from tests.support.processes import ServerProcess
 
 SIZE = 8 * MIB
 HOLE = range(2 * MIB, 4 * MIB)  # never allocated

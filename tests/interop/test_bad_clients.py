@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from scripts.processes import ServerProcess
 from tests.support.clients import NAME, CloneUnderTest
 from tests.support.plain_client import CMD_READ, CMD_WRITE, REQUEST, PlainClient
+from tests.support.processes import ServerProcess
 
 pytestmark = pytest.mark.interop
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from scripts.processes import NBDTARGET, ServerProcess
 from tests.support.clients import MIB, NAME, client, needs, report
 from tests.support.plain_client import PlainClient
+from tests.support.processes import NBDTARGET, ServerProcess
 
 pytestmark = pytest.mark.interop
 

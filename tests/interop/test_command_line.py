@@ -7,27 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.processes import NBDTARGET, ServerProcess
-from tests.support.clients import MIB, CloneUnderTest
+from tests.support.clients import MIB, CloneUnderTest, refused
 from tests.support.plain_client import PlainClient
+from tests.support.processes import NBDTARGET, ServerProcess
 
 pytestmark = pytest.mark.interop
-
-
-def refused(argv: list[str], **environment: str) -> str:
-    """Run a command that must fail politely. Returns its one line."""
-    done = subprocess.run(
-        argv,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode in (1, 2), done
-    assert "Traceback" not in done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    return line
 
 
 def files(directory: Path) -> dict[str, bytes]:

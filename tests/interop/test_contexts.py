@@ -9,8 +9,8 @@ import ctypes.util
 
 import pytest
 
-from scripts.processes import ServerProcess
 from tests.support.clients import CloneUnderTest, client, needs
+from tests.support.processes import ServerProcess
 
 LIBRARY = ctypes.util.find_library("nbd")
 

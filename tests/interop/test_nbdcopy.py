@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.processes import ServerProcess
 from tests.support.clients import CloneUnderTest, client, needs, serving
+from tests.support.processes import ServerProcess
 
 pytestmark = [pytest.mark.interop, needs("nbdcopy")]
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from scripts.processes import ServerProcess
 from tests.support.clients import NAME, CloneUnderTest, client, needs, report
+from tests.support.processes import ServerProcess
 
 pytestmark = [pytest.mark.interop, needs("nbdinfo")]
 

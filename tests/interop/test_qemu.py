@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from scripts.processes import ServerProcess
 from tests.support.clients import (
     MIB,
     NAME,
@@ -15,6 +14,7 @@ from tests.support.clients import (
     report,
     serving,
 )
+from tests.support.processes import ServerProcess
 
 pytestmark = [pytest.mark.interop, needs("qemu-img", "qemu-io")]
 

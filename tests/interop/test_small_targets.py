@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.cli.app import run
-from scripts.processes import NBDTARGET, ServerProcess
 from tests.support.clients import needs, report
 from tests.support.plain_client import (
     CMD_FLUSH,
@@ -28,6 +27,7 @@ from tests.support.plain_client import (
     FLAG_FUA,
     PlainClient,
 )
+from tests.support.processes import NBDTARGET, ServerProcess
 
 pytestmark = pytest.mark.interop
 

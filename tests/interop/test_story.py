@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench_servers import nbdkit_file
 from scripts.make_sample_source import make_sample_source
 from tests.support.clients import MIB, CloneUnderTest, client, needs
+from tests.support.processes import nbdkit_file
 
 pytestmark = [
     pytest.mark.interop,

@@ -12,7 +12,6 @@ import pytest
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.paths import control_address
-from scripts.processes import NBDTARGET, ServerProcess
 from tests.support.clients import MIB
 from tests.support.plain_client import (
     CMD_FLUSH,
@@ -21,6 +20,7 @@ from tests.support.plain_client import (
     FLAG_FUA,
     PlainClient,
 )
+from tests.support.processes import NBDTARGET, ServerProcess
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 

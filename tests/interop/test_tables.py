@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.processes import NBDTARGET, ServerProcess
 from tests.support.clients import MIB, client, needs, report
+from tests.support.processes import NBDTARGET, ServerProcess
 
 pytestmark = [pytest.mark.interop, needs("qemu-io")]
 

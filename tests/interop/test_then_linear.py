@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from scripts.processes import NBDTARGET
 from tests.support.clients import CloneUnderTest, client, needs
 from tests.support.plain_client import (
     CMD_FLUSH,
@@ -16,6 +15,7 @@ from tests.support.plain_client import (
     FLAG_FUA,
     PlainClient,
 )
+from tests.support.processes import NBDTARGET
 
 pytestmark = pytest.mark.interop
 

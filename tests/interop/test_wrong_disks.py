@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.processes import NBDTARGET, ServerProcess
-from tests.interop.test_command_line import refused
+from tests.support.clients import refused
 from tests.support.plain_client import PlainClient
+from tests.support.processes import NBDTARGET, ServerProcess
 
 pytestmark = pytest.mark.interop
 

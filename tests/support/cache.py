@@ -16,9 +16,9 @@ from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.errors import CorruptMetadata, NotFormatted
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.tools.cache_check import mend_cache
-from tests.support.clock import SimClock
-from tests.support.clone import Spy, settle
+from tests.support.clock import SimClock, settle
 from tests.support.devices import CrashDevice
+from tests.support.spy import Spy
 
 __all__ = ["BLOCK", "DIRTY_BUSY", "SECTORS", "CacheLab", "settle"]
 

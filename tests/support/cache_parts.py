@@ -15,7 +15,8 @@ from nbdtarget.targets.committer import Committer
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.metadata import Policy as RecordedPolicy
 from tests.support.clock import SimClock
-from tests.support.clone import Context, Spy
+from tests.support.clone import Context
+from tests.support.spy import Spy
 
 __all__ = ["BLOCK", "SECTORS", "Bench", "Table"]
 

@@ -2,6 +2,7 @@
 """Real clients, real servers, and the disks between them."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,10 +12,18 @@ from typing import Any, Final
 
 import pytest
 
-from scripts.bench_servers import nbdkit_file
-from scripts.processes import NBDTARGET, ServerProcess
+from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
 
-__all__ = ["MIB", "NAME", "CloneUnderTest", "client", "needs", "report", "serving"]
+__all__ = [
+    "MIB",
+    "NAME",
+    "CloneUnderTest",
+    "client",
+    "needs",
+    "refused",
+    "report",
+    "serving",
+]
 
 MIB: Final = 1 << 20
 NAME: Final = "disk"
@@ -122,3 +131,19 @@ def serving(kind: str, image: Path, work: Path) -> Iterator[str]:
             yield uri
     else:
         raise AssertionError(kind)
+
+
+def refused(argv: list[str], **environment: str) -> str:
+    """Run a command that must fail politely. Returns its one line."""
+    done = subprocess.run(
+        argv,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode in (1, 2), done
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line

@@ -5,7 +5,7 @@ import asyncio
 import heapq
 from collections.abc import Callable
 
-__all__ = ["SimClock", "SimTimer"]
+__all__ = ["SimClock", "SimTimer", "settle"]
 
 
 class SimTimer:
@@ -61,3 +61,9 @@ class SimClock:
             if not timer.cancelled:
                 timer.callback()
         self._now_ns = end_ns
+
+
+async def settle(turns: int = 60) -> None:
+    """Let everything run that needs no time to pass."""
+    for _ in range(turns):
+        await asyncio.sleep(0)

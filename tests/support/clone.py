@@ -1,66 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A clone on devices in memory, without the device-mapper core around it."""
 
-import asyncio
 import errno as errnos
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from nbdtarget.bio import OP_FLUSH, OP_NAMES, OP_READ, OP_WRITE, Bio
+from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.common.clock import Clock
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.permissions import OVERWRITE, Permission
-from nbdtarget.devices.base import Device, Extent
+from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.base import KILL, REMAPPED
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.support.clock import SimClock
 from tests.support.model import SECTOR
+from tests.support.spy import Spy
 
-__all__ = ["REGION", "Context", "Disk", "Rig", "Spy", "settle"]
+__all__ = ["REGION", "Context", "Disk", "Rig"]
 
 REGION = 8 * SECTOR
-
-
-class Spy(Device):
-    """Passes bios on and keeps a log of them; holds them back while `hold` is set."""
-
-    def __init__(self, device: Device, log: list[tuple[str, str, int, int]]) -> None:
-        super().__init__(device.name, device.size, read_only=device.read_only)
-        self.device = device
-        self.log = log
-        self.hold = False
-        self.held: list[Bio] = []
-        self.fails: Callable[[Bio], int] = lambda _: 0
-        self.can_discard = device.can_discard
-        self.can_write_zeroes = device.can_write_zeroes
-        self.can_fast_zero = device.can_fast_zero
-
-    def submit(self, bio: Bio) -> None:
-        self.log.append((self.name, OP_NAMES[bio.op], bio.offset, bio.length))
-        if self.hold:
-            bio.own()
-            self.held.append(bio)
-        else:
-            self._serve(bio)
-
-    def let_go(self) -> None:
-        self.hold = False
-        while self.held:
-            self._serve(self.held.pop(0))
-
-    async def extents(self, offset: int, length: int) -> list[Extent]:
-        return await self.device.extents(offset, length)
-
-    async def close(self) -> None:
-        await self.device.close()
-
-    def _serve(self, bio: Bio) -> None:
-        if errno := self.fails(bio):
-            bio.end(errno)
-        else:
-            self.device.submit(bio)
 
 
 class Context:
@@ -215,9 +175,3 @@ class Rig:
     async def hydrated(self) -> str:
         """The hydrated/total word of the status line."""
         return (await self.target.status(noflush=True)).split()[3]
-
-
-async def settle(turns: int = 60) -> None:
-    """Let everything run that needs no time to pass."""
-    for _ in range(turns):
-        await asyncio.sleep(0)

@@ -17,7 +17,7 @@ from nbdtarget.targets import metadata_io
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_metadata.log.superblock import read_superblock
 from tests.support.clock import SimClock
-from tests.support.clone import Spy
+from tests.support.spy import Spy
 
 __all__ = ["MIB", "SECTOR", "Lab"]
 

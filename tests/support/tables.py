@@ -11,7 +11,7 @@ from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from tests.support.clock import SimClock
-from tests.support.clone import Spy
+from tests.support.spy import Spy
 
 __all__ = ["Disk", "Disks", "content", "submit"]
 

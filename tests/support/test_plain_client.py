@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench_servers import nbdkit_file
 from tests.support.plain_client import FLAG_FUA, PlainClient, PlainClientError
+from tests.support.processes import nbdkit_file
 
 pytestmark = [
     pytest.mark.interop,

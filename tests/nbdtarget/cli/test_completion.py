@@ -12,9 +12,9 @@ import pytest
 
 from nbdtarget.cli.completion import VARIABLE
 from nbdtarget.dm.registry import Registry
-from scripts.processes import NBDTARGET
 from tests.support.clients import needs
 from tests.support.command_line import CommandLine
+from tests.support.processes import NBDTARGET
 
 BASH = """
 source <("$1" completion bash)

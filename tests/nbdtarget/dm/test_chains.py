@@ -10,7 +10,7 @@ from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, PENDING
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
 from tests.nbdtarget.dm.test_mapped_device import submit
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.dm import RamDevice, RamOpener, make_registry
 
 DATA = bytes(512)

@@ -22,7 +22,7 @@ from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.model import SECTOR
 from tests.support.tables import Disks, content, submit
 

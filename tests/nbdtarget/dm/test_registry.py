@@ -18,7 +18,7 @@ from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.dm.test_mapped_device import content, submit
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.dm import ProbeTarget, RamOpener, make_registry
 
 

@@ -13,7 +13,7 @@ from nbdtarget.common.errors import TableError
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.base import SUBMITTED, Target, TargetContext
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.dm import RamOpener, make_registry
 
 SIZE = 64 << 10

@@ -25,8 +25,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.server.export import DirectoryExports
 from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.support.clock import SimClock
-from tests.support.clone import settle
+from tests.support.clock import SimClock, settle
 from tests.support.devices import CrashDevice
 from tests.support.tables import Disks, content, submit
 

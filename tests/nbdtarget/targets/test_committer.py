@@ -11,9 +11,9 @@ from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.targets.committer import Committer
 from nbdtarget_metadata.errors import FailedMetadata
 from nbdtarget_metadata.operations import Flush, Steps, Write
-from tests.support.clock import SimClock
-from tests.support.clone import Spy, settle
+from tests.support.clock import SimClock, settle
 from tests.support.devices import CrashDevice
+from tests.support.spy import Spy
 
 JOURNAL, SUPERBLOCK, SNAPSHOT = 4096, 0, 8192
 

@@ -9,8 +9,7 @@ import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.targets.copier import Copier, CopyError
-from tests.support.clock import SimClock
-from tests.support.clone import settle
+from tests.support.clock import SimClock, settle
 from tests.support.devices import CrashDevice, FaultDevice, SlowDevice
 
 SIZE = 1 << 18

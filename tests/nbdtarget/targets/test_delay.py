@@ -13,7 +13,7 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.common.errors import ConstructorError
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.tables import Disks, content, submit
 
 

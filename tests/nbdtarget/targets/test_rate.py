@@ -5,8 +5,8 @@ import pytest
 
 from nbdtarget.bio import OP_CACHE, OP_WRITE
 from nbdtarget.targets.rate import CREDIT_S, JOB_S_MAX, Rate
-from tests.support.clock import SimClock
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import SimClock, settle
+from tests.support.clone import REGION, Rig
 
 S = 1_000_000_000
 K64 = 1 << 16

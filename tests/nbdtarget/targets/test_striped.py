@@ -19,7 +19,7 @@ from nbdtarget.bio import (
 from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Extent
 from nbdtarget.devices.memory import CHUNK_SIZE
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.tables import Disks, content, submit
 
 SECTOR = 512

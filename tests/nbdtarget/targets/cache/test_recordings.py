@@ -9,7 +9,7 @@ many of these to skip, how many); `= …`: the status, but for the numbers of me
 import pytest
 
 from nbdtarget.common.errors import NbdTargetError, TableError
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.tables import Disks
 
 # What a step took: smq decides by ticks, of which there are one a second and more when it misses.

@@ -16,7 +16,8 @@ from nbdtarget.targets.clone.extents import (
     HYDRATION_ACTIVE,
     HYDRATION_SOURCE,
 )
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 K64 = 1 << 16
 THIN = EXTENT_HOLE | EXTENT_ZERO

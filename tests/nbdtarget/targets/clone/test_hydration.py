@@ -9,8 +9,8 @@ import pytest
 from nbdtarget.bio import OP_READ, OP_WRITE, OP_WRITE_ZEROES, PENDING
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.clone.target import CloneTarget
-from tests.support.clock import SimClock, SimTimer
-from tests.support.clone import REGION, Context, Rig, settle
+from tests.support.clock import SimClock, SimTimer, settle
+from tests.support.clone import REGION, Context, Rig
 
 K64 = 1 << 16
 

@@ -6,7 +6,8 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 PAUSE_S = 0.2
 

@@ -7,7 +7,8 @@ import pytest
 
 from nbdtarget.bio import OP_CACHE, OP_DISCARD, OP_WRITE, PENDING
 from nbdtarget.targets.clone.prefetch import STEP_BYTES, STEPS_AT_ONCE_MAX
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 MIB = 1 << 20
 

@@ -7,7 +7,8 @@ import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE
 from nbdtarget_metadata.mode import Mode
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 
 async def tail(rig: Rig) -> str:

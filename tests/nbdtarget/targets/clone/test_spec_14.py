@@ -9,7 +9,8 @@ from nbdtarget.bio import FUA, OP_DISCARD, OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import ConstructorError
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 from tests.support.dm import make_registry
 
 

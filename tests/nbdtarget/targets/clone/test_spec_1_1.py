@@ -12,8 +12,8 @@ from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.mode import Mode
-from tests.support.clock import SimClock
-from tests.support.clone import REGION, Context, Disk, Rig, settle
+from tests.support.clock import SimClock, settle
+from tests.support.clone import REGION, Context, Disk, Rig
 
 SIZE = 64 * REGION
 

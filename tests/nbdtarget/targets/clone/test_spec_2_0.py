@@ -25,7 +25,8 @@ from nbdtarget.bio import (
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.support.clone import REGION, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION
 from tests.support.dm import RamDevice, RamOpener, make_registry
 
 SIZE = 16 * REGION

@@ -21,7 +21,8 @@ from nbdtarget.bio import (
 )
 from nbdtarget.common.errors import DeviceError
 from nbdtarget_metadata.mode import Mode
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 HYDRATED, CHANGED, UNHYDRATED, HYDRATING = range(4)  # also the regions in that state
 COMMIT = ["d flush", "m write", "m flush", "m write", "m write"]

@@ -10,7 +10,8 @@ from nbdtarget.bio import FUA, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, PENDING,
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.log.superblock import read_superblock
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 COPIES = [0, 2 * 4096]  # of one superblock slot; the other is a block further
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from nbdtarget.bio import OP_DISCARD, OP_READ, OP_WRITE
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 
 async def pass_time(rig: Rig, seconds: float, step: float = 0.05) -> None:

@@ -6,7 +6,8 @@ import pytest
 from nbdtarget.bio import OP_READ, OP_WRITE
 from nbdtarget.common.errors import ConstructorError
 from nbdtarget.targets.clone.target import CloneTarget
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 
 async def test_5_2_constructor_loads_the_bitmap_and_starts_nothing() -> None:

@@ -8,7 +8,8 @@ import pytest
 from nbdtarget.bio import OP_DISCARD, OP_WRITE
 from nbdtarget.common.errors import TableError
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 # 32 MiB in regions of 4 KiB, as in the recordings.
 SIZE = 65536 * 512

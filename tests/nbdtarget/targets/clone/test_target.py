@@ -20,7 +20,8 @@ from nbdtarget.bio import (
 )
 from nbdtarget.common.errors import TableError
 from nbdtarget.targets.base import KILL, REMAPPED
-from tests.support.clone import REGION, Rig, settle
+from tests.support.clock import settle
+from tests.support.clone import REGION, Rig
 
 
 @pytest.fixture

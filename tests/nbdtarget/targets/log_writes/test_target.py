@@ -25,7 +25,7 @@ from nbdtarget.targets.log_writes.format import (
     parse_entry,
     parse_super,
 )
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.tables import Disks, content, submit
 
 S = 512

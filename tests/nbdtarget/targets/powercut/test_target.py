@@ -20,7 +20,7 @@ from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.devices.base import EXTENT_DATA, Extent
 from nbdtarget.devices.losses import FlushObserver
 from nbdtarget.dm.mapped_device import MappedDevice
-from tests.support.clone import settle
+from tests.support.clock import settle
 from tests.support.tables import Disks, content, submit
 
 S = 512

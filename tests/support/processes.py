@@ -23,6 +23,7 @@ __all__ = [
     "NBDTARGET",
     "ServerProcess",
     "StartError",
+    "nbdkit_file",
     "peak_rss_bytes",
     "rss_bytes",
     "wait_for_socket",
@@ -193,3 +194,12 @@ class ServerProcess:
             self.terminate()
         else:
             self.kill()
+
+
+def nbdkit_file(
+    image: Path, path: Path, log: Path, *extra: str, settings: Sequence[str] = ()
+) -> ServerProcess:
+    """Serve `image` with nbdkit's file plugin on the unix socket `path`."""
+    argv = ["nbdkit", "--foreground", "--unix", str(path), *extra, "file", str(image)]
+    argv += settings
+    return ServerProcess(argv, sockets=[path], log=log)
