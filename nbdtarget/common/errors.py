@@ -43,6 +43,7 @@ class ConstructorError(NbdTargetError):
         errno: what the kernel's constructor returns, as a positive errno.
         target: the target type ("clone").
         allowed_by: what the user can give to have it all the same (`nbdtarget.common.permissions`).
+        hint: what would be right, where the kernel's text does not say it; printed after the reason.
     """
 
     def __init__(
@@ -51,15 +52,18 @@ class ConstructorError(NbdTargetError):
         errno: int = errnos.EINVAL,
         target: str = "",
         allowed_by: Permission | None = None,
+        hint: str = "",
     ) -> None:
-        super().__init__(reason, errno, target, allowed_by)
+        super().__init__(reason, errno, target, allowed_by, hint)
         self.reason = reason
         self.errno = errno
         self.target = target
         self.allowed_by = allowed_by
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.target}: {self.reason}" if self.target else self.reason
+        parts = (self.target, self.reason, self.hint)
+        return ": ".join(part for part in parts if part)
 
 
 class TableError(NbdTargetError):
@@ -68,18 +72,25 @@ class TableError(NbdTargetError):
     Args:
         reason: the kernel's text where the kernel has one.
         outcome: what has become of the device, and what to do, if that is not plain.
+        hint: what would be right, where the kernel's text does not say it; printed after the reason.
     """
 
     def __init__(
-        self, reason: str, errno: int = errnos.EINVAL, outcome: str = ""
+        self,
+        reason: str,
+        errno: int = errnos.EINVAL,
+        outcome: str = "",
+        hint: str = "",
     ) -> None:
-        super().__init__(reason, errno, outcome)
+        super().__init__(reason, errno, outcome, hint)
         self.reason = reason
         self.errno = errno
         self.outcome = outcome
+        self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.reason} ({self.outcome})" if self.outcome else self.reason
+        text = f"{self.reason}: {self.hint}" if self.hint else self.reason
+        return f"{text} ({self.outcome})" if self.outcome else text
 
 
 class DeviceError(NbdTargetError):

@@ -10,6 +10,7 @@
     [limits]
     connections_max = 64         # of TCP, and as many of unix sockets
     peer_connections_max = 16    # of one address
+    payload_max = "64M"          # or a number of bytes
 
     [device.disk]
     uuid = "CLONE-disk"          # optional
@@ -43,6 +44,7 @@ from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
 from nbdtarget.config.table_words import words_mistake
 from nbdtarget.control.paths import control_address
+from nbdtarget.devices.resolve import parse_size
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import check_name, check_uuid
 from nbdtarget.dm.table import SECTOR, TargetSpec, scan_table
@@ -92,6 +94,7 @@ _LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
 _LIMIT_KEYS: Final[dict[str, Any]] = {
     key: float if key.endswith("_s") else int for key in _LIMIT_RANGES
 }
+_SIZE_KEYS: Final = ("bytes_in_flight_max", "bytes_total_max", "payload_max")
 
 
 class Mistake(NamedTuple):
@@ -315,7 +318,7 @@ class _Reader:
 
     def _limits(self, values: dict[str, Any]) -> Limits:
         path: KeyPath = ("limits",)
-        known = self._known(path, values, _LIMIT_KEYS)
+        known = self._known(path, self._sizes(path, values), _LIMIT_KEYS)
         for key, value in list(known.items()):
             least, most = _LIMIT_RANGES[key]
             if not least <= value <= most:
@@ -332,6 +335,19 @@ class _Reader:
                 self._mistake((*path, key), reason)
                 return defaults
         return Limits(**known)
+
+    def _sizes(self, path: KeyPath, values: dict[str, Any]) -> dict[str, Any]:
+        """The values with each size that is written as text (64M) as a number of bytes."""
+        sizes = {}
+        for key, value in values.items():
+            if key in _SIZE_KEYS and isinstance(value, str):
+                try:
+                    sizes[key] = parse_size(value)
+                except ValueError as error:
+                    self._mistake((*path, key), f"`limits.{key}': {error}")
+            else:
+                sizes[key] = value
+        return sizes
 
     def _devices(self, devices: dict[str, dict[str, Any]]) -> list[DeviceConfig]:
         made = []

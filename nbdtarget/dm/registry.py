@@ -413,10 +413,20 @@ class Registry:
             device.deferred_remove = True
             return
         if device.open_count:
-            raise TableError("Device or resource busy", errnos.EBUSY)
+            users = self._describe_users(device)
+            raise TableError("Device or resource busy", errnos.EBUSY, hint=users)
         if self._devices.get(device.dm_name) is not device:
             raise TableError("Device does not exist", errnos.ENXIO)
         await self._remove(device, within_s)
+
+    def _describe_users(self, device: MappedDevice) -> str:
+        tables = self.opens.holders(device)
+        nr_clients = device.open_count - len(tables)
+        users = [f"the table of {name}" for name in tables]
+        if nr_clients:
+            plural = "" if nr_clients == 1 else "s"
+            users.append(f"{nr_clients} NBD connection{plural}")
+        return f"in use by {' and '.join(users)}"
 
     async def _remove(
         self, device: MappedDevice, within_s: float | None = None

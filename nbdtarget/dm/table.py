@@ -113,7 +113,8 @@ def _line_mistakes(
     if spec.length == 0:
         yield f"zero-length target on line {line_nr} of table"
     if spec.type_name not in types:
-        yield f"{spec.type_name}: unknown target type"
+        known = ", ".join(sorted(types))
+        yield f"{spec.type_name}: unknown target type: there are {known}"
     if end_sectors is not None and start_sectors != end_sectors:
         yield (
             f"{spec.type_name}: Gap in table: line {line_nr} starts at sector"

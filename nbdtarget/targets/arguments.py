@@ -14,14 +14,17 @@ from typing import Final, NamedTuple
 from nbdtarget.common.errors import ConstructorError, ResolveError
 from nbdtarget.common.words import quote_word
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.resolve import parse_size
 from nbdtarget.targets.base import TargetContext
 
 __all__ = [
+    "RATES",
     "SECTOR",
     "UINT32_MAX",
     "Run",
     "Runs",
     "close_all",
+    "parse_rate",
     "parse_sectors",
     "parse_uint",
     "parse_uint32",
@@ -31,6 +34,7 @@ __all__ = [
 SECTOR: Final = 512
 SECTORS_MAX: Final = (1 << 63) // SECTOR
 UINT32_MAX: Final = (1 << 32) - 1
+RATES: Final = "a number of bytes a second, for example 10M; 0 sets no bound"
 
 
 def parse_uint(word: str, number_max: int) -> int | None:
@@ -49,6 +53,14 @@ def parse_sectors(word: str) -> int | None:
 def parse_uint32(word: str) -> int | None:
     """Parse an unsigned 32-bit number, as `kstrtouint` does."""
     return parse_uint(word.removeprefix("+"), UINT32_MAX)
+
+
+def parse_rate(word: str) -> int | None:
+    """Parse bytes a second that are written as a size (10M); None if they are not."""
+    try:
+        return parse_size(word)
+    except ValueError:
+        return None
 
 
 def read_argument(

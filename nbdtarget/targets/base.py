@@ -18,13 +18,15 @@ A target decides; it knows no table, no socket, no NBD and no file. Devices come
 `TargetContext.open_device`, which the registry implements.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar, Final, Protocol
 
 from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Clock
 from nbdtarget.common.errors import TableError
 from nbdtarget.common.permissions import Permission
+from nbdtarget.common.words import printable
 from nbdtarget.devices.base import Device, Extent, QueueLimits
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
 
 # What a target tells of itself by name; names end in their unit, where they have one.
 StatusFields = dict[str, bool | int | float | str | None]
+
+MESSAGE_SHOWN_MAX: Final = 80  # characters of a message that is refused
 
 # What `map` answers.
 REMAPPED: Final = 0  # bio.device and bio.offset are set: the caller submits it there
@@ -137,10 +141,13 @@ class Target:
         begin, length: bytes; where the target stands in the table. A bio's offset is relative
             to the mapped device: a target that does not begin at 0 subtracts `begin`.
         num_flush_bios: FLUSHes to `map` for each FLUSH of the mapped device (0: none).
+        messages: the messages that this type takes: how each is written, and what it does. A message that
+            is refused names them.
     """
 
     type_name: ClassVar[str]
     version: ClassVar[tuple[int, int, int]]
+    messages: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     num_flush_bios: int = 1
     can_discard: bool = False
@@ -217,7 +224,24 @@ class Target:
 
     async def message(self, words: Sequence[str]) -> str | None:
         """Carry out a message; the answer to print, or None. Raises: TableError."""
-        raise TableError("Invalid argument")
+        raise self.unknown_message(words)
+
+    @classmethod
+    def unknown_message(
+        cls, words: Sequence[str], reason: str = "Invalid argument"
+    ) -> TableError:
+        """The refusal of a message that is none of this type's, or has the wrong number of words.
+
+        Args: reason: the kernel's text where the kernel has one.
+        """
+        given = printable(" ".join(words), MESSAGE_SHOWN_MAX)
+        known = "; ".join(cls.messages)
+        return TableError(
+            reason,
+            hint=f"`{given}' is none of the messages of `{cls.type_name}': {known}"
+            if known
+            else f"targets of type `{cls.type_name}' take no messages",
+        )
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As `Device.extents`, offset relative to the mapped device."""

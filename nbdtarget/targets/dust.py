@@ -23,6 +23,7 @@ passes always (the kernel's takes block 0 off the list).
 import errno as errnos
 import logging
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, Bio, split_bio
@@ -59,6 +60,19 @@ class DustTarget(RunTarget):
 
     type_name = "dust"
     version = (1, 0, 0)
+    messages = MappingProxyType(
+        {
+            "addbadblock BLOCK [WRITES]": "Make a block bad; it stays bad for so many writes.",
+            "removebadblock BLOCK": "Make a block good again.",
+            "queryblock BLOCK": "Print whether a block is bad.",
+            "countbadblocks": "Print how many blocks are bad.",
+            "listbadblocks": "Print the bad blocks.",
+            "clearbadblocks": "Make all blocks good again.",
+            "enable": "Fail reads of bad blocks from now on.",
+            "disable": "Do not fail reads of bad blocks any more.",
+            "quiet": "Stop logging each block that is made bad or good; sent again, go on logging.",
+        }
+    )
 
     def __init__(self, ctx: TargetContext, run: Run, block_size: int) -> None:
         """Args: block_size: bytes, a power of two."""
@@ -159,7 +173,7 @@ class DustTarget(RunTarget):
                 return self._message_alone(name, words[0])
             case 2 | 3:
                 return self._message_of_block(name, words)
-        raise TableError(f"invalid number of arguments '{len(words)}'")
+        raise self.unknown_message(words, f"invalid number of arguments '{len(words)}'")
 
     def _message_alone(self, name: str, given: str) -> str | None:
         match name:
@@ -185,7 +199,7 @@ class DustTarget(RunTarget):
                 return f"dust_clear_badblocks: {found}"
             case "addbadblock" | "removebadblock" | "queryblock":
                 raise TableError(f"{given} requires an additional argument")
-        raise TableError(f"unrecognized message '{given}' received")
+        raise self.unknown_message([given], f"unrecognized message '{given}' received")
 
     def _message_of_block(self, name: str, words: Sequence[str]) -> str | None:
         block = parse_uint(words[1], _BLOCK_MAX)
@@ -207,7 +221,9 @@ class DustTarget(RunTarget):
             found = "found" if block in self._bad else "not found"
             return f"dust_query_block: block {block} {found} in badblocklist"
         else:
-            raise TableError(f"unrecognized message '{words[0]}' received")
+            raise self.unknown_message(
+                words, f"unrecognized message '{words[0]}' received"
+            )
         return None
 
     def _add(self, block: int, write_fails: int) -> None:

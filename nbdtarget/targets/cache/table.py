@@ -18,7 +18,8 @@
     migration_threshold         sectors that migrations may have         2048      the same words
                                 under way
     migration_rate          *   bytes a second that migrations may       0         the same words
-                                copy; 0: no bound
+                                copy, also written as 10M; 0: no
+                                bound
     any other                   is the policy's                                    the same words
 
 `*`: not in the kernel; without these words a cache does what the kernel's does, and its status
@@ -37,17 +38,19 @@ Pure: devices are opened by the constructor, between the steps here.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.policies.registry import UnknownPolicyError, policy_type
-from nbdtarget.targets.arguments import parse_uint, read_argument
+from nbdtarget.targets.arguments import RATES, parse_rate, parse_uint, read_argument
 
 __all__ = [
     "ARGUMENTS_MIN",
     "BAD_FEATURE_COUNT",
     "CORE_KEYS",
+    "MESSAGES",
     "PASSTHROUGH",
     "SECTOR",
     "WRITEBACK",
@@ -68,12 +71,39 @@ ARGUMENTS_MIN: Final = 6  # up to the name of the policy
 BLOCK_SECTORS_MIN: Final = 64
 BLOCK_SECTORS_MAX: Final = 2097152
 FEATURES_MAX: Final = 3
+FEATURES: Final = (
+    WRITEBACK,
+    WRITETHROUGH,
+    PASSTHROUGH,
+    "metadata2",
+    "no_discard_passdown",
+    "dirty_log",
+    "sorted_writeback",
+)
 OUR_FEATURES: Final = ("dirty_log", "sorted_writeback")  # the kernel does not know them
 POLICY_ARGUMENTS_MAX: Final = 1024
 UINT64_MAX: Final = (1 << 64) - 1
+BLOCK_SIZES: Final = (
+    "a number of sectors of 512 bytes: a multiple of 64 (32 KiB) up to 2097152 (1 GiB)"
+)
 
 # Keys that are ours and not the policy's; each is a field of `Options`.
 CORE_KEYS: Final = ("migration_threshold", "migration_rate")
+
+# BLOCKS counts in blocks of the cache's block size, from 0: N is one block, BEGIN-END ends before END.
+MESSAGES: Final = MappingProxyType(
+    {
+        "migration_threshold SECTORS": "Set how much migrations may have under way.",
+        "migration_rate BYTES": "Set how much migrations may copy a second, for example 10M; 0 sets no bound.",
+        "clean_now": "Write every dirty block back now, in the order of the origin.",
+        "warm BLOCKS...": "Copy these blocks of the origin into the cache.",
+        "pin BLOCKS...": "Copy these blocks of the origin into the cache, and keep them there.",
+        "unpin BLOCKS...": "Allow these blocks of the origin to leave the cache again.",
+        "invalidate_all": "Drop every clean block, because the origin was changed without the cache.",
+        "invalidate_cblocks [BLOCKS...]": "Drop these blocks of the cache; only in passthrough mode.",
+        "flush_origin": "Flush the origin, and fail if it fails.",
+    }
+)
 
 BAD_FEATURE_COUNT: Final = "Invalid number of cache feature arguments"
 _INSUFFICIENT: Final = "Insufficient args"
@@ -112,9 +142,12 @@ def parse_block_size(word: str, *, cache_size: int) -> int:
     """
     sectors = parse_uint(word.removeprefix("+"), BLOCK_SECTORS_MAX)
     if sectors is None or sectors < BLOCK_SECTORS_MIN or sectors % BLOCK_SECTORS_MIN:
-        raise _error("Invalid data block size")
+        raise _error("Invalid data block size", f"`{word}' is not {BLOCK_SIZES}")
     if sectors * SECTOR > cache_size:
-        raise _error("Data block size is larger than the cache device")
+        raise _error(
+            "Data block size is larger than the cache device",
+            f"{sectors * SECTOR} bytes, and the device has {cache_size}",
+        )
     return sectors * SECTOR
 
 
@@ -142,7 +175,7 @@ def parse_options(words: Sequence[str]) -> Options:
     except UnknownPolicyError as error:
         raise _error(f"Error creating cache's policy: {error}") from error
     if len(pairs) % 2:
-        raise _error(f"{_BAD_CONFIG}: they are no pairs of key and value")
+        raise _error(f"{_BAD_CONFIG}: they must be pairs of a key and a value")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
         name = key.lower()
         if name not in CORE_KEYS:
@@ -158,8 +191,11 @@ def parse_options(words: Sequence[str]) -> Options:
 def parse_core_value(key: str, value: str) -> int:
     """Return the value of one of CORE_KEYS. Raises: TableError, with the kernel's text."""
     number = parse_uint(value.removeprefix("+"), UINT64_MAX)
+    if number is None and key.lower() == "migration_rate":
+        number = parse_rate(value)  # ours: it may be written as a size too
     if number is None:
-        raise TableError(str(PolicyConfigError(key, value)))
+        wanted = RATES if key.lower() == "migration_rate" else "a number of sectors"
+        raise TableError(str(PolicyConfigError(key, value)), hint=f"not {wanted}")
     return number
 
 
@@ -204,9 +240,15 @@ def _parse_features(options: Options, words: Sequence[str]) -> None:
             case "sorted_writeback":
                 options.sorted_writeback = True
             case _:
-                raise _error("Unrecognised cache feature requested")
+                raise _error(
+                    "Unrecognised cache feature requested",
+                    f"`{word}' is none of {', '.join(FEATURES)}",
+                )
     if len(modes) > 1:
-        raise _error("Duplicate cache io_mode features requested")
+        raise _error(
+            "Duplicate cache io_mode features requested",
+            f"{' and '.join(modes)} exclude each other",
+        )
     if modes:
         options.mode = modes[0]
 
@@ -221,5 +263,5 @@ def _group(
     return words[1 : 1 + count], words[1 + count :]
 
 
-def _error(reason: str) -> ConstructorError:
-    return ConstructorError(reason, target="cache")
+def _error(reason: str, hint: str = "") -> ConstructorError:
+    return ConstructorError(reason, target="cache", hint=hint)

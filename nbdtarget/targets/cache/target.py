@@ -73,7 +73,7 @@ from nbdtarget.targets.cache.report import (
     status_fields,
     status_line,
 )
-from nbdtarget.targets.cache.table import parse_core_value, parse_ranges
+from nbdtarget.targets.cache.table import MESSAGES, parse_core_value, parse_ranges
 from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import cache_samples, spread_ones
@@ -98,6 +98,7 @@ class CacheTarget(Target):
 
     type_name = "cache"
     version = (2, 4, 0)
+    messages = MESSAGES
     can_discard = True
 
     def __init__(self, ctx: TargetContext, parts: Parts) -> None:
@@ -426,6 +427,8 @@ class CacheTarget(Target):
                 await self._invalidate_all()
             case ["clean_now"]:
                 self._migrations.clean_now()
+            case ["pin" | "warm" | "unpin" as verb]:
+                raise TableError("Invalid argument", hint=f"`{verb}' needs a block")
             case ["pin", *ranges]:
                 self._wishes.add(parse_ranges(ranges, nr_oblocks, "oblock"), pin=True)
             case ["warm", *ranges]:
@@ -435,7 +438,7 @@ class CacheTarget(Target):
             case [_, value]:
                 self._set_value(words[0], value)
             case _:
-                raise TableError("Invalid argument")
+                raise self.unknown_message(words)
         return None
 
     async def _flush_origin(self) -> None:
@@ -459,7 +462,7 @@ class CacheTarget(Target):
                     if warning:
                         log.warning("%s: %s", self.ctx.name, warning)
         except PolicyConfigError as error:
-            raise TableError(str(error)) from error
+            raise self.unknown_message([key, value], str(error)) from error
         self._migrations.wake()
 
     async def _invalidate(self, ranges: Sequence[str]) -> None:

@@ -17,7 +17,8 @@
     hydration_threshold         regions copied at a time         1         the same words
     hydration_batch_size        regions copied in one go         1         the same words
     hydration_rate          *   bytes a second that the back-    0         the same words
-                                ground copies; 0: no bound
+                                ground copies, also written as
+                                10M; 0: no bound
     event_after_errors      *   failed copies before one is an   1         the same words
                                 event; 0: they never are
 
@@ -31,11 +32,22 @@ Pure: devices are opened by the target, between the steps here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from nbdtarget.common.errors import ConstructorError
+from nbdtarget.targets.arguments import RATES, parse_rate
 
-__all__ = ["NUMBERS", "Options", "parse_number", "parse_options", "parse_region_size"]
+__all__ = [
+    "MESSAGES",
+    "NUMBERS",
+    "Options",
+    "describe_value",
+    "parse_number",
+    "parse_options",
+    "parse_region_size",
+    "parse_value",
+]
 
 SECTOR: Final = 512
 ARGUMENTS_MIN: Final = 4
@@ -55,6 +67,31 @@ NUMBERS: Final = {
     "event_after_errors": UINT32_MAX,
 }
 
+
+FEATURES: Final = (
+    "no_hydration",
+    "no_discard_passdown",
+    "hydrate_on_read",
+    "then_linear",
+)
+REGION_SIZES: Final = (
+    "a number of sectors of 512 bytes: a power of two from 8 (4 KiB) to 2097152 (1 GiB)"
+)
+
+MESSAGES: Final = MappingProxyType(
+    {
+        "enable_hydration": "Start copying in the background.",
+        "disable_hydration": "Stop copying in the background.",
+        "hydration_threshold REGIONS": "Set how many regions are copied at a time.",
+        "hydration_batch_size REGIONS": "Set how many regions are copied in one go.",
+        "hydration_rate BYTES": "Set how much the background copies a second, for example 10M; 0 sets no bound.",
+        "event_after_errors NUMBER": "Set how many failed copies raise one event; 0 raises none.",
+        "enable_hydrate_on_read": "Copy regions that clients read before the others.",
+        "disable_hydrate_on_read": "Copy all regions in order.",
+        "then_linear": "Let a linear target take the clone's place when all is copied.",
+        "disable_then_linear": "Keep the clone when all is copied.",
+    }
+)
 
 # Those of the words above that the kernel does not know.
 OUR_FEATURES: Final = ("hydrate_on_read", "then_linear")
@@ -84,6 +121,29 @@ def parse_number(word: str, number_max: int = UINT32_MAX) -> int | None:
     return number if number <= number_max else None
 
 
+def parse_value(key: str, word: str) -> int | None:
+    """Parse the value of one of NUMBERS; None if it is not one.
+
+    A rate, which is ours, may be written as a size too, for example 10M.
+    """
+    number_max = NUMBERS[key]
+    number = parse_number(word, number_max)
+    if number is None and key == "hydration_rate":
+        number = parse_rate(word)
+    return number
+
+
+def describe_value(key: str, word: str) -> str:
+    """Say why `word` is no value of one of NUMBERS."""
+    wanted = {
+        "hydration_threshold": "a number of regions",
+        "hydration_batch_size": "a number of regions",
+        "hydration_rate": RATES,
+        "event_after_errors": "a number of failed copies",
+    }
+    return f"`{word}' is not {wanted[key]}"
+
+
 def parse_region_size(word: str, *, block_size: int) -> int:
     """Return the region size in bytes; `word` gives it in sectors.
 
@@ -94,11 +154,16 @@ def parse_region_size(word: str, *, block_size: int) -> int:
     """
     sectors = parse_number(word)
     if sectors is None or not REGION_SECTORS_MIN <= sectors <= REGION_SECTORS_MAX:
-        raise _error("Invalid region size")
+        raise _error("Invalid region size", f"`{word}' is not {REGION_SIZES}")
     if sectors & (sectors - 1):
-        raise _error("Region size is not a power of 2")
+        raise _error(
+            "Region size is not a power of 2", f"`{word}' is not {REGION_SIZES}"
+        )
     if sectors * SECTOR % block_size:
-        raise _error("Region size is not a multiple of device logical block size")
+        raise _error(
+            "Region size is not a multiple of device logical block size",
+            f"{sectors * SECTOR} bytes, and the blocks have {block_size}",
+        )
     return sectors * SECTOR
 
 
@@ -123,7 +188,10 @@ def parse_options(words: Sequence[str]) -> Options:
             case "then_linear":
                 options.then_linear = True
             case _:
-                raise _error("Invalid feature argument")
+                raise _error(
+                    "Invalid feature argument",
+                    f"`{word}' is none of {', '.join(FEATURES)}",
+                )
     core, _ = _group(rest, "Invalid number of core arguments")
     nr_ours = 2 * sum(key.lower() in OUR_KEYS for key in core[::2])
     if len(core) > CORE_ARGUMENTS_MAX + nr_ours:
@@ -133,10 +201,15 @@ def parse_options(words: Sequence[str]) -> Options:
     for key, value in zip(core[::2], core[1::2], strict=True):
         name = key.lower()
         if name not in NUMBERS:
-            raise _error("Invalid core argument")
-        number = parse_number(value, NUMBERS[name])
+            raise _error(
+                "Invalid core argument",
+                f"`{key}' is none of {', '.join(NUMBERS)}",
+            )
+        number = parse_value(name, value)
         if number is None:
-            raise _error(f"Invalid value for argument `{name}'")
+            raise _error(
+                f"Invalid value for argument `{name}'", describe_value(name, value)
+            )
         setattr(options, name, number)
     return options
 
@@ -151,5 +224,5 @@ def _group(words: Sequence[str], message: str) -> tuple[Sequence[str], Sequence[
     return words[1 : 1 + count], words[1 + count :]
 
 
-def _error(reason: str) -> ConstructorError:
-    return ConstructorError(reason, target="clone")
+def _error(reason: str, hint: str = "") -> ConstructorError:
+    return ConstructorError(reason, target="clone", hint=hint)

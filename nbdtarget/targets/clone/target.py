@@ -97,7 +97,12 @@ from nbdtarget.targets.clone.hydration import Hydration
 from nbdtarget.targets.clone.prefetch import CacheRequests
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.report import status_fields, status_line
-from nbdtarget.targets.clone.table import NUMBERS, parse_number
+from nbdtarget.targets.clone.table import (
+    MESSAGES,
+    NUMBERS,
+    describe_value,
+    parse_value,
+)
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import DESTINATION_ROLE, spread_ones
 from nbdtarget.targets.opening import refuse_stale
@@ -119,6 +124,7 @@ class CloneTarget(Target):
 
     type_name = "clone"
     version = (1, 0, 0)
+    messages = MESSAGES
     can_discard = True
 
     def __init__(self, ctx: TargetContext, parts: Parts) -> None:
@@ -453,13 +459,14 @@ class CloneTarget(Target):
                 self._maybe_become_linear()
             case ["disable_then_linear", *_]:
                 self._then_linear = False
-            case [key, word] if key in NUMBERS and (
-                (number := parse_number(word, NUMBERS[key])) is not None
-            ):
+            case [key, word] if key in NUMBERS:
+                number = parse_value(key, word)
+                if number is None:
+                    raise TableError("Invalid argument", hint=describe_value(key, word))
                 self._set_number(key, number)
             case _:
                 log.error("%s: Unsupported message `%s'", self.ctx.name, words[0])
-                raise TableError("Invalid argument")
+                raise self.unknown_message(words)
         hydration.wake()
         return None
 

@@ -33,6 +33,7 @@ Sectors in the log are as large as the device's logical blocks.
 import asyncio
 import errno as errnos
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from nbdtarget.bio import (
@@ -74,6 +75,9 @@ class LogWritesTarget(Target):
 
     type_name = "log-writes"
     version = (1, 1, 0)
+    messages = MappingProxyType(
+        {"mark TEXT": "Write a mark into the log, up to which replay-log can replay."}
+    )
     can_discard = True
 
     def __init__(self, ctx: TargetContext, device: Device, log: Log) -> None:
@@ -264,13 +268,14 @@ class LogWritesTarget(Target):
 
     async def message(self, words: Sequence[str]) -> str | None:
         if len(words) != 2:
-            raise TableError(
+            raise self.unknown_message(
+                words,
                 "Invalid log-writes message arguments, expect 2 arguments,"
-                f" got {len(words)}"
+                f" got {len(words)}",
             )
         if words[0].lower() != "mark":
-            raise TableError(
-                f"Unrecognised log writes target message received: {words[0]}"
+            raise self.unknown_message(
+                words, f"Unrecognised log writes target message received: {words[0]}"
             )
         text = words[1].encode("utf-8", "surrogateescape")
         length_max = self._sector_size - log_format.ENTRY_SIZE - 1

@@ -42,6 +42,7 @@ import errno as errnos
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_CACHE, OP_FLUSH, OP_READ, Bio
@@ -94,6 +95,13 @@ class PowercutTarget(Target):
 
     type_name = "powercut"
     version = (1, 0, 0)
+    messages = MappingProxyType(
+        {
+            "cut keep|drop|tear|mixed [SEED]": "Cut the power, and leave it off. Of the writes that no flush has covered, all survive (keep), none (drop), a part of each (tear), or each of them in one of these ways (mixed).",
+            "cycle keep|drop|tear|mixed [SEED]": "Cut the power in the same way, and switch it on again at once.",
+            "on": "Switch the power on.",
+        }
+    )
 
     def __init__(
         self, ctx: TargetContext, run: Run, sectors_max: int, tear_size: int
@@ -267,9 +275,7 @@ class PowercutTarget(Target):
                 answer = await self._cut(*_parse_fate(fate, seed))
                 self._is_on = verb == "cycle"
                 return answer
-        raise TableError(
-            "Invalid argument: expected cut|cycle keep|drop|tear|mixed [SEED], or on"
-        )
+        raise self.unknown_message(words)
 
     async def _cut(self, fate: Fate, seed: int) -> str:
         """The power goes. Raises: TableError: it is off, or the medium cannot be written."""

@@ -405,7 +405,9 @@ def test_setuuid_deferred_remove_and_retry(
     assert "UUID: U-1\n" in cli("info", "low")
     assert "the device has a UUID" in cli("rename", "low", "--setuuid", "U", status=1)
     monkeypatch.setattr("nbdtarget.cli.devices.RETRY_S", 0.0)
-    busy = "nbdtarget: remove low: Device or resource busy\n"
+    busy = (
+        "nbdtarget: remove low: Device or resource busy: in use by the table of top\n"
+    )
     assert cli("remove", "--retry", "low", status=1) == busy
     cli("remove", "--deferred", "-u", "U-1")
     assert "State:             ACTIVE (DEFERRED REMOVE)\n" in cli("info", "low")

@@ -12,6 +12,8 @@ from nbdtarget.config.render import render_devices
 from nbdtarget.server.limits import Limits
 from nbdtarget.targets.registry import TARGET_TYPES
 
+TYPES = ", ".join(sorted(TARGET_TYPES))
+
 
 def parsed(text: str, *existing: str) -> Config:
     return parse(text, "/etc/disks.toml", TARGET_TYPES, existing)
@@ -38,6 +40,7 @@ def test_a_whole_file() -> None:
         [limits]
         connections_max = 3
         handshake_timeout_s = 2
+        payload_max = "2M"
         [device.top]
         table = "0 8 linear /dev/mapper/low 8"
         readonly = true
@@ -49,7 +52,9 @@ def test_a_whole_file() -> None:
     )
     assert config.listen == ("unix:/etc/nbd.sock", "tcp:[::1]:10809")
     assert config.control == "/etc/run/control.sock"
-    assert config.limits == Limits(connections_max=3, handshake_timeout_s=2.0)
+    assert config.limits == Limits(
+        connections_max=3, handshake_timeout_s=2.0, payload_max=2 << 20
+    )
     by_name = {device.name: device for device in config.devices}
     assert list(by_name).index("low") < list(by_name).index("top")
     assert by_name["top"].read_only
@@ -96,9 +101,9 @@ table = '''
         "3: unknown key `contrl' (did you mean `control'?)",
         "5: `limits.connections_max': must be 1 to 2147483647",
         "6: `limits': requests_in_flight_max 5000 is more than requests_total_max 4096",
-        "7: `limits.payload_max': Expected `int`, got `str`",
+        "7: `limits.payload_max': not a size: 'big' (write 4096, 64K, 1G, …)",
         "12: zerro: Gap in table: line 3 starts at sector 9 instead of 8",
-        "12: zerro: unknown target type",
+        f"12: zerro: unknown target type: there are {TYPES}",
         "13: Invalid format on line 4 of table: expected `start length type args…'",
         "15: unknown key `device.a.colour'",
         "18: `device.b.readonly': Expected `bool`, got `int`",
@@ -128,7 +133,7 @@ table = "0 8 cache m c o 64 1 writebak default 0"
 """
     )
     assert found[0] == "4: linear: Invalid device sector"
-    assert found[1] == "7: clone: Region size is not a power of 2"
+    assert found[1].startswith("7: clone: Region size is not a power of 2: `12' is not")
     assert found[2].startswith("9: clone: Invalid feature argument")
     assert found[3].startswith("11: cache: Error creating cache's policy")
     assert found[4].startswith("13: cache: Unrecognised cache feature requested")
@@ -169,7 +174,7 @@ table = "0 8 zero\\n8 8 nosuch"
         "6: /dev/mapper/none: there is no such device",
         "12: /dev/mapper/nil: there is no such device",
         "13: b stands on b",
-        "16: nosuch: unknown target type",
+        f"16: nosuch: unknown target type: there are {TYPES}",
     ]
 
 

@@ -311,6 +311,7 @@ async def test_remove_refuses_a_device_that_is_open() -> None:
         with pytest.raises(TableError) as caught:
             await registry.remove("x", force=force)
         assert caught.value.errno == errnos.EBUSY
+        assert str(caught.value).endswith("busy: in use by 1 NBD connection")
     assert device.table() == [(0, 8, "error", "")]
     assert await registry.remove_all() == ["x"]
     registry.release(device)

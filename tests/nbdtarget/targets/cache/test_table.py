@@ -40,7 +40,9 @@ def test_bad_block_size_has_the_kernels_text(word: str) -> None:
 
 def test_block_must_fit_on_the_cache_device() -> None:
     assert parse_block_size("128", cache_size=65536) == 65536
-    with pytest.raises(ConstructorError, match=r"larger than the cache device$"):
+    with pytest.raises(
+        ConstructorError, match="larger than the cache device: 65536 bytes"
+    ):
         parse_block_size("128", cache_size=65535)
 
 
@@ -146,7 +148,16 @@ def test_policy_takes_as_many_arguments_as_the_kernels() -> None:
 def test_core_value_is_a_number(value: str) -> None:
     with pytest.raises(TableError) as caught:
         parse_core_value("migration_threshold", value)
-    assert str(caught.value) == f"bad config value for migration_threshold: {value}"
+    assert caught.value.reason == f"bad config value for migration_threshold: {value}"
+    assert caught.value.hint == "not a number of sectors"
+
+
+@pytest.mark.parametrize(("value", "rate"), [("10M", 10 << 20), ("4096", 4096)])
+def test_migration_rate_may_be_written_as_a_size(value: str, rate: int) -> None:
+    assert parse_core_value("migration_rate", value) == rate
+    assert (
+        parse_options(["0", "smq", "2", "migration_rate", value]).migration_rate == rate
+    )
 
 
 @pytest.mark.parametrize(

@@ -337,10 +337,10 @@ async def test_writes_that_a_suspend_could_not_save_fail_the_next_flush(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("cut", "Invalid argument: expected cut|cycle"),
-        ("cut drop 1 2", "Invalid argument: expected cut|cycle"),
-        ("nonsense", "Invalid argument: expected cut|cycle"),
-        ("on now", "Invalid argument: expected cut|cycle"),
+        ("cut", "Invalid argument"),
+        ("cut drop 1 2", "Invalid argument"),
+        ("nonsense", "Invalid argument"),
+        ("on now", "Invalid argument"),
         ("cut half", "Invalid argument: half is not keep, drop, tear or mixed"),
         ("cut tear x", "Invalid argument: x is not a seed"),
     ],
