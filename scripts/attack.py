@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What hostile clients cost a quiet one: bounded attacks on a real server, and a table.
 
-    python -m scripts.attack [--quick] [--json FILE] [--against FILE]
+    python -m scripts.attack [--quick] [--json FILE] [--against FILE] [--program PATH]
 
-A quiet client, in a process of its own, reads 512 bytes again and again while each attack runs. Printed for each: the
-quiet client's median, 99th percentile and longest wait; after the attackers have gone, the server's memory,
-and what it still holds open beyond what it had at first. Exit status 1 if something stays held. `--json` keeps the figures;
-`--against` prints those of an earlier run beside the new ones. Only runs of one machine, with the same `--quick`, can be compared.
+A quiet client, in a process of its own, reads 512 bytes again and again while each attack runs. The table has a row for
+each attack:
+
+    p50, p99, longest   how long a read of the quiet client took
+    attach              how long a new client needed to attach while the attackers were still connected
+    MiB                 the resident memory of the server after the attackers have closed their connections
+    held                descriptors that the server still has open, beyond what it had before the attack
+
+The exit status is 1 if something stays held. `--json` keeps the figures; `--against` prints the figures of an earlier run
+beside the new ones; `--program` attacks another build of the server. Only runs on one machine with the same
+`--quick` can be compared.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -31,7 +39,10 @@ BIN: Final = Path(sys.executable).parent
 MIB: Final = 1 << 20
 SETTLE_S: Final = 5.0  # for the server to notice who has gone
 PAUSE_S: Final = 0.002
+ATTACH_S: Final = 10.0  # a new client gives up after this
+TOKEN: Final = "correct-horse-battery"
 BEFORE_S: Final = 0.2
+QUIET_S: Final = 300.0  # the quiet client waits so long for one read
 
 Address = str | tuple[str, int]
 
@@ -40,19 +51,21 @@ def request(command: int, length: int, offset: int = 0) -> bytes:
     return c.REQUEST.pack(c.REQUEST_MAGIC, 0, command, 1, offset, length)
 
 
-def connected(address: Address) -> socket.socket:
+def connected(address: Address, timeout_s: float = 30.0) -> socket.socket:
     """A connection that has been greeted."""
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     sock = socket.socket(family)
-    sock.settimeout(30)
+    sock.settimeout(timeout_s)
     sock.connect(address)
     sock.recv(18, socket.MSG_WAITALL)
     return sock
 
 
-def attached(address: Address, *, structured: bool = False) -> socket.socket:
+def attached(
+    address: Address, *, structured: bool = False, timeout_s: float = 30.0
+) -> socket.socket:
     """A connection in transmission."""
-    sock = connected(address)
+    sock = connected(address, timeout_s)
     sock.sendall(c.CLIENT_FLAGS.pack(3))
     if structured:
         sock.sendall(c.OPTION.pack(c.IHAVEOPT, c.OPT_STRUCTURED_REPLY, 0))
@@ -66,17 +79,17 @@ def attached(address: Address, *, structured: bool = False) -> socket.socket:
 class Server:
     """A server process with one export, `d`, of zeroes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, program: str) -> None:
         self.unix: Address = str(folder / "nbd.sock")
         self.tcp: tuple[str, int] = ("127.0.0.1", _free_port())
         self.control: tuple[str, int] = ("127.0.0.1", _free_port())
         token = folder / "token"
-        token.write_text("correct-horse-battery\n")
+        token.write_text(f"{TOKEN}\n")
         token.chmod(0o600)
         host, control_port = self.control
         self._process = subprocess.Popen(
             [
-                BIN / "nbdtarget", "serve", "--verbose",
+                program, "serve", "--verbose",
                 "--listen", f"unix:{self.unix}", "--listen", f"tcp:{host}:{self.tcp[1]}",
                 "--control", f"tcp:{host}:{control_port}", "--control-token-file", token,
             ],
@@ -85,13 +98,27 @@ class Server:
         )  # fmt: skip
         assert self._process.stdout is not None
         self._process.stdout.readline()
+        try:
+            self._create_device(program)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _create_device(self, program: str) -> None:
+        host, control_port = self.control
+        deadline_s = time.monotonic() + ATTACH_S
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection(self.control).close()
+                break
+            time.sleep(0.02)
         environment = os.environ | {
             "NBDTARGET_CONTROL": f"tcp:{host}:{control_port}",
-            "NBDTARGET_CONTROL_TOKEN": token.read_text().strip(),
+            "NBDTARGET_CONTROL_TOKEN": TOKEN,
         }
         subprocess.run(
             [
-                BIN / "nbdtarget", "create", "d", "--table", f"0 {64 * MIB // 512} zero",
+                program, "create", "d", "--table", f"0 {64 * MIB // 512} zero",
             ],
             check=True,
             env=environment,
@@ -130,6 +157,16 @@ def burst_of_large_reads(server: Server, scale: int) -> list[socket.socket]:
     return [sock]
 
 
+def largest_reads(server: Server, scale: int) -> list[socket.socket]:
+    sock = attached(server.unix)
+    for _ in range(4 * scale):
+        sock.sendall(request(c.CMD_READ, 64 * MIB))
+        left = 16 + 64 * MIB
+        while left:
+            left -= len(sock.recv(min(left, MIB)))
+    return [sock]
+
+
 def headers_of_large_writes(server: Server, scale: int) -> list[socket.socket]:
     socks = [attached(server.unix) for _ in range(10 * scale)]
     for sock in socks:
@@ -149,7 +186,9 @@ def resets_in_a_payload(server: Server, scale: int) -> list[socket.socket]:
 
 
 def idle_connections(server: Server, scale: int) -> list[socket.socket]:
-    return [connected(server.tcp) for _ in range(40 * scale)]
+    socks = [socket.create_connection(server.tcp) for _ in range(40 * scale)]
+    time.sleep(0.5)
+    return socks
 
 
 def attach_and_leave(server: Server, scale: int) -> list[socket.socket]:
@@ -179,20 +218,38 @@ def compressed_body_without_the_token(
     return [sock]
 
 
+def large_bodies_with_the_token(server: Server, scale: int) -> list[socket.socket]:
+    lines = '"' + "0 1 zero\\n" * (scale * 150_000) + '"'
+    body = f'{{"name": "e", "table": {lines}}}'.encode()
+    head = f"POST /v1/create HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    socks = []
+    for _ in range(2):
+        sock = socket.create_connection(server.control)
+        sock.settimeout(60)
+        sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        sock.recv(100)
+        socks.append(sock)
+    return socks
+
+
 ATTACKS: Final[tuple[Attack, ...]] = (
     burst_of_large_reads,
+    largest_reads,
     headers_of_large_writes,
     resets_in_a_payload,
     idle_connections,
     attach_and_leave,
     half_headers_on_the_control_socket,
     compressed_body_without_the_token,
+    large_bodies_with_the_token,
 )
 
 
-def _quiet(address: Address, stop: Event, results: Any) -> None:
+def _quiet(address: Address, ready: Event, stop: Event, results: Any) -> None:
     """The quiet client: how long each of its reads took."""
     sock = attached(address)
+    sock.settimeout(QUIET_S)
+    ready.set()
     waits: list[float] = []
     while not stop.is_set():
         began_s = time.perf_counter()
@@ -203,15 +260,29 @@ def _quiet(address: Address, stop: Event, results: Any) -> None:
     results.put(waits)
 
 
+def _attach_ms(server: Server) -> float:
+    """How long a new client needs to attach; ATTACH_S if it gives up."""
+    began_s = time.perf_counter()
+    try:
+        attached(server.unix, timeout_s=ATTACH_S).close()
+    except TimeoutError:
+        return 1e3 * ATTACH_S
+    return 1e3 * (time.perf_counter() - began_s)
+
+
 def run(server: Server, attack: Attack, scale: int) -> dict[str, Any]:
     """One attack; returns its row of the table."""
     spawn = multiprocessing.get_context("spawn")
     open_before = server.nr_open()
-    stop, results = spawn.Event(), spawn.Queue()
-    quiet = spawn.Process(target=_quiet, args=(server.unix, stop, results))
+    ready, stop, results = spawn.Event(), spawn.Event(), spawn.Queue()
+    quiet = spawn.Process(target=_quiet, args=(server.unix, ready, stop, results))
     quiet.start()
+    if not ready.wait(QUIET_S):
+        raise TimeoutError("the server does not let the quiet client attach")
     time.sleep(BEFORE_S)
-    for sock in attack(server, scale):
+    attackers = attack(server, scale)
+    attach_ms = _attach_ms(server)
+    for sock in attackers:
         sock.close()
     time.sleep(BEFORE_S)
     stop.set()
@@ -225,6 +296,7 @@ def run(server: Server, attack: Attack, scale: int) -> dict[str, Any]:
         "p50_ms": 1e3 * statistics.median(waits),
         "p99_ms": 1e3 * waits[len(waits) * 99 // 100],
         "longest_ms": 1e3 * waits[-1],
+        "attach_ms": attach_ms,
         "resident_mib": server.resident_mib(),
         "held": server.nr_open() - open_before,
     }
@@ -234,13 +306,15 @@ def line_of(row: dict[str, Any], before: dict[str, Any] | None) -> str:
     """A row of the table; with the figures of an earlier run, if there are some."""
     line = (
         f"{row['attack']:36} {row['p50_ms']:5.1f} ms {row['p99_ms']:5.1f} ms"
-        f" {row['longest_ms']:5.0f} ms {row['resident_mib']:5} {row['held']:4}"
+        f" {row['longest_ms']:5.0f} ms {row['attach_ms']:5.0f} ms"
+        f" {row['resident_mib']:5} {row['held']:4}"
     )
     if before is None:
         return line
     return (
         f"{line}   before: {before['p50_ms']:.1f}, {before['p99_ms']:.1f},"
-        f" {before['longest_ms']:.0f} ms, {before['resident_mib']} MiB, {before['held']} held"
+        f" {before['longest_ms']:.0f}, {before['attach_ms']:.0f} ms,"
+        f" {before['resident_mib']} MiB, {before['held']} held"
     )
 
 
@@ -249,6 +323,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--against", metavar="FILE", help="an earlier --json")
+    parser.add_argument("--program", default=str(BIN / "nbdtarget"), metavar="PATH")
     options = parser.parse_args()
     earlier: dict[str, dict[str, Any]] = {}
     if options.against:
@@ -256,9 +331,12 @@ def main() -> int:
         earlier = {row["attack"]: row for row in json.loads(text)}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder))
+        server = Server(Path(folder), options.program)
         try:
-            print(f"{'attack':36} {'p50':>8} {'p99':>8} {'longest':>8} {'MiB':>5} held")
+            print(
+                f"{'attack':36} {'p50':>8} {'p99':>8} {'longest':>8} {'attach':>8}"
+                f" {'MiB':>5} held"
+            )
             for attack in ATTACKS:
                 row = run(server, attack, 1 if options.quick else 10)
                 rows.append(row)

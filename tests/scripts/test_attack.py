@@ -40,11 +40,12 @@ def test_a_table_is_compared_with_an_earlier_one() -> None:
         "p50_ms": 1.0,
         "p99_ms": 2.0,
         "longest_ms": 3.0,
+        "attach_ms": 4.0,
         "resident_mib": 50,
         "held": 0,
     }
     before = {**row, "longest_ms": 501.0, "held": 1}
     assert line_of(row, None).split() == [
-        *["burst", "1.0", "ms", "2.0", "ms", "3", "ms", "50", "0"]
+        *["burst", "1.0", "ms", "2.0", "ms", "3", "ms", "4", "ms", "50", "0"]
     ]
-    assert line_of(row, before).endswith("before: 1.0, 2.0, 501 ms, 50 MiB, 1 held")
+    assert line_of(row, before).endswith("before: 1.0, 2.0, 501, 4 ms, 50 MiB, 1 held")
