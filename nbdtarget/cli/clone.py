@@ -16,6 +16,7 @@ from nbdtarget.cli.serve import (
     SocketOwner,
     StopTimeout,
 )
+from nbdtarget.devices.registry import scheme_list
 
 if TYPE_CHECKING:
     from nbdtarget.porcelain.clone import CloneOptions
@@ -29,7 +30,8 @@ REGION_SIZE_MAX = 1 << 30
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="SOURCE", help="A path, nbd://… or nbd+unix://…; only ever read."
+        metavar="SOURCE",
+        help=f"Disk to copy from: {scheme_list()}. It is only ever read.",
     ),
 ]
 Dest = Annotated[

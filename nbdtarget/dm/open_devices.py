@@ -48,21 +48,19 @@ table, refuses: nothing stays open, and a file that was created for the table is
 import asyncio
 import errno as errnos
 import logging
-import os
-import re
 from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Final, Protocol
-from urllib.parse import quote
 from weakref import WeakValueDictionary
 
 from nbdtarget.common.clock import Clock, timeout
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.permissions import Permission
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.resolve import absolute_name
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.table import TargetSpec
 
-__all__ = ["MAPPER", "DeviceOpener", "OpenDevices", "TableContext", "absolute_name"]
+__all__ = ["MAPPER", "DeviceOpener", "OpenDevices", "TableContext"]
 
 log = logging.getLogger(__name__)
 
@@ -82,21 +80,6 @@ class DeviceOpener(Protocol):
     def may_create(self, name: str) -> bool: ...
 
     def identity(self, name: str) -> Hashable: ...
-
-
-# A URI up to the path of its unix socket, which begins with neither "/" nor NUL.
-_RELATIVE_SOCKET = re.compile(
-    r"(?i)(nbd\+unix:[^?#]*\?(?:[^#]*&)?socket=)(?!/|%2f|%00|[&#]|\Z)"
-)
-
-
-def absolute_name(name: str, directory: str) -> str:
-    """Read a relative path, also of a URI's unix socket, as meant from `directory`."""
-    scheme, colon, _ = name.partition(":")
-    if colon and "/" not in scheme and scheme[:1].isalpha():
-        before = quote(directory.rstrip("/"), errors="surrogateescape") + "/"
-        return _RELATIVE_SOCKET.sub(lambda uri: uri[1] + before, name, count=1)
-    return os.path.normpath(os.path.join(directory, name))
 
 
 class _Use:

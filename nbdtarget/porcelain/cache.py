@@ -45,7 +45,6 @@ from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words, split_words
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
-from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.registry import check_name
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
@@ -186,8 +185,8 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
     Args: directory: absolute; where relative paths are meant.
     Raises: NbdTargetError.
     """
-    origin = absolute_name(options.origin, directory)
-    cache = absolute_name(options.cache, directory)
+    origin = resolve.absolute_name(options.origin, directory)
+    cache = resolve.absolute_name(options.cache, directory)
     policy_type(options.policy)
     name = options.name or look.default_name(origin, "cache")
     check_name(name)
@@ -201,7 +200,7 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
     _check_volatile(options, origin, cache, metadata)
     known = await _superblock(metadata)
     if known is not None:
-        if is_missing or _is_memory(cache):
+        if is_missing or resolve.is_volatile(cache):
             _check_nothing_lost(known, cache, metadata)
         _check_shape(known, options, metadata, size, cache_size)
         _check_may_pass_through(known, options, cache)
@@ -260,23 +259,19 @@ async def _cache_size(cache: str, options: CacheOptions, *, is_missing: bool) ->
 def _metadata_name(
     options: CacheOptions, cache: str, cache_size: int, directory: str
 ) -> str:
-    if options.metadata is None and _is_memory(cache):
+    if options.metadata is None and resolve.is_volatile(cache):
         nr_cblocks = cache_size // options.block_size
         return f"memory:{CacheMetadata.device_size_for(nr_cblocks)}"
     return look.metadata_name(options.metadata, cache, directory)
 
 
-def _is_memory(name: str) -> bool:
-    return name.lower().startswith("memory:")
-
-
 def _check_volatile(
     options: CacheOptions, origin: str, cache: str, metadata: str
 ) -> None:
-    if _is_memory(origin):
+    if resolve.is_volatile(origin):
         raise ResolveError(origin, "is gone when we end: there is nothing to cache")
     for name in (cache, metadata):
-        if options.mode == WRITEBACK and _is_memory(name):
+        if options.mode == WRITEBACK and resolve.is_volatile(name):
             raise ResolveError(
                 name, "is gone when we end, and with it what a writeback cache holds"
             )
@@ -467,7 +462,7 @@ class CacheJob(job.Job[CachePlan]):
         await self._look(device, plan, is_first=False)  # what it is now decides below
 
     async def _ended(self, plan: CachePlan) -> None:
-        if not self._is_cache or _is_memory(plan.metadata):
+        if not self._is_cache or resolve.is_volatile(plan.metadata):
             return
         try:
             known = await _superblock(plan.metadata)

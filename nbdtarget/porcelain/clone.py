@@ -37,7 +37,6 @@ from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words, split_words
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
-from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.registry import check_name
 from nbdtarget.dm.table import SECTOR
 from nbdtarget.porcelain import job, look
@@ -128,8 +127,8 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     Args: directory: absolute; where relative paths are meant.
     Raises: NbdTargetError.
     """
-    source = absolute_name(options.source, directory)
-    dest = absolute_name(options.dest, directory)
+    source = resolve.absolute_name(options.source, directory)
+    dest = resolve.absolute_name(options.dest, directory)
     metadata = look.metadata_name(options.metadata, dest, directory)
     name = options.name or look.default_name(dest, "clone")
     check_name(name)

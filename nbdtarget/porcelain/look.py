@@ -7,7 +7,6 @@ from typing import Final
 
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices import resolve
-from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget.dm.table import SECTOR
 
 __all__ = [
@@ -24,7 +23,7 @@ HEAD_BYTES: Final = 16384  # the superblocks of a metadata device
 def metadata_name(given: str | None, disk: str, directory: str) -> str:
     """The metadata's name: as given, else beside `disk`, which is absolute."""
     if given is not None:
-        return absolute_name(given, directory)
+        return resolve.absolute_name(given, directory)
     if not disk.startswith("/"):
         raise ResolveError(
             disk, "is not a file: say where its metadata is (--metadata)"

@@ -47,6 +47,7 @@ from nbdtarget.common.clock import monotonic_ns, timeout
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.words import join_words, split_words
 from nbdtarget.control import messages as m
+from nbdtarget.devices.resolve import is_volatile
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.table import (
     ARGUMENTS_MIN,
@@ -145,7 +146,7 @@ class CacheLine(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_in_memory(self) -> bool:
         """Whether another table would find another cache, or other metadata."""
-        return any(map(_is_memory, (self.metadata, self.cache)))
+        return any(map(is_volatile, (self.metadata, self.cache)))
 
     def table_of(self, mode: str, fields: StatusFields) -> str:
         """The line for `mode` with the policy `cleaner`, and what messages have changed."""
@@ -217,7 +218,7 @@ class UncacheJob:
             raise self._refused("has an inactive table: resume or clear it first")
         (line,) = table.lines
         words = split_words(line.params)
-        if len(words) > 2 and _is_memory(words[2]):
+        if len(words) > 2 and is_volatile(words[2]):
             raise self._refused("its origin is in memory, and goes with its table")
         if line.start != 0 or len(words) < ARGUMENTS_MIN:
             raise self._refused(f"has a table line that is none: {line.params}")
@@ -440,10 +441,6 @@ class UncacheJob:
             yield
         finally:
             release()
-
-
-def _is_memory(name: str) -> bool:
-    return name.lower().startswith("memory:")
 
 
 class _Progress:

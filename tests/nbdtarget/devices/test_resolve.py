@@ -11,9 +11,12 @@ import pytest
 
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.memory import MemoryDevice
+from nbdtarget.devices.registry import SCHEMES
 from nbdtarget.devices.resolve import (
+    absolute_name,
     create_device,
     identity,
+    is_volatile,
     may_create,
     open_device,
     parse_size,
@@ -159,8 +162,8 @@ async def test_open_without_permission_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "https://example.org/disk",
-        "s3://bucket/disk",
+        "gopher://example.org/disk",
+        "frob://bucket/disk",
         "memory:",
         "memory:0",
         "memory:lots",
@@ -174,9 +177,14 @@ async def test_open_refuses_names_that_mean_nothing(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-async def test_unknown_scheme_says_which_are_known() -> None:
-    with pytest.raises(ResolveError, match=r"https: is not supported; .*memory:SIZE"):
-        await open_device("https://example.org/disk")
+async def test_unknown_scheme_is_refused_with_the_list_of_those_that_exist() -> None:
+    with pytest.raises(ResolveError) as caught:
+        await open_device("gopher://example.org/disk")
+    reason = caught.value.reason
+    assert reason.startswith("gopher: is not supported; write PATH, ")
+    assert reason.endswith("; if it is a file, write ./gopher://example.org/disk")
+    for scheme in SCHEMES.values():
+        assert scheme.syntax in reason
 
 
 async def test_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
@@ -211,3 +219,36 @@ def test_identity_is_one_for_all_names_of_a_file(tmp_path: Path) -> None:
 
 def test_identity_of_memory_is_never_shared() -> None:
     assert identity("memory:1G") != identity("memory:1G")
+
+
+@pytest.mark.parametrize(
+    ("name", "directory", "path"),
+    [
+        ("a.img", "/srv", "/srv/a.img"),
+        ("../a.img", "/srv/x", "/srv/a.img"),
+        ("/a.img", "/srv", "/a.img"),
+        ("./nbd:x", "/srv", "/srv/nbd:x"),
+        ("nbd://host/x", "/srv", "nbd://host/x"),
+        ("nbd+unix:///x?socket=s", "/srv", "nbd+unix:///x?socket=/srv/s"),
+        ("nbd+unix:///?a=b&socket=../s", "/a b", "nbd+unix:///?a=b&socket=/a%20b/../s"),
+        ("nbd+unix:///x?socket=/s", "/srv", "nbd+unix:///x?socket=/s"),
+        ("nbd+unix:///x?socket=%2Fs", "/srv", "nbd+unix:///x?socket=%2Fs"),
+        ("nbd+unix:///x?socket=%00s", "/srv", "nbd+unix:///x?socket=%00s"),
+        ("nbd+unix:///x?socket=", "/srv", "nbd+unix:///x?socket="),
+        ("nbd+unix:///socket=s", "/srv", "nbd+unix:///socket=s"),
+        ("memory:1M", "/srv", "memory:1M"),
+        ("a b", "/srv", "/srv/a b"),
+        ("a b:c", "/srv", "/srv/a b:c"),
+        ("gopher://host/x", "/srv", "gopher://host/x"),
+    ],
+)
+def test_absolute_name(name: str, directory: str, path: str) -> None:
+    assert absolute_name(name, directory) == path
+
+
+@pytest.mark.parametrize(
+    ("name", "volatile"),
+    [("memory:1M", True), ("MEMORY:1M", True), ("/srv/x", False), ("nbd://h/x", False)],
+)
+def test_only_what_is_in_memory_is_volatile(name: str, volatile: bool) -> None:
+    assert is_volatile(name) == volatile

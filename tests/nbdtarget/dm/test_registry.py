@@ -15,34 +15,10 @@ from nbdtarget.common.errors import (
 )
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import State
-from nbdtarget.dm.open_devices import absolute_name
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.nbdtarget.dm.test_mapped_device import content, submit
 from tests.support.clock import settle
 from tests.support.dm import ProbeTarget, RamOpener, make_registry
-
-
-@pytest.mark.parametrize(
-    ("name", "directory", "path"),
-    [
-        ("a.img", "/srv", "/srv/a.img"),
-        ("../a.img", "/srv/x", "/srv/a.img"),
-        ("/a.img", "/srv", "/a.img"),
-        ("./nbd:x", "/srv", "/srv/nbd:x"),
-        ("nbd://host/x", "/srv", "nbd://host/x"),
-        ("nbd+unix:///x?socket=s", "/srv", "nbd+unix:///x?socket=/srv/s"),
-        ("nbd+unix:///?a=b&socket=../s", "/a b", "nbd+unix:///?a=b&socket=/a%20b/../s"),
-        ("nbd+unix:///x?socket=/s", "/srv", "nbd+unix:///x?socket=/s"),
-        ("nbd+unix:///x?socket=%2Fs", "/srv", "nbd+unix:///x?socket=%2Fs"),
-        ("nbd+unix:///x?socket=%00s", "/srv", "nbd+unix:///x?socket=%00s"),
-        ("nbd+unix:///x?socket=", "/srv", "nbd+unix:///x?socket="),
-        ("nbd+unix:///socket=s", "/srv", "nbd+unix:///socket=s"),
-        ("memory:1M", "/srv", "memory:1M"),
-        ("a b", "/srv", "/srv/a b"),
-    ],
-)
-def test_absolute_name(name: str, directory: str, path: str) -> None:
-    assert absolute_name(name, directory) == path
 
 
 @pytest.mark.parametrize(

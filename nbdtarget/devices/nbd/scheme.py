@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device names that are NBD URIs. What such a URI says: `nbdtarget.devices.nbd.uri`."""
+
+import re
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, ClassVar, Final
+from urllib.parse import quote
+
+from nbdtarget.common.errors import ResolveError
+from nbdtarget.devices.nbd.uri import parse_nbd_uri
+from nbdtarget.devices.scheme import Scheme
+
+if TYPE_CHECKING:
+    from nbdtarget.devices.base import Device
+
+__all__ = ["NbdScheme", "NbdUnixScheme"]
+
+# A URI up to the path of its socket, if that path begins with neither "/" nor NUL.
+_RELATIVE_SOCKET: Final = re.compile(
+    r"([^:]*:[^?#]*\?(?:[^#]*&)?socket=)(?!/|%2f|%00|[&#]|\Z)", re.IGNORECASE
+)
+
+
+class NbdScheme(Scheme):
+    name: ClassVar[str] = "nbd"
+    syntax: ClassVar[str] = "nbd://HOST[:PORT]/EXPORT"
+    summary: ClassVar[str] = "an export of another NBD server"
+
+    async def open(self, name: str, *, read_only: bool) -> "Device":
+        from nbdtarget.devices.nbd.device import open_nbd
+
+        return await open_nbd(name, read_only=read_only)
+
+    def identity(self, name: str) -> Hashable:
+        try:
+            return parse_nbd_uri(name).identity
+        except ResolveError:
+            return name
+
+
+class NbdUnixScheme(NbdScheme):
+    name: ClassVar[str] = "nbd+unix"
+    syntax: ClassVar[str] = "nbd+unix:///EXPORT?socket=PATH"
+    summary: ClassVar[str] = "the same over a unix socket"
+
+    def absolute(self, name: str, directory: str) -> str:
+        before = quote(directory.rstrip("/"), errors="surrogateescape") + "/"
+        return _RELATIVE_SOCKET.sub(lambda uri: uri[1] + before, name, count=1)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Scheme`: one kind of device names, for example `memory:SIZE` or `nbd://HOST/EXPORT`.
+
+Theory of operation. A device name is a URI, whose scheme is what stands before the first colon, or a
+path, which has none. `nbdtarget.devices.registry` lists the schemes, and `nbdtarget.devices.resolve`
+hands each name to the scheme that it belongs to. A scheme answers four questions about a name:
+
+    open       which device is it?
+    identity   do two names mean the same disk?
+    absolute   what is the name called from another directory?
+    create     can a disk of that name be made? Only files can, unless a scheme says otherwise.
+
+A scheme is light: the command line imports all of them for its help. So the module of the device
+itself (`nbdtarget.devices.nbd.device` takes 50 ms to import) is imported inside `open`, and not at the top.
+
+How to add a scheme: docs/extending.md.
+"""
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, ClassVar
+
+from nbdtarget.common.errors import ResolveError
+
+if TYPE_CHECKING:
+    from nbdtarget.devices.base import Device
+
+__all__ = ["Scheme"]
+
+
+class Scheme:
+    """One kind of device names. Subclasses implement `open`, and what else they need.
+
+    Attributes:
+        name: what stands before the colon, in lower case; empty for paths.
+        syntax: how such a name is written, for help texts and errors.
+        summary: what it means, for help texts; begins with a noun.
+        is_volatile: what is stored is gone as soon as the device is closed.
+    """
+
+    name: ClassVar[str]
+    syntax: ClassVar[str]
+    summary: ClassVar[str]
+    is_volatile: ClassVar[bool] = False
+
+    async def open(self, name: str, *, read_only: bool) -> "Device":
+        """Open the disk called `name`, and lock it if other processes could use it.
+
+        Raises: ResolveError: missing, not a disk, no permission, in use, ….
+        """
+        raise NotImplementedError
+
+    def identity(self, name: str) -> Hashable:
+        """Return a value that is equal for all names of one disk, and for no other disk.
+
+        The disk may be open or not, and may be missing. This must not raise, block on a network, or
+        open anything. By default, two names mean the same disk if they are spelled the same.
+        """
+        return name
+
+    def absolute(self, name: str, directory: str) -> str:
+        """Return `name` as it is called from anywhere, if it was meant as seen from `directory`.
+
+        By default, a URI contains no relative path.
+        """
+        return name
+
+    def may_create(self, name: str) -> bool:
+        """Whether there is no disk of this name, and `create` could make one."""
+        return False
+
+    async def create(self, name: str, size: int, *, sparse: bool) -> "Device":
+        """Make a disk of `size` zero bytes and open it for writing. See `resolve.create_device`."""
+        raise ResolveError(name, "only a file can be created")
+
+    async def remove_created(self, name: str) -> None:
+        """Remove what `create` made, after its device was closed."""
+        raise AssertionError(f"{name} was not created")
