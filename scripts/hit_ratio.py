@@ -53,7 +53,7 @@ from typing import Final, TextIO
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.policies.base import DEMOTE, MISS, OP_NAMES, PROMOTE, WRITEBACK, Policy
-from nbdtarget.policies.registry import policy_type, policy_types
+from nbdtarget.policies.registry import POLICY_TYPES, policy_type
 
 __all__ = [
     "Trace",
@@ -351,7 +351,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("--policy", default="smq", choices=sorted(policy_types()))
+    add("--policy", default="smq", choices=sorted(POLICY_TYPES))
     add("--trace", type=Path, metavar="FILE", help="instead of a generator")
     add("--generator", dest="generators", action="append", choices=GENERATORS)
     add("--save-trace", type=Path, metavar="FILE", help="what one generator gives")

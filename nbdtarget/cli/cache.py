@@ -17,6 +17,8 @@ from nbdtarget.cli.serve import (
     SocketOwner,
     StopTimeout,
 )
+from nbdtarget.common.named import alternatives
+from nbdtarget.policies.registry import POLICY_TYPES
 
 if TYPE_CHECKING:
     from nbdtarget.porcelain.cache import CacheOptions
@@ -70,7 +72,9 @@ ModeOption = Annotated[
 ]
 PolicyOption = Annotated[
     str,
-    typer.Option("--policy", metavar="NAME", help="smq, mq or cleaner."),
+    typer.Option(
+        "--policy", metavar="NAME", help=f"Cache policy: {alternatives(POLICY_TYPES)}."
+    ),
 ]
 BlockSize = Annotated[
     str,

@@ -4,8 +4,10 @@
 A new scheme is a module of its own and one line here: docs/extending.md.
 """
 
+from operator import attrgetter
 from typing import Final
 
+from nbdtarget.common.named import alternatives, by_name
 from nbdtarget.devices.file.scheme import FileScheme
 from nbdtarget.devices.memory_scheme import MemoryScheme
 from nbdtarget.devices.nbd.scheme import NbdScheme, NbdUnixScheme
@@ -13,18 +15,17 @@ from nbdtarget.devices.scheme import Scheme
 
 __all__ = ["SCHEMES", "scheme_list"]
 
-SCHEMES: Final[dict[str, Scheme]] = {
-    scheme.name: scheme
-    for scheme in (
+SCHEMES: Final[dict[str, Scheme]] = by_name(
+    (
         FileScheme(),
         MemoryScheme(),
         NbdScheme(),
         NbdUnixScheme(),
-    )
-}
+    ),
+    attrgetter("name"),
+)
 
 
 def scheme_list() -> str:
-    """How device names are written, for help texts and errors."""
-    *most, last = (scheme.syntax for scheme in SCHEMES.values())
-    return f"{', '.join(most)} or {last}"
+    """Return how device names are written, for help texts and errors."""
+    return alternatives(scheme.syntax for scheme in SCHEMES.values())

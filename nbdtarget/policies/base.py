@@ -1,34 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache policy is: it decides which blocks are cached, and does nothing about it.
+"""`Policy`: what decides which blocks are cached. It decides, and the cache target acts.
 
-Theory of operation. A cache target asks its policy about every bio (`lookup`), tells it what
-became of each block (`set_dirty`, `clear_dirty`, `complete_background_work`), lets time pass for
-it (`tick`), and fetches the migrations that it wants (`get_background_work`). A policy does no
-I/O, reads no clock and waits for nothing: the same calls give the same answers.
+Theory of operation. A cache target
+
+- asks its policy about every bio (`lookup`);
+- reports what became of each block (`set_dirty`, `clear_dirty`, `complete_background_work`);
+- lets time pass for it (`tick`);
+- fetches the migrations that the policy wants (`get_background_work`).
+
+A policy does no I/O, reads no clock and waits for nothing. The same calls give the same answers.
 
     oblock   number of a block of the origin device
     cblock   number of a block of the cache device, 0 ... nr_cblocks - 1
     Work     one migration: PROMOTE oblock into cblock, DEMOTE or WRITEBACK oblock from cblock
 
-The life of a migration: the policy queues it, or hands it out at once from `lookup_with_work`; the
-target carries it out; then it calls `complete_background_work`, exactly once for each `Work` that
-it was given. Between the two the block is *pending*: no second migration of it is handed out.
+The life of a migration. The policy queues it, or returns it at once from `lookup_with_work`. The
+target carries it out, and then calls `complete_background_work`, exactly once for each `Work`
+that it was given. Between the two the block is *pending*, and no second migration of it is given
+to the target.
 
-Nothing here survives a power cut. The target keeps mappings and dirty bits, and may keep one
-32-bit `get_hint` for each cblock, to give back to `load_mapping` of a policy of the same
-`name`, major `version` and `hint_size`. A pin is kept that way too.
+What is durable. A policy itself stores nothing. The target stores mappings and dirty bits, and one
+32-bit hint for each cblock if the policy has hints (`hint_size` is 4). At the next start it passes
+them to `load_mapping` of a policy of the same `name`, major `version` and `hint_size`. smq keeps
+its pins in the hints.
 
-A *pinned* block is never chosen for demotion. Who pins decides what is cached from then on: when
-all blocks are pinned, there are no promotions.
+A *pinned* block is never demoted. If all blocks are pinned, nothing is promoted any more.
 
-A policy of your own is one file in this package: a subclass of `Policy`, named in `POLICIES` at
-the end of the file. `registry` finds it.
+How to write a policy: docs/extending.md. Most begin with `nbdtarget.policies.simple`, which fills
+in what is optional.
 
-Errors, all the user's doing, so not AssertionErrors:
+Errors. All of them are mistakes of the user or damage on disk, so none is an AssertionError:
 
     NbdTargetError
-     +- PolicyConfigError   a key that the policy has not, or a value that is no number
-     +- MappingError        a mapping to load contradicts another, or the size of the cache
+     +- PolicyConfigError   the policy has no such key, or the value is not a number
+     +- MappingError        a mapping to load contradicts another one, or the size of the cache
 """
 
 from abc import ABC, abstractmethod
@@ -49,9 +54,9 @@ __all__ = [
     "Work",
 ]
 
-# What `lookup` says of an oblock that is not cached.
+# What `lookup` returns for an oblock that is not cached.
 MISS: Final = -1
-MISS_WAKE: Final = -2  # and `get_background_work` may have something new
+MISS_WAKE: Final = -2  # a miss, and `get_background_work` may have something new
 
 PROMOTE: Final = 0  # copy from origin to cache, then insert the mapping
 DEMOTE: Final = 1  # write back if dirty, then remove the mapping
@@ -60,7 +65,7 @@ OP_NAMES: Final = ("promote", "demote", "writeback")
 
 
 class PolicyConfigError(NbdTargetError):
-    """A policy key or its value is refused. The text is the kernel's."""
+    """The policy refuses a key or its value. The text is the kernel's."""
 
     def __init__(self, key: str, value: str) -> None:
         super().__init__(key, value)
@@ -72,7 +77,7 @@ class PolicyConfigError(NbdTargetError):
 
 
 class MappingError(NbdTargetError):
-    """A mapping cannot be loaded: what the metadata says contradicts itself or the table."""
+    """A mapping cannot be loaded: the metadata contradicts itself or the table."""
 
     def __init__(self, cblock: int, oblock: int, reason: str) -> None:
         super().__init__(cblock, oblock, reason)
@@ -85,7 +90,7 @@ class MappingError(NbdTargetError):
 
 
 class Work:
-    """One migration that a policy wants. Compared by identity: it is a claim, not a value."""
+    """One migration that a policy wants. Two are equal only if they are the same object."""
 
     __slots__ = ("cblock", "oblock", "op")
 
@@ -102,14 +107,19 @@ class Policy(ABC):
     """The decisions of one cache. See the module head.
 
     Args:
-        nr_cblocks: blocks of the cache.
+        nr_cblocks: number of blocks that the cache has.
         origin_size, block_size: bytes.
-        now_ns: the time; later `tick`s go on from it.
+        now_ns: the time now, in nanoseconds; each `tick` passes a later one.
+
+    Attributes:
+        name: as the table line and the status line write it.
+        version: recorded with the hints; hints of another major version are not loaded.
+        hint_size: bytes of the hint of each cblock: 0 (there are no hints) or 4.
     """
 
     name: ClassVar[str]
     version: ClassVar[tuple[int, int, int]]
-    hint_size: ClassVar[int]  # bytes for each cblock: 0 or 4
+    hint_size: ClassVar[int]
 
     @abstractmethod
     def __init__(
@@ -120,64 +130,68 @@ class Policy(ABC):
 
     @abstractmethod
     def lookup(self, oblock: int, is_write: bool) -> int:
-        """Note one access to `oblock`; return its cblock, or MISS, or MISS_WAKE.
+        """Note one access to `oblock`; return its cblock, MISS or MISS_WAKE.
 
-        MISS_WAKE: the policy wanted a promotion; whether it queued any work is another matter.
+        MISS_WAKE makes the target call `get_background_work` soon. There need not be any work by then.
         """
 
     @abstractmethod
     def lookup_with_work(self, oblock: int, is_write: bool) -> tuple[int, Work | None]:
-        """`lookup` for a bio that could be sent to a new cblock as it is, without a copy.
+        """Do a `lookup` for a bio that could be sent to a new cblock as it is, without a copy.
 
-        Returns the cblock or MISS; after a MISS maybe a PROMOTE of this oblock, which the
-        caller carries out with this bio. Work of other blocks is never returned here.
+        Returns: what `lookup` returns, and after a miss perhaps a PROMOTE of this oblock, which
+            the caller carries out with this bio. No work on another block is returned here.
         """
 
     @abstractmethod
     def set_dirty(self, cblock: int) -> None:
-        """The block now has data that the origin has not."""
+        """The block now holds data that the origin does not have."""
 
     @abstractmethod
     def clear_dirty(self, cblock: int) -> None:
-        """The block is now the same as the origin's."""
+        """The block now holds the same data as the origin."""
 
     # ---- migrations ------------------------------------------------------------------------
 
     @abstractmethod
     def get_background_work(self, idle: bool) -> Work | None:
-        """The next migration to carry out. `idle`: there is room for unforced writebacks."""
+        """Return the next migration to carry out, if there is one.
+
+        Args:
+            idle: no client is waiting, so blocks may be written back that nothing forces out.
+        """
 
     @abstractmethod
     def complete_background_work(self, work: Work, success: bool) -> None:
-        """`work` has ended. After a PROMOTE the block is clean until `set_dirty`."""
+        """`work` has ended. After a PROMOTE the block is clean until `set_dirty` is called."""
 
     @abstractmethod
     def allow_migrations(self, allow: bool) -> None:
-        """Whether promotions and demotions may be decided on; work that is queued stays."""
+        """Set whether promotions and demotions may be decided on. Queued work stays queued."""
 
     # ---- what the user wants cached -------------------------------------------------------
 
     @abstractmethod
     def maybe_promote(self, oblock: int) -> Work | None:
-        """A PROMOTE of `oblock`, as from `get_background_work`, however cold it is.
+        """Return a PROMOTE of `oblock`, however cold it is; the caller carries it out.
 
-        None if it is cached or pending, if migrations are not allowed, or if no cblock is free.
-        Then work that may lead to a free one is queued, once for each such call: so after a
-        None with nothing under way or queued there is no room for it at all.
+        None: the block is cached or pending, migrations are not allowed, or no cblock is free. In
+        the last case the policy queues work that may free one, once for each call. So if this
+        returns None while no work is queued or under way, there is no room for the block.
         """
 
     @abstractmethod
     def pin(self, cblock: int) -> None:
-        """Choose the block for no demotion until `unpin`; one that is only queued is dropped.
+        """Do not demote the block until `unpin`. A demotion of it that is only queued is dropped.
 
-        The cblock is cached, or is being promoted into: then the pin is for what it will
-        hold. A pin is forgotten when its cblock becomes free: with a demotion that was
-        handed out before, a promotion that fails, or `invalidate`.
+        The cblock holds a block, or a block is being promoted into it. A pin ends when its
+        cblock becomes free: by a demotion that the target had been given before, by a promotion
+        that fails, or by `invalidate`.
         """
 
     @abstractmethod
     def unpin(self, cblock: int) -> None:
-        """Back to the others; nothing happens if the cblock is not pinned."""
+        """Allow demotions of the block again. Nothing happens if it is not pinned."""
 
     @abstractmethod
     def is_pinned(self, cblock: int) -> bool: ...
@@ -185,7 +199,7 @@ class Policy(ABC):
     @property
     @abstractmethod
     def nr_pinned(self) -> int:
-        """Pinned cblocks."""
+        """How many cblocks are pinned."""
 
     # ---- mappings --------------------------------------------------------------------------
 
@@ -193,51 +207,52 @@ class Policy(ABC):
     def load_mapping(
         self, cblock: int, oblock: int, dirty: bool, hint: int | None
     ) -> None:
-        """Take over a mapping of the metadata; `hint` is None when hints are not valid.
+        """Take over a mapping from the metadata. `hint` is None if hints are not valid.
 
         Raises:
-            MappingError: cblock is out of range or taken, or oblock is mapped already.
+            MappingError: the cblock is out of range or in use, or the oblock is mapped already.
         """
 
     @abstractmethod
     def invalidate(self, cblock: int) -> bool:
-        """Forget a mapping; False if the cblock has none.
+        """Forget the mapping of a cblock. Returns False if it has none.
 
-        A migration of it that is queued is dropped; one that was handed out must have ended.
+        A migration of it that is only queued is dropped. One that the target was given must have
+        ended.
         """
 
     @abstractmethod
     def get_hint(self, cblock: int) -> int:
-        """What to give `load_mapping` next time; 0 for a free block."""
+        """Return what to pass to `load_mapping` at the next start; 0 for a free block."""
 
     @property
     @abstractmethod
     def residency(self) -> int:
-        """Used cblocks, with those that are reserved for promotions under way."""
+        """How many cblocks are in use or reserved for promotions under way."""
 
     # ---- time ------------------------------------------------------------------------------
 
     @abstractmethod
     def tick(self, now_ns: int) -> bool:
-        """Time has passed: at least once a second, and as often as bios complete.
+        """Take note that time has passed. Called at least once a second, and more often under load.
 
-        Returns whether there is more to do than fits into a call: then call `catch_up`.
+        Returns True if there is more to do than fits into one call: then `catch_up` follows.
         """
 
     @abstractmethod
     def catch_up(self) -> bool:
-        """Go on with what a tick left undone; True if there is still more."""
+        """Continue what a tick left undone. Returns True if there is still more to do."""
 
     # ---- table line, messages, status --------------------------------------------------------
 
     def set_config_value(self, key: str, value: str) -> str | None:
-        """Set one key. Returns a warning to log, if there is something to say.
+        """Set one key, from the table line or from a message. Returns a warning to log, or None.
 
         Raises:
-            PolicyConfigError: no such key, or no number.
+            PolicyConfigError: there is no such key, or the value is not a number.
         """
         raise PolicyConfigError(key, value)
 
     def config_values(self) -> list[tuple[str, str]]:
-        """The pairs that the status line prints."""
+        """Return the keys and values that the status line prints."""
         return []

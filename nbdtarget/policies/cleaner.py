@@ -7,7 +7,7 @@ it takes only blocks that were not used for a while; when idle, all. It is done 
 is dirty.
 """
 
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from nbdtarget.policies.smq.policy import Smq
 
@@ -17,6 +17,3 @@ __all__ = ["Cleaner"]
 class Cleaner(Smq):
     name: ClassVar[str] = "cleaner"
     is_cleaner: ClassVar[bool] = True
-
-
-POLICIES: Final = (Cleaner,)

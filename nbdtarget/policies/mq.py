@@ -42,6 +42,3 @@ def _is_unsigned_long(value: str) -> bool:
         return False
     digits = value.lstrip("0")
     return len(digits) <= _DIGITS_MAX and int(digits or "0") < 1 << 64
-
-
-POLICIES: Final = (Mq,)

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target types that a table line may name."""
+"""The target types that a table line may name, by name.
 
+A new target is a module of its own and one line here: docs/extending.md.
+"""
+
+from operator import attrgetter
 from typing import Final
 
+from nbdtarget.common.named import by_name
 from nbdtarget.targets.base import Target
 from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.clone.target import CloneTarget
@@ -18,9 +23,8 @@ from nbdtarget.targets.zero import ZeroTarget
 
 __all__ = ["TARGET_TYPES"]
 
-TARGET_TYPES: Final[dict[str, type[Target]]] = {
-    target_type.type_name: target_type
-    for target_type in (
+TARGET_TYPES: Final[dict[str, type[Target]]] = by_name(
+    (
         LinearTarget,
         StripedTarget,
         ZeroTarget,
@@ -32,5 +36,6 @@ TARGET_TYPES: Final[dict[str, type[Target]]] = {
         PowercutTarget,
         CloneTarget,
         CacheTarget,
-    )
-}
+    ),
+    attrgetter("type_name"),
+)

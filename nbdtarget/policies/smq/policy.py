@@ -495,6 +495,3 @@ class Smq(Policy):
 def _level_without_hint(cblock: int) -> int:
     """Spread blocks of unknown use over the levels; the kernel's hash of 9 bits."""
     return (cblock * 0x61C88647 & 0xFFFFFFFF) >> 23 & TOP_LEVEL
-
-
-POLICIES: Final = (Smq,)
