@@ -1,36 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the constructors of clone and cache have in common: devices and metadata of one table line.
 
-    async with Opening(ctx, "clone") as opening:
+    async with Opening(ctx, "clone", "Failed to load metadata") as opening:
         metadata_device = await opening.maybe_metadata_device(name)
         destination = await opening.device("destination", name)
         …
         opening.keep()
 
-Whoever leaves the block without `keep` closes again what was opened. Every error is a
+If the block is left without `keep`, what was opened is closed again. Every error is a
 ConstructorError that names the target; the kernel's text comes first.
 
 Metadata is shared: the live and the inactive table of a mapped device find one metadata object. One
 that has failed is left to the table that saw it fail: a table that is loaded after that starts
 over from what is on disk.
+
+New metadata is made only for a disk that is empty. If the disk holds data, then its metadata is somewhere else.
 """
 
 import errno as errnos
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import TypeVar
+from typing import Final, TypeVar
 
-from nbdtarget.common.errors import ConstructorError, ResolveError, TableError
+from nbdtarget.common.errors import (
+    ConstructorError,
+    DeviceError,
+    ResolveError,
+    TableError,
+)
 from nbdtarget.common.permissions import OVERWRITE, Permission
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.content import maybe_content
+from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import TargetContext
-from nbdtarget_metadata.errors import MetadataError, MetadataTooSmall, NotOurs
+from nbdtarget.targets.metadata_faults import explain
+from nbdtarget_metadata.errors import (
+    MetadataError,
+    MetadataTooSmall,
+    NeedsCheck,
+    NotFormatted,
+    NotOurs,
+)
 from nbdtarget_metadata.log.commit import JournaledMetadata
 from nbdtarget_metadata.mode import Mode
+from nbdtarget_metadata.operations import Steps
 
-__all__ = ["Opening", "metadata_errno", "refuse_stale"]
+__all__ = ["NEWER_FEATURES", "NO_WRITE_ACCESS", "Opening", "refuse_stale"]
+
+NO_WRITE_ACCESS: Final = (
+    "Unable to get write access to metadata, please check/repair metadata."
+)
+# Why metadata may be in mode RO when it has just been read.
+NEWER_FEATURES: Final = (
+    "A newer version has written it, with features that this version may only read."
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +65,17 @@ M = TypeVar("M", bound=JournaledMetadata)
 
 
 class Opening:
-    """See the module head."""
+    """See the module head.
 
-    def __init__(self, ctx: TargetContext, target: str) -> None:
+    Args:
+        target: the target's type.
+        metadata_fault: the kernel's words for metadata that cannot be used.
+    """
+
+    def __init__(self, ctx: TargetContext, target: str, metadata_fault: str) -> None:
         self._ctx = ctx
         self._target = target
+        self._metadata_fault = metadata_fault
         self._opened = AsyncExitStack()
         self._created: Device | None = None
 
@@ -83,18 +113,20 @@ class Opening:
             self._opened.push_async_callback(self._ctx.close_device, device)
         return device
 
-    async def create_metadata_device(self, name: str, size: int) -> Device:
-        """Make a metadata file of `size` bytes, and open it. Raises: ConstructorError."""
+    async def create_metadata_device(
+        self, name: str, size: int, role: str, disk: Device
+    ) -> Device:
+        """Make a metadata file of `size` bytes for `disk`, and open it.
+
+        Raises: ConstructorError: for example, because the disk is not empty.
+        """
+        await self._refuse_content(role, disk, name, "is missing")
         device = await self._awaited("metadata", self._ctx.create_device(name, size))
         self._opened.push_async_callback(self._ctx.close_device, device)
         self._created = device
         return device
 
-    def has_created(self, device: Device) -> bool:
-        """Whether the metadata device was made just now."""
-        return device is self._created
-
-    async def refuse_content(
+    async def _refuse_content(
         self, role: str, disk: Device, metadata_name: str, state: str
     ) -> None:
         """Refuse to make metadata for a disk that holds data: its own may be elsewhere.
@@ -122,12 +154,52 @@ class Opening:
         *,
         check: Callable[[M], None],
         read: Callable[[], Awaitable[M]],
+        make: Callable[[], Steps[M]],
+        role: str,
+        disk: Device,
     ) -> M:
-        """Return the one metadata object of `device`, from its other table or from `read`.
+        """Return the one metadata object of `device`: from its other table, or read, or made new.
 
-        Args: check: raises MetadataError if a shared object is not what the table line says.
-        Raises: whatever `check` and `read` do. The object may be in mode RO.
+        Args:
+            check: raises MetadataError if a shared object is not what the table line says.
+            read: reads what is on `device`.
+            make: formats a `device` that is blank.
+            role, disk: the disk whose content the metadata tells about.
+
+        Raises: ConstructorError. The object may be in mode RO: see `no_write_access`.
         """
+
+        async def read_or_make() -> M:
+            try:
+                return await read()
+            except NotFormatted:
+                if device is not self._created:
+                    await self._refuse_content(role, disk, device.name, "is blank")
+                return await metadata_io.run(device, make())
+
+        try:
+            return await self._shared_or_read(device, kind, check, read_or_make)
+        except NeedsCheck as error:
+            raise self.no_write_access(explain(error, device.name)) from error
+        except MetadataError as error:
+            reason = f"{self._metadata_fault}: {explain(error, device.name)}"
+            raise self.error(reason, _metadata_errno(error)) from error
+        except DeviceError as error:
+            reason = f"{self._metadata_fault}: {error}"
+            raise self.error(reason, error.errno) from error
+
+    def no_write_access(self, why: str, errno: int = errnos.EINVAL) -> ConstructorError:
+        """The refusal of metadata that can be read, but in which nothing may be recorded."""
+        return self.error(f"{NO_WRITE_ACCESS} {why}", errno)
+
+    async def _shared_or_read(
+        self,
+        device: Device,
+        kind: type[M],
+        check: Callable[[M], None],
+        read: Callable[[], Awaitable[M]],
+    ) -> M:
+        """Raises: whatever `check` and `read` do."""
         shared = self._ctx.shared(device)
         live = shared.get(self._target)
         if isinstance(live, JournaledMetadata) and live.beside is not None:
@@ -173,7 +245,7 @@ def refuse_stale(metadata: JournaledMetadata) -> None:
         metadata.beside = None
 
 
-def metadata_errno(error: MetadataError) -> int:
+def _metadata_errno(error: MetadataError) -> int:
     """The kernel's errno for metadata that cannot be used."""
     match error:
         case MetadataTooSmall():

@@ -406,12 +406,10 @@ CLONE: Final = (
     Mutant(
         "new-metadata-whatever-the-destination-holds",
         "The metadata's file system is not mounted: the source is copied over what clients wrote.",
-        "nbdtarget.targets.clone.constructor:construct",
+        "nbdtarget.targets.opening:Opening.create_metadata_device",
         (
             (
-                "            await opening.refuse_content(\n"
-                '                "destination", destination, metadata_name, "is missing"\n'
-                "            )\n",
+                '        await self._refuse_content(role, disk, name, "is missing")\n',
                 "",
             ),
         ),

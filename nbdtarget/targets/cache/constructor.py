@@ -33,27 +33,16 @@ from nbdtarget.targets.cache.table import (
     parse_options,
 )
 from nbdtarget.targets.disks import CACHE_ROLE, ORIGIN_ROLE, DiskRecords, Role
-from nbdtarget.targets.metadata_faults import explain
-from nbdtarget.targets.opening import Opening, metadata_errno
+from nbdtarget.targets.opening import NEWER_FEATURES, Opening
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
-from nbdtarget_metadata.errors import (
-    BlockSizeMismatch,
-    MetadataError,
-    NeedsCheck,
-    NotFormatted,
-    ReadOnlyMetadata,
-)
+from nbdtarget_metadata.errors import BlockSizeMismatch
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.operations import Steps, without_flushes
 
 __all__ = ["Parts", "construct", "make_policy"]
 
 NR_CBLOCKS_WARNING: Final = 1 << 20
-
-NO_WRITE_ACCESS: Final = (
-    "Unable to get write access to metadata, please check/repair metadata."
-)
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +75,15 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
 
     Raises: ConstructorError, with the kernel's text first; then nothing stays open.
     """
-    async with Opening(ctx, "cache") as opening:
+    async with Opening(ctx, "cache", "Error creating metadata object") as opening:
         if len(words) < ARGUMENTS_MIN:
             # A count of features with none behind it is a bad count, says the kernel.
             is_count = len(words) == ARGUMENTS_MIN - 1 and words[-1] != "0"
             raise opening.error(BAD_FEATURE_COUNT if is_count else "Insufficient args")
         metadata_name, cache_name, origin_name, block_word = words[:4]
         metadata_device = await opening.maybe_metadata_device(metadata_name)
-        cache = await opening.device("cache", cache_name)
-        origin = await opening.device("origin", origin_name)
+        cache = await opening.device(CACHE_ROLE, cache_name)
+        origin = await opening.device(ORIGIN_ROLE, origin_name)
         if origin.size < ctx.length:
             raise opening.error("Device size larger than cached device")
         block_size = parse_block_size(block_word, cache_size=cache.size)
@@ -110,9 +99,11 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
             reason = f"Error setting cache policy's config values: {error}"
             raise opening.error(reason) from error
         if metadata_device is None:
-            await opening.refuse_content("cache", cache, metadata_name, "is missing")
             metadata_device = await opening.create_metadata_device(
-                metadata_name, CacheMetadata.device_size_for(nr_cblocks)
+                metadata_name,
+                CacheMetadata.device_size_for(nr_cblocks),
+                CACHE_ROLE,
+                cache,
             )
         metadata = await _open_metadata(
             opening, metadata_device, cache, block_size, ctx.length
@@ -217,26 +208,24 @@ async def _open_metadata(
     origin_size: int,
 ) -> CacheMetadata:
     """Raises: ConstructorError."""
-    try:
-        metadata = await opening.metadata(
-            device,
-            CacheMetadata,
-            check=lambda known: _check_block_size(known, block_size),
-            read=lambda: _read_metadata(
-                opening, device, cache, block_size, origin_size
-            ),
-        )
-        if metadata.mode is not Mode.RW and not metadata.needs_check:
-            raise ReadOnlyMetadata  # features that we may only read
-    except MetadataError as error:
-        fault = explain(error, device.name)
-        if isinstance(error, NeedsCheck):
-            raise opening.error(f"{NO_WRITE_ACCESS} {fault}") from error
-        reason = f"Error creating metadata object: {fault}"
-        raise opening.error(reason, metadata_errno(error)) from error
-    except DeviceError as error:
-        reason = f"Error creating metadata object: {error}"
-        raise opening.error(reason, error.errno) from error
+    metadata = await opening.metadata(
+        device,
+        CacheMetadata,
+        check=lambda known: _check_block_size(known, block_size),
+        read=lambda: _read_metadata(device, block_size),
+        make=lambda: CacheMetadata.format(
+            device_size=device.size,
+            block_size=block_size,
+            origin_size=origin_size,
+            nr_cblocks=cache.size // block_size,
+            uuid=uuid.uuid4().bytes,
+        ),
+        role=CACHE_ROLE,
+        disk=cache,
+    )
+    # With `needs_check` it is `_read_metadata` that has made it read-only.
+    if metadata.mode is not Mode.RW and not metadata.needs_check:
+        raise opening.no_write_access(NEWER_FEATURES)
     return metadata
 
 
@@ -245,13 +234,9 @@ def _check_block_size(metadata: CacheMetadata, block_size: int) -> None:
         raise BlockSizeMismatch(stored=metadata.block_size, given=block_size)
 
 
-async def _read_metadata(
-    opening: Opening,
-    device: Device,
-    cache: Device,
-    block_size: int,
-    origin_size: int,
-) -> CacheMetadata:
+async def _read_metadata(device: Device, block_size: int) -> CacheMetadata:
+    """Read what is on `device`. If it can be read, but not written, the result is in mode RO."""
+
     def open_() -> Steps[CacheMetadata]:
         return CacheMetadata.open(device_size=device.size, block_size=block_size)
 
@@ -270,16 +255,3 @@ async def _read_metadata(
             error,
         )
         return metadata
-    except NotFormatted:
-        if not opening.has_created(device):
-            await opening.refuse_content("cache", cache, device.name, "is blank")
-        return await metadata_io.run(
-            device,
-            CacheMetadata.format(
-                device_size=device.size,
-                block_size=block_size,
-                origin_size=origin_size,
-                nr_cblocks=cache.size // block_size,
-                uuid=uuid.uuid4().bytes,
-            ),
-        )

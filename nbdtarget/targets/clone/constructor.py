@@ -28,11 +28,10 @@ from nbdtarget.targets.clone.table import (
     parse_region_size,
 )
 from nbdtarget.targets.disks import DESTINATION_ROLE, SOURCE_ROLE, DiskRecords, Role
-from nbdtarget.targets.metadata_faults import explain
-from nbdtarget.targets.opening import Opening, metadata_errno
+from nbdtarget.targets.opening import NEWER_FEATURES, Opening
 from nbdtarget_metadata.clone.metadata import NR_REGIONS_MAX, CloneMetadata
 from nbdtarget_metadata.disks import spread_offsets
-from nbdtarget_metadata.errors import GeometryMismatch, MetadataError, NotFormatted
+from nbdtarget_metadata.errors import GeometryMismatch, MetadataError
 from nbdtarget_metadata.log.superblock import CloneSuperblock, read_superblock
 from nbdtarget_metadata.mode import Mode
 
@@ -65,14 +64,14 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
 
     Raises: ConstructorError, with the kernel's text first; then nothing stays open.
     """
-    async with Opening(ctx, "clone") as opening:
+    async with Opening(ctx, "clone", "Failed to load metadata") as opening:
         if len(words) < ARGUMENTS_MIN:
             raise opening.error("Invalid number of arguments")
         metadata_name, destination_name, source_name, region_word = words[
             :ARGUMENTS_MIN
         ]
         metadata_device = await opening.maybe_metadata_device(metadata_name)
-        destination = await opening.device("destination", destination_name)
+        destination = await opening.device(DESTINATION_ROLE, destination_name)
         if destination.size < ctx.length:
             raise opening.error("Device size larger than destination device")
         source = await _open_source(
@@ -87,11 +86,11 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
             raise opening.error("Too many regions. Consider increasing the region size")
         options = parse_options(words[ARGUMENTS_MIN:])
         if metadata_device is None:
-            await opening.refuse_content(
-                "destination", destination, metadata_name, "is missing"
-            )
             metadata_device = await opening.create_metadata_device(
-                metadata_name, CloneMetadata.device_size_for(nr_regions)
+                metadata_name,
+                CloneMetadata.device_size_for(nr_regions),
+                DESTINATION_ROLE,
+                destination,
             )
         metadata = await _open_metadata(
             opening, metadata_device, destination, region_size, ctx.length
@@ -132,13 +131,13 @@ async def _open_source(
 ) -> Device:
     """Open the source, if it is needed. Raises: ConstructorError."""
     if known is None or known.target_size != ctx.length:
-        return await opening.device("source", name, read_only=True)
+        return await opening.device(SOURCE_ROLE, name, read_only=True)
     nr_left = known.nr_regions - known.nr_hydrated
     if not nr_left:
         log.info("%s: everything is copied: source %s is not opened", ctx.name, name)
         return AbsentDevice(ctx.full_name(name), ctx.length)
     try:
-        return await opening.device("source", name, read_only=True)
+        return await opening.device(SOURCE_ROLE, name, read_only=True)
     except ConstructorError as error:
         raise opening.error(
             f"{error.reason}; {nr_left} of {known.nr_regions} regions"
@@ -190,59 +189,30 @@ async def _open_metadata(
     target_size: int,
 ) -> CloneMetadata:
     """Raises: ConstructorError."""
-    try:
-        metadata = await opening.metadata(
-            device,
-            CloneMetadata,
-            check=lambda known: _check_geometry(known, region_size, target_size),
-            read=lambda: _read_metadata(
-                opening, device, destination, region_size, target_size
-            ),
-        )
-    except MetadataError as error:
-        reason = f"Failed to load metadata: {explain(error, device.name)}"
-        raise opening.error(reason, metadata_errno(error)) from error
-    except DeviceError as error:
-        reason = f"Failed to load metadata: {error}"
-        raise opening.error(reason, error.errno) from error
-    if metadata.mode is not Mode.RW:
-        raise opening.error(
-            "Unable to get write access to metadata, please check/repair metadata",
-            errnos.EPERM,
-        )
-    return metadata
-
-
-async def _read_metadata(
-    opening: Opening,
-    device: Device,
-    destination: Device,
-    region_size: int,
-    target_size: int,
-) -> CloneMetadata:
-    try:
-        return await metadata_io.run(
+    metadata = await opening.metadata(
+        device,
+        CloneMetadata,
+        check=lambda known: _check_geometry(known, region_size, target_size),
+        read=lambda: metadata_io.run(
             device,
             CloneMetadata.open(
                 device_size=device.size,
                 region_size=region_size,
                 target_size=target_size,
             ),
-        )
-    except NotFormatted:
-        if not opening.has_created(device):
-            await opening.refuse_content(
-                "destination", destination, device.name, "is blank"
-            )
-        return await metadata_io.run(
-            device,
-            CloneMetadata.format(
-                device_size=device.size,
-                region_size=region_size,
-                target_size=target_size,
-                uuid=uuid.uuid4().bytes,
-            ),
-        )
+        ),
+        make=lambda: CloneMetadata.format(
+            device_size=device.size,
+            region_size=region_size,
+            target_size=target_size,
+            uuid=uuid.uuid4().bytes,
+        ),
+        role=DESTINATION_ROLE,
+        disk=destination,
+    )
+    if metadata.mode is not Mode.RW:
+        raise opening.no_write_access(NEWER_FEATURES, errnos.EPERM)
+    return metadata
 
 
 def _check_geometry(

@@ -286,5 +286,6 @@ async def test_1_1_step_10_metadata_without_write_mode_is_eperm(
     error = await refused(context(), "m d s 8")
     assert error.errno == errnos.EPERM
     assert error.reason == (
-        "Unable to get write access to metadata, please check/repair metadata"
+        "Unable to get write access to metadata, please check/repair metadata."
+        " A newer version has written it, with features that this version may only read."
     )
