@@ -10,10 +10,8 @@ from nbdtarget_metadata.clone import metadata as clone
 from nbdtarget_metadata.clone import transaction
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.log import records
-from tests.support.metadata.small_clone import SIZE, format_on
+from tests.support.metadata.small_clone import CATCH_UP_RUNS, SIZE, format_on
 from tests.support.metadata.store import Store
-
-CATCH_UP_RUNS = 2
 
 
 @pytest.fixture

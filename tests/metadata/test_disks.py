@@ -36,8 +36,8 @@ from nbdtarget_metadata.tools.clone_dump import disks_from_text, disks_text, ren
 from nbdtarget_metadata.tools.clone_dump_parser import parse
 from nbdtarget_metadata.tools.clone_restore import restore
 from nbdtarget_metadata.tools.clone_salvage import salvage
-from tests.metadata.log.test_superblock import make_superblock
 from tests.support.metadata.store import Store, drive
+from tests.support.metadata.superblocks import make_superblock
 
 SAME, MOVED, OTHER = Verdict.SAME, Verdict.MOVED, Verdict.OTHER
 UUID, FOREIGN = bytes(range(16)), bytes(16)

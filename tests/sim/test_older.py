@@ -20,10 +20,10 @@ from nbdtarget_metadata.log.superblock import (
     Superblock,
     SuperblockType,
 )
-from tests.metadata.clone.test_format import FIXTURES
 from tests.sim.older import NR_FIELDS, older_version
 from tests.sim.world import simulate
 from tests.support.crash.images import run_over
+from tests.support.places import FIXTURES
 
 SEEDS_MAX = 60
 

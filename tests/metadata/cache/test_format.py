@@ -13,9 +13,9 @@ from nbdtarget_metadata.cache.content import read_cache_content
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.errors import NotFormatted
 from nbdtarget_metadata.tools.cache_dump import render_cache
-from tests.metadata.clone.test_format import FIXTURES, FLAGS, Reader
 from tests.support.metadata.cache_images import held_by, open_cache
 from tests.support.metadata.cache_reader import Held, held_in, live_ranges
+from tests.support.metadata.clone_reader import FLAGS, Reader
 from tests.support.metadata.small_cache import (
     BLOCK_SIZE,
     NR_CBLOCKS,
@@ -28,6 +28,7 @@ from tests.support.metadata.small_cache import (
     start,
 )
 from tests.support.metadata.store import Store, cut, drive, read_image
+from tests.support.places import FIXTURES
 
 IMAGES = sorted(FIXTURES.glob("cache-*.img"))
 

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """CacheMetadata: making, opening, the clean shutdown and its lies, modes, resizing."""
 
-from array import array
 from collections.abc import Callable
 
 import msgspec
 import pytest
-from bitarray import bitarray
 
 from nbdtarget_metadata.cache import blocks as cache_blocks
 from nbdtarget_metadata.cache.metadata import (
     FLUSH_CACHE,
     FLUSH_ORIGIN,
     CacheMetadata,
-    Discarded,
     Policy,
 )
 from nbdtarget_metadata.errors import (
@@ -36,17 +33,17 @@ from tests.support.metadata.small_cache import (
     NR_OBLOCKS,
     ORIGIN_SIZE,
     SIZE,
+    SMQ,
     commit,
     dirty,
     finish,
     format_on,
     mapped,
     open_on,
+    shut_down,
     start,
 )
 from tests.support.metadata.store import Store, drive
-
-SMQ = Policy("smq", (2, 0, 0))
 
 
 @pytest.fixture
@@ -60,13 +57,6 @@ def metadata(store: Store) -> CacheMetadata:
     metadata = format_on(store)
     start(store, metadata)
     return metadata
-
-
-def shut_down(store: Store, metadata: CacheMetadata, policy: Policy = SMQ) -> None:
-    hints = array("I", range(100, 100 + metadata.nr_cblocks))
-    discarded = Discarded(2 * BLOCK_SIZE, bitarray("0110" * 12, endian="little"))
-    metadata.prepare_shutdown(policy=policy, hints=hints, discarded=discarded)
-    commit(store, metadata, clean=True)
 
 
 # Making and opening

@@ -6,18 +6,19 @@ import pytest
 from nbdtarget_metadata.cache import blocks as cache_blocks
 from nbdtarget_metadata.cache.metadata import FLUSH_ORIGIN, CacheMetadata
 from nbdtarget_metadata.errors import CannotShrink, MetadataTooSmall, ReadOnlyMetadata
-from tests.metadata.cache.test_metadata import SMQ, shut_down
 from tests.support.metadata.small_cache import (
     BLOCK_SIZE,
     NR_CBLOCKS,
     ORIGIN_SIZE,
     SIZE,
+    SMQ,
     commit,
     dirty,
     finish,
     format_on,
     mapped,
     open_on,
+    shut_down,
     start,
 )
 from tests.support.metadata.store import Store, drive

@@ -15,14 +15,6 @@ import pytest
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.errors import CorruptMetadata, MetadataError
 from nbdtarget_metadata.log.superblock import NR_SLOTS, SUPERBLOCK_BLOCKS
-from tests.metadata.clone.test_rot import (
-    DEEP,
-    assert_named,
-    bits_to_flip,
-    flip,
-    spoiled,
-    superblock_lengths,
-)
 from tests.support.metadata.cache_images import (
     CacheAged,
     cache_ages,
@@ -30,6 +22,14 @@ from tests.support.metadata.cache_images import (
     open_cache,
 )
 from tests.support.metadata.cache_reader import held_in, live_ranges, read_records
+from tests.support.metadata.damage import (
+    DEEP,
+    assert_named,
+    bits_to_flip,
+    flip,
+    spoiled,
+    superblock_lengths,
+)
 
 EVERY_BIT = {"shut_down", "torn_start", "shrunk"}
 

@@ -7,17 +7,14 @@ nobody vouches for may rot. Never is an older state served, nor one that never w
 Every bit of every envelope is flipped; with ROT_DEEP=1 (`make rot`) those of the padding too.
 """
 
-import os
 import random
-import re
-from collections.abc import Iterator
 from itertools import combinations
 
 import pytest
 
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.errors import CorruptMetadata, MetadataError
-from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE, blocks_for
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE
 from nbdtarget_metadata.log.superblock import NR_SLOTS, SUPERBLOCK_BLOCKS
 from nbdtarget_metadata.tools.check import check
 from tests.support.metadata.clone_images import (
@@ -29,52 +26,24 @@ from tests.support.metadata.clone_images import (
     run_bounded,
     vouched_bits,
 )
+from tests.support.metadata.damage import (
+    DEEP,
+    assert_named,
+    bits_to_flip,
+    flip,
+    spoiled,
+    superblock_lengths,
+)
 from tests.support.metadata.small_clone import commit
 from tests.support.metadata.store import Store, drive
 
-DEEP = os.environ.get("ROT_DEEP") == "1"
-NAMES_A_BLOCK = re.compile(r"blocks? \d+.*: expected .*, found ", re.DOTALL)
-
 each_age = pytest.mark.parametrize("name", ages())
-
-
-def bits_to_flip(block: int, length: int) -> range:
-    """Bit numbers from the start of the image: of an envelope at `block`."""
-    begin = block * BLOCK_SIZE
-    end = begin + (blocks_for(length) * BLOCK_SIZE if DEEP else length)
-    return range(8 * begin, 8 * end)
-
-
-def flip(image: bytearray, bit: int) -> None:
-    image[bit // 8] ^= 1 << bit % 8
-
-
-def superblock_lengths(image: bytes) -> Iterator[tuple[int, int]]:
-    for block in range(SUPERBLOCK_BLOCKS):
-        at = block * BLOCK_SIZE
-        yield block, HEADER_SIZE + int.from_bytes(image[at + 12 : at + 16], "little")
-
-
-def spoiled(image: bytes, *blocks: int) -> bytearray:
-    """Return the image with one byte in each of these blocks' bodies flipped."""
-    rotten = bytearray(image)
-    for block in blocks:
-        rotten[block * BLOCK_SIZE + HEADER_SIZE + 1] ^= 0x55
-    return rotten
 
 
 def assert_right(aged: Aged, metadata: CloneMetadata) -> None:
     assert metadata.generation >= aged.acknowledged, "rolled back"
     assert metadata.hydrated.tobytes() == aged.states[metadata.generation]
     assert metadata.nr_hydrated == metadata.hydrated.count()
-
-
-def assert_named(error: MetadataError, block: int | None = None) -> None:
-    text = str(error)
-    assert block is None or f"block {block}" in text
-    assert isinstance(error, CorruptMetadata)
-    assert NAMES_A_BLOCK.search(text), text
-    assert "\n" not in text
 
 
 @each_age

@@ -11,9 +11,9 @@ from nbdtarget_metadata.errors import FailedMetadata, MetadataError, ReadOnlyMet
 from nbdtarget_metadata.log.arena import JOURNAL_BLOCKS_MIN, device_size_with
 from nbdtarget_metadata.log.records import snapshot_blocks_max
 from nbdtarget_metadata.operations import Flush, Write
-from tests.metadata.conftest import CATCH_UP_RUNS
 from tests.support.metadata.clone_workload import rotten
 from tests.support.metadata.small_clone import (
+    CATCH_UP_RUNS,
     NR_REGIONS,
     REGION_SIZE,
     SIZE,

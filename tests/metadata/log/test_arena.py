@@ -19,7 +19,6 @@ from nbdtarget_metadata.log.arena import (
 )
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE, peek_blocks
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, CloneSuperblock
-from tests.metadata.log.test_superblock import make_superblock
 from tests.support.metadata.clone_workload import (
     NR_REGIONS,
     REGION_SIZE,
@@ -30,6 +29,7 @@ from tests.support.metadata.clone_workload import (
     rotten,
 )
 from tests.support.metadata.store import SECTOR, Store, drive, read_image
+from tests.support.metadata.superblocks import make_superblock
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 

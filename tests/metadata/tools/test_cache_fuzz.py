@@ -15,8 +15,8 @@ from nbdtarget_metadata.errors import MetadataError, UnsupportedFormat
 from nbdtarget_metadata.tools.cache_check import examine_cache
 from nbdtarget_metadata.tools.cache_restore import record_written_back, restore_cache
 from nbdtarget_metadata.tools.cache_salvage import salvage_cache
-from tests.metadata.tools.test_cache_dump import parsed, text_of
 from tests.support.metadata import fuzz_cache
+from tests.support.metadata.cache_dumps import parsed, text_of
 from tests.support.metadata.store import Store, drive, read_image
 
 CASES = 400

@@ -24,13 +24,13 @@ from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.operations import Answer, Flush, Read, Steps, Write
 from nbdtarget_metadata.tools.cache_check import examine_cache
 from nbdtarget_metadata.tools.cache_restore import record_written_back, restore_cache
-from tests.metadata.tools.test_cache_dump import CONTENTS, parsed, text_of
 from tests.support.metadata.cache_contents import (
     LIVES,
     content_of,
     lives,
     superblock_of,
 )
+from tests.support.metadata.cache_dumps import CONTENTS, parsed, text_of
 from tests.support.metadata.small_cache import NR_CBLOCKS, SIZE, commit, start
 from tests.support.metadata.small_cache import open_on as cache_open
 from tests.support.metadata.store import Store, drive

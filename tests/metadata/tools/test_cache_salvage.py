@@ -30,15 +30,18 @@ from nbdtarget_metadata.tools.cache_restore import restore_cache
 from nbdtarget_metadata.tools.cache_salvage import _Arena, salvage_cache
 from nbdtarget_metadata.tools.check import Findings
 from nbdtarget_metadata.tools.clone_salvage import SalvagedOf
-from tests.metadata.tools.test_cache_dump import value
-from tests.metadata.tools.test_clone_salvage import rot
 from tests.support.metadata.cache_contents import (
     LIVES,
     CacheLife,
     content_of,
+    journal_blocks,
+    live_blocks,
     lives,
+    needing_check,
     superblock_of,
 )
+from tests.support.metadata.cache_dumps import value
+from tests.support.metadata.damage import rot
 from tests.support.metadata.store import Store, drive, read_image
 
 NAMES = sorted(LIVES)
@@ -54,20 +57,6 @@ def examined(image: bytes, **options: bool) -> Findings:
 
 def mappings(content: CacheContent) -> dict[int, int]:
     return {cblock: each >> 16 for cblock, each in enumerate(content.values) if each}
-
-
-def journal_blocks(name: str) -> list[int]:
-    superblock = superblock_of(lives()[name].image)
-    return list(range(superblock.journal_block, superblock.journal_end))
-
-
-def live_blocks(name: str) -> list[int]:
-    superblock = superblock_of(lives()[name].image)
-    sync = superblock.sync_begin
-    return [
-        *range(superblock.snapshot_block, superblock.journal_end),
-        *range(sync, sync + superblock.sync_blocks),
-    ]
 
 
 def check_found(found: CacheContent, truth: CacheContent) -> None:
@@ -345,21 +334,6 @@ def opens(image: bytes) -> bool:
     except MetadataError:
         return False
     return True
-
-
-def needing_check(name: str, *, clean: bool = True) -> bytes:
-    """The image with the flag, in an otherwise equal next generation."""
-    aged = lives()[name]
-    store = Store(len(aged.image), aged.image)
-    superblock = superblock_of(aged.image)
-    marked = msgspec.structs.replace(
-        superblock,
-        flags=superblock.flags | NEEDS_CHECK,
-        generation=superblock.generation + 1,
-    )
-    for write in superblock_writes(marked):
-        store.do(write)
-    return bytes(store.durable)
 
 
 @pytest.mark.parametrize("age", NAMES)

@@ -13,8 +13,8 @@ from nbdtarget_metadata.cache.superblock import NO_POLICY
 from nbdtarget_metadata.errors import BadDump
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.tools.cache_xml import parse_xml, render_xml
-from tests.metadata.tools.test_cache_dump import make_cache, value
 from tests.support.metadata.cache_contents import lives
+from tests.support.metadata.cache_dumps import make_cache, value
 
 AGES = sorted(lives())
 UUID = bytes(range(16))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`check` accepts exactly what `open` accepts; and images of every released format do."""
 
-from pathlib import Path
-
 import pytest
 
 from nbdtarget_metadata.clone.metadata import CloneMetadata
@@ -11,8 +9,7 @@ from nbdtarget_metadata.tools.check import check
 from tests.support.metadata.clone_workload import rotten
 from tests.support.metadata.small_clone import NR_REGIONS, SIZE, UUID, commit, format_on
 from tests.support.metadata.store import Store, drive, read_image
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+from tests.support.places import FIXTURES
 
 
 def test_report_tells_what_is_there() -> None:

@@ -4,43 +4,23 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from nbdtarget_metadata.clone.content import CloneContent, read_content
+from nbdtarget_metadata.clone.content import read_content
 from nbdtarget_metadata.errors import BadDump
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
 from nbdtarget_metadata.tools import dump_fields
 from nbdtarget_metadata.tools.clone_dump import flag_names, render
 from nbdtarget_metadata.tools.clone_dump_parser import parse
 from nbdtarget_metadata.tools.dump_fields import TOKEN_MAX, Scanner
+from tests.support.metadata.clone_dumps import make_content, text_of
 from tests.support.metadata.store import read_image
+from tests.support.places import FIXTURES
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 IMAGES = sorted(FIXTURES.glob("clone-*.img"))
-
-
-def make_content(hydrated: bitarray, **fields: Any) -> CloneContent:
-    content = CloneContent(
-        uuid=bytes(range(16)),
-        generation=7,
-        flags=CLEAN_SHUTDOWN,
-        compat=0,
-        ro_compat=0,
-        nr_commits=6,
-        nr_compactions=1,
-        region_size=4096,
-        target_size=4096 * len(hydrated) - 512,
-        hydrated=hydrated,
-    )
-    return content._replace(**fields)
-
-
-def text_of(content: CloneContent) -> str:
-    return "".join(render(content))
 
 
 SMALL = make_content(bitarray("0110000111", "little"))

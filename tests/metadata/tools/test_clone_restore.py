@@ -21,7 +21,7 @@ from nbdtarget_metadata.tools.check import check, examine
 from nbdtarget_metadata.tools.clone_dump import render
 from nbdtarget_metadata.tools.clone_dump_parser import parse
 from nbdtarget_metadata.tools.clone_restore import restore
-from tests.metadata.tools.test_clone_dump import make_content, text_of
+from tests.support.metadata.clone_dumps import make_content, text_of
 from tests.support.metadata.clone_images import REGION_SIZE, TARGET_SIZE, ages, opening
 from tests.support.metadata.small_clone import commit
 from tests.support.metadata.store import Store, drive, read_image

@@ -3,7 +3,6 @@
 
 import contextlib
 import random
-from pathlib import Path
 
 import pytest
 from bitarray import bitarray
@@ -26,14 +25,19 @@ from nbdtarget_metadata.log.superblock import (
 from nbdtarget_metadata.operations import Write
 from nbdtarget_metadata.tools.clone_restore import restore
 from nbdtarget_metadata.tools.clone_salvage import Salvaged, salvage
-from tests.metadata.log.test_superblock import make_superblock, put_all
-from tests.support.metadata.clone_images import NR_REGIONS, Life, _compacted, ages
-from tests.support.metadata.clone_workload import rotten
+from tests.support.metadata.clone_images import (
+    NR_REGIONS,
+    Life,
+    _compacted,
+    ages,
+    live_blocks,
+)
+from tests.support.metadata.damage import rot
 from tests.support.metadata.small_clone import commit
 from tests.support.metadata.store import Store, drive, read_image
+from tests.support.metadata.superblocks import make_superblock, put_all
+from tests.support.places import FIXTURES
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-SECTORS = BLOCK_SIZE // 512
 AGES = sorted(ages())
 
 
@@ -45,19 +49,8 @@ def content_of(image: bytes) -> CloneContent:
     return read_image(image, read_content(len(image)))
 
 
-def rot(image: bytes, *blocks: int) -> bytes:
-    for block in blocks:
-        image = rotten(image, block * SECTORS)
-    return image
-
-
 def commit_without_changes(life: Life) -> None:
     commit(life.store, life.metadata, clean=True)
-
-
-def live_blocks(name: str) -> list[int]:
-    superblock = ages()[name].superblock()
-    return list(range(superblock.snapshot_block, superblock.journal_end))
 
 
 @pytest.mark.parametrize("age", AGES)

@@ -17,17 +17,20 @@ from nbdtarget_metadata.errors import (
 )
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
 from nbdtarget_metadata.log.superblock import (
-    CLEAN_SHUTDOWN,
-    NEEDS_CHECK,
     superblock_writes,
 )
 from nbdtarget_metadata.operations import Write
 from nbdtarget_metadata.tools.check import Findings, check, examine, mend
 from nbdtarget_metadata.tools.kinds import CLONE, find_kind
-from tests.metadata.log.test_superblock import put_body
-from tests.metadata.tools.test_clone_salvage import live_blocks, rot
-from tests.support.metadata.clone_images import ages, opening
+from tests.support.metadata.clone_images import (
+    ages,
+    live_blocks,
+    needing_check,
+    opening,
+)
+from tests.support.metadata.damage import rot
 from tests.support.metadata.store import Store, cut, drive, read_image
+from tests.support.metadata.superblocks import put_body
 
 AGES = sorted(ages())
 
@@ -42,19 +45,6 @@ def opens(image: bytes) -> bool:
     except MetadataError:
         return False
     return True
-
-
-def needing_check(name: str, *, clean: bool = False) -> bytes:
-    """The image with the flag, in an otherwise equal next generation."""
-    aged = ages()[name]
-    store = Store(len(aged.image), aged.image)
-    superblock = aged.superblock()
-    flags = NEEDS_CHECK | (CLEAN_SHUTDOWN if clean else 0)
-    generation = superblock.generation + 1
-    marked = msgspec.structs.replace(superblock, flags=flags, generation=generation)
-    for write in superblock_writes(marked):
-        store.do(write)
-    return bytes(store.durable)
 
 
 @pytest.mark.parametrize("age", AGES)

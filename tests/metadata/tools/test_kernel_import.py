@@ -4,7 +4,6 @@
 import gzip
 import random
 import struct
-from pathlib import Path
 
 import pytest
 
@@ -20,16 +19,12 @@ from nbdtarget_metadata.tools.kernel_import import (
     import_cache,
     import_clone,
 )
+from tests.support.metadata.kernel_images import CACHED, DIRTY, FOLDER, MADE
 from tests.support.metadata.kernel_writer import BLOCK, KernelWriter, crc32c
 from tests.support.metadata.store import read_image
 
-FOLDER = Path(__file__).parents[1] / "kernel_metadata"
-MADE = sorted(path.stem for path in FOLDER.glob("*.gz"))
 ORIGIN_SIZE = 48 << 20
 UUID = bytes(range(16))
-
-CACHED = {3, 7, 11, 200, 201, 202, 300}
-DIRTY = {7, 201, 300}
 
 
 def image_of(name: str) -> bytes:

@@ -11,17 +11,18 @@ import pytest
 from nbdtarget.devices.file import open as file_open
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
-from tests.metadata.clone.test_format import FIXTURES
-from tests.metadata.tools.test_cache_dump import text_of
-from tests.metadata.tools.test_cache_salvage import (
+from tests.support.metadata.cache_contents import (
+    content_of,
     journal_blocks,
     live_blocks,
+    lives,
     needing_check,
 )
-from tests.metadata.tools.test_clone_salvage import rot
-from tests.support.metadata.cache_contents import content_of, lives
+from tests.support.metadata.cache_dumps import text_of
+from tests.support.metadata.damage import rot
 from tests.support.metadata.small_cache import NR_CBLOCKS
 from tests.support.metadata_tool import Tool
+from tests.support.places import FIXTURES
 
 IMAGE = lives()["clean"].image
 DUMP = text_of(lives()["clean"].content)

@@ -12,9 +12,8 @@ import pytest
 from nbdtarget.cli.progress import writeback as progress_writeback
 from nbdtarget.devices.file import open as file_open
 from nbdtarget_metadata.cache.content import CacheContent
-from tests.metadata.tools.test_cache_salvage import journal_blocks
-from tests.metadata.tools.test_clone_salvage import rot
-from tests.support.metadata.cache_contents import content_of, lives
+from tests.support.metadata.cache_contents import content_of, journal_blocks, lives
+from tests.support.metadata.damage import rot
 from tests.support.metadata.small_cache import BLOCK_SIZE, NR_CBLOCKS, ORIGIN_SIZE
 from tests.support.metadata_tool import Tool
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.metadata.tools.test_kernel_import import CACHED, DIRTY, FOLDER, MADE
+from tests.support.metadata.kernel_images import CACHED, DIRTY, FOLDER, MADE
 from tests.support.metadata.kernel_writer import KernelWriter
 from tests.support.metadata_tool import Tool
 

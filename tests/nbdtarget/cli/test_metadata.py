@@ -17,13 +17,12 @@ from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.file import open as file_open
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.log.superblock import superblock_block
-from tests.metadata.log.test_superblock import area_of, make_superblock, put, put_body
-from tests.metadata.tools.test_clone_salvage import live_blocks, rot
-from tests.metadata.tools.test_examine import needing_check
-from tests.support.metadata.clone_images import ages
+from tests.support.metadata.clone_images import ages, live_blocks, needing_check
+from tests.support.metadata.damage import rot
+from tests.support.metadata.superblocks import area_of, make_superblock, put, put_body
 from tests.support.metadata_tool import Tool
+from tests.support.places import FIXTURES
 
-FIXTURES = Path(__file__).parents[2] / "metadata" / "fixtures"
 DUMP = (FIXTURES / "clone-v1.json").read_text()
 IMAGE = (FIXTURES / "clone-v1.img").read_bytes()
 AGED = ages()["compacted"].image

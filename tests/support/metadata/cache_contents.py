@@ -6,13 +6,18 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+import msgspec
 from bitarray import bitarray
 
 from nbdtarget_metadata.cache.content import CacheContent, read_cache_content
 from nbdtarget_metadata.cache.load import Discarded
 from nbdtarget_metadata.cache.metadata import CacheMetadata, Policy
 from nbdtarget_metadata.cache.superblock import CACHE, CacheSuperblock
-from nbdtarget_metadata.log.superblock import choose_superblock_of
+from nbdtarget_metadata.log.superblock import (
+    NEEDS_CHECK,
+    choose_superblock_of,
+    superblock_writes,
+)
 from tests.support.metadata.small_cache import (
     NR_CBLOCKS,
     SIZE,
@@ -22,7 +27,17 @@ from tests.support.metadata.small_cache import (
 )
 from tests.support.metadata.store import Store, drive, read_image
 
-__all__ = ["LIVES", "CacheLife", "Lived", "content_of", "lives", "superblock_of"]
+__all__ = [
+    "LIVES",
+    "CacheLife",
+    "Lived",
+    "content_of",
+    "journal_blocks",
+    "live_blocks",
+    "lives",
+    "needing_check",
+    "superblock_of",
+]
 
 SMQ = Policy("smq", (2, 0, 0))
 
@@ -180,3 +195,32 @@ def content_of(image: bytes) -> CacheContent:
 def superblock_of(image: bytes) -> CacheSuperblock:
     area = memoryview(image)[: 4 * 4096]
     return choose_superblock_of(CACHE, area, admit_needs_check=True).superblock
+
+
+def journal_blocks(name: str) -> list[int]:
+    superblock = superblock_of(lives()[name].image)
+    return list(range(superblock.journal_block, superblock.journal_end))
+
+
+def live_blocks(name: str) -> list[int]:
+    superblock = superblock_of(lives()[name].image)
+    sync = superblock.sync_begin
+    return [
+        *range(superblock.snapshot_block, superblock.journal_end),
+        *range(sync, sync + superblock.sync_blocks),
+    ]
+
+
+def needing_check(name: str, *, clean: bool = True) -> bytes:
+    """The image with the flag, in an otherwise equal next generation."""
+    aged = lives()[name]
+    store = Store(len(aged.image), aged.image)
+    superblock = superblock_of(aged.image)
+    marked = msgspec.structs.replace(
+        superblock,
+        flags=superblock.flags | NEEDS_CHECK,
+        generation=superblock.generation + 1,
+    )
+    for write in superblock_writes(marked):
+        store.do(write)
+    return bytes(store.durable)

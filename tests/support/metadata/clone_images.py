@@ -20,9 +20,12 @@ from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.log import records
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE
 from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
+    NEEDS_CHECK,
     SUPERBLOCK_BLOCKS,
     CloneSuperblock,
     Superblock,
+    superblock_writes,
 )
 from nbdtarget_metadata.operations import Answer, Flush, Read, Steps, Write
 from tests.support.metadata.small_clone import commit
@@ -36,6 +39,8 @@ __all__ = [
     "AnyAged",
     "ages",
     "format_steps",
+    "live_blocks",
+    "needing_check",
     "open_image",
     "opening",
     "record_blocks",
@@ -303,3 +308,21 @@ def vouched_bits(image: bytes, superblock: CloneSuperblock) -> bytes:
 
 
 assert SUPERBLOCK_BLOCKS == 4
+
+
+def live_blocks(name: str) -> list[int]:
+    superblock = ages()[name].superblock()
+    return list(range(superblock.snapshot_block, superblock.journal_end))
+
+
+def needing_check(name: str, *, clean: bool = False) -> bytes:
+    """The image with the flag, in an otherwise equal next generation."""
+    aged = ages()[name]
+    store = Store(len(aged.image), aged.image)
+    superblock = aged.superblock()
+    flags = NEEDS_CHECK | (CLEAN_SHUTDOWN if clean else 0)
+    generation = superblock.generation + 1
+    marked = msgspec.structs.replace(superblock, flags=flags, generation=generation)
+    for write in superblock_writes(marked):
+        store.do(write)
+    return bytes(store.durable)

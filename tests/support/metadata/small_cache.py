@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small cache on a `Store`, and how to commit it."""
 
-from nbdtarget_metadata.cache.metadata import CacheMetadata, CacheTransaction
+from array import array
+
+from bitarray import bitarray
+
+from nbdtarget_metadata.cache.metadata import (
+    CacheMetadata,
+    CacheTransaction,
+    Discarded,
+    Policy,
+)
 from tests.support.metadata.store import Store, drive
 
 # Neither is a power of two.
@@ -64,3 +73,13 @@ def mapped(metadata: CacheMetadata) -> dict[int, int]:
 
 def dirty(metadata: CacheMetadata) -> set[int]:
     return set(metadata.dirty.search(1))
+
+
+SMQ = Policy("smq", (2, 0, 0))
+
+
+def shut_down(store: Store, metadata: CacheMetadata, policy: Policy = SMQ) -> None:
+    hints = array("I", range(100, 100 + metadata.nr_cblocks))
+    discarded = Discarded(2 * BLOCK_SIZE, bitarray("0110" * 12, endian="little"))
+    metadata.prepare_shutdown(policy=policy, hints=hints, discarded=discarded)
+    commit(store, metadata, clean=True)

@@ -50,3 +50,6 @@ def fill_journal(store: Store, metadata: CloneMetadata) -> None:
         metadata.set_hydrated(region_nr, region_nr + 1)
         commit(store, metadata)
     raise AssertionError("the journal never got full")
+
+
+CATCH_UP_RUNS = 2
