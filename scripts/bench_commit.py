@@ -38,6 +38,7 @@ from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.committer import Committer
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.clone.transaction import Transaction
 from nbdtarget_metadata.log.superblock import read_superblock
 from nbdtarget_metadata.operations import Flush, Operation, Read, Steps, Write
@@ -297,7 +298,7 @@ async def bench_metadata(options: argparse.Namespace, path: Path | None) -> None
 
 
 def generation(path: Path) -> int:
-    found = metadata_io.run_file(path, read_superblock(path.stat().st_size))
+    found = metadata_io.run_file(path, read_superblock(CLONE, path.stat().st_size))
     return found.superblock.generation
 
 

@@ -56,7 +56,7 @@ from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.superblock import CACHE, DIRTY_LOG, CacheSuperblock
 from nbdtarget_metadata.disks import decode_disks
 from nbdtarget_metadata.errors import MetadataError, NotFormatted
-from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, read_superblock_of
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, read_superblock
 
 __all__ = [
     "CacheJob",
@@ -286,7 +286,7 @@ async def _superblock(metadata: str) -> CacheSuperblock | None:
         return None
     device = await resolve.open_device(metadata, read_only=True)
     try:
-        found = await metadata_io.run(device, read_superblock_of(CACHE, device.size))
+        found = await metadata_io.run(device, read_superblock(CACHE, device.size))
     except NotFormatted:
         return None
     except MetadataError as error:

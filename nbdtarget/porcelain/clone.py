@@ -41,8 +41,9 @@ from nbdtarget.dm.registry import check_name
 from nbdtarget.dm.table import SECTOR
 from nbdtarget.porcelain import job, look
 from nbdtarget.targets import metadata_io
+from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock
 from nbdtarget_metadata.errors import MetadataError
-from nbdtarget_metadata.log.superblock import CloneSuperblock, read_superblock
+from nbdtarget_metadata.log.superblock import read_superblock
 
 __all__ = ["CloneJob", "CloneOptions", "ClonePlan", "CloneReporter", "plan_clone"]
 
@@ -158,7 +159,7 @@ async def _maybe_superblock(metadata: str) -> CloneSuperblock | None:
     """What the metadata says of itself; None if it cannot be read: the target says why."""
     device = await resolve.open_device(metadata, read_only=True)
     try:
-        found = await metadata_io.run(device, read_superblock(device.size))
+        found = await metadata_io.run(device, read_superblock(CLONE, device.size))
     except MetadataError:
         return None
     finally:

@@ -8,14 +8,10 @@ import msgspec
 from nbdtarget_metadata.cache.content import CacheContent
 from nbdtarget_metadata.cache.superblock import DIRTY_LOG, CacheSuperblock
 from nbdtarget_metadata.clone.content import CloneContent
+from nbdtarget_metadata.clone.superblock import CloneSuperblock
 from nbdtarget_metadata.disks import FILE, NOT_MARKED, Disk, decode_disks
 from nbdtarget_metadata.log.envelope import FORMAT_VERSION
-from nbdtarget_metadata.log.superblock import (
-    CLEAN_SHUTDOWN,
-    CloneSuperblock,
-    FoundOf,
-    Superblock,
-)
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, Found, Superblock
 from nbdtarget_metadata.tools.check import CopyState, Findings
 from nbdtarget_metadata.tools.clone_dump import flag_names
 from nbdtarget_metadata.tools.kernel_import import Imported
@@ -215,7 +211,7 @@ class CacheInfoAnswer(InfoAnswer, frozen=True, kw_only=True):
 
 
 def info_answer(
-    path: str, kind: str, found: FoundOf[Any], device_size: int
+    path: str, kind: str, found: Found[Any], device_size: int
 ) -> InfoAnswer:
     """Return what a superblock says."""
     live: Superblock = found.superblock

@@ -40,15 +40,14 @@ from nbdtarget.tools.answers import (
 from nbdtarget_metadata.cache.content import CacheContent
 from nbdtarget_metadata.cache.records import LOGGED, NR_CBLOCKS_MAX
 from nbdtarget_metadata.cache.superblock import DIRTY_LOG, NO_POLICY
+from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 from nbdtarget_metadata.errors import MetadataError, NotOurs
-from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
+from nbdtarget_metadata.log.foreign import KERNEL_CACHE, KERNEL_CLONE
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
-    KERNEL_CACHE,
-    KERNEL_CLONE,
     SUPERBLOCK_MAGIC,
-    FoundOf,
-    choose_superblock_of,
+    Found,
+    choose_superblock,
     read_area,
 )
 from nbdtarget_metadata.operations import Steps
@@ -147,9 +146,9 @@ def info(path: str) -> InfoAnswer:
         return info_answer(path, kind.name, found, file.size)
 
 
-def _choose(kind: Kind, device_size: int) -> Steps[FoundOf[Any]]:
+def _choose(kind: Kind, device_size: int) -> Steps[Found[Any]]:
     area = yield from read_area(device_size)
-    return choose_superblock_of(kind.superblock, area, admit_needs_check=True)
+    return choose_superblock(kind.superblock, area, admit_needs_check=True)
 
 
 # ---- check ---------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from nbdtarget.bio import FUA, OP_WRITE, Bio
 from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.powercut.volatile_cache import Fate
+from nbdtarget_metadata.clone.superblock import CloneSuperblock
 from nbdtarget_metadata.errors import MetadataError
-from nbdtarget_metadata.log.superblock import CloneSuperblock, superblock_writes
+from nbdtarget_metadata.log.superblock import superblock_writes
 from nbdtarget_metadata.operations import Steps
 from tests.crash.test_cache_faults import FaultDriver as CacheFaultDriver
 from tests.crash.test_cache_faults import draw_walk as draw_cache_walk

@@ -7,9 +7,8 @@ from nbdtarget_metadata.cache import blocks as cache_blocks
 from nbdtarget_metadata.cache import records as cache_records
 from nbdtarget_metadata.cache import transaction as cache_transaction
 from nbdtarget_metadata.clone import metadata as clone
-from nbdtarget_metadata.clone import transaction
+from nbdtarget_metadata.clone import records, transaction
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.log import records
 from tests.support.metadata.small_clone import CATCH_UP_RUNS, SIZE, format_on
 from tests.support.metadata.store import Store
 

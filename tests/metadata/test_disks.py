@@ -6,6 +6,7 @@ from itertools import product
 import msgspec
 import pytest
 
+from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.disks import (
     FILE,
     IDS_MAX,
@@ -274,7 +275,7 @@ def test_torn_superblock_loses_the_record_of_disks_at_most(
     for copy, what in enumerate(torn):
         if what != "whole":
             tear(area, copy, before, head=what == "head")
-    found = choose_superblock(memoryview(area))
+    found = choose_superblock(CLONE, memoryview(area))
     if torn == ("head", "head"):
         assert found.superblock.generation == 10
         assert found.superblock.disks == OLD_RECORD
@@ -292,7 +293,7 @@ def test_torn_superblock_loses_the_record_of_disks_at_most(
 
 def test_metadata_without_a_record_has_none() -> None:
     area = area_of(b"", b"")
-    found = choose_superblock(memoryview(area))
+    found = choose_superblock(CLONE, memoryview(area))
     assert found.superblock.disks == b""
     assert not found.notes
 

@@ -223,7 +223,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "hints-of-another-policy-believed",
         "Levels of one policy are taken for those of another.",
-        "nbdtarget_metadata.cache.superblock:Policy.understands",
+        "nbdtarget_metadata.cache.superblock:PolicyIdentity.understands",
         "            and self.name == stored.name\n",
         "",
         CACHE,

@@ -113,7 +113,7 @@ METADATA: Final = (
     Mutant(
         "older-generation-believed",
         "The older slot is opened: the last acknowledged commit is rolled back.",
-        "nbdtarget_metadata.log.superblock:choose_superblock_of",
+        "nbdtarget_metadata.log.superblock:choose_superblock",
         (("newest = max(valid", "newest = min(valid"),),
         SUPERBLOCK,
     ),
@@ -163,7 +163,7 @@ METADATA: Final = (
     Mutant(
         "rotten-slot-rolled-back",
         "Two rotten copies of the newest generation silently open the one before.",
-        "nbdtarget_metadata.log.superblock:choose_superblock_of",
+        "nbdtarget_metadata.log.superblock:choose_superblock",
         (
             (
                 "if admit_lost_slot and not any(copy.superblock",
@@ -175,7 +175,7 @@ METADATA: Final = (
     Mutant(
         "rotten-copy-not-told-of",
         "`metadata check` finds nothing to heal: the next rot loses acknowledged commits.",
-        "nbdtarget_metadata.log.superblock:choose_superblock_of",
+        "nbdtarget_metadata.log.superblock:choose_superblock",
         (("            unhealed.add(slot)\n", ""),),
         SUPERBLOCK,
     ),
@@ -213,7 +213,7 @@ METADATA: Final = (
     Mutant(
         "foreign-content-formatted",
         "A file system without our superblock is overwritten by metadata.",
-        "nbdtarget_metadata.log.arena:refuse_foreign",
+        "nbdtarget_metadata.log.layout:refuse_foreign",
         (
             (
                 "        if any(data):\n            at = next(",
@@ -252,14 +252,14 @@ METADATA: Final = (
     Mutant(
         "predecessor-not-checked",
         "Records of two lives of an arena are read as one journal.",
-        "nbdtarget_metadata.log.records:read_linked",
+        "nbdtarget_metadata.log.chain:read_chain",
         (("if record.previous != digest:", "if not record.previous:"),),
         RECORDS,
     ),
     Mutant(
         "record-generation-not-checked",
         "A record that is newer than its superblock is applied: bits before their data.",
-        "nbdtarget_metadata.log.records:read_linked",
+        "nbdtarget_metadata.log.chain:read_chain",
         (
             (
                 "if not generation <= record.generation <= generation_max:",
@@ -271,7 +271,7 @@ METADATA: Final = (
     Mutant(
         "journal-digest-not-checked",
         "The journal's last records may be others than the superblock vouched for.",
-        "nbdtarget_metadata.log.arena:load_bitmap",
+        "nbdtarget_metadata.clone.load:load_bitmap",
         (
             (
                 '    _expect("digest of the journal", superblock.journal_digest, digest)\n',
@@ -283,14 +283,14 @@ METADATA: Final = (
     Mutant(
         "number-of-bits-not-checked",
         "A bitmap with other bits than were committed is served.",
-        "nbdtarget_metadata.log.arena:load_bitmap",
+        "nbdtarget_metadata.clone.load:load_bitmap",
         (("if nr_hydrated != superblock.nr_hydrated:", "if nr_hydrated < 0:"),),
         RECORDS,
     ),
     Mutant(
         "run-past-the-end-applied",
         "A lying record makes the bitmap longer than the disk.",
-        "nbdtarget_metadata.log.records:_apply_runs",
+        "nbdtarget_metadata.clone.records:_apply_runs",
         (("if not 0 < count <= nr_regions - begin:", "if not 0 < count:"),),
         RECORDS,
     ),

@@ -7,7 +7,7 @@ import pytest
 
 from nbdtarget.targets.metadata_io import run_file
 from nbdtarget_metadata.cache.metadata import CacheMetadata
-from nbdtarget_metadata.cache.metadata import Policy as PolicyIdentity
+from nbdtarget_metadata.cache.superblock import PolicyIdentity as PolicyIdentity
 from scripts import bench_cache, bench_cache_hits, bench_cache_idle
 from scripts import bench_cache_migrations as migrations
 from scripts.bench_rounds import Sample, best_peer, paired_ratio

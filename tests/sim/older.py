@@ -20,13 +20,10 @@ import msgspec
 from nbdtarget.targets.disks import DiskRecords
 from nbdtarget_metadata.cache.blocks import CacheBlocks
 from nbdtarget_metadata.cache.superblock import CACHE
+from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.log import superblock as superblocks
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.superblock import (
-    SUPERBLOCK_BLOCKS,
-    choose_superblock,
-    choose_superblock_of,
-)
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, choose_superblock
 from nbdtarget_metadata.operations import Write
 from tests.sim.rigs import Disk
 
@@ -64,10 +61,10 @@ def check_recorded(disk: Disk, image: bytes) -> None:
     """Hold what a newer version has left of a disk of metadata. Raises: AssertionError."""
     area = memoryview(image)[: SUPERBLOCK_BLOCKS * BLOCK_SIZE]
     if disk.is_cache:
-        recorded = choose_superblock_of(CACHE, area, admit_needs_check=True).superblock
+        recorded = choose_superblock(CACHE, area, admit_needs_check=True).superblock
         assert recorded.disks, f"{disk.name}: it does not say which disks belong to it"
         return
-    clone = choose_superblock(area, admit_needs_check=True).superblock
+    clone = choose_superblock(CLONE, area, admit_needs_check=True).superblock
     is_hydrated = (
         clone.nr_hydrated == clone.nr_regions
     )  # it may be linear from the start

@@ -11,11 +11,11 @@ from nbdtarget.targets.disks import DiskRecords, Finding, evidence_of
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.superblock import CACHE, CacheSuperblock
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.disks import Comparison, Verdict, record_of
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, open_envelope
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
-    CLONE,
     SUPERBLOCK_MAGIC,
     Superblock,
     SuperblockType,

@@ -19,7 +19,7 @@ from nbdtarget.control import messages as m
 from nbdtarget.porcelain.uncache import A, CacheLine, Draining, UncacheJob
 from nbdtarget_metadata.cache.superblock import CACHE
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, choose_superblock_of
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, choose_superblock
 
 if TYPE_CHECKING:
     from tests.sim.life import Life
@@ -112,5 +112,5 @@ def check_empty(life: "Life") -> None:
     """The job is done: hold the metadata against what it says. Raises: AssertionError."""
     image = life.disks["/metadata"].stable_image()
     area = memoryview(image)[: SUPERBLOCK_BLOCKS * BLOCK_SIZE]
-    found = choose_superblock_of(CACHE, area).superblock
+    found = choose_superblock(CACHE, area).superblock
     assert not found.nr_mapped, f"uncached, and {found.nr_mapped} blocks are mapped"

@@ -13,7 +13,7 @@ from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.committer import Committer
 from nbdtarget_metadata.cache.metadata import CacheMetadata
-from nbdtarget_metadata.cache.metadata import Policy as RecordedPolicy
+from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from tests.support.clock import SimClock
 from tests.support.clone import Context
 from tests.support.spy import Spy
@@ -114,7 +114,7 @@ class Table:
         metadata, policy = self.metadata, self.parts.policy
         hints = array("I", map(policy.get_hint, range(metadata.nr_cblocks)))
         metadata.prepare_shutdown(
-            policy=RecordedPolicy(policy.name, policy.version, policy.hint_size),
+            policy=PolicyIdentity(policy.name, policy.version, policy.hint_size),
             hints=hints,
             discarded=self.discards.as_recorded(),
         )

@@ -15,6 +15,7 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.clone.target import CloneTarget
+from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.log.superblock import read_superblock
 from tests.support.clock import SimClock
 from tests.support.spy import Spy
@@ -103,7 +104,7 @@ class Lab:
     def generation(self) -> int:
         """Of the superblock that is on disk now."""
         path = self.work / "meta"
-        steps = read_superblock(path.stat().st_size)
+        steps = read_superblock(CLONE, path.stat().st_size)
         return metadata_io.run_file(path, steps, read_only=True).superblock.generation
 
     async def status(self, *, noflush: bool = True) -> list[str]:

@@ -22,8 +22,9 @@ from nbdtarget_metadata.cache.records import (
 )
 from nbdtarget_metadata.cache.superblock import (
     DIRTY_LOG,
+    ORIGIN_COMPLETE,
     CacheSuperblock,
-    Policy,
+    PolicyIdentity,
     device_size_with,
 )
 from nbdtarget_metadata.cache.transaction import (
@@ -33,10 +34,10 @@ from nbdtarget_metadata.cache.transaction import (
     Shutdown,
 )
 from nbdtarget_metadata.errors import CannotShrink, FailedMetadata, MetadataTooSmall
-from nbdtarget_metadata.log.arena import JOURNAL_BLOCKS_MIN
 from nbdtarget_metadata.log.commit import JournaledMetadata
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, ORIGIN_COMPLETE
+from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.operations import Steps
 
@@ -159,7 +160,7 @@ class CacheBlocks(JournaledMetadata):
         return self._cleaned.count()
 
     def mappings(
-        self, policy: Policy, begin: int = 0, end: int | None = None
+        self, policy: PolicyIdentity, begin: int = 0, end: int | None = None
     ) -> Iterator[Mapping]:
         """Yield each mapped block, in order of cblocks, for `policy` to load.
 

@@ -10,13 +10,13 @@ from nbdtarget_metadata.cache.records import Words
 from nbdtarget_metadata.cache.superblock import (
     CACHE,
     NO_POLICY,
+    ORIGIN_COMPLETE,
     CacheSuperblock,
-    Policy,
+    PolicyIdentity,
 )
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
-    ORIGIN_COMPLETE,
-    choose_superblock_of,
+    choose_superblock,
     read_area,
 )
 from nbdtarget_metadata.operations import Steps
@@ -54,7 +54,7 @@ class CacheContent(NamedTuple):
     origin_size: int
     values: Words
     dirty: bitarray
-    policy: Policy
+    policy: PolicyIdentity
     hints: Words | None
     discarded: Discarded | None
     read_hits: int
@@ -126,7 +126,7 @@ def read_cache_content(device_size: int) -> Steps[CacheContent]:
     Raises: NotFormatted, NotOurs, CorruptMetadata, UnsupportedFormat, MetadataTooSmall.
     """
     area = yield from read_area(device_size)
-    superblock = choose_superblock_of(CACHE, area, admit_needs_check=True).superblock
+    superblock = choose_superblock(CACHE, area, admit_needs_check=True).superblock
     loaded = yield from load(superblock, device_size)
     return cache_content_of(
         superblock,

@@ -28,7 +28,7 @@ from nbdtarget_metadata.cache.superblock import (
     check_device_size,
 )
 from nbdtarget_metadata.errors import CorruptMetadata
-from nbdtarget_metadata.log.records import read_linked
+from nbdtarget_metadata.log.chain import read_chain
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.operations import Steps
 
@@ -123,7 +123,7 @@ def load_values(superblock: CacheSuperblock) -> Steps[Words]:
             begin_min=begin_min,
         )
 
-    digest = yield from read_linked(
+    digest = yield from read_chain(
         kind="snapshot",
         begin=superblock.snapshot_block,
         end=superblock.journal_block,
@@ -134,7 +134,7 @@ def load_values(superblock: CacheSuperblock) -> Steps[Words]:
     )
     _expect("digest of the snapshot", superblock.snapshot_digest, digest)
     begin_min = None
-    digest = yield from read_linked(
+    digest = yield from read_chain(
         kind="journal",
         begin=superblock.journal_block,
         end=superblock.journal_end,
@@ -197,7 +197,7 @@ class Sync:
         superblock = self._superblock
         if superblock.policy_name:
             self.hints = yield from new_words("I", superblock.nr_cblocks)
-        digest = yield from read_linked(
+        digest = yield from read_chain(
             kind="clean shutdown's",
             begin=superblock.sync_begin,
             end=superblock.sync_begin + superblock.sync_blocks,

@@ -109,7 +109,7 @@ from nbdtarget_metadata.cache.superblock import (
     NR_DBLOCKS_MAX,
     POLICY_NAME_MAX,
     CacheSuperblock,
-    Policy,
+    PolicyIdentity,
     device_size_with,
     first_superblock,
     journal_blocks_preferred,
@@ -127,15 +127,15 @@ from nbdtarget_metadata.errors import (
     FailedMetadata,
     ReadOnlyMetadata,
 )
-from nbdtarget_metadata.log.arena import JOURNAL_BLOCKS_MIN, refuse_content_of
 from nbdtarget_metadata.log.envelope import DIGEST_SIZE
+from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN, refuse_content
 from nbdtarget_metadata.log.superblock import (
     ALL_SLOTS,
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
     SUPERBLOCK_BLOCKS,
     format_superblocks,
-    read_superblock_of,
+    read_superblock,
     write_superblock,
 )
 from nbdtarget_metadata.mode import Mode
@@ -146,10 +146,8 @@ __all__ = [
     "FLUSH_ORIGIN",
     "CacheMetadata",
     "CacheTransaction",
-    "Discarded",
     "Mapping",
     "Mode",
-    "Policy",
     "Statistics",
 ]
 
@@ -246,7 +244,7 @@ class CacheMetadata(CacheBlocks):
         assert 0 < nr_cblocks <= NR_CBLOCKS_MAX
         assert len(uuid) == DIGEST_SIZE, "it stands where a digest does"
         layout = layout_for(nr_cblocks, device_size)
-        yield from refuse_content_of(CACHE, device_size, layout.arena_blocks)
+        yield from refuse_content(CACHE, device_size, layout.arena_blocks)
         superblock = first_superblock(
             bytes(uuid),
             block_size=block_size,
@@ -279,7 +277,7 @@ class CacheMetadata(CacheBlocks):
             MetadataTooSmall: the device has shrunk.
         Durable: everything that this returns.
         """
-        found = yield from read_superblock_of(CACHE, device_size)
+        found = yield from read_superblock(CACHE, device_size)
         superblock = found.superblock
         if superblock.block_size != block_size:
             raise BlockSizeMismatch(stored=superblock.block_size, given=block_size)
@@ -335,7 +333,7 @@ class CacheMetadata(CacheBlocks):
     def prepare_shutdown(
         self,
         *,
-        policy: Policy = NO_POLICY,
+        policy: PolicyIdentity = NO_POLICY,
         hints: Words | None = None,
         discarded: Discarded | None = None,
     ) -> None:

@@ -41,8 +41,8 @@ import msgspec
 from bitarray import bitarray
 
 from nbdtarget_metadata.errors import CorruptMetadata
+from nbdtarget_metadata.log.chain import CHUNK_BYTES, RECORD_OVERHEAD_MAX
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, UNDECODABLE, blocks_for
-from nbdtarget_metadata.log.records import RECORD_OVERHEAD_MAX
 
 __all__ = [
     "CHUNK_CBLOCKS",
@@ -88,8 +88,6 @@ NR_CBLOCKS_MAX: Final = 1 << 31
 ENTRY_SIZE: Final = 12
 ENTRIES_PER_RECORD_MAX: Final = (8 * BLOCK_SIZE - RECORD_OVERHEAD_MAX) // ENTRY_SIZE
 VALUE_SIZE: Final = 8
-# A full record is 128 blocks, what `read_linked` reads at a time.
-CHUNK_BYTES: Final = (1 << 19) - BLOCK_SIZE
 CHUNK_CBLOCKS: Final = CHUNK_BYTES // VALUE_SIZE
 # To pack an entry costs 0.2 us, a value nothing: more of them are stored as values.
 CHUNK_ENTRIES_MAX: Final = 4096

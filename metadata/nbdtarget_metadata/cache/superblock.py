@@ -21,16 +21,15 @@ from nbdtarget_metadata.cache.records import (
     sync_blocks_max,
 )
 from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall
-from nbdtarget_metadata.log.arena import (
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, DIGEST_SIZE
+from nbdtarget_metadata.log.layout import (
     JOURNAL_BLOCKS_MIN,
     JOURNAL_BLOCKS_PREFERRED,
     NR_ARENAS,
 )
-from nbdtarget_metadata.log.envelope import BLOCK_SIZE, DIGEST_SIZE
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     COUNTER_MAX,
-    ORIGIN_COMPLETE,
     SUPERBLOCK_BLOCKS,
     Superblock,
     SuperblockType,
@@ -44,8 +43,9 @@ __all__ = [
     "DIRTY_LOG",
     "NO_POLICY",
     "NR_DBLOCKS_MAX",
+    "ORIGIN_COMPLETE",
     "CacheSuperblock",
-    "Policy",
+    "PolicyIdentity",
     "check_device_size",
     "device_size_with",
     "first_superblock",
@@ -63,18 +63,21 @@ NR_SYNC_AREAS: Final = 2
 # not know it would dirty blocks without a word, and we would take them for clean.
 DIRTY_LOG: Final = 1
 
+# Flag: no cached block has what the origin has not.
+ORIGIN_COMPLETE: Final = 4
+
 # Doubled while there are more than 2^14 of them; the last one may be short (cache_discards.py).
 NR_DBLOCKS_MAX: Final = (1 << 15) + 1
 
 
-class Policy(NamedTuple):
+class PolicyIdentity(NamedTuple):
     """Whose hints are stored: believed by the same name, major version and hint size only."""
 
     name: str
     version: tuple[int, int, int]
     hint_size: int = HINT_SIZE
 
-    def understands(self, stored: "Policy") -> bool:
+    def understands(self, stored: "PolicyIdentity") -> bool:
         """Whether hints of `stored` mean the same to this one."""
         return (
             bool(self.name)
@@ -84,7 +87,7 @@ class Policy(NamedTuple):
         )
 
 
-NO_POLICY: Final = Policy("", (0, 0, 0))
+NO_POLICY: Final = PolicyIdentity("", (0, 0, 0))
 
 
 class CacheSuperblock(
@@ -139,9 +142,9 @@ class CacheSuperblock(
         return blocks + area * sync_blocks_max(self.nr_cblocks_max)
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> PolicyIdentity:
         """Whose the hints are."""
-        return Policy(self.policy_name, self.policy_version, self.hint_size)
+        return PolicyIdentity(self.policy_name, self.policy_version, self.hint_size)
 
 
 def device_size_with(nr_cblocks_max: int, journal_blocks: int) -> int:

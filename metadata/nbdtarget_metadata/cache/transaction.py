@@ -16,7 +16,6 @@ from bitarray.util import zeros
 
 from nbdtarget_metadata.cache.load import Discarded
 from nbdtarget_metadata.cache.records import (
-    CHUNK_BYTES,
     CHUNK_CBLOCKS,
     NONE_BEFORE,
     DirtyBits,
@@ -35,12 +34,13 @@ from nbdtarget_metadata.cache.superblock import (
     DIRTY_LOG,
     NO_POLICY,
     NR_SYNC_AREAS,
+    ORIGIN_COMPLETE,
     CacheSuperblock,
-    Policy,
+    PolicyIdentity,
 )
+from nbdtarget_metadata.log.chain import CHUNK_BYTES, Chain
 from nbdtarget_metadata.log.commit import Compaction, JournaledTransaction
-from nbdtarget_metadata.log.records import Chain
-from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, ORIGIN_COMPLETE
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.operations import Operation, Steps
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ CATCH_UP_ROUNDS_MAX: Final = 16
 class Shutdown(NamedTuple):
     """What a clean shutdown records besides the dirty bits."""
 
-    policy: Policy = NO_POLICY
+    policy: PolicyIdentity = NO_POLICY
     hints: Words | None = None
     discarded: Discarded | None = None
 
@@ -253,7 +253,7 @@ def write_snapshot(
                 chunk[cblock - begin] = value
         content = chunk_record(begin, chunk)
         if isinstance(content, tuple):
-            yield chain.append_record(
+            yield chain.append(
                 SetValues(
                     generation=generation,
                     previous=chain.digest,
@@ -283,7 +283,7 @@ def write_sync(
     for at in range(0, len(dirty), step):
         piece = dirty[at : at + step]
         if piece.any():
-            yield chain.append_record(
+            yield chain.append(
                 DirtyBits(
                     generation=generation,
                     previous=chain.digest,
@@ -295,7 +295,7 @@ def write_sync(
     step = CHUNK_BYTES // 4
     for at in range(0, len(hints) if hints is not None else 0, step):
         assert hints is not None
-        yield chain.append_record(
+        yield chain.append(
             Hints(
                 generation=generation,
                 previous=chain.digest,
@@ -304,7 +304,7 @@ def write_sync(
             )
         )
     if shutdown.discarded is not None:
-        yield chain.append_record(
+        yield chain.append(
             Discards(
                 generation=generation,
                 previous=chain.digest,
@@ -314,7 +314,7 @@ def write_sync(
 
 
 def _append_entries(chain: Chain, generation: int, entries: bytes) -> Operation:
-    return chain.append_record(
+    return chain.append(
         SetEntries(generation=generation, previous=chain.digest, entries=entries)
     )
 

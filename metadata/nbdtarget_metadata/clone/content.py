@@ -5,12 +5,9 @@ from typing import NamedTuple
 
 from bitarray import bitarray
 
-from nbdtarget_metadata.log.arena import load_bitmap
-from nbdtarget_metadata.log.superblock import (
-    CloneSuperblock,
-    choose_superblock,
-    read_area,
-)
+from nbdtarget_metadata.clone.load import load_bitmap
+from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock
+from nbdtarget_metadata.log.superblock import choose_superblock, read_area
 from nbdtarget_metadata.operations import Steps
 
 __all__ = ["CloneContent", "content_of", "read_content"]
@@ -63,6 +60,6 @@ def read_content(device_size: int) -> Steps[CloneContent]:
     Raises: NotFormatted, NotOurs, CorruptMetadata, UnsupportedFormat, MetadataTooSmall.
     """
     area = yield from read_area(device_size)
-    superblock = choose_superblock(area, admit_needs_check=True).superblock
+    superblock = choose_superblock(CLONE, area, admit_needs_check=True).superblock
     hydrated = yield from load_bitmap(superblock, device_size)
     return content_of(superblock, hydrated)

@@ -56,33 +56,36 @@ from typing import Final
 
 from bitarray import bitarray
 
-from nbdtarget_metadata.clone.transaction import CloneCompaction, Transaction
-from nbdtarget_metadata.errors import FailedMetadata, GeometryMismatch, ReadOnlyMetadata
-from nbdtarget_metadata.log.arena import (
-    JOURNAL_BLOCKS_MIN,
-    JOURNAL_BLOCKS_PREFERRED,
-    NR_REGIONS_MAX,
-    arena_blocks_for,
-    device_size_with,
-    load_bitmap,
-    new_bitmap,
-    refuse_content,
-)
-from nbdtarget_metadata.log.commit import JournaledMetadata
-from nbdtarget_metadata.log.envelope import DIGEST_SIZE
-from nbdtarget_metadata.log.records import (
+from nbdtarget_metadata.clone.load import load_bitmap, new_bitmap
+from nbdtarget_metadata.clone.records import (
     CHUNK_REGIONS,
-    Chain,
+    append_content,
     append_runs,
     encode_chunk,
     new_runs,
     snapshot_blocks_max,
 )
+from nbdtarget_metadata.clone.superblock import (
+    CLONE,
+    NR_REGIONS_MAX,
+    CloneSuperblock,
+    arena_blocks_for,
+    device_size_with,
+)
+from nbdtarget_metadata.clone.transaction import CloneCompaction, Transaction
+from nbdtarget_metadata.errors import FailedMetadata, GeometryMismatch, ReadOnlyMetadata
+from nbdtarget_metadata.log.chain import Chain
+from nbdtarget_metadata.log.commit import JournaledMetadata
+from nbdtarget_metadata.log.envelope import DIGEST_SIZE
+from nbdtarget_metadata.log.layout import (
+    JOURNAL_BLOCKS_MIN,
+    JOURNAL_BLOCKS_PREFERRED,
+    refuse_content,
+)
 from nbdtarget_metadata.log.superblock import (
     ALL_SLOTS,
     CLEAN_SHUTDOWN,
     SUPERBLOCK_BLOCKS,
-    CloneSuperblock,
     format_superblocks,
     read_superblock,
 )
@@ -165,7 +168,7 @@ class CloneMetadata(JournaledMetadata):
         nr_regions = _nr_regions(region_size, target_size)
         assert len(uuid) == 16
         arena_blocks = arena_blocks_for(nr_regions, device_size)
-        yield from refuse_content(device_size, arena_blocks)
+        yield from refuse_content(CLONE, device_size, arena_blocks)
         superblock = CloneSuperblock(
             generation=0,
             uuid=bytes(uuid),
@@ -211,7 +214,7 @@ class CloneMetadata(JournaledMetadata):
         Durable: everything that this returns.
         """
         _nr_regions(region_size, target_size)
-        found = yield from read_superblock(device_size)
+        found = yield from read_superblock(CLONE, device_size)
         superblock = found.superblock
         if superblock.region_size != region_size:
             raise GeometryMismatch(
@@ -413,7 +416,7 @@ class CloneMetadata(JournaledMetadata):
             if content is None or isinstance(content, tuple):
                 yield ()  # to look through half a megabyte was one step, to hash it is another
             if content is not None:
-                yield chain.append(generation, content)
+                yield append_content(chain, generation, content)
 
 
 def _nr_regions(region_size: int, target_size: int) -> int:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from nbdtarget_metadata.log.commit import Compaction, JournaledTransaction
-from nbdtarget_metadata.log.records import (
+from nbdtarget_metadata.clone.records import (
     RUNS_PER_RECORD_MAX,
-    Chain,
     Runs,
+    append_content,
     blocks_for_runs,
     new_runs,
 )
+from nbdtarget_metadata.log.chain import Chain
+from nbdtarget_metadata.log.commit import Compaction, JournaledTransaction
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.operations import Steps
 
@@ -65,7 +66,7 @@ class CloneCompaction(Compaction[Runs]):
                 if self.chain.block + blocks > self.catch_up_end:
                     self.since = runs[at:] + self.since
                     return
-                yield self.chain.append(self._metadata.generation, piece)
+                yield append_content(self.chain, self._metadata.generation, piece)
 
 
 class Transaction(JournaledTransaction[Runs]):
@@ -113,4 +114,4 @@ class Transaction(JournaledTransaction[Runs]):
         chain, runs = self._chain, self._to_journal
         step = 2 * RUNS_PER_RECORD_MAX
         for at in range(0, len(runs), step):
-            yield chain.append(self.generation, runs[at : at + step])
+            yield append_content(chain, self.generation, runs[at : at + step])

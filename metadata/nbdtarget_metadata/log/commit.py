@@ -33,9 +33,9 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 from nbdtarget_metadata.errors import FailedMetadata, ReadOnlyMetadata
-from nbdtarget_metadata.log.arena import JOURNAL_BLOCKS_MIN, NR_ARENAS, new_chain
+from nbdtarget_metadata.log.chain import Chain
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.records import Chain
+from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN, NR_ARENAS, new_chain
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     NR_SLOTS,

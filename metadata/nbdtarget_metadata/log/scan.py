@@ -11,14 +11,14 @@ Noise is searched block by block, so an intact record behind it is found.
 """
 
 from collections.abc import Callable
-from typing import Final, Generic, NamedTuple, TypeAlias
+from typing import Final, Generic, NamedTuple
 
 from nbdtarget_metadata.errors import CorruptMetadata, UnsupportedFormat
+from nbdtarget_metadata.log.chain import READ_BLOCKS, RECORD_MAGIC, R
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, open_envelope, peek_blocks
-from nbdtarget_metadata.log.records import READ_BLOCKS, RECORD_MAGIC, R, Record
 from nbdtarget_metadata.operations import Steps, read
 
-__all__ = ["Placed", "PlacedOf", "scan"]
+__all__ = ["Placed", "scan"]
 
 # A record fits into half of it, so no block is read much more than twice.
 WINDOW_BLOCKS: Final = 2 * READ_BLOCKS
@@ -26,7 +26,7 @@ WINDOW_BLOCKS: Final = 2 * READ_BLOCKS
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
 
 
-class PlacedOf(NamedTuple, Generic[R]):
+class Placed(NamedTuple, Generic[R]):
     """An intact record, and where: blocks [block, end)."""
 
     block: int
@@ -35,15 +35,12 @@ class PlacedOf(NamedTuple, Generic[R]):
     record: R
 
 
-Placed: TypeAlias = PlacedOf[Record]
-
-
 def scan(
     begin: int,
     end: int,
     *,
     decode: Callable[[memoryview, str], R],
-    intact: Callable[[PlacedOf[R]], None],
+    intact: Callable[[Placed[R]], None],
     other: Callable[[int, bool], None],
 ) -> Steps[None]:
     """Tell `intact` of each intact record in blocks [begin, end), in order.
@@ -74,7 +71,7 @@ def scan(
 
 def _maybe_record(
     block: int, data: memoryview, decode: Callable[[memoryview, str], R]
-) -> PlacedOf[R] | None:
+) -> Placed[R] | None:
     if bytes(data[: len(RECORD_MAGIC)]) != RECORD_MAGIC:
         return None
     where = f"record at block {block}"
@@ -83,4 +80,4 @@ def _maybe_record(
         record = decode(opened.body, where)
     except (CorruptMetadata, UnsupportedFormat):
         return None
-    return PlacedOf(block, block + peek_blocks(data), opened.digest, record)
+    return Placed(block, block + peek_blocks(data), opened.digest, record)

@@ -66,7 +66,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -83,42 +83,33 @@ from nbdtarget_metadata.log.envelope import (
     DIGEST_SIZE,
     HEADER_SIZE,
     UNDECODABLE,
-    blocks_for,
     open_envelope,
     seal,
 )
+from nbdtarget_metadata.log.foreign import describe
 from nbdtarget_metadata.operations import UNREADABLE, Flush, Steps, TryRead, Write, read
 
 __all__ = [
     "ALL_SLOTS",
     "CLEAN_SHUTDOWN",
-    "CLONE",
     "COUNTER_MAX",
-    "KERNEL_CACHE",
-    "KERNEL_CLONE",
     "NEEDS_CHECK",
     "NR_COPIES",
     "NR_SLOTS",
-    "ORIGIN_COMPLETE",
+    "RO_COMPAT_KNOWN",
     "SUPERBLOCK_BLOCKS",
     "SUPERBLOCK_MAGIC",
-    "CloneSuperblock",
     "Copy",
-    "CopyOf",
     "Found",
-    "FoundOf",
     "S",
     "Superblock",
     "SuperblockType",
     "check_ranges",
     "choose_superblock",
-    "choose_superblock_of",
     "format_superblocks",
     "open_copies",
-    "open_copies_of",
     "read_area",
     "read_superblock",
-    "read_superblock_of",
     "superblock_block",
     "superblock_writes",
     "tag_of",
@@ -135,26 +126,15 @@ SUPERBLOCK_BLOCKS: Final = NR_SLOTS * NR_COPIES
 # Flags.
 CLEAN_SHUTDOWN: Final = 1  # the last commit ended an orderly suspend
 NEEDS_CHECK: Final = 2  # a tool must look at it before it is used again
-ORIGIN_COMPLETE: Final = 4  # of a cache: no cached block has what the origin has not
+# Bits from 4 on belong to the kinds.
 
-# Feature bits of a clone that this version knows. Unknown compat: ignored. Unknown ro_compat: mode RO.
-# Unknown incompat: refused.
-COMPAT_KNOWN: Final = 0
+# Feature bits that this version knows: no kind has one yet. An unknown one of ro_compat means mode RO, an
+# unknown one of compat is ignored. Which ones of incompat are known, each kind says; others are refused.
 RO_COMPAT_KNOWN: Final = 0
-INCOMPAT_KNOWN: Final = 0
-
 # Of generations and statistics: no clone gets there, and no commit may run out of numbers.
 COUNTER_MAX: Final = 1 << 62
 
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
-
-KERNEL_CACHE: Final = "the kernel's dm-cache metadata"
-KERNEL_CLONE: Final = "the kernel's dm-clone metadata"
-# Superblocks of the kernel's own targets, to name what was found: u64 at byte 32.
-_KERNEL_MAGICS: Final = {
-    0x8AF27F64: KERNEL_CLONE,
-    0x18C403: KERNEL_CACHE,
-}
 
 
 class Superblock(msgspec.Struct, array_like=True, frozen=True, gc=False, kw_only=True):
@@ -208,22 +188,6 @@ class Superblock(msgspec.Struct, array_like=True, frozen=True, gc=False, kw_only
         return self.journal_block + self.journal_blocks
 
 
-class CloneSuperblock(
-    Superblock, array_like=True, frozen=True, gc=False, kw_only=True, tag="clone"
-):
-    """A clone's. New fields go to the end and have defaults."""
-
-    region_size: int
-    target_size: int
-    nr_hydrated: int
-    disks: bytes = b""
-
-    @property
-    def nr_regions(self) -> int:
-        """Regions of `region_size` bytes in the target; the last may be short."""
-        return -(-self.target_size // self.region_size)
-
-
 S = TypeVar("S", bound=Superblock)
 
 
@@ -247,7 +211,7 @@ class SuperblockType(Generic[S]):
     check: Callable[[S], None]
 
 
-class FoundOf(NamedTuple, Generic[S]):
+class Found(NamedTuple, Generic[S]):
     """What `choose_superblock` found: the newest, and what is not as it should be.
 
     `unhealed` slots must be rewritten; `notes` says why, for people. `lost` slots, of which
@@ -260,7 +224,7 @@ class FoundOf(NamedTuple, Generic[S]):
     lost: frozenset[int] = frozenset()
 
 
-class CopyOf(NamedTuple, Generic[S]):
+class Copy(NamedTuple, Generic[S]):
     """One of the four; `fault` says why it is not valid, and is empty if it is.
 
     `note`: it is valid, but the record of its disks is lost.
@@ -270,9 +234,6 @@ class CopyOf(NamedTuple, Generic[S]):
     fault: str
     note: str = ""
 
-
-Found: TypeAlias = FoundOf[CloneSuperblock]
-Copy: TypeAlias = CopyOf[CloneSuperblock]
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
@@ -314,19 +275,10 @@ def format_superblocks(superblock: S) -> Steps[S]:
     return superblock
 
 
-def read_superblock(device_size: int) -> Steps[Found]:
-    """Flush, then read and choose the superblock of a clone.
-
-    Raises: what `choose_superblock` does, and
-        MetadataTooSmall: not even the superblock area fits.
-    """
-    return (yield from read_superblock_of(CLONE, device_size))
-
-
-def read_superblock_of(kind: SuperblockType[S], device_size: int) -> Steps[FoundOf[S]]:
+def read_superblock(kind: SuperblockType[S], device_size: int) -> Steps[Found[S]]:
     """Flush, then read and choose the superblock. Raises: as `read_superblock`."""
     area = yield from read_area(device_size)
-    return choose_superblock_of(kind, area)
+    return choose_superblock(kind, area)
 
 
 def read_area(device_size: int) -> Steps[memoryview]:
@@ -340,7 +292,7 @@ def read_area(device_size: int) -> Steps[memoryview]:
         head = yield from read(0, device_size)
         is_cut_short = bytes(head[: len(SUPERBLOCK_MAGIC)]) == SUPERBLOCK_MAGIC
         if any(head) and not is_cut_short:
-            raise NotOurs("block 0", _describe(head))
+            raise NotOurs("block 0", describe(head))
         raise MetadataTooSmall(needed=area_size, given=device_size)
     area = bytearray()
     for block in range(SUPERBLOCK_BLOCKS):
@@ -351,12 +303,7 @@ def read_area(device_size: int) -> Steps[memoryview]:
     return memoryview(area)
 
 
-def open_copies(area: memoryview) -> list[list[Copy]]:
-    """Open the four copies of a clone's; see `open_copies_of`."""
-    return open_copies_of(CLONE, area)
-
-
-def open_copies_of(kind: SuperblockType[S], area: memoryview) -> list[list[CopyOf[S]]]:
+def open_copies(kind: SuperblockType[S], area: memoryview) -> list[list[Copy[S]]]:
     """Open the four copies, by slot and copy, and compare nothing.
 
     Raises: NotOurs, UnsupportedFormat, CorruptMetadata: what no rot can have produced.
@@ -390,24 +337,12 @@ def tag_of(area: memoryview) -> str | None:
 
 
 def choose_superblock(
-    area: memoryview, *, admit_needs_check: bool = False, admit_lost_slot: bool = False
-) -> Found:
-    """Choose a clone's superblock; see `choose_superblock_of`."""
-    return choose_superblock_of(
-        CLONE,
-        area,
-        admit_needs_check=admit_needs_check,
-        admit_lost_slot=admit_lost_slot,
-    )
-
-
-def choose_superblock_of(
     kind: SuperblockType[S],
     area: memoryview,
     *,
     admit_needs_check: bool = False,
     admit_lost_slot: bool = False,
-) -> FoundOf[S]:
+) -> Found[S]:
     """Choose the newest of the four copies by the case table in the module head.
 
     Args:
@@ -421,7 +356,7 @@ def choose_superblock_of(
         CorruptMetadata: a slot has no valid copy, or copies contradict each other.
         UnsupportedFormat: of a newer format version or with unknown incompatible features.
     """
-    copies = open_copies_of(kind, area)
+    copies = open_copies(kind, area)
     _refuse_foreign(area, copies)
     _refuse_unfinished(area, copies)
     lost = set()
@@ -459,7 +394,7 @@ def choose_superblock_of(
         for copy in copies[newest.generation % NR_SLOTS]
         if copy.note and copy.superblock == newest
     }
-    return FoundOf(newest, frozenset(unhealed), tuple(notes), frozenset(lost))
+    return Found(newest, frozenset(unhealed), tuple(notes), frozenset(lost))
 
 
 def _write(slot: int, copy: int, body: bytes, disks: bytes) -> Write:
@@ -479,7 +414,7 @@ def _reference(record: bytes) -> bytes:
     return len(record).to_bytes(2, "little") + digest
 
 
-def _with_disks(area: memoryview, copy: CopyOf[S]) -> CopyOf[S]:
+def _with_disks(area: memoryview, copy: Copy[S]) -> Copy[S]:
     """Put the record in the place of the reference to it."""
     superblock = copy.superblock
     if superblock is None or not superblock.disks:
@@ -496,7 +431,7 @@ def _with_disks(area: memoryview, copy: CopyOf[S]) -> CopyOf[S]:
             break
     known = msgspec.structs.replace(superblock, disks=record)
     note = "" if record else "the record of which disks belong to it is damaged"
-    return CopyOf(known, copy.fault, note)
+    return Copy(known, copy.fault, note)
 
 
 def _block_of(area: memoryview, slot: int, copy: int) -> memoryview:
@@ -506,19 +441,19 @@ def _block_of(area: memoryview, slot: int, copy: int) -> memoryview:
 
 def _open_copy(
     kind: SuperblockType[S], area: memoryview, slot: int, copy: int
-) -> CopyOf[S]:
+) -> Copy[S]:
     """Open one copy. Only what no rot can produce (a valid digest) may raise here."""
     block = superblock_block(slot, copy)
     where = f"superblock slot {slot} copy {copy} (block {block})"
     data = _block_of(area, slot, copy)
     if data == UNREADABLE:
-        return CopyOf(None, f"{where} cannot be read")
+        return Copy(None, f"{where} cannot be read")
     try:
         opened = open_envelope(SUPERBLOCK_MAGIC, block, data, where)
     except CorruptMetadata as error:
-        return CopyOf(None, str(error))
+        return Copy(None, str(error))
     try:
-        return CopyOf(kind.decoder.decode(opened.body), "")
+        return Copy(kind.decoder.decode(opened.body), "")
     except UNDECODABLE as error:
         tag = _kind_of(opened.body)
         if tag is not None and tag != kind.tag:
@@ -535,7 +470,7 @@ def _kind_of(body: memoryview) -> str | None:
     return fields[0] if fields and isinstance(fields[0], str) else None
 
 
-def _refuse_foreign(area: memoryview, copies: list[list[CopyOf[S]]]) -> None:
+def _refuse_foreign(area: memoryview, copies: list[list[Copy[S]]]) -> None:
     if any(copy.superblock for slot in copies for copy in slot):
         return
     if not any(area):
@@ -551,10 +486,10 @@ def _refuse_foreign(area: memoryview, copies: list[list[CopyOf[S]]]) -> None:
                 raise CorruptMetadata(
                     "all superblocks", "a valid copy", "; ".join(faults)
                 )
-    raise NotOurs("the superblock area (blocks 0 to 3)", _describe(area))
+    raise NotOurs("the superblock area (blocks 0 to 3)", describe(area))
 
 
-def _refuse_unfinished(area: memoryview, copies: list[list[CopyOf[S]]]) -> None:
+def _refuse_unfinished(area: memoryview, copies: list[list[Copy[S]]]) -> None:
     """Tell an interrupted format from rot: slot 1 zero, slot 0 zero or generation 0."""
     for copy in range(NR_COPIES):
         if _block_of(area, 1, copy) != _ZERO_BLOCK:
@@ -568,7 +503,7 @@ def _refuse_unfinished(area: memoryview, copies: list[list[CopyOf[S]]]) -> None:
     raise NotFormatted
 
 
-def _check_slot(slot: int, copies: list[CopyOf[S]]) -> None:
+def _check_slot(slot: int, copies: list[Copy[S]]) -> None:
     """Raise CorruptMetadata if the slot cannot have come about by a crash and one rot."""
     valid = [copy.superblock for copy in copies if copy.superblock]
     if not valid:
@@ -622,43 +557,3 @@ def _check_fields(superblock: Superblock) -> None:
         and superblock.journal_end <= superblock.arena_end,
     }
     check_ranges(superblock, rules)
-
-
-def _check_clone(superblock: CloneSuperblock) -> None:
-    rules = {
-        "region_size": superblock.region_size > 0,
-        "target_size": superblock.target_size > 0,
-    }
-    check_ranges(superblock, rules)
-    # An arena has room for the whole bitmap: so the device bounds the memory that it takes.
-    bitmap_blocks = blocks_for(-(-superblock.nr_regions // 8))
-    if superblock.arena_blocks < bitmap_blocks:
-        raise CorruptMetadata(
-            f"arena_blocks of superblock generation {superblock.generation}",
-            f"at least {bitmap_blocks}",
-            superblock.arena_blocks,
-        )
-    if not 0 <= superblock.nr_hydrated <= superblock.nr_regions:
-        raise CorruptMetadata(
-            f"nr_hydrated of superblock generation {superblock.generation}",
-            f"at most {superblock.nr_regions}",
-            superblock.nr_hydrated,
-        )
-
-
-CLONE: Final = SuperblockType(
-    tag="clone",
-    decoder=msgspec.msgpack.Decoder(CloneSuperblock),
-    fixed=("uuid", "region_size", "target_size", "arena_blocks"),
-    incompat_known=INCOMPAT_KNOWN,
-    check=_check_clone,
-)
-
-
-def _describe(head: memoryview) -> str:
-    """Say in a few words what foreign content begins with."""
-    kernel = _KERNEL_MAGICS.get(int.from_bytes(head[32:40], "little"))
-    if kernel:
-        return kernel
-    first = next(at for at, byte in enumerate(head) if byte)
-    return f"{bytes(head[first : first + 8]).hex()} at byte {first}"

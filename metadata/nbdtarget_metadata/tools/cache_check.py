@@ -27,7 +27,7 @@ from nbdtarget_metadata.cache.superblock import (
     check_device_size,
 )
 from nbdtarget_metadata.errors import CorruptMetadata
-from nbdtarget_metadata.log.scan import PlacedOf, scan
+from nbdtarget_metadata.log.scan import Placed, scan
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.operations import Steps
 from nbdtarget_metadata.tools.cache_leftovers import (
@@ -85,7 +85,7 @@ def _faults(superblock: CacheSuperblock) -> Steps[list[str]]:
 def _read_values(superblock: CacheSuperblock) -> Steps[Words]:
     values: Words = array("Q", bytes(8 * superblock.nr_cblocks))
 
-    def intact(placed: PlacedOf[ArenaRecord]) -> None:
+    def intact(placed: Placed[ArenaRecord]) -> None:
         for cblock, value in statements(placed.record):
             if cblock >= superblock.nr_cblocks_max:
                 continue  # `load` has told of it

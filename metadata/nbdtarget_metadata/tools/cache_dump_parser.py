@@ -28,14 +28,11 @@ from nbdtarget_metadata.cache.superblock import (
     DIRTY_LOG,
     NO_POLICY,
     NR_DBLOCKS_MAX,
-    POLICY_NAME_MAX,
-    Policy,
-)
-from nbdtarget_metadata.log.superblock import (
-    CLEAN_SHUTDOWN,
-    COUNTER_MAX,
     ORIGIN_COMPLETE,
+    POLICY_NAME_MAX,
+    PolicyIdentity,
 )
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, COUNTER_MAX
 from nbdtarget_metadata.tools.cache_dump import state_words
 from nbdtarget_metadata.tools.clone_dump import disks_from_text
 from nbdtarget_metadata.tools.dump_fields import (
@@ -306,7 +303,7 @@ def _must_be_dirty(cblock: int) -> str:
 
 def _hints(
     fields: Fields, mappings: MappingReader, flags: int
-) -> tuple[Policy, Words | None]:
+) -> tuple[PolicyIdentity, Words | None]:
     if ("policy" in fields) != ("policy_version" in fields):
         present = "policy" if "policy" in fields else "policy_version"
         raise fields.bad(present, "policy and policy_version stand together")
@@ -317,7 +314,7 @@ def _hints(
     _only_clean(fields, "policy", flags)
     if mappings.nr_hints != mappings.nr_mapped:
         raise fields.bad("mappings", "some mappings have no hint of the policy")
-    return Policy(fields["policy"], fields["policy_version"]), mappings.hints
+    return PolicyIdentity(fields["policy"], fields["policy_version"]), mappings.hints
 
 
 def _discarded(fields: Fields, runs: RunReader, flags: int) -> Discarded | None:

@@ -23,7 +23,7 @@ from nbdtarget_metadata.cache.superblock import (
     NO_POLICY,
     NR_SYNC_AREAS,
     CacheSuperblock,
-    Policy,
+    PolicyIdentity,
     first_superblock,
     layout_for,
 )
@@ -34,13 +34,13 @@ from nbdtarget_metadata.cache.transaction import (
     write_sync,
 )
 from nbdtarget_metadata.errors import UnsupportedFormat
-from nbdtarget_metadata.log.arena import new_chain, refuse_content_of
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, FORMAT_VERSION
+from nbdtarget_metadata.log.layout import new_chain, refuse_content
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     RO_COMPAT_KNOWN,
     SUPERBLOCK_BLOCKS,
-    read_superblock_of,
+    read_superblock,
     write_superblock,
 )
 from nbdtarget_metadata.operations import Flush, Steps, Write
@@ -71,7 +71,7 @@ def restore_cache(
         yield Write(0, bytes(SUPERBLOCK_BLOCKS * BLOCK_SIZE), fua=True)
         yield Flush()
     else:
-        yield from refuse_content_of(CACHE, device_size, layout.arena_blocks)
+        yield from refuse_content(CACHE, device_size, layout.arena_blocks)
     superblock = _superblock_of(
         content, arena_blocks=layout.arena_blocks, nr_cblocks_max=layout.nr_cblocks_max
     )
@@ -108,7 +108,7 @@ def record_written_back(
     Raises: what `load` does. Nothing was written.
     Durable: a clean shutdown, when this returns. A crash leaves what was recorded before, or that.
     """
-    found = yield from read_superblock_of(CACHE, device_size)
+    found = yield from read_superblock(CACHE, device_size)
     superblock = found.superblock
     assert not superblock.gives_up_mappings, "its blocks may differ from the origin's"
     loaded = yield from load(superblock, device_size)
@@ -145,7 +145,7 @@ def record_written_back(
 
 def _write_shutdown(
     superblock: CacheSuperblock,
-    policy: Policy,
+    policy: PolicyIdentity,
     hints: Words | None,
     discarded: Discarded | None,
     dirty: bitarray,

@@ -52,21 +52,25 @@ from nbdtarget_metadata.cache.records import (
     Words,
     decode_arena_record,
 )
-from nbdtarget_metadata.cache.superblock import CACHE, DIRTY_LOG, CacheSuperblock
+from nbdtarget_metadata.cache.superblock import (
+    CACHE,
+    DIRTY_LOG,
+    ORIGIN_COMPLETE,
+    CacheSuperblock,
+)
 from nbdtarget_metadata.errors import (
     CorruptMetadata,
     MetadataTooSmall,
     UnsupportedFormat,
 )
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.scan import PlacedOf, scan
+from nbdtarget_metadata.log.scan import Placed, scan
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
-    ORIGIN_COMPLETE,
-    FoundOf,
-    choose_superblock_of,
-    open_copies_of,
+    Found,
+    choose_superblock,
+    open_copies,
     read_area,
 )
 from nbdtarget_metadata.operations import Steps
@@ -100,9 +104,7 @@ def salvage_cache(device_size: int) -> Steps[SalvagedOf[CacheContent]]:
         flags = content.flags & ~NEEDS_CHECK
         return SalvagedOf(content._replace(flags=flags), ())
     area = yield from read_area(device_size)
-    found = choose_superblock_of(
-        CACHE, area, admit_needs_check=True, admit_lost_slot=True
-    )
+    found = choose_superblock(CACHE, area, admit_needs_check=True, admit_lost_slot=True)
     superblock = found.superblock
     if superblock.gives_up_mappings and not found.lost:
         return SalvagedOf(_empty(superblock), tuple(damage))
@@ -123,13 +125,13 @@ def salvage_cache(device_size: int) -> Steps[SalvagedOf[CacheContent]]:
 
 
 def _maybe_base(
-    found: FoundOf[CacheSuperblock], area: memoryview, device_size: int
+    found: Found[CacheSuperblock], area: memoryview, device_size: int
 ) -> Steps[Words | None]:
     """Return the values one commit before the newest, if they stand whole in the other arena."""
     newest = found.superblock
     if found.lost or newest.flags & NEEDS_CHECK:
         return None  # the other slot may hold a commit that failed
-    for slot in open_copies_of(CACHE, area):
+    for slot in open_copies(CACHE, area):
         for copy in slot:
             older = copy.superblock
             if (
@@ -182,7 +184,7 @@ class _Arena:
         end = min(last, device_size // BLOCK_SIZE)
         links: list[Link] = []
 
-        def note(placed: PlacedOf[ArenaRecord]) -> None:
+        def note(placed: Placed[ArenaRecord]) -> None:
             record = placed.record
             if record.generation <= superblock.generation:
                 links.append(
@@ -249,7 +251,7 @@ class _Arena:
         else:
             self._is_snapshot_whole = False
 
-    def _apply(self, placed: PlacedOf[ArenaRecord]) -> None:
+    def _apply(self, placed: Placed[ArenaRecord]) -> None:
         if placed.block not in self._believed:
             self._gap(placed.block, False)
             self._gap(placed.end - 1, False)

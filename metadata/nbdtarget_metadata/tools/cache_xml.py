@@ -39,7 +39,7 @@ from nbdtarget_metadata.cache.superblock import (
     HINT_SIZE,
     NO_POLICY,
     POLICY_NAME_MAX,
-    Policy,
+    PolicyIdentity,
 )
 from nbdtarget_metadata.errors import BadDump
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
@@ -240,7 +240,7 @@ class _Reader:
         if width not in (0, HINT_SIZE):
             raise ValueError(f"hint_width: expected 0 or {HINT_SIZE}, found {width}")
         self._hint_width = width
-        self._policy = Policy(name, POLICY_VERSION)
+        self._policy = PolicyIdentity(name, POLICY_VERSION)
 
     def _list(self, attributes: dict[str, str]) -> None:
         if "/".join(self._path) in self._seen:

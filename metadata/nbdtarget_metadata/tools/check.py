@@ -23,24 +23,28 @@ from typing import Any, Final, Generic, NamedTuple
 
 import msgspec
 
+from nbdtarget_metadata.clone.load import load_bitmap
+from nbdtarget_metadata.clone.records import decode_record
+from nbdtarget_metadata.clone.superblock import (
+    CLONE,
+    CloneSuperblock,
+    check_device_size,
+)
 from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall
-from nbdtarget_metadata.log.arena import NR_ARENAS, check_device_size, load_bitmap
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.records import decode_record
-from nbdtarget_metadata.log.scan import PlacedOf, scan
+from nbdtarget_metadata.log.layout import NR_ARENAS
+from nbdtarget_metadata.log.scan import Placed, scan
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
-    CLONE,
     NEEDS_CHECK,
     NR_SLOTS,
     SUPERBLOCK_BLOCKS,
-    CloneSuperblock,
-    CopyOf,
+    Copy,
     S,
     Superblock,
     SuperblockType,
-    choose_superblock_of,
-    open_copies_of,
+    choose_superblock,
+    open_copies,
     read_area,
     read_superblock,
     superblock_block,
@@ -93,7 +97,7 @@ def check(device_size: int) -> Steps[Report]:
 
     Raises: what `CloneMetadata.open` does, except GeometryMismatch.
     """
-    found = yield from read_superblock(device_size)
+    found = yield from read_superblock(CLONE, device_size)
     superblock = found.superblock
     yield from load_bitmap(superblock, device_size)
     return Report(
@@ -183,7 +187,7 @@ def examine_of(
     """
     area = yield from read_area(device_size)
     try:
-        found = choose_superblock_of(anatomy.kind, area, admit_needs_check=True)
+        found = choose_superblock(anatomy.kind, area, admit_needs_check=True)
     except CorruptMetadata as error:
         return Findings(copies=_maybe_states(anatomy.kind, area), damage=(str(error),))
     superblock = found.superblock
@@ -209,7 +213,7 @@ def examine_of(
                 other=orphans.count_other,
             )
     return Findings(
-        copies=_states(open_copies_of(anatomy.kind, area), superblock.generation),
+        copies=_states(open_copies(anatomy.kind, area), superblock.generation),
         superblock=superblock,
         damage=tuple(damage),
         unhealed=tuple(sorted(found.unhealed)),
@@ -237,7 +241,7 @@ def mend_of(
     done = []
     for slot in findings.unhealed if heal else ():
         area = yield from read_area(device_size)
-        copies = open_copies_of(anatomy.kind, area)[slot]
+        copies = open_copies(anatomy.kind, area)[slot]
         valid = [copy.superblock for copy in copies if copy.superblock]
         yield from write_superblock(max(valid, key=lambda each: each.generation))
         done.append(f"superblock slot {slot} has two good copies again")
@@ -314,7 +318,7 @@ class _Unvouched:
         self.record_blocks = 0
         self.leaked_blocks = 0
 
-    def count_orphan(self, placed: PlacedOf[Any]) -> None:
+    def count_orphan(self, placed: Placed[Any]) -> None:
         self.records += 1
         self.record_blocks += placed.end - placed.block
 
@@ -346,7 +350,7 @@ def _gaps(anatomy: Anatomy[S], superblock: S, device_size: int) -> Steps[list[st
         else:
             gaps.append([block, block + 1])
 
-    def intact(placed: PlacedOf[Any]) -> None:
+    def intact(placed: Placed[Any]) -> None:
         """Nothing to say."""
 
     for begin, last in anatomy.live(superblock):
@@ -365,7 +369,7 @@ def _gaps(anatomy: Anatomy[S], superblock: S, device_size: int) -> Steps[list[st
 def _maybe_states(kind: SuperblockType[S], area: memoryview) -> tuple[CopyState, ...]:
     """The copies one by one, where they are too damaged to choose one."""
     try:
-        copies = open_copies_of(kind, area)
+        copies = open_copies(kind, area)
     except CorruptMetadata:
         return ()  # an intact envelope around nonsense: `damage` names it
     valid = [copy.superblock for slot in copies for copy in slot if copy.superblock]
@@ -373,7 +377,7 @@ def _maybe_states(kind: SuperblockType[S], area: memoryview) -> tuple[CopyState,
     return _states(copies, newest)
 
 
-def _states(copies: list[list[CopyOf[S]]], newest: int) -> tuple[CopyState, ...]:
+def _states(copies: list[list[Copy[S]]], newest: int) -> tuple[CopyState, ...]:
     states = []
     for slot, pair in enumerate(copies):
         for nr, copy in enumerate(pair):

@@ -39,13 +39,10 @@ from typing import Any, Final
 
 from bitarray.util import intervals
 
+from nbdtarget_metadata.cache.superblock import ORIGIN_COMPLETE
 from nbdtarget_metadata.clone.content import CloneContent
 from nbdtarget_metadata.disks import RECORD_MAX, decode_disks
-from nbdtarget_metadata.log.superblock import (
-    CLEAN_SHUTDOWN,
-    NEEDS_CHECK,
-    ORIGIN_COMPLETE,
-)
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
 
 __all__ = [
     "DUMP_FORMAT",

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from nbdtarget_metadata.clone.content import CloneContent
-from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
+from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 from nbdtarget_metadata.log.superblock import COUNTER_MAX
 from nbdtarget_metadata.tools.clone_dump import disks_from_text
 from nbdtarget_metadata.tools.dump_fields import BITS_MAX, Fields, RunReader, number

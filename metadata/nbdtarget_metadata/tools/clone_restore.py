@@ -19,13 +19,13 @@ import msgspec
 
 from nbdtarget_metadata.clone.content import CloneContent
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock, arena_blocks_for
 from nbdtarget_metadata.errors import UnsupportedFormat
-from nbdtarget_metadata.log.arena import arena_blocks_for, new_chain, refuse_content
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, FORMAT_VERSION
+from nbdtarget_metadata.log.layout import new_chain, refuse_content
 from nbdtarget_metadata.log.superblock import (
     RO_COMPAT_KNOWN,
     SUPERBLOCK_BLOCKS,
-    CloneSuperblock,
     write_superblock,
 )
 from nbdtarget_metadata.operations import Flush, Steps, Write
@@ -57,7 +57,7 @@ def restore(
         yield Write(0, bytes(SUPERBLOCK_BLOCKS * BLOCK_SIZE), fua=True)
         yield Flush()
     else:
-        yield from refuse_content(device_size, arena_blocks)
+        yield from refuse_content(CLONE, device_size, arena_blocks)
     superblock = CloneSuperblock(
         generation=content.generation - 1,
         uuid=content.uuid,

@@ -35,15 +35,15 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 from bitarray import bitarray
 
 from nbdtarget_metadata.clone.content import CloneContent, content_of, read_content
+from nbdtarget_metadata.clone.load import new_bitmap
+from nbdtarget_metadata.clone.records import Record, apply_record, decode_record
+from nbdtarget_metadata.clone.superblock import CLONE, NR_REGIONS_MAX, CloneSuperblock
 from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall
-from nbdtarget_metadata.log.arena import NR_REGIONS_MAX, new_bitmap
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.records import apply_record, decode_record
 from nbdtarget_metadata.log.scan import Placed, scan
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
-    CloneSuperblock,
     Superblock,
     choose_superblock,
     open_copies,
@@ -97,13 +97,13 @@ def salvage(device_size: int) -> Steps[Salvaged]:
         flags = content.flags & ~NEEDS_CHECK
         return SalvagedOf(content._replace(flags=flags), ())
     area = yield from read_area(device_size)
-    found = choose_superblock(area, admit_needs_check=True, admit_lost_slot=True)
+    found = choose_superblock(CLONE, area, admit_needs_check=True, admit_lost_slot=True)
     newest = found.superblock
     if newest.nr_regions > NR_REGIONS_MAX:
         raise CorruptMetadata("nr_regions", NR_REGIONS_MAX, newest.nr_regions)
     superblocks = {
         copy.superblock.generation: copy.superblock
-        for slot in open_copies(area)
+        for slot in open_copies(CLONE, area)
         for copy in slot
         if copy.superblock is not None
     }
@@ -146,7 +146,7 @@ def _vouched(
     end = min(superblock.journal_end, device_size // BLOCK_SIZE)
     links: list[Link] = []
 
-    def note(placed: Placed) -> None:
+    def note(placed: Placed[Record]) -> None:
         if placed.record.generation <= superblock.generation:
             links.append(
                 Link(placed.block, placed.end, placed.digest, placed.record.previous)
@@ -159,7 +159,7 @@ def _vouched(
     hydrated = yield from new_bitmap(superblock.nr_regions)
     bits_begin_min: int | None = 0
 
-    def apply(placed: Placed) -> None:
+    def apply(placed: Placed[Record]) -> None:
         nonlocal bits_begin_min
         if placed.block not in believed:
             return

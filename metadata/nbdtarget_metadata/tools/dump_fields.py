@@ -14,8 +14,8 @@ import msgspec
 from bitarray import bitarray
 from bitarray.util import zeros
 
+from nbdtarget_metadata.clone.load import STEP_REGIONS
 from nbdtarget_metadata.errors import BadDump
-from nbdtarget_metadata.log.arena import STEP_REGIONS
 from nbdtarget_metadata.log.envelope import DIGEST_SIZE
 from nbdtarget_metadata.tools.clone_dump import DUMP_FORMAT, DUMP_VERSION, FLAG_NAMES
 

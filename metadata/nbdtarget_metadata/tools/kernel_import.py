@@ -36,11 +36,11 @@ from nbdtarget_metadata.cache.superblock import (
     HINT_SIZE,
     NO_POLICY,
     NR_DBLOCKS_MAX,
-    Policy,
+    PolicyIdentity,
 )
 from nbdtarget_metadata.clone.content import CloneContent
+from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 from nbdtarget_metadata.errors import CorruptMetadata, NotTheKernels, UnsupportedFormat
-from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.operations import Steps, read
 from nbdtarget_metadata.tools.cache_dump_parser import MappingReader
@@ -150,7 +150,7 @@ class _CacheSuperblock(NamedTuple):
 
     flags: int
     version: int
-    policy: Policy
+    policy: PolicyIdentity
     mapping_root: int
     hint_root: int
     discard_root: int
@@ -222,7 +222,7 @@ def _read_cache_superblock(device_size: int) -> Steps[_CacheSuperblock]:
     superblock = _CacheSuperblock(
         flags=flags,
         version=version,
-        policy=Policy(
+        policy=PolicyIdentity(
             name.partition(b"\0")[0].decode("ascii", "replace"),
             (fields[24], fields[25], fields[26]),
             hint_size,

@@ -14,8 +14,8 @@ from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.superblock import CACHE as CACHE_SUPERBLOCK
 from nbdtarget_metadata.clone.content import CloneContent, read_content
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.superblock import CLONE as CLONE_SUPERBLOCK
 from nbdtarget_metadata.errors import UnknownKind
-from nbdtarget_metadata.log.superblock import CLONE as CLONE_SUPERBLOCK
 from nbdtarget_metadata.log.superblock import SuperblockType, read_area, tag_of
 from nbdtarget_metadata.operations import Steps
 from nbdtarget_metadata.tools.cache_check import examine_cache, mend_cache

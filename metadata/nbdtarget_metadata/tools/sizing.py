@@ -7,7 +7,7 @@ from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
 from nbdtarget_metadata.cache.superblock import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
+from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 
 __all__ = [
     "REGION_SIZE_MAX",

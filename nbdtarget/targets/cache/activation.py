@@ -62,7 +62,7 @@ from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import ORIGIN_ROLE
 from nbdtarget.targets.opening import refuse_stale
-from nbdtarget_metadata.cache.metadata import Policy as RecordedPolicy
+from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from nbdtarget_metadata.errors import CannotShrink, FailedMetadata, MetadataError
 from nbdtarget_metadata.mode import Mode
 
@@ -314,6 +314,6 @@ class Activation:
             )
 
 
-def _recorded(policy: Policy) -> RecordedPolicy:
+def _recorded(policy: Policy) -> PolicyIdentity:
     """How the metadata name a policy, to tell whose hints they are."""
-    return RecordedPolicy(policy.name, policy.version, policy.hint_size)
+    return PolicyIdentity(policy.name, policy.version, policy.hint_size)

@@ -14,7 +14,7 @@ from typing import Final
 from bitarray.util import zeros
 
 from nbdtarget_metadata.cache.discards import convert_discards, discard_block_size_for
-from nbdtarget_metadata.cache.metadata import Discarded
+from nbdtarget_metadata.cache.load import Discarded
 
 __all__ = ["DiscardBits"]
 

@@ -78,7 +78,7 @@ from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import cache_samples, spread_ones
 from nbdtarget.targets.measured import target_attributes
-from nbdtarget_metadata.cache.metadata import Policy as PolicyIdentity
+from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from nbdtarget_metadata.errors import MetadataError
 from nbdtarget_metadata.mode import Mode
 

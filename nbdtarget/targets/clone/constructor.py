@@ -30,9 +30,10 @@ from nbdtarget.targets.clone.table import (
 from nbdtarget.targets.disks import DESTINATION_ROLE, SOURCE_ROLE, DiskRecords, Role
 from nbdtarget.targets.opening import NEWER_FEATURES, Opening
 from nbdtarget_metadata.clone.metadata import NR_REGIONS_MAX, CloneMetadata
+from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock
 from nbdtarget_metadata.disks import spread_offsets
 from nbdtarget_metadata.errors import GeometryMismatch, MetadataError
-from nbdtarget_metadata.log.superblock import CloneSuperblock, read_superblock
+from nbdtarget_metadata.log.superblock import read_superblock
 from nbdtarget_metadata.mode import Mode
 
 __all__ = ["Parts", "construct"]
@@ -119,7 +120,7 @@ async def _maybe_superblock(metadata_device: Device | None) -> CloneSuperblock |
     """What is committed, as far as that can be told; `_open_metadata` says what is wrong."""
     if metadata_device is None:
         return None
-    reading = read_superblock(metadata_device.size)
+    reading = read_superblock(CLONE, metadata_device.size)
     try:
         return (await metadata_io.run(metadata_device, reading)).superblock
     except (MetadataError, DeviceError):

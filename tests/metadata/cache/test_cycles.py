@@ -7,7 +7,9 @@ from itertools import islice
 import pytest
 from bitarray import bitarray
 
-from nbdtarget_metadata.cache.metadata import CacheMetadata, Discarded, Policy
+from nbdtarget_metadata.cache.load import Discarded
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from nbdtarget_metadata.errors import CorruptMetadata, FailedMetadata, ReadOnlyMetadata
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.operations import Write
@@ -25,7 +27,7 @@ from tests.support.metadata.small_cache import (
 )
 from tests.support.metadata.store import Store, drive
 
-SMQ = Policy("smq", (2, 0, 0))
+SMQ = PolicyIdentity("smq", (2, 0, 0))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from nbdtarget_metadata.cache.metadata import Policy
 from nbdtarget_metadata.cache.records import (
     DirtyBits,
     Discards,
@@ -18,12 +17,13 @@ from nbdtarget_metadata.cache.records import (
 )
 from nbdtarget_metadata.cache.superblock import (
     CacheSuperblock,
+    PolicyIdentity,
     first_superblock,
     layout_for,
 )
 from nbdtarget_metadata.disks import RECORD_MAX
 from nbdtarget_metadata.errors import CorruptMetadata, UnsupportedFormat
-from nbdtarget_metadata.log.records import Chain
+from nbdtarget_metadata.log.chain import Chain
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, superblock_writes
 from tests.support.metadata.small_cache import (
     BLOCK_SIZE,
@@ -75,7 +75,7 @@ def forge(
         begin = chain.block
         for kind, content in records:
             record = kind(generation=0, previous=chain.digest, **content)
-            store.do(chain.append_record(record))
+            store.do(chain.append(record))
         lengths.append(chain.block - begin)
         digests.append(chain.digest)
     fields = {
@@ -116,7 +116,7 @@ def test_forged_metadata_opens_if_it_is_right() -> None:
         nr_dblocks=3,
     )
     metadata = open_on(store)
-    found = list(metadata.mappings(Policy("smq", (0, 0, 0))))
+    found = list(metadata.mappings(PolicyIdentity("smq", (0, 0, 0))))
     assert found == [(3, 9, True, 7), (5, 8, False, 0)]
     assert metadata.discarded is not None
     assert metadata.discarded.bits.to01() == "101"

@@ -7,12 +7,8 @@ import msgspec
 import pytest
 
 from nbdtarget_metadata.cache import blocks as cache_blocks
-from nbdtarget_metadata.cache.metadata import (
-    FLUSH_CACHE,
-    FLUSH_ORIGIN,
-    CacheMetadata,
-    Policy,
-)
+from nbdtarget_metadata.cache.metadata import FLUSH_CACHE, FLUSH_ORIGIN, CacheMetadata
+from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from nbdtarget_metadata.errors import (
     BlockSizeMismatch,
     CorruptMetadata,
@@ -225,15 +221,15 @@ def test_clean_shutdown_needs_both_devices_flushed(metadata: CacheMetadata) -> N
 @pytest.mark.parametrize(
     ("policy", "believed"),
     [
-        (Policy("smq", (2, 7, 1)), True),
-        (Policy("smq", (3, 0, 0)), False),
-        (Policy("mq", (2, 0, 0)), False),
-        (Policy("smq", (2, 0, 0), 8), False),
-        (Policy("", (0, 0, 0)), False),
+        (PolicyIdentity("smq", (2, 7, 1)), True),
+        (PolicyIdentity("smq", (3, 0, 0)), False),
+        (PolicyIdentity("mq", (2, 0, 0)), False),
+        (PolicyIdentity("smq", (2, 0, 0), 8), False),
+        (PolicyIdentity("", (0, 0, 0)), False),
     ],
 )
 def test_hints_are_believed_by_the_policy_that_gave_them(
-    store: Store, metadata: CacheMetadata, policy: Policy, believed: bool
+    store: Store, metadata: CacheMetadata, policy: PolicyIdentity, believed: bool
 ) -> None:
     metadata.insert(3, 9, dirty=False)
     shut_down(store, metadata)
@@ -304,7 +300,7 @@ def test_shutdown_of_a_cache_that_changed_unstarted_keeps_the_sync_area(
     opened = open_on(store)
     area = opened._superblock.sync_area
     drive(store, opened.resize_origin(ORIGIN_SIZE + BLOCK_SIZE))
-    shut_down(store, opened, Policy("mq", (2, 0, 0)))
+    shut_down(store, opened, PolicyIdentity("mq", (2, 0, 0)))
     assert opened._superblock.sync_area == 1 - area
     assert dirty(open_on(store)) == {3}
 

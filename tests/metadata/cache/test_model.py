@@ -16,12 +16,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from nbdtarget_metadata.cache.metadata import (
-    CacheMetadata,
-    CacheTransaction,
-    Discarded,
-    Policy,
-)
+from nbdtarget_metadata.cache.load import Discarded
+from nbdtarget_metadata.cache.metadata import CacheMetadata, CacheTransaction
+from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from nbdtarget_metadata.errors import CannotShrink
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.operations import Operation, Steps
@@ -40,7 +37,7 @@ from tests.support.metadata.store import Store, drive
 
 CBLOCKS = st.integers(0, NR_CBLOCKS - 1)
 OBLOCKS = st.integers(0, NR_OBLOCKS - 1)
-POLICY = Policy("smq", (2, 0, 0))
+POLICY = PolicyIdentity("smq", (2, 0, 0))
 
 
 def started(machine: "CacheModel") -> bool:

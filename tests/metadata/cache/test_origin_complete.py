@@ -6,12 +6,8 @@ import pytest
 
 from nbdtarget_metadata.cache.content import read_cache_content
 from nbdtarget_metadata.cache.metadata import FLUSH_ORIGIN
-from nbdtarget_metadata.cache.superblock import CacheSuperblock
-from nbdtarget_metadata.log.superblock import (
-    CLEAN_SHUTDOWN,
-    ORIGIN_COMPLETE,
-    superblock_block,
-)
+from nbdtarget_metadata.cache.superblock import ORIGIN_COMPLETE, CacheSuperblock
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, superblock_block
 from nbdtarget_metadata.tools.cache_dump import render_cache
 from nbdtarget_metadata.tools.cache_dump_parser import parse_cache
 from nbdtarget_metadata.tools.cache_salvage import salvage_cache

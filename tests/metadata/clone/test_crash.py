@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.superblock import CloneSuperblock
 from nbdtarget_metadata.errors import MetadataError, NotFormatted
-from nbdtarget_metadata.log.superblock import CloneSuperblock, superblock_writes
+from nbdtarget_metadata.log.superblock import superblock_writes
 from nbdtarget_metadata.operations import Flush, Steps
 from tests.support.metadata.clone_workload import (
     NR_REGIONS,

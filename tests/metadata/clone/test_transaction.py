@@ -6,10 +6,11 @@ from collections.abc import Callable
 import pytest
 
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.records import snapshot_blocks_max
+from nbdtarget_metadata.clone.superblock import device_size_with
 from nbdtarget_metadata.clone.transaction import Transaction
 from nbdtarget_metadata.errors import FailedMetadata, MetadataError, ReadOnlyMetadata
-from nbdtarget_metadata.log.arena import JOURNAL_BLOCKS_MIN, device_size_with
-from nbdtarget_metadata.log.records import snapshot_blocks_max
+from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN
 from nbdtarget_metadata.operations import Flush, Write
 from tests.support.metadata.clone_workload import rotten
 from tests.support.metadata.small_clone import (

@@ -6,19 +6,20 @@ from functools import cache
 import pytest
 
 from nbdtarget_metadata.clone import metadata as clone
+from nbdtarget_metadata.clone import records
+from nbdtarget_metadata.clone.load import load_bitmap, new_bitmap
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall, NotOurs
-from nbdtarget_metadata.log import records
-from nbdtarget_metadata.log.arena import (
-    JOURNAL_BLOCKS_MIN,
+from nbdtarget_metadata.clone.superblock import (
     NR_REGIONS_MAX,
+    CloneSuperblock,
     arena_blocks_for,
     device_size_with,
-    load_bitmap,
-    new_bitmap,
 )
+from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall, NotOurs
+from nbdtarget_metadata.log.chain import Chain
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE, peek_blocks
-from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, CloneSuperblock
+from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS
 from tests.support.metadata.clone_workload import (
     NR_REGIONS,
     REGION_SIZE,
@@ -53,7 +54,7 @@ def test_larger_device_is_not_used_in_full() -> None:
 
 
 def test_new_bitmap_is_made_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbdtarget_metadata.log.arena.STEP_REGIONS", 64)
+    monkeypatch.setattr("nbdtarget_metadata.clone.load.STEP_REGIONS", 64)
     steps = new_bitmap(150)
     assert [next(steps) for _ in range(3)] == [(), (), ()]
     with pytest.raises(StopIteration) as stop:
@@ -199,10 +200,10 @@ def test_older_journal_block_in_its_place_is_refused() -> None:
     # What a lost write leaves: the block is intact, but of an earlier life of the arena.
     image, superblock = used_image()
     block = superblock.journal_end - 1
-    chain = records.Chain(block=block, end=block + 1, digest=UUID)
+    chain = Chain(block=block, end=block + 1, digest=UUID)
     runs = records.new_runs()
     records.append_runs(runs, 0, 1)
-    write = chain.append(1, runs)
+    write = records.append_content(chain, 1, runs)
     stale = (
         image[: write.offset] + bytes(write.data) + image[write.offset + BLOCK_SIZE :]
     )

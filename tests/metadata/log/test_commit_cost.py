@@ -12,11 +12,12 @@ from typing import Final, Literal, TypeVar
 import pytest
 from bitarray import bitarray, util
 
+from nbdtarget_metadata.clone import load, records
 from nbdtarget_metadata.clone import metadata as clones
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.clone.transaction import CATCH_UP_RUNS_MAX
-from nbdtarget_metadata.log import arena, envelope, records
-from nbdtarget_metadata.log.records import CHUNK_BYTES, STEP_BLOCKS
+from nbdtarget_metadata.log import chain, envelope
+from nbdtarget_metadata.log.chain import CHUNK_BYTES, STEP_BLOCKS
 from nbdtarget_metadata.operations import Answer, Flush, Operation, Read, Steps, Write
 
 NR_REGIONS: Final = 1 << 28
@@ -208,9 +209,9 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
         return zeros(length, endian)
 
     monkeypatch.setattr(clones, "encode_chunk", encode_chunk)
-    monkeypatch.setattr(records, "seal_in_place", seal_in_place)
-    monkeypatch.setattr(records, "open_envelope", open_envelope)
-    monkeypatch.setattr(arena, "zeros", new_zeros)
+    monkeypatch.setattr(chain, "seal_in_place", seal_in_place)
+    monkeypatch.setattr(chain, "open_envelope", open_envelope)
+    monkeypatch.setattr(load, "zeros", new_zeros)
     return meter
 
 

@@ -9,29 +9,33 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from nbdtarget_metadata.errors import CorruptMetadata
-from nbdtarget_metadata.log import records
-from nbdtarget_metadata.log.envelope import BLOCK_SIZE, seal
-from nbdtarget_metadata.log.records import (
-    CHUNK_BYTES,
+from nbdtarget_metadata.clone.records import (
     CHUNK_REGIONS,
-    RECORD_MAGIC,
     RUNS_PER_RECORD_MAX,
-    Chain,
     Record,
     Runs,
     SetBits,
     SetRuns,
+    append_content,
     append_runs,
     apply_record,
     blocks_for_runs,
+    decode_record,
     encode_chunk,
     new_runs,
     pack_runs,
-    read_chain,
     snapshot_blocks_max,
     unpack_runs,
 )
+from nbdtarget_metadata.errors import CorruptMetadata
+from nbdtarget_metadata.log.chain import (
+    CHUNK_BYTES,
+    READ_BLOCKS,
+    RECORD_MAGIC,
+    Chain,
+    read_chain,
+)
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, seal
 from tests.support.metadata.store import Store, drive
 
 UUID = bytes(range(16))
@@ -49,7 +53,7 @@ def write_chain(
 ) -> Chain:
     chain = Chain(block=block, end=store.size // BLOCK_SIZE, digest=UUID)
     for generation, content in enumerate(contents):
-        store.do(chain.append(generation, content))
+        store.do(append_content(chain, generation, content))
     return chain
 
 
@@ -71,6 +75,7 @@ def read_back(
             end=chain.block,
             digest=UUID,
             generation_max=100,
+            decode=decode_record,
             apply=apply,
         ),
     )
@@ -90,7 +95,7 @@ def test_packed_runs_are_unpacked_on_any_machine(
     byteorder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = runs_of((1, 2), (0x01020304, 5))
-    monkeypatch.setattr("nbdtarget_metadata.log.records.sys.byteorder", byteorder)
+    monkeypatch.setattr("nbdtarget_metadata.clone.records.sys.byteorder", byteorder)
     assert unpack_runs(pack_runs(runs)) == runs
 
 
@@ -112,7 +117,7 @@ def test_chain_of_runs_and_bits_is_read_back() -> None:
 def test_reckoned_blocks_are_enough_for_one_record(nr_runs: int) -> None:
     runs = runs_of(*((2 * at, 1) for at in range(nr_runs)))
     chain = Chain(block=0, end=100, digest=UUID)
-    chain.append(1 << 40, runs)
+    append_content(chain, 1 << 40, runs)
     assert chain.block <= blocks_for_runs(nr_runs) <= chain.block + 1
 
 
@@ -129,15 +134,15 @@ def test_reckoned_blocks_of_long_transactions_add_up() -> None:
 def test_worst_snapshot_fits_its_reckoning(nr_regions: int) -> None:
     chunk_max = bytes(min(CHUNK_BYTES, -(-nr_regions // 8)))
     chain = Chain(block=0, end=1 << 20, digest=UUID)
-    chain.append(1 << 60, (1 << 31, chunk_max))
+    append_content(chain, 1 << 60, (1 << 31, chunk_max))
     blocks = snapshot_blocks_max(nr_regions)
     assert chain.block <= blocks <= chain.block + 1
 
 
 def test_full_bits_record_is_read_in_one_piece() -> None:
     chain = Chain(block=0, end=1000, digest=UUID)
-    chain.append(1 << 60, (1 << 31, bytes(CHUNK_BYTES)))
-    assert chain.block == records.READ_BLOCKS
+    append_content(chain, 1 << 60, (1 << 31, bytes(CHUNK_BYTES)))
+    assert chain.block == READ_BLOCKS
 
 
 def test_records_across_pieces_are_read_back() -> None:
@@ -265,7 +270,7 @@ def test_generation_may_not_go_back() -> None:
     store = Store(64 * BLOCK_SIZE)
     chain = Chain(block=4, end=10, digest=UUID)
     for generation in (7, 6):
-        store.do(chain.append(generation, runs_of((1, 1))))
+        store.do(append_content(chain, generation, runs_of((1, 1))))
     with pytest.raises(CorruptMetadata, match="generation of test record at block 5"):
         read_back(store, chain, 64)
 
@@ -280,5 +285,5 @@ def test_record_longer_than_the_vouched_area_is_refused() -> None:
 
 def test_records_never_share_a_block() -> None:
     chain = Chain(block=4, end=10, digest=UUID)
-    writes = [chain.append(1, runs_of((at, 1))) for at in range(4)]
+    writes = [append_content(chain, 1, runs_of((at, 1))) for at in range(4)]
     assert all(b.offset - a.offset == BLOCK_SIZE for a, b in pairwise(writes))

@@ -3,8 +3,14 @@
 
 import pytest
 
+from nbdtarget_metadata.clone.records import (
+    Record,
+    append_content,
+    decode_record,
+    new_runs,
+)
+from nbdtarget_metadata.log.chain import READ_BLOCKS, Chain
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.records import READ_BLOCKS, Chain, decode_record, new_runs
 from nbdtarget_metadata.log.scan import WINDOW_BLOCKS, Placed, scan
 from tests.support.metadata.store import read_image
 
@@ -24,7 +30,7 @@ class Scene:
         """Put a record of so many blocks."""
         chain = Chain(block=block, end=NR_BLOCKS, digest=bytes(16))
         bits = bytes([1]) * ((blocks - 1) * BLOCK_SIZE + 9)
-        write = chain.append(1, (0, bits))
+        write = append_content(chain, 1, (0, bits))
         assert chain.block == block + blocks
         self.image[write.offset : write.offset + len(write.data)] = write.data
 
@@ -34,7 +40,7 @@ class Scene:
             if not is_zero:
                 self.noise.append(block)
 
-        def intact(placed: Placed) -> None:
+        def intact(placed: Placed[Record]) -> None:
             self.intact.append((placed.block, placed.end))
 
         steps = scan(begin, end, decode=decode_record, intact=intact, other=other)
@@ -85,7 +91,7 @@ def test_record_at_another_block_is_noise() -> None:
 def test_intact_envelope_around_no_record_is_noise() -> None:
     scene = Scene()
     chain = Chain(block=7, end=NR_BLOCKS, digest=bytes(16))
-    write = chain.append(1, new_runs())
+    write = append_content(chain, 1, new_runs())
     scene.image[write.offset : write.offset + len(write.data)] = write.data
     scene.scan(7, 9)
     assert scene.intact == [(7, 8)]  # no runs is `apply_record`'s business

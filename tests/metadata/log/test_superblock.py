@@ -6,6 +6,7 @@ from itertools import product
 import msgspec
 import pytest
 
+from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock
 from nbdtarget_metadata.disks import RECORD_MAX
 from nbdtarget_metadata.errors import (
     CorruptMetadata,
@@ -20,7 +21,6 @@ from nbdtarget_metadata.log.envelope import BLOCK_SIZE, seal
 from nbdtarget_metadata.log.superblock import (
     NEEDS_CHECK,
     SUPERBLOCK_MAGIC,
-    CloneSuperblock,
     Found,
     choose_superblock,
     read_superblock,
@@ -44,8 +44,8 @@ from tests.support.metadata.superblocks import (
 )
 
 
-def choose(area: bytearray) -> Found:
-    return choose_superblock(memoryview(area))
+def choose(area: bytearray) -> Found[CloneSuperblock]:
+    return choose_superblock(CLONE, memoryview(area))
 
 
 STATES = list(product((NEW, OLD, ROT, ZERO, LOST), repeat=2))
@@ -319,12 +319,12 @@ def test_device_shorter_than_the_superblock_area(
     content: bytes, error: type[MetadataError]
 ) -> None:
     with pytest.raises(error):
-        drive(Store(100, content), read_superblock(100))
+        drive(Store(100, content), read_superblock(CLONE, 100))
 
 
 def test_opening_begins_with_a_flush() -> None:
     """What is read may lie in the disk's own cache, where a killed server has left it."""
     store = Store(8 * BLOCK_SIZE)
     with pytest.raises(NotFormatted):
-        drive(store, read_superblock(store.size))
+        drive(store, read_superblock(CLONE, store.size))
     assert isinstance(store.log[0], Flush)

@@ -18,8 +18,8 @@ from nbdtarget_metadata.errors import (
     NotFormatted,
     NotOurs,
 )
+from nbdtarget_metadata.log.chain import Chain
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.records import Chain
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
@@ -415,7 +415,7 @@ def forged(entries: list[tuple[int, int]], **fields: object) -> bytes:
         record = SetEntries(
             generation=superblock.generation, previous=chain.digest, entries=packed
         )
-        store.do(chain.append_record(record))
+        store.do(chain.append(record))
     changed = msgspec.structs.replace(
         superblock,
         journal_blocks=chain.block - superblock.journal_block,

@@ -8,6 +8,8 @@ import pytest
 from bitarray import bitarray
 
 from nbdtarget_metadata.clone.content import CloneContent, read_content
+from nbdtarget_metadata.clone.records import append_content, append_runs, new_runs
+from nbdtarget_metadata.clone.superblock import CloneSuperblock
 from nbdtarget_metadata.errors import (
     CorruptMetadata,
     MetadataError,
@@ -15,13 +17,9 @@ from nbdtarget_metadata.errors import (
     NotFormatted,
     NotOurs,
 )
+from nbdtarget_metadata.log.chain import Chain
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.records import Chain, append_runs, new_runs
-from nbdtarget_metadata.log.superblock import (
-    CLEAN_SHUTDOWN,
-    NEEDS_CHECK,
-    CloneSuperblock,
-)
+from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
 from nbdtarget_metadata.operations import Write
 from nbdtarget_metadata.tools.clone_restore import restore
 from nbdtarget_metadata.tools.clone_salvage import Salvaged, salvage
@@ -260,7 +258,8 @@ def record(block: int, generation: int, previous: bytes, region_nr: int) -> Writ
     """A record that says that one region is hydrated."""
     runs = new_runs()
     append_runs(runs, region_nr, 1)
-    return Chain(block=block, end=64, digest=previous).append(generation, runs)
+    chain = Chain(block=block, end=64, digest=previous)
+    return append_content(chain, generation, runs)
 
 
 def image_of(

@@ -5,8 +5,8 @@ import pytest
 
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 from nbdtarget_metadata.errors import MetadataTooSmall
-from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
 from nbdtarget_metadata.tools.sizing import (
     block_size_fault,
     cache_sizes,

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
+from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 from tests.support.metadata_tool import Tool
 
 

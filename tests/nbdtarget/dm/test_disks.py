@@ -23,12 +23,12 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.tools.writeback import WritebackJob, write_back
 from nbdtarget_metadata.cache.superblock import CACHE
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.disks import Disk, decode_disks
 from nbdtarget_metadata.errors import ReadOnlyMetadata
 from nbdtarget_metadata.log.superblock import (
-    CLONE,
     Superblock,
-    choose_superblock_of,
+    choose_superblock,
     superblock_writes,
 )
 from nbdtarget_metadata.operations import Write
@@ -152,8 +152,8 @@ class Site:
     def superblock(self, name: str) -> Superblock:
         area = memoryview(self.read(name)[: 16 * KIB])
         if name == "clone.meta":
-            return choose_superblock_of(CLONE, area).superblock
-        return choose_superblock_of(CACHE, area).superblock
+            return choose_superblock(CLONE, area).superblock
+        return choose_superblock(CACHE, area).superblock
 
     def recorded(self, name: str, role: str) -> Disk:
         disks = decode_disks(self.superblock(name).disks)

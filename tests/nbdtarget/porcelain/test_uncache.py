@@ -32,7 +32,7 @@ from nbdtarget_metadata.cache.superblock import CACHE, CacheSuperblock
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
-    choose_superblock_of,
+    choose_superblock,
     read_area,
 )
 from tests.support.devices import FaultDevice
@@ -167,7 +167,7 @@ class World:
         device = await resolve.open_device(str(self.directory / "meta"))
         area = await metadata_io.run(device, read_area(device.size))
         await device.close()
-        return choose_superblock_of(CACHE, area, admit_needs_check=True).superblock
+        return choose_superblock(CACHE, area, admit_needs_check=True).superblock
 
     def check_uncached(self) -> None:
         assert self.line == f"0 {NR_SECTORS} linear origin 0"

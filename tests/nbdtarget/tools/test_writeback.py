@@ -19,7 +19,8 @@ from nbdtarget.devices.base import Device
 from nbdtarget.tools import writeback as offline_writeback
 from nbdtarget.tools.writeback import WritebackAnswer, WritebackJob, write_back
 from nbdtarget_metadata.cache.content import CacheContent
-from nbdtarget_metadata.cache.metadata import CacheMetadata, Policy
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from tests.support.devices import BadRange, CrashDevice, FailFlush
 from tests.support.metadata.cache_contents import content_of
@@ -56,7 +57,7 @@ def metadata_image(
         metadata.insert(cblock, oblock, dirty=dirty and writes_back)
     commit(store, metadata)
     if clean:
-        metadata.prepare_shutdown(policy=Policy("smq", (2, 0, 0)))
+        metadata.prepare_shutdown(policy=PolicyIdentity("smq", (2, 0, 0)))
         commit(store, metadata, clean=True)
     return bytes(store.durable)
 

@@ -11,11 +11,11 @@ from bitarray import bitarray
 
 from nbdtarget_metadata.cache.content import CacheContent, read_cache_content
 from nbdtarget_metadata.cache.load import Discarded
-from nbdtarget_metadata.cache.metadata import CacheMetadata, Policy
-from nbdtarget_metadata.cache.superblock import CACHE, CacheSuperblock
+from nbdtarget_metadata.cache.metadata import CacheMetadata
+from nbdtarget_metadata.cache.superblock import CACHE, CacheSuperblock, PolicyIdentity
 from nbdtarget_metadata.log.superblock import (
     NEEDS_CHECK,
-    choose_superblock_of,
+    choose_superblock,
     superblock_writes,
 )
 from tests.support.metadata.small_cache import (
@@ -39,7 +39,7 @@ __all__ = [
     "superblock_of",
 ]
 
-SMQ = Policy("smq", (2, 0, 0))
+SMQ = PolicyIdentity("smq", (2, 0, 0))
 
 
 class CacheLife:
@@ -194,7 +194,7 @@ def content_of(image: bytes) -> CacheContent:
 
 def superblock_of(image: bytes) -> CacheSuperblock:
     area = memoryview(image)[: 4 * 4096]
-    return choose_superblock_of(CACHE, area, admit_needs_check=True).superblock
+    return choose_superblock(CACHE, area, admit_needs_check=True).superblock
 
 
 def journal_blocks(name: str) -> list[int]:

@@ -10,7 +10,7 @@ from bitarray.util import zeros
 from nbdtarget_metadata.cache.content import CacheContent
 from nbdtarget_metadata.cache.load import Discarded
 from nbdtarget_metadata.cache.records import LOGGED, VALID
-from nbdtarget_metadata.cache.superblock import DIRTY_LOG, NO_POLICY, Policy
+from nbdtarget_metadata.cache.superblock import DIRTY_LOG, NO_POLICY, PolicyIdentity
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.tools.cache_dump import render_cache
 from nbdtarget_metadata.tools.kinds import CACHE, parse_dump
@@ -36,7 +36,7 @@ def make_cache(**fields: Any) -> CacheContent:
         origin_size=100 * 65536 + 512,
         values=array("Q", [value(17), 0, value(99), value(3)]),
         dirty=bitarray("0010", "little"),
-        policy=Policy("smq", (2, 0, 0)),
+        policy=PolicyIdentity("smq", (2, 0, 0)),
         hints=array("I", [5, 0, 0, (1 << 32) - 1]),
         discarded=Discarded(131072, bitarray("0110", "little")),
         read_hits=1,

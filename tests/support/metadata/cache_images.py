@@ -18,13 +18,13 @@ from bitarray import bitarray
 
 from nbdtarget_metadata.cache import records as cache_records
 from nbdtarget_metadata.cache import transaction as cache_transaction
-from nbdtarget_metadata.cache.metadata import (
-    CacheMetadata,
-    Discarded,
-    Policy,
-    Statistics,
+from nbdtarget_metadata.cache.load import Discarded
+from nbdtarget_metadata.cache.metadata import CacheMetadata, Statistics
+from nbdtarget_metadata.cache.superblock import (
+    CacheSuperblock,
+    PolicyIdentity,
+    device_size_with,
 )
-from nbdtarget_metadata.cache.superblock import CacheSuperblock, device_size_with
 from nbdtarget_metadata.operations import Steps, Write
 from tests.support.metadata.cache_reader import Held, live_ranges
 from tests.support.metadata.clone_images import run_bounded
@@ -37,7 +37,7 @@ NR_CBLOCKS: Final = 60
 NR_OBLOCKS: Final = 200
 ORIGIN_SIZE: Final = NR_OBLOCKS * BLOCK_SIZE + 512
 SIZE: Final = device_size_with(NR_CBLOCKS, 24)
-SMQ: Final = Policy("smq", (2, 0, 0))
+SMQ: Final = PolicyIdentity("smq", (2, 0, 0))
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,8 @@ from nbdtarget_metadata.cache.metadata import (
     FLUSH_ORIGIN,
     CacheMetadata,
     CacheTransaction,
-    Policy,
 )
-from nbdtarget_metadata.cache.superblock import device_size_with
+from nbdtarget_metadata.cache.superblock import PolicyIdentity, device_size_with
 from nbdtarget_metadata.errors import CannotShrink, CorruptMetadata, ReadOnlyMetadata
 from nbdtarget_metadata.log.superblock import NEEDS_CHECK, superblock_writes
 from nbdtarget_metadata.operations import Flush, Read, Steps, Write
@@ -41,7 +40,7 @@ NR_CBLOCKS_MIN = 24
 NR_OBLOCKS = 70
 NR_OBLOCKS_MIN = 60
 BLOCK_SIZE = 3 * 32768
-SMQ = Policy("smq", (2, 0, 0))
+SMQ = PolicyIdentity("smq", (2, 0, 0))
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ import pytest
 from bitarray import bitarray
 
 from nbdtarget_metadata.clone import metadata as clone
+from nbdtarget_metadata.clone import records
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.log import records
+from nbdtarget_metadata.clone.superblock import CloneSuperblock
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
     SUPERBLOCK_BLOCKS,
-    CloneSuperblock,
     Superblock,
     superblock_writes,
 )

@@ -20,9 +20,10 @@ from bitarray import bitarray
 from bitarray.util import zeros
 
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.superblock import device_size_with
 from nbdtarget_metadata.clone.transaction import Transaction
-from nbdtarget_metadata.log.arena import JOURNAL_BLOCKS_MIN, device_size_with
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
+from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS
 from nbdtarget_metadata.operations import Flush, Read, Steps, Write
 from tests.support.metadata.store import SECTOR, Store, Ticket, drive, read_image

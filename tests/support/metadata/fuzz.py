@@ -19,6 +19,8 @@ import msgspec
 import pytest
 from bitarray.util import zeros
 
+from nbdtarget_metadata.clone.records import Record, apply_record, decode_record
+from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 from nbdtarget_metadata.errors import (
     GeometryMismatch,
     MetadataError,
@@ -26,15 +28,9 @@ from nbdtarget_metadata.errors import (
     NotFormatted,
     NotOurs,
 )
-from nbdtarget_metadata.log import records
-from nbdtarget_metadata.log.arena import NR_REGIONS_MAX
+from nbdtarget_metadata.log import chain
+from nbdtarget_metadata.log.chain import RECORD_MAGIC, read_chain
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE, blocks_for, seal
-from nbdtarget_metadata.log.records import (
-    RECORD_MAGIC,
-    Record,
-    apply_record,
-    read_chain,
-)
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, SUPERBLOCK_MAGIC
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.tools.check import check
@@ -390,7 +386,7 @@ def fuzz_chain(seed: int) -> str:
         image[rng.randrange(block * BLOCK_SIZE + 1)] ^= 1 << rng.randrange(8)
     with pytest.MonkeyPatch.context() as patch:
         # Records that go on behind the piece which was read, as only a large device has them.
-        patch.setattr(records, "READ_BLOCKS", rng.choice([2, 3, 4, 128]))
+        patch.setattr(chain, "READ_BLOCKS", rng.choice([2, 3, 4, 128]))
         outcomes = [read_alone(image, block, kind) for kind in ("snapshot", "journal")]
     return "+".join(outcomes)
 
@@ -415,6 +411,7 @@ def read_alone(image: bytearray, end: int, kind: str) -> str:
         end=end,
         digest=bytes(16),
         generation_max=100,
+        decode=decode_record,
         apply=apply,
     )
     try:

@@ -24,8 +24,8 @@ from nbdtarget_metadata.errors import (
     NotFormatted,
     NotOurs,
 )
+from nbdtarget_metadata.log.chain import RECORD_MAGIC
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE as META_BLOCK
-from nbdtarget_metadata.log.records import RECORD_MAGIC
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, SUPERBLOCK_MAGIC
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.tools.cache_check import examine_cache

@@ -5,12 +5,9 @@ from array import array
 
 from bitarray import bitarray
 
-from nbdtarget_metadata.cache.metadata import (
-    CacheMetadata,
-    CacheTransaction,
-    Discarded,
-    Policy,
-)
+from nbdtarget_metadata.cache.load import Discarded
+from nbdtarget_metadata.cache.metadata import CacheMetadata, CacheTransaction
+from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from tests.support.metadata.store import Store, drive
 
 # Neither is a power of two.
@@ -75,10 +72,12 @@ def dirty(metadata: CacheMetadata) -> set[int]:
     return set(metadata.dirty.search(1))
 
 
-SMQ = Policy("smq", (2, 0, 0))
+SMQ = PolicyIdentity("smq", (2, 0, 0))
 
 
-def shut_down(store: Store, metadata: CacheMetadata, policy: Policy = SMQ) -> None:
+def shut_down(
+    store: Store, metadata: CacheMetadata, policy: PolicyIdentity = SMQ
+) -> None:
     hints = array("I", range(100, 100 + metadata.nr_cblocks))
     discarded = Discarded(2 * BLOCK_SIZE, bitarray("0110" * 12, endian="little"))
     metadata.prepare_shutdown(policy=policy, hints=hints, discarded=discarded)

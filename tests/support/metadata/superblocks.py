@@ -3,12 +3,9 @@
 
 import msgspec
 
+from nbdtarget_metadata.clone.superblock import CloneSuperblock
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, seal
-from nbdtarget_metadata.log.superblock import (
-    SUPERBLOCK_MAGIC,
-    CloneSuperblock,
-    superblock_block,
-)
+from nbdtarget_metadata.log.superblock import SUPERBLOCK_MAGIC, superblock_block
 from nbdtarget_metadata.operations import UNREADABLE
 
 __all__ = [

@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.targets.cache.discards import DiscardBits
-from nbdtarget_metadata.cache.metadata import Discarded
+from nbdtarget_metadata.cache.load import Discarded
 
 BLOCK = 96 << 10  # no power of two
 MANY = 1 << 14

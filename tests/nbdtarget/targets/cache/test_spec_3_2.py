@@ -11,7 +11,7 @@ import pytest
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import TableError
-from nbdtarget_metadata.cache.metadata import Policy
+from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
 
 BUSY = "2 migration_threshold 0"
@@ -220,7 +220,7 @@ async def test_3_2_full_sync_records_all_after_both_flushes(lab: CacheLab) -> No
     assert recorded.statistics == lab.core.statistics
     assert recorded.discarded is not None
     assert list(recorded.discarded.bits.search(1)) == [8]
-    mappings = recorded.mappings(Policy("smq", (2, 0, 0), 4))
+    mappings = recorded.mappings(PolicyIdentity("smq", (2, 0, 0), 4))
     hints = {mapping.oblock: mapping.hint for mapping in mappings}
     assert hints.keys() == {A, B}
     assert None not in hints.values()

@@ -9,6 +9,7 @@ import pytest
 from nbdtarget.bio import FUA, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.log.superblock import read_superblock
 from tests.support.clock import settle
 from tests.support.clone import REGION, Rig
@@ -29,7 +30,7 @@ async def rig() -> Rig:
 async def generation(rig: Rig) -> int:
     """What is on the metadata device, whatever the target thinks."""
     found = await metadata_io.run(
-        rig.metadata.device, read_superblock(rig.metadata.size)
+        rig.metadata.device, read_superblock(CLONE, rig.metadata.size)
     )
     return found.superblock.generation
 

@@ -1,15 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records, and the chain that they form: what fills an arena.
+"""The records of a clone: which regions are hydrated.
 
 Theory of operation
 ===================
-
-A snapshot and the journal behind it are one chain of records. Each record is an envelope that
-starts on a block and occupies whole blocks, so appending never rewrites a block that holds an
-acknowledged record. Each names the digest of its predecessor; the first names the device's
-uuid. The superblock vouches for the chain's length and last digest, and through
-that for every byte of it and for their order. What lies behind the vouched end is a
-transaction that nobody was told of, or older still: it is never read, and overwritten.
 
 Two kinds of record, in both of which bits are only ever set, so reading them twice does no harm:
 
@@ -19,68 +12,42 @@ Two kinds of record, in both of which bits are only ever set, so reading them tw
 A transaction is one or more SetRuns of at most `RUNS_PER_RECORD_MAX` runs, O(what changed). A
 snapshot has a record for each chunk of the bitmap that is not all zero: SetRuns when that is
 shorter, else SetBits. So a fresh or a finished clone of any size has a snapshot of (nearly) nothing.
-
-A record is at most 512 KiB: to hash it is the longest step between two yields.
 """
 
 import sys
 from array import array
-from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 from bitarray import bitarray
 from bitarray.util import intervals
 
 from nbdtarget_metadata.errors import CorruptMetadata
-from nbdtarget_metadata.log.envelope import (
-    BLOCK_SIZE,
-    HEADER_SIZE,
-    UNDECODABLE,
-    blocks_for,
-    open_envelope,
-    peek_blocks,
-    seal_in_place,
-)
-from nbdtarget_metadata.operations import Steps, Write, read
+from nbdtarget_metadata.log.chain import CHUNK_BYTES, RECORD_OVERHEAD_MAX, Chain
+from nbdtarget_metadata.log.envelope import BLOCK_SIZE, UNDECODABLE, blocks_for
+from nbdtarget_metadata.operations import Write
 
 __all__ = [
     "CHUNK_REGIONS",
-    "READ_BLOCKS",
-    "RECORD_MAGIC",
-    "RECORD_OVERHEAD_MAX",
     "RUNS_PER_RECORD_MAX",
-    "Chain",
-    "Linked",
-    "R",
     "Record",
     "Runs",
     "SetBits",
     "SetRuns",
+    "append_content",
     "append_runs",
     "apply_record",
     "blocks_for_runs",
     "decode_record",
     "encode_chunk",
     "new_runs",
-    "read_chain",
-    "read_linked",
     "snapshot_blocks_max",
 ]
 
-RECORD_MAGIC: Final = b"nbdt-rec"
-
-# Header, msgpack framing, tag, generation, previous digest, begin: 32 + 47, rounded up.
-RECORD_OVERHEAD_MAX: Final = 96
 RUN_SIZE: Final = 8
 RUNS_PER_RECORD_MAX: Final = (16 * BLOCK_SIZE - RECORD_OVERHEAD_MAX) // RUN_SIZE
-# A full SetBits is 128 blocks, what `read_chain` reads at a time. Copying and hashing that takes
-# one to two milliseconds.
-CHUNK_BYTES: Final = (1 << 19) - BLOCK_SIZE
 CHUNK_REGIONS: Final = 8 * CHUNK_BYTES
-READ_BLOCKS: Final = 128
-STEP_BLOCKS: Final = 16  # of records applied between two yields
 # Finding a run costs about 0.5 us; more of them are stored as bits, whatever is shorter.
 CHUNK_RUNS_MAX: Final = 1024
 
@@ -114,7 +81,6 @@ class SetBits(
 
 Record: TypeAlias = SetRuns | SetBits
 
-_ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final[msgspec.msgpack.Decoder[Record]] = msgspec.msgpack.Decoder(
     SetRuns | SetBits
 )
@@ -172,61 +138,23 @@ def blocks_for_bits(nr_regions: int) -> int:
     return -(-nr_regions // 8)
 
 
-class Linked(Protocol):
-    """What every record has, of whatever kind."""
+def append_content(
+    chain: Chain, generation: int, content: Runs | tuple[int, bytes]
+) -> Write:
+    """Return the write of the next record: runs, or the first region and a packed bitmap.
 
-    @property
-    def generation(self) -> int: ...
-
-    @property
-    def previous(self) -> bytes: ...
-
-
-R = TypeVar("R", bound=Linked)
-
-
-class Chain:
-    """The writing end of a chain.
-
-    Attributes:
-        block: where the next record goes.
-        end: the block that records must not reach.
-        digest: of the last record (at first: the uuid).
+    Durable: as `Chain.append`.
     """
-
-    def __init__(self, *, block: int, end: int, digest: bytes) -> None:
-        self.block = block
-        self.end = end
-        self.digest = digest
-
-    def append(self, generation: int, content: Runs | tuple[int, bytes]) -> Write:
-        """Return the write of the next record: runs, or a packed bitmap and its begin.
-
-        Durable: once a flush after the write has ended **and** a superblock vouches for it.
-        """
-        record: Record
-        if isinstance(content, tuple):
-            begin, bits = content
-            record = SetBits(
-                generation=generation, previous=self.digest, begin=begin, bits=bits
-            )
-        else:
-            packed = pack_runs(content)
-            record = SetRuns(generation=generation, previous=self.digest, runs=packed)
-        return self.append_record(record)
-
-    def append_record(self, record: msgspec.Struct) -> Write:
-        """Return the write of the next record, which names `digest` as its predecessor.
-
-        Durable: as `append`.
-        """
-        data = bytearray(HEADER_SIZE)
-        _ENCODER.encode_into(record, data, HEADER_SIZE)
-        self.digest = seal_in_place(RECORD_MAGIC, self.block, data)
-        offset = self.block * BLOCK_SIZE
-        self.block += len(data) // BLOCK_SIZE
-        assert self.block <= self.end, "the space was reckoned before"
-        return Write(offset, data)
+    record: Record
+    if isinstance(content, tuple):
+        begin, bits = content
+        record = SetBits(
+            generation=generation, previous=chain.digest, begin=begin, bits=bits
+        )
+    else:
+        packed = pack_runs(content)
+        record = SetRuns(generation=generation, previous=chain.digest, runs=packed)
+    return chain.append(record)
 
 
 def encode_chunk(begin: int, chunk: bitarray) -> Runs | tuple[int, bytes] | None:
@@ -247,82 +175,6 @@ def encode_chunk(begin: int, chunk: bitarray) -> Runs | tuple[int, bytes] | None
             append_runs(runs, begin + first, last - first)
             found += last - first
     return runs if found == nr_hydrated else (begin, chunk.tobytes())
-
-
-def read_chain(
-    *,
-    kind: str,
-    begin: int,
-    end: int,
-    digest: bytes,
-    generation_max: int,
-    apply: Callable[[Record, str], None],
-) -> Steps[bytes]:
-    """Read a clone's records; see `read_linked`."""
-    return (
-        yield from read_linked(
-            kind=kind,
-            begin=begin,
-            end=end,
-            digest=digest,
-            generation_max=generation_max,
-            decode=decode_record,
-            apply=apply,
-        )
-    )
-
-
-def read_linked(
-    *,
-    kind: str,
-    begin: int,
-    end: int,
-    digest: bytes,
-    generation_max: int,
-    decode: Callable[[memoryview, str], R],
-    apply: Callable[[R, str], None],
-    generation_min: int = 0,
-) -> Steps[bytes]:
-    """Read the records in blocks [begin, end), check each, hand it to `apply` with its place.
-
-    Returns the digest of the last record (`digest` if there is none).
-    Raises: CorruptMetadata, UnsupportedFormat.
-    """
-    block = begin
-    generation = generation_min
-    applied = 0
-    while block < end:
-        blocks = min(READ_BLOCKS, end - block)
-        piece = yield from read(block * BLOCK_SIZE, blocks * BLOCK_SIZE)
-        at = 0
-        while at < blocks:
-            where = f"{kind} record at block {block + at}"
-            data = piece[at * BLOCK_SIZE :]
-            size = peek_blocks(data)
-            if size > blocks - at and at > 0:
-                break  # it goes on behind this piece: read on from its first block
-            opened = open_envelope(RECORD_MAGIC, block + at, data, where)
-            record = decode(opened.body, where)
-            if record.previous != digest:
-                raise CorruptMetadata(
-                    f"predecessor of {where}", digest.hex(), record.previous.hex()
-                )
-            if not generation <= record.generation <= generation_max:
-                raise CorruptMetadata(
-                    f"generation of {where}",
-                    f"{generation} to {generation_max}",
-                    record.generation,
-                )
-            generation = record.generation
-            digest = opened.digest
-            at += size
-            apply(record, where)
-            applied += size
-            if applied >= STEP_BLOCKS:
-                applied = 0
-                yield ()  # setting some thousand runs takes a millisecond
-        block += at
-    return digest
 
 
 def decode_record(body: memoryview, where: str) -> Record:
