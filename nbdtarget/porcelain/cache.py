@@ -49,8 +49,9 @@ from nbdtarget.dm.registry import check_name
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
 from nbdtarget.targets import metadata_io
+from nbdtarget.targets.arguments import SECTOR
 from nbdtarget.targets.base import StatusFields
-from nbdtarget.targets.cache.table import PASSTHROUGH, SECTOR, WRITEBACK, WRITETHROUGH
+from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
 from nbdtarget.targets.metadata_faults import explain
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.superblock import CACHE, DIRTY_LOG, CacheSuperblock

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words of table lines that several small targets share: numbers, and runs of a device.
+"""Words of table lines that several targets share: numbers, groups of words, and runs of a device.
 
-The kernel reads numbers in two ways, and so do we: `sscanf` takes digits only, `kstrtouint` a leading
-plus sign too. A number that the kernel would let wrap around is refused.
+The kernel reads numbers in two ways, and so do we: `sscanf` takes digits only, `kstrtouint` and its likes take a
+leading plus sign too. A number that the kernel would let wrap around is refused.
 
 One device may stand several times in one of these lines (two stripes of one disk, a delay with
 its own flush delay): it is opened once for each name, as `Runs` does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import ConstructorError, ResolveError
@@ -21,6 +21,7 @@ __all__ = [
     "RATES",
     "SECTOR",
     "UINT32_MAX",
+    "UINT64_MAX",
     "Run",
     "Runs",
     "close_all",
@@ -29,19 +30,29 @@ __all__ = [
     "parse_uint",
     "parse_uint32",
     "read_argument",
+    "read_group",
 ]
 
 SECTOR: Final = 512
 SECTORS_MAX: Final = (1 << 63) // SECTOR
 UINT32_MAX: Final = (1 << 32) - 1
+UINT64_MAX: Final = (1 << 64) - 1
+DIGITS_MAX: Final = 20  # of a number of 64 bits
 RATES: Final = "a number of bytes a second, for example 10M; 0 sets no bound"
 
 
-def parse_uint(word: str, number_max: int) -> int | None:
-    """Parse digits, and nothing but digits; None if they are not, or say more than the max."""
-    if not (word.isascii() and word.isdecimal() and len(word) <= 20):
+def parse_uint(word: str, number_max: int, *, plus: bool = False) -> int | None:
+    """Parse a decimal number; None if `word` is none, or if the number is larger than the max.
+
+    Args: plus: the number may have a plus sign, as for `kstrtouint`; otherwise it is digits only, as for `sscanf`.
+    """
+    digits = word.removeprefix("+") if plus else word
+    if not (digits.isascii() and digits.isdecimal()):
         return None
-    number = int(word)
+    significant = digits.lstrip("0")
+    if len(significant) > DIGITS_MAX:
+        return None  # `int` would refuse thousands of digits
+    number = int(significant or "0")
     return number if number <= number_max else None
 
 
@@ -52,7 +63,7 @@ def parse_sectors(word: str) -> int | None:
 
 def parse_uint32(word: str) -> int | None:
     """Parse an unsigned 32-bit number, as `kstrtouint` does."""
-    return parse_uint(word.removeprefix("+"), UINT32_MAX)
+    return parse_uint(word, UINT32_MAX, plus=True)
 
 
 def parse_rate(word: str) -> int | None:
@@ -71,6 +82,19 @@ def read_argument(
     if number is None or number < number_min:
         raise ConstructorError(reason, target=target)
     return number
+
+
+def read_group(
+    words: Sequence[str], count_max: int, reason: str, target: str
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Split `words` into the group that the first word counts, and what follows it.
+
+    As `dm_read_arg_group` does. Raises: ConstructorError: with `reason`, if the count is wrong or missing.
+    """
+    if not words:
+        raise ConstructorError(reason, target=target)
+    count = read_argument(words[0], 0, min(count_max, len(words) - 1), reason, target)
+    return words[1 : 1 + count], words[1 + count :]
 
 
 class Run(NamedTuple):

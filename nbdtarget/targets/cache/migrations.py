@@ -36,11 +36,11 @@ from typing import Any, Final
 from nbdtarget.common.clock import Clock, Timer
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.policies.base import DEMOTE, OP_NAMES, PROMOTE, Work
+from nbdtarget.targets.arguments import SECTOR
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.pace import Pace
 from nbdtarget.targets.cache.sweep import Sweep
-from nbdtarget.targets.cache.table import SECTOR
 from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.copier import Copier, CopyError
 from nbdtarget.targets.rate import Rate

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from nbdtarget.devices.base import Device
+from nbdtarget.targets.arguments import SECTOR
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.table import (
     PASSTHROUGH,
-    SECTOR,
     WRITEBACK,
     WRITETHROUGH,
 )

@@ -44,7 +44,14 @@ from typing import Final
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.policies.registry import UnknownPolicyError, policy_type
-from nbdtarget.targets.arguments import RATES, parse_rate, parse_uint, read_argument
+from nbdtarget.targets.arguments import (
+    RATES,
+    SECTOR,
+    UINT64_MAX,
+    parse_rate,
+    parse_uint,
+    read_group,
+)
 
 __all__ = [
     "ARGUMENTS_MIN",
@@ -52,7 +59,6 @@ __all__ = [
     "CORE_KEYS",
     "MESSAGES",
     "PASSTHROUGH",
-    "SECTOR",
     "WRITEBACK",
     "WRITETHROUGH",
     "Options",
@@ -66,7 +72,6 @@ WRITEBACK: Final = "writeback"
 WRITETHROUGH: Final = "writethrough"
 PASSTHROUGH: Final = "passthrough"
 
-SECTOR: Final = 512
 ARGUMENTS_MIN: Final = 6  # up to the name of the policy
 BLOCK_SECTORS_MIN: Final = 64
 BLOCK_SECTORS_MAX: Final = 2097152
@@ -82,7 +87,6 @@ FEATURES: Final = (
 )
 OUR_FEATURES: Final = ("dirty_log", "sorted_writeback")  # the kernel does not know them
 POLICY_ARGUMENTS_MAX: Final = 1024
-UINT64_MAX: Final = (1 << 64) - 1
 BLOCK_SIZES: Final = (
     "a number of sectors of 512 bytes: a multiple of 64 (32 KiB) up to 2097152 (1 GiB)"
 )
@@ -140,7 +144,7 @@ def parse_block_size(word: str, *, cache_size: int) -> int:
 
     Raises: ConstructorError.
     """
-    sectors = parse_uint(word.removeprefix("+"), BLOCK_SECTORS_MAX)
+    sectors = parse_uint(word, BLOCK_SECTORS_MAX, plus=True)
     if sectors is None or sectors < BLOCK_SECTORS_MIN or sectors % BLOCK_SECTORS_MIN:
         raise _error("Invalid data block size", f"`{word}' is not {BLOCK_SIZES}")
     if sectors * SECTOR > cache_size:
@@ -159,7 +163,7 @@ def parse_options(words: Sequence[str]) -> Options:
     Raises: ConstructorError.
     """
     options = Options()
-    features, rest = _group(words, len(words), BAD_FEATURE_COUNT)
+    features, rest = read_group(words, len(words), BAD_FEATURE_COUNT, "cache")
     nr_ours = sum(word.lower() in OUR_FEATURES for word in features)
     if len(features) > FEATURES_MAX + nr_ours:
         raise _error(BAD_FEATURE_COUNT)
@@ -167,9 +171,8 @@ def parse_options(words: Sequence[str]) -> Options:
     if not rest:
         raise _error(_INSUFFICIENT)
     options.policy_name = rest[0]
-    pairs, _ = _group(
-        rest[1:], POLICY_ARGUMENTS_MAX, "Invalid number of policy arguments"
-    )
+    reason = "Invalid number of policy arguments"
+    pairs, _ = read_group(rest[1:], POLICY_ARGUMENTS_MAX, reason, "cache")
     try:
         policy_type(options.policy_name)
     except UnknownPolicyError as error:
@@ -190,7 +193,7 @@ def parse_options(words: Sequence[str]) -> Options:
 
 def parse_core_value(key: str, value: str) -> int:
     """Return the value of one of CORE_KEYS. Raises: TableError, with the kernel's text."""
-    number = parse_uint(value.removeprefix("+"), UINT64_MAX)
+    number = parse_uint(value, UINT64_MAX, plus=True)
     if number is None and key.lower() == "migration_rate":
         number = parse_rate(value)  # ours: it may be written as a size too
     if number is None:
@@ -251,16 +254,6 @@ def _parse_features(options: Options, words: Sequence[str]) -> None:
         )
     if modes:
         options.mode = modes[0]
-
-
-def _group(
-    words: Sequence[str], count_max: int, reason: str
-) -> tuple[Sequence[str], Sequence[str]]:
-    """Split `words` into the group that its first word counts, and what follows it."""
-    if not words:
-        raise _error(reason)
-    count = read_argument(words[0], 0, min(count_max, len(words) - 1), reason, "cache")
-    return words[1 : 1 + count], words[1 + count :]
 
 
 def _error(reason: str, hint: str = "") -> ConstructorError:

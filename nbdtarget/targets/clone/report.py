@@ -8,11 +8,12 @@ arguments.
 
 from typing import Final
 
+from nbdtarget.targets.arguments import SECTOR
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.hydration import Hydration
 from nbdtarget.targets.clone.regions import Regions
-from nbdtarget.targets.clone.table import SECTOR, Options
+from nbdtarget.targets.clone.table import Options
 
 __all__ = ["status_fields", "status_line"]
 

@@ -36,28 +36,32 @@ from types import MappingProxyType
 from typing import Final
 
 from nbdtarget.common.errors import ConstructorError
-from nbdtarget.targets.arguments import RATES, parse_rate
+from nbdtarget.targets.arguments import (
+    RATES,
+    SECTOR,
+    UINT32_MAX,
+    UINT64_MAX,
+    parse_rate,
+    parse_uint,
+    parse_uint32,
+    read_group,
+)
 
 __all__ = [
     "MESSAGES",
     "NUMBERS",
     "Options",
     "describe_value",
-    "parse_number",
     "parse_options",
     "parse_region_size",
     "parse_value",
 ]
 
-SECTOR: Final = 512
 ARGUMENTS_MIN: Final = 4
 FEATURES_MAX: Final = 2
 CORE_ARGUMENTS_MAX: Final = 4
 REGION_SECTORS_MIN: Final = 8
 REGION_SECTORS_MAX: Final = 2097152
-DIGITS_MAX: Final = 4000  # longer ones `int` does not take
-UINT32_MAX: Final = (1 << 32) - 1
-UINT64_MAX: Final = (1 << 64) - 1
 
 # The largest value of each core argument, and of the message of that name.
 NUMBERS: Final = {
@@ -112,22 +116,12 @@ class Options:
     event_after_errors: int = 1
 
 
-def parse_number(word: str, number_max: int = UINT32_MAX) -> int | None:
-    """Parse a base-10 unsigned number as the kernel does; None if it is not one."""
-    digits = word.removeprefix("+")
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= DIGITS_MAX):
-        return None
-    number = int(digits)
-    return number if number <= number_max else None
-
-
 def parse_value(key: str, word: str) -> int | None:
     """Parse the value of one of NUMBERS; None if it is not one.
 
     A rate, which is ours, may be written as a size too, for example 10M.
     """
-    number_max = NUMBERS[key]
-    number = parse_number(word, number_max)
+    number = parse_uint(word, NUMBERS[key], plus=True)
     if number is None and key == "hydration_rate":
         number = parse_rate(word)
     return number
@@ -152,7 +146,7 @@ def parse_region_size(word: str, *, block_size: int) -> int:
 
     Raises: ConstructorError. A number above 32 bits is refused, where the kernel wraps it.
     """
-    sectors = parse_number(word)
+    sectors = parse_uint32(word)
     if sectors is None or not REGION_SECTORS_MIN <= sectors <= REGION_SECTORS_MAX:
         raise _error("Invalid region size", f"`{word}' is not {REGION_SIZES}")
     if sectors & (sectors - 1):
@@ -173,10 +167,13 @@ def parse_options(words: Sequence[str]) -> Options:
     Raises: ConstructorError.
     """
     options = Options()
-    features, rest = _group(words, "Invalid number of feature arguments")
+    if not words:
+        return options
+    reason = "Invalid number of feature arguments"
+    features, rest = read_group(words, len(words), reason, "clone")
     nr_ours = sum(word.lower() in OUR_FEATURES for word in features)
     if len(features) > FEATURES_MAX + nr_ours:
-        raise _error("Invalid number of feature arguments")
+        raise _error(reason)
     for word in features:
         match word.lower():
             case "no_hydration":
@@ -192,10 +189,13 @@ def parse_options(words: Sequence[str]) -> Options:
                     "Invalid feature argument",
                     f"`{word}' is none of {', '.join(FEATURES)}",
                 )
-    core, _ = _group(rest, "Invalid number of core arguments")
+    if not rest:
+        return options
+    reason = "Invalid number of core arguments"
+    core, _ = read_group(rest, len(rest), reason, "clone")
     nr_ours = 2 * sum(key.lower() in OUR_KEYS for key in core[::2])
     if len(core) > CORE_ARGUMENTS_MAX + nr_ours:
-        raise _error("Invalid number of core arguments")
+        raise _error(reason)
     if len(core) % 2:
         raise _error("Number of core arguments must be even")
     for key, value in zip(core[::2], core[1::2], strict=True):
@@ -212,16 +212,6 @@ def parse_options(words: Sequence[str]) -> Options:
             )
         setattr(options, name, number)
     return options
-
-
-def _group(words: Sequence[str], message: str) -> tuple[Sequence[str], Sequence[str]]:
-    """Split `words` into the group that its first word counts, and what follows it."""
-    if not words:
-        return (), ()
-    count = parse_number(words[0])
-    if count is None or count > len(words) - 1:
-        raise _error(message)
-    return words[1 : 1 + count], words[1 + count :]
 
 
 def _error(reason: str, hint: str = "") -> ConstructorError:
