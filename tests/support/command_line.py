@@ -4,8 +4,9 @@
 import pytest
 
 from nbdtarget.cli.app import run
+from nbdtarget.control.messages import InfoLine
 
-__all__ = ["CommandLine"]
+__all__ = ["CommandLine", "line"]
 
 
 class CommandLine:
@@ -25,3 +26,20 @@ class CommandLine:
             return err
         assert err == ""
         return out
+
+
+def line(name: str, minor: int, **more: object) -> InfoLine:
+    facts: dict[str, object] = {
+        "uuid": "",
+        "state": "ACTIVE",
+        "read_only": False,
+        "failed": False,
+        "live": True,
+        "inactive": False,
+        "open_count": 0,
+        "event_nr": 0,
+        "major": 253,
+        "nr_targets": 1,
+        "size": 2048 * 512,
+    }
+    return InfoLine(name=name, minor=minor, **{**facts, **more})  # type: ignore[arg-type]

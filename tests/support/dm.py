@@ -13,7 +13,12 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.common.errors import ConstructorError, ResolveError, TableError
-from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
+from nbdtarget.devices.base import (
+    EXTENT_DATA,
+    Device,
+    Extent,
+)
+from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.base import SUBMITTED, Target, TargetContext
 from nbdtarget.targets.registry import TARGET_TYPES
@@ -25,7 +30,10 @@ __all__ = [
     "RamDevice",
     "RamOpener",
     "TellingTarget",
+    "content",
+    "make",
     "make_registry",
+    "submit",
 ]
 
 
@@ -247,3 +255,36 @@ def make_registry(**sizes: int) -> tuple[Registry, RamOpener]:
         "told": TellingTarget,
     }
     return Registry(opener, types=types, clock=SimClock()), opener
+
+
+async def make(
+    table: str, *, read_only: bool = False, **sizes: int
+) -> tuple[MappedDevice, Registry, RamOpener]:
+    registry, opener = make_registry(**sizes)
+    device = await registry.create("x", table, read_only=read_only)
+    return device, registry, opener
+
+
+def submit(
+    device: MappedDevice,
+    op: int,
+    offset: int = 0,
+    payload: bytes | int = 0,
+    *,
+    flags: int = 0,
+    borrowed: bool = False,
+) -> Bio:
+    length = payload if isinstance(payload, int) else len(payload)
+    view = None
+    if op == OP_READ:
+        view = memoryview(bytearray(length))
+    elif isinstance(payload, bytes):
+        view = memoryview(bytearray(payload))
+    bio = Bio(op, offset, length, view, flags, lambda _: None, None, borrowed)
+    device.submit(bio)
+    return bio
+
+
+def content(bio: Bio) -> bytes:
+    assert bio.payload is not None
+    return bytes(bio.payload)

@@ -7,25 +7,7 @@ import pytest
 
 from nbdtarget.cli.columns import FIELDS, describe_fields, report
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.control.messages import InfoLine
-
-
-def line(name: str, minor: int, **more: object) -> InfoLine:
-    facts: dict[str, object] = {
-        "uuid": "",
-        "state": "ACTIVE",
-        "read_only": False,
-        "failed": False,
-        "live": True,
-        "inactive": False,
-        "open_count": 0,
-        "event_nr": 0,
-        "major": 253,
-        "nr_targets": 1,
-        "size": 2048 * 512,
-    }
-    return InfoLine(name=name, minor=minor, **{**facts, **more})  # type: ignore[arg-type]
-
+from tests.support.command_line import line
 
 DEVICES = [
     line("top", 3, deps=("/dev/mapper/b",), mapped_deps=("b",)),

@@ -5,7 +5,7 @@ import pytest
 
 from nbdtarget.cli.tree import draw_tree
 from nbdtarget.common.errors import NbdTargetError
-from tests.nbdtarget.cli.test_columns import line
+from tests.support.command_line import line
 
 DEVICES = [
     line("top", 3, deps=("/dev/mapper/b",)),

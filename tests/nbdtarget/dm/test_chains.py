@@ -9,9 +9,8 @@ import pytest
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, PENDING
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
-from tests.nbdtarget.dm.test_mapped_device import submit
 from tests.support.clock import settle
-from tests.support.dm import RamDevice, RamOpener, make_registry
+from tests.support.dm import RamDevice, RamOpener, make_registry, submit
 
 DATA = bytes(512)
 NAMES = ("low", "middle", "high")

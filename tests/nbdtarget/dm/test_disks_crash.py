@@ -18,7 +18,7 @@ from nbdtarget.devices.file import identity as file_identity
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.disks import Mark
 from nbdtarget_metadata.operations import Answer, Operation, Write
-from tests.nbdtarget.dm.test_disks import BLOCK, SAY_OTHER, SIZE, Site
+from tests.support.disk_site import BLOCK, SAY_OTHER, SIZE, Site
 
 
 class Camera:

@@ -26,45 +26,17 @@ from nbdtarget.devices.base import (
     EXTENTS_MAX,
     Extent,
 )
-from nbdtarget.dm.mapped_device import MappedDevice, State
-from nbdtarget.dm.registry import Registry
+from nbdtarget.dm.mapped_device import State
 from tests.support.clock import SimClock
-from tests.support.dm import ProbeTarget, RamOpener, make_registry
+from tests.support.dm import (
+    ProbeTarget,
+    content,
+    make,
+    make_registry,
+    submit,
+)
 
 MIXED = "0 8 linear /a 8\n8 8 error\n16 8 zero\n24 8 linear /b 0"
-
-
-async def make(
-    table: str, *, read_only: bool = False, **sizes: int
-) -> tuple[MappedDevice, Registry, RamOpener]:
-    registry, opener = make_registry(**sizes)
-    device = await registry.create("x", table, read_only=read_only)
-    return device, registry, opener
-
-
-def submit(
-    device: MappedDevice,
-    op: int,
-    offset: int = 0,
-    payload: bytes | int = 0,
-    *,
-    flags: int = 0,
-    borrowed: bool = False,
-) -> Bio:
-    length = payload if isinstance(payload, int) else len(payload)
-    view = None
-    if op == OP_READ:
-        view = memoryview(bytearray(length))
-    elif isinstance(payload, bytes):
-        view = memoryview(bytearray(payload))
-    bio = Bio(op, offset, length, view, flags, lambda _: None, None, borrowed)
-    device.submit(bio)
-    return bio
-
-
-def content(bio: Bio) -> bytes:
-    assert bio.payload is not None
-    return bytes(bio.payload)
 
 
 async def test_single_target_maps_and_offsets() -> None:

@@ -16,9 +16,8 @@ from nbdtarget.common.errors import (
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import State
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from tests.nbdtarget.dm.test_mapped_device import content, submit
 from tests.support.clock import settle
-from tests.support.dm import ProbeTarget, RamOpener, make_registry
+from tests.support.dm import ProbeTarget, RamOpener, content, make_registry, submit
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,8 @@ from nbdtarget.devices.nbd.device import NbdDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from tests.nbdtarget.devices.file.test_block_device import loop
-from tests.nbdtarget.devices.nbd.test_device import until
+from tests.support.nbd_device import until
 from tests.support.nbd_server import StrictServer
-
-__all__ = ["loop"]
 
 MIB = 1 << 20
 ROLES = {

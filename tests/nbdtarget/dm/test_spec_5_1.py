@@ -4,11 +4,8 @@
 `ROWS` says which test stands for which sentence; what no other file tests is tested here.
 """
 
-import ast
 import asyncio
 import errno as errnos
-import functools
-from pathlib import Path
 from typing import Final
 
 import pytest
@@ -16,8 +13,8 @@ import pytest
 from nbdtarget.bio import OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.dm.mapped_device import State
-from tests.nbdtarget.dm.test_mapped_device import make, submit
-from tests.support.dm import ProbeTarget
+from tests.support.checklist import written_tests
+from tests.support.dm import ProbeTarget, make, submit
 
 ORDER = "test_suspend_and_resume_call_the_target_in_the_kernels_order"
 NOFLUSH = "test_held_bios_go_to_the_next_table_in_their_order"
@@ -208,14 +205,3 @@ async def test_5_1_suspend_that_waits_can_be_looked_at_and_loaded_over() -> None
 def test_every_row_names_tests_that_exist() -> None:
     named = {name for tests in ROWS.values() for name in tests}
     assert named <= written_tests()
-
-
-@functools.cache
-def written_tests() -> set[str]:
-    """The names of all tests below `tests`."""
-    return {
-        node.name
-        for path in Path(__file__).parents[2].rglob("test_*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }

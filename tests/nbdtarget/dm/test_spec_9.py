@@ -21,9 +21,8 @@ import pytest
 from nbdtarget.bio import OP_READ
 from nbdtarget.common.errors import ConstructorError, NbdTargetError, TableError
 from nbdtarget.dm.registry import NAME_LENGTH_MAX, UUID_LENGTH_MAX
-from tests.nbdtarget.dm.test_mapped_device import make, submit
-from tests.nbdtarget.dm.test_spec_5_1 import written_tests
-from tests.support.dm import make_registry
+from tests.support.checklist import written_tests
+from tests.support.dm import make, make_registry, submit
 
 ERRORS = "test_refused_with_the_words_that_dmsetup_has"
 INFO = "test_info_as_recorded"

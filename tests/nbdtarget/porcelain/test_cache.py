@@ -416,7 +416,7 @@ async def test_metadata_of_another_cache_is_refused(
 
 
 async def test_metadata_of_a_clone_is_refused(work: Path) -> None:
-    from tests.nbdtarget.porcelain.test_clone import clone
+    from tests.support.porcelain_clone import clone
 
     (work / "source").write_bytes(CONTENT)
     assert await clone(dest="fast") == 0

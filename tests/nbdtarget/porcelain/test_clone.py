@@ -18,46 +18,14 @@ from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file.device import FileDevice
-from nbdtarget.porcelain.clone import CloneJob, CloneOptions, ClonePlan, plan_clone
+from nbdtarget.porcelain.clone import CloneOptions, ClonePlan, plan_clone
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.support.dm import make_registry
+from tests.support.porcelain_clone import Recorder, clone
 
 MIB = 1 << 20
 CONTENT = os.urandom(2 * MIB)
-
-
-class Recorder:
-    """A reporter that remembers, and stops the job when the clone is served or hydrated."""
-
-    def __init__(self, stop_when: str = "") -> None:
-        self.calls: list[str] = []
-        self.done: list[int] = []
-        self.uris: list[str] = []
-        self._stop_when = stop_when
-
-    def serving(self, plan: ClonePlan, uris: list[str]) -> None:
-        self.uris = uris
-        self._called("serving")
-
-    def progress(self, done: int, size: int) -> None:
-        self.done.append(done)
-
-    def hydrated(self) -> None:
-        self._called("hydrated")
-
-    def failed(self, status: str) -> None:
-        self._called("failed")
-
-    def stopping(self) -> None:
-        self._called("stopping")
-
-    def _called(self, name: str) -> None:
-        self.calls.append(name)
-        if name == self._stop_when:
-            asyncio.get_running_loop().call_later(
-                0.05, os.kill, os.getpid(), signal.SIGTERM
-            )
 
 
 @pytest.fixture
@@ -72,33 +40,6 @@ def work(tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def files(work: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in work.iterdir()}
-
-
-async def clone(
-    recorder: Recorder | None = None,
-    *,
-    source: str = "source",
-    dest: str = "dest",
-    metadata: str | None = None,
-    listen: tuple[str, ...] = (),
-    exit_when_hydrated: bool = True,
-    overwrite: bool = False,
-    control: str | None = None,
-    then_linear: bool = False,
-    hydration_rate: int = 0,
-) -> int:
-    options = CloneOptions(
-        source=source,
-        dest=dest,
-        metadata=metadata,
-        listen=listen,
-        exit_when_hydrated=exit_when_hydrated,
-        overwrite=overwrite,
-        control=control,
-        then_linear=then_linear,
-        hydration_rate=hydration_rate,
-    )
-    return await CloneJob(options, recorder or Recorder()).run()
 
 
 async def test_everything_is_made_and_hydrated(work: Path, runtime: Path) -> None:

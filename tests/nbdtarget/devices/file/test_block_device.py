@@ -2,10 +2,7 @@
 """FileDevice on a block device: a loop device, where we may make one."""
 
 import os
-import shutil
 import stat
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,24 +12,6 @@ from nbdtarget.devices.base import EXTENT_DATA, Extent
 from nbdtarget.devices.resolve import create_device, identity, open_device
 
 SIZE = 4 << 20
-
-
-@pytest.fixture(params=[512, 4096])
-def loop(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0 or shutil.which("losetup") is None:
-        pytest.skip("a loop device needs root and losetup")
-    image = tmp_path / "image"
-    image.write_bytes(os.urandom(SIZE))
-    made = subprocess.run(
-        ["losetup", "-f", "--show", "-b", str(request.param), image],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip(f"no loop device: {made.stderr.strip()}")
-    yield Path(made.stdout.strip())
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
 
 
 async def test_size_sector_and_abilities(loop: Path) -> None:

@@ -33,8 +33,8 @@ from nbdtarget.devices.file import device as file_module
 from nbdtarget.devices.file import syscalls
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.resolve import create_device, open_device
+from tests.support.file_device import SIZE, Syncs, bio_of, ended, until
 
-SIZE = 1 << 20
 HOLE = EXTENT_HOLE | EXTENT_ZERO
 SHM = Path("/dev/shm")
 
@@ -58,23 +58,6 @@ async def device(directory: Path) -> AsyncIterator[Device]:
     device = await create_device(str(directory / "disk"), SIZE, sparse=True)
     yield device
     await device.close()
-
-
-def bio_of(op: int, offset: int, length: int, flags: int = 0) -> Bio:
-    return Bio(op, offset, length, None, flags, lambda _: None)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(20_000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("never came true")
-
-
-async def ended(*bios: Bio) -> list[int]:
-    await until(lambda: all(bio.status != PENDING for bio in bios))
-    return [bio.status for bio in bios]
 
 
 async def test_cached_read_and_small_write_end_inline(device: Device) -> None:
@@ -305,23 +288,6 @@ async def test_no_write_is_inline_while_space_is_freed(
 
 
 # -- durability ---------------------------------------------------------------------------
-
-
-class Syncs:
-    """Stands for fdatasync: counts, waits at a gate, fails on demand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.count = 0
-        self.fail_with = 0
-        monkeypatch.setattr(os, "fdatasync", self.fdatasync)
-
-    def fdatasync(self, fd: int) -> None:
-        self.count += 1
-        self.gate.wait()
-        if self.fail_with:
-            raise OSError(self.fail_with, os.strerror(self.fail_with))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.devices.file import device as file_module
 from nbdtarget.devices.health import HealthState
 from nbdtarget.devices.resolve import create_device
-from tests.nbdtarget.devices.file.test_device import SIZE, Syncs, bio_of, ended
+from tests.support.file_device import SIZE, Syncs, bio_of, ended
 
 
 @pytest.fixture

@@ -28,28 +28,8 @@ from nbdtarget.devices.nbd.connect import CONNECTIONS_MAX
 from nbdtarget.devices.nbd.device import IN_FLIGHT_MAX, NbdDevice, open_nbd
 from nbdtarget.devices.resolve import identity, open_device
 from nbdtarget_protocol import consts
+from tests.support.nbd_device import SIZE, bio_of, device_of, until
 from tests.support.nbd_server import FLAGS_ALL, StrictServer
-
-SIZE = 1 << 20
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(20_000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("never came true")
-
-
-async def device_of(server: StrictServer, *, read_only: bool = False) -> NbdDevice:
-    device = await open_device(server.uri, read_only=read_only)
-    assert isinstance(device, NbdDevice)
-    return device
-
-
-def bio_of(op: int, offset: int, length: int, flags: int = 0) -> Bio:
-    payload = memoryview(bytearray(length)) if op in (OP_READ, OP_WRITE) else None
-    return Bio(op, offset, length, payload, flags, lambda _: None)
 
 
 @pytest.mark.parametrize("block_min", [1, 512, 4096])

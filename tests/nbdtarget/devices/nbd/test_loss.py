@@ -25,7 +25,7 @@ from nbdtarget.devices.nbd import connection as nbd_connection
 from nbdtarget.devices.nbd import device as nbd_module
 from nbdtarget.devices.nbd.device import NbdDevice, open_nbd
 from nbdtarget_protocol import consts
-from tests.nbdtarget.devices.nbd.test_device import bio_of, device_of, until
+from tests.support.nbd_device import bio_of, device_of, until
 from tests.support.nbd_server import FLAGS_ALL, StrictServer
 
 SINGLE = FLAGS_ALL ^ consts.FLAG_CAN_MULTI_CONN
