@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages about the code name what exists: files, modules, functions, and code that is quoted."""
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    path
+    for path in ("docs/architecture.md", "docs/extending.md", "CONTRIBUTING.md")
+    if (ROOT / path).exists()
+]
+ROOMS = ("nbdtarget", "nbdtarget_protocol", "nbdtarget_metadata", "tests", "scripts")
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WORD = re.compile(r"`([^`\n]+)`")
+FILE = re.compile(
+    r"(?:nbdtarget|protocol|metadata|tests|scripts|docs|findings)/[\w./-]*"
+)
+DOTTED = re.compile(rf"(?:{'|'.join(ROOMS)})(?:\.\w+)+")
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def words_of(page: str) -> list[str]:
+    """What stands in backticks, outside of blocks of code."""
+    return WORD.findall(FENCE.sub("", text_of(page)))
+
+
+def is_there(dotted: str) -> bool:
+    """Whether this is a module, or something that can be reached from one."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        try:
+            found = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            found = False
+        if found:
+            thing: object = importlib.import_module(name)
+            for attribute in parts[end:]:
+                if not hasattr(thing, attribute):
+                    return False
+                thing = getattr(thing, attribute)
+            return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page: str) -> None:
+    named = [word for word in words_of(page) if FILE.fullmatch(word)]
+    assert named
+    missing = [
+        word for word in named if "NAME" not in word and not (ROOT / word).exists()
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_and_functions_that_a_page_names_exist(page: str) -> None:
+    dotted = [word.partition("(")[0] for word in words_of(page)]
+    missing = [
+        word
+        for word in dotted
+        if DOTTED.fullmatch(word)
+        and not word.endswith(".md")
+        and not (ROOT / word).exists()
+        and not is_there(word)
+    ]
+    assert missing == []
+
+
+def test_is_there_tells_what_is_there_from_what_is_not() -> None:
+    assert is_there("nbdtarget.bio")
+    assert is_there("nbdtarget.bio.Bio.own")
+    assert not is_there("nbdtarget.bio.Bio.disown")
+    assert not is_there("nbdtarget.nowhere")
+
+
+def test_code_that_extending_quotes_stands_in_the_source() -> None:
+    sources = [
+        path.read_text()
+        for folder in ("docs/examples", "nbdtarget/policies", "nbdtarget/devices")
+        for path in (ROOT / folder).glob("*.py")
+    ]
+    sources.append((ROOT / "nbdtarget/targets/registry.py").read_text())
+    blocks = [
+        code for kind, code in FENCE.findall(text_of("docs/extending.md")) if kind
+    ]
+    assert len(blocks) >= 9
+    assert [
+        code for code in blocks if not any(code in source for source in sources)
+    ] == []
