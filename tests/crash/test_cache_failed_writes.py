@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from nbdtarget.bio import OP_DISCARD, OP_WRITE, OP_WRITE_ZEROES
-from tests.crash.test_cache_faults import FaultDriver
+from tests.support.crash.cache_fault_walks import FaultDriver
 from tests.support.crash.cache_rigs import (
     BLOCK_SIZE,
     CacheRig,

@@ -8,56 +8,33 @@ from typing import Any
 
 import pytest
 
-from nbdtarget.bio import OP_READ, Bio
+from nbdtarget.bio import Bio
 from nbdtarget.policies.base import PROMOTE, Work
 from nbdtarget.policies.smq.policy import Smq
-from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
-from nbdtarget.targets.cache.foreground import CachedWrite, Foreground
-from nbdtarget.targets.cache.locks import BlockLock
+from nbdtarget.targets.cache.foreground import Foreground
 from nbdtarget.targets.cache.migrations import Migrations
-from nbdtarget.targets.committer import Committer, Transaction
 from nbdtarget_metadata.cache.metadata import CacheMetadata
-from tests.crash import test_cache_exhaustive as matrix
-from tests.crash.test_cache_exhaustive import small_blocks_that_take_their_time
-from tests.crash.test_cache_machine import draw_cache_walk, walk
+from tests.support.crash import cache_matrix as matrix
+from tests.support.crash.cache_bugs import (
+    FOREGROUND,
+    MIGRATIONS,
+    commit_without_flushes,
+    demote_without_commit,
+    invalidate_after_the_write,
+    tick_with_io,
+    write_through_to_one,
+)
+from tests.support.crash.cache_matrix import small_blocks_that_take_their_time
 from tests.support.crash.cache_rigs import PassthroughRig
+from tests.support.crash.cache_walks import draw_cache_walk, walk
 from tests.support.crash.invariants import Broken
 
-__all__ = ["small_blocks_that_take_their_time"]  # a fixture, for each test here
+__all__ = ["small_blocks_that_take_their_time"]
 
 WALKS_MAX = 6
 IMAGES_MAX = 30
-
-
-async def commit_without_flushes(
-    committer: Committer, transaction: Transaction
-) -> None:
-    """J1: vouches for mappings and removals whose data may still be lost."""
-    await metadata_io.run(committer.device, transaction.journal())
-    await metadata_io.run(committer.device, transaction.superblock())
-    transaction.done()
-
-
-async def demote_without_commit(
-    migrations: Migrations, work: Work, lock: BlockLock
-) -> bool:
-    """J1: uses a cblock for another block while a crash would bring the old mapping back."""
-    metadata = migrations._blocks.metadata
-    await migrations._write_back(work.oblock, work.cblock)
-    metadata.remove(work.cblock)
-    metadata._changed[work.cblock] = 0
-    return True
-
-
-def invalidate_after_the_write(
-    foreground: Foreground, bio: Bio, oblock: int, cblock: int
-) -> None:
-    """J1: passthrough writes to the origin, and unmaps the block some time."""
-    foreground._blocks.metadata.remove(cblock)
-    foreground._blocks.policy.invalidate(cblock)
-    foreground._submit_held(foreground._blocks.origin, bio, oblock)
 
 
 def forget_promotion(policy: Smq, work: Work, success: bool) -> None:
@@ -68,11 +45,6 @@ def forget_promotion(policy: Smq, work: Work, success: bool) -> None:
 def passthrough_caches(foreground: Foreground, bio: Bio, *_: int) -> None:
     """J3: passthrough writes to the cache device."""
     foreground._submit(foreground._blocks.cache, bio)
-
-
-def write_through_to_one(foreground: Foreground, write: CachedWrite) -> None:
-    """J4: a write through reaches the origin only."""
-    foreground._submit(foreground._blocks.origin, write.bio)
 
 
 async def promote_something(migrations: Migrations, work: Work) -> bool:
@@ -113,19 +85,8 @@ def dirty_in_policy_only(blocks: Blocks, cblock: int) -> None:
     blocks.metadata.set_dirty(cblock)
 
 
-def tick_with_io(migrations: Migrations) -> None:
-    """J8: looks at the origin each second, to see whether it is there."""
-    scratch = memoryview(bytearray(512))
-    migrations._blocks.origin.submit(Bio(OP_READ, 0, 512, scratch, 0, lambda _: None))
-    original_tick(migrations)
-
-
 original_init = CacheMetadata.__init__
 original_complete = Smq.complete_background_work
-original_tick = Migrations._tick_and_wait
-
-FOREGROUND = "nbdtarget.targets.cache.foreground.Foreground."
-MIGRATIONS = "nbdtarget.targets.cache.migrations.Migrations."
 
 
 def try_all() -> None:

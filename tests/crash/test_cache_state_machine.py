@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.crash.test_directed import LazyDevice
-from tests.crash.test_state_machine import DEEP, EXAMPLES, run_machine
 from tests.support.crash.cache_rigs import CacheRig, SwitchingCacheRig, small_blocks
+from tests.support.crash.lazy_device import LazyDevice
+from tests.support.crash.state_machine import DEEP, EXAMPLES, run_machine
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ import pytest
 
 from nbdtarget.bio import OP_CACHE, Bio
 from nbdtarget.targets.clone import prefetch as cache_requests
-from tests.crash.test_machine import KINDS, Step, draw_range, take
 from tests.support.crash.invariants import CloneInvariants
 from tests.support.crash.machine import Driver
 from tests.support.crash.rigs import DISK_SIZE, REGION_SIZE, CloneRig
+from tests.support.crash.walks import KINDS, Step, draw_range, take
 from tests.support.model import SECTOR
 
 WALKS = int(os.environ.get("SIM_WALKS", "100")) // 2

@@ -35,9 +35,6 @@ from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget_metadata.errors import NotFormatted
 from nbdtarget_metadata.tools.cache_check import examine_cache
-from tests.crash.test_cache_machine import CacheDriver, take_cache
-from tests.crash.test_directed import LazyDevice
-from tests.crash.test_machine import Step
 from tests.support.crash.cache_rigs import (
     BLOCK_SIZE,
     REFUSALS,
@@ -48,8 +45,10 @@ from tests.support.crash.cache_rigs import (
     checked,
     small_blocks,
 )
+from tests.support.crash.cache_walks import CacheDriver, take_cache
 from tests.support.crash.images import run_over
 from tests.support.crash.invariants import Invariants
+from tests.support.crash.lazy_device import LazyDevice
 from tests.support.crash.rigs import (
     CONTENT,
     DISK_SIZE,
@@ -57,6 +56,7 @@ from tests.support.crash.rigs import (
     CloneRig,
     LinearRig,
 )
+from tests.support.crash.walks import Step
 from tests.support.devices import BadRange, CrashDevice, FailAfter, FailFlush, Lie
 from tests.support.loss_model import LossModel
 from tests.support.model import SECTOR, DiskModel

@@ -6,47 +6,17 @@ which a clone can get its order wrong. What they catch is proven by `tests/mutan
 its mutants of the clone must fail here.
 """
 
-import asyncio
-import logging
 from collections.abc import Iterator
-from functools import cached_property
 
 import pytest
 
-from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
-from tests.crash.test_machine import Step, draw_walk, maybe_failure
+from tests.support.crash.lazy_device import lazy_devices
 from tests.support.crash.rigs import REGION_SIZE, CloneRig
-from tests.support.devices import CrashDevice
-from tests.support.model import SECTOR
+from tests.support.crash.walks import Step, draw_walk, maybe_failure
+
+__all__ = ["lazy_devices"]  # a fixture, for each test here
 
 WALKS_MAX = 50
-
-
-class LazyDevice(CrashDevice):
-    """Carries a deferred bio out some turns of the loop later, not on the next one.
-
-    Only so does a FLUSH overtake a write, and one device's write another device's. Some
-    are far lazier than others: then a commit's last step overtakes another's first. It
-    also tells its zeroes.
-    """
-
-    @cached_property
-    def _laziness(self) -> float:
-        return self._random.choice([0.5, 0.8, 0.95])
-
-    async def extents(self, offset: int, length: int) -> list[Extent]:
-        image = self.image()[offset : offset + length]
-        await asyncio.sleep(0)
-        return [
-            Extent(len(piece), EXTENT_DATA if any(piece) else EXTENT_ZERO)
-            for piece in (image[at : at + SECTOR] for at in range(0, length, SECTOR))
-        ]
-
-    def _carry_out_one(self) -> None:
-        if self._random.random() < self._laziness:
-            asyncio.get_running_loop().call_soon(self._carry_out_one)
-        else:
-            super()._carry_out_one()
 
 
 # Steps of the walks below. A seed that is a multiple of three defers every bio.
@@ -86,15 +56,6 @@ def walks() -> Iterator[tuple[int, list[Step]]]:
     yield from directed_walks()
     for seed in range(WALKS_MAX):
         yield seed, draw_walk(seed)
-
-
-@pytest.fixture(autouse=True)
-def lazy_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tests.support.crash.rigs.CrashDevice", LazyDevice)
-    monkeypatch.setattr("nbdtarget.targets.clone.holes.HOLE_BYTES_MIN", SECTOR)
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.slow

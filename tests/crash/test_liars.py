@@ -20,12 +20,12 @@ from nbdtarget.targets.committer import Committer, Transaction
 from nbdtarget.targets.prison import Cell, Prison
 from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget_metadata.errors import CorruptMetadata
-from tests.crash import test_exhaustive as matrix
-from tests.crash.test_directed import LazyDevice, lazy_devices
-from tests.crash.test_state_machine import run_machine
+from tests.support.crash import clone_matrix as matrix
 from tests.support.crash.invariants import Broken
+from tests.support.crash.lazy_device import LazyDevice, lazy_devices
 from tests.support.crash.machine import Rig
 from tests.support.crash.rigs import LinearRig, QuietCloneRig
+from tests.support.crash.state_machine import run_machine
 
 __all__ = ["lazy_devices"]  # a fixture, for each test here
 

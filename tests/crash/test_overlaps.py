@@ -15,9 +15,6 @@ import pytest
 
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.targets.cache.foreground import CachedWrite, Foreground
-from tests.crash.test_cache_machine import CacheDriver, take_cache
-from tests.crash.test_directed import LazyDevice
-from tests.crash.test_machine import MakeRig, Step
 from tests.support.crash.cache_rigs import (
     CacheRig,
     LoggedCacheRig,
@@ -26,6 +23,8 @@ from tests.support.crash.cache_rigs import (
     WritethroughRig,
     small_blocks,
 )
+from tests.support.crash.cache_walks import CacheDriver, take_cache
+from tests.support.crash.lazy_device import LazyDevice
 from tests.support.crash.rigs import (
     DISK_SIZE,
     REGION_SIZE,
@@ -33,6 +32,7 @@ from tests.support.crash.rigs import (
     LinearRig,
     QuietCloneRig,
 )
+from tests.support.crash.walks import MakeRig, Step
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR
 from tests.support.overlap_model import OverlapModel

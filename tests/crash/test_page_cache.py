@@ -23,11 +23,8 @@ from nbdtarget_metadata.clone.superblock import CloneSuperblock
 from nbdtarget_metadata.errors import MetadataError
 from nbdtarget_metadata.log.superblock import superblock_writes
 from nbdtarget_metadata.operations import Steps
-from tests.crash.test_cache_faults import FaultDriver as CacheFaultDriver
-from tests.crash.test_cache_faults import draw_walk as draw_cache_walk
-from tests.crash.test_cache_machine import take_cache
-from tests.crash.test_faults import FaultDriver, draw_walk
-from tests.crash.test_machine import Step, take
+from tests.support.crash.cache_fault_walks import FaultDriver as CacheFaultDriver
+from tests.support.crash.cache_fault_walks import draw_walk as draw_cache_walk
 from tests.support.crash.cache_rigs import (
     CacheRig,
     LoggedCacheRig,
@@ -35,8 +32,11 @@ from tests.support.crash.cache_rigs import (
     WritethroughRig,
     small_blocks,
 )
+from tests.support.crash.cache_walks import take_cache
+from tests.support.crash.fault_walks import FaultDriver, draw_walk
 from tests.support.crash.machine import Driver
 from tests.support.crash.rigs import REGION_SIZE, CloneRig, QuietCloneRig
+from tests.support.crash.walks import Step, take
 from tests.support.model import SECTOR
 from tests.support.pagecache import PAGE, PageCacheDevice, Stay
 

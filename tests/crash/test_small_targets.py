@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from tests.crash.test_machine import MakeRig, draw_walk, seeds_that_fail, walk_or_tell
 from tests.support.crash.machine import Driver
 from tests.support.crash.rigs import CONTENT, DISK_SIZE, LinearRig
+from tests.support.crash.walks import MakeRig, draw_walk, seeds_that_fail, walk_or_tell
 from tests.support.devices import CrashDevice
 from tests.support.model import SECTOR, DiskModel
 

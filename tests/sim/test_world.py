@@ -25,10 +25,10 @@ from nbdtarget.targets.powercut.target import PowercutTarget
 from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget.targets.striped import StripedTarget
 from nbdtarget_metadata.operations import Flush, Steps
-from tests.crash import test_cache_liars as liars
 from tests.sim.catalog import RIGS
 from tests.sim.disks import SimDisk
 from tests.sim.world import simulate
+from tests.support.crash import cache_bugs as liars
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = 18  # of `make test`, for each rig; `make sim` draws new ones
