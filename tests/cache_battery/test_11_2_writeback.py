@@ -10,8 +10,9 @@ import errno as errnos
 import pytest
 
 from nbdtarget.common.errors import DeviceError
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
 from tests.support.cache_battery import Fire
+from tests.support.clock import settle
 
 POLICIES = ["smq", "mq"]
 FORMATS = ["0", "1 metadata2"]

@@ -2,6 +2,7 @@
 """Bad input: one clear line, status 1 or 2, and no file touched."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -105,3 +106,10 @@ def test_usage_error_is_status_2(words: list[str]) -> None:
     done = subprocess.run([NBDTARGET, *words], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_sigint_ends_it_as_sigterm_does(clone: CloneUnderTest) -> None:
+    process = clone.start()
+    process.signal(signal.SIGINT)
+    assert process.wait() == 0
+    assert not os.path.lexists(clone.socket)

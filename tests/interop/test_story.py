@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.make_sample_source import make_sample_source
 from tests.support.clients import MIB, CloneUnderTest, client, needs
 from tests.support.processes import nbdkit_file
+from tests.support.sample_disk import make_sample_source
 
 pytestmark = [
     pytest.mark.interop,

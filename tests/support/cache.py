@@ -20,7 +20,7 @@ from tests.support.clock import SimClock, settle
 from tests.support.devices import CrashDevice
 from tests.support.spy import Spy
 
-__all__ = ["BLOCK", "DIRTY_BUSY", "SECTORS", "CacheLab", "settle"]
+__all__ = ["BLOCK", "DIRTY_BUSY", "SECTORS", "CacheLab"]
 
 BLOCK = 32 << 10
 SECTORS = BLOCK // 512

@@ -5,7 +5,8 @@ import errno as errnos
 
 from nbdtarget.bio import FUA, OP_WRITE
 from nbdtarget_metadata.mode import Mode
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 
 async def test_table_loaded_before_a_commit_failed_acknowledges_no_fua(

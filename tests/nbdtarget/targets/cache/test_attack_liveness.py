@@ -8,7 +8,8 @@ import pytest
 from nbdtarget.bio import OP_DISCARD, OP_WRITE
 from nbdtarget.targets.cache.wishes import PATIENCE_TICKS
 from nbdtarget_metadata.mode import Mode
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 NO_PASSDOWN = "1 no_discard_passdown smq 2 migration_threshold 0"
 

@@ -6,7 +6,8 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 THROUGH = "1 writethrough smq 0"
 A, B = 2, 3

@@ -7,7 +7,8 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import FUA, OP_WRITE
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 THROUGH = "1 writethrough smq 0"
 THROUGH_LOGGED = "2 writethrough dirty_log smq 0"

@@ -8,7 +8,8 @@ import pytest
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
 from nbdtarget_metadata.mode import Mode
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 THROUGH = "1 writethrough smq 0"
 A, B = 2, 3

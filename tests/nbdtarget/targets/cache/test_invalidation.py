@@ -7,7 +7,8 @@ import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE
 from nbdtarget.targets.cache.invalidation import invalidate
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 
 @pytest.mark.parametrize("nr_turns", range(6))

@@ -5,7 +5,8 @@ import asyncio
 import errno as errnos
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 
 async def test_writebacks_that_fail_back_off_and_do_not_spin(lab: CacheLab) -> None:

@@ -4,7 +4,8 @@
 import pytest
 
 from nbdtarget.bio import FUA, OP_WRITE
-from tests.support.cache import BLOCK, CacheLab, settle
+from tests.support.cache import BLOCK, CacheLab
+from tests.support.clock import settle
 
 THROUGH = "1 writethrough smq 0"
 PASS = "1 passthrough smq 0"

@@ -9,7 +9,8 @@ import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
 from nbdtarget.targets.cache.pieces import BYTES_AT_ONCE, PIECES_AT_ONCE, PIECES_MAX
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 NR_OBLOCKS = 600
 

@@ -6,7 +6,8 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 A, B = 2, 3
 

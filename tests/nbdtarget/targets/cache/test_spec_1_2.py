@@ -9,7 +9,8 @@ from nbdtarget.bio import OP_READ
 from nbdtarget.devices.base import Device
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.targets.cache.migrations import MIGRATIONS_MAX
-from tests.support.cache import BLOCK, DIRTY_BUSY, SECTORS, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, SECTORS, CacheLab
+from tests.support.clock import settle
 
 
 async def test_1_2_step_2_all_three_are_opened_for_writing(lab: CacheLab) -> None:

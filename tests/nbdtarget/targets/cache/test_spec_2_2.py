@@ -12,7 +12,8 @@ import pytest
 from nbdtarget.bio import FUA, OP_DISCARD, OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.dm.mapped_device import State
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 BUSY = "2 migration_threshold 0"
 WRITETHROUGH = f"1 writethrough smq {BUSY}"

@@ -7,7 +7,8 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE, PENDING
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 BUSY = "2 migration_threshold 0"
 WRITETHROUGH = f"1 writethrough smq {BUSY}"

@@ -7,7 +7,8 @@ import pytest
 
 from nbdtarget.bio import OP_WRITE
 from nbdtarget.common.errors import TableError
-from tests.support.cache import DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 BUSY = "2 migration_threshold 0"
 PASSTHROUGH = f"1 passthrough smq {BUSY}"

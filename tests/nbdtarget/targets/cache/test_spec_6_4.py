@@ -4,7 +4,8 @@
 import pytest
 
 from nbdtarget.bio import OP_READ
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 BUSY = "2 migration_threshold 0"
 A, B = 3, 4  # blocks of the origin

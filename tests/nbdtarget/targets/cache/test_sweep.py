@@ -7,7 +7,8 @@ import pytest
 
 from nbdtarget.bio import OP_DISCARD
 from nbdtarget.targets.cache import migrations, sweep
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 SORTED = "1 sorted_writeback smq 2 migration_threshold 100000"
 

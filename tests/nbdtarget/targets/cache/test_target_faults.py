@@ -6,7 +6,8 @@ import errno as errnos
 
 from nbdtarget.bio import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE
 from nbdtarget_metadata.mode import Mode
-from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 
 async def start_fails(lab: CacheLab) -> None:

@@ -8,7 +8,8 @@ import pytest
 from nbdtarget.bio import OP_WRITE
 from nbdtarget.common.errors import TableError
 from nbdtarget.targets.cache import wishes
-from tests.support.cache import DIRTY_BUSY, CacheLab, settle
+from tests.support.cache import DIRTY_BUSY, CacheLab
+from tests.support.clock import settle
 
 
 def pinned(lab: CacheLab) -> list[int]:

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A killed server keeps its word. A short run of what `make kill-test` does for longer."""
 
-import os
 import random
-import signal
 from pathlib import Path
 
 import pytest
 
 from scripts.kill_loop import KINDS
-from tests.support.clients import CloneUnderTest
 
 pytestmark = pytest.mark.interop
 
@@ -21,10 +18,3 @@ def test_flushed_writes_survive_sigkill_under_load(tmp_path: Path, kind: str) ->
     for life_s, clean in ((0.05, False), (0.2, False), (0.2, True), (0.1, False)):
         fire.fire(life_s, clean=clean)
     fire.finish()
-
-
-def test_sigint_ends_it_as_sigterm_does(clone: CloneUnderTest) -> None:
-    process = clone.start()
-    process.signal(signal.SIGINT)
-    assert process.wait() == 0
-    assert not os.path.lexists(clone.socket)
