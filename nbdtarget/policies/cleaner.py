@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cleaner: smq that may not migrate; it writes all that is dirty back, to end a cache.
+"""cleaner: smq without promotions and demotions. It writes back all dirty blocks, before a cache is removed.
 
-What is cached is served from the cache as ever, and writes go on to make blocks dirty where the
-mode lets them: for an end to the writing back, use it with writethrough. While there is other I/O
-it takes only blocks that were not used for a while; when idle, all. It is done when no block
-is dirty.
+Cached blocks are still served from the cache. In the mode writeback, writes to them still make them dirty, so
+the cleaner may never be done: use it with writethrough. While the cache is busy, only blocks that were
+not used for a while are written back; while it is idle, all are. The work is done when no block is dirty.
 """
 
 from typing import ClassVar
@@ -15,5 +14,7 @@ __all__ = ["Cleaner"]
 
 
 class Cleaner(Smq):
+    """See the module head."""
+
     name: ClassVar[str] = "cleaner"
     is_cleaner: ClassVar[bool] = True

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mq: the name of the policy before smq, which took its place.
+"""mq: another name for smq, kept for old table lines.
 
-It is smq under the old name, so hints are not shared between the two. Its old keys are
-accepted, shown as 0, and said to be ignored.
+mq was the kernel's policy before smq. Its keys are still accepted: they have no effect, are shown as 0, and a
+warning says so. Hints belong to a name, so a cache that changes from mq to smq loses them.
 """
 
 from typing import ClassVar, Final
@@ -23,6 +23,8 @@ _DIGITS_MAX: Final = 20  # of 64 bits
 
 
 class Mq(Smq):
+    """See the module head."""
+
     name: ClassVar[str] = "mq"
 
     def set_config_value(self, key: str, value: str) -> str | None:

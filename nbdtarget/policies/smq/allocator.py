@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Free cache blocks: first in, first out; at first 0, 1, 2 and so on.
+"""Which cache blocks are free. They are allocated in the order in which they became free.
 
-A block that was never allocated is in no list: a cursor finds it, so a cache of any size is
-ready at once. A freed block goes to the tail of the list, which comes after all of those.
+Blocks that were never allocated come first, as 0, 1, 2 and so on. They are in no list, a cursor finds
+them, and so a cache of any size is ready at once. A freed block goes to the tail of a list, which is used
+after all of those.
 """
 
 from typing import Final
@@ -17,7 +18,7 @@ _FREED: Final = 2
 
 
 class Allocator:
-    """Which of the entries of `links` are in use; free ones are linked here.
+    """Which of the entries of `links` are in use. Freed ones are linked into a list of this object.
 
     Attributes:
         nr_allocated: entries in use.
@@ -30,7 +31,7 @@ class Allocator:
         self._links = links
         self._head = links.new_mark()
         self._states = bytearray(links.nr_entries)
-        self._fresh = 0  # none below this is fresh
+        self._fresh = 0  # every entry below this has been allocated before
 
     @property
     def nr_free(self) -> int:
@@ -40,7 +41,7 @@ class Allocator:
         return self._states[entry] == _ALLOCATED
 
     def allocate(self) -> int:
-        """Take the entry that has been free for longest. There must be one."""
+        """Take the entry that has been free for the longest time. There must be one."""
         entry = self._states.find(_FRESH, self._fresh)
         self._fresh = entry if entry >= 0 else len(self._states)
         if entry < 0:
@@ -58,6 +59,7 @@ class Allocator:
         self.nr_allocated += 1
 
     def free(self, entry: int) -> None:
+        """Give an entry back, which must be in use."""
         assert self._states[entry] == _ALLOCATED
         self._states[entry] = _FREED
         self._links.link_before(self._head, entry)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which entry stands for a block: a chained hash table in flat arrays.
+"""`BlockTable`: which entry stands for a block of the origin. A chained hash table in flat arrays.
 
-16 to 20 bytes for each entry, and nothing for each block of the origin, so the size of the
-origin does not matter. A dict costs about 100 bytes for each entry; an array of one number for
-each origin block is 100 ns faster, but takes 2 GiB for an origin of 16 TiB in 32 KiB blocks.
+It takes 16 to 20 bytes for each entry and nothing for each block of the origin, so the size of the
+origin does not matter. A dict would take about 100 bytes for each entry. An array with one number for
+each block of the origin would be 100 ns faster, but would take 2 GiB for an origin of 16 TiB in blocks
+of 32 KiB.
 
-`find` is short; where a call is too much, as in `Smq.lookup`, it is written out.
+`Smq.lookup` contains a copy of `find`, because a call would cost too much there.
 """
 
 from array import array
@@ -13,7 +14,7 @@ from typing import Final
 
 __all__ = ["HASH_MASK", "HASH_MULTIPLIER", "NO_ENTRY", "BlockTable"]
 
-# Fibonacci hashing: neighbours and any power-of-two stride spread over all buckets.
+# Fibonacci hashing: neighbours, and strides of any power of two, are spread over all buckets.
 HASH_MULTIPLIER: Final = 0x9E3779B1
 HASH_MASK: Final = 0xFFFFFFFF
 
@@ -24,7 +25,7 @@ class BlockTable:
     """The table of one set of entries.
 
     Attributes:
-        blocks: the block of each entry; what an entry that is not inserted has means nothing.
+        blocks: the block of each entry. For an entry that is not inserted, the number means nothing.
         shift, buckets, chain: the hash table.
     """
 
@@ -36,7 +37,7 @@ class BlockTable:
         self.chain = array("I", [NO_ENTRY]) * nr_entries
 
     def find(self, block: int) -> int:
-        """The entry that was inserted for `block`, or -1."""
+        """Return the entry that was inserted for `block`, or -1."""
         blocks, chain = self.blocks, self.chain
         entry = self.buckets[(block * HASH_MULTIPLIER & HASH_MASK) >> self.shift]
         while entry != NO_ENTRY:
@@ -46,12 +47,14 @@ class BlockTable:
         return -1
 
     def insert(self, entry: int, block: int) -> None:
+        """Let `entry` stand for `block`. Neither may be in the table."""
         bucket = (block * HASH_MULTIPLIER & HASH_MASK) >> self.shift
         self.blocks[entry] = block
         self.chain[entry] = self.buckets[bucket]
         self.buckets[bucket] = entry
 
     def remove(self, entry: int) -> None:
+        """Forget the block of `entry`, which must be in the table."""
         bucket = (self.blocks[entry] * HASH_MULTIPLIER & HASH_MASK) >> self.shift
         at = self.buckets[bucket]
         if at == entry:

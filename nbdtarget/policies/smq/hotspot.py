@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hotspot queue: where on the origin the misses are, whether cached or not.
+"""`Hotspot`: which parts of the origin are missed most often.
 
-Theory of operation. The origin is seen in *hotspot blocks*, each some cache blocks long, so that
-the memory of few entries reaches far. Only misses are noted. The level of a hotspot block,
-0 ... 63, says how hot it is; what is above the `promote_level` is worth caching.
+Theory of operation. The queue looks at *hotspot blocks*, which are up to 16 cache blocks long, so that few
+entries cover much of the origin. It counts only misses. The level of a hotspot block, 0 ... 63, says how hot
+it is. Blocks at the `promote_level` or above are worth caching.
 
-The queue judges itself: an access to a block that was at level 48 or higher was foreseen, any
-other was not. The share of the foreseen decides how eagerly to promote, anew at each tick, and how
-many levels an access is worth, anew for each period of a second:
+The queue rates itself. An access to a hotspot block at level 48 or higher was foreseen, any other access was
+not. The share of foreseen accesses decides two things: how high the promote level is (again at each
+tick), and how many levels an access moves its block up (again for each period of a second):
 
     foreseen       performance   promote_level   level_jump
     < 1/16         POOR          48              4
     < 1/8          FAIR          32              2
     more           WELL          0               1
 
-(The kernel computes the promote level from the hit ratio of the cache too, but takes the larger of
-that and 64, which the other never exceeds.)
+(The kernel also computes a promote level from the hit ratio of the cache. It then takes the larger one of that
+and 64, and 64 is always the larger one.)
 
-A block's level rises at most once between two ticks; later accesses only make it the newest of
-its level. A block that is not known takes the entry of the oldest of the lowest level, and that
-one's level too, when all entries are in use.
+A block moves up at most once between two ticks. Later accesses only make it the newest block of its level. If
+all entries are in use, a block that has none takes the entry of the oldest block of the lowest level, and
+its level, too.
 """
 
 from typing import Final
@@ -46,7 +46,7 @@ LEVEL_JUMPS: Final = (4, 2, 1)
 def hotspot_geometry(
     nr_cblocks: int, *, origin_size: int, block_size: int
 ) -> tuple[int, int]:
-    """How many hotspot blocks there are, and how many cache blocks long each is."""
+    """Return how many hotspot blocks there are, and how many cache blocks long each of them is."""
     nr_blocks = max(nr_cblocks // 4, NR_BLOCKS_MIN)
     cblocks_each = BLOCK_CBLOCKS_MAX
     while cblocks_each > 1 and nr_blocks * cblocks_each * block_size > origin_size:
@@ -58,10 +58,10 @@ class Hotspot:
     """The hotspot queue of one cache. See the module head.
 
     Attributes:
-        queue: the levels; made equally long by its owner, in steps.
-        promote_level: what to promote; 64, that is nothing, before the first tick.
-        promote_level_min: what its owner allows at most, whatever the performance is.
-        level_jump: how far one access lifts a block.
+        queue: the levels. The owner makes them equally long, in steps.
+        promote_level: blocks at this level or above are promoted. It is 64 before the first tick, so nothing is.
+        promote_level_min: the promote level is never below this, which the owner sets.
+        level_jump: how many levels one access moves a block up.
     """
 
     def __init__(self, nr_cblocks: int, *, origin_size: int, block_size: int) -> None:
@@ -80,21 +80,22 @@ class Hotspot:
         )
         self._table = BlockTable(self.nr_blocks)
         self._nr_used = 0
-        # The tick, modulo 255, that an entry last rose in: cheaper than to clear bits at each tick.
+        # The tick, modulo 255, in which an entry last moved up. That is cheaper than one bit for each entry,
+        # all of which would have to be cleared at each tick.
         self._risen_in = bytearray(self.nr_blocks)
         self._tick = 1
         self._hits = 0
         self._misses = 0
-        self._nr_noted_before = 0  # this period
+        self._nr_noted_before = 0  # before this period
         self._period_end_ns: int | None = None  # due now
 
     @property
     def nr_noted(self) -> int:
-        """Accesses noted, since the beginning."""
+        """How many accesses were noted since the beginning."""
         return self._nr_noted_before + self._hits + self._misses
 
     def note_miss(self, oblock: int) -> int:
-        """Note one access to `oblock`; returns the level of its hotspot block now."""
+        """Note one access to `oblock`. Returns the level that its hotspot block has now."""
         block = oblock // self.cblocks_each
         queue = self.queue
         entry = self._table.find(block)
@@ -113,7 +114,7 @@ class Hotspot:
         return queue.level_of(entry)
 
     def tick(self, now_ns: int) -> None:
-        """Decide what is hot now; once in a period, start to redistribute."""
+        """Set the promote level. Once in a period, also start to make the levels equally long."""
         if self._tick == 255:
             self._risen_in = bytearray(self.nr_blocks)
             self._tick = 0

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a full cache still has what is asked of it: a share of misses, against its mean.
+"""`MissShare`: whether a full cache misses more often than it used to.
 
-Theory of operation. What counts is misses, and of the hits the first of each block in a period:
-a hit that is not the first costs the policy nothing, so nobody counts it. Their share is no miss
-ratio, but rises and falls with it. A share counts once it is of `EVENTS_MIN` or more; it has
-*risen* when it is above the mean of those before it by a seventh. The mean follows, so a load that
-is worse for good counts as the usual one after some time.
+Theory of operation. The policy counts misses, and the first hit of each block in a period. It does not count
+later hits of the same block, so that a hit stays cheap. The share of misses among these events is not the miss
+ratio, but it rises and falls with it. A share is computed from at least `EVENTS_MIN` events. It *has risen* if it
+is more than 15 % above the running mean of the shares before it. The mean follows slowly, so a load that has
+become worse for good counts as the normal one after some time.
 """
 
 from typing import Final
 
 __all__ = ["EVENTS_MIN", "MissShare"]
 
-EVENTS_MIN: Final = 1024  # at which chance makes for 5 %
+EVENTS_MIN: Final = 1024  # with so many, chance changes the share by about 5 %
 RISEN: Final = 1.15
-MEAN_OF: Final = 32  # shares, about
+MEAN_OF: Final = 32  # about how many shares the running mean covers
 
 
 class MissShare:
-    """The shares of one cache.
+    """The share of misses of one cache.
 
     Attributes:
         has_risen: whether the last share was well above the mean.
@@ -31,7 +31,7 @@ class MissShare:
         self._mean: float | None = None
 
     def note(self, misses: int, hit_blocks: int) -> None:
-        """A period has ended, in which there were so many misses and so many blocks were hit."""
+        """Take note of a period that has ended: of its misses, and of the number of blocks that were hit."""
         self._misses += misses
         self._events += misses + hit_blocks
         if self._events < EVENTS_MIN:

@@ -1,31 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-level queues: which blocks are hot, kept up to date at a constant cost for each access.
+"""Multi-level queues: how hot each block is, at a constant cost for each access.
 
-Theory of operation. A queue has 64 levels, each a list from the oldest entry to the newest. An
-access moves its entry up and another one down in exchange, so that levels keep their sizes and
-an entry's level says how often it was used compared with the others. From time to time the
-levels are made equally long again (`start_redistribution`).
+Theory of operation. A queue has 64 levels. Each level is a list from its oldest entry to its newest one. An
+access moves its entry up, and another one down in exchange. So levels keep their lengths, and the level of
+an entry says how often it was used compared with the others. From time to time the levels are made equally
+long again (`start_redistribution`).
 
-Entries are numbers, and lists are rings through two arrays of 32-bit numbers: 9 bytes for an
-entry with its level, nothing to allocate or collect. `Links` holds the rings of queues that share
-their entries; numbers from `nr_entries` up are not entries but marks: the head of each ring,
-and sentinels.
+Entries are numbers, and lists are rings through two arrays of 32-bit numbers. That takes 9 bytes for an entry
+with its level, and there are no objects to allocate or to collect. `Links` holds the rings of all queues that
+share their entries. Numbers below `nr_entries` are entries. The numbers above are marks: heads of rings, and
+sentinels.
 
-Redistribution, level by level from 0 up: a level that is too short takes the oldest entries of
-the next levels above that have any; one that is too long pushes its newest entries up, newest
-first. Done literally, an entry that has far to go is moved once for each level, 32 moves for
-each block of a fresh cache. Here what is pushed up is *carried*: it waits in a ring of its own,
-between its old level and its new one, and is moved twice however far it goes. Which entries end
-up where, and in what order, is the same.
+Redistribution goes from level 0 upwards. A level that is too short takes the oldest entries of the nearest level
+above that has any. A level that is too long pushes its newest entries up, the newest first. If that were done
+literally, an entry would be moved once for each level on its way: 32 moves for each block of a new cache. Here an
+entry that is pushed up is *carried*: it waits in a ring of its own between its old level and its new one, and
+so is moved twice, however far it goes. The result is the same, entry for entry.
 
-A million entries are still too many for one call, so it is done in steps (`redistribute`), and
-other calls may come between them. Then what is carried counts as the newest of the level that
-the redistribution has come to. This is a departure from the kernel, which holds its lock until
-everything is done; it shows only in caches with more entries to move than a step has moves.
+A million entries are still too many for one call. So `redistribute` does a limited number of moves, and other
+calls may come in between. Meanwhile, an entry that is carried counts as one of the newest of the level that the
+redistribution has reached. This is a departure from the kernel, which holds its lock until everything is done.
+It only shows in caches that have more entries to move than fit into one step.
 
-Ageing (`AgedQueue`): two sentinels in each level, old and young. Every period the old ones
-go to the tail and are the young ones then. What stands ahead of both has not been used for
-between one and two periods.
+Ageing (`AgedQueue`). Each level has two sentinels, the old one and the young one. When a period ends, the old
+sentinels move to the tails of their levels and become the young ones. Entries ahead of both sentinels have
+not been used for one to two periods.
 """
 
 from array import array
@@ -37,7 +36,7 @@ __all__ = ["NR_LEVELS", "TOP_LEVEL", "AgedQueue", "Links", "MultiLevelQueue"]
 NR_LEVELS: Final = 64
 TOP_LEVEL: Final = NR_LEVELS - 1
 
-# The level of an entry that is being carried. Never seen outside: `level_of` translates it.
+# The level of an entry that is being carried. `level_of` translates it for callers.
 _CARRIED: Final = NR_LEVELS
 
 
@@ -45,9 +44,9 @@ class Links:
     """Rings of entries, marked by heads and sentinels.
 
     Attributes:
-        nr_entries: entries are the numbers below this.
+        nr_entries: numbers below this are entries.
         next, prev: the rings.
-        levels: of each entry and sentinel, where it is linked in.
+        levels: the level of each entry and sentinel.
     """
 
     def __init__(self, nr_entries: int, nr_marks_max: int) -> None:
@@ -60,7 +59,7 @@ class Links:
         self._nr_marks_max = nr_marks_max
 
     def new_mark(self) -> int:
-        """A ring of its own, to be the head of a list or a sentinel in one."""
+        """Return a new mark, linked to itself: the head of an empty list, or a sentinel for one."""
         assert self._nr_marks < self._nr_marks_max
         mark = self.nr_entries + self._nr_marks
         self._nr_marks += 1
@@ -68,7 +67,7 @@ class Links:
         return mark
 
     def link_before(self, at: int, entry: int) -> None:
-        """Link `entry` in before `at`; before a head is the tail of its list."""
+        """Link `entry` in before `at`. Before the head of a list is its tail."""
         before = self.prev[at]
         self.next[entry] = at
         self.prev[entry] = before
@@ -85,8 +84,8 @@ class MultiLevelQueue:
     """One queue of 64 levels. See the module head.
 
     Args:
-        nr_top_levels, nr_in_top_levels: so many levels at the top share so many entries;
-            the others share the rest. 0: all are alike.
+        nr_top_levels, nr_in_top_levels: the highest `nr_top_levels` levels share `nr_in_top_levels`
+            entries, and the others share the rest. 0: all levels are alike.
     """
 
     NR_MARKS: ClassVar[int] = NR_LEVELS + 1
@@ -101,22 +100,24 @@ class MultiLevelQueue:
         self._nr_top_levels = nr_top_levels
         self._nr_in_top_levels = nr_in_top_levels
         self._targets = [0] * NR_LEVELS
-        self._targets_are_for = 0  # entries
-        # The redistribution under way: the level it has come to, or TOP_LEVEL if there is none.
+        self._targets_are_for = 0  # how many entries `_targets` were computed for
+        # The level that the redistribution has reached, or TOP_LEVEL if none is under way.
         self._at_level = TOP_LEVEL
         self._is_carry_reversed = False
-        self._has_turned = False  # this level has what it keeps; the carry goes on
+        self._has_turned = (
+            False  # this level has all that it keeps; what is left is carried on
+        )
 
     def __len__(self) -> int:
         return self._nr_entries
 
     def level_of(self, entry: int) -> int:
-        """The level of an entry of this queue, 0 ... 63."""
+        """Return the level of an entry of this queue, 0 ... 63."""
         level = self.links.levels[entry]
         return self._at_level if level == _CARRIED else level
 
     def level_lengths(self) -> list[int]:
-        """How many entries each level has."""
+        """Return how many entries each level has."""
         lengths = self._counts[:NR_LEVELS]
         lengths[self._at_level] += self._counts[_CARRIED]
         return lengths
@@ -124,7 +125,7 @@ class MultiLevelQueue:
     # ---- in and out --------------------------------------------------------------------------
 
     def push(self, entry: int, level: int) -> None:
-        """Put `entry` at the tail of `level`: it is the newest there."""
+        """Put `entry` at the tail of `level`, as its newest entry."""
         self._push_before(self._heads[level], entry, level)
 
     def push_front(self, entry: int, level: int) -> None:
@@ -132,14 +133,15 @@ class MultiLevelQueue:
         self._push_before(self.links.next[self._heads[level]], entry, level)
 
     def remove(self, entry: int) -> None:
+        """Take `entry` out of the queue."""
         self.links.unlink(entry)
         self._counts[self.links.levels[entry]] -= 1
         self._nr_entries -= 1
 
     def requeue(self, entry: int, extra_levels: int) -> None:
-        """Make `entry` the newest of its level, or of one higher by `extra_levels`.
+        """Make `entry` the newest one of the level that is `extra_levels` above its own.
 
-        Going up, it changes places with the oldest entry of the new level.
+        If it moves up, the oldest entry of the new level moves down in exchange.
         """
         level = self.level_of(entry)
         new_level = min(level + extra_levels, TOP_LEVEL)
@@ -149,10 +151,10 @@ class MultiLevelQueue:
         self._push_before(self._heads[new_level], entry, new_level)
 
     def peek(self, level_end: int = NR_LEVELS, *, past_sentinels: bool = True) -> int:
-        """The oldest entry of the lowest populated level below `level_end`, or -1.
+        """Return the oldest entry of the lowest level below `level_end` that has one, or -1.
 
         Args:
-            past_sentinels: if not, an entry counts only if it is ahead of all sentinels.
+            past_sentinels: False: only an entry ahead of all sentinels counts.
         """
         next_, counts, nr_entries = self.links.next, self._counts, self.links.nr_entries
         carried_at = self._at_level if counts[_CARRIED] else NR_LEVELS
@@ -168,7 +170,7 @@ class MultiLevelQueue:
         return -1
 
     def entries(self, level: int) -> Iterator[int]:
-        """The entries of one level, the oldest first, without what is carried."""
+        """Yield the entries of one level, the oldest first, without those that are carried."""
         entry = self.links.next[self._heads[level]]
         while entry != self._heads[level]:
             if entry < self.links.nr_entries:
@@ -182,7 +184,7 @@ class MultiLevelQueue:
         self._nr_entries += 1
 
     def _exchange(self, level: int, lower_level: int) -> None:
-        """The oldest entry of `level`, if any, goes down to `lower_level`."""
+        """Move the oldest entry of `level`, if it has one, down to `lower_level`."""
         if self._counts[level]:
             links = self.links
             entry, passed = links.next[self._heads[level]], 0
@@ -202,9 +204,9 @@ class MultiLevelQueue:
         return self._at_level < TOP_LEVEL or self._counts[_CARRIED] > 0
 
     def start_redistribution(self) -> None:
-        """Begin to make levels equally long; nothing moves before `redistribute`.
+        """Begin to make the levels equally long. No entry moves before `redistribute` is called.
 
-        One that is under way goes on instead, with the lengths that it was started for.
+        If a redistribution is under way already, this does nothing.
         """
         if not self.is_redistributing:
             self._set_targets()
@@ -212,7 +214,7 @@ class MultiLevelQueue:
             self._has_turned = False
 
     def redistribute(self, moves_max: int) -> int:
-        """Go on with the redistribution; returns how many moves were made."""
+        """Continue the redistribution by at most `moves_max` moves. Returns how many there were."""
         moves = 0
         while self._at_level < TOP_LEVEL and moves < moves_max:
             level = self._at_level
@@ -221,7 +223,7 @@ class MultiLevelQueue:
                 moves += self._put_down(level, target, moves_max - moves)
                 if self._counts[_CARRIED] and self._counts[level] < target:
                     break
-                # What stays is down. The rest goes on, the newest first.
+                # This level has what it needs. The rest is carried on, the newest first.
                 self._is_carry_reversed = not self._is_carry_reversed
                 self._has_turned = True
             moves += self._pick_up(level, target, moves_max - moves)
@@ -250,7 +252,7 @@ class MultiLevelQueue:
         return ring[self._heads[_CARRIED]]
 
     def _put_down(self, level: int, target: int, moves_max: int) -> int:
-        """Fill `level` up from the carry, the oldest first."""
+        """Fill `level` up with carried entries, the oldest first."""
         moves = min(target - self._counts[level], self._counts[_CARRIED], moves_max)
         for _ in range(moves):
             entry = self._oldest_carried()
@@ -259,7 +261,7 @@ class MultiLevelQueue:
         return max(moves, 0)
 
     def _pick_up(self, level: int, target: int, moves_max: int) -> int:
-        """Carry what is too much in `level`, the newest first."""
+        """Begin to carry the surplus of `level`, the newest entries first."""
         moves = min(self._counts[level] - target, moves_max)
         links, head, carry = self.links, self._heads[level], self._heads[_CARRIED]
         for _ in range(moves):
@@ -294,7 +296,7 @@ class MultiLevelQueue:
 
 
 class AgedQueue(MultiLevelQueue):
-    """A queue that knows what has not been used for a while. See the module head."""
+    """A queue that knows which entries have not been used for a while. See the module head."""
 
     NR_MARKS: ClassVar[int] = MultiLevelQueue.NR_MARKS + 2 * NR_LEVELS
 
@@ -304,7 +306,7 @@ class AgedQueue(MultiLevelQueue):
         self._young = self._new_sentinels()
 
     def end_period(self) -> None:
-        """What has not been used since the period before this one is old now."""
+        """End a period: entries that were not used since the end of the one before are old now."""
         self._old, self._young = self._young, self._old
         for level, sentinel in enumerate(self._young):
             self.links.unlink(sentinel)
@@ -317,7 +319,7 @@ class AgedQueue(MultiLevelQueue):
         return sentinels
 
     def _push_exchanged(self, entry: int, level: int, sentinels_passed: int) -> None:
-        # Who is pushed out of its level was not used for that: it keeps its age.
+        # The entry was not used, it was only pushed out of its level. So it keeps its age.
         if sentinels_passed == 0:
             self._push_before(self._old[level], entry, level)
         elif sentinels_passed == 1:
@@ -327,7 +329,7 @@ class AgedQueue(MultiLevelQueue):
 
 
 def _spread(nr_entries: int, nr_levels: int) -> list[int]:
-    """As evenly as can be; the lowest levels get what is left over."""
+    """Spread entries as evenly as possible. The lowest levels get the remainder."""
     if not nr_levels:
         return []
     each, left_over = divmod(nr_entries, nr_levels)

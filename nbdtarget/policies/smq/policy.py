@@ -1,68 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """smq, the stochastic multi-queue policy: device-mapper's own, and the default.
 
-Theory of operation. Three multi-level queues. What is cached is in the *clean* or the *dirty* one;
-a `Hotspot` queue watches the misses. Every cache block is in exactly one of these states:
+Theory of operation. smq has three multi-level queues (`multi_level_queue`). A cached block is in the
+*clean* or in the *dirty* queue. The *hotspot* queue (`hotspot`) counts misses. Every cache block is in
+exactly one of these states:
 
-    state       table  queue         leaves it by
+    state       table  queue         how it leaves the state
     free        -      -             a promotion is queued; a mapping is loaded
     reserved    -      -             the promotion ends: cached, or free again
     cached      yes    clean, dirty  a migration of it is queued; `invalidate`
-    pending     yes    -             demotion: free, or cached again; writeback: cached
-    pinned      yes    -, dirty      `unpin`; `invalidate`. While clean it is in no queue
+    pending     yes    -             a demotion ends: free, or cached again; a writeback ends: cached
+    pinned      yes    -, dirty      `unpin`; `invalidate`. While it is clean it is in no queue
 
-lookup       A hit lifts its block by one level, once in 60 s: that is what a hit costs, most of the
-             time a table look-up and nothing more. A miss is noted by the hotspot queue, and is
-             promoted if its hotspot block is hot enough, or if it is a write that needs no
-             copy and there is a free block. A full cache is more careful: see below.
-promotion    Takes a free block. If there is none, a demotion is queued instead, unless a quarter
-             of the cache is free or on its way to be, and this miss is not promoted.
-             What is promoted starts at the top.
-demotion     The oldest clean block of the lower half of the levels. None there: a writeback.
-writeback    The oldest dirty block; when not idle, only one that is not young.
-pin          A pinned block that is clean is in no queue, so nobody has to pass it by; it keeps its level
-             for the day that it is unpinned. Dirty ones are in the dirty queue, as all. A pin is
-             bit 6 of a hint: the kernel takes that for the highest level.
-clean target When idle there should be no dirty block, when busy any number will do.
+lookup       The first hit of a block in each period of 60 s moves it up by one level. Other hits cost a
+             table look-up and nothing more. A miss is counted by the hotspot queue. The block is promoted
+             if its hotspot block is hot enough, or if the bio is a write that needs no copy and a cache
+             block is free. A full cache promotes less: see the departures below.
+promotion    Takes a free cache block. If there is none, a demotion is queued, unless a quarter of the cache
+             is free or about to be; this miss is not promoted. A promoted block starts at the top level.
+demotion     Takes the oldest clean block of the lower half of the levels. If there is none, a dirty block
+             is written back instead.
+writeback    Takes the oldest dirty block. While the cache is not idle, it takes only one that is not young.
+pin          A pinned block that is clean is taken out of its queue, so that no search has to skip it. It
+             keeps its level for the time after `unpin`. Pinned blocks that are dirty stay in the dirty queue.
+             A pin is bit 6 of the hint, which the kernel reads as the highest level.
+clean target An idle cache should have no dirty block. A busy cache may have any number.
 
-Periods, judged at ticks: 1 s hotspot, 10 s ageing of dirty blocks, 60 s hits and levels of cached
-blocks. The first and the last are due at the first tick.
+Periods, which are checked at each tick: 1 s for the hotspot queue, 10 s for the age of dirty blocks, and 60 s
+for hits and levels of cached blocks. The first and the last are due at the first tick.
 
-Departures from the kernel. The first two matter:
+Departures from the kernel. The first two matter; docs/benchmarks.md measures them:
 
-- Once the cache has been full, and until a quarter of it is free again, only what is in the top
-  levels of the hotspot queue is promoted, unless misses have become more of late (`miss_share`). The
-  kernel promotes every miss as long as the hotspot queue does well (it has a table of
-  cautious promote levels for a full cache, and a `max` that switches it off): then any block
-  pushes another one out.
-- The period of 60 s ends sooner in a busy cache, but not a cleaner: when misses, and blocks that were
-  hit, are as many as half of its blocks, or 1024, and misses are not quite rare. In the kernel's minute a small cache may have every block hit, and
-  can tell none from another.
+- A cache that has been full promotes only what is in the top levels of the hotspot queue, until a quarter of
+  it is free again, or until misses have become more frequent (`miss_share`). The kernel promotes every miss
+  as long as the hotspot queue does well, so almost any block may push out another one. (The kernel
+  has a table of stricter levels for a full cache, but a `max` makes it ineffective.)
+- The period of 60 s ends early in a busy cache: when the misses and the blocks that were hit are together as
+  many as half of the cache's blocks, or 1024, and misses are not very rare. In the kernel's full minute, every
+  block of a small cache may have been hit, and then the policy cannot tell them apart. This does not hold for
+  a cleaner.
+- In a large cache the levels are made equally long in several steps: see `multi_level_queue`.
+- A hit is forgotten when its block is freed. In the kernel the next block in that place inherits it.
+- A promoted block starts clean. The kernel marks it dirty, and its target corrects that.
+- The kernel also counts hits of cached blocks by level, and ages the clean queue. Nothing reads either, so
+  both are left out here.
+- If a migration is only queued, invalidating its block drops the migration. In the kernel the queue keeps a
+  reference to a block that is gone.
 
-  Hit ratio and promotions of half a million accesses to 4096 blocks, by `scripts/hit_ratio`, at 68
-  and 10000 accesses a second; with a full_promote_level of 56, as here, and of 0, as the kernel has
-  (periods end by use in all four):
-
-                                  56, 68/s      56, 10000/s     0, 68/s       0, 10000/s      LRU      Belady
-      fio, reads                  77.8 %   1735  76.7 %   1387  73.4 %  16789  73.7 %   6805   75.1 %  85.9 %
-      zipf, reads                 86.2 %   1072  85.7 %    956  82.1 %  17067  82.8 %   5374   83.6 %  91.2 %
-      zipf, a third written       86.4 %   1193  86.0 %   1052  87.0 %  15740  86.6 %   6908   83.6 %  91.2 %
-      zipf and a scan             47.5 %   4177  47.0 %   1649  48.1 %  33077  47.7 %  14246   39.1 %  55.7 %
-      hot blocks become others    82.0 %   5694  77.4 %   1696  82.7 %  20093  77.8 %   4686   83.4 %  90.9 %
-
-  So while hot blocks stay the same it is above LRU, for a tenth of the migrations. When others
-  become hot it follows as the kernel does, and later than LRU: the last row at 10000/s is 25 s of
-  the new ones, of which dirty blocks take 20 to grow old.
-- A large cache notices that levels are made equally long in steps: see `multi_level_queue`.
-- A hit is forgotten when its block is freed; there the next block in that place inherits it.
-- It marks a promoted block dirty and has the target correct that; here it starts clean.
-- It counts hits of cached blocks by level, and ages the clean queue too; nothing reads either.
-- Invalidating a block whose migration is only queued drops the migration; the kernel's queue
-  is left pointing at nothing.
-
-Cost, measured with a million cache blocks on CPython 3.11: 35 bytes for each cache block, none
-for a block of the origin; 0.25 us for a hit (0.6 when its block is in no CPU cache), 2 us for a
-miss, 0.6 ms for the longest tick, 2 us for each mapping to load.
+Cost, measured with a million cache blocks on CPython 3.11: 35 bytes for each cache block, nothing for a block
+of the origin; 0.25 us for a hit (0.6 us if its block is in no CPU cache), 2 us for a miss, 0.6 ms for the
+longest tick, 2 us for each mapping that is loaded.
 """
 
 import math
@@ -100,24 +87,24 @@ __all__ = ["CBLOCKS_MAX", "MOVES_MAX", "Smq"]
 
 WRITEBACK_PERIOD_NS: Final = 10 * NS
 CACHE_PERIOD_NS: Final = 60 * NS
-# Where more blocks are hit for each miss, nothing has to make room: a period has its full length.
+# If more blocks are hit for each miss than this, nothing needs room, and the period is not cut short.
 HIT_BLOCKS_PER_MISS: Final = 64
 FREE_TARGET_PERCENT: Final = 25
 DEMOTE_LEVEL_END: Final = NR_LEVELS // 2
 FULL_PROMOTE_LEVEL: Final = NR_LEVELS - NR_TOP_LEVELS
 
-# Entries that one tick or `catch_up` moves: some 0.2 ms, four times that when nothing of it is in a
-# CPU cache.
+# How many entries one tick or one `catch_up` moves at most. It takes about 0.2 ms, or four times that if
+# none of the memory is in a CPU cache.
 MOVES_MAX: Final = 256
 
-CBLOCKS_MAX: Final = 1 << 31  # entries and marks are numbered in 32 bits
+CBLOCKS_MAX: Final = 1 << 31  # entries and marks have numbers of 32 bits
 
 _MAPPED: Final = 1
 _DIRTY: Final = 2
 _PENDING: Final = 4
 _PINNED: Final = 8
 
-# By the flags of an entry: whether it is in the clean or the dirty queue.
+# Indexed by the flags of an entry: whether it is in the clean or the dirty queue.
 _IS_QUEUED: Final = bytes(
     flags & (_MAPPED | _PENDING) == _MAPPED and flags & (_DIRTY | _PINNED) != _PINNED
     for flags in range(16)
@@ -125,7 +112,7 @@ _IS_QUEUED: Final = bytes(
 
 _ZEROES: Final = bytes(1 << 16)
 
-PINNED_HINT: Final = NR_LEVELS  # is added to the level
+PINNED_HINT: Final = NR_LEVELS  # added to the level in the hint of a pinned block
 
 
 class Smq(Policy):
@@ -133,6 +120,8 @@ class Smq(Policy):
 
     Attributes:
         tracker: the migrations that are queued or under way.
+        is_cleaner: it never migrates, and writes back even while the cache is busy.
+        full_promote_level: a full cache promotes what is at this level of the hotspot queue or above.
     """
 
     name: ClassVar[str] = "smq"
@@ -153,21 +142,21 @@ class Smq(Policy):
         self._dirty = AgedQueue(self._links)
         self._allocator = Allocator(self._links)
         self._flags = bytearray(nr_cblocks)
-        # Of this cache period.
+        # What happened in this cache period.
         self._is_hit = bytearray(nr_cblocks)
         self._nr_hit = 0
         self._nr_noted_before = 0
         self._nr_events_max: float = max(nr_cblocks // 2, EVENTS_MIN)
         if self.is_cleaner:
-            self._nr_events_max = (
-                math.inf
-            )  # else none of a busy cache's blocks grows old
+            # The period is never cut short. Otherwise no dirty block of a busy cache would grow old.
+            self._nr_events_max = math.inf
         self._table = BlockTable(nr_cblocks)
         self._hotspot = Hotspot(
             nr_cblocks, origin_size=origin_size, block_size=block_size
         )
         self._nr_pinned = 0
-        self._is_full = False  # was it, and not a quarter free again
+        # It has been full, and not a quarter of it has become free since.
+        self._is_full = False
         self._miss_share = MissShare()
         self._nr_free_target = nr_cblocks * FREE_TARGET_PERCENT // 100
         self._may_migrate = not self.is_cleaner
@@ -182,7 +171,7 @@ class Smq(Policy):
 
     # hot: a hit that is not the first of its period takes 0.3 us.
     def lookup(self, oblock: int, is_write: bool) -> int:
-        # `BlockTable.find`, written out.
+        # This is `BlockTable.find`, written out, because a call takes too long here.
         table = self._table
         blocks = table.blocks
         entry = table.buckets[(oblock * HASH_MULTIPLIER & HASH_MASK) >> table.shift]
@@ -226,7 +215,7 @@ class Smq(Policy):
         self._set_flags(cblock, flags & ~_DIRTY | dirty)
 
     def _rise(self, entry: int) -> None:
-        """The first hit of this period lifts the entry by a level."""
+        """Move the entry up by one level, for its first hit in this period."""
         flags = self._flags[entry]
         if not flags & _PENDING:
             self._is_hit[entry] = 1
@@ -240,24 +229,25 @@ class Smq(Policy):
         return self._dirty if flags & _DIRTY else self._clean
 
     def _set_flags(self, entry: int, flags: int) -> None:
-        """`entry`, which is not free, moves to the queue where it belongs now."""
+        """Set the flags of an entry that is not free, and move it to the queue where it belongs now."""
         self._take(entry)
         self._flags[entry] = flags
         self._push(entry)
 
     def _push(self, entry: int) -> None:
-        """Put the entry at the tail of the level that it has, unless it belongs in no queue."""
+        """Put the entry at the tail of its level in its queue, if it belongs in one."""
         flags = self._flags[entry]
         if _IS_QUEUED[flags]:
             self._queue_for(flags).push(entry, self._links.levels[entry])
 
     def _push_front(self, entry: int) -> None:
+        """As `_push`, but at the head of the level: it is the next one to be demoted or cleaned."""
         flags = self._flags[entry]
         if _IS_QUEUED[flags]:
             self._queue_for(flags).push_front(entry, self._links.levels[entry])
 
     def _take(self, entry: int) -> None:
-        """Out of its queue, if it is in one; the entry keeps its level."""
+        """Take the entry out of its queue, if it is in one. It keeps its level."""
         flags = self._flags[entry]
         if _IS_QUEUED[flags]:
             queue = self._queue_for(flags)
@@ -291,7 +281,7 @@ class Smq(Policy):
         self._may_migrate = allow and not self.is_cleaner
 
     def _reserve(self, oblock: int) -> Work | None:
-        """Take a free cblock for a promotion of `oblock`, or see to it that there will be one."""
+        """Take a free cblock for a promotion of `oblock`. If none is free, queue work that will free one."""
         if not self._may_migrate:
             return None
         if not self._allocator.nr_free:
@@ -306,7 +296,7 @@ class Smq(Policy):
         self._free(work.cblock)
 
     def _queue_demotion(self, *, forced: bool = False) -> None:
-        """A demotion, or what leads to one. `forced`: whatever there is, hot or young."""
+        """Queue a demotion, or a writeback that makes one possible. `forced`: of any block, hot or young."""
         entry = self._clean.peek(NR_LEVELS if forced else DEMOTE_LEVEL_END)
         if entry >= 0:
             self._queue_pending(entry, DEMOTE)
@@ -314,6 +304,7 @@ class Smq(Policy):
             self._queue_writeback(idle=forced)
 
     def _queue_writeback(self, idle: bool) -> None:
+        # Entries ahead of the sentinels are old. An idle cache writes back the young ones, too.
         entry = self._dirty.peek(past_sentinels=idle)
         if entry >= 0:
             self._queue_pending(entry, WRITEBACK)
@@ -323,6 +314,7 @@ class Smq(Policy):
         if self.tracker.queue(Work(op, self._table.blocks[entry], entry)):
             self._flags[entry] |= _PENDING
         else:
+            # The tracker has as many migrations as it takes.
             self._push_front(entry)
 
     def _is_free_target_met(self) -> bool:
@@ -397,7 +389,7 @@ class Smq(Policy):
         else:
             level = min(hint, TOP_LEVEL)
         self._map(cblock, oblock, dirty=dirty, level=level)
-        # Ahead of the sentinels: it may be cleaned or demoted at once.
+        # Ahead of the sentinels, as the kernel does: it may be cleaned or demoted at once.
         self._push_front(cblock)
 
     def invalidate(self, cblock: int) -> bool:
@@ -429,7 +421,7 @@ class Smq(Policy):
         self._links.levels[entry] = level
 
     def _unmap(self, entry: int) -> None:
-        """`entry`, which is in no queue, becomes free."""
+        """Remove the mapping of an entry that is in no queue, and free it."""
         self._table.remove(entry)
         self._free(entry)
 
@@ -466,7 +458,7 @@ class Smq(Policy):
             self._miss_share.note(nr_misses, self._nr_hit)
         self._nr_noted_before += nr_misses
         self._nr_hit = 0
-        # In place: a new array of this size costs ten times more, in page faults.
+        # In place: a new array of this size would cost ten times as much, because of page faults.
         for begin in range(0, self.nr_cblocks, len(_ZEROES)):
             nr = min(self.nr_cblocks - begin, len(_ZEROES))
             self._is_hit[begin : begin + nr] = _ZEROES[:nr]
@@ -493,5 +485,5 @@ class Smq(Policy):
 
 
 def _level_without_hint(cblock: int) -> int:
-    """Spread blocks of unknown use over the levels; the kernel's hash of 9 bits."""
+    """Spread blocks whose use is unknown over the levels, by the kernel's hash of 9 bits."""
     return (cblock * 0x61C88647 & 0xFFFFFFFF) >> 23 & TOP_LEVEL

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The background tracker: which migrations are queued or under way, and how many.
+"""The background tracker: which migrations are queued or under way.
 
     queue -> queued -> issue -> issued -> complete
                 \\-> cancel
 
-At most one for each oblock, at most `pending_max` in all, queued and issued together. The newest
-is issued first: the access that asked for it is the one most likely to come again.
+There is at most one migration for each oblock, and at most `pending_max` in all, queued and issued together.
+The newest one is issued first, because the access that asked for it is the one most likely to be repeated.
 """
 
 from typing import Final
@@ -31,14 +31,14 @@ class BackgroundTracker:
         self._queued: list[Work] = []
 
     def __len__(self) -> int:
-        """Migrations that are queued or issued."""
+        """How many migrations are queued or issued."""
         return len(self._pending)
 
     def __contains__(self, oblock: int) -> bool:
         return oblock in self._pending
 
     def start(self, work: Work) -> bool:
-        """Take `work` as issued; False, and nothing is done, if a bound forbids it."""
+        """Take `work` as issued. Returns False, and does nothing, if there would be too many."""
         if work.oblock in self._pending or len(self._pending) >= self.pending_max:
             return False
         self._pending[work.oblock] = work
@@ -47,25 +47,25 @@ class BackgroundTracker:
         return True
 
     def queue(self, work: Work) -> bool:
-        """Queue `work`; False, and nothing is done, if a bound forbids it."""
+        """Queue `work`. Returns False, and does nothing, if there would be too many."""
         if not self.start(work):
             return False
         self._queued.append(work)
         return True
 
     def issue(self) -> Work | None:
-        """The newest queued work; it is issued now."""
+        """Issue the newest queued work, if there is any."""
         return self._queued.pop() if self._queued else None
 
     def complete(self, work: Work) -> None:
-        """Issued `work` has ended, well or badly."""
+        """Issued `work` has ended, with success or without."""
         assert self._pending.get(work.oblock) is work, f"{work!r} is not under way"
         del self._pending[work.oblock]
         if work.op == DEMOTE:
             self.nr_demotions -= 1
 
     def cancel(self, oblock: int) -> Work | None:
-        """Drop the queued work of `oblock`; None if it has none, or only issued work."""
+        """Drop the queued work of `oblock` and return it. None: it has none, or it is issued already."""
         work = self._pending.get(oblock)
         if work is None or work not in self._queued:
             return None
