@@ -43,8 +43,8 @@ CACHE_TARGET: Final = (
         "Mappings are committed whose data the cache device may still lose.",
         "nbdtarget.targets.cache.target:CacheTarget.__init__",
         (
-            "            devices,\n            ctx.clock,",
-            "            devices[1:],\n            ctx.clock,",
+            "backing=(parts.cache, parts.origin),",
+            "backing=(parts.origin,),",
         ),
         MATRIX,
     ),
@@ -53,8 +53,8 @@ CACHE_TARGET: Final = (
         "A removal is committed, and what was written back is lost in the origin's write cache.",
         "nbdtarget.targets.cache.target:CacheTarget.__init__",
         (
-            "            devices,\n            ctx.clock,",
-            "            devices[:1],\n            ctx.clock,",
+            "backing=(parts.cache, parts.origin),",
+            "backing=(parts.cache,),",
         ),
         MATRIX,
     ),
@@ -101,7 +101,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "lost-writes-forgotten-at-reload",
         "A table whose commit failed is swapped away, and the next FLUSH says that all is well.",
-        "nbdtarget.targets.cache.target:CacheTarget.has_lost_writes",
+        "nbdtarget.targets.mapping:MappingTarget.has_lost_writes",
         (
             "    def has_lost_writes(self) -> bool:\n        return self._committer.has_failed",
             "    def has_lost_writes(self) -> bool:\n        return False",
@@ -113,8 +113,8 @@ CACHE_TARGET: Final = (
         "The table that was loaded before another one's commit failed acknowledges FUA.",
         "nbdtarget.targets.cache.target:CacheTarget.resume",
         (
-            "            self._committer.has_failed = True\n        self._look_at_mode()",
-            "            self._is_tick_due = False\n        self._look_at_mode()",
+            "            self._committer.has_failed = True\n        super().resume()",
+            "            self._is_tick_due = False\n        super().resume()",
         ),
         (UNIT + "test_attack_durability.py",),
     ),
@@ -357,7 +357,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "distrusted-copies-recorded-as-clean",
         "A cache device has failed its flush, and the end records its copies as clean.",
-        "nbdtarget.targets.cache.target:CacheTarget.postsuspend",
+        "nbdtarget.targets.cache.target:CacheTarget._record_stop",
         (
             "is_sound = self._is_active and not self._blocks.distrusts_cache",
             "is_sound = self._is_active",

@@ -97,7 +97,7 @@ CLONE: Final = (
     Mutant(
         "lost-writes-forgotten-at-reload",
         "A table whose commit failed is swapped away, and the next FLUSH says that all is well.",
-        "nbdtarget.targets.clone.target:CloneTarget.has_lost_writes",
+        "nbdtarget.targets.mapping:MappingTarget.has_lost_writes",
         (
             (
                 "    def has_lost_writes(self) -> bool:\n        return self._committer.has_failed",
@@ -109,7 +109,7 @@ CLONE: Final = (
     Mutant(
         "suspend-without-commit",
         "A clean shutdown does not commit: what was hydrated is hydrated again.",
-        "nbdtarget.targets.clone.target:CloneTarget.postsuspend",
+        "nbdtarget.targets.clone.target:CloneTarget._record_stop",
         (
             (
                 "            await self._committer.commit(clean_shutdown=True)\n",

@@ -113,7 +113,7 @@ class CacheWatch(CacheInvariants):
 
 def _has_work(target: CacheTarget) -> bool:
     """Whether migrations are queued."""
-    policy = target._policy
+    policy = target._blocks.policy
     assert isinstance(policy, Smq)
     return len(policy.tracker) > 0
 

@@ -249,7 +249,7 @@ class Liveness:
         target = self.lab.target
         assert not target._blocks.locks.nr_holds
         assert not target._foreground._through
-        metadata, policy = target._metadata, target._policy
+        metadata, policy = target._metadata, target._blocks.policy
         if metadata.mode is not Mode.RW:
             return
         assert isinstance(policy, Smq)

@@ -4,6 +4,7 @@
 from array import array
 from collections.abc import Iterable
 
+from nbdtarget.bio import Bio
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.activation import Activation
@@ -135,6 +136,7 @@ class Table:
             length=bench.ctx.length,
             options=self.parts.options,
             event=bench.ctx.event,
+            remap=_parked,
             broken=_broken,
         )
 
@@ -148,6 +150,10 @@ class Table:
 
     def _failed(self) -> None:
         self.nr_failures += 1
+
+
+def _parked(bio: Bio) -> None:
+    raise AssertionError(f"no test parks a bio: {bio}")
 
 
 def _broken(error: BaseException) -> None:

@@ -65,6 +65,7 @@ class Blocks:
         length: int,
         options: Options,
         event: Callable[[], None],
+        remap: Callable[[Bio], None],
         broken: Callable[[BaseException], None],
         failures: Failures,
     ) -> None:
@@ -79,6 +80,7 @@ class Blocks:
         self.origin_writes = OriginWrites(
             lambda: not (self.locks.has_writers or self.nr_migrating)
         )
+        committer.unflushed[origin] = self.origin_writes
         self.length = length
         self.block_size: Final = metadata.block_size
         self.nr_oblocks = length // metadata.block_size
@@ -90,10 +92,10 @@ class Blocks:
         self.nr_migrating = 0
         self.distrusts_cache = False
         self.event = event
+        self.remap = remap
         self.broken = broken
         self.failures = failures
         self.wake: Callable[[], None] = _nobody
-        self.remap: Callable[[Bio], None] = _nobody
 
     @property
     def is_writable(self) -> bool:

@@ -41,6 +41,7 @@ class Distrust:
     def __init__(self, blocks: Blocks, changed: Callable[[], None]) -> None:
         self._blocks = blocks
         self._changed = changed
+        blocks.committer.can_do_without = self.maybe_let_go
 
     def maybe_let_go(
         self, device: Device, transaction: Transaction | None

@@ -46,10 +46,10 @@ class GivingUp:
 
     Args:
         spawn: runs a coroutine that a suspend waits for.
+        too_many: called when many blocks have been given up: each of them costs a failed try and a commit.
 
     Attributes:
         nr_given_up: blocks, since this table was constructed.
-        too_many: called when these have become many: each of them costs a failed try and a commit.
     """
 
     def __init__(
@@ -57,13 +57,15 @@ class GivingUp:
         blocks: Blocks,
         clock: Clock,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        *,
+        too_many: Callable[[], object],
     ) -> None:
         self._blocks = blocks
         self._clock = clock
         self._spawn = spawn
         self._under_way: dict[int, list[Callable[[int], None]]] = {}  # by oblock
         self.nr_given_up = 0
-        self.too_many: Callable[[], object] = lambda: None
+        self._too_many = too_many
         blocks.locks.rescue = self.rescue_read
 
     def rescue_read(self, bio: Bio, errno: int, oblock: int, cblock: int) -> bool:
@@ -167,7 +169,7 @@ class GivingUp:
         )
         blocks.event()
         if self.nr_given_up == GIVEN_UP_MAX:
-            self.too_many()
+            self._too_many()
 
 
 def _nobody(_: int) -> None:

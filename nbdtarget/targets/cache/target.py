@@ -41,20 +41,16 @@ import asyncio
 import errno as errnos
 import logging
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.common.clock import sleep
-from nbdtarget.common.errors import DeviceError, TableError
-from nbdtarget.common.words import join_words
-from nbdtarget.devices.base import Device, Extent, QueueLimits
-from nbdtarget.policies.base import PolicyConfigError
+from nbdtarget.devices.base import Device, Extent
 from nbdtarget.targets.base import (
     KILL,
     SUBMITTED,
     StatusFields,
-    Target,
     TargetContext,
 )
 from nbdtarget.targets.cache.activation import Activation
@@ -66,31 +62,30 @@ from nbdtarget.targets.cache.extents import CACHE, base_extents, cache_extents
 from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.cache.foreground import Foreground
 from nbdtarget.targets.cache.giving_up import GivingUp
-from nbdtarget.targets.cache.invalidation import invalidate
+from nbdtarget.targets.cache.messages import Messages
 from nbdtarget.targets.cache.migrations import Migrations
 from nbdtarget.targets.cache.report import (
     measured_pairs,
     status_fields,
     status_line,
 )
-from nbdtarget.targets.cache.table import MESSAGES, parse_core_value, parse_ranges
+from nbdtarget.targets.cache.table import MESSAGES
 from nbdtarget.targets.cache.wishes import Wishes
-from nbdtarget.targets.committer import Committer
-from nbdtarget.targets.disks import cache_samples, spread_ones
+from nbdtarget.targets.disks import ORIGIN_ROLE, cache_samples, spread_ones
+from nbdtarget.targets.mapping import MappingTarget
 from nbdtarget.targets.measured import target_attributes
+from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from nbdtarget_metadata.errors import MetadataError
-from nbdtarget_metadata.mode import Mode
 
 __all__ = ["CacheTarget"]
 
-INVALIDATED_AT_ONCE: Final = 1024  # by one commit
 STEP_CBLOCKS: Final = 4096  # between two turns of the loop: a millisecond or so
 
 log = logging.getLogger(__name__)
 
 
-class CacheTarget(Target):
+class CacheTarget(MappingTarget[CacheMetadata]):
     """`<metadata dev> <cache dev> <origin dev> <block size> …`
 
     Source: drivers/md/dm-cache-target.c for the interface, not for the inside.
@@ -99,29 +94,25 @@ class CacheTarget(Target):
     type_name = "cache"
     version = (2, 4, 0)
     messages = MESSAGES
-    can_discard = True
+    context = CACHE
 
     def __init__(self, ctx: TargetContext, parts: Parts) -> None:
-        super().__init__(ctx)
-        self._parts = parts
-        self._metadata = parts.metadata
-        self._policy = parts.policy
-        devices = parts.cache, parts.origin
-        self.can_write_zeroes = all(device.can_write_zeroes for device in devices)
-        self.can_fast_zero = all(device.can_fast_zero for device in devices)
-        self._committer = Committer(
-            ctx.name,
-            parts.metadata,
-            parts.metadata_device,
-            devices,
-            ctx.clock,
-            committed=self._committed,
-            failed=self._failed,
-            rests_on_unflushed=self._rests_on_unflushed,
+        super().__init__(
+            ctx,
+            words=parts.words,
+            devices=(parts.metadata_device, parts.cache, parts.origin),
+            backing=(parts.cache, parts.origin),
+            metadata=parts.metadata,
+            disks=parts.disks,
+            block_size=parts.block_size,
             metadata_failed=parts.metadata.blame,
             aborts_on_loss=True,
         )
+        self._parts = parts
+        if parts.options.discard_passdown:
+            self._pass_down(ORIGIN_ROLE, parts.origin)
         self._discards = DiscardBits(parts.block_size, ctx.length)
+        self._discard_granularity = self._discards.dblock_size
         self._blocks = Blocks(
             name=ctx.name,
             origin=parts.origin,
@@ -133,18 +124,20 @@ class CacheTarget(Target):
             length=ctx.length,
             options=parts.options,
             event=ctx.event,
+            remap=self._remap,
             broken=self._broken,
             failures=Failures(ctx.name, ctx.clock),
         )
-        self._blocks.remap = self._remap
-        self._committer.unflushed[parts.origin] = self._blocks.origin_writes
+        self._activation = Activation(ctx, parts, self._committer, self._discards)
         self._distrust = Distrust(self._blocks, self._look_at_mode)
-        self._committer.can_do_without = self._distrust.maybe_let_go
-        self._passdown = _passes_down(ctx.name, parts)
         self._wishes = Wishes(self._blocks)
         self._migrations = Migrations(self._blocks, self._wishes, ctx.clock)
-        self._giving_up = GivingUp(self._blocks, ctx.clock, self._migrations.spawn)
-        self._giving_up.too_many = self._distrust.many_given_up
+        self._giving_up = GivingUp(
+            self._blocks,
+            ctx.clock,
+            self._migrations.spawn,
+            too_many=self._distrust.many_given_up,
+        )
         self._foreground = Foreground(
             self._blocks,
             self._giving_up,
@@ -152,17 +145,23 @@ class CacheTarget(Target):
             missed=self._missed,
             warm=self._wishes.advise,
         )
-        self._activation = Activation(ctx, parts, self._committer, self._discards)
+        self._messages = Messages(
+            self._blocks,
+            self._migrations,
+            self._wishes,
+            ctx.clock,
+            self.unknown_message,
+        )
         self._is_active = False  # preresume has not refused
-        self._is_suspended = True
-        self._is_stopped = True  # from presuspend to resume
-        self._changing = asyncio.Lock()  # who changes metadata by message
         self._is_tick_due = False
-        # hot: what `map` asks for each bio.
-        self._fast_op_max = -1
         self._is_sealed = False  # nothing may be written: see `JournaledMetadata`
-        self._block_size: Final = parts.block_size
-        self._nr_oblocks: Final = ctx.length // parts.block_size
+        self._prepare_map(parts)
+
+    def _prepare_map(self, parts: Parts) -> None:
+        """Keep at hand what `map` asks for each bio."""
+        self._fast_op_max = -1
+        self._block_size = parts.block_size
+        self._nr_oblocks = self.length // parts.block_size
         self._locks = self._blocks.locks
         self._locked = self._blocks.locks.locked
         self._lookup = parts.policy.lookup
@@ -173,11 +172,6 @@ class CacheTarget(Target):
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "CacheTarget":
         return cls(ctx, await construct(ctx, args))
-
-    async def dtr(self) -> None:
-        assert self._is_suspended
-        for device in self.iterate_devices():
-            await self.ctx.close_device(device)
 
     # I/O
 
@@ -257,57 +251,46 @@ class CacheTarget(Target):
     async def preresume(self) -> None:
         self._is_active = False
         policy = await self._activation.preresume()
-        self._policy = self._blocks.policy = policy
+        self._blocks.policy = policy
         self._lookup = policy.lookup
         self._is_active = True
 
     def resume(self) -> None:
-        self._is_suspended = self._is_stopped = False
-        self._committer.watch()
+        self._messages.is_stopped = False
         if not self._blocks.is_writable:
             # The table before had a commit fail: no FLUSH or FUA can be promised here, either.
             self._committer.has_failed = True
-        self._look_at_mode()
-        if self._metadata.changed and self._blocks.is_writable:
-            self._committer.note_change()
+        super().resume()
         self._migrations.resume()
 
-    def push_back(self) -> list[Bio]:
-        bios = self._foreground.push_back()
-        for bio in bios:
-            bio.offset += self.begin
-        return bios
+    def _held_back(self) -> list[Bio]:
+        return self._foreground.push_back()
 
     def presuspend(self) -> None:
-        self._is_stopped = True
+        self._messages.is_stopped = True
         self._migrations.presuspend()
 
     async def quiesce(self) -> None:
         await self._migrations.quiesce()
 
     def presuspend_undo(self) -> None:
-        self._is_stopped = False
+        self._messages.is_stopped = False
         self._migrations.resume()
 
-    async def postsuspend(self) -> None:
-        self.presuspend()
-        await self.quiesce()
+    async def _record_stop(self) -> None:
         try:
-            async with self._changing:
-                # Of copies that nobody trusts nothing may be recorded as clean.
+            async with self._messages.changing:
+                # Nothing may be recorded as clean of copies that are not trusted.
                 is_sound = self._is_active and not self._blocks.distrusts_cache
                 if is_sound and self._blocks.is_writable:
                     await self._sync()
         except MetadataError as error:
             log.error("%s: full sync: %s", self.ctx.name, error)
-        await self._committer.quiesce()
-        self._committer.unwatch()
-        self._is_suspended = True
 
     async def _sync(self) -> None:
         """Record all that a crash would forget, and what the disks are like."""
-        policy, metadata = self._policy, self._metadata
-        await self._note_stop()
+        policy, metadata = self._blocks.policy, self._metadata
+        await self._note_stop(self._samples)
         hints: array[int] | None = None
         if policy.hint_size:
             hints = array("I")
@@ -323,15 +306,10 @@ class CacheTarget(Target):
         )
         await self._committer.commit(clean_shutdown=True)
 
-    async def _note_stop(self) -> None:
-        """Have the last commit record what the disks are like."""
-        disks = self._parts.disks
-        # What is marked with a generation must say all that is recorded with it.
-        if not (disks.are_known and await self._committer.commit()):
-            return
+    def _samples(self) -> Mapping[str, Sequence[int]]:
+        """Some blocks of the origin: the next start looks whether they are still what they were."""
         dirty = spread_ones(self._metadata.dirty, self._metadata.nr_cblocks)
-        samples = cache_samples(dirty, self._block_size, self._parts.origin)
-        await disks.note_stop(samples)
+        return cache_samples(dirty, self._block_size, self._parts.origin)
 
     def _rests_on_unflushed(self, lost: Sequence[Device]) -> bool:
         """What was copied may be lost: a block that is clean in core may be dirty.
@@ -357,14 +335,7 @@ class CacheTarget(Target):
             self.ctx.name,
             "fail" if self._blocks.has_failed else "read-only",
         )
-        self._look_at_mode()
-        self.ctx.event()
-
-    def _broken(self, error: BaseException) -> None:
-        log.critical("%s: switching to fail mode", self.ctx.name, exc_info=error)
-        self._metadata.fail()
-        self._committer.has_failed = True
-        self._failed()
+        super()._failed()
 
     def _look_at_mode(self) -> None:
         blocks = self._blocks
@@ -374,17 +345,11 @@ class CacheTarget(Target):
             if not (blocks.cache.fails_inline or blocks.distrusts_cache):
                 self._fast_op_max = OP_WRITE
         elif not blocks.is_writable:
-            self._policy.allow_migrations(False)  # else it takes blocks for them
+            blocks.policy.allow_migrations(False)  # else it takes blocks for them
 
     # Words
 
-    async def status(self, *, noflush: bool = False) -> str:
-        if self._blocks.has_failed:
-            return "Fail"
-        if not (noflush or self._is_suspended or self._committer.has_failed):
-            await self._committer.commit()
-        if self._metadata.mode is Mode.FAIL:
-            return "Error"
+    def _status_line(self) -> str:
         return status_line(self._blocks, discard_passdown=self._passdown)
 
     def status_fields(self) -> StatusFields:
@@ -396,12 +361,6 @@ class CacheTarget(Target):
         fields["blocks_given_up"] = self._giving_up.nr_given_up
         return fields
 
-    def table_words(self) -> str:
-        # As the kernel shows major:minor for whatever name was given: one that means the same
-        # device in every directory, and today. The other words stay as they were typed.
-        names = [device.name for device in self.iterate_devices()]
-        return join_words((*names, *self._parts.words[len(names) :]))
-
     def measured_words(self) -> str:
         return target_attributes(
             self,
@@ -411,111 +370,14 @@ class CacheTarget(Target):
         )
 
     async def message(self, words: Sequence[str]) -> str | None:
-        if [word.lower() for word in words] == ["flush_origin"]:
-            await self._flush_origin()
-            return None
-        if not self._blocks.is_writable:
-            raise TableError(
-                "unable to service cache target messages in READ_ONLY or FAIL mode",
-                errnos.EOPNOTSUPP,
-            )
-        nr_oblocks = self._nr_oblocks
-        match [words[0].lower(), *words[1:]]:
-            case ["invalidate_cblocks", *ranges]:
-                await self._invalidate(ranges)
-            case ["invalidate_all"]:
-                await self._invalidate_all()
-            case ["clean_now"]:
-                self._migrations.clean_now()
-            case ["pin" | "warm" | "unpin" as verb]:
-                raise TableError("Invalid argument", hint=f"`{verb}' needs a block")
-            case ["pin", *ranges]:
-                self._wishes.add(parse_ranges(ranges, nr_oblocks, "oblock"), pin=True)
-            case ["warm", *ranges]:
-                self._wishes.add(parse_ranges(ranges, nr_oblocks, "oblock"), pin=False)
-            case ["unpin", *ranges]:
-                await self._wishes.unpin(parse_ranges(ranges, nr_oblocks, "oblock"))
-            case [_, value]:
-                self._set_value(words[0], value)
-            case _:
-                raise self.unknown_message(words)
+        await self._messages.carry_out(words)
         return None
-
-    async def _flush_origin(self) -> None:
-        """Tell whether the origin takes a flush now; commits nothing. Raises: TableError."""
-        try:
-            await self._parts.origin.flush()
-        except DeviceError as error:
-            raise TableError(str(error), error.errno) from error
-
-    def _set_value(self, key: str, value: str) -> None:
-        options = self._blocks.options
-        try:
-            match key.lower():
-                case "migration_threshold":
-                    options.migration_threshold = parse_core_value(key, value)
-                case "migration_rate":
-                    options.migration_rate = parse_core_value(key, value)
-                    self._migrations.rate.set(options.migration_rate)
-                case _:
-                    warning = self._policy.set_config_value(key, value)
-                    if warning:
-                        log.warning("%s: %s", self.ctx.name, warning)
-        except PolicyConfigError as error:
-            raise self.unknown_message([key, value], str(error)) from error
-        self._migrations.wake()
-
-    async def _invalidate(self, ranges: Sequence[str]) -> None:
-        if not self._blocks.is_passthrough:
-            reason = "cache has to be in passthrough mode for invalidation"
-            raise TableError(reason, errnos.EPERM)
-        for begin, end in parse_ranges(ranges, self._metadata.nr_cblocks):
-            await self._invalidate_range(begin, end)
-
-    async def _invalidate_range(self, begin: int, end: int) -> None:
-        for at in range(begin, end, INVALIDATED_AT_ONCE):
-            cblocks = range(at, min(at + INVALIDATED_AT_ONCE, end))
-            async with self._changing:
-                if self._is_stopped:
-                    raise TableError("cache is suspended", errnos.EBUSY)
-                await invalidate(self._blocks, cblocks, self.ctx.clock)
-
-    async def _invalidate_all(self) -> None:
-        """Give up what is cached: the origin has been changed without us, and cannot tell."""
-        self._discards.load(None)  # nor is it known what nobody needs there
-        await self._invalidate_range(0, self._metadata.nr_cblocks)
-        nr_dirty = self._metadata.nr_dirty
-        if nr_dirty:
-            raise TableError(
-                f"{nr_dirty} dirty blocks stay cached: they are newer than the origin",
-                errnos.EBUSY,
-            )
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await base_extents(self._blocks, offset - self.begin, length)
 
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        return (CACHE,)
-
-    async def context_extents(
-        self, context: str, offset: int, length: int
-    ) -> list[Extent]:
-        if context != CACHE:
-            return await super().context_extents(context, offset, length)
-        return cache_extents(self._blocks, offset - self.begin, length)
-
-    def io_hints(self, limits: QueueLimits) -> QueueLimits:
-        size = self._block_size
-        if not self._passdown:
-            limits = limits._replace(discard_granularity=self._discards.dblock_size)
-        if limits.io_opt < size or limits.io_opt % size:
-            limits = limits._replace(io_min=size, io_opt=size)
-        return limits
-
-    def iterate_devices(self) -> Iterable[Device]:
-        parts = self._parts
-        return parts.metadata_device, parts.cache, parts.origin
+    def _describe(self, offset: int, length: int) -> list[Extent]:
+        return cache_extents(self._blocks, offset, length)
 
     @property
     def is_rotational(self) -> bool:
@@ -524,21 +386,5 @@ class CacheTarget(Target):
     def data_devices(self) -> Iterable[Device]:
         return self._parts.cache, self._parts.origin
 
-    def has_lost_writes(self) -> bool:
-        return self._committer.has_failed
-
     def exclusive_devices(self) -> Iterable[Device]:
         return self.iterate_devices()
-
-
-def _passes_down(name: str, parts: Parts) -> bool:
-    """Whether discards go on to the origin."""
-    if not parts.options.discard_passdown:
-        return False
-    if not parts.origin.can_discard:
-        log.warning(
-            "%s: origin %s does not support discards: no passdown",
-            name,
-            parts.origin.name,
-        )
-    return parts.origin.can_discard

@@ -62,7 +62,7 @@ Everything else is as in the source, or as an ordinary disk leaves it.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from nbdtarget.bio import (
@@ -75,14 +75,12 @@ from nbdtarget.bio import (
     split_bio,
 )
 from nbdtarget.common.errors import TableError
-from nbdtarget.common.words import join_words
-from nbdtarget.devices.base import Device, Extent, QueueLimits
+from nbdtarget.devices.base import Device, Extent
 from nbdtarget.targets.base import (
     KILL,
     REMAPPED,
     SUBMITTED,
     StatusFields,
-    Target,
     TargetContext,
 )
 from nbdtarget.targets.clone.constructor import Parts, construct
@@ -103,9 +101,10 @@ from nbdtarget.targets.clone.table import (
     describe_value,
     parse_value,
 )
-from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import DESTINATION_ROLE, spread_ones
+from nbdtarget.targets.mapping import MappingTarget
 from nbdtarget.targets.opening import refuse_stale
+from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.disks import SAMPLE_BYTES
 from nbdtarget_metadata.mode import Mode
 
@@ -116,7 +115,7 @@ _READS: Final = (OP_READ, OP_CACHE)
 log = logging.getLogger(__name__)
 
 
-class CloneTarget(Target):
+class CloneTarget(MappingTarget[CloneMetadata]):
     """`<metadata dev> <destination dev> <source dev> <region size> …`
 
     Source: drivers/md/dm-clone-target.c for the interface, not for the inside.
@@ -125,27 +124,22 @@ class CloneTarget(Target):
     type_name = "clone"
     version = (1, 0, 0)
     messages = MESSAGES
-    can_discard = True
+    context = HYDRATION
 
     def __init__(self, ctx: TargetContext, parts: Parts) -> None:
-        super().__init__(ctx)
+        super().__init__(
+            ctx,
+            words=parts.words,
+            devices=(parts.metadata_device, parts.destination, parts.source),
+            backing=(parts.destination,),
+            metadata=parts.metadata,
+            disks=parts.disks,
+            block_size=parts.region_size,
+        )
         self._parts = parts
         self._source = parts.source
         self._destination = parts.destination
-        self._metadata = parts.metadata
         self._bits = parts.metadata.hydrated
-        self.can_write_zeroes = parts.destination.can_write_zeroes
-        self.can_fast_zero = parts.destination.can_fast_zero
-        self._committer = Committer(
-            ctx.name,
-            parts.metadata,
-            parts.metadata_device,
-            (parts.destination,),
-            ctx.clock,
-            committed=self._committed,
-            failed=self._failed,
-            rests_on_unflushed=self._rests_on_unflushed,
-        )
         self._regions = Regions(
             source=parts.source,
             destination=parts.destination,
@@ -168,15 +162,8 @@ class CloneTarget(Target):
         )
         self._cache_requests = CacheRequests(self._regions, self._filler)
         self._then_linear = parts.options.then_linear
-        self._passdown = parts.options.discard_passdown
-        if self._passdown and not parts.destination.can_discard:
-            log.warning(
-                "%s: destination %s does not support discards: no passdown",
-                ctx.name,
-                parts.destination.name,
-            )
-            self._passdown = False
-        self._is_suspended = True
+        if parts.options.discard_passdown:
+            self._pass_down(DESTINATION_ROLE, parts.destination)
         # All regions are hydrated, and durably so: from here on we only pass bios on.
         self._is_hydrated = False
         self._has_failed = False
@@ -185,11 +172,6 @@ class CloneTarget(Target):
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "CloneTarget":
         return cls(ctx, await construct(ctx, args))
-
-    async def dtr(self) -> None:
-        assert self._is_suspended
-        for device in self.iterate_devices():
-            await self.ctx.close_device(device)
 
     # I/O
 
@@ -311,29 +293,21 @@ class CloneTarget(Target):
             return
         if self._metadata.needs_rewrite and not await self._committer.commit():
             return  # it is in mode RO now, which `resume` looks at
-        disks = self._parts.disks
-        await disks.prepare()
-        is_recorded = disks.is_recorded
+        await self._disks.prepare()
+        is_recorded = self._disks.is_recorded
         if is_recorded and not self._metadata.needs_rewrite:
             return
         if await self._committer.commit() and not is_recorded:
-            await disks.confirm()
+            await self._disks.confirm()
 
     def resume(self) -> None:
-        self._is_suspended = False
-        self._committer.watch()
-        self._look_at_mode()
-        if self._metadata.changed and self._regions.is_writable:
-            self._committer.note_change()
+        super().resume()
         self._cache_requests.resume()
         self._hydration.resume()
         self._maybe_become_linear()
 
-    def push_back(self) -> list[Bio]:
-        bios = [*self._foreground.push_back(), *self._cache_requests.push_back()]
-        for bio in bios:
-            bio.offset += self.begin
-        return bios
+    def _held_back(self) -> list[Bio]:
+        return [*self._foreground.push_back(), *self._cache_requests.push_back()]
 
     def presuspend(self) -> None:
         self._hydration.presuspend()
@@ -347,30 +321,17 @@ class CloneTarget(Target):
         self._cache_requests.resume()
         self._hydration.resume()
 
-    async def postsuspend(self) -> None:
-        self.presuspend()
-        await self.quiesce()
+    async def _record_stop(self) -> None:
         if not self._committer.has_failed and not self._regions.has_failed:
-            await self._note_stop()
+            await self._note_stop(self._samples)
             await self._committer.commit(clean_shutdown=True)
-        await self._committer.quiesce()
-        self._committer.unwatch()
-        self._is_suspended = True
 
-    async def _note_stop(self) -> None:
-        """Have the last commit record what the destination is like, and some of its regions."""
-        disks = self._parts.disks
-        if not (disks.are_known and self._regions.is_writable):
-            return
-        # What is marked with a generation must say all that is recorded with it.
-        if not await self._committer.commit():
-            return
+    def _samples(self) -> Mapping[str, Sequence[int]]:
+        """Some of the hydrated regions: the next start looks whether they are still what they were."""
         size = self._regions.region_size
         last = (self._parts.destination.size - SAMPLE_BYTES) // size
         regions = spread_ones(self._bits, min(last + 1, self._metadata.nr_regions))
-        await disks.note_stop(
-            {DESTINATION_ROLE: [region_nr * size for region_nr in regions]}
-        )
+        return {DESTINATION_ROLE: [region_nr * size for region_nr in regions]}
 
     def _rests_on_unflushed(self, lost: Sequence[Device]) -> bool:
         """Regions that are hydrated in core alone may be lost, and one that is being copied."""
@@ -391,16 +352,6 @@ class CloneTarget(Target):
                 "linear", (destination.name, "0"), (destination,)
             )
 
-    def _failed(self) -> None:
-        self._look_at_mode()
-        self.ctx.event()
-
-    def _broken(self, error: BaseException) -> None:
-        log.critical("%s: switching to fail mode", self.ctx.name, exc_info=error)
-        self._metadata.fail()
-        self._committer.has_failed = True
-        self._failed()
-
     def _look_at_mode(self) -> None:
         self._has_failed = self._metadata.mode is Mode.FAIL
         self._is_sealed = self._metadata.is_sealed
@@ -408,13 +359,7 @@ class CloneTarget(Target):
 
     # Words
 
-    async def status(self, *, noflush: bool = False) -> str:
-        if self._has_failed:
-            return "Fail"
-        if not (noflush or self._is_suspended or self._committer.has_failed):
-            await self._committer.commit()
-        if self._has_failed:
-            return "Error"
+    def _status_line(self) -> str:
         return status_line(
             self._regions,
             self._hydration,
@@ -433,14 +378,6 @@ class CloneTarget(Target):
         )
         fields["source_open"] = self._parts.has_source
         return fields
-
-    def table_words(self) -> str:
-        # As the kernel shows major:minor for whatever name was given: one that means the same
-        # device in every directory, and today. The other words stay as they were typed.
-        parts = self._parts
-        devices = parts.metadata_device, parts.destination, parts.source
-        names = [device.name for device in devices]
-        return join_words((*names, *parts.words[len(names) :]))
 
     async def message(self, words: Sequence[str]) -> str | None:
         hydration = self._hydration
@@ -486,29 +423,12 @@ class CloneTarget(Target):
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await clone_extents(self._regions, offset - self.begin, length)
 
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        return (HYDRATION,)
-
-    async def context_extents(
-        self, context: str, offset: int, length: int
-    ) -> list[Extent]:
-        if context != HYDRATION:
-            return await super().context_extents(context, offset, length)
-        return hydration_extents(self._regions, offset - self.begin, length)
-
-    def io_hints(self, limits: QueueLimits) -> QueueLimits:
-        size = self._regions.region_size
-        if not self._passdown:
-            limits = limits._replace(discard_granularity=size)
-        if limits.io_opt < size or limits.io_opt % size:
-            limits = limits._replace(io_min=size, io_opt=size)
-        return limits
+    def _describe(self, offset: int, length: int) -> list[Extent]:
+        return hydration_extents(self._regions, offset, length)
 
     def iterate_devices(self) -> Iterable[Device]:
-        parts = self._parts
-        source = (parts.source,) if parts.has_source else ()
-        return parts.metadata_device, parts.destination, *source
+        # A source that was not opened is named in the table line all the same.
+        return self._devices if self._parts.has_source else self._devices[:2]
 
     @property
     def is_rotational(self) -> bool:
@@ -516,9 +436,6 @@ class CloneTarget(Target):
 
     def data_devices(self) -> Iterable[Device]:
         return (self._destination,)
-
-    def has_lost_writes(self) -> bool:
-        return self._committer.has_failed
 
     def exclusive_devices(self) -> Iterable[Device]:
         # Another clone of this table would believe our bits, or write over our regions.

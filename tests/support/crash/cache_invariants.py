@@ -269,7 +269,7 @@ class CacheInvariants(Invariants):
             ) from error
 
     def j2_one_place_for_each_block(self, target: CacheTarget) -> None:
-        metadata, policy = target._metadata, target._policy
+        metadata, policy = target._metadata, target._blocks.policy
         assert isinstance(policy, Smq)
         seen: dict[int, int] = {}
         for cblock in range(metadata.nr_cblocks):
@@ -361,7 +361,7 @@ class CacheInvariants(Invariants):
             raise self._broken(f"J6: the origin has everything, but {found.nr_dirty}")
 
     def j7_dirty_blocks_are_counted(self, target: CacheTarget) -> None:
-        metadata, policy = target._metadata, target._policy
+        metadata, policy = target._metadata, target._blocks.policy
         assert isinstance(policy, Smq)
         self.counts["J7"] += 1
         dirty = {

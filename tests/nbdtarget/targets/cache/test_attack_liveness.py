@@ -88,7 +88,9 @@ async def test_bug_in_a_migration_fails_the_device_and_leaves_nobody_waiting(
         raise AssertionError("of our own making")
 
     if success:
-        monkeypatch.setattr(lab.target._policy, "complete_background_work", broken)
+        monkeypatch.setattr(
+            lab.target._blocks.policy, "complete_background_work", broken
+        )
     else:
         monkeypatch.setattr(lab.core, "insert", broken)
     lab.origin.hold = True
@@ -115,7 +117,7 @@ async def test_bug_in_an_overwrite_fails_the_device_and_leaves_nobody_waiting(
     lab.hold("c", OP_WRITE)
     bio = lab.submit(OP_WRITE, 0, BLOCK)
     parked = lab.submit(OP_WRITE, 0, 512)
-    monkeypatch.setattr(lab.target._policy, "complete_background_work", broken)
+    monkeypatch.setattr(lab.target._blocks.policy, "complete_background_work", broken)
     lab.cache.let_go()
     await settle()
     assert lab.core.mode is Mode.FAIL

@@ -166,7 +166,7 @@ async def test_14_11_shrunken_cache_uses_no_block_that_is_gone(lab: CacheLab) ->
         await lab.read(nr)
         await lab.pass_time(1)
     assert await lab.field("cache_blocks") == "3/3"
-    assert lab.target._policy.residency == lab.core.nr_mapped == 3
+    assert lab.target._blocks.policy.residency == lab.core.nr_mapped == 3
     assert max(at + length for _, at, length in lab.asked("c")) <= 3 * BLOCK
 
 

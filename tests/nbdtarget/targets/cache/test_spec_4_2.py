@@ -19,12 +19,12 @@ def hint(lab: CacheLab, oblock: int) -> int:
     """The level of a cached block."""
     cblock = lab.cblock(oblock)
     assert cblock is not None
-    return lab.target._policy.get_hint(cblock)
+    return lab.target._blocks.policy.get_hint(cblock)
 
 
 def policy_agrees(lab: CacheLab) -> bool:
     """Whether policy and metadata have the same blocks dirty."""
-    policy = lab.target._policy
+    policy = lab.target._blocks.policy
     nr_queued_dirty = len(policy._dirty)  # type: ignore[attr-defined]
     return bool(nr_queued_dirty == lab.core.nr_dirty == lab.core.dirty.count())
 
@@ -77,7 +77,9 @@ async def test_4_2_block_that_turns_dirty_before_its_demotion_is_copied_back(
 ) -> None:
     await lab.create(DIRTY_BUSY)
     await lab.fill_clean(range(8))
-    assert lab.target._policy.maybe_promote(20) is None, "a demotion is queued for it"
+    assert lab.target._blocks.policy.maybe_promote(20) is None, (
+        "a demotion is queued for it"
+    )
     writes = [lab.submit(OP_WRITE, nr * BLOCK, 512, fill="d") for nr in range(8)]
     assert {write.status for write in writes} == {0}
     lab.target._blocks.wake()

@@ -10,7 +10,7 @@ BUSY = "2 migration_threshold 0"
 
 
 def levels(lab: CacheLab) -> list[int]:
-    policy = lab.target._policy
+    policy = lab.target._blocks.policy
     return [policy.get_hint(nr) for nr in range(8)]
 
 

@@ -16,7 +16,7 @@ def pinned(lab: CacheLab) -> list[int]:
     found = []
     for oblock in range(32):
         cblock = lab.cblock(oblock)
-        if cblock is not None and lab.target._policy.is_pinned(cblock):
+        if cblock is not None and lab.target._blocks.policy.is_pinned(cblock):
             found.append(oblock)
     return found
 
