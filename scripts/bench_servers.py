@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 from typing import ClassVar
 
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.file.device import WRITE_PIECE
 from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
 
@@ -31,7 +32,6 @@ __all__ = [
     "QemuNbd",
 ]
 
-SECTOR = 512
 LINEAR = "linear"
 CLONE = "clone"
 HALF = "clone-half"

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.common.units import SECTOR
 from nbdtarget.daemon import daemon
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
@@ -36,7 +37,6 @@ from tests.support.processes import ServerProcess, StartError
 __all__ = ["main"]
 
 MIB: Final = 1 << 20
-SECTOR: Final = 512
 BLOCK: Final = 4096
 BARE, ONE, FOUR = EXPORTS = ("no-table", "one", "four")
 HEIGHT: Final = 4

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
+from nbdtarget.common.units import SECTOR
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from nbdtarget.targets.metadata_io import run_file
@@ -23,7 +24,6 @@ from tests.support.processes import NBDTARGET, ServerProcess
 __all__ = [
     "KIB",
     "MIB",
-    "SECTOR",
     "CacheUnderTest",
     "Counters",
     "make_full_metadata",
@@ -33,7 +33,6 @@ __all__ = [
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
-SECTOR: Final = 512
 EXPORT: Final = "bench"
 POLL_S: Final = 0.05
 PATIENCE_S: Final = 120.0

@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.common.units import SECTOR
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.messages import Message, MessageAnswer
 from tests.support.model import DiskModel, Violation, Write
@@ -49,7 +50,6 @@ from tests.support.processes import NBDTARGET, ServerProcess, StartError
 
 __all__ = ["KINDS", "DiskUnderFire", "Writer", "main"]
 
-SECTOR: Final = 512
 DEPTH_MAX: Final = 32
 WRITE_SECTORS_MAX: Final = 256
 ROUNDS_A_DISK: Final = 4

@@ -29,12 +29,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.common.units import SECTOR
 from tests.support.plain_client import PlainClient, PlainClientError
 from tests.support.processes import NBDTARGET, ServerProcess, StartError
 
 __all__ = ["Bench", "Failed", "main"]
 
-SECTOR: Final = 512
 BLOCK: Final = 128 * SECTOR
 PAGE: Final = 4096
 

@@ -134,3 +134,18 @@ def test_logger_of_a_module_is_called_log() -> None:
     }
     assert sum(map(len, names.values())) > 30
     assert {name: found for name, found in names.items() if set(found) - {"log"}} == {}
+
+
+def test_size_of_a_sector_is_written_once_in_a_package() -> None:
+    sector = re.compile(r"^_?SECTOR\w*(: Final)? = 512\b", re.MULTILINE)
+    homes = [
+        name_of(path)
+        for path in MODULES
+        if is_library(path) and sector.search(path.read_text())
+    ]
+    assert sorted(homes) == [
+        "metadata/nbdtarget_metadata/units.py",
+        "nbdtarget/common/units.py",
+        # The least size that the header of a log may name.
+        "nbdtarget/targets/log_writes/format.py",
+    ]

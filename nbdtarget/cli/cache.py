@@ -2,7 +2,7 @@
 """`nbdtarget cache`: one line that puts a cache under a slow disk."""
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from nbdtarget.cli.serve import (
     SocketOwner,
     StopTimeout,
 )
+from nbdtarget.cli.sizes import block_size_option, maybe_size_option
 from nbdtarget.common.named import alternatives
 from nbdtarget.policies.registry import POLICY_TYPES
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from nbdtarget.porcelain.cache import CacheOptions
 
 __all__ = ["register"]
-
-BLOCK_SIZE_STEP: Final = 32 << 10
-BLOCK_SIZE_MAX: Final = 1 << 30
 
 
 class Mode(StrEnum):
@@ -159,7 +157,7 @@ def cache(
 
     Stop it at any time; the same line goes on where it was. `uncache` ends it for good.
     """
-    block_bytes = _block_bytes(block_size)
+    block_bytes = block_size_option("--block-size", block_size)
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.cache import CacheOptions
 
@@ -168,14 +166,16 @@ def cache(
         cache=cache,
         name=name,
         metadata=metadata,
-        cache_size=_maybe_bytes("--cache-size", cache_size),
+        cache_size=maybe_size_option("--cache-size", cache_size),
         mode=mode.value,
         policy=policy,
         block_size=block_bytes,
         dirty_log=dirty_log,
         sorted_writeback=sorted_writeback,
-        migration_rate=_maybe_bytes("--migration-rate", migration_rate) or 0,
-        migration_threshold=_maybe_bytes("--migration-threshold", migration_threshold),
+        migration_rate=maybe_size_option("--migration-rate", migration_rate) or 0,
+        migration_threshold=maybe_size_option(
+            "--migration-threshold", migration_threshold
+        ),
         listen=tuple(listen or ()),
         control=control,
         stop_timeout=stop_timeout,
@@ -204,28 +204,3 @@ def _run(options: "CacheOptions", *, verbose: bool, json: bool) -> int:
     start_logging(verbose=verbose)
     with make_reporter(options, json=json) as reporter:
         return run(lambda: CacheJob(options, reporter).run())
-
-
-def _block_bytes(text: str) -> int:
-    size = _bytes("--block-size", text)
-    if not 0 < size <= BLOCK_SIZE_MAX or size % BLOCK_SIZE_STEP:
-        raise typer.BadParameter(
-            "--block-size: Invalid data block size (32K to 1G, in steps of 32K)"
-        )
-    return size
-
-
-def _maybe_bytes(option: str, text: str | None) -> int | None:
-    return None if text is None else _bytes(option, text)
-
-
-def _bytes(option: str, text: str) -> int:
-    from nbdtarget.devices.resolve import parse_size
-
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{option}: {error}") from None
-    if not size:
-        raise typer.BadParameter(f"{option}: must be more than 0")
-    return size

@@ -16,15 +16,13 @@ from nbdtarget.cli.serve import (
     SocketOwner,
     StopTimeout,
 )
+from nbdtarget.cli.sizes import maybe_size_option, region_size_option
 from nbdtarget.devices.registry import scheme_list
 
 if TYPE_CHECKING:
     from nbdtarget.porcelain.clone import CloneOptions
 
 __all__ = ["register"]
-
-REGION_SIZE_MIN = 4 << 10
-REGION_SIZE_MAX = 1 << 30
 
 
 Source = Annotated[
@@ -122,8 +120,8 @@ def clone(
 
     Stop it at any time; the same line goes on where it was.
     """
-    region_bytes = _region_bytes(region_size)
-    rate = 0 if hydration_rate is None else _rate_bytes(hydration_rate)
+    region_bytes = region_size_option("--region-size", region_size)
+    rate = maybe_size_option("--hydration-rate", hydration_rate) or 0
     if no_hydration and exit_when_hydrated:
         raise typer.BadParameter("--exit-when-hydrated would wait for ever")
     from nbdtarget.common.unix_socket import SocketOptions
@@ -167,29 +165,3 @@ def _run(options: "CloneOptions", *, verbose: bool, json: bool) -> int:
     start_logging(verbose=verbose)
     with make_reporter(options, json=json) as reporter:
         return run(lambda: CloneJob(options, reporter).run())
-
-
-def _rate_bytes(text: str) -> int:
-    from nbdtarget.devices.resolve import parse_size
-
-    try:
-        rate = parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--hydration-rate: {error}") from None
-    if not rate:
-        raise typer.BadParameter("--hydration-rate: must be more than 0")
-    return rate
-
-
-def _region_bytes(text: str) -> int:
-    from nbdtarget.devices.resolve import parse_size
-
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"--region-size: {error}") from None
-    if not REGION_SIZE_MIN <= size <= REGION_SIZE_MAX:
-        raise typer.BadParameter("--region-size: Invalid region size (4K to 1G)")
-    if size & (size - 1):
-        raise typer.BadParameter("--region-size: Region size is not a power of 2")
-    return size

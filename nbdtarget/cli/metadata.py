@@ -13,6 +13,7 @@ import msgspec
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Json, Moved
+from nbdtarget.cli.sizes import maybe_size_option, offset_option
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.permissions import permissions
 
@@ -76,8 +77,6 @@ Smallest = Annotated[
     bool,
     typer.Option("--smallest", help="The least that works, which compacts more often."),
 ]
-
-SECTOR_SIZE = 512
 
 
 class _Lines(NbdTargetError):
@@ -248,7 +247,7 @@ def restore(
     output is no metadata that anybody accepts. A cache or a clone of the kernel is moved
     here, with its devices, by `nbdtarget metadata import`, which needs no dump.
     """
-    origin_bytes = _bytes("--origin-size", origin_size)
+    origin_bytes = maybe_size_option("--origin-size", origin_size, size_min=0)
 
     def job() -> None:
         from nbdtarget.tools import metadata as metadata_tools
@@ -297,7 +296,7 @@ def import_(
 
     Example: nbdtarget metadata import /dev/vg/meta -o /srv/disk.meta --origin-size 100G
     """
-    origin_bytes = _bytes("--origin-size", origin_size)
+    origin_bytes = maybe_size_option("--origin-size", origin_size, size_min=0)
 
     def job() -> None:
         from nbdtarget.tools import metadata as metadata_tools
@@ -403,8 +402,8 @@ def writeback(
         metadata=metadata,
         cache=cache,
         origin=origin,
-        cache_offset=_offset("--fast-device-offset", fast_device_offset),
-        origin_offset=_offset("--origin-device-offset", origin_device_offset),
+        cache_offset=offset_option("--fast-device-offset", fast_device_offset),
+        origin_offset=offset_option("--origin-device-offset", origin_device_offset),
         retry=retry,
         update_metadata=not no_metadata_update,
         permissions=permissions(moved=moved, accept_other_disk=accept_other_disk),
@@ -425,13 +424,6 @@ def writeback(
             raise _Lines((f"{len(answer.failed)} blocks were not copied",))
 
     return _run(job, quiet=quiet)
-
-
-def _offset(option: str, text: str) -> int:
-    """Return the bytes that a number of sectors, or a size with a suffix, says."""
-    if text.isascii() and text.isdecimal() and len(text) <= 18:
-        return int(text) * SECTOR_SIZE
-    return _bytes(option, text) or 0
 
 
 def size(
@@ -465,14 +457,14 @@ def size(
     answer: SizeAnswer
     if is_cache:
         answer = metadata_tools.cache_size(
-            device_size=_bytes("--device-size", device_size),
-            block_size=_bytes("--block-size", block_size),
+            device_size=maybe_size_option("--device-size", device_size, size_min=0),
+            block_size=maybe_size_option("--block-size", block_size, size_min=0),
             nr_blocks=nr_blocks,
         )
     else:
         answer = metadata_tools.clone_size(
-            device_size=_bytes("--device-size", device_size),
-            region_size=_bytes("--region-size", region_size),
+            device_size=maybe_size_option("--device-size", device_size, size_min=0),
+            region_size=maybe_size_option("--region-size", region_size, size_min=0),
             nr_regions=nr_regions,
         )
     if json:
@@ -497,17 +489,6 @@ def _refuse_mixture(
             f"--device-size and --{unit}-size, or --nr-{unit}s"
             + (" (or --block-size, --nr-blocks of a cache)" if unit == "region" else "")
         )
-
-
-def _bytes(option: str, text: str | None) -> int | None:
-    from nbdtarget.devices.resolve import parse_size
-
-    if text is None:
-        return None
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{option}: {error}") from None
 
 
 def _print(answer: msgspec.Struct, *, quiet: bool, json: bool) -> None:

@@ -19,23 +19,13 @@ from nbdtarget.cli.stats_report import (
     report_table,
 )
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.units import SECTOR, parse_sectors
 from nbdtarget.control import messages as m
 
 __all__ = ["register"]
 
 PROGRAM: Final = "dmstats"
-SECTOR: Final = 512
 MS_NS: Final = 1_000_000
-_SIZE: Final = re.compile(r"(\d{1,18})([bskmgt]?)", re.IGNORECASE | re.ASCII)
-_UNITS: Final = {
-    "b": 1,
-    "s": SECTOR,
-    "": SECTOR,
-    "k": 1 << 10,
-    "m": 1 << 20,
-    "g": 1 << 30,
-    "t": 1 << 40,
-}
 _TIME: Final = re.compile(r"(\d{1,18})(ns|us|ms|s|)", re.ASCII)
 _TIMES_NS: Final = {"": 1, "ns": 1, "us": 1000, "ms": MS_NS, "s": 1000 * MS_NS}
 
@@ -338,10 +328,12 @@ def _ranges(
 
 
 def _sectors(text: str) -> int:
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise NbdTargetError(f"stats: {text!r} is no size: sectors, or as in 64k")
-    sectors, rest = divmod(int(match[1]) * _UNITS[match[2].lower()], SECTOR)
+    try:
+        sectors, rest = divmod(parse_sectors(text), SECTOR)
+    except ValueError:
+        raise NbdTargetError(
+            f"stats: {text!r} is no size: sectors, or as in 64k"
+        ) from None
     if rest:
         raise NbdTargetError(f"stats: {text} is not whole sectors of 512 bytes")
     return sectors

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.units import SECTOR
 
 __all__ = ["Region", "parse_region", "region_table", "report_table"]
 
-SECTOR: Final = 512
 MS_NS: Final = 1_000_000
 _LINE: Final = re.compile(
     r"(\d+): (\d+)\+(\d+) (\d+) (\S+) (.*?)( precise_timestamps)?"

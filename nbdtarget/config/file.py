@@ -38,16 +38,16 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from nbdtarget.common.errors import ListenError, NbdTargetError, TableError
+from nbdtarget.common.units import SECTOR, parse_size
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import split_words
 from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
 from nbdtarget.config.table_words import words_mistake
 from nbdtarget.control.paths import control_address
-from nbdtarget.devices.resolve import parse_size
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import check_name, check_uuid
-from nbdtarget.dm.table import SECTOR, TargetSpec, scan_table
+from nbdtarget.dm.table import TargetSpec, scan_table
 from nbdtarget.server.address import UnixAddress, parse_address
 from nbdtarget.server.limits import RELATIONS, Limits
 from nbdtarget.targets.base import Target

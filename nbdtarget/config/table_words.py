@@ -10,7 +10,7 @@ from being served.
 from collections.abc import Sequence
 
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.devices.resolve import SIZE_MAX
+from nbdtarget.common.units import SIZE_MAX
 from nbdtarget.dm.table import TargetSpec
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.targets.arguments import parse_sectors

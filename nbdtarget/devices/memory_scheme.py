@@ -5,8 +5,8 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, ClassVar
 
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.units import parse_size
 from nbdtarget.devices.scheme import Scheme
-from nbdtarget.devices.sizes import parse_size
 
 if TYPE_CHECKING:
     from nbdtarget.devices.base import Device

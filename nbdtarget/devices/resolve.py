@@ -11,10 +11,10 @@ from collections.abc import Hashable
 from typing import Final
 
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.units import SIZE_MAX, parse_size
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.registry import SCHEMES, scheme_list
 from nbdtarget.devices.scheme import Scheme
-from nbdtarget.devices.sizes import SIZE_MAX, parse_size
 
 __all__ = [
     "SIZE_MAX",

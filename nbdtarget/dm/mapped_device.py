@@ -49,11 +49,12 @@ from typing import NoReturn
 
 from nbdtarget.common.clock import Clock, timeout, wait_within
 from nbdtarget.common.errors import DeviceError, TableError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import EXTENTS_MAX, Extent, append_extent
 from nbdtarget.devices.identity import MAPPED
 from nbdtarget.dm.events import EventCounter
 from nbdtarget.dm.mapped_io import FAILED_DRAIN_S_MAX, MappedIo, State
-from nbdtarget.dm.table import SECTOR, Table
+from nbdtarget.dm.table import Table
 from nbdtarget.targets.base import StatusFields, Target, TargetContext
 from nbdtarget_metadata.disks import Evidence
 

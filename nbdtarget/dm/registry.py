@@ -24,11 +24,12 @@ from nbdtarget.common.clock import Clock, LoopClock, wait_within
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.common.permissions import Permission
 from nbdtarget.common.turns import Tasks
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
 from nbdtarget.dm.replacements import Replacements
-from nbdtarget.dm.table import SECTOR, Table, TargetSpec, construct_table, parse_table
+from nbdtarget.dm.table import Table, TargetSpec, construct_table, parse_table
 from nbdtarget.targets.base import Target
 from nbdtarget.targets.registry import TARGET_TYPES
 

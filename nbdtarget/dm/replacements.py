@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.open_devices import MappedDevices, TableContext
-from nbdtarget.dm.table import SECTOR, TargetSpec
+from nbdtarget.dm.table import TargetSpec
 from nbdtarget.targets.base import Target
 
 __all__ = ["Replacements"]

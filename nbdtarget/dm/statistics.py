@@ -32,10 +32,10 @@ from typing import Final
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, Bio
 from nbdtarget.common.clock import Clock
 from nbdtarget.common.errors import TableError
+from nbdtarget.common.units import SECTOR
 
 __all__ = ["AREAS_MAX", "Statistics"]
 
-SECTOR: Final = 512
 AREAS_MAX: Final = 1 << 16
 BOUNDS_MAX: Final = 256
 LINES_AT_ONCE_MAX: Final = 1024  # printed between two turns of the loop

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import ConstructorError, TableError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.common.words import split_words
 from nbdtarget.devices.base import Device, QueueLimits
 from nbdtarget.targets.base import Target, TargetContext
 
 __all__ = [
-    "SECTOR",
     "Table",
     "TableMistake",
     "TargetSpec",
@@ -35,7 +35,6 @@ __all__ = [
     "scan_table",
 ]
 
-SECTOR: Final = 512
 TARGETS_MAX: Final = 65536  # lines of one table
 _END_SECTORS_MAX: Final = (1 << 63) // SECTOR - 1
 

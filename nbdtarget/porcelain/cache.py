@@ -41,6 +41,7 @@ import msgspec
 from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import NbdTargetError, ResolveError
 from nbdtarget.common.permissions import permissions
+from nbdtarget.common.units import SECTOR
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words, split_words
 from nbdtarget.devices import resolve
@@ -49,7 +50,6 @@ from nbdtarget.dm.registry import check_name
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
 from nbdtarget.targets import metadata_io
-from nbdtarget.targets.arguments import SECTOR
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
 from nbdtarget.targets.metadata_faults import explain

@@ -33,12 +33,12 @@ import msgspec
 from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.permissions import permissions
+from nbdtarget.common.units import SECTOR
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words, split_words
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
-from nbdtarget.dm.table import SECTOR
 from nbdtarget.porcelain import job, look
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock

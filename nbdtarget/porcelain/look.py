@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Final
 
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices import resolve
-from nbdtarget.dm.table import SECTOR
 
 __all__ = [
     "check_distinct",

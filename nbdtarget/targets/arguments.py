@@ -12,14 +12,13 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import ConstructorError, ResolveError
+from nbdtarget.common.units import SECTOR, parse_size
 from nbdtarget.common.words import quote_word
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.resolve import parse_size
 from nbdtarget.targets.base import TargetContext
 
 __all__ = [
     "RATES",
-    "SECTOR",
     "UINT32_MAX",
     "UINT64_MAX",
     "Run",
@@ -33,7 +32,6 @@ __all__ = [
     "read_group",
 ]
 
-SECTOR: Final = 512
 SECTORS_MAX: Final = (1 << 63) // SECTOR
 UINT32_MAX: Final = (1 << 32) - 1
 UINT64_MAX: Final = (1 << 64) - 1

@@ -28,9 +28,9 @@ from typing import Final
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, Bio, split_bio
 from nbdtarget.common.errors import ConstructorError, TableError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.common.words import quote_word
 from nbdtarget.targets.arguments import (
-    SECTOR,
     Run,
     Runs,
     parse_sectors,

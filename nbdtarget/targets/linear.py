@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from nbdtarget.bio import OP_FLUSH, Bio
 from nbdtarget.common.errors import ConstructorError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
-from nbdtarget.targets.arguments import SECTOR, Runs, parse_sectors
+from nbdtarget.targets.arguments import Runs, parse_sectors
 from nbdtarget.targets.base import REMAPPED, TargetContext
 from nbdtarget.targets.measured import target_attributes
 from nbdtarget.targets.run import RunTarget

@@ -34,6 +34,7 @@ from nbdtarget.bio import (
     split_bio,
 )
 from nbdtarget.common.errors import ConstructorError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import (
     EXTENTS_MAX,
     Device,
@@ -42,7 +43,6 @@ from nbdtarget.devices.base import (
     append_extent,
 )
 from nbdtarget.targets.arguments import (
-    SECTOR,
     Run,
     Runs,
     close_all,

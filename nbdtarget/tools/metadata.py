@@ -21,6 +21,7 @@ from itertools import chain
 from typing import Any, BinaryIO, Final, TypeVar
 
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file.open import create_fd, give_space, open_fd, sync_directory
 from nbdtarget.targets.metadata_io import run_file
@@ -90,7 +91,6 @@ T = TypeVar("T")
 
 PIECE_SIZE: Final = 1 << 16
 HEAD_SIZE: Final = 512
-SECTOR_SIZE: Final = 512
 
 
 class _File:
@@ -346,7 +346,7 @@ def _parse(
 
 
 def _check_origin_size(origin_size: int) -> None:
-    if origin_size < 1 or origin_size % SECTOR_SIZE:
+    if origin_size < 1 or origin_size % SECTOR:
         raise NbdTargetError(f"an origin of {origin_size} bytes is no disk")
 
 

@@ -46,10 +46,10 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.common.clock import Clock
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.targets.powercut.volatile_cache import (
     SAMPLES_DEFAULT,
-    SECTOR,
     SUBSETS_MAX,
     Fate,
     PendingWrite,

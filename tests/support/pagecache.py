@@ -27,9 +27,9 @@ from typing import Any, Final
 from unittest import mock
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.file import page_cache
 from nbdtarget.targets.powercut.volatile_cache import (
-    SECTOR,
     Sectors,
     covering,
     lay_over,

@@ -101,8 +101,6 @@ from nbdtarget_metadata.cache.records import (
     snapshot_blocks_max,
 )
 from nbdtarget_metadata.cache.superblock import (
-    BLOCK_SIZE_MAX,
-    BLOCK_SIZE_MIN,
     CACHE,
     HINT_SIZE,
     NO_POLICY,
@@ -140,6 +138,7 @@ from nbdtarget_metadata.log.superblock import (
 )
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.operations import Flush, Steps
+from nbdtarget_metadata.units import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN
 
 __all__ = [
     "FLUSH_CACHE",

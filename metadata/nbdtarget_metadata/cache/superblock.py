@@ -35,10 +35,9 @@ from nbdtarget_metadata.log.superblock import (
     SuperblockType,
     check_ranges,
 )
+from nbdtarget_metadata.units import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN
 
 __all__ = [
-    "BLOCK_SIZE_MAX",
-    "BLOCK_SIZE_MIN",
     "CACHE",
     "DIRTY_LOG",
     "NO_POLICY",
@@ -53,8 +52,6 @@ __all__ = [
     "layout_for",
 ]
 
-BLOCK_SIZE_MIN: Final = 32 << 10  # and in steps of it
-BLOCK_SIZE_MAX: Final = 1 << 30
 POLICY_NAME_MAX: Final = 16
 HINT_SIZE: Final = 4
 NR_SYNC_AREAS: Final = 2

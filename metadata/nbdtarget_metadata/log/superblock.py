@@ -88,6 +88,7 @@ from nbdtarget_metadata.log.envelope import (
 )
 from nbdtarget_metadata.log.foreign import describe
 from nbdtarget_metadata.operations import UNREADABLE, Flush, Steps, TryRead, Write, read
+from nbdtarget_metadata.units import SECTOR
 
 __all__ = [
     "ALL_SLOTS",
@@ -117,7 +118,6 @@ __all__ = [
 ]
 
 SUPERBLOCK_MAGIC: Final = b"nbdt-sb\0"
-SECTOR_SIZE: Final = 512
 NR_SLOTS: Final = 2
 NR_COPIES: Final = 2
 ALL_SLOTS: Final = frozenset(range(NR_SLOTS))
@@ -248,7 +248,7 @@ def superblock_writes(superblock: Superblock) -> tuple[Write, Write]:
     record = superblock.disks
     stored = msgspec.structs.replace(superblock, disks=_reference(record))
     body = _ENCODER.encode(stored)
-    assert HEADER_SIZE + len(body) <= SECTOR_SIZE, "a torn copy must be old or new"
+    assert HEADER_SIZE + len(body) <= SECTOR, "a torn copy must be old or new"
     slot = superblock.generation % NR_SLOTS
     return _write(slot, 0, body, record), _write(slot, 1, body, record)
 
@@ -400,8 +400,8 @@ def choose_superblock(
 def _write(slot: int, copy: int, body: bytes, disks: bytes) -> Write:
     block = superblock_block(slot, copy)
     data, _ = seal(SUPERBLOCK_MAGIC, block, body)
-    assert SECTOR_SIZE + len(disks) <= BLOCK_SIZE
-    sealed = data[:SECTOR_SIZE] + disks + data[SECTOR_SIZE + len(disks) :]
+    assert SECTOR + len(disks) <= BLOCK_SIZE
+    sealed = data[:SECTOR] + disks + data[SECTOR + len(disks) :]
     return Write(block * BLOCK_SIZE, sealed, fua=True)
 
 
@@ -423,7 +423,7 @@ def _with_disks(area: memoryview, copy: Copy[S]) -> Copy[S]:
     length = int.from_bytes(reference[:2], "little")
     record = b""
     for block in range(SUPERBLOCK_BLOCKS):
-        begin = block * BLOCK_SIZE + SECTOR_SIZE
+        begin = block * BLOCK_SIZE + SECTOR
         end = min(begin + length, (block + 1) * BLOCK_SIZE)
         candidate = bytes(area[begin:end])
         if _reference(candidate) == reference:

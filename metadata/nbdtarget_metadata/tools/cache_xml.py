@@ -35,7 +35,6 @@ from nbdtarget_metadata.cache.records import (
     OBLOCK_SHIFT,
 )
 from nbdtarget_metadata.cache.superblock import (
-    BLOCK_SIZE_MIN,
     HINT_SIZE,
     NO_POLICY,
     POLICY_NAME_MAX,
@@ -46,10 +45,10 @@ from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.tools.cache_dump_parser import MappingReader
 from nbdtarget_metadata.tools.clone_dump import LINES_PER_PIECE
 from nbdtarget_metadata.tools.sizing import block_size_fault
+from nbdtarget_metadata.units import BLOCK_SIZE_MIN, SECTOR
 
 __all__ = ["parse_xml", "render_xml"]
 
-SECTOR_SIZE: Final = 512
 # What the kernel's tools restore a policy's hints as.
 POLICY_VERSION: Final = (2, 0, 0)
 _NUMBER_DIGITS_MAX: Final = 20
@@ -61,7 +60,7 @@ def render_xml(content: CacheContent) -> Iterator[str]:
     Mappings that the next start would give up are left out: nothing in the text could say so.
     """
     yield (
-        f'<superblock uuid="" block_size="{content.block_size // SECTOR_SIZE}"'
+        f'<superblock uuid="" block_size="{content.block_size // SECTOR}"'
         f' nr_cache_blocks="{content.nr_cblocks}"'
         f' policy={quoteattr(content.policy.name)} hint_width="{HINT_SIZE}">\n'
         "  <mappings>\n"
@@ -226,10 +225,10 @@ class _Reader:
 
     def _superblock(self, attributes: dict[str, str]) -> None:
         sectors = _number(attributes["block_size"])
-        fault = block_size_fault(sectors * SECTOR_SIZE)
+        fault = block_size_fault(sectors * SECTOR)
         if fault:
             raise ValueError(f"block_size {sectors}: {fault}")
-        self._block_size = sectors * SECTOR_SIZE
+        self._block_size = sectors * SECTOR
         self._nr_cblocks = _number(attributes["nr_cache_blocks"])
         if not 0 < self._nr_cblocks <= NR_CBLOCKS_MAX:
             raise ValueError(f"nr_cache_blocks {self._nr_cblocks} is out of range")

@@ -13,10 +13,10 @@ from nbdtarget_metadata.log.superblock import COUNTER_MAX
 from nbdtarget_metadata.tools.clone_dump import disks_from_text
 from nbdtarget_metadata.tools.dump_fields import BITS_MAX, Fields, RunReader, number
 from nbdtarget_metadata.tools.sizing import nr_regions_of, region_size_fault
+from nbdtarget_metadata.units import SECTOR
 
 __all__ = ["parse"]
 
-SECTOR_SIZE: Final = 512
 
 # The fields that are numbers, and their ranges.
 _NUMBERS: Final = {
@@ -52,9 +52,9 @@ def parse(pieces: Iterable[bytes]) -> CloneContent:
     fault = region_size_fault(region_size)
     if fault:
         raise fields.bad("region_size_bytes", fault)
-    if target_size % SECTOR_SIZE:
+    if target_size % SECTOR:
         raise fields.bad(
-            "target_size_bytes", f"{target_size} is not a multiple of {SECTOR_SIZE}"
+            "target_size_bytes", f"{target_size} is not a multiple of {SECTOR}"
         )
     nr_regions = nr_regions_of(target_size, region_size)
     fields.expect("nr_regions", nr_regions)

@@ -51,10 +51,10 @@ from nbdtarget_metadata.tools.kernel_blocks import (
     read_block,
 )
 from nbdtarget_metadata.tools.sizing import block_size_fault, region_size_fault
+from nbdtarget_metadata.units import SECTOR
 
 __all__ = ["Imported", "find_kernel_kind", "import_cache", "import_clone"]
 
-SECTOR: Final = 512
 CACHE_MAGIC: Final = 0o6142003
 CLONE_MAGIC: Final = 0x8AF27F64
 MAGIC_AT: Final = 32

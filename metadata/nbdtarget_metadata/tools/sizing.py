@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large the metadata device of a clone or a cache is, before there is one."""
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
-from nbdtarget_metadata.cache.superblock import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
+from nbdtarget_metadata.units import (
+    BLOCK_SIZE_MAX,
+    BLOCK_SIZE_MIN,
+    REGION_SIZE_MAX,
+    REGION_SIZE_MIN,
+)
 
 __all__ = [
-    "REGION_SIZE_MAX",
-    "REGION_SIZE_MIN",
     "CacheSizes",
     "CloneSizes",
     "block_size_fault",
@@ -20,10 +23,6 @@ __all__ = [
     "nr_regions_of",
     "region_size_fault",
 ]
-
-# The kernel's: 8 to 2097152 sectors.
-REGION_SIZE_MIN: Final = 4 << 10
-REGION_SIZE_MAX: Final = 1 << 30
 
 
 class CloneSizes(NamedTuple):
@@ -75,7 +74,7 @@ def block_size_fault(block_size: int) -> str:
         not BLOCK_SIZE_MIN <= block_size <= BLOCK_SIZE_MAX
         or block_size % BLOCK_SIZE_MIN
     ):
-        return "Invalid data block size (32K to 1G, a multiple of 32K)"
+        return "Invalid data block size (32K to 1G, in steps of 32K)"
     return ""
 
 

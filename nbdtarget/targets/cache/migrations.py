@@ -35,8 +35,8 @@ from typing import Any, Final
 
 from nbdtarget.common.clock import Clock, Timer
 from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.policies.base import DEMOTE, OP_NAMES, PROMOTE, Work
-from nbdtarget.targets.arguments import SECTOR
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.pace import Pace

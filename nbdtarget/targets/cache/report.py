@@ -12,15 +12,11 @@ table that was never resumed, or was refused, knows of no blocks, hence of no di
 from collections.abc import Iterable
 from typing import Final
 
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
-from nbdtarget.targets.arguments import SECTOR
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.blocks import Blocks
-from nbdtarget.targets.cache.table import (
-    PASSTHROUGH,
-    WRITEBACK,
-    WRITETHROUGH,
-)
+from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
 from nbdtarget.targets.measured import yes_or_no
 
 __all__ = ["measured_pairs", "status_fields", "status_line"]

@@ -42,16 +42,17 @@ from types import MappingProxyType
 from typing import Final
 
 from nbdtarget.common.errors import ConstructorError, TableError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.policies.registry import UnknownPolicyError, policy_type
 from nbdtarget.targets.arguments import (
     RATES,
-    SECTOR,
     UINT64_MAX,
     parse_rate,
     parse_uint,
     read_group,
 )
+from nbdtarget_metadata.units import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN
 
 __all__ = [
     "ARGUMENTS_MIN",
@@ -73,8 +74,8 @@ WRITETHROUGH: Final = "writethrough"
 PASSTHROUGH: Final = "passthrough"
 
 ARGUMENTS_MIN: Final = 6  # up to the name of the policy
-BLOCK_SECTORS_MIN: Final = 64
-BLOCK_SECTORS_MAX: Final = 2097152
+BLOCK_SECTORS_MIN: Final = BLOCK_SIZE_MIN // SECTOR
+BLOCK_SECTORS_MAX: Final = BLOCK_SIZE_MAX // SECTOR
 FEATURES_MAX: Final = 3
 FEATURES: Final = (
     WRITEBACK,

@@ -8,7 +8,7 @@ arguments.
 
 from typing import Final
 
-from nbdtarget.targets.arguments import SECTOR
+from nbdtarget.common.units import SECTOR
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.hydration import Hydration

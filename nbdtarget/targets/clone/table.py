@@ -36,9 +36,9 @@ from types import MappingProxyType
 from typing import Final
 
 from nbdtarget.common.errors import ConstructorError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.targets.arguments import (
     RATES,
-    SECTOR,
     UINT32_MAX,
     UINT64_MAX,
     parse_rate,
@@ -46,6 +46,7 @@ from nbdtarget.targets.arguments import (
     parse_uint32,
     read_group,
 )
+from nbdtarget_metadata.units import REGION_SIZE_MAX, REGION_SIZE_MIN
 
 __all__ = [
     "MESSAGES",
@@ -60,8 +61,8 @@ __all__ = [
 ARGUMENTS_MIN: Final = 4
 FEATURES_MAX: Final = 2
 CORE_ARGUMENTS_MAX: Final = 4
-REGION_SECTORS_MIN: Final = 8
-REGION_SECTORS_MAX: Final = 2097152
+REGION_SECTORS_MIN: Final = REGION_SIZE_MIN // SECTOR
+REGION_SECTORS_MAX: Final = REGION_SIZE_MAX // SECTOR
 
 # The largest value of each core argument, and of the message of that name.
 NUMBERS: Final = {

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
 from nbdtarget.targets.log_writes.format import (
     DISCARD,
@@ -56,7 +57,6 @@ __all__ = [
 BYTES_HELD_MAX: Final = 64 << 20
 UNFLUSHED_BYTES_MAX: Final = 32 << 20
 BATCH_BYTES_MAX: Final = 1 << 20
-_SECTOR: Final = 512
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Block:
     ) -> None:
         self.entry = entry
         self.data = data
-        self.cost = _SECTOR + len(data)
+        self.cost = SECTOR + len(data)
         self.logged = logged
 
 
@@ -106,9 +106,9 @@ class Log:
         self.unflushed: list[Block] = []
         self.unflushed_bytes = 0
         self.nr_logged = 0
-        self.next_sector = sector_size // _SECTOR
+        self.next_sector = sector_size // SECTOR
         self._name = name
-        self._end_sector = device.size // _SECTOR
+        self._end_sector = device.size // SECTOR
         self._queue: deque[Block] = deque()
         self._task: asyncio.Task[None] | None = None
         self._has_super = False
@@ -219,7 +219,7 @@ class Log:
 
     async def _write_batch(self) -> None:
         """Write the head of the queue, and the superblock if it asks for one."""
-        unit = self.sector_size // _SECTOR
+        unit = self.sector_size // SECTOR
         batch: list[Block] = []
         buffer = bytearray()
         end = self.next_sector
@@ -236,8 +236,8 @@ class Log:
             batch.append(block)
         try:
             if buffer:
-                await self.device.write(self.next_sector * _SECTOR, buffer)
-                self.next_sector += len(buffer) // _SECTOR
+                await self.device.write(self.next_sector * SECTOR, buffer)
+                self.next_sector += len(buffer) // SECTOR
                 self.nr_logged += len(batch)
             if not has_room or any(
                 block.entry.flags & (FUA | FLUSH | MARK) for block in batch

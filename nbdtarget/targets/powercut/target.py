@@ -47,9 +47,9 @@ from typing import Final
 
 from nbdtarget.bio import FUA, OP_CACHE, OP_FLUSH, OP_READ, Bio
 from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
+from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.targets.arguments import (
-    SECTOR,
     UINT32_MAX,
     Run,
     Runs,

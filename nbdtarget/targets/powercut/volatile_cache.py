@@ -35,10 +35,11 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from nbdtarget.common.units import SECTOR
+
 __all__ = [
     "BORDERS",
     "SAMPLES_DEFAULT",
-    "SECTOR",
     "SUBSETS_MAX",
     "Fate",
     "PendingWrite",
@@ -51,7 +52,6 @@ __all__ = [
     "survivors",
 ]
 
-SECTOR: Final = 512  # bytes
 BORDERS: Final = (512, 4096)  # bytes at which a write may tear
 SUBSETS_MAX: Final = 8  # pending writes up to which `possibilities` tries every subset
 SAMPLES_DEFAULT: Final = 200  # possibilities by seed, beyond those

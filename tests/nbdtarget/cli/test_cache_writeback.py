@@ -61,11 +61,14 @@ def test_dirty_blocks_go_home(tool: Tool, life: str) -> None:
 def test_offsets_are_sectors_or_sizes(tool: Tool, offset: str) -> None:
     files = Files(tool, offset=1 << 20)
     options = ["--origin-device-offset", offset, "--fast-device-offset", offset]
-    if offset.endswith("B"):
-        assert "not a size" in tool(*files.argv, *options, status=2)[1]
-        return
     tool(*files.argv, *options)
     files.check_home("clean")
+
+
+def test_offset_that_is_no_number_is_refused(tool: Tool) -> None:
+    files = Files(tool)
+    options = ["--origin-device-offset", "1X"]
+    assert "not a size" in tool(*files.argv, *options, status=2)[1]
 
 
 def test_crooked_offset_is_refused(tool: Tool) -> None:

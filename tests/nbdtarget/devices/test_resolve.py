@@ -19,36 +19,11 @@ from nbdtarget.devices.resolve import (
     is_volatile,
     may_create,
     open_device,
-    parse_size,
 )
 
 
 def names(directory: Path) -> list[str]:
     return sorted(os.listdir(directory))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("0", 0),
-        ("4096", 4096),
-        ("64K", 65536),
-        ("1m", 1 << 20),
-        ("2G", 2 << 30),
-        ("1TiB", 1 << 40),
-        ("3P", 3 << 50),
-    ],
-)
-def test_parse_size_of_what_people_write(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
-    "text", ["", "K", "-1", "1.5G", "1X", "64 K", "4iB", "8E", "9" * 20, "१"]
-)
-def test_parse_size_refuses_anything_else(text: str) -> None:
-    with pytest.raises(ValueError, match=r"size|large"):
-        parse_size(text)
 
 
 async def test_memory_has_the_size_and_the_name() -> None:

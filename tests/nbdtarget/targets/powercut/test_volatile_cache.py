@@ -5,8 +5,8 @@ import random
 
 import pytest
 
+from nbdtarget.common.units import SECTOR
 from nbdtarget.targets.powercut.volatile_cache import (
-    SECTOR,
     Fate,
     PendingWrite,
     Sectors,
