@@ -13,7 +13,7 @@ from nbdtarget_metadata.disks import FILE, NOT_MARKED, Disk, decode_disks
 from nbdtarget_metadata.log.envelope import FORMAT_VERSION
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, Found, Superblock
 from nbdtarget_metadata.tools.check import CopyState, Findings
-from nbdtarget_metadata.tools.clone_dump import flag_names
+from nbdtarget_metadata.tools.dump import flag_names
 from nbdtarget_metadata.tools.kernel_import import Imported
 
 __all__ = [

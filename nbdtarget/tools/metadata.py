@@ -53,7 +53,7 @@ from nbdtarget_metadata.log.superblock import (
 )
 from nbdtarget_metadata.operations import Steps
 from nbdtarget_metadata.tools.cache_xml import parse_xml, render_xml
-from nbdtarget_metadata.tools.clone_salvage import SalvagedOf
+from nbdtarget_metadata.tools.check import examine, mend
 from nbdtarget_metadata.tools.kernel_import import (
     find_kernel_kind,
     import_cache,
@@ -67,6 +67,7 @@ from nbdtarget_metadata.tools.kinds import (
     find_kind,
     parse_dump,
 )
+from nbdtarget_metadata.tools.salvage import Salvaged
 from nbdtarget_metadata.tools.sizing import (
     block_size_fault,
     cache_sizes,
@@ -169,12 +170,13 @@ def check(
     """
     with _opened(path) as file:
         kind = file.run(find_kind(file.size))
-        examine = kind.examine(
+        examining = examine(
+            kind.checks,
             file.size,
             records=not super_block_only,
             unused=not super_block_only and not skip_unused,
         )
-        findings = file.run(examine)
+        findings = file.run(examining)
     done: tuple[str, ...] = ()
     heals = auto_repair and bool(findings.unhealed)
     clears = (auto_repair or clear_needs_check) and findings.needs_check
@@ -182,9 +184,14 @@ def check(
         # Another lock: what was found may have changed, so `mend` looks at everything again.
         with _opened(path, read_only=False) as file:
             done = file.run(
-                kind.mend(file.size, heal=auto_repair, clear_needs_check=clears)
+                mend(
+                    kind.checks,
+                    file.size,
+                    heal=auto_repair,
+                    clear_needs_check=clears,
+                )
             )
-            findings = file.run(kind.examine(file.size))
+            findings = file.run(examine(kind.checks, file.size))
     return check_answer(path, kind.name, findings, done)
 
 
@@ -211,7 +218,7 @@ def dump(
             kind, salvaged = _salvage(file)
         else:
             kind = file.run(find_kind(file.size))
-            salvaged = SalvagedOf(file.run(kind.read_content(file.size)), ())
+            salvaged = Salvaged(file.run(kind.read_content(file.size)), ())
     render = _xml_renderer(path, salvaged.content) if xml else kind.render
     for piece in render(salvaged.content):
         write(piece)
@@ -260,7 +267,7 @@ def dump_to_file(
     return told
 
 
-def _told(path: str, salvaged: SalvagedOf[Any]) -> tuple[str, ...]:
+def _told(path: str, salvaged: Salvaged[Any]) -> tuple[str, ...]:
     lines = [f"{path}: {each}" for each in salvaged.damage]
     loss = loss_of(salvaged.content)
     if loss:
@@ -422,7 +429,7 @@ def repair(
     return restore_answer(output, salvaged.content, salvaged.damage)
 
 
-def _salvage(file: _File) -> tuple[Kind, SalvagedOf[Any]]:
+def _salvage(file: _File) -> tuple[Kind, Salvaged[Any]]:
     """Read what is left, around blocks that cannot be read."""
     unreadable: list[int] = []
     kind = file.run(find_kind(file.size), unreadable=unreadable)

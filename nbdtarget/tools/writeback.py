@@ -60,6 +60,7 @@ from nbdtarget_metadata.errors import MetadataError
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.operations import Steps
 from nbdtarget_metadata.tools.cache_restore import record_written_back
+from nbdtarget_metadata.tools.check import examine
 from nbdtarget_metadata.tools.kinds import CACHE, find_kind
 
 __all__ = [
@@ -219,7 +220,9 @@ async def _run(name: str, device: Device, steps: Steps[T]) -> T:
 async def _read(name: str, metadata: Device) -> CacheContent:
     """Check everything, and return what it says. Raises: NbdTargetError."""
     kind = await _run(name, metadata, find_kind(metadata.size))
-    findings = await _run(name, metadata, kind.examine(metadata.size, unused=False))
+    findings = await _run(
+        name, metadata, examine(kind.checks, metadata.size, unused=False)
+    )
     if findings.damage:
         raise NbdTargetError(
             f"{name}: {'; '.join(findings.damage)}: nothing is written back from"

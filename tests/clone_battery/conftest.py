@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.targets import metadata_io
-from nbdtarget_metadata.tools.check import check
 from tests.support.clone_battery import Lab
+from tests.support.metadata.report import check
 
 
 @pytest.fixture

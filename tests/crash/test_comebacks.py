@@ -34,7 +34,8 @@ from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget_metadata.errors import NotFormatted
-from nbdtarget_metadata.tools.cache_check import examine_cache
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
+from nbdtarget_metadata.tools.check import examine
 from tests.support.crash.cache_rigs import (
     BLOCK_SIZE,
     REFUSALS,
@@ -394,7 +395,7 @@ class ComebackDriver(CacheDriver):
             return
         image = bytearray(metadata.image())
         try:
-            found = run_over(image, examine_cache(len(image), unused=False))
+            found = run_over(image, examine(CACHE_CHECKS, len(image), unused=False))
         except NotFormatted:
             return
         assert not found.needs_check, "needs_check, and no metadata device has failed"

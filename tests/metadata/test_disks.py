@@ -33,10 +33,11 @@ from nbdtarget_metadata.log.superblock import (
     superblock_writes,
 )
 from nbdtarget_metadata.operations import Write
-from nbdtarget_metadata.tools.clone_dump import disks_from_text, disks_text, render
-from nbdtarget_metadata.tools.clone_dump_parser import parse
-from nbdtarget_metadata.tools.clone_restore import restore
-from nbdtarget_metadata.tools.clone_salvage import salvage
+from nbdtarget_metadata.tools.clone_dump import render_clone
+from nbdtarget_metadata.tools.clone_dump_parser import parse_clone
+from nbdtarget_metadata.tools.clone_restore import restore_clone
+from nbdtarget_metadata.tools.clone_salvage import salvage_clone
+from nbdtarget_metadata.tools.dump import disks_from_text, disks_text
 from tests.support.metadata.store import Store, drive
 from tests.support.metadata.superblocks import make_superblock
 
@@ -302,8 +303,8 @@ def test_dump_restore_and_repair_keep_the_record() -> None:
     size = 1 << 18
     store = Store(size)
     text = "".join(
-        render(
-            parse(
+        render_clone(
+            parse_clone(
                 [
                     b'{"format": "nbdtarget metadata dump", "version": 1,'
                     b' "kind": "clone", "uuid": "'
@@ -317,6 +318,6 @@ def test_dump_restore_and_repair_keep_the_record() -> None:
             )
         )
     )
-    drive(store, restore(parse([text.encode()]), device_size=size))
-    assert drive(store, salvage(size)).content.disks == RECORD
+    drive(store, restore_clone(parse_clone([text.encode()]), device_size=size))
+    assert drive(store, salvage_clone(size)).content.disks == RECORD
     assert NOT_MARKED in {disk.mark_generation for disk in decode_disks(RECORD)}

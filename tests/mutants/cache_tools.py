@@ -118,17 +118,17 @@ CACHE_TOOLS: Final = (
     _mutant(
         "restore-without-a-flush",
         "A power cut after a restore: the superblock stands, what it vouches for does not.",
-        "nbdtarget_metadata.tools.cache_restore:restore_cache",
+        "nbdtarget_metadata.tools.restore:write_generations",
         """\
     yield Flush()
-    for generation in (content.generation - 1, content.generation):
-        superblock = msgspec.structs.replace(superblock, generation=generation)
+    for each in (generation - 1, generation):
+        superblock = msgspec.structs.replace(superblock, generation=each)
         yield from write_superblock(superblock)
         yield Flush()
 """,
         """\
-    for generation in (content.generation - 1, content.generation):
-        superblock = msgspec.structs.replace(superblock, generation=generation)
+    for each in (generation - 1, generation):
+        superblock = msgspec.structs.replace(superblock, generation=each)
         yield from write_superblock(superblock)
 """,
         RESTORE_TESTS,

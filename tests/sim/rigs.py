@@ -23,10 +23,11 @@ from typing import Final
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.errors import NotFormatted
 from nbdtarget_metadata.operations import Read, Steps
-from nbdtarget_metadata.tools.cache_check import examine_cache, mend_cache
-from nbdtarget_metadata.tools.check import check
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
+from nbdtarget_metadata.tools.check import examine, mend
 from tests.support.crash.images import run_over
 from tests.support.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE
+from tests.support.metadata.report import check
 from tests.support.model import SECTOR
 
 __all__ = [
@@ -140,9 +141,16 @@ class Rig:
         if not disk.is_cache or not any(image):
             return image
         with suppress(NotFormatted):
-            if run_over(bytearray(image), examine_cache(len(image))).needs_check:
+            if run_over(
+                bytearray(image), examine(CACHE_CHECKS, len(image))
+            ).needs_check:
                 mended = bytearray(image)
-                mending = mend_cache(len(image), heal=False, clear_needs_check=True)
+                mending = mend(
+                    CACHE_CHECKS,
+                    len(image),
+                    heal=False,
+                    clear_needs_check=True,
+                )
                 run_over(mended, mending)
                 return bytes(mended)
         return image
@@ -151,7 +159,10 @@ class Rig:
         if any(image):
             try:
                 if disk.is_cache:
-                    found = run_over(bytearray(image), examine_cache(len(image)))
+                    found = run_over(
+                        bytearray(image),
+                        examine(CACHE_CHECKS, len(image)),
+                    )
                     assert not found.damage, (disk.name, found.damage)
                 else:
                     _run_over(image, check(len(image)))

@@ -15,7 +15,8 @@ from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.errors import CorruptMetadata, NotFormatted
 from nbdtarget_metadata.mode import Mode
-from nbdtarget_metadata.tools.cache_check import mend_cache
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
+from nbdtarget_metadata.tools.check import mend
 from tests.support.clock import SimClock, settle
 from tests.support.devices import CrashDevice
 from tests.support.spy import Spy
@@ -293,7 +294,7 @@ class CacheLab:
     async def unchecked(self) -> CacheMetadata:
         """As `recorded`, once somebody has checked it and taken back `needs_check`."""
         disk = CrashDevice(METADATA_SIZE, content=self.disks["m"].image())
-        mending = mend_cache(disk.size, heal=False, clear_needs_check=True)
+        mending = mend(CACHE_CHECKS, disk.size, heal=False, clear_needs_check=True)
         await metadata_io.run(disk, mending)
         opening = CacheMetadata.open(device_size=disk.size, block_size=self.block_size)
         return await metadata_io.run(disk, opening)

@@ -10,7 +10,7 @@ from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock
 from nbdtarget_metadata.log.superblock import choose_superblock, read_area
 from nbdtarget_metadata.operations import Steps
 
-__all__ = ["CloneContent", "content_of", "read_content"]
+__all__ = ["CloneContent", "clone_content_of", "read_clone_content"]
 
 
 class CloneContent(NamedTuple):
@@ -37,7 +37,7 @@ class CloneContent(NamedTuple):
     disks: bytes = b""
 
 
-def content_of(superblock: CloneSuperblock, hydrated: bitarray) -> CloneContent:
+def clone_content_of(superblock: CloneSuperblock, hydrated: bitarray) -> CloneContent:
     """Take from `superblock` what does not depend on the layout."""
     return CloneContent(
         uuid=superblock.uuid,
@@ -54,7 +54,7 @@ def content_of(superblock: CloneSuperblock, hydrated: bitarray) -> CloneContent:
     )
 
 
-def read_content(device_size: int) -> Steps[CloneContent]:
+def read_clone_content(device_size: int) -> Steps[CloneContent]:
     """Read intact metadata; `needs_check` does not hinder.
 
     Raises: NotFormatted, NotOurs, CorruptMetadata, UnsupportedFormat, MetadataTooSmall.
@@ -62,4 +62,4 @@ def read_content(device_size: int) -> Steps[CloneContent]:
     area = yield from read_area(device_size)
     superblock = choose_superblock(CLONE, area, admit_needs_check=True).superblock
     hydrated = yield from load_bitmap(superblock, device_size)
-    return content_of(superblock, hydrated)
+    return clone_content_of(superblock, hydrated)

@@ -18,7 +18,7 @@ from nbdtarget_metadata.log.chain import READ_BLOCKS, RECORD_MAGIC, R
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, open_envelope, peek_blocks
 from nbdtarget_metadata.operations import Steps, read
 
-__all__ = ["Placed", "scan"]
+__all__ = ["Placed", "pass_over", "scan"]
 
 # A record fits into half of it, so no block is read much more than twice.
 WINDOW_BLOCKS: Final = 2 * READ_BLOCKS
@@ -81,3 +81,7 @@ def _maybe_record(
     except (CorruptMetadata, UnsupportedFormat):
         return None
     return Placed(block, block + peek_blocks(data), opened.digest, record)
+
+
+def pass_over(block: int, is_zero: bool) -> None:
+    """Take no note of a block without an intact record: an `other` for `scan`."""

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a cache's metadata, offline: `examine` (check.py), and what only a cache can have wrong.
+"""What `examine` and `mend` (check.py) must know of a cache's metadata.
+
+`mend` leaves CLEAN_SHUTDOWN as it is.
 
 Where every record is intact and yet the whole cannot be (no crash and no rot leaves that, only a
 bug), all of it is told, not just the first: values with unknown flags, mappings behind the end
@@ -27,10 +29,10 @@ from nbdtarget_metadata.cache.superblock import (
     check_device_size,
 )
 from nbdtarget_metadata.errors import CorruptMetadata
-from nbdtarget_metadata.log.scan import Placed, scan
+from nbdtarget_metadata.log.scan import Placed, pass_over, scan
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.operations import Steps
-from nbdtarget_metadata.tools.cache_leftovers import (
+from nbdtarget_metadata.tools.cache_values import (
     decode_any_record,
     faults_of,
     flagged,
@@ -38,14 +40,10 @@ from nbdtarget_metadata.tools.cache_leftovers import (
 )
 from nbdtarget_metadata.tools.check import (
     GAPS_MAX,
-    Anatomy,
-    Findings,
-    examine_of,
-    mend_of,
+    KindChecks,
 )
-from nbdtarget_metadata.tools.clone_salvage import pass_over
 
-__all__ = ["examine_cache", "mend_cache"]
+__all__ = ["CACHE_CHECKS"]
 
 
 def _live(superblock: CacheSuperblock) -> list[tuple[int, int]]:
@@ -135,7 +133,7 @@ def _miscounted(what: str, expected: int, found: int) -> list[str]:
     return [str(CorruptMetadata(f"number of {what} cache blocks", expected, found))]
 
 
-_CACHE: Final = Anatomy(
+CACHE_CHECKS: Final = KindChecks(
     kind=CACHE,
     check_size=check_device_size,
     load=load,
@@ -144,21 +142,3 @@ _CACHE: Final = Anatomy(
     decode=decode_any_record,
     faults=_faults,
 )
-
-
-def examine_cache(
-    device_size: int, *, records: bool = True, unused: bool = True
-) -> Steps[Findings]:
-    """Examine a cache's metadata; see `examine_of`."""
-    return (yield from examine_of(_CACHE, device_size, records=records, unused=unused))
-
-
-def mend_cache(
-    device_size: int, *, heal: bool, clear_needs_check: bool
-) -> Steps[tuple[str, ...]]:
-    """Mend a cache's metadata; see `mend_of`. CLEAN_SHUTDOWN stays as it is."""
-    return (
-        yield from mend_of(
-            _CACHE, device_size, heal=heal, clear_needs_check=clear_needs_check
-        )
-    )

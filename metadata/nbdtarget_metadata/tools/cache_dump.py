@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache's metadata as JSON, for people and for `restore`; a clone's is in dump.py.
+"""A cache's metadata as JSON, for people and for `restore`; what all dumps share: see dump.py.
 
     {
       "format": "nbdtarget metadata dump",
@@ -35,7 +35,7 @@
       ]
     }
 
-Always in this order, a mapping a line, ascending: [cache block, origin block, state], and the
+A mapping a line, ascending: [cache block, origin block, state], and the
 policy's hint where a policy has left some. The state is
 
     clean      the origin block is the same
@@ -48,12 +48,10 @@ policy's hint where a policy has left some. The state is
 With the flag origin_complete, and without clean_shutdown, the origin has everything, but the cache blocks
 may differ from it: the next start gives all mappings up.
 
-After a repair there may also be "nr_lost", behind "nr_dirty": how many mapped blocks are missing, null if
-nobody knows. "disks", behind that: as in a clone's dump. "policy", "policy_version" and the discard blocks are there only if a clean shutdown
-recorded them. Nothing of the layout is in it: a device of any sufficient size can take it.
+"nr_lost" and "disks", if they are there, stand behind "nr_dirty". "policy", "policy_version" and the discard blocks are there only if a clean shutdown
+recorded them.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Final
 
@@ -62,12 +60,11 @@ from bitarray.util import intervals
 from nbdtarget_metadata.cache.content import CacheContent
 from nbdtarget_metadata.cache.records import LOGGED, OBLOCK_SHIFT
 from nbdtarget_metadata.cache.superblock import DIRTY_LOG
-from nbdtarget_metadata.tools.clone_dump import (
-    DUMP_FORMAT,
-    DUMP_VERSION,
-    LINES_PER_PIECE,
-    disks_text,
-    flag_names,
+from nbdtarget_metadata.tools.dump import (
+    common_fields,
+    loss_fields,
+    render_fields,
+    render_rows,
 )
 
 __all__ = ["render_cache", "state_words"]
@@ -75,28 +72,14 @@ __all__ = ["render_cache", "state_words"]
 
 def render_cache(content: CacheContent) -> Iterator[str]:
     """Yield the text in pieces: mappings are many, memory is not."""
-    fields: dict[str, object] = {
-        "format": DUMP_FORMAT,
-        "version": DUMP_VERSION,
-        "kind": "cache",
-        "uuid": content.uuid.hex(),
-        "generation": content.generation,
-        "flags": flag_names(content.flags),
-        "compat": content.compat,
-        "ro_compat": content.ro_compat,
-        "nr_commits": content.nr_commits,
-        "nr_compactions": content.nr_compactions,
-        "dirty_log": bool(content.incompat & DIRTY_LOG),
-        "block_size_bytes": content.block_size,
-        "origin_size_bytes": content.origin_size,
-        "nr_cblocks": content.nr_cblocks,
-        "nr_mapped": content.nr_mapped,
-        "nr_dirty": content.dirty.count(),
-    }
-    if content.nr_lost != 0:
-        fields["nr_lost"] = content.nr_lost
-    if content.disks:
-        fields["disks"] = disks_text(content.disks)
+    fields = common_fields("cache", content)
+    fields["dirty_log"] = bool(content.incompat & DIRTY_LOG)
+    fields["block_size_bytes"] = content.block_size
+    fields["origin_size_bytes"] = content.origin_size
+    fields["nr_cblocks"] = content.nr_cblocks
+    fields["nr_mapped"] = content.nr_mapped
+    fields["nr_dirty"] = content.dirty.count()
+    fields |= loss_fields(content)
     fields["read_hits"] = content.read_hits
     fields["read_misses"] = content.read_misses
     fields["write_hits"] = content.write_hits
@@ -108,16 +91,13 @@ def render_cache(content: CacheContent) -> Iterator[str]:
     if discarded is not None:
         fields["discard_block_size_bytes"] = discarded.block_size
         fields["nr_discard_blocks"] = len(discarded.bits)
-    head = "".join(
-        f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in fields.items()
-    )
-    yield "{\n" + head
+    yield render_fields(fields)
     if discarded is not None:
         runs = intervals(discarded.bits)
         lines = (f"[{begin}, {end - begin}]" for value, begin, end in runs if value)
-        yield from _list("discarded", lines)
+        yield from render_rows("discarded", lines)
         yield ",\n"
-    yield from _list("mappings", _mappings(content))
+    yield from render_rows("mappings", _mappings(content))
     yield "\n}\n"
 
 
@@ -154,20 +134,3 @@ def _mappings(content: CacheContent) -> Iterator[str]:
         ]
         hint = "" if hints is None else f", {hints[cblock]}"
         yield f'[{cblock}, {value >> OBLOCK_SHIFT}, "{state}"{hint}]'
-
-
-def _list(key: str, rows: Iterator[str]) -> Iterator[str]:
-    """Yield a field that is a list, in pieces, without what follows it."""
-    yield f'  "{key}": ['
-    lines: list[str] = []
-    separator = "\n"
-    for row in rows:
-        lines.append("    " + row)
-        if len(lines) == LINES_PER_PIECE:
-            yield separator + ",\n".join(lines)
-            separator = ",\n"
-            lines.clear()
-    if lines:
-        yield separator + ",\n".join(lines)
-        separator = ",\n"
-    yield "]" if separator == "\n" else "\n  ]"

@@ -34,7 +34,7 @@ from nbdtarget_metadata.cache.superblock import (
 )
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, COUNTER_MAX
 from nbdtarget_metadata.tools.cache_dump import state_words
-from nbdtarget_metadata.tools.clone_dump import disks_from_text
+from nbdtarget_metadata.tools.dump import disks_from_text
 from nbdtarget_metadata.tools.dump_fields import (
     BITS_MAX,
     BadRow,

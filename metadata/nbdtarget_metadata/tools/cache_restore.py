@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write complete cache metadata from its content; record that a cache was written back, offline.
 
-The order of a restore is a clone's (restore.py): zero the superblocks of old content, flush; the
-snapshot and, of a clean shutdown, what that records, flush; then the superblock, in two generations.
+The order of a restore is that of restore.py.
 
 `record_written_back` is one commit without a change of mappings, and always a clean shutdown: after it
 the dirty bits are exact, whatever they were before. It goes to the sync area that the superblock does not
 vouch for, so a crash leaves either state. What is LOGGED may stay so: it is a superset of the dirty blocks.
 """
-
-from typing import Final
 
 import msgspec
 from bitarray import bitarray
@@ -33,21 +30,23 @@ from nbdtarget_metadata.cache.transaction import (
     write_snapshot,
     write_sync,
 )
-from nbdtarget_metadata.errors import UnsupportedFormat
-from nbdtarget_metadata.log.envelope import BLOCK_SIZE, FORMAT_VERSION
-from nbdtarget_metadata.log.layout import new_chain, refuse_content
+from nbdtarget_metadata.log.layout import new_chain
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     RO_COMPAT_KNOWN,
-    SUPERBLOCK_BLOCKS,
     read_superblock,
     write_superblock,
 )
-from nbdtarget_metadata.operations import Flush, Steps, Write
+from nbdtarget_metadata.operations import Flush, Steps
+from nbdtarget_metadata.tools.restore import (
+    GENERATION_MIN,
+    make_room,
+    refuse_features,
+    with_snapshot,
+    write_generations,
+)
 
 __all__ = ["record_written_back", "restore_cache"]
-
-GENERATION_MIN: Final = 1  # of formatted metadata
 
 
 def restore_cache(
@@ -63,36 +62,22 @@ def restore_cache(
     Durable: the metadata, when this returns.
     """
     assert content.generation >= GENERATION_MIN
-    unknown = content.ro_compat & ~RO_COMPAT_KNOWN | content.incompat & ~DIRTY_LOG
-    if unknown:  # what these features keep is not in the content
-        raise UnsupportedFormat(FORMAT_VERSION, unknown)
+    refuse_features(
+        content.ro_compat & ~RO_COMPAT_KNOWN | content.incompat & ~DIRTY_LOG
+    )
     layout = layout_for(content.nr_cblocks, device_size)
-    if overwrite:
-        yield Write(0, bytes(SUPERBLOCK_BLOCKS * BLOCK_SIZE), fua=True)
-        yield Flush()
-    else:
-        yield from refuse_content(CACHE, device_size, layout.arena_blocks)
+    yield from make_room(CACHE, device_size, layout.arena_blocks, overwrite=overwrite)
     superblock = _superblock_of(
         content, arena_blocks=layout.arena_blocks, nr_cblocks_max=layout.nr_cblocks_max
     )
     chain = new_chain(superblock, 0, 0)
     yield from write_snapshot(chain, superblock.generation, content.values)
-    superblock = msgspec.structs.replace(
-        superblock,
-        snapshot_blocks=chain.block - superblock.snapshot_block,
-        snapshot_digest=chain.digest,
-        journal_digest=chain.digest,
-    )
+    superblock = with_snapshot(superblock, chain)
     if content.flags & CLEAN_SHUTDOWN:
         superblock = yield from _write_shutdown(
             superblock, content.policy, content.hints, content.discarded, content.dirty
         )
-    yield Flush()
-    for generation in (content.generation - 1, content.generation):
-        superblock = msgspec.structs.replace(superblock, generation=generation)
-        yield from write_superblock(superblock)
-        yield Flush()
-    return superblock
+    return (yield from write_generations(superblock, content.generation))
 
 
 def record_written_back(

@@ -64,7 +64,7 @@ from nbdtarget_metadata.errors import (
     UnsupportedFormat,
 )
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.scan import Placed, scan
+from nbdtarget_metadata.log.scan import Placed, pass_over, scan
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
@@ -74,13 +74,12 @@ from nbdtarget_metadata.log.superblock import (
     read_area,
 )
 from nbdtarget_metadata.operations import Steps
-from nbdtarget_metadata.tools.cache_leftovers import flagged, statements, value_fault
-from nbdtarget_metadata.tools.clone_salvage import (
+from nbdtarget_metadata.tools.cache_values import flagged, statements, value_fault
+from nbdtarget_metadata.tools.salvage import (
     Link,
-    SalvagedOf,
+    Salvaged,
     backward,
     forward,
-    pass_over,
 )
 
 __all__ = ["salvage_cache"]
@@ -88,7 +87,7 @@ __all__ = ["salvage_cache"]
 STEP_CBLOCKS = 4096
 
 
-def salvage_cache(device_size: int) -> Steps[SalvagedOf[CacheContent]]:
+def salvage_cache(device_size: int) -> Steps[Salvaged[CacheContent]]:
     """Read all that can be believed.
 
     Raises:
@@ -102,12 +101,12 @@ def salvage_cache(device_size: int) -> Steps[SalvagedOf[CacheContent]]:
         damage = [str(error)]
     else:
         flags = content.flags & ~NEEDS_CHECK
-        return SalvagedOf(content._replace(flags=flags), ())
+        return Salvaged(content._replace(flags=flags), ())
     area = yield from read_area(device_size)
     found = choose_superblock(CACHE, area, admit_needs_check=True, admit_lost_slot=True)
     superblock = found.superblock
     if superblock.gives_up_mappings and not found.lost:
-        return SalvagedOf(_empty(superblock), tuple(damage))
+        return Salvaged(_empty(superblock), tuple(damage))
     base = yield from _maybe_base(found, area, device_size)
     arena = _Arena(superblock, base)
     yield from arena.read(device_size, onward=not found.lost)
@@ -121,7 +120,7 @@ def salvage_cache(device_size: int) -> Steps[SalvagedOf[CacheContent]]:
     content = _content(superblock, arena, sync, is_slot_lost=bool(found.lost))
     if found.lost:
         content = content._replace(nr_lost=None)
-    return SalvagedOf(content, tuple(damage))
+    return Salvaged(content, tuple(damage))
 
 
 def _maybe_base(

@@ -43,7 +43,7 @@ from nbdtarget_metadata.cache.superblock import (
 from nbdtarget_metadata.errors import BadDump
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.tools.cache_dump_parser import MappingReader
-from nbdtarget_metadata.tools.clone_dump import LINES_PER_PIECE
+from nbdtarget_metadata.tools.dump import LINES_PER_PIECE
 from nbdtarget_metadata.tools.sizing import block_size_fault
 from nbdtarget_metadata.units import BLOCK_SIZE_MIN, SECTOR
 

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check any metadata, offline, without knowing what device it belongs to.
 
-`check` is what the server does: it accepts what `CloneMetadata.open` accepts, and stops at the
-first thing that is not so. `examine` goes on, for any kind, of which an `Anatomy` tells it what it must know,
-and tells apart
+The server stops at the first thing that is wrong. `examine` goes on, and tells apart
 
     damage     what the newest superblock vouches for is not intact: the server refuses it
     unhealed   superblock copies that differ, or that are rotten while their sibling is not: the
@@ -16,6 +14,8 @@ Only damage matters. What is in use has orphans and leaks most of the time.
 
 `mend` does what little can be done in place without losing anything: it rewrites unhealed
 copies from their siblings, and takes back `needs_check`, as a commit without changes.
+
+Both work for any kind: its `KindChecks` (clone_check.py, cache_check.py) say what is particular to it.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,10 @@ from typing import Any, Final, Generic, NamedTuple
 
 import msgspec
 
-from nbdtarget_metadata.clone.load import load_bitmap
-from nbdtarget_metadata.clone.records import decode_record
-from nbdtarget_metadata.clone.superblock import (
-    CLONE,
-    CloneSuperblock,
-    check_device_size,
-)
 from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.layout import NR_ARENAS
 from nbdtarget_metadata.log.scan import Placed, scan
 from nbdtarget_metadata.log.superblock import (
-    CLEAN_SHUTDOWN,
     NEEDS_CHECK,
     NR_SLOTS,
     SUPERBLOCK_BLOCKS,
@@ -46,7 +37,6 @@ from nbdtarget_metadata.log.superblock import (
     choose_superblock,
     open_copies,
     read_area,
-    read_superblock,
     superblock_block,
     write_superblock,
 )
@@ -54,67 +44,15 @@ from nbdtarget_metadata.operations import Flush, Steps
 
 __all__ = [
     "GAPS_MAX",
-    "Anatomy",
     "CopyState",
     "Findings",
-    "Report",
-    "check",
+    "KindChecks",
     "examine",
-    "examine_of",
     "mend",
-    "mend_of",
 ]
 
 # Of broken places in one chain; a rotten disk has thousands, and the first ones tell.
 GAPS_MAX: Final = 16
-
-
-class Report(NamedTuple):
-    """Metadata that `CloneMetadata.open` would accept.
-
-    Attributes:
-        region_size, target_size: bytes.
-        clean_shutdown: the flag as it stands on disk.
-        used_blocks: 4 KiB blocks: superblocks, the live snapshot and its journal.
-        warnings: what is not as it should be, but does not hinder opening.
-    """
-
-    uuid: bytes
-    generation: int
-    region_size: int
-    target_size: int
-    nr_regions: int
-    nr_hydrated: int
-    clean_shutdown: bool
-    nr_commits: int
-    nr_compactions: int
-    used_blocks: int
-    warnings: tuple[str, ...]
-
-
-def check(device_size: int) -> Steps[Report]:
-    """Read everything that is vouched for and check it. Writes nothing.
-
-    Raises: what `CloneMetadata.open` does, except GeometryMismatch.
-    """
-    found = yield from read_superblock(CLONE, device_size)
-    superblock = found.superblock
-    yield from load_bitmap(superblock, device_size)
-    return Report(
-        uuid=superblock.uuid,
-        generation=superblock.generation,
-        region_size=superblock.region_size,
-        target_size=superblock.target_size,
-        nr_regions=superblock.nr_regions,
-        nr_hydrated=superblock.nr_hydrated,
-        clean_shutdown=bool(superblock.flags & CLEAN_SHUTDOWN),
-        nr_commits=superblock.nr_commits,
-        nr_compactions=superblock.nr_compactions,
-        used_blocks=superblock.journal_end
-        - superblock.snapshot_block
-        + SUPERBLOCK_BLOCKS,
-        warnings=found.notes,
-    )
 
 
 class CopyState(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +92,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool = False
 
 
-class Anatomy(NamedTuple, Generic[S]):
+class KindChecks(NamedTuple, Generic[S]):
     """What `examine` must know of a kind of metadata.
 
     Attributes:
@@ -174,8 +112,12 @@ class Anatomy(NamedTuple, Generic[S]):
     faults: Callable[[S], Steps[list[str]]]
 
 
-def examine_of(
-    anatomy: Anatomy[S], device_size: int, *, records: bool = True, unused: bool = True
+def examine(
+    checks: KindChecks[S],
+    device_size: int,
+    *,
+    records: bool = True,
+    unused: bool = True,
 ) -> Steps[Findings]:
     """Look at everything and tell what is there. Writes nothing.
 
@@ -187,33 +129,33 @@ def examine_of(
     """
     area = yield from read_area(device_size)
     try:
-        found = choose_superblock(anatomy.kind, area, admit_needs_check=True)
+        found = choose_superblock(checks.kind, area, admit_needs_check=True)
     except CorruptMetadata as error:
-        return Findings(copies=_maybe_states(anatomy.kind, area), damage=(str(error),))
+        return Findings(copies=_maybe_states(checks.kind, area), damage=(str(error),))
     superblock = found.superblock
     damage: list[str] = []
     try:
-        anatomy.check_size(superblock, device_size)
+        checks.check_size(superblock, device_size)
         if records:
-            yield from anatomy.load(superblock, device_size)
+            yield from checks.load(superblock, device_size)
     except (CorruptMetadata, MetadataTooSmall) as error:
         damage.append(str(error))
     if damage and records:
-        gaps = yield from _gaps(anatomy, superblock, device_size)
-        faults = gaps or (yield from anatomy.faults(superblock))
+        gaps = yield from _gaps(checks, superblock, device_size)
+        faults = gaps or (yield from checks.faults(superblock))
         damage += [line for line in faults if line not in damage]
     orphans = _Unvouched()
     if unused:
-        for begin, end in _unvouched_ranges(anatomy, superblock, device_size):
+        for begin, end in _unvouched_ranges(checks, superblock, device_size):
             yield from scan(
                 begin,
                 end,
-                decode=anatomy.decode,
+                decode=checks.decode,
                 intact=orphans.count_orphan,
                 other=orphans.count_other,
             )
     return Findings(
-        copies=_states(open_copies(anatomy.kind, area), superblock.generation),
+        copies=_states(open_copies(checks.kind, area), superblock.generation),
         superblock=superblock,
         damage=tuple(damage),
         unhealed=tuple(sorted(found.unhealed)),
@@ -225,23 +167,23 @@ def examine_of(
     )
 
 
-def mend_of(
-    anatomy: Anatomy[S], device_size: int, *, heal: bool, clear_needs_check: bool
+def mend(
+    checks: KindChecks[S], device_size: int, *, heal: bool, clear_needs_check: bool
 ) -> Steps[tuple[str, ...]]:
     """Check everything; if there is no damage, rewrite what the arguments name.
 
     Returns what was done, a sentence each; nothing is written if there is nothing to do.
 
-    Raises: what `examine_of` does; CorruptMetadata: there is damage. Then nothing was written.
+    Raises: what `examine` does; CorruptMetadata: there is damage. Then nothing was written.
     Durable: what was done. A crash leaves each copy as it was or as it will be.
     """
-    findings = yield from examine_of(anatomy, device_size)
+    findings = yield from examine(checks, device_size)
     if findings.damage or findings.superblock is None:
         raise CorruptMetadata("the metadata", "no damage", "; ".join(findings.damage))
     done = []
     for slot in findings.unhealed if heal else ():
         area = yield from read_area(device_size)
-        copies = open_copies(anatomy.kind, area)[slot]
+        copies = open_copies(checks.kind, area)[slot]
         valid = [copy.superblock for copy in copies if copy.superblock]
         yield from write_superblock(max(valid, key=lambda each: each.generation))
         done.append(f"superblock slot {slot} has two good copies again")
@@ -259,52 +201,6 @@ def mend_of(
     if done:
         yield Flush()
     return tuple(done)
-
-
-# A clone's
-
-
-def _live_of_clone(superblock: CloneSuperblock) -> list[tuple[int, int]]:
-    return [(superblock.snapshot_block, superblock.journal_end)]
-
-
-def _end_of_clone(superblock: CloneSuperblock) -> int:
-    return SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
-
-
-def _faults_of_clone(superblock: CloneSuperblock) -> Steps[list[str]]:
-    """Bits say no more than `load` has said."""
-    yield ()
-    return []
-
-
-_CLONE: Final = Anatomy(
-    kind=CLONE,
-    check_size=check_device_size,
-    load=load_bitmap,
-    live=_live_of_clone,
-    end=_end_of_clone,
-    decode=decode_record,
-    faults=_faults_of_clone,
-)
-
-
-def examine(
-    device_size: int, *, records: bool = True, unused: bool = True
-) -> Steps[Findings]:
-    """Examine a clone's metadata; see `examine_of`."""
-    return (yield from examine_of(_CLONE, device_size, records=records, unused=unused))
-
-
-def mend(
-    device_size: int, *, heal: bool, clear_needs_check: bool
-) -> Steps[tuple[str, ...]]:
-    """Mend a clone's metadata; see `mend_of`."""
-    return (
-        yield from mend_of(
-            _CLONE, device_size, heal=heal, clear_needs_check=clear_needs_check
-        )
-    )
 
 
 # Inside
@@ -327,20 +223,20 @@ class _Unvouched:
 
 
 def _unvouched_ranges(
-    anatomy: Anatomy[S], superblock: S, device_size: int
+    checks: KindChecks[S], superblock: S, device_size: int
 ) -> list[tuple[int, int]]:
     """What is laid out less the live ranges, within the device."""
-    end = min(anatomy.end(superblock), device_size // BLOCK_SIZE)
+    end = min(checks.end(superblock), device_size // BLOCK_SIZE)
     ranges = []
     begin = SUPERBLOCK_BLOCKS
-    for first, last in [*anatomy.live(superblock), (end, end)]:
+    for first, last in [*checks.live(superblock), (end, end)]:
         if begin < min(first, end):
             ranges.append((begin, min(first, end)))
         begin = max(begin, last)
     return ranges
 
 
-def _gaps(anatomy: Anatomy[S], superblock: S, device_size: int) -> Steps[list[str]]:
+def _gaps(checks: KindChecks[S], superblock: S, device_size: int) -> Steps[list[str]]:
     """Name the blocks of the live ranges that hold no intact record."""
     gaps: list[list[int]] = []
 
@@ -353,9 +249,9 @@ def _gaps(anatomy: Anatomy[S], superblock: S, device_size: int) -> Steps[list[st
     def intact(placed: Placed[Any]) -> None:
         """Nothing to say."""
 
-    for begin, last in anatomy.live(superblock):
+    for begin, last in checks.live(superblock):
         end = min(last, device_size // BLOCK_SIZE)
-        yield from scan(begin, end, decode=anatomy.decode, intact=intact, other=note)
+        yield from scan(begin, end, decode=checks.decode, intact=intact, other=note)
         if end < last:
             gaps.append([max(end, begin), last])
     lines = [

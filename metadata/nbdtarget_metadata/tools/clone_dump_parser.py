@@ -10,12 +10,12 @@ from typing import Any, Final
 from nbdtarget_metadata.clone.content import CloneContent
 from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 from nbdtarget_metadata.log.superblock import COUNTER_MAX
-from nbdtarget_metadata.tools.clone_dump import disks_from_text
+from nbdtarget_metadata.tools.dump import disks_from_text
 from nbdtarget_metadata.tools.dump_fields import BITS_MAX, Fields, RunReader, number
 from nbdtarget_metadata.tools.sizing import nr_regions_of, region_size_fault
 from nbdtarget_metadata.units import SECTOR
 
-__all__ = ["parse"]
+__all__ = ["parse_clone"]
 
 
 # The fields that are numbers, and their ranges.
@@ -32,7 +32,7 @@ _NUMBERS: Final = {
 }
 
 
-def parse(pieces: Iterable[bytes]) -> CloneContent:
+def parse_clone(pieces: Iterable[bytes]) -> CloneContent:
     """Return the content that a dump, in pieces of any size, describes.
 
     Raises: BadDump.

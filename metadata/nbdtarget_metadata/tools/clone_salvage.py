@@ -10,13 +10,8 @@ copies the source over that. Neither is harmless, so no bit is set that nothing 
 for, and what is missing is told, not passed over.
 
 Bits of a clone are only ever set. So whatever *any* valid superblock vouches for is true still,
-also one that a newer one has replaced. A superblock vouches for a record by its digest, or by a
-chain of digests that leads to it. Of the newest superblock's live range:
-
-    backward   the records with `journal_digest` and `snapshot_digest`, and each predecessor of
-               one that is vouched for, down to a broken one
-    forward    each record whose predecessor is vouched for, beginning at the uuid, up to a
-               broken one; unless its successor names another predecessor
+also one that a newer one has replaced. Of the newest superblock's live range, records are believed
+that it leads to `backward` or `forward` (salvage.py).
 
 An older superblock's range may have been written over by a compaction since, whose first record
 names the uuid as well: so only backward there, and if a slot is lost, everywhere. What lies outside of these ranges (orphans) proves
@@ -29,59 +24,33 @@ A slot without any valid copy may have held the newest superblock. What the othe
 the best there is, but it is unknown what is missing.
 """
 
-from collections.abc import Iterable
-from typing import Generic, NamedTuple, TypeAlias, TypeVar
-
 from bitarray import bitarray
 
-from nbdtarget_metadata.clone.content import CloneContent, content_of, read_content
+from nbdtarget_metadata.clone.content import (
+    CloneContent,
+    clone_content_of,
+    read_clone_content,
+)
 from nbdtarget_metadata.clone.load import new_bitmap
 from nbdtarget_metadata.clone.records import Record, apply_record, decode_record
 from nbdtarget_metadata.clone.superblock import CLONE, NR_REGIONS_MAX, CloneSuperblock
 from nbdtarget_metadata.errors import CorruptMetadata, MetadataTooSmall
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
-from nbdtarget_metadata.log.scan import Placed, scan
+from nbdtarget_metadata.log.scan import Placed, pass_over, scan
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
-    Superblock,
     choose_superblock,
     open_copies,
     read_area,
 )
 from nbdtarget_metadata.operations import Steps
+from nbdtarget_metadata.tools.salvage import Link, Salvaged, backward, forward
 
-__all__ = [
-    "Link",
-    "Salvaged",
-    "SalvagedOf",
-    "backward",
-    "forward",
-    "pass_over",
-    "salvage",
-]
+__all__ = ["salvage_clone"]
 
 
-C = TypeVar("C")
-
-
-class SalvagedOf(NamedTuple, Generic[C]):
-    """What could be read.
-
-    Attributes:
-        content: `nr_lost` says how many hydrated regions (mapped cache blocks) are missing; its
-            flags say neither `needs_check` nor, if any are missing, `clean_shutdown`.
-        damage: what was broken, a line each; none: the input was intact.
-    """
-
-    content: C
-    damage: tuple[str, ...]
-
-
-Salvaged: TypeAlias = SalvagedOf[CloneContent]
-
-
-def salvage(device_size: int) -> Steps[Salvaged]:
+def salvage_clone(device_size: int) -> Steps[Salvaged[CloneContent]]:
     """Read all that can be believed.
 
     Raises:
@@ -90,12 +59,12 @@ def salvage(device_size: int) -> Steps[Salvaged]:
         CorruptMetadata: no superblock is valid, or valid ones contradict each other.
     """
     try:
-        content = yield from read_content(device_size)
+        content = yield from read_clone_content(device_size)
     except (CorruptMetadata, MetadataTooSmall) as error:
         damage = str(error)
     else:
         flags = content.flags & ~NEEDS_CHECK
-        return SalvagedOf(content._replace(flags=flags), ())
+        return Salvaged(content._replace(flags=flags), ())
     area = yield from read_area(device_size)
     found = choose_superblock(CLONE, area, admit_needs_check=True, admit_lost_slot=True)
     newest = found.superblock
@@ -125,17 +94,8 @@ def salvage(device_size: int) -> Steps[Salvaged]:
     flags = newest.flags & ~NEEDS_CHECK
     if nr_lost != 0:
         flags &= ~CLEAN_SHUTDOWN
-    content = content_of(newest, hydrated)._replace(flags=flags, nr_lost=nr_lost)
-    return SalvagedOf(content, (damage,))
-
-
-class Link(NamedTuple):
-    """An intact record without its content, which may be half a megabyte."""
-
-    block: int
-    end: int
-    digest: bytes
-    previous: bytes
+    content = clone_content_of(newest, hydrated)._replace(flags=flags, nr_lost=nr_lost)
+    return Salvaged(content, (damage,))
 
 
 def _vouched(
@@ -174,42 +134,3 @@ def _vouched(
 
     yield from scan(begin, end, decode=decode_record, intact=apply, other=pass_over)
     return hydrated
-
-
-def pass_over(block: int, is_zero: bool) -> None:
-    """What is broken says nothing."""
-
-
-def backward(links: Iterable[Link], superblock: Superblock) -> set[int]:
-    """Return the blocks of the records that digests lead to, from the ends of both chains."""
-    by_digest = {link.digest: link for link in links}
-    believed: set[int] = set()
-    for digest in (superblock.journal_digest, superblock.snapshot_digest):
-        link = by_digest.get(digest)
-        while link is not None and link.block not in believed:
-            believed.add(link.block)
-            link = by_digest.get(link.previous)
-    return believed
-
-
-def forward(links: list[Link], believed: set[int], superblock: Superblock) -> set[int]:
-    """Return the blocks of the records that follow on the beginning or on believed ones."""
-    by_block = {link.block: link for link in links}
-    # What a record at this block may name as its predecessor.
-    expected = {
-        superblock.journal_block: superblock.snapshot_digest,
-        superblock.snapshot_block: superblock.uuid,
-    }
-    if not superblock.snapshot_blocks:
-        expected[superblock.journal_block] = superblock.uuid
-    found: set[int] = set()
-    for link in links:
-        if link.block not in believed:
-            if expected.get(link.block) != link.previous:
-                continue
-            follower = by_block.get(link.end)
-            if follower is not None and follower.previous != link.digest:
-                continue  # an old record, where the write of a newer one was lost
-            found.add(link.block)
-        expected.setdefault(link.end, link.digest)
-    return found

@@ -17,7 +17,7 @@ from bitarray.util import zeros
 from nbdtarget_metadata.clone.load import STEP_REGIONS
 from nbdtarget_metadata.errors import BadDump
 from nbdtarget_metadata.log.envelope import DIGEST_SIZE
-from nbdtarget_metadata.tools.clone_dump import DUMP_FORMAT, DUMP_VERSION, FLAG_NAMES
+from nbdtarget_metadata.tools.dump import DUMP_FORMAT, DUMP_VERSION, FLAG_NAMES
 
 __all__ = ["BITS_MAX", "BadRow", "Fields", "Rows", "RunReader", "Scanner", "number"]
 

@@ -12,22 +12,24 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from nbdtarget_metadata.cache.content import CacheContent, read_cache_content
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.superblock import CACHE as CACHE_SUPERBLOCK
-from nbdtarget_metadata.clone.content import CloneContent, read_content
+from nbdtarget_metadata.clone.content import CloneContent, read_clone_content
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.clone.superblock import CLONE as CLONE_SUPERBLOCK
 from nbdtarget_metadata.errors import UnknownKind
 from nbdtarget_metadata.log.superblock import SuperblockType, read_area, tag_of
 from nbdtarget_metadata.operations import Steps
-from nbdtarget_metadata.tools.cache_check import examine_cache, mend_cache
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
 from nbdtarget_metadata.tools.cache_dump import render_cache
 from nbdtarget_metadata.tools.cache_dump_parser import parse_cache
 from nbdtarget_metadata.tools.cache_restore import restore_cache
 from nbdtarget_metadata.tools.cache_salvage import salvage_cache
-from nbdtarget_metadata.tools.check import Findings, examine, mend
-from nbdtarget_metadata.tools.clone_dump import render
-from nbdtarget_metadata.tools.clone_dump_parser import parse
-from nbdtarget_metadata.tools.clone_restore import restore
-from nbdtarget_metadata.tools.clone_salvage import SalvagedOf, salvage
+from nbdtarget_metadata.tools.check import KindChecks
+from nbdtarget_metadata.tools.clone_check import CLONE_CHECKS
+from nbdtarget_metadata.tools.clone_dump import render_clone
+from nbdtarget_metadata.tools.clone_dump_parser import parse_clone
+from nbdtarget_metadata.tools.clone_restore import restore_clone
+from nbdtarget_metadata.tools.clone_salvage import salvage_clone
+from nbdtarget_metadata.tools.salvage import Salvaged
 
 __all__ = ["CACHE", "CLONE", "KINDS", "Content", "Kind", "find_kind", "parse_dump"]
 
@@ -46,10 +48,9 @@ class Kind(NamedTuple):
 
     name: str
     superblock: SuperblockType[Any]
-    examine: Callable[..., Steps[Findings]]
-    mend: Callable[..., Steps[tuple[str, ...]]]
+    checks: KindChecks[Any]
     read_content: Callable[[int], Steps[Content]]
-    salvage: Callable[[int], Steps[SalvagedOf[Any]]]
+    salvage: Callable[[int], Steps[Salvaged[Any]]]
     render: Callable[[Any], Iterator[str]]
     restore: Callable[..., Steps[object]]
     preferred_size: Callable[[Any], int]
@@ -66,19 +67,17 @@ def _cache_size(content: CacheContent) -> int:
 CLONE: Final = Kind(
     name="clone",
     superblock=CLONE_SUPERBLOCK,
-    examine=examine,
-    mend=mend,
-    read_content=read_content,
-    salvage=salvage,
-    render=render,
-    restore=restore,
+    checks=CLONE_CHECKS,
+    read_content=read_clone_content,
+    salvage=salvage_clone,
+    render=render_clone,
+    restore=restore_clone,
     preferred_size=_clone_size,
 )
 CACHE: Final = Kind(
     name="cache",
     superblock=CACHE_SUPERBLOCK,
-    examine=examine_cache,
-    mend=mend_cache,
+    checks=CACHE_CHECKS,
     read_content=read_cache_content,
     salvage=salvage_cache,
     render=render_cache,
@@ -117,4 +116,4 @@ def parse_dump(pieces: Iterable[bytes]) -> tuple[Kind, Content]:
         head += piece
     if _KIND.search(head):
         return CACHE, parse_cache(chain([head], rest))
-    return CLONE, parse(chain([head], rest))
+    return CLONE, parse_clone(chain([head], rest))

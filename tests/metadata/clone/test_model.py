@@ -18,7 +18,7 @@ from nbdtarget_metadata.clone.transaction import Transaction
 from nbdtarget_metadata.errors import ReadOnlyMetadata
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.operations import Operation, Steps
-from nbdtarget_metadata.tools.check import check
+from tests.support.metadata.report import check
 from tests.support.metadata.small_clone import NR_REGIONS, SIZE, format_on, open_on
 from tests.support.metadata.store import Store, drive, read_image
 

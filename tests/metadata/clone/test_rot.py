@@ -16,7 +16,6 @@ from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.errors import CorruptMetadata, MetadataError
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
 from nbdtarget_metadata.log.superblock import NR_SLOTS, SUPERBLOCK_BLOCKS
-from nbdtarget_metadata.tools.check import check
 from tests.support.metadata.clone_images import (
     Aged,
     ages,
@@ -34,6 +33,7 @@ from tests.support.metadata.damage import (
     spoiled,
     superblock_lengths,
 )
+from tests.support.metadata.report import check
 from tests.support.metadata.small_clone import commit
 from tests.support.metadata.store import Store, drive
 

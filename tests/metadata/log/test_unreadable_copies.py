@@ -27,6 +27,7 @@ from nbdtarget_metadata.operations import (
     Write,
 )
 from nbdtarget_metadata.tools.check import Findings, examine
+from nbdtarget_metadata.tools.clone_check import CLONE_CHECKS
 from tests.support.metadata.small_clone import SIZE, commit, format_on, open_on
 from tests.support.metadata.store import Store, Ticket, cut, drive
 
@@ -127,7 +128,7 @@ def test_each_combination_of_bad_copies_opens_at_the_newest_that_has_one_or_is_r
 @pytest.mark.parametrize("block", BLOCKS)
 def test_check_says_that_an_unreadable_copy_is_a_fault_of_that_copy(block: int) -> None:
     store = RottenStore(life(2), {block})
-    findings: Findings = drive(store, examine(SIZE))
+    findings: Findings = drive(store, examine(CLONE_CHECKS, SIZE))
     assert findings.damage == ()
     assert findings.unhealed == (block % 2,)
     faults = {each.block: each.fault for each in findings.copies if each.fault}
@@ -149,7 +150,7 @@ def test_both_slots_are_good_again_after_the_commits_of_the_first_resume(
     metadata = open_on(store)
     rewrite(store, metadata)
     assert store.unreadable == set()
-    findings: Findings = drive(store, examine(SIZE))
+    findings: Findings = drive(store, examine(CLONE_CHECKS, SIZE))
     assert (findings.damage, findings.unhealed) == ((), ())
 
 

@@ -12,9 +12,10 @@ import pytest
 from nbdtarget_metadata.cache.content import read_cache_content
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.errors import MetadataError, UnsupportedFormat
-from nbdtarget_metadata.tools.cache_check import examine_cache
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
 from nbdtarget_metadata.tools.cache_restore import record_written_back, restore_cache
 from nbdtarget_metadata.tools.cache_salvage import salvage_cache
+from nbdtarget_metadata.tools.check import examine
 from tests.support.metadata import fuzz_cache
 from tests.support.metadata.cache_dumps import parsed, text_of
 from tests.support.metadata.store import Store, drive, read_image
@@ -41,11 +42,11 @@ def outcome(image: bytes) -> str:
     except UnsupportedFormat:
         assert content.ro_compat
         return "unknown features"
-    assert drive(store, examine_cache(size)).damage == ()
+    assert drive(store, examine(CACHE_CHECKS, size)).damage == ()
     again = drive(store, read_cache_content(size))
     assert again == content._replace(nr_lost=0, doubtful=None)
     drive(store, record_written_back(size, again.dirty, disks=b""))
-    assert drive(store, examine_cache(size)).damage == ()
+    assert drive(store, examine(CACHE_CHECKS, size)).damage == ()
     assert not drive(store, read_cache_content(size)).dirty.any()
     return "salvaged" if found.damage else "intact"
 

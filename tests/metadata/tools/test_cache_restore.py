@@ -22,8 +22,9 @@ from nbdtarget_metadata.errors import (
 )
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.operations import Answer, Flush, Read, Steps, Write
-from nbdtarget_metadata.tools.cache_check import examine_cache
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
 from nbdtarget_metadata.tools.cache_restore import record_written_back, restore_cache
+from nbdtarget_metadata.tools.check import examine
 from tests.support.metadata.cache_contents import (
     LIVES,
     content_of,
@@ -63,7 +64,7 @@ def test_restored_metadata_is_in_order_and_can_be_committed_to(age: str) -> None
     content = lives()[age].content
     store = Store(SIZE)
     drive(store, restore_cache(content, device_size=SIZE))
-    findings = drive(store, examine_cache(SIZE))
+    findings = drive(store, examine(CACHE_CHECKS, SIZE))
     assert (findings.damage, findings.unhealed, findings.complete) == ((), (), True)
     metadata = cache_open(store)
     while metadata.needs_rewrite:
@@ -186,7 +187,7 @@ def test_what_was_written_back_is_clean_and_the_rest_as_it_was(age: str) -> None
         generation=aged.content.generation + 1,
         nr_commits=aged.content.nr_commits + 1,
     )
-    assert drive(store, examine_cache(store.size)).damage == ()
+    assert drive(store, examine(CACHE_CHECKS, store.size)).damage == ()
 
 
 @pytest.mark.parametrize("age", NAMES)
@@ -248,4 +249,4 @@ def test_a_bad_copy_is_rewritten_before_the_sync_area_that_it_may_vouch_for(
     # Both slots are written anew, and one of them before anything else.
     assert set(writes[:2]) in ({0, 2}, {1, 3}), writes
     assert {0, 1, 2, 3} <= set(writes)
-    assert drive(store, examine_cache(store.size)).unhealed == ()
+    assert drive(store, examine(CACHE_CHECKS, store.size)).unhealed == ()

@@ -25,11 +25,11 @@ from nbdtarget_metadata.log.superblock import (
     NEEDS_CHECK,
     superblock_writes,
 )
-from nbdtarget_metadata.tools.cache_check import examine_cache, mend_cache
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
 from nbdtarget_metadata.tools.cache_restore import restore_cache
 from nbdtarget_metadata.tools.cache_salvage import _Arena, salvage_cache
-from nbdtarget_metadata.tools.check import Findings
-from nbdtarget_metadata.tools.clone_salvage import SalvagedOf
+from nbdtarget_metadata.tools.check import Findings, examine, mend
+from nbdtarget_metadata.tools.salvage import Salvaged
 from tests.support.metadata.cache_contents import (
     LIVES,
     CacheLife,
@@ -47,12 +47,12 @@ from tests.support.metadata.store import Store, drive, read_image
 NAMES = sorted(LIVES)
 
 
-def salvaged(image: bytes) -> SalvagedOf[CacheContent]:
+def salvaged(image: bytes) -> Salvaged[CacheContent]:
     return read_image(image, salvage_cache(len(image)))
 
 
 def examined(image: bytes, **options: bool) -> Findings:
-    return read_image(image, examine_cache(len(image), **options))
+    return read_image(image, examine(CACHE_CHECKS, len(image), **options))
 
 
 def mappings(content: CacheContent) -> dict[int, int]:
@@ -373,11 +373,11 @@ def test_orphans_of_the_other_arena_and_sync_area_are_told() -> None:
 def test_mend_clears_needs_check_and_leaves_clean_shutdown(age: str) -> None:
     image = needing_check(age)
     store = Store(len(image), image)
-    steps = mend_cache(store.size, heal=True, clear_needs_check=True)
+    steps = mend(CACHE_CHECKS, store.size, heal=True, clear_needs_check=True)
     assert drive(store, steps) == ("needs_check is cleared",)
     assert superblock_of(bytes(store.durable)).flags == lives()[age].content.flags
     before = bytes(store.durable)
-    steps = mend_cache(store.size, heal=True, clear_needs_check=True)
+    steps = mend(CACHE_CHECKS, store.size, heal=True, clear_needs_check=True)
     assert drive(store, steps) == ()
     assert bytes(store.current()) == before
 
@@ -385,12 +385,23 @@ def test_mend_clears_needs_check_and_leaves_clean_shutdown(age: str) -> None:
 def test_mend_heals_copies_and_refuses_damage() -> None:
     image = lives()["clean"].image
     store = Store(len(image), rot(image, 0))
-    assert drive(store, mend_cache(store.size, heal=True, clear_needs_check=False))
+    assert drive(
+        store,
+        mend(CACHE_CHECKS, store.size, heal=True, clear_needs_check=False),
+    )
     assert bytes(store.durable) == image
     damaged = rot(image, live_blocks("clean")[0])
     store = Store(len(image), damaged)
     with pytest.raises(CorruptMetadata, match="no intact record"):
-        drive(store, mend_cache(store.size, heal=True, clear_needs_check=True))
+        drive(
+            store,
+            mend(
+                CACHE_CHECKS,
+                store.size,
+                heal=True,
+                clear_needs_check=True,
+            ),
+        )
     assert bytes(store.current()) == damaged
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.errors import CorruptMetadata, NotFormatted
-from nbdtarget_metadata.tools.check import check
 from tests.support.metadata.clone_workload import rotten
+from tests.support.metadata.report import check
 from tests.support.metadata.small_clone import NR_REGIONS, SIZE, UUID, commit, format_on
 from tests.support.metadata.store import Store, drive, read_image
 from tests.support.places import FIXTURES

@@ -9,12 +9,13 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from nbdtarget_metadata.clone.content import read_content
+from nbdtarget_metadata.clone.content import read_clone_content
 from nbdtarget_metadata.errors import BadDump
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
 from nbdtarget_metadata.tools import dump_fields
-from nbdtarget_metadata.tools.clone_dump import flag_names, render
-from nbdtarget_metadata.tools.clone_dump_parser import parse
+from nbdtarget_metadata.tools.clone_dump import render_clone
+from nbdtarget_metadata.tools.clone_dump_parser import parse_clone
+from nbdtarget_metadata.tools.dump import flag_names
 from nbdtarget_metadata.tools.dump_fields import TOKEN_MAX, Scanner
 from tests.support.metadata.clone_dumps import make_content, text_of
 from tests.support.metadata.store import read_image
@@ -55,14 +56,14 @@ def test_dump_to_the_byte() -> None:
 @pytest.mark.parametrize("path", IMAGES, ids=lambda path: path.stem)
 def test_every_fixture_dumps_as_it_did(path: Path) -> None:
     image = path.read_bytes()
-    content = read_image(image, read_content(len(image)))
+    content = read_image(image, read_clone_content(len(image)))
     assert text_of(content) == path.with_suffix(".json").read_text()
 
 
 @pytest.mark.parametrize("bits", ["0", "1", "11111", "00000", "10101", "0" * 5000])
 def test_dump_reads_back(bits: str) -> None:
     content = make_content(bitarray(bits, "little"))
-    assert parse([text_of(content).encode()]) == content
+    assert parse_clone([text_of(content).encode()]) == content
 
 
 def test_many_runs_go_through_in_pieces() -> None:
@@ -71,7 +72,7 @@ def test_many_runs_go_through_in_pieces() -> None:
     assert json.loads(text)["hydrated"][9999] == [19_999, 1]
     for size in (1, 61, 4096, 65536):
         pieces = (text[at : at + size] for at in range(0, len(text), size))
-        assert parse(pieces) == content
+        assert parse_clone(pieces) == content
 
 
 def test_flags_are_names() -> None:
@@ -79,14 +80,14 @@ def test_flags_are_names() -> None:
     assert flag_names(CLEAN_SHUTDOWN | NEEDS_CHECK) == ["clean_shutdown", "needs_check"]
     unknown = make_content(zeros(9, "little"), flags=1 | 1 << 5)
     assert '"flags": ["clean_shutdown", "bit 5"]' in text_of(unknown)
-    assert parse([text_of(unknown).encode()]).flags == 1 | 1 << 5
+    assert parse_clone([text_of(unknown).encode()]).flags == 1 | 1 << 5
 
 
 @pytest.mark.parametrize("nr_lost", [3, None])
 def test_loss_is_in_the_dump(nr_lost: int | None) -> None:
     content = SMALL._replace(nr_lost=nr_lost)
     assert f'"nr_lost": {json.dumps(nr_lost)},' in text_of(content)
-    assert parse([text_of(content).encode()]) == content
+    assert parse_clone([text_of(content).encode()]) == content
 
 
 def layouts() -> list[str]:
@@ -105,7 +106,9 @@ def layouts() -> list[str]:
 @pytest.mark.parametrize("text", layouts(), ids=range(len(layouts())))
 def test_any_layout_of_the_json_will_do(text: str, piece: int) -> None:
     data = text.encode()
-    assert parse(data[at : at + piece] for at in range(0, len(data), piece)) == SMALL
+    assert (
+        parse_clone(data[at : at + piece] for at in range(0, len(data), piece)) == SMALL
+    )
 
 
 BAD = {
@@ -166,7 +169,7 @@ def test_bad_dump_is_told_with_its_line(
 ) -> None:
     data = text.encode("utf-8", "surrogateescape")
     with pytest.raises(BadDump) as caught:
-        parse(data[at : at + piece] for at in range(0, len(data), piece))
+        parse_clone(data[at : at + piece] for at in range(0, len(data), piece))
     assert (caught.value.line, words in caught.value.reason) == (line, True), str(
         caught.value
     )
@@ -179,7 +182,7 @@ def test_no_bytes_do_more_than_be_refused() -> None:
         for byte in b'\0"[]{},:0\\\xff':
             changed = data[:at] + bytes([byte]) + data[at + 1 :]
             try:
-                parse([changed])
+                parse_clone([changed])
             except BadDump:
                 continue
 
@@ -189,7 +192,7 @@ def test_neither_way_keeps_more_than_a_piece_and_the_bits(
 ) -> None:
     content = make_content(bitarray("01" * 40_000, "little"))
     text = text_of(content).encode()
-    assert max(map(len, render(content))) < len(text) // 8
+    assert max(map(len, render_clone(content))) < len(text) // 8
 
     def pieces() -> Iterator[bytes]:
         for at in range(0, len(text), 4096):
@@ -203,5 +206,5 @@ def test_neither_way_keeps_more_than_a_piece_and_the_bits(
         return scanners[-1]
 
     monkeypatch.setattr(dump_fields, "Scanner", scanner)
-    assert parse(pieces()) == content
+    assert parse_clone(pieces()) == content
     assert len(scanners) == 1

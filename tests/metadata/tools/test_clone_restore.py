@@ -7,7 +7,7 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from nbdtarget_metadata.clone.content import CloneContent, read_content
+from nbdtarget_metadata.clone.content import CloneContent, read_clone_content
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.errors import (
     MetadataError,
@@ -17,12 +17,14 @@ from nbdtarget_metadata.errors import (
     UnsupportedFormat,
 )
 from nbdtarget_metadata.operations import Answer, Flush, Read, Write
-from nbdtarget_metadata.tools.check import check, examine
-from nbdtarget_metadata.tools.clone_dump import render
-from nbdtarget_metadata.tools.clone_dump_parser import parse
-from nbdtarget_metadata.tools.clone_restore import restore
+from nbdtarget_metadata.tools.check import examine
+from nbdtarget_metadata.tools.clone_check import CLONE_CHECKS
+from nbdtarget_metadata.tools.clone_dump import render_clone
+from nbdtarget_metadata.tools.clone_dump_parser import parse_clone
+from nbdtarget_metadata.tools.clone_restore import restore_clone
 from tests.support.metadata.clone_dumps import make_content, text_of
 from tests.support.metadata.clone_images import REGION_SIZE, TARGET_SIZE, ages, opening
+from tests.support.metadata.report import check
 from tests.support.metadata.small_clone import commit
 from tests.support.metadata.store import Store, drive, read_image
 
@@ -32,7 +34,7 @@ AGES = sorted(ages())
 
 def content_of_age(name: str) -> CloneContent:
     image = ages()[name].image
-    return read_image(image, read_content(len(image)))
+    return read_image(image, read_clone_content(len(image)))
 
 
 @pytest.mark.parametrize("size", [SIZE, SIZE + 4096, 4 << 20])
@@ -40,17 +42,17 @@ def content_of_age(name: str) -> CloneContent:
 def test_dump_restore_dump_is_identical(age: str, size: int) -> None:
     text = text_of(content_of_age(age))
     store = Store(size)
-    drive(store, restore(parse([text.encode()]), device_size=size))
-    again = read_image(bytes(store.durable), read_content(size))
-    assert "".join(render(again)) == text
+    drive(store, restore_clone(parse_clone([text.encode()]), device_size=size))
+    again = read_image(bytes(store.durable), read_clone_content(size))
+    assert "".join(render_clone(again)) == text
 
 
 @pytest.mark.parametrize("age", AGES)
 def test_restored_metadata_is_in_order_and_can_be_committed_to(age: str) -> None:
     content = content_of_age(age)
     store = Store(SIZE)
-    drive(store, restore(content, device_size=SIZE))
-    findings = drive(store, examine(SIZE))
+    drive(store, restore_clone(content, device_size=SIZE))
+    findings = drive(store, examine(CLONE_CHECKS, SIZE))
     assert (findings.damage, findings.unhealed, findings.complete) == ((), (), True)
     metadata = drive(store, opening(SIZE))
     while metadata.needs_rewrite:
@@ -69,8 +71,8 @@ def test_any_bits_and_generation_restore(bits: str, generation: int) -> None:
     content = make_content(bitarray(bits, "little"), generation=generation)
     size = 1 << 20  # small chunks take more blocks
     store = Store(size)
-    drive(store, restore(content, device_size=size))
-    assert read_image(bytes(store.durable), read_content(size)) == content
+    drive(store, restore_clone(content, device_size=size))
+    assert read_image(bytes(store.durable), read_clone_content(size)) == content
 
 
 @pytest.mark.parametrize("at", [0, 4096 * 3 + 9, 4096 * 4, SIZE - 1])
@@ -79,7 +81,7 @@ def test_foreign_output_is_refused_untouched(at: int) -> None:
     store.durable[at] = 7
     before = bytes(store.durable)
     with pytest.raises(NotOurs):
-        drive(store, restore(content_of_age("commits"), device_size=SIZE))
+        drive(store, restore_clone(content_of_age("commits"), device_size=SIZE))
     assert bytes(store.current()) == before
 
 
@@ -88,28 +90,28 @@ def test_metadata_as_output_is_refused_and_overwritten_when_told() -> None:
     store = Store(len(image), image)
     content = content_of_age("commits")
     with pytest.raises(NotOurs, match="generation 3"):
-        drive(store, restore(content, device_size=store.size))
+        drive(store, restore_clone(content, device_size=store.size))
     assert bytes(store.current()) == image
-    drive(store, restore(content, device_size=store.size, overwrite=True))
-    assert read_image(bytes(store.durable), read_content(store.size)) == content
+    drive(store, restore_clone(content, device_size=store.size, overwrite=True))
+    assert read_image(bytes(store.durable), read_clone_content(store.size)) == content
 
 
 def test_small_output_is_refused_untouched() -> None:
     store = Store(SIZE - 4096)
     with pytest.raises(MetadataTooSmall):
-        drive(store, restore(content_of_age("commits"), device_size=store.size))
+        drive(store, restore_clone(content_of_age("commits"), device_size=store.size))
     assert not any(store.current())
 
 
 def test_features_that_this_version_does_not_know_are_refused() -> None:
     content = make_content(zeros(10, "little"), ro_compat=4)
     with pytest.raises(UnsupportedFormat, match="0x4"):
-        drive(Store(SIZE), restore(content, device_size=SIZE))
+        drive(Store(SIZE), restore_clone(content, device_size=SIZE))
 
 
 def refusal(image: bytes) -> MetadataError | None:
     try:
-        read_image(image, read_content(len(image)))
+        read_image(image, read_clone_content(len(image)))
     except MetadataError as error:
         return error
     return None
@@ -138,7 +140,7 @@ def test_power_cut_leaves_all_of_it_or_nothing_that_opens(old: str) -> None:
     before = ages()[old].image if old else bytes(SIZE)
     store = Store(len(before), before)
     outcomes = set()
-    steps = restore(content, device_size=store.size, overwrite=bool(old))
+    steps = restore_clone(content, device_size=store.size, overwrite=bool(old))
     answer: Answer | tuple[Answer, ...] = None
     while True:
         try:
@@ -152,7 +154,7 @@ def test_power_cut_leaves_all_of_it_or_nothing_that_opens(old: str) -> None:
             error = refusal(image)
             outcomes.add(type(error).__name__ if error else "opens")
             if error is None:
-                found = read_image(image, read_content(len(image)))
+                found = read_image(image, read_clone_content(len(image)))
                 assert found in (content, *([content_of_age(old)] if old else []))
             elif any(image[4 * 4096 :]):
                 assert not formats(image), "a clone would start anew over it"

@@ -7,7 +7,7 @@ import random
 import pytest
 from bitarray import bitarray
 
-from nbdtarget_metadata.clone.content import CloneContent, read_content
+from nbdtarget_metadata.clone.content import CloneContent, read_clone_content
 from nbdtarget_metadata.clone.records import append_content, append_runs, new_runs
 from nbdtarget_metadata.clone.superblock import CloneSuperblock
 from nbdtarget_metadata.errors import (
@@ -21,8 +21,9 @@ from nbdtarget_metadata.log.chain import Chain
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN, NEEDS_CHECK
 from nbdtarget_metadata.operations import Write
-from nbdtarget_metadata.tools.clone_restore import restore
-from nbdtarget_metadata.tools.clone_salvage import Salvaged, salvage
+from nbdtarget_metadata.tools.clone_restore import restore_clone
+from nbdtarget_metadata.tools.clone_salvage import salvage_clone
+from nbdtarget_metadata.tools.salvage import Salvaged
 from tests.support.metadata.clone_images import (
     NR_REGIONS,
     Life,
@@ -39,12 +40,12 @@ from tests.support.places import FIXTURES
 AGES = sorted(ages())
 
 
-def salvaged(image: bytes) -> Salvaged:
-    return read_image(image, salvage(len(image)))
+def salvaged(image: bytes) -> Salvaged[CloneContent]:
+    return read_image(image, salvage_clone(len(image)))
 
 
 def content_of(image: bytes) -> CloneContent:
-    return read_image(image, read_content(len(image)))
+    return read_image(image, read_clone_content(len(image)))
 
 
 def commit_without_changes(life: Life) -> None:
@@ -236,7 +237,7 @@ def test_what_was_salvaged_restores(age: str) -> None:
     image = ages()[age].image
     content = salvaged(rot(image, 4, 8, 20)).content
     store = Store(len(image))
-    drive(store, restore(content, device_size=store.size))
+    drive(store, restore_clone(content, device_size=store.size))
     assert content_of(bytes(store.durable)) == content._replace(nr_lost=0)
 
 

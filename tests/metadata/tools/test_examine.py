@@ -6,7 +6,7 @@ import random
 import msgspec
 import pytest
 
-from nbdtarget_metadata.clone.content import read_content
+from nbdtarget_metadata.clone.content import read_clone_content
 from nbdtarget_metadata.errors import (
     CorruptMetadata,
     MetadataError,
@@ -20,7 +20,8 @@ from nbdtarget_metadata.log.superblock import (
     superblock_writes,
 )
 from nbdtarget_metadata.operations import Write
-from nbdtarget_metadata.tools.check import Findings, check, examine, mend
+from nbdtarget_metadata.tools.check import Findings, examine, mend
+from nbdtarget_metadata.tools.clone_check import CLONE_CHECKS
 from nbdtarget_metadata.tools.kinds import CLONE, find_kind
 from tests.support.metadata.clone_images import (
     ages,
@@ -29,6 +30,7 @@ from tests.support.metadata.clone_images import (
     opening,
 )
 from tests.support.metadata.damage import rot
+from tests.support.metadata.report import check
 from tests.support.metadata.store import Store, cut, drive, read_image
 from tests.support.metadata.superblocks import put_body
 
@@ -36,7 +38,7 @@ AGES = sorted(ages())
 
 
 def examined(image: bytes, **options: bool) -> Findings:
-    return read_image(image, examine(len(image), **options))
+    return read_image(image, examine(CLONE_CHECKS, len(image), **options))
 
 
 def opens(image: bytes) -> bool:
@@ -163,7 +165,9 @@ def test_kind_is_found_by_its_tag() -> None:
 
 def mended(image: bytes, *, heal: bool, clear: bool) -> tuple[bytes, tuple[str, ...]]:
     store = Store(len(image), image)
-    done = drive(store, mend(store.size, heal=heal, clear_needs_check=clear))
+    done = drive(
+        store, mend(CLONE_CHECKS, store.size, heal=heal, clear_needs_check=clear)
+    )
     if not done:
         assert not any(isinstance(each, Write) for each in store.log)
     assert bytes(store.current()) == bytes(store.durable)
@@ -182,7 +186,7 @@ def test_needs_check_is_cleared_and_nothing_else(clean: bool) -> None:
     assert not opens(image)
     assert examined(image).needs_check
     assert examined(image).damage == ()
-    before = read_image(image, read_content(len(image)))
+    before = read_image(image, read_clone_content(len(image)))
     after, done = mended(image, heal=False, clear=True)
     assert done == ("needs_check is cleared",)
     metadata = read_image(after, opening(len(after)))
@@ -195,7 +199,7 @@ def test_needs_check_stays_if_there_is_damage() -> None:
     image = rot(needing_check("compacted"), live_blocks("compacted")[0])
     store = Store(len(image), image)
     with pytest.raises(CorruptMetadata, match="no damage"):
-        drive(store, mend(store.size, heal=True, clear_needs_check=True))
+        drive(store, mend(CLONE_CHECKS, store.size, heal=True, clear_needs_check=True))
     assert bytes(store.current()) == image
 
 
@@ -205,24 +209,24 @@ def test_healing_gives_each_slot_two_good_copies(age: str, copy: int) -> None:
     image = rot(ages()[age].image, copy)
     if not opens(image):
         return
-    before = read_image(image, read_content(len(image)))
+    before = read_image(image, read_clone_content(len(image)))
     after, done = mended(image, heal=True, clear=False)
     assert done
     assert examined(after).unhealed == ()
-    assert read_image(after, read_content(len(after))) == before
+    assert read_image(after, read_clone_content(len(after))) == before
     assert after[4 * BLOCK_SIZE :] == image[4 * BLOCK_SIZE :]
 
 
 def test_power_cut_while_mending_loses_nothing() -> None:
     rng = random.Random(3)
     image = rot(needing_check("torn_commit"), 3)
-    bits = read_image(image, read_content(len(image))).hydrated
+    bits = read_image(image, read_clone_content(len(image))).hydrated
     store = Store(len(image), image)
-    steps = mend(store.size, heal=True, clear_needs_check=True)
+    steps = mend(CLONE_CHECKS, store.size, heal=True, clear_needs_check=True)
     nr_images = 0
     for crashed in cut(store, steps, rng):
         nr_images += 1
-        content = read_image(crashed, read_content(len(crashed)))
+        content = read_image(crashed, read_clone_content(len(crashed)))
         assert content.hydrated == bits
     assert nr_images > 8
     assert opens(bytes(store.durable))

@@ -16,7 +16,7 @@ from nbdtarget.targets.metadata_io import run, run_file
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.errors import MetadataError, NotFormatted
 from nbdtarget_metadata.operations import Answer, Flush, Operation, Read, Steps, Write
-from nbdtarget_metadata.tools.check import check
+from tests.support.metadata.report import check
 
 SIZE = CloneMetadata.device_size_min(100)
 UUID = bytes(range(16))

@@ -39,7 +39,8 @@ from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.errors import CorruptMetadata, NotFormatted
 from nbdtarget_metadata.mode import Mode
-from nbdtarget_metadata.tools.cache_check import mend_cache
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
+from nbdtarget_metadata.tools.check import mend
 from tests.support.crash.images import run_over
 from tests.support.crash.invariants import Broken, Invariants
 from tests.support.devices import CrashDevice
@@ -76,7 +77,10 @@ def maybe_open_cache(image: bytes, block_size: int) -> CacheMetadata | None:
     except CorruptMetadata as error:
         if error.found != "needs_check":
             raise
-    run_over(device, mend_cache(size, heal=False, clear_needs_check=True))
+    run_over(
+        device,
+        mend(CACHE_CHECKS, size, heal=False, clear_needs_check=True),
+    )
     opening = CacheMetadata.open(device_size=size, block_size=block_size)
     return run_over(device, opening)
 

@@ -24,7 +24,8 @@ from nbdtarget.targets.metadata_io import run
 from nbdtarget.targets.powercut.volatile_cache import BORDERS
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.errors import NotFormatted
-from nbdtarget_metadata.tools.cache_check import examine_cache, mend_cache
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
+from nbdtarget_metadata.tools.check import examine, mend
 from tests.support.crash.cache_invariants import CacheInvariants, maybe_open_cache
 from tests.support.crash.images import run_over
 from tests.support.crash.rigs import CONTENT, DISK_SIZE, REGION_SIZE, _RegistryRig
@@ -93,8 +94,16 @@ def checked(metadata: bytes) -> bytes:
     """Take back `needs_check`, as somebody does who has checked what is on the disk."""
     image = bytearray(metadata)
     with contextlib.suppress(NotFormatted):
-        if run_over(image, examine_cache(len(image), unused=False)).needs_check:
-            run_over(image, mend_cache(len(image), heal=False, clear_needs_check=True))
+        if run_over(image, examine(CACHE_CHECKS, len(image), unused=False)).needs_check:
+            run_over(
+                image,
+                mend(
+                    CACHE_CHECKS,
+                    len(image),
+                    heal=False,
+                    clear_needs_check=True,
+                ),
+            )
     return bytes(image)
 
 
@@ -256,7 +265,7 @@ class CacheRig(_RegistryRig):
     async def check(self) -> None:
         # A format that was cut short is fine: `check_survivors` knows that nothing was lost.
         with contextlib.suppress(NotFormatted):
-            found = await run(self.metadata, examine_cache(self.metadata.size))
+            found = await run(self.metadata, examine(CACHE_CHECKS, self.metadata.size))
             assert not found.damage
 
     def check_survivors(self, model: DiskModel, promised: object) -> None:

@@ -19,11 +19,11 @@ from nbdtarget.targets.metadata_io import run
 from nbdtarget.targets.powercut.volatile_cache import BORDERS
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.errors import NotFormatted
-from nbdtarget_metadata.tools.check import check
 from tests.support.clock import SimClock
 from tests.support.crash.images import worn_metadata
 from tests.support.crash.invariants import CloneInvariants, Invariants
 from tests.support.devices import CrashDevice
+from tests.support.metadata.report import check
 from tests.support.model import SECTOR, DiskModel
 
 __all__ = [

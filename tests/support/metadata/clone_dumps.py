@@ -7,7 +7,7 @@ from bitarray import bitarray
 
 from nbdtarget_metadata.clone.content import CloneContent
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
-from nbdtarget_metadata.tools.clone_dump import render
+from nbdtarget_metadata.tools.clone_dump import render_clone
 
 __all__ = ["make_content", "text_of"]
 
@@ -29,4 +29,4 @@ def make_content(hydrated: bitarray, **fields: Any) -> CloneContent:
 
 
 def text_of(content: CloneContent) -> str:
-    return "".join(render(content))
+    return "".join(render_clone(content))

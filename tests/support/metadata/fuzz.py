@@ -33,7 +33,6 @@ from nbdtarget_metadata.log.chain import RECORD_MAGIC, read_chain
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE, blocks_for, seal
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, SUPERBLOCK_MAGIC
 from nbdtarget_metadata.mode import Mode
-from nbdtarget_metadata.tools.check import check
 from tests.support.metadata.clone_images import (
     Aged,
     AnyAged,
@@ -45,6 +44,7 @@ from tests.support.metadata.clone_images import (
     run_bounded,
     vouched_bits,
 )
+from tests.support.metadata.report import check
 from tests.support.metadata.small_clone import commit
 from tests.support.metadata.store import Store, drive
 

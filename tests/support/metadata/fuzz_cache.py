@@ -28,7 +28,8 @@ from nbdtarget_metadata.log.chain import RECORD_MAGIC
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE as META_BLOCK
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, SUPERBLOCK_MAGIC
 from nbdtarget_metadata.mode import Mode
-from nbdtarget_metadata.tools.cache_check import examine_cache
+from nbdtarget_metadata.tools.cache_check import CACHE_CHECKS
+from nbdtarget_metadata.tools.check import examine
 from tests.support.metadata.cache_images import (
     NR_CBLOCKS,
     ORIGIN_SIZE,
@@ -118,7 +119,7 @@ def assert_legal(held: Held, metadata: CacheMetadata) -> None:
 def is_damaged(image: bytes) -> bool:
     """Ask the offline tool."""
     try:
-        findings = read_image(image, examine_cache(len(image)))
+        findings = read_image(image, examine(CACHE_CHECKS, len(image)))
     except MetadataError as error:
         assert_one_line(error)
         return True

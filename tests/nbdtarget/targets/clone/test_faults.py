@@ -18,10 +18,10 @@ from nbdtarget.devices.base import Device
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.metadata_io import run
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.tools.check import check
 from tests.support.clock import SimClock, settle
 from tests.support.clone import REGION, Context, Disk
 from tests.support.devices import CrashDevice, FaultDevice
+from tests.support.metadata.report import check
 from tests.support.model import DiskModel
 
 SIZE = 9 * REGION + 512
