@@ -70,6 +70,7 @@ from typing import Final, Protocol, TypeAlias
 from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Clock, Timer
 from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.turns import Tasks
 from nbdtarget.devices.base import Device
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.errors import FailedMetadata, MetadataError
@@ -206,13 +207,14 @@ class Committer:
         self._is_due = False
         self._compaction_error: Exception | None = None
         self._timer: Timer | None = None
-        self._running: asyncio.Task[None] | None = None
-        self._compaction: asyncio.Task[None] | None = None
+        self._is_running = False
+        self._is_compacting = False
+        self._tasks = Tasks(failed=self._report)
 
     @property
     def is_clean(self) -> bool:
         """Everything is committed: FLUSH and FUA need nothing of us."""
-        return not (self.metadata.changed or self._running or self.has_failed)
+        return not (self.metadata.changed or self._is_running or self.has_failed)
 
     def note_change(self) -> None:
         """The metadata has changed: commit it within the period."""
@@ -293,8 +295,7 @@ class Committer:
     async def quiesce(self) -> None:
         """Stop the timer, and wait until nothing of ours is in flight."""
         self._stop_timer()
-        while tasks := [task for task in (self._running, self._compaction) if task]:
-            await asyncio.wait(tasks)
+        await self._tasks.wait()
         self._stop_timer()
 
     def _stop_timer(self) -> None:
@@ -303,9 +304,9 @@ class Committer:
             self._timer = None
 
     def _wake(self) -> None:
-        if self._running is None:
-            self._running = asyncio.get_running_loop().create_task(self._run())
-            self._running.add_done_callback(self._task_done)
+        if not self._is_running:
+            self._is_running = True
+            self._tasks.start(self._run())
 
     def _is_wanted(self) -> bool:
         if self._commit_waiters or self._flush_waiters:
@@ -324,7 +325,7 @@ class Committer:
                 await self._run_round()
             is_sound = True
         finally:
-            self._running = None
+            self._is_running = False
             if not is_sound:
                 # An exception of our own making: nothing can be trusted any more.
                 self.metadata.fail()
@@ -496,9 +497,9 @@ class Committer:
             self._failed()
 
     def _start_compaction(self) -> None:
-        if self._compaction is None and self.metadata.needs_compaction:
-            self._compaction = asyncio.get_running_loop().create_task(self._compact())
-            self._compaction.add_done_callback(self._task_done)
+        if not self._is_compacting and self.metadata.needs_compaction:
+            self._is_compacting = True
+            self._tasks.start(self._compact())
 
     async def _compact(self) -> None:
         try:
@@ -508,11 +509,10 @@ class Committer:
             self._compaction_error = error
             self._wake()
         finally:
-            self._compaction = None
+            self._is_compacting = False
 
-    def _task_done(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and (error := task.exception()):
-            log.critical("%s: commit", self.name, exc_info=error)
+    def _report(self, error: BaseException) -> None:
+        log.critical("%s: commit", self.name, exc_info=error)
 
 
 def _tell(waiters: list[Callable[[int], None]], errno: int) -> None:

@@ -179,6 +179,7 @@ class _Copy:
         self._next = offset
         self._end = offset + length
         self._in_flight = 0
+        # Not `Pump` and `Soon`: their callbacks would make each copy a cycle of references, for the collector.
         self._is_pumping = False
         self._pump_is_due = False
         self._error: CopyError | None = None

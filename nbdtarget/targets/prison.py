@@ -37,6 +37,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 
+from nbdtarget.common.turns import Pump
+
 __all__ = ["Cell", "Prison"]
 
 _begin_of = attrgetter("begin")
@@ -76,7 +78,7 @@ class Prison:
         self._ends: list[int] = []
         self._last: list[Cell] = []
         self._granting: deque[Cell] = deque()
-        self._is_granting = False
+        self._pump = Pump(self._grant)
 
     @property
     def nr_held(self) -> int:
@@ -161,7 +163,7 @@ class Prison:
             else:
                 self._hold(cell)
                 self._granting.append(cell)
-        self._grant()
+        self._pump.run()
 
     def _ask(self, cell: Cell) -> None:
         """Note that `cell` asks for its range, after all others; count whom it waits for."""
@@ -215,6 +217,8 @@ class Prison:
         return low, bisect_left(begins, end, low)
 
     def _unblock(self, cell: Cell) -> None:
+        if not cell.blocked:
+            return  # hot: mostly no other cell waits
         blocked, cell.blocked = cell.blocked, []
         for waiter in blocked:
             waiter.blockers -= 1
@@ -223,18 +227,12 @@ class Prison:
                 del self._waiting[waiter]
                 self._hold(waiter)
                 self._granting.append(waiter)
-        self._grant()
+        self._pump.run()
 
     def _grant(self) -> None:
-        if self._is_granting:
-            return
-        self._is_granting = True
-        try:
-            while self._granting:
-                waiter = self._granting.popleft()
-                waiter.granted(waiter)
-        finally:
-            self._is_granting = False
+        while self._granting:
+            waiter = self._granting.popleft()
+            waiter.granted(waiter)
 
     def _hold(self, cell: Cell) -> None:
         cell.held = True

@@ -297,8 +297,8 @@ CLONE: Final = (
         "nbdtarget.targets.clone.hydration:Hydration.quiesce",
         (
             (
-                "while tasks := [*self._jobs, *([self._task] if self._task else [])]:",
-                "while tasks := ([self._task] if self._task else []):",
+                "        await self._jobs.wait()\n",
+                "",
             ),
         ),
         TARGET,

@@ -99,8 +99,8 @@ COMMIT: Final = (
         "nbdtarget.targets.committer:Committer.is_clean",
         (
             (
-                "return not (self.metadata.changed or self._running or self.has_failed)",
-                "return self._running is not None or not (\n"
+                "return not (self.metadata.changed or self._is_running or self.has_failed)",
+                "return self._is_running or not (\n"
                 "            self.metadata.changed or self.has_failed\n"
                 "        )",
             ),
@@ -230,8 +230,8 @@ COMMIT: Final = (
         "nbdtarget.targets.committer:Committer.quiesce",
         (
             (
-                "for task in (self._running, self._compaction) if task]",
-                "for task in (self._running,) if task]",
+                "        await self._tasks.wait()\n",
+                "        while self._is_running:\n            await asyncio.sleep(0)\n",
             ),
         ),
         COMMITTER,

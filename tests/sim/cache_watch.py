@@ -93,7 +93,7 @@ class CacheWatch(CacheInvariants):
             or target._metadata.nr_cleaned
             or any(device._deferred for device in self._devices)
             or not target._committer.is_clean
-            or target._committer._compaction
+            or target._committer._is_compacting
             or target._wishes._wishes
             or target._blocks.nr_migrating
             or _has_work(target)

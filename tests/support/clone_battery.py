@@ -140,7 +140,7 @@ class Lab:
     async def commit_under_way(self) -> None:
         """Wait for the commit that runs, if one does."""
         committer = self.target()._committer
-        await self.until(lambda: committer._running is None)
+        await self.until(lambda: not committer._is_running)
 
     async def hydrate(self) -> None:
         """Enable hydration and wait until all of it is durable."""

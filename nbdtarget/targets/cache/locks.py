@@ -38,6 +38,7 @@ from collections.abc import Callable
 from functools import partial
 
 from nbdtarget.bio import Bio
+from nbdtarget.common.turns import Pump
 
 __all__ = ["BlockLock", "BlockLocks"]
 
@@ -105,7 +106,7 @@ class BlockLocks:
         # Locks on single blocks by oblock; a range, by a number that is no oblock.
         self.locked: dict[int, BlockLock] = {}
         self._due: deque[BlockLock] = deque()  # held; their `granted` is to be called
-        self._is_granting = False
+        self._pump = Pump(self._grant)
         self.rescue: Callable[[Bio, int, int, int], bool] = _no_rescue
 
     @property
@@ -261,16 +262,13 @@ class BlockLocks:
             return
         lock.held = True
         self._due.append(lock)
-        if self._is_granting:
-            return  # whoever was granted one unlocks it at once: the loop below goes on
-        # A loop: ranges that overlap like tiles may all wait for the first one, each for its neighbour.
-        self._is_granting = True
-        try:
-            while self._due:
-                due = self._due.popleft()
-                due.granted(due)
-        finally:
-            self._is_granting = False
+        # Not a recursion: ranges that overlap like tiles may all wait for the first one, each for its neighbour.
+        self._pump.run()
+
+    def _grant(self) -> None:
+        while self._due:
+            due = self._due.popleft()
+            due.granted(due)
 
     def _maybe_grant(self, lock: BlockLock) -> None:
         assert lock.nr_awaited >= 0

@@ -35,6 +35,7 @@ from typing import Any, Final
 
 from nbdtarget.common.clock import Clock, Timer
 from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.turns import Soon, Tasks
 from nbdtarget.common.units import SECTOR
 from nbdtarget.policies.base import DEMOTE, OP_NAMES, PROMOTE, Work
 from nbdtarget.targets.cache.blocks import Blocks
@@ -85,12 +86,12 @@ class Migrations:
         )
         self._sweep = Sweep(blocks)
         self._wishes = wishes
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks(failed=blocks.broken)
         self._nr_migrations = 0
         self._nr_demoting = 0
         self._is_stopped = True
-        self._is_pump_due = False
-        self._is_behind = False  # the policy, with what a tick left undone
+        self._pump_soon = Soon(self._pump)
+        self._catch_up_soon = Soon(self._catch_up)
         self._may_gather = False
         self._is_gathering = False
         self._waker: Timer | None = None
@@ -118,8 +119,7 @@ class Migrations:
 
     async def quiesce(self) -> None:
         """Wait for what is under way. After `presuspend`."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._tasks.wait()
         for copier in (self._promoter, self._demoter):
             copier.drop_buffers()
 
@@ -133,27 +133,22 @@ class Migrations:
 
     def wake(self) -> None:
         """There may be something to do."""
-        if not self._is_pump_due and not self._is_stopped:
-            self._is_pump_due = True
-            asyncio.get_running_loop().call_soon(self._pump_due)
+        if not self._is_stopped:
+            self._pump_soon.ask()
 
     def tick(self) -> None:
         """Let time pass for the policy."""
-        if self._blocks.policy.tick(self._clock.now_ns()) and not self._is_behind:
-            self._is_behind = True
-            asyncio.get_running_loop().call_soon(self._catch_up)
+        if self._blocks.policy.tick(self._clock.now_ns()):
+            self._catch_up_soon.ask()
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run what ends before a suspend does."""
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
+        self._tasks.start(coroutine)
 
     def _catch_up(self) -> None:
         """Do more of what a tick left undone, in each turn of the loop."""
-        self._is_behind = not self._is_stopped and self._blocks.policy.catch_up()
-        if self._is_behind:
-            asyncio.get_running_loop().call_soon(self._catch_up)
+        if not self._is_stopped and self._blocks.policy.catch_up():
+            self._catch_up_soon.ask()
 
     def _nr_bios(self) -> int:
         seen = self._blocks.metadata.statistics
@@ -183,10 +178,6 @@ class Migrations:
         if metadata.dirty_log and self._blocks.is_writable and metadata.nr_cleaned:
             metadata.clear_log()
             self._blocks.committer.note_change()
-
-    def _pump_due(self) -> None:
-        self._is_pump_due = False
-        self._pump()
 
     def _pump(self) -> None:
         """Start what may be started."""
@@ -433,8 +424,3 @@ class Migrations:
         if op != PROMOTE:
             self._retry_ns = now_ns + int(self._retry_s * _NS)
             self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)
-
-    def _task_done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._blocks.broken(error)

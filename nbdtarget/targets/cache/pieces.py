@@ -58,6 +58,8 @@ class Pieces:
         self._end = bio.offset + bio.length
         self._in_flight = 0
         self._error = 0
+        # Not `Soon` and `Pump`: their callbacks would make each of these objects a cycle of references, and
+        # the payload of a READ would stay in memory until the garbage collector comes.
         self._is_due = False
         self._is_pumping = False
 

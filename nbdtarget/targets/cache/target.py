@@ -37,7 +37,6 @@ data. All of them count as dirty, or with `dirty_log` those that may be. Else: t
 cache starts empty (`Activation`). Hints and discards are forgotten.
 """
 
-import asyncio
 import errno as errnos
 import logging
 from array import array
@@ -46,6 +45,7 @@ from typing import Final
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.common.clock import sleep
+from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.targets.base import (
     KILL,
@@ -153,7 +153,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             self.unknown_message,
         )
         self._is_active = False  # preresume has not refused
-        self._is_tick_due = False
+        self._tick_soon = Soon(self._tick)
         self._is_sealed = False  # nothing may be written: see `JournaledMetadata`
         self._prepare_map(parts)
 
@@ -236,12 +236,9 @@ class CacheTarget(MappingTarget[CacheMetadata]):
 
     def _missed(self, is_work_likely: bool) -> None:
         """Time passes for the policy with each turn of the loop that had a miss."""
-        if not self._is_tick_due:
-            self._is_tick_due = True
-            asyncio.get_running_loop().call_soon(self._tick)
+        self._tick_soon.ask()
 
     def _tick(self) -> None:
-        self._is_tick_due = False
         if not self._is_suspended:
             self._migrations.tick()
             self._migrations.wake()

@@ -16,6 +16,7 @@ from typing import Final
 
 from nbdtarget.common.clock import Clock
 from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.say_rarely import SayRarely
 from nbdtarget.targets.clone.failures import Failures
 from nbdtarget.targets.clone.holes import Piece
 from nbdtarget.targets.clone.regions import Regions
@@ -25,8 +26,6 @@ from nbdtarget_metadata.errors import MetadataError
 __all__ = ["ERRORS_PER_JOB_MAX", "Filler"]
 
 ERRORS_PER_JOB_MAX: Final = 64
-SAY_S_MIN: Final = 5.0  # between two lines in the log about failures
-_NS: Final = 1_000_000_000
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +54,7 @@ class Filler:
         self.event_after_errors = event_after_errors
         self.failures = Failures()
         self._event = event
-        self._nr_unsaid = 0  # failures since the last line about one
-        self._say_ns = 0
+        self._rarely = SayRarely(clock)
         regions.note_error = self._note_foreground_error
 
     async def hydrate(
@@ -120,9 +118,8 @@ class Filler:
 
     def _say(self, what: str, begin: int, end: int, error: Exception) -> None:
         # A dead source has thousands of regions: one line says it, and the next how many more.
-        self._nr_unsaid += 1
-        now_ns = self.clock.now_ns()
-        if now_ns < self._say_ns:
+        nr_failures = self._rarely.count()
+        if not nr_failures:
             return
         log.error(
             "%s: %s regions %d to %d%s: %s",
@@ -130,13 +127,9 @@ class Filler:
             what,
             begin,
             end - 1,
-            f" (and {self._nr_unsaid - 1} more failures)"
-            if self._nr_unsaid > 1
-            else "",
+            f" (and {nr_failures - 1} more failures)" if nr_failures > 1 else "",
             error,
         )
-        self._nr_unsaid = 0
-        self._say_ns = now_ns + int(SAY_S_MIN * _NS)
 
     def _maybe_event(self, *, is_new: bool) -> None:
         after, count = self.event_after_errors, self.failures.nr_errors

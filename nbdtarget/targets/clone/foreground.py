@@ -39,6 +39,7 @@ from typing import Any, Final
 
 from nbdtarget.bio import FAST_ZERO, FUA, OP_DISCARD, OP_NAMES, OP_READ, OP_WRITE, Bio
 from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.turns import Pump, Tasks
 from nbdtarget.devices.base import Device
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.copier import CopyError
@@ -66,8 +67,9 @@ class Foreground:
         self._nr_running = 0
         self._queue: deque[RegionWrite] = deque()
         self._waiting: dict[Cell, Bio] = {}  # for a lock, in the order they came
-        self._is_starting = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        # A write that ends at once asks for the next one while the loop that started it is still running.
+        self._pump = Pump(self._start_queued)
+        self._tasks = Tasks(failed=regions.broken)
 
     def write(self, bio: Bio) -> None:
         """Take a WRITE or WRITE_ZEROES whose offset is relative to the target; ends it."""
@@ -76,7 +78,7 @@ class Foreground:
             bio.end(errnos.ENOTSUP)
             return
         self._queue.append(write)
-        self._start_queued()
+        self._pump.run()
         if not write.has_payload_left:
             bio.own()
         elif bio.borrowed:
@@ -204,32 +206,18 @@ class Foreground:
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run what is too long for callbacks; ends before the bio that it works for does."""
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
+        self._tasks.start(coroutine)
 
     def ended(self) -> None:
         """One write has left: the next may start."""
         self._nr_running -= 1
-        self._start_queued()
+        self._pump.run()
         self.regions.wake()
 
-    def _task_done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.regions.broken(error)
-
     def _start_queued(self) -> None:
-        # A write that ends at once calls us again: a loop, not a recursion, starts the next.
-        if self._is_starting:
-            return
-        self._is_starting = True
-        try:
-            while self._queue and self._nr_running < self.deferred_bios_max:
-                self._nr_running += 1
-                self._queue.popleft().start()
-        finally:
-            self._is_starting = False
+        while self._queue and self._nr_running < self.deferred_bios_max:
+            self._nr_running += 1
+            self._queue.popleft().start()
 
 
 class RegionWrite:

@@ -41,6 +41,7 @@ import asyncio
 from typing import Final
 
 from nbdtarget.common.clock import Clock, Timer
+from nbdtarget.common.turns import Tasks
 from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.holes import WINDOW_BYTES_MIN, Holes, Piece
 from nbdtarget.targets.clone.read_queue import ReadQueue
@@ -103,8 +104,8 @@ class Hydration:
         )
         self._is_resumed = False
         self._offset = 0
-        self._task: asyncio.Task[None] | None = None
-        self._jobs: set[asyncio.Task[None]] = set()
+        self._search = Tasks(failed=regions.broken, ended=self.wake)  # one at most
+        self._jobs = Tasks(failed=regions.broken, ended=self._job_ended)
         self._woken = asyncio.Event()
         self._bios_seen = 0
         self._busy_until_ns = 0
@@ -130,16 +131,15 @@ class Hydration:
     async def quiesce(self) -> None:
         """Wait until no job is under way. After `presuspend`."""
         assert not self._is_resumed
-        while tasks := [*self._jobs, *([self._task] if self._task else [])]:
-            await asyncio.wait(tasks)
+        await self._search.wait()  # first, as it starts the jobs
+        await self._jobs.wait()
 
     def wake(self) -> None:
         """Something has changed that may let a job start."""
-        if self._task is not None:
+        if self._search:
             self._woken.set()
         elif self._may_run():
-            self._task = asyncio.get_running_loop().create_task(self._run())
-            self._task.add_done_callback(self._task_done)
+            self._search.start(self._run())
 
     def note_read(self, begin: int, end: int) -> None:
         """Regions `begin` to `end`, not all of them hydrated, are being read."""
@@ -175,8 +175,9 @@ class Hydration:
                     delay_ns = self._retry_delay_ns(looked_ns)
                 if self._may_run():
                     await self._wait(delay_ns)
-        finally:
-            self._task = None
+        except asyncio.CancelledError:
+            self._is_resumed = False  # the loop is being torn down: start nothing more
+            raise
 
     async def _wait(self, delay_ns: int | None) -> None:
         """Wait for `wake`, or until the delay is over; None: there is none."""
@@ -314,9 +315,7 @@ class Hydration:
         pieces = holes.pieces(*regions.span(begin, end))
         self.rate.charge(self._cost(pieces))
         regions.nr_hydrating += weight
-        job = asyncio.get_running_loop().create_task(self._job(cell, weight, pieces))
-        self._jobs.add(job)
-        job.add_done_callback(self._job_done)
+        self._jobs.start(self._job(cell, weight, pieces))
         return end
 
     def _cost(self, pieces: list[Piece]) -> int:
@@ -359,15 +358,7 @@ class Hydration:
             slow_s = min(SLOW_S_MIN * 2 ** min(doublings, 16), SLOW_S_MAX)
             self.slow_until_ns = now_ns + int(slow_s * _NS)
 
-    def _job_done(self, job: "asyncio.Task[None]") -> None:
-        self._jobs.discard(job)
-        self._task_done(job)
+    def _job_ended(self) -> None:
         if not self._jobs and not self._may_run():
             self.regions.copier.drop_buffers()
-
-    def _task_done(self, task: "asyncio.Task[None]") -> None:
-        if task.cancelled():
-            self._is_resumed = False  # the loop is being torn down: start nothing more
-        elif (error := task.exception()) is not None:
-            self.regions.broken(error)
         self.wake()

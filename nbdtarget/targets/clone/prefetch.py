@@ -30,6 +30,7 @@ from collections import deque
 from typing import Final
 
 from nbdtarget.bio import OP_CACHE, Bio
+from nbdtarget.common.turns import Tasks
 from nbdtarget.targets.clone.filler import ERRORS_PER_JOB_MAX, Filler
 from nbdtarget.targets.clone.holes import Holes
 from nbdtarget.targets.clone.regions import Regions
@@ -57,7 +58,7 @@ class CacheRequests:
         self.steps_at_once_max = steps_at_once_max
         self._step_regions = max(1, STEP_BYTES >> regions.shift)
         self._queue: deque[_Request] = deque()
-        self._steps: set[asyncio.Task[None]] = set()
+        self._steps = Tasks(failed=regions.broken, ended=self._step_ended)
         self._is_resumed = False
 
     def resume(self) -> None:
@@ -78,8 +79,7 @@ class CacheRequests:
     async def quiesce(self) -> None:
         """Wait until no step is under way. After `presuspend`."""
         assert not self._is_resumed
-        while self._steps:
-            await asyncio.wait(self._steps)
+        await self._steps.wait()
 
     def take(self, bio: Bio) -> None:
         """Take a CACHE whose offset is relative to the target; ends it."""
@@ -89,17 +89,9 @@ class CacheRequests:
 
     def _start_steps(self) -> None:
         while self._queue and len(self._steps) < self.steps_at_once_max:
-            step = self._step(self._queue.popleft())
-            task = asyncio.get_running_loop().create_task(step)
-            self._steps.add(task)
-            task.add_done_callback(self._step_done)
+            self._steps.start(self._step(self._queue.popleft()))
 
-    def _step_done(self, task: "asyncio.Task[None]") -> None:
-        self._steps.discard(task)
-        if task.cancelled():
-            return  # the loop is being torn down
-        if (error := task.exception()) is not None:
-            self.regions.broken(error)
+    def _step_ended(self) -> None:
         self._start_steps()
         if not self._steps:
             self.regions.copier.drop_buffers()

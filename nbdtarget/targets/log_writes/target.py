@@ -47,6 +47,7 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
+from nbdtarget.common.turns import Tasks
 from nbdtarget.common.words import quote_word
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.targets.arguments import Runs, close_all
@@ -89,7 +90,7 @@ class LogWritesTarget(Target):
         self._flushing = False
         # Writes of parts of sectors: one at a time, or two neighbours would undo each other.
         self._part_lock = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "LogWritesTarget":
@@ -254,16 +255,13 @@ class LogWritesTarget(Target):
             self._flushing = False
 
     def _start(self, steps: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(steps)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(steps)
 
     def resume(self) -> None:
         self._log.started = True
 
     async def postsuspend(self) -> None:
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._tasks.wait()
         await self._log.idle()
 
     async def message(self, words: Sequence[str]) -> str | None:

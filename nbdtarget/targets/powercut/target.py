@@ -47,6 +47,7 @@ from typing import Final
 
 from nbdtarget.bio import FUA, OP_CACHE, OP_FLUSH, OP_READ, Bio
 from nbdtarget.common.errors import ConstructorError, DeviceError, TableError
+from nbdtarget.common.turns import Tasks
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.targets.arguments import (
@@ -117,7 +118,7 @@ class PowercutTarget(Target):
         self._is_on = True
         self._nr_cuts = 0
         self._turn = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "PowercutTarget":
@@ -175,9 +176,7 @@ class PowercutTarget(Target):
 
     def _start(self, bio: Bio, work: Callable[[int], Awaitable[None]]) -> None:
         """Run `work` when it is its turn; then end `bio`."""
-        task = asyncio.get_running_loop().create_task(self._take_turn(bio, work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._take_turn(bio, work))
 
     async def _take_turn(
         self, bio: Bio, work: Callable[[int], Awaitable[None]]
@@ -253,8 +252,7 @@ class PowercutTarget(Target):
             self._check_power(life)
 
     async def postsuspend(self) -> None:
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._tasks.wait()
         async with self._turn:
             try:
                 await self._write_back(self._cache.mark, self._nr_cuts)

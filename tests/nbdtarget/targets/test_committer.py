@@ -481,7 +481,7 @@ async def test_who_asks_again_at_once_for_ever_does_not_keep_the_loop() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
     assert 0 < nr_asked < 100
-    assert rig.committer._running is not None
-    rig.committer._running.cancel()
+    (commit,) = rig.committer._tasks
+    commit.cancel()
     await settle()
     assert nr_asked >= 10_000  # told that it failed, each time

@@ -195,7 +195,7 @@ class CloneInvariants(Invariants):
         committer, metadata = target._committer, target._metadata
         return _Flush(
             bits=metadata.hydrated.copy(),
-            was_quiet=committer._running is None and committer._compaction is None,
+            was_quiet=not (committer._is_running or committer._is_compacting),
             was_changed=metadata.changed,
             generation=metadata.generation,
             nr_destination_flushes=self._nr_destination_flushes,
