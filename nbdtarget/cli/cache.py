@@ -197,10 +197,10 @@ def cache(
 
 def _run(options: "CacheOptions", *, verbose: bool, json: bool) -> int:
     from nbdtarget.cli.logs import start_logging
-    from nbdtarget.cli.progress.cache import make_reporter
+    from nbdtarget.cli.progress.cache import cache_reporter
     from nbdtarget.daemon.daemon import run
     from nbdtarget.porcelain.cache import CacheJob
 
     start_logging(verbose=verbose)
-    with make_reporter(options, json=json) as reporter:
+    with cache_reporter(options, json=json) as reporter:
         return run(lambda: CacheJob(options, reporter).run())

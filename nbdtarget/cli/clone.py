@@ -158,10 +158,10 @@ def clone(
 
 def _run(options: "CloneOptions", *, verbose: bool, json: bool) -> int:
     from nbdtarget.cli.logs import start_logging
-    from nbdtarget.cli.progress.clone import make_reporter
+    from nbdtarget.cli.progress.clone import clone_reporter
     from nbdtarget.daemon.daemon import run
     from nbdtarget.porcelain.clone import CloneJob
 
     start_logging(verbose=verbose)
-    with make_reporter(options, json=json) as reporter:
+    with clone_reporter(options, json=json) as reporter:
         return run(lambda: CloneJob(options, reporter).run())

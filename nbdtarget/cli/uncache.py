@@ -29,7 +29,7 @@ def uncache(name: CacheName, json: Json = False, control: Control = None) -> int
     """
     import asyncio
 
-    from nbdtarget.cli.progress.uncache import make_reporter
+    from nbdtarget.cli.progress.uncache import uncache_reporter
     from nbdtarget.porcelain.uncache import UncacheJob
 
     address = str(address_for(control, Remove(name)))
@@ -37,5 +37,5 @@ def uncache(name: CacheName, json: Json = False, control: Control = None) -> int
     def ask_server(verb: str, request: Request, answer_type: type[A]) -> A:
         return ask(address, verb, request, answer_type, about=name)
 
-    with make_reporter(name, json=json) as reporter:
+    with uncache_reporter(name, json=json) as reporter:
         return asyncio.run(UncacheJob(name, ask_server, reporter).run())

@@ -224,8 +224,8 @@ def test_ctrl_c_and_the_same_command_again(cache: CacheUnderTest) -> None:
             first.wait()
         said = told.read_text()
         assert first.returncode == 130
-        assert f"{NAME}: 8 blocks must still be flushed" in said
-        assert f"{NAME}: stopped, 8 blocks must still be flushed" in said
+        assert f"{NAME}: 8 dirty blocks to write back" in said
+        assert f"{NAME}: interrupted; 8 dirty blocks left" in said
         assert " 2 writethrough dirty_log cleaner " in cache.ask("table", NAME)
         assert cache.read_all() == image
         assert cache.origin.read_bytes() == cache.content

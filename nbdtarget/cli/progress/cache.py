@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `cache` and `uncache` show.
+"""What `cache` prints: how to attach, and how the cache is doing."""
 
-As with `clone`: what to paste goes to stdout, the rest to stderr: a line that changes or a bar on a
-terminal, else a plain line now and then; with --json one object a line on stdout.
-"""
-
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Final
 
-from nbdtarget.cli.progress.clone import LINE_PERIOD_S, print_attach, print_event, say
+from nbdtarget.cli.progress.common import (
+    Display,
+    describe_bytes,
+    make_reporter,
+    print_attach,
+    print_event,
+    say,
+)
 from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.porcelain.cache import (
     CacheOptions,
@@ -20,18 +21,9 @@ from nbdtarget.porcelain.cache import (
 )
 from nbdtarget.server.listener import export_uri
 
-__all__ = ["Reporter", "describe_bytes", "describe_status", "make_reporter"]
+__all__ = ["JsonReporter", "Reporter", "cache_reporter", "describe_status"]
 
 JSON_PERIOD_S: Final = 1.0
-
-
-def describe_bytes(nr_bytes: int) -> str:
-    """As a person says it: "3.5 GiB"."""
-    size, units = float(nr_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 def describe_status(status: CacheStatus) -> str:
@@ -46,10 +38,11 @@ def describe_status(status: CacheStatus) -> str:
 
 
 class Reporter:
-    """Says in plain lines what is going on; the base of the others."""
+    """In words."""
 
-    def __init__(self, options: CacheOptions) -> None:
+    def __init__(self, options: CacheOptions, display: Display) -> None:
         self.options = options
+        self._display = display
 
     def serving(self, plan: CachePlan, uris: list[str]) -> None:
         options = self.options
@@ -64,10 +57,10 @@ class Reporter:
         )
 
     def given_up(self, nr_blocks: int) -> None:
-        """Nothing, here: the log says it."""
+        """The log says it."""
 
     def status(self, status: CacheStatus) -> None:
-        """Nothing, here."""
+        self._display.show(describe_status(status))
 
     def uncached(self) -> None:
         say(
@@ -79,7 +72,7 @@ class Reporter:
         say(f"the cache cannot record anything any more: {line}")
 
     def stopping(self) -> None:
-        """Nothing, here."""
+        self._display.stop()
 
     def stopped(self, nr_dirty: int, nr_bytes: int) -> None:
         if nr_dirty:
@@ -93,29 +86,10 @@ class Reporter:
         say(f"{reason}; do not use {self.options.origin} without its cache")
 
 
-class _LinesReporter(Reporter):
-    """For a log file: a line every ten seconds, if there is news."""
-
-    def __init__(self, options: CacheOptions) -> None:
-        super().__init__(options)
-        self._next_s = 0.0
-        self._last = ""
-
-    def status(self, status: CacheStatus) -> None:
-        now_s = monotonic_ns() / 1e9
-        line = describe_status(status)
-        if line == self._last or now_s < self._next_s:
-            return
-        self._next_s = now_s + LINE_PERIOD_S
-        self._last = line
-        say(line)
-
-
-class _JsonReporter(Reporter):
+class JsonReporter:
     """One JSON object a line on stdout; `status` when there is news, once a second at most."""
 
     def __init__(self, options: CacheOptions) -> None:
-        super().__init__(options)
         self._next_s = 0.0
         self._last: CacheStatus | None = None
 
@@ -150,6 +124,9 @@ class _JsonReporter(Reporter):
     def failed(self, line: str) -> None:
         print_event(event="failed", status=line)
 
+    def stopping(self) -> None:
+        """`stopped` follows."""
+
     def stopped(self, nr_dirty: int, nr_bytes: int) -> None:
         print_event(event="stopped", dirty_blocks=nr_dirty, dirty_bytes=nr_bytes)
 
@@ -157,18 +134,8 @@ class _JsonReporter(Reporter):
         print_event(event="not_clean", reason=reason)
 
 
-@contextmanager
-def make_reporter(options: CacheOptions, *, json: bool) -> Iterator[CacheReporter]:
-    """The reporter that suits where our output goes."""
-    if json:
-        yield _JsonReporter(options)
-    elif sys.stderr.isatty():
-        from nbdtarget.cli.progress.line import LineReporter  # rich: 30 ms
-
-        line = LineReporter(options)
-        try:
-            yield line
-        finally:
-            line.stopping()
-    else:
-        yield _LinesReporter(options)
+def cache_reporter(
+    options: CacheOptions, *, json: bool
+) -> AbstractContextManager[CacheReporter]:
+    """The reporter that suits where the output goes."""
+    return make_reporter(Reporter, JsonReporter, options, json=json)

@@ -1,70 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `uncache` shows: a bar on a terminal, else a plain line now and then, on stderr."""
+"""What `uncache` prints: how much must still be written back, and what is left in the end."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Final
 
-from nbdtarget.cli.progress.clone import print_event, say
-from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.cli.progress.common import Display, make_reporter, print_event, say
 from nbdtarget.porcelain.uncache import CacheLine, Draining, UncacheReporter
 
-__all__ = ["Reporter", "make_reporter"]
+__all__ = ["JsonReporter", "Reporter", "uncache_reporter"]
 
 LINE_PERIOD_S: Final = 5.0
 
 
 class Reporter:
-    """Says in plain lines what is going on; the base of the others."""
+    """In words."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, display: Display) -> None:
         self.name = name
+        self._display = display
+        self._total = 0  # dirty bytes, when most were
 
     def draining(self, now: Draining) -> None:
-        """Nothing, here."""
+        # In writeback, a moment ago, there may have been a few more.
+        self._total = max(self._total, now.dirty_bytes)
+        if now.dirty_blocks or self._total:
+            line = f"{self.name}: {_blocks(now)} to write back"
+            self._display.show(line, self._total - now.dirty_bytes, self._total)
 
     def stuck(self, now: Draining, for_s: float) -> None:
         errors = f", {now.errors} copies have failed" if now.errors else ""
         last = f", the last: {now.last_error}" if now.last_error else ""
         say(
-            f"{self.name}: no block has been flushed for {for_s:.0f} s"
+            f"{self.name}: no block has been written back for {for_s:.0f} s"
             f" ({now.dirty_blocks} left{errors}{last}); still trying"
         )
 
     def interrupted(self, now: Draining | None) -> None:
+        self._display.stop()
         if now is None:
-            say(f"{self.name}: stopped, nothing has been changed")
+            say(f"{self.name}: interrupted; nothing has been changed")
             return
         say(
-            f"{self.name}: stopped, {now.dirty_blocks} blocks must still be flushed; it"
-            " goes on serving in writethrough, with the policy cleaner; the same"
-            " command goes on"
+            f"{self.name}: interrupted; {_blocks(now)} left. The device stays in service"
+            " (mode writethrough, policy cleaner). Run the same command again to finish"
         )
 
     def uncached(self, line: CacheLine) -> None:
+        self._display.stop()
         print(
             f"{self.name} is {line.origin} alone; {line.cache} and {line.metadata} are"
             " not used any more"
         )
 
 
-class _LinesReporter(Reporter):
-    """For a log file: a line every few seconds, while there is something to flush."""
+class JsonReporter:
+    """One JSON object a line on stdout."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self._next_s = 0.0
-
-    def draining(self, now: Draining) -> None:
-        now_s = monotonic_ns() / 1e9
-        if now.dirty_blocks and now_s >= self._next_s:
-            self._next_s = now_s + LINE_PERIOD_S
-            say(f"{self.name}: {now.dirty_blocks} blocks must still be flushed")
-
-
-class _JsonReporter(Reporter):
-    """One JSON object a line on stdout."""
+        self.name = name
 
     def draining(self, now: Draining) -> None:
         print_event(event="draining", **_fields(now))
@@ -85,22 +78,23 @@ class _JsonReporter(Reporter):
         )
 
 
+def _blocks(now: Draining) -> str:
+    return f"{now.dirty_blocks} dirty block{'' if now.dirty_blocks == 1 else 's'}"
+
+
 def _fields(now: Draining) -> dict[str, object]:
     return {name: getattr(now, name) for name in now.__struct_fields__}
 
 
-@contextmanager
-def make_reporter(name: str, *, json: bool) -> Iterator[UncacheReporter]:
-    """The reporter that suits where our output goes."""
-    if json:
-        yield _JsonReporter(name)
-    elif sys.stderr.isatty():
-        from nbdtarget.cli.progress.uncache_bar import BarReporter  # rich: 30 ms
-
-        bar = BarReporter(name)
-        try:
-            yield bar
-        finally:
-            bar.stop()
-    else:
-        yield _LinesReporter(name)
+def uncache_reporter(
+    name: str, *, json: bool
+) -> AbstractContextManager[UncacheReporter]:
+    """The reporter that suits where the output goes."""
+    return make_reporter(
+        Reporter,
+        JsonReporter,
+        name,
+        json=json,
+        bar="writing back",
+        period_s=LINE_PERIOD_S,
+    )

@@ -13,9 +13,8 @@ import pytest
 from nbdtarget.cli.app import run
 from nbdtarget.cli.progress import cache as progress_cache
 from nbdtarget.cli.progress import uncache as progress_uncache
-from nbdtarget.cli.progress.cache import describe_bytes, describe_status
-from nbdtarget.cli.progress.line import LineReporter
-from nbdtarget.cli.progress.uncache_bar import BarReporter
+from nbdtarget.cli.progress.cache import describe_status
+from nbdtarget.cli.progress.common import describe_bytes
 from nbdtarget.porcelain.cache import CacheOptions, CachePlan, CacheStatus
 from nbdtarget.porcelain.uncache import CacheLine, Draining
 from nbdtarget.targets.cache.table import Options
@@ -135,7 +134,7 @@ def test_status_in_a_line() -> None:
 
 @contextmanager
 def reporting(*, is_json: bool = False) -> Iterator[Any]:
-    with progress_cache.make_reporter(OPTIONS, json=is_json) as reporter:
+    with progress_cache.cache_reporter(OPTIONS, json=is_json) as reporter:
         yield reporter
 
 
@@ -198,7 +197,6 @@ def test_cache_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     with reporting() as reporter:
-        assert isinstance(reporter, LineReporter)
         reporter.serving(PLAN, URIS)
         reporter.status(STATUS)
         drawn = len(terminal.getvalue())
@@ -211,7 +209,7 @@ def test_cache_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lines_of_an_uncache(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_uncache.make_reporter("disk", json=False) as reporter:
+    with progress_uncache.uncache_reporter("disk", json=False) as reporter:
         reporter.draining(DRAINING)
         reporter.draining(DRAINING)
         reporter.stuck(DRAINING, 5.2)
@@ -222,18 +220,18 @@ def test_lines_of_an_uncache(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == "disk is /slow disk alone; /fast and /meta are not used any more\n"
     assert err.splitlines() == [
-        "nbdtarget: disk: 3 blocks must still be flushed",
-        "nbdtarget: disk: no block has been flushed for 5 s (3 left); still trying",
-        "nbdtarget: disk: no block has been flushed for 10 s (3 left, 7 copies have"
+        "nbdtarget: disk: 3 dirty blocks to write back",
+        "nbdtarget: disk: no block has been written back for 5 s (3 left); still trying",
+        "nbdtarget: disk: no block has been written back for 10 s (3 left, 7 copies have"
         " failed, the last: writeback: /slow: full); still trying",
-        "nbdtarget: disk: stopped, nothing has been changed",
-        "nbdtarget: disk: stopped, 3 blocks must still be flushed; it goes on serving in"
-        " writethrough, with the policy cleaner; the same command goes on",
+        "nbdtarget: disk: interrupted; nothing has been changed",
+        "nbdtarget: disk: interrupted; 3 dirty blocks left. The device stays in service"
+        " (mode writethrough, policy cleaner). Run the same command again to finish",
     ]
 
 
 def test_json_of_an_uncache(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_uncache.make_reporter("disk", json=True) as reporter:
+    with progress_uncache.uncache_reporter("disk", json=True) as reporter:
         reporter.draining(DRAINING)
         reporter.stuck(STUCK, 10.44)
         reporter.interrupted(None)
@@ -270,8 +268,7 @@ def test_uncache_on_a_terminal(
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    with progress_uncache.make_reporter("disk", json=False) as reporter:
-        assert isinstance(reporter, BarReporter)
+    with progress_uncache.uncache_reporter("disk", json=False) as reporter:
         for nr_dirty in (4, 3, 0):
             now = Draining(
                 dirty_blocks=nr_dirty,
@@ -290,7 +287,7 @@ def test_nothing_is_drawn_if_nothing_is_dirty(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     clean = Draining(dirty_blocks=0, dirty_bytes=0, errors=0, last_error=None)
-    with progress_uncache.make_reporter("disk", json=False) as reporter:
+    with progress_uncache.uncache_reporter("disk", json=False) as reporter:
         reporter.draining(clean)
         reporter.uncached(LINE)
-    assert "flushing" not in terminal.getvalue()
+    assert "writing back" not in terminal.getvalue()

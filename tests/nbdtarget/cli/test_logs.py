@@ -127,7 +127,7 @@ def test_what_is_logged_is_one_line_whatever_a_name_holds(pipe: Pipe) -> None:
 SERVER = """
 import logging, sys
 from nbdtarget.cli.logs import start_logging
-from nbdtarget.cli.progress.clone import print_event, say
+from nbdtarget.cli.progress.common import print_event, say
 start_logging(verbose=True)
 for nr in range(20_000):
     logging.getLogger("nbdtarget.dm").info("line %d of the log, which nobody reads", nr)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all long-running commands print alike.
+
+What scripts read or people paste goes to stdout, progress and complaints to stderr. While a command works, a
+`Display` shows how far it is: on a terminal something that is drawn over again, elsewhere a plain line now and then.
+With --json there is one object a line on stdout, and nothing else.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Protocol, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import msgspec
+
+from nbdtarget.cli.outlet import Outlet, process_stderr, process_stdout
+from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.server.listener import export_uri
+
+__all__ = [
+    "Display",
+    "Lines",
+    "Nowhere",
+    "client_lines",
+    "describe_bytes",
+    "is_terminal",
+    "make_reporter",
+    "open_display",
+    "print_attach",
+    "print_event",
+    "say",
+]
+
+LINE_PERIOD_S: Final = 10.0
+
+# What rich calls a dumb terminal: it cannot draw over what it has drawn.
+_DUMB_TERMINALS: Final = ("dumb", "unknown")
+
+_stdout: Final = Outlet(process_stdout, lambda nr: f'{{"event":"lost","lines":{nr}}}')
+_stderr: Final = Outlet(process_stderr, lambda nr: f"nbdtarget: {nr} lines were lost")
+
+Subject = TypeVar("Subject")
+R = TypeVar("R")
+
+
+# ---- words ----
+
+
+def client_lines(uri: str) -> list[str]:
+    """One line to paste for each client."""
+    parts = urlsplit(uri)
+    name = unquote(parts.path.removeprefix("/"))
+    word = shlex.quote(uri)
+    drive = shlex.quote(f"file={uri.replace(',', ',,')},format=raw,if=virtio")
+    sockets = parse_qs(parts.query).get("socket")
+    if sockets:
+        where = f"-unix {shlex.quote(sockets[0])}"
+    else:
+        where = f"{parts.hostname} {parts.port or 10809}"
+    return [
+        f"nbdinfo {word}",
+        f"nbdcopy --progress {word} copy.img",
+        f"qemu-img info {word}",
+        f"qemu-system-x86_64 -m 1G -drive {drive}",
+        f"sudo nbd-client {where} -N {shlex.quote(name)} /dev/nbd0",
+    ]
+
+
+def print_attach(what: str, name: str, uris: list[str]) -> None:
+    """Print what is served, its URIs, and a line for each client."""
+    exports = [export_uri(uri, name) for uri in uris]
+    print(f"{what}: attach to")
+    for uri in exports:
+        print(f"  {uri}")
+    print("for example with one of")
+    for line in client_lines(exports[0]):
+        print(f"  {line}")
+    print(flush=True)
+
+
+def print_event(**fields: object) -> None:
+    """Print one JSON object in a line; never waits for who reads."""
+    _stdout.write_line(msgspec.json.encode(fields).decode())
+
+
+def say(text: str) -> None:
+    """Tell the user, beside what scripts read; never waits for who reads."""
+    _stderr.write_line(f"nbdtarget: {text}")
+
+
+def describe_bytes(nr_bytes: int) -> str:
+    """A size for people, for example "3.5 GiB"."""
+    size, units = float(nr_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+# ---- displays ----
+
+
+class Display(Protocol):
+    """Where a command shows how far it is."""
+
+    def show(self, line: str, done: int = 0, total: int = 0) -> None:
+        """Show the state in words and, if `total` is known, in bytes. A display takes what it can show."""
+        ...
+
+    def stop(self) -> None:
+        """Show nothing any more, and leave the terminal as it was found. Idempotent."""
+        ...
+
+
+class Nowhere:
+    """A display that shows nothing."""
+
+    def show(self, line: str, done: int = 0, total: int = 0) -> None:
+        """Nothing is shown."""
+
+    def stop(self) -> None:
+        """Nothing was shown."""
+
+
+class Lines:
+    """For a log file: a line at once, and then one in each period in which the words have changed."""
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._next_s = 0.0
+        self._last = ""
+
+    def show(self, line: str, done: int = 0, total: int = 0) -> None:
+        now_s = monotonic_ns() / 1e9
+        if line != self._last and now_s >= self._next_s:
+            self._next_s = now_s + self._period_s
+            self._last = line
+            say(line)
+
+    def stop(self) -> None:
+        """A line stays where it is."""
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal that can draw over what it has drawn."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in _DUMB_TERMINALS
+
+
+@contextmanager
+def open_display(
+    bar: str | None, *, period_s: float | None = LINE_PERIOD_S
+) -> Iterator[Display]:
+    """Show progress on stderr, as it suits where that goes.
+
+    Args:
+        bar: what a bar for bytes is called on a terminal; None: the words are shown there, too.
+        period_s: from one plain line to the next where there is no terminal; None: there are no lines.
+    """
+    display: Display
+    if is_terminal():
+        from nbdtarget.cli.progress import terminal  # rich: 30 ms
+
+        display = terminal.LiveLine() if bar is None else terminal.Bar(bar)
+    else:
+        display = Nowhere() if period_s is None else Lines(period_s)
+    try:
+        yield display
+    finally:
+        display.stop()
+
+
+@contextmanager
+def make_reporter(
+    plain: Callable[[Subject, Display], R],
+    as_json: Callable[[Subject], R],
+    subject: Subject,
+    *,
+    json: bool,
+    bar: str | None = None,
+    period_s: float = LINE_PERIOD_S,
+) -> Iterator[R]:
+    """The reporter of a command: `as_json` prints objects, `plain` words, with a display.
+
+    Args: bar, period_s: as of `open_display`.
+    """
+    if json:
+        yield as_json(subject)
+        return
+    with open_display(bar, period_s=period_s) as display:
+        yield plain(subject, display)
