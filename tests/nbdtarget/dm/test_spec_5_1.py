@@ -1,76 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checklist 5.1: load, suspend, resume, remove, sentence by sentence.
+"""Checklist 5.1: load, suspend, resume and remove, as far as no other file tests them.
 
-`ROWS` says which test stands for which sentence; what no other file tests is tested here.
+The rows, and the tests that stand for each: docs/kernel-checklist.md.
 """
 
 import asyncio
 import errno as errnos
-from typing import Final
 
 import pytest
 
 from nbdtarget.bio import OP_READ, OP_WRITE, PENDING
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.dm.mapped_device import State
-from tests.support.checklist import written_tests
 from tests.support.dm import ProbeTarget, make, submit
-
-ORDER = "test_suspend_and_resume_call_the_target_in_the_kernels_order"
-NOFLUSH = "test_held_bios_go_to_the_next_table_in_their_order"
-REFUSED = "test_device_whose_new_table_refuses_to_resume_serves_with_the_old_one"
-
-ROWS: Final[dict[str, tuple[str, ...]]] = {
-    "load constructs into the inactive slot, the live table runs": (
-        "test_5_1_live_table_runs_while_another_is_loaded",
-    ),
-    "load replaces and destroys what was there": (
-        "test_5_1_load_destroys_the_inactive_table_that_it_replaces",
-    ),
-    "a failed constructor leaves both slots": (
-        "test_load_that_fails_leaves_both_tables_as_they_were",
-    ),
-    "both constructors have open devices at a time": (
-        "test_live_and_inactive_table_share_one_device",
-        "test_5_1_live_table_runs_while_another_is_loaded",
-    ),
-    "suspend: presuspend, stop, wait, postsuspend": (
-        ORDER,
-        "test_suspend_waits_for_what_is_in_flight",
-    ),
-    "suspend: the freeze, unless noflush": (
-        "test_suspend_flushes_unless_asked_not_to",
-    ),
-    "noflush pushes queued bios back": (
-        NOFLUSH,
-        "test_walk_of_swaps_with_and_without_noflush_loses_nothing",
-    ),
-    "suspending a suspended device is a no-op": (ORDER,),
-    "I/O that comes meanwhile is answered by the new table": (
-        "test_5_1_io_that_comes_while_suspended_is_answered_by_the_new_table",
-        "test_swaps_under_load_lose_and_fail_nothing",
-    ),
-    "resume suspends, swaps, preresumes, resumes, runs the queue": (
-        "test_5_1_resume_order_of_a_swap",
-        "test_resume_swaps_the_inactive_table_in",
-    ),
-    # Suspending does not fail here: a flush that does is a loss, told by everybody's next FLUSH.
-    "if suspending for the swap fails": ("test_flush_that_fails_in_suspend_is_a_loss",),
-    "a refused preresume": (REFUSED,),
-    # The kernel destroys the old table, and whoever uses the device hangs.
-    "the old table is destroyed anyway": (
-        "test_5_1_refused_preresume_gives_the_old_table_back",
-    ),
-    "resume of a running device is a no-op": (ORDER,),
-    "resume without any table": ("test_device_without_a_table_fails_all_io",),
-    "remove runs presuspend and postsuspend, then destructors": (
-        ORDER,
-        "test_5_1_remove_of_a_suspended_device_suspends_no_second_time",
-    ),
-    "suspend and resume without load keep the target": (
-        "test_5_1_target_is_the_same_object_after_suspend_and_resume",
-    ),
-}
 
 
 async def test_5_1_live_table_runs_while_another_is_loaded() -> None:
@@ -200,8 +142,3 @@ async def test_5_1_suspend_that_waits_can_be_looked_at_and_loaded_over() -> None
     opener.open["/a"].let_go()
     await asyncio.gather(suspend, load)
     assert device.table(inactive=True) == [(0, 8, "linear", "/b 0")]
-
-
-def test_every_row_names_tests_that_exist() -> None:
-    named = {name for tests in ROWS.values() for name in tests}
-    assert named <= written_tests()
