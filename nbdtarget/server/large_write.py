@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A large WRITE whose payload is on its way: memory of its own, taken and counted as the payload comes.
+"""A large WRITE whose payload is being received: it has memory of its own, which is counted as the payload comes.
 
-The header alone takes `Limits.payload_step` of the budget, and no memory. Each further step is counted when the one
-before is full. All such further steps together may take half of the budget, so that what clients send half and
-then leave never keeps others from reading, or from writing what is not longer than a step. Above that a connection
-waits, half its payload received; so that they do not all wait for each other, one at a time is *favoured*: it
-may go beyond the budget, until its payload is there.
+The header of the request alone takes `Limits.payload_step` of the budget, and no memory. Each further step is counted
+when the step before is full. All these further steps of all connections together may take half of the budget, so that
+payloads that clients send by half and then leave never keep other clients from reading, or from writing what is not
+longer than a step. Above that, a connection waits with half its payload received. So that they do not all wait for
+each other, one WRITE at a time is *favoured*: it may go beyond the budget until its payload is complete.
 """
 
 from nbdtarget.bio import Bio
 from nbdtarget.server.buffers import Buffer
-from nbdtarget.server.limits import Budget
+from nbdtarget.server.flow import Flow
 
 __all__ = ["LargeWrite"]
 
@@ -19,16 +19,17 @@ class LargeWrite:
     """See the module head.
 
     Attributes:
-        bio: what to submit when the payload is there.
+        bio: what to submit when the payload is complete.
         buffer: where `payload` lies.
         charge: bytes of the budget that it holds, and that may be received.
-        filled: bytes of the payload that are there.
-        grown: what it was charged since it began.
-        progress_at: at how many the client is said to have moved.
+        filled: bytes of the payload that were received.
+        grown: bytes that it was charged since it began.
+        progress_at: when so many bytes were received, the client counts as having moved.
     """
 
     __slots__ = (
-        "_budget",
+        "_flow",
+        "_step",
         "bio",
         "buffer",
         "charge",
@@ -40,7 +41,7 @@ class LargeWrite:
     )
 
     def __init__(
-        self, bio: Bio, buffer: Buffer, charge: int, filled: int, budget: Budget
+        self, bio: Bio, buffer: Buffer, charge: int, filled: int, flow: Flow, step: int
     ) -> None:
         assert bio.payload is not None
         self.bio = bio
@@ -51,28 +52,18 @@ class LargeWrite:
         self.charge = charge
         self.progress_at = filled
         self.grown = 0
-        self._budget = budget
+        self._flow = flow
+        self._step = step
 
-    def grow(self) -> int:
-        """Count what the next receives may bring. Returns how many bytes; -1: it has to wait for the budget."""
-        more = min(self.length - self.charge, self._budget.payload_step)
-        budget = self._budget
-        if (
-            budget.nr_bytes + more > budget.bytes_max
-            or budget.nr_growing + more > budget.bytes_max // 2
-        ):
-            if budget.favoured is None:
-                budget.favoured = self
-            elif budget.favoured is not self:
-                return -1
-        budget.nr_bytes += more
-        budget.nr_growing += more
+    def grow(self) -> bool:
+        """Count the bytes that the next receives may bring. Return False if it has to wait for the budget."""
+        more = min(self.length - self.charge, self._step)
+        if not self._flow.grow(self, more):
+            return False
         self.grown += more
         self.charge += more
-        return more
+        return True
 
     def leave(self) -> None:
-        """It is complete, or never will be."""
-        self._budget.nr_growing -= self.grown
-        if self._budget.favoured is self:
-            self._budget.favoured = None
+        """The payload is complete, or never will be."""
+        self._flow.end_growth(self, self.grown)

@@ -110,61 +110,85 @@ class Limits:
 
 
 class Budget:
-    """What all connections of a listener have in flight, and who waits for it to shrink.
+    """What all connections of a listener have in flight, and which of them wait for it to shrink.
 
     Attributes:
-        requests_max, bytes_max, payload_step: see `Limits`.
         nr_requests, nr_bytes: in flight now.
-        hot: who received last, and how many times in a row: only a connection that is alone
-            polls. Any object; compared by identity.
-        hot_streak: see `hot`.
-        nr_growing: those of half-received WRITEs behind their first step; see `large_write.py`.
-        favoured: the one WRITE that may take more than there is, so that not all half-received
-            ones wait for each other: at most `payload_max` more. Any object.
     """
 
     __slots__ = (
+        "_bytes_max",
+        "_favoured",
+        "_nr_growing",
+        "_requests_max",
         "_waiters",
-        "bytes_max",
-        "favoured",
-        "hot",
-        "hot_streak",
         "nr_bytes",
-        "nr_growing",
         "nr_requests",
-        "payload_step",
-        "requests_max",
     )
 
     def __init__(self, limits: Limits) -> None:
-        self.requests_max = limits.requests_total_max
-        self.bytes_max = limits.bytes_total_max
-        self.payload_step = limits.payload_step
         self.nr_requests = 0
         self.nr_bytes = 0
-        self.nr_growing = 0
-        self.hot: object = None
-        self.hot_streak = 0
-        self.favoured: object = None
+        self._requests_max = limits.requests_total_max
+        self._bytes_max = limits.bytes_total_max
+        self._nr_growing = 0  # bytes of half-received WRITEs behind their first step
+        # The one half-received WRITE that may take more than there is, so that they do not all wait
+        # for each other: at most `payload_max` more. Compared by identity.
+        self._favoured: object = None
         self._waiters: deque[Callable[[], None]] = deque()
-
-    def is_full(self, length: int) -> bool:
-        """Whether `length` more bytes, or one more request, have to wait."""
-        return (
-            self.nr_requests >= self.requests_max
-            or self.nr_bytes + length > self.bytes_max
-        )
 
     @property
     def nr_waiters(self) -> int:
         return len(self._waiters)
 
+    def is_full(self, nr_bytes: int, writer: object = None) -> bool:
+        """Whether `nr_bytes` more, or one more request, have to wait.
+
+        Args:
+            writer: the half-received WRITE of the connection that asks. If it is the favoured one, it never waits.
+        """
+        if writer is not None and writer is self._favoured:
+            return False
+        return (
+            self.nr_requests >= self._requests_max
+            or self.nr_bytes + nr_bytes > self._bytes_max
+        )
+
+    def take(self, nr_requests: int, nr_bytes: int) -> None:
+        """So many requests and bytes more are in flight."""
+        self.nr_requests += nr_requests
+        self.nr_bytes += nr_bytes
+
+    def grow(self, writer: object, nr_bytes: int) -> bool:
+        """Take `nr_bytes` for more of a half-received WRITE. Return False if it has to wait: nothing was taken then."""
+        if (
+            self.nr_bytes + nr_bytes > self._bytes_max
+            or self._nr_growing + nr_bytes > self._bytes_max // 2
+        ):
+            if self._favoured is None:
+                self._favoured = writer
+            elif self._favoured is not writer:
+                return False
+        self.nr_bytes += nr_bytes
+        self._nr_growing += nr_bytes
+        return True
+
+    def end_growth(self, writer: object, nr_bytes: int) -> None:
+        """A WRITE that took `nr_bytes` by `grow` is received, or never will be. The bytes stay in flight."""
+        self._nr_growing -= nr_bytes
+        if self._favoured is writer:
+            self._favoured = None
+
     def wait(self, wake: Callable[[], None]) -> None:
         """Call `wake` once, when something was given back. The caller asks again then."""
         self._waiters.append(wake)
 
+    def stop_waiting(self, wake: Callable[[], None]) -> None:
+        """Do not call `wake`, which waits."""
+        self._waiters.remove(wake)
+
     def give_back(self, nr_requests: int, nr_bytes: int) -> None:
-        """Take requests and bytes out of flight. Wakes in the order of waiting."""
+        """So many requests and bytes are in flight no longer. Calls those who wait, in the order of waiting."""
         self.nr_requests -= nr_requests
         self.nr_bytes -= nr_bytes
         assert self.nr_requests >= 0

@@ -48,6 +48,7 @@ from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.peer import hang_up_events
+from nbdtarget.server.poller import Polling
 from nbdtarget.server.shared import Shared
 
 __all__ = ["Listener", "export_uri"]
@@ -227,6 +228,7 @@ class Listener:
                 directory=self._directory,
                 gates=Gates(self._clock),
                 turns=Turns(),
+                polling=Polling(),
                 starved=self._starved,
                 closed=self._connection_closed,
                 hang_up_events=self._hang_up_events,

@@ -38,8 +38,8 @@ class Output:
     """The sending half of a connection; see the module head.
 
     Attributes:
-        arena, view: where small replies are packed; the hot loop writes here itself.
-        base, end: see the module head.
+        arena, view: where small replies are packed. The bytes are the hot loop's to write.
+        base, end: see the module head; only this class writes them, and `packed_to` says what was packed.
         nr_queued: bytes in the queue.
         end_max: above, the arena has no room for one more reply.
         is_blocked: the socket took less than it was given; call `flush` when it is writable.
@@ -104,6 +104,10 @@ class Output:
         view = memoryview(data)
         self._queue.append((view, charge, buffer))
         self.nr_queued += len(view)
+
+    def packed_to(self, end: int) -> None:
+        """Replies were packed into the arena, up to `end`."""
+        self.end = end
 
     @property
     def is_empty(self) -> bool:

@@ -13,6 +13,7 @@ from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
+from nbdtarget.server.poller import Polling
 
 __all__ = ["Host", "Shared"]
 
@@ -29,6 +30,7 @@ class Shared:
     directory: ExportDirectory
     gates: Gates
     turns: Turns
+    polling: Polling
     starved: Callable[[], None]  # a connection waits for the budget
     closed: Callable[[Any], None]  # a connection has released everything
     hang_up_events: Callable[[socket.socket], int]  # see nbdtarget.server.peer
@@ -47,18 +49,6 @@ class Host(Protocol):
 
     def flush_soon(self) -> None:
         """Send in this turn of the loop."""
-
-    def pause(self) -> None:
-        """Stop reading; `is_paused` is set."""
-
-    def maybe_resume(self) -> None:
-        """Something was given back: soon see whether it is enough."""
-
-    def resume(self) -> None:
-        """It is our turn: go on, unless a bound is met."""
-
-    def moved(self) -> None:
-        """The client took or gave something large."""
 
     def disc(self) -> None:
         """The client wants to leave once everything is answered."""

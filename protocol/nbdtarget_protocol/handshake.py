@@ -233,7 +233,10 @@ class ServerHandshake:
         self._swallowed: tuple[int, OptionError] | None = (
             None  # answered when they came
         )
-        self._step: Callable[[], bool] = self._step_client_flags
+        # A function, and not a bound method: that would be a circle of references.
+        self._step: Callable[[ServerHandshake], bool] = (
+            ServerHandshake._step_client_flags
+        )
         self._contexts: tuple[tuple[int, str], ...] = ()
         self._contexts_name = ""  # the export that _contexts belong to
         self._output: list[bytes] = []
@@ -247,7 +250,7 @@ class ServerHandshake:
         if self.closed:
             return
         self._buffer += data
-        while not self.closed and self.negotiated is None and self._step():
+        while not self.closed and self.negotiated is None and self._step(self):
             pass
         if self.closed:
             self._buffer.clear()
@@ -282,7 +285,7 @@ class ServerHandshake:
         if flags & ~(FLAG_C_FIXED_NEWSTYLE | FLAG_C_NO_ZEROES):
             self._fail(f"unknown client flags {flags:#x}")
         self.no_zeroes = bool(flags & FLAG_C_NO_ZEROES)
-        self._step = self._step_option
+        self._step = ServerHandshake._step_option
         return True
 
     def _step_option(self) -> bool:
@@ -308,7 +311,7 @@ class ServerHandshake:
             self.nr_options += 1
             self._swallow = length
             self._swallowed = (option, refusal)
-            self._step = self._step_swallow
+            self._step = ServerHandshake._step_swallow
         return True
 
     def _step_swallow(self) -> bool:
@@ -320,7 +323,7 @@ class ServerHandshake:
         assert self._swallowed is not None
         option, refusal = self._swallowed
         self._swallowed = None
-        self._step = self._step_option
+        self._step = ServerHandshake._step_option
         self._end_swallowed(option, refusal)
         return True
 

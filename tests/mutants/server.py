@@ -133,11 +133,11 @@ SERVER: Final = (
         "nbdtarget.server.requests:Requests",
         (
             (
-                "        self._in_flight.add(bio)\n        self.is_full(0)\n",
+                "        self._in_flight.add(bio)\n        self._admit(0)\n",
                 "        self._in_flight.add(bio)\n"
                 "        if command == CMD_WRITE:\n"
                 "            self._reply_done(cookie, command)\n"
-                "        self.is_full(0)\n",
+                "        self._admit(0)\n",
             ),
             (
                 "                self._reply_done(request.cookie, request.command)\n",
@@ -192,25 +192,36 @@ SERVER: Final = (
         "nbdtarget.server.connection:Connection.maybe_release",
         (
             (
-                "                self._sock.close()\n            return\n"
-                "        self._sock.close()\n        if self._requests",
-                "                self._sock.close()\n"
-                "        self._sock.close()\n        if self._requests",
+                "                self._sock.close()\n            return\n",
+                "                self._sock.close()\n",
             ),
         ),
         REQUESTS,
     ),
     Mutant(
-        "budget-not-given-back",
-        "Each late reply costs a piece of the budget, until the server stands still.",
-        "nbdtarget.server.requests:Requests",
+        "closed-connection-keeps-its-memory",
+        "200 clients that come and go cost the server a gigabyte, until the garbage collector runs.",
+        "nbdtarget.server.flow:Flow.close",
+        (("        self._pause = self._resume = _nothing\n", ""),),
+        ("tests/nbdtarget/server/test_memory_of_the_closed.py",),
+    ),
+    Mutant(
+        "pause-forgets-the-line",
+        "A connection that waits for the budget is never woken again.",
+        "nbdtarget.server.flow:Flow.pause",
         (
             (
-                "            self._gate.ended(bio)\n        self._budget.give_back(1, 0)\n\n"
-                "    # ---- replies ----",
-                "            self._gate.ended(bio)\n\n    # ---- replies ----",
+                "                self._budget.wait(self._budget_shrank)\n",
+                "                pass\n",
             ),
         ),
+        ("tests/nbdtarget/server/test_flow.py",),
+    ),
+    Mutant(
+        "budget-not-given-back",
+        "Each late reply costs a piece of the budget, until the server stands still.",
+        "nbdtarget.server.flow:Flow.end_request",
+        (("        self._budget.give_back(1, 0)\n", "        pass\n"),),
         REQUESTS,
         hangs=True,
     ),

@@ -152,8 +152,7 @@ class HastyServer(Requests):
 
     def _start(self, bio: Bio) -> None:
         if bio.op == OP_FLUSH:
-            self.nr_requests += 1
-            self._budget.nr_requests += 1
+            self._flow.begin_request(0)
             bio.end(0)
         else:
             super()._start(bio)

@@ -143,15 +143,16 @@ async def test_a_connection_gives_its_memory_back_when_it_ends(
     (connection,) = listener._connections
     await peer.ask(c.CMD_READ, 0, 4096)
     await peer.ask(c.CMD_WRITE, payload=b"x" * 4096)
-    requests = connection._requests
+    requests, received = connection._requests, connection._input
     assert requests is not None
-    assert len(requests._buffer) == served.limits.receive_buffer
+    assert received is not None
+    assert len(received.buffer) == served.limits.receive_buffer
     if says_disc:
         peer.send(c.CMD_DISC)
     else:
         peer.close()
     await served.until_connections(0)
-    assert len(requests._buffer) == len(connection._output.arena) == 0
+    assert len(received.buffer) == len(connection._output.arena) == 0
     assert requests._bio.payload is None
 
 

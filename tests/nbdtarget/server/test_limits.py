@@ -17,7 +17,7 @@ def _budget() -> Budget:
 
 def test_full_of_requests() -> None:
     budget = _budget()
-    budget.nr_requests = 2
+    budget.take(2, 0)
     assert budget.is_full(0)
     budget.give_back(1, 0)
     assert not budget.is_full(0)
@@ -25,14 +25,14 @@ def test_full_of_requests() -> None:
 
 def test_full_of_bytes() -> None:
     budget = _budget()
-    budget.nr_bytes = 60
+    budget.take(0, 60)
     assert not budget.is_full(40)
     assert budget.is_full(41)
 
 
 def test_waiters_wake_once_and_in_order() -> None:
     budget = _budget()
-    budget.nr_bytes = 100
+    budget.take(0, 100)
     woken: list[int] = []
     budget.wait(lambda: woken.append(1))
     budget.wait(lambda: woken.append(2))
@@ -44,7 +44,7 @@ def test_waiters_wake_once_and_in_order() -> None:
 
 def test_waiter_that_waits_again_is_woken_by_the_next_only() -> None:
     budget = _budget()
-    budget.nr_bytes = 100
+    budget.take(0, 100)
     woken: list[int] = []
 
     def wake() -> None:

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Poller`: when a connection looks at its socket again instead of going back to the event loop.
+
+Theory of operation. At queue depth 1 each request costs two wake-ups, one of the server and one of the
+client, and they cost more than the request itself. So after an answer a connection may *poll*: it looks at its
+socket again and again, for `Limits.poll_us` at most, before it returns to the loop. It polls only if this is likely to
+pay off:
+
+    it is alone          it has received POLL_STREAK times in a row, and no other connection in between (`Polling`)
+    depth 1              each time it received a single request; with more of them polling only makes the batches smaller
+    nothing is pending   no request of any connection is in flight, and the socket takes our replies
+    it paid off lately   each miss doubles the number of wake-ups that are not polled, up to POLL_SKIP_MAX; one hit
+                         ends that
+
+A look gives the processor away (`sched_yield`), because on a machine with few cores the client needs it to send its next
+request. If the look comes back late, something else used the processor, and this counts as a miss.
+"""
+
+import os
+from typing import Final
+
+from nbdtarget.common.clock import perf_counter_ns
+
+__all__ = ["POLL_STREAK", "Poller", "Polling"]
+
+POLL_STREAK: Final = 16
+POLL_SKIP_MAX: Final = 64
+POLL_GAP_NS: Final = 20_000  # a longer time between two looks: the processor was busy
+
+_sched_yield: Final = os.sched_yield
+
+
+class Polling:
+    """What the pollers of one listener share. Only they write it.
+
+    Attributes:
+        last: the poller of the connection that received last.
+        streak: how many times in a row it did, one request each time.
+    """
+
+    __slots__ = ("last", "streak")
+
+    def __init__(self) -> None:
+        self.last: Poller | None = None
+        self.streak = 0
+
+
+class Poller:
+    """The polling of one connection; see the module head.
+
+    Attributes:
+        is_looking: the last look found nothing, and the next one may find something.
+    """
+
+    __slots__ = (
+        "_began_ns",
+        "_looked_ns",
+        "_penalty",
+        "_poll_ns",
+        "_polling",
+        "_skip",
+        "is_looking",
+    )
+
+    def __init__(self, polling: Polling, poll_us: int) -> None:
+        self._polling = polling
+        self._poll_ns = poll_us * 1000
+        self._skip = 0  # wake-ups that are not polled
+        self._penalty = 0  # how many were skipped after the last miss
+        self._began_ns = self._looked_ns = 0
+        self.is_looking = False
+
+    # hot: once in each wake-up
+    def begin(self) -> bool:
+        """The loop has called because something can be received. Return whether to poll afterwards."""
+        self.is_looking = False
+        polling = self._polling
+        if polling.last is self:
+            polling.streak += 1
+        else:
+            polling.last = self
+            polling.streak = 0
+        if self._skip:
+            self._skip -= 1
+            return False
+        return polling.streak >= POLL_STREAK and self._poll_ns > 0
+
+    def look_again(self) -> bool:
+        """Nothing could be received. Return whether to look again now; if not, this was a miss."""
+        now_ns = perf_counter_ns()
+        if not self.is_looking:
+            self.is_looking = True
+            self._began_ns = now_ns
+        elif (
+            now_ns - self._began_ns > self._poll_ns
+            or now_ns - self._looked_ns > POLL_GAP_NS
+        ):
+            self._penalty = min(2 * self._penalty + 1, POLL_SKIP_MAX)
+            self._skip = self._penalty
+            return False
+        _sched_yield()
+        self._looked_ns = now_ns
+        return True
+
+    def hit(self) -> None:
+        """A look has found something: polling pays off."""
+        self.is_looking = False
+        self._penalty = 0
+
+    def close(self) -> None:
+        """The connection is closed."""
+        if self._polling.last is self:
+            self._polling.last = None
+
+    def not_alone(self) -> None:
+        """Several requests came at once: the client does not wait for each answer."""
+        self._polling.streak = 0

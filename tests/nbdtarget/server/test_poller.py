@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Poller`: a connection polls only when it is alone, at depth 1, and when polling has paid off lately."""
+
+from collections.abc import Callable
+
+import pytest
+
+from nbdtarget.server import poller as module
+from nbdtarget.server.poller import POLL_STREAK, Poller, Polling
+
+
+class Time:
+    """Nanoseconds, as the test says. Giving the processor away takes `gone_ns`."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1
+        self.gone_ns = 10
+
+    def read(self) -> int:
+        return self.now_ns
+
+    def give_away(self) -> None:
+        self.now_ns += self.gone_ns
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    it = Time()
+    monkeypatch.setattr(module, "perf_counter_ns", it.read)
+    monkeypatch.setattr(module, "_sched_yield", it.give_away)
+    return it
+
+
+def _warm(poller: Poller) -> None:
+    for _ in range(POLL_STREAK):
+        assert not poller.begin()
+
+
+@pytest.mark.usefixtures("time")
+def test_polls_after_a_streak_of_its_own() -> None:
+    polling = Polling()
+    one, other = Poller(polling, 50), Poller(polling, 50)
+    _warm(one)
+    assert one.begin()
+    assert not other.begin()
+    _warm(one)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda it: it.not_alone(), lambda it: it.close()], ids=["batch", "closed"]
+)
+def test_a_streak_ends(spoil: Callable[[Poller], None]) -> None:
+    poller = Poller(Polling(), 50)
+    _warm(poller)
+    assert poller.begin()
+    spoil(poller)
+    assert not poller.begin()
+
+
+def test_polling_can_be_switched_off() -> None:
+    poller = Poller(Polling(), 0)
+    _warm(poller)
+    for _ in range(10):
+        assert not poller.begin()
+
+
+def test_looks_until_the_time_is_over(time: Time) -> None:
+    poller = Poller(Polling(), 1)
+    nr = 0
+    while poller.look_again():
+        nr += 1
+        assert poller.is_looking
+    assert nr == 101  # the first look begins the time
+    assert time.now_ns > 1000
+
+
+def test_a_processor_that_was_busy_is_a_miss(time: Time) -> None:
+    poller = Poller(Polling(), 50)
+    assert poller.look_again()
+    time.now_ns += 25_000
+    assert not poller.look_again()
+
+
+def test_each_miss_doubles_the_wake_ups_without_polling_and_a_hit_ends_that(
+    time: Time,
+) -> None:
+    poller = Poller(Polling(), 1)
+    for _ in range(2 * POLL_STREAK):
+        poller.begin()
+    time.gone_ns = 2000
+    skipped = []
+    for _ in range(9):
+        assert poller.begin()
+        assert poller.look_again()
+        assert not poller.look_again()
+        nr = 0
+        while not poller.begin():
+            nr += 1
+        skipped.append(nr)
+    # `begin` that polls again is the one above, so each round starts in the middle of the next.
+    assert skipped[:6] == [1, 3, 7, 15, 31, 63]
+    assert skipped[-1] == 64
+    assert poller.look_again()
+    poller.hit()
+    poller.begin()
+    assert poller.look_again()
+    assert not poller.look_again()
+    assert not poller.begin()
+    assert poller.begin()
