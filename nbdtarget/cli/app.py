@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: options in, one function called, one line out when it fails.
+"""The command line: it reads the options, calls one function, and prints one line if that fails.
 
-Exit status: 0; 1 for a failure, said in one line on stderr; 2 for usage. No logic here: a
+Exit status: 0; 1 for a failure, with one line on stderr; 2 for wrong usage. There is no logic here: a
 command asks the server over the control socket, or runs a job of `nbdtarget.porcelain`.
 
 Nothing heavy is imported before it is known which command runs: `status` in a shell loop
@@ -21,6 +21,7 @@ from nbdtarget.cli import (
     completion,
     devices,
     dmsetup,
+    export,
     listing,
     log_writes,
     metadata,
@@ -46,6 +47,7 @@ for group in (
     clone,
     cache,
     uncache,
+    export,
     serve,
     tables,
     devices,
@@ -77,7 +79,13 @@ def _program(
         ),
     ] = False,
 ) -> None:
-    """device-mapper's clone and cache for any machine: an NBD server with dmsetup's verbs."""
+    """device-mapper's clone and cache over NBD, without a kernel module and without root.
+
+    Start with one of these, each of which serves one disk: export, clone, cache. All other commands
+    talk to a server that is running. Its sockets are in the runtime directory: $RUNTIME_DIRECTORY,
+    $XDG_RUNTIME_DIR/nbdtarget, /run/nbdtarget for root, or ~/.local/state/nbdtarget, whichever is
+    there first. `nbdtarget COMMAND --help` explains a command.
+    """
 
 
 # Typer brings its own click in some versions: its exceptions are reached through Typer.
@@ -107,7 +115,7 @@ def run(argv: list[str]) -> int:
     except NbdTargetError as error:
         return _fail(error.lines())
     except BrokenPipeError:
-        # `nbdtarget status | head`: not worth a word. Nothing may be flushed at exit any more.
+        # For example `nbdtarget status | head`. The exit must not flush to the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget cache`: one line that puts a cache under a slow disk."""
+"""`nbdtarget cache`: one line that puts a fast cache in front of a slow disk."""
 
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
+from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved, Verbose
 from nbdtarget.cli.serve import (
     ControlGroup,
     ControlMode,
@@ -19,6 +19,7 @@ from nbdtarget.cli.serve import (
 )
 from nbdtarget.cli.sizes import block_size_option, maybe_size_option
 from nbdtarget.common.named import alternatives
+from nbdtarget.devices.registry import scheme_list
 from nbdtarget.policies.registry import POLICY_TYPES
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ __all__ = ["register"]
 
 
 class Mode(StrEnum):
-    """What becomes of a write."""
+    """Where a write goes."""
 
     WRITETHROUGH = "writethrough"
     WRITEBACK = "writeback"
@@ -36,66 +37,93 @@ class Mode(StrEnum):
 
 
 Origin = Annotated[
-    str, typer.Argument(metavar="ORIGIN", help="The slow disk: a path or an NBD URI.")
+    str,
+    typer.Argument(
+        metavar="ORIGIN",
+        help=f"Slow disk to serve: {scheme_list()}.",
+    ),
 ]
 Cache = Annotated[
     str,
     typer.Argument(
-        metavar="CACHE", help="The fast disk; a missing file is made of --cache-size."
+        metavar="CACHE",
+        help="Fast disk: a block device, or a file; a missing file is made with --cache-size.",
     ),
 ]
 ExportName = Annotated[
     str | None,
-    typer.Option("--name", metavar="N", help="Export name; default: from ORIGIN."),
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="Name of the export; default: the name of ORIGIN without its suffix.",
+    ),
 ]
 Metadata = Annotated[
     str | None,
     typer.Option(
         "--metadata",
         metavar="FILE",
-        help="What CACHE holds; default: CACHE.nbdtarget. Made if missing.",
+        help="File that records which blocks are cached, and which of them are dirty; it is made if it"
+        " is missing. Default: CACHE.nbdtarget.",
     ),
 ]
 CacheSize = Annotated[
     str | None,
-    typer.Option("--cache-size", metavar="SIZE", help="Of a CACHE that is missing."),
+    typer.Option(
+        "--cache-size",
+        metavar="SIZE",
+        help="Size of CACHE if it is missing and must be made, for example 10G.",
+    ),
 ]
 ModeOption = Annotated[
     Mode,
     typer.Option(
         "--mode",
-        help="writethrough: ORIGIN has everything at any time; writeback: faster, and"
-        " ORIGIN alone is not the disk; passthrough: CACHE is given up bit by bit.",
+        help="writethrough: writes go to both disks, and ORIGIN has everything at any time. writeback:"
+        " faster; writes stay in CACHE for a while, so ORIGIN alone is incomplete. passthrough: reads"
+        " come from ORIGIN, and a write drops the block from CACHE.",
     ),
 ]
 PolicyOption = Annotated[
     str,
     typer.Option(
-        "--policy", metavar="NAME", help=f"Cache policy: {alternatives(POLICY_TYPES)}."
+        "--policy",
+        metavar="NAME",
+        help="Policy that decides which blocks are cached:"
+        f" {alternatives(POLICY_TYPES)}. mq is another name of smq; cleaner writes everything back"
+        " and caches nothing new.",
     ),
 ]
 BlockSize = Annotated[
     str,
-    typer.Option("--block-size", metavar="SIZE", help="32K to 1G, in steps of 32K."),
+    typer.Option(
+        "--block-size",
+        metavar="SIZE",
+        help="Size of the blocks that are cached: 32K to 1G, a multiple of 32K.",
+    ),
 ]
 DirtyLog = Annotated[
     bool | None,
     typer.Option(
         "--dirty-log/--no-dirty-log",
-        help="Record blocks before they turn dirty, so that a crash does not leave all"
-        " of them dirty; default: with writeback.",
+        help="Record each block before it becomes dirty. After a crash only these blocks are written"
+        " back, and not all cached ones. Default: only with --mode writeback.",
     ),
 ]
 SortedWriteback = Annotated[
     bool,
-    typer.Option("--sorted-writeback", help="Write back in the order of ORIGIN."),
+    typer.Option(
+        "--sorted-writeback",
+        help="Write back in the order of ORIGIN while there is nothing else to do.",
+    ),
 ]
 MigrationRate = Annotated[
     str | None,
     typer.Option(
         "--migration-rate",
         metavar="SIZE",
-        help="Bytes a second that migrations copy at most, as 100M.",
+        help="Most bytes a second that are copied between CACHE and ORIGIN, for example 100M; default:"
+        " no limit.",
     ),
 ]
 MigrationThreshold = Annotated[
@@ -103,20 +131,21 @@ MigrationThreshold = Annotated[
     typer.Option(
         "--migration-threshold",
         metavar="SIZE",
-        help="Bytes that idle writeback has under way at most; default: 1M, or what"
-        " eight blocks need.",
+        help="Most bytes of background copying in flight; default: the larger of 1M and eight blocks.",
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Start anew over data that CACHE holds.")
+    bool,
+    typer.Option(
+        "--overwrite", help="Start even though CACHE holds data. That data is lost."
+    ),
 ]
 Resize = Annotated[
     bool,
     typer.Option(
-        "--resize", help="ORIGIN or CACHE has been resized since it was cached."
+        "--resize", help="Accept that ORIGIN or CACHE has another size than before."
     ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -153,11 +182,12 @@ def cache(
     json: Json = False,
     control: Control = None,
 ) -> int:
-    """Serve ORIGIN, and keep what is used often in CACHE, too.
+    """Serve ORIGIN, and keep copies of what is used often in CACHE.
 
-    Stop it at any time; the same line goes on where it was. `uncache` ends it for good.
+    Ctrl-C stops it; run the same command again to continue. `nbdtarget uncache NAME' ends it for good.
+
+    Example: nbdtarget cache /dev/slow cache.img --cache-size 10G
     """
-    block_bytes = block_size_option("--block-size", block_size)
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.cache import CacheOptions
 
@@ -169,7 +199,7 @@ def cache(
         cache_size=maybe_size_option("--cache-size", cache_size),
         mode=mode.value,
         policy=policy,
-        block_size=block_bytes,
+        block_size=block_size_option("--block-size", block_size),
         dirty_log=dirty_log,
         sorted_writeback=sorted_writeback,
         migration_rate=maybe_size_option("--migration-rate", migration_rate) or 0,

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget clone`: one line that makes a disk out of a source."""
+"""`nbdtarget clone`: one line that serves a writable copy of a source at once."""
 
-from typing import TYPE_CHECKING, Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
+from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved, Verbose
 from nbdtarget.cli.serve import (
     ControlGroup,
     ControlMode,
@@ -16,7 +17,7 @@ from nbdtarget.cli.serve import (
     SocketOwner,
     StopTimeout,
 )
-from nbdtarget.cli.sizes import maybe_size_option, region_size_option
+from nbdtarget.cli.sizes import region_size_option, size_option
 from nbdtarget.devices.registry import scheme_list
 
 if TYPE_CHECKING:
@@ -25,43 +26,70 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 
+RATE_WARNED_ABOUT: Final = (
+    64 << 10
+)  # bytes a second; less is probably a forgotten suffix
+NEVER_HYDRATED: Final = "cannot be combined with --no-hydration: it would wait for ever"
+
 Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help=f"Disk to copy from: {scheme_list()}. It is only ever read.",
+        help=f"Disk to copy from: {scheme_list()}. It is only read, and is not needed any more when all"
+        " is copied.",
     ),
 ]
 Dest = Annotated[
     str,
     typer.Argument(
-        metavar="DEST", help="What becomes the disk; a missing file is made."
+        metavar="DEST",
+        help="Disk to copy to: a file, which is made if it is missing, or a block device.",
     ),
 ]
 ExportName = Annotated[
     str | None,
-    typer.Option("--name", metavar="N", help="Export name; default: from DEST."),
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="Name of the export; default: the name of DEST without its suffix.",
+    ),
 ]
 Metadata = Annotated[
     str | None,
     typer.Option(
         "--metadata",
         metavar="FILE",
-        help="What is copied already; default: DEST.nbdtarget. Made if missing.",
+        help="File that records what has been copied; it is made if it is missing. Default:"
+        " DEST.nbdtarget.",
     ),
 ]
 RegionSize = Annotated[
-    str, typer.Option("--region-size", metavar="SIZE", help="4K to 1G.")
+    str,
+    typer.Option(
+        "--region-size",
+        metavar="SIZE",
+        help="Size of the pieces that are copied and recorded: a power of two, 4K to 1G.",
+    ),
 ]
 NoHydration = Annotated[
-    bool, typer.Option("--no-hydration", help="Copy only what writes make necessary.")
+    bool,
+    typer.Option(
+        "--no-hydration",
+        help="Do not copy in the background; copy only regions that are written in part.",
+    ),
 ]
 ExitWhenHydrated = Annotated[
     bool,
-    typer.Option("--exit-when-hydrated", help="End when DEST alone is the disk."),
+    typer.Option(
+        "--exit-when-hydrated",
+        help="End when all is copied. DEST alone is the disk then; `nbdtarget export DEST' serves it.",
+    ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Start anew over data that DEST holds.")
+    bool,
+    typer.Option(
+        "--overwrite", help="Start even though DEST holds data. That data is lost."
+    ),
 ]
 HydrateOnRead = Annotated[
     bool,
@@ -72,17 +100,16 @@ HydrationRate = Annotated[
     typer.Option(
         "--hydration-rate",
         metavar="SIZE",
-        help="Bytes a second that the background copies at most, as 100M.",
+        help="Most bytes a second that the background copies, for example 100M; default: no limit.",
     ),
 ]
 ThenLinear = Annotated[
     bool,
     typer.Option(
         "--then-linear",
-        help="When all is copied, serve DEST alone, and let SOURCE go; clients notice nothing.",
+        help="Close SOURCE when all is copied, and serve DEST alone. Clients stay connected.",
     ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -116,14 +143,17 @@ def clone(
     json: Json = False,
     control: Control = None,
 ) -> int:
-    """Serve DEST as a copy of SOURCE at once, and copy it in the background.
+    """Serve DEST as a writable copy of SOURCE at once, and copy it in the background.
 
-    Stop it at any time; the same line goes on where it was.
+    Clients can read and write from the first moment. Ctrl-C stops it at any time; run the same command again
+    to continue. When all is copied, DEST alone is the disk.
+
+    Example: nbdtarget clone nbd://server/disk disk.img
     """
     region_bytes = region_size_option("--region-size", region_size)
-    rate = maybe_size_option("--hydration-rate", hydration_rate) or 0
+    rate = 0 if hydration_rate is None else _rate(hydration_rate)
     if no_hydration and exit_when_hydrated:
-        raise typer.BadParameter("--exit-when-hydrated would wait for ever")
+        raise typer.BadParameter(f"--exit-when-hydrated {NEVER_HYDRATED}")
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.clone import CloneOptions
 
@@ -165,3 +195,14 @@ def _run(options: "CloneOptions", *, verbose: bool, json: bool) -> int:
     start_logging(verbose=verbose)
     with clone_reporter(options, json=json) as reporter:
         return run(lambda: CloneJob(options, reporter).run())
+
+
+def _rate(text: str) -> int:
+    rate = size_option("--hydration-rate", text)
+    if rate < RATE_WARNED_ABOUT:
+        guess = f": did you mean {text}M?" if text.isdecimal() else ""
+        print(
+            f"nbdtarget: --hydration-rate {text} is only {rate} bytes a second{guess}",
+            file=sys.stderr,
+        )
+    return rate

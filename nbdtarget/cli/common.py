@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several commands share: options, the question to the server, JSON out."""
+"""What several commands share: options, the request to the server, printing JSON."""
 
 import errno as errnos
 import os
@@ -12,7 +12,7 @@ import typer
 from msgspec.structs import replace
 
 from nbdtarget.common.errors import TableError
-from nbdtarget.control.client import ControlClient, NoServerError
+from nbdtarget.control.client import ControlClient, no_server
 from nbdtarget.control.messages import (
     Answer,
     Create,
@@ -44,6 +44,7 @@ __all__ = [
     "NamesNeeded",
     "Timeout",
     "Uuid",
+    "Verbose",
     "address_for",
     "addresses",
     "ask",
@@ -55,7 +56,7 @@ __all__ = [
 
 A = TypeVar("A", bound=Answer)
 
-# They only tell, and about all devices unless some are named: all servers are asked.
+# These requests change nothing and are about all devices unless some are named: all servers are asked.
 ALL_SERVERS: Final = (Status, Table, Measure, Info, Deps)
 
 Control = Annotated[
@@ -63,35 +64,42 @@ Control = Annotated[
     typer.Option(
         "--control",
         metavar="ADDR",
-        help="Control socket of the server, a path or tcp:HOST:PORT; default:"
-        " $NBDTARGET_CONTROL, else the server in the runtime directory that has the device.",
+        help="Control socket of the server: a path or tcp:HOST:PORT. Default: $NBDTARGET_CONTROL,"
+        " else a socket in the runtime directory (control.sock of `serve', control/NAME.sock of"
+        " the others).",
     ),
 ]
 Moved = Annotated[
     bool,
     typer.Option(
         "--moved",
-        help="The disks are those that the metadata names, under other names.",
+        help="Accept that the disks have other names than the metadata says; they must be the same disks.",
     ),
 ]
 AcceptOtherDisk = Annotated[
     bool,
     typer.Option(
         "--accept-other-disk",
-        help="A disk may be another one than the metadata names: you answer for it.",
+        help="Accept a disk that is not the one the metadata names, or that cannot be recognised."
+        " With the wrong disk, data is lost.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A mapped device.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log what happens, on stderr.")
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a mapped device.")]
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[NAME]...", help="Mapped devices; default: all of them."),
+    typer.Argument(
+        metavar="[NAME]...", help="Names of mapped devices; default: all of them."
+    ),
 ]
 NamesNeeded = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="NAME...",
-        help="Mapped devices; at least one, or --uuid.",
+        help="Names of mapped devices: at least one, or --uuid.",
         show_default=False,
     ),
 ]
@@ -101,13 +109,13 @@ Timeout = Annotated[
         "--timeout",
         metavar="SECONDS",
         min=0,
-        help="How long to wait for devices that do not answer; then it fails and the device goes"
-        " on as before. Default: 60, 0: for ever.",
+        help="Time to wait for disks that do not answer. After it the command fails, and the device"
+        " goes on as before. 0 waits for ever. Default: 60.",
     ),
 ]
 Uuid = Annotated[
     str | None,
-    typer.Option("--uuid", "-u", metavar="UUID", help="The device of this UUID."),
+    typer.Option("--uuid", "-u", metavar="UUID", help="The device with this UUID."),
 ]
 
 
@@ -119,7 +127,7 @@ def ask(
     *,
     about: str = "",
 ) -> A:
-    """Ask the server; a failure names the verb and what it was about.
+    """Ask the server. A failure names the verb and the device.
 
     Raises: NoServerError, TableError.
     """
@@ -141,7 +149,7 @@ def address_for(control: str | None, request: Request) -> ControlAddress:
 
 
 def addresses(control: str | None) -> list[ControlAddress]:
-    """All control sockets that may be meant."""
+    """Return all control sockets that may be meant."""
     if is_control_given(control):
         return [control_address(control)]
     return [*known_controls()]
@@ -150,7 +158,7 @@ def addresses(control: str | None) -> list[ControlAddress]:
 def _ask_all(
     verb: str, request: Status | Table | Measure | Info | Deps, answer_type: type[A]
 ) -> A:
-    """Ask the servers that have the devices, or all, and put their answers together."""
+    """Ask the servers that have the devices, or all servers, and join their answers."""
     known = known_controls()
     if len(known) < 2:
         address = known[0] if known else serve_control_path()
@@ -163,12 +171,10 @@ def _ask_all(
     else:
         found = look(known)
         for reason in found.silent.values():
-            print(f"nbdtarget: {reason}: left out", file=sys.stderr)
+            print(f"nbdtarget: {reason}; it is left out here", file=sys.stderr)
         wanted = dict.fromkeys(found.servers, ())
         if not wanted:
-            raise NoServerError(
-                f"no server on {serve_control_path()} (start one: nbdtarget serve)"
-            )
+            raise no_server(serve_control_path())
     answers = [
         ControlClient(path).ask(verb, replace(request, names=names), answer_type)
         for path, names in wanted.items()
@@ -193,7 +199,7 @@ def device_names(
     if uuid is None:
         return tuple(names or ())
     if names:
-        raise typer.BadParameter("give names or a UUID, not both")
+        raise typer.BadParameter("Give either names or --uuid, not both")
     for device in ask(control, "info", Info(), InfoAnswer).devices:
         if device.uuid == uuid:
             return (device.name,)
@@ -201,9 +207,9 @@ def device_names(
 
 
 def command_error(verb: str, about: str, error: TableError) -> TableError:
-    """The same error with the verb, and the device it was about, before it.
+    """Return the same error with the verb and the device before it.
 
-    Behind it, what the errno is called: that is what scripts look for.
+    The name of the errno follows, because scripts look for it.
     """
     subject = f"{verb} {about}".rstrip()
     reason = error.reason
@@ -214,7 +220,7 @@ def command_error(verb: str, about: str, error: TableError) -> TableError:
 
 
 def caller_directory() -> str:
-    """The directory in which relative paths are meant."""
+    """Return the directory that relative paths start from."""
     return os.getcwd()
 
 

@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
     app.command()(remove)
     app.command("remove_all")(remove_all)
     app.command()(rename)
-    # What is no option of ours is a word of the message: also without `--` before it.
+    # An option that is unknown here is a word of the message, also without `--` before it.
     app.command(context_settings={"ignore_unknown_options": True})(message)
     app.command()(wait)
 
@@ -47,17 +47,21 @@ def suspend(
         bool,
         typer.Option(
             "--noflush",
-            help="Flush nothing; I/O that is only held back waits for the next table.",
+            help="Do not flush. Requests that are queued while the device is suspended are sent to"
+            " the next table.",
         ),
     ] = False,
     nolockfs: Annotated[
-        bool, typer.Option("--nolockfs", help="As dmsetup's; no file system is frozen.")
+        bool,
+        typer.Option(
+            "--nolockfs", help="Accepted as by dmsetup; no file system is ever frozen."
+        ),
     ] = False,
     timeout: Timeout = None,
     uuid: Uuid = None,
     control: Control = None,
 ) -> None:
-    """Stop new I/O, wait for what is in flight, commit."""
+    """Suspend devices: hold back new requests, finish those in flight, then commit."""
     for name in _named(names, uuid, control):
         ask(control, "suspend", m.Suspend(name, noflush, timeout), m.Done, about=name)
 
@@ -70,7 +74,7 @@ def resume(
     uuid: Uuid = None,
     control: Control = None,
 ) -> None:
-    """Let I/O go, with the inactive table if there is one."""
+    """Resume devices. An inactive table, if there is one, becomes live first."""
     for name in _named(names, uuid, control):
         ask(control, "resume", m.Resume(name, timeout), m.Done, about=name)
 
@@ -80,7 +84,9 @@ def _named(
 ) -> tuple[str, ...]:
     named = device_names(names, uuid, control)
     if not named:
-        raise typer.BadParameter("Missing argument 'NAME...'")
+        raise typer.BadParameter(
+            "Missing argument 'NAME...': name a device, or give --uuid"
+        )
     return named
 
 
@@ -88,23 +94,31 @@ def remove(
     names: NamesNeeded = None,
     force: Annotated[
         bool,
-        typer.Option("--force", "-f", help="First fail all I/O, with an error table."),
+        typer.Option(
+            "--force",
+            "-f",
+            help="First replace the table by one that fails all I/O.",
+        ),
     ] = False,
     deferred: Annotated[
         bool,
         typer.Option(
             "--deferred",
-            help="If it is in use, remove it when nobody uses it any more.",
+            help="If the device is in use, remove it as soon as it is not.",
         ),
     ] = False,
     retry: Annotated[
-        bool, typer.Option("--retry", help="If it is in use, try for five seconds.")
+        bool,
+        typer.Option("--retry", help="If the device is in use, try for five seconds."),
     ] = False,
     timeout: Timeout = None,
     uuid: Uuid = None,
     control: Control = None,
 ) -> None:
-    """Commit, and remove devices that nobody holds open."""
+    """Remove devices that are not in use. What they have written is committed first.
+
+    The disks and files below a device stay as they are.
+    """
     for name in _named(names, uuid, control):
         request = m.Remove(name, force, deferred, timeout)
         for tries_left in range(RETRIES_MAX if retry else 0, -1, -1):
@@ -120,26 +134,44 @@ def remove(
 def remove_all(
     force: Annotated[
         bool,
-        typer.Option("--force", "-f", help="First fail all I/O, with error tables."),
+        typer.Option(
+            "--force",
+            "-f",
+            help="First replace each table by one that fails all I/O.",
+        ),
     ] = False,
     timeout: Timeout = None,
     control: Control = None,
 ) -> None:
-    """Remove every device that nobody holds open."""
+    """Remove every device that is not in use; those in use are named and stay."""
     done = ask(control, "remove_all", m.RemoveAll(force, timeout), m.Done)
     for name in done.busy:
-        print(f"nbdtarget: remove_all: {name} is in use: left", file=sys.stderr)
+        print(
+            f"nbdtarget: remove_all: {name} is in use and was not removed",
+            file=sys.stderr,
+        )
 
 
 def rename(
     name: Name,
-    new_name: Annotated[str, typer.Argument(metavar="NEW_NAME_OR_UUID")],
+    new_name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NEW_NAME_OR_UUID", help="The new name, or with --setuuid the UUID."
+        ),
+    ],
     setuuid: Annotated[
-        bool, typer.Option("--setuuid", help="Give it a UUID instead of a name.")
+        bool,
+        typer.Option(
+            "--setuuid", help="Set the UUID of a device that has none, not the name."
+        ),
     ] = False,
     control: Control = None,
 ) -> None:
-    """Rename a device, or give one that has none a UUID."""
+    """Rename a device and its export, or set the UUID of a device that has none.
+
+    Clients that are connected stay connected.
+    """
     if setuuid:
         ask(control, "set_uuid", m.SetUuid(name, new_name), m.Done, about=name)
     else:
@@ -149,13 +181,27 @@ def rename(
 def message(
     name: Name,
     sector: Annotated[
-        int, typer.Argument(metavar="SECTOR", help="Selects the target; 0 for one.")
+        int,
+        typer.Argument(
+            metavar="SECTOR",
+            help="A sector of the device, which selects the target; 0 if the table has one line.",
+        ),
     ],
-    words: Annotated[list[str], typer.Argument(metavar="WORD...")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WORD...", help="The message, for example `migration_rate 10M'."
+        ),
+    ],
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Send a message to a target; prints its answer, if it has one."""
+    """Send a message to a target, and print its answer if it has one.
+
+    The message `help' is refused with a list of the messages that the target takes.
+
+    Example: nbdtarget message disk 0 help
+    """
     # As with dmsetup, one quoted argument may hold several words, and a backslash keeps a blank.
     split = tuple(word for argument in words for word in split_words(argument))
     answer = ask(
@@ -171,13 +217,18 @@ def wait(
     name: Name,
     event_nr: Annotated[
         int | None,
-        typer.Argument(metavar="[EVENT_NR]", help="Default: the present number."),
+        typer.Argument(
+            metavar="[EVENT_NR]", help="An event number; default: the present one."
+        ),
     ] = None,
     noflush: Annotated[bool, typer.Option("--noflush", hidden=True)] = False,
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Wait until the device's event counter is not EVENT_NR."""
+    """Wait until the event number of a device is not EVENT_NR any more.
+
+    For example, the end of a hydration and a failed write-back are events.
+    """
     answer = ask(control, "wait", m.Wait(name, event_nr), m.WaitAnswer, about=name)
     if json:
         print_json(answer)

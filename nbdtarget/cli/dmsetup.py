@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verbs that dmsetup's users know: help, splitname, mangle, setgeometry, and those about udev.
+"""Verbs that users of dmsetup know: help, splitname, mangle, setgeometry, and those about udev.
 
-What they print on stdout is what dmsetup prints. Here is no udev and there are no device nodes: the
+They print on stdout what dmsetup prints. There is neither udev nor a device node here: the
 verbs about them say so on stderr and succeed, so that scripts that call them go on.
 """
 
@@ -61,14 +61,17 @@ def register(app: typer.Typer) -> None:
 def help_(
     context: typer.Context,
     verb: Annotated[
-        str | None, typer.Argument(metavar="[VERB]", help="Default: all of them.")
+        str | None,
+        typer.Argument(
+            metavar="[VERB]", help="The command to explain; default: all of them."
+        ),
     ] = None,
     columns: Annotated[
         bool,
-        typer.Option("--columns", "-c", "-C", help="The columns of `info' as well."),
+        typer.Option("--columns", "-c", "-C", help="Print the columns of `info', too."),
     ] = False,
 ) -> None:
-    """Print how the verbs are called, or one of them."""
+    """Explain the commands, or one of them."""
     top = context.parent
     assert top is not None
     if verb is None:
@@ -77,7 +80,9 @@ def help_(
         group = top.command
         command = group.get_command(top, verb)  # type: ignore[attr-defined]
         if command is None:
-            raise typer.BadParameter(f"No such command '{verb}'.")
+            raise typer.BadParameter(
+                f"No such command '{verb}': `nbdtarget help' lists all commands"
+            )
         with command.make_context(verb, [], parent=top, resilient_parsing=True) as page:
             print(page.get_help())
     if columns:
@@ -86,25 +91,35 @@ def help_(
 
 def splitname(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="It need not be a device's.")
+        str,
+        typer.Argument(metavar="NAME", help="A name; there need not be such a device."),
     ],
     subsystem: Annotated[
-        str, typer.Argument(metavar="[SUBSYSTEM]", help="Only LVM's are split.")
+        str,
+        typer.Argument(
+            metavar="[SUBSYSTEM]", help="Only names of the subsystem LVM are split."
+        ),
     ] = "LVM",
     fields: Annotated[
         str | None,
-        typer.Option("-o", "--options", metavar="FIELDS", help="As of `info -c'."),
+        typer.Option(
+            "-o", "--options", metavar="FIELDS", help="Columns, as of `info -c -o'."
+        ),
     ] = None,
     columns: Annotated[bool, typer.Option("-c", "-C", hidden=True)] = False,
     noheadings: Annotated[
-        bool, typer.Option("--noheadings", help="No headings, no padding.")
+        bool,
+        typer.Option("--noheadings", help="Print neither headings nor padding."),
     ] = False,
     nameprefixes: Annotated[
-        bool, typer.Option("--nameprefixes", help="DM_FIELD='value', for shells.")
+        bool,
+        typer.Option(
+            "--nameprefixes", help="Print each value as DM_FIELD='value', for shells."
+        ),
     ] = False,
     separator: Annotated[
         str | None,
-        typer.Option("--separator", help="Between columns, which are not padded then."),
+        typer.Option("--separator", help="Text between columns; it turns padding off."),
     ] = None,
 ) -> None:
     """Split the name that LVM gave a device: volume group, logical volume, layer."""
@@ -135,9 +150,9 @@ def splitname(
 
 
 def mangle(names: Names = None, control: Control = None) -> None:
-    """Rename devices whose names could not be a device node's, as dmsetup writes them.
+    """Rename devices whose names cannot be names of device nodes, to the form that dmsetup writes.
 
-    Nothing here needs it: names are served as they are. It renames the exports, too.
+    Nothing here needs this, because names are served as they are. The exports are renamed, too.
     """
     request = m.Info(tuple(names or ()))
     devices = ask(control, "info", request, m.InfoAnswer, about=" ".join(names or ()))
@@ -158,21 +173,30 @@ def mangle(names: Names = None, control: Control = None) -> None:
 
 def setgeometry(
     name: Name,
-    cylinders: Annotated[str, typer.Argument(metavar="CYL")],
-    heads: Annotated[str, typer.Argument(metavar="HEAD")],
-    sectors: Annotated[str, typer.Argument(metavar="SECT")],
-    start: Annotated[str, typer.Argument(metavar="START")],
+    cylinders: Annotated[
+        str, typer.Argument(metavar="CYL", help="Number of cylinders.")
+    ],
+    heads: Annotated[str, typer.Argument(metavar="HEAD", help="Number of heads.")],
+    sectors: Annotated[
+        str, typer.Argument(metavar="SECT", help="Number of sectors of a track.")
+    ],
+    start: Annotated[
+        str,
+        typer.Argument(
+            metavar="START", help="First sector, on the disk that it is a part of."
+        ),
+    ],
     control: Control = None,
 ) -> None:
-    """Give a device a disk geometry.
+    """Set the disk geometry of a device.
 
-    `info -c -o geometry' and `info --json' show it. NBD clients do not learn of it: the
-    protocol has none. It is gone when the device changes its size.
+    `info -c -o geometry' and `info --json' show it. NBD clients are not told, because the
+    protocol has no geometry. The geometry is dropped when the size of the device changes.
     """
     words = (cylinders, heads, sectors, start)
     if not all(word.isascii() and word.isdecimal() for word in words):
         raise TableError(
-            f"setgeometry {name}: Invalid argument: not numbers: {' '.join(words)}"
+            f"setgeometry {name}: Invalid argument: these must be numbers: {' '.join(words)}"
         )
     request = m.SetGeometry(name, *(int(word) for word in words))
     ask(control, "set_geometry", request, m.Done, about=name)

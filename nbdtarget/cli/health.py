@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `info` and `ls` say of the devices below, if something is wrong with them."""
+"""What `info` and `ls` say about the disks below, if something is wrong with them."""
 
 import os
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ from nbdtarget.control.messages import BelowLine
 __all__ = ["describe_trouble", "name_trouble", "worst_state"]
 
 _CONSEQUENCES = {
-    "latched": "no FLUSH succeeds until a table on it is loaded anew",
-    "lost": "it does not answer, and is looked for",
+    "latched": "no FLUSH succeeds until the disk is opened again: load its table again",
+    "lost": "the disk does not answer; the server tries to find it again",
 }
 
 
@@ -22,7 +22,7 @@ def worst_state(below: Iterable[BelowLine]) -> str:
 
 
 def describe_trouble(below: Iterable[BelowLine]) -> list[str]:
-    """One line for each device with which something is, or was, wrong."""
+    """Return one line for each disk with which something is, or was, wrong."""
     lines = []
     for device in below:
         parts = []
@@ -36,14 +36,14 @@ def describe_trouble(below: Iterable[BelowLine]) -> list[str]:
             counts = [f"{nr} {what}" for what, nr in sorted(device.errors.items())]
             parts.append(f"failed: {', '.join(counts)}, last {device.last_error}")
         if device.losses:
-            parts.append(f"lost unflushed writes {device.losses} times")
+            parts.append(f"unflushed writes may have been lost {device.losses} times")
         if parts:
             lines.append(f"{device.name}: {'; '.join(parts)}")
     return lines
 
 
 def name_trouble(below: Iterable[BelowLine]) -> str:
-    """The devices that are latched or lost, for the end of a line; "" if there are none."""
+    """Return the disks that are latched or lost, for the end of a line; "" if there are none."""
     return "".join(
         f" {device.state}: {device.name}" for device in below if device.state != "ok"
     )

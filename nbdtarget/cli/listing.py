@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that tell: status, table, measure, info, ls, deps, targets, target-version, version.
+"""Commands that only show something: status, table, measure, info, ls, deps, targets, target-version, version.
 
-What they print is what dmsetup prints, to the blank: scripts read it.
+They print exactly what dmsetup prints, because scripts read it.
 """
 
 import shlex
@@ -39,7 +39,56 @@ NO_DEVICES = "No devices found"
 
 Target = Annotated[
     str | None,
-    typer.Option("--target", metavar="TYPE", help="Only targets of this type."),
+    typer.Option("--target", metavar="TYPE", help="Show only targets of this type."),
+]
+Columns = Annotated[
+    bool,
+    typer.Option(
+        "--columns", "-c", "-C", help="Print one line for each device, in columns."
+    ),
+]
+Fields = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--options",
+        metavar="FIELDS",
+        help="Columns to print, separated by commas. With a `+' before them they are added to the"
+        " usual ones. `help' lists all columns.",
+    ),
+]
+Sort = Annotated[
+    str | None,
+    typer.Option(
+        "-O",
+        "--sort",
+        metavar="FIELDS",
+        help="Columns to sort by, separated by commas; `-FIELD' sorts downwards.",
+    ),
+]
+Select = Annotated[
+    str | None,
+    typer.Option(
+        "-S",
+        "--select",
+        metavar="FIELD=VALUE",
+        help="Print only devices for which this holds, for example `open>0'. Operators: = != > <"
+        " >= <= and =~ for a regular expression. Commas join several conditions.",
+    ),
+]
+NoHeadings = Annotated[
+    bool,
+    typer.Option("--noheadings", help="Print neither headings nor padding."),
+]
+NamePrefixes = Annotated[
+    bool,
+    typer.Option(
+        "--nameprefixes", help="Print each value as DM_FIELD='value', for shells."
+    ),
+]
+Separator = Annotated[
+    str | None,
+    typer.Option("--separator", help="Text between columns; it turns padding off."),
 ]
 
 
@@ -54,13 +103,17 @@ def status(
     names: Names = None,
     target: Target = None,
     noflush: Annotated[
-        bool, typer.Option("--noflush", help="Do not commit first.")
+        bool,
+        typer.Option("--noflush", help="Do not have the targets commit first."),
     ] = False,
     uuid: Uuid = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Print the status of the live tables."""
+    """Print the status of the live tables: START LENGTH TYPE, and what the target says.
+
+    `--json' gives each value by name and with its unit.
+    """
     wanted = device_names(names, uuid, control)
     request = m.Status(wanted, target, noflush)
     answer = ask(control, "status", request, m.LinesAnswer, about=_about(wanted))
@@ -71,24 +124,32 @@ def table(
     names: Names = None,
     target: Target = None,
     inactive: Annotated[
-        bool, typer.Option("--inactive", help="The inactive tables instead.")
+        bool,
+        typer.Option(
+            "--inactive", help="Print the inactive tables, and not the live ones."
+        ),
     ] = False,
     concise: Annotated[
-        bool, typer.Option("--concise", help="On one line, for `create --concise'.")
+        bool,
+        typer.Option(
+            "--concise", help="Print all of it on one line, for `create --concise'."
+        ),
     ] = False,
     config: Annotated[
         bool,
-        typer.Option("--config", help="As a configuration file for `serve --config'."),
+        typer.Option(
+            "--config", help="Print it as a configuration file for `serve --config'."
+        ),
     ] = False,
     uuid: Uuid = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Print the live tables, as they can be loaded again."""
+    """Print the live tables in the form in which they can be loaded again."""
     wanted = device_names(names, uuid, control)
     if config or concise:
         if json or inactive or target or (config and concise):
-            raise typer.BadParameter("--config and --concise go alone")
+            raise typer.BadParameter("--config and --concise take no other options")
         devices = _tables(wanted, control)
         print(
             _as_config(devices)
@@ -105,7 +166,10 @@ def measure(
     names: Names = None,
     target: Target = None,
     inactive: Annotated[
-        bool, typer.Option("--inactive", help="The inactive tables instead.")
+        bool,
+        typer.Option(
+            "--inactive", help="Print the inactive tables, and not the live ones."
+        ),
     ] = False,
     uuid: Uuid = None,
     json: Json = False,
@@ -123,52 +187,24 @@ def measure(
 
 def info(
     names: Names = None,
-    columns: Annotated[
-        bool, typer.Option("--columns", "-c", "-C", help="One line a device.")
-    ] = False,
-    fields: Annotated[
-        str | None,
-        typer.Option(
-            "-o",
-            "--options",
-            metavar="FIELDS",
-            help="Columns, comma-separated; `+' before them: more columns; `help'.",
-        ),
-    ] = None,
-    sort: Annotated[
-        str | None,
-        typer.Option("-O", "--sort", metavar="FIELDS", help="`-FIELD' reverses."),
-    ] = None,
-    select: Annotated[
-        str | None,
-        typer.Option(
-            "-S",
-            "--select",
-            metavar="FIELD=VALUE",
-            help="Only such devices; also != > < >= <= =~, several with commas.",
-        ),
-    ] = None,
-    noheadings: Annotated[
-        bool, typer.Option("--noheadings", help="No headings, no padding.")
-    ] = False,
-    nameprefixes: Annotated[
-        bool, typer.Option("--nameprefixes", help="DM_FIELD='value', for shells.")
-    ] = False,
-    separator: Annotated[
-        str | None,
-        typer.Option("--separator", help="Between columns, which are not padded then."),
-    ] = None,
+    columns: Columns = False,
+    fields: Fields = None,
+    sort: Sort = None,
+    select: Select = None,
+    noheadings: NoHeadings = False,
+    nameprefixes: NamePrefixes = False,
+    separator: Separator = None,
     uuid: Uuid = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Print what is known about devices."""
+    """Print state, tables, users and errors of devices."""
     if fields is not None and fields.strip() in ("help", "?"):
         print(describe_fields())
         return
     report_options = (fields, sort, select, noheadings, nameprefixes, separator)
     if any(report_options) and not columns:
-        raise typer.BadParameter("columns have options only with -c")
+        raise typer.BadParameter("These options are for columns: give -c, too")
     wanted = device_names(names, uuid, control)
     answer = ask(control, "info", m.Info(wanted), m.InfoAnswer, about=_about(wanted))
     if json:
@@ -193,14 +229,19 @@ def info(
 
 def ls(
     target: Target = None,
-    tree: Annotated[bool, typer.Option("--tree", help="What stands on what.")] = False,
+    tree: Annotated[
+        bool,
+        typer.Option("--tree", help="Show which device uses which, as a tree."),
+    ] = False,
     options: Annotated[
         str | None,
         typer.Option(
             "-o",
             "--options",
             metavar="OPTIONS",
-            help="devno, devname or blkdevname; with --tree: " + ", ".join(OPTIONS),
+            help="What to print for each device: devno, devname or blkdevname. With --tree: "
+            + ", ".join(OPTIONS)
+            + ".",
         ),
     ] = None,
     exec_: Annotated[
@@ -208,7 +249,7 @@ def ls(
         typer.Option(
             "--exec",
             metavar="COMMAND",
-            help="Run it for each device, with /dev/mapper/NAME as its last word.",
+            help="Command to run for each device, with /dev/mapper/NAME as its last word.",
         ),
     ] = None,
     json: Json = False,
@@ -233,7 +274,10 @@ def ls(
     else:
         what = options or "devno"
         if what not in _NUMBERS:
-            raise NbdTargetError(f"ls: Option not recognised: {what}")
+            known = ", ".join(_NUMBERS)
+            raise NbdTargetError(
+                f"ls: Option not recognised: {what} (there are: {known})"
+            )
         for device in devices:
             number = _NUMBERS[what](device)
             # As dmsetup: another form when only some devices are listed.
@@ -268,16 +312,20 @@ def deps(
             "-o",
             "--options",
             metavar="OPTION",
-            help="devno, devname or blkdevname; files have only their path. Default: paths.",
+            help="How to print block devices: devno, devname or blkdevname. Files have only their"
+            " path. Default: paths.",
         ),
     ] = None,
     uuid: Uuid = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Print the devices that the live tables stand on."""
+    """Print the disks and devices that the live tables use."""
     if options is not None and options not in BELOW_NAMES:
-        raise NbdTargetError(f"deps: Option not recognised: {options}")
+        known = ", ".join(BELOW_NAMES)
+        raise NbdTargetError(
+            f"deps: Option not recognised: {options} (there are: {known})"
+        )
     wanted = device_names(names, uuid, control)
     request = m.Deps(wanted)
     answer = ask(control, "deps", request, m.DevicesAnswer, about=_about(wanted))
@@ -297,7 +345,7 @@ def deps(
 
 
 def targets(json: Json = False, control: Control = None) -> None:
-    """List the target types of the server."""
+    """List the types of targets that the server has, with their versions."""
     answer = ask(control, "targets", m.Targets(), m.TargetsAnswer)
     if json:
         print_json(answer)
@@ -307,15 +355,20 @@ def targets(json: Json = False, control: Control = None) -> None:
 
 
 def target_version(
-    names: Annotated[list[str], typer.Argument(metavar="TYPE...")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="TYPE...", help="Types of targets.")
+    ],
     control: Control = None,
 ) -> None:
-    """Print the versions of target types."""
+    """Print the versions of types of targets."""
     answer = ask(control, "targets", m.Targets(), m.TargetsAnswer)
     types = {target.name: target for target in answer.targets}
     for name in names:
         if name not in types:
-            raise NbdTargetError(f"target-version: {name}: Invalid argument: no type")
+            raise NbdTargetError(
+                f"target-version: {name}: Invalid argument: there is no such type"
+                f" (there are: {', '.join(types)})"
+            )
         _print_target(types[name])
 
 
@@ -325,7 +378,7 @@ def _print_target(target: m.TargetType) -> None:
 
 
 def version(json: Json = False, control: Control = None) -> None:
-    """Print the version of this program, and of the servers that are running."""
+    """Print the version of this program and of the running servers, and where they listen."""
     servers = []
     for address in addresses(control):
         with suppress(NoServerError):
@@ -357,7 +410,7 @@ D = TypeVar("D", m.InfoLine, m.DeviceLines, m.DeviceDeps)
 
 
 def _ordered(devices: Iterable[D], wanted: tuple[str, ...]) -> list[D]:
-    """As they were named; all of them by name."""
+    """Return them in the order in which they were named, or all of them by name."""
     if wanted:
         return list(devices)
     return sorted(devices, key=lambda device: device.name)
@@ -373,8 +426,8 @@ def _tables(
     for info in infos.devices:
         if info.failure:
             print(
-                f"nbdtarget: table: {info.name} could not be opened, so its table is"
-                f" missing here: {info.failure}",
+                f"nbdtarget: table: {info.name} could not be opened, so its table is missing"
+                f" here: {info.failure}",
                 file=sys.stderr,
             )
     return [
@@ -455,7 +508,9 @@ def _print_info(device: m.InfoLine) -> None:
     rows += [("Failure", device.failure)] if device.failure else []
     rows += [("Below", line) for line in describe_trouble(device.below)]
     if device.losses:
-        rows.append(("Losses", f"{device.losses} times, unflushed writes may be lost"))
+        rows.append(
+            ("Losses", f"unflushed writes may have been lost {device.losses} times")
+        )
     for key, value in rows:
         print(f"{key + ':':<18} {value}")
     if device.uuid:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget replay-log`: a log of the log-writes target, looked at or replayed onto a disk.
+"""`nbdtarget replay-log`: look into a log of the log-writes target, or replay it onto a disk.
 
-Options and output are those of the log-writes tools' replay-log.
+Options and output are those of replay-log of the log-writes tools.
 """
 
 import sys
@@ -15,21 +15,27 @@ from nbdtarget.cli.common import Json
 __all__ = ["register"]
 
 Log = Annotated[
-    str, typer.Option("--log", metavar="LOG", help="The log; only ever read.")
+    str,
+    typer.Option(
+        "--log", metavar="LOG", help="Device or file with the log. It is only read."
+    ),
 ]
 Replay = Annotated[
     str | None,
-    typer.Option("--replay", metavar="DISK", help="Replay onto this disk."),
+    typer.Option("--replay", metavar="DISK", help="Disk to replay the log onto."),
 ]
 StartEntry = Annotated[
-    int, typer.Option("--start-entry", min=0, help="Begin with this entry.")
+    int, typer.Option("--start-entry", min=0, help="Entry to begin with.")
 ]
 StartMark = Annotated[
-    str | None, typer.Option("--start-mark", help="Begin after this mark.")
+    str | None, typer.Option("--start-mark", help="Mark to begin after.")
 ]
-EndMark = Annotated[str | None, typer.Option("--end-mark", help="Stop at this mark.")]
+EndMark = Annotated[str | None, typer.Option("--end-mark", help="Mark to stop at.")]
 Limit = Annotated[
-    int, typer.Option("--limit", min=0, help="Stop after so many entries.")
+    int,
+    typer.Option(
+        "--limit", min=0, help="Number of entries to stop after; 0: no limit."
+    ),
 ]
 NextFlush = Annotated[
     bool, typer.Option("--next-flush", help="Stop after the next flush.")
@@ -38,33 +44,41 @@ NextFua = Annotated[
     bool, typer.Option("--next-fua", help="Stop after the next FUA write.")
 ]
 StartSector = Annotated[
-    int, typer.Option("--start-sector", min=0, help="Only from this sector on.")
+    int, typer.Option("--start-sector", min=0, help="First sector to replay.")
 ]
 EndSector = Annotated[
-    int | None, typer.Option("--end-sector", min=0, help="Only up to this sector.")
+    int | None, typer.Option("--end-sector", min=0, help="Last sector to replay.")
 ]
-NoDiscard = Annotated[bool, typer.Option("--no-discard", help="Leave out discards.")]
+NoDiscard = Annotated[
+    bool, typer.Option("--no-discard", help="Do not replay discards.")
+]
 Fsck = Annotated[
     str | None,
     typer.Option(
-        "--fsck", metavar="COMMAND", help="Run where --check says; 0 goes on."
+        "--fsck",
+        metavar="COMMAND",
+        help="Command to run where --check says. The replay ends if it does not exit with 0.",
     ),
 ]
 Check = Annotated[
     str | None,
-    typer.Option("--check", metavar="N|flush|fua", help="When to run --fsck."),
+    typer.Option(
+        "--check",
+        metavar="N|flush|fua",
+        help="When to run --fsck: after every N entries, each flush or each FUA write.",
+    ),
 ]
 Find = Annotated[
-    bool, typer.Option("--find", help="Print where the replay would stop.")
+    bool, typer.Option("--find", help="Print the entry at which the replay would stop.")
 ]
 NumEntries = Annotated[
-    bool, typer.Option("--num-entries", help="Print how many entries there are.")
+    bool, typer.Option("--num-entries", help="Print the number of entries.")
 ]
 List = Annotated[
-    bool, typer.Option("--list", help="Print the entries; without --replay.")
+    bool, typer.Option("--list", help="Print the entries; not together with --replay.")
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Print what is replayed.")
+    bool, typer.Option("--verbose", "-v", help="Print each entry that is replayed.")
 ]
 
 
@@ -93,15 +107,20 @@ def replay_log(
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
-    """Replay a log of the log-writes target up to a mark, or look into it."""
+    """Replay a log of the log-writes target onto a disk, up to a mark, or look into the log.
+
+    Example: nbdtarget replay-log --log log.img --replay disk.img --end-mark before-crash
+    """
     if (fsck is None) != (check is None):
-        raise typer.BadParameter("--fsck and --check need each other")
+        raise typer.BadParameter("--fsck and --check must be given together")
     if sum((find, num_entries, list_, replay is not None)) > 1:
-        raise typer.BadParameter("--replay, --find, --num-entries, --list: one of them")
+        raise typer.BadParameter(
+            "Give only one of --replay, --find, --num-entries and --list"
+        )
     if fsck is not None and replay is None:
         raise typer.BadParameter("--fsck needs --replay")
     if start_mark is not None and start_entry:
-        raise typer.BadParameter("--start-mark or --start-entry, not both")
+        raise typer.BadParameter("Give either --start-mark or --start-entry, not both")
     from nbdtarget.targets.log_writes.replay import Selection
     from nbdtarget.tools.replay_log import Answer, ReplayJob, run
 
@@ -140,5 +159,5 @@ def _check_every(check: str | None) -> int | str:
     if check is None or check in ("flush", "fua"):
         return check or 0
     if not (check.isascii() and check.isdecimal() and int(check)):
-        raise typer.BadParameter("--check: a number of entries, flush or fua")
+        raise typer.BadParameter("--check must be a number of entries, flush or fua")
     return int(check)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logging of a process that serves: to whatever stderr is at the time, by an `Outlet`.
+"""Logging of a server process, through an `Outlet` to stderr.
 
-Logging never raises into who logs and never waits for who reads. What clients cause is bounded: lines about
-clients and control clients may come CLIENT_LINES_BURST at once and CLIENT_LINES_PER_S in the long run; how many
-were left out is told by the next line.
+Logging never raises an exception into the code that logs, and never waits for the reader of the log. Lines that
+clients cause are bounded: CLIENT_LINES_BURST may come at once, and CLIENT_LINES_PER_S in the long run.
+The next line says how many were left out.
 """
 
 import logging
@@ -19,7 +19,7 @@ __all__ = ["LogHandler", "start_logging"]
 LINE_LENGTH_MAX: Final = 4000  # characters, without a traceback
 CLIENT_LINES_BURST: Final = 200
 CLIENT_LINES_PER_S: Final = 10
-# What a stranger can make us log as often as it likes.
+# The loggers whose lines a client can cause as often as it likes.
 _ABOUT_CLIENTS: Final = ("nbdtarget.server.", "nbdtarget.control.")
 
 
@@ -44,14 +44,16 @@ class LogHandler(logging.Handler):
             return
         try:
             message = record.getMessage()
-            # What a name or an error says must not look like another line, nor move the cursor.
+            # A name in a message must neither look like another line nor move the cursor.
             record.msg, record.args = printable(message, LINE_LENGTH_MAX), None
             line = self.format(record)
         except Exception as error:  # a bug in a log line is no reason to fail
             line = f"nbdtarget: {record.name}:{record.lineno}: log line: {error!r}"
         if self._nr_left_out:
             nr, self._nr_left_out = self._nr_left_out, 0
-            self._outlet.write_line(f"nbdtarget: {nr} lines about clients are left out")
+            self._outlet.write_line(
+                f"nbdtarget: {nr} lines about clients were left out"
+            )
         self._outlet.write_line(line)
 
     def _may_tell(self) -> bool:
@@ -66,11 +68,11 @@ class LogHandler(logging.Handler):
 
 
 def _tell_lost(nr: int) -> str:
-    return f"nbdtarget: {nr} lines of the log were lost: nobody read them"
+    return f"nbdtarget: {nr} lines of the log were lost, because they were not read in time"
 
 
 def start_logging(*, verbose: bool) -> None:
-    """Log warnings and errors, with `verbose` also what happens to devices."""
+    """Log warnings and errors, and with `verbose` also what happens to devices."""
     handler = LogHandler()
     handler.setFormatter(logging.Formatter("nbdtarget: %(message)s"))
     logging.basicConfig(

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nbdtarget metadata`: the offline tools for metadata files and devices.
 
-Options are those of the tools for the kernel's caches (cache_check, cache_dump …), where these
-have one.
+Options have the names that they have in the tools for the kernel's caches (cache_check, cache_dump and so on).
 """
 
 import sys
@@ -22,60 +21,126 @@ __all__ = ["register"]
 T = TypeVar("T")
 
 File = Annotated[
-    str, typer.Argument(metavar="FILE", help="A metadata file or block device.")
+    str, typer.Argument(metavar="FILE", help="Metadata file or block device.")
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print nothing: the exit status tells.")
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Print nothing; the exit status says how it went."
+    ),
 ]
 Output = Annotated[
-    str, typer.Option("--output", "-o", metavar="FILE", help="Where the metadata goes.")
+    str,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="File or device to write the metadata to; a missing file is made.",
+    ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Whatever the output holds may go.")
+    bool,
+    typer.Option(
+        "--overwrite", help="Write even though the output holds something. It is lost."
+    ),
 ]
 
 
 Offset = Annotated[
     str,
-    typer.Option(metavar="N|SIZE", help="Where its data begin: sectors, or as in 1M."),
+    typer.Option(
+        metavar="N|SIZE",
+        help="Offset at which its data begins: a number of sectors, or a size, for example 1M.",
+    ),
 ]
 DeviceSize = Annotated[
     str | None,
     typer.Option(
-        "--device-size", metavar="SIZE", help="Of the clone or the cache, as 10G."
+        "--device-size",
+        metavar="SIZE",
+        help="Size of the cloned disk, or of the cache device, for example 10G.",
     ),
 ]
 RegionSize = Annotated[
     str | None,
-    typer.Option("--region-size", metavar="SIZE", help="Of a clone: 4K to 1G."),
+    typer.Option(
+        "--region-size", metavar="SIZE", help="Region size of a clone: 4K to 1G."
+    ),
 ]
 NrRegions = Annotated[
     int | None,
-    typer.Option("--nr-regions", metavar="N", help="Instead of both sizes."),
+    typer.Option(
+        "--nr-regions",
+        metavar="N",
+        help="Number of regions, instead of --device-size and --region-size.",
+    ),
 ]
 BlockSize = Annotated[
     str | None,
-    typer.Option("--block-size", metavar="SIZE", help="Of a cache: 32K to 1G."),
+    typer.Option(
+        "--block-size", metavar="SIZE", help="Block size of a cache: 32K to 1G."
+    ),
 ]
 NrBlocks = Annotated[
     int | None,
-    typer.Option("--nr-blocks", metavar="N", help="Instead of both sizes."),
+    typer.Option(
+        "--nr-blocks",
+        metavar="N",
+        help="Number of cache blocks, instead of --device-size and --block-size.",
+    ),
 ]
 Unit = Annotated[
     str,
     typer.Option(
         "--unit",
         "-u",
-        help="bytes, sectors, kibibytes … tebibytes, kilobytes … terabytes, or"
-        " b, s, k, m, g, t, K, M, G, T.",
+        help="Unit to print: bytes, sectors, kibibytes to tebibytes, kilobytes to terabytes, or one of"
+        " the letters b, s, k, m, g, t, K, M, G, T.",
     ),
 ]
 NumericOnly = Annotated[
-    bool, typer.Option("--numeric-only", "-n", help="Print the number alone.")
+    bool, typer.Option("--numeric-only", "-n", help="Print the number without unit.")
 ]
 Smallest = Annotated[
     bool,
-    typer.Option("--smallest", help="The least that works, which compacts more often."),
+    typer.Option(
+        "--smallest",
+        help="Print the smallest usable size. It is compacted more often than the preferred one.",
+    ),
+]
+CacheMetadata = Annotated[
+    str, typer.Argument(metavar="METADATA", help="Metadata of the cache.")
+]
+CacheDisk = Annotated[
+    str, typer.Argument(metavar="CACHE", help="The fast disk, which has the data.")
+]
+OriginDisk = Annotated[
+    str, typer.Argument(metavar="ORIGIN", help="The slow disk, to write to.")
+]
+Retry = Annotated[
+    int,
+    typer.Option(
+        "--retry",
+        "--retry-count",
+        min=0,
+        metavar="N",
+        help="Number of further tries for each block that has failed twice.",
+    ),
+]
+ListFailed = Annotated[
+    bool,
+    typer.Option(
+        "--list-failed",
+        "--list-failed-blocks",
+        help="Print which blocks were not copied, and why.",
+    ),
+]
+NoMetadataUpdate = Annotated[
+    bool,
+    typer.Option(
+        "--no-metadata-update",
+        help="Copy only; do not record the blocks as clean.",
+    ),
 ]
 
 
@@ -93,8 +158,8 @@ class _Lines(NbdTargetError):
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(
-        help="Check, dump, restore and repair metadata that no server has open; write a"
-        " cache back.",
+        help="Check, dump, restore and repair metadata that no server has open, and write a cache"
+        " back.",
         rich_markup_mode=None,
     )
     group.command()(check)
@@ -114,8 +179,8 @@ def check(
         bool,
         typer.Option(
             "--auto-repair",
-            help="If there is no damage: rewrite superblock copies from their good"
-            " siblings, clear needs_check.",
+            help="If there is no damage, rewrite bad copies of superblocks from the good ones, and"
+            " clear needs_check.",
         ),
     ] = False,
     clear_needs_check: Annotated[
@@ -123,15 +188,17 @@ def check(
         typer.Option(
             "--clear-needs-check",
             "--clear-needs-check-flag",
-            help="Clear needs_check, if a full pass finds no damage.",
+            help="Clear needs_check if a full pass finds no damage.",
         ),
     ] = False,
     super_block_only: Annotated[
-        bool, typer.Option("--super-block-only", help="Look at the superblocks only.")
+        bool, typer.Option("--super-block-only", help="Check the superblocks only.")
     ] = False,
     skip_unused: Annotated[
         bool,
-        typer.Option("--skip-unused", help="Look for no orphans and leaked blocks."),
+        typer.Option(
+            "--skip-unused", help="Do not look for orphaned records and leaked blocks."
+        ),
     ] = False,
     ignore_non_fatal_errors: Annotated[
         bool, typer.Option("--ignore-non-fatal-errors", hidden=True)
@@ -139,12 +206,13 @@ def check(
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Read and verify everything that the metadata vouches for.
+    """Read and verify all metadata that is in use.
 
-    Damage is what a server would refuse: exit 1. Superblock copies that the next
-    commits heal, orphaned records and leaked blocks are harmless: exit 0.
+    Damage that a server would refuse ends with exit status 1; `repair' saves what is left. Bad copies of
+    superblocks, which the next commits rewrite, orphaned records and leaked blocks do no harm, and end
+    with exit status 0.
     """
-    # What --ignore-non-fatal-errors asks for is so in any case.
+    # --ignore-non-fatal-errors changes nothing: such errors never count here.
 
     def job() -> None:
         from nbdtarget.tools import metadata as metadata_tools
@@ -167,12 +235,19 @@ def dump(
     file: File,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write to FILE."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File to write the dump to; default: stdout.",
+        ),
     ] = None,
     repair: Annotated[
         bool,
         typer.Option(
-            "--repair", "-r", help="Dump what is left of damaged metadata; say what."
+            "--repair",
+            "-r",
+            help="Dump what is left of damaged metadata, and say what is lost.",
         ),
     ] = False,
     form: Annotated[
@@ -180,13 +255,13 @@ def dump(
         typer.Option(
             "--format",
             metavar="json|xml",
-            help="xml: what cache_restore reads, of a cache only.",
+            help="Format of the dump. xml is what cache_restore reads; it is for caches only.",
         ),
     ] = "json",
 ) -> None:
-    """Print the metadata as JSON, which `restore` makes metadata of again."""
+    """Print the metadata as JSON. `restore' turns it back into metadata."""
     if form not in ("json", "xml"):
-        raise typer.BadParameter(f"--format: json or xml, not {form!r}")
+        raise typer.BadParameter(f"--format must be json or xml, not {form!r}")
     from nbdtarget.tools import metadata as metadata_tools
 
     xml = form == "xml"
@@ -206,7 +281,7 @@ def restore(
             "--input",
             "-i",
             metavar="DUMP",
-            help="The dump, also the XML of cache_dump; '-': stdin.",
+            help="The dump: what `dump' printed, or the XML of cache_dump; '-' is stdin.",
         ),
     ],
     output: Output,
@@ -214,20 +289,22 @@ def restore(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Restore a dump that says that something is lost."
+            "--force", help="Restore even though the dump says that something is lost."
         ),
     ] = False,
     origin_size: Annotated[
         str | None,
         typer.Option(
-            "--origin-size", metavar="SIZE", help="Of the origin: XML does not say it."
+            "--origin-size",
+            metavar="SIZE",
+            help="Size of the origin, for example 100G; XML does not contain it.",
         ),
     ] = None,
     omit_clean_shutdown: Annotated[
         bool,
         typer.Option(
             "--omit-clean-shutdown",
-            help="Believe no dirty bits: each mapped block of a cache counts as dirty.",
+            help="Count each mapped block of a cache as dirty, whatever the dump says.",
         ),
     ] = False,
     trust_dirty: Annotated[
@@ -235,17 +312,18 @@ def restore(
         typer.Option(
             "--trust-dirty",
             help="Believe the dirty bits and hints of XML. Without this option each mapped block counts as"
-            " dirty, because cache_dump 0.9.0 (Debian 12) calls every block of metadata in format 2 clean.",
+            " dirty, because cache_dump 0.9.0 (Debian 12) prints every block of metadata in format 2 as"
+            " clean.",
         ),
     ] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Make metadata of a dump. A missing file is made at the right size.
+    """Turn a dump back into metadata: the content is the same, the layout may differ.
 
-    What the output holds is left alone unless told otherwise. Until all is written, the
-    output is no metadata that anybody accepts. A cache or a clone of the kernel is moved
-    here, with its devices, by `nbdtarget metadata import`, which needs no dump.
+    A missing file is made at the right size. An output that holds something is refused unless --overwrite
+    is given. Until all is written, no server accepts the output. To move a cache or a clone
+    of the kernel here, use `nbdtarget metadata import', which needs no dump.
     """
     origin_bytes = maybe_size_option("--origin-size", origin_size, size_min=0)
 
@@ -271,7 +349,7 @@ def import_(
         str,
         typer.Argument(
             metavar="KERNEL_METADATA",
-            help="The metadata file or device of dm-cache or dm-clone; it is only ever read.",
+            help="Metadata file or device of dm-cache or dm-clone. It is only read.",
         ),
     ],
     output: Output,
@@ -281,16 +359,17 @@ def import_(
         typer.Option(
             "--origin-size",
             metavar="SIZE",
-            help="The size of the origin: a cache's metadata does not say it.",
+            help="Size of the origin of a cache, for example 100G; the kernel's metadata does not"
+            " contain it.",
         ),
     ] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Make metadata of the kernel's own, so that a cache or a clone can move in from there.
+    """Make metadata from that of the kernel, so that a cache or a clone of the kernel can go on here.
 
-    Remove the kernel's device first, so that nothing writes any more. Then the same cache and
-    origin devices (or source and destination) are used with the new metadata. After
+    First remove the kernel's device, so that nothing writes any more. Then use the same cache and
+    origin (or source and destination) with the new metadata. After
     an unclean stop of the kernel each mapped block of a cache counts as dirty, as it does for the
     kernel. Nothing on the devices is changed.
 
@@ -312,7 +391,12 @@ def import_(
 def repair(
     source: Annotated[
         str,
-        typer.Option("--input", "-i", metavar="FILE", help="Only ever read."),
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="FILE",
+            help="The damaged metadata. It is only read.",
+        ),
     ],
     output: Output,
     unused: Annotated[str, typer.Argument(hidden=True)] = "",
@@ -321,20 +405,26 @@ def repair(
         bool,
         typer.Option(
             "--force",
-            help="Go on though something is lost: regions of a clone read the source"
-            " again, blocks of a cache the origin; what clients wrote there is gone.",
+            help="Repair even though something is lost. Lost regions of a clone are read from the"
+            " source again, and lost blocks of a cache from the origin; what clients wrote there is"
+            " gone.",
         ),
     ] = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Write what is left of damaged metadata to another file.
+    """Write what is left of damaged metadata to another file, and say what is lost.
 
-    Only what intact checksums vouch for is believed. If a hydrated region or a dirty block cannot be
-    vouched for any more, nothing is written unless forced. Dirty bits that cannot be read are set.
+    Only records with an intact checksum are used. If the record of a hydrated region or of a dirty block
+    is lost, nothing is written unless --force is given. Blocks whose dirty bit cannot be read count
+    as dirty. Afterwards, use the new file in place of the damaged one.
+
+    Example: nbdtarget metadata repair -i disk.nbdtarget -o fixed.nbdtarget
     """
     if unused:
-        raise typer.BadParameter(f"unexpected argument {unused!r}")
+        raise typer.BadParameter(
+            f"unexpected argument {unused!r}: the files are given with -i and -o"
+        )
 
     def job() -> None:
         from nbdtarget.tools import metadata as metadata_tools
@@ -349,52 +439,32 @@ def repair(
 
 
 def info(file: File, json: Json = False) -> None:
-    """Print what the newest superblock says; nothing else is read or verified."""
+    """Print the newest superblock. Nothing else is read or verified."""
     from nbdtarget.tools import metadata as metadata_tools
 
     _print(metadata_tools.info(file), quiet=False, json=json)
 
 
 def writeback(
-    metadata: Annotated[str, typer.Argument(metavar="METADATA", help="Of the cache.")],
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="The fast device.")],
-    origin: Annotated[str, typer.Argument(metavar="ORIGIN", help="The slow device.")],
+    metadata: CacheMetadata,
+    cache: CacheDisk,
+    origin: OriginDisk,
     fast_device_offset: Offset = "0",
     origin_device_offset: Offset = "0",
-    retry: Annotated[
-        int,
-        typer.Option(
-            "--retry",
-            "--retry-count",
-            min=0,
-            metavar="N",
-            help="How often to try again what has failed twice.",
-        ),
-    ] = 0,
-    list_failed: Annotated[
-        bool,
-        typer.Option(
-            "--list-failed",
-            "--list-failed-blocks",
-            help="Print which blocks were not copied, and why.",
-        ),
-    ] = False,
-    no_metadata_update: Annotated[
-        bool,
-        typer.Option(
-            "--no-metadata-update", help="Copy only; what is dirty stays dirty."
-        ),
-    ] = False,
+    retry: Retry = 0,
+    list_failed: ListFailed = False,
+    no_metadata_update: NoMetadataUpdate = False,
     moved: Moved = False,
     accept_other_disk: AcceptOtherDisk = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Write dirty blocks of a cache back to its origin, in the order of the origin.
+    """Write the dirty blocks of a cache back to its origin while no server runs.
 
-    After an unclean stop: all mapped blocks, or with dirty_log all that may be dirty. What
-    was copied is recorded clean, as by a clean shutdown, once the origin has it for good.
-    Exit 1 if a block could not be copied: it stays dirty.
+    They are written in the order of the origin. After an unclean stop these are all mapped blocks, or
+    with dirty_log all that may be dirty. When the origin has them durably, they are recorded as clean, as
+    after a clean shutdown. If the command is interrupted, run it again: it repeats at most the last
+    1 GiB. The exit status is 1 if a block could not be copied; that block stays dirty.
     """
     from nbdtarget.tools.writeback import WritebackJob
 
@@ -421,7 +491,12 @@ def writeback(
         if list_failed and not quiet and not json:
             sys.stdout.writelines(f"{each}\n" for each in answer.failed)
         if answer.failed:
-            raise _Lines((f"{len(answer.failed)} blocks were not copied",))
+            raise _Lines(
+                (
+                    f"{origin}: {len(answer.failed)} blocks could not be written back and are"
+                    " still dirty (--list-failed names them)",
+                )
+            )
 
     return _run(job, quiet=quiet)
 
@@ -440,10 +515,17 @@ def size(
     smallest: Smallest = False,
     json: Json = False,
 ) -> None:
-    """Print how large the metadata of a clone or a cache is: what is made when its file is missing."""
+    """Print the size of the metadata of a clone or a cache.
+
+    A metadata file that is missing is made at this size. A block device for metadata needs to be as large.
+
+    Example: nbdtarget metadata size --device-size 1T --region-size 64K -u bytes
+    """
     is_cache = (block_size, nr_blocks) != (None, None)
     if is_cache and (region_size, nr_regions) != (None, None):
-        raise typer.BadParameter("regions are a clone's, blocks a cache's: not both")
+        raise typer.BadParameter(
+            "Give either regions, for a clone, or blocks, for a cache, not both"
+        )
     if is_cache:
         _refuse_mixture(device_size, block_size, nr_blocks, "block")
     else:
@@ -453,7 +535,8 @@ def size(
 
     name = UNIT_LETTERS.get(unit, unit)
     if name not in UNITS:
-        raise typer.BadParameter(f"--unit: unknown unit {unit!r}")
+        known = ", ".join(UNITS)
+        raise typer.BadParameter(f"--unit: unknown unit {unit!r} (there are: {known})")
     answer: SizeAnswer
     if is_cache:
         answer = metadata_tools.cache_size(
@@ -482,12 +565,16 @@ def _refuse_mixture(
     """Take both sizes, or the number of units."""
     if number is not None and (device_size, unit_size) != (None, None):
         raise typer.BadParameter(
-            f"--nr-{unit}s, or --device-size and --{unit}-size, not both"
+            f"Give either --nr-{unit}s, or --device-size and --{unit}-size, not both"
         )
     if number is None and None in (device_size, unit_size):
         raise typer.BadParameter(
-            f"--device-size and --{unit}-size, or --nr-{unit}s"
-            + (" (or --block-size, --nr-blocks of a cache)" if unit == "region" else "")
+            f"Give --device-size and --{unit}-size, or --nr-{unit}s"
+            + (
+                "; for a cache --device-size and --block-size, or --nr-blocks"
+                if unit == "region"
+                else ""
+            )
         )
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget serve`: the daemon that dmsetup's verbs talk to."""
+"""`nbdtarget serve`: the server that dmsetup's verbs talk to."""
 
 from typing import Annotated
 
 import typer
 
-from nbdtarget.cli.common import Control
+from nbdtarget.cli.common import Control, Verbose
 
 __all__ = [
     "ControlGroup",
@@ -24,8 +24,8 @@ Listen = Annotated[
     typer.Option(
         "--listen",
         metavar="ADDR",
-        help="unix:PATH or tcp:HOST:PORT; may be given more than once."
-        " Default: a unix socket in the runtime directory.",
+        help="Address for NBD clients: unix:PATH or tcp:HOST:PORT; may be given more than once."
+        " TCP has neither passwords nor encryption. Default: a unix socket in the runtime directory.",
     ),
 ]
 StopTimeout = Annotated[
@@ -34,7 +34,7 @@ StopTimeout = Annotated[
         "--stop-timeout",
         metavar="SECONDS",
         min=0,
-        help="How long a stop waits for devices that do not answer; default: 60, 0: for ever.",
+        help="Time that a stop waits for disks that do not answer. 0 waits for ever. Default: 60.",
     ),
 ]
 
@@ -44,32 +44,40 @@ SocketMode = Annotated[
     typer.Option(
         "--socket-mode",
         metavar="MODE",
-        help="Mode of NBD sockets on unix:PATH, as 0660; default: 0600.",
+        help="Mode of the unix sockets for NBD, for example 0660; default: 0600.",
     ),
 ]
 SocketOwner = Annotated[
     str | None,
-    typer.Option("--socket-owner", metavar="USER", help="Their owner."),
+    typer.Option(
+        "--socket-owner", metavar="USER", help="Owner of the unix sockets for NBD."
+    ),
 ]
 SocketGroup = Annotated[
     str | None,
-    typer.Option("--socket-group", metavar="GROUP", help="Their group."),
+    typer.Option(
+        "--socket-group", metavar="GROUP", help="Group of the unix sockets for NBD."
+    ),
 ]
 ControlMode = Annotated[
     str | None,
     typer.Option(
         "--control-mode",
         metavar="MODE",
-        help="Mode of the control socket; default: 0600.",
+        help="Mode of the control socket, for example 0660; default: 0600.",
     ),
 ]
 ControlOwner = Annotated[
     str | None,
-    typer.Option("--control-owner", metavar="USER", help="Its owner."),
+    typer.Option(
+        "--control-owner", metavar="USER", help="Owner of the control socket."
+    ),
 ]
 ControlGroup = Annotated[
     str | None,
-    typer.Option("--control-group", metavar="GROUP", help="Its group."),
+    typer.Option(
+        "--control-group", metavar="GROUP", help="Group of the control socket."
+    ),
 ]
 MaxConnections = Annotated[
     int | None,
@@ -77,8 +85,8 @@ MaxConnections = Annotated[
         "--max-connections",
         metavar="N",
         min=1,
-        help="Connections on TCP, and as many on unix sockets; more are closed at once."
-        " Default: 256, or connections_max of the file.",
+        help="Most connections on TCP, and as many more on unix sockets. One more is closed at once."
+        " Default: 256, or connections_max of the configuration file.",
     ),
 ]
 MaxConnectionsPerPeer = Annotated[
@@ -87,7 +95,8 @@ MaxConnectionsPerPeer = Annotated[
         "--max-connections-per-peer",
         metavar="N",
         min=1,
-        help="Connections from one address. Default: 128, or peer_connections_max of the file.",
+        help="Most connections from one address. Default: 128, or peer_connections_max of the"
+        " configuration file.",
     ),
 ]
 
@@ -105,8 +114,8 @@ def serve(
         typer.Option(
             "--control-token-file",
             metavar="FILE",
-            help="Its first line is the token that control clients must have in"
-            " $NBDTARGET_CONTROL_TOKEN; needed for --control tcp:HOST:PORT.",
+            help="File whose first line is the token that control clients must have in"
+            " $NBDTARGET_CONTROL_TOKEN. --control tcp:HOST:PORT needs one.",
         ),
     ] = None,
     config: Annotated[
@@ -114,7 +123,7 @@ def serve(
         typer.Option(
             "--config",
             metavar="FILE",
-            help="A TOML file with listeners, limits and devices; SIGHUP reads it again.",
+            help="TOML file with listeners, limits and devices. SIGHUP has it read again.",
         ),
     ] = None,
     socket_mode: SocketMode = None,
@@ -126,11 +135,13 @@ def serve(
     stop_timeout: StopTimeout = None,
     max_connections: MaxConnections = None,
     max_connections_per_peer: MaxConnectionsPerPeer = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Log what happens to devices.")
-    ] = False,
+    verbose: Verbose = False,
 ) -> int:
-    """Serve mapped devices over NBD until told to stop."""
+    """Serve mapped devices over NBD until SIGTERM or Ctrl-C.
+
+    Devices come from --config, or are made by `create' and the other commands while the server runs. The
+    control socket is control.sock in the runtime directory unless --control names another one.
+    """
     from nbdtarget.cli.logs import start_logging
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.daemon.daemon import ServeOptions, run, serve_until_stopped

@@ -28,31 +28,36 @@ TableOption = Annotated[
     typer.Option(
         "--table",
         metavar="LINE",
-        help="A line of the table; may be given more than once.",
+        help="A line of the table: START LENGTH TYPE ARGUMENTS..., in sectors of 512 bytes; may be"
+        " given more than once.",
     ),
 ]
 TableFile = Annotated[
     str | None,
     typer.Argument(
         metavar="[FILE]",
-        help="A file with the table; '-', or neither FILE nor --table: stdin.",
+        help="A file with the table. The table is read from stdin if this is '-', or if neither FILE"
+        " nor --table is given.",
     ),
 ]
 ReadOnly = Annotated[
-    bool, typer.Option("--readonly", "-r", help="Load the table read-only.")
+    bool,
+    typer.Option(
+        "--readonly", "-r", help="Load the table read-only: clients may not write."
+    ),
 ]
 Rotational = Annotated[
     bool | None,
     typer.Option(
         "--rotational/--no-rotational",
-        help="What clients are told, whatever the disks below are: whether it has to seek.",
+        help="Tell clients that the disk is rotational, or that it is not. Default: as the disks below.",
     ),
 ]
 Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Metadata may be made anew for a disk that holds data; the data is lost.",
+        help="Make new metadata even though the disk holds data. The data is lost.",
     ),
 ]
 
@@ -61,32 +66,38 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(create)
     app.command("load")(load)
-    app.command("reload", help="The same as load.")(load)
+    app.command("reload", help="Load a table: the same as `load'.")(load)
     app.command()(clear)
     app.command("wipe_table")(wipe_table)
 
 
 def create(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="The new device.")
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="Name of the new device, and of its export."
+        ),
     ] = None,
     file: TableFile = None,
     table: TableOption = None,
     notable: Annotated[
-        bool, typer.Option("--notable", "-n", help="Create it without a table.")
+        bool,
+        typer.Option("--notable", "-n", help="Create the device without a table."),
     ] = False,
     readonly: ReadOnly = False,
     uuid: Annotated[
-        str, typer.Option("--uuid", "-u", metavar="UUID", help="Give it a UUID.")
+        str,
+        typer.Option("--uuid", "-u", metavar="UUID", help="UUID of the new device."),
     ] = "",
     minor: Annotated[
-        int | None, typer.Option("--minor", "-m", help="Give it this minor number.")
+        int | None,
+        typer.Option("--minor", "-m", help="Minor number of the new device."),
     ] = None,
     concise: Annotated[
         bool,
         typer.Option(
             "--concise",
-            help="Create all devices of one argument, or of stdin:"
+            help="Create all devices that one argument, or stdin, describes:"
             " NAME,UUID,MINOR,FLAGS,TABLE[,TABLE...][;...]",
         ),
     ] = False,
@@ -96,21 +107,26 @@ def create(
     accept_other_disk: AcceptOtherDisk = False,
     control: Control = None,
 ) -> None:
-    """Create a mapped device, load its table and resume it."""
+    """Create a mapped device, load its table and resume it. It is an export at once.
+
+    Example: nbdtarget create disk --table '0 2097152 linear /srv/disk.img 0'
+    """
     allowed = permissions(
         overwrite=overwrite, moved=moved, accept_other_disk=accept_other_disk
     )
     if concise:
         is_alone = not (table or notable or readonly or uuid or file)
         if not is_alone or minor is not None or rotational is not None:
-            raise typer.BadParameter("--concise goes alone with its one argument")
+            raise typer.BadParameter(
+                "--concise takes one argument and no other options"
+            )
         text = sys.stdin.read() if name is None else name
         _create_concise(text, allowed, control)
         return
     if name is None:
-        raise typer.BadParameter("Missing argument 'NAME'")
+        raise typer.BadParameter("Missing argument 'NAME': name the new device")
     if notable and (table or file):
-        raise typer.BadParameter("--notable goes without a table")
+        raise typer.BadParameter("Give either --notable or a table, not both")
     request = m.Create(
         name=name,
         table=None if notable else _text(table, file),
@@ -127,7 +143,7 @@ def create(
 def _create_concise(
     text: str, allowed: frozenset[Permission], control: str | None
 ) -> None:
-    """Create the devices in order; the first that is refused ends it."""
+    """Create the devices in order, up to the first that is refused."""
     for device in parse_concise(text):
         request = m.Create(
             name=device.name,
@@ -151,7 +167,10 @@ def load(
     accept_other_disk: AcceptOtherDisk = False,
     control: Control = None,
 ) -> None:
-    """Load a table into the inactive slot; `resume` makes it live."""
+    """Load a table into the inactive slot of a device. `resume' makes it live.
+
+    Example: nbdtarget load disk --table '0 2097152 linear /srv/other.img 0'
+    """
     request = m.Load(
         name=name,
         table=_text(table, file),
@@ -167,23 +186,30 @@ def load(
 
 
 def clear(name: Name, control: Control = None) -> None:
-    """Drop the inactive table."""
+    """Drop the inactive table of a device."""
     ask(control, "clear", m.Clear(name), m.Done, about=name)
 
 
 def wipe_table(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME...", help="Names of mapped devices: at least one."
+        ),
+    ],
     timeout: Timeout = None,
     control: Control = None,
 ) -> None:
-    """Replace the table by one that fails all I/O."""
+    """Replace the tables of devices by tables that fail all I/O."""
     for name in names:
         ask(control, "wipe_table", m.WipeTable(name, timeout), m.Done, about=name)
 
 
 def _text(lines: list[str] | None, file: str | None) -> str:
     if lines and file:
-        raise typer.BadParameter("give a table with --table or in a file, not both")
+        raise typer.BadParameter(
+            "Give the table either with --table or in a file, not both"
+        )
     if lines:
         return "\n".join(lines)
     try:
@@ -193,4 +219,6 @@ def _text(lines: list[str] | None, file: str | None) -> str:
     except OSError as error:
         raise NbdTargetError(f"{file}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise NbdTargetError(f"{file or 'stdin'}: not a table: not UTF-8") from None
+        raise NbdTargetError(
+            f"{file or 'stdin'}: is not a table: it is not UTF-8"
+        ) from None

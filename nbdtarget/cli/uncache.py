@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget uncache`: a cache is flushed and goes away, while clients go on."""
+"""`nbdtarget uncache`: a cache is written back and removed, while clients go on."""
 
 from typing import Annotated, TypeVar
 
@@ -13,7 +13,8 @@ __all__ = ["register"]
 A = TypeVar("A", bound=Answer)
 
 CacheName = Annotated[
-    str, typer.Argument(metavar="NAME", help="A mapped device that is a cache.")
+    str,
+    typer.Argument(metavar="NAME", help="Name of a mapped device that is a cache."),
 ]
 
 
@@ -23,9 +24,11 @@ def register(app: typer.Typer) -> None:
 
 
 def uncache(name: CacheName, json: Json = False, control: Control = None) -> int:
-    """Write back what is dirty, then let the origin alone be the disk; clients notice nothing.
+    """Write a cache back and remove it: the origin alone is the disk then. Clients stay connected.
 
-    Ctrl-C leaves a cache that only writes back; the same command goes on. Exit 130 then.
+    After Ctrl-C the cache stays in service: it writes back all dirty blocks and caches no new ones. Run
+    uncache again to finish. The exit status is 130 then. If the cache is started again by the `cache'
+    command instead, it is an ordinary cache again.
     """
     import asyncio
 

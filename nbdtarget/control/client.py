@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket's client: one request, one answer, then gone.
+"""The client of the control socket: it sends one request, reads one answer and is done.
 
 Plain blocking sockets and hand-made HTTP/1.0: a command that prints one status line spends its
 time on starting Python, so nothing here imports aiohttp, asyncio or http.client (25 ms).
@@ -16,18 +16,18 @@ from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control.messages import VERBS, Answer, Failure, Request
 from nbdtarget.control.paths import ControlAddress
 
-__all__ = ["ControlClient", "NoServerError", "SilentServerError"]
+__all__ = ["ControlClient", "NoServerError", "SilentServerError", "no_server"]
 
 HEAD_BYTES_MAX: Final = 65536
 A = TypeVar("A", bound=Answer)
 
 
 class NoServerError(NbdTargetError):
-    """Nobody answers on the control socket, or not as we do."""
+    """There is no server on the control socket, or it is not one of ours."""
 
 
 class SilentServerError(NoServerError):
-    """Somebody has the control socket, and does not answer in time."""
+    """A server has the control socket, and does not answer in time."""
 
 
 class ControlClient:
@@ -106,10 +106,19 @@ class ControlClient:
         if isinstance(error, TimeoutError):
             return SilentServerError(f"{self.address}: the server does not answer")
         if error.errno in (errnos.ENOENT, errnos.ECONNREFUSED):
-            return NoServerError(
-                f"no server on {self.address} (start one: nbdtarget serve)"
-            )
-        return NoServerError(f"{self.address}: {error.strerror or error}")
+            return no_server(self.address)
+        hint = ""
+        if error.errno == errnos.EACCES:
+            hint = " (the server belongs to another user, see `serve --control-group')"
+        return NoServerError(f"{self.address}: {error.strerror or error}{hint}")
+
+
+def no_server(address: ControlAddress) -> NoServerError:
+    """Return the error that says what to do when there is no server."""
+    return NoServerError(
+        f"no server on {address}: start one with `nbdtarget serve', or name the socket of a"
+        " running one with --control"
+    )
 
 
 def _read_all(connection: socket.socket) -> bytes:

@@ -66,6 +66,7 @@ from nbdtarget.control.verbs import Verbs
 from nbdtarget.daemon.notify import Notifier
 from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import Registry
+from nbdtarget.server.address import TcpAddress, is_public, parse_address
 from nbdtarget.server.admission import raise_descriptor_limit
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
@@ -201,6 +202,7 @@ class Daemon:
         self._follower: asyncio.Task[None] | None = None
         self._before_close: list[Callable[[], Awaitable[None]]] = []
         self._control: ControlServer | None = None
+        self._has_served = True
 
     async def open_control(
         self, address: ControlAddress, *, token: str | None = None
@@ -226,6 +228,13 @@ class Daemon:
             self.uris += await self._listener.start_fd(fd)
         for address in addresses:
             self.uris += await self._listener.start(address)
+            where = parse_address(address)
+            if isinstance(where, TcpAddress) and is_public(where):
+                log.warning(
+                    "%s: NBD on TCP has neither passwords nor encryption here: each machine"
+                    " that can reach this port can read and write the disks",
+                    address,
+                )
 
     def catch_signals(self, *, sighup_reloads: bool = False) -> None:
         """From now on the first signal sets `stop`; what follows it has its usual effect.
@@ -319,12 +328,14 @@ class Daemon:
         """Return when a signal has come after `catch_signals`, or `stop` is set."""
         await self.stop.wait()
 
-    async def close(self) -> None:
+    async def close(self, *, has_served: bool = True) -> None:
         """End in the order, and within the bounds, of the module head.
 
+        Args: has_served: clients may have written, so that something may be lost.
         Durable: everything acknowledged; everything that had ended, if `is_committed` afterwards.
         """
         log.info("stopping")
+        self._has_served = has_served
         self.notifier.stopping()
         ending = asyncio.create_task(self._end_in_order())
         give_up = asyncio.create_task(self._give_up_reads())
@@ -358,7 +369,7 @@ class Daemon:
 
     def _say_uncommitted(self, names: list[str]) -> None:
         self.is_committed = not names
-        for name in names:
+        for name in names if self._has_served else ():
             log.error(
                 "%s: could not be committed: writes that no FLUSH has covered may be lost",
                 name,

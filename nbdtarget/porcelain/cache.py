@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One line for one job: `nbdtarget cache`, from the first look at the files to the last commit.
 
-How it goes, and how it is undone: job.py. What is refused, besides what the cache target refuses
-by itself:
+How the job goes, and how it is undone, is in job.py. What is refused, besides what the cache target
+refuses by itself:
 
     metadata            cache       verdict
     missing             missing     both are made, if the size is given
@@ -11,25 +11,26 @@ by itself:
                                     the wrong disk
     ours                missing     refused if anything may be dirty: what only the cache had would be
                                     lost. Else the cache is made anew, as large as it was
-    ours                there       goes on where it was
-    ours, of another    there       refused, with both: another block size, or, unless told that they
-    shape                           were resized, another size of origin or cache
-    ours, and dirty     there       refused in passthrough, as the target would, with what helps
+    ours                there       continues where it was
+    ours, of another    there       refused, and both are named: another block size, or another size of
+    shape                           origin or cache, unless --resize is given
+    ours, and dirty     there       refused in passthrough, as the target would refuse it; the error says
+                                    what to do
     foreign             any         refused
 
-All-zero metadata counts as missing, for the cache target would format it. A cache in memory is
-missing at each start, and so is metadata in memory; a writeback cache would lose what clients
-wrote, so it may stand on neither. An origin in memory would be another one at each start.
+Metadata that is all zero counts as missing, because the cache target would format it. A cache or metadata in
+memory is missing at each start. A writeback cache would lose what clients wrote, so neither may be
+in memory for it. An origin in memory would be another disk at each start.
 
-An origin of another size may be another disk: what is dirty would be written over it. Another origin or
-cache of the same size is refused by the target, as the metadata tell what they are.
+An origin of another size may be another disk, and dirty blocks would be written over it. The target refuses another
+origin or cache of the same size, because the metadata identifies the disks.
 
-Defaults. Writethrough: the origin has everything at any time, so neither the loss of the cache nor of
-the metadata loses anything. A writeback cache has a dirty log: without it a crash leaves
-every block dirty, and all of them would be copied home. `migration_threshold` has room for eight blocks:
+Defaults. In writethrough mode the origin has everything at any time, so losing the cache or the metadata loses
+no data. A writeback cache has a dirty log: without it every cached block counts as dirty after a crash, and
+all of them are written back. `migration_threshold` has room for eight blocks, because
 the kernel's default never writes back blocks above 1 MiB.
 
-At the end the newest superblock tells how much only the cache has, and whether it was left clean.
+At the end the newest superblock says how much is only in the cache, and whether the shutdown was clean.
 """
 
 import contextlib
@@ -49,6 +50,7 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
+from nbdtarget.porcelain.fields import count
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
@@ -77,18 +79,18 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user asked for; names as they were written. Sizes are in bytes.
 
     Args:
-        name: of the export; None: from the origin's name.
-        metadata: None: beside the cache, or in memory if that is.
-        cache_size: of a cache that is missing.
+        name: the name of the export; None: from the origin's name.
+        metadata: None: beside the cache, or in memory if the cache is.
+        cache_size: the size of a cache that is missing, and is made.
         mode: writethrough, writeback or passthrough.
-        dirty_log: None: in a writeback cache.
+        dirty_log: None: only in a writeback cache.
         migration_rate: bytes a second; 0: no bound.
-        migration_threshold: None: what eight blocks need, or the kernel's default if that is more.
+        migration_threshold: None: the size of eight blocks, or the kernel's default if that is more.
         listen: addresses; none: a unix socket in the runtime directory.
         control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
-        overwrite: the cache's data may go.
+        overwrite: the data of the cache may be lost.
         moved: the disks are those that the metadata names, under other names.
         accept_other_disk: a disk may be another one than the metadata names.
         resize: origin and cache may have other sizes than the metadata knows.
@@ -120,10 +122,10 @@ class CachePlan(msgspec.Struct, frozen=True, kw_only=True):
     """What is going to be done.
 
     Args:
-        size: of the origin.
+        size: the size of the origin.
         missing: the cache and its size, if it is to be made.
-        was_clean: what is recorded about dirty blocks is exact.
-        nr_given_up: cached blocks that do not count any more: after a crash, the origin does.
+        was_clean: the record of dirty blocks is exact.
+        nr_given_up: cached blocks that are not used any more: after a crash the origin is read instead.
     """
 
     name: str
@@ -137,7 +139,7 @@ class CachePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user is shown while it runs. `hit_ratio` is None before the first access."""
+    """What the user is shown while the cache runs. `hit_ratio` is None before the first access."""
 
     used_blocks: int
     total_blocks: int
@@ -149,18 +151,18 @@ class CacheStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CacheReporter(job.Reporter[CachePlan], Protocol):
-    """Who tells the user."""
+    """What tells the user how the job goes."""
 
     def unclean(self, nr_dirty: int, nr_bytes: int) -> None:
-        """It was not shut down cleanly: so much is taken for dirty, and will be written back."""
+        """The last shutdown was not clean: these blocks count as dirty and will be written back."""
         ...
 
     def given_up(self, nr_blocks: int) -> None:
-        """It was not shut down cleanly, and the origin has everything: it starts empty."""
+        """The last shutdown was not clean, and the origin has everything: the cache starts empty."""
         ...
 
     def status(self, status: CacheStatus) -> None:
-        """How it is; now and then."""
+        """The state of the cache has changed. Called now and then."""
         ...
 
     def uncached(self) -> None:
@@ -172,11 +174,11 @@ class CacheReporter(job.Reporter[CachePlan], Protocol):
         ...
 
     def stopped(self, nr_dirty: int, nr_bytes: int) -> None:
-        """It has ended in order; so much is in the cache only."""
+        """The job has ended in order; these blocks are in the cache only."""
         ...
 
     def not_clean(self, reason: str) -> None:
-        """It has ended, but could not record which blocks are dirty."""
+        """The job has ended, but could not record which blocks are dirty."""
         ...
 
 
@@ -189,7 +191,7 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
     origin = resolve.absolute_name(options.origin, directory)
     cache = resolve.absolute_name(options.cache, directory)
     policy_type(options.policy)
-    name = options.name or look.default_name(origin, "cache")
+    name = look.export_name(options.name, origin, "cache")
     check_name(name)
     size = await look.disk_size(origin, read_only=False)
     is_missing = resolve.may_create(cache)
@@ -222,7 +224,7 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
 async def _sized_as_before(
     options: CacheOptions, cache: str, directory: str
 ) -> CacheOptions:
-    """Have a missing cache made as large as its metadata knows it, if there is any."""
+    """Give a missing cache the size that its metadata records, if there is metadata."""
     if options.metadata is None and cache.startswith("/dev/"):
         return options
     metadata = look.metadata_name(options.metadata, cache, directory)
@@ -238,7 +240,8 @@ async def _cache_size(cache: str, options: CacheOptions, *, is_missing: bool) ->
     if is_missing:
         if wanted is None:
             raise ResolveError(
-                cache, "is missing: say how large it is to be (--cache-size)"
+                cache,
+                "is missing: say how large it is to be, for example with --cache-size 10G",
             )
         size = wanted
         if size % SECTOR:
@@ -247,7 +250,9 @@ async def _cache_size(cache: str, options: CacheOptions, *, is_missing: bool) ->
         size = await look.disk_size(cache, read_only=False)
         if wanted is not None and wanted != size:
             raise ResolveError(
-                cache, f"has {size} bytes, --cache-size says {wanted}: leave it out"
+                cache,
+                f"exists and has {size} bytes, not the {wanted} of --cache-size: omit"
+                " --cache-size (a cache grows with its file or device, and --resize)",
             )
     if size < options.block_size:
         raise ResolveError(
@@ -270,18 +275,22 @@ def _check_volatile(
     options: CacheOptions, origin: str, cache: str, metadata: str
 ) -> None:
     if resolve.is_volatile(origin):
-        raise ResolveError(origin, "is gone when we end: there is nothing to cache")
+        raise ResolveError(
+            origin, "is lost when the server ends, so it cannot be an origin"
+        )
     for name in (cache, metadata):
         if options.mode == WRITEBACK and resolve.is_volatile(name):
             raise ResolveError(
-                name, "is gone when we end, and with it what a writeback cache holds"
+                name,
+                "is lost when the server ends, and with it what a writeback cache holds: give a"
+                " file or a device, or --mode writethrough",
             )
 
 
 async def _superblock(metadata: str) -> CacheSuperblock | None:
-    """What the metadata says of itself; None if there is none yet.
+    """Read the superblock; None if there is no metadata yet.
 
-    Raises: NbdTargetError: it is not ours, or damaged.
+    Raises: NbdTargetError: the metadata is not ours, or damaged.
     """
     if await look.is_fresh(metadata):
         return None
@@ -303,14 +312,14 @@ def _check_nothing_lost(known: CacheSuperblock, cache: str, metadata: str) -> No
     if nr_dirty := _nr_maybe_dirty(known):
         lost = (
             f"up to {nr_dirty} blocks ({nr_dirty * known.block_size} bytes) that"
-            " clients wrote are nowhere else: name it"
+            " clients wrote are nowhere else: give the right CACHE"
         )
     elif any(disk.role == "cache" for disk in decode_disks(known.disks)):
-        return  # the target sees that it is another one, and believes nothing that is mapped
+        return  # the target sees that this is another disk, and believes no mapping
     else:
-        lost = "the origin has everything, so remove the metadata to start anew"
+        lost = "the origin has everything, so remove the metadata to start with an empty cache"
     raise ResolveError(
-        metadata, f"belongs to a cache that is missing ({cache}): {lost}"
+        metadata, f"belongs to the cache {cache}, which is missing: {lost}"
     )
 
 
@@ -333,7 +342,7 @@ def _check_shape(
     if known.block_size != block_size:
         raise ResolveError(
             metadata,
-            f"is of a cache with blocks of {known.block_size >> 10} KiB, not"
+            f"belongs to a cache with blocks of {known.block_size >> 10} KiB, not"
             f" {block_size >> 10} KiB: give --block-size {known.block_size >> 10}K",
         )
     shapes = (
@@ -344,7 +353,7 @@ def _check_shape(
         if stored != given and not options.resize:
             raise ResolveError(
                 metadata,
-                f"is of a cache whose {what} has {stored} {unit}, not {given}: give the"
+                f"belongs to a cache whose {what} has {stored} {unit}, not {given}: give the"
                 f" right {what}, or --resize if it has been resized",
             )
 
@@ -352,7 +361,7 @@ def _check_shape(
 def _check_may_pass_through(
     known: CacheSuperblock, options: CacheOptions, cache: str
 ) -> None:
-    """As the target does it a little later; but here we can say what helps."""
+    """Refuse what the target would refuse a little later, and say what to do."""
     if options.mode != PASSTHROUGH:
         return
     is_exact = (
@@ -369,8 +378,8 @@ def _check_may_pass_through(
         reason = "unable to resume into passthrough mode after unclean shutdown"
     raise ResolveError(
         cache,
-        f"{reason}: {nr_dirty} blocks may be dirty; serve it once with --mode"
-        " writethrough --policy cleaner until none is, and stop it",
+        f"{reason}: {nr_dirty} blocks may be dirty; first serve it with --mode writethrough"
+        " --policy cleaner until no block is dirty, and stop it",
     )
 
 
@@ -424,7 +433,7 @@ class CacheJob(job.Job[CachePlan]):
         return await plan_cache(self._options, os.getcwd())
 
     async def _watch(self, device: MappedDevice, plan: CachePlan) -> None:
-        """Report how it is. Never commits: an idle cache does no I/O."""
+        """Report the state of the cache. Never commits: an idle cache does no I/O."""
         event_nr = device.event_nr
         is_first = True
         while True:
@@ -442,7 +451,7 @@ class CacheJob(job.Job[CachePlan]):
             if self._is_cache and _is_origin_alone(device, plan):
                 self._is_cache = False
                 self._report(self._reporter.uncached)
-            return  # or somebody loaded another table over the control socket
+            return  # another table may have been loaded over the control socket
         self._is_cache = True
         (_, _, _, line), fields = lines[0]
         if fields.get("mode") != "rw":
@@ -460,7 +469,9 @@ class CacheJob(job.Job[CachePlan]):
         self._report(self._reporter.status, status)
 
     async def _ending(self, device: MappedDevice, plan: CachePlan) -> None:
-        await self._look(device, plan, is_first=False)  # what it is now decides below
+        await self._look(
+            device, plan, is_first=False
+        )  # for `_ended`: is it a cache still?
 
     async def _ended(self, plan: CachePlan) -> None:
         if not self._is_cache or resolve.is_volatile(plan.metadata):
@@ -472,8 +483,8 @@ class CacheJob(job.Job[CachePlan]):
         else:
             reason = (
                 f"{plan.metadata}: the last changes could not be recorded; what was recorded"
-                " before is not damaged, and the same line goes on from there when its disks"
-                " are well"
+                " before is not damaged, and the same command continues from there when the"
+                " disks work again"
             )
         if known is not None and known.flags & CLEAN_SHUTDOWN:
             nr_bytes = known.nr_dirty * known.block_size
@@ -486,20 +497,14 @@ class CacheJob(job.Job[CachePlan]):
 def _status(fields: StatusFields) -> CacheStatus:
     ratio = fields["hit_ratio"]
     return CacheStatus(
-        used_blocks=_count(fields, "cache_blocks_used"),
-        total_blocks=_count(fields, "cache_blocks_total"),
-        dirty_blocks=_count(fields, "dirty_blocks"),
-        dirty_bytes=_count(fields, "dirty_bytes"),
+        used_blocks=count(fields, "cache_blocks_used"),
+        total_blocks=count(fields, "cache_blocks_total"),
+        dirty_blocks=count(fields, "dirty_blocks"),
+        dirty_bytes=count(fields, "dirty_bytes"),
         hit_ratio=ratio if isinstance(ratio, float) else None,
-        promotions=_count(fields, "promotions"),
-        demotions=_count(fields, "demotions"),
+        promotions=count(fields, "promotions"),
+        demotions=count(fields, "demotions"),
     )
-
-
-def _count(fields: StatusFields, name: str) -> int:
-    value = fields[name]
-    assert isinstance(value, int)
-    return value
 
 
 def _is_origin_alone(device: MappedDevice, plan: CachePlan) -> bool:

@@ -13,15 +13,14 @@ What is refused, here or by the clone target itself:
     ours       there         goes on where it was
     foreign    any           refused by the clone target, untouched
 
-All-zero metadata counts as missing, for the clone target would format it. Two of the three
-being one and the same file is refused by the registry, but only after a missing destination
-would have been made, so it is looked at here too.
+Metadata that is all zero counts as missing, because the clone target would format it. The registry refuses one
+file in two roles, but only after a missing destination would have been made, so that is checked here too.
 
 When everything has been copied, SOURCE is not even opened: its server may be gone for good, and must not
-hold the start up. The size of the disk is the recorded one then.
+delay the start. The size of the disk is the recorded one then.
 
-A crash between making the destination and making the metadata leaves an empty destination:
-the same line starts anew. One after that goes on.
+A crash between making the destination and making the metadata leaves an empty destination, and
+the same command starts again from the beginning. After a later crash it continues.
 """
 
 import contextlib
@@ -40,6 +39,7 @@ from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
 from nbdtarget.porcelain import job, look
+from nbdtarget.porcelain.fields import count
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock
 from nbdtarget_metadata.errors import MetadataError
@@ -57,14 +57,14 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user asked for; names as they were written.
 
     Args:
-        name: of the export; None: from the destination's name.
+        name: the name of the export; None: from the destination's name.
         metadata: None: beside the destination.
         region_size: bytes.
         listen: addresses; none: a unix socket in the runtime directory.
         control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
-        overwrite: the destination's data may go.
+        overwrite: the data of the destination may be lost.
         moved: the disks are those that the metadata names, under other names.
         accept_other_disk: a disk may be another one than the metadata names.
         hydrate_on_read: copy what clients read before the rest.
@@ -107,10 +107,10 @@ class ClonePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CloneReporter(job.Reporter[ClonePlan], Protocol):
-    """Who tells the user."""
+    """What tells the user how the job goes."""
 
     def progress(self, done: int, size: int) -> None:
-        """So many bytes of the destination are hydrated."""
+        """`done` of `size` bytes of the destination are hydrated."""
         ...
 
     def hydrated(self) -> None:
@@ -131,7 +131,7 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     source = resolve.absolute_name(options.source, directory)
     dest = resolve.absolute_name(options.dest, directory)
     metadata = look.metadata_name(options.metadata, dest, directory)
-    name = options.name or look.default_name(dest, "clone")
+    name = look.export_name(options.name, dest, "clone")
     check_name(name)
     look.check_distinct(source=source, destination=dest, metadata=metadata)
     fresh = await look.is_fresh(metadata)
@@ -141,8 +141,8 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     if make_dest and not fresh:
         raise ResolveError(
             metadata,
-            f"belongs to a destination that is missing ({dest}): name it, or remove the"
-            " metadata to start anew",
+            f"belongs to the destination {dest}, which is missing: give the right destination,"
+            " or remove the metadata to copy everything again",
         )
     if not make_dest:
         await _check_dest(dest, size)
@@ -156,7 +156,7 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
 
 
 async def _maybe_superblock(metadata: str) -> CloneSuperblock | None:
-    """What the metadata says of itself; None if it cannot be read: the target says why."""
+    """Read the superblock; None if it cannot be read, and then the target says why."""
     device = await resolve.open_device(metadata, read_only=True)
     try:
         found = await metadata_io.run(device, read_superblock(CLONE, device.size))
@@ -168,7 +168,7 @@ async def _maybe_superblock(metadata: str) -> CloneSuperblock | None:
 
 
 async def _size(source: str, known: CloneSuperblock | None) -> int:
-    """The size of the disk: of the source, or, if that is not needed any more, as it is recorded.
+    """Return the size of the source, or the recorded size if the source is not needed any more.
 
     Raises: ResolveError.
     """
@@ -183,7 +183,7 @@ async def _size(source: str, known: CloneSuperblock | None) -> int:
         raise ResolveError(
             source,
             f"{error.reason}; {nr_left} of {known.nr_regions} regions"
-            f" ({nr_left * known.region_size >> 10} KiB) are still to be copied from it",
+            f" ({nr_left * known.region_size >> 10} KiB) must still be copied from it",
             error.errno,
         ) from error
 
@@ -193,7 +193,9 @@ async def _check_dest(dest: str, size: int) -> None:
     await device.close()
     if device.size < size:
         raise ResolveError(
-            dest, f"too small: {device.size} bytes, the source has {size}"
+            dest,
+            f"is too small: it has {device.size} bytes, and the source has {size};"
+            f" `truncate -s {size} {dest}` makes a file large enough",
         )
 
 
@@ -244,7 +246,7 @@ class CloneJob(job.Job[ClonePlan]):
         return await plan_clone(self._options, os.getcwd())
 
     async def _watch(self, device: MappedDevice, plan: ClonePlan) -> None:
-        """Report progress; end the job when hydrated, if so asked, or when it cannot go on."""
+        """Report progress. End the job when all is hydrated, if that is wanted, or when it is stuck."""
         options = self._options
         is_hydrated = False
         event_nr = device.event_nr
@@ -257,35 +259,35 @@ class CloneJob(job.Job[ClonePlan]):
                 if options.exit_when_hydrated:
                     self._daemon.stop.set()
             if done == plan.size and not is_hydrated and not is_stuck:
-                await (
-                    device.status()
-                )  # commits: what we say next must survive a power cut
+                # `status` commits: what is reported next must survive a power cut.
+                await device.status()
                 _, is_stuck, _ = await _progress(device, plan)
                 if not is_stuck:
                     is_hydrated = True
                     self._report(self._reporter.hydrated)
                     if options.exit_when_hydrated:
                         self._daemon.stop.set()
-            # The event that ends hydration, or changes the mode, is not waited out.
+            # An event, for example the end of hydration, ends the wait early.
             with contextlib.suppress(TimeoutError):
                 async with timeout(PROGRESS_PERIOD_S):
                     event_nr = await device.events.wait(event_nr)
 
 
 async def _progress(device: MappedDevice, plan: ClonePlan) -> tuple[int, bool, str]:
-    """Bytes hydrated, whether no more can be recorded, and the status line."""
+    """Return the bytes hydrated, whether progress cannot be recorded any more, and the status line."""
     size = plan.size
-    lines = await device.status(noflush=True)
-    if not lines or lines[0][2] != "clone":
-        if _is_dest_alone(device, plan):
-            return size, False, ""
-        return 0, False, ""  # somebody loaded another table over the control socket
-    words = lines[0][3].split()
-    if len(words) < 4:
-        return 0, True, lines[0][3]
-    hydrated, total = (int(number) for number in words[3].split("/"))
-    done = min(size, hydrated * int(words[2]) * SECTOR)
-    return (size if hydrated == total else done), words[-1] != "rw", lines[0][3]
+    lines = await device.status_by_name(noflush=True)
+    if not lines or lines[0][0][2] != "clone":
+        # Another table was loaded over the control socket, or `then_linear` has been carried out.
+        return (size if _is_dest_alone(device, plan) else 0), False, ""
+    (_, _, _, line), fields = lines[0]
+    if not fields:
+        return 0, True, line  # the whole table has failed
+    nr_hydrated = count(fields, "regions_hydrated")
+    done = min(size, nr_hydrated * count(fields, "region_size_bytes"))
+    if nr_hydrated == count(fields, "regions_total"):
+        done = size  # the last region may be a short one
+    return done, fields["mode"] != "rw", line
 
 
 def _is_dest_alone(device: MappedDevice, plan: ClonePlan) -> bool:

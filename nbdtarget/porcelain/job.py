@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One mapped device, served in this process: what clone and cache have in common.
+"""One mapped device, served in this process: what clone, cache and export have in common.
 
-Theory of operation. A stranger trusts this with a disk, so it goes in three steps, and what
-fails in one leaves the files as they were before it:
+Theory of operation. A job goes in three steps. If one of them fails, it leaves the files as they
+were before it:
 
     plan     look at everything; refuse; change nothing
     prepare  make a missing disk, construct the table (which makes missing metadata), listen,
              resume; if any of this fails, what was made is removed again
     serve    tell the user; let I/O go until told to stop; then commit
 
-Nothing is removed any more once the device has been resumed: clients may have written. Nor does
-the disk go away because nobody reads what is printed.
+Nothing is removed any more once the device has been resumed, because clients may have written. The disk
+is also served when what the job prints is not read any more.
 """
 
 import asyncio
@@ -40,6 +40,7 @@ from nbdtarget.daemon.daemon import (
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.table import Table
+from nbdtarget.server.address import parse_address
 
 __all__ = ["Job", "Plan", "Reporter"]
 
@@ -70,14 +71,14 @@ P_contra = TypeVar("P_contra", bound=Plan, contravariant=True)
 
 
 class Reporter(Protocol[P_contra]):
-    """Who tells the user."""
+    """What tells the user how the job goes."""
 
     def serving(self, plan: P_contra, uris: list[str]) -> None:
-        """Clients may come."""
+        """Clients can connect now."""
         ...
 
     def stopping(self) -> None:
-        """I/O in flight ends, the device commits."""
+        """The job ends: I/O in flight is finished, and the device commits."""
         ...
 
 
@@ -90,6 +91,7 @@ class Job(Generic[P]):
         sockets: modes, owners and groups.
         stop_timeout: seconds, see `StopBounds.of`.
         permissions: what the user allows, see `nbdtarget.common.permissions`.
+        read_only: the table is loaded read-only, and clients may not write.
     """
 
     def __init__(
@@ -101,8 +103,10 @@ class Job(Generic[P]):
         sockets: SocketOptions,
         stop_timeout: float | None,
         permissions: frozenset[Permission],
+        read_only: bool = False,
     ) -> None:
         self._served = reporter
+        self._read_only = read_only
         self._listen = listen
         self._control = control
         self._permissions = permissions
@@ -118,18 +122,18 @@ class Job(Generic[P]):
         raise NotImplementedError
 
     async def _ending(self, device: MappedDevice, plan: P) -> None:
-        """Told to stop, and still there: nobody watches any more."""
+        """Called after the stop signal while the device is still up; `_watch` has been cancelled."""
 
     async def _ended(self, plan: P) -> None:
-        """Everything is closed. Not called if something hangs, and was not waited for."""
+        """Called when everything is closed; not if something hangs and was left behind."""
 
     async def run(self) -> int:
-        """Do the job; the exit status. Raises: NbdTargetError: nothing has changed."""
+        """Do the job and return the exit status. Raises: NbdTargetError: nothing has changed."""
         self._daemon.catch_signals()
         try:
             begun = await self._daemon.until_stopped(self._begin())
             if begun is None:
-                # Told to stop before anybody was served: nothing has changed.
+                # The stop signal came before the first client: nothing has changed.
                 return 1 if must_leave_at_once() else 0
             plan, device = begun
             watcher = asyncio.create_task(self._watch(device, plan))
@@ -159,6 +163,9 @@ class Job(Generic[P]):
         return 1 if self._has_failed else 0
 
     async def _begin(self) -> tuple[P, MappedDevice]:
+        # A mistake in an address is found before anything is made.
+        for address in self._listen:
+            parse_address(address)
         plan = await self._plan()
         device = await self._prepare(plan)
         self._report(self._served.serving, plan, self._daemon.uris)
@@ -177,7 +184,10 @@ class Job(Generic[P]):
                 await disk.close()
             device = await daemon.registry.create(plan.name, None)
             made += await daemon.registry.load(
-                plan.name, plan.table, permissions=self._permissions
+                plan.name,
+                plan.table,
+                permissions=self._permissions,
+                read_only=self._read_only,
             )
             # Clients may attach from here on, and their requests wait a moment.
             await device.activate()
@@ -188,7 +198,7 @@ class Job(Generic[P]):
             await daemon.listen(addresses, fds)
             await device.resume()
         except BaseException:
-            await daemon.close()
+            await daemon.close(has_served=False)
             # Only what this very call has made: another process may have been faster.
             for path in made:
                 with contextlib.suppress(FileNotFoundError):
@@ -213,7 +223,9 @@ class Job(Generic[P]):
                 await daemon.open_control(control_address(None), token=token)
             except (SocketInUseError, NoSocketError) as error:
                 log.warning(
-                    "%s; %s has the control socket of its name instead", error, name
+                    "%s; commands find %s by the control socket of its name instead",
+                    error,
+                    name,
                 )
             else:
                 return
@@ -221,20 +233,21 @@ class Job(Generic[P]):
             await daemon.open_control(job_control_path(name))
         except SocketInUseError:
             raise NbdTargetError(
-                f"{name}: is being served already, by the server with the control socket"
-                f" {job_control_path(name)}: give another --name"
+                f"{name}: another server with the control socket {job_control_path(name)}"
+                " serves this name already: give another --name"
             ) from None
         except NoSocketError as error:
             if not self._listen:
                 raise
             log.warning(
-                "no control socket: %s: no command will find %s; give --control PATH",
+                "%s: there is no control socket, so no command will find %s; to have one, give"
+                " --control PATH",
                 error,
                 name,
             )
 
     def _report(self, tell: Callable[..., None], *words: object) -> None:
-        """Tell the user; the disk goes on if nobody reads any more (`| head`)."""
+        """Tell the user. The disk is served on if the output is not read any more (`| head`)."""
         try:
             tell(*words)
         except OSError as error:
@@ -242,7 +255,7 @@ class Job(Generic[P]):
 
 
 def _has_lost_any(device: MappedDevice, table: Table) -> bool:
-    """Whether the last flush or commit of a device that is closed has failed; the log says why."""
+    """Whether the last flush or commit of a closed device has failed. The log says why."""
     if table.failed or any(target.has_lost_writes() for target in table.targets):
         return True
     return not (table.read_only or device.is_flushed)

@@ -1,35 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget uncache`: a cache goes home and away, under the eyes of its clients.
+"""`nbdtarget uncache`: write a cache back and remove it, while clients go on using the disk.
 
-Theory of operation. Whoever runs the cache goes on running it: this asks over its control socket for
-one table after another, and each takes the place of the one before while clients' requests
-wait a moment.
+Theory of operation. The process that serves the cache goes on serving it. This command asks that process, over its
+control socket, for one table after another. Each table takes the place of the one before it, while
+clients' requests wait a moment.
 
-    1. cleaner    the same line, but writethrough and with the policy `cleaner`: from here on the
-                  number of dirty blocks only falls. `clean_now`, then wait until there are none
-    2. passthrough
-                  which the target refuses while a block is dirty. Every block is invalidated, and a
-                  status makes that durable
-    3. linear     on the origin
+    1. cleaner      the same line, but writethrough and with the policy `cleaner`: from here on the
+                    number of dirty blocks only falls. `clean_now`, then wait until no block is dirty
+    2. passthrough  the target refuses it while a block is dirty. Every block is invalidated, and a
+                    status makes that durable
+    3. linear       the origin alone
 
-The middle step is for later: whoever gives the old cache line again, by mistake or from an old
-file, must find an empty cache, and not blocks that are older than what the origin has got since.
+Step 2 protects what is written later. If the old cache line is used again, for example from an old
+file, it must find an empty cache, and not blocks that are older than those of the origin.
 
-Before each step the origin is flushed. If that fails, nothing is changed: the cache goes on with the table that it has,
-which serves what the origin cannot take, and the error says so. To take the step would mean to
-suspend a table that cannot be committed, and to find the next one read-only.
+Before each step the origin is flushed. If the flush fails, nothing is changed: the cache goes on with its table,
+which still serves what the origin cannot take, and the error says so. Taking the step would
+suspend a table that cannot be committed, and the next table would be read-only.
 
-Where it stops, nothing is lost, and the same command goes on from there: a table is a whole state,
-and each of the three is one in which clients are served what they wrote. When a
-table is refused at the last moment, the server goes on with the one before it. Ctrl-C is heeded
-while it waits for dirty blocks, and not between the load of a table and its resume, nor in the last
-two steps, which are short; a second one ends it at once.
+The command can end at any point without losing anything, and the same command continues from there: each of the
+three tables serves clients what they wrote. When a
+table is refused at the last moment, the server goes on with the one before it. Ctrl-C takes effect
+while the command waits for dirty blocks. It does not take effect between the load of a table and its resume, nor in the last
+two steps, which are short. A second Ctrl-C ends the command at once.
 
-What was said at run time with messages (`migration_threshold`, `migration_rate`) goes into the
-new line. The threshold is raised to eight blocks, for a smaller one lets no block go home.
+Values that messages have set (`migration_threshold`, `migration_rate`) go into the
+new line. The threshold is raised to eight blocks, because with a smaller one no block can be written back.
 
-A cache or metadata in memory is a new one with each table: such a cache is swapped for `linear` at
-once if it is not writeback, for then the origin has everything. Otherwise it is refused, as is an
+A cache or metadata in memory would be empty in each new table. Such a cache is swapped for `linear` at
+once if it is not writeback, because then the origin has everything. Otherwise it is refused, as is an
 origin in memory.
 """
 
@@ -48,6 +47,7 @@ from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.words import join_words, split_words
 from nbdtarget.control import messages as m
 from nbdtarget.devices.resolve import is_volatile
+from nbdtarget.porcelain.fields import count
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.table import (
     ARGUMENTS_MIN,
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 POLL_S: Final = 0.25
-STUCK_S: Final = 5.0  # without a block less, it is said, and asked for again
+STUCK_S: Final = 5.0  # when no block was written back for so long, that is reported and asked for again
 CLEANER: Final = "cleaner"
 THRESHOLD_BLOCKS_MIN: Final = 8
 ORIGIN_S_MAX: Final = 60.0
@@ -99,7 +99,7 @@ class UncacheError(NbdTargetError):
 
 
 class Draining(msgspec.Struct, frozen=True, kw_only=True):
-    """How far it is.
+    """How far the writing back is.
 
     Args:
         errors: copies that have failed since it began.
@@ -113,18 +113,18 @@ class Draining(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UncacheReporter(Protocol):
-    """Who tells the user."""
+    """What tells the user how the job goes."""
 
     def draining(self, now: Draining) -> None:
-        """So much must still be flushed; now and then."""
+        """These blocks must still be written back. Called now and then."""
         ...
 
     def stuck(self, now: Draining, for_s: float) -> None:
-        """Nothing has been flushed for so long; it goes on trying."""
+        """Nothing has been written back for `for_s` seconds; it is tried again and again."""
         ...
 
     def interrupted(self, now: Draining | None) -> None:
-        """Told to stop: the cache stays as it is. None: nothing has been changed."""
+        """The user has stopped it: the cache stays as it is. None: nothing has been changed."""
         ...
 
     def uncached(self, line: "CacheLine") -> None:
@@ -159,10 +159,10 @@ class CacheLine(msgspec.Struct, frozen=True, kw_only=True):
             ("sorted_writeback", options.sorted_writeback),
         ):
             features += [word] if there else []
-        threshold = _count(fields, "migration_threshold_sectors")
+        threshold = count(fields, "migration_threshold_sectors")
         threshold = max(threshold, THRESHOLD_BLOCKS_MIN * self.block_sectors)
         core = ["migration_threshold", str(threshold)]
-        if rate := _count(fields, "migration_rate_bytes_per_s"):
+        if rate := count(fields, "migration_rate_bytes_per_s"):
             core += ["migration_rate", str(rate)]
         words = [self.metadata, self.cache, self.origin, str(self.block_sectors)]
         words += [str(len(features)), *features, CLEANER, str(len(core)), *core]
@@ -200,17 +200,18 @@ class UncacheJob:
     # ---- the steps ----
 
     async def _look(self) -> CacheLine:
-        """Look at the device and refuse what is no plain cache."""
+        """Look at the device. Refuse anything but a table that is one cache."""
         infos = await self._ask("info", m.Info((self._name,)), m.InfoAnswer)
         tables = await self._ask("table", m.Table((self._name,)), m.LinesAnswer)
         (info,), (table,) = infos.devices, tables.devices
         types = [line.type for line in table.lines]
         if "cache" not in types:
-            raise self._refused(f"is no cache, but {', '.join(types) or 'no table'}")
+            what = f"its table is {', '.join(types)}" if types else "it has no table"
+            raise self._refused(f"is not a cache: {what}")
         if len(types) > 1:
             raise self._refused(
-                "the cache is not the only target of its table: "
-                f"{', '.join(types)} stand there"
+                "the cache is not the only target of its table, which is"
+                f" {', '.join(types)}; uncache works on a table of one line"
             )
         if info.state != "ACTIVE":
             raise self._refused("is suspended: resume it first")
@@ -219,9 +220,9 @@ class UncacheJob:
         (line,) = table.lines
         words = split_words(line.params)
         if len(words) > 2 and is_volatile(words[2]):
-            raise self._refused("its origin is in memory, and goes with its table")
+            raise self._refused("its origin is in memory, and is lost with its table")
         if line.start != 0 or len(words) < ARGUMENTS_MIN:
-            raise self._refused(f"has a table line that is none: {line.params}")
+            raise self._refused(f"its table line cannot be read: {line.params}")
         return CacheLine(
             length=line.length,
             metadata=words[0],
@@ -234,14 +235,14 @@ class UncacheJob:
 
     async def _check_origin_has_all(self, line: CacheLine) -> None:
         fields = await self._fields()
-        if line.options.mode == WRITEBACK or _count(fields, "dirty_blocks"):
+        if line.options.mode == WRITEBACK or count(fields, "dirty_blocks"):
             raise self._refused(
-                "its cache or metadata is in memory, where another table finds an empty"
-                " one: what is dirty would be lost"
+                "its cache or metadata is in memory, and is lost with its table: dirty blocks"
+                " would be lost"
             )
 
     async def _empty(self, line: CacheLine) -> bool:
-        """Make the cache hold nothing, durably. False: told to stop."""
+        """Empty the cache, durably. False: the user has stopped it."""
         fields = await self._fields()
         self._errors_before = _errors(fields)
         is_passed_through = line.options.mode == PASSTHROUGH
@@ -253,12 +254,13 @@ class UncacheJob:
                 return False
             is_passed_through = await self._pass_through(line, fields)
         raise self._refused(
-            "there are dirty blocks again each time that there were none: does the"
-            " origin fail? The cache is left in writethrough, with the policy cleaner"
+            f"blocks became dirty again each time that all were written back ({DRAINS_MAX} times):"
+            " look for errors of the origin. The cache stays in writethrough mode, with the policy"
+            " cleaner"
         )
 
     async def _drain(self, line: CacheLine, fields: StatusFields) -> bool:
-        """Have every dirty block written back. False: told to stop."""
+        """Have every dirty block written back. False: the user has stopped it."""
         if self._stop.is_set():
             return False
         wanted = line.table_of(WRITETHROUGH, fields)
@@ -282,7 +284,7 @@ class UncacheJob:
             await self._pause()
 
     async def _pass_through(self, line: CacheLine, fields: StatusFields) -> bool:
-        """Swap in passthrough; False: a block is dirty, and the old table is back."""
+        """Swap in the passthrough table. False: a block is dirty, and the old table is back."""
         await self._check_origin(line)
         await self._load(line, line.table_of(PASSTHROUGH, fields))
         try:
@@ -294,37 +296,37 @@ class UncacheJob:
         return True
 
     async def _invalidate(self) -> None:
-        """Nothing is cached any more, durably, and nothing can get cached in passthrough."""
-        total = _count(await self._fields(), "cache_blocks_total")
+        """Remove every block from the cache, durably. In passthrough mode none can come back."""
+        total = count(await self._fields(), "cache_blocks_total")
         await self._ask_message("invalidate_cblocks", f"0-{total}")
         fields = await self._fields(commit=True)
-        nr_left = _count(fields, "cache_blocks_used")
+        nr_left = count(fields, "cache_blocks_used")
         if nr_left:
             raise self._refused(f"{nr_left} blocks could not be invalidated")
 
     # ---- one table for another ----
 
     async def _swap(self, line: CacheLine, table: str) -> None:
-        """Load and resume `table`; if it is refused, what was there before. Raises: TableError."""
+        """Load and resume `table`; the old table stays if that is refused. Raises: TableError."""
         await self._check_origin(line)
         await self._load(line, table)
         await self._resume()
 
     async def _check_origin(self, line: CacheLine) -> None:
-        """Flush the origin. Raises: UncacheError: it takes no flush; nothing has been changed."""
+        """Flush the origin. Raises: UncacheError: the flush fails; nothing has been changed."""
         try:
             async with timeout(ORIGIN_S_MAX):
                 await self._ask_message("flush_origin")
         except TimeoutError:
             raise self._refused(
                 f"the origin has not answered a flush for {ORIGIN_S_MAX:g} s: nothing has"
-                f" been changed, and the cache goes on. Give this command again when"
+                f" been changed, and the cache goes on. Run this command again when"
                 f" {line.origin} answers"
             ) from None
         except TableError as error:
             raise self._refused(
-                f"the origin takes no flush ({error}): nothing has been changed, and the"
-                f" cache goes on serving. Give this command again when {line.origin} is well"
+                f"a flush of the origin fails ({error}): nothing has been changed, and the"
+                f" cache goes on serving. Run this command again when {line.origin} works again"
             ) from error
 
     async def _resume(self) -> None:
@@ -336,8 +338,8 @@ class UncacheJob:
                 await self._ask("clear", m.Clear(self._name), m.Done)
             if refusal.errno == errnos.ETIMEDOUT:
                 raise self._refused(
-                    f"{refusal.reason}; what is dirty is still in the cache, and the same"
-                    " command goes on when the device answers"
+                    f"{refusal.reason}; the dirty blocks are still in the cache. Run this command"
+                    " again when the device answers"
                 ) from refusal
             raise
 
@@ -356,18 +358,21 @@ class UncacheJob:
         )
 
     async def _fields(self, *, commit: bool = False) -> StatusFields:
-        """The cache's status by name. Raises: UncacheError: it is none, or cannot record more."""
+        """Return the status of the cache by name.
+
+        Raises: UncacheError: the device is not a cache any more, or the cache is read-only.
+        """
         request = m.Status((self._name,), None, not commit)
         answer = await self._ask("status", request, m.LinesAnswer)
         lines = answer.devices[0].lines
         if [line.type for line in lines] != ["cache"]:
-            raise self._refused("somebody has loaded another table")
+            raise self._refused("another table was loaded meanwhile")
         fields = lines[0].fields
         if fields.get("mode") != "rw":
             reason = fields.get("last_error") or "a commit has failed"
             raise self._refused(
-                f"the cache is read-only ({reason}), and is left as it is. When its disks are well,"
-                " load its table again (load, then resume) or restart its server, and give this"
+                f"the cache is read-only ({reason}), and is left as it is. When its disks work again,"
+                " load its table again (load, then resume) or restart its server, and run this"
                 " command again"
             )
         return fields
@@ -376,7 +381,7 @@ class UncacheJob:
         await self._ask("message", m.Message(self._name, 0, words), m.MessageAnswer)
 
     async def _ask(self, verb: str, request: m.Request, answer_type: type[A]) -> A:
-        """Ask in a thread that nobody waits for when we are killed by a second Ctrl-C."""
+        """Ask in a daemon thread, so that a second Ctrl-C ends the process at once."""
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[A] = loop.create_future()
 
@@ -395,7 +400,7 @@ class UncacheJob:
                 answer = self._ask_server(verb, request, answer_type)
             except BaseException as error:
                 failure = error
-            with suppress(RuntimeError):  # the loop is closed: nobody asks any more
+            with suppress(RuntimeError):  # the loop is closed: the answer is not wanted
                 loop.call_soon_threadsafe(settle, answer, failure)
 
         threading.Thread(target=work, name=f"ask {verb}", daemon=True).start()
@@ -409,8 +414,8 @@ class UncacheJob:
     def _draining(self, fields: StatusFields) -> Draining:
         last_error = fields.get("last_error")
         self._now = Draining(
-            dirty_blocks=_count(fields, "dirty_blocks"),
-            dirty_bytes=_count(fields, "dirty_bytes"),
+            dirty_blocks=count(fields, "dirty_blocks"),
+            dirty_bytes=count(fields, "dirty_bytes"),
             errors=_errors(fields) - self._errors_before,
             last_error=last_error if isinstance(last_error, str) else None,
         )
@@ -423,7 +428,7 @@ class UncacheJob:
 
     @contextmanager
     def _interrupts(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM is noted; the second has its usual effect."""
+        """The first SIGINT or SIGTERM sets `_stop`; the second has its usual effect."""
         loop = asyncio.get_running_loop()
         numbers = (signal.SIGINT, signal.SIGTERM)
 
@@ -452,7 +457,7 @@ class _Progress:
         self._said_ns = 0
 
     def stuck_s(self, nr_dirty: int) -> float | None:
-        """For how long it has not fallen, if that is long, and has not just been said."""
+        """Return for how long it has not fallen, if that is long and was not just reported."""
         now_ns = monotonic_ns()
         if self._least is None or nr_dirty < self._least:
             self._least = nr_dirty
@@ -461,12 +466,6 @@ class _Progress:
             return None
         self._said_ns = now_ns
         return (now_ns - self._since_ns) / 1e9
-
-
-def _count(fields: StatusFields, name: str) -> int:
-    value = fields[name]
-    assert isinstance(value, int)
-    return value
 
 
 def _errors(fields: StatusFields) -> int:

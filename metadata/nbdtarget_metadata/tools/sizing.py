@@ -36,9 +36,9 @@ class CloneSizes(NamedTuple):
 def region_size_fault(region_size: int) -> str:
     """Say in the kernel's words why no clone has regions of so many bytes; empty if one may."""
     if not REGION_SIZE_MIN <= region_size <= REGION_SIZE_MAX:
-        return "Invalid region size (4K to 1G)"
+        return "Invalid region size: it must be a power of two from 4K to 1G"
     if region_size & (region_size - 1):
-        return "Region size is not a power of 2"
+        return "Region size is not a power of 2: it must be one from 4K to 1G"
     return ""
 
 
@@ -74,7 +74,7 @@ def block_size_fault(block_size: int) -> str:
         not BLOCK_SIZE_MIN <= block_size <= BLOCK_SIZE_MAX
         or block_size % BLOCK_SIZE_MIN
     ):
-        return "Invalid data block size (32K to 1G, in steps of 32K)"
+        return "Invalid data block size: it must be a multiple of 32K up to 1G"
     return ""
 
 

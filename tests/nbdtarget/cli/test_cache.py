@@ -65,8 +65,8 @@ class Terminal(StringIO):
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
     [
-        ("--block-size", "48K", "in steps of 32K"),
-        ("--block-size", "2G", "in steps of 32K"),
+        ("--block-size", "48K", "it must be a multiple of 32K up to 1G"),
+        ("--block-size", "2G", "it must be a multiple of 32K up to 1G"),
         ("--block-size", "0", "must be more than 0"),
         ("--block-size", "much", "not a size"),
         ("--cache-size", "0", "must be more than 0"),

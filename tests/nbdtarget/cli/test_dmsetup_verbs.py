@@ -116,7 +116,10 @@ def test_deps_are_called_as_one_likes(
     assert cli("deps", "-o", "blkdevname", "top") == "2 dependencies\t: (dm-0) (/b)\n"
     assert cli("deps", "-o", "devno", "top") == "2 dependencies\t: (253, 0) (/b)\n"
     line = cli("deps", "-o", "nosuch", "top", status=1)
-    assert line == "nbdtarget: deps: Option not recognised: nosuch\n"
+    assert line == (
+        "nbdtarget: deps: Option not recognised: nosuch"
+        " (there are: devno, devname, blkdevname)\n"
+    )
     real_stat = os.stat
 
     def stat_of_a_disk(path: str, *args: object, **words: object) -> os.stat_result:

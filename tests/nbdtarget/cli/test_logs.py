@@ -101,7 +101,7 @@ def test_lines_about_clients_are_bounded_and_others_are_not(pipe: Pipe) -> None:
         log.log("nbdtarget.server.connection", "attached")
     assert pipe.read().count("attached") == CLIENT_LINES_BURST
     log.log("nbdtarget.dm.registry", "a device")
-    assert pipe.read() == "nbdtarget: 50 lines about clients are left out\na device\n"
+    assert pipe.read() == "nbdtarget: 50 lines about clients were left out\na device\n"
     log.now_ns += 10**9
     for _ in range(100):
         log.log("nbdtarget.control.http", "asked")

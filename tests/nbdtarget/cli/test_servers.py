@@ -107,8 +107,9 @@ def test_a_second_job_of_the_same_name_is_refused_in_one_line(
     second = run("clone", "two", "other", "--name", "copy", "--listen", "unix:s")
     assert second.returncode == 1
     assert second.stderr == (
-        "nbdtarget: copy: is being served already, by the server with the control socket"
-        f" {work}/run/nbdtarget/control/copy.sock: give another --name\n"
+        "nbdtarget: copy: another server with the control socket"
+        f" {work}/run/nbdtarget/control/copy.sock serves this name already: give another"
+        " --name\n"
     )
     assert not Path("other").exists()
 
@@ -172,8 +173,8 @@ def test_a_server_that_hangs_does_not_hold_up_a_look_at_the_others(
     listed = run("ls")
     assert listed.stdout.split()[0] == "other"
     assert listed.stderr == (
-        f"nbdtarget: {work}/run/nbdtarget/control/copy.sock: the server does not answer:"
-        " left out\n"
+        f"nbdtarget: {work}/run/nbdtarget/control/copy.sock: the server does not answer;"
+        " it is left out here\n"
     )
 
 
@@ -186,7 +187,7 @@ def test_a_named_control_socket_that_is_taken_leaves_a_warning_and_the_one_by_na
     assert second.stderr is not None
     warning = second.stderr.readline()
     assert f"{work}/ctl: another server is listening there" in warning
-    assert "other has the control socket of its name instead" in warning
+    assert "commands find other by the control socket of its name instead" in warning
     monkeypatch.delenv("NBDTARGET_CONTROL")
     assert says("status", "other").split()[2] == "clone"
 

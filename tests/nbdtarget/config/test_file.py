@@ -96,7 +96,8 @@ table = '''
 """
     )
     assert found == [
-        "1: `listen': ftp:x: is not unix:PATH or tcp:HOST:PORT",
+        "1: `listen': ftp:x: is not an address to listen on: write unix:PATH or"
+        " tcp:HOST:PORT, for example tcp:127.0.0.1:10809",
         "2: `listen': unix:/run/a is there twice",
         "3: unknown key `contrl' (did you mean `control'?)",
         "5: `limits.connections_max': must be 1 to 2147483647",

@@ -20,6 +20,8 @@ from nbdtarget.devices import resolve
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.porcelain.clone import CloneOptions, ClonePlan, plan_clone
 from nbdtarget.targets import metadata_io
+from nbdtarget.targets.base import StatusFields
+from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.support.dm import make_registry
 from tests.support.porcelain_clone import Recorder, clone
@@ -95,7 +97,7 @@ async def test_source_that_is_missing_too_early_is_named_with_what_is_left(
     await metadata.close()
     (work / "source").unlink()
     nr_regions = core.nr_regions
-    left = f"{nr_regions - 1} of {nr_regions} regions .* are still to be copied from it"
+    left = f"{nr_regions - 1} of {nr_regions} regions .* must still be copied from it"
     with pytest.raises(NbdTargetError, match=f"/source: .*; {left}"):
         await clone()
 
@@ -176,7 +178,7 @@ async def test_overwrite_starts_anew(work: Path) -> None:
         ({"dest": bytes(MIB)}, {}, "too small"),
         ({"dest": b"x" * 2 * MIB}, {}, "holds data"),
         ({"dest": bytes(2 * MIB - 1) + b"x"}, {}, "holds data"),
-        ({"dest.nbdtarget": b"x" * MIB}, {}, "destination that is missing"),
+        ({"dest.nbdtarget": b"x" * MIB}, {}, "dest, which is missing"),
         ({"dest.nbdtarget": b"x" * MIB, "dest": bytes(2 * MIB)}, {}, "metadata"),
         ({"dest.nbdtarget": bytes(512), "dest": bytes(2 * MIB)}, {}, "metadata"),
         ({"dest.nbdtarget": bytes(512)}, {}, "metadata"),
@@ -240,10 +242,12 @@ async def test_plan_changes_nothing_and_names_the_export(work: Path) -> None:
 async def test_metadata_that_cannot_be_written_any_more_is_told(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(self: object, *, noflush: bool = False) -> str:
-        return "8 1/2 128 3/16 0 0 4 hydration_threshold 1 hydration_batch_size 1 ro"
+    told = CloneTarget.status_fields
 
-    monkeypatch.setattr("nbdtarget.targets.clone.target.CloneTarget.status", broken)
+    def broken(self: CloneTarget) -> StatusFields:
+        return told(self) | {"mode": "ro"}
+
+    monkeypatch.setattr(CloneTarget, "status_fields", broken)
     recorder = Recorder()
     assert await clone(recorder) == 1
     assert recorder.calls == ["serving", "failed", "stopping"]

@@ -355,7 +355,7 @@ async def test_origin_whose_flush_fails_at_the_end_is_not_called_home(
             fault.ops, fault.fail_at = frozenset({OP_FLUSH}), 0
 
     world.before_verb = fail
-    assert "the origin takes no flush" in await world.refusal()
+    assert "a flush of the origin fails" in await world.refusal()
     assert world.recorder.ends == []
     assert world.disk.state is State.ACTIVE
     assert await world.disk.read(0, SIZE) == world.content
@@ -372,9 +372,9 @@ async def test_origin_that_takes_no_flush_leaves_the_table_alone_and_still_servi
     fault = world.opener.faults["origin"]
     fault.ops, fault.fail_at = frozenset({OP_FLUSH, OP_WRITE}), 0
     reason = await world.refusal()
-    assert "the origin takes no flush" in reason
+    assert "a flush of the origin fails" in reason
     assert "Input/output error" in reason
-    assert "Give this command again" in reason
+    assert "Run this command again" in reason
     assert world.line == before
     assert world.fields["mode"] == "rw"
     await world.write(0, b"w" * BLOCK)
@@ -470,8 +470,9 @@ async def test_a_swap_that_waits_too_long_leaves_the_cache_as_it_was(
             raise TableError("no answer from origin for 60 s", errnos.ETIMEDOUT)
 
     world.before_verb = hang
-    assert "no answer from origin for 60 s; what is dirty is still in the cache" in (
-        await world.refusal()
+    assert (
+        "no answer from origin for 60 s; the dirty blocks are still in the cache"
+        in (await world.refusal())
     )
     assert (world.line, world.disk.inactive) == (before, None)
     assert await world.disk.read(0, SIZE) == world.content
@@ -505,10 +506,10 @@ async def test_device_that_is_not_there(world: World) -> None:
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
-        (f"0 {NR_SECTORS} linear origin 0", "is no cache, but linear"),
+        (f"0 {NR_SECTORS} linear origin 0", "is not a cache: its table is linear"),
         (
             f"0 {NR_SECTORS} cache meta fast origin {WRITEBACK}\n{NR_SECTORS} 8 zero",
-            "not the only target of its table: cache, zero",
+            "not the only target of its table, which is cache, zero",
         ),
         (
             f"0 {NR_SECTORS} cache meta memory:1M origin {WRITEBACK}",
@@ -531,7 +532,7 @@ async def test_table_that_is_no_plain_cache(
 
 async def test_device_without_a_table(world: World) -> None:
     await world.registry.create("disk", None)
-    assert "is no cache, but no table" in await world.refusal()
+    assert "is not a cache: it has no table" in await world.refusal()
 
 
 async def test_device_that_is_suspended(world: World) -> None:

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget export`: one line that serves one disk as it is."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nbdtarget.cli.common import Control, Json, Verbose
+from nbdtarget.cli.serve import (
+    ControlGroup,
+    ControlMode,
+    ControlOwner,
+    Listen,
+    SocketGroup,
+    SocketMode,
+    SocketOwner,
+    StopTimeout,
+)
+from nbdtarget.devices.registry import scheme_list
+
+if TYPE_CHECKING:
+    from nbdtarget.porcelain.export import ExportOptions, ExportPlan
+
+__all__ = ["register"]
+
+Disk = Annotated[
+    str,
+    typer.Argument(
+        metavar="DISK",
+        help=f"Disk to serve: {scheme_list()}.",
+    ),
+]
+ExportName = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        metavar="NAME",
+        help="Name of the export; default: the name of DISK without its suffix.",
+    ),
+]
+ReadOnly = Annotated[
+    bool,
+    typer.Option(
+        "--readonly",
+        "-r",
+        help="Serve it read-only; DISK is opened for reading only.",
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(export)
+
+
+def export(
+    disk: Disk,
+    name: ExportName = None,
+    readonly: ReadOnly = False,
+    listen: Listen = None,
+    socket_mode: SocketMode = None,
+    socket_owner: SocketOwner = None,
+    socket_group: SocketGroup = None,
+    control_mode: ControlMode = None,
+    control_owner: ControlOwner = None,
+    control_group: ControlGroup = None,
+    stop_timeout: StopTimeout = None,
+    verbose: Verbose = False,
+    json: Json = False,
+    control: Control = None,
+) -> int:
+    """Serve one disk over NBD, as it is.
+
+    Writes go to DISK, and a flush of a client is a flush of DISK. Ctrl-C ends it.
+
+    Example: nbdtarget export disk.img
+    """
+    from nbdtarget.common.unix_socket import SocketOptions
+    from nbdtarget.porcelain.export import ExportOptions
+
+    options = ExportOptions(
+        disk=disk,
+        name=name,
+        read_only=readonly,
+        listen=tuple(listen or ()),
+        control=control,
+        stop_timeout=stop_timeout,
+        sockets=SocketOptions(
+            socket_mode,
+            socket_owner,
+            socket_group,
+            control_mode,
+            control_owner,
+            control_group,
+        ),
+    )
+    return _run(options, verbose=verbose, json=json)
+
+
+def _run(options: "ExportOptions", *, verbose: bool, json: bool) -> int:
+    from nbdtarget.cli.logs import start_logging
+    from nbdtarget.daemon.daemon import run
+    from nbdtarget.porcelain.export import ExportJob
+
+    start_logging(verbose=verbose)
+    reporter = _JsonReporter() if json else _Reporter(options)
+    return run(lambda: ExportJob(options, reporter).run())
+
+
+class _Reporter:
+    """Prints how to attach."""
+
+    def __init__(self, options: "ExportOptions") -> None:
+        self._options = options
+
+    def serving(self, plan: "ExportPlan", uris: list[str]) -> None:
+        from nbdtarget.cli.progress.common import print_attach
+
+        how = "read-only" if self._options.read_only else "read-write"
+        print_attach(f"{self._options.disk} is served {how}", plan.name, uris)
+
+    def stopping(self) -> None:
+        """Print nothing."""
+
+
+class _JsonReporter:
+    """Prints one JSON object."""
+
+    def serving(self, plan: "ExportPlan", uris: list[str]) -> None:
+        from nbdtarget.cli.progress.common import print_event
+        from nbdtarget.server.listener import export_uri
+
+        print_event(
+            event="serving",
+            name=plan.name,
+            size=plan.size,
+            table=plan.table,
+            uris=[export_uri(uri, plan.name) for uri in uris],
+        )
+
+    def stopping(self) -> None:
+        """Print nothing."""
