@@ -13,12 +13,12 @@ from nbdtarget.policies.base import PROMOTE, Work
 from nbdtarget.policies.smq.policy import Smq
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
-from nbdtarget.targets.cache.foreground import Foreground
+from nbdtarget.targets.cache.cached_writes import CachedWrites
 from nbdtarget.targets.cache.migrations import Migrations
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from tests.support.crash import cache_matrix as matrix
 from tests.support.crash.cache_bugs import (
-    FOREGROUND,
+    CACHED_WRITES,
     MIGRATIONS,
     commit_without_flushes,
     demote_without_commit,
@@ -42,9 +42,9 @@ def forget_promotion(policy: Smq, work: Work, success: bool) -> None:
     original_complete(policy, work, success and work.op != PROMOTE)
 
 
-def passthrough_caches(foreground: Foreground, bio: Bio, *_: int) -> None:
+def passthrough_caches(writes: CachedWrites, bio: Bio, *_: int) -> None:
     """J3: passthrough writes to the cache device."""
-    foreground._submit(foreground._blocks.cache, bio)
+    writes._blocks.submit(writes._blocks.cache, bio)
 
 
 async def promote_something(migrations: Migrations, work: Work) -> bool:
@@ -113,14 +113,14 @@ def try_all() -> None:
             "J1",
         ),
         (MIGRATIONS + "_demote", demote_without_commit, "J1"),
-        (FOREGROUND + "_invalidate", invalidate_after_the_write, "J1"),
+        (CACHED_WRITES + "_invalidate", invalidate_after_the_write, "J1"),
         (
             "nbdtarget.policies.smq.policy.Smq.complete_background_work",
             forget_promotion,
             "J2",
         ),
-        (FOREGROUND + "_invalidate", passthrough_caches, "J3"),
-        (FOREGROUND + "_write_through", write_through_to_one, "J4"),
+        (CACHED_WRITES + "_invalidate", passthrough_caches, "J3"),
+        (CACHED_WRITES + "_write_through", write_through_to_one, "J4"),
         (MIGRATIONS + "_promote", promote_something, "J4"),
         (
             "nbdtarget.targets.cache.activation.Activation._start",

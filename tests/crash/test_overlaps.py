@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from nbdtarget.bio import OP_READ, Bio
-from nbdtarget.targets.cache.foreground import CachedWrite, Foreground
+from nbdtarget.targets.cache.cached_writes import CachedWrite, CachedWrites
 from tests.support.crash.cache_rigs import (
     CacheRig,
     LoggedCacheRig,
@@ -159,7 +159,7 @@ def test_bios_that_overlap_in_flight_leave_one_of_the_two(rig: MakeRig) -> None:
     assert met > 5 * WALKS, "bios that never meet prove nothing"
 
 
-def find_no_overlap(foreground: Foreground, write: CachedWrite) -> None:
+def find_no_overlap(writes: CachedWrites, write: CachedWrite) -> None:
     """Has a write through sent at once, whatever overlapping one is under way."""
 
 
@@ -194,7 +194,7 @@ def test_overlap_walks_catch_write_throughs_that_take_different_orders(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tests.support.crash.machine.RUN_S_MAX", 1.0)
-    monkeypatch.setattr(Foreground, "_maybe_overlapping", find_no_overlap)
+    monkeypatch.setattr(CachedWrites, "_maybe_overlapping", find_no_overlap)
     assert any(fails(WritethroughRig, seed) for seed in range(MUTANT_WALKS_MAX))
 
 

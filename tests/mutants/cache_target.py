@@ -78,9 +78,9 @@ CACHE_TARGET: Final = (
         (
             "            blocks.discards.clear(oblock)\n"
             "            blocks.origin_writes.nr_sent += 1\n"
-            "        self._submit_held(blocks.origin, bio, oblock)\n",
+            "        blocks.submit_held(blocks.origin, bio, oblock)\n",
             "            blocks.discards.clear(oblock)\n"
-            "        self._submit_held(blocks.origin, bio, oblock)\n",
+            "        blocks.submit_held(blocks.origin, bio, oblock)\n",
         ),
         (UNIT + "test_spec_3_2.py",),
     ),
@@ -136,7 +136,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "fua-hit-without-a-committed-mapping",
         "FUA to a block whose mapping is not committed: a crash reads the origin again.",
-        "nbdtarget.targets.cache.foreground:Foreground._advance",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._advance",
         (
             "bio.flags & FUA and not metadata.vouches_for(cblock):",
             "bio.flags & FUA and blocks.has_failed:",
@@ -167,7 +167,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "invalidation-writes-before-its-commit",
         "Passthrough writes to the origin, and a crash brings the old copy back.",
-        "nbdtarget.targets.cache.foreground:Foreground._invalidate",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._invalidate",
         (
             "                return\n            blocks.committer.after_commit("
             "lambda errno: removed(lock, errno))",
@@ -180,7 +180,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "dirty-when-the-write-has-ended",
         "While a write is under way its block counts as clean, and may be given up.",
-        "nbdtarget.targets.cache.foreground:Foreground._advance",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._advance",
         (
             "            blocks.set_dirty(cblock)\n            bio.offset +=",
             "            bio.on_end(lambda _: blocks.set_dirty(cblock))\n"
@@ -211,7 +211,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "dirty-log-taken-back-under-a-write-through",
         "A crash between the two halves of a write leaves two copies that differ, and are clean.",
-        "nbdtarget.targets.cache.foreground:Foreground._write_through",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._write_through",
         ("        self._blocks.metadata.begin_write_through(cblock)\n", ""),
         FOREGROUND_TESTS,
     ),
@@ -246,12 +246,12 @@ CACHE_TARGET: Final = (
     _mutant(
         "write-in-flight-holds-nothing",
         "A promotion copies a block from under a write to the origin, and lacks it.",
-        "nbdtarget.targets.cache.foreground:Foreground._submit_held",
+        "nbdtarget.targets.cache.blocks:Blocks.submit_held",
         (
             "        if bio.status < 0:\n"
-            "            self._locks.hold(oblock, bio, is_write=bio.op != OP_READ)",
+            "            self.locks.hold(oblock, bio, is_write=bio.op != OP_READ)",
             "        if bio.status < 0 and bio.op == OP_READ:\n"
-            "            self._locks.hold(oblock, bio, is_write=False)",
+            "            self.locks.hold(oblock, bio, is_write=False)",
         ),
         MIGRATION_TESTS,
     ),
@@ -289,7 +289,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "origin-that-failed-a-write-through-counts",
         "The cache has a write that the origin has not, and drops it as clean.",
-        "nbdtarget.targets.cache.foreground:Foreground._written_through",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._written_through",
         (
             "                if self._has_whole_copy(oblock):\n",
             "                if False:\n",
@@ -299,7 +299,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "cache-that-failed-a-write-through-is-read",
         "The origin has a write that the cache has not, and what is read is the old data.",
-        "nbdtarget.targets.cache.foreground:Foreground._written_through",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._written_through",
         (
             "            self._giving_up.give_up(oblock, cblock, bio.end)\n",
             "            bio.end(0)\n",
@@ -309,7 +309,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "refused-write-acknowledged-before-its-block-is-given-up",
         "A write that only the origin took ends, and a crash brings its old copy back.",
-        "nbdtarget.targets.cache.foreground:Foreground._written_through",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._written_through",
         (
             "            self._giving_up.give_up(oblock, cblock, bio.end)\n",
             "            bio.end(0)\n"
@@ -384,14 +384,14 @@ CACHE_TARGET: Final = (
     _mutant(
         "distrusted-copy-made-to-count",
         "The origin fails a write, and an old copy is read, and written back over flushed data.",
-        "nbdtarget.targets.cache.foreground:Foreground._has_whole_copy",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._has_whole_copy",
         ("            self._blocks.distrusts_cache or self", "            self"),
         DISTRUST_TESTS,
     ),
     _mutant(
         "copy-that-is-given-up-made-to-count",
         "The origin fails a write to a block whose copy lacks another one: that one is lost.",
-        "nbdtarget.targets.cache.foreground:Foreground._has_whole_copy",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._has_whole_copy",
         (" or self._giving_up.is_giving_up(oblock)", ""),
         GIVING_UP_TESTS,
     ),
@@ -429,7 +429,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "writes-through-overtake-each-other",
         "Two writes to the same bytes end in different orders on the two devices.",
-        "nbdtarget.targets.cache.foreground:Foreground._maybe_overlapping",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._maybe_overlapping",
         (
             "if other.begin < bio.offset + bio.length and bio.offset < other.end:",
             "if other.begin == bio.offset and other.end < bio.offset:",
@@ -442,8 +442,8 @@ CACHE_TARGET: Final = (
         "A write that came after a discard was acknowledged, and the origin discards it.",
         "nbdtarget.targets.cache.foreground:Foreground._discard",
         (
-            "                child.on_end(lambda _: self._unlock(lock))\n",
-            "                self._unlock(lock)\n",
+            "                child.on_end(lambda _: blocks.unlock(lock))\n",
+            "                blocks.unlock(lock)\n",
         ),
         (UNIT + "test_spec_14.py", UNIT + "test_spec_2_2.py"),
     ),
@@ -455,10 +455,10 @@ CACHE_TARGET: Final = (
             "            blocks.metadata.statistics.write_misses += 1\n"
             "            blocks.discards.clear(oblock)\n"
             "            blocks.origin_writes.nr_sent += 1\n"
-            "        self._submit_held",
+            "        blocks.submit_held",
             "            blocks.metadata.statistics.write_misses += 1\n"
             "            blocks.origin_writes.nr_sent += 1\n"
-            "        self._submit_held",
+            "        blocks.submit_held",
         ),
         (UNIT + "test_spec_2_2.py", *CRASH),
     ),
@@ -486,7 +486,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "read-only-cache-takes-a-write-to-a-clean-block",
         "In mode RO a clean block is written, and nothing can record that it is dirty.",
-        "nbdtarget.targets.cache.foreground:Foreground._is_all_recorded",
+        "nbdtarget.targets.cache.cached_writes:CachedWrites._is_all_recorded",
         ("            and bool(metadata.dirty[cblock])\n", ""),
         (UNIT + "test_spec_3_2.py",),
     ),

@@ -297,12 +297,12 @@ def test_simulation_of_a_stack_catches(
         ),
         (liars.MIGRATIONS + "_demote", liars.demote_without_commit, "cache_over_clone"),
         (
-            liars.FOREGROUND + "_invalidate",
+            liars.CACHED_WRITES + "_invalidate",
             liars.invalidate_after_the_write,
             "cache_passthrough",
         ),
         (
-            liars.FOREGROUND + "_write_through",
+            liars.CACHED_WRITES + "_write_through",
             liars.write_through_to_one,
             "cache_writethrough",
         ),

@@ -248,7 +248,7 @@ class Liveness:
     def _check(self) -> None:
         target = self.lab.target
         assert not target._blocks.locks.nr_holds
-        assert not target._foreground._through
+        assert not target._writes._through
         metadata, policy = target._metadata, target._blocks.policy
         if metadata.mode is not Mode.RW:
             return

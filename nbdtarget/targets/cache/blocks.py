@@ -14,16 +14,17 @@ Three hold a view of the same blocks, and the methods here keep them the same:
     discards   which parts of the origin nobody needs
 """
 
+import errno as errnos
 import logging
 from collections.abc import Callable
 from typing import Final
 
-from nbdtarget.bio import Bio
+from nbdtarget.bio import FUA, OP_READ, Bio
 from nbdtarget.devices.base import Device
 from nbdtarget.policies.base import Policy
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.failures import Failures
-from nbdtarget.targets.cache.locks import BlockLocks
+from nbdtarget.targets.cache.locks import BlockLock, BlockLocks
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, Options
 from nbdtarget.targets.cache.unflushed import OriginWrites
 from nbdtarget.targets.committer import Committer
@@ -130,6 +131,25 @@ class Blocks:
                 self.event()
                 if metadata.changed:
                     self.committer.note_change()  # that the origin has everything
+
+    def submit(self, device: Device, bio: Bio) -> None:
+        """Send a bio; with FUA not after a failed commit: it could not all be durable."""
+        if bio.flags & FUA and self.committer.has_failed:
+            bio.end(errnos.EIO)
+        else:
+            device.submit(bio)
+
+    def submit_held(self, device: Device, bio: Bio, oblock: int) -> None:
+        """Send a bio that holds its block until it ends."""
+        self.submit(device, bio)
+        if bio.status < 0:
+            self.locks.hold(oblock, bio, is_write=bio.op != OP_READ)
+
+    def unlock(self, lock: BlockLock) -> None:
+        """Let a block go; the bios that were parked for it are mapped anew."""
+        for parked in self.locks.unlock(lock):
+            self.remap(parked)
+        self.wake()
 
 
 def _nobody(*_: object) -> None:

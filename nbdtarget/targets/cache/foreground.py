@@ -44,7 +44,6 @@ Nobody waits here for what may not come: a parked bio waits for a lock, which wa
 
 import errno as errnos
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from nbdtarget.bio import (
@@ -57,16 +56,15 @@ from nbdtarget.bio import (
     Bio,
     split_bio,
 )
-from nbdtarget.devices.base import Device
 from nbdtarget.policies.base import MISS_WAKE, Work
 from nbdtarget.targets.cache.blocks import Blocks
+from nbdtarget.targets.cache.cached_writes import CachedWrites
 from nbdtarget.targets.cache.giving_up import GivingUp
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.pieces import BYTES_AT_ONCE, PIECES_AT_ONCE, Pieces
 from nbdtarget_metadata.errors import MetadataError
-from nbdtarget_metadata.mode import Mode
 
-__all__ = ["CachedWrite", "Foreground"]
+__all__ = ["Foreground"]
 
 ZERO_FILL_BYTES_MAX: Final = (
     256 << 10
@@ -74,76 +72,11 @@ ZERO_FILL_BYTES_MAX: Final = (
 _PIECE: Final = "piece"  # Bio.private of what was cut here: it is not given back
 
 
-class WriteThrough:
-    """One write on its way to both devices.
-
-    Attributes:
-        begin, end: bytes, on the origin.
-        waiting: what to call when it has ended: of later writes to some of these bytes, which
-            would otherwise reach the two devices in different orders.
-    """
-
-    __slots__ = (
-        "_ended",
-        "_failed",
-        "_left",
-        "begin",
-        "bio",
-        "cache_error",
-        "end",
-        "origin_error",
-        "waiting",
-    )
-
-    def __init__(
-        self, bio: Bio, ended: Callable[[], None], failed: Callable[[Bio, int], None]
-    ) -> None:
-        self.bio = bio
-        self._failed = failed
-        self.begin = bio.offset
-        self.end = bio.offset + bio.length
-        self.waiting: list[Callable[[], None]] = []
-        self.origin_error = 0
-        self.cache_error = 0
-        self._left = 2
-        self._ended = ended
-
-    def origin_ended(self, child: Bio) -> None:
-        self.origin_error = child.status
-        self._one_ended()
-
-    def cache_ended(self, child: Bio) -> None:
-        self.cache_error = child.status
-        if child.status:
-            self._failed(child, child.status)
-        self._one_ended()
-
-    def _one_ended(self) -> None:
-        self._left -= 1
-        if not self._left:
-            self._ended()
-
-
-class CachedWrite:
-    """One write to a cached block, until it is sent.
-
-    Attributes:
-        is_held: the write holds its block.
-    """
-
-    __slots__ = ("bio", "cblock", "is_held", "oblock")
-
-    def __init__(self, bio: Bio, oblock: int, cblock: int) -> None:
-        self.bio = bio
-        self.oblock = oblock
-        self.cblock = cblock
-        self.is_held = False
-
-
 class Foreground:
     """What clients' bios meet, unless they are plain hits. Offsets are relative to the target.
 
     Args:
+        writes: takes the writes to cached blocks.
         passdown: discards go on to the origin.
         missed: called for each miss; whether the policy wanted a migration.
         warm: takes the half-open oblocks that a client will read soon.
@@ -152,6 +85,7 @@ class Foreground:
     def __init__(
         self,
         blocks: Blocks,
+        writes: CachedWrites,
         giving_up: GivingUp,
         *,
         passdown: bool,
@@ -160,11 +94,11 @@ class Foreground:
     ) -> None:
         self._blocks = blocks
         self._locks = blocks.locks
+        self._writes = writes
         self._giving_up = giving_up
         self._passdown = passdown
         self._missed = missed
         self._warm = warm
-        self._through: dict[int, list[WriteThrough]] = {}  # by oblock
 
     def take(self, bio: Bio) -> None:
         """Take anything but a FLUSH; ends it, now or later."""
@@ -209,9 +143,10 @@ class Foreground:
 
     def _take_tail(self, bio: Bio) -> None:
         """Behind the last whole block: always the origin's, and no block is held."""
-        writes = self._blocks.origin_writes
+        blocks = self._blocks
+        writes = blocks.origin_writes
         writes.nr_sent += 1
-        self._submit(self._blocks.origin, bio)
+        blocks.submit(blocks.origin, bio)
         if bio.status < 0:
 
             def ended(_: Bio) -> None:
@@ -240,7 +175,7 @@ class Foreground:
             else:
                 self.miss(bio, oblock, cblock)
         elif is_write:
-            self.write_hit(bio, oblock, cblock)
+            self._writes.start(bio, oblock, cblock)
         else:
             blocks.metadata.statistics.read_hits += 1
             if not blocks.is_passthrough and not (
@@ -249,7 +184,7 @@ class Foreground:
                 bio.offset += (cblock - oblock) * blocks.block_size
                 self._read_cached(bio, oblock, cblock)
             else:
-                self._submit_held(blocks.origin, bio, oblock)
+                blocks.submit_held(blocks.origin, bio, oblock)
 
     def _may_come_back(self, oblock: int) -> bool:
         """Whether the next start may find an old copy of a block that is not cached: see rule 6."""
@@ -271,18 +206,6 @@ class Foreground:
 
     # Passing on
 
-    def _submit(self, device: Device, bio: Bio) -> None:
-        """Send a bio; with FUA not after a failed commit: it could not all be durable."""
-        if bio.flags & FUA and self._blocks.committer.has_failed:
-            bio.end(errnos.EIO)
-        else:
-            device.submit(bio)
-
-    def _submit_held(self, device: Device, bio: Bio, oblock: int) -> None:
-        self._submit(device, bio)
-        if bio.status < 0:
-            self._locks.hold(oblock, bio, is_write=bio.op != OP_READ)
-
     def _read_cached(self, bio: Bio, oblock: int, cblock: int) -> None:
         cache = self._blocks.cache
         if cache.fails_inline:
@@ -302,193 +225,8 @@ class Foreground:
             blocks.metadata.statistics.write_misses += 1
             blocks.discards.clear(oblock)
             blocks.origin_writes.nr_sent += 1
-        self._submit_held(blocks.origin, bio, oblock)
+        blocks.submit_held(blocks.origin, bio, oblock)
         self._missed(answer == MISS_WAKE)
-
-    # Writes to cached blocks
-
-    def write_hit(self, bio: Bio, oblock: int, cblock: int) -> None:
-        """A write to a cached block, which nobody has locked."""
-        blocks = self._blocks
-        blocks.metadata.statistics.write_hits += 1
-        if blocks.is_passthrough:
-            self._invalidate(bio, oblock, cblock)
-            return
-        blocks.discards.clear(oblock)
-        self._advance(CachedWrite(bio, oblock, cblock))
-
-    def _advance(self, write: CachedWrite) -> None:
-        """Send a write to a cached block, or have it wait for what must come first.
-
-        Each wait ends with another call, which asks everything again: while the write waited, another
-        one may have made the block dirty, or clean, and a commit may have failed.
-        """
-        blocks = self._blocks
-        metadata = blocks.metadata
-        bio, oblock, cblock = write.bio, write.oblock, write.cblock
-        is_dirty = metadata.dirty[cblock]
-        is_for_cache = blocks.is_writeback or is_dirty
-        if metadata.mode is not Mode.RW and not self._is_all_recorded(cblock):
-            bio.end(errnos.EIO)  # rule 6
-        elif not (is_dirty or metadata.may_dirty(cblock)):
-            # Rule 2, with `dirty_log`: that the block may be dirty must be on disk first.
-            self._advance_after_log(write)
-        elif is_for_cache and bio.flags & FUA and not metadata.vouches_for(cblock):
-            # Rule 3: a crash would forget the mapping, and with it what was written.
-            self._advance_after_commit(write)
-        elif is_for_cache:
-            # Rule 2: dirty before it is sent, so that no crash finds the block clean and written to.
-            blocks.set_dirty(cblock)
-            bio.offset += (cblock - oblock) * blocks.block_size
-            self._submit(blocks.cache, bio)
-            if bio.status < 0 and not write.is_held:
-                self._hold(write)
-        elif oblock in self._through and (other := self._maybe_overlapping(write)):
-            # Rule 4: in two orders they would leave two copies that differ.
-            bio.own()
-            self._hold(write)
-            other.waiting.append(partial(self._advance, write))
-        else:
-            self._hold(write)
-            self._write_through(write)
-
-    def _advance_after_log(self, write: CachedWrite) -> None:
-        """Go on with a write when it is on disk that its block may be dirty."""
-        self._blocks.metadata.log_dirty(write.cblock)
-        self._advance_after_commit(write)
-
-    def _advance_after_commit(self, write: CachedWrite) -> None:
-        """Go on with a write when all that is changed now is committed. It holds its block meanwhile."""
-        bio = write.bio
-        bio.own()
-        self._hold(write)
-
-        def committed(errno: int) -> None:
-            if errno:
-                bio.end(errno)
-            else:
-                self._advance(write)
-
-        self._blocks.committer.after_commit(committed)
-
-    def _hold(self, write: CachedWrite) -> None:
-        """Hold the block until the write ends, unless the write holds it already."""
-        if not write.is_held:
-            write.is_held = True
-            self._locks.hold(write.oblock, write.bio, is_write=True)
-
-    def _is_all_recorded(self, cblock: int) -> bool:
-        """Whether the disk has all that a write to a cached block needs recorded: mode RO."""
-        metadata = self._blocks.metadata
-        return (
-            not self._blocks.has_failed
-            and bool(metadata.dirty[cblock])
-            and metadata.vouches_for(cblock)
-        )
-
-    def _maybe_overlapping(self, write: CachedWrite) -> WriteThrough | None:
-        """Return a write that is on its way to both devices, and to some of the same bytes."""
-        bio = write.bio
-        for other in self._through[write.oblock]:
-            if other.begin < bio.offset + bio.length and bio.offset < other.end:
-                return other
-        return None
-
-    def _write_through(self, write: CachedWrite) -> None:
-        """Send a held write to both devices."""
-        bio, oblock, cblock = write.bio, write.oblock, write.cblock
-        self._blocks.metadata.begin_write_through(cblock)
-        self._blocks.origin_writes.nr_sent += 1
-        through = WriteThrough(
-            bio,
-            lambda: self._written_through(through, oblock, cblock),
-            self._giving_up.note,
-        )
-        self._through.setdefault(oblock, []).append(through)
-        offset = bio.offset
-        payload, borrowed = bio.payload, bio.borrowed
-        if borrowed:
-            bio.give_away()
-
-        def submit(device: Device, offset: int, endio: Callable[[Bio], None]) -> None:
-            child = Bio(
-                bio.op, offset, bio.length, payload, bio.flags, endio, None, borrowed
-            )
-            device.submit(child)
-
-        submit(self._blocks.origin, offset, through.origin_ended)
-        offset += (cblock - oblock) * self._blocks.block_size
-        submit(self._blocks.cache, offset, through.cache_ended)
-
-    def _written_through(
-        self, through: "WriteThrough", oblock: int, cblock: int
-    ) -> None:
-        """Both have ended: see rule 4 of the module head."""
-        blocks = self._blocks
-        bio = through.bio
-        error = through.origin_error
-        try:
-            if through.cache_error:
-                # If it is dirty, because the origin failed another write, the cache counts.
-                error = error or (errnos.EIO if blocks.metadata.dirty[cblock] else 0)
-            elif through.origin_error:
-                if self._has_whole_copy(oblock):
-                    blocks.set_dirty(cblock)
-            elif self._locks.nr_writers(oblock) == 1:
-                blocks.metadata.end_write_through(cblock)
-        except MetadataError:
-            error = error or errnos.EIO
-        others = self._through[oblock]
-        others.remove(through)
-        if not others:
-            del self._through[oblock]
-        if through.cache_error and not error:
-            # It does no more I/O, and must not be waited for by who locks the block for its sake.
-            self._locks.let_go(bio)
-            self._giving_up.give_up(oblock, cblock, bio.end)
-        else:
-            bio.end(error)
-        for send in through.waiting:
-            send()
-        if through.cache_error and error:
-            self._giving_up.give_up(oblock, cblock, _nobody)
-
-    def _has_whole_copy(self, oblock: int) -> bool:
-        """Whether the cached copy of a clean block is known to hold all that the origin does."""
-        return not (
-            self._blocks.distrusts_cache or self._giving_up.is_giving_up(oblock)
-        )
-
-    def _invalidate(self, bio: Bio, oblock: int, cblock: int) -> None:
-        """Passthrough: a write to a cached block. Durably unmapped, it goes to the origin."""
-        blocks = self._blocks
-        bio.own()
-        if not blocks.is_writable:
-            bio.end(errnos.EIO)
-            return
-
-        def locked(lock: BlockLock) -> None:
-            try:
-                if blocks.metadata.maybe_oblock(cblock) is not None:
-                    blocks.metadata.remove(cblock)
-            except MetadataError:
-                removed(lock, errnos.EIO)
-                return
-            blocks.committer.after_commit(lambda errno: removed(lock, errno))
-
-        def removed(lock: BlockLock, errno: int) -> None:
-            if errno:
-                bio.end(errnos.EIO)
-            else:
-                blocks.policy.invalidate(cblock)
-                blocks.nr_demotions += 1
-                blocks.discards.clear(oblock)
-                blocks.origin_writes.nr_sent += 1
-                self._submit_held(blocks.origin, bio, oblock)
-            self._unlock(lock)
-
-        lock = self._locks.maybe_lock(oblock, locked)
-        assert lock is not None, "the bio would have been parked"
 
     # Overwrites
 
@@ -554,8 +292,8 @@ class Foreground:
             blocks.metadata.statistics.write_misses += 1
             blocks.discards.clear(work.oblock)
             blocks.origin_writes.nr_sent += 1
-            self._submit_held(blocks.origin, bio, work.oblock)
-        self._unlock(lock)
+            blocks.submit_held(blocks.origin, bio, work.oblock)
+        blocks.unlock(lock)
 
     def _overwritten(self, bio: Bio, work: Work, lock: BlockLock, child: Bio) -> None:
         blocks = self._blocks
@@ -582,7 +320,7 @@ class Foreground:
             blocks.committer.after_commit(bio.end)
         else:
             bio.end(errno)
-        self._unlock(lock)
+        blocks.unlock(lock)
 
     # Discards
 
@@ -594,13 +332,13 @@ class Foreground:
             blocks.discards.set_range(bio.offset, bio.length)
             if not self._passdown:
                 bio.end(0)
-                self._unlock(lock)
+                blocks.unlock(lock)
                 return
-            self._submit(blocks.origin, child)
+            blocks.submit(blocks.origin, child)
             if child.status < 0:
-                child.on_end(lambda _: self._unlock(lock))
+                child.on_end(lambda _: blocks.unlock(lock))
             else:
-                self._unlock(lock)
+                blocks.unlock(lock)
 
         child = Bio(
             OP_DISCARD,
@@ -612,13 +350,3 @@ class Foreground:
         )
         first = bio.offset // blocks.block_size
         self._locks.lock_range(first, min(end, blocks.nr_oblocks), locked)
-
-    def _unlock(self, lock: BlockLock) -> None:
-        """Let a block go, and let those in who waited."""
-        for parked in self._locks.unlock(lock):
-            self._blocks.remap(parked)
-        self._blocks.wake()
-
-
-def _nobody(_: int) -> None:
-    """Nobody waits for it."""

@@ -154,9 +154,7 @@ class GivingUp:
             )  # as in a migration: the policy may still have the mapping
             raise
         finally:
-            for parked in blocks.locks.unlock(lock):
-                blocks.remap(parked)
-            blocks.wake()
+            blocks.unlock(lock)
         return True
 
     def _tell(self, oblock: int) -> None:

@@ -72,7 +72,7 @@ async def _invalidate_some(blocks: Blocks, cblocks: list[int]) -> list[int]:
         for granted in locking.values():
             # What is not granted yet, because we were cancelled, is unlocked when it is.
             if not granted.cancel() and not granted.cancelled():
-                _unlock(blocks, granted.result())
+                blocks.unlock(granted.result())
     if not is_committed:
         raise TableError("Input/output error", errnos.EIO)
     return busy
@@ -84,13 +84,8 @@ def _lock(blocks: Blocks, oblock: int) -> asyncio.Future[BlockLock] | None:
 
     def granted(lock: BlockLock) -> None:
         if waiting.done():
-            _unlock(blocks, lock)
+            blocks.unlock(lock)
         else:
             waiting.set_result(lock)
 
     return None if blocks.locks.maybe_lock(oblock, granted) is None else waiting
-
-
-def _unlock(blocks: Blocks, lock: BlockLock) -> None:
-    for bio in blocks.locks.unlock(lock):
-        blocks.remap(bio)

@@ -299,7 +299,7 @@ class Migrations:
             # Of our own making. All I/O must be refused before those who wait are let in.
             blocks.broken(error)
         self._nr_demoting -= work.op == DEMOTE
-        self._unlock(lock)
+        blocks.unlock(lock)
         self._ended()
 
     def _count(self, work: Work) -> None:
@@ -408,15 +408,10 @@ class Migrations:
         except MetadataError as error:
             log.error("%s: writeback: %s", blocks.name, error)
         finally:
-            self._unlock(lock)
+            blocks.unlock(lock)
             self._ended()
 
     # Inside
-
-    def _unlock(self, lock: BlockLock) -> None:
-        blocks = self._blocks
-        for bio in blocks.locks.unlock(lock):
-            blocks.remap(bio)
 
     def _note_failure(self, what: str, error: DeviceError, op: int) -> None:
         self._blocks.failures.note(what, error)

@@ -55,6 +55,7 @@ from nbdtarget.targets.base import (
 )
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
+from nbdtarget.targets.cache.cached_writes import CachedWrites
 from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.distrust import Distrust
@@ -138,8 +139,10 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             self._migrations.spawn,
             too_many=self._distrust.many_given_up,
         )
+        self._writes = CachedWrites(self._blocks, self._giving_up)
         self._foreground = Foreground(
             self._blocks,
+            self._writes,
             self._giving_up,
             passdown=self._passdown,
             missed=self._missed,
@@ -210,7 +213,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
                 self._locks.hold(oblock, bio, is_write=True)
         else:
             bio.offset = offset
-            self._foreground.write_hit(bio, oblock, cblock)
+            self._writes.start(bio, oblock, cblock)
         return SUBMITTED
 
     def _map_slow(self, bio: Bio) -> int:

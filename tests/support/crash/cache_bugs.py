@@ -4,13 +4,13 @@
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.policies.base import Work
 from nbdtarget.targets import metadata_io
-from nbdtarget.targets.cache.foreground import CachedWrite, Foreground
+from nbdtarget.targets.cache.cached_writes import CachedWrite, CachedWrites
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.migrations import Migrations
 from nbdtarget.targets.committer import Committer, Transaction
 
 __all__ = [
-    "FOREGROUND",
+    "CACHED_WRITES",
     "MIGRATIONS",
     "commit_without_flushes",
     "demote_without_commit",
@@ -42,17 +42,18 @@ async def demote_without_commit(
 
 
 def invalidate_after_the_write(
-    foreground: Foreground, bio: Bio, oblock: int, cblock: int
+    writes: CachedWrites, bio: Bio, oblock: int, cblock: int
 ) -> None:
     """J1: passthrough writes to the origin, and unmaps the block some time."""
-    foreground._blocks.metadata.remove(cblock)
-    foreground._blocks.policy.invalidate(cblock)
-    foreground._submit_held(foreground._blocks.origin, bio, oblock)
+    blocks = writes._blocks
+    blocks.metadata.remove(cblock)
+    blocks.policy.invalidate(cblock)
+    blocks.submit_held(blocks.origin, bio, oblock)
 
 
-def write_through_to_one(foreground: Foreground, write: CachedWrite) -> None:
+def write_through_to_one(writes: CachedWrites, write: CachedWrite) -> None:
     """J4: a write through reaches the origin only."""
-    foreground._submit(foreground._blocks.origin, write.bio)
+    writes._blocks.submit(writes._blocks.origin, write.bio)
 
 
 def tick_with_io(migrations: Migrations) -> None:
@@ -63,5 +64,5 @@ def tick_with_io(migrations: Migrations) -> None:
 
 
 original_tick = Migrations._tick_and_wait
-FOREGROUND = "nbdtarget.targets.cache.foreground.Foreground."
+CACHED_WRITES = "nbdtarget.targets.cache.cached_writes.CachedWrites."
 MIGRATIONS = "nbdtarget.targets.cache.migrations.Migrations."

@@ -57,10 +57,10 @@ EVENTS: Final = {
     "writebacks": ("_migrations", "_write_back"),
     "sweeps": ("_migrations", "_sweep_block"),
     "overwrites": ("_foreground", "_overwritten"),
-    "writes through": ("_foreground", "_write_through"),
-    "logged writes": ("_foreground", "_advance_after_log"),
-    "invalidations": ("_foreground", "_invalidate"),
-    "writes after a commit": ("_foreground", "_advance_after_commit"),
+    "writes through": ("_writes", "_write_through"),
+    "logged writes": ("_writes", "_advance_after_log"),
+    "invalidations": ("_writes", "_invalidate"),
+    "writes after a commit": ("_writes", "_advance_after_commit"),
     "discards": ("_foreground", "_discard"),
 }
 
