@@ -127,7 +127,7 @@ def run_walk(make_rig: MakeRig, seed: int) -> int:
 @pytest.fixture(autouse=True)
 def small_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for rigs in ("rigs", "cache_rigs"):
-        monkeypatch.setattr(f"tests.crash.{rigs}.CrashDevice", LazyDevice)
+        monkeypatch.setattr(f"tests.support.crash.{rigs}.CrashDevice", LazyDevice)
     logging.disable(logging.CRITICAL)
     with small_blocks():
         yield
