@@ -97,3 +97,17 @@ def test_code_that_extending_quotes_stands_in_the_source() -> None:
     assert [
         code for code in blocks if not any(code in source for source in sources)
     ] == []
+
+
+def packages() -> set[str]:
+    """Every package of the product, by its dotted name."""
+    found = set()
+    for base in ("", "protocol", "metadata"):
+        for path in (ROOT / base).glob("nbdtarget*/**/__init__.py"):
+            found.add(".".join(path.parent.relative_to(ROOT / base).parts))
+    return found
+
+
+def test_architecture_names_every_package() -> None:
+    assert len(packages()) > 15
+    assert packages() - set(words_of("docs/architecture.md")) == set()
