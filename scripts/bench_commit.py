@@ -37,9 +37,8 @@ from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.committer import Committer
-from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.metadata import CloneMetadata, CloneTransaction
 from nbdtarget_metadata.clone.superblock import CLONE
-from nbdtarget_metadata.clone.transaction import Transaction
 from nbdtarget_metadata.log.superblock import read_superblock
 from nbdtarget_metadata.operations import Flush, Operation, Read, Steps, Write
 from tests.support.plain_client import CMD_FLUSH, PlainClient
@@ -141,7 +140,9 @@ class Stopwatch:
 class TimedTransaction:
     """A transaction whose generators are timed, and its own tally."""
 
-    def __init__(self, transaction: Transaction, metadata: "TimedMetadata") -> None:
+    def __init__(
+        self, transaction: CloneTransaction, metadata: "TimedMetadata"
+    ) -> None:
         self._transaction = transaction
         self._metadata = metadata
         self.tally = Tally()

@@ -21,7 +21,7 @@ import errno as errnos
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from nbdtarget.common.errors import (
     ConstructorError,
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-M = TypeVar("M", bound=JournaledMetadata)
+M = TypeVar("M", bound=JournaledMetadata[Any, Any])
 
 
 class Opening:
@@ -229,7 +229,7 @@ class Opening:
             raise self.error(reason, error.errno) from error
 
 
-def refuse_stale(metadata: JournaledMetadata) -> None:
+def refuse_stale(metadata: JournaledMetadata[Any, Any]) -> None:
     """Before anything is done by it: has the table that is swapped away committed meanwhile?
 
     It could not, while its disk was latched or lost. Should that have passed, this metadata is old.

@@ -416,7 +416,7 @@ CACHE_TARGET: Final = (
         "removals-of-a-failed-commit-forgotten",
         "As above, for the removals that were in the commit that failed.",
         "nbdtarget_metadata.cache.metadata:CacheMetadata.abort",
-        ("            self._removed |= self._transaction.removed\n", ""),
+        ("            self._removed |= taken.removed\n", ""),
         GIVING_UP_TESTS,
     ),
     _mutant(

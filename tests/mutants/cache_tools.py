@@ -95,7 +95,7 @@ CACHE_TOOLS: Final = (
         "written-back-recorded-over-the-live-sync-area",
         "A power cut while it is recorded: metadata that nobody opens any more.",
         "nbdtarget_metadata.tools.cache_restore:record_written_back",
-        "        area = (area + 1) % NR_SYNC_AREAS\n",
+        "        area = other_area(area)\n",
         "        pass\n",
         RESTORE_TESTS,
     ),

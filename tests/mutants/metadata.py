@@ -182,11 +182,11 @@ METADATA: Final = (
     Mutant(
         "healed-after-one-slot",
         "The commit that heals one slot takes the other for healed as well.",
-        "nbdtarget_metadata.log.commit:JournaledTransaction.done",
+        "nbdtarget_metadata.log.commit:JournaledMetadata.committed",
         (
             (
-                "metadata._unhealed -= {slot}",
-                "metadata._unhealed = frozenset() if slot in (0, 1) else {slot}",
+                "self._unhealed -= {superblock.generation % NR_SLOTS}",
+                "self._unhealed = frozenset()",
             ),
         ),
         TRANSACTION,
@@ -298,7 +298,7 @@ METADATA: Final = (
     Mutant(
         "journal-not-flushed",
         "The superblock vouches for a journal that the disk's cache may still lose.",
-        "nbdtarget_metadata.log.commit:JournaledTransaction.journal",
+        "nbdtarget_metadata.log.commit:Transaction.journal",
         (
             (
                 "        if has_written or self.moves:\n            yield Flush()",
@@ -310,7 +310,7 @@ METADATA: Final = (
     Mutant(
         "snapshot-of-a-commit-not-flushed",
         "A commit that writes a whole snapshot vouches for it while it may still be lost.",
-        "nbdtarget_metadata.log.commit:JournaledTransaction.journal",
+        "nbdtarget_metadata.log.commit:Transaction.journal",
         (
             (
                 "        if has_written or self.moves:\n            yield Flush()",
@@ -322,7 +322,7 @@ METADATA: Final = (
     Mutant(
         "superblock-before-journal",
         "The superblock is written first: a crash between the two finds no journal.",
-        "nbdtarget_metadata.log.commit:JournaledTransaction",
+        "nbdtarget_metadata.log.commit:Transaction",
         (
             (
                 "            has_written = True\n            yield operation\n",
@@ -330,8 +330,8 @@ METADATA: Final = (
                 "            self._late = [*getattr(self, '_late', []), operation]\n",
             ),
             (
-                "        yield from write_superblock(self._next)\n",
-                "        yield from write_superblock(self._next)\n"
+                "        yield from write_superblock(self._superblock)\n",
+                "        yield from write_superblock(self._superblock)\n"
                 "        for late in getattr(self, '_late', []):\n"
                 "            yield late\n"
                 "        yield Flush()\n",
@@ -342,11 +342,11 @@ METADATA: Final = (
     Mutant(
         "generation-not-advanced",
         "Every commit has one number: it overwrites the slot that is live.",
-        "nbdtarget_metadata.log.commit:JournaledTransaction.__init__",
+        "nbdtarget_metadata.log.commit:JournaledMetadata._begin",
         (
             (
-                "self.generation = live.generation + 1",
-                "self.generation = live.generation",
+                "generation=superblock.generation + 1,",
+                "generation=superblock.generation,",
             ),
         ),
         TRANSACTION,
@@ -354,20 +354,21 @@ METADATA: Final = (
     Mutant(
         "record-merged-into-an-acknowledged-block",
         "To save space, a record is rewritten with the next one's changes: torn, both go.",
-        "nbdtarget_metadata.clone.transaction:Transaction.__init__",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.pre_commit",
         (
             (
-                "        super().__init__(metadata, runs, superblock)\n",
-                "        super().__init__(metadata, runs, superblock)\n"
-                "        block, digest, runs, generation = getattr(\n"
-                "            metadata, '_last_record', (0, b'', new_runs(), -1)\n"
+                "        transaction = self._begin(taken, superblock, nothing_more)\n",
+                "        transaction = self._begin(taken, superblock, nothing_more)\n"
+                "        place = transaction._place\n"
+                "        block, digest, before, generation = getattr(\n"
+                "            self, '_last_record', (0, b'', new_runs(), -1)\n"
                 "        )\n"
-                "        place = self._chain.block, self._chain.digest\n"
-                "        is_next = generation == metadata.generation\n"
-                "        if not self.moves and is_next and block == place[0] - 1:\n"
-                "            place = self._chain.block, self._chain.digest = block, digest\n"
-                "            self._to_journal = runs + self.runs\n"
-                "        metadata._last_record = *place, self._to_journal[:], self.generation\n",
+                "        at = place.chain.block, place.chain.digest\n"
+                "        is_next = generation == self.generation\n"
+                "        if not transaction.moves and is_next and block == at[0] - 1:\n"
+                "            at = place.chain.block, place.chain.digest = block, digest\n"
+                "            place.to_journal = before + runs\n"
+                "        self._last_record = *at, place.to_journal[:], transaction.generation\n",
             ),
         ),
         CUTS,
@@ -380,12 +381,12 @@ METADATA: Final = (
             (
                 "            append_runs(self._active, first, last - first)\n",
                 "            taken = self._transaction\n"
-                "            if taken is None or taken._journaled:\n"
+                "            if taken is None or taken._is_journaled:\n"
                 "                append_runs(self._active, first, last - first)\n"
                 "            else:\n"
-                "                append_runs(taken.runs, first, last - first)\n"
-                "                taken._next = __import__('msgspec').structs.replace(\n"
-                "                    taken._next, nr_hydrated=self.nr_hydrated + last - first\n"
+                "                append_runs(taken.taken.changes, first, last - first)\n"
+                "                taken._superblock = __import__('msgspec').structs.replace(\n"
+                "                    taken._superblock, nr_hydrated=self.nr_hydrated + last - first\n"
                 "                )\n",
             ),
         ),
@@ -394,11 +395,11 @@ METADATA: Final = (
     Mutant(
         "clean-shutdown-never-cleared",
         "A crash looks like a clean shutdown to whoever asks.",
-        "nbdtarget_metadata.clone.transaction:Transaction.__init__",
+        "nbdtarget_metadata.clone.metadata:CloneMetadata.pre_commit",
         (
             (
-                "flags = 0 if has_changed else metadata._superblock.flags & CLEAN_SHUTDOWN",
-                "flags = metadata._superblock.flags & CLEAN_SHUTDOWN",
+                "flags = 0 if has_changed else self._superblock.flags & CLEAN_SHUTDOWN",
+                "flags = self._superblock.flags & CLEAN_SHUTDOWN",
             ),
         ),
         TRANSACTION,
@@ -407,11 +408,11 @@ METADATA: Final = (
     Mutant(
         "compaction-drops-a-delta",
         "The switch journals its own changes only: what others committed since is gone.",
-        "nbdtarget_metadata.log.commit:JournaledTransaction._switch_to",
+        "nbdtarget_metadata.log.commit:JournaledMetadata._place_for",
         (
             (
-                "        self._to_journal = compaction.since\n",
-                "",
+                "to_journal=compaction.since,",
+                "to_journal=changes,",
             ),
         ),
         CUTS,
@@ -419,12 +420,12 @@ METADATA: Final = (
     Mutant(
         "compaction-misses-earlier-commits",
         "What was committed while the snapshot was written is missing in the new arena.",
-        "nbdtarget_metadata.log.commit:JournaledTransaction._plan",
+        "nbdtarget_metadata.log.commit:JournaledMetadata._place_for",
         (
             (
-                "            compaction.note(self._to_journal)\n",
-                "            if compaction.ready:\n"
-                "                compaction.note(self._to_journal)\n",
+                "            compaction.note(changes)\n",
+                "            if compaction.is_ready:\n"
+                "                compaction.note(changes)\n",
             ),
         ),
         CUTS,
@@ -432,8 +433,8 @@ METADATA: Final = (
     Mutant(
         "catch-up-forgets-what-does-not-fit",
         "A compaction that runs out of room drops the commits that it has not journaled yet.",
-        "nbdtarget_metadata.clone.transaction:CloneCompaction.catch_up",
-        (("                    self.since = runs[at:] + self.since\n", ""),),
+        "nbdtarget_metadata.log.commit:Compaction.catch_up",
+        (("                self.since = encoding.union(left, self.since)\n", ""),),
         CUTS,
     ),
     Mutant(
@@ -444,7 +445,7 @@ METADATA: Final = (
             (
                 "        self._compaction = self._compacting = compaction\n",
                 "        self._compaction = self._compacting = compaction\n"
-                "        compaction.ready = True\n",
+                "        compaction.is_ready = True\n",
             ),
         ),
         TRANSACTION,
@@ -452,11 +453,11 @@ METADATA: Final = (
     Mutant(
         "late-compaction-overwrites-a-commit",
         "A write that an abandoned compaction had under way lands on the live snapshot.",
-        "nbdtarget_metadata.log.commit:JournaledTransaction._plan",
+        "nbdtarget_metadata.log.commit:JournaledMetadata._place_for",
         (
             (
-                "late is not None and late.arena == self._arena:",
-                "late is not None and late.arena != self._arena:",
+                "late is not None and late.arena == arena:",
+                "late is not None and late.arena != arena:",
             ),
         ),
         CUTS,
@@ -468,7 +469,7 @@ METADATA: Final = (
         (
             (
                 "            if self._saved is not None:\n"
-                "                self._save_chunks(first, last)\n",
+                "                self._saved.save(first, last)\n",
                 "",
             ),
         ),
@@ -493,7 +494,7 @@ METADATA: Final = (
         "taken-changes-kept-after-abort",
         "Only the changes after pre_commit are reverted, not those that failed.",
         "nbdtarget_metadata.clone.metadata:CloneMetadata.abort",
-        (("            runs = self._transaction.runs + runs\n", "            pass\n"),),
+        (("            runs = taken.changes + runs\n", "            pass\n"),),
         BITS,
     ),
     Mutant(
@@ -506,7 +507,7 @@ METADATA: Final = (
     Mutant(
         "writable-after-abort",
         "Commits go on after one has failed, on a disk of which nobody knows what it holds.",
-        "nbdtarget_metadata.clone.metadata:CloneMetadata.abort",
+        "nbdtarget_metadata.log.commit:JournaledMetadata._give_up",
         (
             (
                 "        self.mode = Mode.RO\n        self._aborted = True",

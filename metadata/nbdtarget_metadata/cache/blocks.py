@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache blocks in core: what they hold, which are dirty, and what has changed.
 
-The head of cache.py tells the theory. Per cache block this takes 8 bytes of value, 5 to 10 of
+The head of metadata.py tells the theory. Per cache block this takes 8 bytes of value, 5 to 10 of
 index, 4 of hint, and five bits.
 """
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from bitarray.util import zeros
 
+from nbdtarget_metadata.cache.encoding import (
+    FLUSH_CACHE,
+    FLUSH_ORIGIN,
+    CacheEncoding,
+    CacheTaken,
+)
 from nbdtarget_metadata.cache.index import OblockIndex
-from nbdtarget_metadata.cache.load import Discarded, Loaded, new_words
+from nbdtarget_metadata.cache.load import Loaded, new_words
 from nbdtarget_metadata.cache.records import (
     LOGGED,
     NR_OBLOCKS_MAX,
@@ -20,18 +26,13 @@ from nbdtarget_metadata.cache.records import (
     VALID,
     Words,
 )
+from nbdtarget_metadata.cache.shutdown import Shutdown
 from nbdtarget_metadata.cache.superblock import (
     DIRTY_LOG,
     ORIGIN_COMPLETE,
     CacheSuperblock,
     PolicyIdentity,
     device_size_with,
-)
-from nbdtarget_metadata.cache.transaction import (
-    FLUSH_CACHE,
-    FLUSH_ORIGIN,
-    CacheTransaction,
-    Shutdown,
 )
 from nbdtarget_metadata.errors import CannotShrink, FailedMetadata, MetadataTooSmall
 from nbdtarget_metadata.log.commit import JournaledMetadata
@@ -40,9 +41,6 @@ from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.operations import Steps
-
-if TYPE_CHECKING:
-    from nbdtarget_metadata.cache.transaction import CacheTransaction
 
 __all__ = ["CacheBlocks", "Mapping"]
 
@@ -63,7 +61,7 @@ class Mapping(NamedTuple):
     hint: int | None
 
 
-class CacheBlocks(JournaledMetadata):
+class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
     """The half of `CacheMetadata` that commits nothing.
 
     Attributes: those of `JournaledMetadata`, and
@@ -80,10 +78,6 @@ class CacheBlocks(JournaledMetadata):
         admits_changes: `clean_shutdown` is durably clear, and no full sync has begun.
     """
 
-    _superblock: CacheSuperblock
-    _transaction: CacheTransaction | None
-    _discarded: Discarded | None
-
     def __init__(
         self,
         superblock: CacheSuperblock,
@@ -94,7 +88,11 @@ class CacheBlocks(JournaledMetadata):
         notes: tuple[str, ...],
     ) -> None:
         super().__init__(
-            superblock, device_size=device_size, unhealed=unhealed, notes=notes
+            superblock,
+            CacheEncoding(loaded.values, superblock.nr_cblocks_max),
+            device_size=device_size,
+            unhealed=unhealed,
+            notes=notes,
         )
         self.block_size = superblock.block_size
         self.origin_size = superblock.origin_size
@@ -112,16 +110,17 @@ class CacheBlocks(JournaledMetadata):
         self._values = loaded.values
         self._by_oblock = loaded.by_oblock
         self._hints = loaded.hints
+        self._discarded = loaded.discarded
         self._hints_policy = superblock.policy
-        # Bitmaps of cache blocks, all of one length; the head of cache.py tells the states.
+        # Bitmaps of cache blocks, all of one length; the head of metadata.py tells the states.
         self._logged = loaded.logged
         self._admitted = loaded.logged.copy()
         self._cleaned = zeros(superblock.nr_cblocks, "little")
         self._changed = zeros(superblock.nr_cblocks, "little")
         self._has_changed = False  # whether there is one: looked at for each FLUSH
         self._removed: set[int] = set()  # oblocks, that no transaction has taken yet
-        # While a transaction's journal is not written yet: what the blocks that have changed
-        # since its pre_commit were then.
+        # While a transaction is under way: what the blocks that have changed since its
+        # pre_commit were then.
         self._before: dict[int, int] | None = None
         self._flushes = 0
         self._resized = False
@@ -212,7 +211,9 @@ class CacheBlocks(JournaledMetadata):
             bool(self._values[cblock])
             and not self._is_uncommitted(cblock)
             and not self.is_recorded_complete
-            and not (self._transaction is not None and self._transaction.completes)
+            and not (
+                self._transaction is not None and self._transaction.taken.says_complete
+            )
         )
 
     def may_come_back(self, oblock: int) -> bool:
@@ -493,7 +494,7 @@ class CacheBlocks(JournaledMetadata):
         transaction = self._transaction
         return bool(
             self._changed[cblock]
-            or (transaction is not None and transaction.taken[cblock])
+            or (transaction is not None and transaction.taken.changes[cblock])
         )
 
     def _check_change(self) -> None:

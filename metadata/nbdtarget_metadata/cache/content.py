@@ -29,7 +29,7 @@ class CacheContent(NamedTuple):
 
     Attributes:
         block_size, origin_size: bytes.
-        values: of the cache blocks, as an arena has them (cache_records.py).
+        values: of the cache blocks, as an arena has them (records.py).
         dirty: what counts as dirty: recorded if `flags` say CLEAN_SHUTDOWN, else it follows from
             `values` and `incompat`.
         policy, hints, discarded: only with CLEAN_SHUTDOWN; of unmapped blocks hints are 0.

@@ -2,7 +2,7 @@
 """Which cache block holds an origin block: a hash table of 5 to 10 bytes a cache block.
 
 Open addressing with linear probing, at most four fifths full. A slot holds a cblock plus one, or zero; what
-oblock that is stands in the values (cache_records.py), so an entry must be removed **before**
+oblock that is stands in the values (records.py), so an entry must be removed **before**
 its value changes. Removing moves later entries of the run forward: there are no tombstones.
 """
 

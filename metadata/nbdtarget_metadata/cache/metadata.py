@@ -11,7 +11,7 @@ policy's hints, the discarded blocks: these are in core only, and recorded by a 
 The commit, in two phases as a clone's, because two other disks must act between them:
 
     transaction = metadata.pre_commit()     # takes the changes; later ones ride on the next
-    flush what transaction.flushes names   AND   run transaction.journal()      # together
+    flush what transaction.taken.flushes names   AND   run transaction.journal()      # together
     run transaction.superblock()            # only if all of them succeeded
     transaction.done()                      # only now may FLUSH and FUA be acknowledged
 
@@ -21,7 +21,7 @@ was copied, so FLUSH_ORIGIN, too. Once a removal is committed the origin is read
 must be there first: FLUSH_ORIGIN after `remove`. When blocks are recorded clean, both: what was written
 back may have been written just before that. Whatever fails: `abort`.
 
-A FLUSH bio needs both devices flushed, whatever `flushes` says: dirtying a block changes no metadata.
+A FLUSH bio needs both devices flushed, whatever `taken.flushes` says: dirtying a block changes no metadata.
 
 Reuse. Until a removal is committed a crash brings the mapping back. So its cblock must not be used
 for another oblock (`may_insert`), and no write to its oblock may be sent to the origin: the old
@@ -68,7 +68,7 @@ mapping and need not wait: a crash forgets both. Cleaned blocks stay LOGGED, and
 again at no cost, until a commit that flushes the origin anyway (or `clear_log`) takes that back.
 So LOGGED on disk is a superset of the dirty blocks at any time, and mostly a small one.
 
-Space and compaction: see journaled.py. A snapshot is fuzzy here, too: (1) whatever
+Space and compaction: see commit.py. A snapshot is fuzzy here, too: (1) whatever
 uncommitted state it caught, its block is in a transaction that was pre-committed later, at the
 latest in the switching one; (2) so is each block that changed after its chunk was copied; (3) a
 record says what a block is, and the last one wins. So the new journal ends with each such block as it was at the switching pre_commit.
@@ -85,26 +85,40 @@ Context: nothing here blocks, waits or does I/O. Steps between two yields take m
 most for a million cache blocks. One thread.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 from bitarray.util import zeros
 
 from nbdtarget_metadata.cache.blocks import CacheBlocks, Mapping
+from nbdtarget_metadata.cache.encoding import (
+    FLUSH_CACHE,
+    FLUSH_ORIGIN,
+    CacheEncoding,
+    CacheTaken,
+)
 from nbdtarget_metadata.cache.index import OblockIndex
 from nbdtarget_metadata.cache.load import Discarded, Loaded, load, new_words
 from nbdtarget_metadata.cache.records import (
     NR_CBLOCKS_MAX,
     NR_OBLOCKS_MAX,
     Words,
-    snapshot_blocks_max,
+)
+from nbdtarget_metadata.cache.shutdown import (
+    Shutdown,
+    other_area,
+    with_shutdown,
+    write_shutdown,
 )
 from nbdtarget_metadata.cache.superblock import (
     CACHE,
+    DIRTY_LOG,
     HINT_SIZE,
     NO_POLICY,
     NR_DBLOCKS_MAX,
+    ORIGIN_COMPLETE,
     POLICY_NAME_MAX,
     CacheSuperblock,
     PolicyIdentity,
@@ -113,18 +127,12 @@ from nbdtarget_metadata.cache.superblock import (
     journal_blocks_preferred,
     layout_for,
 )
-from nbdtarget_metadata.cache.transaction import (
-    FLUSH_CACHE,
-    FLUSH_ORIGIN,
-    CacheCompaction,
-    CacheTransaction,
-    Shutdown,
-)
 from nbdtarget_metadata.errors import (
     BlockSizeMismatch,
     FailedMetadata,
     ReadOnlyMetadata,
 )
+from nbdtarget_metadata.log.commit import Transaction, nothing_more
 from nbdtarget_metadata.log.envelope import DIGEST_SIZE
 from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN, refuse_content
 from nbdtarget_metadata.log.superblock import (
@@ -152,6 +160,9 @@ __all__ = [
 
 _RW: Final = Mode.RW
 _FAIL: Final = Mode.FAIL
+
+
+CacheTransaction: TypeAlias = Transaction[CacheSuperblock, CacheTaken]
 
 
 @dataclass(slots=True)
@@ -191,7 +202,6 @@ class CacheMetadata(CacheBlocks):
             notes=notes,
         )
         self.clean_when_opened = bool(superblock.flags & CLEAN_SHUTDOWN)
-        self._discarded = loaded.discarded
         self._is_blamed = False
         self.statistics = Statistics(
             superblock.read_hits,
@@ -360,7 +370,7 @@ class CacheMetadata(CacheBlocks):
 
         Changes made from here on belong to the next. A commit before `start` that only heals
         superblock copies keeps what the last full sync has recorded. The caller then flushes what
-        `transaction.flushes` names and runs `journal`, together; runs `superblock`; calls
+        `transaction.taken.flushes` names and runs `journal`, together; runs `superblock`; calls
         `done`. If anything fails in between, `abort`. One transaction at a time.
 
         Args:
@@ -386,35 +396,41 @@ class CacheMetadata(CacheBlocks):
         if clean_shutdown:
             self.admits_changes = False
             self._clearing = False
-        transaction = CacheTransaction(
-            self,
-            shutdown=shutdown,
-            starts=self._starting and not clean_shutdown,
-            heals=marked
-            and not (
-                clean_shutdown or self._starting or self._resized or self._has_changed
-            ),
+        only_rewrites = marked and not (
+            clean_shutdown or self._starting or self._resized or self._has_changed
         )
+        starts = self._starting and not clean_shutdown
         self._resized = self._starting = False
-        self._transaction = transaction
-        return transaction
+        taken = self._take(shutdown, starts=starts, only_rewrites=only_rewrites)
+        superblock = self._superblock
+        if not taken.only_rewrites:
+            superblock = self._next_superblock(taken)
+        return self._begin(taken, superblock, self._writing_of(shutdown))
+
+    def committed(self, taken: CacheTaken, superblock: CacheSuperblock) -> None:
+        super().committed(taken, superblock)
+        self._before = None
+        # What has been taken back since is none: the next transaction may say so.
+        self._admitted |= taken.logged & self._logged
+        if taken.starts:
+            self.admits_changes = True
+        if taken.shutdown is not None:
+            self._hints = taken.shutdown.hints
+            self._hints_policy = taken.shutdown.policy
+            self._discarded = taken.shutdown.discarded
 
     def abort(self) -> None:
         """Give up: a commit failed. Mode RO; see "Abort" in the module head.
 
         Raises: FailedMetadata.
         """
-        if self.mode is _FAIL:
-            raise FailedMetadata
-        self.mode = Mode.RO
-        self._aborted = True
+        taken = self._give_up()
         self.admits_changes = False
-        if self._transaction is not None:
-            self._changed |= self._transaction.taken
-            self._removed |= self._transaction.removed
-        self._transaction = None
         self._before = None
-        self._compaction = None
+        if taken is not None:
+            # As if they had never been taken: no commit that is done vouches for them.
+            self._changed |= taken.changes
+            self._removed |= taken.removed
 
     def blame(self) -> None:
         """After `abort`: it was the metadata device that failed. In core only."""
@@ -449,8 +465,65 @@ class CacheMetadata(CacheBlocks):
 
     # Inside
 
-    def _new_compaction(self) -> CacheCompaction:
-        return CacheCompaction(self)
+    def _take(
+        self, shutdown: Shutdown | None, *, starts: bool, only_rewrites: bool
+    ) -> CacheTaken:
+        """Take the changes made so far: later ones belong to the next commit."""
+        changes, self._changed = self._changed, zeros(len(self._changed), "little")
+        self._has_changed = False
+        removed, self._removed = self._removed, set()
+        flushes, self._flushes = self._flushes, 0
+        if shutdown is not None:
+            flushes = FLUSH_CACHE | FLUSH_ORIGIN
+        says_complete = shutdown is None and not only_rewrites and self.is_complete
+        if says_complete and not self.is_recorded_complete:
+            flushes |= FLUSH_ORIGIN  # what was written back
+        assert not (only_rewrites and changes.any())
+        self._before = {}
+        encoding = CacheEncoding(self._values, self.nr_cblocks_max, self._before)
+        return CacheTaken(
+            changes,
+            encoding,
+            logged=changes & self._logged,
+            removed=removed,
+            flushes=flushes,
+            starts=starts,
+            only_rewrites=only_rewrites,
+            says_complete=says_complete,
+            shutdown=shutdown,
+        )
 
-    def _snapshot_blocks_max(self) -> int:
-        return snapshot_blocks_max(self.nr_cblocks_max)
+    def _next_superblock(self, taken: CacheTaken) -> CacheSuperblock:
+        """Return the live superblock with what `taken` and the state in core change in it."""
+        live, shutdown = self._superblock, taken.shutdown
+        flags = CLEAN_SHUTDOWN if shutdown is not None else 0
+        flags |= ORIGIN_COMPLETE if taken.says_complete else 0
+        # Never the sync area that an older superblock may vouch for.
+        area = live.sync_area if shutdown is None else other_area(live.sync_area)
+        statistics = self.statistics
+        superblock = msgspec.structs.replace(
+            live,
+            flags=flags,
+            incompat=DIRTY_LOG if self.dirty_log else 0,
+            origin_size=self.origin_size,
+            nr_cblocks=self.nr_cblocks,
+            nr_mapped=self.nr_mapped,
+            nr_logged=self.nr_logged,
+            sync_area=area,
+            read_hits=statistics.read_hits,
+            read_misses=statistics.read_misses,
+            write_hits=statistics.write_hits,
+            write_misses=statistics.write_misses,
+        )
+        # What a clean shutdown has recorded does not hold any more. A new one is written, and
+        # vouched for, when the changes have been.
+        return with_shutdown(superblock, Shutdown(), nr_dirty=0)
+
+    def _writing_of(
+        self, shutdown: Shutdown | None
+    ) -> Callable[[CacheSuperblock], Steps[CacheSuperblock]]:
+        """Return what writes the records of a clean shutdown, if it is one."""
+        if shutdown is None:
+            return nothing_more
+        dirty = self.dirty[: self.nr_cblocks]
+        return lambda superblock: write_shutdown(superblock, shutdown, dirty)

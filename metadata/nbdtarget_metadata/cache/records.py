@@ -7,10 +7,10 @@ Theory of operation
 A cache block's **value** is 64 bits, 0 if it is not mapped:
 
     bits 16 to 63  oblock, the origin block that it holds
-    bit 1          LOGGED: it may be dirty, though nobody shut down cleanly (see `dirty_log` in cache.py)
+    bit 1          LOGGED: it may be dirty, though nobody shut down cleanly (see `dirty_log` in metadata.py)
     bit 0          VALID
 
-An arena holds a snapshot and a journal (records.py tells how they are chained):
+An arena holds a snapshot and a journal (log/chain.py tells how they are chained):
 
     SetEntries   pairs (cblock u32, value u64) in any order: what these blocks are now
     SetValues    values of the blocks from `begin` on; in snapshots only, ascending

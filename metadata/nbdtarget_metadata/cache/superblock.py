@@ -4,8 +4,8 @@
 block 0            4         4 + A     4 + 2 A       4 + 2 A + Y   4 + 2 A + 2 Y
       | superblocks | arena 0 | arena 1 | sync area 0 | sync area 1 | unused |
 
-A = 2 S + J, as a clone's (arena.py): S is the longest snapshot of `nr_cblocks_max` cache blocks, J
-what a journal has at least. Y is the most that a clean shutdown writes (cache_records.py). Both follow
+A = 2 S + J, as log/layout.py explains: S is the longest snapshot of `nr_cblocks_max` cache blocks, J
+what a journal has at least. Y is the most that a clean shutdown writes (records.py). Both follow
 from `nr_cblocks_max`, to which the cache may grow, and that from the device's size when it is formatted.
 A clean shutdown never overwrites the sync area that the superblock before it vouches for.
 """
@@ -63,7 +63,7 @@ DIRTY_LOG: Final = 1
 # Flag: no cached block has what the origin has not.
 ORIGIN_COMPLETE: Final = 4
 
-# Doubled while there are more than 2^14 of them; the last one may be short (cache_discards.py).
+# Doubled while there are more than 2^14 of them; the last one may be short (discards.py).
 NR_DBLOCKS_MAX: Final = (1 << 15) + 1
 
 

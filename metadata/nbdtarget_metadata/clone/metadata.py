@@ -27,7 +27,7 @@ States of one bit:
 What a crash leaves: exactly the bits of the newest superblock that is on disk: of the
 last acknowledged transaction, or of the one under way if its superblock got there.
 
-Space and compaction: see journaled.py. The snapshot is **fuzzy**: each chunk is copied when its
+Space and compaction: see commit.py. The snapshot is **fuzzy**: each chunk is copied when its
 turn comes, bits that no transaction holds yet included. That is sound. (1) Each bit in it was set before the
 switching commit's pre_commit, as the snapshot was finished then; so that commit's destination flush
 covers its data. (2) A bit that was set after its chunk was copied is in a transaction after
@@ -51,19 +51,18 @@ Context: nothing here blocks, waits or does I/O. Steps between two yields take m
 most. One thread.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Iterator
+from typing import Final, TypeAlias
 
+import msgspec
 from bitarray import bitarray
 
+from nbdtarget_metadata.clone.encoding import CloneEncoding, SavedChunks
 from nbdtarget_metadata.clone.load import load_bitmap, new_bitmap
 from nbdtarget_metadata.clone.records import (
-    CHUNK_REGIONS,
-    append_content,
+    Runs,
     append_runs,
-    encode_chunk,
     new_runs,
-    snapshot_blocks_max,
 )
 from nbdtarget_metadata.clone.superblock import (
     CLONE,
@@ -71,11 +70,15 @@ from nbdtarget_metadata.clone.superblock import (
     CloneSuperblock,
     arena_blocks_for,
     device_size_with,
+    first_superblock,
 )
-from nbdtarget_metadata.clone.transaction import CloneCompaction, Transaction
 from nbdtarget_metadata.errors import FailedMetadata, GeometryMismatch, ReadOnlyMetadata
-from nbdtarget_metadata.log.chain import Chain
-from nbdtarget_metadata.log.commit import JournaledMetadata
+from nbdtarget_metadata.log.commit import (
+    JournaledMetadata,
+    Taken,
+    Transaction,
+    nothing_more,
+)
 from nbdtarget_metadata.log.envelope import DIGEST_SIZE
 from nbdtarget_metadata.log.layout import (
     JOURNAL_BLOCKS_MIN,
@@ -92,13 +95,16 @@ from nbdtarget_metadata.log.superblock import (
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.operations import Steps
 
-__all__ = ["NR_REGIONS_MAX", "CloneMetadata", "Mode", "Transaction"]
+__all__ = ["NR_REGIONS_MAX", "CloneMetadata", "CloneTransaction", "Mode"]
 
 _RW: Final = Mode.RW
 _FAIL: Final = Mode.FAIL
 
 
-class CloneMetadata(JournaledMetadata):
+CloneTransaction: TypeAlias = Transaction[CloneSuperblock, Taken[Runs]]
+
+
+class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
     """The metadata of one clone. Made by `format` or `open`, which see.
 
     Attributes: those of `JournaledMetadata`, and
@@ -108,9 +114,6 @@ class CloneMetadata(JournaledMetadata):
         hydrated: the bitmap in core, changes that are not committed included. Look, don't touch.
         clean_shutdown: what the flag said when this was opened (true when just formatted).
     """
-
-    _superblock: CloneSuperblock
-    _transaction: Transaction | None
 
     def __init__(
         self,
@@ -122,7 +125,11 @@ class CloneMetadata(JournaledMetadata):
         notes: tuple[str, ...],
     ) -> None:
         super().__init__(
-            superblock, device_size=device_size, unhealed=unhealed, notes=notes
+            superblock,
+            CloneEncoding(hydrated),
+            device_size=device_size,
+            unhealed=unhealed,
+            notes=notes,
         )
         self.nr_regions = superblock.nr_regions
         self.region_size = superblock.region_size
@@ -131,9 +138,8 @@ class CloneMetadata(JournaledMetadata):
         self.nr_hydrated = superblock.nr_hydrated
         self.clean_shutdown = bool(superblock.flags & CLEAN_SHUTDOWN)
         self._active = new_runs()
-        # While a commit writes an exact snapshot: the chunks that changed before their turn.
-        self._saved: dict[int, bitarray] | None = None
-        self._save_from = 0
+        # While a commit under way writes the whole bitmap: keeps what changes before its turn.
+        self._saved: SavedChunks | None = None
 
     # Making and opening
 
@@ -166,30 +172,15 @@ class CloneMetadata(JournaledMetadata):
             leaves it formatted or `NotFormatted`.
         """
         nr_regions = _nr_regions(region_size, target_size)
-        assert len(uuid) == 16
+        assert len(uuid) == DIGEST_SIZE, "it stands where a digest does"
         arena_blocks = arena_blocks_for(nr_regions, device_size)
         yield from refuse_content(CLONE, device_size, arena_blocks)
-        superblock = CloneSuperblock(
-            generation=0,
-            uuid=bytes(uuid),
-            flags=CLEAN_SHUTDOWN,
-            compat=0,
-            ro_compat=0,
-            incompat=0,
-            nr_commits=0,
-            nr_compactions=0,
-            arena_blocks=arena_blocks,
-            arena=0,
-            snapshot_block=SUPERBLOCK_BLOCKS,
-            snapshot_blocks=0,
-            snapshot_digest=bytes(uuid),
-            journal_blocks=0,
-            journal_digest=bytes(uuid),
+        superblock = first_superblock(
+            bytes(uuid),
             region_size=region_size,
             target_size=target_size,
-            nr_hydrated=0,
+            arena_blocks=arena_blocks,
         )
-        assert len(uuid) == DIGEST_SIZE, "it stands where a digest does"
         hydrated = yield from new_bitmap(nr_regions)
         superblock = yield from format_superblocks(superblock)
         return cls(
@@ -318,13 +309,13 @@ class CloneMetadata(JournaledMetadata):
             if last < 0:
                 last = end
             if self._saved is not None:
-                self._save_chunks(first, last)
+                self._saved.save(first, last)
             bits[first:last] = True
             append_runs(self._active, first, last - first)
             self.nr_hydrated += last - first
             first = bits.find(0, last, end)
 
-    def pre_commit(self, *, clean_shutdown: bool = False) -> "Transaction | None":
+    def pre_commit(self, *, clean_shutdown: bool = False) -> CloneTransaction | None:
         """Take the changes made so far as one transaction; None if there is nothing to commit.
 
         Changes made from here on belong to the next. The caller then flushes the
@@ -346,9 +337,26 @@ class CloneMetadata(JournaledMetadata):
             raise ReadOnlyMetadata
         runs, self._active = self._active, new_runs()
         self._is_stop_begun = clean_shutdown
-        transaction = Transaction(self, runs, clean_shutdown=clean_shutdown)
-        self._transaction = transaction
+        # A commit that only heals superblock copies leaves standing what they say.
+        has_changed = bool(runs) or self._has_new_disks
+        flags = 0 if has_changed else self._superblock.flags & CLEAN_SHUTDOWN
+        if clean_shutdown:
+            flags = CLEAN_SHUTDOWN
+        superblock = msgspec.structs.replace(
+            self._superblock,
+            flags=flags,
+            # Between transactions, what is in core is what is committed and what this one takes.
+            nr_hydrated=self.nr_hydrated,
+        )
+        saved = SavedChunks(self.hydrated)
+        taken = Taken(runs, CloneEncoding(self.hydrated, saved.take))
+        transaction = self._begin(taken, superblock, nothing_more)
+        self._saved = saved if transaction.writes_snapshot else None
         return transaction
+
+    def committed(self, taken: Taken[Runs], superblock: CloneSuperblock) -> None:
+        super().committed(taken, superblock)
+        self._saved = None
 
     def abort(self) -> None:
         """Give up: a commit failed. Back to the last committed state, in mode RO.
@@ -359,13 +367,10 @@ class CloneMetadata(JournaledMetadata):
 
         Raises: FailedMetadata.
         """
-        if self.mode is _FAIL:
-            raise FailedMetadata
-        self.mode = Mode.RO
-        self._aborted = True
+        taken = self._give_up()
         runs = self._active
-        if self._transaction is not None:
-            runs = self._transaction.runs + runs
+        if taken is not None:
+            runs = taken.changes + runs
         for at in range(0, len(runs), 2):
             begin, count = runs[at], runs[at + 1]
             assert self.hydrated.find(0, begin, begin + count) < 0
@@ -373,50 +378,7 @@ class CloneMetadata(JournaledMetadata):
             self.nr_hydrated -= count
         assert self.nr_hydrated == self._superblock.nr_hydrated
         self._active = new_runs()
-        self._transaction = None
-        self._compaction = None
         self._saved = None
-
-    # Inside
-
-    def _new_compaction(self) -> CloneCompaction:
-        return CloneCompaction(self)
-
-    def _snapshot_blocks_max(self) -> int:
-        return snapshot_blocks_max(self.nr_regions)
-
-    def _chunk_bounds(self, chunk_nr: int) -> tuple[int, int]:
-        begin = chunk_nr * CHUNK_REGIONS
-        return begin, min(begin + CHUNK_REGIONS, self.nr_regions)
-
-    def _live_chunk(self, chunk_nr: int) -> bitarray:
-        begin, end = self._chunk_bounds(chunk_nr)
-        return self.hydrated[begin:end]
-
-    def _saved_chunk(self, chunk_nr: int) -> bitarray:
-        """Return the chunk as it was at pre_commit; from here on it may change."""
-        assert self._saved is not None
-        self._save_from = chunk_nr + 1
-        saved = self._saved.pop(chunk_nr, None)
-        return self._live_chunk(chunk_nr) if saved is None else saved
-
-    def _save_chunks(self, begin: int, end: int) -> None:
-        """Keep the chunks of [begin, end), about to change, for the commit that writes them."""
-        assert self._saved is not None
-        for chunk_nr in range(begin // CHUNK_REGIONS, -(-end // CHUNK_REGIONS)):
-            if chunk_nr >= self._save_from and chunk_nr not in self._saved:
-                self._saved[chunk_nr] = self._live_chunk(chunk_nr)
-
-    def _write_snapshot(
-        self, chain: Chain, generation: int, take: Callable[[int], bitarray]
-    ) -> Steps[None]:
-        """Append a snapshot of the bitmap, at most half a chunk's work at a step."""
-        for chunk_nr in range(-(-self.nr_regions // CHUNK_REGIONS)):
-            content = encode_chunk(self._chunk_bounds(chunk_nr)[0], take(chunk_nr))
-            if content is None or isinstance(content, tuple):
-                yield ()  # to look through half a megabyte was one step, to hash it is another
-            if content is not None:
-                yield append_content(chain, generation, content)
 
 
 def _nr_regions(region_size: int, target_size: int) -> int:

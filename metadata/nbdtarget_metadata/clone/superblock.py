@@ -20,6 +20,7 @@ from nbdtarget_metadata.log.layout import (
     NR_ARENAS,
 )
 from nbdtarget_metadata.log.superblock import (
+    CLEAN_SHUTDOWN,
     SUPERBLOCK_BLOCKS,
     Superblock,
     SuperblockType,
@@ -33,6 +34,7 @@ __all__ = [
     "arena_blocks_for",
     "check_device_size",
     "device_size_with",
+    "first_superblock",
 ]
 
 NR_REGIONS_MAX: Final = 1 << 31  # the kernel's: "Too many regions"
@@ -80,6 +82,33 @@ def check_device_size(superblock: CloneSuperblock, device_size: int) -> None:
     nr_blocks = SUPERBLOCK_BLOCKS + NR_ARENAS * superblock.arena_blocks
     if device_size < nr_blocks * BLOCK_SIZE:
         raise MetadataTooSmall(needed=nr_blocks * BLOCK_SIZE, given=device_size)
+
+
+def first_superblock(
+    uuid: bytes, *, region_size: int, target_size: int, arena_blocks: int
+) -> CloneSuperblock:
+    """Return the superblock of generation 0, in which no region is hydrated."""
+    return CloneSuperblock(
+        generation=0,
+        uuid=uuid,
+        flags=CLEAN_SHUTDOWN,
+        compat=0,
+        ro_compat=0,
+        incompat=0,
+        nr_commits=0,
+        nr_compactions=0,
+        arena_blocks=arena_blocks,
+        arena=0,
+        snapshot_block=SUPERBLOCK_BLOCKS,
+        snapshot_blocks=0,
+        # The first record names the uuid as its predecessor, so an empty chain ends with it.
+        snapshot_digest=uuid,
+        journal_blocks=0,
+        journal_digest=uuid,
+        region_size=region_size,
+        target_size=target_size,
+        nr_hydrated=0,
+    )
 
 
 def _check_clone(superblock: CloneSuperblock) -> None:

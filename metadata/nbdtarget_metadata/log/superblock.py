@@ -42,7 +42,7 @@ is acknowledged on the strength of a single copy.
 Opening begins with a flush: after a kill (not a power cut) what we read may lie in a cache that
 no flush of ours has covered, and an acknowledgement could rest on it. After an I/O error in the
 same boot even that is not enough: a cache may show, and call clean, what never reached the disk.
-So whoever opens takes both slots for unhealed (journaled.py), and the first resume rewrites them.
+So whoever opens takes both slots for unhealed (commit.py), and the first resume rewrites them.
 The first of these commits writes nothing but its superblock, and copy 0 before copy 1. Thus an X that
 was an N, and that can be read again later, is overwritten before what it vouches for is.
 

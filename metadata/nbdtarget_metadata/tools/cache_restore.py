@@ -12,23 +12,16 @@ import msgspec
 from bitarray import bitarray
 
 from nbdtarget_metadata.cache.content import CacheContent
-from nbdtarget_metadata.cache.load import Discarded, load
-from nbdtarget_metadata.cache.records import LOGGED, Words
+from nbdtarget_metadata.cache.encoding import CacheEncoding
+from nbdtarget_metadata.cache.load import load
+from nbdtarget_metadata.cache.records import LOGGED
+from nbdtarget_metadata.cache.shutdown import Shutdown, other_area, write_shutdown
 from nbdtarget_metadata.cache.superblock import (
     CACHE,
     DIRTY_LOG,
-    NO_POLICY,
-    NR_SYNC_AREAS,
     CacheSuperblock,
-    PolicyIdentity,
     first_superblock,
     layout_for,
-)
-from nbdtarget_metadata.cache.transaction import (
-    Shutdown,
-    sync_chain,
-    write_snapshot,
-    write_sync,
 )
 from nbdtarget_metadata.log.layout import new_chain
 from nbdtarget_metadata.log.superblock import (
@@ -71,12 +64,12 @@ def restore_cache(
         content, arena_blocks=layout.arena_blocks, nr_cblocks_max=layout.nr_cblocks_max
     )
     chain = new_chain(superblock, 0, 0)
-    yield from write_snapshot(chain, superblock.generation, content.values)
+    encoding = CacheEncoding(content.values, superblock.nr_cblocks_max)
+    yield from encoding.snapshot(chain, superblock.generation)
     superblock = with_snapshot(superblock, chain)
     if content.flags & CLEAN_SHUTDOWN:
-        superblock = yield from _write_shutdown(
-            superblock, content.policy, content.hints, content.discarded, content.dirty
-        )
+        shutdown = Shutdown(content.policy, content.hints, content.discarded)
+        superblock = yield from write_shutdown(superblock, shutdown, content.dirty)
     return (yield from write_generations(superblock, content.generation))
 
 
@@ -107,8 +100,8 @@ def record_written_back(
         yield Flush()
     area = superblock.sync_area
     if superblock.flags & CLEAN_SHUTDOWN:
-        area = (area + 1) % NR_SYNC_AREAS
-    after = yield from _write_shutdown(
+        area = other_area(area)
+    after = yield from write_shutdown(
         msgspec.structs.replace(
             superblock,
             generation=superblock.generation + 1,
@@ -117,42 +110,13 @@ def record_written_back(
             sync_area=area,
             disks=disks,
         ),
-        superblock.policy,
-        loaded.hints,
-        loaded.discarded,
+        Shutdown(superblock.policy, loaded.hints, loaded.discarded),
         loaded.dirty & ~written_back,
     )
     yield Flush()
     yield from write_superblock(after)
     yield Flush()
     return after
-
-
-def _write_shutdown(
-    superblock: CacheSuperblock,
-    policy: PolicyIdentity,
-    hints: Words | None,
-    discarded: Discarded | None,
-    dirty: bitarray,
-) -> Steps[CacheSuperblock]:
-    """Write the records of a clean shutdown; return the superblock that vouches for them."""
-    chain = sync_chain(superblock, superblock.sync_area)
-    begin = chain.block
-    if hints is None:
-        policy = NO_POLICY
-    shutdown = Shutdown(policy, hints, discarded)
-    yield from write_sync(chain, superblock.generation, dirty, shutdown)
-    return msgspec.structs.replace(
-        superblock,
-        nr_dirty=dirty.count(),
-        sync_blocks=chain.block - begin,
-        sync_digest=chain.digest,
-        policy_name=policy.name,
-        policy_version=policy.version,
-        hint_size=policy.hint_size,
-        discard_block_size=discarded.block_size if discarded is not None else 0,
-        nr_dblocks=len(discarded.bits) if discarded is not None else 0,
-    )
 
 
 def _superblock_of(

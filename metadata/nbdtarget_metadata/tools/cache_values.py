@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What records of a cache's arena say, believed or not, and which mappings cannot be. For offline tools.
 
-`load` (cache_load.py) refuses the whole for the first thing that is wrong. Here one goes on.
+`load` (cache/load.py) refuses the whole for the first thing that is wrong. Here one goes on.
 """
 
 import struct

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write complete clone metadata from its content, in the order of restore.py."""
 
+import msgspec
+
 from nbdtarget_metadata.clone.content import CloneContent
-from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock, arena_blocks_for
+from nbdtarget_metadata.clone.encoding import CloneEncoding
+from nbdtarget_metadata.clone.superblock import (
+    CLONE,
+    CloneSuperblock,
+    arena_blocks_for,
+    first_superblock,
+)
 from nbdtarget_metadata.log.layout import new_chain
 from nbdtarget_metadata.log.superblock import (
     RO_COMPAT_KNOWN,
-    SUPERBLOCK_BLOCKS,
 )
 from nbdtarget_metadata.operations import Steps
 from nbdtarget_metadata.tools.restore import (
@@ -38,38 +44,26 @@ def restore_clone(
     nr_regions = len(content.hydrated)
     arena_blocks = arena_blocks_for(nr_regions, device_size)
     yield from make_room(CLONE, device_size, arena_blocks, overwrite=overwrite)
-    superblock = CloneSuperblock(
+    first = first_superblock(
+        content.uuid,
+        region_size=content.region_size,
+        target_size=content.target_size,
+        arena_blocks=arena_blocks,
+    )
+    superblock = msgspec.structs.replace(
+        first,
+        # Of the records: G - 1 vouches for them as well.
         generation=content.generation - 1,
-        uuid=content.uuid,
         flags=content.flags,
         compat=content.compat,
         ro_compat=content.ro_compat,
-        incompat=0,
         nr_commits=content.nr_commits,
         nr_compactions=content.nr_compactions,
-        arena_blocks=arena_blocks,
-        arena=0,
-        snapshot_block=SUPERBLOCK_BLOCKS,
-        snapshot_blocks=0,
-        snapshot_digest=content.uuid,
-        journal_blocks=0,
-        journal_digest=content.uuid,
-        region_size=content.region_size,
-        target_size=content.target_size,
         nr_hydrated=content.hydrated.count(),
         disks=content.disks,
     )
     assert superblock.nr_regions == nr_regions
-    metadata = CloneMetadata(
-        superblock=superblock,
-        hydrated=content.hydrated,
-        device_size=device_size,
-        unhealed=frozenset(),
-        notes=(),
-    )
     chain = new_chain(superblock, 0, 0)
-    yield from metadata._write_snapshot(
-        chain, superblock.generation, metadata._live_chunk
-    )
+    yield from CloneEncoding(content.hydrated).snapshot(chain, superblock.generation)
     superblock = with_snapshot(superblock, chain)
     return (yield from write_generations(superblock, content.generation))

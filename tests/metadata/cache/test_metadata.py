@@ -142,7 +142,7 @@ def test_insertion_needs_the_cache_flushed_and_a_clean_one_the_origin_it_was_cop
     metadata.insert(3, 9, dirty=is_dirty)
     transaction = metadata.pre_commit()
     assert transaction is not None
-    assert transaction.flushes == flushes
+    assert transaction.taken.flushes == flushes
 
 
 def test_removal_needs_the_origin_flushed(
@@ -153,7 +153,7 @@ def test_removal_needs_the_origin_flushed(
     metadata.remove(3)
     second = metadata.pre_commit()
     assert second is not None
-    assert second.flushes == FLUSH_ORIGIN
+    assert second.taken.flushes == FLUSH_ORIGIN
 
 
 def test_cache_block_is_not_reused_before_its_removal_is_committed(
@@ -215,7 +215,7 @@ def test_clean_shutdown_records_everything(
 def test_clean_shutdown_needs_both_devices_flushed(metadata: CacheMetadata) -> None:
     transaction = metadata.pre_commit(clean_shutdown=True)
     assert transaction is not None
-    assert transaction.flushes == FLUSH_CACHE | FLUSH_ORIGIN
+    assert transaction.taken.flushes == FLUSH_CACHE | FLUSH_ORIGIN
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_block_turns_dirty_only_after_that_is_durable(
     logged.log_dirty(4)
     transaction = logged.pre_commit()
     assert transaction is not None
-    assert transaction.flushes == 0
+    assert transaction.taken.flushes == 0
     assert not logged.may_dirty(3)
     finish(store, transaction)
     assert logged.may_dirty(3)
@@ -501,7 +501,7 @@ def test_cleaned_block_is_taken_back_by_a_commit_that_flushes_the_origin(
     logged.remove(5)
     transaction = logged.pre_commit()
     assert transaction is not None
-    assert transaction.flushes & FLUSH_ORIGIN
+    assert transaction.taken.flushes & FLUSH_ORIGIN
     assert not logged.may_dirty(3)
     finish(store, transaction)
     assert (dirty(open_on(store)), logged.nr_logged) == (set(), 0)
@@ -533,7 +533,7 @@ def test_log_is_cleared_on_demand(store: Store, logged: CacheMetadata) -> None:
     logged.clear_log()
     transaction = logged.pre_commit()
     assert transaction is not None
-    assert transaction.flushes == FLUSH_CACHE | FLUSH_ORIGIN
+    assert transaction.taken.flushes == FLUSH_CACHE | FLUSH_ORIGIN
     finish(store, transaction)
     assert not logged.changed
     assert dirty(open_on(store)) == set()

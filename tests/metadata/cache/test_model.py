@@ -168,7 +168,7 @@ class CacheModel(RuleBasedStateMachine):
         if self.transaction is not None:
             finish(self.store, self.transaction)
             self.committed = self.taken
-            if not self.transaction.heals:
+            if not self.transaction.taken.only_rewrites:
                 self.recorded = set(self.dirty) if self.syncs else None
         self.transaction = None
 

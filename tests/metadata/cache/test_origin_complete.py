@@ -105,7 +105,7 @@ def test_it_is_said_once_the_last_dirty_block_is_home_and_flushed() -> None:
     assert metadata.changed
     transaction = metadata.pre_commit()
     assert transaction is not None
-    assert transaction.flushes & FLUSH_ORIGIN
+    assert transaction.taken.flushes & FLUSH_ORIGIN
     finish(store, transaction)
     assert not metadata.changed
     assert open_on(store).gives_up_mappings
@@ -128,7 +128,7 @@ def test_a_block_that_turns_dirty_all_the_same_takes_it_back() -> None:
     metadata.set_clean(3)
     transaction = metadata.pre_commit()
     assert transaction is not None
-    assert transaction.completes
+    assert transaction.taken.says_complete
     assert not metadata.vouches_for(3), "it is about to say so"
     finish(store, transaction)
 

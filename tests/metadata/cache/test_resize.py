@@ -93,7 +93,7 @@ def test_cache_shrinks_to_a_prefix_for_good(
     drive(store, metadata.resize_cache(20))
     transaction = metadata.pre_commit()
     assert transaction is not None
-    assert transaction.flushes == FLUSH_ORIGIN
+    assert transaction.taken.flushes == FLUSH_ORIGIN
     finish(store, transaction)
     opened = open_on(store)
     assert (opened.nr_cblocks, mapped(opened)) == (20, {19: 9})

@@ -13,8 +13,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.clone.transaction import Transaction
+from nbdtarget_metadata.clone.metadata import CloneMetadata, CloneTransaction
 from nbdtarget_metadata.errors import ReadOnlyMetadata
 from nbdtarget_metadata.mode import Mode
 from nbdtarget_metadata.operations import Operation, Steps
@@ -37,7 +36,7 @@ class CloneModel(RuleBasedStateMachine):
         self.taken: set[int] | None = None
         self.committed: set[int] = set()
         self.aborted = False
-        self.transaction: Transaction | None = None
+        self.transaction: CloneTransaction | None = None
         self.compaction: Steps[None] | None = None
         self.metadata: CloneMetadata
 

@@ -5,10 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.metadata import CloneMetadata, CloneTransaction
 from nbdtarget_metadata.clone.records import snapshot_blocks_max
 from nbdtarget_metadata.clone.superblock import device_size_with
-from nbdtarget_metadata.clone.transaction import Transaction
 from nbdtarget_metadata.errors import FailedMetadata, MetadataError, ReadOnlyMetadata
 from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN
 from nbdtarget_metadata.operations import Flush, Write
@@ -211,7 +210,7 @@ def test_no_compaction_while_a_superblock_has_one_good_copy(
 # Ends
 
 
-STEPS: list[Callable[[Store, Transaction], None]] = [
+STEPS: list[Callable[[Store, CloneTransaction], None]] = [
     lambda store, transaction: drive(store, transaction.journal()),
     lambda store, transaction: drive(store, transaction.superblock()),
     lambda store, transaction: transaction.done(),
@@ -333,7 +332,7 @@ def test_compaction_catches_up_with_what_is_committed_meanwhile(
     transaction = metadata.pre_commit()
     assert transaction is not None
     assert transaction.moves
-    assert len(transaction._to_journal) <= 2 * (CATCH_UP_RUNS + 1)
+    assert len(transaction._place.to_journal) <= 2 * (CATCH_UP_RUNS + 1)
     finish(store, transaction)
     assert open_on(store, target_size=target_size).hydrated == metadata.hydrated
 
@@ -448,7 +447,7 @@ def test_switch_that_would_not_fit_stays_in_the_old_arena() -> None:
         metadata.set_hydrated(region_nr, region_nr + 1)
     transaction = metadata.pre_commit()
     assert transaction is not None
-    assert transaction._whole
+    assert transaction.writes_snapshot
     finish(store, transaction)
     opened = open_on(store, target_size=target_size)
     assert opened.hydrated == metadata.hydrated

@@ -5,8 +5,7 @@ from functools import cache
 
 import pytest
 
-from nbdtarget_metadata.clone import metadata as clone
-from nbdtarget_metadata.clone import records
+from nbdtarget_metadata.clone import encoding, records
 from nbdtarget_metadata.clone.load import load_bitmap, new_bitmap
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.clone.superblock import (
@@ -127,7 +126,7 @@ def used_image() -> tuple[bytes, CloneSuperblock]:
     """Return an image with a snapshot of several records and a journal, and its superblock."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "CHUNK_BYTES", 64)
-        patch.setattr(clone, "CHUNK_REGIONS", 512)
+        patch.setattr(encoding, "CHUNK_REGIONS", 512)
         world = World(0)
         world.run(100)
         while True:

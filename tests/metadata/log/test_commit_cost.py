@@ -12,12 +12,11 @@ from typing import Final, Literal, TypeVar
 import pytest
 from bitarray import bitarray, util
 
-from nbdtarget_metadata.clone import load, records
-from nbdtarget_metadata.clone import metadata as clones
+from nbdtarget_metadata.clone import encoding, load, records
 from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.clone.transaction import CATCH_UP_RUNS_MAX
 from nbdtarget_metadata.log import chain, envelope
 from nbdtarget_metadata.log.chain import CHUNK_BYTES, STEP_BLOCKS
+from nbdtarget_metadata.log.commit import CATCH_UP_MAX
 from nbdtarget_metadata.operations import Answer, Flush, Operation, Read, Steps, Write
 
 NR_REGIONS: Final = 1 << 28
@@ -138,7 +137,7 @@ def test_commit_writes_what_changed_beside_a_compaction_too() -> None:
             clone.change()
             commits.append(clone.commit())
     assert snapshot > NR_REGIONS // 8
-    assert len(commits) > 10 * CATCH_UP_RUNS_MAX // CHANGES
+    assert len(commits) > 10 * CATCH_UP_MAX // CHANGES
     for _ in range(2):
         clone.change()
         commits.append(clone.commit())
@@ -208,7 +207,7 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
         meter.add(length // 8)
         return zeros(length, endian)
 
-    monkeypatch.setattr(clones, "encode_chunk", encode_chunk)
+    monkeypatch.setattr(encoding, "encode_chunk", encode_chunk)
     monkeypatch.setattr(chain, "seal_in_place", seal_in_place)
     monkeypatch.setattr(chain, "open_envelope", open_envelope)
     monkeypatch.setattr(load, "zeros", new_zeros)

@@ -16,8 +16,9 @@ import msgspec
 import pytest
 from bitarray import bitarray
 
+from nbdtarget_metadata.cache import encoding as cache_encoding
 from nbdtarget_metadata.cache import records as cache_records
-from nbdtarget_metadata.cache import transaction as cache_transaction
+from nbdtarget_metadata.cache import shutdown
 from nbdtarget_metadata.cache.load import Discarded
 from nbdtarget_metadata.cache.metadata import CacheMetadata, Statistics
 from nbdtarget_metadata.cache.superblock import (
@@ -157,7 +158,7 @@ class Life:
             self.store.do(write)
         if copies:
             acknowledged = self.metadata._superblock
-            self.metadata._superblock = transaction._next
+            self.metadata._superblock = transaction._superblock
             self.note()
             self.metadata._superblock = acknowledged
 
@@ -271,8 +272,8 @@ def cache_ages() -> dict[str, CacheAged]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_records, "ENTRIES_PER_RECORD_MAX", 10)
-        patch.setattr(cache_transaction, "CHUNK_CBLOCKS", 16)
-        patch.setattr(cache_transaction, "CHUNK_BYTES", 128)
+        patch.setattr(cache_encoding, "CHUNK_CBLOCKS", 16)
+        patch.setattr(shutdown, "CHUNK_BYTES", 128)
         for live in _AGES:
             life = Life()
             live(life)

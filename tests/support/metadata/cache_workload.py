@@ -365,10 +365,10 @@ class CacheWorld:
         self.nr_moves += transaction.moves
         self.nr_overtaken += transaction.moves and self.compaction is not None
         self.nr_clean += clean
-        self.nr_healed += transaction.heals
-        state = self._state(clean=clean or transaction.heals)
+        self.nr_healed += transaction.taken.only_rewrites
+        state = self._state(clean=clean or transaction.taken.only_rewrites)
         self.expected[transaction.generation] = state
-        flushes = transaction.flushes & ~self.mutant.flushes_ignored
+        flushes = transaction.taken.flushes & ~self.mutant.flushes_ignored
         if rng.random() < 0.3:  # somebody waits for a FLUSH
             flushes |= FLUSH_CACHE | FLUSH_ORIGIN
             self.promises = self.latest.copy()

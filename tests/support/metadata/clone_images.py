@@ -15,8 +15,7 @@ import msgspec
 import pytest
 from bitarray import bitarray
 
-from nbdtarget_metadata.clone import metadata as clone
-from nbdtarget_metadata.clone import records
+from nbdtarget_metadata.clone import encoding, records
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.clone.superblock import CloneSuperblock
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE, HEADER_SIZE
@@ -215,7 +214,7 @@ def ages() -> dict[str, Aged]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "CHUNK_BYTES", 64)
-        patch.setattr(clone, "CHUNK_REGIONS", 512)
+        patch.setattr(encoding, "CHUNK_REGIONS", 512)
         for live in _AGES:
             life = Life()
             live(life)

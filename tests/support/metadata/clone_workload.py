@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from bitarray import bitarray
 from bitarray.util import zeros
 
-from nbdtarget_metadata.clone.metadata import CloneMetadata
+from nbdtarget_metadata.clone.metadata import CloneMetadata, CloneTransaction
 from nbdtarget_metadata.clone.superblock import device_size_with
-from nbdtarget_metadata.clone.transaction import Transaction
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
 from nbdtarget_metadata.log.layout import JOURNAL_BLOCKS_MIN
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS
@@ -135,7 +134,7 @@ class World:
         self.journal: Process | None = None
         self.superblock: Process | None = None
         self.compaction: Process | None = None
-        self.transaction: Transaction | None = None
+        self.transaction: CloneTransaction | None = None
         self.flush_of: bitarray | None = None
 
     # Events

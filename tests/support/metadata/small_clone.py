@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small clone on a `Store`, and how to commit it."""
 
-from nbdtarget_metadata.clone.metadata import CloneMetadata
-from nbdtarget_metadata.clone.transaction import Transaction
+from nbdtarget_metadata.clone.metadata import CloneMetadata, CloneTransaction
 from tests.support.metadata.store import Store, drive
 
 REGION_SIZE = 4096
@@ -31,7 +30,7 @@ def open_on(
     return drive(store, steps)
 
 
-def finish(store: Store, transaction: Transaction | None) -> None:
+def finish(store: Store, transaction: CloneTransaction | None) -> None:
     assert transaction is not None
     drive(store, transaction.journal())
     drive(store, transaction.superblock())
