@@ -252,19 +252,37 @@ class Connection:
             self._gate().leave(self)
         if not self._is_shutting_down:
             self._flow.moved()
-            self._drain_timed_out()
+            self._watch_replies()
 
-    def _drain_timed_out(self) -> None:
-        """Close if the client does not take its replies. If no reply is due, look again later."""
+    def _watch_replies(self) -> None:
+        """Look after `stall_timeout_s` whether the client has said DISC and does not take its replies."""
+        if self._timer is None:
+            self._timer = self._shared.clock.call_later(
+                self._limits.stall_timeout_s, self._replies_timed_out
+            )
+
+    def _replies_timed_out(self) -> None:
+        """Close if the client has said DISC and does not take its replies. Otherwise look again later."""
+        self._timer = None
+        if self.state == TRANSMISSION and not self._output.is_blocked:
+            return  # `flush` calls again
         waited_ns = self._shared.clock.now_ns() - self._flow.progress_ns
         left_s = self._limits.stall_timeout_s - waited_ns / 1e9
-        if left_s <= 0 and self._output.is_blocked:
+        if left_s > 0:
+            again = self._replies_timed_out
+            self._timer = self._shared.clock.call_later(left_s, again)
+        elif self._output.is_blocked and self._has_said_disc():
             log.info("%s: has left and does not take its replies", self.peer)
             self.abort()
-            return
-        self._stop_timer()
-        left_s = left_s if left_s > 0 else self._limits.stall_timeout_s
-        self._timer = self._shared.clock.call_later(left_s, self._drain_timed_out)
+        else:
+            self._watch_replies()
+
+    def _has_said_disc(self) -> bool:
+        """Whether the client wants to leave. Its DISC may stand behind requests that a bound keeps from being served."""
+        if self.state != TRANSMISSION:
+            return self.state == DRAINING
+        assert self._input is not None
+        return self._input.ends_with_disc()
 
     def _maybe_finish(self) -> None:
         """Close, if that is all that is left to do."""
@@ -343,6 +361,8 @@ class Connection:
             self._flow.moved()
             self._shared.loop.add_writer(self._fd, self._writable)
             self._is_writing = True
+            if self.state == TRANSMISSION:
+                self._watch_replies()
         elif all_left:
             if self._is_writing:
                 self._shared.loop.remove_writer(self._fd)

@@ -24,11 +24,12 @@ from nbdtarget.server.flow import IN_LINE, Flow
 from nbdtarget.server.large_write import LargeWrite
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.output import Output
-from nbdtarget_protocol.consts import CMD_WRITE, REQUEST
+from nbdtarget_protocol.consts import CMD_DISC, CMD_WRITE, REQUEST, REQUEST_MAGIC
 
 __all__ = ["Input"]
 
 COMPACT_MAX: Final = 4 << 10  # so much is moved to the front of the buffer at once
+PEEK_MAX: Final = 16 << 20  # more than a socket holds
 
 _HEADER: Final = REQUEST.size
 _unpack: Final = REQUEST.unpack_from
@@ -148,6 +149,21 @@ class Input:
         """Drop the next `nr_bytes`, the rest of the payload of a refused WRITE; then send `reply`."""
         self._skip = nr_bytes
         self._skip_reply = reply
+
+    def ends_with_disc(self) -> bool:
+        """Whether the last thing that the client has sent is a DISC, as far as it can be seen from here.
+
+        Requests may lie in front of it, here and in the socket, that a bound keeps from being served.
+        """
+        try:
+            unread = self._sock.recv(PEEK_MAX, socket.MSG_PEEK)
+        except BlockingIOError:
+            unread = b""
+        last = (bytes(self.view[self.begin : self.end][-_HEADER:]) + unread)[-_HEADER:]
+        if len(last) < _HEADER:
+            return False
+        magic, _, command, _, _, _ = _unpack(last)
+        return bool(magic == REQUEST_MAGIC and command == CMD_DISC)
 
     def close(self) -> LargeWrite | None:
         """Nothing is received any more. Return the WRITE whose payload was being received, if there is one."""

@@ -55,6 +55,7 @@ class Limits:
             only by what lay in the receive buffer already.
         turn_us, turn_bytes_max: how long, and how many bytes of large READs and WRITEs, one
             connection is served in one turn of the loop; 0 us: only bytes count.
+        read_slice: a longer READ is sent to the device in slices of so many bytes, one in each turn of the loop.
         payload_step: a large WRITE takes so much of `bytes_total_max` at a time, as its payload comes.
         progress_bytes: who sends less of a payload in `stall_timeout_s` has sent nothing.
         payload_max: of one READ or WRITE.
@@ -86,6 +87,7 @@ class Limits:
     send_queue_max: int = 4096
     turn_us: int = 2000
     turn_bytes_max: int = 16 << 20
+    read_slice: int = 4 << 20
     payload_step: int = 256 << 10
     progress_bytes: int = 64 << 10
     payload_max: int = 64 << 20

@@ -12,8 +12,11 @@ batch, and no object is made for any reply in it.
 `flush` sends [base, end) when nothing waits before it. What the socket does not take goes
 to the *queue* (`base` moves to `end`), in front of later replies; the arena starts again at 0
 when the queue is empty. Replies that do not come from the arena (late ones, large ones) are
-`push`ed to the queue at once. Order among replies is free, but a reply that has begun
+`push`ed to the queue at once. The order of replies is free, but a reply that has begun
 is never interrupted.
+
+A client that reads as fast as we send could keep `flush` busy for 64 MiB. So one call sends FLUSH_MAX bytes of the
+queue, or a little more; then the output counts as blocked, and goes on when the loop says that the socket is writable.
 
 Large READs have a buffer of their own from the `BufferPool`, with room for the header in
 front of the data, so that each is one piece. A buffer goes back to the pool when it has left.
@@ -31,6 +34,7 @@ from nbdtarget.server.limits import Limits
 
 __all__ = ["Output", "is_gone"]
 
+FLUSH_MAX: Final = 4 << 20  # bytes of the queue that one `flush` sends
 GATHER_MAX: Final = 64  # pieces of one sendmsg; the kernel's own bound is 1024
 
 
@@ -42,7 +46,7 @@ class Output:
         base, end: see the module head; only this class writes them, and `packed_to` says what was packed.
         nr_queued: bytes in the queue.
         end_max: above, the arena has no room for one more reply.
-        is_blocked: the socket took less than it was given; call `flush` when it is writable.
+        is_blocked: the socket took less than it was given, or enough was sent; call `flush` when it is writable.
     """
 
     __slots__ = (
@@ -152,13 +156,18 @@ class Output:
 
     def _flush_queue(self) -> bool:
         queue = self._queue
+        left = FLUSH_MAX
         while queue:
+            if left <= 0:
+                self.is_blocked = True
+                return False
             try:
                 sent = self._sendmsg([entry[0] for entry in islice(queue, GATHER_MAX)])
             except BlockingIOError:
                 self.is_blocked = True
                 return False
             self.nr_queued -= sent
+            left -= sent
             while queue:
                 view, charge, buffer = queue[0]
                 if sent < len(view):

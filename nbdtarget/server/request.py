@@ -24,3 +24,5 @@ class Request(NamedTuple):
     offset: int  # as asked for: a target moves `bio.offset` on its way down
     charge: int  # bytes of budget
     buffer: Buffer | None  # pooled, holds the bio's payload
+    # Of a READ that was looked through already: whether all of it is zeroes.
+    zeroes: bool | None = None

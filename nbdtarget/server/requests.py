@@ -57,6 +57,7 @@ from nbdtarget.server.output import Output
 from nbdtarget.server.replies import encode_error, pack_read, push_read
 from nbdtarget.server.request import WRITING, Request, Violation
 from nbdtarget.server.shared import Host, Shared
+from nbdtarget.server.sliced_read import SlicedRead
 from nbdtarget_protocol.consts import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
@@ -84,6 +85,7 @@ from nbdtarget_protocol.transmission import (
     PAYLOAD_DISCONNECT,
     ServerTransmission,
     none_chunk,
+    offset_hole,
     simple_reply,
     wire_errno,
 )
@@ -363,8 +365,7 @@ class Requests:
         elif not self._admit(length if command == CMD_READ else 0):
             return -1
         elif command == CMD_READ:
-            request, payload = self._take_memory(cookie, command, flags, offset, length)
-            self._start(Bio(OP_READ, offset, length, payload, 0, self._ended, request))
+            self._start_read(cookie, flags, offset, length)
         elif command == CMD_BLOCK_STATUS:
             self._flow.begin_request(0)
             self._tasks.start(self._block_status(flags, cookie, offset, length))
@@ -424,14 +425,28 @@ class Requests:
         source.expect(LargeWrite(bio, buffer, charge, len(here), self._flow, step))
         return source.end
 
-    def _take_memory(
-        self, cookie: int, command: int, flags: int, offset: int, length: int
-    ) -> tuple[Request, memoryview]:
-        """Take a buffer for `length` bytes of payload, and count it."""
+    def _start_read(self, cookie: int, flags: int, offset: int, length: int) -> None:
+        """Start a READ that has a buffer of its own."""
         buffer = self._shared.pool.take(length)
         self._flow.take(len(buffer))
-        request = Request(cookie, command, flags, offset, len(buffer), buffer)
-        return request, memoryview(buffer)[HEADER_ROOM : HEADER_ROOM + length]
+        request = Request(cookie, CMD_READ, flags, offset, len(buffer), buffer)
+        payload = memoryview(buffer)[HEADER_ROOM : HEADER_ROOM + length]
+        bio = Bio(OP_READ, offset, length, payload, 0, self._ended, request)
+        slice_max = self._limits.read_slice
+        if length <= slice_max:
+            self._start(bio)
+            return
+        self._flow.begin_request(0)
+        looks = length >= self._zero_min and not flags & CMD_FLAG_DF
+        SlicedRead(bio, slice_max, self, self._shared.turns, looks=looks).go_on()
+
+    def submit_slice(self, bio: Bio) -> None:
+        self._in_flight.add(bio)
+        self._submit(bio)
+
+    def slice_ended(self, bio: Bio) -> int:
+        self._in_flight.discard(bio)
+        return bio.status or (errnos.ESHUTDOWN if self._host.is_closed else 0)
 
     def _give_back(self, request: Request) -> None:
         self._flow.give_back(request.charge, request.buffer)
@@ -446,7 +461,7 @@ class Requests:
 
     def _make_bio(self, request: Request, length: int) -> Bio:
         """Make a bio without payload; a FLUSH also tells what the device has lost meanwhile."""
-        _, command, flags, offset, _, _ = request
+        command, flags, offset = request.command, request.flags, request.offset
         if command != CMD_FLUSH:
             op, bio_flags = OPS[command], bio_flags_of(command, flags)
             return Bio(op, offset, length, None, bio_flags, self._ended, request)
@@ -534,10 +549,15 @@ class Requests:
 
     def _reply_read(self, bio: Bio, request: Request) -> None:
         """Answer a READ from its own buffer."""
-        cookie, _, flags, offset, charge, buffer = request
+        cookie, _, flags, offset, charge, buffer, zeroes = request
         assert not isinstance(buffer, mmap)
-        zero_min = self._zero_min if not flags & CMD_FLAG_DF else 1 << 62
-        how = cookie, offset, self._transmission.structured, zero_min
+        if zeroes:
+            self._output.push(offset_hole(cookie, offset, bio.length, done=True))
+            self._give_back(request)
+            return
+        looks = zeroes is None and not flags & CMD_FLAG_DF
+        zero_min = self._zero_min if looks else 1 << 62
+        how = cookie, offset, self._structured, zero_min
         if push_read(self._output, bio, how, (charge, buffer)):
             self._give_back(request)
 

@@ -115,11 +115,13 @@ class SimSocket:
 
     # ---- data ----
 
-    def recv(self, length: int) -> bytes:
+    def recv(self, length: int, flags: int = 0) -> bytes:
+        assert flags in (0, socket.MSG_PEEK)
         data = self._in.data
         taken = self._may_take(length)
         piece = bytes(data[:taken])
-        del data[:taken]
+        if not flags:
+            del data[:taken]
         return piece
 
     def recv_into(self, buffer: memoryview | bytearray) -> int:

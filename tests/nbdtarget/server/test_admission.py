@@ -130,6 +130,37 @@ async def test_a_client_that_leaves_and_does_not_take_its_replies_is_closed(
     await served.until_connections(0)
 
 
+@pytest.mark.parametrize("length", [512, 64 << 10, 8 * MIB])
+async def test_a_client_that_sends_many_reads_then_disc_and_takes_no_reply_is_closed(
+    served: Served, length: int
+) -> None:
+    """The DISC stands behind READs that are not served, because the client takes no replies."""
+    served.limits = replace(served.limits, stall_timeout_s=0.1, socket_buffer=64 << 10)
+    served.directory.devices["disk"] = disk = Disk(8 * MIB)
+    disk.data[:] = b"x" * len(disk.data)
+    peer = await served.attach()
+    other = await served.attach()
+    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a read transport
+    nr = max(100, 4 * MIB // length)
+    peer.writer.write(b"".join(peer.request(c.CMD_READ, 0, length) for _ in range(nr)))
+    peer.send(c.CMD_DISC)
+    await served.until_connections(1)
+    assert (await other.ask(c.CMD_READ, 0, 512)).error == 0
+
+
+async def test_a_client_that_takes_no_replies_and_stays_is_left_alone(
+    served: Served,
+) -> None:
+    served.limits = replace(served.limits, stall_timeout_s=0.05, socket_buffer=64 << 10)
+    peer = await served.attach()
+    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a read transport
+    for _ in range(300):
+        peer.send(c.CMD_READ, 0, 64 << 10)
+    await asyncio.sleep(0.3)
+    peer.writer.transport.resume_reading()  # type: ignore[attr-defined]  # the same
+    assert {(await peer.reply()).cookie for _ in range(300)} == set(range(1, 301))
+
+
 async def test_a_client_that_leaves_while_its_disk_is_slow_gets_its_replies(
     served: Served,
 ) -> None:

@@ -102,6 +102,21 @@ def test_a_batch_is_more_than_one_request(ends: Ends) -> None:
         assert ends.input.is_batch == is_batch
 
 
+@pytest.mark.parametrize("nr_received", [0, 10, 28, 56, 60, 84])
+def test_a_disc_is_seen_behind_requests_that_were_not_served(
+    ends: Ends, nr_received: int
+) -> None:
+    read = c.REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, 1, 0, 4096)
+    disc = c.REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_DISC, 1, 0, 0)
+    stream = read + read + disc
+    ends.input.put(stream[:nr_received])
+    assert not ends.input.ends_with_disc() or nr_received == len(stream)
+    ends.client.send(stream[nr_received:])
+    assert ends.input.ends_with_disc()
+    ends.client.send(read)
+    assert not ends.input.ends_with_disc()
+
+
 def test_the_payload_of_a_refused_write_is_dropped_and_then_answered(
     ends: Ends,
 ) -> None:

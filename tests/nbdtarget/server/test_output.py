@@ -8,7 +8,7 @@ import pytest
 
 from nbdtarget.server.buffers import HEADER_ROOM, Buffer, BufferPool
 from nbdtarget.server.limits import Limits
-from nbdtarget.server.output import Output
+from nbdtarget.server.output import FLUSH_MAX, GATHER_MAX, Output
 
 
 class Pair:
@@ -144,3 +144,27 @@ def test_pool_keeps_no_more_than_its_bound() -> None:
 
 def test_pool_does_not_round_up_what_it_would_not_keep() -> None:
     assert len(BufferPool(1 << 20).take(33 << 20)) == HEADER_ROOM + (33 << 20)
+
+
+def test_one_flush_sends_a_bounded_number_of_bytes(pair: Pair) -> None:
+    """Also to a client that reads as fast as we send."""
+    output, piece = pair.output, bytes(64 << 10)
+    nr = 3 * FLUSH_MAX // len(piece)
+    for _ in range(nr):
+        output.push(piece)
+    sent = 0
+
+    def sendmsg(pieces: list[memoryview]) -> int:
+        nonlocal sent
+        sent += (taken := sum(map(len, pieces)))
+        return taken
+
+    output._sendmsg = sendmsg  # type: ignore[assignment]  # a socket that takes everything
+    assert not output.flush()
+    assert output.is_blocked
+    assert FLUSH_MAX <= sent <= FLUSH_MAX + GATHER_MAX * len(piece)
+    while not output.flush():
+        pass
+    assert sent == nr * len(piece)
+    assert output.is_empty
+    assert not output.is_blocked
