@@ -74,6 +74,11 @@ class _Exports:
     def names(self) -> Iterable[tuple[str, str]]:
         return [(BARE, "a file"), *self._registry.names()]
 
+    def listed(self, device: Device) -> tuple[str, str]:
+        if device is self._bare:
+            return BARE, "a file"
+        return self._registry.listed(device)
+
     def maybe_get(self, name: str) -> Device | None:
         return self._bare if name == BARE else self._registry.maybe_get(name)
 

@@ -120,8 +120,14 @@ class Registry:
         """(name, description) of each export."""
         for device in self.devices():
             if device.active is not None:
-                types = dict.fromkeys(t.type_name for t in device.active.targets)
-                yield device.dm_name, ", ".join(types)
+                yield self.listed(device)
+
+    def listed(self, device: Device) -> tuple[str, str]:
+        """(name, description) of one export."""
+        assert isinstance(device, MappedDevice)
+        assert device.active is not None
+        types = dict.fromkeys(t.type_name for t in device.active.targets)
+        return device.dm_name, ", ".join(types)
 
     def maybe_get(self, name: str) -> MappedDevice | None:
         """Return the export called `name`; "" is the only one, if there is only one."""

@@ -44,6 +44,10 @@ class ExportDirectory(Protocol):
         """Return (name, description) of each export, for LIST."""
         ...
 
+    def listed(self, device: Device) -> tuple[str, str]:
+        """Return (name, description) of the export that is `device`, as `names` does."""
+        ...
+
     def maybe_get(self, name: str) -> Device | None:
         """Return the device of that name; "" is the only one, if there is one."""
         ...
@@ -117,12 +121,8 @@ class DirectoryExports:
             if reason := self.directory.why_missing(name):
                 raise OptionError(REP_ERR_UNKNOWN, reason)
             return None
-        description = ""
-        for listed, text in self.directory.names():
-            # The default export is the only one: INFO_NAME tells the name it is listed by.
-            if name in (listed, "") and self.directory.maybe_get(listed) is device:
-                name, description = listed, text
-                break
+        # Also of the default export, "": INFO_NAME tells the name that it is listed by.
+        name, description = self.directory.listed(device)
         return ExportInfo(
             name=name,
             size=device.size,

@@ -104,6 +104,10 @@ class Directory:
             return next(iter(self.devices.values()))
         return self.devices.get(name)
 
+    def listed(self, device: Device) -> tuple[str, str]:
+        name = self._name(device)
+        return name, f"about {name}"
+
     def why_missing(self, name: str) -> str:
         return self.missing.get(name, "")
 
