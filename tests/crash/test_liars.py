@@ -12,9 +12,9 @@ import pytest
 from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, Bio
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import REMAPPED
-from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.holes import Holes
 from nbdtarget.targets.clone.hydration import Hydration
+from nbdtarget.targets.clone.hydrator import Hydrator
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.committer import Committer, Transaction
 from nbdtarget.targets.prison import Cell, Prison
@@ -52,7 +52,7 @@ class FlushesLate(NoDestinationFlush):
             await device.flush()
 
 
-class MovesTheSource(Filler):
+class MovesTheSource(Hydrator):
     """I2: gives the source up, once it is copied."""
 
     async def _fill(
@@ -174,7 +174,7 @@ def plant(where: str, liar: type, monkeypatch: pytest.MonkeyPatch) -> None:
     ("where", "liar", "name"),
     [
         (COMMITTER, FlushesLate, "I1"),
-        (TARGET + "Filler", MovesTheSource, "I2"),
+        (TARGET + "Hydrator", MovesTheSource, "I2"),
         ("clone", ForgetsItsBits, "I3"),
         ("nbdtarget.targets.clone.regions.Prison", NoLocks, "I4"),
         ("clone", FlushesTwice, "I5"),

@@ -14,7 +14,7 @@ WALKS: Final = ("tests/crash/test_cache_machine.py",)
 CRASH: Final = (*MATRIX, *WALKS)
 LOCK_TESTS: Final = (UNIT + "test_locks.py",)
 FOREGROUND_TESTS: Final = (UNIT + "test_foreground.py",)
-GIVING_UP_TESTS: Final = (UNIT + "test_giving_up.py",)
+BAD_BLOCK_TESTS: Final = (UNIT + "test_bad_blocks.py",)
 DISTRUST_TESTS: Final = (UNIT + "test_distrust.py",)
 MIGRATION_TESTS: Final = (UNIT + "test_migrations.py",)
 
@@ -301,7 +301,7 @@ CACHE_TARGET: Final = (
         "The origin has a write that the cache has not, and what is read is the old data.",
         "nbdtarget.targets.cache.cached_writes:CachedWrites._written_through",
         (
-            "            self._giving_up.give_up(oblock, cblock, bio.end)\n",
+            "            self._bad_blocks.drop(oblock, cblock, bio.end)\n",
             "            bio.end(0)\n",
         ),
         FOREGROUND_TESTS,
@@ -311,28 +311,28 @@ CACHE_TARGET: Final = (
         "A write that only the origin took ends, and a crash brings its old copy back.",
         "nbdtarget.targets.cache.cached_writes:CachedWrites._written_through",
         (
-            "            self._giving_up.give_up(oblock, cblock, bio.end)\n",
+            "            self._bad_blocks.drop(oblock, cblock, bio.end)\n",
             "            bio.end(0)\n"
-            "            self._giving_up.give_up(oblock, cblock, _nobody)\n",
+            "            self._bad_blocks.drop(oblock, cblock, _ignore)\n",
         ),
-        GIVING_UP_TESTS,
+        BAD_BLOCK_TESTS,
     ),
     _mutant(
         "clean-read-error-not-tried-at-the-origin",
         "The cache device cannot read a clean block, and the client is told so.",
-        "nbdtarget.targets.cache.giving_up:GivingUp.rescue_read",
+        "nbdtarget.targets.cache.bad_blocks:BadBlocks.rescue_read",
         (
             "metadata.dirty[cblock]:\n            return False",
             "metadata.nr_mapped:\n            return False",
         ),
-        GIVING_UP_TESTS,
+        BAD_BLOCK_TESTS,
     ),
     _mutant(
         "dirty-block-read-from-the-origin",
         "The cache device cannot read a dirty block, and the origin's old data are read.",
-        "nbdtarget.targets.cache.giving_up:GivingUp.rescue_read",
+        "nbdtarget.targets.cache.bad_blocks:BadBlocks.rescue_read",
         ("if blocks.has_failed or metadata.dirty[cblock]:", "if blocks.has_failed:"),
-        GIVING_UP_TESTS,
+        BAD_BLOCK_TESTS,
     ),
     _mutant(
         "clean-shutdown-over-a-failed-flush",
@@ -367,7 +367,7 @@ CACHE_TARGET: Final = (
     _mutant(
         "distrusted-copy-read",
         "A page that could not be written is read as it was before.",
-        "nbdtarget.targets.cache.foreground:Foreground._take_block",
+        "nbdtarget.targets.cache.foreground:Foreground._submit_block",
         (
             "blocks.distrusts_cache and not blocks.metadata.dirty[cblock]",
             "blocks.distrusts_cache and not blocks.metadata.nr_mapped",
@@ -392,8 +392,8 @@ CACHE_TARGET: Final = (
         "copy-that-is-given-up-made-to-count",
         "The origin fails a write to a block whose copy lacks another one: that one is lost.",
         "nbdtarget.targets.cache.cached_writes:CachedWrites._has_whole_copy",
-        (" or self._giving_up.is_giving_up(oblock)", ""),
-        GIVING_UP_TESTS,
+        (" or self._bad_blocks.is_dropping(oblock)", ""),
+        BAD_BLOCK_TESTS,
     ),
     _mutant(
         "flush-forgiven-although-a-block-became-dirty",
@@ -410,21 +410,21 @@ CACHE_TARGET: Final = (
             "blocks.is_writable and blocks.metadata.may_come_back(oblock)",
             "blocks.nr_oblocks",
         ),
-        GIVING_UP_TESTS,
+        BAD_BLOCK_TESTS,
     ),
     _mutant(
         "removals-of-a-failed-commit-forgotten",
         "As above, for the removals that were in the commit that failed.",
         "nbdtarget_metadata.cache.metadata:CacheMetadata.abort",
         ("            self._removed |= taken.removed\n", ""),
-        GIVING_UP_TESTS,
+        BAD_BLOCK_TESTS,
     ),
     _mutant(
         "block-given-up-in-core-only",
         "A block is given up without a commit: a crash brings its old copy back.",
-        "nbdtarget.targets.cache.giving_up:GivingUp._is_settled",
+        "nbdtarget.targets.cache.bad_blocks:BadBlocks._is_settled",
         ("            if await blocks.committer.commit():\n", "            if True:\n"),
-        GIVING_UP_TESTS,
+        BAD_BLOCK_TESTS,
     ),
     _mutant(
         "writes-through-overtake-each-other",

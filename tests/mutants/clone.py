@@ -237,7 +237,7 @@ CLONE: Final = (
     Mutant(
         "bit-set-before-the-copy-is-written",
         "A region counts as hydrated when its copy begins: reads find garbage.",
-        "nbdtarget.targets.clone.filler:Filler.hydrate",
+        "nbdtarget.targets.clone.hydrator:Hydrator.hydrate",
         (
             (
                 "        try:\n            await self._fill(",
@@ -251,7 +251,7 @@ CLONE: Final = (
     Mutant(
         "failed-copy-hydrates",
         "A bad sector of the source becomes whatever the destination holds, for good.",
-        "nbdtarget.targets.clone.filler:Filler.hydrate",
+        "nbdtarget.targets.clone.hydrator:Hydrator.hydrate",
         (
             (
                 "                self._note_failure(begin, end, error)\n",
@@ -264,7 +264,7 @@ CLONE: Final = (
     Mutant(
         "holes-not-zeroed",
         "A hole of the source is what the destination held before.",
-        "nbdtarget.targets.clone.filler:Filler._fill",
+        "nbdtarget.targets.clone.hydrator:Hydrator._fill",
         (
             (
                 "                await self.regions.destination.write_zeroes(at, stop - at)\n",
@@ -279,9 +279,9 @@ CLONE: Final = (
         "nbdtarget.targets.clone.hydration:Hydration._job",
         (
             (
-                "        try:\n            nr_errors = len(await self.filler.hydrate(",
+                "        try:\n            nr_errors = len(await self.hydrator.hydrate(",
                 "        regions.prison.release(cell)\n"
-                "        try:\n            nr_errors = len(await self.filler.hydrate(",
+                "        try:\n            nr_errors = len(await self.hydrator.hydrate(",
             ),
             (
                 "            regions.nr_hydrating -= weight\n"

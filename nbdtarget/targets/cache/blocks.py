@@ -96,7 +96,7 @@ class Blocks:
         self.remap = remap
         self.broken = broken
         self.failures = failures
-        self.wake: Callable[[], None] = _nobody
+        self.wake: Callable[[], None] = _do_nothing
 
     @property
     def is_writable(self) -> bool:
@@ -152,5 +152,5 @@ class Blocks:
         self.wake()
 
 
-def _nobody(*_: object) -> None:
-    """There is nobody to tell yet."""
+def _do_nothing(*_: object) -> None:
+    """The part that is to be told is not made yet."""

@@ -27,8 +27,8 @@ from functools import partial
 
 from nbdtarget.bio import FUA, Bio
 from nbdtarget.devices.base import Device
+from nbdtarget.targets.cache.bad_blocks import BadBlocks
 from nbdtarget.targets.cache.blocks import Blocks
-from nbdtarget.targets.cache.giving_up import GivingUp
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget_metadata.errors import MetadataError
 from nbdtarget_metadata.mode import Mode
@@ -105,10 +105,10 @@ class CachedWrite:
 class CachedWrites:
     """The writes to cached blocks of one target. See the module head."""
 
-    def __init__(self, blocks: Blocks, giving_up: GivingUp) -> None:
+    def __init__(self, blocks: Blocks, bad_blocks: BadBlocks) -> None:
         self._blocks = blocks
         self._locks = blocks.locks
-        self._giving_up = giving_up
+        self._bad_blocks = bad_blocks
         self._through: dict[int, list[WriteThrough]] = {}  # by oblock
 
     def start(self, bio: Bio, oblock: int, cblock: int) -> None:
@@ -206,7 +206,7 @@ class CachedWrites:
         through = WriteThrough(
             bio,
             lambda: self._written_through(through, oblock, cblock),
-            self._giving_up.note,
+            self._bad_blocks.note,
         )
         self._through.setdefault(oblock, []).append(through)
         offset = bio.offset
@@ -249,18 +249,18 @@ class CachedWrites:
         if through.cache_error and not error:
             # It does no more I/O, and must not be waited for by who locks the block for its sake.
             self._locks.let_go(bio)
-            self._giving_up.give_up(oblock, cblock, bio.end)
+            self._bad_blocks.drop(oblock, cblock, bio.end)
         else:
             bio.end(error)
         for send in through.waiting:
             send()
         if through.cache_error and error:
-            self._giving_up.give_up(oblock, cblock, _nobody)
+            self._bad_blocks.drop(oblock, cblock, _ignore)
 
     def _has_whole_copy(self, oblock: int) -> bool:
         """Whether the cached copy of a clean block is known to hold all that the origin does."""
         return not (
-            self._blocks.distrusts_cache or self._giving_up.is_giving_up(oblock)
+            self._blocks.distrusts_cache or self._bad_blocks.is_dropping(oblock)
         )
 
     def _invalidate(self, bio: Bio, oblock: int, cblock: int) -> None:
@@ -295,5 +295,5 @@ class CachedWrites:
         assert lock is not None, "the bio would have been parked"
 
 
-def _nobody(_: int) -> None:
-    """Nobody waits for it."""
+def _ignore(_: int) -> None:
+    """Nothing waits for the result."""

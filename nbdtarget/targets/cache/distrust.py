@@ -6,7 +6,7 @@ nothing is dirty. The cache device may hold older copies; but while the superblo
 complete, a crash gives all mappings up, so no copy is ever read again after it. So nothing rests on the cache
 device's flush, and FLUSH need not fail. That goes for a commit, too, whose superblock says so still.
 
-From the first such failure on, or when many blocks have been given up (`GivingUp`), until the table is loaded again, the device is not trusted:
+From the first such failure on, or when many blocks have been given up (`BadBlocks`), until the table is loaded again, the device is not trusted:
 
     reads of clean blocks    go to the origin: a page that could not be written may read as it was before
     promotions, overwrites   there are none

@@ -57,9 +57,9 @@ from nbdtarget.bio import (
     split_bio,
 )
 from nbdtarget.policies.base import MISS_WAKE, Work
+from nbdtarget.targets.cache.bad_blocks import BadBlocks
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.cached_writes import CachedWrites
-from nbdtarget.targets.cache.giving_up import GivingUp
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget.targets.cache.pieces import BYTES_AT_ONCE, PIECES_AT_ONCE, Pieces
 from nbdtarget_metadata.errors import MetadataError
@@ -86,7 +86,7 @@ class Foreground:
         self,
         blocks: Blocks,
         writes: CachedWrites,
-        giving_up: GivingUp,
+        bad_blocks: BadBlocks,
         *,
         passdown: bool,
         missed: Callable[[bool], None],
@@ -95,12 +95,12 @@ class Foreground:
         self._blocks = blocks
         self._locks = blocks.locks
         self._writes = writes
-        self._giving_up = giving_up
+        self._bad_blocks = bad_blocks
         self._passdown = passdown
         self._missed = missed
         self._warm = warm
 
-    def take(self, bio: Bio) -> None:
+    def submit(self, bio: Bio) -> None:
         """Take anything but a FLUSH; ends it, now or later."""
         blocks = self._blocks
         block_size = blocks.block_size
@@ -108,22 +108,22 @@ class Foreground:
         if blocks.has_failed:
             bio.end(errnos.EIO)
         elif first >= blocks.nr_oblocks:
-            self._take_tail(bio)
+            self._submit_tail(bio)
         elif bio.op == OP_DISCARD:
             self._discard(bio)
         elif bio.op == OP_CACHE:
             self._warm(first, -(-(bio.offset + bio.length) // block_size))
             bio.end(0)
         elif first == (bio.offset + bio.length - 1) // block_size:
-            self._take_block(bio, first)
+            self._submit_block(bio, first)
         else:
-            self._take_pieces(bio)
+            self._submit_pieces(bio)
 
     def push_back(self) -> list[Bio]:
         """Forget, and return, the bios that have not begun, in the order they came."""
         return self._locks.take_parked(lambda bio: bio.private is not _PIECE)
 
-    def _take_pieces(self, bio: Bio) -> None:
+    def _submit_pieces(self, bio: Bio) -> None:
         block_size = self._blocks.block_size
         # A FUA of each piece is its own affair.
         nr_pieces_max = bio.length // block_size + 2
@@ -139,9 +139,9 @@ class Foreground:
             at = stop
         for piece in split_bio(bio, lengths):
             piece.private = _PIECE
-            self.take(piece)
+            self.submit(piece)
 
-    def _take_tail(self, bio: Bio) -> None:
+    def _submit_tail(self, bio: Bio) -> None:
         """Behind the last whole block: always the origin's, and no block is held."""
         blocks = self._blocks
         writes = blocks.origin_writes
@@ -154,7 +154,7 @@ class Foreground:
 
             bio.on_end(ended)
 
-    def _take_block(self, bio: Bio, oblock: int) -> None:
+    def _submit_block(self, bio: Bio, oblock: int) -> None:
         blocks = self._blocks
         is_write = bio.op != OP_READ
         lock = self._locks.maybe_blocking(oblock, is_write=is_write)
@@ -275,7 +275,7 @@ class Foreground:
     def _write_past(self, bio: Bio, work: Work, lock: BlockLock, child: Bio) -> None:
         """The cache device has failed to take what a block was to be overwritten with."""
         blocks = self._blocks
-        self._giving_up.note(child, child.status)
+        self._bad_blocks.note(child, child.status)
         if child.payload is not None:
             at = bio.offset - work.oblock * blocks.block_size
             bio.payload = child.payload[at : at + bio.length]

@@ -16,8 +16,8 @@ from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.invalidation import invalidate
 from nbdtarget.targets.cache.migrations import Migrations
+from nbdtarget.targets.cache.promotion_requests import PromotionRequests
 from nbdtarget.targets.cache.table import parse_core_value, parse_ranges
-from nbdtarget.targets.cache.wishes import Wishes
 
 __all__ = ["Messages"]
 
@@ -41,13 +41,13 @@ class Messages:
         self,
         blocks: Blocks,
         migrations: Migrations,
-        wishes: Wishes,
+        requests: PromotionRequests,
         clock: Clock,
         refusal: Callable[[Sequence[str], str], TableError],
     ) -> None:
         self._blocks = blocks
         self._migrations = migrations
-        self._wishes = wishes
+        self._requests = requests
         self._clock = clock
         self._refusal = refusal
         self.changing = asyncio.Lock()
@@ -55,7 +55,7 @@ class Messages:
 
     async def carry_out(self, words: Sequence[str]) -> None:
         """Carry out a message. Raises: TableError."""
-        blocks, wishes = self._blocks, self._wishes
+        blocks, requests = self._blocks, self._requests
         if [word.lower() for word in words] == ["flush_origin"]:
             await self._flush_origin()
             return
@@ -75,11 +75,11 @@ class Messages:
             case ["pin" | "warm" | "unpin" as verb]:
                 raise TableError("Invalid argument", hint=f"`{verb}' needs a block")
             case ["pin", *ranges]:
-                wishes.add(parse_ranges(ranges, nr_oblocks, "oblock"), pin=True)
+                requests.add(parse_ranges(ranges, nr_oblocks, "oblock"), pin=True)
             case ["warm", *ranges]:
-                wishes.add(parse_ranges(ranges, nr_oblocks, "oblock"), pin=False)
+                requests.add(parse_ranges(ranges, nr_oblocks, "oblock"), pin=False)
             case ["unpin", *ranges]:
-                await wishes.unpin(parse_ranges(ranges, nr_oblocks, "oblock"))
+                await requests.unpin(parse_ranges(ranges, nr_oblocks, "oblock"))
             case [_, value]:
                 self._set_value(words[0], value)
             case _:

@@ -25,7 +25,7 @@ if the blocks under way would exceed it. Idle is a cache that had no bio in the 
 through the dirty blocks, in the origin's order.
 
 Clients go first. Chunks of a copy that are long go through worker threads, the rest through the loop, where it
-delays a client's bio that comes at that moment: `Pace` says how often, while clients hit.
+delays a client's bio that comes at that moment: `Throttle` says how often, while clients hit.
 """
 
 import asyncio
@@ -40,9 +40,9 @@ from nbdtarget.common.units import SECTOR
 from nbdtarget.policies.base import DEMOTE, OP_NAMES, PROMOTE, Work
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.locks import BlockLock
-from nbdtarget.targets.cache.pace import Pace
+from nbdtarget.targets.cache.promotion_requests import PromotionRequests
 from nbdtarget.targets.cache.sweep import Sweep
-from nbdtarget.targets.cache.wishes import Wishes
+from nbdtarget.targets.cache.throttle import Throttle
 from nbdtarget.targets.copier import Copier, CopyError
 from nbdtarget.targets.rate import Rate
 from nbdtarget_metadata.errors import MetadataError
@@ -67,11 +67,13 @@ class Migrations:
         rate: migration_rate.
     """
 
-    def __init__(self, blocks: Blocks, wishes: Wishes, clock: Clock) -> None:
+    def __init__(
+        self, blocks: Blocks, requests: PromotionRequests, clock: Clock
+    ) -> None:
         self._blocks = blocks
         self._clock = clock
         self.rate = Rate(clock, blocks.options.migration_rate)
-        self._pace = Pace(clock, blocks.metadata.statistics)
+        self._throttle = Throttle(clock, blocks.metadata.statistics)
         self._promoter = Copier(
             blocks.origin,
             blocks.cache,
@@ -85,7 +87,7 @@ class Migrations:
             background=True,
         )
         self._sweep = Sweep(blocks)
-        self._wishes = wishes
+        self._requests = requests
         self._tasks = Tasks(failed=blocks.broken)
         self._nr_migrations = 0
         self._nr_demoting = 0
@@ -167,7 +169,7 @@ class Migrations:
         self._may_gather = True
         if self._is_idle:
             self._clear_log()
-        self._wishes.tick(is_migrating=self._nr_migrations > 0)
+        self._requests.tick(is_migrating=self._nr_migrations > 0)
         self.tick()
         self.wake()
         self._waker = self._clock.call_later(TICK_S, self._tick_and_wait)
@@ -190,7 +192,7 @@ class Migrations:
             and blocks.is_writable
         ):
             now_ns = self._clock.now_ns()
-            ready_ns = max(self.rate.ready_ns, self._pace.ready_ns)
+            ready_ns = max(self.rate.ready_ns, self._throttle.ready_ns)
             if now_ns < ready_ns:
                 self._wait(ready_ns - now_ns)
                 return
@@ -210,7 +212,7 @@ class Migrations:
         sweeps = self._sweep.is_asked_for or (is_idle and sorts)
         if sweeps and may_write_back and self._start_sweeping():
             return True
-        work = self._wishes.maybe_next(self._nr_demoting)
+        work = self._requests.maybe_next(self._nr_demoting)
         if work is None:
             work = blocks.policy.get_background_work(is_idle and not sorts)
         if work is None:
@@ -224,7 +226,7 @@ class Migrations:
             # A client is at it, or the sweep: whoever unlocks wakes us. Or it is too soon.
             blocks.policy.complete_background_work(work, False)
             if work.op == PROMOTE:
-                self._wishes.failed(work)
+                self._requests.failed(work)
             return False
         self._started()
         self._nr_demoting += work.op == DEMOTE
@@ -240,7 +242,7 @@ class Migrations:
         self._nr_migrations += 1
         self._blocks.nr_migrating += 1
         self.rate.charge(self._blocks.block_size)
-        self._pace.note_start()
+        self._throttle.note_start()
 
     def _ended(self) -> None:
         self._nr_migrations -= 1
@@ -294,7 +296,7 @@ class Migrations:
             if success:
                 self._count(work)
             elif work.op == PROMOTE:
-                self._wishes.failed(work)
+                self._requests.failed(work)
         except Exception as error:
             # Of our own making. All I/O must be refused before those who wait are let in.
             blocks.broken(error)
@@ -308,7 +310,7 @@ class Migrations:
             blocks.nr_promotions += 1
             if blocks.metadata.dirty[work.cblock]:
                 blocks.policy.set_dirty(work.cblock)
-            self._wishes.promoted(work)
+            self._requests.promoted(work)
         elif work.op == DEMOTE:
             blocks.nr_demotions += 1
 

@@ -30,7 +30,7 @@ writes that need nothing recorded; none if a stop stays recorded (`JournaledMeta
 that is started again, goes on from there. Was it the metadata device that failed, the status line says
 `needs_check`, as the kernel's does; nothing on the disk says so, for nothing there is in doubt. If the metadata device
 cannot be read any more, either, the mode is Fail, and all I/O ends with EIO. What the cache device fails, while the
-origin has everything, no client notices: `giving_up` for single blocks, `distrust` for the device.
+origin has everything, no client notices: `bad_blocks` for single blocks, `distrust` for the device.
 
 What a crash leaves. In writeback mode, and as long as a block is dirty: every mapping that was committed, and its
 data. All of them count as dirty, or with `dirty_log` those that may be. Else: the origin, which has everything; the
@@ -54,6 +54,7 @@ from nbdtarget.targets.base import (
     TargetContext,
 )
 from nbdtarget.targets.cache.activation import Activation
+from nbdtarget.targets.cache.bad_blocks import BadBlocks
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.cached_writes import CachedWrites
 from nbdtarget.targets.cache.constructor import Parts, construct
@@ -62,16 +63,15 @@ from nbdtarget.targets.cache.distrust import Distrust
 from nbdtarget.targets.cache.extents import CACHE, base_extents, cache_extents
 from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.cache.foreground import Foreground
-from nbdtarget.targets.cache.giving_up import GivingUp
 from nbdtarget.targets.cache.messages import Messages
 from nbdtarget.targets.cache.migrations import Migrations
+from nbdtarget.targets.cache.promotion_requests import PromotionRequests
 from nbdtarget.targets.cache.report import (
     measured_pairs,
     status_fields,
     status_line,
 )
 from nbdtarget.targets.cache.table import MESSAGES
-from nbdtarget.targets.cache.wishes import Wishes
 from nbdtarget.targets.disks import ORIGIN_ROLE, cache_samples, spread_ones
 from nbdtarget.targets.mapping import MappingTarget
 from nbdtarget.targets.measured import target_attributes
@@ -131,27 +131,27 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         )
         self._activation = Activation(ctx, parts, self._committer, self._discards)
         self._distrust = Distrust(self._blocks, self._look_at_mode)
-        self._wishes = Wishes(self._blocks)
-        self._migrations = Migrations(self._blocks, self._wishes, ctx.clock)
-        self._giving_up = GivingUp(
+        self._requests = PromotionRequests(self._blocks)
+        self._migrations = Migrations(self._blocks, self._requests, ctx.clock)
+        self._bad_blocks = BadBlocks(
             self._blocks,
             ctx.clock,
             self._migrations.spawn,
             too_many=self._distrust.many_given_up,
         )
-        self._writes = CachedWrites(self._blocks, self._giving_up)
+        self._writes = CachedWrites(self._blocks, self._bad_blocks)
         self._foreground = Foreground(
             self._blocks,
             self._writes,
-            self._giving_up,
+            self._bad_blocks,
             passdown=self._passdown,
             missed=self._missed,
-            warm=self._wishes.advise,
+            warm=self._requests.advise,
         )
         self._messages = Messages(
             self._blocks,
             self._migrations,
-            self._wishes,
+            self._requests,
             ctx.clock,
             self.unknown_message,
         )
@@ -225,13 +225,13 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         if self._is_sealed and bio.op not in (OP_READ, OP_CACHE):
             return KILL
         bio.offset -= self.begin
-        self._foreground.take(bio)
+        self._foreground.submit(bio)
         return SUBMITTED
 
     def _remap(self, bio: Bio) -> None:
         """A parked bio's block is free again."""
         try:
-            self._foreground.take(bio)
+            self._foreground.submit(bio)
         except Exception as error:
             self._broken(error)
             if bio.status < 0:
@@ -358,7 +358,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         fields["errors"] = failures.nr_errors
         fields["last_error"] = failures.last_error or self._committer.last_error
         fields["distrusts_cache_device"] = self._blocks.distrusts_cache
-        fields["blocks_given_up"] = self._giving_up.nr_given_up
+        fields["blocks_given_up"] = self._bad_blocks.nr_given_up
         return fields
 
     def measured_words(self) -> str:

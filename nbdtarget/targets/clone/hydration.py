@@ -30,7 +30,7 @@ it: clients keep three quarters of the time, yet hydration goes on under any loa
 of silence it is at full speed again. (The kernel stops altogether while any I/O is in flight, and
 may take a second to go on: a busy disk is never hydrated, a quiet one late.)
 
-Errors. What fails is left alone for a while (`Filler`, `Failures`). When job after job fails
+Errors. What fails is left alone for a while (`Hydrator`, `Failures`). When job after job fails
 altogether (a dead device), the whole hydration slows down too.
 
 The end. When the last bit is set a commit is started at once; the target sees the committed bits
@@ -42,8 +42,8 @@ from typing import Final
 
 from nbdtarget.common.clock import Clock, Timer
 from nbdtarget.common.turns import Tasks
-from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.holes import WINDOW_BYTES_MIN, Holes, Piece
+from nbdtarget.targets.clone.hydrator import Hydrator
 from nbdtarget.targets.clone.read_queue import ReadQueue
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.table import Options
@@ -80,17 +80,17 @@ class Hydration:
     """
 
     def __init__(
-        self, regions: Regions, filler: Filler, clock: Clock, options: Options
+        self, regions: Regions, hydrator: Hydrator, clock: Clock, options: Options
     ) -> None:
         self.regions = regions
-        self.filler = filler
+        self.hydrator = hydrator
         self.clock = clock
         self.enabled = options.hydration
         self.hydrate_on_read = options.hydrate_on_read
         self.threshold = options.hydration_threshold
         self.batch_size = options.hydration_batch_size
         self.rate = Rate(clock, options.hydration_rate)
-        self._failures = filler.failures
+        self._failures = hydrator.failures
         self._holes = Holes(
             regions.source, length=regions.length, region_size=regions.region_size
         )
@@ -342,7 +342,7 @@ class Hydration:
         begun_ns = self.clock.now_ns()
         hydrated = regions.metadata.nr_hydrated
         try:
-            nr_errors = len(await self.filler.hydrate(cell.begin, cell.end, pieces))
+            nr_errors = len(await self.hydrator.hydrate(cell.begin, cell.end, pieces))
         finally:
             regions.nr_hydrating -= weight
             regions.prison.release(cell)

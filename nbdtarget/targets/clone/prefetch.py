@@ -31,8 +31,8 @@ from typing import Final
 
 from nbdtarget.bio import OP_CACHE, Bio
 from nbdtarget.common.turns import Tasks
-from nbdtarget.targets.clone.filler import ERRORS_PER_JOB_MAX, Filler
 from nbdtarget.targets.clone.holes import Holes
+from nbdtarget.targets.clone.hydrator import ERRORS_PER_JOB_MAX, Hydrator
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.prison import Cell
 
@@ -48,13 +48,13 @@ class CacheRequests:
     def __init__(
         self,
         regions: Regions,
-        filler: Filler,
+        hydrator: Hydrator,
         *,
         steps_at_once_max: int = STEPS_AT_ONCE_MAX,
     ) -> None:
         assert steps_at_once_max > 0
         self.regions = regions
-        self.filler = filler
+        self.hydrator = hydrator
         self.steps_at_once_max = steps_at_once_max
         self._step_regions = max(1, STEP_BYTES >> regions.shift)
         self._queue: deque[_Request] = deque()
@@ -126,7 +126,7 @@ class CacheRequests:
                     break
                 _, stop, _ = next(regions.metadata.runs(at, end))
                 pieces = holes.pieces(*regions.span(at, stop))
-                errors = await self.filler.hydrate(at, stop, pieces)
+                errors = await self.hydrator.hydrate(at, stop, pieces)
                 request.note_errors(errors)
                 at = stop
         finally:

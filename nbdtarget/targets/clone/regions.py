@@ -54,8 +54,8 @@ class Regions:
         self.nr_regions = -(-length // region_size)
         self.nr_hydrating = 0
         self.nr_bios = 0
-        self.wake: Callable[[], None] = _nobody
-        self.note_error: Callable[[int, int, Exception], None] = _nobody
+        self.wake: Callable[[], None] = _do_nothing
+        self.note_error: Callable[[int, int, Exception], None] = _do_nothing
         self.broken = broken
         assert metadata.nr_regions == self.nr_regions
 
@@ -84,5 +84,5 @@ class Regions:
         self.committer.note_change()
 
 
-def _nobody(*_: object) -> None:
-    """There is nobody to tell yet."""
+def _do_nothing(*_: object) -> None:
+    """The part that is to be told is not made yet."""

@@ -10,8 +10,8 @@ from typing import Final
 
 from nbdtarget.common.units import SECTOR
 from nbdtarget.targets.base import StatusFields
-from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.hydration import Hydration
+from nbdtarget.targets.clone.hydrator import Hydrator
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.table import Options
 
@@ -24,7 +24,7 @@ _DEFAULTS: Final = Options()
 def status_line(
     regions: Regions,
     hydration: Hydration,
-    filler: Filler,
+    hydrator: Hydrator,
     *,
     discard_passdown: bool,
     then_linear: bool,
@@ -44,8 +44,8 @@ def status_line(
     ]
     if hydration.rate.bytes_per_s != _DEFAULTS.hydration_rate:
         core.append(f"hydration_rate {hydration.rate.bytes_per_s}")
-    if filler.event_after_errors != _DEFAULTS.event_after_errors:
-        core.append(f"event_after_errors {filler.event_after_errors}")
+    if hydrator.event_after_errors != _DEFAULTS.event_after_errors:
+        core.append(f"event_after_errors {hydrator.event_after_errors}")
     words = (
         str(METADATA_BLOCK_SECTORS),
         f"{metadata.used_blocks}/{metadata.total_blocks}",
@@ -64,14 +64,14 @@ def status_line(
 def status_fields(
     regions: Regions,
     hydration: Hydration,
-    filler: Filler,
+    hydrator: Hydrator,
     *,
     discard_passdown: bool,
     then_linear: bool,
 ) -> StatusFields:
     """As the line, by name and with units; and the errors. In every mode."""
     metadata = regions.metadata
-    nr_failed, retry_in_s = _failed(regions, hydration, filler)
+    nr_failed, retry_in_s = _failed(regions, hydration, hydrator)
     return {
         "mode": metadata.mode.value,
         "metadata_block_size_sectors": METADATA_BLOCK_SECTORS,
@@ -89,16 +89,16 @@ def status_fields(
         "hydrate_on_read": hydration.hydrate_on_read,
         "discard_passdown": discard_passdown,
         "then_linear": then_linear,
-        "event_after_errors": filler.event_after_errors,
-        "errors": filler.failures.nr_errors,
-        "last_error": filler.failures.last_error or regions.committer.last_error,
+        "event_after_errors": hydrator.event_after_errors,
+        "errors": hydrator.failures.nr_errors,
+        "last_error": hydrator.failures.last_error or regions.committer.last_error,
         "regions_failed": nr_failed,
         "retry_in_s": retry_in_s,
     }
 
 
 def _failed(
-    regions: Regions, hydration: Hydration, filler: Filler
+    regions: Regions, hydration: Hydration, hydrator: Hydrator
 ) -> tuple[int, float | None]:
     """Regions that wait to be tried again, and in how many seconds the first is."""
     if not regions.is_writable:
@@ -106,7 +106,7 @@ def _failed(
     bits = regions.metadata.hydrated
     nr_failed = 0
     retry_ns: int | None = None
-    for failed in filler.failures.ranges():
+    for failed in hydrator.failures.ranges():
         # What a client has overwritten meanwhile waits for nothing.
         if nr_waiting := bits.count(0, failed.begin, failed.end):
             nr_failed += nr_waiting
@@ -114,4 +114,4 @@ def _failed(
     if retry_ns is None:
         return 0, None
     retry_ns = max(retry_ns, hydration.slow_until_ns)
-    return nr_failed, max(0, retry_ns - filler.clock.now_ns()) / 1e9
+    return nr_failed, max(0, retry_ns - hydrator.clock.now_ns()) / 1e9

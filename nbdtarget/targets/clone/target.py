@@ -50,7 +50,7 @@ CACHE hydrates its range (`CacheRequests`); where nothing can be recorded any mo
 passed on to who holds the data.
 
 Durability, and the answer to FLUSH and FUA: `nbdtarget.targets.committer`. The events: when the last
-region is durably hydrated (once), when the metadata's mode changes, when copies fail (`Filler`).
+region is durably hydrated (once), when the metadata's mode changes, when copies fail (`Hydrator`).
 
 The end. With `then_linear`, a clone that is durably hydrated asks for a `linear` on its destination in
 its place (`TargetContext.request_replacement`), after the event. It asks again when it is resumed, in
@@ -89,9 +89,9 @@ from nbdtarget.targets.clone.extents import (
     clone_extents,
     hydration_extents,
 )
-from nbdtarget.targets.clone.filler import Filler
 from nbdtarget.targets.clone.foreground import Foreground
 from nbdtarget.targets.clone.hydration import Hydration
+from nbdtarget.targets.clone.hydrator import Hydrator
 from nbdtarget.targets.clone.prefetch import CacheRequests
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.report import status_fields, status_line
@@ -151,16 +151,16 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         )
         self._shift = self._regions.shift
         self._foreground = Foreground(self._regions)
-        self._filler = Filler(
+        self._hydrator = Hydrator(
             self._regions,
             ctx.clock,
             event_after_errors=parts.options.event_after_errors,
             event=ctx.event,
         )
         self._hydration = Hydration(
-            self._regions, self._filler, ctx.clock, parts.options
+            self._regions, self._hydrator, ctx.clock, parts.options
         )
-        self._cache_requests = CacheRequests(self._regions, self._filler)
+        self._cache_requests = CacheRequests(self._regions, self._hydrator)
         self._then_linear = parts.options.then_linear
         if parts.options.discard_passdown:
             self._pass_down(DESTINATION_ROLE, parts.destination)
@@ -363,7 +363,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         return status_line(
             self._regions,
             self._hydration,
-            self._filler,
+            self._hydrator,
             discard_passdown=self._passdown,
             then_linear=self._then_linear,
         )
@@ -372,7 +372,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         fields = status_fields(
             self._regions,
             self._hydration,
-            self._filler,
+            self._hydrator,
             discard_passdown=self._passdown,
             then_linear=self._then_linear,
         )
@@ -416,7 +416,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
             case "hydration_rate":
                 self._hydration.rate.set(number)
             case "event_after_errors":
-                self._filler.event_after_errors = number
+                self._hydrator.event_after_errors = number
             case _:
                 raise AssertionError(key)
 

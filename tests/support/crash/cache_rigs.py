@@ -68,7 +68,7 @@ def small_blocks() -> Iterator[None]:
             ("nbdtarget.targets.cache.pieces", "PIECES_AT_ONCE", 1),
             ("nbdtarget.targets.cache.pieces", "PIECES_MAX", 2),
             ("nbdtarget.targets.cache.sweep", "STEP_CBLOCKS", 2),
-            ("nbdtarget.targets.cache.wishes", "STEP_OBLOCKS", 2),
+            ("nbdtarget.targets.cache.promotion_requests", "STEP_OBLOCKS", 2),
             ("nbdtarget.targets.cache.migrations", "LOCKED_MAX", 2),
         ):
             patches.enter_context(mock.patch(f"{module}.{name}", value))

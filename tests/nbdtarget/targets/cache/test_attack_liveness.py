@@ -6,7 +6,7 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_DISCARD, OP_WRITE
-from nbdtarget.targets.cache.wishes import PATIENCE_TICKS
+from nbdtarget.targets.cache.promotion_requests import PATIENCE_TICKS
 from nbdtarget_metadata.mode import Mode
 from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
 from tests.support.clock import settle
@@ -74,7 +74,7 @@ async def test_range_to_warm_is_given_up_when_all_blocks_are_pinned(
     await lab.pass_time(5)
     await lab.message("warm 8 0")
     await lab.pass_time(PATIENCE_TICKS + 2)
-    assert lab.target._wishes.is_empty
+    assert lab.target._requests.is_empty
     assert lab.cblock(8) is None
 
 

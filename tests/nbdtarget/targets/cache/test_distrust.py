@@ -224,7 +224,7 @@ async def test_flush_that_fails_after_a_block_has_become_dirty_is_no_success(
 async def test_device_that_fails_block_after_block_is_not_tried_for_each_of_them(
     lab: CacheLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nbdtarget.targets.cache.giving_up.GIVEN_UP_MAX", 2)
+    monkeypatch.setattr("nbdtarget.targets.cache.bad_blocks.GIVEN_UP_MAX", 2)
     lab.cache.fails_inline = True
     await cached(lab, *range(6))
     lab.fail("c", OP_READ)

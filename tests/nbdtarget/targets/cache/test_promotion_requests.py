@@ -7,7 +7,7 @@ import pytest
 
 from nbdtarget.bio import OP_WRITE
 from nbdtarget.common.errors import TableError
-from nbdtarget.targets.cache import wishes
+from nbdtarget.targets.cache import promotion_requests as requests
 from tests.support.cache import DIRTY_BUSY, CacheLab
 from tests.support.clock import settle
 
@@ -45,7 +45,7 @@ async def test_unpin_before_the_blocks_have_come_leaves_the_others_pinned(
 async def test_unpin_that_would_leave_too_many_ranges_is_refused(
     lab: CacheLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wishes, "WISHES_MAX", 2)
+    monkeypatch.setattr(requests, "RANGES_MAX", 2)
     await lab.create(DIRTY_BUSY)
     await lab.message("pin 0-6")
     with pytest.raises(TableError, match="too many ranges") as caught:

@@ -33,7 +33,7 @@ from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.locks import BlockLock
 from nbdtarget_metadata.errors import MetadataError
 
-__all__ = ["GivingUp"]
+__all__ = ["BadBlocks"]
 
 RETRY_S: Final = 0.01
 GIVEN_UP_MAX: Final = 16  # blocks, before the device itself is in doubt
@@ -41,7 +41,7 @@ GIVEN_UP_MAX: Final = 16  # blocks, before the device itself is in doubt
 log = logging.getLogger(__name__)
 
 
-class GivingUp:
+class BadBlocks:
     """Gives blocks up. See the module head.
 
     Args:
@@ -76,7 +76,7 @@ class GivingUp:
         if blocks.has_failed or metadata.dirty[cblock]:
             return False
         bio.offset += (oblock - cblock) * blocks.block_size
-        self.give_up(oblock, cblock, _nobody)
+        self.drop(oblock, cblock, _ignore)
         blocks.origin.submit(bio)
         return True
 
@@ -88,7 +88,7 @@ class GivingUp:
         )
         blocks.failures.note("cache device", error)
 
-    def give_up(self, oblock: int, cblock: int, ended: Callable[[int], None]) -> None:
+    def drop(self, oblock: int, cblock: int, ended: Callable[[int], None]) -> None:
         """Remove a clean mapping; `ended(errno)` is called when that is durable, or cannot be.
 
         0 also if somebody else has removed it. EIO if the block is dirty by then.
@@ -100,7 +100,7 @@ class GivingUp:
         self._under_way[oblock] = [ended]
         self._spawn(self._give_up(oblock, cblock))
 
-    def is_giving_up(self, oblock: int) -> bool:
+    def is_dropping(self, oblock: int) -> bool:
         """Whether the cached copy of a block is known to be bad, and is about to go."""
         return oblock in self._under_way
 
@@ -170,5 +170,5 @@ class GivingUp:
             self._too_many()
 
 
-def _nobody(_: int) -> None:
-    """Nobody waits for it."""
+def _ignore(_: int) -> None:
+    """Nothing waits for the result."""

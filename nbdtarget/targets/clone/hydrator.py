@@ -23,14 +23,14 @@ from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.copier import CopyError
 from nbdtarget_metadata.errors import MetadataError
 
-__all__ = ["ERRORS_PER_JOB_MAX", "Filler"]
+__all__ = ["ERRORS_PER_JOB_MAX", "Hydrator"]
 
 ERRORS_PER_JOB_MAX: Final = 64
 
 log = logging.getLogger(__name__)
 
 
-class Filler:
+class Hydrator:
     """See the module head.
 
     Args:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How migrations are kept together, and apart, while clients hit."""
 
-from nbdtarget.targets.cache.pace import (
+from nbdtarget.targets.cache.throttle import (
     BURST,
     HITS_PER_MISS,
     LOOK_S,
     PERIOD_S,
-    Pace,
+    Throttle,
 )
 from nbdtarget_metadata.cache.metadata import Statistics
 from tests.support.clock import SimClock
@@ -16,17 +16,17 @@ class World:
     def __init__(self) -> None:
         self.clock = SimClock()
         self.seen = Statistics()
-        self.pace = Pace(self.clock, self.seen)
+        self.throttle = Throttle(self.clock, self.seen)
         assert self.is_ready()
 
     def is_ready(self) -> bool:
-        return self.pace.ready_ns <= self.clock.now_ns()
+        return self.throttle.ready_ns <= self.clock.now_ns()
 
     def start_all(self, nr_max: int) -> int:
         """Start what may be started now; return how many that were."""
         nr = 0
         while nr < nr_max and self.is_ready():
-            self.pace.note_start()
+            self.throttle.note_start()
             nr += 1
         return nr
 
@@ -60,7 +60,7 @@ def test_the_pause_ends_at_the_period_s_end() -> None:
     world.seen.read_hits += 1
     world.clock.advance(PERIOD_S)
     assert world.start_all(100) == BURST
-    ready_ns = world.pace.ready_ns
+    ready_ns = world.throttle.ready_ns
     assert ready_ns == world.clock.now_ns() + int(PERIOD_S * 1e9)
 
 

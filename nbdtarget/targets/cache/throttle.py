@@ -17,7 +17,7 @@ from typing import Final
 from nbdtarget.common.clock import Clock
 from nbdtarget_metadata.cache.metadata import Statistics
 
-__all__ = ["BURST", "HITS_PER_MISS", "LOOK_S", "PERIOD_S", "Pace"]
+__all__ = ["BURST", "HITS_PER_MISS", "LOOK_S", "PERIOD_S", "Throttle"]
 
 BURST: Final = 10
 PERIOD_S: Final = 0.1
@@ -27,7 +27,7 @@ _PERIOD_NS: Final = int(PERIOD_S * 1_000_000_000)
 _LOOK_NS: Final = int(LOOK_S * 1_000_000_000)
 
 
-class Pace:
+class Throttle:
     """See the module head."""
 
     def __init__(self, clock: Clock, statistics: Statistics) -> None:

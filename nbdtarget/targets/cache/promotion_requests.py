@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people want to be cached, whatever the policy thinks of it: warm, pin, unpin.
+"""Blocks that are to be cached whatever the policy thinks of it: the messages warm, pin and unpin, and CACHE.
 
-Theory of operation. A wish is a range of oblocks. Those that are not cached are promoted one after
-another, at the pace of the migrations; a full cache makes room by demoting what is coldest. A range
+Theory of operation. A request is a range of oblocks. Those that are not cached are promoted one after
+another, as fast as migrations go; a full cache makes room by demoting what is coldest. A range
 that is pinned has its blocks pinned as they come: the policy never demotes them. Blocks that
-cannot be promoted are left out: somebody works on them, or there has been no room for `PATIENCE_TICKS`
-(everything is pinned, or nothing can be written back).
+cannot be promoted are left out: for example because they are locked, or because there has been no room for
+`PATIENCE_TICKS` (everything is pinned, or nothing can be written back).
 
-A client's CACHE request is a wish, too. Wishes beyond `WISHES_MAX` are not taken: a client's is only
-advice, a message is refused.
+An NBD command CACHE is a request, too. At most `RANGES_MAX` ranges wait. Beyond that a CACHE, which is only advice, is
+ignored, and a message is refused.
 
 What a crash leaves: pins are kept by a clean shutdown, with the policy's hints, and forgotten by a crash.
-Wishes that are not fulfilled are forgotten by a suspend of the table that got them only if it is replaced.
+Requests that wait survive a suspend and resume of the same table. They are dropped when another table replaces it.
 """
 
 import errno as errnos
@@ -26,43 +26,43 @@ from nbdtarget.common.errors import TableError
 from nbdtarget.policies.base import Work
 from nbdtarget.targets.cache.blocks import Blocks
 
-__all__ = ["PATIENCE_TICKS", "WISHES_MAX", "Wishes"]
+__all__ = ["PATIENCE_TICKS", "RANGES_MAX", "PromotionRequests"]
 
-WISHES_MAX: Final = 1024
+RANGES_MAX: Final = 1024
 PATIENCE_TICKS: Final = 10
 STEP_OBLOCKS: Final = 4096  # looked at between two turns of the loop
 
 log = logging.getLogger(__name__)
 
 
-class Wishes:
+class PromotionRequests:
     """See the module head."""
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
-        self._wishes: deque[list[int]] = deque()  # [next oblock, end, pin]
+        self._ranges: deque[list[int]] = deque()  # [next oblock, end, pin]
         self._to_pin: set[int] = set()  # oblocks that are being promoted
         self._ticks_without_room = 0
         self._lacks_room = False  # seen since the last tick
 
     @property
     def is_empty(self) -> bool:
-        return not self._wishes
+        return not self._ranges
 
     def advise(self, begin: int, end: int) -> None:
         """A client says that it will read these oblocks soon."""
-        if len(self._wishes) < WISHES_MAX and self._may_promote():
-            self._wishes.append([begin, min(end, self._blocks.nr_oblocks), False])
+        if len(self._ranges) < RANGES_MAX and self._may_promote():
+            self._ranges.append([begin, min(end, self._blocks.nr_oblocks), False])
             self._blocks.wake()
 
     def add(self, ranges: Iterable[tuple[int, int]], *, pin: bool) -> None:
         """Have these oblocks cached. Raises: TableError."""
         for begin, end in ranges:
-            if len(self._wishes) >= WISHES_MAX:
+            if len(self._ranges) >= RANGES_MAX:
                 raise TableError("too many ranges wait to be cached", errnos.EBUSY)
             if not self._may_promote():
                 raise TableError("this cache promotes nothing", errnos.EPERM)
-            self._wishes.append([begin, end, pin])
+            self._ranges.append([begin, end, pin])
         self._blocks.wake()
 
     async def unpin(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -72,7 +72,7 @@ class Wishes:
         """
         blocks = self._blocks
         for begin, end in ranges:
-            self._unpin_wishes(begin, end)
+            self._unpin_ranges(begin, end)
             self._to_pin = {
                 oblock for oblock in self._to_pin if not begin <= oblock < end
             }
@@ -93,30 +93,30 @@ class Wishes:
             held = metadata.maybe_oblock(cblock)
             yield cblock if held is not None and begin <= held < end else None
 
-    def _unpin_wishes(self, begin: int, end: int) -> None:
-        """Of what is not cached yet: these oblocks are still wished for, but not pinned then."""
-        wishes: deque[list[int]] = deque()
-        for first, last, pin in self._wishes:
+    def _unpin_ranges(self, begin: int, end: int) -> None:
+        """Of what is not cached yet: these oblocks are still requested, but are not pinned then."""
+        ranges: deque[list[int]] = deque()
+        for first, last, pin in self._ranges:
             cuts = sorted(
                 {first, last, *(nr for nr in (begin, end) if first < nr < last)}
             )
             for at, stop in pairwise(cuts):
-                wishes.append([at, stop, pin and not begin <= at < end])
-        if len(wishes) > max(WISHES_MAX, len(self._wishes)):
+                ranges.append([at, stop, pin and not begin <= at < end])
+        if len(ranges) > max(RANGES_MAX, len(self._ranges)):
             raise TableError("too many ranges wait to be cached", errnos.EBUSY)
-        self._wishes = wishes
+        self._ranges = ranges
 
     def maybe_next(self, nr_demoting: int) -> Work | None:
-        """Return the next promotion that is wished for and possible now.
+        """Return the next promotion that is requested and possible now.
 
         Args: nr_demoting: demotions under way. No more room is made than there are blocks to come.
         """
         looked_at = 0
-        while self._wishes:
-            wish = self._wishes[0]
-            oblock, end, pin = wish
+        while self._ranges:
+            first = self._ranges[0]
+            oblock, end, pin = first
             if oblock >= end or not self._may_promote():
-                self._wishes.popleft()
+                self._ranges.popleft()
                 continue
             looked_at += 1
             if looked_at > STEP_OBLOCKS:
@@ -129,7 +129,7 @@ class Wishes:
             if work is None and wants_room:
                 self._lacks_room = True
                 return None
-            wish[0] += 1
+            first[0] += 1
             self._ticks_without_room = 0
             if work is not None:
                 return work
@@ -142,16 +142,16 @@ class Wishes:
             self._blocks.policy.pin(work.cblock)
 
     def failed(self, work: Work) -> None:
-        """A promotion has not taken place: whoever promotes the block later pins it for nobody."""
+        """A promotion has not taken place. If the block is promoted later for another reason, it is not pinned."""
         self._to_pin.discard(work.oblock)
 
     def tick(self, *, is_migrating: bool) -> None:
         """A second has passed. While anything is migrated there may be room soon."""
         lacks_room, self._lacks_room = self._lacks_room, False
-        if self._wishes and lacks_room and not is_migrating:
+        if self._ranges and lacks_room and not is_migrating:
             self._ticks_without_room += 1
             if self._ticks_without_room > PATIENCE_TICKS:
-                oblock, end, _ = self._wishes.popleft()
+                oblock, end, _ = self._ranges.popleft()
                 self._ticks_without_room = 0
                 log.warning(
                     "%s: no room to cache origin blocks %d-%d",
@@ -182,7 +182,7 @@ class Wishes:
         return is_full and blocks.metadata.maybe_cblock(oblock) is None
 
     def _wants_more_than(self, nr_oblocks: int) -> bool:
-        for begin, end, _ in self._wishes:
+        for begin, end, _ in self._ranges:
             nr_oblocks -= end - begin
             if nr_oblocks < 0:
                 return True
