@@ -37,13 +37,17 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from nbdtarget.common.errors import ListenError, NbdTargetError, TableError
+from nbdtarget.common.errors import (
+    ConstructorError,
+    ListenError,
+    NbdTargetError,
+    TableError,
+)
 from nbdtarget.common.units import SECTOR, parse_size
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import split_words
 from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
-from nbdtarget.config.table_words import words_mistake
 from nbdtarget.control.paths import control_address
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import check_name, check_uuid
@@ -382,8 +386,11 @@ class _Reader:
         for line_nr, reason in mistakes:
             self._mistake(self._table_line(path, line_nr), reason)
         for spec in () if mistakes else specs:
-            if reason := words_mistake(spec):
-                self._mistake(self._table_line(path, _line_of(text, spec)), reason)
+            try:
+                self._types[spec.type_name].check_words(spec.args)
+            except ConstructorError as error:
+                line = self._table_line(path, _line_of(text, spec))
+                self._mistake(line, str(error))
         return text, tuple(specs)
 
     def _table_line(self, path: KeyPath, line_nr: int) -> KeyPath:

@@ -11,20 +11,18 @@ from collections.abc import Hashable
 from typing import Final
 
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.common.units import SIZE_MAX, parse_size
+from nbdtarget.common.units import SIZE_MAX
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.registry import SCHEMES, scheme_list
 from nbdtarget.devices.scheme import Scheme
 
 __all__ = [
-    "SIZE_MAX",
     "absolute_name",
     "create_device",
     "identity",
     "is_volatile",
     "may_create",
     "open_device",
-    "parse_size",
     "remove_created",
 ]
 

@@ -168,6 +168,17 @@ class Target:
         """
         raise NotImplementedError
 
+    @classmethod
+    def check_words(cls, args: Sequence[str]) -> None:
+        """Refuse words that no device could make right. Opens nothing.
+
+        `ctr` opens devices first, as the kernel does, and refuses the same words after that. A
+        configuration file is read with this check, because the two kinds of refusal have different
+        consequences: a word that can never be right is a mistake in the file, and ends the start. A device
+        that cannot be opened keeps only its own line from being served.
+        Raises: ConstructorError.
+        """
+
     async def dtr(self) -> None:
         """Release devices and metadata. No bio is in flight and the target is suspended."""
 

@@ -28,13 +28,23 @@ class LinearTarget(RunTarget):
 
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "LinearTarget":
+        start_sectors = cls._start_sectors(args)
+        async with Runs(ctx, cls.type_name) as runs:
+            return cls(ctx, await runs.open(args[0], start_sectors, ctx.length))
+
+    @classmethod
+    def check_words(cls, args: Sequence[str]) -> None:
+        cls._start_sectors(args)
+
+    @classmethod
+    def _start_sectors(cls, args: Sequence[str]) -> int:
+        """Raises: ConstructorError."""
         if len(args) != 2:
             raise ConstructorError("Invalid argument count", target=cls.type_name)
         start_sectors = parse_sectors(args[1])
         if start_sectors is None:
             raise ConstructorError("Invalid device sector", target=cls.type_name)
-        async with Runs(ctx, cls.type_name) as runs:
-            return cls(ctx, await runs.open(args[0], start_sectors, ctx.length))
+        return start_sectors
 
     def map(self, bio: Bio) -> int:
         # hot: 0.1 us.

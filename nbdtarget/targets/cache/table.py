@@ -42,7 +42,7 @@ from types import MappingProxyType
 from typing import Final
 
 from nbdtarget.common.errors import ConstructorError, TableError
-from nbdtarget.common.units import SECTOR
+from nbdtarget.common.units import SECTOR, SIZE_MAX
 from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.policies.registry import UnknownPolicyError, policy_type
 from nbdtarget.targets.arguments import (
@@ -63,6 +63,7 @@ __all__ = [
     "WRITEBACK",
     "WRITETHROUGH",
     "Options",
+    "check_words",
     "parse_block_size",
     "parse_core_value",
     "parse_options",
@@ -255,6 +256,15 @@ def _parse_features(options: Options, words: Sequence[str]) -> None:
         )
     if modes:
         options.mode = modes[0]
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse a table line that no device could make right. Raises: ConstructorError."""
+    if len(words) < ARGUMENTS_MIN:
+        raise _error(_INSUFFICIENT)
+    # The size of the cache device is not known yet.
+    parse_block_size(words[3], cache_size=SIZE_MAX)
+    parse_options(words[4:])
 
 
 def _error(reason: str, hint: str = "") -> ConstructorError:

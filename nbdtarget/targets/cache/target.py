@@ -71,7 +71,7 @@ from nbdtarget.targets.cache.report import (
     status_fields,
     status_line,
 )
-from nbdtarget.targets.cache.table import MESSAGES
+from nbdtarget.targets.cache.table import MESSAGES, check_words
 from nbdtarget.targets.disks import ORIGIN_ROLE, cache_samples, spread_ones
 from nbdtarget.targets.mapping import MappingTarget
 from nbdtarget.targets.measured import target_attributes
@@ -175,6 +175,10 @@ class CacheTarget(MappingTarget[CacheMetadata]):
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "CacheTarget":
         return cls(ctx, await construct(ctx, args))
+
+    @classmethod
+    def check_words(cls, args: Sequence[str]) -> None:
+        check_words(args)
 
     # I/O
 

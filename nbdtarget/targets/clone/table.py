@@ -52,6 +52,7 @@ __all__ = [
     "MESSAGES",
     "NUMBERS",
     "Options",
+    "check_words",
     "describe_value",
     "parse_options",
     "parse_region_size",
@@ -213,6 +214,15 @@ def parse_options(words: Sequence[str]) -> Options:
             )
         setattr(options, name, number)
     return options
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse a table line that no device could make right. Raises: ConstructorError."""
+    if len(words) < ARGUMENTS_MIN:
+        raise _error("Invalid number of arguments")
+    # The logical block size of the devices is not known yet; it is a sector at least.
+    parse_region_size(words[3], block_size=SECTOR)
+    parse_options(words[4:])
 
 
 def _error(reason: str, hint: str = "") -> ConstructorError:

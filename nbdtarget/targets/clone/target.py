@@ -98,6 +98,7 @@ from nbdtarget.targets.clone.report import status_fields, status_line
 from nbdtarget.targets.clone.table import (
     MESSAGES,
     NUMBERS,
+    check_words,
     describe_value,
     parse_value,
 )
@@ -172,6 +173,10 @@ class CloneTarget(MappingTarget[CloneMetadata]):
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "CloneTarget":
         return cls(ctx, await construct(ctx, args))
+
+    @classmethod
+    def check_words(cls, args: Sequence[str]) -> None:
+        check_words(args)
 
     # I/O
 
