@@ -2,13 +2,14 @@
 """What goes over the control socket: one request and one answer for each verb.
 
 HTTP over a unix socket, `POST /v1/VERB`, JSON both ways. An answer with status 200 is the
-verb's own; any other is a `Failure`. A request that the server does not know in all its
-fields is refused, so that no option is ever silently ignored.
+verb's own; any other is a `Failure`. A request with a field that the server does not know
+is refused, so that no option is ever silently ignored.
 
-Both sides import this and nothing heavier: a command must start fast.
+The descriptions of the fields are those of the OpenAPI document. Both sides import this module and nothing
+heavier, because a command must start fast.
 """
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -54,303 +55,445 @@ __all__ = [
     "Wait",
     "WaitAnswer",
     "WipeTable",
+    "told",
+]
+
+
+def told(description: str) -> msgspec.Meta:
+    """Describe a field for the OpenAPI document."""
+    return msgspec.Meta(description=description)
+
+
+Name = Annotated[str, told("Name of a mapped device, which is also its export's.")]
+Names = Annotated[
+    tuple[str, ...],
+    told(
+        "Names of mapped devices, answered in this order. An empty list means all devices."
+    ),
+]
+TargetTypeName = Annotated[
+    str | None,
+    told("Type of targets, for example `cache`: only their lines. null: all lines."),
+]
+TABLE: Final = (
+    "The table: one line for each target, separated by newlines. A line is `START LENGTH TYPE"
+    " ARGUMENTS...`, with START and LENGTH in sectors of 512 bytes. The first line starts at 0, and"
+    " each line starts where the one before it ends. A backslash before a blank keeps it in a word."
+)
+TableText = Annotated[str, told(TABLE)]
+Uuid = Annotated[str, told("UUID: any text of up to 128 bytes, or empty for none.")]
+ReadOnly = Annotated[bool, told("Load the table read-only: clients may not write.")]
+Directory = Annotated[
+    str, told("Absolute directory that relative paths in the table start from.")
+]
+Permissions = Annotated[
+    tuple[Permission, ...],
+    told(
+        "What is allowed although it would be refused: `overwrite` data on a disk, a disk that has"
+        " `moved`, or an `other-disk` than the one the metadata names."
+    ),
+]
+Timeout = Annotated[
+    float | None,
+    told(
+        "Seconds to wait for disks that do not answer. After that the verb fails with ETIMEDOUT, and the"
+        " device goes on as before. 0 waits for ever, null for 60 s."
+    ),
+]
+Inactive = Annotated[bool, told("Answer for the inactive tables, not the live ones.")]
+FailureText = Annotated[
+    str,
+    told("Reason why the device has no table although it should have one; else empty."),
+]
+Losses = Annotated[
+    int,
+    told(
+        "How many times writes that were not flushed yet may have been lost. The next FLUSH of each client"
+        " has failed because of it."
+    ),
 ]
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True):
-    """What a verb is given."""
+    """The fields that a verb is given."""
 
 
 class Answer(msgspec.Struct):
-    """What a verb gives back. New fields need defaults: an old client skips them."""
+    """The fields that a verb gives back. New fields need defaults: an old client skips them."""
 
 
 class Failure(Answer):
-    """The verb failed; `errno` is what the ioctl would have returned, positive."""
+    """The verb has failed."""
 
-    reason: str
-    errno: int
+    reason: Annotated[str, told("What was wrong, in one line.")]
+    errno: Annotated[
+        int, told("Positive errno, as device-mapper's ioctl would return it.")
+    ]
 
 
 class Done(Answer):
-    """Nothing to say. `busy` names devices that remove_all had to leave."""
+    """The verb has been carried out."""
 
-    busy: tuple[str, ...] = ()
+    busy: Annotated[
+        tuple[str, ...],
+        told("Names of the devices that `remove_all` did not remove: they are in use."),
+    ] = ()
 
 
 class Create(Request):
-    """`table` None: a device without a table. `directory`: where relative paths are meant.
+    """A new mapped device, which is an export as soon as it has a table."""
 
-    `permissions`: what would be refused and is allowed, see `nbdtarget.common.permissions`.
-    `rotational`: whether clients are told that the disk has to seek; null: as the disks below are.
-    """
-
-    name: str
-    table: str | None
-    uuid: str = ""
-    readonly: bool = False
-    directory: str = "/"
-    minor: int | None = None
-    permissions: tuple[Permission, ...] = ()
-    rotational: bool | None = None
+    name: Name
+    table: Annotated[str | None, told(f"{TABLE} null: a device without a table.")]
+    uuid: Uuid = ""
+    readonly: ReadOnly = False
+    directory: Directory = "/"
+    minor: Annotated[int | None, told("Minor number; null: the next free one.")] = None
+    permissions: Permissions = ()
+    rotational: Annotated[
+        bool | None,
+        told(
+            "Whether clients are told that the disk is rotational; null: as the disks."
+        ),
+    ] = None
 
 
 class Load(Request):
-    """As `Create`, into the inactive slot.
+    """A table for the inactive slot of a device; `resume` makes it live."""
 
-    `keep_open`: a name under which the live table has a disk open means that open disk, also
-    `memory:SIZE`; if it is the name of another disk by now, the table is refused.
-    """
-
-    name: str
-    table: str
-    readonly: bool = False
-    directory: str = "/"
-    permissions: tuple[Permission, ...] = ()
-    keep_open: bool = False
+    name: Name
+    table: TableText
+    readonly: ReadOnly = False
+    directory: Directory = "/"
+    permissions: Permissions = ()
+    keep_open: Annotated[
+        bool,
+        told(
+            "A name under which the live table has a disk open means that open disk, also for"
+            " `memory:SIZE`. If the name means another disk by now, the table is refused."
+        ),
+    ] = False
 
 
 class Clear(Request):
-    name: str
+    """A device whose inactive table is dropped."""
+
+    name: Name
 
 
 class Suspend(Request):
-    """`timeout_s`: how long to wait for devices below that do not answer; 0: for ever; None: a minute.
+    """A device that is suspended: requests wait until it is resumed."""
 
-    If they do not answer, it fails with ETIMEDOUT, and the device goes on as before. So do the
-    other verbs with a `timeout_s`.
-    """
-
-    name: str
-    noflush: bool = False
-    timeout_s: float | None = None
+    name: Name
+    noflush: Annotated[
+        bool,
+        told("Do not flush; requests that are queued are sent to the next table."),
+    ] = False
+    timeout_s: Timeout = None
 
 
 class Resume(Request):
-    """`timeout_s`: as of `Suspend`, for the table that is live before."""
+    """A device that is resumed. An inactive table becomes live first."""
 
-    name: str
-    timeout_s: float | None = None
+    name: Name
+    timeout_s: Timeout = None
 
 
 class Remove(Request):
-    """`deferred`: if it is held open, when nobody holds it any more."""
+    """A device that is removed."""
 
-    name: str
-    force: bool = False
-    deferred: bool = False
-    timeout_s: float | None = None
+    name: Name
+    force: Annotated[
+        bool, told("First replace the table by one that fails all I/O.")
+    ] = False
+    deferred: Annotated[
+        bool, told("If the device is in use, remove it as soon as it is not.")
+    ] = False
+    timeout_s: Timeout = None
 
 
 class RemoveAll(Request):
-    force: bool = False
-    timeout_s: float | None = None
+    """All devices that are not in use are removed."""
+
+    force: Annotated[
+        bool, told("First replace each table by one that fails all I/O.")
+    ] = False
+    timeout_s: Timeout = None
 
 
 class Rename(Request):
-    name: str
-    new_name: str
+    """A device that gets another name."""
+
+    name: Name
+    new_name: Annotated[str, told("The new name.")]
 
 
 class SetUuid(Request):
-    """Once, for a device that has none."""
+    """A device that has no UUID, and gets one."""
 
-    name: str
-    uuid: str
+    name: Name
+    uuid: Uuid
 
 
 class SetGeometry(Request):
-    """`start`: the first sector, on the disk that it is a part of. NBD clients are not told."""
+    """A disk geometry for a device. NBD clients are not told."""
 
-    name: str
-    cylinders: int
-    heads: int
-    sectors: int
-    start: int
+    name: Name
+    cylinders: Annotated[int, told("Number of cylinders.")]
+    heads: Annotated[int, told("Number of heads.")]
+    sectors: Annotated[int, told("Number of sectors of a track.")]
+    start: Annotated[
+        int, told("First sector of the device, on the disk that it is a part of.")
+    ]
 
 
 class WipeTable(Request):
-    name: str
-    timeout_s: float | None = None
+    """A device whose table is replaced by one that fails all I/O."""
+
+    name: Name
+    timeout_s: Timeout = None
 
 
 class Message(Request):
-    name: str
-    sector: int
-    words: tuple[str, ...]
+    """A message to a target. An unknown one is refused with a list of those that the target takes."""
+
+    name: Name
+    sector: Annotated[
+        int,
+        told("A sector of the device, which selects the target: 0 for the first line."),
+    ]
+    words: Annotated[
+        tuple[str, ...], told("The message, for example `migration_rate` and `10M`.")
+    ]
 
 
 class MessageAnswer(Answer):
-    text: str | None
+    """The answer of the target."""
+
+    text: Annotated[
+        str | None, told("What the target answers; null: nothing. It may have lines.")
+    ]
 
 
 class Wait(Request):
-    """`event_nr` None: the present one."""
+    """A device whose next event is waited for. The answer may take any time."""
 
-    name: str
-    event_nr: int | None = None
+    name: Name
+    event_nr: Annotated[
+        int | None,
+        told("Wait until the event number is not this one; null: the present one."),
+    ] = None
 
 
 class WaitAnswer(Answer):
-    event_nr: int
+    """There was an event."""
+
+    event_nr: Annotated[int, told("The event number by now.")]
 
 
 class Status(Request):
-    """No names: all devices. `target`: only lines of that type."""
+    """Devices whose status is asked for."""
 
-    names: tuple[str, ...] = ()
-    target: str | None = None
-    noflush: bool = False
+    names: Names = ()
+    target: TargetTypeName = None
+    noflush: Annotated[bool, told("Do not have the targets commit first.")] = False
 
 
 class Table(Request):
-    """As `Status`; `inactive`: the other slot."""
+    """Devices whose tables are asked for."""
 
-    names: tuple[str, ...] = ()
-    target: str | None = None
-    inactive: bool = False
+    names: Names = ()
+    target: TargetTypeName = None
+    inactive: Inactive = False
 
 
 class Measure(Request):
-    """As `Table`."""
+    """Devices for whose tables it is asked what the kernel would measure for IMA."""
 
-    names: tuple[str, ...] = ()
-    target: str | None = None
-    inactive: bool = False
+    names: Names = ()
+    target: TargetTypeName = None
+    inactive: Inactive = False
 
 
 class TableLine(Answer):
-    """One target. `start` and `length` in sectors; `params` is what follows the type.
+    """One target of a table."""
 
-    `fields`, of a status: what the target tells by name; the kernel's words may not have it all.
-    """
-
-    start: int
-    length: int
-    type: str
-    params: str
-    fields: dict[str, bool | int | float | str | None] = {}
+    start: Annotated[int, told("First sector of the target; a sector has 512 bytes.")]
+    length: Annotated[int, told("Number of sectors of the target.")]
+    type: Annotated[str, told("Type of the target, for example `clone`.")]
+    params: Annotated[
+        str,
+        told(
+            "What follows the type, as device-mapper prints it: the arguments of a table, the words of a"
+            " status."
+        ),
+    ]
+    fields: Annotated[
+        dict[str, bool | int | float | str | None],
+        told(
+            "Of a status: what the target says, by name and with units. Which fields there are depends on"
+            " `type`."
+        ),
+    ] = {}
 
 
 class BelowLine(Answer):
-    """One device that a live table stands on, however many tables lie between.
+    """One disk that a live table uses, directly or through other tables."""
 
-    `state` "ok"; "latched": a write or a flush failed, and no FLUSH succeeds until it is opened
-    again; "lost": it does not answer any more. `errno` and `since_s` (Unix time) of the latter two.
-    `errors`: how many requests have failed since it was opened, by operation; `last_error`: the last
-    one of them. `losses`: how often writes that were not flushed yet may have been lost.
-    """
-
-    name: str
-    state: str = "ok"
-    errno: int = 0
-    since_s: float = 0.0
-    errors: dict[str, int] = {}
-    last_error: str = ""
-    losses: int = 0
+    name: Annotated[str, told("Path or URI of the disk.")]
+    state: Annotated[
+        str,
+        told(
+            "`ok`; `latched`: a write or a flush has failed, and no FLUSH succeeds until the disk is"
+            " opened again; `lost`: the disk does not answer any more."
+        ),
+    ] = "ok"
+    errno: Annotated[int, told("Of a disk that is latched or lost: the errno.")] = 0
+    since_s: Annotated[
+        float, told("Of a disk that is latched or lost: since when, in Unix time.")
+    ] = 0.0
+    errors: Annotated[
+        dict[str, int],
+        told("How many requests have failed since the disk was opened, by operation."),
+    ] = {}
+    last_error: Annotated[str, told("The last failure, or empty.")] = ""
+    losses: Losses = 0
 
 
 class DeviceLines(Answer):
-    """`failure`: why the device has no table although it is meant to have one, or "".
+    """The lines of one device."""
 
-    `below`, `losses`, of a status: as of `InfoLine`.
-    """
-
-    name: str
-    lines: tuple[TableLine, ...]
-    failure: str = ""
-    below: tuple[BelowLine, ...] = ()
-    losses: int = 0
+    name: Name
+    lines: Annotated[tuple[TableLine, ...], told("One for each target, in order.")]
+    failure: FailureText = ""
+    below: Annotated[
+        tuple[BelowLine, ...], told("Of a status: the disks that the live table uses.")
+    ] = ()
+    losses: Losses = 0
 
 
 class LinesAnswer(Answer):
-    devices: tuple[DeviceLines, ...]
+    """Lines of tables."""
+
+    devices: Annotated[tuple[DeviceLines, ...], told("One for each device.")]
 
 
 class Info(Request):
-    """No names: all devices. `target`: only devices with a target of that type."""
+    """Devices about which everything but their tables is asked for."""
 
-    names: tuple[str, ...] = ()
-    target: str | None = None
+    names: Names = ()
+    target: Annotated[
+        str | None,
+        told(
+            "Type of targets: only devices that have such a target. null: all devices."
+        ),
+    ] = None
 
 
 class InfoLine(Answer):
-    """One device. `size` in bytes; `failed`: a bug stopped it, see the server's log.
+    """One device."""
 
-    `deps` are the devices that the live table stands on, `mapped_deps` those of them that are
-    mapped devices, by their names; `used_by`: mapped devices whose live table stands on it.
-    `failure`: why it has no table although it is meant to have one, or "".
-    `below`: the devices that the live table stands on in the end. `losses`: how often clients'
-    writes that were not flushed yet may have been lost; the next FLUSH of each has said so.
-    `rotational`: what clients are told; `said_rotational`: if it is not what the disks below are.
-    `geometry`: cylinders, heads, sectors and start sector, if `set_geometry` gave it one.
-    """
-
-    name: str
-    uuid: str
-    state: str
-    read_only: bool
-    failed: bool
-    live: bool
-    inactive: bool
-    open_count: int
-    event_nr: int
-    major: int
-    minor: int
-    nr_targets: int
-    size: int
-    deps: tuple[str, ...] = ()
-    mapped_deps: tuple[str, ...] = ()
-    used_by: tuple[str, ...] = ()
-    deferred_remove: bool = False
-    failure: str = ""
-    below: tuple[BelowLine, ...] = ()
-    losses: int = 0
-    rotational: bool = False
-    said_rotational: bool | None = None
-    geometry: tuple[int, int, int, int] | None = None
+    name: Name
+    uuid: Uuid
+    state: Annotated[str, told("`ACTIVE` or `SUSPENDED`.")]
+    read_only: Annotated[bool, told("Clients may not write.")]
+    failed: Annotated[
+        bool, told("A bug has stopped the device; the log of the server says which.")
+    ]
+    live: Annotated[bool, told("The device has a live table.")]
+    inactive: Annotated[bool, told("The device has an inactive table.")]
+    open_count: Annotated[
+        int, told("How many NBD connections and tables of other devices use it.")
+    ]
+    event_nr: Annotated[int, told("Number of events so far.")]
+    major: Annotated[int, told("Major number.")]
+    minor: Annotated[int, told("Minor number.")]
+    nr_targets: Annotated[int, told("Number of targets of the live table.")]
+    size: Annotated[int, told("Size in bytes.")]
+    deps: Annotated[
+        tuple[str, ...], told("Names of the disks and devices of the live table.")
+    ] = ()
+    mapped_deps: Annotated[
+        tuple[str, ...], told("Names of those of `deps` that are mapped devices.")
+    ] = ()
+    used_by: Annotated[
+        tuple[str, ...], told("Mapped devices whose live tables use this one.")
+    ] = ()
+    deferred_remove: Annotated[
+        bool, told("It will be removed when it is not in use any more.")
+    ] = False
+    failure: FailureText = ""
+    below: Annotated[
+        tuple[BelowLine, ...],
+        told("The disks that the live table uses, directly or through other tables."),
+    ] = ()
+    losses: Losses = 0
+    rotational: Annotated[bool, told("What clients are told.")] = False
+    said_rotational: Annotated[
+        bool | None,
+        told("What the user has said about it; null: it is as the disks below are."),
+    ] = None
+    geometry: Annotated[
+        tuple[int, int, int, int] | None,
+        told("Cylinders, heads, sectors and start, if `set_geometry` has set them."),
+    ] = None
 
 
 class InfoAnswer(Answer):
-    devices: tuple[InfoLine, ...]
+    """Devices."""
+
+    devices: Annotated[tuple[InfoLine, ...], told("One for each device.")]
 
 
 class Deps(Request):
-    names: tuple[str, ...] = ()
+    """Devices for whose live tables it is asked which disks they use."""
+
+    names: Names = ()
 
 
 class DeviceDeps(Answer):
-    name: str
-    deps: tuple[str, ...]
+    """What one live table uses."""
+
+    name: Name
+    deps: Annotated[tuple[str, ...], told("Names of disks and mapped devices.")]
 
 
 class DevicesAnswer(Answer):
-    devices: tuple[DeviceDeps, ...]
+    """What the live tables use."""
+
+    devices: Annotated[tuple[DeviceDeps, ...], told("One for each device.")]
 
 
 class Targets(Request):
-    pass
+    """Nothing is to be said."""
 
 
 class TargetType(Answer):
-    name: str
-    version: tuple[int, int, int]
+    """One type of targets."""
+
+    name: Annotated[str, told("Name of the type.")]
+    version: Annotated[tuple[int, int, int], told("Major, minor and patch.")]
 
 
 class TargetsAnswer(Answer):
-    targets: tuple[TargetType, ...]
+    """The types of targets that the server has."""
+
+    targets: Annotated[tuple[TargetType, ...], told("One for each type.")]
 
 
 class Version(Request):
-    pass
+    """Nothing is to be said."""
 
 
 class VersionAnswer(Answer):
-    """`uris`: where the server's exports are."""
+    """The server."""
 
-    version: str
-    pid: int
-    uris: tuple[str, ...] = ()
+    version: Annotated[str, told("Version of the server.")]
+    pid: Annotated[int, told("Process number of the server.")]
+    uris: Annotated[
+        tuple[str, ...],
+        told("Where clients connect: NBD URIs with `{name}` for an export's name."),
+    ] = ()
 
 
 VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
@@ -376,7 +519,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "wipe_table": (WipeTable, Done),
 }
 
-# They change nothing, and all of their requests' fields have defaults.
+# These verbs change nothing, and all fields of their requests have defaults.
 READING_VERBS: Final = (
     "deps",
     "info",

@@ -1,56 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control socket described for machines: OpenAPI 3.1, made from the message types.
 
-`docs/openapi.json` is what `python -m nbdtarget.control.openapi` prints; a test holds the two
-together.
+Descriptions of fields are those of the types in `messages` and `status_fields`, and the examples are objects of these
+types in `examples`. `docs/openapi.json` is what `python -m nbdtarget.control.openapi` prints; a test
+holds the two together.
 """
 
 import inspect
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from nbdtarget import __version__
 from nbdtarget.control import messages as m
+from nbdtarget.control.examples import EXAMPLES, FAILURE
+from nbdtarget.control.status_fields import STATUS_FIELDS
 from nbdtarget.control.verbs import Verbs
 
 __all__ = ["openapi"]
 
+_REFERENCE = "#/components/schemas/{name}"
+_DESCRIPTION = (
+    "device-mapper's verbs over HTTP and JSON. The control socket is a unix socket,"
+    " for example /run/nbdtarget/control.sock: `curl --unix-socket PATH http://x/v1/status`. A request"
+    " with a field that is not described here is refused. What `nbdtarget uncache`"
+    " does is not one verb: it loads and resumes one table after another."
+)
+
 
 def openapi() -> dict[str, Any]:
     """Return the document."""
-    types = [m.Failure, *(each for pair in m.VERBS.values() for each in pair)]
-    unique = list(dict.fromkeys(types))
+    messages = [m.Failure, *(each for pair in m.VERBS.values() for each in pair)]
+    unique = list(dict.fromkeys([*messages, *STATUS_FIELDS.values()]))
     schemas, components = msgspec.json.schema_components(
-        unique, ref_template="#/components/schemas/{name}"
+        unique, ref_template=_REFERENCE
     )
     references = dict(zip(unique, schemas, strict=True))
-    paths = {
-        f"/v1/{verb}": _path(verb, references[request], references[answer], request)
-        for verb, (request, answer) in m.VERBS.items()
-    }
+    for component in components.values():
+        component["description"] = inspect.cleandoc(component["description"])
+    _type_fields(components)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "nbdtarget control socket",
             "version": __version__,
-            "description": "device-mapper's verbs over HTTP and JSON, on a unix socket.",
+            "description": _DESCRIPTION,
         },
-        "paths": paths,
+        "paths": {f"/v1/{verb}": _path(verb, references) for verb in m.VERBS},
         "components": {
             "schemas": dict(sorted(components.items())),
             "responses": {
                 "Failure": {
                     "description": "What was wrong, with a positive errno.",
-                    "content": _json(references[m.Failure]),
+                    "content": _json(references[m.Failure], FAILURE),
                 }
             },
             "securitySchemes": {
                 "token": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "Only when the server was given a token.",
+                    "description": "Only if the server has a token, as it must on TCP.",
                 }
             },
         },
@@ -58,11 +69,27 @@ def openapi() -> dict[str, Any]:
     }
 
 
-def _path(
-    verb: str, request: dict[str, Any], answer: dict[str, Any], type_: type[m.Request]
-) -> dict[str, Any]:
+def _type_fields(components: dict[str, Any]) -> None:
+    """Say which fields a status line has, instead of "any"."""
+    fields = components["TableLine"]["properties"]["fields"]
+    del fields["additionalProperties"]
+    names = {type_: each.__name__ for type_, each in STATUS_FIELDS.items()}
+    fields["anyOf"] = [
+        *({"$ref": _REFERENCE.format(name=name)} for name in names.values()),
+        {"type": "object", "maxProperties": 0},
+    ]
+    by_type = ", ".join(f"`{type_}`: {name}" for type_, name in names.items())
+    fields["description"] += f" {by_type}; other types have none."
+
+
+def _path(verb: str, references: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+    request_type, answer_type = m.VERBS[verb]
+    request, answer = EXAMPLES[verb]
     responses = {
-        "200": {"description": "Done.", "content": _json(answer)},
+        "200": {
+            "description": "The verb has been carried out.",
+            "content": _json(references[answer_type], answer),
+        },
         "4XX": {"$ref": "#/components/responses/Failure"},
         "5XX": {"$ref": "#/components/responses/Failure"},
     }
@@ -70,13 +97,16 @@ def _path(
     needed = any(
         field.default is msgspec.NODEFAULT
         and field.default_factory is msgspec.NODEFAULT
-        for field in msgspec.structs.fields(type_)
+        for field in msgspec.structs.fields(request_type)
     )
     path: dict[str, Any] = {
         "post": {
             "operationId": verb,
             "summary": summary,
-            "requestBody": {"required": needed, "content": _json(request)},
+            "requestBody": {
+                "required": needed,
+                "content": _json(references[request_type], request),
+            },
             "responses": responses,
         }
     }
@@ -86,21 +116,30 @@ def _path(
             "summary": summary,
             "responses": responses,
         }
-        if any(field.name == "names" for field in msgspec.structs.fields(type_)):
+        if any(field.name == "names" for field in msgspec.structs.fields(request_type)):
             get["parameters"] = [
                 {
                     "name": "name",
                     "in": "query",
-                    "description": "A device; may be given more than once. Default: all.",
+                    "description": "Name of a device; may be given more than once. Default: all.",
                     "schema": {"type": "array", "items": {"type": "string"}},
+                    "example": ["disk"],
                 }
             ]
         path["get"] = get
     return path
 
 
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": schema}}
+def _json(schema: dict[str, Any], example: msgspec.Struct) -> dict[str, Any]:
+    """Args: example: of the schema; fields that have their default are left out."""
+    shown = {
+        field.encode_name: value
+        for field in msgspec.structs.fields(example)
+        if (value := getattr(example, field.name)) != field.default
+    }
+    return {
+        "application/json": {"schema": schema, "example": msgspec.to_builtins(shown)}
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs of the control socket, carried out on a registry: one method each."""
+"""The verbs of the control socket: one method each, carried out on a registry."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -61,7 +61,7 @@ class Verbs:
         return m.Done()
 
     async def suspend(self, request: m.Suspend) -> m.Done:
-        """Stop new I/O, wait for what is in flight, commit."""
+        """Suspend a device: hold back new requests, finish those in flight, then commit."""
         await self._registry.suspend(
             request.name,
             noflush=request.noflush,
@@ -70,7 +70,7 @@ class Verbs:
         return m.Done()
 
     async def resume(self, request: m.Resume) -> m.Done:
-        """Let I/O go, with the inactive table if there is one."""
+        """Resume a device; an inactive table, if there is one, becomes live first."""
         await self._registry.resume(request.name, within_s=_within_s(request.timeout_s))
         return m.Done()
 
@@ -99,7 +99,7 @@ class Verbs:
         return m.Done()
 
     async def set_geometry(self, request: m.SetGeometry) -> m.Done:
-        """Give a device a disk geometry, which `info` shows."""
+        """Set the disk geometry of a device, which `info` shows."""
         geometry = Geometry(
             request.cylinders, request.heads, request.sectors, request.start
         )
@@ -109,7 +109,7 @@ class Verbs:
         return m.Done()
 
     async def set_uuid(self, request: m.SetUuid) -> m.Done:
-        """Give a device that has none a UUID."""
+        """Set the UUID of a device that has none."""
         self._registry.set_uuid(request.name, request.uuid)
         return m.Done()
 
@@ -124,12 +124,12 @@ class Verbs:
         return m.MessageAnswer(await device.message(request.sector, request.words))
 
     async def wait(self, request: m.Wait) -> m.WaitAnswer:
-        """Wait until the device's event counter is not `event_nr`."""
+        """Wait until the event number of a device is not `event_nr`."""
         device = self._registry.get(request.name)
         return m.WaitAnswer(await device.events.wait(request.event_nr))
 
     async def status(self, request: m.Status) -> m.LinesAnswer:
-        """The status of the live tables."""
+        """Return the status of the live tables."""
         return m.LinesAnswer(
             tuple(
                 [
@@ -147,11 +147,11 @@ class Verbs:
         )
 
     async def table(self, request: m.Table) -> m.LinesAnswer:
-        """The live tables, as they can be loaded again."""
+        """Return the live tables in the form in which they can be loaded again."""
         return self._tables(request, lambda target: target.table_words())
 
     async def measure(self, request: m.Measure) -> m.LinesAnswer:
-        """What the kernel would measure of the live tables."""
+        """Return what the kernel would measure of the live tables for IMA."""
         return self._tables(request, lambda target: target.measured_words())
 
     def _tables(
@@ -172,7 +172,7 @@ class Verbs:
         )
 
     async def info(self, request: m.Info) -> m.InfoAnswer:
-        """What is known about devices."""
+        """Return state, tables, users and errors of devices."""
         used_by = self._used_by()
         return m.InfoAnswer(
             tuple(
@@ -183,7 +183,7 @@ class Verbs:
         )
 
     async def deps(self, request: m.Deps) -> m.DevicesAnswer:
-        """The devices that the live tables stand on."""
+        """Return the disks and devices that the live tables use."""
         return m.DevicesAnswer(
             tuple(
                 m.DeviceDeps(device.dm_name, tuple(self._registry.deps(device)))
@@ -192,7 +192,7 @@ class Verbs:
         )
 
     async def targets(self, request: m.Targets) -> m.TargetsAnswer:
-        """The target types of the server."""
+        """Return the types of targets that the server has."""
         return m.TargetsAnswer(
             tuple(
                 m.TargetType(name, target_type.version)
@@ -201,11 +201,11 @@ class Verbs:
         )
 
     async def version(self, request: m.Version) -> m.VersionAnswer:
-        """The version of the server, and where its exports are."""
+        """Return the version of the server, and where clients connect."""
         return m.VersionAnswer(__version__, os.getpid(), tuple(self._uris()))
 
     def _used_by(self) -> dict[str, list[str]]:
-        """The mapped devices that stand on each device, by its path."""
+        """Return the mapped devices that use each device, by its path."""
         used_by: dict[str, list[str]] = {}
         for device in self._registry.devices():
             for below in self._registry.deps(device):
@@ -219,7 +219,7 @@ class Verbs:
 
 
 def _within_s(timeout_s: float | None) -> float | None:
-    """What the registry calls it: None is for ever there."""
+    """Return the bound as the registry takes it: None is for ever."""
     if timeout_s is None:
         return SUSPEND_S_MAX
     if timeout_s < 0:

@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control import messages as m
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.client import ControlClient
+from nbdtarget.control.examples import EXAMPLES
 from nbdtarget.control.http import BODY_BYTES_MAX
 from nbdtarget.control.openapi import openapi
 from nbdtarget.control.paths import TOKEN_VARIABLE, TcpControl, control_token
@@ -317,3 +319,18 @@ async def test_curl(http: HttpServer) -> None:
     body = '{"name": "x"}'
     assert await curl("http://localhost/v1/suspend", "-d", body) == {"busy": []}
     assert http.registry.get("x").state is State.SUSPENDED
+
+
+def test_openapi_describes_each_property_and_gives_valid_examples() -> None:
+    document = openapi()
+    schemas = document["components"]["schemas"]
+    for name, schema in schemas.items():
+        for key, value in schema["properties"].items():
+            assert value.get("description"), (name, key)
+    assert EXAMPLES.keys() == m.VERBS.keys()
+    for verb, (request_type, answer_type) in m.VERBS.items():
+        post = document["paths"][f"/v1/{verb}"]["post"]
+        request = post["requestBody"]["content"]["application/json"]["example"]
+        assert msgspec.convert(request, request_type) == EXAMPLES[verb][0]
+        answer = post["responses"]["200"]["content"]["application/json"]["example"]
+        assert msgspec.convert(answer, answer_type) == EXAMPLES[verb][1]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request and one answer of each verb, for the OpenAPI document.
+
+They are objects of the message types, so that an example that is no valid message is a mistake that mypy finds.
+"""
+
+import errno as errnos
+from typing import Final
+
+from nbdtarget.control import messages as m
+
+__all__ = ["EXAMPLES", "FAILURE"]
+
+_TABLE: Final = "0 2097152 linear /srv/disk.img 0"
+_DONE: Final = m.Done()
+_LINE: Final = m.TableLine(0, 2097152, "linear", "/srv/disk.img 0")
+_LINES: Final = m.LinesAnswer((m.DeviceLines("disk", (_LINE,)),))
+_STATUS: Final = m.LinesAnswer(
+    (
+        m.DeviceLines(
+            "disk",
+            (
+                m.TableLine(
+                    0,
+                    2097152,
+                    "powercut",
+                    "on 3 12288 0",
+                    {
+                        "power_is_on": True,
+                        "nr_writes_at_risk": 3,
+                        "at_risk_bytes": 12288,
+                        "nr_cuts": 0,
+                    },
+                ),
+            ),
+            below=(m.BelowLine("/srv/disk.img"),),
+        ),
+    )
+)
+_INFO: Final = m.InfoAnswer(
+    (
+        m.InfoLine(
+            name="disk",
+            uuid="",
+            state="ACTIVE",
+            read_only=False,
+            failed=False,
+            live=True,
+            inactive=False,
+            open_count=1,
+            event_nr=0,
+            major=253,
+            minor=0,
+            nr_targets=1,
+            size=1 << 30,
+            deps=("/srv/disk.img",),
+            below=(m.BelowLine("/srv/disk.img"),),
+        ),
+    )
+)
+
+_CUT: Final = "tear 7: 12 writes of 96 sectors at risk, 33 sectors survive"
+
+FAILURE: Final = m.Failure(
+    "Device or resource busy: in use by 1 NBD connection", errnos.EBUSY
+)
+
+EXAMPLES: Final[dict[str, tuple[m.Request, m.Answer]]] = {
+    "clear": (m.Clear("disk"), _DONE),
+    "create": (m.Create("disk", _TABLE), _DONE),
+    "deps": (
+        m.Deps(("disk",)),
+        m.DevicesAnswer((m.DeviceDeps("disk", ("/srv/disk.img",)),)),
+    ),
+    "info": (m.Info(("disk",)), _INFO),
+    "load": (m.Load("disk", "0 1048576 linear /srv/a.img 0\n1048576 8 zero"), _DONE),
+    "measure": (m.Measure(("disk",)), _LINES),
+    "message": (m.Message("disk", 0, ("cycle", "tear", "7")), m.MessageAnswer(_CUT)),
+    "remove": (m.Remove("disk"), _DONE),
+    "remove_all": (m.RemoveAll(), m.Done(busy=("disk",))),
+    "rename": (m.Rename("disk", "web"), _DONE),
+    "resume": (m.Resume("disk"), _DONE),
+    "set_geometry": (m.SetGeometry("disk", 130, 255, 63, 0), _DONE),
+    "set_uuid": (m.SetUuid("disk", "CLONE-disk"), _DONE),
+    "status": (m.Status(("disk",)), _STATUS),
+    "suspend": (m.Suspend("disk"), _DONE),
+    "table": (m.Table(("disk",)), _LINES),
+    "targets": (
+        m.Targets(),
+        m.TargetsAnswer((m.TargetType("cache", (2, 4, 0)),)),
+    ),
+    "version": (
+        m.Version(),
+        m.VersionAnswer(
+            "0.1.0", 4711, ("nbd+unix:///{name}?socket=/run/nbdtarget/nbd.sock",)
+        ),
+    ),
+    "wait": (m.Wait("disk", 0), m.WaitAnswer(1)),
+    "wipe_table": (m.WipeTable("disk"), _DONE),
+}
