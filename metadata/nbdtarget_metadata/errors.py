@@ -66,10 +66,7 @@ class NotOurs(MetadataError):
         self.found = found
 
     def __str__(self) -> str:
-        return (
-            f"neither metadata of this kind nor all zeroes: {self.where} holds"
-            f" {self.found}"
-        )
+        return f"no nbdtarget metadata of this kind: {self.where} holds {self.found}"
 
 
 class CorruptMetadata(MetadataError):
@@ -217,7 +214,7 @@ class NotTheKernels(MetadataError):
 
     def __str__(self) -> str:
         return (
-            "is no metadata of the kernel's dm-cache or dm-clone, or has been wiped:"
+            "this is not metadata of the kernel's dm-cache or dm-clone, or it has been wiped:"
             f" {self.found}"
         )
 

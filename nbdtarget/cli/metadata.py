@@ -434,6 +434,8 @@ def repair(
             for line in answer.damage:
                 print(f"nbdtarget: {source}: {line}", file=sys.stderr)
         _print(answer, quiet=quiet, json=json)
+        if not quiet and not json:
+            print(f"Now use {output} in place of {source}.")
 
     return _run(job, quiet=quiet)
 

@@ -289,7 +289,10 @@ class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         lines = [f"{self.file}: {self._headline()}"]
         for copy in self.copies:
-            state = copy.fault or f"generation {copy.generation}, {copy.state}"
+            state = f"generation {copy.generation}, {copy.state}"
+            if copy.fault:
+                harmless = "" if self.damage else "a bad copy does no harm: "
+                state = f"{harmless}{copy.fault}"
             lines.append(
                 f"  superblock slot {copy.slot} copy {copy.copy} (block {copy.block}):"
                 f" {state}"
@@ -309,7 +312,10 @@ class CheckAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     def _headline(self) -> str:
         if self.damage:
-            return f"{self.kind} metadata, damaged"
+            return (
+                f"{self.kind} metadata is damaged; `nbdtarget metadata repair -i {self.file}"
+                " -o NEW_FILE` saves what is left"
+            )
         return (
             f"{self.kind} metadata {self.uuid}, generation {self.generation}:"
             f" {'no damage' if self.complete else 'no damage so far, not a full pass'}"
@@ -426,7 +432,7 @@ class RestoreAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     def _lost(self) -> str:
         if self.nr_lost is None:
-            return ", nobody knows how many are lost"
+            return ", an unknown number is lost"
         if self.nr_lost:
             return f", {self.nr_lost} are lost"
         return ", nothing is lost" if self.damage else ""

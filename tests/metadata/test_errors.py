@@ -19,7 +19,7 @@ from nbdtarget_metadata.errors import (
 
 CASES: list[tuple[MetadataError, list[str]]] = [
     (NotFormatted(), ["not formatted"]),
-    (NotOurs("byte 1024", "53ef"), ["byte 1024", "53ef", "all zeroes"]),
+    (NotOurs("byte 1024", "53ef"), ["byte 1024", "53ef", "nbdtarget"]),
     (CorruptMetadata("block 4", 1, 2), ["block 4", "expected 1", "found 2"]),
     (UnsupportedFormat(9, 0), ["version 9"]),
     (UnsupportedFormat(1, 6), ["0x6"]),

@@ -145,7 +145,7 @@ def test_healthy_metadata_is_identical_after_all_options(tool: Tool, life: str) 
 def test_damage_is_told_and_left_alone(tool: Tool) -> None:
     path = tool.file(DAMAGED)
     out, err = tool("check", path, "--auto-repair", status=1)
-    assert "cache metadata, damaged" in out
+    assert "cache metadata is damaged" in out
     assert err.splitlines()[0].startswith(f"nbdtarget: {path}: corrupt metadata: ")
     assert err.splitlines()[1].startswith(f"nbdtarget: {path}: no intact record in ")
     assert Path(path).read_bytes() == DAMAGED
@@ -338,7 +338,8 @@ def test_repair_that_loses_something_wants_force(tool: Tool) -> None:
     assert "--force accepts that" in line
     assert not os.path.exists(output)
     out, err = tool("repair", "-i", path, "-o", output, "--force")
-    assert out.endswith(" are lost\n")
+    assert out.splitlines()[0].endswith(" are lost")
+    assert out.endswith(f"Now use {output} in place of {path}.\n")
     assert err.startswith(f"nbdtarget: {path}: corrupt metadata")
     assert tool("check", output)[1] == ""
     assert Path(path).read_bytes() == DAMAGED

@@ -95,7 +95,7 @@ def test_what_cannot_be_imported_is_refused_and_nothing_is_made(tool: Tool) -> N
     assert "is the input" in line
     other = tool.file(b"x" * 8192, "other")
     line = tool.fails("import", other, "-o", output, "--origin-size", "48M")
-    assert "is no metadata of the kernel's dm-cache or dm-clone" in line
+    assert "is not metadata of the kernel's dm-cache or dm-clone" in line
     assert not os.path.exists(output)
 
 

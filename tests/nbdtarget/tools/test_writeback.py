@@ -275,7 +275,7 @@ def test_damaged_metadata_are_refused() -> None:
 
 def test_metadata_that_are_none_are_refused() -> None:
     assert "metadata is not formatted" in refused(Disks(bytes(METADATA_SIZE)))
-    assert "neither metadata of this kind" in refused(Disks(b"x" * METADATA_SIZE))
+    assert "no nbdtarget metadata of this kind" in refused(Disks(b"x" * METADATA_SIZE))
 
 
 def test_needs_check_is_refused() -> None:

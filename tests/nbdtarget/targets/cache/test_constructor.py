@@ -171,7 +171,7 @@ async def test_metadata_that_need_a_check_are_refused() -> None:
     assert caught.value.reason == (
         "Unable to get write access to metadata, please check/repair metadata."
         " m is marked as needing a check: `nbdtarget metadata check"
-        " --clear-needs-check m` looks at it, and takes the mark back if all is well"
+        " --clear-needs-check m` checks it, and removes the mark if there is no damage"
     )
     assert caught.value.errno == errnos.EINVAL
 

@@ -111,8 +111,8 @@ async def test_rotten_metadata_is_refused_with_its_block_in_one_line() -> None:
         await CloneTarget.ctr(rig.ctx, rig.words)
     assert re.fullmatch(
         "Failed to load metadata: m is damaged: digest of journal record at block 4:"
-        " expected [0-9a-f]{32}, found [0-9a-f]{32}; `nbdtarget metadata check m` tells"
-        " how much of it, and `nbdtarget metadata repair` makes new metadata of what is"
+        " expected [0-9a-f]{32}, found [0-9a-f]{32}; `nbdtarget metadata check m` shows"
+        " what is damaged, and `nbdtarget metadata repair -i m -o NEW_FILE` saves what is"
         " left",
         caught.value.reason,
     )
