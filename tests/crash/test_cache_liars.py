@@ -61,7 +61,7 @@ async def promote_something(migrations: Migrations, work: Work) -> bool:
 
 async def start_later(activation: Activation) -> None:
     """J5: lets I/O come while the disk says that everything is exact."""
-    activation._parts.metadata.admits_changes = True
+    activation._parts.metadata.may_change = True
 
 
 def trust_dirty_bits(

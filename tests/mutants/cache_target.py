@@ -138,7 +138,7 @@ CACHE_TARGET: Final = (
         "FUA to a block whose mapping is not committed: a crash reads the origin again.",
         "nbdtarget.targets.cache.cached_writes:CachedWrites._advance",
         (
-            "bio.flags & FUA and not metadata.vouches_for(cblock):",
+            "bio.flags & FUA and not metadata.mapping_survives(cblock):",
             "bio.flags & FUA and blocks.has_failed:",
         ),
         MATRIX,

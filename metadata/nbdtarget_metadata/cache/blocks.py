@@ -75,7 +75,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
             comes before `start`.
         is_distrusted: set by the owner: the copies of clean blocks may be old, so whoever takes this
             over begins with `drop_clean`.
-        admits_changes: `clean_shutdown` is durably clear, and no full sync has begun.
+        may_change: `clean_shutdown` is durably clear, and no full sync has begun.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self.writes_back = True
         self.gives_up_mappings = superblock.gives_up_mappings
         self.is_distrusted = False
-        self.admits_changes = False
+        self.may_change = False
         self._values = loaded.values
         self._by_oblock = loaded.by_oblock
         self._hints = loaded.hints
@@ -196,7 +196,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
             raise FailedMetadata
         return bool(self.dirty[cblock])
 
-    def vouches_for(self, cblock: int) -> bool:
+    def mapping_survives(self, cblock: int) -> bool:
         """Tell whether `cblock` is mapped, and the last commit that is done says so, too.
 
         So what is written to it is found again, if it is dirty: also after `abort`, when nothing
@@ -243,7 +243,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
     def start(self, *, dirty_log: bool, writes_back: bool = True) -> Steps[None]:
         """Ask for what must be durable before the first change; then commit.
 
-        `admits_changes` tells when it is. Nothing else may be under way.
+        `may_change` tells when it is. Nothing else may be under way.
 
         Args: writes_back: see the attribute.
 
@@ -263,7 +263,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
             or self.is_recorded_complete != self.is_complete
             or bool(self._unhealed)
         )
-        self.admits_changes = not self._starting
+        self.may_change = not self._starting
         self.dirty_log = dirty_log
         if not dirty_log:
             return
@@ -504,7 +504,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
     def _check_admitted(self) -> None:
         if self.mode is not _RW:
             self._refuse_change()
-        assert self.admits_changes, "clean_shutdown must be cleared, durably, first"
+        assert self.may_change, "clean_shutdown must be cleared, durably, first"
 
     def _remove(self, cblock: int, *, is_kept: bool = True) -> None:
         """Args: is_kept: in mind, for `may_come_back`."""

@@ -42,7 +42,7 @@ class CacheTaken(Taken[bitarray]):
         logged: those of `changes` that become LOGGED.
         removed: the origin blocks that were unmapped; some of them may be mapped again.
         flushes: FLUSH_CACHE and FLUSH_ORIGIN: which devices must be flushed before `superblock`.
-        starts: after it the cache `admits_changes`.
+        starts: after it the cache `may_change`.
         only_rewrites: nothing is new but the superblock copies.
         says_complete: its superblock says that the origin has everything.
         shutdown: it is a clean shutdown, which records that.

@@ -32,11 +32,11 @@ The life of `clean_shutdown`:
     on disk   in core                          what a crash leaves
     set       opened, or suspended             exact dirty bits, hints, discards
     set       `start`ed, commit under way      the same, and nothing has changed
-    clear     `admits_changes`                 mappings; dirty: see below; no hints, no discards
+    clear     `may_change`                 mappings; dirty: see below; no hints, no discards
     clear     full sync under way              the same, and nothing changes any more
     set       full sync done                   exact dirty bits, hints, discards
 
-Nothing but `resize_*` may be called before `admits_changes`, which the commit after `start` sets. A
+Nothing but `resize_*` may be called before `may_change`, which the commit after `start` sets. A
 full sync is `prepare_shutdown` and pre_commit(clean_shutdown=True), when nothing is under way.
 
 **Origin complete.** A cache that does not write back (writethrough, passthrough) says so when it starts, unless blocks
@@ -50,7 +50,7 @@ told that they may do. So `gives_up_mappings`, and `drop_clean` comes before `st
     not writes_back  -                   some, of a writeback past  dirty: see below
     not writes_back  ORIGIN_COMPLETE     none                       the origin alone
     not writes_back  ORIGIN_COMPLETE     the origin refused a       the origin alone: nobody has been promised
-                                         write through              that write, `vouches_for` says no. The
+                                         write through              that write, `mapping_survives` says no. The
                                                                     next commit, which `changed` asks for, takes
                                                                     the flag back, and then FLUSH and FUA may end
 
@@ -333,7 +333,7 @@ class CacheMetadata(CacheBlocks):
             or self._resized
             or self._starting
             or (self._clearing and self._cleaned.any())
-            or (self.admits_changes and self.is_complete != self.is_recorded_complete)
+            or (self.may_change and self.is_complete != self.is_recorded_complete)
             or self.needs_rewrite
         )
 
@@ -394,7 +394,7 @@ class CacheMetadata(CacheBlocks):
             self._take_back_log()
         self._is_stop_begun = clean_shutdown
         if clean_shutdown:
-            self.admits_changes = False
+            self.may_change = False
             self._clearing = False
         only_rewrites = marked and not (
             clean_shutdown or self._starting or self._resized or self._has_changed
@@ -413,7 +413,7 @@ class CacheMetadata(CacheBlocks):
         # What has been taken back since is none: the next transaction may say so.
         self._admitted |= taken.logged & self._logged
         if taken.starts:
-            self.admits_changes = True
+            self.may_change = True
         if taken.shutdown is not None:
             self._hints = taken.shutdown.hints
             self._hints_policy = taken.shutdown.policy
@@ -425,7 +425,7 @@ class CacheMetadata(CacheBlocks):
         Raises: FailedMetadata.
         """
         taken = self._give_up()
-        self.admits_changes = False
+        self.may_change = False
         self._before = None
         if taken is not None:
             # As if they had never been taken: no commit that is done vouches for them.
@@ -461,7 +461,7 @@ class CacheMetadata(CacheBlocks):
     def fail(self) -> None:
         """Go to mode FAIL: everything raises FailedMetadata until it is opened again."""
         super().fail()
-        self.admits_changes = False
+        self.may_change = False
 
     # Inside
 

@@ -300,7 +300,7 @@ class Activation:
         await metadata_io.run(self._parts.metadata_device, starting)
         await self._commit()
         if metadata.mode is Mode.RW:
-            assert metadata.admits_changes
+            assert metadata.may_change
             await self._parts.disks.confirm()
 
     async def _commit(self) -> None:

@@ -137,7 +137,7 @@ class CachedWrites:
         elif not (is_dirty or metadata.may_dirty(cblock)):
             # Rule 2, with `dirty_log`: that the block may be dirty must be on disk first.
             self._advance_after_log(write)
-        elif is_for_cache and bio.flags & FUA and not metadata.vouches_for(cblock):
+        elif is_for_cache and bio.flags & FUA and not metadata.mapping_survives(cblock):
             # Rule 3: a crash would forget the mapping, and with it what was written.
             self._advance_after_commit(write)
         elif is_for_cache:
@@ -187,7 +187,7 @@ class CachedWrites:
         return (
             not self._blocks.has_failed
             and bool(metadata.dirty[cblock])
-            and metadata.vouches_for(cblock)
+            and metadata.mapping_survives(cblock)
         )
 
     def _maybe_overlapping(self, write: CachedWrite) -> WriteThrough | None:

@@ -91,7 +91,7 @@ def test_suspended_again_without_a_resume_commits_nothing(
     assert metadata.pre_commit(clean_shutdown=True) is None
     assert metadata.pre_commit() is None
     start(store, metadata)
-    assert metadata.admits_changes
+    assert metadata.may_change
 
 
 def test_what_was_prepared_and_not_committed_is_not_recorded_by_a_later_sync(
@@ -191,9 +191,9 @@ def test_start_over_a_single_copy_waits_for_a_second_one(store: Store) -> None:
     assert not opened.clean_when_opened
     drive(store, opened.start(dirty_log=False))
     # If that copy rots, what is found is the generation before it, which says clean.
-    assert not opened.admits_changes
+    assert not opened.may_change
     commit(store, opened)
-    assert opened.admits_changes
+    assert opened.may_change
 
 
 # Read only
@@ -210,7 +210,7 @@ def test_read_only_metadata_is_suspended_and_resumed_unchanged(
         with pytest.raises(ReadOnlyMetadata):
             drive(store, metadata.start(dirty_log=False))
         assert metadata.mode is Mode.RO
-        assert not metadata.admits_changes
+        assert not metadata.may_change
         assert not metadata.is_recorded_clean
         assert (mapped(metadata), dirty(metadata)) == ({3: 9}, {3})
 
@@ -228,24 +228,24 @@ def test_failed_sync_leaves_no_discards_to_believe(
     assert not metadata.is_recorded_clean
 
 
-# vouches_for
+# mapping_survives
 
 
 def test_mapping_is_vouched_for_from_its_commit_to_its_removal(
     store: Store, metadata: CacheMetadata
 ) -> None:
-    assert metadata.vouches_for(3)
-    assert not metadata.vouches_for(4)
+    assert metadata.mapping_survives(3)
+    assert not metadata.mapping_survives(4)
     metadata.insert(4, 8, dirty=False)
-    assert not metadata.vouches_for(4)
+    assert not metadata.mapping_survives(4)
     transaction = metadata.pre_commit()
-    assert not metadata.vouches_for(4)
+    assert not metadata.mapping_survives(4)
     finish(store, transaction)
-    assert metadata.vouches_for(4)
+    assert metadata.mapping_survives(4)
     metadata.remove(4)
-    assert not metadata.vouches_for(4)
+    assert not metadata.mapping_survives(4)
     commit(store, metadata)
-    assert not metadata.vouches_for(4)
+    assert not metadata.mapping_survives(4)
 
 
 def test_aborted_metadata_vouches_for_what_is_on_disk_and_unchanged(
@@ -260,7 +260,7 @@ def test_aborted_metadata_vouches_for_what_is_on_disk_and_unchanged(
     drive(store, transaction.journal())
     metadata.insert(6, 6, dirty=True)
     metadata.abort()
-    vouched = {c for c in range(NR_CBLOCKS) if metadata.vouches_for(c)}
+    vouched = {c for c in range(NR_CBLOCKS) if metadata.mapping_survives(c)}
     assert vouched == {3}
     assert mapped(open_on(store)) == {3: 9, 4: 8}
     assert dirty(open_on(store)) == {3, 4}
@@ -268,9 +268,9 @@ def test_aborted_metadata_vouches_for_what_is_on_disk_and_unchanged(
 
 def test_cleaning_and_dirtying_change_no_mapping(metadata: CacheMetadata) -> None:
     metadata.set_clean(3)
-    assert metadata.vouches_for(3)
+    assert metadata.mapping_survives(3)
     metadata.set_dirty(3)
-    assert metadata.vouches_for(3)
+    assert metadata.mapping_survives(3)
 
 
 # needs_check
@@ -339,4 +339,4 @@ def test_failed_metadata_tells_its_flags_all_the_same(metadata: CacheMetadata) -
     assert not metadata.needs_check
     assert not metadata.is_recorded_clean
     with pytest.raises(FailedMetadata):
-        metadata.vouches_for(3)
+        metadata.mapping_survives(3)

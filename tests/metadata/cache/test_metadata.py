@@ -288,7 +288,7 @@ def test_start_after_an_unclean_shutdown_needs_no_commit_of_its_own(
         assert opened.needs_rewrite
         commit(store, opened)
     drive(store, opened.start(dirty_log=False))
-    assert opened.admits_changes
+    assert opened.may_change
     assert not opened.changed
 
 
@@ -417,7 +417,7 @@ CALLS: dict[str, Callable[[CacheMetadata], object]] = {
     "maybe_oblock": lambda metadata: metadata.maybe_oblock(0),
     "maybe_cblock": lambda metadata: metadata.maybe_cblock(0),
     "is_dirty": lambda metadata: metadata.is_dirty(0),
-    "vouches_for": lambda metadata: metadata.vouches_for(0),
+    "mapping_survives": lambda metadata: metadata.mapping_survives(0),
     "may_insert": lambda metadata: metadata.may_insert(0),
     "may_dirty": lambda metadata: metadata.may_dirty(0),
     "start": lambda metadata: list(metadata.start(dirty_log=False)),

@@ -41,7 +41,7 @@ POLICY = PolicyIdentity("smq", (2, 0, 0))
 
 
 def started(machine: "CacheModel") -> bool:
-    return machine.metadata.admits_changes and machine.transaction is None
+    return machine.metadata.may_change and machine.transaction is None
 
 
 class CacheModel(RuleBasedStateMachine):
@@ -71,9 +71,9 @@ class CacheModel(RuleBasedStateMachine):
         drive(self.store, self.metadata.start(dirty_log=dirty_log))
         self.pre_commit()
         self.finish_commit()
-        assert self.metadata.admits_changes
+        assert self.metadata.may_change
 
-    @precondition(lambda self: self.metadata.admits_changes)
+    @precondition(lambda self: self.metadata.may_change)
     @rule(cblock=CBLOCKS, oblock=OBLOCKS, is_dirty=st.booleans())
     def insert(self, cblock: int, oblock: int, is_dirty: bool) -> None:
         metadata = self.metadata
@@ -86,7 +86,7 @@ class CacheModel(RuleBasedStateMachine):
         if is_dirty:
             self.dirty.add(cblock)
 
-    @precondition(lambda self: self.metadata.admits_changes and self.now)
+    @precondition(lambda self: self.metadata.may_change and self.now)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         cblock = data.draw(st.sampled_from(sorted(self.now)))
@@ -97,7 +97,7 @@ class CacheModel(RuleBasedStateMachine):
         del self.now[cblock]
         assert not self.metadata.may_insert(cblock)
 
-    @precondition(lambda self: self.metadata.admits_changes and self.now)
+    @precondition(lambda self: self.metadata.may_change and self.now)
     @rule(data=st.data())
     def write(self, data: st.DataObject) -> None:
         cblock = data.draw(st.sampled_from(sorted(self.now)))
@@ -108,7 +108,7 @@ class CacheModel(RuleBasedStateMachine):
             assert self.metadata.dirty_log
             self.metadata.log_dirty(cblock)
 
-    @precondition(lambda self: self.metadata.admits_changes and self.dirty)
+    @precondition(lambda self: self.metadata.may_change and self.dirty)
     @rule(data=st.data())
     def write_back(self, data: st.DataObject) -> None:
         cblock = data.draw(st.sampled_from(sorted(self.dirty)))

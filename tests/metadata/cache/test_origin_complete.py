@@ -31,7 +31,7 @@ def test_crash_of_a_cache_that_does_not_write_back_leaves_nothing_dirty(
     store = Store(SIZE)
     metadata = format_on(store)
     drive(store, metadata.start(dirty_log=dirty_log, writes_back=False))
-    assert not metadata.admits_changes
+    assert not metadata.may_change
     commit(store, metadata)
     assert metadata.is_recorded_complete
     metadata.insert(3, 7, dirty=False)
@@ -82,9 +82,9 @@ def test_writeback_takes_it_back_before_the_first_change_is_admitted() -> None:
     opened = open_on(store)
     drive(store, opened.drop_clean())
     drive(store, opened.start(dirty_log=False, writes_back=True))
-    assert not opened.admits_changes, "a crash would give up what is dirty"
+    assert not opened.may_change, "a crash would give up what is dirty"
     commit(store, opened)
-    assert opened.admits_changes
+    assert opened.may_change
     assert not open_on(store).gives_up_mappings
 
 
@@ -119,17 +119,19 @@ def test_a_block_that_turns_dirty_all_the_same_takes_it_back() -> None:
     commit(store, metadata)
     metadata.insert(3, 7, dirty=False)
     commit(store, metadata)
-    assert not metadata.vouches_for(3), "a crash would not find what FUA has written"
+    assert not metadata.mapping_survives(3), (
+        "a crash would not find what FUA has written"
+    )
     metadata.set_dirty(3)
     assert metadata.changed
     commit(store, metadata)
-    assert metadata.vouches_for(3)
+    assert metadata.mapping_survives(3)
     assert dirty(open_on(store)) == {3}
     metadata.set_clean(3)
     transaction = metadata.pre_commit()
     assert transaction is not None
     assert transaction.taken.says_complete
-    assert not metadata.vouches_for(3), "it is about to say so"
+    assert not metadata.mapping_survives(3), "it is about to say so"
     finish(store, transaction)
 
 
@@ -228,7 +230,7 @@ def test_a_second_start_in_writeback_takes_it_back_before_the_first_change_is_ad
     assert metadata.is_recorded_complete
     assert not metadata.is_recorded_clean
     drive(store, metadata.start(dirty_log=False, writes_back=True))
-    assert not metadata.admits_changes
+    assert not metadata.may_change
     commit(store, metadata)
-    assert metadata.admits_changes
+    assert metadata.may_change
     assert not metadata.is_recorded_complete

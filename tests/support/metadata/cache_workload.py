@@ -224,7 +224,7 @@ class CacheWorld:
             self._step_compaction()
         elif self.resizing is not None:
             self._step_resize()
-        elif draw < 0.65 or not self.metadata.admits_changes:
+        elif draw < 0.65 or not self.metadata.may_change:
             self._step_commit()
         else:
             for _ in range(self.rng.choice((1, 1, 6))):
@@ -291,7 +291,7 @@ class CacheWorld:
 
     def _resize(self) -> None:
         metadata, rng = self.metadata, self.rng
-        self.nr_resized_unstarted += not metadata.admits_changes
+        self.nr_resized_unstarted += not metadata.may_change
         if rng.random() < 0.5:
             nr_cblocks = rng.randint(NR_CBLOCKS_MIN, NR_CBLOCKS)
             self.nr_grows += nr_cblocks > len(metadata._values)
@@ -347,14 +347,14 @@ class CacheWorld:
 
     def _pre_commit(self) -> None:
         metadata, rng = self.metadata, self.rng
-        if not metadata.admits_changes and rng.random() < 0.3:
+        if not metadata.may_change and rng.random() < 0.3:
             self._resize()
             return
         # Rarely a commit comes first, to heal a copy or to keep a resize.
-        if not metadata.admits_changes and rng.random() < 0.8:
+        if not metadata.may_change and rng.random() < 0.8:
             drive(self.store, metadata.start(dirty_log=rng.random() < 0.7))
         often = 0.2 if self.restless else 0.05
-        clean = metadata.admits_changes and rng.random() < often
+        clean = metadata.may_change and rng.random() < often
         if clean:
             hints = array("I", range(metadata.nr_cblocks))
             metadata.prepare_shutdown(policy=SMQ, hints=hints)
@@ -403,7 +403,7 @@ class CacheWorld:
             self._refuse_to_go_on(self.resizing)
         generation = metadata.generation
         left = [self.expected.get(generation + nr) for nr in range(2)]
-        for cblock in filter(metadata.vouches_for, range(metadata.nr_cblocks)):
+        for cblock in filter(metadata.mapping_survives, range(metadata.nr_cblocks)):
             oblock = metadata.maybe_oblock(cblock)
             assert all(state.mapped[cblock] == oblock for state in left if state)
         self._end_tickets()

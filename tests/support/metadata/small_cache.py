@@ -55,7 +55,7 @@ def start(
 ) -> None:
     """Start, and commit that if need be."""
     drive(store, metadata.start(dirty_log=dirty_log, writes_back=writes_back))
-    if not metadata.admits_changes:
+    if not metadata.may_change:
         commit(store, metadata)
 
 

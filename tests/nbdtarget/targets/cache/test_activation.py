@@ -179,7 +179,7 @@ async def test_plain_resume_loads_nothing_again() -> None:
     assert table.parts.policy is policy
     assert policy.residency == 1
     assert table.discards.nr_discarded == 1
-    assert table.metadata.admits_changes
+    assert table.metadata.may_change
 
 
 async def test_loading_lets_others_have_their_turn(
@@ -251,7 +251,7 @@ async def test_clean_shutdown_is_cleared_durably_before_a_resume_ends() -> None:
     assert (await table.from_disk()).is_recorded_clean
     await table.resume()
     assert not (await table.from_disk()).is_recorded_clean
-    assert table.metadata.admits_changes
+    assert table.metadata.may_change
     await table.suspend()
     assert (await table.from_disk()).is_recorded_clean
     await table.resume()  # the same table again
@@ -266,7 +266,7 @@ async def test_resume_is_read_only_if_the_clean_shutdown_cannot_be_cleared() -> 
     await table.resume()
     assert table.metadata.mode is Mode.RO
     assert table.metadata.needs_check
-    assert not table.metadata.admits_changes
+    assert not table.metadata.may_change
     assert table.nr_failures == 1
     bench.metadata.fails = lambda bio: 0
     again = await bench.resumed()  # which starts over from disk
