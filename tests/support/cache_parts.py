@@ -11,7 +11,6 @@ from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
-from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.committer import Committer
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.superblock import PolicyIdentity
@@ -125,17 +124,10 @@ class Table:
     def blocks(self) -> Blocks:
         bench = self.bench
         return Blocks(
-            name="c",
-            origin=bench.origin,
-            cache=bench.cache,
-            metadata=self.metadata,
-            policy=self.parts.policy,
-            committer=self.committer,
-            failures=Failures("c", bench.clock),
-            discards=self.discards,
-            length=bench.ctx.length,
-            options=self.parts.options,
-            event=bench.ctx.event,
+            bench.ctx,
+            self.parts,
+            self.committer,
+            self.discards,
             remap=_parked,
             broken=_broken,
         )

@@ -21,14 +21,14 @@ from typing import Final
 
 from nbdtarget.bio import FUA, OP_READ, Bio
 from nbdtarget.devices.base import Device
-from nbdtarget.policies.base import Policy
+from nbdtarget.targets.base import TargetContext
+from nbdtarget.targets.cache.constructor import Parts
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.cache.locks import BlockLock, BlockLocks
-from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, Options
+from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK
 from nbdtarget.targets.cache.unflushed import OriginWrites
 from nbdtarget.targets.committer import Committer
-from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.mode import Mode
 
 __all__ = ["Blocks"]
@@ -55,47 +55,39 @@ class Blocks:
 
     def __init__(
         self,
-        *,
-        name: str,
-        origin: Device,
-        cache: Device,
-        metadata: CacheMetadata,
-        policy: Policy,
+        ctx: TargetContext,
+        parts: Parts,
         committer: Committer,
         discards: DiscardBits,
-        length: int,
-        options: Options,
-        event: Callable[[], None],
+        *,
         remap: Callable[[Bio], None],
         broken: Callable[[BaseException], None],
-        failures: Failures,
     ) -> None:
-        self.name = name
-        self.origin = origin
-        self.cache = cache
-        self.metadata = metadata
-        self.policy = policy
+        self.name = ctx.name
+        self.origin = parts.origin
+        self.cache = parts.cache
+        self.metadata = parts.metadata
+        self.policy = parts.policy
         self.committer = committer
         self.discards = discards
         self.locks = BlockLocks()
         self.origin_writes = OriginWrites(
             lambda: not (self.locks.has_writers or self.nr_migrating)
         )
-        committer.unflushed[origin] = self.origin_writes
-        self.length = length
-        self.block_size: Final = metadata.block_size
-        self.nr_oblocks = length // metadata.block_size
-        self.options = options
-        self.is_writeback: Final = options.mode == WRITEBACK
-        self.is_passthrough: Final = options.mode == PASSTHROUGH
+        committer.unflushed[parts.origin] = self.origin_writes
+        self.block_size: Final = parts.block_size
+        self.nr_oblocks: Final = ctx.length // parts.block_size
+        self.options = parts.options
+        self.is_writeback: Final = parts.options.mode == WRITEBACK
+        self.is_passthrough: Final = parts.options.mode == PASSTHROUGH
         self.nr_promotions = 0
         self.nr_demotions = 0
         self.nr_migrating = 0
         self.distrusts_cache = False
-        self.event = event
+        self.event = ctx.event
         self.remap = remap
         self.broken = broken
-        self.failures = failures
+        self.failures = Failures(ctx.name, ctx.clock)
         self.wake: Callable[[], None] = _do_nothing
 
     @property

@@ -61,7 +61,6 @@ from nbdtarget.targets.cache.constructor import Parts, construct
 from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.distrust import Distrust
 from nbdtarget.targets.cache.extents import CACHE, base_extents, cache_extents
-from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.cache.foreground import Foreground
 from nbdtarget.targets.cache.messages import Messages
 from nbdtarget.targets.cache.migrations import Migrations
@@ -115,19 +114,12 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         self._discards = DiscardBits(parts.block_size, ctx.length)
         self._discard_granularity = self._discards.dblock_size
         self._blocks = Blocks(
-            name=ctx.name,
-            origin=parts.origin,
-            cache=parts.cache,
-            metadata=parts.metadata,
-            policy=parts.policy,
-            committer=self._committer,
-            discards=self._discards,
-            length=ctx.length,
-            options=parts.options,
-            event=ctx.event,
+            ctx,
+            parts,
+            self._committer,
+            self._discards,
             remap=self._remap,
             broken=self._broken,
-            failures=Failures(ctx.name, ctx.clock),
         )
         self._activation = Activation(ctx, parts, self._committer, self._discards)
         self._distrust = Distrust(self._blocks, self._look_at_mode)

@@ -8,11 +8,10 @@ on the destination. The last region may be short: spans are clipped to the targe
 
 from collections.abc import Callable
 
-from nbdtarget.devices.base import Device
+from nbdtarget.targets.clone.constructor import Parts
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.copier import Copier
 from nbdtarget.targets.prison import Prison
-from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.mode import Mode
 
 __all__ = ["Regions"]
@@ -32,22 +31,19 @@ class Regions:
 
     def __init__(
         self,
-        *,
-        source: Device,
-        destination: Device,
-        metadata: CloneMetadata,
-        committer: Committer,
+        parts: Parts,
         length: int,
-        region_size: int,
+        committer: Committer,
         broken: Callable[[BaseException], None],
     ) -> None:
+        region_size = parts.region_size
         assert region_size & (region_size - 1) == 0
-        self.source = source
-        self.destination = destination
-        self.metadata = metadata
+        self.source = parts.source
+        self.destination = parts.destination
+        self.metadata = parts.metadata
         self.committer = committer
         self.prison = Prison()
-        self.copier = Copier(source, destination)
+        self.copier = Copier(parts.source, parts.destination)
         self.length = length
         self.region_size = region_size
         self.shift = region_size.bit_length() - 1
@@ -57,7 +53,7 @@ class Regions:
         self.wake: Callable[[], None] = _do_nothing
         self.note_error: Callable[[int, int, Exception], None] = _do_nothing
         self.broken = broken
-        assert metadata.nr_regions == self.nr_regions
+        assert self.metadata.nr_regions == self.nr_regions
 
     @property
     def is_writable(self) -> bool:

@@ -141,15 +141,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         self._source = parts.source
         self._destination = parts.destination
         self._bits = parts.metadata.hydrated
-        self._regions = Regions(
-            source=parts.source,
-            destination=parts.destination,
-            metadata=parts.metadata,
-            committer=self._committer,
-            length=ctx.length,
-            region_size=parts.region_size,
-            broken=self._broken,
-        )
+        self._regions = Regions(parts, ctx.length, self._committer, self._broken)
         self._shift = self._regions.shift
         self._foreground = Foreground(self._regions)
         self._hydrator = Hydrator(

@@ -37,7 +37,7 @@ async def table_of(words: str = "0 smq 0", nr_oblocks: int = 8) -> Table:
 
 
 def size_of(blocks: Blocks) -> int:
-    return blocks.length
+    return blocks.nr_oblocks * BLOCK + TAIL
 
 
 # ---- what is cached ----
@@ -108,7 +108,7 @@ async def all_of(blocks: Blocks) -> list[tuple[int, int]]:
     found: list[int] = []
     while len(found) < blocks.nr_oblocks:
         offset = len(found) * BLOCK
-        for length, flags in cache_extents(blocks, offset, blocks.length - offset):
+        for length, flags in cache_extents(blocks, offset, size_of(blocks) - offset):
             found += [flags] * (length // BLOCK)
     return list(enumerate(found))
 
@@ -120,7 +120,7 @@ async def test_answer_is_bounded_and_the_rest_can_be_asked_for(
     blocks = (await table_of(nr_oblocks=16)).blocks()
     whole = await all_of(blocks)
     monkeypatch.setattr(f"{EXTENTS}.{bound}", nr_max)
-    answer = cache_extents(blocks, 0, blocks.length)
+    answer = cache_extents(blocks, 0, size_of(blocks))
     assert sum(run.length for run in answer) == 3 * BLOCK
     assert await all_of(blocks) == whole
 
