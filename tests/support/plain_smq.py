@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""smq once more, slow and obvious: lists of lists, everything moved one by one, no bounds.
+"""A plain model of smq: lists of lists, everything moved one by one, no bounds. Slow and obvious.
 
-What the real one decides must be what this one decides. Neither shares a line with the other.
+The policy must decide what the model decides. They share no line of code.
 """
 
 from dataclasses import dataclass, field
@@ -130,7 +130,7 @@ class PlainWork:
 
 @dataclass
 class PlainSmq:
-    """The decisions of 64 KiB blocks on an origin large enough for hotspots of 16 blocks."""
+    """The decisions of smq for blocks of 64 KiB, on an origin so large that a hotspot block is 16 blocks."""
 
     nr_cblocks: int
     now: int = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cleaner, mq, and the table of policies."""
+"""The policies that tables may name, and what cleaner and mq do otherwise than smq."""
 
 import pytest
 
@@ -96,7 +96,7 @@ def dirty_cleaner() -> Smq:
     return cleaner
 
 
-def test_cleaner_never_promotes_whoever_asks() -> None:
+def test_cleaner_never_promotes() -> None:
     cleaner = dirty_cleaner()
     cleaner.allow_migrations(True)
     for n in range(100):
@@ -120,7 +120,7 @@ def test_cleaner_writes_old_blocks_back_even_when_busy() -> None:
 
 
 def test_cleaner_gets_done_however_often_its_blocks_are_hit() -> None:
-    """It has a minute to tell them apart, as in the kernel: more often, none grows old."""
+    """Its period is a full minute, as in the kernel. If it were shorter, no block would grow old."""
     cleaner = dirty_cleaner()
     cleaned = set()
     for n in range(60 * 10):  # a tick each 100 ms, hundreds of hits and misses

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a full cache is found to have lost what is asked of it."""
+"""`MissShare`, and how long the period of a cache is."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""smq against the plain one: the same calls, the same answers, the same order in each queue."""
+"""smq against a plain model (`tests.support.plain_smq`): same calls, same answers, same order in each queue."""
 
 import random
 from collections import Counter
@@ -204,7 +204,7 @@ TestSmq.settings = settings(
 def test_long_history_of_a_full_cache(
     kind: type[Smq], nr_cblocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What hypothesis is too short for: caches that are full, periods that end under load."""
+    """Long histories, which hypothesis does not make: full caches, and periods that end under load."""
     rng = random.Random(nr_cblocks)
     machine = SmqMachine()
     # So few that the share of misses is judged often.

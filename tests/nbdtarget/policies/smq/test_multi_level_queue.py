@@ -58,7 +58,7 @@ def test_requeue_by_nothing_only_makes_it_the_newest() -> None:
     assert list(queue.entries(10)) == [1, 0]
 
 
-def test_requeue_stops_at_the_top_level_and_swaps_nobody_there() -> None:
+def test_requeue_stops_at_the_top_level_and_swaps_nothing_there() -> None:
     queue = new_queue(2)
     queue.push(0, 63)
     queue.push(1, 63)
@@ -128,7 +128,7 @@ def test_lengths_are_even_and_the_lowest_levels_get_the_rest() -> None:
     assert queue.level_lengths() == [3, 3] + [2] * 62
 
 
-def test_redistribution_after_redistribution_is_the_one_by_one_kind() -> None:
+def test_second_redistribution_gives_what_moving_one_by_one_gives() -> None:
     queue, plain = new_queue(100), PlainQueue()
     for step in range(3):
         for entry in range(step * 30, step * 30 + 30):
@@ -148,7 +148,7 @@ few_levels = st.lists(st.sampled_from([0, 1, 30, 62, 63]), max_size=150)
 @given(
     at=entries_by_level | few_levels, sentinels=st.booleans(), periods=st.integers(0, 2)
 )
-def test_redistribution_is_the_one_by_one_kind(
+def test_redistribution_gives_what_moving_one_by_one_gives(
     at: list[int], sentinels: bool, periods: int
 ) -> None:
     aged = new_aged_queue(len(at) + 1)
@@ -169,7 +169,9 @@ def test_redistribution_is_the_one_by_one_kind(
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(at=entries_by_level | few_levels, moves_max=st.integers(1, 40))
-def test_steps_end_where_one_go_ends(at: list[int], moves_max: int) -> None:
+def test_redistribution_in_steps_ends_as_in_one_call(
+    at: list[int], moves_max: int
+) -> None:
     at_once, stepwise = new_queue(len(at) + 1), new_queue(len(at) + 1)
     for entry, level in enumerate(at):
         at_once.push(entry, level)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user wants cached: pins, and promotions on demand."""
+"""Pins, and promotions that a user asks for."""
 
 import pytest
 
@@ -13,7 +13,7 @@ FAR = 1 << 20  # an oblock far from the cached ones
 
 
 def full_smq(nr_cblocks: int = 64, kind: type[Smq] = Smq) -> Smq:
-    """Every cblock n holds oblock n, at the lowest level: all may be demoted."""
+    """Make a policy whose cblock n holds oblock n, at the lowest level, so that all may be demoted."""
     smq = new_smq(nr_cblocks, kind)
     for cblock in range(nr_cblocks):
         smq.load_mapping(cblock, cblock, False, 0)
@@ -21,7 +21,7 @@ def full_smq(nr_cblocks: int = 64, kind: type[Smq] = Smq) -> Smq:
 
 
 def demote_all(smq: Smq) -> list[int]:
-    """Fill the cache with what is pinned until there is no room; the cblocks given up for it."""
+    """Promote and pin until there is no room. Returns the cblocks that were freed for it."""
     demoted: list[int] = []
     for oblock in range(FAR, FAR + 10 * smq.nr_cblocks):
         work = smq.maybe_promote(oblock)

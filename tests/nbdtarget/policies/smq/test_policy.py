@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of smq, one by one; `test_model` has them all together."""
+"""The rules of smq, one by one. `test_model` tests all of them together."""
 
 import random
 
@@ -19,7 +19,7 @@ from tests.support.small_smq import S, finish_all, new_smq
 
 
 def full_smq(nr_cblocks: int = 64, *, dirty: bool = False, hint: int = 63) -> Smq:
-    """Every cblock n holds oblock n; all misses are promoted."""
+    """Make a policy whose cblock n holds oblock n, and that promotes all misses."""
     smq = new_smq(nr_cblocks)
     for cblock in range(nr_cblocks):
         smq.load_mapping(cblock, cblock, dirty, hint)
@@ -28,7 +28,7 @@ def full_smq(nr_cblocks: int = 64, *, dirty: bool = False, hint: int = 63) -> Sm
 
 
 def eager(smq: Smq) -> None:
-    """Access one block, far from all others, until the hotspot queue does well."""
+    """Access one block, far from all others, until the hotspot queue rates itself as doing well."""
     for n in range(3):
         smq.lookup(1 << 20, False)
         smq.tick(n + 1)
@@ -165,7 +165,7 @@ def test_without_a_clean_block_to_demote_an_old_dirty_one_is_written_back() -> N
     assert work.op == WRITEBACK
 
 
-def test_idle_writes_everything_back_and_busy_nothing() -> None:
+def test_idle_cache_writes_everything_back_and_a_busy_one_nothing() -> None:
     smq = full_smq(64)
     for cblock in range(64):
         smq.set_dirty(cblock)
