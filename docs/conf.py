@@ -49,6 +49,20 @@ man_pages: Final = [
         (f"{_COMMANDS}/{page.name}", page.name, page.summary, _AUTHORS, 1)
         for page in pages()
     ),
+    (
+        "reference/configuration",
+        "nbdtarget.toml",
+        "configuration file of `nbdtarget serve --config`",
+        _AUTHORS,
+        5,
+    ),
+    (
+        "reference/tables/index",
+        "nbdtarget-tables",
+        "table lines, messages and status of nbdtarget's targets",
+        _AUTHORS,
+        7,
+    ),
 ]
 
 

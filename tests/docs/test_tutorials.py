@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of the tutorials print what the pages show."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.clients import needs
+from tests.support.reference_pages import DOCS
+from tests.support.tutorials import Difference, blocks_of, run_page
+
+TUTORIALS = DOCS / "tutorial"
+
+pytestmark = [pytest.mark.interop, pytest.mark.slow, needs("bash", "qemu-io")]
+
+
+@needs("nbdinfo", "mkfs.ext4")
+def test_first_clone(tmp_path: Path) -> None:
+    run_page((TUTORIALS / "first-clone.md").read_text(), tmp_path)
+    # The page ends with the destination alone.
+    assert not (tmp_path / "source.img").exists()
+    assert (tmp_path / "disk.img").stat().st_size == 64 << 20
+
+
+@needs("nbdinfo")
+def test_first_cache(tmp_path: Path) -> None:
+    run_page((TUTORIALS / "first-cache.md").read_text(), tmp_path)
+    assert (tmp_path / "slow.img").read_bytes()[: 4 << 20] == bytes([7]) * (4 << 20)
+
+
+@needs("nbdcopy")
+def test_power_cuts(tmp_path: Path) -> None:
+    run_page((TUTORIALS / "power-cuts.md").read_text(), tmp_path)
+    disk = (tmp_path / "disk.img").read_bytes()
+    assert disk[1 << 20 :][:4096] == b"\1" * 4096
+    # The page ends with a torn write: some of it is there.
+    assert 0 < disk[: 64 << 10].count(b"not flushed") < (64 << 10) // 12
+
+
+@pytest.mark.parametrize(
+    "shown", ["two\n", "one\nthree\n", "", "one\ntwo\nthree\n", "…\none\n"]
+)
+def test_page_that_shows_something_else_is_refused(tmp_path: Path, shown: str) -> None:
+    page = f"```console\n$ printf 'one\\ntwo\\n'\n{shown}```\n"
+    with pytest.raises(Difference):
+        run_page(page, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shown", ["one\ntwo\n", "…\n", "o…\n…\n", "…\ntwo\n", "…e\ntwo\n…\n"]
+)
+def test_page_that_shows_what_is_printed_is_taken(tmp_path: Path, shown: str) -> None:
+    run_page(f"```console\n$ printf 'one\\ntwo\\n'\n{shown}```\n", tmp_path)
+
+
+def test_every_page_of_the_tutorials_with_commands_is_run_or_says_that_it_is_not() -> (
+    None
+):
+    assert shutil.which("bash")
+    run = {"first-clone", "first-cache", "power-cuts"}
+    for path in sorted(TUTORIALS.glob("*.md")):
+        hows = {block.how for block in blocks_of(path.read_text())}
+        assert path.stem in run or hows <= {"no"}, path
