@@ -22,6 +22,8 @@ from nbdtarget.policies.registry import POLICY_TYPES
 from nbdtarget.policies.simple import SimplePolicy
 from nbdtarget.server.listener import Listener
 from nbdtarget.targets.registry import TARGET_TYPES
+from nbdtarget_metadata.mode import Mode
+from tests.support import cache_liveness
 from tests.support.cache import BLOCK, CacheLab
 from tests.support.plain_client import PlainClient, PlainClientError
 
@@ -138,6 +140,30 @@ async def test_fifo_finds_its_blocks_again_after_a_restart() -> None:
     await lab.clean()
     assert lab.on_disk("o", 1) == b"x" * BLOCK
     await lab.remove()
+
+
+class FifoLife(cache_liveness.Liveness):
+    """Random bios, messages, table swaps and failing disks, over a cache with fifo."""
+
+    def _check(self) -> None:
+        metadata, policy = self.lab.core, self.lab.target._blocks.policy
+        if not isinstance(policy, Fifo) or metadata.mode is not Mode.RW:
+            return  # a resume was refused: a table with smq took over, or nothing may change
+        for cblock in range(metadata.nr_cblocks):
+            oblock = metadata.maybe_oblock(cblock)
+            assert oblock is None or policy.lookup(oblock, False) == cblock
+        assert not policy._pending, "given to the target, and never completed"
+        assert policy.residency == metadata.nr_mapped
+
+
+@pytest.mark.usefixtures("fifo")
+@pytest.mark.parametrize("may_fail", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+async def test_cache_with_fifo_never_hangs_and_agrees_with_its_metadata(
+    seed: int, may_fail: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_liveness, "POLICIES", (Fifo.name,))
+    await FifoLife(seed, may_fail=may_fail).run(nr_rounds=50)
 
 
 # ---- http ----
