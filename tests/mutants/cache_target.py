@@ -339,8 +339,8 @@ CACHE_TARGET: Final = (
         "The cache device fails the last flush, and its copies are recorded as clean.",
         "nbdtarget.targets.cache.distrust:Distrust.maybe_let_go",
         (
-            'not getattr(transaction, "completes", False)',
-            'not getattr(transaction, "completes", True) and device.read_only',
+            "not _says_complete(transaction)",
+            "device.read_only",
         ),
         DISTRUST_TESTS,
     ),

@@ -25,6 +25,8 @@ from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.committer import Transaction
+from nbdtarget_metadata.cache.encoding import CacheTaken
+from nbdtarget_metadata.log.commit import Transaction as JournaledTransaction
 
 __all__ = ["Distrust"]
 
@@ -50,7 +52,7 @@ class Distrust:
         blocks = self._blocks
         if device is not blocks.cache or not self._is_origin_complete:
             return None
-        if transaction is not None and not getattr(transaction, "completes", False):
+        if transaction is not None and not _says_complete(transaction):
             return None
         return self._flush_failed
 
@@ -97,3 +99,11 @@ class Distrust:
             blocks.policy.allow_migrations(False)
         self._changed()
         blocks.event()
+
+
+def _says_complete(transaction: Transaction) -> bool:
+    """Whether the superblock of a cache's transaction will say that the origin is complete."""
+    assert isinstance(transaction, JournaledTransaction)
+    taken = transaction.taken
+    assert isinstance(taken, CacheTaken)
+    return taken.says_complete
