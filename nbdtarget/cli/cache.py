@@ -54,7 +54,7 @@ ExportName = Annotated[
     str | None,
     typer.Option(
         "--name",
-        metavar="NAME",
+        metavar="EXPORT",
         help="Name of the export; default: the name of ORIGIN without its suffix.",
     ),
 ]

@@ -50,7 +50,7 @@ ExportName = Annotated[
     str | None,
     typer.Option(
         "--name",
-        metavar="NAME",
+        metavar="EXPORT",
         help="Name of the export; default: the name of DEST without its suffix.",
     ),
 ]

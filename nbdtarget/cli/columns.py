@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`info -c`: devices in columns, as dmsetup's reports have them.
+"""`info -c`: devices in columns, in the form of dmsetup's reports.
 
-A column is as wide as its widest value, or as its least width. With `--noheadings` or a
-separator nothing is padded: that is for scripts.
+A column is as wide as its widest value, and has a minimum width. With `--noheadings` or a
+separator nothing is padded, for scripts.
 """
 
 import operator as operators
@@ -53,7 +53,7 @@ def _tables(device: InfoLine) -> str:
 
 
 def _of_lvm(part: Callable[[LvmName], str]) -> Callable[[InfoLine], str]:
-    """A part of the names of devices that LVM made; others have none."""
+    """Return a function for a part of the names of devices that LVM made; others have none."""
 
     def value(device: InfoLine) -> str:
         is_lvms = subsystem_of(device.uuid) == "LVM"
@@ -65,17 +65,23 @@ def _of_lvm(part: Callable[[LvmName], str]) -> Callable[[InfoLine], str]:
 FIELDS: Final[dict[str, Field]] = {
     "name": Field("Name", 16, lambda d: d.name, "Name of mapped device."),
     "mangled_name": Field(
-        "MangledName", 16, lambda d: mangled(d.name), "Name as a device node's."
+        "MangledName",
+        16,
+        lambda d: mangled(d.name),
+        "Name in the form for device nodes.",
     ),
     "unmangled_name": Field(
-        "UnmangledName", 16, lambda d: unmangled(d.name), "Name with \\xNN read."
+        "UnmangledName", 16, lambda d: unmangled(d.name), "Name with \\xNN replaced."
     ),
     "uuid": Field("UUID", 32, lambda d: d.uuid, "Unique (optional) identifier."),
     "mangled_uuid": Field(
-        "MangledUUID", 32, lambda d: mangled(d.uuid), "UUID as a device node's."
+        "MangledUUID",
+        32,
+        lambda d: mangled(d.uuid),
+        "UUID in the form for device nodes.",
     ),
     "unmangled_uuid": Field(
-        "UnmangledUUID", 32, lambda d: unmangled(d.uuid), "UUID with \\xNN read."
+        "UnmangledUUID", 32, lambda d: unmangled(d.uuid), "UUID with \\xNN replaced."
     ),
     "subsystem": Field(
         "Subsys",
@@ -150,20 +156,23 @@ FIELDS: Final[dict[str, Field]] = {
         "ok, latched or lost: the worst of the devices below.",
     ),
     "losses": Field(
-        "Losses", 6, lambda d: d.losses, "How often unflushed writes may be lost."
+        "Losses",
+        6,
+        lambda d: d.losses,
+        "How many times unflushed writes may have been lost.",
     ),
-    "size": Field("Size", 10, lambda d: d.size, "Bytes."),
+    "size": Field("Size", 10, lambda d: d.size, "Size in bytes."),
     "geometry": Field(
         "Geometry",
         8,
         lambda d: "" if d.geometry is None else ",".join(map(str, d.geometry)),
-        "Cylinders, heads, sectors and start, as `setgeometry' gave them.",
+        "Cylinders, heads, sectors and start that `setgeometry' has set.",
     ),
 }
 
 
 def describe_fields() -> str:
-    """What `-o help` prints."""
+    """Return what `-o help` prints."""
     width = max(map(len, FIELDS))
     return "\n".join(
         f"  {name:<{width}} - {field.help}" for name, field in FIELDS.items()
@@ -184,13 +193,13 @@ def report(
     """Return the lines of a report.
 
     Args:
-        fields: comma-separated; with a `+` before them: besides the default ones.
-        sort: comma-separated, a `-` before a field reverses it; default: by name.
+        fields: separated by commas; a `+` before them adds them to the default ones.
+        sort: separated by commas; a `-` before a field reverses it; default: by name.
         select: conditions, `FIELD=VALUE` or with != > < >= <= or =~ (a regular expression), with
-            a comma or && between them: only devices for which all of them hold.
+            a comma or && between them. Only devices for which all of them hold are printed.
         name_prefixes: write each value as DM_FIELD='value'.
-        separator: between values, which are not padded then.
-    Raises: NbdTargetError: a field is unknown, or a condition is none.
+        separator: stands between values, and turns padding off.
+    Raises: NbdTargetError: a field is unknown, or a condition cannot be read.
     """
     names = _field_names(fields, default_fields)
     if select is not None:

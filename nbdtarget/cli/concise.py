@@ -3,8 +3,8 @@ r"""Devices on one line, as `create --concise` takes them and `table --concise` 
 
     NAME,UUID,MINOR,FLAGS,TABLE[,TABLE...][;NAME,...]
 
-FLAGS is `ro`, `rw` or empty; UUID and MINOR may be empty. A backslash takes the next character as
-it is: commas, semicolons and backslashes that are part of a name or a table.
+FLAGS is `ro`, `rw` or empty; UUID and MINOR may be empty. After a backslash the next character is taken as
+it is, for example a comma that is part of a name or a table.
 """
 
 from collections.abc import Iterable

@@ -34,7 +34,7 @@ ExportName = Annotated[
     str | None,
     typer.Option(
         "--name",
-        metavar="NAME",
+        metavar="EXPORT",
         help="Name of the export; default: the name of DISK without its suffix.",
     ),
 ]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dmsetup reads in a device's name and UUID: LVM's parts, and the form for device nodes.
+"""What dmsetup reads in the name and UUID of a device: the parts of LVM, and the form for device nodes.
 
-The names of devices here are what people wrote: nothing is mangled on its way in, or unmangled on its way
-out. dmsetup writes a character that may not stand in the name of a device node as `\\xNN`.
+Names of devices stay here as the user wrote them: they are neither mangled on their way in nor unmangled on their way
+out. dmsetup writes a character that is not allowed in the name of a device node as `\\xNN`.
 """
 
 import os
@@ -41,7 +41,7 @@ class LvmName(NamedTuple):
 
 
 def split_lvm_name(name: str) -> LvmName:
-    """Split the name of a device that LVM made; what follows the third part is left out."""
+    """Split the name of a device that LVM made. Anything after the third part is dropped."""
     parts = [""]
     at = 0
     while at < len(name):
@@ -56,15 +56,15 @@ def split_lvm_name(name: str) -> LvmName:
 
 
 def subsystem_of(uuid: str) -> str:
-    """Who made the device: what stands before the first hyphen of its UUID."""
+    """Return the program that made the device: the UUID up to its first hyphen."""
     subsystem, hyphen, _ = uuid.partition("-")
     return subsystem if hyphen else ""
 
 
 def mangled(name: str) -> str:
-    """`name` as the name of a device node. One that is in this form stays as it is.
+    """Return `name` in the form for device nodes. A name in this form is returned as it is.
 
-    Raises: NbdTargetError: a part of it is in this form, and another part is not.
+    Raises: NbdTargetError: one part of it is in this form, and another part is not.
     """
     data = name.encode("utf-8", "surrogateescape")
     rest = _MANGLED.sub(b"", data)
@@ -81,14 +81,14 @@ def mangled(name: str) -> str:
 
 
 def unmangled(name: str) -> str:
-    """`name` with the characters that each `\\xNN` stands for."""
+    """Return `name` with each `\\xNN` replaced by its character."""
     data = name.encode("utf-8", "surrogateescape")
     plain = _MANGLED.sub(lambda match: bytes([int(match[1], 16)]), data)
     return plain.decode("utf-8", "surrogateescape")
 
 
 def name_below(how: str, devices: Mapping[str, InfoLine]) -> Callable[[str], str]:
-    """How `deps -o` calls a device below, given its name.
+    """Return a function that names a disk below as `deps -o` does, given its name.
 
     Args: how: of BELOW_NAMES. devices: the mapped ones, by name.
     """
@@ -112,7 +112,7 @@ def name_below(how: str, devices: Mapping[str, InfoLine]) -> Callable[[str], str
 
 
 def _maybe_number(path: str) -> int | None:
-    """The number of the block device `path`, seen from here; None: it is none."""
+    """Return the device number of the block device `path`; None if it is not one."""
     try:
         found = os.stat(path)
     except OSError:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Outlet`: lines for stderr or stdout of a process that serves, which must not depend on who reads them.
+"""`Outlet`: lines on stderr or stdout of a server process, which must not depend on the reader of these lines.
 
-A pipe that nobody empties would hang the server at the next line, and one that is closed would make the
-line raise into whatever said it. So a line is written only if the stream takes it at once, and never raises;
-lines that it did not take are counted, and told of before the next one that it takes.
+A pipe that is full would hang the server at the next line, and a closed one would raise an exception in
+the code that writes. So a line is written only if the stream takes it at once, and writing never raises.
+Lines that the stream did not take are counted; the count is written before the next line that it takes.
 """
 
 import io
@@ -23,8 +23,8 @@ class Outlet:
     """See the module head.
 
     Args:
-        stream: which stream it is at the time: a progress bar puts its own there meanwhile.
-        tell_lost: says, in one line, that so many lines were lost.
+        stream: returns the stream of the moment, because a progress bar replaces it for a while.
+        tell_lost: returns the line that says how many lines were lost.
     Attributes:
         nr_lost: lines that were lost since the last one that was written.
     """

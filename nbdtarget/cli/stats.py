@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nbdtarget stats`: regions in which a device counts its I/O, as `dmsetup stats` (dmstats) has them.
 
-A person's words become the messages `@stats_…` to the devices; see `nbdtarget.dm.statistics`. There are no
+Each command becomes messages `@stats_...` to the devices; see `nbdtarget.dm.statistics`. There are no
 groups of regions here: `create --segments` makes one region for each target, and no group of them.
 """
 
@@ -34,31 +34,42 @@ ProgramId = Annotated[
     typer.Option(
         "--programid",
         metavar="ID",
-        help=f"Regions that were made with this ID. Default: {PROGRAM}.",
+        help=f"Program whose regions are meant; default: {PROGRAM}.",
     ),
 ]
 AllPrograms = Annotated[
-    bool, typer.Option("--allprograms", help="Regions of every program.")
+    bool, typer.Option("--allprograms", help="Take the regions of every program.")
 ]
 RegionId = Annotated[
-    int | None, typer.Option("--regionid", metavar="NR", min=0, help="This region.")
+    int | None,
+    typer.Option("--regionid", metavar="NR", min=0, help="Number of one region."),
 ]
 AllRegions = Annotated[
-    bool, typer.Option("--allregions", help="Every region of the program.")
+    bool, typer.Option("--allregions", help="Take every region of the program.")
 ]
-AllDevices = Annotated[bool, typer.Option("--alldevices", help="Every device.")]
+AllDevices = Annotated[
+    bool, typer.Option("--alldevices", help="Take every device of the server.")
+]
+NamesOrAll = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[NAME]...",
+        help="Names of mapped devices: at least one, or --alldevices.",
+    ),
+]
 NoHeadings = Annotated[
-    bool, typer.Option("--noheadings", help="No headings, no padding.")
+    bool, typer.Option("--noheadings", help="Print neither headings nor padding.")
 ]
 Sectors = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Sectors, or as in 64k.")
+    str | None,
+    typer.Option(metavar="SIZE", help="Number of sectors, or a size, for example 64k."),
 ]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(
-        help="Count I/O in regions of devices, as `dmsetup stats' does."
+        help="Count I/O in regions of devices, as `dmsetup stats' does.",
     )
     for command in (create, delete, clear, print_, list_, report):
         group.command(command.__name__.rstrip("_"))(command)
@@ -66,45 +77,55 @@ def register(app: typer.Typer) -> None:
 
 
 class _Choice(NamedTuple):
-    """Which regions are meant, of the devices that are."""
+    """Which regions of a device are meant. None: those of every program; every region."""
 
-    names: Sequence[str]
     program: str | None
     region: int | None = None
 
 
 def create(
-    names: Names = None,
+    names: NamesOrAll = None,
     start: Sectors = None,
     length: Sectors = None,
     areas: Annotated[
-        int | None, typer.Option("--areas", min=0, help="Cut it into so many areas.")
+        int | None,
+        typer.Option(
+            "--areas", min=0, help="Number of areas to divide the region into."
+        ),
     ] = None,
     areasize: Annotated[
-        str | None, typer.Option("--areasize", metavar="SIZE", help="Of each area.")
+        str | None,
+        typer.Option("--areasize", metavar="SIZE", help="Size of each area."),
     ] = None,
     segments: Annotated[
-        bool, typer.Option("--segments", help="A region for each target.")
+        bool, typer.Option("--segments", help="Make one region for each target.")
     ] = False,
-    programid: Annotated[str, typer.Option("--programid", metavar="ID")] = PROGRAM,
+    programid: Annotated[
+        str,
+        typer.Option(
+            "--programid", metavar="ID", help="Program to which the region belongs."
+        ),
+    ] = PROGRAM,
     userdata: Annotated[
-        str, typer.Option("--userdata", help="A word to be kept with the region.")
+        str, typer.Option("--userdata", help="Word to keep with the region.")
     ] = "-",
     bounds: Annotated[
         str | None,
         typer.Option(
             "--bounds",
             metavar="TIMES",
-            help="Count latencies between these: 100us,1ms,10ms. Without a unit: ns.",
+            help="Boundaries of a histogram of latencies, for example 100us,1ms,10ms; a number without"
+            " a unit is nanoseconds.",
         ),
     ] = None,
     precise: Annotated[
-        bool, typer.Option("--precise", help="Times in nanoseconds, not milliseconds.")
+        bool,
+        typer.Option("--precise", help="Measure in nanoseconds, not milliseconds."),
     ] = False,
     alldevices: AllDevices = False,
     control: Control = None,
 ) -> None:
-    """Make a region in which I/O is counted; the whole device if nothing is said."""
+    """Make a region in which I/O is counted. Without options it is the whole device."""
     if areas is not None and areasize is not None:
         raise NbdTargetError("Please specify one of --areas and --areasize.")
     if segments and (start or length):
@@ -126,7 +147,7 @@ def create(
 
 
 def delete(
-    names: Names = None,
+    names: NamesOrAll = None,
     regionid: RegionId = None,
     allregions: AllRegions = False,
     programid: ProgramId = None,
@@ -134,16 +155,13 @@ def delete(
     alldevices: AllDevices = False,
     control: Control = None,
 ) -> None:
-    """Delete regions: their counters are gone, and counting costs nothing any more."""
-    program = _program(programid, allprograms=allprograms)
-    _check_choice(regionid, all_regions=allregions)
-    devices = _names(names, control, alldevices=alldevices)
-    for region in _regions(_Choice(devices, program, regionid), control):
-        _send(region.device, ["@stats_delete", str(region.number)], control)
+    """Delete regions and their counters."""
+    choice = _choose(programid, regionid, all_=allprograms, all_regions=allregions)
+    _send_to_each("@stats_delete", names, choice, control, alldevices=alldevices)
 
 
 def clear(
-    names: Names = None,
+    names: NamesOrAll = None,
     regionid: RegionId = None,
     allregions: AllRegions = False,
     programid: ProgramId = None,
@@ -152,11 +170,8 @@ def clear(
     control: Control = None,
 ) -> None:
     """Set the counters of regions to 0."""
-    program = _program(programid, allprograms=allprograms)
-    _check_choice(regionid, all_regions=allregions)
-    devices = _names(names, control, alldevices=alldevices)
-    for region in _regions(_Choice(devices, program, regionid), control):
-        _send(region.device, ["@stats_clear", str(region.number)], control)
+    choice = _choose(programid, regionid, all_=allprograms, all_regions=allregions)
+    _send_to_each("@stats_clear", names, choice, control, alldevices=alldevices)
 
 
 def print_(
@@ -164,7 +179,7 @@ def print_(
     regionid: RegionId = None,
     allregions: AllRegions = False,
     clear: Annotated[
-        bool, typer.Option("--clear", help="And set the counters to 0.")
+        bool, typer.Option("--clear", help="Set the counters to 0 afterwards.")
     ] = False,
     programid: ProgramId = None,
     allprograms: AllPrograms = False,
@@ -176,10 +191,9 @@ def print_(
     Each line: START+LENGTH of an area in sectors; reads, merged, sectors, ms; the same of
     writes; in flight, ms busy, weighted ms, ms reading, ms writing; the histogram.
     """
-    program = _program(programid, allprograms=allprograms)
-    _check_choice(regionid, all_regions=allregions)
+    choice = _choose(programid, regionid, all_=allprograms, all_regions=allregions)
     verb = "@stats_print_clear" if clear else "@stats_print"
-    for region in _regions(_Choice(names or (), program, regionid), control):
+    for region in _regions(names, choice, control):
         print(_send(region.device, [verb, str(region.number)], control))
 
 
@@ -188,14 +202,14 @@ def list_(
     programid: ProgramId = None,
     allprograms: AllPrograms = False,
     histogram: Annotated[
-        bool, typer.Option("--histogram", help="The boundaries of histograms.")
+        bool, typer.Option("--histogram", help="Print the boundaries of histograms.")
     ] = False,
     noheadings: NoHeadings = False,
     control: Control = None,
 ) -> None:
-    """List the regions; of all devices if none is named."""
-    program = _program(programid, allprograms=allprograms)
-    regions = list(_regions(_Choice(names or (), program), control))
+    """List the regions of devices."""
+    choice = _Choice(_program(programid, allprograms=allprograms))
+    regions = list(_regions(names, choice, control))
     for line in region_table(regions, histogram=histogram, headings=not noheadings):
         print(line)
 
@@ -204,23 +218,28 @@ def report(
     names: Names = None,
     programid: ProgramId = None,
     allprograms: AllPrograms = False,
-    interval: Annotated[int, typer.Option("--interval", metavar="SECONDS", min=1)] = 1,
+    interval: Annotated[
+        int,
+        typer.Option(
+            "--interval", metavar="SECONDS", min=1, help="Seconds between two reports."
+        ),
+    ] = 1,
     count: Annotated[
         int,
-        typer.Option("--count", min=0, help="Reports, one an interval; 0: endless."),
+        typer.Option("--count", min=0, help="Number of reports; 0: without end."),
     ] = 1,
     noheadings: NoHeadings = False,
     control: Control = None,
 ) -> None:
-    """Print what the counters of each area mean, and set them to 0.
+    """Print rates, sizes and latencies of each area, and set the counters to 0.
 
-    Rates take it that the counters were at 0 one interval ago, as dmstats: the first report may not
-    be of one interval.
+    The rates assume that the counters were 0 one interval ago, as those of dmstats do. So the
+    rates of the first report may be wrong.
     """
-    program = _program(programid, allprograms=allprograms)
+    choice = _Choice(_program(programid, allprograms=allprograms))
     nr_printed = 0
     while True:
-        regions = list(_regions(_Choice(names or (), program), control))
+        regions = list(_regions(names, choice, control))
         counted = [
             (
                 region,
@@ -254,9 +273,28 @@ def _program(programid: str | None, *, allprograms: bool) -> str | None:
     return None if allprograms else programid or PROGRAM
 
 
-def _check_choice(regionid: int | None, *, all_regions: bool) -> None:
+def _choose(
+    programid: str | None, regionid: int | None, *, all_: bool, all_regions: bool
+) -> _Choice:
+    """Return what the options of delete, clear and print choose. Raises: NbdTargetError."""
+    program = _program(programid, allprograms=all_)
     if (regionid is None) == (not all_regions):
         raise NbdTargetError("Please specify a --regionid or use --allregions.")
+    return _Choice(program, regionid)
+
+
+def _send_to_each(
+    verb: str,
+    names: list[str] | None,
+    choice: _Choice,
+    control: str | None,
+    *,
+    alldevices: bool,
+) -> None:
+    """Send a message about each region that is chosen, on the devices that are named, or on all."""
+    devices = _names(names, control, alldevices=alldevices)
+    for region in _regions(devices, choice, control):
+        _send(region.device, [verb, str(region.number)], control)
 
 
 def _devices(
@@ -279,10 +317,14 @@ def _names(
     return [device.name for device in devices]
 
 
-def _regions(choice: _Choice, control: str | None) -> Iterator[Region]:
-    """Raises: NbdTargetError: a device does not have the region that was chosen."""
-    names = list(choice.names) or _names(None, control, alldevices=True)
-    for name in names:
+def _regions(
+    names: Sequence[str] | None, choice: _Choice, control: str | None
+) -> Iterator[Region]:
+    """Yield the regions that are chosen, on the devices that are named, or on all.
+
+    Raises: NbdTargetError: a device does not have the region that was chosen.
+    """
+    for name in names or _names(None, control, alldevices=True):
         words = ["@stats_list", *([] if choice.program is None else [choice.program])]
         listed = _send(name, words, control)
         found = [parse_region(name, line) for line in listed.splitlines()]
@@ -296,7 +338,7 @@ def _regions(choice: _Choice, control: str | None) -> Iterator[Region]:
 
 
 def _find(name: str, number: int, control: str | None) -> Region:
-    return next(_regions(_Choice((name,), None, number), control))
+    return next(_regions((name,), _Choice(None, number), control))
 
 
 def _send(name: str, words: list[str], control: str | None) -> str:
@@ -313,7 +355,7 @@ def _ranges(
     *,
     segments: bool,
 ) -> Iterator[str]:
-    """What `@stats_create` is told."""
+    """Yield the ranges, in the form of `@stats_create`."""
     if segments:
         request = m.Table((device.name,))
         tables = ask(control, "table", request, m.LinesAnswer, about=device.name)
@@ -332,15 +374,15 @@ def _sectors(text: str) -> int:
         sectors, rest = divmod(parse_sectors(text), SECTOR)
     except ValueError:
         raise NbdTargetError(
-            f"stats: {text!r} is no size: sectors, or as in 64k"
+            f"stats: {text!r} is not a size: give a number of sectors, or for example 64k"
         ) from None
     if rest:
-        raise NbdTargetError(f"stats: {text} is not whole sectors of 512 bytes")
+        raise NbdTargetError(f"stats: {text} is not a multiple of a sector (512 bytes)")
     return sectors
 
 
 def _options(bounds: str | None, *, is_precise: bool) -> list[str]:
-    """The options of `@stats_create`. Boundaries that are not whole milliseconds need precise times."""
+    """Return the options of `@stats_create`. Boundaries of less than a millisecond need precise times."""
     histogram = []
     if bounds is not None:
         times_ns = [_time_ns(word) for word in bounds.split(",")]
@@ -354,5 +396,7 @@ def _options(bounds: str | None, *, is_precise: bool) -> list[str]:
 def _time_ns(word: str) -> int:
     match = _TIME.fullmatch(word.strip())
     if match is None:
-        raise NbdTargetError(f"stats: {word!r} is no time: nanoseconds, or as in 10ms")
+        raise NbdTargetError(
+            f"stats: {word!r} is not a time: give a number of nanoseconds, or for example 10ms"
+        )
     return int(match[1]) * _TIMES_NS[match[2]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of regions and of what was counted in them, as dmstats prints them."""
+"""Tables of regions, and of what was counted in them, in the form of dmstats."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -41,7 +41,7 @@ class Region(NamedTuple):
 
 
 def parse_region(device: str, line: str) -> Region:
-    """Parse a line of `@stats_list`. Raises: NbdTargetError: it is none."""
+    """Parse a line of `@stats_list`. Raises: NbdTargetError: it cannot be read."""
     match = _LINE.fullmatch(line)
     if match is None:
         raise NbdTargetError(f"stats: {device}: cannot read {line!r}")
@@ -57,7 +57,7 @@ def parse_region(device: str, line: str) -> Region:
 def region_table(
     regions: Iterable[Region], *, histogram: bool, headings: bool
 ) -> list[str]:
-    """The lines of `stats list`."""
+    """Return the lines of `stats list`."""
     head = ["Name", "GrpID", "RgID", "ObjType", "RgStart", "RgSize", "#Areas", "ArSize"]
     head += ["#Bins", "Histogram Bounds"] if histogram else ["ProgID"]
     rows = []
@@ -84,7 +84,7 @@ def region_table(
 def report_table(
     counted: Iterable[tuple[Region, str]], interval_s: int, *, headings: bool
 ) -> list[str]:
-    """The lines of `stats report`.
+    """Return the lines of `stats report`.
 
     Args: counted: regions, and what `@stats_print` said of each.
     """
@@ -138,7 +138,7 @@ def _meaning(region: Region, line: str, interval_s: int) -> list[str]:
 def _table(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, headings: bool
 ) -> list[str]:
-    """Nothing at all for no rows, as dmstats."""
+    """Return the lines of a table. Without rows there are none, not even headings, as with dmstats."""
     if not rows:
         return []
     if not headings:
@@ -158,7 +158,7 @@ def _table(
 
 
 def _size(size: int) -> str:
-    """Bytes as dmstats writes them: 0, 512b, 3.50k, 63.48m."""
+    """Return bytes in the form of dmstats: 0, 512b, 3.50k, 63.48m."""
     if size < 1024:
         return f"{size}b" if size else "0"
     number = float(size)
@@ -170,7 +170,7 @@ def _size(size: int) -> str:
 
 
 def _time(time_ns: int) -> str:
-    """A boundary, in the largest unit that it is a whole number of."""
+    """Return a boundary in the largest unit that divides it."""
     for unit, unit_ns in (("s", 1000 * MS_NS), ("ms", MS_NS), ("us", 1000)):
         if time_ns % unit_ns == 0:
             return f"{time_ns // unit_ns}{unit}"

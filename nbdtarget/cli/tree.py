@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ls --tree`: what stands on what, drawn as dmsetup draws it."""
+"""`ls --tree`: which device uses which, in the form of dmsetup."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final

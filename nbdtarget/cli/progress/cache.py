@@ -78,8 +78,8 @@ class Reporter:
         if nr_dirty:
             say(
                 f"stopped: {nr_dirty} blocks ({describe_bytes(nr_bytes)}) of"
-                f" {self.options.origin} are in {self.options.cache} only; the same"
-                " line goes on"
+                f" {self.options.origin} are in {self.options.cache} only; run the same"
+                " command again to continue"
             )
 
     def not_clean(self, reason: str) -> None:

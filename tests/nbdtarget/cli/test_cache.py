@@ -161,8 +161,8 @@ def test_lines_of_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
         f"nbdtarget: {describe_status(STATUS)}",
         "nbdtarget: uncached: slow alone is the disk; still serving (Ctrl-C ends)",
         "nbdtarget: the cache cannot record anything any more: 8 … ro needs_check",
-        "nbdtarget: stopped: 3 blocks (192.0 KiB) of slow are in fast only; the same"
-        " line goes on",
+        "nbdtarget: stopped: 3 blocks (192.0 KiB) of slow are in fast only; run the"
+        " same command again to continue",
         "nbdtarget: /meta: lost; do not use slow without its cache",
     ]
 
