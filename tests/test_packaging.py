@@ -35,6 +35,19 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     assert f"{info}/licenses/LICENSE" in names
 
 
+def test_wheel_tells_type_checkers_that_it_is_typed(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    for package in ("nbdtarget", "nbdtarget_protocol", "nbdtarget_metadata"):
+        assert f"{package}/py.typed" in names
+
+
+def test_project_says_what_it_is_and_names_no_person() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"nbd", "device-mapper"} <= set(project["keywords"])
+    assert project["authors"] == [{"name": "The nbdtarget authors"}]
+    assert "Typing :: Typed" in project["classifiers"]
+
+
 def test_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "venv"
     venv.create(home, with_pip=False)
