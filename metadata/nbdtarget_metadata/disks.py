@@ -4,7 +4,7 @@
 Theory of operation
 ===================
 
-A superblock says nothing about the disks that its regions or blocks lie on. So metadata record,
+A superblock says nothing about the disks that its regions or blocks lie on. So metadata records,
 for each disk, what it **is**: its name, and evidence that survives a restart of the machine. At
 the next start the same evidence is collected anew (`Evidence`), and `compare` tells:
 
@@ -26,13 +26,13 @@ changed. Blocks that differ prove another disk, or a changed one (`changed_since
 prove little by themselves: two disks made from one template have many blocks in common.
 
 Generations. A mark is written with a generation that is durable in the metadata already, and the
-metadata record the generation of a mark only after the mark is durable. So for the disks and the
+metadata records the generation of a mark only after the mark is durable. So for the disks and the
 metadata of one history, and after any crash,
 
     generation recorded for the mark  <=  generation in the mark  <=  generation of the metadata
 
-A mark that is newer than the metadata proves that the metadata come from an old backup; one that is
-older than recorded proves it of the disk. A copy of disk and metadata together keeps the order.
+A mark that is newer than the metadata proves that the metadata comes from an old backup; one that is
+older than recorded proves the same of the disk. A copy of disk and metadata together keeps the order.
 
 Last change. A clean stop records size, modification time and a sample (`changed_since`). The time of the
 last change of the inode is not compared: a renaming, a changed mode, and our own mark change it. A block
@@ -40,8 +40,8 @@ device or an export has no such time; there the sample tells, if only of what it
 is part of it, which a file system writes to when it is mounted. A change within the same tick of a file's
 time as our last write (some milliseconds; on old file systems a second) is seen in the sample at most.
 
-On disk. The record is a msgpack array; where it lies: superblock.py. Strings are cut to bounds, so
-that it never exceeds `RECORD_MAX`. A record that cannot be decoded is none: the disks are then
+On disk. The record is a msgpack array; log/superblock.py says where it lies. Strings are cut to bounds, so
+that it never exceeds `RECORD_MAX`. A record that cannot be decoded counts as none: the disks are then
 accepted and recorded anew, as with metadata of older versions.
 """
 
@@ -292,13 +292,13 @@ def _compare_mark(
         return Comparison(
             Verdict.OTHER,
             f"the disk is of generation {mark.generation}, the metadata only of"
-            f" {generation}: they come from an older backup",
+            f" {generation}: the metadata comes from an older backup",
         )
     if mark.generation < recorded.mark_generation:
         return Comparison(
             Verdict.OTHER,
-            f"the disk is of generation {mark.generation}, the metadata have seen it at"
-            f" {recorded.mark_generation}: it comes from an older backup",
+            f"the disk is of generation {mark.generation}, the metadata has seen it at"
+            f" {recorded.mark_generation}: the disk comes from an older backup",
         )
     return Comparison(Verdict.SAME, "it has the mark of this metadata")
 

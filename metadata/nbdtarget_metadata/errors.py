@@ -3,23 +3,23 @@
 
     MetadataError
      +- NotFormatted         nothing but zeroes where the superblock goes: `format` may follow
-     +- NotOurs              somebody else's bytes: never touched
-     +- CorruptMetadata      ours, but not what the superblock vouches for: never rolled back
-     |   +- NeedsCheck       ours and readable, but marked: a tool must look at it first
-     +- UnsupportedFormat    ours, but from a newer version: never touched
-     +- UnknownKind          ours, but of a kind that nothing here knows: never touched
-     +- GeometryMismatch     ours, but for another table line
-     +- BlockSizeMismatch    the same, of a cache
+     +- NotOurs              other content than metadata: never touched
+     +- CorruptMetadata      metadata, but not what the superblock vouches for: never rolled back
+     |   +- NeedsCheck       metadata, and readable, but marked: a tool must look at it first
+     +- UnsupportedFormat    metadata of a newer version: never touched
+     +- UnknownKind          metadata of a kind that this version does not know: never touched
+     +- GeometryMismatch     metadata of a clone, but for another table line
+     +- BlockSizeMismatch    metadata of a cache, but for another table line
      +- CannotShrink         a dirty block is in the way
      +- MetadataTooSmall     the device cannot hold it
      +- ReadOnlyMetadata     a change was asked for in mode RO
      +- FailedMetadata       anything was asked for in mode FAIL
-     +- NotTheKernels        to be imported, but no metadata of dm-cache or dm-clone
-     +- BadDump              a dump in JSON or XML is not one, or says what cannot be
+     +- NotTheKernels        to be imported, but not metadata of dm-cache or dm-clone
+     +- BadDump              a dump in JSON or XML cannot be read, or contradicts itself
 
-Each `str()` is one line without the device's name, which this room does not know. A
-programming error of ours is an AssertionError instead, and wrong use of a size that the
-caller computed is one too.
+Each `str()` is one line without the name of the device or file. The caller knows that, and puts it
+in front. A programming error is an AssertionError instead; so is a size that the caller has
+computed wrongly.
 """
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 
 
 class MetadataError(Exception):
-    """Base of everything that this room raises on purpose."""
+    """Base of all errors of metadata."""
 
 
 class NotFormatted(MetadataError):
@@ -101,7 +101,7 @@ class NeedsCheck(CorruptMetadata):
 
 
 class UnsupportedFormat(MetadataError):
-    """Written by a version that knows more than we do.
+    """The metadata was written by a newer version.
 
     Args:
         version: the envelope's format version.
@@ -115,19 +115,28 @@ class UnsupportedFormat(MetadataError):
 
     def __str__(self) -> str:
         if self.bits:
-            return f"metadata has unknown incompatible features {self.bits:#x}"
-        return f"metadata format version {self.version} is not supported"
+            return (
+                f"metadata has unknown incompatible features {self.bits:#x}:"
+                " use the newer version that has written it"
+            )
+        return (
+            f"metadata format version {self.version} is not supported:"
+            " use the newer version that has written it"
+        )
 
 
 class UnknownKind(MetadataError):
-    """The superblock has a tag that nothing here knows."""
+    """The superblock names a kind that this version does not know."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
         self.kind = kind
 
     def __str__(self) -> str:
-        return f"metadata of kind {self.kind!r} is not supported"
+        return (
+            f"metadata of kind {self.kind!r} is not supported:"
+            " use the newer version that has written it"
+        )
 
 
 class GeometryMismatch(MetadataError):
@@ -192,7 +201,7 @@ class MetadataTooSmall(MetadataError):
 
 
 class ReadOnlyMetadata(MetadataError):
-    """A change was asked for, but a commit has failed before."""
+    """A change was asked for in mode RO: for example, because a commit has failed before."""
 
     def __str__(self) -> str:
         return "metadata is read-only"
@@ -206,7 +215,7 @@ class FailedMetadata(MetadataError):
 
 
 class NotTheKernels(MetadataError):
-    """What was to be imported is no metadata of the kernel's. `found`: what is there, in words."""
+    """What was to be imported is not metadata of the kernel's. `found`: what is there, in words."""
 
     def __init__(self, found: str) -> None:
         super().__init__(found)

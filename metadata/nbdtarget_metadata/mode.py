@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modes of a metadata object, the kernel's: RW, RO, FAIL; only ever downwards."""
+"""The modes of a metadata object: RW, RO and FAIL, as in the kernel. They only ever go downwards."""
 
 import enum
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `metadata` asks of whoever owns the I/O.
+"""What the code of this package asks of its caller, which does the I/O.
 
 Every function here that needs I/O is a generator: it yields an operation (or a tuple of
 operations that may be carried out at the same time) and is sent the answer (or a tuple of
@@ -87,7 +87,7 @@ def read(offset: int, length: int, how: type[Read] = Read) -> Steps[memoryview]:
 
 
 def without_flushes(steps: Steps[T]) -> Steps[T]:
-    """As `steps`, but what would be flushed is not. For who only reads, and promises nothing."""
+    """Run `steps` without its flushes: for a caller that only reads, and promises nothing."""
     answer: Answer | tuple[Answer, ...] = None
     try:
         while True:

@@ -64,8 +64,8 @@ CACHE_METADATA: Final = (
         "removal-without-origin-flush",
         "A mapping is gone, and what was written back to the origin is lost in its cache.",
         "nbdtarget_metadata.cache.blocks:CacheBlocks._remove",
-        "        self._cleaned[cblock] = 0\n        self._flushes |= FLUSH_ORIGIN\n",
-        "        self._cleaned[cblock] = 0\n",
+        "        self._flushes |= FLUSH_ORIGIN\n",
+        "",
         CUTS,
     ),
     _mutant(

@@ -1,8 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache blocks in core: what they hold, which are dirty, and what has changed.
 
-The head of metadata.py tells the theory. Per cache block this takes 8 bytes of value, 5 to 10 of
-index, 4 of hint, and five bits.
+The head of metadata.py explains why. Here stand all changes to blocks; how they are committed stands in
+metadata.py. For each cache block this takes 8 bytes of value, 5 to 10 of index, 4 of hint, and five bits.
+
+Bitmaps
+=======
+
+One bit for each cache block, in `dirty` and four more. `_logged` says the same as the flag LOGGED in the
+block's value. With `dirty_log` these combinations are legal, and no others:
+
+    state       value  _logged  _admitted  _cleaned  dirty
+    unmapped      0       0         0          0       0
+    clean       mapped    0         0          0       0
+    logged      mapped    1         0       0 or 1     0    `log_dirty` was called, its commit is not done
+    admitted    mapped    1         1          0       0    a write may be sent, or one through to both
+                                                            devices is under way
+    cleaned     mapped    1         1          1       0    the next commit that flushes the origin takes
+                                                            LOGGED back: the block is clean again
+    dirty       mapped    1         1          0       1
+    starting    mapped    1         0          0       1    between `start`, which switches the dirty log
+                                                            on, and the commit of that
+
+Without `dirty_log` a dirty block need not be logged. Blocks may still be LOGGED from a time with it.
+
+The fifth bitmap, `_changed`, holds the blocks whose change no transaction has taken yet, in whichever
+state they are. `_has_changed` tells, without a search, whether there is one.
+
+Flags
+=====
+
+    may_change  _starting  _clearing
+        0           0          0       opened or suspended; after `abort`, and in mode FAIL
+        0           1          0       `start` was called; the commit that it asks for is not taken
+        0           0          0       that commit is under way
+        1           0       0 or 1     blocks may change. `_clearing`: the next commits flush the origin
+                                       until no block is cleaned any more
+
+`_resized` is set by `resize_cache` and `resize_origin` until the next commit takes that. `_flushes` and
+`_removed` belong to the changes in `_changed`: they are taken with them, too.
 """
 
 from collections.abc import Iterator
@@ -62,20 +98,23 @@ class Mapping(NamedTuple):
 
 
 class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
-    """The half of `CacheMetadata` that commits nothing.
+    """What a cache's metadata says of its blocks, and each change to that.
+
+    `CacheMetadata` adds how it is made, opened and committed.
 
     Attributes: those of `JournaledMetadata`, and
         block_size: bytes; fixed. origin_size: bytes.
         nr_cblocks, nr_cblocks_max: cache blocks, and to how many it may grow on this device.
         nr_mapped, nr_dirty, nr_logged: in core, in O(1).
-        dirty: the bitmap in core, at least `nr_cblocks` long. Look, don't touch.
+        dirty: the bitmap in core, at least `nr_cblocks` long. Only methods of this class change it.
         dirty_log: whether LOGGED is kept; changed by `start` only.
         writes_back: whether clients' writes may make blocks dirty; changed by `start` only.
-        gives_up_mappings: it was opened after a crash, and only the origin counts: `drop_clean`
-            comes before `start`.
-        is_distrusted: set by the owner: the copies of clean blocks may be old, so whoever takes this
-            over begins with `drop_clean`.
-        may_change: `clean_shutdown` is durably clear, and no full sync has begun.
+        gives_up_mappings: it was opened after a crash, and only the origin counts: the owner must
+            call `drop_clean` before `start`.
+        is_distrusted: set by the owner: the copies of clean blocks may be old. A table that takes this
+            object over must begin with `drop_clean`.
+        may_change: blocks may change: the disk does not say `clean_shutdown` any more, durably, and
+            no full sync has begun.
     """
 
     def __init__(
@@ -112,13 +151,15 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self._hints = loaded.hints
         self._discarded = loaded.discarded
         self._hints_policy = superblock.policy
-        # Bitmaps of cache blocks, all of one length; the head of metadata.py tells the states.
+        # Bitmaps of cache blocks, all of one length: see the table in the module head.
         self._logged = loaded.logged
         self._admitted = loaded.logged.copy()
         self._cleaned = zeros(superblock.nr_cblocks, "little")
         self._changed = zeros(superblock.nr_cblocks, "little")
-        self._has_changed = False  # whether there is one: looked at for each FLUSH
-        self._removed: set[int] = set()  # oblocks, that no transaction has taken yet
+        self._has_changed = False  # each FLUSH asks for it
+        self._removed: set[int] = (
+            set()
+        )  # oblocks whose removal no transaction has taken yet
         # While a transaction is under way: what the blocks that have changed since its
         # pre_commit were then.
         self._before: dict[int, int] | None = None
@@ -144,18 +185,18 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
     def is_complete(self) -> bool:
         """Whether the next commit may say that the origin has everything.
 
-        One before `drop_clean` must: else its mappings would count again, and as dirty.
+        Before `drop_clean` it must say so: else the old mappings would count again, and as dirty.
         """
         return self.gives_up_mappings or not (self.writes_back or self.nr_dirty)
 
     @property
     def is_recorded_complete(self) -> bool:
-        """Whether the disk says so: a crash now would give up all mappings."""
+        """Whether the disk says that the origin has everything: a crash now gives up all mappings."""
         return bool(self._superblock.flags & ORIGIN_COMPLETE)
 
     @property
     def nr_cleaned(self) -> int:
-        """Clean blocks that are LOGGED still: what `clear_log` would take back."""
+        """How many clean blocks are still LOGGED: `clear_log` would take that back."""
         return self._cleaned.count()
 
     def mappings(
@@ -197,11 +238,12 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         return bool(self.dirty[cblock])
 
     def mapping_survives(self, cblock: int) -> bool:
-        """Tell whether `cblock` is mapped, and the last commit that is done says so, too.
+        """Tell whether `cblock` is mapped, and would still be mapped after a crash.
 
-        So what is written to it is found again, if it is dirty: also after `abort`, when nothing
-        can be recorded any more. May be false although the mapping is the same: if it was logged
-        or taken back since; or if the disk says, or is about to say, that the origin has everything.
+        Then what is written to it is found again, if it is dirty: also after `abort`, when nothing
+        can be recorded any more. The answer may be false although the last commit has the same
+        mapping: if LOGGED was set or taken back since; or if the disk says, or is about to say, that the
+        origin has everything.
 
         Raises: FailedMetadata.
         """
@@ -217,14 +259,17 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         )
 
     def may_come_back(self, oblock: int) -> bool:
-        """Tell, after `abort`, whether the disk may still map an unmapped `oblock`.
+        """Tell, after `abort`, whether the disk may still map `oblock`, which is unmapped in core.
 
-        So a write to it that went to the origin would be hidden by the old copy at the next start.
+        If so, a write that went to the origin would be hidden by the old copy at the next start.
         """
         return oblock in self._removed
 
     def may_insert(self, cblock: int) -> bool:
-        """Tell whether `cblock` is unmapped, durably: else a crash would mix two blocks up."""
+        """Tell whether `cblock` is unmapped, durably.
+
+        Otherwise a crash would bring back the old mapping over another block's data.
+        """
         if self.mode is _FAIL:
             raise FailedMetadata
         return cblock < self.nr_cblocks and not (
@@ -256,7 +301,9 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self._shutdown = Shutdown()
         self.writes_back = writes_back
         was_logged = bool(self._superblock.incompat & DIRTY_LOG)
-        # While there is one copy only of what says so, its rot brings back what was before.
+        # A commit is needed if the disk says anything that will not be true any more. If a slot
+        # has one good copy only, too: were that copy to rot, the superblock before it would
+        # count again, and it may say `clean_shutdown`.
         self._starting = (
             self.is_recorded_clean
             or dirty_log != was_logged
@@ -267,6 +314,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self.dirty_log = dirty_log
         if not dirty_log:
             return
+        # What is dirty already must be LOGGED by the commit that switches the dirty log on.
         missing = self.dirty & ~self._logged
         for nr, cblock in enumerate(missing.search(1)):
             self._log(cblock)
@@ -300,6 +348,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self._flushes |= FLUSH_CACHE if dirty else FLUSH_CACHE | FLUSH_ORIGIN
         if dirty:
             if self.dirty_log:
+                # It need not wait for a commit: a crash before that forgets the mapping, too.
                 self._log(cblock)
                 self._admitted[cblock] = 1
             self.set_dirty(cblock)
@@ -340,9 +389,9 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
             self._cleaned[cblock] = 0
 
     def set_clean(self, cblock: int) -> None:
-        """Note that the origin has the block's data, durable or not, or that nobody wants them.
+        """Note that the origin has the block's data, durable or not, or that they are not needed any more.
 
-        Also after a block was logged, but the write never sent.
+        Call it also after a block was logged, but the write was not sent.
 
         Raises: ReadOnlyMetadata, FailedMetadata.
         """
@@ -465,7 +514,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
                 self._remove(cblock, is_kept=False)
             if cblock % STEP_CBLOCKS == 0:
                 yield from self._pause()
-        # A block that nobody needed may have been written since, by the one who changed the origin.
+        # What was discarded then may have been written since, when the origin was changed.
         self._discarded = None
         self.gives_up_mappings = False
         self.is_distrusted = False
@@ -473,7 +522,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
     # Inside
 
     def _pause(self) -> Steps[None]:
-        """Let others run; among them may be a commit or a compaction that fails."""
+        """Let other tasks run: one of them may be a commit that fails, and changes the mode."""
         yield ()
         self._check_change()
 
@@ -485,6 +534,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
     def _set_value(self, cblock: int, value: int) -> None:
         before = self._before
         if before is not None and cblock not in before:
+            # The transaction under way writes what the block was at its pre_commit.
             before[cblock] = self._values[cblock]
         self._values[cblock] = value
         self._changed[cblock] = 1
@@ -507,10 +557,10 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         assert self.may_change, "clean_shutdown must be cleared, durably, first"
 
     def _remove(self, cblock: int, *, is_kept: bool = True) -> None:
-        """Args: is_kept: in mind, for `may_come_back`."""
-        assert self._values[cblock], "it is mapped"
-        assert not self.dirty[cblock], "its data would be lost"
-        self._by_oblock.remove(cblock)
+        """Unmap a block. Args: is_kept: remember its oblock for `may_come_back`."""
+        assert self._values[cblock], "only a mapped block can be unmapped"
+        assert not self.dirty[cblock], "the data of a dirty block would be lost"
+        self._by_oblock.remove(cblock)  # while its value is still set
         if is_kept:
             self._removed.add(self._values[cblock] >> OBLOCK_SHIFT)
         self._set_value(cblock, 0)
@@ -519,19 +569,27 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self._logged[cblock] = 0
         self._admitted[cblock] = 0
         self._cleaned[cblock] = 0
+        # What was written back to the origin must be durable before the mapping is gone.
         self._flushes |= FLUSH_ORIGIN
+        assert self.nr_mapped >= self.nr_dirty
 
     def _log(self, cblock: int) -> None:
+        assert self._values[cblock], "only a mapped block can be logged"
         assert not self._logged[cblock]
         self._set_value(cblock, self._values[cblock] | LOGGED)
         self._logged[cblock] = 1
         self.nr_logged += 1
 
     def _take_back_log(self) -> None:
-        """Have cleaned blocks recorded clean: the commit flushes both devices before that."""
-        assert self._before is None, "no transaction needs what they were"
+        """Have cleaned blocks recorded clean: the commit flushes both devices before that.
+
+        Part of a pre_commit. It takes back at most TAKEN_BACK_MAX blocks, in order of cblocks.
+        """
+        assert self._before is None, (
+            "no transaction is under way that needs the old values"
+        )
         values = self._values
-        end = 0
+        end = 0  # behind the last block that is taken back
         for cblock in islice(self._cleaned.search(1), TAKEN_BACK_MAX):
             values[cblock] &= ~LOGGED
             end = cblock + 1
@@ -539,6 +597,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
             taken_back = self._cleaned.copy()
             taken_back[end:] = 0
             nr_taken_back = taken_back.count()
+            assert not (taken_back & self.dirty).any(), "a crash would make it clean"
             keep = ~taken_back
             self._logged &= keep
             self._admitted &= keep
@@ -546,14 +605,14 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
             self._changed |= taken_back
             self._has_changed = True
             self.nr_logged -= nr_taken_back
-            # Neither may be older than the other: the block is written back, but what is
-            # in the cache may have been written just before that.
+            # Neither copy may turn out older than the other. The block was written back to the
+            # origin, but the cache's copy may have been written just before that.
             self._flushes |= FLUSH_CACHE | FLUSH_ORIGIN
         if not self._cleaned.any():
             self._clearing = False
 
     def _grow(self, nr_cblocks: int) -> Steps[None]:
-        """Let everything be long enough for `nr_cblocks`; it never gets shorter."""
+        """Make everything long enough for `nr_cblocks`; nothing ever gets shorter."""
         if self._hints is not None and (missing := nr_cblocks - len(self._hints)) > 0:
             self._hints = self._hints + (yield from self._new_words("I", missing))
         if (missing := nr_cblocks - len(self._values)) > 0:

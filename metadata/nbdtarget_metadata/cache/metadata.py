@@ -4,24 +4,27 @@
 Theory of operation
 ===================
 
-Each cache block (cblock) is unmapped, or holds one origin block (oblock); no oblock is held twice.
+Each cache block (cblock) is unmapped, or holds one origin block (oblock). No oblock is held twice.
 Mappings survive any crash. Whether a mapped block is **dirty** (newer than the origin), the
-policy's hints, the discarded blocks: these are in core only, and recorded by a clean shutdown.
+policy's hints and the discarded blocks are kept in core only, and recorded by a clean shutdown.
 
-The commit, in two phases as a clone's, because two other disks must act between them:
+The commit. It has two phases, as a clone's, because two other disks must act between them:
 
-    transaction = metadata.pre_commit()     # takes the changes; later ones ride on the next
+    transaction = metadata.pre_commit()     # takes the changes; later ones belong to the next commit
     flush what transaction.taken.flushes names   AND   run transaction.journal()      # together
     run transaction.superblock()            # only if all of them succeeded
     transaction.done()                      # only now may FLUSH and FUA be acknowledged
 
-A committed mapping is read from the cache device, so its data must be there first: FLUSH_CACHE after
-`insert`. If it is clean, the origin must have the same data: it may have been written just before it
-was copied, so FLUSH_ORIGIN, too. Once a removal is committed the origin is read instead, so what was written back
-must be there first: FLUSH_ORIGIN after `remove`. When blocks are recorded clean, both: what was written
-back may have been written just before that. Whatever fails: `abort`.
+Whatever fails: call `abort`. What must be flushed first, and why:
 
-A FLUSH bio needs both devices flushed, whatever `taken.flushes` says: dirtying a block changes no metadata.
+    after `insert`       FLUSH_CACHE: a committed mapping is read from the cache device, so its data must
+                         be there. If the block is clean, FLUSH_ORIGIN, too: the origin must have the same
+                         data, and may have been written just before they were copied
+    after `remove`       FLUSH_ORIGIN: once the removal is committed the origin is read instead, so what was
+                         written back must be there
+    recorded clean       both: what was written back may have been written to the cache just before that
+
+A FLUSH bio needs both devices flushed, whatever `flushes` says: dirtying a block changes no metadata.
 
 Reuse. Until a removal is committed a crash brings the mapping back. So its cblock must not be used
 for another oblock (`may_insert`), and no write to its oblock may be sent to the origin: the old
@@ -32,54 +35,55 @@ The life of `clean_shutdown`:
     on disk   in core                          what a crash leaves
     set       opened, or suspended             exact dirty bits, hints, discards
     set       `start`ed, commit under way      the same, and nothing has changed
-    clear     `may_change`                 mappings; dirty: see below; no hints, no discards
+    clear     `may_change`                     mappings; dirty: see below; no hints, no discards
     clear     full sync under way              the same, and nothing changes any more
     set       full sync done                   exact dirty bits, hints, discards
 
-Nothing but `resize_*` may be called before `may_change`, which the commit after `start` sets. A
+Before `may_change`, which the commit after `start` sets, only `resize_*` and `drop_clean` may be called. A
 full sync is `prepare_shutdown` and pre_commit(clean_shutdown=True), when nothing is under way.
 
-**Origin complete.** A cache that does not write back (writethrough, passthrough) says so when it starts, unless blocks
-are dirty still; then it is said with the commit after the last of them was written back. After a crash nothing is dirty
-then, and the origin has all that was promised. What the cache holds may differ from it: a write through
-that was not flushed may be on one device only, and the origin may have been used alone since, which its users are
-told that they may do. So `gives_up_mappings`, and `drop_clean` comes before `start`.
+**Origin complete.** A cache that does not write back (writethrough, passthrough) records that the origin has
+everything: when it starts, if no block is dirty; else with the commit after the last dirty block was written
+back. After a crash nothing is dirty then, and the origin has all that was promised. What the cache holds may
+differ from it: a write through that was not flushed may be on one device only, and users are told that they
+may use the origin alone in the meantime. So `gives_up_mappings`, and `drop_clean` comes before `start`.
 
     start            on disk             dirty in core              a crash leaves
     writes_back      -                   any                        dirty: see below
     not writes_back  -                   some, of a writeback past  dirty: see below
     not writes_back  ORIGIN_COMPLETE     none                       the origin alone
-    not writes_back  ORIGIN_COMPLETE     the origin refused a       the origin alone: nobody has been promised
-                                         write through              that write, `mapping_survives` says no. The
-                                                                    next commit, which `changed` asks for, takes
-                                                                    the flag back, and then FLUSH and FUA may end
+    not writes_back  ORIGIN_COMPLETE     the origin refused a       the origin alone. That write was not promised to
+                                         write through              anyone: `mapping_survives` is false. The next
+                                                                    commit, which `changed` asks for, takes the
+                                                                    flag back, and then FLUSH and FUA may end
 
-Else, after an unclean shutdown, every mapped block counts as dirty. With **dirty_log** only those that may
-be: the value of a block on disk says LOGGED before the block first turns dirty.
+In all other cases every mapped block counts as dirty after an unclean shutdown. With **dirty_log** only those
+count that may be: the value of a block on disk says LOGGED before the block first turns dirty.
 
-    clean --log_dirty--> wanted --commit done--> admitted --set_dirty--> dirty
+    clean --log_dirty--> logged --commit done--> admitted --set_dirty--> dirty
       ^                                              ^                     |
       +------ commit (both flushed) ----- cleaned <--+---- set_clean ------+
 
-`may_dirty` tells whether a write may be sent to the cache device; if not: `log_dirty`, and wait
-for a commit; many such waiters share one. That goes for a write through to both devices, too: it is
+`may_dirty` tells whether a write may be sent to the cache device. If not: call `log_dirty`, and wait
+for a commit; many such waiters share one. That goes for a write through to both devices, too: the block is
 dirty until both have ended. A block that was inserted dirty is LOGGED with its
 mapping and need not wait: a crash forgets both. Cleaned blocks stay LOGGED, and may be dirtied
 again at no cost, until a commit that flushes the origin anyway (or `clear_log`) takes that back.
 So LOGGED on disk is a superset of the dirty blocks at any time, and mostly a small one.
 
-Space and compaction: see commit.py. A snapshot is fuzzy here, too: (1) whatever
-uncommitted state it caught, its block is in a transaction that was pre-committed later, at the
-latest in the switching one; (2) so is each block that changed after its chunk was copied; (3) a
-record says what a block is, and the last one wins. So the new journal ends with each such block as it was at the switching pre_commit.
+Space and compaction: see commit.py. A snapshot is fuzzy here, too, and sound for three reasons. (1) If it
+caught a state that is not committed, that block is in a transaction that was pre-committed later, at the
+latest in the one that switches. (2) So is each block that changed after its chunk was copied. (3) A
+record says what a block is, and the last one counts. So the new journal ends with each such block as it
+was at the pre_commit of the commit that switches.
 
 Abort. The mode becomes RO, and what is in core stays as it is: it tells where the data are, and an
-inserted dirty block has its data nowhere else. What is on disk is the last commit, or the one that failed,
-and each of them is complete: opening it again is safe. `blame` says in core that the metadata device is to blame.
-`record_needs_check` is for who finds reason to doubt what is on the disk: it forbids to open it. It skips a
-generation, as copies of a failed one may be there.
+inserted dirty block has its data nowhere else. On disk is the last commit or the one that failed. Each of
+them is complete, so opening it again is safe. `blame` notes in core that the metadata device is to blame.
+`record_needs_check` is called if there is reason to doubt what is on the disk: it forbids to open it. It skips
+a generation, because copies of the failed one may be on the disk.
 
-Not handled: sharing. One object per metadata device, whoever uses it.
+Not handled: sharing. There is one object for each metadata device, and all its users share that.
 
 Context: nothing here blocks, waits or does I/O. Steps between two yields take milliseconds at
 most for a million cache blocks. One thread.
@@ -167,7 +171,7 @@ CacheTransaction: TypeAlias = Transaction[CacheSuperblock, CacheTaken]
 
 @dataclass(slots=True)
 class Statistics:
-    """Of bios, since formatting. Whatever stands here rides on each commit."""
+    """Counts of bios since formatting. Each commit writes what stands here."""
 
     read_hits: int = 0
     read_misses: int = 0
@@ -310,7 +314,7 @@ class CacheMetadata(CacheBlocks):
 
     @property
     def discarded(self) -> Discarded | None:
-        """What the last full sync recorded; None once `start` is committed: it may be stale."""
+        """What the last full sync recorded; None once `start` is committed: it may be out of date."""
         return self._discarded if self.is_recorded_clean else None
 
     @property
@@ -322,8 +326,8 @@ class CacheMetadata(CacheBlocks):
     def changed(self) -> bool:
         """Whether anything is not durably committed, the transaction under way included.
 
-        True for ever after `abort`. True also after opening, until both superblock slots are rewritten. Dirty bits
-        and cleaned blocks do not count.
+        It stays true after `abort`. It is also true after opening, until both superblock slots are rewritten.
+        Dirty bits and cleaned blocks do not count.
         """
         return (
             self._has_changed
@@ -348,10 +352,10 @@ class CacheMetadata(CacheBlocks):
     ) -> None:
         """Give what the next pre_commit(clean_shutdown=True) records beside the dirty bits.
 
-        Once that is done, a policy that loads `mappings` and whoever loads `discarded` get it, too.
+        Once that is done, `mappings` and `discarded` return it, too.
 
         Args:
-            hints: array of u32, one for each cache block; ours from here on.
+            hints: array of u32, one for each cache block. The caller must not change it any more.
 
         Raises: FailedMetadata.
         """
@@ -368,7 +372,7 @@ class CacheMetadata(CacheBlocks):
     def pre_commit(self, *, clean_shutdown: bool = False) -> CacheTransaction | None:
         """Take the changes made so far as one transaction; None if there is nothing to commit.
 
-        Changes made from here on belong to the next. A commit before `start` that only heals
+        Changes made from here on belong to the next. A commit before `start` that only rewrites
         superblock copies keeps what the last full sync has recorded. The caller then flushes what
         `transaction.taken.flushes` names and runs `journal`, together; runs `superblock`; calls
         `done`. If anything fails in between, `abort`. One transaction at a time.
@@ -390,12 +394,14 @@ class CacheMetadata(CacheBlocks):
             return None
         if self.mode is not _RW:
             raise ReadOnlyMetadata
+        # This commit flushes the origin anyway, so it can record cleaned blocks as clean.
         if self._clearing or self._flushes & FLUSH_ORIGIN:
             self._take_back_log()
         self._is_stop_begun = clean_shutdown
         if clean_shutdown:
             self.may_change = False
             self._clearing = False
+        # Then the disk keeps what the last full sync recorded: nothing has changed since.
         only_rewrites = marked and not (
             clean_shutdown or self._starting or self._resized or self._has_changed
         )
@@ -410,7 +416,7 @@ class CacheMetadata(CacheBlocks):
     def committed(self, taken: CacheTaken, superblock: CacheSuperblock) -> None:
         super().committed(taken, superblock)
         self._before = None
-        # What has been taken back since is none: the next transaction may say so.
+        # A block whose LOGGED was taken back since is not admitted: the next commit says so.
         self._admitted |= taken.logged & self._logged
         if taken.starts:
             self.may_change = True
@@ -433,13 +439,14 @@ class CacheMetadata(CacheBlocks):
             self._removed |= taken.removed
 
     def blame(self) -> None:
-        """After `abort`: it was the metadata device that failed. In core only."""
+        """Note, after `abort`, that the metadata device failed. Nothing is written."""
         self._is_blamed = True
 
     def record_needs_check(self) -> Steps[None]:
-        """After `abort`: forbid, durably, to open this again before a tool has looked at it.
+        """Forbid, durably, to open this again before a tool has looked at it.
 
-        Once what was under way has ended. A commit that failed is no reason for it.
+        Only after `abort`, and once the operations under way have ended. That a commit failed is not
+        reason enough for it.
 
         Raises: FailedMetadata.
         Durable: `needs_check`, over the last committed state, when this returns.

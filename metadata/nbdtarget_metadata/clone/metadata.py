@@ -5,18 +5,18 @@ Theory of operation
 ===================
 
 One bit a region: 1 means that the destination holds the region's data, 0 that the source does.
-Bits go from 0 to 1 and never back, but for the ones that a failed commit did not make durable.
+Bits go from 0 to 1 and never back, except for those that a failed commit did not make durable.
 
-The commit, in two phases, because another disk must act between them:
+The commit. It has two phases, because another disk must act between them:
 
-    transaction = metadata.pre_commit()     # swaps the list of changes: later ones ride on the next
+    transaction = metadata.pre_commit()     # takes the changes; later ones belong to the next commit
     flush the destination   AND   run transaction.journal()      # together, in any order
     run transaction.superblock()            # only if both succeeded
     transaction.done()                      # only now may FLUSH and FUA be acknowledged
 
 Once a superblock says that a region is hydrated, the destination will be read for it, so its data
 must be there first: that is the destination's flush. The superblock vouches for the journal, so
-the journal must be there first too. Whatever fails: `metadata.abort()`.
+the journal must be there first too. Whatever fails: call `metadata.abort()`.
 
 States of one bit:
 
@@ -36,16 +36,16 @@ A snapshot that a transaction writes itself is exact: chunks that change meanwhi
 
 Flags. `clean_shutdown` on disk says: an orderly suspend was the last thing that this metadata
 has recorded. It is set by `pre_commit(clean_shutdown=True)` and cleared by every other commit that
-records a change, so never by opening alone. Since bits of a clone are right after any crash, it informs people and
-nobody relies on it; a changed bit that was lost in a crash leaves it set, over bits that are
-exactly those of the clean shutdown. (A cache, which trusts dirty bits because of it, must clear
-it by a commit of its own before the first block becomes dirty.)
+records a change, so never by opening alone. The bits of a clone are right after any crash, so the flag
+only informs people. If a changed bit is lost in a crash, the flag stays set, over bits that are
+exactly those of the clean shutdown. (A cache believes dirty bits because of its flag, so it must clear
+that by a commit of its own before the first block becomes dirty.)
 
-Modes go RW -> RO -> FAIL. RO: bits may be looked up, nothing changes; after an abort `changed`
-stays true, so flushes that depend on metadata fail for as long as the object lives. FAIL:
+Modes go RW -> RO -> FAIL. In RO bits may be looked up, and nothing changes; after an abort `changed`
+stays true, so flushes that depend on metadata fail for as long as the object lives. In FAIL
 every function raises (attributes may still be read, and needs_compaction is false).
 
-Not handled: sharing. One object per metadata device, whoever uses it.
+Not handled: sharing. There is one object for each metadata device, and all its users share that.
 
 Context: nothing here blocks, waits or does I/O. Steps between two yields take milliseconds at
 most. One thread.
@@ -111,7 +111,8 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
         nr_regions: regions of `region_size` bytes; the last may be short.
         region_size, target_size: bytes; fixed for the life of the metadata.
         nr_hydrated: bits in `hydrated`, in O(1).
-        hydrated: the bitmap in core, changes that are not committed included. Look, don't touch.
+        hydrated: the bitmap in core, with changes that are not committed yet. Only methods of this
+            class change it.
         clean_shutdown: what the flag said when this was opened (true when just formatted).
     """
 
@@ -276,7 +277,7 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
     def changed(self) -> bool:
         """Whether anything is not durably committed, the transaction under way included.
 
-        True for ever after `abort`. True also after opening, until both superblock slots are rewritten.
+        It stays true after `abort`. It is also true after opening, until both superblock slots are rewritten.
         """
         return (
             bool(self._active)
@@ -362,8 +363,8 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
         """Give up: a commit failed. Back to the last committed state, in mode RO.
 
         The regions that become unhydrated again were never durable: reads of them go to the
-        source from here on. What is on disk may be the failed transaction nevertheless,
-        if only the news of it was lost; opening again tells.
+        source from here on. The failed transaction may still have reached the disk, if only its
+        completion was lost. Opening the metadata again shows which state is there.
 
         Raises: FailedMetadata.
         """
@@ -373,7 +374,7 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
             runs = taken.changes + runs
         for at in range(0, len(runs), 2):
             begin, count = runs[at], runs[at + 1]
-            assert self.hydrated.find(0, begin, begin + count) < 0
+            assert self.hydrated.find(0, begin, begin + count) < 0, "a run is set once"
             self.hydrated[begin : begin + count] = False
             self.nr_hydrated -= count
         assert self.nr_hydrated == self._superblock.nr_hydrated

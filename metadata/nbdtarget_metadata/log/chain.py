@@ -8,12 +8,12 @@ A snapshot and the journal behind it are one chain of records. Each record is an
 starts on a block and occupies whole blocks, so appending never rewrites a block that holds an
 acknowledged record. Each names the digest of its predecessor; the first names the device's
 uuid. The superblock vouches for the chain's length and last digest, and through
-that for every byte of it and for their order. What lies behind the vouched end is a
-transaction that nobody was told of, or older still: it is never read, and overwritten.
+that for every byte of it and for their order. What lies behind that end belongs to a
+transaction that was not acknowledged, or is older still: it is never read, and will be overwritten.
 
 What a record says is its kind's affair: see clone/records.py and cache/records.py.
 
-A record is at most 512 KiB: to hash it is the longest step between two yields.
+A record is at most 512 KiB: hashing one is the longest step between two yields.
 """
 
 from collections.abc import Callable
@@ -91,7 +91,7 @@ class Chain:
         self.digest = seal_in_place(RECORD_MAGIC, self.block, data)
         offset = self.block * BLOCK_SIZE
         self.block += len(data) // BLOCK_SIZE
-        assert self.block <= self.end, "the space was reckoned before"
+        assert self.block <= self.end, "there must be room for the record"
         return Write(offset, data)
 
 
@@ -123,13 +123,15 @@ def read_chain(
             data = piece[at * BLOCK_SIZE :]
             size = peek_blocks(data)
             if size > blocks - at and at > 0:
-                break  # it goes on behind this piece: read on from its first block
+                break  # the record goes on behind this piece: read on from its first block
             opened = open_envelope(RECORD_MAGIC, block + at, data, where)
             record = decode(opened.body, where)
+            # An intact record of an earlier life of the arena names another predecessor.
             if record.previous != digest:
                 raise CorruptMetadata(
                     f"predecessor of {where}", digest.hex(), record.previous.hex()
                 )
+            # A record that is newer than the superblock was not vouched for by it.
             if not generation <= record.generation <= generation_max:
                 raise CorruptMetadata(
                     f"generation of {where}",

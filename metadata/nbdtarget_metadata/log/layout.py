@@ -69,7 +69,7 @@ def refuse_content(
 def refuse_foreign(device_size: int, arena_blocks: int) -> Steps[None]:
     """Raise NotOurs unless the rest of the device looks all zero: head, tail, arenas' heads.
 
-    The superblock area itself is `read_superblock`'s business.
+    `read_superblock` looks at the superblock area itself.
     """
     begin = SUPERBLOCK_BLOCKS * BLOCK_SIZE
     second_arena = begin + arena_blocks * BLOCK_SIZE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at every block of an arena, whether or not anybody vouches for it. For offline tools.
+"""Look at every block of an arena, whether or not a superblock vouches for it. For offline tools.
 
 `read_chain` follows a chain and stops where it breaks; a scan goes on. What it meets:
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The superblock: the one thing that is overwritten in place, and what vouches for the rest.
+"""The superblock, of any kind: the only thing that is overwritten in place. It vouches for all the rest.
 
 Theory of operation
 ===================
@@ -9,8 +9,8 @@ Blocks 0 to 3 hold two **slots** of two **copies**, the copies of a slot apart:
     block 0: slot 0 copy 0    block 1: slot 1 copy 0    block 2: slot 0 copy 1    block 3: slot 1 copy 1
 
 Generation g goes to slot g % 2, with FUA, after everything that it vouches for is durable: first
-copy 0, and copy 1 **when that has ended**. It is acknowledged when both are. So a power cut finds one
-copy under way at most, and a disk that loses the sector which it is writing loses one copy.
+copy 0, then, **when that has ended**, copy 1. It is acknowledged when both have ended. So at a power cut
+at most one copy is under way, and a disk that loses the sector which it is writing loses one copy.
 Envelope and body lie in the first 512-byte sector of the block and the rest is zero, so a torn
 write leaves a copy old or new. Formatting writes generations 0 and 1, hence all four copies
 are valid ever after.
@@ -25,8 +25,8 @@ copy 0 is N; the other slot holds N-1 twice. With one invalid copy (X), this is 
     N-2, N-2      N-1, N-1      N-1        nothing of N arrived
     N  , N-2      N-1, N-1      N          valid, so what it vouches for is durable
     N  , N        N-1, N-1      N          the commit was complete
-    X  , N-2      N-1, N-1      N-1        X was N-2, or an N whose sibling was never written: nobody
-                                           was told of it
+    X  , N-2      N-1, N-1      N-1        X was N-2, or an N whose sibling was never written: that
+                                           commit was not acknowledged
     N-2, X        N-1, N-1      N-1        X was N-2: copy 0 would be N
     N  , X        N-1, N-1      N          one good copy is enough
     X  , N        N-1, N-1      N          one good copy is enough
@@ -35,28 +35,28 @@ copy 0 is N; the other slot holds N-1 twice. With one invalid copy (X), this is 
     zeroes twice  0 and 0/zero  format     formatting was interrupted: see below
 
 The newest valid copy counts. A slot whose copies are not both valid and equal is **unhealed**:
-what was read there is as good as before, but one more fault would lose it. So the owner
-counts the metadata as changed until commits have rewritten each unhealed slot; nothing
+what was read there is as good as before, but one more fault would lose it. So the metadata
+counts as changed until commits have rewritten each unhealed slot. Nothing
 is acknowledged on the strength of a single copy.
 
-Opening begins with a flush: after a kill (not a power cut) what we read may lie in a cache that
-no flush of ours has covered, and an acknowledgement could rest on it. After an I/O error in the
+Opening begins with a flush: after a kill (not a power cut) what is read may lie in a cache that
+no flush has covered, and an acknowledgement could rest on it. After an I/O error in the
 same boot even that is not enough: a cache may show, and call clean, what never reached the disk.
-So whoever opens takes both slots for unhealed (commit.py), and the first resume rewrites them.
+So an opening takes both slots for unhealed (commit.py), and the first resume rewrites them.
 The first of these commits writes nothing but its superblock, and copy 0 before copy 1. Thus an X that
 was an N, and that can be read again later, is overwritten before what it vouches for is.
 
 Formatting writes slot 0 (generation 0), flushes, writes slot 1 (generation 1), flushes. A
 crash before the first flush leaves valid copies of generation 0 or zeroes, and slot 1 zero: that
 state vouches for nothing and is formatted again. As soon as one copy of generation 1 is valid,
-both copies of generation 0 are durable, and the metadata is open for business. Rot cannot turn
+both copies of generation 0 are durable, and the metadata can be opened. Rot cannot turn
 a used device into that state: generation 2 overwrites slot 0.
 
-Which disks belong to it. The record of that (disks.py) is too long for the sector. It lies behind the
-sector, in the same block, and the superblock has its length and digest. A crash may leave a new
-sector before an old record, or the other way round. So the record of a superblock is whichever
-of the four copies' records has its digest. If none has, the disks are not known, as with metadata
-of older versions: that endangers no commit, and is noted. In core, the field `disks` holds the record itself.
+Which disks belong to the metadata. The record of that (disks.py) is too long for the sector. It lies behind
+the sector, in the same block, and the superblock has its length and digest. A crash may leave a new
+sector before an old record, or the other way round. So all four copies' records are looked at, and the one
+that has the digest belongs to the superblock. If none has it, the disks are not known, as with metadata
+of older versions: no commit is in danger, and it is noted. In core, the field `disks` holds the record itself.
 
 Not handled: a device that loses writes it has acknowledged with FUA. Two lost copies of one
 generation look like the generation before.
@@ -125,13 +125,13 @@ SUPERBLOCK_BLOCKS: Final = NR_SLOTS * NR_COPIES
 
 # Flags.
 CLEAN_SHUTDOWN: Final = 1  # the last commit ended an orderly suspend
-NEEDS_CHECK: Final = 2  # a tool must look at it before it is used again
+NEEDS_CHECK: Final = 2  # a tool must look at the metadata before it is used again
 # Bits from 4 on belong to the kinds.
 
 # Feature bits that this version knows: no kind has one yet. An unknown one of ro_compat means mode RO, an
 # unknown one of compat is ignored. Which ones of incompat are known, each kind says; others are refused.
 RO_COMPAT_KNOWN: Final = 0
-# Of generations and statistics: no clone gets there, and no commit may run out of numbers.
+# The largest generation or statistic that is believed. No metadata gets there by commits.
 COUNTER_MAX: Final = 1 << 62
 
 _ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
@@ -199,8 +199,8 @@ class SuperblockType(Generic[S]):
         tag: what stands at its beginning.
         decoder: of its body.
         fixed: fields that are the same in all generations.
-        incompat_known: feature bits; others are refused.
-        check: raises CorruptMetadata for what would otherwise be believed; ranges that every
+        incompat_known: the feature bits that this version knows; others are refused.
+        check: raises CorruptMetadata if a field of this kind is out of range; the fields that every
             kind has are checked before.
     """
 
@@ -212,10 +212,10 @@ class SuperblockType(Generic[S]):
 
 
 class Found(NamedTuple, Generic[S]):
-    """What `choose_superblock` found: the newest, and what is not as it should be.
+    """What `choose_superblock` found: the newest superblock, and what is not as it should be.
 
-    `unhealed` slots must be rewritten; `notes` says why, for people. `lost` slots, of which
-    nothing is known, there are only for a reader that has said that it can live with it.
+    `unhealed` slots must be rewritten; `notes` says why, for people. `lost` slots have no valid
+    copy; there are none unless the caller admits one.
     """
 
     superblock: S
@@ -244,7 +244,7 @@ def superblock_block(slot: int, copy: int) -> int:
 
 
 def superblock_writes(superblock: Superblock) -> tuple[Write, Write]:
-    """Return the FUA writes of both copies: the second only after the first has ended."""
+    """Return the FUA writes of both copies. The second may begin only after the first has ended."""
     record = superblock.disks
     stored = msgspec.structs.replace(superblock, disks=_reference(record))
     body = _ENCODER.encode(stored)
@@ -298,7 +298,8 @@ def read_area(device_size: int) -> Steps[memoryview]:
     for block in range(SUPERBLOCK_BLOCKS):
         area += yield from read(block * BLOCK_SIZE, BLOCK_SIZE, TryRead)
     if area == UNREADABLE * SUPERBLOCK_BLOCKS:
-        # It is not a fault of a copy: have the disk say what is wrong with it.
+        # All copies at once is not the fault of a copy: read them again so that the disk's error
+        # is raised.
         return (yield from read(0, area_size))
     return memoryview(area)
 
@@ -306,7 +307,8 @@ def read_area(device_size: int) -> Steps[memoryview]:
 def open_copies(kind: SuperblockType[S], area: memoryview) -> list[list[Copy[S]]]:
     """Open the four copies, by slot and copy, and compare nothing.
 
-    Raises: NotOurs, UnsupportedFormat, CorruptMetadata: what no rot can have produced.
+    Raises: NotOurs, UnsupportedFormat, CorruptMetadata: a copy is intact, but is not a superblock of
+        this kind and version.
     """
     return [
         [
@@ -346,9 +348,9 @@ def choose_superblock(
     """Choose the newest of the four copies by the case table in the module head.
 
     Args:
-        admit_needs_check: the flag is what the caller is here for.
+        admit_needs_check: return it although the flag is set: for tools that check it.
         admit_lost_slot: choose from the other slot if one has no valid copy. What it says
-            may be older than what was acknowledged. Only for tools that say so.
+            may be older than what was acknowledged. Only for tools that tell this to the user.
 
     Raises:
         NotFormatted: all zeroes, or an interrupted format.
@@ -360,12 +362,15 @@ def choose_superblock(
     _refuse_foreign(area, copies)
     _refuse_unfinished(area, copies)
     lost = set()
+    # A slot without a valid copy may have held the newest superblock: to open the other one
+    # could roll back what was acknowledged. So that is refused, except for tools.
     for slot in range(NR_SLOTS):
         if admit_lost_slot and not any(copy.superblock for copy in copies[slot]):
             lost.add(slot)
         else:
             _check_slot(slot, copies[slot])
     valid = [copy.superblock for slot in copies for copy in slot if copy.superblock]
+    # A single valid copy is enough: it was written after what it vouches for was durable.
     newest = max(valid, key=lambda superblock: superblock.generation)
     for field in kind.fixed:
         for other in valid:
@@ -383,6 +388,7 @@ def choose_superblock(
     kind.check(newest)
     if newest.flags & NEEDS_CHECK and not admit_needs_check:
         raise NeedsCheck
+    # Copies that differ are what a crash between the two writes leaves, or rot.
     unhealed, notes = set(), []
     for slot in range(NR_SLOTS):
         first, second = copies[slot]
@@ -442,7 +448,7 @@ def _block_of(area: memoryview, slot: int, copy: int) -> memoryview:
 def _open_copy(
     kind: SuperblockType[S], area: memoryview, slot: int, copy: int
 ) -> Copy[S]:
-    """Open one copy. Only what no rot can produce (a valid digest) may raise here."""
+    """Open one copy. A fault that rot can cause is returned; only an intact copy can raise."""
     block = superblock_block(slot, copy)
     where = f"superblock slot {slot} copy {copy} (block {block})"
     data = _block_of(area, slot, copy)
@@ -462,7 +468,7 @@ def _open_copy(
 
 
 def _kind_of(body: memoryview) -> str | None:
-    """Return the tag of a superblock, whatever it is, if it has one."""
+    """Return the tag of a superblock of any kind, if it has one."""
     try:
         fields = msgspec.msgpack.decode(body, type=list[object])
     except UNDECODABLE:
