@@ -521,6 +521,7 @@ class MappedDevice(MappedIo):
                     await self._destroy(table)
             self._running.set()
             self.events.close()
+            self._drop_references()
 
     async def stop_if_suspended(self) -> None:
         """`stop_queueing`, if the device is suspended once the verb under way has ended."""

@@ -375,10 +375,20 @@ class MappedIo(Device):
         else:
             self._fast_op_max = -1
             self._fast_end = 0
+            self._fast_map = _no_target
             self._fast_remap = None
         self._shorten_fast_path()
         for upper in tuple(self._uppers):
             upper._set_fast_path()
+
+    def _drop_references(self) -> None:
+        """The device is removed: let go of all that refers to it, so that its memory is freed at once.
+
+        Otherwise it would wait for the garbage collector, with its targets and all that they hold.
+        """
+        self._set_fast_path()
+        self.health.watchers.remove(self.event)
+        self.statistics = Statistics(self._clock, _nothing)
 
     def _count_or_not(self) -> None:
         """There is a region by now, or none any more."""
@@ -503,6 +513,10 @@ class MappedIo(Device):
     def _take_queue(self) -> list[Bio]:
         queue, self._queue, self._nr_pushed_back = self._queue, [], 0
         return queue
+
+
+def _nothing() -> None:
+    """The device is removed: nothing is counted any more."""
 
 
 def _no_target(bio: Bio) -> int:

@@ -104,6 +104,14 @@ class MappingTarget(Target, Generic[M]):
         assert self._is_suspended
         for device in self.iterate_devices():
             await self.ctx.close_device(device)
+        # The parts refer to each other. Without this, metadata and policy, which may be large, would stay in
+        # memory until the garbage collector runs.
+        for part in (*self._own_parts(), self._committer, self):
+            vars(part).clear()
+
+    def _own_parts(self) -> Sequence[object]:
+        """The objects that this target alone has, and that refer to each other. They are not used after `dtr`."""
+        raise NotImplementedError
 
     # What a subclass says
 

@@ -152,6 +152,19 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         self._is_sealed = False  # nothing may be written: see `JournaledMetadata`
         self._prepare_map(parts)
 
+    def _own_parts(self) -> Sequence[object]:
+        return (
+            self._blocks,
+            self._activation,
+            self._distrust,
+            self._requests,
+            self._migrations,
+            self._bad_blocks,
+            self._writes,
+            self._foreground,
+            self._messages,
+        )
+
     def _prepare_map(self, parts: Parts) -> None:
         """Keep at hand what `map` asks for each bio."""
         self._fast_op_max = -1

@@ -162,6 +162,15 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         self._has_failed = False
         self._is_sealed = False  # nothing may be written: see `JournaledMetadata`
 
+    def _own_parts(self) -> Sequence[object]:
+        return (
+            self._regions,
+            self._foreground,
+            self._hydrator,
+            self._hydration,
+            self._cache_requests,
+        )
+
     @classmethod
     async def ctr(cls, ctx: TargetContext, args: Sequence[str]) -> "CloneTarget":
         return cls(ctx, await construct(ctx, args))

@@ -206,7 +206,7 @@ async def test_exception_of_our_own_making_ends_the_cache(
     async def wrong(*_: object) -> list[int]:
         raise AssertionError("wrong")
 
-    monkeypatch.setattr(rig.target._hydrator, "hydrate", wrong)
+    monkeypatch.setattr(type(rig.target._hydrator), "hydrate", wrong)
     cache = rig.bio(OP_CACHE, 0, REGION)
     await settle()
     assert cache.status == errnos.EIO
