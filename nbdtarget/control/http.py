@@ -35,6 +35,7 @@ from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.words import printable
 from nbdtarget.control import messages as m
+from nbdtarget.control.bodies import BODY_BYTES_MAX, body_bytes_max, encode
 from nbdtarget.control.doorkeeper import BODY_S, Doorkeeper
 from nbdtarget.control.verbs import Verbs
 
@@ -42,7 +43,6 @@ __all__ = ["serve_http"]
 
 log = logging.getLogger(__name__)
 
-BODY_BYTES_MAX: Final = 16 << 20
 REASON_LENGTH_MAX: Final = 4000  # characters
 SHUTDOWN_S_MAX: Final = 2.0
 
@@ -118,13 +118,18 @@ def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
     # Any: each verb takes its own request; `decode` has just made one of that type.
     call: Callable[[Any], Coroutine[Any, Any, m.Answer]] = getattr(verbs, verb)
     decode = msgspec.json.Decoder(request_type).decode
+    bytes_max = body_bytes_max(verb)
 
     async def handle(http: web.Request) -> web.Response:
+        if (http.content_length or 0) > bytes_max:
+            return _too_large(bytes_max)
         try:
             async with timeout(BODY_S):
                 body = await http.read() or b"{}"
         except TimeoutError:
             return _cut_off(http, 408, f"no request within {BODY_S:g} s")
+        if len(body) > bytes_max:  # one without a Content-Length
+            return _too_large(bytes_max)
         try:
             if http.method == "POST":
                 request = decode(body)
@@ -145,9 +150,15 @@ def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
             # The last line of defence: a bug in one verb must not end the server.
             log.exception("%s %r failed", verb, request)
             return _failure(500, "internal error, see the server's log", errnos.EIO)
-        return _response(200, answer)
+        return _response(200, await encode(answer))
 
     return handle
+
+
+def _too_large(bytes_max: int) -> web.Response:
+    """The library drops what is left of the body, so that the client comes to read the answer."""
+    reason = f"the request is larger than {bytes_max} bytes"
+    return _failure(413, reason, errnos.E2BIG)
 
 
 _STATUS: Final = {errnos.ENXIO: 404, errnos.EBUSY: 409}
@@ -185,8 +196,7 @@ async def _failures_are_json(
         reason = f"{request.path}: takes {allowed}, not {request.method}"
         return _failure(405, reason, errnos.EINVAL)
     except web.HTTPRequestEntityTooLarge:
-        reason = f"the request is larger than {BODY_BYTES_MAX} bytes"
-        return _failure(413, reason, errnos.E2BIG)
+        return _too_large(BODY_BYTES_MAX)
     except web.RequestPayloadError as error:
         reason = " ".join(str(error).split())
         return _failure(400, f"bad request: {reason}", errnos.EINVAL)
@@ -243,13 +253,10 @@ _CUT_OFF_ERRNOS: Final = {
 }
 
 
-def _response(status: int, answer: m.Answer) -> web.Response:
-    return web.Response(
-        status=status,
-        body=msgspec.json.encode(answer),
-        content_type="application/json",
-    )
+def _response(status: int, body: bytes) -> web.Response:
+    return web.Response(status=status, body=body, content_type="application/json")
 
 
 def _failure(status: int, reason: str, errno: int) -> web.Response:
-    return _response(status, m.Failure(printable(reason, REASON_LENGTH_MAX), errno))
+    failure = m.Failure(printable(reason, REASON_LENGTH_MAX), errno)
+    return _response(status, msgspec.json.encode(failure))

@@ -16,9 +16,9 @@ import pytest
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control import messages as m
 from nbdtarget.control.api import ControlServer
+from nbdtarget.control.bodies import BODY_BYTES_MAX, OTHER_BODY_BYTES_MAX
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.examples import EXAMPLES
-from nbdtarget.control.http import BODY_BYTES_MAX
 from nbdtarget.control.openapi import openapi
 from nbdtarget.control.paths import TOKEN_VARIABLE, TcpControl, control_token
 from nbdtarget.control.verbs import Verbs
@@ -106,7 +106,15 @@ async def test_a_post_without_a_body_is_an_empty_request(http: HttpServer) -> No
             b" " * (BODY_BYTES_MAX + 1),
             413,
             errnos.E2BIG,
-            "the request is larger than",
+            f"the request is larger than {BODY_BYTES_MAX} bytes",
+        ),
+        (
+            "POST",
+            "/v1/message",
+            b" " * (OTHER_BODY_BYTES_MAX + 1),
+            413,
+            errnos.E2BIG,
+            f"the request is larger than {OTHER_BODY_BYTES_MAX} bytes",
         ),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else str(value),

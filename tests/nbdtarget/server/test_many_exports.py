@@ -5,7 +5,6 @@ import asyncio
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
 
 import pytest
 
@@ -45,8 +44,6 @@ def test_what_one_export_is_does_not_take_a_walk_through_all() -> None:
 @pytest.mark.skipif(not shutil.which("nbdinfo"), reason="nbdinfo is not installed")
 async def test_nbdinfo_lists_all(served: Served) -> None:
     served.directory = Many()
-    # nbdinfo asks for each export in turn, in one handshake.
-    served.limits = replace(served.limits, handshake_timeout_s=0.2)
     await served.start()
     nbdinfo = await asyncio.create_subprocess_exec(
         *["nbdinfo", "--list", "--json", f"nbd+unix:///?socket={served.path}"],
