@@ -131,6 +131,22 @@ CACHE_PARTS: Final = (
         "        self.gives_up_mappings",
         DISKS_DM,
     ),
+    _mutant(
+        "origin-not-looked-at-again-before-the-resume",
+        "What another table writes between load and resume is hidden by blocks that the cache has.",
+        "nbdtarget.targets.cache.activation:Activation._look_again",
+        "() if parts.stale else await parts.disks.look((ORIGIN_ROLE,))",
+        "()",
+        DISKS_DM,
+    ),
+    _mutant(
+        "commit-due-while-mappings-are-loaded",
+        "A large cache is refused: the commit of its second slot meets the start of its metadata.",
+        "nbdtarget.targets.cache.activation:Activation.preresume",
+        "            await self._committer.quiesce()\n",
+        "",
+        ACTIVATION,
+    ),
     # ---- new metadata
     _mutant(
         "new-metadata-whatever-the-cache-holds",

@@ -91,7 +91,7 @@ class Table:
             parts.metadata_device,
             (parts.cache, parts.origin),
             bench.clock,
-            committed=lambda: None,
+            committed=self._committed,
             failed=self._failed,
             metadata_failed=parts.metadata.blame,
         )
@@ -139,6 +139,10 @@ class Table:
             device_size=device.size, block_size=self.parts.block_size
         )
         return await metadata_io.run(device, opening)
+
+    def _committed(self) -> None:
+        if self.metadata.changed:  # as the target does: more than one commit takes
+            self.committer.note_change()
 
     def _failed(self) -> None:
         self.nr_failures += 1

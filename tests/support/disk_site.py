@@ -161,6 +161,9 @@ def _nr_dirty(device: MappedDevice) -> int:
 
 
 async def _promoted(device: MappedDevice, nr_blocks: int) -> None:
-    """Wait until so many blocks are cached, and none is being copied."""
-    while int(str(_fields(device)["promotions"])) < nr_blocks:
+    """Wait until so many blocks have been promoted."""
+    for _ in range(2000):
+        if (promotions := int(str(_fields(device)["promotions"]))) >= nr_blocks:
+            return
         await sleep(0.005)
+    raise AssertionError(f"{promotions} blocks were promoted, and not {nr_blocks}")

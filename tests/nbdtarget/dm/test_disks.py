@@ -410,6 +410,8 @@ async def test_what_was_written_between_load_and_resume_is_not_hidden_by_the_cac
             await device.write(0, b"late" * 1000)
             await device.write(2 * BLOCK, b"late" * 1000)
         await registry.resume("d")
+    # Blocks that were cached have been given up, and are read from the origin.
+    assert bytes(await device.read(0, 4000)) == b"late" * 1000
     await device.message(0, ["warm", "0-4"])
     await _promoted(device, 4)
     for offset in (0, 2 * BLOCK):

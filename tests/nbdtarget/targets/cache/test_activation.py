@@ -9,6 +9,7 @@ import pytest
 from nbdtarget.bio import OP_WRITE
 from nbdtarget.common.errors import TableError
 from nbdtarget.policies.base import MappingError, Policy
+from nbdtarget.targets.committer import COMMIT_PERIOD_S
 from nbdtarget_metadata.mode import Mode
 from tests.support.cache_parts import BLOCK, Bench, Table
 
@@ -120,6 +121,27 @@ async def test_hints_are_given_to_the_policy_that_made_them() -> None:
     await table.suspend()
     bench.cut_power()
     assert await hints_of(await bench.table()) == given
+
+
+async def test_no_commit_becomes_due_while_mappings_are_loaded() -> None:
+    # The first commit heals one slot of the superblock, and the other one is due a second
+    # later. A load that takes longer must not meet that commit: the metadata cannot be started
+    # beside it.
+    bench = await stopped({1: 3, 2: 4})
+    table = await bench.table(WRITEBACK)
+    assert table.metadata.needs_rewrite
+    load = table.parts.policy.load_mapping
+
+    def load_slowly(cblock: int, oblock: int, dirty: bool, hint: int | None) -> None:
+        load(cblock, oblock, dirty, hint)
+        bench.clock.advance(2 * COMMIT_PERIOD_S)
+        bench.metadata.hold = True  # a commit that is under way stays so
+
+    table.parts.policy.load_mapping = load_slowly  # type: ignore[method-assign]
+    asyncio.get_running_loop().call_later(0.05, bench.metadata.let_go)
+    await table.resume()
+    assert table.metadata
+    assert loaded(table.parts.policy) == {3: 1, 4: 2}
 
 
 @pytest.mark.parametrize("words", ["0 mq 0", "0 cleaner 0"])
