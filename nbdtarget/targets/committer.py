@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group commit: the one order in which data and metadata become durable.
 
-Theory of operation. Targets change their metadata in memory as I/O ends, and say
+Theory of operation. Targets change their metadata in memory as I/O ends, and call
 `note_change`. A commit makes what was changed so far durable:
 
-    1  pre_commit    the changes so far become one transaction; no await in it, so nothing is
-                     half in. What changes from here on belongs to the next commit.
+    1  pre_commit    the changes so far become one transaction. There is no await in this step, so no
+                     change is taken in part. What changes from here on belongs to the next commit.
     2  together      flush every backing device, so that all data that the transaction
                      vouches for is durable; append the transaction to the journal, flush that
     3  superblock    written with FUA: from here on a crash finds the transaction
-    4  done          then, and only then, those who waited are told
+    4  done          then, and only then, the callers that waited are told
 
 Nothing refers to the journal's new records before step 3, so they may reach the disk before or after
-the data; the superblock may not. A crash before step 3 loses the whole transaction, one after it
-nothing.
+the data; the superblock may not. A crash before step 3 loses the whole transaction, a crash after it
+loses nothing.
 
-Grouping. One commit runs at a time. Whoever asks joins the *next* one to start: a FLUSH that
-arrives while a commit runs promises writes that ended after that commit's flush began, so it
-must not ride on it. All who came meanwhile ride together on the next, which starts when this
-one is done. A commit is due when somebody waits, or `commit_period_s` after the first change.
+Grouping. One commit runs at a time. A caller joins the *next* one to start. For example, a FLUSH that
+arrives while a commit runs promises writes that ended after that commit's flush began, so that commit
+cannot answer it. All callers that came meanwhile share the next commit, which starts when this
+one is done. A commit is due when a caller waits, or `commit_period_s` after the first change.
 
 Flushes. A commit that had something to commit has flushed the backing devices in step 2, after
-its waiting FLUSHes arrived: they end with it. One that found nothing left (a change was taken
-by the commit before) flushes the backing devices once, for all of them.
+its waiting FLUSHes arrived: they end with it. A commit that found nothing left (a change was taken
+by the commit before) flushes the backing devices once, for all FLUSHes that wait.
 
     state      changed, running      FLUSH and FUA
     clean      no, no                the target passes them straight down
@@ -38,23 +38,23 @@ Failure. Whatever step fails, the disk holds the last commit, or all of the fail
     a write of the superblock          the last commit or this one, each complete: data and journal were
                                        durable before, and opening takes the newest valid copy
 
-So nothing on the disk is in doubt, no mark is written there, and whoever opens the metadata again, be it a
-new table or another process, goes on from a complete commit. What is in doubt is what is in core: a later
+So nothing on the disk is in doubt, no mark is written there, and a new table or another process that opens the
+metadata goes on from a complete commit. What is in doubt is what is in core: a later
 flush that "succeeds" would prove nothing (the kernel may have dropped the dirty pages), and
 the changes that we have taken may rest on such pages. Therefore the metadata is aborted: it becomes
-read-only, all who wait get EIO, and so does every later FLUSH and FUA until a table is
+read-only, all callers that wait get EIO, and so does every later FLUSH and FUA until a table is
 constructed anew, and reads the disk. If the metadata device cannot even be read any more, the
-metadata fails altogether.
+metadata goes to mode FAIL.
 
-A device that goes on, but says that it may have lost what no flush had covered (`Device.losses`), has failed its
-next flush, once. If what is in core rests on that data (`rests_on_unflushed`), it is aborted at once, and not
-only at the next flush: until then clients would be shown whatever the device holds there instead.
+A device may go on, and say that it may have lost what no flush had covered (`Device.losses`). Its next flush then
+counts as failed, once. If what is in core rests on that data (`rests_on_unflushed`), the metadata is aborted at once,
+and not only at the next flush: until then clients would read whatever the device holds there instead.
 
 A failed flush that nothing rests on (`can_do_without`; a writethrough cache's cache device, see
-`nbdtarget.targets.cache.distrust`) is told to the owner, and fails nobody.
+`nbdtarget.targets.cache.distrust`) is reported to the owner. No request fails by it.
 
-A failed flush of a backing device that nothing was written to since its last good flush (`Unflushed`) has
-lost nothing, and fails nobody.
+A failed flush of a backing device to which nothing was written since its last good flush (`Unflushed`) has
+lost nothing. No request fails by it, either.
 
 Compaction (a new snapshot, so that the journal can start over) runs beside the commits as a task of
 its own, and is waited for only by `quiesce`.
@@ -150,7 +150,7 @@ class Committer:
         name: the mapped device's, for logs.
         metadata, device: what is committed, and the device that it lies on.
         backing: the devices that hold the data which the metadata vouches for.
-        committed: called after each successful commit, before those who waited are told.
+        committed: called after each successful commit, before the callers that waited are told.
         failed: called after the metadata has been aborted, or has failed; again if it fails
             when it had been aborted before.
         metadata_failed: called before that if it was the metadata device that failed.
@@ -196,7 +196,7 @@ class Committer:
         self._has_given_up = False
         self.unflushed: dict[Device, Unflushed] = {}
         self.can_do_without: CanDoWithout | None = None
-        # What each device had lost before we stood on it is no news for those who flush us.
+        # What a device had lost before this target used it is no loss of this target.
         self._losses = {each: each.losses for each in (device, *backing)}
         self._seen_losses = {each: each.losses for each in backing}
         self._aborts_on_loss = aborts_on_loss
@@ -222,7 +222,7 @@ class Committer:
             self._timer = self.clock.call_later(self.commit_period_s, self.start_commit)
 
     def start_commit(self) -> None:
-        """Commit soon, if there is anything to commit; nobody waits for it."""
+        """Commit soon, if there is anything to commit; without a caller that waits."""
         self._stop_timer()
         if self.metadata.changed:
             self._is_due = True
@@ -253,7 +253,7 @@ class Committer:
         self._wants_clean |= clean_shutdown
 
         def ended(errno: int) -> None:
-            if not done.done():  # cancelled: who waited has gone away
+            if not done.done():  # it is, if this coroutine was cancelled
                 done.set_result(errno)
 
         self.after_commit(ended)
@@ -287,7 +287,7 @@ class Committer:
                 self.name,
                 self.last_error,
             )
-            # Its owner may have gone further than that.
+            # The owner may have put the metadata into mode FAIL already.
             with contextlib.suppress(FailedMetadata):
                 self.metadata.abort()
             self._give_up(is_worse=True)
@@ -312,13 +312,13 @@ class Committer:
         if self._commit_waiters or self._flush_waiters:
             return True
         if self.has_failed:
-            return False  # else an error that nobody takes any more would keep us at it
+            return False  # a compaction's error is not looked at any more, and would keep the loop running
         return self._compaction_error is not None or (
             self._is_due and self.metadata.changed
         )
 
     async def _run(self) -> None:
-        """Commit until nobody asks any more."""
+        """Commit until no commit is wanted."""
         is_sound = False
         try:
             while self._is_wanted():
@@ -330,6 +330,7 @@ class Committer:
                 # An exception of our own making: nothing can be trusted any more.
                 self.metadata.fail()
                 self._give_up(is_worse=True)
+                # A callback may raise, and others may ask again while they are told: until none is left.
                 while self._commit_waiters or self._flush_waiters:
                     self._tell_failure()
 
@@ -341,6 +342,7 @@ class Committer:
             log.critical("%s: commit", self.name, exc_info=True)
 
     async def _run_round(self) -> None:
+        # The callers that are waiting now are answered by this round, and by no later one.
         commits, self._commit_waiters = self._commit_waiters, []
         flushes, self._flush_waiters = self._flush_waiters, []
         self._is_due = False
@@ -349,18 +351,18 @@ class Committer:
             if not self.has_failed:
                 errno = await self._commit_or_flush(bool(flushes))
         finally:
-            # Also when an exception passes: nobody waits for ever.
+            # Also when an exception passes: no caller must wait for ever.
             try:
                 _tell(commits, errno)
                 _tell(flushes, errno)
             finally:
-                # Who comes after one whose callback raised: `_run` tells them.
+                # A callback has raised, and those after it were not called: `_run` tells them.
                 self._commit_waiters += commits
                 self._flush_waiters += flushes
 
     async def _commit_or_flush(self, has_flushes: bool) -> int:
-        """Commit; if nothing is left to commit, flush for those who want it; return errno."""
-        self._stop_timer()
+        """Commit; if nothing is left to commit, flush if a FLUSH waits; return errno."""
+        self._stop_timer()  # this commit takes all changes so far
         clean, self._wants_clean = self._wants_clean, False
         try:
             if self._compaction_error is not None:
@@ -380,18 +382,24 @@ class Committer:
             return 0
         if has_flushes:
             return await self._flush_only()
-        await asyncio.sleep(0)  # somebody who asks again at once must not keep the loop
+        # A callback that asks again at once must not keep the loop busy.
+        await asyncio.sleep(0)
         return 0
 
     async def _commit_transaction(self, transaction: Transaction) -> None:
         """Steps 2 to 4 of the module head. Raises: DeviceError, _MetadataFailure."""
+        assert not self.has_failed, "after an abort nothing is committed"
+        # Step 2. All of it has ended when this returns, also if one part has failed.
         await _all(
             *(self._flush(device, transaction) for device in self.backing),
             self._run_steps(transaction.journal()),
         )
         if self.has_failed:
-            raise DeviceError(errnos.EIO, self.name, "flush", 0, 0)  # lost meanwhile
+            # A device has reported a loss meanwhile, and the metadata was aborted: no superblock for it.
+            raise DeviceError(errnos.EIO, self.name, "flush", 0, 0)
+        # Step 3. If this fails, the transaction may be on the disk or not; both are complete states.
         await self._run_steps(transaction.superblock())
+        # Step 4. Only now does the metadata object take the transaction for recorded.
         transaction.done()
 
     async def _run_steps(self, steps: Steps[None]) -> None:
@@ -435,6 +443,7 @@ class Committer:
             await device.flush()
             self._check_losses(device)
             return
+        # Asked before the flush begins: a write that is sent while it is under way proves nothing.
         had_any = unflushed.has_any
         begun = unflushed.begin_flush()
         try:
@@ -455,7 +464,7 @@ class Committer:
             if self._aborts_on_loss and self._has_lost(losses):
                 await self._abort(error, blames_metadata=False)
                 return errnos.EIO
-            # Data may be lost, but no metadata depends on it: all of that is committed.
+            # Data may be lost, but no metadata depends on it: all metadata is committed.
             self.last_error = f"flush: {error}"
             log.error("%s: flush: %s", self.name, error)
             return error.errno
@@ -464,14 +473,15 @@ class Committer:
     async def _abort(self, error: Exception, *, blames_metadata: bool) -> None:
         self.last_error = f"commit: {error}"
         log.error("%s: commit failed: %s", self.name, error)
-        # At once: what is reverted must not be built on while we probe.
+        # Before the first await: while the device is probed, nothing may build on what is reverted.
         self.has_failed = True
         self._compaction_error = None
-        # A loss below may have made it fail before.
+        # The metadata may be in mode FAIL already, because of a loss below.
         with contextlib.suppress(FailedMetadata):
             self.metadata.abort()
         is_worse = False
         try:
+            # Mode RO is of use only while the metadata can be read.
             await self.device.read(0, PROBE_BYTES)
         except DeviceError as unusable:
             log.error("%s: switching to fail mode: %s", self.name, unusable)
@@ -505,7 +515,7 @@ class Committer:
         try:
             await metadata_io.run(self.device, self.metadata.compact())
         except (DeviceError, MetadataError) as error:
-            # A commit may be half-way: it ends as it ends, the next one carries this out.
+            # A commit may be under way, and is left alone. The next round aborts.
             self._compaction_error = error
             self._wake()
         finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Range locks: who may work on which regions (or blocks) now, and who is next.
+"""Range locks: which work may go on in which regions (or blocks) now, and which is next.
 
 Theory of operation. A `Cell` asks for one half-open range of numbers, exclusively. It is
 granted at once if it overlaps no cell that was asked for earlier and not yet released;
@@ -7,7 +7,7 @@ otherwise it waits, and is granted when the last of those is released. A cell th
 for older ones, which gives:
 
 - *no starvation*: cells are granted in the order they came, per range; nothing overtakes;
-- *no deadlock*, as long as **whoever holds or waits for a cell asks for no second one**.
+- *no deadlock*, as long as **an operation that holds or waits for a cell asks for no second one**.
   An operation on several ranges takes one cell around them all.
 
     state     held   blockers   leaves it by
@@ -16,14 +16,14 @@ for older ones, which gives:
     held      True   0          `release`
     released  False  0          -
 
-Who waits for whom. For each number it is known which cell asked for it last (`_begins`, `_ends` and `_last`:
-disjoint pieces, sorted). A new cell waits for these only: each of them waits in its turn for the older ones, so
-when it is released they have been. So thousands of cells on one range are a chain, and
+Which cell waits for which. For each number it is known which cell asked for it last (`_begins`, `_ends` and `_last`:
+disjoint pieces, sorted). A new cell waits for these only. Each of them waits in its turn for the older ones, so
+when it is released they have been released. For example, a thousand cells on one range are a chain, and
 neither asking, nor releasing, nor cancelling all of them looks at each pair.
 
 Cost. A cell is a pair of numbers, however long its range: a discard of 2^28 regions is one
-cell. What a cell overlaps is found by bisection. What is released counts down the cells that it
-blocks, so nothing is ever scanned to find out who is next.
+cell. What a cell overlaps is found by bisection. A cell that is released counts down the cells that it
+blocks, so nothing is ever scanned to find out which cell is next.
 
 `granted` runs inside `lock` or inside the `release` that makes room, one at a time: a
 callback that releases its cell at once does not recurse into the next one's callback, or a
@@ -73,7 +73,7 @@ class Prison:
     def __init__(self) -> None:
         self._held: list[Cell] = []  # sorted by begin; disjoint, so sorted by end too
         self._waiting: dict[Cell, None] = {}  # in the order they came
-        # Disjoint pieces of what is held or waited for, sorted: who asked for each last.
+        # Disjoint pieces of what is held or waited for, sorted, and which cell asked for each last.
         self._begins: list[int] = []
         self._ends: list[int] = []
         self._last: list[Cell] = []
@@ -89,12 +89,12 @@ class Prison:
         return len(self._waiting)
 
     def is_clear(self, begin: int, end: int) -> bool:
-        """Whether nobody holds or waits for any of the range."""
+        """Whether no cell holds or waits for any of the range."""
         low, high = self._overlapping(begin, end)
         return low == high
 
     def held(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """The parts of the range that somebody holds now, in order."""
+        """The parts of the range that are held now, in order."""
         held = self._held
         low = bisect_left(held, begin, key=_begin_of)
         if low and held[low - 1].end > begin:
@@ -103,7 +103,7 @@ class Prison:
         return [(max(cell.begin, begin), min(cell.end, end)) for cell in cells]
 
     def maybe_clear_run(self, begin: int, end: int) -> tuple[int, int] | None:
-        """Return the first part of the range that nobody holds or waits for, or None."""
+        """Return the first part of the range that no cell holds or waits for, or None."""
         low, high = self._overlapping(begin, end)
         for nr in range(low, high):
             if self._begins[nr] > begin:
@@ -130,7 +130,7 @@ class Prison:
         return cell
 
     def release(self, cell: Cell) -> None:
-        """Let the range go, and grant it to who waited only for this."""
+        """Let the range go, and grant what waited only for this."""
         assert cell.held, "only a held cell is released, and once"
         cell.held = False
         index = bisect_left(self._held, cell.begin, key=_begin_of)
@@ -145,7 +145,9 @@ class Prison:
         Costs as much as asking again for all that is left.
         """
         cancelled = set(cells)
-        assert not any(cell.held for cell in cancelled)
+        assert not any(cell.held for cell in cancelled), "a held cell is released"
+        # Forget which cell asked for what, then ask again for all that is left, in the same order: a cell that waited
+        # for a cancelled one waits for those before it now, or for none.
         waiting = [cell for cell in self._waiting if cell not in cancelled]
         self._waiting.clear()
         self._begins.clear()
@@ -166,7 +168,7 @@ class Prison:
         self._pump.run()
 
     def _ask(self, cell: Cell) -> None:
-        """Note that `cell` asks for its range, after all others; count whom it waits for."""
+        """Note that `cell` asks for its range, after all others; count the cells that it waits for."""
         begin, end = cell.begin, cell.end
         low, high = self._overlapping(begin, end)
         if low == high:
@@ -174,10 +176,12 @@ class Prison:
             self._ends.insert(low, end)
             self._last.insert(low, cell)
             return
+        # One piece may overlap at both ends, and one cell may have several pieces: it is waited for once.
         before = self._last[low:high]
         for older in dict.fromkeys(before):
             older.blocked.append(cell)
             cell.blockers += 1
+        # What sticks out on either side stays with the cell that asked for it; all between is this cell's.
         begins, ends, last = [begin], [end], [cell]
         if self._begins[low] < begin:
             begins.insert(0, self._begins[low])
@@ -192,12 +196,12 @@ class Prison:
         self._last[low:high] = last
 
     def _forget(self, cell: Cell) -> None:
-        """Nobody asks for what `cell` was the last to ask for."""
+        """No cell asks any more for what `cell` was the last to ask for."""
         nr = bisect_left(self._begins, cell.begin)
         if nr == len(self._begins):
             return
         if self._last[nr] is cell and self._ends[nr] == cell.end:
-            # hot: nobody has asked for any of it since.
+            # hot: no other cell has asked for any of it since.
             del self._begins[nr], self._ends[nr], self._last[nr]
             return
         low, high = self._overlapping(cell.begin, cell.end)
@@ -235,6 +239,7 @@ class Prison:
             waiter.granted(waiter)
 
     def _hold(self, cell: Cell) -> None:
+        assert not cell.blockers, "an older cell has not been released"
         cell.held = True
         insort(self._held, cell, key=_begin_of)
 

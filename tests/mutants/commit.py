@@ -22,8 +22,11 @@ _TOGETHER: Final = """\
             self._run_steps(transaction.journal()),
         )
         if self.has_failed:
-            raise DeviceError(errnos.EIO, self.name, "flush", 0, 0)  # lost meanwhile
+            # A device has reported a loss meanwhile, and the metadata was aborted: no superblock for it.
+            raise DeviceError(errnos.EIO, self.name, "flush", 0, 0)
+        # Step 3. If this fails, the transaction may be on the disk or not; both are complete states.
         await self._run_steps(transaction.superblock())
+        # Step 4. Only now does the metadata object take the transaction for recorded.
         transaction.done()
 """
 
@@ -154,7 +157,7 @@ COMMIT: Final = (
         "nbdtarget.targets.committer:Committer",
         (
             (
-                "        # At once: what is reverted must not be built on while we probe.\n"
+                "        # Before the first await: while the device is probed, nothing may build on what is reverted.\n"
                 "        self.has_failed = True\n",
                 "",
             ),
@@ -299,10 +302,8 @@ COMMIT: Final = (
         "nbdtarget.targets.committer:Committer._commit_transaction",
         (
             (
-                "        if self.has_failed:\n"
-                '            raise DeviceError(errnos.EIO, self.name, "flush", 0, 0)'
-                "  # lost meanwhile\n",
-                "",
+                '            raise DeviceError(errnos.EIO, self.name, "flush", 0, 0)\n',
+                "            pass\n",
             ),
         ),
         COMMITTER,

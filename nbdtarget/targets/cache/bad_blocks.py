@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of blocks whose copy in the cache the cache device cannot read or write any more.
 
-Theory of operation. Of a clean block the origin has everything. So when the cache device fails, clients need
+Theory of operation. The origin has everything that a clean block holds. So when the cache device fails, clients need
 not notice:
 
-    a READ                    is sent to the origin                 (`CachedRead`, before anybody is told)
+    a READ                    is sent to the origin                 (`CachedRead`, before it would end)
     a write through           whose origin's half went well ends well, once the block is given up durably
     an overwrite              goes to the origin instead
     a promotion               has not taken place
 
 and the block is given up: its mapping is removed and the removal committed, so that no crash brings back a copy
-that is older than the origin. A write through ends only after that. Till then its client has been told nothing, so
-reads may find either content, and a FLUSH promises nothing about it; that is why FLUSH needs no care of its own.
-A write whose hold was let go waits for the commit alone, never for a lock that waits for it.
+that is older than the origin. A write through ends only after that. Until then the write is not acknowledged, so
+reads may return either content, and a FLUSH promises nothing about it; that is why FLUSH needs no care of its own.
+A write that has let go of its block waits for the commit alone, never for a lock that waits for it.
 
-Of a dirty block the cache device has the only copy: EIO is the truth.
+The cache device has the only copy of a dirty block. If it cannot be read, the request ends with EIO.
 
-Nobody waits for what may not come: a block that somebody else has locked is come back to, and what locks a block
-waits for devices and commits. When the metadata cannot record the removal any more, the write ends with EIO.
+No wait here is without an end: a block that is locked is tried again later, and what locks a block
+waits for devices and commits only. When the metadata cannot record the removal any more, the write ends with EIO.
 """
 
 import asyncio
@@ -91,7 +91,7 @@ class BadBlocks:
     def drop(self, oblock: int, cblock: int, ended: Callable[[int], None]) -> None:
         """Remove a clean mapping; `ended(errno)` is called when that is durable, or cannot be.
 
-        0 also if somebody else has removed it. EIO if the block is dirty by then.
+        0 also if it was removed for another reason. EIO if the block is dirty by then.
         """
         waiting = self._under_way.get(oblock)
         if waiting is not None:
@@ -125,6 +125,7 @@ class BadBlocks:
         if not blocks.is_writable:
             return True
         if metadata.maybe_cblock(oblock) != cblock:
+            # It was removed for another reason, but perhaps not yet durably.
             await blocks.committer.commit()
             return True
         if metadata.dirty[cblock]:
@@ -133,6 +134,7 @@ class BadBlocks:
         if blocks.locks.maybe_lock(oblock, granted.set_result) is None:
             return False
         lock = await granted
+        # While the lock was waited for, all of this may have changed.
         try:
             if (
                 not blocks.is_writable

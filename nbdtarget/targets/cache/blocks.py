@@ -6,12 +6,12 @@ block of number `cblock` lies at `cblock * block_size` on the cache device. Bloc
 multiples of 32 KiB, not powers of two. The origin's tail, if it is no whole block, is never
 cached: its bytes belong to no oblock.
 
-Three hold a view of the same blocks, and the methods here keep them the same:
+Three objects hold a view of the same blocks, and the methods here keep them the same:
 
     metadata   which oblock is in which cblock, which are dirty: the truth, and what a crash leaves
     policy     the same, in its queues; it may know of a mapping a little longer than the metadata
                (a demotion until its commit is done), never of another one
-    discards   which parts of the origin nobody needs
+    discards   which parts of the origin hold nothing that is needed
 """
 
 import errno as errnos
@@ -45,7 +45,7 @@ class Blocks:
         nr_promotions, nr_demotions: since this table was constructed.
         nr_migrating: migrations under way, as far as they copy.
         distrusts_cache: the cache device has failed a flush that nothing rested on: see `Distrust`.
-        origin_writes: counts what is written to the origin, for who flushes it.
+        origin_writes: counts what is written to the origin, for those that flush it.
         event: raises a device-mapper event.
         wake: tells the migrations that there may be something to do.
         failures: counts what has failed below.
@@ -113,7 +113,7 @@ class Blocks:
                 self.committer.note_change()
 
     def set_clean(self, cblock: int) -> None:
-        """The origin has the block's data, or nobody wants them. Raises: MetadataError."""
+        """The origin has the block's data, or they are not needed any more. Raises: MetadataError."""
         metadata = self.metadata
         was_dirty = metadata.dirty[cblock]
         metadata.set_clean(cblock)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts of the origin nobody needs, so that migrations of them copy nothing.
+"""Which parts of the origin are discarded, so that migrations of them copy nothing.
 
 One bit for each discard block (dblock): one block or more, doubled until there are at most 2^15
 or so. A bit is set by a DISCARD of the whole dblock, and cleared by a write to, or a promotion
@@ -24,7 +24,7 @@ class DiscardBits:
 
     Attributes:
         dblock_size: bytes; a power of two times `block_size`.
-        bits: one for each dblock. Look, don't touch.
+        bits: one for each dblock. Others only read it.
         nr_discarded: how many of them are set.
     """
 
@@ -37,7 +37,7 @@ class DiscardBits:
         self._shift: Final = (self.dblock_size // block_size).bit_length() - 1
 
     def is_discarded(self, oblock: int) -> bool:
-        """Tell whether nobody needs what `oblock` has on the origin, or in the cache."""
+        """Tell whether what `oblock` has on the origin, or in the cache, is not needed any more."""
         # hot: one call for each miss; almost always nothing is discarded.
         return bool(self.nr_discarded and self.bits[oblock >> self._shift])
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give cached blocks up: the messages `invalidate_cblocks`, in passthrough mode, and `invalidate_all`.
 
-Theory of operation. Writes to a block that is not cached go to the origin. So nobody may take a block
-for one before its removal is durable, or a crash brings the mapping back, with old data that
+Theory of operation. Writes to a block that is not cached go to the origin. So no block may count as not
+cached before its removal is durable. Otherwise a crash would bring the mapping back, with old data that
 hide what was written. Hence, for as many blocks as one commit should have:
 
     lock each  ->  remove the mappings  ->  commit  ->  tell the policy  ->  unlock
 
-One that somebody else has locked, a client's write or a DISCARD, is come back to. One that is dirty stays:
-it is newer than the origin. (In passthrough mode none is.)
+A block that is locked, for example by a DISCARD, is tried again later. A block that is dirty stays:
+it is newer than the origin. (In passthrough mode none is dirty.)
 
 Durable: the removals, when this returns.
 """
@@ -39,7 +39,7 @@ async def invalidate(blocks: Blocks, cblocks: Iterable[int], clock: Clock) -> No
 
 
 async def _invalidate_some(blocks: Blocks, cblocks: list[int]) -> list[int]:
-    """Return those whose blocks were locked by somebody."""
+    """Return those that were locked, and must be tried again."""
     metadata = blocks.metadata
     busy: list[int] = []
     locking: dict[int, asyncio.Future[BlockLock]] = {}
@@ -79,7 +79,7 @@ async def _invalidate_some(blocks: Blocks, cblocks: list[int]) -> list[int]:
 
 
 def _lock(blocks: Blocks, oblock: int) -> asyncio.Future[BlockLock] | None:
-    """Lock a block, unless somebody else has or wants to; cancelled, it is unlocked again."""
+    """Lock a block, unless it is locked or about to be; if the future is cancelled, it is unlocked again."""
     waiting: asyncio.Future[BlockLock] = asyncio.get_running_loop().create_future()
 
     def granted(lock: BlockLock) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block locks: who does I/O on a block, and who moves it.
+"""Block locks: I/O on a block holds it, and what moves the block locks it.
 
 Theory of operation. Every READ or WRITE that does not end at once *holds* its block, shared, until
-it ends. Who moves a block (a migration, an overwrite, a discard, an invalidation) *locks* it,
-exclusively; a discard locks a whole range. What ends at once takes neither: nothing else can
+it ends. What moves a block (a migration, an overwrite, a discard, an invalidation) *locks* it,
+exclusively; a discard locks a whole range. I/O that ends at once takes neither: nothing else can
 run meanwhile, so a look at the locks is enough.
 
 A lock has two levels:
@@ -12,19 +12,19 @@ A lock has two levels:
     0       pass        are parked   WRITEs
     1       are parked  are parked   READs, too
 
-A block that is being copied may be read on, wherever it is read from: that copy stays right until
-a write comes. Only a cache block that is to be used for something else must be read by
-nobody; then its lock is raised to level 1, which is short.
+While a block is copied it may still be read, from the origin or from the cache: the copy stays right until
+a write comes. Only a cache block that is to be used for another block must not be read any more.
+Then its lock is raised to level 1, which is short.
 
     asked for --WRITEs gone, older locks gone--> granted --raise--> raising --READs gone--> raised
         |                                           |                                          |
         +------------------------------------- unlock ----------------------------------------+
 
-Nobody starves, and nothing deadlocks. From the moment at which a lock is asked for nothing new
-comes in that it would have to wait for, so it waits for what is under way only. That ends by
-itself: an I/O that holds its block waits for a device, or for a commit, never for a lock. A lock on a
-single block is never waited for by another one (`maybe_lock` says no); ranges wait for older
-locks, and whoever holds one asks for no second one.
+Nothing starves, and nothing deadlocks. From the moment at which a lock is asked for, nothing new
+comes in that it would have to wait for, so it waits only for what is under way. That ends by
+itself: I/O that holds its block waits for a device, or for a commit, never for a lock. No lock on a
+single block waits for another lock (`maybe_lock` returns None instead); ranges wait for older
+locks, and what holds a lock asks for no second one.
 
 Parked bios come back from `unlock`, in their order, and are mapped anew from the beginning.
 
@@ -70,7 +70,7 @@ class BlockLock:
 
 
 class CachedRead:
-    """The hook of a READ that is served from the cache: its hold, and who can help if it fails."""
+    """The hook of a READ that is served from the cache: its hold, and what to try if it fails."""
 
     __slots__ = ("_cblock", "_is_rescued", "_locks", "_oblock")
 
@@ -95,12 +95,12 @@ class BlockLocks:
     """The locks and holds of one cache.
 
     Attributes:
-        rescue: is asked about a READ of a cached block that failed: `CachedRead.rescue`.
-        locked: not empty while anything is locked or about to be. Look, don't touch.
+        rescue: called for a READ of a cached block that failed: see `CachedRead.rescue`.
+        locked: not empty while anything is locked or about to be. Others only read it.
     """
 
     def __init__(self) -> None:
-        self._readers: dict[int, int] = {}  # oblock: how many hold it
+        self._readers: dict[int, int] = {}  # oblock: how many READs hold it
         self._writers: dict[int, int] = {}
         self._ranges: list[BlockLock] = []  # oldest first
         # Locks on single blocks by oblock; a range, by a number that is no oblock.
@@ -129,7 +129,8 @@ class BlockLocks:
         holds = self._writers if is_write else self._readers
         holds[oblock] = holds.get(oblock, 0) + 1
         if is_write:
-            # From who has locked the block itself, and lets it go now.
+            # A range that was asked for earlier does not keep this write out if the write comes from the owner of the
+            # single block's lock, which lets the block go now. The range has to wait for the write, too.
             for waiting in self._ranges:
                 if not waiting.held and waiting.begin <= oblock < waiting.end:
                     waiting.nr_awaited += 1
@@ -153,7 +154,7 @@ class BlockLocks:
         raise AssertionError("it holds nothing")
 
     def is_locked(self, oblock: int) -> bool:
-        """Whether anybody has locked `oblock`, or is about to: ask `maybe_blocking` whom."""
+        """Whether `oblock` is locked, or about to be: `maybe_blocking` tells by which lock."""
         # hot: one call for each bio while there is any lock at all.
         return oblock in self.locked or bool(self._ranges)
 
@@ -177,6 +178,7 @@ class BlockLocks:
             return None
         lock = BlockLock(oblock, oblock + 1, granted)
         self.locked[oblock] = lock
+        # At level 0 only WRITEs are waited for.
         lock.nr_awaited = self._writers.get(oblock, 0)
         self._maybe_grant(lock)
         return lock
@@ -184,7 +186,7 @@ class BlockLocks:
     def lock_range(
         self, begin: int, end: int, granted: Callable[[BlockLock], None]
     ) -> BlockLock:
-        """Lock blocks, half-open, at level 0; waits for those who lock some of them now."""
+        """Lock blocks, half-open, at level 0; waits for older locks on any of them."""
         assert begin < end
         lock = BlockLock(begin, end, granted)
         lock.nr_awaited = sum(
@@ -193,14 +195,14 @@ class BlockLocks:
             other.begin < end and begin < other.end for other in self.locked.values()
         )
         self._ranges.append(lock)
-        self.locked[~id(lock)] = lock
+        self.locked[~id(lock)] = lock  # a negative number, which no oblock has
         self._maybe_grant(lock)
         return lock
 
     def raise_level(
         self, lock: BlockLock, granted: Callable[[BlockLock], None]
     ) -> None:
-        """Keep READs out, too, of a single block; `granted` is called when none is left."""
+        """Keep READs out, too, of a single block; `granted` is called when the last one has ended."""
         assert lock.held
         assert not lock.level
         assert lock.end - lock.begin == 1
@@ -211,7 +213,7 @@ class BlockLocks:
         self._maybe_grant(lock)
 
     def unlock(self, lock: BlockLock) -> list[Bio]:
-        """Let the blocks go; return who was parked, to be mapped anew."""
+        """Let the blocks go; return the bios that were parked, to be mapped anew."""
         assert lock.held, "only a held lock is unlocked, and once"
         lock.held = False
         if self.locked.get(lock.begin) is lock:
@@ -219,6 +221,7 @@ class BlockLocks:
         else:
             del self.locked[~id(lock)]
             self._ranges.remove(lock)
+        # Each younger range that overlaps has counted this lock: now it has one less to wait for.
         for younger in self._ranges.copy():
             if (
                 not younger.held
@@ -241,6 +244,7 @@ class BlockLocks:
 
     def _end_write(self, oblock: int, _: Bio) -> None:
         _count_down(self._writers, oblock)
+        # A lock at level 1 waits for READs: it had waited for the WRITEs before it was raised.
         lock = self.locked.get(oblock)
         if lock is not None and not lock.held and not lock.level:
             self._stop_awaiting(lock)
