@@ -19,12 +19,13 @@ old table is put back, and resumed if it ran; the refused one is in the inactive
 kernel leaves the device suspended with the refused table, and all who use it hang.) Only if the
 old table cannot be resumed any more either is the device left suspended, with the old table.
 
-What becomes of a bio: `nbdtarget.dm.mapped_io`.
+What becomes of a bio: `nbdtarget.dm.fast_path` and `nbdtarget.dm.bio_path`. What is known of the devices below:
+`nbdtarget.dm.below`.
 
 A target may ask for another one in its place (`replace_target`): suspend, swap of this one, resume.
 Whoever has suspended the device, or put a table into the inactive slot, has precedence.
 
-Failure. A table that has failed (`mapped_io`) is still suspended, so that what it does in the background
+Failure. A table that has failed (`bio_path`) is still suspended, so that what it does in the background
 ends before its devices are closed, but nobody waits for it without end: it may have lost a bio.
 Loading and resuming a new table recovers the device.
 
@@ -47,14 +48,23 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import NoReturn
 
+from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Clock, timeout, wait_within
 from nbdtarget.common.errors import DeviceError, TableError
 from nbdtarget.common.units import SECTOR
-from nbdtarget.devices.base import EXTENTS_MAX, Extent, append_extent
+from nbdtarget.devices.base import (
+    Device,
+    Extent,
+    QueueLimits,
+)
 from nbdtarget.devices.identity import MAPPED
+from nbdtarget.dm.below import Below
+from nbdtarget.dm.bio_path import BioPath, State
 from nbdtarget.dm.events import EventCounter
-from nbdtarget.dm.mapped_io import FAILED_DRAIN_S_MAX, MappedIo, State
-from nbdtarget.dm.table import Table
+from nbdtarget.dm.fast_path import HasFastPath, end_with_eio
+from nbdtarget.dm.geometry import Geometry
+from nbdtarget.dm.statistics import Statistics
+from nbdtarget.dm.table import Ask, Table
 from nbdtarget.targets.base import StatusFields, Target, TargetContext
 from nbdtarget_metadata.disks import Evidence
 
@@ -62,16 +72,16 @@ __all__ = ["MappedDevice", "State"]
 
 log = logging.getLogger(__name__)
 
-_Ask = Callable[[Target, int, int], Awaitable[list[Extent]]]
 
-
-class MappedDevice(MappedIo):
+class MappedDevice(HasFastPath):
     """One mapped device. Names, and the devices below, are the registry's affair.
 
     Attributes:
         dm_name: as `ls` shows it; `name` is the path that table lines use.
         uuid: or "".
         minor: stands in for the device number.
+        fast_path: its `submit` is the device's.
+        geometry: what people said that it is; gone with a table of another size.
         inactive: the other table slot, beside `active`.
         events: of the targets, and of renaming; counted by `event_nr`.
         open_count: exports and tables that hold this device; see `put`.
@@ -81,6 +91,9 @@ class MappedDevice(MappedIo):
             once there is a table.
         is_uncommitted: it has been removed, and what had ended could not be flushed before.
     """
+
+    fails_inline = True  # what `map` kills ends at once
+    submit: Callable[[Bio], None]  # type: ignore[assignment] # a method elsewhere
 
     def __init__(
         self,
@@ -92,7 +105,16 @@ class MappedDevice(MappedIo):
         unused: Callable[["MappedDevice"], None] = lambda _: None,
     ) -> None:
         """Args: unused: called when the last opener of one to be removed has gone."""
-        super().__init__(f"/dev/mapper/{dm_name}", clock)
+        super().__init__(f"/dev/mapper/{dm_name}", 0)
+        self._clock = clock
+        self._path = BioPath(self, clock, self.event)
+        self.fast_path = self._path.fast_path
+        # Not a method that calls the other: the hottest function of the house would be two.
+        self.submit = self.fast_path.submit
+        self._below = Below(self.health)
+        self.health.watchers.append(self.event)
+        self._limits = QueueLimits()
+        self.geometry: Geometry | None = None
         self.dm_name = dm_name
         self.uuid = uuid
         self.minor = minor
@@ -106,6 +128,45 @@ class MappedDevice(MappedIo):
         self._unused = unused
         self._verbs = asyncio.Lock()
         self._last_commit: asyncio.Task[None] | None = None  # of a suspend with a bound
+
+    @property
+    def state(self) -> State:
+        return self._path.state
+
+    @property
+    def active(self) -> Table | None:
+        """The live table, if there is one."""
+        return self._path.table
+
+    @property
+    def statistics(self) -> Statistics:
+        """The regions in which I/O is counted."""
+        return self._path.statistics
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether a suspend, or the end, has made durable all that had ended."""
+        return self._path.is_flushed
+
+    @property
+    def limits(self) -> QueueLimits:
+        """Those of the live table."""
+        return self._limits
+
+    @property
+    def losses(self) -> int:
+        """Its own, and those below; see `nbdtarget.dm.below`."""
+        return self.health.losses + self._below.losses
+
+    def devices_below(self) -> list[Device]:
+        """What the live table stands on in the end, each once: no mapped devices."""
+        found: dict[Device, None] = {}
+        for device in self._below.devices:
+            if isinstance(device, MappedDevice):
+                found.update(dict.fromkeys(device.devices_below()))
+            else:
+                found[device] = None
+        return list(found)
 
     @property
     def has_table(self) -> bool:
@@ -177,18 +238,18 @@ class MappedDevice(MappedIo):
         if table is not None:
             if noflush:
                 # Nothing more may come to a target that has given back what it held.
-                self._stop()
-                self._guard(table, partial(self._push_back, table))
+                self._path.stop()
+                table.guarded(self.name, partial(self._path.push_back, table))
             for target in table.targets:
-                self._guard(table, target.presuspend)
-        self._stop()
+                table.guarded(self.name, target.presuspend)
+        self._path.stop()
         begun_ns = self._clock.now_ns()
         try:
             async with timeout(within_s):
                 await self._settle(table, noflush=noflush)
         except TimeoutError:
             assert table is not None
-            reason = f"{_unanswered(table)} for {within_s:g} s"
+            reason = f"{table.unanswered()} for {within_s:g} s"
             self._undo_suspend(table)
             raise TableError(
                 f"{reason}; the device goes on as before", errnos.ETIMEDOUT
@@ -208,18 +269,18 @@ class MappedDevice(MappedIo):
 
     async def _settle(self, table: Table | None, *, noflush: bool) -> None:
         """Wait until nothing is under way, and flush. May be cancelled."""
-        await self._drain(table)
+        await self._path.drain(table)
         if table is None or table.failed:
             return
         for target in table.targets:
             await target.quiesce()
         if not (noflush or table.read_only):
-            await self._flush(table)
+            await self._path.flush(table)
 
     async def _commit_last(self, table: Table) -> None:
         """Stop the targets, which commit. There is no way back from here."""
         for target in table.targets:
-            await self._postsuspend(table, target)
+            await table.postsuspend(target, self.name, self._clock)
         self._suspended()
 
     async def _await_last_commit(self, within_s: float | None) -> None:
@@ -230,7 +291,7 @@ class MappedDevice(MappedIo):
         if not done:
             assert self.active is not None
             raise TableError(
-                f"{_unanswered(self.active)} for {within_s:g} s while the device commits;"
+                f"{self.active.unanswered()} for {within_s:g} s while the device commits;"
                 " it is suspended when that ends",
                 errnos.ETIMEDOUT,
             )
@@ -238,13 +299,13 @@ class MappedDevice(MappedIo):
         commit.result()
 
     def _suspended(self) -> None:
-        self.state = State.SUSPENDED
+        self._path.suspended()
         log.info("%s: suspended", self.name)
 
     def _undo_suspend(self, table: Table) -> None:
         for target in table.targets:
-            self._guard(table, target.presuspend_undo)
-        self._let_go()
+            table.guarded(self.name, target.presuspend_undo)
+        self._path.let_go()
 
     async def commit_ended(self) -> bool:
         """Flush and commit what has ended, whatever hangs; False: that failed.
@@ -254,51 +315,8 @@ class MappedDevice(MappedIo):
         table = self.active
         if table is None or table.read_only or self.state is State.SUSPENDED:
             return True
-        await self._flush(table)
-        return self._is_flushed
-
-    def _stop(self) -> None:
-        """From now on bios are queued."""
-        self.state = State.SUSPENDING
-        self._is_flushed = False
-        self._running.clear()
-        self._set_fast_path()
-
-    async def _postsuspend(self, table: Table, target: Target) -> None:
-        if table.failed:
-            await self._postsuspend_failed(target)
-            return
-        try:
-            await target.postsuspend()
-        except Exception:
-            log.exception("%s: postsuspend failed: device fails", self.name)
-            table.failed = True
-
-    async def _postsuspend_failed(self, target: Target) -> None:
-        """As postsuspend, of a target that may wait for what it has lost."""
-        stopping = asyncio.ensure_future(target.postsuspend())
-
-        def give_up() -> None:
-            stopping.cancel()
-
-        timer = self._clock.call_later(FAILED_DRAIN_S_MAX, give_up)
-        done, _ = await asyncio.wait([stopping])
-        timer.cancel()
-        (task,) = done
-        if task.cancelled() or task.exception() is not None:
-            log.error(
-                "%s: %s did not stop: %r",
-                self.name,
-                target.type_name,
-                "given up" if task.cancelled() else task.exception(),
-            )
-
-    def _guard(self, table: Table, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception:
-            log.exception("%s: %r failed: device fails", self.name, call)
-            table.failed = True
+        await self._path.flush(table)
+        return self.is_flushed
 
     async def activate(self) -> None:
         """Make the inactive table live, but stay suspended: bios queue until `resume`.
@@ -384,6 +402,23 @@ class MappedDevice(MappedIo):
         self._adopt(new)
         return old
 
+    def _adopt(self, table: Table | None) -> None:
+        """Make `table` live: what a device can do is what its live table can do."""
+        self._below.adopt(table)
+        self._path.table = table
+        targets = () if table is None else table.targets
+        size = 0 if table is None else table.size
+        if size != self.size:
+            self.geometry = None
+        self.size = size
+        self.read_only = table is not None and table.read_only
+        self._limits = QueueLimits() if table is None else table.limits
+        self.logical_block_size = self._limits.logical_block_size
+        # A DISCARD is worth sending if any part of the device takes it.
+        self.can_discard = any(target.can_discard for target in targets)
+        self.can_write_zeroes = all(target.can_write_zeroes for target in targets)
+        self.can_fast_zero = all(target.can_fast_zero for target in targets)
+
     def _note_losses(self, old: Table, new: Table) -> None:
         """`new` takes the place of `old`: say so if it takes writes with it."""
         if self._swap_loses(old, new):
@@ -398,7 +433,7 @@ class MappedDevice(MappedIo):
         """Whether writes that have ended under `old` are reached by no FLUSH any more."""
         if old.failed or any(target.has_lost_writes() for target in old.targets):
             return True
-        if self._is_flushed or old.read_only:
+        if self.is_flushed or old.read_only:
             return False
         # What `noflush` left out, or a flush that failed: then it is counted a second time, which
         # is told no second time, as no FLUSH ends before the device is resumed.
@@ -454,7 +489,7 @@ class MappedDevice(MappedIo):
                 await target.preresume()
             except TableError as error:
                 for other in table.targets[:index]:
-                    await self._postsuspend(table, other)
+                    await table.postsuspend(other, self.name, self._clock)
                 raise TableError(
                     f"{target.type_name}: {error}",
                     error.errno,
@@ -464,24 +499,18 @@ class MappedDevice(MappedIo):
         """Let I/O go, to `table`, which is the live one."""
         if table is not None and not table.failed:
             for target in table.targets:
-                self._guard(table, target.resume)
-        self._let_go()
+                table.guarded(self.name, target.resume)
+        self._path.let_go()
         log.info("%s: resumed", self.name)
-
-    def _let_go(self) -> None:
-        """From now on bios are mapped, first those that were queued."""
-        self.state = State.ACTIVE
-        self._running.set()
-        self._set_fast_path()
-        for bio in self._take_queue():
-            self.submit(bio)
 
     async def _destroy(self, table: Table) -> None:
         """Destroy a table; what goes wrong here must not keep the device from its end."""
-        if table.failed and self._in_flight:
+        if table.failed and self._path.in_flight.count:
             # Bios may still be on their way below: a closed descriptor could be another file's
             # by then. The devices stay open, and locked, until the process ends.
-            log.error("%s: %d bios lost in failure", self.name, self._in_flight)
+            log.error(
+                "%s: %d bios lost in failure", self.name, self._path.in_flight.count
+            )
             return
         await table.unused()
         for target in table.targets:
@@ -506,22 +535,30 @@ class MappedDevice(MappedIo):
                 return
             assert self.open_count == 0
             await self._suspend(within_s=within_s)
-            self.state = State.REMOVED
-            self.stop_queueing()
-            self._watch(())
+            self._path.removed()
+            self._below.forget()
             self.is_uncommitted = self.active is not None and not (
-                self._is_flushed
+                self.is_flushed
                 or self.active.read_only
                 or not self.active.data_devices()
             )
-            active, self.active = self.active, None
+            active, self._path.table = self.active, None
             inactive, self.inactive = self.inactive, None
             for table in (active, inactive):
                 if table is not None:
                     await self._destroy(table)
-            self._running.set()
             self.events.close()
             self._drop_references()
+
+    def _drop_references(self) -> None:
+        """The device is removed: let go of what refers to it; see `BioPath.drop_references`."""
+        self.submit = end_with_eio
+        self.health.watchers.remove(self.event)
+        self._path.drop_references()
+
+    def stop_queueing(self) -> None:
+        """End what waits here, and what still comes, with EIO: nobody will resume the device."""
+        self._path.stop_queueing()
 
     async def stop_if_suspended(self) -> None:
         """`stop_queueing`, if the device is suspended once the verb under way has ended."""
@@ -554,25 +591,7 @@ class MappedDevice(MappedIo):
         if table is None:
             return []
         noflush = noflush or self.state is not State.ACTIVE
-        lines = []
-        with table.use():
-            for target in table.targets:
-                try:
-                    async with timeout(within_s):
-                        params = (
-                            "Fail"
-                            if table.failed
-                            else await target.status(noflush=noflush)
-                        )
-                except TimeoutError:
-                    raise TableError(
-                        f"{_unanswered(table)} for {within_s:g} s, and so no commit;"
-                        " --noflush tells what is known without one",
-                        errnos.ETIMEDOUT,
-                    ) from None
-                fields = {} if table.failed else target.status_fields()
-                lines.append((_line(target, params), fields))
-        return lines
+        return await table.status(noflush=noflush, within_s=within_s)
 
     def table(
         self,
@@ -584,7 +603,7 @@ class MappedDevice(MappedIo):
         table = self.inactive if inactive else self.active
         if table is None:
             return []
-        return [_line(target, words(target)) for target in table.targets]
+        return table.lines(words)
 
     async def message(self, sector: int, words: Sequence[str]) -> str | None:
         """Hand a message to the target at `sector`; its answer, if any.
@@ -647,25 +666,17 @@ class MappedDevice(MappedIo):
         return await self._describe(context, offset, length, ask)
 
     async def _describe(
-        self, op: str, offset: int, length: int, ask: _Ask
+        self, op: str, offset: int, length: int, ask: Ask
     ) -> list[Extent]:
-        while not self._running.is_set():
-            await self._running.wait()
+        running = self._path.running
+        while not running.is_set():
+            await running.wait()
         table = self.active
         if self.state is not State.ACTIVE or table is None or table.failed:
             raise DeviceError(errnos.EIO, self.name, op, offset, length)
         if offset + length > table.size:
             raise DeviceError(errnos.EINVAL, self.name, op, offset, length)
-        answer: list[Extent] = []
-        with table.use():
-            for target, part in table.runs(offset, length):
-                end = offset + part
-                for extent in await ask(target, offset, part):
-                    append_extent(answer, *extent)
-                    offset += extent.length
-                if offset < end or len(answer) >= EXTENTS_MAX:
-                    break  # the target told less than it was asked, or this is enough
-        return answer
+        return await table.describe(offset, length, ask)
 
     @property
     def event_nr(self) -> int:
@@ -678,21 +689,3 @@ class MappedDevice(MappedIo):
 
 def _ask_extents(target: Target, offset: int, length: int) -> Awaitable[list[Extent]]:
     return target.extents(offset, length)
-
-
-def _unanswered(table: Table) -> str:
-    """Which devices below have not answered: "FILE has not answered"."""
-    devices = [each for each in table.devices() if each.nr_in_flight]
-    if not devices:
-        return "I/O below has not ended"
-    names = ", ".join(f"{each.name} ({each.nr_in_flight} requests)" for each in devices)
-    return f"no answer from {names}"
-
-
-def _line(target: Target, params: str) -> tuple[int, int, str, str]:
-    return (
-        target.begin // SECTOR,
-        target.length // SECTOR,
-        target.type_name,
-        params,
-    )

@@ -10,7 +10,7 @@ count as writes; flushes and advice do not count. A request is "merged" when it 
 and both read, or both write. Failed requests count like others. What waits in the queue of a suspended
 device is not counted before it is let go; what a target gives back into the queue stays under way.
 
-Cost. While a device has a region, its fast path is off (`MappedIo._set_fast_path`), and each bio takes
+Cost. While a device has a region, its fast path is off (`nbdtarget.dm.fast_path`), and each bio takes
 one hook. Without one, nothing of this is on the way of a READ or WRITE.
 
 Memory. Areas are made when they are first touched, and there are AREAS_MAX of them in one device.

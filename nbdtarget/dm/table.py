@@ -15,18 +15,28 @@ with `use()` meanwhile; its end waits for these.
 
 import asyncio
 import errno as errnos
+import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
+from nbdtarget.common.clock import Clock, timeout
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.words import split_words
-from nbdtarget.devices.base import Device, QueueLimits
-from nbdtarget.targets.base import Target, TargetContext
+from nbdtarget.devices.base import (
+    EXTENTS_MAX,
+    Device,
+    Extent,
+    QueueLimits,
+    append_extent,
+)
+from nbdtarget.targets.base import StatusFields, Target, TargetContext
 
 __all__ = [
+    "FAILED_DRAIN_S_MAX",
+    "Ask",
     "Table",
     "TableMistake",
     "TargetSpec",
@@ -35,7 +45,10 @@ __all__ = [
     "scan_table",
 ]
 
+log = logging.getLogger(__name__)
+
 TARGETS_MAX: Final = 65536  # lines of one table
+FAILED_DRAIN_S_MAX: Final = 5.0  # a failed target may have lost bios: wait no longer
 _END_SECTORS_MAX: Final = (1 << 63) // SECTOR - 1
 
 
@@ -135,6 +148,10 @@ def _maybe_spec(line: str) -> TargetSpec | None:
     )
 
 
+# What is asked of each target about a range of bytes of it.
+Ask = Callable[[Target, int, int], Awaitable[list[Extent]]]
+
+
 class Table:
     """The targets of one table, in order.
 
@@ -210,6 +227,100 @@ class Table:
             limits = limits.stacked(target.io_hints(below))
         return limits
 
+    def lines(self, words: Callable[[Target], str]) -> list[tuple[int, int, str, str]]:
+        """A line for each target, with what `words` says of it: (start, length, type, params), in sectors."""
+        return [_line(target, words(target)) for target in self.targets]
+
+    async def status(
+        self, *, noflush: bool, within_s: float | None
+    ) -> list[tuple[tuple[int, int, str, str], StatusFields]]:
+        """INFO of each target: its line, and the fields that it tells by name.
+
+        Args: within_s: how long the commit of each target may take; None: for ever.
+        Raises: TableError, ETIMEDOUT.
+        """
+        lines = []
+        with self.use():
+            for target in self.targets:
+                params = "Fail"
+                if not self.failed:
+                    params = await self._status_of(target, noflush, within_s)
+                fields = {} if self.failed else target.status_fields()
+                lines.append((_line(target, params), fields))
+        return lines
+
+    async def _status_of(
+        self, target: Target, noflush: bool, within_s: float | None
+    ) -> str:
+        try:
+            async with timeout(within_s):
+                return await target.status(noflush=noflush)
+        except TimeoutError:
+            raise TableError(
+                f"{self.unanswered()} for {within_s:g} s, and so no commit;"
+                " --noflush tells what is known without one",
+                errnos.ETIMEDOUT,
+            ) from None
+
+    async def describe(self, offset: int, length: int, ask: Ask) -> list[Extent]:
+        """What the targets say of a range inside the table, or of its beginning."""
+        answer: list[Extent] = []
+        with self.use():
+            for target, part in self.runs(offset, length):
+                end = offset + part
+                for extent in await ask(target, offset, part):
+                    append_extent(answer, *extent)
+                    offset += extent.length
+                if offset < end or len(answer) >= EXTENTS_MAX:
+                    break  # the target told less than it was asked, or this is enough
+        return answer
+
+    def unanswered(self) -> str:
+        """Which devices below have not answered, for example "no answer from FILE (3 requests)"."""
+        devices = [each for each in self.devices() if each.nr_in_flight]
+        if not devices:
+            return "I/O below has not ended"
+        names = ", ".join(
+            f"{each.name} ({each.nr_in_flight} requests)" for each in devices
+        )
+        return f"no answer from {names}"
+
+    def guarded(self, name: str, call: Callable[[], None]) -> None:
+        """Call a target's; if it raises, the table has failed. `name`: of the device, for the log."""
+        try:
+            call()
+        except Exception:
+            log.exception("%s: %r failed: device fails", name, call)
+            self.failed = True
+
+    async def postsuspend(self, target: Target, name: str, clock: Clock) -> None:
+        """Stop `target`, which commits; if it raises, the table has failed."""
+        if self.failed:
+            await self._postsuspend_failed(target, name, clock)
+            return
+        try:
+            await target.postsuspend()
+        except Exception:
+            log.exception("%s: postsuspend failed: device fails", name)
+            self.failed = True
+
+    async def _postsuspend_failed(
+        self, target: Target, name: str, clock: Clock
+    ) -> None:
+        """As `postsuspend`, of a target that may wait for bios that it has lost: for a bounded time."""
+        stopping = asyncio.ensure_future(target.postsuspend())
+        timer = clock.call_later(FAILED_DRAIN_S_MAX, lambda: _cancel(stopping))
+        done, _ = await asyncio.wait([stopping])
+        timer.cancel()
+        (task,) = done
+        if task.cancelled() or task.exception() is not None:
+            log.error(
+                "%s: %s did not stop: %r",
+                name,
+                target.type_name,
+                "given up" if task.cancelled() else task.exception(),
+            )
+
     @contextmanager
     def use(self) -> Iterator[None]:
         """Keep the targets from being destroyed while one of their coroutines runs."""
@@ -227,6 +338,19 @@ class Table:
         if self._users:
             self._unused = asyncio.get_running_loop().create_future()
             await self._unused
+
+
+def _cancel(task: "asyncio.Future[None]") -> None:
+    task.cancel()
+
+
+def _line(target: Target, params: str) -> tuple[int, int, str, str]:
+    return (
+        target.begin // SECTOR,
+        target.length // SECTOR,
+        target.type_name,
+        params,
+    )
 
 
 async def construct_table(

@@ -27,7 +27,7 @@ from nbdtarget.bio import OP_FLUSH, OP_READ, Bio
 from nbdtarget.common.errors import DeviceError, NbdTargetError, TableError
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.losses import FlushObserver
-from nbdtarget.dm.mapped_io import State
+from nbdtarget.dm.bio_path import State
 from nbdtarget.dm.open_devices import DeviceOpener
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.target import CacheTarget

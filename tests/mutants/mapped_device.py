@@ -27,7 +27,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-to-one-target-only",
         "Of a table of several lines only the first is flushed.",
-        "nbdtarget.dm.mapped_io:MappedIo._submit_flush",
+        "nbdtarget.dm.bio_path:BioPath._submit_flush",
         (
             (
                 "            target for target in table.targets for _ in",
@@ -39,7 +39,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-error-of-one-target-lost",
         "One line's disk could not flush, another could: FLUSH says that all is well.",
-        "nbdtarget.dm.mapped_io:MappedIo._submit_flush",
+        "nbdtarget.dm.bio_path:BioPath._submit_flush",
         (
             (
                 "first_error = first_error or child.status",
@@ -51,7 +51,7 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "flush-ends-with-the-first-target",
         "FLUSH ends when the quickest disk has flushed.",
-        "nbdtarget.dm.mapped_io:MappedIo._submit_flush",
+        "nbdtarget.dm.bio_path:BioPath._submit_flush",
         (
             (
                 "                left -= 1\n                if left == 0:",
@@ -88,7 +88,7 @@ MAPPED_DEVICE: Final = (
         "suspend-does-not-wait",
         "A table is swapped while its writes are under way: they miss the commit.",
         "nbdtarget.dm.mapped_device:MappedDevice._settle",
-        (("        await self._drain(table)\n", ""),),
+        (("        await self._path.drain(table)\n", ""),),
         TESTS,
     ),
     Mutant(
@@ -97,7 +97,7 @@ MAPPED_DEVICE: Final = (
         "nbdtarget.dm.mapped_device:MappedDevice._settle",
         (
             (
-                "table.read_only):\n            await self._flush(table)\n",
+                "table.read_only):\n            await self._path.flush(table)\n",
                 "table.read_only):\n            pass\n",
             ),
         ),
@@ -121,7 +121,7 @@ MAPPED_DEVICE: Final = (
         "nbdtarget.dm.mapped_device:MappedDevice.commit_ended",
         (
             (
-                "        await self._flush(table)\n        return self._is_flushed\n",
+                "        await self._path.flush(table)\n        return self.is_flushed\n",
                 "        return True\n",
             ),
         ),
@@ -130,17 +130,17 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "abandoned-flush-not-in-flight",
         "A table is destroyed while a flush of it that nobody waited for is under way.",
-        "nbdtarget.dm.mapped_io:MappedIo._flush",
-        (("        self._count_in_flight(flush)\n", ""),),
+        "nbdtarget.dm.bio_path:BioPath.flush",
+        (("        self.in_flight.enter(flush)\n", ""),),
         ("tests/nbdtarget/dm/test_hanging.py",),
     ),
     Mutant(
         "failed-flush-of-a-suspend-forgotten",
         "A suspend could not flush, and the next FLUSH asks the new table only.",
-        "nbdtarget.dm.mapped_io:MappedIo._flush",
+        "nbdtarget.dm.bio_path:BioPath.flush",
         (
             (
-                "        if errno:\n            self.health.note_loss()\n",
+                "        if errno:\n            self._device.health.note_loss()\n",
                 "        if errno:\n",
             ),
         ),
@@ -163,10 +163,10 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "loss-not-seen-through-a-stack",
         "A disk loses writes, and the FLUSH of a device two tables above it says that all is well.",
-        "nbdtarget.dm.mapped_io:MappedIo.losses",
+        "nbdtarget.dm.mapped_device:MappedDevice.losses",
         (
             (
-                "        return self.health.losses + self._losses_below()\n",
+                "        return self.health.losses + self._below.losses\n",
                 "        return self.health.losses\n",
             ),
         ),
@@ -175,8 +175,8 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "table-swap-hides-a-loss",
         "The table under which a disk lost writes is swapped away, and the loss with it.",
-        "nbdtarget.dm.mapped_io:MappedIo._adopt",
-        (("        self.health.losses += self._losses_below()\n", ""),),
+        "nbdtarget.dm.below:Below.adopt",
+        (("        self._health.losses += self.losses\n", ""),),
         LOSSES,
     ),
     Mutant(
@@ -225,11 +225,11 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "fast-path-survives-a-suspend",
         "Writes still reach a table that is suspended, behind its last commit.",
-        "nbdtarget.dm.mapped_device:MappedDevice._stop",
+        "nbdtarget.dm.bio_path:BioPath.stop",
         (
             (
-                "        self._running.clear()\n        self._set_fast_path()\n",
-                "        self._running.clear()\n",
+                "        self.running.clear()\n        self.fast_path.update()\n",
+                "        self.running.clear()\n",
             ),
         ),
         TESTS,
@@ -237,11 +237,11 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "chain-survives-a-suspend-below",
         "What stands on a suspended device goes through it, in one step, all the same.",
-        "nbdtarget.dm.mapped_io:MappedIo._set_fast_path",
+        "nbdtarget.dm.fast_path:FastPath.update",
         (
             (
                 "        for upper in tuple(self._uppers):\n"
-                "            upper._set_fast_path()\n",
+                "            upper.update()\n",
                 "",
             ),
         ),
@@ -250,11 +250,11 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "chain-not-in-flight-below",
         "A device in the middle of a stack is suspended while a write goes through it.",
-        "nbdtarget.dm.mapped_io:_Chain.submit",
+        "nbdtarget.dm.fast_path:_Chain.submit",
         (
             (
-                "            for lower in self._through:\n"
-                "                lower._count_in_flight(bio)\n",
+                "            for in_flight in self._through:\n"
+                "                in_flight.enter(bio)\n",
                 "            pass\n",
             ),
         ),
@@ -263,14 +263,14 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "chain-beyond-a-shrunken-device",
         "A write through a device that has become smaller lands behind its end.",
-        "nbdtarget.dm.mapped_io:MappedIo._shorten_fast_path",
-        ((" or lower._fast_end < self._fast_end + delta\n", "\n"),),
+        "nbdtarget.dm.fast_path:FastPath._shorten",
+        ((" or lower.end < self.end + delta\n", "\n"),),
         ("tests/nbdtarget/dm/test_chains.py",),
     ),
     Mutant(
         "queued-payload-not-owned",
         "A write that waits for a resume keeps the receive buffer of somebody else.",
-        "nbdtarget.dm.mapped_io:MappedIo._submit_slow",
+        "nbdtarget.dm.bio_path:BioPath._submit_slow",
         (
             (
                 "            bio.own()\n            self._queue.append(bio)",
@@ -282,15 +282,15 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "pushed-back-bio-forgotten",
         "A write that a target held back is neither done nor failed: its client waits for ever.",
-        "nbdtarget.dm.mapped_io:MappedIo._requeue",
+        "nbdtarget.dm.bio_path:BioPath._requeue",
         (("        self._queue.insert(self._nr_pushed_back, bio)\n", ""),),
         NOFLUSH,
     ),
     Mutant(
         "part-of-a-bio-not-counted-in-flight",
         "A suspend does not wait for the parts of a request across a border.",
-        "nbdtarget.dm.mapped_io:MappedIo._submit_slow",
-        (("                    self._count_in_flight(child)\n", ""),),
+        "nbdtarget.dm.bio_path:BioPath._submit_slow",
+        (("                    self.in_flight.enter(child)\n", ""),),
         NOFLUSH,
     ),
     Mutant(
@@ -392,14 +392,14 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "counting-leaves-the-fast-path-on",
         "Reads and writes of a device with one target are not counted.",
-        "nbdtarget.dm.mapped_io:MappedIo._set_fast_path",
+        "nbdtarget.dm.bio_path:BioPath._table_of_fast_path",
         (("            and not self._is_counting\n", ""),),
         STATISTICS,
     ),
     Mutant(
         "what-is-given-back-counts-twice",
         "A bio that a suspend with noflush gives back counts each time that it is mapped.",
-        "nbdtarget.dm.mapped_io:MappedIo._requeue",
+        "nbdtarget.dm.bio_path:BioPath._requeue",
         (
             (
                 "        if self._is_counting:\n            self.statistics.pass_over(bio)\n",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control import messages as m
-from nbdtarget.dm.mapped_io import State
+from nbdtarget.dm.bio_path import State
 from nbdtarget.porcelain.uncache import UncacheError
 from tests.sim.uncache import KILLED, check_empty, uncache
 

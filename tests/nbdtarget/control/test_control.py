@@ -145,12 +145,13 @@ async def test_bug_in_a_verb_does_not_end_the_server(
 ) -> None:
     await server.create("0 8 buggy")
     assert server.registry.get("x").active is not None
-    server.registry.get("x").active = "a bug"  # type: ignore[assignment]  # on purpose
+    path = server.registry.get("x")._path
+    path.table = "a bug"  # type: ignore[assignment]  # on purpose
     with pytest.raises(TableError, match="internal error") as caught:
         await server.ask("status", m.Status(), m.LinesAnswer)
     assert caught.value.errno == errnos.EIO
     assert "Traceback" in caplog.text
-    server.registry.get("x").active = None
+    path.table = None
     await server.ask("version", m.Version(), m.VersionAnswer)
 
 

@@ -33,16 +33,16 @@ def disk(opener: RamOpener) -> RamDevice:
 
 async def test_offsets_add_up_and_nothing_between_sees_the_bio() -> None:
     registry, opener, (low, middle, high) = await make()
+    submits = [passed.submit for passed in (low, middle)]
     for passed in (low, middle):
-        passed.submit = None  # type: ignore[method-assign, assignment]
+        passed.submit = None  # type: ignore[assignment]
     assert submit(high, OP_WRITE, 512, DATA).status == 0
     assert submit(high, OP_READ, 1024, 512).status == 0
     assert disk(opener).log == [
         (OP_WRITE, 25 * 512, 512, 0),
         (OP_READ, 26 * 512, 512, 0),
     ]
-    for passed in (low, middle):
-        del passed.submit
+    low.submit, middle.submit = submits
     await registry.close()
 
 
@@ -126,13 +126,13 @@ async def test_wiped_lower_table_fails_everything_above() -> None:
 
 async def test_upper_device_that_is_gone_is_not_told_of_the_lower_one() -> None:
     registry, _, (low, middle, high) = await make()
-    assert low._uppers == {middle}
-    assert middle._uppers == {high}
+    assert low.fast_path._uppers == {middle.fast_path}
+    assert middle.fast_path._uppers == {high.fast_path}
     await registry.remove("high")
-    assert middle._uppers == set()
+    assert middle.fast_path._uppers == set()
     await registry.load("middle", "0 16 zero")
     await registry.resume("middle")
-    assert low._uppers == set()
+    assert low.fast_path._uppers == set()
     assert low.state is State.ACTIVE
     await registry.close()
 

@@ -192,14 +192,14 @@ async def test_counting_changes_nothing_for_the_bios(lab: Lab) -> None:
 
 
 async def test_without_regions_the_way_of_a_bio_is_the_fast_one(lab: Lab) -> None:
-    fast = (lab.device._fast_op_max, lab.device._fast_map)
+    fast = (lab.device.fast_path.op_max, lab.device.fast_path._map)
     await lab.ask("@stats_create - /1")
-    assert lab.device._fast_op_max == -1
+    assert lab.device.fast_path.op_max == -1
     await lab.ask("@stats_create - /1")
     await lab.ask("@stats_delete 0")
-    assert lab.device._fast_op_max == -1
+    assert lab.device.fast_path.op_max == -1
     await lab.ask("@stats_delete 1")
-    assert (lab.device._fast_op_max, lab.device._fast_map) == fast
+    assert (lab.device.fast_path.op_max, lab.device.fast_path._map) == fast
 
 
 async def test_a_device_in_a_stack_is_counted_too(lab: Lab) -> None:

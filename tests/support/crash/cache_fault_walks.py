@@ -6,7 +6,7 @@ import random
 
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.common.errors import ConstructorError, TableError
-from nbdtarget.dm.mapped_io import State
+from nbdtarget.dm.bio_path import State
 from nbdtarget.targets.cache.target import CacheTarget
 from tests.support.crash.cache_rigs import SwitchingCacheRig
 from tests.support.crash.cache_walks import WEIGHTS, CacheDriver

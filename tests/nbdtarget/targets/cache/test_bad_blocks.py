@@ -113,7 +113,7 @@ async def test_suspend_waits_for_a_read_that_went_to_the_origin(lab: CacheLab) -
     lab.cache.let_go()
     await settle()
     assert read.status < 0
-    assert lab.device._in_flight == 1
+    assert lab.device._path.in_flight.count == 1
     lab.origin.let_go()
     await lab.suspend()
     assert read.status == 0
