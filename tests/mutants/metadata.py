@@ -18,23 +18,23 @@ COPIES: Final = ("tests/metadata/log/test_unreadable_copies.py",)
 SUPERBLOCK: Final = (
     "tests/metadata/log/test_superblock.py",
     "tests/metadata/clone/test_metadata.py",
-    "tests/metadata/clone/test_transaction.py",
+    "tests/metadata/log/test_commit.py",
     *CUTS,
 )
 TRANSACTION: Final = (
-    "tests/metadata/clone/test_transaction.py",
+    "tests/metadata/log/test_commit.py",
     "tests/metadata/clone/test_model.py",
     *CUTS,
 )
 RECORDS: Final = (
     "tests/metadata/log/test_envelope.py",
-    "tests/metadata/log/test_records.py",
-    "tests/metadata/log/test_arena.py",
+    "tests/metadata/clone/test_records.py",
+    "tests/metadata/log/test_layout.py",
     "tests/metadata/clone/test_rot.py",
 )
 BITS: Final = (
     "tests/metadata/clone/test_metadata.py",
-    "tests/metadata/clone/test_transaction.py",
+    "tests/metadata/log/test_commit.py",
     "tests/metadata/clone/test_model.py",
     *CUTS,
 )
@@ -220,7 +220,7 @@ METADATA: Final = (
                 "        if not data:\n            at = next(",
             ),
         ),
-        ("tests/metadata/log/test_arena.py",),
+        ("tests/metadata/log/test_layout.py",),
     ),
     # ---- envelopes and records
     Mutant(
