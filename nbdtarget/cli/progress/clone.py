@@ -23,6 +23,7 @@ class Reporter:
         self.options = options
         self._display = display
         self._is_hydrated = False
+        self._copied = ""
 
     def serving(self, plan: ClonePlan, uris: list[str]) -> None:
         options = self.options
@@ -31,11 +32,13 @@ class Reporter:
     def progress(self, done: int, size: int) -> None:
         if not self._is_hydrated:
             percent = 100 * done // size
-            line = f"hydrated {done >> 20} of {size >> 20} MiB ({percent} %)"
+            self._copied = f"{done >> 20} of {size >> 20} MiB"
+            line = f"hydrated {self._copied} ({percent} %)"
             self._display.show(line, done, size)
 
     def hydrated(self) -> None:
         self._is_hydrated = True
+        self._copied = ""
         self._display.stop()
         end = "" if self.options.exit_when_hydrated else "; still serving (Ctrl-C ends)"
         say(f"hydrated: {self.options.dest} alone is the disk{end}")
@@ -45,6 +48,11 @@ class Reporter:
 
     def stopping(self) -> None:
         self._display.stop()
+        if self._copied:
+            say(
+                f"stopped: {self._copied} are copied; run the same command again to continue"
+            )
+            self._copied = ""
 
 
 class JsonReporter:
