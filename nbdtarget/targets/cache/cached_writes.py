@@ -231,6 +231,7 @@ class CachedWrites:
         blocks = self._blocks
         bio = through.bio
         error = through.origin_error
+        assert self._locks.nr_writers(oblock), "a write through holds its block"
         try:
             if through.cache_error:
                 # If it is dirty, because the origin failed another write, the cache counts.
@@ -239,6 +240,7 @@ class CachedWrites:
                 if self._has_whole_copy(oblock):
                     blocks.set_dirty(cblock)
             elif self._locks.nr_writers(oblock) == 1:
+                # This is the last one: both copies of the block are the same again.
                 blocks.metadata.end_write_through(cblock)
         except MetadataError:
             error = error or errnos.EIO
@@ -247,7 +249,7 @@ class CachedWrites:
         if not others:
             del self._through[oblock]
         if through.cache_error and not error:
-            # It does no more I/O, and must not be waited for by who locks the block for its sake.
+            # It does no more I/O, and giving the block up locks it: that lock must not wait for this write.
             self._locks.let_go(bio)
             self._bad_blocks.drop(oblock, cblock, bio.end)
         else:
@@ -255,6 +257,7 @@ class CachedWrites:
         for send in through.waiting:
             send()
         if through.cache_error and error:
+            # The client was told; a clean copy that could not be written must not be read any more, either.
             self._bad_blocks.drop(oblock, cblock, _ignore)
 
     def _has_whole_copy(self, oblock: int) -> bool:
@@ -268,7 +271,7 @@ class CachedWrites:
         blocks = self._blocks
         bio.own()
         if not blocks.is_writable:
-            bio.end(errnos.EIO)
+            bio.end(errnos.EIO)  # the removal could not be recorded
             return
 
         def locked(lock: BlockLock) -> None:

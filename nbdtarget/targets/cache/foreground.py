@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clients' bios that `map` cannot pass on by itself.
 
-Theory of operation. A bio is cut at block borders; what is left of it lies in one block, or in
-the origin's tail, which is never cached. Then, for the mode of the cache and what the policy knows:
+Theory of operation. A bio is cut at block borders. Each piece lies in one block, or in
+the origin's tail, which is never cached. Where it goes depends on the mode of the cache and on what the policy knows:
 
                  read hit   read miss   write hit, dirty   write hit, clean         write miss
     writeback    cache      origin      cache              mark dirty, cache        origin *
@@ -10,36 +10,38 @@ the origin's tail, which is never cached. Then, for the mode of the cache and wh
     passthrough  origin     origin      there are none     invalidate, then origin  origin
 
 `*` A WRITE of a whole block, or to a discarded one, needs nothing from the origin: the policy may have it sent
-to a free cache block at once (an *overwrite*). What is left of a discarded block is filled with zeroes.
+to a free cache block at once (an *overwrite*). The rest of a discarded block is filled with zeroes.
+
+Writes to cached blocks are taken by `cached_writes`; the rest is here.
 
 Why no acknowledged flush is lost
 ---------------------------------
 1. *A write goes to one place at a time.* It holds its block (`BlockLocks`) until it has ended, unless it
-   ends at once; and whoever changes where the block lives locks it first. A write which finds
+   ends at once; and what changes where the block lives locks it first. A write which finds
    its block locked is parked and mapped anew, so it never goes where its block was.
 2. *Marked before it is sent.* A write makes its block dirty before it reaches the cache device; with
    `dirty_log` that is on disk by then: the write waits for the commit, holding its block.
-3. *FUA* to the cache waits until the mapping is committed: else a crash would lose both.
+3. *FUA* to the cache waits until the mapping is committed: otherwise a crash would lose the mapping, and the data with it.
    An overwrite with FUA ends after the commit that has its mapping, which flushes the cache device.
-   A miss needs no commit: no crash brings a mapping of its block back (rule 1: the lock of
-   who removes one is kept until the removal is committed).
+   A miss needs no commit: no crash brings a mapping of its block back (rule 1: what removes a
+   mapping keeps its lock until the removal is committed).
 4. *A write through to both devices* that fails on one of them leaves two copies that differ. If the
    cache device failed, the origin counts: the block is given up, durably, before the write ends, and then it
-   ends well. If the origin did, the client is told, the block is marked dirty, and the cache counts; but not if the
-   rest of the copy may be older than the origin, as the device is not trusted (`distrust`) or the block
-   is being given up: then the block stays clean, and the origin counts. Writes to the same bytes go one after another: in
-   two orders they would leave two copies that differ, too.
+   ends well. If the origin failed, the write fails, the block is marked dirty, and the cache counts. There is one
+   exception: if the rest of the copy may be older than the origin, because the device is not trusted (`distrust`) or
+   the block is being given up, then the block stays clean, and the origin counts. Writes to the same bytes go one
+   after another: in two different orders they would leave two copies that differ, too.
 5. *Invalidation* (passthrough): removed, committed, and only then written to the origin.
-6. *Mode RO.* A write that would need something recorded is refused. What may go on: writes to
-   dirty blocks whose mapping is on disk, and to blocks that are not cached, unless the removal of their mapping
-   could not be committed: the next start would find it, and an old copy; but nothing while the disk says
-   that a stop was the last that happened (`target` sees to it): the next start would find disks that
-   have changed in nobody's use, and blocks recorded as discarded that are not.
+6. *Mode RO.* A write that would need something recorded is refused. Writes to dirty blocks whose mapping is on
+   disk may go on. So may writes to blocks that are not cached, unless the removal of their mapping
+   could not be committed: the next start would find the mapping, and an old copy. No write may go on while the disk
+   says that the table was stopped cleanly (`target` sees to it): the next start would find disks that have changed while
+   they were not in use, and blocks recorded as discarded that are not.
 
 A DISCARD locks its range, so that it does not race with writes to it or with migrations; the bits are
 set with the lock held. Cached blocks stay cached: what they read is as good as anything.
 
-Nobody waits here for what may not come: a parked bio waits for a lock, which waits for devices and commits.
+No wait here is without an end: a parked bio waits for a lock, which waits for devices and commits only.
 """
 
 import errno as errnos
@@ -56,7 +58,7 @@ from nbdtarget.bio import (
     Bio,
     split_bio,
 )
-from nbdtarget.policies.base import MISS_WAKE, Work
+from nbdtarget.policies.base import Work
 from nbdtarget.targets.cache.bad_blocks import BadBlocks
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.cached_writes import CachedWrites
@@ -78,7 +80,7 @@ class Foreground:
     Args:
         writes: takes the writes to cached blocks.
         passdown: discards go on to the origin.
-        missed: called for each miss; whether the policy wanted a migration.
+        missed: called for each miss.
         warm: takes the half-open oblocks that a client will read soon.
     """
 
@@ -89,7 +91,7 @@ class Foreground:
         bad_blocks: BadBlocks,
         *,
         passdown: bool,
-        missed: Callable[[bool], None],
+        missed: Callable[[], object],
         warm: Callable[[int, int], None],
     ) -> None:
         self._blocks = blocks
@@ -159,12 +161,14 @@ class Foreground:
         is_write = bio.op != OP_READ
         lock = self._locks.maybe_blocking(oblock, is_write=is_write)
         if lock is not None:
+            # Rule 1. It is mapped anew when the lock is let go.
             bio.own()
             lock.parked.append(bio)
             return
         if is_write and blocks.is_writeback and self._is_optimisable(bio, oblock):
             cblock, work = blocks.policy.lookup_with_work(oblock, True)
             if work is not None:
+                # The policy has set a free cache block aside for exactly this write.
                 self._overwrite(bio, work)
                 return
         else:
@@ -173,7 +177,7 @@ class Foreground:
             if is_write and self._may_come_back(oblock):
                 bio.end(errnos.EIO)
             else:
-                self.miss(bio, oblock, cblock)
+                self.miss(bio, oblock)
         elif is_write:
             self._writes.start(bio, oblock, cblock)
         else:
@@ -209,6 +213,7 @@ class Foreground:
     def _read_cached(self, bio: Bio, oblock: int, cblock: int) -> None:
         cache = self._blocks.cache
         if cache.fails_inline:
+            # The hook that sends the bio to the origin instead must be in place when `submit` fails it.
             self._locks.hold_cached(oblock, cblock, bio)
             cache.submit(bio)
         else:
@@ -216,8 +221,8 @@ class Foreground:
             if bio.status < 0:
                 self._locks.hold_cached(oblock, cblock, bio)
 
-    def miss(self, bio: Bio, oblock: int, answer: int) -> None:
-        """A READ or write of a block that is not cached, which `answer` is about."""
+    def miss(self, bio: Bio, oblock: int) -> None:
+        """Send a READ or write of a block that is not cached to the origin."""
         blocks = self._blocks
         if bio.op == OP_READ:
             blocks.metadata.statistics.read_misses += 1
@@ -226,18 +231,18 @@ class Foreground:
             blocks.discards.clear(oblock)
             blocks.origin_writes.nr_sent += 1
         blocks.submit_held(blocks.origin, bio, oblock)
-        self._missed(answer == MISS_WAKE)
+        self._missed()
 
     # Overwrites
 
     def _overwrite(self, bio: Bio, work: Work) -> None:
-        """Carry out a promotion with the very bio that wanted it."""
+        """Carry out a promotion by writing the bio that it was made for to the cache block."""
         lock = self._locks.maybe_lock(
             work.oblock, lambda lock: self._overwrite_locked(bio, work, lock)
         )
         assert lock is not None, "the bio would have been parked"
         if bio.status < 0 and bio.borrowed:
-            bio.own()
+            bio.own()  # the lock waits for older writes, longer than the payload is lent
 
     def _overwrite_locked(self, bio: Bio, work: Work, lock: BlockLock) -> None:
         blocks = self._blocks
@@ -249,10 +254,11 @@ class Foreground:
             or not is_possible
             or not blocks.metadata.may_insert(work.cblock)
         ):
-            self._overwrite_not(bio, work, lock)
+            self._write_to_origin(bio, work, lock)
             return
         payload = bio.payload
         if not is_whole:
+            # Of a discarded block only these bytes are needed: the rest is zeroes.
             assert payload is not None
             whole = memoryview(bytearray(blocks.block_size))
             at = bio.offset - work.oblock * blocks.block_size
@@ -263,7 +269,8 @@ class Foreground:
             work.cblock * blocks.block_size,
             blocks.block_size,
             payload,
-            bio.flags & ~FUA,
+            bio.flags
+            & ~FUA,  # the commit that records the mapping flushes the cache device
             lambda child: self._overwritten(bio, work, lock, child),
             None,
             is_whole and bio.borrowed,
@@ -272,18 +279,21 @@ class Foreground:
             bio.give_away()
         blocks.cache.submit(child)
 
-    def _write_past(self, bio: Bio, work: Work, lock: BlockLock, child: Bio) -> None:
-        """The cache device has failed to take what a block was to be overwritten with."""
+    def _overwrite_failed(
+        self, bio: Bio, work: Work, lock: BlockLock, child: Bio
+    ) -> None:
+        """The cache device has failed the overwrite: the origin takes the write instead."""
         blocks = self._blocks
         self._bad_blocks.note(child, child.status)
         if child.payload is not None:
             at = bio.offset - work.oblock * blocks.block_size
+            # It was given away to the child.
             bio.payload = child.payload[at : at + bio.length]
             bio.borrowed = child.borrowed
-        self._overwrite_not(bio, work, lock)
+        self._write_to_origin(bio, work, lock)
 
-    def _overwrite_not(self, bio: Bio, work: Work, lock: BlockLock) -> None:
-        """It goes to the origin, as a miss that the policy wanted nothing for."""
+    def _write_to_origin(self, bio: Bio, work: Work, lock: BlockLock) -> None:
+        """Do without the promotion: the bio goes to the origin, as an ordinary miss."""
         blocks = self._blocks
         blocks.policy.complete_background_work(work, False)
         if self._may_come_back(work.oblock):
@@ -299,9 +309,10 @@ class Foreground:
         blocks = self._blocks
         errno = 0
         if child.status:
-            self._write_past(bio, work, lock, child)
+            self._overwrite_failed(bio, work, lock, child)
             return
         try:
+            # Now, and not before: until the data are in the cache block, no commit may have the mapping.
             blocks.metadata.insert(work.cblock, work.oblock, dirty=True)
         except MetadataError:
             errno = errnos.EIO
@@ -313,7 +324,7 @@ class Foreground:
                 blocks.discards.clear(work.oblock)
                 blocks.committer.note_change()
         except Exception as error:
-            # Of our own making, and nobody above a device's completion would see to the bio.
+            # An exception of our own making. Above a device's completion there is no code that would end the bio.
             blocks.broken(error)
             errno = errnos.EIO
         if errno == 0 and bio.flags & FUA:
@@ -329,6 +340,7 @@ class Foreground:
         end = -(-(bio.offset + bio.length) // blocks.block_size)
 
         def locked(lock: BlockLock) -> None:
+            # With the lock held: a write that comes later clears the bits again.
             blocks.discards.set_range(bio.offset, bio.length)
             if not self._passdown:
                 bio.end(0)

@@ -137,7 +137,8 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             self._writes,
             self._bad_blocks,
             passdown=self._passdown,
-            missed=self._missed,
+            # Time passes for the policy in each turn of the loop that had a miss.
+            missed=Soon(self._tick).ask,
             warm=self._requests.advise,
         )
         self._messages = Messages(
@@ -148,7 +149,6 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             self.unknown_message,
         )
         self._is_active = False  # preresume has not refused
-        self._tick_soon = Soon(self._tick)
         self._is_sealed = False  # nothing may be written: see `JournaledMetadata`
         self._prepare_map(parts)
 
@@ -207,7 +207,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         cblock = self._lookup(oblock, op == OP_WRITE)
         if cblock < 0:
             bio.offset = offset
-            self._foreground.miss(bio, oblock, cblock)
+            self._foreground.miss(bio, oblock)
         elif op == OP_READ:
             self._statistics.read_hits += 1
             bio.offset = cblock * size + at
@@ -245,10 +245,6 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             self._broken(error)
             if bio.status < 0:
                 bio.end(errnos.EIO)
-
-    def _missed(self, is_work_likely: bool) -> None:
-        """Time passes for the policy with each turn of the loop that had a miss."""
-        self._tick_soon.ask()
 
     def _tick(self) -> None:
         if not self._is_suspended:
