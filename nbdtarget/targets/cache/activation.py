@@ -21,22 +21,22 @@ table is suspended, and a full sync has recorded what it left. In the kernel's o
     7  have CLEAN_SHUTDOWN cleared, durably, in the commit that makes 5 durable, too, and that
        rewrites the other slot
 
-A refusal, 1 to 4, changes nothing: neither in core, nor what is recorded on disk. So it costs nobody the recorded
-dirty bits, and another table can be loaded and resumed. Here the kernel differs: to it, a shrink over a dirty
-block is a failure of the metadata, which then need a check.
+A refusal, 1 to 4, changes nothing: neither in core, nor what is recorded on disk. So the recorded dirty bits are
+not lost, and another table can be loaded and resumed. Here the kernel differs: it takes a shrink over a dirty
+block for a failure of the metadata, which then needs a check.
 
 A later resume of the same table does 3 if the cache device has shrunk, and 7; if the device has grown, it goes
 on with the blocks that it has (where the kernel refuses), for the next table to take the rest. Its policy is
 then replaced by one of the new size, which is loaded with the other one's mappings and hints: a policy
 that went on would promote into blocks that are gone.
 
-*Known for sure* is what is dirty, if the metadata are recorded clean now (a full sync of the
+*Known for sure* is what is dirty, if the metadata is recorded clean now (a full sync of the
 table before this one is as good as a shutdown), or have a dirty log, or say that the origin has everything.
 
-*The origin has everything* while the mode is writethrough or passthrough and no block is dirty; the metadata say
+*The origin has everything* while the mode is writethrough or passthrough and no block is dirty; the metadata says
 so from step 7 on, or from the commit after the last dirty block was written back, and a table in writeback mode takes
 that back in step 7. After a crash the two copies of a block that was just written may differ,
-and somebody may have used the origin alone meanwhile, as its users are told that they may. So all mappings are
+and the origin may have been used alone meanwhile, which is allowed. So all mappings are
 given up then: nothing is written back, and nothing old is read.
 
 Mode RO: there is nothing to commit. A metadata device that can be read, but not written, leads there, too: it serves
@@ -227,8 +227,8 @@ class Activation:
         """Look at the origin once more: since the load another table may have written to it.
 
         Returns whether what is recorded as discarded may be believed: if the origin was surely not
-        written to. A discarded block that is promoted is filled with zeroes, and these go home: that
-        would destroy what somebody has written to the origin alone.
+        written to. A discarded block that is promoted is filled with zeroes, and these are written back: that
+        would destroy what was written to the origin alone.
         Raises: TableError: it was written to, and a dirty block would overwrite that.
         """
         parts = self._parts
@@ -292,6 +292,7 @@ class Activation:
     async def _start(self) -> None:
         """Have the metadata admit changes. Raises: TableError, MetadataError."""
         metadata = self._parts.metadata
+        # The disks are recorded by the same commit, and marked after it.
         await self._parts.disks.prepare()
         options = self._parts.options
         starting = metadata.start(
@@ -315,5 +316,5 @@ class Activation:
 
 
 def _recorded(policy: Policy) -> PolicyIdentity:
-    """How the metadata name a policy, to tell whose hints they are."""
+    """How the metadata names a policy, to tell which policy's hints they are."""
     return PolicyIdentity(policy.name, policy.version, policy.hint_size)

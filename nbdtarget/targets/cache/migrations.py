@@ -13,19 +13,19 @@ The lock keeps writes out, not reads: those go on from where the block is, and t
 meanwhile. A demotion's reads go on from the cache block until the removal is durable. So no read
 waits for a copy or a commit, and a crash at any point finds one place which has everything.
 
-What a failure leaves: everything as it was, but for copies that nobody refers to. A promotion is
+What a failure leaves: everything as it was, apart from copies that no mapping refers to. A promotion is
 forgotten until the block is asked for again; a writeback is tried again, after a pause that grows
 with each failure in a row. Failures are counted, and logged now and then.
 
-How many at a time. `MIGRATIONS_MAX`, the copiers' buffers and `migration_rate` bound all; what only idleness
-calls for (writebacks that nobody waits for) is bounded by `migration_threshold`, as in the kernel: none is started
-if the blocks under way would exceed it. Idle is a cache that had no bio in the last second.
+How many at a time. `MIGRATIONS_MAX`, the copiers' buffers and `migration_rate` bound all migrations. Writebacks
+that are done only because the cache is idle are bounded by `migration_threshold` too, as in the kernel: none is started
+if the blocks under way would exceed it. A cache is idle if it had no bio in the last second.
 
-`clean_now`, and `sorted_writeback` when idle, leave the choice of what to write back to a `Sweep`
-through the dirty blocks, in the origin's order.
+The message `clean_now`, and the feature `sorted_writeback` when the cache is idle, write back in the origin's
+order: `Sweep`.
 
-Clients go first. Chunks of a copy that are long go through worker threads, the rest through the loop, where it
-delays a client's bio that comes at that moment: `Throttle` says how often, while clients hit.
+Clients go first. Long chunks of a copy go through worker threads, short ones through the loop, where they
+delay a client's bio that comes at that moment. `Throttle` says how often that may happen while clients hit.
 """
 
 import asyncio
@@ -108,7 +108,7 @@ class Migrations:
 
     def resume(self) -> None:
         self._is_stopped = False
-        self._nr_bios_seen = -1  # nobody knows yet whether clients come: not idle
+        self._nr_bios_seen = -1  # whether clients come is not known yet: not idle
         self._tick_and_wait()
 
     def presuspend(self) -> None:
@@ -223,7 +223,7 @@ class Migrations:
                 work.oblock, lambda lock: self.spawn(self._migrate(work, lock))
             )
         if lock is None:
-            # A client is at it, or the sweep: whoever unlocks wakes us. Or it is too soon.
+            # The block is locked, for example by the sweep: unlocking it wakes us. Or it is too soon to try again.
             blocks.policy.complete_background_work(work, False)
             if work.op == PROMOTE:
                 self._requests.failed(work)
@@ -233,7 +233,7 @@ class Migrations:
         return True
 
     def _is_below_threshold(self) -> bool:
-        """Whether what nobody waits for may have one more block under way."""
+        """Whether idle writebacks may have one more block under way."""
         size = self._blocks.block_size
         threshold = self._blocks.options.migration_threshold
         return (self._nr_migrations + 1) * size <= threshold * SECTOR
@@ -246,6 +246,7 @@ class Migrations:
 
     def _ended(self) -> None:
         self._nr_migrations -= 1
+        assert self._nr_migrations >= 0
         self._may_gather = True
         self._blocks.nr_migrating -= 1
         self.wake()
@@ -266,7 +267,7 @@ class Migrations:
         success = False
         try:
             if not blocks.is_writable:
-                return
+                return  # a commit has failed while the lock was waited for
             if work.op == PROMOTE:
                 success = await self._promote(work)
             elif work.op == DEMOTE:
@@ -281,7 +282,7 @@ class Migrations:
             log.error("%s: %s: %s", blocks.name, OP_NAMES[work.op], error)
         except asyncio.CancelledError as error:
             # The loop ends. The metadata may have lost a mapping that the policy still has: all I/O
-            # must be refused before those who wait for the block are let in.
+            # must be refused before the bios that are parked for the block are mapped.
             blocks.broken(error)
             raise
         except Exception as error:
@@ -298,7 +299,7 @@ class Migrations:
             elif work.op == PROMOTE:
                 self._requests.failed(work)
         except Exception as error:
-            # Of our own making. All I/O must be refused before those who wait are let in.
+            # An exception of our own making. All I/O must be refused before parked bios are mapped.
             blocks.broken(error)
         self._nr_demoting -= work.op == DEMOTE
         blocks.unlock(lock)
@@ -320,13 +321,14 @@ class Migrations:
         if not blocks.metadata.may_insert(work.cblock):
             blocks.committer.start_commit()  # its removal is not durable yet
             return False
-        # Nobody needs what the origin has. But what is read from now on must not change again
-        # when the block is demoted: the zeroes go home then.
+        # A discarded block's data are not needed. But what is read from now on must not change again
+        # when the block is demoted: so the block is dirty, and the zeroes are written back then.
         zeroes = blocks.is_writeback and blocks.discards.is_discarded(work.oblock)
         if zeroes:
             await blocks.cache.write_zeroes(work.cblock * size, size)
         else:
             await self._promoter.copy(work.oblock * size, size, work.cblock * size)
+        # Now, and not before: until the copy is whole, no commit may have the mapping.
         blocks.metadata.insert(work.cblock, work.oblock, dirty=zeroes)
         blocks.discards.clear(work.oblock)
         blocks.committer.note_change()
@@ -336,9 +338,11 @@ class Migrations:
         blocks = self._blocks
         if blocks.metadata.dirty[work.cblock]:
             await self._write_back(work.oblock, work.cblock)
+        # The commit flushes the origin first, so what was written back is durable when the mapping goes.
         blocks.metadata.remove(work.cblock)
         if not await blocks.committer.commit():
             return False
+        # READs that began before may still be reading the cache block. Only then is it free.
         unread = asyncio.get_running_loop().create_future()
         blocks.locks.raise_level(lock, unread.set_result)
         await unread
@@ -351,7 +355,7 @@ class Migrations:
             return True
         if not blocks.discards.is_discarded(oblock):
             await self._demoter.copy(cblock * size, size, oblock * size)
-            # Not before: after a copy that failed the block is dirty still, and nothing is lost.
+            # Not before the copy: after one that failed the block is dirty still, and nothing is lost.
             blocks.origin_writes.nr_sent += 1
         self._retry_s = RETRY_S_MIN
         blocks.set_clean(cblock)
@@ -369,11 +373,11 @@ class Migrations:
             if self._start_write_back(*found):
                 return True
         else:
-            return False  # whoever unlocks them wakes us
+            return False  # unlocking them wakes us
         if not self._sweep.has_ended:
             self.wake()
             return False
-        # Not again and again while the last ones are under way, or locked by somebody.
+        # Not again and again while the last ones are under way, or locked for another reason.
         if (
             self._may_gather
             and not self._is_gathering

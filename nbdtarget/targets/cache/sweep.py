@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which dirty blocks go home: the origin's, so that a disk need not seek.
+"""The order in which dirty blocks are written back: the origin's, so that a disk need not seek.
 
 Theory of operation. A sweep goes once through the blocks that were dirty when it began, by their place
 on the origin. What has been cleaned or moved since, or is locked, is passed over; what became dirty
@@ -31,8 +31,8 @@ class Sweep:
     """See the module head.
 
     Attributes:
-        is_asked_for: until nothing is dirty, whatever else goes on.
-        has_ended: `gather` another one.
+        is_asked_for: `start` was called, and some block is still dirty.
+        has_ended: there is no more to write back in this sweep; `gather` begins another one.
     """
 
     def __init__(self, blocks: Blocks) -> None:
