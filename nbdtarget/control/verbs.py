@@ -2,11 +2,13 @@
 """The verbs of the control socket: one method each, carried out on a registry."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from nbdtarget import __version__
+from nbdtarget.common.clock import sleep
 from nbdtarget.common.errors import TableError
 from nbdtarget.control import messages as m
+from nbdtarget.control.bodies import LINES_AT_ONCE
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
@@ -130,46 +132,33 @@ class Verbs:
 
     async def status(self, request: m.Status) -> m.LinesAnswer:
         """Return the status of the live tables."""
-        return m.LinesAnswer(
-            tuple(
-                [
-                    _lines(
-                        device,
-                        await device.status_by_name(
-                            noflush=request.noflush, within_s=SUSPEND_S_MAX
-                        ),
-                        request.target,
-                        has_health=True,
-                    )
-                    for device in self._devices(request.names)
-                ]
+        found = []
+        for device in self._devices(request.names):
+            lines = await device.status_by_name(
+                noflush=request.noflush, within_s=SUSPEND_S_MAX
             )
-        )
+            found.append(await _lines(device, lines, request.target, has_health=True))
+        return m.LinesAnswer(tuple(found))
 
     async def table(self, request: m.Table) -> m.LinesAnswer:
         """Return the live tables in the form in which they can be loaded again."""
-        return self._tables(request, lambda target: target.table_words())
+        return await self._tables(request, lambda target: target.table_words())
 
     async def measure(self, request: m.Measure) -> m.LinesAnswer:
         """Return what the kernel would measure of the live tables for IMA."""
-        return self._tables(request, lambda target: target.measured_words())
+        return await self._tables(request, lambda target: target.measured_words())
 
-    def _tables(
+    async def _tables(
         self, request: m.Table | m.Measure, words: Callable[[Target], str]
     ) -> m.LinesAnswer:
-        return m.LinesAnswer(
-            tuple(
-                _lines(
-                    device,
-                    [
-                        (line, {})
-                        for line in device.table(inactive=request.inactive, words=words)
-                    ],
-                    request.target,
-                )
-                for device in self._devices(request.names)
-            )
-        )
+        found = []
+        for device in self._devices(request.names):
+            table = device.inactive if request.inactive else device.active
+            lines: list[tuple[tuple[int, int, str, str], StatusFields]] = []
+            if table is not None:
+                lines = [(line, {}) for line in await table.lines_in_turns(words)]
+            found.append(await _lines(device, lines, request.target))
+        return m.LinesAnswer(tuple(found))
 
     async def info(self, request: m.Info) -> m.InfoAnswer:
         """Return state, tables, users and errors of devices."""
@@ -233,20 +222,26 @@ def _absolute(directory: str) -> str:
     return directory
 
 
-def _lines(
+async def _lines(
     device: MappedDevice,
-    lines: Iterable[tuple[tuple[int, int, str, str], StatusFields]],
+    lines: Sequence[tuple[tuple[int, int, str, str], StatusFields]],
     target: str | None,
     *,
     has_health: bool = False,
 ) -> m.DeviceLines:
+    """The answer about one device. If it has many lines, the loop has its turns in between."""
+    found: list[m.TableLine] = []
+    for at in range(0, len(lines), LINES_AT_ONCE):
+        if at:
+            await sleep(0)
+        found += [
+            m.TableLine(*line, fields)
+            for line, fields in lines[at : at + LINES_AT_ONCE]
+            if target is None or line[2] == target
+        ]
     return m.DeviceLines(
         device.dm_name,
-        tuple(
-            m.TableLine(*line, fields)
-            for line, fields in lines
-            if target is None or line[2] == target
-        ),
+        tuple(found),
         _failure(device),
         _below(device) if has_health else (),
         device.losses if has_health else 0,

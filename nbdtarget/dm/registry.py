@@ -42,6 +42,9 @@ NAME_LENGTH_MAX: Final = 127
 UUID_LENGTH_MAX: Final = 128
 DEVICES_MAX: Final = 4096
 # How long a verb waits for devices that do not answer, if it does not say anything else.
+PARSED_AT_ONCE_MAX: Final = (
+    64 << 10
+)  # characters of a table; a longer one is parsed in a thread
 SUSPEND_S_MAX: Final = 60.0
 MINOR_MAX: Final = (1 << 20) - 1
 
@@ -317,8 +320,12 @@ class Registry:
         permissions: frozenset[Permission],
         keep_open: bool = False,
     ) -> list[str]:
-        specs = parse_table(text, self.types)
-        async with self._load_locks[device]:
+        lock = self._load_locks[device]
+        if len(text) <= PARSED_AT_ONCE_MAX:
+            specs = parse_table(text, self.types)
+        else:
+            specs = await asyncio.to_thread(parse_table, text, self.types)
+        async with lock:
             if self._is_closing:
                 raise TableError("the server is stopping", errnos.ESHUTDOWN)
             contexts: list[TableContext] = []

@@ -17,11 +17,18 @@ import asyncio
 import errno as errnos
 import logging
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
-from nbdtarget.common.clock import Clock, timeout
+from nbdtarget.common.clock import Clock, sleep, timeout
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.words import split_words
@@ -36,6 +43,7 @@ from nbdtarget.targets.base import StatusFields, Target, TargetContext
 
 __all__ = [
     "FAILED_DRAIN_S_MAX",
+    "TARGETS_AT_ONCE",
     "Ask",
     "Table",
     "TableMistake",
@@ -48,6 +56,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 TARGETS_MAX: Final = 65536  # lines of one table
+TARGETS_AT_ONCE: Final = 256  # of a long table: between them the loop has its turns
 FAILED_DRAIN_S_MAX: Final = 5.0  # a failed target may have lost bios: wait no longer
 _END_SECTORS_MAX: Final = (1 << 63) // SECTOR - 1
 
@@ -231,6 +240,20 @@ class Table:
         """A line for each target, with what `words` says of it: (start, length, type, params), in sectors."""
         return [_line(target, words(target)) for target in self.targets]
 
+    async def lines_in_turns(
+        self, words: Callable[[Target], str]
+    ) -> list[tuple[int, int, str, str]]:
+        """As `lines`. If the table is long, the loop has its turns in between."""
+        with self.use():
+            return [_line(each, words(each)) async for each in self._in_turns()]
+
+    async def _in_turns(self) -> AsyncIterator[Target]:
+        """Each target in order, with a turn of the loop after some of them. Inside `use()`."""
+        for nr, target in enumerate(self.targets, 1):
+            yield target
+            if nr % TARGETS_AT_ONCE == 0:
+                await sleep(0)
+
     async def status(
         self, *, noflush: bool, within_s: float | None
     ) -> list[tuple[tuple[int, int, str, str], StatusFields]]:
@@ -241,7 +264,7 @@ class Table:
         """
         lines = []
         with self.use():
-            for target in self.targets:
+            async for target in self._in_turns():
                 params = "Fail"
                 if not self.failed:
                     params = await self._status_of(target, noflush, within_s)
@@ -368,7 +391,9 @@ async def construct_table(
     targets: list[Target] = []
     taken: set[int] = set()
     try:
-        for spec in specs:
+        for nr, spec in enumerate(specs, 1):
+            if nr % TARGETS_AT_ONCE == 0:
+                await sleep(0)
             target_type = types[spec.type_name]
             target = await target_type.ctr(make_context(spec), spec.args)
             assert (target.begin, target.length) == (spec.begin, spec.length)
