@@ -152,7 +152,7 @@ def table(
             raise typer.BadParameter("--config and --concise take no other options")
         devices = _tables(wanted, control)
         print(
-            _as_config(devices)
+            _as_config(devices, _listen(control))
             if config
             else format_concise(each for each, _ in devices)
         )
@@ -448,11 +448,24 @@ def _tables(
     ]
 
 
-def _as_config(devices: Iterable[tuple[ConciseDevice, m.InfoLine]]) -> str:
-    from nbdtarget.config.file import DeviceConfig  # here: the other commands are quick
-    from nbdtarget.config.render import render_devices
+def _listen(control: str | None) -> list[str]:
+    """Where the server listens; nothing if there are several, as each of them listens somewhere else."""
+    from nbdtarget.config.render import listen_address
 
-    return render_devices(
+    servers = addresses(control)
+    if len(servers) != 1:
+        return []
+    answer = ask(str(servers[0]), "version", m.Version(), m.VersionAnswer)
+    return [listen_address(uri) for uri in answer.uris]
+
+
+def _as_config(
+    devices: Iterable[tuple[ConciseDevice, m.InfoLine]], listen: list[str]
+) -> str:
+    from nbdtarget.config.file import DeviceConfig  # here: the other commands are quick
+    from nbdtarget.config.render import render_config
+
+    configs = [
         DeviceConfig(
             device.name,
             "\n".join(line.rstrip() for line in device.lines),
@@ -462,7 +475,8 @@ def _as_config(devices: Iterable[tuple[ConciseDevice, m.InfoLine]]) -> str:
             info.said_rotational,
         )
         for device, info in devices
-    ).removesuffix("\n")
+    ]
+    return render_config(configs, listen).removesuffix("\n")
 
 
 def _print_lines(

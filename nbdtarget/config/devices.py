@@ -17,7 +17,7 @@ mistake anywhere nothing happens at all. Then:
 
 "Else than at the last reading", not "else than what is live": a table that was changed
 by command since, or that has changed itself (a clone that became linear), is left alone until the
-file changes. A device that is no longer in the file stays, as long as it is open: the person who
+file changes; the log says so. A device that is no longer in the file stays, as long as it is open: the person who
 knows that it is not needed any more removes it. One device that is refused keeps what it has and
 does not hold up the others.
 """
@@ -178,6 +178,7 @@ class ConfiguredDevices:
             # It takes no table: clients are told when they connect.
             self._registry.get(device.name).said_rotational = device.rotational
         if not device.specs or (known is not None and _same(known, device)):
+            self._say_if_changed_since(device)
             return True
         try:
             await self._load(device)
@@ -188,6 +189,20 @@ class ConfiguredDevices:
             return False
         done["loaded"].append(device.name)
         return True
+
+    def _say_if_changed_since(self, device: DeviceConfig) -> None:
+        """The file says what it said, but the live table may have been changed by `uncache`, for example."""
+        table = self._registry.get(device.name).active
+        if not device.specs or table is None:
+            return
+        live = [(each.begin, each.length, each.type_name) for each in table.targets]
+        if live != [(each.begin, each.length, each.type_name) for each in device.specs]:
+            log.warning(
+                "device %s: its table has been changed since it was loaded from %s, which a"
+                " restart would load again; `nbdtarget table --config' prints the present one",
+                device.name,
+                self._config.path,
+            )
 
     def _serves(self, name: str) -> bool:
         """Whether the device runs with the table that it had: if not, any text must be loaded."""
@@ -214,7 +229,9 @@ class ConfiguredDevices:
             if getattr(config.sockets, key) != getattr(before.sockets, key)
         ]
         for key in changed:
-            log.warning("%s: `%s' changes with a restart", path, key)
+            log.warning(
+                "%s: `%s' has changed; restart the server to apply it", path, key
+            )
 
     async def _load(self, device: DeviceConfig) -> None:
         await self._registry.load(

@@ -1,13 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices as they are, written as a configuration file."""
+"""What a server serves, written as a configuration file."""
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Final
+from urllib.parse import parse_qs, urlsplit
 
 from nbdtarget.config.file import DeviceConfig
 
-__all__ = ["render_devices"]
+__all__ = ["listen_address", "render_config", "render_devices"]
+
+HEADER: Final = """\
+# The devices as they are now, and where the server listens. Other keys (control, limits,
+# stop_timeout, modes of sockets) are not in here: copy them from the file in use.
+"""
+
+
+def render_config(devices: Iterable[DeviceConfig], listen: Sequence[str]) -> str:
+    """Return a whole file: a server that reads it has these devices, and listens on `listen`, if that is known."""
+    addresses = ", ".join(map(_string, listen))
+    where = f"listen = [{addresses}]\n" if listen else ""
+    return f"{HEADER}{where}\n{render_devices(devices)}"
+
+
+def listen_address(uri: str) -> str:
+    """Return what to write under `listen` for an NBD URI that a server tells, with or without an export's name."""
+    parts = urlsplit(uri)
+    if sockets := parse_qs(parts.query).get("socket"):
+        return f"unix:{sockets[0]}"
+    return f"tcp:{parts.netloc}"
 
 
 def render_devices(devices: Iterable[DeviceConfig]) -> str:

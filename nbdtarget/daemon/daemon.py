@@ -244,8 +244,8 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._stop_by_signal)
-        if sighup_reloads:
-            loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        hung_up = self._reload_wanted.set if sighup_reloads else self._stop_by_hangup
+        loop.add_signal_handler(signal.SIGHUP, hung_up)
 
     def follow_reloads(self, reload: Callable[[], Awaitable[None]]) -> None:
         """From now on call `reload` after each SIGHUP, and for one that has come already."""
@@ -278,6 +278,10 @@ class Daemon:
     def before_close(self, call: Callable[[], Awaitable[None]]) -> None:
         """Have `call` called when the end begins: nothing new is to be opened any more."""
         self._before_close.append(call)
+
+    def _stop_by_hangup(self) -> None:
+        log.warning("SIGHUP: the server stops; with --config it reads its file again")
+        self._stop_by_signal()
 
     def _stop_by_signal(self) -> None:
         self.stop.set()

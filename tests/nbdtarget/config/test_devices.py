@@ -217,7 +217,7 @@ async def test_reload_creates_and_loads_and_touches_nothing_else(
 
 
 async def test_a_table_changed_by_command_stays_until_the_file_changes(
-    server: Server,
+    server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.write(a="0 8 zero")
     await server.start()
@@ -225,8 +225,13 @@ async def test_a_table_changed_by_command_stays_until_the_file_changes(
     await server.registry.resume("a")
     assert await server.reload() == NOTHING
     assert server.tables() == {"a": "0 8 error"}
+    changed = "device a: its table has been changed since it was loaded from"
+    assert changed in caplog.text
+    caplog.clear()
     server.write(a="0 24 zero")
     assert await server.reload() == {**NOTHING, "loaded": ["a"]}
+    assert await server.reload() == NOTHING
+    assert changed not in caplog.text
 
 
 async def test_a_device_made_by_command_follows_the_file_once_it_is_there(
@@ -297,8 +302,8 @@ async def test_listeners_and_limits_wait_for_a_restart(
     await server.start()
     server.path.write_text("listen = 'tcp::1'\n[limits]\nbacklog_max = 3\n")
     assert await server.reload() == NOTHING
-    assert "`listen' changes with a restart" in caplog.text
-    assert "`limits' changes with a restart" in caplog.text
+    assert "`listen' has changed; restart the server" in caplog.text
+    assert "`limits' has changed; restart the server" in caplog.text
 
 
 async def test_reload_and_tell_says_everything_in_the_log(

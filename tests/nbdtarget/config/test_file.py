@@ -8,7 +8,7 @@ import pytest
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.config.file import Config, ConfigError, parse, read
-from nbdtarget.config.render import render_devices
+from nbdtarget.config.render import listen_address, render_config, render_devices
 from nbdtarget.server.limits import Limits
 from nbdtarget.targets.registry import TARGET_TYPES
 
@@ -257,3 +257,28 @@ def test_what_is_written_out_reads_back() -> None:
     assert [
         (d.name, d.uuid, d.read_only, d.rotational, d.specs) for d in again.devices
     ] == [(d.name, d.uuid, d.read_only, d.rotational, d.specs) for d in config.devices]
+
+
+def test_where_the_server_listens_is_written_out_too() -> None:
+    config = parsed('[device.a]\ntable = "0 8 zero"\n')
+    listen = ("unix:/run/n b.sock", "tcp:[::1]:10809")
+    again = parsed(render_config(config.devices, listen))
+    assert (again.listen, again.devices[0].specs) == (listen, config.devices[0].specs)
+
+
+def test_nothing_is_written_of_listeners_that_are_not_known() -> None:
+    assert parsed(render_config((), ())).listen == ()
+
+
+@pytest.mark.parametrize(
+    ("uri", "address"),
+    [
+        ("nbd+unix:///{name}?socket=/run/n%20b.sock", "unix:/run/n b.sock"),
+        ("nbd://127.0.0.1:10809/{name}", "tcp:127.0.0.1:10809"),
+        ("nbd://[::1]:7/{name}", "tcp:[::1]:7"),
+    ],
+)
+def test_uri_of_a_listener_becomes_the_address_to_listen_on(
+    uri: str, address: str
+) -> None:
+    assert listen_address(uri) == address

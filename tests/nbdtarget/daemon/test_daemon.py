@@ -102,7 +102,11 @@ def test_signal_ends_it_in_order(serve: ServeProcess, number: int) -> None:
     serve.create("x", "0 2048 linear memory:1M 0")
     serve.create("y", "0 2048 linear /dev/mapper/x 0")
     serve.client.ask("suspend", m.Suspend("x"), m.Done)
-    assert serve.end(number) == ""
+    said = serve.end(number)
+    assert said.startswith("nbdtarget: SIGHUP: the server stops") == (
+        number == signal.SIGHUP
+    )
+    assert said.count("\n") == (number == signal.SIGHUP)
     assert list(serve.directory.iterdir()) == []
     with pytest.raises(NoServerError):
         serve.client.ask("version", m.Version(), m.VersionAnswer)
@@ -168,6 +172,7 @@ def test_config_is_served_and_followed_on_sighup(tmp_path: Path) -> None:
     serve = ServeProcess(tmp_path, "--config", str(config))
     assert serve.uri == f"nbd+unix:///?socket={tmp_path}/nbd.sock"
     written = serve.run("table", "--config")
+    assert f'listen = ["unix:{tmp_path}/nbd.sock"]' in written
     with config.open("a") as file:
         file.write('[device.c]\ntable = "0 8 zero"\n')
     serve.process.send_signal(signal.SIGHUP)
