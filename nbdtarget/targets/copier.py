@@ -5,7 +5,7 @@ Theory of operation. A copy is cut into chunks; a chunk borrows a buffer, is rea
 gives the buffer back. All buffers together have `copy_bytes_max` bytes, and that is the whole
 bound: a copy that finds none waits for one, first come first served. Several copies at once
 overlap each other's reads and writes; a long one overlaps its own chunks, CHUNKS_IN_FLIGHT_MAX
-at a time, so that it can not take every buffer from the others for good.
+at a time, so that it cannot keep all buffers from the others.
 
 Two sizes. What a chunk costs besides its bytes (Python, and a hand-over to a file's writer) is
 the same for a large one, so long copies want buffers of `chunk_bytes`. Copies of a region or so
@@ -17,12 +17,12 @@ data is still in the processor's cache. One future a copy is all that its caller
 The event loop is not held for longer than a chunk: after one that ended inside `submit`
 (both devices answered at once), the others get their turn.
 
-A buffer is lent to a bio until the bio ends, also when nobody waits for the copy any more.
+A buffer is lent to a bio until the bio ends, also if the copy was cancelled.
 
 Every `writeback_bytes` the destination is told to begin writing back. Copying is
 bound by the processor, writing back by the disk; left to the next flush, they would take turns.
 
-A copy orders nothing and flushes nothing: who called it owns the range on the
+A copy orders nothing and flushes nothing: the caller owns the range on the
 destination (`prison`), and has the destination flushed before anything vouches for the copy.
 """
 
@@ -194,7 +194,7 @@ class _Copy:
     def _pump_due(self) -> None:
         self._pump_is_due = False
         self.pump()
-        # It may have found another buffer meanwhile: then this one is for somebody else.
+        # It may have found another buffer meanwhile: then this one is for another copy.
         self._copier.wake_next()
 
     @property

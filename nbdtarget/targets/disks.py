@@ -104,7 +104,7 @@ class Role(NamedTuple):
     """One disk of a target.
 
     Attributes:
-        is_ours: nobody else writes to it, so it may carry a mark.
+        is_ours: only this target writes to it, so it may carry a mark.
         sample_at_start: what is sampled there must never change; empty for what changes.
     """
 
@@ -324,7 +324,7 @@ class DiskRecords:
             self._metadata.record_disks(encode_disks(disks))
         except MetadataError as error:
             # A compaction may have failed meanwhile: then nothing is committed any more, and
-            # whoever opens the metadata again finds what was recorded before.
+            # the next opening of the metadata finds what was recorded before.
             log.warning("%s: what the disks are is not recorded: %s", self._name, error)
 
     async def _marked_generation(

@@ -183,9 +183,8 @@ CLONE: Final = (
         "nbdtarget.targets.clone.foreground:RegionWrite._written",
         (
             (
-                "        if child.status:\n            self._leave(child.status)\n"
-                "            return\n",
-                "",
+                "        if child.status:\n",
+                "        if child.status < 0:\n",
             ),
         ),
         TARGET,

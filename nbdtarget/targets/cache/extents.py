@@ -84,7 +84,7 @@ async def base_extents(blocks: Blocks, offset: int, length: int) -> list[Extent]
 def cache_extents(blocks: Blocks, offset: int, length: int) -> list[Extent]:
     """Describe what of a range is cached and dirty, or of its beginning; offset as above.
 
-    Raises: DeviceError: the metadata has failed, and nobody can know.
+    Raises: DeviceError: the metadata has failed, so this is not known.
     """
     if blocks.has_failed:
         raise DeviceError(errnos.EIO, blocks.name, CACHE, offset, length)

@@ -73,7 +73,7 @@ async def clone_extents(regions: Regions, offset: int, length: int) -> list[Exte
 def hydration_extents(regions: Regions, offset: int, length: int) -> list[Extent]:
     """Describe how far a range is hydrated, or its beginning; offset as above.
 
-    Raises: DeviceError: the metadata have failed, and nobody can know.
+    Raises: DeviceError: the metadata has failed, so this is not known.
     """
     if regions.has_failed:
         name = regions.committer.name

@@ -99,8 +99,8 @@ class Failures:
     def maybe_retry_ns(self, after_ns: int) -> int | None:
         """Return when the next range falls due after `after_ns`, or None.
 
-        One that is due already and was not tried is hydrated, or locked by somebody whose
-        end wakes hydration: to wait for its time would be to wait for the past.
+        A range that is due already and was not tried is hydrated, or locked, and its unlocking
+        wakes hydration: its time is in the past, so it is no time to wait for.
         """
         due = (failed.retry_ns for failed in self._ranges)
         return min((at_ns for at_ns in due if at_ns > after_ns), default=None)

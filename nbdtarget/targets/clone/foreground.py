@@ -4,27 +4,27 @@
 Theory of operation. One `RegionWrite` takes one WRITE or WRITE_ZEROES through these steps:
 
     lock      all regions that it touches, in one cell; waits for older work on any of them
-    look      again: what was waited for may have hydrated them all, then it is a plain write
+    look      again: the older work may have hydrated them all. Then this is a plain write
     gaps      at a ragged edge, the rest of an unhydrated region must come from the source;
               at most one gap before and one behind the write. No gaps: nothing is read
     write     gaps and payload to the destination; the regions stay "not hydrated" meanwhile,
-              so everybody reads the source and a crash or an error loses nothing
-    bits      set when the write has ended, never before; then the lock goes, then the bio ends,
+              so all reads go to the source, and a crash or an error loses nothing
+    bits      set when the write has ended, never before; then the lock is released, then the bio ends,
               with FUA only after a commit. That commit flushes the destination, so the write
               itself needs no FUA
 
 Only gaps are read from the source, never what is about to be overwritten: a bad sector there
 does not matter if the write covers it. A small write is read into place and written in
 one piece together with its gaps; one that is too large for that has its gaps copied by the `Copier`
-first. All of it is callbacks, so that on devices that answer at once the whole way is
-walked inside `map`, with no task and no future. Those cost more than the I/O.
+first. All steps are callbacks, so that on devices that answer at once they are
+all taken inside `map`, with no task and no future. Those would cost more than the I/O.
 
 Bounds: `deferred_bios_max` writes hold locks and buffers at a time; more wait their turn here,
 first come first served, and hold only their payload. That, and how many bios wait here or for
 a commit in all, is bounded by the server's limits on what a connection has in flight.
 
-What waits for its turn or for a lock has not begun, and can be taken back (`push_back`). What waits for
-a commit has: the commit is under way, and it ends with it.
+A write that waits for its turn or for a lock has not begun, and can be taken back (`push_back`). A write that waits
+for a commit cannot: the commit is under way, and the write ends with it.
 
 A discard locks its whole regions, sets their bits without copying anything, and goes on to
 the destination if passdown is on. Because it takes the lock, no copy is under way that could overtake
@@ -74,22 +74,26 @@ class Foreground:
     def write(self, bio: Bio) -> None:
         """Take a WRITE or WRITE_ZEROES whose offset is relative to the target; ends it."""
         write = RegionWrite(self, bio)
+        # FAST_ZERO: fail rather than copy anything.
         if bio.flags & FAST_ZERO and write.gaps():
             bio.end(errnos.ENOTSUP)
             return
         self._queue.append(write)
         self._pump.run()
         if not write.has_payload_left:
-            bio.own()
+            bio.own()  # it waits for its turn, a lock or the source, longer than the payload is lent
         elif bio.borrowed:
             bio.give_away()
 
     def push_back(self) -> list[Bio]:
         """Forget, and return, the bios that have not begun, in the order they came."""
         waiting, self._waiting = self._waiting, {}
+        # Those that wait for a lock came before those that wait for their turn.
         bios = [*waiting.values(), *(write.bio for write in self._queue)]
         self._queue.clear()
+        # A discard takes no turn.
         self._nr_running -= sum(bio.op != OP_DISCARD for bio in waiting.values())
+        assert self._nr_running >= 0
         self.regions.prison.cancel(waiting)
         return bios
 
@@ -150,6 +154,7 @@ class Foreground:
             self.set_hydrated(begin, end, lambda errno: marked(cell, errno))
 
         def marked(cell: Cell, errno: int) -> None:
+            # The bits count before the destination is told: what a discarded region reads is not promised.
             if errno or not passdown:
                 ended(cell, errno)
                 return
@@ -186,7 +191,7 @@ class Foreground:
     async def _set_bits_in_turns(
         self, begin: int, end: int, done: Callable[[int], None]
     ) -> None:
-        # Every other one may be set already: that is work for each of them.
+        # Bounded by regions and not by runs: every other bit may be set already, so each costs its own work.
         at, errno = begin, 0
         try:
             while at < end and not errno:
@@ -211,6 +216,7 @@ class Foreground:
     def ended(self) -> None:
         """One write has left: the next may start."""
         self._nr_running -= 1
+        assert self._nr_running >= 0
         self._pump.run()
         self.regions.wake()
 
@@ -281,9 +287,9 @@ class RegionWrite:
         self.cell = cell
         regions = self.regions
         if regions.has_failed:
-            pass
+            pass  # nothing may be asked of the metadata; it is refused below
         elif regions.metadata.all_hydrated(self.first, self.last):
-            # Somebody else's copy or write was quicker. The lock is for who hydrates.
+            # A copy or another write was quicker. Only what hydrates needs the lock.
             regions.prison.release(cell)
             self.has_payload_left = True
             self.foreground.write_hydrated(self.bio)
@@ -291,8 +297,10 @@ class RegionWrite:
             return
         regions.nr_hydrating += self.last - self.first
         if not regions.is_writable:
+            # A commit has failed while the lock was waited for: no bit can be recorded any more.
             self._leave(errnos.EIO)
             return
+        # Asked with the lock held: nothing else hydrates these regions from here on.
         gaps = self.gaps()
         if not gaps:
             self._write_payload()
@@ -330,6 +338,7 @@ class RegionWrite:
             self.regions.note_error(self.first, self.last, self.error)
             self._leave(errnos.EIO)
             return
+        # The payload goes over what was read into its place.
         payload = self.bio.payload
         assert payload is not None
         at = self.begin - self.merged_begin
@@ -381,12 +390,14 @@ class RegionWrite:
 
     def _written(self, child: Bio) -> None:
         if child.status:
+            # The bits stay 0: the source counts, whatever has reached the destination.
             self._leave(child.status)
             return
         self.foreground.set_hydrated(self.first, self.last, self._leave)
 
     def _leave(self, errno: int) -> None:
         self.regions.nr_hydrating -= self.last - self.first
+        assert self.regions.nr_hydrating >= 0
         self.regions.prison.release(self.cell)
         self.has_payload_left = True
         if errno == 0 and self.bio.flags & FUA:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Background hydration: copies what nobody has asked for yet.
+"""Background hydration: copies regions that no client has written to, read or asked for.
 
 Theory of operation. One task looks for work, from a remembered offset on and around the end;
 each job it finds runs as a task of its own:
@@ -14,9 +14,9 @@ each job it finds runs as a task of its own:
 Nothing else writes to a run while it is locked and unhydrated, and bits are set only when
 all writes of the job have ended. A crash or an error before that costs only the work.
 
-Threshold, as the kernel counts: regions being hydrated by anybody, clients' own writes
+Threshold, as the kernel counts: all regions that are being hydrated, those of clients' own writes
 included, plus the ones that a new batch would add, do not exceed it. Threshold 0 stops the
-background. A batch is not cut short while a job of ours runs that will make more room.
+background. A batch is not cut short while another job runs that will make more room.
 
 What clients have read goes first, if `hydrate_on_read` is set: `ReadQueue`. Those regions are
 copied also when the background is not enabled, and then nothing else is.
@@ -58,9 +58,7 @@ BUSY_BYTES_MAX: Final = 1 << 20
 REST_FACTOR: Final = 3
 REST_S_MAX: Final = 0.100
 SCAN_REGIONS_MAX: Final = 1 << 25  # bits looked through between two turns of the loop
-SCAN_RUNS_MAX: Final = (
-    256  # that wait, or that somebody is at work on: a millisecond or so
-)
+SCAN_RUNS_MAX: Final = 256  # that wait, or that are locked: a millisecond or so
 ZERO_REGIONS_MAX: Final = 1 << 25
 ZERO_BYTES_SLOW_MAX: Final = 4 << 20  # where the destination must write its zeroes
 FAILED_JOBS_FREE: Final = 8  # failed in a row before hydration slows down
@@ -229,7 +227,7 @@ class Hydration:
             run = self._maybe_run(begin, end)
             if run is not None:
                 return run
-            # Hydrated, somebody is at work on it, or it has failed a moment ago.
+            # It is hydrated or locked, or it has failed a moment ago.
             self._reads.drop(begin)
         return None
 
@@ -309,6 +307,7 @@ class Hydration:
             if (bytes_max := self.rate.job_bytes_max) is not None:
                 end = min(end, begin + max(1, bytes_max >> regions.shift))
             weight = end - begin
+        # No await since `_look_for_run`: what it has found still holds.
         cell = regions.prison.maybe_lock(begin, end)
         assert cell is not None, "it was clear a moment ago"
         assert regions.metadata.none_hydrated(begin, end)
@@ -340,17 +339,19 @@ class Hydration:
     async def _job(self, cell: Cell, weight: int, pieces: list[Piece]) -> None:
         regions = self.regions
         begun_ns = self.clock.now_ns()
+        assert cell.held, "the hydrator writes to what is locked only"
         hydrated = regions.metadata.nr_hydrated
         try:
             nr_errors = len(await self.hydrator.hydrate(cell.begin, cell.end, pieces))
         finally:
             regions.nr_hydrating -= weight
             regions.prison.release(cell)
+            assert regions.nr_hydrating >= 0
         now_ns = self.clock.now_ns()
         rest_ns = min(REST_FACTOR * (now_ns - begun_ns), int(REST_S_MAX * _NS))
         self._rest_until_ns = now_ns + rest_ns
         if not nr_errors or regions.metadata.nr_hydrated > hydrated:
-            self._nr_failed_jobs = 0
+            self._nr_failed_jobs = 0  # some of it was copied: the devices are alive
             return
         self._nr_failed_jobs += 1
         doublings = self._nr_failed_jobs - FAILED_JOBS_FREE

@@ -83,7 +83,7 @@ class Hydrator:
         try:
             self.regions.set_hydrated(begin, end)
         except MetadataError:
-            return []  # whoever made it read-only has said so
+            return []  # it has become read-only, and that was logged then
         self.failures.note_success(begin, end)
         if self.regions.metadata.nr_hydrated == self.regions.nr_regions:
             self.regions.committer.start_commit()

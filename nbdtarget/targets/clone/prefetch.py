@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CACHE: hydrates its range, and ends when that is done.
+"""The NBD command CACHE: hydrates its range, and ends when that is done.
 
 Theory of operation. A CACHE is cut into steps of `STEP_BYTES` (one region at least). Requests
 take turns: the one in front makes one step and goes to the back, `STEPS_AT_ONCE_MAX` of them at a
@@ -18,7 +18,7 @@ How a CACHE ends:
                 `ERRORS_PER_JOB_MAX` failures
     EIO         the metadata went read-only meanwhile
     ESHUTDOWN   the table is being suspended, which does not wait for more than the step that is
-                under way; a client may ask again. With `noflush`, who waits for a turn
+                under way; a client may ask again. With `noflush`, a request that waits for a turn
                 is pushed back instead, and begins again
 
 Bounds: what waits here is bounded by the server's limits on requests in flight.
@@ -140,7 +140,7 @@ class CacheRequests:
         waiting = asyncio.get_running_loop().create_future()
 
         def granted(cell: Cell) -> None:
-            if waiting.done():  # cancelled: who waited has gone away
+            if waiting.done():  # it is, if this coroutine was cancelled
                 self.regions.prison.release(cell)
             else:
                 waiting.set_result(cell)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of one clone share: devices, geometry, which regions are hydrated and who is
-working on which.
+"""What the parts of one clone share: devices, geometry, which regions are hydrated, and which are locked
+for work.
 
 Offsets here are relative to the target, which is also where the bytes lie on the source and
 on the destination. The last region may be short: spans are clipped to the target's length.
@@ -70,7 +70,7 @@ class Regions:
         return begin << self.shift, min(end << self.shift, self.length)
 
     def set_hydrated(self, begin: int, end: int) -> None:
-        """The destination's copy of these regions is whole: it is what counts from here on.
+        """The destination's copy of these regions is whole: from here on it counts, and not the source.
 
         Called with the regions locked, after the last write to them has ended.
         Raises: MetadataError: read-only or failed; then nothing has changed.

@@ -12,8 +12,8 @@ Theory of operation. The target is cut into regions; metadata holds one bit for 
 it is; else a read is cut into runs, and a write is taken over by `Foreground`. When
 everything is hydrated *and committed*, all that is left of us is one attribute test.
 
-Who may touch what, and why nobody reads garbage
-------------------------------------------------
+What may touch what, and why no read returns garbage
+----------------------------------------------------
 Only what hydrates holds regions (`Prison`): copies, overwrites, discards. Reads never wait, nor do
 writes to hydrated regions, and they hold nothing, though they may be under way in a worker thread
 long after `map` returned. What could such a *plain* write collide with?
@@ -46,15 +46,15 @@ read afterwards; partial regions at either end, and a short last region, are lef
 
 A short last region that is written to its end counts as overwritten (the kernel copies it first).
 
-CACHE hydrates its range (`CacheRequests`); where nothing can be recorded any more it is only
-passed on to who holds the data.
+CACHE hydrates its range (`CacheRequests`). Where nothing can be recorded any more it is only
+passed on to the device that holds the data.
 
 Durability, and the answer to FLUSH and FUA: `nbdtarget.targets.committer`. The events: when the last
 region is durably hydrated (once), when the metadata's mode changes, when copies fail (`Hydrator`).
 
 The end. With `then_linear`, a clone that is durably hydrated asks for a `linear` on its destination in
 its place (`TargetContext.request_replacement`), after the event. It asks again when it is resumed, in
-case it was suspended in between. Whoever loads a table by hand has precedence: then nothing is
+case it was suspended in between. A table that a user loads has precedence: then nothing is
 replaced until the message `then_linear` asks once more.
 
 What a crash leaves: the bits of the last commit, and on the destination all that they vouch for.

@@ -122,7 +122,7 @@ class Log:
 
     @property
     def is_flush_due(self) -> bool:
-        """Whether too much waits for a flush that nobody has asked for."""
+        """Whether too much waits for a flush, and no FLUSH has come."""
         return self.unflushed_bytes >= UNFLUSHED_BYTES_MAX
 
     def wait_for_room(self, ready: Callable[[], None]) -> None:

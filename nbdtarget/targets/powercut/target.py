@@ -30,7 +30,7 @@ What is on the medium is safe from these cuts, flushed or not; from a real one i
 as the device below makes it: FLUSH and FUA are passed on to it. A suspend brings the whole cache
 to the medium, so that nothing is lost by a reload or a removal without a cut.
 
-A cut is told to nobody. What stands on this disk and keeps a state of its own in memory (a
+A cut is not reported to other targets. What stands on this disk and keeps a state of its own in memory (a
 clone, a mounted file system) must start anew after it, as after a real one.
 
 Everything but reads and writes of whole sectors runs one at a time, in the order in which it came. A
@@ -129,7 +129,7 @@ class PowercutTarget(Target):
             raise _error("Invalid device sector")
         sectors_max, tear_size = parse_features(args[2:])
         async with Runs(ctx, cls.type_name) as runs:
-            # What is not flushed is here only: nobody else may see the device, or write to it.
+            # What is not flushed is here only: nothing else may read the device, or write to it.
             run = await runs.open(args[0], start_sectors, ctx.length, shared=False)
             return cls(ctx, run, sectors_max, tear_size)
 

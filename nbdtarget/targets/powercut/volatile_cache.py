@@ -100,7 +100,9 @@ class VolatileCache:
     def __init__(self) -> None:
         self.pending: list[PendingWrite] = []
         self.nr_sectors = 0
-        self._newest: dict[int, PendingWrite] = {}  # sector -> who wrote it last
+        self._newest: dict[
+            int, PendingWrite
+        ] = {}  # sector -> the write that wrote it last
         self._seq = 0
 
     @property
