@@ -90,6 +90,7 @@ class MappedDevice(HasFastPath):
         failure: why it has no table although it is meant to have one, or "". Nothing is decided by it
             once there is a table.
         is_uncommitted: it has been removed, and what had ended could not be flushed before.
+        has_lost_writes: it has been removed, and its table had lost writes (`Table.has_lost_writes`).
     """
 
     fails_inline = True  # what `map` kills ends at once
@@ -125,6 +126,7 @@ class MappedDevice(HasFastPath):
         self.said_rotational: bool | None = None
         self.failure = ""
         self.is_uncommitted = False
+        self.has_lost_writes = False
         self._unused = unused
         self._verbs = asyncio.Lock()
         self._last_commit: asyncio.Task[None] | None = None  # of a suspend with a bound
@@ -431,7 +433,7 @@ class MappedDevice(HasFastPath):
 
     def _swap_loses(self, old: Table, new: Table) -> bool:
         """Whether writes that have ended under `old` are reached by no FLUSH any more."""
-        if old.failed or any(target.has_lost_writes() for target in old.targets):
+        if old.has_lost_writes():
             return True
         if self.is_flushed or old.read_only:
             return False
@@ -543,6 +545,7 @@ class MappedDevice(HasFastPath):
                 or not self.active.data_devices()
             )
             active, self._path.table = self.active, None
+            self.has_lost_writes = active is not None and active.has_lost_writes()
             inactive, self.inactive = self.inactive, None
             for table in (active, inactive):
                 if table is not None:

@@ -188,6 +188,10 @@ class Table:
         assert 0 <= offset < self.size
         return self.targets[bisect_right(self.begins, offset) - 1]
 
+    def has_lost_writes(self) -> bool:
+        """Whether it has failed, or a target has lost writes (`Target.has_lost_writes`)."""
+        return self.failed or any(each.has_lost_writes() for each in self.targets)
+
     def maybe_target_of(self, context: TargetContext) -> Target | None:
         """The target that was constructed with `context`, if it is ours."""
         return next((each for each in self.targets if each.ctx is context), None)

@@ -38,7 +38,7 @@ from nbdtarget.daemon.daemon import (
     passed_sockets,
 )
 from nbdtarget.devices import resolve
-from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.table import Table
 from nbdtarget.server.address import parse_address
 
@@ -255,7 +255,11 @@ class Job(Generic[P]):
 
 
 def _has_lost_any(device: MappedDevice, table: Table) -> bool:
-    """Whether the last flush or commit of a closed device has failed. The log says why."""
-    if table.failed or any(target.has_lost_writes() for target in table.targets):
+    """Whether the last flush or commit of a device has failed. The log says why.
+
+    Args: table: its last one. The targets of a removed device answer nothing any more.
+    """
+    is_removed = device.state is State.REMOVED
+    if device.has_lost_writes or (not is_removed and table.has_lost_writes()):
         return True
     return not (table.read_only or device.is_flushed)
