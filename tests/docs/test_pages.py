@@ -76,6 +76,16 @@ def test_modules_and_functions_that_a_page_names_exist(page: str) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_make_has_what_a_page_tells_to_make(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    wanted = set(
+        re.findall(r"(?:`|^    )make ([a-z][a-z-]*)", text_of(page), re.MULTILINE)
+    )
+    made = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    assert wanted - made == set()
+
+
 def test_is_there_tells_what_is_there_from_what_is_not() -> None:
     assert is_there("nbdtarget.bio")
     assert is_there("nbdtarget.bio.Bio.own")
