@@ -6,13 +6,14 @@ It adds to a counter and says where the bio goes. The mapped device then sends i
 that fails is counted by a hook, which runs when the bio ends.
 
     status    <reads> <writes> <others> <failed>
-    message   reset     set all four counters to 0
+    message   reset
 """
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, Bio
-from nbdtarget.common.errors import ConstructorError, TableError
+from nbdtarget.common.errors import ConstructorError
 from nbdtarget.targets.arguments import Run, Runs, parse_sectors
 from nbdtarget.targets.base import REMAPPED, StatusFields, TargetContext
 from nbdtarget.targets.run import RunTarget
@@ -23,6 +24,7 @@ __all__ = ["CountTarget"]
 class CountTarget(RunTarget):
     type_name = "count"
     version = (1, 0, 0)
+    messages = MappingProxyType({"reset": "Set all four counters to 0."})
 
     def __init__(self, ctx: TargetContext, run: Run) -> None:
         super().__init__(ctx, run)
@@ -71,6 +73,6 @@ class CountTarget(RunTarget):
 
     async def message(self, words: Sequence[str]) -> str | None:
         if list(words) != ["reset"]:
-            raise TableError("the only message is: reset")
+            raise self.unknown_message(words)
         self._reads = self._writes = self._others = self._failed = 0
         return None
