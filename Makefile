@@ -4,6 +4,9 @@
 PYTHON ?= python3
 # Processes that `make test` runs in.
 JOBS ?= auto
+# Branch coverage in percent that `make test` asks for. These figures may only grow.
+COVERAGE_PROTOCOL := 100
+COVERAGE_METADATA := 98.5
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
 
@@ -14,7 +17,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz rot lock wheel clean hit-ratio attack docs docs-reference help
+.PHONY: run check test suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz rot lock wheel clean hit-ratio attack docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -76,9 +79,24 @@ check: .venv/dev.stamp
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+SUITE := $(BIN)/python -m pytest -q --numprocesses=$(JOBS) --dist=worksteal
+
+# With ARGS: only what they choose, and nothing is measured.
 test: .venv/dev.stamp
 	@scripts/install-clients
-	@$(BIN)/python -m pytest -q --numprocesses=$(JOBS) --dist=loadfile $(ARGS)
+ifdef ARGS
+	@$(SUITE) $(ARGS)
+else
+	@$(MAKE) --no-print-directory --jobs=2 suite measured
+endif
+
+suite: .venv/dev.stamp
+	@$(SUITE) -m 'not measured'
+
+# Beside the suite and in one process: the quick tests of protocol/ and metadata/, which the
+# suite leaves out.
+measured: .venv/dev.stamp
+	@scripts/measured-tests $(COVERAGE_PROTOCOL) $(COVERAGE_METADATA)
 
 # ---- on demand ---------------------------------------------------------------------------
 
@@ -165,5 +183,5 @@ lock: | $(BIN)/python
 
 clean:
 	@rm -rf build dist run .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	@rm -f bench-*.json
+	@rm -f bench-*.json .coverage
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

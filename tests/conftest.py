@@ -10,6 +10,17 @@ from pathlib import Path
 
 import pytest
 
+MEASURED = ("protocol", "metadata")  # folders whose quick tests measure coverage
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test` runs under coverage, and not with the rest of the suite."""
+    root = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(root).parts[0]
+        if folder in MEASURED and item.get_closest_marker("slow") is None:
+            item.add_marker("measured")
+
 
 def pytest_collection_finish() -> None:
     """Leave thousands of modules, tests and parameters out of each garbage collection: a tenth faster."""

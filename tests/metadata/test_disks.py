@@ -96,7 +96,7 @@ TABLE = [
     (RECORDED, file("/n", ELSEWHERE, mark=mark(1)), None, SAME, "mark"),
     (MARKED, file(mark=mark(7, FOREIGN)), None, OTHER, "other metadata"),
     (MARKED, file(mark=mark(10)), None, OTHER, "10, the metadata only of 9"),
-    (MARKED, file(mark=mark(4)), None, OTHER, "at 5: it comes from an older"),
+    (MARKED, file(mark=mark(4)), None, OTHER, "at 5: the disk comes from an older"),
     # One that has lost it is a copy or another disk, also in the same place: inodes are used again.
     (MARKED, file(), None, MOVED, "no mark"),
     (MARKED, file(), False, OTHER, "its content differs"),

@@ -8,6 +8,7 @@ whole messages, cut, mixed and with bytes changed.
 from contextlib import suppress
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +58,8 @@ from tests.support.protocol_feed import (
     OneExport,
     client,
 )
+
+pytestmark = pytest.mark.slow
 
 U16S = st.integers(0, 3) | st.integers(0, 0xFFFF)
 U32S = st.integers(0, 40) | st.integers(0, 0xFFFFFFFF)

@@ -412,6 +412,52 @@ def test_fail_all_ends_the_connection_without_an_error_before() -> None:
         transmission.request(*WRITE)
 
 
+# Requests that are given up, and replies that come all the same.
+
+
+def test_buffer_of_an_abandoned_read_is_not_written_to() -> None:
+    transmission = ClientTransmission(SIMPLE)
+    memory = bytearray(1024)
+    mine = object()
+    transmission.request(*READ, memoryview(memory), private=mine)
+    transmission.request(*WRITE, private=mine)
+    [given_up] = transmission.abandon(EIO, lambda each: each.command == CMD_READ)
+    assert (given_up.cookie, given_up.error, given_up.private) == (1, EIO, mine)
+    late, other = transmission.receive_data(
+        simple_reply(0, 1) + DATA + simple_reply(0, 2)
+    )
+    assert (late.cookie, late.private) == (1, None)
+    assert (other.cookie, other.private) == (2, mine)
+    assert memory == bytes(1024)
+
+
+def test_read_may_be_abandoned_in_the_middle_of_its_payload() -> None:
+    transmission = ClientTransmission(SIMPLE)
+    memory = bytearray(1024)
+    transmission.request(*READ, memoryview(memory))
+    assert transmission.receive_data(simple_reply(0, 1) + DATA[:100]) == []
+    assert len(transmission.abandon(EIO, lambda _: True)) == 1
+    [late] = transmission.receive_data(DATA[100:])
+    assert (late.cookie, late.private) == (1, None)
+    assert memory == DATA[:100] + bytes(924)
+
+
+def test_abandoned_block_status_is_parsed_to_its_end() -> None:
+    transmission = client(STRUCTURED, [STATUS, WRITE])
+    reply = block_status(3, 1, [(1024, 0)], True)
+    assert transmission.receive_data(reply[:-4]) == []
+    [given_up] = transmission.abandon(EIO, lambda each: each.cookie == 3)
+    assert given_up.error == EIO
+    completed = transmission.receive_data(reply[-4:] + simple_reply(0, 2))
+    assert [each.cookie for each in completed] == [3, 2]
+
+
+def test_forgotten_request_is_no_longer_in_flight() -> None:
+    transmission = client(SIMPLE, [READ, WRITE])
+    transmission.forget([1])
+    assert [each.cookie for each in transmission.fail_all(EIO)] == [2]
+
+
 # Where bytes are received to.
 
 

@@ -338,6 +338,7 @@ def test_clip_extents(
     assert clip_extents(extents, 100, req_one=req_one) == expected
 
 
+@pytest.mark.slow
 def test_clip_extents_stops_at_2_to_the_20() -> None:
     extents = ((1, i & 1) for i in range(1 << 40))  # endless, as far as a test goes
     clipped = clip_extents(extents, (1 << 32) - 1, req_one=False)

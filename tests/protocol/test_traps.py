@@ -533,6 +533,7 @@ def test_trap_32_descriptors_are_empty_unmerged_or_too_long() -> None:
     assert clip_extents([(1 << 40, 3)], UINT32_MAX, req_one=False) == [(UINT32_MAX, 3)]
 
 
+@pytest.mark.slow
 def test_trap_32_descriptors_are_off_by_one_or_overflow() -> None:
     extents = ((1, i & 1) for i in range((1 << 20) + 1))
     clipped = clip_extents(extents, UINT32_MAX, req_one=False)

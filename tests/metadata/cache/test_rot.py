@@ -31,6 +31,8 @@ from tests.support.metadata.damage import (
     superblock_lengths,
 )
 
+pytestmark = pytest.mark.slow
+
 EVERY_BIT = {"shut_down", "torn_start", "shrunk"}
 
 each_age = pytest.mark.parametrize("name", cache_ages())

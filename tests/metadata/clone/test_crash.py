@@ -26,7 +26,7 @@ from tests.support.metadata.clone_workload import (
 )
 from tests.support.metadata.store import Store, cut, drive
 
-pytestmark = pytest.mark.usefixtures("small_chunks")
+pytestmark = [pytest.mark.usefixtures("small_chunks"), pytest.mark.slow]
 
 SEEDS = range(4)
 NR_EVENTS = 800
@@ -68,9 +68,13 @@ DRIVER_MUTANTS = {
 }
 
 
-def is_caught(mutant: Mutant | None = None) -> bool:
+# A seed that notices a bug which most others do not: it is tried first, to save time.
+FIRST_SEEDS = {"opened without a flush": 15}
+
+
+def is_caught(mutant: Mutant | None = None, first: int = 0) -> bool:
     """Tell whether some seed notices; any exception will do, an oracle's or the code's."""
-    for seed in MUTANT_SEEDS:
+    for seed in (first, *MUTANT_SEEDS):
         try:
             World(seed, mutant, lazy=bool(seed % 2)).run(NR_EVENTS)
         except (AssertionError, MetadataError):
@@ -80,7 +84,7 @@ def is_caught(mutant: Mutant | None = None) -> bool:
 
 @pytest.mark.parametrize("name", DRIVER_MUTANTS)
 def test_driver_mutant_is_caught(name: str) -> None:
-    assert is_caught(DRIVER_MUTANTS[name])
+    assert is_caught(DRIVER_MUTANTS[name], FIRST_SEEDS.get(name, 0))
 
 
 # Formatting

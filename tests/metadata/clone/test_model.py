@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -148,7 +149,7 @@ class CloneModel(RuleBasedStateMachine):
             assert report.nr_hydrated == len(self.committed)
 
 
-TestCloneModel = CloneModel.TestCase
+TestCloneModel = pytest.mark.slow(CloneModel.TestCase)
 TestCloneModel.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
 )

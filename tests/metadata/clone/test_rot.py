@@ -37,6 +37,8 @@ from tests.support.metadata.report import check
 from tests.support.metadata.small_clone import commit
 from tests.support.metadata.store import Store, drive
 
+pytestmark = pytest.mark.slow
+
 each_age = pytest.mark.parametrize("name", ages())
 
 

@@ -31,6 +31,8 @@ from nbdtarget_metadata.tools.clone_check import CLONE_CHECKS
 from tests.support.metadata.small_clone import SIZE, commit, format_on, open_on
 from tests.support.metadata.store import Store, Ticket, cut, drive
 
+pytestmark = pytest.mark.slow
+
 N = 4  # the generation under way: slot 0
 BLOCKS = range(SUPERBLOCK_BLOCKS)
 GARBAGE = b"\xa5" * BLOCK_SIZE

@@ -183,6 +183,7 @@ def test_number_of_a_cache_block_makes_no_room_before_it_is_believed() -> None:
         parsed(changed('[3, 3, "clean"', f'[{(1 << 31) - 1}, 3, "clean"'))
 
 
+@pytest.mark.slow
 def test_no_bytes_do_more_than_be_refused() -> None:
     data = SMALL_TEXT.encode()
     refusals = set()

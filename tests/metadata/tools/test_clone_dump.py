@@ -176,6 +176,7 @@ def test_bad_dump_is_told_with_its_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_no_bytes_do_more_than_be_refused() -> None:
     data = SMALL_TEXT.encode()
     for at in range(len(data)):

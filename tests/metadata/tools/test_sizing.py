@@ -63,7 +63,9 @@ def test_region_sizes_are_the_kernels(region_size: int, fault: str) -> None:
     assert bool(fault) == bool(region_size_fault(region_size))
 
 
-@pytest.mark.parametrize("nr_cblocks", [1, 8, 1000, 65_025, 5_000_000])
+@pytest.mark.parametrize(
+    "nr_cblocks", [1, 8, 1000, 65_025, pytest.param(5_000_000, marks=pytest.mark.slow)]
+)
 def test_smallest_of_a_cache_is_what_formatting_takes(nr_cblocks: int) -> None:
     sizes = cache_sizes(nr_cblocks)
     assert sizes.smallest < sizes.preferred
