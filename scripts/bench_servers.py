@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from nbdtarget.common.units import SECTOR
-from nbdtarget.devices.file.device import WRITE_PIECE
+from nbdtarget.devices.file.pieces import WRITE_PIECE
 from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
 
 __all__ = [

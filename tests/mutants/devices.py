@@ -22,11 +22,11 @@ DEVICES: Final = (
     Mutant(
         "latch-forgotten-after-a-failed-fsync",
         "The fsync after a failed one succeeds: the kernel has dropped the pages by then.",
-        "nbdtarget.devices.file.device:FileDevice._latch",
+        "nbdtarget.devices.file.sync:Syncs.latch",
         (
             (
-                "        self._is_latched = True\n",
-                "        self._is_latched = False\n",
+                "        self.is_latched = True\n",
+                "        self.is_latched = False\n",
             ),
         ),
         FILE,
@@ -34,11 +34,11 @@ DEVICES: Final = (
     Mutant(
         "fsync-result-ignored",
         "fdatasync fails, and FLUSH succeeds.",
-        "nbdtarget.devices.file.device:FileDevice._flush_done",
+        "nbdtarget.devices.file.sync:Syncs._flush_done",
         (
             (
-                "self._sync_done(sync, status)\n        self._start_flush()",
-                "self._sync_done(sync, 0)\n        self._start_flush()",
+                "self.done(sync, status)\n        self._start_flush()",
+                "self.done(sync, 0)\n        self._start_flush()",
             ),
         ),
         FILE,
@@ -46,7 +46,7 @@ DEVICES: Final = (
     Mutant(
         "fdatasync-not-called",
         "FLUSH asks nothing of the kernel: a power cut takes what it acknowledged.",
-        "nbdtarget.devices.file.device:FileDevice._fdatasync",
+        "nbdtarget.devices.file.sync:Syncs._fdatasync",
         (("        os.fdatasync(self._fd)\n", ""),),
         FILE,
     ),
@@ -73,20 +73,20 @@ DEVICES: Final = (
         "fua-of-zeroes-not-synced",
         "FUA on WRITE_ZEROES or DISCARD is forgotten.",
         "nbdtarget.devices.file.device:FileDevice._space_job",
-        (("sync = _Sync([bio]) if bio.flags & FUA else None", "sync = None"),),
+        (("if bio.flags & FUA:", "if False:"),),
         FILE,
     ),
     Mutant(
         "file-flush-rides-on-the-running-one",
         "A FLUSH that comes while fdatasync runs ends with it, for pages it has passed.",
-        "nbdtarget.devices.file.device:FileDevice._flush_done",
+        "nbdtarget.devices.file.sync:Syncs._flush_done",
         (
             (
-                "        self._flush_runs = False\n        self._sync_done",
+                "        self._flush_runs = False\n        self.done",
                 "        self._flush_runs = False\n"
                 "        sync.bios += self._flush_waiting\n"
                 "        self._flush_waiting = []\n"
-                "        self._sync_done",
+                "        self.done",
             ),
         ),
         FILE,
@@ -94,18 +94,18 @@ DEVICES: Final = (
     Mutant(
         "overlapping-sync-not-waited-for",
         "The kernel tells a lost page to one sync, and another that overlaps it succeeds.",
-        "nbdtarget.devices.file.device:FileDevice._sync_done",
-        (("sync.left = len(self._syncs)", "sync.left = 0"),),
+        "nbdtarget.devices.file.sync:Syncs.done",
+        (("sync.left = len(self._running)", "sync.left = 0"),),
         FILE,
     ),
     Mutant(
         "failed-write-does-not-latch",
         "A write to the disk has failed, and a later FLUSH succeeds all the same.",
-        "nbdtarget.devices.file.device:FileDevice._write_failed",
+        "nbdtarget.devices.file.sync:Syncs.write_failed",
         (
             (
-                "        if bio.op != OP_DISCARD and status not in self._nothing_lost:\n"
-                "            self._latch(OP_NAMES[bio.op], status)\n",
+                "        if bio.op != OP_DISCARD and not self._has_lost_nothing(status):\n"
+                "            self.latch(OP_NAMES[bio.op], status)\n",
                 "",
             ),
         ),
@@ -114,11 +114,11 @@ DEVICES: Final = (
     Mutant(
         "failed-discard-latches",
         "One TRIM that the disk refuses makes each later FLUSH fail.",
-        "nbdtarget.devices.file.device:FileDevice._write_failed",
+        "nbdtarget.devices.file.sync:Syncs.write_failed",
         (
             (
-                "if bio.op != OP_DISCARD and status not in self._nothing_lost:",
-                "if status not in self._nothing_lost:",
+                "if bio.op != OP_DISCARD and not self._has_lost_nothing(status):",
+                "if not self._has_lost_nothing(status):",
             ),
         ),
         FILE_HEALTH,
@@ -153,7 +153,12 @@ DEVICES: Final = (
         "failed-writeback-does-not-latch",
         "Pages that background writeback has lost are acknowledged by the next FLUSH.",
         "nbdtarget.devices.file.device:FileDevice._write_back",
-        (('            self._latch("writeback", status)\n', "            pass\n"),),
+        (
+            (
+                '            self._syncs.latch("writeback", status)\n',
+                "            pass\n",
+            ),
+        ),
         FILE,
     ),
     Mutant(

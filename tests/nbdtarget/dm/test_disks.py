@@ -14,7 +14,7 @@ import pytest
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.permissions import MOVED, Permission
 from nbdtarget.devices import identity, resolve
-from nbdtarget.devices.file import identity as file_identity
+from nbdtarget.devices.file import device as file_device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget_metadata.clone.metadata import CloneMetadata
@@ -469,7 +469,7 @@ async def test_time_that_a_power_cut_may_take_back_is_not_recorded(
 ) -> None:
     await site.half_cloned()
     assert site.recorded("clone.meta", "destination").mtime_ns
-    for module in (identity, file_identity):
+    for module in (identity, file_device):
         monkeypatch.setattr(module, "sync_attributes_fd", lambda fd: False)
     await site.started(site.clone())
     assert site.recorded("clone.meta", "destination").mtime_ns == 0

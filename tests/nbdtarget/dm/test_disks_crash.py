@@ -14,7 +14,7 @@ import pytest
 from nbdtarget.common.errors import ConstructorError
 from nbdtarget.devices import identity
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.file import identity as file_identity
+from nbdtarget.devices.file import device as file_device
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.disks import Mark
 from nbdtarget_metadata.operations import Answer, Operation, Write
@@ -43,7 +43,7 @@ class Camera:
             return is_marked
 
         patch.setattr(metadata_io, "_carry_out", carry_out_and_look)
-        patch.setattr(file_identity, "mark_fd", mark_and_look)
+        patch.setattr(file_device, "mark_fd", mark_and_look)
 
     def shoot(self, what: str) -> None:
         if not self.is_on:

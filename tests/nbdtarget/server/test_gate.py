@@ -13,6 +13,8 @@ import pytest
 
 from nbdtarget.bio import OP_WRITE, Bio
 from nbdtarget.devices import resolve
+from nbdtarget.devices.file import device as file_device
+from nbdtarget.devices.file import pieces
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.registry import Registry
@@ -250,14 +252,13 @@ async def test_large_write_of_a_dead_connection_to_a_file(
     device = await open_device(str(tmp_path / "f"))
     assert isinstance(device, FileDevice)
     go, has_begun = threading.Event(), threading.Event()
-    write_rest = device._write_rest
 
     def slow(*args: object) -> int:
         has_begun.set()
         go.wait(10)
-        return write_rest(*args)  # type: ignore[arg-type]  # passed on as they came
+        return pieces.write_rest(*args)  # type: ignore[arg-type]  # passed on as they came
 
-    monkeypatch.setattr(device, "_write_rest", slow)
+    monkeypatch.setattr(file_device, "write_rest", slow)
     listener = Listener(Directory({"disk": device}), limits=Limits())
     await listener.start(f"unix:{tmp_path}/s")
     peer = await Peer.connect(tmp_path / "s")

@@ -30,8 +30,9 @@ from nbdtarget.bio import (
 from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_HOLE, EXTENT_ZERO, Device, Extent
 from nbdtarget.devices.file import device as file_module
-from nbdtarget.devices.file import syscalls
+from nbdtarget.devices.file import extents, space, syscalls
 from nbdtarget.devices.file.device import FileDevice
+from nbdtarget.devices.file.pieces import WRITE_PIECE
 from nbdtarget.devices.resolve import create_device, open_device
 from tests.support.file_device import SIZE, Syncs, bio_of, ended, until
 
@@ -198,7 +199,7 @@ async def test_extents_of_a_sparse_file(device: Device) -> None:
 async def test_extents_are_bounded(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_module, "EXTENTS_MAX", 3)
+    monkeypatch.setattr(extents, "EXTENTS_MAX", 3)
     for nr in range(4):
         await device.write(nr << 16, b"x" * 4096)
     found = await device.extents(0, SIZE)
@@ -252,8 +253,8 @@ async def test_zeroes_are_written_where_fallocate_is_not_supported(
     def allocate(*_: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
-    monkeypatch.setattr(file_module, "allocate", allocate)
-    monkeypatch.setattr(file_module, "ZEROES", bytes(1000))
+    monkeypatch.setattr(space, "allocate", allocate)
+    monkeypatch.setattr(space, "ZEROES", bytes(1000))
     await device.write(0, b"x" * 8192)
     await device.write_zeroes(10, 5000)
     expected = b"x" * 10 + bytes(5000) + b"x" * 3182
@@ -273,7 +274,7 @@ async def test_no_write_is_inline_while_space_is_freed(
         gate.wait()
         allocate(*args)
 
-    monkeypatch.setattr(file_module, "allocate", gated)
+    monkeypatch.setattr(space, "allocate", gated)
     zero = bio_of(OP_WRITE_ZEROES, 0, 4096)
     write = Bio(OP_WRITE, 8192, 1, memoryview(b"x"), 0, lambda _: None)
     device.submit(zero)
@@ -509,7 +510,7 @@ async def test_inline_write_that_is_cut_short_between_pieces_is_finished(
     content = random.Random(1).randbytes(file_module.INLINE_WRITE_MAX)
     device = await create_device(str(tmp_path / "disk"), len(content))
     await device.write(0, content)
-    assert calls == [file_module.WRITE_PIECE] * 2
+    assert calls == [WRITE_PIECE] * 2
     assert bytes(await device.read(0, len(content))) == content
     await device.close()
 

@@ -12,6 +12,7 @@ from nbdtarget.bio import FUA, OP_DISCARD
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.file import device as file_module
+from nbdtarget.devices.file import space
 from nbdtarget.devices.health import HealthState
 from nbdtarget.devices.resolve import create_device
 from tests.support.file_device import SIZE, Syncs, bio_of, ended
@@ -37,7 +38,7 @@ async def test_a_discard_that_fails_fails_alone(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(file_module, "allocate", fail)
+        patch.setattr(space, "allocate", fail)
         bio = bio_of(OP_DISCARD, 0, 4096, flags)
         device.submit(bio)
         assert await ended(bio) == [errno.EIO]

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a payload to a file in pieces, in a worker."""
+
+import errno as errnos
+import os
+from typing import Final
+
+__all__ = ["WRITE_PIECE", "write_rest"]
+
+# Large writes go to the page cache in such pieces. ext4 (6.16 and later) makes folios as large as the
+# write that fills them, and each later small write to a folio pays for its size: 4 KiB rewrites of a
+# file that was written in 1 MiB pieces took 4.6 us and more, of one in 64 KiB pieces 3.8, in 4 KiB
+# pieces 2.0; filling it is not slower at 64 KiB. A clone is first hydrated, then written at random.
+WRITE_PIECE: Final = 64 << 10
+
+
+def write_rest(
+    fd: int, payload: memoryview, offset: int, put: int, flags: int = 0
+) -> int:
+    """Write what is left of `payload`, of which `put` bytes are written, and return an errno or 0. Raises: OSError.
+
+    Args:
+        offset: of the whole payload in the file.
+        flags: RWF_DSYNC or 0.
+    """
+    # What is made durable by the same call goes in one piece: each piece would wait for the disk.
+    piece = len(payload) if flags else WRITE_PIECE
+    while put < len(payload):
+        part = payload[put : put + piece]
+        more = os.pwritev(fd, (part,), offset + put, flags)
+        if more == 0:
+            return errnos.EIO
+        put += more
+    return 0
