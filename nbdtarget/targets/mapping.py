@@ -18,7 +18,7 @@ the two share no step.
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Final, Generic, Protocol, TypeVar
 
 from nbdtarget.bio import Bio
 from nbdtarget.common.words import join_words
@@ -28,7 +28,9 @@ from nbdtarget.targets.committer import Committable, Committer
 from nbdtarget.targets.disks import DiskRecords
 from nbdtarget_metadata.mode import Mode
 
-__all__ = ["MappingTarget"]
+__all__ = ["METADATA_BLOCK_SECTORS", "MappingTarget"]
+
+METADATA_BLOCK_SECTORS: Final = 8  # as a status line shows it
 
 log = logging.getLogger(__name__)
 

@@ -142,6 +142,7 @@ class BadBlocks:
                 or metadata.dirty[cblock]
             ):
                 return False
+            assert lock.held, "no write may go to a block that is being removed"
             metadata.remove(cblock)
             if await blocks.committer.commit():
                 unread: asyncio.Future[BlockLock]

@@ -200,6 +200,7 @@ class CachedWrites:
 
     def _write_through(self, write: CachedWrite) -> None:
         """Send a held write to both devices."""
+        assert write.is_held, "a promotion or demotion must wait for both halves"
         bio, oblock, cblock = write.bio, write.oblock, write.cblock
         self._blocks.metadata.begin_write_through(cblock)
         self._blocks.origin_writes.nr_sent += 1

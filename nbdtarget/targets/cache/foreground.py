@@ -245,6 +245,7 @@ class Foreground:
             bio.own()  # the lock waits for older writes, longer than the payload is lent
 
     def _overwrite_locked(self, bio: Bio, work: Work, lock: BlockLock) -> None:
+        assert lock.held
         blocks = self._blocks
         is_whole = bio.length == blocks.block_size
         # While we waited for older writes, one may have cleared the discard bit.
@@ -306,6 +307,9 @@ class Foreground:
         blocks.unlock(lock)
 
     def _overwritten(self, bio: Bio, work: Work, lock: BlockLock, child: Bio) -> None:
+        assert lock.held, (
+            "the block must not be mapped while its cache block is written"
+        )
         blocks = self._blocks
         errno = 0
         if child.status:

@@ -263,6 +263,8 @@ class Migrations:
 
     async def _migrate(self, work: Work, lock: BlockLock) -> None:
         """Carry out a migration of the policy's; the block is locked."""
+        assert lock.held
+        assert lock.begin == work.oblock
         blocks = self._blocks
         success = False
         try:
@@ -405,6 +407,7 @@ class Migrations:
         self.wake()
 
     async def _sweep_block(self, oblock: int, cblock: int, lock: BlockLock) -> None:
+        assert lock.held
         blocks = self._blocks
         try:
             if blocks.is_writable:

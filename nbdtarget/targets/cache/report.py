@@ -10,18 +10,16 @@ table that was never resumed, or was refused, knows of no blocks, hence of no di
 """
 
 from collections.abc import Iterable
-from typing import Final
 
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
+from nbdtarget.targets.mapping import METADATA_BLOCK_SECTORS
 from nbdtarget.targets.measured import yes_or_no
 
 __all__ = ["measured_pairs", "status_fields", "status_line"]
-
-METADATA_BLOCK_SECTORS: Final = 8
 
 
 def status_line(blocks: Blocks, *, discard_passdown: bool) -> str:

@@ -14,10 +14,10 @@ from nbdtarget.targets.clone.hydration import Hydration
 from nbdtarget.targets.clone.hydrator import Hydrator
 from nbdtarget.targets.clone.regions import Regions
 from nbdtarget.targets.clone.table import Options
+from nbdtarget.targets.mapping import METADATA_BLOCK_SECTORS
 
 __all__ = ["status_fields", "status_line"]
 
-METADATA_BLOCK_SECTORS: Final = 8
 _DEFAULTS: Final = Options()
 
 
