@@ -60,7 +60,7 @@ def test_quiet_prints_nothing(tool: Tool, name: str) -> None:
 # info, check
 
 
-def test_info_to_the_blank(tool: Tool) -> None:
+def test_info_exactly(tool: Tool) -> None:
     out, err = tool("info", tool.file(IMAGE))
     assert err == ""
     size = CacheMetadata.device_size_min(NR_CBLOCKS)
@@ -142,7 +142,7 @@ def test_healthy_metadata_is_identical_after_all_options(tool: Tool, life: str) 
     assert os.stat(path).st_mtime_ns == before
 
 
-def test_damage_is_told_and_left_alone(tool: Tool) -> None:
+def test_damage_is_reported_and_left_alone(tool: Tool) -> None:
     path = tool.file(DAMAGED)
     out, err = tool("check", path, "--auto-repair", status=1)
     assert "cache metadata is damaged" in out
@@ -276,7 +276,7 @@ def test_xml_wants_the_size_of_the_origin_and_json_does_not(tool: Tool) -> None:
     assert not os.path.exists(output)
 
 
-def test_dirty_bits_are_for_xml_to_trust(tool: Tool) -> None:
+def test_trust_dirty_is_refused_for_a_dump_in_json(tool: Tool) -> None:
     output = str(tool.directory / "new")
     dump = tool.file(DUMP.encode(), "dump")
     line = tool.fails("restore", "-i", dump, "-o", output, "--trust-dirty")
@@ -292,7 +292,7 @@ def test_xml_without_its_dirty_bits(tool: Tool, words: list[str]) -> None:
     assert content_of(Path(output).read_bytes()).dirty.count() == 11
 
 
-def test_xml_of_what_it_has_no_words_for_is_refused(tool: Tool) -> None:
+def test_xml_of_what_xml_cannot_express_is_refused(tool: Tool) -> None:
     from tests.support.metadata.clone_images import ages
 
     clone = tool.file(ages()["commits"].image)
@@ -345,7 +345,7 @@ def test_repair_that_loses_something_wants_force(tool: Tool) -> None:
     assert Path(path).read_bytes() == DAMAGED
 
 
-def test_doubtful_mappings_are_told_and_marked(tool: Tool) -> None:
+def test_doubtful_mappings_are_reported_and_marked(tool: Tool) -> None:
     path = tool.file(rot(lives()["journal"].image, journal_blocks("journal")[-1]))
     text, err = tool("dump", path, "--repair")
     assert "may hold other origin blocks by now" in err
@@ -389,7 +389,7 @@ def test_repair_into_its_input_is_refused(tool: Tool) -> None:
         (["--nr-blocks", "40", "--smallest", "-u", "b", "-n"], "196608"),
     ],
 )
-def test_size_to_the_blank(tool: Tool, argv: list[str], out: str) -> None:
+def test_size_exactly(tool: Tool, argv: list[str], out: str) -> None:
     assert tool("size", *argv) == (out + "\n", "")
 
 

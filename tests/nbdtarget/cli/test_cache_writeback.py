@@ -46,7 +46,7 @@ class Files:
 
 
 @pytest.mark.parametrize("life", ["clean", "journal", "logged", "compacted_clean"])
-def test_dirty_blocks_go_home(tool: Tool, life: str) -> None:
+def test_dirty_blocks_are_written_back(tool: Tool, life: str) -> None:
     files = Files(tool, life)
     nr = lives()[life].content.dirty.count()
     out, err = tool(*files.argv)
@@ -165,7 +165,7 @@ def bad_cache_block(monkeypatch: pytest.MonkeyPatch, tool: Tool) -> int:
     return cblock
 
 
-def test_block_that_was_not_copied_is_told_and_stays_dirty(
+def test_block_that_was_not_copied_is_reported_and_stays_dirty(
     tool: Tool, bad_cache_block: int
 ) -> None:
     files = Files(tool)

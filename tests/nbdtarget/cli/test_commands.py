@@ -239,9 +239,7 @@ def test_info_of_other_states(cli: CommandLine) -> None:
     assert "blkdevname" in cli("info", "-c", "-o", "help")
 
 
-def test_what_clients_are_told_of_seeking_can_be_said(
-    cli: CommandLine, registry: Registry
-) -> None:
+def test_rotational_can_be_set(cli: CommandLine, registry: Registry) -> None:
     cli("create", "x", "--rotational", "--table", "0 8 linear /a 0")
     cli("create", "y", "--no-rotational", "--table", "0 8 linear /b 0")
     cli("create", "z", "--table", "0 8 linear /c 0")
@@ -259,7 +257,7 @@ def test_what_clients_are_told_of_seeking_can_be_said(
     )
 
 
-def test_latched_lost_and_failing_devices_below_are_shown(
+def test_latched_lost_and_failing_disks_below_are_shown(
     cli: CommandLine, registry: Registry
 ) -> None:
     cli("create", "low", "--table", "0 8 linear /a 0\n8 8 linear /b 0")
@@ -350,7 +348,7 @@ def test_verbs_that_print_nothing(cli: CommandLine) -> None:
     assert cli("ls") == "No devices found\n"
 
 
-def test_remove_all_names_what_it_leaves(
+def test_remove_all_names_the_devices_that_stay(
     cli: CommandLine, registry: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli("create", "x", "--table", "0 8 zero")
@@ -378,7 +376,7 @@ def test_table_from_what_is_not_a_table(
 
 
 @pytest.mark.usefixtures("registry")
-def test_version_tells_of_the_server(cli: CommandLine) -> None:
+def test_version_of_the_server(cli: CommandLine) -> None:
     lines = cli("version").splitlines()
     assert lines[0].startswith("nbdtarget version: ")
     assert lines[1].startswith("Server version: ")

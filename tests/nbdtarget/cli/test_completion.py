@@ -82,7 +82,7 @@ def test_zsh_and_fish_complete_names_of_devices() -> None:
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_script_asks_the_program(cli: CommandLine, shell: str) -> None:
+def test_completion_script_runs_the_program(cli: CommandLine, shell: str) -> None:
     assert f"{VARIABLE}=complete_{shell}" in cli("completion", shell)
 
 

@@ -31,7 +31,7 @@ def test_specials_are_escaped() -> None:
     assert by_hand.lines == (r"0 8 linear /my\ disk 0",)
 
 
-def test_nothing_is_no_device() -> None:
+def test_empty_text_describes_no_device() -> None:
     assert parse_concise("") == parse_concise(";\n") == []
 
 

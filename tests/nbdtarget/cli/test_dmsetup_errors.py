@@ -156,7 +156,7 @@ def test_usage_is_exit_status_2(cli: CommandLine, argv: list[str]) -> None:
     ],
     ids=" ".join,
 )
-def test_what_dmsetup_takes_in_silence_is_taken(
+def test_options_that_dmsetup_ignores_are_ignored(
     cli: CommandLine, argv: list[str]
 ) -> None:
     cli(*argv)

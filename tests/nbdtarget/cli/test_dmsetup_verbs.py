@@ -101,7 +101,7 @@ def test_setgeometry_as_recorded(cli: CommandLine) -> None:
 
 
 @pytest.mark.usefixtures("registry")
-def test_deps_are_called_as_one_likes(
+def test_deps_names_disks_in_the_form_that_was_chosen(
     cli: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cli("create", "lin", "--table", "0 2048 linear /a 0")

@@ -25,7 +25,7 @@ def kernels(tool: Tool, name: str) -> str:
     return tool.file(gzip.decompress((FOLDER / f"{name}.gz").read_bytes()), "kernel")
 
 
-def test_a_clean_cache_is_imported_and_told(tool: Tool) -> None:
+def test_a_clean_cache_is_imported_and_reported(tool: Tool) -> None:
     source, output = kernels(tool, "6.12-2-clean"), str(tool.directory / "ours")
     out, err = tool("import", source, "-o", output, "--origin-size", "48M")
     first, second = out.splitlines()
@@ -109,7 +109,7 @@ def test_other_content_of_the_output_stays(tool: Tool) -> None:
     tool("check", output)
 
 
-def test_json_tells_all_by_name(tool: Tool) -> None:
+def test_json_has_every_field_by_name(tool: Tool) -> None:
     source, output = kernels(tool, "6.1-2-crash"), str(tool.directory / "ours")
     out, _ = tool("import", source, "-o", output, "--origin-size", "48M", "--json")
     answer = json.loads(out)

@@ -46,7 +46,7 @@ def pipe() -> Iterator[Pipe]:
     os.close(it.read_fd)
 
 
-def test_a_pipe_that_nobody_empties_blocks_nobody_and_what_is_lost_is_told(
+def test_a_full_pipe_blocks_nothing_and_lost_lines_are_counted(
     pipe: Pipe,
 ) -> None:
     for _ in range(100):
@@ -108,13 +108,13 @@ def test_lines_about_clients_are_bounded_and_others_are_not(pipe: Pipe) -> None:
     assert pipe.read().count("asked") == CLIENT_LINES_PER_S
 
 
-def test_a_log_line_with_a_mistake_is_a_line_all_the_same(pipe: Pipe) -> None:
+def test_a_log_line_with_a_mistake_is_still_written(pipe: Pipe) -> None:
     log = _Log(pipe)
     log.log("nbdtarget.dm", "%d", "no number")
     assert "nbdtarget.dm:7: log line: TypeError" in pipe.read()
 
 
-def test_what_is_logged_is_one_line_whatever_a_name_holds(pipe: Pipe) -> None:
+def test_log_entry_is_one_line_whatever_a_name_contains(pipe: Pipe) -> None:
     log = _Log(pipe)
     log.log(
         "nbdtarget.dm", "%s: refused", "a\nnbdtarget: all is well\x1b[2J" + "x" * 10**6
@@ -137,7 +137,7 @@ for nr in range(20_000):
 
 
 @pytest.mark.parametrize("is_closed", [True, False])
-def test_a_process_whose_output_is_not_read_ends_all_the_same(is_closed: bool) -> None:
+def test_a_process_whose_output_is_not_read_still_ends(is_closed: bool) -> None:
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", SERVER]
     with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:

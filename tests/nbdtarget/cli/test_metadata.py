@@ -217,7 +217,7 @@ def test_block_device_as_input_and_output(tool: Tool, loop_device: str) -> None:
 # info
 
 
-def test_info_to_the_blank(tool: Tool) -> None:
+def test_info_exactly(tool: Tool) -> None:
     out, err = tool("info", tool.file(IMAGE))
     assert err == ""
     assert out == (
@@ -269,7 +269,7 @@ def test_healthy_metadata_is_identical_after_all_options(tool: Tool, age: str) -
 
 
 @pytest.mark.parametrize("options", [[], ["--auto-repair", "--clear-needs-check"]])
-def test_damage_is_told_and_left_alone(tool: Tool, options: list[str]) -> None:
+def test_damage_is_reported_and_left_alone(tool: Tool, options: list[str]) -> None:
     path = tool.file(DAMAGED)
     out, err = tool("check", path, *options, status=1)
     assert "clone metadata is damaged" in out

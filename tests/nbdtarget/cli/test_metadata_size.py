@@ -23,7 +23,7 @@ from tests.support.metadata_tool import Tool
         (["--nr-regions", "100", "--smallest", "-n", "-u", "b"], "163840"),
     ],
 )
-def test_size_to_the_blank(tool: Tool, argv: list[str], out: str) -> None:
+def test_size_exactly(tool: Tool, argv: list[str], out: str) -> None:
     assert tool("size", *argv) == (out + "\n", "")
 
 

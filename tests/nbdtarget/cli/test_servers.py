@@ -138,7 +138,7 @@ def test_a_renamed_device_of_a_job_is_found_by_its_new_name(start: Start) -> Non
     assert says("status", "renamed").split()[2] == "clone"
 
 
-def test_what_is_about_no_device_needs_to_know_the_server(start: Start) -> None:
+def test_command_about_no_device_needs_one_server(start: Start) -> None:
     start("clone", "one", "copy")
     says("create", "a", "--table", "0 8 zero")  # there is only one
     start("clone", "two", "other")
@@ -164,7 +164,7 @@ def test_sockets_of_killed_servers_are_passed_over_and_removed_by_the_next_one(
     assert names == ["other.sock", "other.sock.lock"]
 
 
-def test_a_server_that_hangs_does_not_hold_up_a_look_at_the_others(
+def test_a_server_that_hangs_does_not_delay_the_list_of_the_others(
     start: Start, work: Path
 ) -> None:
     hung = start("clone", "one", "copy")
@@ -192,7 +192,7 @@ def test_a_named_control_socket_that_is_taken_leaves_a_warning_and_the_one_by_na
     assert says("status", "other").split()[2] == "clone"
 
 
-def test_a_name_that_is_too_long_for_a_socket_gets_one_all_the_same(
+def test_a_name_that_is_too_long_for_a_socket_is_shortened(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "n" * 127

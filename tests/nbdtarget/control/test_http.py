@@ -136,7 +136,7 @@ async def test_what_is_refused_says_why(
     http.registry.release(held)
 
 
-async def test_a_body_that_is_not_what_it_says(http: HttpServer) -> None:
+async def test_a_compressed_body_is_refused(http: HttpServer) -> None:
     reader, writer = await asyncio.open_unix_connection(http.path)
     head = "POST /v1/info HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     head += "Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}"
@@ -152,7 +152,7 @@ async def test_a_body_that_is_not_what_it_says(http: HttpServer) -> None:
 @pytest.mark.parametrize(
     "junk", [b"\0\xff\r\n\r\n", b"GET /v1/version HTTP/1.1\r\n\r\n"]
 )
-async def test_what_is_no_http_is_no_traceback(
+async def test_bytes_that_are_not_http_cause_no_traceback(
     http: HttpServer, junk: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     reader, writer = await asyncio.open_unix_connection(http.path)
@@ -164,7 +164,7 @@ async def test_what_is_no_http_is_no_traceback(
     assert (await http("GET", "/v1/version")).status == 200
 
 
-async def test_long_calls_hold_up_nobody(http: HttpServer) -> None:
+async def test_long_calls_do_not_delay_others(http: HttpServer) -> None:
     await http.registry.create("x", "0 8 linear /a 0")
     waits = [
         asyncio.create_task(http("POST", "/v1/wait", b'{"name":"x"}'))
@@ -264,7 +264,7 @@ async def test_tcp_port_that_is_taken() -> None:
     await first.close()
 
 
-def test_where_the_token_comes_from(
+def test_token_comes_from_the_file_or_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)

@@ -178,12 +178,12 @@ async def test_everything_is_made_and_served(work: Path, runtime: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["writethrough", "writeback", "passthrough"])
-async def test_same_line_goes_on(work: Path, mode: str) -> None:
+async def test_same_command_continues(work: Path, mode: str) -> None:
     for _ in range(2):
         assert await cache(cache_size=MIB, mode=mode) == 0
 
 
-async def test_same_line_goes_on_without_the_size(work: Path) -> None:
+async def test_same_command_continues_without_the_size(work: Path) -> None:
     assert await cache(cache_size=MIB) == 0
     assert await cache() == 0
 
@@ -193,7 +193,7 @@ async def test_cache_in_memory_needs_no_file(work: Path) -> None:
     assert files(work).keys() == {"slow.img"}
 
 
-async def test_dirty_blocks_at_the_end_are_told(work: Path) -> None:
+async def test_dirty_blocks_at_the_end_are_reported(work: Path) -> None:
     await make_metadata("fast.nbdtarget", mapped=5, dirty=3)
     (work / "fast").write_bytes(bytes(MIB))
     recorder = Recorder()
@@ -206,7 +206,7 @@ async def test_dirty_blocks_at_the_end_are_told(work: Path) -> None:
 @pytest.mark.parametrize(
     ("dirty_log", "told"), [(False, (5, 5 * BLOCK)), (True, (3, 3 * BLOCK))]
 )
-async def test_unclean_stop_is_told(
+async def test_unclean_stop_is_reported(
     work: Path, dirty_log: bool, told: tuple[int, int]
 ) -> None:
     await make_metadata(
@@ -220,7 +220,7 @@ async def test_unclean_stop_is_told(
 
 
 @pytest.mark.parametrize("mode", ["writethrough", "writeback", "passthrough"])
-async def test_crash_in_writethrough_is_told_and_leaves_nothing_dirty(
+async def test_crash_in_writethrough_is_reported_and_leaves_nothing_dirty(
     work: Path, mode: str
 ) -> None:
     await make_metadata("fast.nbdtarget", mapped=5, is_clean=False, writes_back=False)
@@ -244,7 +244,7 @@ async def test_crash_in_writethrough_is_told_and_leaves_nothing_dirty(
         ),
     ],
 )
-async def test_passthrough_over_what_may_be_dirty_is_refused_with_what_helps(
+async def test_passthrough_over_dirty_blocks_is_refused_with_advice(
     work: Path, known: dict[str, Any], reason: str
 ) -> None:
     await make_metadata("fast.nbdtarget", **known)
@@ -274,7 +274,7 @@ class Helping(Recorder):
             self._stop()
 
 
-async def test_passthrough_that_only_the_target_refuses_is_refused_before_clients_come(
+async def test_passthrough_that_only_the_target_refuses_is_refused_before_clients_connect(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await make_metadata("fast.nbdtarget", mapped=5, is_clean=False)
@@ -310,7 +310,7 @@ async def test_cache_that_is_missing_is_made_anew_if_nothing_was_cached(
     assert (work / "fast").stat().st_size == MIB
 
 
-async def test_resized_origin_is_taken_if_so_told(work: Path) -> None:
+async def test_resized_origin_is_accepted_with_resize(work: Path) -> None:
     assert await cache(cache_size=MIB) == 0
     with (work / "slow.img").open("ab") as origin:
         origin.write(bytes(MIB))
@@ -320,7 +320,7 @@ async def test_resized_origin_is_taken_if_so_told(work: Path) -> None:
     assert await cache() == 0
 
 
-async def test_resized_cache_is_taken_if_so_told(work: Path) -> None:
+async def test_resized_cache_is_accepted_with_resize(work: Path) -> None:
     assert await cache(cache_size=MIB) == 0
     os.truncate(work / "fast", 2 * MIB)
     with pytest.raises(NbdTargetError, match="cache has 16 blocks, not 32"):
@@ -380,7 +380,7 @@ async def test_resized_cache_is_taken_if_so_told(work: Path) -> None:
         ({}, {"cache_size": MIB, "name": "a/b"}, "a/b"),
     ],
 )
-async def test_refused_and_nothing_touched(
+async def test_refusal_changes_nothing(
     work: Path, made: dict[str, bytes], changes: dict[str, Any], reason: str
 ) -> None:
     for name, content in made.items():
@@ -449,7 +449,7 @@ async def test_origin_in_use_is_refused(work: Path) -> None:
     assert files(work) == before
 
 
-async def test_what_was_made_is_removed_when_nobody_can_be_served(work: Path) -> None:
+async def test_new_files_are_removed_when_the_address_is_taken(work: Path) -> None:
     before = files(work)
     with pytest.raises(NbdTargetError, match=r"slow\.img"):
         await cache(cache_size=MIB, listen=("unix:ok.sock", "unix:slow.img"))
@@ -501,7 +501,7 @@ async def test_table_line_says_what_was_asked_for(
 # ---- while it is served ----
 
 
-async def test_metadata_that_cannot_be_written_any_more_is_told(
+async def test_metadata_that_cannot_be_written_any_more_is_reported(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -513,7 +513,7 @@ async def test_metadata_that_cannot_be_written_any_more_is_told(
     assert recorder.calls == ["serving", "failed", "stopping", "stopped"]
 
 
-async def test_end_that_is_not_recorded_is_told(
+async def test_unclean_end_is_reported(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nothing(self: object) -> None:
@@ -537,14 +537,14 @@ class UnreadRecorder(Recorder):
         raise BrokenPipeError
 
 
-async def test_disk_stays_also_when_nobody_reads_what_is_said(work: Path) -> None:
+async def test_disk_is_served_when_the_output_is_not_read(work: Path) -> None:
     async with asyncio.timeout(20):
         assert await cache(UnreadRecorder(), cache_size=MIB) == 0
     assert files(work).keys() == {"slow.img", "fast", "fast.nbdtarget"}
 
 
 @pytest.mark.parametrize("is_waited_for", [True, False])
-async def test_linear_on_the_origin_is_told_once(
+async def test_linear_on_the_origin_is_reported_once(
     work: Path, is_waited_for: bool
 ) -> None:
     recorder = Recorder(stop_when="uncached" if is_waited_for else "")

@@ -54,7 +54,7 @@ async def test_everything_is_made_and_hydrated(work: Path, runtime: Path) -> Non
     assert list((runtime / "nbdtarget").iterdir()) == []
 
 
-async def test_same_line_goes_on_until_told_to_stop(work: Path) -> None:
+async def test_same_command_continues_until_it_is_stopped(work: Path) -> None:
     assert await clone() == 0
     (work / "source").write_bytes(bytes(len(CONTENT)))
     recorder = Recorder(stop_when="hydrated")
@@ -64,7 +64,7 @@ async def test_same_line_goes_on_until_told_to_stop(work: Path) -> None:
 
 
 @pytest.mark.parametrize("then_linear", [False, True])
-async def test_same_line_serves_without_the_source_once_all_is_copied(
+async def test_same_command_works_without_the_source_when_all_is_copied(
     work: Path, then_linear: bool
 ) -> None:
     assert await clone(then_linear=then_linear) == 0
@@ -76,7 +76,7 @@ async def test_same_line_serves_without_the_source_once_all_is_copied(
     assert (work / "dest").read_bytes() == CONTENT
 
 
-async def test_source_that_is_missing_too_early_is_named_with_what_is_left(
+async def test_missing_source_is_named_with_what_must_still_be_copied(
     work: Path,
 ) -> None:
     assert await clone() == 0
@@ -103,7 +103,7 @@ async def test_source_that_is_missing_too_early_is_named_with_what_is_left(
 
 
 @pytest.mark.parametrize("exit_when_hydrated", [True, False])
-async def test_clone_that_becomes_linear_is_hydrated_all_the_same(
+async def test_clone_that_becomes_linear_is_reported_as_hydrated(
     work: Path, exit_when_hydrated: bool
 ) -> None:
     for _ in range(2):  # the same line over what is complete, too
@@ -138,7 +138,7 @@ async def test_words_of_the_table_line_say_what_was_asked_for(work: Path) -> Non
     )
 
 
-async def test_rate_makes_it_take_its_time(work: Path) -> None:
+async def test_rate_slows_the_copying_down(work: Path) -> None:
     recorder = Recorder(stop_when="serving")
     assert await clone(recorder, hydration_rate=1, exit_when_hydrated=False) == 0
     assert recorder.done[-1] < len(CONTENT)
@@ -190,7 +190,7 @@ async def test_overwrite_starts_anew(work: Path) -> None:
         ({}, {"dest": "ftp://x/y", "metadata": "m"}, "ftp"),
     ],
 )
-async def test_refused_and_nothing_touched(
+async def test_refusal_changes_nothing(
     work: Path, made: dict[str, bytes], options: dict[str, object], reason: str
 ) -> None:
     for name, content in made.items():
@@ -213,7 +213,7 @@ async def test_destination_in_use_is_refused(work: Path) -> None:
     await held.close()
 
 
-async def test_another_server_is_there(work: Path) -> None:
+async def test_another_server_has_the_control_socket(work: Path) -> None:
     registry, _ = make_registry()
     control = ControlServer(Verbs(registry), control_address(None))
     await control.start()
@@ -239,7 +239,7 @@ async def test_plan_changes_nothing_and_names_the_export(work: Path) -> None:
     assert files(work) == before
 
 
-async def test_metadata_that_cannot_be_written_any_more_is_told(
+async def test_metadata_that_cannot_be_written_any_more_is_reported(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = CloneTarget.status_fields
@@ -298,7 +298,7 @@ async def test_files_of_a_faster_process_are_left_alone(
     assert not (work / "dest.nbdtarget").exists()
 
 
-async def test_what_was_made_is_removed_when_nobody_can_be_served(work: Path) -> None:
+async def test_new_files_are_removed_when_the_address_is_taken(work: Path) -> None:
     (work / "dest").write_bytes(bytes(2 * MIB))
     before = files(work)
     with pytest.raises(NbdTargetError, match="source"):
@@ -306,7 +306,7 @@ async def test_what_was_made_is_removed_when_nobody_can_be_served(work: Path) ->
     assert files(work) == before
 
 
-async def test_signal_before_anybody_is_served_ends_in_order(work: Path) -> None:
+async def test_signal_before_the_first_client_ends_in_order(work: Path) -> None:
     # The source takes the connection and says nothing.
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind("silent.sock")
@@ -332,7 +332,7 @@ class UnreadRecorder(Recorder):
         raise BrokenPipeError
 
 
-async def test_job_is_done_also_when_nobody_reads_its_progress(work: Path) -> None:
+async def test_job_ends_well_when_its_progress_is_not_read(work: Path) -> None:
     async with asyncio.timeout(20):
         assert await clone(UnreadRecorder()) == 0
     assert (work / "dest").read_bytes() == CONTENT
@@ -345,7 +345,7 @@ class DeafRecorder(Recorder):
         raise BrokenPipeError
 
 
-async def test_disk_that_clients_may_have_is_not_undone_by_a_broken_pipe(
+async def test_broken_pipe_does_not_remove_a_disk_that_clients_may_use(
     work: Path,
 ) -> None:
     async with asyncio.timeout(20):

@@ -189,7 +189,7 @@ async def world(
 # ---- home and away ----
 
 
-async def test_what_is_dirty_goes_home_and_nothing_is_left(world: World) -> None:
+async def test_dirty_blocks_are_written_back_and_none_is_left(world: World) -> None:
     await world.create(nr_dirty=5)
     assert (world.directory / "origin").read_bytes() != world.content
     assert await world.uncache() == 0
@@ -202,13 +202,13 @@ async def test_what_is_dirty_goes_home_and_nothing_is_left(world: World) -> None
 
 
 @pytest.mark.parametrize("mode", ["writethrough", "passthrough"])
-async def test_clean_cache_goes_at_once(world: World, mode: str) -> None:
+async def test_clean_cache_is_removed_at_once(world: World, mode: str) -> None:
     await world.create(f"128 1 {mode} smq 0")
     assert await world.uncache() == 0
     world.check_uncached()
 
 
-async def test_pinned_blocks_go_home_too(world: World) -> None:
+async def test_pinned_blocks_are_written_back_too(world: World) -> None:
     await world.create(nr_dirty=5)
     await world.disk.message(0, ("pin", "0-8"))
     assert await world.uncache() == 0
@@ -262,7 +262,7 @@ async def test_cache_in_memory_that_is_not_writeback_is_swapped_at_once(
 # ---- interrupted, and gone on with ----
 
 
-async def test_ctrl_c_leaves_a_cleaner_and_the_next_one_goes_on(world: World) -> None:
+async def test_ctrl_c_leaves_a_cleaner_and_the_next_run_continues(world: World) -> None:
     features = "5 writeback metadata2 no_discard_passdown dirty_log sorted_writeback"
     await world.create(f"128 {features} smq 2 migration_threshold 0", nr_dirty=3)
     await world.disk.message(0, ("migration_rate", "100"))
@@ -310,7 +310,7 @@ async def test_ctrl_c_before_anything_is_changed(world: World) -> None:
 # ---- when something fails ----
 
 
-async def test_writeback_that_makes_no_progress_is_told_and_goes_on(
+async def test_writeback_that_makes_no_progress_is_reported_and_goes_on(
     world: World,
 ) -> None:
     await world.create(nr_dirty=3)
@@ -343,7 +343,7 @@ async def test_metadata_that_cannot_be_written_any_more_ends_it(world: World) ->
     assert world.line == before
 
 
-async def test_origin_whose_flush_fails_at_the_end_is_not_called_home(
+async def test_uncache_fails_when_the_last_flush_of_the_origin_fails(
     world: World,
 ) -> None:
     """What has come home may be lost again: so it says, and the cache goes on serving."""
@@ -364,7 +364,7 @@ async def test_origin_whose_flush_fails_at_the_end_is_not_called_home(
     assert known.nr_mapped == 5
 
 
-async def test_origin_that_takes_no_flush_leaves_the_table_alone_and_still_serving(
+async def test_uncache_changes_nothing_when_a_flush_of_the_origin_fails(
     world: World,
 ) -> None:
     await world.create(nr_dirty=3)
@@ -420,7 +420,7 @@ async def test_block_that_gets_dirty_again_is_waited_for_again(world: World) -> 
     world.check_uncached()
 
 
-async def test_table_that_is_refused_is_taken_back(
+async def test_table_that_is_refused_is_cleared(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.create(nr_dirty=3)
@@ -438,7 +438,7 @@ async def test_table_that_is_refused_is_taken_back(
     world.check_uncached()
 
 
-async def test_an_origin_that_does_not_answer_is_told_after_a_while(
+async def test_an_origin_that_does_not_answer_is_reported(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uncache, "ORIGIN_S_MAX", 0.1)
@@ -521,7 +521,7 @@ async def test_device_that_is_not_there(world: World) -> None:
         ),
     ],
 )
-async def test_table_that_is_no_plain_cache(
+async def test_table_that_is_not_one_cache_is_refused(
     world: World, table: str, reason: str
 ) -> None:
     await world.registry.create("disk", table, directory=str(world.directory))
