@@ -194,6 +194,7 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
     name = look.export_name(options.name, origin, "cache")
     check_name(name)
     size = await look.disk_size(origin, read_only=False)
+    look.check_directory(cache)
     is_missing = resolve.may_create(cache)
     if is_missing and options.cache_size is None:
         options = await _sized_as_before(options, cache, directory)

@@ -134,6 +134,7 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     name = look.export_name(options.name, dest, "clone")
     check_name(name)
     look.check_distinct(source=source, destination=dest, metadata=metadata)
+    look.check_directory(dest)
     fresh = await look.is_fresh(metadata)
     known = None if fresh else await _maybe_superblock(metadata)
     size = await _size(source, known)

@@ -11,6 +11,7 @@ from nbdtarget.common.units import SECTOR
 from nbdtarget.devices import resolve
 
 __all__ = [
+    "check_directory",
     "check_distinct",
     "disk_size",
     "export_name",
@@ -74,6 +75,13 @@ def check_distinct(**names: str) -> None:
             raise ResolveError(name, reason, errnos.EBUSY)
 
 
+def check_directory(name: str) -> None:
+    """Refuse a path in a directory that is missing. Raises: ResolveError."""
+    if name.startswith("/") and not Path(name).parent.is_dir():
+        reason = f"the directory {Path(name).parent} does not exist: make it first"
+        raise ResolveError(name, reason, errnos.ENOENT)
+
+
 async def disk_size(name: str, *, read_only: bool) -> int:
     """Return the bytes of a disk. A file that looks like an image in a format is warned about.
 
@@ -110,6 +118,7 @@ def _image_format(head: bytes | bytearray | memoryview) -> str:
 
 async def is_fresh(metadata: str) -> bool:
     """Whether the metadata is missing or all zero at its head."""
+    check_directory(metadata)
     if resolve.may_create(metadata):
         return True
     device = await resolve.open_device(metadata, read_only=True)

@@ -201,7 +201,12 @@ class UncacheJob:
 
     async def _look(self) -> CacheLine:
         """Look at the device. Refuse anything but a table that is one cache."""
-        infos = await self._ask("info", m.Info((self._name,)), m.InfoAnswer)
+        try:
+            infos = await self._ask("info", m.Info((self._name,)), m.InfoAnswer)
+        except TableError as error:
+            if error.errno == errnos.ENXIO:
+                raise self._refused("Device does not exist") from error
+            raise
         tables = await self._ask("table", m.Table((self._name,)), m.LinesAnswer)
         (info,), (table,) = infos.devices, tables.devices
         types = [line.type for line in table.lines]
