@@ -129,7 +129,7 @@ CACHE_PARTS: Final = (
         "nbdtarget_metadata.cache.blocks:CacheBlocks.drop_clean",
         "        self._discarded = None\n        self.gives_up_mappings",
         "        self.gives_up_mappings",
-        DISKS_DM,
+        ("tests/metadata/cache/test_metadata.py",),
     ),
     _mutant(
         "origin-not-looked-at-again-before-the-resume",

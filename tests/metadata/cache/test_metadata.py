@@ -253,6 +253,17 @@ def test_after_an_unclean_shutdown_all_is_dirty_and_nothing_else_believed(
     assert opened.statistics.read_hits == 5
 
 
+def test_discards_are_forgotten_with_the_clean_blocks(
+    store: Store, metadata: CacheMetadata
+) -> None:
+    shut_down(store, metadata)
+    opened = open_on(store)
+    assert opened.discarded is not None
+    # The origin was changed, so what was discarded then may have been written since.
+    drive(store, opened.drop_clean())
+    assert opened.discarded is None
+
+
 def test_nothing_changes_before_the_clean_shutdown_is_cleared(store: Store) -> None:
     metadata = format_on(store)
     with pytest.raises(AssertionError, match="clean_shutdown"):
