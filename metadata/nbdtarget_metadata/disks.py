@@ -16,7 +16,7 @@ Evidence, from the strongest on:
 
     mark      an extended attribute of a file: the uuid of the metadata and a generation. It is
               lost in a copy without extended attributes, and a file system may have none
-    ids       what a block device or an NBD export tells of itself, as "key=value". Two values of
+    ids       what a block device or an NBD export says of itself, as "key=value". Two values of
               one key that differ prove another disk
     place     device number and inode of a file. The device number may change at a restart
     name      as it was given
@@ -36,8 +36,8 @@ older than recorded proves the same of the disk. A copy of disk and metadata tog
 
 Last change. A clean stop records size, modification time and a sample (`changed_since`). The time of the
 last change of the inode is not compared: a renaming, a changed mode, and our own mark change it. A block
-device or an export has no such time; there the sample tells, if only of what it covers: the head of the disk
-is part of it, which a file system writes to when it is mounted. A change within the same tick of a file's
+device or an export has no such time; there only the sample shows a change, of what it covers: the head of the
+disk is part of it, which a file system writes to when it is mounted. A change within the same tick of a file's
 time as our last write (some milliseconds; on old file systems a second) is seen in the sample at most.
 
 On disk. The record is a msgpack array; log/superblock.py says where it lies. Strings are cut to bounds, so
@@ -104,7 +104,7 @@ class Evidence(NamedTuple):
     """What a device says of itself now.
 
     Attributes:
-        kind: `file`, `block`, `nbd`, `mapped`, `memory`; empty: it cannot be told.
+        kind: `file`, `block`, `nbd`, `mapped`, `memory`; empty: not known.
         name: as it stands in the table line.
         ids: "key=value"; equal values of one key mean one disk, different ones two disks.
         place: device number and inode of a file.
@@ -226,7 +226,7 @@ def changed_since(
 ) -> str:
     """Say what has changed on the same disk since it was recorded.
 
-    Empty: nothing, or it cannot be told.
+    Empty: nothing has, or it is not known.
     """
     if is_sample_equal is False:
         return "its content has changed"
@@ -252,7 +252,9 @@ def _compare_unmarked(
         return _compare_files(recorded, found, is_sample_equal)
     if recorded.name == _bounded(found.name, NAME_MAX):
         return Comparison(Verdict.SAME, "it has the same name")
-    return Comparison(Verdict.MOVED, "it has another name, and tells nothing else")
+    return Comparison(
+        Verdict.MOVED, "it has another name, and there is no other evidence"
+    )
 
 
 def spread_offsets(size: int, nr_max: int = SAMPLES_MAX) -> tuple[int, ...]:
@@ -260,7 +262,7 @@ def spread_offsets(size: int, nr_max: int = SAMPLES_MAX) -> tuple[int, ...]:
     nr_blocks = size // SAMPLE_BYTES
     if nr_blocks <= nr_max:
         return tuple(range(0, nr_blocks * SAMPLE_BYTES, SAMPLE_BYTES))
-    # The head tells most: partition tables and file systems have their uuids there.
+    # The head shows most: partition tables and file systems have their uuids there.
     head = nr_max // 4
     spread = nr_max - head
     blocks = {*range(head)}

@@ -2,7 +2,7 @@
 """Drive the generators of `metadata`: over a device, or over a file in offline tools.
 
 An operation that has been started is waited for before the generator is closed, also
-when the task is cancelled: `metadata` may give its place on disk to somebody else after that,
+when the task is cancelled: after that the metadata object may use its place on the disk again,
 and a write that lands late would destroy what stands there then.
 
 A device's error ends the generator and comes out of `run`: the metadata object is then in the

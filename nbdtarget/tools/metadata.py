@@ -165,8 +165,8 @@ def check(
 ) -> CheckAnswer:
     """Look at everything; write only if there is something to write and it was asked for.
 
-    Raises: NbdTargetError: it is no metadata, it cannot be read, it is in use. Damage is told
-        in the answer.
+    Raises: NbdTargetError: it is not metadata, it cannot be read, or it is in use. The answer
+        names damage.
     """
     with _opened(path) as file:
         kind = file.run(find_kind(file.size))

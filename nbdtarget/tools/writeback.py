@@ -5,23 +5,23 @@ Theory of operation
 ===================
 
     1. open all three, exclusively; check the whole metadata: damage and needs_check are refused. So are
-       disks that do not belong to it (`nbdtarget.targets.disks`), unless told to take them
+       disks that do not belong to it (`nbdtarget.targets.disks`), unless a permission admits them
     2. which blocks: after a clean shutdown the dirty ones; else all that are mapped, or with dirty_log all
-       that are logged; none if the metadata say that the origin has everything
+       that are logged; none if the metadata says that the origin has everything
     3. copy them in the order of the origin, leg by leg, and flush the origin after each leg
-    4. try what failed again, one block at a time: once in any case, then as often as told
+    4. try what failed again, one block at a time: once in any case, then as often as the job says
     5. flush the cache device; then record, in one commit, that what was copied is clean
 
 A dirty bit is cleared only after the origin has the data for good. The cache device is flushed, too: what
 was read from it may stand in a page cache only, and after a power cut the "clean" block would be
-older than the origin. A crash anywhere leaves the old metadata or the new ones, and copying
+older than the origin. A crash at any time leaves the old metadata or the new, and copying
 again does no harm.
 
-After this the dirty bits are known, whatever they were before: so it is recorded as a clean shutdown,
+After this the dirty bits are known, also if they were not before. So it is recorded as a clean shutdown,
 with the blocks that could not be copied as the dirty ones. (The kernel's tool leaves the flag as it was: after an unclean
-stop everything is dirty again next time.) Hints and discards stay if they were there to be believed.
-If nothing was dirty after a clean shutdown, nothing is written at all. If the job is interrupted, what its
-legs have brought home so far is recorded all the same.
+stop everything is dirty again next time.) Hints and discards stay if a clean shutdown had recorded them.
+If nothing was dirty after a clean shutdown, nothing is written at all. If the job is interrupted, the
+legs that are done are recorded all the same.
 
 Failures. A block that cannot be read fails alone. After a write or flush has failed, the origin
 latches (devices/base.py): nothing that it has not flushed yet is known to be there. So it is opened again,
@@ -149,10 +149,10 @@ async def write_back(
     *,
     opener: Opener = open_named,
 ) -> WritebackAnswer:
-    """Do the job. What cannot be copied is told in the answer.
+    """Do the job. The answer says which blocks could not be copied.
 
-    Args: progress: is told how many bytes of how many are copied.
-    Raises: NbdTargetError: a device or the metadata are refused, or it cannot be recorded.
+    Args: progress: called with the number of bytes that are copied, and of all bytes.
+    Raises: NbdTargetError: a device or the metadata is refused, or the result cannot be recorded.
     Durable: what the answer says.
     """
     _check_offsets(job)
@@ -171,7 +171,7 @@ async def write_back(
         copy = _Copy(job, content, cache, origin, progress)
 
         async def record() -> bool:
-            """Record what the origin has; tell whether there was anything to be recorded."""
+            """Record what the origin has; return whether there was anything to record."""
             if content.gives_up_mappings:
                 return False  # nothing is dirty, and to call it clean would be wrong
             is_unclean = not content.flags & CLEAN_SHUTDOWN
@@ -226,7 +226,7 @@ async def _read(name: str, metadata: Device) -> CacheContent:
     if findings.damage:
         raise NbdTargetError(
             f"{name}: {'; '.join(findings.damage)}: nothing is written back from"
-            " damaged metadata (`nbdtarget metadata repair`)"
+            " damaged metadata; `nbdtarget metadata repair` saves what is left of it"
         )
     if kind is not CACHE:
         raise NbdTargetError(
@@ -234,8 +234,8 @@ async def _read(name: str, metadata: Device) -> CacheContent:
         )
     if findings.needs_check:
         raise NbdTargetError(
-            f"{name}: needs_check is set: `nbdtarget metadata check"
-            " --clear-needs-check` comes first"
+            f"{name}: is marked as needing a check: run `nbdtarget metadata check"
+            f" --clear-needs-check {name}` first"
         )
     return await _run(name, metadata, read_cache_content(metadata.size))
 
@@ -260,7 +260,7 @@ def _check_sizes(
             behind = f" behind offset {offset}" if offset else ""
             raise NbdTargetError(
                 f"{device.name}: has {max(0, device.size - offset)} bytes{behind}, but"
-                f" the metadata are those of {what} of {length} bytes"
+                f" the metadata belongs to {what} of {length} bytes"
             )
 
 
@@ -313,12 +313,12 @@ class _Origin:
         await self._observer.flush()
 
     async def reopen(self) -> None:
-        """Raises: ResolveError: it is gone, or somebody else was faster."""
+        """Open it again. Raises: ResolveError: it is gone, or in use by now."""
         size = self.device.size
         await self.close()
         await self.open()
         if self.device.size != size:
-            raise NbdTargetError(f"{self._name}: is not the device that it was")
+            raise NbdTargetError(f"{self._name}: has another size than before")
 
     async def close(self) -> None:
         if self._is_open:

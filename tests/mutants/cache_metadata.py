@@ -321,7 +321,7 @@ CACHE_METADATA: Final = (
         "origin-complete-believed-with-a-slot-lost",
         "A repair drops dirty blocks: the newest superblock is gone, and said something else.",
         "nbdtarget_metadata.tools.cache_salvage:_content",
-        "        flags &= ~ORIGIN_COMPLETE  # what the other slot said, nobody knows\n",
+        "        flags &= ~ORIGIN_COMPLETE  # the lost slot may have said otherwise\n",
         "        pass\n",
         COMPLETE,
     ),

@@ -242,7 +242,7 @@ class CacheMetadata(CacheBlocks):
     ) -> Steps["CacheMetadata"]:
         """Make new metadata, in which nothing is mapped, on an all-zero device.
 
-        Also finishes a format that was interrupted. Costs four blocks, whatever the size.
+        Also finishes a format that was interrupted. It writes four blocks, for any size.
 
         Raises:
             NotOurs: the device holds anything else, be it metadata. Nothing was written.
@@ -280,12 +280,12 @@ class CacheMetadata(CacheBlocks):
 
     @classmethod
     def open(cls, *, device_size: int, block_size: int) -> Steps["CacheMetadata"]:
-        """Open existing metadata, whatever sizes it was left with. Writes nothing.
+        """Open existing metadata, of any cache and origin size. Writes nothing.
 
         Raises:
             NotFormatted: `format` may follow.
-            NotOurs, CorruptMetadata, UnsupportedFormat: nothing may follow but a human;
-                `needs_check` is CorruptMetadata.
+            NotOurs, CorruptMetadata, UnsupportedFormat: a person must decide what to do. NeedsCheck is
+                a CorruptMetadata.
             BlockSizeMismatch: it belongs to another table line.
             MetadataTooSmall: the device has shrunk.
         Durable: everything that this returns.

@@ -7,10 +7,10 @@ Theory of operation
 A cache block's **value** is 64 bits, 0 if it is not mapped:
 
     bits 16 to 63  oblock, the origin block that it holds
-    bit 1          LOGGED: it may be dirty, though nobody shut down cleanly (see `dirty_log` in metadata.py)
+    bit 1          LOGGED: after an unclean shutdown it may be dirty (see `dirty_log` in metadata.py)
     bit 0          VALID
 
-An arena holds a snapshot and a journal (log/chain.py tells how they are chained):
+An arena holds a snapshot and a journal (log/chain.py explains how they are chained):
 
     SetEntries   pairs (cblock u32, value u64) in any order: what these blocks are now
     SetValues    values of the blocks from `begin` on; in snapshots only, ascending
@@ -27,7 +27,7 @@ shutdown writes and only one opening believes, whose records all have the genera
     Hints        packed u32 of cache blocks, from `begin` on
     Discards     packed bitmap of discard blocks, from 0 on
 
-A record is at most 512 KiB: to hash it is the longest step between two yields.
+A record is at most 512 KiB: hashing one is the longest step between two yields.
 """
 
 import struct

@@ -56,8 +56,8 @@ POLICY_NAME_MAX: Final = 16
 HINT_SIZE: Final = 4
 NR_SYNC_AREAS: Final = 2
 
-# Feature bit, incompat: a block may be dirty after a crash only if its mapping says so. Whoever does
-# not know it would dirty blocks without a word, and we would take them for clean.
+# Feature bit, incompat: a block may be dirty after a crash only if its mapping says so. A version that
+# does not know this would dirty blocks without noting it, and this version would take them for clean.
 DIRTY_LOG: Final = 1
 
 # Flag: no cached block has what the origin has not.
@@ -120,7 +120,7 @@ class CacheSuperblock(
 
     @property
     def gives_up_mappings(self) -> bool:
-        """A cache that did not write back has ended in a crash: only the origin counts."""
+        """Whether a cache that did not write back has ended in a crash: only the origin counts."""
         return self.flags & (CLEAN_SHUTDOWN | ORIGIN_COMPLETE) == ORIGIN_COMPLETE
 
     @property

@@ -164,7 +164,7 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
     ) -> Steps["CloneMetadata"]:
         """Make new metadata, in which no region is hydrated, on an all-zero device.
 
-        Also finishes a format that was interrupted. Costs four blocks, whatever the size.
+        Also finishes a format that was interrupted. It writes four blocks, for any size.
 
         Raises:
             NotOurs: the device holds anything else, be it metadata. Nothing was written.
@@ -200,7 +200,7 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
 
         Raises:
             NotFormatted: `format` may follow.
-            NotOurs, CorruptMetadata, UnsupportedFormat: nothing may follow but a human.
+            NotOurs, CorruptMetadata, UnsupportedFormat: a person must decide what to do.
             GeometryMismatch: it belongs to another table line.
             MetadataTooSmall: the device has shrunk.
         Durable: everything that this returns.

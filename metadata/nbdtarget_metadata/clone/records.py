@@ -48,7 +48,7 @@ __all__ = [
 RUN_SIZE: Final = 8
 RUNS_PER_RECORD_MAX: Final = (16 * BLOCK_SIZE - RECORD_OVERHEAD_MAX) // RUN_SIZE
 CHUNK_REGIONS: Final = 8 * CHUNK_BYTES
-# Finding a run costs about 0.5 us; more of them are stored as bits, whatever is shorter.
+# Finding a run costs about 0.5 us. A chunk with more runs is stored as bits, even if that is longer.
 CHUNK_RUNS_MAX: Final = 1024
 
 # Pairs (begin, count), flat. A plain list would take ten times the memory and need encoding.

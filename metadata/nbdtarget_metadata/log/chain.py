@@ -11,7 +11,7 @@ uuid. The superblock vouches for the chain's length and last digest, and through
 that for every byte of it and for their order. What lies behind that end belongs to a
 transaction that was not acknowledged, or is older still: it is never read, and will be overwritten.
 
-What a record says is its kind's affair: see clone/records.py and cache/records.py.
+What a record says, its kind defines: see clone/records.py and cache/records.py.
 
 A record is at most 512 KiB: hashing one is the longest step between two yields.
 """
@@ -55,7 +55,7 @@ _ENCODER: Final = msgspec.msgpack.Encoder()
 
 
 class Linked(Protocol):
-    """What every record has, of whatever kind."""
+    """What the records of all kinds have."""
 
     @property
     def generation(self) -> int: ...

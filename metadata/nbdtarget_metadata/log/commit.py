@@ -113,7 +113,7 @@ class Taken(Generic[C]):
 
     Attributes:
         changes: those that were made before its pre_commit, and that no other commit has taken.
-        encoding: writes the state as it was at the pre_commit, whatever has changed since.
+        encoding: writes the state as it was at the pre_commit, although it may have changed since.
     """
 
     changes: C
@@ -430,7 +430,7 @@ class JournaledMetadata(Generic[S, T]):
         late = self._compacting
         skip = 0
         if late is not None and late.arena == arena:
-            # Behind whatever it may still be writing.
+            # The snapshot of the compaction that was dropped may still be written: go behind it.
             skip = max(encoding.snapshot_blocks_max, late.chain.block - late.begin)
         chain = new_chain(live, arena, skip)
         return _Place(
@@ -464,7 +464,7 @@ class Transaction(Generic[S, T]):
     Made by `pre_commit` of a metadata object, whose docstring gives the order.
 
     Args:
-        superblock: the next one, without what only writing tells.
+        superblock: the next one, except for the fields that are known only after writing.
         write_more: writes what the superblock vouches for besides the changes, and returns it
             with that.
 

@@ -9,8 +9,8 @@
 
 An envelope starts on a 4 KiB block and is padded with zeroes to whole blocks. Its block's
 number is part of the digest, so a block that a disk wrote to the wrong place is as invalid as
-a rotten one. This header keeps its shape in every future format version: only so can an
-older program tell "newer than I am" from "damaged".
+a rotten one. This header keeps its shape in every future format version: otherwise an older
+program could not tell newer metadata from damaged metadata.
 """
 
 import hashlib
@@ -39,8 +39,8 @@ BLOCK_SIZE: Final = 4096
 FORMAT_VERSION: Final = 1
 DIGEST_SIZE: Final = 16
 
-# What decoding may raise for a body that is intact but was not written by us: wrong types,
-# a text that is none, arrays in arrays in arrays.
+# What decoding may raise for a body that is intact but that this program has not written: for
+# example wrong types, text that is not UTF-8, or arrays that are nested too deeply.
 UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _HEADER: Final = struct.Struct("<8sII16s")
@@ -105,7 +105,7 @@ def open_envelope(magic: bytes, block: int, data: memoryview, where: str) -> Ope
     expected = _digest(magic, version, length, block, body)
     if digest != expected:
         raise CorruptMetadata(f"digest of {where}", expected.hex(), digest.hex())
-    # Only now: a rotten version number must not pass for a newer program's metadata.
+    # Only after the digest: a rotten version number must not pass for a newer program's metadata.
     if version != FORMAT_VERSION:
         raise UnsupportedFormat(version, 0)
     return Opened(body, digest)

@@ -43,9 +43,9 @@ def scan(
     intact: Callable[[Placed[R]], None],
     other: Callable[[int, bool], None],
 ) -> Steps[None]:
-    """Tell `intact` of each intact record in blocks [begin, end), in order.
+    """Call `intact` with each intact record in blocks [begin, end), in order.
 
-    `other` is told of each block outside of them, and whether it is all zero. `decode` raises
+    `other` is called with each block outside of them, and whether it is all zero. `decode` raises
     CorruptMetadata for a record of another kind.
     """
     block = begin

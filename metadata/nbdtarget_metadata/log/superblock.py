@@ -320,7 +320,7 @@ def open_copies(kind: SuperblockType[S], area: memoryview) -> list[list[Copy[S]]
 
 
 def tag_of(area: memoryview) -> str | None:
-    """Return the kind that an intact copy names, whatever it is; None if there is none.
+    """Return the kind that an intact copy names, also an unknown one; None if there is no such copy.
 
     Raises: UnsupportedFormat.
     """
@@ -354,7 +354,7 @@ def choose_superblock(
 
     Raises:
         NotFormatted: all zeroes, or an interrupted format.
-        NotOurs: none of them is ours.
+        NotOurs: there is other content than metadata.
         CorruptMetadata: a slot has no valid copy, or copies contradict each other.
         UnsupportedFormat: of a newer format version or with unknown incompatible features.
     """

@@ -4,7 +4,7 @@
 `mend` leaves CLEAN_SHUTDOWN as it is.
 
 Where every record is intact and yet the whole cannot be (no crash and no rot leaves that, only a
-bug), all of it is told, not just the first: values with unknown flags, mappings behind the end
+bug), all of it is reported, not just the first: values with unknown flags, mappings behind the end
 of the cache or of the origin, two cache blocks of one origin block, dirty bits of blocks that
 are not mapped or, with `dirty_log`, not logged, and counts that do not agree.
 """
@@ -86,7 +86,7 @@ def _read_values(superblock: CacheSuperblock) -> Steps[Words]:
     def intact(placed: Placed[ArenaRecord]) -> None:
         for cblock, value in statements(placed.record):
             if cblock >= superblock.nr_cblocks_max:
-                continue  # `load` has told of it
+                continue  # `load` has reported it
             if cblock >= len(values):
                 values.frombytes(bytes(8 * (cblock + 1 - len(values))))
             values[cblock] = value

@@ -4,7 +4,7 @@
 The order of a restore is that of restore.py.
 
 `record_written_back` is one commit without a change of mappings, and always a clean shutdown: after it
-the dirty bits are exact, whatever they were before. It goes to the sync area that the superblock does not
+the dirty bits are exact, also if they were not before. It goes to the sync area that the superblock does not
 vouch for, so a crash leaves either state. What is LOGGED may stay so: it is a superset of the dirty blocks.
 """
 
@@ -47,7 +47,7 @@ def restore_cache(
 ) -> Steps[CacheSuperblock]:
     """Write `content`; the layout follows from `device_size`. Returns the new superblock.
 
-    Args: overwrite: whatever the device holds may go.
+    Args: overwrite: the content of the device may be lost.
 
     Raises:
         MetadataTooSmall, UnsupportedFormat: nothing was written.
@@ -76,12 +76,12 @@ def restore_cache(
 def record_written_back(
     device_size: int, written_back: bitarray, *, disks: bytes
 ) -> Steps[CacheSuperblock]:
-    """Record that these cache blocks are the same as the origin's; what was dirty else, stays so.
+    """Record that these cache blocks are the same as the origin's; other dirty blocks stay dirty.
 
     Args: disks: the record of which disks belong to it (disks.py), as they are now.
 
-    Only after both devices were flushed: neither may turn out older than the other. Nobody else
-    has the metadata open.
+    Call it only after both devices were flushed: neither copy may turn out older than the other. The
+    metadata must not be open elsewhere.
 
     Raises: what `load` does. Nothing was written.
     Durable: a clean shutdown, when this returns. A crash leaves what was recorded before, or that.
@@ -113,6 +113,7 @@ def record_written_back(
         Shutdown(superblock.policy, loaded.hints, loaded.discarded),
         loaded.dirty & ~written_back,
     )
+    # The superblock vouches for these records, so they must be durable before it is written.
     yield Flush()
     yield from write_superblock(after)
     yield Flush()
@@ -122,7 +123,7 @@ def record_written_back(
 def _superblock_of(
     content: CacheContent, *, arena_blocks: int, nr_cblocks_max: int
 ) -> CacheSuperblock:
-    """Return the superblock without what only writing tells."""
+    """Return the superblock, except for the fields that are known only after writing."""
     first = first_superblock(
         content.uuid,
         block_size=content.block_size,

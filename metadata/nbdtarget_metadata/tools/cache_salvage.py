@@ -13,7 +13,7 @@ dirty. So:
     known      no broken journal record stands behind the last one that names the block. Kept
     doubtful   one does. Dropped if it is clean for sure (the origin has it), or if a known
                mapping, or one that was stated later, holds the same origin block: then it is not true any more.
-               Else it is kept, as dirty, and told: a dump marks it, so that a human can decide
+               Else it is kept, as dirty, and reported: a dump marks it, so that a person can decide
     lost       missing altogether: a broken record of the snapshot named it, or that of its insertion
 
 If the superblock says that the origin has everything, and there was no clean shutdown, the next start would give
@@ -26,9 +26,9 @@ Dirty bits that cannot be read are dirty bits that are set: of each mapped block
 each that is LOGGED. Hints and discards are not worth a guess. If nothing is lost or doubtful and the
 records of the clean shutdown are intact, it was a clean shutdown still.
 
-How much is lost: after a clean shutdown the dirty bits tell; else the superblock says how many
+How much is lost: after a clean shutdown the dirty bits show it; else the superblock says how many
 blocks are mapped. A slot without any valid copy may have held the newest superblock:
-then nobody knows, and what is recorded clean may be dirty since.
+then it is not known, and what is recorded clean may be dirty since.
 """
 
 from array import array
@@ -239,7 +239,7 @@ class _Arena:
         """A block of the snapshot or the journal comes next."""
         if not self._is_in_journal and block >= self._superblock.journal_block:
             self._is_in_journal = True
-            # Whoever is in no record of a whole snapshot is unmapped.
+            # A block that stands in no record of a whole snapshot is unmapped.
             if self._is_snapshot_whole or self._has_base:
                 self.known.setall(1)
 
@@ -301,7 +301,7 @@ def _content(
     is_whole = sync is not None and not found.nr_lost and not doubtful.any()
     flags = superblock.flags & ~NEEDS_CHECK
     if is_slot_lost:
-        flags &= ~ORIGIN_COMPLETE  # what the other slot said, nobody knows
+        flags &= ~ORIGIN_COMPLETE  # the lost slot may have said otherwise
     if not is_whole:
         flags &= ~CLEAN_SHUTDOWN
     content = cache_content_of(

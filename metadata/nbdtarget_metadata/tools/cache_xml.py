@@ -10,13 +10,14 @@
       </hints>
     </superblock>
 
-`block_size` is in 512-byte sectors, a hint is base64 of its little-endian bytes. It knows neither
-the origin's size nor the uuid nor statistics, discards, or what is logged in advance: so
-the first is told by whoever restores it, the second is new, and the others are empty.
+`block_size` is in 512-byte sectors, a hint is base64 of its little-endian bytes. The origin's size, the
+uuid, the statistics, the discards, and what is logged in advance are not in it. So the caller must give the
+origin's size; the uuid is new; the others start empty.
 
-Its dirty bits are as good as the tool that wrote them: cache_dump 0.9.0 does not look at the dirty bits of
-format 2 and says "false" of each block; and after an unclean shutdown those of a kernel are out of date. XML tells neither. So
-they are believed only when the user says so (`clean=True`); else each mapped block counts as dirty.
+Its dirty bits are as good as the tool that wrote them. For example cache_dump 0.9.0 does not look at the dirty
+bits of format 2 and writes "false" for each block; and after an unclean shutdown the bits of a kernel are out of
+date. XML does not say which tool wrote it, nor how the cache ended. So the dirty bits are believed only when the
+user asks for that (`clean=True`); else each mapped block counts as dirty.
 
 `hint_width` 0 is a policy without hints.
 """
@@ -55,7 +56,7 @@ _NUMBER_DIGITS_MAX: Final = 20
 
 
 def render_xml(content: CacheContent) -> Iterator[str]:
-    """Yield the text in pieces. `content` has nothing that is lost or doubtful, or it is not told.
+    """Yield the text in pieces. XML cannot say that blocks are lost or doubtful: refuse such content first.
 
     Mappings that the next start would give up are left out: nothing in the text could say so.
     """
@@ -122,7 +123,7 @@ def parse_xml(
 
 
 class _Reader:
-    """One XML dump. Elements are told one by one; none of them is kept."""
+    """One XML dump. It is given the elements one by one, and keeps none of them."""
 
     def __init__(self, origin_size: int) -> None:
         self._origin_size = origin_size

@@ -6,9 +6,9 @@ The server stops at the first thing that is wrong. `examine` goes on, and tells 
     damage     what the newest superblock vouches for is not intact: the server refuses it
     unhealed   superblock copies that differ, or that are rotten while their sibling is not: the
                server does without, and its next commits rewrite them
-    orphans    intact records that nobody vouches for: what a compaction left in the other arena,
+    orphans    intact records that no superblock vouches for: what a compaction left in the other arena,
                what a crash left of a commit. Never read, and overwritten in time
-    leaks      blocks with other content that nobody vouches for: parts of former records
+    leaks      blocks with other content that no superblock vouches for: parts of former records
 
 Only damage matters. What is in use has orphans and leaks most of the time.
 
@@ -51,7 +51,7 @@ __all__ = [
     "mend",
 ]
 
-# Of broken places in one chain; a rotten disk has thousands, and the first ones tell.
+# How many broken places are named. A rotten disk has thousands, and the first ones are enough.
 GAPS_MAX: Final = 16
 
 
@@ -119,7 +119,7 @@ def examine(
     records: bool = True,
     unused: bool = True,
 ) -> Steps[Findings]:
-    """Look at everything and tell what is there. Writes nothing.
+    """Look at everything and return what is there. Writes nothing.
 
     Args:
         records: read what the superblock vouches for; else only the superblocks.

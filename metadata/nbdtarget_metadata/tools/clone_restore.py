@@ -32,7 +32,7 @@ def restore_clone(
 ) -> Steps[CloneSuperblock]:
     """Write `content`; the layout follows from `device_size`. Returns the new superblock.
 
-    Args: overwrite: whatever the device holds may go.
+    Args: overwrite: the content of the device may be lost.
 
     Raises:
         MetadataTooSmall, UnsupportedFormat: nothing was written.

@@ -6,22 +6,22 @@ What may be believed
 
 A bit that is wrongly set makes the clone read a destination that was never written; one that is
 wrongly missing makes it read the source for a region that a client has written, and hydration
-copies the source over that. Neither is harmless, so no bit is set that nothing intact vouches
-for, and what is missing is told, not passed over.
+copies the source over that. Neither is harmless. So a bit is set only if something intact vouches
+for it, and the number of missing bits is reported.
 
-Bits of a clone are only ever set. So whatever *any* valid superblock vouches for is true still,
-also one that a newer one has replaced. Of the newest superblock's live range, records are believed
+Bits of a clone are only ever set. So everything that *any* valid superblock vouches for is still true,
+also if a newer superblock has replaced it. Of the newest superblock's live range, records are believed
 that it leads to `backward` or `forward` (salvage.py).
 
 An older superblock's range may have been written over by a compaction since, whose first record
-names the uuid as well: so only backward there, and if a slot is lost, everywhere. What lies outside of these ranges (orphans) proves
-nothing: a commit may have died before its data was durable.
+names the uuid as well. So there, and if a slot is lost everywhere, only `backward` is used. What lies
+outside of these ranges (orphans) proves nothing: a commit may have ended before its data was durable.
 
 How much is missing is known: the superblock says how many regions are hydrated. If as many were
-found, nothing is missing, whatever is broken. If it says that all of them are, they are.
+found, nothing is missing, although something is broken. If it says that all regions are hydrated, they are.
 
-A slot without any valid copy may have held the newest superblock. What the other one says is then
-the best there is, but it is unknown what is missing.
+A slot without any valid copy may have held the newest superblock. What the other slot says is then
+the best there is, but it is not known how much is missing.
 """
 
 from bitarray import bitarray

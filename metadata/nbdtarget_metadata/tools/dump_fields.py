@@ -2,7 +2,7 @@
 """Read the fields of a dump back. Any layout of the JSON will do, and any order of its fields.
 
 In pieces: a dump may have a thousand million rows, and only what they say is kept. What is wrong is
-told with its line. The dump has been in people's hands, so nothing in it is believed: each
+reported with its line. People may have edited the dump, so nothing in it is believed: each
 field's range is checked, an unknown one is refused (it may be a known one, misspelt).
 """
 

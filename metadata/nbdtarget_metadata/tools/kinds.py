@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tools a metadata device takes: its superblock's tag tells. Which a dump takes: its kind.
+"""The tools of each kind, and which kind a metadata device or a dump belongs to.
 
-A kind brings its own content, dump and restore; what the tools do around them is the same.
+A kind has its own content, checks, dump and restore. What the tools do around them is the same.
 """
 
 import re
@@ -90,7 +90,7 @@ KINDS: Final = {kind.name: kind for kind in (CLONE, CACHE)}
 def find_kind(device_size: int) -> Steps[Kind]:
     """Return the kind that an intact superblock copy names.
 
-    Without such a copy it is a clone's tools that say what is there instead.
+    Without such a copy it returns CLONE, whose tools then report what is there instead.
 
     Raises: UnknownKind; UnsupportedFormat; NotOurs, MetadataTooSmall: no room for superblocks.
     """
@@ -106,7 +106,7 @@ def find_kind(device_size: int) -> Steps[Kind]:
 def parse_dump(pieces: Iterable[bytes]) -> tuple[Kind, Content]:
     """Return the content that a dump in JSON describes, and its kind.
 
-    Without a known kind it is a clone's parser that says what is there instead.
+    Without a known kind the parser of a clone reads it, and reports what is there instead.
 
     Raises: BadDump.
     """

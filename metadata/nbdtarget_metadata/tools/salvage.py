@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which records of a damaged arena may still be believed, whatever the kind.
+"""Which records of a damaged arena may still be believed, for any kind.
 
 A superblock vouches for a record by its digest, or by a chain of digests that leads to it:
 

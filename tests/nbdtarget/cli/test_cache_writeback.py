@@ -122,7 +122,7 @@ def test_small_device_is_refused(tool: Tool, name: str) -> None:
     os.truncate(path, os.path.getsize(path) - 1)
     line = tool.fails(*files.argv)
     assert f"{path}: has " in line
-    assert "but the metadata are those of" in line
+    assert "but the metadata belongs to" in line
 
 
 def test_damaged_metadata_is_refused(tool: Tool) -> None:

@@ -285,7 +285,7 @@ def test_needs_check_is_refused() -> None:
     metadata.abort()
     drive(store, metadata.record_needs_check())
     line = refused(Disks(bytes(store.durable)))
-    assert "needs_check is set: `nbdtarget metadata check --clear-needs-check`" in line
+    assert "run `nbdtarget metadata check --clear-needs-check metadata` first" in line
 
 
 def test_metadata_of_a_clone_are_refused() -> None:
@@ -306,8 +306,8 @@ def test_device_that_is_smaller_than_the_metadata_say_is_refused_by_name(
     length = size - 4096
     kind = "a cache" if name == "cache" else "an origin"
     assert line == (
-        f"{name}: has {length - 512} bytes behind offset 4096, but the metadata are"
-        f" those of {kind} of {length} bytes"
+        f"{name}: has {length - 512} bytes behind offset 4096, but the metadata"
+        f" belongs to {kind} of {length} bytes"
     )
 
 
@@ -484,7 +484,7 @@ def test_origin_that_is_another_one_when_opened_again_ends_it() -> None:
     image = metadata_image()
     disks = Another(image, 9)
     disks.opened.append(("", False))
-    with pytest.raises(NbdTargetError, match="origin: is not the device that it was"):
+    with pytest.raises(NbdTargetError, match="origin: has another size than before"):
         disks.run()
     assert disks.devices["metadata"].image() == image
 
