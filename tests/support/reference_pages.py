@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["DOCS", "PACKAGE", "dictionary_keys", "matched_words", "words_of"]
+__all__ = ["DOCS", "PACKAGE", "ROOT", "dictionary_keys", "matched_words", "words_of"]
 
 ROOT: Final = Path(__file__).parent.parent.parent
 DOCS: Final = ROOT / "docs"
