@@ -101,7 +101,7 @@ class Trace:
         self.writes.append(is_write)
 
 
-# ---- where accesses come from ----------------------------------------------------------------
+# ---- where accesses come from ----
 
 
 def zipf(rng: random.Random, nr_blocks: int, theta: float) -> Iterator[int]:
@@ -224,7 +224,7 @@ def _access_of(words: list[str], block_size: int) -> tuple[Iterable[int], bool]:
     return blocks, is_write
 
 
-# ---- the three caches ------------------------------------------------------------------------
+# ---- the three caches ----
 
 
 def lru_hits(trace: Trace, nr_cblocks: int, warm_up: int) -> int:
@@ -341,7 +341,7 @@ def policy_run(trace: Trace, nr_cblocks: int, options: argparse.Namespace) -> Ru
     return run
 
 
-# ---- the command line ------------------------------------------------------------------------
+# ---- the command line ----
 
 
 def parser() -> argparse.ArgumentParser:

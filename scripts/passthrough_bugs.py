@@ -76,7 +76,7 @@ class Bench:
         os.truncate(self.disk, DISK_SIZE)
         self._server: ServerProcess | None = None
 
-    # The server
+    # ---- the server ----
 
     def start(self) -> None:
         say("$ nbdtarget serve &")
@@ -97,7 +97,7 @@ class Bench:
             self._server.terminate()
             self._server = None
 
-    # The verbs
+    # ---- the verbs ----
 
     def run(self, *words: str) -> str:
         """Run one of the verbs. Raises: Failed."""
@@ -152,7 +152,7 @@ class Bench:
         """With the threshold that leaves dirty blocks dirty."""
         return self.table("writeback", "smq 2 migration_threshold 0")
 
-    # I/O
+    # ---- I/O ----
 
     def write(self, data: bytes) -> None:
         """Write data to the cache from its beginning, 4 KiB at a time."""

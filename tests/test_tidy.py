@@ -230,3 +230,15 @@ def test_size_of_a_sector_is_written_once_in_a_package() -> None:
         # The least size that the header of a log may name.
         "nbdtarget/targets/log_writes/format.py",
     ]
+
+
+def test_sections_are_marked_in_one_way() -> None:
+    mark = re.compile(r"^\s*# -{2,} ?[^-].*$", re.MULTILINE)
+    wanted = re.compile(r"\s*# ---- .+ ----")
+    found = ((name_of(path), mark.findall(path.read_text())) for path in MODULES)
+    assert [
+        (name, line)
+        for name, lines in found
+        for line in lines
+        if not wanted.fullmatch(line) and "# --ignore" not in line
+    ] == []

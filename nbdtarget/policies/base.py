@@ -126,7 +126,7 @@ class Policy(ABC):
         self, nr_cblocks: int, *, origin_size: int, block_size: int, now_ns: int
     ) -> None: ...
 
-    # ---- for each bio ----------------------------------------------------------------------
+    # ---- for each bio ----
 
     @abstractmethod
     def lookup(self, oblock: int, is_write: bool) -> int:
@@ -151,7 +151,7 @@ class Policy(ABC):
     def clear_dirty(self, cblock: int) -> None:
         """The block now holds the same data as the origin."""
 
-    # ---- migrations ------------------------------------------------------------------------
+    # ---- migrations ----
 
     @abstractmethod
     def get_background_work(self, idle: bool) -> Work | None:
@@ -169,7 +169,7 @@ class Policy(ABC):
     def allow_migrations(self, allow: bool) -> None:
         """Set whether promotions and demotions may be decided on. Queued work stays queued."""
 
-    # ---- what the user wants cached -------------------------------------------------------
+    # ---- what the user wants cached ----
 
     @abstractmethod
     def maybe_promote(self, oblock: int) -> Work | None:
@@ -201,7 +201,7 @@ class Policy(ABC):
     def nr_pinned(self) -> int:
         """How many cblocks are pinned."""
 
-    # ---- mappings --------------------------------------------------------------------------
+    # ---- mappings ----
 
     @abstractmethod
     def load_mapping(
@@ -230,7 +230,7 @@ class Policy(ABC):
     def residency(self) -> int:
         """How many cblocks are in use or reserved for promotions under way."""
 
-    # ---- time ------------------------------------------------------------------------------
+    # ---- time ----
 
     @abstractmethod
     def tick(self, now_ns: int) -> bool:
@@ -243,7 +243,7 @@ class Policy(ABC):
     def catch_up(self) -> bool:
         """Continue what a tick left undone. Returns True if there is still more to do."""
 
-    # ---- table line, messages, status --------------------------------------------------------
+    # ---- table line, messages, status ----
 
     def set_config_value(self, key: str, value: str) -> str | None:
         """Set one key, from the table line or from a message. Returns a warning to log, or None.

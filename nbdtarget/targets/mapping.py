@@ -115,7 +115,7 @@ class MappingTarget(Target, Generic[M]):
         """The objects that this target alone has, and that refer to each other. They are not used after `dtr`."""
         raise NotImplementedError
 
-    # What a subclass says
+    # ---- what a subclass says ----
 
     def _held_back(self) -> list[Bio]:
         """Forget, and return, the bios that have not begun; their offsets are relative to the target."""
@@ -145,7 +145,7 @@ class MappingTarget(Target, Generic[M]):
         """The metadata context's answer, or its beginning; `offset` is relative to the target."""
         raise NotImplementedError
 
-    # Life
+    # ---- life ----
 
     def resume(self) -> None:
         self._is_suspended = False
@@ -181,7 +181,7 @@ class MappingTarget(Target, Generic[M]):
         if await self._committer.commit():
             await self._disks.note_stop(samples())
 
-    # Failures
+    # ---- failures ----
 
     def _failed(self) -> None:
         """The metadata has gone to mode RO or FAIL."""
@@ -201,7 +201,7 @@ class MappingTarget(Target, Generic[M]):
     def has_lost_writes(self) -> bool:
         return self._committer.has_failed
 
-    # Words
+    # ---- words ----
 
     async def status(self, *, noflush: bool = False) -> str:
         if self._is_failed():
@@ -218,7 +218,7 @@ class MappingTarget(Target, Generic[M]):
         names = [device.name for device in self._devices]
         return join_words((*names, *self._words[len(names) :]))
 
-    # Devices
+    # ---- devices ----
 
     def _pass_down(self, role: str, device: Device) -> None:
         """Pass discards on to `device`, if it takes any."""

@@ -136,7 +136,7 @@ def _looks_like_dump(head: bytes) -> bool:
     return (text.startswith(b"{") and b'"' in text) or text.startswith(b"<superblock")
 
 
-# ---- info ----------------------------------------------------------------------------------
+# ---- info ----
 
 
 def info(path: str) -> InfoAnswer:
@@ -152,7 +152,7 @@ def _choose(kind: Kind, device_size: int) -> Steps[Found[Any]]:
     return choose_superblock(kind.superblock, area, admit_needs_check=True)
 
 
-# ---- check ---------------------------------------------------------------------------------
+# ---- check ----
 
 
 def check(
@@ -195,7 +195,7 @@ def check(
     return check_answer(path, kind.name, findings, done)
 
 
-# ---- dump ----------------------------------------------------------------------------------
+# ---- dump ----
 
 
 def dump(
@@ -275,7 +275,7 @@ def _told(path: str, salvaged: Salvaged[Any]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-# ---- restore and repair --------------------------------------------------------------------
+# ---- restore and repair ----
 
 
 def restore(
@@ -546,7 +546,7 @@ def _umask() -> int:
     return mask
 
 
-# ---- size ----------------------------------------------------------------------------------
+# ---- size ----
 
 
 def clone_size(

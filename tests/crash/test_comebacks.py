@@ -214,7 +214,7 @@ class ComebackDriver(CacheDriver):
         self.call_inside(self.rig.openings.die)
         super().discard_loop()
 
-    # ---- what happens to the disks
+    # ---- what happens to the disks ----
 
     def disk_of(self, at: int) -> CrashDevice:
         disks: list[CrashDevice] = list(self.rig.openings.disks.values())
@@ -298,7 +298,7 @@ class ComebackDriver(CacheDriver):
         disks = self.rig.openings.disks.values()
         return not self.rig.gone and all(disk.lie is None for disk in disks)
 
-    # ---- what an operator does
+    # ---- what an operator does ----
 
     def attempt(self, what: str, verb: Coroutine[Any, Any, None]) -> bool:
         """Returns whether it was done. Raises: AssertionError: it had to be."""

@@ -252,7 +252,7 @@ CACHE_METADATA: Final = (
         'if dirty < -1:\n            raise CannotShrink("origin", dirty)',
         RESIZE,
     ),
-    # ---- the origin has everything
+    # ---- the origin has everything ----
     _mutant(
         "origin-complete-said-over-dirty-blocks",
         "Writethrough takes over from writeback, and a crash gives up what only the cache has.",

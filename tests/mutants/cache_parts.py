@@ -23,7 +23,7 @@ def _mutant(
 
 
 CACHE_PARTS: Final = (
-    # ---- resumes
+    # ---- resumes ----
     _mutant(
         "passthrough-over-dirty-blocks",
         "Reads come from the origin, which has not got what was written.",
@@ -105,7 +105,7 @@ CACHE_PARTS: Final = (
         "metadata.gives_up_mappings = bool(dropping.close())",
         ("tests/nbdtarget/targets/cache/test_origin_complete.py",),
     ),
-    # ---- one metadata object
+    # ---- one metadata object ----
     _mutant(
         "each-table-has-metadata-of-its-own",
         "The next table starts with what was on disk when it was loaded.",
@@ -122,7 +122,7 @@ CACHE_PARTS: Final = (
         "if live is not None:\n            check(live)",
         CONSTRUCTOR,
     ),
-    # ---- what was written to the origin alone
+    # ---- what was written to the origin alone ----
     _mutant(
         "discards-believed-over-a-changed-origin",
         "The origin was written to alone where the cache had discarded: zeroes are written over it.",
@@ -147,7 +147,7 @@ CACHE_PARTS: Final = (
         "",
         ACTIVATION,
     ),
-    # ---- new metadata
+    # ---- new metadata ----
     _mutant(
         "new-metadata-whatever-the-cache-holds",
         "The metadata's file system is not mounted: what was in the cache only is lost.",
@@ -172,7 +172,7 @@ CACHE_PARTS: Final = (
         "if self._ctx.permissions:",
         MISSING,
     ),
-    # ---- discards
+    # ---- discards ----
     _mutant(
         "discard-marks-what-it-covers-in-part",
         "A promotion fills with zeroes what was never discarded.",
@@ -189,7 +189,7 @@ CACHE_PARTS: Final = (
         "end = -(-(offset + length) // self.dblock_size)",
         DISCARDS,
     ),
-    # ---- extents
+    # ---- extents ----
     _mutant(
         "cached-blocks-are-zeroes-if-the-origin-s-are",
         "A backup leaves out what was written, and is dirty still.",

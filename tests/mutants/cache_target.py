@@ -26,7 +26,7 @@ def _mutant(
 
 
 CACHE_TARGET: Final = (
-    # ---- the first resume
+    # ---- the first resume ----
     _mutant(
         "no-commit-before-a-resumed-cache-changes",
         "The first commit overwrites records that a copy, unreadable today, vouches for tomorrow.",
@@ -37,7 +37,7 @@ CACHE_TARGET: Final = (
         ),
         ("tests/crash/test_page_cache.py",),
     ),
-    # ---- what a commit stands on
+    # ---- what a commit stands on ----
     _mutant(
         "cache-not-flushed-by-a-commit",
         "Mappings are committed whose data the cache device may still lose.",
@@ -125,7 +125,7 @@ CACHE_TARGET: Final = (
         ("        await self._migrations.quiesce()\n", "        pass\n"),
         (UNIT + "test_spec_4_2.py", *WALKS),
     ),
-    # ---- FUA
+    # ---- FUA ----
     _mutant(
         "fua-overwrite-ends-before-its-commit",
         "A whole block written with FUA is acknowledged, and a crash forgets where it is.",
@@ -143,7 +143,7 @@ CACHE_TARGET: Final = (
         ),
         MATRIX,
     ),
-    # ---- removals
+    # ---- removals ----
     _mutant(
         "demotion-does-not-wait-for-its-commit",
         "A block is written to the origin while a crash would bring its old copy back.",
@@ -176,7 +176,7 @@ CACHE_TARGET: Final = (
         ),
         MATRIX,
     ),
-    # ---- dirty and clean
+    # ---- dirty and clean ----
     _mutant(
         "dirty-when-the-write-has-ended",
         "While a write is under way its block counts as clean, and may be given up.",
@@ -215,7 +215,7 @@ CACHE_TARGET: Final = (
         ("        self._blocks.metadata.begin_write_through(cblock)\n", ""),
         FOREGROUND_TESTS,
     ),
-    # ---- locks
+    # ---- locks ----
     _mutant(
         "lock-granted-beside-a-write",
         "A block is copied while it is being written: the copy has half of it.",
@@ -285,7 +285,7 @@ CACHE_TARGET: Final = (
         ),
         FOREGROUND_TESTS,
     ),
-    # ---- writes through
+    # ---- writes through ----
     _mutant(
         "origin-that-failed-a-write-through-counts",
         "The cache has a write that the origin has not, and drops it as clean.",
@@ -436,7 +436,7 @@ CACHE_TARGET: Final = (
         ),
         FOREGROUND_TESTS,
     ),
-    # ---- discards
+    # ---- discards ----
     _mutant(
         "discard-unlocked-before-it-has-ended",
         "A write that came after a discard was acknowledged, and the origin discards it.",
@@ -482,7 +482,7 @@ CACHE_TARGET: Final = (
         ),
         (UNIT + "test_spec_14.py",),
     ),
-    # ---- mode RO, and failures
+    # ---- mode RO, and failures ----
     _mutant(
         "read-only-cache-takes-a-write-to-a-clean-block",
         "In mode RO a clean block is written, and nothing can record that it is dirty.",

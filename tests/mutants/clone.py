@@ -20,7 +20,7 @@ FAULTS: Final = (
 COPIER: Final = ("tests/nbdtarget/targets/test_copier.py",)
 
 CLONE: Final = (
-    # ---- the first resume
+    # ---- the first resume ----
     Mutant(
         "no-commit-before-a-resumed-clone-serves",
         "What was read of superblocks, perhaps in a page cache only, is acted upon for a second.",
@@ -33,7 +33,7 @@ CLONE: Final = (
         ),
         ("tests/crash/test_page_cache.py",),
     ),
-    # ---- FLUSH and FUA
+    # ---- FLUSH and FUA ----
     Mutant(
         "flush-passed-down-uncommitted",
         "FLUSH flushes the destination and commits nothing: the bits are lost.",
@@ -118,7 +118,7 @@ CLONE: Final = (
         ),
         TARGET,
     ),
-    # ---- writes and discards
+    # ---- writes and discards ----
     Mutant(
         "bit-set-before-the-overwrite-has-ended",
         "A region counts as hydrated while its write is under way: a crash tears it.",
@@ -232,7 +232,7 @@ CLONE: Final = (
         (("bio.device = self._source", "bio.device = self._destination"),),
         WALKS,
     ),
-    # ---- background hydration
+    # ---- background hydration ----
     Mutant(
         "bit-set-before-the-copy-is-written",
         "A region counts as hydrated when its copy begins: reads find garbage.",
@@ -312,7 +312,7 @@ CLONE: Final = (
         ),
         ("tests/nbdtarget/targets/clone/test_prefetch.py",),
     ),
-    # ---- copies
+    # ---- copies ----
     Mutant(
         "failed-copy-write-swallowed",
         "The destination refuses a chunk, and the copy says that it is whole.",
@@ -368,7 +368,7 @@ CLONE: Final = (
         (*COPIER, *WALKS),
         hangs=True,
     ),
-    # ---- locks
+    # ---- locks ----
     Mutant(
         "no-locks",
         "Everybody works on a region at the same time: copies overwrite newer writes.",
@@ -401,7 +401,7 @@ CLONE: Final = (
         ),
         ("tests/nbdtarget/targets/test_prison.py",),
     ),
-    # ---- new metadata
+    # ---- new metadata ----
     Mutant(
         "new-metadata-whatever-the-destination-holds",
         "The metadata's file system is not mounted: the source is copied over what clients wrote.",
@@ -414,7 +414,7 @@ CLONE: Final = (
         ),
         ("tests/nbdtarget/dm/test_missing_metadata.py",),
     ),
-    # ---- without a source
+    # ---- without a source ----
     Mutant(
         "source-left-out-before-all-is-copied",
         "The last region is read as an error though the source has it.",

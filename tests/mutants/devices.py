@@ -18,7 +18,7 @@ NBD: Final = ("tests/nbdtarget/devices/nbd/test_device.py",)
 NBD_LOSS: Final = ("tests/nbdtarget/devices/nbd/test_loss.py",)
 
 DEVICES: Final = (
-    # ---- a file
+    # ---- a file ----
     Mutant(
         "latch-forgotten-after-a-failed-fsync",
         "The fsync after a failed one succeeds: the kernel has dropped the pages by then.",
@@ -188,7 +188,7 @@ DEVICES: Final = (
         ),
         FILE,
     ),
-    # ---- another server's export
+    # ---- another server's export ----
     Mutant(
         "nbd-fua-not-sent",
         "FUA is not passed on to a server that has it.",

@@ -40,7 +40,7 @@ BITS: Final = (
 )
 
 METADATA: Final = (
-    # ---- the superblock
+    # ---- the superblock ----
     Mutant(
         "one-superblock-copy-written",
         "The second copy is never written: one rotten sector loses an acknowledged commit.",
@@ -222,7 +222,7 @@ METADATA: Final = (
         ),
         ("tests/metadata/log/test_layout.py",),
     ),
-    # ---- envelopes and records
+    # ---- envelopes and records ----
     Mutant(
         "digest-not-checked",
         "Rotten bytes are believed: regions that were never copied read as garbage.",
@@ -294,7 +294,7 @@ METADATA: Final = (
         (("if not 0 < count <= nr_regions - begin:", "if not 0 < count:"),),
         RECORDS,
     ),
-    # ---- a commit's own half
+    # ---- a commit's own half ----
     Mutant(
         "journal-not-flushed",
         "The superblock vouches for a journal that the disk's cache may still lose.",
@@ -404,7 +404,7 @@ METADATA: Final = (
         ),
         TRANSACTION,
     ),
-    # ---- compaction
+    # ---- compaction ----
     Mutant(
         "compaction-drops-a-delta",
         "The switch journals its own changes only: what others committed since is gone.",
@@ -482,7 +482,7 @@ METADATA: Final = (
         (("            and not self._unhealed\n", ""),),
         TRANSACTION,
     ),
-    # ---- the bits in core
+    # ---- the bits in core ----
     Mutant(
         "bits-kept-after-abort",
         "Regions whose data a failed flush may have lost are still read from there.",

@@ -151,7 +151,7 @@ class Openings:
     async def remove_created(self, name: str) -> None:
         raise AssertionError("nothing is created here")
 
-    # ---- what may happen to a disk
+    # ---- what may happen to a disk ----
 
     def of(self, disk: CrashDevice) -> list[Opening]:
         """The openings of a disk."""

@@ -169,7 +169,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self._clearing = False
         self._shutdown = Shutdown()
 
-    # Looking up
+    # ---- looking up ----
 
     @property
     def nr_oblocks(self) -> int:
@@ -283,7 +283,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
             raise FailedMetadata
         return not self.dirty_log or bool(self._admitted[cblock])
 
-    # Changing
+    # ---- changing ----
 
     def start(self, *, dirty_log: bool, writes_back: bool = True) -> Steps[None]:
         """Ask for what must be durable before the first change; then commit.
@@ -519,7 +519,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
         self.gives_up_mappings = False
         self.is_distrusted = False
 
-    # Inside
+    # ---- inside ----
 
     def _pause(self) -> Steps[None]:
         """Let other tasks run: one of them may be a commit that fails, and changes the mode."""

@@ -214,7 +214,7 @@ class CacheMetadata(CacheBlocks):
             superblock.write_misses,
         )
 
-    # Making and opening
+    # ---- making and opening ----
 
     @staticmethod
     def device_size_for(nr_cblocks: int) -> int:
@@ -303,7 +303,7 @@ class CacheMetadata(CacheBlocks):
             notes=found.notes,
         )
 
-    # What there is
+    # ---- what there is ----
 
     @property
     def used_blocks(self) -> int:
@@ -341,7 +341,7 @@ class CacheMetadata(CacheBlocks):
             or self.needs_rewrite
         )
 
-    # Committing
+    # ---- committing ----
 
     def prepare_shutdown(
         self,
@@ -470,7 +470,7 @@ class CacheMetadata(CacheBlocks):
         super().fail()
         self.may_change = False
 
-    # Inside
+    # ---- inside ----
 
     def _take(
         self, shutdown: Shutdown | None, *, starts: bool, only_rewrites: bool

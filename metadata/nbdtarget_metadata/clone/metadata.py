@@ -142,7 +142,7 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
         # While a commit under way writes the whole bitmap: keeps what changes before its turn.
         self._saved: SavedChunks | None = None
 
-    # Making and opening
+    # ---- making and opening ----
 
     @staticmethod
     def device_size_for(nr_regions: int) -> int:
@@ -225,7 +225,7 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
             notes=found.notes,
         )
 
-    # Looking up
+    # ---- looking up ----
 
     def all_hydrated(self, begin: int, end: int) -> bool:
         """Tell whether each region of [begin, end) is hydrated."""
@@ -287,7 +287,7 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
             or self.needs_rewrite
         )
 
-    # Changing
+    # ---- changing ----
 
     def set_hydrated(self, begin: int, end: int) -> None:
         """Mark the regions [begin, end) hydrated. Those that are so already stay so.

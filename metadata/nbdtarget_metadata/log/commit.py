@@ -286,7 +286,7 @@ class JournaledMetadata(Generic[S, T]):
         self.mode = _FAIL
         self._compaction = None
 
-    # What a transaction calls
+    # ---- what a transaction calls ----
 
     def check_current(self, transaction: "Transaction[S, T]") -> None:
         """Raise unless `transaction` may go on.
@@ -307,7 +307,7 @@ class JournaledMetadata(Generic[S, T]):
         self._unhealed -= {superblock.generation % NR_SLOTS}
         self._transaction = None
 
-    # Compaction
+    # ---- compaction ----
 
     @property
     def needs_compaction(self) -> bool:
@@ -348,7 +348,7 @@ class JournaledMetadata(Generic[S, T]):
             if not compaction.is_ready and self._compaction is compaction:
                 self._compaction = None
 
-    # Inside
+    # ---- inside ----
 
     def _may_compact(self) -> bool:
         return (

@@ -199,7 +199,7 @@ class _Reader:
             write_misses=0,
         )
 
-    # What the parser calls
+    # ---- what the parser calls ----
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         self._path.append(name)

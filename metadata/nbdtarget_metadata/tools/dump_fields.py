@@ -259,7 +259,7 @@ class Fields:
             flags |= bits[name]
         return flags
 
-    # Rows
+    # ---- rows ----
 
     def _read_rows(self, key: str, rows: Rows) -> None:
         scanner = self._scanner

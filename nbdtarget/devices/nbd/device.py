@@ -292,7 +292,7 @@ class NbdDevice(Device):
             found.append(Extent(length, EXTENT_DATA))
         return found
 
-    # -- requests -------------------------------------------------------------------------
+    # ---- requests ----
 
     def _request(self, request: _Request) -> None:
         """Send a request, now or when it is its turn."""
@@ -388,7 +388,7 @@ class NbdDevice(Device):
                 status,
             )
 
-    # -- flush ----------------------------------------------------------------------------
+    # ---- flush ----
 
     def _start_flush(self) -> None:
         if self._flush_runs or not self._flush_waiting:
@@ -416,7 +416,7 @@ class NbdDevice(Device):
             bio.end(status)
         self._start_flush()
 
-    # -- reads ----------------------------------------------------------------------------
+    # ---- reads ----
 
     def _start_read(self, bio: Bio) -> None:
         offset, length = bio.offset, bio.length
@@ -475,7 +475,7 @@ class NbdDevice(Device):
             into = None if buffer is None else buffer[part]
             self._request((command, flags, offset + at, size, data, into, pieces))
 
-    # -- writes ---------------------------------------------------------------------------
+    # ---- writes ----
 
     def _zeroes_fast(self, bio: Bio) -> bool:
         aligned = (bio.offset | bio.length) % self._block == 0
@@ -577,7 +577,7 @@ class NbdDevice(Device):
             self._status_range = min(self._status_range * 2, RANGE_MAX)
         return runs
 
-    # -- loss -----------------------------------------------------------------------------
+    # ---- loss ----
 
     def _connection_lost(self, reason: str, delay_s: float | None = None) -> None:
         """Args: delay_s: before the first attempt to connect again; None: RECONNECT_S_MIN."""

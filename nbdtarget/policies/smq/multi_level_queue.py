@@ -122,7 +122,7 @@ class MultiLevelQueue:
         lengths[self._at_level] += self._counts[_CARRIED]
         return lengths
 
-    # ---- in and out --------------------------------------------------------------------------
+    # ---- in and out ----
 
     def push(self, entry: int, level: int) -> None:
         """Put `entry` at the tail of `level`, as its newest entry."""
@@ -197,7 +197,7 @@ class MultiLevelQueue:
     def _push_exchanged(self, entry: int, level: int, sentinels_passed: int) -> None:
         self.push(entry, level)
 
-    # ---- redistribution --------------------------------------------------------------------
+    # ---- redistribution ----
 
     @property
     def is_redistributing(self) -> bool:

@@ -167,7 +167,7 @@ class Smq(Policy):
     def residency(self) -> int:
         return self._allocator.nr_allocated
 
-    # ---- for each bio ----------------------------------------------------------------------
+    # ---- for each bio ----
 
     # hot: a hit that is not the first of its period takes 0.3 us.
     def lookup(self, oblock: int, is_write: bool) -> int:
@@ -223,7 +223,7 @@ class Smq(Policy):
             if _IS_QUEUED[flags]:
                 self._queue_for(flags).requeue(entry, 1)
 
-    # ---- queues ----------------------------------------------------------------------------
+    # ---- queues ----
 
     def _queue_for(self, flags: int) -> MultiLevelQueue:
         return self._dirty if flags & _DIRTY else self._clean
@@ -255,7 +255,7 @@ class Smq(Policy):
             queue.remove(entry)
             self._links.levels[entry] = level
 
-    # ---- migrations ------------------------------------------------------------------------
+    # ---- migrations ----
 
     def get_background_work(self, idle: bool) -> Work | None:
         work = self.tracker.issue()
@@ -324,7 +324,7 @@ class Smq(Policy):
     def _is_clean_target_met(self, idle: bool) -> bool:
         return not (idle or self.is_cleaner) or not len(self._dirty)
 
-    # ---- what the user wants cached -------------------------------------------------------
+    # ---- what the user wants cached ----
 
     @property
     def nr_pinned(self) -> int:
@@ -367,7 +367,7 @@ class Smq(Policy):
     def is_pinned(self, cblock: int) -> bool:
         return bool(self._flags[cblock] & _PINNED)
 
-    # ---- mappings --------------------------------------------------------------------------
+    # ---- mappings ----
 
     def load_mapping(
         self, cblock: int, oblock: int, dirty: bool, hint: int | None
@@ -431,7 +431,7 @@ class Smq(Policy):
         self._flags[entry] = 0
         self._allocator.free(entry)
 
-    # ---- time ------------------------------------------------------------------------------
+    # ---- time ----
 
     def tick(self, now_ns: int) -> bool:
         if now_ns > self._writeback_period_end_ns:

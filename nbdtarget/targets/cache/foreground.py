@@ -208,7 +208,7 @@ class Foreground:
             and blocks.discards.is_discarded(oblock)
         )
 
-    # Passing on
+    # ---- passing on ----
 
     def _read_cached(self, bio: Bio, oblock: int, cblock: int) -> None:
         cache = self._blocks.cache
@@ -233,7 +233,7 @@ class Foreground:
         blocks.submit_held(blocks.origin, bio, oblock)
         self._missed()
 
-    # Overwrites
+    # ---- overwrites ----
 
     def _overwrite(self, bio: Bio, work: Work) -> None:
         """Carry out a promotion by writing the bio that it was made for to the cache block."""
@@ -337,7 +337,7 @@ class Foreground:
             bio.end(errno)
         blocks.unlock(lock)
 
-    # Discards
+    # ---- discards ----
 
     def _discard(self, bio: Bio) -> None:
         blocks = self._blocks

@@ -118,7 +118,7 @@ class BlockLocks:
         """Whether any write holds a block."""
         return bool(self._writers)
 
-    # Shared
+    # ---- shared ----
 
     def nr_writers(self, oblock: int) -> int:
         """How many writes hold `oblock`."""
@@ -165,7 +165,7 @@ class BlockLocks:
             lock = next((r for r in self._ranges if r.begin <= oblock < r.end), None)
         return lock if lock is not None and (is_write or lock.level) else None
 
-    # Exclusive
+    # ---- exclusive ----
 
     def maybe_lock(
         self, oblock: int, granted: Callable[[BlockLock], None]
@@ -240,7 +240,7 @@ class BlockLocks:
             lock.parked = [bio for bio in lock.parked if not is_wanted(bio)]
         return taken
 
-    # Inside
+    # ---- inside ----
 
     def _end_write(self, oblock: int, _: Bio) -> None:
         _count_down(self._writers, oblock)

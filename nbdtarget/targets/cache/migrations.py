@@ -104,7 +104,7 @@ class Migrations:
         self._retry_ns = 0
         blocks.wake = self.wake
 
-    # Life
+    # ---- life ----
 
     def resume(self) -> None:
         self._is_stopped = False
@@ -125,7 +125,7 @@ class Migrations:
         for copier in (self._promoter, self._demoter):
             copier.drop_buffers()
 
-    # When
+    # ---- when ----
 
     def clean_now(self) -> None:
         """Write back everything that is dirty, idle or not."""
@@ -259,7 +259,7 @@ class Migrations:
         self._pause = None
         self.wake()
 
-    # What
+    # ---- what ----
 
     async def _migrate(self, work: Work, lock: BlockLock) -> None:
         """Carry out a migration of the policy's; the block is locked."""
@@ -363,7 +363,7 @@ class Migrations:
         blocks.set_clean(cblock)
         return True
 
-    # The sweep
+    # ---- the sweep ----
 
     def _start_sweeping(self) -> bool:
         """Start the sweep's next writeback, if there is one now."""
@@ -420,7 +420,7 @@ class Migrations:
             blocks.unlock(lock)
             self._ended()
 
-    # Inside
+    # ---- inside ----
 
     def _note_failure(self, what: str, error: DeviceError, op: int) -> None:
         self._blocks.failures.note(what, error)

@@ -179,7 +179,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
     def check_words(cls, args: Sequence[str]) -> None:
         check_words(args)
 
-    # I/O
+    # ---- I/O ----
 
     def map(self, bio: Bio) -> int:
         if self._is_hydrated and bio.op < OP_FLUSH:
@@ -285,7 +285,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         self._foreground.write_hydrated(child)
         return SUBMITTED
 
-    # Life
+    # ---- life ----
 
     async def preresume(self) -> None:
         """Record, durably, which disks these are, and that they are in use.
@@ -363,7 +363,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         self._is_sealed = self._metadata.is_sealed
         self._is_hydrated = not self._has_failed and self._metadata.hydration_done
 
-    # Words
+    # ---- words ----
 
     def _status_line(self) -> str:
         return status_line(

@@ -46,7 +46,7 @@ def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
 
 
-# ---- another disk ----------------------------------------------------------------------------
+# ---- another disk ----
 
 
 async def test_clone_goes_on_with_its_own_disks(site: Site) -> None:
@@ -205,7 +205,7 @@ async def test_writeback_offline_takes_a_disk_that_moved_when_told_so(
         assert await device.read(0, SIZE) == content
 
 
-# ---- old backups -----------------------------------------------------------------------------
+# ---- old backups ----
 
 
 @pytest.mark.parametrize("how", ["clean", "crash"])
@@ -234,7 +234,7 @@ async def test_disk_of_an_old_backup_is_refused(site: Site) -> None:
     assert "older backup" in await site.refused(site.clone())
 
 
-# ---- the same disk elsewhere -------------------------------------------------------------------
+# ---- the same disk elsewhere ----
 
 
 def _copy_whole(source: Path, target: Path) -> None:
@@ -290,7 +290,7 @@ async def test_table_can_be_loaded_again_while_it_is_served(site: Site) -> None:
     await registry.remove("d")
 
 
-# ---- changed while not in use ------------------------------------------------------------------
+# ---- changed while not in use ----
 
 
 async def test_clean_blocks_are_dropped_if_the_origin_was_used_without_the_cache(
@@ -444,7 +444,7 @@ async def test_stop_whose_compaction_fails_meanwhile_is_a_stop_all_the_same(
     await site.started(site.clone())
 
 
-# ---- evidence that cannot be had ---------------------------------------------------------------
+# ---- evidence that cannot be had ----
 
 
 async def test_file_system_without_marks_is_no_error(

@@ -160,7 +160,7 @@ class CacheInvariants(Invariants):
 
         setattr(part, name, counted)
 
-    # ---- what the devices see
+    # ---- what the devices see ----
 
     def started(self, device: CrashDevice, bio: Bio) -> None:
         if bio.op not in WRITES or device is self.metadata:
@@ -192,7 +192,7 @@ class CacheInvariants(Invariants):
             self._on_disk = maybe_open_cache(image, self.block_size)
         return self._on_disk
 
-    # ---- what the machine says
+    # ---- what the machine says ----
 
     def look(self) -> None:
         """Raise what was found inside a bio's `submit`, too: there it may be caught."""
@@ -208,7 +208,7 @@ class CacheInvariants(Invariants):
         if self.broken is not None:
             raise self.broken
 
-    # ---- the invariants
+    # ---- the invariants ----
 
     def j1_cblock_is_free_on_disk(self, target: CacheTarget, bio: Bio) -> None:
         """What is written to a cblock belongs to the oblock that a crash would find there."""

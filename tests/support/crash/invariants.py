@@ -156,7 +156,7 @@ class CloneInvariants(Invariants):
 
         hydration._job = watched_job  # type: ignore[method-assign]
 
-    # ---- what the devices see
+    # ---- what the devices see ----
 
     def started(self, device: CrashDevice, bio: Bio) -> None:
         if device is self.source:
@@ -172,7 +172,7 @@ class CloneInvariants(Invariants):
         self._under_way.pop(id(bio), None)
         self.look()
 
-    # ---- what the machine says
+    # ---- what the machine says ----
 
     def promised(self) -> bitarray:
         return self.floor.copy()
@@ -215,7 +215,7 @@ class CloneInvariants(Invariants):
             elif begun.bits == target._metadata.hydrated:
                 self.i5_flush_without_change_is_one_flush(begun)
 
-    # ---- the invariants
+    # ---- the invariants ----
 
     def i1_committed_regions_are_on_the_destination(
         self, model: DiskModel, promised: bitarray

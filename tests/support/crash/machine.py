@@ -171,7 +171,7 @@ class Driver:
         if self.escaped:
             raise self.escaped.pop(0)
 
-    # ---- bios
+    # ---- bios ----
 
     def overlaps(self, offset: int, length: int) -> bool:
         return any(
@@ -290,7 +290,7 @@ class Driver:
         finally:
             asyncio._set_running_loop(None)
 
-    # ---- time
+    # ---- time ----
 
     def turn(self, turns: int) -> None:
         """Let the loop turn: in-flight I/O gets on a little."""
@@ -313,7 +313,7 @@ class Driver:
             self.advance(0.01)
         raise AssertionError(f"bios lost: {list(self.in_flight)}")
 
-    # ---- life
+    # ---- life ----
 
     def suspend(self) -> None:
         self.run(self.rig.suspend())

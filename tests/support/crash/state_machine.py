@@ -88,7 +88,7 @@ class TargetMachine(RuleBasedStateMachine):
     def is_running(self) -> bool:
         return self.is_up and not self.driver.suspended
 
-    # ---- clients
+    # ---- clients ----
 
     @precondition(lambda self: self.is_up)
     @rule(data=st.data())
@@ -135,7 +135,7 @@ class TargetMachine(RuleBasedStateMachine):
         self.step(lambda driver: driver.flush())
         self.step(lambda driver: driver.turn(turns))
 
-    # ---- time
+    # ---- time ----
 
     @precondition(lambda self: self.is_up)
     @rule(turns=st.integers(1, 20))
@@ -157,7 +157,7 @@ class TargetMachine(RuleBasedStateMachine):
     def hydrate_a_step(self) -> None:
         self.step(lambda driver: driver.hydrate_a_step())
 
-    # ---- whoever administers it
+    # ---- whoever administers it ----
 
     @precondition(lambda self: self.is_up and self.driver.rig.messages)
     @rule(data=st.data())
@@ -180,7 +180,7 @@ class TargetMachine(RuleBasedStateMachine):
     def resume(self) -> None:
         self.step(lambda driver: driver.resume())
 
-    # ---- power
+    # ---- power ----
 
     @precondition(lambda self: self.is_up)
     @rule(seed=SEEDS, fate=st.sampled_from(Fate))
@@ -207,7 +207,7 @@ class TargetMachine(RuleBasedStateMachine):
         else:
             self.step(lambda driver: driver.boot(seed, images))
 
-    # ---- what must hold
+    # ---- what must hold ----
 
     @invariant()
     def what_is_promised_would_survive(self) -> None:

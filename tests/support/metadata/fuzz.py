@@ -95,7 +95,7 @@ BODIES: Final = (
 )
 
 
-# ---- images
+# ---- images ----
 
 
 def fuzz_image(seed: int) -> str:
@@ -182,7 +182,7 @@ def commit_to(image: bytes, mode: Mode) -> None:
     assert again.notes == ()
 
 
-# ---- rot and mishaps
+# ---- rot and mishaps ----
 
 Damage = Callable[[random.Random, bytearray, Any, Any], None]
 
@@ -252,7 +252,7 @@ def truncate(rng: random.Random, image: bytearray, aged: AnyAged, _: AnyAged) ->
         del image[size:]
 
 
-# ---- lies
+# ---- lies ----
 
 
 def lie_in_superblock(
@@ -355,7 +355,7 @@ DAMAGES: Final[tuple[Damage, ...]] = (
 )
 
 
-# ---- a chain by itself
+# ---- a chain by itself ----
 
 
 def fuzz_chain(seed: int) -> str:
@@ -439,7 +439,7 @@ def regions_of(fields: Sequence[Any]) -> set[int]:
     }
 
 
-# ---- blocks
+# ---- blocks ----
 
 
 def pick_block(rng: random.Random, aged: AnyAged) -> int:

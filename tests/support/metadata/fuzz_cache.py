@@ -179,7 +179,7 @@ def change(metadata: CacheMetadata) -> None:
         metadata.remove(cblock)
 
 
-# ---- lies
+# ---- lies ----
 
 
 def lie_in_record(

@@ -183,7 +183,7 @@ async def test_read_only_refuses_writes(tmp_path: Path) -> None:
     assert path.read_bytes() == b"x" * 4096
 
 
-# -- space --------------------------------------------------------------------------------
+# ---- space ----
 
 
 async def test_extents_of_a_sparse_file(device: Device) -> None:
@@ -288,7 +288,7 @@ async def test_no_write_is_inline_while_space_is_freed(
     assert again.status == 0
 
 
-# -- durability ---------------------------------------------------------------------------
+# ---- durability ----
 
 
 @pytest.fixture
@@ -420,7 +420,7 @@ async def test_failed_write_latches_unless_for_want_of_space(
         await device.flush()
 
 
-# -- slow disks ---------------------------------------------------------------------------
+# ---- slow disks ----
 
 
 class SlowWrites:
@@ -515,7 +515,7 @@ async def test_inline_write_that_is_cut_short_between_pieces_is_finished(
     await device.close()
 
 
-# -- writeback ------------------------------------------------------------------------------
+# ---- writeback ----
 
 
 async def test_writeback_is_one_job_at_a_time_and_over_before_close(
@@ -556,7 +556,7 @@ async def test_writeback_of_a_real_file(tmp_path: Path) -> None:
     await device.close()
 
 
-# -- locks and leaks ----------------------------------------------------------------------
+# ---- locks and leaks ----
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ async def test_extents_without_block_status_are_data(tmp_path: Path) -> None:
         await device.close()
 
 
-# -- what is refused ----------------------------------------------------------------------
+# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ async def test_silent_server_is_given_up(
             await open_nbd(server.uri, read_only=True)
 
 
-# -- loss ---------------------------------------------------------------------------------
+# ---- loss ----
 
 
 @pytest.mark.parametrize("multi", [False, True])

@@ -56,7 +56,7 @@ async def gives_eio(awaitable: Awaitable[object]) -> None:
     assert caught.value.errno == errno.EIO
 
 
-# -- what a loss costs --------------------------------------------------------------------
+# ---- what a loss costs ----
 
 
 async def test_written_device_connects_again_and_goes_on(
@@ -211,7 +211,7 @@ async def test_what_comes_while_the_server_is_away_ends_at_once(tmp_path: Path) 
         await device.close()
 
 
-# -- another disk -------------------------------------------------------------------------
+# ---- another disk ----
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -285,7 +285,7 @@ async def test_server_that_can_less_than_before_is_taken(tmp_path: Path) -> None
         await device.close()
 
 
-# -- what an old connection still has under way -----------------------------------------------
+# ---- what an old connection still has under way ----
 
 
 async def hanging_write(server: StrictServer, device: NbdDevice) -> Bio:
@@ -388,7 +388,7 @@ async def test_write_that_was_sent_in_part_is_not_waited_for(tmp_path: Path) -> 
         await device.close()
 
 
-# -- time ---------------------------------------------------------------------------------
+# ---- time ----
 
 
 async def timed(server: StrictServer, seconds: str = "") -> NbdDevice:

@@ -207,7 +207,7 @@ def test_hint_that_no_policy_of_ours_has_given_pins_nothing(hint: int) -> None:
     assert (smq.is_pinned(3), smq.get_hint(3)) == (False, 63)
 
 
-# ---- promotions on demand ------------------------------------------------------------------
+# ---- promotions on demand ----
 
 
 def test_promotion_on_demand_needs_no_hot_block_and_is_handed_out_at_once() -> None:

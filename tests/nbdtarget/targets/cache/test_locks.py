@@ -43,7 +43,7 @@ class World:
         self.asked: list[Asked] = []  # oldest first
         self.parked: list[Bio] = []
 
-    # ---- what happens
+    # ---- what happens ----
 
     def io(self) -> None:
         oblock, is_write = self.rng.randrange(NR_BLOCKS), self.rng.random() < 0.5
@@ -131,7 +131,7 @@ class World:
             elif each.lock.held:
                 assert not _meet(each.blocks, range(lock.begin, lock.end))
 
-    # ---- what must hold
+    # ---- what must hold ----
 
     def look(self) -> None:
         for each in self.asked:
