@@ -10,13 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    path
-    for path in ("docs/architecture.md", "docs/extending.md", "CONTRIBUTING.md")
-    if (ROOT / path).exists()
+    "CONTRIBUTING.md",
+    "README.md",
+    "SECURITY.md",
+    "metadata/FORMAT.md",
+    *sorted(
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "docs").rglob("*.md")
+        if "commands" not in path.parts  # they are made from the commands themselves
+    ),
 ]
 ROOMS = ("nbdtarget", "nbdtarget_protocol", "nbdtarget_metadata", "tests", "scripts")
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 WORD = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(
     r"(?:nbdtarget|protocol|metadata|tests|scripts|docs|findings)/[\w./-]*"
@@ -55,11 +62,30 @@ def is_there(dotted: str) -> bool:
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page: str) -> None:
     named = [word for word in words_of(page) if FILE.fullmatch(word)]
-    assert named
     missing = [
         word for word in named if "NAME" not in word and not (ROOT / word).exists()
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_a_page_lead_to_files_that_exist(page: str) -> None:
+    folder = (ROOT / page).parent
+    links = LINK.findall(FENCE.sub("", text_of(page)))
+    missing = [
+        link
+        for link in links
+        if not re.match(r"[a-z]+:|#", link)
+        and not (folder / link.partition("#")[0]).exists()
+        and not (folder / f"{link.partition('#')[0]}.md").exists()
+    ]
+    assert missing == []
+
+
+def test_files_are_found_in_the_pages() -> None:
+    # The test above would find nothing missing if this were not so.
+    named = set(words_of("docs/architecture.md")) | set(words_of("CONTRIBUTING.md"))
+    assert {"tests/crash", "nbdtarget/dm/table.py", "metadata/FORMAT.md"} <= named
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -69,7 +95,7 @@ def test_modules_and_functions_that_a_page_names_exist(page: str) -> None:
         word
         for word in dotted
         if DOTTED.fullmatch(word)
-        and not word.endswith(".md")
+        and not word.endswith((".md", ".toml", ".service"))
         and not (ROOT / word).exists()
         and not is_there(word)
     ]
