@@ -17,7 +17,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz rot lock wheel clean hit-ratio attack docs docs-reference help
+.PHONY: run check test suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz fuzz-wire rot lock wheel clean hit-ratio attack docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -33,6 +33,7 @@ help:
 	@echo 'make mutants       every deliberate bug must be caught'
 	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
 	@echo 'make docs          site and man pages: build/docs    make docs-reference  commands anew, from their help'
+	@echo 'make fuzz-wire [SECONDS=60 SEED=0]  damaged conversations in the NBD protocol'
 	@echo 'make wheel         dist/*.whl                 make lock    resolve the lock files anew'
 	@echo 'make clean         what was built, cached or sampled'
 
@@ -149,6 +150,11 @@ mutants: .venv/dev.stamp
 # Metadata that nobody would write: make fuzz SECONDS=600 SEED=1, or CASES=1 to see one again.
 fuzz: .venv/dev.stamp
 	@$(BIN)/python -m scripts.fuzz_metadata --seconds $(or $(SECONDS),60) \
+	    --seed $(or $(SEED),0) $(if $(CASES),--cases $(CASES)) $(ARGS)
+
+# Damaged conversations in the NBD protocol; a failing seed is printed with what replays it.
+fuzz-wire: .venv/dev.stamp
+	@$(BIN)/python -m scripts.fuzz_wire --seconds $(or $(SECONDS),60) \
 	    --seed $(or $(SEED),0) $(if $(CASES),--cases $(CASES)) $(ARGS)
 
 # Every bit of every block that is read, its padding too: some minutes.

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make fuzz-wire`: damaged and unlikely conversations in the NBD protocol, for as long as you like.
+
+    make fuzz-wire [SECONDS=60] [SEED=0] [CASES=N] [ARGS='--only FUZZER' --name-seeds]
+
+`tests/support/wire_fuzz.py` says what each seed becomes, and what must come of it. Seeds count up from SEED, and each of
+them goes through all four fuzzers, or through the one that `--only` names. The first case that fails ends the run: its seed, the
+command that replays it, and what happened. `--name-seeds` prints the first seed of each outcome, in the form of
+`tests/support/wire_seeds.py`, which the gate replays.
+
+Exit status: 0 if every case ended as it must, else 1.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+
+from tests.support.wire_fuzz import FUZZERS
+
+__all__ = ["main"]
+
+
+class Run:
+    """Cases, and how they ended."""
+
+    def __init__(self, fuzzers: Sequence[str]) -> None:
+        self.fuzzers = fuzzers
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        self.first: dict[tuple[str, str], int] = {}
+
+    def case(self, seed: int) -> bool:
+        """Run one seed through all fuzzers; tell whether all went well."""
+        for name in self.fuzzers:
+            try:
+                outcome = name, FUZZERS[name](seed)
+            except Exception:
+                only = f" ARGS=\"--only '{name}'\""
+                print(
+                    f"FAILED {name}, seed {seed}; again:"
+                    f" make fuzz-wire SEED={seed} CASES=1{only}"
+                )
+                traceback.print_exc(file=sys.stdout)
+                return False
+            self.outcomes[outcome] += 1
+            self.first.setdefault(outcome, seed)
+        return True
+
+    def print_outcomes(self) -> None:
+        for (name, outcome), count in self.outcomes.most_common():
+            print(f"{count:9}  {name}: {outcome}")
+
+    def print_seeds(self) -> None:
+        for name in self.fuzzers:
+            print(f'    "{name}": {{')
+            for (of, outcome), seed in self.first.items():
+                if of == name:
+                    print(f'        "{outcome}": {seed},')
+            print("    },")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make fuzz-wire")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=None)
+    parser.add_argument("--only", choices=sorted(FUZZERS), help="this fuzzer alone")
+    parser.add_argument("--name-seeds", action="store_true", help="print named seeds")
+    options = parser.parse_args(arguments)
+    if options.cases is not None and options.cases < 1:
+        parser.error("--cases must be at least 1")
+    run = Run([options.only] if options.only else list(FUZZERS))
+    begun_s = time.monotonic()
+    seed = options.seed
+    while seed - options.seed != options.cases and (
+        options.cases or time.monotonic() - begun_s < options.seconds
+    ):
+        if not run.case(seed):
+            return 1
+        seed += 1
+    if options.name_seeds:
+        run.print_seeds()
+        return 0
+    run.print_outcomes()
+    took_s = time.monotonic() - begun_s
+    print(
+        f"seeds {options.seed} to {seed - 1}: every case ended as it must ({took_s:.0f} s)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named seeds of the wire fuzzer: each ends in another way, and the name says how.
+
+The gate replays all of them. A seed that has failed is added here, too, when what it found is mended: the
+name is what the case ends with then. If `wire_fuzz.py` makes other conversations of the same numbers, choose the seeds
+anew: `make fuzz-wire ARGS=--name-seeds` prints this table.
+"""
+
+from typing import Final
+
+__all__ = ["SEEDS"]
+
+SEEDS: Final[dict[str, dict[str, int]]] = {
+    "server handshake": {
+        "negotiated, structured replies, 0 contexts": 0,
+        "negotiated, simple replies, 0 contexts": 1,
+        "negotiated, structured replies, 1 contexts": 2,
+        "error: bad option magic": 3,
+        "error: EXPORT_NAME refused": 5,
+        "damaged and unfinished": 6,
+        "error: export name is longer than": 8,
+        "error: option": 16,
+        "error: unknown client flags": 19,
+        "error: option GO with a payload of": 21,
+        "error: option EXPORT_NAME with a payload of": 30,
+        "error: option LIST with a payload of": 34,
+        "left": 47,
+        "unfinished": 97,
+        "error: option STRUCTURED_REPLY with a payload of": 222,
+        "error: option LIST_META_CONTEXT with a payload of": 250,
+        "error: option STARTTLS with a payload of": 288,
+        "error: option INFO with a payload of": 311,
+        "error: option SET_META_CONTEXT with a payload of": 968,
+        "error: option PEEK_EXPORT with a payload of": 1255,
+    },
+    "client handshake": {
+        "error: server has no export": 0,
+        "error: reply to option": 1,
+        "negotiated, 1 contexts": 2,
+        "unfinished": 3,
+        "error: INFO_EXPORT of": 6,
+        "error: bad option reply magic": 7,
+        "negotiated, 0 contexts": 8,
+        "error: this is not an NBD server": 19,
+        "error: metadata context": 32,
+        "error: bad greeting": 56,
+        "error: server refused option GO with": 64,
+        "error: option reply of": 138,
+        "error: META_CONTEXT reply is too short": 150,
+        "error: server advertised a minimum block size of": 173,
+        "error: reply": 249,
+        "error: ACK with a payload": 545,
+        "error: reply SERVER to option GO": 1540,
+        "error: INFO reply is too short": 1720,
+    },
+    "client transmission": {
+        "all answered": 0,
+        "error: BLOCK_STATUS chunk of": 3,
+        "error: bad reply magic": 8,
+        "some unanswered": 9,
+        "error: NONE chunk with a payload": 13,
+        "error: descriptors past the end of": 21,
+        "error: reply with unknown cookie": 30,
+        "error: error chunk of": 32,
+        "error: chunk": 60,
+        "error: simple reply to": 64,
+        "error: metadata context": 102,
+        "error: OFFSET_HOLE chunk of": 192,
+        "error: unknown chunk type": 250,
+        "error: BLOCK_STATUS descriptor of no bytes": 338,
+        "error: OFFSET_HOLE chunk of no bytes": 452,
+        "error: error chunk with error": 553,
+        "error: error message is longer than its chunk": 618,
+        "error: only": 1993,
+    },
+    "server": {
+        "damaged: attached": 0,
+        "ended by EOF, structured replies late": 1,
+        "ended by EOF, simple replies at once": 2,
+        "ended by DISC, structured replies at once": 6,
+        "ended by too long, structured replies late": 7,
+        "ended by too long, structured replies at once": 10,
+        "ended by DISC, simple replies at once": 12,
+        "ended by DISC, structured replies late": 13,
+        "ended by EOF, structured replies at once": 15,
+        "damaged: not attached": 21,
+        "ended by too long, simple replies late": 28,
+        "ended by too long, simple replies at once": 42,
+        "ended by EOF, simple replies late": 49,
+        "ended by garbage, structured replies at once": 86,
+        "ended by garbage, structured replies late": 89,
+        "ended by garbage, simple replies late": 107,
+        "ended by garbage, simple replies at once": 112,
+    },
+}
