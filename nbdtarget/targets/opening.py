@@ -206,9 +206,12 @@ class Opening:
             live = live.beside[0]  # of a table that was loaded, and never resumed
         if not isinstance(live, kind):
             live = None
+        # What it was before anything is read: `refuse_stale` compares it at the resume.
         generation = 0 if live is None else live.generation
         if live is not None and live.mode is Mode.RW:
             check(live)
+            # Usually both tables share one object. If the live table's disk is latched or lost, what it knows in
+            # core cannot become durable any more: then this table goes on from what is on the disk.
             if not self._ctx.replaces_unusable:
                 shared[self._target] = live
                 return live
@@ -217,6 +220,7 @@ class Opening:
             metadata.beside = live, generation
         for note in metadata.notes:
             log.warning("%s: %s: %s", self._ctx.name, device.name, note)
+        # Only metadata that can be committed is shared: read-only metadata is read anew by the next table.
         if metadata.mode is Mode.RW:
             shared[self._target] = metadata
         return metadata
@@ -230,10 +234,10 @@ class Opening:
 
 
 def refuse_stale(metadata: JournaledMetadata[Any, Any]) -> None:
-    """Before anything is done by it: has the table that is swapped away committed meanwhile?
+    """Refuse metadata that was read beside a live table which has committed since.
 
-    It could not, while its disk was latched or lost. Should that have passed, this metadata is old.
-    Raises: TableError.
+    While the live table's disk was latched or lost it could not commit. If the disk has come back, it may have.
+    Called before anything is done with the metadata. Raises: TableError.
     """
     if metadata.beside is not None:
         other, generation = metadata.beside

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache device that fails its flush, under a cache that does not write back.
+"""A cache device that fails its flush, in a cache that does not write back.
 
 What does a FLUSH promise then? Everything that a writethrough cache has acknowledged is on the origin, as long as
-nothing is dirty. The cache device may hold older copies; but while the superblock says that the origin is
-complete, a crash gives all mappings up, so no copy is ever read again after it. So nothing rests on the cache
-device's flush, and FLUSH need not fail. That goes for a commit, too, whose superblock says so still.
+nothing is dirty. The cache device may hold older copies. But while the superblock says that the origin is
+complete, a crash drops all mappings, so no copy is ever read again after a crash. So nothing rests on the cache
+device's flush, and FLUSH need not fail. The same is true for a commit if its superblock still says so.
 
-From the first such failure on, or when many blocks have been given up (`BadBlocks`), until the table is loaded again, the device is not trusted:
+The device is not trusted from the first such failure on, or from the moment at which many blocks have been given up
+(`BadBlocks`), until the table is loaded again:
 
     reads of clean blocks    go to the origin: a page that could not be written may read as it was before
-    promotions, overwrites   there are none
-    the end                  no clean shutdown is recorded, as it would vouch for the copies: the next
-                             start, or table, gives all mappings up
+    promotions, overwrites   are not made
+    at the end               no clean shutdown is recorded, as it would vouch for the copies: the next
+                             start, or table, drops all mappings
 
-While a block is dirty, or in a cache that writes back, the flush is needed, and EIO is the truth. So it is if a
+While a block is dirty, or in a cache that writes back, the flush is needed, and FLUSH fails with EIO. So it does if a
 block has become dirty while the flush was under way. In a cache whose device is not trusted, no
-block becomes dirty: if the origin fails a write, the client is told, and the origin counts all the same.
+block becomes dirty: if the origin fails a write, the write fails, and the origin counts all the same.
 """
 
 import logging
@@ -48,7 +49,7 @@ class Distrust:
     def maybe_let_go(
         self, device: Device, transaction: Transaction | None
     ) -> Callable[[DeviceError], None] | None:
-        """Say what to do if the flush of `device` fails that begins now; None: it is needed."""
+        """Return what to call if the flush of `device` that begins now fails; None: the flush is needed."""
         blocks = self._blocks
         if device is not blocks.cache or not self._is_origin_complete:
             return None
@@ -57,7 +58,7 @@ class Distrust:
         return self._flush_failed
 
     def maybe_distrust(self, lost: Sequence[Device]) -> bool:
-        """The cache device alone may have lost what was not flushed: whether that does not matter."""
+        """Devices may have lost what was not flushed. True: it is only the cache device, and that does not matter."""
         blocks = self._blocks
         if list(lost) != [blocks.cache] or not self._is_origin_complete:
             return False

@@ -2,35 +2,36 @@
 """The `cache` target: a fast device in front of a slow origin.
 
 Theory of operation. The origin is cut into blocks; some of them (*oblocks*) have a copy in a block of the
-cache device (*cblock*). Three know about that, see `blocks`: metadata, policy, discards. `map` asks the
+cache device (*cblock*). Metadata, policy and discards keep track of that: see `blocks`. `map` asks the
 policy where a bio's block is, and passes the bio on:
 
     writeback     to the cache if it is cached, which makes the block dirty if it is written; else to the origin
     writethrough  reads as writeback; writes to both; so nothing becomes dirty
     passthrough   all to the origin; writes give the cached block up first
 
-The plain hit, a READ, or a WRITE to a dirty block, inside one block and with no lock in sight, is done
-in `map`. Everything else is `Foreground`'s, which tells why no acknowledged flush is lost. What moves
-blocks in the background: `Migrations`. Where the commits come from: `nbdtarget.targets.committer`;
-both devices are flushed before the superblock is written:
+`map` does the plain hit itself: a READ, or a WRITE to a dirty block, inside one block, while no lock is asked for. All
+other bios go to `Foreground`, whose head tells why no acknowledged flush is lost. `Migrations` moves
+blocks in the background. `nbdtarget.targets.committer` commits the metadata. It flushes
+both devices before it writes the superblock:
 
     a mapping is committed   after the flush of the cache device: its data are there
     a removal is committed   after the flush of the origin: what was written back is there; the cblock is used
-                             for something else only after that
+                             for another block only after that
     clean is recorded        after both flushes
 
-FLUSH always rides on a commit, or flushes both devices.
+A FLUSH is answered by a commit, or, if there is nothing to commit, by a flush of both devices.
 
 Life. The constructor loads no mappings, so that a table can be loaded while another one with the same
-metadata runs; `Activation` does, at preresume, with all refusals. From there on the metadata on disk say "not
+metadata runs. `Activation` loads them at preresume, and refuses what cannot be used. From there on the metadata on disk say "not
 cleanly shut down", until postsuspend records dirty bits, the policy's hints, discards and statistics: the full sync.
 
-Failure. When a commit fails the metadata become read-only in core, and no FLUSH succeeds any more. Reads go on, and those
-writes that need nothing recorded; none if a stop stays recorded (`JournaledMetadata.is_sealed`). The disk holds the last commit, so a table that is loaded now, or a server
-that is started again, goes on from there. Was it the metadata device that failed, the status line says
-`needs_check`, as the kernel's does; nothing on the disk says so, for nothing there is in doubt. If the metadata device
-cannot be read any more, either, the mode is Fail, and all I/O ends with EIO. What the cache device fails, while the
-origin has everything, no client notices: `bad_blocks` for single blocks, `distrust` for the device.
+Failure. When a commit fails the metadata becomes read-only in core, and no FLUSH succeeds any more. Reads go on. So do
+those writes that need nothing recorded, unless the disk says that the table was stopped (`JournaledMetadata.is_sealed`).
+The disk holds the last commit, so a table that is loaded now, or a server
+that is started again, goes on from there. If it was the metadata device that failed, the status line says
+`needs_check`, as the kernel's does; the disk does not say so, because nothing there is in doubt. If the metadata device
+cannot be read any more, either, the mode is Fail, and all I/O ends with EIO. While the origin has everything, clients
+do not notice what the cache device fails: `bad_blocks` for single blocks, `distrust` for the device.
 
 What a crash leaves. In writeback mode, and as long as a block is dirty: every mapping that was committed, and its
 data. All of them count as dirty, or with `dirty_log` those that may be. Else: the origin, which has everything; the
@@ -190,6 +191,9 @@ class CacheTarget(MappingTarget[CacheMetadata]):
     def map(self, bio: Bio) -> int:
         # hot: a hit that ends at once takes 0.65 us, of which the policy's look-up is 0.22;
         # nothing is allocated. In flight it is held, by a closure and an entry in a dictionary.
+        #
+        # A hit is submitted here, and not REMAPPED as by a clone: only after `submit` is it known whether the
+        # bio is in flight, and must hold its block.
         op = bio.op
         if op > self._fast_op_max or bio.flags:
             return self._map_slow(bio)
@@ -197,6 +201,8 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         offset = bio.offset - self.begin
         oblock = offset // size
         at = offset - oblock * size
+        # Not for this path: more than one block, the origin's tail, a write of a whole or a discarded block
+        # (which may be an overwrite), and a block that may be locked.
         if (
             at + bio.length > size
             or oblock >= self._nr_oblocks
@@ -215,6 +221,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             if bio.status < 0:
                 self._locks.hold_cached(oblock, cblock, bio)
         elif self._dirty[cblock]:
+            # Nothing has to be recorded: it is dirty already, and not FUA.
             self._statistics.write_hits += 1
             bio.offset = cblock * size + at
             self._cache.submit(bio)
