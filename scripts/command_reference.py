@@ -84,7 +84,7 @@ def _reference(page: CommandPage) -> str:
         "## Synopsis",
         f"    {' '.join(page.words)} {pieces.replace('{', '').replace('}', '')}",
         "## Description",
-        *(_prose(part) for part in (page.command.help or "").split("\n\n")),
+        *(_paragraph(part) for part in (page.command.help or "").split("\n\n")),
     ]
     arguments: list[str] = []
     options: list[str] = []
@@ -120,6 +120,12 @@ def _context(page: CommandPage) -> Any:
     if len(page.words) == 1:
         return parent
     return make(page.command, info_name=page.words[-1], parent=parent)
+
+
+def _paragraph(text: str) -> str:
+    """A paragraph of a help text; an example is a command line."""
+    label, colon, line = " ".join(text.split()).partition("Example: ")
+    return _prose(text) if label or not colon else f"Example:\n\n    {line}"
 
 
 def _prose(text: str) -> str:
