@@ -183,6 +183,7 @@ class Smq(Policy):
             entry = table.chain[entry]
         if self._hotspot.note_miss(oblock) < self._hotspot.promote_level:
             return MISS
+        # Without a free block this queues a demotion at most. The target is woken all the same, as the kernel's is.
         work = self._reserve(oblock)
         if work is not None and not self.tracker.queue(work):
             self._unreserve(work)
@@ -195,6 +196,7 @@ class Smq(Policy):
                 self._rise(entry)
             return entry, None
         is_hot = self._hotspot.note_miss(oblock) >= self._hotspot.promote_level
+        # A write that needs no copy costs nothing to promote, as long as no other block has to go for it.
         if not is_hot and not (is_write and self._allocator.nr_free):
             return MISS, None
         work = self._reserve(oblock)
@@ -217,6 +219,7 @@ class Smq(Policy):
     def _rise(self, entry: int) -> None:
         """Move the entry up by one level, for its first hit in this period."""
         flags = self._flags[entry]
+        # A pending block is in no queue. Its hit bit stays clear, so that a hit after the migration counts.
         if not flags & _PENDING:
             self._is_hit[entry] = 1
             self._nr_hit += 1
@@ -267,6 +270,7 @@ class Smq(Policy):
     def complete_background_work(self, work: Work, success: bool) -> None:
         self.tracker.complete(work)
         entry = work.cblock
+        # A failed demotion or writeback, and a good writeback, leave the block cached: back into its queue.
         if work.op == PROMOTE and success:
             self._map(entry, work.oblock, dirty=False, level=TOP_LEVEL)
             self._push(entry)
@@ -285,6 +289,8 @@ class Smq(Policy):
         if not self._may_migrate:
             return None
         if not self._allocator.nr_free:
+            # Enough demotions may be under way already. This miss is not promoted in any case: the block
+            # is promoted by a later miss, if it is still hot by then.
             if not self._is_free_target_met():
                 self._queue_demotion()
             return None
@@ -352,6 +358,7 @@ class Smq(Policy):
         if flags & _PINNED:
             return
         self._nr_pinned += 1
+        # A demotion that the target has been given goes on, and takes the pin with it. A queued one is dropped.
         if flags & _PENDING and self.tracker.cancel_demotion(
             self._table.blocks[cblock]
         ):
@@ -415,6 +422,7 @@ class Smq(Policy):
         return level | PINNED_HINT if flags & _PINNED else level
 
     def _map(self, entry: int, oblock: int, *, dirty: bool, level: int) -> None:
+        assert not self._flags[entry] & _MAPPED, f"cache block {entry} is mapped"
         self._table.insert(entry, oblock)
         self._flags[entry] |= _MAPPED | (_DIRTY if dirty else 0)
         self._is_hit[entry] = 0
@@ -422,6 +430,7 @@ class Smq(Policy):
 
     def _unmap(self, entry: int) -> None:
         """Remove the mapping of an entry that is in no queue, and free it."""
+        assert self._flags[entry] & _MAPPED, f"cache block {entry} has no mapping"
         self._table.remove(entry)
         self._free(entry)
 
@@ -437,6 +446,7 @@ class Smq(Policy):
         if now_ns > self._writeback_period_end_ns:
             self._writeback_period_end_ns = now_ns + WRITEBACK_PERIOD_NS
             self._dirty.end_period()
+        # The cache period ends by time, or early by use: see the departures in the module head.
         end_ns = self._cache_period_end_ns
         nr_misses = self._hotspot.nr_noted - self._nr_noted_before
         if (
@@ -466,6 +476,7 @@ class Smq(Policy):
         self._clean.start_redistribution()
 
     def _promote_level_min(self) -> int:
+        # A cache counts as full until a quarter of it is free. Otherwise it would change its mind with each demotion.
         nr_free = self._allocator.nr_free
         if not nr_free:
             self._is_full = True
