@@ -59,13 +59,17 @@ class SocketAccess(NamedTuple):
         if mode is not None:
             digits = mode.removeprefix("0o")
             if not (digits.isascii() and digits.isdecimal() and len(digits) <= 4):
-                raise NbdTargetError(f"{mode}: is no mode (write it as 0660)")
+                raise NbdTargetError(f"{mode}: is not a mode: write it as in 0660")
             try:
                 number = int(digits, 8)
             except ValueError:
-                raise NbdTargetError(f"{mode}: is no mode (write it as 0660)") from None
+                raise NbdTargetError(
+                    f"{mode}: is not a mode: write it as in 0660"
+                ) from None
             if number > 0o777:
-                raise NbdTargetError(f"{mode}: is no mode of a socket (0 to 0777)")
+                raise NbdTargetError(
+                    f"{mode}: is not a mode of a socket: it must be 0 to 0777"
+                )
         access = cls(number, owner, group)
         access.ids()
         return access
@@ -178,7 +182,9 @@ def _lock(path: str) -> int:
             os.close(lock)
             raise
         os.close(lock)
-    raise SocketInUseError(f"{path}: other servers start and end all the time")
+    raise SocketInUseError(
+        f"{path}: other servers take this socket and leave it all the time: try again"
+    )
 
 
 def _unlock(path: str, lock: int) -> None:

@@ -60,7 +60,7 @@ class ControlClient:
             failure = msgspec.json.decode(body, type=Failure)
         except msgspec.MsgspecError:
             raise NoServerError(
-                f"{self.address}: not a control socket of ours (HTTP status {status})"
+                f"{self.address}: this is not a control socket of nbdtarget (HTTP status {status})"
             ) from None
         raise TableError(failure.reason, failure.errno)
 

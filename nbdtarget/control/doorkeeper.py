@@ -56,7 +56,9 @@ class Doorkeeper:
 
 class _TurnedAway(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        log.warning("a client is turned away: %d connections", CONNECTIONS_MAX)
+        log.warning(
+            "control socket: a client is refused: %d connections", CONNECTIONS_MAX
+        )
         transport.close()
 
 

@@ -308,7 +308,7 @@ class Daemon:
                 bound_s = None if total_s is None else total_s + CANCEL_S_MAX
                 await wait_within([task], bound_s)
         if not task.done():
-            log.error("what was begun at the start does not end: not waited for")
+            log.error("the start does not end, and is not waited for")
             _leave_at_once.append("start")
             return None
         return None if task.cancelled() else task.result()

@@ -175,7 +175,7 @@ class _Open:
                 return await device.measure()
         except (OSError, ResolveError) as error:
             log.warning(
-                "%s: cannot be measured, taken for as large as before: %s",
+                "%s: its size cannot be read and is taken to be the same as before: %s",
                 device.name,
                 error or "no answer",
             )
@@ -316,7 +316,7 @@ class OpenDevices:
             self._unusable.remove(old)
             await device.close()
             raise
-        log.info("%s: %s: opened anew", holder.name, name)
+        log.info("%s: %s: opened again", holder.name, name)
         return use
 
     async def keep_open(

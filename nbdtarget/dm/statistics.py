@@ -380,7 +380,7 @@ def _range_and_step(range_: str, step: str, size_sectors: int) -> tuple[int, int
     is_count = step.startswith("/")
     number = _number(step.removeprefix("/"))
     if not number:
-        raise TableError("Invalid argument: areas of no sectors")
+        raise TableError("Invalid argument: an area needs at least one sector")
     return start, end, -(-(end - start) // number) if is_count else number
 
 
@@ -389,5 +389,5 @@ def _bounds(text: str) -> tuple[int, ...]:
     if len(bounds) > BOUNDS_MAX:
         raise TableError(f"Invalid argument: more than {BOUNDS_MAX} boundaries")
     if any(low >= high for low, high in pairwise(bounds)):
-        raise TableError("Invalid argument: boundaries that do not grow")
+        raise TableError("Invalid argument: boundaries must be in ascending order")
     return bounds

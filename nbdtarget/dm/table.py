@@ -285,7 +285,7 @@ class Table:
         except TimeoutError:
             raise TableError(
                 f"{self.unanswered()} for {within_s:g} s, and so no commit;"
-                " --noflush tells what is known without one",
+                " --noflush shows what is known without one",
                 errnos.ETIMEDOUT,
             ) from None
 

@@ -211,7 +211,9 @@ class Connection:
                 break
             self._guard(self._receive_transmission)
         if self.state == TRANSMISSION:
-            log.info("%s: has gone with requests unread: dropped", self.peer)
+            log.info(
+                "%s: the client has gone; its unread requests are dropped", self.peer
+            )
             self.abort()
 
     def _hang_up_events(self) -> int:
@@ -272,7 +274,9 @@ class Connection:
             again = self._replies_timed_out
             self._timer = self._shared.clock.call_later(left_s, again)
         elif self._output.is_blocked and self._has_said_disc():
-            log.info("%s: has left and does not take its replies", self.peer)
+            log.info(
+                "%s: the client has said DISC and does not take its replies", self.peer
+            )
             self.abort()
         else:
             self._watch_replies()

@@ -276,7 +276,7 @@ class Listener:
             origin = origin_of(client, address)
             refusal = self._admission.refusal(origin, client.fileno())
             if refusal:
-                log.warning("a client is turned away: %s", refusal)
+                log.warning("a client is refused: %s", refusal)
                 client.close()
             else:
                 self._connect(client, origin)

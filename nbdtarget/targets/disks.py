@@ -325,7 +325,9 @@ class DiskRecords:
         except MetadataError as error:
             # A compaction may have failed meanwhile: then nothing is committed any more, and
             # the next opening of the metadata finds what was recorded before.
-            log.warning("%s: what the disks are is not recorded: %s", self._name, error)
+            log.warning(
+                "%s: the identity of the disks is not recorded: %s", self._name, error
+            )
 
     async def _marked_generation(
         self, role: Role, found: Evidence, old: Disk | None

@@ -232,7 +232,9 @@ def _xml_renderer(
         raise NbdTargetError(f"{path}: only the metadata of a cache goes into XML")
     loss = loss_of(content)
     if loss:
-        raise NbdTargetError(f"{path}: {loss}: XML cannot say so, JSON can")
+        raise NbdTargetError(
+            f"{path}: {loss}: XML cannot express this: dump it as JSON"
+        )
     return render_xml
 
 
@@ -331,16 +333,18 @@ def _parse(
     rest: Iterable[bytes] = chain([first], pieces)
     if not first.lstrip().startswith(b"<"):
         if origin_size is not None:
-            raise NbdTargetError(f"{source}: is not XML: it says the origin's size")
+            raise NbdTargetError(
+                f"{source}: is not XML: it contains the size of the origin, so omit --origin-size"
+            )
         if trust_dirty:
             raise NbdTargetError(
-                f"{source}: is not XML: its dirty bits are believed in any case"
+                f"{source}: is not XML: its dirty bits are always believed, so omit --trust-dirty"
             )
         kind, content = parse_dump(rest)
         return kind, _unclean(content) if omit_clean_shutdown else content
     if origin_size is None:
         raise NbdTargetError(
-            f"{source}: is XML, which does not say the origin's size: --origin-size does"
+            f"{source}: is XML, which does not contain the size of the origin: give --origin-size"
         )
     _check_origin_size(origin_size)
     content = parse_xml(
@@ -354,7 +358,9 @@ def _parse(
 
 def _check_origin_size(origin_size: int) -> None:
     if origin_size < 1 or origin_size % SECTOR:
-        raise NbdTargetError(f"an origin of {origin_size} bytes is no disk")
+        raise NbdTargetError(
+            f"--origin-size must be a multiple of 512 and more than 0, not {origin_size}"
+        )
 
 
 def import_kernel(
@@ -529,7 +535,9 @@ def _failing_at(path: str) -> Iterator[None]:
 
 def _refuse_same(path: str, output: str) -> None:
     if resolve.identity(path) == resolve.identity(output):
-        raise NbdTargetError(f"{output}: is the input, by this or another name")
+        raise NbdTargetError(
+            f"{output}: is the input itself, by this or another name: give another file"
+        )
 
 
 def _refuse_metadata(output: str) -> None:
@@ -537,7 +545,9 @@ def _refuse_metadata(output: str) -> None:
     if os.path.isfile(output):
         with _failing_at(output), open(output, "rb") as file:
             if file.read(len(SUPERBLOCK_MAGIC)) == SUPERBLOCK_MAGIC:
-                raise NbdTargetError(f"{output}: holds metadata; a dump goes elsewhere")
+                raise NbdTargetError(
+                    f"{output}: holds metadata: write the dump to another file"
+                )
 
 
 def _umask() -> int:
@@ -564,7 +574,7 @@ def clone_size(
             raise NbdTargetError(f"region size {region_size}: {fault}")
         nr_regions = nr_regions_of(device_size, region_size)
     if nr_regions < 1:
-        raise NbdTargetError("a clone has one region at least")
+        raise NbdTargetError("a clone has at least one region")
     if nr_regions > NR_REGIONS_MAX:
         raise NbdTargetError(
             f"{nr_regions} regions: Too many regions. Consider increasing the region size"
@@ -592,7 +602,7 @@ def cache_size(
             raise NbdTargetError(f"block size {block_size}: {fault}")
         nr_blocks = device_size // block_size
     if nr_blocks < 1:
-        raise NbdTargetError("a cache has one block at least")
+        raise NbdTargetError("a cache has at least one block")
     if nr_blocks > NR_CBLOCKS_MAX:
         raise NbdTargetError(
             f"{nr_blocks} cache blocks: at most {NR_CBLOCKS_MAX} are possible; larger"

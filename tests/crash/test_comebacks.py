@@ -316,7 +316,7 @@ class ComebackDriver(CacheDriver):
         return True
 
     def reload(self) -> None:
-        """The same table again: what is latched or lost is opened anew."""
+        """The same table again: what is latched or lost is opened again."""
         well = self.is_well
         done = self.attempt("load", self.rig.load())
         if done and not self.attempt("resume", self.rig.resume()):

@@ -357,7 +357,7 @@ MAPPED_DEVICE: Final = (
     ),
     Mutant(
         "new-table-shares-metadata-of-a-lost-cause",
-        "A table over a disk opened anew takes the metadata of the table that could not commit.",
+        "A table over a disk opened again takes the metadata of the table that could not commit.",
         "nbdtarget.targets.opening:Opening._shared_or_read",
         (("if not self._ctx.replaces_unusable:", "if True:"),),
         ("tests/nbdtarget/dm/test_reopening.py",),

@@ -202,7 +202,9 @@ def _open(name: str, path: str, read_only: bool, lock_fd: int = -1) -> int:
         if lock_fd < 0:
             _lock(name, fd, exclusive=not read_only)
         elif not os.path.sameopenfile(fd, lock_fd):
-            raise ResolveError(name, "was exchanged just now", errnos.ESTALE)
+            raise ResolveError(
+                name, "was replaced while it was opened: try again", errnos.ESTALE
+            )
         if not read_only:
             _make_true(name, fd)
             if stat.S_ISREG(mode):

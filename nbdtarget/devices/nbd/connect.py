@@ -45,11 +45,13 @@ async def _connect_more(
         try:
             another = await connect(name, uri)
         except ResolveError as error:
-            log.info("%s; going on with %d", error, len(connections))
+            log.info("%s; %d connections are used", error, len(connections))
             return
         if another.negotiated != connections[0].negotiated:
             another.close()
-            log.info("%s: its connections disagree: using one", name)
+            log.info(
+                "%s: its connections offer different things: only one is used", name
+            )
             return
         connections.append(another)
 

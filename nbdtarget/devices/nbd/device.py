@@ -587,7 +587,7 @@ class NbdDevice(Device):
         log.error("%s: connection lost: %s", self.name, reason)
         if self._is_latched or self._nr_written != self._nr_flushed:
             log.error(
-                "%s: what was written since the last flush may be gone: the next FLUSH"
+                "%s: writes since the last flush may be lost: the next FLUSH"
                 " of each client fails",
                 self.name,
             )

@@ -61,7 +61,10 @@ class PromotionRequests:
             if len(self._ranges) >= RANGES_MAX:
                 raise TableError("too many ranges wait to be cached", errnos.EBUSY)
             if not self._may_promote():
-                raise TableError("this cache promotes nothing", errnos.EPERM)
+                raise TableError(
+                    "this cache caches nothing new: it is in passthrough mode, or read-only",
+                    errnos.EPERM,
+                )
             self._ranges.append([begin, end, pin])
         self._blocks.wake()
 

@@ -142,7 +142,7 @@ async def _open_source(
     except ConstructorError as error:
         raise opening.error(
             f"{error.reason}; {nr_left} of {known.nr_regions} regions"
-            f" ({nr_left * known.region_size >> 10} KiB) are still to be copied from it",
+            f" ({nr_left * known.region_size >> 10} KiB) must still be copied from it",
             error.errno,
         ) from error
 

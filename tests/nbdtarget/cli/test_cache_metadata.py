@@ -264,15 +264,20 @@ def test_xml_wants_the_size_of_the_origin_and_json_does_not(tool: Tool) -> None:
     xml, _ = tool("dump", tool.file(IMAGE), "--format", "xml")
     dump, output = tool.file(xml.encode(), "dump"), str(tool.directory / "new")
     line = tool.fails("restore", "-i", dump, "-o", output)
-    assert "which does not say the origin's size: --origin-size does" in line
+    assert "which does not contain the size of the origin: give --origin-size" in line
     line = tool.fails("restore", "-i", dump, "-o", output, "--origin-size", "1M")
     assert "the origin is too small" in line
     for size in ("0", "1000"):
         line = tool.fails("restore", "-i", dump, "-o", output, "--origin-size", size)
-        assert f"an origin of {size} bytes is no disk" in line
+        assert (
+            f"--origin-size must be a multiple of 512 and more than 0, not {size}"
+            in line
+        )
     dump = tool.file(DUMP.encode(), "dump")
     line = tool.fails("restore", "-i", dump, "-o", output, "--origin-size", "1M")
-    assert "is not XML: it says the origin's size" in line
+    assert (
+        "is not XML: it contains the size of the origin, so omit --origin-size" in line
+    )
     assert not os.path.exists(output)
 
 
@@ -280,7 +285,9 @@ def test_trust_dirty_is_refused_for_a_dump_in_json(tool: Tool) -> None:
     output = str(tool.directory / "new")
     dump = tool.file(DUMP.encode(), "dump")
     line = tool.fails("restore", "-i", dump, "-o", output, "--trust-dirty")
-    assert "is not XML: its dirty bits are believed in any case" in line
+    assert (
+        "is not XML: its dirty bits are always believed, so omit --trust-dirty" in line
+    )
 
 
 @pytest.mark.parametrize("words", [[], ["--omit-clean-shutdown", "--trust-dirty"]])
@@ -301,7 +308,7 @@ def test_xml_of_what_xml_cannot_express_is_refused(tool: Tool) -> None:
     )
     damaged = tool.file(DAMAGED)
     line = tool.fails("dump", damaged, "--repair", "--format", "xml")
-    assert "XML cannot say so, JSON can" in line
+    assert "XML cannot express this: dump it as JSON" in line
     out, err = tool("dump", damaged, "--format", "yaml", status=2)
     assert (out, "json or xml" in err) == ("", True)
 
@@ -425,8 +432,8 @@ def test_size_argument_combinations(tool: Tool, argv: list[str]) -> None:
         (["--device-size", "1G", "--block-size", "16K"], "Invalid data block size"),
         (["--device-size", "1G", "--block-size", "48K"], "Invalid data block size"),
         (["--device-size", "4G", "--block-size", "2G"], "Invalid data block size"),
-        (["--device-size", "31K", "--block-size", "32K"], "one block at least"),
-        (["--nr-blocks", "-1"], "one block at least"),
+        (["--device-size", "31K", "--block-size", "32K"], "at least one block"),
+        (["--nr-blocks", "-1"], "at least one block"),
         (["--nr-blocks", str(NR_CBLOCKS_MAX + 1)], "larger blocks are fewer"),
     ],
 )

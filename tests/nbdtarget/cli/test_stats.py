@@ -142,7 +142,7 @@ REFUSED = [
     ("create lin --areas 3 --areasize 4k", "one of --areas and --areasize"),
     ("create lin --segments --start 0", "Please specify --segments, or"),
     ("create lin --bounds 1x", "'1x' is not a time"),
-    ("create lin --bounds 5ms,1ms", "boundaries that do not grow"),
+    ("create lin --bounds 5ms,1ms", "boundaries must be in ascending order"),
     ("create lin --start x", "'x' is not a size"),
     ("create lin --length 100b", "not a multiple of a sector"),
     ("create nosuch", "Device does not exist"),

@@ -120,9 +120,9 @@ def test_the_group_and_the_owner_are_what_was_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (SocketOptions(socket_mode="rw"), "rw: is no mode"),
-        (SocketOptions(socket_mode="0888"), "0888: is no mode"),
-        (SocketOptions(socket_mode="4777"), "4777: is no mode of a socket"),
+        (SocketOptions(socket_mode="rw"), "rw: is not a mode"),
+        (SocketOptions(socket_mode="0888"), "0888: is not a mode"),
+        (SocketOptions(socket_mode="4777"), "4777: is not a mode of a socket"),
         (SocketOptions(socket_owner="nosuch"), "nosuch: there is no such owner"),
         (SocketOptions(socket_group="nosuch"), "nosuch: there is no such group"),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table that is loaded to cure a latched disk gets that disk opened anew, not the latched device."""
+"""A table that is loaded to cure a latched disk gets that disk opened again, not the latched device."""
 
 import asyncio
 import errno as errnos
@@ -117,7 +117,7 @@ async def test_same_line_loaded_and_resumed_cures_it(
     await device.flush()
     assert bytes(await device.read(4096, 6)) == b"before"
     assert bytes(await device.read(8192, 5)) == b"after"
-    # And once more, now that all is well: nothing is opened anew.
+    # And once more, now that all is well: nothing is opened again.
     below = set(registry.opens.lower_devices(device))
     await registry.load("d", table)
     await registry.resume("d")

@@ -36,8 +36,8 @@ WORDS = {
 ELSEWHERE = {
     "on": "the power is on",
     "removebadblock BLOCK": "not found in badblocklist",
-    "pin BLOCKS...": "this cache promotes nothing",
-    "warm BLOCKS...": "this cache promotes nothing",
+    "pin BLOCKS...": "this cache caches nothing new: it is in passthrough mode, or read-only",
+    "warm BLOCKS...": "this cache caches nothing new: it is in passthrough mode, or read-only",
 }
 
 

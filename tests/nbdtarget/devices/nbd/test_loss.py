@@ -76,7 +76,7 @@ async def test_written_device_connects_again_and_goes_on(
         assert server.disk[:7] == b"durable"
         assert server.disk[512:516] == b"more"
         await device.close()
-    assert "may be gone" not in caplog.text
+    assert "may be lost" not in caplog.text
 
 
 async def test_a_server_that_is_shutting_down_is_left_and_its_successor_found(

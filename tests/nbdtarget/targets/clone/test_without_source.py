@@ -105,7 +105,7 @@ async def test_error_of_a_missing_source_says_how_much_is_only_there(lab: Lab) -
         await lab.registry.create("c", LINE)
     assert caught.value.reason == (
         "Error opening source device: /s: No such file or directory;"
-        " 3 of 8 regions (12 KiB) are still to be copied from it"
+        " 3 of 8 regions (12 KiB) must still be copied from it"
     )
     assert caught.value.errno == errnos.ENOENT
     assert lab.opener.still_open == []
