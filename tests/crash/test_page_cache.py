@@ -252,7 +252,7 @@ def at_once(superblock: CloneSuperblock) -> Steps[None]:
 
 @pytest.mark.parametrize("in_turn", [True, False])
 @pytest.mark.parametrize("stay", Stay)
-def test_a_flush_that_rests_on_a_superblock_which_never_reached_the_disk_is_kept(
+def test_flush_survives_a_superblock_read_from_the_page_cache(
     stay: Stay, in_turn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The order of the copies and the first commits of a resume: each alone is enough for that."""
@@ -281,7 +281,7 @@ def test_a_flush_that_rests_on_a_superblock_which_never_reached_the_disk_is_kept
 
 
 @pytest.mark.parametrize("make_rig", [QuietCloneRig, WritethroughRig])
-def test_loading_writes_nothing_and_after_the_first_resume_an_idle_disk_does_no_io(
+def test_load_writes_nothing_and_an_idle_disk_does_no_io(
     make_rig: type[CloneRig | CacheRig],
 ) -> None:
     driver = Driver(make_rig(1, 1.0))

@@ -88,7 +88,7 @@ def test_what_the_kernels_tools_wrote_is_imported(
     assert after.hints is None
 
 
-def test_cache_dump_calls_dirty_blocks_of_format_2_clean_and_is_not_believed(
+def test_dirty_bits_of_a_kernel_dump_of_format_2_are_not_believed(
     tool: Tool,
 ) -> None:
     before = lives()["clean"].content

@@ -127,7 +127,7 @@ def test_listener_accepts_whoever_connects(loop: SimLoop) -> None:
         listener.accept()
 
 
-def test_a_reader_is_called_once_after_an_error_and_anew_when_it_is_added_again(
+def test_reader_is_called_once_after_an_error(
     loop: SimLoop, pair: tuple[SimSocket, SimSocket]
 ) -> None:
     """As uvloop does: findings/uvloop-add-reader-is-silent-after-a-socket-error.sh."""

@@ -13,7 +13,7 @@ SEEDS_MAX = 60
 ENDS = (0, INTERRUPTED, KILLED)
 
 
-def test_uncache_ends_and_is_interrupted_and_is_killed_and_loses_its_power() -> None:
+def test_uncache_is_finished_interrupted_killed_and_cut() -> None:
     counts: Counter[str] = Counter()
     for seed in range(SEEDS_MAX):
         history = simulate(seed, rig_name="cache_switching")

@@ -192,7 +192,7 @@ def test_simulation_catches(
     assert any(simulate(seed, rig_name=rig).failure for seed in seeds)
 
 
-def test_simulation_catches_a_write_that_lands_after_its_client_has_come_back(
+def test_simulation_catches_a_late_write_of_a_lost_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Gate, "_overlapped", hold_nothing)

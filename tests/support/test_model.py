@@ -108,9 +108,7 @@ def test_copy_does_not_know_what_is_promised_later() -> None:
         model.check_survivor(b"A" * SECTOR)
 
 
-def test_loss_that_was_told_lets_unflushed_values_go_until_they_are_written_again() -> (
-    None
-):
+def test_reported_loss_permits_either_value_until_the_next_write() -> None:
     model = DiskModel(ZERO)
     written(model, A)
     model.end_flush(model.start_flush(), ok=True)

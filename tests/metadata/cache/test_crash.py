@@ -36,7 +36,7 @@ def test_every_crash_image_opens_at_an_acknowledged_state(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_crash_image_of_a_cache_that_is_resized_and_suspended_is_right(
+def test_every_crash_image_of_a_resized_cache_is_right(
     seed: int,
 ) -> None:
     CacheWorld(seed, lazy=bool(seed % 2), restless=True).run(NR_EVENTS)

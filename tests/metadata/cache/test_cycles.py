@@ -94,7 +94,7 @@ def test_suspended_again_without_a_resume_commits_nothing(
     assert metadata.may_change
 
 
-def test_what_was_prepared_and_not_committed_is_not_recorded_by_a_later_sync(
+def test_uncommitted_shutdown_is_not_recorded_by_a_later_sync(
     store: Store, metadata: CacheMetadata
 ) -> None:
     commit(store, metadata, clean=True)

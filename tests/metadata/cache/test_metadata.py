@@ -136,7 +136,7 @@ def test_committed_mappings_survive(store: Store, metadata: CacheMetadata) -> No
 @pytest.mark.parametrize(
     ("is_dirty", "flushes"), [(True, FLUSH_CACHE), (False, FLUSH_CACHE | FLUSH_ORIGIN)]
 )
-def test_insertion_needs_the_cache_flushed_and_a_clean_one_the_origin_it_was_copied_from(
+def test_insertion_is_committed_after_the_flushes_it_needs(
     metadata: CacheMetadata, is_dirty: bool, flushes: int
 ) -> None:
     metadata.insert(3, 9, dirty=is_dirty)

@@ -219,9 +219,7 @@ def test_flags_are_what_a_superblock_says() -> None:
     assert not clean.gives_up_mappings
 
 
-def test_a_second_start_in_writeback_takes_it_back_before_the_first_change_is_admitted() -> (
-    None
-):
+def test_writeback_start_revokes_origin_complete_first() -> None:
     """Another table over the same metadata, of which no clean shutdown could be recorded."""
     store = Store(SIZE)
     metadata = format_on(store)

@@ -103,7 +103,7 @@ def spoiled(image: bytes, bad: set[int], how: str) -> RottenStore:
 
 @pytest.mark.parametrize("how", ["unreadable", "garbage"])
 @pytest.mark.parametrize("copies", range(NR_COPIES + 1))
-def test_each_combination_of_bad_copies_opens_at_the_newest_that_has_one_or_is_refused_by_name(
+def test_metadata_opens_at_the_newest_slot_with_a_good_copy(
     copies: int, how: str
 ) -> None:
     image = life(copies)
@@ -158,7 +158,7 @@ def test_both_slots_are_good_again_after_the_commits_of_the_first_resume(
 
 @pytest.mark.parametrize("copies", range(NR_COPIES + 1))
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_copy_that_can_be_read_again_later_never_vouches_for_what_is_gone(
+def test_copy_that_becomes_readable_later_is_not_believed(
     copies: int, block: int
 ) -> None:
     """It may be the only copy of a commit that nobody was told of, and whose records are overwritten."""

@@ -147,7 +147,7 @@ def test_block_that_a_broken_record_may_have_moved_is_doubtful_and_dirty() -> No
     assert mappings(found).items() <= mappings(lives()["journal"].content).items()
 
 
-def test_doubtful_mapping_gives_way_to_a_known_one_of_the_same_origin_block() -> None:
+def test_known_mapping_wins_over_a_doubtful_one() -> None:
     life = CacheLife()
     life.insert(1, 7)
     life.commit()

@@ -166,9 +166,7 @@ def test_orphans_prove_nothing() -> None:
         assert not (salvaged(rot(aged.image, *blocks)).content.hydrated & ~truth).any()
 
 
-def test_snapshot_under_way_in_the_arena_of_an_older_superblock_proves_nothing() -> (
-    None
-):
+def test_unfinished_snapshot_in_the_older_arena_is_ignored() -> None:
     """It begins with the uuid too, and holds bits that no commit vouched for."""
     life = Life()
     _compacted(life)

@@ -101,7 +101,7 @@ def test_info_of_an_unclean_stop_says_how_many_may_be_dirty(tool: Tool) -> None:
     )
 
 
-def test_info_and_check_of_a_crash_in_writethrough_say_that_the_origin_counts(
+def test_info_and_check_report_an_origin_that_is_complete(
     tool: Tool,
 ) -> None:
     path = tool.file((FIXTURES / "cache-v1-complete.img").read_bytes())

@@ -167,7 +167,7 @@ def test_message_to_a_device_without_a_table_is_enxio(cli: CommandLine) -> None:
     assert GONE in cli("message", "n", "0", "hello", status=1)
 
 
-def test_empty_table_is_refused_where_dmsetup_creates_a_device_without_one(
+def test_empty_table_is_refused(
     cli: CommandLine,
 ) -> None:
     assert "Empty table" in cli("create", "bad", "--table", "", status=1)

@@ -149,7 +149,7 @@ def test_command_about_no_device_needs_one_server(start: Start) -> None:
     )
 
 
-def test_sockets_of_killed_servers_are_passed_over_and_removed_by_the_next_one(
+def test_sockets_of_killed_servers_are_removed_by_the_next_server(
     start: Start, work: Path
 ) -> None:
     killed = start("clone", "one", "copy")
@@ -178,7 +178,7 @@ def test_a_server_that_hangs_does_not_delay_the_list_of_the_others(
     )
 
 
-def test_a_named_control_socket_that_is_taken_leaves_a_warning_and_the_one_by_name(
+def test_taken_control_socket_is_a_warning_and_not_an_error(
     start: Start, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NBDTARGET_CONTROL", str(work / "ctl"))

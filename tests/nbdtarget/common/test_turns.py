@@ -34,9 +34,7 @@ def loop_errors() -> Iterator[list[BaseException]]:
 # ---- Soon ----
 
 
-async def test_callback_runs_once_in_the_next_turn_however_often_it_is_asked_for() -> (
-    None
-):
+async def test_callback_runs_once_a_turn() -> None:
     calls: list[int] = []
     soon = Soon(lambda: calls.append(1))
     soon.ask()
@@ -92,9 +90,7 @@ async def test_callback_is_due_from_asking_until_it_runs() -> None:
     assert seen == [False, True, False]
 
 
-async def test_callback_that_raises_is_reported_and_runs_when_it_is_asked_for_again() -> (
-    None
-):
+async def test_callback_that_raises_is_reported_and_can_run_again() -> None:
     error = ValueError("a callback's own")
 
     def call() -> None:

@@ -90,7 +90,7 @@ async def test_one_missing_disk_does_not_keep_the_others_from_being_served(
     assert f"{server.path}: device b: linear: Device lookup failed" in caplog.text
 
 
-async def test_a_device_that_could_not_be_opened_is_tried_again_until_it_is_there(
+async def test_device_that_could_not_be_opened_is_tried_again(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openings, "RETRY_S_MIN", 0.01)
@@ -162,7 +162,7 @@ async def test_a_device_that_is_tried_again_is_there_all_the_time(
     assert server.tables() == {"b": f"0 8 linear {tmp_path}/late.img 0"}
 
 
-async def test_damaged_metadata_of_one_device_does_not_keep_the_others_from_being_served(
+async def test_damaged_metadata_of_one_device_leaves_the_others_served(
     server: Server, tmp_path: Path
 ) -> None:
     for name in ("source", "dest"):
@@ -379,7 +379,7 @@ async def test_a_reload_whose_table_is_refused_at_resume_goes_on_serving(
     assert await server.reload() == {**NOTHING, "loaded": ["c"]}
 
 
-async def test_a_device_that_a_refused_table_left_suspended_takes_the_old_text_again(
+async def test_device_left_suspended_by_a_refused_table_takes_the_old_table(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = await dirty_cache(server, tmp_path)

@@ -201,7 +201,7 @@ def test_a_config_with_mistakes_is_refused_with_their_lines(tmp_path: Path) -> N
     assert not (tmp_path / "nbdtarget").exists()
 
 
-def test_a_device_that_cannot_be_opened_is_shown_as_failed_with_the_reason(
+def test_device_that_cannot_be_opened_is_listed_with_the_reason(
     tmp_path: Path,
 ) -> None:
     config = tmp_path / "disks.toml"

@@ -124,7 +124,7 @@ def nbd_read(path: Path, name: str) -> socket.socket:
     return client
 
 
-def test_one_signal_ends_a_clone_whose_source_hangs_with_everything_committed(
+def test_sigterm_commits_a_clone_whose_source_hangs(
     tmp_path: Path, far: subprocess.Popen[str]
 ) -> None:
     source = f"nbd+unix:///far?socket={tmp_path}/far.sock"
@@ -147,7 +147,7 @@ def test_one_signal_ends_a_clone_whose_source_hangs_with_everything_committed(
         assert end(clone)[0] == 0
 
 
-def test_one_signal_ends_a_clone_whose_source_is_a_file_on_a_dead_mount(
+def test_sigterm_ends_a_clone_whose_source_is_on_a_dead_mount(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "source.img").write_bytes(os.urandom(SECTORS * 512))
@@ -166,7 +166,7 @@ def test_one_signal_ends_a_clone_whose_source_is_a_file_on_a_dead_mount(
     assert status == 0, err
 
 
-def test_one_signal_ends_a_server_whose_disk_hangs_and_commits_the_others(
+def test_sigterm_with_a_hanging_disk_commits_the_other_devices(
     tmp_path: Path, far: subprocess.Popen[str]
 ) -> None:
     (tmp_path / "near.img").write_bytes(bytes(SECTORS * 512))

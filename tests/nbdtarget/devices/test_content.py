@@ -137,7 +137,7 @@ async def test_disk_that_is_too_slow_to_tell_may_hold_data(
     assert found.startswith("may hold data: in 0 s only ")
 
 
-async def test_hint_of_one_long_extent_after_many_is_no_reason_to_read_for_hours(
+async def test_fragmented_disk_is_not_read_for_hours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A badly fragmented disk: the rest of it counts as one run of data."""

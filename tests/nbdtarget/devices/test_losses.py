@@ -94,7 +94,7 @@ def test_a_client_that_comes_back_over_a_new_connection_is_told(
     assert flush(ConnectionObserver(device)) == 0  # the debt is paid
 
 
-def test_a_flush_of_another_client_covers_what_closed_connections_have_written(
+def test_flush_of_another_client_covers_closed_connections(
     device: RamDevice,
 ) -> None:
     other = ConnectionObserver(device)
@@ -104,7 +104,7 @@ def test_a_flush_of_another_client_covers_what_closed_connections_have_written(
     assert flush(ConnectionObserver(device)) == 0
 
 
-def test_a_flush_does_not_cover_a_connection_that_closed_while_it_was_in_flight(
+def test_flush_covers_no_connection_that_closes_during_it(
     device: RamDevice,
 ) -> None:
     other, closing = ConnectionObserver(device), ConnectionObserver(device)
@@ -115,7 +115,7 @@ def test_a_flush_does_not_cover_a_connection_that_closed_while_it_was_in_flight(
     assert flush(ConnectionObserver(device)) == errnos.EIO
 
 
-def test_of_several_closed_connections_the_one_that_was_told_least_counts(
+def test_loss_that_one_closed_connection_missed_is_reported(
     device: RamDevice,
 ) -> None:
     first, second = ConnectionObserver(device), ConnectionObserver(device)

@@ -378,7 +378,7 @@ async def test_invalidate_all_gives_up_what_is_clean_while_it_is_served(
         assert await device.read(0, SIZE) == site.read("origin")
 
 
-async def test_what_was_written_where_a_cache_had_discarded_is_not_filled_with_zeroes(
+async def test_discarded_block_written_without_the_cache_keeps_its_data(
     site: Site,
 ) -> None:
     """A writeback cache fills a discarded block with zeroes when it promotes it."""
@@ -394,7 +394,7 @@ async def test_what_was_written_where_a_cache_had_discarded_is_not_filled_with_z
 
 
 @pytest.mark.parametrize("mode", ["writeback", "writethrough"])
-async def test_what_was_written_between_load_and_resume_is_not_hidden_by_the_cache(
+async def test_write_to_the_origin_between_load_and_resume_is_seen(
     site: Site, mode: str
 ) -> None:
     registry = Registry(resolve)

@@ -200,7 +200,7 @@ async def test_forcing_a_device_away_that_still_hangs_leaves_its_table(
     assert await hanging == bytes(4096)
 
 
-async def test_a_last_commit_that_hangs_fails_the_suspend_and_is_waited_for_later(
+async def test_suspend_fails_while_its_last_commit_hangs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = await world.linear("a")

@@ -231,9 +231,7 @@ async def test_bio_of_an_upper_device_is_pushed_back_by_the_lower_one() -> None:
     await disks.registry.close()
 
 
-async def test_pushed_back_bio_of_a_device_that_nobody_resumes_ends_with_an_error() -> (
-    None
-):
+async def test_pushed_back_bio_of_a_removed_device_ends_with_an_error() -> None:
     disks = Disks(a=65536)
     device = await disks.create(f"0 8 {SLOW}")
     write = submit(device, OP_WRITE, 0, b"data")

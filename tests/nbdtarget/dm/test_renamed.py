@@ -59,7 +59,7 @@ async def test_clone_in_memory_keeps_its_content_when_it_becomes_linear(
     assert bytes(await device.read(0, MIB)) == before
 
 
-async def test_clone_whose_destination_was_renamed_does_not_become_linear_on_another_file(
+async def test_clone_does_not_become_linear_on_a_file_of_the_same_name(
     registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)

@@ -221,7 +221,7 @@ async def test_block_device_is_opened_beside_its_own_claim(loop: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["clone", "cache"])
 @pytest.mark.parametrize("cleared_first", [False, True])
-async def test_table_is_refused_if_the_old_one_has_committed_since_it_was_loaded(
+async def test_table_is_refused_if_the_old_one_committed_after_the_load(
     registry: Registry, tmp_path: Path, kind: str, cleared_first: bool
 ) -> None:
     table = table_of(kind, tmp_path)

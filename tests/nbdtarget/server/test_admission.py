@@ -42,7 +42,7 @@ async def greeted(port: int) -> Peer | None:
     return peer
 
 
-async def test_idle_clients_from_the_network_do_not_lock_out_those_of_this_machine(
+async def test_idle_network_clients_do_not_lock_out_local_ones(
     served: Served,
 ) -> None:
     served.limits = replace(served.limits, connections_max=3)
@@ -131,7 +131,7 @@ async def test_a_client_that_leaves_and_does_not_take_its_replies_is_closed(
 
 
 @pytest.mark.parametrize("length", [512, 64 << 10, 8 * MIB])
-async def test_a_client_that_sends_many_reads_then_disc_and_takes_no_reply_is_closed(
+async def test_client_that_disconnects_without_taking_replies_is_closed(
     served: Served, length: int
 ) -> None:
     """The DISC stands behind READs that are not served, because the client takes no replies."""

@@ -352,7 +352,7 @@ class FakeMember:
         self.gates.forget_idle(self.device)
 
 
-def test_last_connection_that_goes_takes_no_gate_from_the_one_that_attaches() -> None:
+def test_gate_survives_a_connection_that_attaches_while_one_leaves() -> None:
     device = CrashDevice(1 << 13)
     gates = gate.Gates(SimClock())
     gone, new, third = (FakeMember(gates, device) for _ in range(3))

@@ -18,7 +18,7 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-async def test_headers_of_large_writes_take_no_memory_and_nobody_waits_for_them(
+async def test_header_of_a_large_write_reserves_no_memory(
     served: Served,
 ) -> None:
     served.directory.devices["disk"] = Disk(32 * MIB)
@@ -78,7 +78,7 @@ async def test_all_writes_end_although_together_they_are_more_than_the_budget(
 
 
 @pytest.mark.parametrize("dribbles", [False, True])
-async def test_who_holds_memory_and_does_not_send_is_cut_off_when_others_wait(
+async def test_idle_sender_is_cut_off_when_others_wait_for_memory(
     served: Served, dribbles: bool
 ) -> None:
     served.limits = replace(
@@ -168,7 +168,7 @@ def test_memory_for_a_write_is_not_taken_before_it_is_written_to() -> None:
     assert pool.take_untouched(100_000) is small
 
 
-async def test_who_waits_for_memory_waits_in_line_once_and_without_asking_again(
+async def test_connection_waits_once_in_line_for_memory(
     served: Served,
 ) -> None:
     served.limits = replace(served.limits, payload_max=2 * MIB, bytes_total_max=4 * MIB)

@@ -132,7 +132,7 @@ def test_the_payload_of_a_refused_write_is_dropped_and_then_answered(
     assert ends.client.recv(100) == b"reply"
 
 
-def test_a_large_payload_goes_into_its_own_buffer_and_is_counted_as_it_comes(
+def test_large_payload_has_its_own_buffer_and_is_counted(
     ends: Ends,
 ) -> None:
     large = ends.large(10 * KIB, 4 * KIB)

@@ -81,7 +81,7 @@ def test_a_processor_that_was_busy_is_a_miss(time: Time) -> None:
     assert not poller.look_again()
 
 
-def test_each_miss_doubles_the_wake_ups_without_polling_and_a_hit_ends_that(
+def test_polling_backs_off_with_each_miss(
     time: Time,
 ) -> None:
     poller = Poller(Polling(), 1)

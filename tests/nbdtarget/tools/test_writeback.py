@@ -168,7 +168,7 @@ def test_after_a_clean_shutdown_dirty_blocks_go_home_in_origin_order(
     )
 
 
-def test_after_an_unclean_stop_every_mapped_block_goes_home_and_all_is_clean() -> None:
+def test_unclean_cache_is_written_back_whole() -> None:
     disks = Disks(metadata_image(clean=False))
     answer = disks.run()
     assert str(answer) == "5/5 blocks successfully copied"
@@ -179,16 +179,14 @@ def test_after_an_unclean_stop_every_mapped_block_goes_home_and_all_is_clean() -
     assert not disks.content().dirty.any()
 
 
-def test_after_an_unclean_stop_with_a_dirty_log_only_logged_blocks_go_home() -> None:
+def test_unclean_cache_with_a_dirty_log_writes_back_logged_blocks() -> None:
     disks = Disks(metadata_image(clean=False, dirty_log=True))
     assert str(disks.run()) == "3/3 blocks successfully copied"
     assert disks.written("origin") == IN_ORDER
     assert disks.content().flags == CLEAN_SHUTDOWN
 
 
-def test_after_a_crash_in_writethrough_nothing_goes_home_and_nothing_is_recorded() -> (
-    None
-):
+def test_writeback_tool_skips_a_crashed_writethrough_cache() -> None:
     """The origin has everything; and to call the blocks clean would have old ones read."""
     disks = Disks(metadata_image(clean=False, writes_back=False))
     answer = disks.run()

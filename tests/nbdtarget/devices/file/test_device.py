@@ -617,7 +617,7 @@ async def test_fua_that_finds_no_room_does_not_latch(tmp_path: Path, op: int) ->
     await device.close()
 
 
-async def test_writes_that_wait_for_a_file_have_one_thread_and_hold_up_nothing_else(
+async def test_slow_writes_of_a_file_occupy_one_thread(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()

@@ -59,7 +59,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, path: Path) -> Calls:
     return Calls(monkeypatch, path)
 
 
-async def test_what_is_opened_for_writing_is_synced_and_its_clean_pages_are_dropped(
+async def test_open_for_writing_syncs_and_drops_clean_pages(
     path: Path, calls: Calls
 ) -> None:
     device = await open_device(str(path))
@@ -67,7 +67,7 @@ async def test_what_is_opened_for_writing_is_synced_and_its_clean_pages_are_drop
     assert calls.order[:2] == ["sync", "drop"]
 
 
-def test_what_an_offline_tool_opens_for_writing_is_synced_and_dropped_too(
+def test_offline_tools_sync_and_drop_clean_pages_as_well(
     path: Path, calls: Calls
 ) -> None:
     fd, size = file_open.open_fd(str(path), read_only=False)
@@ -110,7 +110,7 @@ def test_clean_pages_are_gone_and_the_content_is_the_same(path: Path) -> None:
         os.close(fd)
 
 
-def test_pages_that_another_process_has_mapped_are_written_to_the_disk_again(
+def test_pages_mapped_by_another_process_are_rewritten(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = path.read_bytes()

@@ -92,9 +92,7 @@ def test_promote_level_follows_each_tick_and_the_jump_each_period() -> None:
     assert hotspot.level_jump == 1
 
 
-def test_unknown_block_takes_the_oldest_entry_of_the_lowest_level_and_its_level() -> (
-    None
-):
+def test_unknown_block_replaces_the_oldest_entry_of_the_lowest_level() -> None:
     hotspot = new_hotspot()
     for block in range(1024):
         hotspot.note_miss(16 * block)

@@ -130,7 +130,7 @@ def test_pin_drops_a_demotion_that_is_only_queued() -> None:
 
 
 @pytest.mark.parametrize("success", [True, False])
-def test_pin_under_a_demotion_that_was_handed_out_lives_if_the_block_does(
+def test_pin_during_a_demotion_stays_if_the_block_stays(
     success: bool,
 ) -> None:
     smq = full_smq(16)

@@ -194,7 +194,7 @@ async def test_write_that_neither_took_is_an_error_and_the_origin_counts(
 
 
 @pytest.mark.parametrize("flags", [0, FUA])
-async def test_write_that_the_origin_fails_keeps_no_block_that_is_being_given_up(
+async def test_write_error_of_the_origin_keeps_no_given_up_block(
     lab: CacheLab, flags: int
 ) -> None:
     """Its copy is older than the origin: it must not be what counts."""

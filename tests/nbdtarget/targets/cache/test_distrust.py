@@ -53,7 +53,7 @@ async def test_clients_see_no_error_when_the_cache_device_dies(lab: CacheLab) ->
         assert (await lab.read(oblock))[:1024] == b"2" * 512 + b"f" * 512
 
 
-async def test_flush_that_the_cache_device_fails_leaves_no_stale_copy_to_be_read(
+async def test_failed_flush_of_the_cache_leaves_no_stale_copy(
     lab: CacheLab,
 ) -> None:
     """What it took before, and could not write, may read as it was: only the origin counts."""

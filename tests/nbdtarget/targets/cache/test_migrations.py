@@ -119,7 +119,7 @@ async def test_failed_demotion_commit_keeps_the_cblock_for_its_block(
     assert [await lab.read(oblock) for oblock in range(8)] == [b"w" * BLOCK] * 8
 
 
-async def test_a_demotion_that_is_cancelled_lets_nobody_write_to_a_block_that_is_gone(
+async def test_cancelled_demotion_refuses_writes_to_the_removed_block(
     lab: CacheLab,
 ) -> None:
     """Only the end of the loop cancels it: the metadata have lost a mapping that the policy has."""

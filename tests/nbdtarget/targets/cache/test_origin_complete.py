@@ -49,7 +49,7 @@ async def test_crash_writes_nothing_back_over_an_origin_that_was_used_alone(
 
 
 @pytest.mark.parametrize("only", ["o", "c"])
-async def test_write_through_that_a_crash_left_on_one_device_is_read_as_it_stays(
+async def test_half_done_write_through_reads_the_same_after_a_crash(
     lab: CacheLab, only: str
 ) -> None:
     await cached(lab, 2)
@@ -71,7 +71,7 @@ async def test_write_through_that_a_crash_left_on_one_device_is_read_as_it_stays
     assert await lab.read(2) == first
 
 
-async def test_writeback_after_writethrough_admits_no_write_before_a_crash_keeps_it(
+async def test_writeback_after_writethrough_commits_before_the_first_write(
     lab: CacheLab,
 ) -> None:
     await cached(lab, 2)
@@ -85,7 +85,7 @@ async def test_writeback_after_writethrough_admits_no_write_before_a_crash_keeps
     assert await lab.read(2) == b"n" * BLOCK
 
 
-async def test_dirty_blocks_of_writeback_are_kept_by_writethrough_until_they_are_home(
+async def test_writethrough_keeps_dirty_blocks_until_they_are_written_back(
     lab: CacheLab,
 ) -> None:
     await lab.create(BUSY)
@@ -110,7 +110,7 @@ async def test_dirty_blocks_of_writeback_are_kept_by_writethrough_until_they_are
 
 
 @pytest.mark.parametrize("kind", ["flush", "fua"])
-async def test_write_that_the_origin_refused_is_not_forgotten_after_what_was_promised(
+async def test_flushed_write_survives_a_later_write_error_of_the_origin(
     lab: CacheLab, kind: str
 ) -> None:
     """The block is dirty then, though the disk says that none is: a promise takes that back."""

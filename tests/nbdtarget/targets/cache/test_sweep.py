@@ -29,7 +29,7 @@ async def test_blocks_go_home_in_the_order_of_the_origin(
     assert cleaned(lab) == sorted(order)
 
 
-async def test_many_blocks_that_were_cleaned_meanwhile_are_passed_over_in_steps(
+async def test_blocks_cleaned_meanwhile_are_skipped_in_steps(
     lab: CacheLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await lab.create(DIRTY_BUSY)

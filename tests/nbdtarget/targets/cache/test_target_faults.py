@@ -39,7 +39,7 @@ async def test_read_only_cache_takes_no_write_while_its_stop_stays_recorded(
     assert other.status == errnos.EIO
 
 
-async def test_table_that_is_loaded_while_a_commit_fails_is_overtaken_by_nothing(
+async def test_table_loaded_during_a_failing_commit_is_kept(
     lab: CacheLab,
 ) -> None:
     """After the abort the failing table only reads: no generation of its own comes later."""

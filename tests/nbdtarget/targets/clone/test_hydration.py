@@ -363,7 +363,7 @@ async def test_dead_source_is_one_line_in_the_log_not_one_a_region(
 
 
 @pytest.mark.parametrize("op", [OP_WRITE, OP_WRITE_ZEROES])
-async def test_writes_that_need_a_dead_source_are_a_sentence_in_the_log_not_one_each(
+async def test_writes_that_need_a_dead_source_are_logged_once(
     op: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = await make("8 1 no_hydration", 64)
@@ -382,9 +382,7 @@ async def test_writes_that_need_a_dead_source_are_a_sentence_in_the_log_not_one_
     await rig.stop()
 
 
-async def test_slow_copy_does_not_keep_others_from_starting_once_clients_are_quiet() -> (
-    None
-):
+async def test_slow_copy_does_not_block_the_start_of_others() -> None:
     rig = await make("8 1 no_hydration 2 hydration_threshold 8", 16)
     rig.bio(OP_READ, 0, 512)
     rig.source.hold = True
