@@ -30,7 +30,7 @@ from tests.support.crash.state_machine import run_machine
 __all__ = ["lazy_devices"]  # a fixture, for each test here
 
 TARGET = "nbdtarget.targets.clone.target."
-COMMITTER = TARGET + "Committer"
+COMMITTER = "nbdtarget.targets.mapping.Committer"
 DEVICE = "tests.support.crash.rigs.CrashDevice"
 
 
@@ -86,6 +86,9 @@ class NoLocks(Prison):
 
     def release(self, cell: Cell) -> None:
         """Nobody waits."""
+
+    def held(self, begin: int, end: int) -> list[tuple[int, int]]:
+        return [(begin, end)]
 
 
 class FlushesTwice(CloneTarget):
