@@ -28,7 +28,7 @@ ORDERS = [(1.0, 0), *((0.0, seed) for seed in range(30))] if DEEP else [(0.0, 3)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rig", "workload", "points_min", "images_min"), MATRIX)
-def test_no_power_cut_loses_what_was_promised(
+def test_no_power_cut_loses_what_was_flushed(
     rig: type[CacheRig], workload: Workload, points_min: int, images_min: int
 ) -> None:
     nr_points = nr_images = 0

@@ -525,7 +525,7 @@ async def test_region_that_the_destination_has_lost_is_read_from_the_source() ->
     await rig.stop()
 
 
-async def test_idle_clone_goes_on_when_its_destination_has_lost_nothing_of_it() -> None:
+async def test_idle_clone_goes_on_when_its_destination_has_lost_no_data() -> None:
     rig = CloneComebacks(1, 1.0)
     await rig.start()
     await rig.message("disable_hydration")

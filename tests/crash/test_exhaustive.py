@@ -37,7 +37,7 @@ def devices_that_take_their_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workload", "points_min", "images_min"), MATRIX)
-def test_no_power_cut_loses_what_was_promised(
+def test_no_power_cut_loses_what_was_flushed(
     workload: Workload, points_min: int, images_min: int
 ) -> None:
     nr_points = nr_images = 0

@@ -153,7 +153,7 @@ async def test_superblock_waits_for_every_flush(late: int) -> None:
     assert rig.metadata.committed == [1]
 
 
-async def test_all_who_wait_ride_together() -> None:
+async def test_all_waiting_callers_share_one_commit() -> None:
     rig = Rig()
     rig.change()
     flushes = [rig.flush() for _ in range(5)]
@@ -297,7 +297,7 @@ async def test_only_the_metadata_device_is_blamed_for_what_it_did() -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
-async def test_commit_vouches_for_nothing_that_a_device_says_it_may_have_lost(
+async def test_no_commit_after_a_device_says_that_it_may_have_lost_data(
     lost: int,
 ) -> None:
     """It goes on, as a server does that was connected to again; but its last flush did not cover all."""
@@ -391,7 +391,7 @@ async def test_failed_compaction_aborts_after_the_commit_under_way() -> None:
     assert rig.nr_failed == 1
 
 
-async def test_exception_of_our_own_making_leaves_nobody_waiting(
+async def test_unexpected_exception_fails_all_waiting_callers(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rig = Rig()
@@ -405,7 +405,7 @@ async def test_exception_of_our_own_making_leaves_nobody_waiting(
     assert "AssertionError" in caplog.text
 
 
-async def test_waiter_that_was_cancelled_harms_nobody() -> None:
+async def test_cancelled_waiter_does_not_disturb_the_others() -> None:
     # Whoever asks for a status may go away; SIGTERM cancels the one who watches progress.
     rig = Rig()
     rig.device.hold = True
@@ -446,7 +446,7 @@ async def test_compaction_that_fails_after_a_failed_commit_ends() -> None:
 
 
 @pytest.mark.parametrize("nr_bad", [1, 2])
-async def test_callback_that_raises_leaves_nobody_waiting(
+async def test_all_callers_are_answered_when_a_callback_raises(
     caplog: pytest.LogCaptureFixture, nr_bad: int
 ) -> None:
     rig = Rig()
@@ -467,7 +467,7 @@ async def test_callback_that_raises_leaves_nobody_waiting(
     assert rig.metadata.failed
 
 
-async def test_who_asks_again_at_once_for_ever_does_not_keep_the_loop() -> None:
+async def test_callback_that_asks_again_and_again_does_not_keep_the_loop_busy() -> None:
     rig = Rig()
     nr_asked = 0
 

@@ -19,7 +19,7 @@ class Queue:
         return self.prison.lock(begin, end, self.granted.append)
 
 
-def test_range_is_granted_at_once_when_nobody_has_it() -> None:
+def test_free_range_is_granted_at_once() -> None:
     queue = Queue()
     cells = [queue.lock(4, 8), queue.lock(0, 4), queue.lock(8, 9)]
     assert queue.granted == cells
@@ -66,7 +66,7 @@ def test_maybe_lock_never_waits() -> None:
     queue.prison.release(held)
 
 
-def test_clear_run_skips_who_holds_and_who_waits() -> None:
+def test_clear_run_skips_what_is_held_and_what_waits() -> None:
     queue = Queue()
     queue.lock(2, 4)
     queue.lock(3, 6)

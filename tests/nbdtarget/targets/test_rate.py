@@ -42,7 +42,7 @@ def test_no_bound_charges_nothing() -> None:
 
 
 @pytest.mark.parametrize("bytes_per_s", [0, 1, 1 << 40])
-def test_new_rate_forgives_the_debt_of_the_old(bytes_per_s: int) -> None:
+def test_new_rate_forgets_what_was_charged_at_the_old_one(bytes_per_s: int) -> None:
     rate = Rate(SimClock(), 1)
     rate.charge(1 << 30)
     rate.set(bytes_per_s)

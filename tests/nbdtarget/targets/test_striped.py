@@ -193,7 +193,7 @@ async def test_extents_are_those_of_the_stripes_in_turn() -> None:
     assert await device.extents(chunk, 10) == [Extent(10, EXTENT_DATA)]
 
 
-async def test_extents_end_where_a_stripe_told_no_more() -> None:
+async def test_extents_end_where_a_stripe_answers_no_further() -> None:
     chunk = CHUNK_SIZE
     disks = Disks(a=4 * chunk, b=4 * chunk)
     sectors = chunk // SECTOR

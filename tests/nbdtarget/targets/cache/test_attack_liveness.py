@@ -79,7 +79,7 @@ async def test_range_to_warm_is_given_up_when_all_blocks_are_pinned(
 
 
 @pytest.mark.parametrize("success", [True, False])
-async def test_bug_in_a_migration_fails_the_device_and_leaves_nobody_waiting(
+async def test_bug_in_a_migration_fails_the_device_and_all_waiting_bios(
     lab: CacheLab, monkeypatch: pytest.MonkeyPatch, success: bool
 ) -> None:
     await lab.create(DIRTY_BUSY)
@@ -106,7 +106,7 @@ async def test_bug_in_a_migration_fails_the_device_and_leaves_nobody_waiting(
     await lab.remove()
 
 
-async def test_bug_in_an_overwrite_fails_the_device_and_leaves_nobody_waiting(
+async def test_bug_in_an_overwrite_fails_the_device_and_all_waiting_bios(
     lab: CacheLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await lab.create(DIRTY_BUSY)

@@ -163,7 +163,7 @@ async def test_write_through_whose_removal_cannot_be_recorded_is_an_error(
     assert await ended(lab, write) == [errnos.EIO]
 
 
-async def test_write_to_a_block_that_is_being_given_up_finds_it_given_up(
+async def test_write_to_a_bad_block_waits_until_it_is_removed(
     lab: CacheLab,
 ) -> None:
     await cached(lab, A)
@@ -217,7 +217,7 @@ async def test_write_error_of_the_origin_keeps_no_given_up_block(
     assert (await lab.read(A))[:512] == b"w" * 512
 
 
-async def test_promotion_that_the_cache_device_fails_is_nobodys_error(
+async def test_promotion_that_the_cache_device_fails_fails_no_request(
     lab: CacheLab,
 ) -> None:
     await cached(lab)

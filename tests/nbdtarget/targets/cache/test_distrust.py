@@ -120,7 +120,7 @@ async def test_commit_of_a_promotion_does_not_need_the_cache_devices_flush(
     assert await lab.used() == 0
 
 
-async def test_loss_of_the_cache_device_is_nobodys_loss(lab: CacheLab) -> None:
+async def test_loss_of_the_cache_device_fails_no_request(lab: CacheLab) -> None:
     await cached(lab, A)
     lab.disks["c"].health.note_loss()
     lab.cache.health.note_loss()
@@ -221,7 +221,7 @@ async def test_flush_that_fails_after_a_block_has_become_dirty_is_no_success(
     assert not lab.target._blocks.distrusts_cache
 
 
-async def test_device_that_fails_block_after_block_is_not_tried_for_each_of_them(
+async def test_failing_cache_device_is_not_tried_for_every_block(
     lab: CacheLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nbdtarget.targets.cache.bad_blocks.GIVEN_UP_MAX", 2)

@@ -93,7 +93,7 @@ async def test_2_2_1_lock_waits_for_the_writes_that_were_there_before(
     assert lab.on_disk("o", A) == b"w" * BLOCK
 
 
-async def test_2_2_1_admitted_reads_starve_nobody(lab: CacheLab) -> None:
+async def test_2_2_1_admitted_reads_do_not_starve_a_migration(lab: CacheLab) -> None:
     """Where the kernel's can: its quiesce waits for reads that are still let in."""
     await lab.create(DIRTY_BUSY)
     await lab.fill([A])

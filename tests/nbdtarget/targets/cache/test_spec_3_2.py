@@ -396,7 +396,7 @@ async def test_3_2_any_write_that_reached_the_origin_needs_its_flush(
     await lab.close()
 
 
-async def test_3_2_who_waits_gets_the_error_and_so_does_every_later_flush(
+async def test_3_2_waiting_flush_fails_and_so_does_every_later_one(
     lab: CacheLab,
 ) -> None:
     await lab.create(DIRTY_BUSY)

@@ -150,7 +150,7 @@ async def test_6_3_invalidation_that_cannot_be_committed_is_an_error(
     assert await wrong(lab, "invalidate_cblocks 0-3") == errnos.EIO
 
 
-async def test_6_3_invalidation_that_failed_lets_nobody_write_past_the_block(
+async def test_6_3_failed_invalidation_lets_no_write_pass_the_block(
     lab: CacheLab,
 ) -> None:
     """Its mapping is on disk still, and would hide what was written to the origin."""

@@ -30,7 +30,7 @@ async def test_6_4_used_blocks_have_those_that_are_on_the_way(lab: CacheLab) -> 
     assert await lab.used() == 1
 
 
-async def test_6_4_hits_and_misses_outlive_the_table_demotions_and_promotions_do_not(
+async def test_6_4_only_hits_and_misses_are_kept_for_the_next_table(
     lab: CacheLab,
 ) -> None:
     await lab.create(DIRTY_BUSY)

@@ -18,7 +18,7 @@ def cleaned(lab: CacheLab) -> list[int]:
     return [at // BLOCK for op, at, _ in lab.asked("o", "write") if op == "write"]
 
 
-async def test_blocks_go_home_in_the_order_of_the_origin(
+async def test_blocks_are_written_back_in_the_order_of_the_origin(
     lab: CacheLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "STEP_CBLOCKS", 3)

@@ -31,7 +31,7 @@ class World:
         return nr
 
 
-def test_nobody_hits_so_migrations_follow_each_other_at_once() -> None:
+def test_migrations_follow_each_other_at_once_while_there_are_no_hits() -> None:
     assert World().start_all(100) == 100
 
 
@@ -64,7 +64,7 @@ def test_the_pause_ends_at_the_period_s_end() -> None:
     assert ready_ns == world.clock.now_ns() + int(PERIOD_S * 1e9)
 
 
-def test_the_pause_ends_early_when_nobody_hits_any_more() -> None:
+def test_the_pause_ends_early_when_hits_stop() -> None:
     world = World()
     world.seen.read_hits += 1
     world.clock.advance(PERIOD_S)

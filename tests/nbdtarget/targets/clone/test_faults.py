@@ -158,7 +158,7 @@ async def run_with_fault(name: str, fail_at: int | None, sticky: bool) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("sticky", [True, False])
 @pytest.mark.parametrize("name", ["m", "d", "s"])
-async def test_no_promise_is_broken_whatever_fails(
+async def test_no_acknowledged_flush_is_lost_whatever_fails(
     name: str, sticky: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("CRITICAL")

@@ -263,7 +263,7 @@ async def test_overwrite_of_a_bad_region_heals_it() -> None:
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
-async def test_dead_device_is_not_hammered(side: str) -> None:
+async def test_dead_device_is_tried_less_and_less_often(side: str) -> None:
     rig = Rig(
         size=512 * REGION,
         words="8 0 4 hydration_threshold 16 hydration_batch_size 4",

@@ -68,7 +68,7 @@ async def test_cache_of_holes_writes_zeroes() -> None:
     await rig.stop()
 
 
-async def test_cache_waits_for_who_works_on_its_regions() -> None:
+async def test_cache_request_waits_for_work_on_its_regions() -> None:
     rig = await make()
     rig.source.hold = True
     write = rig.bio(OP_WRITE, 2 * REGION + 512, 512)

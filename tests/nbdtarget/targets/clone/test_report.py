@@ -101,7 +101,7 @@ async def test_fields_are_there_when_the_line_says_fail() -> None:
     assert rig.target.status_fields()["mode"] == Mode.FAIL.value
 
 
-async def test_errors_are_counted_and_when_they_are_tried_again_is_told() -> None:
+async def test_status_counts_errors_and_says_when_they_are_tried_again() -> None:
     rig = Rig(size=16 * REGION, words="8 0 2 hydration_threshold 4")
     rig.source.fails = lambda bio: (
         errnos.EIO if 5 <= bio.offset // REGION < 9 and bio.op == OP_READ else 0
@@ -132,7 +132,7 @@ async def test_errors_are_counted_and_when_they_are_tried_again_is_told() -> Non
     await rig.stop()
 
 
-async def test_next_try_of_a_dead_source_is_told_with_hydration_slowed_down() -> None:
+async def test_status_says_when_a_dead_source_is_tried_again() -> None:
     rig = Rig(size=64 * REGION, words="8")
     rig.source.fails = lambda bio: errnos.EIO
     await rig.start()
@@ -158,7 +158,7 @@ async def failures(rig: Rig, seconds: float) -> None:
         await settle(30)
 
 
-async def test_event_comes_with_the_error_that_is_worth_it_and_with_new_ones() -> None:
+async def test_event_is_raised_at_the_set_number_of_errors_and_for_new_ones() -> None:
     rig = Rig(size=16 * REGION, words="8 0 2 event_after_errors 3")
     bad = {5}
     rig.source.fails = lambda bio: errnos.EIO if bio.offset // REGION in bad else 0
@@ -186,7 +186,7 @@ async def test_event_comes_for_each_region_that_fails_anew_after_that() -> None:
     await rig.stop()
 
 
-async def test_no_error_is_an_event_when_told_so_by_message() -> None:
+async def test_event_after_errors_0_raises_no_event() -> None:
     rig = Rig(size=16 * REGION, words="8 1 no_hydration")
     rig.source.fails = lambda bio: errnos.EIO
     await rig.start()

@@ -257,7 +257,9 @@ async def test_2_1_queued_writes_are_issued_in_order_and_fua_after_a_commit() ->
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
-async def test_2_1_failed_copy_fails_all_who_wait_and_is_tried_again(side: str) -> None:
+async def test_2_1_failed_copy_fails_all_waiting_writes_and_is_tried_again(
+    side: str,
+) -> None:
     # We try once for each that waits, where the kernel fails all with the first.
     rig = await Rig().start()
     device = rig.source if side == "source" else rig.destination

@@ -298,7 +298,7 @@ def failing(op: int) -> Callable[[Bio], int]:
     [("d", OP_FLUSH), ("m", OP_WRITE), ("m", OP_FLUSH)],
     ids=["destination flush", "metadata write", "metadata flush"],
 )
-async def test_3_1_failed_commit_reverts_goes_read_only_and_fails_who_wait(
+async def test_3_1_failed_commit_reverts_goes_read_only_and_fails_what_waits(
     rig: Rig, device: str, op: int
 ) -> None:
     waits = rig.bio(OP_WRITE, REGION, REGION, FUA)

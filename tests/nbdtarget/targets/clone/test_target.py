@@ -510,7 +510,7 @@ async def test_suspend_waits_for_copies_and_commits_clean(rig: Rig) -> None:
     assert rig.ctx.nr_open == 0
 
 
-async def test_suspend_commits_what_nobody_has_flushed(rig: Rig) -> None:
+async def test_suspend_commits_what_no_flush_has_committed(rig: Rig) -> None:
     rig.bio(OP_WRITE, 0, REGION)
     await rig.suspend()
     assert "d flush" in rig.ops()
