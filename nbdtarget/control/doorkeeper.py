@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.common.clock import LoopClock, Timer
+from nbdtarget.common.say_rarely import SayRarely
 
 __all__ = ["BODY_S", "CONNECTIONS_MAX", "HEADER_S", "IDLE_S", "Doorkeeper"]
 
@@ -37,9 +38,16 @@ class Doorkeeper:
     def __init__(self, make: Callable[[], asyncio.Protocol]) -> None:
         self._make = make
         self._open: dict[asyncio.BaseTransport, _Watched] = {}
+        self._refused = SayRarely(_clock)
 
     def __call__(self) -> asyncio.Protocol:
         if len(self._open) >= CONNECTIONS_MAX:
+            if nr := self._refused.count():
+                log.warning(
+                    "control socket: clients refused: %d: there are %d connections",
+                    nr,
+                    CONNECTIONS_MAX,
+                )
             return _TurnedAway()
         return _Watched(self._make(), self._open)
 
@@ -56,9 +64,6 @@ class Doorkeeper:
 
 class _TurnedAway(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        log.warning(
-            "control socket: a client is refused: %d connections", CONNECTIONS_MAX
-        )
         transport.close()
 
 

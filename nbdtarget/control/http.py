@@ -33,6 +33,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.turns import Tasks
 from nbdtarget.common.words import printable
 from nbdtarget.control import messages as m
 from nbdtarget.control.bodies import BODY_BYTES_MAX, body_bytes_max, encode
@@ -45,10 +46,6 @@ log = logging.getLogger(__name__)
 
 REASON_LENGTH_MAX: Final = 4000  # characters
 SHUTDOWN_S_MAX: Final = 2.0
-
-
-# The tasks of verbs that have begun: a task that nobody refers to may vanish.
-_running: set["asyncio.Task[m.Answer]"] = set()
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -117,6 +114,7 @@ async def serve_http(
 def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
     # Any: each verb takes its own request; `decode` has just made one of that type.
     call: Callable[[Any], Coroutine[Any, Any, m.Answer]] = getattr(verbs, verb)
+    running = Tasks(failed=_is_answered)
     decode = msgspec.json.Decoder(request_type).decode
     bytes_max = body_bytes_max(verb)
 
@@ -138,21 +136,34 @@ def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
         except msgspec.MsgspecError as error:
             return _failure(400, f"bad request: {error}", errnos.EINVAL)
         try:
-            task = asyncio.ensure_future(call(request))
-            _running.add(task)
-            task.add_done_callback(_running.discard)
+            task = running.start(_carry_out(call, verb, request))
             answer = await (task if verb == "wait" else asyncio.shield(task))
         except NbdTargetError as error:
             # ResolveError, ConstructorError and TableError have one; the base has not.
             errno = getattr(error, "errno", errnos.EINVAL)
             return _failure(_STATUS.get(errno, 422), str(error), errno)
-        except Exception:
-            # The last line of defence: a bug in one verb must not end the server.
-            log.exception("%s %r failed", verb, request)
+        except Exception:  # `_carry_out` has logged it
             return _failure(500, "internal error, see the server's log", errnos.EIO)
         return _response(200, await encode(answer))
 
     return handle
+
+
+async def _carry_out(
+    call: Callable[[Any], Coroutine[Any, Any, m.Answer]], verb: str, request: m.Request
+) -> m.Answer:
+    """Carry out a verb. A bug in one verb must not end the server: it is logged here."""
+    try:
+        return await call(request)
+    except NbdTargetError:
+        raise
+    except Exception:
+        log.exception("%s %r failed", verb, request)
+        raise
+
+
+def _is_answered(_: BaseException) -> None:
+    """The handler answers with the failure, unless its client has gone."""
 
 
 def _too_large(bytes_max: int) -> web.Response:

@@ -32,6 +32,7 @@ from urllib.parse import quote
 
 from nbdtarget.common.clock import Clock, LoopClock, Timer
 from nbdtarget.common.errors import ListenError
+from nbdtarget.common.say_rarely import SayRarely
 from nbdtarget.common.turns import Turns
 from nbdtarget.common.unix_socket import (
     PRIVATE,
@@ -94,6 +95,7 @@ class Listener:
         # And where each comes from. In the order of accepting: whoever came first is told first.
         self._connections: dict[Connection, str] = {}
         self._admission = Admission(self._limits)
+        self._refused = SayRarely(self._clock)
         self._is_accepting = False
         self._is_closed = False
         self._all_gone: asyncio.Future[None] | None = None
@@ -276,8 +278,9 @@ class Listener:
             origin = origin_of(client, address)
             refusal = self._admission.refusal(origin, client.fileno())
             if refusal:
-                log.warning("a client is refused: %s", refusal)
                 client.close()
+                if nr := self._refused.count():
+                    log.warning("clients refused: %d: %s", nr, refusal)
             else:
                 self._connect(client, origin)
 

@@ -148,7 +148,8 @@ class ClientHandshake:
         self._nr_replies = 0  # of the option under way
         self._buffer = bytearray()
         self._output: list[bytes] = []
-        self._step: Callable[[], bool] = self._step_greeting
+        # A function, and not a bound method: that would be a circle of references.
+        self._step: Callable[[ClientHandshake], bool] = ClientHandshake._step_greeting
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
         """Take what the server sent. Never raises, whatever it is."""
@@ -156,7 +157,7 @@ class ClientHandshake:
             return
         self._buffer += data
         try:
-            while self.negotiated is None and self.error is None and self._step():
+            while self.negotiated is None and self.error is None and self._step(self):
                 pass
         except HandshakeError as error:
             self.error = error
@@ -221,7 +222,7 @@ class ClientHandshake:
             self._send_export_name()
         elif self.want_structured:
             self._send(OPT_STRUCTURED_REPLY)
-            self._step = self._step_reply
+            self._step = ClientHandshake._step_reply
         else:
             self._send_go()
         return True
@@ -360,11 +361,11 @@ class ClientHandshake:
     def _send_go(self) -> None:
         infos = (INFO_BLOCK_SIZE,) if self.want_block_size else ()
         self._send(OPT_GO, encode_info_request(self.export_name, infos))
-        self._step = self._step_reply
+        self._step = ClientHandshake._step_reply
 
     def _send_export_name(self) -> None:
         self._send(OPT_EXPORT_NAME, self.export_name.encode())
-        self._step = self._step_export_name
+        self._step = ClientHandshake._step_export_name
 
     def _negotiate(self, size: int, flags: int) -> None:
         if size > SIZE_MAX:

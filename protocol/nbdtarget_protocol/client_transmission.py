@@ -182,7 +182,8 @@ class ClientTransmission:
         self._at = 0
         self._left = 0
         self._payload_request: Completion | None = None
-        self._payload_end: Callable[[Completion], None] = self._payload_simple
+        # A function, and not a bound method: that would be a circle of references.
+        self._payload_end: _PayloadEnd = ClientTransmission._payload_simple
         self._payload_done = False  # the chunk has the DONE flag
         self._payload_type = 0
         self._completed: list[Completion] = []
@@ -203,8 +204,7 @@ class ClientTransmission:
 
         Args:
             cookie: not in flight (DISC, which has no reply: any).
-            buffer: READ: a writable memoryview (format B) of `length` bytes; or call
-                `register_read` before the reply can come.
+            buffer: READ: a writable memoryview (format B) of `length` bytes.
         """
         assert self.error is None
         assert command == CMD_DISC or cookie not in self.in_flight
@@ -214,14 +214,6 @@ class ClientTransmission:
                 command, flags, cookie, offset, length, buffer, private
             )
         return REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
-
-    def register_read(self, cookie: int, buffer: memoryview, offset: int) -> None:
-        """Tell where the data of the READ in flight under `cookie` goes."""
-        request = self.in_flight[cookie]
-        assert request.command == CMD_READ
-        assert request.offset == offset
-        assert request.length == len(buffer)
-        request.buffer = buffer
 
     def abandon(
         self, error: int, which: Callable[[Completion], bool]
@@ -247,7 +239,10 @@ class ClientTransmission:
     @property
     def _is_collecting(self) -> bool:
         """Whether the payload under way is not READ data, but is looked at when it is whole."""
-        return self._payload_end in (self._payload_error, self._payload_block_status)
+        return self._payload_end in (
+            ClientTransmission._payload_error,
+            ClientTransmission._payload_block_status,
+        )
 
     def forget(self, cookies: Iterable[int]) -> None:
         """The server will never answer these: it was not sent them, or not all of them."""
@@ -375,7 +370,7 @@ class ClientTransmission:
                 raise ReplyError(f"simple reply to {request!r}")
             if not error and request.length:
                 self._begin_payload(
-                    request, 0, request.length, self._payload_simple, True
+                    request, 0, request.length, ClientTransmission._payload_simple, True
                 )
                 return
         elif not error and request.command == CMD_BLOCK_STATUS:
@@ -401,7 +396,9 @@ class ClientTransmission:
                 return 0
             offset = U64.unpack_from(self._scratch, pos + CHUNK.size)[0]
             at = self._cover(request, offset, length - 8)
-            self._begin_payload(request, at, length - 8, self._payload_data, done)
+            self._begin_payload(
+                request, at, length - 8, ClientTransmission._payload_data, done
+            )
             return OFFSET_DATA.size
         if kind == REPLY_TYPE_OFFSET_HOLE:
             if length != 12:
@@ -430,12 +427,12 @@ class ClientTransmission:
                 raise ReplyError(f"BLOCK_STATUS chunk of {length} bytes")
             if request.command != CMD_BLOCK_STATUS:
                 raise ReplyError(f"BLOCK_STATUS chunk in reply to {request!r}")
-            payload_end = self._payload_block_status
+            payload_end = ClientTransmission._payload_block_status
         elif kind & REPLY_TYPE_FLAG_ERROR:
             least = 14 if kind == REPLY_TYPE_ERROR_OFFSET else 6
             if not least <= length <= ERROR_CHUNK_MAX:
                 raise ReplyError(f"error chunk of {length} bytes")
-            payload_end = self._payload_error
+            payload_end = ClientTransmission._payload_error
         else:
             raise ReplyError(f"unknown chunk type {kind}")
         self._payload = memoryview(bytearray(length))
@@ -453,7 +450,7 @@ class ClientTransmission:
         request: Completion,
         at: int,
         length: int,
-        payload_end: Callable[[Completion], None],
+        payload_end: "_PayloadEnd",
         done: bool,
     ) -> None:
         buffer = request.buffer
@@ -472,7 +469,7 @@ class ClientTransmission:
         request = self._payload_request
         assert request is not None
         self._payload_request = None
-        self._payload_end(request)
+        self._payload_end(self, request)
         self._payload = _NO_VIEW
 
     def _payload_simple(self, request: Completion) -> None:
@@ -615,3 +612,6 @@ def _check_extents(request: Completion, extents: list[tuple[int, int]]) -> None:
     if total > request.length:
         length, flags = extents[-1]
         extents[-1] = (length - (total - request.length), flags)
+
+
+_PayloadEnd = Callable[[ClientTransmission, Completion], None]

@@ -112,15 +112,6 @@ def test_private_comes_back() -> None:
     assert repr(completion) == "<FLUSH 0+0 cookie=0x7 error=0>"
 
 
-def test_register_read_tells_the_buffer_later() -> None:
-    transmission = ClientTransmission(STRUCTURED)
-    transmission.request(CMD_READ, 0, 1, 4096, 1024)
-    buffer = memoryview(bytearray(1024))
-    transmission.register_read(1, buffer, 4096)
-    transmission.receive_data(data_chunk(0, 1024, True))
-    assert buffer == DATA
-
-
 def test_simple_read() -> None:
     [completion] = feed_replies(simple_reply(0, 1) + DATA, READ, negotiated=SIMPLE)
     assert data_of(completion) == DATA

@@ -42,6 +42,22 @@ async def greeted(port: int) -> Peer | None:
     return peer
 
 
+async def test_many_refused_clients_are_one_line_in_the_log(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    served.limits = replace(served.limits, connections_max=1)
+    listener = await served.start()
+    (uri,) = await listener.start("tcp:127.0.0.1:0")
+    port = int(uri.split(":")[2].split("/")[0])
+    first = await greeted(port)
+    assert first is not None
+    served.peers.append(first)
+    for _ in range(20):
+        assert await greeted(port) is None
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["clients refused: 1: 1 connections (connections_max)"]
+
+
 async def test_idle_network_clients_do_not_lock_out_local_ones(
     served: Served,
 ) -> None:
