@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bio: one I/O request on its way from a client to a device, and its end.
 
-Theory of operation. A bio is submitted to a `Device`; whoever finishes it calls
+Theory of operation. A bio is submitted to a `Device`. The code that finishes it calls
 `bio.end(status)` exactly once, and that calls the submitter's `endio`. Both may happen
 before `submit` returns: most bios are served inline from the page cache, and for them
 no task, future or thread exists.
@@ -9,13 +9,13 @@ no task, future or thread exists.
 Payload. READ and WRITE carry a memoryview: for READ it is where the data goes, for WRITE
 it is the data. While `bio.borrowed` is true, that memory belongs to the submitter and is
 valid **only until `submit` returns** (it lies in a connection's receive buffer or reply
-arena, which the next request reuses). Whoever keeps a bio longer calls `bio.own()` first:
+arena, which the next request reuses). Code that keeps a bio longer calls `bio.own()` first:
 a WRITE then has its own copy of the bytes, a READ gets a fresh buffer. So a submitter must
 always look at `bio.payload` of the ended bio, never at the buffer it passed in. A WRITE that
-is kept only for its end, since its bytes went on in other bios, says so by `bio.give_away()`.
+is kept only for its end, because its bytes went on in other bios, has `bio.give_away()` called.
 
-Whose. An ended bio is the submitter's again, who may use the object for its next request at
-once: layers keep no reference to it. Its `offset` and `device` are then whatever the targets
+Owner. An ended bio belongs to the submitter again, which may use the object for its next request at
+once, so layers keep no reference to it. Its `offset` and `device` are then whatever the targets
 on its way made of them.
 
 Hooks. A layer that must know when a bio ends (to count in-flight I/O, to drop a region
@@ -23,9 +23,10 @@ lock) pushes a callable with `bio.on_end(hook)`; hooks run last in, first out, b
 `endio`. Layers push one only for bios that do not end inside `submit`, so the inline
 path pays nothing for them.
 
-Rescue. A hook that has a method `rescue(bio, status)` is asked before a bio ends with an error, and
-before any hook runs. If it answers True, it has submitted the bio somewhere else, which will end it: no
-layer above has noticed anything. It must not say so twice for one bio.
+Rescue. Before a bio ends with an error, and before any hook runs, each hook that has a method
+`rescue(bio, status)` is asked. If it answers True, it has submitted the bio to another device, which will
+end it, and no layer above notices anything. It may answer True only once for one bio. For example, a cache
+reads from the origin what its cache device cannot read.
 
 Offsets and lengths are bytes, never sectors.
 """
@@ -64,19 +65,21 @@ OP_NAMES: Final = ("read", "write", "flush", "discard", "write_zeroes", "cache")
 FUA: Final = 1  # on stable storage before the bio ends
 NO_UNMAP: Final = 2  # WRITE_ZEROES: the space must stay allocated
 FAST_ZERO: Final = 4  # WRITE_ZEROES: ENOTSUP at once unless faster than writing
-UNASKED: Final = 8  # FLUSH: a suspend of ours sends it, which the kernel's does not
+UNASKED: Final = (
+    8  # FLUSH: sent by a suspend and not by a client; the kernel sends none
+)
 
 PENDING: Final = -1  # bio.status before `end`
 
 
 class Submits(Protocol):
-    """What a bio can be sent to; `Device` is the one that matters."""
+    """What a bio can be sent to: a `Device`, or a part of one that passes bios on."""
 
     def submit(self, bio: "Bio") -> None: ...
 
 
 class Bio:
-    """One I/O request. See the module head for who owns what, and until when.
+    """One I/O request. See the module head for what belongs to whom, and until when.
 
     Attributes:
         op: one of OP_*.
@@ -129,7 +132,7 @@ class Bio:
         self.hooks: list[Callable[[Bio], None]] | None = None
 
     def own(self) -> None:
-        """Make the payload ours, so that the bio may outlive `submit`. Idempotent."""
+        """Give the bio a payload of its own, so that it may outlive `submit`. Idempotent."""
         if not self.borrowed:
             return
         self.borrowed = False
@@ -140,7 +143,7 @@ class Bio:
                 self.payload = memoryview(bytearray(self.length))
 
     def give_away(self) -> None:
-        """The payload of this WRITE is other bios' affair now; this one is kept for its end."""
+        """Drop the payload of a WRITE: child bios carry it now, and this bio is kept only for its end."""
         assert self.op != OP_READ
         self.payload = None
         self.borrowed = False
@@ -166,7 +169,7 @@ class Bio:
         self.endio(self)
 
     def _is_rescued(self, hooks: list[Callable[["Bio"], None]], status: int) -> bool:
-        """Whether a hook has sent the bio, which has failed, somewhere else: it has not ended."""
+        """Whether a hook has submitted the failed bio to another device: then it has not ended."""
         for hook in reversed(hooks):
             rescue = getattr(hook, "rescue", None)
             if rescue is not None and rescue(self, status):

@@ -13,7 +13,7 @@ _NS: Final = 1_000_000_000
 
 
 class SayRarely:
-    """Decides when a line is due. Writing it is left to the caller, who knows its words:
+    """Decides when a line is due. The caller writes it, in its own words:
 
         if nr := self._rarely.count():
             log.error("%s: %s (and %d more)", name, error, nr - 1)

@@ -3,12 +3,12 @@
 
 Theory of operation. Beside PATH lies PATH.lock, which the server that has PATH keeps locked until its
 end. So of any number of servers that start together exactly one gets PATH, and the others are
-refused without having touched it. Who has the lock may remove a socket that was left behind: the kernel
-unlocks the file of a server that was killed. A socket of a server that knows no lock is probed as
-well: one that somebody answers on stays. Both files go at the end, the lock last.
+refused without having touched it. The server that has the lock may remove a socket that was left behind: the
+kernel unlocks the file of a server that was killed. The socket may belong to a program that knows no lock, so
+it is probed as well: if connecting to it works, it stays. Both files are removed at the end, the lock last.
 
 Mode. The file is made with mode 0600, whatever the umask is, then it gets its owner and group, then its
-mode: it is never open to more than was asked for. Nobody can connect before `listen`.
+mode. So at no time may more users connect than was asked for. Connecting works only after `listen`.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 LOCK_SUFFIX: Final = ".lock"
-LOCK_TRIES_MAX: Final = 1000  # each failed one: somebody else has just ended
+LOCK_TRIES_MAX: Final = 1000  # a try fails if another server has just ended
 PROBE_S_MAX: Final = 1.0
 PRIVATE_MODE: Final = 0o600
 
@@ -41,9 +41,9 @@ class SocketInUseError(NbdTargetError):
 
 
 class SocketAccess(NamedTuple):
-    """Who may connect. `owner` and `group`: names or numbers; None: the process's own.
+    """Which users may connect. `owner` and `group`: names or numbers; None: those of the process.
 
-    On Linux whoever may write to the file may connect.
+    On Linux a user that may write to the file may connect.
     """
 
     mode: int = PRIVATE_MODE
@@ -167,7 +167,7 @@ def _lock(path: str) -> int:
         lock = os.open(name, flags, PRIVATE_MODE)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one who had it may have removed the file after we had opened it.
+            # The server that had it may have removed the file after we had opened it.
             status = os.fstat(lock)
             if (status.st_dev, status.st_ino) == _file_of(name):
                 return lock

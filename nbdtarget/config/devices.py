@@ -15,11 +15,10 @@ mistake anywhere nothing happens at all. Then:
     `rotational` says something else    told to clients that connect from now on
     anything else                       nothing
 
-"Else than at the last reading", not "else than what is live": a table that was changed
-by command since, or that has changed itself (a clone that became linear), is left alone until the
-file changes; the log says so. A device that is no longer in the file stays, as long as it is open: the person who
-knows that it is not needed any more removes it. One device that is refused keeps what it has and
-does not hold up the others.
+The file is compared with what it said at the last reading, and not with the live table. So a table that was
+changed by command since, or that has changed itself (a clone that became linear), is left alone until the
+file changes; the log says so. A device that is no longer in the file is still served, until a person
+removes it. A device whose new table is refused keeps the old one and does not hold up the others.
 """
 
 import asyncio
@@ -95,7 +94,7 @@ class ConfiguredDevices:
             return done
 
     async def reload_and_tell(self) -> None:
-        """`reload`; whatever comes of it stands in the log."""
+        """`reload`, with its result, or why it could not be done, in the log."""
         try:
             done = await self.reload()
         except ConfigError as error:

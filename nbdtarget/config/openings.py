@@ -8,8 +8,8 @@ the reason, and what stands on it is refused as long as it is so.
     attempt     the table is loaded and resumed; if that is refused, the device is without one again
     between     RETRY_S_MIN after the first attempt, twice as long after each other one, at
                 most RETRY_S_MAX; at once after `try_now` (SIGHUP, or a lower device is open)
-    end         the device is open; or somebody has removed it, or given it a table, by command:
-                then it is theirs
+    end         the device is open; or it was removed, or given a table, by command: then it is left
+                as it is
 
 The reason is logged when it is a new one, and not for each attempt.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server process: registry, NBD listener and control socket under one roof.
+"""The server process: it has a registry, an NBD listener and a control socket.
 
-Theory of operation. Everything runs on one event loop. `Daemon` puts the three together and
-takes them down again in the one order that loses nothing:
+Theory of operation. Everything runs on one event loop. `Daemon` starts the three, and ends
+them in the order in which nothing is lost:
 
     1. the listener stops accepting; requests in flight are carried out and answered
     2. every mapped device is suspended, which commits, and removed, upper ones first, those that do not
@@ -24,9 +24,9 @@ One signal is enough, whatever hangs (`StopBounds`; seconds from the signal, wit
 What hangs then is not waited for: a thread in a system call on a dead mount cannot be ended, so the
 process is left by `os._exit`. The exit status is 0 if everything was committed all the same.
 
-With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices`). One that comes
-while the server starts, or while the file is being followed, is carried out afterwards; any
-number of them are one.
+With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices`). A SIGHUP that comes
+while the server starts, or while it follows the file, is carried out afterwards, and several of them
+only once.
 
 Sockets that were passed (`LISTEN_FDS`) are served beside those that were asked for. The service manager is
 told what happens (`nbdtarget.daemon.notify`).
@@ -175,7 +175,7 @@ class Daemon:
         uris: of the listeners, with "{name}" where an export's name goes.
         stop: set it to end the process as SIGTERM does.
         notifier: tells the service manager.
-        listen_access: who may connect to NBD sockets.
+        listen_access: which users may connect to NBD sockets.
         is_committed: after `close`: whether everything that had ended is committed.
     """
 

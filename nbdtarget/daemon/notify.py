@@ -8,7 +8,7 @@
     EXTEND_TIMEOUT_USEC=…         we are alive: for so long from now, do not call it a timeout
 
 Without $NOTIFY_SOCKET nothing is sent. A message that cannot be sent is logged once, and nothing else comes of
-it: a disk is served whether or not anybody is told.
+it: disks are served in any case.
 
 Source: sd_notify(3), systemd.service(5), `Type=notify` and `Type=notify-reload`.
 """

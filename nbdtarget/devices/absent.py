@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk that a table line names and that was not opened, as nothing is needed of it.
 
-It stands where a device is wanted, so that whoever holds one need not ask whether there is one.
+It stands where a device is wanted, so that the code there need not ask whether there is one.
 """
 
 import errno as errnos

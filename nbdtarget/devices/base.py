@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a target stands on: `Device`, the seam that files, memory, NBD servers, mapped
-devices and the test suite's crash devices all implement.
+"""`Device`: the interface of everything that a target stands on.
+
+Files, memory, NBD servers, mapped devices and the crash devices of the test suite implement it.
 
 There are two ways in, for the same I/O:
 
@@ -21,10 +22,10 @@ opened again. A DISCARD promises nothing: one that fails, fails alone.
 
 Extents. `extents` says where a device has data and where zeroes; `context_extents` says what
 else it knows about its ranges, under a name in `contexts` (a clone: "hydration"), with flags
-that the one who has the name defines. Flags 0 always mean "nothing special here, as on any
-plain disk": that is what a device says that does not know the name, so a stack can be asked
+that the device defines for its name. Flags 0 always mean "nothing special here, as on any
+plain disk". A device that does not know the name answers 0 for the whole range, so a stack can be asked
 whatever stands in it now. Both may answer for **less** than was asked, when the rest would
-take too long to find or too much room to tell; who wants the rest asks again from there.
+take too long to find or too much room to tell; the caller asks again from there for the rest.
 
 Context: everything here runs on the event loop's thread.
 """
@@ -174,7 +175,7 @@ class Device:
         return None
 
     def give_up_reads(self) -> None:
-        """End what is being read with EIO, if it may take forever: somebody wants to stop.
+        """End what is being read with EIO, if it may take forever: the server is to stop.
 
         Nothing is lost by that. What is asked for afterwards may hang again, or fail for a few seconds.
         """

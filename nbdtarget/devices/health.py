@@ -4,13 +4,13 @@
     state     meaning                                                 ends when the device
     OK        nothing that has been acknowledged is in doubt
     LATCHED   a write or a flush failed: FLUSH and FUA end with EIO   is opened again
-    LOST      nobody answers any more: everything ends with EIO       is connected or opened again
+    LOST      the server does not answer: everything ends with EIO    is connected or opened again
 
 *Losses.* `losses` counts how often writes that had ended, and that no FLUSH had covered yet, may have
-been lost although the device goes on. Everybody who flushes must learn of each loss once, as each
-open file learns of a lost page once from fsync: whoever promises durability remembers the
-number that it has reported, and fails one FLUSH when the number has grown. `nbdtarget.devices.losses`
-does the comparing.
+been lost although the device goes on. Each client must learn of each loss once, as each open file
+learns of a lost page once from fsync. So each connection, and each other part that promises durability,
+remembers the number that it has reported, and fails one FLUSH when the number has grown:
+`nbdtarget.devices.losses`.
 """
 
 import os

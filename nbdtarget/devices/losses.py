@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`FlushObserver`: what one party that promises durability has told of the losses of its devices.
+"""`FlushObserver`: how many losses of its devices one connection, or one committer, has reported.
 
 Theory of operation. A device goes on after a loss (see `nbdtarget.devices.health`), and its next
-flush succeeds. So whoever tells others that data is durable compares the number of losses before
-and after each flush: a connection, which answers its client's FLUSH, and a committer, whose
-superblock vouches for data.
+flush succeeds. So the number of losses is compared before and after each flush, by all code that tells others
+that data is durable: by a connection, which answers its client's FLUSH, and by a committer, whose
+superblock says that data is there.
 
     mark = observer.mark()             when the flush is submitted
     errno = observer.end(mark, errno)  when it has ended: EIO if there has been a loss
 
 A mark is the number that had been told by then, not the number that was current. So if several
-flushes are in flight when the first of them tells of the loss, all of them do: each of them
+flushes are in flight when the first of them reports the loss, all of them report it: each of them
 was asked about writes that may be gone. The first flush that is submitted after that succeeds.
 
 FUA. A write with FUA promises only its own data, which it has just written: it is not failed.
@@ -19,9 +19,9 @@ New connections. Nothing of what a client writes over a new connection is hit by
 an observer begins with the current number. But a FLUSH covers what other connections have written
 (that is what CAN_MULTI_CONN means), and a client that lost its connection comes back with a new
 one. So what a `ConnectionObserver` leaves behind when it closes, and no successful flush has
-covered since, is passed on: the next one begins with the number of the one that closed, and tells
-of whatever was lost since then. Linux does the same with a file that is opened while an error
-of its page cache has been reported to nobody.
+covered since, is passed on: the next one begins with the number of the one that closed, and reports
+all losses since then. Linux does the same with a file that is opened while an error
+of its page cache has not been reported to any.
 """
 
 import asyncio
@@ -115,7 +115,7 @@ class ConnectionObserver:
         if errno:
             self._told = losses
         if bequest is not None and bequest is mark.bequest:
-            # Either all that it stands for is durable now, or the one that inherited it has told.
+            # Either all that it stands for is durable now, or the observer that inherited it has reported it.
             is_covered = not errno and bequest.losses == losses
             if is_covered or (errno and bequest is self._inherited):
                 health.bequest = None

@@ -4,8 +4,8 @@
 Theory of operation. The disk is a dictionary of chunks, made when first written to; a missing
 chunk reads as zeroes and is reported as a hole. So `memory:1T` opens at once and costs what is
 written to it. Everything ends inside `submit`, but for a clearing of more than CLEARED_MAX chunks: that takes
-some of them in each turn of the loop, so that others are served meanwhile. Nothing survives a power cut, and since nobody
-can come back to ask, FLUSH and FUA are always granted.
+some of them in each turn of the loop, so that others are served meanwhile. Nothing survives a power cut, and
+no later server could ask for it, so FLUSH and FUA always succeed.
 
 DISCARD drops whole chunks; WRITE_ZEROES does the same and clears the edges. NO_UNMAP clears the
 chunks that are there instead, and cannot promise room for the others: memory is overcommitted

@@ -2,16 +2,16 @@
 """Threads for I/O that blocks, one small pool a device.
 
 Theory of operation. Each file device has a pool of its own, so that a disk that takes minutes
-over a request holds up its own few threads and nobody else's. A thread is started when a job
+over a request holds up its own few threads and no others. A thread is started when a job
 finds none idle, until there are `threads_max`.
 
     submit(fn, done)     loop thread; `fn()` runs in a worker and answers 0 or an errno
     fn                   worker thread; an OSError that it raises is its errno
     done(errno)          loop thread, once
 
-Jobs reach the threads through one queue of at most `handed_max`; what is beyond waits in a
-deque of the loop's and is handed on as jobs complete. That deque is as long as whoever admits
-I/O lets it be (the server bounds the bytes in flight), for a device cannot refuse a bio.
+Jobs reach the threads through one queue of at most `handed_max`. Further jobs wait in a
+deque of the loop and are handed on as jobs complete. That deque has no bound of its own, because a device
+cannot refuse a bio; the submitters bound it (the server bounds the bytes in flight, for example).
 
 Completions come back through a deque. Waking the loop is a system call, so a worker does it
 only if no wake-up is on its way: under load many completions share one.

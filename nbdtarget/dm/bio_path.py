@@ -145,7 +145,7 @@ class BioPath:
         self._event = _nothing
 
     def stop_queueing(self) -> None:
-        """End what waits here, and what still comes, with EIO: nobody will resume the device."""
+        """End what waits here, and what still comes, with EIO: the device will not be resumed."""
         self._queueing = False
         self.running.set()  # for those that ask for extents
         for bio in self._take_queue():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The event counter of a mapped device, and who waits for it to move."""
+"""The event counter of a mapped device, which `wait` waits for."""
 
 import asyncio
 
@@ -23,7 +23,7 @@ class EventCounter:
         return len(self._waiters)
 
     def count(self) -> None:
-        """Count one event and wake who waits for it."""
+        """Count one event and wake those that wait for it."""
         self.nr += 1
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
@@ -31,7 +31,7 @@ class EventCounter:
                 waiter.set_result(None)
 
     def close(self) -> None:
-        """Count the last event: nobody waits from now on."""
+        """Count the last event: there is nothing to wait for from now on."""
         self._is_closed = True
         self.count()
 

@@ -12,21 +12,21 @@ may stand on another, one call deeper.
     REMOVED      end with EIO                 never
 
 A new device is ACTIVE without a table, has size 0 and fails all I/O. `load` fills the
-inactive slot beside the running table. `resume` is where it happens, in the kernel's order:
-suspend the running table, swap, preresume every new target, resume every new target, run the
-queue, destroy the old table. If a preresume refuses, everything is **as it was before** the verb: the
+inactive slot beside the running table. `resume` puts it into use, in the kernel's order: it suspends
+the running table, swaps the tables, calls preresume of every new target, then resume of every new target,
+submits the queued bios, and destroys the old table. If a preresume refuses, everything is **as it was before** the verb: the
 old table is put back, and resumed if it ran; the refused one is in the inactive slot again. (The
-kernel leaves the device suspended with the refused table, and all who use it hang.) Only if the
-old table cannot be resumed any more either is the device left suspended, with the old table.
+kernel leaves the device suspended with the refused table, and all its clients hang.) If the old table
+cannot be resumed any more either, the device is left suspended, with the old table.
 
 What becomes of a bio: `nbdtarget.dm.fast_path` and `nbdtarget.dm.bio_path`. What is known of the devices below:
 `nbdtarget.dm.below`.
 
 A target may ask for another one in its place (`replace_target`): suspend, swap of this one, resume.
-Whoever has suspended the device, or put a table into the inactive slot, has precedence.
+It is refused while the device is suspended or a table is in the inactive slot, because a person is at work then.
 
 Failure. A table that has failed (`bio_path`) is still suspended, so that what it does in the background
-ends before its devices are closed, but nobody waits for it without end: it may have lost a bio.
+ends before its devices are closed; but the wait has a bound, because it may have lost a bio.
 Loading and resuming a new table recovers the device.
 
 Patience. A device below that hangs would make a suspend wait for ever. With `within_s` it does not: if bios,
@@ -35,7 +35,7 @@ verb fails with ETIMEDOUT and the names of the devices that do not answer. So do
 leaves the inactive table where it is, and `remove`. Once the last commit has begun there is no
 way back: it goes on by itself, the verb fails, and the next one waits for it first.
 
-What a crash leaves behind is the targets' affair: nothing here is stored.
+Nothing here is stored: what a crash leaves behind is up to the targets.
 
 Verbs on one device run one after another (`_verbs`); status, table, message and wait do not
 queue behind them, so that a suspend that waits for a slow disk can be looked at.
@@ -74,20 +74,20 @@ log = logging.getLogger(__name__)
 
 
 class MappedDevice(HasFastPath):
-    """One mapped device. Names, and the devices below, are the registry's affair.
+    """One mapped device. The registry gives it its name, and opens the devices below.
 
     Attributes:
         dm_name: as `ls` shows it; `name` is the path that table lines use.
-        uuid: or "".
+        uuid: "" if it has none.
         minor: stands in for the device number.
         fast_path: its `submit` is the device's.
-        geometry: what people said that it is; gone with a table of another size.
+        geometry: as `setgeometry` has set it; a table of another size clears it.
         inactive: the other table slot, beside `active`.
         events: of the targets, and of renaming; counted by `event_nr`.
         open_count: exports and tables that hold this device; see `put`.
-        deferred_remove: it is removed when nobody holds it any more.
-        said_rotational: what people said that `is_rotational` is; None: ask the live table.
-        failure: why it has no table although it is meant to have one, or "". Nothing is decided by it
+        deferred_remove: it is removed when its open count falls to 0.
+        said_rotational: what `--rotational` or a message has set `is_rotational` to; None: ask the live table.
+        failure: why it has no table although the configuration file gives it one, or "". It means nothing
             once there is a table.
         is_uncommitted: it has been removed, and what had ended could not be flushed before.
         has_lost_writes: it has been removed, and its table had lost writes (`Table.has_lost_writes`).
@@ -177,7 +177,7 @@ class MappedDevice(HasFastPath):
 
     @property
     def is_rotational(self) -> bool:
-        """As the kernel: if any part of the live table is; unless people said otherwise."""
+        """As in the kernel: whether any part of the live table is; unless it was set by command."""
         if self.said_rotational is not None:
             return self.said_rotational
         targets = () if self.active is None else self.active.targets
@@ -280,7 +280,7 @@ class MappedDevice(HasFastPath):
             await self._path.flush(table)
 
     async def _commit_last(self, table: Table) -> None:
-        """Stop the targets, which commit. There is no way back from here."""
+        """Stop the targets, which commit. From here on the suspend cannot be undone."""
         for target in table.targets:
             await table.postsuspend(target, self.name, self._clock)
         self._suspended()
@@ -437,8 +437,9 @@ class MappedDevice(HasFastPath):
             return True
         if self.is_flushed or old.read_only:
             return False
-        # What `noflush` left out, or a flush that failed: then it is counted a second time, which
-        # is told no second time, as no FLUSH ends before the device is resumed.
+        # The suspend did not flush (`noflush`), or its flush failed. A later FLUSH covers these writes only if the
+        # new table stands on the same devices. A failed flush was counted as a loss before; clients are not told
+        # twice, because no FLUSH ends before the device is resumed.
         written = [device for device in old.data_devices() if not device.read_only]
         return not set(written) <= set(new.data_devices())
 
@@ -525,9 +526,9 @@ class MappedDevice(HasFastPath):
             log.exception("%s: destructor failed", self.name)
 
     async def remove(self, *, within_s: float | None = None) -> None:
-        """Suspend (which commits), destroy both tables, wake who waits for events.
+        """Suspend (which commits), destroy both tables, wake those that wait for events.
 
-        The caller has seen to it that nobody holds the device any more.
+        The caller has seen to it that the open count is 0.
 
         Args: within_s: as of `suspend`.
         Raises: TableError, ETIMEDOUT: it is not removed.
@@ -560,7 +561,7 @@ class MappedDevice(HasFastPath):
         self._path.drop_references()
 
     def stop_queueing(self) -> None:
-        """End what waits here, and what still comes, with EIO: nobody will resume the device."""
+        """End what waits here, and what still comes, with EIO: the device will not be resumed."""
         self._path.stop_queueing()
 
     async def stop_if_suspended(self) -> None:
@@ -686,7 +687,7 @@ class MappedDevice(HasFastPath):
         return self.events.nr
 
     def event(self) -> None:
-        """Count one event and wake who waits for it."""
+        """Count one event and wake those that wait for it."""
         self.events.count()
 
 

@@ -1,48 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices that tables stand on: who holds which, and who may.
+"""The devices that tables stand on: which tables have which device open, and which others may open it.
 
-Theory of operation. One entry per open device, keyed by what the device *is* (device and
-inode of a file, not its path), so that a second name for the same file is seen through. The
-rules:
+Theory of operation. There is one entry for each open device. Its key is what the device *is* (the device and inode
+number of a file, for example, and not its path), so a second name for the same file leads to the same entry. The rules:
 
-- Whoever has a device open has the same `Device` object: a FLUSH covers the writes of all, and
-  a failed one latches it for all. With it comes the `shared` dictionary, in which the live and
-  the inactive table of a mapped device find one metadata object.
-- Targets that only pass bios on (linear, striped, …) open a device *shared*: any number of mapped
-  devices may stand on it and write, as slices of one disk do. What a target opens to write for itself
-  alone (metadata, a clone's destination) is refused to every other mapped device, and what it
-  opens only to read (a clone's source) to every other that would write, with EBUSY and
-  the name of the holder.
-- The two tables of one mapped device take turns, so these rules do not stand between them.
-- A device that is latched or lost counts as not open: a table that is loaded now gets the same disk opened
-  anew, with a `Device` and a `shared` dictionary of its own, and the live table keeps the old device until it is
-  swapped away. The rules hold for both together. A lock of ours does not stand in the way (see
-  `nbdtarget.devices.file.open`). One that is able to mend itself (a connection to a server) is asked to do so first,
-  and is shared then. A source whose server cannot be reached stays the one that is open: it looks for its server by itself.
-- What is open read-only stays so: who wants to write has to wait until it is closed. (A second
-  descriptor would meet the locks of the first.)
-- One target never gets the same device twice if it would write: source and destination, or
-  metadata and destination, are then one, and the clone would eat itself.
-- A mapped device is a device like any other; being held counts its open count up, and
-  a table that would stand on itself, by however many steps, is refused.
+- All tables that have a device open have the same `Device` object: a FLUSH covers the writes of all of them, and
+  after a failed FLUSH the device is latched for all. With the object comes the dictionary `shared`, in which the
+  live and the inactive table of a mapped device find the same metadata object.
+- A target that only passes bios on (linear, striped, and so on) opens a device *shared*: any number of mapped
+  devices may stand on it and write to it, as slices of one disk do. A device that a target opens for itself to
+  write to (metadata, or a clone's destination) is refused to every other mapped device. A device that a target
+  opens for itself to read (a clone's source) is refused to every other mapped device that would write to it. The
+  error is EBUSY, and names the mapped device that has it open.
+- These rules hold between mapped devices. The live and the inactive table of one mapped device may have the same
+  devices open, because only one of the two runs.
+- A device that is latched or lost counts as not open. A table that is loaded then gets the same disk opened once
+  more, with a new `Device` and a new `shared`; the live table keeps the old one until it is swapped away. The rules
+  hold for both objects together, and the lock on the file does not stand in the way (see
+  `nbdtarget.devices.file.open`). A device that can mend itself (a connection to a server) is asked to do so first,
+  and is shared if it does. A source whose server cannot be reached stays the one that is open: it reconnects by itself.
+- A device that is open read-only stays so. A table that would write to it is refused until it is closed, because a
+  second descriptor would meet the lock of the first.
+- One target never gets the same device twice if it would write to it: a clone whose source is its destination would
+  overwrite what it is going to read.
+- A mapped device is a device like any other. Its open count tells how many mapped devices and exports hold it. A table that would
+  stand on itself, directly or by way of others, is refused.
 
-Other processes are kept out by the lock that the device takes when it is opened.
+Other processes are kept out by the lock that a device takes when it is opened.
 
-Names change: a file is renamed while it is served, and its name goes to another one. So what takes the place
-of a live table by itself (`request_replacement`), or is loaded with `keep_open`, is given the open
-devices, and a name that is the name of one of them means that open one; if it means another
-disk by now, that is refused, for the words of the new table would not lead back to what
-is served. A table that a person loads means what its names mean now.
+Renamed files. A file may be renamed while it is served, and its name given to another file. A table that replaces
+a part of the live one by itself (`request_replacement`), or that is loaded with `keep_open`, is given the open devices:
+a name that was used to open one of them means that device. If the name means another disk by now, the table is
+refused, because its words would not lead back to what is served. A table that a person loads means what its names
+mean now.
 
-Disks grow while they are served, and a table that is loaded is judged by what it finds: an open device
-is measured anew. If it has grown, its `size` is the new one from then on; the live
-table goes on using what it had. If it has shrunk, that is known from then on, too, and stands beside
-the reason why a table does not fit. What cannot change its size while it is open (`Device.can_resize`: a
-connection to an NBD server) is opened once more for the new table, as one that is latched is.
+Disks that grow. A table is judged by the present sizes of its devices, so an open device is measured again when a
+table is loaded. If the device has grown, its `size` is the new one from then on; the live table goes on using what it
+had. If it has shrunk, the error of a table that does not fit says so. A device that cannot change its size while it
+is open (`Device.can_resize`: a connection to an NBD server) is opened once more for the new table, as a latched one is.
 
-A `TableContext` is what one target knows of all this. It remembers what its target opened
-and created, and `undo` gives everything back if the constructor, or a later one of the same
-table, refuses: nothing stays open, and a file that was created for the table is removed.
+A `TableContext` is the part of this that one target sees. It remembers what its target has opened and created, and
+`undo` gives everything back if the constructor of this target, or a later one of the same table, refuses: nothing
+stays open, and a file that was created for the table is removed.
 """
 
 import asyncio
@@ -69,7 +68,7 @@ MEASURE_S_MAX: Final = 2.0  # a server that hangs keeps no table from being load
 
 
 class DeviceOpener(Protocol):
-    """How names become devices; `nbdtarget.devices.resolve` is the one that matters."""
+    """How names become devices. `nbdtarget.devices.resolve` does it, and tests have others."""
 
     async def open_device(self, name: str, *, read_only: bool) -> Device: ...
 
@@ -86,7 +85,7 @@ class _Use:
     """One reference to an open device, by one target of `holder`.
 
     Attributes:
-        shared: others may write to the device meanwhile; and, if this one writes too, use it at all.
+        shared: other mapped devices may use the device, too, for reading and writing.
     """
 
     __slots__ = ("holder", "opened", "read_only", "shared")
@@ -104,7 +103,7 @@ class _Use:
         return self.opened.device
 
     def is_like(self, other: "_Use") -> bool:
-        """Whether whoever tolerates the one tolerates the other."""
+        """Whether both uses are compatible with the same other uses."""
         return (self.holder, self.read_only, self.shared) == (
             other.holder,
             other.read_only,
@@ -112,7 +111,7 @@ class _Use:
         )
 
     def tolerates(self, other: "_Use") -> bool:
-        """Whether another mapped device may use the device so."""
+        """Whether another mapped device may use the device in the way of `other`."""
         return self.shared or (self.read_only and other.read_only)
 
 
@@ -122,9 +121,9 @@ class _Open:
     Attributes:
         identity: what the device is.
         size_max: the largest that it has been, bytes.
-        uses: at least one, once it is shown to anybody.
+        uses: at least one, as soon as the entry is in `OpenDevices`.
         shared: see `TargetContext.shared`.
-        before: the latched or lost one in whose stead this one was opened; it may be in use still.
+        before: the latched or lost device that this one was opened to replace; it may still be in use.
     """
 
     __slots__ = (
@@ -159,9 +158,9 @@ class _Open:
         return self.uses + ([] if self.before is None else self.before.uses_of_disk)
 
     async def has_left_its_size(self) -> bool:
-        """Whether the disk must be opened once more for its size of now to be used.
+        """Whether the disk must be opened once more, because its size has changed and this object cannot follow.
 
-        Not while it holds metadata: two tables that are loaded have one object of them, on one device.
+        Not while it holds metadata: the two tables of a mapped device share one metadata object, on one device.
         """
         device = self.device
         if device.can_resize or self.shared:
@@ -182,7 +181,7 @@ class _Open:
             return device.size
 
     async def measure(self) -> None:
-        """Look how large the device is by now."""
+        """Set `size` of the device to what it is now."""
         device = self.device
         if not device.can_resize:
             return
@@ -205,11 +204,13 @@ class _Open:
         return any(use.holder is holder for use in self.uses)
 
     def add(self, use: _Use) -> None:
-        """Raises: ResolveError, without a name: whoever is there first does not let it."""
+        """Raises: ResolveError, without a name: the uses that there are do not allow this one."""
         if self.uses and self.uses[-1].is_like(use):
             self.uses.append(use)  # one more target of a long table on one device
             return
+        # The two tables of one mapped device never run at the same time: only other holders count.
         others = [each for each in self.uses_of_disk if each.holder is not use.holder]
+        # A source tolerates no writer, but a shared writer tolerates everything: both must agree.
         clashing = [
             each for each in others if not (each.tolerates(use) and use.tolerates(each))
         ]
@@ -239,8 +240,10 @@ class OpenDevices:
     def __init__(self, opener: DeviceOpener) -> None:
         self.opener = opener
         self._opens: dict[Hashable, _Open] = {}
-        self._unusable: list[_Open] = []  # in use, but another was opened in its stead
-        # Opening takes its time (a server may be far away), and must not happen twice.
+        self._unusable: list[
+            _Open
+        ] = []  # still in use, but opened again for newer tables
+        # Opening takes time (a server may be far away). Meanwhile nothing else may open the same disk.
         self._locks: WeakValueDictionary[Hashable, asyncio.Lock] = WeakValueDictionary()
 
     def _lock(self, identity: Hashable) -> asyncio.Lock:
@@ -303,7 +306,7 @@ class OpenDevices:
         except ResolveError:
             if not (read_only and old.read_only):
                 raise
-            # What is only read cannot lie; and a source looks for its server by itself.
+            # Nothing was written to it, so nothing can be lost; and a source reconnects by itself.
             return self._use(name, old, holder, read_only=True, shared=shared)
         if device is old.device:
             return self._use(name, old, holder, read_only=read_only, shared=shared)
@@ -331,7 +334,8 @@ class OpenDevices:
         """Share what `holder` has open as `name`. Raises: ResolveError: it is another disk now."""
         opened = next(each for each in self._all if each.device is device)
         means = self.opener.identity(name)
-        # What is in memory is another disk each time that it is opened: only the open one is meant.
+        # The identity of a disk in memory is another one at each call, because each opening makes a new
+        # disk. Then the name can only mean the open one.
         is_always_another = means != self.opener.identity(name)
         if means != opened.identity and not is_always_another:
             raise ResolveError(
@@ -375,7 +379,7 @@ class OpenDevices:
         identity = f"mapper:{lower.minor}"
         opened = self._opens.get(identity)
         if opened is None:
-            # Nothing is opened, so nothing is open read-only.
+            # No descriptor is opened here that could be read-only.
             opened = _Open(identity, lower, read_only=False)
         return self._use(name, opened, holder, read_only=read_only, shared=shared)
 
@@ -409,7 +413,7 @@ class OpenDevices:
                     self._forget(opened)
 
     def _forget(self, opened: _Open) -> None:
-        """It is closed."""
+        """Forget an entry whose last use is gone."""
         if opened in self._unusable:
             self._unusable.remove(opened)
             return
@@ -420,12 +424,12 @@ class OpenDevices:
         if before is None:
             del self._opens[opened.identity]
         else:
-            # The table that was loaded is gone again: the live one still has the old device.
+            # The new table is gone again, and the live one still has the old device: that is the entry again.
             self._unusable.remove(before)
             self._opens[opened.identity] = before
 
     def has_unusable(self, opened: _Open, holder: MappedDevice) -> bool:
-        """Whether `opened` was opened anew, and `holder` still has the latched or lost device."""
+        """Whether `opened` replaces a latched or lost device that `holder` still has open."""
         before = opened.before
         while before is not None:
             is_useless = not (before.read_only or before.device.health.is_usable)
@@ -439,7 +443,7 @@ class OpenDevices:
         return [*self._opens.values(), *self._unusable]
 
     def devices(self) -> list[Device]:
-        """All that are open and are no mapped devices."""
+        """All open devices that are not mapped devices."""
         return [
             opened.device
             for opened in self._all
@@ -490,7 +494,7 @@ class TableContext:
     """The `TargetContext` of one target. See the module head.
 
     Attributes:
-        mapped_device: that the table is for.
+        mapped_device: the one that the table is for.
         created: names of the files that the target has created.
         shrunken: a sentence for each device that is smaller than it was.
     """
@@ -509,8 +513,8 @@ class TableContext:
     ) -> None:
         """
         Args:
-            directory: absolute; where relative paths of the table line are meant.
-            kept: open devices of `mapped_device` that their names stand for.
+            directory: absolute; relative paths of the table line begin there.
+            kept: open devices of `mapped_device`; a name that one of them was opened by means that one.
             measured: shared by the lines of one table: devices whose size is known to be right.
         """
         self.begin = spec.begin
@@ -548,7 +552,7 @@ class TableContext:
         return use.device
 
     async def _measure(self, opened: _Open) -> None:
-        """Look how large it is by now, once for a whole table."""
+        """Measure a device, once for a whole table."""
         device = opened.device
         if device not in self._measured:
             self._measured.add(device)
@@ -579,7 +583,7 @@ class TableContext:
             measured=self._measured,
         )
         if not use.device.can_resize:
-            self._measured.add(use.device)  # just now
+            self._measured.add(use.device)  # `open_path` has just done so
         return use
 
     def _kept_as(self, path: str) -> Device | None:

@@ -2,16 +2,15 @@
 """The registry: every mapped device by name, and device-mapper's verbs on them.
 
 Theory of operation. A name is taken from `create` to the beginning of `remove`. A verb that
-fails leaves everything as it was: a `create` whose table is refused is as if it had never been
-(the device is gone, nothing is open, no file was made).
+fails leaves everything as it was. For example, after a `create` whose table is refused there is no
+device, nothing is open, and no file was made.
 
 The registry is also the directory of exports that the NBD server asks: every mapped device
-with a live table is an export under its name, the empty name is the only one, if there is
-only one, and a connection holds its device open (`acquire`, `release`), which keeps it from being
-removed.
+with a live table is an export under its name. The empty name means the only export, if there is
+only one. A connection holds its device open (`acquire`, `release`), so that it cannot be removed.
 
-Minor numbers stand in for the kernel's: the lowest free one, from 0. Nobody outside can do
-anything with them, but `info` and `ls` look as people expect.
+Minor numbers are the lowest free ones, from 0, as in the kernel. They refer to nothing outside of this
+process; they are there because `info` and `ls` show them.
 """
 
 import asyncio
@@ -143,7 +142,7 @@ class Registry:
         return only if only is not None and only.active is not None else None
 
     def why_missing(self, name: str) -> str:
-        """Why there is no export `name` although there ought to be one; "" if nobody knows."""
+        """Why there is no export `name` although a file configures one; "" if there is no such reason."""
         device = self._devices.get(name)
         if device is None or device.has_table or not device.failure:
             return ""
@@ -255,11 +254,9 @@ class Registry:
         try:
             await device.resume()
         except BaseException:
-            if (
-                device.inactive is table
-            ):  # else somebody has loaded another one meanwhile
+            if device.inactive is table:  # else another one was loaded meanwhile
                 await device.clear()
-            # It was never resumed, so nobody has written to what was made for it.
+            # It was never resumed, so there is nothing in the files that were made for it.
             for path in created:
                 await self.opens.opener.remove_created(path)
             raise
@@ -417,7 +414,7 @@ class Registry:
 
         Args:
             within_s: as of `MappedDevice.suspend`.
-            deferred: a device that is held open is removed when nobody holds it any more.
+            deferred: a device that is held open is removed when its open count falls to 0.
         Raises: TableError, EBUSY: a connection or another table holds the device open.
         """
         device = self.get(name)
@@ -447,7 +444,7 @@ class Registry:
     ) -> None:
         """Raises: TableError, ETIMEDOUT: it is there as before."""
         if self._devices.get(device.dm_name) is not device:
-            # Somebody else removes it: the name is free, or another device's by now.
+            # Another task removes it: the name is free, or names another device by now.
             await device.remove(within_s=within_s)
             return
         del self._devices[device.dm_name]
@@ -480,12 +477,12 @@ class Registry:
         self._devices[name] = device
 
     def _remove_unused(self, device: MappedDevice) -> None:
-        """Remove a device that nobody holds any more, in a task of its own."""
+        """Remove a device whose open count is 0, in a task of its own."""
         if self._is_closing:
             return  # `close` removes everything
 
         async def remove() -> None:
-            # By now somebody may have opened it again, or cancelled.
+            # By now it may have been opened again, or the removal cancelled.
             if device.deferred_remove and not device.open_count:
                 await self._remove(device)
 
@@ -494,7 +491,7 @@ class Registry:
     async def remove_all(
         self, *, force: bool = False, within_s: float | None = SUSPEND_S_MAX
     ) -> list[str]:
-        """Remove every device that nobody holds, upper ones first.
+        """Remove every device whose open count is 0, upper ones first.
 
         Returns the names of those that are still there.
         """
@@ -579,10 +576,10 @@ class Registry:
 
         Returns the names of devices of which what had ended could not be flushed.
 
-        Bios that wait in a suspended device end with EIO: nobody will resume it, and what
+        Bios that wait in a suspended device end with EIO: it will not be resumed, and what
         stands on it could not be suspended while they wait.
-        Durable: everything, as after a suspend; but of a device that stands on one which somebody
-            has suspended, what its last FLUSH made so.
+        Durable: everything, as after a suspend; but of a device that stands on a suspended one,
+            only what its last FLUSH made durable.
         """
         self._is_closing = True
         stops = [
@@ -631,7 +628,7 @@ class Registry:
                 pass
 
     def _removable(self, *, may_force: bool) -> list[MappedDevice]:
-        """What nobody holds; with `may_force`, or only connections that did not go."""
+        """Devices whose open count is 0; with `may_force`, also those that only connections hold."""
         found = [device for device in self.devices() if not device.open_count]
         if found or not may_force:
             return found

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Replacements`: a target asks that another one take its place, and gets it while clients go on.
 
-A hydrated clone asks for a `linear` on its destination, for example. It gets the devices that it hands over as
-they are open, not what goes by their names by now. Each replacement is a task of its own; it holds the
-lock of the loads, so nobody loads a table meanwhile. If it cannot be done, the table is what it was.
+For example, a hydrated clone asks for a `linear` on its destination. The new target gets the open devices that the old
+one hands over, and not what their names mean by now. Each replacement is a task of its own. It holds the
+lock of the loads, so no table is loaded meanwhile. If it cannot be done, the table is what it was.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class Replacements:
         try:
             await self._replace(device, context, type_name, args, devices)
         except NbdTargetError as error:
-            # Somebody who has suspended it, or loaded another table, need not be told.
+            # After a suspend, or with another table, the person who did that expects it: no warning.
             is_live = device.maybe_live_target(context) is not None
             is_news = is_live and device.state is State.ACTIVE
             level = logging.WARNING if is_news else logging.INFO

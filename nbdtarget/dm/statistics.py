@@ -2,8 +2,8 @@
 """I/O statistics of a mapped device: counters and latency histograms of its regions, as device-mapper's.
 
 Theory of operation. A region is a range of sectors, cut into areas of one size. Each area has the thirteen
-counters of the kernel, and a histogram of how long its requests took, if one was asked for. Whoever
-makes regions says which ones are theirs by a program ID, and may note a word with each (`aux`).
+counters of the kernel, and a histogram of how long its requests took, if one was asked for. A program that
+makes regions marks them with its program ID, and may note a word with each (`aux`).
 
 A request counts once in each area that it touches, with the sectors that it has there. Discards and zeroing
 count as writes; flushes and advice do not count. A request is "merged" when it begins where the one before it ended,

@@ -9,8 +9,8 @@ typing error in the last line must not have opened (or created) what the first l
 
 A `Table` is built complete, or not at all: when one constructor refuses, the targets
 before it are destroyed again. It lives in the inactive slot, then in the active one, and is
-destroyed once. Whoever calls a target's coroutine (status, message, extents) holds the table
-with `use()` meanwhile; its end waits for these.
+destroyed once. While a target's coroutine runs (status, message, extents), the table is held
+with `use()`, and it is not destroyed before all of these have ended.
 """
 
 import asyncio
@@ -202,7 +202,7 @@ class Table:
         return Table(targets, read_only=self.read_only)
 
     def runs(self, offset: int, length: int) -> list[tuple[Target, int]]:
-        """Cut a range at target borders: (target, bytes) in order; inside the table."""
+        """Cut a range inside the table at target borders: (target, bytes), in order."""
         assert offset + length <= self.size
         index = bisect_right(self.begins, offset) - 1
         runs = []

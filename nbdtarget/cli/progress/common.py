@@ -82,12 +82,12 @@ def print_attach(what: str, name: str, uris: list[str]) -> None:
 
 
 def print_event(**fields: object) -> None:
-    """Print one JSON object in a line; never waits for who reads."""
+    """Print one JSON object in a line, without ever waiting for the reader."""
     _stdout.write_line(msgspec.json.encode(fields).decode())
 
 
 def say(text: str) -> None:
-    """Tell the user, beside what scripts read; never waits for who reads."""
+    """Print a line for the user on stderr, without ever waiting for the reader."""
     _stderr.write_line(f"nbdtarget: {text}")
 
 

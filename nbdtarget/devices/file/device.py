@@ -16,23 +16,24 @@ rest goes to the device's own worker threads and never holds up the loop.
     CACHE         worker, posix_fadvise
 
 *Quick.* No flag makes a buffered write fail instead of wait (ext4 refuses RWF_NOWAIT there), so
-each inline write is timed. One that took long may have met a slow disk, or the kernel throttling
-whoever dirties pages; or the scheduler just ran somebody else. So it puts the device on watch:
+each inline write is timed. A slow one may have met a slow disk, or the kernel may have throttled it
+because too many pages are dirty; or the scheduler just ran another process. So it puts the device on watch:
 
-    quick       inline, timed                      a slow one: watched
-    watched     inline, timed, and voluntary       one that was slow and slept: backing off
-                context switches counted           WATCHED_WRITES good ones: quick
-    backing     by workers, for 1 s, doubling      then watched
-     off        to 30 s, until quick again
+    state         writes go                            it ends
+    quick         inline, timed                        with a slow write: watched
+    watched       inline, timed, with voluntary        with a write that was slow and slept: backing off;
+                  context switches counted             after WATCHED_WRITES others: quick
+    backing off   to workers, for 1 s, then twice as   after that time: watched
+                  long, up to 30 s, until quick again
 
-What is submitted in the background goes to a worker in any case.
+A bio that was submitted in the background always goes to a worker.
 
-A slow disk thus holds the loop up twice, and after that once a back-off. A worker that frees
-or zeroes space holds the inode's lock: no write goes inline meanwhile.
+So a slow disk holds the loop up twice, and then once for each time of backing off. A worker that
+frees or zeroes space holds the lock of the inode, so no write goes inline meanwhile.
 
 *One writer.* A file system holds the inode's lock while a buffered write copies, also where it
-throttles. A second thread would only spin for that lock, and for Python's: so writes to a file
-have one thread of their own. On a block device, which has no such lock, they share the pool.
+throttles. A second thread would only wait for that lock, and hold Python's lock while it tries. So writes to a
+file have one thread of their own. On a block device, which has no such lock, they share the pool.
 
 What a FLUSH and FUA cover, and what becomes of the device when one fails: `sync.py`. How DISCARD and WRITE_ZEROES are
 carried out: `space.py`.
@@ -142,6 +143,7 @@ class FileDevice(Device):
         op = bio.op
         if op == OP_READ:
             length = bio.length
+            # `_read_inline_max` is -1 where RWF_NOWAIT does not work: then no READ is inline.
             if length <= self._read_inline_max and bio.offset + length <= self.size:
                 payload = bio.payload
                 assert payload is not None
@@ -153,6 +155,7 @@ class FileDevice(Device):
                 if got == length:
                     bio.end(0)
                 else:
+                    # The page cache had only the first `got` bytes: a worker reads the others.
                     self._read_later(bio, got)
                 return
         elif (
@@ -174,6 +177,7 @@ class FileDevice(Device):
             except OSError as error:
                 self._syncs.write_failed(bio, error.errno or errnos.EIO)
                 return
+            # See *Quick* in the module head: one slow write is a suspicion, and not yet a verdict.
             if _now_ns() - start_ns > WRITE_SLOW_NS:
                 self._watch()
             if put == bio.length:
@@ -247,6 +251,7 @@ class FileDevice(Device):
         """What does not go inline. Latched devices still read and write."""
         status = self.check_bounds(bio)
         op = bio.op
+        # A latched device promises nothing any more, but clients may still read, and save what they can.
         durable = op == OP_FLUSH or (op != OP_READ and bool(bio.flags & FUA))
         if not status and durable and self._syncs.is_latched:
             status = errnos.EIO
@@ -272,8 +277,8 @@ class FileDevice(Device):
     # ---- reads ----
 
     def _inline_read_failed(self, error: OSError) -> None:
-        # EAGAIN: not in the page cache. Anything but "not supported" is left to the worker's
-        # read to meet again.
+        # EAGAIN means that the data is not in the page cache. The worker's read will meet any other error
+        # again, and report it; only "not supported" has to be remembered here.
         if error.errno in (errnos.EOPNOTSUPP, errnos.ENOSYS):
             self._read_inline_max = -1
             log.info("%s: no RWF_NOWAIT: reads go to workers", self.name)
@@ -374,10 +379,12 @@ class FileDevice(Device):
         payload = bio.payload
         assert payload is not None
         if bio.flags & FUA:
-            # Twice: a failure of the second alone leaves open whether the page cache or the
-            # disk had no room. Next to the disk, the first costs nothing (2 us for 4 KiB). Between
-            # the two, a later write to the same bytes could be undone: who submits bios that
-            # overlap in flight leaves their order open (`base.py`), and the server does not.
+            # The data is written twice: to the page cache, and then again with RWF_DSYNC. If only the
+            # second call were made and failed, its error would not tell whether the page cache had no
+            # room (nothing is lost) or the disk. Compared with the disk, the first call costs nothing
+            # (2 us for 4 KiB). The second call could undo a later write to the same bytes that came
+            # between the two. That is allowed, because bios that overlap in flight may be carried out
+            # in any order (`base.py`); the server does not submit such bios.
             write = partial(write_rest, self._fd, payload, bio.offset, put)
             self._syncs.start(bio, write, partial(write, os.RWF_DSYNC))
             return

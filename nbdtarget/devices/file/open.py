@@ -2,14 +2,14 @@
 """Opening and creating what a `FileDevice` stands on.
 
 *Lock.* Open file description locks: on the whole file for writing, on a few bytes for reading,
-chosen as QEMU chooses them. So no file is written by two, nor written while it is somebody's
-source, by us or by QEMU, and a source can still be looked at by both. Block devices are also opened with O_EXCL for writing, which
+chosen as QEMU chooses them. So no two programs (this one or QEMU) write to the same file, and none writes to a
+file that is a source; but several may read a source. Block devices are also opened with O_EXCL for writing, which
 fails while they are mounted or part of something else.
 
 *Truth.* After a write to the disk has failed, Linux shows in its page cache what the disk does not
-have, to everybody who opens the file later. So what is opened for writing is first made to show
+have, also to programs that open the file later. So what is opened for writing is first made to show
 what is on the disk (page_cache.py); a failure there refuses the opening. The directory of an existing
-file is synced as well: whoever made the file may not have done so, and an fsync of the file alone
+file is synced as well: the program that made the file may not have done so, and an fsync of the file alone
 need not keep its name.
 
 *Once more.* A file that is latched is opened anew while the old descriptor, which has the lock (and a block
@@ -138,7 +138,7 @@ async def _make(
 
     Args:
         lock_fd: has the lock, if `open_fd` does not take one; it is closed with the device.
-        undo: takes back what `open_fd` did, if nobody waits for it any more.
+        undo: takes back what `open_fd` did, if the caller is cancelled.
     """
     pool = WorkerPool(name)
     made: list[FileDevice] = []
@@ -168,7 +168,7 @@ async def _make(
     try:
         await asyncio.shield(making)
     except asyncio.CancelledError:
-        # The worker goes on: nobody else would close (and so unlock) what it opens.
+        # The worker goes on, and what it opens has to be closed (and so unlocked) here.
         await making
         for device in made:
             if undo is not None:

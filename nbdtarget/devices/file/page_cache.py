@@ -2,26 +2,26 @@
 """Make the page cache of a file, or of a block device, say what the disk says.
 
 Theory of operation. When Linux fails to write a page to the disk, it calls the page clean, goes on
-showing its new content to everybody who reads, and reports the error once to each file that
-is open at that moment. Whoever opens the file afterwards, in the same boot, sees no error,
+showing its new content to all readers, and reports the error once to each file that
+is open at that moment. A program that opens the file afterwards, in the same boot, sees no error,
 writes nothing with fsync, and reads what the disk does not hold. An acknowledgement that rests on
 such a read is lost with the next power cut. So whatever is opened for writing begins with:
 
-    1  fdatasync           what is dirty reaches the disk. An error that nobody has seen yet comes out here
+    1  fdatasync           what is dirty reaches the disk. An error that was not reported yet is reported here
     2  DONTNEED            the clean pages are dropped: what is read from now on comes from the disk
     3  cachestat           step 2 is advice: pages that another process has mapped into its memory
-                           stay, as do those that somebody reads at this very moment. Has anything stayed?
+                           stay, as do those that are being read at this moment. Has anything stayed?
     4  write them again    what has stayed is written as it shows, and synced: the disk then says
-                           what the page cache says. That is allowed, because nobody was ever promised that a
+                           what the page cache says. That is allowed, because there is no promise that a
                            write whose flush had failed would *not* be there
 
 Block devices have a page cache, too. It is dropped when the last user closes the device, so only a
-device that somebody else holds open needs this; DONTNEED works on it as on a file. (BLKFLSBUF would do
+device that another program holds open needs this; DONTNEED works on it as on a file. (BLKFLSBUF would do
 the same as steps 1 and 2, but needs to be root.) An NFS client drops the pages of a file after a
 failed write by itself; the steps do no harm there. What a server across the network keeps in its own page cache
 is beyond our reach. tmpfs has no disk, and its pages are the data: nothing is done.
 
-cachestat came with Linux 6.5. On an older kernel the advice is trusted; for metadata, which are all that
+cachestat came with Linux 6.5. On an older kernel the advice is trusted; for metadata, which is all that
 an acknowledgement can rest on without a write of the client, the first resume of each opening
 rewrites the superblock in any case (see `metadata/nbdtarget_metadata/log/commit.py`).
 """

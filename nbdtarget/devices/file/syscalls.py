@@ -165,16 +165,16 @@ def lock_for_writing(fd: int) -> None:
 
 
 def lock_for_reading(fd: int) -> None:
-    """Lock the file so that all may read and nobody may write, or fail at once.
+    """Lock the file so that all may read and none may write, or fail at once.
 
     The locks are those of a QEMU that reads and does not share writing: a shared lock on one
     byte for each permission that we use, and for each one that others may not have. So QEMU and its
     tools may look at a clone's source while it is served, but not change it.
 
-    Raises: BlockingIOError, PermissionError: somebody has it open for writing.
+    Raises: BlockingIOError, PermissionError: it is open for writing elsewhere.
     Source: QEMU, block/file-posix.c, "Image locking".
     """
-    _set_lock(fd, fcntl.F_RDLCK, 0, 1)  # seen by `lock_for_writing` of anybody
+    _set_lock(fd, fcntl.F_RDLCK, 0, 1)  # seen by each `lock_for_writing`
     _set_lock(fd, fcntl.F_RDLCK, _QEMU_USED + _QEMU_READ, 1)
     for permission in (_QEMU_WRITE, _QEMU_RESIZE):
         _set_lock(fd, fcntl.F_RDLCK, _QEMU_UNSHARED + permission, 1)

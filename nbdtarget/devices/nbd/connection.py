@@ -14,8 +14,8 @@ The connection is lost when the server hangs up, breaks the protocol, or does no
 in time (*Timeouts*). `lost` is then called once, with a sentence. After it, or at any other time,
 `give_up` takes back what was in flight.
 
-*The end.* A write that was given up may still be under way at the server, or on its way there. Whoever
-connects again and writes must not be overtaken by it. So a connection that was given up sends nothing
+*The end.* A write that was given up may still be under way at the server, or on its way there. It
+must not overtake writes over a new connection. So a connection that was given up sends nothing
 more, but is not closed while the server owes an answer to a write. It has `ended` when no write of it can
 be carried out any more:
 
@@ -129,8 +129,8 @@ class NbdConnection:
         self._read_on_soon = Soon(self._read_on)
         self._writer_is_set = False
         self._cookie = 0
-        self._completed: Callable[[Completion], None] = _nobody
-        self._lost: Callable[[str], None] = _nobody
+        self._completed: Callable[[Completion], None] = _not_started
+        self._lost: Callable[[str], None] = _not_started
         self._is_open = True
         self._is_given_up = False
         self._is_garbled = (
@@ -510,8 +510,8 @@ def _is_awaited_read(request: Completion) -> bool:
 
 
 def _ignore(_: str) -> None:
-    """It was given up: whoever did knows."""
+    """The connection was given up, so its loss is no news."""
 
 
-def _nobody(_: object) -> None:
+def _not_started(_: object) -> None:
     raise AssertionError("a connection is started before it is used")
