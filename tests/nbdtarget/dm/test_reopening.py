@@ -75,7 +75,7 @@ async def latch(
         raise OSError(errnos.EIO, os.strerror(errnos.EIO))
 
     below = open_file_of(registry, name)
-    monkeypatch.setattr(below, "_fdatasync", fail)
+    monkeypatch.setattr(below._syncs, "_fdatasync", fail)
     await device.write(0, b"doomed")
     with suppress(
         DeviceError
@@ -200,7 +200,7 @@ async def test_another_file_under_the_name_is_not_taken_for_it(tmp_path: Path) -
     nr_open = len(os.listdir("/proc/self/fd"))
     path.rename(tmp_path / "old")
     path.write_bytes(bytes(4096))
-    with pytest.raises(ResolveError, match="was exchanged"):
+    with pytest.raises(ResolveError, match="was replaced while it was opened"):
         await device.reopened(str(path), read_only=False)
     await asyncio.sleep(0)
     assert len(os.listdir("/proc/self/fd")) == nr_open
