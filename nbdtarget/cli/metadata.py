@@ -532,8 +532,13 @@ def size(
         _refuse_mixture(device_size, block_size, nr_blocks, "block")
     else:
         _refuse_mixture(device_size, region_size, nr_regions, "region")
-    from nbdtarget.tools import metadata as metadata_tools
-    from nbdtarget.tools.answers import UNIT_LETTERS, UNITS, SizeAnswer
+    from nbdtarget.tools.sizes import (
+        UNIT_LETTERS,
+        UNITS,
+        SizeAnswer,
+        cache_size,
+        clone_size,
+    )
 
     name = UNIT_LETTERS.get(unit, unit)
     if name not in UNITS:
@@ -541,13 +546,13 @@ def size(
         raise typer.BadParameter(f"--unit: unknown unit {unit!r} (there are: {known})")
     answer: SizeAnswer
     if is_cache:
-        answer = metadata_tools.cache_size(
+        answer = cache_size(
             device_size=maybe_size_option("--device-size", device_size, size_min=0),
             block_size=maybe_size_option("--block-size", block_size, size_min=0),
             nr_blocks=nr_blocks,
         )
     else:
-        answer = metadata_tools.clone_size(
+        answer = clone_size(
             device_size=maybe_size_option("--device-size", device_size, size_min=0),
             region_size=maybe_size_option("--region-size", region_size, size_min=0),
             nr_regions=nr_regions,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the offline metadata tools answer: for people as text, for programs as JSON."""
+"""The answers of the offline metadata tools: `str()` is for people, the fields are for programs (JSON)."""
 
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -17,47 +17,16 @@ from nbdtarget_metadata.tools.dump import flag_names
 from nbdtarget_metadata.tools.kernel_import import Imported
 
 __all__ = [
-    "UNITS",
-    "UNIT_LETTERS",
-    "CacheSizeAnswer",
     "CheckAnswer",
-    "CloneSizeAnswer",
     "ImportAnswer",
     "InfoAnswer",
     "RestoreAnswer",
-    "SizeAnswer",
     "check_answer",
     "import_answer",
     "info_answer",
     "loss_of",
     "restore_answer",
 ]
-
-# What `size` prints in; as in the tools for the kernel's caches.
-UNITS: Final = {
-    "bytes": 1,
-    "sectors": 512,
-    "kibibytes": 1 << 10,
-    "mebibytes": 1 << 20,
-    "gibibytes": 1 << 30,
-    "tebibytes": 1 << 40,
-    "kilobytes": 10**3,
-    "megabytes": 10**6,
-    "gigabytes": 10**9,
-    "terabytes": 10**12,
-}
-UNIT_LETTERS: Final = {
-    "b": "bytes",
-    "s": "sectors",
-    "k": "kibibytes",
-    "m": "mebibytes",
-    "g": "gibibytes",
-    "t": "tebibytes",
-    "K": "kilobytes",
-    "M": "megabytes",
-    "G": "gigabytes",
-    "T": "terabytes",
-}
 
 
 class DiskAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -515,25 +484,6 @@ def loss_of(content: CloneContent | CacheContent) -> str:
     return ", and ".join(losses)
 
 
-class SizeAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """How large metadata is, in bytes."""
-
-    smallest: int
-    preferred: int
-
-
-class CloneSizeAnswer(SizeAnswer, frozen=True, kw_only=True):
-    """Of a clone."""
-
-    nr_regions: int
-
-
-class CacheSizeAnswer(SizeAnswer, frozen=True, kw_only=True):
-    """Of a cache."""
-
-    nr_cblocks: int
-
-
 def _size_text(size: int) -> str:
     for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if size >> shift and not size & ((1 << shift) - 1):
@@ -547,8 +497,8 @@ class ImportAnswer(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         source: the kernel's metadata.
         format_version: of the kernel's format.
-        clean: the kernel had shut it down in order.
-        needs_check: the kernel had failed to write it.
+        clean: the kernel had shut it down cleanly.
+        needs_check: the kernel had marked it after a failed write.
         restored: what was written.
     """
 

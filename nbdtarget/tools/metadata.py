@@ -1,34 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offline metadata tools: files in, one function of `metadata` run over them, an answer out.
+"""The offline metadata tools: each runs functions of `nbdtarget_metadata` over files, and returns an answer.
 
-Each opens and locks its file as the server does, so metadata in use is refused. What a tool only
-looks at is opened read-only. What it makes it removes again if it fails; what it writes over is
-unusable, not half-believed, until the last write (`nbdtarget_metadata.tools.clone_restore`).
+files.py opens and locks the files. What a tool only looks at is opened read-only. What it makes, it removes
+again if it fails. What it writes over cannot be opened as metadata until the last write
+(`nbdtarget_metadata.tools.restore`).
 
-The damage itself, and what may be believed in spite of it, is explained in `nbdtarget_metadata.tools.check` and
-`nbdtarget_metadata.tools.clone_salvage`.
+`nbdtarget_metadata.tools.check` explains what damage is, and `nbdtarget_metadata.tools.salvage` what may be
+believed in spite of it.
 """
 
-import os
-import stat
-import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, Final, TypeVar
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.units import SECTOR
-from nbdtarget.devices import resolve
-from nbdtarget.devices.file.open import create_fd, give_space, open_fd, sync_directory
-from nbdtarget.targets.metadata_io import run_file
 from nbdtarget.tools.answers import (
-    CacheSizeAnswer,
     CheckAnswer,
-    CloneSizeAnswer,
     ImportAnswer,
     InfoAnswer,
     RestoreAnswer,
@@ -38,15 +27,22 @@ from nbdtarget.tools.answers import (
     loss_of,
     restore_answer,
 )
+from nbdtarget.tools.files import (
+    MetadataFile,
+    dump_input,
+    dump_output,
+    failing_at,
+    opened,
+    output_of,
+    pieces_of,
+    refuse_same,
+)
 from nbdtarget_metadata.cache.content import CacheContent
-from nbdtarget_metadata.cache.records import LOGGED, NR_CBLOCKS_MAX
+from nbdtarget_metadata.cache.records import LOGGED
 from nbdtarget_metadata.cache.superblock import DIRTY_LOG, NO_POLICY
-from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
-from nbdtarget_metadata.errors import MetadataError, NotOurs
-from nbdtarget_metadata.log.foreign import KERNEL_CACHE, KERNEL_CLONE
+from nbdtarget_metadata.errors import MetadataError
 from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
-    SUPERBLOCK_MAGIC,
     Found,
     choose_superblock,
     read_area,
@@ -68,18 +64,9 @@ from nbdtarget_metadata.tools.kinds import (
     parse_dump,
 )
 from nbdtarget_metadata.tools.salvage import Salvaged
-from nbdtarget_metadata.tools.sizing import (
-    block_size_fault,
-    cache_sizes,
-    clone_sizes,
-    nr_regions_of,
-    region_size_fault,
-)
 
 __all__ = [
-    "cache_size",
     "check",
-    "clone_size",
     "dump",
     "dump_to_file",
     "import_kernel",
@@ -90,58 +77,12 @@ __all__ = [
 
 T = TypeVar("T")
 
-PIECE_SIZE: Final = 1 << 16
-HEAD_SIZE: Final = 512
-
-
-class _File:
-    """An open and locked metadata file."""
-
-    def __init__(self, path: str, fd: int, size: int) -> None:
-        self.path = path
-        self.fd = fd
-        self.size = size
-
-    def run(self, steps: Steps[T], *, unreadable: list[int] | None = None) -> T:
-        """Run `steps`; what goes wrong names the file. Raises: NbdTargetError."""
-        try:
-            return run_file(self.fd, steps, name=self.path, unreadable=unreadable)
-        except NotOurs as error:
-            if _looks_like_dump(os.pread(self.fd, HEAD_SIZE, 0)):
-                raise NbdTargetError(
-                    f"{self.path}: looks like a dump, not metadata:"
-                    " `nbdtarget metadata restore` makes metadata of it"
-                ) from error
-            hint = ""
-            if error.found in (KERNEL_CACHE, KERNEL_CLONE):
-                hint = (
-                    ": `nbdtarget metadata import` makes metadata of this program of it"
-                )
-            raise NbdTargetError(f"{self.path}: {error}{hint}") from error
-        except MetadataError as error:
-            raise NbdTargetError(f"{self.path}: {error}") from error
-
-
-@contextmanager
-def _opened(path: str, *, read_only: bool = True) -> Iterator[_File]:
-    fd, size = open_fd(path, read_only=read_only)
-    try:
-        yield _File(path, fd, size)
-    finally:
-        os.close(fd)
-
-
-def _looks_like_dump(head: bytes) -> bool:
-    text = head.lstrip()
-    return (text.startswith(b"{") and b'"' in text) or text.startswith(b"<superblock")
-
-
 # ---- info ----
 
 
 def info(path: str) -> InfoAnswer:
     """Tell what the newest superblock says; nothing else is read. Raises: NbdTargetError."""
-    with _opened(path) as file:
+    with opened(path) as file:
         kind = file.run(find_kind(file.size))
         found = file.run(_choose(kind, file.size))
         return info_answer(path, kind.name, found, file.size)
@@ -168,7 +109,7 @@ def check(
     Raises: NbdTargetError: it is not metadata, it cannot be read, or it is in use. The answer
         names damage.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         kind = file.run(find_kind(file.size))
         examining = examine(
             kind.checks,
@@ -182,7 +123,7 @@ def check(
     clears = (auto_repair or clear_needs_check) and findings.needs_check
     if findings.complete and not findings.damage and (heals or clears):
         # Another lock: what was found may have changed, so `mend` looks at everything again.
-        with _opened(path, read_only=False) as file:
+        with opened(path, read_only=False) as file:
             done = file.run(
                 mend(
                     kind.checks,
@@ -213,7 +154,7 @@ def dump(
 
     Raises: NbdTargetError; then nothing was written, unless it is `write` that fails.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         if repair:
             kind, salvaged = _salvage(file)
         else:
@@ -245,28 +186,9 @@ def dump_to_file(
 
     Durable: the file and its name, unless it is a pipe.
     """
-    _refuse_same(path, output)
-    if os.path.exists(output) and not os.path.isfile(output):
-        if os.path.isdir(output) or stat.S_ISBLK(os.stat(output).st_mode):
-            raise NbdTargetError(f"{output}: is not a file")
-        with _failing_at(output), open(output, "w", encoding="ascii") as pipe:
-            return dump(path, pipe.write, repair=repair, xml=xml)
-    _refuse_metadata(output)
-    directory, name = os.path.split(os.path.realpath(output))
-    with _failing_at(output):
-        fd, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
-        try:
-            with open(fd, "w", encoding="ascii") as text:
-                told = dump(path, text.write, repair=repair, xml=xml)
-                text.flush()
-                os.fchmod(fd, 0o666 & ~_umask())
-                os.fsync(fd)
-            os.replace(temporary, output)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        sync_directory(directory)
-    return told
+    refuse_same(path, output)
+    with dump_output(output) as text:
+        return dump(path, text.write, repair=repair, xml=xml)
 
 
 def _told(path: str, salvaged: Salvaged[Any]) -> tuple[str, ...]:
@@ -293,17 +215,17 @@ def restore(
     """Make metadata of a dump ("-": stdin), in JSON or XML.
 
     Args:
-        overwrite: whatever the output holds may go.
+        overwrite: the content of the output may be lost.
         force: the dump may say that something is lost.
         origin_size: bytes; XML does not say it.
         omit_clean_shutdown: as if there had been none: every mapped block counts as dirty.
         trust_dirty: believe the dirty bits of XML, which cannot say which tool wrote it: some write
             "false" for each block of a cache that they cannot read in full.
-    Raises: NbdTargetError; then the output is as it was, but for a failing write.
+    Raises: NbdTargetError; then the output is as it was, unless a write failed.
     """
     if source != "-":
-        _refuse_same(source, output)
-    with _failing_at(source), _dump_input(source) as text:
+        refuse_same(source, output)
+    with failing_at(source), dump_input(source) as text:
         try:
             kind, content = _parse(
                 source,
@@ -328,7 +250,7 @@ def _parse(
     omit_clean_shutdown: bool,
     trust_dirty: bool,
 ) -> tuple[Kind, Content]:
-    pieces = _pieces(source, text)
+    pieces = pieces_of(source, text)
     first = next(pieces, b"")
     rest: Iterable[bytes] = chain([first], pieces)
     if not first.lstrip().startswith(b"<"):
@@ -374,11 +296,11 @@ def import_kernel(
 
     Args:
         origin_size: bytes; the kernel's metadata of a cache does not say it.
-        overwrite: what the output holds may go.
-    Raises: NbdTargetError; then the output is as it was, but for a failing write.
+        overwrite: the content of the output may be lost.
+    Raises: NbdTargetError; then the output is as it was, unless a write failed.
     """
-    _refuse_same(path, output)
-    with _opened(path) as file:
+    refuse_same(path, output)
+    with opened(path) as file:
         name = file.run(find_kernel_kind(file.size))
         new_uuid = uuid.uuid4().bytes
         if name == "clone":
@@ -422,12 +344,12 @@ def repair(
     """Write what is left of damaged metadata to another file. The input is only ever read.
 
     Args:
-        overwrite: whatever the output holds may go.
+        overwrite: the content of the output may be lost.
         force: go on though something is lost or doubtful.
-    Raises: NbdTargetError; then the output is as it was, but for a failing write.
+    Raises: NbdTargetError; then the output is as it was, unless a write failed.
     """
-    _refuse_same(path, output)
-    with _opened(path) as file:
+    refuse_same(path, output)
+    with opened(path) as file:
         kind, salvaged = _salvage(file)
         if not force:
             _refuse_loss(path, salvaged.damage, salvaged.content)
@@ -435,7 +357,7 @@ def repair(
     return restore_answer(output, salvaged.content, salvaged.damage)
 
 
-def _salvage(file: _File) -> tuple[Kind, Salvaged[Any]]:
+def _salvage(file: MetadataFile) -> tuple[Kind, Salvaged[Any]]:
     """Read what is left, around blocks that cannot be read."""
     unreadable: list[int] = []
     kind = file.run(find_kind(file.size), unreadable=unreadable)
@@ -467,150 +389,6 @@ def _refuse_loss(path: str, damage: tuple[str, ...], content: Content) -> None:
 
 def _write_out(kind: Kind, content: Content, output: str, *, overwrite: bool) -> None:
     """Restore to `output`; a missing or empty file is given the preferred size."""
-    preferred = kind.preferred_size(content)
-    undo: Callable[[], None] | None = None
-    if not os.path.lexists(output):
-        fd, size = create_fd(output, preferred), preferred
-        file = _File(output, fd, size)
-        undo = partial(os.unlink, output)
-    else:
-        if _is_empty_file(output):
-            with _failing_at(output):
-                give_space(output, preferred)
-            undo = partial(os.truncate, output, 0)
-        try:
-            file = _File(output, *open_fd(output, read_only=False))
-        except NbdTargetError:
-            if undo is not None:
-                undo()
-            raise
-    try:
+    with output_of(output, kind.preferred_size(content)) as file:
         steps = kind.restore(content, device_size=file.size, overwrite=overwrite)
         file.run(steps)
-    except BaseException:
-        if undo is not None:
-            undo()
-        raise
-    finally:
-        os.close(file.fd)
-
-
-def _is_empty_file(path: str) -> bool:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return False  # opening it says why
-    return stat.S_ISREG(status.st_mode) and status.st_size == 0
-
-
-@contextmanager
-def _dump_input(source: str) -> Iterator[BinaryIO]:
-    if source == "-":
-        yield sys.stdin.buffer
-    else:
-        with open(source, "rb") as file:
-            yield file
-
-
-def _pieces(source: str, text: BinaryIO) -> Iterator[bytes]:
-    first = True
-    while piece := text.read(PIECE_SIZE):
-        if first and piece.startswith(SUPERBLOCK_MAGIC):
-            raise NbdTargetError(f"{source}: is metadata, not a dump of it")
-        first = False
-        yield piece
-
-
-@contextmanager
-def _failing_at(path: str) -> Iterator[None]:
-    """Name the file in what the system refuses."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise NbdTargetError(f"{path}: {reason}") from error
-
-
-def _refuse_same(path: str, output: str) -> None:
-    if resolve.identity(path) == resolve.identity(output):
-        raise NbdTargetError(
-            f"{output}: is the input itself, by this or another name: give another file"
-        )
-
-
-def _refuse_metadata(output: str) -> None:
-    """A dump replaces files; metadata under that name is a slip of the hand."""
-    if os.path.isfile(output):
-        with _failing_at(output), open(output, "rb") as file:
-            if file.read(len(SUPERBLOCK_MAGIC)) == SUPERBLOCK_MAGIC:
-                raise NbdTargetError(
-                    f"{output}: holds metadata: write the dump to another file"
-                )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-# ---- size ----
-
-
-def clone_size(
-    *, device_size: int | None, region_size: int | None, nr_regions: int | None
-) -> CloneSizeAnswer:
-    """Tell how large the metadata of a clone is: of a device, or of so many regions.
-
-    Raises: NbdTargetError: there can be no such clone.
-    """
-    if nr_regions is None:
-        assert device_size is not None
-        assert region_size is not None
-        fault = region_size_fault(region_size)
-        if fault:
-            raise NbdTargetError(f"region size {region_size}: {fault}")
-        nr_regions = nr_regions_of(device_size, region_size)
-    if nr_regions < 1:
-        raise NbdTargetError("a clone has at least one region")
-    if nr_regions > NR_REGIONS_MAX:
-        raise NbdTargetError(
-            f"{nr_regions} regions: Too many regions. Consider increasing the region size"
-        )
-    sizes = clone_sizes(nr_regions)
-    return CloneSizeAnswer(
-        nr_regions=sizes.nr_regions,
-        smallest=sizes.smallest,
-        preferred=sizes.preferred,
-    )
-
-
-def cache_size(
-    *, device_size: int | None, block_size: int | None, nr_blocks: int | None
-) -> CacheSizeAnswer:
-    """Tell how large the metadata of a cache is: of a cache device, or of so many cache blocks.
-
-    Raises: NbdTargetError: there can be no such cache.
-    """
-    if nr_blocks is None:
-        assert device_size is not None
-        assert block_size is not None
-        fault = block_size_fault(block_size)
-        if fault:
-            raise NbdTargetError(f"block size {block_size}: {fault}")
-        nr_blocks = device_size // block_size
-    if nr_blocks < 1:
-        raise NbdTargetError("a cache has at least one block")
-    if nr_blocks > NR_CBLOCKS_MAX:
-        raise NbdTargetError(
-            f"{nr_blocks} cache blocks: at most {NR_CBLOCKS_MAX} are possible; larger"
-            " blocks are fewer"
-        )
-    sizes = cache_sizes(nr_blocks)
-    return CacheSizeAnswer(
-        nr_cblocks=sizes.nr_cblocks,
-        smallest=sizes.smallest,
-        preferred=sizes.preferred,
-    )

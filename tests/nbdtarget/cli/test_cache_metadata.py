@@ -434,7 +434,7 @@ def test_size_argument_combinations(tool: Tool, argv: list[str]) -> None:
         (["--device-size", "4G", "--block-size", "2G"], "Invalid data block size"),
         (["--device-size", "31K", "--block-size", "32K"], "at least one block"),
         (["--nr-blocks", "-1"], "at least one block"),
-        (["--nr-blocks", str(NR_CBLOCKS_MAX + 1)], "larger blocks are fewer"),
+        (["--nr-blocks", str(NR_CBLOCKS_MAX + 1)], "use larger blocks"),
     ],
 )
 def test_sizes_that_no_cache_has(tool: Tool, argv: list[str], words: str) -> None:
