@@ -97,7 +97,7 @@ class MappingTarget(Target, Generic[M]):
             metadata_failed=metadata_failed,
             aborts_on_loss=aborts_on_loss,
         )
-        self._block_bytes = block_size
+        self._block_size = block_size
         self._passdown = False
         self._discard_granularity = block_size  # of what is not passed down
         self._is_suspended = True
@@ -243,7 +243,7 @@ class MappingTarget(Target, Generic[M]):
         return self._describe(offset - self.begin, length)
 
     def io_hints(self, limits: QueueLimits) -> QueueLimits:
-        size = self._block_bytes
+        size = self._block_size
         if not self._passdown:
             granularity = self._discard_granularity
             limits = limits._replace(discard_granularity=granularity)

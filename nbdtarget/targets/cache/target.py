@@ -169,7 +169,6 @@ class CacheTarget(MappingTarget[CacheMetadata]):
     def _prepare_map(self, parts: Parts) -> None:
         """Keep at hand what `map` asks for each bio."""
         self._fast_op_max = -1
-        self._block_size = parts.block_size
         self._nr_oblocks = self.length // parts.block_size
         self._locks = self._blocks.locks
         self._locked = self._blocks.locks.locked
