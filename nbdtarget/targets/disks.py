@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which disks belong together: asked when a table is opened, recorded at each start and stop.
 
-Theory of operation. `nbdtarget_metadata.disks` says what is recorded, and how it is compared; devices say what they
-are (`Device.identify`). This module stands between: clone and cache ask it, each with its roles.
+Theory of operation. `nbdtarget_metadata.disks` defines what is recorded, and how it is compared; devices tell what they
+are (`Device.identify`). Clone and cache ask this module, each with its roles.
 
     open    `look` compares what is recorded with what is there. The constructor decides what
             that means for it, and refuses by `refusal`, one line that names both disks
@@ -11,10 +11,10 @@ are (`Device.identify`). This module stands between: clone and cache ask it, eac
     stop    the owner commits all that has changed, so that devices are flushed; `note_stop` marks the
             disks, and puts sizes and times into the metadata; the owner commits the clean shutdown
 
-Order of mark and record, and why a crash between any two steps leaves what starts: the generation in a
-mark is durable in the metadata before it is written to the disk, and the metadata record it only after it is
+Order of mark and record. After a crash between any two steps the next start is not refused. The generation in a
+mark is durable in the metadata before it is written to the disk, and the metadata records it only after it is
 durable on the disk. A time is recorded by the last commit before a stop, and taken back by a commit
-before the first write. So whatever is cut off, the metadata never claim what the disks do not show.
+before the first write. So wherever a crash comes, the metadata never claims what the disks do not show.
 
 A disk that cannot be marked, or cannot be asked within `ANSWER_S_MAX`, is recorded with less evidence:
 that is never an error.

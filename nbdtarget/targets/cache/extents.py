@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cache says about its ranges: where zeroes are, and what is cached.
 
-*Extents* (on the wire `base:allocation`). What is not cached is what the origin says. What is
-cached is data: the origin's word does not count, not even for a clean block, as a DISCARD that
-was passed down leaves the cached copy as it is; and to ask the cache device costs more, block by
-block, than it saves, since what is read often is seldom zeroes. In passthrough all is read from
+*Extents* (on the wire `base:allocation`). A range that is not cached is described by the origin. A cached block is
+reported as data. The origin is not asked about it, not even if it is clean, because a DISCARD that
+was passed down leaves the cached copy as it is. The cache device is not asked, either: block by block that would
+cost more than it saves, since what is read often is seldom zeroes. In passthrough mode all is read from
 the origin. A HOLE is reported only together with ZERO: widely used clients take "hole, but not
 zero" for "nothing there" and skip the data.
 
-What is cached is looked at first, and the origin is asked after that. The other way round, a
-dirty block could be written back and demoted in between, and then count as the zeroes that the
+The cached blocks are looked up first, and the origin is asked after that. In the other order, a
+dirty block could be written back and demoted in between, and would then be reported as the zeroes that the
 origin had there before.
 
 *Cache* (on the wire `x-nbdtarget:cache`). Two bits, so three values:
 
     0  not cached: the origin is read; so is every range that is not part of a cache
     1  CACHE_CACHED
-    3  CACHE_CACHED | CACHE_DIRTY: the origin has not got what was written, or may not have
+    3  CACHE_CACHED | CACHE_DIRTY: the origin may not have what was written
 
-Zero is what a plain disk says, so it stays true when `uncache` has put one in the cache's place.
-It is the live state that is told: not what a power cut would leave.
+A plain disk reports 0 everywhere, so 0 stays true when `uncache` has put a plain disk in the cache's place.
+The live state is reported, and not what a power cut would leave.
 
 Bounds. One answer looks at `LOOKUPS_MAX` blocks at most, and describes at most `RUNS_MAX` runs of
-them: a few milliseconds. If there is more it is for less than was asked.
+them, which takes a few milliseconds. If there is more, the answer is about less than was asked for.
 """
 
 import errno as errnos

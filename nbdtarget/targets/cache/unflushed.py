@@ -2,12 +2,12 @@
 """Whether the origin has anything that no flush of ours has covered yet.
 
 An idle cache whose origin has gone away has lost nothing if the last flush came after the last
-write: then its end is a clean one, and its FLUSH succeeds. To know that, writes to the origin are
-counted as they are sent, and a flush covers what was counted when it began, if no write was under way at
-that moment: else the count does not say which of them had ended.
+write. Then it can be stopped cleanly, and its FLUSH succeeds. To know that, writes to the origin are
+counted as they are sent. A flush covers what was counted when it began, but only if no write was under way at
+that moment: otherwise the count does not say which of them had ended.
 
-What the table before this one has written is not known here, so there is something unflushed until
-the first flush has ended well. A DISCARD is not counted: it promises nothing.
+What the table before this one has written is not known here, so something counts as unflushed until
+the first flush has ended well. A DISCARD is not counted, because it promises nothing.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ class OriginWrites:
         is_quiet: whether no write to the origin is under way that was counted only once.
 
     Attributes:
-        nr_sent: add one for each write before it is sent, if `is_quiet` tells of it while it is under
-            way; else one before and one after it. Of a copy that is under way, and that only
-            counts if it ends well, one is enough when it has ended.
+        nr_sent: add one for each write before it is sent, if `is_quiet` knows of it while it is under
+            way; otherwise one before and one after it. For a copy, which counts only if it ends well, one is
+            enough when it has ended.
     """
 
     def __init__(self, is_quiet: Callable[[], bool]) -> None:

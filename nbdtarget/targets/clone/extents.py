@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a clone says about its ranges: where zeroes are, and where hydration stands.
 
-*Extents* (on the wire `base:allocation`). Hydrated regions are what the destination says. For
-the others, whether they read as zeroes is up to the source, and whether a write may find no
-room is up to the destination. A HOLE is reported only together with ZERO: widely used clients
+*Extents* (on the wire `base:allocation`). Hydrated regions are described by the destination. For
+the others, the source says whether they read as zeroes, and the destination says whether a write may find no
+room. A HOLE is reported only together with ZERO: widely used clients
 take "hole, but not zero" for "nothing there" and skip the data.
 
 *Hydration* (on the wire `x-nbdtarget:hydration`). Two bits, so three values:
@@ -13,13 +13,13 @@ take "hole, but not zero" for "nothing there" and skip the data.
     3  HYDRATION_SOURCE | HYDRATION_ACTIVE: the source is read, and the region is being copied
        or overwritten now
 
-Zero is the state in which nothing is left to do. So it stays true after the clone's place was
-taken by a table without one, and for clients that ask on: to them the disk is hydrated. It is
-the live bitmap that is told, changes that are not committed included: what a read would see,
-not what a power cut would leave.
+0 is the state in which nothing is left to do. So it stays true after a table without a clone has taken the
+clone's place: clients that go on asking are told that the disk is hydrated. The live
+bitmap is reported, with changes that are not committed: what a read would return,
+and not what a power cut would leave.
 
-Bounds. One answer describes at most `RUNS_MAX` runs of regions, and is for less than was asked
-if there are more: a few milliseconds, however the bits lie.
+Bounds. One answer describes at most `RUNS_MAX` runs of regions, which takes a few milliseconds. If there are more, the
+answer is about less than was asked for.
 """
 
 import errno as errnos

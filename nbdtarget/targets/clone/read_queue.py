@@ -11,8 +11,8 @@ READ_RANGES_MAX: Final = 1024
 class ReadQueue:
     """Ranges of regions, the one that was read last first.
 
-    A range is told by where it begins: one that is read again moves to the front. When
-    there are more than `ranges_max`, the one whose read is longest ago is forgotten.
+    Two ranges are the same if they begin at the same region: a range that is read again moves to the front. When
+    there are more than `ranges_max`, the one that was read longest ago is forgotten.
     """
 
     def __init__(self, *, ranges_max: int = READ_RANGES_MAX) -> None:
