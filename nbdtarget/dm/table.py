@@ -18,7 +18,6 @@ import errno as errnos
 import logging
 from bisect import bisect_right
 from collections.abc import (
-    AsyncIterator,
     Awaitable,
     Callable,
     Iterator,
@@ -248,15 +247,12 @@ class Table:
         self, words: Callable[[Target], str]
     ) -> list[tuple[int, int, str, str]]:
         """As `lines`. If the table is long, the loop has its turns in between."""
+        lines = []
         with self.use():
-            return [_line(each, words(each)) async for each in self._in_turns()]
-
-    async def _in_turns(self) -> AsyncIterator[Target]:
-        """Each target in order, with a turn of the loop after some of them. Inside `use()`."""
-        for nr, target in enumerate(self.targets, 1):
-            yield target
-            if nr % TARGETS_AT_ONCE == 0:
-                await sleep(0)
+            for nr, target in enumerate(self.targets, 1):
+                lines.append(_line(target, words(target)))
+                await _maybe_yield(nr)
+        return lines
 
     async def status(
         self, *, noflush: bool, within_s: float | None
@@ -268,12 +264,13 @@ class Table:
         """
         lines = []
         with self.use():
-            async for target in self._in_turns():
+            for nr, target in enumerate(self.targets, 1):
                 params = "Fail"
                 if not self.failed:
                     params = await self._status_of(target, noflush, within_s)
                 fields = {} if self.failed else target.status_fields()
                 lines.append((_line(target, params), fields))
+                await _maybe_yield(nr)
         return lines
 
     async def _status_of(
@@ -369,6 +366,15 @@ class Table:
 
 def _cancel(task: "asyncio.Future[None]") -> None:
     task.cancel()
+
+
+async def _maybe_yield(nr_done: int) -> None:
+    """Let the loop have a turn after each `TARGETS_AT_ONCE` targets.
+
+    This is no asynchronous generator: a status that is given up would leave one behind.
+    """
+    if nr_done % TARGETS_AT_ONCE == 0:
+        await sleep(0)
 
 
 def _line(target: Target, params: str) -> tuple[int, int, str, str]:
