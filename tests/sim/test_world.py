@@ -106,6 +106,15 @@ def test_two_seeds_are_two_histories() -> None:
     assert simulate(1).digest != simulate(2).digest
 
 
+def is_caught(rig: str, first: int = 0, disk_type: type[SimDisk] = SimDisk) -> bool:
+    """Whether the history of some seed shows the bug that has been planted.
+
+    Args: first: the seed to try first: of a bug that few histories show, one that shows it.
+    """
+    seeds = (first, *range(MUTANT_SEEDS_MAX))
+    return any(simulate(s, rig_name=rig, disk_type=disk_type).failure for s in seeds)
+
+
 class CommitBeforeFlush(Committer):
     """Vouches for data before it is durable."""
 
@@ -172,32 +181,29 @@ def hold_nothing(gate: Gate, bio: Bio) -> list[Bio]:
 
 
 @pytest.mark.parametrize(
-    ("where", "mutant"),
+    ("where", "mutant", "first"),
     [
-        ("nbdtarget.targets.clone.target.Committer", CommitBeforeFlush),
-        ("nbdtarget.targets.clone.target.Committer", SuperblockBeforeJournal),
-        ("nbdtarget.targets.clone.target.Foreground", FuaWithoutCommit),
-        ("nbdtarget.targets.clone.target.hydration_extents", upside_down),
-        ("nbdtarget.server.connection.Requests", HastyServer),
-        ("nbdtarget.server.connection.Requests", DeafToFua),
+        ("nbdtarget.targets.mapping.Committer", CommitBeforeFlush, 0),
+        ("nbdtarget.targets.mapping.Committer", SuperblockBeforeJournal, 0),
+        ("nbdtarget.targets.clone.target.Foreground", FuaWithoutCommit, 98),
+        ("nbdtarget.targets.clone.target.hydration_extents", upside_down, 68),
+        ("nbdtarget.server.connection.Requests", HastyServer, 0),
+        ("nbdtarget.server.connection.Requests", DeafToFua, 23),
     ],
 )
 def test_simulation_catches(
-    where: str, mutant: object, monkeypatch: pytest.MonkeyPatch
+    where: str, mutant: object, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, mutant)
-    seeds = range(MUTANT_SEEDS_MAX)
     # Of two clones side by side, more is told of what is hydrated.
-    rig = "two_clones" if mutant is upside_down else "clone"
-    assert any(simulate(seed, rig_name=rig).failure for seed in seeds)
+    assert is_caught("two_clones" if mutant is upside_down else "clone", first)
 
 
 def test_simulation_catches_a_late_write_of_a_lost_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Gate, "_overlapped", hold_nothing)
-    seeds = range(MUTANT_SEEDS_MAX)
-    assert any(simulate(seed, rig_name="linear").failure for seed in seeds)
+    assert is_caught("linear")
 
 
 async def _nothing(*_: object) -> None:
@@ -205,22 +211,23 @@ async def _nothing(*_: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "mutant", "rig"),
+    ("owner", "name", "mutant", "rig", "first"),
     [
         # What a server may have forgotten is told to nobody.
-        (Health, "note_loss", lambda health: None, "linear_over_backend"),
-        (Health, "note_loss", lambda health: None, "clone_over_backends"),
+        (Health, "note_loss", lambda health: None, "linear_over_backend", 9),
+        (Health, "note_loss", lambda health: None, "clone_over_backends", 26),
         # Another disk is taken for ours.
         (
             NbdDevice,
             "_check_same",
             lambda device, connections: None,
             "linear_over_backend",
+            0,
         ),
         # A server that comes back is never looked for.
-        (NbdDevice, "_connect_again", _nothing, "linear_over_backend"),
+        (NbdDevice, "_connect_again", _nothing, "linear_over_backend", 97),
         # A dead device counts as open.
-        (Health, "is_usable", True, "cache_over_backends"),
+        (Health, "is_usable", True, "cache_over_backends", 0),
     ],
 )
 def test_simulation_of_backends_catches(
@@ -228,11 +235,11 @@ def test_simulation_of_backends_catches(
     name: str,
     mutant: object,
     rig: str,
+    first: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(owner, name, mutant)
-    seeds = range(MUTANT_SEEDS_MAX)
-    assert any(simulate(seed, rig_name=rig).failure for seed in seeds)
+    assert is_caught(rig, first)
 
 
 class KeepingDisk(SimDisk):
@@ -283,8 +290,7 @@ def test_simulation_of_a_stack_catches(
     mutant: type[Target], rig: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TARGET_TYPES, mutant.type_name, mutant)
-    seeds = range(MUTANT_SEEDS_MAX)
-    assert any(simulate(seed, rig_name=rig).failure for seed in seeds)
+    assert is_caught(rig)
 
 
 @pytest.mark.parametrize(
@@ -313,8 +319,7 @@ def test_simulation_of_a_cache_catches(
     where: str, mutant: object, rig: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, mutant)
-    seeds = range(MUTANT_SEEDS_MAX)
-    assert any(simulate(seed, rig_name=rig).failure for seed in seeds)
+    assert is_caught(rig, first=17 if rig == "cache_passthrough" else 0)
 
 
 class UnlatchedDisk(SimDisk):
@@ -331,7 +336,4 @@ class UnlatchedDisk(SimDisk):
 
 @pytest.mark.parametrize("disk_type", [KeepingDisk, LyingDisk, UnlatchedDisk])
 def test_simulation_catches_a_disk_that_lies(disk_type: type[SimDisk]) -> None:
-    assert any(
-        simulate(seed, rig_name="linear", disk_type=disk_type).failure
-        for seed in range(MUTANT_SEEDS_MAX)
-    )
+    assert is_caught("linear", disk_type=disk_type)
