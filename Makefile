@@ -17,7 +17,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz fuzz-wire rot lock wheel clean hit-ratio attack docs docs-reference help
+.PHONY: run check test suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz fuzz-wire fuzz-fast rot lock wheel clean hit-ratio attack docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -32,6 +32,7 @@ help:
 	@echo 'make passthrough-bugs  the steps of the two bugs of dm-cache, here'
 	@echo 'make mutants       every deliberate bug must be caught'
 	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
+	@echo 'make fuzz-fast [ARGS=…]  the compiled fast path under AddressSanitizer, 10 million messages'
 	@echo 'make docs          site and man pages: build/docs    make docs-reference  commands anew, from their help'
 	@echo 'make fuzz-wire [SECONDS=60 SEED=0]  damaged conversations in the NBD protocol'
 	@echo 'make wheel         dist/*.whl                 make lock    resolve the lock files anew'
@@ -52,7 +53,13 @@ $(BIN)/python:
 	@$(BIN)/python -m scripts.link_project
 	@touch $@
 
-.venv/dev.stamp: requirements-dev.lock .venv/run.stamp
+.venv/fast.stamp: nbdtarget/fast/nbdtarget_fast.pyx scripts/build_fast.py requirements-fast.lock .venv/run.stamp
+	@echo 'building the compiled fast path'
+	@{ $(PIP) -r requirements-fast.lock && $(BIN)/python -m scripts.build_fast; } \
+	    || echo 'nbdtarget works without it, and is slower'
+	@touch $@
+
+.venv/dev.stamp: requirements-dev.lock .venv/run.stamp .venv/fast.stamp
 	@echo 'installing the locked development packages into .venv'
 	@$(PIP) -r requirements-dev.lock
 	@touch $@
@@ -64,7 +71,7 @@ $(BIN)/python:
 
 # ---- what a user runs --------------------------------------------------------------------
 
-run: .venv/run.stamp
+run: .venv/run.stamp .venv/fast.stamp
 ifdef SAMPLE
 	@$(BIN)/python -m scripts.make_sample_source $(SAMPLE)
 endif
@@ -157,6 +164,10 @@ fuzz-wire: .venv/dev.stamp
 	@$(BIN)/python -m scripts.fuzz_wire --seconds $(or $(SECONDS),60) \
 	    --seed $(or $(SEED),0) $(if $(CASES),--cases $(CASES)) $(ARGS)
 
+# The compiled fast path under AddressSanitizer: ARGS='--messages 100000 --seed 1'.
+fuzz-fast: .venv/dev.stamp
+	@$(BIN)/python -m scripts.fuzz_fast $(ARGS)
+
 # Every bit of every block that is read, its padding too: some minutes.
 rot: .venv/dev.stamp
 	@ROT_DEEP=1 $(BIN)/python -m pytest -q tests/metadata/clone/test_rot.py \
@@ -185,6 +196,7 @@ lock: | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(COMPILE) --output-file requirements.lock
 	@$(COMPILE) --group dev --output-file requirements-dev.lock
+	@$(subst pyproject.toml,--group pyproject.toml:fast,$(COMPILE)) --output-file requirements-fast.lock
 	@$(COMPILE) --group docs --constraints requirements-dev.lock --output-file requirements-docs.lock
 
 clean:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import nbdtarget
+from nbdtarget.fast import compiled
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +32,11 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     info = f"nbdtarget-{nbdtarget.__version__}.dist-info"
-    assert tops == {"nbdtarget", "nbdtarget_protocol", "nbdtarget_metadata", info}
+    ours = {"nbdtarget", "nbdtarget_protocol", "nbdtarget_metadata", info}
+    # With a C compiler also the extension module, which is one file.
+    extensions = {top for top in tops if top.startswith("nbdtarget_fast.")}
+    assert tops - extensions == ours
+    assert len(extensions) == compiled.IS_COMPILED
     assert f"{info}/licenses/LICENSE" in names
 
 

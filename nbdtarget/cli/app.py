@@ -63,7 +63,9 @@ for group in (
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"nbdtarget {__version__}")
+        from nbdtarget.fast.compiled import describe
+
+        print(f"nbdtarget {__version__}, {describe()}")
         raise typer.Exit
 
 

@@ -32,6 +32,7 @@ from nbdtarget.cli.tree import OPTIONS, draw_tree
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import NoServerError
+from nbdtarget.fast.compiled import IS_COMPILED, describe
 
 __all__ = ["register"]
 
@@ -385,9 +386,9 @@ def version(json: Json = False, control: Control = None) -> None:
             servers.append(ask(str(address), "version", m.Version(), m.VersionAnswer))
     if json:
         first = servers[0] if servers else None
-        print_json(ProgramVersion(__version__, first, tuple(servers)))
+        print_json(ProgramVersion(__version__, IS_COMPILED, first, tuple(servers)))
         return
-    print(f"nbdtarget version: {__version__}")
+    print(f"nbdtarget version: {__version__}, {describe()}")
     for server in servers:
         print(f"Server version:    {server.version} (process {server.pid})")
         for uri in server.uris:
@@ -395,9 +396,10 @@ def version(json: Json = False, control: Control = None) -> None:
 
 
 class ProgramVersion(m.Answer):
-    """`server` is the first of `servers`; None when none is running."""
+    """`server` is the first of `servers`; None when none is running. `compiled`: with the compiled fast path."""
 
     version: str
+    compiled: bool
     server: m.VersionAnswer | None
     servers: tuple[m.VersionAnswer, ...] = ()
 

@@ -33,7 +33,7 @@ Context: everything here runs on the event loop's thread.
 import asyncio
 import errno as errnos
 from math import lcm
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdtarget.bio import (
     FUA,
@@ -51,6 +51,9 @@ from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.workers import WorkerPool
 from nbdtarget_metadata.disks import Evidence, Mark
+
+if TYPE_CHECKING:
+    from nbdtarget.fast.compiled import FastFile, Route
 
 __all__ = [
     "EXTENTS_MAX",
@@ -187,6 +190,20 @@ class Device:
     def submit_background(self, bio: Bio) -> None:
         """As `submit`, for a bio that no client waits for: it holds the loop up less, and takes longer."""
         self.submit(bio)
+
+    def maybe_route(self) -> "Route | None":
+        """Return where plain READs and WRITEs may go on the compiled fast path until other Python code runs.
+
+        None: nowhere, they have to be submitted.
+        """
+        return None
+
+    def maybe_fast_file(self) -> "FastFile | None":
+        """Return the open file that all bytes of this device lie in, for the compiled fast path.
+
+        None if there is no such file, or no compiled fast path: then every bio is submitted.
+        """
+        return None
 
     async def measure(self) -> int:
         """Ask what lies below how large it is now, and return that; `size` stays what it was.

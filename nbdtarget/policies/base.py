@@ -37,7 +37,8 @@ Errors. All of them are mistakes of the user or damage on disk, so none is an As
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Final
+from array import array
+from typing import ClassVar, Final, NamedTuple
 
 from nbdtarget.common.errors import NbdTargetError
 
@@ -48,6 +49,7 @@ __all__ = [
     "OP_NAMES",
     "PROMOTE",
     "WRITEBACK",
+    "HitTables",
     "MappingError",
     "Policy",
     "PolicyConfigError",
@@ -103,6 +105,21 @@ class Work:
         return f"<Work {OP_NAMES[self.op]} oblock {self.oblock} cblock {self.cblock}>"
 
 
+class HitTables(NamedTuple):
+    """What is cached, as flat arrays: see `Policy.hit_tables`, and `smq/block_table.py` for the hash table.
+
+    Attributes:
+        blocks, buckets, chain, shift: the hash table that finds the cblock of an oblock.
+        is_hit: a byte for each cblock: 0 if `lookup` has something to note at the next hit.
+    """
+
+    blocks: "array[int]"
+    buckets: "array[int]"
+    chain: "array[int]"
+    shift: int
+    is_hit: bytearray
+
+
 class Policy(ABC):
     """The decisions of one cache. See the module head.
 
@@ -134,6 +151,13 @@ class Policy(ABC):
 
         MISS_WAKE makes the target call `get_background_work` soon. There need not be any work by then.
         """
+
+    def hit_tables(self) -> HitTables | None:
+        """Return the tables by which the compiled fast path tells hits without `lookup`, or None.
+
+        They stay the same objects for the life of the policy, and change in place.
+        """
+        return None
 
     @abstractmethod
     def lookup_with_work(self, oblock: int, is_write: bool) -> tuple[int, Work | None]:

@@ -48,7 +48,9 @@ from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Timer
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device
+from nbdtarget.fast.compiled import IS_COMPILED
 from nbdtarget.server.export import DirectoryExports
+from nbdtarget.server.fast_turn import FastTurn
 from nbdtarget.server.flow import NEVER, Flow
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.input import Input
@@ -109,6 +111,7 @@ class Connection:
         self._input: Input | None = None
         self._requests: Requests | None = None
         self._poller: Poller | None = None
+        self._fast: FastTurn | None = None
         self._device: Device | None = None
         self._timer: Timer | None = None
         self._is_shutting_down = False
@@ -154,6 +157,9 @@ class Connection:
             self._shared.loop.remove_writer(self._fd)
             self._is_writing = False
         self._stop_timer()
+        if self._fast is not None:
+            self._fast.release()
+            self._fast = None
         self._output.drop()
         if self._requests is not None:
             self._gate().leave(self)
@@ -447,6 +453,17 @@ class Connection:
         self._requests = Requests(
             self, shared, received, self._output, self._flow, device, negotiated
         )
+        if IS_COMPILED and isinstance(self._sock, socket.socket):
+            self._fast = FastTurn(
+                self._sock,
+                limits,
+                device,
+                self._requests,
+                received,
+                self._output,
+                self._flow,
+                self._poller,
+            )
         if self._is_shutting_down:
             self._requests.refuse()
         self._gate().join(self)
@@ -464,6 +481,8 @@ class Connection:
         assert poller is not None
         output, flow = self._output, self._flow
         polls = poller.begin()
+        if self._fast is not None and self._receive_fast(self._fast, polls):
+            return
         batches_left = BATCHES_MAX
         while True:
             try:
@@ -504,6 +523,36 @@ class Connection:
                 self._shared.loop.call_soon(self._read_on)
                 return
 
+    # hot: once for each batch
+    def _receive_fast(self, fast: FastTurn, polls: bool) -> bool:
+        """Receive and serve on the compiled fast path, and what it leaves in the usual way.
+
+        Returns whether that is all for this turn of the loop.
+        """
+        output, received = self._output, self._input
+        assert received is not None
+        try:
+            is_over = fast.serve(polls and not self._shared.budget.nr_requests)
+        except EOFError:
+            self.disc()
+            is_over = True
+        if (
+            not is_over
+            and self.state == TRANSMISSION
+            and not self._flow.is_paused
+            and received.is_plain
+            and received.end > received.begin
+        ):
+            assert self._requests is not None
+            self._requests.serve()
+            if self._flow.is_counting:
+                self._flow.end_turn()
+        if not output.is_empty and not (output.is_blocked and self._is_writing):
+            self.flush()
+        elif self.state == DRAINING:
+            self._maybe_finish()
+        return is_over or not self._is_reading
+
     def _read_on(self) -> None:
         """The loop had its turn: go on receiving."""
         if self._is_reading:
@@ -532,6 +581,9 @@ class Connection:
 
     def _serve_received(self) -> None:
         assert self._requests is not None
-        self._requests.serve()
-        self._flow.end_turn()
-        self.flush()
+        if self._fast is not None and self._receive_fast(self._fast, False):
+            return
+        if self.state == TRANSMISSION:
+            self._requests.serve()
+            self._flow.end_turn()
+            self.flush()

@@ -229,9 +229,13 @@ class Flow:
         self._turn_end_ns = self._turn_end_ns or now_ns + turn_us * 1000 + 1
         if self._turn_left > 0 and now_ns <= self._turn_end_ns:
             return True
+        self.give_way()
+        return False
+
+    def give_way(self) -> None:
+        """Pause until other connections have had their turn."""
         self.pause(YIELDING)
         self._turns.ask(self._resume)
-        return False
 
     def end_turn(self) -> None:
         """Nothing more is served in this turn: the next one has a share of its own."""

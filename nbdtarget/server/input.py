@@ -135,6 +135,15 @@ class Input:
         else:
             self.begin = position
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether what comes next is a request, into the receive buffer."""
+        return self.large is None and not self._skip
+
+    def served(self, begin: int, end: int) -> None:
+        """The compiled fast path has received up to `end`, and served up to `begin`."""
+        self.begin, self.end = begin, end
+
     def expect(self, large: LargeWrite) -> None:
         """What comes next is the rest of the payload of `large`."""
         self.large = large

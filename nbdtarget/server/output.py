@@ -113,6 +113,23 @@ class Output:
         """Replies were packed into the arena, up to `end`."""
         self.end = end
 
+    def sent_to(self, base: int, end: int) -> None:
+        """The compiled fast path has packed replies up to `end`, and sent them up to `base`.
+
+        If the socket took only a part, the rest goes in front of all that is pushed from now on.
+        """
+        self.base, self.end = base, end
+        if base:
+            self._queue.append((self.view[base:end], 0, None))
+            self.nr_queued += end - base
+            self.base = end
+            self.is_blocked = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is packed next may be sent next."""
+        return not (self._queue or self.is_blocked)
+
     @property
     def is_empty(self) -> bool:
         return self.base == self.end and not self._queue

@@ -95,12 +95,16 @@ class Poller:
             now_ns - self._began_ns > self._poll_ns
             or now_ns - self._looked_ns > POLL_GAP_NS
         ):
-            self._penalty = min(2 * self._penalty + 1, POLL_SKIP_MAX)
-            self._skip = self._penalty
+            self.missed()
             return False
         _sched_yield()
         self._looked_ns = now_ns
         return True
+
+    def missed(self) -> None:
+        """Polling has found nothing."""
+        self._penalty = min(2 * self._penalty + 1, POLL_SKIP_MAX)
+        self._skip = self._penalty
 
     def hit(self) -> None:
         """A look has found something: polling pays off."""

@@ -118,6 +118,10 @@ class Requests:
         output: where the replies go.
         flow: counts what is in flight.
         device: acquired; every bio goes to it.
+
+    Attributes:
+        structured, can_write, size: what was negotiated.
+        is_plain: requests are neither refused nor held back, so that they need not be seen here.
     """
 
     def __init__(
@@ -158,15 +162,21 @@ class Requests:
             (OFFSET_DATA if transmission.structured else SIMPLE_REPLY).size,
         )
         self._tasks = Tasks()
+        # For the compiled fast path.
+        self.structured, self.can_write = transmission.structured, writable
+        self.size = transmission.size
+        self.is_plain = True
 
     def refuse(self) -> None:
         """From now on answer every request with ESHUTDOWN."""
         self._is_shutting_down = True
+        self.is_plain = False
         self._fast = (-1, -1, *self._fast[2:])
 
     def route(self, submit: Callable[[Bio], None]) -> None:
         """Submit bios this way from now on."""
         self._submit = submit
+        self.is_plain = submit == self._device.submit and not self._is_shutting_down
 
     def writes_in_flight(self) -> Iterator[tuple[Bio, int, int]]:
         """Each with the offset and length that the client asked for."""
@@ -219,16 +229,16 @@ class Requests:
     # ---- the fast path ----
 
     # hot: see the figures in the module head
-    def serve(self) -> None:
-        """Serve the requests that were received. Local variables cost a third of attributes."""
+    def serve(self, *, only_first: bool = False) -> None:
+        """Serve the requests that were received, or the first one. Local variables cost a third of attributes."""
         source, output = self._input, self._output
         buffer, view = source.buffer, source.view
         position, end = source.begin, source.end
         arena, replies, out = output.arena, output.view, output.end
         submit, bio = self._submit, self._bio
         read_max, write_max, size, zero_min, structured, header = self._fast
-        flush_at = self._flush_at()
-        last = end - _HEADER  # where the last request may begin
+        # Where in the arena to send, and where in the buffer the last request to serve may begin.
+        flush_at, last = self._scope(only_first)
         look_at = last if last <= position + TURN_LOOK else position + TURN_LOOK
         while position <= last:
             # Other connections have their turn, too. A batch that is short is served without a look at the clock.
@@ -289,6 +299,14 @@ class Requests:
                 out += header + length
         output.packed_to(out)
         source.consume(position)
+
+    def _scope(self, only_first: bool) -> tuple[int, int]:
+        """Return where in the arena to send, and where in the buffer the last request to serve may begin."""
+        begin, last = self._input.begin, self._input.end - _HEADER
+        if only_first:
+            # The compiled fast path has left room for its reply, and nothing may come between the two.
+            return len(self._output.arena), min(begin, last)
+        return self._flush_at(), last
 
     def _look_at(self, position: int, last: int) -> int:
         """Return up to where in the buffer to serve without another look at the clock.

@@ -20,7 +20,7 @@ A target decides; it knows no table, no socket, no NBD and no file. Devices come
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Clock
@@ -28,6 +28,9 @@ from nbdtarget.common.errors import TableError
 from nbdtarget.common.permissions import Permission
 from nbdtarget.common.words import printable
 from nbdtarget.devices.base import Device, Extent, QueueLimits
+
+if TYPE_CHECKING:
+    from nbdtarget.fast.compiled import Route
 
 __all__ = [
     "KILL",
@@ -268,6 +271,14 @@ class Target:
     ) -> list[Extent]:
         """As `Device.context_extents`, offset relative to the mapped device."""
         return [Extent(length, 0)]
+
+    def maybe_route(self) -> "Route | None":
+        """Return where READs and WRITEs may go on the compiled fast path, without `map`; None: nowhere.
+
+        Asked for when the target has resumed. The target keeps the route up to date until then, and what
+        goes that way must be just what `map` would have done. The mapped device closes the route.
+        """
+        return None
 
     def maybe_remap(self) -> tuple[Device, int] | None:
         """Where every READ and WRITE goes, if that is always one device; and what `map` adds to

@@ -35,6 +35,9 @@ frees or zeroes space holds the lock of the inode, so no write goes inline meanw
 throttles. A second thread would only wait for that lock, and hold Python's lock while it tries. So writes to a
 file have one thread of their own. On a block device, which has no such lock, they share the pool.
 
+*Fast path.* The compiled fast path of the server reads and writes this file by itself, as `submit` does inline
+(`maybe_fast_file`). It tells of a write that was slow, or that was not taken whole.
+
 What a FLUSH and FUA cover, and what becomes of the device when one fails: `sync.py`. How DISCARD and WRITE_ZEROES are
 carried out: `space.py`.
 
@@ -81,6 +84,7 @@ from nbdtarget.devices.file.syscalls import (
 )
 from nbdtarget.devices.identity import identify_fd, mark_fd, sync_attributes_fd
 from nbdtarget.devices.workers import WorkerPool
+from nbdtarget.fast.compiled import IS_COMPILED, FastFile
 from nbdtarget_metadata.disks import Evidence, Mark
 
 __all__ = ["FileDevice"]
@@ -130,6 +134,9 @@ class FileDevice(Device):
         self._read_flags = os.RWF_NOWAIT
         self._read_inline_max = INLINE_READ_MAX
         self._syncs = Syncs(name, fd, pool, self.health)
+        # For the compiled fast path: see `maybe_fast_file`.
+        self._fast: FastFile | None = None
+        self._unfinished: tuple[int, int, int, int] | None = None
         self._is_quick = True  # and no space job runs: what `submit` looks at
         self._watch_left = 0
         self._backoff_end_ns = 0
@@ -212,10 +219,28 @@ class FileDevice(Device):
         call(self._fd)
         return 0
 
+    def maybe_fast_file(self) -> FastFile | None:
+        if self._fast is None and IS_COMPILED:
+            self._fast = FastFile(
+                self._fd, WRITE_SLOW_NS, self._watch, self._note_unfinished
+            )
+        if self._fast is not None:
+            self._fast.size = self.size
+            self._fast.read_max = max(self._read_inline_max, 0)
+            self._fast.read_flags = self._read_flags
+            self._set_quick()
+        return self._fast
+
+    def _note_unfinished(self, offset: int, length: int, put: int, error: int) -> None:
+        """The compiled fast path has begun a WRITE, which `submit` gets next: see `_write_slow`."""
+        self._unfinished = offset, length, put, error
+        self._is_quick = False
+
     async def measure(self) -> int:
         return await self._pool.number(partial(fd_size, self._fd))
 
     async def close(self) -> None:
+        self._fast = None
         if self._writeback is not None:
             await self._writeback
         await self._writers.close()
@@ -281,6 +306,8 @@ class FileDevice(Device):
         # again, and report it; only "not supported" has to be remembered here.
         if error.errno in (errnos.EOPNOTSUPP, errnos.ENOSYS):
             self._read_inline_max = -1
+            if self._fast is not None:
+                self._fast.read_max = 0
             log.info("%s: no RWF_NOWAIT: reads go to workers", self.name)
 
     def _read_later(self, bio: Bio, got: int) -> None:
@@ -311,6 +338,17 @@ class FileDevice(Device):
 
     def _write_slow(self, bio: Bio) -> None:
         """A write that `submit` did not take: by a worker, or inline and watched."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            self._set_quick()
+            offset, length, put, status = unfinished
+            if (offset, length) == (bio.offset, bio.length):
+                # It is not simply tried again: the kernel may have told its error just once.
+                if status:
+                    self._syncs.write_failed(bio, status)
+                else:
+                    self._write_later(bio, put)
+                return
         if (
             self._watch_left
             and not self._nr_space_jobs
@@ -373,6 +411,9 @@ class FileDevice(Device):
 
     def _set_quick(self) -> None:
         self._is_quick = not self._watch_left and not self._nr_space_jobs
+        if self._fast is not None:
+            may_write = self._is_quick and not self.read_only
+            self._fast.write_max = INLINE_WRITE_MAX if may_write else 0
 
     def _write_later(self, bio: Bio, put: int) -> None:
         bio.own()

@@ -61,6 +61,7 @@ from nbdtarget.policies.base import (
     MISS_WAKE,
     PROMOTE,
     WRITEBACK,
+    HitTables,
     MappingError,
     Policy,
     Work,
@@ -188,6 +189,12 @@ class Smq(Policy):
         if work is not None and not self.tracker.queue(work):
             self._unreserve(work)
         return MISS_WAKE
+
+    def hit_tables(self) -> HitTables:
+        table = self._table
+        return HitTables(
+            table.blocks, table.buckets, table.chain, table.shift, self._is_hit
+        )
 
     def lookup_with_work(self, oblock: int, is_write: bool) -> tuple[int, Work | None]:
         entry = self._table.find(oblock)

@@ -48,6 +48,7 @@ from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.common.clock import sleep
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device, Extent
+from nbdtarget.fast.compiled import Route
 from nbdtarget.targets.base import (
     KILL,
     SUBMITTED,
@@ -169,6 +170,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
     def _prepare_map(self, parts: Parts) -> None:
         """Keep at hand what `map` asks for each bio."""
         self._fast_op_max = -1
+        self._route: Route | None = None
         self._nr_oblocks = self.length // parts.block_size
         self._locks = self._blocks.locks
         self._locked = self._blocks.locks.locked
@@ -186,6 +188,44 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         check_words(args)
 
     # ---- I/O ----
+
+    def maybe_route(self) -> Route | None:
+        file = self._cache.maybe_fast_file()
+        tables = self._blocks.policy.hit_tables()
+        discarded = self._discards.bits
+        endings = {self._dirty.endian, discarded.endian}
+        if file is None or tables is None or endings != {"little"}:
+            return None
+        dblock_blocks = self._discards.dblock_size // self._block_size
+        self._route = Route.by_table(
+            file,
+            tables.blocks,
+            tables.buckets,
+            tables.chain,
+            tables.shift,
+            tables.is_hit,
+            self._dirty,
+            discarded,
+            len(discarded),
+            dblock_blocks.bit_length() - 1,
+            self._block_size,
+            self._nr_oblocks,
+            self.begin,
+            self.begin + self.length,
+        )
+        self._route.locked = self._locked
+        self._route.was_served = self._was_served
+        self._open_route()
+        return self._route
+
+    def _open_route(self) -> None:
+        if self._route is not None:
+            is_open = self._fast_op_max == OP_WRITE
+            self._route.can_read = self._route.can_write = is_open
+
+    def _was_served(self, nr_reads: int, nr_writes: int) -> None:
+        self._statistics.read_hits += nr_reads
+        self._statistics.write_hits += nr_writes
 
     def map(self, bio: Bio) -> int:
         # hot: a hit that ends at once takes 0.65 us, of which the policy's look-up is 0.22;
@@ -357,6 +397,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
                 self._fast_op_max = OP_WRITE
         elif not blocks.is_writable:
             blocks.policy.allow_migrations(False)  # else it takes blocks for them
+        self._open_route()
 
     # ---- words ----
 

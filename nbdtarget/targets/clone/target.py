@@ -76,6 +76,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.common.errors import TableError
 from nbdtarget.devices.base import Device, Extent
+from nbdtarget.fast.compiled import Route
 from nbdtarget.targets.base import (
     KILL,
     REMAPPED,
@@ -160,6 +161,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         # All regions are hydrated, and durably so: from here on we only pass bios on.
         self._is_hydrated = False
         self._has_failed = False
+        self._route: Route | None = None
         self._is_sealed = False  # nothing may be written: see `JournaledMetadata`
 
     def _own_parts(self) -> Sequence[object]:
@@ -180,6 +182,36 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         check_words(args)
 
     # ---- I/O ----
+
+    def maybe_route(self) -> Route | None:
+        file = self._destination.maybe_fast_file()
+        if file is None or self._bits.endian != "little":
+            return None
+        self._route = Route.by_bitmap(
+            file,
+            self._source.maybe_fast_file(),
+            self._bits,
+            self._regions.nr_regions,
+            self._shift,
+            self.begin,
+            self.begin + self.length,
+        )
+        self._route.was_served = self._was_served
+        self._open_route()
+        return self._route
+
+    def _open_route(self) -> None:
+        """What the compiled fast path may do is what `map` does without another question."""
+        if self._route is not None:
+            self._route.can_read = not self._has_failed
+            is_writable = self._is_hydrated or not self._is_sealed
+            self._route.can_write = is_writable and not self._has_failed
+            # What clients read of the source is to be noted with `hydrate_on_read`.
+            self._route.can_read_other = not self._hydration.hydrate_on_read
+
+    def _was_served(self, nr_reads: int, nr_writes: int) -> None:
+        if not self._is_hydrated:
+            self._regions.nr_bios += nr_reads + nr_writes
 
     def map(self, bio: Bio) -> int:
         if self._is_hydrated and bio.op < OP_FLUSH:
@@ -346,6 +378,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
     def _committed(self) -> None:
         if not self._is_hydrated and self._metadata.hydration_done:
             self._is_hydrated = True
+            self._open_route()
             log.info("%s: hydrated", self.ctx.name)
             self.ctx.event()
             self._maybe_become_linear()
@@ -362,6 +395,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         self._has_failed = self._metadata.mode is Mode.FAIL
         self._is_sealed = self._metadata.is_sealed
         self._is_hydrated = not self._has_failed and self._metadata.hydration_done
+        self._open_route()
 
     # ---- words ----
 
@@ -394,8 +428,10 @@ class CloneTarget(MappingTarget[CloneMetadata]):
                 hydration.enabled = False
             case ["enable_hydrate_on_read", *_]:
                 hydration.hydrate_on_read = True
+                self._open_route()
             case ["disable_hydrate_on_read", *_]:
                 hydration.hydrate_on_read = False
+                self._open_route()
                 hydration.forget_reads()
             case ["then_linear", *_]:
                 self._then_linear = True

@@ -168,3 +168,15 @@ def test_one_flush_sends_a_bounded_number_of_bytes(pair: Pair) -> None:
     assert sent == nr * len(piece)
     assert output.is_empty
     assert not output.is_blocked
+
+
+def test_rest_of_a_half_sent_reply_goes_before_what_is_pushed(pair: Pair) -> None:
+    """The compiled fast path may leave a part of a reply; a late reply must not come in between."""
+    pair.output.arena[:8] = b"sentrest"
+    pair.output.sent_to(4, 8)
+    assert not pair.output.is_plain
+    pair.output.push(b"late")
+    assert pair.output.flush()
+    assert pair.receive() == b"restlate"
+    assert pair.output.is_plain
+    assert pair.output.is_empty

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the compiled fast path is there, and the names that it has.
+
+The extension module `nbdtarget_fast` is built from `nbdtarget_fast.pyx`, which tells what it does, when a C
+compiler is at hand (`scripts/build_fast.py`). Where it is missing, or was built from another version
+of the source, `IS_COMPILED` is false, no device offers a `Route`, and every request takes the way through
+Python: slower, and otherwise the same. The environment variable NBDTARGET_PURE=1 asks for that.
+
+Other modules import the extension from here, and nowhere else.
+"""
+
+import os
+from typing import TYPE_CHECKING, Final
+
+__all__ = ["ABI", "IS_COMPILED", "FastFile", "Plane", "Route", "describe"]
+
+ABI: Final = 1  # the extension's must be the same; both change together
+
+IS_COMPILED = False
+_REASON = "the environment variable NBDTARGET_PURE is set"
+if not os.environ.get("NBDTARGET_PURE"):
+    try:
+        import nbdtarget_fast
+    except ImportError:
+        _REASON = "the module nbdtarget_fast has not been built"
+    else:
+        IS_COMPILED = nbdtarget_fast.ABI == ABI
+        _REASON = "the module nbdtarget_fast is of another version"
+
+if TYPE_CHECKING or IS_COMPILED:
+    from nbdtarget_fast import FastFile, Plane, Route
+else:
+
+    class _NotBuilt:
+        """Stands for the types of the extension where none of them is ever made."""
+
+    FastFile = Plane = Route = _NotBuilt
+
+
+def describe() -> str:
+    """Return which path is in use, as `nbdtarget --version` says it."""
+    return "fast path: compiled" if IS_COMPILED else f"fast path: none ({_REASON})"

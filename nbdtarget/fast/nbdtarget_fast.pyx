@@ -1,0 +1,880 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False
+"""The compiled half of the server's hot path: plain READs and WRITEs, from socket to file and back.
+
+Theory of operation. A `Plane` belongs to one connection. `Plane.turn` receives a batch of requests,
+carries out those that are plain, packs their replies and sends them: without a Python object for any of
+them, and without the interpreter's lock. A request is *plain* if
+
+    it is a READ or a WRITE without flags, and nothing is wrong with it,
+    the `Route` of the device can tell in which file its bytes lie, and where,
+    the file answers at once: a READ from the page cache, a WRITE into it.
+
+In front of the first request that is not plain, `turn` stops. Python carries that one out and calls `turn`
+again. So every rule that is not about plain requests is written once, in Python. And everything that is
+done here ends inside `turn`: nothing is in flight when Python code runs. A suspend, a table swap, a
+removal or the end of a connection therefore never has to wait for this module.
+
+    Python   receive buffer   [begin, end): received and not yet served
+             arena            [base, out): replies that are packed and not yet sent
+
+`turn` uses the two buffers and the four numbers, and Python reads the numbers afterwards. Neither
+looks at them while the other one runs.
+
+Who says what may be done. A device gives its `Route` only while its requests may take this way; Python asks
+for it before each turn. `FastFile` and `Route` have fields that their owners set at any time between two
+turns (`write_max`, `can_write`, ...), and they point to tables that their owners change in place: the bitmap
+of a clone, the hash table of a cache policy. All of these change in the thread of the event loop only, and
+that is the thread which is here.
+
+Memory safety. Every number that comes from a client or from a table is compared with the length of what it
+points into, before it is used.
+"""
+
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memmove, memset
+
+cdef extern from "<sys/types.h>" nogil:
+    ctypedef long off_t
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t preadv2(int fd, const iovec *places, int count, off_t offset, int flags)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pwrite(int fd, const void *data, size_t length, off_t offset)
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t recv(int fd, void *data, size_t length, int flags)
+    ssize_t send(int fd, const void *data, size_t length, int flags)
+    int MSG_DONTWAIT
+    int MSG_NOSIGNAL
+
+cdef extern from "<endian.h>" nogil:
+    uint16_t be16toh(uint16_t value)
+    uint32_t be32toh(uint32_t value)
+    uint64_t be64toh(uint64_t value)
+    uint32_t htobe32(uint32_t value)
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *now)
+    int CLOCK_MONOTONIC
+
+__all__ = [
+    "ABI", "BLOCKED", "CLOSED", "DONE", "FAILED", "POLLED", "SLOW", "TURN_OVER", "UNFINISHED",
+    "FastFile", "Plane", "Route",
+]
+
+ABI = 1  # of `nbdtarget.fast.compiled`
+
+cdef enum Stop:
+    STOP_DONE = 0
+    STOP_SLOW = 1
+    STOP_UNFINISHED = 2
+    STOP_BLOCKED = 3
+    STOP_TURN_OVER = 4
+    STOP_CLOSED = 5
+    STOP_FAILED = 6
+    STOP_POLLED = 7
+
+# What `Plane.turn` returns.
+DONE = STOP_DONE  # what was there has been served, and the replies have left
+SLOW = STOP_SLOW  # the request at `begin` is for Python
+UNFINISHED = STOP_UNFINISHED  # so is the WRITE at `begin`: its file took only `put` bytes, see `error`
+BLOCKED = STOP_BLOCKED  # the socket takes no more replies for now
+TURN_OVER = STOP_TURN_OVER  # the loop must have its turn before more is done
+CLOSED = STOP_CLOSED  # the peer has closed its half
+FAILED = STOP_FAILED  # the socket has failed, with `error`
+POLLED = STOP_POLLED  # as DONE; the socket was looked at for some time, and nothing came
+
+cdef enum:
+    REQUEST_BYTES = 28
+    DATA_BYTES = 28  # the header of an OFFSET_DATA chunk
+    SIMPLE_BYTES = 16
+    HOLE_BYTES = 32  # an OFFSET_HOLE chunk
+    COMMAND_READ = 0
+    COMMAND_WRITE = 1
+
+    # Between two looks at the clock. Each request counts as so many bytes more than it has.
+    LOOK_BYTES = 262144
+    REQUEST_WEIGHT = 4096
+
+    POLL_GAP_NS = 20000  # between two looks at the socket: others want the processor
+    WRITE_PIECE = 65536  # see `nbdtarget.devices.file.device`
+    LOCKED_MAX = 64  # blocks; while more are locked, nothing takes this way
+    MIXED_MAX = 64  # regions of one request that are looked at one by one
+
+    KIND_FLAT = 0
+    KIND_BITMAP = 1
+    KIND_TABLE = 2
+
+cdef uint32_t NO_ENTRY = 0xFFFFFFFFU
+cdef uint64_t HASH_MULTIPLIER = 0x9E3779B1ULL
+cdef uint64_t HASH_MASK = 0xFFFFFFFFULL
+
+# The first eight bytes, as they go over the wire; the cookie follows.
+cdef const char *REQUEST_HEAD = b"\x25\x60\x95\x13"
+cdef const char *DATA_HEAD = b"\x66\x8e\x33\xef\x00\x01\x00\x01"  # structured, DONE, OFFSET_DATA
+cdef const char *HOLE_HEAD = b"\x66\x8e\x33\xef\x00\x01\x00\x02"  # structured, DONE, OFFSET_HOLE
+cdef const char *SIMPLE_HEAD = b"\x67\x44\x66\x98\x00\x00\x00\x00"  # no error
+
+
+# ---- files ----
+
+cdef struct File:
+    int fd
+    int read_flags
+    uint64_t size
+    uint64_t read_max
+    uint64_t write_max
+    int64_t slow_ns
+    bint was_slow
+
+
+cdef inline int64_t now_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef inline bint lies_in(uint64_t offset, uint64_t length, uint64_t size) noexcept nogil:
+    return length <= size and offset <= size - length
+
+
+cdef inline bint file_read(const File *file, uint8_t *into, uint64_t offset, uint64_t length) noexcept nogil:
+    """Whether all of it was there at once."""
+    cdef iovec place
+    if length > file.read_max or not lies_in(offset, length, file.size):
+        return False
+    place.iov_base = into
+    place.iov_len = length
+    return preadv2(file.fd, &place, 1, <off_t>offset, file.read_flags) == <ssize_t>length
+
+
+cdef inline bint file_takes(const File *file, uint64_t offset, uint64_t length) noexcept nogil:
+    return length <= file.write_max and lies_in(offset, length, file.size)
+
+
+cdef inline uint64_t file_write(
+    File *file, const uint8_t *data, uint64_t offset, uint64_t length, int *error
+) noexcept nogil:
+    """Return how much the page cache took; if that is not all, `error` may say why."""
+    cdef uint64_t put = 0
+    cdef uint64_t step
+    cdef ssize_t taken
+    cdef int64_t began = now_ns()
+    error[0] = 0
+    while put < length:
+        step = length - put
+        if step > WRITE_PIECE:
+            step = WRITE_PIECE
+        taken = pwrite(file.fd, data + put, step, <off_t>(offset + put))
+        if taken < 0:
+            error[0] = errno
+            return put
+        put += <uint64_t>taken
+        if <uint64_t>taken < step:
+            break
+    if now_ns() - began > file.slow_ns:
+        # The next write is the device's to decide about.
+        file.was_slow = True
+        file.write_max = 0
+    return put
+
+
+cdef class FastFile:
+    """An open file, and what may be done with it without asking its device.
+
+    The device keeps the fields up to date, and closes the file only when no `Route` leads here.
+
+    Args:
+        fd: stays the device's.
+        slow_ns: a WRITE that takes longer is the last one until `was_slow` has been called.
+        was_slow: the device's: it decides whether `write_max` stays 0.
+        was_unfinished: the device's: the next WRITE that it gets has been begun here. Takes the
+            offset and length, the bytes that the page cache took, and the errno, 0: none.
+
+    Attributes:
+        size: bytes.
+        read_max: up to which length READs are tried, 0: not at all.
+        read_flags: of preadv2.
+        write_max: up to which length WRITEs are done here, 0: not at all.
+    """
+
+    cdef File file
+    cdef object was_slow
+    cdef object was_unfinished
+
+    def __init__(self, int fd, int64_t slow_ns, was_slow, was_unfinished):
+        self.file.fd = fd
+        self.file.slow_ns = slow_ns
+        self.was_slow = was_slow
+        self.was_unfinished = was_unfinished
+
+    @property
+    def size(self):
+        return self.file.size
+
+    @size.setter
+    def size(self, uint64_t value):
+        self.file.size = value
+
+    @property
+    def read_max(self):
+        return self.file.read_max
+
+    @read_max.setter
+    def read_max(self, uint64_t value):
+        self.file.read_max = value
+
+    @property
+    def read_flags(self):
+        return self.file.read_flags
+
+    @read_flags.setter
+    def read_flags(self, int value):
+        self.file.read_flags = value
+
+    @property
+    def write_max(self):
+        return self.file.write_max
+
+    @write_max.setter
+    def write_max(self, uint64_t value):
+        self.file.write_max = value
+
+
+# ---- routes ----
+
+cdef struct Way:
+    int kind
+    bint can_read
+    bint can_write
+    bint is_read_only
+    uint64_t begin  # the route is for the bytes [begin, size) of the device
+    uint64_t size
+    File *file
+    int64_t delta  # in a flat route, to the file's offsets
+    # A bitmap: set bits are in `file`, others in `other`.
+    const uint8_t *bits
+    uint64_t nr_bits
+    int shift
+    File *other
+    bint can_read_other
+    # A table: see `nbdtarget.policies.smq.block_table`.
+    uint64_t block_size
+    uint64_t nr_blocks
+    const uint64_t *blocks
+    const uint32_t *buckets
+    const uint32_t *chain
+    uint64_t nr_entries
+    uint64_t nr_buckets
+    int bucket_shift
+    const uint8_t *is_hit
+    const uint8_t *dirty
+    const uint8_t *discarded
+    uint64_t nr_discard_bits
+    int discard_shift
+    uint64_t locked[64]  # LOCKED_MAX
+    int nr_locked
+    # Since the owner was told.
+    uint64_t nr_reads
+    uint64_t nr_writes
+
+
+cdef inline bint is_set(const uint8_t *bits, uint64_t nr) noexcept nogil:
+    return (bits[nr >> 3] >> (nr & 7)) & 1
+
+
+cdef File *find_by_bitmap(
+    const Way *way, uint64_t offset, uint64_t length, bint is_write, uint64_t *at
+) noexcept nogil:
+    cdef uint64_t first = offset >> way.shift
+    cdef uint64_t last = (offset + length - 1) >> way.shift
+    cdef uint64_t nr
+    cdef bint here
+    if last >= way.nr_bits or last - first > MIXED_MAX:
+        return NULL
+    here = is_set(way.bits, first)
+    for nr in range(first + 1, last + 1):
+        if is_set(way.bits, nr) != here:
+            return NULL
+    at[0] = offset
+    if here:
+        return way.file
+    return way.other if not is_write and way.can_read_other else NULL
+
+
+cdef File *find_by_table(
+    const Way *way, uint64_t offset, uint64_t length, bint is_write, uint64_t *at
+) noexcept nogil:
+    cdef uint64_t block = offset // way.block_size
+    cdef uint64_t inside = offset - block * way.block_size
+    cdef uint64_t bucket = ((block * HASH_MULTIPLIER) & HASH_MASK) >> way.bucket_shift
+    cdef uint64_t steps = 0
+    cdef uint32_t entry
+    cdef int nr
+    # A WRITE of a whole block may take another way than the cache.
+    if inside + length > way.block_size or block >= way.nr_blocks or (is_write and length == way.block_size):
+        return NULL
+    if bucket >= way.nr_buckets:
+        return NULL
+    for nr in range(way.nr_locked):
+        if way.locked[nr] == block:
+            return NULL
+    entry = way.buckets[bucket]
+    while entry != NO_ENTRY:
+        if entry >= way.nr_entries or steps > way.nr_entries:
+            return NULL
+        if way.blocks[entry] == block:
+            break
+        entry = way.chain[entry]
+        steps += 1
+    else:
+        return NULL  # not cached
+    if not way.is_hit[entry]:
+        return NULL  # the first hit of this period: the policy wants to know
+    if is_write:
+        if not is_set(way.dirty, entry):
+            return NULL
+        if (block >> way.discard_shift) >= way.nr_discard_bits or is_set(way.discarded, block >> way.discard_shift):
+            return NULL
+    at[0] = <uint64_t>entry * way.block_size + inside
+    return way.file
+
+
+cdef inline File *find(
+    const Way *way, uint64_t offset, uint64_t length, bint is_write, uint64_t *at
+) noexcept nogil:
+    """Return the file that has these bytes, and where in `at`; NULL: ask Python.
+
+    The caller has seen to it that they lie in the device.
+    """
+    if offset < way.begin:
+        return NULL
+    if is_write:
+        if way.is_read_only or not way.can_write:
+            return NULL
+    elif not way.can_read:
+        return NULL
+    if way.kind == KIND_FLAT:
+        at[0] = offset + <uint64_t>way.delta
+        return way.file
+    if way.kind == KIND_BITMAP:
+        return find_by_bitmap(way, offset - way.begin, length, is_write, at)
+    return find_by_table(way, offset - way.begin, length, is_write, at)
+
+
+cdef class _Memory:
+    """The memory of a buffer, and what keeps it."""
+
+    cdef Py_buffer view
+    cdef bint is_held
+
+    def __cinit__(self, owner):
+        PyObject_GetBuffer(owner, &self.view, PyBUF_SIMPLE)
+        self.is_held = True
+
+    def __dealloc__(self):
+        if self.is_held:
+            PyBuffer_Release(&self.view)
+
+
+cdef class Route:
+    """Where the bytes of a device lie, of a device whose table is one target.
+
+    Made by `flat`, `by_bitmap` or `by_table`.
+
+    Attributes:
+        can_read, can_write: whether READs, WRITEs may take this way now. Set by the target.
+        is_read_only: of the mapped device, which says it.
+        can_read_other: whether what lies in the other file of a bitmap may be read there.
+        locked: in a table, the blocks that are locked; a negative number stands for more than one block, and
+            then no request takes this way.
+        was_served: is called after a turn with the numbers of READs and WRITEs that it served; or None.
+    """
+
+    cdef Way way
+    cdef FastFile file
+    cdef FastFile other
+    cdef list memory
+    cdef public dict locked  # the numbers are the keys
+    cdef public object was_served
+
+    def __init__(self, FastFile file not None, uint64_t begin, uint64_t size):
+        self.file = file
+        self.memory = []
+        self.way.file = &file.file
+        self.way.begin = begin
+        self.way.size = size
+
+    @property
+    def can_read(self):
+        return self.way.can_read
+
+    @can_read.setter
+    def can_read(self, bint value):
+        self.way.can_read = value
+
+    @property
+    def can_write(self):
+        return self.way.can_write
+
+    @can_write.setter
+    def can_write(self, bint value):
+        self.way.can_write = value
+
+    @property
+    def can_read_other(self):
+        return self.way.can_read_other
+
+    @can_read_other.setter
+    def can_read_other(self, bint value):
+        self.way.can_read_other = value
+
+    cdef bint note_locked(self) except -1:
+        """Whether any request may take this way; if so, which blocks are locked is at hand."""
+        cdef int64_t number
+        self.way.nr_locked = 0
+        if not self.locked:
+            return True
+        if len(self.locked) > LOCKED_MAX:
+            return False
+        for key in self.locked:
+            number = key
+            if number < 0:
+                return False
+            self.way.locked[self.way.nr_locked] = <uint64_t>number
+            self.way.nr_locked += 1
+        return True
+
+    @property
+    def is_read_only(self):
+        return self.way.is_read_only
+
+    @is_read_only.setter
+    def is_read_only(self, bint value):
+        self.way.is_read_only = value
+
+    cdef _Memory hold(self, owner):
+        cdef _Memory memory = _Memory(owner)
+        self.memory.append(memory)
+        return memory
+
+    @staticmethod
+    def flat(FastFile file not None, int64_t delta, uint64_t size):
+        """The byte x of the device lies at x + delta of the file."""
+        cdef Route route = Route(file, 0, size)
+        route.way.kind = KIND_FLAT
+        route.way.delta = delta
+        return route
+
+    @staticmethod
+    def by_bitmap(FastFile file not None, FastFile other, bits, uint64_t nr_bits, int shift, uint64_t begin, uint64_t size):
+        """Regions of 2^shift bytes: those whose bit is set lie in `file`, the others can be read from `other`.
+
+        Args:
+            other: None: Python reads them.
+            bits: a little-endian bitmap.
+            begin: byte x of the files is byte begin + x of the device.
+        """
+        cdef Route route = Route(file, begin, size)
+        cdef _Memory memory = route.hold(bits)
+        if not 0 < shift < 63 or <uint64_t>memory.view.len * 8 < nr_bits:
+            raise ValueError("the bitmap is too short")
+        route.way.kind = KIND_BITMAP
+        route.way.bits = <const uint8_t *>memory.view.buf
+        route.way.nr_bits = nr_bits
+        route.way.shift = shift
+        if other is not None:
+            route.other = other
+            route.way.other = &other.file
+            route.way.can_read_other = True
+        return route
+
+    @staticmethod
+    def by_table(FastFile file not None, blocks, buckets, chain, int bucket_shift, is_hit, dirty, discarded,
+                 uint64_t nr_discard_bits, int discard_shift, uint64_t block_size, uint64_t nr_blocks, uint64_t begin, uint64_t size):
+        """Blocks that a hash table finds in the file: the entry of a block is its place there.
+
+        Args:
+            blocks, buckets, chain, bucket_shift: of the table.
+            is_hit: a byte for each entry; what has 0 there is for Python.
+            dirty: a bitmap; only entries whose bit is set are written to.
+            discarded, nr_discard_bits, discard_shift: a bitmap of runs of 2^discard_shift blocks; where a bit is
+                set, nothing is written.
+            nr_blocks: of the device; what lies behind them is for Python.
+        """
+        cdef Route route = Route(file, begin, size)
+        cdef _Memory all_blocks = route.hold(blocks), all_buckets = route.hold(buckets), all_chain = route.hold(chain)
+        cdef _Memory all_hits = route.hold(is_hit), all_dirty = route.hold(dirty), all_discarded = route.hold(discarded)
+        cdef uint64_t nr_entries = all_blocks.view.len // 8
+        if (
+            not block_size or not 0 <= bucket_shift < 64 or not 0 <= discard_shift < 64
+            or <uint64_t>all_chain.view.len // 4 < nr_entries or <uint64_t>all_hits.view.len < nr_entries
+            or <uint64_t>all_dirty.view.len * 8 < nr_entries
+            or <uint64_t>all_discarded.view.len * 8 < nr_discard_bits
+        ):
+            raise ValueError("the tables do not fit each other")
+        route.way.kind = KIND_TABLE
+        route.way.blocks = <const uint64_t *>all_blocks.view.buf
+        route.way.buckets = <const uint32_t *>all_buckets.view.buf
+        route.way.chain = <const uint32_t *>all_chain.view.buf
+        route.way.nr_entries = nr_entries
+        route.way.nr_buckets = all_buckets.view.len // 4
+        route.way.bucket_shift = bucket_shift
+        route.way.is_hit = <const uint8_t *>all_hits.view.buf
+        route.way.dirty = <const uint8_t *>all_dirty.view.buf
+        route.way.discarded = <const uint8_t *>all_discarded.view.buf
+        route.way.nr_discard_bits = nr_discard_bits
+        route.way.discard_shift = discard_shift
+        route.way.block_size = block_size
+        route.way.nr_blocks = nr_blocks
+        return route
+
+    def close(self):
+        """No request takes this way any more; let go of all tables."""
+        self.way.can_read = self.way.can_write = False
+        self.way.kind = KIND_FLAT
+        self.way.size = 0
+        self.memory.clear()
+        self.locked = None
+        self.was_served = None
+
+
+# ---- connections ----
+
+cdef class Plane:
+    """The compiled half of one connection; see the module head.
+
+    Args:
+        sock: the descriptor of its socket.
+        received, arena: the two buffers.
+        structured: whether replies to READs are structured.
+        size: of the export.
+        can_write: whether the client was told that it may write.
+        zero_min: from which length a READ is looked through for zeroes, which are answered as a hole.
+        turn_ns: how long a turn lasts at most.
+        flush_at: replies are sent when so many bytes of them are there.
+        poison: for tests: overwrite what has been served and sent.
+
+    Attributes:
+        begin, end, base, out: see the module head.
+        error: the errno of FAILED or UNFINISHED.
+        put: of UNFINISHED: bytes that the file took.
+        was_batch: more than one request came at once.
+        was_hit: polling has found something.
+    """
+
+    cdef int sock
+    cdef Py_buffer received
+    cdef Py_buffer arena
+    cdef bint has_buffers
+    cdef bint structured
+    cdef bint can_write
+    cdef bint poison
+    cdef uint64_t size
+    cdef uint64_t zero_min
+    cdef int64_t turn_ns
+    cdef Py_ssize_t flush_at
+    cdef readonly Py_ssize_t begin
+    cdef readonly Py_ssize_t end
+    cdef readonly Py_ssize_t base
+    cdef readonly Py_ssize_t out
+    cdef readonly int error
+    cdef readonly uint64_t put
+    cdef uint64_t put_at  # in the file
+    cdef uint64_t put_length
+    cdef readonly bint was_batch
+    cdef readonly bint was_hit
+    cdef int64_t turn_end  # 0: the clock was not looked at in this turn of the loop
+
+    def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
+                 uint64_t zero_min, int64_t turn_ns, Py_ssize_t flush_at, bint poison):
+        self.release()
+        PyObject_GetBuffer(received, &self.received, PyBUF_WRITABLE)
+        try:
+            PyObject_GetBuffer(arena, &self.arena, PyBUF_WRITABLE)
+        except BaseException:
+            PyBuffer_Release(&self.received)
+            raise
+        self.has_buffers = True
+        self.sock = sock
+        self.structured = structured
+        self.can_write = can_write
+        self.size = size
+        self.zero_min = zero_min if structured else <uint64_t>-1
+        self.turn_ns = turn_ns
+        self.flush_at = flush_at
+        self.poison = poison
+
+    def release(self):
+        """Let go of the two buffers; after that, every turn ends with SLOW."""
+        if self.has_buffers:
+            self.has_buffers = False
+            PyBuffer_Release(&self.received)
+            PyBuffer_Release(&self.arena)
+
+    def __dealloc__(self):
+        self.release()
+
+    def turn(self, Route route not None, int64_t poll_ns, bint goes_on,
+             Py_ssize_t begin, Py_ssize_t end, Py_ssize_t base, Py_ssize_t out):
+        """Receive, serve and send, until one of the stops above.
+
+        Args:
+            poll_ns: after an answer, how long to look at the socket for the next request; 0: not at all.
+            goes_on: the loop had no turn since the last call.
+            begin, end, base, out: see the module head.
+        """
+        cdef Stop stop
+        if not self.has_buffers or not route.note_locked():
+            self.begin, self.end, self.base, self.out = begin, end, base, out
+            self.was_batch = self.was_hit = False
+            return STOP_SLOW
+        if not (0 <= begin <= end <= self.received.len and 0 <= base <= out <= self.arena.len):
+            raise ValueError("these places lie outside of the buffers")
+        self.begin, self.end, self.base, self.out = begin, end, base, out
+        if not goes_on:
+            self.turn_end = 0
+        with nogil:
+            stop = self._turn(&route.way, poll_ns)
+        if route.file.file.was_slow:
+            route.file.file.was_slow = False
+            route.file.was_slow()
+        if route.was_served is not None and (route.way.nr_reads or route.way.nr_writes):
+            route.was_served(route.way.nr_reads, route.way.nr_writes)
+            route.way.nr_reads = route.way.nr_writes = 0
+        if stop == STOP_UNFINISHED:
+            route.file.was_unfinished(self.put_at, self.put_length, self.put, self.error)
+        return stop
+
+    cdef Stop _turn(self, Way *way, int64_t poll_ns) noexcept nogil:
+        cdef Stop stop
+        cdef ssize_t got
+        cdef uint8_t *into = <uint8_t *>self.received.buf
+        cdef int64_t began = 0, looked = 0, now
+        cdef bint has_replies
+        cdef bint is_received = self.end > self.begin  # begin with that
+        self.was_batch = self.was_hit = False
+        while True:
+            if is_received:
+                is_received = False
+            else:
+                if self.end == self.received.len:
+                    if not self.begin:
+                        return STOP_SLOW  # one request that does not fit: it gets memory of its own
+                    self._compact()
+                got = recv(self.sock, into + self.end, self.received.len - self.end, MSG_DONTWAIT)
+                if got < 0:
+                    if errno == EINTR:
+                        continue
+                    if errno != EAGAIN:
+                        self.error = errno
+                        return STOP_FAILED
+                    if not poll_ns:
+                        return STOP_DONE
+                    now = now_ns()
+                    if not began:
+                        began = now
+                    elif now - began > poll_ns or now - looked > POLL_GAP_NS:
+                        return STOP_POLLED
+                    sched_yield()
+                    looked = now_ns()
+                    continue
+                if not got:
+                    return STOP_CLOSED
+                if began:
+                    began = 0
+                    self.was_hit = True
+                self.end += got
+                if got > REQUEST_BYTES and self._is_batch():
+                    self.was_batch = True
+                    poll_ns = 0
+            stop = self._serve(way)
+            has_replies = self.out > self.base
+            if stop == STOP_SLOW or stop == STOP_UNFINISHED or stop == STOP_FAILED or stop == STOP_BLOCKED:
+                return stop
+            if has_replies and not self._send():
+                return STOP_FAILED if self.error else STOP_BLOCKED
+            if stop != STOP_DONE or has_replies and not poll_ns:
+                return stop
+            # A peer at depth 1 must not keep the loop for ever.
+            if self._is_over():
+                return STOP_TURN_OVER
+
+    cdef inline bint _is_over(self) noexcept nogil:
+        """Whether this turn has lasted long enough. The first look begins it."""
+        cdef int64_t now = now_ns()
+        if not self.turn_end:
+            self.turn_end = now + self.turn_ns
+        return now > self.turn_end
+
+    cdef inline bint _is_batch(self) noexcept nogil:
+        """Whether more than one request lies in the receive buffer."""
+        cdef const uint8_t *at = <const uint8_t *>self.received.buf + self.begin
+        cdef Py_ssize_t left = self.end - self.begin - REQUEST_BYTES
+        cdef uint16_t command
+        cdef uint32_t length
+        if left <= 0:
+            return False
+        memcpy(&command, at + 6, 2)
+        memcpy(&length, at + 24, 4)
+        return be16toh(command) != COMMAND_WRITE or left > <Py_ssize_t>be32toh(length)
+
+    cdef bint _send(self) noexcept nogil:
+        """Send the replies; whether all have left. If not, `error` is 0, or the socket has failed."""
+        cdef uint8_t *arena = <uint8_t *>self.arena.buf
+        cdef ssize_t sent
+        self.error = 0
+        while self.base < self.out:
+            sent = send(self.sock, arena + self.base, self.out - self.base, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if sent < 0:
+                if errno == EINTR:
+                    continue
+                if errno != EAGAIN:
+                    self.error = errno
+                return False
+            self.base += sent
+        if self.poison:
+            memset(arena, 0xdb, self.out)
+        self.base = self.out = 0
+        return True
+
+    cdef void _compact(self) noexcept nogil:
+        """Make room behind `end`."""
+        cdef uint8_t *received = <uint8_t *>self.received.buf
+        cdef Py_ssize_t left = self.end - self.begin
+        if not self.begin:
+            return
+        if left:
+            memmove(received, received + self.begin, left)
+        if self.poison:
+            memset(received + left, 0xdb, self.end - left)
+        self.begin = 0
+        self.end = left
+
+    cdef Stop _make_room(self) noexcept nogil:
+        """The arena has no room for one more reply: send. STOP_DONE: there is room."""
+        if self._send():
+            return STOP_DONE
+        return STOP_FAILED if self.error else STOP_BLOCKED
+
+    cdef Stop _serve(self, Way *way) noexcept nogil:
+        """Serve what is received. DONE: all of it, but for the beginning of one more request."""
+        cdef uint8_t *received = <uint8_t *>self.received.buf
+        cdef uint8_t *arena = <uint8_t *>self.arena.buf
+        cdef uint8_t *at
+        cdef uint8_t *reply
+        cdef uint16_t flags, command
+        cdef uint32_t length
+        cdef uint64_t offset, file_at = 0, put
+        cdef uint64_t size = self.size if self.size < way.size else way.size
+        cdef Py_ssize_t head = DATA_BYTES if self.structured else SIMPLE_BYTES
+        cdef int64_t look_left = LOOK_BYTES
+        cdef File *file
+        cdef Stop stop
+        while self.end - self.begin >= REQUEST_BYTES:
+            at = received + self.begin
+            memcpy(&flags, at + 4, 2)
+            memcpy(&command, at + 6, 2)
+            memcpy(&offset, at + 16, 8)
+            memcpy(&length, at + 24, 4)
+            command = be16toh(command)
+            offset = be64toh(offset)
+            length = be32toh(length)
+            if (
+                memcmp(at, REQUEST_HEAD, 4) != 0
+                or flags
+                or command > COMMAND_WRITE
+                or not length
+                or not lies_in(offset, length, size)
+            ):
+                return STOP_SLOW
+            if command == COMMAND_WRITE:
+                if not self.can_write:
+                    return STOP_SLOW
+                if self.end - self.begin - REQUEST_BYTES < <int64_t>length:
+                    # Its payload is on its way. What does not fit gets memory of its own.
+                    if REQUEST_BYTES + <int64_t>length > self.received.len:
+                        return STOP_SLOW
+                    break
+                if self.out + SIMPLE_BYTES > self.arena.len:
+                    stop = self._make_room()
+                    if stop != STOP_DONE:
+                        return stop
+                file = find(way, offset, length, True, &file_at)
+                if file == NULL or not file_takes(file, file_at, length):
+                    return STOP_SLOW
+                put = file_write(file, at + REQUEST_BYTES, file_at, length, &self.error)
+                if put != length:
+                    self.put = put
+                    self.put_at = file_at
+                    self.put_length = length
+                    return STOP_UNFINISHED
+                reply = arena + self.out
+                memcpy(reply, SIMPLE_HEAD, 8)
+                memcpy(reply + 8, at + 8, 8)
+                self.out += SIMPLE_BYTES
+                self.begin += REQUEST_BYTES + length
+                way.nr_writes += 1
+            else:
+                if head + <int64_t>length + HOLE_BYTES > self.arena.len:
+                    return STOP_SLOW
+                if self.out + head + <int64_t>length + HOLE_BYTES > self.arena.len:
+                    stop = self._make_room()
+                    if stop != STOP_DONE:
+                        return stop
+                file = find(way, offset, length, False, &file_at)
+                reply = arena + self.out
+                if file == NULL or not file_read(file, reply + head, file_at, length):
+                    return STOP_SLOW
+                self.out += self._pack_read(reply, at, length)
+                self.begin += REQUEST_BYTES
+                way.nr_reads += 1
+                # Let the client begin to work on what is there.
+                if self.out - self.base >= self.flush_at and not self._send() and self.error:
+                    return STOP_FAILED
+            look_left -= length + REQUEST_WEIGHT
+            if look_left < 0:
+                look_left = LOOK_BYTES
+                if self._is_over():
+                    return STOP_TURN_OVER
+        self._compact()
+        return STOP_DONE
+
+    cdef Py_ssize_t _pack_read(self, uint8_t *reply, const uint8_t *request, uint32_t length) noexcept nogil:
+        """Write the header of a READ's reply, whose data is there. Returns how long the reply is."""
+        cdef uint32_t number
+        cdef const uint8_t *data = reply + DATA_BYTES
+        memcpy(reply + 8, request + 8, 8)
+        if not self.structured:
+            memcpy(reply, SIMPLE_HEAD, 8)
+            return SIMPLE_BYTES + <Py_ssize_t>length
+        if length >= self.zero_min and not data[0] and not memcmp(data, data + 1, length - 1):
+            memcpy(reply, HOLE_HEAD, 8)
+            number = htobe32(12)
+            memcpy(reply + 16, &number, 4)
+            memcpy(reply + 20, request + 16, 12)  # offset and length
+            return HOLE_BYTES
+        memcpy(reply, DATA_HEAD, 8)
+        number = htobe32(length + 8)
+        memcpy(reply + 16, &number, 4)
+        memcpy(reply + 20, request + 16, 8)
+        return DATA_BYTES + <Py_ssize_t>length

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the extension module; what things mean stands in `nbdtarget_fast.pyx`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+Buffer = Any  # collections.abc.Buffer is new in Python 3.12
+
+ABI: Final[int]
+
+DONE: Final = 0
+SLOW: Final = 1
+UNFINISHED: Final = 2
+BLOCKED: Final = 3
+TURN_OVER: Final = 4
+CLOSED: Final = 5
+FAILED: Final = 6
+POLLED: Final = 7
+
+class FastFile:
+    size: int
+    read_max: int
+    read_flags: int
+    write_max: int
+
+    def __init__(
+        self,
+        fd: int,
+        slow_ns: int,
+        was_slow: Callable[[], None],
+        was_unfinished: Callable[[int, int, int, int], None],
+    ) -> None: ...
+
+class Route:
+    can_read: bool
+    can_write: bool
+    can_read_other: bool
+    is_read_only: bool
+    locked: Mapping[int, object] | None
+    was_served: Callable[[int, int], None] | None
+
+    @staticmethod
+    def flat(file: FastFile, delta: int, size: int) -> Route: ...
+    @staticmethod
+    def by_bitmap(
+        file: FastFile,
+        other: FastFile | None,
+        bits: Buffer,
+        nr_bits: int,
+        shift: int,
+        begin: int,
+        size: int,
+    ) -> Route: ...
+    @staticmethod
+    def by_table(
+        file: FastFile,
+        blocks: Buffer,
+        buckets: Buffer,
+        chain: Buffer,
+        bucket_shift: int,
+        is_hit: Buffer,
+        dirty: Buffer,
+        discarded: Buffer,
+        nr_discard_bits: int,
+        discard_shift: int,
+        block_size: int,
+        nr_blocks: int,
+        begin: int,
+        size: int,
+    ) -> Route: ...
+    def close(self) -> None: ...
+
+class Plane:
+    begin: int
+    end: int
+    base: int
+    out: int
+    error: int
+    put: int
+    was_batch: bool
+    was_hit: bool
+
+    def __init__(
+        self,
+        sock: int,
+        received: Buffer,
+        arena: Buffer,
+        *,
+        structured: bool,
+        can_write: bool,
+        size: int,
+        zero_min: int,
+        turn_ns: int,
+        flush_at: int,
+        poison: bool,
+    ) -> None: ...
+    def release(self) -> None: ...
+    def turn(
+        self,
+        route: Route,
+        poll_ns: int,
+        goes_on: bool,
+        begin: int,
+        end: int,
+        base: int,
+        out: int,
+    ) -> int: ...

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make fuzz-fast`: the compiled fast path under AddressSanitizer, against messages of every kind.
+
+    make fuzz-fast [ARGS='--messages 10000000 --seed 1 --plain']
+
+The extension module is built with AddressSanitizer into a temporary folder, and a second Python with its
+library preloaded sends random batches over a socket pair: good requests, requests with random fields, cut
+ones, and random bytes, through flat routes, bitmaps and tables, with small buffers and large ones, with
+files that are too short, and peers that do not read. Every good batch is held against a model of the file.
+
+The first memory error ends the run with AddressSanitizer's report; so does a wrong reply, with the seed
+of its round and the command that repeats it. `--plain` leaves the sanitizer out.
+
+Exit status: 0 if nothing was found, else 1.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from bitarray import bitarray
+
+from nbdtarget.policies.smq.block_table import BlockTable
+from scripts.build_fast import BuildError, build, compiler
+
+if TYPE_CHECKING:
+    from nbdtarget_fast import FastFile, Plane, Route
+
+__all__ = ["main"]
+
+SIZE: Final = 1 << 20
+BLOCK: Final = 1 << 16
+MAGIC: Final = 0x25609513
+HEADER: Final = struct.Struct(">IHHQQI")
+ROUND_MESSAGES: Final = 20_000
+BATCH_MAX: Final = 200
+INSIDE: Final = "NBDTARGET_FUZZ_FAST"  # set in the second Python
+
+
+class Round:
+    """A plane with random sizes over a random route, and a file."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        import nbdtarget_fast
+
+        self.fast = nbdtarget_fast
+        self.random = random.Random(seed)
+        pick = self.random
+        path = folder / "disk"
+        self.model = bytearray(pick.randbytes(SIZE))
+        path.write_bytes(self.model)
+        self.fd = os.open(path, os.O_RDWR)
+        if pick.random() < 0.1:
+            os.ftruncate(self.fd, pick.randrange(SIZE))  # shorter than it was
+        self.is_short = os.fstat(self.fd).st_size < SIZE
+        self.file: FastFile = nbdtarget_fast.FastFile(
+            self.fd, 10**9, lambda: None, lambda *_: None
+        )
+        self.file.size = SIZE
+        self.file.read_max = self.file.write_max = pick.choice((SIZE, SIZE, 4096))
+        self.kind = pick.choice(("flat", "bitmap", "table"))
+        self.route: Route = self._route()
+        self.route.can_read = self.route.can_write = True
+        self.ours, self.peer = socket.socketpair()
+        self.ours.setblocking(False)
+        self.peer.setblocking(False)
+        self.received = bytearray(pick.choice((64, 300, 5000, 1 << 16, 1 << 19)))
+        self.arena = bytearray(pick.choice((64, 300, 5000, 1 << 17, 1 << 20)))
+        self.structured = pick.random() < 0.7
+        self.plane: Plane = nbdtarget_fast.Plane(
+            self.ours.fileno(),
+            self.received,
+            self.arena,
+            structured=self.structured,
+            can_write=pick.random() < 0.9,
+            size=pick.choice((SIZE, SIZE, SIZE // 2)),
+            zero_min=pick.choice((1, 512, 32768)),
+            turn_ns=pick.choice((1000, 10**9)),
+            flush_at=pick.choice((1, 4096, 1 << 17)),
+            poison=pick.random() < 0.5,
+        )
+
+    def _route(self) -> "Route":
+        pick, route = self.random, self.fast.Route
+        if self.kind == "flat":
+            return route.flat(
+                self.file, pick.choice((0, 0, 4096, -4096, 1 << 62)), SIZE
+            )
+        if self.kind == "bitmap":
+            bits = bitarray(endian="little")
+            bits.frombytes(pick.randbytes(2))
+            shift = pick.choice((16, 17, 20, 40))
+            nr_bits = pick.choice((16, 16, 3))
+            return route.by_bitmap(self.file, self.file, bits, nr_bits, shift, 0, SIZE)
+        table = BlockTable(16)
+        for entry, block in enumerate(pick.sample(range(16), 12)):
+            table.insert(entry, block)
+        if pick.random() < 0.3:  # nonsense
+            for at in range(len(table.chain)):
+                table.chain[at] = pick.choice((0, at, 1 << 20, 0xFFFFFFFF))
+            for at in range(len(table.buckets)):
+                table.buckets[at] = pick.choice((0, at, 1 << 31, 0xFFFFFFFF))
+        return route.by_table(
+            self.file,
+            table.blocks,
+            table.buckets,
+            table.chain,
+            table.shift,
+            bytearray(pick.choices((0, 1), (1, 9), k=16)),
+            pick.randbytes(2),
+            pick.randbytes(2),
+            pick.choice((16, 3)),
+            pick.choice((0, 1, 63)),
+            pick.choice((BLOCK, BLOCK, 1000, 1 << 40)),
+            pick.choice((16, 16, 1 << 40)),
+            pick.choice((0, 0, 4096)),
+            SIZE,
+        )
+
+    def message(self) -> bytes:
+        pick = self.random
+        command = pick.choice((0, 0, 1))
+        length = pick.choice((1, 17, 512, 512, 4096, 4096))
+        offset, flags, magic = pick.randrange(SIZE - 4096), 0, MAGIC
+        if pick.random() < 0.02:  # it is something else, in one way or several
+            odd = pick.random()
+            if odd < 0.2:
+                command = pick.choice((2, 3, 6, 0xFFFF))
+            elif odd < 0.4:
+                flags = pick.randrange(1 << 16)
+            elif odd < 0.6:
+                length = pick.choice((0, 1 << 31, (1 << 32) - 1, 1 << 18, 70_000))
+            elif odd < 0.9:
+                offset = pick.choice((SIZE, (1 << 64) - 1, pick.randrange(1 << 64)))
+            else:
+                magic = pick.randrange(1 << 32)
+        head = HEADER.pack(
+            magic, flags, command, pick.randrange(1 << 64), offset, length
+        )
+        if command == 1 and length < 1 << 18:
+            return head + bytes(length)
+        return head
+
+    def run(self, nr_messages: int) -> int:
+        """Send that many messages; return how many were served by the compiled code."""
+        pick, plane = self.random, self.plane
+        counts = [0]
+
+        def served(reads: int, writes: int) -> None:
+            counts[0] += reads + writes
+
+        self.route.was_served = served
+        begin = base = out = 0
+        while nr_messages > 0:
+            nr = pick.randint(1, BATCH_MAX)
+            nr_messages -= nr
+            wire = b"".join(self.message() for _ in range(nr))
+            if pick.random() < 0.02:
+                wire = pick.randbytes(pick.randrange(2000))
+            if pick.random() < 0.1:
+                wire = wire[: pick.randrange(len(wire) + 1)]
+            at = 0
+            while at < len(wire):
+                with contextlib.suppress(BlockingIOError):  # then only receive
+                    at += self.peer.send(wire[at : at + 100_000])
+                stop = plane.turn(
+                    self.route,
+                    pick.choice((0, 0, 50_000)),
+                    pick.random() < 0.5,
+                    begin,
+                    plane.end,
+                    base,
+                    out,
+                )
+                assert 0 <= plane.begin <= plane.end <= len(self.received)
+                assert 0 <= plane.base <= plane.out <= len(self.arena)
+                base, out = plane.base, plane.out
+                begin = plane.begin
+                if stop in (self.fast.SLOW, self.fast.UNFINISHED):
+                    self._take()
+                    base = out = 0
+                    begin = self._skip()
+                    if begin < 0:
+                        self._drop()
+                        begin = 0
+                        break
+                if pick.random() < 0.8 or stop == self.fast.BLOCKED:
+                    self._take()
+                    base = out = 0
+        self._drop()
+        return counts[0]
+
+    def _skip(self) -> int:
+        """Python would serve the request at `begin`. Returns where the next one begins; -1: that is not known."""
+        at, left = self.plane.begin, self.plane.end - self.plane.begin
+        if left < HEADER.size:
+            return -1
+        magic, _, command, _, _, length = HEADER.unpack_from(self.received, at)
+        size = HEADER.size + (length if command == 1 else 0)
+        return at + size if magic == MAGIC and size <= left else -1
+
+    def _take(self) -> None:
+        """Take all replies."""
+        while True:
+            try:
+                if not self.peer.recv(1 << 20):
+                    return
+            except BlockingIOError:
+                return
+
+    def _drop(self) -> None:
+        """Python would serve this request; here the rest of the batch is dropped instead."""
+        self._take()
+        while True:
+            try:
+                self.ours.recv(1 << 20)
+            except BlockingIOError:
+                break
+        # A turn over nothing, to set the places back.
+        self.plane.turn(self.route, 0, False, 0, 0, 0, 0)
+
+    def close(self) -> None:
+        self.route.close()
+        self.plane.release()
+        self.ours.close()
+        self.peer.close()
+        os.close(self.fd)
+
+
+def run_rounds(seed: int, messages: int) -> int:
+    """Run rounds until so many messages were sent. Returns the exit status."""
+    begun, sent, served = time.monotonic(), 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        at = seed
+        while sent < messages:
+            # AddressSanitizer ends the process: what was under way is on the screen then.
+            print(f"\rround {at}: {sent} messages, {served} served", end="", flush=True)
+            it = Round(at, Path(folder))
+            try:
+                served += it.run(min(ROUND_MESSAGES, messages - sent))
+            except Exception:
+                print(
+                    f"\nFAILED; again: make fuzz-fast ARGS='--seed {at} --messages {ROUND_MESSAGES}'"
+                )
+                raise
+            finally:
+                it.close()
+            sent += ROUND_MESSAGES
+            at += 1
+    took_s = time.monotonic() - begun
+    print(
+        f"\rrounds {seed} to {at - 1}: {sent} messages, {served} of them served, no error ({took_s:.0f} s)"
+    )
+    return 0
+
+
+def sanitizer_library() -> str:
+    """Return the library of AddressSanitizer that belongs to the C compiler. Raises: BuildError."""
+    done = subprocess.run(
+        [compiler()[0], "-print-file-name=libasan.so"], capture_output=True, text=True
+    )
+    library = done.stdout.strip()
+    if not os.path.isabs(library):
+        raise BuildError("the C compiler has no library of AddressSanitizer")
+    return library
+
+
+def run_inside(arguments: Sequence[str], *, plain: bool) -> int:
+    """Build the module apart, and run this program again with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, INSIDE: "1", "PYTHONPATH": folder}
+        if not plain:
+            os.environ["CFLAGS"] = "-O1 -g -fsanitize=address -fno-omit-frame-pointer"
+            # Python itself frees little of what it allocated when it ends.
+            environment["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=0:exitcode=1"
+            environment["LD_PRELOAD"] = sanitizer_library()
+            environment["PYTHONMALLOC"] = "malloc"
+        build(Path(folder))
+        command = [sys.executable, "-m", "scripts.fuzz_fast", *arguments]
+        return subprocess.run(command, env=environment).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make fuzz-fast", description=__doc__)
+    parser.add_argument("--messages", type=int, default=10_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="without AddressSanitizer")
+    options = parser.parse_args()
+    if os.environ.get(INSIDE):
+        return run_rounds(options.seed, options.messages)
+    try:
+        return run_inside(sys.argv[1:], plain=options.plain)
+    except BuildError as error:
+        print(f"make fuzz-fast: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

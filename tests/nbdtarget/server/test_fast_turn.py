@@ -1,0 +1,534 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole servers over real files, with the compiled fast path and without it: both are one disk.
+
+Each conversation is random, by a seed: batches of every kind of request, and between and during them
+suspends, table swaps and messages. What is read is held against a model, and so is what lies in the files in the
+end. A failing seed is in the name of the test.
+"""
+
+import asyncio
+import errno as errnos
+import os
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from nbdtarget.devices import resolve
+from nbdtarget.devices.file.device import FileDevice
+from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.dm.registry import Registry
+from nbdtarget.fast import compiled
+from nbdtarget.server.limits import Limits
+from nbdtarget.server.listener import Listener
+from nbdtarget.targets.clone.target import CloneTarget
+from nbdtarget_protocol import consts as c
+from tests.support.peer import Peer, Reply
+
+needs_compiled = pytest.mark.skipif(
+    not compiled.IS_COMPILED, reason=compiled.describe()
+)
+
+SIZE: Final = 4 << 20
+SECTORS: Final = SIZE // 512
+BLOCK: Final = 64 << 10
+BATCH_MAX: Final = 40
+NR_SEEDS: Final = int(os.environ.get("CONVERSATIONS", "6"))
+
+
+class Site:
+    """The files of one test, a registry and a listener."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.registry = Registry(resolve)
+        self.limits = Limits(poison_borrowed=True)
+        self.listener: Listener | None = None
+        self.peers: list[Peer] = []
+
+    def file(self, name: str, content: bytes) -> str:
+        path = self.folder / name
+        path.write_bytes(content)
+        return str(path)
+
+    async def attach(self, *, structured: bool = True) -> Peer:
+        if self.listener is None:
+            self.listener = Listener(self.registry, limits=self.limits)
+            await self.listener.start(f"unix:{self.folder}/s")
+        peer = await Peer.connect(self.folder / "s")
+        self.peers.append(peer)
+        await peer.attach(structured=structured)
+        return peer
+
+    async def close(self) -> None:
+        for peer in self.peers:
+            peer.close()
+        if self.listener is not None:
+            await self.listener.close()
+        await self.registry.close()
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    made = Site(tmp_path)
+    yield made
+    await made.close()
+
+
+# ---- tables; each is the same disk of random bytes at the beginning ----
+
+
+def linear(site: Site, content: bytes) -> str:
+    disk = site.file("disk", b"x" * 4096 + content)
+    return f"0 {SECTORS} linear {disk} 8"
+
+
+def stacked(site: Site, content: bytes) -> str:
+    """One target on another: not a file, as far as the upper device knows."""
+    disk = site.file("disk", content)
+    half = SECTORS // 2
+    return f"0 {half} linear {disk} 0\n{half} {half} linear {disk} {half}"
+
+
+def clone(site: Site, content: bytes) -> str:
+    source = site.file("source", content)
+    site.file("dest", bytes(SIZE))
+    names = f"{site.folder}/clone.meta {site.folder}/dest {source}"
+    return f"0 {SECTORS} clone {names} {BLOCK // 512} 0 4 hydration_threshold 1 hydration_batch_size 1"
+
+
+def cache(site: Site, content: bytes) -> str:
+    origin = site.file("origin", content)
+    site.file("fast", bytes(SIZE // 2))
+    names = f"{site.folder}/cache.meta {site.folder}/fast {origin}"
+    return f"0 {SECTORS} cache {names} {BLOCK // 512} 1 writeback smq 0"
+
+
+TABLES: Final[dict[str, Callable[[Site, bytes], str]]] = {
+    "linear": linear,
+    "two targets": stacked,
+    "clone": clone,
+    "cache": cache,
+}
+
+
+# ---- conversations ----
+
+
+class Conversation:
+    """Random batches, and what they must do to a disk."""
+
+    def __init__(self, seed: int, content: bytes) -> None:
+        self.random = random.Random(seed)
+        self.model = bytearray(content)
+        self.expected: dict[int, tuple[int, bytes]] = {}  # by cookie: error, data
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """Places that do not overlap: the order inside of a batch is the server's to choose."""
+        at = 0
+        ranges: list[tuple[int, int]] = []
+        pick = self.random
+        while len(ranges) < pick.randint(1, BATCH_MAX):
+            at += pick.choice((0, 512, 4096, 60_000, 200_000))
+            longest = pick.choice((512, 4096, 4096, 9000, BLOCK, 150_000, 300_000))
+            length = pick.randint(1, longest) if pick.random() < 0.3 else longest
+            if at + length > SIZE:
+                break
+            ranges.append((at, length))
+            at += length
+        pick.shuffle(ranges)
+        return ranges
+
+    def batch(self, peer: Peer) -> bytes:
+        """Encode a batch, and note what its replies must say."""
+        self.expected.clear()
+        wire = bytearray()
+        for offset, length in self._ranges():
+            wire += self._request(peer, offset, length)
+        return bytes(wire)
+
+    def _request(self, peer: Peer, offset: int, length: int) -> bytes:
+        pick, model = self.random, self.model
+        kind = pick.choices(
+            ("read", "write", "fua", "flush", "zero", "outside", "odd"),
+            (40, 40, 4, 3, 4, 2, 2),
+        )[0]
+        here = slice(offset, offset + length)
+        if kind == "read":
+            encoded = peer.request(c.CMD_READ, offset, length)
+            self.expected[peer.cookie] = 0, bytes(model[here])
+            return encoded
+        if kind in ("write", "fua"):
+            data = bytes(length) if pick.random() < 0.1 else pick.randbytes(length)
+            model[here] = data
+            flags = c.CMD_FLAG_FUA if kind == "fua" else 0
+            encoded = peer.request(c.CMD_WRITE, offset, payload=data, flags=flags)
+        elif kind == "zero":
+            model[here] = bytes(length)
+            encoded = peer.request(c.CMD_WRITE_ZEROES, offset, length)
+        elif kind == "flush":
+            encoded = peer.request(c.CMD_FLUSH)
+        elif kind == "outside":
+            encoded = peer.request(c.CMD_READ, SIZE - 512, 1024)
+            self.expected[peer.cookie] = errnos.EINVAL, b""
+            return encoded
+        else:
+            encoded = peer.request(77, offset, length)
+            self.expected[peer.cookie] = errnos.EINVAL, b""
+            return encoded
+        self.expected[peer.cookie] = 0, b""
+        return encoded
+
+    async def send(self, peer: Peer, wire: bytes) -> None:
+        """In pieces of any length, as a network would."""
+        at = 0
+        while at < len(wire):
+            step = self.random.choice((7, 1000, 30_000, 1 << 20, 1 << 20))
+            peer.writer.write(wire[at : at + step])
+            at += step
+            if self.random.random() < 0.3:
+                await asyncio.sleep(0)
+        await peer.writer.drain()
+
+    def check(self, reply: Reply) -> None:
+        error, data = self.expected.pop(reply.cookie)
+        assert reply.error == error
+        assert reply.data == data
+
+
+async def disturb(site: Site, pick: random.Random, table: str) -> None:
+    """Something that an operator does while clients are at work."""
+    for _ in range(pick.randint(0, 3)):
+        await asyncio.sleep(pick.choice((0, 0, 0.001, 0.005)))
+        action = pick.choice(("suspend", "swap", "status", "count"))
+        device = site.registry.get("d")
+        if action == "suspend":
+            await site.registry.suspend("d", noflush=pick.random() < 0.5)
+            await site.registry.resume("d")
+        elif action == "swap":
+            await site.registry.load("d", table)
+            await site.registry.suspend("d")
+            await site.registry.resume("d")
+        elif action == "status":
+            await device.status()
+        else:
+            region = await device.message(0, ["@stats_create", "-", "/1"])
+            await asyncio.sleep(0)
+            await device.message(0, ["@stats_delete", str(region)])
+
+
+@pytest.mark.parametrize("structured", [True, False])
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("seed", range(NR_SEEDS))
+async def test_conversations_read_what_was_written(
+    site: Site, name: str, seed: int, structured: bool
+) -> None:
+    pick = random.Random(f"{name} {seed}")
+    content = pick.randbytes(SIZE // 2) + bytes(SIZE // 2)
+    table = TABLES[name](site, content)
+    device = await site.registry.create("d", table)
+    talk = Conversation(pick.randrange(1 << 30), content)
+    peer = await site.attach(structured=structured)
+    for _ in range(6):
+        wire = talk.batch(peer)
+        disturbed = asyncio.create_task(disturb(site, pick, table))
+        sending = asyncio.create_task(talk.send(peer, wire))
+        async with asyncio.timeout(20):
+            while talk.expected:
+                talk.check(await peer.reply())
+        await sending
+        await disturbed
+    peer.close()
+    assert bytes(await device.read(0, SIZE)) == talk.model
+
+
+@needs_compiled
+@pytest.mark.parametrize("name", ["linear", "clone", "cache"])
+async def test_plain_requests_take_the_compiled_path(
+    site: Site, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = os.urandom(SIZE)
+    device = await site.registry.create("d", TABLES[name](site, content))
+    peer = await site.attach()
+    for _ in range(3):  # so that it is in the page cache, and in the cache
+        for at in range(0, SIZE // 2, BLOCK):
+            await peer.ask(c.CMD_READ, at, BLOCK)
+    if name == "clone":
+        await _hydrated(device)
+    elif name == "cache":
+        await _pinned(device)
+        await peer.ask(c.CMD_READ, 4096, 4096)  # the first hit of a period is noted
+    # From here on a request that reaches the target fails.
+    monkeypatch.setattr(type(device.active.targets[0]), "map", None)  # type: ignore[union-attr]
+    device.fast_path._map = None  # type: ignore[assignment]
+    reply = await peer.ask(c.CMD_READ, 4096, 4096)
+    assert reply.data == content[4096:8192]
+
+
+async def _hydrated(device: MappedDevice) -> None:
+    while not (await device.status())[0][3].split()[3].startswith("64/"):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def _pinned(device: MappedDevice) -> None:
+    """Have the first block cached."""
+    assert device.active is not None
+    target = device.active.targets[0]
+    await device.message(0, ["pin", "0"])
+    async with asyncio.timeout(20):
+        while not target.status_fields()["pinned_blocks"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+
+
+# ---- routes: open exactly while requests may take them ----
+
+
+@needs_compiled
+async def test_suspended_device_has_no_route(site: Site) -> None:
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    route = device.maybe_route()
+    assert route is not None
+    await site.registry.suspend("d")
+    assert device.maybe_route() is None
+    assert not route.can_read  # and the old one leads nowhere
+    await site.registry.resume("d")
+    assert device.maybe_route() is not None
+
+
+@needs_compiled
+async def test_counted_device_has_no_route(site: Site) -> None:
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    region = await device.message(0, ["@stats_create", "-", "/1"])
+    assert device.maybe_route() is None
+    await device.message(0, ["@stats_delete", str(region)])
+    assert device.maybe_route() is not None
+
+
+@needs_compiled
+async def test_read_only_table_lets_nothing_be_written(site: Site) -> None:
+    table = linear(site, bytes(SIZE))
+    device = await site.registry.create("d", table, read_only=True)
+    route = device.maybe_route()
+    assert route is not None
+    assert route.is_read_only
+
+
+@needs_compiled
+async def test_linear_on_linear_leads_to_the_file_of_the_lower(site: Site) -> None:
+    await site.registry.create("lower", linear(site, bytes(SIZE)))
+    table = f"0 {SECTORS // 2} linear /dev/mapper/lower 16"
+    upper = await site.registry.create("upper", table)
+    assert upper.maybe_route() is not None
+    await site.registry.suspend("lower")
+    assert upper.maybe_route() is None
+    await site.registry.resume("lower")
+    assert upper.maybe_route() is not None
+
+
+@needs_compiled
+async def test_failed_clone_lets_nothing_pass(site: Site) -> None:
+    device = await site.registry.create("d", clone(site, os.urandom(SIZE)))
+    route = device.maybe_route()
+    assert route is not None
+    assert route.can_read
+    assert device.active is not None
+    target = device.active.targets[0]
+    assert isinstance(target, CloneTarget)
+    target._broken(RuntimeError("planted"))
+    assert not route.can_read
+    assert not route.can_write
+
+
+@needs_compiled
+async def test_hydrate_on_read_is_told_of_what_clients_read(site: Site) -> None:
+    table = clone(site, os.urandom(SIZE))
+    table = table.replace(" 0 4 ", " 2 no_hydration hydrate_on_read 4 ")
+    device = await site.registry.create("d", table)
+    route = device.maybe_route()
+    assert route is not None
+    assert not route.can_read_other
+    await device.message(0, ["disable_hydrate_on_read"])
+    assert route.can_read_other
+    await device.message(0, ["enable_hydrate_on_read"])
+    assert not route.can_read_other
+
+
+@needs_compiled
+async def test_reads_of_a_clone_count_as_client_io(site: Site) -> None:
+    """Hydration gives way to clients, whichever way their requests take."""
+    table = clone(site, os.urandom(SIZE)).replace(" 0 4 ", " 1 no_hydration 4 ")
+    device = await site.registry.create("d", table)
+    peer = await site.attach()
+    await peer.ask(c.CMD_READ, 0, 4096)  # into the page cache
+    assert device.active is not None
+    target = device.active.targets[0]
+    assert isinstance(target, CloneTarget)
+    before = target._regions.nr_bios
+    await peer.ask(c.CMD_READ, 0, 4096)
+    assert target._regions.nr_bios == before + 1
+
+
+@needs_compiled
+async def test_hits_of_a_cache_are_counted(site: Site) -> None:
+    device = await site.registry.create("d", cache(site, os.urandom(SIZE)))
+    peer = await site.attach()
+    await _pinned(device)
+    for _ in range(3):
+        await peer.ask(c.CMD_READ, 0, 4096)
+    before = _hits(device)
+    for _ in range(5):
+        await peer.ask(c.CMD_READ, 0, 4096)
+    assert _hits(device) == before + 5
+
+
+def _hits(device: MappedDevice) -> int:
+    assert device.active is not None
+    hits = device.active.targets[0].status_fields()["read_hits"]
+    assert isinstance(hits, int)
+    return hits
+
+
+# ---- a disk that fails ----
+
+
+@needs_compiled
+async def test_write_that_the_page_cache_refuses_fails_and_latches(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells some errors once, so the write is not tried again."""
+    site.file("disk", bytes(SIZE))
+    device = await site.registry.create("d", f"0 {SECTORS} linear {site.folder}/disk 0")
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+    peer = await site.attach()
+    tried: list[int] = []
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        tried.append(offset)
+        return len(data)
+
+    monkeypatch.setattr("nbdtarget.devices.file.device._pwrite", pwrite)
+    file = below.maybe_fast_file()
+    assert file is not None
+    below._note_unfinished(8192, 4096, 0, errnos.EIO)
+    file.write_max = 0
+    reply = await peer.ask(c.CMD_WRITE, 8192, payload=bytes(4096))
+    assert reply.error == errnos.EIO
+    assert tried == []
+    assert (await peer.ask(c.CMD_FLUSH)).error == errnos.EIO
+
+
+@needs_compiled
+async def test_write_that_was_taken_in_part_is_finished(site: Site) -> None:
+    disk = site.file("disk", bytes(SIZE))
+    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+    peer = await site.attach()
+    file = below.maybe_fast_file()
+    assert file is not None
+    below._note_unfinished(8192, 4096, 1024, 0)
+    file.write_max = 0
+    reply = await peer.ask(c.CMD_WRITE, 8192, payload=b"w" * 4096)
+    assert reply.error == 0
+    data = (await device.read(8192, 4096)).tobytes()
+    assert data == bytes(1024) + b"w" * 3072  # the first part was there already
+
+
+@needs_compiled
+async def test_slow_write_is_the_last_one_for_now(site: Site) -> None:
+    disk = site.file("disk", bytes(SIZE))
+    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+    file = below.maybe_fast_file()
+    assert file is not None
+    assert file.write_max > 0
+    below._watch()
+    assert file.write_max == 0
+
+
+@needs_compiled
+async def test_discard_keeps_writes_from_the_compiled_path(site: Site) -> None:
+    """It holds the inode's lock: a write would wait for it in the event loop."""
+    disk = site.file("disk", bytes(SIZE))
+    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+    file = below.maybe_fast_file()
+    assert file is not None
+    peer = await site.attach()
+    peer.send(c.CMD_TRIM, 0, BLOCK)
+    await peer.writer.drain()
+    async with asyncio.timeout(10):
+        while file.write_max:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await peer.reply()
+    async with asyncio.timeout(10):
+        while not file.write_max:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+# ---- connections ----
+
+
+async def test_peer_that_leaves_in_the_middle_of_a_batch_is_released(
+    site: Site,
+) -> None:
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    wire = b"".join(peer.request(c.CMD_READ, 0, 4096) for _ in range(2000))
+    peer.writer.write(wire[:-5])
+    await peer.writer.drain()
+    peer.close()
+    async with asyncio.timeout(10):
+        while device.open_count:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def test_bad_magic_behind_a_batch_ends_the_connection(site: Site) -> None:
+    await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    good = peer.request(c.CMD_READ, 0, 512)
+    peer.writer.write(good + peer.request(c.CMD_READ, 0, 512, magic=0x12345678))
+    errors = await peer.errors_to_the_end()
+    assert errors in ([0], [])
+
+
+async def test_client_that_does_not_read_is_served_when_it_does(site: Site) -> None:
+    content = os.urandom(SIZE)
+    await site.registry.create("d", linear(site, content))
+    peer = await site.attach()
+    offsets = [(nr * 4096) % (SIZE - 4096) for nr in range(3000)]
+    wire = b"".join(peer.request(c.CMD_READ, at, 4096) for at in offsets)
+    first = peer.cookie - len(offsets) + 1
+    sending = asyncio.create_task(_send(peer, wire))
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20):
+        for _ in offsets:
+            reply = await peer.reply()
+            at = offsets[reply.cookie - first]
+            assert reply.data == content[at : at + 4096]
+    await sending
+
+
+async def _send(peer: Peer, wire: bytes) -> None:
+    peer.writer.write(wire)
+    await peer.writer.drain()
+
+
+async def test_shutdown_refuses_what_comes_later(site: Site) -> None:
+    await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    assert (await peer.ask(c.CMD_READ, 0, 512)).error == 0
+    assert site.listener is not None
+    closing = asyncio.create_task(site.listener.close())
+    await asyncio.sleep(0)
+    wire = b"".join(peer.request(c.CMD_READ, 0, 512) for _ in range(5))
+    peer.writer.write(wire)
+    errors = await peer.errors_to_the_end()
+    assert set(errors) <= {errnos.ESHUTDOWN}
+    await closing
