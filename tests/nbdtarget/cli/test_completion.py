@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completion of command lines: a real bash, and the words that the scripts for zsh and fish ask for."""
+"""Completion of command lines in real shells, and the words that the scripts for zsh and fish ask for."""
 
 import os
 import shutil
@@ -79,6 +79,33 @@ def test_zsh_and_fish_complete_names_of_devices() -> None:
     assert output(NBDTARGET, **line, **fish) == "disk\ndust-1\n"
     zsh = output(NBDTARGET, **line, **{VARIABLE: "complete_zsh"})
     assert zsh == '_arguments \'*: :(("disk"\n"dust-1"))\'\n'
+
+
+@needs("zsh")
+@pytest.mark.usefixtures("devices")
+def test_zsh_completes_names_of_devices() -> None:
+    # What zsh's own completion would be told, without a terminal.
+    script = """
+    compdef() {}; _arguments() { print -r -- "$@" }
+    source <("$1" completion zsh)
+    path=(${1:h} $path)
+    words=(nbdtarget remove d); CURRENT=3
+    _nbdtarget_completion
+    """
+    zsh = str(shutil.which("zsh"))
+    assert output(zsh, "-f", "-c", script, "zsh", NBDTARGET) == (
+        '*: :(("disk" "dust-1"))\n'
+    )
+
+
+@needs("fish")
+@pytest.mark.usefixtures("devices")
+def test_fish_completes_names_of_devices(tmp_path: Path) -> None:
+    path = f"{Path(NBDTARGET).parent}:{os.environ['PATH']}"
+    script = "nbdtarget completion fish | source; complete -C 'nbdtarget remove d'"
+    fish = str(shutil.which("fish"))
+    told = output(fish, "-c", script, PATH=path, HOME=str(tmp_path))
+    assert told == "disk\ndust-1\n"
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
