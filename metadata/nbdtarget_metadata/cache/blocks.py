@@ -457,6 +457,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
             if cblock % STEP_CBLOCKS == 0:
                 yield from self._pause()
         yield from self._grow(nr_cblocks)
+        assert len(self._values) == len(self.dirty) >= nr_cblocks
         self.nr_cblocks = nr_cblocks
         self._resized = True
 

@@ -415,6 +415,9 @@ class CacheMetadata(CacheBlocks):
 
     def committed(self, taken: CacheTaken, superblock: CacheSuperblock) -> None:
         super().committed(taken, superblock)
+        assert self.is_recorded_clean == (
+            taken.shutdown is not None or taken.only_rewrites
+        )
         self._before = None
         # A block whose LOGGED was taken back since is not admitted: the next commit says so.
         self._admitted |= taken.logged & self._logged

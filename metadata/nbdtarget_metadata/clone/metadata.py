@@ -357,6 +357,7 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
 
     def committed(self, taken: Taken[Runs], superblock: CloneSuperblock) -> None:
         super().committed(taken, superblock)
+        assert self.nr_hydrated >= superblock.nr_hydrated, "bits are only ever set"
         self._saved = None
 
     def abort(self) -> None:
