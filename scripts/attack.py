@@ -37,7 +37,7 @@ from nbdtarget_protocol import consts as c
 
 BIN: Final = Path(sys.executable).parent
 MIB: Final = 1 << 20
-SETTLE_S: Final = 5.0  # for the server to notice who has gone
+SETTLE_S: Final = 5.0  # for the server to notice that the attackers have gone
 PAUSE_S: Final = 0.002
 ATTACH_S: Final = 10.0  # a new client gives up after this
 TOKEN: Final = "correct-horse-battery"
@@ -94,7 +94,7 @@ class Server:
                 "--control", f"tcp:{host}:{control_port}", "--control-token-file", token,
             ],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,  # which nobody reads
+            stderr=subprocess.PIPE,  # and it is never read, which must not stop the server
         )  # fmt: skip
         assert self._process.stdout is not None
         self._process.stdout.readline()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket: who has it, and since when it answers. What it answers is in `http.py`.
+"""`ControlServer`: the control socket, from the start of the server on. The answers are in `http.py`.
 
-Theory of operation. `start` takes the socket at once, so that two servers never think they have
-it, and clients may connect from then on. The HTTP library takes longer to import than all else of
-a server, and most clones never see a control client: the first one to connect has it imported,
-in a thread, so that the disk's clients do not wait for it.
+Theory of operation. `start` takes the socket at once, so that two servers never both have
+it, and clients may connect from then on. The HTTP library takes longer to import than everything else in
+a server, and most clones never see a control client. So the first client that connects causes the import,
+in a thread, so that the clients of the disks do not wait for it.
 
-Who may ask: whoever may open the socket, which has mode 0600 from the moment it exists, or what was
-asked for (`nbdtarget.common.unix_socket`). On TCP: whoever knows the token; without one there is no control on TCP.
+Access. Every process that may open a unix socket may use it. Its mode is 0600 from the moment it exists, or as
+configured (`nbdtarget.common.unix_socket`). On TCP a client needs the token; without a token there is no control on TCP.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class ControlServer:
         address: with the port that was taken, once it is started.
     Args:
         token: what each request must carry; on TCP it must be there.
-        access: who may connect to a unix socket.
+        access: which users may connect to a unix socket.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ControlServer:
             )
         else:
             listener = await take_tcp_socket(self.address)
-            # For who asked for port 0, and reads the log.
+            # If port 0 was asked for, the log says which port it is.
             self.address = self.address._replace(port=listener.getsockname()[1])
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._first_client)
@@ -102,7 +102,7 @@ class ControlServer:
         return end
 
     async def close(self) -> None:
-        """Stop answering; the socket's name goes away with us, if it still is ours."""
+        """Stop answering. The name of the socket is removed, if it still belongs to this server."""
         listener, self._listener = self._listener, None
         if listener is None:
             return
@@ -114,8 +114,8 @@ class ControlServer:
             listener.close()
         else:
             end = await self._answering
-            # Whoever has connected a moment ago is accepted in the loop's next turns, and would
-            # be forgotten, open, if answering ended in the midst of that.
+            # A client that has connected a moment ago is accepted in the next turns of the loop. Its connection
+            # would be forgotten, and stay open, if answering ended before that.
             for _ in range(CLOSING_TURNS):
                 await asyncio.sleep(0)
             await end()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The client of the control socket: it sends one request, reads one answer and is done.
+"""`ControlClient`: asks a control socket. One connection carries one request and one answer.
 
-Plain blocking sockets and hand-made HTTP/1.0: a command that prints one status line spends its
+It uses plain blocking sockets and writes HTTP/1.0 itself. A command that prints one status line spends its
 time on starting Python, so nothing here imports aiohttp, asyncio or http.client (25 ms).
 """
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Doorkeeper`: bounds on the connections of the control socket, which anybody may open on TCP.
+"""`Doorkeeper`: bounds on the connections of the control socket, which every client can open if it is on TCP.
 
-    connections   CONNECTIONS_MAX; one more is closed at once
-    header        HEADER_S from connecting, and IDLE_S from the answer before: else the connection is closed
-    body          BODY_S, once the token was right: see `http.py`
+    connections   CONNECTIONS_MAX; further ones are closed at once
+    header        HEADER_S after connecting, and IDLE_S after the answer before; otherwise the connection is closed
+    body          BODY_S, if the token was right: see `http.py`
 
-It stands between the transport and the HTTP library, which has no bound for the time that a header takes.
+It stands between the transport and the HTTP library, which does not limit how long a header may take.
 """
 
 import asyncio
@@ -52,12 +52,12 @@ class Doorkeeper:
         return _Watched(self._make(), self._open)
 
     def request_begins(self, transport: asyncio.BaseTransport | None) -> None:
-        """A header is there: no time runs until the answer."""
+        """A header was received: no timer runs until the answer."""
         if transport in self._open:
             self._open[transport].wait(None)
 
     def request_ends(self, transport: asyncio.BaseTransport | None) -> None:
-        """The answer is made: the next header has IDLE_S."""
+        """The request is answered: the next header may take IDLE_S."""
         if transport in self._open:
             self._open[transport].wait(IDLE_S)
 
@@ -68,7 +68,7 @@ class _TurnedAway(asyncio.Protocol):
 
 
 class _Watched(asyncio.Protocol):
-    """Hands everything on, and closes what takes too long."""
+    """Passes everything on to the library's protocol, and closes a connection that takes too long."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class _Watched(asyncio.Protocol):
         self._inner.connection_lost(exc)
 
     def wait(self, seconds: float | None) -> None:
-        """Close unless a request begins within `seconds`; None: no time runs."""
+        """Close unless a request begins within `seconds`. None: stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None

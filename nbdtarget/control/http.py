@@ -2,20 +2,20 @@
 """The HTTP behind the control socket: one route for each verb of `messages.VERBS`.
 
     POST /v1/VERB            the request as JSON; no body is an empty request
-    GET  /v1/VERB[?name=N]   verbs that only tell: for a look with any HTTP client
-    GET  /v1/openapi.json    all of this, for machines
+    GET  /v1/VERB[?name=N]   the verbs that change nothing, for example with a browser
+    GET  /v1/openapi.json    a description of all of this for programs
 
-A handler decodes the request, calls the registry and encodes the answer; the registry decides
-everything. What a user did wrong comes back as a `Failure` with its reason and errno, with status
+A handler decodes the request, calls the registry and encodes the answer; all decisions are the
+registry's. A mistake of the user is answered with a `Failure`, which has a reason and an errno, with status
 400 (not a request), 401 (no token), 404 (no such verb or device), 405, 408 (too slow), 409 (in use), 413 (too
-large), 415 (compressed) or 422 (refused). Without the token no body is read; a compressed one never is.
-How many may connect, and how long a request may take to come: `doorkeeper.py`. What we did wrong is logged with its traceback and comes back as 500
-and EIO: the server goes on.
+large), 415 (compressed) or 422 (refused). Without the token no body is read, and a compressed body never is.
+`doorkeeper.py` bounds the number of connections and the time that a request may take. A bug in the server is logged with its
+traceback and answered with 500 and EIO; the server goes on.
 
-A verb that has begun is carried out even if its client goes away, but for `wait`, which
-changes nothing and could take for ever. Verbs run side by side: none waits for another's answer.
+A verb that has begun is carried out even if its client goes away, except for `wait`, which
+changes nothing and could take for ever. Verbs run side by side: none waits for the answer of another.
 
-Only `api.py` imports this, and only once the process serves: aiohttp takes 140 ms to import.
+Only `api.py` imports this module, and only when the first client connects: aiohttp takes 140 ms to import.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ SHUTDOWN_S_MAX: Final = 2.0
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """What is no HTTP, or a client that has gone, is no bug of ours: a line, for who wants to know."""
+    """Log a client that has gone, or does not speak HTTP, in one line: it is not a bug of the server."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, ConnectionError):
         log.info("control socket: the client has gone: %s", error)
@@ -71,7 +71,7 @@ async def serve_http(
     token: str | None = None,
     backlog_max: int = 64,
 ) -> Callable[[], Awaitable[None]]:
-    """Answer on a listening socket; returns what ends it.
+    """Answer on a listening socket. Returns a coroutine function that ends it.
 
     Args:
         token: what each request must carry, in an `Authorization: Bearer` header.
@@ -95,7 +95,7 @@ async def serve_http(
         handler_cancellation=True,
         logger=_http_log,
         shutdown_timeout=SHUTDOWN_S_MAX,
-        auto_decompress=False,  # a megabyte may be a gigabyte, on the loop
+        auto_decompress=False,  # a megabyte could be inflated to a gigabyte on the loop
     )
     await runner.setup()
     assert runner.server is not None
@@ -176,7 +176,7 @@ _STATUS: Final = {errnos.ENXIO: 404, errnos.EBUSY: 409}
 
 
 def _query(http: web.Request) -> dict[str, tuple[str, ...]]:
-    """A reading verb's request; one of another key is refused where it is converted."""
+    """Return the request of a reading verb. An unknown key is refused when this is converted."""
     query = {key: tuple(http.query.getall(key)) for key in http.query}
     if "name" in query:
         query["names"] = query.pop("name")
@@ -184,7 +184,9 @@ def _query(http: web.Request) -> dict[str, tuple[str, ...]]:
 
 
 async def _openapi(_: web.Request) -> web.Response:
-    from nbdtarget.control.openapi import openapi  # here: hardly anybody asks
+    from nbdtarget.control.openapi import (
+        openapi,
+    )  # imported here because it is rarely needed
 
     return web.Response(
         body=msgspec.json.encode(openapi()), content_type="application/json"
@@ -195,7 +197,7 @@ async def _openapi(_: web.Request) -> web.Response:
 async def _failures_are_json(
     request: web.Request, handler: Handler
 ) -> web.StreamResponse:
-    """What the library refuses by itself has a reason in JSON, too."""
+    """Answer with a reason in JSON also where the library refuses a request."""
     try:
         return await handler(request)
     except web.HTTPNotFound:
@@ -249,11 +251,11 @@ def _watched(keepers: list[Doorkeeper]) -> Middleware:
 
 
 def _cut_off(request: web.Request, status: int, reason: str) -> web.Response:
-    """Answer, and close if not all of the body is there: it is not read."""
+    """Answer. If the body was not received completely, close the connection and do not read the rest."""
     answer = _failure(status, reason, _CUT_OFF_ERRNOS[status])
     if not request.content.is_eof():
         answer.force_close()
-        request.protocol._lingering_time = 0.0  # it would be read for ten seconds
+        request.protocol._lingering_time = 0.0  # otherwise it is read for ten seconds
     return answer
 
 

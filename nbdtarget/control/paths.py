@@ -4,10 +4,10 @@
 In the runtime directory:
 
     control.sock            of `serve`
-    control/NAME.sock       of the `clone` or `cache` that serves NAME: each job has its own
-    nbd.sock, NAME.sock     where NBD clients come, if nobody says anything else
+    control/NAME.sock       of the `clone` or `cache` that serves NAME: each of them has its own
+    nbd.sock, NAME.sock     for NBD clients, if no other address is given
 
-A name that would make a path too long for a socket is shortened, and ends in a digest of itself.
+A name that would make a path too long for a socket is shortened, and a digest of the name is appended.
 """
 
 import errno as errnos
@@ -46,7 +46,7 @@ TOKEN_LENGTH_MAX: Final = 4096
 
 
 class NoSocketError(NbdTargetError):
-    """There can be no socket: no directory, no permission, no such address, too long a path."""
+    """The socket cannot be made: no directory, no permission, no such address, or the path is too long."""
 
 
 class TcpControl(NamedTuple):
@@ -67,7 +67,7 @@ def runtime_directory() -> Path:
     """$RUNTIME_DIRECTORY, as systemd sets it; else $XDG_RUNTIME_DIR/nbdtarget; else /run/nbdtarget for
     root; else ~/.local/state/nbdtarget.
 
-    All of them are the user's own: nobody else can put a socket there, or replace ours.
+    Each of them belongs to the user: no other user can put a socket there, or replace one.
     """
     given = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
     if given:
@@ -82,20 +82,20 @@ def runtime_directory() -> Path:
 
 
 def make_directory(directory: Path, *, is_shared: bool) -> None:
-    """Make it, with all above it that is missing; others can only pass through, if `is_shared`.
+    """Make a directory and its missing parents. If `is_shared`, other users can pass through them, and nothing else.
 
     Raises: OSError.
     """
     missing = [each for each in (directory, *directory.parents) if not each.exists()]
     for each in reversed(missing):
-        # Not `parents`: those that it makes are open to all.
+        # Not with `parents`: it makes parents that are open to all users.
         each.mkdir(mode=0o711 if is_shared else 0o700, exist_ok=True)
     if not directory.is_dir():
         raise NotADirectoryError(errnos.ENOTDIR, os.strerror(errnos.ENOTDIR))
 
 
 def forget_directory(directory: Path) -> None:
-    """Remove the directory of the jobs' control sockets, if that is it and no job is left."""
+    """Remove the directory of the control sockets of `clone` and `cache`, if it is that one and is empty."""
     if directory.name == CONTROL_DIRECTORY:
         with suppress(OSError):  # not empty
             directory.rmdir()
@@ -126,20 +126,20 @@ def job_control_path(name: str) -> Path:
 
 
 def known_controls() -> list[Path]:
-    """The control sockets in the runtime directory, those of killed servers among them."""
+    """The control sockets in the runtime directory. Some may belong to servers that were killed."""
     directory = runtime_directory()
     found = [path for path in (directory / "control.sock",) if path.exists()]
     try:
         names = sorted(os.listdir(directory / CONTROL_DIRECTORY))
     except OSError:
-        names = []  # there has never been a job
+        names = []  # there was no `clone` or `cache` yet
     directory /= CONTROL_DIRECTORY
     found += [directory / name for name in names if name.endswith(".sock")]
     return found
 
 
 def is_control_given(given: str | None) -> bool:
-    """Whether the user says which server is meant."""
+    """Whether the user says which server to ask."""
     return bool(given or os.environ.get(CONTROL_VARIABLE))
 
 

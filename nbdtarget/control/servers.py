@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which server a command is for, when nobody says: all control sockets of this user are looked through.
+"""Which server a command asks if the user does not say: one of the control sockets of this user.
 
-Theory of operation. Each `clone` and `cache` has a control socket of its own, called after its export, and `serve`
+Theory of operation. Each `clone` and `cache` has a control socket of its own, named after its export, and `serve`
 has another (`nbdtarget.control.paths`). With one socket there is nothing to choose. With several, a
-command about NAME asks the two that are the likeliest to have it, the socket called NAME and that of
-`serve`, and if neither has it (a job whose device was renamed), all others. What is about no name goes to
-all servers if it only tells, else to `serve`, or to the only one there is.
+command about NAME asks the two likeliest servers, the one of the socket called NAME and `serve`, and if neither has
+such a device (for example, the device of a `clone` was renamed), all others. A command without a name goes to
+all servers if it only reads, else to `serve`, or to the only server there is.
 
-Looking is quick: all are asked side by side, for a look at their devices and nothing that waits for a
-disk. One that does not answer within LOOK_S_MAX is left out, and that is said. A socket that
-nobody listens on was left behind by a server that was killed, and counts as none; the next
+Looking is quick: all servers are asked at the same time, and only for the names of their devices, which no
+disk can delay. A server that does not answer within LOOK_S_MAX is left out, and the user is told. A socket that
+no server listens on was left behind by a server that was killed, and is ignored; the next
 server that starts removes it.
 
-Nothing heavy is imported here: this is on the way of each command.
+Nothing heavy is imported here, because every command passes through here.
 """
 
 import threading
@@ -47,15 +47,15 @@ ASKED_AT_ONCE_MAX: Final = 32
 
 
 class AmbiguousServerError(NbdTargetError):
-    """More than one server may be meant; the message names them."""
+    """More than one server could be asked; the message names them."""
 
 
 class Look(NamedTuple):
-    """What was found.
+    """Which servers there are.
 
     Attributes:
         servers: those that answered, with the names of their devices.
-        silent: those that have not, with the reason.
+        silent: those that did not answer, with the reason.
     """
 
     servers: dict[Path, tuple[str, ...]]
@@ -66,7 +66,7 @@ class Look(NamedTuple):
 
 
 def look(paths: Sequence[Path]) -> Look:
-    """Ask all for their devices, side by side."""
+    """Ask all servers for their devices, at the same time."""
     found: dict[Path, tuple[str, ...]] = {}
     silent: dict[Path, str] = {}
     left = list(reversed(paths))
@@ -106,8 +106,8 @@ def look(paths: Sequence[Path]) -> Look:
 def server_of(name: str) -> Path:
     """The control socket of the server that has the device `name`.
 
-    If nobody has it, the one that is asked in the end says so.
-    Raises: AmbiguousServerError; NbdTargetError: a server does not answer that may have it.
+    If no server has it, some server is returned, which then says so itself.
+    Raises: AmbiguousServerError; NbdTargetError: a server that may have it does not answer.
     """
     name = name.removeprefix("/dev/mapper/")
     known = known_controls()
@@ -137,7 +137,7 @@ def server_of(name: str) -> Path:
 
 
 def default_server() -> Path:
-    """The one for what is about no device that is there: `serve`, or the only one.
+    """The server for commands that are not about an existing device: `serve`, or the only one.
 
     Raises: AmbiguousServerError.
     """

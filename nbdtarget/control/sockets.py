@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The listening sockets of the control server. How one server gets a path: `nbdtarget.common.unix_socket`."""
+"""The listening sockets of the control server. How a unix socket is taken: `nbdtarget.common.unix_socket`."""
 
 import asyncio
 import socket
@@ -50,7 +50,7 @@ async def take_tcp_socket(address: TcpControl) -> socket.socket:
 
 
 def take_path(path: Path, access: SocketAccess = PRIVATE) -> UnixSocket:
-    """Listen on `path`; its directory is made if it is missing.
+    """Listen on `path`. The directory is made if it is missing.
 
     Raises: SocketInUseError; NoSocketError.
     """
@@ -60,7 +60,7 @@ def take_path(path: Path, access: SocketAccess = PRIVATE) -> UnixSocket:
             taken = take_unix_socket(str(path), access)
             taken.socket.listen(BACKLOG_MAX)
         except FileNotFoundError as error:
-            # The last job that ends removes the directory; it may just have done so.
+            # The last `clone` or `cache` that ends removes the directory; that may just have happened.
             if not tries_left:
                 raise NoSocketError(f"{path}: {error.strerror or error}") from None
         except OSError as error:

@@ -21,7 +21,7 @@ class Verbs:
     """Each method takes its verb's request and returns its answer.
 
     Args:
-        uris: where the exports are, asked anew each time.
+        uris: returns the addresses of the exports; called each time.
     Raises (all methods): TableError, ConstructorError, ResolveError.
     """
 
@@ -77,7 +77,7 @@ class Verbs:
         return m.Done()
 
     async def remove(self, request: m.Remove) -> m.Done:
-        """Commit, and remove a device that nobody holds open."""
+        """Commit, and remove a device that is not open."""
         await self._registry.remove(
             request.name,
             force=request.force,
@@ -87,7 +87,7 @@ class Verbs:
         return m.Done()
 
     async def remove_all(self, request: m.RemoveAll) -> m.Done:
-        """Remove every device that nobody holds open."""
+        """Remove every device that is not open."""
         left = await self._registry.remove_all(
             force=request.force, within_s=_within_s(request.timeout_s)
         )

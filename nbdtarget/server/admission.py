@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is let in: bounds on connections, so that no stranger keeps the others out.
+"""`Admission`: bounds on the number of connections, so that no client keeps all others out.
 
     from TCP        `connections_max` in all, and `peer_connections_max` from one address (IPv6: from one /64)
-    from unix       `connections_max` in all, of their own: whoever is on this machine gets in, however many
-                    come from outside
+    from unix       `connections_max` in all, counted separately: a client on this machine can connect, however
+                    many connections come from the network
     descriptors     the last DESCRIPTORS_RESERVE of the process are not for clients: the control socket and
                     the disks need them
 
-What is above a bound is accepted and closed at once, so that its client knows and does not wait.
+A connection above a bound is accepted and closed at once, so that its client learns of it and does not wait.
 """
 
 import resource
@@ -21,13 +21,17 @@ from nbdtarget.server.limits import Limits
 __all__ = ["DESCRIPTORS_RESERVE", "Admission", "origin_of", "raise_descriptor_limit"]
 
 DESCRIPTORS_RESERVE: Final = 64
-# More than any server has connections and disks; tables of descriptors grow with what is used.
+# More than any server needs. Unused descriptors cost nothing: the kernel's table grows with the highest one in use.
 _DESCRIPTORS_MAX: Final = 1 << 16
 _UNIX: Final = ""
 
 
 def origin_of(client: socket.socket, address: object) -> str:
-    """Return whose connection it is, of what `accept` returned: "" for any unix socket."""
+    """Return where a connection comes from: an address, a /64 of IPv6, or "" for all unix sockets.
+
+    Args:
+        address: as `accept` returned it.
+    """
     if client.family == socket.AF_UNIX:
         return _UNIX
     assert isinstance(address, tuple)
@@ -39,7 +43,7 @@ def origin_of(client: socket.socket, address: object) -> str:
 
 
 def raise_descriptor_limit() -> None:
-    """Let the process open as many files as it may: distributions set a low soft limit."""
+    """Raise the soft limit of open files, which distributions set low, to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS_MAX
     if hard != resource.RLIM_INFINITY:
@@ -57,7 +61,7 @@ class Admission:
         self._nr_remote = 0
 
     def refusal(self, origin: str, descriptor: int) -> str:
-        """Return why a new connection must be closed; "": it is welcome."""
+        """Return why a new connection must be closed; "": it may stay."""
         limits = self._limits
         all_max, peer_max = limits.connections_max, limits.peer_connections_max
         here = self._by_origin[origin]

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BLOCK_STATUS: a device's metadata contexts by their names on the wire, and the reply.
+"""BLOCK_STATUS: the names of a device's metadata contexts on the wire, and the reply.
 
-Every export offers `base:allocation`. What else its device can tell about (`Device.contexts`)
-is offered under our own namespace; a client selects any of them, and is answered with one
-chunk for each, the chunks of one reply describing as many bytes each as its context knows.
+Every export offers `base:allocation`. Further contexts of a device (`Device.contexts`)
+are offered under this project's own namespace. A client selects any of them, and is answered with one
+chunk for each. The chunks of one reply may describe different numbers of bytes.
 
     base:allocation         as proto.md defines it
-    x-nbdtarget:hydration   0 hydrated (and whatever is no clone), 1 not, 3 being hydrated now
+    x-nbdtarget:hydration   0 hydrated (also of every device that is not a clone), 1 not hydrated, 3 being hydrated now
 
-REQ_ONE, which QEMU always sets, wants one extent, and a device describes all of the range that
-it is asked for: so it is asked for a short one first, and for more only if that was of one kind.
+REQ_ONE, which QEMU always sets, asks for one extent, but a device describes the whole range that
+it is asked for. So it is asked for a short range first, and for a longer one only if the short range was of one kind.
 
-A client that selected a context keeps it when the table is swapped for one that does not have
-it: it is told flags 0 from then on, which no context of ours uses for anything to be done.
+A client that selected a context keeps it when the table is replaced by one that does not have
+it. From then on it is told flags 0, which every context of this project uses for the normal state.
 """
 
 from collections.abc import Sequence
@@ -51,8 +51,8 @@ async def describe(
     """Encode the whole reply to a BLOCK_STATUS.
 
     Args:
-        contexts: (id, name) of those that were negotiated; at least one.
-    Raises: DeviceError: if one of them cannot be told, none is.
+        contexts: (id, name) of the negotiated ones; at least one.
+    Raises: DeviceError: one of the contexts cannot be described, so none is.
     """
     chunks = []
     for nr, (context_id, name) in enumerate(contexts, 1):

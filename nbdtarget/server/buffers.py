@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large buffers for the payloads of READ and WRITE, used again and again.
+"""`BufferPool`: large buffers for the payloads of READs and WRITEs, which are used again and again.
 
-A fresh buffer costs a page fault every 4 KiB, as much as 4 KiB of copying. Two kinds:
+A fresh buffer costs a page fault for every 4 KiB, as much as copying 4 KiB. There are two kinds:
 
-    take           a bytearray, for a READ: its device fills it at once, and it is looked through for zeroes
-    take_untouched memory that the kernel gives page by page when something is written to it, for a
-                   WRITE whose payload is still to come: before that it costs nothing
+    take             a bytearray, for a READ: its device fills it at once, and it may be looked through for zeroes
+    take_untouched   an anonymous mapping, for a WRITE whose payload has not arrived yet: the kernel provides each page
+                     when it is first written to, so the buffer costs nothing until then
 """
 
 import mmap
@@ -22,9 +22,9 @@ Buffer = bytearray | mmap.mmap
 
 
 class BufferPool:
-    """Large buffers for reuse; see the module head.
+    """See the module head.
 
-    Sizes are powers of two, so that one that was given back fits again.
+    Sizes are powers of two, so that a buffer that was given back fits the next request of about that size.
     """
 
     __slots__ = ("_free", "_kept", "_kept_max", "_untouched")
@@ -36,7 +36,7 @@ class BufferPool:
         self._kept_max = kept_max
 
     def take(self, length: int) -> bytearray:
-        """Return a buffer of at least HEADER_ROOM + `length` bytes, with anything in it."""
+        """Return a buffer of at least HEADER_ROOM + `length` bytes. Its content is undefined."""
         size = self._size_for(length)
         free = self._free.get(size)
         if free:
@@ -45,7 +45,7 @@ class BufferPool:
         return bytearray(size)
 
     def take_untouched(self, length: int) -> mmap.mmap:
-        """As `take`, but it takes memory only as it is written to."""
+        """As `take`, but a page takes memory only when it is first written to."""
         size = self._size_for(length)
         free = self._untouched.get(size)
         if free:
@@ -65,5 +65,5 @@ class BufferPool:
 
     def _size_for(self, length: int) -> int:
         size = HEADER_ROOM + max(CLASS_MIN, 1 << (length - 1).bit_length())
-        # What is too large to be kept need not be rounded up either.
+        # A buffer that is too large to be kept is not rounded up.
         return size if size <= self._kept_max else HEADER_ROOM + length

@@ -29,7 +29,7 @@ OPS: Final = {
 
 
 def bio_flags_of(command: int, flags: int) -> int:
-    """FUA means nothing to a CACHE, and its bio does not carry it."""
+    """Return the flags of the bio for a command. CACHE has none, because FUA means nothing to it."""
     if command == CMD_CACHE:
         return 0
     bio_flags = flags & FUA

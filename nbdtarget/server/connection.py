@@ -27,9 +27,9 @@ the loop gets a turn.
 
 Ends. DISC and EOF let everything in flight finish and its replies leave. A peer that is gone
 costs nothing but its own connection: bios still in flight are dropped when they end, and
-only then is the device released. While writes are among them the socket is not closed either, whatever
-ended the connection: a client takes EOF for the end of its writes, connects again, and writes what
-none of them may overtake. How the old writes are kept in front of the new ones: `gate.py`.
+only then is the device released. While writes are among them the socket is not closed either, however the
+connection ended: a client takes EOF for the end of its writes, connects again, and writes the same place, and
+no old write may be carried out after that. How the old writes are kept in front of the new ones: `gate.py`.
 
 Shutdown. Requests that were received before are carried out, and later ones are answered with
 ESHUTDOWN. When nothing is in flight our half of the connection is closed.
@@ -72,8 +72,10 @@ DRAINING: Final = 2
 CLOSED: Final = 3
 
 BATCHES_MAX: Final = 16  # read and served in one turn of the loop
-HANDSHAKE_READ: Final = 4 << 10  # few options, for each answer may be long
-SETTLE_RECEIVES_MAX: Final = 4096  # of what a client that has gone left in its socket
+HANDSHAKE_READ: Final = (
+    4 << 10
+)  # only a few options at a time, because each answer may be long
+SETTLE_RECEIVES_MAX: Final = 4096  # from the socket of a client that has gone
 
 
 class Connection:
@@ -135,7 +137,7 @@ class Connection:
         self._guard(self._answer_handshake)
 
     def shutdown(self) -> None:
-        """Finish what is in flight, refuse what comes later, and close."""
+        """Finish requests in flight, refuse later ones, and close."""
         if self.state == CLOSED or self._is_shutting_down:
             return
         self._is_shutting_down = True
@@ -148,7 +150,7 @@ class Connection:
             self._guard(self._maybe_finish)
 
     def abort(self) -> None:
-        """Close now; replies that have not left never will."""
+        """Close now. Replies that have not left are dropped."""
         if self.state == CLOSED:
             return
         self.state = CLOSED
@@ -171,7 +173,7 @@ class Connection:
         """Whether the client holds memory and has not moved for `stall_timeout_s`."""
         flow, received = self._flow, self._input
         holds = self._output.is_blocked or (
-            # A paused connection does not receive: then the client is not who stands still.
+            # A paused connection does not receive, so the client cannot be blamed.
             received is not None and received.large is not None and not flow.is_paused
         )
         return holds and now_ns - flow.progress_ns > self._limits.stall_timeout_s * 1e9
@@ -206,9 +208,9 @@ class Connection:
         self._shared.closed(self)
 
     def settle(self) -> None:
-        """If the client has gone, take what it has sent before, and notice that it has gone.
+        """If the client has gone, take the requests that it sent before, and notice that it has gone.
 
-        What cannot be taken now, because a bound is met, never is: no client waits for it.
+        Requests that cannot be taken now, because a bound is met, are dropped: no client waits for them.
         """
         if not self._hang_up_events():
             return
@@ -295,7 +297,7 @@ class Connection:
         return self._input.ends_with_disc()
 
     def _maybe_finish(self) -> None:
-        """Close, if that is all that is left to do."""
+        """Close if nothing else is left to do."""
         if not self._output.is_empty or self._flow.nr_requests:
             return
         if self.state == DRAINING:
@@ -365,7 +367,7 @@ class Connection:
         self._guard(self.flush)
 
     def flush(self) -> None:
-        """Send what can be sent; then go on with what waited for that."""
+        """Send what the socket takes; then go on with everything that waited for that."""
         all_left = self._output.flush()
         if not all_left and not self._is_writing:
             self._flow.moved()

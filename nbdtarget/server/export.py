@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports: how devices are named on the wire, and what is promised about them.
 
-`ExportDirectory` is what the server asks of whoever has the devices; it knows no mapped
-device. `DirectoryExports` shows a directory to the handshake.
+`ExportDirectory` is what the server asks of the owner of the devices; the server knows nothing of mapped
+devices. `DirectoryExports` shows a directory to the handshake.
 """
 
 from collections.abc import Iterable
@@ -49,15 +49,15 @@ class ExportDirectory(Protocol):
         ...
 
     def maybe_get(self, name: str) -> Device | None:
-        """Return the device of that name; "" is the only one, if there is one."""
+        """Return the device of that name. "" means the only device, if there is exactly one."""
         ...
 
     def why_missing(self, name: str) -> str:
-        """Return why that export cannot be served now, as a sentence; "": there is none."""
+        """Return why that export cannot be served now, as a sentence; "": there is no such export."""
         ...
 
     def acquire(self, name: str) -> Device:
-        """As `maybe_get`, and count one more opener. Raises: KeyError: it is gone."""
+        """As `maybe_get`, and count one more opener. Raises: KeyError: there is no such device any more."""
         ...
 
     def release(self, device: Device) -> None:
@@ -68,9 +68,9 @@ class ExportDirectory(Protocol):
 def transmission_flags(device: Device) -> int:
     """Return the transmission flags of `device`; SEND_DF is the handshake's to add.
 
-    CAN_MULTI_CONN always: no connection keeps anything back, every bio goes to the one
-    device, and its FLUSH covers every write that has ended, whoever sent it. WRITE_ZEROES
-    always: a device that cannot zero writes zeroes.
+    CAN_MULTI_CONN is always set: no connection caches anything, every bio goes to the one
+    device, and a FLUSH covers every write that has ended, on whichever connection. WRITE_ZEROES
+    is always set, too: a device without a way to zero writes zeroes.
     """
     flags = FLAG_SEND_FLUSH | FLAG_SEND_FUA | FLAG_CAN_MULTI_CONN | FLAG_SEND_CACHE
     if device.is_rotational:
@@ -86,13 +86,13 @@ def transmission_flags(device: Device) -> int:
 
 
 def preferred_block_size(device: Device, *, payload_max: int) -> int:
-    """Return what a client should send at least, and a multiple of; bytes, a power of two.
+    """Return the block size that a client should use, in bytes; a power of two.
 
-    A request smaller than a clone's region makes it read the rest of it from the source.
-    The minimum that is advertised stays 1, as any request is carried out.
+    For example, a write that is smaller than a clone's region makes the clone read the rest of the region from its
+    source. The minimum block size that is advertised stays 1, because every request is carried out.
     """
     limits = device.limits
-    suits = limits.io_opt & -limits.io_opt  # of three stripes: one chunk
+    suits = limits.io_opt & -limits.io_opt  # for example, one chunk of three stripes
     upper = min(payload_max, PREFERRED_MAX)
     upper = 1 << upper.bit_length() - 1
     return min(max(suits, limits.logical_block_size, PREFERRED_MIN), upper)
@@ -102,8 +102,8 @@ class DirectoryExports:
     """A directory as `nbdtarget_protocol.handshake.Exports`.
 
     Args:
-        payload_max: bytes of one READ or WRITE that the server takes; no more is advertised,
-            and no more than every client expects anyway.
+        payload_max: bytes of one READ or WRITE that the server takes. No more is advertised, and no more than 32 MiB,
+            which clients assume without being told.
     """
 
     def __init__(

@@ -1,37 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Gate`: what clients ask of one device is carried out after what they have given up.
+"""`Gate`: requests of a new connection to a device are carried out after older requests that they overlap.
 
 Theory of operation. NBD leaves open in which order requests are carried out that are in flight at the
-same time. But a client that has lost its connection, or has closed it, takes its requests for ended. It
-comes back, writes the same place again, flushes, and relies on the answer. A write of the old
-connection that is carried out after that, by a worker thread or by a slow device, destroys
-acknowledged data. So there is one gate for each device that clients are attached to, and it knows
-the **elders**: the writes (WRITE, WRITE_ZEROES, TRIM) that are in flight
+same time. But a client that has lost its connection, or has closed it, assumes that the requests of that connection have
+ended. It connects again, writes the same place again, flushes, and relies on the answer. If a worker thread or a
+slow device carries out a write of the old connection after that, acknowledged data is destroyed. So there is one
+gate for each device that has clients, and it knows the **elders**: the writes (WRITE, WRITE_ZEROES, TRIM) that are in flight
 
     on a connection, when its client leaves (EOF, DISC, a lost peer, an abort)
-    on any connection, when a new client attaches: it may be the same client, whose old connection we
-        do not know to be dead yet (a cable was pulled, or its FIN is still on its way)
+    on any connection, when a new client attaches: it may be the same client, whose old connection is not
+        known to be dead yet (for example, a cable was pulled, or its FIN is still on its way)
 
-What is asked for later and overlaps an elder is *held* until the elder has ended, whatever
-connection it comes from: a write, so that the younger one stays; a READ or a BLOCK_STATUS, so that nobody
-reads the new content and then the old one. A held request that becomes an elder itself is waited for in
-turn, so what overlaps goes in the order in which it came. Waiting is only ever for what came earlier, so
-nothing waits in a circle. What does not overlap an elder is not held, even if the elder never ends; that
-something waits is then logged after `HELD_LOG_S`. A held write whose connection closes is dropped: it had
-not begun, and nobody waits for it. FLUSH is never held: it covers what has ended.
+A later request that overlaps an elder is *held* until the elder has ended, whichever
+connection it comes from. A write is held so that the younger data stays; a READ or a BLOCK_STATUS, so that no client
+reads the new content first and the old content later. A held request that becomes an elder itself is waited for in
+turn, so overlapping requests are carried out in the order in which they came. A request only ever waits for earlier ones, so
+there is no deadlock. A request that overlaps no elder is not held, even if the elder never ends; a line in the log
+says after `HELD_LOG_S` that requests wait. A held write is dropped when its connection closes: it had
+not begun, and no client waits for it. FLUSH is never held, because it covers only writes that have ended.
 
-Nearly always there is no elder, and the members submit straight to the device. While there
-is one, the gate is put in between, so the hot path pays nothing for it.
+Nearly always there is no elder, and the members submit straight to the device. Only while there
+is one, they submit to the gate, so the hot path pays nothing for it.
 
-Requests that lie unread in the socket of a client that has gone are older than what a new client
-sends, too: each member `settle`s before a new one joins.
+Requests that lie unread in the socket of a client that has gone are older than the requests of a new client,
+too: each member `settle`s before a new one joins.
 
-Beyond our reach is what is still in the network, or in the memory of the other machine, when its client
-has already connected again: NBD has nothing by which it could be told from what a living client sends.
-A client that waits for the end of the old connection before it connects again is safe (our own does:
-`nbdtarget.devices.nbd.connection`). Requests of two connections that live are not ordered either. A client
-that gives one of them up, and sends its requests again by another that it has had open all along, as the kernel
-does after a timeout, is safe as soon as we have seen the end of the first; both may come in one turn of the loop.
+Out of reach are requests that are still in the network, or in the memory of the other machine, when their client
+has already connected again: NBD has nothing that tells them from requests of a living client.
+A client that waits for the end of the old connection before it connects again is safe (the client of this project does:
+`nbdtarget.devices.nbd.connection`). Requests of two living connections are not ordered either. A client
+that gives one connection up and repeats its requests on another that was open all along, as the kernel does
+after a timeout, is safe as soon as this server has seen the end of the first; both may happen in one turn of the loop.
 
 Bounds. Elders and held requests are counted as in flight on their connections, which are bounded, and
 which are kept as long as anything of theirs is in flight.
@@ -61,7 +60,7 @@ class Member(Protocol):
     """A connection that is attached to the device."""
 
     def settle(self) -> None:
-        """If the client has gone, take what it has sent before, and notice that it has gone."""
+        """If the client has gone, take the requests that it sent before, and notice that it has gone."""
 
     def writes_in_flight(self) -> Iterable[_Write]: ...
 
@@ -70,7 +69,7 @@ class Member(Protocol):
 
 
 class _Held:
-    """Something that waits for elders."""
+    """A request that waits for elders: how many are left, and what to do after the last one."""
 
     __slots__ = ("go", "left")
 
@@ -97,13 +96,13 @@ class Gate:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody needs this gate any more."""
+        """Whether this gate has neither members nor elders."""
         return not self._members and not self.elders
 
     def join(self, member: Member) -> None:
-        """A client attaches: what is in flight now is older than what it will ask for."""
+        """A client attaches: the writes in flight now are older than all of its requests."""
         older = tuple(self._members)
-        # First: if the last of the others goes, it must not take the gate with it.
+        # The new member is added first: if the last of the others leaves below, the gate must not be idle.
         self._members.append(member)
         for each in older:
             each.settle()
@@ -114,7 +113,7 @@ class Gate:
             member.route(self.submit)
 
     def leave(self, member: Member) -> None:
-        """The client asks for nothing more; what it has in flight may go on. Idempotent."""
+        """The client sends no more requests; those in flight go on. Idempotent."""
         if member in self._members:
             self._members.remove(member)
             self._make_elders(member)
@@ -128,7 +127,7 @@ class Gate:
                 bio.end(errnos.EIO)
 
     def submit(self, bio: Bio) -> None:
-        """Submit a bio to the device, perhaps after the elders that it overlaps."""
+        """Submit a bio to the device, after the elders that it overlaps if there are some."""
         op = bio.op
         elders = [] if op in (OP_FLUSH, OP_CACHE) else self._overlapped(bio)
         if not elders:
@@ -147,7 +146,7 @@ class Gate:
             await done
 
     def ended(self, bio: Bio) -> None:
-        """A bio of a member has ended, or of one that has left; it may be an elder."""
+        """A bio of a present or former member has ended. It may be an elder."""
         if self.elders.pop(bio, None) is None:
             return
         for held in self._behind.pop(bio, ()):
@@ -198,7 +197,7 @@ class Gate:
 
 
 class Gates:
-    """The gates of all devices that clients are attached to."""
+    """The gates of all devices that have clients."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -211,20 +210,20 @@ class Gates:
         return gate
 
     def forget_idle(self, device: Device) -> None:
-        """A connection has gone for good: drop the gate, if it was the last one."""
+        """A connection has released the device: drop the gate if nothing needs it any more."""
         gate = self._gates.get(device)
         if gate is not None and gate.is_idle:
             del self._gates[device]
 
 
 def _set(done: asyncio.Future[None]) -> None:
-    if not done.done():  # cancelled: nobody waits any more
+    if not done.done():  # it is done if the waiting task was cancelled
         done.set_result(None)
 
 
 def _nothing() -> None:
-    """What was held has been dropped."""
+    """The held request was dropped."""
 
 
 def _not_a_request(_: Bio) -> None:
-    raise AssertionError("only a range: it is submitted to nobody")
+    raise AssertionError("this bio only describes a range, and is never submitted")

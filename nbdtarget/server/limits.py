@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bound of the server, by name, and the budget that all connections share.
 
-Theory of operation. What a client can make us hold is bounded three times: for one
+Theory of operation. The memory that clients can make the server hold is bounded three times: for one
 connection, for all of them (`Budget`), and by the number of connections. A connection that
 meets a bound stops reading from its socket, so that the client's own socket buffer fills and
-it waits; nothing is refused. A connection with nothing at all in flight may always start one
-request, whatever its size, unless the shared budget is what is full: then it waits there in
-line, and is woken when a reply of another connection has left. A request of the fast path
-is counted only when it turns out not to end at once, so each connection may be over by one.
+the client waits; nothing is refused. A connection with nothing at all in flight may always start one
+request, of any size, unless the shared budget is used up: then it waits in the budget's
+line, and is woken when something was given back. A request of the fast path
+is counted only if it does not end at once, so each connection may be above its bound by one.
 
-What counts: a request from when it was submitted until its bio has ended; a byte from when
+What counts: a request, from its submission until its bio has ended; a byte, from the moment when
 memory was taken for it until the reply has left, or the write has ended. Memory for the payload of a
-large WRITE is taken as it comes (`large_write.py`). The fixed buffers
-of a connection (`receive_buffer`, `arena`) do not count: they are `connections_max` times
-their size.
+large WRITE is taken as the payload arrives (`large_write.py`). The fixed buffers
+of a connection (`receive_buffer`, `arena`) do not count: together they take `connections_max` times
+their size at most.
 """
 
 from collections import deque
@@ -35,38 +35,38 @@ class Limits:
     """Bounds of a listener and its connections; bytes unless the name says otherwise.
 
     Args:
-        connections_max: of TCP, and as many of unix sockets; above, new ones are closed at once.
-        peer_connections_max: from one address.
+        connections_max: on TCP, and as many on unix sockets; above, new ones are closed at once.
+        peer_connections_max: on TCP from one address.
         backlog_max: connections the kernel keeps waiting.
-        handshake_timeout_s: from accept to the transmission phase; once more each time if options
-            came meanwhile, as of a client that asks for each of many exports.
-        handshake_total_s: of a handshake, whatever comes.
-        handshake_output_max: answers to options, in all; a LIST that needs more is refused, and
-            who asks for twice as much is cut off.
+        handshake_timeout_s: from accept to the transmission phase. The time begins anew when it is over
+            and options came meanwhile, for example from a client that asks for each of many exports.
+        handshake_total_s: for a whole handshake, even if options keep coming.
+        handshake_output_max: answers to options, in all. A LIST that needs more is refused, and a
+            client that asks for twice as much is disconnected.
         stall_timeout_s: a client in the middle of a large WRITE that sends nothing for so
-            long is cut off, **if** others wait for the memory that it holds; and one that said DISC
-            and reads none of its replies for so long, in any case.
+            long is disconnected, **if** others wait for the memory that it holds. A client that said DISC
+            and reads none of its replies for so long is disconnected in any case.
         linger_s: after our half of a connection was closed at shutdown, how long the client
             has to close its own.
         requests_in_flight_max, bytes_in_flight_max: of one connection.
         requests_total_max, bytes_total_max: of all.
         send_buffer_max: replies that wait for the socket; above, no request is started.
-        send_queue_max: pieces of such replies, for a small one is mostly overhead; more
-            only by what lay in the receive buffer already.
+        send_queue_max: pieces of such replies, because a small piece is mostly overhead. Requests that
+            lie in the receive buffer already may add more.
         turn_us, turn_bytes_max: how long, and how many bytes of large READs and WRITEs, one
             connection is served in one turn of the loop; 0 us: only bytes count.
         read_slice: a longer READ is sent to the device in slices of so many bytes, one in each turn of the loop.
-        payload_step: a large WRITE takes so much of `bytes_total_max` at a time, as its payload comes.
-        progress_bytes: who sends less of a payload in `stall_timeout_s` has sent nothing.
+        payload_step: a large WRITE takes so much of `bytes_total_max` at a time, as its payload arrives.
+        progress_bytes: a client that sends less of a payload than this in `stall_timeout_s` counts as stalled.
         payload_max: of one READ or WRITE.
         receive_buffer: of each connection. A WRITE that fits is used where it lies.
         arena: where replies to small READs are built, one after another.
         arena_read_max: a longer READ gets a buffer of its own.
-        own_payload_min: a WRITE this long that came only in part gets a buffer of its own.
+        own_payload_min: a WRITE of at least this length that was received only in part gets a buffer of its own.
         pool_bytes_max: of large buffers kept for reuse.
-        socket_buffer: SO_SNDBUF and SO_RCVBUF of each connection, as far as the kernel lets.
-        zero_check_min: READs this long are answered with a hole if all they read is zeroes.
-        flush_at: replies are sent when so many bytes of them are there.
+        socket_buffer: SO_SNDBUF and SO_RCVBUF of each connection, as far as the kernel allows.
+        zero_check_min: a READ of at least this length is answered with a hole if all of its data is zeroes.
+        flush_at: replies are sent when so many bytes of them are packed.
         poll_us: after an answer, how long to look for the next request before sleeping.
         poison_borrowed: for tests: overwrite the receive buffer and the arena after use.
     """
@@ -190,7 +190,7 @@ class Budget:
         self._waiters.remove(wake)
 
     def give_back(self, nr_requests: int, nr_bytes: int) -> None:
-        """So many requests and bytes are in flight no longer. Calls those who wait, in the order of waiting."""
+        """So many requests and bytes are in flight no longer. Calls all that wait, in the order of waiting."""
         self.nr_requests -= nr_requests
         self.nr_bytes -= nr_bytes
         assert self.nr_requests >= 0

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Listener`: sockets that accept, and the connections that came of it.
+"""`Listener`: sockets that accept connections, and the connections themselves.
 
-Theory of operation. `start` may be called for any number of addresses; all share one budget.
+Theory of operation. `start` may be called for any number of addresses. All connections share one budget.
 
-    unix:PATH        a stale socket of a dead server is replaced, a live one is refused; its mode is
-                     what was asked for, whatever the umask is (`nbdtarget.common.unix_socket`)
+    unix:PATH        a socket that a dead server left behind is replaced; a socket of a living server is refused. Its mode is
+                     as configured, independently of the umask (`nbdtarget.common.unix_socket`)
     tcp:HOST:PORT    every address of HOST; port 0 takes a free one; [::1] in brackets
 
-How many connections there may be, and from where: `admission.py`; one above a bound is closed at once. Accepting
-stops, and the kernel's backlog fills, for ACCEPT_PAUSE_S when the process is out of file descriptors.
+How many connections there may be, and from where: `admission.py`. A connection above a bound is closed at once. When the
+process is out of file descriptors, it accepts nothing for ACCEPT_PAUSE_S, and clients wait in the kernel's backlog.
 
 A connection is kept in `_connections` until its last bio has ended, even when its socket is
 long closed: it counts as long as it holds something.
 
 Starvation. When connections wait for the shared budget, those that hold much of it and do
-not move (half a large WRITE sent, or replies never read) are cut off after
-`stall_timeout_s`. Nobody is, while nobody waits.
+not move (half a large WRITE was sent, or replies are never read) are disconnected after
+`stall_timeout_s`. As long as no connection waits, none is disconnected.
 
-Close. Accepting ends, each connection is told (`Connection.shutdown`), and after `grace_s` what
-is left is aborted. Bios that are in flight even then end into closed connections.
+Close. Accepting ends, each connection is told (`Connection.shutdown`), and connections that are left after `grace_s`
+are aborted. Bios that are in flight even then end into closed connections.
 """
 
 import asyncio
@@ -72,7 +72,7 @@ class Listener:
     Args:
         directory: the exports.
         limits: every bound.
-        access: who may connect to unix sockets.
+        access: which users may connect to unix sockets.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Listener:
         self._sockets: dict[int, socket.socket] = {}
         self._unix_sockets: list[UnixSocket] = []
         self._access = access
-        # And where each comes from. In the order of accepting: whoever came first is told first.
+        # And where each comes from. In the order of accepting, in which a shutdown tells them.
         self._connections: dict[Connection, str] = {}
         self._admission = Admission(self._limits)
         self._refused = SayRarely(self._clock)
@@ -108,7 +108,7 @@ class Listener:
 
     @property
     def budget(self) -> Budget | None:
-        """What is in flight; None before the first `start`."""
+        """What all connections have in flight; None before the first `start`."""
         return None if self._shared is None else self._shared.budget
 
     async def start(self, address: str) -> list[str]:
@@ -273,7 +273,7 @@ class Listener:
                     self._accept_timer = self._clock.call_later(
                         ACCEPT_PAUSE_S, self._start_accepting
                     )
-                # Anything else is about that one client, who is gone already.
+                # Any other error is about that one client, which is gone already.
                 return
             origin = origin_of(client, address)
             refusal = self._admission.refusal(origin, client.fileno())

@@ -35,7 +35,7 @@ from nbdtarget.server.limits import Limits
 __all__ = ["Output", "is_gone"]
 
 FLUSH_MAX: Final = 4 << 20  # bytes of the queue that one `flush` sends
-GATHER_MAX: Final = 64  # pieces of one sendmsg; the kernel's own bound is 1024
+GATHER_MAX: Final = 64  # pieces of one sendmsg; the kernel allows 1024
 
 
 class Output:
@@ -90,7 +90,7 @@ class Output:
         self._on_left = on_left
 
     def open_arena(self) -> None:
-        """Take the memory of the arena: a client that is attached needs it, and nobody before."""
+        """Take the memory of the arena. Only a client that is attached needs it."""
         self.arena = bytearray(self._arena_size)
         self.view = memoryview(self.arena)
 
@@ -140,7 +140,7 @@ class Output:
 
     @property
     def is_full(self) -> bool:
-        """Whether no further request should be started before the client has read some."""
+        """Whether no further request should be started before the client has read some replies."""
         return self.is_blocked and (
             self.nr_queued + self.end - self.base > self._waiting_max
             or len(self._queue) > self._queue_max
@@ -206,7 +206,7 @@ class Output:
         self.base = self.end = 0
 
     def drop(self) -> None:
-        """Forget everything, and give the arena back: the peer is gone."""
+        """The connection is closed: forget all replies, and give the arena back."""
         self.arena = bytearray()
         self.view = memoryview(self.arena)
         queue, self._queue = self._queue, deque()
@@ -218,5 +218,5 @@ class Output:
 
 
 def is_gone(error: OSError) -> bool:
-    """Whether `error` only says that the peer closed its end: no news after a DISC."""
+    """Whether `error` only says that the peer closed its end, as it may do after a DISC."""
     return error.errno in (errnos.EPIPE, errnos.ECONNRESET, errnos.ENOTCONN)

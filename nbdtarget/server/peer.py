@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel knows of a client's end of a connection, without reading from it."""
+"""`hang_up_events`: what the kernel knows of the client's end of a connection, without reading from the socket."""
 
 import select
 import socket
@@ -7,7 +7,7 @@ from typing import Final
 
 __all__ = ["HUNG_UP", "hang_up_events"]
 
-HUNG_UP: Final = select.POLLHUP | select.POLLERR  # nothing can be sent to it any more
+HUNG_UP: Final = select.POLLHUP | select.POLLERR  # nothing can be sent to the client
 
 
 def hang_up_events(sock: socket.socket) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replies that need a closer look: a READ that may be a hole, and an error."""
+"""Replies that take more than a header: a READ that may be answered with a hole, and errors."""
 
 from nbdtarget.bio import Bio
 from nbdtarget.server.buffers import HEADER_ROOM
@@ -24,7 +24,7 @@ def pack_read(
     out: int,
     request: tuple[int, int, bool, int],
 ) -> int:
-    """Pack the reply to a READ that is long, or was owned on its way and ended inline.
+    """Pack the reply to a READ that is long, or whose bio was owned on its way and ended inline.
 
     Args:
         payload: the place in the arena of `output` where the data belongs.
@@ -32,7 +32,7 @@ def pack_read(
         request: cookie, offset, whether replies are structured, and how long data must be to be looked
             through for zeroes.
 
-    Returns how long the reply is.
+    Returns the length of the reply.
     """
     arena, length = output.arena, bio.length
     cookie, offset, structured, zero_min = request
@@ -61,9 +61,9 @@ def push_read(
 
     Args:
         request: as for `pack_read`.
-        account: what is given back when the data has left: charge, and the buffer.
+        account: given back when the data has left: charge, and the buffer.
 
-    Returns whether it is a hole: then the buffer is free already.
+    Returns whether the reply is a hole: then the buffer is free already.
     """
     cookie, offset, structured, zero_min = request
     charge, buffer = account
@@ -94,7 +94,7 @@ def push_read(
 
 
 def encode_error(cookie: int, error: int, message: str, *, structured: bool) -> bytes:
-    """Return the reply that says `error`, one of the wire's."""
+    """Return the reply that reports `error`, which is one of the wire's eight."""
     if structured:
         return error_chunk(cookie, error, message.encode())
     return simple_reply(error, cookie)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request that did not take the fast path: what is needed to answer it, and to give back what it holds."""
+"""`Request`: what is needed to answer a request that did not take the fast path, and to give back what it holds."""
 
 from typing import Final, NamedTuple
 
@@ -12,7 +12,7 @@ WRITING: Final = frozenset({CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES})
 
 
 class Violation(Exception):
-    """The client broke a rule that leaves nothing to answer with."""
+    """The client broke the protocol in a way that cannot be answered: the connection is closed."""
 
 
 class Request(NamedTuple):
@@ -21,7 +21,7 @@ class Request(NamedTuple):
     cookie: int
     command: int
     flags: int
-    offset: int  # as asked for: a target moves `bio.offset` on its way down
+    offset: int  # as the client asked: targets change `bio.offset` on its way down
     charge: int  # bytes of budget
     buffer: Buffer | None  # pooled, holds the bio's payload
     # Of a READ that was looked through already: whether all of it is zeroes.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the connections of one listener share, and what requests ask of their connection."""
+"""`Shared`: what the connections of one listener share. `Host`: what requests ask of their connection."""
 
 import asyncio
 import socket
@@ -20,7 +20,7 @@ __all__ = ["Host", "Shared"]
 
 @dataclass(slots=True)
 class Shared:
-    """What the connections of one listener have in common."""
+    """What the connections of one listener share."""
 
     loop: asyncio.AbstractEventLoop
     clock: Clock
@@ -51,7 +51,7 @@ class Host(Protocol):
         """Send in this turn of the loop."""
 
     def disc(self) -> None:
-        """The client wants to leave once everything is answered."""
+        """The client wants to leave when everything is answered."""
 
     def maybe_release(self) -> None:
-        """Closed, and the last request has ended."""
+        """Called after each end of a request on a closed connection: release everything after the last one."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking through what was read for zeroes, so that a hole can be answered instead.
+"""`is_zero`: looks through READ data for zeroes, so that a hole can be sent instead.
 
-A sparse disk then costs its reader nothing: 32 bytes instead of the data, on any device, also
-on those that know nothing of extents.
+Reading a sparse disk then costs 32 bytes instead of the data, also on
+devices that do not know where their holes are.
 """
 
 from typing import Final
@@ -16,8 +16,8 @@ _ZEROES: Final = memoryview(bytes(1 << 20))
 def is_zero(memory: object, at: int, length: int) -> bool:
     """Whether the `length` bytes at `at` are known to be zeroes.
 
-    Only a bytearray is looked through (`startswith` compares with memcmp, a memoryview byte by
-    byte): of any other memory nothing is known.
+    Only a bytearray is looked through, because its `startswith` compares with memcmp, and a memoryview compares byte by
+    byte. For any other memory the answer is False.
     """
     if not isinstance(memory, bytearray) or at + length > len(memory):
         return False

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The client side of the handshake: from the greeting to the transmission phase.
 
-Theory of operation. The shell feeds what it receives to `receive_data`, which takes any
+Theory of operation. The caller passes what it receives to `receive_data`, which takes any
 bytes and never raises, and sends what `data_to_send` returns, until `negotiated` or `error`
-is set. At the end of the stream it calls `receive_eof`, because a server that does not like
-an EXPORT_NAME can only hang up: that silence is made a sentence here.
+is set. At the end of the stream it calls `receive_eof`, because a server can refuse
+an EXPORT_NAME only by closing the connection: `error` says so then.
 
-One option is under way at a time, in this order; each may be left out:
+One option is under way at a time, in this order. Each may be left out:
 
     STRUCTURED_REPLY   refused: go on with simple replies, and without metadata contexts
-    SET_META_CONTEXT   refused: go on without
+    SET_META_CONTEXT   refused: go on without metadata contexts
     GO                 ERR_UNSUP: go on with EXPORT_NAME; any other error: give up
     EXPORT_NAME        at once, if the server does not speak fixed newstyle
 
-ERR_TLS_REQD and ERR_SHUTDOWN end the handshake wherever they come. Giving up is a soft
-disconnect as proto.md wants it: ABORT is queued, the shell sends it and closes. When the
-server broke the protocol, or only EXPORT_NAME is spoken, there is nothing polite to send.
+ERR_TLS_REQD and ERR_SHUTDOWN end the handshake as the answer to any option. Giving up is a soft
+disconnect as proto.md defines it: ABORT is queued, the caller sends it and closes. If the
+server broke the protocol, or understands only EXPORT_NAME, nothing is sent.
 
-Bounds: one reply is at most `reply_length_max` bytes, and one option has at most
-`replies_max` of them. Not here: TLS, oldstyle, extended headers.
+Bounds: one reply has at most `reply_length_max` bytes, and one option at most
+`replies_max` replies. Not supported: TLS, the oldstyle handshake, extended headers.
 """
 
 from collections.abc import Callable, Sequence
@@ -152,7 +152,7 @@ class ClientHandshake:
         self._step: Callable[[ClientHandshake], bool] = ClientHandshake._step_greeting
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
-        """Take what the server sent. Never raises, whatever it is."""
+        """Take what the server sent, which may be any bytes. Never raises."""
         if self.error is not None:
             return
         self._buffer += data
@@ -181,7 +181,7 @@ class ClientHandshake:
             self.error = HandshakeError("server hung up before its greeting was whole")
 
     def data_to_send(self) -> list[bytes]:
-        """Return what is to be sent, and forget it."""
+        """Return the bytes to send, and forget them."""
         output = self._output
         self._output = []
         return output
@@ -197,7 +197,7 @@ class ClientHandshake:
     # Steps: each takes one message from the buffer, or returns False to wait for more.
 
     def _step_greeting(self) -> bool:
-        # A server that is none may send fewer bytes than a greeting and wait for us.
+        # Another kind of server may send fewer bytes than a greeting, and wait for the client.
         start = bytes(self._buffer[:8])
         if start != U64.pack(NBDMAGIC)[: len(start)]:
             raise HandshakeError("this is not an NBD server: no NBDMAGIC")
@@ -330,7 +330,7 @@ class ClientHandshake:
         if option == OPT_STRUCTURED_REPLY and not fatal:
             self._send_go()
         elif option == OPT_SET_META_CONTEXT and not fatal:
-            self._contexts.clear()  # what came before the error does not count
+            self._contexts.clear()  # contexts that were sent before the error do not count
             self._send_go()
         elif option == OPT_GO and rep == REP_ERR_UNSUP:
             self._send_export_name()

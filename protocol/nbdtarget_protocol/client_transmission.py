@@ -2,11 +2,11 @@
 """The client side of transmission: requests out, replies in, READ data in its place.
 
 Theory of operation. `request` encodes a request and keeps a `Completion` for it, under its
-cookie, until the reply is whole. The shell receives into `get_buffer()` and tells
-`buffer_updated(n)` how much came, which returns what completed:
+cookie, until the reply is complete. The caller receives into `get_buffer()` and tells
+`buffer_updated(n)` how many bytes were received, which returns the requests that completed:
 
     what comes next           get_buffer() is             afterwards
-    a header                  the scratch                 as many replies as came are taken,
+    a header                  the scratch                 all complete replies are taken,
                                                           small data copied to its buffer
     >= DIRECT_MIN of data     a slice of the caller's     nothing is copied
                               own buffer
@@ -20,15 +20,15 @@ Checks. The server is not trusted: unknown cookie, wrong magic, a simple reply t
 structured replies were negotiated, a chunk that lies outside its request, overlaps an
 earlier one or leaves a gap, an impossible length, metadata contexts that are missing, given
 twice or not negotiated: each raises `ReplyError`. From then on nothing is parsed any more; the
-shell calls `fail_all` and closes. What completed in the same batch before the error is the
-first thing that `fail_all` returns.
+caller calls `fail_all` and closes. Requests that completed in the same batch before the error are the
+first that `fail_all` returns.
 
 Bounds. Chunks with text or descriptors are collected in a buffer of their own, whose size the
 protocol limits (8 MiB + 4); a READ in pieces keeps at most SPANS_MAX disjoint spans.
 
-Giving up. `abandon` takes requests back from the server: they are returned as failed, and their
-buffers are the caller's again. Their replies may come all the same. They are parsed as ever, READ
-data goes into a sink, and what completes has `private` None.
+Giving up. `abandon` ends requests without waiting for the server: they are returned as failed, and their
+buffers belong to the caller again. Their replies may still come. They are parsed as always, READ
+data is dropped, and their completions have `private` None.
 """
 
 from bisect import bisect_right
@@ -86,7 +86,7 @@ _NO_VIEW: Final = memoryview(b"")
 
 
 class Completion:
-    """A request in flight, and when it has completed, its end.
+    """A request in flight; when it has completed, also its result.
 
     Attributes:
         cookie, command, flags, offset, length: of the request.
@@ -138,7 +138,7 @@ class Completion:
         self.covered = 0  # bytes of a structured READ that came
         # The borders of what came, begin, end, begin, end, ...; None: nothing or all.
         self.spans: list[int] | None = None
-        self.contexts: set[int] | None = None  # whose BLOCK_STATUS came
+        self.contexts: set[int] | None = None  # those that were answered
 
     def __repr__(self) -> str:
         name = CMD_NAMES.get(self.command, str(self.command))
@@ -218,7 +218,7 @@ class ClientTransmission:
     def abandon(
         self, error: int, which: Callable[[Completion], bool]
     ) -> list[Completion]:
-        """Return those in flight that `which` chooses, with `error`; see *Giving up*."""
+        """Return the requests in flight that `which` chooses, with `error`; see *Giving up*."""
         given_up = [request for request in self.in_flight.values() if which(request)]
         reads = [each.length for each in given_up if each.command == CMD_READ]
         sink = memoryview(bytearray(max(reads, default=0)))
@@ -245,12 +245,12 @@ class ClientTransmission:
         )
 
     def forget(self, cookies: Iterable[int]) -> None:
-        """The server will never answer these: it was not sent them, or not all of them."""
+        """Forget requests that the server will never answer, because they were not, or not completely, sent."""
         for cookie in cookies:
             del self.in_flight[cookie]
 
     def fail_all(self, error: int) -> list[Completion]:
-        """End the connection: return what was not returned yet, the unanswered with `error`."""
+        """End the connection: return all requests that were not returned yet, the unanswered ones with `error`."""
         completed = self._completed
         self._completed = []
         for request in self.in_flight.values():
@@ -490,7 +490,7 @@ class ClientTransmission:
             raise ReplyError("error message is longer than its chunk")
         if tail:
             offset = U64.unpack_from(payload, 6 + message_length)[0]
-            # An empty request has no byte that an error could be at: leave that alone.
+            # An empty request has no byte that an error could be at: this is not checked.
             if not 0 <= offset - request.offset <= max(request.length - 1, 0):
                 raise ReplyError(f"error at {offset}, outside of {request!r}")
         self._set_error(
@@ -580,7 +580,7 @@ def _add_span(request: Completion, begin: int, end: int) -> None:
     i = bisect_right(spans, begin)
     if i % 2 or (i < len(spans) and spans[i] < end):
         raise ReplyError(f"overlapping chunks in reply to {request!r}")
-    # Ranges that touch become one: a border that both have goes away.
+    # Ranges that touch become one: the border that both share is removed.
     first, last = i, i
     borders = []
     if i and spans[i - 1] == begin:

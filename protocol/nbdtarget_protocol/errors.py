@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the peer can do wrong.
+"""Exceptions for mistakes of the peer.
 
     ProtocolError
-     +- HandshakeError      no way to go on, or nothing to answer with: close the connection
+     +- HandshakeError      the handshake cannot go on, or cannot be answered: close the connection
      +- OptionError         an option is refused: REP_ERR_* reply, the handshake goes on
      +- RequestError        a request is refused: error reply, the connection goes on
-     +- ReplyError          client side: the server broke the rules; close the connection
+     +- ReplyError          client side: the server broke the protocol; close the connection
 
-What *we* do wrong is an AssertionError. Each `str()` is one line.
+A mistake of the caller is an AssertionError. Each `str()` is one line.
 """
 
 from nbdtarget_protocol.consts import ERROR_NAMES, REP_NAMES
@@ -22,11 +22,11 @@ __all__ = [
 
 
 class ProtocolError(Exception):
-    """Base of everything that a peer can do wrong."""
+    """Base of all exceptions for mistakes of the peer."""
 
 
 class HandshakeError(ProtocolError):
-    """The handshake cannot go on; the shell sends what is queued and closes."""
+    """The handshake cannot go on: the caller sends what is queued and closes."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class RequestError(ProtocolError):
 
 
 class ReplyError(ProtocolError):
-    """The server's transmission replies make no sense; nothing after this can be trusted."""
+    """The server's replies break the protocol: nothing after this can be trusted."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

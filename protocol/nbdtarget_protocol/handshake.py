@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server side of the handshake: bytes in, bytes out, and what was negotiated.
 
-Theory of operation. The shell constructs a `ServerHandshake`, sends what `data_to_send`
-returns (the greeting is there at once), feeds what it receives to `receive_data`, and after
-each time sends again. `receive_data` takes any bytes and never raises.
+Theory of operation. The caller constructs a `ServerHandshake`, sends what `data_to_send`
+returns (the greeting is there at once), passes what it receives to `receive_data`, and sends again
+after each call. `receive_data` takes any bytes and never raises.
 
     state         bytes it waits for        next
     client flags  4                         option; closed on an unknown flag
     option        16: magic, number, length payload, or swallow if the payload is unwanted
     payload       the option's length       option; transmission; closed
     swallow       the rest of a payload     option, answered with the error decided before
-    transmission  none: what comes is kept for `trailing_data`
-    closed        none: what comes is dropped
+    transmission  none: further bytes are kept for `trailing_data`
+    closed        none: further bytes are dropped
 
 Ends. `negotiated` is set by GO and EXPORT_NAME. `closed` is set by ABORT, and together with
-`error` when the client broke a rule that leaves nothing to answer with; the shell then sends
+`error` when the client broke the protocol in a way that cannot be answered. The caller then sends
 what is queued and closes the connection.
 
-What is negotiated, and forgotten again: structured replies stay once acknowledged. Metadata
-contexts belong to the export name that SET_META_CONTEXT gave; each further one clears them
-before anything else, also when it fails, and a GO for another name leaves with none.
+How long something stays negotiated: structured replies stay once they are acknowledged. Metadata
+contexts belong to the export name that SET_META_CONTEXT gave. Each further SET_META_CONTEXT first clears them,
+also when it fails, and a GO for another name ends without contexts.
 
 Metadata contexts. An export offers a list of names; a context's id is its place in that list,
 from 1. LIST shows those that a query names, by its whole name or by its namespace alone
@@ -28,15 +28,15 @@ recommends: a namespace alone, an unknown one, or no query at all, select nothin
 in the export's order, and each context once, however often it was asked for.
 
 Bounds. Only the payloads of options that are understood are buffered, to
-`option_length_max`; longer ones are swallowed and answered with ERR_TOO_BIG, and above
-`option_swallow_max` the connection ends. `options_max` ends a client that haggles without
-end; the time limit against a slow one is the shell's, since here is no clock. Replies that are
-queued or were ever sent count against `output_max`: a LIST that would go beyond it ends with
-ERR_TOO_BIG, and whoever goes on asking up to the double is cut off, so that answers cost a
-bounded memory even if the client reads none of them.
+`option_length_max`. Longer payloads are dropped and answered with ERR_TOO_BIG, and above
+`option_swallow_max` the connection ends. `options_max` ends the handshake of a client that sends options
+for ever; a time limit for a slow client is the caller's task, because there is no clock here. Replies that are
+queued or were ever sent count against `output_max`. A LIST that would go beyond it ends with
+ERR_TOO_BIG, and the connection of a client that asks for twice as much is closed, so that answers take a
+bounded amount of memory even if the client reads none of them.
 
-Not here: TLS (STARTTLS is answered as a server without it does), extended headers (the same),
-oldstyle.
+Not supported: TLS (STARTTLS is answered as by any server without it), extended headers (the same),
+and the oldstyle handshake.
 """
 
 from collections.abc import Callable, Iterable
@@ -110,7 +110,7 @@ __all__ = ["CONTEXTS_MAX", "ExportInfo", "Exports", "Negotiated", "ServerHandsha
 
 # Enough for a GO that asks for every one of the 65 536 information types.
 OPTION_LENGTH_MAX: Final = 256 << 10
-# A payload up to 32 MiB is no attack (proto.md, "Size constraints"), so it is swallowed.
+# A payload up to 32 MiB is not an attack (proto.md, "Size constraints"), so it is received and dropped.
 OPTION_SWALLOW_MAX: Final = 32 << 20
 OPTIONS_MAX: Final = 4096
 QUERIES_MAX: Final = 1024
@@ -161,12 +161,12 @@ class ExportInfo:
 
 
 class Exports(Protocol):
-    """What the handshake asks of whoever has the exports. Nothing is raised but what is said here."""
+    """What the handshake asks of the owner of the exports. No other exceptions than those named here are raised."""
 
     def lookup(self, name: str) -> ExportInfo | None:
         """Return the export of that name; "" is the default export, if there is one.
 
-        Raises: OptionError: it ought to be there, and is not now; the client is told why.
+        Raises: OptionError: the export exists but cannot be served now; the client is told why.
         """
         ...
 
@@ -246,7 +246,7 @@ class ServerHandshake:
         )
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
-        """Take what the client sent. Never raises, whatever it is."""
+        """Take what the client sent, which may be any bytes. Never raises."""
         if self.closed:
             return
         self._buffer += data
@@ -256,7 +256,7 @@ class ServerHandshake:
             self._buffer.clear()
 
     def data_to_send(self) -> list[bytes]:
-        """Return what is to be sent, and forget it."""
+        """Return the bytes to send, and forget them."""
         output = self._output
         self._output = []
         return output
@@ -280,7 +280,7 @@ class ServerHandshake:
             return False
         flags = CLIENT_FLAGS.unpack_from(self._buffer)[0]
         del self._buffer[: CLIENT_FLAGS.size]
-        # A client without C_FIXED_NEWSTYLE is served like any other: it will only ever send
+        # A client without C_FIXED_NEWSTYLE is served like any other: either it only ever sends
         # EXPORT_NAME, or it forgot the flag.
         if flags & ~(FLAG_C_FIXED_NEWSTYLE | FLAG_C_NO_ZEROES):
             self._fail(f"unknown client flags {flags:#x}")
@@ -420,7 +420,7 @@ class ServerHandshake:
             self._reply(option, REP_INFO, encode_info_name(export.name))
         if INFO_DESCRIPTION in infos and export.description:
             self._reply(option, REP_INFO, encode_info_description(export.description))
-        # Constraints that will be enforced are told even to those who did not ask.
+        # Constraints that are enforced are sent also to clients that did not ask for them.
         if INFO_BLOCK_SIZE in infos or export.block_size_min > 1:
             info = encode_info_block_size(
                 minimum=export.block_size_min,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The payloads of options and option replies: encoded and decoded, without any state.
 
-A decoder raises `OptionError(REP_ERR_INVALID)` for whatever the client got wrong, and nothing
-else, whatever the bytes are.
+A decoder raises `OptionError(REP_ERR_INVALID)` for every mistake of the client, and no other
+exception, for any bytes.
 """
 
 from collections.abc import Sequence

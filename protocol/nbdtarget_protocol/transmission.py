@@ -2,26 +2,26 @@
 """The server side of transmission: which requests are refused, and how replies look.
 
 Theory of operation. There is no parser object here: a request is 28 bytes that the server
-decodes where they lie, with `REQUEST.unpack_from`, because an object per request costs more
-than the rest of its way. What stands here is the other part:
+decodes in its receive buffer, with `REQUEST.unpack_from`, because an object for each request costs more
+than everything else that is done for it. This module has the rest:
 
 - `ServerTransmission` knows the limits of one connection. `validate` answers 0 or the errno
   for the wire; `refusal` says the same with a sentence, for the error chunk and the log. The
   server may inline the common case: `flags_allowed` has, for each command that this
   connection may use freely, the flags it may carry; a command or flag that is not in it, and
   any range that ends behind `size`, goes through `validate`.
-- `payload_rule` decides about a WRITE's payload before it came: whatever will be answered,
-  the payload of a refused WRITE has to be read and dropped first, or the next request would
+- `payload_rule` decides about a WRITE's payload before it was received: the payload of a refused WRITE
+  has to be received and dropped before anything else, or the next request would
   be looked for inside it.
 - encoders for every reply. With structured replies, READ is never answered by
   `simple_reply`, not even with an error.
-- `wire_errno` makes one of the eight errors of any errno; `clip_extents` makes descriptors
-  that every client accepts of any list of extents.
+- `wire_errno` maps any errno to one of the eight errors of the wire; `clip_extents` turns any list of extents
+  into descriptors that every client accepts.
 
-Silence of proto.md, decided here: a length of 0 succeeds, save for BLOCK_STATUS, which must
+What proto.md leaves open is decided as follows. A length of 0 succeeds, except for BLOCK_STATUS, which must
 return at least one descriptor of at least one byte. FLUSH and DISC ignore offset and length.
-A READ that is longer than `payload_max` is EINVAL (with DF: EOVERFLOW). A write-type command
-on a read-only export is EPERM, whatever else is wrong with it.
+A READ that is longer than `payload_max` fails with EINVAL (with DF: EOVERFLOW). A write-type command
+on a read-only export fails with EPERM, even if something else is wrong with it, too.
 """
 
 import errno as errnos
@@ -198,7 +198,7 @@ class ServerTransmission:
     def refusal(
         self, command: int, flags: int, offset: int, length: int
     ) -> RequestError | None:
-        """As `validate`, with a sentence; None if the request may be carried out."""
+        """As `validate`, but with a reason in words; None if the request may be carried out."""
         if command == CMD_DISC:
             return None  # nothing in it matters
         if command in _WRITES and self.read_only:
@@ -245,7 +245,7 @@ class ServerTransmission:
         PAYLOAD_ACCEPT: read it; if `validate` refuses the request, drop it and answer.
         PAYLOAD_DRAIN: read it without keeping it, then answer EINVAL. Up to 32 MiB no payload
         is an attack, and up to twice our limit it is cheaper to stay in sync.
-        PAYLOAD_DISCONNECT: more than anybody has reason to send.
+        PAYLOAD_DISCONNECT: no client has a reason to send so much; the connection is closed.
         """
         if length <= self.payload_max:
             return PAYLOAD_ACCEPT
