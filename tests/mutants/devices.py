@@ -13,6 +13,7 @@ PAGE_CACHE: Final = (
     "tests/nbdtarget/devices/file/test_page_cache.py",
     "tests/crash/test_page_cache.py",
 )
+RESOLVE: Final = ("tests/nbdtarget/devices/test_resolve.py",)
 NBD: Final = ("tests/nbdtarget/devices/nbd/test_device.py",)
 
 NBD_LOSS: Final = ("tests/nbdtarget/devices/nbd/test_loss.py",)
@@ -344,5 +345,39 @@ DEVICES: Final = (
         "nbdtarget_protocol.client_transmission:ClientTransmission.abandon",
         (("twin.buffer = sink[: request.length]", "twin.buffer = request.buffer"),),
         NBD_LOSS,
+    ),
+    # ---- names of devices ----
+    Mutant(
+        "second-name-of-a-file-is-another-disk",
+        "One file is opened twice, by two names: a FLUSH covers the writes of one of them only.",
+        "nbdtarget.devices.file.scheme:FileScheme.identity",
+        (
+            (
+                'return ("file", status.st_dev, status.st_ino)',
+                'return ("file", os.path.abspath(name))',
+            ),
+        ),
+        RESOLVE,
+    ),
+    Mutant(
+        "two-exports-of-a-server-are-one-disk",
+        "A second export of a server is taken for the first: a table serves another disk than it names.",
+        "nbdtarget.devices.nbd.uri:NbdUri.identity",
+        ((", path, self.export_name)", ", path)"),),
+        ("tests/nbdtarget/devices/nbd/test_uri.py",),
+    ),
+    Mutant(
+        "relative-socket-meant-from-the-server",
+        "A relative path of a socket means the directory of the server: perhaps another disk.",
+        "nbdtarget.devices.nbd.scheme:NbdUnixScheme.absolute",
+        (("lambda uri: uri[1] + before", "lambda uri: uri[1]"),),
+        RESOLVE,
+    ),
+    Mutant(
+        "memory-is-one-disk",
+        "Two disks in memory of the same size are one: two tables write over each other.",
+        "nbdtarget.devices.memory_scheme:MemoryScheme.identity",
+        (("return (self.name, object())", "return (self.name, name)"),),
+        RESOLVE,
     ),
 )
