@@ -11,7 +11,7 @@ from nbdtarget.common.errors import TableError
 from nbdtarget.common.permissions import OVERWRITE
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS
 from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
-from tests.support.cache_battery import Fire
+from tests.support.cache_battery import BackgroundIo
 from tests.support.cache_parts import Bench
 
 PASSTHROUGH = "1 passthrough smq 0"
@@ -186,7 +186,7 @@ async def test_11_2_15_passthrough_fails_with_dirty_blocks(lab: CacheLab) -> Non
 
 async def test_11_2_16_switch_through_the_policies(lab: CacheLab) -> None:
     await lab.create("0 cleaner 0")
-    fire = Fire(lab)
+    fire = BackgroundIo(lab)
     for policy in ("smq", "mq", "cleaner", "mq", "smq", "mq"):
         await fire.burn(80)
         await lab.reload(f"0 {policy} 0")
@@ -207,7 +207,7 @@ async def test_11_2_16_reload_cleaner(lab: CacheLab) -> None:
 
 async def test_11_2_16_alternate_under_io(lab: CacheLab) -> None:
     await lab.create("0 smq 0")
-    fire = Fire(lab)
+    fire = BackgroundIo(lab)
     burning = asyncio.create_task(fire.burn_until_stopped())
     for policy in ("mq", "smq") * 5:
         await lab.pass_time(1)
@@ -274,7 +274,7 @@ async def test_11_2_18_small_stack() -> None:
     lab = CacheLab(nr_cblocks=1, nr_oblocks=1, tail=50 * 1024 - BLOCK)
     lab.resize("c", 50 * 1024)
     await lab.create("0 smq 0")
-    fire = Fire(lab)
+    fire = BackgroundIo(lab)
     data = bytes(range(256)) * 200
     for _ in range(4):
         await lab.device.write(0, data)
@@ -289,7 +289,7 @@ async def test_11_2_18_small_stack() -> None:
 
 async def test_11_2_19_writethrough_has_nothing_dirty(lab: CacheLab) -> None:
     await lab.create("1 writethrough smq 0")
-    fire = Fire(lab)
+    fire = BackgroundIo(lab)
     await lab.message("warm 0-16")
     await lab.pass_time(3)
     for _ in range(5):

@@ -11,7 +11,7 @@ import pytest
 
 from nbdtarget.common.errors import DeviceError
 from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
-from tests.support.cache_battery import Fire
+from tests.support.cache_battery import BackgroundIo
 from tests.support.clock import settle
 
 POLICIES = ["smq", "mq"]
@@ -88,7 +88,7 @@ async def test_11_2_5_a_dirtied_cache_can_be_cleaned(lab: CacheLab, how: str) ->
 
 async def test_11_2_6_uncache(lab: CacheLab) -> None:
     await lab.create("0 smq 0")
-    fire = Fire(lab)
+    fire = BackgroundIo(lab)
     burning = asyncio.create_task(fire.burn_until_stopped())
     await lab.pass_time(20, step=0.5)
     assert await lab.used() > 0
@@ -111,7 +111,7 @@ async def test_11_2_6_uncache(lab: CacheLab) -> None:
 
 async def test_11_2_7_decommission_with_checksums(lab: CacheLab) -> None:
     await lab.create("0 smq 0")
-    fire = Fire(lab)
+    fire = BackgroundIo(lab)
     await fire.burn(400)
     await lab.recreate("0 cleaner 0")
     await lab.pass_time(10)
@@ -126,7 +126,7 @@ async def test_11_2_8_discard_with_concurrent_io(
     lab: CacheLab, features: str, seed: int
 ) -> None:
     await lab.create(f"{features} smq 0")
-    fire = Fire(lab, seed, discards=True)
+    fire = BackgroundIo(lab, seed, discards=True)
     burning = asyncio.create_task(fire.burn_until_stopped())
     await lab.pass_time(20, step=0.5)
     fire.stop()
@@ -153,7 +153,7 @@ async def test_11_2_8_discard_passed_to_origin(lab: CacheLab) -> None:
 @pytest.mark.parametrize("features", ["0", "1 writethrough", "1 passthrough"])
 async def test_11_2_9_dt_cache(lab: CacheLab, features: str, policy: str) -> None:
     await lab.create(f"{features} {policy} 0")
-    fire = Fire(lab)
+    fire = BackgroundIo(lab)
     for _ in range(3):
         await fire.burn(150)
         await lab.pass_time(2)

@@ -28,7 +28,7 @@ from nbdtarget_metadata.operations import Flush, Steps
 from tests.sim.catalog import RIGS
 from tests.sim.disks import SimDisk
 from tests.sim.world import simulate
-from tests.support.crash import cache_bugs as liars
+from tests.support.crash import cache_bugs
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = 18  # of `make test`, for each rig; `make sim` draws new ones
@@ -298,21 +298,29 @@ def test_simulation_of_a_stack_catches(
     [
         (
             "nbdtarget.targets.committer.Committer._commit_transaction",
-            liars.commit_without_flushes,
+            cache_bugs.commit_without_flushes,
             "cache",
         ),
-        (liars.MIGRATIONS + "_demote", liars.demote_without_commit, "cache_over_clone"),
         (
-            liars.CACHED_WRITES + "_invalidate",
-            liars.invalidate_after_the_write,
+            cache_bugs.MIGRATIONS + "_demote",
+            cache_bugs.demote_without_commit,
+            "cache_over_clone",
+        ),
+        (
+            cache_bugs.CACHED_WRITES + "_invalidate",
+            cache_bugs.invalidate_after_the_write,
             "cache_passthrough",
         ),
         (
-            liars.CACHED_WRITES + "_write_through",
-            liars.write_through_to_one,
+            cache_bugs.CACHED_WRITES + "_write_through",
+            cache_bugs.write_through_to_one,
             "cache_writethrough",
         ),
-        (liars.MIGRATIONS + "_tick_and_wait", liars.tick_with_io, "cache_switching"),
+        (
+            cache_bugs.MIGRATIONS + "_tick_and_wait",
+            cache_bugs.tick_with_io,
+            "cache_switching",
+        ),
     ],
 )
 def test_simulation_of_a_cache_catches(

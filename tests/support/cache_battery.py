@@ -7,13 +7,13 @@ import random
 from nbdtarget.bio import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, Bio
 from tests.support.cache import CacheLab
 
-__all__ = ["Fire"]
+__all__ = ["BackgroundIo"]
 
 SECTOR = 512
 LENGTHS = (512, 4096, 16384, 32768, 65536)
 
 
-class Fire:
+class BackgroundIo:
     """Random reads, writes and flushes, each sector of which says what wrote it.
 
     Attributes:

@@ -11,7 +11,7 @@ import pytest
 
 from nbdtarget_metadata.cache.metadata import FLUSH_CACHE, FLUSH_ORIGIN
 from nbdtarget_metadata.errors import MetadataError
-from tests.support.metadata.cache_workload import CacheWorld, Mutant
+from tests.support.metadata.cache_workload import CacheWorkload, Mutant
 
 pytestmark = [pytest.mark.usefixtures("small_cache_chunks"), pytest.mark.slow]
 
@@ -30,7 +30,7 @@ MUTANT_SEEDS = range(20)
 def test_every_crash_image_opens_at_an_acknowledged_state(
     seed: int, lazy: bool
 ) -> None:
-    world = CacheWorld(seed, lazy=lazy)
+    world = CacheWorkload(seed, lazy=lazy)
     world.run(NR_EVENTS)
     assert world.acknowledged > 20
 
@@ -39,20 +39,20 @@ def test_every_crash_image_opens_at_an_acknowledged_state(
 def test_every_crash_image_of_a_resized_cache_is_right(
     seed: int,
 ) -> None:
-    CacheWorld(seed, lazy=bool(seed % 2), restless=True).run(NR_EVENTS)
+    CacheWorkload(seed, lazy=bool(seed % 2), restless=True).run(NR_EVENTS)
 
 
 def test_restless_workload_comes_by_every_way() -> None:
     ways: Counter[str] = Counter()
     for seed in RESTLESS_SEEDS:
-        world = CacheWorld(seed, lazy=bool(seed % 2), restless=True)
+        world = CacheWorkload(seed, lazy=bool(seed % 2), restless=True)
         world.run(NR_EVENTS)
         ways.update({name: n for name, n in vars(world).items() if name[:3] == "nr_"})
     assert [name for name, times in ways.items() if not times] == []
 
 
 def test_workload_comes_by_every_way() -> None:
-    world = CacheWorld(OVERTAKING_SEED, lazy=True)
+    world = CacheWorkload(OVERTAKING_SEED, lazy=True)
     world.run(NR_EVENTS)
     assert world.nr_overtaken > 0
     assert world.nr_clean > 0
@@ -79,7 +79,7 @@ OWNER_MUTANTS = {
 def test_mutant_of_the_owner_is_caught(name: str) -> None:
     for seed in MUTANT_SEEDS:
         try:
-            CacheWorld(seed, OWNER_MUTANTS[name], lazy=bool(seed % 2)).run(NR_EVENTS)
+            CacheWorkload(seed, OWNER_MUTANTS[name], lazy=bool(seed % 2)).run(NR_EVENTS)
         except (AssertionError, MetadataError):
             return
     pytest.fail("not caught")

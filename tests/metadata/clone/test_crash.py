@@ -20,8 +20,8 @@ from tests.support.metadata.clone_workload import (
     REGION_SIZE,
     TARGET_SIZE,
     UUID,
+    CloneWorkload,
     Mutant,
-    World,
     open_image,
 )
 from tests.support.metadata.store import Store, cut, drive
@@ -39,7 +39,7 @@ MUTANT_SEEDS = range(40)
 def test_every_crash_image_opens_at_an_acknowledged_state(
     seed: int, lazy: bool
 ) -> None:
-    world = World(seed, lazy=lazy)
+    world = CloneWorkload(seed, lazy=lazy)
     world.run(NR_EVENTS)
     assert world.acknowledged > 20
     assert world.nr_moves > 1, "the workload must reach both arenas"
@@ -47,7 +47,7 @@ def test_every_crash_image_opens_at_an_acknowledged_state(
 
 def test_workload_overtakes_compactions() -> None:
     # Else the rarest way through `_plan` would go untested.
-    world = World(OVERTAKING_SEED, lazy=True)
+    world = CloneWorkload(OVERTAKING_SEED, lazy=True)
     world.run(NR_EVENTS)
     assert world.nr_overtaken > 0
 
@@ -76,7 +76,7 @@ def is_caught(mutant: Mutant | None = None, first: int = 0) -> bool:
     """Tell whether some seed notices; any exception will do, an oracle's or the code's."""
     for seed in (first, *MUTANT_SEEDS):
         try:
-            World(seed, mutant, lazy=bool(seed % 2)).run(NR_EVENTS)
+            CloneWorkload(seed, mutant, lazy=bool(seed % 2)).run(NR_EVENTS)
         except (AssertionError, MetadataError):
             return True
     return False

@@ -24,7 +24,7 @@ from tests.support.metadata.clone_workload import (
     REGION_SIZE,
     TARGET_SIZE,
     UUID,
-    World,
+    CloneWorkload,
     open_image,
     rotten,
 )
@@ -127,7 +127,7 @@ def used_image() -> tuple[bytes, CloneSuperblock]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "CHUNK_BYTES", 64)
         patch.setattr(encoding, "CHUNK_REGIONS", 512)
-        world = World(0)
+        world = CloneWorkload(0)
         world.run(100)
         while True:
             world._event()

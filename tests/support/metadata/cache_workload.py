@@ -128,7 +128,7 @@ class Process:
                     self.tickets.append(self.store.submit(each))
 
 
-class CacheWorld:
+class CacheWorkload:
     """See the module head."""
 
     def __init__(

@@ -49,7 +49,7 @@ class Mutant:
 class Process:
     """A generator with the operations that it waits for."""
 
-    def __init__(self, world: "World", steps: Steps[None], kind: str) -> None:
+    def __init__(self, world: "CloneWorkload", steps: Steps[None], kind: str) -> None:
         self.world = world
         self.steps = steps
         self.kind = kind
@@ -96,7 +96,7 @@ class Process:
         return self.kind == "journal" and mutant.journal_unflushed
 
 
-class World:
+class CloneWorkload:
     """See the module head. `store` and `metadata` are of the life now running."""
 
     def __init__(

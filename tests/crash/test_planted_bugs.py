@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planted liars: each breaks one promise, and the check that is there for it must say so.
+"""Planted bugs: each breaks one promise, and the check that is there for it must say so.
 
-A liar of an invariant is caught by that very invariant, on the workloads of the crash matrix;
-liars of the devices and of the order of a commit by the hypothesis machine, too.
+A bug of an invariant is caught by that very invariant, on the workloads of the crash matrix;
+bugs of the devices and of the order of a commit by the hypothesis machine, too.
 """
 
 from collections.abc import Callable
@@ -166,15 +166,15 @@ def try_matrix() -> None:
         cuts.verify()
 
 
-def plant(where: str, liar: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    if issubclass(liar, CloneTarget):
-        monkeypatch.setitem(TARGET_TYPES, where, liar)
+def plant(where: str, bug: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    if issubclass(bug, CloneTarget):
+        monkeypatch.setitem(TARGET_TYPES, where, bug)
     else:
-        monkeypatch.setattr(where, liar)
+        monkeypatch.setattr(where, bug)
 
 
 @pytest.mark.parametrize(
-    ("where", "liar", "name"),
+    ("where", "bug", "name"),
     [
         (COMMITTER, FlushesLate, "I1"),
         (TARGET + "Hydrator", MovesTheSource, "I2"),
@@ -188,16 +188,16 @@ def plant(where: str, liar: type, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_invariant_catches(
-    where: str, liar: type, name: str, monkeypatch: pytest.MonkeyPatch
+    where: str, bug: type, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(where, liar, monkeypatch)
+    plant(where, bug, monkeypatch)
     with pytest.raises(Broken, match=name):
         try_matrix()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "liar", "make_rig"),
+    ("where", "bug", "make_rig"),
     [
         (DEVICE, FlushLies, LinearRig),
         (DEVICE, FuaLies, LinearRig),
@@ -207,10 +207,10 @@ def test_invariant_catches(
 )
 def test_state_machine_catches(
     where: str,
-    liar: type,
+    bug: type,
     make_rig: Callable[[int, float], Rig],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plant(where, liar, monkeypatch)
+    plant(where, bug, monkeypatch)
     with pytest.raises((AssertionError, CorruptMetadata)):
         run_machine(make_rig)

@@ -105,7 +105,7 @@ def try_all() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "liar", "name"),
+    ("where", "bug", "name"),
     [
         (
             "nbdtarget.targets.committer.Committer._commit_transaction",
@@ -138,8 +138,8 @@ def try_all() -> None:
     ],
 )
 def test_invariant_catches(
-    where: str, liar: object, name: str, monkeypatch: pytest.MonkeyPatch
+    where: str, bug: object, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(where, liar)
+    monkeypatch.setattr(where, bug)
     with pytest.raises(Broken, match=name):
         try_all()
