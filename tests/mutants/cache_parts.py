@@ -93,8 +93,8 @@ CACHE_PARTS: Final = (
         "discards-not-loaded",
         "Promotions copy what nobody needs, for as long as the cache lives.",
         "nbdtarget.targets.cache.activation:Activation.preresume",
-        "self._discards.load(discarded)",
-        "self._discards.load(None)",
+        "self._parts.discards.load(discarded)",
+        "self._parts.discards.load(None)",
         ACTIVATION,
     ),
     _mutant(

@@ -94,7 +94,7 @@ class CacheWatch(CacheInvariants):
             or any(device._deferred for device in self._devices)
             or not target._committer.is_clean
             or target._committer._is_compacting
-            or target._requests._ranges
+            or target._migrations.requests._ranges
             or target._blocks.nr_migrating
             or _has_work(target)
         )

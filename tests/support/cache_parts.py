@@ -10,7 +10,6 @@ from nbdtarget.targets import metadata_io
 from nbdtarget.targets.cache.activation import Activation
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.constructor import Parts, construct
-from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.committer import Committer
 from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.superblock import PolicyIdentity
@@ -95,8 +94,8 @@ class Table:
             failed=self._failed,
             metadata_failed=parts.metadata.blame,
         )
-        self.discards = DiscardBits(parts.block_size, bench.ctx.length)
-        self.activation = Activation(bench.ctx, parts, self.committer, self.discards)
+        self.discards = parts.discards
+        self.activation = Activation(bench.ctx, parts, self.committer)
 
     @property
     def metadata(self) -> CacheMetadata:
@@ -127,7 +126,6 @@ class Table:
             bench.ctx,
             self.parts,
             self.committer,
-            self.discards,
             remap=_parked,
             broken=_broken,
         )

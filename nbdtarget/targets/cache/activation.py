@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before I/O may come: what a resume refuses, and what it loads.
+"""Before I/O may come: what a resume refuses, and what it loads. And at the end: what a stop records.
 
 Theory of operation. A table is constructed while another one, with the same metadata, may still
 be at work. So nothing that can change meanwhile is looked at before preresume: then the other
@@ -50,6 +50,7 @@ What a crash leaves: before the commit of step 7 what was there before; after it
 import asyncio
 import errno as errnos
 import logging
+from array import array
 from typing import Final
 
 from nbdtarget.common.errors import TableError
@@ -57,7 +58,6 @@ from nbdtarget.policies.base import MappingError, Policy, PolicyConfigError
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.cache.constructor import Parts, make_policy
-from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.disks import ORIGIN_ROLE
@@ -69,6 +69,7 @@ from nbdtarget_metadata.mode import Mode
 __all__ = ["Activation"]
 
 STEP_BLOCKS: Final = 500  # looked at, and loaded, before others have their turn
+STEP_HINTS: Final = 4096  # asked for between two turns of the loop: a millisecond or so
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +78,8 @@ class Activation:
     """Takes a cache's parts into use at each resume. See the module head.
 
     Args:
-        parts: `parts.policy` may be another one after `preresume`.
+        parts: `parts.policy` may be another one after `preresume`. `parts.discards` are filled by the first one.
         committer: of `parts.metadata`.
-        discards: of the table; filled by the first `preresume`.
     """
 
     def __init__(
@@ -87,12 +87,10 @@ class Activation:
         ctx: TargetContext,
         parts: Parts,
         committer: Committer,
-        discards: DiscardBits,
     ) -> None:
         self._ctx = ctx
         self._parts = parts
         self._committer = committer
-        self._discards = discards
         self._nr_cblocks = parts.cache.size // parts.block_size  # that this table has
         self._is_sized = False
         self._is_loaded = False
@@ -124,13 +122,33 @@ class Activation:
                 await self._load(nr_cblocks)
             if not self._is_loaded:
                 discarded = metadata.discarded if believes_discards else None
-                self._discards.load(discarded)
+                self._parts.discards.load(discarded)
             if metadata.mode is Mode.RW:
                 await self._start()
         except MetadataError as error:
             raise TableError(f"unable to resume cache: {error}") from error
         self._is_loaded = True
         return self._parts.policy
+
+    async def prepare_stop(self) -> None:
+        """Put into the metadata what a crash would forget; a commit of the clean shutdown comes next.
+
+        Nothing may change meanwhile: neither mappings nor what is dirty. Raises: MetadataError.
+        """
+        policy, metadata = self._parts.policy, self._parts.metadata
+        hints: array[int] | None = None
+        if policy.hint_size:
+            hints = array("I")
+            nr_cblocks = metadata.nr_cblocks
+            for begin in range(0, nr_cblocks, STEP_HINTS):
+                end = min(begin + STEP_HINTS, nr_cblocks)
+                hints.extend(map(policy.get_hint, range(begin, end)))
+                await asyncio.sleep(0)
+        metadata.prepare_shutdown(
+            policy=_recorded(policy),
+            hints=hints,
+            discarded=self._parts.discards.as_recorded(),
+        )
 
     def _check_read_only(self) -> None:
         """Refuse what cannot be served without recording anything. Raises: TableError."""

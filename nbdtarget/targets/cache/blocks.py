@@ -23,7 +23,6 @@ from nbdtarget.bio import FUA, OP_READ, Bio
 from nbdtarget.devices.base import Device
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.cache.constructor import Parts
-from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.failures import Failures
 from nbdtarget.targets.cache.locks import BlockLock, BlockLocks
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK
@@ -58,7 +57,6 @@ class Blocks:
         ctx: TargetContext,
         parts: Parts,
         committer: Committer,
-        discards: DiscardBits,
         *,
         remap: Callable[[Bio], None],
         broken: Callable[[BaseException], None],
@@ -69,7 +67,7 @@ class Blocks:
         self.metadata = parts.metadata
         self.policy = parts.policy
         self.committer = committer
-        self.discards = discards
+        self.discards = parts.discards
         self.locks = BlockLocks()
         self.origin_writes = OriginWrites(
             lambda: not (self.locks.has_writers or self.nr_migrating)

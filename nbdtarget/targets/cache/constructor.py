@@ -24,6 +24,7 @@ from nbdtarget.policies.base import Policy, PolicyConfigError
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import TargetContext
+from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.table import (
     ARGUMENTS_MIN,
     BAD_FEATURE_COUNT,
@@ -55,6 +56,7 @@ class Parts:
         words: the table line's.
         metadata: not started: nothing in it may change yet. Shared with this device's other table.
         policy: for the size that the cache device has now; it knows no mappings yet.
+        discards: none yet.
         stale: why what is mapped and clean is not to be believed; empty: it is.
     """
 
@@ -66,6 +68,7 @@ class Parts:
     origin: Device
     metadata: CacheMetadata
     policy: Policy
+    discards: DiscardBits
     disks: DiskRecords
     stale: str
 
@@ -134,6 +137,7 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         origin,
         metadata,
         policy,
+        DiscardBits(block_size, ctx.length),
         disks,
         stale,
     )

@@ -16,7 +16,6 @@ from nbdtarget.policies.base import PolicyConfigError
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.invalidation import invalidate
 from nbdtarget.targets.cache.migrations import Migrations
-from nbdtarget.targets.cache.promotion_requests import PromotionRequests
 from nbdtarget.targets.cache.table import parse_core_value, parse_ranges
 
 __all__ = ["Messages"]
@@ -41,13 +40,11 @@ class Messages:
         self,
         blocks: Blocks,
         migrations: Migrations,
-        requests: PromotionRequests,
         clock: Clock,
         refusal: Callable[[Sequence[str], str], TableError],
     ) -> None:
         self._blocks = blocks
         self._migrations = migrations
-        self._requests = requests
         self._clock = clock
         self._refusal = refusal
         self.changing = asyncio.Lock()
@@ -55,7 +52,7 @@ class Messages:
 
     async def carry_out(self, words: Sequence[str]) -> None:
         """Carry out a message. Raises: TableError."""
-        blocks, requests = self._blocks, self._requests
+        blocks, requests = self._blocks, self._migrations.requests
         if [word.lower() for word in words] == ["flush_origin"]:
             await self._flush_origin()
             return

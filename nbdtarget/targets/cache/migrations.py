@@ -65,11 +65,10 @@ class Migrations:
 
     Attributes:
         rate: migration_rate.
+        requests: blocks that are to be promoted whatever the policy thinks of them.
     """
 
-    def __init__(
-        self, blocks: Blocks, requests: PromotionRequests, clock: Clock
-    ) -> None:
+    def __init__(self, blocks: Blocks, clock: Clock) -> None:
         self._blocks = blocks
         self._clock = clock
         self.rate = Rate(clock, blocks.options.migration_rate)
@@ -87,7 +86,7 @@ class Migrations:
             background=True,
         )
         self._sweep = Sweep(blocks)
-        self._requests = requests
+        self.requests = PromotionRequests(blocks)
         self._tasks = Tasks(failed=blocks.broken)
         self._nr_migrations = 0
         self._nr_demoting = 0
@@ -169,7 +168,7 @@ class Migrations:
         self._may_gather = True
         if self._is_idle:
             self._clear_log()
-        self._requests.tick(is_migrating=self._nr_migrations > 0)
+        self.requests.tick(is_migrating=self._nr_migrations > 0)
         self.tick()
         self.wake()
         self._waker = self._clock.call_later(TICK_S, self._tick_and_wait)
@@ -212,7 +211,7 @@ class Migrations:
         sweeps = self._sweep.is_asked_for or (is_idle and sorts)
         if sweeps and may_write_back and self._start_sweeping():
             return True
-        work = self._requests.maybe_next(self._nr_demoting)
+        work = self.requests.maybe_next(self._nr_demoting)
         if work is None:
             work = blocks.policy.get_background_work(is_idle and not sorts)
         if work is None:
@@ -226,7 +225,7 @@ class Migrations:
             # The block is locked, for example by the sweep: unlocking it wakes us. Or it is too soon to try again.
             blocks.policy.complete_background_work(work, False)
             if work.op == PROMOTE:
-                self._requests.failed(work)
+                self.requests.failed(work)
             return False
         self._started()
         self._nr_demoting += work.op == DEMOTE
@@ -299,7 +298,7 @@ class Migrations:
             if success:
                 self._count(work)
             elif work.op == PROMOTE:
-                self._requests.failed(work)
+                self.requests.failed(work)
         except Exception as error:
             # An exception of our own making. All I/O must be refused before parked bios are mapped.
             blocks.broken(error)
@@ -313,7 +312,7 @@ class Migrations:
             blocks.nr_promotions += 1
             if blocks.metadata.dirty[work.cblock]:
                 blocks.policy.set_dirty(work.cblock)
-            self._requests.promoted(work)
+            self.requests.promoted(work)
         elif work.op == DEMOTE:
             blocks.nr_demotions += 1
 

@@ -40,12 +40,10 @@ cache starts empty (`Activation`). Hints and discards are forgotten.
 
 import errno as errnos
 import logging
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, OP_WRITE, Bio
-from nbdtarget.common.clock import sleep
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.fast.compiled import Route
@@ -60,13 +58,11 @@ from nbdtarget.targets.cache.bad_blocks import BadBlocks
 from nbdtarget.targets.cache.blocks import Blocks
 from nbdtarget.targets.cache.cached_writes import CachedWrites
 from nbdtarget.targets.cache.constructor import Parts, construct
-from nbdtarget.targets.cache.discards import DiscardBits
 from nbdtarget.targets.cache.distrust import Distrust
 from nbdtarget.targets.cache.extents import CACHE, base_extents, cache_extents
 from nbdtarget.targets.cache.foreground import Foreground
 from nbdtarget.targets.cache.messages import Messages
 from nbdtarget.targets.cache.migrations import Migrations
-from nbdtarget.targets.cache.promotion_requests import PromotionRequests
 from nbdtarget.targets.cache.report import (
     measured_pairs,
     status_fields,
@@ -77,7 +73,6 @@ from nbdtarget.targets.disks import ORIGIN_ROLE, cache_samples, spread_ones
 from nbdtarget.targets.mapping import MappingTarget
 from nbdtarget.targets.measured import target_attributes
 from nbdtarget_metadata.cache.metadata import CacheMetadata
-from nbdtarget_metadata.cache.superblock import PolicyIdentity
 from nbdtarget_metadata.errors import MetadataError
 
 __all__ = ["CacheTarget"]
@@ -113,20 +108,18 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         self._parts = parts
         if parts.options.discard_passdown:
             self._pass_down(ORIGIN_ROLE, parts.origin)
-        self._discards = DiscardBits(parts.block_size, ctx.length)
-        self._discard_granularity = self._discards.dblock_size
+        self._discards = parts.discards
+        self._discard_granularity = parts.discards.dblock_size
         self._blocks = Blocks(
             ctx,
             parts,
             self._committer,
-            self._discards,
             remap=self._remap,
             broken=self._broken,
         )
-        self._activation = Activation(ctx, parts, self._committer, self._discards)
+        self._activation = Activation(ctx, parts, self._committer)
         self._distrust = Distrust(self._blocks, self._look_at_mode)
-        self._requests = PromotionRequests(self._blocks)
-        self._migrations = Migrations(self._blocks, self._requests, ctx.clock)
+        self._migrations = Migrations(self._blocks, ctx.clock)
         self._bad_blocks = BadBlocks(
             self._blocks,
             ctx.clock,
@@ -141,12 +134,11 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             passdown=self._passdown,
             # Time passes for the policy in each turn of the loop that had a miss.
             missed=Soon(self._tick).ask,
-            warm=self._requests.advise,
+            warm=self._migrations.requests.advise,
         )
         self._messages = Messages(
             self._blocks,
             self._migrations,
-            self._requests,
             ctx.clock,
             self.unknown_message,
         )
@@ -159,7 +151,6 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             self._blocks,
             self._activation,
             self._distrust,
-            self._requests,
             self._migrations,
             self._bad_blocks,
             self._writes,
@@ -334,28 +325,12 @@ class CacheTarget(MappingTarget[CacheMetadata]):
                 # Nothing may be recorded as clean of copies that are not trusted.
                 is_sound = self._is_active and not self._blocks.distrusts_cache
                 if is_sound and self._blocks.is_writable:
-                    await self._sync()
+                    # Record all that a crash would forget, and what the disks are like.
+                    await self._note_stop(self._samples)
+                    await self._activation.prepare_stop()
+                    await self._committer.commit(clean_shutdown=True)
         except MetadataError as error:
             log.error("%s: full sync: %s", self.ctx.name, error)
-
-    async def _sync(self) -> None:
-        """Record all that a crash would forget, and what the disks are like."""
-        policy, metadata = self._blocks.policy, self._metadata
-        await self._note_stop(self._samples)
-        hints: array[int] | None = None
-        if policy.hint_size:
-            hints = array("I")
-            nr_cblocks = metadata.nr_cblocks
-            for begin in range(0, nr_cblocks, STEP_CBLOCKS):
-                end = min(begin + STEP_CBLOCKS, nr_cblocks)
-                hints.extend(map(policy.get_hint, range(begin, end)))
-                await sleep(0)
-        metadata.prepare_shutdown(
-            policy=PolicyIdentity(policy.name, policy.version, policy.hint_size),
-            hints=hints,
-            discarded=self._discards.as_recorded(),
-        )
-        await self._committer.commit(clean_shutdown=True)
 
     def _samples(self) -> Mapping[str, Sequence[int]]:
         """Some blocks of the origin: the next start looks whether they are still what they were."""

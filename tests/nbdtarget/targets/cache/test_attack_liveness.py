@@ -74,7 +74,7 @@ async def test_range_to_warm_is_given_up_when_all_blocks_are_pinned(
     await lab.pass_time(5)
     await lab.message("warm 8 0")
     await lab.pass_time(PATIENCE_TICKS + 2)
-    assert lab.target._requests.is_empty
+    assert lab.target._migrations.requests.is_empty
     assert lab.cblock(8) is None
 
 
