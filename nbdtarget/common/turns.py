@@ -124,6 +124,10 @@ class Pump:
 class Tasks:
     """Tasks that one owner has running on the side.
 
+    A task is counted until its callback has run, which is a turn of the loop after its coroutine has ended. So code
+    that starts a task only if none is running has to look again in `ended`: otherwise what comes in between
+    waits for ever.
+
     Args:
         failed: called with the exception that a task has ended with. Without it the exception goes to
             the loop's exception handler. A cancelled task has not failed.

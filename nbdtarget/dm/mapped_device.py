@@ -232,18 +232,19 @@ class MappedDevice(HasFastPath):
     async def _suspend(
         self, *, noflush: bool = False, within_s: float | None = None
     ) -> None:
-        if self._last_commit is not None:
+        if self._last_commit is not None:  # of a suspend before, which had a bound
             await self._await_last_commit(within_s)
         if self.state is State.SUSPENDED:
             return
         table = self.active
         if table is not None:
             if noflush:
-                # Nothing more may come to a target that has given back what it held.
+                # Queue first: nothing more may come to a target that has given back what it held.
                 self._path.stop()
                 table.guarded(self.name, partial(self._path.push_back, table))
             for target in table.targets:
                 table.guarded(self.name, target.presuspend)
+        # Only now, without `noflush`: what a target lets go in presuspend goes down, and is waited for.
         self._path.stop()
         begun_ns = self._clock.now_ns()
         try:

@@ -273,11 +273,11 @@ DEVICES: Final = (
     Mutant(
         "nbd-patch-beside-other-writes",
         "Two unaligned writes to one block patch each other away.",
-        "nbdtarget.devices.nbd.device:NbdDevice._patch_held",
+        "nbdtarget.devices.nbd.writes:Writes._carry_out_held",
         (
             (
-                "            while self._nr_writes:\n",
-                "            while self._nr_writes < 0:\n",
+                "            while self._nr_sent:\n",
+                "            while self._nr_sent < 0:\n",
             ),
         ),
         NBD,

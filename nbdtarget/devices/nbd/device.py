@@ -14,33 +14,36 @@ with the server; what is beyond waits its turn in a queue whose length the submi
     extents        BLOCK_STATUS of base:allocation, or data; no other metadata context is
                    asked for, whatever the server may offer
 
-*Alignment.* A server with a minimum block size gets only whole blocks. A READ is widened into
-a buffer of its own. A write that begins or ends inside a block needs what the rest of that
-block holds, so it waits until no other write is in flight, holds later ones back, reads,
-patches and writes: rare, slow, right.
+*Alignment.* A server with a minimum block size gets only whole blocks. A READ is widened into a buffer of its own.
+For a write that begins or ends inside a block see `writes.py`.
 
-*Durability.* What has ended is the server's; what a FLUSH covers is as durable as the server
-makes it. A server without FLUSH promises nothing, and is refused as a device to write to.
-After a failed FLUSH, FUA or write (but for want of space), FLUSH and FUA fail until the device
-is opened again: the server's file may have latched as ours would.
+*Durability.* A write that has ended is in the hands of the server; what a FLUSH covers is as durable as the server
+makes it. A server without FLUSH promises nothing, and is refused as a device to write to. After a failed FLUSH, a
+failed write with FUA, or another failed write (but for want of space), FLUSH and FUA fail until the device is opened
+again, because the server's own file may have latched as ours would.
 
-*Loss.* A connection is lost when the server hangs up, and when it answers ESHUTDOWN: nbdkit, for one, refuses
-everything then, but stays for as long as we are connected. When any connection is lost, everything in flight ends with EIO, on every connection, and so does
-what comes while the device is lost. It connects again by itself, trying ever more seldom, from
-`RECONNECT_S_MIN` to `RECONNECT_S_MAX`; how lost connections are kept from overtaking the new ones with what they
-had under way is told in `connection.py`. Nothing is sent again: what was answered may not be, and
-what was not has ended with EIO. A server that crashed may have forgotten what it answered before. So if a write
-has ended that no FLUSH has covered since, the loss is counted (`nbdtarget.devices.health`), and whoever
-flushes learns of it once, by a FLUSH that fails; otherwise the device just goes on. The same if
-the device was latched, for it is as if it was opened anew.
+*Loss.* A connection is lost when the server hangs up, when it does not answer in time, and when it answers ESHUTDOWN.
+(nbdkit, for one, refuses everything from then on, but keeps the connection for as long as the client does.) When any
+connection is lost, the device is lost: everything in flight ends with EIO, on every connection, and so does all that comes
+until it is connected again.
 
-What comes meanwhile ends with EIO at once, and does not wait for the server: whoever stacks disks
-(a mirror, a cache, a file system with a standby) wants to know, and a client that wants to wait can ask again.
-The kernel (`dead_conn_timeout`) and QEMU (`reconnect-delay`) do the same if they are told nothing else.
+*Connecting again.* The device tries by itself, at first after `RECONNECT_S_MIN`, then after twice as long each time, up
+to `RECONNECT_S_MAX`. (`connection.py` tells how writes that were under way on the lost connection are kept from
+overtaking those on the new one.) No request is sent again: those that were answered need not be, and the others have
+ended with EIO, so that their senders know.
 
-A server that comes back as another disk (another size, minimum block size or maximum payload), or
-that may not be written to any more, is refused. That is said once, and the device goes on looking: the right one may
-come back later. Whether the content is what it was is for the server to see to.
+*Lost writes.* A server that crashed may have forgotten what it had answered. So if a write has ended that no FLUSH has
+covered since, the device counts a loss (`nbdtarget.devices.health`), and the next FLUSH of each client fails, once. If
+there was no such write, the device just goes on. A device that was latched counts a loss in any case, because being
+connected again is for it what being opened again is.
+
+Requests that come while the device is lost end with EIO at once, and do not wait for the server. A mirror, a cache or
+a file system above it wants to know at once, and a client that wants to wait can ask again. The kernel
+(`dead_conn_timeout`) and QEMU (`reconnect-delay`) do the same by default.
+
+A server that comes back with another disk (another size, minimum block size or maximum payload), or that may not be
+written to any more, is refused. The log says so once, and the device goes on trying: the right one may come back
+later. Whether the content is what it was is up to the server.
 """
 
 import asyncio
@@ -79,6 +82,7 @@ from nbdtarget.devices.identity import NBD, nbd_ids
 from nbdtarget.devices.nbd.connect import connect_all
 from nbdtarget.devices.nbd.connection import NbdConnection, connect
 from nbdtarget.devices.nbd.uri import parse_nbd_uri
+from nbdtarget.devices.nbd.writes import Writes
 from nbdtarget_metadata.disks import Evidence
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.client import ClientNegotiated, Completion
@@ -159,10 +163,7 @@ class NbdDevice(Device):
         self._turn = 0
         self._in_flight = 0
         self._queue: deque[_Request] = deque()
-        self._nr_writes = 0  # bios in flight that change the disk
-        self._held: deque[Bio] = deque()  # writes behind one that must be patched
-        self._patching: asyncio.Task[None] | None = None
-        self._writes_are_done = asyncio.Event()
+        self._writes = Writes(self._block, self._start_pieces)
         self._flush_runs: list[Bio] = []
         self._flush_waiting: list[Bio] = []
         # Writes that have ended without being durable, and those that a FLUSH has covered.
@@ -212,7 +213,7 @@ class NbdDevice(Device):
             bio.own()
             self._start_read(bio)
         elif op == OP_CACHE:
-            self._start_pieces(bio, *self._widened(bio))
+            self._start_pieces(bio, *self._writes.widened(bio))
         else:
             bio.own()
             self._submit_write(bio)
@@ -308,7 +309,7 @@ class NbdDevice(Device):
         connections = self._connections
         connection = connections[0]
         if len(connections) > 1:
-            # The one that has least to do; each in its turn when they are equal.
+            # The one with the fewest requests in flight; if several have as few, each in its turn.
             self._turn = (self._turn + 1) % len(connections)
             connection = connections[self._turn]
             for other in connections:
@@ -322,14 +323,15 @@ class NbdDevice(Device):
             self._send(self._queue.popleft())
         status = completion.error
         if self._is_lost and not status and completion.command not in _READING:
-            # It came together with what made us give up, after what may be lost was counted.
+            # The answer came together with the loss, and after the loss was counted: this write may be
+            # lost, too, and no count tells of it. So it must not be acknowledged.
             status = errnos.EIO
         elif status:
             if completion.message:
                 log.info("%s: %s", self.name, completion.message)
             if status == errnos.ESHUTDOWN:
                 status = errnos.EIO
-                # Such a server may stay for as long as we are connected, and refuse everything.
+                # Such a server refuses everything from now on, and would not hang up by itself.
                 self._connection_lost("the server is shutting down")
         self._answer(completion.private, status, completion)
 
@@ -359,9 +361,7 @@ class NbdDevice(Device):
         if op in (OP_READ, OP_CACHE):
             bio.end(status)
             return
-        self._nr_writes -= 1
-        if self._nr_writes == 0:
-            self._writes_are_done.set()
+        self._writes.ended()
         if status:
             # A DISCARD promises nothing, so one that fails has lost nothing.
             if op != OP_DISCARD and (bio.flags & FUA or status not in _NOTHING_LOST):
@@ -401,8 +401,10 @@ class NbdDevice(Device):
                 bio.end(status)
             return
         self._flush_runs = bios
+        # Only writes that have ended by now are covered.
         self._nr_flushing = self._nr_written
-        # Its own bio: those that ride may be writes whose FUA it stands for.
+        # The request gets a bio of its own, because those that wait for it may also be writes with FUA, for
+        # which this FLUSH makes up. `_flush_done` ends them all.
         rider = Bio(OP_FLUSH, 0, 0, None, 0, _no_endio)
         self._request((consts.CMD_FLUSH, 0, 0, 0, None, None, rider))
 
@@ -420,7 +422,7 @@ class NbdDevice(Device):
 
     def _start_read(self, bio: Bio) -> None:
         offset, length = bio.offset, bio.length
-        begin, asked = self._widened(bio)
+        begin, asked = self._writes.widened(bio)
         if begin == offset and asked == length:
             self._start_pieces(bio, offset, length)
             return
@@ -434,15 +436,6 @@ class NbdDevice(Device):
             bio.end(inner.status)
 
         self._start_pieces(Bio(OP_READ, begin, asked, wide, 0, read), begin, asked)
-
-    def _widened(self, bio: Bio) -> tuple[int, int]:
-        """Offset and length of the whole blocks that the bio touches."""
-        block = self._block
-        if block == 1:
-            return bio.offset, bio.length
-        begin = bio.offset // block * block
-        end = -(-(bio.offset + bio.length) // block) * block
-        return begin, end - begin
 
     def _start_pieces(self, bio: Bio, offset: int, length: int) -> None:
         """Send `bio` for a range, in as many requests as it takes."""
@@ -482,78 +475,17 @@ class NbdDevice(Device):
         return self.can_fast_zero and self.can_write_zeroes and aligned
 
     def _submit_write(self, bio: Bio) -> None:
-        offset, length = bio.offset, bio.length
-        if bio.op == OP_DISCARD:
-            block = self._block
-            begin = -(-offset // block) * block
-            length = (offset + length) // block * block - begin
-            offset = begin
-            if not self.can_discard or length <= 0:
-                bio.end(0)
-                return
-        elif self._held or self._patching or self._widened(bio) != (offset, length):
-            self._held.append(bio)
-            if self._patching is None:
-                self._patching = asyncio.ensure_future(self._patch_held())
+        if bio.op != OP_DISCARD:
+            self._writes.take(bio)
             return
-        self._nr_writes += 1
-        self._start_pieces(bio, offset, length)
-
-    async def _patch_held(self) -> None:
-        """Carry out held writes in order; one that needs patching with no other in flight."""
-        while self._held:
-            bio = self._held.popleft()
-            if self._widened(bio) == (bio.offset, bio.length):
-                self._nr_writes += 1
-                self._start_pieces(bio, bio.offset, bio.length)
-                continue
-            while self._nr_writes:
-                self._writes_are_done.clear()
-                await self._writes_are_done.wait()
-            bio.end(await self._patch(bio))
-        self._patching = None
-
-    async def _patch(self, bio: Bio) -> int:
-        """Write the whole blocks inside the bio's range and patch those at its ends."""
-        data = bio.payload if bio.op == OP_WRITE else _ZEROES
-        assert data is not None
-        offset, block = bio.offset, self._block
-        at, end = offset, bio.offset + bio.length
-        status = 0
-        while at < end and not status:
-            begin = at // block * block
-            if at == begin and end - at >= block:
-                stop = end // block * block
-                whole = (
-                    data[at - offset : stop - offset] if bio.op == OP_WRITE else None
-                )
-                status = await self._whole(bio.op, at, stop - at, whole, bio.flags)
-            else:
-                stop = min(begin + block, end)
-                patched = memoryview(bytearray(block))
-                status = await self._whole(OP_READ, begin, block, patched, 0)
-                if status:
-                    break
-                piece = data[: stop - at]
-                if bio.op == OP_WRITE:
-                    piece = data[at - offset : stop - offset]
-                patched[at - begin : stop - begin] = piece
-                fua = bio.flags & FUA
-                status = await self._whole(OP_WRITE, begin, block, patched, fua)
-            at = stop
-        return status
-
-    async def _whole(
-        self, op: int, offset: int, length: int, payload: memoryview | None, flags: int
-    ) -> int:
-        """Carry out an operation on whole blocks; its errno."""
-        done: asyncio.Future[Bio] = asyncio.get_running_loop().create_future()
-        bio = Bio(op, offset, length, payload, flags, done.set_result)
-        if op != OP_READ:
-            self._nr_writes += 1
-        self._start_pieces(bio, offset, length)
-        await done
-        return bio.status
+        # Of a DISCARD the parts of blocks at its ends are left out: it is only advice.
+        block = self._block
+        begin = -(-bio.offset // block) * block
+        length = (bio.offset + bio.length) // block * block - begin
+        if self.can_discard and length > 0:
+            self._writes.send(bio, begin, length)
+        else:
+            bio.end(0)
 
     async def _block_status(
         self, offset: int, length: int
@@ -583,8 +515,10 @@ class NbdDevice(Device):
         """Args: delay_s: before the first attempt to connect again; None: RECONNECT_S_MIN."""
         if self._is_lost:
             return
+        # Set first: what is given up below asks for it, and what an endio submits meanwhile ends with EIO.
         self._is_lost = True
         log.error("%s: connection lost: %s", self.name, reason)
+        # Counted before any bio ends with EIO: a client that flushes in its endio must learn of it.
         if self._is_latched or self._nr_written != self._nr_flushed:
             log.error(
                 "%s: writes since the last flush may be lost: the next FLUSH"
@@ -594,6 +528,7 @@ class NbdDevice(Device):
             self._nr_flushed = self._nr_written
             self.health.note_loss()
         self.health.lose(errnos.EIO)
+        # All connections are given up, also those that work: the server has to be as it was for each of them.
         answers = [c for conn in self._connections for c in conn.give_up()]
         queued = list(self._queue)
         self._queue.clear()
@@ -634,6 +569,7 @@ class NbdDevice(Device):
             raise
         log.warning("%s: connected again", self.name)
         self._connections = connections
+        # The right disk is back, but perhaps on another server, which can do less or more.
         self._take_abilities(connections[0].negotiated)
         self._is_lost = self._is_latched = False
         self.health.recover()
@@ -660,7 +596,8 @@ class NbdDevice(Device):
 
     def _start_connections(self) -> None:
         for connection in self._connections:
-            if not self._is_lost:  # by one that broke the protocol at once
+            # The one before it may have broken the protocol at once, and then the device is lost again.
+            if not self._is_lost:
                 connection.start(self._completed, self._connection_lost)
 
 
