@@ -770,6 +770,14 @@ cdef class Plane:
         self.begin = 0
         self.end = left
 
+    cdef void _make_room_for(self, Py_ssize_t size) noexcept nogil:
+        """A request of so many bytes begins at `begin`, and the rest of it is still to come.
+
+        It is moved only if it would not fit where it lies: moving costs as much as receiving.
+        """
+        if self.begin + size > self.received.len:
+            self._compact()
+
     cdef Stop _make_room(self) noexcept nogil:
         """The arena has no room for one more reply: send. STOP_DONE: there is room."""
         if self._send():
@@ -814,7 +822,8 @@ cdef class Plane:
                     # Its payload is on its way. What does not fit gets memory of its own.
                     if REQUEST_BYTES + <int64_t>length > self.received.len:
                         return STOP_SLOW
-                    break
+                    self._make_room_for(REQUEST_BYTES + <Py_ssize_t>length)
+                    return STOP_DONE
                 if self.out + SIMPLE_BYTES > self.arena.len:
                     stop = self._make_room()
                     if stop != STOP_DONE:

@@ -91,7 +91,7 @@ class Limits:
     payload_step: int = 256 << 10
     progress_bytes: int = 64 << 10
     payload_max: int = 64 << 20
-    receive_buffer: int = 512 << 10
+    receive_buffer: int = (512 << 10) + 64  # two WRITEs of 256 KiB, and half a header
     arena: int = 1 << 20
     arena_read_max: int = 64 << 10
     own_payload_min: int = 32 << 10
