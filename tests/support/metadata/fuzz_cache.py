@@ -150,6 +150,8 @@ def live_on(image: bytes) -> None:
     """Start, change a block, commit, shut down; open again each time."""
     store = Store(len(image), image)
     metadata = drive(store, opening(store.size))
+    if metadata.gives_up_mappings:
+        drive(store, metadata.drop_clean())
     start(store, metadata, dirty_log=metadata.generation % 3 > 0)
     change(metadata)
     for _ in range(COMMITS_MAX):
