@@ -87,7 +87,7 @@ class Limits:
     send_queue_max: int = 4096
     turn_us: int = 2000
     turn_bytes_max: int = 16 << 20
-    read_slice: int = 4 << 20
+    read_slice: int = 1 << 20
     payload_step: int = 256 << 10
     progress_bytes: int = 64 << 10
     payload_max: int = 64 << 20

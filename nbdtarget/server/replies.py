@@ -2,7 +2,7 @@
 """Replies that take more than a header: a READ that may be answered with a hole, and errors."""
 
 from nbdtarget.bio import Bio
-from nbdtarget.server.buffers import HEADER_ROOM
+from nbdtarget.server.buffers import HEADER_ROOM, Buffer
 from nbdtarget.server.output import Output
 from nbdtarget.server.zeroes import is_zero
 from nbdtarget_protocol.consts import OFFSET_DATA, SIMPLE_REPLY
@@ -55,7 +55,7 @@ def push_read(
     output: Output,
     bio: Bio,
     request: tuple[int, int, bool, int],
-    account: tuple[int, bytearray | None],
+    account: tuple[int, Buffer | None],
 ) -> bool:
     """Queue the reply to a READ that has a buffer of its own.
 

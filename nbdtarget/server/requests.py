@@ -39,7 +39,6 @@ import errno as errnos
 import logging
 import os
 from collections.abc import Callable, Iterator
-from mmap import mmap
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
@@ -445,12 +444,14 @@ class Requests:
 
     def _start_read(self, cookie: int, flags: int, offset: int, length: int) -> None:
         """Start a READ that has a buffer of its own."""
-        buffer = self._shared.pool.take(length)
+        pool, slice_max = self._shared.pool, self._limits.read_slice
+        # A new bytearray is filled with zeroes at once: 64 MiB of them take 90 ms.
+        take = pool.take if length <= slice_max else pool.take_untouched
+        buffer = take(length)
         self._flow.take(len(buffer))
         request = Request(cookie, CMD_READ, flags, offset, len(buffer), buffer)
         payload = memoryview(buffer)[HEADER_ROOM : HEADER_ROOM + length]
         bio = Bio(OP_READ, offset, length, payload, 0, self._ended, request)
-        slice_max = self._limits.read_slice
         if length <= slice_max:
             self._start(bio)
             return
@@ -568,7 +569,6 @@ class Requests:
     def _reply_read(self, bio: Bio, request: Request) -> None:
         """Answer a READ from its own buffer."""
         cookie, _, flags, offset, charge, buffer, zeroes = request
-        assert not isinstance(buffer, mmap)
         if zeroes:
             self._output.push(offset_hole(cookie, offset, bio.length, done=True))
             self._give_back(request)

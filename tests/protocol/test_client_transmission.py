@@ -497,7 +497,7 @@ def test_many_small_replies_are_taken_from_one_receive() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_structured_read_is_whole_however_it_is_cut(seed: int) -> None:
+def test_structured_read_is_complete_for_any_cut(seed: int) -> None:
     rng = random.Random(seed)
     step = rng.choice([7, 28, 1000, 4097, 65536, 300_000])
     size = 200_000

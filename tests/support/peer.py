@@ -25,7 +25,7 @@ MIB = 1 << 20
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what another task or the socket will bring about, for 10 s at most."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  # nobody there sets an Event
+        while not condition():  # noqa: ASYNC110  # the condition has no Event
             await asyncio.sleep(0.001)
 
 

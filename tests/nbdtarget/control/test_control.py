@@ -90,7 +90,7 @@ async def test_clear_wipe_and_remove_all(server: Server) -> None:
     assert await server.ask("remove_all", m.RemoveAll(), m.Done) == m.Done()
 
 
-async def test_message_answers_and_event_wakes_who_waits(server: Server) -> None:
+async def test_message_answers_and_event_wakes_a_waiting_client(server: Server) -> None:
     await server.create("0 8 probe /a /b")
     words = m.Message("x", 0, ("say", "-1"))
     assert (await server.ask("message", words, m.MessageAnswer)).text == "say -1"

@@ -67,7 +67,7 @@ async def test_write_waits_for_an_overlapping_one_of_a_connection_that_is_gone(
 
 @pytest.mark.parametrize("younger", [c.CMD_WRITE_ZEROES, c.CMD_TRIM, c.CMD_READ])
 @pytest.mark.parametrize("elder", [c.CMD_WRITE_ZEROES, c.CMD_TRIM])
-async def test_so_does_every_request_whose_order_matters(
+async def test_every_request_waits_whose_order_matters(
     served: Served, elder: int, younger: int
 ) -> None:
     served.disk.hold = True
@@ -133,7 +133,7 @@ async def test_client_that_was_there_before_waits_as_well(served: Served) -> Non
 async def test_connection_that_looks_alive_when_its_client_is_back(
     served: Served,
 ) -> None:
-    # As after a network that was cut: nobody told us that the old connection is dead.
+    # For example, the network was cut, so the server does not know that the old connection is dead.
     served.disk.hold = True
     silent = await served.attach()
     silent.send(c.CMD_WRITE, 4096, payload=OLD)

@@ -92,7 +92,7 @@ async def test_idle_sender_is_cut_off_when_others_wait_for_memory(
     stalled.send(c.CMD_WRITE, 0, 2 * MIB)
     stalled.writer.write(bytes(MIB))
     await asyncio.sleep(0.5)
-    assert not stalled.reader.at_eof()  # it harms nobody yet
+    assert not stalled.reader.at_eof()  # no other client waits for its memory yet
     async with asyncio.timeout(5):
         cookie = other.send(c.CMD_READ, 0, 2 * MIB)
         answer = asyncio.create_task(other.reply())

@@ -124,7 +124,7 @@ def test_peer_that_is_gone_raises(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 65_536, 65_537, 1 << 20, (1 << 20) + 1])
-def test_pool_gives_a_buffer_back_to_whoever_needs_its_size(length: int) -> None:
+def test_pool_reuses_a_buffer_for_a_request_of_its_size(length: int) -> None:
     pool = BufferPool(4 << 20)
     buffer = pool.take(length)
     assert len(buffer) >= HEADER_ROOM + length

@@ -499,7 +499,9 @@ async def test_bytes_in_flight_are_bounded(served: Served) -> None:
     assert len({(await peer.reply()).cookie for _ in range(10)}) == 10
 
 
-async def test_total_in_flight_is_bounded_and_nobody_starves(served: Served) -> None:
+async def test_total_in_flight_is_bounded_and_no_connection_starves(
+    served: Served,
+) -> None:
     served.limits = replace(
         served.limits, requests_total_max=5, requests_in_flight_max=5
     )
@@ -590,7 +592,7 @@ class KeepsBorrowed(Disk):
 
 
 class KeepsPayload(Disk):
-    """Breaks it where nobody can see: ends the bio and uses its payload afterwards."""
+    """Breaks the rule in a way that cannot be seen at once: it uses the payload after it has ended the bio."""
 
     def __init__(self) -> None:
         super().__init__()

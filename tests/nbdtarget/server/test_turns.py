@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""However much one client asks for at once, everybody else has a turn of the loop in between."""
+"""A client that asks for much at once leaves the other clients their turns of the loop."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -142,7 +142,7 @@ async def test_clearing_memory_takes_many_turns_and_clears_all() -> None:
         await device.close()
 
 
-async def test_turns_go_round_and_who_is_cancelled_costs_nothing() -> None:
+async def test_turns_go_round_and_a_cancelled_wait_costs_nothing() -> None:
     turns = Turns()
     seen: list[int] = []
 
