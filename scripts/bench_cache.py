@@ -8,7 +8,7 @@
                       best possible, of the same trace
     cache-memory      bytes for each block of the cache, and of the origin
     cache-migrations  what migrations add to the latency of hits at depth 1
-    cache-idle        what a clean cache does when nobody asks
+    cache-idle        what a clean cache does when no client asks for anything
 
 Each part is a module `scripts.bench_cache_*` and tells at its head what it measures, and how.
 Needs fio; the first two also nbdkit.

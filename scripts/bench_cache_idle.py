@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a clean cache does when nobody asks: no I/O at all is wanted.
+"""What a clean cache does when no client asks for anything: no I/O at all is wanted.
 
 A cache that was warmed, written to and written back is left alone, with a client connected. The kernel's
 own books tell what its process did meanwhile:

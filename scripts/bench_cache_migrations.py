@@ -3,7 +3,7 @@
 
 One client reads 4 KiB from blocks that are cached and pinned, and is alone, or has company:
 
-    quiet         nobody else
+    quiet         no other client
     promoting     a `warm` of other blocks, again and again: the cache is full, so each promotion is
                   followed or preceded by a demotion
     writing       a second client overwrites 4 KiB at a time, RATE a second at depth 4, in other

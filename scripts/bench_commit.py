@@ -7,7 +7,7 @@
 First the metadata alone: that of a 1 TiB clone with 4 KiB regions, under the real committer
 on a real loop. Between two commits 1,000 random new regions become hydrated, until the
 metadata has been compacted several times; then it is opened again. A *gap* is the time between
-two turns of the loop, in which nobody else was served: a ticker measures it, as wall clock and
+two turns of the loop, in which nothing else was served: a ticker measures it, as wall clock and
 as CPU time of the loop's own thread (what another process took from us is only in the first).
 A *step* is the time that one of metadata's generators took to the next yield, garbage
 collection included. What any of these says of the wall clock, the machine's other work has a
@@ -308,7 +308,7 @@ def flush_rounds(
     before: Callable[[PlainClient], None],
     options: argparse.Namespace,
 ) -> tuple[int, float]:
-    """Send everybody's FLUSH at once, over and over; return FLUSHes and seconds in them."""
+    """Send the FLUSH of each client at once, over and over; return FLUSHes and seconds in them."""
     nr, seconds = 0, 0.0
     end_s = time.monotonic() + options.runtime
     while time.monotonic() < end_s:

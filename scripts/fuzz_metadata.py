@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make fuzz`: metadata that nobody would write, for as long as you like.
+"""`make fuzz`: metadata that no version of the program writes, for as long as you like.
 
     make fuzz [SECONDS=60] [SEED=0] [CASES=N]
 

@@ -183,7 +183,9 @@ def read(
         )  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(path, [Mistake(line, "not UTF-8")]) from None
+        raise ConfigError(
+            path, [Mistake(line, "not UTF-8: save the file in that encoding")]
+        ) from None
     return parse(text, path, types, existing)
 
 
@@ -292,7 +294,7 @@ class _Reader:
                 self._mistake(path, f"`listen': {error}")
                 continue
             if address in absolute:
-                self._mistake(path, f"`listen': {address} is there twice")
+                self._mistake(path, f"`listen': {address} is named twice")
             absolute.append(address)
         return tuple(absolute)
 
@@ -369,7 +371,10 @@ class _Reader:
             except TableError as error:
                 self._mistake((*path, "uuid"), error.reason)
             if uuid and uuids.setdefault(uuid, name) != name:
-                self._mistake((*path, "uuid"), f"UUID is that of {uuids[uuid]}, too")
+                self._mistake(
+                    (*path, "uuid"),
+                    f"the UUID of device {uuids[uuid]}: each device needs one of its own, or none",
+                )
             table, specs = self._table((*path, "table"), known.get("table"))
             read_only = known.get("readonly", False)
             rotational = known.get("rotational")
@@ -399,13 +404,13 @@ class _Reader:
         return line if line in self._lines else path
 
     def _in_order(self, devices: list[DeviceConfig]) -> tuple[DeviceConfig, ...]:
-        """Lower devices first. What is missing, or stands on itself, is a mistake."""
+        """Lower devices first. A device that is missing, or that stands on itself, is a mistake."""
         by_name = {device.name: device for device in devices}
         below = {device.name: device.stands_on() for device in devices}
         for name, lower in below.items():
             for missing in sorted(lower - below.keys()):
                 if missing not in self._existing and not Path(MAPPER, missing).exists():
-                    reason = f"{MAPPER}{missing}: there is no such device"
+                    reason = f"{MAPPER}{missing}: no device of this name is in the file or on the server"
                     self._mistake(self._line_with(by_name[name], missing), reason)
         sorter = TopologicalSorter(
             {name: lower & below.keys() for name, lower in below.items()}
@@ -414,7 +419,7 @@ class _Reader:
             order = list(sorter.static_order())
         except CycleError as error:
             cycle = error.args[1]
-            reason = " stands on ".join(reversed(cycle))
+            reason = f"a device cannot stand on itself: {' stands on '.join(reversed(cycle))}"
             self._mistake(self._line_with(by_name[cycle[-1]], cycle[-2]), reason)
             return ()
         return tuple(by_name[name] for name in order)
@@ -426,7 +431,7 @@ class _Reader:
             words = split_words(line)
             if MAPPER + lower in words and not words[0].startswith("#"):
                 return self._table_line(path, line_nr)
-        raise AssertionError("it stands on it")
+        raise AssertionError(f"{device.name} does not name {lower}")
 
 
 def _line_of(table: str, spec: TargetSpec) -> int:

@@ -45,7 +45,7 @@ def refusal(error: NbdTargetError, device: DeviceConfig) -> str:
         f"--table {shlex.quote(line)}" for line in device.table.splitlines()
     )
     return (
-        f"{error} (a configuration file cannot allow that; once, by hand: nbdtarget load"
+        f"{error} (a configuration file cannot allow this; to allow it once, run: nbdtarget load"
         f" {name} {option_of(error.allowed_by)} {lines} && nbdtarget resume {name})"
     )
 
@@ -167,7 +167,7 @@ class Opening:
             return False
         stand_in.failure = ""
         if self._told:
-            log.warning("%s: is open", self._what)
+            log.warning("%s: is served now", self._what)
         self.is_open = True
         return True
 
@@ -176,4 +176,8 @@ class Opening:
             log.info("%s: %s", self._what, reason)
             return
         self._told = reason
-        log.error("%s: %s; it is not served, and tried again", self._what, reason)
+        log.error(
+            "%s: %s; it is not served; the server goes on trying to open it",
+            self._what,
+            reason,
+        )

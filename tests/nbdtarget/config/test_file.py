@@ -98,7 +98,7 @@ table = '''
     assert found == [
         "1: `listen': ftp:x: is not an address to listen on: write unix:PATH or"
         " tcp:HOST:PORT, for example tcp:127.0.0.1:10809",
-        "2: `listen': unix:/run/a is there twice",
+        "2: `listen': unix:/run/a is named twice",
         "3: unknown key `contrl' (did you mean `control'?)",
         "5: `limits.connections_max': must be 1 to 2147483647",
         "6: `limits': requests_in_flight_max 5000 is more than requests_total_max 4096",
@@ -109,9 +109,9 @@ table = '''
         "15: unknown key `device.a.colour'",
         "18: `device.b.readonly': Expected `bool`, got `int`",
         "20: zero-length target on line 2 of table",
-        "22: UUID is that of b, too",
+        "22: the UUID of device b: each device needs one of its own, or none",
         "23: Device name 'd/e' is not allowed",
-        "24: /dev/mapper/nowhere: there is no such device",
+        "24: /dev/mapper/nowhere: no device of this name is in the file or on the server",
         "27: Empty table",
     ]
 
@@ -148,7 +148,7 @@ def test_devices_that_stand_on_each_other() -> None:
     (only,) = mistakes(loop)
     assert only.split(": ", 1)[1].count(" stands on ") == 3
     (only,) = mistakes('[device.a]\ntable = "0 8 linear /dev/mapper/a 0"')
-    assert only == "2: a stands on a"
+    assert only == "2: a device cannot stand on itself: a stands on a"
 
 
 def test_what_is_missing_below_stands_on_its_own_line() -> None:
@@ -172,9 +172,9 @@ table = "0 8 zero\\n8 8 nosuch"
 """
     )
     assert found == [
-        "6: /dev/mapper/none: there is no such device",
-        "12: /dev/mapper/nil: there is no such device",
-        "13: b stands on b",
+        "6: /dev/mapper/none: no device of this name is in the file or on the server",
+        "12: /dev/mapper/nil: no device of this name is in the file or on the server",
+        "13: a device cannot stand on itself: b stands on b",
         f"16: nosuch: unknown target type: there are {TYPES}",
     ]
 

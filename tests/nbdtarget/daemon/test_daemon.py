@@ -225,8 +225,8 @@ def test_device_that_cannot_be_opened_is_listed_with_the_reason(
     assert serve.process.stderr is not None
     said = [serve.process.stderr.readline() for _ in range(3)]
     assert said == [
-        f"nbdtarget: {config}: device b: {reason}; it is not served, and tried again\n",
-        f"nbdtarget: {config}: device b: is open\n",
+        f"nbdtarget: {config}: device b: {reason}; it is not served; the server goes on trying to open it\n",
+        f"nbdtarget: {config}: device b: is served now\n",
         "nbdtarget: reloaded: b created\n",
     ]
     assert serve.run("ls") == "a\t(253:0)\nb\t(253:1)\n"
