@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import aiohttp
 
-from nbdtarget.bio import OP_CACHE, OP_READ, Bio
+from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.turns import Tasks
 from nbdtarget.devices.base import Device
@@ -24,7 +24,7 @@ __all__ = ["HttpScheme"]
 
 
 class HttpDevice(Device):
-    """Context: the event loop's thread, as every device."""
+    """One file. As every device, it runs on the thread of the event loop only."""
 
     def __init__(self, name: str, size: int, session: aiohttp.ClientSession) -> None:
         super().__init__(name, size, read_only=True)
@@ -35,7 +35,6 @@ class HttpDevice(Device):
         errno = self.check_bounds(bio)  # EPERM for all that would change the disk
         if errno or bio.op != OP_READ:
             # A FLUSH has nothing to do, since nothing was written. CACHE is only advice.
-            assert errno or bio.op == OP_CACHE or not bio.length
             bio.end(errno)
             return
         bio.own()

@@ -147,3 +147,12 @@ def packages() -> set[str]:
 def test_architecture_names_every_package() -> None:
     assert len(packages()) > 15
     assert packages() - set(words_of("docs/architecture.md")) == set()
+
+
+def test_every_example_is_run() -> None:
+    tests = (ROOT / "tests/docs/test_extending.py").read_text()
+    examples = sorted((ROOT / "docs/examples").glob("*.py"))
+    assert examples
+    for path in examples:
+        assert f"from docs.examples.{path.stem} import" in tests
+        assert f"(examples/{path.name})" in text_of("docs/extending.md")
