@@ -74,10 +74,15 @@ class MermaidLexer(TextLexer):
 
 
 def _for_the_format(app: Any, doctree: nodes.document, docname: str) -> None:
-    """Drop HTML comments, which a man page would show, and links where nothing can be clicked."""
+    """Drop HTML comments, which a man page would show, and links where nothing can be clicked; name drawings."""
     for raw in list(doctree.findall(nodes.raw)):
         if raw.astext().lstrip().startswith("<!--"):
             raw.parent.remove(raw)
+    for drawing in list(doctree.findall(nodes.literal_block)):
+        if drawing.get("language") == "mermaid":
+            at = drawing.parent.index(drawing) + 1
+            note = "A drawing in Mermaid's notation: it is drawn where the repository is browsed."
+            drawing.parent.insert(at, nodes.paragraph("", "", nodes.emphasis("", note)))
     if app.builder.format == "man":
         for link in list(doctree.findall(nodes.reference)):
             if link.get("internal") or not link.get("refuri"):
