@@ -46,13 +46,13 @@ _AUTHORS: Final[list[str]] = []
 man_show_urls: Final = False
 man_pages: Final = [
     *(
-        (f"{_COMMANDS}/{page.name}", page.name, page.summary, _AUTHORS, 1)
+        (f"{_COMMANDS}/{page.name}", page.name, page.plain_summary, _AUTHORS, 1)
         for page in pages()
     ),
     (
         "reference/configuration",
         "nbdtarget.toml",
-        "configuration file of `nbdtarget serve --config`",
+        "configuration file of nbdtarget serve",
         _AUTHORS,
         5,
     ),

@@ -46,9 +46,14 @@ class CommandPage(NamedTuple):
 
     @property
     def summary(self) -> str:
-        """The first sentence of the help, without its full stop, in plain text."""
+        """The first paragraph of the help, without its full stop."""
         first = (self.command.help or "").split("\n\n")[0]
         return " ".join(first.split()).removesuffix(".")
+
+    @property
+    def plain_summary(self) -> str:
+        """The same without marks, for the head of a man page."""
+        return _QUOTED.sub(r"\1", self.summary).replace("`", "")
 
 
 def pages() -> list[CommandPage]:

@@ -11,9 +11,16 @@ from nbdtarget.cli.columns import FIELDS
 from nbdtarget.common.permissions import Permission, option_of
 from nbdtarget.config import file as configuration
 from nbdtarget.control import messages, paths
+from nbdtarget.control.bodies import BODY_BYTES_MAX, OTHER_BODY_BYTES_MAX
+from nbdtarget.control.doorkeeper import CONNECTIONS_MAX
+from nbdtarget.devices.nbd.uri import EXPORT_NAME_MAX
 from nbdtarget.devices.registry import SCHEMES
+from nbdtarget.dm import registry
+from nbdtarget.dm import table as dm_table
+from nbdtarget.dm.statistics import AREAS_MAX
 from nbdtarget.policies.mq import KEYS as MQ_KEYS
 from nbdtarget.policies.registry import ALIASES, POLICY_TYPES
+from nbdtarget.server.address import UNIX_PATH_MAX
 from nbdtarget.server.block_status import NAMESPACE
 from nbdtarget.server.limits import Limits
 from nbdtarget.targets.base import Target
@@ -24,6 +31,7 @@ from nbdtarget.targets.clone.extents import HYDRATION
 from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget_protocol.consts import BASE_ALLOCATION
+from nbdtarget_protocol.handshake import CONTEXTS_MAX
 from tests.support.reference_pages import (
     DOCS,
     PACKAGE,
@@ -135,6 +143,30 @@ def test_default_of_a_limit_is_the_one_that_the_page_tells(key: str) -> None:
     text = (DOCS / "reference/configuration.md").read_text()
     (entry,) = re.findall(rf"\n`[^\n]*\b{key}\b[^\n]*`\n: ([^\n]*)", text)
     assert re.search(rf"\b{default:.0f}\b", entry.rpartition("Default: ")[2])
+
+
+@pytest.mark.parametrize(
+    ("what", "limit"),
+    [
+        ("mapped devices of one server", registry.DEVICES_MAX),
+        ("lines of one table", dm_table.TARGETS_MAX),
+        ("name of a device", registry.NAME_LENGTH_MAX),
+        ("UUID of a device", registry.UUID_LENGTH_MAX),
+        ("path of a unix socket", UNIX_PATH_MAX),
+        ("name of an export below, in a URI", EXPORT_NAME_MAX),
+        ("configuration file", configuration.FILE_SIZE_MAX >> 20),
+        ("addresses in `listen`", configuration.LISTEN_MAX),
+        ("request to the control socket", BODY_BYTES_MAX >> 20),
+        ("request to the control socket", OTHER_BODY_BYTES_MAX >> 10),
+        ("connections to the control socket", CONNECTIONS_MAX),
+        ("areas of statistics in one device", AREAS_MAX),
+        ("metadata contexts of one export", CONTEXTS_MAX),
+    ],
+)
+def test_fixed_limit_is_the_one_that_the_page_tells(what: str, limit: int) -> None:
+    text = (DOCS / "reference/limits.md").read_text()
+    (entry,) = re.findall(rf"\n\| {what} \| (.*) \|", text)
+    assert re.search(rf"\b{limit}\b", entry)
 
 
 def test_columns_of_info() -> None:
