@@ -187,8 +187,8 @@ class WorkerPool:
         self._loop.call_soon_threadsafe(self._loop.call_exception_handler, context)
 
     def _complete(self, done: Callable[[int], None], status: int) -> None:
-        # The order matters: first the entry, then the flag. `_drain` clears the flag before
-        # it looks, so either it finds the entry or we find the flag cleared.
+        # In a worker thread, so this is no `Soon`. The order matters: first the entry, then the flag. `_drain`
+        # clears the flag before it looks, so either it finds the entry or we find the flag cleared.
         self._completed.append((done, status))
         if not self._wakeup_is_due:
             self._wakeup_is_due = True
@@ -207,7 +207,7 @@ class WorkerPool:
                         self._hand(self._waiting.popleft())
                 done(status)
         finally:
-            # Only when a `done` raised: the others must not wait for it.
+            # Something is left only if a `done` raised: the others must not wait for the next job.
             if completed and not self._wakeup_is_due:
                 self._wakeup_is_due = True
                 assert self._loop is not None
