@@ -63,7 +63,7 @@ def statements(record: ArenaRecord) -> Iterator[tuple[int, int]]:
         entry = struct.Struct("<IQ")
         whole = len(record.entries) // entry.size * entry.size
         yield from entry.iter_unpack(record.entries[:whole])
-    else:
+    elif record.begin >= 0:  # an intact record may still say anything
         whole = len(record.values) // 8 * 8
         yield from enumerate(unpack_values(record.values[:whole]), record.begin)
 
