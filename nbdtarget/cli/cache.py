@@ -182,9 +182,9 @@ def cache(
     json: Json = False,
     control: Control = None,
 ) -> int:
-    """Serve ORIGIN, and keep copies of what is used often in CACHE.
+    """Serve ORIGIN with a fast cache in front of it.
 
-    Ctrl-C stops it; run the same command again to continue. `nbdtarget uncache NAME' ends it for good.
+    CACHE keeps copies of what is used often. Ctrl-C stops it; run the same command again to continue. `nbdtarget uncache NAME' ends it for good.
 
     Example: nbdtarget cache /dev/slow cache.img --cache-size 10G
     """

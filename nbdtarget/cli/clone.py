@@ -143,9 +143,9 @@ def clone(
     json: Json = False,
     control: Control = None,
 ) -> int:
-    """Serve DEST as a writable copy of SOURCE at once, and copy it in the background.
+    """Serve a writable copy of SOURCE at once.
 
-    Clients can read and write from the first moment. Ctrl-C stops it at any time; run the same command again
+    DEST is the copy; the data is copied to it in the background. Clients can read and write from the first moment. Ctrl-C stops it at any time; run the same command again
     to continue. When all is copied, DEST alone is the disk.
 
     Example: nbdtarget clone nbd://server/disk disk.img

@@ -59,7 +59,9 @@ def completion(
         ),
     ],
 ) -> None:
-    """Print a script that completes command lines: commands, options and names of devices.
+    """Print a script that completes command lines.
+
+    It completes commands, options and names of devices.
 
     For bash: `source <(nbdtarget completion bash)` in ~/.bashrc.
     """

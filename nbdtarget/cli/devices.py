@@ -61,7 +61,10 @@ def suspend(
     uuid: Uuid = None,
     control: Control = None,
 ) -> None:
-    """Suspend devices: hold back new requests, finish those in flight, then commit."""
+    """Suspend devices, so that requests wait.
+
+    New requests are held back, those in flight are finished, and then everything is committed.
+    """
     for name in _named(names, uuid, control):
         ask(control, "suspend", m.Suspend(name, noflush, timeout), m.Done, about=name)
 
@@ -143,7 +146,10 @@ def remove_all(
     timeout: Timeout = None,
     control: Control = None,
 ) -> None:
-    """Remove every device that is not in use; those in use are named and stay."""
+    """Remove every device that is not in use.
+
+    Devices that are in use are named, and stay.
+    """
     done = ask(control, "remove_all", m.RemoveAll(force, timeout), m.Done)
     for name in done.busy:
         print(
@@ -168,9 +174,9 @@ def rename(
     ] = False,
     control: Control = None,
 ) -> None:
-    """Rename a device and its export, or set the UUID of a device that has none.
+    """Rename a device and its export, or set a UUID.
 
-    Clients that are connected stay connected.
+    A UUID can be set only for a device that has none. Clients that are connected stay connected.
     """
     if setuuid:
         ask(control, "set_uuid", m.SetUuid(name, new_name), m.Done, about=name)
@@ -196,7 +202,7 @@ def message(
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Send a message to a target, and print its answer if it has one.
+    """Send a message to a target, and print the answer.
 
     The message `help' is refused with a list of the messages that the target takes.
 
@@ -225,9 +231,9 @@ def wait(
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Wait until the event number of a device is not EVENT_NR any more.
+    """Wait for the next event of a device.
 
-    For example, the end of a hydration and a failed write-back are events.
+    This returns when the event number is not EVENT_NR. For example, the end of a hydration and a failed write-back are events.
     """
     answer = ask(control, "wait", m.Wait(name, event_nr), m.WaitAnswer, about=name)
     if json:

@@ -122,7 +122,10 @@ def splitname(
         typer.Option("--separator", help="Text between columns; it turns padding off."),
     ] = None,
 ) -> None:
-    """Split the name that LVM gave a device: volume group, logical volume, layer."""
+    """Split the name that LVM gave a device.
+
+    The parts are volume group, logical volume and layer.
+    """
     device = m.InfoLine(
         name=name,
         uuid=f"{subsystem}-",
@@ -150,9 +153,9 @@ def splitname(
 
 
 def mangle(names: Names = None, control: Control = None) -> None:
-    """Rename devices whose names cannot be names of device nodes, to the form that dmsetup writes.
+    """Rename devices to the form of device nodes.
 
-    Nothing here needs this, because names are served as they are. The exports are renamed, too.
+    This is the form that dmsetup writes. Nothing here needs this, because names are served as they are. The exports are renamed, too.
     """
     request = m.Info(tuple(names or ()))
     devices = ask(control, "info", request, m.InfoAnswer, about=" ".join(names or ()))

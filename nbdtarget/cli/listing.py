@@ -111,8 +111,9 @@ def status(
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Print the status of the live tables: START LENGTH TYPE, and what the target says.
+    """Print the status of the live tables.
 
+    A line is START LENGTH TYPE, and what the target says.
     `--json' gives each value by name and with its unit.
     """
     wanted = device_names(names, uuid, control)
@@ -146,7 +147,7 @@ def table(
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Print the live tables in the form in which they can be loaded again."""
+    """Print the live tables, so that they can be loaded again."""
     wanted = device_names(names, uuid, control)
     if config or concise:
         if json or inactive or target or (config and concise):
@@ -176,7 +177,7 @@ def measure(
     json: Json = False,
     control: Control = None,
 ) -> None:
-    """Print what the kernel would measure of the live tables for IMA.
+    """Print what the kernel would measure for IMA.
 
     As in the kernel, most types of targets measure nothing.
     """
@@ -346,7 +347,7 @@ def deps(
 
 
 def targets(json: Json = False, control: Control = None) -> None:
-    """List the types of targets that the server has, with their versions."""
+    """List the types of targets, with their versions."""
     answer = ask(control, "targets", m.Targets(), m.TargetsAnswer)
     if json:
         print_json(answer)
@@ -379,7 +380,7 @@ def _print_target(target: m.TargetType) -> None:
 
 
 def version(json: Json = False, control: Control = None) -> None:
-    """Print the version of this program and of the running servers, and where they listen."""
+    """Print the versions, and where servers listen."""
     servers = []
     for address in addresses(control):
         with suppress(NoServerError):

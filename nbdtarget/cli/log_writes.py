@@ -107,7 +107,7 @@ def replay_log(
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
-    """Replay a log of the log-writes target onto a disk, up to a mark, or look into the log.
+    """Replay a log of the log-writes target, or look into it.
 
     Example: nbdtarget replay-log --log log.img --replay disk.img --end-mark before-crash
     """

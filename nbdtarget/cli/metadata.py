@@ -158,8 +158,7 @@ class _Lines(NbdTargetError):
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(
-        help="Check, dump, restore and repair metadata that no server has open, and write a cache"
-        " back.",
+        help="Check, dump, restore and repair metadata offline.",
         rich_markup_mode=None,
     )
     group.command()(check)
@@ -319,8 +318,9 @@ def restore(
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Turn a dump back into metadata: the content is the same, the layout may differ.
+    """Turn a dump back into metadata.
 
+    The content is the same; the layout may differ.
     A missing file is made at the right size. An output that holds something is refused unless --overwrite
     is given. Until all is written, no server accepts the output. To move a cache or a clone
     of the kernel here, use `nbdtarget metadata import', which needs no dump.
@@ -366,8 +366,9 @@ def import_(
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Make metadata from that of the kernel, so that a cache or a clone of the kernel can go on here.
+    """Make metadata from that of the kernel.
 
+    So a cache or a clone of the kernel can go on here.
     First remove the kernel's device, so that nothing writes any more. Then use the same cache and
     origin (or source and destination) with the new metadata. After
     an unclean stop of the kernel each mapped block of a cache counts as dirty, as it does for the
@@ -413,8 +414,9 @@ def repair(
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Write what is left of damaged metadata to another file, and say what is lost.
+    """Save what is left of damaged metadata in another file.
 
+    What is lost is named.
     Only records with an intact checksum are used. If the record of a hydrated region or of a dirty block
     is lost, nothing is written unless --force is given. Blocks whose dirty bit cannot be read count
     as dirty. Afterwards, use the new file in place of the damaged one.
@@ -434,7 +436,7 @@ def repair(
             for line in answer.damage:
                 print(f"nbdtarget: {source}: {line}", file=sys.stderr)
         _print(answer, quiet=quiet, json=json)
-        if not quiet and not json:
+        if answer.damage and not quiet and not json:
             print(f"Now use {output} in place of {source}.")
 
     return _run(job, quiet=quiet)
@@ -461,9 +463,9 @@ def writeback(
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Write the dirty blocks of a cache back to its origin while no server runs.
+    """Write a cache back while no server runs.
 
-    They are written in the order of the origin. After an unclean stop these are all mapped blocks, or
+    The dirty blocks are written in the order of the origin. After an unclean stop these are all mapped blocks, or
     with dirty_log all that may be dirty. When the origin has them durably, they are recorded as clean, as
     after a clean shutdown. If the command is interrupted, run it again: it repeats at most the last
     1 GiB. The exit status is 1 if a block could not be copied; that block stays dirty.

@@ -186,9 +186,9 @@ def print_(
     alldevices: AllDevices = False,
     control: Control = None,
 ) -> None:
-    """Print the counters of regions as device-mapper's documentation describes them.
+    """Print the counters of regions.
 
-    Each line: START+LENGTH of an area in sectors; reads, merged, sectors, ms; the same of
+    They are those of device-mapper's documentation. Each line: START+LENGTH of an area in sectors; reads, merged, sectors, ms; the same of
     writes; in flight, ms busy, weighted ms, ms reading, ms writing; the histogram.
     """
     choice = _choose(programid, regionid, all_=allprograms, all_regions=allregions)
@@ -231,9 +231,9 @@ def report(
     noheadings: NoHeadings = False,
     control: Control = None,
 ) -> None:
-    """Print rates, sizes and latencies of each area, and set the counters to 0.
+    """Print rates, sizes and latencies of each area.
 
-    The rates assume that the counters were 0 one interval ago, as those of dmstats do. So the
+    The counters are set to 0. The rates assume that the counters were 0 one interval ago, as those of dmstats do. So the
     rates of the first report may be wrong.
     """
     choice = _Choice(_program(programid, allprograms=allprograms))

@@ -24,9 +24,9 @@ def register(app: typer.Typer) -> None:
 
 
 def uncache(name: CacheName, json: Json = False, control: Control = None) -> int:
-    """Write a cache back and remove it: the origin alone is the disk then. Clients stay connected.
+    """Write a cache back and remove it, while clients go on.
 
-    After Ctrl-C the cache stays in service: it writes back all dirty blocks and caches no new ones. Run
+    The origin alone is the disk then. After Ctrl-C the cache stays in service: it writes back all dirty blocks and caches no new ones. Run
     uncache again to finish. The exit status is 130 then. If the cache is started again by the `cache'
     command instead, it is an ordinary cache again.
     """
