@@ -9,7 +9,7 @@ Theory of operation. Targets change their metadata in memory as I/O ends, and ca
     2  together      flush every backing device, so that all data that the transaction
                      vouches for is durable; append the transaction to the journal, flush that
     3  superblock    written with FUA: from here on a crash finds the transaction
-    4  done          then, and only then, the callers that waited are told
+    4  done          then, and only then, the callers that waited are answered
 
 Nothing refers to the journal's new records before step 3, so they may reach the disk before or after
 the data; the superblock may not. A crash before step 3 loses the whole transaction, a crash after it
@@ -150,7 +150,7 @@ class Committer:
         name: the mapped device's, for logs.
         metadata, device: what is committed, and the device that it lies on.
         backing: the devices that hold the data which the metadata vouches for.
-        committed: called after each successful commit, before the callers that waited are told.
+        committed: called after each successful commit, before the callers that waited are answered.
         failed: called after the metadata has been aborted, or has failed; again if it fails
             when it had been aborted before.
         metadata_failed: called before that if it was the metadata device that failed.
@@ -327,10 +327,10 @@ class Committer:
         finally:
             self._is_running = False
             if not is_sound:
-                # An exception of our own making: nothing can be trusted any more.
+                # An unexpected exception, that is a bug: nothing can be trusted any more.
                 self.metadata.fail()
                 self._give_up(is_worse=True)
-                # A callback may raise, and others may ask again while they are told: until none is left.
+                # A callback may raise, and others may ask again while they are answered: until none is left.
                 while self._commit_waiters or self._flush_waiters:
                     self._tell_failure()
 

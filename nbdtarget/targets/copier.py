@@ -50,7 +50,7 @@ class CopyError(Exception):
 
     Attributes:
         error: the device's own.
-        is_read: the source could not be read; else the destination could not be written.
+        is_read: the source could not be read; otherwise the destination could not be written.
     """
 
     def __init__(self, error: DeviceError, *, is_read: bool) -> None:

@@ -12,8 +12,8 @@ the two share no step.
     RW     mappings may change                            0       -
     RO     the disk holds the last commit, and what is    EIO     a commit has failed, or the metadata device
            mapped stays as it is                                  could not be written when it was opened
-    FAIL   nothing is known about any block               EIO     the metadata cannot be read, or an exception of our
-                                                                  own making has left it in doubt
+    FAIL   nothing is known about any block               EIO     the metadata cannot be read, or an unexpected
+                                                                  exception (a bug) has left it in doubt
 """
 
 import logging
@@ -192,7 +192,7 @@ class MappingTarget(Target, Generic[M]):
         return self._metadata.mode is Mode.FAIL
 
     def _broken(self, error: BaseException) -> None:
-        """An exception of our own making has come up: trust nothing any more."""
+        """An unexpected exception has come up, which is a bug: trust nothing any more."""
         log.critical("%s: switching to fail mode", self.ctx.name, exc_info=error)
         self._metadata.fail()
         self._committer.has_failed = True

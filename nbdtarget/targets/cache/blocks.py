@@ -48,7 +48,7 @@ class Blocks:
         event: raises a device-mapper event.
         wake: tells the migrations that there may be something to do.
         failures: counts what has failed below.
-        broken: takes an exception of our own making, after which nothing can be trusted.
+        broken: takes an unexpected exception (a bug), after which nothing can be trusted.
         remap: takes a bio through the target from the beginning.
     """
 

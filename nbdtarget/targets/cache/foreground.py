@@ -328,7 +328,7 @@ class Foreground:
                 blocks.discards.clear(work.oblock)
                 blocks.committer.note_change()
         except Exception as error:
-            # An exception of our own making. Above a device's completion there is no code that would end the bio.
+            # An unexpected exception, that is a bug. Above a device's completion there is no code that would end the bio.
             blocks.broken(error)
             errno = errnos.EIO
         if errno == 0 and bio.flags & FUA:

@@ -5,9 +5,9 @@ Theory of operation. The policy decides, `Migrations` carries out, one task for 
 
     promote    lock the block; copy it to the cache device (or zero it there, if it is discarded, which
                makes it dirty); insert the mapping
-    demote     lock; copy it home if it is dirty; remove the mapping; commit, which flushes the origin
+    demote     lock; write it back if it is dirty; remove the mapping; commit, which flushes the origin
                first; wait for reads of the cache block; only then is it free
-    writeback  lock; copy it home; it is clean
+    writeback  lock; copy it to the origin; it is clean
 
 The lock keeps writes out, not reads: those go on from where the block is, and the copy stays right
 meanwhile. A demotion's reads go on from the cache block until the removal is durable. So no read
@@ -300,7 +300,7 @@ class Migrations:
             elif work.op == PROMOTE:
                 self.requests.failed(work)
         except Exception as error:
-            # An exception of our own making. All I/O must be refused before parked bios are mapped.
+            # An unexpected exception, that is a bug. All I/O must be refused before parked bios are mapped.
             blocks.broken(error)
         self._nr_demoting -= work.op == DEMOTE
         blocks.unlock(lock)

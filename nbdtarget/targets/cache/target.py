@@ -371,7 +371,9 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             if not (blocks.cache.fails_inline or blocks.distrusts_cache):
                 self._fast_op_max = OP_WRITE
         elif not blocks.is_writable:
-            blocks.policy.allow_migrations(False)  # else it takes blocks for them
+            blocks.policy.allow_migrations(
+                False
+            )  # otherwise it would set blocks aside for them
         self._open_route()
 
     # ---- words ----

@@ -114,7 +114,7 @@ class Foreground:
     def write_hydrated(self, bio: Bio) -> None:
         """Send a WRITE, WRITE_ZEROES or DISCARD to the destination; its regions are hydrated.
 
-        With FUA it waits for a commit first, if anything is not committed: else it could
+        With FUA it waits for a commit first, if anything is not committed: otherwise it could
         be durable on a destination that a crash reverts to the source.
         """
         regions = self.regions
@@ -356,7 +356,7 @@ class RegionWrite:
         )
 
     async def _copy_gaps(self, gaps: list[Gap]) -> None:
-        # EIO also stands for an exception of our own making: the bio ends, and the lock goes.
+        # EIO also stands for an unexpected exception: the bio ends, and the lock is released.
         errno = errnos.EIO
         try:
             for begin, end in gaps:

@@ -26,7 +26,7 @@ class Regions:
         wake: tells background hydration that regions were unlocked.
         note_error: takes the regions, half-open, for which a client's write needed a copy, and why
             that failed.
-        broken: takes an exception of our own making, after which nothing can be trusted.
+        broken: takes an unexpected exception (a bug), after which nothing can be trusted.
     """
 
     def __init__(

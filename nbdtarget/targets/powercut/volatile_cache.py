@@ -92,7 +92,7 @@ class VolatileCache:
     """The writes of one disk that a power cut may lose. See the module head.
 
     Attributes:
-        pending: oldest first. Look, don't touch.
+        pending: oldest first. Others only read it.
         nr_sectors: that the pending writes hold, one counted as often as it was written;
             512 bytes of memory each. The caller bounds them, by flushing in time.
     """
