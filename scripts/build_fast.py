@@ -3,8 +3,8 @@
 
     python -m scripts.build_fast [--to FOLDER]
 
-Cython makes C of `nbdtarget/fast/nbdtarget_fast.pyx`, and the C compiler that Python was built with (or
-`cc`, or what the environment variable CC names) makes an extension module of it. CFLAGS is passed on,
+Cython makes C of the `.pyx` files in `nbdtarget/fast`, and the C compiler that Python was built with (or
+`cc`, or what the environment variable CC names) makes an extension module of each. CFLAGS is passed on,
 for example for AddressSanitizer. Nothing is written into the source tree. Exit status 1, and one line that says
 why, if something is missing; nbdtarget then runs without the fast path.
 """
@@ -22,8 +22,8 @@ from typing import Final
 
 __all__ = ["BuildError", "build", "main"]
 
-SOURCE: Final = (
-    Path(__file__).resolve().parent.parent / "nbdtarget/fast/nbdtarget_fast.pyx"
+SOURCES: Final = sorted(
+    (Path(__file__).resolve().parent.parent / "nbdtarget/fast").glob("*.pyx")
 )
 FLAGS: Final = ("-O2", "-fPIC", "-shared", "-D_GNU_SOURCE", "-Wall")
 OUTPUT_LINES_MAX: Final = 12  # of a compiler that fails
@@ -59,25 +59,25 @@ def run(command: list[str], what: str) -> None:
         raise BuildError(f"{what} failed:\n" + "\n".join(lines))
 
 
-def build(folder: Path) -> Path:
-    """Build the extension module into `folder`; return its path. Raises: BuildError."""
+def build(folder: Path) -> list[Path]:
+    """Build the extension modules into `folder`; return their paths. Raises: BuildError."""
     include, command = headers(), compiler()
-    target = folder / f"{SOURCE.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with tempfile.TemporaryDirectory() as scratch:
-        c_file = Path(scratch, f"{SOURCE.stem}.c")
-        built = Path(scratch, target.name)
-        cython = [sys.executable, "-m", "cython", str(SOURCE), "-o", str(c_file)]
-        run(cython, "cython")
-        flags = [*FLAGS, *shlex.split(os.environ.get("CFLAGS", ""))]
-        run(
-            [*command, *flags, f"-I{include}", str(c_file), "-o", str(built)],
-            "the C compiler",
-        )
-        # In one step, so that no process ever sees half a module.
-        beside = target.with_suffix(".new")
-        shutil.copy(built, beside)
-        beside.replace(target)
-    return target
+    flags = [*FLAGS, *shlex.split(os.environ.get("CFLAGS", "")), f"-I{include}"]
+    targets = []
+    for source in SOURCES:
+        target = folder / f"{source.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        with tempfile.TemporaryDirectory() as scratch:
+            c_file = Path(scratch, f"{source.stem}.c")
+            built = Path(scratch, target.name)
+            cython = [sys.executable, "-m", "cython", str(source), "-o", str(c_file)]
+            run(cython, "cython")
+            run([*command, *flags, str(c_file), "-o", str(built)], "the C compiler")
+            # In one step, so that no process ever sees half a module.
+            beside = target.with_suffix(".new")
+            shutil.copy(built, beside)
+            beside.replace(target)
+        targets.append(target)
+    return targets
 
 
 def main() -> int:

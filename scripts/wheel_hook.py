@@ -32,7 +32,8 @@ class FastPathHook(BuildHookInterface):  # type: ignore[type-arg]
         except BuildError as error:
             print(f"a wheel without the compiled fast path: {error}", file=sys.stderr)
             return
-        build_data["force_include"][str(built)] = built.name
+        for module in built:
+            build_data["force_include"][str(module)] = module.name
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
 

@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the compiled fast path is there, and the names that it has.
 
-The extension module `nbdtarget_fast` is built from `nbdtarget_fast.pyx`, which tells what it does, when a C
-compiler is at hand (`scripts/build_fast.py`). Where it is missing, or was built from another version
+The extension modules `nbdtarget_fast` and `nbdtarget_ring` are built from the `.pyx` files beside this one, which tell what they
+do, when a C compiler is at hand (`scripts/build_fast.py`). Where they are missing, or were built from another version
 of the source, `IS_COMPILED` is false, no device offers a `Route`, and every request takes the way through
 Python: slower, and otherwise the same. The environment variable NBDTARGET_PURE=1 asks for that.
 
-Other modules import the extension from here, and nowhere else.
+Other modules import them from here, and nowhere else.
 """
 
 import os
 from typing import TYPE_CHECKING, Final
 
-__all__ = ["ABI", "IS_COMPILED", "FastFile", "Plane", "Route", "describe"]
+__all__ = [
+    "ABI",
+    "IS_COMPILED",
+    "FastFile",
+    "Plane",
+    "Ring",
+    "Route",
+    "describe",
+    "is_available",
+]
 
 ABI: Final = 1  # the extension's must be the same; both change together
 
@@ -21,20 +30,25 @@ _REASON = "the environment variable NBDTARGET_PURE is set"
 if not os.environ.get("NBDTARGET_PURE"):
     try:
         import nbdtarget_fast
+        import nbdtarget_ring
     except ImportError:
-        _REASON = "the module nbdtarget_fast has not been built"
+        _REASON = "it has not been built"
     else:
-        IS_COMPILED = nbdtarget_fast.ABI == ABI
-        _REASON = "the module nbdtarget_fast is of another version"
+        IS_COMPILED = nbdtarget_fast.ABI == nbdtarget_ring.ABI == ABI
+        _REASON = "it was built from another version"
 
 if TYPE_CHECKING or IS_COMPILED:
     from nbdtarget_fast import FastFile, Plane, Route
+    from nbdtarget_ring import Ring, is_available
 else:
 
     class _NotBuilt:
         """Stands for the types of the extension where none of them is ever made."""
 
-    FastFile = Plane = Route = _NotBuilt
+    FastFile = Plane = Ring = Route = _NotBuilt
+
+    def is_available() -> bool:
+        return False
 
 
 def describe() -> str:

@@ -2,7 +2,8 @@
 """`FileDevice`: a regular file or a block device.
 
 Theory of operation. Most bios find their bytes in the page cache and end inside `submit`; the
-rest goes to the device's own worker threads and never holds up the loop.
+rest goes to the device's own worker threads and never holds up the loop. Reads that wait for the disk go
+through io_uring instead, where it is allowed: `ring.py`.
 
     READ          inline by RWF_NOWAIT, which answers from the page cache or not at all. What is
                   missing is read by a worker. On tmpfs, which does not know RWF_NOWAIT and
@@ -71,6 +72,7 @@ from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.devices.file.extents import find_extents
 from nbdtarget.devices.file.pieces import WRITE_PIECE, write_rest
+from nbdtarget.devices.file.ring import maybe_reader
 from nbdtarget.devices.file.space import Space
 from nbdtarget.devices.file.sync import Syncs
 from nbdtarget.devices.file.syscalls import (
@@ -134,6 +136,7 @@ class FileDevice(Device):
         self._read_flags = os.RWF_NOWAIT
         self._read_inline_max = INLINE_READ_MAX
         self._syncs = Syncs(name, fd, pool, self.health)
+        self._nr_ring_reads = 0  # see `ring.py`
         # For the compiled fast path: see `maybe_fast_file`.
         self._fast: FastFile | None = None
         self._unfinished: tuple[int, int, int, int] | None = None
@@ -318,8 +321,29 @@ class FileDevice(Device):
         assert here is not None
         if got and payload is not here:
             payload[:got] = here[:got]
+        reader = maybe_reader()
+        if reader is not None:
+            done = partial(self._ring_read_done, bio, payload, got)
+            if reader.read(self._fd, payload[got:], bio.offset + got, done):
+                self._nr_ring_reads += 1
+                return
         job = partial(self._read_rest, payload, bio.offset, got)
         self._pool.submit(job, partial(self._read_done, bio))
+
+    def _ring_read_done(
+        self, bio: Bio, payload: memoryview, got: int, result: int
+    ) -> None:
+        self._nr_ring_reads -= 1
+        if result == len(payload) - got:
+            bio.end(0)
+            return
+        # It came short, or failed: a worker meets the reason again, and tells it.
+        job = partial(self._read_rest, payload, bio.offset, got + max(result, 0))
+        self._pool.submit(job, partial(self._read_done, bio))
+
+    @property
+    def nr_in_flight(self) -> int:
+        return super().nr_in_flight + self._nr_ring_reads
 
     def _read_done(self, bio: Bio, status: int) -> None:
         if status:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RingReader`: reads that the page cache cannot answer, by io_uring, for all files of one event loop.
+
+Theory of operation. A read that waits for the disk must not hold the loop up. A worker thread costs two switches and the
+interpreter's lock for each read; the ring takes all reads of a turn of the loop in one system call, and
+tells of all that have ended by one wake-up. At depth 32 that is less than a third of the CPU.
+
+Where there is no compiled module, or io_uring is not allowed (as in many containers), `maybe_reader` returns
+None, and reads go to worker threads as before.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from nbdtarget.common.turns import Soon
+from nbdtarget.fast.compiled import IS_COMPILED, Ring, is_available
+
+__all__ = ["RingReader", "maybe_reader"]
+
+log = logging.getLogger(__name__)
+
+READS_MAX: Final = 256  # under way at once; more go to worker threads
+
+_Done = Callable[[int], None]
+
+
+class RingReader:
+    """See the module head. Context: the loop in which it was made."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Raises: OSError: io_uring is not allowed."""
+        self.loop = loop
+        self._ring = Ring(READS_MAX)
+        self._flush_soon = Soon(self.flush)
+        loop.add_reader(self._ring.event_fd, self._reap)
+
+    def read(self, fd: int, buffer: memoryview, offset: int, done: _Done) -> bool:
+        """Fill `buffer`; `done` gets the number of bytes read, or minus the errno. Returns False if it has no room.
+
+        The caller keeps `fd` open until then, and does not touch the buffer.
+        """
+        if not self._ring.read(fd, buffer, offset, done):
+            return False
+        self._flush_soon.ask()
+        return True
+
+    def flush(self) -> None:
+        """Let the kernel begin what was asked for in this turn of the loop."""
+        if not self._ring.flush():
+            # It has no room for now: what has ended is reaped first.
+            self._flush_soon.ask()
+
+    def _reap(self) -> None:
+        ended = self._ring.reap()
+        for nr, (done, result) in enumerate(ended):
+            try:
+                done(result)
+            except BaseException:
+                # The others must not wait for it.
+                for other, its_result in ended[nr + 1 :]:
+                    self.loop.call_soon(other, its_result)
+                raise
+
+    def close(self) -> None:
+        """Stop watching. Reads that are under way never end."""
+        self._flush_soon.cancel()
+        self.loop.remove_reader(self._ring.event_fd)
+
+
+_reader: RingReader | None = None
+_is_allowed: bool | None = None  # not tried yet
+
+
+def maybe_reader() -> RingReader | None:
+    """Return the reader of the running loop, or None: there is no io_uring for us."""
+    global _is_allowed, _reader
+    if not IS_COMPILED or _is_allowed is False:
+        return None
+    loop = asyncio.get_running_loop()
+    if _reader is not None and _reader.loop is loop:
+        return _reader
+    if _is_allowed is None:
+        _is_allowed = is_available()
+        if not _is_allowed:
+            log.info("io_uring is not allowed: reads go to worker threads")
+            return None
+    try:
+        _reader = RingReader(loop)
+    except (OSError, NotImplementedError) as error:
+        _is_allowed = False
+        log.info("no io_uring: reads go to worker threads: %s", error)
+        return None
+    return _reader
