@@ -31,7 +31,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "clean-shutdown-not-cleared",
         "A crash looks like a clean shutdown: blocks that are dirty count as clean.",
-        "nbdtarget_metadata.cache.metadata:CacheMetadata._next_superblock",
+        "nbdtarget_metadata.cache.metadata:CacheMetadata._fields_after",
         "flags = CLEAN_SHUTDOWN if shutdown is not None else 0\n",
         "flags = CLEAN_SHUTDOWN if shutdown is not None else live.flags\n",
         CUTS,
@@ -215,7 +215,7 @@ CACHE_METADATA: Final = (
     _mutant(
         "live-sync-area-overwritten",
         "A crash in a full sync destroys the dirty bits that the superblock vouches for.",
-        "nbdtarget_metadata.cache.metadata:CacheMetadata._next_superblock",
+        "nbdtarget_metadata.cache.metadata:CacheMetadata._fields_after",
         "area = live.sync_area if shutdown is None else other_area(live.sync_area)",
         "area = live.sync_area",
         CACHE,

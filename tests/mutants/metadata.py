@@ -345,8 +345,8 @@ METADATA: Final = (
         "nbdtarget_metadata.log.commit:JournaledMetadata._begin",
         (
             (
-                "generation=superblock.generation + 1,",
-                "generation=superblock.generation,",
+                "generation=live.generation + 1,",
+                "generation=live.generation,",
             ),
         ),
         TRANSACTION,
@@ -357,8 +357,8 @@ METADATA: Final = (
         "nbdtarget_metadata.clone.metadata:CloneMetadata.pre_commit",
         (
             (
-                "        transaction = self._begin(taken, superblock, nothing_more)\n",
-                "        transaction = self._begin(taken, superblock, nothing_more)\n"
+                "        transaction = self._begin(taken, fields, nothing_more)\n",
+                "        transaction = self._begin(taken, fields, nothing_more)\n"
                 "        place = transaction._place\n"
                 "        block, digest, before, generation = getattr(\n"
                 "            self, '_last_record', (0, b'', new_runs(), -1)\n"

@@ -34,7 +34,7 @@ FLUSH_CACHE: Final = 1  # mappings were inserted, or blocks recorded clean
 FLUSH_ORIGIN: Final = 2  # removed, inserted clean, or recorded clean
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class CacheTaken(Taken[bitarray]):
     """What one commit of a cache makes durable. Its `changes` are a bitmap of cache blocks.
 

@@ -91,7 +91,7 @@ most for a million cache blocks. One thread.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgspec
 from bitarray.util import zeros
@@ -111,9 +111,10 @@ from nbdtarget_metadata.cache.records import (
     Words,
 )
 from nbdtarget_metadata.cache.shutdown import (
+    NOTHING_RECORDED,
     Shutdown,
     other_area,
-    with_shutdown,
+    shutdown_fields,
     write_shutdown,
 )
 from nbdtarget_metadata.cache.superblock import (
@@ -408,10 +409,10 @@ class CacheMetadata(CacheBlocks):
         starts = self._starting and not clean_shutdown
         self._resized = self._starting = False
         taken = self._take(shutdown, starts=starts, only_rewrites=only_rewrites)
-        superblock = self._superblock
+        fields: dict[str, Any] = {}
         if not taken.only_rewrites:
-            superblock = self._next_superblock(taken)
-        return self._begin(taken, superblock, self._writing_of(shutdown))
+            fields = self._fields_after(taken)
+        return self._begin(taken, fields, self._writing_of(shutdown))
 
     def committed(self, taken: CacheTaken, superblock: CacheSuperblock) -> None:
         super().committed(taken, superblock)
@@ -503,31 +504,32 @@ class CacheMetadata(CacheBlocks):
             shutdown=shutdown,
         )
 
-    def _next_superblock(self, taken: CacheTaken) -> CacheSuperblock:
-        """Return the live superblock with what `taken` and the state in core change in it."""
+    def _fields_after(self, taken: CacheTaken) -> dict[str, Any]:
+        """Return the fields of the superblock that `taken` and the state in core change."""
         live, shutdown = self._superblock, taken.shutdown
         flags = CLEAN_SHUTDOWN if shutdown is not None else 0
         flags |= ORIGIN_COMPLETE if taken.says_complete else 0
         # Never the sync area that an older superblock may vouch for.
         area = live.sync_area if shutdown is None else other_area(live.sync_area)
         statistics = self.statistics
-        superblock = msgspec.structs.replace(
-            live,
-            flags=flags,
-            incompat=DIRTY_LOG if self.dirty_log else 0,
-            origin_size=self.origin_size,
-            nr_cblocks=self.nr_cblocks,
-            nr_mapped=self.nr_mapped,
-            nr_logged=self.nr_logged,
-            sync_area=area,
-            read_hits=statistics.read_hits,
-            read_misses=statistics.read_misses,
-            write_hits=statistics.write_hits,
-            write_misses=statistics.write_misses,
-        )
-        # What a clean shutdown has recorded does not hold any more. A new one is written, and
-        # vouched for, when the changes have been.
-        return with_shutdown(superblock, Shutdown(), nr_dirty=0)
+        return {
+            "flags": flags,
+            "incompat": DIRTY_LOG if self.dirty_log else 0,
+            "origin_size": self.origin_size,
+            "nr_cblocks": self.nr_cblocks,
+            "nr_mapped": self.nr_mapped,
+            "nr_logged": self.nr_logged,
+            "sync_area": area,
+            "read_hits": statistics.read_hits,
+            "read_misses": statistics.read_misses,
+            "write_hits": statistics.write_hits,
+            "write_misses": statistics.write_misses,
+            # What a clean shutdown has recorded does not hold any more. A new one is written,
+            # and vouched for, when the changes have been.
+            **shutdown_fields(NOTHING_RECORDED, nr_dirty=0),
+            "sync_blocks": 0,
+            "sync_digest": live.uuid,
+        }
 
     def _writing_of(
         self, shutdown: Shutdown | None

@@ -5,7 +5,7 @@ Two superblocks that may both be opened after a crash never vouch for the same s
 records of the one are not overwritten while the other is being written (`other_area`).
 """
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from bitarray import bitarray
@@ -32,7 +32,7 @@ __all__ = [
     "NOTHING_RECORDED",
     "Shutdown",
     "other_area",
-    "with_shutdown",
+    "shutdown_fields",
     "write_shutdown",
 ]
 
@@ -53,24 +53,19 @@ def other_area(area: int) -> int:
     return (area + 1) % NR_SYNC_AREAS
 
 
-def with_shutdown(
-    superblock: CacheSuperblock, shutdown: Shutdown, *, nr_dirty: int
-) -> CacheSuperblock:
-    """Return `superblock` with what it says of `shutdown`; its records are not written yet."""
+def shutdown_fields(shutdown: Shutdown, *, nr_dirty: int) -> dict[str, Any]:
+    """Return what a superblock says of `shutdown`, except for the place of its records."""
     # A policy without hints left none to be believed.
     policy = shutdown.policy if shutdown.hints is not None else NO_POLICY
     discarded = shutdown.discarded
-    return msgspec.structs.replace(
-        superblock,
-        nr_dirty=nr_dirty,
-        sync_blocks=0,
-        sync_digest=superblock.uuid,
-        policy_name=policy.name,
-        policy_version=policy.version,
-        hint_size=policy.hint_size,
-        discard_block_size=discarded.block_size if discarded is not None else 0,
-        nr_dblocks=len(discarded.bits) if discarded is not None else 0,
-    )
+    return {
+        "nr_dirty": nr_dirty,
+        "policy_name": policy.name,
+        "policy_version": policy.version,
+        "hint_size": policy.hint_size,
+        "discard_block_size": discarded.block_size if discarded is not None else 0,
+        "nr_dblocks": len(discarded.bits) if discarded is not None else 0,
+    }
 
 
 def write_shutdown(
@@ -85,9 +80,10 @@ def write_shutdown(
     chain = Chain(block=begin, end=end, digest=superblock.uuid)
     yield from _write_records(chain, superblock.generation, dirty, shutdown)
     return msgspec.structs.replace(
-        with_shutdown(superblock, shutdown, nr_dirty=dirty.count()),
+        superblock,
         sync_blocks=chain.block - begin,
         sync_digest=chain.digest,
+        **shutdown_fields(shutdown, nr_dirty=dirty.count()),
     )
 
 

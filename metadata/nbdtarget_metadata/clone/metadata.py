@@ -54,7 +54,6 @@ most. One thread.
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 
-import msgspec
 from bitarray import bitarray
 
 from nbdtarget_metadata.clone.encoding import CloneEncoding, SavedChunks
@@ -343,15 +342,11 @@ class CloneMetadata(JournaledMetadata[CloneSuperblock, Taken[Runs]]):
         flags = 0 if has_changed else self._superblock.flags & CLEAN_SHUTDOWN
         if clean_shutdown:
             flags = CLEAN_SHUTDOWN
-        superblock = msgspec.structs.replace(
-            self._superblock,
-            flags=flags,
-            # Between transactions, what is in core is what is committed and what this one takes.
-            nr_hydrated=self.nr_hydrated,
-        )
+        # Between transactions, what is in core is what is committed and what this one takes.
+        fields = {"flags": flags, "nr_hydrated": self.nr_hydrated}
         saved = SavedChunks(self.hydrated)
         taken = Taken(runs, CloneEncoding(self.hydrated, saved.take))
-        transaction = self._begin(taken, superblock, nothing_more)
+        transaction = self._begin(taken, fields, nothing_more)
         self._saved = saved if transaction.writes_snapshot else None
         return transaction
 
