@@ -11,6 +11,21 @@ from tests.support.reference_pages import DOCS
 from tests.support.tutorials import Difference, blocks_of, run_page
 
 TUTORIALS = DOCS / "tutorial"
+HOW_TO = DOCS / "how-to"
+
+# What the how-to pages take for granted: a running server with a disk called `web`.
+WITH_WEB = """
+<!-- run: server -->
+```console
+$ nbdtarget serve
+…
+```
+
+```console
+$ truncate -s 16M /srv/DISK
+$ until nbdtarget create web --table '0 32768 linear /srv/DISK 0' 2>/dev/null; do sleep 0.05; done
+```
+"""
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow, needs("bash", "qemu-io")]
 
@@ -36,6 +51,22 @@ def test_power_cuts(tmp_path: Path) -> None:
     assert disk[1 << 20 :][:4096] == b"\1" * 4096
     # The page ends with a torn write: some of it is there.
     assert 0 < disk[: 64 << 10].count(b"not flushed") < (64 << 10) // 12
+
+
+def test_how_to_move_a_disk(tmp_path: Path) -> None:
+    page = (HOW_TO / "move-a-disk.md").read_text()
+    told = "$ nbdtarget table web\n0 32768 linear /srv/new.img 0\n"
+    waiting = "$ until nbdtarget table web | grep linear; do sleep 0.05; done\n"
+    assert told in page
+    page = page.replace(told, waiting + told.partition("\n")[2])
+    run_page(WITH_WEB.replace("DISK", "old.img") + page, tmp_path)
+    assert (tmp_path / "new.img").read_bytes() == bytes(16 << 20)
+
+
+@needs("nbdinfo")
+def test_how_to_resize_a_disk(tmp_path: Path) -> None:
+    page = (HOW_TO / "resize.md").read_text()
+    run_page(WITH_WEB.replace("DISK", "web.img") + page, tmp_path)
 
 
 @pytest.mark.parametrize(
