@@ -247,7 +247,7 @@ def udevflags(cookie: Cookie) -> None:
 
 
 def udevcomplete(cookie: Cookie) -> None:
-    """Tell that udev is done. There is no udev here: nobody waits for it."""
+    """Say that udev is done. There is no udev here: nothing waits for it."""
     number = _cookie("udevcomplete", cookie)
     print(f"DM_COOKIE_COMPLETED=0x{number:<10x}")
     _say_no_udev("no cookie is waited for")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget cache` and `uncache`: what options mean, and what is shown on the way."""
+"""`nbdtarget cache` and `uncache`: what options mean, and what is printed."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The battery that every command passes, and what the commands print, to the blank."""
+"""Tests that every command must pass, and exactly what the commands print."""
 
 import errno
 import io

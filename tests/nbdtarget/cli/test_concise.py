@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dmsetup's concise form."""
+"""Devices on one line, in the concise form of dmsetup."""
 
 import pytest
 from hypothesis import given
@@ -26,7 +26,7 @@ def test_specials_are_escaped() -> None:
     device = ConciseDevice("a;b", "u,v", None, False, (r"0 8 linear /my\ disk,1 0",))
     assert format_concise([device]) == (r"a\;b,u\,v,,rw,0 8 linear /my\\ disk\,1 0")
     assert parse_concise(format_concise([device])) == [device]
-    # As somebody writes it by hand.
+    # As a user writes it by hand.
     (by_hand,) = parse_concise(r"x,,,,0 8 linear /my\ disk 0")
     assert by_hand.lines == (r"0 8 linear /my\ disk 0",)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts that call dmsetup read, to the blank.
+"""Exactly what scripts that call dmsetup read.
 
 Recorded from dmsetup 1.02.185 on a 6.12 kernel; devices by path instead of by number.
 """

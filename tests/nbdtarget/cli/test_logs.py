@@ -130,7 +130,7 @@ from nbdtarget.cli.logs import start_logging
 from nbdtarget.cli.progress.common import print_event, say
 start_logging(verbose=True)
 for nr in range(20_000):
-    logging.getLogger("nbdtarget.dm").info("line %d of the log, which nobody reads", nr)
+    logging.getLogger("nbdtarget.dm").info("line %d of the log, which is not read", nr)
     say("line")
     print_event(event="progress", nr=nr)
 """

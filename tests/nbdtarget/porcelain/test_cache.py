@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget cache`: what is refused before anything is touched, and that the job is done."""
+"""`nbdtarget cache`: what is refused before anything is changed, and how the job goes."""
 
 import asyncio
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nbdtarget uncache`: a cache goes home and away, over real files and the server's own verbs."""
+"""`nbdtarget uncache`: a cache is written back and removed, with real files and the server's own verbs."""
 
 import asyncio
 import errno as errnos
