@@ -81,6 +81,7 @@ class NoLocks(Prison):
 
     def lock(self, begin: int, end: int, granted: Callable[[Cell], None]) -> Cell:
         cell = Cell(begin, end, granted)
+        cell.held = True
         granted(cell)
         return cell
 

@@ -393,6 +393,7 @@ class RegionWrite:
             # The bits stay 0: the source counts, whatever has reached the destination.
             self._leave(child.status)
             return
+        assert self.cell.held, "what hydrates locks"
         self.foreground.set_hydrated(self.first, self.last, self._leave)
 
     def _leave(self, errno: int) -> None:

@@ -80,6 +80,8 @@ class Hydrator:
             for half in ((begin, middle), (middle, end)):
                 errors += await self.hydrate(*half, pieces, nr_errors + len(errors))
             return errors
+        held = self.regions.prison.held(begin, end)
+        assert held == [(begin, end)], "what hydrates locks"
         try:
             self.regions.set_hydrated(begin, end)
         except MetadataError:
