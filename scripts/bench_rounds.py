@@ -54,6 +54,10 @@ Samples = dict[str, dict[str, list[Sample]]]  # workload, server, rounds
 
 def measure(contender: Contender, job: Job, runtime_s: float) -> Sample:
     contender.before(writes=job.writes)
+    if job.cold:
+        contender.cool()
+    else:
+        contender.warm()
     process = contender.running()
     cpu_before_s = process.cpu_s()
     result = run_fio(contender.uri, job, runtime_s)
@@ -77,7 +81,11 @@ def median_iops(rounds: Sequence[Sample]) -> float:
 def best_peer(servers: dict[str, list[Sample]]) -> str | None:
     """Return the fastest of the servers in C that serve a plain file."""
     peers = [peer.name for peer in PEERS if peer.name in servers]
-    return max(peers, key=lambda name: median_iops(servers[name]), default=None)
+    return max(
+        (name for name in peers if servers[name]),
+        key=lambda name: median_iops(servers[name]),
+        default=None,
+    )
 
 
 def paired_ratio(ours: Sequence[Sample], theirs: Sequence[Sample]) -> float:
@@ -148,6 +156,8 @@ def _rounds(
         for job in jobs:
             shift = round_nr % len(contenders)
             for contender in contenders[shift:] + contenders[:shift]:
+                if job.cold and not contender.measured_cold:
+                    continue
                 sample = measure(contender, job, options.runtime)
                 samples[job.name][contender.name].append(sample)
                 console.print(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The servers that `make bench` pairs: three in C, and ours through three kinds of table.
+"""The servers that `make bench` pairs: in C, and ours through several kinds of table.
 
 Each serves its own copy of one image, so that a server's writes disturb no other's page cache
 and exclusive locks do not collide. All of them stay up for the whole run and only one is
@@ -25,14 +25,19 @@ __all__ = [
     "PEERS",
     "Clone",
     "Contender",
+    "Floor",
     "HalfClone",
     "Linear",
     "NbdServer",
     "Nbdkit",
+    "Pure",
+    "QemuDirect",
     "QemuNbd",
 ]
 
+FLOOR = "floor"
 LINEAR = "linear"
+PURE = "linear-pure"
 CLONE = "clone"
 HALF = "clone-half"
 
@@ -44,11 +49,13 @@ class Contender:
         name: in the table and for `--only`.
         tool: the program it needs; a missing one is skipped by name.
         export: the NBD export name.
+        measured_cold: whether it takes part where reads come from the disk.
     """
 
     name: ClassVar[str]
     tool: ClassVar[str]
     export: ClassVar[str] = ""
+    measured_cold: ClassVar[bool] = True
 
     def __init__(self, work: Path, source: Path) -> None:
         self.source = source
@@ -79,6 +86,21 @@ class Contender:
         fd = os.open(self.image, os.O_RDWR)
         try:
             os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def warm(self) -> None:
+        """Have the image in the page cache: some servers drop it when they open it."""
+        with self.image.open("rb", 0) as image:
+            while image.read(1 << 20):
+                pass
+
+    def cool(self) -> None:
+        """Drop the image from the page cache, so that reads come from the disk."""
+        self.settle()
+        fd = os.open(self.image, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
 
@@ -131,6 +153,37 @@ class QemuNbd(Contender):
         return ServerProcess(argv, sockets=[self.socket], log=self.log)
 
 
+class QemuDirect(QemuNbd):
+    """As it is set up for disks that are larger than memory."""
+
+    name = "qemu-direct"
+
+    def launch(self) -> ServerProcess:
+        argv = ["qemu-nbd", "--format=raw", "--persistent", "--shared=4"]
+        argv += ["--cache=none", "--aio=native", f"--socket={self.socket}"]
+        return ServerProcess(
+            [*argv, str(self.image)], sockets=[self.socket], log=self.log
+        )
+
+
+class Floor(Contender):
+    """What the kernel alone charges: `bench_floor.c` makes the system calls and nothing else."""
+
+    name = FLOOR
+    tool = "cc"
+    measured_cold = False
+
+    def launch(self) -> ServerProcess:
+        program = self.socket.with_suffix(".floor")
+        source = Path(__file__).with_name("bench_floor.c")
+        subprocess.run(["cc", "-O2", "-o", str(program), str(source)], check=True)
+        return ServerProcess(
+            [str(program), str(self.socket), str(self.image)],
+            sockets=[self.socket],
+            log=self.log,
+        )
+
+
 class NbdServer(Contender):
     name = "nbd-server"
     tool = "nbd-server"
@@ -180,6 +233,19 @@ class Linear(Ours):
         return process
 
 
+class Pure(Linear):
+    """Without the compiled fast path."""
+
+    name = PURE
+
+    def launch(self) -> ServerProcess:
+        os.environ["NBDTARGET_PURE"] = "1"  # children inherit it
+        try:
+            return super().launch()
+        finally:
+            del os.environ["NBDTARGET_PURE"]
+
+
 class Clone(Ours):
     """A clone that is hydrated before it is measured."""
 
@@ -191,7 +257,8 @@ class Clone(Ours):
             *[NBDTARGET, "clone", str(self.source), str(self.image)],
             *["--metadata", str(self.image.with_suffix(".meta"))],
             *["--name", self.export, "--region-size", "64K"],
-            *["--listen", f"unix:{self.socket}", *extra],
+            *["--listen", f"unix:{self.socket}"],
+            *["--control", str(self.socket.with_suffix(".control")), *extra],
         ]
 
     def create_destination(self) -> None:
@@ -256,5 +323,12 @@ class HalfClone(Clone):
         self.fresh = not writes
 
 
-PEERS: tuple[type[Contender], ...] = (Nbdkit, QemuNbd, NbdServer)
-CONTENDERS: tuple[type[Contender], ...] = (*PEERS, Linear, Clone, HalfClone)
+PEERS: tuple[type[Contender], ...] = (Nbdkit, QemuNbd, QemuDirect, NbdServer)
+CONTENDERS: tuple[type[Contender], ...] = (
+    Floor,
+    *PEERS,
+    Pure,
+    Linear,
+    Clone,
+    HalfClone,
+)

@@ -18,6 +18,7 @@ class Job:
     rw: str
     block_size: int
     depth: int
+    cold: bool = False  # the image is dropped from the page cache first
 
     @property
     def writes(self) -> bool:
