@@ -25,7 +25,7 @@ SHARED_TESTS = ("support", "mutants", "sim")
 
 TEST_MODULE = re.compile(r"tests\.(\w+\.)*(test_|conftest)")
 
-SPDX = "# SPDX-License-Identifier: Apache-2.0"
+SPDX = "SPDX-License-Identifier: Apache-2.0"
 
 # Written in pieces, so that this file does not find itself.
 REGISTRIES = re.compile(
