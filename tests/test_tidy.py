@@ -85,7 +85,9 @@ def test_source_names_its_license_at_the_top() -> None:
     files = [*MODULES, *SCRIPTS]
     assert files
     assert [
-        name_of(path) for path in files if SPDX not in path.read_text().splitlines()[:2]
+        name_of(path)
+        for path in files
+        if not any(line.endswith(SPDX) for line in path.read_text().splitlines()[:2])
     ] == []
 
 
