@@ -27,6 +27,7 @@ ENDED_S_MAX = 10  # on a busy machine; without a bound it never ends
 # As a file on a mount whose server has gone: a system call that does not come back.
 DEAD_MOUNT = """
 import os, time
+os.environ["NBDTARGET_PURE"] = "1"  # compiled code would read without asking `submit`
 from nbdtarget.bio import OP_READ
 from nbdtarget.devices.file.device import FileDevice
 submit = FileDevice.submit

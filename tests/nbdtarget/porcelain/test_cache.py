@@ -519,7 +519,9 @@ async def test_unclean_end_is_reported(
     async def nothing(self: object) -> None:
         """The full sync is left out."""
 
-    monkeypatch.setattr("nbdtarget.targets.cache.target.CacheTarget._sync", nothing)
+    monkeypatch.setattr(
+        "nbdtarget.targets.cache.target.CacheTarget._record_stop", nothing
+    )
     recorder = Recorder()
     assert await cache(recorder, cache_size=MIB) == 1
     assert recorder.calls == ["serving", "stopping", "not_clean"]
