@@ -159,7 +159,8 @@ def bad_cache_block(monkeypatch: pytest.MonkeyPatch, tool: Tool) -> int:
             raise OSError(errno.EIO, "Input/output error")
         return real(fd, buffers, offset, flags)
 
-    # Inline, and by a worker.
+    # Inline, and by a worker; io_uring would read without asking either.
+    monkeypatch.setattr("nbdtarget.devices.file.ring._is_allowed", False)
     monkeypatch.setattr("nbdtarget.devices.file.device._preadv", read)
     monkeypatch.setattr(os, "preadv", read)
     return cblock
