@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a cache is, what it takes, and what it does behind one's back.
+"""How fast a cache is, how much memory it takes, and what it does while no client asks for anything.
 
     python -m scripts.bench_cache [--only PART]... [--repeat N] [--runtime S] [--size MIB] [--quick]
 

@@ -17,8 +17,8 @@ One signal is enough, whatever hangs (`StopBounds`; seconds from the signal, wit
 
     10   reads of devices that are only read and do not answer are given up: nothing can be lost by it.
          Their clients get EIO; a second later the connections that are still there are closed
-    30   what still does not end is logged, device by device. Everything else is committed by now, and of
-         what hangs is committed what can be: each device is flushed by itself
+    30   what still does not end is logged, device by device. Everything else is committed by now. Of
+         devices that hang, whatever can still be committed is committed: each device is flushed by itself
     60   the process ends. It ends sooner, as soon as no commit is under way any more
 
 What hangs then is not waited for: a thread in a system call on a dead mount cannot be ended, so the

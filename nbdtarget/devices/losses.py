@@ -9,7 +9,7 @@ superblock says that data is there.
     mark = observer.mark()             when the flush is submitted
     errno = observer.end(mark, errno)  when it has ended: EIO if there has been a loss
 
-A mark is the number that had been told by then, not the number that was current. So if several
+A mark is the number of losses that had been reported by then, not the number that had happened. So if several
 flushes are in flight when the first of them reports the loss, all of them report it: each of them
 was asked about writes that may be gone. The first flush that is submitted after that succeeds.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fast path of a mapped device: a READ or WRITE goes to its only target after two comparisons.
 
-Theory of operation. `FastPath.submit` is the hottest function of the house after the wire, and it **is** the
+Theory of operation. `FastPath.submit` runs once for each request, and it **is** the
 `submit` of a mapped device. `op_max` and `end` tell what may take the fast path: READ is 0, WRITE is 1, and -1
 sends everything to `slow`. The path is open while the device runs, its table has one target and has not failed,
 and no I/O is counted in `nbdtarget.dm.statistics`; only a READ may take it if the table is read-only. Whatever

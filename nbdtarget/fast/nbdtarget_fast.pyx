@@ -116,7 +116,7 @@ cdef enum:
     REQUEST_WEIGHT = 4096
 
     POLL_GAP_NS = 20000  # between two looks at the socket: others want the processor
-    WRITE_PIECE = 65536  # see `nbdtarget.devices.file.device`
+    WRITE_PIECE = 65536  # see `nbdtarget.devices.file.pieces`
     LOCKED_MAX = 64  # blocks; while more are locked, nothing takes this way
     MIXED_MAX = 64  # regions of one request that are looked at one by one
 

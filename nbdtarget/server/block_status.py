@@ -7,6 +7,7 @@ chunk for each. The chunks of one reply may describe different numbers of bytes.
 
     base:allocation         as proto.md defines it
     x-nbdtarget:hydration   0 hydrated (also of every device that is not a clone), 1 not hydrated, 3 being hydrated now
+    x-nbdtarget:cache       0 not cached (also of every device that is not a cache), 1 cached, 3 cached and dirty
 
 REQ_ONE, which QEMU always sets, asks for one extent, but a device describes the whole range that
 it is asked for. So it is asked for a short range first, and for a longer one only if the short range was of one kind.

@@ -229,7 +229,7 @@ class Requests:
 
     # hot: see the figures in the module head
     def serve(self, *, only_first: bool = False) -> None:
-        """Serve the requests that were received, or the first one. Local variables cost a third of attributes."""
+        """Serve the requests that were received, or the first one. Local variables are used, because reading one costs a third of reading an attribute."""
         source, output = self._input, self._output
         buffer, view = source.buffer, source.view
         position, end = source.begin, source.end

@@ -8,8 +8,8 @@ overlap each other's reads and writes; a long one overlaps its own chunks, CHUNK
 at a time, so that it cannot keep all buffers from the others.
 
 Two sizes. What a chunk costs besides its bytes (Python, and a hand-over to a file's writer) is
-the same for a large one, so long copies want buffers of `chunk_bytes`. Copies of a region or so
-want small ones, to be many at once. A copy takes the other size rather than wait, and its
+the same for a large one, so long copies use buffers of `chunk_bytes`. Copies of a region or so
+use small ones, so that many of them can run at once. A copy takes the other size rather than wait, and its
 chunk is then as long as its buffer.
 
 A chunk is two bios, and the second is submitted where the first ends: no task, no future, and the
@@ -19,7 +19,7 @@ The event loop is not held for longer than a chunk: after one that ended inside 
 
 A buffer is lent to a bio until the bio ends, also if the copy was cancelled.
 
-Every `writeback_bytes` the destination is told to begin writing back. Copying is
+After each `writeback_bytes` that were copied, the destination begins to write back. Copying is
 bound by the processor, writing back by the disk; left to the next flush, they would take turns.
 
 A copy orders nothing and flushes nothing: the caller owns the range on the

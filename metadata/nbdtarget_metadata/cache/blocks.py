@@ -354,7 +354,7 @@ class CacheBlocks(JournaledMetadata[CacheSuperblock, CacheTaken]):
             self.set_dirty(cblock)
 
     def remove(self, cblock: int) -> None:
-        """Unmap `cblock`, which must be clean. See "Reuse" in the module head.
+        """Unmap `cblock`, which must be clean. See "Reuse" in the head of `metadata.py`.
 
         Raises: ReadOnlyMetadata, FailedMetadata.
         Durable: nothing, until a transaction that was pre-committed later is done.

@@ -4,15 +4,15 @@
 Theory of operation
 ===================
 
-Blocks 0 to 3 hold two **slots** of two **copies**, the copies of a slot apart:
+Blocks 0 to 3 hold two **slots** of two **copies**; between the copies of a slot lies one of the other:
 
     block 0: slot 0 copy 0    block 1: slot 1 copy 0    block 2: slot 0 copy 1    block 3: slot 1 copy 1
 
 Generation g goes to slot g % 2, with FUA, after everything that it vouches for is durable: first
 copy 0, then, **when that has ended**, copy 1. It is acknowledged when both have ended. So at a power cut
 at most one copy is under way, and a disk that loses the sector which it is writing loses one copy.
-Envelope and body lie in the first 512-byte sector of the block and the rest is zero, so a torn
-write leaves a copy old or new. Formatting writes generations 0 and 1, hence all four copies
+Envelope and body lie in the first 512-byte sector of the block, so a torn write leaves a copy old or
+new. Behind them lies the record of the disks (see below), and the rest is zero. Formatting writes generations 0 and 1, hence all four copies
 are valid ever after.
 
 An **invalid** copy holds something else, or cannot be read at all: each copy is read on its own, and an
@@ -276,7 +276,7 @@ def format_superblocks(superblock: S) -> Steps[S]:
 
 
 def read_superblock(kind: SuperblockType[S], device_size: int) -> Steps[Found[S]]:
-    """Flush, then read and choose the superblock. Raises: as `read_superblock`."""
+    """Flush, then read and choose the superblock. Raises: MetadataError: there is none that can be used; DeviceError."""
     area = yield from read_area(device_size)
     return choose_superblock(kind, area)
 

@@ -6,7 +6,7 @@ rest goes to the device's own worker threads and never holds up the loop. Reads 
 through io_uring instead, where it is allowed: `ring.py`.
 
     READ          inline by RWF_NOWAIT, which answers from the page cache or not at all. What is
-                  missing is read by a worker. On tmpfs, which does not know RWF_NOWAIT and
+                  missing is read through io_uring or by a worker. On tmpfs, which does not know RWF_NOWAIT and
                   has no disk to wait for, inline by a plain read; elsewhere without
                   RWF_NOWAIT, by workers only.
     WRITE         inline if small and while the device is quick (below); else by a worker

@@ -30,8 +30,8 @@ on with the blocks that it has (where the kernel refuses), for the next table to
 then replaced by one of the new size, which is loaded with the other one's mappings and hints: a policy
 that went on would promote into blocks that are gone.
 
-*Known for sure* is what is dirty, if the metadata is recorded clean now (a full sync of the
-table before this one is as good as a shutdown), or have a dirty log, or say that the origin has everything.
+It is *known for sure* which blocks are dirty if the metadata is recorded clean now (a full sync of the
+table before this one is as good as a shutdown), or has a dirty log, or says that the origin has everything.
 
 *The origin has everything* while the mode is writethrough or passthrough and no block is dirty; the metadata says
 so from step 7 on, or from the commit after the last dirty block was written back, and a table in writeback mode takes

@@ -39,7 +39,7 @@ Why no acknowledged flush is lost
    they were not in use, and blocks recorded as discarded that are not.
 
 A DISCARD locks its range, so that it does not race with writes to it or with migrations; the bits are
-set with the lock held. Cached blocks stay cached: what they read is as good as anything.
+set with the lock held. Cached blocks stay cached: any content is right for a block that was discarded.
 
 No wait here is without an end: a parked bio waits for a lock, which waits for devices and commits only.
 """

@@ -160,7 +160,7 @@ def parse_block_size(word: str, *, cache_size: int) -> int:
 def parse_options(words: Sequence[str]) -> Options:
     """Parse what follows the block size.
 
-    Whether the policy likes its pairs, it tells when it is made.
+    The policy checks its own pairs when it is made.
 
     Raises: ConstructorError.
     """

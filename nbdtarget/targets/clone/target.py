@@ -10,7 +10,7 @@ Theory of operation. The target is cut into regions; metadata holds one bit for 
 
 `map` looks at **ranges, not regions**: if all of a bio's range is in one state, it is passed on as
 it is; else a read is cut into runs, and a write is taken over by `Foreground`. When
-everything is hydrated *and committed*, all that is left of us is one attribute test.
+everything is hydrated *and committed*, a request costs one attribute test here.
 
 What may touch what, and why no read returns garbage
 ----------------------------------------------------
