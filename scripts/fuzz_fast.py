@@ -85,6 +85,7 @@ class Round:
             can_write=pick.random() < 0.9,
             size=pick.choice((SIZE, SIZE, SIZE // 2)),
             zero_min=pick.choice((1, 512, 32768)),
+            length_max=pick.choice((4096, 1 << 32)),
             turn_ns=pick.choice((1000, 10**9)),
             flush_at=pick.choice((1, 4096, 1 << 17)),
             poison=pick.random() < 0.5,

@@ -205,6 +205,10 @@ class Device:
         """
         return None
 
+    def set_size(self, size: int) -> None:
+        """From now on this is the size; `measure` has said so."""
+        self.size = size
+
     async def measure(self) -> int:
         """Ask what lies below how large it is now, and return that; `size` stays what it was.
 

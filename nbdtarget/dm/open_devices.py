@@ -197,7 +197,7 @@ class _Open:
             device.size,
             size,
         )
-        device.size = size
+        device.set_size(size)
         self.size_max = max(self.size_max, size)
 
     def is_held_by(self, holder: MappedDevice) -> bool:

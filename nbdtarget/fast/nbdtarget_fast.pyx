@@ -81,7 +81,7 @@ __all__ = [
     "FastFile", "Plane", "Route",
 ]
 
-ABI = 1  # of `nbdtarget.fast.compiled`
+ABI = 2  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -186,6 +186,8 @@ cdef inline uint64_t file_write(
             step = WRITE_PIECE
         taken = pwrite(file.fd, data + put, step, <off_t>(offset + put))
         if taken < 0:
+            if errno == EINTR:
+                continue
             error[0] = errno
             return put
         put += <uint64_t>taken
@@ -570,6 +572,7 @@ cdef class Plane:
         size: of the export.
         can_write: whether the client was told that it may write.
         zero_min: from which length a READ is looked through for zeroes, which are answered as a hole.
+        length_max: a longer READ or WRITE is left to Python.
         turn_ns: how long a turn lasts at most.
         flush_at: replies are sent when so many bytes of them are there.
         poison: for tests: overwrite what has been served and sent.
@@ -591,6 +594,7 @@ cdef class Plane:
     cdef bint poison
     cdef uint64_t size
     cdef uint64_t zero_min
+    cdef uint64_t length_max
     cdef int64_t turn_ns
     cdef Py_ssize_t flush_at
     cdef readonly Py_ssize_t begin
@@ -606,7 +610,7 @@ cdef class Plane:
     cdef int64_t turn_end  # 0: the clock was not looked at in this turn of the loop
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
-                 uint64_t zero_min, int64_t turn_ns, Py_ssize_t flush_at, bint poison):
+                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison):
         self.release()
         PyObject_GetBuffer(received, &self.received, PyBUF_WRITABLE)
         try:
@@ -620,6 +624,7 @@ cdef class Plane:
         self.can_write = can_write
         self.size = size
         self.zero_min = zero_min if structured else <uint64_t>-1
+        self.length_max = length_max
         self.turn_ns = turn_ns
         self.flush_at = flush_at
         self.poison = poison
@@ -812,6 +817,7 @@ cdef class Plane:
                 or flags
                 or command > COMMAND_WRITE
                 or not length
+                or length > self.length_max
                 or not lies_in(offset, length, size)
             ):
                 return STOP_SLOW

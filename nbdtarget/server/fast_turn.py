@@ -88,6 +88,7 @@ class FastTurn:
             can_write=requests.can_write,
             size=requests.size,
             zero_min=limits.zero_check_min,
+            length_max=limits.payload_max,
             turn_ns=limits.turn_us * 1000 or TURN_NS_MAX,
             flush_at=limits.flush_at,
             poison=limits.poison_borrowed,
@@ -157,6 +158,9 @@ class FastTurn:
             requests.serve(only_first=True)
             if received.end - received.begin == left:
                 return False  # it has to wait
+            if flow.is_paused or not flow.may_serve_on():
+                flow.end_turn()
+                return False
             if flow.nr_requests:
                 poll_ns = 0
             goes_on = True

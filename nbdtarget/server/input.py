@@ -118,8 +118,11 @@ class Input:
             self._output.push(self._skip_reply)
         return received
 
-    def consume(self, position: int) -> None:
-        """The buffer has been served up to `position`: make room behind `end`."""
+    def consume(self, position: int, *, moves: bool = True) -> None:
+        """The buffer has been served up to `position`: make room behind `end`.
+
+        Args: moves: False: the compiled fast path goes on from there. It makes room by itself, and not for each request.
+        """
         view, end = self.view, self.end
         left = end - position
         if self._poison:
@@ -129,7 +132,9 @@ class Input:
             self.begin = self.end = 0
         # Half a request is moved to the front, so that there is room for the rest of it. While the connection is
         # paused nothing is received, and moving could be repeated for nothing.
-        elif left <= COMPACT_MAX or (end > len(view) // 2 and not self._flow.is_paused):
+        elif moves and (
+            left <= COMPACT_MAX or (end > len(view) // 2 and not self._flow.is_paused)
+        ):
             view[:left] = view[position:end]
             self.begin, self.end = 0, left
         else:
@@ -141,8 +146,11 @@ class Input:
         return self.large is None and not self._skip
 
     def served(self, begin: int, end: int) -> None:
-        """The compiled fast path has received up to `end`, and served up to `begin`."""
-        self.begin, self.end = begin, end
+        """The compiled fast path has received up to `end`, and served up to `begin`. It makes room by itself."""
+        if self._poison:
+            self.view[:begin] = b"\xdb" * begin
+        # An empty buffer begins at 0: `receive` takes no bytes for the end of the connection.
+        self.begin, self.end = (begin, end) if begin < end else (0, 0)
 
     def expect(self, large: LargeWrite) -> None:
         """What comes next is the rest of the payload of `large`."""

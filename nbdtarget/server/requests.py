@@ -154,7 +154,7 @@ class Requests:
         writable = transmission.flags_allowed.get(CMD_WRITE) == CMD_FLAG_FUA
         self._fast = (
             limits.arena_read_max,
-            limits.receive_buffer if writable else -1,
+            min(limits.receive_buffer, limits.payload_max) if writable else -1,
             transmission.size,
             self._zero_min,
             transmission.structured,
@@ -297,7 +297,7 @@ class Requests:
                     _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
                 out += header + length
         output.packed_to(out)
-        source.consume(position)
+        source.consume(position, moves=not only_first)
 
     def _scope(self, only_first: bool) -> tuple[int, int]:
         """Return where in the arena to send, and where in the buffer the last request to serve may begin."""

@@ -137,6 +137,9 @@ class FileDevice(Device):
         self._read_inline_max = INLINE_READ_MAX
         self._syncs = Syncs(name, fd, pool, self.health)
         self._nr_ring_reads = 0  # see `ring.py`
+        self._ring_reads_ended: asyncio.Future[None] | None = (
+            None  # `close` waits for it
+        )
         # For the compiled fast path: see `maybe_fast_file`.
         self._fast: FastFile | None = None
         self._unfinished: tuple[int, int, int, int] | None = None
@@ -239,6 +242,11 @@ class FileDevice(Device):
         self._unfinished = offset, length, put, error
         self._is_quick = False
 
+    def set_size(self, size: int) -> None:
+        super().set_size(size)
+        if self._fast is not None:
+            self._fast.size = size
+
     async def measure(self) -> int:
         return await self._pool.number(partial(fd_size, self._fd))
 
@@ -246,6 +254,9 @@ class FileDevice(Device):
         self._fast = None
         if self._writeback is not None:
             await self._writeback
+        if self._nr_ring_reads:
+            self._ring_reads_ended = asyncio.get_running_loop().create_future()
+            await self._ring_reads_ended
         await self._writers.close()
         await self._pool.close()
         if self._fd >= 0:
@@ -334,6 +345,9 @@ class FileDevice(Device):
         self, bio: Bio, payload: memoryview, got: int, result: int
     ) -> None:
         self._nr_ring_reads -= 1
+        ended = self._ring_reads_ended
+        if ended is not None and not self._nr_ring_reads and not ended.done():
+            ended.set_result(None)
         if result == len(payload) - got:
             bio.end(0)
             return

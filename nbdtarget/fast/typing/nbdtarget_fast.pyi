@@ -90,6 +90,7 @@ class Plane:
         can_write: bool,
         size: int,
         zero_min: int,
+        length_max: int,
         turn_ns: int,
         flush_at: int,
         poison: bool,

@@ -92,13 +92,11 @@ class Bench:
             lambda: self.told.append("slow"),
             lambda *how: self.told.append(f"unfinished {how}"),
         )
-        self.file.size = SIZE
-        self.file.read_max = self.file.write_max = SIZE
+        self.file.size = self.file.read_max = self.file.write_max = SIZE
         self.ours, self.peer = socket.socketpair()
         self.ours.setblocking(False)
         self.peer.setblocking(False)
-        self.received = bytearray(received)
-        self.arena = bytearray(arena)
+        self.received, self.arena = bytearray(received), bytearray(arena)
         self.plane = Plane(
             self.ours.fileno(),
             self.received,
@@ -107,6 +105,7 @@ class Bench:
             can_write=can_write,
             size=SIZE,
             zero_min=32 << 10,
+            length_max=200_000,
             turn_ns=turn_ns,
             flush_at=1 << 17,
             poison=poison,
@@ -255,6 +254,7 @@ def test_simple_replies_know_no_holes(tmp_path: Path) -> None:
         request(READ, (1 << 64) - 1, 2),
         request(READ, (1 << 64) - 512, 1024),
         request(WRITE, SIZE - 511, 512, bytes(512)),
+        request(READ, 0, 200_001),  # longer than `length_max`
         request(READ, 0, (1 << 32) - 1),
         request(WRITE, 0, (1 << 32) - 1),
         request(2, 0, 0),

@@ -4,6 +4,8 @@
 import errno as errnos
 import os
 import select
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,3 +124,15 @@ def test_dropped_ring_lets_reads_under_way_alone(fd: int) -> None:
         ring.flush()
         del ring
     assert bytes(bytearray(1 << 20)) == bytes(1 << 20)
+
+
+def test_probe_ends_although_children_are_not_told_of() -> None:
+    """Where SIGCHLD is ignored, as a parent may have left it, no exit status of the child is there to wait for."""
+    code = (
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+        "from nbdtarget.fast.compiled import is_available; print(is_available())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=20, check=True
+    )
+    assert done.stdout == b"False\n"

@@ -21,6 +21,7 @@ from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.fast import compiled
+from nbdtarget.server.flow import Flow
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget.targets.clone.target import CloneTarget
@@ -532,3 +533,56 @@ async def test_shutdown_refuses_what_comes_later(site: Site) -> None:
     errors = await peer.errors_to_the_end()
     assert set(errors) <= {errnos.ESHUTDOWN}
     await closing
+
+
+async def test_file_that_has_shrunk_is_not_written_behind_its_end(site: Site) -> None:
+    """A load looks at the size of the file: what lies behind it is an error, and does not make the file long again."""
+    disk = site.file("disk", bytes(SIZE))
+    await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
+    peer = await site.attach()
+    assert (await peer.ask(c.CMD_WRITE, 0, payload=bytes(4096))).error == 0
+    os.truncate(disk, SIZE // 2)
+    await site.registry.load("d", f"0 {SECTORS // 2} linear {disk} 0")
+    reply = await peer.ask(c.CMD_WRITE, SIZE - 4096, payload=bytes(4096))
+    assert reply.error == errnos.ENOSPC
+    assert os.stat(disk).st_size == SIZE // 2
+    assert (await peer.ask(c.CMD_READ, SIZE - 4096, 4096)).error == errnos.EINVAL
+
+
+async def test_read_longer_than_allowed_is_refused(site: Site) -> None:
+    site.limits = Limits(payload_max=64 << 10)
+    await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    assert (await peer.ask(c.CMD_READ, 0, 64 << 10)).error == 0
+    assert (await peer.ask(c.CMD_READ, 0, 65 << 10)).error == errnos.EINVAL
+    data = bytes(65 << 10)
+    assert (await peer.ask(c.CMD_WRITE, 0, payload=data)).error == errnos.EINVAL
+
+
+@needs_compiled
+async def test_requests_that_python_serves_leave_others_their_turn(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full receive buffer of misses is hundreds of milliseconds of work."""
+    site.limits = Limits(turn_us=1)
+    device = await site.registry.create("d", cache(site, os.urandom(SIZE)))
+    peer = await site.attach()
+    assert device.maybe_route() is not None
+    for at in range(60):  # into the page cache
+        assert (await peer.ask(c.CMD_READ, BLOCK * at, 1)).error == 0
+    nr_given_way = 0
+    give_way = Flow.give_way
+
+    def count(flow: Flow) -> None:
+        nonlocal nr_given_way
+        nr_given_way += 1
+        give_way(flow)
+
+    monkeypatch.setattr(Flow, "give_way", count)
+    nr = 500
+    wire = b"".join(peer.request(c.CMD_READ, BLOCK * (at % 60), 1) for at in range(nr))
+    await _send(peer, wire)
+    async with asyncio.timeout(20):
+        for _ in range(nr):
+            assert (await peer.reply()).error == 0
+    assert nr_given_way > nr // 4

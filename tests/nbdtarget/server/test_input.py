@@ -165,3 +165,12 @@ def test_a_payload_that_meets_the_budget_pauses_the_connection(ends: Ends) -> No
     assert ends.budget.nr_waiters == 1
     assert ends.input.close() is large
     assert ends.input.large is None
+
+
+def test_what_was_served_up_to_its_end_leaves_room_for_more(ends: Ends) -> None:
+    """No room would look like the end of the connection."""
+    size = len(ends.input.view)
+    ends.input.served(size, size)
+    ends.client.send(b"more")
+    assert ends.input.receive() == 4
+    assert ends.waiting() == b"more"

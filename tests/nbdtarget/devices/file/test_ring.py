@@ -138,3 +138,13 @@ async def test_callback_that_raises_keeps_no_other_read_waiting(
             await asyncio.sleep(0.001)
     assert others == [16, 16]
     assert raised
+
+
+@needs_ring
+async def test_close_waits_for_what_a_thread_finishes(device: FileDevice) -> None:
+    """A read that comes short is given to a worker, which must not be gone."""
+    os.truncate(device.name, 1024)
+    ended = begin(device, 0, 4096)
+    await device.close()
+    async with asyncio.timeout(5):
+        assert (await ended).status == errnos.EIO
