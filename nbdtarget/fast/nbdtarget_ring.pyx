@@ -14,6 +14,10 @@ A read holds its buffer until it is reaped: the kernel writes into that memory a
 dropped with reads under way therefore keeps their buffers for ever, rather than let the kernel write into
 memory that has another use by then.
 
+Some reads the kernel cannot begin without waiting, for example on a network file system: it gives each of them to a
+thread of its own. All rings of a process share these threads, a few for each processor. So that a disk that hangs
+does not take them all, and hold up the reads of the others, there may be as many as there are reads.
+
 Containers often forbid io_uring. Some answer with an error, some end the process that tries. So `is_available` tries it
 in a child process first.
 """
@@ -50,6 +54,11 @@ cdef extern from *:
     static inline int ring_register_eventfd(int fd, int *event_fd) {
         return (int)syscall(__NR_io_uring_register, fd, IORING_REGISTER_EVENTFD, event_fd, 1);
     }
+    /* IORING_REGISTER_IOWQ_MAX_WORKERS (Linux 5.15), which older headers lack. */
+    static inline int ring_register_workers(int fd, unsigned nr_max) {
+        unsigned nrs_max[2] = {nr_max, 0};
+        return (int)syscall(__NR_io_uring_register, fd, 19, nrs_max, 2);
+    }
     static inline void *ring_map(int fd, size_t length, uint64_t offset) {
         void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, (off_t)offset);
         return memory == MAP_FAILED ? NULL : memory;
@@ -76,6 +85,7 @@ cdef extern from *:
     int ring_setup(unsigned entries, io_uring_params *params) nogil
     int ring_enter(int fd, unsigned nr_submitted) nogil
     int ring_register_eventfd(int fd, int *event_fd) nogil
+    int ring_register_workers(int fd, unsigned nr_max) nogil
     void *ring_map(int fd, size_t length, uint64_t offset) nogil
     int try_in_child() nogil
 
@@ -179,6 +189,7 @@ cdef class Ring:
         self.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if self.event_fd < 0 or ring_register_eventfd(self.fd, &self.event_fd) < 0:
             raise OSError(errno, "io_uring_register")
+        ring_register_workers(self.fd, params.sq_entries)  # where the kernel can
         # One mapping for both rings: as long as the longer one.
         self.rings_length = max(
             <size_t>params.sq_off.array + params.sq_entries * sizeof(unsigned),

@@ -158,7 +158,8 @@ class FastTurn:
             requests.serve(only_first=True)
             if received.end - received.begin == left:
                 return False  # it has to wait
-            if flow.is_paused or not flow.may_serve_on():
+            # A large WRITE whose payload is to come is received on, whatever the time.
+            if received.is_plain and (flow.is_paused or not flow.may_serve_on()):
                 flow.end_turn()
                 return False
             if flow.nr_requests:

@@ -170,16 +170,20 @@ class Flow:
 
     # ---- pausing ----
 
-    def bound_met(self, nr_bytes: int, writer: object = None) -> int:
+    def bound_met(
+        self, nr_bytes: int, writer: object = None, nr_written: int = 0
+    ) -> int:
         """Return FULL or IN_LINE if a request that takes `nr_bytes` has to wait, else RUNNING.
 
         Args:
             writer: the half-received WRITE of this connection, if there is one.
+            nr_written: the bytes that it has taken. It has begun, so it must not wait for itself to end.
         """
         limits = self._limits
+        others = self.nr_bytes - nr_written
         if self.nr_requests >= limits.requests_in_flight_max or (
             # A connection with nothing in flight may always begin, whatever the size.
-            self.nr_bytes and self.nr_bytes + nr_bytes > limits.bytes_in_flight_max
+            others and others + nr_bytes > limits.bytes_in_flight_max
         ):
             return FULL
         return IN_LINE if self._budget.is_full(nr_bytes, writer) else RUNNING

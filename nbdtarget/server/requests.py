@@ -202,11 +202,12 @@ class Requests:
 
     def _admit(self, nr_bytes: int) -> bool:
         """Whether a request that takes `nr_bytes` may begin. If not, the connection is paused until it may."""
-        flow = self._flow
+        flow, large = self._flow, self._input.large
+        nr_written = 0 if large is None else large.charge
         bound = (
             FULL
             if self._output.is_full
-            else flow.bound_met(nr_bytes, self._input.large)
+            else flow.bound_met(nr_bytes, large, nr_written)
         )
         if bound:
             flow.pause(bound)

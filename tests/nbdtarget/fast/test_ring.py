@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """io_uring by itself: reads of a file, without a loop."""
 
+import contextlib
+import ctypes
 import errno as errnos
 import os
 import select
@@ -136,3 +138,25 @@ def test_probe_ends_although_children_are_not_told_of() -> None:
         [sys.executable, "-c", code], capture_output=True, timeout=20, check=True
     )
     assert done.stdout == b"False\n"
+
+
+REGISTER, IOWQ_MAX_WORKERS = 427, 19  # the same number on every processor but alpha
+
+
+def test_each_read_may_have_a_thread_of_the_kernel() -> None:
+    """Otherwise a disk that hangs takes the few that there are, and no other disk is read."""
+    ring = Ring(64)
+    fd = next(fd for fd in ring_fds())
+    numbers = (ctypes.c_uint * 2)(0, 0)  # 0: only tell
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(REGISTER, fd, IOWQ_MAX_WORKERS, numbers, 2) < 0:
+        pytest.skip(f"this kernel cannot tell: {os.strerror(ctypes.get_errno())}")
+    assert numbers[0] >= 64
+    del ring
+
+
+def ring_fds() -> Iterator[int]:
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "[io_uring]" in os.readlink(f"/proc/self/fd/{name}"):
+                yield int(name)

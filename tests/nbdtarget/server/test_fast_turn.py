@@ -586,3 +586,16 @@ async def test_requests_that_python_serves_leave_others_their_turn(
         for _ in range(nr):
             assert (await peer.reply()).error == 0
     assert nr_given_way > nr // 4
+
+
+async def test_large_write_behind_a_turn_that_is_over_is_received(site: Site) -> None:
+    """It is larger than the bound of its connection, and nothing else is in flight that would end."""
+    site.limits = Limits(turn_us=1, bytes_in_flight_max=64 << 10)
+    await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    wire = peer.request(c.CMD_FLUSH)
+    wire += peer.request(c.CMD_WRITE, 0, payload=b"w" * (600 << 10))
+    await _send(peer, wire)
+    async with asyncio.timeout(10):
+        assert (await peer.reply()).error == 0
+        assert (await peer.reply()).error == 0

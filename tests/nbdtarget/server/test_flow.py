@@ -165,3 +165,12 @@ def test_one_half_received_write_may_go_beyond_the_budget(budget: Budget) -> Non
     first.end_growth(writes[0], 80)
     first.give_back(80, None)
     assert budget.nr_bytes == 0
+
+
+def test_a_half_received_write_does_not_wait_for_itself(connection: Connection) -> None:
+    """It may be larger than the bound, and nothing else would end, and wake the connection."""
+    flow, write = connection.flow, object()
+    flow.take(120)
+    assert flow.bound_met(0, write, 120) == RUNNING
+    flow.take(101)
+    assert flow.bound_met(0, write, 120) == FULL
