@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.devices import resolve
+from nbdtarget.devices.file.ring import maybe_reader
 from nbdtarget.dm.registry import Registry
 
 SIZE = 8 << 20
@@ -89,6 +90,7 @@ async def _left_in_the_end(existing: list[str]) -> list[str]:
 async def test_nothing_of_a_removed_device_is_left(
     kind: str, names: dict[str, str]
 ) -> None:
+    maybe_reader()  # all files of the loop share it, and it stays
     registry = Registry(resolve)
     existing = _left_over()
     line = TABLES[kind].format_map(names)
@@ -104,6 +106,7 @@ async def test_nothing_of_a_removed_device_is_left(
 
 
 async def test_nothing_of_a_stack_is_left(names: dict[str, str]) -> None:
+    maybe_reader()  # all files of the loop share it, and it stays
     registry = Registry(resolve)
     existing = _left_over()
     await registry.create("lower", f"0 {SECTORS} linear {names['a']} 0")
