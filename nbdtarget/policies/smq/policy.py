@@ -190,7 +190,9 @@ class Smq(Policy):
             self._unreserve(work)
         return MISS_WAKE
 
-    def hit_tables(self) -> HitTables:
+    def hit_tables(self) -> HitTables | None:
+        if type(self).lookup is not Smq.lookup:
+            return None  # a policy made from this one wants to see each hit
         table = self._table
         return HitTables(
             table.blocks, table.buckets, table.chain, table.shift, self._is_hit

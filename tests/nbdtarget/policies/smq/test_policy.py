@@ -380,3 +380,15 @@ def test_same_calls_give_the_same_answers() -> None:
     assert seen == history(1)
     assert seen != history(2)
     assert sum("demote" in str(answer) for answer in seen) > 20
+
+
+def test_policy_with_a_lookup_of_its_own_sees_each_hit() -> None:
+    """The compiled fast path would pass its hits by."""
+
+    class Counting(Smq):
+        def lookup(self, oblock: int, is_write: bool) -> int:
+            return super().lookup(oblock, is_write)
+
+    sizes = {"origin_size": 1 << 30, "block_size": 1 << 16}
+    assert Smq(4, **sizes, now_ns=0).hit_tables() is not None
+    assert Counting(4, **sizes, now_ns=0).hit_tables() is None
