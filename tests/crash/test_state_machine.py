@@ -34,7 +34,9 @@ def test_clone_keeps_its_word() -> None:
     counts = run_machine(QuietCloneRig)
     # On more regions, which hydrate by themselves, with compactions; slower.
     counts += run_machine(WornCloneRig, EXAMPLES // 3)
-    assert all(counts[f"I{nr}"] >= 15 for nr in range(1, 8)), counts
+    # Each was looked at several times. How often depends on what hypothesis draws, and that on the modules
+    # that other tests have imported before.
+    assert all(counts[f"I{nr}"] >= 5 for nr in range(1, 8)), counts
     assert counts["compactions"]
 
 
