@@ -73,7 +73,14 @@ class _Server:
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self.work = work
         self.process = subprocess.Popen(
-            ["bash", "-c", f"exec {work.real(command)}"],
+            # A suite that runs in the background of a shell has these signals ignored, and so would its children.
+            [
+                "env",
+                "--default-signal=INT,QUIT",
+                "bash",
+                "-c",
+                f"exec {work.real(command)}",
+            ],
             cwd=work.directory,
             env=work.environment,
             stdin=subprocess.DEVNULL,
