@@ -2,8 +2,8 @@
 # Everything needs only Python 3.11, make and git; the rest goes into .venv.
 
 PYTHON ?= python3
-# Processes that `make test` runs in.
-JOBS ?= auto
+# Processes that `make test` runs in: one more than there are processors, because some tests wait.
+JOBS ?= $(shell expr $$(nproc) + 1)
 # Branch coverage in percent that `make test` asks for. These figures may only grow.
 COVERAGE_PROTOCOL := 100
 COVERAGE_METADATA := 98.8
