@@ -32,7 +32,6 @@ from nbdtarget.cli.tree import OPTIONS, draw_tree
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import NoServerError
-from nbdtarget.fast.compiled import IS_COMPILED, describe
 
 __all__ = ["register"]
 
@@ -381,6 +380,8 @@ def _print_target(target: m.TargetType) -> None:
 
 def version(json: Json = False, control: Control = None) -> None:
     """Print the versions, and where servers listen."""
+    from nbdtarget.fast.compiled import IS_COMPILED, describe  # extension modules
+
     servers = []
     for address in addresses(control):
         with suppress(NoServerError):
