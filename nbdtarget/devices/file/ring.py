@@ -14,6 +14,8 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from nbdtarget.common.clock import LoopClock
+from nbdtarget.common.say_rarely import SayRarely
 from nbdtarget.common.turns import Soon
 from nbdtarget.fast.compiled import IS_COMPILED, Ring, is_available
 
@@ -21,6 +23,7 @@ __all__ = ["RingReader", "maybe_reader"]
 
 log = logging.getLogger(__name__)
 
+RETRY_S: Final = 0.001  # from reads that the kernel did not take to the next try
 READS_MAX: Final = 256  # under way at once; more go to worker threads
 
 _Done = Callable[[int], None]
@@ -30,10 +33,12 @@ class RingReader:
     """See the module head. Context: the loop in which it was made."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Raises: OSError: io_uring is not allowed."""
+        """Raises: OSError: io_uring is not allowed. MemoryError."""
         self.loop = loop
         self._ring = Ring(READS_MAX)
         self._flush_soon = Soon(self.flush)
+        self._clock = LoopClock()
+        self._refused = SayRarely(self._clock)
         loop.add_reader(self._ring.event_fd, self._reap)
 
     def read(self, fd: int, buffer: memoryview, offset: int, done: _Done) -> bool:
@@ -48,9 +53,16 @@ class RingReader:
 
     def flush(self) -> None:
         """Let the kernel begin what was asked for in this turn of the loop."""
-        if not self._ring.flush():
-            # It has no room for now: what has ended is reaped first.
-            self._flush_soon.ask()
+        try:
+            all_taken = self._ring.flush()
+        except OSError as error:
+            # The reads stay in the ring, and must not wait for ever: they are offered again.
+            all_taken = False
+            if nr := self._refused.count():
+                log.error("io_uring: %s (%d times)", error, nr)
+        if not all_taken:
+            # Not in the next turn: what has ended is reaped first, and the loop has other work.
+            self._clock.call_later(RETRY_S, self._flush_soon.ask)
 
     def _reap(self) -> None:
         ended = self._ring.reap()
@@ -58,7 +70,7 @@ class RingReader:
             try:
                 done(result)
             except BaseException:
-                # The others must not wait for it.
+                # A bug, which the loop reports. The others must not wait for it.
                 for other, its_result in ended[nr + 1 :]:
                     self.loop.call_soon(other, its_result)
                 raise
@@ -88,7 +100,7 @@ def maybe_reader() -> RingReader | None:
             return None
     try:
         _reader = RingReader(loop)
-    except (OSError, NotImplementedError) as error:
+    except (OSError, MemoryError) as error:  # refused, or no memory for the rings
         _is_allowed = False
         log.info("no io_uring: reads go to worker threads: %s", error)
         return None

@@ -148,3 +148,34 @@ async def test_close_waits_for_what_a_thread_finishes(device: FileDevice) -> Non
     await device.close()
     async with asyncio.timeout(5):
         assert (await ended).status == errnos.EIO
+
+
+@needs_ring
+@pytest.mark.parametrize("how", ["no room", "an error"])
+async def test_reads_that_the_kernel_does_not_take_are_offered_again(
+    device: FileDevice, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(ring, "_reader", None)
+    reader = ring.maybe_reader()
+    assert reader is not None
+    real = reader._ring
+    refused: list[str] = []
+
+    class Refusing:
+        """Takes nothing three times."""
+
+        event_fd = real.event_fd
+        read, reap = real.read, real.reap
+
+        def flush(self) -> bool:
+            if len(refused) == 3:
+                return real.flush()
+            refused.append(how)
+            if how == "an error":
+                raise OSError(errnos.ENOMEM, os.strerror(errnos.ENOMEM))
+            return False
+
+    monkeypatch.setattr(reader, "_ring", Refusing())
+    async with asyncio.timeout(10):
+        assert (await device.read(4096, 4096)) == CONTENT[4096:8192]
+    assert len(refused) == 3
