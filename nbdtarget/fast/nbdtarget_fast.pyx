@@ -77,6 +77,7 @@ cdef extern from "<time.h>" nogil:
     int CLOCK_MONOTONIC
 
 __all__ = [
+    "WRITE_PIECE_BYTES",
     "ABI", "BLOCKED", "CLOSED", "DONE", "FAILED", "POLLED", "SLOW", "TURN_OVER", "UNFINISHED",
     "FastFile", "Plane", "Route",
 ]
@@ -123,6 +124,8 @@ cdef enum:
     KIND_FLAT = 0
     KIND_BITMAP = 1
     KIND_TABLE = 2
+
+WRITE_PIECE_BYTES = WRITE_PIECE  # for the test that it is the same as in Python
 
 cdef uint32_t NO_ENTRY = 0xFFFFFFFFU
 cdef uint64_t HASH_MULTIPLIER = 0x9E3779B1ULL

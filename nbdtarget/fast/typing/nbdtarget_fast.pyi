@@ -7,6 +7,7 @@ from typing import Any, Final
 Buffer = Any  # collections.abc.Buffer is new in Python 3.12
 
 ABI: Final[int]
+WRITE_PIECE_BYTES: Final[int]
 
 DONE: Final = 0
 SLOW: Final = 1
