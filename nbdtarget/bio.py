@@ -15,8 +15,8 @@ always look at `bio.payload` of the ended bio, never at the buffer it passed in.
 is kept only for its end, because its bytes went on in other bios, has `bio.give_away()` called.
 
 Owner. An ended bio belongs to the submitter again, which may use the object for its next request at
-once, so layers keep no reference to it. Its `offset` and `device` are then whatever the targets
-on its way made of them.
+once, so layers keep no reference to it. The targets on its way have changed
+its `offset` and `device` by then.
 
 Hooks. A layer that must know when a bio ends (to count in-flight I/O, to drop a region
 lock) pushes a callable with `bio.on_end(hook)`; hooks run last in, first out, before

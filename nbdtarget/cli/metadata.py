@@ -303,7 +303,7 @@ def restore(
         bool,
         typer.Option(
             "--omit-clean-shutdown",
-            help="Count each mapped block of a cache as dirty, whatever the dump says.",
+            help="Count each mapped block of a cache as dirty, also where the dump says that it is clean.",
         ),
     ] = False,
     trust_dirty: Annotated[

@@ -2,7 +2,7 @@
 """The one way in which targets, cache policies and device schemes are registered.
 
 Each of these rooms has a module `registry` with one tuple of what it offers. `by_name` makes it a
-dictionary, and whatever needs one of them by name, or a list for a help text, asks that.
+dictionary. Code that needs one of them by its name, or a list for a help text, asks that dictionary.
 How to add one: docs/extending.md.
 """
 

@@ -6,7 +6,7 @@ from typing import Final
 
 __all__ = ["SECTOR", "SIZE_MAX", "parse_sectors", "parse_size"]
 
-# Bytes. Table lines count in sectors of this size, whatever blocks the disk itself has.
+# Bytes. Table lines count in sectors of this size, also for a disk whose own blocks are larger.
 SECTOR: Final = 512
 SIZE_MAX: Final = (1 << 63) - 1  # bytes: the largest offset that Linux and NBD know
 

@@ -154,6 +154,7 @@ class FastTurn:
                 raise OSError(plane.error, os.strerror(plane.error))
             if stop == SLOW and output.end > output.end_max:
                 return False  # there may be no room for one more reply
+            # SLOW, or UNFINISHED: then the device is about to get the WRITE that was begun, and nothing before it.
             left = received.end - received.begin
             requests.serve(only_first=True)
             if received.end - received.begin == left:

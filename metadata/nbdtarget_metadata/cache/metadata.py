@@ -15,7 +15,7 @@ The commit. It has two phases, as a clone's, because two other disks must act be
     run transaction.superblock()            # only if all of them succeeded
     transaction.done()                      # only now may FLUSH and FUA be acknowledged
 
-Whatever fails: call `abort`. What must be flushed first, and why:
+If any of these steps fails, call `abort`. What must be flushed first, and why:
 
     after `insert`       FLUSH_CACHE: a committed mapping is read from the cache device, so its data must
                          be there. If the block is clean, FLUSH_ORIGIN, too: the origin must have the same

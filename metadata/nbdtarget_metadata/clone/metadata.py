@@ -16,7 +16,7 @@ The commit. It has two phases, because another disk must act between them:
 
 Once a superblock says that a region is hydrated, the destination will be read for it, so its data
 must be there first: that is the destination's flush. The superblock vouches for the journal, so
-the journal must be there first too. Whatever fails: call `metadata.abort()`.
+the journal must be there first too. If any of these steps fails, call `metadata.abort()`.
 
 States of one bit:
 

@@ -272,8 +272,8 @@ class JournaledMetadata(Generic[S, T]):
     def is_sealed(self) -> bool:
         """Whether the disk may say for good that an orderly stop was the last that happened.
 
-        In mode RO that cannot be taken back. Whatever is written to the other disks from here on, the
-        next opening would find them changed behind its back.
+        In mode RO that cannot be taken back. If the other disks were written to from here on, the next
+        opening would find disks that have changed since the stop that the metadata records.
         """
         is_stopped = bool(self._superblock.flags & CLEAN_SHUTDOWN)
         return self.mode is Mode.RO and (is_stopped or self._is_stop_begun)
