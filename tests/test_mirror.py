@@ -87,7 +87,6 @@ ELSEWHERE = {
     "nbdtarget/dm/geometry.py": "tests/nbdtarget/dm/test_spec_9.py",
     "nbdtarget/dm/open_devices.py": "tests/nbdtarget/dm/test_registry.py",
     "nbdtarget/dm/replacements.py": "tests/nbdtarget/dm/test_replacement.py",
-    "nbdtarget/fast/compiled.py": "tests/nbdtarget/fast/test_plane.py",
     "nbdtarget/policies/base.py": "tests/nbdtarget/policies/test_registry.py",
     "nbdtarget/policies/mq.py": "tests/nbdtarget/policies/test_registry.py",
     "nbdtarget/policies/simple.py": "tests/nbdtarget/policies/test_registry.py",
