@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include <endian.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -145,8 +146,17 @@ static void serve(int structured)
     }
 }
 
+/* A child's CPU time is counted here as soon as it is reaped, and not only when the next client comes. */
+static void reap(int number)
+{
+    (void)number;
+    while (waitpid(-1, NULL, WNOHANG) > 0)
+        ;
+}
+
 int main(int argc, char **argv)
 {
+    struct sigaction action = {.sa_handler = reap, .sa_flags = SA_RESTART};
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     struct stat status;
     int listener = socket(AF_UNIX, SOCK_STREAM, 0), buffer = BUFFER;
@@ -160,11 +170,10 @@ int main(int argc, char **argv)
     unlink(argv[1]);
     if (bind(listener, (void *)&address, sizeof address) || listen(listener, 5))
         return 1;
+    sigaction(SIGCHLD, &action, NULL);
     while ((client = accept(listener, NULL, NULL)) >= 0) {
         if (fork()) {
             close(client);
-            while (waitpid(-1, NULL, WNOHANG) > 0) /* so that their CPU time is counted here */
-                ;
             continue;
         }
         setsockopt(client, SOL_SOCKET, SO_SNDBUF, &buffer, sizeof buffer);
