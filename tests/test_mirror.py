@@ -94,7 +94,6 @@ ELSEWHERE = {
     "nbdtarget/porcelain/fields.py": "tests/nbdtarget/porcelain/test_clone.py",
     "nbdtarget/porcelain/job.py": "tests/nbdtarget/porcelain/test_clone.py",
     "nbdtarget/porcelain/look.py": "tests/nbdtarget/porcelain/test_clone.py",
-    "nbdtarget/server/address.py": "tests/nbdtarget/server/test_listener.py",
     "nbdtarget/server/buffers.py": "tests/nbdtarget/server/test_half_sent_writes.py",
     "nbdtarget/server/commands.py": "tests/nbdtarget/server/test_requests.py",
     "nbdtarget/server/large_write.py": "tests/nbdtarget/server/test_half_sent_writes.py",

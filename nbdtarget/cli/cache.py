@@ -12,10 +12,12 @@ from nbdtarget.cli.serve import (
     ControlMode,
     ControlOwner,
     Listen,
+    Run,
     SocketGroup,
     SocketMode,
     SocketOwner,
     StopTimeout,
+    check_run,
 )
 from nbdtarget.cli.sizes import block_size_option, maybe_size_option
 from nbdtarget.common.named import alternatives
@@ -178,6 +180,7 @@ def cache(
     control_owner: ControlOwner = None,
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
+    run: Run = None,
     verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
@@ -188,9 +191,12 @@ def cache(
 
     Example: nbdtarget cache /dev/slow cache.img --cache-size 10G
     """
+    check_run(run, json=json)
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.cache import CacheOptions
 
+    nbd_access = (socket_mode, socket_owner, socket_group)
+    control_access = (control_mode, control_owner, control_group)
     options = CacheOptions(
         origin=origin,
         cache=cache,
@@ -209,14 +215,8 @@ def cache(
         listen=tuple(listen or ()),
         control=control,
         stop_timeout=stop_timeout,
-        sockets=SocketOptions(
-            socket_mode,
-            socket_owner,
-            socket_group,
-            control_mode,
-            control_owner,
-            control_group,
-        ),
+        run=run,
+        sockets=SocketOptions(*nbd_access, *control_access),
         overwrite=overwrite,
         moved=moved,
         accept_other_disk=accept_other_disk,

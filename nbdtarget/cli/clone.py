@@ -12,10 +12,12 @@ from nbdtarget.cli.serve import (
     ControlMode,
     ControlOwner,
     Listen,
+    Run,
     SocketGroup,
     SocketMode,
     SocketOwner,
     StopTimeout,
+    check_run,
 )
 from nbdtarget.cli.sizes import region_size_option, size_option
 from nbdtarget.devices.registry import scheme_list
@@ -139,6 +141,7 @@ def clone(
     control_owner: ControlOwner = None,
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
+    run: Run = None,
     verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
@@ -154,9 +157,16 @@ def clone(
     rate = 0 if hydration_rate is None else _rate(hydration_rate)
     if no_hydration and exit_when_hydrated:
         raise typer.BadParameter(f"--exit-when-hydrated {NEVER_HYDRATED}")
+    if run is not None and exit_when_hydrated:
+        raise typer.BadParameter(
+            "--run cannot be combined with --exit-when-hydrated: the server ends with the command"
+        )
+    check_run(run, json=json)
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.clone import CloneOptions
 
+    nbd_access = (socket_mode, socket_owner, socket_group)
+    control_access = (control_mode, control_owner, control_group)
     options = CloneOptions(
         source=source,
         dest=dest,
@@ -168,14 +178,8 @@ def clone(
         exit_when_hydrated=exit_when_hydrated,
         control=control,
         stop_timeout=stop_timeout,
-        sockets=SocketOptions(
-            socket_mode,
-            socket_owner,
-            socket_group,
-            control_mode,
-            control_owner,
-            control_group,
-        ),
+        run=run,
+        sockets=SocketOptions(*nbd_access, *control_access),
         overwrite=overwrite,
         moved=moved,
         accept_other_disk=accept_other_disk,

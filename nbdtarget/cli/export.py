@@ -11,10 +11,12 @@ from nbdtarget.cli.serve import (
     ControlMode,
     ControlOwner,
     Listen,
+    Run,
     SocketGroup,
     SocketMode,
     SocketOwner,
     StopTimeout,
+    check_run,
 )
 from nbdtarget.devices.registry import scheme_list
 
@@ -65,6 +67,7 @@ def export(
     control_owner: ControlOwner = None,
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
+    run: Run = None,
     verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
@@ -75,9 +78,12 @@ def export(
 
     Example: nbdtarget export disk.img
     """
+    check_run(run, json=json)
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.export import ExportOptions
 
+    nbd_access = (socket_mode, socket_owner, socket_group)
+    control_access = (control_mode, control_owner, control_group)
     options = ExportOptions(
         disk=disk,
         name=name,
@@ -85,14 +91,8 @@ def export(
         listen=tuple(listen or ()),
         control=control,
         stop_timeout=stop_timeout,
-        sockets=SocketOptions(
-            socket_mode,
-            socket_owner,
-            socket_group,
-            control_mode,
-            control_owner,
-            control_group,
-        ),
+        run=run,
+        sockets=SocketOptions(*nbd_access, *control_access),
     )
     return _run(options, verbose=verbose, json=json)
 

@@ -12,10 +12,12 @@ __all__ = [
     "ControlMode",
     "ControlOwner",
     "Listen",
+    "Run",
     "SocketGroup",
     "SocketMode",
     "SocketOwner",
     "StopTimeout",
+    "check_run",
     "register",
 ]
 
@@ -24,7 +26,7 @@ Listen = Annotated[
     typer.Option(
         "--listen",
         metavar="ADDR",
-        help="Address for NBD clients: unix:PATH or tcp:HOST:PORT; may be given more than once."
+        help="Address for NBD clients: unix:PATH, tcp:HOST:PORT or vsock:CID:PORT; may be given more than once."
         " TCP has neither passwords nor encryption. Default: a unix socket in the runtime directory.",
     ),
 ]
@@ -39,6 +41,15 @@ StopTimeout = Annotated[
 ]
 
 
+Run = Annotated[
+    str | None,
+    typer.Option(
+        "--run",
+        metavar="COMMAND",
+        help="Run a shell command as soon as clients can connect, and end when it ends, with its exit status. It"
+        " finds $uri, $unixsocket, $port and $exportname in its environment. Nothing else is printed on stdout.",
+    ),
+]
 SocketMode = Annotated[
     str | None,
     typer.Option(
@@ -101,6 +112,14 @@ MaxConnectionsPerPeer = Annotated[
 ]
 
 
+def check_run(command: str | None, *, json: bool) -> None:
+    """Raises: typer.BadParameter: both --run and --json were given."""
+    if command is not None and json:
+        raise typer.BadParameter(
+            "--run cannot be combined with --json: stdout belongs to the command"
+        )
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(serve)
@@ -133,6 +152,7 @@ def serve(
     control_owner: ControlOwner = None,
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
+    run: Run = None,
     max_connections: MaxConnections = None,
     max_connections_per_peer: MaxConnectionsPerPeer = None,
     verbose: Verbose = False,
@@ -144,7 +164,7 @@ def serve(
     """
     from nbdtarget.cli.logs import start_logging
     from nbdtarget.common.unix_socket import SocketOptions
-    from nbdtarget.daemon.daemon import ServeOptions, run, serve_until_stopped
+    from nbdtarget.daemon import daemon
     from nbdtarget.server.listener import export_uri
 
     start_logging(verbose=verbose)
@@ -152,25 +172,21 @@ def serve(
         "connections_max": max_connections,
         "peer_connections_max": max_connections_per_peer,
     }
-    options = ServeOptions(
+    nbd_access = (socket_mode, socket_owner, socket_group)
+    control_access = (control_mode, control_owner, control_group)
+    options = daemon.ServeOptions(
         limits={key: value for key, value in limits.items() if value is not None},
         listen=tuple(listen or ()),
         control=control,
         control_token_file=control_token_file,
         config=config,
         stop_timeout=stop_timeout,
-        sockets=SocketOptions(
-            socket_mode,
-            socket_owner,
-            socket_group,
-            control_mode,
-            control_owner,
-            control_group,
-        ),
+        run=run,
+        sockets=SocketOptions(*nbd_access, *control_access),
     )
 
     def ready(patterns: list[str]) -> None:
-        for pattern in patterns:
+        for pattern in patterns if run is None else ():
             print(export_uri(pattern), flush=True)
 
-    return run(lambda: serve_until_stopped(options, ready))
+    return daemon.run(lambda: daemon.serve_until_stopped(options, ready))

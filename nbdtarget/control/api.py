@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Final
 
 from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.passed_socket import passed_socket
 from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, UnixSocket
 from nbdtarget.control.paths import TOKEN_VARIABLE, ControlAddress, forget_directory
 from nbdtarget.control.sockets import (
     BACKLOG_MAX,
     NoSocketError,
     SocketInUseError,
+    address_of,
     take_path,
     take_tcp_socket,
 )
@@ -68,16 +70,37 @@ class ControlServer:
         """Take the socket and listen. Raises: SocketInUseError, NoSocketError; NbdTargetError: no token."""
         if isinstance(self.address, Path):
             self._taken = take_path(self.address, self._access)
-            listener = self._taken.socket
-        elif self._token is None:
+            self._listen(self._taken.socket)
+        else:
+            self._check_token()
+            listener = await take_tcp_socket(self.address)
+            # If port 0 was asked for, the log says which port it is.
+            self.address = self.address._replace(port=listener.getsockname()[1])
+            self._listen(listener)
+
+    def start_passed(self, fd: int) -> None:
+        """Listen on a socket that was passed to this process. A file that it has is not ours to remove.
+
+        Raises: ListenError: it is no such socket; NbdTargetError: no token.
+        """
+        listener = passed_socket(fd)
+        try:
+            self.address = address_of(listener)
+            if not isinstance(self.address, Path):
+                self._check_token()
+        except NbdTargetError:
+            listener.close()
+            raise
+        self._listen(listener)
+
+    def _check_token(self) -> None:
+        if self._token is None:
             raise NbdTargetError(
                 f"{self.address}: a control socket on TCP needs a token"
                 f" (${TOKEN_VARIABLE} or --control-token-file)"
             )
-        else:
-            listener = await take_tcp_socket(self.address)
-            # If port 0 was asked for, the log says which port it is.
-            self.address = self.address._replace(port=listener.getsockname()[1])
+
+    def _listen(self, listener: socket.socket) -> None:
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._first_client)
         log.info("control socket: %s", self.address)

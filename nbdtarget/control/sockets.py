@@ -2,6 +2,7 @@
 """The listening sockets of the control server. How a unix socket is taken: `nbdtarget.common.unix_socket`."""
 
 import asyncio
+import os
 import socket
 from pathlib import Path
 from typing import Final
@@ -13,12 +14,18 @@ from nbdtarget.common.unix_socket import (
     UnixSocket,
     take_unix_socket,
 )
-from nbdtarget.control.paths import NoSocketError, TcpControl, make_directory
+from nbdtarget.control.paths import (
+    ControlAddress,
+    NoSocketError,
+    TcpControl,
+    make_directory,
+)
 
 __all__ = [
     "BACKLOG_MAX",
     "NoSocketError",
     "SocketInUseError",
+    "address_of",
     "take_path",
     "take_tcp_socket",
 ]
@@ -47,6 +54,19 @@ async def take_tcp_socket(address: TcpControl) -> socket.socket:
         raise NoSocketError(f"{address}: {reason}") from None
     listener.setblocking(False)
     return listener
+
+
+def address_of(listener: socket.socket) -> ControlAddress:
+    """Return the address of a socket that was passed to this process.
+
+    Raises: NoSocketError: it is neither a unix socket nor one on TCP.
+    """
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return Path(os.fsdecode(name))
+    if listener.family in (socket.AF_INET, socket.AF_INET6):
+        return TcpControl(name[0], name[1])
+    raise NoSocketError(f"fd {listener.fileno()}: no control socket on this family")
 
 
 def take_path(path: Path, access: SocketAccess = PRIVATE) -> UnixSocket:

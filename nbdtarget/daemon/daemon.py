@@ -28,14 +28,14 @@ With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices
 while the server starts, or while it follows the file, is carried out afterwards, and several of them
 only once.
 
-Sockets that were passed (`LISTEN_FDS`) are served beside those that were asked for. The service manager is
-told what happens (`nbdtarget.daemon.notify`).
+Sockets that were passed (`nbdtarget.daemon.activation`) are served beside those that were asked for. The service manager is
+told what happens (`nbdtarget.daemon.notify`). A command that was given with `--run` is ended before everything else
+(`nbdtarget.daemon.client_command`).
 """
 
 import asyncio
 import gc
 import logging
-import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -63,13 +63,15 @@ from nbdtarget.control.paths import (
     socket_path,
 )
 from nbdtarget.control.verbs import Verbs
+from nbdtarget.daemon.activation import passed_sockets
+from nbdtarget.daemon.client_command import ClientCommand
 from nbdtarget.daemon.notify import Notifier
 from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.address import TcpAddress, is_public, parse_address
 from nbdtarget.server.admission import raise_descriptor_limit
 from nbdtarget.server.limits import Limits
-from nbdtarget.server.listener import Listener
+from nbdtarget.server.listener import Listener, export_uri
 
 __all__ = [
     "Daemon",
@@ -77,7 +79,6 @@ __all__ = [
     "StopBounds",
     "default_listen",
     "must_leave_at_once",
-    "passed_sockets",
     "run",
     "serve_until_stopped",
 ]
@@ -93,7 +94,6 @@ CANCEL_S_MAX: Final = 5.0
 # The service manager hears that we are alive every so often, and waits for so long.
 EXTEND_PERIOD_S: Final = 10.0
 EXTEND_S: Final = 30.0
-LISTEN_FDS_START: Final = 3
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
     `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.
-    `limits`: fields of `Limits`, over those of the file.
+    `limits`: fields of `Limits`, over those of the file. `run`: a shell command, see `ClientCommand`.
     """
 
     listen: tuple[str, ...] = ()
@@ -145,16 +145,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
     limits: dict[str, Any] = {}
-
-
-def passed_sockets() -> list[int]:
-    """The listening sockets that the service manager passed to this very process."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return []
-    count = os.environ.get("LISTEN_FDS", "")
-    if not (count.isascii() and count.isdecimal()):
-        return []
-    return list(range(LISTEN_FDS_START, LISTEN_FDS_START + int(count)))
+    run: str | None = None
 
 
 def default_listen(name: str, access: SocketAccess = PRIVATE) -> str:
@@ -202,13 +193,19 @@ class Daemon:
         self._follower: asyncio.Task[None] | None = None
         self._before_close: list[Callable[[], Awaitable[None]]] = []
         self._control: ControlServer | None = None
+        self._command: ClientCommand | None = None
         self._has_served = True
 
     async def open_control(
-        self, address: ControlAddress, *, token: str | None = None
+        self,
+        address: ControlAddress,
+        *,
+        token: str | None = None,
+        passed: int | None = None,
     ) -> None:
         """Open the control socket; those that killed servers have left behind are removed.
 
+        Args: passed: a listening socket that is used instead of `address`.
         Raises: SocketInUseError, NoSocketError; NbdTargetError: TCP without a token.
         """
         for path in known_controls():
@@ -219,7 +216,10 @@ class Daemon:
             token=token,
             access=self._control_access,
         )
-        await control.start()
+        if passed is None:
+            await control.start()
+        else:
+            control.start_passed(passed)
         self._control = control
 
     async def listen(self, addresses: Sequence[str], fds: Sequence[int] = ()) -> None:
@@ -235,6 +235,20 @@ class Daemon:
                     " that can reach this port can read and write the disks",
                     address,
                 )
+
+    async def start_command(self, line: str, name: str = "") -> None:
+        """Start a shell command that finds the export `name` in its environment; `stop` is set when it ends.
+
+        Raises: NbdTargetError.
+        """
+        assert self._command is None
+        self._command = ClientCommand(line, self.stop.set)
+        await self._command.start(export_uri(self.uris[0], name), name)
+
+    def exit_status(self, status: int) -> int:
+        """Return the status of the command of `start_command`, if that has failed; else `status`."""
+        command = self._command
+        return status if command is None else command.status or status
 
     def catch_signals(self, *, sighup_reloads: bool = False) -> None:
         """From now on the first signal sets `stop`; what follows it has its usual effect.
@@ -364,6 +378,8 @@ class Daemon:
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.wait([self._follower])
+        if self._command is not None:
+            await self._command.end()
         for call in self._before_close:
             await call()
         await self._listener.close(self._bounds.connections_s)
@@ -426,9 +442,9 @@ async def serve_until_stopped(
         StopBounds.of(stop_timeout),
         sockets if config is None else sockets.or_else(config.sockets),
     )
-    fds = passed_sockets()
+    passed = passed_sockets()
     addresses = options.listen or (() if config is None else config.listen)
-    if not addresses and not fds:
+    if not addresses and not passed.nbd:
         addresses = (default_listen("nbd", daemon.listen_access),)
     address = control_address(options.control or getattr(config, "control", None))
     token = control_token(
@@ -436,7 +452,7 @@ async def serve_until_stopped(
     )
     daemon.catch_signals(sighup_reloads=config is not None)
     try:
-        await daemon.open_control(address, token=token)
+        await daemon.open_control(address, token=token, passed=passed.control)
         if config is not None:
             devices = ConfiguredDevices(daemon.registry, config)
             daemon.before_close(devices.close)
@@ -444,14 +460,16 @@ async def serve_until_stopped(
             if daemon.stop.is_set():
                 return 0
             daemon.follow_reloads(devices.reload_and_tell)
-        await daemon.listen(addresses, fds)
+        await daemon.listen(addresses, passed.nbd)
         ready(daemon.uris)
         daemon.tell_ready()
+        if options.run is not None:
+            await daemon.start_command(options.run)
         await daemon.wait_for_stop()
     finally:
         daemon.release_signals()
         await daemon.close()
-    return 0 if daemon.is_committed else 1
+    return daemon.exit_status(0 if daemon.is_committed else 1)
 
 
 # What hangs and is not waited for. Python would wait, for tasks and for threads.

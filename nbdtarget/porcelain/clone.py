@@ -64,6 +64,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
         control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
+        run: a shell command that runs while the disk is served; its end is the end of the server.
         overwrite: the data of the destination may be lost.
         moved: the disks are those that the metadata names, under other names.
         accept_other_disk: a disk may be another one than the metadata names.
@@ -83,6 +84,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     control: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
+    run: str | None = None
     overwrite: bool = False
     moved: bool = False
     accept_other_disk: bool = False
@@ -234,6 +236,7 @@ class CloneJob(job.Job[ClonePlan]):
             control=options.control,
             stop_timeout=options.stop_timeout,
             sockets=options.sockets,
+            command=options.run,
             permissions=permissions(
                 overwrite=options.overwrite,
                 moved=options.moved,

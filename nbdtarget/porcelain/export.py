@@ -35,6 +35,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
         control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
+        run: a shell command that runs while the disk is served; its end is the end of the server.
     """
 
     disk: str
@@ -44,6 +45,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     control: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
+    run: str | None = None
 
 
 class ExportPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +86,7 @@ class ExportJob(job.Job[ExportPlan]):
             control=options.control,
             stop_timeout=options.stop_timeout,
             sockets=options.sockets,
+            command=options.run,
             permissions=permissions(),
             read_only=options.read_only,
         )

@@ -30,12 +30,12 @@ from nbdtarget.control.paths import (
     job_control_path,
 )
 from nbdtarget.control.sockets import SocketInUseError
+from nbdtarget.daemon.activation import PassedSockets, passed_sockets
 from nbdtarget.daemon.daemon import (
     Daemon,
     StopBounds,
     default_listen,
     must_leave_at_once,
-    passed_sockets,
 )
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice, State
@@ -92,6 +92,7 @@ class Job(Generic[P]):
         stop_timeout: seconds, see `StopBounds.of`.
         permissions: what the user allows, see `nbdtarget.common.permissions`.
         read_only: the table is loaded read-only, and clients may not write.
+        command: a shell command that runs while the disk is served, see `ClientCommand`.
     """
 
     def __init__(
@@ -104,8 +105,11 @@ class Job(Generic[P]):
         stop_timeout: float | None,
         permissions: frozenset[Permission],
         read_only: bool = False,
+        command: str | None = None,
     ) -> None:
         self._served = reporter
+        self._command = command
+        self._passed = PassedSockets()
         self._read_only = read_only
         self._listen = listen
         self._control = control
@@ -139,6 +143,8 @@ class Job(Generic[P]):
             watcher = asyncio.create_task(self._watch(device, plan))
             table: Table | None = None
             try:
+                if self._command is not None:
+                    await self._daemon.start_command(self._command, plan.name)
                 await self._daemon.wait_for_stop()
             finally:
                 watcher.cancel()
@@ -158,17 +164,22 @@ class Job(Generic[P]):
             self._has_failed = True
         if must_leave_at_once():
             # What hangs would hang again, whatever is asked of it.
-            return 0 if self._daemon.is_committed and not self._has_failed else 1
-        await self._ended(plan)
-        return 1 if self._has_failed else 0
+            has_failed = self._has_failed or not self._daemon.is_committed
+        else:
+            await self._ended(plan)
+            has_failed = self._has_failed
+        return self._daemon.exit_status(1 if has_failed else 0)
 
     async def _begin(self) -> tuple[P, MappedDevice]:
         # A mistake in an address is found before anything is made.
         for address in self._listen:
             parse_address(address)
+        self._passed = passed_sockets()
         plan = await self._plan()
         device = await self._prepare(plan)
-        self._report(self._served.serving, plan, self._daemon.uris)
+        # With a command, stdout is the command's alone.
+        if self._command is None:
+            self._report(self._served.serving, plan, self._daemon.uris)
         self._daemon.tell_ready()
         return plan, device
 
@@ -191,7 +202,7 @@ class Job(Generic[P]):
             )
             # Clients may attach from here on, and their requests wait a moment.
             await device.activate()
-            fds = passed_sockets()
+            fds = self._passed.nbd
             addresses = self._listen or (
                 () if fds else (self._default_listen(plan.name),)
             )
@@ -215,6 +226,11 @@ class Job(Generic[P]):
         Raises: NbdTargetError: it is taken; for that of the name: by another job that serves it.
         """
         daemon, token = self._daemon, control_token()
+        passed = self._passed.control
+        if passed is not None:
+            address = control_address(self._control)
+            await daemon.open_control(address, token=token, passed=passed)
+            return
         if self._control is not None:
             await daemon.open_control(control_address(self._control), token=token)
             return

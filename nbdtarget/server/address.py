@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses to listen on: `unix:PATH` and `tcp:HOST:PORT`."""
+"""Addresses to listen on: `unix:PATH`, `tcp:HOST:PORT` and `vsock:CID:PORT`."""
 
 import ipaddress
 import os
+import socket
 from typing import Final, NamedTuple
 
 from nbdtarget.common.errors import ListenError
@@ -10,11 +11,19 @@ from nbdtarget.common.errors import ListenError
 __all__ = [
     "TcpAddress",
     "UnixAddress",
+    "VsockAddress",
     "is_public",
     "parse_address",
 ]
 
 UNIX_PATH_MAX: Final = 107
+VSOCK_NUMBER_MAX: Final = 0xFFFFFFFF
+# CIDs that have a meaning of their own: see vsock(7).
+VSOCK_WORDS: Final = {
+    "any": str(socket.VMADDR_CID_ANY),
+    "local": "1",
+    "host": str(socket.VMADDR_CID_HOST),
+}
 
 
 class UnixAddress(NamedTuple):
@@ -28,6 +37,16 @@ class TcpAddress(NamedTuple):
     port: int
 
 
+class VsockAddress(NamedTuple):
+    """A socket between a virtual machine and its host. `cid`: VMADDR_CID_ANY: all that this machine has."""
+
+    cid: int
+    port: int
+
+
+Address = UnixAddress | TcpAddress | VsockAddress
+
+
 def is_public(address: TcpAddress) -> bool:
     """Whether other machines can reach the address: it is not the loopback interface's."""
     if address.host.lower() == "localhost":
@@ -38,7 +57,7 @@ def is_public(address: TcpAddress) -> bool:
         return True  # every interface, or a name that has to be looked up
 
 
-def parse_address(address: str) -> UnixAddress | TcpAddress:
+def parse_address(address: str) -> Address:
     """Parse an address. Raises: ListenError."""
     family, _, rest = address.partition(":")
     if family == "unix" and rest:
@@ -49,8 +68,26 @@ def parse_address(address: str) -> UnixAddress | TcpAddress:
         host, _, port = rest.rpartition(":")
         if port.isascii() and port.isdecimal() and int(port) < 65536:
             return TcpAddress(host.strip("[]"), int(port))
+    if family == "vsock":
+        where = _maybe_vsock(rest)
+        if where is None:
+            raise ListenError(
+                address,
+                "is not a vsock address: write vsock:CID:PORT, for example vsock:any:10809",
+            )
+        return where
     raise ListenError(
         address,
-        "is not an address to listen on: write unix:PATH or tcp:HOST:PORT, for example"
-        " tcp:127.0.0.1:10809",
+        "is not an address to listen on: write unix:PATH, tcp:HOST:PORT or vsock:CID:PORT, for"
+        " example tcp:127.0.0.1:10809",
     )
+
+
+def _maybe_vsock(text: str) -> VsockAddress | None:
+    cid, _, port = text.partition(":")
+    numbers = [VSOCK_WORDS.get(cid, cid), port]
+    if not all(each.isascii() and each.isdecimal() for each in numbers):
+        return None
+    found = VsockAddress(*map(int, numbers))
+    # The highest number of a port means any free one to the kernel.
+    return found if max(found.cid, found.port + 1) <= VSOCK_NUMBER_MAX else None

@@ -27,7 +27,7 @@ _UNIX: Final = ""
 
 
 def origin_of(client: socket.socket, address: object) -> str:
-    """Return where a connection comes from: an address, a /64 of IPv6, or "" for all unix sockets.
+    """Return where a connection comes from: an address, a /64 of IPv6, "vsock:CID", or "" for all unix sockets.
 
     Args:
         address: as `accept` returned it.
@@ -35,6 +35,8 @@ def origin_of(client: socket.socket, address: object) -> str:
     if client.family == socket.AF_UNIX:
         return _UNIX
     assert isinstance(address, tuple)
+    if client.family == socket.AF_VSOCK:
+        return f"vsock:{address[0]}"
     host = str(address[0])
     if client.family != socket.AF_INET6:
         return host

@@ -6,6 +6,7 @@ Theory of operation. `start` may be called for any number of addresses. All conn
     unix:PATH        a socket that a dead server left behind is replaced; a socket of a living server is refused. Its mode is
                      as configured, independently of the umask (`nbdtarget.common.unix_socket`)
     tcp:HOST:PORT    every address of HOST; port 0 takes a free one; [::1] in brackets
+    vsock:CID:PORT   from virtual machines of this host, or from their host, without a network
 
 How many connections there may be, and from where: `admission.py`. A connection above a bound is closed at once. When the
 process is out of file descriptors, it accepts nothing for ACCEPT_PAUSE_S, and clients wait in the kernel's backlog.
@@ -32,6 +33,7 @@ from urllib.parse import quote
 
 from nbdtarget.common.clock import Clock, LoopClock, Timer
 from nbdtarget.common.errors import ListenError
+from nbdtarget.common.passed_socket import passed_socket
 from nbdtarget.common.say_rarely import SayRarely
 from nbdtarget.common.turns import Turns
 from nbdtarget.common.unix_socket import (
@@ -41,7 +43,7 @@ from nbdtarget.common.unix_socket import (
     UnixSocket,
     take_unix_socket,
 )
-from nbdtarget.server.address import UnixAddress, parse_address
+from nbdtarget.server.address import UnixAddress, VsockAddress, parse_address
 from nbdtarget.server.admission import Admission, origin_of
 from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.connection import Connection
@@ -112,7 +114,7 @@ class Listener:
         return None if self._shared is None else self._shared.budget
 
     async def start(self, address: str) -> list[str]:
-        """Listen on `address`: "unix:PATH" or "tcp:HOST:PORT".
+        """Listen on `address`: "unix:PATH", "tcp:HOST:PORT" or "vsock:CID:PORT".
 
         Returns: NBD URIs with "{name}" for the export's name; see `export_uri`.
         Raises: ListenError.
@@ -120,6 +122,8 @@ class Listener:
         where = parse_address(address)
         if isinstance(where, UnixAddress):
             return [self._start_unix(where.path, address)]
+        if isinstance(where, VsockAddress):
+            return [self._start_vsock(where, address)]
         return await self._start_tcp(where.host, where.port, address)
 
     async def start_fd(self, fd: int) -> list[str]:
@@ -127,18 +131,7 @@ class Listener:
 
         Raises: ListenError: it is not a listening stream socket.
         """
-        try:
-            sock = socket.socket(fileno=fd)
-        except OSError as error:
-            raise ListenError(f"fd {fd}", str(error.strerror)) from error
-        if (
-            sock.type != socket.SOCK_STREAM
-            or sock.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
-            or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        ):
-            sock.detach()
-            raise ListenError(f"fd {fd}", "is not a listening stream socket")
-        return [self.start_socket(sock)]
+        return [self.start_socket(passed_socket(fd))]
 
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop accepting, finish what is in flight, close; abort after `grace_s`."""
@@ -188,6 +181,18 @@ class Listener:
             raise ListenError(address, str(error.strerror or error)) from error
         self._unix_sockets.append(taken)
         return self.start_socket(taken.socket)
+
+    def _start_vsock(self, where: VsockAddress, address: str) -> str:
+        try:
+            sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        except OSError as error:
+            raise ListenError(address, f"no vsock here: {error.strerror}") from error
+        try:
+            sock.bind((where.cid, where.port))
+        except OSError as error:
+            sock.close()
+            raise ListenError(address, str(error.strerror)) from error
+        return self.start_socket(sock)
 
     async def _start_tcp(self, host: str, port: int, address: str) -> list[str]:
         loop = asyncio.get_running_loop()
@@ -290,7 +295,7 @@ class Listener:
         try:
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 client.setsockopt(socket.SOL_SOCKET, option, self._limits.socket_buffer)
-            if client.family != socket.AF_UNIX:
+            if client.family in (socket.AF_INET, socket.AF_INET6):
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             peer = _peer_name(client)
@@ -334,12 +339,23 @@ def _uri_pattern(sock: socket.socket) -> str:
     if sock.family == socket.AF_UNIX:
         path = os.path.abspath(os.fsdecode(name))
         return f"nbd+unix:///{{name}}?socket={quote(path)}"
+    if sock.family == socket.AF_VSOCK:
+        return f"nbd+vsock://{_reachable_cid(name[0])}:{name[1]}/{{name}}"
     host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
     return f"nbd://{host}:{name[1]}/{{name}}"
+
+
+def _reachable_cid(cid: int) -> int:
+    """The number by which this machine is known to the other side, if it listens on all of them."""
+    if cid != socket.VMADDR_CID_ANY:
+        return cid
+    return socket.VMADDR_CID_HOST
 
 
 def _peer_name(client: socket.socket) -> str:
     if client.family == socket.AF_UNIX:
         return f"client {client.fileno()}"
     name = client.getpeername()
+    if client.family == socket.AF_VSOCK:
+        return f"vsock:{name[0]}:{name[1]}"
     return f"{name[0]}:{name[1]}"

@@ -138,4 +138,6 @@ def cache_reporter(
     options: CacheOptions, *, json: bool
 ) -> AbstractContextManager[CacheReporter]:
     """The reporter that suits where the output goes."""
-    return make_reporter(Reporter, JsonReporter, options, json=json)
+    return make_reporter(
+        Reporter, JsonReporter, options, json=json, is_quiet=options.run is not None
+    )

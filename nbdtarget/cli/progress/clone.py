@@ -40,7 +40,8 @@ class Reporter:
         self._is_hydrated = True
         self._copied = ""
         self._display.stop()
-        end = "" if self.options.exit_when_hydrated else "; still serving (Ctrl-C ends)"
+        ends_itself = self.options.exit_when_hydrated or self.options.run is not None
+        end = "" if ends_itself else "; still serving (Ctrl-C ends)"
         say(f"hydrated: {self.options.dest} alone is the disk{end}")
 
     def failed(self, status: str) -> None:
@@ -90,4 +91,11 @@ def clone_reporter(
     options: CloneOptions, *, json: bool
 ) -> AbstractContextManager[CloneReporter]:
     """The reporter that suits where the output goes."""
-    return make_reporter(Reporter, JsonReporter, options, json=json, bar="hydrating")
+    return make_reporter(
+        Reporter,
+        JsonReporter,
+        options,
+        json=json,
+        bar="hydrating",
+        is_quiet=options.run is not None,
+    )

@@ -181,13 +181,19 @@ def make_reporter(
     json: bool,
     bar: str | None = None,
     period_s: float = LINE_PERIOD_S,
+    is_quiet: bool = False,
 ) -> Iterator[R]:
     """The reporter of a command: `as_json` prints objects, `plain` words, with a display.
 
-    Args: bar, period_s: as of `open_display`.
+    Args:
+        bar, period_s: as of `open_display`.
+        is_quiet: progress is not shown, because another program has the terminal.
     """
     if json:
         yield as_json(subject)
+        return
+    if is_quiet:
+        yield plain(subject, Nowhere())
         return
     with open_display(bar, period_s=period_s) as display:
         yield plain(subject, display)

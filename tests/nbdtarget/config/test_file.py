@@ -96,8 +96,8 @@ table = '''
 """
     )
     assert found == [
-        "1: `listen': ftp:x: is not an address to listen on: write unix:PATH or"
-        " tcp:HOST:PORT, for example tcp:127.0.0.1:10809",
+        "1: `listen': ftp:x: is not an address to listen on: write unix:PATH,"
+        " tcp:HOST:PORT or vsock:CID:PORT, for example tcp:127.0.0.1:10809",
         "2: `listen': unix:/run/a is named twice",
         "3: unknown key `contrl' (did you mean `control'?)",
         "5: `limits.connections_max': must be 1 to 2147483647",

@@ -250,3 +250,32 @@ def test_runtime_directory_without_xdg(
     # systemd makes it, and names it; with several, the first is ours.
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/disks:/run/other")
     assert runtime_directory() == Path("/run/disks")
+
+
+async def test_a_passed_socket_is_answered_on_and_its_file_stays(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "passed.sock"
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen()
+    server = Server(tmp_path / "elsewhere.sock")
+    server.client = ControlClient(path)
+    server.control.start_passed(listening.detach())
+    assert server.control.address == path
+    await server.create()
+    await server.control.close()
+    await server.registry.close()
+    assert path.exists()
+    assert not (tmp_path / "elsewhere.sock").exists()
+
+
+async def test_a_passed_tcp_socket_needs_a_token(tmp_path: Path) -> None:
+    server = Server(tmp_path / "elsewhere.sock")
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        with pytest.raises(
+            NbdTargetError, match="a control socket on TCP needs a token"
+        ):
+            server.control.start_passed(os.dup(listening.fileno()))

@@ -17,7 +17,6 @@ import pytest
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient, NoServerError
 from nbdtarget.daemon import daemon
-from nbdtarget.daemon.daemon import passed_sockets
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 TIMEOUT_S = 30
@@ -143,24 +142,6 @@ def test_passed_socket_is_served(tmp_path: Path) -> None:
         assert client.recv(8) == b"NBDMAGIC"
     assert serve.end(signal.SIGTERM) == ""
     listener.close()
-
-
-@pytest.mark.parametrize(
-    ("pid", "fds", "expected"),
-    [
-        ("", "2", []),
-        ("1", "2", []),
-        ("me", "2", [3, 4]),
-        ("me", "x", []),
-        ("me", "", []),
-    ],
-)
-def test_passed_sockets(
-    monkeypatch: pytest.MonkeyPatch, pid: str, fds: str, expected: list[int]
-) -> None:
-    monkeypatch.setenv("LISTEN_PID", pid.replace("me", str(os.getpid())))
-    monkeypatch.setenv("LISTEN_FDS", fds)
-    assert passed_sockets() == expected
 
 
 def test_config_is_served_and_followed_on_sighup(tmp_path: Path) -> None:

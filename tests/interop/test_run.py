@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers that live as long as one client: `--run`, and tools that start a server themselves."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.clients import CloneUnderTest, client, needs, refused
+from tests.support.processes import NBDTARGET
+
+pytestmark = [pytest.mark.interop, needs("nbdcopy", "nbdinfo")]
+
+TIMEOUT_S = 60
+
+
+def test_nbdcopy_starts_a_clone_and_ends_it(
+    clone: CloneUnderTest, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.img"
+    argv = (NBDTARGET, "clone", clone.source, str(clone.dest))
+    client("nbdcopy", "--", "[", *argv, "]", str(copy))
+    assert copy.read_bytes() == clone.content
+
+
+def test_what_a_command_wrote_is_committed_when_the_server_has_ended(
+    clone: CloneUnderTest, tmp_path: Path
+) -> None:
+    new = tmp_path / "new.img"
+    new.write_bytes(bytes(len(clone.content)))
+    copy_back = f'nbdcopy {new} "$uri" && nbdinfo --size "$uri"; exit 9'
+    argv = clone.argv("--run", copy_back)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stdout) == (9, f"{len(clone.content)}\n")
+    clone.hydrate()
+    assert clone.dest.read_bytes() == new.read_bytes()
+
+
+def test_a_command_cannot_be_combined_with_what_ends_or_prints(
+    clone: CloneUnderTest,
+) -> None:
+    for other in ("--json", "--exit-when-hydrated"):
+        said = refused(clone.argv("--run", "true", other))
+        assert "--run cannot be combined with" in said
+    assert not clone.dest.exists()
