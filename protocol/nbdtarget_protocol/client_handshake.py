@@ -8,17 +8,23 @@ an EXPORT_NAME only by closing the connection: `error` says so then.
 
 One option is under way at a time, in this order. Each may be left out:
 
+    STARTTLS           if TLS is wanted; refused, for any reason: give up. See below
     STRUCTURED_REPLY   refused: go on with simple replies, and without metadata contexts
     SET_META_CONTEXT   refused: go on without metadata contexts
     GO                 ERR_UNSUP: go on with EXPORT_NAME; any other error: give up
     EXPORT_NAME        at once, if the server does not speak fixed newstyle
+
+TLS. A client that wants TLS is not talked out of it: its first option is STARTTLS, and no name of an export leaves in
+plaintext, whatever the server answers. After the acknowledgement `starts_tls` is set: the caller starts TLS on the
+connection, calls `tls_started`, and passes decrypted bytes from then on. Bytes behind the acknowledgement come from
+somebody who sits on the wire, and end the handshake.
 
 ERR_TLS_REQD and ERR_SHUTDOWN end the handshake as the answer to any option. Giving up is a soft
 disconnect as proto.md defines it: ABORT is queued, the caller sends it and closes. If the
 server broke the protocol, or understands only EXPORT_NAME, nothing is sent.
 
 Bounds: one reply has at most `reply_length_max` bytes, and one option at most
-`replies_max` replies. Not supported: TLS, the oldstyle handshake, extended headers.
+`replies_max` replies. Not supported: the oldstyle handshake, extended headers.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,6 +57,7 @@ from nbdtarget_protocol.consts import (
     OPT_GO,
     OPT_NAMES,
     OPT_SET_META_CONTEXT,
+    OPT_STARTTLS,
     OPT_STRUCTURED_REPLY,
     OPTION_REPLY,
     OPTION_REPLY_MAGIC,
@@ -114,12 +121,14 @@ class ClientHandshake:
     Attributes:
         negotiated: set when the transmission phase begins.
         error: set when there will be none; send what is queued and close.
+        starts_tls: the caller must start TLS, and call `tls_started` then.
     """
 
     def __init__(
         self,
         export_name: str,
         *,
+        want_tls: bool = False,
         want_structured: bool = True,
         want_contexts: Sequence[str] = (BASE_ALLOCATION,),
         want_block_size: bool = True,
@@ -128,6 +137,8 @@ class ClientHandshake:
     ) -> None:
         assert is_export_name(export_name)
         self.export_name = export_name
+        self.want_tls = want_tls
+        self.starts_tls = False
         self.want_structured = want_structured
         self.want_contexts = tuple(want_contexts)
         self.want_block_size = want_block_size
@@ -157,7 +168,14 @@ class ClientHandshake:
             return
         self._buffer += data
         try:
-            while self.negotiated is None and self.error is None and self._step(self):
+            if self.starts_tls and data:
+                raise _plaintext_error(len(data))
+            while (
+                self.negotiated is None
+                and self.error is None
+                and not self.starts_tls
+                and self._step(self)
+            ):
                 pass
         except HandshakeError as error:
             self.error = error
@@ -168,7 +186,9 @@ class ClientHandshake:
         """Take the end of the stream: an error, unless the handshake was over."""
         if self.negotiated is not None or self.error is not None:
             return
-        if self._option == OPT_EXPORT_NAME:
+        if self.starts_tls:
+            self.error = HandshakeError("server hung up during the TLS handshake")
+        elif self._option == OPT_EXPORT_NAME:
             self.error = HandshakeError(
                 f"server has no export {self.export_name!r}, or requires TLS:"
                 " it hung up when asked for it"
@@ -185,6 +205,13 @@ class ClientHandshake:
         output = self._output
         self._output = []
         return output
+
+    def tls_started(self) -> None:
+        """What is passed to `receive_data` from now on has come through TLS; what is queued leaves through it."""
+        assert self.starts_tls
+        assert not self._buffer, "plaintext would count as encrypted"
+        self.starts_tls = False
+        self._begin_options()
 
     def trailing_data(self) -> bytes:
         """Return the bytes that came after the handshake, and forget them."""
@@ -217,15 +244,26 @@ class ClientHandshake:
         answer = (FLAG_C_FIXED_NEWSTYLE if fixed else 0) | (
             FLAG_C_NO_ZEROES if self._no_zeroes else 0
         )
+        if self.want_tls and not fixed:
+            raise HandshakeError(
+                "server has no TLS: it does not speak fixed newstyle, which STARTTLS needs"
+            )
         self._output.append(CLIENT_FLAGS.pack(answer))
-        if not fixed:
+        if self.want_tls:
+            self._send(OPT_STARTTLS)
+            self._step = ClientHandshake._step_reply
+        elif not fixed:
             self._send_export_name()
-        elif self.want_structured:
+        else:
+            self._begin_options()
+        return True
+
+    def _begin_options(self) -> None:
+        if self.want_structured:
             self._send(OPT_STRUCTURED_REPLY)
             self._step = ClientHandshake._step_reply
         else:
             self._send_go()
-        return True
 
     def _step_export_name(self) -> bool:
         needed = EXPORT.size + (0 if self._no_zeroes else EXPORT_NAME_ZEROES)
@@ -279,6 +317,11 @@ class ClientHandshake:
             raise HandshakeError(f"reply {shown} to option {OPT_NAMES[option]}")
 
     def _option_done(self) -> None:
+        if self._option == OPT_STARTTLS:
+            if self._buffer:
+                raise _plaintext_error(len(self._buffer))
+            self.starts_tls = True
+            return
         if self._option == OPT_STRUCTURED_REPLY:
             self.structured = True
             if self.want_contexts:
@@ -338,18 +381,24 @@ class ClientHandshake:
             self._give_up(rep, message)
 
     def _give_up(self, rep: int, message: str) -> None:
-        sentence = {
+        if self._option == OPT_STARTTLS and rep in (REP_ERR_UNSUP, REP_ERR_POLICY):
+            sentence: str | None = "server has no TLS, and this connection demands it"
+        else:
+            sentence = self._maybe_sentence(rep)
+        if sentence is None:
+            shown = REP_NAMES.get(rep, hex(rep))
+            sentence = f"server refused option {OPT_NAMES[self._option]} with {shown}"
+        self.error = HandshakeError(f"{sentence}: {message}" if message else sentence)
+        self._send(OPT_ABORT)
+
+    def _maybe_sentence(self, rep: int) -> str | None:
+        return {
             REP_ERR_TLS_REQD: "server requires TLS",
             REP_ERR_SHUTDOWN: "server is shutting down",
             REP_ERR_UNKNOWN: f"server has no export {self.export_name!r}",
             REP_ERR_POLICY: f"server does not allow export {self.export_name!r}",
             REP_ERR_BLOCK_SIZE_REQD: "server requires clients to ask for block sizes",
         }.get(rep)
-        if sentence is None:
-            shown = REP_NAMES.get(rep, hex(rep))
-            sentence = f"server refused option {OPT_NAMES[self._option]} with {shown}"
-        self.error = HandshakeError(f"{sentence}: {message}" if message else sentence)
-        self._send(OPT_ABORT)
 
     # Requests.
 
@@ -383,6 +432,13 @@ class ClientHandshake:
             preferred,
             payload_max,
         )
+
+
+def _plaintext_error(nr_bytes: int) -> HandshakeError:
+    return HandshakeError(
+        f"{nr_bytes} bytes of plaintext came behind the answer to STARTTLS: somebody may"
+        " sit on the wire"
+    )
 
 
 def _checked_block_sizes(

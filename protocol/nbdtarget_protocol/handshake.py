@@ -10,12 +10,21 @@ after each call. `receive_data` takes any bytes and never raises.
     option        16: magic, number, length payload, or swallow if the payload is unwanted
     payload       the option's length       option; transmission; closed
     swallow       the rest of a payload     option, answered with the error decided before
+    TLS           none: the caller must     option, after `tls_started`; closed if plaintext comes
+                  start TLS first
     transmission  none: further bytes are kept for `trailing_data`
     closed        none: further bytes are dropped
 
 Ends. `negotiated` is set by GO and EXPORT_NAME. `closed` is set by ABORT, and together with
 `error` when the client broke the protocol in a way that cannot be answered. The caller then sends
 what is queued and closes the connection.
+
+TLS. STARTTLS is acknowledged if `tls` is not OFF; then `starts_tls` is set. The caller sends what is queued, in
+plaintext, starts TLS on the same connection, and calls `tls_started`. From then on it passes decrypted bytes. Whoever sits
+on the wire can send options in front of the client's own STARTTLS, and bytes behind it. So nothing that was negotiated
+before holds afterwards, and a client whose STARTTLS has bytes behind it is disconnected: it has to wait for the
+acknowledgement. With REQUIRE, STARTTLS and ABORT are the only options that are answered before; any other one, known or
+not, gets ERR_TLS_REQD, and EXPORT_NAME, which has no error reply, ends the connection.
 
 How long something stays negotiated: structured replies stay once they are acknowledged. Metadata
 contexts belong to the export name that SET_META_CONTEXT gave. Each further SET_META_CONTEXT first clears them,
@@ -35,12 +44,12 @@ queued or were ever sent count against `output_max`. A LIST that would go beyond
 ERR_TOO_BIG, and the connection of a client that asks for twice as much is closed, so that answers take a
 bounded amount of memory even if the client reads none of them.
 
-Not supported: TLS (STARTTLS is answered as by any server without it), extended headers (the same),
-and the oldstyle handshake.
+Not supported: extended headers (answered as by any server without them), and the oldstyle handshake.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final, Protocol
 
 from nbdtarget_protocol.consts import (
@@ -79,6 +88,7 @@ from nbdtarget_protocol.consts import (
     REP_ACK,
     REP_ERR_INVALID,
     REP_ERR_SHUTDOWN,
+    REP_ERR_TLS_REQD,
     REP_ERR_TOO_BIG,
     REP_ERR_UNKNOWN,
     REP_ERR_UNSUP,
@@ -106,7 +116,14 @@ from nbdtarget_protocol.options import (
     is_export_name,
 )
 
-__all__ = ["CONTEXTS_MAX", "ExportInfo", "Exports", "Negotiated", "ServerHandshake"]
+__all__ = [
+    "CONTEXTS_MAX",
+    "ExportInfo",
+    "Exports",
+    "Negotiated",
+    "ServerHandshake",
+    "TlsMode",
+]
 
 # Enough for a GO that asks for every one of the 65 536 information types.
 OPTION_LENGTH_MAX: Final = 256 << 10
@@ -118,6 +135,14 @@ LIST_MAX: Final = 10_000
 OUTPUT_MAX: Final = 16 << 20
 
 CONTEXTS_MAX: Final = 16  # metadata contexts that one export may offer
+
+
+class TlsMode(Enum):
+    """What a server says to STARTTLS."""
+
+    OFF = "off"  # there is no TLS
+    ON = "on"  # clients may use it
+    REQUIRE = "require"  # clients must use it
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +226,15 @@ class ServerHandshake:
         negotiated: set when the transmission phase begins.
         closed: nothing more is read or answered; send what is queued and close.
         error: why, if it was not the client's wish.
+        starts_tls: the caller must start TLS, and call `tls_started` then.
+        is_encrypted: `tls_started` was called.
     """
 
     def __init__(
         self,
         exports: Exports,
         *,
+        tls: TlsMode = TlsMode.OFF,
         option_length_max: int = OPTION_LENGTH_MAX,
         option_swallow_max: int = OPTION_SWALLOW_MAX,
         options_max: int = OPTIONS_MAX,
@@ -215,6 +243,9 @@ class ServerHandshake:
         output_max: int = OUTPUT_MAX,
     ) -> None:
         self.exports = exports
+        self.tls = tls
+        self.starts_tls = False
+        self.is_encrypted = False
         self.option_length_max = option_length_max
         self.option_swallow_max = option_swallow_max
         self.options_max = options_max
@@ -249,8 +280,14 @@ class ServerHandshake:
         """Take what the client sent, which may be any bytes. Never raises."""
         if self.closed:
             return
+        if self.starts_tls and data:
+            self._fail_plaintext(len(data))
         self._buffer += data
-        while not self.closed and self.negotiated is None and self._step(self):
+        while (
+            not (self.closed or self.starts_tls)
+            and self.negotiated is None
+            and self._step(self)
+        ):
             pass
         if self.closed:
             self._buffer.clear()
@@ -260,6 +297,16 @@ class ServerHandshake:
         output = self._output
         self._output = []
         return output
+
+    def tls_started(self) -> None:
+        """What is passed to `receive_data` from now on has come through TLS. What was negotiated before is forgotten."""
+        assert self.starts_tls
+        assert not self._buffer, "plaintext would count as encrypted"
+        self.starts_tls = False
+        self.is_encrypted = True
+        self.structured = False
+        self._contexts = ()
+        self._contexts_name = ""
 
     def trailing_data(self) -> bytes:
         """Return the bytes that came after the handshake, and forget them."""
@@ -347,6 +394,17 @@ class ServerHandshake:
         if length > self.option_swallow_max:
             self._fail(f"option {_name(option)} with a payload of {length} bytes")
             return None
+        if (
+            self.tls is TlsMode.REQUIRE
+            and not self.is_encrypted
+            and option not in (OPT_STARTTLS, OPT_ABORT)
+        ):
+            if option == OPT_EXPORT_NAME:  # has no error reply
+                self._fail("EXPORT_NAME refused: this server requires TLS")
+                return None
+            return OptionError(
+                REP_ERR_TLS_REQD, "this server requires TLS: begin with STARTTLS"
+            )
         if option == OPT_SET_META_CONTEXT:
             self._contexts = ()  # replaced even if this one fails
         if option == OPT_EXPORT_NAME:
@@ -400,6 +458,17 @@ class ServerHandshake:
             self._reply(OPT_LIST, REP_SERVER, encode_server(name, description))
             nr_listed += 1
         self._reply(OPT_LIST, REP_ACK)
+
+    def _handle_starttls(self, data: bytes) -> None:
+        if self.tls is TlsMode.OFF:
+            self._handle_unsupported(data)
+        if self.is_encrypted:
+            raise OptionError(REP_ERR_INVALID, "TLS has started already")
+        if self._buffer:
+            self._fail_plaintext(len(self._buffer))
+            return
+        self._reply(OPT_STARTTLS, REP_ACK)
+        self.starts_tls = True
 
     def _handle_unsupported(self, data: bytes) -> None:
         raise OptionError(REP_ERR_UNSUP, "not supported by this server")
@@ -483,6 +552,9 @@ class ServerHandshake:
             return
         self._reply(option, error.rep, clip_string(error.message))
 
+    def _fail_plaintext(self, nr_bytes: int) -> None:
+        self._fail(f"{nr_bytes} bytes of plaintext behind STARTTLS")
+
     def _fail(self, message: str) -> None:
         self.error = HandshakeError(message)
         self.closed = True
@@ -503,7 +575,7 @@ _HANDLERS: Final[dict[int, Callable[[ServerHandshake, bytes], None]]] = {
     OPT_EXPORT_NAME: ServerHandshake._handle_export_name,
     OPT_ABORT: ServerHandshake._handle_abort,
     OPT_LIST: ServerHandshake._handle_list,
-    OPT_STARTTLS: ServerHandshake._handle_unsupported,
+    OPT_STARTTLS: ServerHandshake._handle_starttls,
     OPT_INFO: ServerHandshake._handle_info,
     OPT_GO: ServerHandshake._handle_go,
     OPT_STRUCTURED_REPLY: ServerHandshake._handle_structured_reply,

@@ -62,7 +62,7 @@ class OneExport:
         return iter(self.listed)
 
 
-def server(export: ExportInfo = DISK, /, **kwargs: int) -> ServerHandshake:
+def server(export: ExportInfo = DISK, /, **kwargs: Any) -> ServerHandshake:
     """Return a server that has sent its greeting."""
     handshake = ServerHandshake(OneExport(export), **kwargs)
     handshake.data_to_send()
@@ -70,7 +70,7 @@ def server(export: ExportInfo = DISK, /, **kwargs: int) -> ServerHandshake:
 
 
 def feed_server(
-    data: bytes, export: ExportInfo = DISK, /, **kwargs: int
+    data: bytes, export: ExportInfo = DISK, /, **kwargs: Any
 ) -> tuple[ServerHandshake, bytes]:
     """Feed client flags and `data` in all three ways; return the server and what it sent."""
     stream = NEW_CLIENT + data
@@ -109,7 +109,7 @@ def replies(data: bytes) -> list[tuple[int, int, bytes]]:
     return taken
 
 
-def ask(*options: bytes, **kwargs: int) -> list[tuple[int, int]]:
+def ask(*options: bytes, **kwargs: Any) -> list[tuple[int, int]]:
     """Send options in all three ways; return (option, reply type) of what came back."""
     _, sent = feed_server(b"".join(options), **kwargs)
     return [(option, rep) for option, rep, _ in replies(sent)]
