@@ -4,7 +4,7 @@
 Theory of operation. States:
 
     state         receives                    ends by
-    HANDSHAKE     options                     GO: TRANSMISSION; ABORT, error, time: CLOSED
+    HANDSHAKE     options, a TLS handshake    GO: TRANSMISSION; ABORT, error, time: CLOSED
     TRANSMISSION  requests, unless paused     DISC, EOF: DRAINING; garbage, lost peer: CLOSED
     DRAINING      nothing, or to drop it      the last bio has ended and its reply has left
     CLOSED        -                           the last bio has ended: socket closed, device released
@@ -18,6 +18,11 @@ socket and the state; each other thing has a class of its own:
     Output      replies on their way to the socket
     Flow        what is in flight, and whether the connection is paused
     Poller      whether to look at the socket again before going back to the loop
+
+TLS. After STARTTLS the socket is a `TlsSocket`, which has the same methods. What it has decrypted, or could decrypt, is
+unknown to the loop. So a connection with TLS receives until there is nothing, and goes on by itself after a pause. The
+handshake of TLS takes place in HANDSHAKE, within its bounds of time. If it fails, the connection ends: no option is
+answered after it.
 
 Errors. uvloop calls a reader once after an error at the socket, and then never again, neither for bytes
 that lie there nor for the error. Sending fails, too, when the peer is gone. So each call of a reader either
@@ -46,6 +51,7 @@ from typing import Final
 
 from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Timer
+from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device
 from nbdtarget.fast.compiled import IS_COMPILED
@@ -59,6 +65,7 @@ from nbdtarget.server.peer import HUNG_UP
 from nbdtarget.server.poller import Poller
 from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
+from nbdtarget.server.tls import NO_TLS, ListenerTls
 from nbdtarget_protocol.consts import REQUEST
 from nbdtarget_protocol.handshake import Negotiated, ServerHandshake
 
@@ -85,7 +92,13 @@ class Connection:
         state: HANDSHAKE, ….
     """
 
-    def __init__(self, sock: socket.socket, peer: str, shared: Shared) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        shared: Shared,
+        tls: ListenerTls = NO_TLS,
+    ) -> None:
         limits = shared.limits
         self.state = HANDSHAKE
         self.peer = peer
@@ -93,7 +106,9 @@ class Connection:
         self._nr_options = 0  # of the handshake, at the last look
         self._shared = shared
         self._limits = limits
-        self._sock = sock
+        self._sock: socket.socket | TlsSocket = sock
+        self._tls: TlsSocket | None = None
+        self._tls_context = tls.context
         self._fd = sock.fileno()
         self._flow = Flow(
             self,
@@ -108,6 +123,7 @@ class Connection:
         self._handshake = ServerHandshake(
             DirectoryExports(shared.directory, payload_max=limits.payload_max),
             output_max=limits.handshake_output_max,
+            tls=tls.mode,
         )
         # From TRANSMISSION until everything has been released.
         self._input: Input | None = None
@@ -348,6 +364,12 @@ class Connection:
         if not self._is_reading:
             self._shared.loop.add_reader(self._fd, self._readable)
             self._is_reading = True
+            self._read_on_if_pending()
+
+    def _read_on_if_pending(self) -> None:
+        """The loop does not know of bytes that TLS has received already."""
+        if self._tls is not None and self._tls.has_pending:
+            self._shared.loop.call_soon(self._read_on)
 
     def _stop_reading(self) -> None:
         if self._is_reading:
@@ -364,7 +386,8 @@ class Connection:
 
     def _writable(self) -> None:
         self._flow.moved()
-        self._guard(self.flush)
+        is_shaking_hands = self._handshake.starts_tls and self._tls is not None
+        self._guard(self._receive_handshake if is_shaking_hands else self.flush)
 
     def flush(self) -> None:
         """Send what the socket takes; then go on with everything that waited for that."""
@@ -410,6 +433,8 @@ class Connection:
         self._shared.loop.call_soon(self._read_on)
 
     def _receive_handshake(self) -> None:
+        if self._handshake.starts_tls and not self._go_on_with_tls():
+            return
         for _ in range(BATCHES_MAX):
             data = self._sock.recv(HANDSHAKE_READ)
             if not data:
@@ -418,11 +443,41 @@ class Connection:
             self._handshake.receive_data(data)
             self._answer_handshake()
             if self.state != HANDSHAKE:
+                self._read_on_if_pending()
                 return
             if self._output.is_blocked:
                 self._stop_reading()  # until it has taken its answers
                 return
+            if self._handshake.starts_tls:
+                return
         self._shared.loop.call_soon(self._read_on)
+
+    def _go_on_with_tls(self) -> bool:
+        """Go on with the handshake of TLS, after its answer has left in plaintext; whether it is over."""
+        tls = self._tls
+        if tls is None:
+            if not self._output.is_empty:
+                return False
+            assert isinstance(self._sock, socket.socket)
+            assert self._tls_context is not None
+            tls = TlsSocket(self._sock, self._tls_context, server_side=True)
+            self._sock = self._tls = tls
+            self._output.use(tls)
+        is_over = tls.handshake()
+        if tls.has_unsent is not self._is_writing:
+            self._is_writing = tls.has_unsent
+            if self._is_writing:
+                self._shared.loop.add_writer(self._fd, self._writable)
+            else:
+                self._shared.loop.remove_writer(self._fd)
+        if is_over:
+            self._handshake.tls_started()
+            self._encrypted(tls)
+        return is_over
+
+    def _encrypted(self, tls: TlsSocket) -> None:
+        """The client has shown who it is."""
+        log.debug("%s: %s", self.peer, tls.version)
 
     def _answer_handshake(self) -> None:
         handshake = self._handshake
@@ -518,6 +573,8 @@ class Connection:
                 self._maybe_finish()
             elif output.is_empty and not flow.nr_requests:
                 goes_on = True  # see "Errors" in the module head
+            if not goes_on and self._tls is not None:
+                goes_on = self._tls.has_pending
             if not goes_on or not self._is_reading:
                 return
             batches_left -= 1

@@ -20,6 +20,7 @@ buffer has been served, and makes room behind `end`. Only this class writes `beg
 import socket
 from typing import Final
 
+from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.server.flow import IN_LINE, Flow
 from nbdtarget.server.large_write import LargeWrite
 from nbdtarget.server.limits import Limits
@@ -66,7 +67,11 @@ class Input:
     )
 
     def __init__(
-        self, sock: socket.socket, limits: Limits, flow: Flow, output: Output
+        self,
+        sock: socket.socket | TlsSocket,
+        limits: Limits,
+        flow: Flow,
+        output: Output,
     ) -> None:
         self.buffer = bytearray(limits.receive_buffer)
         self.view = memoryview(self.buffer)

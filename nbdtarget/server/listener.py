@@ -35,6 +35,7 @@ from nbdtarget.common.clock import Clock, LoopClock, Timer
 from nbdtarget.common.errors import ListenError
 from nbdtarget.common.passed_socket import passed_socket
 from nbdtarget.common.say_rarely import SayRarely
+from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.common.turns import Turns
 from nbdtarget.common.unix_socket import (
     PRIVATE,
@@ -53,6 +54,8 @@ from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.peer import hang_up_events
 from nbdtarget.server.poller import Polling
 from nbdtarget.server.shared import Shared
+from nbdtarget.server.tls import NO_TLS, ListenerTls
+from nbdtarget_protocol.handshake import TlsMode
 
 __all__ = ["Listener", "export_uri"]
 
@@ -75,6 +78,7 @@ class Listener:
         directory: the exports.
         limits: every bound.
         access: which users may connect to unix sockets.
+        tls: of addresses that are started without one of their own.
     """
 
     def __init__(
@@ -83,15 +87,18 @@ class Listener:
         *,
         limits: Limits | None = None,
         clock: Clock | None = None,
-        hang_up_events: Callable[[socket.socket], int] = hang_up_events,
+        hang_up_events: Callable[[socket.socket | TlsSocket], int] = hang_up_events,
         access: SocketAccess = PRIVATE,
+        tls: ListenerTls = NO_TLS,
     ) -> None:
         self._hang_up_events = hang_up_events
         self._limits = limits or Limits()
         self._directory = directory
         self._clock = clock or LoopClock()
         self._shared: Shared | None = None
+        self._tls = tls
         self._sockets: dict[int, socket.socket] = {}
+        self._tls_of: dict[int, ListenerTls] = {}  # by descriptor
         self._unix_sockets: list[UnixSocket] = []
         self._access = access
         # And where each comes from. In the order of accepting, in which a shutdown tells them.
@@ -113,7 +120,7 @@ class Listener:
         """What all connections have in flight; None before the first `start`."""
         return None if self._shared is None else self._shared.budget
 
-    async def start(self, address: str) -> list[str]:
+    async def start(self, address: str, tls: ListenerTls | None = None) -> list[str]:
         """Listen on `address`: "unix:PATH", "tcp:HOST:PORT" or "vsock:CID:PORT".
 
         Returns: NBD URIs with "{name}" for the export's name; see `export_uri`.
@@ -121,10 +128,10 @@ class Listener:
         """
         where = parse_address(address)
         if isinstance(where, UnixAddress):
-            return [self._start_unix(where.path, address)]
+            return [self._start_unix(where.path, address, tls)]
         if isinstance(where, VsockAddress):
-            return [self._start_vsock(where, address)]
-        return await self._start_tcp(where.host, where.port, address)
+            return [self._start_vsock(where, address, tls)]
+        return await self._start_tcp(where.host, where.port, address, tls)
 
     async def start_fd(self, fd: int) -> list[str]:
         """Listen on a socket that was passed to this process, and own it from now on.
@@ -171,7 +178,7 @@ class Listener:
 
     # ---- sockets ----
 
-    def _start_unix(self, path: str, address: str) -> str:
+    def _start_unix(self, path: str, address: str, tls: ListenerTls | None) -> str:
         try:
             taken = take_unix_socket(path, self._access)
         except SocketInUseError as error:
@@ -180,9 +187,11 @@ class Listener:
         except OSError as error:
             raise ListenError(address, str(error.strerror or error)) from error
         self._unix_sockets.append(taken)
-        return self.start_socket(taken.socket)
+        return self.start_socket(taken.socket, tls)
 
-    def _start_vsock(self, where: VsockAddress, address: str) -> str:
+    def _start_vsock(
+        self, where: VsockAddress, address: str, tls: ListenerTls | None
+    ) -> str:
         try:
             sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
         except OSError as error:
@@ -192,9 +201,11 @@ class Listener:
         except OSError as error:
             sock.close()
             raise ListenError(address, str(error.strerror)) from error
-        return self.start_socket(sock)
+        return self.start_socket(sock, tls)
 
-    async def _start_tcp(self, host: str, port: int, address: str) -> list[str]:
+    async def _start_tcp(
+        self, host: str, port: int, address: str, tls: ListenerTls | None
+    ) -> list[str]:
         loop = asyncio.get_running_loop()
         try:
             infos = await loop.getaddrinfo(
@@ -220,10 +231,10 @@ class Listener:
             for sock in bound:
                 sock.close()
             raise ListenError(address, str(error.strerror)) from error
-        patterns.extend(self.start_socket(sock) for sock in bound)
+        patterns.extend(self.start_socket(sock, tls) for sock in bound)
         return patterns
 
-    def start_socket(self, sock: socket.socket) -> str:
+    def start_socket(self, sock: socket.socket, tls: ListenerTls | None = None) -> str:
         """Listen on a bound stream socket, and own it from now on; its NBD URI."""
         if self._shared is None:
             self._shared = Shared(
@@ -243,11 +254,13 @@ class Listener:
         sock.setblocking(False)
         sock.listen(self._limits.backlog_max)
         self._sockets[sock.fileno()] = sock
+        tls = tls or self._tls
+        self._tls_of[sock.fileno()] = tls
         if self._is_accepting:
             self._shared.loop.add_reader(sock.fileno(), self._accept, sock)
         else:
             self._start_accepting()
-        return _uri_pattern(sock)
+        return _uri_pattern(sock, tls)
 
     # ---- connections ----
 
@@ -287,9 +300,9 @@ class Listener:
                 if nr := self._refused.count():
                     log.warning("clients refused: %d: %s", nr, refusal)
             else:
-                self._connect(client, origin)
+                self._connect(client, origin, self._tls_of[sock.fileno()])
 
-    def _connect(self, client: socket.socket, origin: str) -> None:
+    def _connect(self, client: socket.socket, origin: str, tls: ListenerTls) -> None:
         assert self._shared is not None
         client.setblocking(False)
         try:
@@ -302,7 +315,7 @@ class Listener:
         except OSError:
             client.close()  # gone between accept and here
             return
-        connection = Connection(client, peer, self._shared)
+        connection = Connection(client, peer, self._shared, tls)
         self._connections[connection] = origin
         self._admission.enter(origin)
         connection.start()
@@ -334,15 +347,16 @@ class Listener:
             self._starved()
 
 
-def _uri_pattern(sock: socket.socket) -> str:
+def _uri_pattern(sock: socket.socket, tls: ListenerTls) -> str:
     name = sock.getsockname()
+    scheme = "nbds" if tls.mode is TlsMode.REQUIRE else "nbd"
     if sock.family == socket.AF_UNIX:
         path = os.path.abspath(os.fsdecode(name))
-        return f"nbd+unix:///{{name}}?socket={quote(path)}"
+        return f"{scheme}+unix:///{{name}}?socket={quote(path)}"
     if sock.family == socket.AF_VSOCK:
-        return f"nbd+vsock://{_reachable_cid(name[0])}:{name[1]}/{{name}}"
+        return f"{scheme}+vsock://{_reachable_cid(name[0])}:{name[1]}/{{name}}"
     host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
-    return f"nbd://{host}:{name[1]}/{{name}}"
+    return f"{scheme}://{host}:{name[1]}/{{name}}"
 
 
 def _reachable_cid(cid: int) -> int:

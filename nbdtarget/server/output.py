@@ -23,11 +23,10 @@ front of the data, so that each is one piece. A buffer goes back to the pool whe
 """
 
 import errno as errnos
-import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Final
+from typing import Final, Protocol
 
 from nbdtarget.server.buffers import HEADER_ROOM, Buffer
 from nbdtarget.server.limits import Limits
@@ -36,6 +35,14 @@ __all__ = ["Output", "is_gone"]
 
 FLUSH_MAX: Final = 4 << 20  # bytes of the queue that one `flush` sends
 GATHER_MAX: Final = 64  # pieces of one sendmsg; the kernel allows 1024
+
+
+class Sender(Protocol):
+    """A socket, or what stands in for one."""
+
+    def send(self, data: memoryview, /) -> int: ...
+
+    def sendmsg(self, pieces: Iterable[memoryview], /) -> int: ...
 
 
 class Output:
@@ -69,7 +76,7 @@ class Output:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: "Sender",
         limits: Limits,
         on_left: Callable[[int, Buffer | None], None],
     ) -> None:
@@ -93,6 +100,12 @@ class Output:
         """Take the memory of the arena. Only a client that is attached needs it."""
         self.arena = bytearray(self._arena_size)
         self.view = memoryview(self.arena)
+
+    def use(self, sock: "Sender") -> None:
+        """Send through `sock` from now on. Nothing may be queued."""
+        assert self.is_empty
+        self._send = sock.send
+        self._sendmsg = sock.sendmsg
 
     def push(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nbdtarget.common.clock import Clock
+from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.common.turns import Turns
 from nbdtarget.server.buffers import BufferPool
 from nbdtarget.server.export import ExportDirectory
@@ -33,7 +34,9 @@ class Shared:
     polling: Polling
     starved: Callable[[], None]  # a connection waits for the budget
     closed: Callable[[Any], None]  # a connection has released everything
-    hang_up_events: Callable[[socket.socket], int]  # see nbdtarget.server.peer
+    hang_up_events: Callable[
+        [socket.socket | TlsSocket], int
+    ]  # see nbdtarget.server.peer
 
 
 class Host(Protocol):

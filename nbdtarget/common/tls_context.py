@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TLS contexts from a directory of certificates, with the file names that nbdkit, QEMU and libnbd share.
+
+    server    server-cert.pem, server-key.pem; ca-cert.pem if clients must show a certificate
+    client    ca-cert.pem, or the authorities that the system trusts; client-cert.pem and client-key.pem if both are there
+    both      ca-crl.pem: certificates that are withdrawn; optional
+
+A file of pre-shared keys (PSK) has a line `NAME:KEY` for each client, KEY in hexadecimal, as psktool writes it. A PSK server
+has no certificate at all: with one, the two sides may agree on the certificate and the key would never be asked for.
+
+TLS 1.2 and later; no renegotiation, no compression, no tickets, so each connection shows its certificate anew.
+"""
+
+import base64
+import os
+import ssl
+from calendar import timegm
+from collections.abc import Callable
+from typing import Final, Protocol, cast
+
+from nbdtarget.common.errors import NbdTargetError
+
+__all__ = [
+    "PSK_FILE_MAX",
+    "certificate_end_s",
+    "client_context",
+    "has_psk",
+    "server_context",
+]
+
+CA_CERT: Final = "ca-cert.pem"
+CA_CRL: Final = "ca-crl.pem"
+PSK_FILE_MAX: Final = 1 << 20  # bytes
+CERT_FILE_MAX: Final = 1 << 20  # bytes
+_PSK_CIPHERS: Final = "kECDHEPSK:kDHEPSK:PSK:!eNULL:!aNULL"
+
+
+class _PskContext(Protocol):
+    """What Python 3.13 added to SSLContext."""
+
+    def set_psk_server_callback(
+        self, callback: Callable[[str | None], bytes]
+    ) -> None: ...
+
+    def set_psk_client_callback(
+        self, callback: Callable[[str | None], tuple[str | None, bytes]]
+    ) -> None: ...
+
+
+def has_psk() -> bool:
+    """Whether this Python can do pre-shared keys."""
+    return bool(getattr(ssl, "HAS_PSK", False))
+
+
+def server_context(
+    directory: str | None, *, verify_peer: bool = False, psk_file: str | None = None
+) -> ssl.SSLContext:
+    """The context of a listener: of a directory, or of a file of pre-shared keys.
+
+    Args: verify_peer: clients must show a certificate of ca-cert.pem.
+    Raises: NbdTargetError: a file is missing or wrong; one sentence.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _set_common(context)
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_CIPHER_SERVER_PREFERENCE
+    if psk_file is not None:
+        keys = _read_psk(psk_file)
+        # An identity without a key gets none: OpenSSL ends the handshake then.
+        _psk(context).set_psk_server_callback(lambda name: keys.get(name or "", b""))
+        return context
+    assert directory is not None
+    _load_pair(context, directory, "server")
+    if verify_peer:
+        _load_authority(context, directory)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def client_context(
+    directory: str | None,
+    *,
+    verify_peer: bool = True,
+    psk_file: str | None = None,
+    psk_name: str = "",
+) -> ssl.SSLContext:
+    """The context of a client. No `directory`: the system's authorities, and no certificate of ours.
+
+    Args: verify_peer: False: any certificate will do, also that of somebody who sits on the wire.
+    Raises: NbdTargetError: as `server_context`.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _set_common(context)
+    if not verify_peer or psk_file is not None:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if psk_file is not None:
+        key = _read_psk(psk_file).get(psk_name)
+        if key is None:
+            raise NbdTargetError(f"{psk_file}: has no key of {psk_name or 'nobody'}")
+        _psk(context).set_psk_client_callback(lambda _: (psk_name, key))
+        return context
+    if directory is None:
+        if verify_peer:
+            context.load_default_certs()
+        return context
+    if verify_peer:
+        _load_authority(context, directory)
+    if os.path.exists(os.path.join(directory, "client-cert.pem")):
+        _load_pair(context, directory, "client")
+    return context
+
+
+def certificate_end_s(path: str) -> float:
+    """Until when the first certificate of a PEM file is valid: Unix time.
+
+    Raises: NbdTargetError: there is none.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(CERT_FILE_MAX)
+    except OSError as error:
+        raise NbdTargetError(f"{path}: {error.strerror or error}") from None
+    begin, end = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
+    _, found, behind = text.partition(begin)
+    try:
+        if not found:
+            raise ValueError
+        return _not_after(base64.b64decode(behind.partition(end)[0]))
+    except (ValueError, IndexError):
+        raise NbdTargetError(f"{path}: has no certificate in PEM") from None
+
+
+def _set_common(context: ssl.SSLContext) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+
+
+def _load_pair(context: ssl.SSLContext, directory: str, side: str) -> None:
+    """A certificate, the certificates between it and the authority, and its key."""
+    certificate = os.path.join(directory, f"{side}-cert.pem")
+    key = os.path.join(directory, f"{side}-key.pem")
+    for path in (certificate, key):
+        _check_readable(path)
+    try:
+        context.load_cert_chain(certificate, key, password=_no_password)
+    except NbdTargetError:
+        raise NbdTargetError(
+            f"{key}: is encrypted, and nobody is there to type a password: store it in the clear, mode 0600"
+        ) from None
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            reason = f"{key}: is not the key of {certificate}"
+        else:
+            reason = f"{certificate}, {key}: not a certificate and a key in PEM ({error.reason or error})"
+        raise NbdTargetError(reason) from None
+
+
+def _no_password() -> str:
+    raise NbdTargetError("encrypted key")
+
+
+def _load_authority(context: ssl.SSLContext, directory: str) -> None:
+    authority = os.path.join(directory, CA_CERT)
+    _check_readable(authority)
+    _load_locations(context, authority)
+    if not context.cert_store_stats()["x509_ca"]:
+        raise NbdTargetError(f"{authority}: has no certificate of an authority (CA)")
+    withdrawn = os.path.join(directory, CA_CRL)
+    if os.path.exists(withdrawn):
+        _check_readable(withdrawn)
+        _load_locations(context, withdrawn)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+
+
+def _load_locations(context: ssl.SSLContext, path: str) -> None:
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise NbdTargetError(f"{path}: not PEM ({error.reason or error})") from None
+
+
+def _check_readable(path: str) -> None:
+    """OpenSSL does not say which file is missing."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise NbdTargetError(f"{path}: {error.strerror or error}") from None
+
+
+# ---- pre-shared keys ----
+
+
+def _psk(context: ssl.SSLContext) -> _PskContext:
+    if not has_psk():
+        raise NbdTargetError(
+            "TLS with pre-shared keys needs Python 3.13 or later: use certificates"
+        )
+    # With TLS 1.3 a key may be declined, and Python has no callbacks for it.
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(_PSK_CIPHERS)
+    return cast(_PskContext, context)
+
+
+def _read_psk(path: str) -> dict[str, bytes]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(PSK_FILE_MAX)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise NbdTargetError(f"{path}: {reason}") from None
+    keys: dict[str, bytes] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, digits = line.strip().rpartition(":")
+        try:
+            key = bytes.fromhex(digits)
+        except ValueError:
+            key = b""
+        if not name or not key:
+            raise NbdTargetError(f"{path}:{number}: is not NAME:KEY in hexadecimal")
+        keys[name] = key
+    if not keys:
+        raise NbdTargetError(f"{path}: has no keys")
+    return keys
+
+
+# ---- the end of a certificate ----
+
+_SEQUENCE: Final = 0x30
+_VERSION: Final = 0xA0
+
+
+def _not_after(der: bytes) -> float:
+    """Take a certificate apart, down to the end of its validity. Raises: ValueError, IndexError."""
+    _, certificate, _ = _element(der)
+    _, signed, _ = _element(certificate)
+    tag, _, behind = _element(signed)
+    if tag == _VERSION:  # optional; what was taken else is the serial number
+        _, _, behind = _element(behind)
+    for _ in ("algorithm", "issuer"):
+        _, _, behind = _element(behind)
+    tag, validity, _ = _element(behind)
+    if tag != _SEQUENCE:
+        raise ValueError("no validity")
+    _, _, behind = _element(validity)
+    _, not_after, _ = _element(behind)
+    digits = not_after.decode("ascii")
+    # UTCTime has two digits for the year, of 1950 to 2049; GeneralizedTime has four.
+    if len(digits) == 13:
+        digits = ("19" if digits >= "50" else "20") + digits
+    year, *others = (int(digits[at : at + 2]) for at in range(2, 14, 2))
+    return float(timegm((int(digits[:2]) * 100 + year, *others)))
+
+
+def _element(data: bytes) -> tuple[int, bytes, bytes]:
+    """The tag and content of the first element of DER, and what is behind it."""
+    tag, length, begin = data[0], data[1], 2
+    if length & 0x80:
+        nr_bytes = length & 0x7F
+        begin += nr_bytes
+        length = int.from_bytes(data[2:begin], "big")
+    if begin + length > len(data):
+        raise ValueError("cut off")
+    return tag, data[begin : begin + length], data[begin + length :]

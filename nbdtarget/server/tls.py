@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ListenerTls`: what a listener says to STARTTLS, and its certificates, which can be changed while it serves."""
+
+import logging
+import os
+import ssl
+from dataclasses import dataclass
+from typing import Final
+
+from nbdtarget.common.clock import wall_clock_s
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.tls_context import certificate_end_s, server_context
+from nbdtarget_protocol.handshake import TlsMode
+
+__all__ = ["EXPIRY_WARN_S", "NO_TLS", "ListenerTls", "TlsOptions"]
+
+log = logging.getLogger(__name__)
+
+EXPIRY_WARN_S: Final = 14 * 86400.0  # before the certificate ends
+_DAY_S: Final = 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class TlsOptions:
+    """What a user said of TLS for one listener. None: nothing, so that `or_else` takes it from elsewhere.
+
+    Args:
+        mode: "off", "on" or "require".
+        certificates: directory, see `nbdtarget.common.tls_context`.
+        verify_peer: clients must show a certificate of ca-cert.pem.
+        psk: file of pre-shared keys, instead of certificates.
+    """
+
+    mode: str | None = None
+    certificates: str | None = None
+    verify_peer: bool | None = None
+    psk: str | None = None
+
+    def or_else(self, other: "TlsOptions") -> "TlsOptions":
+        """This, and what it does not say from `other`."""
+        has_keys = self.certificates is not None or self.psk is not None
+        return TlsOptions(
+            other.mode if self.mode is None else self.mode,
+            self.certificates if has_keys else other.certificates,
+            other.verify_peer if self.verify_peer is None else self.verify_peer,
+            self.psk if has_keys else other.psk,
+        )
+
+    @property
+    def tls_mode(self) -> TlsMode:
+        """The mode; keys without a mode mean that TLS is required. Raises: NbdTargetError."""
+        if self.mode is None:
+            has_keys = self.certificates is not None or self.psk is not None
+            return TlsMode.REQUIRE if has_keys else TlsMode.OFF
+        try:
+            return TlsMode(self.mode)
+        except ValueError:
+            raise NbdTargetError(
+                f"tls {self.mode}: is none of off, on and require"
+            ) from None
+
+    def check(self) -> None:
+        """Raises: NbdTargetError: the options contradict each other, or something is missing. No file is opened."""
+        if self.tls_mode is TlsMode.OFF:
+            return
+        if self.certificates is None and self.psk is None:
+            raise NbdTargetError(
+                f"tls {self.mode}: needs the directory of the certificates (--tls-certificates DIR, or"
+                " tls_certificates in the configuration file)"
+            )
+        if self.certificates is not None and self.psk is not None:
+            raise NbdTargetError("tls: give certificates or pre-shared keys, not both")
+        if self.psk is not None and self.verify_peer:
+            raise NbdTargetError(
+                "tls: with pre-shared keys clients have no certificate to verify"
+            )
+
+
+class ListenerTls:
+    """TLS of one listener.
+
+    Attributes:
+        mode: what STARTTLS gets.
+        context: for new connections; None with `TlsMode.OFF`.
+    """
+
+    def __init__(self, options: TlsOptions) -> None:
+        """Raises: NbdTargetError: see `TlsOptions.check`; a file is missing or wrong."""
+        options.check()
+        self.options = options
+        self.mode = options.tls_mode
+        self.context: ssl.SSLContext | None = None
+        self.reload()
+
+    @property
+    def verifies_peer(self) -> bool:
+        """Whether clients show a certificate that is verified."""
+        return self.mode is not TlsMode.OFF and bool(self.options.verify_peer)
+
+    def reload(self) -> None:
+        """Read the files again, for connections to come. Raises: NbdTargetError: nothing has changed."""
+        if self.mode is TlsMode.OFF:
+            return
+        options = self.options
+        self.context = server_context(
+            options.certificates,
+            verify_peer=bool(options.verify_peer),
+            psk_file=options.psk,
+        )
+        self.warn_of_expiry()
+
+    def expiry_s(self) -> float | None:
+        """When the certificate of the server ends: Unix time. None: it has none."""
+        if self.mode is TlsMode.OFF or self.options.certificates is None:
+            return None
+        return certificate_end_s(self._certificate)
+
+    def warn_of_expiry(self) -> None:
+        """Log a line if the certificate has ended, or will soon."""
+        end_s = self.expiry_s()
+        left_s = EXPIRY_WARN_S if end_s is None else end_s - wall_clock_s()
+        if left_s <= 0:
+            log.warning(
+                "%s: has expired: clients will refuse it; renew it and send SIGHUP",
+                self._certificate,
+            )
+        elif left_s < EXPIRY_WARN_S:
+            log.warning(
+                "%s: expires in %d days: renew it and send SIGHUP",
+                self._certificate,
+                left_s // _DAY_S,
+            )
+
+    @property
+    def _certificate(self) -> str:
+        assert self.options.certificates is not None
+        return os.path.join(self.options.certificates, "server-cert.pem")
+
+
+NO_TLS: Final = ListenerTls(TlsOptions())

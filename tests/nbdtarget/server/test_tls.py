@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TLS of a listener. Each fault that other servers had is a test with its name."""
+
+import asyncio
+import logging
+import shutil
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.tls_context import client_context
+from nbdtarget.server.limits import Limits
+from nbdtarget.server.listener import Listener
+from nbdtarget.server.tls import ListenerTls, TlsOptions
+from nbdtarget_protocol import consts as c
+from nbdtarget_protocol.handshake import TlsMode
+from tests.support.certificates import authority, needs_openssl
+from tests.support.peer import MIB, Peer, Served
+
+pytestmark = needs_openssl
+
+STARTTLS = c.OPTION.pack(c.IHAVEOPT, c.OPT_STARTTLS, 0)
+
+Attach = Callable[..., Awaitable[Peer]]
+
+
+def options(mode: str = "require", *, verify_peer: bool = False) -> TlsOptions:
+    return TlsOptions(mode, str(authority()[1]), verify_peer)
+
+
+async def started(served: Served, tls: TlsOptions) -> Listener:
+    served.listener = Listener(
+        served.directory, limits=served.limits, tls=ListenerTls(tls)
+    )
+    await served.listener.start(f"unix:{served.path}")
+    return served.listener
+
+
+async def acknowledged(served: Served) -> Peer:
+    """A client whose STARTTLS is acknowledged."""
+    peer = await served.connect()
+    await peer.greet()
+    peer.option(c.OPT_STARTTLS)
+    assert await peer.option_reply() == (c.REP_ACK, b"")
+    return peer
+
+
+async def encrypt(peer: Peer, context: ssl.SSLContext | None = None) -> None:
+    context = context or client_context(str(authority()[1]))
+    await peer.writer.start_tls(context, server_hostname="localhost")
+
+
+async def encrypted(served: Served, context: ssl.SSLContext | None = None) -> Peer:
+    """A client in TLS that has negotiated nothing yet."""
+    peer = await acknowledged(served)
+    await encrypt(peer, context)
+    return peer
+
+
+async def attach(peer: Peer, *, structured: bool = False) -> None:
+    """Attach, behind the greeting."""
+    if structured:
+        peer.option(c.OPT_STRUCTURED_REPLY)
+        assert await peer.option_reply() == (c.REP_ACK, b"")
+        peer.structured = True
+    peer.option(c.OPT_GO, bytes(6))
+    while (await peer.option_reply())[0] != c.REP_ACK:
+        pass
+
+
+# ---- it works ----
+
+
+@pytest.mark.parametrize("mode", ["on", "require"])
+async def test_requests_of_all_sizes_through_tls(served: Served, mode: str) -> None:
+    await started(served, options(mode))
+    peer = await encrypted(served)
+    await attach(peer, structured=True)
+    for size in (1, 4096, 20_000, 100_000, MIB):
+        data = (bytes(range(1, 252)) * (size // 251 + 1))[:size]
+        assert (await peer.ask(c.CMD_WRITE, 0, payload=data)).error == 0
+        assert (await peer.ask(c.CMD_READ, 0, size)).data == data
+
+
+async def test_many_requests_in_one_record_are_all_answered(served: Served) -> None:
+    await started(served, options())
+    peer = await encrypted(served)
+    await attach(peer)
+    requests = [peer.request(c.CMD_READ, nr * 512, 512) for nr in range(500)]
+    peer.writer.write(b"".join(requests))
+    cookies = {(await peer.reply()).cookie for _ in requests}
+    assert len(cookies) == len(requests)
+
+
+async def test_requests_behind_go_in_one_record_are_answered(served: Served) -> None:
+    await started(served, options())
+    peer = await encrypted(served)
+    go = c.OPTION.pack(c.IHAVEOPT, c.OPT_GO, 6) + bytes(6)
+    requests = [peer.request(c.CMD_READ, 0, 4096) for _ in range(300)]
+    peer.writer.write(go + b"".join(requests))
+    while (await peer.option_reply())[0] != c.REP_ACK:
+        pass
+    for _ in requests:
+        assert (await peer.reply()).error == 0
+
+
+async def test_client_that_reads_late_gets_every_reply(served: Served) -> None:
+    """The socket is full in between, and the connection is paused."""
+    served.limits = Limits(
+        poison_borrowed=True, socket_buffer=16 << 10, bytes_in_flight_max=MIB
+    )
+    await started(served, options())
+    served.disk.data[:] = bytes(range(256)) * (MIB // 256)
+    peer = await encrypted(served)
+    await attach(peer)
+    requests = [peer.request(c.CMD_READ, 4096, 256 << 10) for _ in range(40)]
+    peer.writer.write(b"".join(requests))
+    for _ in requests:
+        assert (await peer.reply()).data == served.disk.data[4096 : 4096 + (256 << 10)]
+
+
+async def test_writes_of_a_paused_client_go_on(served: Served) -> None:
+    served.limits = Limits(poison_borrowed=True, requests_in_flight_max=2)
+    await started(served, options())
+    peer = await encrypted(served)
+    await attach(peer)
+    served.disk.hold = True
+    data = bytes(range(256)) * 256
+    for at in range(8):
+        peer.send(c.CMD_WRITE, at * len(data), payload=data)
+    await served.disk.until_held(2)
+    served.disk.hold = False
+    served.disk.let_go()
+    for _ in range(8):
+        assert (await peer.reply()).error == 0
+    assert served.disk.data[: 8 * len(data)] == data * 8
+
+
+async def test_disc_ends_with_close_notify(served: Served) -> None:
+    listener = await started(served, options())
+    peer = await encrypted(served)
+    await attach(peer)
+    peer.send(c.CMD_FLUSH)
+    peer.send(c.CMD_DISC)
+    assert (await peer.reply()).error == 0
+    assert await peer.at_end()
+    await served.until_connections(0)
+    assert listener.nr_connections == 0
+
+
+async def test_shutdown_ends_with_close_notify(served: Served) -> None:
+    listener = await started(served, options())
+    peer = await encrypted(served)
+    await attach(peer)
+    closing = asyncio.create_task(listener.close())
+    assert await peer.at_end()
+    peer.close()
+    await closing
+
+
+async def test_truncation_behind_half_a_write_carries_nothing_out(
+    served: Served,
+) -> None:
+    await started(served, options())
+    peer = await encrypted(served)
+    await attach(peer)
+    peer.writer.write(peer.request(c.CMD_WRITE, 0, payload=b"x" * 1000)[:500])
+    await peer.writer.drain()
+    peer.writer.transport.abort()
+    await served.until_connections(0)
+    assert served.disk.bios == []
+
+
+# ---- what others got wrong ----
+
+
+async def test_plaintext_sent_together_with_starttls_is_not_carried_over(
+    served: Served,
+) -> None:
+    await started(served, options("on"))
+    peer = await served.connect()
+    await peer.greet()
+    go = c.OPTION.pack(c.IHAVEOPT, c.OPT_GO, 6) + bytes(6)
+    peer.writer.write(STARTTLS + go)
+    assert await peer.at_end()
+    assert served.directory.nr_open["disk"] == 0
+
+
+async def test_plaintext_behind_the_acknowledgement_is_not_an_option(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    await started(served, options("on"))
+    peer = await acknowledged(served)
+    peer.option(c.OPT_GO, bytes(6))
+    answer = await peer.reader.read()
+    assert b"\0\x03\xe8\x89\x04Ue\xa9" not in answer  # no option is answered
+    await served.until_connections(0)
+    assert "what came is not TLS" in caplog.text
+
+
+async def test_only_starttls_is_answered_where_tls_is_required(served: Served) -> None:
+    await started(served, options("require"))
+    peer = await served.connect()
+    await peer.greet()
+    for option in (c.OPT_LIST, c.OPT_GO, c.OPT_STRUCTURED_REPLY, 99):
+        peer.option(option)
+        assert (await peer.option_reply())[0] == c.REP_ERR_TLS_REQD
+    peer.option(c.OPT_EXPORT_NAME, b"disk")
+    assert await peer.at_end()
+
+
+async def test_options_after_a_failed_handshake_are_not_answered(
+    served: Served,
+) -> None:
+    await started(served, options("on", verify_peer=True))
+    peer = await acknowledged(served)
+    stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    stranger.load_verify_locations(str(authority()[1] / "ca-cert.pem"))
+    # In TLS 1.3 the client believes that all is well until it reads.
+    await encrypt(peer, stranger)
+    peer.option(c.OPT_GO, bytes(6))
+    with pytest.raises((ssl.SSLError, asyncio.IncompleteReadError, ConnectionError)):
+        await peer.option_reply()
+    await served.until_connections(0)
+
+
+async def test_slow_tls_handshake_costs_its_own_connection(served: Served) -> None:
+    served.limits = Limits(handshake_timeout_s=0.2)
+    await started(served, options())
+    slow = await acknowledged(served)
+    slow.writer.write(b"\x16\x03\x01\x02\x00")  # a ClientHello of 512 bytes is to come
+    good = await encrypted(served)
+    await attach(good)
+    assert await slow.at_end()
+    assert (await good.ask(c.CMD_READ, 0, 512)).error == 0
+
+
+async def test_structured_replies_from_before_starttls_do_not_hold(
+    served: Served,
+) -> None:
+    await started(served, options("on"))
+    peer = await served.connect()
+    await peer.greet()
+    peer.option(c.OPT_STRUCTURED_REPLY)
+    assert (await peer.option_reply())[0] == c.REP_ACK
+    peer.option(c.OPT_STARTTLS)
+    assert (await peer.option_reply())[0] == c.REP_ACK
+    await encrypt(peer)
+    await attach(peer)
+    assert not peer.structured
+    assert (await peer.ask(c.CMD_READ, 0, 512)).chunks == ()
+
+
+# ---- options, files ----
+
+
+def test_uri_says_nbds_where_tls_is_required(tmp_path: Path) -> None:
+    async def patterns(mode: str) -> list[str]:
+        listener = Listener(Served(tmp_path).directory, tls=ListenerTls(options(mode)))
+        try:
+            return await listener.start(f"unix:{tmp_path / mode}")
+        finally:
+            await listener.close()
+
+    assert asyncio.run(patterns("require"))[0].startswith("nbds+unix:///")
+    assert asyncio.run(patterns("on"))[0].startswith("nbd+unix:///")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (TlsOptions("yes", "pki"), "none of off, on and require"),
+        (TlsOptions("on"), "needs the directory of the certificates"),
+        (TlsOptions("on", "pki", psk="keys"), "not both"),
+        (TlsOptions("on", None, True, "keys"), "no certificate to verify"),
+        (TlsOptions("on", "/nowhere"), "/nowhere/server-cert.pem: No such file"),
+    ],
+)
+def test_wrong_options_are_one_sentence(wrong: TlsOptions, reason: str) -> None:
+    with pytest.raises(NbdTargetError, match=reason):
+        ListenerTls(wrong)
+
+
+def test_keys_without_a_mode_require_tls() -> None:
+    assert TlsOptions(certificates="pki").tls_mode is TlsMode.REQUIRE
+    assert TlsOptions(psk="keys").tls_mode is TlsMode.REQUIRE
+    assert TlsOptions().tls_mode is TlsMode.OFF
+
+
+def test_options_of_the_command_win_over_those_of_the_file() -> None:
+    of_file = TlsOptions("require", "pki", True)
+    assert TlsOptions().or_else(of_file) == of_file
+    assert TlsOptions("on").or_else(of_file) == TlsOptions("on", "pki", True)
+    keys = TlsOptions(psk="keys").or_else(TlsOptions("require", "pki"))
+    assert keys == TlsOptions("require", None, None, "keys")
+
+
+def test_reload_takes_new_files_and_keeps_the_old_ones_if_they_are_wrong(
+    tmp_path: Path,
+) -> None:
+    pki = tmp_path / "pki"
+    shutil.copytree(authority()[1], pki)
+    tls = ListenerTls(TlsOptions("on", str(pki)))
+    old = tls.context
+    tls.reload()
+    new = tls.context
+    assert new is not old
+    (pki / "server-key.pem").write_bytes((pki / "client-key.pem").read_bytes())
+    with pytest.raises(NbdTargetError, match="is not the key of"):
+        tls.reload()
+    assert tls.context is new
+
+
+@pytest.mark.parametrize(
+    ("days", "words"), [(20, ""), (3, "expires in "), (-1, "has expired")]
+)
+def test_certificate_that_ends_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, days: int, words: str
+) -> None:
+    authority()[0].issue(tmp_path, "server", "x", days=days)
+    tls = ListenerTls(TlsOptions("on", str(tmp_path)))
+    assert (words in caplog.text) if words else not caplog.text
+    end_s = tls.expiry_s()
+    assert end_s is not None
+    assert ListenerTls(TlsOptions()).expiry_s() is None
