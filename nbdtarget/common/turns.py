@@ -5,6 +5,7 @@
 - `Turns`: work that takes long is done in slices, one slice in each turn of the loop.
 - `Pump`: work that its own consequences ask for again; a loop does it, and not a recursion.
 - `Tasks`: tasks that run on the side; their exceptions are reported, and their owner can wait for their end.
+- `to_the_end`: a step that must not be left half done, also if its caller is cancelled.
 
 All of them belong to the loop that is running when they are used, and none is safe for threads. They may be made before
 a loop runs.
@@ -13,9 +14,11 @@ a loop runs.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Pump", "Soon", "Tasks", "Turns"]
+__all__ = ["Pump", "Soon", "Tasks", "Turns", "to_the_end"]
+
+T = TypeVar("T")
 
 
 class Soon:
@@ -191,3 +194,24 @@ class Tasks:
         asyncio.get_running_loop().call_exception_handler(
             {"message": "a task failed", "exception": error, "task": task}
         )
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end, and return what it returns.
+
+    If the caller is cancelled, `work` is not: the cancellation is raised when `work` has ended, and what
+    `work` returns or raises is lost then.
+    Raises: what `work` raises.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # it is looked at, so the loop does not report it
+        raise cancelled
+    return task.result()

@@ -35,6 +35,9 @@ verb fails with ETIMEDOUT and the names of the devices that do not answer. So do
 leaves the inactive table where it is, and `remove`. Once the last commit has begun there is no
 way back: it goes on by itself, the verb fails, and the next one waits for it first.
 
+A verb whose caller is cancelled (the server stops while it starts or reloads) leaves nothing half done: a suspend is undone
+or completed, a table that was getting ready is stopped and put back, what is being destroyed is destroyed.
+
 Nothing here is stored: what a crash leaves behind is up to the targets.
 
 Verbs on one device run one after another (`_verbs`); status, table, message and wait do not
@@ -46,11 +49,11 @@ import errno as errnos
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import NoReturn
 
 from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Clock, timeout, wait_within
 from nbdtarget.common.errors import DeviceError, TableError
+from nbdtarget.common.turns import to_the_end
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import (
     Device,
@@ -263,12 +266,13 @@ class MappedDevice(HasFastPath):
             raise
         if table is None:
             self._suspended()
-        elif within_s is None:
-            await self._commit_last(table)
-        else:
-            self._last_commit = asyncio.create_task(self._commit_last(table))
+            return
+        # A task of its own: it goes on if the time is over, or the caller is cancelled.
+        self._last_commit = asyncio.create_task(self._commit_last(table))
+        if within_s is not None:
             spent_s = (self._clock.now_ns() - begun_ns) / 1e9
-            await self._await_last_commit(max(0.0, within_s - spent_s))
+            within_s = max(0.0, within_s - spent_s)
+        await self._await_last_commit(within_s)
 
     async def _settle(self, table: Table | None, *, noflush: bool) -> None:
         """Wait until nothing is under way, and flush. May be cancelled."""
@@ -282,8 +286,7 @@ class MappedDevice(HasFastPath):
 
     async def _commit_last(self, table: Table) -> None:
         """Stop the targets, which commit. From here on the suspend cannot be undone."""
-        for target in table.targets:
-            await table.postsuspend(target, self.name, self._clock)
+        await table.stop(table.targets, self.name, self._clock)
         self._suspended()
 
     async def _await_last_commit(self, within_s: float | None) -> None:
@@ -358,9 +361,10 @@ class MappedDevice(HasFastPath):
         new = self.active
         assert new is not None
         try:
-            await self._preresume(new)
-        except TableError as refusal:
-            await self._take_back(old, new, refusal, runs=ran)
+            await new.preresume(self.name, self._clock)
+        except BaseException as error:
+            await to_the_end(self._take_back(old, new, error, runs=ran))
+            raise
         if old is not None:
             self._note_losses(old, new)
         self._run(new)
@@ -368,11 +372,11 @@ class MappedDevice(HasFastPath):
             await self._destroy(old)
 
     async def _take_back(
-        self, old: Table | None, new: Table, refusal: TableError, *, runs: bool
-    ) -> NoReturn:
-        """Put both tables where they were before `new` was refused.
+        self, old: Table | None, new: Table, error: BaseException, *, runs: bool
+    ) -> None:
+        """Put both tables where they were before `new` was refused, or its resume was given up.
 
-        Raises: TableError: `refusal`, with what has become of the device.
+        Raises: TableError: the refusal, with what has become of the device.
         """
         self.inactive = new
         self._adopt(old)
@@ -386,13 +390,16 @@ class MappedDevice(HasFastPath):
             outcome = f"the device goes on with the table that it had; {slot}"
             try:
                 await self._resume(old)
-            except TableError as error:
+            except TableError as second:
                 outcome = (
-                    f"the table before it cannot be resumed either ({error}): the device"
+                    f"the table before it cannot be resumed either ({second}): the device"
                     " is suspended; load a table that works, and resume it"
                 )
-        log.error("%s: resume refused: %s (%s)", self.name, refusal, outcome)
-        raise TableError(refusal.reason, refusal.errno, outcome) from refusal
+        if not isinstance(error, TableError):
+            log.info("%s: resume given up: %s", self.name, outcome)
+            return
+        log.error("%s: resume refused: %s (%s)", self.name, error, outcome)
+        raise TableError(error.reason, error.errno, outcome) from error
 
     async def _swap(self, within_s: float | None = None) -> Table | None:
         """Suspend, put the inactive table in the live slot; the caller destroys the old one."""
@@ -459,12 +466,15 @@ class MappedDevice(HasFastPath):
                     raise TableError("writes were lost", errnos.EIO)
                 self._adopt(replaced)
                 await self._resume(replaced)
-            except TableError:
+            except BaseException:
                 self._adopt(table)
-                await self._resume(table)
+                await to_the_end(self._resume(table))
                 raise
-            await table.unused()
-            await self._destroy_target(old)
+            await to_the_end(self._destroy_replaced(table, old))
+
+    async def _destroy_replaced(self, table: Table, old: Target) -> None:
+        await table.unused()
+        await self._destroy_target(old)
 
     def maybe_live_target(self, context: TargetContext) -> Target | None:
         return None if self.active is None else self.active.maybe_target_of(context)
@@ -481,23 +491,8 @@ class MappedDevice(HasFastPath):
         return self.active
 
     async def _resume(self, table: Table) -> None:
-        await self._preresume(table)
+        await table.preresume(self.name, self._clock)
         self._run(table)
-
-    async def _preresume(self, table: Table) -> None:
-        """Raises: TableError: refused; the targets that did not refuse have committed again."""
-        if table.failed:
-            raise TableError("the table has failed: load another", errnos.EIO)
-        for index, target in enumerate(table.targets):
-            try:
-                await target.preresume()
-            except TableError as error:
-                for other in table.targets[:index]:
-                    await table.postsuspend(other, self.name, self._clock)
-                raise TableError(
-                    f"{target.type_name}: {error}",
-                    error.errno,
-                ) from error
 
     def _run(self, table: Table | None) -> None:
         """Let I/O go, to `table`, which is the live one."""
@@ -509,13 +504,15 @@ class MappedDevice(HasFastPath):
 
     async def _destroy(self, table: Table) -> None:
         """Destroy a table; what goes wrong here must not keep the device from its end."""
-        if table.failed and self._path.in_flight.count:
-            # Bios may still be on their way below: a closed descriptor could be another file's
+        nr_lost = self._path.in_flight.count if table.failed else 0
+        if nr_lost or not table.has_stopped:
+            # Something may still be on its way below: a closed descriptor could be another file's
             # by then. The devices stay open, and locked, until the process ends.
-            log.error(
-                "%s: %d bios lost in failure", self.name, self._path.in_flight.count
-            )
+            log.error("%s: did not stop: %d bios lost in failure", self.name, nr_lost)
             return
+        await to_the_end(self._destroy_targets(table))
+
+    async def _destroy_targets(self, table: Table) -> None:
         await table.unused()
         for target in table.targets:
             await self._destroy_target(target)
@@ -539,21 +536,22 @@ class MappedDevice(HasFastPath):
                 return
             assert self.open_count == 0
             await self._suspend(within_s=within_s)
-            self._path.removed()
-            self._below.forget()
-            self.is_uncommitted = self.active is not None and not (
-                self.is_flushed
-                or self.active.read_only
-                or not self.active.data_devices()
-            )
-            active, self._path.table = self.active, None
-            self.has_lost_writes = active is not None and active.has_lost_writes()
-            inactive, self.inactive = self.inactive, None
-            for table in (active, inactive):
-                if table is not None:
-                    await self._destroy(table)
-            self.events.close()
-            self._drop_references()
+            await to_the_end(self._end())
+
+    async def _end(self) -> None:
+        self._path.removed()
+        self._below.forget()
+        self.is_uncommitted = self.active is not None and not (
+            self.is_flushed or self.active.read_only or not self.active.data_devices()
+        )
+        active, self._path.table = self.active, None
+        self.has_lost_writes = active is not None and active.has_lost_writes()
+        inactive, self.inactive = self.inactive, None
+        for table in (active, inactive):
+            if table is not None:
+                await self._destroy(table)
+        self.events.close()
+        self._drop_references()
 
     def _drop_references(self) -> None:
         """The device is removed: let go of what refers to it; see `BioPath.drop_references`."""

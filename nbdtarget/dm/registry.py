@@ -22,7 +22,7 @@ from typing import Final
 from nbdtarget.common.clock import Clock, LoopClock, wait_within
 from nbdtarget.common.errors import ConstructorError, TableError
 from nbdtarget.common.permissions import Permission
-from nbdtarget.common.turns import Tasks
+from nbdtarget.common.turns import Tasks, to_the_end
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
@@ -442,7 +442,7 @@ class Registry:
     async def _remove(
         self, device: MappedDevice, within_s: float | None = None
     ) -> None:
-        """Raises: TableError, ETIMEDOUT: it is there as before."""
+        """Raises: TableError, ETIMEDOUT: it is there as before; so it is if the caller is cancelled in time."""
         if self._devices.get(device.dm_name) is not device:
             # Another task removes it: the name is free, or names another device by now.
             await device.remove(within_s=within_s)
@@ -451,14 +451,20 @@ class Registry:
         self._removing.add(device)
         try:
             await device.remove(within_s=within_s)
-        except TableError:
-            self._removing.discard(device)
-            self._put_back(device)
+        except (TableError, asyncio.CancelledError):
+            if device.state is not State.REMOVED:
+                self._removing.discard(device)
+                self._put_back(device)
+            else:
+                await to_the_end(self._removed(device))
             raise
         except BaseException:
             self._removing.discard(device)
             del self._load_locks[device]
             raise
+        await to_the_end(self._removed(device))
+
+    async def _removed(self, device: MappedDevice) -> None:
         if device.is_uncommitted:
             self._uncommitted.append(device.name)
         try:

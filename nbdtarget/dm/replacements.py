@@ -127,5 +127,6 @@ class Replacements:
             try:
                 await device.replace_target(old, new)
             except BaseException:
-                await new.dtr()
+                if device.maybe_live_target(new_context) is not new:
+                    await new.dtr()
                 raise

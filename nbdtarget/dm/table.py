@@ -20,6 +20,7 @@ from bisect import bisect_right
 from collections.abc import (
     Awaitable,
     Callable,
+    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -29,6 +30,7 @@ from typing import Final, NamedTuple
 
 from nbdtarget.common.clock import Clock, sleep, timeout
 from nbdtarget.common.errors import ConstructorError, TableError
+from nbdtarget.common.turns import to_the_end
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.words import split_words
 from nbdtarget.devices.base import (
@@ -169,6 +171,7 @@ class Table:
         size: bytes, of all targets together.
         read_only: loaded read-only.
         failed: a target broke one of our own invariants; nothing is asked of it any more.
+        has_stopped: no target has anything under way that did not end in time.
     """
 
     def __init__(self, targets: Sequence[Target], *, read_only: bool) -> None:
@@ -179,6 +182,7 @@ class Table:
         self.size = last.begin + last.length
         self.read_only = read_only
         self.failed = False
+        self.has_stopped = True
         self._users = 0
         self._unused: asyncio.Future[None] | None = None
 
@@ -317,8 +321,39 @@ class Table:
             log.exception("%s: %r failed: device fails", name, call)
             self.failed = True
 
-    async def postsuspend(self, target: Target, name: str, clock: Clock) -> None:
-        """Stop `target`, which commits; if it raises, the table has failed."""
+    async def preresume(self, name: str, clock: Clock) -> None:
+        """Have every target get ready for I/O, or none: after a refusal those that were ready are stopped again.
+
+        Also if the caller is cancelled, this ends only when nothing is under way any more: half of a start may
+        have been written, and a commit goes on by itself.
+
+        Args: name, clock: of the mapped device.
+        Raises: TableError: refused. Every target is suspended as before.
+        """
+        if self.failed:
+            raise TableError("the table has failed: load another", errnos.EIO)
+        ready: list[Target] = []
+        try:
+            await to_the_end(self._preresume(ready))
+        except BaseException:
+            await to_the_end(self.stop(ready, name, clock))
+            raise
+
+    async def _preresume(self, ready: list[Target]) -> None:
+        for target in self.targets:
+            try:
+                await target.preresume()
+            except TableError as error:
+                reason = f"{target.type_name}: {error}"
+                raise TableError(reason, error.errno) from error
+            ready.append(target)
+
+    async def stop(self, targets: Iterable[Target], name: str, clock: Clock) -> None:
+        """Stop `targets`, which commit; if one raises, the table has failed."""
+        for target in targets:
+            await self._postsuspend(target, name, clock)
+
+    async def _postsuspend(self, target: Target, name: str, clock: Clock) -> None:
         if self.failed:
             await self._postsuspend_failed(target, name, clock)
             return
@@ -331,13 +366,14 @@ class Table:
     async def _postsuspend_failed(
         self, target: Target, name: str, clock: Clock
     ) -> None:
-        """As `postsuspend`, of a target that may wait for bios that it has lost: for a bounded time."""
+        """As `_postsuspend`, of a target that may wait for bios that it has lost: for a bounded time."""
         stopping = asyncio.ensure_future(target.postsuspend())
         timer = clock.call_later(FAILED_DRAIN_S_MAX, lambda: _cancel(stopping))
         done, _ = await asyncio.wait([stopping])
         timer.cancel()
         (task,) = done
         if task.cancelled() or task.exception() is not None:
+            self.has_stopped = False
             log.error(
                 "%s: %s did not stop: %r",
                 name,

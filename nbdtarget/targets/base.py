@@ -215,7 +215,10 @@ class Target:
         """No bio is in flight: wait for background work, commit, stop timers."""
 
     async def preresume(self) -> None:
-        """Check, and refuse by raising TableError, before any I/O comes."""
+        """Check, and refuse by raising TableError, before any I/O comes.
+
+        If it raises, nothing that it has begun is under way any more.
+        """
 
     def resume(self) -> None:
         """I/O may come; start background work."""

@@ -216,6 +216,11 @@ class Committer:
         """Everything is committed: FLUSH and FUA need nothing of us."""
         return not (self.metadata.changed or self._is_running or self.has_failed)
 
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing of ours is in flight, or will begin by itself."""
+        return self._timer is None and not len(self._tasks)
+
     def note_change(self) -> None:
         """The metadata has changed: commit it within the period."""
         if self._timer is None and not self.has_failed:

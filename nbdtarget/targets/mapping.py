@@ -104,6 +104,7 @@ class MappingTarget(Target, Generic[M]):
 
     async def dtr(self) -> None:
         assert self._is_suspended
+        assert self._committer.is_quiet, "a commit would meet a closed device"
         for device in self.iterate_devices():
             await self.ctx.close_device(device)
         # The parts refer to each other. Without this, metadata and policy, which may be large, would stay in
@@ -137,6 +138,10 @@ class MappingTarget(Target, Generic[M]):
         """Commit all that a crash would forget, as a clean shutdown, if there is no doubt about it."""
         raise NotImplementedError
 
+    async def _get_ready(self) -> None:
+        """`preresume`. Raises: TableError: refused."""
+        raise NotImplementedError
+
     def _status_line(self) -> str:
         """The INFO words. Not in mode FAIL."""
         raise NotImplementedError
@@ -146,6 +151,15 @@ class MappingTarget(Target, Generic[M]):
         raise NotImplementedError
 
     # ---- life ----
+
+    async def preresume(self) -> None:
+        try:
+            await self._get_ready()
+        except BaseException:
+            # It has committed perhaps, and that may have begun a compaction. The table that runs next, or is
+            # destroyed next, shares the metadata and the device.
+            await self._committer.quiesce()
+            raise
 
     def resume(self) -> None:
         self._is_suspended = False

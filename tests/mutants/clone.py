@@ -24,7 +24,7 @@ CLONE: Final = (
     Mutant(
         "no-commit-before-a-resumed-clone-serves",
         "What was read of superblocks, perhaps in a page cache only, is acted upon for a second.",
-        "nbdtarget.targets.clone.target:CloneTarget.preresume",
+        "nbdtarget.targets.clone.target:CloneTarget._get_ready",
         (
             (
                 "if self._metadata.needs_rewrite and not await self._committer.commit():",

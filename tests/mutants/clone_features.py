@@ -166,7 +166,7 @@ CLONE_FEATURES: Final = (
         (
             (
                 "                self._adopt(table)\n"
-                "                await self._resume(table)\n"
+                "                await to_the_end(self._resume(table))\n"
                 "                raise\n",
                 "                raise\n",
             ),
@@ -176,12 +176,12 @@ CLONE_FEATURES: Final = (
     Mutant(
         "replaced-target-destroyed-under-a-status",
         "A target is destroyed while a status of it is under way.",
-        "nbdtarget.dm.mapped_device:MappedDevice.replace_target",
+        "nbdtarget.dm.mapped_device:MappedDevice._destroy_replaced",
         (
             (
-                "            await table.unused()\n"
-                "            await self._destroy_target(old)\n",
-                "            await self._destroy_target(old)\n",
+                "        await table.unused()\n"
+                "        await self._destroy_target(old)\n",
+                "        await self._destroy_target(old)\n",
             ),
         ),
         REPLACEMENT,

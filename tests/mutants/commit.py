@@ -32,6 +32,13 @@ _TOGETHER: Final = """\
 
 COMMIT: Final = (
     Mutant(
+        "refused-resume-leaves-its-commit",
+        "A table is refused, and a commit of it goes on beside the table that runs, or to a closed device.",
+        "nbdtarget.targets.mapping:MappingTarget.preresume",
+        (("            await self._committer.quiesce()\n", ""),),
+        ("tests/nbdtarget/targets/test_mapping.py",),
+    ),
+    Mutant(
         "commit-before-flush",
         "The destination is flushed when the superblock is out: a crash finds bits without data.",
         "nbdtarget.targets.committer:Committer._commit_transaction",

@@ -21,6 +21,7 @@ LOSSES: Final = (
     "tests/nbdtarget/server/test_losses.py",
 )
 STATISTICS: Final = ("tests/nbdtarget/dm/test_statistics.py",)
+CANCELLED: Final = ("tests/nbdtarget/dm/test_cancelled.py",)
 NOFLUSH: Final = ("tests/nbdtarget/dm/test_noflush.py",)
 
 MAPPED_DEVICE: Final = (
@@ -78,11 +79,49 @@ MAPPED_DEVICE: Final = (
         "nbdtarget.dm.mapped_device:MappedDevice._resume_inactive",
         (
             (
-                "            await self._take_back(old, new, refusal, runs=ran)\n",
-                "            raise refusal\n",
+                "            await to_the_end(self._take_back(old, new, error, runs=ran))\n",
+                "",
             ),
         ),
         TESTS,
+    ),
+    Mutant(
+        "cancelled-start-is-left-half-done",
+        "A server that stops while it follows its file goes on with the metadata of a half of a start.",
+        "nbdtarget.dm.table:Table.preresume",
+        (
+            (
+                "            await to_the_end(self._preresume(ready))\n",
+                "            await self._preresume(ready)\n",
+            ),
+        ),
+        CANCELLED,
+    ),
+    Mutant(
+        "cancelled-start-is-not-stopped",
+        "A target that was ready when the start was cancelled is destroyed while it works.",
+        "nbdtarget.dm.table:Table.preresume",
+        (
+            (
+                "            await to_the_end(self.stop(ready, name, clock))\n",
+                "",
+            ),
+        ),
+        CANCELLED,
+    ),
+    Mutant(
+        "cancelled-removal-forgets-the-device",
+        "A server that stops while it removes a device ends without having flushed it.",
+        "nbdtarget.dm.registry:Registry._remove",
+        (("except (TableError, asyncio.CancelledError)", "except TableError"),),
+        CANCELLED,
+    ),
+    Mutant(
+        "device-closed-under-a-table-that-works-on",
+        "What has not stopped in time writes to a descriptor that may be another file's.",
+        "nbdtarget.dm.table:Table._postsuspend_failed",
+        (("            self.has_stopped = False\n", ""),),
+        CANCELLED,
     ),
     Mutant(
         "suspend-does-not-wait",

@@ -290,7 +290,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
 
     # ---- life ----
 
-    async def preresume(self) -> None:
+    async def _get_ready(self) -> None:
         self._is_active = False
         policy = await self._activation.preresume()
         self._blocks.policy = policy

@@ -319,7 +319,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
 
     # ---- life ----
 
-    async def preresume(self) -> None:
+    async def _get_ready(self) -> None:
         """Record, durably, which disks these are, and that they are in use.
 
         If the metadata were just opened, the two commits that it takes rewrite both superblock slots:

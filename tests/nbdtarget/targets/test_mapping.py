@@ -6,6 +6,7 @@ import errno as errnos
 import pytest
 
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, Bio
+from nbdtarget.common.errors import TableError
 from nbdtarget.devices.base import Device, QueueLimits
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets.base import KILL, Target
@@ -63,6 +64,28 @@ async def test_destruction_closes_every_device(words: str) -> None:
     target = await disks.target(words)
     assert disks.ctx.nr_open == 3
     await stopped(target)
+    assert disks.ctx.nr_open == 0
+
+
+@pytest.mark.parametrize("words", [CLONE, CACHE])
+async def test_a_refused_resume_ends_the_commit_that_it_has_begun(
+    words: str,
+) -> None:
+    disks = Disks()
+    kind = CloneTarget if words is CLONE else CacheTarget
+    target = await kind.ctr(disks.ctx, words.split())
+    answers: list[int] = []
+
+    async def refuse() -> None:
+        target._committer.note_change()
+        target._committer.after_commit(answers.append)
+        raise TableError("another disk")
+
+    vars(target)["_get_ready"] = refuse
+    with pytest.raises(TableError):
+        await target.preresume()
+    assert answers == [0]
+    await target.dtr()  # it asserts that nothing is under way
     assert disks.ctx.nr_open == 0
 
 
