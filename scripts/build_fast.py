@@ -69,7 +69,9 @@ def build(folder: Path) -> list[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             c_file = Path(scratch, f"{source.stem}.c")
             built = Path(scratch, target.name)
-            cython = [sys.executable, "-m", "cython", str(source), "-o", str(c_file)]
+            cython = [sys.executable, "-m", "cython", "-I", str(source.parent)]
+            # They are modules of no package, and one of them uses another.
+            cython += ["--module-name", source.stem, str(source), "-o", str(c_file)]
             run(cython, "cython")
             run([*command, *flags, str(c_file), "-o", str(built)], "the C compiler")
             # In one step, so that no process ever sees half a module.

@@ -13,8 +13,9 @@ of one changes, those that stand on it look anew (`_uppers`). A bio that does no
 device of the chain, so that each can be suspended, and waits for it.
 
 Routes. While the path is open, and READs and WRITEs end in a file, `route` leads to that file: there the compiled fast path of
-the server (`nbdtarget.fast`) carries out plain requests without making a bio. It does so while no Python code runs, so
-nothing of it is ever in flight here. When the path closes, the route is closed too.
+the server (`nbdtarget.fast`) carries out plain requests without making a bio. It does so while no Python code runs. Only
+reads that wait for the disk last longer: they are counted in flight as a bio would be, in each device of a stack. When the path
+closes, the route is closed too, and such reads go on.
 """
 
 import errno as errnos
@@ -167,6 +168,7 @@ class FastPath:
                 self.route.can_read = self.route.can_write = True
         if self.route is not None:
             self.route.is_read_only = self.op_max < OP_WRITE
+            self.route.in_flight = (self._in_flight, *self._through)
 
     def close(self) -> None:
         """The device is removed: lead nowhere, and refer to nothing of it any more."""

@@ -34,6 +34,14 @@ class InFlight:
             self.count += 1
             bio.on_end(self._ended)
 
+    def begin_reads(self, nr: int) -> None:
+        """Count so many reads of the compiled fast path, which have no bios."""
+        self.count += nr
+
+    def end_reads(self, nr: int) -> None:
+        self.count -= nr
+        self._look_at_count()
+
     def holds(self, bio: Bio) -> bool:
         """Whether this bio itself is counted, and not only others that were made for it."""
         return bio.hooks is not None and self._ended in bio.hooks
@@ -69,6 +77,9 @@ class InFlight:
 
     def _ended(self, _: Bio) -> None:
         self.count -= 1
+        self._look_at_count()
+
+    def _look_at_count(self) -> None:
         if self.count == 0 and self._drained is not None:
             if not self._drained.done():
                 self._drained.set_result(None)

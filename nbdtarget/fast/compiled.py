@@ -23,7 +23,7 @@ __all__ = [
     "is_available",
 ]
 
-ABI: Final = 2  # the extension's must be the same; both change together
+ABI: Final = 3  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"
@@ -31,7 +31,11 @@ if not os.environ.get("NBDTARGET_PURE"):
     try:
         import nbdtarget_fast
         import nbdtarget_ring
-    except ImportError:
+    except (
+        ImportError,
+        TypeError,
+        ValueError,
+    ):  # the latter: the two do not fit each other
         _REASON = "it has not been built"
     else:
         IS_COMPILED = nbdtarget_fast.ABI == nbdtarget_ring.ABI == ABI

@@ -9,12 +9,23 @@ them, and without the interpreter's lock. A request is *plain* if
 
     it is a READ or a WRITE without flags, and nothing is wrong with it,
     the `Route` of the device can tell in which file its bytes lie, and where,
-    the file answers at once: a READ from the page cache, a WRITE into it.
+    the file answers at once: a READ from the page cache, a WRITE into it; or io_uring takes the READ.
 
 In front of the first request that is not plain, `turn` stops. Python carries that one out and calls `turn`
-again. So every rule that is not about plain requests is written once, in Python. And everything that is
-done here ends inside `turn`: nothing is in flight when Python code runs. A suspend, a table swap, a
-removal or the end of a connection therefore never has to wait for this module.
+again. So every rule that is not about plain requests is written once, in Python. And everything but such READs
+ends inside `turn`: nothing else is in flight when Python code runs. A suspend, a table swap, a
+removal or the end of a connection therefore never has to wait for this module, but for its READs.
+
+READs that the page cache cannot answer go to the ring of the file (`nbdtarget_ring`), one entry for each and one system
+call for all of a batch. Each has a buffer of its own, and its reply leaves from there (`Plane.reads_ended`). Before
+any other Python code runs, all who must wait for such a READ have been told of it (`_note_begun`):
+
+    the mapped devices on its way   `Route.in_flight`: a suspend, a swap and a removal wait
+    its block of a cache            `Route.hold`: the cache block is not used for another one meanwhile
+    its file                        `FastFile.note_reads`: the descriptor stays open
+    its connection                  `Plane.ring_reads`: it counts against all bounds, and the connection is not released
+
+So it does not matter if the route is closed meanwhile. A READ that fails or comes short is Python's.
 
     Python   receive buffer   [begin, end): received and not yet served
              arena            [base, out): replies that are packed and not yet sent
@@ -39,8 +50,21 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from libc.errno cimport EAGAIN, EINTR, errno
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memmove, memset
+
+from nbdtarget_ring cimport (
+    Read,
+    Reader,
+    Ring,
+    Uring,
+    begin_read,
+    give_back,
+    submit,
+    submit_and_wait,
+    take_ended,
+)
 
 cdef extern from "<sys/types.h>" nogil:
     ctypedef long off_t
@@ -59,6 +83,10 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *data, size_t length, int flags)
     int MSG_DONTWAIT
     int MSG_NOSIGNAL
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
 
 cdef extern from "<endian.h>" nogil:
     uint16_t be16toh(uint16_t value)
@@ -82,7 +110,7 @@ __all__ = [
     "FastFile", "Plane", "Route",
 ]
 
-ABI = 2  # of `nbdtarget.fast.compiled`
+ABI = 3  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -119,6 +147,7 @@ cdef enum:
     POLL_GAP_NS = 20000  # between two looks at the socket: others want the processor
     WRITE_PIECE = 65536  # see `nbdtarget.devices.file.pieces`
     LOCKED_MAX = 64  # blocks; while more are locked, nothing takes this way
+    GATHER_PIECES = 128  # of one sendmsg: two for each reply
     MIXED_MAX = 64  # regions of one request that are looked at one by one
 
     KIND_FLAT = 0
@@ -140,6 +169,11 @@ cdef const char *SIMPLE_HEAD = b"\x67\x44\x66\x98\x00\x00\x00\x00"  # no error
 
 # ---- files ----
 
+cdef enum Found:
+    FOUND
+    MISSED
+    REFUSED
+
 cdef struct File:
     int fd
     int read_flags
@@ -148,6 +182,12 @@ cdef struct File:
     uint64_t write_max
     int64_t slow_ns
     bint was_slow
+    Uring *uring  # NULL: what the page cache does not have is for Python
+    uint64_t ring_max
+    uint64_t align_mask  # of what the ring reads
+    int64_t nr_reads  # that were begun in this turn, and not yet told of
+    uint32_t fake_misses  # for tests
+    uint32_t fake_state
 
 
 cdef inline int64_t now_ns() noexcept nogil:
@@ -160,14 +200,30 @@ cdef inline bint lies_in(uint64_t offset, uint64_t length, uint64_t size) noexce
     return length <= size and offset <= size - length
 
 
-cdef inline bint file_read(const File *file, uint8_t *into, uint64_t offset, uint64_t length) noexcept nogil:
-    """Whether all of it was there at once."""
+cdef inline Found file_read(File *file, uint8_t *into, uint64_t offset, uint64_t length) noexcept nogil:
+    """FOUND: all of it was there at once. MISSED: the page cache has not all of it."""
     cdef iovec place
-    if length > file.read_max or not lies_in(offset, length, file.size):
-        return False
+    cdef ssize_t got
+    if not lies_in(offset, length, file.size):
+        return REFUSED
+    if length > file.read_max or file.fake_misses and is_fake_miss(file):
+        return MISSED
     place.iov_base = into
     place.iov_len = length
-    return preadv2(file.fd, &place, 1, <off_t>offset, file.read_flags) == <ssize_t>length
+    got = preadv2(file.fd, &place, 1, <off_t>offset, file.read_flags)
+    if got == <ssize_t>length:
+        return FOUND
+    return MISSED if got >= 0 or errno == EAGAIN else REFUSED
+
+
+cdef bint is_fake_miss(File *file) noexcept nogil:
+    """For tests: so many of 2^32 reads are taken for misses."""
+    file.fake_state = file.fake_state * 1664525 + 1013904223
+    return file.fake_state < file.fake_misses
+
+
+cdef inline bint ring_takes(const File *file, uint64_t offset, uint64_t length) noexcept nogil:
+    return file.uring != NULL and length <= file.ring_max and not (offset | length) & file.align_mask
 
 
 cdef inline bint file_takes(const File *file, uint64_t offset, uint64_t length) noexcept nogil:
@@ -214,8 +270,14 @@ cdef class FastFile:
         was_slow: the device's: it decides whether `write_max` stays 0.
         was_unfinished: the device's: the next WRITE that it gets has been begun here. Takes the
             offset and length, the bytes that the page cache took, and the errno, 0: none.
+        note_reads: the device's: so many reads more are in the ring now; fewer, if it is negative. While
+            there are some, the device keeps the file open.
 
     Attributes:
+        ring: where READs go that the page cache cannot answer; None: to Python.
+        ring_max: up to which length they do.
+        align: what their offsets and lengths are multiples of; a power of two.
+        fake_misses: for tests: so many of 2^32 READs are taken for misses.
         size: bytes.
         read_max: up to which length READs are tried, 0: not at all.
         read_flags: of preadv2.
@@ -225,8 +287,11 @@ cdef class FastFile:
     cdef File file
     cdef object was_slow
     cdef object was_unfinished
+    cdef object note_reads
+    cdef Ring _ring
 
-    def __init__(self, int fd, int64_t slow_ns, was_slow, was_unfinished):
+    def __init__(self, int fd, int64_t slow_ns, was_slow, was_unfinished, note_reads=None):
+        self.note_reads = note_reads
         self.file.fd = fd
         self.file.slow_ns = slow_ns
         self.was_slow = was_slow
@@ -255,6 +320,43 @@ cdef class FastFile:
     @read_flags.setter
     def read_flags(self, int value):
         self.file.read_flags = value
+
+    @property
+    def ring(self):
+        return self._ring
+
+    @ring.setter
+    def ring(self, Ring value):
+        if self.file.nr_reads:
+            raise ValueError("reads are being begun")
+        self._ring = value
+        self.file.uring = NULL if value is None else &value.uring
+
+    @property
+    def ring_max(self):
+        return self.file.ring_max
+
+    @ring_max.setter
+    def ring_max(self, uint64_t value):
+        self.file.ring_max = value
+
+    @property
+    def align(self):
+        return self.file.align_mask + 1
+
+    @align.setter
+    def align(self, uint64_t value):
+        if not value or value & (value - 1):
+            raise ValueError("not a power of two")
+        self.file.align_mask = value - 1
+
+    @property
+    def fake_misses(self):
+        return self.file.fake_misses
+
+    @fake_misses.setter
+    def fake_misses(self, uint32_t value):
+        self.file.fake_misses = value
 
     @property
     def write_max(self):
@@ -413,6 +515,10 @@ cdef class Route:
         locked: in a table, the blocks that are locked; a negative number stands for more than one block, and
             then no request takes this way.
         was_served: is called after a turn with the numbers of READs and WRITEs that it served; or None.
+        in_flight: of the mapped devices on the way; each is told how many reads have begun to be in the ring
+            (`begin_reads`), and how many have ended (`end_reads`).
+        hold, let_go: in a table, are called with the block of each read that is in the ring, when that has begun and when it
+            has ended.
     """
 
     cdef Way way
@@ -421,9 +527,13 @@ cdef class Route:
     cdef list memory
     cdef public dict locked  # the numbers are the keys
     cdef public object was_served
+    cdef public tuple in_flight
+    cdef public object hold
+    cdef public object let_go
 
     def __init__(self, FastFile file not None, uint64_t begin, uint64_t size):
         self.file = file
+        self.in_flight = ()
         self.memory = []
         self.way.file = &file.file
         self.way.begin = begin
@@ -477,7 +587,10 @@ cdef class Route:
     def is_read_only(self, bint value):
         self.way.is_read_only = value
 
-    cdef _Memory hold(self, owner):
+    cdef FastFile file_of(self, const File *file):
+        return self.file if file == &self.file.file else self.other
+
+    cdef _Memory borrow(self, owner):
         cdef _Memory memory = _Memory(owner)
         self.memory.append(memory)
         return memory
@@ -500,7 +613,7 @@ cdef class Route:
             begin: byte x of the files is byte begin + x of the device.
         """
         cdef Route route = Route(file, begin, size)
-        cdef _Memory memory = route.hold(bits)
+        cdef _Memory memory = route.borrow(bits)
         if not 0 < shift < 63 or <uint64_t>memory.view.len * 8 < nr_bits:
             raise ValueError("the bitmap is too short")
         route.way.kind = KIND_BITMAP
@@ -527,8 +640,8 @@ cdef class Route:
             nr_blocks: of the device; what lies behind them is for Python.
         """
         cdef Route route = Route(file, begin, size)
-        cdef _Memory all_blocks = route.hold(blocks), all_buckets = route.hold(buckets), all_chain = route.hold(chain)
-        cdef _Memory all_hits = route.hold(is_hit), all_dirty = route.hold(dirty), all_discarded = route.hold(discarded)
+        cdef _Memory all_blocks = route.borrow(blocks), all_buckets = route.borrow(buckets), all_chain = route.borrow(chain)
+        cdef _Memory all_hits = route.borrow(is_hit), all_dirty = route.borrow(dirty), all_discarded = route.borrow(discarded)
         cdef uint64_t nr_entries = all_blocks.view.len // 8
         if (
             not block_size or not 0 <= bucket_shift < 64 or not 0 <= discard_shift < 64
@@ -554,7 +667,7 @@ cdef class Route:
         return route
 
     def close(self):
-        """No request takes this way any more; let go of all tables."""
+        """No request takes this way any more; let go of all tables. Reads that are in the ring go on."""
         self.way.can_read = self.way.can_write = False
         self.way.kind = KIND_FLAT
         self.way.size = 0
@@ -579,6 +692,8 @@ cdef class Plane:
         turn_ns: how long a turn lasts at most.
         flush_at: replies are sent when so many bytes of them are there.
         poison: for tests: overwrite what has been served and sent.
+        ring_reads: what the connection has to do with reads in the ring, see `nbdtarget.server.ring_reads`; None: there
+            are none.
 
     Attributes:
         begin, end, base, out: see the module head.
@@ -611,10 +726,21 @@ cdef class Plane:
     cdef readonly bint was_batch
     cdef readonly bint was_hit
     cdef int64_t turn_end  # 0: the clock was not looked at in this turn of the loop
+    # Reads in the ring.
+    cdef object ring_reads
+    cdef Reader reader
+    cdef Uring *uring  # that has them
+    cdef Read *begun  # in this turn: a list, the last one first
+    cdef int64_t nr_begun
+    cdef int64_t nr_in_ring  # that were begun in earlier turns
+    cdef int64_t nr_left  # so many more may begin in this turn, -1: that is not known yet
+    cdef int64_t bytes_left
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
-                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison):
+                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None):
         self.release()
+        self.ring_reads = ring_reads
+        self.reader.owner = <void *>self
         PyObject_GetBuffer(received, &self.received, PyBUF_WRITABLE)
         try:
             PyObject_GetBuffer(arena, &self.arena, PyBUF_WRITABLE)
@@ -633,11 +759,13 @@ cdef class Plane:
         self.poison = poison
 
     def release(self):
-        """Let go of the two buffers; after that, every turn ends with SLOW."""
+        """Let go of the two buffers; after that, every turn ends with SLOW. Reads that are in the ring go on."""
         if self.has_buffers:
             self.has_buffers = False
             PyBuffer_Release(&self.received)
             PyBuffer_Release(&self.arena)
+        if not self.nr_in_ring:
+            self.ring_reads = None  # it refers to the connection
 
     def __dealloc__(self):
         self.release()
@@ -661,8 +789,11 @@ cdef class Plane:
         self.begin, self.end, self.base, self.out = begin, end, base, out
         if not goes_on:
             self.turn_end = 0
+        self.nr_left = -1 if self.ring_reads is not None else 0
         with nogil:
             stop = self._turn(&route.way, poll_ns)
+        if self.nr_begun:
+            self._note_begun(route)
         if route.file.file.was_slow:
             route.file.file.was_slow = False
             route.file.was_slow()
@@ -716,6 +847,8 @@ cdef class Plane:
                     self.was_batch = True
                     poll_ns = 0
             stop = self._serve(way)
+            if self.nr_begun and self.uring.nr_new:
+                submit(self.uring)
             has_replies = self.out > self.base
             if stop == STOP_SLOW or stop == STOP_UNFINISHED or stop == STOP_FAILED or stop == STOP_BLOCKED:
                 return stop
@@ -806,6 +939,7 @@ cdef class Plane:
         cdef int64_t look_left = LOOK_BYTES
         cdef File *file
         cdef Stop stop
+        cdef Found found
         while self.end - self.begin >= REQUEST_BYTES:
             at = received + self.begin
             memcpy(&flags, at + 4, 2)
@@ -861,9 +995,13 @@ cdef class Plane:
                         return stop
                 file = find(way, offset, length, False, &file_at)
                 reply = arena + self.out
-                if file == NULL or not file_read(file, reply + head, file_at, length):
+                if file == NULL:
                     return STOP_SLOW
-                self.out += self._pack_read(reply, at, length)
+                found = file_read(file, reply + head, file_at, length)
+                if found == FOUND:
+                    self.out += self._pack_read(reply, at, length)
+                elif found == REFUSED or not self._miss(way, file, at, offset, file_at, length):
+                    return STOP_SLOW
                 self.begin += REQUEST_BYTES
                 way.nr_reads += 1
                 # Let the client begin to work on what is there.
@@ -879,20 +1017,233 @@ cdef class Plane:
 
     cdef Py_ssize_t _pack_read(self, uint8_t *reply, const uint8_t *request, uint32_t length) noexcept nogil:
         """Write the header of a READ's reply, whose data is there. Returns how long the reply is."""
-        cdef uint32_t number
+        cdef Py_ssize_t head = self._pack_head(reply, request, length)
         cdef const uint8_t *data = reply + DATA_BYTES
+        if length >= self.zero_min and is_zero(data, length):
+            turn_into_hole(reply, length)
+            return HOLE_BYTES
+        return head + <Py_ssize_t>length
+
+    cdef Py_ssize_t _pack_head(self, uint8_t *reply, const uint8_t *request, uint32_t length) noexcept nogil:
+        """Write the header of a READ's reply. Returns how long the header is."""
+        cdef uint32_t number
         memcpy(reply + 8, request + 8, 8)
         if not self.structured:
             memcpy(reply, SIMPLE_HEAD, 8)
-            return SIMPLE_BYTES + <Py_ssize_t>length
-        if length >= self.zero_min and not data[0] and not memcmp(data, data + 1, length - 1):
-            memcpy(reply, HOLE_HEAD, 8)
-            number = htobe32(12)
-            memcpy(reply + 16, &number, 4)
-            memcpy(reply + 20, request + 16, 12)  # offset and length
-            return HOLE_BYTES
+            return SIMPLE_BYTES
         memcpy(reply, DATA_HEAD, 8)
         number = htobe32(length + 8)
         memcpy(reply + 16, &number, 4)
         memcpy(reply + 20, request + 16, 8)
-        return DATA_BYTES + <Py_ssize_t>length
+        return DATA_BYTES
+
+    # ---- reads that the page cache could not answer ----
+
+    cdef bint _miss(
+        self, Way *way, File *file, const uint8_t *request, uint64_t offset, uint64_t file_at, uint32_t length
+    ) noexcept nogil:
+        """Put a READ into the ring; `submit` must follow. False: it is for Python."""
+        cdef Read *read
+        if not ring_takes(file, file_at, length):
+            return False
+        if self.nr_left < 0:
+            with gil:
+                self._ask_for_room()
+        if not self.nr_left or self.bytes_left < length:
+            return False
+        if self.uring != file.uring:
+            if self.nr_in_ring or self.nr_begun:
+                return False
+            self.uring = file.uring
+        read = begin_read(file.uring, &self.reader, file.fd, file_at, length)
+        if read == NULL:
+            return False
+        self.nr_left -= 1
+        self.bytes_left -= length
+        read.head_length = self._pack_head(read.head, request, length)
+        read.sent = 0
+        read.offset = offset
+        read.block = (offset - way.begin) // way.block_size if way.kind == KIND_TABLE else 0
+        read.file = file
+        read.after = self.begun
+        self.begun = read
+        self.nr_begun += 1
+        file.nr_reads += 1
+        return True
+
+    cdef void _ask_for_room(self) noexcept:
+        """Find out how many reads may begin in this turn."""
+        self.nr_left = 0
+        self.nr_left, self.bytes_left = self.ring_reads.room()
+        if self.nr_left < 0:
+            self.nr_left = 0
+
+    cdef _note_begun(self, Route route):
+        """What has begun in this turn is under way while Python code runs: tell all that have to wait for its end."""
+        cdef Read *read = self.begun
+        cdef int64_t nr = self.nr_begun
+        cdef int64_t nr_bytes = 0
+        self.begun = NULL
+        self.nr_begun = 0
+        # Whoever is asked to wait is still there when it ends.
+        if not self.nr_in_ring:
+            Py_INCREF(self)
+        self.nr_in_ring += nr
+        while read != NULL:
+            Py_INCREF(route)
+            read.route = <void *>route
+            nr_bytes += read.length
+            if route.hold is not None:
+                route.hold(read.block)
+            read = read.after
+        for each in route.in_flight:
+            each.begin_reads(nr)
+        for file in (route.file, route.other):
+            if file is not None and (<FastFile>file).file.nr_reads:
+                (<FastFile>file).note_reads((<FastFile>file).file.nr_reads)
+                (<FastFile>file).file.nr_reads = 0
+        self.ring_reads.begun(nr, nr_bytes)
+        if self.uring.nr_new:
+            # The kernel did not take them all.
+            route.file._ring.left_over()
+
+    def reads_ended(self, _):
+        """Answer the reads that have ended; called by the reader of the ring."""
+        cdef Read *first = take_ended(self.uring, &self.reader)
+        cdef Read *read = first
+        cdef int64_t nr = 0, nr_bytes = 0
+        cdef list again = []
+        cdef BaseException error = None
+        if first == NULL:
+            return
+        if self.has_buffers and self.ring_reads.may_send():
+            with nogil:
+                self._send_reads(first)
+        while read != NULL:
+            nr += 1
+            if not self.has_buffers or read.sent == reply_length(read):
+                nr_bytes += read.length
+            elif read.result != <int>read.length:
+                # Python reads it again, and meets the reason.
+                nr_bytes += read.length
+                again.append((read.head[8:16], read.offset, read.length))
+            else:
+                self.ring_reads.push(unsent_part(read), read.length)
+            read = read.next
+        error = self._note_ended(first)
+        self.nr_in_ring -= nr
+        try:
+            for cookie, offset, length in again:
+                self.ring_reads.read_again(int.from_bytes(cookie, "big"), offset, length)
+            self.ring_reads.ended(nr, nr_bytes)
+        finally:
+            if not self.nr_in_ring:
+                if not self.has_buffers:
+                    self.ring_reads = None
+                Py_DECREF(self)
+        if error is not None:
+            raise error
+
+    cdef BaseException _note_ended(self, Read *read):
+        """Tell all that wait for the end of these reads, and give their memory back. Returns what one of them raised."""
+        cdef Read *following
+        cdef File *file
+        cdef Route route
+        cdef int64_t nr
+        cdef BaseException error = None
+        while read != NULL:
+            # Those that follow each other have mostly gone the same way.
+            route = <Route>read.route
+            file = <File *>read.file
+            nr = 0
+            while read != NULL and read.route == <void *>route and read.file == file:
+                following = read.next
+                nr += 1
+                if route.let_go is not None:
+                    try:
+                        route.let_go(read.block)
+                    except BaseException as raised:
+                        error = raised
+                if self.poison:
+                    memset(read.data, 0xdb, read.room)
+                Py_DECREF(route)
+                give_back(read)
+                read = following
+            for each in route.in_flight:
+                try:
+                    each.end_reads(nr)
+                except BaseException as raised:
+                    error = raised
+            try:
+                route.file_of(file).note_reads(-nr)
+            except BaseException as raised:
+                error = raised
+        return error
+
+    cdef void _send_reads(self, Read *read) noexcept nogil:
+        """Send the replies to the reads of this list, up to the first that the socket does not take whole."""
+        cdef iovec pieces[GATHER_PIECES]
+        cdef msghdr message
+        cdef Read *first
+        cdef Py_ssize_t sent
+        cdef size_t left
+        while read != NULL:
+            first = read
+            memset(&message, 0, sizeof(message))
+            message.msg_iov = pieces
+            while read != NULL and message.msg_iovlen + 2 <= GATHER_PIECES:
+                if read.result == <int>read.length:
+                    if read.length >= self.zero_min and is_zero(read.data, read.length):
+                        turn_into_hole(read.head, read.length)
+                        read.head_length = HOLE_BYTES
+                    pieces[message.msg_iovlen].iov_base = read.head
+                    pieces[message.msg_iovlen].iov_len = read.head_length
+                    message.msg_iovlen += 1
+                    if read.head_length != HOLE_BYTES:
+                        pieces[message.msg_iovlen].iov_base = read.data
+                        pieces[message.msg_iovlen].iov_len = read.length
+                        message.msg_iovlen += 1
+                read = read.next
+            if not message.msg_iovlen:
+                return  # all of them have failed
+            sent = sendmsg(self.sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            while sent < 0 and errno == EINTR:
+                sent = sendmsg(self.sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            # After an error, too, the replies go into the queue: sending from there meets it again.
+            while first != read:
+                if first.result == <int>first.length:
+                    left = reply_length(first)
+                    if sent < <Py_ssize_t>left:
+                        first.sent = sent if sent > 0 else 0
+                        return
+                    first.sent = left
+                    sent -= left
+                first = first.next
+
+
+# ---- replies ----
+
+cdef inline bint is_zero(const uint8_t *data, size_t length) noexcept nogil:
+    return not data[0] and not memcmp(data, data + 1, length - 1)
+
+
+cdef void turn_into_hole(uint8_t *reply, uint32_t length) noexcept nogil:
+    """Make the header of an OFFSET_HOLE chunk of the one of an OFFSET_DATA chunk."""
+    cdef uint32_t number = htobe32(12)
+    memcpy(reply, HOLE_HEAD, 8)
+    memcpy(reply + 16, &number, 4)
+    number = htobe32(length)
+    memcpy(reply + 28, &number, 4)
+
+
+cdef inline size_t reply_length(const Read *read) noexcept nogil:
+    if read.head_length == HOLE_BYTES:
+        return HOLE_BYTES
+    return read.head_length + read.length
+
+
+cdef bytes unsent_part(const Read *read):
+    cdef bytes head = read.head[:read.head_length]
+    if read.head_length == HOLE_BYTES:
+        return head[read.sent:]
+    return (head + read.data[:read.length])[read.sent:]

@@ -421,6 +421,18 @@ class Connection:
         """Flush once in this turn of the loop, however many bios end in it."""
         self._flush_scheduled.ask()
 
+    def reads_ended(self) -> None:
+        """Reads of the compiled fast path have ended, and their replies have left or are queued."""
+        if self.state == CLOSED:
+            self.maybe_release()
+        elif (
+            self.state == DRAINING
+            or self._is_shutting_down
+            or self._flow.is_paused
+            or not self._output.is_empty
+        ):
+            self.flush_soon()
+
     def _flush_now(self) -> None:
         if self.state != CLOSED:
             self._guard(self.flush)
@@ -512,6 +524,7 @@ class Connection:
         )
         if IS_COMPILED and isinstance(self._sock, socket.socket):
             self._fast = FastTurn(
+                self,
                 self._sock,
                 limits,
                 device,

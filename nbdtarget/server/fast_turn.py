@@ -13,6 +13,8 @@ run, and what each of its answers means for the connection:
     CLOSED         the client has closed its half
     FAILED         the socket has failed
 
+Reads that wait for the disk may be under way when it has ended: `nbdtarget.server.ring_reads`.
+
 It may run while the device offers a `Route`, nothing waits in the queue of `Output`, the receive buffer holds requests
 and no part of a large payload, and bios need not pass a gate.
 """
@@ -29,6 +31,8 @@ from nbdtarget.server.limits import Limits
 from nbdtarget.server.output import Output
 from nbdtarget.server.poller import Poller
 from nbdtarget.server.requests import Requests
+from nbdtarget.server.ring_reads import RingReads
+from nbdtarget.server.shared import Host
 
 if IS_COMPILED:
     from nbdtarget_fast import (
@@ -50,6 +54,7 @@ class FastTurn:
     """See the module head.
 
     Args:
+        host: the connection.
         sock: of the connection; a real one.
         device: what its requests go to.
     """
@@ -67,6 +72,7 @@ class FastTurn:
 
     def __init__(
         self,
+        host: Host,
         sock: socket,
         limits: Limits,
         device: Device,
@@ -92,6 +98,7 @@ class FastTurn:
             turn_ns=limits.turn_us * 1000 or TURN_NS_MAX,
             flush_at=limits.flush_at,
             poison=limits.poison_borrowed,
+            ring_reads=RingReads(host, requests, output, flow),
         )
 
     def release(self) -> None:
@@ -143,7 +150,7 @@ class FastTurn:
                     flow.end_turn()
                 if stop == POLLED:
                     self._poller.missed()
-                elif stop == TURN_OVER:
+                elif stop == TURN_OVER and not flow.is_paused:
                     flow.give_way()
                 return True
             if stop == BLOCKED:
@@ -152,8 +159,8 @@ class FastTurn:
                 raise EOFError
             if stop == FAILED:
                 raise OSError(plane.error, os.strerror(plane.error))
-            if stop == SLOW and output.end > output.end_max:
-                return False  # there may be no room for one more reply
+            if stop == SLOW and (flow.is_paused or output.end > output.end_max):
+                return False  # reads in the ring have met a bound; or there may be no room for one more reply
             # SLOW, or UNFINISHED: then the device is about to get the WRITE that was begun, and nothing before it.
             left = received.end - received.begin
             requests.serve(only_first=True)

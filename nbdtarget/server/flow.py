@@ -145,6 +145,27 @@ class Flow:
         self.nr_requests -= 1
         self._budget.give_back(1, 0)
 
+    def room(self) -> tuple[int, int]:
+        """Return how many more requests may be in flight now, and how many bytes."""
+        limits = self._limits
+        nr_requests, nr_bytes = self._budget.room()
+        return (
+            min(nr_requests, limits.requests_in_flight_max - self.nr_requests),
+            min(nr_bytes, limits.bytes_in_flight_max - self.nr_bytes),
+        )
+
+    def begin_requests(self, nr: int, nr_bytes: int) -> None:
+        """So many requests more are in flight, with so many bytes of memory in all."""
+        self.nr_requests += nr
+        self.nr_bytes += nr_bytes
+        self._budget.take(nr, nr_bytes)
+
+    def end_requests(self, nr: int, nr_bytes: int) -> None:
+        """So many requests are in flight no longer, nor are these bytes."""
+        self.nr_requests -= nr
+        self.nr_bytes -= nr_bytes
+        self._budget.give_back(nr, nr_bytes)
+
     def take(self, nr_bytes: int) -> None:
         """So many bytes of memory more are in flight."""
         self.nr_bytes += nr_bytes

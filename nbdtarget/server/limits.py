@@ -8,6 +8,7 @@ the client waits; nothing is refused. A connection with nothing at all in flight
 request, of any size, unless the shared budget is used up: then it waits in the budget's
 line, and is woken when something was given back. A request of the fast path
 is counted only if it does not end at once, so each connection may be above its bound by one.
+Reads of the compiled path that wait for the disk are counted, and begin only while there is room.
 
 What counts: a request, from its submission until its bio has ended; a byte, from the moment when
 memory was taken for it until the reply has left, or the write has ended. Memory for the payload of a
@@ -155,6 +156,10 @@ class Budget:
             self.nr_requests >= self._requests_max
             or self.nr_bytes + nr_bytes > self._bytes_max
         )
+
+    def room(self) -> tuple[int, int]:
+        """Return how many requests, and bytes, do not have to wait; at most 0: none."""
+        return self._requests_max - self.nr_requests, self._bytes_max - self.nr_bytes
 
     def take(self, nr_requests: int, nr_bytes: int) -> None:
         """So many requests and bytes more are in flight."""

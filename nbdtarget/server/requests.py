@@ -217,6 +217,14 @@ class Requests:
         """Whether the connection, which is paused, may go on. If not, it waits for what is in its way now."""
         return self._admit(0)
 
+    def look_at_bounds(self) -> None:
+        """More has begun to be in flight: pause the connection if a bound is met now."""
+        self._admit(0)
+
+    def read_again(self, cookie: int, offset: int, length: int) -> None:
+        """Serve a READ that was admitted before."""
+        self._start_read(cookie, 0, offset, length)
+
     def start_large(self, large: LargeWrite) -> None:
         """The payload of a large WRITE is complete."""
         if large.grown:

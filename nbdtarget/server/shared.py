@@ -56,5 +56,8 @@ class Host(Protocol):
     def disc(self) -> None:
         """The client wants to leave when everything is answered."""
 
+    def reads_ended(self) -> None:
+        """Reads have ended that were in flight without a bio, and their replies have left or are queued."""
+
     def maybe_release(self) -> None:
         """Called after each end of a request on a closed connection: release everything after the last one."""

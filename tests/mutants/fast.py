@@ -8,6 +8,7 @@ from tests.mutants.mutant import Mutant
 __all__ = ["FAST"]
 
 TURNS: Final = ("tests/nbdtarget/server/test_fast_turn.py",)
+RING_READS: Final = ("tests/nbdtarget/server/test_ring_reads.py",)
 
 FAST: Final = (
     Mutant(
@@ -95,5 +96,70 @@ FAST: Final = (
             ),
         ),
         TURNS,
+    ),
+    Mutant(
+        "suspend-overtakes-reads-in-the-ring",
+        "A table is swapped while the disk writes into the reply of a client: the reply has bytes of the old disk.",
+        "nbdtarget.dm.fast_path:FastPath._set_route",
+        (
+            (
+                "self.route.in_flight = (self._in_flight, *self._through)",
+                "self.route.in_flight = ()",
+            ),
+        ),
+        RING_READS,
+    ),
+    Mutant(
+        "suspend-of-a-lower-device-overtakes-reads-in-the-ring",
+        "Only the uppermost device of a stack waits: the disk of a lower one is closed and given away.",
+        "nbdtarget.dm.fast_path:FastPath._set_route",
+        (
+            (
+                "self.route.in_flight = (self._in_flight, *self._through)",
+                "self.route.in_flight = (self._in_flight,)",
+            ),
+        ),
+        RING_READS,
+    ),
+    Mutant(
+        "cache-block-moves-while-the-ring-reads-it",
+        "The cache block is used for another block, whose bytes the client gets.",
+        "nbdtarget.targets.cache.target:CacheTarget.maybe_route",
+        (
+            (
+                "        self._route.hold = self._locks.hold_read\n"
+                "        self._route.let_go = self._locks.end_read\n",
+                "        pass\n",
+            ),
+        ),
+        RING_READS,
+    ),
+    Mutant(
+        "file-is-closed-while-the-ring-reads-it",
+        "The number of the descriptor is used for another file, and a read that is offered again reads that one.",
+        "nbdtarget.devices.file.device:FileDevice.close",
+        (("        if self._nr_ring_reads:\n", "        if False:\n"),),
+        ("tests/nbdtarget/devices/file/test_ring.py",),
+    ),
+    Mutant(
+        "reads-in-the-ring-have-no-bound",
+        "One client has the server hold as much memory as it likes.",
+        "nbdtarget.server.ring_reads:RingReads.room",
+        (("return self._flow.room()", "return 1 << 30, 1 << 40"),),
+        RING_READS,
+    ),
+    Mutant(
+        "read-that-came-short-is-not-read-again",
+        "The client waits for ever.",
+        "nbdtarget.server.ring_reads:RingReads.read_again",
+        (("        if not self._host.is_closed:\n", "        if False:\n"),),
+        RING_READS,
+    ),
+    Mutant(
+        "late-reply-overtakes-half-a-reply",
+        "A reply goes out in the middle of another one: the client reads garbage.",
+        "nbdtarget.server.ring_reads:RingReads.may_send",
+        (("return output.is_empty and not output.is_blocked", "return True"),),
+        RING_READS,
     ),
 )

@@ -37,7 +37,8 @@ throttles. A second thread would only wait for that lock, and hold Python's lock
 file have one thread of their own. On a block device, which has no such lock, they share the pool.
 
 *Fast path.* The compiled fast path of the server reads and writes this file by itself, as `submit` does inline
-(`maybe_fast_file`). It tells of a write that was slow, or that was not taken whole.
+(`maybe_fast_file`). It tells of a write that was slow, or that was not taken whole, and of its reads that wait for the disk:
+they count here, and `close` waits for them.
 
 What a FLUSH and FUA cover, and what becomes of the device when one fails: `sync.py`. How DISCARD and WRITE_ZEROES are
 carried out: `space.py`.
@@ -228,12 +229,20 @@ class FileDevice(Device):
     def maybe_fast_file(self) -> FastFile | None:
         if self._fast is None and IS_COMPILED:
             self._fast = FastFile(
-                self._fd, WRITE_SLOW_NS, self._watch, self._note_unfinished
+                self._fd,
+                WRITE_SLOW_NS,
+                self._watch,
+                self._note_unfinished,
+                self._note_ring_reads,
             )
         if self._fast is not None:
             self._fast.size = self.size
             self._fast.read_max = max(self._read_inline_max, 0)
             self._fast.read_flags = self._read_flags
+            reader = maybe_reader()
+            if reader is not None:
+                self._fast.ring = reader.ring
+                self._fast.ring_max = INLINE_READ_MAX
             self._set_quick()
         return self._fast
 
@@ -336,7 +345,7 @@ class FileDevice(Device):
         if reader is not None:
             done = partial(self._ring_read_done, bio, payload, got)
             if reader.read(self._fd, payload[got:], bio.offset + got, done):
-                self._nr_ring_reads += 1
+                self._note_ring_reads(1)
                 return
         job = partial(self._read_rest, payload, bio.offset, got)
         self._pool.submit(job, partial(self._read_done, bio))
@@ -344,16 +353,20 @@ class FileDevice(Device):
     def _ring_read_done(
         self, bio: Bio, payload: memoryview, got: int, result: int
     ) -> None:
-        self._nr_ring_reads -= 1
-        ended = self._ring_reads_ended
-        if ended is not None and not self._nr_ring_reads and not ended.done():
-            ended.set_result(None)
+        self._note_ring_reads(-1)
         if result == len(payload) - got:
             bio.end(0)
             return
         # It came short, or failed: a worker meets the reason again, and tells it.
         job = partial(self._read_rest, payload, bio.offset, got + max(result, 0))
         self._pool.submit(job, partial(self._read_done, bio))
+
+    def _note_ring_reads(self, more: int) -> None:
+        """So many reads more are in the ring; fewer, if it is negative."""
+        self._nr_ring_reads += more
+        ended = self._ring_reads_ended
+        if ended is not None and not self._nr_ring_reads and not ended.done():
+            ended.set_result(None)
 
     @property
     def nr_in_flight(self) -> int:

@@ -35,18 +35,23 @@ class RingReader:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Raises: OSError: io_uring is not allowed. MemoryError."""
         self.loop = loop
-        self._ring = Ring(READS_MAX)
+        self.ring = Ring(READS_MAX)
         self._flush_soon = Soon(self.flush)
         self._clock = LoopClock()
         self._refused = SayRarely(self._clock)
-        loop.add_reader(self._ring.event_fd, self._reap)
+        self.ring.left_over = self._flush_soon.ask
+        self.watch()
+
+    def watch(self) -> None:
+        """Have the loop call when reads have ended."""
+        self.loop.add_reader(self.ring.event_fd, self._reap)
 
     def read(self, fd: int, buffer: memoryview, offset: int, done: _Done) -> bool:
         """Fill `buffer`; `done` gets the number of bytes read, or minus the errno. Returns False if it has no room.
 
         The caller keeps `fd` open until then, and does not touch the buffer.
         """
-        if not self._ring.read(fd, buffer, offset, done):
+        if not self.ring.read(fd, buffer, offset, done):
             return False
         self._flush_soon.ask()
         return True
@@ -54,7 +59,7 @@ class RingReader:
     def flush(self) -> None:
         """Let the kernel begin what was asked for in this turn of the loop."""
         try:
-            all_taken = self._ring.flush()
+            all_taken = self.ring.flush()
         except OSError as error:
             # The reads stay in the ring, and must not wait for ever: they are offered again.
             all_taken = False
@@ -65,7 +70,7 @@ class RingReader:
             self._clock.call_later(RETRY_S, self._flush_soon.ask)
 
     def _reap(self) -> None:
-        ended = self._ring.reap()
+        ended = self.ring.reap()
         for nr, (done, result) in enumerate(ended):
             try:
                 done(result)
@@ -78,7 +83,7 @@ class RingReader:
     def close(self) -> None:
         """Stop watching. Reads that are under way never end."""
         self._flush_soon.cancel()
-        self.loop.remove_reader(self._ring.event_fd)
+        self.loop.remove_reader(self.ring.event_fd)
 
 
 _reader: RingReader | None = None

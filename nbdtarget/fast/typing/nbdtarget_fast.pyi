@@ -2,7 +2,9 @@
 """Types of the extension module; what things mean stands in `nbdtarget_fast.pyx`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
+
+from nbdtarget_ring import Ring
 
 Buffer = Any  # collections.abc.Buffer is new in Python 3.12
 
@@ -18,11 +20,31 @@ CLOSED: Final = 5
 FAILED: Final = 6
 POLLED: Final = 7
 
+class ReadsInFlight(Protocol):
+    """Of a mapped device."""
+
+    def begin_reads(self, nr: int) -> None: ...
+    def end_reads(self, nr: int) -> None: ...
+
+class RingReads(Protocol):
+    """What a connection has to do with its reads in the ring: see `nbdtarget.server.ring_reads`."""
+
+    def room(self) -> tuple[int, int]: ...
+    def begun(self, nr: int, nr_bytes: int) -> None: ...
+    def may_send(self) -> bool: ...
+    def push(self, data: bytes, charge: int) -> None: ...
+    def ended(self, nr: int, nr_bytes: int) -> None: ...
+    def read_again(self, cookie: int, offset: int, length: int) -> None: ...
+
 class FastFile:
     size: int
     read_max: int
     read_flags: int
     write_max: int
+    ring: Ring | None
+    ring_max: int
+    align: int
+    fake_misses: int
 
     def __init__(
         self,
@@ -30,6 +52,7 @@ class FastFile:
         slow_ns: int,
         was_slow: Callable[[], None],
         was_unfinished: Callable[[int, int, int, int], None],
+        note_reads: Callable[[int], None] | None = None,
     ) -> None: ...
 
 class Route:
@@ -39,6 +62,9 @@ class Route:
     is_read_only: bool
     locked: Mapping[int, object] | None
     was_served: Callable[[int, int], None] | None
+    in_flight: tuple[ReadsInFlight, ...]
+    hold: Callable[[int], None] | None
+    let_go: Callable[[int], None] | None
 
     @staticmethod
     def flat(file: FastFile, delta: int, size: int) -> Route: ...
@@ -95,8 +121,10 @@ class Plane:
         turn_ns: int,
         flush_at: int,
         poison: bool,
+        ring_reads: RingReads | None = None,
     ) -> None: ...
     def release(self) -> None: ...
+    def reads_ended(self, _: int) -> None: ...
     def turn(
         self,
         route: Route,

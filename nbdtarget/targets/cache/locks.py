@@ -143,6 +143,10 @@ class BlockLocks:
         self._readers[oblock] = self._readers.get(oblock, 0) + 1
         bio.on_end(CachedRead(self, oblock, cblock))
 
+    def hold_read(self, oblock: int) -> None:
+        """As `hold_cached`, for a READ without a bio: `end_read` is called when it has ended."""
+        self._readers[oblock] = self._readers.get(oblock, 0) + 1
+
     def let_go(self, bio: Bio) -> None:
         """`bio`, a write that holds its block, does no more I/O on it, and ends later."""
         assert bio.hooks is not None

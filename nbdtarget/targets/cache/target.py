@@ -205,6 +205,9 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             self.begin + self.length,
         )
         self._route.locked = self._locked
+        # A READ that waits for the disk holds its block, as `map` has it.
+        self._route.hold = self._locks.hold_read
+        self._route.let_go = self._locks.end_read
         self._route.was_served = self._was_served
         self._open_route()
         return self._route

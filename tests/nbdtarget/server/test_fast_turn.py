@@ -10,65 +10,38 @@ import asyncio
 import errno as errnos
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from nbdtarget.devices import resolve
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.dm.mapped_device import MappedDevice
-from nbdtarget.dm.registry import Registry
 from nbdtarget.fast import compiled
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.limits import Limits
-from nbdtarget.server.listener import Listener
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_protocol import consts as c
 from tests.support.peer import Peer, Reply
+from tests.support.site import (
+    BLOCK,
+    SECTORS,
+    SIZE,
+    TABLES,
+    Site,
+    cache,
+    clone,
+    force_misses,
+    linear,
+)
 
 needs_compiled = pytest.mark.skipif(
     not compiled.IS_COMPILED, reason=compiled.describe()
 )
 
-SIZE: Final = 4 << 20
-SECTORS: Final = SIZE // 512
-BLOCK: Final = 64 << 10
 BATCH_MAX: Final = 40
 NR_SEEDS: Final = int(os.environ.get("CONVERSATIONS", "2"))
-
-
-class Site:
-    """The files of one test, a registry and a listener."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.registry = Registry(resolve)
-        self.limits = Limits(poison_borrowed=True)
-        self.listener: Listener | None = None
-        self.peers: list[Peer] = []
-
-    def file(self, name: str, content: bytes) -> str:
-        path = self.folder / name
-        path.write_bytes(content)
-        return str(path)
-
-    async def attach(self, *, structured: bool = True) -> Peer:
-        if self.listener is None:
-            self.listener = Listener(self.registry, limits=self.limits)
-            await self.listener.start(f"unix:{self.folder}/s")
-        peer = await Peer.connect(self.folder / "s")
-        self.peers.append(peer)
-        await peer.attach(structured=structured)
-        return peer
-
-    async def close(self) -> None:
-        for peer in self.peers:
-            peer.close()
-        if self.listener is not None:
-            await self.listener.close()
-        await self.registry.close()
 
 
 @pytest.fixture
@@ -76,43 +49,6 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     made = Site(tmp_path)
     yield made
     await made.close()
-
-
-# ---- tables; each is the same disk of random bytes at the beginning ----
-
-
-def linear(site: Site, content: bytes) -> str:
-    disk = site.file("disk", b"x" * 4096 + content)
-    return f"0 {SECTORS} linear {disk} 8"
-
-
-def stacked(site: Site, content: bytes) -> str:
-    """One target on another: not a file, as far as the upper device knows."""
-    disk = site.file("disk", content)
-    half = SECTORS // 2
-    return f"0 {half} linear {disk} 0\n{half} {half} linear {disk} {half}"
-
-
-def clone(site: Site, content: bytes) -> str:
-    source = site.file("source", content)
-    site.file("dest", bytes(SIZE))
-    names = f"{site.folder}/clone.meta {site.folder}/dest {source}"
-    return f"0 {SECTORS} clone {names} {BLOCK // 512} 0 4 hydration_threshold 1 hydration_batch_size 1"
-
-
-def cache(site: Site, content: bytes) -> str:
-    origin = site.file("origin", content)
-    site.file("fast", bytes(SIZE // 2))
-    names = f"{site.folder}/cache.meta {site.folder}/fast {origin}"
-    return f"0 {SECTORS} cache {names} {BLOCK // 512} 1 writeback smq 0"
-
-
-TABLES: Final[dict[str, Callable[[Site, bytes], str]]] = {
-    "linear": linear,
-    "two targets": stacked,
-    "clone": clone,
-    "cache": cache,
-}
 
 
 # ---- conversations ----
@@ -226,6 +162,21 @@ async def disturb(site: Site, pick: random.Random, table: str) -> None:
 async def test_conversations_read_what_was_written(
     site: Site, name: str, seed: int, structured: bool
 ) -> None:
+    await converse(site, name, seed, structured=structured)
+
+
+@needs_compiled
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("seed", range(NR_SEEDS // 2))
+async def test_conversations_whose_reads_miss_the_page_cache(
+    site: Site, name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three are in the ring while the table is suspended and swapped."""
+    force_misses(monkeypatch, (1 << 33) // 3)
+    await converse(site, name, seed, structured=seed % 2 == 0)
+
+
+async def converse(site: Site, name: str, seed: int, *, structured: bool) -> None:
     pick = random.Random(f"{name} {seed}")
     content = pick.randbytes(SIZE // 2) + bytes(SIZE // 2)
     table = TABLES[name](site, content)

@@ -150,6 +150,18 @@ async def test_close_waits_for_what_a_thread_finishes(device: FileDevice) -> Non
         assert (await ended).status == errnos.EIO
 
 
+async def test_close_waits_for_reads_of_the_compiled_path(device: FileDevice) -> None:
+    """Also where no table waits any more, because it has failed."""
+    device._note_ring_reads(2)
+    closing = asyncio.create_task(device.close())
+    await asyncio.sleep(0)
+    device._note_ring_reads(-1)
+    await asyncio.sleep(0)
+    assert device._fd >= 0
+    device._note_ring_reads(-1)
+    await closing
+
+
 @needs_ring
 @pytest.mark.parametrize("how", ["no room", "an error"])
 async def test_reads_that_the_kernel_does_not_take_are_offered_again(
@@ -158,7 +170,7 @@ async def test_reads_that_the_kernel_does_not_take_are_offered_again(
     monkeypatch.setattr(ring, "_reader", None)
     reader = ring.maybe_reader()
     assert reader is not None
-    real = reader._ring
+    real = reader.ring
     refused: list[str] = []
 
     class Refusing:
@@ -175,7 +187,7 @@ async def test_reads_that_the_kernel_does_not_take_are_offered_again(
                 raise OSError(errnos.ENOMEM, os.strerror(errnos.ENOMEM))
             return False
 
-    monkeypatch.setattr(reader, "_ring", Refusing())
+    monkeypatch.setattr(reader, "ring", Refusing())
     async with asyncio.timeout(10):
         assert (await device.read(4096, 4096)) == CONTENT[4096:8192]
     assert len(refused) == 3

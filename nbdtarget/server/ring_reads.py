@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RingReads`: what a connection has to do with the READs that the compiled fast path has in the ring.
+
+Theory of operation. A READ that the page cache cannot answer goes to the disk without a bio: `nbdtarget_fast.Plane`
+puts it into the ring of `nbdtarget.devices.file.ring`, and sends the reply when it has ended. Between the two it is in
+flight like any other request: it counts in `Flow`, and so in the budget; the connection is not released before it has
+ended. The plane calls these methods, once for a batch:
+
+    room        before the first one of a turn: how many may begin
+    begun       after the turn
+    may_send    when some have ended: whether their replies may leave before all others
+    push        what the socket did not take goes to the queue
+    ended       after that
+    read_again  one that failed or came short is read in the usual way, which meets the reason again, and tells it
+
+A READ for which there is no room is served in the usual way, where it meets the bound and pauses the connection.
+"""
+
+from nbdtarget.server.flow import Flow
+from nbdtarget.server.output import Output
+from nbdtarget.server.requests import Requests
+from nbdtarget.server.shared import Host
+
+__all__ = ["RingReads"]
+
+
+class RingReads:
+    """See the module head."""
+
+    __slots__ = ("_flow", "_host", "_output", "_requests")
+
+    def __init__(
+        self, host: Host, requests: Requests, output: Output, flow: Flow
+    ) -> None:
+        self._host, self._requests = host, requests
+        self._output, self._flow = output, flow
+
+    def room(self) -> tuple[int, int]:
+        """Return how many READs, and how many bytes of them, may begin now."""
+        return self._flow.room()
+
+    # hot: these three once for each batch of READs that miss the page cache
+    def begun(self, nr: int, nr_bytes: int) -> None:
+        self._flow.begin_requests(nr, nr_bytes)
+        self._requests.look_at_bounds()
+
+    def may_send(self) -> bool:
+        output = self._output
+        return output.is_empty and not output.is_blocked
+
+    def ended(self, nr: int, nr_bytes: int) -> None:
+        """Args: nr_bytes: of those whose replies have left, or that have failed."""
+        self._flow.end_requests(nr, nr_bytes)
+        self._host.reads_ended()
+
+    def push(self, data: bytes, charge: int) -> None:
+        if self._host.is_closed:
+            self._flow.give_back(charge, None)
+        else:
+            self._output.push(data, charge)
+
+    def read_again(self, cookie: int, offset: int, length: int) -> None:
+        if not self._host.is_closed:
+            self._requests.read_again(cookie, offset, length)
