@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a destination hydrates from an NBD source, against nbdcopy between the same two.
 
-    python -m scripts.bench_hydration [--size MIB] [--repeat N] [--holes]
+    python -m scripts.bench_hydration [--quick] [--size MIB] [--repeat N] [--holes] [--only SOURCE]...
 
-The source is an image in the page cache behind nbdkit's file plugin on a unix socket. Both
-sides start from no destination and end with one that is flushed (`nbdcopy --flush`; a clone
+The source is an image behind nbdkit's file plugin, in the page cache, written in pieces of 64 KiB as all images of the benches
+are. It is reached in four ways, of which `--only` chooses some:
+
+    unix, tcp            the server says that it takes several connections: nbdcopy uses four, we too
+    unix-one, tcp-one    it takes one (nbdkit's filter multi-conn)
+
+Both sides begin with a destination that is a hole, and end with one that is flushed (`nbdcopy --flush`; a clone
 that exits when hydrated has committed). They take turns, in alternating order, and each
 ratio is of one round. Afterwards both destinations must equal the source.
 
-Outside the timing nbdtarget starts once, so that its byte code is there as where it is
-installed.
+`clone` is the whole command: it starts Python, makes metadata, serves, copies, commits and stops. `start` is what the same
+command takes for one region, the median of all rounds; a second ratio leaves that out. CPU time is that of the copying process, without the
+server's and the kernel's own threads.
 
-nbdcopy drops what it wrote from the page cache; the clone keeps it for its clients. So where
-memory never used before is dear (a virtual machine whose host takes idle memory back: filling
-the page cache was seen to cost 0.2 to 2.6 CPU seconds a GiB), only the clone pays for it.
+nbdcopy drops what it has written from the page cache, and so does the background of a clone.
 """
 
 import argparse
@@ -28,76 +32,107 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.support.processes import NBDTARGET, nbdkit_file
+from rich.console import Console
+from rich.table import Table
 
-__all__ = ["Copy", "main"]
+from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
+
+__all__ = ["SOURCES", "Copy", "main", "summarize"]
 
 MIB: Final = 1 << 20
+GIB: Final = 1 << 30
 PATTERN_MIB: Final = 64
+PIECE: Final = 64 << 10
+TCP_PORT: Final = 10829  # and the next one
+ONE: Final = ("--filter=multi-conn",)
+ONE_SETTINGS: Final = ("multi-conn-mode=disable",)
+WANTED: Final = {"unix": 1.1, "tcp": 1.1, "unix-one": 0.85, "tcp-one": 0.85}
+SOURCES: Final = tuple(WANTED)
 
 
 @dataclass(frozen=True)
 class Copy:
-    """One whole copy: seconds of wall clock, and of CPU in the copying process."""
+    """One whole copy: seconds of wall clock and of CPU, and the most memory, of the copying process."""
 
     wall_s: float
     cpu_s: float
+    peak_rss_mib: float
 
 
 def make_source(path: Path, *, size: int, holes: bool) -> None:
     """Write incompressible data; with `holes`, every second 64 MiB only."""
     pattern = os.urandom(PATTERN_MIB * MIB)
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
         file.truncate(size)
         for number, offset in enumerate(range(0, size, len(pattern))):
-            if not holes or number % 2 == 0:
-                file.seek(offset)
-                file.write(pattern[: size - offset])
+            if holes and number % 2:
+                continue
+            file.seek(offset)
+            for at in range(0, min(len(pattern), size - offset), PIECE):
+                file.write(pattern[at : at + PIECE])
         os.fsync(file.fileno())
 
 
 def timed(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Copy:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin_s = time.monotonic()
-    subprocess.run(
-        argv, check=True, stdin=subprocess.DEVNULL, capture_output=True, env=env
+    child = subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=env,
     )
+    # Not `getrusage`, whose peak of memory is that of all children so far.
+    _, status, usage = os.wait4(child.pid, 0)
     wall_s = time.monotonic() - begin_s
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return Copy(wall_s, cpu_s)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, argv)
+    return Copy(wall_s, _cpu_s(usage), usage.ru_maxrss / 1024)
+
+
+def _cpu_s(usage: resource.struct_rusage) -> float:
+    return float(usage.ru_utime + usage.ru_stime)
+
+
+def fresh(dest: Path, size: int) -> None:
+    """Make a destination that is a hole; the blocks of the one before go back to the file system here."""
+    dest.unlink(missing_ok=True)
+    with dest.open("wb") as file:
+        file.truncate(size)
+    os.sync()
 
 
 def nbdcopy(uri: str, work: Path, size: int) -> Copy:
     dest = work / "nbdcopy.img"
-    with dest.open("wb") as file:
-        file.truncate(size)  # as ours: made, not counted
+    fresh(dest, size)
     return timed(["nbdcopy", "--flush", uri, str(dest)])
 
 
-def clone(uri: str, work: Path, size: int) -> Copy:
-    dest = work / "clone.img"
-    for path in (dest, work / "clone.meta"):
-        path.unlink(missing_ok=True)
-    with dest.open("wb") as file:
-        file.truncate(size)
+def clone(uri: str, work: Path, size: int, name: str = "clone") -> Copy:
+    dest, metadata = work / f"{name}.img", work / f"{name}.meta"
+    metadata.unlink(missing_ok=True)
+    fresh(dest, size)
     argv = [NBDTARGET, "clone", uri, str(dest)]
-    argv += ["--metadata", str(work / "clone.meta"), "--exit-when-hydrated"]
+    argv += ["--metadata", str(metadata), "--exit-when-hydrated"]
     argv += ["--listen", f"unix:{work / 'clone.sock'}"]
+    argv += ["--control", str(work / "clone.control")]
+    # The byte code is there, as where it is installed.
     env = {**os.environ, "PYTHONPYCACHEPREFIX": str(work / "pycache")}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     return timed(argv, env)
 
 
-def compile_byte_code(work: Path) -> None:
+def start(work: Path) -> Copy:
     """Run a clone of next to nothing."""
-    tiny = work / "tiny.img"
-    tiny.write_bytes(b"x" * MIB)
-    clone(str(tiny), work, MIB)
+    tiny = work / "tiny-source.img"
+    tiny.write_bytes(b"x" * PIECE)
+    return clone(str(tiny), work, PIECE, "tiny")
 
 
 def rounds(uri: str, work: Path, size: int, repeat: int) -> dict[str, list[Copy]]:
@@ -105,61 +140,140 @@ def rounds(uri: str, work: Path, size: int, repeat: int) -> dict[str, list[Copy]
         ("nbdcopy", nbdcopy),
         ("clone", clone),
     ]
-    if shutil.which("nbdcopy") is None:
-        print("skipping nbdcopy: it is not installed")
-        del sides[0]
-    results: dict[str, list[Copy]] = {name: [] for name, _ in sides}
+    results: dict[str, list[Copy]] = {
+        name: [] for name in ("nbdcopy", "clone", "start")
+    }
     for round_nr in range(repeat):
         for name, copy in sides if round_nr % 2 == 0 else reversed(sides):
-            dest = work / f"{name}.img"
-            # The blocks of the last round go back to the file system outside the timing.
-            dest.unlink(missing_ok=True)
-            os.sync()
-            result = copy(uri, work, size)
-            results[name].append(result)
-            print(
-                f"round {round_nr + 1}/{repeat} {name:8} {result.wall_s:6.2f} s wall"
-                f" {result.cpu_s:6.2f} s CPU {size / MIB / result.wall_s:7.0f} MiB/s",
-                flush=True,
-            )
+            results[name].append(copy(uri, work, size))
+        results["start"].append(start(work))
     return results
+
+
+def summarize(results: Mapping[str, Sequence[Copy]], size: int) -> dict[str, float]:
+    """Reduce the rounds of one source to medians, and ratios of rounds."""
+
+    def median(side: str, field: str) -> float:
+        return float(statistics.median(getattr(each, field) for each in results[side]))
+
+    start_s, start_cpu_s = median("start", "wall_s"), median("start", "cpu_s")
+    pairs = list(zip(results["nbdcopy"], results["clone"], strict=True))
+    return {
+        "nbdcopy_s": median("nbdcopy", "wall_s"),
+        "clone_s": median("clone", "wall_s"),
+        "start_s": start_s,
+        "ratio": statistics.median(t.wall_s / o.wall_s for t, o in pairs),
+        "ratio_without_start": statistics.median(
+            t.wall_s / max(o.wall_s - start_s, 0.001) for t, o in pairs
+        ),
+        "nbdcopy_cpu_s_per_gib": median("nbdcopy", "cpu_s") / (size / GIB),
+        "clone_cpu_s_per_gib": (median("clone", "cpu_s") - start_cpu_s) / (size / GIB),
+        "nbdcopy_rss_mib": median("nbdcopy", "peak_rss_mib"),
+        "clone_rss_mib": median("clone", "peak_rss_mib"),
+    }
+
+
+def table(summary: Mapping[str, Mapping[str, float]], size: int) -> Table:
+    shown = Table(title=f"hydration of {size // MIB} MiB, flushed; medians")
+    for column in (
+        "source",
+        "nbdcopy s",
+        "clone s",
+        "start s",
+        "times nbdcopy",
+        "without start",
+        "wanted",
+        "CPU s/GiB nbdcopy",
+        "clone",
+        "peak MiB nbdcopy",
+        "clone ",
+    ):
+        shown.add_column(column, justify="right")
+    for source, row in summary.items():
+        shown.add_row(
+            source,
+            *(f"{row[key]:.2f}" for key in ("nbdcopy_s", "clone_s", "start_s")),
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_without_start']:.2f}",
+            f"{WANTED[source]:.2f}",
+            f"{row['nbdcopy_cpu_s_per_gib']:.2f}",
+            f"{row['clone_cpu_s_per_gib']:.2f}",
+            f"{row['nbdcopy_rss_mib']:.0f}",
+            f"{row['clone_rss_mib']:.0f}",
+        )
+    return shown
+
+
+def serve(name: str, source: Path, work: Path, stack: ExitStack) -> str:
+    """Serve the source in the way of that name until `stack` ends; return the URI."""
+    filters, settings = (ONE, ONE_SETTINGS) if name.endswith("-one") else ((), ())
+    log = work / "log"
+    if name.startswith("unix"):
+        path = work / f"{name}.sock"
+        stack.enter_context(
+            nbdkit_file(source, path, log, "--readonly", *filters, settings=settings)
+        )
+        return f"nbd+unix:///?socket={path}"
+    port = TCP_PORT + bool(filters)
+    argv = ["nbdkit", "--foreground", "--ipaddr", "127.0.0.1", "--port", str(port)]
+    argv += ["--readonly", "--pidfile", str(work / f"{name}.pid"), *filters]
+    argv += ["file", str(source), *settings]
+    stack.enter_context(ServerProcess(argv, sockets=[], log=log))
+    deadline_s = time.monotonic() + 10
+    while not (work / f"{name}.pid").exists():  # it is written when it listens
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"nbdkit does not listen: {log.read_text()}")
+        time.sleep(0.01)
+    return f"nbd://127.0.0.1:{port}/"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Hydration against nbdcopy.")
     parser.add_argument("--size", type=int, default=4096, help="MiB (4096)")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="512 MiB, one round")
     parser.add_argument("--holes", action="store_true", help="half of it is a hole")
+    parser.add_argument("--only", action="append", choices=SOURCES)
     parser.add_argument("--dir", help="where the images go (a temporary directory)")
+    parser.add_argument("--source", help="an image to copy, instead of a new one")
     parser.add_argument("--output", help="write a JSON report")
     options = parser.parse_args(argv)
-    if shutil.which("nbdkit") is None:
-        print("nbdkit is not installed: there is no source to copy from")
+    missing = [tool for tool in ("nbdkit", "nbdcopy") if shutil.which(tool) is None]
+    if missing:
+        print(f"{' and '.join(missing)}: not installed")
         return 1
-    size = options.size * MIB
-    with tempfile.TemporaryDirectory(
-        prefix="nbdtarget-bench-", dir=options.dir
-    ) as name:
+    size, repeat = options.size * MIB, options.repeat
+    if options.quick:
+        size, repeat = 512 * MIB, 1
+    results: dict[str, dict[str, list[Copy]]] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="nbdtarget-bench-", dir=options.dir) as name,
+        ExitStack() as stack,
+    ):
         work = Path(name)
-        source, path = work / "source.img", work / "source.sock"
-        make_source(source, size=size, holes=options.holes)
-        uri = f"nbd+unix:///?socket={path}"
-        with nbdkit_file(source, path, work / "log", "--readonly"):
-            compile_byte_code(work)
-            results = rounds(uri, work, size, options.repeat)
-        for side in results:
-            if not filecmp.cmp(source, work / f"{side}.img", shallow=False):
-                print(f"{side}: the destination differs from the source")
-                return 1
+        source = work / "source.img"
+        if options.source:
+            source = Path(options.source)
+            size = source.stat().st_size
+        else:
+            make_source(source, size=size, holes=options.holes)
+        start(work)  # compiles
+        for each in options.only or SOURCES:
+            uri = serve(each, source, work, stack)
+            results[each] = rounds(uri, work, size, repeat)
+            for side in ("nbdcopy", "clone"):
+                if not filecmp.cmp(source, work / f"{side}.img", shallow=False):
+                    print(f"{each}: the destination of {side} differs from the source")
+                    return 1
+    summary = {each: summarize(found, size) for each, found in results.items()}
+    Console(width=140).print(table(summary, size))
     if options.output:
-        report = {side: [asdict(c) for c in copies] for side, copies in results.items()}
-        Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
-    if "nbdcopy" in results:
-        ratio = statistics.median(
-            theirs.wall_s / ours.wall_s
-            for theirs, ours in zip(results["nbdcopy"], results["clone"], strict=True)
-        )
-        print(f"the clone hydrates {ratio:.2f} times as fast as nbdcopy (wanted: 1.0)")
+        report = {
+            each: {side: [asdict(c) for c in copies] for side, copies in found.items()}
+            for each, found in results.items()
+        }
+        text = json.dumps({"summary": summary, "raw": report}, indent=1)
+        Path(options.output).write_text(text + "\n")
     return 0
 
 

@@ -48,6 +48,7 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.common.errors import DeviceError
+from nbdtarget.devices.bulk_streams import BulkStream, BulkWriter
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.workers import WorkerPool
 from nbdtarget_metadata.disks import Evidence, Mark
@@ -191,6 +192,14 @@ class Device:
         """As `submit`, for a bio that no client waits for: it holds the loop up less, and takes longer."""
         self.submit(bio)
 
+    def lend_streams(self) -> list[BulkStream]:
+        """Lend what threads of a bulk copy may read with: see `nbdtarget.devices.bulk`. None: it is read by bios."""
+        return []
+
+    def maybe_bulk_writer(self) -> BulkWriter | None:
+        """Return what threads of a bulk copy may write with, or None: it is written by bios."""
+        return None
+
     def maybe_route(self) -> "Route | None":
         """Return where plain READs and WRITEs may go on the compiled fast path until other Python code runs.
 
@@ -271,6 +280,13 @@ class Device:
         """Hint that much has been written, and that a flush will come: begin to write it back.
 
         Never waits; promises nothing.
+        """
+
+    async def write_behind(self, ranges: list[tuple[int, int]]) -> None:
+        """Hint that nobody will need what was written to `ranges` (begin, end) soon.
+
+        Begin to write them back; wait until those of the call before have been written, and drop these from
+        the page cache. Without ranges, that is all. One call at a time. Promises nothing.
         """
 
     async def prefetch(self, offset: int, length: int) -> None:

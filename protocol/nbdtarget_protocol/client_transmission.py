@@ -276,6 +276,11 @@ class ClientTransmission:
         # The rest of a small payload comes first: the offer is for what is behind it.
         return self._scratch_view[self._end : self._end + self._left + self._offer]
 
+    @property
+    def wants_all(self) -> bool:
+        """Whether all bytes of the last `get_buffer()` will come, so that a receiver may block until they have."""
+        return self._direct
+
     # hot: 1.5 us for each small reply
     def buffer_updated(self, n: int) -> list[Completion]:
         """Take `n` bytes that were received into `get_buffer()`; return what completed.

@@ -56,9 +56,14 @@ class MovesTheSource(Hydrator):
     """I2: gives the source up, once it is copied."""
 
     async def _fill(
-        self, begin: int, end: int, pieces: list[tuple[int, int, bool]]
+        self,
+        begin: int,
+        end: int,
+        pieces: list[tuple[int, int, bool]],
+        *,
+        is_wanted: bool,
     ) -> None:
-        await super()._fill(begin, end, pieces)
+        await super()._fill(begin, end, pieces, is_wanted=is_wanted)
         await self.regions.source.discard(begin, end - begin)
 
 
@@ -134,8 +139,10 @@ class EarlyWord(Committer):
 class LosesCount(Hydration):
     """I7: takes each job for the only one."""
 
-    def _start(self, begin: int, end: int, holes: Holes) -> int:
-        end = super()._start(begin, end, holes)
+    def _start(
+        self, begin: int, end: int, holes: Holes, *, is_wanted: bool = False
+    ) -> int:
+        end = super()._start(begin, end, holes, is_wanted=is_wanted)
         self.regions.nr_hydrating = 0
         return end
 

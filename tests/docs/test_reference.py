@@ -13,7 +13,9 @@ from nbdtarget.config import file as configuration
 from nbdtarget.control import messages, paths
 from nbdtarget.control.bodies import BODY_BYTES_MAX, OTHER_BODY_BYTES_MAX
 from nbdtarget.control.doorkeeper import CONNECTIONS_MAX
-from nbdtarget.devices.nbd.uri import EXPORT_NAME_MAX
+from nbdtarget.devices.bulk import CHUNK_BYTES, CHUNKS_PER_STREAM
+from nbdtarget.devices.nbd.uri import CONNECTIONS, EXPORT_NAME_MAX
+from nbdtarget.devices.nbd.uri import CONNECTIONS_MAX as NBD_CONNECTIONS_MAX
 from nbdtarget.devices.registry import SCHEMES
 from nbdtarget.dm import registry
 from nbdtarget.dm import table as dm_table
@@ -23,6 +25,7 @@ from nbdtarget.policies.registry import ALIASES, POLICY_TYPES
 from nbdtarget.server.address import UNIX_PATH_MAX
 from nbdtarget.server.block_status import NAMESPACE
 from nbdtarget.server.limits import Limits
+from nbdtarget.targets.background_copier import WINDOW_BYTES, WINDOWS_MAX
 from nbdtarget.targets.base import Target
 from nbdtarget.targets.cache import table as cache_table
 from nbdtarget.targets.cache.extents import CACHE
@@ -154,6 +157,19 @@ def test_default_of_a_limit_is_the_one_that_the_page_tells(key: str) -> None:
         ("UUID of a device", registry.UUID_LENGTH_MAX),
         ("path of a unix socket", UNIX_PATH_MAX),
         ("name of an export below, in a URI", EXPORT_NAME_MAX),
+        ("connections to a server below, by `connections` in a URI", CONNECTIONS),
+        (
+            "connections to a server below, by `connections` in a URI",
+            NBD_CONNECTIONS_MAX,
+        ),
+        (
+            "memory of a background copy for each connection",
+            CHUNKS_PER_STREAM * CHUNK_BYTES >> 20,
+        ),
+        (
+            "copied in the background, and not yet written to the disk",
+            WINDOWS_MAX * WINDOW_BYTES >> 20,
+        ),
         ("configuration file", configuration.FILE_SIZE_MAX >> 20),
         ("addresses in `listen`", configuration.LISTEN_MAX),
         ("request to the control socket", BODY_BYTES_MAX >> 20),

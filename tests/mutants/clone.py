@@ -278,9 +278,9 @@ CLONE: Final = (
         "nbdtarget.targets.clone.hydration:Hydration._job",
         (
             (
-                "        try:\n            nr_errors = len(await self.hydrator.hydrate(",
+                "        try:\n            errors = await self.hydrator.hydrate(\n",
                 "        regions.prison.release(cell)\n"
-                "        try:\n            nr_errors = len(await self.hydrator.hydrate(",
+                "        try:\n            errors = await self.hydrator.hydrate(\n",
             ),
             (
                 "            regions.nr_hydrating -= weight\n"

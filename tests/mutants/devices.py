@@ -13,12 +13,75 @@ PAGE_CACHE: Final = (
     "tests/nbdtarget/devices/file/test_page_cache.py",
     "tests/crash/test_page_cache.py",
 )
+BULK: Final = (
+    "tests/nbdtarget/devices/test_bulk.py",
+    "tests/nbdtarget/targets/clone/test_bulk_hydration.py",
+)
+BEHIND: Final = ("tests/nbdtarget/devices/file/test_bulk.py",)
 RESOLVE: Final = ("tests/nbdtarget/devices/test_resolve.py",)
 NBD: Final = ("tests/nbdtarget/devices/nbd/test_device.py",)
 
 NBD_LOSS: Final = ("tests/nbdtarget/devices/nbd/test_loss.py",)
 
 DEVICES: Final = (
+    # ---- bulk copies ----
+    Mutant(
+        "bulk-copy-ends-before-its-write",
+        "A copy has ended, and its region counts as hydrated, while the last chunk is being written.",
+        "nbdtarget.devices.bulk:BulkCopies._work",
+        (
+            (
+                "                    under_way.remove(chunk)\n",
+                "",
+            ),
+            (
+                "                    if not chunk.status and not chunk.copy.is_over:\n",
+                "                    under_way.remove(chunk)\n"
+                "                    self._end(chunk)\n"
+                "                    if not chunk.status and not chunk.copy.is_over:\n",
+            ),
+            (
+                "                    buffers.append(_whole(chunk.buffer))\n"
+                "                    self._end(chunk)\n",
+                "                    buffers.append(_whole(chunk.buffer))\n",
+            ),
+        ),
+        BULK,
+    ),
+    Mutant(
+        "bulk-write-error-forgotten",
+        "A thread's write fails, and its copy does not.",
+        "nbdtarget.devices.bulk:BulkCopies._write",
+        (("        if status:\n", "        if False:\n"),),
+        BULK,
+    ),
+    Mutant(
+        "bulk-stream-lost-and-copy-done",
+        "What was asked of a connection that broke counts as copied.",
+        "nbdtarget.devices.bulk:BulkCopies._work",
+        (("            self._note_failure(chunk, errnos.EIO, stream)\n", ""),),
+        BULK,
+    ),
+    Mutant(
+        "writeback-error-told-to-nobody",
+        "The wait for pages takes an error that the next fdatasync does not tell any more, and the device does not latch.",
+        "nbdtarget.devices.file.bulk:Behind.write",
+        (("self._syncs.done(sync, status)", "self._syncs.done(sync, 0)"),),
+        BEHIND,
+    ),
+    Mutant(
+        "flush-overtakes-the-writeback",
+        "A FLUSH that overlaps the wait for pages ends before it is known whether that was told an error.",
+        "nbdtarget.devices.file.bulk:Behind.write",
+        (
+            ("        sync = self._syncs.begin_writeback()\n", ""),
+            (
+                "        self._syncs.done(sync, status)\n",
+                "        self._syncs.done(self._syncs.begin_writeback(), status)\n",
+            ),
+        ),
+        BEHIND,
+    ),
     # ---- a file ----
     Mutant(
         "latch-forgotten-after-a-failed-fsync",
@@ -102,11 +165,11 @@ DEVICES: Final = (
     Mutant(
         "failed-write-does-not-latch",
         "A write to the disk has failed, and a later FLUSH succeeds all the same.",
-        "nbdtarget.devices.file.sync:Syncs.write_failed",
+        "nbdtarget.devices.file.sync:Syncs.note_write_error",
         (
             (
-                "        if bio.op != OP_DISCARD and not self._has_lost_nothing(status):\n"
-                "            self.latch(OP_NAMES[bio.op], status)\n",
+                "        if not self._has_lost_nothing(status):\n"
+                "            self.latch(what, status)\n",
                 "",
             ),
         ),
@@ -118,8 +181,8 @@ DEVICES: Final = (
         "nbdtarget.devices.file.sync:Syncs.write_failed",
         (
             (
-                "if bio.op != OP_DISCARD and not self._has_lost_nothing(status):",
-                "if not self._has_lost_nothing(status):",
+                "        if bio.op == OP_DISCARD:\n",
+                "        if False:\n",
             ),
         ),
         FILE_HEALTH,

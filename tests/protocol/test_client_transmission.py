@@ -459,11 +459,13 @@ def test_large_payload_is_received_into_the_callers_buffer() -> None:
     transmission.request(CMD_READ, 0, 1, 0, size, memoryview(memory))
     scratch = transmission.get_buffer()
     assert len(scratch) == SCRATCH_SIZE
+    assert not transmission.wants_all
     scratch[:20] = simple_reply(0, 1) + b"abcd"
     assert transmission.buffer_updated(20) == []
     payload = transmission.get_buffer()
     assert payload.obj is memory
     assert len(payload) == size - 4
+    assert transmission.wants_all
     payload[:] = bytes(range(256)) * (size // 256 - 1) + bytes(252)
     [completion] = transmission.buffer_updated(size - 4)
     assert memory[:4] == b"abcd"

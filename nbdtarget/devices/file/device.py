@@ -71,6 +71,7 @@ from nbdtarget.bio import (
 from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
+from nbdtarget.devices.file.bulk import Behind, FileWriter
 from nbdtarget.devices.file.extents import find_extents
 from nbdtarget.devices.file.pieces import WRITE_PIECE, write_rest
 from nbdtarget.devices.file.ring import maybe_reader
@@ -150,6 +151,7 @@ class FileDevice(Device):
         self._backoff_ns = BACKOFF_NS_MIN
         self._nr_space_jobs = 0
         self._writeback: asyncio.Task[None] | None = None
+        self._behind: Behind | None = Behind(name, fd, self._syncs)
         self._space = self._probe()
 
     # hot: 4 KiB: read 1.7 us, write 2.0 us, half of it the kernel (scripts/bench_devices.py)
@@ -226,6 +228,15 @@ class FileDevice(Device):
         call(self._fd)
         return 0
 
+    async def write_behind(self, ranges: list[tuple[int, int]]) -> None:
+        if self._behind is not None:
+            await self._behind.write(ranges)
+
+    def maybe_bulk_writer(self) -> FileWriter | None:
+        if self.read_only:
+            return None
+        return FileWriter(self._fd, self._syncs)
+
     def maybe_fast_file(self) -> FastFile | None:
         if self._fast is None and IS_COMPILED:
             self._fast = FastFile(
@@ -267,6 +278,8 @@ class FileDevice(Device):
             self._ring_reads_ended = asyncio.get_running_loop().create_future()
             await self._ring_reads_ended
         await self._writers.close()
+        if self._behind is not None:
+            await self._behind.pool.close()
         await self._pool.close()
         if self._fd >= 0:
             os.close(self._fd)
@@ -566,6 +579,7 @@ class FileDevice(Device):
             self._pools = (self._pool, self._writers)
             if is_memory_file_system(self._fd):
                 self._read_flags = 0
+                self._behind = None  # its page cache is the disk
             if not self.read_only:
                 self.can_discard = can_punch_holes(self._fd, self.size)
                 self.can_write_zeroes = self.can_discard

@@ -42,16 +42,18 @@ class Sync:
     """One system call under way that makes something durable; see *Overlaps* above.
 
     Attributes:
-        bios: those that end with it: several FLUSHes, or one write.
+        bios: those that end with it: several FLUSHes, or one write; none, if it only waits for pages.
+        what: its name in messages.
         is_refused: the write before it was refused by the page cache, or it is a DISCARD: nothing is lost.
         left: so many overlapping syncs must succeed before this one ends.
         held: the syncs that wait for this one.
     """
 
-    __slots__ = ("bios", "held", "is_refused", "left")
+    __slots__ = ("bios", "held", "is_refused", "left", "what")
 
-    def __init__(self, bios: list[Bio]) -> None:
+    def __init__(self, bios: list[Bio], what: str = "") -> None:
         self.bios = bios
+        self.what = what or OP_NAMES[bios[0].op]
         self.is_refused = False
         self.left = 0
         self.held: list[Sync] = []
@@ -89,10 +91,23 @@ class Syncs:
 
     def write_failed(self, bio: Bio, status: int) -> None:
         """A write without FUA has failed; ends it."""
-        self._health.note_error(OP_NAMES[bio.op], status)
-        if bio.op != OP_DISCARD and not self._has_lost_nothing(status):
-            self.latch(OP_NAMES[bio.op], status)
+        if bio.op == OP_DISCARD:
+            self._health.note_error(OP_NAMES[bio.op], status)
+        else:
+            self.note_write_error(OP_NAMES[bio.op], status)
         bio.end(status)
+
+    def note_write_error(self, what: str, status: int) -> None:
+        """A write without FUA has failed, of which there is no bio here."""
+        self._health.note_error(what, status)
+        if not self._has_lost_nothing(status):
+            self.latch(what, status)
+
+    def begin_writeback(self) -> Sync:
+        """A thread is going to wait for pages to be written, and may be told an error. The caller calls `done`."""
+        sync = Sync([], "writeback")
+        self._running.add(sync)
+        return sync
 
     # ---- flushes ----
 
@@ -162,10 +177,9 @@ class Syncs:
         """The system call of `sync` has returned: end its bios, now or after those that overlapped it."""
         self._running.remove(sync)
         if status:
-            what = OP_NAMES[sync.bios[0].op]
-            self._health.note_error(what, status)
+            self._health.note_error(sync.what, status)
             if status != errnos.EOPNOTSUPP and not sync.is_refused:
-                self.latch(what, status)
+                self.latch(sync.what, status)
         # Before any bio ends: an endio may submit more, which did not overlap this one.
         ready = []
         for held in sync.held:

@@ -31,6 +31,8 @@ __all__ = [
     "lock_for_writing",
     "refuses_before_it_takes",
     "start_writeback",
+    "wait_for_writeback",
+    "write_back_range",
 ]
 
 FALLOC_KEEP_SIZE: Final = 0x01
@@ -41,7 +43,9 @@ _BLKSSZGET: Final = 0x1268
 _BLKDISCARD: Final = 0x1277
 _BLKGETSIZE64: Final = 0x80081272
 
+_SYNC_FILE_RANGE_WAIT_BEFORE: Final = 1
 _SYNC_FILE_RANGE_WRITE: Final = 2
+_SYNC_FILE_RANGE_WAIT_AFTER: Final = 4
 
 _TMPFS_MAGIC: Final = 0x01021994
 _RAMFS_MAGIC: Final = 0x858458F6
@@ -151,7 +155,33 @@ def start_writeback(fd: int) -> None:
 
     What goes wrong with one is still reported by the next fdatasync.
     """
-    if _libc.sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE) != 0:
+    _sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+
+def write_back_range(fd: int, begin: int, end: int) -> None:
+    """As `start_writeback`, for the pages of one range."""
+    _sync_file_range(fd, begin, end - begin, _SYNC_FILE_RANGE_WRITE)
+
+
+def wait_for_writeback(fd: int, begin: int, end: int) -> None:
+    """Write the dirty pages of a range to the disk, and wait for them.
+
+    Not durable: the disk may have a cache of its own. An error is told here, and then the next fdatasync of the
+    same open file does not tell it any more.
+    """
+    _sync_file_range(
+        fd,
+        begin,
+        end - begin,
+        _SYNC_FILE_RANGE_WAIT_BEFORE
+        | _SYNC_FILE_RANGE_WRITE
+        | _SYNC_FILE_RANGE_WAIT_AFTER,
+    )
+
+
+def _sync_file_range(fd: int, offset: int, length: int, flags: int) -> None:
+    """Args: length: 0: to the end of the file."""
+    if _libc.sync_file_range(fd, offset, length, flags) != 0:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
 

@@ -3,7 +3,6 @@
 
 import errno as errnos
 import logging
-from typing import Final
 
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.nbd.connection import NbdConnection, connect, wait_until_ended
@@ -11,11 +10,9 @@ from nbdtarget.devices.nbd.uri import NbdUri
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.client import ClientNegotiated
 
-__all__ = ["CONNECTIONS_MAX", "connect_all"]
+__all__ = ["connect_all"]
 
 log = logging.getLogger(__name__)
-
-CONNECTIONS_MAX: Final = 4
 
 
 async def connect_all(
@@ -41,7 +38,7 @@ async def _connect_more(
     name: str, uri: NbdUri, connections: list[NbdConnection]
 ) -> None:
     """Add connections; one that cannot be had is only a loss of speed."""
-    while len(connections) < CONNECTIONS_MAX:
+    while len(connections) < uri.connections:
         try:
             another = await connect(name, uri)
         except ResolveError as error:

@@ -45,6 +45,7 @@ import errno as errnos
 import logging
 import os
 import socket
+import struct
 from collections.abc import Callable
 from typing import Final
 
@@ -179,6 +180,37 @@ class NbdConnection:
         else:
             # Others may follow in this turn of the loop: they leave in one system call.
             self._send_soon.ask()
+
+    def maybe_lend(self) -> tuple[socket.socket, ClientTransmission] | None:
+        """Hand the idle connection to a thread, which may block on it; None: it cannot be had now.
+
+        The socket is blocking, and a receive fails with EAGAIN after the time that a read has. Until
+        `take_back`, only `close` may be called here.
+        """
+        if not self._is_open or self._is_given_up or self._transmission.in_flight:
+            return None
+        if self._out or self._is_garbled:
+            return None
+        self._loop.remove_reader(self._fd)
+        self._read_on_soon.cancel()
+        if self._ticker is not None:
+            self._ticker.cancel()  # it would look at what the thread has in flight
+            self._ticker = None
+        self._seen = {}
+        self._set_blocking(self.uri.read_timeout_s)
+        return self._sock, self._transmission
+
+    def take_back(self) -> None:
+        """The thread has ended, and left nothing in flight."""
+        assert not self._transmission.in_flight
+        self._sock.setblocking(False)
+        self._loop.add_reader(self._fd, self._readable)
+
+    def _set_blocking(self, timeout_s: float) -> None:
+        # Not `settimeout`, with which each receive would cost a poll of its own.
+        self._sock.setblocking(True)
+        timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1_000_000))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
     def give_up(self) -> list[Completion]:
         """Take back everything that is in flight, as if answered with EIO. Nothing more is sent."""

@@ -2,7 +2,7 @@
 """`NbdDevice`: an export of another NBD server.
 
 Theory of operation. A bio becomes one request, or several pieces, on one of the device's
-connections (several if the server says CAN_MULTI_CONN). At most IN_FLIGHT_MAX requests are
+connections (several if the server says CAN_MULTI_CONN; some of them are lent to bulk copies, see `lent.py`). At most IN_FLIGHT_MAX requests are
 with the server; what is beyond waits its turn in a queue whose length the submitters bound.
 
     READ, WRITE    pieces of at most the server's payload_max
@@ -47,6 +47,7 @@ later. Whether the content is what it was is up to the server.
 """
 
 import asyncio
+import contextlib
 import errno as errnos
 import logging
 from collections import deque
@@ -67,7 +68,7 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
-from nbdtarget.common.clock import sleep
+from nbdtarget.common.clock import sleep, timeout
 from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.base import (
     EXTENT_DATA,
@@ -78,9 +79,11 @@ from nbdtarget.devices.base import (
     Extent,
     append_extent,
 )
+from nbdtarget.devices.bulk_streams import BulkStream
 from nbdtarget.devices.identity import NBD, nbd_ids
 from nbdtarget.devices.nbd.connect import connect_all
 from nbdtarget.devices.nbd.connection import NbdConnection, connect
+from nbdtarget.devices.nbd.lent import LentConnection
 from nbdtarget.devices.nbd.uri import parse_nbd_uri
 from nbdtarget.devices.nbd.writes import Writes
 from nbdtarget_metadata.disks import Evidence
@@ -97,6 +100,7 @@ RECONNECT_S_MIN: Final = (
     0.25  # from the loss to the first attempt, and twice as long to the next
 )
 RECONNECT_S_MAX: Final = 5.0
+LENT_END_S_MAX: Final = 2.0  # for the threads of bulk copies to end, when it is closed
 RANGE_MAX: Final = 1 << 30  # bytes of a request that carries no payload
 STATUS_RANGE_MIN: Final = (
     1 << 20
@@ -160,6 +164,9 @@ class NbdDevice(Device):
         payload_max = negotiated.payload_max // self._block * self._block
         self._piece_max = min(PIECE_MAX, payload_max)
         self._connections = connections
+        self._lent: set[LentConnection] = set()
+        self._nr_borrowed = 0  # those included that were shut, and have not come back
+        self._came_back = asyncio.Event()
         self._turn = 0
         self._in_flight = 0
         self._queue: deque[_Request] = deque()
@@ -192,7 +199,53 @@ class NbdDevice(Device):
 
     @property
     def nr_connections(self) -> int:
-        return len(self._connections)
+        return len(self._connections) + len(self._lent)
+
+    def lend_streams(self) -> list[BulkStream]:
+        """Lend each connection but one that is idle now, if nothing is written here.
+
+        A server that takes one connection only is read through that one, by bios.
+        """
+        if self._is_lost or not self.read_only:
+            return []
+        lent = LentConnection.borrow_all(self, self._connections[1:], self._block)
+        self._lent.update(lent)
+        self._nr_borrowed += len(lent)
+        self._connections = [
+            each
+            for each in self._connections
+            if not any(each is other.connection for other in lent)
+        ]
+        return list(lent)
+
+    def lent_came_back(self, lent: LentConnection, reason: str) -> None:
+        """A bulk copy has ended, or with a `reason`: the connection is broken."""
+        self._nr_borrowed -= 1
+        self._came_back.set()
+        is_ours = lent in self._lent
+        self._lent.discard(lent)
+        if is_ours and not reason and not self._is_lost:
+            lent.connection.take_back()
+            self._connections.append(lent.connection)
+            return
+        lent.connection.close()
+        if is_ours:
+            self._connection_lost(reason)
+
+    def lent_read_failed(self, status: int) -> int:
+        """A READ on a lent connection has failed with `status`; return what it means here."""
+        if status == errnos.ESHUTDOWN:
+            status = errnos.EIO
+            self._connection_lost("the server is shutting down")
+        if not self._is_lost:  # of which the reason is noted
+            self.health.note_error(OP_NAMES[OP_READ], status)
+        return status
+
+    def _shut_lent(self) -> None:
+        """Have the threads of bulk copies end; their connections are closed when they have."""
+        lent, self._lent = self._lent, set()
+        for each in lent:
+            each.shut()
 
     def submit(self, bio: Bio) -> None:
         op = bio.op
@@ -220,7 +273,8 @@ class NbdDevice(Device):
 
     @property
     def nr_in_flight(self) -> int:
-        return self._in_flight + len(self._queue)
+        nr_lent = sum(lent.nr_in_flight for lent in self._lent)
+        return self._in_flight + len(self._queue) + nr_lent
 
     def give_up_reads(self) -> None:
         if self._is_lost:
@@ -265,7 +319,13 @@ class NbdDevice(Device):
 
     async def close(self) -> None:
         self._is_lost = True
+        self._shut_lent()
         await self._stop_connecting()
+        with contextlib.suppress(TimeoutError):
+            async with timeout(LENT_END_S_MAX):
+                while self._nr_borrowed:
+                    self._came_back.clear()
+                    await self._came_back.wait()
         for connection in self._connections:
             connection.close()
 
@@ -528,6 +588,7 @@ class NbdDevice(Device):
             self._nr_flushed = self._nr_written
             self.health.note_loss()
         self.health.lose(errnos.EIO)
+        self._shut_lent()
         # All connections are given up, also those that work: the server has to be as it was for each of them.
         answers = [c for conn in self._connections for c in conn.give_up()]
         queued = list(self._queue)

@@ -131,6 +131,8 @@ class Hydration:
         assert not self._is_resumed
         await self._search.wait()  # first, as it starts the jobs
         await self._jobs.wait()
+        self._rest()
+        await self.regions.background.quiesce()
 
     def wake(self) -> None:
         """Something has changed that may let a job start."""
@@ -238,7 +240,7 @@ class Hydration:
         if not self._may_run() or self.regions.nr_hydrating >= self.threshold:
             return False
         if run is not None:
-            self._start(*run, holes)
+            self._start(*run, holes, is_wanted=True)
         return True
 
     async def _start_next_job(self) -> bool:
@@ -293,7 +295,9 @@ class Hydration:
             begin = stop
         return None, begin
 
-    def _start(self, begin: int, end: int, holes: Holes) -> int:
+    def _start(
+        self, begin: int, end: int, holes: Holes, *, is_wanted: bool = False
+    ) -> int:
         """Start a job for the run, or for its beginning; return where that ends."""
         regions = self.regions
         zero_end = min(end, self._zero_regions_end(begin, holes))
@@ -314,7 +318,7 @@ class Hydration:
         pieces = holes.pieces(*regions.span(begin, end))
         self.rate.charge(self._cost(pieces))
         regions.nr_hydrating += weight
-        self._jobs.start(self._job(cell, weight, pieces))
+        self._jobs.start(self._job(cell, weight, pieces, is_wanted=is_wanted))
         return end
 
     def _cost(self, pieces: list[Piece]) -> int:
@@ -336,13 +340,17 @@ class Hydration:
             return regions.nr_regions
         return zero_end >> regions.shift
 
-    async def _job(self, cell: Cell, weight: int, pieces: list[Piece]) -> None:
+    async def _job(
+        self, cell: Cell, weight: int, pieces: list[Piece], *, is_wanted: bool
+    ) -> None:
         regions = self.regions
         begun_ns = self.clock.now_ns()
         assert cell.held, "the hydrator writes to what is locked only"
         hydrated = regions.metadata.nr_hydrated
         try:
-            nr_errors = len(await self.hydrator.hydrate(cell.begin, cell.end, pieces))
+            errors = await self.hydrator.hydrate(
+                cell.begin, cell.end, pieces, is_wanted=is_wanted
+            )
         finally:
             regions.nr_hydrating -= weight
             regions.prison.release(cell)
@@ -350,7 +358,7 @@ class Hydration:
         now_ns = self.clock.now_ns()
         rest_ns = min(REST_FACTOR * (now_ns - begun_ns), int(REST_S_MAX * _NS))
         self._rest_until_ns = now_ns + rest_ns
-        if not nr_errors or regions.metadata.nr_hydrated > hydrated:
+        if not errors or regions.metadata.nr_hydrated > hydrated:
             self._nr_failed_jobs = 0  # some of it was copied: the devices are alive
             return
         self._nr_failed_jobs += 1
@@ -361,5 +369,9 @@ class Hydration:
 
     def _job_ended(self) -> None:
         if not self._jobs and not self._may_run():
-            self.regions.copier.drop_buffers()
+            self._rest()
         self.wake()
+
+    def _rest(self) -> None:
+        self.regions.copier.drop_buffers()
+        self.regions.background.rest()

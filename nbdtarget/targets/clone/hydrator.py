@@ -58,19 +58,28 @@ class Hydrator:
         regions.note_error = self._note_foreground_error
 
     async def hydrate(
-        self, begin: int, end: int, pieces: list[Piece], nr_errors: int = 0
+        self,
+        begin: int,
+        end: int,
+        pieces: list[Piece],
+        nr_errors: int = 0,
+        *,
+        is_wanted: bool = True,
     ) -> list[int]:
         """Hydrate regions that the caller has locked, by halves if they fail together.
 
         Args:
             pieces: what the regions are on the source, as `Holes` tells.
             nr_errors: before this call; beyond `ERRORS_PER_JOB_MAX` halves are not tried.
+            is_wanted: a client has asked for these regions: they stay in the page cache.
 
         Returns the errno of each failure. None, and still unhydrated: the metadata went
         read-only.
         """
         try:
-            await self._fill(*self.regions.span(begin, end), pieces)
+            await self._fill(
+                *self.regions.span(begin, end), pieces, is_wanted=is_wanted
+            )
         except (CopyError, DeviceError) as error:
             errors = [_errno(error)]
             if end - begin == 1 or nr_errors + 1 >= ERRORS_PER_JOB_MAX:
@@ -78,7 +87,9 @@ class Hydrator:
                 return errors
             middle = (begin + end) // 2
             for half in ((begin, middle), (middle, end)):
-                errors += await self.hydrate(*half, pieces, nr_errors + len(errors))
+                errors += await self.hydrate(
+                    *half, pieces, nr_errors + len(errors), is_wanted=is_wanted
+                )
             return errors
         held = self.regions.prison.held(begin, end)
         assert held == [(begin, end)], "what hydrates locks"
@@ -91,7 +102,9 @@ class Hydrator:
             self.regions.committer.start_commit()
         return []
 
-    async def _fill(self, begin: int, end: int, pieces: list[Piece]) -> None:
+    async def _fill(
+        self, begin: int, end: int, pieces: list[Piece], *, is_wanted: bool
+    ) -> None:
         """Make the destination hold what the source says. Raises: CopyError, DeviceError."""
         for piece_begin, piece_end, zero in pieces:
             at, stop = max(begin, piece_begin), min(end, piece_end)
@@ -99,8 +112,10 @@ class Hydrator:
                 continue
             if zero:
                 await self.regions.destination.write_zeroes(at, stop - at)
-            else:
+            elif is_wanted:
                 await self.regions.copier.copy(at, stop - at)
+            else:
+                await self.regions.background.copy(at, stop - at)
 
     def _note_failure(self, begin: int, end: int, error: Exception) -> None:
         now_ns = self.clock.now_ns()

@@ -8,6 +8,7 @@ on the destination. The last region may be short: spans are clipped to the targe
 
 from collections.abc import Callable
 
+from nbdtarget.targets.background_copier import BackgroundCopier
 from nbdtarget.targets.clone.constructor import Parts
 from nbdtarget.targets.committer import Committer
 from nbdtarget.targets.copier import Copier
@@ -44,6 +45,7 @@ class Regions:
         self.committer = committer
         self.prison = Prison()
         self.copier = Copier(parts.source, parts.destination)
+        self.background = BackgroundCopier(self.copier, broken)
         self.length = length
         self.region_size = region_size
         self.shift = region_size.bit_length() - 1

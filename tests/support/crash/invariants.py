@@ -149,10 +149,12 @@ class CloneInvariants(Invariants):
         job = hydration._job
 
         def watched_job(
-            cell: Cell, weight: int, pieces: list[Piece]
+            cell: Cell, weight: int, pieces: list[Piece], *, is_wanted: bool
         ) -> Coroutine[Any, Any, None]:
             self.i7_hydrations_stay_under_the_threshold(target, cell)
-            return self._until_done(cell, lambda: job(cell, weight, pieces))
+            return self._until_done(
+                cell, lambda: job(cell, weight, pieces, is_wanted=is_wanted)
+            )
 
         hydration._job = watched_job  # type: ignore[method-assign]
 

@@ -24,8 +24,8 @@ from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
 from nbdtarget.devices.nbd import connection as nbd_connection
 from nbdtarget.devices.nbd import device as nbd_module
-from nbdtarget.devices.nbd.connect import CONNECTIONS_MAX
 from nbdtarget.devices.nbd.device import IN_FLIGHT_MAX, NbdDevice, open_nbd
+from nbdtarget.devices.nbd.uri import CONNECTIONS
 from nbdtarget.devices.resolve import identity, open_device
 from nbdtarget_protocol import consts
 from tests.support.nbd_device import SIZE, bio_of, device_of, until
@@ -402,7 +402,7 @@ async def test_read_only_device_connects_again(
         server.disk[:4] = b"seed"
         device = await lost_device(server, read_only=True)
         assert await read_again(device) == b"seed"
-        assert device.nr_connections == CONNECTIONS_MAX
+        assert device.nr_connections == CONNECTIONS
         server.hang_up_after = len(server.noted)
         assert await read_again(device) == b"seed"  # and again
         await device.close()
@@ -451,10 +451,10 @@ async def test_close_says_goodbye_on_each_connection(tmp_path: Path) -> None:
     async with StrictServer(tmp_path) as server:
         device = await device_of(server)
         await device.read(0, 1)
-        assert device.nr_connections == CONNECTIONS_MAX
+        assert device.nr_connections == CONNECTIONS
         await device.close()
         await device.close()
-        await until(lambda: server.nr_goodbyes == CONNECTIONS_MAX)
+        await until(lambda: server.nr_goodbyes == CONNECTIONS)
     await asyncio.sleep(0)
     assert len(os.listdir("/proc/self/fd")) <= len(before)
 

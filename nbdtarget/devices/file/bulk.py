@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What bulk copies do to a file: `FileWriter` writes for threads, `Behind` keeps what was written out of the page cache.
+
+*Writer.* Any number of threads may write; a lock lets one of them at a time do so. The file system holds
+the inode's lock for each buffered write in any case, and threads that wait there spin.
+
+*Page cache.* A background copy writes as many gigabytes as the disk has, which nobody has asked for. Left alone, they
+would push out of the page cache what clients, and all other programs, have there. All of it would be dirty, too, until the
+kernel slows down everybody who writes, and until the next flush, which then takes seconds. And memory that was not
+in use before costs more to fill than memory that has just been given back. So what has been copied is written
+back early, a window at a time, while the copy goes on; when the next window is on its way, this one is waited for,
+and dropped. What clients read of it later comes from the disk, as with the kernel's clone, which keeps no cache.
+
+*Durability.* The thread that waits for pages may be told their error, as any sync is; the kernel then does not tell
+the next fdatasync. So this wait counts as a sync among the others (`sync.py`): a FLUSH that overlaps it waits for it,
+and its error latches the device.
+"""
+
+import errno as errnos
+import os
+import threading
+from functools import partial
+from typing import Final
+
+from nbdtarget.devices.file.sync import Syncs
+from nbdtarget.devices.file.syscalls import wait_for_writeback, write_back_range
+from nbdtarget.devices.workers import WorkerPool
+
+__all__ = ["Behind", "FileWriter"]
+
+_NOT_SUPPORTED: Final = frozenset({errnos.EINVAL, errnos.ENOSYS, errnos.ESPIPE})
+
+
+class FileWriter:
+    """A `BulkWriter` for one open file."""
+
+    def __init__(self, fd: int, syncs: Syncs) -> None:
+        self._fd = fd
+        self._syncs = syncs
+        self._lock = threading.Lock()
+
+    def write(self, data: memoryview, offset: int) -> int:
+        # In one piece, unlike what clients write (`pieces.py`): the large folios that this makes are dropped soon.
+        put = 0
+        with self._lock:
+            while put < len(data):
+                more = os.pwrite(self._fd, data[put:], offset + put)
+                if more == 0:
+                    return errnos.EIO
+                put += more
+        return 0
+
+    def write_failed(self, status: int) -> None:
+        self._syncs.note_write_error("WRITE", status)
+
+
+class Behind:
+    """Writes back, and drops, what was written some time ago. See the module head. Context: the loop."""
+
+    def __init__(self, name: str, fd: int, syncs: Syncs) -> None:
+        self._fd = fd
+        self._syncs = syncs
+        # One thread: what waits for the disk must not take those that reads need.
+        self._pool = WorkerPool(f"{name}-behind", threads_max=1)
+        self._before: list[tuple[int, int]] = []
+        self._is_supported = True
+
+    @property
+    def pool(self) -> WorkerPool:
+        return self._pool
+
+    async def write(self, ranges: list[tuple[int, int]]) -> None:
+        """Begin to write `ranges` back; end with those of the call before."""
+        before, self._before = self._before, ranges
+        if not self._is_supported or not (before or ranges):
+            return
+        sync = self._syncs.begin_writeback()
+        status = await self._pool.run(partial(self._write_and_drop, ranges, before))
+        if status in _NOT_SUPPORTED:
+            self._is_supported = False
+            status = 0
+        self._syncs.done(sync, status)
+
+    def _write_and_drop(
+        self, ranges: list[tuple[int, int]], before: list[tuple[int, int]]
+    ) -> int:
+        for begin, end in ranges:
+            write_back_range(self._fd, begin, end)
+        for begin, end in before:
+            wait_for_writeback(self._fd, begin, end)
+            os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        return 0

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What bulk copies do to a file: writes of threads, and what is written back and dropped behind them."""
+
+import asyncio
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.bio import OP_FLUSH
+from nbdtarget.common.errors import DeviceError
+from nbdtarget.devices.file import bulk
+from nbdtarget.devices.file.device import FileDevice
+from nbdtarget.devices.file.page_cache import cached_pages
+from nbdtarget.devices.health import HealthState
+from nbdtarget.devices.resolve import create_device, open_device
+from tests.support.file_device import SIZE, bio_of, ended
+
+WINDOW = [(0, SIZE // 2)]
+NEXT = [(SIZE // 2, SIZE)]
+
+
+async def made(tmp_path: Path) -> FileDevice:
+    device = await create_device(str(tmp_path / "disk"), SIZE)
+    assert isinstance(device, FileDevice)
+    return device
+
+
+async def test_a_writer_writes_all_also_where_the_kernel_takes_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = await made(tmp_path)
+    writer = device.maybe_bulk_writer()
+    assert writer is not None
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:100], at))
+    assert writer.write(memoryview(b"0123456789" * 33), 4096) == 0
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: 0)
+    assert writer.write(memoryview(b"x"), 0) == errno.EIO
+    monkeypatch.undo()
+    assert bytes(await device.read(4096, 330)) == b"0123456789" * 33
+    await device.close()
+
+
+@pytest.mark.parametrize(("status", "latches"), [(errno.EIO, 1), (errno.ENOSPC, 0)])
+async def test_a_failed_write_latches_unless_it_was_refused_for_want_of_space(
+    tmp_path: Path, status: int, latches: int
+) -> None:
+    device = await made(tmp_path)
+    device._syncs.refuses_before_it_takes = True
+    writer = device.maybe_bulk_writer()
+    assert writer is not None
+    writer.write_failed(status)
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0))
+    assert await ended(bio) == [errno.EIO * latches]
+    await device.close()
+
+
+async def test_a_device_that_is_read_only_has_no_writer(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    device = await open_device(str(tmp_path / "disk"), read_only=True)
+    assert device.maybe_bulk_writer() is None
+    await device.close()
+
+
+async def test_a_window_is_begun_at_once_and_dropped_when_the_next_one_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        bulk, "write_back_range", lambda _, b, e: calls.append(("begin", b, e))
+    )
+    monkeypatch.setattr(
+        bulk, "wait_for_writeback", lambda _, b, e: calls.append(("wait", b, e))
+    )
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _, b, n, __: calls.append(("drop", b, b + n))
+    )
+    device = await made(tmp_path)
+    await device.write_behind(WINDOW)
+    assert calls == [("begin", *WINDOW[0])]
+    await device.write_behind(NEXT)
+    assert calls[1:] == [
+        ("begin", *NEXT[0]),
+        ("wait", *WINDOW[0]),
+        ("drop", *WINDOW[0]),
+    ]
+    await device.write_behind([])
+    assert calls[4:] == [("wait", *NEXT[0]), ("drop", *NEXT[0])]
+    await device.write_behind([])
+    assert len(calls) == 6
+    await device.close()
+
+
+async def test_what_was_written_leaves_the_page_cache_of_a_real_file(
+    tmp_path: Path,
+) -> None:
+    device = await made(tmp_path)
+    if device._behind is None:
+        pytest.skip("the file system has no disk")
+    await device.write(0, b"x" * SIZE)
+    if not cached_pages(device._fd, 0, SIZE):
+        pytest.skip("the kernel has no cachestat")
+    await device.write_behind(WINDOW)
+    await device.write_behind([])
+    assert cached_pages(device._fd, *WINDOW[0]) == 0
+    assert cached_pages(device._fd, *NEXT[0]) > 0
+    assert bytes(await device.read(0, SIZE)) == b"x" * SIZE
+    await device.close()
+
+
+async def test_an_error_of_the_wait_latches_and_fails_the_flush_that_overlapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has told the error here, and does not tell the fdatasync any more."""
+    gate = threading.Event()
+
+    def fail(fd: int, begin: int, end: int) -> None:
+        gate.wait(10)
+        raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(bulk, "wait_for_writeback", fail)
+    device = await made(tmp_path)
+    await device.write_behind(WINDOW)
+    waiting = asyncio.ensure_future(device.write_behind([]))
+    await asyncio.sleep(0)
+    flushing = asyncio.ensure_future(device.flush())
+    await asyncio.sleep(0.01)  # its fdatasync has succeeded by now, or soon
+    assert not flushing.done()
+    gate.set()
+    await waiting
+    with pytest.raises(DeviceError):
+        await flushing
+    assert device.health.state is HealthState.LATCHED
+    assert "writeback" in device.health.last_error
+    await device.close()
+
+
+@pytest.mark.parametrize("status", sorted(bulk._NOT_SUPPORTED))
+async def test_where_it_is_not_supported_it_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    nr_calls = 0
+
+    def refuse(fd: int, begin: int, end: int) -> None:
+        nonlocal nr_calls
+        nr_calls += 1
+        raise OSError(status, "not here")
+
+    monkeypatch.setattr(bulk, "write_back_range", refuse)
+    device = await made(tmp_path)
+    for _ in range(3):
+        await device.write_behind(WINDOW)
+    assert nr_calls == 1
+    await device.flush()
+    await device.close()
