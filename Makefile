@@ -17,7 +17,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test passthrough-bugs mutants fuzz fuzz-wire fuzz-fast rot lock wheel clean hit-ratio attack docs docs-reference help
+.PHONY: run check test suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-fast rot lock wheel clean hit-ratio attack docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -29,6 +29,7 @@ help:
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
 	@echo 'make crash         the crash suites without their bounds: new seeds, many more orders'
 	@echo 'make kill-test     SIGKILL under load, over and over'
+	@echo 'make upgrade-loop [ARGS=…]  hand-overs to a new process under load, over and over'
 	@echo 'make passthrough-bugs  the steps of the two bugs of dm-cache, here'
 	@echo 'make mutants       every deliberate bug must be caught'
 	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
@@ -145,6 +146,10 @@ attack: .venv/dev.stamp
 
 kill-test: .venv/dev.stamp
 	@$(BIN)/python -m scripts.kill_loop $(ARGS)
+
+# 100 hand-overs with clients that verify.
+upgrade-loop: .venv/dev.stamp
+	@$(BIN)/python -m scripts.upgrade_loop $(ARGS)
 
 # By the kernel's own steps: passthrough over a cache that may be dirty is refused.
 passthrough-bugs: .venv/dev.stamp

@@ -29,6 +29,7 @@ from nbdtarget.cli import (
     stats,
     tables,
     uncache,
+    upgrade,
 )
 from nbdtarget.common.errors import NbdTargetError
 
@@ -49,6 +50,7 @@ for group in (
     uncache,
     export,
     serve,
+    upgrade,
     tables,
     devices,
     listing,

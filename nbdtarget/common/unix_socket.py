@@ -116,23 +116,23 @@ class SocketOptions(NamedTuple):
 
 
 class UnixSocket:
-    """A bound socket, and the right to its path."""
+    """A bound socket, and the right to its path: `lock` is a descriptor, -1 after `release`."""
 
     def __init__(self, sock: socket.socket, path: str, lock: int) -> None:
         self.socket = sock
         self.path = os.path.abspath(path)
-        self._lock = lock
+        self.lock = lock
         self._file = _file_of(path)
 
     def release(self) -> None:
         """Remove both files, and let go. The socket itself is the caller's to close, before."""
-        if self._lock < 0:
+        if self.lock < 0:
             return
         with suppress(OSError):  # its directory is gone, or not ours any more
             if _file_of(self.path) == self._file:
                 os.unlink(self.path)
-        _unlock(self.path, self._lock)
-        self._lock = -1
+        _unlock(self.path, self.lock)
+        self.lock = -1
 
 
 def take_unix_socket(path: str, access: SocketAccess = PRIVATE) -> UnixSocket:

@@ -54,9 +54,20 @@ class ConfiguredDevices:
         self._openings: dict[str, Opening] = {}
 
     async def start(self) -> None:
-        """Open all devices; those that cannot be opened go on being tried."""
+        """Open all devices that are not there; those that cannot be opened go on being tried."""
         async with self._lock:
-            await self._open(self._config.devices)
+            await self._open(
+                [each for each in self._config.devices if self._is_to_open(each)]
+            )
+
+    async def pause(self) -> None:
+        """Follow the file, so that another process reads what this one has read, and try no more to open anything.
+
+        `start` undoes it. Raises: NbdTargetError: the file cannot be used, and nothing has changed.
+        """
+        await self.reload()
+        async with self._lock:
+            await self.close()
 
     async def close(self) -> None:
         """Try no more to open what is not open."""

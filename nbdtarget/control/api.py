@@ -14,9 +14,8 @@ import asyncio
 import importlib
 import logging
 import socket
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.passed_socket import passed_socket
@@ -31,6 +30,9 @@ from nbdtarget.control.sockets import (
     take_tcp_socket,
 )
 from nbdtarget.control.verbs import Verbs
+
+if TYPE_CHECKING:
+    from nbdtarget.control.http import HttpServer
 
 __all__ = ["ControlServer", "NoSocketError", "SocketInUseError"]
 
@@ -62,7 +64,7 @@ class ControlServer:
         self._verbs = verbs
         self._token = token
         self._listener: socket.socket | None = None
-        self._answering: asyncio.Task[Callable[[], Awaitable[None]]] | None = None
+        self._answering: asyncio.Task[HttpServer] | None = None
         self._access = access
         self._taken: UnixSocket | None = None
 
@@ -100,10 +102,49 @@ class ControlServer:
                 f" (${TOKEN_VARIABLE} or --control-token-file)"
             )
 
+    def take_over(
+        self, listener: socket.socket, address: ControlAddress, lock: int | None
+    ) -> None:
+        """Own a socket of another process; nothing is accepted before `resume`.
+
+        Args: lock: of the path, if the path is to be ours.
+        """
+        self.address = address
+        if lock is not None:
+            self._taken = UnixSocket(listener, str(address), lock)
+        self._listener = listener
+
     def _listen(self, listener: socket.socket) -> None:
         self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._first_client)
+        self._await_first_client()
         log.info("control socket: %s", self.address)
+
+    def _await_first_client(self) -> None:
+        assert self._listener is not None
+        asyncio.get_running_loop().add_reader(self._listener, self._first_client)
+
+    async def pause(self) -> None:
+        """Accept no more connections; those that are there are answered."""
+        if self._answering is not None:
+            (await self._answering).pause()
+        elif self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+
+    async def resume(self) -> None:
+        """Undo `pause`."""
+        assert self._listener is not None
+        if self._answering is None:
+            self._await_first_client()
+        else:
+            await (await self._answering).start(self._listener)
+
+    def moved(self) -> tuple[str | None, list[int]]:
+        """After `pause`: the path, if it is ours, and the descriptors of the socket and of the path's lock."""
+        assert self._listener is not None
+        taken = self._taken
+        if taken is None:
+            return None, [self._listener.fileno()]
+        return taken.path, [self._listener.fileno(), taken.lock]
 
     @property
     def port(self) -> int | None:
@@ -117,12 +158,13 @@ class ControlServer:
         asyncio.get_running_loop().remove_reader(self._listener)
         self._answering = asyncio.create_task(self._answer(self._listener))
 
-    async def _answer(self, listener: socket.socket) -> Callable[[], Awaitable[None]]:
+    async def _answer(self, listener: socket.socket) -> "HttpServer":
         http = await asyncio.to_thread(importlib.import_module, HTTP_MODULE)
-        end: Callable[[], Awaitable[None]] = await http.serve_http(
-            listener, self._verbs, token=self._token, backlog_max=BACKLOG_MAX
+        server: HttpServer = http.HttpServer(
+            self._verbs, token=self._token, backlog_max=BACKLOG_MAX
         )
-        return end
+        await server.start(listener)
+        return server
 
     async def close(self) -> None:
         """Stop answering. The name of the socket is removed, if it still belongs to this server."""
@@ -134,11 +176,11 @@ class ControlServer:
             forget_directory(Path(self._taken.path).parent)
         if self._answering is None:
             asyncio.get_running_loop().remove_reader(listener)
-            listener.close()
         else:
-            end = await self._answering
+            server = await self._answering
             # A client that has connected a moment ago is accepted in the next turns of the loop. Its connection
             # would be forgotten, and stay open, if answering ended before that.
             for _ in range(CLOSING_TURNS):
                 await asyncio.sleep(0)
-            await end()
+            await server.end()
+        listener.close()

@@ -89,6 +89,7 @@ EXAMPLES: Final[dict[str, tuple[m.Request, m.Answer]]] = {
         m.Targets(),
         m.TargetsAnswer((m.TargetType("cache", (2, 4, 0)),)),
     ),
+    "upgrade": (m.Upgrade(), m.UpgradeAnswer(4712)),
     "version": (
         m.Version(),
         m.VersionAnswer(

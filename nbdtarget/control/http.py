@@ -23,7 +23,7 @@ import errno as errnos
 import hmac
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 import msgspec
@@ -40,7 +40,7 @@ from nbdtarget.control.bodies import BODY_BYTES_MAX, body_bytes_max, encode
 from nbdtarget.control.doorkeeper import BODY_S, Doorkeeper
 from nbdtarget.control.verbs import Verbs
 
-__all__ = ["serve_http"]
+__all__ = ["HttpServer"]
 
 log = logging.getLogger(__name__)
 
@@ -64,51 +64,60 @@ _http_log = logging.getLogger("nbdtarget.control.http.library")
 _http_log.addFilter(_without_traceback)
 
 
-async def serve_http(
-    listener: socket.socket,
-    verbs: Verbs,
-    *,
-    token: str | None = None,
-    backlog_max: int = 64,
-) -> Callable[[], Awaitable[None]]:
-    """Answer on a listening socket. Returns a coroutine function that ends it.
+class HttpServer:
+    """Answers on a listening socket, which stays its owner's.
 
     Args:
         token: what each request must carry, in an `Authorization: Bearer` header.
     """
-    keepers: list[Doorkeeper] = []
-    middlewares: list[Middleware] = [_watched(keepers), _failures_are_json]
-    if token is not None:
-        middlewares.append(_check_token(token))
-    middlewares.append(_check_encoding)
-    app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=middlewares)
-    for verb, (request_type, _) in m.VERBS.items():
-        handle = _handler(verbs, verb, request_type)
-        app.router.add_post(f"/v1/{verb}", handle)
-        if verb in m.READING_VERBS:
-            app.router.add_get(f"/v1/{verb}", handle)
-    app.router.add_get("/v1/openapi.json", _openapi)
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        handle_signals=False,
-        handler_cancellation=True,
-        logger=_http_log,
-        shutdown_timeout=SHUTDOWN_S_MAX,
-        auto_decompress=False,  # a megabyte could be inflated to a gigabyte on the loop
-    )
-    await runner.setup()
-    assert runner.server is not None
-    keepers.append(Doorkeeper(runner.server))
-    server = await asyncio.get_running_loop().create_server(
-        keepers[0], sock=listener, backlog=backlog_max
-    )
 
-    async def end() -> None:
-        server.close()
-        await runner.cleanup()
+    def __init__(
+        self, verbs: Verbs, *, token: str | None = None, backlog_max: int = 64
+    ) -> None:
+        self._backlog_max = backlog_max
+        self._keepers: list[Doorkeeper] = []
+        self._server: asyncio.Server | None = None
+        middlewares: list[Middleware] = [_watched(self._keepers), _failures_are_json]
+        if token is not None:
+            middlewares.append(_check_token(token))
+        middlewares.append(_check_encoding)
+        app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=middlewares)
+        for verb, (request_type, _) in m.VERBS.items():
+            handle = _handler(verbs, verb, request_type)
+            app.router.add_post(f"/v1/{verb}", handle)
+            if verb in m.READING_VERBS:
+                app.router.add_get(f"/v1/{verb}", handle)
+        app.router.add_get("/v1/openapi.json", _openapi)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            handler_cancellation=True,
+            logger=_http_log,
+            shutdown_timeout=SHUTDOWN_S_MAX,
+            auto_decompress=False,  # a megabyte could be inflated to a gigabyte on the loop
+        )
 
-    return end
+    async def start(self, listener: socket.socket) -> None:
+        """Accept connections; `pause` ends that."""
+        if not self._keepers:
+            await self._runner.setup()
+            assert self._runner.server is not None
+            self._keepers.append(Doorkeeper(self._runner.server))
+        self._server = await asyncio.get_running_loop().create_server(
+            self._keepers[0], sock=listener.dup(), backlog=self._backlog_max
+        )
+
+    def pause(self) -> None:
+        """Accept no more connections. Those that are there are answered."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    async def end(self) -> None:
+        """Accept no more connections, and end those that are there."""
+        self.pause()
+        await self._runner.cleanup()
 
 
 def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
@@ -136,7 +145,7 @@ def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
         except msgspec.MsgspecError as error:
             return _failure(400, f"bad request: {error}", errnos.EINVAL)
         try:
-            task = running.start(_carry_out(call, verb, request))
+            task = running.start(_carry_out(verbs, call, verb, request))
             answer = await (task if verb == "wait" else asyncio.shield(task))
         except NbdTargetError as error:
             # ResolveError, ConstructorError and TableError have one; the base has not.
@@ -150,11 +159,15 @@ def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
 
 
 async def _carry_out(
-    call: Callable[[Any], Coroutine[Any, Any, m.Answer]], verb: str, request: m.Request
+    verbs: Verbs,
+    call: Callable[[Any], Coroutine[Any, Any, m.Answer]],
+    verb: str,
+    request: m.Request,
 ) -> m.Answer:
     """Carry out a verb. A bug in one verb must not end the server: it is logged here."""
     try:
-        return await call(request)
+        with verbs.running(verb):
+            return await call(request)
     except NbdTargetError:
         raise
     except Exception:

@@ -50,6 +50,8 @@ __all__ = [
     "TargetType",
     "Targets",
     "TargetsAnswer",
+    "Upgrade",
+    "UpgradeAnswer",
     "Version",
     "VersionAnswer",
     "Wait",
@@ -481,6 +483,16 @@ class TargetsAnswer(Answer):
     targets: Annotated[tuple[TargetType, ...], told("One for each type.")]
 
 
+class Upgrade(Request):
+    """Nothing is to be said."""
+
+
+class UpgradeAnswer(Answer):
+    """The new process serves now."""
+
+    pid: Annotated[int, told("Process number of the new process.")]
+
+
 class Version(Request):
     """Nothing is to be said."""
 
@@ -514,6 +526,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "suspend": (Suspend, Done),
     "table": (Table, LinesAnswer),
     "targets": (Targets, TargetsAnswer),
+    "upgrade": (Upgrade, UpgradeAnswer),
     "version": (Version, VersionAnswer),
     "wait": (Wait, WaitAnswer),
     "wipe_table": (WipeTable, Done),

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs of the control socket: one method each, carried out on a registry."""
 
+import errno as errnos
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from nbdtarget import __version__
 from nbdtarget.common.clock import sleep
@@ -22,14 +24,51 @@ class Verbs:
 
     Args:
         uris: returns the addresses of the exports; called each time.
+        upgrade: hands over to another program, see `upgrade`; None: that is impossible here.
+    Attributes:
+        held: why nothing may be changed now; "": it may.
     Raises (all methods): TableError, ConstructorError, ResolveError.
     """
 
     def __init__(
-        self, registry: Registry, uris: Callable[[], Iterable[str]] = tuple
+        self,
+        registry: Registry,
+        uris: Callable[[], Iterable[str]] = tuple,
+        upgrade: Callable[[], Awaitable[int]] | None = None,
     ) -> None:
         self._registry = registry
         self._uris = uris
+        self._upgrade = upgrade
+        self._changing: list[str] = []
+        self.held = ""
+
+    @contextmanager
+    def running(self, verb: str) -> Iterator[None]:
+        """Meanwhile `verb` is carried out. Raises: TableError, EBUSY: it would change something, and is held back."""
+        if verb in m.READING_VERBS or verb in ("wait", "upgrade"):
+            yield
+            return
+        if self.held:
+            raise TableError(f"Device or resource busy: {self.held}", errnos.EBUSY)
+        self._changing.append(verb)
+        try:
+            yield
+        finally:
+            self._changing.remove(verb)
+
+    async def upgrade(self, _: m.Upgrade) -> m.UpgradeAnswer:
+        """Hand over to a new process, which serves the same devices to the same clients.
+
+        Raises: TableError: everything goes on in this process.
+        """
+        if self._upgrade is None:
+            raise TableError("this server cannot hand over", errnos.EOPNOTSUPP)
+        if self._changing:
+            raise TableError(
+                f"Device or resource busy: {self._changing[0]} is being carried out",
+                errnos.EBUSY,
+            )
+        return m.UpgradeAnswer(await self._upgrade())
 
     async def create(self, request: m.Create) -> m.Done:
         """Create a device; with a table, load and resume it in one go."""

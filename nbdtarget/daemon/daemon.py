@@ -28,15 +28,22 @@ With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices
 while the server starts, or while it follows the file, is carried out afterwards, and several of them
 only once.
 
+A server can hand over to a new process of the same program (`upgrade`, `nbdtarget.daemon.handover`). It does not go through
+the end then: the new process has everything, and this one is left at once.
+
 Sockets that were passed (`nbdtarget.daemon.activation`) are served beside those that were asked for. The service manager is
 told what happens (`nbdtarget.daemon.notify`). A command that was given with `--run` is ended before everything else
 (`nbdtarget.daemon.client_command`).
 """
 
 import asyncio
+import errno as errnos
 import gc
 import logging
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -45,7 +52,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from nbdtarget.common.clock import sleep, wait_within
-from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.unix_socket import (
     PRIVATE,
     SocketAccess,
@@ -65,8 +72,12 @@ from nbdtarget.control.paths import (
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.daemon.activation import passed_sockets
 from nbdtarget.daemon.client_command import ClientCommand
+from nbdtarget.daemon.handover.giver import hand_over
+from nbdtarget.daemon.handover.messages import Moved
+from nbdtarget.daemon.handover.taker import Offer, maybe_offer
 from nbdtarget.daemon.notify import Notifier
 from nbdtarget.devices import resolve
+from nbdtarget.dm.handover import Parking, let_go, refusals, unpark
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.address import TcpAddress, is_public, parse_address
 from nbdtarget.server.admission import raise_descriptor_limit
@@ -94,6 +105,7 @@ CANCEL_S_MAX: Final = 5.0
 # The service manager hears that we are alive every so often, and waits for so long.
 EXTEND_PERIOD_S: Final = 10.0
 EXTEND_S: Final = 30.0
+ANSWER_S: Final = 0.2
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 T = TypeVar("T")
@@ -168,6 +180,8 @@ class Daemon:
         notifier: tells the service manager.
         listen_access: which users may connect to NBD sockets.
         is_committed: after `close`: whether everything that had ended is committed.
+        plan: what a job needs in another process, see `Moved`.
+        has_handed_over: another process has everything, and this one must not touch it.
     """
 
     def __init__(
@@ -195,6 +209,14 @@ class Daemon:
         self._control: ControlServer | None = None
         self._command: ClientCommand | None = None
         self._has_served = True
+        self._verbs = Verbs(self.registry, lambda: self.uris, self.upgrade)
+        self._upgrading: asyncio.Task[int] | None = None
+        self._pause_config: Callable[[], Awaitable[None]] = _do_nothing
+        self._resume_config: Callable[[], Awaitable[None]] = _do_nothing
+        self._moved: Moved | None = None
+        self._heir: subprocess.Popen[bytes] | None = None
+        self.plan = b""
+        self.has_handed_over = False
 
     async def open_control(
         self,
@@ -211,7 +233,7 @@ class Daemon:
         for path in known_controls():
             remove_if_stale(str(path))
         control = ControlServer(
-            Verbs(self.registry, lambda: self.uris),
+            self._verbs,
             address,
             token=token,
             access=self._control_access,
@@ -235,6 +257,127 @@ class Daemon:
                     " that can reach this port can read and write the disks",
                     address,
                 )
+
+    # ---- from one process to another ----
+
+    def follow_config(
+        self,
+        pause: Callable[[], Awaitable[None]],
+        resume: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Have `pause` called before a hand-over, and `resume` if it fails. Raises of `pause`: it is not begun."""
+        self._pause_config, self._resume_config = pause, resume
+
+    async def upgrade(self) -> int:
+        """Start this program again, and hand over to it. Returns its process number.
+
+        Raises: NbdTargetError: everything goes on here.
+        """
+        if self._upgrading is not None or self.stop.is_set():
+            raise TableError(
+                "Device or resource busy: the server is stopping or handing over",
+                errnos.EBUSY,
+            )
+        self._upgrading = asyncio.create_task(self._hand_over())
+        try:
+            return await asyncio.shield(self._upgrading)
+        finally:
+            if not self.has_handed_over:
+                self._upgrading = None
+
+    async def _hand_over(self) -> int:
+        if self._command is not None:
+            raise TableError(
+                "the command of --run waits for this process", errnos.EBUSY
+            )
+        if reasons := refusals(self.registry):
+            raise TableError("; ".join(reasons), errnos.EBUSY)
+        await self._pause_config()
+        try:
+            heir = await hand_over(self, [sys.executable, *sys.orig_argv[1:]])
+        except BaseException as error:
+            log.error("not handed over: %s", error or type(error).__name__)
+            await self._resume_config()
+            raise
+        self.has_handed_over, self._heir = True, heir
+        self.notifier.main_process(heir.pid)
+        self.stop.set()
+        return heir.pid
+
+    async def freeze(self, within_s: float) -> list[str]:
+        """Hold back verbs and requests. Returns the clients whose requests have not ended in time."""
+        self._verbs.held = "the server is handing over to a new process"
+        if self._control is not None:
+            await self._control.pause()
+        return await self._listener.freeze(within_s)
+
+    async def thaw(self) -> None:
+        """Undo `freeze`."""
+        self._listener.thaw()
+        if self._control is not None:
+            await self._control.resume()
+        self._verbs.held = ""
+
+    def parking(self) -> Parking:
+        return Parking(self.registry)
+
+    def moved(self, parking: Parking) -> tuple[Moved, list[int]]:
+        """Everything that another process needs, and the descriptors: the control socket's first."""
+        assert self._control is not None
+        path, fds = self._control.moved()
+        listener, more = self._listener.moved_state()
+        address = self._control.address
+        moved = Moved(
+            devices=tuple(parking.states),
+            listener=listener,
+            control=str(address),
+            control_path=path,
+            plan=self.plan,
+        )
+        return moved, fds + more
+
+    async def take_over(self, offer: Offer, *, token: str | None) -> Moved:
+        """Open what another process has handed over. I/O and clients wait until `go_on`.
+
+        Raises: NbdTargetError: the other process goes on, and this one ends without touching anything.
+        """
+        self.has_handed_over = True  # to the other process, until `go_on`
+        try:
+            return await self._take_over(offer, token)
+        except NbdTargetError as error:
+            await offer.fail(error)
+            raise
+
+    async def _take_over(self, offer: Offer, token: str | None) -> Moved:
+        moved, fds = await offer.receive()
+        control = ControlServer(
+            self._verbs,
+            control_address(moved.control),
+            token=token,
+            access=self._control_access,
+        )
+        sock = socket.socket(fileno=fds.pop(0))
+        lock = None if moved.control_path is None else fds.pop(0)
+        control.take_over(sock, control.address, lock)
+        self._control = control
+        self.uris = self._listener.take_over(moved.listener, fds)
+        await unpark(self.registry, moved.devices)
+        self._moved = moved
+        return moved
+
+    async def go_on(self, offer: Offer) -> None:
+        """Wait until the other process has let go; then serve what was taken over.
+
+        Raises: ChannelError: the other process goes on, and this one ends without touching anything.
+        """
+        assert self._moved is not None
+        await offer.prepared()
+        self.has_handed_over = False
+        assert self._control is not None
+        await let_go(self.registry, self._moved.devices)
+        self._listener.go_on()
+        await self._control.resume()
+        self._moved = None
 
     async def start_command(self, line: str, name: str = "") -> None:
         """Start a shell command that finds the export `name` in its environment; `stop` is set when it ends.
@@ -352,6 +495,15 @@ class Daemon:
         Args: has_served: clients may have written, so that something may be lost.
         Durable: everything acknowledged; everything that had ended, if `is_committed` afterwards.
         """
+        if self._upgrading is not None and not self.has_handed_over:
+            # The signal to stop came meanwhile.
+            self._upgrading.cancel()
+            await asyncio.wait([self._upgrading])
+        if self.has_handed_over:
+            self._listener.forget()
+            await sleep(ANSWER_S)  # the client that has asked for it gets its answer
+            _leave_at_once.append("handed over")
+            return
         log.info("stopping")
         self._has_served = has_served
         self.notifier.stopping()
@@ -415,6 +567,10 @@ class Daemon:
             await wait_within([closing], CONTROL_S_MAX)
 
 
+async def _do_nothing() -> None:
+    """There is no configuration file."""
+
+
 async def serve_until_stopped(
     options: ServeOptions, ready: Callable[[list[str]], None]
 ) -> int:
@@ -451,8 +607,13 @@ async def serve_until_stopped(
         options.control_token_file or getattr(config, "control_token_file", None)
     )
     daemon.catch_signals(sighup_reloads=config is not None)
+    offer = maybe_offer()
     try:
-        await daemon.open_control(address, token=token, passed=passed.control)
+        if offer is None:
+            await daemon.open_control(address, token=token, passed=passed.control)
+        else:
+            await daemon.take_over(offer, token=token)
+            await daemon.go_on(offer)
         if config is not None:
             devices = ConfiguredDevices(daemon.registry, config)
             daemon.before_close(devices.close)
@@ -460,8 +621,10 @@ async def serve_until_stopped(
             if daemon.stop.is_set():
                 return 0
             daemon.follow_reloads(devices.reload_and_tell)
-        await daemon.listen(addresses, passed.nbd)
-        ready(daemon.uris)
+            daemon.follow_config(devices.pause, devices.start)
+        if offer is None:
+            await daemon.listen(addresses, passed.nbd)
+            ready(daemon.uris)
         daemon.tell_ready()
         if options.run is not None:
             await daemon.start_command(options.run)

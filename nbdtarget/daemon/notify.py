@@ -5,6 +5,7 @@
     RELOADING=1, MONOTONIC_USEC   a reload begins
     STOPPING=1                    the end has begun
     STATUS=…                      one line for `systemctl status`
+    MAINPID=…                     another process serves from now on
     EXTEND_TIMEOUT_USEC=…         we are alive: for so long from now, do not call it a timeout
 
 Without $NOTIFY_SOCKET nothing is sent. A message that cannot be sent is logged once, and nothing else comes of
@@ -43,6 +44,9 @@ class Notifier:
 
     def stopping(self) -> None:
         self._send("STOPPING=1", "STATUS=committing")
+
+    def main_process(self, pid: int) -> None:
+        self._send(f"MAINPID={pid}")
 
     def status(self, status: str) -> None:
         self._send(f"STATUS={status}")

@@ -133,6 +133,7 @@ class Device:
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
         rotational: what `is_rotational` says, of a device that does not ask others.
         can_resize: `size` may be set to what `measure` says; else the disk has to be opened anew.
+        volatile_state: what is in memory only, and would be lost if another process opened the device in our place.
     """
 
     logical_block_size: int = 512
@@ -146,6 +147,7 @@ class Device:
     rotational: bool = False
     _pools: tuple[WorkerPool, ...] = ()
     can_resize: bool = True
+    volatile_state: str = ""
 
     def __init__(self, name: str, size: int, *, read_only: bool = False) -> None:
         self.name = name

@@ -51,6 +51,7 @@ class MemoryDevice(Device):
     can_discard = True
     can_write_zeroes = True
     can_fast_zero = True
+    volatile_state = "its contents, which are in memory,"
 
     def __init__(
         self, size: int, *, name: str | None = None, read_only: bool = False

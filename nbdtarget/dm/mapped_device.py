@@ -61,6 +61,7 @@ from nbdtarget.devices.base import (
     QueueLimits,
 )
 from nbdtarget.devices.identity import MAPPED
+from nbdtarget.dm import core_messages
 from nbdtarget.dm.below import Below
 from nbdtarget.dm.bio_path import BioPath, State
 from nbdtarget.dm.events import EventCounter
@@ -211,6 +212,16 @@ class MappedDevice(HasFastPath):
             old, self.inactive = self.inactive, None
             if old is not None:
                 await self._destroy(old)
+
+    async def drop_tables(self) -> None:
+        """Destroy both tables of a suspended device. It stays suspended, and its disks can be opened elsewhere."""
+        async with self._verbs:
+            assert self.state is State.SUSPENDED
+            dropped, self.inactive = (self.active, self.inactive), None
+            self._adopt(None)
+            for table in dropped:
+                if table is not None:
+                    await self._destroy(table)
 
     async def suspend(
         self, *, noflush: bool = False, within_s: float | None = None
@@ -614,7 +625,7 @@ class MappedDevice(HasFastPath):
         Raises: TableError: no live table (ENXIO), sector outside, or the target refuses.
         """
         if words and words[0].startswith("@"):
-            return await self._core_message(words)
+            return await core_messages.carry_out(self, words)
         table = self.active
         if table is None:
             raise TableError("No such device or address", errnos.ENXIO)
@@ -626,25 +637,6 @@ class MappedDevice(HasFastPath):
             raise TableError("Input/output error", errnos.EIO)
         with table.use():
             return await table.target_at(sector * SECTOR).message(words)
-
-    async def _core_message(self, words: Sequence[str]) -> str | None:
-        """A message to the device itself and not to a target, whatever the sector."""
-        match words[0].lower():
-            case "@cancel_deferred_remove":
-                self.deferred_remove = False
-            case "@rotational":
-                self._say_rotational(words[1:])
-            case verb if verb.startswith("@stats_"):
-                return await self.statistics.message(words, self.size // SECTOR)
-            case _:
-                raise TableError(f"Unsupported message `{words[0]}'")
-        return None
-
-    def _say_rotational(self, words: Sequence[str]) -> None:
-        answers = {"yes": True, "no": False, "auto": None}
-        if len(words) != 1 or words[0].lower() not in answers:
-            raise TableError("Invalid argument: expected @rotational yes|no|auto")
-        self.said_rotational = answers[words[0].lower()]
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As `Device.extents`; waits while the device is suspended and may be resumed."""

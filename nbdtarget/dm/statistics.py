@@ -25,16 +25,18 @@ import asyncio
 import errno as errnos
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final
+
+import msgspec
 
 from nbdtarget.bio import OP_CACHE, OP_FLUSH, OP_READ, Bio
 from nbdtarget.common.clock import Clock
 from nbdtarget.common.errors import TableError
 from nbdtarget.common.units import SECTOR
 
-__all__ = ["AREAS_MAX", "Statistics"]
+__all__ = ["AREAS_MAX", "AreaState", "RegionState", "Statistics"]
 
 AREAS_MAX: Final = 1 << 16
 BOUNDS_MAX: Final = 256
@@ -43,6 +45,33 @@ MS_NS: Final = 1_000_000
 _END_MAX: Final = (1 << 63) // SECTOR
 _READ: Final = 0
 _WRITE: Final = 1
+
+
+class AreaState(msgspec.Struct, frozen=True):
+    """The counters of one area, for another process; as in `_Area`."""
+
+    nr: tuple[int, int]
+    merged: tuple[int, int]
+    sectors: tuple[int, int]
+    taken_ns: tuple[int, int]
+    busy_ns: tuple[int, int]
+    total_busy_ns: int
+    queued_ns: int
+    histogram: tuple[int, ...]
+
+
+class RegionState(msgspec.Struct, frozen=True):
+    """One region with its areas, for another process; as in `_Region`."""
+
+    number: int
+    start: int
+    end: int
+    step: int
+    is_precise: bool
+    bounds: tuple[int, ...]
+    program: str
+    aux: str
+    areas: dict[int, AreaState]
 
 
 class _Area:
@@ -93,6 +122,29 @@ class _Area:
         if reads or writes:
             self.total_busy_ns += spent
             self.queued_ns += (reads + writes) * spent
+
+    def state(self) -> AreaState:
+        """The counters; nothing is in flight."""
+        pairs = (self.nr, self.merged, self.sectors, self.taken_ns, self.busy_ns)
+        nr, merged, sectors, taken_ns, busy_ns = ((each[0], each[1]) for each in pairs)
+        return AreaState(
+            nr,
+            merged,
+            sectors,
+            taken_ns,
+            busy_ns,
+            self.total_busy_ns,
+            self.queued_ns,
+            tuple(self.histogram),
+        )
+
+    def restore(self, state: AreaState) -> None:
+        """Go on counting from `state`."""
+        self.nr, self.merged = list(state.nr), list(state.merged)
+        self.sectors, self.taken_ns = list(state.sectors), list(state.taken_ns)
+        self.busy_ns = list(state.busy_ns)
+        self.total_busy_ns, self.queued_ns = state.total_busy_ns, state.queued_ns
+        self.histogram = list(state.histogram)
 
     def words(self, unit_ns: int) -> str:
         """As `@stats_print` prints them, after the range."""
@@ -227,6 +279,38 @@ class Statistics:
 
     def __bool__(self) -> bool:
         return bool(self._regions)
+
+    def states(self) -> tuple[RegionState, ...]:
+        """All regions with their counters, for another process."""
+        return tuple(
+            RegionState(
+                number,
+                region.start,
+                region.end,
+                region.step,
+                region.is_precise,
+                region.bounds,
+                region.program,
+                region.aux,
+                {index: area.state() for index, area in region.areas.items()},
+            )
+            for number, region in self._regions.items()
+        )
+
+    def restore(self, states: Iterable[RegionState]) -> None:
+        """Make the regions of another process, with their counters. Those that are here already stay as they are."""
+        now_ns = self.clock.now_ns()
+        for state in states:
+            if state.number in self._regions:
+                continue
+            region = _Region(state.start, state.end, state.step)
+            region.is_precise, region.bounds = state.is_precise, state.bounds
+            region.program, region.aux = state.program, state.aux
+            for index, counters in state.areas.items():
+                region.area(index, now_ns).restore(counters)
+            self._regions[state.number] = region
+            if len(self._regions) == 1:
+                self._changed()
 
     def begin(self, bio: Bio) -> None:
         """Count a bio that is about to be mapped, and its end, unless `pass_over` was called with it."""

@@ -415,6 +415,8 @@ def _threshold_sectors(options: CacheOptions, block_sectors: int) -> int:
 class CacheJob(job.Job[CachePlan]):
     """Prepares, serves and ends one cache, in this process."""
 
+    plan_type = CachePlan
+
     def __init__(self, options: CacheOptions, reporter: CacheReporter) -> None:
         super().__init__(
             reporter,
@@ -439,7 +441,7 @@ class CacheJob(job.Job[CachePlan]):
     async def _watch(self, device: MappedDevice, plan: CachePlan) -> None:
         """Report the state of the cache. Never commits: an idle cache does no I/O."""
         event_nr = device.event_nr
-        is_first = True
+        is_first = not self._took_over
         while True:
             await self._look(device, plan, is_first=is_first)
             is_first = False

@@ -229,6 +229,8 @@ def _table_line(
 class CloneJob(job.Job[ClonePlan]):
     """Prepares, serves and ends one clone, in this process."""
 
+    plan_type = ClonePlan
+
     def __init__(self, options: CloneOptions, reporter: CloneReporter) -> None:
         super().__init__(
             reporter,

@@ -77,6 +77,8 @@ async def plan_export(options: ExportOptions, directory: str) -> ExportPlan:
 class ExportJob(job.Job[ExportPlan]):
     """Prepares, serves and ends one export, in this process."""
 
+    plan_type = ExportPlan
+
     def __init__(
         self, options: ExportOptions, reporter: job.Reporter[ExportPlan]
     ) -> None:

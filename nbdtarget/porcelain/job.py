@@ -19,6 +19,8 @@ import logging
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
+import msgspec
+
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.permissions import Permission
 from nbdtarget.common.unix_socket import SocketOptions
@@ -37,6 +39,7 @@ from nbdtarget.daemon.daemon import (
     default_listen,
     must_leave_at_once,
 )
+from nbdtarget.daemon.handover.taker import Offer, maybe_offer
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.table import Table
@@ -85,6 +88,8 @@ class Reporter(Protocol[P_contra]):
 class Job(Generic[P]):
     """Prepares, serves and ends one mapped device. Subclasses plan and watch.
 
+    A job can be handed over to another process (`nbdtarget.daemon.handover`), which gets the plan: `plan_type` is its type.
+
     Args:
         listen: addresses; none: a unix socket in the runtime directory.
         control: address of the control socket; None: the one called after the export.
@@ -109,6 +114,7 @@ class Job(Generic[P]):
     ) -> None:
         self._served = reporter
         self._command = command
+        self._took_over = False
         self._passed = PassedSockets()
         self._read_only = read_only
         self._listen = listen
@@ -116,6 +122,8 @@ class Job(Generic[P]):
         self._permissions = permissions
         self._daemon = Daemon(bounds=StopBounds.of(stop_timeout), sockets=sockets)
         self._has_failed = False
+
+    plan_type: type[P]
 
     async def _plan(self) -> P:
         """Look at everything, change nothing. Raises: NbdTargetError."""
@@ -150,9 +158,11 @@ class Job(Generic[P]):
                 watcher.cancel()
                 await asyncio.wait([watcher])
                 try:
-                    await self._ending(device, plan)
+                    if not self._daemon.has_handed_over:
+                        await self._ending(device, plan)
                 finally:
-                    self._served.stopping()
+                    if not self._daemon.has_handed_over:
+                        self._served.stopping()
                     self._daemon.release_signals()
                     table = device.active
                     await self._daemon.close()
@@ -171,15 +181,29 @@ class Job(Generic[P]):
         return self._daemon.exit_status(1 if has_failed else 0)
 
     async def _begin(self) -> tuple[P, MappedDevice]:
+        if (offer := maybe_offer()) is not None:
+            return await self._take_over(offer)
         # A mistake in an address is found before anything is made.
         for address in self._listen:
             parse_address(address)
         self._passed = passed_sockets()
         plan = await self._plan()
+        self._daemon.plan = msgspec.msgpack.encode(plan)
         device = await self._prepare(plan)
         # With a command, stdout is the command's alone.
         if self._command is None:
             self._report(self._served.serving, plan, self._daemon.uris)
+        self._daemon.tell_ready()
+        return plan, device
+
+    async def _take_over(self, offer: Offer) -> tuple[P, MappedDevice]:
+        """Go on where another process was; nothing is printed again."""
+        moved = await self._daemon.take_over(offer, token=control_token())
+        plan: P = msgspec.msgpack.decode(moved.plan, type=self.plan_type)
+        device = self._daemon.registry.get(plan.name)
+        await self._daemon.go_on(offer)
+        self._daemon.plan = moved.plan
+        self._took_over = True
         self._daemon.tell_ready()
         return plan, device
 

@@ -18,6 +18,7 @@ socket and the state; each other thing has a class of its own:
     Output      replies on their way to the socket
     Flow        what is in flight, and whether the connection is paused
     Poller      whether to look at the socket again before going back to the loop
+    Patience    how long it waits for the client
 
 TLS. After STARTTLS the socket is a `TlsSocket`, which has the same methods. What it has decrypted, or could decrypt, is
 unknown to the loop. So a connection with TLS receives until there is nothing, and goes on by itself after a pause. The
@@ -36,6 +37,10 @@ only then is the device released. While writes are among them the socket is not 
 connection ended: a client takes EOF for the end of its writes, connects again, and writes the same place, and
 no old write may be carried out after that. How the old writes are kept in front of the new ones: `gate.py`.
 
+Hand-over. A connection can go on in another process (`nbdtarget.server.moving`). First it is frozen: no request is begun any
+more, and those that have begun end. Only the payload of a large WRITE that has begun is still received. Then it is at rest:
+what is left is what was received and not served, and replies that the client has not taken.
+
 Shutdown. Requests that were received before are carried out, and later ones are answered with
 ESHUTDOWN. When nothing is in flight our half of the connection is closed.
 
@@ -47,10 +52,10 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 from nbdtarget.bio import Bio
-from nbdtarget.common.clock import Timer
 from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device
@@ -60,11 +65,14 @@ from nbdtarget.server.fast_turn import FastTurn
 from nbdtarget.server.flow import NEVER, Flow
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.input import Input
+from nbdtarget.server.moving import ConnectionState
 from nbdtarget.server.output import Output, is_gone
+from nbdtarget.server.patience import Patience
 from nbdtarget.server.peer import HUNG_UP
 from nbdtarget.server.poller import Poller
 from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
+from nbdtarget.server.states import CLOSED, DRAINING, HANDSHAKE, TRANSMISSION
 from nbdtarget.server.tls import NO_TLS, ListenerTls
 from nbdtarget_protocol.consts import REQUEST
 from nbdtarget_protocol.handshake import Negotiated, ServerHandshake
@@ -72,11 +80,6 @@ from nbdtarget_protocol.handshake import Negotiated, ServerHandshake
 __all__ = ["Connection"]
 
 log = logging.getLogger(__name__)
-
-HANDSHAKE: Final = 0
-TRANSMISSION: Final = 1
-DRAINING: Final = 2
-CLOSED: Final = 3
 
 BATCHES_MAX: Final = 16  # read and served in one turn of the loop
 HANDSHAKE_READ: Final = (
@@ -102,8 +105,6 @@ class Connection:
         limits = shared.limits
         self.state = HANDSHAKE
         self.peer = peer
-        self._began_ns = shared.clock.now_ns()
-        self._nr_options = 0  # of the handshake, at the last look
         self._shared = shared
         self._limits = limits
         self._sock: socket.socket | TlsSocket = sock
@@ -131,8 +132,12 @@ class Connection:
         self._poller: Poller | None = None
         self._fast: FastTurn | None = None
         self._device: Device | None = None
-        self._timer: Timer | None = None
+        self._negotiated: Negotiated | None = None
+        self._patience = Patience(
+            self, limits, shared.clock, self._handshake, self._flow, self._output
+        )
         self._is_shutting_down = False
+        self._is_frozen = False
         self._is_reading = False
         self._is_writing = False
         self._flush_scheduled = Soon(self._flush_now)
@@ -146,9 +151,7 @@ class Connection:
 
     def start(self) -> None:
         """Greet the client."""
-        self._timer = self._shared.clock.call_later(
-            self._limits.handshake_timeout_s, self._handshake_timed_out
-        )
+        self._patience.await_handshake()
         self._start_reading()
         self._guard(self._answer_handshake)
 
@@ -159,7 +162,7 @@ class Connection:
         self._is_shutting_down = True
         if self.state == HANDSHAKE:
             self._handshake.shutdown()
-            self._linger()
+            self._patience.linger()
         elif self.state == TRANSMISSION:
             assert self._requests is not None
             self._requests.refuse()
@@ -174,7 +177,7 @@ class Connection:
         if self._is_writing:
             self._shared.loop.remove_writer(self._fd)
             self._is_writing = False
-        self._stop_timer()
+        self._patience.end()
         if self._fast is not None:
             self._fast.release()
             self._fast = None
@@ -184,6 +187,63 @@ class Connection:
             self._requests.drop()
         self._flow.close()
         self.maybe_release()
+
+    def freeze(self) -> None:
+        """Begin no request any more. What has begun ends; see `is_at_rest`."""
+        self._is_frozen = True
+        if self._input is not None and self._input.is_plain:
+            self._stop_reading()
+
+    def thaw(self) -> None:
+        """Undo `freeze`."""
+        self._is_frozen = False
+        if self.state != TRANSMISSION:
+            return
+        if self._flow.is_paused:
+            self.resume()
+        else:
+            self._start_reading()
+            self._guard(self._serve_received)
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing is in flight, after `freeze`, and no payload is being received."""
+        received = self._input
+        return (
+            self.state == TRANSMISSION
+            and not self._flow.nr_requests
+            and received is not None
+            and received.is_plain
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is in flight."""
+        return bool(self._flow.nr_requests)
+
+    def moved_state(self) -> ConnectionState | None:
+        """Return what another process needs to go on with the socket; None: it cannot.
+
+        Encryption cannot be moved, nor what has not come to rest.
+        """
+        if self._tls is not None or not self.is_at_rest or self._is_shutting_down:
+            return None
+        assert self._input is not None
+        assert self._negotiated is not None
+        return ConnectionState(
+            self.peer, self._negotiated, self._input.unserved(), self._output.unsent()
+        )
+
+    @property
+    def fileno(self) -> int:
+        """Of the socket."""
+        return self._fd
+
+    def take_over(self, moved: ConnectionState) -> None:
+        """Go on where the connection was in the process that it comes from."""
+        self._guard(
+            partial(self._attach, moved.negotiated, moved.received, moved.unsent)
+        )
 
     def is_stalled(self, now_ns: int) -> bool:
         """Whether the client holds memory and has not moved for `stall_timeout_s`."""
@@ -213,6 +273,7 @@ class Connection:
             self._requests.release()
         if self._poller is not None:
             self._poller.close()
+        self._patience.release()
         self._input = self._requests = self._poller = None
         self._flush_scheduled.cancel()
         self._finish_scheduled.cancel()
@@ -247,29 +308,6 @@ class Connection:
         assert self._device is not None
         return self._shared.gates.of(self._device)
 
-    def _handshake_timed_out(self) -> None:
-        """The time is up, unless options came since the last look, and the whole handshake is not too long."""
-        limits, clock = self._limits, self._shared.clock
-        nr_options, before = self._handshake.nr_options, self._nr_options
-        total_s = (clock.now_ns() - self._began_ns) / 1e9
-        if nr_options > before and total_s < limits.handshake_total_s:
-            self._nr_options = nr_options
-            self._timer = clock.call_later(
-                limits.handshake_timeout_s, self._handshake_timed_out
-            )
-            return
-        log.info("%s: no handshake in time", self.peer)
-        self.abort()
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _linger(self) -> None:
-        self._stop_timer()
-        self._timer = self._shared.clock.call_later(self._limits.linger_s, self.abort)
-
     def disc(self) -> None:
         """Read nothing more; close when everything in flight has been answered."""
         self.state = DRAINING
@@ -278,34 +316,9 @@ class Connection:
             self._gate().leave(self)
         if not self._is_shutting_down:
             self._flow.moved()
-            self._watch_replies()
+            self._patience.await_replies()
 
-    def _watch_replies(self) -> None:
-        """Look after `stall_timeout_s` whether the client has said DISC and does not take its replies."""
-        if self._timer is None:
-            self._timer = self._shared.clock.call_later(
-                self._limits.stall_timeout_s, self._replies_timed_out
-            )
-
-    def _replies_timed_out(self) -> None:
-        """Close if the client has said DISC and does not take its replies. Otherwise look again later."""
-        self._timer = None
-        if self.state == TRANSMISSION and not self._output.is_blocked:
-            return  # `flush` calls again
-        waited_ns = self._shared.clock.now_ns() - self._flow.progress_ns
-        left_s = self._limits.stall_timeout_s - waited_ns / 1e9
-        if left_s > 0:
-            again = self._replies_timed_out
-            self._timer = self._shared.clock.call_later(left_s, again)
-        elif self._output.is_blocked and self._has_said_disc():
-            log.info(
-                "%s: the client has said DISC and does not take its replies", self.peer
-            )
-            self.abort()
-        else:
-            self._watch_replies()
-
-    def _has_said_disc(self) -> bool:
+    def has_said_disc(self) -> bool:
         """Whether the client wants to leave. Its DISC may stand behind requests that a bound keeps from being served."""
         if self.state != TRANSMISSION:
             return self.state == DRAINING
@@ -339,7 +352,7 @@ class Connection:
         ):
             self.state = DRAINING
             self._sock.shutdown(socket.SHUT_WR)
-            self._linger()
+            self._patience.linger()
 
     def _guard(self, call: Callable[[], None]) -> None:
         """Run `call`. An exception from it ends this connection and no other."""
@@ -397,7 +410,7 @@ class Connection:
             self._shared.loop.add_writer(self._fd, self._writable)
             self._is_writing = True
             if self.state == TRANSMISSION:
-                self._watch_replies()
+                self._patience.await_replies()
         elif all_left:
             if self._is_writing:
                 self._shared.loop.remove_writer(self._fd)
@@ -506,6 +519,12 @@ class Connection:
             self._maybe_finish()
 
     def _begin_transmission(self, negotiated: Negotiated) -> None:
+        self._attach(negotiated, self._handshake.trailing_data())
+
+    def _attach(
+        self, negotiated: Negotiated, data: bytes, replies: bytes = b""
+    ) -> None:
+        """Serve requests from now on; `data` has been received already, `replies` have to be sent first."""
         shared, limits = self._shared, self._limits
         try:
             device = shared.directory.acquire(negotiated.export.name)
@@ -513,8 +532,9 @@ class Connection:
             log.info("%s: %s is gone", self.peer, negotiated.export.name)
             self.disc()
             return
-        self._stop_timer()
+        self._patience.end()
         self.state = TRANSMISSION
+        self._negotiated = negotiated
         self._output.open_arena()
         self._device = device
         self._poller = Poller(shared.polling, limits.poll_us)
@@ -537,10 +557,18 @@ class Connection:
         if self._is_shutting_down:
             self._requests.refuse()
         self._gate().join(self)
-        received.put(self._handshake.trailing_data())
+        received.put(data)
         log.info("%s: attached %s", self.peer, negotiated.export.name)
+        if replies:
+            self._output.push(replies)
+            self.flush()
+        if self._is_frozen:
+            self._stop_reading()
+            return
+        self._start_reading()
         self._requests.serve()
         self._flow.end_turn()
+        self.flush()
 
     # hot: one system call and 0.6 us a batch, besides `Requests.serve`
     def _receive_transmission(self) -> None:
@@ -571,6 +599,9 @@ class Connection:
             if nr_bytes:
                 if received.complete is not None:
                     requests.start_large(received.take_complete())
+                if self._is_frozen and received.is_plain:
+                    self._stop_reading()
+                    return
                 if nr_bytes > REQUEST.size and received.is_batch:
                     poller.not_alone()
                     polls = False
@@ -640,6 +671,8 @@ class Connection:
         requests, flow = self._requests, self._flow
         if self.state != TRANSMISSION or requests is None:
             return
+        if self._is_frozen and self._input is not None and self._input.is_plain:
+            return  # `thaw` calls again
         was_yielding = flow.is_yielding
         if not requests.may_go_on():
             return

@@ -157,6 +157,10 @@ class Input:
         # An empty buffer begins at 0: `receive` takes no bytes for the end of the connection.
         self.begin, self.end = (begin, end) if begin < end else (0, 0)
 
+    def unserved(self) -> bytes:
+        """Return what was received and not served."""
+        return bytes(self.view[self.begin : self.end])
+
     def expect(self, large: LargeWrite) -> None:
         """What comes next is the rest of the payload of `large`."""
         self.large = large

@@ -27,7 +27,7 @@ import errno as errnos
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 from urllib.parse import quote
 
@@ -51,6 +51,7 @@ from nbdtarget.server.connection import Connection
 from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
+from nbdtarget.server.moving import ListenerState, MovedConnection, SocketState
 from nbdtarget.server.peer import hang_up_events
 from nbdtarget.server.poller import Polling
 from nbdtarget.server.shared import Shared
@@ -63,6 +64,7 @@ log = logging.getLogger(__name__)
 
 ACCEPTS_MAX: Final = 16  # in one turn of the loop
 ACCEPT_PAUSE_S: Final = 1.0
+FREEZE_LOOK_S: Final = 0.002
 _OUT_OF_FILES: Final = (errnos.EMFILE, errnos.ENFILE, errnos.ENOBUFS, errnos.ENOMEM)
 
 
@@ -99,12 +101,14 @@ class Listener:
         self._tls = tls
         self._sockets: dict[int, socket.socket] = {}
         self._tls_of: dict[int, ListenerTls] = {}  # by descriptor
+        self._addresses: dict[int, str] = {}  # what was asked for, by descriptor
         self._unix_sockets: list[UnixSocket] = []
         self._access = access
         # And where each comes from. In the order of accepting, in which a shutdown tells them.
         self._connections: dict[Connection, str] = {}
         self._admission = Admission(self._limits)
         self._refused = SayRarely(self._clock)
+        self._moved: list[tuple[socket.socket, MovedConnection]] = []
         self._is_accepting = False
         self._is_closed = False
         self._all_gone: asyncio.Future[None] | None = None
@@ -176,6 +180,114 @@ class Listener:
         if self._all_gone is not None and not self._all_gone.done():
             self._all_gone.set_result(None)
 
+    # ---- from one process to another ----
+
+    async def freeze(self, within_s: float) -> list[str]:
+        """Accept no connection and begin no request, until `thaw`; wait for those that have begun.
+
+        A connection that is in its handshake, or whose client does not send the rest of a payload, has until then, and
+        is closed.
+        Returns: the names of clients whose requests have not ended in time.
+        """
+        self._stop_accepting()
+        for connection in list(self._connections):
+            connection.freeze()
+        end_ns = self._clock.now_ns() + int(within_s * 1e9)
+        while any(not each.is_at_rest for each in self._connections):
+            if self._clock.now_ns() >= end_ns:
+                break
+            await self._clock.sleep(FREEZE_LOOK_S)
+        busy = []
+        for connection in list(self._connections):
+            if connection.is_busy:
+                busy.append(connection.peer)
+            elif not connection.is_at_rest:
+                connection.abort()
+        return busy
+
+    def thaw(self) -> None:
+        """Undo `freeze`."""
+        if not self._is_closed:
+            self._start_accepting()
+        for connection in list(self._connections):
+            connection.thaw()
+
+    def moved_state(self) -> tuple[ListenerState, list[int]]:
+        """After `freeze`: what another process needs to go on, and the descriptors that belong to it.
+
+        Connections that cannot be moved are told that the server ends.
+        """
+        sockets, fds = [], []
+        for fd in self._sockets:
+            taken = next(
+                (u for u in self._unix_sockets if u.socket.fileno() == fd), None
+            )
+            fds.append(fd)
+            if taken is not None:
+                fds.append(taken.lock)
+            sockets.append(
+                SocketState(None if taken is None else taken.path, self._addresses[fd])
+            )
+        connections = []
+        for connection, origin in list(self._connections.items()):
+            moved = connection.moved_state()
+            if moved is None:
+                connection.shutdown()
+            else:
+                connections.append(MovedConnection(origin, moved))
+                fds.append(connection.fileno)
+        return ListenerState(tuple(sockets), tuple(connections)), fds
+
+    def forget(self) -> None:
+        """Close all descriptors: they are another process's now. No client is told anything, and no file removed."""
+        self._is_closed = True
+        for connection in list(self._connections):
+            connection.abort()
+        for sock in self._sockets.values():
+            sock.close()
+        self._sockets.clear()
+
+    def take_over(
+        self,
+        moved: ListenerState,
+        fds: Sequence[int],
+        tls_of: Callable[[str], ListenerTls | None] = lambda _: None,
+    ) -> list[str]:
+        """Own the sockets of another process; nothing is accepted or served before `go_on`.
+
+        Args: tls_of: what is asked of clients of an address.
+        Returns: the NBD URIs, as of `start`.
+        """
+        self._share()
+        left = list(fds)
+        uris = []
+        for each in moved.sockets:
+            sock = socket.socket(fileno=left.pop(0))
+            sock.setblocking(False)
+            tls = tls_of(each.address) or self._tls
+            self._own(sock, tls, each.address)
+            if each.path is not None:
+                taken = UnixSocket(sock, each.path, left.pop(0))
+                self._unix_sockets.append(taken)
+            uris.append(_uri_pattern(sock, tls))
+        for connection in moved.connections:
+            client = socket.socket(fileno=left.pop(0))
+            self._moved.append((client, connection))
+        assert not left
+        return uris
+
+    def go_on(self) -> None:
+        """Accept, and serve the connections that were taken over."""
+        assert self._shared is not None
+        moved, self._moved = self._moved, []
+        for client, each in moved:
+            client.setblocking(False)
+            connection = Connection(client, each.state.peer, self._shared)
+            self._connections[connection] = each.origin
+            self._admission.enter(each.origin)
+            connection.take_over(each.state)
+        self._start_accepting()
+
     # ---- sockets ----
 
     def _start_unix(self, path: str, address: str, tls: ListenerTls | None) -> str:
@@ -187,7 +299,7 @@ class Listener:
         except OSError as error:
             raise ListenError(address, str(error.strerror or error)) from error
         self._unix_sockets.append(taken)
-        return self.start_socket(taken.socket, tls)
+        return self.start_socket(taken.socket, tls, address)
 
     def _start_vsock(
         self, where: VsockAddress, address: str, tls: ListenerTls | None
@@ -201,7 +313,7 @@ class Listener:
         except OSError as error:
             sock.close()
             raise ListenError(address, str(error.strerror)) from error
-        return self.start_socket(sock, tls)
+        return self.start_socket(sock, tls, address)
 
     async def _start_tcp(
         self, host: str, port: int, address: str, tls: ListenerTls | None
@@ -231,11 +343,33 @@ class Listener:
             for sock in bound:
                 sock.close()
             raise ListenError(address, str(error.strerror)) from error
-        patterns.extend(self.start_socket(sock, tls) for sock in bound)
+        patterns.extend(self.start_socket(sock, tls, address) for sock in bound)
         return patterns
 
-    def start_socket(self, sock: socket.socket, tls: ListenerTls | None = None) -> str:
-        """Listen on a bound stream socket, and own it from now on; its NBD URI."""
+    def start_socket(
+        self, sock: socket.socket, tls: ListenerTls | None = None, address: str = ""
+    ) -> str:
+        """Listen on a bound stream socket, and own it from now on; its NBD URI.
+
+        Args: address: what was asked for; "": the socket was passed.
+        """
+        self._share()
+        assert self._shared is not None
+        sock.setblocking(False)
+        sock.listen(self._limits.backlog_max)
+        tls = tls or self._tls
+        self._own(sock, tls, address)
+        if self._is_accepting:
+            self._shared.loop.add_reader(sock.fileno(), self._accept, sock)
+        else:
+            self._start_accepting()
+        return _uri_pattern(sock, tls)
+
+    def _own(self, sock: socket.socket, tls: ListenerTls, address: str) -> None:
+        fd = sock.fileno()
+        self._sockets[fd], self._tls_of[fd], self._addresses[fd] = sock, tls, address
+
+    def _share(self) -> None:
         if self._shared is None:
             self._shared = Shared(
                 loop=asyncio.get_running_loop(),
@@ -251,16 +385,6 @@ class Listener:
                 closed=self._connection_closed,
                 hang_up_events=self._hang_up_events,
             )
-        sock.setblocking(False)
-        sock.listen(self._limits.backlog_max)
-        self._sockets[sock.fileno()] = sock
-        tls = tls or self._tls
-        self._tls_of[sock.fileno()] = tls
-        if self._is_accepting:
-            self._shared.loop.add_reader(sock.fileno(), self._accept, sock)
-        else:
-            self._start_accepting()
-        return _uri_pattern(sock, tls)
 
     # ---- connections ----
 

@@ -218,6 +218,11 @@ class Output:
             self.view[:end] = b"\xdb" * end
         self.base = self.end = 0
 
+    def unsent(self) -> bytes:
+        """Return the replies that have not left, in their order."""
+        pieces = [view for view, _, _ in self._queue]
+        return b"".join([*pieces, self.view[self.base : self.end]])
+
     def drop(self) -> None:
         """The connection is closed: forget all replies, and give the arena back."""
         self.arena = bytearray()

@@ -146,6 +146,8 @@ class Target:
         num_flush_bios: FLUSHes to `map` for each FLUSH of the mapped device (0: none).
         messages: the messages that this type takes: how each is written, and what it does. A message that
             is refused names them.
+        volatile_state: what is in memory only, and would be lost if another process constructed the same target in
+            our place; "": nothing.
     """
 
     type_name: ClassVar[str]
@@ -156,6 +158,7 @@ class Target:
     can_discard: bool = False
     can_write_zeroes: bool = False
     can_fast_zero: bool = False
+    volatile_state: str = ""
 
     def __init__(self, ctx: TargetContext) -> None:
         self.ctx = ctx

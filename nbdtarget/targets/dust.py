@@ -59,6 +59,7 @@ class DustTarget(RunTarget):
     """See the module head. Source: drivers/md/dm-dust.c."""
 
     type_name = "dust"
+    volatile_state = "the list of bad blocks"
     version = (1, 0, 0)
     messages = MappingProxyType(
         {

@@ -31,6 +31,25 @@ SERVER: Final = (
         ("tests/nbdtarget/server/test_dead_peers.py",),
     ),
     Mutant(
+        "replies-lost-by-a-hand-over",
+        "A client that had not taken its replies when the server was replaced never gets them.",
+        "nbdtarget.server.output:Output.unsent",
+        (
+            (
+                "        pieces = [view for view, _, _ in self._queue]\n",
+                "        pieces = []\n",
+            ),
+        ),
+        ("tests/nbdtarget/server/test_moving.py",),
+    ),
+    Mutant(
+        "requests-begun-during-a-hand-over",
+        "A request that comes while clients are held back is begun by the old process, and again by the new one.",
+        "nbdtarget.server.connection:Connection.freeze",
+        (("            self._stop_reading()\n", "            pass\n"),),
+        ("tests/nbdtarget/server/test_moving.py",),
+    ),
+    Mutant(
         "lock-of-a-socket-not-taken",
         "Of two servers that start at once, one takes the other's socket away.",
         "nbdtarget.common.unix_socket:_lock",

@@ -75,6 +75,7 @@ class LogWritesTarget(Target):
     """See the module head. Source: drivers/md/dm-log-writes.c."""
 
     type_name = "log-writes"
+    volatile_state = "the place in the log"
     version = (1, 1, 0)
     messages = MappingProxyType(
         {"mark TEXT": "Write a mark into the log, up to which replay-log can replay."}

@@ -95,6 +95,7 @@ class PowercutTarget(Target):
     """See the module head."""
 
     type_name = "powercut"
+    volatile_state = "what the volatile cache holds"
     version = (1, 0, 0)
     messages = MappingProxyType(
         {

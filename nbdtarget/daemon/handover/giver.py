@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hand_over`: the old process's side of a hand-over.
+
+    1  the new program is started, and loads its code; all devices are flushed; clients notice nothing yet
+    2  no connection is accepted and no request begun any more; those that have begun end
+    3  all devices are suspended, which flushes and commits, and their disks are closed
+    4  everything is sent; the new process opens the disks
+    5  Go: this process does nothing any more
+
+The pause that clients notice is from 2 to 5. If anything goes wrong before 5, the new process is killed, the devices are opened
+again, and everything goes on here. Each step has a bound.
+
+Durable: after 3, everything that has ended. At no time do two processes have the same disk open for writing.
+"""
+
+import asyncio
+import errno as errnos
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+from typing import Final, Protocol, TypeVar
+
+from nbdtarget import __version__
+from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.daemon.handover.channel import Channel, ChannelError
+from nbdtarget.daemon.handover.messages import (
+    FORMAT,
+    Go,
+    Hello,
+    Message,
+    Moved,
+    Prepared,
+)
+from nbdtarget.dm.handover import Parking
+
+__all__ = ["VARIABLE", "Giving", "hand_over"]
+
+log = logging.getLogger(__name__)
+
+VARIABLE: Final = "NBDTARGET_HANDOVER"  # the new process's end of the channel
+START_S_MAX: Final = 60.0
+REST_S_MAX: Final = 10.0
+PREPARE_S_MAX: Final = 30.0
+
+M = TypeVar("M", bound=Message)
+
+
+class Giving(Protocol):
+    """What is handed over; `Daemon` has it."""
+
+    async def freeze(self, within_s: float) -> list[str]:
+        """Hold back all that is new. Returns what has not ended in time, by name."""
+        ...
+
+    async def thaw(self) -> None:
+        """Undo `freeze`."""
+        ...
+
+    def parking(self) -> Parking:
+        """The devices."""
+        ...
+
+    def moved(self, parking: Parking) -> tuple[Moved, list[int]]:
+        """Everything, and the descriptors; called when all is at rest."""
+        ...
+
+
+async def hand_over(giving: Giving, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start `argv`, and hand everything over to it. Returns the new process.
+
+    Raises: NbdTargetError: everything goes on here as before; what could not be opened again is in the log.
+    """
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours)
+    try:
+        process = await _start(argv, theirs)
+        theirs.close()
+        try:
+            await channel.send(Hello(FORMAT, __version__))
+            hello = await _expect(channel, Hello, START_S_MAX)
+            if hello.format != FORMAT:
+                raise ChannelError(
+                    f"{argv[0]} is version {hello.version}, which hands over in format"
+                    f" {hello.format}, and this is format {FORMAT}: restart instead"
+                )
+            await _give(giving, channel, process)
+        except BaseException:
+            await _kill(process)
+            raise
+    finally:
+        theirs.close()
+        channel.close()
+    return process
+
+
+async def _give(
+    giving: Giving, channel: Channel, process: subprocess.Popen[bytes]
+) -> None:
+    """From the moment when clients are held back. Raises: NbdTargetError: it has been undone."""
+    parking = giving.parking()
+    await parking.flush_ahead()
+    begun_ns = monotonic_ns()
+    try:
+        if busy := await giving.freeze(REST_S_MAX):
+            raise TableError(
+                f"requests of {', '.join(busy)} have not ended for {REST_S_MAX:g} s",
+                errnos.ETIMEDOUT,
+            )
+        await parking.park()
+        moved, fds = giving.moved(parking)
+        await channel.send(moved, fds)
+        await _expect(channel, Prepared, PREPARE_S_MAX)
+        await channel.send(Go((monotonic_ns() - begun_ns) / 1e9))
+    except BaseException:
+        # It may have disks open, which are to be opened here again.
+        await _kill(process)
+        for failure in await parking.undo():
+            log.error("not handed over, and not open any more: %s", failure)
+        await giving.thaw()
+        raise
+    log.info("handed over after %.3f s", (monotonic_ns() - begun_ns) / 1e9)
+
+
+async def _start(argv: Sequence[str], theirs: socket.socket) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, VARIABLE: str(theirs.fileno())}
+    try:
+        # Not asyncio's: that kills the process when it is forgotten.
+        return await asyncio.to_thread(
+            subprocess.Popen, argv, env=environment, pass_fds=(theirs.fileno(),)
+        )
+    except OSError as error:
+        raise NbdTargetError(f"{argv[0]}: {error.strerror or error}") from None
+
+
+async def _expect(channel: Channel, kind: type[M], within_s: float) -> M:
+    message, fds = await channel.receive(within_s)
+    for fd in fds:
+        os.close(fd)
+    if not isinstance(message, kind):
+        raise ChannelError(
+            f"the other process says {type(message).__name__} out of turn"
+        )
+    return message
+
+
+async def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    await asyncio.to_thread(process.wait)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two processes of a hand-over tell each other.
+
+    old process                            new process
+    Hello: which format it speaks   ->
+                                    <-     Hello, when all of its code is loaded
+    freezes clients, parks devices
+    Moved: everything, with the     ->
+      sockets
+                                           opens the devices
+                                    <-     Prepared
+    Go                              ->
+    ends                                   lets I/O go
+
+Before Go, the new process changes nothing that the old one needs to go on, and either of them may say Failed. Go cannot be taken
+back. If the old process ends without it, the new one goes on as well: nobody else has the disks then.
+
+FORMAT grows when a message changes so that the other side would misunderstand it. A field with a default may be added.
+"""
+
+from typing import Final
+
+import msgspec
+
+from nbdtarget.dm.handover import DeviceState
+from nbdtarget.server.moving import ListenerState
+
+__all__ = ["FORMAT", "Failed", "Go", "Hello", "Message", "Moved", "Prepared"]
+
+FORMAT: Final = 1
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """The first message of each side. `version`: of nbdtarget."""
+
+    format: int
+    version: str
+
+
+class Moved(msgspec.Struct, frozen=True, tag=True):
+    """Everything that goes over.
+
+    Attributes:
+        has_control: the first descriptor is the control socket, the second the lock of its path, if it has one.
+        control: its address; `control_path`: its path, if that is ours.
+        plan: what a `clone`, `cache` or `export` had planned, as MessagePack; "" for `serve`.
+    """
+
+    devices: tuple[DeviceState, ...]
+    listener: ListenerState
+    control: str
+    control_path: str | None
+    plan: bytes = b""
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """The new process has opened everything."""
+
+
+class Go(msgspec.Struct, frozen=True, tag=True):
+    """The old process does nothing any more. `seconds`: since it began to hold back requests."""
+
+    seconds: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """This side gives up."""
+
+    reason: str
+
+
+Message = Hello | Moved | Prepared | Go | Failed

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a listener and its connections tell another process that goes on in their place.
+
+The sockets themselves are passed as descriptors, in this order: for each listening socket the socket and, of a unix socket, the
+lock of its path; then one for each connection.
+"""
+
+import msgspec
+
+from nbdtarget_protocol.handshake import Negotiated
+
+__all__ = ["ConnectionState", "ListenerState", "MovedConnection", "SocketState"]
+
+
+class ConnectionState(msgspec.Struct, frozen=True):
+    """One connection that is at rest.
+
+    Attributes:
+        peer: for the log.
+        received: requests that have not begun, perhaps the first bytes of one more.
+        unsent: replies that the client has not taken, perhaps without the first bytes.
+    """
+
+    peer: str
+    negotiated: Negotiated
+    received: bytes
+    unsent: bytes
+
+
+class MovedConnection(msgspec.Struct, frozen=True):
+    """`origin`: as `nbdtarget.server.admission.origin_of` says."""
+
+    origin: str
+    state: ConnectionState
+
+
+class SocketState(msgspec.Struct, frozen=True):
+    """One listening socket. `path`: of a unix socket whose path is ours; `address`: what was asked for."""
+
+    path: str | None
+    address: str
+
+
+class ListenerState(msgspec.Struct, frozen=True):
+    """All sockets of a listener."""
+
+    sockets: tuple[SocketState, ...]
+    connections: tuple[MovedConnection, ...]
+
+    @property
+    def nr_descriptors(self) -> int:
+        locks = sum(each.path is not None for each in self.sockets)
+        return len(self.sockets) + locks + len(self.connections)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget upgrade`, with real servers: their clients notice nothing but a pause."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+from pathlib import Path
+
+from nbdtarget.control import messages as m
+from nbdtarget.control.client import ControlClient
+from tests.support.clients import CloneUnderTest, refused
+from tests.support.plain_client import PlainClient
+from tests.support.processes import NBDTARGET, ServerProcess
+
+MIB = 1 << 20
+
+
+def stop(pid: int) -> None:
+    """Stop a process that is not our child, and wait for its end."""
+    watched = os.pidfd_open(pid)
+    signal.pidfd_send_signal(watched, signal.SIGTERM)
+    assert select.select([watched], [], [], 30)[0], "it does not end"
+    os.close(watched)
+
+
+def test_clients_stay_and_the_sockets_are_the_same(tmp_path: Path) -> None:
+    content = os.urandom(4 * MIB)
+    (tmp_path / "source.img").write_bytes(content)
+    clone = CloneUnderTest(tmp_path, content, str(tmp_path / "source.img"))
+    control = tmp_path / "control.sock"
+    old = clone.start("--control", str(control), "--hydration-rate", "64K")
+    with PlainClient(clone.socket, clone.name) as client:
+        client.write(0, b"x" * 4096)
+        said = subprocess.run(
+            [NBDTARGET, "upgrade", "--json", "--control", str(control)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        assert old.child.wait(30) == 0
+        pid = json.loads(said)["pid"]
+        version = ControlClient(control).ask("version", m.Version(), m.VersionAnswer)
+        assert version.pid == pid
+        assert client.read(0, 8192) == b"x" * 4096 + content[4096:8192]
+        client.write(8192, b"y" * 512)
+        client.flush()
+        with PlainClient(clone.socket, clone.name) as other:
+            assert other.read(8192, 512) == b"y" * 512
+    stop(pid)
+    assert not control.exists()
+    assert not clone.socket.exists()
+    assert "Traceback" not in clone.log.read_text()
+    clone.hydrate()
+    assert (
+        clone.dest.read_bytes()[:8704] == b"x" * 4096 + content[4096:8192] + b"y" * 512
+    )
+
+
+def test_a_disk_in_memory_is_refused_and_goes_on(tmp_path: Path) -> None:
+    path, control = tmp_path / "nbd.sock", tmp_path / "control.sock"
+    argv = [NBDTARGET, "export", "memory:1M", "--name", "m", "--listen", f"unix:{path}"]
+    server = ServerProcess(
+        [*argv, "--control", str(control)], sockets=[path], log=tmp_path / "log"
+    )
+    with PlainClient(path, "m") as client:
+        client.write(0, b"x" * 512)
+        said = refused([NBDTARGET, "upgrade", "--control", str(control)])
+        assert "memory:1M: its contents, which are in memory, would be lost" in said
+        assert client.read(0, 512) == b"x" * 512
+    assert server.terminate() == 0

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The old process's side of a hand-over: whatever the new one does, one of the two serves."""
+
+import sys
+from collections.abc import AsyncIterator
+
+import pytest
+
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.daemon.handover import giver
+from nbdtarget.daemon.handover.giver import VARIABLE, hand_over
+from nbdtarget.daemon.handover.messages import FORMAT, Moved
+from nbdtarget.dm.handover import Parking
+from nbdtarget.dm.mapped_device import State
+from nbdtarget.dm.registry import Registry
+from nbdtarget.server.moving import ListenerState
+from tests.support.dm import make_registry
+
+# The new process: what it says, one after the other. "?" waits for a message; "." ends.
+NEW = """
+import os, socket, struct, sys
+import msgspec
+sock = socket.socket(fileno=int(os.environ[sys.argv[1]]))
+def say(**fields):
+    raw = msgspec.msgpack.encode(fields)
+    sock.sendall(struct.pack(">II", len(raw), 0) + raw)
+def hear():
+    length, _ = struct.unpack(">II", sock.recv(8, socket.MSG_WAITALL))
+    return msgspec.msgpack.decode(sock.recv(length, socket.MSG_WAITALL))
+hear()
+exec(sys.argv[2])
+"""
+HELLO = f'say(type="Hello", format={FORMAT}, version="9"); moved = hear(); '
+
+
+class Server:
+    """What hands over: a registry with one device; `log` says what was done."""
+
+    def __init__(self) -> None:
+        self.registry: Registry
+        self.registry, _ = make_registry(a=8192)
+        self.log: list[str] = []
+        self.busy: list[str] = []
+
+    async def freeze(self, within_s: float) -> list[str]:
+        self.log.append("freeze")
+        return self.busy
+
+    async def thaw(self) -> None:
+        self.log.append("thaw")
+
+    def parking(self) -> Parking:
+        return Parking(self.registry)
+
+    def moved(self, parking: Parking) -> tuple[Moved, list[int]]:
+        self.log.append("moved")
+        return Moved(tuple(parking.states), ListenerState((), ()), "/c", None), []
+
+    async def hand_over(self, script: str) -> None:
+        heir = await hand_over(self, [sys.executable, "-c", NEW, VARIABLE, script])
+        assert heir.wait(10) == 0
+
+    def check_goes_on(self, log: list[str]) -> None:
+        """Everything is as it was before, after these steps."""
+        assert self.log == log
+        (device,) = self.registry.devices()
+        assert device.state is State.ACTIVE
+        assert device.table() == [(0, 8, "linear", "/a 0")]
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    await server.registry.create("d", "0 8 linear /a 0")
+    yield server
+    await server.registry.close()
+
+
+async def test_it_hands_over(server: Server) -> None:
+    script = (
+        'assert moved["devices"][0]["table"] == "0 8 linear /a 0"; '
+        'say(type="Prepared"); assert hear()["type"] == "Go"'
+    )
+    await server.hand_over(HELLO + script)
+    assert server.log == ["freeze", "moved"]
+    (device,) = server.registry.devices()
+    assert device.state is State.SUSPENDED
+    assert not device.has_table
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "log"),
+    [
+        ("", "the other process has ended", []),
+        (
+            f'say(type="Hello", format={FORMAT + 1}, version="9"); hear()',
+            "is version 9, which hands over in format 2, and this is format 1: restart",
+            [],
+        ),
+        ('say(type="Failed", reason="no config")', "^no config$", []),
+        ('say(type="Prepared"); hear()', "says Prepared out of turn", []),
+        (HELLO, "the other process has ended", ["freeze", "moved", "thaw"]),
+        (
+            HELLO + 'say(type="Failed", reason="no disk")',
+            "^no disk$",
+            ["freeze", "moved", "thaw"],
+        ),
+        (HELLO + "hear()", r"does not answer for 0\.3 s", ["freeze", "moved", "thaw"]),
+    ],
+)
+async def test_a_new_process_that_fails_leaves_everything_as_it_was(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    reason: str,
+    log: list[str],
+) -> None:
+    monkeypatch.setattr(giver, "PREPARE_S_MAX", 0.3)
+    with pytest.raises(NbdTargetError, match=reason):
+        await server.hand_over(script)
+    server.check_goes_on(log)
+
+
+async def test_requests_that_do_not_end_leave_everything_as_it_was(
+    server: Server,
+) -> None:
+    server.busy = ["client 7"]
+    with pytest.raises(NbdTargetError, match="requests of client 7 have not ended"):
+        await server.hand_over(HELLO)
+    server.check_goes_on(["freeze", "thaw"])
+
+
+async def test_a_program_that_is_not_there_is_named(server: Server) -> None:
+    with pytest.raises(NbdTargetError, match="/nonexistent/nbdtarget: No such file"):
+        await hand_over(server, ["/nonexistent/nbdtarget"])
+    server.check_goes_on([])
