@@ -332,7 +332,8 @@ class MappedDevice(HasFastPath):
         table = self.active
         if table is None or table.read_only or self.state is State.SUSPENDED:
             return True
-        await self._path.flush(table)
+        with table.use():  # the end may come meanwhile after all
+            await self._path.flush(table)
         return self.is_flushed
 
     async def activate(self) -> None:

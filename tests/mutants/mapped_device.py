@@ -124,6 +124,13 @@ MAPPED_DEVICE: Final = (
         CANCELLED,
     ),
     Mutant(
+        "closed-under-the-flush-of-the-bound",
+        "A disk that answers late is closed while the end flushes it a second time: a commit is reported as lost.",
+        "nbdtarget.dm.mapped_device:MappedDevice.commit_ended",
+        (("with table.use():", "if True:"),),
+        ("tests/nbdtarget/dm/test_hanging.py",),
+    ),
+    Mutant(
         "suspend-does-not-wait",
         "A table is swapped while its writes are under way: they miss the commit.",
         "nbdtarget.dm.mapped_device:MappedDevice._settle",

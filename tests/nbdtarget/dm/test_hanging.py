@@ -255,6 +255,26 @@ async def test_the_end_commits_every_device_that_answers_whatever_hangs(
     assert await ending == []
 
 
+async def test_the_end_does_not_close_a_slow_disk_under_the_flush_of_its_bound(
+    world: World,
+) -> None:
+    """The disk answers after the bound: the removal goes on, and the second flush is still under way."""
+    await world.linear("a")
+    disk = world["/a"]
+    disk.hold = True
+    ending = asyncio.create_task(world.registry.close())
+    await sleep(0.01)
+    committing = asyncio.create_task(world.registry.commit_what_answers(5))
+    await sleep(0.01)
+    assert [bio.op for bio in disk.held] == [OP_FLUSH, OP_FLUSH]
+    disk.serve(disk.held.pop(0))
+    await sleep(0.01)
+    assert not disk.closed
+    disk.let_go()
+    assert await committing == []
+    assert await ending == []
+
+
 async def test_the_end_commits_a_clone_while_its_source_hangs(world: World) -> None:
     clone = await world.registry.create("c", f"{CLONE} 1 no_hydration")
     world["/source"].hold = True
