@@ -104,6 +104,7 @@ class BioPath:
         self._event = event
         self._queue: list[Bio] = []
         self._nr_pushed_back = 0  # so many at the front of the queue
+        self._given_back: list[Bio] = []  # before bios are queued
         self._queueing = True
         self._turns = Turns()
         self._is_counting = False
@@ -116,6 +117,9 @@ class BioPath:
         self.is_flushed = False
         self.running.clear()
         self.fast_path.update()
+        given_back, self._given_back = self._given_back, []
+        for bio in given_back:
+            self._requeue(bio)
 
     def suspended(self) -> None:
         """Nothing is in flight any more, and the targets have stopped."""
@@ -287,6 +291,15 @@ class BioPath:
                     # Not from `submit`: a part of what is being zeroed by writing.
                     assert isinstance(bio.private, ZeroFill)
                     bio.private.pushed_back()
+
+    def give_back(self, bio: Bio) -> None:
+        """A target that is being suspended does not finish this bio: see `TargetContext.give_back`."""
+        if self.running.is_set():
+            self._given_back.append(
+                bio
+            )  # in presuspend: `stop` follows in the same step
+        else:
+            self._requeue(bio)
 
     def _requeue(self, bio: Bio) -> None:
         """Put a bio that is in flight into the queue, before all that came while we suspend."""

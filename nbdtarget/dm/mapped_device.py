@@ -571,6 +571,10 @@ class MappedDevice(HasFastPath):
         self.health.watchers.remove(self.event)
         self._path.drop_references()
 
+    def give_back(self, bio: Bio) -> None:
+        """Queue what a target gives back while it is suspended: see `TargetContext.give_back`."""
+        self._path.give_back(bio)
+
     def stop_queueing(self) -> None:
         """End what waits here, and what still comes, with EIO: the device will not be resumed."""
         self._path.stop_queueing()

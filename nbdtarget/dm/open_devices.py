@@ -51,6 +51,7 @@ from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Final, Protocol
 from weakref import WeakValueDictionary
 
+from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Clock, timeout
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.permissions import Permission
@@ -634,6 +635,9 @@ class TableContext:
 
     def event(self) -> None:
         self.mapped_device.event()
+
+    def give_back(self, bio: Bio) -> None:
+        self.mapped_device.give_back(bio)
 
     def request_replacement(
         self, type_name: str, args: Sequence[str], devices: Sequence[Device] = ()

@@ -119,6 +119,14 @@ class TargetContext(Protocol):
         """Raise a device-mapper event: the event counter goes up by one, waiters wake."""
         ...
 
+    def give_back(self, bio: Bio) -> None:
+        """Give back a bio that `map` has taken and that has not ended, as `push_back` does; it is mapped anew.
+
+        Between `presuspend` and the end of `quiesce` only. The bio may have been worked on, if doing all of
+        it once more does no harm.
+        """
+        ...
+
     def request_replacement(
         self, type_name: str, args: Sequence[str], devices: Sequence[Device] = ()
     ) -> None:

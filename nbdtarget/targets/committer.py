@@ -163,6 +163,8 @@ class Committer:
         can_do_without: asked when a backing device is about to be flushed for a transaction, or for FLUSH
             alone: whether nothing rests on that flush; then what to call if it fails. See `CanDoWithout`.
         unflushed: of backing devices of which the owner knows what was written to them.
+        unflushable: the devices whose last flush failed, and nothing was lost by it. What they hold may not be what they
+            hold after a power cut: a DISCARD promises nothing.
         last_error: why the last flush or commit failed, in one line; None: none has.
     """
 
@@ -195,6 +197,7 @@ class Committer:
         self._is_watching = False
         self._has_given_up = False
         self.unflushed: dict[Device, Unflushed] = {}
+        self.unflushable: set[Device] = set()
         self.can_do_without: CanDoWithout | None = None
         # What a device had lost before this target used it is no loss of this target.
         self._losses = {each: each.losses for each in (device, *backing)}
@@ -457,9 +460,11 @@ class Committer:
         except DeviceError as error:
             if had_any:
                 raise
+            self.unflushable.add(device)
             log.warning("%s: %s; nothing was left to be flushed", self.name, error)
         else:
             unflushed.end_flush(begun)
+            self.unflushable.discard(device)
 
     async def _flush_only(self) -> int:
         losses = dict(self._losses)

@@ -174,6 +174,11 @@ class MappingTarget(Target, Generic[M]):
             bio.offset += self.begin
         return bios
 
+    def _give_back(self, bio: Bio) -> None:
+        """A suspend leaves this bio undone; its offset is relative to the target."""
+        bio.offset += self.begin
+        self.ctx.give_back(bio)
+
     async def postsuspend(self) -> None:
         self.presuspend()
         await self.quiesce()

@@ -292,6 +292,29 @@ def test_torn_superblock_loses_the_record_of_disks_at_most(
         assert found.superblock.disks == RECORD
 
 
+@pytest.mark.parametrize("is_rotten", [False, True])
+def test_commit_whose_record_was_torn_before_its_second_copy_is_not_opened(
+    is_rotten: bool,
+) -> None:
+    """Nothing of it was acknowledged, and the one before knows the disks."""
+    area = bytearray(4 * BLOCK_SIZE)
+    put(area, 10, OLD_RECORD, 0, 1)
+    put(area, 9, OLD_RECORD, 0, 1)
+    before = bytearray(area)
+    put(area, 11, RECORD, 0)
+    tear(area, 0, before, head=False)
+    if is_rotten:  # the sibling: the commit may have been complete
+        area[superblock_block(1, 1) * BLOCK_SIZE] ^= 1
+    found = choose_superblock(CLONE, memoryview(area))
+    if not is_rotten:
+        assert found.superblock.generation == 10
+        assert found.superblock.disks == OLD_RECORD
+    else:
+        assert found.superblock.generation == 11
+        assert found.superblock.disks == b""
+    assert found.unhealed == {1}
+
+
 def test_metadata_without_a_record_has_none() -> None:
     area = area_of(b"", b"")
     found = choose_superblock(CLONE, memoryview(area))

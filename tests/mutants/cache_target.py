@@ -335,6 +335,13 @@ CACHE_TARGET: Final = (
         BAD_BLOCK_TESTS,
     ),
     _mutant(
+        "block-that-the-origin-may-have-lost-read-from-it",
+        "A block was written back, the origin lost that, and its old data are read when the cache device cannot be read.",
+        "nbdtarget.targets.cache.blocks:Blocks.has_origin_the_clean",
+        ("is_in_doubt = not self.is_writable and", "is_in_doubt = False and"),
+        BAD_BLOCK_TESTS,
+    ),
+    _mutant(
         "clean-shutdown-over-a-failed-flush",
         "The cache device fails the last flush, and its copies are recorded as clean.",
         "nbdtarget.targets.cache.distrust:Distrust.maybe_let_go",

@@ -13,6 +13,32 @@ PICTURES: Final = ("tests/nbdtarget/dm/test_disks_crash.py",)
 
 DISKS: Final = (
     Mutant(
+        "disks-forgotten-by-a-torn-commit",
+        "The power goes during a commit, and the next start does not know which disks belong together.",
+        "nbdtarget_metadata.log.superblock:choose_superblock",
+        (("first.superblock == newest and first.note", "False"),),
+        TABLE,
+    ),
+    Mutant(
+        "disks-complete-commit-given-up-for-its-record",
+        "A commit whose two copies have rotted a little is not opened, and what it acknowledged is lost.",
+        "nbdtarget_metadata.log.superblock:choose_superblock",
+        (
+            (
+                "if is_torn and second.superblock and second.superblock != newest:",
+                "if is_torn:",
+            ),
+        ),
+        TABLE,
+    ),
+    Mutant(
+        "disks-sample-of-what-was-not-flushed",
+        "A stop records what a power cut takes back, and the next start refuses the disk.",
+        "nbdtarget.targets.cache.target:CacheTarget._samples",
+        (("if self._parts.origin in self._committer.unflushable:", "if False:"),),
+        ("tests/nbdtarget/targets/cache/test_target_faults.py",),
+    ),
+    Mutant(
         "disks-metadata-of-an-old-backup-accepted",
         "A disk that is newer than the metadata is taken: old bits over new data.",
         "nbdtarget_metadata.disks:_compare_mark",

@@ -406,6 +406,8 @@ class Trouble:
     async def _hang_for_a_while(self, host: str, backend: Backend) -> None:
         self._life.note(host, "hangs")
         self._life.nr_departures += 1
+        if self._life.is_stopping:
+            self._life.corner()  # a stop gives up what hangs
         backend.hang()
         await asyncio.sleep(self._random.choice(HANGS_S))
 

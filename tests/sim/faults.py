@@ -8,16 +8,19 @@ check after the crash, on disks that work again.
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from nbdtarget.bio import OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
 from nbdtarget.common.clock import Clock
+from nbdtarget.dm.registry import Registry
+from tests.sim.disks import SimDisk
 from tests.sim.rigs import Disk, Rig, Role
 from tests.support.devices import BadRange, FailAfter, FailFlush, Lie, Slow
 from tests.support.model import SECTOR
 
-__all__ = ["Fault"]
+__all__ = ["Fault", "stands_on_latched"]
 
 CHANCE: Final = 0.12  # of a life
 SLOW_S: Final = 40.0
@@ -65,3 +68,14 @@ def _draw_lie(rng: random.Random, disk: Disk) -> Lie | None:
     end = begin + rng.choice((1, 8)) * SECTOR
     ops = rng.choice((READS, WRITES, READS | WRITES | {OP_FLUSH}))
     return BadRange(begin, end, frozenset(ops))
+
+
+def stands_on_latched(registry: Registry, disks: Mapping[str, SimDisk]) -> bool:
+    """Whether a disk of a live table has latched: the metadata of a cache are not below what has taken its place.
+
+    A cache device does not count: it is given up where the origin has everything.
+    """
+    names = {
+        below.name for device in registry.devices() for below in device.devices_below()
+    } - {"/cache"}
+    return any(disk.is_latched for disk in disks.values() if disk.name in names)

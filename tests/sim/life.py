@@ -42,7 +42,7 @@ from tests.sim.backend import RECOVERY_S, Backend, BackendTable, Trouble
 from tests.sim.cache_watch import CacheWatch
 from tests.sim.client import Client, Habits
 from tests.sim.disks import LATENCIES, SimDisk
-from tests.sim.faults import Fault
+from tests.sim.faults import Fault, stands_on_latched
 from tests.sim.hydration import HydrationModel
 from tests.sim.loop import PowerCut, SimLoop, SimLoopClock, Stuck
 from tests.sim.model import SECTOR, ClientModel
@@ -350,9 +350,7 @@ class Life:
         """A client was told so."""
         if self.nr_outages:
             return  # it may be for that, and a table that was wiped flushes nothing
-        # A cache device is given up where the origin has everything.
-        disks = [disk for name, disk in self.disks.items() if name != "/cache"]
-        if self._is_faulty and any(disk.is_latched for disk in disks):
+        if self._is_faulty and stands_on_latched(self.registry, self.disks):
             self.flushes_fail = True
 
     def _break_disk(self) -> None:

@@ -57,7 +57,9 @@ class Stop:
             max(disk.latency.high_s, disk.latency.stall_s) > REQUEST_S_MAX
             for disk in life.disks.values()
         )
-        if is_slow or self._nr_departures != life.nr_departures:
+        # A stop gives up what hangs sooner than a server that goes on, and says so.
+        has_gone = self._nr_departures != life.nr_departures
+        if is_slow or has_gone or not life.are_backends_well:
             self._is_waited_for = True
             life.corner()
         close_registry = life.registry.close

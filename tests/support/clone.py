@@ -40,6 +40,7 @@ class Context:
         self.clock = clock
         self.nr_events = 0
         self.replacements: list[tuple[str, ...]] = []
+        self.given_back: list[Bio] = []
         self.nr_open = 0
         self.created: dict[str, int] = {}
         self._shared: dict[Device, dict[str, object]] = {}
@@ -74,6 +75,9 @@ class Context:
 
     def event(self) -> None:
         self.nr_events += 1
+
+    def give_back(self, bio: Bio) -> None:
+        self.given_back.append(bio)
 
     def request_replacement(
         self, type_name: str, args: Sequence[str], devices: Sequence[Device] = ()

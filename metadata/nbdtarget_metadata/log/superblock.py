@@ -23,7 +23,8 @@ copy 0 is N; the other slot holds N-1 twice. With one invalid copy (X), this is 
 
     slot s        other slot    opens at   why that is right
     N-2, N-2      N-1, N-1      N-1        nothing of N arrived
-    N  , N-2      N-1, N-1      N          valid, so what it vouches for is durable
+    N  , N-2      N-1, N-1      N          valid, so what it vouches for is durable. N-1 if the record of the
+                                           disks is not there (see below)
     N  , N        N-1, N-1      N          the commit was complete
     X  , N-2      N-1, N-1      N-1        X was N-2, or an N whose sibling was never written: that
                                            commit was not acknowledged
@@ -55,8 +56,10 @@ a used device into that state: generation 2 overwrites slot 0.
 Which disks belong to the metadata. The record of that (disks.py) is too long for the sector. It lies behind
 the sector, in the same block, and the superblock has its length and digest. A crash may leave a new
 sector before an old record, or the other way round. So all four copies' records are looked at, and the one
-that has the digest belongs to the superblock. If none has it, the disks are not known, as with metadata
-of older versions: no commit is in danger, and it is noted. In core, the field `disks` holds the record itself.
+that has the digest belongs to the superblock. If none has it for an N whose sibling is N-2, the power went while
+copy 0 of N was written. Nothing of N was acknowledged, so N-1 is opened, whose record is there. In any other
+case it is rot, and the disks are not known, as with metadata of older versions: no commit is in danger, and it is noted.
+In core, the field `disks` holds the record itself.
 
 Not handled: a device that loses writes it has acknowledged with FUA. Two lost copies of one
 generation look like the generation before.
@@ -372,6 +375,11 @@ def choose_superblock(
     valid = [copy.superblock for slot in copies for copy in slot if copy.superblock]
     # A single valid copy is enough: it was written after what it vouches for was durable.
     newest = max(valid, key=lambda superblock: superblock.generation)
+    first, second = copies[newest.generation % NR_SLOTS]
+    is_torn = first.superblock == newest and first.note
+    if is_torn and second.superblock and second.superblock != newest:
+        complete = [superblock for superblock in valid if superblock != newest]
+        newest = max(complete, key=lambda superblock: superblock.generation)
     for field in kind.fixed:
         for other in valid:
             expected, found = getattr(newest, field), getattr(other, field)

@@ -14,7 +14,8 @@ that is older than the origin. A write through ends only after that. Until then 
 reads may return either content, and a FLUSH promises nothing about it; that is why FLUSH needs no care of its own.
 A write that has let go of its block waits for the commit alone, never for a lock that waits for it.
 
-The cache device has the only copy of a dirty block. If it cannot be read, the request ends with EIO.
+The cache device has the only copy of a dirty block. If it cannot be read, the request ends with EIO. So it does if the block was
+written back, and the origin may have lost that: a commit has failed, and no flush of the origin has covered it.
 
 No wait here is without an end: a block that is locked is tried again later, and what locks a block
 waits for devices and commits only. When the metadata cannot record the removal any more, the write ends with EIO.
@@ -74,6 +75,8 @@ class BadBlocks:
         self.note(bio, errno)
         metadata = blocks.metadata
         if blocks.has_failed or metadata.dirty[cblock]:
+            return False
+        if not blocks.has_origin_the_clean:
             return False
         bio.offset += (oblock - cblock) * blocks.block_size
         self.drop(oblock, cblock, _ignore)

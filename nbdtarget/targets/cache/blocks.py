@@ -94,6 +94,15 @@ class Blocks:
         return self.metadata.mode is Mode.RW
 
     @property
+    def has_origin_the_clean(self) -> bool:
+        """Whether the origin surely has what clean blocks hold.
+
+        After a failed commit this is in doubt: what was written back and not flushed may be lost, and the disk says dirty.
+        """
+        is_in_doubt = not self.is_writable and self.origin_writes.has_any
+        return not is_in_doubt or self.metadata.is_recorded_complete
+
+    @property
     def has_failed(self) -> bool:
         """Whether nothing can be said about any block any more."""
         return self.metadata.mode is Mode.FAIL

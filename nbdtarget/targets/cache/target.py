@@ -338,7 +338,10 @@ class CacheTarget(MappingTarget[CacheMetadata]):
     def _samples(self) -> Mapping[str, Sequence[int]]:
         """Some blocks of the origin: the next start looks whether they are still what they were."""
         dirty = spread_ones(self._metadata.dirty, self._metadata.nr_cblocks)
-        return cache_samples(dirty, self._block_size, self._parts.origin)
+        samples = cache_samples(dirty, self._block_size, self._parts.origin)
+        if self._parts.origin in self._committer.unflushable:
+            del samples[ORIGIN_ROLE]  # a power cut may take back what is read now
+        return samples
 
     def _rests_on_unflushed(self, lost: Sequence[Device]) -> bool:
         """What was copied may be lost: a block that is clean in core may be dirty.

@@ -17,9 +17,9 @@ How a CACHE ends:
     errno       of the first region that could not be hydrated; the others are, unless there were
                 `ERRORS_PER_JOB_MAX` failures
     EIO         the metadata went read-only meanwhile
-    ESHUTDOWN   the table is being suspended, which does not wait for more than the step that is
-                under way; a client may ask again. With `noflush`, a request that waits for a turn
-                is pushed back instead, and begins again
+
+A suspend does not wait for more than the steps that are under way. What is not done by then is given back to the mapped
+device, and begins again when that is resumed: a client sees a pause, and no error.
 
 Bounds: what waits here is bounded by the server's limits on requests in flight.
 """
@@ -27,6 +27,7 @@ Bounds: what waits here is bounded by the server's limits on requests in flight.
 import asyncio
 import errno as errnos
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.bio import OP_CACHE, Bio
@@ -50,11 +51,14 @@ class CacheRequests:
         regions: Regions,
         hydrator: Hydrator,
         *,
+        give_back: Callable[[Bio], None],
         steps_at_once_max: int = STEPS_AT_ONCE_MAX,
     ) -> None:
+        """Args: give_back: takes a bio, its offset relative to the target, that a suspend leaves undone."""
         assert steps_at_once_max > 0
         self.regions = regions
         self.hydrator = hydrator
+        self._give_back = give_back
         self.steps_at_once_max = steps_at_once_max
         self._step_regions = max(1, STEP_BYTES >> regions.shift)
         self._queue: deque[_Request] = deque()
@@ -70,7 +74,7 @@ class CacheRequests:
         return [request.bio for request in queue]
 
     def presuspend(self) -> None:
-        """End what waits; what makes a step now ends with it."""
+        """Give back what waits; what makes a step now follows when that has ended."""
         self._is_resumed = False
         queue, self._queue = self._queue, deque()
         for request in queue:
@@ -163,7 +167,7 @@ class CacheRequests:
         elif self._is_resumed:
             self._queue.append(request)
         else:
-            bio.end(errnos.ESHUTDOWN)
+            self._give_back(bio)
 
 
 class _Request:

@@ -154,7 +154,9 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         self._hydration = Hydration(
             self._regions, self._hydrator, ctx.clock, parts.options
         )
-        self._cache_requests = CacheRequests(self._regions, self._hydrator)
+        self._cache_requests = CacheRequests(
+            self._regions, self._hydrator, give_back=self._give_back
+        )
         self._then_linear = parts.options.then_linear
         if parts.options.discard_passdown:
             self._pass_down(DESTINATION_ROLE, parts.destination)

@@ -445,3 +445,28 @@ class Walk:
 async def test_walk_of_swaps_with_and_without_noflush_loses_nothing(seed: int) -> None:
     async with asyncio.timeout(3):
         await Walk(seed).run(120)
+
+
+async def test_a_suspend_that_flushes_gives_back_a_cache_command_that_is_not_done() -> (
+    None
+):
+    """Its client sees a pause, and no error."""
+    size = 4 << 20
+    disks = Disks(meta=1 << 20, dest=size, source=size)
+    table = f"0 {size // 512} clone /meta /dest /source 8 1 no_hydration"
+    device = await disks.create(table)
+    await disks.fill("/source", b"s" * size)
+    source = disks["/source"]
+    source.hold = True
+    caches = [submit(device, OP_CACHE, 0, size) for _ in range(6)]
+    await settle()
+    suspending = asyncio.create_task(device.suspend())
+    await settle()
+    source.let_go()
+    await suspending
+    assert {bio.status for bio in caches} == {PENDING}
+    assert device.state is State.SUSPENDED
+    await device.resume()
+    await settle(3000)
+    assert {bio.status for bio in caches} == {0}
+    await disks.registry.close()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
+from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget_metadata.mode import Mode
 from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
 from tests.support.clock import settle
@@ -91,6 +92,42 @@ async def test_failed_read_of_a_dirty_block_is_an_error(lab: CacheLab) -> None:
     assert lab.cblock(A) is not None
     lab.fail("c")
     assert await lab.read(A) == b"w" * BLOCK
+
+
+async def test_failed_read_of_what_the_origin_may_have_lost_is_an_error(
+    lab: CacheLab,
+) -> None:
+    """Written back, not flushed, and lost with the origin's power: the origin holds what was there before."""
+    await lab.create(DIRTY_BUSY)
+    await lab.write(A, "n")
+    await (
+        lab.device.flush()
+    )  # acknowledged: the block is dirty, and its mapping durable
+    await lab.clean()
+    lab.disks["o"].lose_power(0, Fate.DROP)
+    lab.origin.health.note_loss()
+    assert lab.core.mode is Mode.RO
+    assert await lab.read(A) == b"n" * BLOCK
+    fail(lab, OP_READ)
+    read = lab.submit(OP_READ, A * BLOCK, 512)
+    assert await ended(lab, read) == [errnos.EIO]
+    lab.fail("c")
+    assert await lab.read(A) == b"n" * BLOCK
+
+
+async def test_failed_read_of_what_was_flushed_goes_to_the_origin_after_a_failed_commit(
+    lab: CacheLab,
+) -> None:
+    await lab.create(DIRTY_BUSY)
+    await lab.write(A, "n")
+    await lab.clean()
+    await lab.device.flush()
+    await lab.make_read_only()
+    assert not lab.target._blocks.is_writable
+    fail(lab, OP_READ)
+    read = lab.submit(OP_READ, A * BLOCK, 512)
+    assert await ended(lab, read) == [0]
+    assert bytes(read.payload or b"") == b"n" * 512
 
 
 async def test_failed_read_that_the_origin_cannot_serve_either_is_an_error(

@@ -5,6 +5,7 @@ import asyncio
 import errno as errnos
 
 from nbdtarget.bio import OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE
+from nbdtarget.targets.disks import ORIGIN_ROLE
 from nbdtarget_metadata.mode import Mode
 from tests.support.cache import BLOCK, DIRTY_BUSY, CacheLab
 from tests.support.clock import settle
@@ -91,3 +92,17 @@ async def test_origin_that_lost_nothing_of_ours_leaves_the_cache_as_it_is(
     flush = lab.flush()
     await settle()
     assert flush.status == errnos.EIO
+
+
+async def test_origin_that_could_not_be_flushed_is_not_sampled_at_a_stop(
+    lab: CacheLab,
+) -> None:
+    """What is read of it may be a DISCARD's, and a power cut takes it back: the next start would refuse the disk."""
+    await lab.create()
+    await lab.device.flush()
+    lab.fail("o", OP_FLUSH)
+    await lab.device.flush()
+    assert ORIGIN_ROLE not in lab.target._samples()
+    lab.fail("o")
+    await lab.device.flush()
+    assert ORIGIN_ROLE in lab.target._samples()
