@@ -27,6 +27,11 @@ any other Python code runs, all who must wait for such a READ have been told of 
 
 So it does not matter if the route is closed meanwhile. A READ that fails or comes short is Python's.
 
+A client that asks for one READ at a time waits for two wake-ups: when the disk has answered, and when its next request
+has come. Both cost more than the READ of a fast disk. So while a connection polls, which it does only as long as it is the only one that has
+something to do, a READ that is alone is waited for, up to WAIT_NS. That holds the loop up as polling does,
+and no longer than a turn lasts (`turn_ns`). A slow disk is soon not waited for any more (`_wait`).
+
     Python   receive buffer   [begin, end): received and not yet served
              arena            [base, out): replies that are packed and not yet sent
 
@@ -147,6 +152,10 @@ cdef enum:
     POLL_GAP_NS = 20000  # between two looks at the socket: others want the processor
     WRITE_PIECE = 65536  # see `nbdtarget.devices.file.pieces`
     LOCKED_MAX = 64  # blocks; while more are locked, nothing takes this way
+    # A READ that is alone, and misses the page cache, is waited for. This does not pay off for a slow disk: each time that
+    # it does not, twice as many READs are not waited for.
+    WAIT_NS = 250000
+    WAIT_SKIP_MAX = 64
     GATHER_PIECES = 128  # of one sendmsg: two for each reply
     MIXED_MAX = 64  # regions of one request that are looked at one by one
 
@@ -186,6 +195,8 @@ cdef struct File:
     uint64_t ring_max
     uint64_t align_mask  # of what the ring reads
     int64_t nr_reads  # that were begun in this turn, and not yet told of
+    unsigned wait_skip  # so many READs are not waited for
+    unsigned wait_penalty
     uint32_t fake_misses  # for tests
     uint32_t fake_state
 
@@ -794,6 +805,8 @@ cdef class Plane:
             stop = self._turn(&route.way, poll_ns)
         if self.nr_begun:
             self._note_begun(route)
+            if self.reader.first != NULL:
+                self.reads_ended(0)  # it was waited for, and has failed
         if route.file.file.was_slow:
             route.file.file.was_slow = False
             route.file.was_slow()
@@ -848,7 +861,10 @@ cdef class Plane:
                     poll_ns = 0
             stop = self._serve(way)
             if self.nr_begun and self.uring.nr_new:
-                submit(self.uring)
+                if poll_ns and stop == STOP_DONE and self._may_wait():
+                    self._wait()
+                else:
+                    submit(self.uring)
             has_replies = self.out > self.base
             if stop == STOP_SLOW or stop == STOP_UNFINISHED or stop == STOP_FAILED or stop == STOP_BLOCKED:
                 return stop
@@ -1071,6 +1087,40 @@ cdef class Plane:
         file.nr_reads += 1
         return True
 
+    cdef bint _may_wait(self) noexcept nogil:
+        """Whether to wait for the one READ that was received: going back to the loop takes longer than a fast disk."""
+        cdef File *file = <File *>self.begun.file
+        if (
+            self.nr_begun != 1 or self.uring.nr_reads != 1 or self.uring.nr_new != 1 or not self.uring.can_wait
+            or self.end > self.begin or self.out > self.base
+        ):
+            return False
+        if file.wait_skip:
+            file.wait_skip -= 1
+            return False
+        return True
+
+    cdef void _wait(self) noexcept nogil:
+        """Submit the READ, and wait for it; if it ends in time, it is answered like one from the page cache."""
+        cdef Read *read = self.begun
+        cdef File *file = <File *>read.file
+        cdef uint8_t *reply = <uint8_t *>self.arena.buf + self.out
+        if not submit_and_wait(self.uring, WAIT_NS):
+            file.wait_penalty = min(2 * file.wait_penalty + 1, WAIT_SKIP_MAX)
+            file.wait_skip = file.wait_penalty
+            return
+        file.wait_penalty = 0
+        if read.result != <int>read.length:
+            return  # `turn` sees to it
+        take_ended(self.uring, &self.reader)
+        self.begun = NULL
+        self.nr_begun = 0
+        file.nr_reads = 0
+        pack_waited(reply, read, self.zero_min, &self.out)
+        if self.poison:
+            memset(read.data, 0xdb, read.room)
+        give_back(read)
+
     cdef void _ask_for_room(self) noexcept:
         """Find out how many reads may begin in this turn."""
         self.nr_left = 0
@@ -1234,6 +1284,17 @@ cdef void turn_into_hole(uint8_t *reply, uint32_t length) noexcept nogil:
     memcpy(reply + 16, &number, 4)
     number = htobe32(length)
     memcpy(reply + 28, &number, 4)
+
+
+cdef void pack_waited(uint8_t *reply, Read *read, uint64_t zero_min, Py_ssize_t *out) noexcept nogil:
+    """Pack the reply to a READ that has ended."""
+    if read.length >= zero_min and is_zero(read.data, read.length):
+        turn_into_hole(read.head, read.length)
+        read.head_length = HOLE_BYTES
+    memcpy(reply, read.head, read.head_length)
+    if read.head_length != HOLE_BYTES:
+        memcpy(reply + read.head_length, read.data, read.length)
+    out[0] += reply_length(read)
 
 
 cdef inline size_t reply_length(const Read *read) noexcept nogil:

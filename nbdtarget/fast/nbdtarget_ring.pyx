@@ -295,9 +295,13 @@ cdef bint submit_and_wait(Uring *uring, uint64_t wait_ns) noexcept nogil:
     cdef uint64_t count
     if taken > 0:
         uring.nr_new -= taken
-    # In this order: what ends from now on wakes the loop.
+    # The eventfd was written to, or will be: it is read, so that the loop is not woken for nothing.
     sys_read(uring.event_fd, &count, sizeof(count))
     drain(uring)
+    if uring.nr_reads and uring.is_deferring:
+        # It came too late, and the eventfd may have said so just before it was read. What ends after this says so again.
+        ring_enter(uring.fd, 0, IORING_ENTER_GETEVENTS)
+        drain(uring)
     return uring.nr_reads == 0
 
 

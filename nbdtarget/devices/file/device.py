@@ -74,7 +74,7 @@ from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.devices.file.bulk import Behind, FileWriter
 from nbdtarget.devices.file.extents import find_extents
 from nbdtarget.devices.file.pieces import WRITE_PIECE, write_rest
-from nbdtarget.devices.file.ring import maybe_reader
+from nbdtarget.devices.file.ring import find_out, maybe_reader
 from nbdtarget.devices.file.space import Space
 from nbdtarget.devices.file.sync import Syncs
 from nbdtarget.devices.file.syscalls import (
@@ -563,6 +563,7 @@ class FileDevice(Device):
 
     def _probe(self) -> Space:
         """Find out what this file can do, without changing it. Context: a worker."""
+        find_out()
         status = os.fstat(self._fd)
         self._is_block_device = stat.S_ISBLK(status.st_mode)
         self._syncs.refuses_before_it_takes = (
