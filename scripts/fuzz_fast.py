@@ -6,7 +6,8 @@
 The extension module is built with AddressSanitizer into a temporary folder, and a second Python with its
 library preloaded sends random batches over a socket pair: good requests, requests with random fields, cut
 ones, and random bytes, through flat routes, bitmaps and tables, with small buffers and large ones, with
-files that are too short, and peers that do not read. Every good batch is held against a model of the file.
+files that are too short, and peers that do not read. In most rounds some READs are taken for misses of the page cache, and
+io_uring carries them out, if it is allowed; planes are released while it does. Every good batch is held against a model of the file.
 
 The first memory error ends the run with AddressSanitizer's report; so does a wrong reply, with the seed
 of its round and the command that repeats it. `--plain` leaves the sanitizer out.
@@ -16,8 +17,10 @@ Exit status: 0 if nothing was found, else 1.
 
 import argparse
 import contextlib
+import functools
 import os
 import random
+import select
 import socket
 import struct
 import subprocess
@@ -35,6 +38,7 @@ from scripts.build_fast import BuildError, build, compiler
 
 if TYPE_CHECKING:
     from nbdtarget_fast import FastFile, Plane, Route
+    from nbdtarget_ring import Ring
 
 __all__ = ["main"]
 
@@ -47,6 +51,14 @@ BATCH_MAX: Final = 200
 INSIDE: Final = "NBDTARGET_FUZZ_FAST"  # set in the second Python
 
 
+@functools.cache
+def is_available() -> bool:
+    """Whether io_uring may be used here."""
+    import nbdtarget_ring
+
+    return nbdtarget_ring.is_available()
+
+
 class Round:
     """A plane with random sizes over a random route, and a file."""
 
@@ -54,6 +66,8 @@ class Round:
         import nbdtarget_fast
 
         self.fast = nbdtarget_fast
+        self.nr_reads = self.nr_bytes = self.nr_device_reads = 0
+        self.nr_file_reads = self.nr_held = 0
         self.random = random.Random(seed)
         pick = self.random
         path = folder / "disk"
@@ -64,13 +78,17 @@ class Round:
             os.ftruncate(self.fd, pick.randrange(SIZE))  # shorter than it was
         self.is_short = os.fstat(self.fd).st_size < SIZE
         self.file: FastFile = nbdtarget_fast.FastFile(
-            self.fd, 10**9, lambda: None, lambda *_: None
+            self.fd, 10**9, lambda: None, lambda *_: None, self.note_reads
         )
         self.file.size = SIZE
         self.file.read_max = self.file.write_max = pick.choice((SIZE, SIZE, 4096))
+        self.ring = self._ring()
         self.kind = pick.choice(("flat", "bitmap", "table"))
         self.route: Route = self._route()
         self.route.can_read = self.route.can_write = True
+        self.route.in_flight = (self,)
+        if self.kind == "table":
+            self.route.hold, self.route.let_go = self.hold, self.let_go
         self.ours, self.peer = socket.socketpair()
         self.ours.setblocking(False)
         self.peer.setblocking(False)
@@ -89,7 +107,69 @@ class Round:
             turn_ns=pick.choice((1000, 10**9)),
             flush_at=pick.choice((1, 4096, 1 << 17)),
             poison=pick.random() < 0.5,
+            ring_reads=self,
         )
+
+    def _ring(self) -> "Ring | None":
+        """Have some READs, or all, go through a ring, which may be small."""
+        import nbdtarget_ring
+
+        pick = self.random
+        if pick.random() < 0.2 or not is_available():
+            return None
+        ring = nbdtarget_ring.Ring(pick.choice((1, 4, 64, 256)))
+        ring.left_over = lambda: None
+        self.file.ring = ring
+        self.file.ring_max = pick.choice((512, SIZE))
+        self.file.align = pick.choice((1, 1, 1, 512))
+        self.file.fake_misses = pick.choice((1 << 28, 1 << 31, (1 << 32) - 1))
+        return ring
+
+    # What the plane asks its connection, and the mapped device.
+
+    def room(self) -> tuple[int, int]:
+        nr = self.random.choice((0, 3, 50, *[1000] * 17))
+        return nr, self.random.choice((10_000, 1 << 30, 1 << 30))
+
+    def begun(self, nr: int, nr_bytes: int) -> None:
+        self.nr_reads += nr
+        self.nr_bytes += nr_bytes
+
+    def may_send(self) -> bool:
+        return self.random.random() < 0.7
+
+    def push(self, data: bytes, charge: int) -> None:
+        assert len(data) <= charge + 32
+        self.nr_bytes -= charge
+
+    def ended(self, nr: int, nr_bytes: int) -> None:
+        self.nr_reads -= nr
+        self.nr_bytes -= nr_bytes
+
+    def read_again(self, cookie: int, offset: int, length: int) -> None:
+        assert self.is_short
+
+    def begin_reads(self, nr: int) -> None:
+        self.nr_device_reads += nr
+
+    def end_reads(self, nr: int) -> None:
+        self.nr_device_reads -= nr
+
+    def note_reads(self, more: int) -> None:
+        self.nr_file_reads += more
+
+    def hold(self, block: int) -> None:
+        self.nr_held += 1
+
+    def let_go(self, block: int) -> None:
+        self.nr_held -= 1
+
+    def _reap(self) -> None:
+        """The loop hears of what has ended."""
+        if self.ring is not None:
+            self.ring.flush()
+            for done, result in self.ring.reap():
+                done(result)
 
     def _route(self) -> "Route":
         pick, route = self.random, self.fast.Route
@@ -183,6 +263,8 @@ class Round:
                     base,
                     out,
                 )
+                if pick.random() < 0.5:
+                    self._reap()
                 assert 0 <= plane.begin <= plane.end <= len(self.received)
                 assert 0 <= plane.base <= plane.out <= len(self.arena)
                 base, out = plane.base, plane.out
@@ -232,7 +314,13 @@ class Round:
 
     def close(self) -> None:
         self.route.close()
-        self.plane.release()
+        self.plane.release()  # reads may be under way
+        while self.ring is not None and self.ring.nr_reads:
+            select.select([self.ring.event_fd], [], [], 10)
+            self._reap()
+        counts = self.nr_reads, self.nr_bytes, self.nr_device_reads
+        assert counts == (0, 0, 0)
+        assert (self.nr_file_reads, self.nr_held) == (0, 0)
         self.ours.close()
         self.peer.close()
         os.close(self.fd)
