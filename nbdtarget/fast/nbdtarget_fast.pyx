@@ -157,6 +157,7 @@ cdef enum:
     WAIT_NS = 250000
     WAIT_SKIP_MAX = 64
     GATHER_PIECES = 128  # of one sendmsg: two for each reply
+    NOTED_MAX = 64  # first hits of one turn
     MIXED_MAX = 64  # regions of one request that are looked at one by one
 
     KIND_FLAT = 0
@@ -411,6 +412,9 @@ cdef struct Way:
     int discard_shift
     uint64_t locked[64]  # LOCKED_MAX
     int nr_locked
+    bint notes_hits
+    uint64_t noted[64]  # NOTED_MAX
+    int nr_noted
     # Since the owner was told.
     uint64_t nr_reads
     uint64_t nr_writes
@@ -440,7 +444,7 @@ cdef File *find_by_bitmap(
 
 
 cdef File *find_by_table(
-    const Way *way, uint64_t offset, uint64_t length, bint is_write, uint64_t *at
+    Way *way, uint64_t offset, uint64_t length, bint is_write, uint64_t *at
 ) noexcept nogil:
     cdef uint64_t block = offset // way.block_size
     cdef uint64_t inside = offset - block * way.block_size
@@ -467,7 +471,11 @@ cdef File *find_by_table(
     else:
         return NULL  # not cached
     if not way.is_hit[entry]:
-        return NULL  # the first hit of this period: the policy wants to know
+        # The first hit of this period: the policy wants to know, and is told after the turn.
+        if is_write or not way.notes_hits or way.nr_noted == NOTED_MAX:
+            return NULL
+        way.noted[way.nr_noted] = block
+        way.nr_noted += 1
     if is_write:
         if not is_set(way.dirty, entry):
             return NULL
@@ -478,7 +486,7 @@ cdef File *find_by_table(
 
 
 cdef inline File *find(
-    const Way *way, uint64_t offset, uint64_t length, bint is_write, uint64_t *at
+    Way *way, uint64_t offset, uint64_t length, bint is_write, uint64_t *at
 ) noexcept nogil:
     """Return the file that has these bytes, and where in `at`; NULL: ask Python.
 
@@ -528,6 +536,8 @@ cdef class Route:
         was_served: is called after a turn with the numbers of READs and WRITEs that it served; or None.
         in_flight: of the mapped devices on the way; each is told how many reads have begun to be in the ring
             (`begin_reads`), and how many have ended (`end_reads`).
+        note_hit: in a table, is called after a turn with each block that was read there and whose entry in `is_hit` is 0; None: READs of
+            such blocks are for Python.
         hold, let_go: in a table, are called with the block of each read that is in the ring, when that has begun and when it
             has ended.
     """
@@ -539,6 +549,7 @@ cdef class Route:
     cdef public dict locked  # the numbers are the keys
     cdef public object was_served
     cdef public tuple in_flight
+    cdef object _note_hit
     cdef public object hold
     cdef public object let_go
 
@@ -598,6 +609,21 @@ cdef class Route:
     def is_read_only(self, bint value):
         self.way.is_read_only = value
 
+    @property
+    def note_hit(self):
+        return self._note_hit
+
+    @note_hit.setter
+    def note_hit(self, value):
+        self._note_hit = value
+        self.way.notes_hits = value is not None
+
+    cdef tell_hits(self):
+        cdef int nr, nr_noted = self.way.nr_noted
+        self.way.nr_noted = 0
+        for nr in range(nr_noted):
+            self._note_hit(self.way.noted[nr])
+
     cdef FastFile file_of(self, const File *file):
         return self.file if file == &self.file.file else self.other
 
@@ -644,7 +670,7 @@ cdef class Route:
 
         Args:
             blocks, buckets, chain, bucket_shift: of the table.
-            is_hit: a byte for each entry; what has 0 there is for Python.
+            is_hit: a byte for each entry; what has 0 there is for Python, or is noted (`note_hit`).
             dirty: a bitmap; only entries whose bit is set are written to.
             discarded, nr_discard_bits, discard_shift: a bitmap of runs of 2^discard_shift blocks; where a bit is
                 set, nothing is written.
@@ -685,6 +711,7 @@ cdef class Route:
         self.memory.clear()
         self.locked = None
         self.was_served = None
+        self.note_hit = None
 
 
 # ---- connections ----
@@ -803,6 +830,8 @@ cdef class Plane:
         self.nr_left = -1 if self.ring_reads is not None else 0
         with nogil:
             stop = self._turn(&route.way, poll_ns)
+        if route.way.nr_noted:
+            route.tell_hits()
         if self.nr_begun:
             self._note_begun(route)
             if self.reader.first != NULL:

@@ -162,4 +162,11 @@ FAST: Final = (
         (("return output.is_empty and not output.is_blocked", "return True"),),
         RING_READS,
     ),
+    Mutant(
+        "hits-of-the-compiled-path-go-unnoticed",
+        "What clients read most is demoted first.",
+        "nbdtarget.targets.cache.target:CacheTarget._note_hit",
+        (("        self._lookup(oblock, False)\n", "        pass\n"),),
+        TURNS,
+    ),
 )

@@ -63,6 +63,7 @@ class Route:
     locked: Mapping[int, object] | None
     was_served: Callable[[int, int], None] | None
     in_flight: tuple[ReadsInFlight, ...]
+    note_hit: Callable[[int], None] | None
     hold: Callable[[int], None] | None
     let_go: Callable[[int], None] | None
 

@@ -205,6 +205,7 @@ class CacheTarget(MappingTarget[CacheMetadata]):
             self.begin + self.length,
         )
         self._route.locked = self._locked
+        self._route.note_hit = self._note_hit
         # A READ that waits for the disk holds its block, as `map` has it.
         self._route.hold = self._locks.hold_read
         self._route.let_go = self._locks.end_read
@@ -216,6 +217,10 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         if self._route is not None:
             is_open = self._fast_op_max == OP_WRITE
             self._route.can_read = self._route.can_write = is_open
+
+    def _note_hit(self, oblock: int) -> None:
+        """A READ hit the block on the compiled fast path; it may be the first hit of a period."""
+        self._lookup(oblock, False)
 
     def _was_served(self, nr_reads: int, nr_writes: int) -> None:
         self._statistics.read_hits += nr_reads

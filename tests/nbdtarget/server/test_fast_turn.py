@@ -19,8 +19,10 @@ import pytest
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.fast import compiled
+from nbdtarget.policies.smq.policy import Smq
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.limits import Limits
+from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_protocol import consts as c
 from tests.support.peer import Peer, Reply
@@ -334,6 +336,30 @@ async def test_hits_of_a_cache_are_counted(site: Site) -> None:
     for _ in range(5):
         await peer.ask(c.CMD_READ, 0, 4096)
     assert _hits(device) == before + 5
+
+
+@needs_compiled
+async def test_first_hit_of_a_period_is_told_to_the_policy(site: Site) -> None:
+    """It needs no bio for that."""
+    device = await site.registry.create("d", cache(site, os.urandom(SIZE)))
+    peer = await site.attach()
+    await _pinned(device)
+    assert device.active is not None
+    target = device.active.targets[0]
+    assert isinstance(target, CacheTarget)
+    policy = target._blocks.policy
+    assert isinstance(policy, Smq)
+    (cblock,) = [
+        nr for nr in range(len(policy._is_hit)) if policy.lookup(0, False) == nr
+    ]
+    before = policy._nr_hit
+    policy._is_hit[cblock] = 0
+    target.map = None  # type: ignore[assignment,method-assign]
+    device.fast_path._map = None  # type: ignore[assignment]
+    await peer.ask(c.CMD_READ, 0, 4096)
+    await peer.ask(c.CMD_READ, 0, 4096)
+    assert policy._is_hit[cblock]
+    assert policy._nr_hit == before + 1
 
 
 def _hits(device: MappedDevice) -> int:
