@@ -37,6 +37,7 @@ from typing import Final
 from nbdtarget.common.units import SECTOR
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.messages import Message, MessageAnswer
+from nbdtarget.fast.compiled import describe
 from tests.support.model import DiskModel, Violation, Write
 from tests.support.plain_client import (
     CMD_FLUSH,
@@ -338,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", help="where the images go")
     options = parser.parse_args(argv)
     for kind in [options.kind] if options.kind else sorted(KINDS):
-        print(f"{kind}, seed {options.seed}", flush=True)
+        print(f"{kind}, seed {options.seed}, {describe()}", flush=True)
         with tempfile.TemporaryDirectory(
             prefix="nbdtarget-kill-", dir=options.dir
         ) as name:
