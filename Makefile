@@ -93,6 +93,7 @@ SUITE := $(BIN)/python -m pytest -q --numprocesses=$(JOBS) --dist=worksteal
 # With ARGS: only what they choose, and nothing is measured.
 test: .venv/dev.stamp
 	@scripts/install-clients
+	@scripts/newer-clients build/newer-clients
 ifdef ARGS
 	@$(SUITE) $(ARGS)
 else

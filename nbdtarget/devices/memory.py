@@ -43,6 +43,7 @@ CHUNK_SIZE: Final = 1 << CHUNK_SHIFT
 _CHUNK_MASK: Final = CHUNK_SIZE - 1
 _ZEROES: Final = memoryview(bytes(CHUNK_SIZE))
 CLEARED_MAX: Final = 256  # chunks that are cleared in one turn of the loop
+LOOKED_AT_MAX: Final = 1 << 16  # chunks that one `extents` looks at
 
 
 class MemoryDevice(Device):
@@ -99,9 +100,12 @@ class MemoryDevice(Device):
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         found: list[Extent] = []
+        first = offset >> CHUNK_SHIFT
+        # Present chunks are walked, not all of them: a hole may be terabytes. Where many are, less is described.
+        if len(self._chunks) > LOOKED_AT_MAX:
+            length = min(length, ((first + LOOKED_AT_MAX) << CHUNK_SHIFT) - offset)
         end = offset + length
-        # Present chunks are walked, not all of them: a hole may be terabytes.
-        first, last = offset >> CHUNK_SHIFT, (end - 1) >> CHUNK_SHIFT
+        last = (end - 1) >> CHUNK_SHIFT
         if last - first < 4 * len(self._chunks):
             present = [nr for nr in range(first, last + 1) if nr in self._chunks]
         else:
@@ -163,7 +167,8 @@ class MemoryDevice(Device):
         """Clear some of the chunks that lie in `bio`, the others in later turns of the loop; then end it."""
         begin, end = bio.offset, bio.offset + bio.length
         drop = not bio.flags & NO_UNMAP
-        now, later = present[:CLEARED_MAX], present[CLEARED_MAX:]
+        now = present[-CLEARED_MAX:]
+        del present[-CLEARED_MAX:]
         for nr in now:
             chunk = self._chunks.get(nr)
             if chunk is None:
@@ -176,7 +181,7 @@ class MemoryDevice(Device):
                 del self._chunks[nr]
             else:
                 chunk[low:high] = _ZEROES[: high - low]
-        if not later:
+        if not present:
             bio.end(0)
             return
-        self._turns.ask(partial(self._clear_chunks, bio, later))
+        self._turns.ask(partial(self._clear_chunks, bio, present))

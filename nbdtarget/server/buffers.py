@@ -14,7 +14,7 @@ from typing import Final
 __all__ = ["HEADER_ROOM", "Buffer", "BufferPool"]
 
 HEADER_ROOM: Final = (
-    32  # bytes before the data in a pooled buffer: a reply's header fits
+    64  # bytes before the data in a pooled buffer: a reply's header fits
 )
 CLASS_MIN: Final = 64 << 10  # smallest size of a pooled buffer's data
 

@@ -76,6 +76,7 @@ from nbdtarget.server.states import CLOSED, DRAINING, HANDSHAKE, TRANSMISSION
 from nbdtarget.server.tls import NO_TLS, ListenerTls
 from nbdtarget_protocol.consts import REQUEST
 from nbdtarget_protocol.handshake import Negotiated, ServerHandshake
+from nbdtarget_protocol.replies import replies_of
 
 __all__ = ["Connection"]
 
@@ -304,6 +305,9 @@ class Connection:
     def _hang_up_events(self) -> int:
         return self._shared.hang_up_events(self._sock)
 
+    def has_hung_up(self) -> bool:
+        return bool(self._hang_up_events() & HUNG_UP)
+
     def _gate(self) -> Gate:
         assert self._device is not None
         return self._shared.gates.of(self._device)
@@ -521,10 +525,8 @@ class Connection:
     def _begin_transmission(self, negotiated: Negotiated) -> None:
         self._attach(negotiated, self._handshake.trailing_data())
 
-    def _attach(
-        self, negotiated: Negotiated, data: bytes, replies: bytes = b""
-    ) -> None:
-        """Serve requests from now on; `data` has been received already, `replies` have to be sent first."""
+    def _attach(self, negotiated: Negotiated, data: bytes, unsent: bytes = b"") -> None:
+        """Serve requests from now on; `data` has been received already, `unsent` replies have to be sent first."""
         shared, limits = self._shared, self._limits
         try:
             device = shared.directory.acquire(negotiated.export.name)
@@ -538,20 +540,23 @@ class Connection:
         self._output.open_arena()
         self._device = device
         self._poller = Poller(shared.polling, limits.poll_us)
-        self._input = received = Input(self._sock, limits, self._flow, self._output)
+        sock, flow, output = self._sock, self._flow, self._output
+        replies_like = replies_of(negotiated)
+        self._input = received = Input(sock, limits, flow, output, replies_like)
         self._requests = Requests(
-            self, shared, received, self._output, self._flow, device, negotiated
+            self, shared, received, output, flow, device, negotiated
         )
-        if IS_COMPILED and isinstance(self._sock, socket.socket):
+        # The compiled fast path knows compact headers only.
+        if IS_COMPILED and not negotiated.extended and isinstance(sock, socket.socket):
             self._fast = FastTurn(
                 self,
-                self._sock,
+                sock,
                 limits,
                 device,
                 self._requests,
                 received,
-                self._output,
-                self._flow,
+                output,
+                flow,
                 self._poller,
             )
         if self._is_shutting_down:
@@ -559,8 +564,8 @@ class Connection:
         self._gate().join(self)
         received.put(data)
         log.info("%s: attached %s", self.peer, negotiated.export.name)
-        if replies:
-            self._output.push(replies)
+        if unsent:
+            self._output.push(unsent)
             self.flush()
         if self._is_frozen:
             self._stop_reading()
@@ -676,7 +681,7 @@ class Connection:
         was_yielding = flow.is_yielding
         if not requests.may_go_on():
             return
-        if not was_yielding and self._hang_up_events() & HUNG_UP:
+        if not was_yielding and self.has_hung_up():
             # No client waits for the requests that were not served yet.
             self.abort()
             return

@@ -134,7 +134,19 @@ class Gate:
             self._device.submit(bio)
             return
         bio.own()
-        self._held[bio] = self._hold(elders, partial(self._release, bio))
+        release = partial(self._release, bio, partial(self._device.submit, bio))
+        self._held[bio] = self._hold(elders, release)
+
+    def pass_by(self, bio: Bio, go: Callable[[], None]) -> None:
+        """Call `go` after the elders that `bio` overlaps, now if there are none. The bio is not submitted here.
+
+        It is for a bio that goes to the device in slices: it is one member's write in flight, and may become an elder.
+        """
+        elders = [] if bio.op == OP_CACHE else self._overlapped(bio)
+        if elders:
+            self._held[bio] = self._hold(elders, partial(self._release, bio, go))
+        else:
+            go()
 
     async def passed(self, offset: int, length: int) -> None:
         """Wait for the elders that overlap this range now."""
@@ -173,9 +185,9 @@ class Gate:
             self._timer = self._clock.call_later(HELD_LOG_S, self._log_held)
         return held
 
-    def _release(self, bio: Bio) -> None:
+    def _release(self, bio: Bio, go: Callable[[], None]) -> None:
         del self._held[bio]
-        self._device.submit(bio)
+        go()
 
     def _make_elders(self, member: Member) -> None:
         had_none = not self.elders

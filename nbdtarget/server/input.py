@@ -25,15 +25,13 @@ from nbdtarget.server.flow import IN_LINE, Flow
 from nbdtarget.server.large_write import LargeWrite
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.output import Output
-from nbdtarget_protocol.consts import CMD_DISC, CMD_WRITE, REQUEST, REQUEST_MAGIC
+from nbdtarget_protocol.consts import CMD_DISC, CMD_WRITE
+from nbdtarget_protocol.replies import Replies, SimpleReplies
 
 __all__ = ["Input"]
 
 COMPACT_MAX: Final = 4 << 10  # so much is moved to the front of the buffer at once
 PEEK_MAX: Final = 16 << 20  # more than a socket holds
-
-_HEADER: Final = REQUEST.size
-_unpack: Final = REQUEST.unpack_from
 
 
 class Input:
@@ -42,6 +40,7 @@ class Input:
     Args:
         sock: non-blocking.
         output: where the reply to a refused WRITE goes.
+        replies: how the connection is answered, and how requests look.
 
     Attributes:
         buffer, view: the receive buffer.
@@ -52,12 +51,15 @@ class Input:
 
     __slots__ = (
         "_flow",
+        "_header",
+        "_magic",
         "_output",
         "_poison",
         "_progress_bytes",
         "_skip",
         "_skip_reply",
         "_sock",
+        "_unpack",
         "begin",
         "buffer",
         "complete",
@@ -72,7 +74,11 @@ class Input:
         limits: Limits,
         flow: Flow,
         output: Output,
+        replies: Replies | None = None,
     ) -> None:
+        replies = replies or SimpleReplies()
+        self._header, self._magic = replies.request.size, replies.request_magic
+        self._unpack = replies.request.unpack_from
         self.buffer = bytearray(limits.receive_buffer)
         self.view = memoryview(self.buffer)
         self.begin = 0
@@ -90,10 +96,10 @@ class Input:
     @property
     def is_batch(self) -> bool:
         """Whether more than one request lies in the receive buffer."""
-        begin, left = self.begin, self.end - self.begin - _HEADER
+        begin, left = self.begin, self.end - self.begin - self._header
         if left <= 0:
             return False
-        _, _, command, _, _, length = _unpack(self.buffer, begin)
+        _, _, command, _, _, length = self._unpack(self.buffer, begin)
         return bool(command != CMD_WRITE or left > length)
 
     def put(self, data: bytes) -> None:
@@ -185,11 +191,12 @@ class Input:
             unread = self._sock.recv(PEEK_MAX, socket.MSG_PEEK)
         except BlockingIOError:
             unread = b""
-        last = (bytes(self.view[self.begin : self.end][-_HEADER:]) + unread)[-_HEADER:]
-        if len(last) < _HEADER:
+        here = self.view[self.begin : self.end]
+        last = (bytes(here[-self._header :]) + unread)[-self._header :]
+        if len(last) < self._header:
             return False
-        magic, _, command, _, _, _ = _unpack(last)
-        return bool(magic == REQUEST_MAGIC and command == CMD_DISC)
+        magic, _, command, _, _, _ = self._unpack(last)
+        return bool(magic == self._magic and command == CMD_DISC)
 
     def close(self) -> LargeWrite | None:
         """Nothing is received any more. Return the WRITE whose payload was being received, if there is one."""

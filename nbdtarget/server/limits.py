@@ -57,6 +57,8 @@ class Limits:
         turn_us, turn_bytes_max: how long, and how many bytes of large READs and WRITEs, one
             connection is served in one turn of the loop; 0 us: only bytes count.
         read_slice: a longer READ is sent to the device in slices of so many bytes, one in each turn of the loop.
+        range_slice: a TRIM, WRITE_ZEROES or CACHE of a longer range goes to the device in slices that begin with so many
+            bytes, and a BLOCK_STATUS of a longer range is asked for so; see `nbdtarget.server.sliced_range`.
         payload_step: a large WRITE takes so much of `bytes_total_max` at a time, as its payload arrives.
         progress_bytes: a client that sends less of a payload than this in `stall_timeout_s` counts as stalled.
         payload_max: of one READ or WRITE.
@@ -89,6 +91,7 @@ class Limits:
     turn_us: int = 2000
     turn_bytes_max: int = 16 << 20
     read_slice: int = 1 << 20
+    range_slice: int = 1 << 30
     payload_step: int = 256 << 10
     progress_bytes: int = 64 << 10
     payload_max: int = 64 << 20

@@ -1,20 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replies that take more than a header: a READ that may be answered with a hole, and errors."""
+"""`Answers`: the replies of one connection that go to the queue; and the packing of those READs that take more than a header.
+
+`at` is the cookie and the offset of a request.
+"""
+
+import logging
+import os
 
 from nbdtarget.bio import Bio
 from nbdtarget.server.buffers import HEADER_ROOM, Buffer
+from nbdtarget.server.flow import Flow
+from nbdtarget.server.limits import Limits
 from nbdtarget.server.output import Output
+from nbdtarget.server.request import Request
+from nbdtarget.server.shared import Host
 from nbdtarget.server.zeroes import is_zero
-from nbdtarget_protocol.consts import OFFSET_DATA, SIMPLE_REPLY
-from nbdtarget_protocol.transmission import (
-    error_chunk,
-    offset_hole,
-    pack_offset_data_into,
-    pack_simple_reply_into,
-    simple_reply,
-)
+from nbdtarget_protocol.consts import CMD_FLAG_DF
+from nbdtarget_protocol.errors import RequestError
+from nbdtarget_protocol.replies import Replies
+from nbdtarget_protocol.transmission import wire_errno
 
-__all__ = ["encode_error", "pack_read", "push_read"]
+__all__ = ["Answers", "pack_read"]
+
+log = logging.getLogger(__name__)
+
+_At = tuple[int, int]
+
+
+class Answers:
+    """See the module head.
+
+    Attributes:
+        zero_min: a READ of at least this length is looked through for zeroes.
+    """
+
+    def __init__(
+        self, host: Host, output: Output, flow: Flow, replies: Replies, limits: Limits
+    ) -> None:
+        self._host, self._output, self._flow = host, output, flow
+        self._replies = replies
+        self.zero_min = limits.zero_check_min if replies.structured else 1 << 62
+
+    def done(self, at: _At, command: int) -> None:
+        """Answer a request that returns nothing."""
+        self._output.push(self._replies.done(command, *at))
+
+    def refuse(self, at: _At, refusal: RequestError) -> None:
+        log.debug("%s: %s", self._host.peer, refusal)
+        self._output.push(self._replies.error(*at, refusal.errno, refusal.message))
+
+    def fail(self, at: _At, command: int, flags: int, errno: int) -> None:
+        """A request has ended with an errno, which may be any."""
+        error = wire_errno(errno, command, flags)
+        self._output.push(self._replies.error(*at, error, os.strerror(errno)))
+
+    def read(self, bio: Bio, request: Request) -> None:
+        """Answer a READ from its own buffer."""
+        cookie, _, flags, offset, charge, buffer, zeroes = request
+        if zeroes:
+            self._output.push(self._replies.hole(cookie, offset, bio.length))
+            self._flow.give_back(charge, buffer)
+            return
+        looks = zeroes is None and not flags & CMD_FLAG_DF
+        how = cookie, offset, self._replies, self.zero_min if looks else 1 << 62
+        if _push_read(self._output, bio, how, (charge, buffer)):
+            self._flow.give_back(charge, buffer)
 
 
 def pack_read(
@@ -22,39 +72,36 @@ def pack_read(
     bio: Bio,
     payload: memoryview,
     out: int,
-    request: tuple[int, int, bool, int],
+    request: tuple[int, int, Replies, int],
 ) -> int:
     """Pack the reply to a READ that is long, or whose bio was owned on its way and ended inline.
 
     Args:
         payload: the place in the arena of `output` where the data belongs.
         out: where in the arena the reply begins.
-        request: cookie, offset, whether replies are structured, and how long data must be to be looked
+        request: cookie, offset, how the connection is answered, and how long data must be to be looked
             through for zeroes.
 
     Returns the length of the reply.
     """
     arena, length = output.arena, bio.length
-    cookie, offset, structured, zero_min = request
+    cookie, offset, replies, zero_min = request
     if bio.payload is not payload:
         assert bio.payload is not None
         payload[:] = bio.payload
-    if not structured:
-        pack_simple_reply_into(arena, out, 0, cookie)
-        return SIMPLE_REPLY.size + length
-    data_at = out + OFFSET_DATA.size
-    if length >= zero_min and is_zero(arena, data_at, length):
-        hole = offset_hole(cookie, offset, length, done=True)
+    data_at = out + replies.read_header
+    if replies.structured and length >= zero_min and is_zero(arena, data_at, length):
+        hole = replies.hole(cookie, offset, length)
         arena[out : out + len(hole)] = hole
         return len(hole)
-    pack_offset_data_into(arena, out, cookie, offset, length, done=True)
-    return OFFSET_DATA.size + length
+    arena[out:data_at] = replies.data(cookie, offset, length)
+    return replies.read_header + length
 
 
-def push_read(
+def _push_read(
     output: Output,
     bio: Bio,
-    request: tuple[int, int, bool, int],
+    request: tuple[int, int, Replies, int],
     account: tuple[int, Buffer | None],
 ) -> bool:
     """Queue the reply to a READ that has a buffer of its own.
@@ -65,7 +112,7 @@ def push_read(
 
     Returns whether the reply is a hole: then the buffer is free already.
     """
-    cookie, offset, structured, zero_min = request
+    cookie, offset, replies, zero_min = request
     charge, buffer = account
     payload, length = bio.payload, bio.length
     assert payload is not None
@@ -75,13 +122,9 @@ def push_read(
         and (in_buffer or memoryview(payload.obj).nbytes == length)  # from `own`
         and is_zero(payload.obj, HEADER_ROOM if in_buffer else 0, length)
     ):
-        output.push(offset_hole(cookie, offset, length, done=True))
+        output.push(replies.hole(cookie, offset, length))
         return True
-    header = bytearray(OFFSET_DATA.size if structured else SIMPLE_REPLY.size)
-    if structured:
-        pack_offset_data_into(header, 0, cookie, offset, length, done=True)
-    else:
-        pack_simple_reply_into(header, 0, 0, cookie)
+    header = replies.data(cookie, offset, length)
     if in_buffer and buffer is not None:
         begin = HEADER_ROOM - len(header)
         buffer[begin:HEADER_ROOM] = header
@@ -91,10 +134,3 @@ def push_read(
         output.push(header)
         output.push(payload, charge, buffer)
     return False
-
-
-def encode_error(cookie: int, error: int, message: str, *, structured: bool) -> bytes:
-    """Return the reply that reports `error`, which is one of the wire's eight."""
-    if structured:
-        return error_chunk(cookie, error, message.encode())
-    return simple_reply(error, cookie)

@@ -37,8 +37,7 @@ one tells the connection that it may release the device.
 
 import errno as errnos
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
@@ -46,66 +45,72 @@ from nbdtarget.common.errors import DeviceError
 from nbdtarget.common.turns import Tasks
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.losses import ConnectionObserver
-from nbdtarget.server.block_status import describe
+from nbdtarget.server.block_status import Asked, describe
 from nbdtarget.server.buffers import HEADER_ROOM
 from nbdtarget.server.commands import OPS, bio_flags_of
 from nbdtarget.server.flow import FULL, Flow
 from nbdtarget.server.input import Input
 from nbdtarget.server.large_write import LargeWrite
 from nbdtarget.server.output import Output
-from nbdtarget.server.replies import encode_error, pack_read, push_read
+from nbdtarget.server.replies import Answers, pack_read
 from nbdtarget.server.request import WRITING, Request, Violation
 from nbdtarget.server.shared import Host, Shared
+from nbdtarget.server.sliced_range import SlicedRange, Slicing
 from nbdtarget.server.sliced_read import SlicedRead
 from nbdtarget_protocol.consts import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
     CMD_FLAG_DF,
     CMD_FLAG_FUA,
+    CMD_FLAG_PAYLOAD_LEN,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
+    CMD_NAMES,
     CMD_READ,
     CMD_WRITE,
     EINVAL,
     ESHUTDOWN,
+    EXTENDED_CHUNK,
+    EXTENDED_OFFSET_DATA,
+    EXTENDED_REPLY_MAGIC,
     OFFSET_DATA,
     REPLY_FLAG_DONE,
+    REPLY_TYPE_NONE,
     REPLY_TYPE_OFFSET_DATA,
-    REQUEST,
-    REQUEST_MAGIC,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
 )
 from nbdtarget_protocol.errors import RequestError
-from nbdtarget_protocol.handshake import Negotiated
+from nbdtarget_protocol.extended import decode_status_payload
+from nbdtarget_protocol.handshake import CONTEXTS_MAX, Negotiated
+from nbdtarget_protocol.replies import replies_of
 from nbdtarget_protocol.transmission import (
     PAYLOAD_ACCEPT,
     PAYLOAD_DISCONNECT,
     ServerTransmission,
-    none_chunk,
-    offset_hole,
-    simple_reply,
-    wire_errno,
 )
 
 __all__ = ["Requests", "Violation"]
 
 log = logging.getLogger(__name__)
 
+# Longer is no payload of a BLOCK_STATUS: there are not so many metadata contexts.
+STATUS_PAYLOAD_MAX: Final = 8 + 4 * CONTEXTS_MAX
 TURN_LOOK: Final = 32 << 10  # received bytes between two looks at the clock
 
-_HEADER: Final = REQUEST.size
 # For the hot loop: a module global costs less than an attribute of one.
-_unpack: Final = REQUEST.unpack_from
 _pack_simple: Final = SIMPLE_REPLY.pack_into
 _pack_data: Final = OFFSET_DATA.pack_into
+_pack_extended: Final = EXTENDED_CHUNK.pack_into
+_pack_extended_data: Final = EXTENDED_OFFSET_DATA.pack_into
 _CHUNK: Final = STRUCTURED_REPLY_MAGIC
 
 # What the hot loop writes as plain numbers.
-assert CMD_FLAG_FUA == FUA
+assert CMD_FLAG_FUA == FUA == 1
 assert REPLY_FLAG_DONE == REPLY_TYPE_OFFSET_DATA == 1
-assert SIMPLE_REPLY.size == 16
+assert REPLY_TYPE_NONE == 0
+assert (SIMPLE_REPLY.size, EXTENDED_CHUNK.size) == (16, 32)
 
 
 class Requests:
@@ -119,7 +124,7 @@ class Requests:
         device: acquired; every bio goes to it.
 
     Attributes:
-        structured, can_write, size: what was negotiated.
+        structured, extended, can_write, size: what was negotiated.
         is_plain: requests are neither refused nor held back, so that they need not be seen here.
     """
 
@@ -147,23 +152,33 @@ class Requests:
         self._is_shutting_down = False
         # The bio of the fast path.
         self._bio = Bio(OP_READ, 0, 0, None, 0, self._ended)
-        self._structured = transmission.structured
-        self._zero_min = limits.zero_check_min if transmission.structured else 1 << 62
+        self._replies = replies = replies_of(negotiated)
+        self._answers = Answers(host, output, flow, replies, limits)
         # What the fast path takes: up to which length a READ and a WRITE, -1: none; the size of the export; from
-        # which length a READ is looked through for zeroes; and how READs are answered.
-        writable = transmission.flags_allowed.get(CMD_WRITE) == CMD_FLAG_FUA
+        # which length a READ is looked through for zeroes; how replies look (1: structured, 2: extended); and how many
+        # bytes stand in front of the data of a READ.
+        writable = bool(transmission.flags_allowed.get(CMD_WRITE, 0) & CMD_FLAG_FUA)
         self._fast = (
             limits.arena_read_max,
             min(limits.receive_buffer, limits.payload_max) if writable else -1,
             transmission.size,
-            self._zero_min,
-            transmission.structured,
-            (OFFSET_DATA if transmission.structured else SIMPLE_REPLY).size,
+            self._answers.zero_min,
+            replies.structured + replies.extended,
+            replies.read_header,
+        )
+        # How requests look: the layout and length of a header, the magic, and the flags that no plain WRITE has.
+        self._header = replies.request.size
+        self._unpack = replies.request.unpack_from
+        self._wire = (
+            self._unpack,
+            self._header,
+            replies.request_magic,
+            ~(FUA | CMD_FLAG_PAYLOAD_LEN) if replies.extended else ~FUA,
         )
         self._tasks = Tasks()
         # For the compiled fast path.
-        self.structured, self.can_write = transmission.structured, writable
-        self.size = transmission.size
+        self.structured, self.extended = replies.structured, replies.extended
+        self.can_write, self.size = writable, transmission.size
         self.is_plain = True
 
     def refuse(self) -> None:
@@ -244,7 +259,8 @@ class Requests:
         position, end = source.begin, source.end
         arena, replies, out = output.arena, output.view, output.end
         submit, bio = self._submit, self._bio
-        read_max, write_max, size, zero_min, structured, header = self._fast
+        read_max, write_max, size, zero_min, style, header = self._fast
+        unpack, request_size, request_magic, not_plain = self._wire
         # Where in the arena to send, and where in the buffer the last request to serve may begin.
         flush_at, last = self._scope(only_first)
         look_at = last if last <= position + TURN_LOOK else position + TURN_LOOK
@@ -256,14 +272,14 @@ class Requests:
                 flush_at, out = self._flush_early(out)
                 if not flush_at:
                     break
-            magic, flags, command, cookie, offset, length = _unpack(buffer, position)
-            stop = position + _HEADER
+            magic, flags, command, cookie, offset, length = unpack(buffer, position)
+            stop = position + request_size
             if (
                 command == CMD_READ
                 and 0 < length <= read_max
                 and offset + length <= size
                 and not flags
-                and magic == REQUEST_MAGIC
+                and magic == request_magic
             ):
                 bio.op = OP_READ  # into the arena, behind the place of the header
                 payload = replies[out + header : out + header + length]
@@ -272,8 +288,8 @@ class Requests:
                 and 0 < length <= write_max
                 and stop + length <= end  # all of the payload was received
                 and offset + length <= size
-                and flags <= FUA
-                and magic == REQUEST_MAGIC
+                and not flags & not_plain
+                and magic == request_magic
             ):
                 bio.op = OP_WRITE  # from the receive buffer
                 payload = view[stop : stop + length]
@@ -284,7 +300,7 @@ class Requests:
                 # It may have sent the arena, and may have taken long: look at the clock.
                 position, out, look_at = stop, output.end, -1
                 continue
-            bio.offset, bio.length, bio.flags = offset, length, flags
+            bio.offset, bio.length, bio.flags = offset, length, flags & 1
             bio.payload, bio.borrowed, bio.status = payload, True, PENDING
             submit(bio)
             position = stop
@@ -292,15 +308,14 @@ class Requests:
                 bio = self._not_inline(bio, command, cookie, offset)
                 if self._flow.is_paused:
                     break
-            elif command == CMD_WRITE:
+            elif command == CMD_WRITE and style < 2:
                 _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
                 out += 16
-            elif length >= zero_min or bio.payload is not payload:
+            elif style == 2 or length >= zero_min or bio.payload is not payload:
                 # The data may be zeroes (then a hole is sent), or lies elsewhere, because the bio was owned.
-                how = cookie, offset, structured, zero_min
-                out += pack_read(output, bio, payload, out, how)
+                out += self._pack_other(bio, payload, out, cookie, offset)
             else:
-                if structured:  # the data is in its place: only the header is missing
+                if style:  # the data is in its place: only the header is missing
                     _pack_data(arena, out, _CHUNK, 1, 1, cookie, length + 8, offset)
                 else:
                     _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
@@ -308,9 +323,27 @@ class Requests:
         output.packed_to(out)
         source.consume(position, moves=not only_first)
 
+    def _pack_other(
+        self, bio: Bio, payload: memoryview, out: int, cookie: int, offset: int
+    ) -> int:
+        """Pack the reply to a READ or WRITE that ended inline, where it takes more than two lines; return its length."""
+        output, length = self._output, bio.length
+        if bio.op == OP_WRITE:
+            at = cookie, offset, 0
+            _pack_extended(output.arena, out, EXTENDED_REPLY_MAGIC, 1, 0, *at)
+            return 32
+        zero_min = self._answers.zero_min
+        not_in_place = bio.payload is not payload
+        if length >= zero_min or not_in_place:
+            how = cookie, offset, self._replies, zero_min
+            return pack_read(output, bio, payload, out, how)
+        at_data = cookie, offset, length + 8, offset
+        _pack_extended_data(output.arena, out, EXTENDED_REPLY_MAGIC, 1, 1, *at_data)
+        return EXTENDED_OFFSET_DATA.size + length
+
     def _scope(self, only_first: bool) -> tuple[int, int]:
         """Return where in the arena to send, and where in the buffer the last request to serve may begin."""
-        begin, last = self._input.begin, self._input.end - _HEADER
+        begin, last = self._input.begin, self._input.end - self._header
         if only_first:
             # The compiled fast path has left room for its reply, and nothing may come between the two.
             return len(self._output.arena), min(begin, last)
@@ -346,7 +379,8 @@ class Requests:
     def _not_inline(self, bio: Bio, command: int, cookie: int, offset: int) -> Bio:
         """The bio failed, or has not ended yet: then it is counted. Return the next bio to use."""
         if bio.status > 0:
-            self._reply_error(cookie, command, bio.flags, bio.status)
+            at = cookie, offset
+            self._answers.fail(at, command, bio.flags, bio.status)
             return bio
         bio.private = Request(cookie, command, 0, offset, bio.length, None)
         self._flow.begin_request(bio.length)
@@ -369,10 +403,10 @@ class Requests:
             out: up to where the arena is packed.
         """
         self._output.packed_to(out)
-        buffer = self._input.buffer
-        magic, flags, command, cookie, offset, length = _unpack(buffer, begin)
+        request = self._unpack(self._input.buffer, begin)
+        magic, flags, command, cookie, offset, length = request
         self._flow.spend(length)
-        if magic != REQUEST_MAGIC:
+        if magic != self._replies.request_magic:
             raise Violation(f"bad request magic {magic:#x}")
         if command == CMD_DISC:
             self._host.disc()
@@ -381,24 +415,30 @@ class Requests:
             # Also before what is answered without I/O, because each answer takes memory.
             self._flow.pause(FULL)
             return -1
-        if command == CMD_WRITE:
-            return self._take_write(begin, flags, cookie, offset, length)
+        if self._has_payload(command, flags):
+            return self._take_payload(begin, command, flags, cookie, offset, length)
+        at = cookie, offset
         refusal = self._refusal(command, flags, offset, length)
         if refusal is not None:
-            self._reply_refusal(cookie, refusal)
+            self._answers.refuse(at, refusal)
         elif not length and command != CMD_FLUSH:
-            self._reply_done(cookie, command)
+            self._answers.done(at, command)
         elif not self._admit(length if command == CMD_READ else 0):
             return -1
         elif command == CMD_READ:
             self._start_read(cookie, flags, offset, length)
         elif command == CMD_BLOCK_STATUS:
-            self._flow.begin_request(0)
-            self._tasks.start(self._block_status(flags, cookie, offset, length))
+            contexts = self._transmission.contexts
+            self._start_block_status(flags, cookie, offset, length, contexts)
         else:
-            request = Request(cookie, command, flags, offset, 0, None)
-            self._start(self._make_bio(request, length))
-        return begin + _HEADER
+            self._start_range(Request(cookie, command, flags, offset, 0, None), length)
+        return begin + self._header
+
+    def _has_payload(self, command: int, flags: int) -> bool:
+        # PAYLOAD_LEN is left out of WRITEs by QEMU: see `nbdtarget_protocol.transmission`.
+        return command == CMD_WRITE or bool(
+            self._replies.extended and flags & CMD_FLAG_PAYLOAD_LEN
+        )
 
     def _refusal(
         self, command: int, flags: int, offset: int, length: int
@@ -407,33 +447,87 @@ class Requests:
             return RequestError(ESHUTDOWN, "server is shutting down")
         return self._transmission.refusal(command, flags, offset, length)
 
-    def _take_write(
-        self, begin: int, flags: int, cookie: int, offset: int, length: int
+    def _take_payload(
+        self,
+        begin: int,
+        command: int,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
     ) -> int:
-        """As `_take`, for a WRITE whose payload was not all received, or that is refused."""
-        source = self._input
-        payload_at = begin + _HEADER
+        """As `_take`, for a request that carries `length` bytes. Mostly a WRITE, which is refused, or has not all come."""
+        payload_at = begin + self._header
         stop = payload_at + length
         rule = self._transmission.payload_rule(length)
         if rule == PAYLOAD_DISCONNECT:
-            raise Violation(f"WRITE of {length} bytes")
-        if rule == PAYLOAD_ACCEPT:
-            refusal = self._refusal(CMD_WRITE, flags, offset, length)
+            raise Violation(f"{CMD_NAMES.get(command, command)} of {length} bytes")
+        if rule != PAYLOAD_ACCEPT:
+            refusal: RequestError | None = RequestError(
+                EINVAL, f"a payload of {length} bytes is too long"
+            )
+        elif command == CMD_WRITE:
+            refusal = self._refusal(command, flags, offset, length)
+        elif command == CMD_BLOCK_STATUS and length <= STATUS_PAYLOAD_MAX:
+            if stop > self._input.end:
+                return -1  # it is received into the receive buffer
+            return self._take_status(payload_at, stop, flags, cookie, offset)
         else:
-            refusal = RequestError(EINVAL, f"WRITE of {length} bytes is too long")
+            # Its flags are not allowed, or its payload is too long.
+            refusal = self._refusal(command, flags, offset, 1)
+            reason = f"{CMD_NAMES.get(command, command)} with a payload"
+            refusal = refusal or RequestError(EINVAL, reason)
         if refusal is not None:
-            if stop <= source.end:
-                self._reply_refusal(cookie, refusal)
-                return stop
-            # The payload has to be received and dropped first, or a request would be looked for inside it.
-            reply = self._encode_error(cookie, refusal.errno, refusal.message)
-            source.skip(stop - source.end, reply)
-            return source.end
+            return self._refuse_payload(stop, cookie, offset, refusal)
         if not length:
-            self._reply_done(cookie, CMD_WRITE)
+            self._answers.done((cookie, offset), CMD_WRITE)
             return stop
         if length < self._limits.own_payload_min:
             return -1  # it is received into the receive buffer, and served there
+        return self._take_large_write(payload_at, flags, cookie, offset, length)
+
+    def _refuse_payload(
+        self, stop: int, cookie: int, offset: int, refusal: RequestError
+    ) -> int:
+        """Refuse a request whose payload ends at `stop` in the buffer, or would if it was that large."""
+        source = self._input
+        if stop <= source.end:
+            self._answers.refuse((cookie, offset), refusal)
+            return stop
+        # The payload has to be received and dropped first, or a request would be looked for inside it.
+        reply = self._replies.error(cookie, offset, refusal.errno, refusal.message)
+        source.skip(stop - source.end, reply)
+        return source.end
+
+    def _take_status(
+        self, payload_at: int, stop: int, flags: int, cookie: int, offset: int
+    ) -> int:
+        """Take a BLOCK_STATUS with a payload, which has been received."""
+        transmission = self._transmission
+        payload = self._input.view[payload_at:stop]
+        length, contexts = 1, transmission.contexts
+        # First whether it may have a payload at all, and then what is in it.
+        refusal = self._refusal(CMD_BLOCK_STATUS, flags, 0, length)
+        try:
+            if refusal is None:
+                length, contexts = decode_status_payload(payload, contexts)
+                refusal = self._refusal(CMD_BLOCK_STATUS, flags, offset, length)
+        except RequestError as error:
+            refusal = error
+        if refusal is not None:
+            self._answers.refuse((cookie, offset), refusal)
+        elif self._admit(0):
+            self._start_block_status(flags, cookie, offset, length, contexts)
+        else:
+            return -1
+        return stop
+
+    def _take_large_write(
+        self, payload_at: int, flags: int, cookie: int, offset: int, length: int
+    ) -> int:
+        """Take a WRITE whose payload was not all received, and is too long for the receive buffer."""
+        source = self._input
+        stop = payload_at + length
         here = source.view[payload_at : min(stop, source.end)]
         step = self._limits.payload_step
         charge = max(len(here), min(length, step))
@@ -465,7 +559,7 @@ class Requests:
             self._start(bio)
             return
         self._flow.begin_request(0)
-        looks = length >= self._zero_min and not flags & CMD_FLAG_DF
+        looks = length >= self._answers.zero_min and not flags & CMD_FLAG_DF
         SlicedRead(bio, slice_max, self, self._shared.turns, looks=looks).go_on()
 
     def submit_slice(self, bio: Bio) -> None:
@@ -487,32 +581,65 @@ class Requests:
         if output.nr_queued >= self._limits.flush_at and not output.is_blocked:
             self._host.flush()  # a large reply: the client can begin with it
 
-    def _make_bio(self, request: Request, length: int) -> Bio:
-        """Make a bio without payload; a FLUSH also tells what the device has lost meanwhile."""
+    def _start_range(self, request: Request, length: int) -> None:
+        """Start a request without payload; a FLUSH also tells what the device has lost meanwhile."""
         command, flags, offset = request.command, request.flags, request.offset
-        if command != CMD_FLUSH:
-            op, bio_flags = OPS[command], bio_flags_of(command, flags)
-            return Bio(op, offset, length, None, bio_flags, self._ended, request)
-        mark = self._observer.mark()
+        if command == CMD_FLUSH:
+            mark = self._observer.mark()
 
-        def ended(bio: Bio) -> None:
-            bio.status = self._observer.end(mark, bio.status)
-            self._ended(bio)
+            def ended(bio: Bio) -> None:
+                bio.status = self._observer.end(mark, bio.status)
+                self._ended(bio)
 
-        return Bio(OP_FLUSH, 0, 0, None, 0, ended, request)
+            self._start(Bio(OP_FLUSH, 0, 0, None, 0, ended, request))
+            return
+        op, bio_flags = OPS[command], bio_flags_of(command, flags)
+        bio = Bio(op, offset, length, None, bio_flags, self._ended, request)
+        if length <= self._limits.range_slice:
+            self._start(bio)
+            return
+        self._flow.begin_request(0)
+        # In flight is all of it, and not its slices: what overlaps the range is held until the last has ended.
+        self._in_flight.add(bio)
+        ranges = SlicedRange(bio, self._device, self._slicing())
+        self._gate.pass_by(bio, ranges.go_on)
+
+    def _slicing(self) -> Slicing:
+        shared = self._shared
+        # Not kept: it refers to this object.
+        return Slicing(shared.clock, shared.limits, shared.turns, self._reason_to_stop)
+
+    def _reason_to_stop(self) -> int:
+        """Return the errno with which a request ends that takes long, if nobody waits for it any more; else 0."""
+        has_gone = self._host.is_closed or self._host.has_hung_up()
+        return errnos.ESHUTDOWN if has_gone or self._is_shutting_down else 0
+
+    def _start_block_status(
+        self,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        contexts: Sequence[tuple[int, str]],
+    ) -> None:
+        self._flow.begin_request(0)
+        request = Request(cookie, CMD_BLOCK_STATUS, flags, offset, 0, None)
+        self._tasks.start(self._block_status(request, length, contexts))
 
     async def _block_status(
-        self, flags: int, cookie: int, offset: int, length: int
+        self, request: Request, length: int, contexts: Sequence[tuple[int, str]]
     ) -> None:
-        device, contexts = self._device, self._transmission.contexts
+        device, offset, flags = self._device, request.offset, request.flags
         status = 0
         reply = b""
         try:
             await self._shared.turns.wait()
             await self._gate.passed(offset, length)
-            req_one = bool(flags & CMD_FLAG_REQ_ONE)
+            asked = Asked(device, self._slicing(), offset, length)
+            is_one = bool(flags & CMD_FLAG_REQ_ONE)
+            replies = self._replies
             reply = await describe(
-                device, contexts, cookie, offset, length, req_one=req_one
+                asked, contexts, replies, request.cookie, req_one=is_one
             )
         except DeviceError as error:
             status = error.errno
@@ -522,7 +649,8 @@ class Requests:
         self._flow.end_request()
         if not self._host.is_closed:
             if status:
-                self._reply_error(cookie, CMD_BLOCK_STATUS, flags, status)
+                at = request.cookie, offset
+                self._answers.fail(at, CMD_BLOCK_STATUS, flags, status)
             else:
                 self._output.push(reply)
             self._host.flush_soon()
@@ -541,52 +669,18 @@ class Requests:
             self._give_back(request)
             self._host.maybe_release()
         else:
+            at = request.cookie, request.offset
             if bio.status:
                 self._give_back(request)
-                self._reply_error(
-                    request.cookie, request.command, request.flags, bio.status
-                )
+                self._answers.fail(at, request.command, request.flags, bio.status)
             elif request.command == CMD_READ:
-                self._reply_read(bio, request)
+                self._answers.read(bio, request)
             else:
                 self._give_back(request)
-                self._reply_done(request.cookie, request.command)
+                self._answers.done(at, request.command)
             self._host.flush_soon()
         if self._gate.elders:
             self._gate.ended(bio)
-
-    # ---- replies ----
-
-    def _reply_done(self, cookie: int, command: int) -> None:
-        """Answer a request that returns nothing."""
-        if command == CMD_READ and self._transmission.structured:
-            self._output.push(none_chunk(cookie))
-        else:
-            self._output.push(simple_reply(0, cookie))
-
-    def _reply_refusal(self, cookie: int, refusal: RequestError) -> None:
-        log.debug("%s: %s", self._host.peer, refusal)
-        self._output.push(self._encode_error(cookie, refusal.errno, refusal.message))
-
-    def _reply_error(self, cookie: int, command: int, flags: int, errno: int) -> None:
-        error = wire_errno(errno, command, flags)
-        self._output.push(self._encode_error(cookie, error, os.strerror(errno)))
-
-    def _encode_error(self, cookie: int, error: int, message: str) -> bytes:
-        return encode_error(cookie, error, message, structured=self._structured)
-
-    def _reply_read(self, bio: Bio, request: Request) -> None:
-        """Answer a READ from its own buffer."""
-        cookie, _, flags, offset, charge, buffer, zeroes = request
-        if zeroes:
-            self._output.push(offset_hole(cookie, offset, bio.length, done=True))
-            self._give_back(request)
-            return
-        looks = zeroes is None and not flags & CMD_FLAG_DF
-        zero_min = self._zero_min if looks else 1 << 62
-        how = cookie, offset, self._structured, zero_min
-        if push_read(self._output, bio, how, (charge, buffer)):
-            self._give_back(request)
 
 
 def _not_a_request(_: Bio) -> None:

@@ -47,6 +47,9 @@ class Host(Protocol):
     @property
     def is_closed(self) -> bool: ...
 
+    def has_hung_up(self) -> bool:
+        """Whether the client has gone: nobody takes a reply any more."""
+
     def flush(self) -> None:
         """Send now. Raises: OSError."""
 

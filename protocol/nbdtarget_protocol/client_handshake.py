@@ -9,9 +9,10 @@ an EXPORT_NAME only by closing the connection: `error` says so then.
 One option is under way at a time, in this order. Each may be left out:
 
     STARTTLS           if TLS is wanted; refused, for any reason: give up. See below
+    EXTENDED_HEADERS   refused: go on with compact headers. Otherwise STRUCTURED_REPLY is left out
     STRUCTURED_REPLY   refused: go on with simple replies, and without metadata contexts
     SET_META_CONTEXT   refused: go on without metadata contexts
-    GO                 ERR_UNSUP: go on with EXPORT_NAME; any other error: give up
+    GO                 ERR_UNSUP: go on with EXPORT_NAME, unless there are extended headers; any other error: give up
     EXPORT_NAME        at once, if the server does not speak fixed newstyle
 
 TLS. A client that wants TLS is not talked out of it: its first option is STARTTLS, and no name of an export leaves in
@@ -24,7 +25,7 @@ disconnect as proto.md defines it: ABORT is queued, the caller sends it and clos
 server broke the protocol, or understands only EXPORT_NAME, nothing is sent.
 
 Bounds: one reply has at most `reply_length_max` bytes, and one option at most
-`replies_max` replies. Not supported: the oldstyle handshake, extended headers.
+`replies_max` replies. Not supported: the oldstyle handshake.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ from nbdtarget_protocol.consts import (
     NBDMAGIC,
     OPT_ABORT,
     OPT_EXPORT_NAME,
+    OPT_EXTENDED_HEADERS,
     OPT_GO,
     OPT_NAMES,
     OPT_SET_META_CONTEXT,
@@ -64,6 +66,7 @@ from nbdtarget_protocol.consts import (
     PAYLOAD_MAX_DEFAULT,
     REP_ACK,
     REP_ERR_BLOCK_SIZE_REQD,
+    REP_ERR_EXT_HEADER_REQD,
     REP_ERR_POLICY,
     REP_ERR_SHUTDOWN,
     REP_ERR_TLS_REQD,
@@ -100,7 +103,9 @@ class ClientNegotiated:
     Args:
         size: bytes.
         flags: transmission flags.
+        structured: replies are structured; they are with extended headers, too.
         contexts: (context id, name) of each metadata context selected.
+        extended: requests and replies have headers of 32 bytes.
         block_size_min, block_size_preferred, payload_max: bytes; proto.md's defaults if the
             server advertised none. payload_max may be 2**32 - 1: no limit.
     """
@@ -113,10 +118,18 @@ class ClientNegotiated:
     block_size_min: int = BLOCK_SIZE_MIN_DEFAULT
     block_size_preferred: int = BLOCK_SIZE_PREFERRED_DEFAULT
     payload_max: int = PAYLOAD_MAX_DEFAULT
+    extended: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.structured or not self.extended
 
 
 class ClientHandshake:
     """One connection's handshake; see the module head.
+
+    Args:
+        want_structured: ask for structured replies; without it, also not for extended headers and contexts.
+        want_extended: ask for extended headers.
 
     Attributes:
         negotiated: set when the transmission phase begins.
@@ -130,6 +143,7 @@ class ClientHandshake:
         *,
         want_tls: bool = False,
         want_structured: bool = True,
+        want_extended: bool = True,
         want_contexts: Sequence[str] = (BASE_ALLOCATION,),
         want_block_size: bool = True,
         reply_length_max: int = REPLY_LENGTH_MAX,
@@ -140,6 +154,7 @@ class ClientHandshake:
         self.want_tls = want_tls
         self.starts_tls = False
         self.want_structured = want_structured
+        self.want_extended = want_extended
         self.want_contexts = tuple(want_contexts)
         self.want_block_size = want_block_size
         self.reply_length_max = reply_length_max
@@ -147,6 +162,7 @@ class ClientHandshake:
         self.negotiated: ClientNegotiated | None = None
         self.error: HandshakeError | None = None
         self.structured = False
+        self.extended = False
         self._no_zeroes = False
         self._contexts: dict[int, str] = {}
         self._export: tuple[int, int] | None = None  # size, flags
@@ -260,7 +276,8 @@ class ClientHandshake:
 
     def _begin_options(self) -> None:
         if self.want_structured:
-            self._send(OPT_STRUCTURED_REPLY)
+            extended = OPT_EXTENDED_HEADERS
+            self._send(extended if self.want_extended else OPT_STRUCTURED_REPLY)
             self._step = ClientHandshake._step_reply
         else:
             self._send_go()
@@ -322,8 +339,9 @@ class ClientHandshake:
                 raise _plaintext_error(len(self._buffer))
             self.starts_tls = True
             return
-        if self._option == OPT_STRUCTURED_REPLY:
+        if self._option in (OPT_EXTENDED_HEADERS, OPT_STRUCTURED_REPLY):
             self.structured = True
+            self.extended = self._option == OPT_EXTENDED_HEADERS
             if self.want_contexts:
                 payload = encode_meta_context_request(
                     self.export_name, self.want_contexts
@@ -370,12 +388,14 @@ class ClientHandshake:
     def _handle_error(self, rep: int, message: str) -> None:
         option = self._option
         fatal = rep in (REP_ERR_TLS_REQD, REP_ERR_SHUTDOWN)
-        if option == OPT_STRUCTURED_REPLY and not fatal:
+        if option == OPT_EXTENDED_HEADERS and not fatal:
+            self._send(OPT_STRUCTURED_REPLY)
+        elif option == OPT_STRUCTURED_REPLY and not fatal:
             self._send_go()
         elif option == OPT_SET_META_CONTEXT and not fatal:
             self._contexts.clear()  # contexts that were sent before the error do not count
             self._send_go()
-        elif option == OPT_GO and rep == REP_ERR_UNSUP:
+        elif option == OPT_GO and rep == REP_ERR_UNSUP and not self.extended:
             self._send_export_name()
         else:
             self._give_up(rep, message)
@@ -398,6 +418,7 @@ class ClientHandshake:
             REP_ERR_UNKNOWN: f"server has no export {self.export_name!r}",
             REP_ERR_POLICY: f"server does not allow export {self.export_name!r}",
             REP_ERR_BLOCK_SIZE_REQD: "server requires clients to ask for block sizes",
+            REP_ERR_EXT_HEADER_REQD: "server requires extended headers",
         }.get(rep)
 
     # Requests.
@@ -431,6 +452,7 @@ class ClientHandshake:
             minimum,
             preferred,
             payload_max,
+            self.extended,
         )
 
 

@@ -16,44 +16,52 @@ cookie, until the reply is complete. The caller receives into `get_buffer()` and
 While replies carry much data each, only HEADER_OFFER bytes of scratch are offered, so that
 the data behind a header is not in the scratch already when the header is understood.
 
+With extended headers a request and a chunk have headers of their own (`extended.py`), and everything is answered with
+chunks. The rest is the same.
+
 Checks. The server is not trusted: unknown cookie, wrong magic, a simple reply to a READ where
-structured replies were negotiated, a chunk that lies outside its request, overlaps an
+structured replies were negotiated, or to anything with extended headers, a chunk that names another offset than its
+request, a chunk that lies outside its request, overlaps an
 earlier one or leaves a gap, an impossible length, metadata contexts that are missing, given
 twice or not negotiated: each raises `ReplyError`. From then on nothing is parsed any more; the
 caller calls `fail_all` and closes. Requests that completed in the same batch before the error are the
 first that `fail_all` returns.
 
 Bounds. Chunks with text or descriptors are collected in a buffer of their own, whose size the
-protocol limits (8 MiB + 4); a READ in pieces keeps at most SPANS_MAX disjoint spans.
+protocol limits (16 MiB + 8); a READ in pieces keeps at most SPANS_MAX disjoint spans.
 
 Giving up. `abandon` ends requests without waiting for the server: they are returned as failed, and their
 buffers belong to the caller again. Their replies may still come. They are parsed as always, READ
 data is dropped, and their completions have `private` None.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from struct import Struct
 from typing import Final
 
 from nbdtarget_protocol.client_handshake import ClientNegotiated
+from nbdtarget_protocol.completion import Completion, add_span, check_extents
 from nbdtarget_protocol.consts import (
     CHUNK,
     CMD_BLOCK_STATUS,
     CMD_DISC,
     CMD_FLAG_DF,
-    CMD_FLAG_REQ_ONE,
-    CMD_NAMES,
+    CMD_FLAG_PAYLOAD_LEN,
     CMD_READ,
+    CMD_WRITE,
     EINVAL,
     ERROR_NAMES,
     ESHUTDOWN,
+    EXTENDED_CHUNK,
+    EXTENDED_REPLY_MAGIC,
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
     EXTENTS_MAX,
-    OFFSET_DATA,
-    OFFSET_HOLE,
+    FLAG_BLOCK_STATUS_PAYLOAD,
     REPLY_FLAG_DONE,
     REPLY_TYPE_BLOCK_STATUS,
+    REPLY_TYPE_BLOCK_STATUS_EXT,
     REPLY_TYPE_ERROR_OFFSET,
     REPLY_TYPE_FLAG_ERROR,
     REPLY_TYPE_NONE,
@@ -69,6 +77,7 @@ from nbdtarget_protocol.consts import (
     U64,
 )
 from nbdtarget_protocol.errors import ReplyError
+from nbdtarget_protocol.extended import encode_status_payload
 from nbdtarget_protocol.options import printable
 
 __all__ = ["ClientTransmission", "Completion"]
@@ -78,74 +87,12 @@ HEADER_OFFER: Final = 4 << 10
 DIRECT_MIN: Final = 16 << 10
 LARGE_PAYLOAD_MIN: Final = 64 << 10  # from here on a copy costs more than a receive
 ERROR_CHUNK_MAX: Final = 6 + STRING_MAX + 256  # leaves room for fields yet unknown
-SPANS_MAX: Final = 1 << 16
 
 _ZEROES: Final = memoryview(bytes(256 << 10))
 _ERROR_HEAD: Final = Struct(">IH")  # error, message length
+_HOLE: Final = Struct(">QI")  # offset, hole size
+_STATUS_EXT_HEAD: Final = Struct(">II")  # metadata context id, descriptor count
 _NO_VIEW: Final = memoryview(b"")
-
-
-class Completion:
-    """A request in flight; when it has completed, also its result.
-
-    Attributes:
-        cookie, command, flags, offset, length: of the request.
-        buffer: READ: where the data is.
-        error: 0 or one of the wire's eight.
-        message: what the server said about the error, or "".
-        extents: BLOCK_STATUS without error: (length in bytes, flags) from `offset` on, none
-            longer than the request, perhaps less than all of it. Of the first metadata
-            context that was negotiated; at most `extents_max` of them.
-        private: the caller's own.
-    """
-
-    __slots__ = (
-        "buffer",
-        "command",
-        "contexts",
-        "cookie",
-        "covered",
-        "error",
-        "extents",
-        "flags",
-        "length",
-        "message",
-        "offset",
-        "private",
-        "spans",
-    )
-
-    def __init__(
-        self,
-        command: int,
-        flags: int,
-        cookie: int,
-        offset: int,
-        length: int,
-        buffer: memoryview | None,
-        private: object,
-    ) -> None:
-        self.command = command
-        self.flags = flags
-        self.cookie = cookie
-        self.offset = offset
-        self.length = length
-        self.buffer = buffer
-        self.private = private
-        self.error = 0
-        self.message = ""
-        self.extents: list[tuple[int, int]] | None = None
-        self.covered = 0  # bytes of a structured READ that came
-        # The borders of what came, begin, end, begin, end, ...; None: nothing or all.
-        self.spans: list[int] | None = None
-        self.contexts: set[int] | None = None  # those that were answered
-
-    def __repr__(self) -> str:
-        name = CMD_NAMES.get(self.command, str(self.command))
-        return (
-            f"<{name} {self.offset}+{self.length} cookie={self.cookie:#x}"
-            f" error={self.error}>"
-        )
 
 
 class ClientTransmission:
@@ -168,6 +115,8 @@ class ClientTransmission:
         self.negotiated = negotiated
         self.extents_max = extents_max
         self.structured = negotiated.structured
+        self.extended = negotiated.extended
+        self._chunk = EXTENDED_CHUNK if self.extended else CHUNK
         self.context_ids = tuple(context_id for context_id, _ in negotiated.contexts)
         self.in_flight: dict[int, Completion] = {}
         self.error: ReplyError | None = None
@@ -210,10 +159,48 @@ class ClientTransmission:
         assert command == CMD_DISC or cookie not in self.in_flight
         assert buffer is None or len(buffer) == length
         if command != CMD_DISC:  # which has no reply
-            self.in_flight[cookie] = Completion(
+            request = Completion(
                 command, flags, cookie, offset, length, buffer, private
             )
-        return REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
+            request.asked_ids = self.context_ids
+            self.in_flight[cookie] = request
+        if not self.extended:
+            return REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
+        if command == CMD_WRITE:
+            flags |= CMD_FLAG_PAYLOAD_LEN
+        magic = EXTENDED_REQUEST_MAGIC
+        return EXTENDED_REQUEST.pack(magic, flags, command, cookie, offset, length)
+
+    def request_status_of(
+        self,
+        context_ids: Sequence[int],
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        private: object = None,
+    ) -> bytes:
+        """Encode a BLOCK_STATUS that only some metadata contexts are to answer, with its payload.
+
+        Args: context_ids: some of those that were negotiated, each once. The server has to offer
+            BLOCK_STATUS_PAYLOAD.
+        """
+        assert self.extended
+        assert self.negotiated.flags & FLAG_BLOCK_STATUS_PAYLOAD
+        self.request(CMD_BLOCK_STATUS, flags, cookie, offset, length, None, private)
+        ids = tuple(each for each in self.context_ids if each in context_ids)
+        assert len(ids) == len(context_ids) > 0
+        self.in_flight[cookie].asked_ids = ids
+        payload = encode_status_payload(length, context_ids)
+        header = EXTENDED_REQUEST.pack(
+            EXTENDED_REQUEST_MAGIC,
+            flags | CMD_FLAG_PAYLOAD_LEN,
+            CMD_BLOCK_STATUS,
+            cookie,
+            offset,
+            len(payload),
+        )
+        return header + payload
 
     def abandon(
         self, error: int, which: Callable[[Completion], bool]
@@ -346,7 +333,14 @@ class ClientTransmission:
             if end - pos < SIMPLE_REPLY.size:
                 break
             magic, error, cookie = SIMPLE_REPLY.unpack_from(scratch, pos)
-            if magic == SIMPLE_REPLY_MAGIC:
+            if self.extended:
+                if magic != EXTENDED_REPLY_MAGIC:
+                    raise ReplyError(f"bad reply magic {magic:#x}")
+                taken = self._take_chunk(pos, end)
+                if not taken:
+                    break
+                pos += taken
+            elif magic == SIMPLE_REPLY_MAGIC:
                 self._take_simple(error, cookie)
                 pos += SIMPLE_REPLY.size
             elif magic == STRUCTURED_REPLY_MAGIC and self.structured:
@@ -389,46 +383,57 @@ class ClientTransmission:
 
     def _take_chunk(self, pos: int, end: int) -> int:
         """Take a chunk's header; return its length, or 0 if it has not all come."""
-        if end - pos < CHUNK.size:
+        head = self._chunk.size
+        if end - pos < head:
             return 0
-        _, flags, kind, cookie, length = CHUNK.unpack_from(self._scratch, pos)
+        _, flags, kind, cookie, *at, length = self._chunk.unpack_from(
+            self._scratch, pos
+        )
         request = self._find(cookie)
+        if at and at[0] != request.offset:
+            raise ReplyError(f"chunk for offset {at[0]} in reply to {request!r}")
         done = bool(flags & REPLY_FLAG_DONE)
+        body = pos + head
         if kind == REPLY_TYPE_OFFSET_DATA:
             if length < 9:
                 raise ReplyError(f"OFFSET_DATA chunk of {length} bytes")
-            if end - pos < OFFSET_DATA.size:
+            if end - body < U64.size:
                 return 0
-            offset = U64.unpack_from(self._scratch, pos + CHUNK.size)[0]
-            at = self._cover(request, offset, length - 8)
+            offset = U64.unpack_from(self._scratch, body)[0]
+            begin = self._cover(request, offset, length - 8)
             self._begin_payload(
-                request, at, length - 8, ClientTransmission._payload_data, done
+                request, begin, length - 8, ClientTransmission._payload_data, done
             )
-            return OFFSET_DATA.size
+            return head + U64.size
         if kind == REPLY_TYPE_OFFSET_HOLE:
-            if length != 12:
+            if length != _HOLE.size:
                 raise ReplyError(f"OFFSET_HOLE chunk of {length} bytes")
-            if end - pos < OFFSET_HOLE.size:
+            if end - body < _HOLE.size:
                 return 0
-            offset, length = OFFSET_HOLE.unpack_from(self._scratch, pos)[-2:]
+            offset, length = _HOLE.unpack_from(self._scratch, body)
             self._take_hole(request, offset, length)
             if done:
                 self._finish(request)
-            return OFFSET_HOLE.size
+            return head + _HOLE.size
         if kind == REPLY_TYPE_NONE:
             if length or not done:
                 raise ReplyError("NONE chunk with a payload, or without DONE")
             self._finish(request)
         else:
             self._take_collected(request, kind, length, done)
-        return CHUNK.size
+        return head
 
     def _take_collected(
         self, request: Completion, kind: int, length: int, done: bool
     ) -> None:
         """Begin a chunk that is looked at only when its payload is whole."""
-        if kind == REPLY_TYPE_BLOCK_STATUS:
-            if length < 12 or length % 8 != 4 or length > 4 + 8 * EXTENTS_MAX:
+        status = (
+            REPLY_TYPE_BLOCK_STATUS_EXT if self.extended else REPLY_TYPE_BLOCK_STATUS
+        )
+        if kind == status:
+            head, each = (8, 16) if self.extended else (4, 8)
+            nr_extents, rest = divmod(length - head, each)
+            if rest or not 1 <= nr_extents <= EXTENTS_MAX:
                 raise ReplyError(f"BLOCK_STATUS chunk of {length} bytes")
             if request.command != CMD_BLOCK_STATUS:
                 raise ReplyError(f"BLOCK_STATUS chunk in reply to {request!r}")
@@ -506,17 +511,24 @@ class ClientTransmission:
 
     def _payload_block_status(self, request: Completion) -> None:
         payload = self._payload
-        context_id = U32.unpack_from(payload)[0]
+        if self.extended:
+            context_id, count = _STATUS_EXT_HEAD.unpack_from(payload)
+            if count != len(payload) // 16:
+                raise ReplyError(f"BLOCK_STATUS chunk with a count of {count}")
+            layout, begin = "Q", _STATUS_EXT_HEAD.size
+        else:
+            context_id = U32.unpack_from(payload)[0]
+            count, layout, begin = len(payload) // 8, "I", U32.size
         if request.contexts is None:
             request.contexts = set()
-        if context_id not in self.context_ids or context_id in request.contexts:
+        if context_id not in request.asked_ids or context_id in request.contexts:
             raise ReplyError(f"metadata context {context_id} unknown or given twice")
         request.contexts.add(context_id)
-        nr_taken = min(len(payload) // 8, self.extents_max)
-        numbers = Struct(f">{2 * nr_taken}I").unpack_from(payload, 4)
+        nr_numbers = 2 * min(count, self.extents_max)
+        numbers = Struct(f">{nr_numbers}{layout}").unpack_from(payload, begin)
         extents = list(zip(numbers[::2], numbers[1::2], strict=True))
-        _check_extents(request, extents)
-        if context_id == self.context_ids[0]:
+        check_extents(request, extents)
+        if context_id == request.asked_ids[0]:
             request.extents = extents
         if self._payload_done:
             self._finish(request)
@@ -540,7 +552,7 @@ class ClientTransmission:
                 )
             if request.command == CMD_BLOCK_STATUS and (
                 request.contexts is None
-                or len(request.contexts) != len(self.context_ids)
+                or len(request.contexts) != len(request.asked_ids)
             ):
                 raise ReplyError(f"metadata context missing in reply to {request!r}")
         else:
@@ -572,51 +584,9 @@ class ClientTransmission:
         else:
             if request.flags & CMD_FLAG_DF:
                 raise ReplyError(f"second content chunk in reply to {request!r}")
-            _add_span(request, begin, end)
+            add_span(request, begin, end)
         request.covered += length
         return begin
-
-
-def _add_span(request: Completion, begin: int, end: int) -> None:
-    """Add a range to those that came already. Raises: ReplyError if they overlap."""
-    spans = request.spans
-    if spans is None:
-        raise ReplyError(f"overlapping chunks in reply to {request!r}")
-    i = bisect_right(spans, begin)
-    if i % 2 or (i < len(spans) and spans[i] < end):
-        raise ReplyError(f"overlapping chunks in reply to {request!r}")
-    # Ranges that touch become one: the border that both share is removed.
-    first, last = i, i
-    borders = []
-    if i and spans[i - 1] == begin:
-        first -= 1
-    else:
-        borders.append(begin)
-    if i < len(spans) and spans[i] == end:
-        last += 1
-    else:
-        borders.append(end)
-    spans[first:last] = borders
-    if len(spans) > 2 * SPANS_MAX:
-        raise ReplyError(f"too many scattered chunks in reply to {request!r}")
-
-
-def _check_extents(request: Completion, extents: list[tuple[int, int]]) -> None:
-    """Check descriptors, and cut the last at the request's end. Raises: ReplyError."""
-    total = 0
-    for length, _ in extents:
-        if not length:
-            raise ReplyError("BLOCK_STATUS descriptor of no bytes")
-        if total >= request.length:
-            raise ReplyError(f"descriptors past the end of {request!r}")
-        total += length
-    if request.flags & CMD_FLAG_REQ_ONE and (
-        len(extents) != 1 or total > request.length
-    ):
-        raise ReplyError(f"REQ_ONE was ignored in reply to {request!r}")
-    if total > request.length:
-        length, flags = extents[-1]
-        extents[-1] = (length - (total - request.length), flags)
 
 
 _PayloadEnd = Callable[[ClientTransmission, Completion], None]

@@ -19,6 +19,8 @@ OPTION_REPLY_MAGIC: Final[int] = 0x0003E889045565A9
 REQUEST_MAGIC: Final[int] = 0x25609513
 SIMPLE_REPLY_MAGIC: Final[int] = 0x67446698
 STRUCTURED_REPLY_MAGIC: Final[int] = 0x668E33EF
+EXTENDED_REQUEST_MAGIC: Final[int] = 0x21E41C71
+EXTENDED_REPLY_MAGIC: Final[int] = 0x6E8A278C
 
 # Layouts. All integers are big-endian.
 GREETING: Final = Struct(">QQH")  # NBDMAGIC, IHAVEOPT, handshake flags
@@ -33,6 +35,11 @@ SIMPLE_REPLY: Final = Struct(">IIQ")  # magic, error, cookie
 CHUNK: Final = Struct(">IHHQI")  # magic, flags, type, cookie, payload length
 OFFSET_DATA: Final = Struct(">IHHQIQ")  # CHUNK, offset
 OFFSET_HOLE: Final = Struct(">IHHQIQI")  # CHUNK, offset, hole size
+EXTENDED_REQUEST: Final = Struct(">IHHQQQ")  # as REQUEST; the length has 64 bits
+# magic, flags, type, cookie, offset of the request, payload length
+EXTENDED_CHUNK: Final = Struct(">IHHQQQ")
+EXTENDED_OFFSET_DATA: Final = Struct(">IHHQQQQ")  # EXTENDED_CHUNK, offset
+EXTENDED_OFFSET_HOLE: Final = Struct(">IHHQQQQI")  # EXTENDED_CHUNK, offset, hole size
 U16: Final = Struct(">H")
 U32: Final = Struct(">I")
 U64: Final = Struct(">Q")

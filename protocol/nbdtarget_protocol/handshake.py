@@ -26,7 +26,9 @@ before holds afterwards, and a client whose STARTTLS has bytes behind it is disc
 acknowledgement. With REQUIRE, STARTTLS and ABORT are the only options that are answered before; any other one, known or
 not, gets ERR_TLS_REQD, and EXPORT_NAME, which has no error reply, ends the connection.
 
-How long something stays negotiated: structured replies stay once they are acknowledged. Metadata
+How long something stays negotiated: structured replies and extended headers stay once they are acknowledged. Extended
+headers include structured replies, so STRUCTURED_REPLY is refused after them, and an EXPORT_NAME, which the standard
+forbids then, ends the connection. Asking for the same again is acknowledged again, and changes nothing. Metadata
 contexts belong to the export name that SET_META_CONTEXT gave. Each further SET_META_CONTEXT first clears them,
 also when it fails, and a GO for another name ends without contexts.
 
@@ -44,7 +46,7 @@ queued or were ever sent count against `output_max`. A LIST that would go beyond
 ERR_TOO_BIG, and the connection of a client that asks for twice as much is closed, so that answers take a
 bounded amount of memory even if the client reads none of them.
 
-Not supported: extended headers (answered as by any server without them), and the oldstyle handshake.
+Not supported: the oldstyle handshake.
 """
 
 from collections.abc import Callable, Iterable
@@ -58,6 +60,7 @@ from nbdtarget_protocol.consts import (
     BLOCK_SIZE_PREFERRED_DEFAULT,
     CLIENT_FLAGS,
     EXPORT,
+    FLAG_BLOCK_STATUS_PAYLOAD,
     FLAG_C_FIXED_NEWSTYLE,
     FLAG_C_NO_ZEROES,
     FLAG_FIXED_NEWSTYLE,
@@ -86,6 +89,7 @@ from nbdtarget_protocol.consts import (
     OPTION,
     PAYLOAD_MAX_DEFAULT,
     REP_ACK,
+    REP_ERR_EXT_HEADER_REQD,
     REP_ERR_INVALID,
     REP_ERR_SHUTDOWN,
     REP_ERR_TLS_REQD,
@@ -152,7 +156,7 @@ class ExportInfo:
     Args:
         name: the canonical name.
         size: bytes, below 2**63.
-        flags: transmission flags. HAS_FLAGS is added, and SEND_DF where it may stand.
+        flags: transmission flags. HAS_FLAGS is added, and SEND_DF and BLOCK_STATUS_PAYLOAD where they may stand.
         description: for people; may be empty.
         block_size_min, block_size_preferred, payload_max: bytes, as advertised.
         contexts: names of the metadata contexts that a client may select, each once.
@@ -176,7 +180,8 @@ class ExportInfo:
         assert preferred >= max(minimum, 512), "preferred block size out of range"
         assert preferred & (preferred - 1) == 0, "preferred block size: no power of two"
         assert preferred <= self.payload_max < 1 << 32, "payload_max out of range"
-        assert not self.flags & FLAG_SEND_DF, "SEND_DF is the handshake's to set"
+        added = FLAG_SEND_DF | FLAG_BLOCK_STATUS_PAYLOAD
+        assert not self.flags & added, "SEND_DF is the handshake's to set"
         assert (
             not self.flags & FLAG_SEND_FAST_ZERO or self.flags & FLAG_SEND_WRITE_ZEROES
         ), "SEND_FAST_ZERO without SEND_WRITE_ZEROES"
@@ -205,18 +210,28 @@ class Negotiated:
     """What a handshake led to.
 
     Args:
+        structured: replies are structured; they are with extended headers, too.
         contexts: (context id, name) of each metadata context selected, in the export's order.
+        extended: requests and replies have headers of 32 bytes.
     """
 
     export: ExportInfo
     structured: bool
     contexts: tuple[tuple[int, str], ...] = ()
+    extended: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.structured or not self.extended
 
     @property
     def flags(self) -> int:
-        """The transmission flags as the client was told them."""
+        """The transmission flags as GO tells them."""
         flags = self.export.flags | FLAG_HAS_FLAGS
-        return flags | FLAG_SEND_DF if self.structured else flags
+        if self.structured:
+            flags |= FLAG_SEND_DF
+        if self.extended and self.contexts:
+            flags |= FLAG_BLOCK_STATUS_PAYLOAD
+        return flags
 
 
 class ServerHandshake:
@@ -256,6 +271,7 @@ class ServerHandshake:
         self.closed = False
         self.error: HandshakeError | None = None
         self.structured = False
+        self.extended = False
         self.no_zeroes = False
         self.shutting_down = False
         self.nr_options = 0
@@ -304,7 +320,7 @@ class ServerHandshake:
         assert not self._buffer, "plaintext would count as encrypted"
         self.starts_tls = False
         self.is_encrypted = True
-        self.structured = False
+        self.structured = self.extended = False
         self._contexts = ()
         self._contexts_name = ""
 
@@ -432,6 +448,8 @@ class ServerHandshake:
             self._refuse(option, error)
 
     def _handle_export_name(self, data: bytes) -> None:
+        if self.extended:
+            raise OptionError(REP_ERR_INVALID, "extended headers were negotiated")
         name = decode_name(data)
         export = self._lookup(name)
         self._negotiate(name, export)
@@ -483,7 +501,7 @@ class ServerHandshake:
     def _answer_info(self, option: int, data: bytes) -> tuple[str, ExportInfo]:
         name, infos = decode_info_request(data)
         export = self._lookup(name)
-        flags = Negotiated(export, self.structured).flags
+        flags = self._flags_told(option, name, export)
         self._reply(option, REP_INFO, encode_info_export(export.size, flags))
         if INFO_NAME in infos:
             self._reply(option, REP_INFO, encode_info_name(export.name))
@@ -500,9 +518,28 @@ class ServerHandshake:
         self._reply(option, REP_ACK)
         return name, export
 
+    def _flags_told(self, option: int, name: str, export: ExportInfo) -> int:
+        """Return the transmission flags that INFO and GO tell.
+
+        BLOCK_STATUS_PAYLOAD says nothing after GO without contexts. INFO tells it also to a client that has not
+        selected any yet, because this is how it learns what GO would offer.
+        """
+        contexts = self._contexts_of(name)
+        if option == OPT_INFO:
+            contexts = contexts or tuple(enumerate(export.contexts, 1))
+        return Negotiated(export, self.structured, contexts, self.extended).flags
+
     def _handle_structured_reply(self, data: bytes) -> None:
+        if self.extended:
+            raise OptionError(
+                REP_ERR_EXT_HEADER_REQD, "extended headers were negotiated"
+            )
         self.structured = True
         self._reply(OPT_STRUCTURED_REPLY, REP_ACK)
+
+    def _handle_extended_headers(self, data: bytes) -> None:
+        self.structured = self.extended = True
+        self._reply(OPT_EXTENDED_HEADERS, REP_ACK)
 
     def _handle_list_meta_context(self, data: bytes) -> None:
         _, export, queries = self._meta_context_request(data)
@@ -529,7 +566,8 @@ class ServerHandshake:
 
     def _meta_context_request(self, data: bytes) -> tuple[str, ExportInfo, set[bytes]]:
         if not self.structured:
-            raise OptionError(REP_ERR_INVALID, "needs STRUCTURED_REPLY first")
+            needed = "STRUCTURED_REPLY or EXTENDED_HEADERS"
+            raise OptionError(REP_ERR_INVALID, f"needs {needed} first")
         name, queries = decode_meta_context_request(data, self.queries_max)
         return name, self._lookup(name), set(queries)
 
@@ -543,8 +581,12 @@ class ServerHandshake:
         return export
 
     def _negotiate(self, name: str, export: ExportInfo) -> None:
-        contexts = self._contexts if name == self._contexts_name else ()
-        self.negotiated = Negotiated(export, self.structured, contexts)
+        contexts = self._contexts_of(name)
+        self.negotiated = Negotiated(export, self.structured, contexts, self.extended)
+
+    def _contexts_of(self, name: str) -> tuple[tuple[int, str], ...]:
+        """Return the metadata contexts that are selected for the export that goes by this name."""
+        return self._contexts if name == self._contexts_name else ()
 
     def _refuse(self, option: int, error: OptionError) -> None:
         if option == OPT_EXPORT_NAME:  # has no error reply
@@ -581,7 +623,7 @@ _HANDLERS: Final[dict[int, Callable[[ServerHandshake, bytes], None]]] = {
     OPT_STRUCTURED_REPLY: ServerHandshake._handle_structured_reply,
     OPT_LIST_META_CONTEXT: ServerHandshake._handle_list_meta_context,
     OPT_SET_META_CONTEXT: ServerHandshake._handle_set_meta_context,
-    OPT_EXTENDED_HEADERS: ServerHandshake._handle_unsupported,
+    OPT_EXTENDED_HEADERS: ServerHandshake._handle_extended_headers,
 }
 
 _WITHOUT_PAYLOAD: Final = frozenset(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server side of transmission: which requests are refused, and how replies look.
 
-Theory of operation. There is no parser object here: a request is 28 bytes that the server
+Theory of operation. There is no parser object here: a request is 28 bytes (with extended headers 32) that the server
 decodes in its receive buffer, with `REQUEST.unpack_from`, because an object for each request costs more
 than everything else that is done for it. This module has the rest:
 
@@ -10,18 +10,20 @@ than everything else that is done for it. This module has the rest:
   server may inline the common case: `flags_allowed` has, for each command that this
   connection may use freely, the flags it may carry; a command or flag that is not in it, and
   any range that ends behind `size`, goes through `validate`.
-- `payload_rule` decides about a WRITE's payload before it was received: the payload of a refused WRITE
+- `payload_rule` decides about a request's payload before it was received: the payload of a refused request
   has to be received and dropped before anything else, or the next request would
   be looked for inside it.
-- encoders for every reply. With structured replies, READ is never answered by
-  `simple_reply`, not even with an error.
+- encoders for simple and structured replies (`extended.py` has those with extended headers, `replies.py` chooses). With
+  structured replies, READ is never answered by `simple_reply`, not even with an error.
 - `wire_errno` maps any errno to one of the eight errors of the wire; `clip_extents` turns any list of extents
   into descriptors that every client accepts.
 
 What proto.md leaves open is decided as follows. A length of 0 succeeds, except for BLOCK_STATUS, which must
 return at least one descriptor of at least one byte. FLUSH and DISC ignore offset and length.
-A READ that is longer than `payload_max` fails with EINVAL (with DF: EOVERFLOW). A write-type command
-on a read-only export fails with EPERM, even if something else is wrong with it, too.
+A READ that is longer than `payload_max` fails with EINVAL (with DF or extended headers: EOVERFLOW). A write-type command
+on a read-only export fails with EPERM, even if something else is wrong with it, too. With extended headers, a WRITE
+carries its payload also without PAYLOAD_LEN, which proto.md demands and QEMU's client (10.0) leaves out: QEMU's server
+takes it so, too. How long the payload of any command may be is decided as for a WRITE.
 """
 
 import errno as errnos
@@ -40,6 +42,7 @@ from nbdtarget_protocol.consts import (
     CMD_FLAG_FUA,
     CMD_FLAG_NAMES,
     CMD_FLAG_NO_HOLE,
+    CMD_FLAG_PAYLOAD_LEN,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_NAMES,
@@ -55,6 +58,7 @@ from nbdtarget_protocol.consts import (
     EPERM,
     ESHUTDOWN,
     EXTENTS_MAX,
+    FLAG_BLOCK_STATUS_PAYLOAD,
     FLAG_READ_ONLY,
     FLAG_SEND_CACHE,
     FLAG_SEND_FAST_ZERO,
@@ -102,7 +106,7 @@ __all__ = [
 
 PAYLOAD_MAX: Final = 64 << 20  # accepted; twice what is advertised
 
-# What to do with the payload of a WRITE.
+# What to do with the payload of a request.
 PAYLOAD_ACCEPT: Final = 0
 PAYLOAD_DRAIN: Final = 1  # read and drop it, then answer EINVAL
 PAYLOAD_DISCONNECT: Final = 2
@@ -141,6 +145,8 @@ class ServerTransmission:
         align_mask: minimum block size - 1: bits that offset and length must not have.
         payload_max: bytes of one READ or WRITE.
         structured: READ is answered with structured replies only.
+        extended: requests have extended headers. `flags_allowed` has PAYLOAD_LEN for WRITE, and for BLOCK_STATUS if it
+            may have a payload.
         contexts: (id, name) of the metadata contexts; BLOCK_STATUS is answered with one chunk
             for each.
     """
@@ -152,6 +158,7 @@ class ServerTransmission:
         self.size = negotiated.export.size
         self.read_only = bool(flags & FLAG_READ_ONLY)
         self.structured = negotiated.structured
+        self.extended = negotiated.extended
         self.contexts = negotiated.contexts
         self.payload_max = payload_max
         self.align_mask = negotiated.export.block_size_min - 1
@@ -175,7 +182,15 @@ class ServerTransmission:
             if command == CMD_BLOCK_STATUS and not self.contexts:
                 continue
             allowed[command] = command_flags & ~removed
+        if self.extended:
+            for command in allowed.keys() & self._with_payload(flags):
+                allowed[command] |= CMD_FLAG_PAYLOAD_LEN
         return allowed
+
+    def _with_payload(self, flags: int) -> set[int]:
+        """The commands that may carry a payload, with extended headers."""
+        status = {CMD_BLOCK_STATUS} if flags & FLAG_BLOCK_STATUS_PAYLOAD else set()
+        return {CMD_WRITE, *status}
 
     # hot: 0.25 us when nothing is wrong
     def validate(self, command: int, flags: int, offset: int, length: int) -> int:
@@ -226,8 +241,10 @@ class ServerTransmission:
         if length == 0 and command == CMD_BLOCK_STATUS:
             return RequestError(EINVAL, "BLOCK_STATUS of no bytes")
         if length > self.payload_max and command in (CMD_READ, CMD_WRITE):
+            is_read = command == CMD_READ
+            overflows = is_read and (self.extended or flags & CMD_FLAG_DF)
             return RequestError(
-                EOVERFLOW if flags & CMD_FLAG_DF else EINVAL,
+                EOVERFLOW if overflows else EINVAL,
                 f"{CMD_NAMES[command]} of more than {self.payload_max} bytes",
             )
         return None
@@ -240,7 +257,7 @@ class ServerTransmission:
         return RequestError(EINVAL, f"unknown command {command}")
 
     def payload_rule(self, length: int) -> int:
-        """Decide what to do with the `length` bytes that follow a WRITE request.
+        """Decide what to do with the `length` bytes that follow a request, which is nearly always a WRITE.
 
         PAYLOAD_ACCEPT: read it; if `validate` refuses the request, drop it and answer.
         PAYLOAD_DRAIN: read it without keeping it, then answer EINVAL. Up to 32 MiB no payload
@@ -435,12 +452,12 @@ def clip_extents(
 ) -> list[tuple[int, int]]:
     """Make the descriptors of a BLOCK_STATUS for `length` > 0 bytes out of extents.
 
-    Equal neighbours are merged, empty ones dropped, and the last is cut at `length`, so no
-    length exceeds 32 bits. At most 2**20 are returned (`req_one`: one), and at least one: if
+    Equal neighbours are merged, empty ones dropped, and the last is cut at `length`, so no length exceeds 32 bits, unless
+    that of the request does. At most 2**20 are returned (`req_one`: one), and at least one: if
     `extents` has none, the whole range is data, which is always a safe answer. `extents` is
     iterated no further than needed, and may describe less than the range: so does the answer.
     """
-    assert 0 < length < 1 << 32
+    assert length > 0
     extents_max = 1 if req_one else EXTENTS_MAX
     clipped: list[tuple[int, int]] = []
     left = length  # bytes of the request behind the run under way

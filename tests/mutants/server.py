@@ -97,7 +97,7 @@ SERVER: Final = (
     Mutant(
         "fua-of-a-large-write-dropped",
         "A WRITE with a buffer of its own loses its FUA.",
-        "nbdtarget.server.requests:Requests._take_write",
+        "nbdtarget.server.requests:Requests._take_large_write",
         (
             (
                 "length, payload, flags & FUA, self._ended",
@@ -136,12 +136,13 @@ SERVER: Final = (
                 "        if bio.op == OP_FLUSH:\n"
                 "            request = bio.private\n"
                 "            assert isinstance(request, Request)\n"
-                "            self._reply_done(request.cookie, request.command)\n",
+                "            at = request.cookie, request.offset\n"
+                "            self._answers.done(at, request.command)\n",
             ),
             (
-                "                self._reply_done(request.cookie, request.command)\n",
+                "                self._answers.done(at, request.command)\n",
                 "                if bio.op != OP_FLUSH:\n"
-                "                    self._reply_done(request.cookie, request.command)\n",
+                "                    self._answers.done(at, request.command)\n",
             ),
         ),
         REQUESTS,
@@ -155,13 +156,13 @@ SERVER: Final = (
                 "        self._in_flight.add(bio)\n        self._admit(0)\n",
                 "        self._in_flight.add(bio)\n"
                 "        if command == CMD_WRITE:\n"
-                "            self._reply_done(cookie, command)\n"
+                "            self._answers.done((cookie, offset), command)\n"
                 "        self._admit(0)\n",
             ),
             (
-                "                self._reply_done(request.cookie, request.command)\n",
+                "                self._answers.done(at, request.command)\n",
                 "                if request.command != CMD_WRITE or request.buffer:\n"
-                "                    self._reply_done(request.cookie, request.command)\n",
+                "                    self._answers.done(at, request.command)\n",
             ),
         ),
         REQUESTS,
@@ -184,11 +185,11 @@ SERVER: Final = (
         "nbdtarget.server.requests:Requests._not_inline",
         (
             (
-                "        if bio.status > 0:\n            self._reply_error(",
+                "        if bio.status > 0:\n            at = cookie, offset\n",
                 "        if bio.status > 0 and command == CMD_WRITE:\n"
-                "            self._reply_done(cookie, command)\n"
+                "            self._answers.done((cookie, offset), command)\n"
                 "            return bio\n"
-                "        if bio.status > 0:\n            self._reply_error(",
+                "        if bio.status > 0:\n            at = cookie, offset\n",
             ),
         ),
         REQUESTS,

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nbdtarget_protocol import extended
 from nbdtarget_protocol.client import ClientHandshake
 from nbdtarget_protocol.consts import (
     CHUNK,
@@ -20,6 +21,8 @@ from nbdtarget_protocol.consts import (
     CMD_READ,
     CMD_WRITE,
     EXPORT,
+    EXTENDED_CHUNK,
+    EXTENDED_REPLY_MAGIC,
     GREETING,
     IHAVEOPT,
     INFO_BLOCK_SIZE_PAYLOAD,
@@ -50,8 +53,10 @@ from nbdtarget_protocol.transmission import (
     simple_reply,
 )
 from tests.support.protocol_feed import (
+    EXTENDED,
     NEW_CLIENT,
     SERVED,
+    SERVED_EXTENDED,
     SERVED_SIMPLE,
     SIMPLE,
     STRUCTURED,
@@ -122,11 +127,11 @@ REPLIES = (
     st.builds(encode_option_reply, st.integers(0, 12), st.integers(0, 5)),
     st.builds(
         encode_option_reply,
-        st.sampled_from([7, 8, 10]),
+        st.sampled_from([7, 8, 10, 11]),
         st.integers(1, 4) | st.integers(0x80000000, 0x8000000B),
         st.binary(max_size=30),
     ),
-    st.sampled_from([encode_option_reply(option, 1) for option in (7, 8, 10)]),
+    st.sampled_from([encode_option_reply(option, 1) for option in (7, 8, 10, 11)]),
     st.builds(
         encode_option_reply,
         st.just(10),
@@ -151,6 +156,10 @@ GREETINGS = (
             GREETING.pack(NBDMAGIC, IHAVEOPT, 3)
             + encode_option_reply(8, 1)
             + encode_option_reply(10, 1),
+            GREETING.pack(NBDMAGIC, IHAVEOPT, 3) + encode_option_reply(11, 1),
+            GREETING.pack(NBDMAGIC, IHAVEOPT, 3)
+            + encode_option_reply(11, 0x80000001)
+            + encode_option_reply(8, 1),
         ]
     )
     | st.binary(max_size=20)
@@ -158,9 +167,11 @@ GREETINGS = (
 
 
 @settings(max_examples=400)
-@given(st.data(), streams(*REPLIES), GREETINGS)
-def test_client_handshake(data: Any, stream: bytes, start: bytes) -> None:
-    handshake = ClientHandshake("disk", reply_length_max=100, replies_max=5)
+@given(st.data(), streams(*REPLIES), GREETINGS, st.booleans())
+def test_client_handshake(data: Any, stream: bytes, start: bytes, wanted: bool) -> None:
+    handshake = ClientHandshake(
+        "disk", want_extended=wanted, reply_length_max=100, replies_max=5
+    )
     for piece in chopped(data, start + stream):
         handshake.receive_data(piece)
         if handshake.negotiated is None:
@@ -185,11 +196,31 @@ CHUNKS = (
     st.builds(CHUNK.pack, st.just(STRUCTURED_REPLY_MAGIC), U16S, U16S, COOKIES, U32S),
     st.just(SIMPLE_REPLY_MAGIC.to_bytes(4, "big")),
 )  # fmt: skip
+# `at` is right for most of the requests below.
+AT = st.sampled_from([0, 0, 7])
+EXTENDED_CHUNKS = (
+    st.builds(lambda c, a, o, d, e: extended.offset_data_header(c, a, o, len(d), e) + d,
+              COOKIES, AT, st.integers(0, 70), st.binary(min_size=1, max_size=64), st.booleans()),
+    st.builds(extended.offset_hole, COOKIES, AT, st.integers(0, 70), st.integers(1, 70), st.booleans()),
+    st.builds(extended.none_chunk, COOKIES, AT),
+    st.builds(extended.error_chunk, COOKIES, AT, st.integers(1, 110), st.binary(max_size=20),
+              st.none() | U64S, st.booleans()),
+    st.builds(extended.block_status, COOKIES, AT, st.integers(1, 2), EXTENTS, st.booleans()),
+    st.builds(EXTENDED_CHUNK.pack, st.just(EXTENDED_REPLY_MAGIC), U16S, U16S, COOKIES, AT, U64S),
+    st.just(SIMPLE_REPLY_MAGIC.to_bytes(4, "big")),
+)  # fmt: skip
 
 
 @settings(max_examples=400)
-@given(st.data(), streams(*CHUNKS), st.sampled_from([STRUCTURED, SIMPLE]))
-def test_client_transmission(data: Any, stream: bytes, negotiated: Any) -> None:
+@given(
+    st.data(),
+    st.one_of(
+        st.tuples(streams(*CHUNKS), st.sampled_from([STRUCTURED, SIMPLE])),
+        st.tuples(streams(*EXTENDED_CHUNKS), st.just(EXTENDED)),
+    ),
+)
+def test_client_transmission(data: Any, fed: tuple[bytes, Any]) -> None:
+    stream, negotiated = fed
     requests = [
         (CMD_READ, 0, 1, 0, 64),
         (CMD_READ, CMD_FLAG_DF, 2, 7, 64),
@@ -207,7 +238,9 @@ def test_client_transmission(data: Any, stream: bytes, negotiated: Any) -> None:
     assert sorted(c.cookie for c in completed) == [1, 2, 3, 4, 5]
 
 
-@given(U16S, U16S, U64S, U32S, st.sampled_from([SERVED, SERVED_SIMPLE]))
+@given(
+    U16S, U16S, U64S, U64S, st.sampled_from([SERVED, SERVED_SIMPLE, SERVED_EXTENDED])
+)
 def test_server_transmission(
     command: int, flags: int, offset: int, length: int, negotiated: Any
 ) -> None:

@@ -17,20 +17,12 @@ from nbdtarget_protocol.consts import (
     CMD_WRITE_ZEROES,
     EINVAL,
     ENOSPC,
+    FLAG_BLOCK_STATUS_PAYLOAD,
     FLAG_SEND_DF,
-    REQUEST,
 )
 from nbdtarget_protocol.handshake import ExportInfo, Negotiated, ServerHandshake
-from nbdtarget_protocol.transmission import (
-    ServerTransmission,
-    block_status,
-    clip_extents,
-    error_chunk,
-    none_chunk,
-    offset_data_header,
-    offset_hole,
-    simple_reply,
-)
+from nbdtarget_protocol.replies import replies_of
+from nbdtarget_protocol.transmission import ServerTransmission, clip_extents
 from tests.support.protocol_feed import ALL_FLAGS, DISK, MIB, OneExport, data_of
 
 
@@ -55,42 +47,39 @@ class Disk:
 
     def __init__(self, negotiated: Negotiated) -> None:
         self.transmission = ServerTransmission(negotiated)
+        self.replies = replies_of(negotiated)
         self.content = bytearray(MIB)
 
     def serve(self, request: bytes, payload: bytes = b"") -> bytes:
-        _, flags, command, cookie, offset, length = REQUEST.unpack(request)
+        replies = self.replies
+        _, flags, command, cookie, offset, length = replies.request.unpack(request)
         refusal = self.transmission.refusal(command, flags, offset, length)
-        structured = self.transmission.structured
         if refusal is not None:
-            if not structured:
-                return simple_reply(refusal.errno, cookie)
-            return error_chunk(cookie, refusal.errno, refusal.message.encode())
-        if command == CMD_READ:
+            return replies.error(cookie, offset, refusal.errno, refusal.message)
+        if command == CMD_READ and length:
             data = bytes(self.content[offset : offset + length])
-            if not structured:
-                return simple_reply(0, cookie) + data
-            if not length:
-                return none_chunk(cookie)
-            if not any(data):
-                return offset_hole(cookie, offset, length, True)
-            return offset_data_header(cookie, offset, length, True) + data
+            if replies.structured and not any(data):
+                return replies.hole(cookie, offset, length)
+            return replies.data(cookie, offset, length) + data
         if command == CMD_BLOCK_STATUS:
             req_one = bool(flags & CMD_FLAG_REQ_ONE)
             extents = clip_extents([(512, 0), (MIB, 3)], length, req_one=req_one)
             [(context_id, _)] = self.transmission.contexts
-            return block_status(cookie, context_id, extents, True)
+            return replies.block_status(cookie, offset, context_id, extents, done=True)
         if command == CMD_WRITE:
             self.content[offset : offset + length] = payload
         elif command == CMD_WRITE_ZEROES:
             self.content[offset : offset + length] = bytes(length)
-        return simple_reply(0, cookie)
+        return replies.done(command, cookie, offset)
 
 
 class Pair:
     """A Disk and a client of it."""
 
-    def __init__(self, *, structured: bool) -> None:
-        server, client = shake_hands("disk", want_structured=structured)
+    def __init__(self, *, structured: bool, extended: bool = False) -> None:
+        server, client = shake_hands(
+            "disk", want_structured=structured, want_extended=extended
+        )
         assert server.negotiated is not None
         assert client.negotiated is not None
         self.disk = Disk(server.negotiated)
@@ -110,9 +99,13 @@ class Pair:
         return completion
 
 
-@pytest.fixture(params=[True, False], ids=["structured", "simple"])
+chunked = pytest.mark.parametrize("extended", [False, True])
+
+
+@pytest.fixture(params=["simple", "structured", "extended"])
 def pair(request: pytest.FixtureRequest) -> Pair:
-    return Pair(structured=request.param)
+    structured, extended = request.param != "simple", request.param == "extended"
+    return Pair(structured=structured, extended=extended)
 
 
 @pytest.mark.parametrize("name", ["disk", ""])
@@ -120,9 +113,8 @@ def test_both_sides_negotiate_the_same(name: str) -> None:
     server, client = shake_hands(name)
     assert server.negotiated is not None
     assert client.negotiated is not None
-    assert (
-        client.negotiated.flags == server.negotiated.flags == ALL_FLAGS | FLAG_SEND_DF
-    )
+    flags = ALL_FLAGS | FLAG_SEND_DF | FLAG_BLOCK_STATUS_PAYLOAD
+    assert client.negotiated.flags == server.negotiated.flags == flags
     assert client.negotiated.size == server.negotiated.export.size == DISK.size
     assert client.negotiated.contexts == server.negotiated.contexts
     assert client.negotiated.payload_max == DISK.payload_max
@@ -166,13 +158,15 @@ def test_refusals_arrive(pair: Pair) -> None:
     assert pair.ask(CMD_FLUSH, 0, 0).error == 0
 
 
-def test_refusal_says_why_when_structured() -> None:
-    completion = Pair(structured=True).ask(CMD_READ, MIB, 1)
+@chunked
+def test_refusal_says_why_when_structured(extended: bool) -> None:
+    completion = Pair(structured=True, extended=extended).ask(CMD_READ, MIB, 1)
     assert completion.message == "READ 1048576+1 past the end at 1048576"
 
 
-def test_block_status_arrives_when_structured() -> None:
-    pair = Pair(structured=True)
+@chunked
+def test_block_status_arrives_when_structured(extended: bool) -> None:
+    pair = Pair(structured=True, extended=extended)
     assert pair.ask(CMD_BLOCK_STATUS, 0, 4096).extents == [(512, 0), (3584, 3)]
     one = pair.ask(CMD_BLOCK_STATUS, 0, 4096, CMD_FLAG_REQ_ONE)
     assert one.extents == [(512, 0)]

@@ -104,7 +104,7 @@ def test_nothing_but_go_when_nothing_is_wanted() -> None:
 
 
 def test_structured_without_contexts() -> None:
-    handshake = ClientHandshake("disk", want_contexts=())
+    handshake = ClientHandshake("disk", want_extended=False, want_contexts=())
     handshake.receive_data(UP_TO_CONTEXT + EXPORT_INFO + ACK_GO)
     assert handshake.negotiated is not None
     assert handshake.negotiated.structured

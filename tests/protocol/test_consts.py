@@ -23,6 +23,10 @@ from nbdtarget_protocol import consts
         (consts.CHUNK, 20),
         (consts.OFFSET_DATA, 28),
         (consts.OFFSET_HOLE, 32),
+        (consts.EXTENDED_REQUEST, 32),
+        (consts.EXTENDED_CHUNK, 32),
+        (consts.EXTENDED_OFFSET_DATA, 40),
+        (consts.EXTENDED_OFFSET_HOLE, 44),
     ],
 )
 def test_layout_has_the_size_of_the_document(layout: Struct, size: int) -> None:
@@ -37,6 +41,8 @@ def test_magics() -> None:
     assert consts.REQUEST_MAGIC == 0x25609513
     assert consts.SIMPLE_REPLY_MAGIC == 0x67446698
     assert consts.STRUCTURED_REPLY_MAGIC == 0x668E33EF
+    assert consts.EXTENDED_REQUEST_MAGIC == 0x21E41C71
+    assert consts.EXTENDED_REPLY_MAGIC == 0x6E8A278C
 
 
 def test_name_tables() -> None:

@@ -209,9 +209,7 @@ def test_list_leaves_out_names_that_cannot_be_sent() -> None:
     assert [payload for _, _, payload in sent] == [U32.pack(2) + b"ok", b""]
 
 
-@pytest.mark.parametrize(
-    "option", [OPT_PEEK_EXPORT, OPT_STARTTLS, OPT_EXTENDED_HEADERS, 0, 77]
-)
+@pytest.mark.parametrize("option", [OPT_PEEK_EXPORT, OPT_STARTTLS, 0, 77])
 def test_option_that_is_not_served_is_unsupported(option: int) -> None:
     assert ask(encode_option(option), GO)[0] == (option, REP_ERR_UNSUP)
 

@@ -141,6 +141,14 @@ def test_structured_replies_injected_before_starttls_do_not_hold_afterwards() ->
     assert not handshake.negotiated.structured
 
 
+def test_extended_headers_injected_before_starttls_do_not_hold_afterwards() -> None:
+    handshake = encrypted(TlsMode.ON, encode_option(OPT_EXTENDED_HEADERS))
+    handshake.receive_data(GO)
+    assert handshake.negotiated is not None
+    assert not handshake.negotiated.structured
+    assert not handshake.negotiated.extended
+
+
 def test_contexts_injected_before_starttls_do_not_hold_afterwards() -> None:
     handshake = encrypted(TlsMode.ON, STRUCTURED, SET)
     handshake.receive_data(STRUCTURED + GO)

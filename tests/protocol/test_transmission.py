@@ -90,7 +90,7 @@ RANGES = [
 NEGOTIATED = [
     SERVED,
     SERVED_SIMPLE,
-    Negotiated(DISK, True, ()),
+    Negotiated(DISK, True, ()),  # those with extended headers: test_extended.py
     Negotiated(replace(DISK, flags=0), True, CONTEXTS),
     Negotiated(replace(DISK, flags=ALL_FLAGS | FLAG_READ_ONLY), True, CONTEXTS),
     Negotiated(replace(DISK, flags=ALL_FLAGS & ~FLAG_SEND_FAST_ZERO), False),

@@ -39,7 +39,7 @@ from nbdtarget.devices.nbd.uri import NbdUri, parse_nbd_uri
 from nbdtarget.targets.powercut.volatile_cache import Fate
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.handshake import ExportInfo, ServerHandshake
-from nbdtarget_protocol.transmission import error_chunk, none_chunk, offset_data_header
+from nbdtarget_protocol.replies import Replies, SimpleReplies, replies_of
 from tests.sim.disks import SimDisk
 from tests.sim.model import SECTOR
 from tests.sim.rigs import BACKEND, Role
@@ -157,7 +157,7 @@ class _Session:
         self._sock: SimSocket | None = sock
         self._loop = loop
         self._handshake: ServerHandshake | None = ServerHandshake(backend)
-        self._structured = False
+        self._replies: Replies = SimpleReplies()
         self._in = bytearray()
         self._out = bytearray()
         self._bios: set[Bio] = set()
@@ -244,19 +244,18 @@ class _Session:
         for piece in handshake.data_to_send():
             self._out += piece
         if handshake.negotiated is not None:
-            self._structured = handshake.structured
+            self._replies = replies_of(handshake.negotiated)
             self._in += handshake.trailing_data()
             self._handshake = None
         self._flush_out()
 
     def _parse(self) -> None:
         while self._handshake is None and self._sock and not self._backend.is_hung:
-            if len(self._in) < consts.REQUEST.size:
+            layout = self._replies.request
+            begin = layout.size
+            if len(self._in) < begin:
                 return
-            _, flags, command, cookie, offset, length = consts.REQUEST.unpack_from(
-                self._in
-            )
-            begin = consts.REQUEST.size
+            _, flags, command, cookie, offset, length = layout.unpack_from(self._in)
             end = begin + (length if command == consts.CMD_WRITE else 0)
             if len(self._in) < end:
                 return
@@ -300,15 +299,16 @@ class _Session:
     def _answer(self, command: int, cookie: int, bio: Bio) -> None:
         if self._sock is None:
             return
-        assert self._structured
+        replies, offset = self._replies, bio.offset
+        assert replies.structured
         if bio.status:
-            self._out += error_chunk(cookie, consts.EIO)
+            self._out += replies.error(cookie, offset, consts.EIO, "")
         elif command == consts.CMD_READ:
             assert bio.payload is not None
-            self._out += offset_data_header(cookie, bio.offset, bio.length, True)
+            self._out += replies.data(cookie, offset, bio.length)
             self._out += bio.payload
         else:
-            self._out += none_chunk(cookie)
+            self._out += replies.done(command, cookie, offset)
         self._flush_out()
         self._maybe_end()
 

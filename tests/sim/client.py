@@ -37,6 +37,7 @@ from nbdtarget_protocol.consts import (
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
+    CMD_FLAG_PAYLOAD_LEN,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_NAMES,
@@ -46,9 +47,12 @@ from nbdtarget_protocol.consts import (
     CMD_WRITE_ZEROES,
     EIO,
     ENOTSUP,
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
     FLAG_SEND_FAST_ZERO,
     FLAG_SEND_TRIM,
     REQUEST,
+    REQUEST_MAGIC,
 )
 from nbdtarget_protocol.errors import ReplyError
 from tests.sim.block_status import check_zeroes, clipped
@@ -105,6 +109,7 @@ class Habits:
     syncs: float
     lazy: float
     lazy_s: float
+    extended: bool
 
     @classmethod
     def draw(cls, rng: random.Random) -> "Habits":
@@ -118,6 +123,7 @@ class Habits:
             syncs=rng.choice((0.0, 0.2, 0.7)),
             lazy=rng.choice((0.0, 0.0, 0.3)),
             lazy_s=rng.choice((1e-4, 0.5)),
+            extended=rng.random() < 0.5,
         )
 
 
@@ -266,6 +272,7 @@ class Client:
         self._handshake = handshake = ClientHandshake(
             self._random.choice(("d", "") if len(life.rig.tables) == 1 else ("d",)),
             want_structured=self._habits.structured,
+            want_extended=self._habits.extended,
             want_contexts=self._habits.contexts,
         )
         self._start_reading()
@@ -295,14 +302,19 @@ class Client:
         choice = rng.randrange(3)
         self._note(f"breaks off ({choice})")
         if choice == 1:
-            self._send(
-                REQUEST.pack(0x25609513, 0, CMD_READ, 1, 0, 512)[: rng.randrange(28)]
-            )
+            self._send(self._header(0, CMD_READ, 512)[: rng.randrange(28)])
         elif choice == 2:
             length = rng.randrange(1, 3 * self.life.rig.region_size)
-            header = REQUEST.pack(0x25609513, 0, CMD_WRITE, 1, 0, length)
+            header = self._header(CMD_FLAG_PAYLOAD_LEN, CMD_WRITE, length)
             self._send(header + bytes(rng.randrange(length)))
         self._lost(reset=rng.random() < 0.5)
+
+    def _header(self, flags: int, command: int, length: int) -> bytes:
+        """A request that the transmission does not know of. `flags` are only for extended headers."""
+        if self._transmission is not None and self._transmission.extended:
+            magic = EXTENDED_REQUEST_MAGIC
+            return EXTENDED_REQUEST.pack(magic, flags, command, 1, 0, length)
+        return REQUEST.pack(REQUEST_MAGIC, 0, command, 1, 0, length)
 
     def power_cut(self) -> None:
         """The server is gone. What it had sent has still come, and is what it promised."""

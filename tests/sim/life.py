@@ -114,6 +114,7 @@ def draw_limits(rng: random.Random) -> Limits:
         bytes_total_max=128 << 10,
         payload_max=64 << 10,
         payload_step=4096,
+        range_slice=4096,
         turn_us=0,
         turn_bytes_max=8 << 10 if small else 1 << 20,
         send_buffer_max=1024 if small else 32 << 10,

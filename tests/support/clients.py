@@ -12,14 +12,17 @@ from typing import Any, Final
 
 import pytest
 
+from tests.support.places import ROOT
 from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
 
 __all__ = [
     "MIB",
     "NAME",
+    "NEWER",
     "CloneUnderTest",
     "client",
     "needs",
+    "needs_newer",
     "refused",
     "report",
     "serving",
@@ -28,6 +31,8 @@ __all__ = [
 MIB: Final = 1 << 20
 NAME: Final = "disk"
 TIMEOUT_S: Final = 60
+# Where `scripts/newer-clients` puts the programs that speak extended headers.
+NEWER: Final = ROOT / "build" / "newer-clients" / "bin"
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:
@@ -36,6 +41,11 @@ def needs(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         bool(missing), reason=f"not installed: {', '.join(missing)}"
     )
+
+
+needs_newer = pytest.mark.skipif(
+    not NEWER.is_dir(), reason="not unpacked: clients that speak extended headers"
+)
 
 
 def client(*argv: str, status: int = 0) -> str:

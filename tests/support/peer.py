@@ -147,7 +147,9 @@ class Peer:
         self.size = 0
         self.flags = 0
         self.structured = False
+        self.extended = False
         self.reads: dict[int, tuple[int, int]] = {}  # cookie: offset, length
+        self.offsets: dict[int, int] = {}  # with extended headers, cookie: offset
         self.cookie = 0
 
     @classmethod
@@ -172,14 +174,16 @@ class Peer:
         name: str = "",
         *,
         structured: bool = False,
+        extended: bool = False,
         contexts: bool | Sequence[str] = False,
     ) -> None:
         await self.greet()
         encoded = struct.pack(">I", len(name)) + name.encode()
-        if structured:
-            self.option(c.OPT_STRUCTURED_REPLY)
+        if structured or extended:
+            option = c.OPT_EXTENDED_HEADERS if extended else c.OPT_STRUCTURED_REPLY
+            self.option(option)
             assert await self.option_reply() == (c.REP_ACK, b"")
-        self.structured = structured
+        self.structured, self.extended = structured or extended, extended
         names = ["base:allocation"] if contexts is True else contexts or []
         if names:
             queries = [struct.pack(">I", len(it)) + it.encode() for it in names]
@@ -201,16 +205,23 @@ class Peer:
         length: int | None = None,
         payload: bytes = b"",
         flags: int = 0,
-        magic: int = c.REQUEST_MAGIC,
+        magic: int = 0,
     ) -> bytes:
-        """Encode a request. Its cookie is `self.cookie`."""
+        """Encode a request. Its cookie is `self.cookie`. With extended headers, a payload has PAYLOAD_LEN."""
         self.cookie += 1
         length = len(payload) if length is None else length
         if command == c.CMD_READ:
             self.reads[self.cookie] = offset, length
-        return (
-            c.REQUEST.pack(magic, flags, command, self.cookie, offset, length) + payload
+        layout, right = c.REQUEST, c.REQUEST_MAGIC
+        if self.extended:
+            self.offsets[self.cookie] = offset
+            layout, right = c.EXTENDED_REQUEST, c.EXTENDED_REQUEST_MAGIC
+            if payload or (command == c.CMD_WRITE and length):
+                flags |= c.CMD_FLAG_PAYLOAD_LEN
+        header = layout.pack(
+            magic or right, flags, command, self.cookie, offset, length
         )
+        return header + payload
 
     def send(self, command: int, *args: int, **kwargs: int | bytes) -> int:
         self.writer.write(self.request(command, *args, **kwargs))  # type: ignore[arg-type]  # a test's shorthand
@@ -219,6 +230,8 @@ class Peer:
     async def reply(self) -> Reply:
         """Receive one whole reply. Raises: IncompleteReadError: the connection is closed."""
         head = await self.reader.readexactly(16)
+        if self.extended:
+            return await self._structured(head)
         if struct.unpack_from(">I", head)[0] == c.SIMPLE_REPLY_MAGIC:
             _, error, cookie = c.SIMPLE_REPLY.unpack(head)
             _, length = self.reads.pop(cookie, (0, 0))
@@ -232,9 +245,14 @@ class Peer:
         data, chunks, error, message = bytearray(), [], 0, ""
         extents: list[tuple[int, int]] = []
         while True:
-            head += await self.reader.readexactly(c.CHUNK.size - len(head))
-            magic, flags, kind, cookie, length = c.CHUNK.unpack(head)
-            assert magic == c.STRUCTURED_REPLY_MAGIC
+            layout = c.EXTENDED_CHUNK if self.extended else c.CHUNK
+            head += await self.reader.readexactly(layout.size - len(head))
+            magic, flags, kind, cookie, *at, length = layout.unpack(head)
+            if self.extended:
+                assert magic == c.EXTENDED_REPLY_MAGIC
+                assert at == [self.offsets[cookie]]
+            else:
+                assert magic == c.STRUCTURED_REPLY_MAGIC
             body = await self.reader.readexactly(length)
             chunks.append(kind)
             if kind == c.REPLY_TYPE_OFFSET_DATA:
@@ -247,7 +265,12 @@ class Peer:
                 error, size = struct.unpack_from(">IH", body)
                 message = body[6 : 6 + size].decode()
             elif kind == c.REPLY_TYPE_BLOCK_STATUS:
+                assert not self.extended
                 extents += struct.iter_unpack(">II", body[4:])
+            elif kind == c.REPLY_TYPE_BLOCK_STATUS_EXT:
+                assert self.extended
+                assert struct.unpack_from(">I", body, 4) == ((len(body) - 8) // 16,)
+                extents += struct.iter_unpack(">QQ", body[8:])
             if flags & c.REPLY_FLAG_DONE:
                 self.reads.pop(cookie, None)
                 return Reply(
@@ -310,10 +333,17 @@ class Served:
         return peer
 
     async def attach(
-        self, name: str = "", *, structured: bool = False, contexts: bool = False
+        self,
+        name: str = "",
+        *,
+        structured: bool = False,
+        extended: bool = False,
+        contexts: bool = False,
     ) -> Peer:
         peer = await self.connect()
-        await peer.attach(name, structured=structured, contexts=contexts)
+        await peer.attach(
+            name, structured=structured, extended=extended, contexts=contexts
+        )
         return peer
 
     async def attach_with(self, contexts: Sequence[str]) -> Peer:

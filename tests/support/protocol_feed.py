@@ -121,7 +121,11 @@ def answer(option: int, data: bytes = b"", *before: bytes) -> int:
 
 
 def feed_client(data: bytes, **kwargs: Any) -> tuple[ClientHandshake, bytes]:
-    """Feed a client that wants "disk" in all three ways; return it and what it sent."""
+    """Feed a client that wants "disk" in all three ways; return it and what it sent.
+
+    It asks for extended headers only if it is told to.
+    """
+    kwargs.setdefault("want_extended", False)
     whole = ClientHandshake("disk", **kwargs)
     whole.receive_data(data)
     sent = b"".join(whole.data_to_send())
@@ -151,7 +155,10 @@ CONTEXTS = ((1, "base:allocation"),)
 STRUCTURED = ClientNegotiated("disk", MIB, ALL_FLAGS, True, CONTEXTS)
 SIMPLE = ClientNegotiated("disk", MIB, ALL_FLAGS, False)
 
+EXTENDED = ClientNegotiated("disk", MIB, ALL_FLAGS, True, CONTEXTS, extended=True)
+
 SERVED = Negotiated(DISK, True, CONTEXTS)
+SERVED_EXTENDED = Negotiated(DISK, True, CONTEXTS, extended=True)
 SERVED_SIMPLE = Negotiated(DISK, False)
 
 # command, flags, cookie, offset, length

@@ -34,21 +34,16 @@ from nbdtarget.bio import Bio
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
+from nbdtarget_protocol import extended as ext
 from nbdtarget_protocol.client import ClientHandshake, ClientTransmission, Completion
 from nbdtarget_protocol.client_handshake import ClientNegotiated
 from nbdtarget_protocol.errors import ReplyError
 from nbdtarget_protocol.handshake import ServerHandshake
 from nbdtarget_protocol.options import encode_option
-from nbdtarget_protocol.transmission import (
-    block_status,
-    error_chunk,
-    none_chunk,
-    offset_data_header,
-    offset_hole,
-    simple_reply,
-)
+from nbdtarget_protocol.transmission import simple_reply
 from tests.support.peer import Directory, Disk
 from tests.support.protocol_feed import ALL_FLAGS, DISK, OneExport
+from tests.support.wire_chunks import Chunks
 
 __all__ = ["FUZZERS"]
 
@@ -56,10 +51,19 @@ KIB: Final = 1 << 10
 SIZE: Final = 256 * KIB
 PAYLOAD_MAX: Final = 96 * KIB
 READ_SLICE: Final = 32 * KIB
+TIMEOUT_S: Final = 60.0  # for one conversation; it takes a second, on a machine that has nothing else to do
 OPTIONS: Final = (
     *(c.OPT_LIST, c.OPT_INFO, c.OPT_GO, c.OPT_EXPORT_NAME, c.OPT_STRUCTURED_REPLY),
     *(c.OPT_LIST_META_CONTEXT, c.OPT_SET_META_CONTEXT, c.OPT_STARTTLS, 77),
+    c.OPT_EXTENDED_HEADERS,
 )
+# What is negotiated: simple replies, structured ones, or extended headers.
+HOW: Final = ("simple", "structured", "extended")
+ASKS_FOR: Final = {
+    "simple": b"",
+    "structured": encode_option(c.OPT_STRUCTURED_REPLY),
+    "extended": encode_option(c.OPT_EXTENDED_HEADERS),
+}
 NAMES: Final = ("", "disk", "disk", "disk", "nobody", "\0", "x" * 5000)
 QUERIES: Final = ("base:", "base:allocation", "x-nbdtarget:hydration", "y", ":")
 COMMANDS: Final = (
@@ -153,8 +157,8 @@ def _allocation_of(name: str) -> bytes:
 def options(rng: random.Random) -> bytes:
     flags = rng.choice((3, 3, 3, 1, 0, 4))
     some = b"".join(option(rng) for _ in range(rng.randrange(6)))
-    if rng.random() < 0.3:
-        some += encode_option(c.OPT_STRUCTURED_REPLY)
+    if rng.random() < 0.4:
+        some += ASKS_FOR[rng.choice(HOW[1:])]
         some += encode_option(c.OPT_SET_META_CONTEXT, _allocation_of(""))
     last = rng.choice(
         (
@@ -186,7 +190,7 @@ def fuzz_server_handshake(seed: int) -> str:
     assert sliced.trailing_data() == whole.trailing_data()
     assert len(sent) < 1 << 20, "a short stream has a long answer"
     if whole.negotiated is not None:
-        how = "structured" if whole.negotiated.structured else "simple"
+        how = HOW[whole.negotiated.structured + whole.negotiated.extended]
         return f"negotiated, {how} replies, {len(whole.negotiated.contexts)} contexts"
     if whole.error is not None:
         assert whole.closed
@@ -207,12 +211,14 @@ def fuzz_client_handshake(seed: int) -> str:
         flags &= ~c.FLAG_SEND_FAST_ZERO
     export = replace(DISK, flags=flags, size=rng.choice((0, 1, 1 << 20, 1 << 62)))
     structured, block_size = rng.random() < 0.8, rng.random() < 0.8
+    wants_extended = rng.random() < 0.5
     damage_at = rng.randrange(12)  # which of the server's answers is damaged, if any
 
     def talk(rng: random.Random, *, in_pieces: bool) -> ClientHandshake:
         client = ClientHandshake(
             rng.choice(("", "disk", "disk", "nobody")),
             want_structured=structured,
+            want_extended=wants_extended,
             want_block_size=block_size,
         )
         server = ServerHandshake(OneExport(export))
@@ -238,18 +244,20 @@ def fuzz_client_handshake(seed: int) -> str:
         return f"error: {_beginning(whole.error)}"
     if whole.negotiated is None:
         return "unfinished"
-    return f"negotiated, {len(whole.negotiated.contexts)} contexts"
+    how = HOW[whole.negotiated.structured + whole.negotiated.extended]
+    return f"negotiated, {how} replies, {len(whole.negotiated.contexts)} contexts"
 
 
 # ---- a server's replies ----
 
 
-def _reply(rng: random.Random, asked: Completion, *, structured: bool) -> bytes:
+def _reply(rng: random.Random, asked: Completion, how: str) -> bytes:
     """A reply to `asked`; mostly a right one."""
-    cookie, length = asked.cookie, asked.length
+    cookie, length, chunks_of = asked.cookie, asked.length, Chunks(asked, how)
+    structured = how != "simple"
     if rng.random() < 0.15:
-        if structured and rng.random() < 0.7:
-            return error_chunk(cookie, c.EIO, b"no" * rng.randrange(3))
+        if structured and (how == "extended" or rng.random() < 0.7):
+            return chunks_of.error(b"no" * rng.randrange(3))
         return simple_reply(c.EIO, cookie)
     if asked.command == c.CMD_READ:
         if not structured:
@@ -260,25 +268,28 @@ def _reply(rng: random.Random, asked: Completion, *, structured: bool) -> bytes:
             done = at + part == length and rng.random() < 0.8
             offset = asked.offset + at
             if rng.random() < 0.3:
-                chunks.append(offset_hole(cookie, offset, part, done))
+                chunks.append(chunks_of.hole(offset, part, done=done))
             else:
-                header = offset_data_header(cookie, offset, part, done)
+                header = chunks_of.data(offset, part, done=done)
                 chunks.append(header + rng.randbytes(part))
             at += part
             if at == length and not done:
-                chunks.append(none_chunk(cookie))
+                chunks.append(chunks_of.none())
         return b"".join(chunks)
     if asked.command == c.CMD_BLOCK_STATUS:
         extents = [(rng.randint(1, length), rng.randrange(4)) for _ in range(2)]
-        return block_status(cookie, 0, extents[: rng.randint(1, 2)], done=True)
-    return none_chunk(cookie) if structured else simple_reply(0, cookie)
+        return chunks_of.status(extents[: rng.randint(1, 2)])
+    return chunks_of.none() if structured else simple_reply(0, cookie)
 
 
 def fuzz_client_transmission(seed: int) -> str:
     rng = random.Random(seed)
-    structured = rng.random() < 0.7
+    how = rng.choice(HOW)
+    structured, extended = how != "simple", how == "extended"
     contexts = ((0, c.BASE_ALLOCATION),) if structured else ()
-    negotiated = ClientNegotiated("disk", SIZE, ALL_FLAGS, structured, contexts)
+    negotiated = ClientNegotiated(
+        "disk", SIZE, ALL_FLAGS, structured, contexts, extended=extended
+    )
     client = ClientTransmission(negotiated)
     commands = [c.CMD_READ, c.CMD_WRITE, c.CMD_FLUSH, c.CMD_TRIM]
     if structured:
@@ -287,6 +298,8 @@ def fuzz_client_transmission(seed: int) -> str:
     for _ in range(rng.randint(1, 8)):
         command = rng.choice(commands)
         offset, length = rng.randrange(1000), rng.choice((1, 512, 3000))
+        if extended and command in (c.CMD_TRIM, c.CMD_BLOCK_STATUS):
+            length = rng.choice((length, 1 << 40, (1 << 63) - 1))
         if command == c.CMD_FLUSH:
             offset = length = 0
         buffer = memoryview(bytearray(length)) if command == c.CMD_READ else None
@@ -294,7 +307,7 @@ def fuzz_client_transmission(seed: int) -> str:
         client.request(command, 0, cookie, offset, length, buffer)
         asked.append(client.in_flight[cookie])
     answered = rng.sample(asked, len(asked))
-    stream = b"".join(_reply(rng, each, structured=structured) for each in answered)
+    stream = b"".join(_reply(rng, each, how) for each in answered)
     if is_damaged := rng.random() < 0.5:
         stream = damaged(rng, stream)
     done: list[Completion] = []
@@ -316,9 +329,10 @@ def fuzz_client_transmission(seed: int) -> str:
 class Asked:
     """A request as it is sent, and what a model of a disk says must come of it."""
 
-    def __init__(self, cookie: int, command: int) -> None:
+    def __init__(self, cookie: int, command: int, offset: int) -> None:
         self.cookie = cookie
         self.command = command
+        self.offset = offset
         self.is_error = False
         self.data = b""
 
@@ -334,14 +348,16 @@ class Conversation:
     """
 
     def __init__(self, rng: random.Random, disk: bytes) -> None:
-        self.structured = rng.random() < 0.6
+        self.how = rng.choice(HOW)
+        self.structured = self.how != "simple"
+        self.extended = self.how == "extended"
         self.disk = bytearray(disk)
         self.asked: list[Asked] = []
         self.ends = "EOF"
         self._rng = rng
         head = c.CLIENT_FLAGS.pack(3)
         if self.structured:
-            head += encode_option(c.OPT_STRUCTURED_REPLY)
+            head += ASKS_FOR[self.how]
             head += encode_option(c.OPT_SET_META_CONTEXT, _allocation_of("disk"))
         go = struct.pack(">I4sH", 4, b"disk", 0)
         self.stream = head + encode_option(c.OPT_GO, go)
@@ -362,23 +378,44 @@ class Conversation:
         if rng.random() < 0.03:
             length = rng.choice((PAYLOAD_MAX + 1, 2 * PAYLOAD_MAX))
         flags = rng.choice((0, 0, 0, 0, c.CMD_FLAG_FUA, c.CMD_FLAG_DF, 1 << 9))
-        asked = Asked(len(self.asked) + 1, command)
+        asked = Asked(len(self.asked) + 1, command, offset)
         self.asked.append(asked)
-        payload = rng.randbytes(length) if command == c.CMD_WRITE else b""
+        has_payload = command == c.CMD_WRITE
+        if self.extended:
+            # Sometimes a WRITE does not say that it has a payload, and something else has one.
+            says_so = has_payload ^ (rng.random() < 0.05)
+            flags |= c.CMD_FLAG_PAYLOAD_LEN if says_so else 0
+            has_payload |= says_so
+            if not has_payload and rng.random() < 0.05:
+                length = rng.choice((1 << 32, 1 << 40, (1 << 64) - 1))
+        payload = rng.randbytes(length) if has_payload else b""
+        if has_payload and command == c.CMD_BLOCK_STATUS:
+            payload = self._status_payload(length)
         self._model(asked, flags, offset, length, payload)
-        header = c.REQUEST.pack(
-            c.REQUEST_MAGIC, flags, command, asked.cookie, offset, length
-        )
-        return header + payload
+        if has_payload:
+            length = len(payload)
+        return self._header(flags, command, asked.cookie, offset, length) + payload
+
+    def _header(self, *fields: int) -> bytes:
+        if self.extended:
+            return c.EXTENDED_REQUEST.pack(c.EXTENDED_REQUEST_MAGIC, *fields)
+        return c.REQUEST.pack(c.REQUEST_MAGIC, *fields)
+
+    def _status_payload(self, length: int) -> bytes:
+        ids = self._rng.choice(((1,), (1,), (), (2,), (1, 1), (1, 2), (0, 1, 2)))
+        return ext.encode_status_payload(length, ids)
 
     def _end(self) -> bytes:
         self.ends = self._rng.choice(("DISC", "garbage", "too long"))
         if self.ends == "garbage":
-            return self._rng.randbytes(c.REQUEST.size)
-        command, length = c.CMD_DISC, 0
+            return self._rng.randbytes(c.EXTENDED_REQUEST.size)
+        flags, command, length = 0, c.CMD_DISC, 0
         if self.ends == "too long":
             command, length = c.CMD_WRITE, 1 << 31
-        return c.REQUEST.pack(c.REQUEST_MAGIC, 0, command, 0, 0, length) + bytes(100)
+            if self.extended:
+                flags = c.CMD_FLAG_PAYLOAD_LEN
+                command = self._rng.choice((c.CMD_WRITE, c.CMD_TRIM, 77))
+        return self._header(flags, command, 0, 0, length) + bytes(100)
 
     def _model(
         self, asked: Asked, flags: int, offset: int, length: int, payload: bytes
@@ -388,9 +425,13 @@ class Conversation:
         allowed = c.CMD_FLAG_FUA
         if command == c.CMD_READ and self.structured:
             allowed |= c.CMD_FLAG_DF
+        if self.extended and command in (c.CMD_WRITE, c.CMD_BLOCK_STATUS):
+            allowed |= c.CMD_FLAG_PAYLOAD_LEN
         is_plain = command in (c.CMD_READ, c.CMD_WRITE)
         is_status = command == c.CMD_BLOCK_STATUS
         asked.is_error = bool(flags & ~allowed) or (is_status and not self.structured)
+        if self.extended and is_status and flags & c.CMD_FLAG_PAYLOAD_LEN:
+            asked.is_error |= payload[8:] != b"\0\0\0\1"  # the only context
         if command != c.CMD_FLUSH:
             asked.is_error |= offset + length > SIZE
             asked.is_error |= is_plain and length > PAYLOAD_MAX
@@ -427,12 +468,15 @@ class Received:
         self._by_cookie = {each.cookie: each for each in conversation.asked}
         while self._at < len(data):
             (magic,) = struct.unpack_from(">I", data, self._at)
-            if magic == c.SIMPLE_REPLY_MAGIC:
+            if conversation.extended:
+                assert magic == c.EXTENDED_REPLY_MAGIC
+                self._take_chunks(c.EXTENDED_CHUNK)
+            elif magic == c.SIMPLE_REPLY_MAGIC:
                 self._take_simple(structured=conversation.structured)
             else:
                 assert magic == c.STRUCTURED_REPLY_MAGIC
                 assert conversation.structured
-                self._take_chunks()
+                self._take_chunks(c.CHUNK)
 
     def _take(self, length: int) -> bytes:
         taken = self._data[self._at : self._at + length]
@@ -448,11 +492,12 @@ class Received:
         data = self._take(len(asked.data)) if is_read and not error else b""
         self.answers.append((cookie, bool(error), data))
 
-    def _take_chunks(self) -> None:
+    def _take_chunks(self, layout: struct.Struct) -> None:
         data, is_error = b"", False
         while True:
-            head = self._take(c.CHUNK.size)
-            _, flags, kind, cookie, length = c.CHUNK.unpack(head)
+            head = self._take(layout.size)
+            _, flags, kind, cookie, *at, length = layout.unpack(head)
+            assert at in ([], [self._by_cookie[cookie].offset])
             body = self._take(length)
             if kind == c.REPLY_TYPE_OFFSET_DATA:
                 data += body[8:]
@@ -538,8 +583,10 @@ async def _talk(
     """Let a server of its own carry out `stream`; return what it sent."""
     limits = Limits(
         poison_borrowed=True,
+        handshake_timeout_s=TIMEOUT_S,  # of the quiet client, while the hostile one talks
         payload_max=PAYLOAD_MAX,
         read_slice=READ_SLICE,
+        range_slice=64 * KIB,
         turn_bytes_max=64 * KIB,
         flush_at=rng.choice((100, 128 * KIB)),
     )
@@ -551,7 +598,7 @@ async def _talk(
         quiet = await _connect(path)
         hostile = await _connect(path)
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(TIMEOUT_S):
                 sending = asyncio.create_task(
                     _send_all(hostile, list(pieces(rng, stream)))
                 )
@@ -617,9 +664,8 @@ def fuzz_server(seed: int) -> str:
         return "damaged: " + ("attached" if _transmission_of(sent) else "not attached")
     _check_answers(conversation, Received(_transmission_of(sent), conversation))
     assert disk.data == conversation.disk, "the disk does not hold what was written"
-    how = "structured" if conversation.structured else "simple"
     when = "late" if is_late else "at once"
-    return f"ended by {conversation.ends}, {how} replies {when}"
+    return f"ended by {conversation.ends}, {conversation.how} replies {when}"
 
 
 FUZZERS: Final = {

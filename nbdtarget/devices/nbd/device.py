@@ -14,6 +14,9 @@ with the server; what is beyond waits its turn in a queue whose length the submi
     extents        BLOCK_STATUS of base:allocation, or data; no other metadata context is
                    asked for, whatever the server may offer
 
+What carries no payload is one request, however long it is, if the server speaks extended headers. Otherwise it is
+cut into pieces of RANGE_MAX.
+
 *Alignment.* A server with a minimum block size gets only whole blocks. A READ is widened into a buffer of its own.
 For a write that begins or ends inside a block see `writes.py`.
 
@@ -101,7 +104,9 @@ RECONNECT_S_MIN: Final = (
 )
 RECONNECT_S_MAX: Final = 5.0
 LENT_END_S_MAX: Final = 2.0  # for the threads of bulk copies to end, when it is closed
-RANGE_MAX: Final = 1 << 30  # bytes of a request that carries no payload
+# Bytes of a request that carries no payload: with compact headers, and with extended ones (all that a disk can have).
+RANGE_MAX: Final = 1 << 30
+EXTENDED_RANGE_MAX: Final = 1 << 63
 STATUS_RANGE_MIN: Final = (
     1 << 20
 )  # bytes of a BLOCK_STATUS, where a server tells too much
@@ -159,7 +164,7 @@ class NbdDevice(Device):
         self._block = negotiated.block_size_min
         super().__init__(name, _usable_size(negotiated), read_only=read_only)
         self._take_abilities(negotiated)
-        self._status_range = RANGE_MAX
+        self._status_range = self._range_max
         self.logical_block_size = max(512, self._block)
         payload_max = negotiated.payload_max // self._block * self._block
         self._piece_max = min(PIECE_MAX, payload_max)
@@ -196,6 +201,12 @@ class NbdDevice(Device):
         self._has_fua = bool(flags & consts.FLAG_SEND_FUA)
         self._has_cache = bool(flags & consts.FLAG_SEND_CACHE)
         self._has_status = bool(negotiated.contexts)
+        self._range_max = EXTENDED_RANGE_MAX if negotiated.extended else RANGE_MAX
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether the server speaks extended headers."""
+        return self._connections[0].negotiated.extended
 
     @property
     def nr_connections(self) -> int:
@@ -512,7 +523,7 @@ class NbdDevice(Device):
         payload = bio.payload if op == OP_WRITE else None
         buffer = bio.payload if op == OP_READ else None
         carries = command in (consts.CMD_READ, consts.CMD_WRITE)
-        piece_max = self._piece_max if carries else RANGE_MAX
+        piece_max = self._piece_max if carries else self._range_max
         if length <= piece_max:
             if command == consts.CMD_WRITE and payload is None:
                 payload = _ZEROES[:length]
@@ -564,9 +575,9 @@ class NbdDevice(Device):
         assert runs is not None
         # What is cut off was sent for nothing: where blocks are small, ask for less.
         if len(runs) >= EXTENTS_MAX:
-            self._status_range = max(self._status_range // 16, STATUS_RANGE_MIN)
+            self._status_range = max(length // 16, STATUS_RANGE_MIN)
         else:
-            self._status_range = min(self._status_range * 2, RANGE_MAX)
+            self._status_range = min(self._status_range * 2, self._range_max)
         return runs
 
     # ---- loss ----

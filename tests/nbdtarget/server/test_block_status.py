@@ -3,16 +3,28 @@
 
 import errno as errnos
 import struct
+from collections.abc import Callable
 
 import pytest
 
 from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.turns import Turns
 from nbdtarget.devices.base import Device, Extent
-from nbdtarget.server.block_status import NAMESPACE, context_names, describe
+from nbdtarget.server.block_status import (
+    EXTENTS_ANSWER_MAX,
+    NAMESPACE,
+    Asked,
+    context_names,
+    describe,
+)
 from nbdtarget.server.export import DirectoryExports
+from nbdtarget.server.limits import Limits
+from nbdtarget.server.sliced_range import Slicing
 from nbdtarget_protocol import consts as c
 from nbdtarget_protocol.client import ClientNegotiated, ClientTransmission
 from nbdtarget_protocol.handshake import CONTEXTS_MAX
+from nbdtarget_protocol.replies import ExtendedReplies, StructuredReplies
+from tests.support.clock import SimClock
 from tests.support.peer import Directory, Disk, Peer, Served
 
 HYDRATION = f"{NAMESPACE}hydration"
@@ -101,34 +113,108 @@ async def test_one_chunk_for_each_context_and_done_on_the_last(
     ]
 
 
+class Looked(Disk):
+    """Is of one kind up to `border`; notes what it is asked about. With `steps_s`, each look takes so long."""
+
+    def __init__(self, border: int) -> None:
+        super().__init__()
+        self.border = border
+        self.looks: list[tuple[int, int]] = []
+        self.pieces = 1 << 62  # how long an extent is behind the border
+        self.answers_max = 1 << 62  # extents in one answer
+        self.clock = SimClock()
+        self.step_s = 0.0
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        self.looks.append((offset, length))
+        self.clock.advance(self.step_s)
+        found: list[Extent] = []
+        at, end = offset, offset + length
+        while at < end and len(found) < self.answers_max:
+            if at < self.border:
+                stop, flags = min(self.border, end), 3
+            else:
+                nr = (at - self.border) // self.pieces
+                stop, flags = self.border + (nr + 1) * self.pieces, nr % 2
+            found.append(Extent(min(stop, end) - at, flags))
+            at = min(stop, end)
+        return found
+
+
+GIB = 1 << 30
+ALLOCATION = ((1, "base:allocation"),)
+
+
+def _ask(disk: Looked, length: int, stop: Callable[[], int] = lambda: 0) -> Asked:
+    slicing = Slicing(disk.clock, Limits(turn_us=0), Turns(), stop)
+    return Asked(disk, slicing, 0, length)
+
+
+async def _told(
+    disk: Looked, length: int, *, req_one: bool = False
+) -> list[tuple[int, int]]:
+    asked = _ask(disk, length)
+    reply = await describe(asked, ALLOCATION, ExtendedReplies(), 7, req_one=req_one)
+    assert c.EXTENDED_CHUNK.unpack_from(reply)[1:5] == (1, 6, 7, 0)
+    return list(struct.iter_unpack(">QQ", reply[40:]))
+
+
 @pytest.mark.parametrize(
     ("extent", "looks"),
     [
         (4096, [1 << 20]),
         (1 << 20, [1 << 20, 16 << 20]),
         (20 << 20, [1 << 20, 16 << 20, 256 << 20]),
-        (1 << 40, [1 << 20, 16 << 20, 256 << 20, 3 << 30]),
+        (1 << 40, [1 << 20, 16 << 20, 256 << 20, (3 << 30) - (273 << 20)]),
     ],
 )
 async def test_one_extent_is_found_without_describing_all(
     extent: int, looks: list[int]
 ) -> None:
-    asked = []
+    disk = Looked(extent)
+    assert await _told(disk, 3 << 30, req_one=True) == [(min(extent, 3 << 30), 3)]
+    assert [length for _, length in disk.looks] == looks
 
-    class Striped(Disk):
-        async def extents(self, offset: int, length: int) -> list[Extent]:
-            asked.append(length)
-            first = min(extent, length)
-            return [Extent(first, 3), *[Extent(length - first, 0)] * (first < length)]
 
-    contexts = ((1, "base:allocation"),)
-    disk = Striped()
-    reply = await describe(disk, contexts, 7, 0, 3 << 30, req_one=True)
-    assert asked == looks
-    assert reply.endswith(struct.pack(">III", 1, min(extent, 3 << 30), 3))
-    asked.clear()
-    await describe(disk, contexts, 7, 0, 3 << 30, req_one=False)
-    assert asked == [3 << 30]
+async def test_long_range_is_described_in_growing_steps() -> None:
+    disk = Looked(1 << 62)
+    assert await _told(disk, 1 << 44) == [(1 << 44, 3)]
+    lengths = [length for _, length in disk.looks]
+    assert lengths[:3] == [GIB, 4 * GIB, 16 * GIB]
+    assert sum(lengths) == 1 << 44
+    assert len(lengths) == 8
+
+
+async def test_answer_has_a_bounded_number_of_extents() -> None:
+    disk = Looked(0)
+    disk.pieces = 1 << 20
+    told = await _told(disk, 1 << 44)
+    assert told[:3] == [(1 << 20, 0), (1 << 20, 1), (1 << 20, 0)]
+    assert EXTENTS_ANSWER_MAX < len(told) <= EXTENTS_ANSWER_MAX + (16 << 10)
+
+
+async def test_answer_takes_a_bounded_time() -> None:
+    disk = Looked(1 << 62)
+    disk.step_s = 0.4
+    [(length, _)] = await _told(disk, 1 << 44)
+    assert len(disk.looks) == 3
+    assert length == GIB + GIB // 2 + GIB // 4
+
+
+async def test_device_that_describes_less_ends_the_answer() -> None:
+    disk = Looked(0)
+    disk.pieces, disk.answers_max = 4096, 10
+    assert len(await _told(disk, 1 << 44)) == 10
+    assert len(disk.looks) == 1
+
+
+async def test_answer_that_nobody_waits_for_is_given_up() -> None:
+    disk = Looked(1 << 62)
+    asked = _ask(disk, 1 << 44, lambda: errnos.ESHUTDOWN)
+    with pytest.raises(DeviceError, match="extents") as caught:
+        await describe(asked, ALLOCATION, ExtendedReplies(), 7, req_one=False)
+    assert caught.value.errno == errnos.ESHUTDOWN
+    assert len(disk.looks) == 1
 
 
 async def test_one_context_of_several_may_be_selected(
@@ -170,6 +256,8 @@ async def test_reply_is_what_our_own_client_takes() -> None:
     device: Device = Telling()
     client = ClientTransmission(ClientNegotiated("d", 1 << 20, 1, True, contexts))
     client.request(c.CMD_BLOCK_STATUS, 0, 7, 0, 65536)
-    reply = await describe(device, contexts, 7, 0, 65536, req_one=False)
+    slicing = Slicing(SimClock(), Limits(turn_us=0), Turns(), lambda: 0)
+    asked = Asked(device, slicing, 0, 65536)
+    reply = await describe(asked, contexts, StructuredReplies(), 7, req_one=False)
     [completion] = client.receive_data(reply)
     assert completion.extents == [(4096, 0), (4096, 3)]
