@@ -14,6 +14,7 @@ DOCS: Final = ROOT / "docs"
 PACKAGE: Final = ROOT / "nbdtarget"
 
 _CODE: Final = re.compile(r"`([^`\n]+)`")
+_FUNCTION: Final = re.compile(r"\bdef (\w+)")
 _WORD: Final = re.compile(r"[^\s,|()…\[\]]+")
 
 
@@ -57,7 +58,10 @@ def _functions(
     folder: str, is_wanted: Callable[[str], bool]
 ) -> Iterator[tuple[Path, ast.AST]]:
     for path in sorted((PACKAGE / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        text = path.read_text()
+        if not any(map(is_wanted, _FUNCTION.findall(text))):
+            continue  # parsing takes long, and most files have none
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and is_wanted(
                 node.name
             ):
