@@ -10,7 +10,7 @@ __all__ = ["POLICIES"]
 MODEL: Final = "tests/nbdtarget/policies/smq/test_model.py"
 PINS: Final = "tests/nbdtarget/policies/smq/test_pins.py"
 SMQ_RULES: Final = "tests/nbdtarget/policies/smq/test_policy.py"
-SHARE: Final = "tests/nbdtarget/policies/smq/test_miss_share.py"
+SHARE: Final = "tests/nbdtarget/policies/smq/test_lru_shadow.py"
 QUEUE_RULES: Final = "tests/nbdtarget/policies/smq/test_multi_level_queue.py"
 TRACKER_RULES: Final = "tests/nbdtarget/policies/smq/test_tracker.py"
 
@@ -140,16 +140,24 @@ POLICIES: Final = (
         "busy-period-never-ends-by-use",
         "A small and busy cache cannot tell its blocks apart, and is worse than LRU.",
         "nbdtarget.policies.smq.policy:Smq.tick",
-        "                and nr_misses + self._nr_hit >= self._nr_events_max\n",
+        "                and nr_misses + self._nr_hit >= nr_events_max\n",
         "                and False\n",
         SHARE,
     ),
     _mutant(
         "full-cache-stays-careful",
         "When other blocks become hot, the cache goes on with those that were.",
-        "nbdtarget.policies.smq.policy:Smq._promote_level_min",
-        "is_careful = self._is_full and not self._miss_share.has_risen",
-        "is_careful = self._is_full",
+        "nbdtarget.policies.smq.policy:Smq.tick",
+        "            self._hotspot.promote_level = 0\n",
+        "            pass\n",
+        SHARE,
+    ),
+    _mutant(
+        "lru-shadow-never-drops",
+        "The shadow counts as hits of LRU what LRU would have dropped long ago.",
+        "nbdtarget.policies.smq.lru_shadow:LruShadow.note",
+        "        elif len(blocks) == self._nr_blocks:\n",
+        "        elif False:\n",
         SHARE,
     ),
 )

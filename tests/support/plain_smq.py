@@ -147,14 +147,17 @@ class PlainSmq:
     level_jump: int = 1
     hits: int = 0
     misses: int = 0
-    events_min: int = 1024
+    events_min: int = 64
     noted: int = 0
     nr_hit: int = 0
-    noted_in_share: int = 0
-    hit_in_share: int = 0
-    mean_share: float = -1
     is_full: bool = False
-    has_risen: bool = False
+    # What an LRU cache would have, and how many hits it is ahead of this one.
+    lru: list[int] = field(default_factory=list)
+    lru_lead: float = 0
+    lru_lead_min: int = 64
+    lru_events: int = 0
+    lru_stay: int = 2
+    is_lru_ahead: bool = False
     hotspot_end: int = -1
     cache_end: int = -1
 
@@ -194,13 +197,27 @@ class PlainSmq:
             if not block.pending and not block.hit:
                 block.hit = True
                 self.nr_hit += 1
-                if not block.is_apart:
+                self.vote(oblock, is_hit=True)
+                if block.is_apart:
+                    pass
+                elif self.is_lru_ahead:
+                    self.queue_of(block).remove(cblock)
+                    self.queue_of(block).push(cblock, 63)
+                else:
                     self.queue_of(block).requeue(cblock, 1)
             return cblock, None, False
+        self.vote(oblock, is_hit=False)
         level = self.note_miss(oblock // 16)
         if level < self.promote_level and not (is_write and self.free and fast_copy):
             return None, None, False
         return None, self.queue_promotion(oblock, directly=fast_copy), True
+
+    def vote(self, oblock: int, *, is_hit: bool) -> None:
+        self.lru_events += 1
+        self.lru_lead += (oblock in self.lru) - is_hit - 1 / 64
+        self.lru_lead = max(self.lru_lead, 0)
+        others = [other for other in self.lru if other != oblock]
+        self.lru = [*others, oblock][-self.nr_cblocks :]
 
     def note_miss(self, block: int) -> int:
         self.noted += 1
@@ -223,11 +240,27 @@ class PlainSmq:
         if not self.may_migrate or self.is_cleaner:
             return None
         if not self.free:
-            demotions = sum(work.op == "demote" for work in self.pending.values())
-            if demotions < self.nr_cblocks // 4:
+            if self.is_lru_ahead:
+                self.make_room(0)
+            elif self.nr_demotions < self.nr_cblocks // 4:
                 self.queue_demotion()
             return None
+        if self.is_lru_ahead and oblock not in self.pending:
+            self.make_room(len(self.free) - 1)
         return self.reserve(oblock, directly=directly)
+
+    @property
+    def nr_demotions(self) -> int:
+        return sum(work.op == "demote" for work in self.pending.values())
+
+    def make_room(self, nr_free: int) -> None:
+        clean, dirty = self.clean.peek(), self.dirty.peek()
+        if dirty >= 0 and (
+            clean < 0 or self.dirty.level_of(dirty) <= self.clean.level_of(clean)
+        ):
+            self.queue_pending("writeback", dirty)
+        if clean >= 0 and nr_free + self.nr_demotions < max(self.nr_cblocks // 256, 1):
+            self.queue_pending("demote", clean)
 
     def maybe_promote(self, oblock: int) -> PlainWork | None:
         if not self.may_migrate or self.is_cleaner or self.find(oblock) is not None:
@@ -351,16 +384,18 @@ class PlainSmq:
         share = self.hits * 256 // accesses if accesses else 0
         performance = "POOR" if share < 16 else "FAIR" if share < 32 else "WELL"
         hit = self.nr_hit
-        is_enough = self.noted + hit >= max(self.nr_cblocks // 2, self.events_min)
+        enough = max(self.nr_cblocks // 2, self.events_min)
+        if self.is_lru_ahead:
+            enough = self.nr_cblocks // 8
+        is_enough = self.noted and self.noted + hit >= enough
         if now > self.cache_end or (is_enough and not self.is_cleaner):
             self.cache_end = now + 60 * S
-            self.end_cache_period(hit)
+            self.end_cache_period()
         if not self.free:
             self.is_full = True
         elif len(self.free) >= self.nr_cblocks // 4:
             self.is_full = False
-        is_careful = self.is_full and not self.has_risen
-        self.promote_level_min = self.full_promote_level if is_careful else 0
+        self.promote_level_min = self.full_promote_level if self.is_full else 0
         level = {"POOR": 48, "FAIR": 32, "WELL": 0}[performance]
         self.promote_level = max(level, self.promote_level_min)
         if now > self.hotspot_end:
@@ -368,24 +403,25 @@ class PlainSmq:
             self.level_jump = {"POOR": 4, "FAIR": 2, "WELL": 1}[performance]
             self.hotspot.redistribute()
             self.hits = self.misses = 0
+        self.decide_about_lru()
+        if self.is_lru_ahead:
+            self.promote_level = 0
 
-    def end_cache_period(self, hit: int) -> None:
-        if self.is_full:
-            self.judge(hit)
+    def decide_about_lru(self) -> None:
+        nr = self.nr_cblocks
+        if not self.may_migrate or self.is_cleaner or not self.full_promote_level:
+            self.is_lru_ahead, self.lru_lead = False, 0
+        elif self.is_lru_ahead and self.lru_events >= self.lru_stay * nr:
+            self.is_lru_ahead, self.lru_lead, self.lru_events = False, 0, 0
+        elif not self.is_lru_ahead and self.lru_lead >= max(nr // 8, self.lru_lead_min):
+            is_soon = self.lru_events < 8 * self.lru_stay * nr
+            self.lru_stay = min(4 * self.lru_stay, 64) if is_soon else 2
+            self.is_lru_ahead, self.lru_events = True, 0
+
+    def end_cache_period(self) -> None:
         self.noted = self.nr_hit = 0
         for block in self.blocks.values():
             block.hit = False
-        self.dirty.redistribute()
-        self.clean.redistribute()
-
-    def judge(self, hit: int) -> None:
-        self.noted_in_share += self.noted
-        self.hit_in_share += hit
-        total = self.noted_in_share + self.hit_in_share
-        if total >= self.events_min:
-            share = self.noted_in_share / total
-            if self.mean_share < 0:
-                self.mean_share = share
-            self.has_risen = share > 1.15 * self.mean_share
-            self.mean_share += (share - self.mean_share) / 32
-            self.noted_in_share = self.hit_in_share = 0
+        if not self.is_lru_ahead:
+            self.dirty.redistribute()
+            self.clean.redistribute()

@@ -15,7 +15,8 @@ exactly one of these states:
 lookup       The first hit of a block in each period of 60 s moves it up by one level. Other hits cost a
              table look-up and nothing more. A miss is counted by the hotspot queue. The block is promoted
              if its hotspot block is hot enough, or if the bio is a write that needs no copy and a cache
-             block is free. A full cache promotes less: see the departures below.
+             block is free. A full cache promotes less, and one that LRU would beat promotes all: see the
+             departures below.
 promotion    Takes a free cache block. If there is none, a demotion is queued, unless a quarter of the cache
              is free or about to be; this miss is not promoted. A promoted block starts at the top level.
 demotion     Takes the oldest clean block of the lower half of the levels. If there is none, a dirty block
@@ -29,14 +30,18 @@ clean target An idle cache should have no dirty block. A busy cache may have any
 Periods, which are checked at each tick: 1 s for the hotspot queue, 10 s for the age of dirty blocks, and 60 s
 for hits and levels of cached blocks. The first and the last are due at the first tick.
 
-Departures from the kernel. The first two matter; docs/benchmarks.md measures them:
+Departures from the kernel. The first three matter; docs/benchmarks.md measures them:
 
 - A cache that has been full promotes only what is in the top levels of the hotspot queue, until a quarter of
-  it is free again, or until misses have become more frequent (`miss_share`). The kernel promotes every miss
+  it is free again. The kernel promotes every miss
   as long as the hotspot queue does well, so almost any block may push out another one. (The kernel
   has a table of stricter levels for a full cache, but a `max` makes it ineffective.)
+- While an LRU cache would have more hits than this one (`lru_shadow`), as after other blocks became hot, the policy
+  does as LRU does. It promotes every miss, moves what is hit to the top level, leaves the levels as long as they
+  are, and demotes the oldest block of the lowest level. One that is dirty is written back for that, even while
+  it is young. The kernel's queues learn of a change over some periods.
 - The period of 60 s ends early in a busy cache: when the misses and the blocks that were hit are together as
-  many as half of the cache's blocks, or 1024, and misses are not very rare. In the kernel's full minute, every
+  many as half of the cache's blocks, or 64, and misses are not very rare. In the kernel's full minute, every
   block of a small cache may have been hit, and then the policy cannot tell them apart. This does not hold for
   a cleaner.
 - In a large cache the levels are made equally long in several steps: see `multi_level_queue`.
@@ -74,7 +79,7 @@ from nbdtarget.policies.smq.block_table import (
     BlockTable,
 )
 from nbdtarget.policies.smq.hotspot import NR_TOP_LEVELS, NS, Hotspot
-from nbdtarget.policies.smq.miss_share import EVENTS_MIN, MissShare
+from nbdtarget.policies.smq.lru_shadow import LruShadow
 from nbdtarget.policies.smq.multi_level_queue import (
     NR_LEVELS,
     TOP_LEVEL,
@@ -93,6 +98,12 @@ HIT_BLOCKS_PER_MISS: Final = 64
 FREE_TARGET_PERCENT: Final = 25
 DEMOTE_LEVEL_END: Final = NR_LEVELS // 2
 FULL_PROMOTE_LEVEL: Final = NR_LEVELS - NR_TOP_LEVELS
+EVENTS_MIN: Final = 64  # in a period that ends by use
+
+# While the policy does as LRU does: a period has one event for so many cache blocks, so the order is known well
+# enough; and one is kept free for so many cache blocks, so that the next misses need not wait for a demotion.
+LRU_CBLOCKS_EACH_EVENT: Final = 8
+LRU_CBLOCKS_EACH_FREE: Final = 256
 
 # How many entries one tick or one `catch_up` moves at most. It takes about 0.2 ms, or four times that if
 # none of the memory is in a CPU cache.
@@ -122,7 +133,8 @@ class Smq(Policy):
     Attributes:
         tracker: the migrations that are queued or under way.
         is_cleaner: it never migrates, and writes back even while the cache is busy.
-        full_promote_level: a full cache promotes what is at this level of the hotspot queue or above.
+        full_promote_level: a full cache promotes what is at this level of the hotspot queue or above. 0: as the
+            kernel, and never as LRU does.
     """
 
     name: ClassVar[str] = "smq"
@@ -158,7 +170,7 @@ class Smq(Policy):
         self._nr_pinned = 0
         # It has been full, and not a quarter of it has become free since.
         self._is_full = False
-        self._miss_share = MissShare()
+        self._lru = LruShadow(nr_cblocks)
         self._nr_free_target = nr_cblocks * FREE_TARGET_PERCENT // 100
         self._may_migrate = not self.is_cleaner
         self._writeback_period_end_ns = now_ns + WRITEBACK_PERIOD_NS
@@ -182,6 +194,7 @@ class Smq(Policy):
                     self._rise(entry)
                 return entry
             entry = table.chain[entry]
+        self._lru.note(oblock, False)
         if self._hotspot.note_miss(oblock) < self._hotspot.promote_level:
             return MISS
         # Without a free block this queues a demotion at most. The target is woken all the same, as the kernel's is.
@@ -204,6 +217,7 @@ class Smq(Policy):
             if not self._is_hit[entry]:
                 self._rise(entry)
             return entry, None
+        self._lru.note(oblock, False)
         is_hot = self._hotspot.note_miss(oblock) >= self._hotspot.promote_level
         # A write that needs no copy costs nothing to promote, as long as no other block has to go for it.
         if not is_hot and not (is_write and self._allocator.nr_free):
@@ -232,8 +246,16 @@ class Smq(Policy):
         if not flags & _PENDING:
             self._is_hit[entry] = 1
             self._nr_hit += 1
-            if _IS_QUEUED[flags]:
-                self._queue_for(flags).requeue(entry, 1)
+            self._lru.note(self._table.blocks[entry], True)
+            if not _IS_QUEUED[flags]:
+                return
+            queue = self._queue_for(flags)
+            if self._lru.is_ahead:
+                # Nothing goes down in exchange: levels stay in the order of the last use.
+                queue.remove(entry)
+                queue.push(entry, TOP_LEVEL)
+            else:
+                queue.requeue(entry, 1)
 
     # ---- queues ----
 
@@ -300,12 +322,28 @@ class Smq(Policy):
         if not self._allocator.nr_free:
             # Enough demotions may be under way already. This miss is not promoted in any case: the block
             # is promoted by a later miss, if it is still hot by then.
-            if not self._is_free_target_met():
+            if self._lru.is_ahead:
+                self._make_room()
+            elif not self._is_free_target_met():
                 self._queue_demotion()
             return None
         if oblock in self.tracker:
             return None
-        return Work(PROMOTE, oblock, self._allocator.allocate())
+        work = Work(PROMOTE, oblock, self._allocator.allocate())
+        if self._lru.is_ahead:
+            self._make_room()
+        return work
+
+    def _make_room(self) -> None:
+        """Queue a demotion, so that the next miss finds a free block, and a writeback of what is as old."""
+        clean, dirty = self._clean.peek(), self._dirty.peek()
+        if dirty >= 0 and (
+            clean < 0 or self._dirty.level_of(dirty) <= self._clean.level_of(clean)
+        ):
+            self._queue_pending(dirty, WRITEBACK)
+        nr_free = self._allocator.nr_free + self.tracker.nr_demotions
+        if clean >= 0 and nr_free < max(self.nr_cblocks // LRU_CBLOCKS_EACH_FREE, 1):
+            self._queue_pending(clean, DEMOTE)
 
     def _unreserve(self, work: Work) -> None:
         self._free(work.cblock)
@@ -458,31 +496,38 @@ class Smq(Policy):
         # The cache period ends by time, or early by use: see the departures in the module head.
         end_ns = self._cache_period_end_ns
         nr_misses = self._hotspot.nr_noted - self._nr_noted_before
+        nr_events_max = self._nr_events_max
+        if self._lru.is_ahead:
+            nr_events_max = self.nr_cblocks // LRU_CBLOCKS_EACH_EVENT
         if (
             end_ns is None
             or now_ns > end_ns
             or (
                 nr_misses * HIT_BLOCKS_PER_MISS > self._nr_hit
-                and nr_misses + self._nr_hit >= self._nr_events_max
+                and nr_misses + self._nr_hit >= nr_events_max
             )
         ):
             self._cache_period_end_ns = now_ns + CACHE_PERIOD_NS
             self._end_cache_period(nr_misses)
         self._hotspot.promote_level_min = self._promote_level_min()
         self._hotspot.tick(now_ns)
+        self._lru.decide(may_lead=self._may_migrate and self.full_promote_level > 0)
+        if self._lru.is_ahead:
+            self._hotspot.promote_level = 0
         return self.catch_up()
 
     def _end_cache_period(self, nr_misses: int) -> None:
-        if self._is_full:
-            self._miss_share.note(nr_misses, self._nr_hit)
         self._nr_noted_before += nr_misses
         self._nr_hit = 0
         # In place: a new array of this size would cost ten times as much, because of page faults.
         for begin in range(0, self.nr_cblocks, len(_ZEROES)):
             nr = min(self.nr_cblocks - begin, len(_ZEROES))
             self._is_hit[begin : begin + nr] = _ZEROES[:nr]
-        self._dirty.start_redistribution()
-        self._clean.start_redistribution()
+        if (
+            not self._lru.is_ahead
+        ):  # what counts then is their order, and not how long they are
+            self._dirty.start_redistribution()
+            self._clean.start_redistribution()
 
     def _promote_level_min(self) -> int:
         # A cache counts as full until a quarter of it is free. Otherwise it would change its mind with each demotion.
@@ -491,8 +536,7 @@ class Smq(Policy):
             self._is_full = True
         elif nr_free >= self._nr_free_target:
             self._is_full = False
-        is_careful = self._is_full and not self._miss_share.has_risen
-        return self.full_promote_level if is_careful else 0
+        return self.full_promote_level if self._is_full else 0
 
     def catch_up(self) -> bool:
         moves = MOVES_MAX

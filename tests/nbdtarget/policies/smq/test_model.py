@@ -18,8 +18,7 @@ from hypothesis.stateful import (
 
 from nbdtarget.policies.base import DEMOTE, MISS, MISS_WAKE, OP_NAMES, PROMOTE, Work
 from nbdtarget.policies.cleaner import Cleaner
-from nbdtarget.policies.smq import miss_share
-from nbdtarget.policies.smq import policy as smq
+from nbdtarget.policies.smq import lru_shadow
 from nbdtarget.policies.smq.multi_level_queue import MultiLevelQueue
 from nbdtarget.policies.smq.policy import Smq
 from tests.support.plain_smq import LEVELS, PlainQueue, PlainSmq, PlainWork, S
@@ -207,12 +206,11 @@ def test_long_history_of_a_full_cache(
     """Long histories, which hypothesis does not make: full caches, and periods that end under load."""
     rng = random.Random(nr_cblocks)
     machine = SmqMachine()
-    # So few that the share of misses is judged often.
-    monkeypatch.setattr(miss_share, "EVENTS_MIN", 64)
-    monkeypatch.setattr(smq, "EVENTS_MIN", 64)
+    # So few that LRU takes the lead several times.
+    monkeypatch.setattr(lru_shadow, "LEAD_MIN", 8)
     machine.create(nr_cblocks, kind, [], False)
-    machine.plain.events_min = 64
-    seen_risen = set[bool]()
+    machine.plain.lru_lead_min = 8
+    seen_ahead = set[bool]()
     for n in range(6000):
         oblock = int(rng.paretovariate(0.7)) * 7 % 1000
         if n % 1000 > 700:
@@ -234,10 +232,11 @@ def test_long_history_of_a_full_cache(
             if success and work.op != DEMOTE:
                 dirty = work.op == PROMOTE and rng.random() < 0.5
                 machine.set_dirty_to(work.cblock, dirty)
-        seen_risen.add(machine.smq._miss_share.has_risen)
+        seen_ahead.add(machine.smq._lru.is_ahead)
+        assert machine.smq._lru.is_ahead == machine.plain.is_lru_ahead
         if n % 20 == 0:
             assert machine.smq._hotspot.promote_level == machine.plain.promote_level
             machine.same_queues()
             machine.every_block_is_in_one_state()
     assert min(machine.migrations.values()) > 20
-    assert seen_risen == {False, True}
+    assert seen_ahead == ({False, True} if kind is Smq else {False})
