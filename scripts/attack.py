@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What hostile clients cost a quiet one: bounded attacks on a real server, and a table.
 
-    python -m scripts.attack [--quick] [--json FILE] [--against FILE] [--program PATH]
+    python -m scripts.attack [--quick] [--disk file|zero] [--json FILE] [--against FILE] [--program PATH]
 
 A quiet client, in a process of its own, reads 512 bytes again and again while each attack runs. The table has a row for
 each attack:
@@ -13,7 +13,10 @@ each attack:
 
 The exit status is 1 if something stays held. `--json` keeps the figures; `--against` prints the figures of an earlier run
 beside the new ones; `--program` attacks another build of the server. Only runs on one machine with the same
-`--quick` can be compared.
+`--quick` and `--disk` can be compared.
+
+The disk is a file in the page cache, whose plain requests compiled code serves where it was built. With `--disk zero` it
+is a `zero` target, and Python serves everything.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -37,6 +41,9 @@ from nbdtarget_protocol import consts as c
 
 BIN: Final = Path(sys.executable).parent
 MIB: Final = 1 << 20
+DISK_BYTES: Final = 64 << 20
+DISKS: Final = ("file", "zero")
+NOISE: Final = random.Random(0).randbytes(64 << 10)
 SETTLE_S: Final = 5.0  # for the server to notice that the attackers have gone
 PAUSE_S: Final = 0.002
 ATTACH_S: Final = 10.0  # a new client gives up after this
@@ -77,9 +84,9 @@ def attached(
 
 
 class Server:
-    """A server process with one export, `d`, of zeroes."""
+    """A server process with one export, `d`. `disk`: one of `DISKS`."""
 
-    def __init__(self, folder: Path, program: str) -> None:
+    def __init__(self, folder: Path, program: str, disk: str) -> None:
         self.unix: Address = str(folder / "nbd.sock")
         self.tcp: tuple[str, int] = ("127.0.0.1", _free_port())
         self.control: tuple[str, int] = ("127.0.0.1", _free_port())
@@ -99,12 +106,22 @@ class Server:
         assert self._process.stdout is not None
         self._process.stdout.readline()
         try:
-            self._create_device(program)
+            self._create_device(program, self._target(folder, disk))
         except BaseException:
             self.stop()
             raise
 
-    def _create_device(self, program: str) -> None:
+    def _target(self, folder: Path, disk: str) -> str:
+        """The words of the table line; makes the file."""
+        if disk == "zero":
+            return "zero"
+        image = folder / "disk.img"
+        with image.open("wb") as file:
+            for _ in range(DISK_BYTES // len(NOISE)):
+                file.write(NOISE)
+        return f"linear {image} 0"
+
+    def _create_device(self, program: str, target: str) -> None:
         host, control_port = self.control
         deadline_s = time.monotonic() + ATTACH_S
         while time.monotonic() < deadline_s:
@@ -118,7 +135,7 @@ class Server:
         }
         subprocess.run(
             [
-                program, "create", "d", "--table", f"0 {64 * MIB // 512} zero",
+                program, "create", "d", "--table", f"0 {DISK_BYTES // 512} {target}",
             ],
             check=True,
             env=environment,
@@ -321,6 +338,7 @@ def line_of(row: dict[str, Any], before: dict[str, Any] | None) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+    parser.add_argument("--disk", choices=DISKS, default=DISKS[0])
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--against", metavar="FILE", help="an earlier --json")
     parser.add_argument("--program", default=str(BIN / "nbdtarget"), metavar="PATH")
@@ -331,7 +349,7 @@ def main() -> int:
         earlier = {row["attack"]: row for row in json.loads(text)}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), options.program)
+        server = Server(Path(folder), options.program, options.disk)
         try:
             print(
                 f"{'attack':36} {'p50':>8} {'p99':>8} {'longest':>8} {'attach':>8}"
