@@ -22,7 +22,7 @@ endif
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
 	@echo 'make test          the whole suite            make check   format, lint, types, walls'
-	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost'
+	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost; latency beside copies'
 	@echo 'make attack [ARGS=--quick]  what hostile clients cost a quiet one'
 	@echo 'make bench-stack   one of these alone: also bench-cache, -commit; bench-hydration, bench-open'
 	@echo 'make hit-ratio [ARGS=…]  of the cache policy, beside LRU and the best possible one'

@@ -14,8 +14,8 @@ dropped from the page cache before each sample.
 `floor` is `bench_floor.c`: it makes the system calls and nothing else, so it shows what the kernel alone charges.
 
 Then what a stack of mapped devices costs a request, what a commit costs, and how fast a cache is:
-`scripts.bench_stack`, `scripts.bench_commit`, `scripts.bench_cache`; `--only stack`, `commit`, `cache`
-or one of the cache's parts (`cache-hits` …) for nothing else.
+`scripts.bench_stack`, `scripts.bench_commit`, `scripts.bench_cache`; and what a hydration does to the latency of a client beside it:
+`scripts.bench_p99`. `--only stack`, `commit`, `cache`, one of the cache's parts (`cache-hits` …) or `p99` for nothing else.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scripts import bench_cache, bench_commit, bench_stack
+from scripts import bench_cache, bench_commit, bench_p99, bench_stack
 from scripts.bench_rounds import (
     Samples,
     available,
@@ -165,10 +165,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.repeat, options.runtime, options.size = 2, 1.0, 256
-    own = (COMMIT, STACK, *bench_cache.WORDS)
+    own = (COMMIT, STACK, bench_p99.P99, *bench_cache.WORDS)
     words = [word for word in options.only if word not in own]
     options.commits = not options.only or COMMIT in options.only
     options.stacks = not options.only or STACK in options.only
+    options.p99 = not options.only or bench_p99.P99 in options.only
     options.caches = bench_cache.selected(options.only)
     options.servers = not options.only or bool(words)
     try:
@@ -187,6 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = bench_stack.main(words) or status
     if options.commits:
         status = bench_commit.main(words) or status
+    if options.p99:
+        # With `--only p99` the cache's share of it, too; otherwise that is among the cache's parts.
+        status = bench_p99.main(words + ["--no-cache"] * bool(options.caches)) or status
     if options.caches:
         for part in options.caches:
             words += ["--only", part]

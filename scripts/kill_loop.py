@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGKILL a clone or a cache under load, start it again, hold it to its word; over and over.
 
-    python -m scripts.kill_loop [--kind clone|cache] [--rounds N] [--seed N] [--dir DIR]
+    python -m scripts.kill_loop [--kind clone|clone-nbd|cache] [--rounds N] [--seed N] [--dir DIR]
 
 Each round serves one disk from the same files as before, writes to it with many
 requests in flight (writes, FUA writes, zeroes, flushes), kills the server at a random moment,
@@ -47,7 +47,12 @@ from tests.support.plain_client import (
     PlainClient,
     PlainClientError,
 )
-from tests.support.processes import NBDTARGET, ServerProcess, StartError
+from tests.support.processes import (
+    NBDTARGET,
+    ServerProcess,
+    StartError,
+    nbdkit_file,
+)
 
 __all__ = ["KINDS", "DiskUnderFire", "Writer", "main"]
 
@@ -172,6 +177,9 @@ class DiskUnderFire:
         """The shape of this round, for the log."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """End what serves it."""
+
     def stir(self) -> None:
         """Have the server do what writes alone do not make it do."""
 
@@ -273,6 +281,34 @@ class CloneUnderFire(DiskUnderFire):
             raise Violation("the source has changed")
 
 
+class NbdCloneUnderFire(CloneUnderFire):
+    """As a clone, from a server over several connections, and hydration is always under way."""
+
+    kind = "clone-nbd"
+    nbdkit: ServerProcess | None = None
+
+    def command(self) -> list[str]:
+        # All of it within some two seconds: a life is shorter.
+        rate = self.rng.choice((self.size // 2, 4 * self.size))
+        return [*self._command(), "--hydration-rate", str(rate)]
+
+    def _command(self) -> list[str]:
+        argv = super()._command()
+        argv[2] = f"nbd+unix:///?socket={self.work / 'source.sock'}"
+        return argv
+
+    def serve(self, *extra: str) -> ServerProcess:
+        # nbdkit 1.32 may abort when a client that reads is killed: each round has its own.
+        self.close()
+        path = self.work / "source.sock"
+        self.nbdkit = nbdkit_file(self.source, path, self.log, "--readonly")
+        return super().serve(*extra)
+
+    def close(self) -> None:
+        if self.nbdkit is not None:
+            self.nbdkit.kill()
+
+
 class CacheUnderFire(DiskUnderFire):
     """One origin, one cache of a quarter of its size."""
 
@@ -326,13 +362,13 @@ class CacheUnderFire(DiskUnderFire):
 
 
 KINDS: Final[dict[str, type[DiskUnderFire]]] = {
-    kind.kind: kind for kind in (CloneUnderFire, CacheUnderFire)
+    kind.kind: kind for kind in (CloneUnderFire, NbdCloneUnderFire, CacheUnderFire)
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Kill a disk's server under load.")
-    parser.add_argument("--kind", choices=sorted(KINDS), help="both, by default")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="all, by default")
     parser.add_argument("--rounds", type=int, default=50, help="of each (50)")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--size", type=int, default=16, help="MiB (16)")
@@ -356,6 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log = disk.log.read_text()
                 print(f"FAILED with seed {options.seed}: {error}\n{log}")
                 return 1
+            finally:
+                disk.close()
     return 0
 
 
