@@ -194,6 +194,10 @@ class Device:
         """As `submit`, for a bio that no client waits for: it holds the loop up less, and takes longer."""
         self.submit(bio)
 
+    def submit_behind(self, bio: Bio) -> None:
+        """As `submit`, for a WRITE of which `write_behind` is going to be told."""
+        self.submit(bio)
+
     def lend_streams(self) -> list[BulkStream]:
         """Lend what threads of a bulk copy may read with: see `nbdtarget.devices.bulk`. None: it is read by bios."""
         return []

@@ -37,15 +37,19 @@ class BackgroundCopier:
     """Copies ranges to the same place on the destination.
 
     Args:
-        copier: copies where there is no other way; between the same two devices.
         failed: takes the exception of a hint that should have raised none (a bug).
     """
 
-    def __init__(self, copier: Copier, failed: Callable[[BaseException], None]) -> None:
-        self._copier = copier
-        self._source = copier.source
-        self._destination: Device = copier.destination
-        self._bulk = BulkCopies(copier.source, copier.destination)
+    def __init__(
+        self,
+        source: Device,
+        destination: Device,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._copier = Copier(source, destination, behind=True)
+        self._source = source
+        self._destination = destination
+        self._bulk = BulkCopies(source, destination)
         self._window: list[_Range] = []
         self._window_bytes = 0
         self._full: deque[list[_Range]] = deque()
@@ -70,6 +74,7 @@ class BackgroundCopier:
     def rest(self) -> None:
         """Nothing is to be copied for a while: hand over the last window, and give the streams back."""
         self._bulk.rest()
+        self._copier.drop_buffers()
         if self._window:
             self._close_window()
         elif self._is_behind and not self._full and not self._writing:

@@ -69,6 +69,8 @@ class Copier:
         background: chunks that would hold the loop up go to `Device.submit_background`. Small
             ones do not: two changes of thread delay other bios for longer than they do (measured
             with 64 KiB, as the latency of other clients' reads).
+        behind: what is copied goes to `Device.write_behind` next. The caller sees to that, and nothing else
+            has it written back.
 
     Context: the event loop.
     """
@@ -81,12 +83,14 @@ class Copier:
         copy_bytes_max: int = COPY_BYTES_MAX,
         chunk_bytes: int = CHUNK_BYTES,
         background: bool = False,
+        behind: bool = False,
     ) -> None:
         assert 0 < chunk_bytes <= copy_bytes_max
         self.source = source
         self.destination = destination
         self.chunk_bytes = chunk_bytes
         self.background = background
+        self.behind = behind
         self._small_bytes = min(SMALL_BYTES, chunk_bytes)
         self._bytes_unmade = copy_bytes_max
         self._large: list[memoryview] = []  # idle buffers
@@ -139,6 +143,8 @@ class Copier:
         self.wake_next()
 
     def note_written(self, length: int) -> None:
+        if self.behind:
+            return
         self._nr_dirty += length
         if self._nr_dirty >= WRITEBACK_BYTES:
             self._nr_dirty = 0
@@ -251,7 +257,9 @@ class _Copy:
             device = self._copier.destination
             offset += self._delta
         bio = Bio(op, offset, length, buffer[:length], 0, endio, chunk)
-        if self._copier.background and length > INLINE_BYTES_MAX:
+        if self._copier.behind and op == OP_WRITE:
+            device.submit_behind(bio)
+        elif self._copier.background and length > INLINE_BYTES_MAX:
             device.submit_background(bio)
         else:
             device.submit(bio)

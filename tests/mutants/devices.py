@@ -231,8 +231,8 @@ DEVICES: Final = (
         "nbdtarget.devices.file.device:FileDevice._write_later",
         (
             (
-                "    def _write_later(self, bio: Bio, put: int) -> None:\n        bio.own()",
-                "    def _write_later(self, bio: Bio, put: int) -> None:\n"
+                "    def _write_later(self, bio: Bio, put: int, *, piece: int = WRITE_PIECE) -> None:\n        bio.own()",
+                "    def _write_later(self, bio: Bio, put: int, *, piece: int = WRITE_PIECE) -> None:\n"
                 "        bio.borrowed = False",
             ),
         ),

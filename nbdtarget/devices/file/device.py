@@ -228,6 +228,13 @@ class FileDevice(Device):
         call(self._fd)
         return 0
 
+    def submit_behind(self, bio: Bio) -> None:
+        if self._behind is None or bio.flags or self.check_bounds(bio):
+            self.submit(bio)
+        else:
+            # In one piece: the large folios that this makes are dropped soon.
+            self._write_later(bio, 0, piece=bio.length)
+
     async def write_behind(self, ranges: list[tuple[int, int]]) -> None:
         if self._behind is not None:
             await self._behind.write(ranges)
@@ -479,7 +486,7 @@ class FileDevice(Device):
             may_write = self._is_quick and not self.read_only
             self._fast.write_max = INLINE_WRITE_MAX if may_write else 0
 
-    def _write_later(self, bio: Bio, put: int) -> None:
+    def _write_later(self, bio: Bio, put: int, *, piece: int = WRITE_PIECE) -> None:
         bio.own()
         payload = bio.payload
         assert payload is not None
@@ -493,7 +500,7 @@ class FileDevice(Device):
             write = partial(write_rest, self._fd, payload, bio.offset, put)
             self._syncs.start(bio, write, partial(write, os.RWF_DSYNC))
             return
-        job = partial(write_rest, self._fd, payload, bio.offset, put)
+        job = partial(write_rest, self._fd, payload, bio.offset, put, piece=piece)
         self._writers.submit(job, partial(self._write_done, bio))
 
     def _write_done(self, bio: Bio, status: int) -> None:

@@ -45,7 +45,7 @@ class Regions:
         self.committer = committer
         self.prison = Prison()
         self.copier = Copier(parts.source, parts.destination)
-        self.background = BackgroundCopier(self.copier, broken)
+        self.background = BackgroundCopier(parts.source, parts.destination, broken)
         self.length = length
         self.region_size = region_size
         self.shift = region_size.bit_length() - 1

@@ -7,12 +7,13 @@ import random
 
 import pytest
 
+from nbdtarget.bio import OP_WRITE, Bio
 from nbdtarget.devices import bulk
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.targets import background_copier
 from nbdtarget.targets.background_copier import WINDOWS_MAX, BackgroundCopier
-from nbdtarget.targets.copier import Copier, CopyError
+from nbdtarget.targets.copier import CopyError
 from tests.support.bulk import LendingDisk, WritableDisk
 from tests.support.clock import settle
 from tests.support.nbd_device import until
@@ -29,11 +30,23 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background_copier, "WINDOW_BYTES", WINDOW)
 
 
+class ToldDisk(MemoryDevice):
+    """Notes what it is told that it will write behind."""
+
+    def __init__(self, size: int, *, name: str) -> None:
+        super().__init__(size, name=name)
+        self.behind: list[tuple[int, int]] = []
+
+    def submit_behind(self, bio: Bio) -> None:
+        self.behind.append((bio.op, bio.offset))
+        self.submit(bio)
+
+
 def made(source: Device, destination: Device) -> BackgroundCopier:
     def failed(error: BaseException) -> None:
         raise error
 
-    return BackgroundCopier(Copier(source, destination), failed)
+    return BackgroundCopier(source, destination, failed)
 
 
 async def test_copies_in_bulk_and_drops_what_it_has_copied() -> None:
@@ -56,10 +69,11 @@ async def test_copies_in_bulk_and_drops_what_it_has_copied() -> None:
 
 
 async def test_copies_by_bios_where_nothing_is_lent() -> None:
-    source, destination = MemoryDevice(SIZE, name="s"), MemoryDevice(SIZE, name="d")
+    source, destination = MemoryDevice(SIZE, name="s"), ToldDisk(SIZE, name="d")
     await source.write(0, CONTENT)
     copier = made(source, destination)
     await copier.copy(CHUNK, 9 * CHUNK)
+    assert destination.behind == [(OP_WRITE, CHUNK)]
     want = CONTENT[CHUNK : 10 * CHUNK]
     assert bytes(await destination.read(CHUNK, 9 * CHUNK)) == want
     copier.rest()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.bio import OP_FLUSH
+from nbdtarget.bio import OP_FLUSH, OP_WRITE
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.file import bulk
 from nbdtarget.devices.file.device import FileDevice
@@ -155,4 +155,31 @@ async def test_where_it_is_not_supported_it_is_left_out(
         await device.write_behind(WINDOW)
     assert nr_calls == 1
     await device.flush()
+    await device.close()
+
+
+async def test_a_bio_of_which_write_behind_is_told_is_written_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    pwritev = os.pwritev
+
+    def counted(fd: int, parts: tuple[memoryview], at: int, flags: int) -> int:
+        lengths.append(len(parts[0]))
+        return pwritev(fd, parts, at, flags)
+
+    monkeypatch.setattr(os, "pwritev", counted)
+    device = await made(tmp_path)
+    if device._behind is None:
+        pytest.skip("the file system has no disk")
+    bio = bio_of(OP_WRITE, 0, SIZE)
+    bio.payload = memoryview(b"x" * SIZE)
+    device.submit_behind(bio)
+    assert await ended(bio) == [0]
+    assert lengths == [SIZE]
+    outside = bio_of(OP_WRITE, SIZE, 512)
+    outside.payload = memoryview(bytes(512))
+    device.submit_behind(outside)
+    assert await ended(outside) == [errno.ENOSPC]
+    assert bytes(await device.read(0, SIZE)) == b"x" * SIZE
     await device.close()
