@@ -10,7 +10,12 @@ from typing import Final
 from nbdtarget.common.named import alternatives, by_name
 from nbdtarget.devices.file.scheme import FileScheme
 from nbdtarget.devices.memory_scheme import MemoryScheme
-from nbdtarget.devices.nbd.scheme import NbdScheme, NbdUnixScheme
+from nbdtarget.devices.nbd.scheme import (
+    NbdScheme,
+    NbdsScheme,
+    NbdsUnixScheme,
+    NbdUnixScheme,
+)
 from nbdtarget.devices.scheme import Scheme
 
 __all__ = ["SCHEMES", "scheme_list"]
@@ -21,6 +26,8 @@ SCHEMES: Final[dict[str, Scheme]] = by_name(
         MemoryScheme(),
         NbdScheme(),
         NbdUnixScheme(),
+        NbdsScheme(),
+        NbdsUnixScheme(),
     ),
     attrgetter("name"),
 )

@@ -14,6 +14,9 @@ The connection is lost when the server hangs up, breaks the protocol, or does no
 in time (*Timeouts*). `lost` is then called once, with a sentence. After it, or at any other time,
 `give_up` takes back what was in flight.
 
+*TLS.* With it the socket is a `TlsSocket`, from the acknowledgement of STARTTLS on. What it has encrypted cannot be taken
+back, as if it lay in the kernel's socket buffer: a request there counts as sent, and leaves also after `give_up`. A connection with TLS is not lent to bulk copies.
+
 *The end.* A write that was given up may still be under way at the server, or on its way there. It
 must not overtake writes over a new connection. So a connection that was given up sends nothing
 more, but is not closed while the server owes an answer to a write. It has `ended` when no write of it can
@@ -50,7 +53,9 @@ from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.common.clock import LoopClock, Timer, timeout
-from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.errors import NbdTargetError, ResolveError
+from nbdtarget.common.tls_context import client_context
+from nbdtarget.common.tls_socket import TlsError, TlsSocket
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import EXTENTS_MAX
 from nbdtarget.devices.nbd.uri import NbdUri
@@ -111,7 +116,10 @@ class NbdConnection:
     """
 
     def __init__(
-        self, sock: socket.socket, handshake: ClientHandshake, uri: NbdUri
+        self,
+        sock: socket.socket | TlsSocket,
+        handshake: ClientHandshake,
+        uri: NbdUri,
     ) -> None:
         assert handshake.negotiated is not None
         self.uri = uri
@@ -189,6 +197,8 @@ class NbdConnection:
         """
         if not self._is_open or self._is_given_up or self._transmission.in_flight:
             return None
+        if isinstance(self._sock, TlsSocket):
+            return None  # a thread could not block on it
         if self._out or self._is_garbled:
             return None
         self._loop.remove_reader(self._fd)
@@ -197,20 +207,15 @@ class NbdConnection:
             self._ticker.cancel()  # it would look at what the thread has in flight
             self._ticker = None
         self._seen = {}
-        self._set_blocking(self.uri.read_timeout_s)
+        _set_blocking(self._sock, self.uri.read_timeout_s)
         return self._sock, self._transmission
 
     def take_back(self) -> None:
         """The thread has ended, and left nothing in flight."""
         assert not self._transmission.in_flight
+        assert isinstance(self._sock, socket.socket)
         self._sock.setblocking(False)
         self._loop.add_reader(self._fd, self._readable)
-
-    def _set_blocking(self, timeout_s: float) -> None:
-        # Not `settimeout`, with which each receive would cost a poll of its own.
-        self._sock.setblocking(True)
-        timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1_000_000))
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
     def give_up(self) -> list[Completion]:
         """Take back everything that is in flight, as if answered with EIO. Nothing more is sent."""
@@ -222,16 +227,30 @@ class NbdConnection:
             given_up = list(filter(_is_awaited, transmission.fail_all(EIO)))
         else:
             given_up = transmission.abandon(EIO, _is_awaited)
+            sealed = self._take_sealed()
             unsent = sum(type(piece) is bytes for piece in self._out)
             if self._out and type(self._out[0]) is not bytes:
                 unsent += 1  # it was sent in part
             cookies = list(transmission.in_flight)
             transmission.forget(cookies[len(cookies) - unsent :])
-            self._out.clear()
+            self._out[:] = sealed
             self._end_if_answered()
         if not self.ended.is_set():
             _given_up.append(self)
         return given_up
+
+    def _take_sealed(self) -> list[bytes | memoryview]:
+        """Take from the front of `_out` what is encrypted already and has not left."""
+        out, taken = self._out, list[bytes | memoryview]()
+        left = self._sock.sealed if isinstance(self._sock, TlsSocket) else 0
+        while left:
+            piece = memoryview(out.pop(0))
+            if len(piece) > left:
+                out.insert(0, piece[left:])
+                piece = piece[:left]
+            taken.append(piece)
+            left -= len(piece)
+        return taken
 
     def give_up_reads(self) -> list[Completion]:
         """Take back the reads that are in flight, as if answered with EIO; the rest goes on."""
@@ -431,10 +450,10 @@ async def connect(name: str, uri: NbdUri) -> NbdConnection:
     sock = await _connected(name, uri)
     try:
         async with timeout(HANDSHAKE_TIMEOUT_S):
-            handshake = await _shake_hands(sock, uri.export_name)
+            handshake, ready = await _shake_hands(name, sock, uri)
         if handshake.error is not None:
             raise ResolveError(name, str(handshake.error))
-        return NbdConnection(sock, handshake, uri)
+        return NbdConnection(ready, handshake, uri)
     except TimeoutError:
         sock.close()
         reason = f"no NBD handshake within {HANDSHAKE_TIMEOUT_S:g} s"
@@ -447,13 +466,16 @@ async def connect(name: str, uri: NbdUri) -> NbdConnection:
         raise
 
 
-async def _shake_hands(sock: socket.socket, export_name: str) -> ClientHandshake:
-    loop = asyncio.get_running_loop()
-    handshake = ClientHandshake(export_name)
+async def _shake_hands(
+    name: str, sock: socket.socket, uri: NbdUri
+) -> tuple[ClientHandshake, socket.socket | TlsSocket]:
+    """Shake hands; what was negotiated, and what to go on with."""
+    channel = _Channel(sock)
+    handshake = ClientHandshake(uri.export_name, want_tls=uri.tls is not None)
     while handshake.negotiated is None and handshake.error is None:
         data = b""
         with contextlib.suppress(ConnectionResetError):
-            data = await loop.sock_recv(sock, _HANDSHAKE_RECEIVE)
+            data = await channel.receive()
         if data:
             handshake.receive_data(data)
         else:
@@ -461,8 +483,78 @@ async def _shake_hands(sock: socket.socket, export_name: str) -> ClientHandshake
         # A server that has hung up may have said why before: what it said is received next.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for piece in handshake.data_to_send():
-                await loop.sock_sendall(sock, piece)
-    return handshake
+                await channel.send(piece)
+        if handshake.starts_tls:
+            await channel.start_tls(name, uri)
+            handshake.tls_started()
+            for piece in handshake.data_to_send():
+                await channel.send(piece)
+    return handshake, channel.sock
+
+
+class _Channel:
+    """A socket during the handshake, with TLS from some time on."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock: socket.socket | TlsSocket = sock
+        self._loop = asyncio.get_running_loop()
+
+    async def start_tls(self, name: str, uri: NbdUri) -> None:
+        """Raises: ResolveError: a file is missing or wrong. OSError."""
+        assert isinstance(self.sock, socket.socket)
+        wanted = uri.tls
+        assert wanted is not None
+        try:
+            context = client_context(
+                wanted.certificates,
+                verify_peer=wanted.verify_peer,
+                psk_file=wanted.psk_file,
+                psk_name=wanted.username,
+            )
+        except NbdTargetError as error:
+            raise ResolveError(name, str(error)) from None
+        try:
+            tls = TlsSocket(
+                self.sock, context, server_side=False, server_hostname=wanted.hostname
+            )
+        except ValueError as error:  # also UnicodeError
+            reason = f"{wanted.hostname!r} is not a name for TLS: {error}"
+            raise ResolveError(name, reason) from None
+        self.sock = tls
+        while not tls.handshake():
+            await self._until_ready(for_writing=tls.has_unsent)
+
+    async def receive(self) -> bytes:
+        while True:
+            try:
+                return self.sock.recv(_HANDSHAKE_RECEIVE)
+            except BlockingIOError:
+                await self._until_ready(for_writing=False)
+
+    async def send(self, data: bytes) -> None:
+        while data:
+            try:
+                data = data[self.sock.send(data) :]
+            except BlockingIOError:
+                await self._until_ready(for_writing=True)
+
+    async def _until_ready(self, *, for_writing: bool) -> None:
+        loop, fd = self._loop, self.sock.fileno()
+        ready: asyncio.Future[None] = loop.create_future()
+        # The loop may call again before this coroutine has had its turn.
+        if for_writing:
+            loop.add_writer(fd, _set_done, ready)
+        else:
+            loop.add_reader(fd, _set_done, ready)
+        try:
+            await ready
+        finally:
+            (loop.remove_writer if for_writing else loop.remove_reader)(fd)
+
+
+def _set_done(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 async def _connected(name: str, uri: NbdUri) -> socket.socket:
@@ -509,6 +601,13 @@ async def _addresses(name: str, uri: NbdUri) -> list[tuple[int, _Address]]:
     return [(entry[0], entry[4]) for entry in found]
 
 
+def _set_blocking(sock: socket.socket, timeout_s: float) -> None:
+    # Not `settimeout`, with which each receive would cost a poll of its own.
+    sock.setblocking(True)
+    timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+
+
 def _set_options(sock: socket.socket, family: int) -> None:
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
@@ -523,6 +622,8 @@ def _set_options(sock: socket.socket, family: int) -> None:
 
 
 def _sentence(error: OSError) -> str:
+    if isinstance(error, TlsError):
+        return str(error)
     text = os.strerror(error.errno) if error.errno else str(error)
     return text[:1].lower() + text[1:]
 

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NbdScheme", "NbdUnixScheme"]
 
-# A URI up to the path of its socket, if that path begins with neither "/" nor NUL.
-_RELATIVE_SOCKET: Final = re.compile(
-    r"([^:]*:[^?#]*\?(?:[^#]*&)?socket=)(?!/|%2f|%00|[&#]|\Z)", re.IGNORECASE
+# A query key whose value is a path that begins with neither "/" nor NUL.
+_RELATIVE_PATH: Final = re.compile(
+    r"((?:\A|&)(?:socket|tls-certificates|tls-psk-file)=)(?!/|%2f|%00|&|\Z)",
+    re.IGNORECASE,
 )
 
 
@@ -37,12 +38,27 @@ class NbdScheme(Scheme):
         except ResolveError:
             return name
 
+    def absolute(self, name: str, directory: str) -> str:
+        before = quote(directory.rstrip("/"), errors="surrogateescape") + "/"
+        head, mark, behind = name.partition("?")
+        query, hash_, fragment = behind.partition("#")
+        query = _RELATIVE_PATH.sub(lambda key: key[1] + before, query)
+        return f"{head}{mark}{query}{hash_}{fragment}"
+
 
 class NbdUnixScheme(NbdScheme):
     name: ClassVar[str] = "nbd+unix"
     syntax: ClassVar[str] = "nbd+unix:///EXPORT?socket=PATH"
     summary: ClassVar[str] = "the same over a unix socket"
 
-    def absolute(self, name: str, directory: str) -> str:
-        before = quote(directory.rstrip("/"), errors="surrogateescape") + "/"
-        return _RELATIVE_SOCKET.sub(lambda uri: uri[1] + before, name, count=1)
+
+class NbdsScheme(NbdScheme):
+    name: ClassVar[str] = "nbds"
+    syntax: ClassVar[str] = "nbds://HOST[:PORT]/EXPORT"
+    summary: ClassVar[str] = "the same with TLS"
+
+
+class NbdsUnixScheme(NbdScheme):
+    name: ClassVar[str] = "nbds+unix"
+    syntax: ClassVar[str] = "nbds+unix:///EXPORT?socket=PATH"
+    summary: ClassVar[str] = "the same over a unix socket with TLS"

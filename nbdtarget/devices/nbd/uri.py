@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBD URIs, as the protocol's URI document defines them; without TLS and vsock.
+"""NBD URIs, as the protocol's URI document defines them; without vsock.
 
     nbd://HOST[:PORT]/EXPORT            TCP; port 10809 by default; IPv6 in brackets
     nbd+unix:///EXPORT?socket=PATH      %00 first in PATH: an abstract socket
+    nbds://…, nbds+unix://…             the same with TLS, or not at all
 
-Export name and socket path are %-decoded. Query keys that are not known are ignored, here and by other
-programs. Two are our own, and no part of what the URI names:
+Export name and values are %-decoded. A query key that is not known is refused by its name: what it was meant to say, for
+example that a certificate is to be verified, must not be ignored. With TLS:
+
+    tls-certificates=DIR       ca-cert.pem, client-cert.pem, … (see `nbdtarget.common.tls_context`); without it, the
+                               authorities that the system trusts, and no certificate of ours
+    tls-hostname=NAME          the name in the server's certificate; without it HOST, or localhost for a unix socket
+    tls-verify-peer=false      any certificate will do
+    tls-type=psk, tls-psk-file=FILE, and NAME@ in front of HOST: a pre-shared key
+
+Two are our own, and no part of what the URI names:
 
     request-timeout=SECONDS    a request that the server does not answer for so long makes the
                                connection lost; 0: none does. Without it, reads have a minute,
@@ -13,6 +22,7 @@ programs. Two are our own, and no part of what the URI names:
     connections=NUMBER         at most so many connections, if the server says that several may be used; 4
 """
 
+import difflib
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -26,18 +36,45 @@ __all__ = [
     "CONNECTIONS_MAX",
     "NBD_PORT",
     "NBD_SCHEMES",
+    "NbdTls",
     "NbdUri",
     "parse_nbd_uri",
 ]
 
 NBD_PORT: Final = 10809
-NBD_SCHEMES: Final = frozenset({"nbd", "nbd+unix"})
+NBD_SCHEMES: Final = frozenset({"nbd", "nbd+unix", "nbds", "nbds+unix"})
 EXPORT_NAME_MAX: Final = 4096  # bytes
 READ_TIMEOUT_S: Final = 60.0
 REQUEST_TIMEOUT_S_MAX: Final = 86_400
 CONNECTIONS: Final = 4
 CONNECTIONS_MAX: Final = 16
 _TLS_SCHEMES: Final = frozenset({"nbds", "nbds+unix"})
+_KEYS: Final = ("socket", "request-timeout", "connections")
+_TLS_KEYS: Final = (
+    "tls-type",
+    "tls-hostname",
+    "tls-verify-peer",
+    "tls-certificates",
+    "tls-psk-file",
+)
+_BOOLEANS: Final = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class NbdTls:
+    """How a URI wants its TLS.
+
+    Attributes:
+        hostname: the name that the server's certificate must have.
+        certificates, psk_file: None: not given.
+        username: whose pre-shared key it is.
+    """
+
+    hostname: str
+    verify_peer: bool = True
+    certificates: str | None = None
+    psk_file: str | None = None
+    username: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +86,7 @@ class NbdUri:
         socket_path: unix socket; starts with NUL if abstract; empty for TCP.
         read_timeout_s, write_timeout_s: see `request-timeout`; 0: none.
         connections: how many are used at most.
+        tls: None: the connection is not encrypted.
     """
 
     export_name: str
@@ -58,6 +96,7 @@ class NbdUri:
     read_timeout_s: float = READ_TIMEOUT_S
     write_timeout_s: float = 0.0
     connections: int = CONNECTIONS
+    tls: NbdTls | None = None
 
     @property
     def identity(self) -> Hashable:
@@ -78,20 +117,23 @@ def parse_nbd_uri(name: str) -> NbdUri:
     except ValueError as error:  # also UnicodeDecodeError
         raise ResolveError(name, f"not an NBD URI: {error}") from None
     scheme = parts.scheme.lower()
-    if scheme in _TLS_SCHEMES:
-        raise ResolveError(name, "TLS is not supported")
     if scheme not in NBD_SCHEMES:
         raise ResolveError(name, f"{scheme}: is not supported")
     if "\0" in export_name or len(export_name.encode()) > EXPORT_NAME_MAX:
         raise ResolveError(name, "not an export name: it has a NUL or is too long")
-    if scheme == "nbd":
+    _check_keys(name, scheme, query)
+    tls = (
+        _tls(name, parts.hostname, parts.username, query) if _has_tls(scheme) else None
+    )
+    if not scheme.endswith("+unix"):
         if not parts.hostname:
             raise ResolveError(name, "the URI names no host")
         # 0 is a port that the URI may well say; it is only not one to connect to.
         port = NBD_PORT if port is None else port
         host = unquote(parts.hostname)
-        return _with_options(name, NbdUri(export_name, host, port), query)
-    if parts.netloc:
+        uri = NbdUri(export_name, host, port, tls=tls)
+        return _with_options(name, uri, query)
+    if parts.netloc.rpartition("@")[2] or (parts.netloc and tls is None):
         raise ResolveError(
             name, "a unix URI has no host: nbd+unix:///EXPORT?socket=PATH"
         )
@@ -100,7 +142,46 @@ def parse_nbd_uri(name: str) -> NbdUri:
         raise ResolveError(name, "the URI names no socket: add ?socket=PATH")
     if "\0" in path[1:]:
         raise ResolveError(name, "a socket path has no NUL byte")
-    return _with_options(name, NbdUri(export_name, socket_path=path), query)
+    uri = NbdUri(export_name, socket_path=path, tls=tls)
+    return _with_options(name, uri, query)
+
+
+def _has_tls(scheme: str) -> bool:
+    return scheme in _TLS_SCHEMES
+
+
+def _check_keys(name: str, scheme: str, query: dict[str, str]) -> None:
+    for key in query:
+        if key in _KEYS or (key in _TLS_KEYS and _has_tls(scheme)):
+            continue
+        if key in _TLS_KEYS:
+            reason = f"`{key}' needs TLS: write {scheme.replace('nbd', 'nbds')}:"
+        else:
+            near = difflib.get_close_matches(key, (*_KEYS, *_TLS_KEYS), 1)
+            hint = f" (did you mean `{near[0]}'?)" if near else ""
+            reason = f"unknown key `{key}' in the URI{hint}"
+        raise ResolveError(name, reason)
+
+
+def _tls(
+    name: str, host: str | None, username: str | None, query: dict[str, str]
+) -> NbdTls:
+    verify = query.get("tls-verify-peer", "true").lower()
+    if verify not in _BOOLEANS:
+        raise ResolveError(name, f"tls-verify-peer is true or false, not {verify}")
+    psk_file = query.get("tls-psk-file")
+    kind = query.get("tls-type", "x509" if psk_file is None else "psk")
+    if kind not in ("x509", "psk"):
+        raise ResolveError(name, f"tls-type {kind} is not supported: x509 and psk are")
+    if (kind == "psk") is not (psk_file is not None):
+        raise ResolveError(name, "tls-type=psk and tls-psk-file=FILE belong together")
+    return NbdTls(
+        query.get("tls-hostname") or unquote(host or "localhost"),
+        _BOOLEANS[verify],
+        query.get("tls-certificates"),
+        psk_file,
+        unquote(username or ""),
+    )
 
 
 def _with_options(name: str, uri: NbdUri, query: dict[str, str]) -> NbdUri:

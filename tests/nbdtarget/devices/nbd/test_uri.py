@@ -4,7 +4,7 @@
 import pytest
 
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.devices.nbd.uri import NbdUri, parse_nbd_uri
+from nbdtarget.devices.nbd.uri import NbdTls, NbdUri, parse_nbd_uri
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from nbdtarget.devices.nbd.uri import NbdUri, parse_nbd_uri
         ("nbd://host/caf%C3%A9%20", NbdUri("café ", "host")),
         ("nbd+unix:///d?socket=/run/s", NbdUri("d", socket_path="/run/s")),
         ("nbd+unix://?socket=/run/s", NbdUri("", socket_path="/run/s")),
-        ("nbd+unix:///?x=1&socket=/a%20b+c", NbdUri("", socket_path="/a b+c")),
+        ("nbd+unix:///?socket=/a%20b+c", NbdUri("", socket_path="/a b+c")),
         ("nbd+unix:///?socket=%00abstract", NbdUri("", socket_path="\0abstract")),
     ],
 )
@@ -40,7 +40,19 @@ def test_parse_what_people_write(text: str, expected: NbdUri) -> None:
         ("nbd+unix:///disk", "names no socket"),
         ("nbd+unix://host/disk?socket=/s", "has no host"),
         ("nbd+unix:///?socket=/a%00b", "no NUL"),
-        ("nbds://host/", "TLS is not supported"),
+        ("nbd://host/?sockte=/s", r"unknown key `sockte' .*did you mean `socket'"),
+        ("nbds://host/?x=1", "unknown key `x' in the URI"),
+        ("nbd://host/?tls-hostname=a", "`tls-hostname' needs TLS: write nbds:"),
+        (
+            "nbd+unix:///?socket=/s&tls-verify-peer=0",
+            r"needs TLS: write nbds\+unix:",
+        ),
+        ("nbds://host/?tls-verify-peer=maybe", "is true or false, not maybe"),
+        ("nbds://host/?tls-type=anon", "tls-type anon is not supported"),
+        ("nbds://host/?tls-type=psk", "belong together"),
+        ("nbds://host/?tls-type=x509&tls-psk-file=/k", "belong together"),
+        ("nbds+unix://user@host/?socket=/s", "has no host"),
+        ("nbd+unix://user@/?socket=/s", "has no host"),
         ("nbd+vsock://1/", "nbd\\+vsock: is not supported"),
     ],
 )
@@ -50,9 +62,36 @@ def test_parse_refuses_in_one_line(text: str, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nbds://host/d", NbdUri("d", "host", tls=NbdTls("host"))),
+        (
+            "nbds+unix:///d?socket=/s",
+            NbdUri("d", socket_path="/s", tls=NbdTls("localhost")),
+        ),
+        (
+            "nbds://10.0.0.1/d?tls-hostname=a.example&tls-certificates=/etc/pki&tls-verify-peer=0",
+            NbdUri("d", "10.0.0.1", tls=NbdTls("a.example", False, "/etc/pki")),
+        ),
+        (
+            "nbds+unix://alice%20b@/d?socket=/s&tls-type=psk&tls-psk-file=/keys",
+            NbdUri(
+                "d",
+                socket_path="/s",
+                tls=NbdTls("localhost", psk_file="/keys", username="alice b"),
+            ),
+        ),
+    ],
+)
+def test_parse_tls(text: str, expected: NbdUri) -> None:
+    assert parse_nbd_uri(text) == expected
+
+
 def test_identity_is_one_for_all_ways_to_write_it() -> None:
     first = parse_nbd_uri("nbd://Host/x").identity
     assert first == parse_nbd_uri("nbd://host:10809/x").identity
     assert first != parse_nbd_uri("nbd://host/y").identity
+    assert first == parse_nbd_uri("nbds://host/x?tls-verify-peer=0").identity
     unix = parse_nbd_uri("nbd+unix:///x?socket=/run/../run/s").identity
     assert unix == parse_nbd_uri("nbd+unix:///x?socket=/run/s").identity
