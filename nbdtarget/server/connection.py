@@ -52,10 +52,12 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from nbdtarget.bio import Bio
+from nbdtarget.common.access import Identity
 from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device
@@ -102,6 +104,7 @@ class Connection:
         peer: str,
         shared: Shared,
         tls: ListenerTls = NO_TLS,
+        client: Identity | None = None,
     ) -> None:
         limits = shared.limits
         self.state = HANDSHAKE
@@ -122,8 +125,15 @@ class Connection:
             shared.starved,
         )
         self._output = Output(sock, limits, self._flow.give_back)
+        self._exports = DirectoryExports(
+            shared.directory,
+            payload_max=limits.payload_max,
+            rules=shared.rules,
+            client=client,
+            peer=peer,
+        )
         self._handshake = ServerHandshake(
-            DirectoryExports(shared.directory, payload_max=limits.payload_max),
+            self._exports,
             output_max=limits.handshake_output_max,
             tls=tls.mode,
         )
@@ -506,7 +516,11 @@ class Connection:
 
     def _encrypted(self, tls: TlsSocket) -> None:
         """The client has shown who it is."""
-        log.debug("%s: %s", self.peer, tls.version)
+        exports = self._exports
+        exports.client = replace(
+            exports.client, is_encrypted=True, names=tls.peer_names()
+        )
+        log.info("%s: %s (%s)", self.peer, tls.version, exports.client)
 
     def _answer_handshake(self) -> None:
         handshake = self._handshake

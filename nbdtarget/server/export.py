@@ -2,12 +2,14 @@
 """Exports: how devices are named on the wire, and what is promised about them.
 
 `ExportDirectory` is what the server asks of the owner of the devices; the server knows nothing of mapped
-devices. `DirectoryExports` shows a directory to the handshake.
+devices. `DirectoryExports` shows a directory to the handshake of one client: what that may attach.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Final, Protocol
 
+from nbdtarget.common.access import Access, AccessRules, Identity
 from nbdtarget.devices.base import Device
 from nbdtarget.server.block_status import context_names
 from nbdtarget_protocol.consts import (
@@ -32,6 +34,8 @@ __all__ = [
     "preferred_block_size",
     "transmission_flags",
 ]
+
+log = logging.getLogger(__name__)
 
 PREFERRED_MIN: Final = 4096
 PREFERRED_MAX: Final = 32 << 20  # what every client may send
@@ -65,7 +69,7 @@ class ExportDirectory(Protocol):
         ...
 
 
-def transmission_flags(device: Device) -> int:
+def transmission_flags(device: Device, *, read_only: bool = False) -> int:
     """Return the transmission flags of `device`; SEND_DF is the handshake's to add.
 
     CAN_MULTI_CONN is always set: no connection caches anything, every bio goes to the one
@@ -75,7 +79,7 @@ def transmission_flags(device: Device) -> int:
     flags = FLAG_SEND_FLUSH | FLAG_SEND_FUA | FLAG_CAN_MULTI_CONN | FLAG_SEND_CACHE
     if device.is_rotational:
         flags |= FLAG_ROTATIONAL
-    if device.read_only:
+    if device.read_only or read_only:
         return flags | FLAG_READ_ONLY
     flags |= FLAG_SEND_WRITE_ZEROES
     if device.can_discard:
@@ -104,29 +108,50 @@ class DirectoryExports:
     Args:
         payload_max: bytes of one READ or WRITE that the server takes. No more is advertised, and no more than 32 MiB,
             which clients assume without being told.
+        rules: what the client may attach; without them, everything.
+        peer: how the log names the client.
+
+    Attributes:
+        client: what is known of the client. TLS adds to it.
     """
 
     def __init__(
-        self, directory: ExportDirectory, *, payload_max: int = PAYLOAD_MAX_DEFAULT
+        self,
+        directory: ExportDirectory,
+        *,
+        payload_max: int = PAYLOAD_MAX_DEFAULT,
+        rules: AccessRules | None = None,
+        client: Identity | None = None,
+        peer: str = "",
     ) -> None:
         self.directory = directory
+        self.client = client or Identity()
         self._payload_max = min(payload_max, PAYLOAD_MAX_DEFAULT)
+        self._rules = rules or AccessRules()
+        self._peer = peer
+        self._refused: set[str] = set()  # each is logged once
 
     def names(self) -> Iterable[tuple[str, str]]:
-        return self.directory.names()
+        for name, description in self.directory.names():
+            if self._rules.access(name, self.client) is not Access.NONE:
+                yield name, description
 
     def lookup(self, name: str) -> ExportInfo | None:
         device = self.directory.maybe_get(name)
         if device is None:
-            if reason := self.directory.why_missing(name):
+            reason = self.directory.why_missing(name)
+            if reason and self._access(name) is not Access.NONE:
                 raise OptionError(REP_ERR_UNKNOWN, reason)
             return None
         # Also of the default export, "": INFO_NAME tells the name that it is listed by.
         name, description = self.directory.listed(device)
+        access = self._access(name)
+        if access is Access.NONE:
+            return None
         return ExportInfo(
             name=name,
             size=device.size,
-            flags=transmission_flags(device),
+            flags=transmission_flags(device, read_only=access is Access.READ),
             description=description,
             block_size_preferred=preferred_block_size(
                 device, payload_max=self._payload_max
@@ -134,3 +159,16 @@ class DirectoryExports:
             payload_max=self._payload_max,
             contexts=context_names(device),
         )
+
+    def _access(self, name: str) -> Access:
+        """What the client may do with an export that exists."""
+        access = self._rules.access(name, self.client)
+        if access is Access.NONE and name not in self._refused:
+            self._refused.add(name)
+            log.warning(
+                "%s (%s): may not attach %s: no rule allows it",
+                self._peer,
+                self.client,
+                name,
+            )
+        return access

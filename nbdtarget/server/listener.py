@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 from urllib.parse import quote
 
+from nbdtarget.common.access import AccessRules
 from nbdtarget.common.clock import Clock, LoopClock, Timer
 from nbdtarget.common.errors import ListenError
 from nbdtarget.common.passed_socket import passed_socket
@@ -52,7 +53,7 @@ from nbdtarget.server.export import ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.moving import ListenerState, MovedConnection, SocketState
-from nbdtarget.server.peer import hang_up_events
+from nbdtarget.server.peer import hang_up_events, identity_of
 from nbdtarget.server.poller import Polling
 from nbdtarget.server.shared import Shared
 from nbdtarget.server.tls import NO_TLS, ListenerTls
@@ -81,6 +82,7 @@ class Listener:
         limits: every bound.
         access: which users may connect to unix sockets.
         tls: of addresses that are started without one of their own.
+        rules: who may attach to what; they may change while it serves.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Listener:
         hang_up_events: Callable[[socket.socket | TlsSocket], int] = hang_up_events,
         access: SocketAccess = PRIVATE,
         tls: ListenerTls = NO_TLS,
+        rules: AccessRules | None = None,
     ) -> None:
         self._hang_up_events = hang_up_events
         self._limits = limits or Limits()
@@ -99,6 +102,7 @@ class Listener:
         self._clock = clock or LoopClock()
         self._shared: Shared | None = None
         self._tls = tls
+        self._rules = rules or AccessRules()
         self._sockets: dict[int, socket.socket] = {}
         self._tls_of: dict[int, ListenerTls] = {}  # by descriptor
         self._addresses: dict[int, str] = {}  # what was asked for, by descriptor
@@ -384,6 +388,7 @@ class Listener:
                 starved=self._starved,
                 closed=self._connection_closed,
                 hang_up_events=self._hang_up_events,
+                rules=self._rules,
             )
 
     # ---- connections ----
@@ -436,10 +441,11 @@ class Listener:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             peer = _peer_name(client)
+            identity = identity_of(client)
         except OSError:
             client.close()  # gone between accept and here
             return
-        connection = Connection(client, peer, self._shared, tls)
+        connection = Connection(client, peer, self._shared, tls, identity)
         self._connections[connection] = origin
         self._admission.enter(origin)
         connection.start()

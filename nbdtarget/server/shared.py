@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nbdtarget.common.access import AccessRules
 from nbdtarget.common.clock import Clock
 from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.common.turns import Turns
@@ -37,6 +38,7 @@ class Shared:
     hang_up_events: Callable[
         [socket.socket | TlsSocket], int
     ]  # see nbdtarget.server.peer
+    rules: AccessRules  # who may attach to what
 
 
 class Host(Protocol):

@@ -82,6 +82,8 @@ class ListenerTls:
     Attributes:
         mode: what STARTTLS gets.
         context: for new connections; None with `TlsMode.OFF`.
+        certificate_path: the file with the server's certificate; None: there is none.
+        expires_s: until when that is valid: Unix time; 0: there is none.
     """
 
     def __init__(self, options: TlsOptions) -> None:
@@ -90,6 +92,12 @@ class ListenerTls:
         self.options = options
         self.mode = options.tls_mode
         self.context: ssl.SSLContext | None = None
+        self.certificate_path: str | None = None
+        self.expires_s = 0.0
+        if self.mode is not TlsMode.OFF and options.certificates is not None:
+            self.certificate_path = os.path.join(
+                options.certificates, "server-cert.pem"
+            )
         self.reload()
 
     @property
@@ -107,34 +115,26 @@ class ListenerTls:
             verify_peer=bool(options.verify_peer),
             psk_file=options.psk,
         )
+        if self.certificate_path is not None:
+            self.expires_s = certificate_end_s(self.certificate_path)
         self.warn_of_expiry()
-
-    def expiry_s(self) -> float | None:
-        """When the certificate of the server ends: Unix time. None: it has none."""
-        if self.mode is TlsMode.OFF or self.options.certificates is None:
-            return None
-        return certificate_end_s(self._certificate)
 
     def warn_of_expiry(self) -> None:
         """Log a line if the certificate has ended, or will soon."""
-        end_s = self.expiry_s()
-        left_s = EXPIRY_WARN_S if end_s is None else end_s - wall_clock_s()
+        if self.certificate_path is None:
+            return
+        left_s = self.expires_s - wall_clock_s()
         if left_s <= 0:
             log.warning(
                 "%s: has expired: clients will refuse it; renew it and send SIGHUP",
-                self._certificate,
+                self.certificate_path,
             )
         elif left_s < EXPIRY_WARN_S:
             log.warning(
                 "%s: expires in %d days: renew it and send SIGHUP",
-                self._certificate,
+                self.certificate_path,
                 left_s // _DAY_S,
             )
-
-    @property
-    def _certificate(self) -> str:
-        assert self.options.certificates is not None
-        return os.path.join(self.options.certificates, "server-cert.pem")
 
 
 NO_TLS: Final = ListenerTls(TlsOptions())

@@ -324,6 +324,5 @@ def test_certificate_that_ends_is_warned_of(
     authority()[0].issue(tmp_path, "server", "x", days=days)
     tls = ListenerTls(TlsOptions("on", str(tmp_path)))
     assert (words in caplog.text) if words else not caplog.text
-    end_s = tls.expiry_s()
-    assert end_s is not None
-    assert ListenerTls(TlsOptions()).expiry_s() is None
+    assert tls.certificate_path == str(tmp_path / "server-cert.pem")
+    assert ListenerTls(TlsOptions()).certificate_path is None

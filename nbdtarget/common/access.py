@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may attach to which export: rules, each of which is one line.
+
+    rw cert:backup-*.example.org         a client whose certificate has this name
+    ro cert:* net:192.0.2.0/24           any verified certificate, from this network
+    rw uid:alice                         a process of this user, over a unix socket
+    ro gid:disk                          a process of this group; supplementary groups count
+    none any
+
+Theory of operation. A rule is an access (`rw`, `ro`, `none`) and conditions, which must all hold:
+
+    cert:GLOB    a name in the client's certificate: subject CN or any SAN, as it is written there. The listener
+                 must verify certificates (--tls-verify-peer), else nobody has a name
+    uid:USER, gid:GROUP    of the client's process when it connected, as the kernel tells (SO_PEERCRED, SO_PEERGROUPS)
+    net:NETWORK  the address of a TCP client; ADDRESS or ADDRESS/BITS
+    tls          the connection is encrypted
+    unix, any    any client of a unix socket; any client at all
+
+The first rule that holds decides, and a client for which none holds may not attach. An export that has no rules takes those
+of the server (`default`), and if there are none either, everybody who can connect may read and write.
+
+An export that a client may not attach does not exist for it: it is not in LIST, and asking for it by name is
+answered as for a name that nobody has.
+"""
+
+import grp
+import ipaddress
+import pwd
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Final
+
+from nbdtarget.common.errors import NbdTargetError
+
+__all__ = ["Access", "AccessRules", "Identity", "Rule", "parse_rule", "parse_rules"]
+
+RULES_MAX: Final = 1000  # of one export
+
+
+class Access(Enum):
+    """What a client may do with an export."""
+
+    NONE = "none"
+    READ = "ro"
+    WRITE = "rw"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What is known of a client.
+
+    Args:
+        address: of TCP; "" for a unix socket.
+        uid, gids: of the process at the other end of a unix socket; None and empty for TCP.
+        is_encrypted: through TLS.
+        names: in its certificate, if that was verified.
+    """
+
+    address: str = ""
+    uid: int | None = None
+    gids: tuple[int, ...] = ()
+    is_encrypted: bool = False
+    names: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """For the log: what a rule could be written about."""
+        shown = [f"cert:{name}" for name in self.names]
+        if self.uid is not None:
+            shown.append(f"uid:{self.uid}")
+        if self.address:
+            shown.append(f"net:{self.address}")
+        return " ".join(shown) or "unknown"
+
+
+Condition = Callable[[Identity], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule. `text` is what the user wrote, with single blanks."""
+
+    text: str
+    access: Access = field(compare=False)
+    conditions: tuple[Condition, ...] = field(compare=False, repr=False)
+
+    def holds(self, client: Identity) -> bool:
+        return all(condition(client) for condition in self.conditions)
+
+    @property
+    def wants_certificate(self) -> bool:
+        """Whether it can only hold where certificates are verified."""
+        return any(word.startswith("cert:") for word in self.text.split())
+
+
+class AccessRules:
+    """The rules of a server; see the module head. They may change at any time, for connections to come.
+
+    Attributes:
+        default: of exports that have no rules of their own; None: everybody may read and write.
+        by_export: of the configuration file.
+        by_command: these win over those of the file.
+    """
+
+    def __init__(
+        self,
+        default: Sequence[Rule] | None = None,
+        by_export: dict[str, tuple[Rule, ...]] | None = None,
+    ) -> None:
+        self.default = None if default is None else tuple(default)
+        self.by_export = by_export or {}
+        self.by_command: dict[str, tuple[Rule, ...]] = {}
+
+    def of(self, export: str) -> tuple[Rule, ...] | None:
+        """The rules that hold for an export; None: there are none."""
+        rules = self.by_command.get(export)
+        if rules is None:
+            rules = self.by_export.get(export, self.default)
+        return rules
+
+    def access(self, export: str, client: Identity) -> Access:
+        """What a client may do with an export, whether it exists or not."""
+        rules = self.of(export)
+        if rules is None:
+            return Access.WRITE
+        for rule in rules:
+            if rule.holds(client):
+                return rule.access
+        return Access.NONE
+
+    def renamed(self, old: str, new: str) -> None:
+        """An export has another name: who may attach it does not change by that."""
+        rules = self.of(old)
+        self.by_command.pop(old, None)
+        if rules is not None and rules != self.of(new):
+            self.by_command[new] = rules
+
+    def all_rules(self) -> Iterable[Rule]:
+        """Each rule that there is."""
+        yield from self.default or ()
+        for rules in (*self.by_export.values(), *self.by_command.values()):
+            yield from rules
+
+
+def parse_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
+    """Parse the rules of one export. Raises: NbdTargetError."""
+    if len(texts) > RULES_MAX:
+        raise NbdTargetError(f"more than {RULES_MAX} rules")
+    return tuple(parse_rule(text) for text in texts)
+
+
+def parse_rule(text: str) -> Rule:
+    """Parse a rule. Raises: NbdTargetError: one sentence."""
+    words = text.split()
+    try:
+        access = Access(words[0] if words else "")
+    except ValueError:
+        raise NbdTargetError(
+            f"rule `{text}': begins with none of rw, ro and none, as in `rw cert:alice'"
+        ) from None
+    if not words[1:]:
+        reason = f"rule `{text}': says nothing about the client: write `{text} any'"
+        raise NbdTargetError(reason)
+    try:
+        conditions = tuple(_condition(word) for word in words[1:])
+    except ValueError as error:
+        raise NbdTargetError(f"rule `{text}': {error}") from None
+    return Rule(" ".join(words), access, conditions)
+
+
+def _condition(word: str) -> Condition:
+    """Raises: ValueError."""
+    kind, colon, value = word.partition(":")
+    if not colon and kind in _WORDS:
+        return _WORDS[kind]
+    if colon and value and kind in _KINDS:
+        return _KINDS[kind](value)
+    raise ValueError(
+        f"`{word}' is none of cert:GLOB, uid:USER, gid:GROUP, net:NETWORK, tls, unix and any"
+    )
+
+
+def _of_certificate(glob: str) -> Condition:
+    return lambda client: any(fnmatchcase(name, glob) for name in client.names)
+
+
+def _of_user(user: str) -> Condition:
+    try:
+        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise ValueError(f"there is no user {user}") from None
+    return lambda client: client.uid == uid
+
+
+def _of_group(group: str) -> Condition:
+    try:
+        gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ValueError(f"there is no group {group}") from None
+    return lambda client: gid in client.gids
+
+
+def _of_network(text: str) -> Condition:
+    network = ipaddress.ip_network(text)  # its ValueError is a sentence
+
+    def holds(client: Identity) -> bool:
+        if not client.address:
+            return False
+        address = ipaddress.ip_address(client.address.partition("%")[0])
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+            address = address.ipv4_mapped
+        return address in network
+
+    return holds
+
+
+_WORDS: Final[dict[str, Condition]] = {
+    "any": lambda _: True,
+    "tls": lambda client: client.is_encrypted,
+    "unix": lambda client: client.uid is not None,
+}
+_KINDS: Final[dict[str, Callable[[str], Condition]]] = {
+    "cert": _of_certificate,
+    "uid": _of_user,
+    "gid": _of_group,
+    "net": _of_network,
+}
