@@ -16,6 +16,7 @@ import typer
 
 from nbdtarget import __version__
 from nbdtarget.cli import (
+    access,
     cache,
     clone,
     completion,
@@ -51,6 +52,7 @@ for group in (
     export,
     serve,
     upgrade,
+    access,
     tables,
     devices,
     listing,

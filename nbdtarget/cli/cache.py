@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved, Verbose
+from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
 from nbdtarget.cli.serve import (
     ControlGroup,
     ControlMode,
@@ -152,7 +153,7 @@ Resize = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(cache)
+    app.command()(takes_network(cache))
 
 
 def cache(
@@ -181,6 +182,7 @@ def cache(
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
     run: Run = None,
+    network: Network = NO_NETWORK,
     verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
@@ -216,6 +218,7 @@ def cache(
         control=control,
         stop_timeout=stop_timeout,
         run=run,
+        security=network.options(),
         sockets=SocketOptions(*nbd_access, *control_access),
         overwrite=overwrite,
         moved=moved,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved, Verbose
+from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
 from nbdtarget.cli.serve import (
     ControlGroup,
     ControlMode,
@@ -116,7 +117,7 @@ ThenLinear = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(clone)
+    app.command()(takes_network(clone))
 
 
 def clone(
@@ -142,6 +143,7 @@ def clone(
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
     run: Run = None,
+    network: Network = NO_NETWORK,
     verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
@@ -154,7 +156,6 @@ def clone(
     Example: nbdtarget clone nbd://server/disk disk.img
     """
     region_bytes = region_size_option("--region-size", region_size)
-    rate = 0 if hydration_rate is None else _rate(hydration_rate)
     if no_hydration and exit_when_hydrated:
         raise typer.BadParameter(f"--exit-when-hydrated {NEVER_HYDRATED}")
     if run is not None and exit_when_hydrated:
@@ -179,12 +180,13 @@ def clone(
         control=control,
         stop_timeout=stop_timeout,
         run=run,
+        security=network.options(),
         sockets=SocketOptions(*nbd_access, *control_access),
         overwrite=overwrite,
         moved=moved,
         accept_other_disk=accept_other_disk,
         hydrate_on_read=hydrate_on_read,
-        hydration_rate=rate,
+        hydration_rate=_rate(hydration_rate),
         then_linear=then_linear,
     )
     return _run(options, verbose=verbose, json=json)
@@ -201,7 +203,9 @@ def _run(options: "CloneOptions", *, verbose: bool, json: bool) -> int:
         return run(lambda: CloneJob(options, reporter).run())
 
 
-def _rate(text: str) -> int:
+def _rate(text: str | None) -> int:
+    if text is None:
+        return 0
     rate = size_option("--hydration-rate", text)
     if rate < RATE_WARNED_ABOUT:
         guess = f": did you mean {text}M?" if text.isdecimal() else ""

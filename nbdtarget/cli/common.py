@@ -5,7 +5,7 @@ import errno as errnos
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import typer
@@ -19,6 +19,7 @@ from nbdtarget.control.messages import (
     Deps,
     Info,
     InfoAnswer,
+    LinesAnswer,
     Measure,
     Request,
     Status,
@@ -186,7 +187,11 @@ def _ask_all(
             for nr, name in enumerate(request.names)
         }
         devices.sort(key=lambda device: order.get(device.name, 0))
-    return replace(answers[0], devices=tuple(devices))
+    joined: dict[str, Any] = {"devices": tuple(devices)}
+    if isinstance(answers[0], LinesAnswer):
+        certificates = [each for a in answers for each in a.certificates]  # type: ignore[attr-defined]
+        joined["certificates"] = tuple(certificates)
+    return replace(answers[0], **joined)
 
 
 def device_names(

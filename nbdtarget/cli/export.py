@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nbdtarget.cli.common import Control, Json, Verbose
+from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
 from nbdtarget.cli.serve import (
     ControlGroup,
     ControlMode,
@@ -52,7 +53,7 @@ ReadOnly = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(export)
+    app.command()(takes_network(export))
 
 
 def export(
@@ -68,6 +69,7 @@ def export(
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
     run: Run = None,
+    network: Network = NO_NETWORK,
     verbose: Verbose = False,
     json: Json = False,
     control: Control = None,
@@ -92,6 +94,7 @@ def export(
         control=control,
         stop_timeout=stop_timeout,
         run=run,
+        security=network.options(),
         sockets=SocketOptions(*nbd_access, *control_access),
     )
     return _run(options, verbose=verbose, json=json)

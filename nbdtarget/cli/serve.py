@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from nbdtarget.cli.common import Control, Verbose
+from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
 
 __all__ = [
     "ControlGroup",
@@ -27,7 +28,7 @@ Listen = Annotated[
         "--listen",
         metavar="ADDR",
         help="Address for NBD clients: unix:PATH, tcp:HOST:PORT or vsock:CID:PORT; may be given more than once."
-        " TCP has neither passwords nor encryption. Default: a unix socket in the runtime directory.",
+        " TCP is neither encrypted nor asks for passwords without --tls. Default: a unix socket in the runtime directory.",
     ),
 ]
 StopTimeout = Annotated[
@@ -122,7 +123,7 @@ def check_run(command: str | None, *, json: bool) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(serve)
+    app.command()(takes_network(serve))
 
 
 def serve(
@@ -153,6 +154,7 @@ def serve(
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
     run: Run = None,
+    network: Network = NO_NETWORK,
     max_connections: MaxConnections = None,
     max_connections_per_peer: MaxConnectionsPerPeer = None,
     verbose: Verbose = False,
@@ -182,6 +184,7 @@ def serve(
         config=config,
         stop_timeout=stop_timeout,
         run=run,
+        security=network.options(),
         sockets=SocketOptions(*nbd_access, *control_access),
     )
 

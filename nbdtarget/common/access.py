@@ -136,6 +136,17 @@ class AccessRules:
         if rules is not None and rules != self.of(new):
             self.by_command[new] = rules
 
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """The rules that commands have set, for another process."""
+        return {
+            name: tuple(rule.text for rule in rules)
+            for name, rules in self.by_command.items()
+        }
+
+    def take_texts(self, texts: dict[str, tuple[str, ...]]) -> None:
+        """Take what `texts` returned in another process. Raises: NbdTargetError."""
+        self.by_command = {name: parse_rules(rules) for name, rules in texts.items()}
+
     def all_rules(self) -> Iterable[Rule]:
         """Each rule that there is."""
         yield from self.default or ()

@@ -13,6 +13,7 @@ mistake anywhere nothing happens at all. Then:
     its table says something else       loaded and resumed, with clients attached
       than at the last reading
     `rotational` says something else    told to clients that connect from now on
+    `access`, here or for all devices   holds for clients that connect from now on; certificates are read again, too
     anything else                       nothing
 
 The file is compared with what it said at the last reading, and not with the live table. So a table that was
@@ -23,7 +24,7 @@ removes it. A device whose new table is refused keeps the old one and does not h
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
@@ -47,7 +48,14 @@ log: Final = logging.getLogger(__name__)
 class ConfiguredDevices:
     """The devices of one file in one registry."""
 
-    def __init__(self, registry: Registry, config: Config) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        config: Config,
+        was_read: Callable[[Config], None] = lambda _: None,
+    ) -> None:
+        """`was_read` is called at each reload with a file that has no mistake, before any device is opened."""
+        self._was_read = was_read
         self._registry = registry
         self._config = config
         self._lock = asyncio.Lock()  # one start or reload after another
@@ -85,6 +93,7 @@ class ConfiguredDevices:
             existing = {device.dm_name for device in self._registry.devices()}
             config = read(self._config.path, self._registry.types, existing)
             self._say_what_stays(config, existing)
+            self._was_read(config)
             before = {device.name: device for device in self._config.devices}
             await self._forget(before.keys() - {each.name for each in config.devices})
             self._config = config
@@ -232,6 +241,7 @@ class ConfiguredDevices:
                 name,
             )
         keys = ["listen", "control", "control_token_file", "stop_timeout", "limits"]
+        keys += ["tls", "listen_tls"]
         changed = [key for key in keys if getattr(config, key) != getattr(before, key)]
         changed += [
             key

@@ -6,6 +6,9 @@
     socket_mode = "0660"         # with socket_group, socket_owner; control_mode, …
     socket_group = "disk"
     stop_timeout = 60            # seconds; 0: for ever
+    tls = "require"              # off, on; with tls_certificates, tls_verify_peer, tls_psk
+    tls_certificates = "/etc/pki/nbdtarget"
+    access = ["rw uid:root"]     # who may attach exports that have no rules of their own
 
     [limits]
     connections_max = 64         # of TCP, and as many of unix sockets
@@ -16,9 +19,13 @@
     uuid = "CLONE-disk"          # optional
     readonly = false             # optional
     rotational = true            # optional: what clients are told; else as the disks below are
+    access = ["rw cert:backup", "ro net:192.0.2.0/24"]   # optional; see `nbdtarget.common.access`
     table = '''
     0 2097152 clone /srv/disk.meta /srv/disk.img nbd://far/disk 128
     '''
+
+An element of `listen` may be a table, for a listener with TLS of its own:
+`{ address = "tcp:[::]:10809", tls = "require" }`.
 
 Theory of operation. Everything that can be judged without opening a device is judged here, on
 the whole file, before anything is opened: syntax, unknown keys, types, addresses, bounds, names,
@@ -30,13 +37,14 @@ directory. Devices come out in an order in which they can be made: what stands o
 import difflib
 import tomllib
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from nbdtarget.common.access import parse_rules
 from nbdtarget.common.errors import (
     ConstructorError,
     ListenError,
@@ -52,8 +60,9 @@ from nbdtarget.control.paths import control_address
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import check_name, check_uuid
 from nbdtarget.dm.table import TargetSpec, scan_table
-from nbdtarget.server.address import UnixAddress, parse_address
+from nbdtarget.server.address import parse_address
 from nbdtarget.server.limits import RELATIONS, Limits
+from nbdtarget.server.tls import TLS_UNSAID, TlsOptions
 from nbdtarget.targets.base import Target
 
 __all__ = ["Config", "ConfigError", "DeviceConfig", "Mistake", "parse", "read"]
@@ -62,7 +71,12 @@ FILE_SIZE_MAX: Final = 16 << 20
 LISTEN_MAX: Final = 64
 
 _FILE_KEYS: Final[dict[str, Any]] = {
-    "listen": list[str] | str,
+    "listen": list[str | dict[str, Any]] | str,
+    "access": list[str],
+    "tls": str,
+    "tls_certificates": str,
+    "tls_verify_peer": bool,
+    "tls_psk": str,
     "control": str,
     "control_token_file": str,
     "stop_timeout": float,
@@ -75,6 +89,12 @@ _DEVICE_KEYS: Final[dict[str, Any]] = {
     "uuid": str,
     "readonly": bool,
     "rotational": bool,
+    "access": list[str],
+}
+_TLS_KEYS: Final = ("tls", "tls_certificates", "tls_verify_peer", "tls_psk")
+_LISTEN_KEYS: Final[dict[str, Any]] = {
+    "address": str,
+    **{key: _FILE_KEYS[key] for key in _TLS_KEYS},
 }
 _COUNT_MAX: Final = (1 << 31) - 1
 _BYTES_MAX: Final = 1 << 48
@@ -134,6 +154,7 @@ class DeviceConfig:
     uuid: str = ""
     read_only: bool = False
     rotational: bool | None = None
+    access: tuple[str, ...] | None = None
 
     def stands_on(self) -> set[str]:
         """The names of the mapped devices that the table names."""
@@ -147,7 +168,12 @@ class DeviceConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A whole file. `directory`: absolute, where its relative paths are meant."""
+    """A whole file. `directory`: absolute, where its relative paths are meant.
+
+    Args:
+        listen_tls: by address, what a listener says of its own.
+        access: rules of exports that have none of their own; None: there are none.
+    """
 
     path: str
     directory: str
@@ -158,6 +184,18 @@ class Config:
     sockets: SocketOptions
     limits: Limits
     devices: tuple[DeviceConfig, ...]
+    tls: TlsOptions = TLS_UNSAID
+    listen_tls: Mapping[str, TlsOptions] = field(default_factory=dict)
+    access: tuple[str, ...] | None = None
+
+    @property
+    def access_by_export(self) -> dict[str, tuple[str, ...]]:
+        """The rules of the devices that have some."""
+        return {
+            device.name: device.access
+            for device in self.devices
+            if device.access is not None
+        }
 
 
 def read(
@@ -229,6 +267,7 @@ class _Reader:
         existing: Container[str],
     ) -> None:
         self.mistakes: list[Mistake] = []
+        self._listen_tls: dict[str, TlsOptions] = {}
         self._existing = existing
         self._document = document
         self._lines = lines
@@ -239,16 +278,21 @@ class _Reader:
         devices = self._devices(keys.get("device", {}))
         directory = Path(path).absolute().parent
         control, token = keys.get("control"), keys.get("control_token_file")
+        tls = self._tls((), keys, directory)
+        listen = self._listeners(keys.get("listen", []), directory, tls)
         return Config(
             path=path,
             directory=str(directory),
-            listen=self._listen(keys.get("listen", []), directory),
+            listen=self._listen(listen, directory),
             control=None if control is None else self._control(control, directory),
             control_token_file=None if token is None else str(directory / token),
             stop_timeout=self._seconds("stop_timeout", keys),
             sockets=self._sockets(keys),
             limits=self._limits(keys.get("limits", {})),
             devices=self._in_order(devices),
+            tls=tls,
+            listen_tls=self._listen_tls,
+            access=self._access((), keys),
         )
 
     def _mistake(self, path: KeyPath, reason: str) -> None:
@@ -277,6 +321,65 @@ class _Reader:
                 self._mistake((*path, key), f"`{where}': {reason}")
         return known
 
+    def _tls(self, path: KeyPath, keys: dict[str, Any], directory: Path) -> TlsOptions:
+        """What the file, or one listener of it, says of TLS."""
+        files = {
+            key: None if keys.get(key) is None else str(directory / keys[key])
+            for key in ("tls_certificates", "tls_psk")
+        }
+        options = TlsOptions(
+            keys.get("tls"),
+            files["tls_certificates"],
+            keys.get("tls_verify_peer"),
+            files["tls_psk"],
+        )
+        try:
+            _ = options.tls_mode
+        except NbdTargetError as error:
+            self._mistake((*path, "tls"), f"`tls': {error}")
+            return TlsOptions()
+        return options
+
+    def _listeners(
+        self,
+        listen: list[str | dict[str, Any]] | str,
+        directory: Path,
+        default: TlsOptions,
+    ) -> list[str] | str:
+        """The addresses, and what each says of TLS."""
+        if isinstance(listen, str):
+            return listen
+        addresses = []
+        for nr, each in enumerate(listen):
+            if isinstance(each, str):
+                addresses.append(each)
+                continue
+            path: KeyPath = ("listen", nr)
+            known = self._known(path, each, _LISTEN_KEYS)
+            address = known.get("address")
+            if address is None:
+                self._mistake(path, "`listen': a listener needs an `address'")
+                address = f"tcp:127.0.0.1:{nr}"  # nothing is opened any more
+            options = self._tls(path, known, directory)
+            try:
+                options.or_else(default).check()
+            except NbdTargetError as error:
+                self._mistake(path, f"`listen': {error}")
+            self._listen_tls[_absolute(address, directory)] = options
+            addresses.append(address)
+        return addresses
+
+    def _access(self, path: KeyPath, keys: dict[str, Any]) -> tuple[str, ...] | None:
+        rules = keys.get("access")
+        if rules is None:
+            return None
+        for nr, rule in enumerate(rules):
+            try:
+                parse_rules([rule])
+            except NbdTargetError as error:
+                self._mistake((*path, "access", nr), f"`access': {error}")
+        return tuple(rules)
+
     def _listen(self, listen: list[str] | str, directory: Path) -> tuple[str, ...]:
         is_list = isinstance(listen, list)
         addresses = listen if isinstance(listen, list) else [listen]
@@ -286,10 +389,9 @@ class _Reader:
         for nr, address in enumerate(addresses):
             path: KeyPath = ("listen", nr) if is_list else ("listen",)
             try:
-                where = parse_address(address)
-                if isinstance(where, UnixAddress):
-                    address = f"unix:{directory / where.path}"
-                    parse_address(address)
+                parse_address(address)
+                address = _absolute(address, directory)
+                parse_address(address)
             except ListenError as error:
                 self._mistake(path, f"`listen': {error}")
                 continue
@@ -378,7 +480,10 @@ class _Reader:
             table, specs = self._table((*path, "table"), known.get("table"))
             read_only = known.get("readonly", False)
             rotational = known.get("rotational")
-            made.append(DeviceConfig(name, table, specs, uuid, read_only, rotational))
+            access = self._access(path, known)
+            made.append(
+                DeviceConfig(name, table, specs, uuid, read_only, rotational, access)
+            )
         return made
 
     def _table(
@@ -432,6 +537,12 @@ class _Reader:
             if MAPPER + lower in words and not words[0].startswith("#"):
                 return self._table_line(path, line_nr)
         raise AssertionError(f"{device.name} does not name {lower}")
+
+
+def _absolute(address: str, directory: Path) -> str:
+    """The address, with the path of a unix socket as the file means it."""
+    family, _, path = address.partition(":")
+    return f"unix:{directory / path}" if family == "unix" and path else address
 
 
 def _line_of(table: str, spec: TargetSpec) -> int:

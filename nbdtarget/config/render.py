@@ -12,8 +12,8 @@ from nbdtarget.config.file import DeviceConfig
 __all__ = ["listen_address", "render_config", "render_devices"]
 
 HEADER: Final = """\
-# The devices as they are now, and where the server listens. Other keys (control, limits,
-# stop_timeout, modes of sockets) are not in here: copy them from the file in use.
+# The devices as they are now, and where the server listens. Other keys (access, control, limits,
+# stop_timeout, tls, modes of sockets) are not in here: copy them from the file in use.
 """
 
 

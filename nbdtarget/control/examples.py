@@ -35,7 +35,8 @@ _STATUS: Final = m.LinesAnswer(
             ),
             below=(m.BelowLine("/srv/disk.img"),),
         ),
-    )
+    ),
+    (m.Certificate("/etc/pki/nbdtarget/server-cert.pem", 1798761599.0),),
 )
 _INFO: Final = m.InfoAnswer(
     (
@@ -65,7 +66,10 @@ FAILURE: Final = m.Failure(
     "Device or resource busy: in use by 1 NBD connection", errnos.EBUSY
 )
 
+_RULES: Final = ("rw cert:backup.example.org", "ro net:192.0.2.0/24")
+
 EXAMPLES: Final[dict[str, tuple[m.Request, m.Answer]]] = {
+    "access": (m.Access(), m.AccessAnswer((m.ExportAccess("disk", _RULES),))),
     "clear": (m.Clear("disk"), _DONE),
     "create": (m.Create("disk", _TABLE), _DONE),
     "deps": (
@@ -80,6 +84,7 @@ EXAMPLES: Final[dict[str, tuple[m.Request, m.Answer]]] = {
     "remove_all": (m.RemoveAll(), m.Done(busy=("disk",))),
     "rename": (m.Rename("disk", "web"), _DONE),
     "resume": (m.Resume("disk"), _DONE),
+    "set_access": (m.SetAccess("disk", _RULES), _DONE),
     "set_geometry": (m.SetGeometry("disk", 130, 255, 63, 0), _DONE),
     "set_uuid": (m.SetUuid("disk", "CLONE-disk"), _DONE),
     "status": (m.Status(("disk",)), _STATUS),

@@ -18,8 +18,11 @@ from nbdtarget.common.permissions import Permission
 __all__ = [
     "READING_VERBS",
     "VERBS",
+    "Access",
+    "AccessAnswer",
     "Answer",
     "BelowLine",
+    "Certificate",
     "Clear",
     "Create",
     "Deps",
@@ -27,6 +30,7 @@ __all__ = [
     "DeviceLines",
     "DevicesAnswer",
     "Done",
+    "ExportAccess",
     "Failure",
     "Info",
     "InfoAnswer",
@@ -41,6 +45,7 @@ __all__ = [
     "Rename",
     "Request",
     "Resume",
+    "SetAccess",
     "SetGeometry",
     "SetUuid",
     "Status",
@@ -374,10 +379,21 @@ class DeviceLines(Answer):
     losses: Losses = 0
 
 
+class Certificate(Answer):
+    """A certificate of the server."""
+
+    path: Annotated[str, told("File that it was read from.")]
+    expires_s: Annotated[float, told("Until when it is valid, in Unix time.")]
+
+
 class LinesAnswer(Answer):
     """Lines of tables."""
 
     devices: Annotated[tuple[DeviceLines, ...], told("One for each device.")]
+    certificates: Annotated[
+        tuple[Certificate, ...],
+        told("Of a status: the certificates that the server shows to NBD clients."),
+    ] = ()
 
 
 class Info(Request):
@@ -466,6 +482,47 @@ class DevicesAnswer(Answer):
     devices: Annotated[tuple[DeviceDeps, ...], told("One for each device.")]
 
 
+class Access(Request):
+    """Nothing is to be said."""
+
+
+class ExportAccess(Answer):
+    """The rules of one export."""
+
+    name: Name
+    rules: Annotated[
+        tuple[str, ...] | None,
+        told("The first rule that holds decides. null: everybody may read and write."),
+    ]
+
+
+class AccessAnswer(Answer):
+    """Who may attach to what."""
+
+    exports: Annotated[
+        tuple[ExportAccess, ...],
+        told("One for each export that there is, or that has rules."),
+    ]
+    default: Annotated[
+        tuple[str, ...] | None,
+        told(
+            "Rules of exports that have none of their own. null: everybody may read and write."
+        ),
+    ] = None
+
+
+class SetAccess(Request):
+    """Who may attach to an export, whether it exists already or not."""
+
+    name: Name
+    rules: Annotated[
+        tuple[str, ...] | None,
+        told(
+            "For example `rw cert:alice`. null: the rules of the configuration file hold again."
+        ),
+    ] = None
+
+
 class Targets(Request):
     """Nothing is to be said."""
 
@@ -509,6 +566,7 @@ class VersionAnswer(Answer):
 
 
 VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
+    "access": (Access, AccessAnswer),
     "clear": (Clear, Done),
     "create": (Create, Done),
     "deps": (Deps, DevicesAnswer),
@@ -520,6 +578,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "remove_all": (RemoveAll, Done),
     "rename": (Rename, Done),
     "resume": (Resume, Done),
+    "set_access": (SetAccess, Done),
     "set_geometry": (SetGeometry, Done),
     "set_uuid": (SetUuid, Done),
     "status": (Status, LinesAnswer),
@@ -534,6 +593,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
 
 # These verbs change nothing, and all fields of their requests have defaults.
 READING_VERBS: Final = (
+    "access",
     "deps",
     "info",
     "measure",

@@ -3,12 +3,20 @@
 
 import errno as errnos
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 
 from nbdtarget import __version__
+from nbdtarget.common.access import AccessRules, Rule, parse_rules
 from nbdtarget.common.clock import sleep
-from nbdtarget.common.errors import TableError
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control import messages as m
 from nbdtarget.control.bodies import LINES_AT_ONCE
 from nbdtarget.dm.geometry import Geometry
@@ -25,6 +33,8 @@ class Verbs:
     Args:
         uris: returns the addresses of the exports; called each time.
         upgrade: hands over to another program, see `upgrade`; None: that is impossible here.
+        rules: who may attach to what.
+        certificates: returns those of the server, and until when each is valid (Unix time); called each time.
     Attributes:
         held: why nothing may be changed now; "": it may.
     Raises (all methods): TableError, ConstructorError, ResolveError.
@@ -35,9 +45,13 @@ class Verbs:
         registry: Registry,
         uris: Callable[[], Iterable[str]] = tuple,
         upgrade: Callable[[], Awaitable[int]] | None = None,
+        rules: AccessRules | None = None,
+        certificates: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._registry = registry
         self._uris = uris
+        self._rules = rules or AccessRules()
+        self._certificates = certificates
         self._upgrade = upgrade
         self._changing: list[str] = []
         self.held = ""
@@ -139,6 +153,25 @@ class Verbs:
         )
         return m.Done()
 
+    async def access(self, request: m.Access) -> m.AccessAnswer:
+        """Return who may attach to what."""
+        rules = self._rules
+        names = dict.fromkeys(name for name, _ in self._registry.names())
+        names |= dict.fromkeys([*rules.by_export, *rules.by_command])
+        exports = tuple(m.ExportAccess(name, _texts(rules.of(name))) for name in names)
+        return m.AccessAnswer(exports, _texts(rules.default))
+
+    async def set_access(self, request: m.SetAccess) -> m.Done:
+        """Set who may attach to an export from now on."""
+        if request.rules is None:
+            self._rules.by_command.pop(request.name, None)
+            return m.Done()
+        try:
+            self._rules.by_command[request.name] = parse_rules(request.rules)
+        except NbdTargetError as error:
+            raise TableError(str(error)) from None
+        return m.Done()
+
     async def set_geometry(self, request: m.SetGeometry) -> m.Done:
         """Set the disk geometry of a device, which `info` shows."""
         geometry = Geometry(
@@ -157,6 +190,7 @@ class Verbs:
     async def rename(self, request: m.Rename) -> m.Done:
         """Rename a device."""
         self._registry.rename(request.name, request.new_name)
+        self._rules.renamed(request.name, request.new_name)
         return m.Done()
 
     async def message(self, request: m.Message) -> m.MessageAnswer:
@@ -177,7 +211,10 @@ class Verbs:
                 noflush=request.noflush, within_s=SUSPEND_S_MAX
             )
             found.append(await _lines(device, lines, request.target, has_health=True))
-        return m.LinesAnswer(tuple(found))
+        certificates = self._certificates().items()
+        return m.LinesAnswer(
+            tuple(found), tuple(m.Certificate(*each) for each in certificates)
+        )
 
     async def table(self, request: m.Table) -> m.LinesAnswer:
         """Return the live tables in the form in which they can be loaded again."""
@@ -344,3 +381,7 @@ def _info(
         said_rotational=device.said_rotational,
         geometry=device.geometry,
     )
+
+
+def _texts(rules: Sequence[Rule] | None) -> tuple[str, ...] | None:
+    return None if rules is None else tuple(rule.text for rule in rules)

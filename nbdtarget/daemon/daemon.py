@@ -47,7 +47,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -76,6 +76,7 @@ from nbdtarget.daemon.handover.giver import hand_over
 from nbdtarget.daemon.handover.messages import Moved
 from nbdtarget.daemon.handover.taker import Offer, maybe_offer
 from nbdtarget.daemon.notify import Notifier
+from nbdtarget.daemon.security import Security, SecurityOptions, security_of
 from nbdtarget.devices import resolve
 from nbdtarget.dm.handover import Parking, let_go, refusals, unpark
 from nbdtarget.dm.registry import Registry
@@ -83,6 +84,9 @@ from nbdtarget.server.address import TcpAddress, is_public, parse_address
 from nbdtarget.server.admission import raise_descriptor_limit
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener, export_uri
+
+if TYPE_CHECKING:
+    from nbdtarget.config.file import Config
 
 __all__ = [
     "Daemon",
@@ -157,6 +161,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
     limits: dict[str, Any] = {}
+    security: SecurityOptions = SecurityOptions()
     run: str | None = None
 
 
@@ -182,6 +187,7 @@ class Daemon:
         is_committed: after `close`: whether everything that had ended is committed.
         plan: what a job needs in another process, see `Moved`.
         has_handed_over: another process has everything, and this one must not touch it.
+        security: certificates, and who may attach to what.
     """
 
     def __init__(
@@ -189,6 +195,7 @@ class Daemon:
         limits: Limits | None = None,
         bounds: StopBounds | None = None,
         sockets: SocketOptions | None = None,
+        security: Security | None = None,
     ) -> None:
         """Raises: NbdTargetError: `sockets` has a mode, an owner or a group that is none."""
         self.registry = Registry(resolve)
@@ -200,16 +207,28 @@ class Daemon:
         sockets = sockets or SocketOptions()
         self.listen_access = sockets.listen
         self._control_access = sockets.control
+        self.security = security or Security()
         self._listener = Listener(
-            self.registry, limits=limits, access=self.listen_access
+            self.registry,
+            limits=limits,
+            access=self.listen_access,
+            tls=self.security.tls,
+            rules=self.security.rules,
         )
+        self._expiry: asyncio.Task[None] | None = None
         self._reload_wanted = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
         self._before_close: list[Callable[[], Awaitable[None]]] = []
         self._control: ControlServer | None = None
         self._command: ClientCommand | None = None
         self._has_served = True
-        self._verbs = Verbs(self.registry, lambda: self.uris, self.upgrade)
+        self._verbs = Verbs(
+            self.registry,
+            lambda: self.uris,
+            self.upgrade,
+            self.security.rules,
+            self.security.certificates,
+        )
         self._upgrading: asyncio.Task[int] | None = None
         self._pause_config: Callable[[], Awaitable[None]] = _do_nothing
         self._resume_config: Callable[[], Awaitable[None]] = _do_nothing
@@ -249,14 +268,13 @@ class Daemon:
         for fd in fds:
             self.uris += await self._listener.start_fd(fd)
         for address in addresses:
-            self.uris += await self._listener.start(address)
+            tls = self.security.of(address)
+            self.uris += await self._listener.start(address, tls)
             where = parse_address(address)
             if isinstance(where, TcpAddress) and is_public(where):
-                log.warning(
-                    "%s: NBD on TCP has neither passwords nor encryption here: each machine"
-                    " that can reach this port can read and write the disks",
-                    address,
-                )
+                self.security.warn_of_openness(address)
+        if self._expiry is None:
+            self._expiry = self.security.start_watching()
 
     # ---- from one process to another ----
 
@@ -333,6 +351,7 @@ class Daemon:
             control=str(address),
             control_path=path,
             plan=self.plan,
+            rules=self.security.rules.texts(),
         )
         return moved, fds + more
 
@@ -360,7 +379,9 @@ class Daemon:
         lock = None if moved.control_path is None else fds.pop(0)
         control.take_over(sock, control.address, lock)
         self._control = control
-        self.uris = self._listener.take_over(moved.listener, fds)
+        self.security.rules.take_texts(moved.rules)
+        self.uris = self._listener.take_over(moved.listener, fds, self.security.of)
+        self._expiry = self.security.start_watching()
         await unpark(self.registry, moved.devices)
         self._moved = moved
         return moved
@@ -420,6 +441,11 @@ class Daemon:
                 self.tell_ready()
 
         self._follower = asyncio.create_task(follow())
+
+    def follow_rules(self, config: "Config") -> None:
+        """A file was read again: take its rules, and the certificates, for connections to come."""
+        self.security.set_rules(config.access, config.access_by_export)
+        self.security.reload()
 
     def tell_ready(self) -> None:
         """Tell the service manager that clients may come, and what is served."""
@@ -527,9 +553,10 @@ class Daemon:
             await sleep(GIVE_UP_PERIOD_S)
 
     async def _end_in_order(self) -> None:
-        if self._follower is not None:
-            self._follower.cancel()
-            await asyncio.wait([self._follower])
+        for task in (self._follower, self._expiry):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         if self._command is not None:
             await self._command.end()
         for call in self._before_close:
@@ -597,6 +624,7 @@ async def serve_until_stopped(
         replace(limits, **options.limits),
         StopBounds.of(stop_timeout),
         sockets if config is None else sockets.or_else(config.sockets),
+        security_of(options.security, config),
     )
     passed = passed_sockets()
     addresses = options.listen or (() if config is None else config.listen)
@@ -615,7 +643,7 @@ async def serve_until_stopped(
             await daemon.take_over(offer, token=token)
             await daemon.go_on(offer)
         if config is not None:
-            devices = ConfiguredDevices(daemon.registry, config)
+            devices = ConfiguredDevices(daemon.registry, config, daemon.follow_rules)
             daemon.before_close(devices.close)
             await daemon.until_stopped(devices.start())
             if daemon.stop.is_set():

@@ -45,6 +45,7 @@ from nbdtarget.common.permissions import permissions
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words, split_words
+from nbdtarget.daemon.security import SecurityOptions
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
@@ -91,6 +92,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
         run: a shell command that runs while the disk is served; its end is the end of the server.
+        security: TLS, and who may attach.
         overwrite: the data of the cache may be lost.
         moved: the disks are those that the metadata names, under other names.
         accept_other_disk: a disk may be another one than the metadata names.
@@ -114,6 +116,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
     run: str | None = None
+    security: SecurityOptions = SecurityOptions()
     overwrite: bool = False
     moved: bool = False
     accept_other_disk: bool = False
@@ -425,6 +428,7 @@ class CacheJob(job.Job[CachePlan]):
             stop_timeout=options.stop_timeout,
             sockets=options.sockets,
             command=options.run,
+            security=options.security,
             permissions=permissions(
                 overwrite=options.overwrite,
                 moved=options.moved,

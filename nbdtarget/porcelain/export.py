@@ -17,6 +17,7 @@ from nbdtarget.common.permissions import permissions
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words
+from nbdtarget.daemon.security import SecurityOptions
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
@@ -36,6 +37,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
         run: a shell command that runs while the disk is served; its end is the end of the server.
+        security: TLS, and who may attach.
     """
 
     disk: str
@@ -46,6 +48,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True):
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
     run: str | None = None
+    security: SecurityOptions = SecurityOptions()
 
 
 class ExportPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +92,7 @@ class ExportJob(job.Job[ExportPlan]):
             stop_timeout=options.stop_timeout,
             sockets=options.sockets,
             command=options.run,
+            security=options.security,
             permissions=permissions(),
             read_only=options.read_only,
         )

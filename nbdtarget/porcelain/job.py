@@ -40,6 +40,7 @@ from nbdtarget.daemon.daemon import (
     must_leave_at_once,
 )
 from nbdtarget.daemon.handover.taker import Offer, maybe_offer
+from nbdtarget.daemon.security import Security, SecurityOptions
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.table import Table
@@ -98,6 +99,7 @@ class Job(Generic[P]):
         permissions: what the user allows, see `nbdtarget.common.permissions`.
         read_only: the table is loaded read-only, and clients may not write.
         command: a shell command that runs while the disk is served, see `ClientCommand`.
+        security: TLS, and who may attach.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Job(Generic[P]):
         permissions: frozenset[Permission],
         read_only: bool = False,
         command: str | None = None,
+        security: SecurityOptions | None = None,
     ) -> None:
         self._served = reporter
         self._command = command
@@ -120,7 +123,11 @@ class Job(Generic[P]):
         self._listen = listen
         self._control = control
         self._permissions = permissions
-        self._daemon = Daemon(bounds=StopBounds.of(stop_timeout), sockets=sockets)
+        self._daemon = Daemon(
+            bounds=StopBounds.of(stop_timeout),
+            sockets=sockets,
+            security=Security(security),
+        )
         self._has_failed = False
 
     plan_type: type[P]

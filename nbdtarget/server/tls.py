@@ -12,7 +12,7 @@ from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.tls_context import certificate_end_s, server_context
 from nbdtarget_protocol.handshake import TlsMode
 
-__all__ = ["EXPIRY_WARN_S", "NO_TLS", "ListenerTls", "TlsOptions"]
+__all__ = ["EXPIRY_WARN_S", "NO_TLS", "TLS_UNSAID", "ListenerTls", "TlsOptions"]
 
 log = logging.getLogger(__name__)
 
@@ -137,4 +137,5 @@ class ListenerTls:
             )
 
 
-NO_TLS: Final = ListenerTls(TlsOptions())
+TLS_UNSAID: Final = TlsOptions()
+NO_TLS: Final = ListenerTls(TLS_UNSAID)

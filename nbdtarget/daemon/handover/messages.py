@@ -44,6 +44,7 @@ class Moved(msgspec.Struct, frozen=True, tag=True):
         has_control: the first descriptor is the control socket, the second the lock of its path, if it has one.
         control: its address; `control_path`: its path, if that is ours.
         plan: what a `clone`, `cache` or `export` had planned, as MessagePack; "" for `serve`.
+        rules: who may attach to which export, as it was said by command.
     """
 
     devices: tuple[DeviceState, ...]
@@ -51,6 +52,7 @@ class Moved(msgspec.Struct, frozen=True, tag=True):
     control: str
     control_path: str | None
     plan: bytes = b""
+    rules: dict[str, tuple[str, ...]] = {}
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):

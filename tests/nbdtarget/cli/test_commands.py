@@ -17,6 +17,7 @@ from tests.support.command_line import CommandLine
 
 # Every command with the least arguments that it takes.
 COMMANDS: dict[str, list[str]] = {
+    "access": [],
     "cache": ["/nonexistent/origin", "/nonexistent/cache"],
     "clear": ["x"],
     "clone": ["/nonexistent/source", "/nonexistent/dest"],

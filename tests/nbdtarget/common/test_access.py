@@ -142,3 +142,14 @@ def test_what_the_log_shows_is_what_a_rule_can_say() -> None:
     assert parse_rule("rw  cert:x").text == "rw cert:x"
     assert parse_rule("rw tls cert:x").wants_certificate
     assert not parse_rule("rw tls").wants_certificate
+
+
+def test_rules_of_commands_move_to_another_process() -> None:
+    rules = AccessRules(None, {"of the file": parse_rules(["ro any"])})
+    rules.by_command["disk"] = parse_rules(["rw cert:alice", "none any"])
+    rules.by_command["closed"] = ()
+    other = AccessRules()
+    other.take_texts(rules.texts())
+    assert other.by_command == rules.by_command
+    assert other.access("closed", ALICE) is Access.NONE
+    assert other.access("disk", STRANGER) is Access.NONE

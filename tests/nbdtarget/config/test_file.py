@@ -10,6 +10,7 @@ from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.config.file import Config, ConfigError, parse, read
 from nbdtarget.config.render import listen_address, render_config, render_devices
 from nbdtarget.server.limits import Limits
+from nbdtarget.server.tls import TlsOptions
 from nbdtarget.targets.registry import TARGET_TYPES
 
 TYPES = ", ".join(sorted(TARGET_TYPES))
@@ -193,7 +194,26 @@ def test_a_device_that_is_there_already_may_be_stood_on() -> None:
         ("device = 3", "1: `device': Expected `object`, got `int`"),
         ("[device]\na = 3", "1: `device': Expected `object`, got `int`"),
         ("listen = 3", "1: `listen': Expected `str | array`, got `int`"),
-        ("listen = [3]", "1: `listen': Expected `str`, got `int`"),
+        ("listen = [3]", "1: `listen': Expected `str | object`, got `int`"),
+        ("listen = [{}]", "1: `listen': a listener needs an `address'"),
+        (
+            "listen = [\n{ address = 'unix:s', tsl = 'on' }]",
+            "2: unknown key `listen.0.tsl' (did you mean `tls'?)",
+        ),
+        (
+            "listen = [{ address = 'unix:s', tls = 'on' }]",
+            "1: `listen': tls on: needs the directory of the certificates (--tls-certificates DIR, or"
+            " tls_certificates in the configuration file)",
+        ),
+        ("tls = 'yes'", "1: `tls': tls yes: is none of off, on and require"),
+        (
+            "access = ['rw any',\n'alice']",
+            "2: `access': rule `alice': begins with none of rw, ro and none, as in `rw cert:alice'",
+        ),
+        (
+            "[device.a]\naccess = ['rw uid:nobody-at-all']",
+            "2: `access': rule `rw uid:nobody-at-all': there is no user nobody-at-all",
+        ),
         (f"a = {'[' * 5000}{']' * 5000}", "1: not TOML: nested too deeply"),
         (r'control = "a\u0000"', "1: `control': has a NUL character"),
         (
@@ -282,3 +302,26 @@ def test_uri_of_a_listener_becomes_the_address_to_listen_on(
     uri: str, address: str
 ) -> None:
     assert listen_address(uri) == address
+
+
+def test_listeners_may_have_tls_of_their_own() -> None:
+    config = parse(
+        'tls = "require"\ntls_certificates = "pki"\n'
+        'listen = ["unix:s", { address = "unix:t", tls = "off" },'
+        ' { address = "tcp:[::1]:1", tls_verify_peer = true, tls_certificates = "/other" }]\n',
+        "/etc/n/x.toml",
+        {},
+    )
+    assert config.listen == ("unix:/etc/n/s", "unix:/etc/n/t", "tcp:[::1]:1")
+    assert config.tls == TlsOptions("require", "/etc/n/pki")
+    assert config.listen_tls == {
+        "unix:/etc/n/t": TlsOptions("off"),
+        "tcp:[::1]:1": TlsOptions(None, "/other", True),
+    }
+
+
+def test_rules_are_those_of_a_device_or_of_all() -> None:
+    text = 'access = ["none any"]\n[device.a]\naccess = ["rw uid:0"]\n[device.b]\n[device.c]\naccess = []\n'
+    config = parse(text, "/x.toml", {})
+    assert config.access == ("none any",)
+    assert config.access_by_export == {"a": ("rw uid:0",), "c": ()}

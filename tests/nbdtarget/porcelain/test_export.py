@@ -133,7 +133,7 @@ async def test_address_that_other_machines_can_reach_is_warned_about(
     work: Path, caplog: pytest.LogCaptureFixture, host: str, warns: bool
 ) -> None:
     async with served(disk="disk.img", listen=(f"tcp:{host}:0",)):
-        assert ("neither passwords nor encryption" in caplog.text) == warns
+        assert ("NBD without TLS" in caplog.text) == warns
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options about TLS and about who may attach, which each command that serves has."""
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from nbdtarget.daemon.security import SecurityOptions
+
+__all__ = ["NO_NETWORK", "Network", "takes_network"]
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+Tls = Annotated[
+    str | None,
+    typer.Option(
+        "--tls",
+        metavar="off|on|require",
+        help="Encryption: with `on' clients may use TLS, with `require' they must. Default: off, or require"
+        " if --tls-certificates or --tls-psk is given.",
+    ),
+]
+TlsCertificates = Annotated[
+    str | None,
+    typer.Option(
+        "--tls-certificates",
+        metavar="DIR",
+        help="Directory with server-cert.pem and server-key.pem, and ca-cert.pem (and ca-crl.pem) to verify"
+        " clients.",
+    ),
+]
+TlsVerifyPeer = Annotated[
+    bool,
+    typer.Option(
+        "--tls-verify-peer",
+        help="Refuse clients that show no certificate of the authority in ca-cert.pem.",
+    ),
+]
+TlsPsk = Annotated[
+    str | None,
+    typer.Option(
+        "--tls-psk",
+        metavar="FILE",
+        help="File of pre-shared keys, NAME:KEY on each line, instead of certificates. Needs Python 3.13.",
+    ),
+]
+AccessRule = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--access",
+        metavar="RULE",
+        help='Who may attach exports that have no rules of their own, for example "rw cert:alice" or'
+        ' "ro net:192.0.2.0/24"; the first rule that holds decides. May be given more than once. Default:'
+        " everybody who can connect.",
+    ),
+]
+
+_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
+    "tls": (Tls, None),
+    "tls_certificates": (TlsCertificates, None),
+    "tls_verify_peer": (TlsVerifyPeer, False),
+    "tls_psk": (TlsPsk, None),
+    "access": (AccessRule, None),
+}
+_TAKEN_BY: Final = "network"
+
+
+class Network(NamedTuple):
+    """What these options said."""
+
+    tls: str | None = None
+    tls_certificates: str | None = None
+    tls_verify_peer: bool = False
+    tls_psk: str | None = None
+    access: list[str] | None = None
+
+    def options(self) -> "SecurityOptions":
+        """As the server wants them."""
+        from nbdtarget.daemon.security import SecurityOptions
+        from nbdtarget.server.tls import TlsOptions
+
+        verify = self.tls_verify_peer or None
+        return SecurityOptions(
+            TlsOptions(self.tls, self.tls_certificates, verify, self.tls_psk),
+            None if self.access is None else tuple(self.access),
+        )
+
+
+NO_NETWORK: Final = Network()
+
+
+def takes_network(command: C) -> C:
+    """Give a command these options, in the place of its parameter `network`, which gets them as a `Network`."""
+
+    def run(**values: Any) -> Any:
+        said = {name: values.pop(name) for name in _OPTIONS}
+        return command(**values, network=Network(**said))
+
+    parameters = []
+    for each in inspect.signature(command).parameters.values():
+        if each.name == _TAKEN_BY:
+            parameters += [
+                each.replace(name=name, default=default, annotation=kind)
+                for name, (kind, default) in _OPTIONS.items()
+            ]
+        else:
+            parameters.append(each)
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__module__, run.__qualname__ = command.__module__, command.__qualname__
+    run.__annotations__ = {each.name: each.annotation for each in parameters} | {
+        "return": int
+    }
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer looks at
+    return run  # type: ignore[return-value]  # it is called by Typer alone

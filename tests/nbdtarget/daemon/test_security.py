@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Certificates and rules of a whole process."""
+
+import asyncio
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.common.access import Access, Identity
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.config.file import parse
+from nbdtarget.daemon import security as module
+from nbdtarget.daemon.daemon import Daemon
+from nbdtarget.daemon.security import Security, SecurityOptions, security_of
+from nbdtarget.server.tls import TlsOptions
+from nbdtarget_protocol.handshake import TlsMode
+from tests.support.certificates import authority, needs_openssl
+
+PUBLIC = "tcp:0.0.0.0:1"
+STRANGER = Identity("192.0.2.1")
+
+
+def pki() -> str:
+    return str(authority()[1])
+
+
+def test_command_wins_over_the_file() -> None:
+    config = parse(
+        'access = ["none any"]\n[device.a]\naccess = ["ro any"]\n', "/x.toml", {}
+    )
+    of_command = SecurityOptions(access=("rw any",))
+    for options, default in (
+        (of_command, Access.WRITE),
+        (SecurityOptions(), Access.NONE),
+    ):
+        rules = security_of(options, config).rules
+        assert rules.access("other", STRANGER) is default
+        assert rules.access("a", STRANGER) is Access.READ
+    assert security_of(of_command, None).rules.access("x", STRANGER) is Access.WRITE
+
+
+def test_reload_takes_the_rules_of_the_file_and_leaves_those_of_commands() -> None:
+    security = Security()
+    security.rules.by_command["c"] = ()
+    security.set_rules(("none any",), {"a": ("ro any",)})
+    shown = [security.rules.access(name, STRANGER) for name in "abc"]
+    assert shown == [Access.READ, Access.NONE, Access.NONE]
+    with pytest.raises(NbdTargetError, match="rule `x'"):
+        security.set_rules(None, {"a": ("x",)})
+    assert security.rules.access("a", STRANGER) is Access.READ
+
+
+@needs_openssl
+def test_listeners_differ() -> None:
+    security = Security(
+        SecurityOptions(TlsOptions("require", pki())),
+        {"unix:/s": TlsOptions("off"), PUBLIC: TlsOptions(None, None, True)},
+    )
+    assert security.of("unix:/other").mode is TlsMode.REQUIRE
+    assert not security.of("unix:/other").verifies_peer
+    assert security.of("unix:/s").mode is TlsMode.OFF
+    assert security.of(PUBLIC).verifies_peer
+    (path,) = security.certificates()
+    assert path == f"{pki()}/server-cert.pem"
+    assert Security().certificates() == {}
+
+
+@needs_openssl
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (SecurityOptions(), "NBD without TLS"),
+        (SecurityOptions(access=("rw any",)), "as the rules say"),
+        (SecurityOptions(TlsOptions("require", "PKI")), "are not asked who they are"),
+        (SecurityOptions(TlsOptions("require", "PKI", True)), ""),
+        (SecurityOptions(TlsOptions("require", "PKI"), ("rw tls",)), ""),
+    ],
+)
+def test_open_door_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture, options: SecurityOptions, words: str
+) -> None:
+    tls = options.tls
+    if tls.certificates is not None:
+        tls = TlsOptions(tls.mode, pki(), tls.verify_peer)
+    Security(options._replace(tls=tls)).warn_of_openness(PUBLIC)
+    said = [each.getMessage() for each in caplog.records]
+    assert len(said) == bool(words)
+    assert words in "".join(said)
+
+
+def test_rule_that_can_hold_for_nobody_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Security(SecurityOptions(access=("rw cert:alice",)))
+    assert "hold for nobody" in caplog.text
+
+
+@needs_openssl
+def test_reload_with_a_broken_certificate_keeps_the_old_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = Path(shutil.copytree(authority()[1], tmp_path / "pki"))
+    security = Security(SecurityOptions(TlsOptions("on", str(directory))))
+    old = security.tls.context
+    security.reload()
+    assert security.tls.context is not old
+    kept = security.tls.context
+    (directory / "server-cert.pem").write_text("")
+    security.reload()
+    assert security.tls.context is kept
+    assert "certificates not reloaded" in caplog.text
+
+
+@needs_openssl
+async def test_expiry_is_looked_at_again_and_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def next_turn(_: float) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(module, "sleep", next_turn)
+    authority()[0].issue(tmp_path, "server", "x", days=3)
+    security = Security(SecurityOptions(TlsOptions("on", str(tmp_path))))
+    caplog.clear()
+    task = security.start_watching()
+    assert task is not None
+    for _ in range(6):
+        await asyncio.sleep(0)
+    task.cancel()
+    assert "expires in" in caplog.text
+    assert Security().start_watching() is None
+
+
+async def test_daemon_follows_the_rules_of_its_file(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    daemon = Daemon()
+    daemon.follow_rules(parse('access = ["none any"]', "/x.toml", {}))
+    assert daemon.security.rules.access("a", STRANGER) is Access.NONE
+    await daemon.close(has_served=False)
