@@ -19,6 +19,7 @@ from tests.mutants.mutant import Mutant
 from tests.mutants.policies import POLICIES
 from tests.mutants.porcelain import PORCELAIN
 from tests.mutants.server import SERVER
+from tests.mutants.tls import TLS
 
 __all__ = ["CATALOG", "ESSENTIAL"]
 
@@ -36,6 +37,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *DISKS,
     *POLICIES,
     *SERVER,
+    *TLS,
     *FAST,
     *PORCELAIN,
 )

@@ -432,8 +432,8 @@ DEVICES: Final = (
     Mutant(
         "relative-socket-meant-from-the-server",
         "A relative path of a socket means the directory of the server: perhaps another disk.",
-        "nbdtarget.devices.nbd.scheme:NbdUnixScheme.absolute",
-        (("lambda uri: uri[1] + before", "lambda uri: uri[1]"),),
+        "nbdtarget.devices.nbd.scheme:NbdScheme.absolute",
+        (("lambda key: key[1] + before", "lambda key: key[1]"),),
         RESOLVE,
     ),
     Mutant(
