@@ -52,7 +52,6 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -62,7 +61,6 @@ from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device
 from nbdtarget.fast.compiled import IS_COMPILED
-from nbdtarget.server.export import DirectoryExports
 from nbdtarget.server.fast_turn import FastTurn
 from nbdtarget.server.flow import NEVER, Flow
 from nbdtarget.server.gate import Gate
@@ -125,13 +123,7 @@ class Connection:
             shared.starved,
         )
         self._output = Output(sock, limits, self._flow.give_back)
-        self._exports = DirectoryExports(
-            shared.directory,
-            payload_max=limits.payload_max,
-            rules=shared.rules,
-            client=client,
-            peer=peer,
-        )
+        self._exports = shared.exports_of(client, peer)
         self._handshake = ServerHandshake(
             self._exports,
             output_max=limits.handshake_output_max,
@@ -511,16 +503,8 @@ class Connection:
                 self._shared.loop.remove_writer(self._fd)
         if is_over:
             self._handshake.tls_started()
-            self._encrypted(tls)
+            self._exports.encrypted(tls.version, tls.peer_names())
         return is_over
-
-    def _encrypted(self, tls: TlsSocket) -> None:
-        """The client has shown who it is."""
-        exports = self._exports
-        exports.client = replace(
-            exports.client, is_encrypted=True, names=tls.peer_names()
-        )
-        log.info("%s: %s (%s)", self.peer, tls.version, exports.client)
 
     def _answer_handshake(self) -> None:
         handshake = self._handshake

@@ -7,6 +7,7 @@ devices. `DirectoryExports` shows a directory to the handshake of one client: wh
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final, Protocol
 
 from nbdtarget.common.access import Access, AccessRules, Identity
@@ -130,6 +131,11 @@ class DirectoryExports:
         self._rules = rules or AccessRules()
         self._peer = peer
         self._refused: set[str] = set()  # each is logged once
+
+    def encrypted(self, version: str, names: tuple[str, ...]) -> None:
+        """The client has shown in TLS who it is; `names`: those of its verified certificate."""
+        self.client = replace(self.client, is_encrypted=True, names=names)
+        log.info("%s: %s (%s)", self._peer, version, self.client)
 
     def names(self) -> Iterable[tuple[str, str]]:
         for name, description in self.directory.names():

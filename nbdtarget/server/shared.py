@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nbdtarget.common.access import AccessRules
+from nbdtarget.common.access import AccessRules, Identity
 from nbdtarget.common.clock import Clock
 from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.common.turns import Turns
 from nbdtarget.server.buffers import BufferPool
-from nbdtarget.server.export import ExportDirectory
+from nbdtarget.server.export import DirectoryExports, ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.poller import Polling
@@ -39,6 +39,16 @@ class Shared:
         [socket.socket | TlsSocket], int
     ]  # see nbdtarget.server.peer
     rules: AccessRules  # who may attach to what
+
+    def exports_of(self, client: Identity | None, peer: str) -> DirectoryExports:
+        """What a client may attach; see `DirectoryExports`."""
+        return DirectoryExports(
+            self.directory,
+            payload_max=self.limits.payload_max,
+            rules=self.rules,
+            client=client,
+            peer=peer,
+        )
 
 
 class Host(Protocol):
