@@ -17,7 +17,7 @@ TLS: Final = (
         "structured-replies-survive-starttls",
         "Whoever sits on the wire chooses what the encrypted connection has negotiated.",
         "nbdtarget_protocol.handshake:ServerHandshake.tls_started",
-        (("        self.structured = False\n", ""),),
+        (("        self.structured = self.extended = False\n", ""),),
         STARTTLS,
     ),
     Mutant(
@@ -33,8 +33,8 @@ TLS: Final = (
         "nbdtarget_protocol.client_handshake:ClientHandshake._handle_error",
         (
             (
-                "        if option == OPT_STRUCTURED_REPLY and not fatal:",
-                "        if option in (OPT_STRUCTURED_REPLY, OPT_STARTTLS) and not fatal:",
+                "        elif option == OPT_STRUCTURED_REPLY and not fatal:",
+                "        elif option in (OPT_STRUCTURED_REPLY, OPT_STARTTLS) and not fatal:",
             ),
         ),
         STARTTLS,
