@@ -17,13 +17,14 @@ __all__ = [
     "IS_COMPILED",
     "FastFile",
     "Plane",
+    "Receiver",
     "Ring",
     "Route",
     "describe",
     "is_available",
 ]
 
-ABI: Final = 3  # the extension's must be the same; both change together
+ABI: Final = 4  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"
@@ -42,14 +43,14 @@ if not os.environ.get("NBDTARGET_PURE"):
         _REASON = "it was built from another version"
 
 if TYPE_CHECKING or IS_COMPILED:
-    from nbdtarget_fast import FastFile, Plane, Route
+    from nbdtarget_fast import FastFile, Plane, Receiver, Route
     from nbdtarget_ring import Ring, is_available
 else:
 
     class _NotBuilt:
         """Stands for the types of the extension where none of them is ever made."""
 
-    FastFile = Plane = Ring = Route = _NotBuilt
+    FastFile = Plane = Receiver = Ring = Route = _NotBuilt
 
     def is_available() -> bool:
         return False

@@ -38,8 +38,10 @@ and no longer than a turn lasts (`turn_ns`). A slow disk is soon not waited for 
 `turn` uses the two buffers and the four numbers, and Python reads the numbers afterwards. Neither
 looks at them while the other one runs.
 
-Who says what may be done. A device gives its `Route` only while its requests may take this way; Python asks
-for it before each turn. `FastFile` and `Route` have fields that their owners set at any time between two
+The loop calls the `Receiver` of a connection, which runs one turn. It calls Python code only for what is not plain.
+
+Who says what may be done. A device gives its `Route` only while its requests may take this way, and closes it
+then; it is looked at before each turn. `FastFile` and `Route` have fields that their owners set at any time between two
 turns (`write_max`, `can_write`, ...), and they point to tables that their owners change in place: the bitmap
 of a clone, the hash table of a cache policy. All of these change in the thread of the event loop only, and
 that is the thread which is here.
@@ -99,9 +101,6 @@ cdef extern from "<endian.h>" nogil:
     uint64_t be64toh(uint64_t value)
     uint32_t htobe32(uint32_t value)
 
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
-
 cdef extern from "<time.h>" nogil:
     struct timespec:
         long tv_sec
@@ -109,13 +108,16 @@ cdef extern from "<time.h>" nogil:
     int clock_gettime(int clock, timespec *now)
     int CLOCK_MONOTONIC
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 __all__ = [
     "WRITE_PIECE_BYTES",
     "ABI", "BLOCKED", "CLOSED", "DONE", "FAILED", "POLLED", "SLOW", "TURN_OVER", "UNFINISHED",
-    "FastFile", "Plane", "Route",
+    "FastFile", "Plane", "Receiver", "Route",
 ]
 
-ABI = 3  # of `nbdtarget.fast.compiled`
+ABI = 4  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -151,6 +153,8 @@ cdef enum:
 
     POLL_GAP_NS = 20000  # between two looks at the socket: others want the processor
     WRITE_PIECE = 65536  # see `nbdtarget.devices.file.pieces`
+    LARGE = 32768  # what is left of a WRITE that is received apart
+    BEHIND_LARGE = 4096  # so much is received behind it
     LOCKED_MAX = 64  # blocks; while more are locked, nothing takes this way
     # A READ that is alone, and misses the page cache, is waited for. This does not pay off for a slow disk: each time that
     # it does not, twice as many READs are not waited for.
@@ -382,6 +386,7 @@ cdef class FastFile:
 # ---- routes ----
 
 cdef struct Way:
+    bint is_open  # until the route is closed
     int kind
     bint can_read
     bint can_write
@@ -557,6 +562,7 @@ cdef class Route:
         self.file = file
         self.in_flight = ()
         self.memory = []
+        self.way.is_open = True
         self.way.file = &file.file
         self.way.begin = begin
         self.way.size = size
@@ -705,7 +711,7 @@ cdef class Route:
 
     def close(self):
         """No request takes this way any more; let go of all tables. Reads that are in the ring go on."""
-        self.way.can_read = self.way.can_write = False
+        self.way.is_open = self.way.can_read = self.way.can_write = False
         self.way.kind = KIND_FLAT
         self.way.size = 0
         self.memory.clear()
@@ -738,7 +744,7 @@ cdef class Plane:
         error: the errno of FAILED or UNFINISHED.
         put: of UNFINISHED: bytes that the file took.
         was_batch: more than one request came at once.
-        was_hit: polling has found something.
+        nr_hits: how many times polling has found something.
     """
 
     cdef int sock
@@ -762,7 +768,7 @@ cdef class Plane:
     cdef uint64_t put_at  # in the file
     cdef uint64_t put_length
     cdef readonly bint was_batch
-    cdef readonly bint was_hit
+    cdef readonly unsigned nr_hits
     cdef int64_t turn_end  # 0: the clock was not looked at in this turn of the loop
     # Reads in the ring.
     cdef object ring_reads
@@ -817,14 +823,18 @@ cdef class Plane:
             goes_on: the loop had no turn since the last call.
             begin, end, base, out: see the module head.
         """
+        self.begin, self.end, self.base, self.out = begin, end, base, out
+        return self._go(route, poll_ns, goes_on)
+
+    cdef int _go(self, Route route, int64_t poll_ns, bint goes_on) except -1:
+        """As `turn`, with the places where they are."""
         cdef Stop stop
         if not self.has_buffers or not route.note_locked():
-            self.begin, self.end, self.base, self.out = begin, end, base, out
-            self.was_batch = self.was_hit = False
+            self.was_batch = False
+            self.nr_hits = 0
             return STOP_SLOW
-        if not (0 <= begin <= end <= self.received.len and 0 <= base <= out <= self.arena.len):
+        if not (0 <= self.begin <= self.end <= self.received.len and 0 <= self.base <= self.out <= self.arena.len):
             raise ValueError("these places lie outside of the buffers")
-        self.begin, self.end, self.base, self.out = begin, end, base, out
         if not goes_on:
             self.turn_end = 0
         self.nr_left = -1 if self.ring_reads is not None else 0
@@ -853,7 +863,8 @@ cdef class Plane:
         cdef int64_t began = 0, looked = 0, now
         cdef bint has_replies
         cdef bint is_received = self.end > self.begin  # begin with that
-        self.was_batch = self.was_hit = False
+        self.was_batch = False
+        self.nr_hits = 0
         while True:
             if is_received:
                 is_received = False
@@ -862,7 +873,7 @@ cdef class Plane:
                     if not self.begin:
                         return STOP_SLOW  # one request that does not fit: it gets memory of its own
                     self._compact()
-                got = recv(self.sock, into + self.end, self.received.len - self.end, MSG_DONTWAIT)
+                got = recv(self.sock, into + self.end, self._room(), MSG_DONTWAIT)
                 if got < 0:
                     if errno == EINTR:
                         continue
@@ -883,7 +894,7 @@ cdef class Plane:
                     return STOP_CLOSED
                 if began:
                     began = 0
-                    self.was_hit = True
+                    self.nr_hits += 1
                 self.end += got
                 if got > REQUEST_BYTES and self._is_batch():
                     self.was_batch = True
@@ -899,11 +910,31 @@ cdef class Plane:
                 return stop
             if has_replies and not self._send():
                 return STOP_FAILED if self.error else STOP_BLOCKED
-            if stop != STOP_DONE or has_replies and not poll_ns:
+            # The rest of a request is on its way.
+            if stop != STOP_DONE or has_replies and not poll_ns and self.begin == self.end:
                 return stop
             # A peer at depth 1 must not keep the loop for ever.
             if self._is_over():
                 return STOP_TURN_OVER
+
+    cdef Py_ssize_t _room(self) noexcept nogil:
+        """How much to receive. Behind a large WRITE it is little, so that the next one begins where this one did.
+
+        The buffer stays in the processor's cache then, and nothing large is ever moved.
+        """
+        cdef Py_ssize_t room = self.received.len - self.end
+        cdef Py_ssize_t left
+        cdef const uint8_t *at = <const uint8_t *>self.received.buf + self.begin
+        cdef uint16_t command
+        cdef uint32_t length
+        if self.end - self.begin < REQUEST_BYTES:
+            return room
+        memcpy(&command, at + 6, 2)
+        memcpy(&length, at + 24, 4)
+        left = REQUEST_BYTES + <Py_ssize_t>be32toh(length) - (self.end - self.begin)
+        if be16toh(command) == COMMAND_WRITE and LARGE < left and left + BEHIND_LARGE < room:
+            return left + BEHIND_LARGE
+        return room
 
     cdef inline bint _is_over(self) noexcept nogil:
         """Whether this turn has lasted long enough. The first look begins it."""
@@ -1337,3 +1368,155 @@ cdef bytes unsent_part(const Read *read):
     if read.head_length == HOLE_BYTES:
         return head[read.sent:]
     return (head + read.data[:read.length])[read.sent:]
+
+
+# ---- the event loop ----
+
+cdef class Receiver:
+    """What the loop calls when the socket of a connection can be read; see the module head.
+
+    Between the loop and the system calls there is no Python code then, as long as all requests are plain. `Python`
+    means here: all code of the connection outside of this module. After it has run, the Receiver looks whether the
+    connection is plain: whether its next requests may be served here, from the two buffers. As long as none has run
+    since, it need not look. So Python says `python_ran` before the loop may call the Receiver again.
+
+    Args:
+        plane: of the connection.
+        maybe_route: of the device.
+        is_plain: whether the next requests may be served here.
+        received, output: where the four places of the two buffers are; see `nbdtarget.server.fast_turn`.
+        polling: `last` there is what was called last of all connections; while that is another one, nothing is polled.
+        may_poll: whether nothing is in flight that polling would hold up.
+        poll_ns: after an answer, how long to look at the socket for the next request.
+        poll_streak, poll_skip_max, poll_rest: see `nbdtarget.server.poller`.
+        readable: what the loop would call instead; for everything that is not plain.
+        stopped: goes on from what `Plane.turn` returned, if that is not DONE or POLLED.
+        ended: a turn is over, and Python has run before it.
+        failed: takes an exception of the others.
+    """
+
+    cdef Plane plane
+    cdef Route route
+    cdef bint is_sure  # Python has not run since the last turn
+    cdef object maybe_route
+    cdef object is_plain
+    cdef object received
+    cdef object output
+    cdef object polling
+    cdef object may_poll
+    cdef int64_t poll_ns
+    cdef unsigned poll_streak
+    cdef unsigned poll_skip_max
+    cdef unsigned poll_rest
+    cdef unsigned streak  # turns in a row with one request each
+    cdef unsigned skip  # turns that are not polled
+    cdef unsigned penalty  # how many were skipped after the last miss
+    cdef object readable
+    cdef object stopped
+    cdef object ended
+    cdef object failed
+
+    def __init__(self, Plane plane not None, *, maybe_route, is_plain, received, output, polling, may_poll,
+                 int64_t poll_ns, unsigned poll_streak, unsigned poll_skip_max, unsigned poll_rest,
+                 readable, stopped, ended, failed):
+        self.plane = plane
+        self.maybe_route, self.is_plain = maybe_route, is_plain
+        self.received, self.output = received, output
+        self.polling, self.may_poll = polling, may_poll
+        self.poll_ns, self.poll_streak = poll_ns, poll_streak
+        self.poll_skip_max, self.poll_rest = poll_skip_max, poll_rest
+        self.readable, self.stopped, self.ended, self.failed = readable, stopped, ended, failed
+
+    def python_ran(self):
+        """Look anew before the next turn: something of the connection may have changed."""
+        self.is_sure = False
+
+    def close(self):
+        """The connection is closed: let go of all that refers to it."""
+        if self.plane is not None and self.polling.last is self:
+            self.polling.last = None
+        self.is_sure = False
+        self.plane = None
+        self.route = None
+        self.maybe_route = self.is_plain = self.received = self.output = self.polling = self.may_poll = None
+        self.readable = self.stopped = self.ended = self.failed = None
+
+    def __call__(self):
+        try:
+            if self.is_sure and self.route.way.is_open:
+                self._turn()
+            elif self.plane is not None:
+                self._look()
+        except Exception as error:
+            self.is_sure = False
+            if self.failed is None:
+                raise
+            self.failed(error)
+
+    cdef int _look(self) except -1:
+        """Python has run: look what there is to do, and do it."""
+        self.is_sure = False
+        self.route = self.maybe_route()
+        if self.route is None or not self.is_plain():
+            self.readable()
+            return 0
+        self.plane.begin, self.plane.end = self.received.begin, self.received.end
+        self.plane.base, self.plane.out = self.output.base, self.output.end
+        self.is_sure = True
+        if self._turn() and self.ended is not None:
+            self.ended()
+        return 0
+
+    cdef int _verify(self) except -1:
+        """For tests: what is thought to be sure is so."""
+        cdef Plane plane = self.plane
+        if not self.is_plain() or self.route is not self.maybe_route():
+            raise AssertionError("Python has run, and has not said so")
+        if (plane.begin, plane.end) != (self.received.begin, self.received.end):
+            raise AssertionError("the places of the receive buffer have changed")
+        if (plane.base, plane.out) != (self.output.base, self.output.end):
+            raise AssertionError("the places of the arena have changed")
+        return 0
+
+    cdef bint _polls(self) except -1:
+        """Whether to look at the socket for the next request after an answer."""
+        if self.polling.last is not self:
+            self.polling.last = self
+            self.streak = 0
+        elif self.streak < self.poll_streak:
+            self.streak += 1
+        if self.skip:
+            self.skip -= 1
+            return False
+        return self.streak >= self.poll_streak and self.poll_ns > 0 and self.may_poll()
+
+    cdef bint _turn(self) except -1:
+        """Returns whether everything is served."""
+        cdef Plane plane = self.plane
+        cdef Py_ssize_t begin, end, base, out
+        cdef int stop
+        if plane.poison:
+            self._verify()
+        begin, end, base, out = plane.begin, plane.end, plane.base, plane.out
+        stop = plane._go(self.route, self.poll_ns if self._polls() else 0, False)
+        if self.plane is None:
+            return False  # a callback has closed the connection
+        # What has not changed need not be said.
+        if plane.begin != begin or plane.end != end:
+            self.received.served(plane.begin, plane.end)
+        if plane.base != base or plane.out != out:
+            self.output.sent_to(plane.base, plane.out)
+        if plane.nr_hits:
+            self.penalty = 0
+            self.skip = min(plane.nr_hits, 1 << 20) * self.poll_rest
+        if plane.was_batch:
+            self.streak = 0
+        if stop == STOP_DONE:
+            return True
+        if stop == STOP_POLLED:
+            self.penalty = min(2 * self.penalty + 1, self.poll_skip_max)
+            self.skip += self.penalty
+            return True
+        self.is_sure = False
+        self.stopped(stop)
+        return False

@@ -156,7 +156,7 @@ class Connection:
         """Greet the client."""
         self._patience.await_handshake()
         self._start_reading()
-        self._guard(self._answer_handshake)
+        self.guard(self._answer_handshake)
 
     def shutdown(self) -> None:
         """Finish requests in flight, refuse later ones, and close."""
@@ -168,8 +168,9 @@ class Connection:
             self._patience.linger()
         elif self.state == TRANSMISSION:
             assert self._requests is not None
+            self._python_ran()
             self._requests.refuse()
-            self._guard(self._maybe_finish)
+            self.guard(self._maybe_finish)
 
     def abort(self) -> None:
         """Close now. Replies that have not left are dropped."""
@@ -206,7 +207,7 @@ class Connection:
             self.resume()
         else:
             self._start_reading()
-            self._guard(self._serve_received)
+            self.guard(self._serve_received)
 
     @property
     def is_at_rest(self) -> bool:
@@ -244,7 +245,7 @@ class Connection:
 
     def take_over(self, moved: ConnectionState) -> None:
         """Go on where the connection was in the process that it comes from."""
-        self._guard(
+        self.guard(
             partial(self._attach, moved.negotiated, moved.received, moved.unsent)
         )
 
@@ -297,7 +298,7 @@ class Connection:
         for _ in range(SETTLE_RECEIVES_MAX):
             if self.state != TRANSMISSION or self._flow.is_paused:
                 break
-            self._guard(self._receive_transmission)
+            self.guard(self.receive_requests)
         if self.state == TRANSMISSION:
             log.info(
                 "%s: the client has gone; its unread requests are dropped", self.peer
@@ -341,7 +342,7 @@ class Connection:
             self._finish_scheduled.ask()
 
     def _finish_now(self) -> None:
-        self._guard(self._finish_shutdown)
+        self.guard(self._finish_shutdown)
 
     def _finish_shutdown(self) -> None:
         """Nothing is in flight: refuse what came meanwhile, and close our half if nothing came.
@@ -350,7 +351,7 @@ class Connection:
         """
         if self.state != TRANSMISSION or self._flow.is_paused or self._flow.nr_requests:
             return
-        self._receive_transmission()
+        self.receive_requests()
         if (
             self.state == TRANSMISSION
             and self._output.is_empty
@@ -360,7 +361,7 @@ class Connection:
             self._sock.shutdown(socket.SHUT_WR)
             self._patience.linger()
 
-    def _guard(self, call: Callable[[], None]) -> None:
+    def guard(self, call: Callable[[], None]) -> None:
         """Run `call`. An exception from it ends this connection and no other."""
         try:
             call()
@@ -381,7 +382,10 @@ class Connection:
 
     def _start_reading(self) -> None:
         if not self._is_reading:
-            self._shared.loop.add_reader(self._fd, self._readable)
+            self._python_ran()
+            # The compiled fast path calls `readable` for all that it does not do.
+            call = self.readable if self._fast is None else self._fast.receiver
+            self._shared.loop.add_reader(self._fd, call)
             self._is_reading = True
             self._read_on_if_pending()
 
@@ -395,18 +399,18 @@ class Connection:
             self._shared.loop.remove_reader(self._fd)
             self._is_reading = False
 
-    def _readable(self) -> None:
+    def readable(self) -> None:
         if self.state == TRANSMISSION:
-            self._guard(self._receive_transmission)
+            self.guard(self.receive_requests)
         elif self.state == HANDSHAKE:
-            self._guard(self._receive_handshake)
+            self.guard(self._receive_handshake)
         else:
-            self._guard(self._receive_nothing)
+            self.guard(self._receive_nothing)
 
     def _writable(self) -> None:
         self._flow.moved()
         is_shaking_hands = self._handshake.starts_tls and self._tls is not None
-        self._guard(self._receive_handshake if is_shaking_hands else self.flush)
+        self.guard(self._receive_handshake if is_shaking_hands else self.flush)
 
     def flush(self) -> None:
         """Send what the socket takes; then go on with everything that waited for that."""
@@ -430,6 +434,7 @@ class Connection:
 
     def route(self, submit: Callable[[Bio], None]) -> None:
         assert self._requests is not None
+        self._python_ran()
         self._requests.route(submit)
 
     def writes_in_flight(self) -> Iterator[tuple[Bio, int, int]]:
@@ -454,7 +459,7 @@ class Connection:
 
     def _flush_now(self) -> None:
         if self.state != CLOSED:
-            self._guard(self.flush)
+            self.guard(self.flush)
 
     def _receive_nothing(self) -> None:
         for _ in range(BATCHES_MAX):
@@ -515,13 +520,10 @@ class Connection:
                 log.info("%s: %s", self.peer, handshake.error)
             self.disc()
         elif handshake.negotiated is not None:
-            self._begin_transmission(handshake.negotiated)
+            self._attach(handshake.negotiated, handshake.trailing_data())
         self.flush()
         if self.state == DRAINING:
             self._maybe_finish()
-
-    def _begin_transmission(self, negotiated: Negotiated) -> None:
-        self._attach(negotiated, self._handshake.trailing_data())
 
     def _attach(self, negotiated: Negotiated, data: bytes, unsent: bytes = b"") -> None:
         """Serve requests from now on; `data` has been received already, `unsent` replies have to be sent first."""
@@ -546,17 +548,9 @@ class Connection:
         )
         # The compiled fast path knows compact headers only.
         if IS_COMPILED and not negotiated.extended and isinstance(sock, socket.socket):
-            self._fast = FastTurn(
-                self,
-                sock,
-                limits,
-                device,
-                self._requests,
-                received,
-                output,
-                flow,
-                self._poller,
-            )
+            parts = self._requests, received, output, flow
+            self._fast = FastTurn(self, sock, shared, device, *parts)
+            self._stop_reading()  # and begin anew: with the compiled fast path
         if self._is_shutting_down:
             self._requests.refuse()
         self._gate().join(self)
@@ -573,17 +567,21 @@ class Connection:
         self._flow.end_turn()
         self.flush()
 
-    # hot: one system call and 0.6 us a batch, besides `Requests.serve`
-    def _receive_transmission(self) -> None:
-        """Receive and serve batch after batch, as long as there is one, or soon will be."""
+    # hot: one system call and 0.6 us a batch, besides `Requests.serve`; on the compiled fast path seldom called
+    def receive_requests(self, stop: int | None = None) -> None:
+        """Receive and serve batch after batch, as long as there is one, or soon will be. Args: stop: see `FastTurn.serve`."""
+        assert self._poller is not None
+        self._python_ran()
+        if self._fast is None or not self._receive_fast(self._fast, stop):
+            self._receive_usual(polls=stop is None and self._poller.begin())
+
+    def _receive_usual(self, *, polls: bool) -> None:
+        """As `receive_requests`, without compiled code."""
         requests, received, poller = self._requests, self._input, self._poller
         assert requests is not None
         assert received is not None
         assert poller is not None
         output, flow = self._output, self._flow
-        polls = poller.begin()
-        if self._fast is not None and self._receive_fast(self._fast, polls):
-            return
         batches_left = BATCHES_MAX
         while True:
             try:
@@ -629,16 +627,16 @@ class Connection:
                 self._shared.loop.call_soon(self._read_on)
                 return
 
-    # hot: once for each batch
-    def _receive_fast(self, fast: FastTurn, polls: bool) -> bool:
-        """Receive and serve on the compiled fast path, and what it leaves in the usual way.
+    def _python_ran(self) -> None:
+        if self._fast is not None:
+            self._fast.python_ran()
 
-        Returns whether that is all for this turn of the loop.
-        """
+    def _receive_fast(self, fast: FastTurn, stop: int | None = None) -> bool:
+        """Receive and serve on the compiled fast path, and what it leaves in the usual way; whether the turn is over."""
         output, received = self._output, self._input
         assert received is not None
         try:
-            is_over = fast.serve(polls and not self._shared.budget.nr_requests)
+            is_over = fast.serve(stop)
         except EOFError:
             self.disc()
             is_over = True
@@ -662,7 +660,7 @@ class Connection:
     def _read_on(self) -> None:
         """The loop had its turn: go on receiving."""
         if self._is_reading:
-            self._readable()
+            self.readable()
 
     # ---- pausing: `Flow` calls these ----
 
@@ -685,11 +683,12 @@ class Connection:
             return
         flow.run()
         self._start_reading()
-        self._guard(self._serve_received)
+        self.guard(self._serve_received)
 
     def _serve_received(self) -> None:
         assert self._requests is not None
-        if self._fast is not None and self._receive_fast(self._fast, False):
+        self._python_ran()
+        if self._fast is not None and self._receive_fast(self._fast):
             return
         if self.state == TRANSMISSION:
             self._requests.serve()

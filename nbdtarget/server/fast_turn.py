@@ -17,22 +17,29 @@ Reads that wait for the disk may be under way when it has ended: `nbdtarget.serv
 
 It may run while the device offers a `Route`, nothing waits in the queue of `Output`, the receive buffer holds requests
 and no part of a large payload, and bios need not pass a gate.
+
+The loop calls the compiled `Receiver` by itself (`receiver`). As long as a turn ends with DONE or POLLED, no Python code
+runs between the loop and the system calls, and the Receiver does not ask again whether it may run. All that changes the answer has to
+tell it (`python_ran`): whatever the connection does in Python, replies that are pushed to the queue, and a new registration
+with the loop, as after a pause. The device need not, because a closed `Route` says so itself. With `Limits.poison_borrowed` the
+Receiver looks each time that nothing was forgotten.
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 from socket import socket
-from typing import Final
+from typing import Final, Protocol
 
 from nbdtarget.devices.base import Device
-from nbdtarget.fast.compiled import IS_COMPILED, Plane
+from nbdtarget.fast.compiled import IS_COMPILED, Plane, Receiver, Route
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.input import Input
-from nbdtarget.server.limits import Limits
 from nbdtarget.server.output import Output
-from nbdtarget.server.poller import Poller
+from nbdtarget.server.poller import POLL_REST, POLL_SKIP_MAX, POLL_STREAK
 from nbdtarget.server.requests import Requests
 from nbdtarget.server.ring_reads import RingReads
-from nbdtarget.server.shared import Host
+from nbdtarget.server.shared import Host, Shared
 
 if IS_COMPILED:
     from nbdtarget_fast import (
@@ -45,9 +52,22 @@ if IS_COMPILED:
         TURN_OVER,
     )
 
-__all__ = ["FastTurn"]
+__all__ = ["FastHost", "FastTurn"]
 
 TURN_NS_MAX: Final = 1 << 62  # for a turn that is bounded by bytes alone
+
+
+class FastHost(Host, Protocol):
+    """What the compiled fast path asks of its connection."""
+
+    def guard(self, call: Callable[[], None]) -> None:
+        """Run `call`. An exception from it ends this connection and no other."""
+
+    def readable(self) -> None:
+        """Receive and serve in the usual way."""
+
+    def receive_requests(self, stop: int | None = None) -> None:
+        """Go on where the compiled half has stopped; see `FastTurn.serve`."""
 
 
 class FastTurn:
@@ -57,35 +77,38 @@ class FastTurn:
         host: the connection.
         sock: of the connection; a real one.
         device: what its requests go to.
+
+    Attributes:
+        receiver: what the loop calls when the socket can be read.
     """
 
     __slots__ = (
+        "_budget",
         "_device",
         "_flow",
+        "_host",
         "_input",
         "_output",
         "_plane",
-        "_poll_ns",
-        "_poller",
         "_requests",
+        "receiver",
     )
 
     def __init__(
         self,
-        host: Host,
+        host: FastHost,
         sock: socket,
-        limits: Limits,
+        shared: Shared,
         device: Device,
         requests: Requests,
         received: Input,
         output: Output,
         flow: Flow,
-        poller: Poller,
     ) -> None:
-        self._device, self._requests = device, requests
-        self._input, self._output = received, output
-        self._flow, self._poller = flow, poller
-        self._poll_ns = limits.poll_us * 1000
+        limits = shared.limits
+        self._host, self._device, self._requests = host, device, requests
+        self._input, self._output, self._flow = received, output, flow
+        self._budget = shared.budget
         self._plane = Plane(
             sock.fileno(),
             received.buffer,
@@ -100,76 +123,116 @@ class FastTurn:
             poison=limits.poison_borrowed,
             ring_reads=RingReads(host, requests, output, flow),
         )
+        self.receiver = Receiver(
+            self._plane,
+            maybe_route=device.maybe_route,
+            is_plain=self._is_plain,
+            received=received,
+            output=output,
+            polling=shared.polling,
+            may_poll=self._may_poll,
+            poll_ns=limits.poll_us * 1000,
+            poll_streak=POLL_STREAK,
+            poll_skip_max=POLL_SKIP_MAX,
+            poll_rest=POLL_REST,
+            readable=host.readable,
+            stopped=self._stopped,
+            ended=self._ended,
+            failed=self._failed,
+        )
+        output.pushed = self.receiver.python_ran
+
+    def python_ran(self) -> None:
+        """Something of the connection may have changed: the compiled half looks anew whether it may run."""
+        self.receiver.python_ran()
 
     def release(self) -> None:
         """Let go of the buffers: the connection is closed."""
         self._plane.release()
+        self.receiver.close()
 
-    # hot: once for each batch
-    def serve(self, polls: bool) -> bool:
+    # hot: once for each batch that the compiled half does not serve to its end
+    def serve(self, stop: int | None = None) -> bool:
         """Receive and serve as far as the compiled half goes.
 
-        Args:
-            polls: look at the socket for the next request after an answer.
+        Args: stop: what the compiled half answered in this turn of the loop, if it has run.
 
         Returns whether that is all for this turn of the loop. If not, the rest is served in the usual way.
         Raises: OSError: the socket has failed. EOFError: the client has closed its half.
         """
-        plane, received, output = self._plane, self._input, self._output
-        requests, flow = self._requests, self._flow
-        poll_ns = self._poll_ns if polls else 0
-        goes_on = False
+        goes_on = stop is not None
         while True:
-            route = self._device.maybe_route()
-            if (
-                route is None
-                or flow.is_paused
-                or not received.is_plain
-                or not output.is_plain
-                or not requests.is_plain
-            ):
-                return False
-            stop = plane.turn(
-                route,
-                poll_ns,
-                goes_on,
-                received.begin,
-                received.end,
-                output.base,
-                output.end,
-            )
-            received.served(plane.begin, plane.end)
-            output.sent_to(plane.base, plane.out)
-            if plane.was_batch:
-                self._poller.not_alone()
-                poll_ns = 0
-            elif plane.was_hit:
-                self._poller.hit()
+            if stop is None:
+                route = self._device.maybe_route()
+                if route is None or not self._is_plain():
+                    return False
+                stop = self._turn(route, goes_on)
             if stop in (DONE, POLLED, TURN_OVER):
-                if flow.is_counting:
-                    flow.end_turn()
-                if stop == POLLED:
-                    self._poller.missed()
-                elif stop == TURN_OVER and not flow.is_paused:
-                    flow.give_way()
+                self._ended()
+                if stop == TURN_OVER and not self._flow.is_paused:
+                    self._flow.give_way()
                 return True
             if stop == BLOCKED:
                 return False
             if stop == CLOSED:
                 raise EOFError
             if stop == FAILED:
-                raise OSError(plane.error, os.strerror(plane.error))
-            if stop == SLOW and (flow.is_paused or output.end > output.end_max):
-                return False  # reads in the ring have met a bound; or there may be no room for one more reply
+                error = self._plane.error
+                raise OSError(error, os.strerror(error))
             # SLOW, or UNFINISHED: then the device is about to get the WRITE that was begun, and nothing before it.
-            left = received.end - received.begin
-            requests.serve(only_first=True)
-            if received.end - received.begin == left:
-                return False  # it has to wait
-            # A large WRITE whose payload is to come is received on, whatever the time.
-            if received.is_plain and (flow.is_paused or not flow.may_serve_on()):
-                flow.end_turn()
+            if not self._serve_one(stop):
                 return False
-            if flow.nr_requests:
-                poll_ns = 0
-            goes_on = True
+            stop, goes_on = None, True
+
+    def _is_plain(self) -> bool:
+        return not self._flow.is_paused and (
+            self._input.is_plain and self._output.is_plain and self._requests.is_plain
+        )
+
+    def _may_poll(self) -> bool:
+        return not self._budget.nr_requests
+
+    def _turn(self, route: Route, goes_on: bool) -> int:
+        plane, received, output = self._plane, self._input, self._output
+        stop = plane.turn(
+            route,
+            0,
+            goes_on,
+            received.begin,
+            received.end,
+            output.base,
+            output.end,
+        )
+        received.served(plane.begin, plane.end)
+        output.sent_to(plane.base, plane.out)
+        return stop
+
+    def _stopped(self, stop: int) -> None:
+        self._host.guard(partial(self._host.receive_requests, stop))
+
+    def _failed(self, error: Exception) -> None:
+        self._host.guard(partial(_raise, error))
+
+    def _ended(self) -> None:
+        """A turn is over, in which Python has run."""
+        if self._flow.is_counting:
+            self._flow.end_turn()
+
+    def _serve_one(self, stop: int) -> bool:
+        """Serve the first request in the usual way. Returns whether the compiled half may go on."""
+        received, flow = self._input, self._flow
+        if stop == SLOW and (flow.is_paused or self._output.end > self._output.end_max):
+            return False  # reads in the ring have met a bound; or there may be no room for one more reply
+        left = received.end - received.begin
+        self._requests.serve(only_first=True)
+        if received.end - received.begin == left:
+            return False  # it has to wait
+        # A large WRITE whose payload is to come is received on, whatever the time.
+        if received.is_plain and (flow.is_paused or not flow.may_serve_on()):
+            flow.end_turn()
+            return False
+        return True
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -100,7 +100,7 @@ class Limits:
     arena_read_max: int = 64 << 10
     own_payload_min: int = 32 << 10
     pool_bytes_max: int = 32 << 20
-    socket_buffer: int = 1 << 20
+    socket_buffer: int = 2 << 20
     zero_check_min: int = 32 << 10
     flush_at: int = 128 << 10
     poll_us: int = 50

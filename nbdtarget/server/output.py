@@ -53,6 +53,7 @@ class Output:
         base, end: see the module head; only this class writes them, and `packed_to` says what was packed.
         nr_queued: bytes in the queue.
         end_max: above, the arena has no room for one more reply.
+        pushed: is called when something was queued.
         is_blocked: the socket took less than it was given, or enough was sent; call `flush` when it is writable.
     """
 
@@ -71,6 +72,7 @@ class Output:
         "is_blocked",
         "nr_queued",
         "poison",
+        "pushed",
         "view",
     )
 
@@ -88,6 +90,7 @@ class Output:
         self._arena_size = limits.arena
         self.nr_queued = 0
         self.is_blocked = False
+        self.pushed: Callable[[], None] = _nothing
         self.poison = limits.poison_borrowed
         self._waiting_max = limits.send_buffer_max
         self._queue_max = limits.send_queue_max
@@ -121,6 +124,7 @@ class Output:
         view = memoryview(data)
         self._queue.append((view, charge, buffer))
         self.nr_queued += len(view)
+        self.pushed()
 
     def packed_to(self, end: int) -> None:
         """Replies were packed into the arena, up to `end`."""
@@ -230,9 +234,14 @@ class Output:
         queue, self._queue = self._queue, deque()
         self.nr_queued = 0
         self.base = self.end = 0
+        self.pushed = _nothing
         for _, charge, buffer in queue:
             if charge or buffer is not None:
                 self._on_left(charge, buffer)
+
+
+def _nothing() -> None:
+    """Nobody wants to know what is queued."""
 
 
 def is_gone(error: OSError) -> bool:

@@ -11,9 +11,13 @@ pay off:
     nothing is pending   no request of any connection is in flight, and the socket takes our replies
     it paid off lately   each miss doubles the number of wake-ups that are not polled, up to POLL_SKIP_MAX; one hit
                          ends that
+    it has rested        for each request that polling has found, POLL_REST wake-ups are not polled: a server that polls
+                         uses its processor all the time, twice as much for a request as one that sleeps
 
 A look gives the processor away (`sched_yield`), because on a machine with few cores the client needs it to send its next
 request. If the look comes back late, something else used the processor, and this counts as a miss.
+
+The compiled `Receiver` (`nbdtarget.fast`) does the same for plain requests, by the same numbers.
 """
 
 import os
@@ -21,10 +25,11 @@ from typing import Final
 
 from nbdtarget.common.clock import perf_counter_ns
 
-__all__ = ["POLL_STREAK", "Poller", "Polling"]
+__all__ = ["POLL_REST", "POLL_SKIP_MAX", "POLL_STREAK", "Poller", "Polling"]
 
 POLL_STREAK: Final = 16
-POLL_SKIP_MAX: Final = 64
+POLL_SKIP_MAX: Final = 512
+POLL_REST: Final = 2
 POLL_GAP_NS: Final = 20_000  # a longer time between two looks: the processor was busy
 
 _sched_yield: Final = os.sched_yield
@@ -34,14 +39,14 @@ class Polling:
     """What the pollers of one listener share. Only they write it.
 
     Attributes:
-        last: the poller of the connection that received last.
+        last: the `Poller` or `Receiver` of the connection that received last.
         streak: how many times in a row it did, one request each time.
     """
 
     __slots__ = ("last", "streak")
 
     def __init__(self) -> None:
-        self.last: Poller | None = None
+        self.last: object = None
         self.streak = 0
 
 
@@ -55,6 +60,7 @@ class Poller:
     __slots__ = (
         "_began_ns",
         "_looked_ns",
+        "_nr_hits",
         "_penalty",
         "_poll_ns",
         "_polling",
@@ -66,6 +72,7 @@ class Poller:
         self._polling = polling
         self._poll_ns = poll_us * 1000
         self._skip = 0  # wake-ups that are not polled
+        self._nr_hits = 0  # since the last wake-up
         self._penalty = 0  # how many were skipped after the last miss
         self._began_ns = self._looked_ns = 0
         self.is_looking = False
@@ -80,6 +87,9 @@ class Poller:
         else:
             polling.last = self
             polling.streak = 0
+        if self._nr_hits:
+            self._skip += self._nr_hits * POLL_REST
+            self._nr_hits = 0
         if self._skip:
             self._skip -= 1
             return False
@@ -110,6 +120,7 @@ class Poller:
         """A look has found something: polling pays off."""
         self.is_looking = False
         self._penalty = 0
+        self._nr_hits += 1
 
     def close(self) -> None:
         """The connection is closed."""

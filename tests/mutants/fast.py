@@ -169,4 +169,25 @@ FAST: Final = (
         (("        self._lookup(oblock, False)\n", "        pass\n"),),
         TURNS,
     ),
+    Mutant(
+        "late-reply-goes-unnoticed",
+        "The compiled path sends into the middle of a reply that has left in part: the client reads garbage.",
+        "nbdtarget.server.output:Output.push",
+        (("        self.pushed()\n", ""),),
+        ("tests/nbdtarget/server/test_output.py",),
+    ),
+    Mutant(
+        "compiled-path-passes-by-the-gate",
+        "A write overtakes one of the same client's older connection, and is then overwritten by it.",
+        "nbdtarget.server.connection:Connection.route",
+        (("        self._python_ran()\n", ""),),
+        TURNS,
+    ),
+    Mutant(
+        "compiled-path-serves-after-the-shutdown",
+        "A request that came after the shutdown is carried out while the devices are closed.",
+        "nbdtarget.server.connection:Connection.shutdown",
+        (("            self._python_ran()\n", ""),),
+        TURNS,
+    ),
 )

@@ -21,7 +21,7 @@ SERVER: Final = (
     Mutant(
         "reset-in-a-payload-not-noticed",
         "A client that resets in the middle of a WRITE keeps its connection, and the device, for ever.",
-        "nbdtarget.server.connection:Connection._receive_transmission",
+        "nbdtarget.server.connection:Connection._receive_usual",
         (
             (
                 '                goes_on = True  # see "Errors"',

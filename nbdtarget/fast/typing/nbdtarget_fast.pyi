@@ -106,7 +106,7 @@ class Plane:
     error: int
     put: int
     was_batch: bool
-    was_hit: bool
+    nr_hits: int
 
     def __init__(
         self,
@@ -136,3 +136,27 @@ class Plane:
         base: int,
         out: int,
     ) -> int: ...
+
+class Receiver:
+    def __init__(
+        self,
+        plane: Plane,
+        *,
+        maybe_route: Callable[[], Route | None],
+        is_plain: Callable[[], bool],
+        received: object,
+        output: object,
+        polling: object,
+        may_poll: Callable[[], bool],
+        poll_ns: int,
+        poll_streak: int,
+        poll_skip_max: int,
+        poll_rest: int,
+        readable: Callable[[], None],
+        stopped: Callable[[int], None],
+        ended: Callable[[], None],
+        failed: Callable[[Exception], None],
+    ) -> None: ...
+    def python_ran(self) -> None: ...
+    def close(self) -> None: ...
+    def __call__(self) -> None: ...

@@ -16,6 +16,7 @@ from typing import Final
 
 import pytest
 
+from nbdtarget.bio import Bio
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.fast import compiled
@@ -512,6 +513,20 @@ async def test_shutdown_refuses_what_comes_later(site: Site) -> None:
     await closing
 
 
+@needs_compiled
+async def test_shutdown_is_seen_by_the_next_request(site: Site) -> None:
+    await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    assert (await peer.ask(c.CMD_WRITE, 0, payload=b"old")).error == 0
+    assert site.listener is not None
+    (connection,) = site.listener._connections
+    assert connection._fast is not None
+    connection.shutdown()
+    peer.send(c.CMD_WRITE, 0, payload=b"new")
+    connection._fast.receiver()  # as the loop does, before anything else has run
+    assert (await peer.reply()).error == errnos.ESHUTDOWN
+
+
 async def test_file_that_has_shrunk_is_not_written_behind_its_end(site: Site) -> None:
     """A load looks at the size of the file: what lies behind it is an error, and does not make the file long again."""
     disk = site.file("disk", bytes(SIZE))
@@ -524,6 +539,34 @@ async def test_file_that_has_shrunk_is_not_written_behind_its_end(site: Site) ->
     assert reply.error == errnos.ENOSPC
     assert os.stat(disk).st_size == SIZE // 2
     assert (await peer.ask(c.CMD_READ, SIZE - 4096, 4096)).error == errnos.EINVAL
+
+
+async def test_requests_pass_the_gate_as_soon_as_there_is_one(site: Site) -> None:
+    """It holds back what must not overtake the writes of an older connection."""
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    assert (await peer.ask(c.CMD_WRITE, 0, payload=b"old")).error == 0
+    assert site.listener is not None
+    (connection,) = site.listener._connections
+    held: list[Bio] = []
+
+    def hold(bio: Bio) -> None:
+        bio.own()
+        held.append(bio)
+
+    connection.route(hold)
+    peer.send(c.CMD_WRITE, 0, payload=b"new")
+    await peer.writer.drain()
+    async with asyncio.timeout(10):
+        for _ in range(100):
+            await asyncio.sleep(0)
+            if held:
+                break
+    assert (await device.read(0, 3)).tobytes() == b"old"
+    (bio,) = held
+    connection.route(device.submit)
+    device.submit(bio)
+    assert (await peer.reply()).error == 0
 
 
 async def test_read_longer_than_allowed_is_refused(site: Site) -> None:

@@ -180,3 +180,14 @@ def test_rest_of_a_half_sent_reply_goes_before_what_is_pushed(pair: Pair) -> Non
     assert pair.receive() == b"restlate"
     assert pair.output.is_plain
     assert pair.output.is_empty
+
+
+def test_who_packs_replies_without_python_hears_of_what_is_pushed(pair: Pair) -> None:
+    """Else the compiled fast path would send into the middle of a reply that has left in part."""
+    heard: list[str] = []
+    pair.output.pushed = lambda: heard.append("pushed")
+    pair.output.push(b"late")
+    assert heard == ["pushed"]
+    pair.output.drop()
+    pair.output.push(b"later")
+    assert heard == ["pushed"]

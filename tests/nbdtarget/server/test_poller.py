@@ -6,7 +6,13 @@ from collections.abc import Callable
 import pytest
 
 from nbdtarget.server import poller as module
-from nbdtarget.server.poller import POLL_STREAK, Poller, Polling
+from nbdtarget.server.poller import (
+    POLL_REST,
+    POLL_SKIP_MAX,
+    POLL_STREAK,
+    Poller,
+    Polling,
+)
 
 
 class Time:
@@ -89,7 +95,7 @@ def test_polling_backs_off_with_each_miss(
         poller.begin()
     time.gone_ns = 2000
     skipped = []
-    for _ in range(9):
+    for _ in range(12):
         assert poller.begin()
         assert poller.look_again()
         assert not poller.look_again()
@@ -99,11 +105,27 @@ def test_polling_backs_off_with_each_miss(
         skipped.append(nr)
     # `begin` that polls again is the one above, so each round starts in the middle of the next.
     assert skipped[:6] == [1, 3, 7, 15, 31, 63]
-    assert skipped[-1] == 64
+    assert skipped[-1] == POLL_SKIP_MAX
     assert poller.look_again()
     poller.hit()
-    poller.begin()
+    for _ in range(POLL_REST):
+        assert not poller.begin()
+    assert poller.begin()
     assert poller.look_again()
     assert not poller.look_again()
     assert not poller.begin()
+    assert poller.begin()
+
+
+@pytest.mark.usefixtures("time")
+def test_polling_rests_after_what_it_has_found() -> None:
+    """A server that always polls uses twice as much of the processor for a request."""
+    poller = Poller(Polling(), 50)
+    _warm(poller)
+    assert poller.begin()
+    for _ in range(5):
+        assert poller.look_again()
+        poller.hit()
+    for _ in range(5 * POLL_REST):
+        assert not poller.begin()
     assert poller.begin()
