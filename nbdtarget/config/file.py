@@ -106,11 +106,15 @@ _SECONDS_MAX: Final = 86400.0 * 365
 _LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
     "connections_max": (1, _COUNT_MAX),
     "peer_connections_max": (1, _COUNT_MAX),
+    "export_connections_max": (1, _COUNT_MAX),
+    "handshakes_max": (1, _COUNT_MAX),
     "backlog_max": (1, _COUNT_MAX),
     "handshake_timeout_s": (0.001, _SECONDS_MAX),
     "stall_timeout_s": (0.001, _SECONDS_MAX),
     "requests_in_flight_max": (1, _COUNT_MAX),
     "bytes_in_flight_max": (1, _BYTES_MAX),
+    "export_requests_max": (1, _COUNT_MAX),
+    "export_bytes_max": (1, _BYTES_MAX),
     "requests_total_max": (1, _COUNT_MAX),
     "bytes_total_max": (1, _BYTES_MAX),
     "payload_max": (_PAYLOAD_MIN, _PAYLOAD_MAX),
@@ -118,7 +122,12 @@ _LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
 _LIMIT_KEYS: Final[dict[str, Any]] = {
     key: float if key.endswith("_s") else int for key in _LIMIT_RANGES
 }
-_SIZE_KEYS: Final = ("bytes_in_flight_max", "bytes_total_max", "payload_max")
+_SIZE_KEYS: Final = (
+    "bytes_in_flight_max",
+    "export_bytes_max",
+    "bytes_total_max",
+    "payload_max",
+)
 
 
 class Mistake(NamedTuple):

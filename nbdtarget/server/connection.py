@@ -285,6 +285,7 @@ class Connection:
         device, self._device = self._device, None
         if device is not None:
             self._shared.directory.release(device)
+            self._shared.shares.leave(device)
             self._shared.gates.forget_idle(device)
         self._shared.closed(self)
 
@@ -534,6 +535,7 @@ class Connection:
             log.info("%s: %s is gone", self.peer, negotiated.export.name)
             self.disc()
             return
+        self._flow.share(shared.shares.enter(device))
         self._patience.end()
         self.state = TRANSMISSION
         self._negotiated = negotiated

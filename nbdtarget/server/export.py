@@ -6,7 +6,7 @@ devices. `DirectoryExports` shows a directory to the handshake of one client: wh
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -24,6 +24,7 @@ from nbdtarget_protocol.consts import (
     FLAG_SEND_TRIM,
     FLAG_SEND_WRITE_ZEROES,
     PAYLOAD_MAX_DEFAULT,
+    REP_ERR_POLICY,
     REP_ERR_UNKNOWN,
 )
 from nbdtarget_protocol.errors import OptionError
@@ -110,6 +111,7 @@ class DirectoryExports:
         payload_max: bytes of one READ or WRITE that the server takes. No more is advertised, and no more than 32 MiB,
             which clients assume without being told.
         rules: what the client may attach; without them, everything.
+        why_full: returns why no further client may attach to a device; "": it may.
         peer: how the log names the client.
 
     Attributes:
@@ -124,8 +126,10 @@ class DirectoryExports:
         rules: AccessRules | None = None,
         client: Identity | None = None,
         peer: str = "",
+        why_full: Callable[[Device], str] = lambda _: "",
     ) -> None:
         self.directory = directory
+        self._why_full = why_full
         self.client = client or Identity()
         self._payload_max = min(payload_max, PAYLOAD_MAX_DEFAULT)
         self._rules = rules or AccessRules()
@@ -154,6 +158,8 @@ class DirectoryExports:
         access = self._access(name)
         if access is Access.NONE:
             return None
+        if reason := self._why_full(device):
+            raise OptionError(REP_ERR_POLICY, reason)
         return ExportInfo(
             name=name,
             size=device.size,

@@ -29,6 +29,7 @@ from nbdtarget.common.clock import Clock, perf_counter_ns
 from nbdtarget.common.turns import Soon, Turns
 from nbdtarget.server.buffers import Buffer, BufferPool
 from nbdtarget.server.limits import Budget, Limits
+from nbdtarget.server.shares import Share
 
 __all__ = ["FULL", "IN_LINE", "NEVER", "RUNNING", "YIELDING", "Flow", "Flowing"]
 
@@ -107,7 +108,8 @@ class Flow:
         self.is_counting = False
         self.progress_ns = clock.now_ns()
         self._state = RUNNING
-        self._limits, self._budget, self._pool = limits, budget, pool
+        self._limits, self._pool = limits, pool
+        self._budget: Budget | Share = budget
         self._clock, self._turns, self._starved = clock, turns, starved
         self._turn_left = limits.turn_bytes_max
         self._turn_end_ns = 0  # 0: the clock was not looked at in this turn
@@ -118,6 +120,12 @@ class Flow:
     @property
     def is_yielding(self) -> bool:
         return self._state == YIELDING
+
+    def share(self, share: Share) -> None:
+        """The connection is attached: what it has in flight counts for its export, too."""
+        assert not self.nr_requests
+        assert not self.nr_bytes
+        self._budget = share
 
     def moved(self) -> None:
         """The client took or gave something large."""

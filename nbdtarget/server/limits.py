@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bound of the server, by name, and the budget that all connections share.
 
-Theory of operation. The memory that clients can make the server hold is bounded three times: for one
-connection, for all of them (`Budget`), and by the number of connections. A connection that
+Theory of operation. The memory that clients can make the server hold is bounded four times: for one
+connection, for those of one export (`shares.py`), for all of them (`Budget`), and by the number of connections. A connection that
 meets a bound stops reading from its socket, so that the client's own socket buffer fills and
 the client waits; nothing is refused. A connection with nothing at all in flight may always start one
 request, of any size, unless the shared budget is used up: then it waits in the budget's
@@ -38,6 +38,8 @@ class Limits:
     Args:
         connections_max: on TCP, and as many on unix sockets; above, new ones are closed at once.
         peer_connections_max: on TCP from one address.
+        export_connections_max: attached to one export; a further client is refused with that reason.
+        handshakes_max: connections that are in their handshake. If there is one more, the oldest of them is closed.
         backlog_max: connections the kernel keeps waiting.
         handshake_timeout_s: from accept to the transmission phase. The time begins anew when it is over
             and options came meanwhile, for example from a client that asks for each of many exports.
@@ -50,6 +52,7 @@ class Limits:
         linger_s: after our half of a connection was closed at shutdown, how long the client
             has to close its own.
         requests_in_flight_max, bytes_in_flight_max: of one connection.
+        export_requests_max, export_bytes_max: of all connections that are attached to one export (`shares.py`).
         requests_total_max, bytes_total_max: of all.
         send_buffer_max: replies that wait for the socket; above, no request is started.
         send_queue_max: pieces of such replies, because a small piece is mostly overhead. Requests that
@@ -76,6 +79,8 @@ class Limits:
 
     connections_max: int = 256
     peer_connections_max: int = 128
+    export_connections_max: int = 256
+    handshakes_max: int = 64
     backlog_max: int = 128
     handshake_timeout_s: float = 10.0
     handshake_total_s: float = 120.0
@@ -84,6 +89,8 @@ class Limits:
     linger_s: float = 0.2
     requests_in_flight_max: int = 256
     bytes_in_flight_max: int = 64 << 20
+    export_requests_max: int = 2048
+    export_bytes_max: int = 256 << 20
     requests_total_max: int = 4096
     bytes_total_max: int = 512 << 20
     send_buffer_max: int = 2 << 20
@@ -120,6 +127,7 @@ class Budget:
 
     Attributes:
         nr_requests, nr_bytes: in flight now.
+        nr_waiters_elsewhere: connections that wait for the share of their export.
     """
 
     __slots__ = (
@@ -130,11 +138,13 @@ class Budget:
         "_waiters",
         "nr_bytes",
         "nr_requests",
+        "nr_waiters_elsewhere",
     )
 
     def __init__(self, limits: Limits) -> None:
         self.nr_requests = 0
         self.nr_bytes = 0
+        self.nr_waiters_elsewhere = 0
         self._requests_max = limits.requests_total_max
         self._bytes_max = limits.bytes_total_max
         self._nr_growing = 0  # bytes of half-received WRITEs behind their first step
@@ -145,7 +155,7 @@ class Budget:
 
     @property
     def nr_waiters(self) -> int:
-        return len(self._waiters)
+        return len(self._waiters) + self.nr_waiters_elsewhere
 
     def is_full(self, nr_bytes: int, writer: object = None) -> bool:
         """Whether `nr_bytes` more, or one more request, have to wait.

@@ -56,6 +56,8 @@ from nbdtarget.server.moving import ListenerState, MovedConnection, SocketState
 from nbdtarget.server.peer import hang_up_events, identity_of
 from nbdtarget.server.poller import Polling
 from nbdtarget.server.shared import Shared
+from nbdtarget.server.shares import Shares
+from nbdtarget.server.states import HANDSHAKE
 from nbdtarget.server.tls import NO_TLS, ListenerTls
 from nbdtarget_protocol.handshake import TlsMode
 
@@ -375,11 +377,13 @@ class Listener:
 
     def _share(self) -> None:
         if self._shared is None:
+            budget = Budget(self._limits)
             self._shared = Shared(
                 loop=asyncio.get_running_loop(),
                 clock=self._clock,
                 limits=self._limits,
-                budget=Budget(self._limits),
+                budget=budget,
+                shares=Shares(budget, self._limits),
                 pool=BufferPool(self._limits.pool_bytes_max),
                 directory=self._directory,
                 gates=Gates(self._clock),
@@ -445,10 +449,24 @@ class Listener:
         except OSError:
             client.close()  # gone between accept and here
             return
+        self._make_room_for_handshake()
         connection = Connection(client, peer, self._shared, tls, identity)
         self._connections[connection] = origin
         self._admission.enter(origin)
         connection.start()
+
+    def _make_room_for_handshake(self) -> None:
+        """Close the oldest connection that is in its handshake, if there are too many: clients that say nothing
+        must not keep others out."""
+        shaking = [each for each in self._connections if each.state == HANDSHAKE]
+        if len(shaking) >= self._limits.handshakes_max:
+            if nr := self._refused.count():
+                log.warning(
+                    "handshakes given up: %d: %d clients are in theirs (handshakes_max)",
+                    nr,
+                    len(shaking),
+                )
+            shaking[0].abort()
 
     def _connection_closed(self, connection: Connection) -> None:
         origin = self._connections.pop(connection, None)

@@ -16,6 +16,7 @@ from nbdtarget.server.export import DirectoryExports, ExportDirectory
 from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.poller import Polling
+from nbdtarget.server.shares import Shares
 
 __all__ = ["Host", "Shared"]
 
@@ -28,6 +29,7 @@ class Shared:
     clock: Clock
     limits: Limits
     budget: Budget
+    shares: Shares
     pool: BufferPool
     directory: ExportDirectory
     gates: Gates
@@ -48,6 +50,7 @@ class Shared:
             rules=self.rules,
             client=client,
             peer=peer,
+            why_full=self.shares.why_full,
         )
 
 

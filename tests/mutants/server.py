@@ -43,11 +43,16 @@ SERVER: Final = (
         ("tests/nbdtarget/server/test_moving.py",),
     ),
     Mutant(
-        "requests-begun-during-a-hand-over",
-        "A request that comes while clients are held back is begun by the old process, and again by the new one.",
-        "nbdtarget.server.connection:Connection.freeze",
-        (("            self._stop_reading()\n", "            pass\n"),),
-        ("tests/nbdtarget/server/test_moving.py",),
+        "a-hung-export-uses-all-of-the-budget-up",
+        "The clients of an export that is suspended keep those of all others waiting.",
+        "nbdtarget.server.shares:Share.is_full",
+        (
+            (
+                "        if writer is None and self._is_used_up(nr_bytes):\n",
+                "        if False:\n",
+            ),
+        ),
+        ("tests/nbdtarget/server/test_shares.py",),
     ),
     Mutant(
         "lock-of-a-socket-not-taken",
