@@ -23,6 +23,7 @@ logged (`may_fail`).
 """
 
 import asyncio
+import contextlib
 import random
 import socket
 from collections import Counter
@@ -517,7 +518,6 @@ class Life:
         loop.watch_nothing()
         loop.deadline_s = float("inf")
         loop.steps_max = loop.steps + BURIAL_STEPS_MAX
-        # What ends may start something new: until there is nothing more.
         while tasks := asyncio.all_tasks(loop):
             for task in tasks:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
@@ -530,7 +530,11 @@ class Life:
                 if tasks:
                     loop.run_until_complete(asyncio.wait(tasks))
             except Stuck:
-                break  # a dead machine owes nothing to anybody
+                # A dead machine owes nothing. What waits for ever must not wake in another life.
+                for task in asyncio.all_tasks(loop):
+                    with contextlib.suppress(Exception):
+                        task.get_coro().close()
+                break
         loop.close()
 
     async def _live(self) -> None:

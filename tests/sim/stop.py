@@ -44,6 +44,8 @@ class Stop:
         """Perhaps a server hangs, for good, and clients wait for it already when the signal comes."""
         life = self._life
         self._is_waited_for = life.may_fail or not life.are_backends_well
+        if not life.are_backends_well:
+            life.corner()  # a stop gives up what hangs sooner than a server that goes on, and says so
         self._source_hangs = self._hang()
         self._nr_departures = life.nr_departures
         if self._source_hangs:
@@ -57,9 +59,7 @@ class Stop:
             max(disk.latency.high_s, disk.latency.stall_s) > REQUEST_S_MAX
             for disk in life.disks.values()
         )
-        # A stop gives up what hangs sooner than a server that goes on, and says so.
-        has_gone = self._nr_departures != life.nr_departures
-        if is_slow or has_gone or not life.are_backends_well:
+        if is_slow or self._nr_departures != life.nr_departures:
             self._is_waited_for = True
             life.corner()
         close_registry = life.registry.close
