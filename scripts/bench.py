@@ -9,7 +9,8 @@ with another server, and a ratio is the median of the rounds' own ratios: a slow
 both sides of it. The image lies in the page cache of a real file system (not tmpfs, where
 RWF_NOWAIT reads do not work), and dirty pages are written back between samples. All images are written
 in pieces of the same size, which on ext4 decides what small writes to them cost later. For the cold workloads the image is
-dropped from the page cache before each sample.
+dropped from the page cache before each sample. The durable workloads need the disk for each write, by FUA or by a FLUSH after
+it: `bench_durable.c` is their client, and --dir should lie on the disk in question.
 
 `floor` is `bench_floor.c`: it makes the system calls and nothing else, so it shows what the kernel alone charges.
 
@@ -72,6 +73,10 @@ WORKLOADS = (
     Workload("write-256k-qd8", "write", 262144, 8, wanted=1.1),
     Workload("cold-read-4k-qd1", "randread", 4096, 1, cold=True, wanted=0.95),
     Workload("cold-read-4k-qd32", "randread", 4096, 32, cold=True, wanted=1.2),
+    Workload("durable-fua-4k-qd1", "randwrite", 4096, 1, durable="fua"),
+    Workload("durable-fua-4k-qd32", "randwrite", 4096, 32, durable="fua"),
+    Workload("durable-flush-4k-qd1", "randwrite", 4096, 1, durable="flush"),
+    Workload("durable-flush-4k-qd32", "randwrite", 4096, 32, durable="flush"),
 )
 
 

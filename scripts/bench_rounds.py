@@ -20,6 +20,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from scripts.bench_servers import PEERS, Contender
+from scripts.durable_client import run_durable
 from scripts.fio import Job, run_fio
 
 __all__ = [
@@ -60,7 +61,10 @@ def measure(contender: Contender, job: Job, runtime_s: float) -> Sample:
         contender.warm()
     process = contender.running()
     cpu_before_s = process.cpu_s()
-    result = run_fio(contender.uri, job, runtime_s)
+    if job.durable:
+        result = run_durable(contender.socket, contender.export, job, runtime_s)
+    else:
+        result = run_fio(contender.uri, job, runtime_s)
     time.sleep(0.05)  # nbd-server counts a connection's CPU when it reaps the child
     cpu_s = process.cpu_s() - cpu_before_s
     if job.writes:
@@ -156,7 +160,7 @@ def _rounds(
         for job in jobs:
             shift = round_nr % len(contenders)
             for contender in contenders[shift:] + contenders[:shift]:
-                if job.cold and not contender.measured_cold:
+                if not contender.takes(job):
                     continue
                 sample = measure(contender, job, options.runtime)
                 samples[job.name][contender.name].append(sample)

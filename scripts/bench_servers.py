@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.file.pieces import WRITE_PIECE
+from scripts.fio import Job
 from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
 
 __all__ = [
@@ -49,13 +50,11 @@ class Contender:
         name: in the table and for `--only`.
         tool: the program it needs; a missing one is skipped by name.
         export: the NBD export name.
-        measured_cold: whether it takes part where reads come from the disk.
     """
 
     name: ClassVar[str]
     tool: ClassVar[str]
     export: ClassVar[str] = ""
-    measured_cold: ClassVar[bool] = True
 
     def __init__(self, work: Path, source: Path) -> None:
         self.source = source
@@ -127,6 +126,10 @@ class Contender:
     def launch(self) -> ServerProcess:
         raise NotImplementedError
 
+    def takes(self, job: Job) -> bool:
+        """Whether it takes part in the job."""
+        return True
+
     def before(self, *, writes: bool) -> None:
         """Called before each sample."""
 
@@ -186,7 +189,9 @@ class Floor(Contender):
 
     name = FLOOR
     tool = "cc"
-    measured_cold = False
+
+    def takes(self, job: Job) -> bool:
+        return not job.cold and not job.durable
 
     def launch(self) -> ServerProcess:
         program = self.socket.with_suffix(".floor")
@@ -212,7 +217,7 @@ class NbdServer(Contender):
         pid_file = self.log.with_suffix(".pid")
         config.write_text(
             f"[generic]\nunixsock = {self.socket}\nlistenaddr = 127.0.0.1\nport = {port}\n"
-            f"[{self.export}]\nexportname = {self.image}\n"
+            f"[{self.export}]\nexportname = {self.image}\nflush = true\nfua = true\n"
         )
         argv = ["nbd-server", "-C", str(config), "-p", str(pid_file)]
         return ServerProcess(

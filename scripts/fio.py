@@ -19,6 +19,7 @@ class Job:
     block_size: int
     depth: int
     cold: bool = False  # the image is dropped from the page cache first
+    durable: str = ""  # "fua", "flush": not by fio but by `bench_durable.c`
 
     @property
     def writes(self) -> bool:

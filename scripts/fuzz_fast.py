@@ -48,6 +48,7 @@ MAGIC: Final = 0x25609513
 HEADER: Final = struct.Struct(">IHHQQI")
 ROUND_MESSAGES: Final = 20_000
 BATCH_MAX: Final = 200
+SYNCS_MAX: Final = 256  # of `Plane`
 INSIDE: Final = "NBDTARGET_FUZZ_FAST"  # set in the second Python
 
 
@@ -108,6 +109,7 @@ class Round:
             flush_at=pick.choice((1, 4096, 1 << 17)),
             poison=pick.random() < 0.5,
             ring_reads=self,
+            flush_for=pick.choice((None, self.flush_for, self.flush_for)),
         )
 
     def _ring(self) -> "Ring | None":
@@ -130,6 +132,9 @@ class Round:
     def room(self) -> tuple[int, int]:
         nr = self.random.choice((0, 3, 50, *[1000] * 17))
         return nr, self.random.choice((10_000, 1 << 30, 1 << 30))
+
+    def flush_for(self, writes: list[int], flushes: list[int]) -> None:
+        raise AssertionError("only a Receiver calls this")
 
     def begun(self, nr: int, nr_bytes: int) -> None:
         self.nr_reads += nr
@@ -210,9 +215,13 @@ class Round:
 
     def message(self) -> bytes:
         pick = self.random
-        command = pick.choice((0, 0, 1))
+        command = pick.choice((0, 0, 0, 1, 1, 3))
         length = pick.choice((1, 17, 512, 512, 4096, 4096))
         offset, flags, magic = pick.randrange(SIZE - 4096), 0, MAGIC
+        if command == 1 and pick.random() < 0.2:
+            flags = 1  # FUA
+        elif command == 3:
+            offset = length = 0
         if pick.random() < 0.02:  # it is something else, in one way or several
             odd = pick.random()
             if odd < 0.2:
@@ -269,6 +278,10 @@ class Round:
                 assert 0 <= plane.base <= plane.out <= len(self.arena)
                 base, out = plane.base, plane.out
                 begin = plane.begin
+                nr_syncs = plane.nr_syncs
+                assert 0 <= nr_syncs <= SYNCS_MAX
+                writes, flushes = plane.take_syncs()
+                assert len(writes) + len(flushes) == nr_syncs
                 if stop in (self.fast.SLOW, self.fast.UNFINISHED):
                     self._take()
                     base = out = 0

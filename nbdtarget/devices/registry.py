@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import Final
 
 from nbdtarget.common.named import alternatives, by_name
+from nbdtarget.devices.file.direct_scheme import DirectScheme
 from nbdtarget.devices.file.scheme import FileScheme
 from nbdtarget.devices.memory_scheme import MemoryScheme
 from nbdtarget.devices.nbd.scheme import (
@@ -23,6 +24,7 @@ __all__ = ["SCHEMES", "scheme_list"]
 SCHEMES: Final[dict[str, Scheme]] = by_name(
     (
         FileScheme(),
+        DirectScheme(),
         MemoryScheme(),
         NbdScheme(),
         NbdUnixScheme(),

@@ -7,9 +7,12 @@ Theory of operation. A `Plane` belongs to one connection. `Plane.turn` receives 
 carries out those that are plain, packs their replies and sends them: without a Python object for any of
 them, and without the interpreter's lock. A request is *plain* if
 
-    it is a READ or a WRITE without flags, and nothing is wrong with it,
+    it is a READ or a WRITE, and nothing is wrong with it,
     the `Route` of the device can tell in which file its bytes lie, and where,
     the file answers at once: a READ from the page cache, a WRITE into it; or io_uring takes the READ.
+
+A WRITE with FUA and a FLUSH need a FLUSH of the whole device in the end. Such a WRITE is written as a plain one, and the cookies of both are
+noted. Python takes them after the turn (`take_syncs`), submits one FLUSH for all of a kind, and answers them when it has ended.
 
 In front of the first request that is not plain, `turn` stops. Python carries that one out and calls `turn`
 again. So every rule that is not about plain requests is written once, in Python. And everything but such READs
@@ -117,7 +120,7 @@ __all__ = [
     "FastFile", "Plane", "Receiver", "Route",
 ]
 
-ABI = 4  # of `nbdtarget.fast.compiled`
+ABI = 5  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -146,6 +149,9 @@ cdef enum:
     HOLE_BYTES = 32  # an OFFSET_HOLE chunk
     COMMAND_READ = 0
     COMMAND_WRITE = 1
+    COMMAND_FLUSH = 3
+    FLAG_FUA = 1
+    SYNCS_MAX = 256  # requests whose replies wait for one FLUSH of the device
 
     # Between two looks at the clock. Each request counts as so many bytes more than it has.
     LOOK_BYTES = 262144
@@ -731,6 +737,8 @@ cdef class Plane:
         structured: whether replies to READs are structured.
         size: of the export.
         can_write: whether the client was told that it may write.
+        flush_for: takes the answer of `take_syncs`, if there is one, after each turn; None: the client was not told that it may
+            send FLUSH, and FUA with a WRITE.
         zero_min: from which length a READ is looked through for zeroes, which are answered as a hole.
         length_max: a longer READ or WRITE is left to Python.
         turn_ns: how long a turn lasts at most.
@@ -745,6 +753,7 @@ cdef class Plane:
         put: of UNFINISHED: bytes that the file took.
         was_batch: more than one request came at once.
         nr_hits: how many times polling has found something.
+        nr_syncs: requests that are done but for a FLUSH of the device; see `take_syncs`.
     """
 
     cdef int sock
@@ -769,6 +778,10 @@ cdef class Plane:
     cdef uint64_t put_length
     cdef readonly bint was_batch
     cdef readonly unsigned nr_hits
+    cdef object flush_for
+    cdef readonly int nr_syncs
+    cdef uint64_t sync_cookies[SYNCS_MAX]
+    cdef bint sync_is_flush[SYNCS_MAX]
     cdef int64_t turn_end  # 0: the clock was not looked at in this turn of the loop
     # Reads in the ring.
     cdef object ring_reads
@@ -781,7 +794,7 @@ cdef class Plane:
     cdef int64_t bytes_left
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
-                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None):
+                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, flush_for=None):
         self.release()
         self.ring_reads = ring_reads
         self.reader.owner = <void *>self
@@ -795,6 +808,7 @@ cdef class Plane:
         self.sock = sock
         self.structured = structured
         self.can_write = can_write
+        self.flush_for = flush_for
         self.size = size
         self.zero_min = zero_min if structured else <uint64_t>-1
         self.length_max = length_max
@@ -804,6 +818,7 @@ cdef class Plane:
 
     def release(self):
         """Let go of the two buffers; after that, every turn ends with SLOW. Reads that are in the ring go on."""
+        self.flush_for = None
         if self.has_buffers:
             self.has_buffers = False
             PyBuffer_Release(&self.received)
@@ -813,6 +828,26 @@ cdef class Plane:
 
     def __dealloc__(self):
         self.release()
+
+    def take_syncs(self):
+        """Return the cookies of the WRITEs with FUA that have been written, and those of the FLUSHes.
+
+        They are the caller's to answer, after a FLUSH of the device that begins now.
+        """
+        cdef list writes = [], flushes = []
+        cdef int nr
+        for nr in range(self.nr_syncs):
+            (flushes if self.sync_is_flush[nr] else writes).append(self.sync_cookies[nr])
+        self.nr_syncs = 0
+        return writes, flushes
+
+    cdef inline void _note_sync(self, const uint8_t *request, bint is_flush) noexcept nogil:
+        cdef uint64_t cookie
+        memcpy(&cookie, request + 8, 8)
+        self.sync_cookies[self.nr_syncs] = be64toh(cookie)
+        self.sync_is_flush[self.nr_syncs] = is_flush
+        self.nr_syncs += 1
+        self.nr_left -= 1
 
     def turn(self, Route route not None, int64_t poll_ns, bint goes_on,
              Py_ssize_t begin, Py_ssize_t end, Py_ssize_t base, Py_ssize_t out):
@@ -911,7 +946,7 @@ cdef class Plane:
             if has_replies and not self._send():
                 return STOP_FAILED if self.error else STOP_BLOCKED
             # The rest of a request is on its way.
-            if stop != STOP_DONE or has_replies and not poll_ns and self.begin == self.end:
+            if stop != STOP_DONE or self.nr_syncs or has_replies and not poll_ns and self.begin == self.end:
                 return stop
             # A peer at depth 1 must not keep the loop for ever.
             if self._is_over():
@@ -1025,9 +1060,16 @@ cdef class Plane:
             command = be16toh(command)
             offset = be64toh(offset)
             length = be32toh(length)
+            if command == COMMAND_FLUSH and self.flush_for is not None and not flags and not offset and not length:
+                # Those of a batch share one FLUSH of the device, after all WRITEs of the batch.
+                if memcmp(at, REQUEST_HEAD, 4) != 0 or not self._has_room_for_sync():
+                    return STOP_SLOW
+                self._note_sync(at, True)
+                self.begin += REQUEST_BYTES
+                continue
             if (
                 memcmp(at, REQUEST_HEAD, 4) != 0
-                or flags
+                or flags and not self._is_durable_write(way, flags, command)
                 or command > COMMAND_WRITE
                 or not length
                 or length > self.length_max
@@ -1056,10 +1098,13 @@ cdef class Plane:
                     self.put_at = file_at
                     self.put_length = length
                     return STOP_UNFINISHED
-                reply = arena + self.out
-                memcpy(reply, SIMPLE_HEAD, 8)
-                memcpy(reply + 8, at + 8, 8)
-                self.out += SIMPLE_BYTES
+                if flags:
+                    self._note_sync(at, False)
+                else:
+                    reply = arena + self.out
+                    memcpy(reply, SIMPLE_HEAD, 8)
+                    memcpy(reply + 8, at + 8, 8)
+                    self.out += SIMPLE_BYTES
                 self.begin += REQUEST_BYTES + length
                 way.nr_writes += 1
             else:
@@ -1090,6 +1135,24 @@ cdef class Plane:
                     return STOP_TURN_OVER
         self._compact()
         return STOP_DONE
+
+    cdef inline bint _is_durable_write(self, const Way *way, uint16_t flags, uint16_t command) noexcept nogil:
+        """Whether it is a WRITE with FUA that may be carried out as a WRITE, and a FLUSH of the device.
+
+        A cache has several devices, and a FLUSH of it costs more.
+        """
+        return (
+            command == COMMAND_WRITE and be16toh(flags) == FLAG_FUA and self.flush_for is not None
+            and way.kind != KIND_TABLE and self._has_room_for_sync()
+        )
+
+    cdef bint _has_room_for_sync(self) noexcept nogil:
+        if self.nr_syncs == SYNCS_MAX:
+            return False
+        if self.nr_left < 0:
+            with gil:
+                self._ask_for_room()
+        return self.nr_left > 0
 
     cdef Py_ssize_t _pack_read(self, uint8_t *reply, const uint8_t *request, uint32_t length) noexcept nogil:
         """Write the header of a READ's reply, whose data is there. Returns how long the reply is."""
@@ -1182,7 +1245,7 @@ cdef class Plane:
         give_back(read)
 
     cdef void _ask_for_room(self) noexcept:
-        """Find out how many reads may begin in this turn."""
+        """Find out how many requests may be in flight after this turn."""
         self.nr_left = 0
         self.nr_left, self.bytes_left = self.ring_reads.room()
         if self.nr_left < 0:
@@ -1506,6 +1569,10 @@ cdef class Receiver:
             self.received.served(plane.begin, plane.end)
         if plane.base != base or plane.out != out:
             self.output.sent_to(plane.base, plane.out)
+        if plane.nr_syncs:
+            plane.flush_for(*plane.take_syncs())
+            if self.plane is None:
+                return False
         if plane.nr_hits:
             self.penalty = 0
             self.skip = min(plane.nr_hits, 1 << 20) * self.poll_rest

@@ -122,6 +122,7 @@ class FastTurn:
             flush_at=limits.flush_at,
             poison=limits.poison_borrowed,
             ring_reads=RingReads(host, requests, output, flow),
+            flush_for=requests.flush_for if requests.can_flush else None,
         )
         self.receiver = Receiver(
             self._plane,
@@ -205,6 +206,8 @@ class FastTurn:
         )
         received.served(plane.begin, plane.end)
         output.sent_to(plane.base, plane.out)
+        if plane.nr_syncs:
+            self._requests.flush_for(*plane.take_syncs())
         return stop
 
     def _stopped(self, stop: int) -> None:

@@ -55,6 +55,7 @@ from nbdtarget.server.output import Output
 from nbdtarget.server.replies import Answers, pack_read
 from nbdtarget.server.request import WRITING, Request, Violation
 from nbdtarget.server.shared import Host, Shared
+from nbdtarget.server.shared_flush import SharedFlushes
 from nbdtarget.server.sliced_range import SlicedRange, Slicing
 from nbdtarget.server.sliced_read import SlicedRead
 from nbdtarget_protocol.consts import (
@@ -124,7 +125,7 @@ class Requests:
         device: acquired; every bio goes to it.
 
     Attributes:
-        structured, extended, can_write, size: what was negotiated.
+        structured, extended, can_write, can_flush, size: what was negotiated.
         is_plain: requests are neither refused nor held back, so that they need not be seen here.
     """
 
@@ -179,6 +180,10 @@ class Requests:
         # For the compiled fast path.
         self.structured, self.extended = replies.structured, replies.extended
         self.can_write, self.size = writable, transmission.size
+        self.can_flush = writable and CMD_FLUSH in transmission.flags_allowed
+        self._shared_flushes = SharedFlushes(
+            host, flow, device, self._observer, self._answers
+        )
         self.is_plain = True
 
     def refuse(self) -> None:
@@ -234,6 +239,10 @@ class Requests:
 
     def look_at_bounds(self) -> None:
         """More has begun to be in flight: pause the connection if a bound is met now."""
+        self._admit(0)
+
+    def flush_for(self, writes: list[int], flushes: list[int]) -> None:
+        self._shared_flushes.submit(writes, flushes)
         self._admit(0)
 
     def read_again(self, cookie: int, offset: int, length: int) -> None:

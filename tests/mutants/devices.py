@@ -7,7 +7,10 @@ from tests.mutants.mutant import Mutant
 
 __all__ = ["DEVICES"]
 
-FILE: Final = ("tests/nbdtarget/devices/file/test_device.py",)
+FILE: Final = (
+    "tests/nbdtarget/devices/file/test_device.py",
+    "tests/nbdtarget/devices/file/test_sync.py",
+)
 FILE_HEALTH: Final = ("tests/nbdtarget/devices/file/test_health.py",)
 PAGE_CACHE: Final = (
     "tests/nbdtarget/devices/file/test_page_cache.py",
@@ -18,6 +21,7 @@ BULK: Final = (
     "tests/nbdtarget/targets/clone/test_bulk_hydration.py",
 )
 BEHIND: Final = ("tests/nbdtarget/devices/file/test_bulk.py",)
+DIRECT: Final = ("tests/nbdtarget/devices/file/test_direct.py",)
 RESOLVE: Final = ("tests/nbdtarget/devices/test_resolve.py",)
 NBD: Final = ("tests/nbdtarget/devices/nbd/test_device.py",)
 
@@ -99,12 +103,7 @@ DEVICES: Final = (
         "fsync-result-ignored",
         "fdatasync fails, and FLUSH succeeds.",
         "nbdtarget.devices.file.sync:Syncs._flush_done",
-        (
-            (
-                "self.done(sync, status)\n        self._start_flush()",
-                "self.done(sync, 0)\n        self._start_flush()",
-            ),
-        ),
+        (("self._settle(sync, status)", "self._settle(sync, 0)"),),
         FILE,
     ),
     Mutant(
@@ -115,29 +114,31 @@ DEVICES: Final = (
         FILE,
     ),
     Mutant(
-        "fua-without-dsync",
+        "fua-not-synced",
         "A FUA write stays in the page cache.",
-        "nbdtarget.devices.file.device:FileDevice._write_later",
-        (("partial(write, os.RWF_DSYNC)", "partial(write, 0)"),),
+        "nbdtarget.devices.file.device:FileDevice._written",
+        (("if bio.flags & FUA:", "if False:"),),
         FILE,
     ),
     Mutant(
         "fua-written-inline",
         "The quick way through `submit` takes a FUA write for a plain one.",
         "nbdtarget.devices.file.device:FileDevice.submit",
-        (
-            (
-                "            and self._is_quick\n            and not bio.flags\n",
-                "            and self._is_quick\n",
-            ),
-        ),
+        (("            elif bio.flags:\n", "            elif False:\n"),),
         FILE,
     ),
     Mutant(
-        "fua-of-zeroes-not-synced",
-        "FUA on WRITE_ZEROES or DISCARD is forgotten.",
-        "nbdtarget.devices.file.device:FileDevice._space_job",
-        (("if bio.flags & FUA:", "if False:"),),
+        "fua-kept-borrowed",
+        "A FUA write that waits for its sync keeps memory that is not its own.",
+        "nbdtarget.devices.file.device:FileDevice._written",
+        (("            bio.own()  # it ends later\n", ""),),
+        FILE,
+    ),
+    Mutant(
+        "latched-device-takes-fua",
+        "After a failed sync, a FUA write still goes the quick way.",
+        "nbdtarget.devices.file.device:FileDevice.submit",
+        (("not bio.flags or not self._syncs.is_latched", "True"),),
         FILE,
     ),
     Mutant(
@@ -146,19 +147,32 @@ DEVICES: Final = (
         "nbdtarget.devices.file.sync:Syncs._flush_done",
         (
             (
-                "        self._flush_runs = False\n        self.done",
-                "        self._flush_runs = False\n"
-                "        sync.bios += self._flush_waiting\n"
-                "        self._flush_waiting = []\n"
-                "        self.done",
+                "        assert sync is not None\n",
+                "        assert sync is not None\n"
+                "        sync.bios += self._waiting\n"
+                "        self._waiting = []\n",
             ),
         ),
         FILE,
     ),
     Mutant(
+        "sync-begun-after-a-failed-one",
+        "The sync after a failed one succeeds, and answers all that waited for it.",
+        "nbdtarget.devices.file.sync:Syncs._start",
+        (("        if self.is_latched:\n", "        if False:\n"),),
+        FILE,
+    ),
+    Mutant(
+        "two-syncs-at-a-time",
+        "The kernel tells a lost page to one sync, and another that runs beside it succeeds.",
+        "nbdtarget.devices.file.sync:Syncs.flush",
+        (("        if self._flush is None:\n", "        if True:\n"),),
+        FILE,
+    ),
+    Mutant(
         "overlapping-sync-not-waited-for",
         "The kernel tells a lost page to one sync, and another that overlaps it succeeds.",
-        "nbdtarget.devices.file.sync:Syncs.done",
+        "nbdtarget.devices.file.sync:Syncs._settle",
         (("sync.left = len(self._running)", "sync.left = 0"),),
         FILE,
     ),
@@ -244,13 +258,40 @@ DEVICES: Final = (
         "nbdtarget.devices.file.device:FileDevice.submit",
         (
             (
-                "                self._write_later(bio, put)\n            return\n"
-                "        self._submit_slow(bio)",
-                "                bio.end(0)\n            return\n"
-                "        self._submit_slow(bio)",
+                "                self._write_later(bio, put)\n            elif bio.flags:",
+                "                bio.end(0)\n            elif bio.flags:",
             ),
         ),
         FILE,
+    ),
+    # ---- a file by direct I/O ----
+    Mutant(
+        "direct-parts-of-a-unit-written-beside-each-other",
+        "Two writes to parts of one unit read it, and the second one undoes the first.",
+        "nbdtarget.devices.file.direct:DirectDevice._start_write",
+        (("% self._unit != 0\n", "% self._unit < 0\n"),),
+        DIRECT,
+    ),
+    Mutant(
+        "direct-unit-not-read-first",
+        "A write of a few bytes overwrites what lies around them.",
+        "nbdtarget.devices.file.direct:DirectDevice._put",
+        (("                if begin < offset:\n", "                if False:\n"),),
+        DIRECT,
+    ),
+    Mutant(
+        "direct-unit-that-cannot-be-read-overwritten",
+        "The unit cannot be read, and is written all the same, with what the buffer had.",
+        "nbdtarget.devices.file.direct:DirectDevice._put",
+        (("                if status:\n", "                if False:\n"),),
+        DIRECT,
+    ),
+    Mutant(
+        "direct-is-another-disk-than-its-path",
+        "One file is opened twice, with and without the page cache, and the two do not agree.",
+        "nbdtarget.devices.file.direct_scheme:DirectScheme.identity",
+        (("super().identity(_path(name))", "(name,)"),),
+        ("tests/nbdtarget/devices/file/test_direct_scheme.py",),
     ),
     # ---- another server's export ----
     Mutant(

@@ -9,6 +9,7 @@ __all__ = ["FAST"]
 
 TURNS: Final = ("tests/nbdtarget/server/test_fast_turn.py",)
 RING_READS: Final = ("tests/nbdtarget/server/test_ring_reads.py",)
+DURABLE: Final = ("tests/nbdtarget/server/test_shared_flush.py",)
 
 FAST: Final = (
     Mutant(
@@ -189,5 +190,24 @@ FAST: Final = (
         "nbdtarget.server.connection:Connection.shutdown",
         (("            self._python_ran()\n", ""),),
         TURNS,
+    ),
+    Mutant(
+        "fast-fua-answered-without-its-flush",
+        "The FLUSH for a batch of FUA writes fails, and they are answered as durable.",
+        "nbdtarget.server.shared_flush:SharedFlushes._submit",
+        (("            status = answer(bio.status)\n", "            status = 0\n"),),
+        DURABLE,
+    ),
+    Mutant(
+        "fast-flush-hides-a-loss",
+        "The device has lost writes, and a FLUSH of the compiled path does not tell.",
+        "nbdtarget.server.shared_flush:SharedFlushes.submit",
+        (
+            (
+                "lambda status: observer.end(mark, status)",
+                "lambda status: status",
+            ),
+        ),
+        DURABLE,
     ),
 )

@@ -12,6 +12,7 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
+from nbdtarget.devices.file import sync
 
 __all__ = ["SIZE", "Syncs", "bio_of", "ended", "until"]
 
@@ -44,6 +45,8 @@ class Syncs:
         self.count = 0
         self.fail_with = 0
         monkeypatch.setattr(os, "fdatasync", self.fdatasync)
+        # The thread in C calls the kernel and nothing else.
+        monkeypatch.setattr(sync, "IS_COMPILED", False)
 
     def fdatasync(self, fd: int) -> None:
         self.count += 1

@@ -10,8 +10,8 @@ through io_uring instead, where it is allowed: `ring.py`.
                   has no disk to wait for, inline by a plain read; elsewhere without
                   RWF_NOWAIT, by workers only.
     WRITE         inline if small and while the device is quick (below); else by a worker
-    WRITE + FUA   worker, to the page cache and then with RWF_DSYNC
-    FLUSH         worker, fdatasync; one at a time
+    WRITE + FUA   as a WRITE, which ends with the next FLUSH
+    FLUSH         a thread of its own, fdatasync; one at a time (`sync.py`)
     DISCARD       worker, fallocate or BLKDISCARD
     WRITE_ZEROES  worker, fallocate; by writing where that is not supported
     CACHE         worker, posix_fadvise
@@ -54,7 +54,7 @@ import stat
 from collections.abc import Awaitable, Callable
 from functools import partial
 from resource import RUSAGE_THREAD, getrusage
-from typing import Final
+from typing import ClassVar, Final
 
 from nbdtarget.bio import (
     FAST_ZERO,
@@ -87,7 +87,7 @@ from nbdtarget.devices.file.syscalls import (
     start_writeback,
 )
 from nbdtarget.devices.identity import identify_fd, mark_fd, sync_attributes_fd
-from nbdtarget.devices.workers import WorkerPool
+from nbdtarget.devices.workers import THREADS_MAX, WorkerPool
 from nbdtarget.fast.compiled import IS_COMPILED, FastFile
 from nbdtarget_metadata.disks import Evidence, Mark
 
@@ -113,8 +113,12 @@ class FileDevice(Device):
 
     Attributes:
         open_beside: opens it once more, with the lock of this one.
+        open_flags: for open(2), besides the usual ones.
+        threads_max: of its pool of workers.
     """
 
+    open_flags: ClassVar[int] = 0
+    threads_max: ClassVar[int] = THREADS_MAX
     open_beside: Callable[["FileDevice", str, bool], Awaitable["FileDevice"]]
 
     def __init__(
@@ -133,7 +137,7 @@ class FileDevice(Device):
         self._lock_fd = lock_fd
         self._pool = pool
         self._pools = (pool,)
-        self._writers = pool  # of writes without FUA
+        self._writers = pool
         self._is_block_device = False
         self._read_flags = os.RWF_NOWAIT
         self._read_inline_max = INLINE_READ_MAX
@@ -177,7 +181,7 @@ class FileDevice(Device):
         elif (
             op == OP_WRITE
             and self._is_quick
-            and not bio.flags
+            and (not bio.flags or not self._syncs.is_latched)
             and bio.length <= INLINE_WRITE_MAX
             and bio.offset + bio.length <= self.size
             and not self.read_only
@@ -196,10 +200,12 @@ class FileDevice(Device):
             # See *Quick* in the module head: one slow write is a suspicion, and not yet a verdict.
             if _now_ns() - start_ns > WRITE_SLOW_NS:
                 self._watch()
-            if put == bio.length:
-                bio.end(0)
-            else:
+            if put < bio.length:
                 self._write_later(bio, put)
+            elif bio.flags:
+                self._written(bio)
+            else:
+                bio.end(0)
             return
         self._submit_slow(bio)
 
@@ -284,6 +290,7 @@ class FileDevice(Device):
         if self._nr_ring_reads:
             self._ring_reads_ended = asyncio.get_running_loop().create_future()
             await self._ring_reads_ended
+        await self._syncs.close()
         await self._writers.close()
         if self._behind is not None:
             await self._behind.pool.close()
@@ -390,7 +397,7 @@ class FileDevice(Device):
 
     @property
     def nr_in_flight(self) -> int:
-        return super().nr_in_flight + self._nr_ring_reads
+        return super().nr_in_flight + self._nr_ring_reads + self._syncs.nr_running
 
     def _read_done(self, bio: Bio, status: int) -> None:
         if status:
@@ -423,7 +430,6 @@ class FileDevice(Device):
         if (
             self._watch_left
             and not self._nr_space_jobs
-            and not bio.flags
             and bio.length <= INLINE_WRITE_MAX
             and _now_ns() >= self._backoff_end_ns
         ):
@@ -450,7 +456,7 @@ class FileDevice(Device):
                 self._backoff_ns = BACKOFF_NS_MIN
                 self._set_quick()
         if put == bio.length:
-            bio.end(0)
+            self._written(bio)
         else:
             self._write_later(bio, put)
 
@@ -490,16 +496,6 @@ class FileDevice(Device):
         bio.own()
         payload = bio.payload
         assert payload is not None
-        if bio.flags & FUA:
-            # The data is written twice: to the page cache, and then again with RWF_DSYNC. If only the
-            # second call were made and failed, its error would not tell whether the page cache had no
-            # room (nothing is lost) or the disk. Compared with the disk, the first call costs nothing
-            # (2 us for 4 KiB). The second call could undo a later write to the same bytes that came
-            # between the two. That is allowed, because bios that overlap in flight may be carried out
-            # in any order (`base.py`); the server does not submit such bios.
-            write = partial(write_rest, self._fd, payload, bio.offset, put)
-            self._syncs.start(bio, write, partial(write, os.RWF_DSYNC))
-            return
         job = partial(write_rest, self._fd, payload, bio.offset, put, piece=piece)
         self._writers.submit(job, partial(self._write_done, bio))
 
@@ -507,26 +503,27 @@ class FileDevice(Device):
         if status:
             self._syncs.write_failed(bio, status)
         else:
+            self._written(bio)
+
+    def _written(self, bio: Bio) -> None:
+        """The page cache has taken all of a write."""
+        if bio.flags & FUA:
+            bio.own()  # it ends later
+            self._syncs.flush(bio)
+        else:
             bio.end(0)
 
     # ---- space ----
 
     def _space_job(self, bio: Bio, job: Callable[[], int]) -> None:
-        """Run a job that holds the inode's lock; with FUA, sync in the same breath."""
+        """Run a job that holds the inode's lock."""
         self._nr_space_jobs += 1
         self._set_quick()
-
-        sync = None
-        if bio.flags & FUA:
-            sync, job = self._syncs.begin(bio, job)
 
         def done(status: int) -> None:
             self._nr_space_jobs -= 1
             self._set_quick()
-            if sync is not None:
-                self._syncs.done(sync, status)
-            else:
-                self._write_done(bio, status)
+            self._write_done(bio, status)
 
         self._pool.submit(job, done)
 

@@ -54,30 +54,48 @@ log = logging.getLogger(__name__)
 
 
 async def open_file(
-    name: str, path: str, *, read_only: bool, beside: FileDevice | None = None
+    name: str,
+    path: str,
+    *,
+    read_only: bool,
+    beside: FileDevice | None = None,
+    kind: type[FileDevice] = FileDevice,
 ) -> FileDevice:
     """Open and lock an existing file or block device.
 
     Args:
         beside: we have the same one open already, at least as writable: share its lock.
+        kind: of device to make of it.
 
     Raises: ResolveError.
     Durable: unless `read_only`, everything that is read from it, and its name.
     """
     lock_fd = -1 if beside is None else beside.share_lock()
-    opening = partial(_open, name, path, read_only, lock_fd)
-    return await _make(name, opening, read_only=read_only, lock_fd=lock_fd)
+    opening = partial(_open, name, path, read_only, lock_fd, kind.open_flags)
+    device = await _make(name, opening, read_only=read_only, lock_fd=lock_fd, kind=kind)
+    device.open_beside = partial(_open_beside, path)
+    return device
 
 
-async def create_file(name: str, path: str, size: int, *, sparse: bool) -> FileDevice:
+async def create_file(
+    name: str,
+    path: str,
+    size: int,
+    *,
+    sparse: bool,
+    kind: type[FileDevice] = FileDevice,
+) -> FileDevice:
     """Create a file of `size` zero bytes that did not exist, and open it for writing.
 
     Raises: ResolveError; then there is no file.
     Durable: the file, its size and its name; unless `sparse`, its space, where the file
         system can promise that.
     """
-    create = partial(_create, name, path, size, sparse)
-    return await _make(name, create, read_only=False, undo=partial(os.unlink, path))
+    create = partial(_create, name, path, size, sparse, kind.open_flags)
+    undo = partial(os.unlink, path)
+    device = await _make(name, create, read_only=False, undo=undo, kind=kind)
+    device.open_beside = partial(_open_beside, path)
+    return device
 
 
 def open_fd(path: str, *, read_only: bool) -> tuple[int, int]:
@@ -133,6 +151,7 @@ async def _make(
     read_only: bool,
     lock_fd: int = -1,
     undo: Callable[[], None] | None = None,
+    kind: type[FileDevice],
 ) -> FileDevice:
     """Open in the new device's own worker: on a dead network mount even that may block.
 
@@ -140,7 +159,7 @@ async def _make(
         lock_fd: has the lock, if `open_fd` does not take one; it is closed with the device.
         undo: takes back what `open_fd` did, if the caller is cancelled.
     """
-    pool = WorkerPool(name)
+    pool = WorkerPool(name, threads_max=kind.threads_max)
     made: list[FileDevice] = []
     refused: list[ResolveError] = []
 
@@ -149,9 +168,7 @@ async def _make(
         try:
             fd = open_fd()
             size = _size(name, fd)
-            device = FileDevice(
-                name, fd, size, pool, read_only=read_only, lock_fd=lock_fd
-            )
+            device = kind(name, fd, size, pool, read_only=read_only, lock_fd=lock_fd)
             device.rotational = is_rotational(fd)
             made.append(device)
         except ResolveError as error:
@@ -179,22 +196,26 @@ async def _make(
     if not made:
         await pool.close()
         raise refused[0]
-    made[0].open_beside = _open_beside
     return made[0]
 
 
-async def _open_beside(old: FileDevice, name: str, read_only: bool) -> FileDevice:
-    return await open_file(name, name, read_only=read_only, beside=old)
+async def _open_beside(
+    path: str, old: FileDevice, name: str, read_only: bool
+) -> FileDevice:
+    kind = type(old)
+    return await open_file(name, path, read_only=read_only, beside=old, kind=kind)
 
 
-def _open(name: str, path: str, read_only: bool, lock_fd: int = -1) -> int:
+def _open(
+    name: str, path: str, read_only: bool, lock_fd: int = -1, more_flags: int = 0
+) -> int:
     # Looked at before it is opened: opening a FIFO blocks, opening a tape rewinds it.
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise ResolveError(name, "is a directory", errnos.EISDIR)
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise ResolveError(name, "is not a regular file or block device")
-    flags = os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR)
+    flags = os.O_CLOEXEC | more_flags | (os.O_RDONLY if read_only else os.O_RDWR)
     if stat.S_ISBLK(mode) and not read_only and lock_fd < 0:
         flags |= os.O_EXCL
     fd = os.open(path, flags)
@@ -241,9 +262,10 @@ def _sync_directory_of(path: str) -> None:
         log.debug("%s: not synced: %s", directory, error)
 
 
-def _create(name: str, path: str, size: int, sparse: bool) -> int:
+def _create(name: str, path: str, size: int, sparse: bool, more_flags: int = 0) -> int:
     assert size > 0
-    fd = os.open(path, os.O_CLOEXEC | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    flags = os.O_CLOEXEC | os.O_RDWR | os.O_CREAT | os.O_EXCL | more_flags
+    fd = os.open(path, flags, 0o666)
     try:
         _lock(name, fd, exclusive=True)
         if sparse or not _allocated(fd, size):

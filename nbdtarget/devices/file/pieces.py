@@ -15,27 +15,17 @@ WRITE_PIECE: Final = 64 << 10
 
 
 def write_rest(
-    fd: int,
-    payload: memoryview,
-    offset: int,
-    put: int,
-    flags: int = 0,
-    *,
-    piece: int = WRITE_PIECE,
+    fd: int, payload: memoryview, offset: int, put: int, *, piece: int = WRITE_PIECE
 ) -> int:
     """Write what is left of `payload`, of which `put` bytes are written, and return an errno or 0. Raises: OSError.
 
     Args:
         offset: of the whole payload in the file.
-        flags: RWF_DSYNC or 0.
         piece: bytes of one call at most.
     """
-    # What is made durable by the same call goes in one piece: each piece would wait for the disk.
-    if flags:
-        piece = len(payload)
     while put < len(payload):
         part = payload[put : put + piece]
-        more = os.pwritev(fd, (part,), offset + put, flags)
+        more = os.pwritev(fd, (part,), offset + put, 0)
         if more == 0:
             return errnos.EIO
         put += more

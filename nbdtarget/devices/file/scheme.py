@@ -13,7 +13,7 @@ from nbdtarget.devices.scheme import Scheme
 if TYPE_CHECKING:
     from nbdtarget.devices.base import Device
 
-__all__ = ["FileScheme"]
+__all__ = ["FileScheme", "path_of"]
 
 
 class FileScheme(Scheme):
@@ -24,7 +24,7 @@ class FileScheme(Scheme):
     async def open(self, name: str, *, read_only: bool) -> "Device":
         from nbdtarget.devices.file.open import open_file
 
-        return await open_file(name, _path(name), read_only=read_only)
+        return await open_file(name, path_of(name), read_only=read_only)
 
     def identity(self, name: str) -> Hashable:
         try:
@@ -47,15 +47,16 @@ class FileScheme(Scheme):
     async def create(self, name: str, size: int, *, sparse: bool) -> "Device":
         from nbdtarget.devices.file.open import create_file
 
-        return await create_file(name, _path(name), size, sparse=sparse)
+        return await create_file(name, path_of(name), size, sparse=sparse)
 
     async def remove_created(self, name: str) -> None:
         import asyncio  # which the command line's help can do without
 
-        await asyncio.to_thread(os.unlink, _path(name))
+        await asyncio.to_thread(os.unlink, path_of(name))
 
 
-def _path(name: str) -> str:
+def path_of(name: str) -> str:
+    """Return the path that `name` is. Raises: ResolveError: it cannot be one."""
     if not name:
         raise ResolveError(name, "a device needs a name", errnos.ENOENT)
     if "\0" in name:

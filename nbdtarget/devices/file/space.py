@@ -10,6 +10,7 @@ would allocate. Everything here runs in a worker, and holds the lock of the inod
 """
 
 import errno as errnos
+from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.bio import FAST_ZERO, NO_UNMAP
@@ -35,10 +36,21 @@ class Space:
     """
 
     def __init__(
-        self, fd: int, *, unit: int, is_block_device: bool, can_zero_range: bool
+        self,
+        fd: int,
+        *,
+        unit: int,
+        is_block_device: bool,
+        can_zero_range: bool,
+        write: Callable[[memoryview, int], int] | None = None,
     ) -> None:
-        """Args: unit: bytes; only whole units can be freed or zeroed without writing."""
+        """
+        Args:
+            unit: bytes; only whole units can be freed or zeroed without writing.
+            write: writes a payload at an offset, and returns an errno or 0; None: through the page cache.
+        """
         self._fd = fd
+        self._write = write or (lambda payload, at: write_rest(fd, payload, at, 0))
         self._unit = unit
         self._is_block_device = is_block_device
         self.can_zero_range = can_zero_range
@@ -100,7 +112,7 @@ class Space:
         end = offset + length
         while offset < end:
             piece = zeroes[: min(len(zeroes), end - offset)]
-            status = write_rest(self._fd, piece, offset, 0)
+            status = self._write(piece, offset)
             if status:
                 return status
             offset += len(piece)

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Syncs`: what makes the writes to a file durable, and what becomes of all when one of these calls fails.
+"""`Syncs`: what makes the writes to a file durable, and what becomes of all when that fails.
 
-*FLUSH* covers the writes that have ended. FLUSHes that come while one runs ride together on the next one; never on
-the running one, for the kernel may have passed their pages already.
+*FLUSH* covers the writes that have ended. *FUA* is a write and then a FLUSH: the page cache takes the data, once, and the
+write ends with the next sync. So an error of the write itself and one of the disk are never confused.
+
+*One at a time.* FLUSHes and writes with FUA that come while a sync runs ride together on the next one; never on
+the running one, for the kernel may have passed their pages already. Several at a time are not faster, because each of them
+waits for all pages of the file that are on their way.
+
+*Overlaps.* Other threads may wait for pages meanwhile (`begin_writeback`), and the kernel may tell the error of the one to the
+other. So **a sync ends with 0 only after all others that overlapped it have succeeded**: it waits for those that are under way
+when its own system call returns. If one of them fails, all of them fail.
 
 *Latch.* The kernel reports a lost page once, to whichever sync of this open file asks first, and then forgets it. So
 after any failed sync, and after a write that failed for more than want of space, each later FLUSH and FUA ends with
@@ -11,21 +19,20 @@ EIO until the device is opened again (which first drops what the page cache show
 harmless only where the file system refuses a write before it takes any of it. NFS does not: there ENOSPC may be the
 news of an *earlier* write, told once. So it latches, too, on every file system that is not known to refuse first.
 
-*Overlaps.* Two syncs may be under way at once, for example a FLUSH and a write with FUA, and the kernel may tell the
-error of the one to the other. So **a sync ends with 0 only after all others that overlapped it have succeeded**: it
-waits for those that are under way when its own system call returns. If one of them fails, all of them fail.
+*Thread.* A sync of a fast disk takes less time than two Python threads need to hand it over. So it is made by a thread in C
+(`nbdtarget/fast/nbdtarget_sync.pyx`), and where that was not built, by a worker.
 """
 
+import asyncio
 import errno as errnos
 import logging
 import os
-from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from nbdtarget.bio import OP_DISCARD, OP_NAMES, Bio
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.workers import WorkerPool
+from nbdtarget.fast.compiled import IS_COMPILED, Syncer
 
 __all__ = ["Sync", "Syncs"]
 
@@ -39,22 +46,20 @@ _NO_SPACE: Final = frozenset({errnos.ENOSPC, errnos.EDQUOT, errnos.EFBIG})
 
 
 class Sync:
-    """One system call under way that makes something durable; see *Overlaps* above.
+    """One system call under way that makes something durable, or may be told an error; see *Overlaps* above.
 
     Attributes:
-        bios: those that end with it: several FLUSHes, or one write; none, if it only waits for pages.
+        bios: those that end with it; none, if it only waits for pages.
         what: its name in messages.
-        is_refused: the write before it was refused by the page cache, or it is a DISCARD: nothing is lost.
         left: so many overlapping syncs must succeed before this one ends.
         held: the syncs that wait for this one.
     """
 
-    __slots__ = ("bios", "held", "is_refused", "left", "what")
+    __slots__ = ("bios", "held", "left", "what")
 
-    def __init__(self, bios: list[Bio], what: str = "") -> None:
+    def __init__(self, bios: list[Bio], what: str) -> None:
         self.bios = bios
-        self.what = what or OP_NAMES[bios[0].op]
-        self.is_refused = False
+        self.what = what
         self.left = 0
         self.held: list[Sync] = []
 
@@ -73,8 +78,11 @@ class Syncs:
         self._pool = pool
         self._health = health
         self._running: set[Sync] = set()
-        self._flush_runs = False
-        self._flush_waiting: list[Bio] = []
+        self._flush: Sync | None = None  # the one of them that ends bios
+        self._waiting: list[Bio] = []
+        self._syncer: Syncer | None = None
+        self._has_no_thread = False  # it was refused
+        self._is_over: asyncio.Future[None] | None = None  # `close` waits for it
         self.is_latched = False
         self.refuses_before_it_takes = False
 
@@ -98,7 +106,7 @@ class Syncs:
         bio.end(status)
 
     def note_write_error(self, what: str, status: int) -> None:
-        """A write without FUA has failed, of which there is no bio here."""
+        """A write has failed, of which there is no bio here."""
         self._health.note_error(what, status)
         if not self._has_lost_nothing(status):
             self.latch(what, status)
@@ -109,99 +117,117 @@ class Syncs:
         self._running.add(sync)
         return sync
 
-    # ---- flushes ----
-
     def flush(self, bio: Bio) -> None:
-        """Take a FLUSH. Durable: when it ends with 0, all writes that had ended when this was called."""
-        self._flush_waiting.append(bio)
-        self._start_flush()
+        """Take a FLUSH, or a write that the page cache has taken, and end it after a sync.
 
-    def _start_flush(self) -> None:
-        if self._flush_runs or not self._flush_waiting:
-            return
-        bios, self._flush_waiting = self._flush_waiting, []
+        Durable: when it ends with 0, all writes that had ended when this was called, and this one.
+        """
+        self._waiting.append(bio)
+        if self._flush is None:
+            self._start()
+
+    def _start(self) -> None:
+        """Sync for all that wait; no sync runs."""
+        bios, self._waiting = self._waiting, []
         if self.is_latched:
-            for bio in bios:
-                bio.end(errnos.EIO)
-            return
-        self._flush_runs = True
-        sync = Sync(bios)
-        self._running.add(sync)
-        self._pool.submit(self._fdatasync, partial(self._flush_done, sync))
+            _end([(bio, errnos.EIO) for bio in bios])
+        elif bios:
+            self._flush = Sync(bios, "flush")
+            self._running.add(self._flush)
+            if not self._has_begun():
+                self._pool.submit(self._fdatasync, self._flush_done)
+
+    def _has_begun(self) -> bool:
+        """Begin a sync in the thread of its own, if there can be one."""
+        if not IS_COMPILED or self._has_no_thread:
+            return False
+        try:
+            if self._syncer is None:
+                self._syncer = Syncer(self._fd)
+                loop = asyncio.get_running_loop()
+                loop.add_reader(self._syncer.event_fd, self._reap)
+            self._syncer.begin()
+        except (OSError, MemoryError) as error:
+            log.warning("%s: workers sync: %s", self._name, error)
+            self._has_no_thread = True
+            return False
+        return True
+
+    def _reap(self) -> None:
+        assert self._syncer is not None
+        status = self._syncer.take()
+        if status >= 0:
+            self._flush_done(status)
 
     def _fdatasync(self) -> int:
         os.fdatasync(self._fd)
         return 0
 
-    def _flush_done(self, sync: Sync, status: int) -> None:
-        self._flush_runs = False
-        self.done(sync, status)
-        self._start_flush()
-
-    # ---- writes with FUA ----
-
-    def start(
-        self, bio: Bio, write: Callable[[], int], make_durable: Callable[[], int]
-    ) -> None:
-        """Have a worker call `write`, then `make_durable`; end `bio`."""
-        sync, job = self.begin(bio, write, make_durable)
-        self._pool.submit(job, partial(self.done, sync))
-
-    def begin(
-        self,
-        bio: Bio,
-        write: Callable[[], int],
-        make_durable: Callable[[], int] | None = None,
-    ) -> tuple[Sync, Callable[[], int]]:
-        """As `start`, but the caller submits the job and calls `done`.
-
-        Args: make_durable: None: sync the file.
-        """
-        sync = Sync([bio])
-        self._running.add(sync)
-        finish = make_durable or self._fdatasync
-        return sync, partial(self._write_and_sync, sync, write, finish)
-
-    def _write_and_sync(
-        self, sync: Sync, write: Callable[[], int], make_durable: Callable[[], int]
-    ) -> int:
-        try:
-            status = write()
-        except OSError as error:
-            is_discard = sync.bios[0].op == OP_DISCARD
-            sync.is_refused = is_discard or self._has_lost_nothing(error.errno)
-            raise
-        return status or make_durable()
+    def _flush_done(self, status: int) -> None:
+        """The sync has returned 0 or an errno."""
+        sync, self._flush = self._flush, None
+        assert sync is not None
+        ended = self._settle(sync, status)
+        # The next one begins before these bios end, so that the disk works while they are answered. It does not
+        # cover what their ends submit: that waits for the one after it.
+        self._start()
+        if self._flush is None and self._is_over is not None:
+            self._is_over.set_result(None)
+        _end(ended)
 
     def done(self, sync: Sync, status: int) -> None:
-        """The system call of `sync` has returned: end its bios, now or after those that overlapped it."""
+        """The system call of `sync` has returned, which `begin_writeback` has begun."""
+        _end(self._settle(sync, status))
+
+    def _settle(self, sync: Sync, status: int) -> list[tuple[Bio, int]]:
+        """The system call of `sync` has returned. Returns the bios that end by that, each with its status."""
         self._running.remove(sync)
         if status:
             self._health.note_error(sync.what, status)
-            if status != errnos.EOPNOTSUPP and not sync.is_refused:
-                self.latch(sync.what, status)
-        # Before any bio ends: an endio may submit more, which did not overlap this one.
+            self.latch(sync.what, status)
         ready = []
         for held in sync.held:
             held.left -= 1
             if held.left == 0:
                 ready.append(held)
-        if not status:
+        ended = []
+        if status:
+            ended += [(bio, status) for bio in sync.bios]
+        else:
             # Those that still run may be told of an error of ours.
             sync.left = len(self._running)
             for other in self._running:
                 other.held.append(sync)
             if sync.left == 0:
                 ready.append(sync)
-        else:
-            for bio in sync.bios:
-                bio.end(status)
-        for held in ready:
-            for bio in held.bios:
-                bio.end(errnos.EIO if self.is_latched else 0)
+        verdict = errnos.EIO if self.is_latched else 0
+        return ended + [(bio, verdict) for held in ready for bio in held.bios]
+
+    @property
+    def nr_running(self) -> int:
+        """How many requests wait for a sync that no worker makes."""
+        if self._syncer is None:
+            return 0
+        return len(self._waiting) + (len(self._flush.bios) if self._flush else 0)
+
+    async def close(self) -> None:
+        """Wait for the sync that runs, and end the thread."""
+        if self._syncer is None:
+            return
+        if self._flush is not None:
+            self._is_over = asyncio.get_running_loop().create_future()
+            await self._is_over
+        asyncio.get_running_loop().remove_reader(self._syncer.event_fd)
+        self._syncer.close()
+        self._syncer = None
 
     def _has_lost_nothing(self, status: int | None) -> bool:
         """Whether a write that failed in this way was refused before anything was taken."""
         return status in _NOTHING_LOST or (
             self.refuses_before_it_takes and status in _NO_SPACE
         )
+
+
+def _end(ended: list[tuple[Bio, int]]) -> None:
+    for bio, status in ended:
+        bio.end(status)

@@ -23,6 +23,7 @@ __all__ = [
     "block_device_limit",
     "block_device_sector",
     "can_punch_holes",
+    "direct_unit",
     "discard_blocks",
     "fd_size",
     "is_memory_file_system",
@@ -46,6 +47,14 @@ _BLKGETSIZE64: Final = 0x80081272
 _SYNC_FILE_RANGE_WAIT_BEFORE: Final = 1
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _SYNC_FILE_RANGE_WAIT_AFTER: Final = 4
+
+_AT_EMPTY_PATH: Final = 0x1000
+_STATX_DIOALIGN: Final = 0x2000  # Linux 6.1
+_STATX_SIZE: Final = 256
+_STATX_DIO_ALIGNMENTS: Final = 0x98  # of memory; then of offset and length
+_DIRECT_UNIT_MAX: Final = (
+    4096  # where the kernel does not say: more is not asked for in practice
+)
 
 _TMPFS_MAGIC: Final = 0x01021994
 _RAMFS_MAGIC: Final = 0x858458F6
@@ -93,6 +102,14 @@ _libc.sync_file_range.argtypes = [
     ctypes.c_uint,
 ]
 _libc.sync_file_range.restype = ctypes.c_int
+_libc.statx.argtypes = [
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_uint,
+    ctypes.c_void_p,
+]
+_libc.statx.restype = ctypes.c_int
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 _libc.fstatfs.restype = ctypes.c_int
 
@@ -130,6 +147,22 @@ def can_punch_holes(fd: int, size: int) -> bool:
 def is_memory_file_system(fd: int) -> bool:
     """Whether the file lies on tmpfs or ramfs, where no read or write waits for a disk."""
     return _file_system_magic(fd) in (_TMPFS_MAGIC, _RAMFS_MAGIC)
+
+
+def direct_unit(fd: int) -> int:
+    """Return what offset and length of direct I/O must be multiples of, in bytes; 0: there is none here."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        return block_device_sector(fd)
+    if is_memory_file_system(fd):
+        return 0  # newer kernels take O_DIRECT there, and copy to and from the page cache all the same
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer) != 0:
+        return _DIRECT_UNIT_MAX  # no such call, or forbidden inside a container
+    (mask,) = struct.unpack_from("I", buffer.raw)
+    if not mask & _STATX_DIOALIGN:
+        return _DIRECT_UNIT_MAX  # an older kernel, or a file system that does not say
+    _, unit = struct.unpack_from("II", buffer.raw, _STATX_DIO_ALIGNMENTS)
+    return int(unit)
 
 
 def refuses_before_it_takes(fd: int) -> bool:

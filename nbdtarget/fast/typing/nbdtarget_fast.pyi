@@ -107,6 +107,7 @@ class Plane:
     put: int
     was_batch: bool
     nr_hits: int
+    nr_syncs: int
 
     def __init__(
         self,
@@ -123,9 +124,11 @@ class Plane:
         flush_at: int,
         poison: bool,
         ring_reads: RingReads | None = None,
+        flush_for: Callable[[list[int], list[int]], None] | None = None,
     ) -> None: ...
     def release(self) -> None: ...
     def reads_ended(self, _: int) -> None: ...
+    def take_syncs(self) -> tuple[list[int], list[int]]: ...
     def turn(
         self,
         route: Route,

@@ -76,6 +76,7 @@ async def latch(
 
     below = open_file_of(registry, name)
     monkeypatch.setattr(below._syncs, "_fdatasync", fail)
+    monkeypatch.setattr(below._syncs, "_has_no_thread", True)
     await device.write(0, b"doomed")
     with suppress(
         DeviceError

@@ -329,21 +329,6 @@ async def test_failed_flush_latches_until_opened_again(
     await again.close()
 
 
-async def test_fua_write_is_written_with_dsync(
-    device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags: list[int] = []
-    pwritev = os.pwritev
-
-    def noted(fd: int, buffers: list[memoryview], offset: int, how: int) -> int:
-        flags.append(how)
-        return pwritev(fd, buffers, offset, how)
-
-    monkeypatch.setattr(os, "pwritev", noted)
-    await device.write(0, b"x", fua=True)
-    assert flags[-1] == os.RWF_DSYNC
-
-
 @pytest.mark.parametrize("op", [OP_WRITE_ZEROES, OP_DISCARD])
 async def test_fua_zeroes_and_discards_are_synced(
     device: Device, syncs: Syncs, op: int
@@ -355,30 +340,6 @@ async def test_fua_zeroes_and_discards_are_synced(
     assert bio.status == PENDING
     syncs.gate.set()
     assert await ended(bio) == [0]
-
-
-async def test_flush_fails_with_an_overlapping_fua_write(
-    device: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel may tell the flush's error to the write, and then forget it."""
-    gate = threading.Event()
-
-    def pwritev(*_: object) -> int:
-        gate.wait()
-        raise OSError(errno.EIO, "lost")
-
-    monkeypatch.setattr(os, "pwritev", pwritev)
-    fua = Bio(OP_WRITE, 0, 1, memoryview(b"x"), FUA, lambda _: None)
-    flush = bio_of(OP_FLUSH, 0, 0)
-    device.submit(fua)
-    device.submit(flush)
-    try:
-        await until(lambda: syncs.count > 0)
-        await asyncio.sleep(0.01)
-        assert flush.status == PENDING
-    finally:
-        gate.set()  # else a worker waits for ever
-    assert await ended(fua, flush) == [errno.EIO, errno.EIO]
 
 
 async def test_overlapping_syncs_that_succeed_all_end(device: Device) -> None:

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False
+"""fdatasync in a thread of its own that never needs the interpreter.
+
+Theory of operation. A sync of a fast disk takes less time than two Python threads need to hand it over, because each of
+them needs the interpreter's lock when the other one has it. So each open file may have a `Syncer`: one thread, in C,
+and one sync at a time.
+
+    begin           the loop's thread wakes the other one, by a semaphore
+    (fdatasync)     the other thread leaves the errno, and writes to an eventfd
+    take            the loop, which watches the eventfd, takes the errno
+
+The thread is started by the first `begin`, and ended by `close`. It works on memory of its own, which is never freed while the thread
+runs: so a Syncer may be dropped, without `close`, while a disk hangs.
+"""
+
+from libc.errno cimport errno
+from libc.stdlib cimport calloc, free
+
+import os
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <pthread.h>
+    #include <semaphore.h>
+    #include <signal.h>
+    #include <stdint.h>
+    #include <sys/eventfd.h>
+    #include <unistd.h>
+
+    enum { SYNC_IDLE, SYNC_ASKED, SYNC_DONE };
+
+    typedef struct {
+        int state, status, fd, event_fd, is_closed;
+        sem_t asked;
+        pthread_t thread;
+    } sync_job;
+
+    static inline int sync_state(sync_job *job) { return __atomic_load_n(&job->state, __ATOMIC_ACQUIRE); }
+    static inline void sync_become(sync_job *job, int state) { __atomic_store_n(&job->state, state, __ATOMIC_RELEASE); }
+    static void *sync_work(void *argument) {
+        sync_job *job = argument;
+        const uint64_t one = 1;
+        for (;;) {
+            while (sem_wait(&job->asked)) {}
+            if (job->is_closed)
+                return NULL;
+            job->status = fdatasync(job->fd) ? errno : 0;
+            sync_become(job, SYNC_DONE);
+            /* It never blocks: the counter is taken once for each sync. */
+            while (write(job->event_fd, &one, sizeof one) < 0 && errno == EINTR) {}
+        }
+    }
+    /* Returns 0 or an errno. Signals are for the loop's thread. */
+    static int sync_start(sync_job *job) {
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        int error = pthread_create(&job->thread, NULL, sync_work, job);
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+        return error;
+    }
+    """
+    enum:
+        SYNC_IDLE
+        SYNC_ASKED
+        SYNC_DONE
+    int EFD_NONBLOCK
+    int EFD_CLOEXEC
+    ctypedef struct sem_t:
+        pass
+    ctypedef struct pthread_t:
+        pass
+    ctypedef struct sync_job:
+        int status
+        int fd
+        int event_fd
+        int is_closed
+        sem_t asked
+        pthread_t thread
+    int eventfd(unsigned value, int flags) nogil
+    int sem_init(sem_t *semaphore, int shared, unsigned value) nogil
+    int sem_post(sem_t *semaphore) nogil
+    int pthread_join(pthread_t thread, void **value) nogil
+    int close(int fd) nogil
+    ssize_t sys_read "read"(int fd, void *data, size_t length) nogil
+    int sync_state(sync_job *job) nogil
+    void sync_become(sync_job *job, int state) nogil
+    int sync_start(sync_job *job) nogil
+
+ABI = 5  # of `nbdtarget.fast.compiled`
+RUNS = -1  # what `take` returns while a sync runs
+
+
+cdef class Syncer:
+    """Syncs one open file, once at a time; see the module head.
+
+    Context: the thread of the event loop.
+
+    Args:
+        fd: stays the caller's, who keeps it open until `close` has returned.
+
+    Attributes:
+        event_fd: readable when a sync has ended.
+
+    Raises: OSError, MemoryError: no eventfd, no memory.
+    """
+
+    cdef sync_job *job
+    cdef bint is_started
+
+    def __cinit__(self, int fd):
+        self.job = <sync_job *>calloc(1, sizeof(sync_job))
+        if self.job == NULL:
+            raise MemoryError
+        self.job.fd = fd
+        self.job.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.job.event_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+        sem_init(&self.job.asked, 0, 0)
+
+    def __dealloc__(self):
+        if self.job == NULL or self.is_started:
+            return  # the thread uses it
+        if self.job.event_fd >= 0:
+            close(self.job.event_fd)
+        free(self.job)
+
+    @property
+    def event_fd(self):
+        return self.job.event_fd
+
+    def begin(self):
+        """Begin to sync; `take` tells the end. Raises: OSError: there can be no thread, and nothing was begun."""
+        cdef int error
+        if sync_state(self.job) != SYNC_IDLE:
+            raise ValueError("one sync at a time")
+        if not self.is_started:
+            error = sync_start(self.job)
+            if error:
+                raise OSError(error, os.strerror(error))
+            self.is_started = True
+        sync_become(self.job, SYNC_ASKED)
+        sem_post(&self.job.asked)
+
+    def take(self):
+        """Return 0 or the errno of the sync that has ended, or RUNS."""
+        cdef char count[8]
+        sys_read(self.job.event_fd, count, 8)
+        if sync_state(self.job) != SYNC_DONE:
+            return RUNS
+        sync_become(self.job, SYNC_IDLE)
+        return self.job.status
+
+    def close(self):
+        """End the thread. The caller has taken the end of each sync. Idempotent."""
+        if sync_state(self.job) != SYNC_IDLE:
+            raise ValueError("a sync runs")
+        if not self.is_started:
+            return
+        self.job.is_closed = 1
+        sem_post(&self.job.asked)
+        with nogil:
+            pthread_join(self.job.thread, NULL)
+        self.is_started = False

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the extension module; what things mean stands in `nbdtarget_sync.pyx`."""
+
+from typing import Final
+
+ABI: Final[int]
+RUNS: Final[int]
+
+class Syncer:
+    event_fd: int
+
+    def __init__(self, fd: int) -> None: ...
+    def begin(self) -> None: ...
+    def take(self) -> int: ...
+    def close(self) -> None: ...

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SharedFlushes`: the requests that the compiled fast path leaves to be answered after a FLUSH of the device.
+
+Theory of operation. The compiled path writes a WRITE with FUA like any other, and notes its cookie; of a FLUSH it notes only the
+cookie. After the turn one FLUSH of the device serves all WRITEs of the batch, and another one all its FLUSHes. They are two because
+a FLUSH also tells what the device has lost meanwhile, and a WRITE with FUA promises only its own data. Below, both
+ride on one sync. Until then each of the requests counts as one in flight.
+"""
+
+from collections.abc import Callable
+
+from nbdtarget.bio import OP_FLUSH, Bio
+from nbdtarget.devices.base import Device
+from nbdtarget.devices.losses import ConnectionObserver
+from nbdtarget.server.flow import Flow
+from nbdtarget.server.replies import Answers
+from nbdtarget.server.shared import Host
+from nbdtarget_protocol.consts import CMD_FLAG_FUA, CMD_FLUSH, CMD_WRITE
+
+__all__ = ["SharedFlushes"]
+
+
+class SharedFlushes:
+    """See the module head."""
+
+    def __init__(
+        self,
+        host: Host,
+        flow: Flow,
+        device: Device,
+        observer: ConnectionObserver,
+        answers: Answers,
+    ) -> None:
+        self._host, self._flow, self._device = host, flow, device
+        self._observer, self._answers = observer, answers
+
+    def submit(self, writes: list[int], flushes: list[int]) -> None:
+        """Take the cookies of WRITEs whose data the device has taken, and of FLUSHes."""
+        if writes:
+            self._submit(writes, CMD_WRITE, CMD_FLAG_FUA, lambda status: status)
+        if flushes:
+            mark, observer = self._observer.mark(), self._observer
+            self._submit(
+                flushes, CMD_FLUSH, 0, lambda status: observer.end(mark, status)
+            )
+
+    def _submit(
+        self,
+        cookies: list[int],
+        command: int,
+        flags: int,
+        answer: Callable[[int], int],
+    ) -> None:
+        """Args: answer: turns the status of the FLUSH into the errno for the client."""
+
+        def ended(bio: Bio) -> None:
+            status = answer(bio.status)
+            self._flow.end_requests(len(cookies), 0)
+            if self._host.is_closed:
+                self._host.maybe_release()
+                return
+            for cookie in cookies:
+                if status:
+                    self._answers.fail((cookie, 0), command, flags, status)
+                else:
+                    self._answers.done((cookie, 0), command)
+            self._host.flush_soon()
+
+        self._flow.begin_requests(len(cookies), 0)
+        self._device.submit(Bio(OP_FLUSH, 0, 0, None, 0, ended))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget_sync`: fdatasync in a thread of its own."""
+
+import errno
+import os
+import select
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.fast import compiled
+
+if compiled.IS_COMPILED:
+    from nbdtarget_sync import RUNS, Syncer
+
+pytestmark = pytest.mark.skipif(not compiled.IS_COMPILED, reason=compiled.describe())
+
+
+def thread_count() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+def wait(syncer: Syncer) -> int:
+    assert select.select([syncer.event_fd], [], [], 20)[0]
+    return syncer.take()
+
+
+def test_one_sync_after_the_other(fd: int) -> None:
+    before = thread_count()
+    syncer = Syncer(fd)
+    assert thread_count() == before  # it is started by the first sync
+    for _ in range(3):
+        os.write(fd, b"x")
+        syncer.begin()
+        assert wait(syncer) == 0
+        assert not select.select([syncer.event_fd], [], [], 0)[0]
+    syncer.close()
+    syncer.close()
+    assert thread_count() == before
+
+
+def test_errors_are_told(fd: int) -> None:
+    reading, writing = os.pipe()
+    for bad, expected in ((reading, errno.EINVAL), (1 << 20, errno.EBADF)):
+        syncer = Syncer(bad)
+        syncer.begin()
+        assert wait(syncer) == expected
+        syncer.close()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_misuse_is_refused(fd: int) -> None:
+    syncer = Syncer(fd)
+    assert syncer.take() == RUNS
+    syncer.begin()
+    with pytest.raises(ValueError, match="one sync at a time"):
+        syncer.begin()
+    with pytest.raises(ValueError, match="a sync runs"):
+        syncer.close()
+    assert wait(syncer) == 0
+    syncer.close()
+
+
+def test_what_was_never_used_leaves_nothing(fd: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    syncer = Syncer(fd)
+    syncer.close()
+    del syncer
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WRITEs with FUA and FLUSHes on the compiled path: those of a batch share one FLUSH of the device."""
+
+import asyncio
+import errno as errnos
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from nbdtarget.bio import OP_FLUSH, Bio
+from nbdtarget.devices import resolve
+from nbdtarget.devices.file.device import FileDevice
+from nbdtarget.dm.mapped_device import MappedDevice
+from nbdtarget.dm.registry import Registry
+from nbdtarget.fast import compiled
+from nbdtarget.server.limits import Limits
+from nbdtarget.server.listener import Listener
+from nbdtarget_protocol import consts as c
+from tests.support.peer import Peer
+
+needs_compiled = pytest.mark.skipif(
+    not compiled.IS_COMPILED, reason=compiled.describe()
+)
+
+SIZE: Final = 4 << 20
+SECTORS: Final = SIZE // 512
+BLOCK: Final = 64 << 10
+
+
+class Site:
+    """A registry, a listener and the files of one test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.registry = Registry(resolve)
+        self.listener = Listener(self.registry, limits=Limits(poison_borrowed=True))
+        self.peers: list[Peer] = []
+
+    async def attach(self, *, structured: bool = True) -> Peer:
+        peer = await Peer.connect(self.folder / "s")
+        self.peers.append(peer)
+        await peer.attach(structured=structured)
+        return peer
+
+    def file(self, name: str, content: bytes) -> str:
+        path = self.folder / name
+        path.write_bytes(content)
+        return str(path)
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    made = Site(tmp_path)
+    await made.listener.start(f"unix:{tmp_path}/s")
+    yield made
+    for peer in made.peers:
+        peer.close()
+    await made.listener.close()
+    await made.registry.close()
+
+
+def linear(site: Site, content: bytes) -> str:
+    return f"0 {SECTORS} linear {site.file('disk', content)} 0"
+
+
+def clone(site: Site, content: bytes) -> str:
+    source = site.file("source", content)
+    site.file("dest", bytes(SIZE))
+    names = f"{site.folder}/clone.meta {site.folder}/dest {source}"
+    return f"0 {SECTORS} clone {names} {BLOCK // 512}"
+
+
+async def _hydrated(device: MappedDevice) -> None:
+    while not (await device.status())[0][3].split()[3].startswith("64/"):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def durable_batch(site: Site, table: str) -> tuple[MappedDevice, Peer, bytes]:
+    """A device, a client, and a batch of FUA writes and FLUSHes that was not sent yet."""
+    device = await site.registry.create("d", table)
+    peer = await site.attach()
+    wire = b""
+    for nr in range(8):
+        payload = bytes([nr + 1]) * 4096
+        wire += peer.request(
+            c.CMD_WRITE, nr * BLOCK, payload=payload, flags=c.CMD_FLAG_FUA
+        )
+        wire += peer.request(c.CMD_FLUSH)
+    return device, peer, wire
+
+
+def note_flushes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note the FLUSHes that files get, by the name of the file."""
+    noted: list[str] = []
+    submit = FileDevice.submit
+
+    def spy(self: FileDevice, bio: Bio) -> None:
+        if bio.op == OP_FLUSH:
+            noted.append(Path(self.name).name)
+        submit(self, bio)
+
+    monkeypatch.setattr(FileDevice, "submit", spy)
+    return noted
+
+
+@needs_compiled
+async def test_durable_requests_of_a_batch_share_their_flushes(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, peer, wire = await durable_batch(site, linear(site, bytes(SIZE)))
+    noted = note_flushes(monkeypatch)
+    peer.writer.write(wire)
+    replies = [await peer.reply() for _ in range(16)]
+    assert [reply.error for reply in replies] == [0] * 16
+    assert len({reply.cookie for reply in replies}) == 16
+    # One for the writes and one for the FLUSHes of each part in which the batch has arrived.
+    assert 2 <= len(noted) <= 8
+    for nr in range(8):
+        assert bytes(await device.read(nr * BLOCK, 4096)) == bytes([nr + 1]) * 4096
+
+
+@needs_compiled
+@pytest.mark.parametrize("structured", [True, False])
+async def test_failed_sync_fails_all_durable_requests(
+    site: Site, monkeypatch: pytest.MonkeyPatch, structured: bool
+) -> None:
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach(structured=structured)
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+
+    def fail() -> int:
+        raise OSError(errnos.EIO, "lost")
+
+    monkeypatch.setattr(below._syncs, "_has_no_thread", True)
+    monkeypatch.setattr(below._syncs, "_fdatasync", fail)
+    wire = b""
+    for nr in range(4):
+        wire += peer.request(
+            c.CMD_WRITE, nr * 4096, payload=bytes(4096), flags=c.CMD_FLAG_FUA
+        )
+        wire += peer.request(c.CMD_FLUSH)
+    peer.writer.write(wire)
+    assert [(await peer.reply()).error for _ in range(8)] == [errnos.EIO] * 8
+    assert (await peer.ask(c.CMD_WRITE, 0, payload=bytes(512))).error == 0
+
+
+@needs_compiled
+async def test_flush_tells_of_a_loss_and_fua_does_not(site: Site) -> None:
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    (below,) = device.devices_below()
+    below.health.note_loss()
+    fua = c.CMD_FLAG_FUA
+    assert (await peer.ask(c.CMD_WRITE, 0, payload=b"x", flags=fua)).error == 0
+    assert (await peer.ask(c.CMD_FLUSH)).error == errnos.EIO
+    assert (await peer.ask(c.CMD_FLUSH)).error == 0
+
+
+@needs_compiled
+async def test_client_that_leaves_before_its_flush_ends_is_released(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+    held: list[Bio] = []
+    monkeypatch.setattr(below._syncs, "flush", held.append)
+    peer.writer.write(peer.request(c.CMD_FLUSH) + peer.request(c.CMD_FLUSH))
+    async with asyncio.timeout(20):
+        while not held:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    peer.close()
+    await asyncio.sleep(0.01)
+    for bio in held:
+        bio.end(0)
+    monkeypatch.undo()
+    other = await site.attach()
+    assert (await other.ask(c.CMD_FLUSH)).error == 0
+
+
+@needs_compiled
+async def test_fua_to_a_clone_is_committed_before_it_is_answered(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, peer, wire = await durable_batch(site, clone(site, os.urandom(SIZE)))
+    await _hydrated(device)
+    await device.flush()
+    noted = note_flushes(monkeypatch)
+    peer.writer.write(wire)
+    assert [(await peer.reply()).error for _ in range(16)] == [0] * 16
+    assert noted
+    assert set(noted) == {"dest"}  # nothing has changed that needs a commit
