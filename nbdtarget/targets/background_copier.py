@@ -16,6 +16,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from typing import Final
+from weakref import WeakMethod
 
 from nbdtarget.bio import OP_NAMES, OP_READ, OP_WRITE
 from nbdtarget.common.errors import DeviceError
@@ -53,7 +54,9 @@ class BackgroundCopier:
         self._window: list[_Range] = []
         self._window_bytes = 0
         self._full: deque[list[_Range]] = deque()
-        self._writing = Tasks(failed=failed, ended=self._write_next)
+        # Weak: a copier that its own tasks kept alive would be left to the garbage collector, with both disks.
+        write_next = WeakMethod(self._write_next)
+        self._writing = Tasks(failed=failed, ended=lambda: _call(write_next))
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._is_behind = False  # something was handed over, and not dropped yet
@@ -119,3 +122,9 @@ class BackgroundCopier:
             ranges = self._full.popleft()
             self._is_behind = bool(ranges)
             self._writing.start(self._destination.write_behind(ranges))
+
+
+def _call(method: "WeakMethod[Callable[[], None]]") -> None:
+    """Call it, unless its object is gone."""
+    if (call := method()) is not None:
+        call()

@@ -140,8 +140,10 @@ def test_no_acknowledged_flush_is_lost_with_all_features() -> None:
     counts: Counter[str] = Counter()
     for seed in range(SEED, SEED + WALKS):
         counts += walk(FeatureRig, seed)
-    for what in ("linear", "clone", "reads queued", "cache done", "cache ESHUTDOWN"):
+    for what in ("linear", "clone", "reads queued", "cache done"):
         assert counts[what] > 5, counts
+    # A suspend gives it back to the mapped device: clients take this answer for the end of the server.
+    assert counts["cache ESHUTDOWN"] == 0
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ COMMANDS: dict[str, list[str]] = {
     "target-version": ["linear"],
     "targets": [],
     "uncache": ["x"],
+    "upgrade": [],
     "version": [],
     "wait": ["x"],
     "wipe_table": ["x"],

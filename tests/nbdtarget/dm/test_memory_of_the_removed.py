@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.devices import resolve
-from nbdtarget.devices.file.ring import maybe_reader
+from nbdtarget.devices.file.ring import find_out, maybe_reader
 from nbdtarget.dm.registry import Registry
 
 SIZE = 8 << 20
@@ -90,6 +90,7 @@ async def _left_in_the_end(existing: list[str]) -> list[str]:
 async def test_nothing_of_a_removed_device_is_left(
     kind: str, names: dict[str, str]
 ) -> None:
+    find_out()
     maybe_reader()  # all files of the loop share it, and it stays
     registry = Registry(resolve)
     existing = _left_over()
@@ -106,6 +107,7 @@ async def test_nothing_of_a_removed_device_is_left(
 
 
 async def test_nothing_of_a_stack_is_left(names: dict[str, str]) -> None:
+    find_out()
     maybe_reader()  # all files of the loop share it, and it stays
     registry = Registry(resolve)
     existing = _left_over()

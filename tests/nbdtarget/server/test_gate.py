@@ -253,10 +253,10 @@ async def test_large_write_of_a_dead_connection_to_a_file(
     assert isinstance(device, FileDevice)
     go, has_begun = threading.Event(), threading.Event()
 
-    def slow(*args: object) -> int:
+    def slow(*args: object, **kwargs: object) -> int:
         has_begun.set()
         go.wait(10)
-        return pieces.write_rest(*args)  # type: ignore[arg-type]  # passed on as they came
+        return pieces.write_rest(*args, **kwargs)  # type: ignore[arg-type]  # passed on as they came
 
     monkeypatch.setattr(file_device, "write_rest", slow)
     listener = Listener(Directory({"disk": device}), limits=Limits())
