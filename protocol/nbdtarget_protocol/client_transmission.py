@@ -528,10 +528,16 @@ class ClientTransmission:
         numbers = Struct(f">{nr_numbers}{layout}").unpack_from(payload, begin)
         extents = list(zip(numbers[::2], numbers[1::2], strict=True))
         check_extents(request, extents)
-        if context_id == request.asked_ids[0]:
-            request.extents = extents
+        self._described(request, context_id, extents)
         if self._payload_done:
             self._finish(request)
+
+    def _described(
+        self, request: Completion, context_id: int, extents: list[tuple[int, int]]
+    ) -> None:
+        """A context says this of the range. The first one that was asked for is kept; the simulation keeps them all."""
+        if context_id == request.asked_ids[0]:
+            request.extents = extents
 
     # Ends.
 

@@ -19,7 +19,6 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdtarget_protocol.client import (
@@ -83,8 +82,6 @@ CONTEXTS: Final = (
     (BASE_ALLOCATION, CONTEXT),
 )
 CHANGES: Final = (CMD_WRITE, CMD_WRITE_ZEROES, CMD_TRIM)
-CONTEXT_ID: Final = Struct(">I")
-EXTENT: Final = Struct(">II")
 RANGE_TRIES_MAX: Final = 4
 RECEIVES_MAX: Final = 4  # in one turn of the loop
 
@@ -172,11 +169,10 @@ class _Transmission(ClientTransmission):
         self.names = dict(negotiated.contexts)
         self.described: dict[int, dict[str, list[tuple[int, int]]]] = {}
 
-    def _payload_block_status(self, request: Completion) -> None:
-        payload = bytes(self._payload)
-        (context_id,) = CONTEXT_ID.unpack_from(payload)
-        extents = list(EXTENT.iter_unpack(payload[CONTEXT_ID.size :]))
-        super()._payload_block_status(request)
+    def _described(
+        self, request: Completion, context_id: int, extents: list[tuple[int, int]]
+    ) -> None:
+        super()._described(request, context_id, extents)
         described = self.described.setdefault(request.cookie, {})
         described[self.names[context_id]] = extents
 

@@ -186,7 +186,7 @@ def hold_nothing(gate: Gate, bio: Bio) -> list[Bio]:
         ("nbdtarget.targets.mapping.Committer", CommitBeforeFlush, 0),
         ("nbdtarget.targets.mapping.Committer", SuperblockBeforeJournal, 0),
         ("nbdtarget.targets.clone.target.Foreground", FuaWithoutCommit, 98),
-        ("nbdtarget.targets.clone.target.hydration_extents", upside_down, 68),
+        ("nbdtarget.targets.clone.target.hydration_extents", upside_down, 93),
         ("nbdtarget.server.connection.Requests", HastyServer, 0),
         ("nbdtarget.server.connection.Requests", DeafToFua, 23),
     ],
