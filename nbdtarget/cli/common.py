@@ -189,6 +189,7 @@ def _ask_all(
         devices.sort(key=lambda device: order.get(device.name, 0))
     joined: dict[str, Any] = {"devices": tuple(devices)}
     if isinstance(answers[0], LinesAnswer):
+        # All answers are of the type of the first one, which mypy does not know.
         certificates = [each for a in answers for each in a.certificates]  # type: ignore[attr-defined]
         joined["certificates"] = tuple(certificates)
     return replace(answers[0], **joined)

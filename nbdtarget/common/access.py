@@ -20,7 +20,7 @@ The first rule that holds decides, and a client for which none holds may not att
 of the server (`default`), and if there are none either, everybody who can connect may read and write.
 
 An export that a client may not attach does not exist for it: it is not in LIST, and asking for it by name is
-answered as for a name that nobody has.
+answered as for an export that does not exist.
 """
 
 import grp

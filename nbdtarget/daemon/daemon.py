@@ -314,6 +314,7 @@ class Daemon:
         try:
             heir = await hand_over(self, [sys.executable, *sys.orig_argv[1:]])
         except BaseException as error:
+            # Also when a signal to stop has cancelled it: what was paused goes on until the stop.
             log.error("not handed over: %s", error or type(error).__name__)
             await self._resume_config()
             raise

@@ -16,7 +16,7 @@ One option is under way at a time, in this order. Each may be left out:
     EXPORT_NAME        at once, if the server does not speak fixed newstyle
 
 TLS. A client that wants TLS is not talked out of it: its first option is STARTTLS, and no name of an export leaves in
-plaintext, whatever the server answers. After the acknowledgement `starts_tls` is set: the caller starts TLS on the
+plaintext, also if the server refuses STARTTLS. After the acknowledgement `starts_tls` is set: the caller starts TLS on the
 connection, calls `tls_started`, and passes decrypted bytes from then on. Bytes behind the acknowledgement come from
 somebody who sits on the wire, and end the handshake.
 

@@ -88,6 +88,7 @@ async def hand_over(giving: Giving, argv: Sequence[str]) -> subprocess.Popen[byt
                 )
             await _give(giving, channel, process)
         except BaseException:
+            # Also when this task is cancelled: the new process must never outlive a hand-over that has failed.
             await _kill(process)
             raise
     finally:

@@ -4,7 +4,7 @@
 *Writer.* Any number of threads may write; a lock lets one of them at a time do so. The file system holds
 the inode's lock for each buffered write in any case, and threads that wait there spin.
 
-*Page cache.* A background copy writes as many gigabytes as the disk has, which nobody has asked for. Left alone, they
+*Page cache.* A background copy writes as many gigabytes as the disk has, and no client has asked for them. Left alone, they
 would push out of the page cache what clients, and all other programs, have there. All of it would be dirty, too, until the
 kernel slows down everybody who writes, and until the next flush, which then takes seconds. And memory that was not
 in use before costs more to fill than memory that has just been given back. So what has been copied is written
