@@ -114,7 +114,8 @@ async def _give(
         moved, fds = giving.moved(parking)
         await channel.send(moved, fds)
         await _expect(channel, Prepared, PREPARE_S_MAX)
-        await channel.send(Go((monotonic_ns() - begun_ns) / 1e9))
+        # Not `send`: it could be cancelled after Go has left, and then two processes would go on.
+        channel.send_now(Go((monotonic_ns() - begun_ns) / 1e9))
     except BaseException:
         # It may have disks open, which are to be opened here again.
         await _kill(process)

@@ -89,3 +89,5 @@ async def test_silence_and_a_closed_end_are_errors(
     other.close()
     with pytest.raises(ChannelError, match="Broken pipe"):
         await one.send(MOVED)
+    with pytest.raises(ChannelError, match="Broken pipe"):
+        one.send_now(Go(0.1))
