@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from nbdtarget.common.clock import LoopClock
-from nbdtarget.daemon import daemon
+from nbdtarget.daemon import process
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
@@ -378,9 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as name:
         work = Path(name)
         if "memory" in parts:
-            daemon.run(lambda: bench_metadata(options, None))
+            process.run(lambda: bench_metadata(options, None))
         if "file" in parts:
-            daemon.run(lambda: bench_metadata(options, work / "metadata"))
+            process.run(lambda: bench_metadata(options, work / "metadata"))
         if "flush" in parts:
             bench_flushes(options, work)
     return 0

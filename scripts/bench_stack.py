@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdtarget.common.units import SECTOR
-from nbdtarget.daemon import daemon
+from nbdtarget.daemon import process
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.serve is not None:
-        daemon.run(lambda: _serve(options.serve))
+        process.run(lambda: _serve(options.serve))
         return 0
     if shutil.which("fio") is None:
         print("fio is not installed: nothing to measure with")

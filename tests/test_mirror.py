@@ -48,7 +48,7 @@ ELSEWHERE = {
     "nbdtarget/cli/progress/cache.py": "tests/nbdtarget/cli/test_cache.py",
     "nbdtarget/cli/progress/uncache.py": "tests/nbdtarget/cli/test_cache.py",
     "nbdtarget/cli/progress/writeback.py": "tests/nbdtarget/cli/test_cache_writeback.py",
-    "nbdtarget/cli/serve.py": "tests/nbdtarget/daemon/test_daemon.py",
+    "nbdtarget/cli/serve.py": "tests/nbdtarget/daemon/test_serve.py",
     "nbdtarget/cli/sizes.py": "tests/nbdtarget/cli/test_commands.py",
     "nbdtarget/cli/stats_report.py": "tests/nbdtarget/cli/test_stats.py",
     "nbdtarget/cli/tables.py": "tests/nbdtarget/cli/test_commands.py",

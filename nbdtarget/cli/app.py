@@ -101,8 +101,8 @@ _UsageError: Final[type[BaseException]] = typer.BadParameter.__mro__[1]
 def main() -> NoReturn:
     """The console script."""
     status = run(sys.argv[1:])
-    server = sys.modules.get("nbdtarget.daemon.daemon")
-    if server is not None and server.must_leave_at_once():
+    process = sys.modules.get("nbdtarget.daemon.process")
+    if process is not None and process.must_leave_at_once():
         # A thread on a dead disk cannot be ended, and Python would wait for it.
         sys.stderr.flush()
         os._exit(status)

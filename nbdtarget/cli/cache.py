@@ -231,7 +231,7 @@ def cache(
 def _run(options: "CacheOptions", *, verbose: bool, json: bool) -> int:
     from nbdtarget.cli.logs import start_logging
     from nbdtarget.cli.progress.cache import cache_reporter
-    from nbdtarget.daemon.daemon import run
+    from nbdtarget.daemon.process import run
     from nbdtarget.porcelain.cache import CacheJob
 
     start_logging(verbose=verbose)

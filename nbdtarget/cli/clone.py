@@ -195,7 +195,7 @@ def clone(
 def _run(options: "CloneOptions", *, verbose: bool, json: bool) -> int:
     from nbdtarget.cli.logs import start_logging
     from nbdtarget.cli.progress.clone import clone_reporter
-    from nbdtarget.daemon.daemon import run
+    from nbdtarget.daemon.process import run
     from nbdtarget.porcelain.clone import CloneJob
 
     start_logging(verbose=verbose)

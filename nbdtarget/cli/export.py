@@ -102,7 +102,7 @@ def export(
 
 def _run(options: "ExportOptions", *, verbose: bool, json: bool) -> int:
     from nbdtarget.cli.logs import start_logging
-    from nbdtarget.daemon.daemon import run
+    from nbdtarget.daemon.process import run
     from nbdtarget.porcelain.export import ExportJob
 
     start_logging(verbose=verbose)

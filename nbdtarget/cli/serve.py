@@ -166,7 +166,8 @@ def serve(
     """
     from nbdtarget.cli.logs import start_logging
     from nbdtarget.common.unix_socket import SocketOptions
-    from nbdtarget.daemon import daemon
+    from nbdtarget.daemon import process
+    from nbdtarget.daemon.serve import ServeOptions, serve_until_stopped
     from nbdtarget.server.listener import export_uri
 
     start_logging(verbose=verbose)
@@ -176,7 +177,7 @@ def serve(
     }
     nbd_access = (socket_mode, socket_owner, socket_group)
     control_access = (control_mode, control_owner, control_group)
-    options = daemon.ServeOptions(
+    options = ServeOptions(
         limits={key: value for key, value in limits.items() if value is not None},
         listen=tuple(listen or ()),
         control=control,
@@ -192,4 +193,4 @@ def serve(
         for pattern in patterns if run is None else ():
             print(export_uri(pattern), flush=True)
 
-    return daemon.run(lambda: daemon.serve_until_stopped(options, ready))
+    return process.run(lambda: serve_until_stopped(options, ready))

@@ -13,7 +13,7 @@ SIGTERM, SIGINT and SIGHUP (the terminal is closed) begin this. After the first 
 the signals have their usual effect again: a second one ends the process at once. What is on disk then is
 what a power cut would leave: nothing acknowledged is lost.
 
-One signal is enough, whatever hangs (`StopBounds`; seconds from the signal, with the defaults):
+One signal is enough, whatever hangs (`nbdtarget.daemon.stop_bounds`; seconds from the signal, with the defaults):
 
     10   reads of devices that are only read and do not answer are given up: nothing can be lost by it.
          Their clients get EIO; a second later the connections that are still there are closed
@@ -22,7 +22,7 @@ One signal is enough, whatever hangs (`StopBounds`; seconds from the signal, wit
     60   the process ends. It ends sooner, as soon as no commit is under way any more
 
 What hangs then is not waited for: a thread in a system call on a dead mount cannot be ended, so the
-process is left by `os._exit`. The exit status is 0 if everything was committed all the same.
+process is left by `os._exit` (`nbdtarget.daemon.process`). The exit status is 0 if everything was committed all the same.
 
 With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices`). A SIGHUP that comes
 while the server starts, or while it follows the file, is carried out afterwards, and several of them
@@ -38,7 +38,6 @@ told what happens (`nbdtarget.daemon.notify`). A command that was given with `--
 
 import asyncio
 import errno as errnos
-import gc
 import logging
 import signal
 import socket
@@ -46,16 +45,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from nbdtarget.common.clock import sleep, wait_within
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.unix_socket import (
-    PRIVATE,
-    SocketAccess,
     SocketOptions,
     remove_if_stale,
 )
@@ -63,46 +57,31 @@ from nbdtarget.control.api import ControlServer
 from nbdtarget.control.paths import (
     ControlAddress,
     control_address,
-    control_token,
     known_controls,
-    make_directory,
-    runtime_directory,
-    socket_path,
 )
 from nbdtarget.control.verbs import Verbs
-from nbdtarget.daemon.activation import passed_sockets
 from nbdtarget.daemon.client_command import ClientCommand
 from nbdtarget.daemon.handover.giver import hand_over
 from nbdtarget.daemon.handover.messages import Moved
-from nbdtarget.daemon.handover.taker import Offer, maybe_offer
+from nbdtarget.daemon.handover.taker import Offer
 from nbdtarget.daemon.notify import Notifier
-from nbdtarget.daemon.security import Security, SecurityOptions, security_of
+from nbdtarget.daemon.process import note_what_hangs
+from nbdtarget.daemon.security import Security
+from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.devices import resolve
 from nbdtarget.dm.handover import Parking, let_go, refusals, unpark
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.address import TcpAddress, is_public, parse_address
-from nbdtarget.server.admission import raise_descriptor_limit
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener, export_uri
 
 if TYPE_CHECKING:
     from nbdtarget.config.file import Config
 
-__all__ = [
-    "Daemon",
-    "ServeOptions",
-    "StopBounds",
-    "default_listen",
-    "must_leave_at_once",
-    "run",
-    "serve_until_stopped",
-]
+__all__ = ["Daemon"]
 
 log = logging.getLogger(__name__)
 
-STOP_S_MAX: Final = 60.0  # systemd kills after 90
-REQUESTS_S_MAX: Final = 10.0
-DEVICES_S_MAX: Final = 30.0
 GIVE_UP_PERIOD_S: Final = 0.5
 CONTROL_S_MAX: Final = 3.0
 CANCEL_S_MAX: Final = 5.0
@@ -113,66 +92,6 @@ ANSWER_S: Final = 0.2
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 T = TypeVar("T")
-
-
-class StopBounds(NamedTuple):
-    """How long the end may take; seconds from the signal. See the module head.
-
-    Attributes: total_s: None: for ever.
-    """
-
-    total_s: float | None = STOP_S_MAX
-
-    @classmethod
-    def of(cls, seconds: float | None) -> "StopBounds":
-        """What `--stop-timeout` says; 0: no bound. None: it says nothing."""
-        return cls() if seconds is None else cls(seconds or None)
-
-    @property
-    def requests_s(self) -> float:
-        """When reads of what hangs are given up."""
-        total_s = self.total_s
-        return REQUESTS_S_MAX if total_s is None else min(REQUESTS_S_MAX, total_s / 6)
-
-    @property
-    def connections_s(self) -> float:
-        """When the connections that are left are closed: clients have had their EIO by then."""
-        return self.requests_s * 1.1
-
-    @property
-    def devices_s(self) -> float | None:
-        """When devices that do not answer are not waited for any more."""
-        total_s = self.total_s
-        return None if total_s is None else min(DEVICES_S_MAX, total_s / 2)
-
-
-class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What `serve` was asked for. No `listen`: a unix socket in the runtime directory.
-
-    `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
-    `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.
-    `limits`: fields of `Limits`, over those of the file. `run`: a shell command, see `ClientCommand`.
-    """
-
-    listen: tuple[str, ...] = ()
-    control: str | None = None
-    control_token_file: str | None = None
-    config: str | None = None
-    stop_timeout: float | None = None
-    sockets: SocketOptions = SocketOptions()
-    limits: dict[str, Any] = {}
-    security: SecurityOptions = SecurityOptions()
-    run: str | None = None
-
-
-def default_listen(name: str, access: SocketAccess = PRIVATE) -> str:
-    """The address of a unix socket in the runtime directory. Raises: NbdTargetError."""
-    directory = runtime_directory()
-    try:
-        make_directory(directory, is_shared=access.is_shared)
-    except OSError as error:
-        raise NbdTargetError(f"{directory}: {error.strerror or error}") from None
-    return f"unix:{socket_path(directory, name)}"
 
 
 class Daemon:
@@ -493,7 +412,7 @@ class Daemon:
                 await wait_within([task], bound_s)
         if not task.done():
             log.error("the start does not end, and is not waited for")
-            _leave_at_once.append("start")
+            note_what_hangs("start")
             return None
         return None if task.cancelled() else task.result()
 
@@ -529,7 +448,7 @@ class Daemon:
         if self.has_handed_over:
             self._listener.forget()
             await sleep(ANSWER_S)  # the client that has asked for it gets its answer
-            _leave_at_once.append("handed over")
+            note_what_hangs("handed over")
             return
         log.info("stopping")
         self._has_served = has_served
@@ -588,7 +507,7 @@ class Daemon:
     async def _leave(self) -> None:
         """Something still hangs, and is not waited for: the process is to be left at once."""
         hanging = self.registry.hanging()
-        _leave_at_once.extend(hanging or ["stop"])
+        note_what_hangs(*(hanging or ["stop"]))
         log.error("leaving without waiting for: %s", "; ".join(hanging) or "the rest")
         if self._control is not None:
             closing = asyncio.create_task(self._control.close())
@@ -597,102 +516,3 @@ class Daemon:
 
 async def _do_nothing() -> None:
     """There is no configuration file."""
-
-
-async def serve_until_stopped(
-    options: ServeOptions, ready: Callable[[list[str]], None]
-) -> int:
-    """Serve until a signal comes: the devices of the configuration file, or none at first.
-
-    `ready` is called with the URIs. Returns the exit status: 1 if not everything could be committed.
-    Raises: NbdTargetError.
-    """
-    if options.config is None:
-        config = None
-    else:
-        # Here: most servers are one clone, and need none of it.
-        from nbdtarget.config.devices import ConfiguredDevices
-        from nbdtarget.config.file import read
-        from nbdtarget.targets.registry import TARGET_TYPES
-
-        config = read(options.config, TARGET_TYPES)
-    stop_timeout = options.stop_timeout
-    if stop_timeout is None and config is not None:
-        stop_timeout = config.stop_timeout
-    sockets = options.sockets
-    limits = Limits() if config is None else config.limits
-    daemon = Daemon(
-        replace(limits, **options.limits),
-        StopBounds.of(stop_timeout),
-        sockets if config is None else sockets.or_else(config.sockets),
-        security_of(options.security, config),
-    )
-    passed = passed_sockets()
-    addresses = options.listen or (() if config is None else config.listen)
-    if not addresses and not passed.nbd:
-        addresses = (default_listen("nbd", daemon.listen_access),)
-    address = control_address(options.control or getattr(config, "control", None))
-    token = control_token(
-        options.control_token_file or getattr(config, "control_token_file", None)
-    )
-    daemon.catch_signals(sighup_reloads=config is not None)
-    offer = maybe_offer()
-    try:
-        if offer is None:
-            await daemon.open_control(address, token=token, passed=passed.control)
-        else:
-            await daemon.take_over(offer, token=token)
-            await daemon.go_on(offer)
-        if config is not None:
-            devices = ConfiguredDevices(daemon.registry, config, daemon.follow_rules)
-            daemon.before_close(devices.close)
-            await daemon.until_stopped(devices.start())
-            if daemon.stop.is_set():
-                return 0
-            daemon.follow_reloads(devices.reload_and_tell)
-            daemon.follow_config(devices.pause, devices.start)
-        if offer is None:
-            await daemon.listen(addresses, passed.nbd)
-            ready(daemon.uris)
-        daemon.tell_ready()
-        if options.run is not None:
-            await daemon.start_command(options.run)
-        await daemon.wait_for_stop()
-    finally:
-        daemon.release_signals()
-        await daemon.close()
-    return daemon.exit_status(0 if daemon.is_committed else 1)
-
-
-# What hangs and is not waited for. Python would wait, for tasks and for threads.
-_leave_at_once: Final[list[str]] = []
-
-
-def must_leave_at_once() -> bool:
-    """Whether the process has to be left by `os._exit`: something hangs."""
-    return bool(_leave_at_once)
-
-
-def run(main: Callable[[], Awaitable[T]]) -> T:
-    """Run a coroutine function to its end on a fast loop."""
-    import uvloop  # here: most commands never start a loop
-
-    raise_descriptor_limit()
-
-    async def awaited() -> T:
-        return await main()
-
-    # What has been imported stays: to look through it again took a full collection 5 ms, with
-    # the loop standing still.
-    gc.freeze()
-    _leave_at_once.clear()
-    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-    try:
-        return runner.run(awaited())
-    except KeyboardInterrupt:
-        _leave_at_once.append("interrupted")  # the second Ctrl-C, at the end
-        raise
-    finally:
-        gc.unfreeze()
-        if not must_leave_at_once():
-            runner.close()

@@ -33,14 +33,12 @@ from nbdtarget.control.paths import (
 )
 from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.daemon.activation import PassedSockets, passed_sockets
-from nbdtarget.daemon.daemon import (
-    Daemon,
-    StopBounds,
-    default_listen,
-    must_leave_at_once,
-)
+from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.daemon.handover.taker import Offer, maybe_offer
+from nbdtarget.daemon.process import must_leave_at_once
 from nbdtarget.daemon.security import Security, SecurityOptions
+from nbdtarget.daemon.serve import default_listen
+from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.table import Table

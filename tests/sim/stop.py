@@ -12,8 +12,9 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
-from nbdtarget.daemon import daemon as daemons
-from nbdtarget.daemon.daemon import CONTROL_S_MAX, STOP_S_MAX, Daemon
+from nbdtarget.daemon.daemon import CONTROL_S_MAX, Daemon
+from nbdtarget.daemon.process import forget_what_hangs
+from nbdtarget.daemon.stop_bounds import STOP_S_MAX
 from tests.sim.rigs import Role
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Stop:
         try:
             await daemon.close()
         finally:
-            daemons._leave_at_once.clear()  # it is this process
+            forget_what_hangs()  # it is this process
         took_s = life.loop.time() - began_s
         life.note("stopped", round(took_s, 3), has_ended)
         assert took_s <= STOP_S_MAX + CONTROL_S_MAX, f"the stop has taken {took_s} s"

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from nbdtarget.daemon.daemon import StopBounds
+from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.dm.registry import Registry
 from tests.sim.world import simulate
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.daemon.daemon import STOP_S_MAX
 from nbdtarget.daemon.notify import Notifier
+from nbdtarget.daemon.stop_bounds import STOP_S_MAX
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 UNITS = Path(__file__).parents[3] / "docs" / "systemd"

@@ -15,7 +15,6 @@ import pytest
 
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
-from nbdtarget.daemon.daemon import StopBounds
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 TIMEOUT_S = 30
@@ -255,11 +254,3 @@ def test_a_command_over_a_disk_that_hangs_fails_in_one_line(
         client = ControlClient(control)
         client.ask("suspend", m.Suspend("a"), m.Done)
         assert end(serve)[0] == 0
-
-
-def test_bounds_follow_from_the_whole_time() -> None:
-    assert StopBounds.of(None) == StopBounds(60.0)
-    assert (StopBounds().requests_s, StopBounds().devices_s) == (10.0, 30.0)
-    assert (StopBounds(6.0).requests_s, StopBounds(6.0).devices_s) == (1.0, 3.0)
-    forever = StopBounds.of(0)
-    assert (forever.total_s, forever.requests_s, forever.devices_s) == (None, 10, None)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nbdtarget serve`: one process with the devices of a configuration file, or with none at first."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, SocketOptions
+from nbdtarget.control.paths import (
+    control_address,
+    control_token,
+    make_directory,
+    runtime_directory,
+    socket_path,
+)
+from nbdtarget.daemon.activation import passed_sockets
+from nbdtarget.daemon.daemon import Daemon
+from nbdtarget.daemon.handover.taker import maybe_offer
+from nbdtarget.daemon.security import SecurityOptions, security_of
+from nbdtarget.daemon.stop_bounds import StopBounds
+from nbdtarget.server.limits import Limits
+
+__all__ = ["ServeOptions", "default_listen", "serve_until_stopped"]
+
+
+class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What `serve` was asked for. No `listen`: a unix socket in the runtime directory.
+
+    `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
+    `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.
+    `limits`: fields of `Limits`, over those of the file. `run`: a shell command, see `ClientCommand`.
+    """
+
+    listen: tuple[str, ...] = ()
+    control: str | None = None
+    control_token_file: str | None = None
+    config: str | None = None
+    stop_timeout: float | None = None
+    sockets: SocketOptions = SocketOptions()
+    limits: dict[str, Any] = {}
+    security: SecurityOptions = SecurityOptions()
+    run: str | None = None
+
+
+def default_listen(name: str, access: SocketAccess = PRIVATE) -> str:
+    """The address of a unix socket in the runtime directory. Raises: NbdTargetError."""
+    directory = runtime_directory()
+    try:
+        make_directory(directory, is_shared=access.is_shared)
+    except OSError as error:
+        raise NbdTargetError(f"{directory}: {error.strerror or error}") from None
+    return f"unix:{socket_path(directory, name)}"
+
+
+async def serve_until_stopped(
+    options: ServeOptions, ready: Callable[[list[str]], None]
+) -> int:
+    """Serve until a signal comes: the devices of the configuration file, or none at first.
+
+    `ready` is called with the URIs. Returns the exit status: 1 if not everything could be committed.
+    Raises: NbdTargetError.
+    """
+    if options.config is None:
+        config = None
+    else:
+        # Here: most servers are one clone, and need none of it.
+        from nbdtarget.config.devices import ConfiguredDevices
+        from nbdtarget.config.file import read
+        from nbdtarget.targets.registry import TARGET_TYPES
+
+        config = read(options.config, TARGET_TYPES)
+    stop_timeout = options.stop_timeout
+    if stop_timeout is None and config is not None:
+        stop_timeout = config.stop_timeout
+    sockets = options.sockets
+    limits = Limits() if config is None else config.limits
+    daemon = Daemon(
+        replace(limits, **options.limits),
+        StopBounds.of(stop_timeout),
+        sockets if config is None else sockets.or_else(config.sockets),
+        security_of(options.security, config),
+    )
+    passed = passed_sockets()
+    addresses = options.listen or (() if config is None else config.listen)
+    if not addresses and not passed.nbd:
+        addresses = (default_listen("nbd", daemon.listen_access),)
+    address = control_address(options.control or getattr(config, "control", None))
+    token = control_token(
+        options.control_token_file or getattr(config, "control_token_file", None)
+    )
+    daemon.catch_signals(sighup_reloads=config is not None)
+    offer = maybe_offer()
+    try:
+        if offer is None:
+            await daemon.open_control(address, token=token, passed=passed.control)
+        else:
+            await daemon.take_over(offer, token=token)
+            await daemon.go_on(offer)
+        if config is not None:
+            devices = ConfiguredDevices(daemon.registry, config, daemon.follow_rules)
+            daemon.before_close(devices.close)
+            await daemon.until_stopped(devices.start())
+            if daemon.stop.is_set():
+                return 0
+            daemon.follow_reloads(devices.reload_and_tell)
+            daemon.follow_config(devices.pause, devices.start)
+        if offer is None:
+            await daemon.listen(addresses, passed.nbd)
+            ready(daemon.uris)
+        daemon.tell_ready()
+        if options.run is not None:
+            await daemon.start_command(options.run)
+        await daemon.wait_for_stop()
+    finally:
+        daemon.release_signals()
+        await daemon.close()
+    return daemon.exit_status(0 if daemon.is_committed else 1)
