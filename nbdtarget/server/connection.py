@@ -19,11 +19,11 @@ socket and the state; each other thing has a class of its own:
     Flow        what is in flight, and whether the connection is paused
     Poller      whether to look at the socket again before going back to the loop
     Patience    how long it waits for the client
+    Negotiation the handshake, and who the client is
+    Watch       which events of the socket the loop is asked for
 
-TLS. After STARTTLS the socket is a `TlsSocket`, which has the same methods. What it has decrypted, or could decrypt, is
-unknown to the loop. So a connection with TLS receives until there is nothing, and goes on by itself after a pause. The
-handshake of TLS takes place in HANDSHAKE, within its bounds of time. If it fails, the connection ends: no option is
-answered after it.
+TLS. What a `TlsSocket` has decrypted, or could decrypt, is unknown to the loop. So a connection with TLS receives until there is
+nothing, and goes on by itself after a pause.
 
 Errors. uvloop calls a reader once after an error at the socket, and then never again, neither for bytes
 that lie there nor for the error. Sending fails, too, when the peer is gone. So each call of a reader either
@@ -66,6 +66,7 @@ from nbdtarget.server.flow import NEVER, Flow
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.input import Input
 from nbdtarget.server.moving import ConnectionState
+from nbdtarget.server.negotiation import Negotiation
 from nbdtarget.server.output import Output, is_gone
 from nbdtarget.server.patience import Patience
 from nbdtarget.server.peer import HUNG_UP
@@ -74,8 +75,9 @@ from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
 from nbdtarget.server.states import CLOSED, DRAINING, HANDSHAKE, TRANSMISSION
 from nbdtarget.server.tls import NO_TLS, ListenerTls
+from nbdtarget.server.watch import Watch
 from nbdtarget_protocol.consts import REQUEST
-from nbdtarget_protocol.handshake import Negotiated, ServerHandshake
+from nbdtarget_protocol.handshake import Negotiated
 from nbdtarget_protocol.replies import replies_of
 
 __all__ = ["Connection"]
@@ -111,8 +113,7 @@ class Connection:
         self._limits = limits
         self._sock: socket.socket | TlsSocket = sock
         self._tls: TlsSocket | None = None
-        self._tls_context = tls.context
-        self._fd = sock.fileno()
+        self._watch = Watch(shared.loop, sock.fileno())
         self._flow = Flow(
             self,
             limits,
@@ -123,12 +124,7 @@ class Connection:
             shared.starved,
         )
         self._output = Output(sock, limits, self._flow.give_back)
-        self._exports = shared.exports_of(client, peer)
-        self._handshake = ServerHandshake(
-            self._exports,
-            output_max=limits.handshake_output_max,
-            tls=tls.mode,
-        )
+        self._negotiation = Negotiation(shared, self._output, peer, tls, client)
         # From TRANSMISSION until everything has been released.
         self._input: Input | None = None
         self._requests: Requests | None = None
@@ -137,12 +133,15 @@ class Connection:
         self._device: Device | None = None
         self._negotiated: Negotiated | None = None
         self._patience = Patience(
-            self, limits, shared.clock, self._handshake, self._flow, self._output
+            self,
+            limits,
+            shared.clock,
+            self._negotiation.handshake,
+            self._flow,
+            self._output,
         )
         self._is_shutting_down = False
         self._is_frozen = False
-        self._is_reading = False
-        self._is_writing = False
         self._flush_scheduled = Soon(self._flush_now)
         self._finish_scheduled = Soon(self._finish_now)
 
@@ -164,7 +163,7 @@ class Connection:
             return
         self._is_shutting_down = True
         if self.state == HANDSHAKE:
-            self._handshake.shutdown()
+            self._negotiation.handshake.shutdown()
             self._patience.linger()
         elif self.state == TRANSMISSION:
             assert self._requests is not None
@@ -177,10 +176,7 @@ class Connection:
         if self.state == CLOSED:
             return
         self.state = CLOSED
-        self._stop_reading()
-        if self._is_writing:
-            self._shared.loop.remove_writer(self._fd)
-            self._is_writing = False
+        self._watch.stop()
         self._patience.end()
         if self._fast is not None:
             self._fast.release()
@@ -196,7 +192,7 @@ class Connection:
         """Begin no request any more. What has begun ends; see `is_at_rest`."""
         self._is_frozen = True
         if self._input is not None and self._input.is_plain:
-            self._stop_reading()
+            self._watch.stop_reading()
 
     def thaw(self) -> None:
         """Undo `freeze`."""
@@ -241,7 +237,7 @@ class Connection:
     @property
     def fileno(self) -> int:
         """Of the socket."""
-        return self._fd
+        return self._watch.fd
 
     def take_over(self, moved: ConnectionState) -> None:
         """Go on where the connection was in the process that it comes from."""
@@ -319,7 +315,7 @@ class Connection:
     def disc(self) -> None:
         """Read nothing more; close when everything in flight has been answered."""
         self.state = DRAINING
-        self._stop_reading()
+        self._watch.stop_reading()
         if self._requests is not None:
             self._gate().leave(self)
         if not self._is_shutting_down:
@@ -382,23 +378,17 @@ class Connection:
     # ---- the socket ----
 
     def _start_reading(self) -> None:
-        if not self._is_reading:
+        if not self._watch.is_reading:
             self._python_ran()
             # The compiled fast path calls `readable` for all that it does not do.
             call = self.readable if self._fast is None else self._fast.receiver
-            self._shared.loop.add_reader(self._fd, call)
-            self._is_reading = True
+            self._watch.read(call)
             self._read_on_if_pending()
 
     def _read_on_if_pending(self) -> None:
         """The loop does not know of bytes that TLS has received already."""
         if self._tls is not None and self._tls.has_pending:
             self._shared.loop.call_soon(self._read_on)
-
-    def _stop_reading(self) -> None:
-        if self._is_reading:
-            self._shared.loop.remove_reader(self._fd)
-            self._is_reading = False
 
     def readable(self) -> None:
         if self.state == TRANSMISSION:
@@ -410,22 +400,21 @@ class Connection:
 
     def _writable(self) -> None:
         self._flow.moved()
-        is_shaking_hands = self._handshake.starts_tls and self._tls is not None
+        is_shaking_hands = (
+            self._negotiation.handshake.starts_tls and self._tls is not None
+        )
         self.guard(self._receive_handshake if is_shaking_hands else self.flush)
 
     def flush(self) -> None:
         """Send what the socket takes; then go on with everything that waited for that."""
         all_left = self._output.flush()
-        if not all_left and not self._is_writing:
+        if not all_left and not self._watch.is_writing:
             self._flow.moved()
-            self._shared.loop.add_writer(self._fd, self._writable)
-            self._is_writing = True
+            self._watch.write(self._writable)
             if self.state == TRANSMISSION:
                 self._patience.await_replies()
         elif all_left:
-            if self._is_writing:
-                self._shared.loop.remove_writer(self._fd)
-                self._is_writing = False
+            self._watch.stop_writing()
             if self.state == DRAINING or self._is_shutting_down:
                 self._maybe_finish()
             elif self.state == HANDSHAKE:
@@ -470,50 +459,45 @@ class Connection:
         self._shared.loop.call_soon(self._read_on)
 
     def _receive_handshake(self) -> None:
-        if self._handshake.starts_tls and not self._go_on_with_tls():
+        handshake = self._negotiation.handshake
+        if handshake.starts_tls and not self._go_on_with_tls():
             return
         for _ in range(BATCHES_MAX):
             data = self._sock.recv(HANDSHAKE_READ)
             if not data:
                 self.abort()
                 return
-            self._handshake.receive_data(data)
+            handshake.receive_data(data)
             self._answer_handshake()
             if self.state != HANDSHAKE:
                 self._read_on_if_pending()
                 return
             if self._output.is_blocked:
-                self._stop_reading()  # until it has taken its answers
+                self._watch.stop_reading()  # until it has taken its answers
                 return
-            if self._handshake.starts_tls:
+            if handshake.starts_tls:
                 return
         self._shared.loop.call_soon(self._read_on)
 
     def _go_on_with_tls(self) -> bool:
         """Go on with the handshake of TLS, after its answer has left in plaintext; whether it is over."""
-        tls = self._tls
-        if tls is None:
+        negotiation = self._negotiation
+        if self._tls is None:
             if not self._output.is_empty:
                 return False
             assert isinstance(self._sock, socket.socket)
-            assert self._tls_context is not None
-            tls = TlsSocket(self._sock, self._tls_context, server_side=True)
-            self._sock = self._tls = tls
-            self._output.use(tls)
-        is_over = tls.handshake()
-        if tls.has_unsent is not self._is_writing:
-            self._is_writing = tls.has_unsent
-            if self._is_writing:
-                self._shared.loop.add_writer(self._fd, self._writable)
-            else:
-                self._shared.loop.remove_writer(self._fd)
+            self._sock = self._tls = negotiation.begin_tls(self._sock)
+        is_over = self._tls.handshake()
+        if self._tls.has_unsent:
+            self._watch.write(self._writable)
+        else:
+            self._watch.stop_writing()
         if is_over:
-            self._handshake.tls_started()
-            self._exports.encrypted(tls.version, tls.peer_names())
+            negotiation.tls_has_begun(self._tls)
         return is_over
 
     def _answer_handshake(self) -> None:
-        handshake = self._handshake
+        handshake = self._negotiation.handshake
         for data in handshake.data_to_send():
             self._output.push(data)
         if handshake.closed:
@@ -552,7 +536,7 @@ class Connection:
         if IS_COMPILED and not negotiated.extended and isinstance(sock, socket.socket):
             parts = self._requests, received, output, flow
             self._fast = FastTurn(self, sock, shared, device, *parts)
-            self._stop_reading()  # and begin anew: with the compiled fast path
+            self._watch.stop_reading()  # and begin anew: with the compiled fast path
         if self._is_shutting_down:
             self._requests.refuse()
         self._gate().join(self)
@@ -562,7 +546,7 @@ class Connection:
             self._output.push(unsent)
             self.flush()
         if self._is_frozen:
-            self._stop_reading()
+            self._watch.stop_reading()
             return
         self._start_reading()
         self._requests.serve()
@@ -603,7 +587,7 @@ class Connection:
                 if received.complete is not None:
                     requests.start_large(received.take_complete())
                 if self._is_frozen and received.is_plain:
-                    self._stop_reading()
+                    self._watch.stop_reading()
                     return
                 if nr_bytes > REQUEST.size and received.is_batch:
                     poller.not_alone()
@@ -622,7 +606,7 @@ class Connection:
                 goes_on = True  # see "Errors" in the module head
             if not goes_on and self._tls is not None:
                 goes_on = self._tls.has_pending
-            if not goes_on or not self._is_reading:
+            if not goes_on or not self._watch.is_reading:
                 return
             batches_left -= 1
             if not batches_left:
@@ -653,21 +637,21 @@ class Connection:
             self._requests.serve()
             if self._flow.is_counting:
                 self._flow.end_turn()
-        if not output.is_empty and not (output.is_blocked and self._is_writing):
+        if not output.is_empty and not (output.is_blocked and self._watch.is_writing):
             self.flush()
         elif self.state == DRAINING:
             self._maybe_finish()
-        return is_over or not self._is_reading
+        return is_over or not self._watch.is_reading
 
     def _read_on(self) -> None:
         """The loop had its turn: go on receiving."""
-        if self._is_reading:
+        if self._watch.is_reading:
             self.readable()
 
     # ---- pausing: `Flow` calls these ----
 
     def pause(self) -> None:
-        self._stop_reading()
+        self._watch.stop_reading()
 
     def resume(self) -> None:
         """Serve what was received, if no bound is met any more."""

@@ -10,7 +10,7 @@ __all__ = ["TLS"]
 STARTTLS: Final = ("tests/protocol/test_starttls.py",)
 SOCKET: Final = ("tests/nbdtarget/common/test_tls_socket.py",)
 RULES: Final = ("tests/nbdtarget/common/test_access.py",)
-CLIENTS: Final = ("tests/nbdtarget/server/test_access.py",)
+CLIENTS: Final = ("tests/nbdtarget/server/test_negotiation.py",)
 
 TLS: Final = (
     Mutant(

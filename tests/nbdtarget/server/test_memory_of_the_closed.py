@@ -31,7 +31,7 @@ async def _parts(served: Served) -> dict[str, "weakref.ref[object]"]:
     return {
         "Connection": weakref.ref(connection),
         "Requests": weakref.ref(requests),
-        "ServerHandshake": weakref.ref(connection._handshake),
+        "ServerHandshake": weakref.ref(connection._negotiation.handshake),
     }
 
 

@@ -214,14 +214,14 @@ async def test_connection_that_ends_is_released_after_its_reads(
     assert site.listener is not None
     (connection,) = site.listener._connections
     if how == "aborted":
-        fd = connection._fd
+        fd = connection._watch.fd
         connection.abort()
         ours, theirs = socket.socketpair()
         os.dup2(ours.fileno(), fd)  # in its place
         theirs.setblocking(False)
     else:
         peer.writer.transport.abort()
-        await until(lambda: not connection._is_reading)
+        await until(lambda: not connection._watch.is_reading)
     assert device.open_count == 1
     held.let_go()
     await until(lambda: device.open_count == 0)
