@@ -75,15 +75,12 @@ from nbdtarget.common.clock import sleep, timeout
 from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.base import (
     EXTENT_DATA,
-    EXTENT_HOLE,
-    EXTENT_ZERO,
-    EXTENTS_MAX,
     Device,
     Extent,
-    append_extent,
 )
 from nbdtarget.devices.bulk_streams import BulkStream
 from nbdtarget.devices.identity import NBD, nbd_ids
+from nbdtarget.devices.nbd.block_status import BlockStatus, Runs
 from nbdtarget.devices.nbd.connect import connect_all
 from nbdtarget.devices.nbd.connection import NbdConnection, connect
 from nbdtarget.devices.nbd.lent import LentConnection
@@ -107,9 +104,6 @@ LENT_END_S_MAX: Final = 2.0  # for the threads of bulk copies to end, when it is
 # Bytes of a request that carries no payload: with compact headers, and with extended ones (all that a disk can have).
 RANGE_MAX: Final = 1 << 30
 EXTENDED_RANGE_MAX: Final = 1 << 63
-STATUS_RANGE_MIN: Final = (
-    1 << 20
-)  # bytes of a BLOCK_STATUS, where a server tells too much
 
 _COMMANDS: Final = (
     consts.CMD_READ,
@@ -121,8 +115,6 @@ _COMMANDS: Final = (
 )
 _READING: Final = (consts.CMD_READ, consts.CMD_CACHE, consts.CMD_BLOCK_STATUS)
 _ZEROES: Final = memoryview(bytes(PIECE_MAX))
-# base:allocation has the same two bits.
-_EXTENT_FLAGS: Final = EXTENT_HOLE | EXTENT_ZERO
 _NOTHING_LOST: Final = frozenset({errnos.ENOSPC, errnos.ENOTSUP, errnos.EPERM})
 
 # command, flags, offset, length, payload, buffer, whose
@@ -163,8 +155,8 @@ class NbdDevice(Device):
         negotiated = connections[0].negotiated
         self._block = negotiated.block_size_min
         super().__init__(name, _usable_size(negotiated), read_only=read_only)
+        self._block_status = BlockStatus(self._block, self._ask_status)
         self._take_abilities(negotiated)
-        self._status_range = self._range_max
         self.logical_block_size = max(512, self._block)
         payload_max = negotiated.payload_max // self._block * self._block
         self._piece_max = min(PIECE_MAX, payload_max)
@@ -202,6 +194,7 @@ class NbdDevice(Device):
         self._has_cache = bool(flags & consts.FLAG_SEND_CACHE)
         self._has_status = bool(negotiated.contexts)
         self._range_max = EXTENDED_RANGE_MAX if negotiated.extended else RANGE_MAX
+        self._block_status.may_ask(self._range_max)
 
     @property
     def is_extended(self) -> bool:
@@ -344,25 +337,24 @@ class NbdDevice(Device):
         return Evidence(NBD, self.name, self.size, nbd_ids(parse_nbd_uri(self.name)))
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        found: list[Extent] = []
-        at, end = offset, offset + length
-        while self._has_status and at < end and len(found) < EXTENTS_MAX:
-            begin = at // self._block * self._block
-            asked = -(-end // self._block) * self._block - begin
-            runs = await self._block_status(begin, min(asked, self._status_range))
-            # Not even to `at`: the server cuts its own blocks, and would do so for ever.
-            if not runs or sum(run for run, _ in runs) <= at - begin:
-                break
-            for run, flags in runs:
-                begin += run
-                if begin > at:
-                    append_extent(found, min(begin, end) - at, flags & _EXTENT_FLAGS)
-                    at = min(begin, end)
-                if len(found) > EXTENTS_MAX:
-                    break
-        if not found:
-            found.append(Extent(length, EXTENT_DATA))
-        return found
+        found = []
+        if self._has_status:
+            found = await self._block_status.extents(offset, length)
+        return found or [Extent(length, EXTENT_DATA)]
+
+    async def _ask_status(self, offset: int, length: int) -> Runs | None:
+        """Send a BLOCK_STATUS. Returns None if the server does not tell. Raises: DeviceError: it is lost."""
+        future: _Status = asyncio.get_running_loop().create_future()
+        command = consts.CMD_BLOCK_STATUS
+        self._request((command, 0, offset, length, None, None, future))
+        status, completion = await future
+        if self._is_lost:
+            raise DeviceError(errnos.EIO, self.name, "extents", offset, length)
+        if status or completion is None:
+            log.info("%s: no block status: errno %d", self.name, status)
+            return None
+        assert completion.extents is not None
+        return completion.extents
 
     # ---- requests ----
 
@@ -557,28 +549,6 @@ class NbdDevice(Device):
             self._writes.send(bio, begin, length)
         else:
             bio.end(0)
-
-    async def _block_status(
-        self, offset: int, length: int
-    ) -> list[tuple[int, int]] | None:
-        """Runs of (bytes, flags) from `offset` on; None if the server does not tell."""
-        future: _Status = asyncio.get_running_loop().create_future()
-        command = consts.CMD_BLOCK_STATUS
-        self._request((command, 0, offset, length, None, None, future))
-        status, completion = await future
-        if self._is_lost:
-            raise DeviceError(errnos.EIO, self.name, "extents", offset, length)
-        if status or completion is None:
-            log.info("%s: no block status: errno %d", self.name, status)
-            return None
-        runs = completion.extents
-        assert runs is not None
-        # What is cut off was sent for nothing: where blocks are small, ask for less.
-        if len(runs) >= EXTENTS_MAX:
-            self._status_range = max(length // 16, STATUS_RANGE_MIN)
-        else:
-            self._status_range = min(self._status_range * 2, self._range_max)
-        return runs
 
     # ---- loss ----
 

@@ -22,6 +22,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.base import EXTENT_DATA, EXTENT_ZERO, Extent
+from nbdtarget.devices.nbd import block_status
 from nbdtarget.devices.nbd import connection as nbd_connection
 from nbdtarget.devices.nbd import device as nbd_module
 from nbdtarget.devices.nbd.device import IN_FLIGHT_MAX, NbdDevice, open_nbd
@@ -476,7 +477,8 @@ async def test_extents_of_part_of_a_block_are_data(
     async with StrictServer(tmp_path, block_min=4096) as server:
         device = await open_device(server.uri)
         monkeypatch.setattr(device, "_has_status", True)
-        monkeypatch.setattr(device, "_block_status", in_pieces)
+        assert isinstance(device, NbdDevice)
+        monkeypatch.setattr(device._block_status, "_ask", in_pieces)
         async with asyncio.timeout(3):
             extents = await device.extents(1024, 4096)
         assert extents == [Extent(4096, EXTENT_DATA)]
@@ -488,8 +490,8 @@ async def test_block_status_is_bounded_whatever_the_server_tells(
 ) -> None:
     # A server may send 2^20 descriptors for one request, and as many for the next.
     monkeypatch.setattr(nbd_module, "RANGE_MAX", 256 << 10)
-    monkeypatch.setattr(nbd_module, "STATUS_RANGE_MIN", 4 << 10)
-    monkeypatch.setattr(nbd_module, "EXTENTS_MAX", 100)
+    monkeypatch.setattr(block_status, "STATUS_RANGE_MIN", 4 << 10)
+    monkeypatch.setattr(block_status, "EXTENTS_MAX", 100)
     monkeypatch.setattr(nbd_connection, "EXTENTS_MAX", 100)
 
     def every_other(at: int, length: int) -> list[tuple[int, int]]:
