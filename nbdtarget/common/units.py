@@ -4,7 +4,7 @@
 import re
 from typing import Final
 
-__all__ = ["SECTOR", "SIZE_MAX", "parse_sectors", "parse_size"]
+__all__ = ["SECTOR", "SIZE_MAX", "describe_bytes", "parse_sectors", "parse_size"]
 
 # Bytes. Table lines count in sectors of this size, also for a disk whose own blocks are larger.
 SECTOR: Final = 512
@@ -37,3 +37,12 @@ def parse_sectors(text: str) -> int:
     if match := _SECTORS.fullmatch(text):
         return int(match[1]) * (1 if match[2].lower() == "b" else SECTOR)
     return parse_size(text)
+
+
+def describe_bytes(nr_bytes: int) -> str:
+    """A size for people, for example "3.5 GiB"."""
+    size, units = float(nr_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"

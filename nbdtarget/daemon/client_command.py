@@ -33,7 +33,14 @@ SHELL: Final = "/bin/sh"
 END_S_MAX: Final = 5.0
 KILLED: Final = 128  # what a shell adds to the number of a signal
 # They are about this process, and not about its children.
-_OUR_VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET")
+_OUR_VARIABLES: Final = (
+    "LISTEN_PID",
+    "LISTEN_FDS",
+    "LISTEN_FDNAMES",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+)
 
 
 def attach_variables(uri: str, name: str) -> dict[str, str]:

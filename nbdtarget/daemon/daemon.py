@@ -67,6 +67,7 @@ from nbdtarget.daemon.handover.taker import Offer
 from nbdtarget.daemon.notify import Notifier
 from nbdtarget.daemon.process import note_what_hangs
 from nbdtarget.daemon.security import Security
+from nbdtarget.daemon.service_reports import ServiceReports, status_line
 from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.devices import resolve
 from nbdtarget.dm.handover import Parking, let_go, refusals, unpark
@@ -133,6 +134,10 @@ class Daemon:
             access=self.listen_access,
             tls=self.security.tls,
             rules=self.security.rules,
+        )
+        self._reports = ServiceReports(
+            self.notifier,
+            lambda: status_line(self.registry.devices(), self._listener.nr_connections),
         )
         self._expiry: asyncio.Task[None] | None = None
         self._reload_wanted = asyncio.Event()
@@ -230,12 +235,14 @@ class Daemon:
         if reasons := refusals(self.registry):
             raise TableError("; ".join(reasons), errnos.EBUSY)
         await self._pause_config()
+        self.notifier.reloading("handing over to a new process")
         try:
             heir = await hand_over(self, [sys.executable, *sys.orig_argv[1:]])
         except BaseException as error:
             # Also when a signal to stop has cancelled it: what was paused goes on until the stop.
             log.error("not handed over: %s", error or type(error).__name__)
             await self._resume_config()
+            self.tell_ready()
             raise
         self.has_handed_over, self._heir = True, heir
         self.notifier.main_process(heir.pid)
@@ -369,14 +376,7 @@ class Daemon:
 
     def tell_ready(self) -> None:
         """Tell the service manager that clients may come, and what is served."""
-        devices = self.registry.devices()
-        failed = [
-            each.dm_name for each in devices if each.failure and not each.has_table
-        ]
-        status = f"{len(devices) - len(failed)} devices are served"
-        if failed:
-            status += f"; not yet: {', '.join(failed)}"
-        self.notifier.ready(status)
+        self._reports.ready()
 
     def before_close(self, call: Callable[[], Awaitable[None]]) -> None:
         """Have `call` called when the end begins: nothing new is to be opened any more."""
@@ -445,6 +445,7 @@ class Daemon:
             # The signal to stop came meanwhile.
             self._upgrading.cancel()
             await asyncio.wait([self._upgrading])
+        await self._reports.stop()
         if self.has_handed_over:
             self._listener.forget()
             await sleep(ANSWER_S)  # the client that has asked for it gets its answer

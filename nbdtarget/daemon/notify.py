@@ -7,11 +7,16 @@
     STATUS=…                      one line for `systemctl status`
     MAINPID=…                     another process serves from now on
     EXTEND_TIMEOUT_USEC=…         we are alive: for so long from now, do not call it a timeout
+    WATCHDOG=1                    we are alive, told again and again (`nbdtarget.daemon.service_reports`)
 
 Without $NOTIFY_SOCKET nothing is sent. A message that cannot be sent is logged once, and nothing else comes of
 it: disks are served in any case.
 
-Source: sd_notify(3), systemd.service(5), `Type=notify` and `Type=notify-reload`.
+Signs of life are wanted if there is $WATCHDOG_USEC, the time after which the manager takes a silent process for dead. $WATCHDOG_PID
+names the process that is meant. A process that takes over from it (`nbdtarget.daemon.handover`) is started without that variable, so it is
+meant as well.
+
+Source: sd_notify(3), sd_watchdog_enabled(3), systemd.service(5), `Type=notify` and `Type=notify-reload`.
 """
 
 import logging
@@ -22,31 +27,48 @@ from typing import Final
 
 from nbdtarget.common.clock import monotonic_ns
 
-__all__ = ["Notifier"]
+__all__ = ["WATCHDOG_PID", "Notifier"]
 
 log = logging.getLogger(__name__)
 
 VARIABLE: Final = "NOTIFY_SOCKET"
+WATCHDOG_USEC: Final = "WATCHDOG_USEC"
+WATCHDOG_PID: Final = "WATCHDOG_PID"
 
 
 class Notifier:
-    """Tells the service manager. Never blocks, never raises for a manager that is not there."""
+    """Tells the service manager. Never blocks, never raises for a manager that is not there.
+
+    Attributes: watchdog_s: the manager takes the process for dead after so many seconds without `watchdog`; None: never.
+    """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._address = _address(environment.get(VARIABLE, ""))
+        self.watchdog_s = _watchdog_s(environment)
+
+    @property
+    def has_manager(self) -> bool:
+        """Whether messages are sent anywhere."""
+        return self._address is not None
 
     def ready(self, status: str) -> None:
         self._send("READY=1", f"STATUS={status}")
 
-    def reloading(self) -> None:
+    def reloading(self, status: str = "reloading") -> None:
+        """Until the next `ready` or `main_process` the manager lets jobs wait that need this service."""
         usec = monotonic_ns() // 1000
-        self._send("RELOADING=1", f"MONOTONIC_USEC={usec}", "STATUS=reloading")
+        self._send("RELOADING=1", f"MONOTONIC_USEC={usec}", f"STATUS={status}")
 
     def stopping(self) -> None:
         self._send("STOPPING=1", "STATUS=committing")
 
     def main_process(self, pid: int) -> None:
-        self._send(f"MAINPID={pid}")
+        """Another process serves from now on, and a hand-over that `reloading` began has ended."""
+        # In one message: what the other process sends before this one has arrived is not believed.
+        self._send(f"MAINPID={pid}", "READY=1")
+
+    def watchdog(self) -> None:
+        self._send("WATCHDOG=1")
 
     def status(self, status: str) -> None:
         self._send(f"STATUS={status}")
@@ -78,3 +100,14 @@ def _address(text: str) -> bytes | None:
         return None
     name = os.fsencode(text)
     return b"\0" + name[1:] if text[0] == "@" else name
+
+
+def _watchdog_s(environment: Mapping[str, str]) -> float | None:
+    usec = environment.get(WATCHDOG_USEC, "")
+    pid = environment.get(WATCHDOG_PID, "")
+    if not usec or (pid and pid != str(os.getpid())):
+        return None
+    if not (usec.isascii() and usec.isdecimal() and 0 < int(usec) < 1 << 63):
+        log.warning("$%s: not a number of microseconds: %s", WATCHDOG_USEC, usec)
+        return None
+    return int(usec) / 1e6

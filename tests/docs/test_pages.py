@@ -95,7 +95,7 @@ def test_modules_and_functions_that_a_page_names_exist(page: str) -> None:
         word
         for word in dotted
         if DOTTED.fullmatch(word)
-        and not word.endswith((".md", ".toml", ".service"))
+        and not word.endswith((".md", ".toml", ".service", ".socket"))
         and not (ROOT / word).exists()
         and not is_there(word)
     ]

@@ -6,13 +6,13 @@ from typing import Final
 
 from nbdtarget.cli.progress.common import (
     Display,
-    describe_bytes,
     make_reporter,
     print_attach,
     print_event,
     say,
 )
 from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.units import describe_bytes
 from nbdtarget.porcelain.cache import (
     CacheOptions,
     CachePlan,

@@ -25,7 +25,6 @@ __all__ = [
     "Lines",
     "Nowhere",
     "client_lines",
-    "describe_bytes",
     "is_terminal",
     "make_reporter",
     "open_display",
@@ -89,15 +88,6 @@ def print_event(**fields: object) -> None:
 def say(text: str) -> None:
     """Print a line for the user on stderr, without ever waiting for the reader."""
     _stderr.write_line(f"nbdtarget: {text}")
-
-
-def describe_bytes(nr_bytes: int) -> str:
-    """A size for people, for example "3.5 GiB"."""
-    size, units = float(nr_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 # ---- displays ----

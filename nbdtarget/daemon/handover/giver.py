@@ -34,6 +34,7 @@ from nbdtarget.daemon.handover.messages import (
     Moved,
     Prepared,
 )
+from nbdtarget.daemon.notify import WATCHDOG_PID
 from nbdtarget.dm.handover import Parking
 
 __all__ = ["VARIABLE", "Giving", "hand_over"]
@@ -128,6 +129,8 @@ async def _give(
 
 async def _start(argv: Sequence[str], theirs: socket.socket) -> subprocess.Popen[bytes]:
     environment = {**os.environ, VARIABLE: str(theirs.fileno())}
+    # It names this process. Without it the new process is meant.
+    environment.pop(WATCHDOG_PID, None)
     try:
         # Not asyncio's: that kills the process when it is forgotten.
         return await asyncio.to_thread(

@@ -14,7 +14,7 @@ from nbdtarget.cli.app import run
 from nbdtarget.cli.progress import cache as progress_cache
 from nbdtarget.cli.progress import uncache as progress_uncache
 from nbdtarget.cli.progress.cache import describe_status
-from nbdtarget.cli.progress.common import describe_bytes
+from nbdtarget.common.units import describe_bytes
 from nbdtarget.porcelain.cache import CacheOptions, CachePlan, CacheStatus
 from nbdtarget.porcelain.uncache import CacheLine, Draining
 from nbdtarget.targets.cache.table import Options

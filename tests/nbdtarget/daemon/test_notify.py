@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the service manager hears, over a real datagram socket."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,16 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
 from nbdtarget.daemon.notify import Notifier
-from nbdtarget.daemon.stop_bounds import STOP_S_MAX
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
-UNITS = Path(__file__).parents[3] / "docs" / "systemd"
 TIMEOUT_S = 30
 
 
@@ -60,6 +58,10 @@ def test_every_message_has_the_words_of_the_protocol(manager: Manager) -> None:
     assert before <= int(heard["MONOTONIC_USEC"]) < before + 10_000_000
     notifier.stopping()
     assert manager.hear()["STOPPING"] == "1"
+    notifier.main_process(17)
+    assert manager.hear() == {"MAINPID": "17", "READY": "1"}
+    notifier.watchdog()
+    assert manager.hear() == {"WATCHDOG": "1"}
     notifier.extend(1.5)
     assert manager.hear() == {"EXTEND_TIMEOUT_USEC": "1500000"}
 
@@ -72,6 +74,26 @@ def test_no_manager_is_no_failure(
     notifier.ready("")
     notifier.stopping()
     assert len(caplog.records) == (1 if address else 0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"WATCHDOG_USEC": "3000000"}, 3.0),
+        ({"WATCHDOG_USEC": "500000", "WATCHDOG_PID": "ours"}, 0.5),
+        ({"WATCHDOG_USEC": "500000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+    ],
+    ids=["none", "any process", "this one", "another one", "zero", "not a number"],
+)
+def test_a_watchdog_is_meant_for_the_process_that_it_names(
+    variables: dict[str, str], expected: float | None
+) -> None:
+    if variables.get("WATCHDOG_PID") == "ours":
+        variables = {**variables, "WATCHDOG_PID": str(os.getpid())}
+    assert Notifier(variables).watchdog_s == expected
 
 
 def started(work: Path, manager: Manager, *argv: str) -> subprocess.Popen[str]:
@@ -99,7 +121,8 @@ def test_the_service_manager_follows_a_server_from_start_to_end(
     server = started(tmp_path, manager, "serve", "--config", str(config))
     try:
         heard = manager.hear_but_patience()
-        assert heard == {"READY": "1", "STATUS": "1 devices are served; not yet: b"}
+        status = "a is served, 0 clients; not open yet: b"
+        assert heard == {"READY": "1", "STATUS": status}
         assert (tmp_path / "s").is_socket(), "clients may come"
         server.send_signal(signal.SIGHUP)
         assert manager.hear_but_patience()["RELOADING"] == "1"
@@ -133,17 +156,36 @@ def test_the_service_manager_follows_a_job_from_start_to_end(
         server.communicate(timeout=TIMEOUT_S)
 
 
-@pytest.mark.parametrize("unit", sorted(UNITS.iterdir()), ids=lambda unit: unit.name)
-def test_the_example_units_leave_time_for_a_stop_and_wait_for_ready(unit: Path) -> None:
-    parsed = ConfigParser(strict=True, interpolation=None)
-    parsed.optionxform = str  # type: ignore[assignment, method-assign]
-    parsed.read_string(unit.read_text())
-    service = parsed["Service"]
-    assert service["Type"] == "notify"
-    assert float(service["TimeoutStopSec"]) > STOP_S_MAX
-    program, command, *words = service["ExecStart"].split()
-    assert Path(program).name == "nbdtarget"
-    known = subprocess.run(
-        [*NBDTARGET, command, "--help"], check=True, capture_output=True, text=True
-    ).stdout
-    assert all(word in known for word in words if word.startswith("--"))
+def test_the_service_manager_follows_a_hand_over(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(1 << 20))
+    manager = Manager(f"{tmp_path}/notify")
+    # The watchdog is meant for "any process" here; systemd names one, and `hand_over` removes that name.
+    manager.environment["WATCHDOG_USEC"] = str(3600 * 10**6)
+    server = started(tmp_path, manager, "export", "a")
+    heir = 0
+    try:
+        with manager.socket:
+            assert manager.hear_but_patience()["READY"] == "1"
+            assert manager.hear_but_patience() == {"WATCHDOG": "1"}
+            command = [*NBDTARGET, "upgrade", "--control"]
+            environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+            control = f"{tmp_path}/nbdtarget/control/a.sock"
+            subprocess.run([*command, control], env=environment, check=True)
+            assert manager.hear_but_patience()["RELOADING"] == "1"
+            # Two processes speak; each by itself in order.
+            heard = [manager.hear_but_patience() for _ in range(3)]
+            (main,) = [each for each in heard if "MAINPID" in each]
+            heir = int(main["MAINPID"])
+            assert main["READY"] == "1"
+            assert {"READY": "1", "STATUS": "a is served, 0 clients"} in heard
+            assert {"WATCHDOG": "1"} in heard, "the new process is watched, too"
+            assert server.wait(TIMEOUT_S) == 0
+            os.kill(heir, signal.SIGTERM)
+            assert manager.hear_but_patience()["STOPPING"] == "1"
+    finally:
+        server.kill()
+        if heir:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(heir, signal.SIGKILL)
+        # Only now: the new process has the same stderr.
+        server.communicate(timeout=TIMEOUT_S)
