@@ -12,8 +12,7 @@ large), 415 (compressed) or 422 (refused). Without the token no body is read, an
 `doorkeeper.py` bounds the number of connections and the time that a request may take. A bug in the server is logged with its
 traceback and answered with 500 and EIO; the server goes on.
 
-A verb that has begun is carried out even if its client goes away, except for `wait`, which
-changes nothing and could take for ever. Verbs run side by side: none waits for the answer of another.
+How a verb is carried out: `calls.py`.
 
 Only `api.py` imports this module, and only when the first client connects: aiohttp takes 140 ms to import.
 """
@@ -23,8 +22,7 @@ import errno as errnos
 import hmac
 import logging
 import socket
-from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from aiohttp import web
@@ -33,10 +31,10 @@ from aiohttp.typedefs import Handler, Middleware
 
 from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.common.turns import Tasks
 from nbdtarget.common.words import printable
 from nbdtarget.control import messages as m
 from nbdtarget.control.bodies import BODY_BYTES_MAX, body_bytes_max, encode
+from nbdtarget.control.calls import Calls, errno_of
 from nbdtarget.control.doorkeeper import BODY_S, Doorkeeper
 from nbdtarget.control.verbs import Verbs
 
@@ -82,8 +80,9 @@ class HttpServer:
             middlewares.append(_check_token(token))
         middlewares.append(_check_encoding)
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=middlewares)
+        calls = Calls(verbs)
         for verb, (request_type, _) in m.VERBS.items():
-            handle = _handler(verbs, verb, request_type)
+            handle = _handler(calls, verb, request_type)
             app.router.add_post(f"/v1/{verb}", handle)
             if verb in m.READING_VERBS:
                 app.router.add_get(f"/v1/{verb}", handle)
@@ -120,10 +119,7 @@ class HttpServer:
         await self._runner.cleanup()
 
 
-def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
-    # Any: each verb takes its own request; `decode` has just made one of that type.
-    call: Callable[[Any], Coroutine[Any, Any, m.Answer]] = getattr(verbs, verb)
-    running = Tasks(failed=_is_answered)
+def _handler(calls: Calls, verb: str, request_type: type[m.Request]) -> Handler:
     decode = msgspec.json.Decoder(request_type).decode
     bytes_max = body_bytes_max(verb)
 
@@ -145,38 +141,15 @@ def _handler(verbs: Verbs, verb: str, request_type: type[m.Request]) -> Handler:
         except msgspec.MsgspecError as error:
             return _failure(400, f"bad request: {error}", errnos.EINVAL)
         try:
-            task = running.start(_carry_out(verbs, call, verb, request))
-            answer = await (task if verb == "wait" else asyncio.shield(task))
+            answer = await calls.carry_out(verb, request)
         except NbdTargetError as error:
-            # ResolveError, ConstructorError and TableError have one; the base has not.
-            errno = getattr(error, "errno", errnos.EINVAL)
+            errno = errno_of(error)
             return _failure(_STATUS.get(errno, 422), str(error), errno)
-        except Exception:  # `_carry_out` has logged it
+        except Exception:  # `calls` has logged it
             return _failure(500, "internal error, see the server's log", errnos.EIO)
         return _response(200, await encode(answer))
 
     return handle
-
-
-async def _carry_out(
-    verbs: Verbs,
-    call: Callable[[Any], Coroutine[Any, Any, m.Answer]],
-    verb: str,
-    request: m.Request,
-) -> m.Answer:
-    """Carry out a verb. A bug in one verb must not end the server: it is logged here."""
-    try:
-        with verbs.running(verb):
-            return await call(request)
-    except NbdTargetError:
-        raise
-    except Exception:
-        log.exception("%s %r failed", verb, request)
-        raise
-
-
-def _is_answered(_: BaseException) -> None:
-    """The handler answers with the failure, unless its client has gone."""
 
 
 def _too_large(bytes_max: int) -> web.Response:

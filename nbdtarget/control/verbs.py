@@ -32,7 +32,7 @@ class Verbs:
 
     Args:
         uris: returns the addresses of the exports; called each time.
-        upgrade: hands over to another program, see `upgrade`; None: that is impossible here.
+        hand_over: hands over to another program, see `upgrade`; None: that is impossible here.
         rules: who may attach to what.
         certificates: returns those of the server, and until when each is valid (Unix time); called each time.
     Attributes:
@@ -44,7 +44,7 @@ class Verbs:
         self,
         registry: Registry,
         uris: Callable[[], Iterable[str]] = tuple,
-        upgrade: Callable[[], Awaitable[int]] | None = None,
+        hand_over: Callable[[], Awaitable[int]] | None = None,
         rules: AccessRules | None = None,
         certificates: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
@@ -52,7 +52,7 @@ class Verbs:
         self._uris = uris
         self._rules = rules or AccessRules()
         self._certificates = certificates
-        self._upgrade = upgrade
+        self.hand_over = hand_over
         self._changing: list[str] = []
         self.held = ""
 
@@ -75,14 +75,14 @@ class Verbs:
 
         Raises: TableError: everything goes on in this process.
         """
-        if self._upgrade is None:
+        if self.hand_over is None:
             raise TableError("this server cannot hand over", errnos.EOPNOTSUPP)
         if self._changing:
             raise TableError(
                 f"Device or resource busy: {self._changing[0]} is being carried out",
                 errnos.EBUSY,
             )
-        return m.UpgradeAnswer(await self._upgrade())
+        return m.UpgradeAnswer(await self.hand_over())
 
     async def create(self, request: m.Create) -> m.Done:
         """Create a device; with a table, load and resume it in one go."""

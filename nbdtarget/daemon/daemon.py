@@ -108,6 +108,7 @@ class Daemon:
         plan: what a job needs in another process, see `Moved`.
         has_handed_over: another process has everything, and this one must not touch it.
         security: certificates, and who may attach to what.
+        verbs: what the control socket answers with.
     """
 
     def __init__(
@@ -116,10 +117,11 @@ class Daemon:
         bounds: StopBounds | None = None,
         sockets: SocketOptions | None = None,
         security: Security | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         """Raises: NbdTargetError: `sockets` has a mode, an owner or a group that is none."""
         self.registry = Registry(resolve)
-        self.notifier = Notifier()
+        self.notifier = notifier or Notifier()
         self.is_committed = True
         self._bounds = bounds or StopBounds()
         self.uris: list[str] = []
@@ -146,7 +148,7 @@ class Daemon:
         self._control: ControlServer | None = None
         self._command: ClientCommand | None = None
         self._has_served = True
-        self._verbs = Verbs(
+        self.verbs = Verbs(
             self.registry,
             lambda: self.uris,
             self.upgrade,
@@ -176,7 +178,7 @@ class Daemon:
         for path in known_controls():
             remove_if_stale(str(path))
         control = ControlServer(
-            self._verbs,
+            self.verbs,
             address,
             token=token,
             access=self._control_access,
@@ -251,7 +253,7 @@ class Daemon:
 
     async def freeze(self, within_s: float) -> list[str]:
         """Hold back verbs and requests. Returns the clients whose requests have not ended in time."""
-        self._verbs.held = "the server is handing over to a new process"
+        self.verbs.held = "the server is handing over to a new process"
         if self._control is not None:
             await self._control.pause()
         return await self._listener.freeze(within_s)
@@ -261,7 +263,7 @@ class Daemon:
         self._listener.thaw()
         if self._control is not None:
             await self._control.resume()
-        self._verbs.held = ""
+        self.verbs.held = ""
 
     def parking(self) -> Parking:
         return Parking(self.registry)
@@ -297,7 +299,7 @@ class Daemon:
     async def _take_over(self, offer: Offer, token: str | None) -> Moved:
         moved, fds = await offer.receive()
         control = ControlServer(
-            self._verbs,
+            self.verbs,
             control_address(moved.control),
             token=token,
             access=self._control_access,

@@ -16,7 +16,7 @@ is also served when what the job prints is not read any more.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -44,7 +44,7 @@ from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.table import Table
 from nbdtarget.server.address import parse_address
 
-__all__ = ["Job", "Plan", "Reporter"]
+__all__ = ["Job", "Plan", "Reporter", "make_missing", "remove_made"]
 
 log = logging.getLogger(__name__)
 
@@ -217,11 +217,7 @@ class Job(Generic[P]):
         made: list[str] = []
         try:
             await self._open_control(plan.name)
-            if plan.missing is not None:
-                path, size = plan.missing
-                disk = await resolve.create_device(path, size, sparse=True)
-                made.append(path)
-                await disk.close()
+            made += await make_missing(plan)
             device = await daemon.registry.create(plan.name, None)
             made += await daemon.registry.load(
                 plan.name,
@@ -239,10 +235,7 @@ class Job(Generic[P]):
             await device.resume()
         except BaseException:
             await daemon.close(has_served=False)
-            # Only what this very call has made: another process may have been faster.
-            for path in made:
-                with contextlib.suppress(FileNotFoundError):
-                    await resolve.remove_created(path)
+            await remove_made(made)
             raise
         return device
 
@@ -297,6 +290,23 @@ class Job(Generic[P]):
             tell(*words)
         except OSError as error:
             log.debug("cannot report: %s", error)
+
+
+async def make_missing(plan: Plan) -> list[str]:
+    """Make the disk that is missing, if there is one; return its path. Raises: ResolveError."""
+    if plan.missing is None:
+        return []
+    path, size = plan.missing
+    disk = await resolve.create_device(path, size, sparse=True)
+    await disk.close()
+    return [path]
+
+
+async def remove_made(paths: Sequence[str]) -> None:
+    """Remove only what this very call has made: another process may have been faster."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            await resolve.remove_created(path)
 
 
 def _has_lost_any(device: MappedDevice, table: Table) -> bool:

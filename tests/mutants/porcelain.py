@@ -107,9 +107,9 @@ PORCELAIN: Final = (
     _mutant(
         "porcelain-leaves-what-it-made",
         "A start that fails leaves files that the next one refuses.",
-        "nbdtarget.porcelain.job:Job._prepare",
-        "                    await resolve.remove_created(path)\n",
-        "                    await asyncio.sleep(0)\n",
+        "nbdtarget.porcelain.job:remove_made",
+        "            await resolve.remove_created(path)\n",
+        "            await asyncio.sleep(0)\n",
         (*CLONE_TESTS, *CACHE_TESTS),
     ),
     _mutant(
