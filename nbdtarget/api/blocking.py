@@ -68,8 +68,8 @@ class BlockingDisk:
     def power_on(self) -> None:
         self._run(self._disk.power_on())
 
-    def load(self, table: str) -> None:
-        self._run(self._disk.load(table))
+    def load(self, table: str, *, keep_open: bool = True) -> None:
+        self._run(self._disk.load(table, keep_open=keep_open))
 
     def suspend(self, *, noflush: bool = False) -> None:
         self._run(self._disk.suspend(noflush=noflush))

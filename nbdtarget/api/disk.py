@@ -175,9 +175,13 @@ class Disk:
         """Switch the power on, after a cut that has left it off. Raises: TableError: it is on."""
         await self.message("on")
 
-    async def load(self, table: str) -> None:
-        """Replace the table at once, while clients stay attached. Raises: TableError: the old one goes on."""
-        await self._host.ask("load", m.Load(self.name, table), m.Done)
+    async def load(self, table: str, *, keep_open: bool = True) -> None:
+        """Replace the table at once, while clients stay attached. Raises: TableError: the old one goes on.
+
+        Args: keep_open: a name under which the old table has a disk open means that open disk, also for `memory:SIZE`.
+        """
+        request = m.Load(self.name, table, keep_open=keep_open)
+        await self._host.ask("load", request, m.Done)
         await self.resume()
 
     async def suspend(self, *, noflush: bool = False) -> None:
