@@ -24,7 +24,7 @@ from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
 from nbdtarget.targets.base import StatusFields, Target
 
-__all__ = ["Verbs"]
+__all__ = ["Verbs", "below_lines"]
 
 
 class Verbs:
@@ -319,12 +319,13 @@ async def _lines(
         device.dm_name,
         tuple(found),
         _failure(device),
-        _below(device) if has_health else (),
+        below_lines(device) if has_health else (),
         device.losses if has_health else 0,
     )
 
 
-def _below(device: MappedDevice) -> tuple[m.BelowLine, ...]:
+def below_lines(device: MappedDevice) -> tuple[m.BelowLine, ...]:
+    """Return the state of the disks that the live table uses."""
     return tuple(
         m.BelowLine(
             name=below.name,
@@ -375,7 +376,7 @@ def _info(
         used_by=tuple(used_by.get(device.name, ())),
         deferred_remove=device.deferred_remove,
         failure=_failure(device),
-        below=_below(device),
+        below=below_lines(device),
         losses=device.losses,
         rotational=device.is_rotational,
         said_rotational=device.said_rotational,

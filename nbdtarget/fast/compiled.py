@@ -25,7 +25,7 @@ __all__ = [
     "is_available",
 ]
 
-ABI: Final = 5  # the extension's must be the same; both change together
+ABI: Final = 6  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"

@@ -115,12 +115,12 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 __all__ = [
-    "WRITE_PIECE_BYTES",
+    "BOUNDS_NS", "WRITE_PIECE_BYTES",
     "ABI", "BLOCKED", "CLOSED", "DONE", "FAILED", "POLLED", "SLOW", "TURN_OVER", "UNFINISHED",
     "FastFile", "Plane", "Receiver", "Route",
 ]
 
-ABI = 5  # of `nbdtarget.fast.compiled`
+ABI = 6  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -168,6 +168,7 @@ cdef enum:
     WAIT_SKIP_MAX = 64
     GATHER_PIECES = 128  # of one sendmsg: two for each reply
     NOTED_MAX = 64  # first hits of one turn
+    NR_BOUNDS = 12  # of the histograms of times
     MIXED_MAX = 64  # regions of one request that are looked at one by one
 
     KIND_FLAT = 0
@@ -175,6 +176,13 @@ cdef enum:
     KIND_TABLE = 2
 
 WRITE_PIECE_BYTES = WRITE_PIECE  # for the test that it is the same as in Python
+
+# Up to which time a request counts in which bucket: those of `nbdtarget.server.traffic`, which a test compares.
+cdef int64_t[12] bounds_ns
+bounds_ns[:] = [
+    25000, 50000, 100000, 250000, 500000, 1000000, 2500000, 5000000, 10000000, 50000000, 250000000, 1000000000,
+]
+BOUNDS_NS = tuple(bounds_ns[nr] for nr in range(NR_BOUNDS))
 
 cdef uint32_t NO_ENTRY = 0xFFFFFFFFU
 cdef uint64_t HASH_MULTIPLIER = 0x9E3779B1ULL
@@ -726,6 +734,27 @@ cdef class Route:
         self.note_hit = None
 
 
+# ---- counters ----
+
+cdef struct Counts:
+    # Of READs or of WRITEs that were answered here.
+    uint64_t nr
+    uint64_t nr_bytes
+    uint64_t taken_ns
+    uint64_t buckets[13]  # NR_BOUNDS + 1
+
+
+cdef inline void count(Counts *counts, uint64_t nr, uint64_t nr_bytes, int64_t taken_ns) noexcept nogil:
+    """Count `nr` requests that have taken so long each."""
+    cdef int bucket = 0
+    while bucket < NR_BOUNDS and taken_ns > bounds_ns[bucket]:
+        bucket += 1
+    counts.nr += nr
+    counts.nr_bytes += nr_bytes
+    counts.taken_ns += nr * <uint64_t>taken_ns
+    counts.buckets[bucket] += nr
+
+
 # ---- connections ----
 
 cdef class Plane:
@@ -792,6 +821,12 @@ cdef class Plane:
     cdef int64_t nr_in_ring  # that were begun in earlier turns
     cdef int64_t nr_left  # so many more may begin in this turn, -1: that is not known yet
     cdef int64_t bytes_left
+    # What was answered: READs and WRITEs. `fresh`: those that were served since they were received, at `received_ns`, and are
+    # not counted yet.
+    cdef Counts counts[2]
+    cdef uint64_t fresh[2]
+    cdef uint64_t fresh_bytes[2]
+    cdef int64_t received_ns
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
                  uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, flush_for=None):
@@ -828,6 +863,31 @@ cdef class Plane:
 
     def __dealloc__(self):
         self.release()
+
+    def counted(self):
+        """Return what was answered here, for READs and for WRITEs: how many, their bytes, their time in ns, and how many of
+        them fell into each bucket (`BOUNDS_NS`, and one more).
+
+        A WRITE with FUA counts here with its bytes alone.
+        """
+        cdef int op, bucket
+        return tuple(
+            (
+                self.counts[op].nr,
+                self.counts[op].nr_bytes,
+                self.counts[op].taken_ns,
+                [self.counts[op].buckets[bucket] for bucket in range(NR_BOUNDS + 1)],
+            )
+            for op in range(2)
+        )
+
+    cdef inline void _count(self, int64_t now) noexcept nogil:
+        """Count what was served since it was received. All of it has taken until now."""
+        cdef int op
+        for op in range(2):
+            if self.fresh[op] or self.fresh_bytes[op]:
+                count(&self.counts[op], self.fresh[op], self.fresh_bytes[op], now - self.received_ns)
+                self.fresh[op] = self.fresh_bytes[op] = 0
 
     def take_syncs(self):
         """Return the cookies of the WRITEs with FUA that have been written, and those of the FLUSHes.
@@ -903,6 +963,7 @@ cdef class Plane:
         while True:
             if is_received:
                 is_received = False
+                self.received_ns = now_ns()
             else:
                 if self.end == self.received.len:
                     if not self.begin:
@@ -930,6 +991,9 @@ cdef class Plane:
                 if began:
                     began = 0
                     self.nr_hits += 1
+                    self.received_ns = looked  # a moment ago: a look at the clock less
+                else:
+                    self.received_ns = now_ns()
                 self.end += got
                 if got > REQUEST_BYTES and self._is_batch():
                     self.was_batch = True
@@ -942,14 +1006,18 @@ cdef class Plane:
                     submit(self.uring)
             has_replies = self.out > self.base
             if stop == STOP_SLOW or stop == STOP_UNFINISHED or stop == STOP_FAILED or stop == STOP_BLOCKED:
+                self._count(now_ns())
                 return stop
             if has_replies and not self._send():
+                self._count(now_ns())
                 return STOP_FAILED if self.error else STOP_BLOCKED
+            now = now_ns()
+            self._count(now)
             # The rest of a request is on its way.
             if stop != STOP_DONE or self.nr_syncs or has_replies and not poll_ns and self.begin == self.end:
                 return stop
             # A peer at depth 1 must not keep the loop for ever.
-            if self._is_over():
+            if self._is_over(now):
                 return STOP_TURN_OVER
 
     cdef Py_ssize_t _room(self) noexcept nogil:
@@ -971,9 +1039,8 @@ cdef class Plane:
             return left + BEHIND_LARGE
         return room
 
-    cdef inline bint _is_over(self) noexcept nogil:
+    cdef inline bint _is_over(self, int64_t now) noexcept nogil:
         """Whether this turn has lasted long enough. The first look begins it."""
-        cdef int64_t now = now_ns()
         if not self.turn_end:
             self.turn_end = now + self.turn_ns
         return now > self.turn_end
@@ -1098,9 +1165,11 @@ cdef class Plane:
                     self.put_at = file_at
                     self.put_length = length
                     return STOP_UNFINISHED
+                self.fresh_bytes[COMMAND_WRITE] += length
                 if flags:
                     self._note_sync(at, False)
                 else:
+                    self.fresh[COMMAND_WRITE] += 1
                     reply = arena + self.out
                     memcpy(reply, SIMPLE_HEAD, 8)
                     memcpy(reply + 8, at + 8, 8)
@@ -1121,6 +1190,8 @@ cdef class Plane:
                 found = file_read(file, reply + head, file_at, length)
                 if found == FOUND:
                     self.out += self._pack_read(reply, at, length)
+                    self.fresh[COMMAND_READ] += 1
+                    self.fresh_bytes[COMMAND_READ] += length
                 elif found == REFUSED or not self._miss(way, file, at, offset, file_at, length):
                     return STOP_SLOW
                 self.begin += REQUEST_BYTES
@@ -1131,7 +1202,7 @@ cdef class Plane:
             look_left -= length + REQUEST_WEIGHT
             if look_left < 0:
                 look_left = LOOK_BYTES
-                if self._is_over():
+                if self._is_over(now_ns()):
                     return STOP_TURN_OVER
         self._compact()
         return STOP_DONE
@@ -1202,6 +1273,7 @@ cdef class Plane:
         read.head_length = self._pack_head(read.head, request, length)
         read.sent = 0
         read.offset = offset
+        read.begun_ns = self.received_ns
         read.block = (offset - way.begin) // way.block_size if way.kind == KIND_TABLE else 0
         read.file = file
         read.after = self.begun
@@ -1240,6 +1312,8 @@ cdef class Plane:
         self.nr_begun = 0
         file.nr_reads = 0
         pack_waited(reply, read, self.zero_min, &self.out)
+        self.fresh[COMMAND_READ] += 1
+        self.fresh_bytes[COMMAND_READ] += read.length
         if self.poison:
             memset(read.data, 0xdb, read.room)
         give_back(read)
@@ -1284,7 +1358,7 @@ cdef class Plane:
         """Answer the reads that have ended; called by the reader of the ring."""
         cdef Read *first = take_ended(self.uring, &self.reader)
         cdef Read *read = first
-        cdef int64_t nr = 0, nr_bytes = 0
+        cdef int64_t nr = 0, nr_bytes = 0, now
         cdef list again = []
         cdef BaseException error = None
         if first == NULL:
@@ -1292,8 +1366,11 @@ cdef class Plane:
         if self.has_buffers and self.ring_reads.may_send():
             with nogil:
                 self._send_reads(first)
+        now = now_ns()
         while read != NULL:
             nr += 1
+            if read.result == <int>read.length:
+                count(&self.counts[COMMAND_READ], 1, read.length, now - read.begun_ns)
             if not self.has_buffers or read.sent == reply_length(read):
                 nr_bytes += read.length
             elif read.result != <int>read.length:

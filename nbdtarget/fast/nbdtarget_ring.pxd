@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C side of `nbdtarget_ring`, for `nbdtarget_fast`: reads without a Python object, and without the interpreter's lock."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 cdef struct Read:
     # One read, from `begin_read` to `give_back`.
@@ -17,6 +17,7 @@ cdef struct Read:
     void *route
     void *file
     uint64_t offset  # of the request
+    int64_t begun_ns
     uint64_t block
     size_t sent  # bytes of its reply
     size_t head_length

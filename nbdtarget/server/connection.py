@@ -75,6 +75,7 @@ from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
 from nbdtarget.server.states import CLOSED, DRAINING, HANDSHAKE, TRANSMISSION
 from nbdtarget.server.tls import NO_TLS, ListenerTls
+from nbdtarget.server.traffic import Client
 from nbdtarget.server.watch import Watch
 from nbdtarget_protocol.consts import REQUEST
 from nbdtarget_protocol.handshake import Negotiated
@@ -221,6 +222,13 @@ class Connection:
         """Whether something is in flight."""
         return bool(self._flow.nr_requests)
 
+    @property
+    def client(self) -> Client:
+        """What is known of it."""
+        traffic = None if self._requests is None else self._requests.traffic
+        identity, nr = self._negotiation.identity, self._flow.nr_requests
+        return Client(self.peer, identity, self._device, traffic, nr)
+
     def moved_state(self) -> ConnectionState | None:
         """Return what another process needs to go on with the socket; None: it cannot.
 
@@ -269,6 +277,7 @@ class Connection:
 
     def _release(self) -> None:
         """Nothing is in flight any more: let go of the device, and of all that refers to this connection."""
+        traffic = None if self._requests is None else self._requests.traffic
         if self._requests is not None:
             self._requests.release()
         if self._poller is not None:
@@ -280,6 +289,8 @@ class Connection:
         self._flush_scheduled = self._finish_scheduled = NEVER
         device, self._device = self._device, None
         if device is not None:
+            if traffic is not None:
+                self._shared.accounts.close(device, traffic)
             self._shared.directory.release(device)
             self._shared.shares.leave(device)
             self._shared.gates.forget_idle(device)

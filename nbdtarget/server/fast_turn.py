@@ -124,6 +124,7 @@ class FastTurn:
             ring_reads=RingReads(host, requests, output, flow),
             flush_for=requests.flush_for if requests.can_flush else None,
         )
+        requests.traffic.compiled = self._plane
         self.receiver = Receiver(
             self._plane,
             maybe_route=device.maybe_route,

@@ -45,6 +45,7 @@ from nbdtarget.common.unix_socket import (
     UnixSocket,
     take_unix_socket,
 )
+from nbdtarget.devices.base import Device
 from nbdtarget.server.address import UnixAddress, VsockAddress, parse_address
 from nbdtarget.server.admission import Admission, origin_of
 from nbdtarget.server.buffers import BufferPool
@@ -56,9 +57,10 @@ from nbdtarget.server.moving import ListenerState, MovedConnection, SocketState
 from nbdtarget.server.peer import hang_up_events, identity_of
 from nbdtarget.server.poller import Polling
 from nbdtarget.server.shared import Shared
-from nbdtarget.server.shares import Shares
+from nbdtarget.server.shares import Share, Shares
 from nbdtarget.server.states import HANDSHAKE
 from nbdtarget.server.tls import NO_TLS, ListenerTls
+from nbdtarget.server.traffic import Accounts, Client
 from nbdtarget_protocol.handshake import TlsMode
 
 __all__ = ["Listener", "export_uri"]
@@ -105,6 +107,7 @@ class Listener:
         self._shared: Shared | None = None
         self._tls = tls
         self._rules = rules or AccessRules()
+        self.accounts = Accounts()
         self._sockets: dict[int, socket.socket] = {}
         self._tls_of: dict[int, ListenerTls] = {}  # by descriptor
         self._addresses: dict[int, str] = {}  # what was asked for, by descriptor
@@ -114,6 +117,7 @@ class Listener:
         self._connections: dict[Connection, str] = {}
         self._admission = Admission(self._limits)
         self._refused = SayRarely(self._clock)
+        self.nr_refused = 0
         self._moved: list[tuple[socket.socket, MovedConnection]] = []
         self._is_accepting = False
         self._is_closed = False
@@ -124,6 +128,18 @@ class Listener:
     @property
     def nr_connections(self) -> int:
         return len(self._connections)
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    def clients(self) -> list[Client]:
+        """Return what is known of each connection, in the order of connecting."""
+        return [each.client for each in self._connections]
+
+    def share_of(self, device: Device) -> Share | None:
+        """Return what the clients of `device` have in flight; None: it has none."""
+        return None if self._shared is None else self._shared.shares.maybe_of(device)
 
     @property
     def budget(self) -> Budget | None:
@@ -393,6 +409,7 @@ class Listener:
                 closed=self._connection_closed,
                 hang_up_events=self._hang_up_events,
                 rules=self._rules,
+                accounts=self.accounts,
             )
 
     # ---- connections ----
@@ -430,6 +447,7 @@ class Listener:
             refusal = self._admission.refusal(origin, client.fileno())
             if refusal:
                 client.close()
+                self.nr_refused += 1
                 if nr := self._refused.count():
                     log.warning("clients refused: %d: %s", nr, refusal)
             else:

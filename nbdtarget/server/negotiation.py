@@ -44,6 +44,11 @@ class Negotiation:
             tls=tls.mode,
         )
 
+    @property
+    def identity(self) -> Identity:
+        """Who the client has shown to be."""
+        return self._exports.client
+
     def begin_tls(self, sock: socket.socket) -> TlsSocket:
         """Return what encrypts `sock`: the answer to STARTTLS has left. All that follows is sent through it."""
         assert self._tls_context is not None

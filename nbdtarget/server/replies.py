@@ -6,21 +6,38 @@
 
 import logging
 import os
+from typing import Final
 
-from nbdtarget.bio import Bio
+from nbdtarget.bio import OP_WRITE, Bio
 from nbdtarget.server.buffers import HEADER_ROOM, Buffer
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.output import Output
 from nbdtarget.server.request import Request
 from nbdtarget.server.shared import Host
+from nbdtarget.server.traffic import Traffic
 from nbdtarget.server.zeroes import is_zero
-from nbdtarget_protocol.consts import CMD_FLAG_DF
+from nbdtarget_protocol.consts import (
+    CMD_FLAG_DF,
+    EXTENDED_CHUNK,
+    EXTENDED_OFFSET_DATA,
+    EXTENDED_REPLY_MAGIC,
+    REPLY_FLAG_DONE,
+    REPLY_TYPE_NONE,
+    REPLY_TYPE_OFFSET_DATA,
+)
 from nbdtarget_protocol.errors import RequestError
 from nbdtarget_protocol.replies import Replies
 from nbdtarget_protocol.transmission import wire_errno
 
-__all__ = ["Answers", "pack_read"]
+__all__ = ["Answers"]
+
+_pack_extended: Final = EXTENDED_CHUNK.pack_into
+_pack_extended_data: Final = EXTENDED_OFFSET_DATA.pack_into
+
+# What is packed as plain numbers.
+assert REPLY_FLAG_DONE == REPLY_TYPE_OFFSET_DATA == 1
+assert REPLY_TYPE_NONE == 0
 
 log = logging.getLogger(__name__)
 
@@ -35,28 +52,58 @@ class Answers:
     """
 
     def __init__(
-        self, host: Host, output: Output, flow: Flow, replies: Replies, limits: Limits
+        self,
+        host: Host,
+        output: Output,
+        flow: Flow,
+        replies: Replies,
+        limits: Limits,
+        traffic: Traffic,
     ) -> None:
         self._host, self._output, self._flow = host, output, flow
-        self._replies = replies
+        self._replies, self._traffic = replies, traffic
         self.zero_min = limits.zero_check_min if replies.structured else 1 << 62
 
     def done(self, at: _At, command: int) -> None:
         """Answer a request that returns nothing."""
         self._output.push(self._replies.done(command, *at))
 
-    def refuse(self, at: _At, refusal: RequestError) -> None:
+    def refuse(self, at: _At, command: int, refusal: RequestError) -> None:
+        self._traffic.note_failed(command)
         log.debug("%s: %s", self._host.peer, refusal)
         self._output.push(self._replies.error(*at, refusal.errno, refusal.message))
 
     def fail(self, at: _At, command: int, flags: int, errno: int) -> None:
         """A request has ended with an errno, which may be any."""
+        self._traffic.note_failed(command)
         error = wire_errno(errno, command, flags)
         self._output.push(self._replies.error(*at, error, os.strerror(errno)))
 
+    def pack(
+        self, bio: Bio, payload: memoryview, out: int, cookie: int, offset: int
+    ) -> int:
+        """Pack the reply to a READ or WRITE that ended inline into the arena, and return its length.
+
+        Args:
+            payload: the place in the arena where the data of a READ belongs.
+            out: where in the arena the reply begins.
+        """
+        output, length = self._output, bio.length
+        if bio.op == OP_WRITE:
+            at = cookie, offset, 0
+            # What the fields of a chunk are called: magic, flags (DONE), type (NONE).
+            _pack_extended(output.arena, out, EXTENDED_REPLY_MAGIC, 1, 0, *at)
+            return EXTENDED_CHUNK.size
+        if length >= self.zero_min or bio.payload is not payload:
+            how = cookie, offset, self._replies, self.zero_min
+            return _pack_read(output, bio, payload, out, how)
+        at_data = cookie, offset, length + 8, offset
+        _pack_extended_data(output.arena, out, EXTENDED_REPLY_MAGIC, 1, 1, *at_data)
+        return EXTENDED_OFFSET_DATA.size + length
+
     def read(self, bio: Bio, request: Request) -> None:
         """Answer a READ from its own buffer."""
-        cookie, _, flags, offset, charge, buffer, zeroes = request
+        cookie, _, flags, offset, charge, buffer, zeroes, _ = request
         if zeroes:
             self._output.push(self._replies.hole(cookie, offset, bio.length))
             self._flow.give_back(charge, buffer)
@@ -67,7 +114,7 @@ class Answers:
             self._flow.give_back(charge, buffer)
 
 
-def pack_read(
+def _pack_read(
     output: Output,
     bio: Bio,
     payload: memoryview,

@@ -26,3 +26,4 @@ class Request(NamedTuple):
     buffer: Buffer | None  # pooled, holds the bio's payload
     # Of a READ that was looked through already: whether all of it is zeroes.
     zeroes: bool | None = None
+    begun_ns: int = 0  # of `perf_counter_ns`

@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
+from nbdtarget.common.clock import perf_counter_ns
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.common.turns import Tasks
 from nbdtarget.devices.base import Device
@@ -52,12 +53,13 @@ from nbdtarget.server.flow import FULL, Flow
 from nbdtarget.server.input import Input
 from nbdtarget.server.large_write import LargeWrite
 from nbdtarget.server.output import Output
-from nbdtarget.server.replies import Answers, pack_read
+from nbdtarget.server.replies import Answers
 from nbdtarget.server.request import WRITING, Request, Violation
 from nbdtarget.server.shared import Host, Shared
 from nbdtarget.server.shared_flush import SharedFlushes
 from nbdtarget.server.sliced_range import SlicedRange, Slicing
 from nbdtarget.server.sliced_read import SlicedRead
+from nbdtarget.server.traffic import new_request
 from nbdtarget_protocol.consts import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
@@ -71,12 +73,8 @@ from nbdtarget_protocol.consts import (
     CMD_WRITE,
     EINVAL,
     ESHUTDOWN,
-    EXTENDED_CHUNK,
-    EXTENDED_OFFSET_DATA,
-    EXTENDED_REPLY_MAGIC,
     OFFSET_DATA,
     REPLY_FLAG_DONE,
-    REPLY_TYPE_NONE,
     REPLY_TYPE_OFFSET_DATA,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
@@ -103,15 +101,15 @@ TURN_LOOK: Final = 32 << 10  # received bytes between two looks at the clock
 # For the hot loop: a module global costs less than an attribute of one.
 _pack_simple: Final = SIMPLE_REPLY.pack_into
 _pack_data: Final = OFFSET_DATA.pack_into
-_pack_extended: Final = EXTENDED_CHUNK.pack_into
-_pack_extended_data: Final = EXTENDED_OFFSET_DATA.pack_into
 _CHUNK: Final = STRUCTURED_REPLY_MAGIC
+
+# The hot loop counts requests and their bytes in one number: as many requests as this goes into it, and the rest are bytes.
+ONE_REQUEST: Final = 1 << 40
 
 # What the hot loop writes as plain numbers.
 assert CMD_FLAG_FUA == FUA == 1
 assert REPLY_FLAG_DONE == REPLY_TYPE_OFFSET_DATA == 1
-assert REPLY_TYPE_NONE == 0
-assert (SIMPLE_REPLY.size, EXTENDED_CHUNK.size) == (16, 32)
+assert SIMPLE_REPLY.size == 16
 
 
 class Requests:
@@ -125,6 +123,7 @@ class Requests:
         device: acquired; every bio goes to it.
 
     Attributes:
+        traffic: counts the requests.
         structured, extended, can_write, can_flush, size: what was negotiated.
         is_plain: requests are neither refused nor held back, so that they need not be seen here.
     """
@@ -150,11 +149,11 @@ class Requests:
         self._in_flight: set[Bio] = set()
         self._observer = ConnectionObserver(device)
         self._transmission = transmission
-        self._is_shutting_down = False
         # The bio of the fast path.
         self._bio = Bio(OP_READ, 0, 0, None, 0, self._ended)
         self._replies = replies = replies_of(negotiated)
-        self._answers = Answers(host, output, flow, replies, limits)
+        self.traffic = shared.accounts.open(device)
+        self._answers = Answers(host, output, flow, replies, limits, self.traffic)
         # What the fast path takes: up to which length a READ and a WRITE, -1: none; the size of the export; from
         # which length a READ is looked through for zeroes; how replies look (1: structured, 2: extended); and how many
         # bytes stand in front of the data of a READ.
@@ -176,14 +175,13 @@ class Requests:
             replies.request_magic,
             ~(FUA | CMD_FLAG_PAYLOAD_LEN) if replies.extended else ~FUA,
         )
-        self._tasks = Tasks()
+        self._tasks, self._is_shutting_down, self._begun_ns = Tasks(), False, 0
         # For the compiled fast path.
         self.structured, self.extended = replies.structured, replies.extended
         self.can_write, self.size = writable, transmission.size
         self.can_flush = writable and CMD_FLUSH in transmission.flags_allowed
-        self._shared_flushes = SharedFlushes(
-            host, flow, device, self._observer, self._answers
-        )
+        counted = self._observer, self._answers, self.traffic
+        self._shared_flushes = SharedFlushes(host, flow, device, *counted)
         self.is_plain = True
 
     def refuse(self) -> None:
@@ -263,11 +261,10 @@ class Requests:
     # hot: see the figures in the module head
     def serve(self, *, only_first: bool = False) -> None:
         """Serve the requests that were received, or the first one. Local variables are used, because reading one costs a third of reading an attribute."""
-        source, output = self._input, self._output
-        buffer, view = source.buffer, source.view
-        position, end = source.begin, source.end
-        arena, replies, out = output.arena, output.view, output.end
-        submit, bio = self._submit, self._bio
+        self._begun_ns, read, written = perf_counter_ns(), 0, 0
+        source, output, submit, bio = self._input, self._output, self._submit, self._bio
+        buffer, view, position = source.buffer, source.view, source.begin
+        arena, replies, out, end = output.arena, output.view, output.end, source.end
         read_max, write_max, size, zero_min, style, header = self._fast
         unpack, request_size, request_magic, not_plain = self._wire
         # Where in the arena to send, and where in the buffer the last request to serve may begin.
@@ -319,7 +316,7 @@ class Requests:
                     break
             elif command == CMD_WRITE and style < 2:
                 _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
-                out += 16
+                out, written = out + 16, written + ONE_REQUEST + length
             elif style == 2 or length >= zero_min or bio.payload is not payload:
                 # The data may be zeroes (then a hole is sent), or lies elsewhere, because the bio was owned.
                 out += self._pack_other(bio, payload, out, cookie, offset)
@@ -328,27 +325,25 @@ class Requests:
                     _pack_data(arena, out, _CHUNK, 1, 1, cookie, length + 8, offset)
                 else:
                     _pack_simple(arena, out, SIMPLE_REPLY_MAGIC, 0, cookie)
-                out += header + length
+                out, read = out + header + length, read + ONE_REQUEST + length
+        self._note(read, written)
         output.packed_to(out)
         source.consume(position, moves=not only_first)
+
+    def _note(self, read: int, written: int) -> None:
+        """Count READs and WRITEs that have ended inline: each is ONE_REQUEST and its length."""
+        if read or written:
+            taken_ns = perf_counter_ns() - self._begun_ns
+            self.traffic.note(CMD_READ, *divmod(read, ONE_REQUEST), taken_ns)
+            self.traffic.note(CMD_WRITE, *divmod(written, ONE_REQUEST), taken_ns)
 
     def _pack_other(
         self, bio: Bio, payload: memoryview, out: int, cookie: int, offset: int
     ) -> int:
         """Pack the reply to a READ or WRITE that ended inline, where it takes more than two lines; return its length."""
-        output, length = self._output, bio.length
-        if bio.op == OP_WRITE:
-            at = cookie, offset, 0
-            _pack_extended(output.arena, out, EXTENDED_REPLY_MAGIC, 1, 0, *at)
-            return 32
-        zero_min = self._answers.zero_min
-        not_in_place = bio.payload is not payload
-        if length >= zero_min or not_in_place:
-            how = cookie, offset, self._replies, zero_min
-            return pack_read(output, bio, payload, out, how)
-        at_data = cookie, offset, length + 8, offset
-        _pack_extended_data(output.arena, out, EXTENDED_REPLY_MAGIC, 1, 1, *at_data)
-        return EXTENDED_OFFSET_DATA.size + length
+        counted = ONE_REQUEST + bio.length
+        self._note(*((0, counted) if bio.op == OP_WRITE else (counted, 0)))
+        return self._answers.pack(bio, payload, out, cookie, offset)
 
     def _scope(self, only_first: bool) -> tuple[int, int]:
         """Return where in the arena to send, and where in the buffer the last request to serve may begin."""
@@ -391,7 +386,7 @@ class Requests:
             at = cookie, offset
             self._answers.fail(at, command, bio.flags, bio.status)
             return bio
-        bio.private = Request(cookie, command, 0, offset, bio.length, None)
+        bio.private = new_request(cookie, command, 0, offset, bio.length, None)
         self._flow.begin_request(bio.length)
         self._bio = Bio(OP_READ, 0, 0, None, 0, self._ended)
         # The receive buffer and the arena are used again: a device that keeps the payload must have copied it.
@@ -429,7 +424,7 @@ class Requests:
         at = cookie, offset
         refusal = self._refusal(command, flags, offset, length)
         if refusal is not None:
-            self._answers.refuse(at, refusal)
+            self._answers.refuse(at, command, refusal)
         elif not length and command != CMD_FLUSH:
             self._answers.done(at, command)
         elif not self._admit(length if command == CMD_READ else 0):
@@ -440,7 +435,9 @@ class Requests:
             contexts = self._transmission.contexts
             self._start_block_status(flags, cookie, offset, length, contexts)
         else:
-            self._start_range(Request(cookie, command, flags, offset, 0, None), length)
+            self._start_range(
+                new_request(cookie, command, flags, offset, 0, None), length
+            )
         return begin + self._header
 
     def _has_payload(self, command: int, flags: int) -> bool:
@@ -487,7 +484,7 @@ class Requests:
             reason = f"{CMD_NAMES.get(command, command)} with a payload"
             refusal = refusal or RequestError(EINVAL, reason)
         if refusal is not None:
-            return self._refuse_payload(stop, cookie, offset, refusal)
+            return self._refuse_payload(stop, (cookie, offset), command, refusal)
         if not length:
             self._answers.done((cookie, offset), CMD_WRITE)
             return stop
@@ -496,15 +493,16 @@ class Requests:
         return self._take_large_write(payload_at, flags, cookie, offset, length)
 
     def _refuse_payload(
-        self, stop: int, cookie: int, offset: int, refusal: RequestError
+        self, stop: int, at: tuple[int, int], command: int, refusal: RequestError
     ) -> int:
         """Refuse a request whose payload ends at `stop` in the buffer, or would if it was that large."""
         source = self._input
         if stop <= source.end:
-            self._answers.refuse((cookie, offset), refusal)
+            self._answers.refuse(at, command, refusal)
             return stop
+        self.traffic.note_failed(command)
         # The payload has to be received and dropped first, or a request would be looked for inside it.
-        reply = self._replies.error(cookie, offset, refusal.errno, refusal.message)
+        reply = self._replies.error(*at, refusal.errno, refusal.message)
         source.skip(stop - source.end, reply)
         return source.end
 
@@ -524,7 +522,7 @@ class Requests:
         except RequestError as error:
             refusal = error
         if refusal is not None:
-            self._answers.refuse((cookie, offset), refusal)
+            self._answers.refuse((cookie, offset), CMD_BLOCK_STATUS, refusal)
         elif self._admit(0):
             self._start_block_status(flags, cookie, offset, length, contexts)
         else:
@@ -544,7 +542,7 @@ class Requests:
             return -1
         buffer = self._shared.pool.take_untouched(length)
         payload = memoryview(buffer)[:length]
-        request = Request(cookie, CMD_WRITE, flags, offset, charge, buffer)
+        request = new_request(cookie, CMD_WRITE, flags, offset, charge, buffer)
         bio = Bio(OP_WRITE, offset, length, payload, flags & FUA, self._ended, request)
         payload[: len(here)] = here
         self._flow.take(charge)
@@ -561,7 +559,7 @@ class Requests:
         take = pool.take if length <= slice_max else pool.take_untouched
         buffer = take(length)
         self._flow.take(len(buffer))
-        request = Request(cookie, CMD_READ, flags, offset, len(buffer), buffer)
+        request = new_request(cookie, CMD_READ, flags, offset, len(buffer), buffer)
         payload = memoryview(buffer)[HEADER_ROOM : HEADER_ROOM + length]
         bio = Bio(OP_READ, offset, length, payload, 0, self._ended, request)
         if length <= slice_max:
@@ -632,7 +630,7 @@ class Requests:
         contexts: Sequence[tuple[int, str]],
     ) -> None:
         self._flow.begin_request(0)
-        request = Request(cookie, CMD_BLOCK_STATUS, flags, offset, 0, None)
+        request = new_request(cookie, CMD_BLOCK_STATUS, flags, offset, 0, None)
         self._tasks.start(self._block_status(request, length, contexts))
 
     async def _block_status(
@@ -656,6 +654,7 @@ class Requests:
             log.exception("%s: %s: block status", self._host.peer, device.name)
             status = errnos.EIO
         self._flow.end_request()
+        self.traffic.note(CMD_BLOCK_STATUS, 1, 0, perf_counter_ns() - request.begun_ns)
         if not self._host.is_closed:
             if status:
                 at = request.cookie, offset
@@ -672,6 +671,7 @@ class Requests:
         if request is None:
             return  # inside `submit`: `serve` goes on with it
         assert isinstance(request, Request)
+        self.traffic.note_ended(request, bio)
         self._flow.end_request()
         self._in_flight.discard(bio)  # not in it, if its device broke the rules
         if self._host.is_closed:

@@ -17,6 +17,7 @@ from nbdtarget.server.gate import Gates
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.poller import Polling
 from nbdtarget.server.shares import Shares
+from nbdtarget.server.traffic import Accounts
 
 __all__ = ["Host", "Shared"]
 
@@ -41,6 +42,7 @@ class Shared:
         [socket.socket | TlsSocket], int
     ]  # see nbdtarget.server.peer
     rules: AccessRules  # who may attach to what
+    accounts: Accounts
 
     def exports_of(self, client: Identity | None, peer: str) -> DirectoryExports:
         """What a client may attach; see `DirectoryExports`."""

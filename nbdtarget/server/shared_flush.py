@@ -10,11 +10,13 @@ ride on one sync. Until then each of the requests counts as one in flight.
 from collections.abc import Callable
 
 from nbdtarget.bio import OP_FLUSH, Bio
+from nbdtarget.common.clock import perf_counter_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.losses import ConnectionObserver
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.replies import Answers
 from nbdtarget.server.shared import Host
+from nbdtarget.server.traffic import Traffic
 from nbdtarget_protocol.consts import CMD_FLAG_FUA, CMD_FLUSH, CMD_WRITE
 
 __all__ = ["SharedFlushes"]
@@ -30,9 +32,10 @@ class SharedFlushes:
         device: Device,
         observer: ConnectionObserver,
         answers: Answers,
+        traffic: Traffic,
     ) -> None:
         self._host, self._flow, self._device = host, flow, device
-        self._observer, self._answers = observer, answers
+        self._observer, self._answers, self._traffic = observer, answers, traffic
 
     def submit(self, writes: list[int], flushes: list[int]) -> None:
         """Take the cookies of WRITEs whose data the device has taken, and of FLUSHes."""
@@ -53,8 +56,13 @@ class SharedFlushes:
     ) -> None:
         """Args: answer: turns the status of the FLUSH into the errno for the client."""
 
+        begun_ns = perf_counter_ns()
+
         def ended(bio: Bio) -> None:
             status = answer(bio.status)
+            # The compiled path has counted the bytes of the WRITEs.
+            taken_ns = perf_counter_ns() - begun_ns
+            self._traffic.note(command, len(cookies), 0, taken_ns)
             self._flow.end_requests(len(cookies), 0)
             if self._host.is_closed:
                 self._host.maybe_release()

@@ -121,6 +121,10 @@ class Shares:
         self._limits = limits
         self._shares: dict[Device, Share] = {}
 
+    def maybe_of(self, device: Device) -> Share | None:
+        """Return the share of `device`; None: no connection is attached to it."""
+        return self._shares.get(device)
+
     def why_full(self, device: Device) -> str:
         """Why no further connection may attach to `device`; "": it may."""
         share = self._shares.get(device)

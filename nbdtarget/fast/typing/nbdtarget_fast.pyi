@@ -9,6 +9,7 @@ from nbdtarget_ring import Ring
 Buffer = Any  # collections.abc.Buffer is new in Python 3.12
 
 ABI: Final[int]
+BOUNDS_NS: Final[tuple[int, ...]]
 WRITE_PIECE_BYTES: Final[int]
 
 DONE: Final = 0
@@ -19,6 +20,8 @@ TURN_OVER: Final = 4
 CLOSED: Final = 5
 FAILED: Final = 6
 POLLED: Final = 7
+
+Answered = tuple[int, int, int, list[int]]
 
 class ReadsInFlight(Protocol):
     """Of a mapped device."""
@@ -128,6 +131,7 @@ class Plane:
     ) -> None: ...
     def release(self) -> None: ...
     def reads_ended(self, _: int) -> None: ...
+    def counted(self) -> tuple[Answered, Answered]: ...
     def take_syncs(self) -> tuple[list[int], list[int]]: ...
     def turn(
         self,
