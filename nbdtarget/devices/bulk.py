@@ -10,8 +10,9 @@ background that copies gigabytes needs none of that. So a source lends *streams*
               comes first is written, and its buffer is used again
     loop      the future of the copy ends with its last chunk
 
-Only the last chunk of a copy wakes the loop up. Python's lock is released in each receive and each write; between
-them a thread needs it for some 30 microseconds a chunk.
+Only the last chunk of a copy wakes the loop up. Where all streams and the writer have compiled halves, the threads are in C for all of this
+(`bulk_compiled.py`). Otherwise Python's lock is released in each receive and each write; between
+them a thread needs it for some 30 microseconds a chunk, and the loop waits for a thread that loses its processor meanwhile.
 
 A source that lends nothing (one connection only, a file, a mapped device), a destination without a writer, and a
 range that a stream cannot ask for are no matter for this module: `maybe_copy` returns None, and the caller copies by bios.
@@ -36,10 +37,12 @@ import asyncio
 import errno as errnos
 import threading
 from collections import deque
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Final
 
 from nbdtarget.devices.base import Device
+from nbdtarget.devices.bulk_compiled import CompiledCopies
 from nbdtarget.devices.bulk_streams import (
     BulkCopy,
     BulkFailure,
@@ -69,6 +72,7 @@ class BulkCopies:
         self._writer: BulkWriter | None = None
         self._streams: list[BulkStream] = []
         self._queue: SimpleQueue[Chunk | None] = SimpleQueue()
+        self._compiled: CompiledCopies | None = None
         self._nr_copies = 0
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -102,9 +106,12 @@ class BulkCopies:
         assert self._loop is not None
         starts = range(offset, end, CHUNK_BYTES)
         copy = BulkCopy(self._loop.create_future(), len(starts))
+        if self._compiled is not None:
+            self._compiled.put(copy, offset, length)
+        else:
+            for at in starts:
+                self._queue.put(Chunk(copy, at, min(CHUNK_BYTES, end - at)))
         self._nr_copies += 1
-        for at in starts:
-            self._queue.put(Chunk(copy, at, min(CHUNK_BYTES, end - at)))
         return copy.future
 
     def rest(self) -> None:
@@ -113,6 +120,9 @@ class BulkCopies:
             return
         for _ in self._streams:
             self._queue.put(None)
+        if self._compiled is not None:
+            self._compiled.close()
+            self._compiled = None
         # Their threads end on their own. What is copied meanwhile finds other streams, or none.
         self._streams = []
         self._queue = SimpleQueue()
@@ -123,14 +133,16 @@ class BulkCopies:
             return False
         self._loop = asyncio.get_running_loop()
         self._streams = self._source.lend_streams()
+        self._compiled = CompiledCopies.maybe(
+            self._streams, self._writer, CHUNK_BYTES, self._compiled_ended
+        )
         for nr, stream in enumerate(self._streams):
+            work = partial(self._work, stream, self._writer, self._queue)
+            if self._compiled is not None:
+                work = partial(self._work_compiled, stream, self._compiled)
+            name = f"{self._source.name}-bulk-{nr}"
             # A daemon: a server or a disk that never answers must not keep the process from ending.
-            threading.Thread(
-                target=self._work,
-                args=(stream, self._writer, self._queue),
-                name=f"{self._source.name}-bulk-{nr}",
-                daemon=True,
-            ).start()
+            threading.Thread(target=work, name=name, daemon=True).start()
         return bool(self._streams)
 
     # ---- in a thread ----
@@ -175,6 +187,18 @@ class BulkCopies:
         for chunk in under_way:
             self._note_failure(chunk, errnos.EIO, stream)
             self._end(chunk)
+
+    def _work_compiled(self, stream: BulkStream, copies: CompiledCopies) -> None:
+        """As `_work`, in C. Context: a thread of its own."""
+        try:
+            reason = copies.work(stream, CHUNKS_PER_STREAM)
+        except Exception as error:  # no memory, or our bug
+            reason = f"internal error: {error!r}"
+            self._report(error)
+        # The device first, as above.
+        self._tell((stream, reason))
+        if reason:
+            copies.fail_chunks(stream)
 
     def _take(
         self, queue: "SimpleQueue[Chunk | None]", nr_max: int, *, may_wait: bool
@@ -256,6 +280,11 @@ class BulkCopies:
                 self._wakeup_is_due = True
                 asyncio.get_running_loop().call_soon(self._drain)
 
+    def _compiled_ended(self, copies: list[BulkCopy]) -> None:
+        # Behind the streams that broke before: their devices are told first.
+        self._told.extend(copies)
+        self._drain()
+
     def _copy_ended(self, copy: BulkCopy) -> None:
         self._nr_copies -= 1
         failure = copy.failure
@@ -277,6 +306,10 @@ class BulkCopies:
 
     def _fail_queued(self, stream: BulkStream) -> None:
         """The last stream has broken: what waits for one will not be read."""
+        if self._compiled is not None:
+            self._compiled.fail_queued(stream)
+            self._compiled.close()
+            self._compiled = None
         while True:
             try:
                 chunk = self._queue.get_nowait()

@@ -7,6 +7,8 @@ The copies themselves: `nbdtarget.devices.bulk`.
 import asyncio
 from typing import Final, NamedTuple, Protocol
 
+from nbdtarget.fast.compiled import CopyStream
+
 __all__ = [
     "BulkCopy",
     "BulkFailure",
@@ -46,6 +48,17 @@ class BulkStream(Protocol):
         """
         ...
 
+    def maybe_compiled(self) -> CopyStream | None:
+        """Return what compiled code reads from, instead of `start` and `wait`; None: there is no such thing.
+
+        Context: the loop, before the thread begins.
+        """
+        ...
+
+    def lost_reason(self, sentence: str, error: int) -> str:
+        """Return a sentence for what `nbdtarget_copy.Copies.work` tells of a broken stream."""
+        ...
+
     def read_failed(self, status: int) -> int:
         """A chunk has failed with `status`; return what its copy fails with. Context: the loop."""
         ...
@@ -60,6 +73,10 @@ class BulkWriter(Protocol):
 
     def write(self, data: memoryview, offset: int) -> int:
         """Write all of `data`; return 0 or an errno. It may block. Context: any thread."""
+        ...
+
+    def maybe_fd(self) -> int | None:
+        """Return the open file that compiled code writes to, instead of `write`; None: there is none."""
         ...
 
     def write_failed(self, status: int) -> None:

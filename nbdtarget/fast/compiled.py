@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the compiled fast path is there, and the names that it has.
 
-The extension modules `nbdtarget_fast`, `nbdtarget_ring` and `nbdtarget_sync` are built from the `.pyx` files beside this one, which tell what they
+The extension modules `nbdtarget_fast`, `nbdtarget_ring`, `nbdtarget_sync` and `nbdtarget_copy` are built from the `.pyx` files beside this one, which tell what they
 do, when a C compiler is at hand (`scripts/build_fast.py`). Where they are missing, or were built from another version
 of the source, `IS_COMPILED` is false, no device offers a `Route`, and every request takes the way through
 Python: slower, and otherwise the same. The environment variable NBDTARGET_PURE=1 asks for that.
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 __all__ = [
     "ABI",
     "IS_COMPILED",
+    "Copies",
+    "CopyStream",
     "FastFile",
     "Plane",
     "Receiver",
@@ -31,6 +33,7 @@ IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"
 if not os.environ.get("NBDTARGET_PURE"):
     try:
+        import nbdtarget_copy
         import nbdtarget_fast
         import nbdtarget_ring
         import nbdtarget_sync
@@ -42,11 +45,13 @@ if not os.environ.get("NBDTARGET_PURE"):
         _REASON = "it has not been built"
     else:
         IS_COMPILED = {
-            m.ABI for m in (nbdtarget_fast, nbdtarget_ring, nbdtarget_sync)
+            m.ABI
+            for m in (nbdtarget_copy, nbdtarget_fast, nbdtarget_ring, nbdtarget_sync)
         } == {ABI}
         _REASON = "it was built from another version"
 
 if TYPE_CHECKING or IS_COMPILED:
+    from nbdtarget_copy import Copies, CopyStream
     from nbdtarget_fast import FastFile, Plane, Receiver, Route
     from nbdtarget_ring import Ring, is_available
     from nbdtarget_sync import Syncer
@@ -55,7 +60,8 @@ else:
     class _NotBuilt:
         """Stands for the types of the extension where none of them is ever made."""
 
-    FastFile = Plane = Receiver = Ring = Route = Syncer = _NotBuilt
+    Copies = CopyStream = FastFile = Plane = _NotBuilt
+    Receiver = Ring = Route = Syncer = _NotBuilt
 
     def is_available() -> bool:
         return False

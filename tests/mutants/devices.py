@@ -20,6 +20,10 @@ BULK: Final = (
     "tests/nbdtarget/devices/test_bulk.py",
     "tests/nbdtarget/targets/clone/test_bulk_hydration.py",
 )
+COMPILED: Final = (
+    "tests/nbdtarget/devices/test_bulk_compiled.py",
+    "tests/nbdtarget/devices/nbd/test_lent.py",
+)
 BEHIND: Final = ("tests/nbdtarget/devices/file/test_bulk.py",)
 DIRECT: Final = ("tests/nbdtarget/devices/file/test_direct.py",)
 RESOLVE: Final = ("tests/nbdtarget/devices/test_resolve.py",)
@@ -65,6 +69,20 @@ DEVICES: Final = (
         "nbdtarget.devices.bulk:BulkCopies._work",
         (("            self._note_failure(chunk, errnos.EIO, stream)\n", ""),),
         BULK,
+    ),
+    Mutant(
+        "compiled-copy-failure-forgotten",
+        "A compiled thread could not read or write a chunk, and its copy ends well.",
+        "nbdtarget.devices.bulk_compiled:CompiledCopies._reap",
+        (("            if status:\n", "            if False:\n"),),
+        COMPILED,
+    ),
+    Mutant(
+        "compiled-copy-fails-before-its-device-knows",
+        "A connection has broken: who tries the copy again finds a device that still counts as usable.",
+        "nbdtarget.devices.bulk:BulkCopies._compiled_ended",
+        (("self._told.extend(copies)", "self._told.extendleft(copies)"),),
+        COMPILED,
     ),
     Mutant(
         "writeback-error-told-to-nobody",

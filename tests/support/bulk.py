@@ -2,6 +2,7 @@
 """A source that lends streams, and a writer, in memory: what bulk copies are tested with."""
 
 import asyncio
+import os
 import threading
 
 from nbdtarget.bio import Bio
@@ -9,7 +10,7 @@ from nbdtarget.devices.bulk_streams import BulkStream, Chunk, StreamLostError
 from nbdtarget.devices.memory import MemoryDevice
 from tests.support.peer import Disk
 
-__all__ = ["LendingDisk", "Stream", "WritableDisk", "Writer"]
+__all__ = ["LendingDisk", "MemoryFileDisk", "Stream", "WritableDisk", "Writer"]
 
 
 class LendingDisk(MemoryDevice):
@@ -73,6 +74,12 @@ class Stream:
         chunk.buffer[:] = self.disk.content[chunk.offset :][: chunk.length]
         return [chunk]
 
+    def maybe_compiled(self) -> None:
+        return None
+
+    def lost_reason(self, sentence: str, error: int) -> str:
+        raise AssertionError("there is no compiled half")
+
     def read_failed(self, status: int) -> int:
         return status
 
@@ -105,9 +112,34 @@ class WritableDisk(Disk):
     def maybe_bulk_writer(self) -> "Writer":
         return Writer(self)
 
+    def maybe_fd(self) -> int | None:
+        """Return the file that compiled threads write to."""
+        return None
+
+    def content(self) -> bytes:
+        return bytes(self.data)
+
     async def write_behind(self, ranges: list[tuple[int, int]]) -> None:
         self.behind.append(ranges)
         await self.behind_gate.wait()
+
+
+class MemoryFileDisk(WritableDisk):
+    """The same for compiled threads, which write to a file in memory."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.fd = os.memfd_create("destination")
+        os.ftruncate(self.fd, size)
+
+    def maybe_fd(self) -> int | None:
+        return self.fd
+
+    def content(self) -> bytes:
+        return os.pread(self.fd, self.size, 0)
+
+    async def close(self) -> None:
+        os.close(self.fd)
 
 
 class Writer:
@@ -119,6 +151,9 @@ class Writer:
         if (error := self.disk.errors.get(offset, 0)) == 0:
             self.disk.data[offset : offset + len(data)] = data
         return error
+
+    def maybe_fd(self) -> int | None:
+        return self.disk.maybe_fd()
 
     def write_failed(self, status: int) -> None:
         self.disk.failed.append(status)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What bulk copies do to a file: `FileWriter` writes for threads, `Behind` keeps what was written out of the page cache.
 
-*Writer.* Any number of threads may write; a lock lets one of them at a time do so. The file system holds
+*Writer.* Any number of threads may write; a lock lets one of them at a time do so (compiled threads have one of their own). The file system holds
 the inode's lock for each buffered write in any case, and threads that wait there spin.
 
 *Page cache.* A background copy writes as many gigabytes as the disk has, and no client has asked for them. Left alone, they
@@ -49,6 +49,9 @@ class FileWriter:
                     return errnos.EIO
                 put += more
         return 0
+
+    def maybe_fd(self) -> int | None:
+        return self._fd
 
     def write_failed(self, status: int) -> None:
         self._syncs.note_write_error("WRITE", status)

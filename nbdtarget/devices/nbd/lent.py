@@ -11,13 +11,15 @@ have a bound for them (qemu-nbd --shared), and would let us wait.
     given back with nothing in flight: the loop goes on with it. Otherwise it is closed
 
 The protocol is the one that the loop uses (`nbdtarget_protocol.client`), with all its checks: structured replies in
-pieces, zeroes, errors.
+pieces, zeroes, errors. Where compiled code is at hand it does all of this (`nbdtarget/fast/nbdtarget_copy.pyx`), and the thread needs
+no lock of the interpreter meanwhile.
 
 *Loss.* When this connection breaks, or is silent for longer than a read may take, the device is lost. When the device
 is lost, closed, or gives its reads up, it calls `shut`, which ends a receive that blocks.
 """
 
 import contextlib
+import errno as errnos
 import os
 import socket
 from collections.abc import Iterable
@@ -26,6 +28,7 @@ from typing import Protocol
 from nbdtarget.devices.bulk import CHUNK_BYTES
 from nbdtarget.devices.bulk_streams import Chunk, StreamLostError
 from nbdtarget.devices.nbd.connection import NbdConnection
+from nbdtarget.fast.compiled import IS_COMPILED, CopyStream
 from nbdtarget_protocol.client import ClientTransmission
 from nbdtarget_protocol.consts import CMD_READ
 from nbdtarget_protocol.errors import ReplyError
@@ -63,6 +66,7 @@ class LentConnection:
         self._transmission = transmission
         self._block = block
         self._cookie = 0
+        self._compiled: CopyStream | None = None
         self.is_broken = False
 
     @classmethod
@@ -81,7 +85,24 @@ class LentConnection:
 
     @property
     def nr_in_flight(self) -> int:
+        if self._compiled is not None:
+            return self._compiled.nr_in_flight
         return len(self._transmission.in_flight)
+
+    def maybe_compiled(self) -> CopyStream | None:
+        if IS_COMPILED:
+            negotiated = self._transmission.negotiated
+            self._compiled = CopyStream(
+                self._sock.fileno(), negotiated.structured, negotiated.extended
+            )
+        return self._compiled
+
+    def lost_reason(self, sentence: str, error: int) -> str:
+        if error == errnos.EAGAIN:
+            return self._silence()
+        if error < 0:
+            return "server hung up"
+        return sentence or _sentence(OSError(error, ""))
 
     def can_read(self, offset: int, length: int) -> bool:
         return (offset | length) % self._block == 0
@@ -118,16 +139,16 @@ class LentConnection:
                     raise StreamLostError("server hung up")
                 completions = transmission.buffer_updated(got)
             except BlockingIOError:
-                seconds = self.connection.uri.read_timeout_s
-                raise StreamLostError(
-                    f"no answer to READ within {seconds:g} s"
-                ) from None
+                raise StreamLostError(self._silence()) from None
             except OSError as error:
                 raise StreamLostError(_sentence(error)) from error
             except ReplyError as error:
                 raise StreamLostError(str(error)) from error
             if completions:
                 return [_chunk(each.private, each.error) for each in completions]
+
+    def _silence(self) -> str:
+        return f"no answer to READ within {self.connection.uri.read_timeout_s:g} s"
 
     def read_failed(self, status: int) -> int:
         return self._device.lent_read_failed(status)

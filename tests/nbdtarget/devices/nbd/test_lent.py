@@ -6,7 +6,7 @@ import errno
 import random
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -22,9 +22,10 @@ from nbdtarget.devices.nbd.device import NbdDevice
 from nbdtarget.devices.nbd.lent import LentConnection
 from nbdtarget.devices.nbd.uri import NbdUri
 from nbdtarget.devices.resolve import open_device
+from nbdtarget.fast.compiled import IS_COMPILED, describe
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.client import ClientNegotiated, ClientTransmission
-from tests.support.bulk import WritableDisk
+from tests.support.bulk import MemoryFileDisk, WritableDisk
 from tests.support.nbd_device import SIZE, device_of, until
 from tests.support.nbd_server import FLAGS_ALL, StrictServer
 
@@ -200,6 +201,23 @@ def test_a_stream_that_is_shut_wakes_its_thread_and_takes_nothing_more() -> None
     hand.stream.shut()  # also later
 
 
+@pytest.mark.parametrize(
+    ("sentence", "error", "reason"),
+    [
+        ("", -1, "server hung up"),
+        ("", errno.EAGAIN, "no answer to READ within 5 s"),
+        ("", errno.EPIPE, "broken pipe"),
+        ("bad reply magic 0x1", 0, "bad reply magic 0x1"),
+    ],
+)
+def test_what_compiled_code_tells_is_said_in_the_same_words(
+    sentence: str, error: int, reason: str
+) -> None:
+    hand = Hand()
+    assert hand.stream.lost_reason(sentence, error) == reason
+    hand.close()
+
+
 # ---- of a device ----
 
 
@@ -209,21 +227,41 @@ async def copied(copies: BulkCopies, offset: int, length: int) -> BulkFailure | 
     return await asyncio.wait_for(copying, 10)
 
 
+@pytest.fixture(
+    params=[
+        "python",
+        pytest.param(
+            "compiled",
+            marks=pytest.mark.skipif(not IS_COMPILED, reason=describe()),
+        ),
+    ]
+)
+async def destination(
+    request: pytest.FixtureRequest,
+) -> AsyncIterator[WritableDisk]:
+    """A disk that decides by which code the threads copy."""
+    is_python = request.param == "python"
+    disk = WritableDisk(SIZE) if is_python else MemoryFileDisk(SIZE)
+    yield disk
+    await disk.close()
+
+
 async def lending(
-    server: StrictServer,
-) -> tuple[NbdDevice, WritableDisk, BulkCopies]:
+    server: StrictServer, destination: WritableDisk
+) -> tuple[NbdDevice, BulkCopies]:
     server.disk[:] = CONTENT
     device = await device_of(server, read_only=True)
-    destination = WritableDisk(SIZE)
-    return device, destination, BulkCopies(device, destination)
+    return device, BulkCopies(device, destination)
 
 
-async def test_all_connections_but_one_are_lent_and_come_back(tmp_path: Path) -> None:
+async def test_all_connections_but_one_are_lent_and_come_back(
+    tmp_path: Path, destination: WritableDisk
+) -> None:
     async with StrictServer(tmp_path) as server:
-        device, destination, copies = await lending(server)
+        device, copies = await lending(server, destination)
         for _ in range(2):
             assert await copied(copies, 0, SIZE) is None
-            assert destination.data == CONTENT
+            assert destination.content() == CONTENT
             assert (copies.nr_streams, device.nr_connections) == (3, 4)
             assert bytes(await device.read(0, 512)) == CONTENT[:512]
             copies.rest()
@@ -239,9 +277,10 @@ async def test_all_connections_but_one_are_lent_and_come_back(tmp_path: Path) ->
 
 async def test_what_is_in_flight_is_told_and_clients_read_meanwhile(
     tmp_path: Path,
+    destination: WritableDisk,
 ) -> None:
     async with StrictServer(tmp_path) as server:
-        device, destination, copies = await lending(server)
+        device, copies = await lending(server, destination)
         server.gate.clear()
         copying = copies.maybe_copy(0, 64 * CHUNK)
         assert copying is not None
@@ -254,12 +293,14 @@ async def test_what_is_in_flight_is_told_and_clients_read_meanwhile(
         copies.rest()
         await device.close()  # waits for the threads
         assert device._nr_borrowed == 0
-        assert destination.data[: 64 * CHUNK] == CONTENT[: 64 * CHUNK]
+        assert destination.content()[: 64 * CHUNK] == CONTENT[: 64 * CHUNK]
 
 
-async def test_connections_that_are_in_use_are_not_lent(tmp_path: Path) -> None:
+async def test_connections_that_are_in_use_are_not_lent(
+    tmp_path: Path, destination: WritableDisk
+) -> None:
     async with StrictServer(tmp_path) as server:
-        device, _, copies = await lending(server)
+        device, copies = await lending(server, destination)
         server.gate.clear()
         reads = [asyncio.ensure_future(device.read(0, 512)) for _ in range(4)]
         await until(lambda: len(server.noted) == 4)
@@ -280,10 +321,10 @@ async def test_connections_that_are_in_use_are_not_lent(tmp_path: Path) -> None:
     ids=["one connection", "small requests"],
 )
 async def test_servers_of_which_nothing_is_lent(
-    tmp_path: Path, make: Callable[[Path], StrictServer]
+    tmp_path: Path, destination: WritableDisk, make: Callable[[Path], StrictServer]
 ) -> None:
     async with make(tmp_path) as server:
-        device, _, copies = await lending(server)
+        device, copies = await lending(server, destination)
         assert copies.maybe_copy(0, SIZE) is None
         await device.close()
 
@@ -295,9 +336,11 @@ async def test_a_device_that_is_written_lends_nothing(tmp_path: Path) -> None:
         await device.close()
 
 
-async def test_parts_of_blocks_go_by_bios(tmp_path: Path) -> None:
+async def test_parts_of_blocks_go_by_bios(
+    tmp_path: Path, destination: WritableDisk
+) -> None:
     async with StrictServer(tmp_path, block_min=4096) as server:
-        device, _, copies = await lending(server)
+        device, copies = await lending(server, destination)
         assert copies.maybe_copy(512, 4096) is None
         assert await copied(copies, 4096, 8192) is None
         copies.rest()
@@ -320,9 +363,11 @@ async def test_the_uri_bounds_the_connections(tmp_path: Path, nr: int) -> None:
 # ---- loss ----
 
 
-async def test_a_copy_goes_on_when_the_server_is_back(tmp_path: Path) -> None:
+async def test_a_copy_goes_on_when_the_server_is_back(
+    tmp_path: Path, destination: WritableDisk
+) -> None:
     async with StrictServer(tmp_path) as server:
-        device, destination, copies = await lending(server)
+        device, copies = await lending(server, destination)
         server.hang_up_after = 9
         failure = await copied(copies, 0, SIZE)
         assert failure is not None
@@ -331,16 +376,18 @@ async def test_a_copy_goes_on_when_the_server_is_back(tmp_path: Path) -> None:
         # Threads that were idle then are not asked any more.
         await until(lambda: device.health.is_usable)
         assert await copied(copies, 0, SIZE) is None
-        assert destination.data == CONTENT
+        assert destination.content() == CONTENT
         assert device.nr_connections == 4
         copies.rest()
         await device.close()
 
 
-async def test_a_device_that_is_lost_takes_its_streams_back(tmp_path: Path) -> None:
+async def test_a_device_that_is_lost_takes_its_streams_back(
+    tmp_path: Path, destination: WritableDisk
+) -> None:
     """Another connection has broken: the threads that wait for answers must end."""
     async with StrictServer(tmp_path) as server:
-        device, _, copies = await lending(server)
+        device, copies = await lending(server, destination)
         server.gate.clear()
         copying = copies.maybe_copy(0, SIZE)
         assert copying is not None
@@ -356,10 +403,12 @@ async def test_a_device_that_is_lost_takes_its_streams_back(tmp_path: Path) -> N
         assert device._nr_borrowed == 0
 
 
-async def test_reads_that_hang_are_given_up(tmp_path: Path) -> None:
+async def test_reads_that_hang_are_given_up(
+    tmp_path: Path, destination: WritableDisk
+) -> None:
     """The server is to stop, and the source does not answer."""
     async with StrictServer(tmp_path) as server:
-        device, _, copies = await lending(server)
+        device, copies = await lending(server, destination)
         server.gate.clear()
         copying = copies.maybe_copy(0, SIZE)
         assert copying is not None
@@ -372,9 +421,11 @@ async def test_reads_that_hang_are_given_up(tmp_path: Path) -> None:
         assert device._nr_borrowed == 0
 
 
-async def test_errors_are_noted_and_a_shutdown_is_a_loss(tmp_path: Path) -> None:
+async def test_errors_are_noted_and_a_shutdown_is_a_loss(
+    tmp_path: Path, destination: WritableDisk
+) -> None:
     async with StrictServer(tmp_path) as server:
-        device, _, copies = await lending(server)
+        device, copies = await lending(server, destination)
         server.errors[consts.CMD_READ] = errno.ENOMEM
         failure = await copied(copies, 0, SIZE)
         assert failure is not None
@@ -387,4 +438,5 @@ async def test_errors_are_noted_and_a_shutdown_is_a_loss(tmp_path: Path) -> None
         assert failure.status == errno.EIO
         with pytest.raises(DeviceError):
             await device.read(0, 512)
+        copies.rest()
         await device.close()
