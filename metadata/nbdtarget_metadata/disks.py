@@ -17,7 +17,9 @@ Evidence, from the strongest on:
     mark      an extended attribute of a file: the uuid of the metadata and a generation. It is
               lost in a copy without extended attributes, and a file system may have none
     ids       what a block device or an NBD export says of itself, as "key=value". Two values of
-              one key that differ prove another disk
+              one key that differ prove another disk. A remote image is *pinned* by some of its ids (size,
+              ETag, version, time of last modification): those prove another disk or another state of it, whatever
+              a sample says, and one that is not told any more proves nothing
     place     device number and inode of a file. The device number may change at a restart
     name      as it was given
 
@@ -56,6 +58,7 @@ from nbdtarget_metadata.log.envelope import DIGEST_SIZE, UNDECODABLE
 
 __all__ = [
     "FILE",
+    "ID_MAX",
     "NOT_MARKED",
     "RECORD_MAX",
     "SAMPLE_BYTES",
@@ -65,6 +68,7 @@ __all__ = [
     "Mark",
     "Sample",
     "Verdict",
+    "bounded_id",
     "changed_since",
     "compare",
     "decode_disks",
@@ -82,7 +86,10 @@ ID_MAX: Final = 128
 IDS_MAX: Final = 4
 SAMPLE_BYTES: Final = 4096
 SAMPLES_MAX: Final = 32
-MOVABLE_IDS: Final = frozenset({"server", "backing-file"})  # where a disk is, not what
+# Where a disk is, not what.
+MOVABLE_IDS: Final = frozenset({"server", "backing-file", "url"})
+# What a remote image was when it was read; see `nbdtarget.devices.ranged.pin`.
+PIN_IDS: Final = frozenset({"etag", "version", "last-modified", "size"})
 NOT_MARKED: Final = -1
 
 
@@ -104,7 +111,7 @@ class Evidence(NamedTuple):
     """What a device says of itself now.
 
     Attributes:
-        kind: `file`, `block`, `nbd`, `mapped`, `memory`; empty: not known.
+        kind: `file`, `block`, `nbd`, `url`, `mapped`, `memory`; empty: not known.
         name: as it stands in the table line.
         ids: "key=value"; equal values of one key mean one disk, different ones two disks.
         place: device number and inode of a file.
@@ -113,6 +120,7 @@ class Evidence(NamedTuple):
         mark: that it carries for the role in question.
         is_elsewhere: the disk that was recorded still stands under its name and in its place, so
             this is not the one.
+        is_pinned: equal ids prove equal content, so no sample has to be taken.
     """
 
     kind: str
@@ -124,6 +132,7 @@ class Evidence(NamedTuple):
     can_be_marked: bool = False
     mark: Mark | None = None
     is_elsewhere: bool = False
+    is_pinned: bool = False
 
 
 class Disk(msgspec.Struct, array_like=True, frozen=True):
@@ -310,21 +319,26 @@ def _compare_ids(
 ) -> Comparison | None:
     """Compare what both have; None if they have no key in common."""
     new = dict(each.split("=", 1) for each in found if "=" in each)
-    differs = ""
-    is_other = is_equal = False
+    differs = lost = ""
+    is_other = is_equal = is_replaced = False
     for each in recorded:
         key, _, value = each.partition("=")
         if key not in new:
+            if key in PIN_IDS:
+                lost = lost or f"it does not tell its {key} any more"
             continue
         if _bounded(f"{key}={new[key]}", ID_MAX) == each:
             is_equal = True
         else:
             differs = differs or f"its {key} is {new[key] or 'empty'}, not {value}"
             is_other |= key not in MOVABLE_IDS
+            is_replaced |= key in PIN_IDS
     if differs:
         # Another export with the same content may be the same disk behind another server.
-        is_other = is_other and not is_sample_equal
+        is_other = is_replaced or (is_other and not is_sample_equal)
         return Comparison(Verdict.OTHER if is_other else Verdict.MOVED, differs)
+    if lost:
+        return Comparison(Verdict.MOVED, lost)
     if is_equal:
         return Comparison(Verdict.SAME, "it says so itself")
     return None
@@ -354,6 +368,17 @@ def _compare_files(
     else:
         reason = "it is another file in another place"
     return Comparison(Verdict.MOVED, reason)
+
+
+def bounded_id(key: str, value: str, length_max: int = ID_MAX) -> str:
+    """Return an id in at most `length_max` bytes; of a longer value a digest stands in it, so that all of it counts."""
+    whole = f"{key}={value}"
+    if len(whole.encode("utf-8", "backslashreplace")) <= length_max:
+        return whole
+    data = value.encode("utf-8", "backslashreplace")
+    digest = hashlib.blake2b(data, digest_size=DIGEST_SIZE).hexdigest()
+    room = length_max - len(key) - len(digest) - 5
+    return f"{key}={_bounded(value, room)}…#{digest}"
 
 
 def _bounded(text: str, length_max: int) -> str:

@@ -3,7 +3,7 @@
 
 Logging never raises an exception into the code that logs, and never waits for the reader of the log. Lines that
 clients cause are bounded: CLIENT_LINES_BURST may come at once, and CLIENT_LINES_PER_S in the long run.
-The next line says how many were left out.
+The next line says how many were left out. The secrets of URLs are left out of every line.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Final
 
 from nbdtarget.cli.outlet import Outlet, process_stderr
 from nbdtarget.common.clock import monotonic_ns
+from nbdtarget.common.redaction import redacted
 from nbdtarget.common.words import printable
 
 __all__ = ["LogHandler", "start_logging"]
@@ -43,7 +44,7 @@ class LogHandler(logging.Handler):
             self._nr_left_out += 1
             return
         try:
-            message = record.getMessage()
+            message = redacted(record.getMessage())
             # A name in a message must neither look like another line nor move the cursor.
             record.msg, record.args = printable(message, LINE_LENGTH_MAX), None
             line = self.format(record)

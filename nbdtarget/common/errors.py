@@ -16,6 +16,7 @@ import errno as errnos
 import os
 
 from nbdtarget.common.permissions import Permission
+from nbdtarget.common.redaction import redacted
 
 __all__ = [
     "ConstructorError",
@@ -114,9 +115,10 @@ class DeviceError(NbdTargetError):
 
 
 class ResolveError(NbdTargetError):
-    """A device cannot be opened. `name` is what the user wrote."""
+    """A device cannot be opened. `name` is what the user wrote, without the secrets of a URL."""
 
     def __init__(self, name: str, reason: str, errno: int = errnos.EINVAL) -> None:
+        name = redacted(name)
         super().__init__(name, reason, errno)
         self.name = name
         self.reason = reason

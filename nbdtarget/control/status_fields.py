@@ -62,6 +62,12 @@ class CloneFields(Fields):
     ]
     errors: Annotated[int, told("Copies that have failed.")]
     last_error: LastError
+    source_changed: Annotated[
+        str | None,
+        told(
+            "How it was noticed that the source has become another image: nothing more is copied. Null: it has not."
+        ),
+    ]
     regions_failed: Annotated[int, told("Regions that wait to be tried again.")]
     retry_in_s: Annotated[
         float | None, told("Seconds until the first of them is tried again.")

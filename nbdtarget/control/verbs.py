@@ -17,6 +17,7 @@ from nbdtarget import __version__
 from nbdtarget.common.access import AccessRules, Rule, parse_rules
 from nbdtarget.common.clock import sleep
 from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.common.redaction import redacted
 from nbdtarget.control import messages as m
 from nbdtarget.control.bodies import LINES_AT_ONCE
 from nbdtarget.dm.geometry import Geometry
@@ -217,7 +218,7 @@ class Verbs:
         )
 
     async def table(self, request: m.Table) -> m.LinesAnswer:
-        """Return the live tables in the form in which they can be loaded again."""
+        """Return the live tables in the form in which they can be loaded again, but for the secrets of URLs."""
         return await self._tables(request, lambda target: target.table_words())
 
     async def measure(self, request: m.Measure) -> m.LinesAnswer:
@@ -232,7 +233,10 @@ class Verbs:
             table = device.inactive if request.inactive else device.active
             lines: list[tuple[tuple[int, int, str, str], StatusFields]] = []
             if table is not None:
-                lines = [(line, {}) for line in await table.lines_in_turns(words)]
+                lines = [
+                    ((*line[:3], redacted(line[3])), {})
+                    for line in await table.lines_in_turns(words)
+                ]
             found.append(await _lines(device, lines, request.target))
         return m.LinesAnswer(tuple(found))
 

@@ -7,6 +7,7 @@ It stands where a device is wanted, so that the code there need not ask whether 
 import errno as errnos
 
 from nbdtarget.bio import OP_FLUSH, Bio
+from nbdtarget.common.redaction import redacted
 from nbdtarget.devices.base import Device
 
 __all__ = ["AbsentDevice"]
@@ -16,7 +17,7 @@ class AbsentDevice(Device):
     """Has a name and a size; each bio but a FLUSH ends with ENXIO."""
 
     def __init__(self, name: str, size: int) -> None:
-        super().__init__(name, size, read_only=True)
+        super().__init__(redacted(name), size, read_only=True)
 
     def submit(self, bio: Bio) -> None:
         bio.end(0 if bio.op == OP_FLUSH else errnos.ENXIO)

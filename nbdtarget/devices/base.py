@@ -133,6 +133,8 @@ class Device:
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
         rotational: what `is_rotational` says, of a device that does not ask others.
         can_resize: `size` may be set to what `measure` says; else the disk has to be opened anew.
+        changed: why the content is not what it was when the device was opened, in words; then reads fail for good, and
+            nothing more should be copied from it. Empty: it has not changed, as far as is known.
         volatile_state: what is in memory only, and would be lost if another process opened the device in our place.
     """
 
@@ -147,6 +149,7 @@ class Device:
     rotational: bool = False
     _pools: tuple[WorkerPool, ...] = ()
     can_resize: bool = True
+    changed: str = ""
     volatile_state: str = ""
 
     def __init__(self, name: str, size: int, *, read_only: bool = False) -> None:
@@ -196,6 +199,10 @@ class Device:
 
     def submit_behind(self, bio: Bio) -> None:
         """As `submit`, for a WRITE of which `write_behind` is going to be told."""
+        self.submit(bio)
+
+    def submit_ahead(self, bio: Bio) -> None:
+        """As `submit`, for a READ of a background copy, which must not stand in the way of clients' reads."""
         self.submit(bio)
 
     def lend_streams(self) -> list[BulkStream]:

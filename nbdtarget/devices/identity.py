@@ -7,6 +7,8 @@
                         device or of a partition, the file behind a loop device; else its link
                         in /dev/disk/by-id
     an NBD export       the name of the export and the server's address
+    a remote image      its URL without secrets, and its pin: size, ETag, version or time of last
+                        modification (`nbdtarget.devices.ranged.pin`)
     a mapped device     its uuid, if it was given one
     a disk in memory    a number that is drawn anew each time
 
@@ -30,6 +32,7 @@ __all__ = [
     "MAPPED",
     "MEMORY",
     "NBD",
+    "URL",
     "block_ids",
     "identify_fd",
     "is_still_there",
@@ -42,6 +45,7 @@ BLOCK: Final = "block"
 NBD: Final = "nbd"
 MEMORY: Final = "memory"
 MAPPED: Final = "mapped"
+URL: Final = "url"
 
 XATTR: Final = "user.nbdtarget."
 UUID_BYTES: Final = 16

@@ -10,6 +10,7 @@ from typing import Final
 from nbdtarget.common.named import alternatives, by_name
 from nbdtarget.devices.file.direct_scheme import DirectScheme
 from nbdtarget.devices.file.scheme import FileScheme
+from nbdtarget.devices.http.scheme import HttpScheme, HttpsScheme
 from nbdtarget.devices.memory_scheme import MemoryScheme
 from nbdtarget.devices.nbd.scheme import (
     NbdScheme,
@@ -30,6 +31,8 @@ SCHEMES: Final[dict[str, Scheme]] = by_name(
         NbdUnixScheme(),
         NbdsScheme(),
         NbdsUnixScheme(),
+        HttpScheme(),
+        HttpsScheme(),
     ),
     attrgetter("name"),
 )

@@ -25,7 +25,7 @@ the same command starts again from the beginning. After a later crash it continu
 
 import contextlib
 import os
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -124,6 +124,10 @@ class CloneReporter(job.Reporter[ClonePlan], Protocol):
 
     def failed(self, status: str) -> None:
         """The clone cannot record progress any more; `status` is its status line."""
+        ...
+
+    def source_changed(self, reason: str) -> None:
+        """The source has become another image, so nothing more is copied from it."""
         ...
 
 
@@ -261,18 +265,20 @@ class CloneJob(job.Job[ClonePlan]):
         is_hydrated = False
         event_nr = device.event_nr
         while True:
-            done, is_stuck, line = await _progress(device, plan)
+            done, is_stuck, line, changed = await _progress(device, plan)
             self._report(self._reporter.progress, done, plan.size)
-            if is_stuck and not self._has_failed:
+            if (is_stuck or changed) and not self._has_failed:
                 self._has_failed = True
-                self._report(self._reporter.failed, line)
+                if changed:
+                    self._report(self._reporter.source_changed, changed)
+                else:
+                    self._report(self._reporter.failed, line)
                 if options.exit_when_hydrated:
                     self._daemon.stop.set()
             if done == plan.size and not is_hydrated and not is_stuck:
                 # `status` commits: what is reported next must survive a power cut.
                 await device.status()
-                _, is_stuck, _ = await _progress(device, plan)
-                if not is_stuck:
+                if not (await _progress(device, plan)).is_stuck:
                     is_hydrated = True
                     self._report(self._reporter.hydrated)
                     if options.exit_when_hydrated:
@@ -283,21 +289,37 @@ class CloneJob(job.Job[ClonePlan]):
                     event_nr = await device.events.wait(event_nr)
 
 
-async def _progress(device: MappedDevice, plan: ClonePlan) -> tuple[int, bool, str]:
-    """Return the bytes hydrated, whether progress cannot be recorded any more, and the status line."""
+class _Progress(NamedTuple):
+    """How far the clone is.
+
+    Attributes:
+        done: bytes hydrated.
+        is_stuck: progress cannot be recorded any more.
+        line: the status line.
+        source_changed: how it was noticed that the source is another image now; empty: it is not.
+    """
+
+    done: int
+    is_stuck: bool
+    line: str
+    source_changed: str = ""
+
+
+async def _progress(device: MappedDevice, plan: ClonePlan) -> _Progress:
     size = plan.size
     lines = await device.status_by_name(noflush=True)
     if not lines or lines[0][0][2] != "clone":
         # Another table was loaded over the control socket, or `then_linear` has been carried out.
-        return (size if _is_dest_alone(device, plan) else 0), False, ""
+        return _Progress(size if _is_dest_alone(device, plan) else 0, False, "")
     (_, _, _, line), fields = lines[0]
     if not fields:
-        return 0, True, line  # the whole table has failed
+        return _Progress(0, True, line)  # the whole table has failed
     nr_hydrated = count(fields, "regions_hydrated")
     done = min(size, nr_hydrated * count(fields, "region_size_bytes"))
     if nr_hydrated == count(fields, "regions_total"):
         done = size  # the last region may be a short one
-    return done, fields["mode"] != "rw", line
+    changed = fields.get("source_changed") or ""
+    return _Progress(done, fields["mode"] != "rw", line, str(changed))
 
 
 def _is_dest_alone(device: MappedDevice, plan: ClonePlan) -> bool:

@@ -69,8 +69,8 @@ class Copier:
         background: chunks that would hold the loop up go to `Device.submit_background`. Small
             ones do not: two changes of thread delay other bios for longer than they do (measured
             with 64 KiB, as the latency of other clients' reads).
-        behind: what is copied goes to `Device.write_behind` next. The caller sees to that, and nothing else
-            has it written back.
+        behind: no client waits for it: it is read with `Device.submit_ahead`, and what is copied goes to
+            `Device.write_behind` next. The caller sees to that, and nothing else has it written back.
 
     Context: the event loop.
     """
@@ -259,6 +259,8 @@ class _Copy:
         bio = Bio(op, offset, length, buffer[:length], 0, endio, chunk)
         if self._copier.behind and op == OP_WRITE:
             device.submit_behind(bio)
+        elif self._copier.behind:
+            device.submit_ahead(bio)
         elif self._copier.background and length > INLINE_BYTES_MAX:
             device.submit_background(bio)
         else:

@@ -224,7 +224,8 @@ class DiskRecords:
             return False
         for each in self._roles:
             if each.name == role:
-                return bool((await evidence_of(each)).kind)
+                found = await evidence_of(each)
+                return bool(found.kind) and not found.is_pinned
         return False
 
     async def prepare(self) -> None:
@@ -236,7 +237,9 @@ class DiskRecords:
             old = self.recorded(role.name)
             disk = record_of(role.name, found)
             sample = old.sample if old is not None else None
-            if (
+            if found.is_pinned:
+                sample = None
+            elif (
                 role.sample_at_start
                 and found.kind
                 and (sample is None or not await _shows(role.device, sample))
@@ -299,7 +302,8 @@ class DiskRecords:
                 is_synced = is_synced or await role.device.sync_attributes()
                 found = await evidence_of(role)
                 sample = None
-                if offsets := samples.get(role.name):
+                offsets = samples.get(role.name)
+                if offsets and not found.is_pinned:
                     sample = await read_sample(role.device, offsets)
                 disk = msgspec.structs.replace(
                     disk,

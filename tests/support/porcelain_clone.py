@@ -32,6 +32,9 @@ class Recorder:
     def failed(self, status: str) -> None:
         self._called("failed")
 
+    def source_changed(self, reason: str) -> None:
+        self._called("source_changed")
+
     def stopping(self) -> None:
         self._called("stopping")
 

@@ -10,6 +10,7 @@ from nbdtarget.cli.progress.common import (
     print_event,
     say,
 )
+from nbdtarget.common.redaction import redacted
 from nbdtarget.porcelain.clone import CloneOptions, ClonePlan, CloneReporter
 from nbdtarget.server.listener import export_uri
 
@@ -27,7 +28,8 @@ class Reporter:
 
     def serving(self, plan: ClonePlan, uris: list[str]) -> None:
         options = self.options
-        print_attach(f"{options.dest} is a clone of {options.source}", plan.name, uris)
+        source = redacted(options.source)
+        print_attach(f"{options.dest} is a clone of {source}", plan.name, uris)
 
     def progress(self, done: int, size: int) -> None:
         if not self._is_hydrated:
@@ -46,6 +48,13 @@ class Reporter:
 
     def failed(self, status: str) -> None:
         say(f"the clone cannot record any more progress: {status}")
+
+    def source_changed(self, reason: str) -> None:
+        source, dest = redacted(self.options.source), self.options.dest
+        say(
+            f"{source}: {reason}: nothing more is copied. What {dest} has is of the image that it was cloned from;"
+            " parts that are missing cannot be read until that image is back"
+        )
 
     def stopping(self) -> None:
         self._display.stop()
@@ -68,7 +77,7 @@ class JsonReporter:
             event="serving",
             name=plan.name,
             size=plan.size,
-            table=plan.table,
+            table=redacted(plan.table),
             uris=exports,
         )
 
@@ -82,6 +91,9 @@ class JsonReporter:
 
     def failed(self, status: str) -> None:
         print_event(event="failed", status=status)
+
+    def source_changed(self, reason: str) -> None:
+        print_event(event="source_changed", reason=reason)
 
     def stopping(self) -> None:
         """The process says nothing more."""

@@ -33,6 +33,9 @@ may take a second to go on: a busy disk is never hydrated, a quiet one late.)
 Errors. What fails is left alone for a while (`Hydrator`, `Failures`). When job after job fails
 altogether (a dead device), the whole hydration slows down too.
 
+A source that was replaced (`Device.changed`) ends the hydration for good: what has been copied is of the right image, and
+nothing of another one may be added. Loading the table anew opens the source again, and compares it with what is recorded.
+
 The end. When the last bit is set a commit is started at once; the target sees the committed bits
 full and raises the event. Here the task just ends; `wake` starts another if need be.
 """
@@ -159,6 +162,7 @@ class Hydration:
             and (self.enabled or bool(self._reads))
             and self.threshold > 0
             and regions.is_writable
+            and not regions.source.changed
             and regions.metadata.nr_hydrated < regions.nr_regions
         )
 

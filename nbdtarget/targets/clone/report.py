@@ -92,6 +92,7 @@ def status_fields(
         "event_after_errors": hydrator.event_after_errors,
         "errors": hydrator.failures.nr_errors,
         "last_error": hydrator.failures.last_error or regions.committer.last_error,
+        "source_changed": regions.source.changed or None,
         "regions_failed": nr_failed,
         "retry_in_s": retry_in_s,
     }

@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HttpStore against a server that misbehaves: each rule of the module head, over real sockets."""
+
+import asyncio
+import gzip
+import logging
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trustme
+
+from nbdtarget.common.errors import DeviceError, ResolveError
+from nbdtarget.devices.health import HealthState
+from nbdtarget.devices.http import store as module
+from nbdtarget.devices.http.url_command import set_url_commands
+from nbdtarget.devices.ranged import device as device_module
+from nbdtarget.devices.ranged import fetcher as fetcher_module
+from nbdtarget.devices.ranged import retry
+from nbdtarget.devices.ranged.device import RangedDevice
+from nbdtarget.devices.resolve import open_device
+from tests.support.image_server import Answer, ImageServer, Request, image_of
+from tests.support.nbd_device import until
+
+KIB = 1 << 10
+MIB = 1 << 20
+IMAGE = image_of(3 * MIB)
+OTHER = image_of(3 * MIB)[::-1]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for a time to pass."""
+    monkeypatch.setattr(retry, "RETRY_S_MIN", 0.0001)
+    monkeypatch.setattr(retry, "RETRY_S_MAX", 0.0001)
+    monkeypatch.setattr(fetcher_module, "RENEW_S_MIN", 0.0)
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@asynccontextmanager
+async def device_on(url: str) -> AsyncIterator[RangedDevice]:
+    device = await open_device(url, read_only=True)
+    assert isinstance(device, RangedDevice)
+    try:
+        yield device
+    finally:
+        await device.close()
+
+
+def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time for opening an image is over after the first attempt."""
+
+    async def is_over(_: float) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(device_module, "sleep", is_over)
+
+
+async def refused(url: str) -> str:
+    with pytest.raises(ResolveError) as caught:
+        await open_device(url, read_only=True)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def once(
+    change: Callable[[Answer], object], nr: int = 1
+) -> Callable[[Request, Answer], None]:
+    """Change the answer to request number `nr`, counted from the opening, which is 0."""
+    counted = iter(range(1 << 30))
+
+    def behave(_: Request, answer: Answer) -> None:
+        if next(counted) == nr:
+            change(answer)
+
+    return behave
+
+
+# ---- what is asked for ----
+
+
+async def test_image_is_read_by_ranges_and_never_asked_for_by_head() -> None:
+    async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
+        assert device.size == len(IMAGE)
+        assert bytes(await device.read(MIB + 5, 4096)) == IMAGE[MIB + 5 : MIB + 4101]
+        assert bytes(await device.read(0, len(IMAGE))) == IMAGE
+        assert {request.method for request in server.noted} == {"GET"}
+        first, *rest = server.noted
+        assert (first.begin, first.end) == (0, module.HEAD_BYTES)
+        assert "if-match" not in first.headers
+        assert {request.headers["if-match"] for request in rest} == {'"one"'}
+        assert {request.headers["accept-encoding"] for request in server.noted} == {
+            "identity"
+        }
+        assert not any("authorization" in request.headers for request in server.noted)
+
+
+async def test_weak_validators_are_compared_and_the_time_is_sent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with ImageServer(IMAGE) as server:
+        server.etag = 'W/"x"'
+        async with device_on(server.url()) as device:
+            await device.read(MIB, 512)
+            last = server.noted[-1].headers
+            assert "if-match" not in last
+            assert last["if-unmodified-since"] == server.last_modified
+    assert "only size and time of last modification" in caplog.text
+
+
+async def test_url_goes_out_as_it_was_written() -> None:
+    target = "/a%2Fb/%7Ec/d~e.img?X-Sig=%2F%3D+%20&y=a%2bb"
+    async with ImageServer(IMAGE) as server, device_on(server.url(target)) as device:
+        await device.read(MIB, 512)
+        assert {request.target for request in server.noted} == {target}
+        assert "X-Sig" not in device.name
+
+
+async def test_two_kinds_of_reads_use_connections_of_their_own() -> None:
+    async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
+        await device.read(MIB, 512)
+        assert server.nr_connections == 1  # it was kept open
+
+
+# ---- what is refused when an image is opened ----
+
+
+def change(
+    status: int = 0, body: bytes | None = None, **headers: str
+) -> Callable[[Answer], None]:
+    def changed(answer: Answer) -> None:
+        answer.status = status or answer.status
+        answer.body = answer.body if body is None else body
+        answer.headers |= {
+            key.replace("_", "-"): value for key, value in headers.items()
+        }
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (change(200, IMAGE, Content_Range=""), "the server does not support ranges"),
+        (change(Content_Range=""), "does not say which range it sends"),
+        (change(Content_Range="bytes 0-1/3145728"), "the server sent bytes 0 to 1 when asked for 0 to 262143"),
+        (change(Content_Encoding="gzip"), "the server sends it encoded (gzip)"),
+        (change(404, b""), "the server has no such file (status 404)"),
+        (change(403, b""), "access is denied (status 403)"),
+        (change(401, b""), "access is denied (status 401)"),
+        (change(405, b""), "the server answers with status 405"),
+        (change(416, b"", Content_Range="bytes */0"), "is empty"),
+        (change(ETag="", Last_Modified=""), "tells neither an ETag nor a time of last modification"),
+        (change(302, b""), "redirects and does not say where to"),
+        (change(302, b"", Location="ftp://h/a"), "redirects to ftp:, which is not followed"),
+        (change(302, b"", Location="http://h:bad/a"), "redirects to what is no URL"),
+        (change(302, b"", Location="https:///a"), "redirects to a URL without a host"),
+    ],
+    ids=range(14),
+)  # fmt: skip
+async def test_refused_at_open(changed: Callable[[Answer], None], says: str) -> None:
+    async with ImageServer(IMAGE) as server:
+        server.behave = once(changed, 0)
+        text = await refused(server.url("/a?sig=secret", user="me:pw@"))
+        assert says in text
+        assert text.startswith(f"http://***@127.0.0.1:{server.port}/a?***: ")
+        assert len(server.noted) == 1  # none of these is tried again
+
+
+async def test_endless_redirects_are_refused() -> None:
+    async with ImageServer(IMAGE) as server:
+        server.behave = lambda _, answer: change(302, b"", Location="/next")(answer)
+        assert "redirects more than 5 times" in await refused(server.url())
+        assert len(server.noted) == 6
+
+
+async def test_no_server_and_no_such_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_attempt(monkeypatch)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        text = await refused(f"http://127.0.0.1:{port}/a")
+        assert f"cannot connect to 127.0.0.1 port {port}: " in text
+
+
+# ---- a server that fails for a while ----
+
+
+def hang_up(after: int) -> Callable[[Answer], None]:
+    def changed(answer: Answer) -> None:
+        answer.sends = after
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *(
+            change(status, b"")
+            for status in (408, 425, 429, 500, 502, 503, 504, 404, 200)
+        ),
+        hang_up(0),
+        hang_up(100 * KIB),
+        change(Content_Range="bytes 0-4095/3145728"),
+        change(Content_Range="bytes 0-4095/*"),
+        change(Content_Encoding="br"),
+        change(body=IMAGE[: 100 * KIB]),  # short, and says so
+        change(body=IMAGE),  # long, and says so
+        change(ETag=""),
+    ],
+    ids=range(17),
+)
+async def test_failed_answers_are_tried_again_and_no_byte_of_them_is_used(
+    changed: Callable[[Answer], None],
+) -> None:
+    async with ImageServer(IMAGE) as server:
+        server.behave = once(changed)
+        async with device_on(server.url()) as device:
+            assert bytes(await device.read(MIB, MIB)) == IMAGE[MIB : 2 * MIB]
+            assert device.traffic.retries == 1
+            assert device.health.state is HealthState.OK
+
+
+async def test_body_that_breaks_off_is_continued_where_it_broke() -> None:
+    async with ImageServer(IMAGE) as server:
+        server.behave = once(hang_up(100 * KIB))
+        async with device_on(server.url()) as device:
+            assert bytes(await device.read(MIB, MIB)) == IMAGE[MIB : 2 * MIB]
+            again = [
+                request.begin for request in server.noted if request.begin % (256 * KIB)
+            ]
+            assert again == [MIB + 100 * KIB]
+
+
+async def test_server_that_goes_and_comes_back_is_waited_for() -> None:
+    server = ImageServer(IMAGE)
+    async with server, device_on(server.url()) as device:
+        port = server.port
+        await server.stop()
+        reading = asyncio.create_task(device.read(MIB, 4096))
+        await until(lambda: bool(device.health.last_error))
+        assert device.health.last_error.startswith(
+            f"cannot connect to 127.0.0.1 port {port}"
+        )
+        server._server = await asyncio.start_server(server._serve, "127.0.0.1", port)
+        assert bytes(await reading) == IMAGE[MIB : MIB + 4096]
+        assert device.health.last_error == ""
+
+
+# ---- an image that is replaced ----
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        change(412, b""),
+        change(ETag='"two"'),
+        change(Content_Range="bytes 1048576-1310719/3145729"),
+        change(416, b"", Content_Range="bytes */1000"),
+    ],
+    ids=["412", "etag", "size", "416"],
+)
+async def test_replaced_image_is_noticed_at_once(
+    changed: Callable[[Answer], None],
+) -> None:
+    async with ImageServer(IMAGE) as server:
+        server.behave = once(changed)
+        async with device_on(server.url()) as device:
+            with pytest.raises(DeviceError):
+                await device.read(MIB, 4096)
+            assert device.health.state is HealthState.LOST
+            assert device.changed
+
+
+@pytest.mark.parametrize("honours_if_match", [True, False])
+async def test_no_byte_of_another_image_is_ever_read(honours_if_match: bool) -> None:
+    """The image is replaced while it is copied; each read that succeeds is of the first one."""
+    async with ImageServer(IMAGE) as server:
+        answered = iter(range(1000))
+
+        def behave(request: Request, answer: Answer) -> None:
+            if next(answered) == 2:
+                server.image, server.etag = OTHER, '"two"'
+            if not honours_if_match and answer.status == 412:
+                body = server.image[request.begin : request.end]
+                answer.status, answer.body = 206, body
+                end = request.begin + len(body) - 1
+                answer.headers["Content-Range"] = (
+                    f"bytes {request.begin}-{end}/{len(IMAGE)}"
+                )
+
+        server.behave = behave
+        async with device_on(server.url()) as device:
+            reads = [device.read(at, 64 * KIB) for at in range(0, len(IMAGE), 64 * KIB)]
+            results = await asyncio.gather(*reads, return_exceptions=True)
+            nr_good = 0
+            for nr, result in enumerate(results):
+                if isinstance(result, memoryview):
+                    assert bytes(result) == IMAGE[nr * 64 * KIB :][: 64 * KIB]
+                    nr_good += 1
+            assert 0 < nr_good < len(results)
+            assert device.changed.startswith("it was replaced")
+
+
+# ---- redirects and secrets ----
+
+
+def redirect_to(
+    target: str, path: str = "/disk.img"
+) -> Callable[[Request, Answer], None]:
+    def behave(request: Request, answer: Answer) -> None:
+        if request.target.startswith(path):
+            change(302, b"", Location=target)(answer)
+
+    return behave
+
+
+async def test_redirect_is_followed_to_the_letter_and_remembered() -> None:
+    target = "/real%2Fplace?Signature=a%2Fb%3D%7E~&Expires=5"
+    async with ImageServer(IMAGE) as server:
+        server.behave = redirect_to(target)
+        async with device_on(server.url()) as device:
+            await device.read(MIB, 512)
+            await device.read(2 * MIB, 512)
+            targets = [request.target for request in server.noted]
+            assert targets == ["/disk.img", target, target, target]
+
+
+async def test_secret_goes_to_its_own_origin_only() -> None:
+    async with ImageServer(IMAGE) as other, ImageServer(IMAGE) as server:
+        server.behave = redirect_to(other.url("/real", user="you:evil@"), "/disk.img")
+        async with device_on(server.url(user="me:pw@")) as device:
+            await device.read(MIB, 512)
+            assert server.noted[0].headers["authorization"] == "Basic bWU6cHc="
+            assert other.noted
+            assert not any(
+                "authorization" in request.headers for request in other.noted
+            )
+        server.behave = redirect_to("/same", "/disk.img")
+        async with device_on(server.url(user="me:pw@")) as device:
+            assert server.noted[-1].target == "/same"
+            assert server.noted[-1].headers["authorization"] == "Basic bWU6cHc="
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+async def test_redirect_that_has_expired_is_asked_for_anew(status: int) -> None:
+    async with ImageServer(IMAGE) as server:
+        given = 0
+
+        def behave(request: Request, answer: Answer) -> None:
+            nonlocal given
+            if request.target == "/disk.img":
+                given += 1
+                change(302, b"", Location=f"/signed?nr={given}")(answer)
+            elif request.target == "/signed?nr=1" and len(server.noted) > 2:
+                change(status, b"")(answer)
+
+        server.behave = behave
+        async with device_on(server.url()) as device:
+            assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]
+            targets = [request.target for request in server.noted]
+            assert targets == [
+                "/disk.img", "/signed?nr=1", "/signed?nr=1", "/disk.img", "/signed?nr=2",
+            ]  # fmt: skip
+            assert device.traffic.retries == 0
+
+
+async def test_url_command_gives_a_new_url(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    count.write_text("")
+    async with ImageServer(IMAGE) as server:
+        script = f'printf x >> {count}; echo "{server.url()}?sig=$(wc -c < {count})"'
+        set_url_commands({server.url(): ["/bin/sh", "-c", script]})
+        try:
+
+            def behave(request: Request, answer: Answer) -> None:
+                if (
+                    request.target
+                    != f"/disk.img?sig={2 if len(server.noted) > 1 else 1}"
+                ):
+                    change(403, b"")(answer)
+
+            server.behave = behave
+            async with device_on(server.url()) as device:
+                assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]
+                targets = [request.target for request in server.noted]
+                assert targets == [
+                    "/disk.img?sig=1",
+                    "/disk.img?sig=1",
+                    "/disk.img?sig=2",
+                ]
+                assert device.traffic.renewals == 1
+        finally:
+            set_url_commands({})
+
+
+async def test_logs_and_errors_hold_no_secret(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with ImageServer(IMAGE) as server:
+        url = server.url("/disk.img?sig=topsecret", user="me:hidden@")
+        async with device_on(url) as device:
+            server.behave = lambda _, answer: change(403, b"")(answer)
+            reading = asyncio.create_task(device.read(MIB, 512))
+            await until(lambda: bool(device.health.last_error))
+            server.behave = lambda _, answer: change(
+                302, b"", Location="http://x:y/?topsecret"
+            )(answer)
+            nr = len(server.noted)
+            await until(lambda: len(server.noted) >= nr + 3)
+            server.behave = once(change(ETag='"two"'), 0)
+            with pytest.raises(DeviceError):
+                await reading
+            text = (
+                caplog.text
+                + str(await device.identify("source"))
+                + device.health.last_error
+            )
+    assert "another" in text or "replaced" in text
+    assert "topsecret" not in text
+    assert "hidden" not in text
+
+
+# ---- TLS and proxies ----
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def contexts(authority: trustme.CA, path: Path) -> tuple[ssl.SSLContext, Path]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    authority.cert_pem.write_to_path(str(path / "ca.pem"))
+    return context, path / "ca.pem"
+
+
+async def test_https_with_an_authority_of_ones_own(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    context, ca = contexts(authority, tmp_path)
+    async with (
+        ImageServer(IMAGE, context) as server,
+        device_on(f"{server.url()}#ca={ca}") as device,
+    ):
+        assert bytes(await device.read(MIB, MIB)) == IMAGE[MIB : 2 * MIB]
+
+
+async def test_certificate_that_is_not_accepted(
+    authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_attempt(monkeypatch)
+    context, _ = contexts(authority, tmp_path)
+    async with ImageServer(IMAGE, context) as server:
+        text = await refused(server.url())
+        assert "the server's certificate is not accepted: " in text
+        assert server.noted == []
+        text = await refused(f"{server.url()}#ca={tmp_path}/missing.pem")
+        assert "missing.pem cannot be read: No such file" in text
+
+
+async def test_https_is_not_left_for_http(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    context, ca = contexts(authority, tmp_path)
+    async with ImageServer(IMAGE) as plain, ImageServer(IMAGE, context) as server:
+        server.behave = redirect_to(plain.url())
+        text = await refused(f"{server.url()}#ca={ca}")
+        assert "redirects from https to http, which is not followed" in text
+        assert plain.noted == []
+
+
+async def test_proxy_of_the_environment_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with ImageServer(IMAGE) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url("").rstrip("/"))
+        async with device_on("http://image.example/disk.img") as device:
+            await device.read(MIB, 512)
+            assert proxy.noted[0].target == "http://image.example/disk.img"
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
+            assert server.noted[0].target == "/disk.img"
+
+
+async def test_body_in_gzip_that_is_not_announced_is_not_decoded() -> None:
+    """What arrives are the bytes of the file, whatever they look like."""
+    packed = gzip.compress(IMAGE)
+    async with ImageServer(packed) as server, device_on(server.url()) as device:
+        assert bytes(await device.read(0, 4096)) == packed[:4096]
