@@ -104,6 +104,8 @@ class Operator:
                     break
                 except NbdTargetError as error:
                     self._note("refused", error)
+                    if self._life.is_stopping:
+                        return  # the device is removed, or will be
                     if not _is_overdue(error):
                         # The slot's table is refused: without it the device goes on.
                         await self._verbs.clear(m.Clear(name))

@@ -15,6 +15,7 @@ from nbdtarget.common.errors import (
 )
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import State
+from nbdtarget.targets import disks
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.support.clock import settle
 from tests.support.dm import ProbeTarget, RamOpener, content, make_registry, submit
@@ -378,7 +379,11 @@ async def test_create_that_is_overtaken_by_remove_leaves_the_next_device_alone()
     assert opener.still_open == []
 
 
-async def test_close_ends_extents_that_wait_for_a_suspended_device() -> None:
+async def test_close_ends_extents_that_wait_for_a_suspended_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The clone asks its source first which disk it is, and a suspended one does not answer.
+    monkeypatch.setattr(disks, "ANSWER_S_MAX", 0.01)
     metadata_size = CloneMetadata.device_size_for(4)
     registry, _ = make_registry(m=metadata_size, d=16384, s=16384)
     await registry.create("low", "0 32 linear /s 0")
