@@ -17,11 +17,12 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-fast rot lock wheel clean hit-ratio attack docs docs-reference help
+.PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-fast rot lock wheel clean hit-ratio attack docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
-	@echo 'make test          the whole suite            make check   format, lint, types, walls'
+	@echo 'make test          the suite                  make check   format, lint, types, walls'
+	@echo 'make test-long     what takes longer: SIGKILL under load, long histories, packages, tutorials'
 	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost; latency beside copies'
 	@echo 'make attack [ARGS=--quick]  what hostile clients cost a quiet one'
 	@echo 'make bench-stack   one of these alone: also bench-cache, -commit; bench-hydration, bench-open'
@@ -100,12 +101,17 @@ else
 	@$(MAKE) --no-print-directory --jobs=2 suite measured
 endif
 
+# What takes longer than the rest: CI runs it, too.
+test-long: .venv/dev.stamp
+	@scripts/install-clients
+	@$(SUITE) -m long
+
 # Compiled modules are kept: a fifth of the time would go into compiling the same ones, in each
 # worker and in each server that a test starts.
-suite measured: export PYTHONDONTWRITEBYTECODE =
+suite measured test-long: export PYTHONDONTWRITEBYTECODE =
 
 suite: .venv/dev.stamp
-	@$(SUITE) -m 'not measured'
+	@$(SUITE) -m 'not measured and not long'
 
 # Beside the suite and in one process: the quick tests of protocol/ and metadata/, which the
 # suite leaves out.

@@ -38,7 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = Path(__file__).parent
     for item in items:
         folder = item.path.relative_to(root).parts[0]
-        if folder in MEASURED and item.get_closest_marker("slow") is None:
+        is_quick = not (
+            item.get_closest_marker("slow") or item.get_closest_marker("long")
+        )
+        if folder in MEASURED and is_quick:
             item.add_marker("measured")
 
 

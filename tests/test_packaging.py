@@ -13,6 +13,8 @@ import pytest
 import nbdtarget
 from nbdtarget.fast import compiled
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -26,6 +26,8 @@ from tests.support.crash.machine import Driver
 from tests.support.devices import FaultDevice
 from tests.support.model import SECTOR
 
+pytestmark = pytest.mark.long
+
 MODES = (("writethrough",), ("writethrough", "dirty_log"), ("writeback",))
 STATES = ("not cached", "clean", "written", "distrusted")
 KINDS = ("write", "zero", "discard")

@@ -58,7 +58,7 @@ def walks() -> Iterator[tuple[int, list[Step]]]:
         yield seed, draw_walk(seed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_order_is_wrong_where_it_matters() -> None:
     for seed, steps in walks():
         error = maybe_failure(CloneRig, seed, steps)

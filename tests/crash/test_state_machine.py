@@ -29,7 +29,7 @@ def quiet_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_clone_keeps_its_word() -> None:
     counts = run_machine(QuietCloneRig)
     # On more regions, which hydrate by themselves, with compactions; slower.

@@ -27,7 +27,7 @@ $ until nbdtarget create web --table '0 32768 linear /srv/DISK 0' 2>/dev/null; d
 ```
 """
 
-pytestmark = [pytest.mark.interop, pytest.mark.slow, needs("bash", "qemu-io")]
+pytestmark = [pytest.mark.interop, pytest.mark.long, needs("bash", "qemu-io")]
 
 
 @needs("nbdinfo", "mkfs.ext4")

@@ -18,7 +18,7 @@ from tests.support.clients import MIB, NAME, client, needs, report
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.long]
 
 SIZE = 16 * MIB
 CACHE_SIZE = 4 * MIB
@@ -151,7 +151,6 @@ def test_clients_find_a_disk(cache: CacheUnderTest, mode: str) -> None:
 
 
 @needs("fio", "nbdkit")
-@pytest.mark.slow
 def test_fio_verifies_while_the_cache_goes_away(cache: CacheUnderTest) -> None:
     """A slow origin: writes take 3 ms, so the dirty blocks take a while to go home."""
     delays = ("--filter=delay", "wdelay=3ms", "rdelay=1ms")
@@ -237,7 +236,6 @@ def test_ctrl_c_and_the_same_command_again(cache: CacheUnderTest) -> None:
 
 
 @needs("nbdkit")
-@pytest.mark.slow
 def test_origin_that_fails_for_good_ends_it(cache: CacheUnderTest) -> None:
     """After EIO no flush of the origin can be trusted: nothing is called home any more."""
     failing = cache.work / "failing"

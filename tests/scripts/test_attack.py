@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts.attack import ATTACKS, line_of
+
+pytestmark = pytest.mark.long
 
 MEMORY_MIB_MAX = 300
 

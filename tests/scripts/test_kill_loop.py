@@ -8,10 +8,9 @@ import pytest
 
 from scripts.kill_loop import KINDS
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.long]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_flushed_writes_survive_sigkill_under_load(tmp_path: Path, kind: str) -> None:
     fire = KINDS[kind](tmp_path, random.Random(11), size=4 << 20)

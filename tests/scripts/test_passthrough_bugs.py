@@ -7,7 +7,7 @@ import pytest
 
 from scripts.passthrough_bugs import Bench, Failed, tell
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.long]
 
 
 def test_step_that_goes_otherwise_fails_the_story(

@@ -214,8 +214,8 @@ async def _nothing(*_: object) -> None:
     ("owner", "name", "mutant", "rig", "first"),
     [
         # What a server may have forgotten is told to nobody.
-        (Health, "note_loss", lambda health: None, "linear_over_backend", 9),
-        (Health, "note_loss", lambda health: None, "clone_over_backends", 26),
+        (Health, "note_loss", lambda health: None, "linear_over_backend", 65),
+        (Health, "note_loss", lambda health: None, "clone_over_backends", 128),
         # Another disk is taken for ours.
         (
             NbdDevice,
