@@ -26,6 +26,8 @@ __all__ = ["HttpScheme"]
 class HttpDevice(Device):
     """One file. As every device, it runs on the thread of the event loop only."""
 
+    may_be_container = True  # it may be a qcow2 image, for example
+
     def __init__(self, name: str, size: int, session: aiohttp.ClientSession) -> None:
         super().__init__(name, size, read_only=True)
         self._session = session

@@ -121,6 +121,7 @@ class Device:
 
     Attributes:
         name: as the user wrote it; it stands in table lines, status and errors.
+        bare_name: the same without `raw:`.
         size: bytes. Changes only when a table is loaded, see `measure`.
         read_only: writes end with EPERM.
         health: what has gone wrong with it, see `nbdtarget.devices.health`.
@@ -132,6 +133,7 @@ class Device:
             WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
         rotational: what `is_rotational` says, of a device that does not ask others.
+        may_be_container: its bytes come from a file or a server, where something else than a raw disk may lie by mistake.
         can_resize: `size` may be set to what `measure` says; else the disk has to be opened anew.
         changed: why the content is not what it was when the device was opened, in words; then reads fail for good, and
             nothing more should be copied from it. Empty: it has not changed, as far as is known.
@@ -147,13 +149,14 @@ class Device:
     can_write_zeroes: bool = False
     can_fast_zero: bool = False
     rotational: bool = False
+    may_be_container: bool = False
     _pools: tuple[WorkerPool, ...] = ()
     can_resize: bool = True
     changed: str = ""
     volatile_state: str = ""
 
     def __init__(self, name: str, size: int, *, read_only: bool = False) -> None:
-        self.name = name
+        self.name = self.bare_name = name
         self.size = size
         self.read_only = read_only
         self.health = Health()

@@ -7,7 +7,7 @@ A new scheme is a module of its own and one line here: docs/extending.md.
 from operator import attrgetter
 from typing import Final
 
-from nbdtarget.common.named import alternatives, by_name
+from nbdtarget.common.named import by_name
 from nbdtarget.devices.file.direct_scheme import DirectScheme
 from nbdtarget.devices.file.scheme import FileScheme
 from nbdtarget.devices.http.scheme import HttpScheme, HttpsScheme
@@ -18,11 +18,12 @@ from nbdtarget.devices.nbd.scheme import (
     NbdsUnixScheme,
     NbdUnixScheme,
 )
-from nbdtarget.devices.scheme import Scheme
+from nbdtarget.devices.raw_scheme import RawScheme
+from nbdtarget.devices.scheme import Scheme, syntaxes
 
 __all__ = ["SCHEMES", "scheme_list"]
 
-SCHEMES: Final[dict[str, Scheme]] = by_name(
+_OF_DISKS: Final[dict[str, Scheme]] = by_name(
     (
         FileScheme(),
         DirectScheme(),
@@ -37,7 +38,10 @@ SCHEMES: Final[dict[str, Scheme]] = by_name(
     attrgetter("name"),
 )
 
+# `raw:` stands before a name of any of them.
+SCHEMES: Final[dict[str, Scheme]] = {**_OF_DISKS, "raw": RawScheme(_OF_DISKS)}
+
 
 def scheme_list() -> str:
     """Return how device names are written, for help texts and errors."""
-    return alternatives(scheme.syntax for scheme in SCHEMES.values())
+    return syntaxes(SCHEMES)

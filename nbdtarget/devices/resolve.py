@@ -4,17 +4,18 @@
 A name is handed to its scheme (`nbdtarget.devices.registry`); a name without a scheme is a path. A
 path that looks like a URI can be written ./so or /thus. Nothing is created or changed by a call
 that fails.
+
+A disk that is only read may have any size: the last sector, which is there in part, is filled up with zeroes (`rounded.py`).
 """
 
-import re
 from collections.abc import Hashable
-from typing import Final
 
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.common.units import SIZE_MAX
+from nbdtarget.common.units import SECTOR, SIZE_MAX
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.registry import SCHEMES, scheme_list
-from nbdtarget.devices.scheme import Scheme
+from nbdtarget.devices.registry import SCHEMES
+from nbdtarget.devices.rounded import RoundedDevice
+from nbdtarget.devices.scheme import Scheme, maybe_scheme, scheme_of
 
 __all__ = [
     "absolute_name",
@@ -23,10 +24,10 @@ __all__ = [
     "is_volatile",
     "may_create",
     "open_device",
+    "path_of",
     "remove_created",
+    "says_format",
 ]
-
-_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 async def open_device(name: str, *, read_only: bool = False) -> Device:
@@ -34,7 +35,10 @@ async def open_device(name: str, *, read_only: bool = False) -> Device:
 
     Raises: ResolveError: missing, not a disk, no permission, in use, unknown scheme.
     """
-    return await _scheme(name).open(name, read_only=read_only)
+    device = await _scheme(name).open(name, read_only=read_only)
+    if read_only and device.size % SECTOR:
+        return RoundedDevice(device)
+    return device
 
 
 async def create_device(name: str, size: int, *, sparse: bool = False) -> Device:
@@ -85,23 +89,22 @@ def is_volatile(name: str) -> bool:
     return scheme is not None and scheme.is_volatile
 
 
-def _scheme_name(name: str) -> str:
-    """Return the scheme's name in lower case; empty for a path."""
-    match = _SCHEME.match(name)
-    return match[1].lower() if match else ""
+def says_format(name: str) -> bool:
+    """Whether `name` says in which format the disk is."""
+    scheme = _maybe_scheme(name)
+    return scheme is not None and scheme.says_format
+
+
+def path_of(name: str) -> str | None:
+    """Return the path of the file or block device that `name` names; None if it names something else."""
+    scheme = _maybe_scheme(name)
+    return None if scheme is None else scheme.path(name)
 
 
 def _maybe_scheme(name: str) -> Scheme | None:
-    return SCHEMES.get(_scheme_name(name))
+    return maybe_scheme(SCHEMES, name)
 
 
 def _scheme(name: str) -> Scheme:
     """Raises: ResolveError: there is no such scheme."""
-    scheme = _maybe_scheme(name)
-    if scheme is None:
-        raise ResolveError(
-            name,
-            f"{_scheme_name(name)}: is not supported; write {scheme_list()};"
-            f" if it is a file, write ./{name}",
-        )
-    return scheme
+    return scheme_of(SCHEMES, name)

@@ -16,15 +16,19 @@ itself (`nbdtarget.devices.nbd.device` takes 50 ms to import) is imported inside
 How to add a scheme: docs/extending.md.
 """
 
-from collections.abc import Hashable
-from typing import TYPE_CHECKING, ClassVar
+import re
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.named import alternatives
 
 if TYPE_CHECKING:
     from nbdtarget.devices.base import Device
 
-__all__ = ["Scheme"]
+__all__ = ["Scheme", "maybe_scheme", "scheme_of", "syntaxes"]
+
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 class Scheme:
@@ -35,12 +39,14 @@ class Scheme:
         syntax: how such a name is written, for help texts and errors.
         summary: what it means, for help texts; begins with a noun.
         is_volatile: what is stored is gone as soon as the device is closed.
+        says_format: the name says in which format the disk is.
     """
 
     name: ClassVar[str]
     syntax: ClassVar[str]
     summary: ClassVar[str]
     is_volatile: ClassVar[bool] = False
+    says_format: ClassVar[bool] = False
 
     async def open(self, name: str, *, read_only: bool) -> "Device":
         """Open the disk called `name`, and lock it if other processes could use it.
@@ -64,6 +70,10 @@ class Scheme:
         """
         return name
 
+    def path(self, name: str) -> str | None:
+        """Return the path of the file or block device that `name` names; None if it names something else."""
+        return None
+
     def may_create(self, name: str) -> bool:
         """Whether there is no disk of this name, and `create` could make one."""
         return False
@@ -75,3 +85,31 @@ class Scheme:
     async def remove_created(self, name: str) -> None:
         """Remove what `create` made, after its device was closed."""
         raise AssertionError(f"{name} was not created")
+
+
+def syntaxes(schemes: Mapping[str, Scheme]) -> str:
+    """Return how device names are written, for help texts and errors."""
+    return alternatives(scheme.syntax for scheme in schemes.values())
+
+
+def maybe_scheme(schemes: Mapping[str, Scheme], name: str) -> Scheme | None:
+    """Return that of the schemes, by name, which the device name belongs to."""
+    return schemes.get(_scheme_name(name))
+
+
+def scheme_of(schemes: Mapping[str, Scheme], name: str) -> Scheme:
+    """As `maybe_scheme`. Raises: ResolveError: it belongs to none."""
+    scheme = maybe_scheme(schemes, name)
+    if scheme is None:
+        raise ResolveError(
+            name,
+            f"{_scheme_name(name)}: is not supported; write {syntaxes(schemes)};"
+            f" if it is a file, write ./{name}",
+        )
+    return scheme
+
+
+def _scheme_name(name: str) -> str:
+    """Return the scheme's name in lower case; empty for a path."""
+    match = _SCHEME.match(name)
+    return match[1].lower() if match else ""

@@ -657,6 +657,7 @@ class TableContext:
 
     def _maybe_mapped(self, path: str) -> MappedDevice | None:
         # A real /dev/mapper of the machine shows through: its volumes are fine sources.
+        path = path.removeprefix("raw:")
         if not path.startswith(MAPPER):
             return None
         return self._registry.maybe_device(path.removeprefix(MAPPER))

@@ -231,7 +231,7 @@ async def _sized_as_before(
     options: CacheOptions, cache: str, directory: str
 ) -> CacheOptions:
     """Give a missing cache the size that its metadata records, if there is metadata."""
-    if options.metadata is None and cache.startswith("/dev/"):
+    if options.metadata is None and (resolve.path_of(cache) or "").startswith("/dev/"):
         return options
     metadata = look.metadata_name(options.metadata, cache, directory)
     known = await _superblock(metadata)

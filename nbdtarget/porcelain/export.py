@@ -73,6 +73,7 @@ async def plan_export(options: ExportOptions, directory: str) -> ExportPlan:
     name = look.export_name(options.name, disk, "disk")
     check_name(name)
     size = await look.disk_size(disk, read_only=options.read_only)
+    await look.warn_of_image(disk, read_only=options.read_only)
     table = f"0 {size // SECTOR} linear {join_words([disk])} 0"
     return ExportPlan(name=name, size=size, table=table)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan looks at before anything is changed: names, sizes, images. Nothing here changes anything."""
+"""What a plan looks at before anything is changed: names, sizes, formats. Nothing here changes anything."""
 
 import errno as errnos
 import logging
@@ -9,6 +9,9 @@ from typing import Final
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices import resolve
+from nbdtarget.devices.base import Device
+from nbdtarget.devices.image_format import HEAD_BYTES, ImageFormat, maybe_image_format
+from nbdtarget.devices.rounded import RoundedDevice
 
 __all__ = [
     "check_directory",
@@ -17,22 +20,10 @@ __all__ = [
     "export_name",
     "is_fresh",
     "metadata_name",
+    "warn_of_image",
 ]
 
-HEAD_BYTES: Final = 16384  # the superblocks of a metadata device
-IMAGE_HEAD_BYTES: Final = 512
-# The offset and the bytes by which a format is recognised.
-IMAGE_MAGICS: Final = {
-    "qcow2": (0, b"QFI\xfb"),
-    "vmdk": (0, b"KDMV"),
-    "vhdx": (0, b"vhdxfile"),
-    "vhd": (0, b"conectix"),
-    "vdi": (64, b"\x7f\x10\xda\xbe"),
-}
-IMAGE_ADVICE: Final = (
-    "looks like an image in the format {image}, and is used as a raw disk here; to use the disk inside,"
-    " serve it with qemu-nbd and give the URI"
-)
+METADATA_HEAD_BYTES: Final = 16384  # the superblocks of a metadata device
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +32,24 @@ def metadata_name(given: str | None, disk: str, directory: str) -> str:
     """Return the name of the metadata: as given, else beside `disk`, which is absolute."""
     if given is not None:
         return resolve.absolute_name(given, directory)
-    if not disk.startswith("/"):
+    path = resolve.path_of(disk)
+    if path is None:
         raise ResolveError(
             disk, "is not a file: say where its metadata is to be, with --metadata FILE"
         )
-    if disk.startswith("/dev/"):
+    if path.startswith("/dev/"):
         raise ResolveError(
             disk, "is a device: say where its metadata is to be, with --metadata FILE"
         )
-    return f"{disk}.nbdtarget"
+    return f"{path}.nbdtarget"
 
 
 def export_name(given: str | None, disk: str, otherwise: str) -> str:
     """Return the name of the export: as given, else as the file of `disk`, if that makes a name."""
     if given is not None:
         return given
-    stem = Path(disk).stem if disk.startswith("/") else ""
+    path = resolve.path_of(disk)
+    stem = "" if path is None else Path(path).stem
     is_name = stem.isprintable() and stem not in ("", ".", "control")
     return stem if is_name else otherwise
 
@@ -77,43 +70,69 @@ def check_distinct(**names: str) -> None:
 
 def check_directory(name: str) -> None:
     """Refuse a path in a directory that is missing. Raises: ResolveError."""
-    if name.startswith("/") and not Path(name).parent.is_dir():
-        reason = f"the directory {Path(name).parent} does not exist: make it first"
+    path = resolve.path_of(name)
+    if path is not None and not Path(path).parent.is_dir():
+        reason = f"the directory {Path(path).parent} does not exist: make it first"
         raise ResolveError(name, reason, errnos.ENOENT)
 
 
 async def disk_size(name: str, *, read_only: bool) -> int:
-    """Return the bytes of a disk. A file that looks like an image in a format is warned about.
+    """Return the bytes of a disk; one that is only read is rounded up to whole sectors, with a note.
 
     Raises: ResolveError: it cannot be opened, is empty, or its size is not a multiple of a sector.
+    DeviceError: it cannot be read.
     """
     device = await resolve.open_device(name, read_only=read_only)
     try:
-        head = await device.read(0, min(IMAGE_HEAD_BYTES, device.size))
+        size = device.size
+        is_odd = size % SECTOR or isinstance(device, RoundedDevice)
+        # A file of such a size is no disk that a guest could have written a header to.
+        image = await _maybe_image(device, name) if is_odd else None
     finally:
         await device.close()
-    image = _image_format(head) if name.startswith("/") else ""
-    advice = IMAGE_ADVICE.format(image=image) if image else ""
-    if device.size == 0:
+    if image is not None:
+        raise ResolveError(name, image.refusal(name, resolve.path_of(name)))
+    if size == 0:
         raise ResolveError(name, "is empty")
-    if device.size % SECTOR:
+    if size % SECTOR:
         raise ResolveError(
             name,
-            f"its size, {device.size} bytes, is not a multiple of {SECTOR}: "
-            + (advice or f"`truncate -s %{SECTOR} {name}` makes it a little larger"),
+            f"its size, {size} bytes, is not a multiple of {SECTOR}, and it is opened for writing:"
+            f" `truncate -s %{SECTOR} {name}' makes it a little larger",
         )
-    if advice:
-        log.warning("%s: %s", name, advice)
-    return device.size
+    if isinstance(device, RoundedDevice):
+        log.warning("%s: %s", name, device.note)
+    return size
 
 
-def _image_format(head: bytes | bytearray | memoryview) -> str:
-    """Return the format that the file seems to be in, or "" for a raw disk."""
-    head = bytes(head)
-    for image, (offset, magic) in IMAGE_MAGICS.items():
-        if head[offset : offset + len(magic)] == magic:
-            return image
-    return ""
+async def warn_of_image(name: str, *, read_only: bool) -> None:
+    """Log a warning if a disk that counts as raw begins like an image in a format.
+
+    Raises: ResolveError: it cannot be opened. DeviceError: it cannot be read.
+    """
+    device = await resolve.open_device(name, read_only=read_only)
+    try:
+        image = await _maybe_image(device, name)
+    finally:
+        await device.close()
+    if image is not None:
+        advice = image.advice_for(resolve.path_of(name))
+        log.warning(
+            "%s: begins like %s, and is served as a raw disk all the same%s; raw:%s says that"
+            " this is meant",
+            name,
+            image.what,
+            advice and f"; {advice}",
+            name,
+        )
+
+
+async def _maybe_image(device: Device, name: str) -> ImageFormat | None:
+    """What the device begins like, if its name does not say its format. Raises: DeviceError."""
+    if resolve.says_format(name) or not device.may_be_container:
+        return None
+    head = await device.read(0, min(HEAD_BYTES, device.size))
+    return maybe_image_format(head.tobytes())
 
 
 async def is_fresh(metadata: str) -> bool:
@@ -123,7 +142,7 @@ async def is_fresh(metadata: str) -> bool:
         return True
     device = await resolve.open_device(metadata, read_only=True)
     try:
-        head = await device.read(0, min(HEAD_BYTES, device.size))
+        head = await device.read(0, min(METADATA_HEAD_BYTES, device.size))
     finally:
         await device.close()
     return not any(head)

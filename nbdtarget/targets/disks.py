@@ -213,6 +213,27 @@ class DiskRecords:
             findings.append(finding)
         return findings
 
+    def known_roles(self, findings: Iterable[Finding], *, is_used: bool) -> set[str]:
+        """The roles whose disks are the recorded ones, here or elsewhere, or are in use by the other table.
+
+        All roles, if nothing is recorded of any disk, and the metadata has been used: it comes from a kernel,
+        or its disks tell nothing of themselves.
+
+        Args: findings: what `look` has returned.
+        """
+        if is_used and not self.are_known:
+            return {role.name for role in self._roles}
+        in_use = {
+            role.name
+            for role in self._roles
+            if self._shared.get(_key(role)) is role.device
+        }
+        return in_use | {
+            finding.role
+            for finding in findings
+            if finding.comparison.verdict is not Verdict.OTHER
+        }
+
     async def may_have_changed(self, role: str) -> bool:
         """Whether a disk that has not changed, as far as can be told, may have done so all the same.
 

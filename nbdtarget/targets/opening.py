@@ -15,14 +15,20 @@ that has failed is left to the table that saw it fail: a table that is loaded af
 over from what is on disk.
 
 New metadata is made only for a disk that is empty. If the disk holds data, then its metadata is somewhere else.
+
+A disk whose name does not say in which format it is counts as raw. If it begins like an image in a format, a compressed
+file or an archive, it is refused (`nbdtarget.devices.image_format`): before metadata is made for it, or when it takes the
+place of another disk. A disk that metadata knows has been looked at before. What it begins with now was written by its
+clients, and that is their affair. For the same reason a mapped device is not looked at.
 """
 
 import errno as errnos
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from contextlib import AsyncExitStack
 from typing import Any, Final, TypeVar
 
+from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import (
     ConstructorError,
     DeviceError,
@@ -32,6 +38,8 @@ from nbdtarget.common.errors import (
 from nbdtarget.common.permissions import OVERWRITE, Permission
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.content import maybe_content
+from nbdtarget.devices.image_format import HEAD_BYTES, maybe_image_format
+from nbdtarget.devices.resolve import path_of, says_format
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import TargetContext
 from nbdtarget.targets.metadata_faults import explain
@@ -56,6 +64,8 @@ NEWER_FEATURES: Final = (
     "A newer version has written it, with features that this version may only read."
 )
 
+LOOK_S_MAX: Final = 5.0  # for the first bytes of one disk
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -78,6 +88,7 @@ class Opening:
         self._metadata_fault = metadata_fault
         self._opened = AsyncExitStack()
         self._created: Device | None = None
+        self._named: dict[str, tuple[str, Device]] = {}  # by role
 
     async def __aenter__(self) -> "Opening":
         return self
@@ -103,7 +114,38 @@ class Opening:
         opening = self._ctx.open_device(name, read_only=read_only)
         device = await self._awaited(role, opening)
         self._opened.push_async_callback(self._ctx.close_device, device)
+        self._named[role] = name, device
         return device
+
+    async def refuse_images(self, known: Container[str] = ()) -> None:
+        """Refuse disks that begin like an image, while their names do not say that they are raw.
+
+        Args: known: roles whose disks need not be looked at, because metadata knows them.
+        Raises: ConstructorError.
+        """
+        for role, (name, device) in self._named.items():
+            if role in known or says_format(name) or not device.may_be_container:
+                continue
+            image = maybe_image_format(await self._head(device))
+            if image is None:
+                continue
+            refusal = image.refusal(device.name, path_of(device.name))
+            raise self.error(f"{role} device {device.name} {refusal}")
+
+    async def _head(self, device: Device) -> bytes:
+        """The first bytes; none if they cannot be read now: then nothing can be copied by mistake either."""
+        try:
+            async with timeout(LOOK_S_MAX):
+                head = await device.read(0, min(HEAD_BYTES, device.size))
+        except (DeviceError, TimeoutError) as error:
+            log.warning(
+                "%s: %s: its format cannot be looked at: %s",
+                self._ctx.name,
+                device.name,
+                error or "no answer",
+            )
+            return b""
+        return head.tobytes()
 
     async def maybe_metadata_device(self, name: str) -> Device | None:
         """Open the metadata device; None if a file can be made. Raises: ConstructorError."""
@@ -120,6 +162,7 @@ class Opening:
 
         Raises: ConstructorError: for example, because the disk is not empty.
         """
+        await self.refuse_images()
         await self._refuse_content(role, disk, name, "is missing")
         device = await self._awaited("metadata", self._ctx.create_device(name, size))
         self._opened.push_async_callback(self._ctx.close_device, device)
@@ -174,6 +217,7 @@ class Opening:
                 return await read()
             except NotFormatted:
                 if device is not self._created:
+                    await self.refuse_images()
                     await self._refuse_content(role, disk, device.name, "is blank")
                 return await metadata_io.run(device, make())
 

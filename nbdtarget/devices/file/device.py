@@ -117,6 +117,7 @@ class FileDevice(Device):
         threads_max: of its pool of workers.
     """
 
+    may_be_container = True
     open_flags: ClassVar[int] = 0
     threads_max: ClassVar[int] = THREADS_MAX
     open_beside: Callable[["FileDevice", str, bool], Awaitable["FileDevice"]]
@@ -553,8 +554,9 @@ class FileDevice(Device):
     # ---- what it is ----
 
     async def identify(self, role: str) -> Evidence:
-        look = partial(identify_fd, self.name, self._fd, self.size, role)
-        return await self._pool.ask(look, Evidence("", self.name, self.size))
+        name = self.bare_name
+        look = partial(identify_fd, name, self._fd, self.size, role)
+        return await self._pool.ask(look, Evidence("", name, self.size))
 
     async def mark(self, role: str, mark: Mark) -> bool:
         write = partial(mark_fd, self._fd, role, mark)

@@ -103,7 +103,7 @@ class DirectDevice(FileDevice):
         return 0  # there is no cache to fill
 
     async def identify(self, role: str) -> Evidence:
-        path = self.name.removeprefix(PREFIX)
+        path = self.bare_name.removeprefix(PREFIX)
         look = partial(identify_fd, path, self._fd, self.size, role)
         return await self._pool.ask(look, Evidence("", path, self.size))
 

@@ -32,6 +32,9 @@ class DirectScheme(FileScheme):
     def absolute(self, name: str, directory: str) -> str:
         return f"{self.name}:{super().absolute(_path(name), directory)}"
 
+    def path(self, name: str) -> str | None:
+        return _path(name)
+
     def may_create(self, name: str) -> bool:
         return super().may_create(_path(name))
 

@@ -203,7 +203,9 @@ async def _open_beside(
     path: str, old: FileDevice, name: str, read_only: bool
 ) -> FileDevice:
     kind = type(old)
-    return await open_file(name, path, read_only=read_only, beside=old, kind=kind)
+    device = await open_file(name, path, read_only=read_only, beside=old, kind=kind)
+    device.bare_name = old.bare_name
+    return device
 
 
 def _open(

@@ -38,6 +38,9 @@ class FileScheme(Scheme):
     def absolute(self, name: str, directory: str) -> str:
         return os.path.normpath(os.path.join(directory, name))
 
+    def path(self, name: str) -> str | None:
+        return name
+
     def may_create(self, name: str) -> bool:
         """Whether `name` is a missing file whose directory exists."""
         if not name or "\0" in name or os.path.lexists(name):

@@ -143,6 +143,7 @@ class NbdDevice(Device):
     """An export behind one or more connections. Made by `open_nbd`."""
 
     can_resize = False
+    may_be_container = True
 
     def __init__(
         self,
@@ -302,7 +303,7 @@ class NbdDevice(Device):
 
     async def measure(self) -> int:
         # A server tells the size at the handshake, and never again.
-        connection = await connect(self.name, parse_nbd_uri(self.name))
+        connection = await connect(self.name, parse_nbd_uri(self.bare_name))
         connection.close()
         return _usable_size(connection.negotiated)
 
@@ -334,7 +335,9 @@ class NbdDevice(Device):
             connection.close()
 
     async def identify(self, role: str) -> Evidence:
-        return Evidence(NBD, self.name, self.size, nbd_ids(parse_nbd_uri(self.name)))
+        return Evidence(
+            NBD, self.bare_name, self.size, nbd_ids(parse_nbd_uri(self.bare_name))
+        )
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         found = []

@@ -157,7 +157,8 @@ async def _check_disks(
     """
     nr_dirty = metadata.nr_dirty
     stale = ""
-    for finding in await disks.look((CACHE_ROLE, ORIGIN_ROLE)):
+    findings = await disks.look((CACHE_ROLE, ORIGIN_ROLE))
+    for finding in findings:
         if not finding.is_allowed(ctx.permissions) and not (
             # The origin has everything: any empty disk can take the place of a lost cache.
             finding.role == CACHE_ROLE
@@ -179,6 +180,8 @@ async def _check_disks(
             f"{finding.role} {finding.found.name}:"
             f" {finding.changed or finding.comparison.reason}"
         )
+    is_used = metadata.nr_mapped > 0
+    await opening.refuse_images(disks.known_roles(findings, is_used=is_used))
     return stale
 
 

@@ -169,7 +169,8 @@ async def _check_disks(
     """
     is_partly_copied = 0 < metadata.nr_hydrated < metadata.nr_regions
     roles = (DESTINATION_ROLE, SOURCE_ROLE) if is_partly_copied else (DESTINATION_ROLE,)
-    for finding in await disks.look(roles):
+    findings = await disks.look(roles)
+    for finding in findings:
         if not finding.is_allowed(ctx.permissions):
             raise opening.error(
                 finding.refusal(metadata_name), allowed_by=finding.allowed_by
@@ -180,6 +181,8 @@ async def _check_disks(
                 finding.refusal_of_change(metadata_name, why),
                 allowed_by=OTHER_DISK,
             )
+    is_used = metadata.nr_hydrated > 0
+    await opening.refuse_images(disks.known_roles(findings, is_used=is_used))
 
 
 async def _open_metadata(

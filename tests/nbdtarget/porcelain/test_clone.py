@@ -157,6 +157,23 @@ async def test_paths_with_blanks(work: Path) -> None:
     assert (work / "my\\ dest").read_bytes() == CONTENT
 
 
+async def test_source_of_an_odd_size_is_filled_up_with_zeroes(
+    work: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (work / "odd").write_bytes(CONTENT[:1000])
+    assert await clone(source="odd") == 0
+    assert (work / "dest").read_bytes() == CONTENT[:1000] + bytes(24)
+    assert "odd: its size, 1000 bytes, is no multiple of 512" in caplog.text
+
+
+async def test_raw_says_that_a_header_means_nothing(work: Path) -> None:
+    content = b"QFI\xfb" + CONTENT[4:]
+    (work / "image").write_bytes(content)
+    assert await clone(source="raw:image", dest="raw:dest") == 0
+    assert (work / "dest").read_bytes() == content
+    assert files(work).keys() == {"source", "image", "dest", "dest.nbdtarget"}
+
+
 async def test_overwrite_starts_anew(work: Path) -> None:
     (work / "dest").write_bytes(b"x" * len(CONTENT))
     assert await clone(overwrite=True) == 0
@@ -168,7 +185,14 @@ async def test_overwrite_starts_anew(work: Path) -> None:
     [
         ({}, {"source": "nowhere"}, "nowhere"),
         ({}, {"source": "."}, "work"),
-        ({"odd": b"x" * 1000}, {"source": "odd"}, "not a multiple of 512"),
+        ({"dest": b"QFI\xfb" + bytes(2 * MIB)}, {}, "raw:"),
+        ({"dest": b"QFI\xfb" + bytes(2 * MIB)}, {"overwrite": True}, "raw:"),
+        (
+            {"image": b"QFI\xfb\0\0\0\3" + bytes(MIB)},
+            {"source": "image"},
+            "a qcow2 image",
+        ),
+        ({"image": b"\xfd7zXZ\0" + bytes(MIB)}, {"source": "image"}, "`xz -dk /"),
         ({"empty": b""}, {"source": "empty"}, "empty"),
         ({}, {"dest": "no/such/dest"}, "no/such/dest"),
         ({}, {"dest": "source"}, "is both"),

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a disk that is taken for raw begin like a file in another format: an image, a compressed file, an archive?
+
+Theory of operation. `nbdtarget clone image.qcow2 disk.img` would copy the container byte by byte, and no machine would
+boot from the copy. So clone and cache look at the first bytes of their disks before anything is made, and refuse what
+begins like a container. The user then says what it is: `raw:DISK` takes it as it is.
+
+What is found here never decides how a disk is opened. A guest can write the header of an image to its own raw disk,
+and would be given the files of this machine that such a header may name. So there is a refusal, and no other consequence.
+
+A LUKS volume, a partition table or an ISO 9660 file system is no container: machines use all of them as raw disks.
+
+Pure: the caller reads the bytes.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+__all__ = ["HEAD_BYTES", "ImageFormat", "maybe_image_format"]
+
+HEAD_BYTES: Final = 64 << 10  # what is looked at; shorter disks are looked at whole
+
+TAR_BLOCK: Final = 512
+TAR_MEMBERS_MAX: Final = 64  # in 64 KiB there is room for twice as many
+
+
+class ImageFormat(NamedTuple):
+    """What a disk begins like.
+
+    Attributes:
+        name: of the format, as qemu calls it, or as the program that unpacks it does.
+        what: with an article, for a sentence.
+        advice: what to do to get at the disk inside; `{path}` stands for the path of the file.
+    """
+
+    name: str
+    what: str
+    advice: str
+
+    def refusal(self, name: str, path: str | None) -> str:
+        """Say why the disk called `name` is refused, and what helps.
+
+        Args: path: of the file that it is, if it is one.
+        """
+        return (
+            f"begins like {self.what}, and would be used as the raw disk that it is not:"
+            f" {self.advice_for(path) or 'give the disk inside'}; raw:{name} if it is a raw"
+            " disk all the same"
+        )
+
+    def advice_for(self, path: str | None) -> str:
+        """The advice for the file at `path`; empty if it is none."""
+        return "" if path is None else self.advice.format(path=path)
+
+
+_CONVERT: Final = (
+    "`qemu-img convert -f {format} -O raw {{path}} disk.raw' makes a raw disk of it"
+)
+
+
+def _image(name: str, article: str = "a") -> ImageFormat:
+    advice = _CONVERT.format(format=name)
+    return ImageFormat(name, f"{article} {name} image", advice)
+
+
+def _packed(name: str, command: str, article: str = "a") -> ImageFormat:
+    advice = f"`{command}' unpacks it"
+    return ImageFormat(name, f"{article} {name} file", advice)
+
+
+# The offset of the bytes, the bytes, and what they mean. Sources: qemu's block drivers, and the formats' own documents.
+_MAGICS: Final = (
+    (0, b"QFI\xfb\0\0\0\1", _image("qcow")),
+    (0, b"QFI\xfb", _image("qcow2")),
+    (0, b"QED\0", _image("qed")),
+    (0, b"KDMV", _image("vmdk")),
+    (0, b"COWD", _image("vmdk")),
+    (0, b"# Disk DescriptorFile", _image("vmdk")),
+    (0, b"vhdxfile", _image("vhdx")),
+    (0, b"conectix", _image("vpc")),
+    (64, b"\x7f\x10\xda\xbe", _image("vdi")),
+    (0, b"WithoutFreeSpace", _image("parallels")),
+    (0, b"WithouFreSpacExt", _image("parallels")),
+    (0, b"\xfd7zXZ\0", _packed("xz", "xz -dk {path}", "an")),
+    (0, b"\x1f\x8b\x08", _packed("gzip", "gzip -dk {path}")),
+    (0, b"\x28\xb5\x2f\xfd", _packed("zstd", "zstd -d {path}")),
+    (0, b"PK\3\4", _packed("zip", "unzip {path}")),
+)
+_BZIP2: Final = re.compile(rb"BZh[1-9]\x31\x41\x59\x26\x53\x59")
+_USTAR: Final = 257, b"ustar"
+_DISK_SUFFIXES: Final = (
+    ".img",
+    ".qcow2",
+    ".raw",
+    ".vdi",
+    ".vhd",
+    ".vhdx",
+    ".vmdk",
+)
+
+
+def maybe_image_format(head: bytes) -> ImageFormat | None:
+    """Say what the disk begins like; None if it may well be a raw disk.
+
+    Args: head: its first `HEAD_BYTES`, or all of it if it is shorter.
+    """
+    for offset, magic, image in _MAGICS:
+        if head.startswith(magic, offset):
+            return image
+    if _BZIP2.match(head):
+        return _packed("bzip2", "bzip2 -dk {path}")
+    if head.startswith(_USTAR[1], _USTAR[0]):
+        return _tar(head)
+    return None
+
+
+def _tar(head: bytes) -> ImageFormat:
+    for member in _tar_members(head):
+        if member.lower().endswith(_DISK_SUFFIXES) and member.isprintable():
+            what = f"a tar archive with {member} in it"
+            return ImageFormat("tar", what, f"`tar -xf {{path}} {member}' unpacks it")
+    return ImageFormat("tar", "a tar archive", "`tar -xf {path}' unpacks it")
+
+
+def _tar_members(head: bytes) -> Iterator[str]:
+    """The names of the first members, as far as their headers lie in `head`."""
+    at = 0
+    for _ in range(TAR_MEMBERS_MAX):
+        header = head[at : at + TAR_BLOCK]
+        if len(header) < TAR_BLOCK or not header.startswith(_USTAR[1], _USTAR[0]):
+            return
+        yield header[:100].rstrip(b"\0").decode("utf-8", "replace")
+        digits = header[124:136].strip(b" \0")
+        if not digits.isdigit() or digits.translate(None, b"01234567"):
+            return  # a size in base 256: the next header is far behind the head
+        at += TAR_BLOCK + -(-int(digits, 8) // TAR_BLOCK) * TAR_BLOCK
