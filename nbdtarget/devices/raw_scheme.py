@@ -31,7 +31,7 @@ class RawScheme(Scheme):
     async def open(self, name: str, *, read_only: bool) -> "Device":
         scheme, inner = self._inner(name)
         device = await scheme.open(inner, read_only=read_only)
-        device.name = name
+        device.name = f"{self.name}:{device.name}"
         return device
 
     def identity(self, name: str) -> Hashable:
@@ -65,7 +65,7 @@ class RawScheme(Scheme):
     async def create(self, name: str, size: int, *, sparse: bool) -> "Device":
         scheme, inner = self._inner(name)
         device = await scheme.create(inner, size, sparse=sparse)
-        device.name = name
+        device.name = f"{self.name}:{device.name}"
         return device
 
     async def remove_created(self, name: str) -> None:

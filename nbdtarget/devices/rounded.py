@@ -67,6 +67,12 @@ class RoundedDevice(Device):
             bio.length = min(bio.length, inner.size - bio.offset)
         inner.submit(bio)
 
+    def submit_ahead(self, bio: Bio) -> None:
+        if bio.offset + bio.length > self._inner.size:
+            self.submit(bio)
+        else:
+            self._inner.submit_ahead(bio)
+
     def _read_over_the_end(self, bio: Bio) -> None:
         bio.own()
         payload = bio.payload

@@ -64,6 +64,7 @@ class RangedDevice(Device):
     """
 
     io_min = CELL_BYTES
+    may_be_container = True
 
     def __init__(
         self,
