@@ -23,10 +23,8 @@ logged (`may_fail`).
 """
 
 import asyncio
-import contextlib
 import random
 import socket
-import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -532,12 +530,7 @@ class Life:
                     loop.run_until_complete(asyncio.wait(tasks))
             except Stuck:
                 # A dead machine owes nothing. What waits for ever must not wake in another life.
-                with warnings.catch_warnings():
-                    # What its handlers begin while it is closed is never awaited: the machine is dead.
-                    warnings.simplefilter("ignore", RuntimeWarning)
-                    for task in asyncio.all_tasks(loop):
-                        with contextlib.suppress(Exception):
-                            task.get_coro().close()
+                loop.close_what_waits()
                 break
         loop.close()
 

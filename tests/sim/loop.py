@@ -19,8 +19,10 @@ STEPS_MAX. It names every task and what it waits for.
 """
 
 import asyncio
+import contextlib
 import heapq
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -256,6 +258,15 @@ class SimLoop(asyncio.BaseEventLoop):
         lines = sorted(_place(task) for task in asyncio.all_tasks(self))
         shown = lines[:WAITING_SHOWN_MAX]
         return "; ".join(shown) + (" …" if len(lines) > len(shown) else "")
+
+    def close_what_waits(self) -> None:
+        """Close the coroutine of every task: none of them is to run any more."""
+        with warnings.catch_warnings():
+            # What a handler begins while its coroutine is closed is never awaited.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            for task in asyncio.all_tasks(self):
+                with contextlib.suppress(Exception):
+                    task.get_coro().close()
 
 
 class SimLoopClock(LoopClock):
