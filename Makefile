@@ -17,14 +17,14 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-fast rot lock wheel clean hit-ratio attack docs docs-reference help
+.PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-fast rot lock wheel clean hit-ratio attack attack-stalled docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
 	@echo 'make test          the suite                  make check   format, lint, types, walls'
 	@echo 'make test-long     what takes longer: SIGKILL under load, long histories, packages, tutorials'
 	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost; latency beside copies'
-	@echo 'make attack [ARGS=--quick]  what hostile clients cost a quiet one'
+	@echo 'make attack [ARGS=--quick]  what hostile clients cost a quiet one; also attack-stalled'
 	@echo 'make bench-stack   one of these alone: also bench-cache, -commit; bench-hydration, bench-open'
 	@echo 'make hit-ratio [ARGS=…]  of the cache policy, beside LRU and the best possible one'
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
@@ -154,6 +154,10 @@ crash: .venv/dev.stamp
 # What hostile clients cost a quiet one: a table.
 attack: .venv/dev.stamp
 	@$(BIN)/python -m scripts.attack $(ARGS)
+
+# 3,000 clients that stall: ARGS='--quick', '--greedy'.
+attack-stalled: .venv/dev.stamp
+	@$(BIN)/python -m scripts.attack_stalled $(ARGS)
 
 kill-test: .venv/dev.stamp
 	@$(BIN)/python -m scripts.kill_loop $(ARGS)

@@ -111,6 +111,7 @@ _LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
     "backlog_max": (1, _COUNT_MAX),
     "handshake_timeout_s": (0.001, _SECONDS_MAX),
     "stall_timeout_s": (0.001, _SECONDS_MAX),
+    "stall_total_s": (0.001, _SECONDS_MAX),
     "requests_in_flight_max": (1, _COUNT_MAX),
     "bytes_in_flight_max": (1, _BYTES_MAX),
     "export_requests_max": (1, _COUNT_MAX),

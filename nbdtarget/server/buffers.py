@@ -11,7 +11,7 @@ A fresh buffer costs a page fault for every 4 KiB, as much as copying 4 KiB. The
 import mmap
 from typing import Final
 
-__all__ = ["HEADER_ROOM", "Buffer", "BufferPool"]
+__all__ = ["HEADER_ROOM", "Buffer", "BufferPool", "untouched"]
 
 HEADER_ROOM: Final = (
     64  # bytes before the data in a pooled buffer: a reply's header fits
@@ -19,6 +19,11 @@ HEADER_ROOM: Final = (
 CLASS_MIN: Final = 64 << 10  # smallest size of a pooled buffer's data
 
 Buffer = bytearray | mmap.mmap
+
+
+def untouched(size: int) -> mmap.mmap:
+    """Return memory of zeroes of which the kernel provides a page when it is first used, and which goes back to it at once."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class BufferPool:
@@ -51,7 +56,7 @@ class BufferPool:
         if free:
             self._kept -= size
             return free.pop()
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return untouched(size)
 
     def give_back(self, buffer: Buffer) -> None:
         size = len(buffer)

@@ -25,17 +25,15 @@ socket and the state; each other thing has a class of its own:
 TLS. What a `TlsSocket` has decrypted, or could decrypt, is unknown to the loop. So a connection with TLS receives until there is
 nothing, and goes on by itself after a pause.
 
-Errors. uvloop calls a reader once after an error at the socket, and then never again, neither for bytes
-that lie there nor for the error. Sending fails, too, when the peer is gone. So each call of a reader either
-sends something, or leaves something that will be sent (a request in flight, a writer that is
-watched), or receives until there is nothing, the error, or the end. After BATCHES_MAX receives
-the loop gets a turn.
+Errors. uvloop calls a reader once after an error at the socket, and then never again, neither for bytes that lie there nor for
+the error. Sending fails, too, when the peer is gone. So each call of a reader either sends something, or leaves something that
+will be sent (a request in flight, a writer that is watched), or receives until there is nothing, the error, or the end. After
+BATCHES_MAX receives the loop gets a turn.
 
-Ends. DISC and EOF let everything in flight finish and its replies leave. A peer that is gone
-costs nothing but its own connection: bios still in flight are dropped when they end, and
-only then is the device released. While writes are among them the socket is not closed either, however the
-connection ended: a client takes EOF for the end of its writes, connects again, and writes the same place, and
-no old write may be carried out after that. How the old writes are kept in front of the new ones: `gate.py`.
+Ends. DISC and EOF let everything in flight finish and its replies leave. A peer that is gone costs nothing but its own connection:
+bios still in flight are dropped when they end, and only then is the device released. While writes are among them the socket is
+not closed either, however the connection ended: a client takes EOF for the end of its writes, connects again, and writes the same
+place, and no old write may be carried out after that. How the old writes are kept in front of the new ones: `gate.py`.
 
 Hand-over. A connection can go on in another process (`nbdtarget.server.moving`). First it is frozen: no request is begun any
 more, and those that have begun end. Only the payload of a large WRITE that has begun is still received. Then it is at rest:
@@ -73,6 +71,7 @@ from nbdtarget.server.peer import HUNG_UP
 from nbdtarget.server.poller import Poller
 from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
+from nbdtarget.server.stalls import is_in_the_middle, may_notice
 from nbdtarget.server.states import CLOSED, DRAINING, HANDSHAKE, TRANSMISSION
 from nbdtarget.server.tls import NO_TLS, ListenerTls
 from nbdtarget.server.traffic import Client
@@ -253,14 +252,22 @@ class Connection:
             partial(self._attach, moved.negotiated, moved.received, moved.unsent)
         )
 
-    def is_stalled(self, now_ns: int) -> bool:
-        """Whether the client holds memory and has not moved for `stall_timeout_s`."""
-        flow, received = self._flow, self._input
-        holds = self._output.is_blocked or (
-            # A paused connection does not receive, so the client cannot be blamed.
-            received is not None and received.large is not None and not flow.is_paused
-        )
-        return holds and now_ns - flow.progress_ns > self._limits.stall_timeout_s * 1e9
+    def is_stalled(self, now_ns: int, within_s: float) -> bool:
+        """See `Stalls`."""
+        is_in = is_in_the_middle(self._output, self._input, self._flow, self._watch)
+        return is_in and now_ns - self._flow.progress_ns > within_s * 1e9
+
+    def notice_next_bytes(self) -> None:
+        """See `Stalls`."""
+        if may_notice(self._input, self._watch):
+            self._flow.moved()
+            self._watch.notice(self._more_came)
+
+    def _more_came(self) -> None:
+        self._flow.moved()
+        self._watch.stop_reading()
+        self._start_reading()
+        self.readable()
 
     def maybe_release(self) -> None:
         """Release everything, unless bios are in flight: the last one calls again."""

@@ -37,6 +37,9 @@ RUNNING: Final = 0
 FULL: Final = 1
 IN_LINE: Final = 2
 YIELDING: Final = 3
+# A connection has at most so many times as much in flight as is left in the budget. So a few clients that take none of their
+# replies never use all of it up.
+TIMES_WHAT_IS_LEFT: Final = 4
 
 
 def _nothing() -> None:
@@ -157,9 +160,12 @@ class Flow:
         """Return how many more requests may be in flight now, and how many bytes."""
         limits = self._limits
         nr_requests, nr_bytes = self._budget.room()
+        if not (self.nr_requests or self.nr_bytes):
+            nr_requests = max(nr_requests, 1)
+            nr_bytes = max(nr_bytes, limits.guaranteed_bytes)
         return (
             min(nr_requests, limits.requests_in_flight_max - self.nr_requests),
-            min(nr_bytes, limits.bytes_in_flight_max - self.nr_bytes),
+            min(nr_bytes - self.nr_bytes, limits.bytes_in_flight_max - self.nr_bytes),
         )
 
     def begin_requests(self, nr: int, nr_bytes: int) -> None:
@@ -197,6 +203,11 @@ class Flow:
             self._pool.give_back(buffer)
         self._budget.give_back(0, nr_bytes)
 
+    def _bytes_max(self) -> int:
+        """How many bytes this connection may have in flight, if it has some."""
+        left = self._budget.room()[1]
+        return min(self._limits.bytes_in_flight_max, TIMES_WHAT_IS_LEFT * left)
+
     # ---- pausing ----
 
     def bound_met(
@@ -212,10 +223,14 @@ class Flow:
         others = self.nr_bytes - nr_written
         if self.nr_requests >= limits.requests_in_flight_max or (
             # A connection with nothing in flight may always begin, whatever the size.
-            others and others + nr_bytes > limits.bytes_in_flight_max
+            others and others + nr_bytes > self._bytes_max()
         ):
             return FULL
-        return IN_LINE if self._budget.is_full(nr_bytes, writer) else RUNNING
+        if not self._budget.is_full(nr_bytes, writer):
+            return RUNNING
+        if self.nr_requests or self.nr_bytes or nr_bytes > limits.guaranteed_bytes:
+            return IN_LINE
+        return RUNNING
 
     def pause(self, why: int) -> None:
         """Stop receiving, for the reason `why`: FULL, IN_LINE or YIELDING."""

@@ -21,6 +21,7 @@ import socket
 from typing import Final
 
 from nbdtarget.common.tls_socket import TlsSocket
+from nbdtarget.server.buffers import Buffer, untouched
 from nbdtarget.server.flow import IN_LINE, Flow
 from nbdtarget.server.large_write import LargeWrite
 from nbdtarget.server.limits import Limits
@@ -79,7 +80,7 @@ class Input:
         replies = replies or SimpleReplies()
         self._header, self._magic = replies.request.size, replies.request_magic
         self._unpack = replies.request.unpack_from
-        self.buffer = bytearray(limits.receive_buffer)
+        self.buffer: Buffer = untouched(limits.receive_buffer)
         self.view = memoryview(self.buffer)
         self.begin = 0
         self.end = 0
@@ -123,6 +124,7 @@ class Input:
         received = self._sock.recv_into(self.view)
         skipped = min(received, self._skip)
         self._skip -= skipped
+        self._flow.moved()
         self.begin = skipped
         self.end = received
         if not self._skip:
@@ -170,6 +172,7 @@ class Input:
     def expect(self, large: LargeWrite) -> None:
         """What comes next is the rest of the payload of `large`."""
         self.large = large
+        self._flow.moved()
 
     def take_complete(self) -> LargeWrite:
         """Return the WRITE whose payload has just been received, and forget it."""
@@ -181,6 +184,7 @@ class Input:
         """Drop the next `nr_bytes`, the rest of the payload of a refused WRITE; then send `reply`."""
         self._skip = nr_bytes
         self._skip_reply = reply
+        self._flow.moved()
 
     def ends_with_disc(self) -> bool:
         """Whether the last thing that the client has sent is a DISC, as far as it can be seen from here.

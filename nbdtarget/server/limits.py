@@ -6,7 +6,9 @@ connection, for those of one export (`shares.py`), for all of them (`Budget`), a
 meets a bound stops reading from its socket, so that the client's own socket buffer fills and
 the client waits; nothing is refused. A connection with nothing at all in flight may always start one
 request, of any size, unless the shared budget is used up: then it waits in the budget's
-line, and is woken when something was given back. A request of the fast path
+line, and is woken when something was given back. A short request (`guaranteed_bytes`) does not wait even
+then, so a client that asks for little is not held up by others that stall. And a connection has at most four times as much
+in flight as is left for all others (`flow.py`), so a few of them never use all of it up. A request of the fast path
 is counted only if it does not end at once, so each connection may be above its bound by one.
 Reads of the compiled path that wait for the disk are counted, and begin only while there is room.
 
@@ -49,9 +51,13 @@ class Limits:
         stall_timeout_s: a client in the middle of a large WRITE that sends nothing for so
             long is disconnected, **if** others wait for the memory that it holds. A client that said DISC
             and reads none of its replies for so long is disconnected in any case.
+        stall_total_s: a client that is in the middle of a request and sends nothing, or that reads none of its replies, for so
+            long is disconnected in any case, at the latest after half as much again (`stalls.py`).
         linger_s: after our half of a connection was closed at shutdown, how long the client
             has to close its own.
         requests_in_flight_max, bytes_in_flight_max: of one connection.
+        guaranteed_bytes: a connection with nothing in flight may always begin a request of at most so many bytes, whatever the
+            others have in flight.
         export_requests_max, export_bytes_max: of all connections that are attached to one export (`shares.py`).
         requests_total_max, bytes_total_max: of all.
         send_buffer_max: replies that wait for the socket; above, no request is started.
@@ -86,9 +92,11 @@ class Limits:
     handshake_total_s: float = 120.0
     handshake_output_max: int = 2 << 20
     stall_timeout_s: float = 30.0
+    stall_total_s: float = 300.0
     linger_s: float = 0.2
     requests_in_flight_max: int = 256
     bytes_in_flight_max: int = 64 << 20
+    guaranteed_bytes: int = 64 << 10
     export_requests_max: int = 2048
     export_bytes_max: int = 256 << 20
     requests_total_max: int = 4096

@@ -14,9 +14,7 @@ process is out of file descriptors, it accepts nothing for ACCEPT_PAUSE_S, and c
 A connection is kept in `_connections` until its last bio has ended, even when its socket is
 long closed: it counts as long as it holds something.
 
-Starvation. When connections wait for the shared budget, those that hold much of it and do
-not move (half a large WRITE was sent, or replies are never read) are disconnected after
-`stall_timeout_s`. As long as no connection waits, none is disconnected.
+Clients that stall in the middle of something are disconnected: `stalls.py`.
 
 Close. Accepting ends, each connection is told (`Connection.shutdown`), and connections that are left after `grace_s`
 are aborted. Bios that are in flight even then end into closed connections.
@@ -58,6 +56,7 @@ from nbdtarget.server.peer import hang_up_events, identity_of
 from nbdtarget.server.poller import Polling
 from nbdtarget.server.shared import Shared
 from nbdtarget.server.shares import Share, Shares
+from nbdtarget.server.stalls import Stalls
 from nbdtarget.server.states import HANDSHAKE
 from nbdtarget.server.tls import NO_TLS, ListenerTls
 from nbdtarget.server.traffic import Accounts, Client
@@ -115,6 +114,7 @@ class Listener:
         self._access = access
         # And where each comes from. In the order of accepting, in which a shutdown tells them.
         self._connections: dict[Connection, str] = {}
+        self._shaking: dict[Connection, None] = {}  # may hold some that are attached
         self._admission = Admission(self._limits)
         self._refused = SayRarely(self._clock)
         self.nr_refused = 0
@@ -123,11 +123,16 @@ class Listener:
         self._is_closed = False
         self._all_gone: asyncio.Future[None] | None = None
         self._accept_timer: Timer | None = None
-        self._stall_timer: Timer | None = None
+        self._stalls = Stalls(
+            self._limits, self._clock, lambda: self._connections, self._nr_waiters
+        )
 
     @property
     def nr_connections(self) -> int:
         return len(self._connections)
+
+    def _nr_waiters(self) -> int:
+        return 0 if self._shared is None else self._shared.budget.nr_waiters
 
     @property
     def limits(self) -> Limits:
@@ -177,9 +182,9 @@ class Listener:
         self._sockets.clear()
         for taken in self._unix_sockets:
             taken.release()
-        for timer in (self._accept_timer, self._stall_timer):
-            if timer is not None:
-                timer.cancel()
+        if self._accept_timer is not None:
+            self._accept_timer.cancel()
+        self._stalls.close()
         for connection in list(self._connections):
             connection.shutdown()
         if self._connections:
@@ -307,6 +312,7 @@ class Listener:
             connection = Connection(client, each.state.peer, self._shared)
             self._connections[connection] = each.origin
             self._admission.enter(each.origin)
+            self._stalls.connected()
             connection.take_over(each.state)
         self._start_accepting()
 
@@ -405,7 +411,7 @@ class Listener:
                 gates=Gates(self._clock),
                 turns=Turns(),
                 polling=Polling(),
-                starved=self._starved,
+                starved=self._stalls.starved,
                 closed=self._connection_closed,
                 hang_up_events=self._hang_up_events,
                 rules=self._rules,
@@ -470,13 +476,19 @@ class Listener:
         self._make_room_for_handshake()
         connection = Connection(client, peer, self._shared, tls, identity)
         self._connections[connection] = origin
+        self._shaking[connection] = None
         self._admission.enter(origin)
+        self._stalls.connected()
         connection.start()
 
     def _make_room_for_handshake(self) -> None:
         """Close the oldest connection that is in its handshake, if there are too many: clients that say nothing
         must not keep others out."""
-        shaking = [each for each in self._connections if each.state == HANDSHAKE]
+        if len(self._shaking) < self._limits.handshakes_max:
+            return
+        # Those that are attached meanwhile are forgotten here, and not one by one.
+        shaking = [each for each in self._shaking if each.state == HANDSHAKE]
+        self._shaking = dict.fromkeys(shaking)
         if len(shaking) >= self._limits.handshakes_max:
             if nr := self._refused.count():
                 log.warning(
@@ -487,30 +499,12 @@ class Listener:
             shaking[0].abort()
 
     def _connection_closed(self, connection: Connection) -> None:
+        self._shaking.pop(connection, None)
         origin = self._connections.pop(connection, None)
         if origin is not None:
             self._admission.leave(origin)
         if self._is_closed and not self._connections:
             self._set_all_gone()
-
-    def _starved(self) -> None:
-        if self._stall_timer is None and not self._is_closed:
-            self._stall_timer = self._clock.call_later(
-                self._limits.stall_timeout_s, self._cut_stalled
-            )
-
-    def _cut_stalled(self) -> None:
-        assert self._shared is not None
-        self._stall_timer = None
-        if not self._shared.budget.nr_waiters:
-            return
-        now_ns = self._clock.now_ns()
-        for connection in list(self._connections):
-            if connection.is_stalled(now_ns):
-                log.warning("%s: stalled while others wait", connection.peer)
-                connection.abort()
-        if self._shared.budget.nr_waiters:
-            self._starved()
 
 
 def _uri_pattern(sock: socket.socket, tls: ListenerTls) -> str:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final, Protocol
 
-from nbdtarget.server.buffers import HEADER_ROOM, Buffer
+from nbdtarget.server.buffers import HEADER_ROOM, Buffer, untouched
 from nbdtarget.server.limits import Limits
 
 __all__ = ["Output", "is_gone"]
@@ -82,7 +82,7 @@ class Output:
         limits: Limits,
         on_left: Callable[[int, Buffer | None], None],
     ) -> None:
-        self.arena = bytearray()
+        self.arena: Buffer = bytearray()
         self.view = memoryview(self.arena)
         self.base = 0
         self.end = 0
@@ -101,7 +101,7 @@ class Output:
 
     def open_arena(self) -> None:
         """Take the memory of the arena. Only a client that is attached needs it."""
-        self.arena = bytearray(self._arena_size)
+        self.arena = untouched(self._arena_size)
         self.view = memoryview(self.arena)
 
     def use(self, sock: "Sender") -> None:

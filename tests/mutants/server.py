@@ -55,6 +55,38 @@ SERVER: Final = (
         ("tests/nbdtarget/server/test_shares.py",),
     ),
     Mutant(
+        "clients-that-stall-hold-a-short-request-up",
+        "Others that take no replies use the budget up, and a client that reads 4 KiB waits until they are disconnected.",
+        "nbdtarget.server.flow:Flow.bound_met",
+        (("or nr_bytes > limits.guaranteed_bytes:", "or True:"),),
+        ("tests/nbdtarget/server/test_flow.py",),
+    ),
+    Mutant(
+        "half-a-short-request-never-ends",
+        "A client that stops in the middle of a request keeps its connection for ever.",
+        "nbdtarget.server.stalls:is_in_the_middle",
+        (
+            (
+                "return not received.is_plain or watch.is_noticing",
+                "return not received.is_plain",
+            ),
+        ),
+        ("tests/nbdtarget/server/test_stalls.py",),
+    ),
+    Mutant(
+        "next-bytes-not-noticed",
+        "A client that goes on slowly is taken for one that stalls, and loses its connection.",
+        "nbdtarget.server.connection:Connection._more_came",
+        (
+            ("        self._flow.moved()\n", ""),
+            (
+                "        self._start_reading()\n",
+                "        self._watch.notice(self._more_came)\n",
+            ),
+        ),
+        ("tests/nbdtarget/server/test_stalls.py",),
+    ),
+    Mutant(
         "lock-of-a-socket-not-taken",
         "Of two servers that start at once, one takes the other's socket away.",
         "nbdtarget.common.unix_socket:_lock",

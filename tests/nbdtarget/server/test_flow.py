@@ -17,6 +17,7 @@ LIMITS = Limits(
     bytes_in_flight_max=100,
     bytes_total_max=150,
     payload_max=100,
+    guaranteed_bytes=10,
     turn_us=0,
     turn_bytes_max=1000,
 )
@@ -67,7 +68,9 @@ def test_an_answer_about_bounds_changes_nothing(
     flow.end_request()
     flow.end_request()
     budget.take(2, 0)
+    flow.take(1)
     assert flow.bound_met(0) == IN_LINE
+    flow.give_back(1, None)
     assert not flow.is_paused
     assert budget.nr_waiters == 0
     assert connection.said == []
@@ -79,6 +82,30 @@ def test_a_connection_with_no_bytes_in_flight_may_begin_whatever_the_size(
     assert connection.flow.bound_met(120) == RUNNING
     connection.flow.take(1)
     assert connection.flow.bound_met(120) == FULL
+
+
+def test_a_short_request_never_waits_for_what_others_have_in_flight(
+    connection: Connection, budget: Budget
+) -> None:
+    flow = connection.flow
+    budget.take(3, 200)
+    assert flow.bound_met(10) == RUNNING
+    assert flow.room() == (1, 10)
+    assert flow.bound_met(11) == IN_LINE
+    flow.begin_request(10)
+    assert flow.bound_met(0) != RUNNING
+    assert flow.room()[0] <= 0
+
+
+def test_a_connection_leaves_something_to_the_others(
+    connection: Connection, budget: Budget
+) -> None:
+    """Some that take none of their replies do not use up all that there is."""
+    flow = connection.flow
+    flow.take(50)
+    budget.take(0, 150 - 50 - 15)
+    assert flow.bound_met(10) == RUNNING
+    assert flow.bound_met(11) == FULL
 
 
 async def test_a_full_connection_is_looked_at_once_a_turn(
@@ -158,7 +185,7 @@ def test_one_half_received_write_may_go_beyond_the_budget(budget: Budget) -> Non
     assert not first.grow(writes[0], 10)
     assert second.grow(writes[1], 60)  # above all of it
     assert second.bound_met(0, writes[1]) == FULL
-    assert first.bound_met(0, writes[0]) == IN_LINE
+    assert first.bound_met(0, writes[0], 70) == IN_LINE
     second.end_growth(writes[1], 110)
     second.give_back(110, None)
     assert first.grow(writes[0], 10)
