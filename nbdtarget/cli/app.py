@@ -22,6 +22,7 @@ from nbdtarget.cli import (
     completion,
     devices,
     dmsetup,
+    doctor,
     export,
     listing,
     log_writes,
@@ -60,6 +61,7 @@ for group in (
     stats,
     log_writes,
     metadata,
+    doctor,
     completion,
 ):
     group.register(app)
