@@ -31,6 +31,7 @@ help:
 	@echo 'make crash         the crash suites without their bounds: new seeds, many more orders'
 	@echo 'make kill-test     SIGKILL under load, over and over'
 	@echo 'make upgrade-loop [ARGS=…]  hand-overs to a new process under load, over and over'
+	@echo 'make vm-test       the kernel as a client, and systemd, in virtual machines'
 	@echo 'make passthrough-bugs  the steps of the two bugs of dm-cache, here'
 	@echo 'make mutants       every deliberate bug must be caught'
 	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
@@ -169,6 +170,11 @@ upgrade-loop: .venv/dev.stamp
 # By the kernel's own steps: passthrough over a cache that may be dirty is refused.
 passthrough-bugs: .venv/dev.stamp
 	@$(BIN)/python -m scripts.passthrough_bugs $(ARGS)
+
+# Kernel clients, and a real systemd, in virtual machines: ARGS='--only NAME', '--list'.
+.PHONY: vm-test
+vm-test: .venv/dev.stamp
+	@$(BIN)/python -m scripts.vm_test $(ARGS)
 
 # Every deliberate bug must be caught: ARGS='--only NAME', '--list', '--jobs N'.
 mutants: .venv/dev.stamp
