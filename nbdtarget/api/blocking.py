@@ -68,6 +68,9 @@ class BlockingDisk:
     def power_on(self) -> None:
         self._run(self._disk.power_on())
 
+    def reset(self) -> None:
+        self._run(self._disk.reset())
+
     def load(self, table: str, *, keep_open: bool = True) -> None:
         self._run(self._disk.load(table, keep_open=keep_open))
 
@@ -246,6 +249,17 @@ class BlockingServer:
             moved=moved,
             accept_other_disk=accept_other_disk,
         )
+        return self._blocking(self._run(made))
+
+    def scratch(
+        self,
+        image: Path,
+        *,
+        name: str,
+        size_max: Size | None = None,
+        store: Path | None = None,
+    ) -> BlockingDisk:
+        made = self._server.scratch(image, name=name, size_max=size_max, store=store)
         return self._blocking(self._run(made))
 
     def _blocking(self, disk: Disk) -> BlockingDisk:

@@ -175,6 +175,10 @@ class Disk:
         """Switch the power on, after a cut that has left it off. Raises: TableError: it is on."""
         await self.message("on")
 
+    async def reset(self) -> None:
+        """Make a `scratch` disk pristine again, while clients stay attached. Raises: TableError: it is none."""
+        await self.message("reset")
+
     async def load(self, table: str, *, keep_open: bool = True) -> None:
         """Replace the table at once, while clients stay attached. Raises: TableError: the old one goes on.
 

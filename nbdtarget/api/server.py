@@ -26,6 +26,7 @@ from nbdtarget.porcelain import look
 from nbdtarget.porcelain.cache import CacheOptions, plan_cache
 from nbdtarget.porcelain.clone import CloneOptions, plan_clone
 from nbdtarget.porcelain.job import Plan, make_missing, remove_made
+from nbdtarget.porcelain.scratch import scratch_table
 from nbdtarget.server.listener import export_uri
 
 __all__ = ["Path", "Server", "Size", "table_line"]
@@ -305,6 +306,28 @@ class Server:
             moved=moved,
             accept_other_disk=accept_other_disk,
         )
+
+    async def scratch(
+        self,
+        image: Path,
+        *,
+        name: str,
+        size_max: Size | None = None,
+        store: Path | None = None,
+    ) -> Disk:
+        """Make a throw-away writable copy of `image`, which `Disk.reset` makes pristine again.
+
+        Args:
+            size_max: bytes that may be written to it; None: as many as the image has.
+            store: an empty file or device as large as the image, for what is written; None: memory.
+        Raises: NbdTargetError: nothing is left of the disk.
+        """
+        below = _absolute(image)
+        size = await self._host.look(look.disk_size(below, read_only=True))
+        held = f"memory:{size}" if store is None else _absolute(store)
+        bound = size if size_max is None else _bytes("size_max", size_max)
+        await self._create(name, scratch_table(below, size, held, bound))
+        return self.disk(name)
 
     async def _serve(
         self, plan: Plan, *, overwrite: bool, moved: bool, accept_other_disk: bool

@@ -170,6 +170,14 @@ class PowercutFields(Fields):
     nr_cuts: Annotated[int, told("Power cuts so far.")]
 
 
+class ScratchFields(Fields):
+    """Of a `scratch`."""
+
+    written_bytes: Annotated[int, told("What was written since the last reset.")]
+    max_bytes: Annotated[int, told("How much may be written at most.")]
+    nr_resets: Annotated[int, told("Resets so far.")]
+
+
 # By type of target. The types that are not here have no fields.
 STATUS_FIELDS: Final[dict[str, type[Fields]]] = {
     "cache": CacheFields,
@@ -178,5 +186,6 @@ STATUS_FIELDS: Final[dict[str, type[Fields]]] = {
     "dust": DustFields,
     "log-writes": LogWritesFields,
     "powercut": PowercutFields,
+    "scratch": ScratchFields,
     "striped": StripedFields,
 }

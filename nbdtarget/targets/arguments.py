@@ -19,6 +19,7 @@ from nbdtarget.targets.base import TargetContext
 
 __all__ = [
     "RATES",
+    "SECTORS_MAX",
     "UINT32_MAX",
     "UINT64_MAX",
     "Run",
@@ -158,15 +159,16 @@ class Runs:
         reason: str = "Device lookup failed",
         *,
         shared: bool = True,
+        read_only: bool | None = None,
     ) -> Run:
         """Open the device called `name`, once, for `length` bytes from `start_sectors` on.
 
-        Args: shared: as of `TargetContext.open_device`.
+        Args: shared: as of `TargetContext.open_device`. read_only: None: as the table is.
         Raises: ConstructorError: with `reason` and why.
         """
         device = self._opened.get(name)
         if device is None:
-            read_only = self._ctx.read_only
+            read_only = self._ctx.read_only if read_only is None else read_only
             device = await self._open(name, reason, read_only=read_only, shared=shared)
             self._opened[name] = device
         run = Run(device, start_sectors * SECTOR)

@@ -18,6 +18,7 @@ from nbdtarget.targets.flakey import FlakeyTarget
 from nbdtarget.targets.linear import LinearTarget
 from nbdtarget.targets.log_writes.target import LogWritesTarget
 from nbdtarget.targets.powercut.target import PowercutTarget
+from nbdtarget.targets.scratch.target import ScratchTarget
 from nbdtarget.targets.striped import StripedTarget
 from nbdtarget.targets.zero import ZeroTarget
 
@@ -34,6 +35,7 @@ TARGET_TYPES: Final[dict[str, type[Target]]] = by_name(
         DustTarget,
         LogWritesTarget,
         PowercutTarget,
+        ScratchTarget,
         CloneTarget,
         CacheTarget,
     ),

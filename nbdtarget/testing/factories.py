@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTROL_INI",
+    "IMAGE_INI",
     "SIZE_DEFAULT",
     "SIZE_INI",
     "clone_of",
@@ -31,11 +32,13 @@ __all__ = [
     "nbd_file",
     "nbd_server",
     "powercut_disk",
+    "scratch_disk",
     "slow_disk",
 ]
 
 SIZE_INI: Final = "nbdtarget_disk_size"
 CONTROL_INI: Final = "nbdtarget_control"
+IMAGE_INI: Final = "nbdtarget_image"
 SIZE_DEFAULT: Final = "64M"
 
 Scope = Literal["session", "package", "module", "class", "function"]
@@ -163,6 +166,44 @@ def clone_of(
             _remove(disk)
 
     return clone_of_fixture
+
+
+def scratch_disk(
+    *,
+    image: str | None = None,
+    size_max: int | str | None = None,
+    server: str = "nbd_server",
+) -> Callable[..., "Iterator[BlockingDisk]"]:
+    """Return a fixture: a writable copy of an image in memory, which is pristine at the beginning of each test.
+
+    The copy is made once for a test process, and reset after each test.
+
+    Args:
+        image: None: what the setting nbdtarget_image says. A relative path starts at the root directory of pytest.
+        size_max: bytes that a test may write; None: as many as the image has.
+    """
+    made: dict[tuple[BlockingServer, str], BlockingDisk] = {}
+
+    @pytest.fixture
+    def scratch_disk_fixture(
+        request: pytest.FixtureRequest,
+    ) -> "Iterator[BlockingDisk]":
+        host: BlockingServer = request.getfixturevalue(server)
+        given = image or _setting(request, IMAGE_INI, "")
+        if not given:
+            pytest.fail(
+                f"scratch_disk: say what it is a copy of: the setting {IMAGE_INI}, or"
+                " factories.scratch_disk(image=...)"
+            )
+        path = str(request.config.rootpath / given)
+        if (host, path) not in made:
+            name = f"scratch-{next(_numbers)}"
+            made[host, path] = host.scratch(path, name=name, size_max=size_max)
+        disk = made[host, path]
+        yield disk
+        disk.reset()
+
+    return scratch_disk_fixture
 
 
 def nbd_file() -> Callable[..., "Iterator[Callable[..., AttachedDisk]]"]:

@@ -5,6 +5,7 @@
     powercut_disk    a disk whose power can be cut
     flaky_disk       a disk that fails when told to
     slow_disk        a disk on which each request takes 10 ms, or what is said
+    scratch_disk     a writable copy of an image, pristine in each test
     clone_of         a function: clone_of("golden.img") is a writable copy, made at once
     nbd_file         a function: nbd_file(disk) is the disk as a file
 
@@ -22,6 +23,7 @@ __all__ = [
     "nbd_server",
     "powercut_disk",
     "pytest_addoption",
+    "scratch_disk",
     "slow_disk",
 ]
 
@@ -38,11 +40,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "Control socket of a running nbdtarget server that the fixtures are to use; empty: start one.",
         default="",
     )
+    parser.addini(
+        factories.IMAGE_INI,
+        "Image that the fixture scratch_disk is a copy of.",
+        default="",
+    )
 
 
 nbd_server = factories.nbd_server()
 powercut_disk = factories.powercut_disk()
 flaky_disk = factories.flaky_disk()
 slow_disk = factories.slow_disk()
+scratch_disk = factories.scratch_disk()
 clone_of = factories.clone_of()
 nbd_file = factories.nbd_file()

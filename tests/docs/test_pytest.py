@@ -20,6 +20,8 @@ needs_nbdfuse = pytest.mark.skipif(bool(why_not("nbdfuse")), reason=why_not("nbd
 
 
 def run(tmp_path: Path, *suites: str) -> str:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/golden.img").write_bytes(bytes(4096))
     for nr, suite in enumerate(suites):
         (tmp_path / f"test_{nr}.py").write_text(suite)
     command = [sys.executable, "-m", "pytest", "-p", "nbdtarget.testing.plugin"]

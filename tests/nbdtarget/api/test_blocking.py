@@ -55,6 +55,9 @@ def test_everything_blocks(tmp_path: Path) -> None:
         cache = server.cache(source, tmp_path / "fast.img", cache_size="128K")
         assert [each.name for each in server.disks()] == ["d", cache.name]
         assert server.disk("d").uri == disk.uri == server.uris[0].replace("{name}", "d")
+        copy = server.scratch(tmp_path / "dest.img", name="s")
+        copy.reset()
+        copy.remove()
         with BlockingServer.connect(server.control) as other:
             assert [each.name for each in other.disks()] == ["d", cache.name]
             with pytest.raises(TableError):

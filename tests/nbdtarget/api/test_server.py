@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.api.nbd_client import NbdError
 from nbdtarget.api.server import Server, table_line
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control.client import NoServerError
@@ -94,6 +95,26 @@ async def test_clone_and_cache_in_one_call(tmp_path: Path) -> None:
         assert (fields.io_mode, fields.dirty_log) == ("writeback", True)
     assert dest.stat().st_size == MIB
     assert fast.stat().st_size == 256 * 1024
+
+
+async def test_scratch_copy_is_reset_while_a_client_is_attached(tmp_path: Path) -> None:
+    image = tmp_path / "golden.img"
+    image.write_bytes(b"g" * MIB)
+    async with Server() as server:
+        disk = await server.scratch(image, name="one", size_max="4K")
+        other = await server.scratch(image, name="two")
+        with disk.connect() as client:
+            client.write(0, b"w" * 4096)
+            with pytest.raises(NbdError, match="space"):
+                client.write(4096, b"w")
+            await disk.reset()
+            assert client.read(0, 2) == b"gg"
+            client.write(4096, b"w")
+        with other.connect() as client:
+            assert client.read(0, MIB) == b"g" * MIB
+        with pytest.raises(TableError, match="cycle"):
+            await disk.power_cut()
+    assert image.read_bytes() == b"g" * MIB
 
 
 async def test_refused_clone_leaves_no_file(tmp_path: Path) -> None:

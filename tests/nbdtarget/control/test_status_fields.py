@@ -19,6 +19,7 @@ TABLES = {
     "linear": "linear /a 0",
     "log-writes": "log-writes /a /b",
     "powercut": "powercut /a 0",
+    "scratch": "scratch /a 0 /b",
     "striped": "striped 2 8 /a 0 /b 0",
     "zero": "zero",
 }

@@ -15,6 +15,7 @@ TABLES = {
     "dust": "dust /a 0 512",
     "log-writes": "log-writes /a /b",
     "powercut": "powercut /a 0",
+    "scratch": "scratch /a 0 /b",
     "clone": "clone /m /a /b 8 1 no_hydration",
     "cache": "cache /m /a /b 64 1 passthrough default 0",
 }

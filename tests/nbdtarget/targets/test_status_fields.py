@@ -36,6 +36,10 @@ from tests.support.tables import Disks, submit
                 "nr_cuts": 0,
             },
         ),
+        (
+            "scratch /b 0 /log",
+            {"written_bytes": 512, "max_bytes": 8192, "nr_resets": 0},
+        ),
     ],
 )
 async def test_status_fields(table: str, fields: StatusFields) -> None:
