@@ -210,6 +210,7 @@ docs: .venv/docs.stamp
 # The pages of the commands are written anew from the help texts.
 docs-reference: .venv/dev.stamp
 	@$(BIN)/python -m scripts.command_reference
+	@$(BIN)/python -m scripts.metrics_reference
 
 wheel: .venv/dev.stamp
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist

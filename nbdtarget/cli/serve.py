@@ -91,6 +91,30 @@ ControlGroup = Annotated[
         "--control-group", metavar="GROUP", help="Group of the control socket."
     ),
 ]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="TOML file with listeners, limits and devices. SIGHUP has it read again.",
+    ),
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="ADDR",
+        help="Address for Prometheus: tcp:HOST:PORT or a path. Only /metrics is there, and no token is needed. The"
+        " control socket has /metrics, too.",
+    ),
+]
+MetricsDevices = Annotated[
+    bool | None,
+    typer.Option(
+        "--metrics-devices/--no-metrics-devices",
+        help="Metrics of each device, or only of all of them together. Default: of each.",
+    ),
+]
 MaxConnections = Annotated[
     int | None,
     typer.Option(
@@ -138,14 +162,7 @@ def serve(
             " $NBDTARGET_CONTROL_TOKEN. --control tcp:HOST:PORT needs one.",
         ),
     ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "--config",
-            metavar="FILE",
-            help="TOML file with listeners, limits and devices. SIGHUP has it read again.",
-        ),
-    ] = None,
+    config: ConfigFile = None,
     socket_mode: SocketMode = None,
     socket_owner: SocketOwner = None,
     socket_group: SocketGroup = None,
@@ -155,6 +172,8 @@ def serve(
     stop_timeout: StopTimeout = None,
     run: Run = None,
     network: Network = NO_NETWORK,
+    metrics: Metrics = None,
+    metrics_devices: MetricsDevices = None,
     max_connections: MaxConnections = None,
     max_connections_per_peer: MaxConnectionsPerPeer = None,
     verbose: Verbose = False,
@@ -185,6 +204,7 @@ def serve(
         config=config,
         stop_timeout=stop_timeout,
         run=run,
+        metrics=(metrics, metrics_devices),
         security=network.options(),
         sockets=SocketOptions(*nbd_access, *control_access),
     )

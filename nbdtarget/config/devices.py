@@ -241,7 +241,7 @@ class ConfiguredDevices:
                 name,
             )
         keys = ["listen", "control", "control_token_file", "stop_timeout", "limits"]
-        keys += ["tls", "listen_tls"]
+        keys += ["tls", "listen_tls", "metrics", "metrics_devices"]
         changed = [key for key in keys if getattr(config, key) != getattr(before, key)]
         changed += [
             key

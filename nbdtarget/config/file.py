@@ -79,6 +79,8 @@ _FILE_KEYS: Final[dict[str, Any]] = {
     "tls_psk": str,
     "control": str,
     "control_token_file": str,
+    "metrics": str,
+    "metrics_devices": bool,
     "stop_timeout": float,
     **dict.fromkeys(SocketOptions._fields, str),
     "limits": dict[str, Any],
@@ -194,6 +196,8 @@ class Config:
     sockets: SocketOptions
     limits: Limits
     devices: tuple[DeviceConfig, ...]
+    metrics: str | None = None
+    metrics_devices: bool | None = None
     tls: TlsOptions = TLS_UNSAID
     listen_tls: Mapping[str, TlsOptions] = field(default_factory=dict)
     access: tuple[str, ...] | None = None
@@ -288,6 +292,7 @@ class _Reader:
         devices = self._devices(keys.get("device", {}))
         directory = Path(path).absolute().parent
         control, token = keys.get("control"), keys.get("control_token_file")
+        metrics = keys.get("metrics")
         tls = self._tls((), keys, directory)
         listen = self._listeners(keys.get("listen", []), directory, tls)
         return Config(
@@ -297,6 +302,10 @@ class _Reader:
             control=None if control is None else self._control(control, directory),
             control_token_file=None if token is None else str(directory / token),
             stop_timeout=self._seconds("stop_timeout", keys),
+            metrics=None
+            if metrics is None
+            else self._control(metrics, directory, "metrics"),
+            metrics_devices=keys.get("metrics_devices"),
             sockets=self._sockets(keys),
             limits=self._limits(keys.get("limits", {})),
             devices=self._in_order(devices),
@@ -410,11 +419,11 @@ class _Reader:
             absolute.append(address)
         return tuple(absolute)
 
-    def _control(self, control: str, directory: Path) -> str:
+    def _control(self, control: str, directory: Path, key: str = "control") -> str:
         try:
             address = control_address(control)
         except NbdTargetError as error:
-            self._mistake(("control",), f"`control': {error}")
+            self._mistake((key,), f"`{key}': {error}")
             return control
         return str(directory / address) if isinstance(address, Path) else control
 

@@ -50,6 +50,7 @@ class ControlServer:
     Args:
         token: what each request must carry; on TCP it must be there.
         access: which users may connect to a unix socket.
+        has_verbs: False: it serves metrics alone, and needs no token on TCP.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class ControlServer:
         *,
         token: str | None = None,
         access: SocketAccess = PRIVATE,
+        has_verbs: bool = True,
     ) -> None:
+        self._has_verbs = has_verbs
         self.address = address
         self._verbs = verbs
         self._token = token
@@ -96,11 +99,18 @@ class ControlServer:
         self._listen(listener)
 
     def _check_token(self) -> None:
-        if self._token is None:
+        if self._has_verbs and self._token is None:
             raise NbdTargetError(
                 f"{self.address}: a control socket on TCP needs a token"
                 f" (${TOKEN_VARIABLE} or --control-token-file)"
             )
+
+    @staticmethod
+    def take_descriptors(
+        fds: list[int], *, has_lock: bool
+    ) -> tuple[socket.socket, int | None]:
+        """Take what `moved` has given from the front of `fds`: the socket, and the lock of its path."""
+        return socket.socket(fileno=fds.pop(0)), fds.pop(0) if has_lock else None
 
     def take_over(
         self, listener: socket.socket, address: ControlAddress, lock: int | None
@@ -117,7 +127,8 @@ class ControlServer:
     def _listen(self, listener: socket.socket) -> None:
         self._listener = listener
         self._await_first_client()
-        log.info("control socket: %s", self.address)
+        what = "control socket" if self._has_verbs else "metrics"
+        log.info("%s: %s", what, self.address)
 
     def _await_first_client(self) -> None:
         assert self._listener is not None
@@ -161,7 +172,10 @@ class ControlServer:
     async def _answer(self, listener: socket.socket) -> "HttpServer":
         http = await asyncio.to_thread(importlib.import_module, HTTP_MODULE)
         server: HttpServer = http.HttpServer(
-            self._verbs, token=self._token, backlog_max=BACKLOG_MAX
+            self._verbs,
+            token=self._token,
+            backlog_max=BACKLOG_MAX,
+            has_verbs=self._has_verbs,
         )
         await server.start(listener)
         return server

@@ -8,6 +8,16 @@ import errno as errnos
 from typing import Final
 
 from nbdtarget.control import messages as m
+from nbdtarget.control.figures import (
+    Bound,
+    ClientFigures,
+    DeviceFigures,
+    Figures,
+    FiguresAnswer,
+    Histogram,
+    OperationFigures,
+    TargetFigures,
+)
 
 __all__ = ["EXAMPLES", "FAILURE"]
 
@@ -60,6 +70,41 @@ _INFO: Final = m.InfoAnswer(
     )
 )
 
+_READS: Final = {"read": OperationFigures(1200, 4915200, 0.06)}
+_FIGURES: Final = FiguresAnswer(
+    time_s=1796070000.0,
+    version="0.1.0",
+    fast_path=True,
+    pid=4711,
+    devices=(
+        DeviceFigures(
+            name="disk",
+            uuid="",
+            size=1 << 30,
+            suspended=False,
+            failed=False,
+            failure="",
+            event_nr=0,
+            connections=1,
+            in_flight=0,
+            operations=_READS,
+            targets=(TargetFigures(0, 2097152, "linear", {}),),
+            deps=("/srv/disk.img",),
+            below=(m.BelowLine("/srv/disk.img"),),
+            losses=0,
+        ),
+    ),
+    clients=(ClientFigures("client 12", "disk", "uid:1000", 0, _READS),),
+    bounds=(Bound("connections_max", 256, 1),),
+    waiting=0,
+    refused=0,
+    operations=_READS,
+    latencies={"read": Histogram((1190, 10), 0.06)},
+    latency_bounds_s=(0.000025,),
+    loop_lag=Histogram((60, 0), 0.01),
+    loop_lag_bounds_s=(0.001,),
+)
+
 _CUT: Final = "tear 7: 12 writes of 96 sectors at risk, 33 sectors survive"
 
 FAILURE: Final = m.Failure(
@@ -76,6 +121,7 @@ EXAMPLES: Final[dict[str, tuple[m.Request, m.Answer]]] = {
         m.Deps(("disk",)),
         m.DevicesAnswer((m.DeviceDeps("disk", ("/srv/disk.img",)),)),
     ),
+    "figures": (Figures(("disk",)), _FIGURES),
     "info": (m.Info(("disk",)), _INFO),
     "load": (m.Load("disk", "0 1048576 linear /srv/a.img 0\n1048576 8 zero"), _DONE),
     "measure": (m.Measure(("disk",)), _LINES),

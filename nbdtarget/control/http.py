@@ -4,6 +4,7 @@
     POST /v1/VERB            the request as JSON; no body is an empty request
     GET  /v1/VERB[?name=N]   the verbs that change nothing, for example with a browser
     GET  /v1/openapi.json    a description of all of this for programs
+    GET  /metrics            all figures, as Prometheus reads them
 
 A handler decodes the request, calls the registry and encodes the answer; all decisions are the
 registry's. A mistake of the user is answered with a `Failure`, which has a reason and an errno, with status
@@ -42,6 +43,7 @@ __all__ = ["HttpServer"]
 
 log = logging.getLogger(__name__)
 
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 REASON_LENGTH_MAX: Final = 4000  # characters
 SHUTDOWN_S_MAX: Final = 2.0
 
@@ -67,10 +69,16 @@ class HttpServer:
 
     Args:
         token: what each request must carry, in an `Authorization: Bearer` header.
+        has_verbs: False: metrics are all that there is.
     """
 
     def __init__(
-        self, verbs: Verbs, *, token: str | None = None, backlog_max: int = 64
+        self,
+        verbs: Verbs,
+        *,
+        token: str | None = None,
+        backlog_max: int = 64,
+        has_verbs: bool = True,
     ) -> None:
         self._backlog_max = backlog_max
         self._keepers: list[Doorkeeper] = []
@@ -81,12 +89,14 @@ class HttpServer:
         middlewares.append(_check_encoding)
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=middlewares)
         calls = Calls(verbs)
-        for verb, (request_type, _) in m.VERBS.items():
+        app.router.add_get("/metrics", _metrics(verbs))
+        for verb, (request_type, _) in m.VERBS.items() if has_verbs else ():
             handle = _handler(calls, verb, request_type)
             app.router.add_post(f"/v1/{verb}", handle)
             if verb in m.READING_VERBS:
                 app.router.add_get(f"/v1/{verb}", handle)
-        app.router.add_get("/v1/openapi.json", _openapi)
+        if has_verbs:
+            app.router.add_get("/v1/openapi.json", _openapi)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -117,6 +127,16 @@ class HttpServer:
         """Accept no more connections, and end those that are there."""
         self.pause()
         await self._runner.cleanup()
+
+
+def _metrics(verbs: Verbs) -> Handler:
+    async def metrics(_: web.Request) -> web.Response:
+        if verbs.monitor is None:
+            raise web.HTTPNotFound
+        text = await verbs.monitor.metrics()
+        return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
+
+    return metrics
 
 
 def _handler(calls: Calls, verb: str, request_type: type[m.Request]) -> Handler:

@@ -14,6 +14,19 @@ from typing import Annotated, Final
 import msgspec
 
 from nbdtarget.common.permissions import Permission
+from nbdtarget.control.fields import (
+    Answer,
+    BelowLine,
+    Certificate,
+    FailureText,
+    Losses,
+    Name,
+    Names,
+    Request,
+    Uuid,
+    told,
+)
+from nbdtarget.control.figures import Figures, FiguresAnswer
 
 __all__ = [
     "READING_VERBS",
@@ -66,18 +79,6 @@ __all__ = [
 ]
 
 
-def told(description: str) -> msgspec.Meta:
-    """Describe a field for the OpenAPI document."""
-    return msgspec.Meta(description=description)
-
-
-Name = Annotated[str, told("Name of a mapped device, which is also its export's.")]
-Names = Annotated[
-    tuple[str, ...],
-    told(
-        "Names of mapped devices, answered in this order. An empty list means all devices."
-    ),
-]
 TargetTypeName = Annotated[
     str | None,
     told("Type of targets, for example `cache`: only their lines. null: all lines."),
@@ -88,7 +89,6 @@ TABLE: Final = (
     " each line starts where the one before it ends. A backslash before a blank keeps it in a word."
 )
 TableText = Annotated[str, told(TABLE)]
-Uuid = Annotated[str, told("UUID: any text of up to 128 bytes, or empty for none.")]
 ReadOnly = Annotated[bool, told("Load the table read-only: clients may not write.")]
 Directory = Annotated[
     str, told("Absolute directory that relative paths in the table start from.")
@@ -108,25 +108,6 @@ Timeout = Annotated[
     ),
 ]
 Inactive = Annotated[bool, told("Answer for the inactive tables, not the live ones.")]
-FailureText = Annotated[
-    str,
-    told("Reason why the device has no table although it should have one; else empty."),
-]
-Losses = Annotated[
-    int,
-    told(
-        "How many times writes that were not flushed yet may have been lost. The next FLUSH of each client"
-        " has failed because of it."
-    ),
-]
-
-
-class Request(msgspec.Struct, forbid_unknown_fields=True):
-    """The fields that a verb is given."""
-
-
-class Answer(msgspec.Struct):
-    """The fields that a verb gives back. New fields need defaults: an old client skips them."""
 
 
 class Failure(Answer):
@@ -341,30 +322,7 @@ class TableLine(Answer):
             "Of a status: what the target says, by name and with units. Which fields there are depends on"
             " `type`."
         ),
-    ] = {}
-
-
-class BelowLine(Answer):
-    """One disk that a live table uses, directly or through other tables."""
-
-    name: Annotated[str, told("Path or URI of the disk.")]
-    state: Annotated[
-        str,
-        told(
-            "`ok`; `latched`: a write or a flush has failed, and no FLUSH succeeds until the disk is"
-            " opened again; `lost`: the disk does not answer any more."
-        ),
-    ] = "ok"
-    errno: Annotated[int, told("Of a disk that is latched or lost: the errno.")] = 0
-    since_s: Annotated[
-        float, told("Of a disk that is latched or lost: since when, in Unix time.")
-    ] = 0.0
-    errors: Annotated[
-        dict[str, int],
-        told("How many requests have failed since the disk was opened, by operation."),
-    ] = {}
-    last_error: Annotated[str, told("The last failure, or empty.")] = ""
-    losses: Losses = 0
+    ] = msgspec.field(default_factory=dict)
 
 
 class DeviceLines(Answer):
@@ -377,13 +335,6 @@ class DeviceLines(Answer):
         tuple[BelowLine, ...], told("Of a status: the disks that the live table uses.")
     ] = ()
     losses: Losses = 0
-
-
-class Certificate(Answer):
-    """A certificate of the server."""
-
-    path: Annotated[str, told("File that it was read from.")]
-    expires_s: Annotated[float, told("Until when it is valid, in Unix time.")]
 
 
 class LinesAnswer(Answer):
@@ -570,6 +521,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "clear": (Clear, Done),
     "create": (Create, Done),
     "deps": (Deps, DevicesAnswer),
+    "figures": (Figures, FiguresAnswer),
     "info": (Info, InfoAnswer),
     "load": (Load, Done),
     "measure": (Measure, LinesAnswer),
@@ -595,6 +547,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
 READING_VERBS: Final = (
     "access",
     "deps",
+    "figures",
     "info",
     "measure",
     "status",

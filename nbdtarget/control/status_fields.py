@@ -25,6 +25,8 @@ LastError = Annotated[str | None, told("The last failure of a copy or a commit."
 MetadataBlockSize = Annotated[int, told("Size of a metadata block: 8 sectors.")]
 MetadataUsed = Annotated[int, told("Metadata blocks in use.")]
 MetadataTotal = Annotated[int, told("Metadata blocks there are.")]
+Commits = Annotated[int, told("Commits of the metadata since the table was loaded.")]
+CommitTime = Annotated[float, told("Seconds that they have taken, added up.")]
 DiscardPassdown = Annotated[bool, told("Discards are passed on to the disk below.")]
 
 
@@ -68,6 +70,8 @@ class CloneFields(Fields):
             "How it was noticed that the source has become another image: nothing more is copied. Null: it has not."
         ),
     ]
+    commits: Commits
+    commit_time_s: CommitTime
     regions_failed: Annotated[int, told("Regions that wait to be tried again.")]
     retry_in_s: Annotated[
         float | None, told("Seconds until the first of them is tried again.")
@@ -118,6 +122,8 @@ class CacheFields(Fields):
     policy: Annotated[str, told("Name of the policy.")]
     errors: Annotated[int, told("Copies that have failed.")]
     last_error: LastError
+    commits: Commits
+    commit_time_s: CommitTime
     distrusts_cache_device: Annotated[
         bool,
         told(

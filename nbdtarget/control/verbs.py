@@ -12,6 +12,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
+from typing import Protocol
 
 from nbdtarget import __version__
 from nbdtarget.common.access import AccessRules, Rule, parse_rules
@@ -20,12 +21,25 @@ from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.redaction import redacted
 from nbdtarget.control import messages as m
 from nbdtarget.control.bodies import LINES_AT_ONCE
+from nbdtarget.control.figures import Figures, FiguresAnswer
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
 from nbdtarget.targets.base import StatusFields, Target
 
-__all__ = ["Verbs", "below_lines"]
+__all__ = ["Monitor", "Verbs", "below_lines"]
+
+
+class Monitor(Protocol):
+    """Has the figures of the server; see `nbdtarget.monitor`."""
+
+    async def figures(self, names: Sequence[str]) -> FiguresAnswer:
+        """Return the figures of these devices, none: of all. Raises: TableError: there is no such device."""
+        ...
+
+    async def metrics(self) -> bytes:
+        """Return all figures as the text that Prometheus reads."""
+        ...
 
 
 class Verbs:
@@ -36,6 +50,7 @@ class Verbs:
         hand_over: hands over to another program, see `upgrade`; None: that is impossible here.
         rules: who may attach to what.
         certificates: returns those of the server, and until when each is valid (Unix time); called each time.
+        monitor: has the figures of the server; None: nothing has.
     Attributes:
         held: why nothing may be changed now; "": it may.
     Raises (all methods): TableError, ConstructorError, ResolveError.
@@ -48,7 +63,9 @@ class Verbs:
         hand_over: Callable[[], Awaitable[int]] | None = None,
         rules: AccessRules | None = None,
         certificates: Callable[[], Mapping[str, float]] = dict,
+        monitor: Monitor | None = None,
     ) -> None:
+        self.monitor = monitor
         self._registry = registry
         self._uris = uris
         self._rules = rules or AccessRules()
@@ -216,6 +233,12 @@ class Verbs:
         return m.LinesAnswer(
             tuple(found), tuple(m.Certificate(*each) for each in certificates)
         )
+
+    async def figures(self, request: Figures) -> FiguresAnswer:
+        """Return all numbers of devices, clients and the server."""
+        if self.monitor is None:
+            raise TableError("this server has no figures", errnos.EOPNOTSUPP)
+        return await self.monitor.figures(request.names)
 
     async def table(self, request: m.Table) -> m.LinesAnswer:
         """Return the live tables in the form in which they can be loaded again, but for the secrets of URLs."""

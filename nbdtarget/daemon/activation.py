@@ -6,7 +6,7 @@
     LISTEN_FDNAMES  what each is for, separated by colons; the manager of services takes it from
                     `FileDescriptorName=`
 
-The names are `nbd` and `control`. Any other name means NBD, too, because a manager that was not told a name
+The names are `nbd`, `control` and `metrics`. Any other name means NBD, too, because a manager that was not told a name
 passes the name of its own unit or "unknown", and libnbd's tools pass whatever their caller set.
 
 Source: sd_listen_fds(3), systemd.socket(5).
@@ -23,19 +23,21 @@ __all__ = ["PassedSockets", "passed_sockets"]
 FIRST_FD: Final = 3
 FDS_MAX: Final = 1024
 CONTROL: Final = "control"
+METRICS: Final = "metrics"
 
 
 class PassedSockets(NamedTuple):
-    """Descriptors of listening sockets. `control`: of the control socket, if there is one."""
+    """Descriptors of listening sockets. `control`, `metrics`: of the control socket and of that for metrics, if there is one."""
 
     nbd: tuple[int, ...] = ()
     control: int | None = None
+    metrics: int | None = None
 
 
 def passed_sockets(environment: Mapping[str, str] = os.environ) -> PassedSockets:
     """Return the sockets that were passed to this very process. Children do not inherit them.
 
-    Raises: NbdTargetError: there are more names or fewer than sockets, or two for `control`.
+    Raises: NbdTargetError: there are more names or fewer than sockets, or two for `control` or `metrics`.
     """
     if environment.get("LISTEN_PID") != str(os.getpid()):
         return PassedSockets()
@@ -49,14 +51,20 @@ def passed_sockets(environment: Mapping[str, str] = os.environ) -> PassedSockets
         raise NbdTargetError(
             f"LISTEN_FDNAMES has {len(roles)} names ({names}) for {len(fds)} sockets"
         )
-    control = [fd for fd, role in zip(fds, roles, strict=True) if role == CONTROL]
-    if len(control) > 1:
-        raise NbdTargetError("LISTEN_FDNAMES: only one socket can be called control")
+    single: dict[str, int] = {}
+    nbd = []
+    for fd, role in zip(fds, roles, strict=True):
+        if role not in (CONTROL, METRICS):
+            nbd.append(fd)
+        elif role in single:
+            raise NbdTargetError(
+                f"LISTEN_FDNAMES: only one socket can be called {role}"
+            )
+        else:
+            single[role] = fd
     for fd in fds:
         _keep_from_children(fd)
-    return PassedSockets(
-        tuple(fd for fd in fds if fd not in control), control[0] if control else None
-    )
+    return PassedSockets(tuple(nbd), single.get(CONTROL), single.get(METRICS))
 
 
 def _keep_from_children(fd: int) -> None:

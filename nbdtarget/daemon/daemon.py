@@ -40,12 +40,14 @@ import asyncio
 import errno as errnos
 import logging
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from msgspec.structs import replace
 
 from nbdtarget.common.clock import sleep, wait_within
 from nbdtarget.common.errors import NbdTargetError, TableError
@@ -72,6 +74,7 @@ from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.devices import resolve
 from nbdtarget.dm.handover import Parking, let_go, refusals, unpark
 from nbdtarget.dm.registry import Registry
+from nbdtarget.monitor.observer import Observer
 from nbdtarget.server.address import TcpAddress, is_public, parse_address
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener, export_uri
@@ -109,6 +112,7 @@ class Daemon:
         has_handed_over: another process has everything, and this one must not touch it.
         security: certificates, and who may attach to what.
         verbs: what the control socket answers with.
+        monitor: has the figures of the server.
     """
 
     def __init__(
@@ -155,6 +159,10 @@ class Daemon:
             self.security.rules,
             self.security.certificates,
         )
+        self.verbs.monitor = self.monitor = Observer(
+            self.registry, self._listener, self.security.certificates
+        )
+        self._metrics: ControlServer | None = None
         self._upgrading: asyncio.Task[int] | None = None
         self._pause_config: Callable[[], Awaitable[None]] = _do_nothing
         self._resume_config: Callable[[], Awaitable[None]] = _do_nothing
@@ -188,6 +196,31 @@ class Daemon:
         else:
             control.start_passed(passed)
         self._control = control
+
+    async def open_metrics(
+        self, address: ControlAddress | None, passed: int | None = None
+    ) -> None:
+        """Serve metrics, and nothing else, at `address` or on a listening socket that was passed; None: nowhere.
+
+        Raises: SocketInUseError, NoSocketError, ListenError.
+        """
+        if passed is not None:
+            metrics = self._metrics_server(Path())
+            metrics.start_passed(passed)
+        elif address is not None:
+            metrics = self._metrics_server(address)
+            await metrics.start()
+        else:
+            return
+        self._metrics = metrics
+
+    def _metrics_server(self, address: ControlAddress) -> ControlServer:
+        access = self._control_access
+        return ControlServer(self.verbs, address, access=access, has_verbs=False)
+
+    def _http_servers(self) -> list[ControlServer]:
+        servers = self._control, self._metrics
+        return [server for server in servers if server is not None]
 
     async def listen(self, addresses: Sequence[str], fds: Sequence[int] = ()) -> None:
         """Listen on `addresses` and on passed sockets. Raises: NbdTargetError, OSError."""
@@ -254,15 +287,15 @@ class Daemon:
     async def freeze(self, within_s: float) -> list[str]:
         """Hold back verbs and requests. Returns the clients whose requests have not ended in time."""
         self.verbs.held = "the server is handing over to a new process"
-        if self._control is not None:
-            await self._control.pause()
+        for server in self._http_servers():
+            await server.pause()
         return await self._listener.freeze(within_s)
 
     async def thaw(self) -> None:
         """Undo `freeze`."""
         self._listener.thaw()
-        if self._control is not None:
-            await self._control.resume()
+        for server in self._http_servers():
+            await server.resume()
         self.verbs.held = ""
 
     def parking(self) -> Parking:
@@ -282,6 +315,14 @@ class Daemon:
             plan=self.plan,
             rules=self.security.rules.texts(),
         )
+        if self._metrics is not None:
+            metrics_path, metrics_fds = self._metrics.moved()
+            more = metrics_fds + more
+            moved = replace(
+                moved,
+                metrics=str(self._metrics.address),
+                metrics_path=metrics_path,
+            )
         return moved, fds + more
 
     async def take_over(self, offer: Offer, *, token: str | None) -> Moved:
@@ -304,10 +345,16 @@ class Daemon:
             token=token,
             access=self._control_access,
         )
-        sock = socket.socket(fileno=fds.pop(0))
-        lock = None if moved.control_path is None else fds.pop(0)
+        has_lock = moved.control_path is not None
+        sock, lock = control.take_descriptors(fds, has_lock=has_lock)
         control.take_over(sock, control.address, lock)
         self._control = control
+        if moved.metrics:
+            metrics = self._metrics_server(control_address(moved.metrics))
+            has_lock = moved.metrics_path is not None
+            sock, lock = metrics.take_descriptors(fds, has_lock=has_lock)
+            metrics.take_over(sock, metrics.address, lock)
+            self._metrics = metrics
         self.security.rules.take_texts(moved.rules)
         self.uris = self._listener.take_over(moved.listener, fds, self.security.of)
         self._expiry = self.security.start_watching()
@@ -323,10 +370,10 @@ class Daemon:
         assert self._moved is not None
         await offer.prepared()
         self.has_handed_over = False
-        assert self._control is not None
         await let_go(self.registry, self._moved.devices)
         self._listener.go_on()
-        await self._control.resume()
+        for server in self._http_servers():
+            await server.resume()
         self._moved = None
 
     async def start_command(self, line: str, name: str = "") -> None:
@@ -486,8 +533,9 @@ class Daemon:
             await call()
         await self._listener.close(self._bounds.connections_s)
         self._say_uncommitted(await self.registry.close())
-        if self._control is not None:
-            await self._control.close()
+        self.monitor.loop_lag.stop()
+        for server in self._http_servers():
+            await server.close()
 
     def _say_uncommitted(self, names: list[str]) -> None:
         self.is_committed = not names

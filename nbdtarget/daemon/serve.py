@@ -32,6 +32,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
     `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.
     `limits`: fields of `Limits`, over those of the file. `run`: a shell command, see `ClientCommand`.
+    `metrics`: an address for metrics alone, and whether metrics tell of each device.
     """
 
     listen: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     limits: dict[str, Any] = {}
     security: SecurityOptions = SecurityOptions()
     run: str | None = None
+    metrics: tuple[str | None, bool | None] = (None, None)
 
 
 def default_listen(name: str, access: SocketAccess = PRIVATE) -> str:
@@ -91,11 +93,18 @@ async def serve_until_stopped(
     token = control_token(
         options.control_token_file or getattr(config, "control_token_file", None)
     )
+    where, has_devices = options.metrics
+    where = where or getattr(config, "metrics", None)
+    metrics = None if where is None else control_address(where)
+    if has_devices is None:
+        has_devices = getattr(config, "metrics_devices", None) is not False
+    daemon.monitor.has_device_metrics = has_devices
     daemon.catch_signals(sighup_reloads=config is not None)
     offer = maybe_offer()
     try:
         if offer is None:
             await daemon.open_control(address, token=token, passed=passed.control)
+            await daemon.open_metrics(metrics, passed.metrics)
         else:
             await daemon.take_over(offer, token=token)
             await daemon.go_on(offer)

@@ -35,7 +35,15 @@ from nbdtarget_protocol.consts import (
     CMD_WRITE_ZEROES,
 )
 
-__all__ = ["BOUNDS_NS", "OPERATIONS", "Accounts", "Client", "Traffic", "new_request"]
+__all__ = [
+    "BOUNDS_NS",
+    "OPERATIONS",
+    "Account",
+    "Accounts",
+    "Client",
+    "Traffic",
+    "new_request",
+]
 
 # Of the buckets; one more is for all that took longer. The compiled path has the same.
 BOUNDS_NS: Final = (
@@ -147,8 +155,8 @@ class Traffic:
                     mine[at] += more
 
 
-class _Account:
-    """One device: the sum of connections that have ended, and those that are there."""
+class Account:
+    """Several connections: one sum of those that have ended, and those that are there."""
 
     __slots__ = ("ended", "open")
 
@@ -156,49 +164,53 @@ class _Account:
         self.ended = Traffic()
         self.open: set[Traffic] = set()
 
-    def sum(self) -> Traffic:
-        if not self.open:
-            return self.ended
-        total = Traffic()
-        for each in (self.ended, *self.open):
-            total.add(each)
-        return total
+    def totals(self, command: int) -> tuple[int, int, int, int]:
+        """As `Traffic.totals`, of all of them."""
+        nr, nr_bytes, taken_ns, nr_failed = self.ended.totals(command)
+        for each in self.open:
+            more = each.totals(command)
+            nr, nr_bytes = nr + more[0], nr_bytes + more[1]
+            taken_ns, nr_failed = taken_ns + more[2], nr_failed + more[3]
+        return nr, nr_bytes, taken_ns, nr_failed
+
+    def buckets(self, command: int) -> tuple[int, ...]:
+        """As `Traffic.buckets`, of all of them."""
+        parts = (self.ended, *self.open)
+        return tuple(
+            map(sum, zip(*(each.buckets(command) for each in parts), strict=True))
+        )
 
 
 class Accounts:
     """The numbers of all devices that clients have been attached to. Those of a device that was removed are forgotten,
-    but for `all`."""
+    but for `all`.
+
+    Attributes: all: all devices together, those that were removed among them.
+    """
 
     def __init__(self) -> None:
-        self._accounts: WeakKeyDictionary[Device, _Account] = WeakKeyDictionary()
-        self._all = _Account()
+        self._accounts: WeakKeyDictionary[Device, Account] = WeakKeyDictionary()
+        self.all = Account()
 
     def open(self, device: Device) -> Traffic:
         """A connection is attached to `device`: return the numbers that it counts in."""
         account = self._accounts.get(device)
         if account is None:
-            account = self._accounts[device] = _Account()
+            account = self._accounts[device] = Account()
         traffic = Traffic()
         account.open.add(traffic)
-        self._all.open.add(traffic)
+        self.all.open.add(traffic)
         return traffic
 
     def close(self, device: Device, traffic: Traffic) -> None:
         """The connection has released `device`, and counts no more."""
-        for account in (self._accounts[device], self._all):
+        for account in (self._accounts[device], self.all):
             account.open.remove(traffic)
             account.ended.add(traffic)
 
-    def of(self, device: Device) -> Traffic | None:
-        """Return the numbers of a device by now; None: no client was attached to it."""
-        account = self._accounts.get(device)
-        if account is None:
-            return None
-        return account.sum()
-
-    def all(self) -> Traffic:
-        """Return the numbers of all devices together, those that were removed among them."""
-        return self._all.sum()
+    def of(self, device: Device) -> Account | None:
+        """Return the numbers of a device; None: no client was attached to it."""
+        return self._accounts.get(device)
 
 
 class Client(NamedTuple):

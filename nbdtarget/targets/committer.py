@@ -166,6 +166,7 @@ class Committer:
         unflushable: the devices whose last flush failed, and nothing was lost by it. What they hold may not be what they
             hold after a power cut: a DISCARD promises nothing.
         last_error: why the last flush or commit failed, in one line; None: none has.
+        nr_commits, commits_ns: how many there were, and how long they have taken together.
     """
 
     def __init__(
@@ -204,6 +205,8 @@ class Committer:
         self._seen_losses = {each: each.losses for each in backing}
         self._aborts_on_loss = aborts_on_loss
         self.last_error: str | None = None
+        self.nr_commits = 0
+        self.commits_ns = 0
         self._commit_waiters: list[Callable[[int], None]] = []
         self._flush_waiters: list[Callable[[int], None]] = []
         self._wants_clean = False
@@ -377,7 +380,10 @@ class Committer:
                 raise _MetadataFailure(self._compaction_error)
             transaction = self.metadata.pre_commit(clean_shutdown=clean)
             if transaction is not None:
+                begun_ns = self.clock.now_ns()
                 await self._commit_transaction(transaction)
+                self.nr_commits += 1
+                self.commits_ns += self.clock.now_ns() - begun_ns
         except _MetadataFailure as failure:
             await self._abort(failure.cause, blames_metadata=True)
             return errnos.EIO

@@ -45,6 +45,8 @@ class Moved(msgspec.Struct, frozen=True, tag=True):
         control: its address; `control_path`: its path, if that is ours.
         plan: what a `clone`, `cache` or `export` had planned, as MessagePack; "" for `serve`.
         rules: who may attach to which export, as it was said by command.
+        metrics: the address of the socket for metrics, "": there is none. Its descriptors come behind those of the control
+            socket, as those do. `metrics_path`: as `control_path`.
     """
 
     devices: tuple[DeviceState, ...]
@@ -53,6 +55,8 @@ class Moved(msgspec.Struct, frozen=True, tag=True):
     control_path: str | None
     plan: bytes = b""
     rules: dict[str, tuple[str, ...]] = {}
+    metrics: str = ""
+    metrics_path: str | None = None
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):

@@ -397,6 +397,8 @@ class CacheTarget(MappingTarget[CacheMetadata]):
         failures = self._blocks.failures
         fields["errors"] = failures.nr_errors
         fields["last_error"] = failures.last_error or self._committer.last_error
+        fields["commits"] = self._committer.nr_commits
+        fields["commit_time_s"] = self._committer.commits_ns / 1e9
         fields["distrusts_cache_device"] = self._blocks.distrusts_cache
         fields["blocks_given_up"] = self._bad_blocks.nr_given_up
         return fields

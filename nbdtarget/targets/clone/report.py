@@ -93,6 +93,8 @@ def status_fields(
         "errors": hydrator.failures.nr_errors,
         "last_error": hydrator.failures.last_error or regions.committer.last_error,
         "source_changed": regions.source.changed or None,
+        "commits": regions.committer.nr_commits,
+        "commit_time_s": regions.committer.commits_ns / 1e9,
         "regions_failed": nr_failed,
         "retry_in_s": retry_in_s,
     }

@@ -5,6 +5,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -71,3 +72,36 @@ def test_a_disk_in_memory_is_refused_and_goes_on(tmp_path: Path) -> None:
         assert "memory:1M: its contents, which are in memory, would be lost" in said
         assert client.read(0, 512) == b"x" * 512
     assert server.terminate() == 0
+
+
+def test_metrics_have_a_socket_of_their_own_which_moves_too(tmp_path: Path) -> None:
+    path, control = tmp_path / "nbd.sock", tmp_path / "control.sock"
+    metrics = tmp_path / "metrics.sock"
+    argv = [NBDTARGET, "serve", "--listen", f"unix:{path}", "--control", str(control)]
+    server = ServerProcess(
+        [*argv, "--metrics", str(metrics), "--no-metrics-devices"],
+        sockets=[path, metrics],
+        log=tmp_path / "log",
+    )
+    ControlClient(control).ask("create", m.Create("z", "0 8 zero"), m.Done)
+
+    def get(where: Path, url: str) -> bytes:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(where))
+            head = f"GET {url} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            client.sendall(head.encode())
+            return b"".join(iter(lambda: client.recv(65536), b""))
+
+    for where in (metrics, control):
+        answer = get(where, "/metrics")
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"Content-Type: text/plain; version=0.0.4" in answer
+        assert b"\nnbdtarget_devices 1\n" in answer
+        assert b'device="' not in answer
+    assert b" 404 " in get(metrics, "/v1/status").partition(b"\r\n")[0]
+    assert b" 404 " in get(metrics, "/v1/openapi.json").partition(b"\r\n")[0]
+    pid = ControlClient(control).ask("upgrade", m.Upgrade(), m.UpgradeAnswer).pid
+    assert server.child.wait(30) == 0
+    assert b"\nnbdtarget_devices 1\n" in get(metrics, "/metrics")
+    stop(pid)
+    assert not metrics.exists()

@@ -23,6 +23,8 @@ from nbdtarget.control.openapi import openapi
 from nbdtarget.control.paths import TOKEN_VARIABLE, TcpControl, control_token
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.dm.mapped_device import State
+from nbdtarget.monitor.observer import Observer
+from nbdtarget.server.listener import Listener
 from tests.support.dm import make_registry
 
 TOKEN = "correct-horse-battery"
@@ -39,7 +41,10 @@ class HttpServer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.registry, _ = make_registry(a=8192)
-        self.control = ControlServer(Verbs(self.registry), path)
+        verbs = Verbs(self.registry)
+        self.monitor = Observer(self.registry, Listener(self.registry))
+        verbs.monitor = self.monitor
+        self.control = ControlServer(verbs, path)
 
     async def __call__(self, method: str, url: str, body: bytes = b"") -> Reply:
         reader, writer = await asyncio.open_unix_connection(self.path)

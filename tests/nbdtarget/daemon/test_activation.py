@@ -44,21 +44,26 @@ def test_sockets_of_another_process_or_no_number_are_none(pid: str, count: str) 
 
 
 @pytest.mark.parametrize(
-    ("names", "nbd", "control"),
+    ("names", "nbd", "control", "metrics"),
     [
-        (None, [0, 1, 2], None),
-        ("nbd:nbd:nbd", [0, 1, 2], None),
-        ("nbd:control:nbd", [0, 2], 1),
-        ("unknown:disks.socket:", [0, 1, 2], None),
-        ("control:x:y", [1, 2], 0),
+        (None, [0, 1, 2], None, None),
+        ("nbd:nbd:nbd", [0, 1, 2], None, None),
+        ("nbd:control:nbd", [0, 2], 1, None),
+        ("unknown:disks.socket:", [0, 1, 2], None, None),
+        ("control:x:metrics", [1], 0, 2),
     ],
 )
 def test_names_say_what_a_socket_is_for(
-    first_fd: int, names: str | None, nbd: list[int], control: int | None
+    first_fd: int,
+    names: str | None,
+    nbd: list[int],
+    control: int | None,
+    metrics: int | None,
 ) -> None:
     expected = PassedSockets(
         tuple(first_fd + nr for nr in nbd),
         None if control is None else first_fd + control,
+        None if metrics is None else first_fd + metrics,
     )
     assert passed_sockets(_environment("3", names)) == expected
 
@@ -74,6 +79,7 @@ def test_children_do_not_inherit_them(first_fd: int) -> None:
     [
         ("2", "nbd", r"LISTEN_FDNAMES has 1 names \(nbd\) for 2 sockets"),
         ("2", "control:control", "only one socket can be called control"),
+        ("2", "metrics:metrics", "only one socket can be called metrics"),
     ],
 )
 def test_names_that_cannot_be_right_are_refused(

@@ -9,7 +9,7 @@ import pytest
 
 from nbdtarget.fast import compiled
 from nbdtarget.server import connection
-from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Accounts, Traffic
+from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Account, Accounts, Traffic
 from nbdtarget_protocol import consts as c
 from tests.support.dm import RamDevice
 from tests.support.peer import Peer, until
@@ -34,7 +34,7 @@ async def site(
     await made.close()
 
 
-def counted(traffic: Traffic | None) -> Totals:
+def counted(traffic: Traffic | Account | None) -> Totals:
     """By operation: requests, bytes, failed ones. The buckets and the time must fit them."""
     assert traffic is not None
     found = {}
@@ -81,7 +81,7 @@ async def test_each_request_counts_once(site: Site, table: str) -> None:
     assert site.listener is not None
     accounts = site.listener.accounts
     assert counted(accounts.of(device)) == expected
-    assert counted(accounts.all()) == expected
+    assert counted(accounts.all) == expected
     (client,) = site.listener.clients()
     assert client.device is device
     assert counted(client.traffic) == expected
@@ -113,7 +113,7 @@ async def test_failed_requests_count_as_such(tmp_path: Path) -> None:
     await site.close()
 
 
-def counted_failures(traffic: Traffic | None) -> dict[str, int]:
+def counted_failures(traffic: Traffic | Account | None) -> dict[str, int]:
     return {name: nr for name, (_, _, nr) in counted(traffic).items()}
 
 
@@ -128,7 +128,7 @@ async def test_a_removed_device_is_forgotten_but_for_the_sum(tmp_path: Path) -> 
     assert counted(accounts.of(device))["read"] == (1, 4096, 0)
     await site.registry.remove("d")
     del device
-    assert counted(accounts.all())["read"] == (1, 4096, 0)
+    assert counted(accounts.all)["read"] == (1, 4096, 0)
     await site.close()
 
 
@@ -147,8 +147,8 @@ def test_two_devices_have_numbers_of_their_own() -> None:
     assert total.totals(c.CMD_READ) == (3, 1536, 2 * 30_000 + 10**10, 0)
     assert total.buckets(c.CMD_READ) == (0, 2, *(0,) * 10, 1)
     # A time that is equal to a bound is not above it.
-    assert accounts.all().buckets(c.CMD_FLUSH) == (1, *(0,) * 12)
-    assert accounts.all().totals(c.CMD_READ) == total.totals(c.CMD_READ)
+    assert accounts.all.buckets(c.CMD_FLUSH) == (1, *(0,) * 12)
+    assert accounts.all.totals(c.CMD_READ) == total.totals(c.CMD_READ)
 
 
 @pytest.mark.skipif(not compiled.IS_COMPILED, reason=compiled.describe())

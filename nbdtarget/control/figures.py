@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Figures`: everything that a running server can tell in numbers, at one moment. Metrics, the page and `top` all show these.
+
+Numbers of requests, bytes and times only grow, so that each reader makes rates of them by itself, over any time.
+"""
+
+from typing import Annotated
+
+from nbdtarget.control.fields import (
+    Answer,
+    BelowLine,
+    Certificate,
+    FailureText,
+    Losses,
+    Name,
+    Names,
+    Request,
+    Uuid,
+    told,
+)
+
+__all__ = [
+    "Bound",
+    "ClientFigures",
+    "DeviceFigures",
+    "Figures",
+    "FiguresAnswer",
+    "Histogram",
+    "OperationFigures",
+    "TargetFigures",
+]
+
+
+class Figures(Request):
+    """Devices whose figures are asked for; those of the server always come along."""
+
+    names: Names = ()
+
+
+class OperationFigures(Answer):
+    """What clients have asked for, of one operation, since the server was started."""
+
+    nr: Annotated[int, told("Requests that were carried out.")] = 0
+    nr_bytes: Annotated[int, told("Bytes of these requests.")] = 0
+    time_s: Annotated[float, told("Seconds that they have taken, added up.")] = 0.0
+    nr_failed: Annotated[int, told("Requests that were answered with an error.")] = 0
+
+
+class Histogram(Answer):
+    """How long something took."""
+
+    counts: Annotated[
+        tuple[int, ...],
+        told(
+            "How many took at most each of the bounds, and longer than the one before; the last: longer than all."
+        ),
+    ] = ()
+    sum_s: Annotated[float, told("Seconds, added up.")] = 0.0
+
+
+class TargetFigures(Answer):
+    """One target of a live table."""
+
+    start: Annotated[int, told("First sector of the target.")]
+    length: Annotated[int, told("Number of sectors of the target.")]
+    type: Annotated[str, told("Type of the target.")]
+    fields: Annotated[
+        dict[str, bool | int | float | str | None],
+        told("What the target says, as in its status."),
+    ]
+
+
+class DeviceFigures(Answer):
+    """One device."""
+
+    name: Name
+    uuid: Uuid
+    size: Annotated[int, told("Size in bytes.")]
+    suspended: Annotated[bool, told("Requests wait until it is resumed.")]
+    failed: Annotated[
+        bool, told("A bug has stopped it, or its table could not be opened.")
+    ]
+    failure: FailureText
+    event_nr: Annotated[int, told("Number of events so far.")]
+    connections: Annotated[int, told("Clients that are attached.")]
+    in_flight: Annotated[int, told("Requests of these clients that are in flight.")]
+    operations: Annotated[
+        dict[str, OperationFigures],
+        told("By operation; those that no client has asked for are missing."),
+    ]
+    targets: Annotated[tuple[TargetFigures, ...], told("Of the live table.")]
+    deps: Annotated[
+        tuple[str, ...], told("Disks and devices that the live table uses.")
+    ]
+    below: Annotated[tuple[BelowLine, ...], told("The state of these disks.")]
+    losses: Losses
+
+
+class ClientFigures(Answer):
+    """One connection."""
+
+    peer: Annotated[str, told("Where it comes from.")]
+    device: Annotated[
+        str, told("Device that it is attached to; empty in the handshake.")
+    ]
+    identity: Annotated[str, told("Who it has shown to be.")]
+    in_flight: Annotated[int, told("Its requests that are in flight.")]
+    operations: Annotated[dict[str, OperationFigures], told("By operation.")]
+
+
+class Bound(Answer):
+    """One bound of the server."""
+
+    name: Annotated[str, told("Its name in the configuration file.")]
+    maximum: Annotated[int, told("The bound.")]
+    used: Annotated[
+        int | None,
+        told(
+            "How much of it is used now; null: it is a bound for each connection or device."
+        ),
+    ] = None
+
+
+class FiguresAnswer(Answer):
+    """All figures."""
+
+    time_s: Annotated[float, told("When these figures were taken, in Unix time.")]
+    version: Annotated[str, told("Version of the server.")]
+    fast_path: Annotated[bool, told("The compiled fast path is in use.")]
+    pid: Annotated[int, told("Process number of the server.")]
+    devices: Annotated[tuple[DeviceFigures, ...], told("One for each device.")]
+    clients: Annotated[tuple[ClientFigures, ...], told("One for each connection.")]
+    bounds: Annotated[tuple[Bound, ...], told("The bounds of the server.")]
+    waiting: Annotated[int, told("Connections that wait for a bound.")]
+    refused: Annotated[
+        int, told("Connections that were closed at once, because of a bound.")
+    ]
+    operations: Annotated[
+        dict[str, OperationFigures],
+        told("Of all devices together, those that were removed among them."),
+    ]
+    latencies: Annotated[dict[str, Histogram], told("Times of requests, by operation.")]
+    latency_bounds_s: Annotated[
+        tuple[float, ...], told("The bounds of these histograms, in seconds.")
+    ]
+    loop_lag: Annotated[
+        Histogram, told("How late the event loop called what was due once a second.")
+    ]
+    loop_lag_bounds_s: Annotated[
+        tuple[float, ...], told("The bounds of that histogram, in seconds.")
+    ]
+    certificates: Annotated[tuple[Certificate, ...], told("Of the server.")] = ()

@@ -1,0 +1,652 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every metric: its name, its type, its labels, what it means, and where in the figures its value stands.
+
+The names are those of Prometheus' own node_exporter where it has the same thing (`node_disk_reads_completed_total` is
+`nbdtarget_disk_reads_completed_total` here), so that panels made for it need nothing but the other prefix. Units are seconds and bytes; what only
+grows ends in `_total`. There are no ratios: a reader makes them, over any time.
+
+docs/reference/metrics.md has the same list; a test holds the two together.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+from nbdtarget.common.units import SECTOR
+from nbdtarget.control.figures import (
+    DeviceFigures,
+    FiguresAnswer,
+    Histogram,
+    OperationFigures,
+    TargetFigures,
+)
+
+__all__ = [
+    "DEVICE",
+    "FAMILIES",
+    "SERVER",
+    "TARGET",
+    "Family",
+    "Row",
+]
+
+COUNTER: Final = "counter"
+GAUGE: Final = "gauge"
+HISTOGRAM: Final = "histogram"
+
+# What stands behind the name of the family, the values of the labels, and the value. Only histograms have a suffix.
+Row = tuple[str, tuple[str, ...], float]
+Rows = Iterator[Row]
+
+
+class Family(NamedTuple):
+    """One metric.
+
+    Attributes:
+        name: as it is printed, but for the suffixes of a histogram.
+        labels: their names. Those of a bucket (`le`) come last.
+        rows: of the server.
+        of_device: the value, of one device; None: it has none.
+        of_target: the value, of one target whose type is `target`.
+    """
+
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    rows: Callable[[FiguresAnswer], Rows] | None = None
+    of_device: Callable[[DeviceFigures], Rows] | None = None
+    target: str = ""
+    of_target: Callable[[TargetFigures], float | None] | None = None
+
+
+# ---- of the server ----
+
+
+def _one(value: Callable[[FiguresAnswer], float]) -> Callable[[FiguresAnswer], Rows]:
+    def rows(figures: FiguresAnswer) -> Rows:
+        yield "", (), value(figures)
+
+    return rows
+
+
+def _by_operation(
+    value: Callable[[OperationFigures], float],
+) -> Callable[[FiguresAnswer], Rows]:
+    def rows(figures: FiguresAnswer) -> Rows:
+        for name, operation in figures.operations.items():
+            yield "", (name,), value(operation)
+
+    return rows
+
+
+def _build(figures: FiguresAnswer) -> Rows:
+    yield "", (figures.version, "yes" if figures.fast_path else "no"), 1
+
+
+def _limits(figures: FiguresAnswer) -> Rows:
+    for bound in figures.bounds:
+        yield "", (bound.name,), bound.maximum
+
+
+def _used(name: str) -> Callable[[FiguresAnswer], Rows]:
+    def rows(figures: FiguresAnswer) -> Rows:
+        for bound in figures.bounds:
+            if bound.name == name and bound.used is not None:
+                yield "", (), bound.used
+
+    return rows
+
+
+def _histogram(
+    labels: tuple[str, ...], histogram: Histogram, bounds_s: tuple[float, ...]
+) -> Rows:
+    total = 0
+    for nr, bound in zip(histogram.counts, (*bounds_s, "+Inf"), strict=True):
+        total += nr
+        yield "_bucket", (*labels, str(bound)), total
+    yield "_sum", labels, histogram.sum_s
+    yield "_count", labels, total
+
+
+def _durations(figures: FiguresAnswer) -> Rows:
+    for name, histogram in figures.latencies.items():
+        yield from _histogram((name,), histogram, figures.latency_bounds_s)
+
+
+def _lag(figures: FiguresAnswer) -> Rows:
+    yield from _histogram((), figures.loop_lag, figures.loop_lag_bounds_s)
+
+
+def _certificates(figures: FiguresAnswer) -> Rows:
+    for each in figures.certificates:
+        yield "", (each.path,), each.expires_s
+
+
+SERVER: Final = (
+    Family(
+        "nbdtarget_build_info",
+        GAUGE,
+        "Version of the server, and whether the compiled fast path is in use. The value is 1.",
+        ("version", "fast_path"),
+        _build,
+    ),
+    Family(
+        "nbdtarget_devices",
+        GAUGE,
+        "Mapped devices.",
+        rows=_one(lambda it: len(it.devices)),
+    ),
+    Family(
+        "nbdtarget_devices_failed",
+        GAUGE,
+        "Mapped devices that do not serve: a bug has stopped them, or their table could not be opened.",
+        rows=_one(lambda it: sum(device.failed for device in it.devices)),
+    ),
+    Family(
+        "nbdtarget_connections",
+        GAUGE,
+        "Connections of NBD clients.",
+        rows=_used("connections_max"),
+    ),
+    Family(
+        "nbdtarget_connections_refused_total",
+        COUNTER,
+        "Connections that were closed at once, because of a bound.",
+        rows=_one(lambda it: it.refused),
+    ),
+    Family(
+        "nbdtarget_connections_waiting",
+        GAUGE,
+        "Connections that wait until others have ended requests, because of a bound.",
+        rows=_one(lambda it: it.waiting),
+    ),
+    Family(
+        "nbdtarget_requests_in_flight",
+        GAUGE,
+        "Requests of clients that are in flight.",
+        rows=_used("requests_total_max"),
+    ),
+    Family(
+        "nbdtarget_request_memory_bytes",
+        GAUGE,
+        "Memory that requests in flight, and replies that clients have not taken, hold.",
+        rows=_used("bytes_total_max"),
+    ),
+    Family(
+        "nbdtarget_limit",
+        GAUGE,
+        "The bounds of the server, by their names in the configuration file; bytes where the name says so.",
+        ("bound",),
+        _limits,
+    ),
+    Family(
+        "nbdtarget_request_bytes_total",
+        COUNTER,
+        "Bytes of requests that were carried out, of all devices.",
+        ("operation",),
+        _by_operation(lambda it: it.nr_bytes),
+    ),
+    Family(
+        "nbdtarget_request_errors_total",
+        COUNTER,
+        "Requests that were answered with an error, of all devices.",
+        ("operation",),
+        _by_operation(lambda it: it.nr_failed),
+    ),
+    Family(
+        "nbdtarget_request_duration_seconds",
+        HISTOGRAM,
+        "Time of a request of any device, from its receipt to its reply.",
+        ("operation",),
+        _durations,
+    ),
+    Family(
+        "nbdtarget_event_loop_lag_seconds",
+        HISTOGRAM,
+        "How late the event loop called what was due once a second.",
+        rows=_lag,
+    ),
+    Family(
+        "nbdtarget_certificate_expiry_timestamp_seconds",
+        GAUGE,
+        "Until when a certificate of the server is valid, in Unix time.",
+        ("file",),
+        _certificates,
+    ),
+)
+
+# ---- of devices ----
+
+
+def _of(value: Callable[[DeviceFigures], float]) -> Callable[[DeviceFigures], Rows]:
+    def rows(device: DeviceFigures) -> Rows:
+        yield "", (device.name,), value(device)
+
+    return rows
+
+
+def _io(
+    operation: str, value: Callable[[OperationFigures], float]
+) -> Callable[[DeviceFigures], Rows]:
+    """Only devices that a client was attached to have such a value."""
+
+    def rows(device: DeviceFigures) -> Rows:
+        found = device.operations.get(operation)
+        if found is not None:
+            yield "", (device.name,), value(found)
+
+    return rows
+
+
+def _info(device: DeviceFigures) -> Rows:
+    types = "+".join(dict.fromkeys(target.type for target in device.targets))
+    yield "", (device.name, device.uuid, types), 1
+
+
+def _errors(device: DeviceFigures) -> Rows:
+    for name, operation in device.operations.items():
+        if operation.nr_failed:
+            yield "", (device.name, name), operation.nr_failed
+
+
+def _is_up(device: DeviceFigures) -> Rows:
+    # Two disks may have one name, for example memory:1M. Prometheus refuses a line that comes twice.
+    names: dict[str, bool] = {}
+    for disk in device.below:
+        names[disk.name] = names.get(disk.name, True) and disk.state == "ok"
+    for name, is_up in names.items():
+        yield "", (device.name, name), is_up
+
+
+def _disk_errors(device: DeviceFigures) -> Rows:
+    errors: Counter[tuple[str, str]] = Counter()
+    for disk in device.below:
+        for operation, nr in disk.errors.items():
+            errors[disk.name, operation] += nr
+    for labels, nr in errors.items():
+        yield "", (device.name, *labels), nr
+
+
+def _device(
+    name: str,
+    kind: str,
+    text: str,
+    rows: Callable[[DeviceFigures], Rows],
+    *labels: str,
+) -> Family:
+    return Family(name, kind, text, ("device", *labels), of_device=rows)
+
+
+def _disk(
+    name: str, text: str, operation: str, value: Callable[[OperationFigures], float]
+) -> Family:
+    return _device(f"nbdtarget_disk_{name}", COUNTER, text, _io(operation, value))
+
+
+DEVICE: Final = (
+    _device(
+        "nbdtarget_device_info",
+        GAUGE,
+        "UUID of a device, and the types of its targets. The value is 1.",
+        _info,
+        "uuid",
+        "targets",
+    ),
+    _device(
+        "nbdtarget_device_size_bytes",
+        GAUGE,
+        "Size of a device.",
+        _of(lambda it: it.size),
+    ),
+    _device(
+        "nbdtarget_device_failed",
+        GAUGE,
+        "1: the device does not serve, because a bug has stopped it or its table could not be opened.",
+        _of(lambda it: it.failed),
+    ),
+    _device(
+        "nbdtarget_device_suspended",
+        GAUGE,
+        "1: requests wait until the device is resumed.",
+        _of(lambda it: it.suspended),
+    ),
+    _device(
+        "nbdtarget_device_connections",
+        GAUGE,
+        "Clients that are attached to a device.",
+        _of(lambda it: it.connections),
+    ),
+    _device(
+        "nbdtarget_device_events_total",
+        COUNTER,
+        "Events of a device: a clone is complete, a disk has failed or came back, a commit failed.",
+        _of(lambda it: it.event_nr),
+    ),
+    _device(
+        "nbdtarget_device_losses_total",
+        COUNTER,
+        "How many times writes that were not flushed yet may have been lost.",
+        _of(lambda it: it.losses),
+    ),
+    _device(
+        "nbdtarget_disk_io_now",
+        GAUGE,
+        "Requests of clients that are in flight.",
+        _of(lambda it: it.in_flight),
+    ),
+    _disk("reads_completed_total", "Reads of clients.", "read", lambda it: it.nr),
+    _disk(
+        "read_bytes_total",
+        "Bytes that clients have read.",
+        "read",
+        lambda it: it.nr_bytes,
+    ),
+    _disk(
+        "read_time_seconds_total",
+        "Time that the reads of clients have taken, added up.",
+        "read",
+        lambda it: it.time_s,
+    ),
+    _disk("writes_completed_total", "Writes of clients.", "write", lambda it: it.nr),
+    _disk(
+        "written_bytes_total",
+        "Bytes that clients have written.",
+        "write",
+        lambda it: it.nr_bytes,
+    ),
+    _disk(
+        "write_time_seconds_total",
+        "Time that the writes of clients have taken, added up.",
+        "write",
+        lambda it: it.time_s,
+    ),
+    _disk("flush_requests_total", "Flushes of clients.", "flush", lambda it: it.nr),
+    _disk(
+        "flush_requests_time_seconds_total",
+        "Time that the flushes of clients have taken, added up.",
+        "flush",
+        lambda it: it.time_s,
+    ),
+    _disk(
+        "discards_completed_total", "Discards of clients.", "discard", lambda it: it.nr
+    ),
+    _disk(
+        "discarded_sectors_total",
+        "Sectors of 512 bytes that clients have discarded.",
+        "discard",
+        lambda it: it.nr_bytes // SECTOR,
+    ),
+    _disk(
+        "discard_time_seconds_total",
+        "Time that the discards of clients have taken, added up.",
+        "discard",
+        lambda it: it.time_s,
+    ),
+    _disk(
+        "zeroes_completed_total",
+        "Requests of clients to write zeroes.",
+        "write_zeroes",
+        lambda it: it.nr,
+    ),
+    _disk(
+        "zeroed_bytes_total",
+        "Bytes that clients have had zeroed.",
+        "write_zeroes",
+        lambda it: it.nr_bytes,
+    ),
+    _device(
+        "nbdtarget_disk_request_errors_total",
+        COUNTER,
+        "Requests of clients that were answered with an error.",
+        _errors,
+        "operation",
+    ),
+    _device(
+        "nbdtarget_lower_disk_up",
+        GAUGE,
+        "0: a disk that the device stands on has failed a write or a flush, or does not answer.",
+        _is_up,
+        "disk",
+    ),
+    _device(
+        "nbdtarget_lower_disk_errors_total",
+        COUNTER,
+        "Requests that such a disk has failed since it was opened.",
+        _disk_errors,
+        "disk",
+        "operation",
+    ),
+)
+
+# ---- of targets ----
+
+
+def _field(name: str, factor: str | int = 1) -> Callable[[TargetFigures], float | None]:
+    """A number of the status. Args: factor: what it is multiplied by, or the field that says so."""
+
+    def value(target: TargetFigures) -> float | None:
+        number = target.fields.get(name)
+        times = factor if isinstance(factor, int) else target.fields.get(factor)
+        if isinstance(number, str) or isinstance(times, str):
+            return None
+        return None if number is None or times is None else number * times
+
+    return value
+
+
+def _is_not_writable(target: TargetFigures) -> float | None:
+    mode = target.fields.get("mode")
+    return None if mode is None else mode != "rw"
+
+
+def _hydrated(target: TargetFigures) -> float | None:
+    """The last region may be shorter than the others."""
+    size = _field("regions_hydrated", "region_size_bytes")(target)
+    return None if size is None else min(size, target.length * SECTOR)
+
+
+def _target(
+    target: str,
+    name: str,
+    kind: str,
+    text: str,
+    value: Callable[[TargetFigures], float | None],
+) -> Family:
+    labels = "device", "start"
+    return Family(f"nbdtarget_{name}", kind, text, labels, None, None, target, value)
+
+
+def _both(
+    name: str,
+    kind: str,
+    text: str,
+    value: Callable[[TargetFigures], float | None],
+) -> Family:
+    return _target("clone cache", name, kind, text, value)
+
+
+_REGION: Final = "region_size_bytes"
+_BLOCK: Final = "block_size_bytes"
+
+TARGET: Final = (
+    _target(
+        "clone",
+        "clone_size_bytes",
+        GAUGE,
+        "Size of a clone.",
+        lambda it: it.length * SECTOR,
+    ),
+    _target(
+        "clone",
+        "clone_hydrated_bytes",
+        GAUGE,
+        "Bytes of a clone that are copied, and read from its destination.",
+        _hydrated,
+    ),
+    _target(
+        "clone",
+        "clone_hydrating_bytes",
+        GAUGE,
+        "Bytes of a clone that are being copied.",
+        _field("regions_hydrating", _REGION),
+    ),
+    _target(
+        "clone",
+        "clone_failed_bytes",
+        GAUGE,
+        "Bytes of a clone whose copy has failed, and will be tried again.",
+        _field("regions_failed", _REGION),
+    ),
+    _target(
+        "clone",
+        "clone_hydration_errors_total",
+        COUNTER,
+        "Copies of a clone that have failed.",
+        _field("errors"),
+    ),
+    _target(
+        "clone",
+        "clone_hydration_enabled",
+        GAUGE,
+        "1: the background copies.",
+        _field("hydration"),
+    ),
+    _target(
+        "clone",
+        "clone_source_open",
+        GAUGE,
+        "1: the source of a clone is open.",
+        _field("source_open"),
+    ),
+    _target(
+        "clone",
+        "clone_source_changed",
+        GAUGE,
+        "1: the source has become another image, and nothing more is copied.",
+        lambda it: bool(it.fields.get("source_changed")),
+    ),
+    _target(
+        "cache",
+        "cache_size_bytes",
+        GAUGE,
+        "Size of a cache.",
+        _field("cache_blocks_total", _BLOCK),
+    ),
+    _target(
+        "cache",
+        "cache_used_bytes",
+        GAUGE,
+        "Bytes of a cache that hold something.",
+        _field("cache_blocks_used", _BLOCK),
+    ),
+    _target(
+        "cache",
+        "cache_dirty_bytes",
+        GAUGE,
+        "Bytes that only the cache has: the origin is older.",
+        _field("dirty_bytes"),
+    ),
+    _target(
+        "cache",
+        "cache_migrating_bytes",
+        GAUGE,
+        "Bytes that are being copied between cache and origin.",
+        _field("migrating", _BLOCK),
+    ),
+    _target(
+        "cache",
+        "cache_read_hits_total",
+        COUNTER,
+        "Reads that found their block in the cache. This and the next three go on after a restart.",
+        _field("read_hits"),
+    ),
+    _target(
+        "cache",
+        "cache_read_misses_total",
+        COUNTER,
+        "Reads that did not.",
+        _field("read_misses"),
+    ),
+    _target(
+        "cache",
+        "cache_write_hits_total",
+        COUNTER,
+        "Writes that found their block in the cache.",
+        _field("write_hits"),
+    ),
+    _target(
+        "cache",
+        "cache_write_misses_total",
+        COUNTER,
+        "Writes that did not.",
+        _field("write_misses"),
+    ),
+    _target(
+        "cache",
+        "cache_promotions_total",
+        COUNTER,
+        "Blocks that were copied into the cache.",
+        _field("promotions"),
+    ),
+    _target(
+        "cache",
+        "cache_demotions_total",
+        COUNTER,
+        "Blocks that were removed from the cache to make room.",
+        _field("demotions"),
+    ),
+    _target(
+        "cache",
+        "cache_copy_errors_total",
+        COUNTER,
+        "Copies of a cache that have failed.",
+        _field("errors"),
+    ),
+    _target(
+        "cache",
+        "cache_needs_check",
+        GAUGE,
+        "1: a commit has failed, and `nbdtarget metadata check` must look at the metadata.",
+        _field("needs_check"),
+    ),
+    _target(
+        "cache",
+        "cache_distrusts_cache_device",
+        GAUGE,
+        "1: the cache device has failed a flush, and clean blocks are read from the origin.",
+        _field("distrusts_cache_device"),
+    ),
+    _both(
+        "metadata_read_only",
+        GAUGE,
+        "1: a commit has failed, and nothing is recorded any more until the table is loaded again.",
+        _is_not_writable,
+    ),
+    _both(
+        "metadata_size_bytes",
+        GAUGE,
+        "Size of the metadata of a clone or a cache.",
+        _field("metadata_blocks_total", 4096),
+    ),
+    _both(
+        "metadata_used_bytes",
+        GAUGE,
+        "Bytes of it that are in use.",
+        _field("metadata_blocks_used", 4096),
+    ),
+    _both(
+        "commits_total",
+        COUNTER,
+        "Commits of the metadata since the table was loaded.",
+        _field("commits"),
+    ),
+    _both(
+        "commit_time_seconds_total",
+        COUNTER,
+        "Time that they have taken, added up.",
+        _field("commit_time_s"),
+    ),
+)
+
+FAMILIES: Final = (*SERVER, *DEVICE, *TARGET)

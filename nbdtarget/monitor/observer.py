@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Observer`: takes the figures of a running server.
+
+Nothing is counted here: the numbers are those that the rooms below keep anyway. Of many devices they are taken in
+parts, and in between the loop serves everything else.
+"""
+
+import asyncio
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from nbdtarget import __version__
+from nbdtarget.common.clock import sleep, wall_clock_s
+from nbdtarget.common.units import SECTOR
+from nbdtarget.control.fields import Certificate
+from nbdtarget.control.figures import (
+    Bound,
+    ClientFigures,
+    DeviceFigures,
+    FiguresAnswer,
+    Histogram,
+    OperationFigures,
+    TargetFigures,
+)
+from nbdtarget.control.verbs import below_lines
+from nbdtarget.devices.base import Device
+from nbdtarget.dm.mapped_device import MappedDevice, State
+from nbdtarget.dm.registry import Registry
+from nbdtarget.fast.compiled import IS_COMPILED
+from nbdtarget.monitor.loop_lag import BOUNDS_S, LoopLag
+from nbdtarget.server.listener import Listener
+from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Account, Traffic
+
+__all__ = ["Observer"]
+
+EXPOSITION: Final = "nbdtarget.monitor.exposition"
+DEVICES_AT_ONCE: Final = 64
+TARGETS_MAX: Final = 64  # of one device; the rest of a longer table is left out
+_SERVER_BOUNDS: Final = (
+    "peer_connections_max",
+    "export_connections_max",
+    "requests_in_flight_max",
+    "bytes_in_flight_max",
+    "export_requests_max",
+    "export_bytes_max",
+)
+
+
+class Observer:
+    """See the module head.
+
+    Args: certificates: returns those of the server, and until when each is valid (Unix time).
+    Attributes: has_device_metrics: metrics tell of each device; with thousands of devices that may be too many lines.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        listener: Listener,
+        certificates: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self._registry = registry
+        self._listener = listener
+        self._certificates = certificates
+        self.loop_lag = LoopLag(registry.clock)
+        self.has_device_metrics = True
+
+    async def figures(self, names: Sequence[str] = ()) -> FiguresAnswer:
+        """Take the figures of these devices, none: of all, and of the server.
+
+        Raises: TableError: there is no such device.
+        """
+        self.loop_lag.start()
+        registry, listener = self._registry, self._listener
+        devices = [registry.get(name) for name in names] or registry.devices()
+        found = []
+        for nr, device in enumerate(devices, 1):
+            if device.state is not State.REMOVED:  # meanwhile
+                found.append(self._device(device))
+            if not nr % DEVICES_AT_ONCE:
+                await sleep(0)
+        traffic = listener.accounts.all
+        return FiguresAnswer(
+            time_s=wall_clock_s(),
+            version=__version__,
+            fast_path=IS_COMPILED,
+            pid=os.getpid(),
+            devices=tuple(found),
+            clients=tuple(self._clients()),
+            bounds=self._bounds(),
+            waiting=0 if listener.budget is None else listener.budget.nr_waiters,
+            refused=listener.nr_refused,
+            operations=_operations(traffic),
+            latencies=_latencies(traffic),
+            latency_bounds_s=tuple(bound / 1e9 for bound in BOUNDS_NS),
+            loop_lag=Histogram(tuple(self.loop_lag.counts), self.loop_lag.sum_s),
+            loop_lag_bounds_s=BOUNDS_S,
+            certificates=tuple(
+                Certificate(*each) for each in self._certificates().items()
+            ),
+        )
+
+    async def metrics(self) -> bytes:
+        """Return all figures as the text that Prometheus reads."""
+        # Here, and in a thread: prometheus-client takes 150 ms to import.
+        module = await asyncio.to_thread(importlib.import_module, EXPOSITION)
+        text: bytes = await module.exposition(
+            await self.figures(), has_devices=self.has_device_metrics
+        )
+        return text
+
+    def _device(self, device: MappedDevice) -> DeviceFigures:
+        active = device.active
+        failure = "" if device.has_table else device.failure
+        share = self._listener.share_of(device)
+        return DeviceFigures(
+            name=device.dm_name,
+            uuid=device.uuid,
+            size=device.size,
+            suspended=device.state is not State.ACTIVE,
+            failed=bool(failure) or (active is not None and active.failed),
+            failure=failure,
+            event_nr=device.event_nr,
+            connections=0 if share is None else share.nr_connections,
+            in_flight=0 if share is None else share.nr_requests,
+            operations=_operations(self._listener.accounts.of(device)),
+            targets=_targets(device),
+            deps=tuple(self._registry.deps(device)),
+            below=below_lines(device),
+            losses=device.losses,
+        )
+
+    def _clients(self) -> "list[ClientFigures]":
+        return [
+            ClientFigures(
+                peer=each.peer,
+                device=_name(each.device),
+                identity=str(each.identity),
+                in_flight=each.in_flight,
+                operations=_operations(each.traffic),
+            )
+            for each in self._listener.clients()
+        ]
+
+    def _bounds(self) -> tuple[Bound, ...]:
+        limits, budget = self._listener.limits, self._listener.budget
+        used = {
+            "connections_max": self._listener.nr_connections,
+            "requests_total_max": 0 if budget is None else budget.nr_requests,
+            "bytes_total_max": 0 if budget is None else budget.nr_bytes,
+        }
+        return (
+            *(Bound(name, getattr(limits, name), nr) for name, nr in used.items()),
+            *(Bound(name, getattr(limits, name)) for name in _SERVER_BOUNDS),
+        )
+
+
+def _name(device: Device | None) -> str:
+    return device.dm_name if isinstance(device, MappedDevice) else ""
+
+
+def _operations(traffic: Traffic | Account | None) -> dict[str, OperationFigures]:
+    found: dict[str, OperationFigures] = {}
+    if traffic is not None:
+        for command, name in OPERATIONS.items():
+            nr, nr_bytes, taken_ns, nr_failed = traffic.totals(command)
+            if nr or nr_failed:
+                found[name] = OperationFigures(nr, nr_bytes, taken_ns / 1e9, nr_failed)
+    return found
+
+
+def _latencies(traffic: Account) -> dict[str, Histogram]:
+    found = {}
+    for command, name in OPERATIONS.items():
+        _, _, taken_ns, _ = traffic.totals(command)
+        found[name] = Histogram(traffic.buckets(command), taken_ns / 1e9)
+    return found
+
+
+def _targets(device: MappedDevice) -> tuple[TargetFigures, ...]:
+    table = device.active
+    if table is None:
+        return ()
+    return tuple(
+        TargetFigures(
+            target.begin // SECTOR,
+            target.length // SECTOR,
+            target.type_name,
+            {} if table.failed else target.status_fields(),
+        )
+        for target in table.targets[:TARGETS_MAX]
+    )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long `/metrics` takes of a server with many devices that clients have used, and how long the event loop stands still for it.
+
+    python -m scripts.bench_metrics [DEVICES]
+
+The devices are in this process. Each has numbers for all operations.
+"""
+
+import asyncio
+import sys
+from statistics import median
+from typing import Final
+
+from nbdtarget.common.clock import perf_counter_ns
+from nbdtarget.devices import resolve
+from nbdtarget.dm.registry import Registry
+from nbdtarget.monitor.observer import Observer
+from nbdtarget.server.listener import Listener
+from nbdtarget.server.traffic import OPERATIONS
+
+NR_DEVICES: Final = 1000
+ROUNDS: Final = 11
+MS_NS: Final = 1e6
+
+
+async def _longest_turn_ns(until: asyncio.Task[bytes]) -> int:
+    longest, before = 0, perf_counter_ns()
+    while not until.done():
+        await asyncio.sleep(0)
+        now = perf_counter_ns()
+        longest, before = max(longest, now - before), now
+    return longest
+
+
+async def measure(nr_devices: int) -> str:
+    """Returns what is printed."""
+    registry = Registry(resolve)
+    listener = Listener(registry)
+    for nr in range(nr_devices):
+        name = f"disk-{nr:04}"
+        device = await registry.create(name, "0 2048 linear memory:1M 0")
+        traffic = listener.accounts.open(device)
+        for command in OPERATIONS:
+            traffic.note(command, 1000 + nr, 4096 * nr, 30_000)
+    observer = Observer(registry, listener)
+    await observer.metrics()  # imports what it needs
+    alone, turns, size = [], [], 0
+    for _ in range(ROUNDS):
+        begun = perf_counter_ns()
+        text = await observer.metrics()
+        alone.append(perf_counter_ns() - begun)
+        size = len(text.splitlines())
+        task = asyncio.create_task(observer.metrics())
+        turns.append(await _longest_turn_ns(task))
+    observer.loop_lag.stop()
+    await registry.close()
+    return (
+        f"{nr_devices} devices, {size} lines: {median(alone) / MS_NS:.1f} ms"
+        f" ({min(alone) / MS_NS:.1f} to {max(alone) / MS_NS:.1f});"
+        f" longest turn of the loop {median(turns) / MS_NS:.1f} ms"
+    )
+
+
+def main() -> int:
+    """Measure and print."""
+    import uvloop
+
+    nr_devices = int(sys.argv[1]) if len(sys.argv) > 1 else NR_DEVICES
+    print(uvloop.run(measure(nr_devices)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

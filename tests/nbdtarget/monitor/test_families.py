@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of metrics follows Prometheus' rules, and each family of a target reads a field that the target has."""
+
+from nbdtarget.control.status_fields import STATUS_FIELDS
+from nbdtarget.monitor.exposition import rows_of
+from nbdtarget.monitor.families import FAMILIES, TARGET
+from tests.support.served import Served
+
+
+def test_names_are_unique_and_say_what_they_count() -> None:
+    names = [family.name for family in FAMILIES]
+    assert len(set(names)) == len(names)
+    for family in FAMILIES:
+        assert family.name.startswith("nbdtarget_")
+        assert family.name.endswith("_total") is (family.kind == "counter")
+        assert family.help.endswith(".")
+
+
+async def test_each_family_of_a_target_has_a_value(served: Served) -> None:
+    figures = await served.figures()
+    device = {"clone": "c", "cache": "k"}
+    for family in TARGET:
+        types = family.target.split()
+        assert set(types) <= STATUS_FIELDS.keys()
+        rows = list(rows_of(family, figures))
+        labels = [labels for _, labels, _ in rows]
+        assert labels == [(device[each], "0") for each in types], family.name
+        assert all(value >= 0 for _, _, value in rows)
+
+
+async def test_no_line_comes_twice(served: Served) -> None:
+    figures = await served.figures()
+    for family in FAMILIES:
+        rows = [(suffix, labels) for suffix, labels, _ in rows_of(family, figures)]
+        assert len(set(rows)) == len(rows), family.name
+        for suffix, labels in rows:
+            assert len(labels) == len(family.labels) + (suffix == "_bucket")
+
+
+async def test_hydrated_bytes_of_a_short_last_region_are_not_more_than_the_disk(
+    served: Served,
+) -> None:
+    figures = await served.figures("c")
+    (target,) = figures.devices[0].targets
+    target.length -= 1
+    target.fields["regions_hydrated"] = target.fields["regions_total"]
+    (family,) = [each for each in TARGET if each.name.endswith("hydrated_bytes")]
+    assert [value for _, _, value in rows_of(family, figures)] == [target.length * 512]
