@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Alerts and dashboard for Prometheus and Grafana: Prometheus itself runs them, and they name no metric that the server has not."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from nbdtarget.monitor.families import FAMILIES
+from tests.support.places import ROOT
+
+ALERTS = ROOT / "contrib/prometheus/nbdtarget.rules.yml"
+TESTS = ROOT / "contrib/prometheus/nbdtarget.test.yml"
+DASHBOARD = ROOT / "contrib/grafana/nbdtarget.json"
+
+
+def promtool(*words: str) -> None:
+    program = shutil.which("promtool")
+    if program is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    done = subprocess.run(
+        [program, *words], cwd=TESTS.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def expressions() -> list[str]:
+    """Of all panels and variables."""
+    board = json.loads(DASHBOARD.read_text())
+    panels: list[dict[str, Any]] = [p for p in board["panels"] if p["type"] != "row"]
+    assert len(panels) > 15
+    found = [target["expr"] for panel in panels for target in panel["targets"]]
+    return found
+
+
+def names_in(text: str) -> set[str]:
+    return set(re.findall(r"\bnbdtarget_\w+", text))
+
+
+def metrics() -> set[str]:
+    names = {family.name for family in FAMILIES}
+    histograms = [family.name for family in FAMILIES if family.kind == "histogram"]
+    return names | {
+        f"{name}_{suffix}"
+        for name in histograms
+        for suffix in ("bucket", "sum", "count")
+    }
+
+
+@pytest.mark.parametrize("path", [ALERTS, TESTS, DASHBOARD], ids=lambda path: path.name)
+def test_every_metric_that_is_named_exists(path: Path) -> None:
+    names = names_in(path.read_text())
+    assert len(names) > 8
+    assert names - metrics() == set()
+
+
+def test_alerts_fire_when_they_should() -> None:
+    promtool("test", "rules", TESTS.name)
+
+
+def test_each_alert_has_a_test() -> None:
+    (group,) = yaml.safe_load(ALERTS.read_text())["groups"]
+    tests = yaml.safe_load(TESTS.read_text())["tests"]
+    fired = {
+        rule["alertname"]
+        for test in tests
+        for rule in test["alert_rule_test"]
+        if rule["exp_alerts"]
+    }
+    assert {rule["alert"] for rule in group["rules"]} == fired
+
+
+def test_prometheus_understands_each_panel(tmp_path: Path) -> None:
+    rules = [
+        {"record": f"panel:{nr}", "expr": re.sub(r"\$__rate_interval", "1m", each)}
+        for nr, each in enumerate(expressions())
+    ]
+    path = tmp_path / "panels.yml"
+    path.write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
+    promtool("check", "rules", str(path))
+
+
+def test_panels_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert max(x for x, _ in cells) < 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
