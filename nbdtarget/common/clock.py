@@ -4,7 +4,7 @@ run a whole server on a simulated one and replay it from a seed.
 
 What has no `Clock` takes its time from the functions here, and from nowhere else:
 
-    sleep, timeout, wait_within
+    sleep, timeout, wait_within, loop_time_s
                        on the loop's time, which a simulated loop simulates
     monotonic_ns       how long a system call took, when to print the next line
     perf_counter_ns    how long a connection has polled its socket
@@ -22,6 +22,7 @@ __all__ = [
     "Clock",
     "LoopClock",
     "Timer",
+    "loop_time_s",
     "monotonic_ns",
     "perf_counter_ns",
     "sleep",
@@ -29,6 +30,11 @@ __all__ = [
     "wait_within",
     "wall_clock_s",
 ]
+
+
+def loop_time_s() -> float:
+    """Return the time of the running loop: monotonic, and simulated if the loop is."""
+    return asyncio.get_running_loop().time()
 
 
 async def wait_within(

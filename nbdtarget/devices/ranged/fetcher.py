@@ -26,7 +26,7 @@ import random
 from collections.abc import Callable
 from typing import Final
 
-from nbdtarget.common.clock import sleep, timeout, wall_clock_s
+from nbdtarget.common.clock import loop_time_s, sleep, timeout, wall_clock_s
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.ranged.pin import Pin
@@ -99,18 +99,17 @@ class Fetcher:
 
         Raises: DeviceError: the image has changed, or there was no answer for `source_timeout`.
         """
-        loop = asyncio.get_running_loop()
         attempt = _Attempt(begin, take, self._traffic)
         nr_failures = 0
-        since_s = loop.time()
+        since_s = loop_time_s()
         while attempt.at < end:
             if self.is_over:
                 raise self._error(begin, end)
-            if (wait_s := self._not_before_s - loop.time()) > 0:
+            if (wait_s := self._not_before_s - loop_time_s()) > 0:
                 await sleep(wait_s)
                 continue
             await slots.acquire()
-            began_s, began_at = loop.time(), attempt.at
+            began_s, began_at = loop_time_s(), attempt.at
             nr_renewals = self._nr_renewals
             try:
                 await self._ask(attempt, end, is_urgent=is_urgent)
@@ -129,7 +128,7 @@ class Fetcher:
                 self.change(failure.reason)
                 continue
             if attempt.at > began_at:
-                nr_failures, since_s = 0, loop.time()
+                nr_failures, since_s = 0, loop_time_s()
             nr_failures += 1
             self._traffic.retries += 1
             if isinstance(failure, SourceDenied) and await self._renew(nr_renewals):
@@ -165,15 +164,14 @@ class Fetcher:
         wanted: tuple[int, int],
     ) -> None:
         """Wait before the next attempt. Raises: DeviceError: there is none."""
-        loop = asyncio.get_running_loop()
         asked_s = failure.retry_after_s if isinstance(failure, SourceAway) else None
         if asked_s is not None:
-            self._not_before_s = max(self._not_before_s, loop.time() + asked_s)
+            self._not_before_s = max(self._not_before_s, loop_time_s() + asked_s)
         if nr_failures >= FAILURES_QUIET:
             self._note_away(failure.reason)
         wait_s = delay_s(nr_failures, self._jitter, asked_s)
         if self._source_timeout_s:
-            left_s = since_s + self._source_timeout_s - loop.time()
+            left_s = since_s + self._source_timeout_s - loop_time_s()
             if left_s <= 0:
                 self._note_away(failure.reason)
                 raise self._error(*wanted)
@@ -182,13 +180,15 @@ class Fetcher:
 
     async def _renew(self, nr_before: int) -> bool:
         """Renew credentials or the URL, unless that was done since `nr_before`; return whether to ask again at once."""
-        loop = asyncio.get_running_loop()
         async with self._renewing:
             if self._nr_renewals != nr_before:
                 return True
-            if not self._renewal_helped and loop.time() < self._renewed_s + RENEW_S_MIN:
+            if (
+                not self._renewal_helped
+                and loop_time_s() < self._renewed_s + RENEW_S_MIN
+            ):
                 return False
-            self._renewed_s = loop.time()
+            self._renewed_s = loop_time_s()
             self._renewal_helped = False  # until there is an answer
             try:
                 is_new = await self.store.renew()

@@ -8,6 +8,8 @@ all requests that were under way together, because they tell of one overload.
 import asyncio
 from collections import deque
 
+from nbdtarget.common.clock import loop_time_s
+
 __all__ = ["Slots"]
 
 
@@ -66,7 +68,7 @@ class Slots:
     def note_overload(self, began_s: float) -> None:
         """A request that began at `began_s` (the loop's time) found the source overloaded."""
         if began_s >= self._halved_s:
-            self._halved_s = asyncio.get_running_loop().time()
+            self._halved_s = loop_time_s()
             self.width = max(self.width // 2, self.width_min)
             self._nr_good = 0
 

@@ -238,7 +238,11 @@ def test_record_that_is_no_message_is_refused(body: bytes) -> None:
     store = Store(8 * BLOCK_SIZE)
     data, digest = seal(RECORD_MAGIC, 4, body)
     store.durable[4 * BLOCK_SIZE : 5 * BLOCK_SIZE] = data
-    with pytest.raises(CorruptMetadata, match="snapshot or journal record"):
+    # Where Python has room for so deep a field, the record can be read, and is another one than expected.
+    refused = "snapshot or journal record"
+    if body.startswith(b"\x95"):
+        refused += "|predecessor of test record"
+    with pytest.raises(CorruptMetadata, match=refused):
         read_back(store, Chain(block=5, end=8, digest=digest), 64)
 
 

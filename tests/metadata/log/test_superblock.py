@@ -245,12 +245,17 @@ def test_intact_envelope_around_no_message_is_corrupt(body: bytes) -> None:
         choose(put_body(body))
 
 
-def test_later_fields_that_are_too_deep_are_corrupt() -> None:
+def test_later_fields_that_are_too_deep_are_skipped_or_corrupt() -> None:
+    # How deep is too deep is up to Python: 3.12 and later have more room.
     fields = msgspec.to_builtins(make_superblock(N), builtin_types=(bytes,))
     body = bytearray(msgspec.msgpack.encode([*fields, 0]))
     body[-1:] = b"\x91" * 3000 + b"\0"
-    with pytest.raises(CorruptMetadata, match="a clone superblock"):
-        choose(put_body(bytes(body)))
+    try:
+        found = choose(put_body(bytes(body))).superblock.generation
+    except CorruptMetadata as error:
+        assert "a clone superblock" in str(error)  # noqa: PT017 - one of two outcomes
+    else:
+        assert found == N
 
 
 @pytest.mark.parametrize("field", ["generation", "nr_commits", "nr_compactions"])

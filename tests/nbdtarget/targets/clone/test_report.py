@@ -79,6 +79,9 @@ async def test_fields_say_what_is_set_and_where_it_stands() -> None:
         "regions_failed": 0,
         "retry_in_s": None,
         "source_open": True,
+        "source_changed": None,
+        "commits": 0,
+        "commit_time_s": 0.0,
     }
     rig.source.let_go()
     await rig.stop()
