@@ -135,6 +135,15 @@ MaxConnectionsPerPeer = Annotated[
         " configuration file.",
     ),
 ]
+State = Annotated[
+    str | None,
+    typer.Option(
+        "--state",
+        metavar="DIRECTORY",
+        help="Where the devices of `create --persist' are kept: they are there again after a restart."
+        " Default: state of the configuration file, or $STATE_DIRECTORY, or nowhere.",
+    ),
+]
 
 
 def check_run(command: str | None, *, json: bool) -> None:
@@ -163,6 +172,7 @@ def serve(
         ),
     ] = None,
     config: ConfigFile = None,
+    state: State = None,
     socket_mode: SocketMode = None,
     socket_owner: SocketOwner = None,
     socket_group: SocketGroup = None,
@@ -205,6 +215,7 @@ def serve(
         stop_timeout=stop_timeout,
         run=run,
         metrics=(metrics, metrics_devices),
+        state=state,
         security=network.options(),
         sockets=SocketOptions(*nbd_access, *control_access),
     )

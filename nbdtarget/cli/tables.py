@@ -60,6 +60,14 @@ Overwrite = Annotated[
         help="Make new metadata even though the disk holds data. The data is lost.",
     ),
 ]
+Persist = Annotated[
+    bool,
+    typer.Option(
+        "--persist",
+        help="Have the device again after a restart of the server, with the table that it has then. The"
+        " server must keep state: `serve --state'.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -102,6 +110,7 @@ def create(
         ),
     ] = False,
     rotational: Rotational = None,
+    persist: Persist = False,
     overwrite: Overwrite = False,
     moved: Moved = False,
     accept_other_disk: AcceptOtherDisk = False,
@@ -115,7 +124,7 @@ def create(
         overwrite=overwrite, moved=moved, accept_other_disk=accept_other_disk
     )
     if concise:
-        is_alone = not (table or notable or readonly or uuid or file)
+        is_alone = not (table or notable or readonly or uuid or file or persist)
         if not is_alone or minor is not None or rotational is not None:
             raise typer.BadParameter(
                 "--concise takes one argument and no other options"
@@ -136,6 +145,7 @@ def create(
         minor=minor,
         permissions=tuple(allowed),
         rotational=rotational,
+        persist=persist,
     )
     ask(control, "create", request, m.Done, about=name)
 

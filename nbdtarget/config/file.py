@@ -81,6 +81,7 @@ _FILE_KEYS: Final[dict[str, Any]] = {
     "control_token_file": str,
     "metrics": str,
     "metrics_devices": bool,
+    "state": str,
     "stop_timeout": float,
     **dict.fromkeys(SocketOptions._fields, str),
     "limits": dict[str, Any],
@@ -201,6 +202,7 @@ class Config:
     tls: TlsOptions = TLS_UNSAID
     listen_tls: Mapping[str, TlsOptions] = field(default_factory=dict)
     access: tuple[str, ...] | None = None
+    state: str | None = None
 
     @property
     def access_by_export(self) -> dict[str, tuple[str, ...]]:
@@ -312,6 +314,7 @@ class _Reader:
             tls=tls,
             listen_tls=self._listen_tls,
             access=self._access((), keys),
+            state=str(directory / keys["state"]) if "state" in keys else None,
         )
 
     def _mistake(self, path: KeyPath, reason: str) -> None:

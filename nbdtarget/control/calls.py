@@ -39,7 +39,14 @@ class Calls:
         call: Callable[[Any], Coroutine[Any, Any, Answer]] = getattr(self._verbs, verb)
         try:
             with self._verbs.running(verb):
-                return await call(request)
+                try:
+                    answer = await call(request)
+                except NbdTargetError:
+                    # A table that was refused in the end may have been written down.
+                    await self._verbs.save_state(verb)
+                    raise
+                await self._verbs.save_state(verb)
+                return answer
         except NbdTargetError:
             raise
         except Exception:

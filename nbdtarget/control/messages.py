@@ -144,6 +144,10 @@ class Create(Request):
             "Whether clients are told that the disk is rotational; null: as the disks."
         ),
     ] = None
+    persist: Annotated[
+        bool,
+        told("The device is there again after a restart of a server that keeps state."),
+    ] = False
 
 
 class Load(Request):

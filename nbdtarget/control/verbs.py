@@ -27,7 +27,7 @@ from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
 from nbdtarget.targets.base import StatusFields, Target
 
-__all__ = ["Monitor", "Verbs", "below_lines"]
+__all__ = ["DeviceState", "Monitor", "Verbs", "below_lines"]
 
 
 class Monitor(Protocol):
@@ -42,6 +42,30 @@ class Monitor(Protocol):
         ...
 
 
+class DeviceState(Protocol):
+    """Where a server keeps devices that survive it; see `nbdtarget.config.state`."""
+
+    async def keep(self, device: MappedDevice) -> None:
+        """Keep a device from now on. Raises: TableError: it is not kept."""
+
+    async def save(self) -> None:
+        """Write down what a verb has changed. Raises: TableError: it could not be written."""
+
+
+class _NoState:
+    """Of a server that was not told where to keep devices."""
+
+    async def keep(self, device: MappedDevice) -> None:
+        raise TableError(
+            f"this server keeps no state, so {device.dm_name} would not survive it: start the server with"
+            " `serve --state DIRECTORY', or put the device into its configuration file",
+            errnos.EOPNOTSUPP,
+        )
+
+    async def save(self) -> None:
+        """Nothing is kept."""
+
+
 class Verbs:
     """Each method takes its verb's request and returns its answer.
 
@@ -53,6 +77,7 @@ class Verbs:
         monitor: has the figures of the server; None: nothing has.
     Attributes:
         held: why nothing may be changed now; "": it may.
+        state: where devices are kept that survive the server.
     Raises (all methods): TableError, ConstructorError, ResolveError.
     """
 
@@ -73,6 +98,7 @@ class Verbs:
         self.hand_over = hand_over
         self._changing: list[str] = []
         self.held = ""
+        self.state: DeviceState = _NoState()
 
     @contextmanager
     def running(self, verb: str) -> Iterator[None]:
@@ -87,6 +113,11 @@ class Verbs:
             yield
         finally:
             self._changing.remove(verb)
+
+    async def save_state(self, verb: str) -> None:
+        """Write down what `verb` has changed of the devices that survive the server. Raises: TableError."""
+        if verb not in m.READING_VERBS and verb not in ("wait", "upgrade"):
+            await self.state.save()
 
     async def upgrade(self, _: m.Upgrade) -> m.UpgradeAnswer:
         """Hand over to a new process, which serves the same devices to the same clients.
@@ -103,8 +134,11 @@ class Verbs:
         return m.UpgradeAnswer(await self.hand_over())
 
     async def create(self, request: m.Create) -> m.Done:
-        """Create a device; with a table, load and resume it in one go."""
-        await self._registry.create(
+        """Create a device; with a table, load and resume it in one go.
+
+        Durable: with `persist`, that it exists.
+        """
+        device = await self._registry.create(
             request.name,
             request.table,
             uuid=request.uuid,
@@ -114,6 +148,12 @@ class Verbs:
             permissions=frozenset(request.permissions),
             rotational=request.rotational,
         )
+        if request.persist:
+            try:
+                await self.state.keep(device)
+            except TableError:
+                await self._registry.remove(device.dm_name)
+                raise
         return m.Done()
 
     async def load(self, request: m.Load) -> m.Done:

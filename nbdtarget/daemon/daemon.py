@@ -164,8 +164,10 @@ class Daemon:
         )
         self._metrics: ControlServer | None = None
         self._upgrading: asyncio.Task[int] | None = None
-        self._pause_config: Callable[[], Awaitable[None]] = _do_nothing
-        self._resume_config: Callable[[], Awaitable[None]] = _do_nothing
+        # What follows files: how to pause it before a hand-over, and how to go on.
+        self._followed: list[
+            tuple[Callable[[], Awaitable[None]], Callable[[], Awaitable[None]]]
+        ] = []
         self._moved: Moved | None = None
         self._heir: subprocess.Popen[bytes] | None = None
         self.plan = b""
@@ -242,8 +244,11 @@ class Daemon:
         pause: Callable[[], Awaitable[None]],
         resume: Callable[[], Awaitable[None]],
     ) -> None:
-        """Have `pause` called before a hand-over, and `resume` if it fails. Raises of `pause`: it is not begun."""
-        self._pause_config, self._resume_config = pause, resume
+        """Have `pause` called before a hand-over, and `resume` if it fails.
+
+        Only the `pause` of the first call may raise: the hand-over is not begun then.
+        """
+        self._followed.append((pause, resume))
 
     async def upgrade(self) -> int:
         """Start this program again, and hand over to it. Returns its process number.
@@ -269,14 +274,16 @@ class Daemon:
             )
         if reasons := refusals(self.registry):
             raise TableError("; ".join(reasons), errnos.EBUSY)
-        await self._pause_config()
+        for pause, _ in self._followed:
+            await pause()
         self.notifier.reloading("handing over to a new process")
         try:
             heir = await hand_over(self, [sys.executable, *sys.orig_argv[1:]])
         except BaseException as error:
             # Also when a signal to stop has cancelled it: what was paused goes on until the stop.
             log.error("not handed over: %s", error or type(error).__name__)
-            await self._resume_config()
+            for _, resume in self._followed:
+                await resume()
             self.tell_ready()
             raise
         self.has_handed_over, self._heir = True, heir
@@ -563,7 +570,3 @@ class Daemon:
         if self._control is not None:
             closing = asyncio.create_task(self._control.close())
             await wait_within([closing], CONTROL_S_MAX)
-
-
-async def _do_nothing() -> None:
-    """There is no configuration file."""

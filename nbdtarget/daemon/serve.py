@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nbdtarget serve`: one process with the devices of a configuration file, or with none at first."""
 
+import asyncio
+import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -23,7 +25,13 @@ from nbdtarget.daemon.security import SecurityOptions, security_of
 from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.server.limits import Limits
 
+if TYPE_CHECKING:
+    from nbdtarget.config.file import Config
+    from nbdtarget.config.state import StateDirectory
+
 __all__ = ["ServeOptions", "default_listen", "serve_until_stopped"]
+
+STATE_VARIABLE: Final = "STATE_DIRECTORY"
 
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +41,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.
     `limits`: fields of `Limits`, over those of the file. `run`: a shell command, see `ClientCommand`.
     `metrics`: an address for metrics alone, and whether metrics tell of each device.
+    `state`: a directory, see `nbdtarget.config.state`.
     """
 
     listen: tuple[str, ...] = ()
@@ -45,6 +54,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     security: SecurityOptions = SecurityOptions()
     run: str | None = None
     metrics: tuple[str | None, bool | None] = (None, None)
+    state: str | None = None
 
 
 def default_listen(name: str, access: SocketAccess = PRIVATE) -> str:
@@ -65,15 +75,7 @@ async def serve_until_stopped(
     `ready` is called with the URIs. Returns the exit status: 1 if not everything could be committed.
     Raises: NbdTargetError.
     """
-    if options.config is None:
-        config = None
-    else:
-        # Here: most servers are one clone, and need none of it.
-        from nbdtarget.config.devices import ConfiguredDevices
-        from nbdtarget.config.file import read
-        from nbdtarget.targets.registry import TARGET_TYPES
-
-        config = read(options.config, TARGET_TYPES)
+    config = _config_of(options)
     stop_timeout = options.stop_timeout
     if stop_timeout is None and config is not None:
         stop_timeout = config.stop_timeout
@@ -99,23 +101,31 @@ async def serve_until_stopped(
     if has_devices is None:
         has_devices = getattr(config, "metrics_devices", None) is not False
     daemon.monitor.has_device_metrics = has_devices
+    state = _state_of(options, config, daemon)
     daemon.catch_signals(sighup_reloads=config is not None)
     offer = maybe_offer()
     try:
         if offer is None:
+            await _open_state(state, config)
             await daemon.open_control(address, token=token, passed=passed.control)
             await daemon.open_metrics(metrics, passed.metrics)
         else:
             await daemon.take_over(offer, token=token)
+            try:
+                await _open_state(state, config)
+            except NbdTargetError as error:
+                await offer.fail(error)
+                raise
             await daemon.go_on(offer)
         if config is not None:
-            devices = ConfiguredDevices(daemon.registry, config, daemon.follow_rules)
-            daemon.before_close(devices.close)
-            await daemon.until_stopped(devices.start())
-            if daemon.stop.is_set():
-                return 0
-            daemon.follow_reloads(devices.reload_and_tell)
-            daemon.follow_config(devices.pause, devices.start)
+            await _follow_config(daemon, config)
+        if state is not None and not daemon.stop.is_set():
+            daemon.before_close(state.close)
+            daemon.follow_config(state.pause, state.resume)
+            daemon.verbs.state = state
+            await daemon.until_stopped(state.restore())
+        if daemon.stop.is_set():
+            return 0
         if offer is None:
             await daemon.listen(addresses, passed.nbd)
             ready(daemon.uris)
@@ -127,3 +137,52 @@ async def serve_until_stopped(
         daemon.release_signals()
         await daemon.close()
     return daemon.exit_status(0 if daemon.is_committed else 1)
+
+
+def _config_of(options: ServeOptions) -> "Config | None":
+    """Read the configuration file, if there is one. Raises: NbdTargetError."""
+    if options.config is None:
+        return None
+    # Here: most servers are one clone, and need none of it.
+    from nbdtarget.config.file import read
+    from nbdtarget.targets.registry import TARGET_TYPES
+
+    return read(options.config, TARGET_TYPES)
+
+
+async def _follow_config(daemon: Daemon, config: "Config") -> None:
+    """Make the devices of the file, and follow it from now on, unless the server is stopped meanwhile."""
+    from nbdtarget.config.devices import ConfiguredDevices
+
+    devices = ConfiguredDevices(daemon.registry, config, daemon.follow_rules)
+    daemon.before_close(devices.close)
+    await daemon.until_stopped(devices.start())
+    if not daemon.stop.is_set():
+        daemon.follow_reloads(devices.reload_and_tell)
+        daemon.follow_config(devices.pause, devices.start)
+
+
+def _state_of(
+    options: ServeOptions, config: "Config | None", daemon: Daemon
+) -> "StateDirectory | None":
+    """Where devices are kept that commands make; None: nowhere.
+
+    It is what the option says, else the configuration file, else systemd (`StateDirectory=`).
+    """
+    # systemd names several directories with colons between them; the first one is ours.
+    given = os.environ.get(STATE_VARIABLE, "").split(":")[0]
+    directory = options.state or getattr(config, "state", None) or given
+    if not directory:
+        return None
+    from nbdtarget.config.state import StateDirectory
+    from nbdtarget.targets.registry import TARGET_TYPES
+
+    return StateDirectory(directory, daemon.registry, TARGET_TYPES)
+
+
+async def _open_state(state: "StateDirectory | None", config: "Config | None") -> None:
+    """Raises: NbdTargetError: the directory cannot be used, and is as it was."""
+    if state is not None:
+        configured = () if config is None else config.devices
+        where = "" if config is None else config.path
+        await asyncio.to_thread(state.open, {each.name: where for each in configured})

@@ -94,6 +94,7 @@ class MappedDevice(HasFastPath):
         failure: why it has no table although the configuration file gives it one, or "". It means nothing
             once there is a table.
         is_uncommitted: it has been removed, and what had ended could not be flushed before.
+        before_live: awaited in a swap, when the old table has committed and no request runs through the new one yet.
         has_lost_writes: it has been removed, and its table had lost writes (`Table.has_lost_writes`).
     """
 
@@ -130,6 +131,7 @@ class MappedDevice(HasFastPath):
         self.said_rotational: bool | None = None
         self.failure = ""
         self.is_uncommitted = False
+        self.before_live: Callable[[], Awaitable[None]] | None = None
         self.has_lost_writes = False
         self._unused = unused
         self._verbs = asyncio.Lock()
@@ -373,6 +375,8 @@ class MappedDevice(HasFastPath):
         new = self.active
         assert new is not None
         try:
+            if self.before_live is not None:
+                await self.before_live()
             await new.preresume(self.name, self._clock)
         except BaseException as error:
             await to_the_end(self._take_back(old, new, error, runs=ran))
@@ -477,6 +481,8 @@ class MappedDevice(HasFastPath):
                 if table.failed or old.has_lost_writes():
                     raise TableError("writes were lost", errnos.EIO)
                 self._adopt(replaced)
+                if self.before_live is not None:
+                    await self.before_live()
                 await self._resume(replaced)
             except BaseException:
                 self._adopt(table)

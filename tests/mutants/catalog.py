@@ -19,6 +19,7 @@ from tests.mutants.mutant import Mutant
 from tests.mutants.policies import POLICIES
 from tests.mutants.porcelain import PORCELAIN
 from tests.mutants.server import SERVER
+from tests.mutants.state import STATE
 from tests.mutants.tls import TLS
 
 __all__ = ["CATALOG", "ESSENTIAL"]
@@ -40,6 +41,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *TLS,
     *FAST,
     *PORCELAIN,
+    *STATE,
 )
 
 # The classics of crash safety: whoever edits the catalog may rename none of them away.

@@ -225,3 +225,38 @@ def test_a_stop_does_not_wait_for_a_server_that_does_not_start(tmp_path: Path) -
         with connection:
             assert serve.end(signal.SIGTERM) == ""
     assert list(serve.directory.iterdir()) == []
+
+
+def test_what_is_kept_survives_a_hand_over_and_a_crash(tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    old = ServeProcess(tmp_path, "--state", state)
+    heir = 0
+    try:
+        old.run("create", "a", "--persist", "--table", "0 8 zero")
+        old.run("create", "gone", "--table", "0 8 zero")
+        heir = json.loads(old.run("upgrade", "--json"))["pid"]
+        assert old.process.wait(TIMEOUT_S) == 0
+        # The new process has the directory now, and keeps in it.
+        old.run("create", "b", "--persist", "--table", "0 16 zero")
+        os.kill(heir, signal.SIGKILL)
+        old.process.communicate(timeout=TIMEOUT_S)  # until nothing holds its stderr
+        heir = 0
+    finally:
+        if heir:
+            os.kill(heir, signal.SIGKILL)
+        old.kill()
+    again = ServeProcess(tmp_path, "--state", state)
+    assert again.run("ls") == "a\t(253:0)\nb\t(253:1)\n"
+    assert again.end(signal.SIGTERM) == ""
+
+
+def test_damaged_state_ends_the_start_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    file = tmp_path / "state/devices.toml"
+    file.write_text('[device.a]\ntable = "0 8 zero"\n')
+    serve = ServeProcess(tmp_path, "--state", str(tmp_path / "state"))
+    _, err = serve.process.communicate(timeout=TIMEOUT_S)
+    assert serve.process.returncode == 1
+    assert err.startswith(f"nbdtarget: {file}: it does not begin as such a file does.")
+    assert err.count("\n") == 1
+    assert file.read_text() == '[device.a]\ntable = "0 8 zero"\n'

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of the devices that survive their server."""
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+__all__ = ["STATE"]
+
+FILE_TESTS: Final = ("tests/nbdtarget/config/test_state_file.py",)
+STATE_TESTS: Final = ("tests/nbdtarget/config/test_state.py",)
+
+
+def _mutant(
+    name: str, forgets: str, where: str, old: str, new: str, tests: tuple[str, ...]
+) -> Mutant:
+    return Mutant(name, forgets, where, ((old, new),), tests)
+
+
+STATE: Final = (
+    _mutant(
+        "state-renamed-before-it-is-flushed",
+        "After a power cut the file has its name, and bytes that were never written.",
+        "nbdtarget.config.state_file:replace_file",
+        "        os.fsync(file.fileno())\n",
+        "",
+        FILE_TESTS,
+    ),
+    _mutant(
+        "state-directory-not-flushed",
+        "A device that create has promised to keep is not there after a power cut.",
+        "nbdtarget.config.state_file:replace_file",
+        "    sync_directory(os.path.dirname(path))\n",
+        "",
+        FILE_TESTS,
+    ),
+    _mutant(
+        "state-checksum-not-looked-at",
+        "A flipped bit makes a device of another size, or on another disk.",
+        "nbdtarget.config.state_file:read_state",
+        "hashlib.sha256(body.encode()).hexdigest() != digest",
+        "not digest",
+        FILE_TESTS,
+    ),
+    _mutant(
+        "state-of-a-swap-written-too-late",
+        "After a crash an old table is used again, and does not know of writes to the new one.",
+        "nbdtarget.config.state:StateDirectory._keep",
+        "        device.before_live = self.save\n",
+        "",
+        STATE_TESTS,
+    ),
+    _mutant(
+        "state-answered-before-it-is-written",
+        "A device that create has promised to keep is not there after a crash.",
+        "nbdtarget.config.state:StateDirectory.keep",
+        "            await self.save()\n",
+        "            pass\n",
+        STATE_TESTS,
+    ),
+    _mutant(
+        "state-forgets-what-is-not-open-yet",
+        "A disk that was away at one start is gone from the state at the next change.",
+        "nbdtarget.config.state:_config_of",
+        "        return named\n",
+        '        return replace(named, table="")\n',
+        STATE_TESTS,
+    ),
+)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices that survive their server: what is kept, from when on, and what happens when it cannot be written."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.config import state as state_module
+from nbdtarget.config.state import DEVICES_FILE, StateDirectory
+from nbdtarget.config.state_file import read_state
+from nbdtarget.control import messages as m
+from nbdtarget.control.calls import Calls
+from nbdtarget.control.verbs import Verbs
+from nbdtarget.devices import resolve
+from nbdtarget.dm.registry import Registry
+from nbdtarget.targets.registry import TARGET_TYPES
+
+MIB = 1 << 20
+SECTORS = MIB // 512
+
+
+class Server:
+    """A registry with its verbs and its state, which a crash ends at any moment."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.path = work / "state" / DEVICES_FILE
+
+    async def start(self, **taken: str) -> "Server":
+        self.registry = Registry(resolve)
+        self.verbs = Verbs(self.registry)
+        self.state = StateDirectory(
+            str(self.work / "state"), self.registry, TARGET_TYPES
+        )
+        self.state.open(taken)
+        self.verbs.state = self.state
+        await self.state.restore()
+        return self
+
+    async def crash(self) -> None:
+        """The process is gone. What it did on its way out is undone: the file is put back."""
+        before = self.path.read_bytes() if self.path.exists() else None
+        await self.state.close()
+        await self.registry.close()
+        assert before == (self.path.read_bytes() if self.path.exists() else None)
+
+    async def call(self, verb: str, request: m.Request) -> m.Answer:
+        return await Calls(self.verbs).carry_out(verb, request)
+
+    async def create(self, name: str, table: str | None, **more: bool | str) -> None:
+        request = m.Create(name=name, table=table, directory=str(self.work))
+        values = {field: getattr(request, field) for field in request.__struct_fields__}
+        await self.call("create", m.Create(**{**values, **more}))
+
+    def kept(self) -> dict[str, str]:
+        """What a restart at this moment would make."""
+        devices = read_state(str(self.path), TARGET_TYPES, AnyName()).devices
+        return {each.name: each.table.strip() for each in devices}
+
+    def served(self) -> list[str]:
+        return [device.dm_name for device in self.registry.devices()]
+
+
+class AnyName:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    server = Server(tmp_path)
+    await server.start()
+    yield server
+    await server.state.close()
+    await server.registry.close()
+
+
+def linear(name: str) -> str:
+    return f"0 {SECTORS} linear {name} 0"
+
+
+async def test_devices_that_are_kept_are_there_after_a_crash(server: Server) -> None:
+    (server.work / "a.img").write_bytes(b"x" * MIB)
+    await server.create("a", linear("a.img"), persist=True, uuid="U-1", rotational=True)
+    await server.create("gone", "0 8 zero")
+    await server.create("bare", None, persist=True)
+    await server.crash()
+    await server.start()
+    assert server.served() == ["a", "bare"]
+    device = server.registry.get("a")
+    assert (device.uuid, device.said_rotational) == ("U-1", True)
+    assert device.table() == [(0, SECTORS, "linear", f"{server.work}/a.img 0")]
+    assert server.registry.get("bare").active is None
+
+
+async def test_a_server_that_keeps_nothing_writes_nothing(server: Server) -> None:
+    await server.create("a", "0 8 zero")
+    assert not server.path.exists()
+
+
+async def test_later_changes_are_kept(server: Server) -> None:
+    await server.create("a", "0 8 zero", persist=True)
+    await server.call("load", m.Load(name="a", table="0 16 zero"))
+    assert server.kept() == {"a": "0 8 zero"}, "an inactive table is not kept"
+    await server.call("resume", m.Resume(name="a"))
+    assert server.kept() == {"a": "0 16 zero"}
+    await server.call("rename", m.Rename(name="a", new_name="b"))
+    assert server.kept() == {"b": "0 16 zero"}
+    await server.call("remove", m.Remove(name="b"))
+    assert server.kept() == {}
+
+
+async def test_a_new_table_is_kept_before_a_request_goes_through_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.create("a", "0 8 zero", persist=True)
+    device = server.registry.get("a")
+    kept_when_it_ran: list[dict[str, str]] = []
+    run = device._run
+
+    def watched(table: object) -> None:
+        kept_when_it_ran.append(server.kept())
+        run(table)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(device, "_run", watched)
+    await server.call("load", m.Load(name="a", table="0 16 zero"))
+    await server.call("resume", m.Resume(name="a"))
+    assert kept_when_it_ran == [{"a": "0 16 zero"}]
+
+
+async def test_a_table_that_cannot_be_kept_does_not_become_live(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.create("a", "0 8 zero", persist=True)
+    await server.call("load", m.Load(name="a", table="0 16 zero"))
+    monkeypatch.setattr(state_module, "replace_file", no_space)
+    with pytest.raises(TableError, match="No space left"):
+        await server.call("resume", m.Resume(name="a"))
+    assert server.registry.get("a").table() == [(0, 8, "zero", "")]
+    assert server.kept() == {"a": "0 8 zero"}
+    monkeypatch.undo()
+    await server.call("resume", m.Resume(name="a"))
+    assert server.kept() == {"a": "0 16 zero"}
+
+
+def no_space(path: str, text: str) -> None:
+    raise OSError(28, "No space left on device")
+
+
+async def test_a_device_that_cannot_be_kept_is_not_created(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "replace_file", no_space)
+    with pytest.raises(TableError, match=r"devices\.toml: No space left on device"):
+        await server.create("a", "0 8 zero", persist=True)
+    assert server.served() == []
+    monkeypatch.undo()
+    await server.create("b", "0 8 zero", persist=True)
+    assert server.kept() == {"b": "0 8 zero"}
+
+
+async def test_a_disk_that_is_missing_at_the_start_stays_kept(server: Server) -> None:
+    image = server.work / "a.img"
+    image.write_bytes(bytes(MIB))
+    await server.create("a", linear("a.img"), persist=True)
+    await server.crash()
+    image.rename(server.work / "elsewhere")
+    await server.start()
+    assert "no such file" in server.registry.get("a").failure
+    await server.create("b", "0 8 zero", persist=True)
+    assert server.kept() == {
+        "a": f"0 {SECTORS} linear {server.work}/a.img 0",
+        "b": "0 8 zero",
+    }
+
+
+async def test_a_device_may_stand_on_one_that_is_not_kept(server: Server) -> None:
+    await server.create("lower", "0 8 zero")
+    await server.create("upper", "0 8 linear /dev/mapper/lower 0", persist=True)
+    await server.crash()
+    await server.start()
+    assert "lower" in server.registry.get("upper").failure
+
+
+async def test_a_damaged_file_ends_the_start_and_stays(server: Server) -> None:
+    await server.create("a", "0 8 zero", persist=True)
+    await server.crash()
+    server.path.write_text(server.path.read_text().replace("0 8 zero", "0 9 zero"))
+    before = server.path.read_bytes()
+    with pytest.raises(NbdTargetError, match="it does not fit its checksum"):
+        await server.start()
+    assert server.path.read_bytes() == before
+    assert server.served() == []
+
+
+async def test_two_servers_do_not_share_a_directory(server: Server) -> None:
+    other = Server(server.work)
+    with pytest.raises(NbdTargetError, match="another server keeps its state here"):
+        await other.start()
+
+
+async def test_a_name_that_a_file_has_too_is_refused(server: Server) -> None:
+    await server.create("a", "0 8 zero", persist=True)
+    await server.crash()
+    with pytest.raises(NbdTargetError, match=r"/etc/disks\.toml both have a device a:"):
+        await server.start(a="/etc/disks.toml")
+    await server.state.close()
+
+
+async def test_after_a_hand_over_that_failed_it_goes_on(server: Server) -> None:
+    await server.create("a", "0 8 zero", persist=True)
+    await server.state.pause()
+    with pytest.raises(TableError, match="stopping or handing over"):
+        await server.create("b", "0 8 zero", persist=True)
+    await server.state.resume()
+    await server.create("b", "0 8 zero", persist=True)
+    assert server.kept().keys() == {"a", "b"}
+
+
+async def test_a_server_without_state_refuses(server: Server) -> None:
+    verbs = Verbs(server.registry)
+    request = m.Create(name="a", table="0 8 zero", persist=True)
+    with pytest.raises(TableError, match="this server keeps no state"):
+        await Calls(verbs).carry_out("create", request)
+    assert server.served() == []
+
+
+async def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NbdTargetError, match="file/state: Not a directory"):
+        await Server(tmp_path / "file").start()
