@@ -17,7 +17,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-fast rot lock wheel clean hit-ratio attack attack-stalled docs docs-reference help
+.PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-wire-guided fuzz-fast rot lock wheel clean hit-ratio attack attack-stalled docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -37,7 +37,7 @@ help:
 	@echo 'make fuzz [SECONDS=60 SEED=0]  metadata that nobody would write; also rot, bit by bit'
 	@echo 'make fuzz-fast [ARGS=…]  the compiled fast path under AddressSanitizer, 10 million messages'
 	@echo 'make docs          site and man pages: build/docs    make docs-reference  commands anew, from their help'
-	@echo 'make fuzz-wire [SECONDS=60 SEED=0]  damaged conversations in the NBD protocol'
+	@echo 'make fuzz-wire [SECONDS=60 SEED=0]  damaged conversations in the NBD protocol; also fuzz-wire-guided'
 	@echo 'make wheel         dist/*.whl                 make lock    resolve the lock files anew'
 	@echo 'make clean         what was built, cached or sampled'
 
@@ -189,6 +189,10 @@ fuzz: .venv/dev.stamp
 fuzz-wire: .venv/dev.stamp
 	@$(BIN)/python -m scripts.fuzz_wire --seconds $(or $(SECONDS),60) \
 	    --seed $(or $(SEED),0) $(if $(CASES),--cases $(CASES)) $(ARGS)
+
+# The same, chosen by a fuzzer that looks which code runs; it needs atheris.
+fuzz-wire-guided: .venv/dev.stamp
+	@$(BIN)/python -m scripts.fuzz_wire_guided --seconds $(or $(SECONDS),60) $(ARGS)
 
 # The compiled fast path under AddressSanitizer: ARGS='--messages 100000 --seed 1'.
 fuzz-fast: .venv/dev.stamp

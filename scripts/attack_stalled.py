@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What thousands of clients that stall cost a quiet one, and whether the server gets rid of them.
 
-    python -m scripts.attack_stalled [--quick] [--greedy] [--each N] [--json FILE]
+    python -m scripts.attack_stalled [--quick] [--greedy] [--direct] [--each N] [--json FILE]
 
 All of these are connected at the same time, N of each kind (1,000; 100 with `--quick`):
 
@@ -11,6 +11,8 @@ All of these are connected at the same time, N of each kind (1,000; 100 with `--
 
 With `--greedy` the WRITEs are of 16 MiB, half sent, and the READs of 1 MiB each: together many times what the server has in flight at
 most. Then most of these clients wait in its line, and stall one after the other. How fast they end is not looked at.
+
+The disk is a file in the page cache. With `--direct` each read of the quiet client goes to the disk, and counts among what is in flight.
 
 A quiet client, in a process of its own, reads 4 KiB at a time from the same export, one read after the other. The table shows how
 long its reads took in each phase:
@@ -66,7 +68,8 @@ PHASE_QUICK_S: Final = 1.0
 TIMES: Final = {"handshake_timeout_s": 25, "stall_timeout_s": 25, "stall_total_s": 25}
 SLACK_S: Final = 25.0  # a client may be closed so much later than its time says
 SHORT_WRITE: Final = 16 * KIB
-SETTLE_S: Final = 5.0
+SETTLE_S: Final = 3.0  # until what the clients have asked for at once is done
+PAUSE_S: Final = 0.002
 DESCRIPTORS: Final = 64  # beside those of clients
 
 CONFIG: Final = """
@@ -81,7 +84,7 @@ backlog_max = 4096
 {times}
 
 [device.d]
-table = "0 {sectors} linear {folder}/disk.img 0"
+table = "0 {sectors} linear {disk} 0"
 """
 
 
@@ -193,15 +196,18 @@ def _attackers(folder: str, each: int, greed: Greed, wait_s: float, pipe: Pipe) 
 # ---- the quiet client ----
 
 
-def _quiet(folder: str, ready: Event, stop: Event, pipe: Pipe) -> None:
-    """Read until told to stop. Sends: when each read began, and how long it took, seconds."""
+def _quiet(folder: str, ready: Event, gently: Event, stop: Event, pipe: Pipe) -> None:
+    """Read until told to stop. Sends: when each read began, and how long it took, seconds.
+
+    Args: gently: while it is set, with pauses: else the others, who need the same processors, connect slowly.
+    """
     sock = attached(f"{folder}/nbd.sock")
     began, took = array("d"), array("d")
     reply_bytes = c.SIMPLE_REPLY.size + READ_BYTES
     offset = 0
     ready.set()
     while not stop.is_set():
-        for _ in range(100):
+        for _ in range(1 if gently.is_set() else 100):
             offset = (offset + 7919 * READ_BYTES) % DISK_BYTES
             read = request(c.CMD_READ, READ_BYTES, offset)
             began_s = time.perf_counter()
@@ -210,6 +216,8 @@ def _quiet(folder: str, ready: Event, stop: Event, pipe: Pipe) -> None:
                 raise ConnectionError("the server has closed the quiet client")
             took.append(time.perf_counter() - began_s)
             began.append(began_s)
+            if gently.is_set():
+                time.sleep(PAUSE_S)
     pipe.send((began, took))
 
 
@@ -231,7 +239,7 @@ def _allow_descriptors(nr: int) -> None:
 class Server:
     """A server process whose bounds let everybody in."""
 
-    def __init__(self, folder: str, each: int) -> None:
+    def __init__(self, folder: str, each: int, *, is_direct: bool) -> None:
         pki = authority()[1]
         times = "\n".join(f"{key} = {value}" for key, value in TIMES.items())
         config = Path(folder) / "config.toml"
@@ -242,6 +250,7 @@ class Server:
                 many=len(KINDS) * each + DESCRIPTORS,
                 times=times,
                 sectors=DISK_BYTES // 512,
+                disk=("direct:" if is_direct else "") + f"{folder}/disk.img",
             )
         )
         with (Path(folder) / "disk.img").open("wb") as image:
@@ -295,15 +304,17 @@ class Phases:
             row["longest_ms"] = 1e3 * max(mine)
 
 
-def run(folder: str, each: int, greed: Greed, phase_s: float) -> dict[str, Any]:
+def run(
+    folder: str, each: int, greed: Greed, phase_s: float, *, is_direct: bool
+) -> dict[str, Any]:
     """One attack; returns its figures."""
     spawn = multiprocessing.get_context("spawn")
-    server = Server(folder, each)
-    ready, stop = spawn.Event(), spawn.Event()
+    server = Server(folder, each, is_direct=is_direct)
+    ready, gently, stop = spawn.Event(), spawn.Event(), spawn.Event()
     quiet_end, quiet_pipe = spawn.Pipe()
     attack_end, attack_pipe = spawn.Pipe()
     wait_s = max(TIMES.values()) + SLACK_S
-    quiet = spawn.Process(target=_quiet, args=(folder, ready, stop, quiet_pipe))
+    quiet = spawn.Process(target=_quiet, args=(folder, ready, gently, stop, quiet_pipe))
     attackers = spawn.Process(
         target=_attackers, args=(folder, each, greed, wait_s, attack_pipe)
     )
@@ -315,8 +326,11 @@ def run(folder: str, each: int, greed: Greed, phase_s: float) -> dict[str, Any]:
         time.sleep(phase_s / 5)  # until caches and polling have settled
         phases.phase("quiet", lambda: time.sleep(phase_s))
         open_before = server.nr_open()
+        gently.set()
         attackers.start()
         phases.phase("arriving", attack_end.recv)
+        time.sleep(SETTLE_S)
+        gently.clear()
         phases.phase("stalled", lambda: time.sleep(phase_s))
         phases.phase("ending", attack_end.poll)
         closed = attack_end.recv()
@@ -361,6 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer, and shorter")
     parser.add_argument("--greedy", action="store_true", help="use up all bounds")
+    parser.add_argument("--direct", action="store_true", help="without page cache")
     parser.add_argument("--each", type=int, metavar="N", help="clients of each kind")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
@@ -368,7 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _allow_descriptors(len(KINDS) * each + DESCRIPTORS)
     with tempfile.TemporaryDirectory() as folder:
         phase_s = PHASE_QUICK_S if options.quick else PHASE_S
-        figures = run(folder, each, GREEDY if options.greedy else MODEST, phase_s)
+        greed = GREEDY if options.greedy else MODEST
+        figures = run(folder, each, greed, phase_s, is_direct=options.direct)
     print_figures(figures)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")

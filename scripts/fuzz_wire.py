@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make fuzz-wire`: damaged and unlikely conversations in the NBD protocol, for as long as you like.
 
-    make fuzz-wire [SECONDS=60] [SEED=0] [CASES=N] [ARGS='--only FUZZER' --name-seeds]
+    make fuzz-wire [SECONDS=60] [SEED=0] [CASES=N] [ARGS='--only FUZZER' --messages N --name-seeds]
 
 `tests/support/wire_fuzz.py` says what each seed becomes, and what must come of it. Seeds count up from SEED, and each of
 them goes through all four fuzzers, or through the one that `--only` names. The first case that fails ends the run: its seed, the
-command that replays it, and what happened. `--name-seeds` prints the first seed of each outcome, in the form of
+command that replays it, and what happened. With `--messages` the run goes on until so many messages (options, answers to options, requests and
+replies) were made, however long that takes. `--name-seeds` prints the first seed of each outcome, in the form of
 `tests/support/wire_seeds.py`, which the gate replays.
 
 Exit status: 0 if every case ended as it must, else 1.
 """
 
 import argparse
+import random
 import sys
 import time
 import traceback
@@ -30,12 +32,13 @@ class Run:
         self.fuzzers = fuzzers
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.first: dict[tuple[str, str], int] = {}
+        self.nr_messages: Counter[str] = Counter()
 
     def case(self, seed: int) -> bool:
         """Run one seed through all fuzzers; tell whether all went well."""
         for name in self.fuzzers:
             try:
-                outcome = name, FUZZERS[name](seed)
+                ended = FUZZERS[name](random.Random(seed))
             except Exception:
                 only = f" ARGS=\"--only '{name}'\""
                 print(
@@ -44,7 +47,9 @@ class Run:
                 )
                 traceback.print_exc(file=sys.stdout)
                 return False
+            outcome = name, ended.outcome
             self.outcomes[outcome] += 1
+            self.nr_messages[name] += ended.nr_messages
             self.first.setdefault(outcome, seed)
         return True
 
@@ -61,11 +66,18 @@ class Run:
             print("    },")
 
 
+def _goes_on(options: argparse.Namespace, run: Run, begun_s: float) -> bool:
+    if options.messages is not None:
+        return sum(run.nr_messages.values()) < int(options.messages)
+    return bool(options.cases) or time.monotonic() - begun_s < options.seconds
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make fuzz-wire")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=None)
+    parser.add_argument("--messages", type=int, default=None)
     parser.add_argument("--only", choices=sorted(FUZZERS), help="this fuzzer alone")
     parser.add_argument("--name-seeds", action="store_true", help="print named seeds")
     options = parser.parse_args(arguments)
@@ -74,9 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Run([options.only] if options.only else list(FUZZERS))
     begun_s = time.monotonic()
     seed = options.seed
-    while seed - options.seed != options.cases and (
-        options.cases or time.monotonic() - begun_s < options.seconds
-    ):
+    while seed - options.seed != options.cases and _goes_on(options, run, begun_s):
         if not run.case(seed):
             return 1
         seed += 1
@@ -85,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     run.print_outcomes()
     took_s = time.monotonic() - begun_s
+    for name, nr in run.nr_messages.items():
+        print(f"{nr:9}  messages: {name}")
     print(
         f"seeds {options.seed} to {seed - 1}: every case ended as it must ({took_s:.0f} s)"
     )

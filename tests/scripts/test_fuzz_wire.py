@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make fuzz-wire`: a failing seed is told with the command that replays it."""
 
+import random
+
 import pytest
 
 from scripts import fuzz_wire
 from tests.support import wire_fuzz
+from tests.support.wire_fuzz import Ended
 
 
 def test_some_seeds_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,9 +20,11 @@ def test_some_seeds_run(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failing_seed_is_told_with_what_replays_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(seed: int) -> str:
-        assert seed < 12, "broken"
-        return "well"
+    def fails(rng: random.Random) -> Ended:
+        assert rng.random() not in broken, "broken"
+        return Ended("well", 1)
+
+    broken = [random.Random(seed).random() for seed in (12, 13, 14)]
 
     monkeypatch.setitem(wire_fuzz.FUZZERS, "server", fails)
     arguments = ["--only", "server", "--seed", "10", "--cases", "5"]
@@ -35,3 +40,16 @@ def test_seeds_can_be_named_anew(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz_wire.main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.startswith('    "client handshake": {\n        "')
+
+
+def test_a_run_may_be_as_long_as_so_many_messages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quickly(rng: random.Random) -> Ended:
+        return Ended("well", 7)
+
+    monkeypatch.setitem(wire_fuzz.FUZZERS, "server", quickly)
+    assert fuzz_wire.main(["--only", "server", "--messages", "50"]) == 0
+    printed = capsys.readouterr().out
+    assert "56  messages: server" in printed
+    assert "seeds 0 to 7: every case ended as it must" in printed

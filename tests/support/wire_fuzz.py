@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wire fuzzing: what a seed makes of both ends of the NBD protocol, and what must come of it.
 
-Each fuzzer takes a seed and nothing else. It makes a conversation that is mostly right, for it must get
+Each fuzzer takes a source of random numbers and nothing else. It makes a conversation that is mostly right, for it must get
 past the first message, and then (in about half of the cases) damages its bytes and cuts them up. It
-raises if something is wrong, and otherwise returns in a few words how the case ended. Equal seeds end alike.
+raises if something is wrong, and otherwise returns in a few words how the case ended. Equal numbers end alike: those of a
+seed (`random.Random`), or bytes that a coverage-guided fuzzer chooses (`wire_bytes.py`).
 
     server handshake      a client's options, against `ServerHandshake`
     client handshake      a server's answers, against `ClientHandshake`
@@ -12,29 +13,27 @@ raises if something is wrong, and otherwise returns in a few words how the case 
 
 What must come of it: no exception but the documented ones; the same outcome however the bytes are cut up; only what was
 asked for is answered, and only once; without damage everything is answered, and as a small model says. The server must
-also stay as it was for another client, hold nothing afterwards, and log no error.
+also answer another client meanwhile, hold nothing afterwards (no request, byte, device or descriptor), and log no error.
 """
 
 import asyncio
 import contextlib
-import hashlib
 import logging
+import os
 import random
 import re
 import socket
 import struct
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdtarget.bio import Bio
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
-from nbdtarget_protocol import extended as ext
 from nbdtarget_protocol.client import ClientHandshake, ClientTransmission, Completion
 from nbdtarget_protocol.client_handshake import ClientNegotiated
 from nbdtarget_protocol.errors import ReplyError
@@ -44,32 +43,45 @@ from nbdtarget_protocol.transmission import simple_reply
 from tests.support.peer import Directory, Disk
 from tests.support.protocol_feed import ALL_FLAGS, DISK, OneExport
 from tests.support.wire_chunks import Chunks
+from tests.support.wire_conversation import (
+    ASKS_FOR,
+    HOW,
+    KIB,
+    PAYLOAD_MAX,
+    READ_SLICE,
+    SIZE,
+    Conversation,
+    Received,
+    allocation_of,
+    check_answers,
+)
 
-__all__ = ["FUZZERS"]
+__all__ = ["FUZZERS", "Ended"]
 
-KIB: Final = 1 << 10
-SIZE: Final = 256 * KIB
-PAYLOAD_MAX: Final = 96 * KIB
-READ_SLICE: Final = 32 * KIB
+NR_OPTIONS: Final = 2  # of a conversation with a whole server, at least
+QUIET_AT: Final = 8 * KIB  # where another client reads
+PIECES_MAX: Final = 4000  # of one conversation, about
+LATE_S: Final = 20.0  # another client waits so long for a reply, on a machine that has much else to do
 TIMEOUT_S: Final = 60.0  # for one conversation; it takes a second, on a machine that has nothing else to do
 OPTIONS: Final = (
     *(c.OPT_LIST, c.OPT_INFO, c.OPT_GO, c.OPT_EXPORT_NAME, c.OPT_STRUCTURED_REPLY),
     *(c.OPT_LIST_META_CONTEXT, c.OPT_SET_META_CONTEXT, c.OPT_STARTTLS, 77),
     c.OPT_EXTENDED_HEADERS,
 )
-# What is negotiated: simple replies, structured ones, or extended headers.
-HOW: Final = ("simple", "structured", "extended")
-ASKS_FOR: Final = {
-    "simple": b"",
-    "structured": encode_option(c.OPT_STRUCTURED_REPLY),
-    "extended": encode_option(c.OPT_EXTENDED_HEADERS),
-}
 NAMES: Final = ("", "disk", "disk", "disk", "nobody", "\0", "x" * 5000)
 QUERIES: Final = ("base:", "base:allocation", "x-nbdtarget:hydration", "y", ":")
-COMMANDS: Final = (
-    *(c.CMD_READ, c.CMD_WRITE) * 4,
-    *(c.CMD_FLUSH, c.CMD_TRIM, c.CMD_CACHE, c.CMD_WRITE_ZEROES, c.CMD_BLOCK_STATUS),
-)
+
+
+class Ended(NamedTuple):
+    """How a case ended.
+
+    Attributes:
+        nr_messages: options, answers to options, requests or replies that were made for it; each counts once, also if it is
+            received twice, whole and in pieces.
+    """
+
+    outcome: str
+    nr_messages: int
 
 
 # ---- bytes ----
@@ -108,8 +120,8 @@ def _beginning(error: Exception) -> str:
 def pieces(rng: random.Random, data: bytes) -> Iterator[bytes]:
     """`data`, cut up."""
     longest = rng.choice((1, 3, 30, 500, 1 << 20))
-    if longest == 1 and len(data) > 20_000:
-        longest = 1000
+    if longest < 30 and len(data) > PIECES_MAX * longest:
+        longest = 1000  # each piece of a few bytes costs as much as a long one
     at = 0
     while at < len(data):
         length = rng.randint(1, longest)
@@ -147,19 +159,15 @@ def option(rng: random.Random) -> bytes:
     return encoded
 
 
-def _allocation_of(name: str) -> bytes:
-    """SET_META_CONTEXT for base:allocation of an export."""
-    query = c.BASE_ALLOCATION.encode()
-    head = struct.pack(">I", len(name)) + name.encode() + struct.pack(">I", 1)
-    return head + struct.pack(">I", len(query)) + query
-
-
-def options(rng: random.Random) -> bytes:
+def options(rng: random.Random) -> tuple[bytes, int]:
+    """What a client may send in its handshake, and of how many messages that is."""
     flags = rng.choice((3, 3, 3, 1, 0, 4))
-    some = b"".join(option(rng) for _ in range(rng.randrange(6)))
+    nr = rng.randrange(6)
+    some = b"".join(option(rng) for _ in range(nr))
     if rng.random() < 0.4:
         some += ASKS_FOR[rng.choice(HOW[1:])]
-        some += encode_option(c.OPT_SET_META_CONTEXT, _allocation_of(""))
+        some += encode_option(c.OPT_SET_META_CONTEXT, allocation_of(""))
+        nr += 2
     last = rng.choice(
         (
             encode_option(c.OPT_GO, struct.pack(">IH", 0, 0)),
@@ -169,12 +177,12 @@ def options(rng: random.Random) -> bytes:
             b"",
         )
     )
-    return c.CLIENT_FLAGS.pack(flags) + some + last
+    return c.CLIENT_FLAGS.pack(flags) + some + last, nr + 1 + bool(last)
 
 
-def fuzz_server_handshake(seed: int) -> str:
-    rng = random.Random(seed)
-    stream = options(rng) + rng.randbytes(rng.randrange(40))
+def fuzz_server_handshake(rng: random.Random) -> Ended:
+    stream, nr = options(rng)
+    stream += rng.randbytes(rng.randrange(40))
     if is_damaged := rng.random() < 0.5:
         stream = damaged(rng, stream)
     whole, sliced = ServerHandshake(OneExport()), ServerHandshake(OneExport())
@@ -189,13 +197,17 @@ def fuzz_server_handshake(seed: int) -> str:
     assert str(sliced.error) == str(whole.error)
     assert sliced.trailing_data() == whole.trailing_data()
     assert len(sent) < 1 << 20, "a short stream has a long answer"
-    if whole.negotiated is not None:
-        how = HOW[whole.negotiated.structured + whole.negotiated.extended]
-        return f"negotiated, {how} replies, {len(whole.negotiated.contexts)} contexts"
-    if whole.error is not None:
-        assert whole.closed
-        return f"error: {_beginning(whole.error)}"
-    if whole.closed:
+    return Ended(_end_of_handshake(whole, is_damaged=is_damaged), nr)
+
+
+def _end_of_handshake(server: ServerHandshake, *, is_damaged: bool) -> str:
+    if server.negotiated is not None:
+        how = HOW[server.negotiated.structured + server.negotiated.extended]
+        return f"negotiated, {how} replies, {len(server.negotiated.contexts)} contexts"
+    if server.error is not None:
+        assert server.closed
+        return f"error: {_beginning(server.error)}"
+    if server.closed:
         return "left"
     return "damaged and unfinished" if is_damaged else "unfinished"
 
@@ -203,8 +215,7 @@ def fuzz_server_handshake(seed: int) -> str:
 # ---- a server's handshake ----
 
 
-def fuzz_client_handshake(seed: int) -> str:
-    rng = random.Random(seed)
+def fuzz_client_handshake(rng: random.Random) -> Ended:
     flags = sum(1 << nr for nr in range(12) if rng.random() < 0.8)
     flags &= ALL_FLAGS & ~c.FLAG_HAS_FLAGS
     if not flags & c.FLAG_SEND_WRITE_ZEROES:
@@ -213,10 +224,14 @@ def fuzz_client_handshake(seed: int) -> str:
     structured, block_size = rng.random() < 0.8, rng.random() < 0.8
     wants_extended = rng.random() < 0.5
     damage_at = rng.randrange(12)  # which of the server's answers is damaged, if any
+    name = rng.choice(("", "disk", "disk", "nobody"))
+    damage_seed = rng.getrandbits(32)
+    nr_answers = 0
 
-    def talk(rng: random.Random, *, in_pieces: bool) -> ClientHandshake:
+    def talk(*, in_pieces: bool) -> ClientHandshake:
+        nonlocal nr_answers
         client = ClientHandshake(
-            rng.choice(("", "disk", "disk", "nobody")),
+            name,
             want_structured=structured,
             want_extended=wants_extended,
             want_block_size=block_size,
@@ -224,8 +239,9 @@ def fuzz_client_handshake(seed: int) -> str:
         server = ServerHandshake(OneExport(export))
         for nr in range(20):
             answer = b"".join(server.data_to_send())
+            nr_answers += not in_pieces
             if nr == damage_at:
-                answer = damaged(random.Random(seed + 1), answer)
+                answer = damaged(random.Random(damage_seed), answer)
             for piece in pieces(rng, answer) if in_pieces else (answer,):
                 client.receive_data(piece)
             question = b"".join(client.data_to_send())
@@ -234,18 +250,18 @@ def fuzz_client_handshake(seed: int) -> str:
             server.receive_data(question)
         return client
 
-    whole = talk(random.Random(seed), in_pieces=False)
-    sliced = talk(random.Random(seed), in_pieces=True)
+    whole, sliced = talk(in_pieces=False), talk(in_pieces=True)
     assert str(sliced.error) == str(whole.error)
     assert sliced.negotiated == whole.negotiated
     ends = {bool(each.negotiated) and bool(each.error) for each in (whole, sliced)}
     assert ends == {False}, "negotiated and failed"
     if whole.error is not None:
-        return f"error: {_beginning(whole.error)}"
+        return Ended(f"error: {_beginning(whole.error)}", nr_answers)
     if whole.negotiated is None:
-        return "unfinished"
+        return Ended("unfinished", nr_answers)
     how = HOW[whole.negotiated.structured + whole.negotiated.extended]
-    return f"negotiated, {how} replies, {len(whole.negotiated.contexts)} contexts"
+    nr = len(whole.negotiated.contexts)
+    return Ended(f"negotiated, {how} replies, {nr} contexts", nr_answers)
 
 
 # ---- a server's replies ----
@@ -282,8 +298,7 @@ def _reply(rng: random.Random, asked: Completion, how: str) -> bytes:
     return chunks_of.none() if structured else simple_reply(0, cookie)
 
 
-def fuzz_client_transmission(seed: int) -> str:
-    rng = random.Random(seed)
+def fuzz_client_transmission(rng: random.Random) -> Ended:
     how = rng.choice(HOW)
     structured, extended = how != "simple", how == "extended"
     contexts = ((0, c.BASE_ALLOCATION),) if structured else ()
@@ -315,135 +330,16 @@ def fuzz_client_transmission(seed: int) -> str:
         for piece in pieces(rng, stream):
             done += client.receive_data(piece)
     except ReplyError as error:
-        return f"error: {_beginning(error)}"
+        return Ended(f"error: {_beginning(error)}", len(asked))
     assert len({id(each) for each in done}) == len(done), "a request ended twice"
     assert all(any(each is it for it in asked) for each in done)
     if not is_damaged and len(done) < len(asked):
         raise AssertionError("a reply was overlooked")
-    return "all answered" if len(done) == len(asked) else "some unanswered"
+    is_all = len(done) == len(asked)
+    return Ended("all answered" if is_all else "some unanswered", len(asked))
 
 
 # ---- a whole server ----
-
-
-class Asked:
-    """A request as it is sent, and what a model of a disk says must come of it."""
-
-    def __init__(self, cookie: int, command: int, offset: int) -> None:
-        self.cookie = cookie
-        self.command = command
-        self.offset = offset
-        self.is_error = False
-        self.data = b""
-
-
-class Conversation:
-    """What one client sends: a handshake that is right, and requests that mostly are.
-
-    Attributes:
-        stream: all of it.
-        asked: the requests that must be answered, in order, if nothing is damaged.
-        ends: why nothing is served behind them: "DISC", "garbage", "too long" or "EOF".
-        disk: what the disk holds afterwards.
-    """
-
-    def __init__(self, rng: random.Random, disk: bytes) -> None:
-        self.how = rng.choice(HOW)
-        self.structured = self.how != "simple"
-        self.extended = self.how == "extended"
-        self.disk = bytearray(disk)
-        self.asked: list[Asked] = []
-        self.ends = "EOF"
-        self._rng = rng
-        head = c.CLIENT_FLAGS.pack(3)
-        if self.structured:
-            head += ASKS_FOR[self.how]
-            head += encode_option(c.OPT_SET_META_CONTEXT, _allocation_of("disk"))
-        go = struct.pack(">I4sH", 4, b"disk", 0)
-        self.stream = head + encode_option(c.OPT_GO, go)
-        for _ in range(rng.randint(0, 30)):
-            self.stream += self._request()
-            if self.ends != "EOF":
-                break
-
-    def _request(self) -> bytes:
-        rng = self._rng
-        if rng.random() < 0.03:
-            return self._end()
-        command = rng.choice(COMMANDS)
-        offset = rng.choice((0, 1, 4096, SIZE // 2, SIZE - 1, SIZE - 4096, SIZE))
-        length = rng.choice((0, 1, 512, 4096, 40 * KIB, PAYLOAD_MAX))
-        if rng.random() < 0.05:
-            offset = rng.choice((SIZE + 1, 1 << 40, (1 << 64) - 1))
-        if rng.random() < 0.03:
-            length = rng.choice((PAYLOAD_MAX + 1, 2 * PAYLOAD_MAX))
-        flags = rng.choice((0, 0, 0, 0, c.CMD_FLAG_FUA, c.CMD_FLAG_DF, 1 << 9))
-        asked = Asked(len(self.asked) + 1, command, offset)
-        self.asked.append(asked)
-        has_payload = command == c.CMD_WRITE
-        if self.extended:
-            # Sometimes a WRITE does not say that it has a payload, and something else has one.
-            says_so = has_payload ^ (rng.random() < 0.05)
-            flags |= c.CMD_FLAG_PAYLOAD_LEN if says_so else 0
-            has_payload |= says_so
-            if not has_payload and rng.random() < 0.05:
-                length = rng.choice((1 << 32, 1 << 40, (1 << 64) - 1))
-        payload = rng.randbytes(length) if has_payload else b""
-        if has_payload and command == c.CMD_BLOCK_STATUS:
-            payload = self._status_payload(length)
-        self._model(asked, flags, offset, length, payload)
-        if has_payload:
-            length = len(payload)
-        return self._header(flags, command, asked.cookie, offset, length) + payload
-
-    def _header(self, *fields: int) -> bytes:
-        if self.extended:
-            return c.EXTENDED_REQUEST.pack(c.EXTENDED_REQUEST_MAGIC, *fields)
-        return c.REQUEST.pack(c.REQUEST_MAGIC, *fields)
-
-    def _status_payload(self, length: int) -> bytes:
-        ids = self._rng.choice(((1,), (1,), (), (2,), (1, 1), (1, 2), (0, 1, 2)))
-        return ext.encode_status_payload(length, ids)
-
-    def _end(self) -> bytes:
-        self.ends = self._rng.choice(("DISC", "garbage", "too long"))
-        if self.ends == "garbage":
-            return self._rng.randbytes(c.EXTENDED_REQUEST.size)
-        flags, command, length = 0, c.CMD_DISC, 0
-        if self.ends == "too long":
-            command, length = c.CMD_WRITE, 1 << 31
-            if self.extended:
-                flags = c.CMD_FLAG_PAYLOAD_LEN
-                command = self._rng.choice((c.CMD_WRITE, c.CMD_TRIM, 77))
-        return self._header(flags, command, 0, 0, length) + bytes(100)
-
-    def _model(
-        self, asked: Asked, flags: int, offset: int, length: int, payload: bytes
-    ) -> None:
-        """Say what must come of a request. Written from the standard, and not from the code."""
-        command = asked.command
-        allowed = c.CMD_FLAG_FUA
-        if command == c.CMD_READ and self.structured:
-            allowed |= c.CMD_FLAG_DF
-        if self.extended and command in (c.CMD_WRITE, c.CMD_BLOCK_STATUS):
-            allowed |= c.CMD_FLAG_PAYLOAD_LEN
-        is_plain = command in (c.CMD_READ, c.CMD_WRITE)
-        is_status = command == c.CMD_BLOCK_STATUS
-        asked.is_error = bool(flags & ~allowed) or (is_status and not self.structured)
-        if self.extended and is_status and flags & c.CMD_FLAG_PAYLOAD_LEN:
-            asked.is_error |= payload[8:] != b"\0\0\0\1"  # the only context
-        if command != c.CMD_FLUSH:
-            asked.is_error |= offset + length > SIZE
-            asked.is_error |= is_plain and length > PAYLOAD_MAX
-            asked.is_error |= is_status and length == 0
-        if asked.is_error:
-            return
-        if command == c.CMD_READ:
-            asked.data = bytes(self.disk[offset : offset + length])
-        elif command == c.CMD_WRITE:
-            self.disk[offset : offset + length] = payload
-        elif command in (c.CMD_WRITE_ZEROES, c.CMD_TRIM):
-            self.disk[offset : offset + length] = bytes(length)
 
 
 class LateDisk(Disk):
@@ -452,86 +348,6 @@ class LateDisk(Disk):
     def submit(self, bio: Bio) -> None:
         bio.own()
         asyncio.get_running_loop().call_soon(self.carry_out, bio)
-
-
-class Received:
-    """What the server sent in transmission, taken apart.
-
-    Attributes:
-        answers: (cookie, is an error, data) of each reply that is whole.
-    """
-
-    def __init__(self, data: bytes, conversation: Conversation) -> None:
-        self.answers: list[tuple[int, bool, bytes]] = []
-        self._data = data
-        self._at = 0
-        self._by_cookie = {each.cookie: each for each in conversation.asked}
-        while self._at < len(data):
-            (magic,) = struct.unpack_from(">I", data, self._at)
-            if conversation.extended:
-                assert magic == c.EXTENDED_REPLY_MAGIC
-                self._take_chunks(c.EXTENDED_CHUNK)
-            elif magic == c.SIMPLE_REPLY_MAGIC:
-                self._take_simple(structured=conversation.structured)
-            else:
-                assert magic == c.STRUCTURED_REPLY_MAGIC
-                assert conversation.structured
-                self._take_chunks(c.CHUNK)
-
-    def _take(self, length: int) -> bytes:
-        taken = self._data[self._at : self._at + length]
-        assert len(taken) == length, "a reply is cut off"
-        self._at += length
-        return taken
-
-    def _take_simple(self, *, structured: bool) -> None:
-        _, error, cookie = c.SIMPLE_REPLY.unpack(self._take(16))
-        asked = self._by_cookie[cookie]
-        is_read = asked.command == c.CMD_READ
-        assert not (is_read and structured), "a simple reply to a structured READ"
-        data = self._take(len(asked.data)) if is_read and not error else b""
-        self.answers.append((cookie, bool(error), data))
-
-    def _take_chunks(self, layout: struct.Struct) -> None:
-        data, is_error = b"", False
-        while True:
-            head = self._take(layout.size)
-            _, flags, kind, cookie, *at, length = layout.unpack(head)
-            assert at in ([], [self._by_cookie[cookie].offset])
-            body = self._take(length)
-            if kind == c.REPLY_TYPE_OFFSET_DATA:
-                data += body[8:]
-            elif kind == c.REPLY_TYPE_OFFSET_HOLE:
-                data += bytes(struct.unpack(">QI", body)[1])
-            is_error |= bool(kind & 1 << 15)
-            if flags & c.REPLY_FLAG_DONE:
-                self.answers.append((cookie, is_error, data))
-                return
-
-
-def _check_answers(conversation: Conversation, received: Received) -> None:
-    """Without damage: everything is answered once, and as the model says."""
-    expected = Counter(
-        (each.cookie, each.is_error, _digest(each.data)) for each in conversation.asked
-    )
-    answers = Counter(
-        (cookie, is_error, _digest(data)) for cookie, is_error, data in received.answers
-    )
-    surplus, missing = answers - expected, expected - answers
-    assert not surplus, surplus
-    # After garbage the connection is closed at once, with what was not sent yet.
-    assert not missing or conversation.ends in ("garbage", "too long"), missing
-
-
-def _digest(data: bytes) -> tuple[int, str]:
-    """Length and content, to compare and to print.
-
-    Only the length of a READ that is carried out in slices: between them later requests are carried out, which the
-    standard allows.
-    """
-    if len(data) > READ_SLICE:
-        return len(data), "in slices"
-    return len(data), hashlib.sha256(data).hexdigest()[:8]
 
 
 async def _receive_all(sock: socket.socket) -> bytes:
@@ -602,9 +418,10 @@ async def _talk(
                 sending = asyncio.create_task(
                     _send_all(hostile, list(pieces(rng, stream)))
                 )
-                received = await _receive_all(hostile)
+                receiving = asyncio.create_task(_receive_all(hostile))
+                await _check_quiet(quiet, disk, receiving)
+                received = await receiving
                 await sending
-                await _check_quiet(quiet, disk)
         finally:
             quiet.close()
             hostile.close()
@@ -617,18 +434,38 @@ async def _talk(
     return received
 
 
-async def _check_quiet(sock: socket.socket, disk: Disk) -> None:
-    """Another client, which was greeted before, attaches and reads."""
+async def _check_quiet(
+    sock: socket.socket, disk: Disk, hostile: asyncio.Task[bytes]
+) -> None:
+    """Another client, which was greeted before, attaches and reads as long as the hostile one is served, and once more."""
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(
-        sock,
-        c.CLIENT_FLAGS.pack(3)
-        + encode_option(c.OPT_EXPORT_NAME, b"disk")
-        + c.REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, 7, 0, 4096)
-        + c.REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_DISC, 7, 0, 0),
-    )
-    received = await _receive_all(sock)
-    assert received[28:] == simple_reply(0, 7) + disk.data[:4096]
+    attach = c.CLIENT_FLAGS.pack(3) + encode_option(c.OPT_EXPORT_NAME, b"disk")
+    await loop.sock_sendall(sock, attach)
+    head_bytes, reply_bytes = 18 + 10, 16 + 4096
+    async with asyncio.timeout(LATE_S):
+        await _receive_exactly(sock, head_bytes)
+    cookie, is_last = 0, False
+    while not is_last:
+        is_last = hostile.done()
+        cookie += 1
+        read = c.REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_READ, cookie, QUIET_AT, 4096)
+        await loop.sock_sendall(sock, read)
+        async with asyncio.timeout(LATE_S):
+            received = await _receive_exactly(sock, reply_bytes)
+        assert received[:16] == simple_reply(0, cookie)
+    assert received[16:] == disk.data[QUIET_AT : QUIET_AT + 4096]
+    disc = c.REQUEST.pack(c.REQUEST_MAGIC, 0, c.CMD_DISC, 7, 0, 0)
+    await loop.sock_sendall(sock, disc)
+    assert await _receive_all(sock) == b""
+
+
+async def _receive_exactly(sock: socket.socket, length: int) -> bytes:
+    received = b""
+    while len(received) < length:
+        piece = await asyncio.get_running_loop().sock_recv(sock, length - len(received))
+        assert piece, "the server has closed a client that did nothing wrong"
+        received += piece
+    return received
 
 
 class _Errors(logging.Handler):
@@ -642,8 +479,7 @@ class _Errors(logging.Handler):
         self.records.append(record)
 
 
-def fuzz_server(seed: int) -> str:
-    rng = random.Random(seed)
+def fuzz_server(rng: random.Random) -> Ended:
     is_late = rng.random() < 0.4
     disk = LateDisk(SIZE) if is_late else Disk(SIZE)
     disk.data[:] = rng.randbytes(SIZE)
@@ -652,6 +488,8 @@ def fuzz_server(seed: int) -> str:
     stream = conversation.stream
     if is_damaged := rng.random() < 0.5:
         stream = damaged(rng, stream)
+    nr_messages = NR_OPTIONS + len(conversation.asked)
+    nr_open = len(os.listdir("/proc/self/fd"))
     errors = _Errors()
     logger = logging.getLogger("nbdtarget")
     logger.addHandler(errors)
@@ -660,12 +498,15 @@ def fuzz_server(seed: int) -> str:
     finally:
         logger.removeHandler(errors)
     assert not errors.records, errors.records[0].getMessage()
+    assert len(os.listdir("/proc/self/fd")) == nr_open, "a descriptor stays open"
     if is_damaged:
-        return "damaged: " + ("attached" if _transmission_of(sent) else "not attached")
-    _check_answers(conversation, Received(_transmission_of(sent), conversation))
+        end = "attached" if _transmission_of(sent) else "not attached"
+        return Ended(f"damaged: {end}", nr_messages)
+    check_answers(conversation, Received(_transmission_of(sent), conversation))
     assert disk.data == conversation.disk, "the disk does not hold what was written"
     when = "late" if is_late else "at once"
-    return f"ended by {conversation.ends}, {conversation.how} replies {when}"
+    end = f"ended by {conversation.ends}, {conversation.how} replies {when}"
+    return Ended(end, nr_messages)
 
 
 FUZZERS: Final = {
