@@ -17,7 +17,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-wire-guided fuzz-fast rot lock wheel clean hit-ratio attack attack-stalled docs docs-reference help
+.PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open crash kill-test torture upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-wire-guided fuzz-fast rot lock wheel clean hit-ratio attack attack-stalled docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -30,6 +30,7 @@ help:
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
 	@echo 'make crash         the crash suites without their bounds: new seeds, many more orders'
 	@echo 'make kill-test     SIGKILL under load, over and over'
+	@echo 'make torture       databases under power cuts (as root): which of them keep what they promise'
 	@echo 'make upgrade-loop [ARGS=…]  hand-overs to a new process under load, over and over'
 	@echo 'make vm-test       the kernel as a client, and systemd, in virtual machines'
 	@echo 'make passthrough-bugs  the steps of the two bugs of dm-cache, here'
@@ -162,6 +163,10 @@ attack-stalled: .venv/dev.stamp
 
 kill-test: .venv/dev.stamp
 	@$(BIN)/python -m scripts.kill_loop $(ARGS)
+
+# SQLite and PostgreSQL under power cuts, as root: ARGS='--only sqlite --cuts 200'.
+torture: .venv/dev.stamp
+	@$(BIN)/python -m scripts.torture_databases $(ARGS)
 
 # 100 hand-overs with clients that verify.
 upgrade-loop: .venv/dev.stamp

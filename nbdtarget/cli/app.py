@@ -31,6 +31,7 @@ from nbdtarget.cli import (
     serve,
     stats,
     tables,
+    torture,
     uncache,
     upgrade,
 )
@@ -62,6 +63,7 @@ for group in (
     dmsetup,
     stats,
     log_writes,
+    torture,
     metadata,
     doctor,
     completion,
