@@ -21,6 +21,11 @@ from nbdtarget.cli.serve import (
     check_run,
 )
 from nbdtarget.cli.sizes import region_size_option, size_option
+from nbdtarget.cli.source_options import (
+    NO_SOURCE_OPTIONS,
+    SourceSaid,
+    takes_source_options,
+)
 from nbdtarget.devices.registry import scheme_list
 
 if TYPE_CHECKING:
@@ -117,7 +122,7 @@ ThenLinear = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(takes_network(clone))
+    app.command()(takes_network(takes_source_options(clone)))
 
 
 def clone(
@@ -131,6 +136,7 @@ def clone(
     hydrate_on_read: HydrateOnRead = False,
     hydration_rate: HydrationRate = None,
     then_linear: ThenLinear = False,
+    said: SourceSaid = NO_SOURCE_OPTIONS,
     exit_when_hydrated: ExitWhenHydrated = False,
     overwrite: Overwrite = False,
     moved: Moved = False,
@@ -156,18 +162,13 @@ def clone(
     Example: nbdtarget clone nbd://server/disk disk.img
     """
     region_bytes = region_size_option("--region-size", region_size)
-    if no_hydration and exit_when_hydrated:
-        raise typer.BadParameter(f"--exit-when-hydrated {NEVER_HYDRATED}")
-    if run is not None and exit_when_hydrated:
-        raise typer.BadParameter(
-            "--run cannot be combined with --exit-when-hydrated: the server ends with the command"
-        )
+    _check_end(run, is_hydrated=not no_hydration, exits=exit_when_hydrated)
     check_run(run, json=json)
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.clone import CloneOptions
 
-    nbd_access = (socket_mode, socket_owner, socket_group)
-    control_access = (control_mode, control_owner, control_group)
+    nbd_access = socket_mode, socket_owner, socket_group
+    control_access = control_mode, control_owner, control_group
     options = CloneOptions(
         source=source,
         dest=dest,
@@ -188,8 +189,19 @@ def clone(
         hydrate_on_read=hydrate_on_read,
         hydration_rate=_rate(hydration_rate),
         then_linear=then_linear,
+        url_command=said.url_words(source),
     )
     return _run(options, verbose=verbose, json=json)
+
+
+def _check_end(run: str | None, *, is_hydrated: bool, exits: bool) -> None:
+    """Refuse options that say in two ways when the server ends. Raises: typer.BadParameter."""
+    if exits and not is_hydrated:
+        raise typer.BadParameter(f"--exit-when-hydrated {NEVER_HYDRATED}")
+    if exits and run is not None:
+        raise typer.BadParameter(
+            "--run cannot be combined with --exit-when-hydrated: the server ends with the command"
+        )
 
 
 def _run(options: "CloneOptions", *, verbose: bool, json: bool) -> int:

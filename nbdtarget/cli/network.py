@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options about TLS and about who may attach, which each command that serves has."""
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeVar
 
 import typer
+
+from nbdtarget.cli.option_group import takes_group
 
 if TYPE_CHECKING:
     from nbdtarget.daemon.security import SecurityOptions
@@ -65,7 +66,6 @@ _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "tls_psk": (TlsPsk, None),
     "access": (AccessRule, None),
 }
-_TAKEN_BY: Final = "network"
 
 
 class Network(NamedTuple):
@@ -94,24 +94,4 @@ NO_NETWORK: Final = Network()
 
 def takes_network(command: C) -> C:
     """Give a command these options, in the place of its parameter `network`, which gets them as a `Network`."""
-
-    def run(**values: Any) -> Any:
-        said = {name: values.pop(name) for name in _OPTIONS}
-        return command(**values, network=Network(**said))
-
-    parameters = []
-    for each in inspect.signature(command).parameters.values():
-        if each.name == _TAKEN_BY:
-            parameters += [
-                each.replace(name=name, default=default, annotation=kind)
-                for name, (kind, default) in _OPTIONS.items()
-            ]
-        else:
-            parameters.append(each)
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__module__, run.__qualname__ = command.__module__, command.__qualname__
-    run.__annotations__ = {each.name: each.annotation for each in parameters} | {
-        "return": int
-    }
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer looks at
-    return run  # type: ignore[return-value]  # it is called by Typer alone
+    return takes_group(command, "network", _OPTIONS, Network)

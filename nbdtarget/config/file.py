@@ -49,6 +49,7 @@ from nbdtarget.common.errors import (
     ConstructorError,
     ListenError,
     NbdTargetError,
+    ResolveError,
     TableError,
 )
 from nbdtarget.common.units import SECTOR, parse_size
@@ -57,6 +58,7 @@ from nbdtarget.common.words import split_words
 from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
 from nbdtarget.control.paths import control_address
+from nbdtarget.devices.http.url import parse_http_url
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import check_name, check_uuid
 from nbdtarget.dm.table import TargetSpec, scan_table
@@ -85,6 +87,7 @@ _FILE_KEYS: Final[dict[str, Any]] = {
     "stop_timeout": float,
     **dict.fromkeys(SocketOptions._fields, str),
     "limits": dict[str, Any],
+    "url_commands": dict[str, list[str]],
     "device": dict[str, dict[str, Any]],
 }
 _DEVICE_KEYS: Final[dict[str, Any]] = {
@@ -186,6 +189,7 @@ class Config:
     Args:
         listen_tls: by address, what a listener says of its own.
         access: rules of exports that have none of their own; None: there are none.
+        url_commands: by the URL of a source, the words of a command that prints it anew.
     """
 
     path: str
@@ -203,6 +207,7 @@ class Config:
     listen_tls: Mapping[str, TlsOptions] = field(default_factory=dict)
     access: tuple[str, ...] | None = None
     state: str | None = None
+    url_commands: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def access_by_export(self) -> dict[str, tuple[str, ...]]:
@@ -315,7 +320,18 @@ class _Reader:
             listen_tls=self._listen_tls,
             access=self._access((), keys),
             state=str(directory / keys["state"]) if "state" in keys else None,
+            url_commands=self._url_commands(keys.get("url_commands", {})),
         )
+
+    def _url_commands(self, values: dict[str, list[str]]) -> dict[str, list[str]]:
+        for url, words in values.items():
+            try:
+                parse_http_url(url)
+            except ResolveError as error:
+                self._mistake(("url_commands", url), f"`url_commands': {error}")
+            if not words:
+                self._mistake(("url_commands", url), "the command names no program")
+        return values
 
     def _mistake(self, path: KeyPath, reason: str) -> None:
         self.mistakes.append(Mistake(self._lines[path], reason))

@@ -7,7 +7,7 @@ It stands where a device is wanted, so that the code there need not ask whether 
 import errno as errnos
 
 from nbdtarget.bio import OP_FLUSH, Bio
-from nbdtarget.common.redaction import redacted
+from nbdtarget.common.redaction import has_secrets, redacted
 from nbdtarget.devices.base import Device
 
 __all__ = ["AbsentDevice"]
@@ -18,6 +18,7 @@ class AbsentDevice(Device):
 
     def __init__(self, name: str, size: int) -> None:
         super().__init__(redacted(name), size, read_only=True)
+        self.secret_name = name if has_secrets(name) else ""
 
     def submit(self, bio: Bio) -> None:
         bio.end(0 if bio.op == OP_FLUSH else errnos.ENXIO)

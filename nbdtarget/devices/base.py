@@ -47,7 +47,7 @@ from nbdtarget.bio import (
     OP_WRITE_ZEROES,
     Bio,
 )
-from nbdtarget.common.errors import DeviceError
+from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.bulk_streams import BulkStream, BulkWriter
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.workers import WorkerPool
@@ -121,6 +121,8 @@ class Device:
 
     Attributes:
         name: as the user wrote it; it stands in table lines, status and errors.
+        secret_name: the same with the secrets of its URL, for lines that are loaded again; never to be shown. Empty:
+            there are none.
         bare_name: the same without `raw:`.
         size: bytes. Changes only when a table is loaded, see `measure`.
         read_only: writes end with EPERM.
@@ -153,6 +155,7 @@ class Device:
     _pools: tuple[WorkerPool, ...] = ()
     can_resize: bool = True
     changed: str = ""
+    secret_name: str = ""
     volatile_state: str = ""
 
     def __init__(self, name: str, size: int, *, read_only: bool = False) -> None:
@@ -160,6 +163,11 @@ class Device:
         self.size = size
         self.read_only = read_only
         self.health = Health()
+
+    @property
+    def loadable_name(self) -> str:
+        """The name by which a table opens this device: with its secrets, so not to be shown."""
+        return self.secret_name or self.name
 
     @property
     def is_rotational(self) -> bool:
@@ -240,6 +248,13 @@ class Device:
         Raises: OSError, ResolveError.
         """
         return self.size
+
+    async def use_name(self, name: str) -> None:
+        """Reach the same disk by another name from now on, for example under a new signature of its URL.
+
+        Raises: ResolveError: it cannot be reached so, or is another disk; then nothing has changed.
+        """
+        raise ResolveError(self.name, "is not reached by a URL")
 
     async def close(self) -> None:
         """Release what is open. The caller has drained all I/O, but for reads that it has given

@@ -31,6 +31,8 @@ class RawScheme(Scheme):
     async def open(self, name: str, *, read_only: bool) -> "Device":
         scheme, inner = self._inner(name)
         device = await scheme.open(inner, read_only=read_only)
+        if device.secret_name:
+            device.secret_name = f"{self.name}:{device.secret_name}"
         device.name = f"{self.name}:{device.name}"
         return device
 
@@ -54,6 +56,20 @@ class RawScheme(Scheme):
         except ResolveError:
             return None
         return scheme.path(inner)
+
+    def is_read_only(self, name: str) -> bool:
+        try:
+            scheme, inner = self._inner(name)
+        except ResolveError:
+            return False
+        return scheme.is_read_only(inner)
+
+    def copy_sizes(self, name: str) -> tuple[int, int]:
+        try:
+            scheme, inner = self._inner(name)
+        except ResolveError:
+            return super().copy_sizes(name)
+        return scheme.copy_sizes(inner)
 
     def may_create(self, name: str) -> bool:
         try:

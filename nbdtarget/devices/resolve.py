@@ -19,8 +19,10 @@ from nbdtarget.devices.scheme import Scheme, maybe_scheme, scheme_of
 
 __all__ = [
     "absolute_name",
+    "copy_sizes",
     "create_device",
     "identity",
+    "is_read_only",
     "is_volatile",
     "may_create",
     "open_device",
@@ -87,6 +89,17 @@ def is_volatile(name: str) -> bool:
     """Whether what is stored there is gone as soon as the device is closed."""
     scheme = _maybe_scheme(name)
     return scheme is not None and scheme.is_volatile
+
+
+def is_read_only(name: str) -> bool:
+    """Whether a device of this name can only be read."""
+    scheme = _maybe_scheme(name)
+    return scheme is not None and scheme.is_read_only(name)
+
+
+def copy_sizes(name: str) -> tuple[int, int]:
+    """Return how many bytes a background copy from it should be for, and how many all of them together."""
+    return (_maybe_scheme(name) or Scheme()).copy_sizes(name)
 
 
 def says_format(name: str) -> bool:

@@ -30,6 +30,9 @@ __all__ = ["Scheme", "maybe_scheme", "scheme_of", "syntaxes"]
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
+COPY_BYTES: Final = 4 << 20
+COPIES_BYTES: Final = 16 << 20
+
 
 class Scheme:
     """One kind of device names. Subclasses implement `open`, and what else they need.
@@ -73,6 +76,17 @@ class Scheme:
     def path(self, name: str) -> str | None:
         """Return the path of the file or block device that `name` names; None if it names something else."""
         return None
+
+    def is_read_only(self, name: str) -> bool:
+        """Whether a device of this name can only be read."""
+        return False
+
+    def copy_sizes(self, name: str) -> tuple[int, int]:
+        """Return how many bytes a background copy from the device should be for, and how many all of them together.
+
+        The default is tuned for NBD servers behind a unix socket.
+        """
+        return COPY_BYTES, COPIES_BYTES
 
     def may_create(self, name: str) -> bool:
         """Whether there is no disk of this name, and `create` could make one."""

@@ -198,7 +198,12 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
     policy_type(options.policy)
     name = look.export_name(options.name, origin, "cache")
     check_name(name)
-    size = await look.disk_size(origin, read_only=False)
+    is_read_only = resolve.is_read_only(origin)
+    if is_read_only and options.mode != WRITETHROUGH:
+        raise ResolveError(
+            origin, "can only be read: its cache must have the mode writethrough"
+        )
+    size = await look.disk_size(origin, read_only=is_read_only)
     look.check_directory(cache)
     is_missing = resolve.may_create(cache)
     if is_missing and options.cache_size is None:
@@ -434,6 +439,7 @@ class CacheJob(job.Job[CachePlan]):
                 moved=options.moved,
                 accept_other_disk=options.accept_other_disk,
             ),
+            read_only=resolve.is_read_only(options.origin),
         )
         self._options = options
         self._reporter = reporter

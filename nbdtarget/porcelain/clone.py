@@ -49,9 +49,6 @@ from nbdtarget_metadata.log.superblock import read_superblock
 __all__ = ["CloneJob", "CloneOptions", "ClonePlan", "CloneReporter", "plan_clone"]
 
 PROGRESS_PERIOD_S: Final = 0.25
-# What hydration keeps in flight, and copies at once: tuned for NBD sources over a unix socket.
-IN_FLIGHT_BYTES: Final = 16 << 20
-COPY_BYTES: Final = 4 << 20
 
 
 class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +69,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
         accept_other_disk: a disk may be another one than the metadata names.
         hydrate_on_read: copy what clients read before the rest.
         hydration_rate: bytes a second that the background copies; 0: no bound.
+        url_command: words of a command that prints the URL of the source anew; empty: there is none.
         then_linear: when all is hydrated, clients are served by the destination alone.
     """
 
@@ -94,6 +92,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     hydrate_on_read: bool = False
     hydration_rate: int = 0
     then_linear: bool = False
+    url_command: tuple[str, ...] = ()
 
 
 class ClonePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,9 +220,10 @@ def _table_line(
     }
     is_set = [word for word, there in features.items() if there]
     words += [str(len(is_set)), *is_set]
+    copy_bytes, in_flight_bytes = resolve.copy_sizes(source)
     core = {
-        "hydration_threshold": max(1, IN_FLIGHT_BYTES // region),
-        "hydration_batch_size": max(1, COPY_BYTES // region),
+        "hydration_threshold": max(1, in_flight_bytes // region),
+        "hydration_batch_size": max(1, copy_bytes // region),
     }
     if options.hydration_rate:
         core["hydration_rate"] = options.hydration_rate
@@ -257,6 +257,10 @@ class CloneJob(job.Job[ClonePlan]):
         self._reporter = reporter
 
     async def _plan(self) -> ClonePlan:
+        if self._options.url_command:
+            from nbdtarget.devices.http.url_command import set_url_commands
+
+            set_url_commands({self._options.source: self._options.url_command})
         return await plan_clone(self._options, os.getcwd())
 
     async def _watch(self, device: MappedDevice, plan: ClonePlan) -> None:

@@ -105,7 +105,7 @@ class Run(NamedTuple):
     @property
     def words(self) -> str:
         """`<dev> <offset>`, as in a table line."""
-        return f"{quote_word(self.device.name)} {self.start // SECTOR}"
+        return f"{quote_word(self.device.loadable_name)} {self.start // SECTOR}"
 
 
 class Runs:

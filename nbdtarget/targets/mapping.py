@@ -234,7 +234,7 @@ class MappingTarget(Target, Generic[M]):
     def table_words(self) -> str:
         # As the kernel shows major:minor for whatever name was given: one that means the same
         # device in every directory, and today. The other words stay as they were typed.
-        names = [device.name for device in self._devices]
+        names = [device.loadable_name for device in self._devices]
         return join_words((*names, *self._words[len(names) :]))
 
     # ---- devices ----

@@ -19,6 +19,7 @@ from tests.mutants.mutant import Mutant
 from tests.mutants.policies import POLICIES
 from tests.mutants.porcelain import PORCELAIN
 from tests.mutants.server import SERVER
+from tests.mutants.sources import SOURCES
 from tests.mutants.state import STATE
 from tests.mutants.tls import TLS
 
@@ -38,6 +39,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *DISKS,
     *POLICIES,
     *SERVER,
+    *SOURCES,
     *TLS,
     *FAST,
     *PORCELAIN,

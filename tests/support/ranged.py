@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from nbdtarget.devices.ranged.pin import Pin
-from nbdtarget.devices.ranged.store import Take
+from nbdtarget.devices.ranged.store import Store, Take
 from tests.sim.loop import SimLoop
 
 __all__ = ["MemoryStore", "in_simulated_time"]
@@ -54,6 +54,7 @@ class MemoryStore:
         self.noted: list[tuple[int, int, bool, float]] = []
         self.nr_open = self.nr_open_max = 0
         self.is_closed = False
+        self.others: dict[str, MemoryStore] = {}
 
     async def open(self, take: Take) -> Pin:
         await self._send(0, min(256 << 10, len(self.image)), take)
@@ -86,6 +87,9 @@ class MemoryStore:
 
     async def renew(self) -> bool:
         return self.renew_answers.pop(0) if self.renew_answers else False
+
+    def elsewhere(self, name: str) -> "tuple[Store, str]":
+        return self.others[name], name
 
     async def close(self) -> None:
         self.is_closed = True

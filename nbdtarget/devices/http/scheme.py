@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.http.url import parse_http_url
-from nbdtarget.devices.ranged.options import absolute_options
+from nbdtarget.devices.ranged.options import (
+    REMOTE_COPY_BYTES,
+    REMOTE_IN_FLIGHT_BYTES,
+    absolute_options,
+)
 from nbdtarget.devices.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -35,6 +39,12 @@ class HttpScheme(Scheme):
             return parse_http_url(name).identity
         except ResolveError:
             return name
+
+    def is_read_only(self, name: str) -> bool:
+        return True
+
+    def copy_sizes(self, name: str) -> tuple[int, int]:
+        return REMOTE_COPY_BYTES, REMOTE_IN_FLIGHT_BYTES
 
     def absolute(self, name: str, directory: str) -> str:
         return absolute_options(name, directory)

@@ -31,8 +31,9 @@ import aiohttp
 from yarl import URL
 
 from nbdtarget import __version__
+from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.http.answer import check_head, failure_of
-from nbdtarget.devices.http.url import HttpUrl, origin_of
+from nbdtarget.devices.http.url import HttpUrl, origin_of, parse_http_url
 from nbdtarget.devices.http.url_command import run_url_command
 from nbdtarget.devices.ranged.pin import Pin
 from nbdtarget.devices.ranged.store import (
@@ -40,6 +41,7 @@ from nbdtarget.devices.ranged.store import (
     SourceDenied,
     SourceError,
     SourceUnfit,
+    Store,
     Take,
 )
 
@@ -64,6 +66,7 @@ class HttpStore:
         self._url = url
         self._command = command
         self._context: ssl.SSLContext | None = None
+        self._is_renewed = False
         self._leads_to = ""  # where the redirects of the URL ended; empty: not known
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
@@ -72,7 +75,7 @@ class HttpStore:
         return self._url
 
     async def open(self, take: Take) -> Pin:
-        if self._command:
+        if self._command and not self._is_renewed:
             await self.renew()
         return await self._read(0, HEAD_BYTES, None, take, is_urgent=True)
 
@@ -84,16 +87,16 @@ class HttpStore:
     async def renew(self) -> bool:
         if not self._command:
             return False
-        self._use(await run_url_command(self._command, self._url))
+        self._url = await run_url_command(self._command, self._url)
+        self._is_renewed = True
+        self._leads_to = ""
         return True
 
-    def use(self, url: HttpUrl) -> None:
-        """From now on, ask `url`: the same image under another signature or in another place."""
-        self._use(url)
-
-    def _use(self, url: HttpUrl) -> None:
-        self._url = url
-        self._leads_to = ""
+    def elsewhere(self, name: str) -> "tuple[Store, str]":
+        if not name.lower().startswith(("http://", "https://")):
+            raise ResolveError(name, "is no URL of a web server")
+        url = parse_http_url(name)
+        return HttpStore(url, self._command), url.place
 
     async def close(self) -> None:
         sessions, self._sessions = self._sessions, {}

@@ -21,6 +21,7 @@ from nbdtarget.bio import Bio
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.common.turns import Soon, Tasks
 from nbdtarget.devices.ranged.fetcher import Fetcher
+from nbdtarget.devices.ranged.options import REMOTE_IN_FLIGHT_BYTES
 from nbdtarget.devices.ranged.slots import Slots
 
 __all__ = ["RANGE_BYTES_MAX", "RANGE_BYTES_MIN", "REQUESTS_MIN", "BulkReads"]
@@ -28,7 +29,6 @@ __all__ = ["RANGE_BYTES_MAX", "RANGE_BYTES_MIN", "REQUESTS_MIN", "BulkReads"]
 RANGE_BYTES_MIN: Final = 1 << 20
 RANGE_BYTES_MAX: Final = 8 << 20
 REQUESTS_MIN: Final = 8
-WINDOW_BYTES: Final = 32 << 20  # what a copier has in flight at most
 
 
 class BulkReads:
@@ -52,7 +52,7 @@ class BulkReads:
     @property
     def range_bytes(self) -> int:
         """How much one request asks for at most."""
-        share = WINDOW_BYTES // self.slots.width
+        share = REMOTE_IN_FLIGHT_BYTES // self.slots.width
         return max(RANGE_BYTES_MIN, min(share, RANGE_BYTES_MAX))
 
     def take(self, bio: Bio) -> None:

@@ -25,7 +25,7 @@ from typing import Final
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.common.clock import sleep, timeout
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.common.redaction import redacted
+from nbdtarget.common.redaction import has_secrets, redacted
 from nbdtarget.common.turns import Tasks
 from nbdtarget.common.units import SECTOR, SIZE_MAX
 from nbdtarget.devices.base import Device
@@ -86,6 +86,7 @@ class RangedDevice(Device):
         super().__init__(
             redacted(name), -(-pin.size // SECTOR) * SECTOR, read_only=True
         )
+        self.secret_name = name if has_secrets(name) else ""
         self.traffic = Traffic()
         self._place = place
         self._pin = pin
@@ -142,6 +143,29 @@ class RangedDevice(Device):
         self._bulk.give_up()
         for task in self._tasks:
             task.cancel()
+
+    async def use_name(self, name: str) -> None:
+        store, place = self.store.elsewhere(name)
+        try:
+            found = await _first_answer(store, bytearray())
+            if self._pin.is_size_only:
+                found = found.only_size()
+            if difference := self._pin.difference(found):
+                raise SourceError(f"is another image: {difference}")
+            if missing := self._pin.missing(found):
+                raise SourceError(f"does not tell its {missing}, which is known")
+        except SourceError as error:
+            await store.close()
+            raise ResolveError(name, error.reason) from error
+        except BaseException:
+            await store.close()
+            raise
+        before, self._fetcher.store = self.store, store
+        self._place = place
+        self.secret_name = name if has_secrets(name) else ""
+        self.name = self.bare_name = self._fetcher.name = redacted(name)
+        log.info("%s: is read from here now", self.name)
+        await before.close()  # what is under way there is asked for again
 
     async def close(self) -> None:
         self._fetcher.is_over = True

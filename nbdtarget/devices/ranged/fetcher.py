@@ -63,6 +63,7 @@ class Fetcher:
     Attributes:
         pin: what every answer must show.
         is_over: the image has changed, or the device is closed.
+        store, name: `name` has no secrets. Both may be replaced at any time.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Fetcher:
         self.pin = pin
         self.is_over = False
         self.store = store
-        self._name = name
+        self.name = name
         self._health = health
         self._traffic = traffic
         self._source_timeout_s = source_timeout_s
@@ -193,7 +194,7 @@ class Fetcher:
             try:
                 is_new = await self.store.renew()
             except SourceError as error:
-                log.warning("%s: %s", self._name, error.reason)
+                log.warning("%s: %s", self.name, error.reason)
                 return False
             if is_new:
                 self._nr_renewals += 1
@@ -210,7 +211,7 @@ class Fetcher:
         self._renewal_helped = True
         if self._traffic.away_since_s:
             self._traffic.away_since_s = 0.0
-            log.warning("%s: it answers again", self._name)
+            log.warning("%s: it answers again", self.name)
             self._health.last_error = ""
             self._health.notify()
 
@@ -218,11 +219,11 @@ class Fetcher:
         self._health.last_error = reason
         if not self._traffic.away_since_s:
             self._traffic.away_since_s = wall_clock_s()
-            log.warning("%s: %s; trying again and again", self._name, reason)
+            log.warning("%s: %s; trying again and again", self.name, reason)
             self._health.notify()
 
     def _error(self, begin: int, end: int) -> DeviceError:
-        return DeviceError(errnos.EIO, self._name, "read", begin, end - begin)
+        return DeviceError(errnos.EIO, self.name, "read", begin, end - begin)
 
 
 class _Attempt:

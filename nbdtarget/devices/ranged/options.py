@@ -21,6 +21,8 @@ from nbdtarget.common.errors import ResolveError
 
 __all__ = [
     "CONNECTIONS",
+    "REMOTE_COPY_BYTES",
+    "REMOTE_IN_FLIGHT_BYTES",
     "SOURCE_TIMEOUT_S",
     "SOURCE_TIMEOUT_S_MAX",
     "SourceOptions",
@@ -32,6 +34,9 @@ SOURCE_TIMEOUT_S: Final = 86_400.0
 SOURCE_TIMEOUT_S_MAX: Final = 31_536_000  # a year
 CONNECTIONS: Final = 32
 CONNECTIONS_MAX: Final = 64
+# Of background copies: enough to fill a fast line to a distant server.
+REMOTE_COPY_BYTES: Final = 8 << 20
+REMOTE_IN_FLIGHT_BYTES: Final = 32 << 20
 _KEYS: Final = ("source-timeout", "connections", "pin", "ca")
 
 

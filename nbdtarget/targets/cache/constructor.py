@@ -9,6 +9,7 @@ Opening changes nothing on disk: whether the last shutdown was clean stands ther
 resume succeeds. So a table that is refused, or loaded and never resumed, costs nothing.
 """
 
+import errno as errnos
 import logging
 import uuid
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Final
 from nbdtarget.bio import OP_FLUSH, OP_NAMES
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.common.permissions import OTHER_DISK
+from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.content import maybe_content
 from nbdtarget.policies.base import Policy, PolicyConfigError
@@ -29,6 +31,7 @@ from nbdtarget.targets.cache.table import (
     ARGUMENTS_MIN,
     BAD_FEATURE_COUNT,
     PASSTHROUGH,
+    WRITETHROUGH,
     Options,
     parse_block_size,
     parse_options,
@@ -86,7 +89,7 @@ async def construct(ctx: TargetContext, words: Sequence[str]) -> Parts:
         metadata_name, cache_name, origin_name, block_word = words[:4]
         metadata_device = await opening.maybe_metadata_device(metadata_name)
         cache = await opening.device(CACHE_ROLE, cache_name)
-        origin = await opening.device(ORIGIN_ROLE, origin_name)
+        origin = await _open_origin(opening, ctx, origin_name, words[4:])
         if origin.size < ctx.length:
             raise opening.error("Device size larger than cached device")
         block_size = parse_block_size(block_word, cache_size=cache.size)
@@ -205,6 +208,21 @@ def make_policy(
     if options.mode == PASSTHROUGH:
         policy.allow_migrations(False)
     return policy
+
+
+async def _open_origin(
+    opening: Opening, ctx: TargetContext, name: str, option_words: Sequence[str]
+) -> Device:
+    """Open the origin; refuse a table that would write to one that can only be read. Raises: ConstructorError."""
+    if not resolve.is_read_only(name):
+        return await opening.device(ORIGIN_ROLE, name)
+    if not ctx.read_only:
+        reason = "the origin can only be read: load the table read-only (--readonly)"
+        raise opening.error(reason, errnos.EROFS)
+    if parse_options(option_words).mode != WRITETHROUGH:
+        reason = "the origin can only be read: the mode must be writethrough"
+        raise opening.error(reason, errnos.EROFS)
+    return await opening.device(ORIGIN_ROLE, name, read_only=True)
 
 
 async def _open_metadata(

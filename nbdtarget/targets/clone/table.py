@@ -94,6 +94,7 @@ MESSAGES: Final = MappingProxyType(
         "event_after_errors NUMBER": "Set how many failed copies raise one event; 0 raises none.",
         "enable_hydrate_on_read": "Copy regions that clients read before the others.",
         "disable_hydrate_on_read": "Copy all regions in order.",
+        "source_url URL": "Read the same source by another URL from now on, for example under a new signature.",
         "then_linear": "Let a linear target take the clone's place when all is copied.",
         "disable_then_linear": "Keep the clone when all is copied.",
     }

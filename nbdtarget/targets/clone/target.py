@@ -74,7 +74,7 @@ from nbdtarget.bio import (
     Bio,
     split_bio,
 )
-from nbdtarget.common.errors import TableError
+from nbdtarget.common.errors import ResolveError, TableError
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.fast.compiled import Route
 from nbdtarget.targets.base import (
@@ -440,6 +440,8 @@ class CloneTarget(MappingTarget[CloneMetadata]):
                 self._maybe_become_linear()
             case ["disable_then_linear", *_]:
                 self._then_linear = False
+            case ["source_url", url]:
+                await self._use_source(url)
             case [key, word] if key in NUMBERS:
                 number = parse_value(key, word)
                 if number is None:
@@ -450,6 +452,12 @@ class CloneTarget(MappingTarget[CloneMetadata]):
                 raise self.unknown_message(words)
         hydration.wake()
         return None
+
+    async def _use_source(self, url: str) -> None:
+        try:
+            await self._source.use_name(url)
+        except ResolveError as error:
+            raise TableError(str(error), error.errno) from error
 
     def _set_number(self, key: str, number: int) -> None:
         match key:

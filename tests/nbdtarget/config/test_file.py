@@ -64,6 +64,16 @@ def test_a_whole_file() -> None:
     assert by_name["later"].specs == ()
 
 
+def test_commands_that_print_urls() -> None:
+    config = parsed('url_commands = { "https://h/a" = ["sign", "a b"] }')
+    assert config.url_commands == {"https://h/a": ["sign", "a b"]}
+    lines = mistakes('[url_commands]\n"https://" = ["x"]\n"https://h/a" = []\n')
+    assert lines == [
+        "2: `url_commands': https://: the URL names no host",
+        "3: the command names no program",
+    ]
+
+
 def test_every_mistake_is_named_with_its_line() -> None:
     found = mistakes(
         """listen = ["unix:/run/a", "ftp:x",

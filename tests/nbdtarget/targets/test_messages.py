@@ -36,6 +36,7 @@ WORDS = {
 # What refuses a message of the right form here, and is not about its words.
 ELSEWHERE = {
     "on": "the power is on",
+    "source_url URL": "is not reached by a URL",
     "removebadblock BLOCK": "not found in badblocklist",
     "pin BLOCKS...": "this cache caches nothing new: it is in passthrough mode, or read-only",
     "warm BLOCKS...": "this cache caches nothing new: it is in passthrough mode, or read-only",
