@@ -71,11 +71,13 @@ class Pieces:
         """Take a READ inside the device; ends it."""
         begin, end = bio.offset, min(bio.offset + bio.length, self._size)
         first, last = begin // CELL_BYTES, -(-end // CELL_BYTES)
-        missing = [nr for nr in range(first, last) if nr not in self._cells]
+        # New cells may drive out those that this read finds: it keeps them itself.
+        here = {nr: self._used(nr) for nr in range(first, last) if nr in self._cells}
+        missing = [nr for nr in range(first, last) if nr not in here]
         if missing:
             self._fetch(missing)
+        cells = [here.get(nr) or self._cells[nr] for nr in range(first, last)]
         self._read_ahead(first, last - 1)
-        cells = [self._used(nr) for nr in range(first, last)]
         _Read(bio, begin, end, cells)
 
     def _used(self, nr: int) -> "_Cell":

@@ -222,3 +222,18 @@ def test_whole_small_image_is_its_head() -> None:
         assert rig.asked == []
 
     in_simulated_time(work())
+
+
+def test_read_keeps_the_cells_that_it_drives_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "CELLS_MAX", 4)
+
+    async def work() -> None:
+        rig = Rig()
+        for cell in (5, 9, 12, 2):
+            await rig.read(cell * CELL_BYTES, 4096)
+        at = 6 * CELL_BYTES - 4096  # cell 5 is the next one to go, and 6 is missing
+        assert await rig.read(at, 8192) == rig.image[at : at + 8192]
+
+    in_simulated_time(work())
