@@ -106,10 +106,8 @@ class Fetcher:
         while attempt.at < end:
             if self.is_over:
                 raise self._error(begin, end)
-            if (wait_s := self._not_before_s - loop_time_s()) > 0:
-                await sleep(wait_s)
-                continue
-            await slots.acquire()
+            if not await self._turn(slots, since_s):
+                raise self._error(begin, end)
             began_s, began_at = loop_time_s(), attempt.at
             nr_renewals = self._nr_renewals
             try:
@@ -135,6 +133,20 @@ class Fetcher:
             if isinstance(failure, SourceDenied) and await self._renew(nr_renewals):
                 continue
             await self._wait(failure, nr_failures, since_s, (begin, end))
+
+    async def _turn(self, slots: Slots, since_s: float) -> bool:
+        """Take a slot when all may ask again; return False, without a slot, if `source_timeout` is over first."""
+        left_s = None
+        if self._source_timeout_s:
+            left_s = max(0.0, since_s + self._source_timeout_s - loop_time_s())
+        try:
+            async with timeout(left_s):
+                while (wait_s := self._not_before_s - loop_time_s()) > 0:
+                    await sleep(wait_s)
+                await slots.acquire()
+        except TimeoutError:
+            return False
+        return True
 
     async def _ask(self, attempt: "_Attempt", end: int, *, is_urgent: bool) -> None:
         """Send one request. Raises: SourceError."""

@@ -116,6 +116,39 @@ def test_source_timeout_bounds_the_wait() -> None:
     in_simulated_time(work())
 
 
+def test_source_timeout_is_not_stretched_by_what_the_server_asks_for() -> None:
+    async def work() -> None:
+        rig = Rig({0: SourceAway("later", 3600.0)}, source_timeout_s=60.0)
+        with pytest.raises(DeviceError):
+            await rig.fetch()
+        assert rig.now_s == pytest.approx(60.0, abs=0.01)
+        # A fetch that begins meanwhile asks nothing before its time, and waits no longer either.
+        with pytest.raises(DeviceError):
+            await rig.fetch()
+        assert rig.now_s == pytest.approx(120.0, abs=0.01)
+        assert rig.traffic.requests == 1
+        assert rig.slots.nr_used == 0
+
+    in_simulated_time(work())
+
+
+def test_source_timeout_bounds_the_wait_for_a_slot() -> None:
+    async def work() -> None:
+        rig = Rig(source_timeout_s=20.0)
+        rig.slots = Slots(1, width_max=1)
+        rig.store.latency_s = 50.0  # longer than the second one waits
+        first = asyncio.create_task(rig.fetch())
+        await asyncio.sleep(1.0)
+        with pytest.raises(DeviceError):
+            await rig.fetch()
+        assert rig.now_s == pytest.approx(21.0, abs=0.01)
+        await first
+        assert rig.got == IMAGE
+        assert rig.slots.nr_used == 0
+
+    in_simulated_time(work())
+
+
 def test_progress_begins_the_time_anew() -> None:
     """A source that breaks off each answer, but sends a little, is slow and not away."""
 
