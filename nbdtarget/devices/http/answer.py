@@ -28,7 +28,9 @@ from nbdtarget.devices.ranged.store import (
     SourceUnfit,
 )
 
-__all__ = ["Body", "check_head", "failure_of"]
+__all__ = ["ESCAPE", "Body", "check_head", "failure_of", "told"]
+
+ESCAPE: Final = "\\x"  # see `told`
 
 _CONTENT_RANGE: Final = re.compile(r"\s*bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19})\s*")
 _UNSATISFIED: Final = re.compile(r"\s*bytes\s+\*/(\d{1,19})\s*")
@@ -51,6 +53,18 @@ class Body(NamedTuple):
     length: int
 
 
+def told(headers: Mapping[str, str], name: str) -> str:
+    """Return a header, with `ESCAPE` and two digits for each byte that is not printable ASCII; empty: it is not there."""
+    value = headers.get(name, "")
+    if value.isascii() and value.isprintable():
+        return value
+    # aiohttp has decoded the bytes like this.
+    data = value.encode("utf-8", "surrogateescape")
+    return "".join(
+        chr(byte) if 32 <= byte < 127 else f"{ESCAPE}{byte:02x}" for byte in data
+    )
+
+
 def check_head(
     status: int,
     headers: Mapping[str, str],
@@ -68,7 +82,7 @@ def check_head(
     """
     if status not in (200, 206):
         raise failure_of(status, headers, pinned)
-    encoding = headers.get("Content-Encoding", "identity").strip().lower()
+    encoding = told(headers, "Content-Encoding").strip().lower()
     if encoding not in ("", "identity"):
         raise SourceUnfit(f"the server sends it encoded ({encoding}), not as it is")
     length = _content_length(headers)
@@ -77,7 +91,7 @@ def check_head(
         first = begin
     else:
         first, behind, size = _content_range(headers)
-    pin = Pin(size, headers.get("ETag", ""), headers.get("Last-Modified", ""))
+    pin = Pin(size, told(headers, "ETag"), told(headers, "Last-Modified"))
     if pinned is not None:
         _check_pin(pin, pinned)
     if status == 200:
@@ -96,7 +110,7 @@ def failure_of(
 ) -> SourceError:
     """Return what an answer without data means. Args: text: the beginning of its body, if it was read."""
     if pinned is not None and status == 412:
-        now = Pin(pinned.size, headers.get("ETag", ""))
+        now = Pin(pinned.size, told(headers, "ETag"))
         why = pinned.difference(now) or "the server has another state of it now"
         return SourceChanged(f"it was replaced: {why}")
     if status == 416:
@@ -137,11 +151,11 @@ def _whole_size(length: int | None, begin: int, end: int) -> int:
 
 def _content_range(headers: Mapping[str, str]) -> tuple[int, int, int]:
     """Return begin and end, half-open, and the size of the image. Raises: SourceUnfit."""
-    text = headers.get("Content-Range", "")
+    text = told(headers, "Content-Range")
     match = _CONTENT_RANGE.fullmatch(text)
     if match is None:
-        told = f"`{text[:80]}'" if text else "nothing"
-        reason = f"the server does not say which range it sends, and how large the file is: Content-Range says {told}"
+        said = f"`{text[:80]}'" if text else "nothing"
+        reason = f"the server does not say which range it sends, and how large the file is: Content-Range says {said}"
         raise SourceUnfit(reason)
     return int(match[1]), int(match[2]) + 1, int(match[3])
 

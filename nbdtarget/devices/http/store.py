@@ -32,7 +32,7 @@ from yarl import URL
 
 from nbdtarget import __version__
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.devices.http.answer import check_head, failure_of
+from nbdtarget.devices.http.answer import ESCAPE, check_head, failure_of
 from nbdtarget.devices.http.url import HttpUrl, origin_of, parse_http_url
 from nbdtarget.devices.http.url_command import run_url_command
 from nbdtarget.devices.ranged.pin import Pin
@@ -210,7 +210,8 @@ def _headers(begin: int, end: int, pin: Pin | None) -> dict[str, str]:
         headers["If-Match"] = pin.etag
     elif pin is not None and pin.last_modified:
         headers["If-Unmodified-Since"] = pin.last_modified
-    return headers
+    # What had to be escaped cannot be sent as it was. It is compared all the same.
+    return {key: value for key, value in headers.items() if ESCAPE not in value}
 
 
 def _with_secret(
@@ -253,10 +254,22 @@ def _next_hop(url: str, location: str) -> str:
 
 
 def _maybe_proxy(url: str) -> str | None:
+    """Raises: SourceUnfit: the environment names a proxy that cannot be used."""
     parts = urlsplit(url)
     proxy = getproxies().get(parts.scheme)
     if not proxy or proxy_bypass(parts.hostname or ""):
         return None
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"  # as curl does
+    try:
+        scheme, host, _ = origin_of(proxy)
+    except ValueError:
+        scheme = host = ""
+    if scheme not in ("http", "https") or not host:
+        # It may hold a password, so it is not shown.
+        raise SourceUnfit(
+            f"the environment variable {parts.scheme}_proxy names no HTTP proxy: set it to http://HOST:PORT, or unset it"
+        )
     return proxy
 
 

@@ -9,6 +9,8 @@ one URL. It runs when the image is opened, and when the server does not accept t
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +24,10 @@ from nbdtarget.devices.ranged.store import SourceAway
 __all__ = ["run_url_command", "set_url_commands", "url_command_for"]
 
 COMMAND_S_MAX: Final = 30.0
+KILLED_S_MAX: Final = 5.0
+PRINTED_MAX: Final = (
+    URL_MAX + 2
+)  # bytes that are read; a URL and the end of its line are shorter
 
 log = logging.getLogger(__name__)
 
@@ -44,29 +50,19 @@ def url_command_for(url: HttpUrl) -> tuple[str, ...]:
 async def run_url_command(command: Sequence[str], url: HttpUrl) -> HttpUrl:
     """Run the command and return the URL that it prints; the options of `url` stay. Raises: SourceAway."""
     program = command[0]
-    process: Process | None = None
     try:
         async with timeout(COMMAND_S_MAX):
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=DEVNULL, stdout=PIPE
-            )
-            output, _ = await process.communicate()
+            output, status = await _run(command)
     except TimeoutError:
-        assert process is not None
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            process.kill()
-        await process.wait()
         reason = f"the command {program} did not end within {COMMAND_S_MAX:.0f} s"
         raise SourceAway(reason) from None
     except OSError as error:
         raise SourceAway(
             f"the command {program} cannot be run: {error.strerror}"
         ) from error
-    if process.returncode:
-        raise SourceAway(
-            f"the command {program} ended with status {process.returncode}"
-        )
-    text = output[: URL_MAX + 1].decode("ascii", "replace").strip()
+    if status:
+        raise SourceAway(f"the command {program} ended with status {status}")
+    text = output.decode("ascii", "replace").strip()
     try:
         new = parse_http_url(text)
     except ResolveError:
@@ -75,3 +71,35 @@ async def run_url_command(command: Sequence[str], url: HttpUrl) -> HttpUrl:
     if not text.lower().startswith(("http://", "https://")):
         raise SourceAway(f"what the command {program} printed is not one URL")
     return replace(new, options=url.options)
+
+
+async def _run(command: Sequence[str]) -> tuple[bytes, int]:
+    """Return what the command prints, and its exit status. It is killed if it prints too much, or if this is cancelled."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=DEVNULL, stdout=PIPE, start_new_session=True
+    )
+    printed = process.stdout
+    assert printed is not None
+    try:
+        output = await printed.readexactly(PRINTED_MAX)
+    except asyncio.IncompleteReadError as error:  # the usual case: it has printed less
+        return error.partial, await process.wait()
+    else:
+        return output, 0
+    finally:
+        if process.returncode is None or not printed.at_eof():
+            await _kill(process, printed)
+
+
+async def _kill(process: Process, printed: asyncio.StreamReader) -> None:
+    """Kill a command and all that it has started in its session."""
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        async with timeout(KILLED_S_MAX):
+            # asyncio waits for the end of the pipe as well.
+            while await printed.read(PRINTED_MAX):
+                pass
+            await process.wait()
+    except TimeoutError:
+        log.warning("process %d was killed and does not end", process.pid)

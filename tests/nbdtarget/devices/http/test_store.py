@@ -121,6 +121,47 @@ async def test_url_goes_out_as_it_was_written() -> None:
         assert "X-Sig" not in device.name
 
 
+@pytest.mark.parametrize("etag", ['"\xe9\xff"', '"a\x01b"', ""], ids=range(3))
+async def test_validators_that_cannot_be_sent_are_compared(etag: str) -> None:
+    """Servers may put any byte but an end of line into an ETag."""
+    async with ImageServer(IMAGE) as server:
+        server.etag, server.last_modified = etag, "\xfc"
+        async with device_on(server.url()) as device:
+            assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]
+            found = await device.identify("source")
+            assert all(each.isascii() and each.isprintable() for each in found.ids)
+            server.etag, server.last_modified = etag, "\xfd"
+            if etag:
+                server.etag = '"\xe9\xfe"'
+            with pytest.raises(DeviceError):
+                await device.read(2 * MIB, 512)
+            assert "it was replaced" in device.changed
+            assert device.changed.isprintable()
+
+
+@pytest.mark.parametrize("scheme", ["", "http://"], ids=["host and port", "URL"])
+async def test_proxy_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    async with ImageServer(IMAGE) as server:
+        monkeypatch.setenv("http_proxy", f"{scheme}127.0.0.1:{server.port}")
+        async with device_on("http://far.example/disk.img") as device:
+            assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]
+        assert server.noted[0].target == "http://far.example/disk.img"
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://me:secret@h:1", "http://", "http://me:secret@h:port"]
+)
+async def test_proxy_that_is_none_is_named_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    text = await refused("http://far.example/disk.img")
+    assert "the environment variable http_proxy names no HTTP proxy" in text
+    assert "secret" not in text
+
+
 async def test_two_kinds_of_reads_use_connections_of_their_own() -> None:
     async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
         await device.read(MIB, 512)
