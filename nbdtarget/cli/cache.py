@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved, Verbose
+from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
+from nbdtarget.cli.logs import NO_LOG, Log, takes_log
 from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
 from nbdtarget.cli.serve import (
     ControlGroup,
@@ -153,7 +154,7 @@ Resize = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(takes_network(cache))
+    app.command()(takes_log(takes_network(cache)))
 
 
 def cache(
@@ -183,7 +184,7 @@ def cache(
     stop_timeout: StopTimeout = None,
     run: Run = None,
     network: Network = NO_NETWORK,
-    verbose: Verbose = False,
+    log: Log = NO_LOG,
     json: Json = False,
     control: Control = None,
 ) -> int:
@@ -225,15 +226,14 @@ def cache(
         accept_other_disk=accept_other_disk,
         resize=resize,
     )
-    return _run(options, verbose=verbose, json=json)
+    return _run(options, log=log, json=json)
 
 
-def _run(options: "CacheOptions", *, verbose: bool, json: bool) -> int:
-    from nbdtarget.cli.logs import start_logging
+def _run(options: "CacheOptions", *, log: Log, json: bool) -> int:
     from nbdtarget.cli.progress.cache import cache_reporter
     from nbdtarget.daemon.process import run
     from nbdtarget.porcelain.cache import CacheJob
 
-    start_logging(verbose=verbose)
+    log.start()
     with cache_reporter(options, json=json) as reporter:
         return run(lambda: CacheJob(options, reporter).run())

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved, Verbose
+from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
+from nbdtarget.cli.logs import NO_LOG, Log, takes_log
 from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
 from nbdtarget.cli.serve import (
     ControlGroup,
@@ -122,7 +123,7 @@ ThenLinear = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(takes_network(takes_source_options(clone)))
+    app.command()(takes_log(takes_network(takes_source_options(clone))))
 
 
 def clone(
@@ -150,7 +151,7 @@ def clone(
     stop_timeout: StopTimeout = None,
     run: Run = None,
     network: Network = NO_NETWORK,
-    verbose: Verbose = False,
+    log: Log = NO_LOG,
     json: Json = False,
     control: Control = None,
 ) -> int:
@@ -191,7 +192,7 @@ def clone(
         then_linear=then_linear,
         url_command=said.url_words(source),
     )
-    return _run(options, verbose=verbose, json=json)
+    return _run(options, log=log, json=json)
 
 
 def _check_end(run: str | None, *, is_hydrated: bool, exits: bool) -> None:
@@ -204,13 +205,12 @@ def _check_end(run: str | None, *, is_hydrated: bool, exits: bool) -> None:
         )
 
 
-def _run(options: "CloneOptions", *, verbose: bool, json: bool) -> int:
-    from nbdtarget.cli.logs import start_logging
+def _run(options: "CloneOptions", *, log: Log, json: bool) -> int:
     from nbdtarget.cli.progress.clone import clone_reporter
     from nbdtarget.daemon.process import run
     from nbdtarget.porcelain.clone import CloneJob
 
-    start_logging(verbose=verbose)
+    log.start()
     with clone_reporter(options, json=json) as reporter:
         return run(lambda: CloneJob(options, reporter).run())
 

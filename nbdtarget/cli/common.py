@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from nbdtarget.common.errors import TableError
 from nbdtarget.control.client import ControlClient, no_server
+from nbdtarget.control.figures import Figures
 from nbdtarget.control.messages import (
     Answer,
     Create,
@@ -58,7 +59,7 @@ __all__ = [
 A = TypeVar("A", bound=Answer)
 
 # These requests change nothing and are about all devices unless some are named: all servers are asked.
-ALL_SERVERS: Final = (Status, Table, Measure, Info, Deps)
+ALL_SERVERS: Final = (Status, Table, Measure, Info, Deps, Figures)
 
 Control = Annotated[
     str | None,
@@ -157,7 +158,9 @@ def addresses(control: str | None) -> list[ControlAddress]:
 
 
 def _ask_all(
-    verb: str, request: Status | Table | Measure | Info | Deps, answer_type: type[A]
+    verb: str,
+    request: Status | Table | Measure | Info | Deps | Figures,
+    answer_type: type[A],
 ) -> A:
     """Ask the servers that have the devices, or all servers, and join their answers."""
     known = known_controls()

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nbdtarget.cli.common import Control, Json, Verbose
+from nbdtarget.cli.common import Control, Json
+from nbdtarget.cli.logs import NO_LOG, Log, takes_log
 from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
 from nbdtarget.cli.serve import (
     ControlGroup,
@@ -53,7 +54,7 @@ ReadOnly = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(takes_network(export))
+    app.command()(takes_log(takes_network(export)))
 
 
 def export(
@@ -70,7 +71,7 @@ def export(
     stop_timeout: StopTimeout = None,
     run: Run = None,
     network: Network = NO_NETWORK,
-    verbose: Verbose = False,
+    log: Log = NO_LOG,
     json: Json = False,
     control: Control = None,
 ) -> int:
@@ -97,15 +98,14 @@ def export(
         security=network.options(),
         sockets=SocketOptions(*nbd_access, *control_access),
     )
-    return _run(options, verbose=verbose, json=json)
+    return _run(options, log=log, json=json)
 
 
-def _run(options: "ExportOptions", *, verbose: bool, json: bool) -> int:
-    from nbdtarget.cli.logs import start_logging
+def _run(options: "ExportOptions", *, log: Log, json: bool) -> int:
     from nbdtarget.daemon.process import run
     from nbdtarget.porcelain.export import ExportJob
 
-    start_logging(verbose=verbose)
+    log.start()
     reporter = _JsonReporter() if json else _Reporter(options)
     return run(lambda: ExportJob(options, reporter).run())
 

@@ -29,9 +29,11 @@ from nbdtarget.cli.concise import ConciseDevice, format_concise
 from nbdtarget.cli.health import describe_trouble, name_trouble
 from nbdtarget.cli.names import BELOW_NAMES, name_below
 from nbdtarget.cli.tree import OPTIONS, draw_tree
+from nbdtarget.common.clock import blocking_sleep
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import NoServerError
+from nbdtarget.control.figures import Figures, FiguresAnswer
 
 __all__ = ["register"]
 
@@ -106,16 +108,30 @@ def status(
         bool,
         typer.Option("--noflush", help="Do not have the targets commit first."),
     ] = False,
+    line: Annotated[
+        bool,
+        typer.Option("--line", help="Print lines also on a terminal."),
+    ] = False,
     uuid: Uuid = None,
     json: Json = False,
     control: Control = None,
 ) -> None:
     """Print the status of the live tables.
 
-    A line is START LENGTH TYPE, and what the target says.
+    On a terminal this is a table with sizes, rates of the last second, and how far a clone or a cache is. Elsewhere it is a line for
+    each target: START LENGTH TYPE, and what the target says, as dmsetup prints it.
     `--json' gives each value by name and with its unit.
     """
     wanted = device_names(names, uuid, control)
+    if sys.stdout.isatty() and not (line or json or target or noflush):
+        from nbdtarget.cli import status_table  # imports rich
+
+        asked = Figures(wanted)
+        before = ask(control, "figures", asked, FiguresAnswer, about=_about(wanted))
+        blocking_sleep(status_table.WINDOW_S)
+        now = ask(control, "figures", asked, FiguresAnswer, about=_about(wanted))
+        status_table.print_status(before, now)
+        return
     request = m.Status(wanted, target, noflush)
     answer = ask(control, "status", request, m.LinesAnswer, about=_about(wanted))
     _print_lines(answer, wanted, target, json=json)

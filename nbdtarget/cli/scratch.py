@@ -10,10 +10,10 @@ from nbdtarget.cli.common import (
     Json,
     NamesNeeded,
     Uuid,
-    Verbose,
     ask,
     device_names,
 )
+from nbdtarget.cli.logs import NO_LOG, Log, takes_log
 from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
 from nbdtarget.cli.serve import (
     ControlGroup,
@@ -75,7 +75,7 @@ Store = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(takes_network(scratch))
+    app.command()(takes_log(takes_network(scratch)))
     app.command()(reset)
 
 
@@ -94,7 +94,7 @@ def scratch(
     control_group: ControlGroup = None,
     stop_timeout: StopTimeout = None,
     network: Network = NO_NETWORK,
-    verbose: Verbose = False,
+    log: Log = NO_LOG,
     json: Json = False,
     control: Control = None,
 ) -> int:
@@ -106,7 +106,6 @@ def scratch(
     Example: nbdtarget scratch golden.img -n 20
     """
     bound = maybe_size_option("--max", size_max, size_min=SECTOR)
-    from nbdtarget.cli.logs import start_logging
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.daemon.process import run
     from nbdtarget.porcelain.scratch import ScratchJob, ScratchOptions
@@ -126,7 +125,7 @@ def scratch(
         ),
         security=network.options(),
     )
-    start_logging(verbose=verbose)
+    log.start()
     serving = _print_json if json else _print
     return run(lambda: ScratchJob(options, serving).run())
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from nbdtarget.cli.common import Control, Verbose
+from nbdtarget.cli.common import Control
+from nbdtarget.cli.logs import NO_LOG, Log, takes_log
 from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
 
 __all__ = [
@@ -156,7 +157,7 @@ def check_run(command: str | None, *, json: bool) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(takes_network(serve))
+    app.command()(takes_log(takes_network(serve)))
 
 
 def serve(
@@ -186,20 +187,19 @@ def serve(
     metrics_devices: MetricsDevices = None,
     max_connections: MaxConnections = None,
     max_connections_per_peer: MaxConnectionsPerPeer = None,
-    verbose: Verbose = False,
+    log: Log = NO_LOG,
 ) -> int:
     """Serve mapped devices over NBD until SIGTERM or Ctrl-C.
 
     Devices come from --config, or are made by `create' and the other commands while the server runs. The
     control socket is control.sock in the runtime directory unless --control names another one.
     """
-    from nbdtarget.cli.logs import start_logging
     from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.daemon import process
     from nbdtarget.daemon.serve import ServeOptions, serve_until_stopped
     from nbdtarget.server.listener import export_uri
 
-    start_logging(verbose=verbose)
+    log.start()
     limits = {
         "connections_max": max_connections,
         "peer_connections_max": max_connections_per_peer,

@@ -8,6 +8,7 @@ What has no `Clock` takes its time from the functions here, and from nowhere els
                        on the loop's time, which a simulated loop simulates
     monotonic_ns       how long a system call took, when to print the next line
     perf_counter_ns    how long a connection has polled its socket
+    blocking_sleep     for commands, which have no loop
     wall_clock_s       Unix time, for what people read; nothing is decided by it
 """
 
@@ -15,6 +16,7 @@ import asyncio
 from asyncio import sleep, timeout
 from collections.abc import Callable, Iterable
 from time import monotonic_ns, perf_counter_ns
+from time import sleep as blocking_sleep
 from time import time as wall_clock_s
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ __all__ = [
     "Clock",
     "LoopClock",
     "Timer",
+    "blocking_sleep",
     "loop_time_s",
     "monotonic_ns",
     "perf_counter_ns",

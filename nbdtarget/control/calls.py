@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Calls` carries out verbs by their names: for the HTTP of the control socket, and for the Python API.
 
-A verb that has begun is carried out even if its caller goes away or is cancelled, except for `wait`, which
-changes nothing and could take for ever. Verbs run side by side: none waits for the answer of another.
+A verb that has begun is carried out even if its caller goes away or is cancelled, except for `wait` and `events`, which
+change nothing and could take long. Verbs run side by side: none waits for the answer of another.
 """
 
 import asyncio
 import errno as errnos
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.turns import Tasks
@@ -19,6 +19,8 @@ from nbdtarget.control.verbs import Verbs
 __all__ = ["Calls", "errno_of"]
 
 log = logging.getLogger(__name__)
+
+WAITING: Final = ("wait", "events")  # they change nothing, and may take long
 
 
 class Calls:
@@ -31,7 +33,7 @@ class Calls:
     async def carry_out(self, verb: str, request: Request) -> Answer:
         """Carry out `verb`. Raises: NbdTargetError: it has failed; Exception: a bug, which has been logged."""
         task = self._running.start(self._carry_out(verb, request))
-        answer: Answer = await (task if verb == "wait" else asyncio.shield(task))
+        answer: Answer = await (task if verb in WAITING else asyncio.shield(task))
         return answer
 
     async def _carry_out(self, verb: str, request: Request) -> Answer:

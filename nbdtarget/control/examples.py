@@ -12,6 +12,9 @@ from nbdtarget.control.figures import (
     Bound,
     ClientFigures,
     DeviceFigures,
+    Event,
+    Events,
+    EventsAnswer,
     Figures,
     FiguresAnswer,
     Histogram,
@@ -105,6 +108,8 @@ _FIGURES: Final = FiguresAnswer(
     loop_lag_bounds_s=(0.001,),
 )
 
+_EVENT: Final = Event(42, 1796070000.0, "info", "disk", "hydrated")
+
 _CUT: Final = "tear 7: 12 writes of 96 sectors at risk, 33 sectors survive"
 
 FAILURE: Final = m.Failure(
@@ -121,6 +126,7 @@ EXAMPLES: Final[dict[str, tuple[m.Request, m.Answer]]] = {
         m.Deps(("disk",)),
         m.DevicesAnswer((m.DeviceDeps("disk", ("/srv/disk.img",)),)),
     ),
+    "events": (Events(41), EventsAnswer((_EVENT,), 42)),
     "figures": (Figures(("disk",)), _FIGURES),
     "info": (m.Info(("disk",)), _INFO),
     "load": (m.Load("disk", "0 1048576 linear /srv/a.img 0\n1048576 8 zero"), _DONE),

@@ -23,6 +23,9 @@ __all__ = [
     "Bound",
     "ClientFigures",
     "DeviceFigures",
+    "Event",
+    "Events",
+    "EventsAnswer",
     "Figures",
     "FiguresAnswer",
     "Histogram",
@@ -150,3 +153,42 @@ class FiguresAnswer(Answer):
         tuple[float, ...], told("The bounds of that histogram, in seconds.")
     ]
     certificates: Annotated[tuple[Certificate, ...], told("Of the server.")] = ()
+
+
+class Events(Request):
+    """Events after a certain one, or the next one."""
+
+    since: Annotated[
+        int | None,
+        told(
+            "Number of the last event that is known; 0: all that are kept; null: none of those that were already."
+        ),
+    ] = None
+    wait_s: Annotated[
+        float,
+        told(
+            "How long to wait for an event, if there is none yet: at most 25 seconds."
+        ),
+    ] = 0.0
+
+
+class Event(Answer):
+    """One line of the log."""
+
+    nr: Annotated[int, told("Its number.")]
+    time_s: Annotated[float, told("When it happened, in Unix time.")]
+    level: Annotated[str, told("`info`, `warning`, `error` or `critical`.")]
+    device: Annotated[str, told("Device that it is about; empty: another thing.")]
+    text: Annotated[str, told("What happened.")]
+
+
+class EventsAnswer(Answer):
+    """Events, the oldest first."""
+
+    events: Annotated[tuple[Event, ...], told("The events.")]
+    last: Annotated[
+        int, told("Number of the last event that there was, for the next request.")
+    ]
+    lost: Annotated[
+        int, told("How many events after `since` are not kept any more.")
+    ] = 0

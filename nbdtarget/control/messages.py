@@ -26,7 +26,7 @@ from nbdtarget.control.fields import (
     Uuid,
     told,
 )
-from nbdtarget.control.figures import Figures, FiguresAnswer
+from nbdtarget.control.figures import Events, EventsAnswer, Figures, FiguresAnswer
 
 __all__ = [
     "READING_VERBS",
@@ -525,6 +525,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "clear": (Clear, Done),
     "create": (Create, Done),
     "deps": (Deps, DevicesAnswer),
+    "events": (Events, EventsAnswer),
     "figures": (Figures, FiguresAnswer),
     "info": (Info, InfoAnswer),
     "load": (Load, Done),

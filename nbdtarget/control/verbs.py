@@ -21,7 +21,7 @@ from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.redaction import redacted
 from nbdtarget.control import messages as m
 from nbdtarget.control.bodies import LINES_AT_ONCE
-from nbdtarget.control.figures import Figures, FiguresAnswer
+from nbdtarget.control.figures import Events, EventsAnswer, Figures, FiguresAnswer
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
@@ -35,6 +35,10 @@ class Monitor(Protocol):
 
     async def figures(self, names: Sequence[str]) -> FiguresAnswer:
         """Return the figures of these devices, none: of all. Raises: TableError: there is no such device."""
+        ...
+
+    async def events(self, request: Events) -> EventsAnswer:
+        """Return what has happened, or wait until something happens."""
         ...
 
     async def metrics(self) -> bytes:
@@ -103,7 +107,7 @@ class Verbs:
     @contextmanager
     def running(self, verb: str) -> Iterator[None]:
         """Meanwhile `verb` is carried out. Raises: TableError, EBUSY: it would change something, and is held back."""
-        if verb in m.READING_VERBS or verb in ("wait", "upgrade"):
+        if verb in m.READING_VERBS or verb in ("events", "wait", "upgrade"):
             yield
             return
         if self.held:
@@ -273,6 +277,12 @@ class Verbs:
         return m.LinesAnswer(
             tuple(found), tuple(m.Certificate(*each) for each in certificates)
         )
+
+    async def events(self, request: Events) -> EventsAnswer:
+        """Return what has happened, or wait until something happens."""
+        if self.monitor is None:
+            raise TableError("this server keeps no events", errnos.EOPNOTSUPP)
+        return await self.monitor.events(request)
 
     async def figures(self, request: Figures) -> FiguresAnswer:
         """Return all numbers of devices, clients and the server."""

@@ -185,6 +185,7 @@ class Daemon:
         Args: passed: a listening socket that is used instead of `address`.
         Raises: SocketInUseError, NoSocketError; NbdTargetError: TCP without a token.
         """
+        self.monitor.event_log.start()
         for path in known_controls():
             remove_if_stale(str(path))
         control = ControlServer(
@@ -540,7 +541,7 @@ class Daemon:
             await call()
         await self._listener.close(self._bounds.connections_s)
         self._say_uncommitted(await self.registry.close())
-        self.monitor.loop_lag.stop()
+        self.monitor.stop()
         for server in self._http_servers():
             await server.close()
 

@@ -19,6 +19,8 @@ from nbdtarget.control.figures import (
     Bound,
     ClientFigures,
     DeviceFigures,
+    Events,
+    EventsAnswer,
     FiguresAnswer,
     Histogram,
     OperationFigures,
@@ -29,6 +31,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.fast.compiled import IS_COMPILED
+from nbdtarget.monitor.event_log import EventLog
 from nbdtarget.monitor.loop_lag import BOUNDS_S, LoopLag
 from nbdtarget.server.listener import Listener
 from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Account, Traffic
@@ -66,6 +69,12 @@ class Observer:
         self._certificates = certificates
         self.loop_lag = LoopLag(registry.clock)
         self.has_device_metrics = True
+        self.event_log = EventLog(registry.clock)
+
+    def stop(self) -> None:
+        """The server ends: keep no events any more, and look at the loop no more."""
+        self.loop_lag.stop()
+        self.event_log.stop()
 
     async def figures(self, names: Sequence[str] = ()) -> FiguresAnswer:
         """Take the figures of these devices, none: of all, and of the server.
@@ -101,6 +110,10 @@ class Observer:
                 Certificate(*each) for each in self._certificates().items()
             ),
         )
+
+    async def events(self, request: Events) -> EventsAnswer:
+        """Return what has happened, or wait until something happens."""
+        return await self.event_log.after(request.since, request.wait_s)
 
     async def metrics(self) -> bytes:
         """Return all figures as the text that Prometheus reads."""

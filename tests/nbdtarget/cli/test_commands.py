@@ -24,6 +24,7 @@ COMMANDS: dict[str, list[str]] = {
     "completion": ["bash"],
     "create": ["x", "--notable"],
     "deps": [],
+    "events": [],
     "export": ["/nonexistent/disk"],
     "help": [],
     "info": [],

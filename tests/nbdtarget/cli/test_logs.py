@@ -2,6 +2,7 @@
 """The log of a server: it never raises, never blocks, and no client can fill it."""
 
 import io
+import json
 import logging
 import os
 import select
@@ -12,7 +13,15 @@ from typing import TextIO
 
 import pytest
 
-from nbdtarget.cli.logs import CLIENT_LINES_BURST, CLIENT_LINES_PER_S, LogHandler
+from nbdtarget.cli.logs import (
+    CLIENT_LINES_BURST,
+    CLIENT_LINES_PER_S,
+    Journal,
+    Json,
+    LogHandler,
+    Plain,
+    is_journal,
+)
 from nbdtarget.cli.outlet import Outlet
 
 
@@ -88,7 +97,6 @@ class _Log:
     def __init__(self, pipe: Pipe) -> None:
         self.now_ns = 0
         self.handler = LogHandler(pipe.outlet, lambda: self.now_ns)
-        self.handler.setFormatter(logging.Formatter("%(message)s"))
 
     def log(self, name: str, message: str, *args: object) -> None:
         record = logging.LogRecord(name, logging.INFO, "f", 7, message, args, None)
@@ -101,7 +109,10 @@ def test_lines_about_clients_are_bounded_and_others_are_not(pipe: Pipe) -> None:
         log.log("nbdtarget.server.connection", "attached")
     assert pipe.read().count("attached") == CLIENT_LINES_BURST
     log.log("nbdtarget.dm.registry", "a device")
-    assert pipe.read() == "nbdtarget: 50 lines about clients were left out\na device\n"
+    assert (
+        pipe.read()
+        == "nbdtarget: 50 lines about clients were left out\nnbdtarget: a device\n"
+    )
     log.now_ns += 10**9
     for _ in range(100):
         log.log("nbdtarget.control.http", "asked")
@@ -120,15 +131,15 @@ def test_log_entry_is_one_line_whatever_a_name_contains(pipe: Pipe) -> None:
         "nbdtarget.dm", "%s: refused", "a\nnbdtarget: all is well\x1b[2J" + "x" * 10**6
     )
     (line,) = pipe.read().splitlines()
-    assert line.startswith(r"a\nnbdtarget: all is well\x1b[2Jxxx")
+    assert line.startswith(r"nbdtarget: a\nnbdtarget: all is well\x1b[2Jxxx")
     assert len(line) < 5000
 
 
 SERVER = """
 import logging, sys
-from nbdtarget.cli.logs import start_logging
+from nbdtarget.cli.logs import Log
 from nbdtarget.cli.progress.common import print_event, say
-start_logging(verbose=True)
+Log(verbose=True).start()
 for nr in range(20_000):
     logging.getLogger("nbdtarget.dm").info("line %d of the log, which is not read", nr)
     say("line")
@@ -147,3 +158,65 @@ def test_a_process_whose_output_is_not_read_still_ends(is_closed: bool) -> None:
             process.stdout.close()
             process.stderr.close()
         assert process.wait(30) == 0
+
+
+def record(level: int, message: str, *, fails: bool = False) -> logging.LogRecord:
+    made = logging.LogRecord("nbdtarget.dm", level, "f.py", 7, message, None, None)
+    if fails:
+        try:
+            raise ValueError("what was wrong")
+        except ValueError:
+            made.exc_info = sys.exc_info()
+    return made
+
+
+def emitted(pipe: Pipe, style: Plain, made: logging.LogRecord) -> list[str]:
+    LogHandler(pipe.outlet, style=style).emit(made)
+    return pipe.read().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("level", "priority"),
+    [("CRITICAL", 2), ("ERROR", 3), ("WARNING", 4), ("INFO", 6), ("DEBUG", 7)],
+)
+def test_the_journal_gets_priorities(pipe: Pipe, level: str, priority: int) -> None:
+    made = record(getattr(logging, level), "disk lost")
+    assert emitted(pipe, Journal(), made) == [f"<{priority}>nbdtarget: disk lost"]
+
+
+def test_each_line_of_a_traceback_has_the_priority(pipe: Pipe) -> None:
+    lines = emitted(pipe, Journal(), record(logging.ERROR, "failed", fails=True))
+    assert lines[0] == "<3>nbdtarget: failed"
+    assert lines[-1] == "<3>ValueError: what was wrong"
+    assert all(line.startswith("<3>") for line in lines)
+
+
+def test_a_line_of_json_is_an_object(pipe: Pipe) -> None:
+    made = record(logging.WARNING, 'a "quoted" name', fails=True)
+    made.created = 1796070000.25
+    (line,) = emitted(pipe, Json(), made)
+    fields = json.loads(line)
+    assert "ValueError: what was wrong" in fields.pop("traceback")
+    assert fields == {
+        "time": "2026-11-30T20:20:00.250+00:00",
+        "level": "warning",
+        "logger": "nbdtarget.dm",
+        "message": 'a "quoted" name',
+    }
+
+
+def test_lines_that_were_lost_have_the_form_of_all_others() -> None:
+    assert Plain().line("3 lines were lost") == "nbdtarget: 3 lines were lost"
+    assert Journal().line("3 lines were lost") == "<4>nbdtarget: 3 lines were lost"
+    fields = json.loads(Json().line("3 lines were lost"))
+    assert (fields["level"], fields["message"]) == ("warning", "3 lines were lost")
+
+
+def test_the_journal_is_known_by_its_file(pipe: Pipe) -> None:
+    there = os.fstat(pipe.stream.fileno())
+    said = {"JOURNAL_STREAM": f"{there.st_dev}:{there.st_ino}"}
+    assert is_journal(pipe.stream, said)
+    assert not is_journal(pipe.stream, {})
+    assert not is_journal(pipe.stream, {"JOURNAL_STREAM": f"{there.st_dev}:1"})
+    assert not is_journal(None, said)
+    assert not is_journal(io.StringIO(), said)
