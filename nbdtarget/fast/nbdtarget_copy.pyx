@@ -200,14 +200,22 @@ cdef void unlink(Shared *shared, Copy *copy) noexcept nogil:
     copy.next = NULL
 
 
-cdef void maybe_end(Shared *shared, Copy *copy) noexcept nogil:
-    """Tell the loop, if nothing of this copy is under way or left."""
-    cdef uint64_t one = 1
+cdef bint maybe_end(Shared *shared, Copy *copy) noexcept nogil:
+    """Whether nothing of this copy is under way or left. Then the loop has to be told, by `wake_loop`."""
     if copy.nr_under_way or copy.at < copy.end:
-        return
+        return False
     unlink(shared, copy)
     copy.next = shared.ended
     shared.ended = copy
+    return True
+
+
+cdef void wake_loop(Shared *shared) noexcept nogil:
+    """Tell the loop that copies have ended.
+
+    Not under the lock: the loop takes it next, and may take the processor from the thread that has it.
+    """
+    cdef uint64_t one = 1
     # It never blocks: the counter is taken long before it is full.
     while sys_write(shared.event_fd, &one, sizeof(one)) < 0 and errno == EINTR:
         pass
@@ -531,14 +539,17 @@ cdef int write_all(Shared *shared, const Slot *slot) noexcept nogil:
 cdef void end_chunk(Shared *shared, Stream *stream, Slot *slot, int status, bint is_read) noexcept nogil:
     """Args: status: 0, or what the chunk has failed with, when it was read or written."""
     cdef Copy *copy = slot.copy
+    cdef bint has_ended
     pthread_mutex_lock(&shared.lock)
     if status:
         note_failure(shared, copy, status, is_read, slot.offset, slot.length, stream.number if is_read else -1)
     slot.copy = NULL
     store_number(&stream.nr_in_flight, load_number(&stream.nr_in_flight) - 1)
     copy.nr_under_way -= 1
-    maybe_end(shared, copy)
+    has_ended = maybe_end(shared, copy)
     pthread_mutex_unlock(&shared.lock)
+    if has_ended:
+        wake_loop(shared)
 
 
 cdef bint is_over(Shared *shared, const Copy *copy) noexcept nogil:
@@ -701,6 +712,7 @@ cdef class Copies:
         if copy != NULL:
             self._leave_out(copy, status, stream)
         pthread_mutex_unlock(&self.shared.lock)
+        wake_loop(self.shared)
 
     def fail_queued(self, int status, int stream):
         """No stream is left: what has not begun fails with this errno, because this stream, the last one, could not read."""
@@ -708,6 +720,7 @@ cdef class Copies:
         while self.shared.first != NULL:
             self._leave_out(self.shared.first, status, stream)
         pthread_mutex_unlock(&self.shared.lock)
+        wake_loop(self.shared)
 
     cdef void _leave_out(self, Copy *copy, int status, int stream) noexcept nogil:
         cdef uint64_t left = copy.end - copy.at

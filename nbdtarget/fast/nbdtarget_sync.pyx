@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # cython: initializedcheck=False
-"""fdatasync in a thread of its own that never needs the interpreter.
+"""fdatasync, and writeback of ranges, in a thread of its own that never needs the interpreter.
 
 Theory of operation. A sync of a fast disk takes less time than two Python threads need to hand it over, because each of
 them needs the interpreter's lock when the other one has it. So each open file may have a `Syncer`: one thread, in C,
@@ -11,11 +11,15 @@ and one sync at a time.
     (fdatasync)     the other thread leaves the errno, and writes to an eventfd
     take            the loop, which watches the eventfd, takes the errno
 
+`begin_behind` has the thread do something else in the same way: begin to write ranges back, wait for others, and drop those from the page
+cache. A Python thread that does so keeps the loop waiting whenever it loses its processor between two of these calls, while it has the lock.
+
 The thread is started by the first `begin`, and ended by `close`. It works on memory of its own, which is never freed while the thread
 runs: so a Syncer may be dropped, without `close`, while a disk hangs.
 """
 
 from libc.errno cimport errno
+from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 
 import os
@@ -23,6 +27,7 @@ import os
 cdef extern from *:
     """
     #include <errno.h>
+    #include <fcntl.h>
     #include <pthread.h>
     #include <semaphore.h>
     #include <signal.h>
@@ -32,14 +37,32 @@ cdef extern from *:
 
     enum { SYNC_IDLE, SYNC_ASKED, SYNC_DONE };
 
+    typedef struct { int64_t begin, end; } sync_range;
     typedef struct {
         int state, status, fd, event_fd, is_closed;
+        /* NULL: fdatasync. Otherwise the ranges that are to be begun, and then those that are to be waited for. */
+        sync_range *ranges;
+        size_t nr_begun, nr_ranges;
         sem_t asked;
         pthread_t thread;
     } sync_job;
 
     static inline int sync_state(sync_job *job) { return __atomic_load_n(&job->state, __ATOMIC_ACQUIRE); }
     static inline void sync_become(sync_job *job, int state) { __atomic_store_n(&job->state, state, __ATOMIC_RELEASE); }
+    static int sync_behind(const sync_job *job) {
+        const int all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+        for (size_t nr = 0; nr < job->nr_ranges; nr++) {
+            const sync_range *range = &job->ranges[nr];
+            const int64_t length = range->end - range->begin;
+            const int is_begun = nr < job->nr_begun;
+            if (sync_file_range(job->fd, range->begin, length, is_begun ? SYNC_FILE_RANGE_WRITE : all))
+                return errno;
+            int error = is_begun ? 0 : posix_fadvise(job->fd, range->begin, length, POSIX_FADV_DONTNEED);
+            if (error)
+                return error;
+        }
+        return 0;
+    }
     static void *sync_work(void *argument) {
         sync_job *job = argument;
         const uint64_t one = 1;
@@ -47,7 +70,10 @@ cdef extern from *:
             while (sem_wait(&job->asked)) {}
             if (job->is_closed)
                 return NULL;
-            job->status = fdatasync(job->fd) ? errno : 0;
+            if (job->ranges)
+                job->status = sync_behind(job);
+            else
+                job->status = fdatasync(job->fd) ? errno : 0;
             sync_become(job, SYNC_DONE);
             /* It never blocks: the counter is taken once for each sync. */
             while (write(job->event_fd, &one, sizeof one) < 0 && errno == EINTR) {}
@@ -73,11 +99,17 @@ cdef extern from *:
         pass
     ctypedef struct pthread_t:
         pass
+    ctypedef struct sync_range:
+        int64_t begin
+        int64_t end
     ctypedef struct sync_job:
         int status
         int fd
         int event_fd
         int is_closed
+        sync_range *ranges
+        size_t nr_begun
+        size_t nr_ranges
         sem_t asked
         pthread_t thread
     int eventfd(unsigned value, int flags) nogil
@@ -126,6 +158,7 @@ cdef class Syncer:
             return  # the thread uses it
         if self.job.event_fd >= 0:
             close(self.job.event_fd)
+        free(self.job.ranges)
         free(self.job)
 
     @property
@@ -134,9 +167,44 @@ cdef class Syncer:
 
     def begin(self):
         """Begin to sync; `take` tells the end. Raises: OSError: there can be no thread, and nothing was begun."""
-        cdef int error
+        self._prepare()
+        self._ask()
+
+    def begin_behind(self, list ranges not None, list before not None):
+        """Begin to write `ranges` back, and then wait for `before`, and drop it from the page cache; `take` tells the end.
+
+        Each range is a tuple of its begin and end in the file. The first call that fails is the last one.
+
+        Durable: nothing. The errors of the pages in `before` are told here, and then not by the next sync of the open file.
+        Raises: OSError, MemoryError: there can be no thread, or there is no memory, and nothing was begun.
+        """
+        cdef Py_ssize_t nr, nr_begun = len(ranges), nr_ranges = nr_begun + len(before)
+        cdef sync_range *copied
+        self._prepare()
+        # One more than there are: what has no range is no fdatasync.
+        copied = <sync_range *>calloc(nr_ranges + 1, sizeof(sync_range))
+        if copied == NULL:
+            raise MemoryError
+        try:
+            for nr in range(nr_ranges):
+                copied[nr].begin, copied[nr].end = ranges[nr] if nr < nr_begun else before[nr - nr_begun]
+        except BaseException:
+            free(copied)
+            raise
+        self.job.ranges = copied
+        self.job.nr_begun = nr_begun
+        self.job.nr_ranges = nr_ranges
+        self._ask()
+
+    cdef int _prepare(self) except -1:
         if sync_state(self.job) != SYNC_IDLE:
             raise ValueError("one sync at a time")
+        free(self.job.ranges)
+        self.job.ranges = NULL
+        return 0
+
+    cdef int _ask(self) except -1:
+        cdef int error
         if not self.is_started:
             error = sync_start(self.job)
             if error:
@@ -144,6 +212,7 @@ cdef class Syncer:
             self.is_started = True
         sync_become(self.job, SYNC_ASKED)
         sem_post(&self.job.asked)
+        return 0
 
     def take(self):
         """Return 0 or the errno of the sync that has ended, or RUNS."""

@@ -92,6 +92,13 @@ DEVICES: Final = (
         BEHIND,
     ),
     Mutant(
+        "writeback-error-of-the-thread-forgotten",
+        "The compiled thread that waits for pages takes their error, and nothing latches.",
+        "nbdtarget.devices.file.bulk:Behind._reap",
+        (("ended.set_result(status)", "ended.set_result(0)"),),
+        BEHIND,
+    ),
+    Mutant(
         "flush-overtakes-the-writeback",
         "A FLUSH that overlaps the wait for pages ends before it is known whether that was told an error.",
         "nbdtarget.devices.file.bulk:Behind.write",

@@ -16,7 +16,9 @@ the next fdatasync. So this wait counts as a sync among the others (`sync.py`): 
 and its error latches the device.
 """
 
+import asyncio
 import errno as errnos
+import logging
 import os
 import threading
 from functools import partial
@@ -25,8 +27,11 @@ from typing import Final
 from nbdtarget.devices.file.sync import Syncs
 from nbdtarget.devices.file.syscalls import wait_for_writeback, write_back_range
 from nbdtarget.devices.workers import WorkerPool
+from nbdtarget.fast.compiled import IS_COMPILED, Syncer
 
 __all__ = ["Behind", "FileWriter"]
+
+log = logging.getLogger(__name__)
 
 _NOT_SUPPORTED: Final = frozenset({errnos.EINVAL, errnos.ENOSYS, errnos.ESPIPE})
 
@@ -61,16 +66,17 @@ class Behind:
     """Writes back, and drops, what was written some time ago. See the module head. Context: the loop."""
 
     def __init__(self, name: str, fd: int, syncs: Syncs) -> None:
+        self._name = name
         self._fd = fd
         self._syncs = syncs
-        # One thread: what waits for the disk must not take those that reads need.
+        # One thread: what waits for the disk must not take those that reads need. It is a compiled one, which never has
+        # Python's lock; where there is none, a worker.
+        self._thread: Syncer | None = None
+        self._has_no_thread = not IS_COMPILED
+        self._ended: asyncio.Future[int] | None = None  # of what the thread does
         self._pool = WorkerPool(f"{name}-behind", threads_max=1)
         self._before: list[tuple[int, int]] = []
         self._is_supported = True
-
-    @property
-    def pool(self) -> WorkerPool:
-        return self._pool
 
     async def write(self, ranges: list[tuple[int, int]]) -> None:
         """Begin to write `ranges` back; end with those of the call before."""
@@ -78,11 +84,56 @@ class Behind:
         if not self._is_supported or not (before or ranges):
             return
         sync = self._syncs.begin_writeback()
-        status = await self._pool.run(partial(self._write_and_drop, ranges, before))
+        ended = await self._maybe_begin(ranges, before)
+        if ended is not None:
+            status = await asyncio.shield(ended)
+        else:
+            status = await self._pool.run(partial(self._write_and_drop, ranges, before))
         if status in _NOT_SUPPORTED:
             self._is_supported = False
             status = 0
         self._syncs.done(sync, status)
+
+    async def close(self) -> None:
+        """Wait for what is under way, and end the thread."""
+        await self._until_idle()
+        if self._thread is not None:
+            asyncio.get_running_loop().remove_reader(self._thread.event_fd)
+            self._thread.close()
+            self._thread = None
+        await self._pool.close()
+
+    async def _maybe_begin(
+        self, ranges: list[tuple[int, int]], before: list[tuple[int, int]]
+    ) -> "asyncio.Future[int] | None":
+        """Have the thread begin; return the future of its status. None: there can be no thread."""
+        await self._until_idle()
+        if self._has_no_thread:
+            return None
+        try:
+            if self._thread is None:
+                self._thread = Syncer(self._fd)
+                loop = asyncio.get_running_loop()
+                loop.add_reader(self._thread.event_fd, self._reap)
+            self._thread.begin_behind(ranges, before)
+        except (OSError, MemoryError) as error:
+            log.warning("%s: a worker writes back: %s", self._name, error)
+            self._has_no_thread = True
+            return None
+        self._ended = asyncio.get_running_loop().create_future()
+        return self._ended
+
+    async def _until_idle(self) -> None:
+        while self._ended is not None:
+            await asyncio.wait((self._ended,))
+
+    def _reap(self) -> None:
+        assert self._thread is not None
+        status = self._thread.take()
+        if status >= 0:
+            ended, self._ended = self._ended, None
+            assert ended is not None
+            ended.set_result(status)
 
     def _write_and_drop(
         self, ranges: list[tuple[int, int]], before: list[tuple[int, int]]

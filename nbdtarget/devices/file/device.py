@@ -294,7 +294,7 @@ class FileDevice(Device):
         await self._syncs.close()
         await self._writers.close()
         if self._behind is not None:
-            await self._behind.pool.close()
+            await self._behind.close()
         await self._pool.close()
         if self._fd >= 0:
             os.close(self._fd)

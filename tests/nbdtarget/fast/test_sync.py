@@ -76,3 +76,46 @@ def test_what_was_never_used_leaves_nothing(fd: int) -> None:
     syncer.close()
     del syncer
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_ranges_are_written_back_and_dropped(tmp_path: Path, fd: int) -> None:
+    os.write(fd, bytes(1 << 20))
+    syncer = Syncer(fd)
+    syncer.begin_behind([(0, 4096), (8192, 1 << 20)], [])
+    assert wait(syncer) == 0
+    syncer.begin_behind([], [(0, 1 << 20)])
+    assert wait(syncer) == 0
+    syncer.begin_behind([], [])
+    assert wait(syncer) == 0
+    syncer.begin()  # a sync again
+    assert wait(syncer) == 0
+    syncer.close()
+
+
+@pytest.mark.parametrize("is_before", [False, True])
+def test_the_first_range_that_fails_ends_it(fd: int, is_before: bool) -> None:
+    bad = [(-4096, 4096)]  # no file has that
+    syncer = Syncer(fd)
+    syncer.begin_behind([] if is_before else bad, bad if is_before else [])
+    assert wait(syncer) == errno.EINVAL
+    syncer.begin()
+    assert wait(syncer) == 0
+    syncer.close()
+
+
+def test_ranges_that_are_none_begin_nothing(fd: int) -> None:
+    syncer = Syncer(fd)
+    for bad in ([(1,)], ["ab"], [(1, 1 << 70)], [3]):
+        with pytest.raises((TypeError, ValueError, OverflowError)):
+            syncer.begin_behind(bad, [])  # type: ignore[arg-type]
+    syncer.begin()
+    assert wait(syncer) == 0
+    with pytest.raises(ValueError, match="one sync"):
+        _twice(syncer)
+    assert wait(syncer) == 0
+    syncer.close()
+
+
+def _twice(syncer: "Syncer") -> None:
+    syncer.begin()
+    syncer.begin_behind([(0, 1)], [])

@@ -16,10 +16,76 @@ from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.page_cache import cached_pages
 from nbdtarget.devices.health import HealthState
 from nbdtarget.devices.resolve import create_device, open_device
+from nbdtarget.fast.compiled import IS_COMPILED, describe
 from tests.support.file_device import SIZE, bio_of, ended
 
 WINDOW = [(0, SIZE // 2)]
 NEXT = [(SIZE // 2, SIZE)]
+
+
+@pytest.fixture
+def by_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a Python thread write back, also where compiled code could."""
+    monkeypatch.setattr(bulk, "IS_COMPILED", False)
+
+
+@pytest.fixture(
+    params=[
+        "worker",
+        pytest.param(
+            "compiled", marks=pytest.mark.skipif(not IS_COMPILED, reason=describe())
+        ),
+    ]
+)
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(bulk, "IS_COMPILED", request.param == "compiled")
+    return str(request.param)
+
+
+class FakeThread:
+    """Stands for a `Syncer` whose work ends with `status`, once `gate` is set.
+
+    Attributes:
+        asked: what it was asked to do.
+    """
+
+    status = 0
+    gate: "asyncio.Event"
+
+    def __init__(self, fd: int) -> None:
+        self.asked: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]] = []
+        self.event_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def begin_behind(
+        self, ranges: list[tuple[int, int]], before: list[tuple[int, int]]
+    ) -> None:
+        assert not self.tasks
+        self.asked.append((ranges, before))
+        self.tasks.add(asyncio.ensure_future(self._end()))
+
+    async def _end(self) -> None:
+        await self.gate.wait()
+        os.eventfd_write(self.event_fd, 1)
+
+    def take(self) -> int:
+        os.eventfd_read(self.event_fd)
+        self.tasks.clear()
+        return self.status
+
+    def close(self) -> None:
+        assert not self.tasks
+        os.close(self.event_fd)
+
+
+@pytest.fixture
+def fake_thread(monkeypatch: pytest.MonkeyPatch) -> type[FakeThread]:
+    class Fake(FakeThread):
+        gate = asyncio.Event()
+
+    monkeypatch.setattr(bulk, "IS_COMPILED", True)
+    monkeypatch.setattr(bulk, "Syncer", Fake)
+    return Fake
 
 
 async def made(tmp_path: Path) -> FileDevice:
@@ -65,6 +131,7 @@ async def test_a_device_that_is_read_only_has_no_writer(tmp_path: Path) -> None:
     await device.close()
 
 
+@pytest.mark.usefixtures("by_worker")
 async def test_a_window_is_begun_at_once_and_dropped_when_the_next_one_is_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +161,7 @@ async def test_a_window_is_begun_at_once_and_dropped_when_the_next_one_is_begun(
     await device.close()
 
 
+@pytest.mark.usefixtures("each_way")
 async def test_what_was_written_leaves_the_page_cache_of_a_real_file(
     tmp_path: Path,
 ) -> None:
@@ -111,6 +179,7 @@ async def test_what_was_written_leaves_the_page_cache_of_a_real_file(
     await device.close()
 
 
+@pytest.mark.usefixtures("by_worker")
 async def test_an_error_of_the_wait_latches_and_fails_the_flush_that_overlapped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +207,66 @@ async def test_an_error_of_the_wait_latches_and_fails_the_flush_that_overlapped(
     await device.close()
 
 
+async def test_an_error_of_the_thread_latches_and_fails_the_flush_that_overlapped(
+    tmp_path: Path, fake_thread: type[FakeThread]
+) -> None:
+    fake_thread.status = errno.EIO
+    device = await made(tmp_path)
+    waiting = asyncio.ensure_future(device.write_behind(WINDOW))
+    await asyncio.sleep(0)
+    flushing = asyncio.ensure_future(device.flush())
+    await asyncio.sleep(0.01)  # its fdatasync has succeeded by now, or soon
+    assert not flushing.done()
+    fake_thread.gate.set()
+    await waiting
+    with pytest.raises(DeviceError):
+        await flushing
+    assert device.health.state is HealthState.LATCHED
+    assert "writeback" in device.health.last_error
+    await device.close()
+
+
+async def test_windows_go_to_the_thread_one_after_the_other(
+    tmp_path: Path, fake_thread: type[FakeThread]
+) -> None:
+    device = await made(tmp_path)
+    behind = device._behind
+    if behind is None:
+        pytest.skip("the file system has no disk")
+    first = asyncio.ensure_future(device.write_behind(WINDOW))
+    second = asyncio.ensure_future(device.write_behind(NEXT))
+    await asyncio.sleep(0)
+    thread = behind._thread
+    assert isinstance(thread, FakeThread)
+    assert thread.asked == [(WINDOW, [])]
+    first.cancel()  # the thread goes on, and the next one waits for it
+    closing = asyncio.ensure_future(device.close())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    fake_thread.gate.set()
+    await second
+    await closing
+    assert thread.asked == [(WINDOW, []), (NEXT, WINDOW)]
+
+
+async def test_without_a_thread_a_worker_writes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EAGAIN, "no thread")
+
+    monkeypatch.setattr(bulk, "IS_COMPILED", True)
+    monkeypatch.setattr(bulk, "Syncer", refuse)
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(bulk, "write_back_range", lambda _, b, e: calls.append((b, e)))
+    device = await made(tmp_path)
+    await device.write_behind(WINDOW)
+    await device.write_behind([])
+    assert calls == WINDOW
+    await device.close()
+
+
+@pytest.mark.usefixtures("by_worker")
 @pytest.mark.parametrize("status", sorted(bulk._NOT_SUPPORTED))
 async def test_where_it_is_not_supported_it_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
