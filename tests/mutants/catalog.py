@@ -12,6 +12,7 @@ from tests.mutants.clone_features import CLONE_FEATURES
 from tests.mutants.commit import COMMIT
 from tests.mutants.devices import DEVICES
 from tests.mutants.disks import DISKS
+from tests.mutants.extended import EXTENDED
 from tests.mutants.fast import FAST
 from tests.mutants.mapped_device import MAPPED_DEVICE
 from tests.mutants.metadata import METADATA
@@ -41,6 +42,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *SERVER,
     *SOURCES,
     *TLS,
+    *EXTENDED,
     *FAST,
     *PORCELAIN,
     *STATE,

@@ -43,6 +43,13 @@ SERVER: Final = (
         ("tests/nbdtarget/server/test_moving.py",),
     ),
     Mutant(
+        "hand-over-cancelled-after-go",
+        "The old process goes on although the new one does: two processes write the same disks.",
+        "nbdtarget.daemon.handover.giver:_give",
+        (("        channel.send_now(", "        await channel.send("),),
+        ("tests/nbdtarget/daemon/handover/test_giver.py",),
+    ),
+    Mutant(
         "a-hung-export-uses-all-of-the-budget-up",
         "The clients of an export that is suspended keep those of all others waiting.",
         "nbdtarget.server.shares:Share.is_full",

@@ -43,11 +43,14 @@ class Moved:
         new.go_on()
 
 
-@pytest.mark.parametrize("structured", [False, True])
+@pytest.mark.parametrize("how", ["simple", "structured", "extended"])
 async def test_a_client_goes_on_and_new_ones_can_connect(
-    served: Served, structured: bool
+    served: Served, how: str
 ) -> None:
-    peer = await served.attach(structured=structured, contexts=structured)
+    structured = how != "simple"
+    peer = await served.attach(
+        structured=structured, extended=how == "extended", contexts=structured
+    )
     await peer.ask(c.CMD_WRITE, 4096, payload=b"x" * 512)
     await Moved(served).move()
     assert (await peer.ask(c.CMD_READ, 4096, 512)).data == b"x" * 512
@@ -61,11 +64,12 @@ async def test_a_client_goes_on_and_new_ones_can_connect(
     assert await peer.at_end()
 
 
-@pytest.mark.parametrize("cut", [1, 27, 28, 29, 400])
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("cut", [1, 27, 28, 29, 31, 32, 33, 400])
 async def test_half_a_request_is_finished_by_the_other_half(
-    served: Served, cut: int
+    served: Served, cut: int, extended: bool
 ) -> None:
-    peer = await served.attach()
+    peer = await served.attach(extended=extended)
     request = peer.request(c.CMD_WRITE, 512, payload=b"y" * 512)
     peer.writer.write(request[:cut])
     await asyncio.sleep(0.01)
@@ -114,9 +118,12 @@ async def test_the_payload_of_a_large_write_is_received_before(served: Served) -
     assert (await peer.reply()).data == payload[:512]
 
 
-async def test_replies_that_were_not_taken_come_whole(served: Served) -> None:
+@pytest.mark.parametrize("extended", [False, True])
+async def test_replies_that_were_not_taken_come_whole(
+    served: Served, extended: bool
+) -> None:
     data = served.disk.data[:] = os.urandom(MIB)
-    peer = await served.attach()
+    peer = await served.attach(extended=extended)
     peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
     for at in range(8):
         peer.send(c.CMD_READ, at * 1024, MIB - 8192)

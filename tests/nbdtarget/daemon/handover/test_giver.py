@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The old process's side of a hand-over: whatever the new one does, one of the two serves."""
 
+import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.daemon.handover import giver
+from nbdtarget.daemon.handover.channel import Channel
 from nbdtarget.daemon.handover.giver import VARIABLE, hand_over
 from nbdtarget.daemon.handover.messages import FORMAT, Moved
 from nbdtarget.dm.handover import Parking
@@ -86,6 +88,33 @@ async def test_it_hands_over(server: Server) -> None:
     (device,) = server.registry.devices()
     assert device.state is State.SUSPENDED
     assert not device.has_table
+
+
+async def test_who_is_cancelled_after_go_does_not_go_on_beside_the_new_process(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Go cannot be taken back: from there on only one of the two may serve."""
+    loop, ends = asyncio.get_running_loop(), list[str]()
+    send = Channel._send
+
+    def send_and_cancel(self: Channel, raw: bytes, fds: Sequence[int]) -> None:
+        send(self, raw, fds)
+        if b"Go" in raw:
+            loop.call_soon_threadsafe(task.cancel)
+
+    async def hand_it_over() -> None:
+        script = HELLO + 'say(type="Prepared"); assert hear()["type"] == "Go"'
+        try:
+            await server.hand_over(script)
+            ends.append("handed over")
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+
+    monkeypatch.setattr(Channel, "_send", send_and_cancel)
+    task = asyncio.create_task(hand_it_over())
+    await asyncio.wait([task])
+    assert ends == ["handed over"]
+    assert server.log == ["freeze", "moved"]
 
 
 @pytest.mark.parametrize(
