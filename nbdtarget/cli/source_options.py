@@ -18,11 +18,12 @@ UrlCommand = Annotated[
     typer.Option(
         "--url-command",
         metavar="COMMAND",
-        help="Command that prints the URL of SOURCE, for example one that signs it. It runs at the start, and whenever the"
-        " server does not accept the URL any more. It is not run by a shell.",
+        help="Command that prints the URL of SOURCE, for example one that signs it, or credentials for an object in S3. It"
+        " runs at the start, and whenever the server does not accept them any more. It is not run by a shell.",
     ),
 ]
 
+_URLS: Final = ("http://", "https://", "s3://")
 _OPTIONS: Final[dict[str, tuple[Any, Any]]] = {"url_command": (UrlCommand, None)}
 
 
@@ -35,7 +36,7 @@ class SourceSaid(NamedTuple):
         """The words of the command for `source`; none: there is no command. Raises: typer.BadParameter."""
         if self.url_command is None:
             return ()
-        if not source.lower().startswith(("http://", "https://")):
+        if not source.lower().startswith(_URLS):
             raise typer.BadParameter("--url-command is for a SOURCE that is a URL")
         try:
             words = tuple(shlex.split(self.url_command))

@@ -58,7 +58,7 @@ from nbdtarget.common.words import split_words
 from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
 from nbdtarget.control.paths import control_address
-from nbdtarget.devices.http.url import parse_http_url
+from nbdtarget.devices.http.url_command import check_url
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import check_name, check_uuid
 from nbdtarget.dm.table import TargetSpec, scan_table
@@ -326,7 +326,7 @@ class _Reader:
     def _url_commands(self, values: dict[str, list[str]]) -> dict[str, list[str]]:
         for url, words in values.items():
             try:
-                parse_http_url(url)
+                check_url(url)
             except ResolveError as error:
                 self._mistake(("url_commands", url), f"`url_commands': {error}")
             if not words:

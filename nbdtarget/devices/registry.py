@@ -18,6 +18,7 @@ from nbdtarget.devices.nbd.scheme import (
     NbdsUnixScheme,
     NbdUnixScheme,
 )
+from nbdtarget.devices.objects.scheme import AzureScheme, GcsScheme, S3Scheme
 from nbdtarget.devices.raw_scheme import RawScheme
 from nbdtarget.devices.scheme import Scheme, syntaxes
 
@@ -34,6 +35,9 @@ _OF_DISKS: Final[dict[str, Scheme]] = by_name(
         NbdsUnixScheme(),
         HttpScheme(),
         HttpsScheme(),
+        S3Scheme(),
+        GcsScheme(),
+        AzureScheme(),
     ),
     attrgetter("name"),
 )

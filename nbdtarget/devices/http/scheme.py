@@ -31,7 +31,7 @@ class HttpScheme(Scheme):
 
         refuse_writing(name, read_only=read_only)
         url = parse_http_url(name)
-        store = HttpStore(url, url_command_for(url))
+        store = HttpStore(url, url_command_for(url.place))
         return await open_ranged(name, url.place, store, url.options)
 
     def identity(self, name: str) -> Hashable:

@@ -13,7 +13,8 @@ A fragment is never sent to a server, so it takes nothing from the URL. A key th
 """
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import unquote
 
@@ -47,24 +48,29 @@ class SourceOptions:
     Attributes:
         source_timeout_s: 0: no bound.
         ca: path of a file; empty: those that the system trusts.
+        said: every option as it was written, those of one kind of images included.
     """
 
     source_timeout_s: float = SOURCE_TIMEOUT_S
     connections: int = CONNECTIONS
     is_pinned_by_size: bool = False
     ca: str = ""
+    said: Mapping[str, str] = field(default_factory=dict)
 
 
-def parse_options(name: str, fragment: str) -> SourceOptions:
-    """Parse what stands behind the `#` of `name`. Raises: ResolveError."""
+def parse_options(
+    name: str, fragment: str, also: tuple[str, ...] = ()
+) -> SourceOptions:
+    """Parse what stands behind the `#` of `name`. Args: also: further keys. Raises: ResolveError."""
+    keys = (*_KEYS, *also)
     found: dict[str, str] = {}
     for item in fragment.split("&"):
         if not item:
             continue
         key, _, value = item.partition("=")
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, 1)
-            hint = f"did you mean `{near[0]}'?" if near else f"write {', '.join(_KEYS)}"
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            hint = f"did you mean `{near[0]}'?" if near else f"write {', '.join(keys)}"
             raise ResolveError(name, f"unknown option `{key}' behind the #; {hint}")
         found[key] = unquote(value)
     pin = found.get("pin", "etag")
@@ -79,6 +85,7 @@ def parse_options(name: str, fragment: str) -> SourceOptions:
         else CONNECTIONS,
         pin == "size",
         found.get("ca", ""),
+        found,
     )
 
 

@@ -100,13 +100,14 @@ async def test_command_that_prints_without_end_is_ended() -> None:
 
 
 def test_commands_belong_to_one_image() -> None:
-    set_url_commands({"https://h/a": ["sign", "a"]})
+    set_url_commands({"https://h/a": ["sign", "a"], "s3://b/k#region=x": ["keys"]})
     try:
-        assert url_command_for(URL) == ("sign", "a")
-        assert url_command_for(parse_http_url("https://h/b")) == ()
+        assert url_command_for(URL.place) == ("sign", "a")
+        assert url_command_for("https://h/b") == ()
+        assert url_command_for("s3://b/k") == ("keys",)
         with pytest.raises(ResolveError):
             set_url_commands({"https://": ["x"]})
-        assert url_command_for(URL) == ("sign", "a")
+        assert url_command_for(URL.place) == ("sign", "a")
     finally:
         set_url_commands({})
-    assert url_command_for(URL) == ()
+    assert url_command_for(URL.place) == ()

@@ -13,8 +13,12 @@ from nbdtarget.devices.ranged.options import (
 
 def test_defaults_and_every_key() -> None:
     assert parse_options("n", "") == SourceOptions(86_400.0, 32, False, "")
+    assert parse_options("n", "region=x", ("region",)).said == {"region": "x"}
     text = "source-timeout=0&connections=4&pin=size&ca=/etc/my%20ca.pem"
-    assert parse_options("n", text) == SourceOptions(0.0, 4, True, "/etc/my ca.pem")
+    found = parse_options("n", text)
+    assert (found.source_timeout_s, found.connections) == (0.0, 4)
+    assert found.is_pinned_by_size
+    assert found.ca == found.said["ca"] == "/etc/my ca.pem"
 
 
 @pytest.mark.parametrize(
