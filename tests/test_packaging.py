@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -28,6 +29,43 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (built,) = out.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation"]
+    subprocess.run(
+        [*command, "--outdir", str(out), str(ROOT)], check=True, capture_output=True
+    )
+    (built,) = out.glob("*.tar.gz")
+    return built
+
+
+def test_an_index_takes_wheel_and_sdist(wheel: Path, sdist: Path) -> None:
+    for command in (
+        ["twine", "check", "--strict", str(wheel), str(sdist)],
+        ["check_wheel_contents", "--config", str(ROOT / "pyproject.toml"), str(wheel)],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sdist_holds_what_packagers_need(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "LICENSE",
+        "CHANGELOG.md",
+        "requirements.lock",
+        "contrib/systemd/nbdtarget.service",
+        "docs/conf.py",
+        "nbdtarget/fast/nbdtarget_fast.pyx",
+        "tests/test_packaging.py",
+    } <= names
+    assert not {name for name in names if name.endswith((".so", ".pyc"))}
 
 
 def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
