@@ -40,6 +40,7 @@ help:
 	@echo 'make docs          site and man pages: build/docs    make docs-reference  commands anew, from their help'
 	@echo 'make fuzz-wire [SECONDS=60 SEED=0]  damaged conversations in the NBD protocol; also fuzz-wire-guided'
 	@echo 'make wheel         dist/*.whl                 make lock    resolve the lock files anew'
+	@echo 'make dist          wheel, sdist, checked      make deb     dist/*.deb; make deb-test: in a clean Debian'
 	@echo 'make clean         what was built, cached or sampled'
 
 # ---- the virtual environment -------------------------------------------------------------
@@ -223,6 +224,22 @@ docs-reference: .venv/dev.stamp
 
 wheel: .venv/dev.stamp
 	@$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+# A wheel and a source archive, as an index takes them.
+.PHONY: dist
+dist: .venv/dev.stamp
+	@$(BIN)/python -m build --no-isolation --outdir dist
+	@$(BIN)/python -m twine check --strict dist/*.whl dist/*.tar.gz
+	@$(BIN)/check-wheel-contents dist/*.whl
+
+# A Debian package that carries its libraries: dist/*.deb.
+.PHONY: deb deb-test
+deb: docs
+	@$(BIN)/python -m scripts.build_deb $(ARGS)
+
+# It is installed, used, updated and purged in a clean Debian; needs root.
+deb-test: docs
+	@$(BIN)/python -m scripts.deb_test
 
 # No header and no index address: a lock file names packages and hashes, not where we got them.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \

@@ -20,10 +20,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["Image", "ImageError", "image"]
+__all__ = ["Image", "ImageError", "debian", "image"]
 
 RELEASE: Final = "bookworm"
 KERNEL: Final = "linux-image-6.12-cloud-amd64"
@@ -57,18 +59,31 @@ class Image(NamedTuple):
 
 def image() -> Image:
     """Return the image, and make it first if it is missing. Raises: ImageError."""
+    with _cache() as cache:
+        folder = cache / _recipe()
+        if not folder.exists():
+            print(f"making a Debian {RELEASE} in {folder}", file=sys.stderr)
+            _make(folder)
+    return Image(folder / "vmlinuz", folder / "initrd", folder / "root.img")
+
+
+def debian() -> Path:
+    """Return a tar archive of a Debian with `PACKAGES`, and make it first if it is missing. Raises: ImageError."""
+    with _cache() as cache:
+        return _archive(cache)
+
+
+@contextmanager
+def _cache() -> Iterator[Path]:
+    """The folder of the cache, for this process alone. Raises: ImageError."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "/var/cache") / "nbdtarget-vm"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            folder = cache / _recipe()
-            if not folder.exists():
-                print(f"making a Debian {RELEASE} in {folder}", file=sys.stderr)
-                _make(folder)
+            yield cache
     except OSError as error:
         raise ImageError(f"{cache}: {error.strerror or error}") from None
-    return Image(folder / "vmlinuz", folder / "initrd", folder / "root.img")
 
 
 def _recipe() -> str:
@@ -80,12 +95,11 @@ def _recipe() -> str:
 
 
 def _make(folder: Path) -> None:
-    _install_tools()
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         work = Path(name)
         made, root = work / "made", work / "root"
         made.mkdir()
-        base = _base(folder.parent)
+        base = _archive(folder.parent)
         root.mkdir()
         _run("tar", "-xpf", str(base), "-C", str(root), "--exclude=./dev/*")
         (kernel,) = (root / "boot").glob("vmlinuz-*")
@@ -97,10 +111,11 @@ def _make(folder: Path) -> None:
         made.rename(folder)
 
 
-def _base(cache: Path) -> Path:
+def _archive(cache: Path) -> Path:
     """What mmdebstrap makes. It takes most of the time, so it is kept for the next image."""
     digest = hashlib.sha256(repr((RELEASE, PACKAGES)).encode()).hexdigest()[:16]
     base = cache / f"{RELEASE}-{digest}.tar"
+    _install_tools()
     if not base.exists():
         part = base.with_suffix(".part")
         words = ["--variant=minbase", "--mode=root", "--format=tar", "--quiet"]
