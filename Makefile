@@ -179,7 +179,7 @@ passthrough-bugs: .venv/dev.stamp
 
 # Kernel clients, and a real systemd, in virtual machines: ARGS='--only NAME', '--list'.
 .PHONY: vm-test
-vm-test: .venv/dev.stamp
+vm-test: docs
 	@$(BIN)/python -m scripts.vm_test $(ARGS)
 
 # Every deliberate bug must be caught: ARGS='--only NAME', '--list', '--jobs N'.

@@ -7,7 +7,7 @@ Each test is a script in `scripts/vm/tests`, which runs as root in a machine (`s
 runs here, outside the machine. Prints what the scripts print and how long each took. Exit status 1 if one fails: what
 the kernel and the server said is in FOLDER then, and without --keep in a temporary folder that is kept.
 
-With KVM it takes about a minute. Without it the guests' code is translated, which takes about four minutes on two cores; --with-kvm-only does
+With KVM it takes about a minute. Without it the guests' code is translated, which takes about eight minutes on two cores; --with-kvm-only does
 nothing then, and says so. The first run makes the image (`scripts.vm.image`), which needs root.
 """
 
@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from nbdtarget import __version__
+from scripts.build_deb import DebError, build_deb
 from scripts.vm.image import Image, ImageError, image
 from scripts.vm.machine import has_kvm, run
 from tests.support.processes import NBDTARGET, ServerProcess
@@ -120,12 +122,14 @@ class VmTest(NamedTuple):
     Attributes:
         devices: those of its server.
         is_root_served: its root disk is the device `root`, by QEMU's own NBD client.
+        has_systemd: the machine boots as usual and has the Debian package beside the script; its root disk stays over all boots.
         nr_boots: the script runs so often, each time with a new machine and a new server on the same disks.
     """
 
     name: str
     devices: tuple[str, ...]
     is_root_served: bool = False
+    has_systemd: bool = False
     nr_boots: int = 1
 
 
@@ -135,6 +139,7 @@ TESTS: Final = (
     VmTest("stack", ("clone", "cache")),
     VmTest("upgrade", ("clone", "cache")),
     VmTest("root", ("root",), is_root_served=True, nr_boots=2),
+    VmTest("systemd", (), has_systemd=True, nr_boots=3),
 )
 
 
@@ -147,11 +152,15 @@ def boot(test: VmTest, image: Image, work: Path) -> bool:
     """Run a test's script once. Returns whether it has passed."""
     host = Host(work, image)
     host.start(test.devices)
+    packages = [_package(work)] if test.has_systemd else []
     uri = f"driver=nbd,server.type=unix,server.path={host.socket},export=root"
     status = run(
         image,
         SCRIPTS / f"{test.name}.sh",
         server=host.socket,
+        files=packages,
+        has_systemd=test.has_systemd,
+        root=work / "root.qcow2" if test.has_systemd else None,
         root_node=uri if test.is_root_served else None,
         serve=host.serve,
         show=lambda line: print("  ", line, flush=True),
@@ -161,6 +170,14 @@ def boot(test: VmTest, image: Image, work: Path) -> bool:
     if status != 0 or stopped != 0:
         print(f"   the script ended with {status}, the server with {stopped}")
     return status == 0 and stopped == 0
+
+
+def _package(work: Path) -> Path:
+    """The Debian package, built once."""
+    package = work / "nbdtarget.deb"
+    if not package.exists():
+        build_deb(work, f"{__version__}-1").rename(package)
+    return package
 
 
 def main(argv: list[str]) -> int:
@@ -194,7 +211,10 @@ def main(argv: list[str]) -> int:
         work.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         print(test.name, flush=True)
-        has_passed = run_test(test, made, work)
+        try:
+            has_passed = run_test(test, made, work)
+        except DebError as error:
+            sys.exit(f"vm-test: {error}")
         verdict = "passed" if has_passed else f"FAILED, see {work}"
         print(f"{test.name}: {verdict} after {time.monotonic() - begun:.0f} s")
         if not has_passed:

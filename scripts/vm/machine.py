@@ -53,7 +53,7 @@ def run(
     serve: Callable[[str], None] = lambda words: None,
     show: Callable[[str], None] = print,
     console: Path,
-    timeout_s: float = 300,
+    timeout_s: float = 600,
 ) -> int:
     """Run `script` and return its exit status: 124 after a timeout, 125 if the machine ended without one.
 
