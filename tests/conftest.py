@@ -9,9 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 FROM_TESTPATHS = pytest.Config.ArgsSource.TESTPATHS  # no tests were chosen by path
+# Inputs are fixed, so that a failure happens again by itself. How long one takes says nothing: the machine may be busy.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 MEASURED = ("protocol", "metadata")  # folders whose quick tests measure coverage
 
 
