@@ -2,7 +2,7 @@
 """`Disk`: one mapped device of a server, and what is known of it. Every method is one verb of the control socket."""
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -56,8 +56,8 @@ class DiskStatus(msgspec.Struct, frozen=True):
     below: tuple[m.BelowLine, ...] = ()
 
     @property
-    def fields(self) -> Fields:
-        """The fields of the only target. Raises: NbdTargetError: there are several, or it has none."""
+    def fields(self) -> Any:
+        """The fields of the only target; their class depends on its type. Raises: NbdTargetError: there are several, or it has none."""
         if len(self.targets) != 1:
             raise NbdTargetError(
                 f"{self.name}: has {len(self.targets)} targets: look at `targets`"

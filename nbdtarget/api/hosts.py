@@ -13,6 +13,7 @@ Both raise TableError if a verb fails, with the reason and the errno that a clie
 
 import asyncio
 import errno as errnos
+import os
 import shutil
 import tempfile
 import threading
@@ -30,11 +31,14 @@ from nbdtarget.control.paths import ControlAddress
 from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.daemon.notify import Notifier
 from nbdtarget.daemon.stop_bounds import StopBounds
+from nbdtarget.server.address import UNIX_PATH_MAX
 from nbdtarget.server.limits import Limits
 
 __all__ = ["Host", "OwnHost", "RunningHost"]
 
 THREAD_NAME: Final = "nbdtarget-server"
+LONGEST_NAME: Final = "control.sock"
+SHORT_DIRECTORY: Final = "/tmp"
 NO_ENVIRONMENT: Final[Mapping[str, str]] = {}
 
 A = TypeVar("A", bound=Answer)
@@ -98,8 +102,7 @@ class OwnHost:
     async def open(self) -> None:
         if self._daemon is not None:
             raise NbdTargetError("this server has been started already")
-        # mkdtemp makes it for this user alone.
-        self._directory = Path(tempfile.mkdtemp(prefix="nbdtarget-"))
+        self._directory = _make_directory()
         self.control = self._directory / "control.sock"
         if not self._thread.is_running:
             self._thread.start()
@@ -158,6 +161,14 @@ class OwnHost:
 
     async def look(self, work: Coroutine[Any, Any, T]) -> T:
         return await self._thread.wait(work)
+
+
+def _make_directory() -> Path:
+    """Make a directory for this user alone, with a path that leaves room for a socket's name."""
+    sample = Path(tempfile.gettempdir(), "nbdtarget-12345678", LONGEST_NAME)
+    fits = len(os.fsencode(sample)) <= UNIX_PATH_MAX
+    where = None if fits else SHORT_DIRECTORY
+    return Path(tempfile.mkdtemp(prefix="nbdtarget-", dir=where))
 
 
 class RunningHost:

@@ -207,7 +207,7 @@ def _connect_kernel(uri: str) -> Path:
     reason = "all of them are in use"
     for path in _free_kernel_devices():
         try:
-            _run("nbd-client", *server, str(path), "-N", where.export_name)
+            _run("nbd-client", *server, "-N", where.export_name, str(path))
         except AttachError as error:
             # Another process may have been faster: the next one is tried.
             reason = str(error)

@@ -22,6 +22,7 @@ from tests.mutants.porcelain import PORCELAIN
 from tests.mutants.server import SERVER
 from tests.mutants.sources import SOURCES
 from tests.mutants.state import STATE
+from tests.mutants.suites import SUITES
 from tests.mutants.tls import TLS
 
 __all__ = ["CATALOG", "ESSENTIAL"]
@@ -45,6 +46,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *EXTENDED,
     *FAST,
     *PORCELAIN,
+    *SUITES,
     *STATE,
 )
 

@@ -48,6 +48,18 @@ async def test_failed_start_leaves_nothing(
         await OwnHost(limits={"no_such": 1}).open()
 
 
+async def test_long_path_of_temporary_files_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    await asyncio.to_thread(long.mkdir)
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    host = OwnHost()
+    await host.open()
+    assert str(long) not in str(host.control)
+    await host.close()
+
+
 async def test_server_cannot_start_this_program_again() -> None:
     host = OwnHost()
     await host.open()
