@@ -46,6 +46,10 @@ SIZE: Final = 1 << 20
 BLOCK: Final = 1 << 16
 MAGIC: Final = 0x25609513
 HEADER: Final = struct.Struct(">IHHQQI")
+EXTENDED_MAGIC: Final = 0x21E41C71
+EXTENDED_HEADER: Final = struct.Struct(">IHHQQQ")
+PAYLOAD_LEN: Final = 1 << 5
+REPLY_HEAD_MAX: Final = 44
 ROUND_MESSAGES: Final = 20_000
 BATCH_MAX: Final = 200
 SYNCS_MAX: Final = 256  # of `Plane`
@@ -96,6 +100,9 @@ class Round:
         self.received = bytearray(pick.choice((64, 300, 5000, 1 << 16, 1 << 19)))
         self.arena = bytearray(pick.choice((64, 300, 5000, 1 << 17, 1 << 20)))
         self.structured = pick.random() < 0.7
+        self.extended = self.structured and pick.random() < 0.5
+        self.header = EXTENDED_HEADER if self.extended else HEADER
+        self.magic = EXTENDED_MAGIC if self.extended else MAGIC
         self.plane: Plane = nbdtarget_fast.Plane(
             self.ours.fileno(),
             self.received,
@@ -109,7 +116,10 @@ class Round:
             flush_at=pick.choice((1, 4096, 1 << 17)),
             poison=pick.random() < 0.5,
             ring_reads=self,
-            flush_for=pick.choice((None, self.flush_for, self.flush_for)),
+            flush_for=None
+            if self.extended
+            else pick.choice((None, self.flush_for, self.flush_for)),
+            extended=self.extended,
         )
 
     def _ring(self) -> "Ring | None":
@@ -144,7 +154,7 @@ class Round:
         return self.random.random() < 0.7
 
     def push(self, data: bytes, charge: int) -> None:
-        assert len(data) <= charge + 32
+        assert len(data) <= charge + REPLY_HEAD_MAX
         self.nr_bytes -= charge
 
     def ended(self, nr: int, nr_bytes: int) -> None:
@@ -217,7 +227,7 @@ class Round:
         pick = self.random
         command = pick.choice((0, 0, 0, 1, 1, 3))
         length = pick.choice((1, 17, 512, 512, 4096, 4096))
-        offset, flags, magic = pick.randrange(SIZE - 4096), 0, MAGIC
+        offset, flags, magic = pick.randrange(SIZE - 4096), 0, self.magic
         if command == 1 and pick.random() < 0.2:
             flags = 1  # FUA
         elif command == 3:
@@ -234,7 +244,11 @@ class Round:
                 offset = pick.choice((SIZE, (1 << 64) - 1, pick.randrange(1 << 64)))
             else:
                 magic = pick.randrange(1 << 32)
-        head = HEADER.pack(
+            if self.extended and pick.random() < 0.2:
+                length = pick.choice((1 << 32, (1 << 64) - 1, (1 << 32) + 512))
+        if self.extended and command == 1 and pick.random() < 0.8:
+            flags |= PAYLOAD_LEN
+        head = self.header.pack(
             magic, flags, command, pick.randrange(1 << 64), offset, length
         )
         if command == 1 and length < 1 << 18:
@@ -299,11 +313,12 @@ class Round:
     def _skip(self) -> int:
         """Python would serve the request at `begin`. Returns where the next one begins; -1: that is not known."""
         at, left = self.plane.begin, self.plane.end - self.plane.begin
-        if left < HEADER.size:
+        header = self.header
+        if left < header.size:
             return -1
-        magic, _, command, _, _, length = HEADER.unpack_from(self.received, at)
-        size = HEADER.size + (length if command == 1 else 0)
-        return at + size if magic == MAGIC and size <= left else -1
+        magic, _, command, _, _, length = header.unpack_from(self.received, at)
+        size = header.size + (length if command == 1 else 0)
+        return at + size if magic == self.magic and size <= left else -1
 
     def _take(self) -> None:
         """Take all replies."""

@@ -61,7 +61,7 @@ from cpython.buffer cimport (
 )
 from libc.errno cimport EAGAIN, EINTR, errno
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
 from nbdtarget_ring cimport (
@@ -147,10 +147,16 @@ cdef enum:
     DATA_BYTES = 28  # the header of an OFFSET_DATA chunk
     SIMPLE_BYTES = 16
     HOLE_BYTES = 32  # an OFFSET_HOLE chunk
+    # The same with extended headers. A WRITE is answered with a NONE chunk.
+    EXTENDED_REQUEST_BYTES = 32
+    EXTENDED_DATA_BYTES = 40
+    EXTENDED_DONE_BYTES = 32
+    EXTENDED_HOLE_BYTES = 44
     COMMAND_READ = 0
     COMMAND_WRITE = 1
     COMMAND_FLUSH = 3
     FLAG_FUA = 1
+    FLAG_PAYLOAD_LEN = 32  # of a WRITE with extended headers: says only that it has a payload
     SYNCS_MAX = 256  # requests whose replies wait for one FLUSH of the device
 
     # Between two looks at the clock. Each request counts as so many bytes more than it has.
@@ -193,6 +199,10 @@ cdef const char *REQUEST_HEAD = b"\x25\x60\x95\x13"
 cdef const char *DATA_HEAD = b"\x66\x8e\x33\xef\x00\x01\x00\x01"  # structured, DONE, OFFSET_DATA
 cdef const char *HOLE_HEAD = b"\x66\x8e\x33\xef\x00\x01\x00\x02"  # structured, DONE, OFFSET_HOLE
 cdef const char *SIMPLE_HEAD = b"\x67\x44\x66\x98\x00\x00\x00\x00"  # no error
+cdef const char *EXTENDED_REQUEST_HEAD = b"\x21\xe4\x1c\x71"
+cdef const char *EXTENDED_DATA_HEAD = b"\x6e\x8a\x27\x8c\x00\x01\x00\x01"  # DONE, OFFSET_DATA
+cdef const char *EXTENDED_HOLE_HEAD = b"\x6e\x8a\x27\x8c\x00\x01\x00\x02"  # DONE, OFFSET_HOLE
+cdef const char *EXTENDED_DONE_HEAD = b"\x6e\x8a\x27\x8c\x00\x01\x00\x00"  # DONE, NONE
 
 
 # ---- files ----
@@ -764,6 +774,7 @@ cdef class Plane:
         sock: the descriptor of its socket.
         received, arena: the two buffers.
         structured: whether replies to READs are structured.
+        extended: whether requests have extended headers, and replies, too.
         size: of the export.
         can_write: whether the client was told that it may write.
         flush_for: takes the answer of `take_syncs`, if there is one, after each turn; None: the client was not told that it may
@@ -790,6 +801,11 @@ cdef class Plane:
     cdef Py_buffer arena
     cdef bint has_buffers
     cdef bint structured
+    cdef bint extended
+    cdef const char *request_head  # the first four bytes of a request
+    cdef Py_ssize_t request_bytes  # of the header of a request
+    cdef Py_ssize_t data_bytes  # of the header of a READ's reply
+    cdef Py_ssize_t done_bytes  # of the reply to a WRITE
     cdef bint can_write
     cdef bint poison
     cdef uint64_t size
@@ -829,7 +845,7 @@ cdef class Plane:
     cdef int64_t received_ns
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
-                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, flush_for=None):
+                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, flush_for=None, bint extended=False):
         self.release()
         self.ring_reads = ring_reads
         self.reader.owner = <void *>self
@@ -842,6 +858,11 @@ cdef class Plane:
         self.has_buffers = True
         self.sock = sock
         self.structured = structured
+        self.extended = extended
+        self.request_head = EXTENDED_REQUEST_HEAD if extended else REQUEST_HEAD
+        self.request_bytes = EXTENDED_REQUEST_BYTES if extended else REQUEST_BYTES
+        self.done_bytes = EXTENDED_DONE_BYTES if extended else SIMPLE_BYTES
+        self.data_bytes = EXTENDED_DATA_BYTES if extended else DATA_BYTES if structured else SIMPLE_BYTES
         self.can_write = can_write
         self.flush_for = flush_for
         self.size = size
@@ -995,7 +1016,7 @@ cdef class Plane:
                 else:
                     self.received_ns = now_ns()
                 self.end += got
-                if got > REQUEST_BYTES and self._is_batch():
+                if got > self.request_bytes and self._is_batch():
                     self.was_batch = True
                     poll_ns = 0
             stop = self._serve(way)
@@ -1029,12 +1050,10 @@ cdef class Plane:
         cdef Py_ssize_t left
         cdef const uint8_t *at = <const uint8_t *>self.received.buf + self.begin
         cdef uint16_t command
-        cdef uint32_t length
-        if self.end - self.begin < REQUEST_BYTES:
+        if self.end - self.begin < self.request_bytes:
             return room
         memcpy(&command, at + 6, 2)
-        memcpy(&length, at + 24, 4)
-        left = REQUEST_BYTES + <Py_ssize_t>be32toh(length) - (self.end - self.begin)
+        left = self.request_bytes + <Py_ssize_t>self._length(at) - (self.end - self.begin)
         if be16toh(command) == COMMAND_WRITE and LARGE < left and left + BEHIND_LARGE < room:
             return left + BEHIND_LARGE
         return room
@@ -1045,17 +1064,27 @@ cdef class Plane:
             self.turn_end = now + self.turn_ns
         return now > self.turn_end
 
+    cdef inline uint32_t _length(self, const uint8_t *request) noexcept nogil:
+        """The length of a request; UINT32_MAX if it needs more than 32 bits, which no READ and no WRITE of ours does."""
+        cdef uint32_t length, high
+        if self.extended:
+            memcpy(&high, request + 24, 4)
+            if high:
+                return UINT32_MAX
+            memcpy(&length, request + 28, 4)
+        else:
+            memcpy(&length, request + 24, 4)
+        return be32toh(length)
+
     cdef inline bint _is_batch(self) noexcept nogil:
         """Whether more than one request lies in the receive buffer."""
         cdef const uint8_t *at = <const uint8_t *>self.received.buf + self.begin
-        cdef Py_ssize_t left = self.end - self.begin - REQUEST_BYTES
+        cdef Py_ssize_t left = self.end - self.begin - self.request_bytes
         cdef uint16_t command
-        cdef uint32_t length
         if left <= 0:
             return False
         memcpy(&command, at + 6, 2)
-        memcpy(&length, at + 24, 4)
-        return be16toh(command) != COMMAND_WRITE or left > <Py_ssize_t>be32toh(length)
+        return be16toh(command) != COMMAND_WRITE or left > <Py_ssize_t>self._length(at)
 
     cdef bint _send(self) noexcept nogil:
         """Send the replies; whether all have left. If not, `error` is 0, or the socket has failed."""
@@ -1113,29 +1142,30 @@ cdef class Plane:
         cdef uint32_t length
         cdef uint64_t offset, file_at = 0, put
         cdef uint64_t size = self.size if self.size < way.size else way.size
-        cdef Py_ssize_t head = DATA_BYTES if self.structured else SIMPLE_BYTES
+        cdef Py_ssize_t head = self.data_bytes, request_bytes = self.request_bytes
         cdef int64_t look_left = LOOK_BYTES
         cdef File *file
         cdef Stop stop
         cdef Found found
-        while self.end - self.begin >= REQUEST_BYTES:
+        while self.end - self.begin >= request_bytes:
             at = received + self.begin
             memcpy(&flags, at + 4, 2)
             memcpy(&command, at + 6, 2)
             memcpy(&offset, at + 16, 8)
-            memcpy(&length, at + 24, 4)
             command = be16toh(command)
             offset = be64toh(offset)
-            length = be32toh(length)
+            length = self._length(at)
+            if self.extended and command == COMMAND_WRITE:
+                flags &= be16toh(0xFFFF ^ FLAG_PAYLOAD_LEN)
             if command == COMMAND_FLUSH and self.flush_for is not None and not flags and not offset and not length:
                 # Those of a batch share one FLUSH of the device, after all WRITEs of the batch.
-                if memcmp(at, REQUEST_HEAD, 4) != 0 or not self._has_room_for_sync():
+                if memcmp(at, self.request_head, 4) != 0 or not self._has_room_for_sync():
                     return STOP_SLOW
                 self._note_sync(at, True)
-                self.begin += REQUEST_BYTES
+                self.begin += request_bytes
                 continue
             if (
-                memcmp(at, REQUEST_HEAD, 4) != 0
+                memcmp(at, self.request_head, 4) != 0
                 or flags and not self._is_durable_write(way, flags, command)
                 or command > COMMAND_WRITE
                 or not length
@@ -1146,20 +1176,20 @@ cdef class Plane:
             if command == COMMAND_WRITE:
                 if not self.can_write:
                     return STOP_SLOW
-                if self.end - self.begin - REQUEST_BYTES < <int64_t>length:
+                if self.end - self.begin - request_bytes < <int64_t>length:
                     # Its payload is on its way. What does not fit gets memory of its own.
-                    if REQUEST_BYTES + <int64_t>length > self.received.len:
+                    if request_bytes + <int64_t>length > self.received.len:
                         return STOP_SLOW
-                    self._make_room_for(REQUEST_BYTES + <Py_ssize_t>length)
+                    self._make_room_for(request_bytes + <Py_ssize_t>length)
                     return STOP_DONE
-                if self.out + SIMPLE_BYTES > self.arena.len:
+                if self.out + self.done_bytes > self.arena.len:
                     stop = self._make_room()
                     if stop != STOP_DONE:
                         return stop
                 file = find(way, offset, length, True, &file_at)
                 if file == NULL or not file_takes(file, file_at, length):
                     return STOP_SLOW
-                put = file_write(file, at + REQUEST_BYTES, file_at, length, &self.error)
+                put = file_write(file, at + request_bytes, file_at, length, &self.error)
                 if put != length:
                     self.put = put
                     self.put_at = file_at
@@ -1170,11 +1200,9 @@ cdef class Plane:
                     self._note_sync(at, False)
                 else:
                     self.fresh[COMMAND_WRITE] += 1
-                    reply = arena + self.out
-                    memcpy(reply, SIMPLE_HEAD, 8)
-                    memcpy(reply + 8, at + 8, 8)
-                    self.out += SIMPLE_BYTES
-                self.begin += REQUEST_BYTES + length
+                    self._pack_done(arena + self.out, at)
+                    self.out += self.done_bytes
+                self.begin += request_bytes + length
                 way.nr_writes += 1
             else:
                 if head + <int64_t>length + HOLE_BYTES > self.arena.len:
@@ -1194,7 +1222,7 @@ cdef class Plane:
                     self.fresh_bytes[COMMAND_READ] += length
                 elif found == REFUSED or not self._miss(way, file, at, offset, file_at, length):
                     return STOP_SLOW
-                self.begin += REQUEST_BYTES
+                self.begin += request_bytes
                 way.nr_reads += 1
                 # Let the client begin to work on what is there.
                 if self.out - self.base >= self.flush_at and not self._send() and self.error:
@@ -1228,16 +1256,32 @@ cdef class Plane:
     cdef Py_ssize_t _pack_read(self, uint8_t *reply, const uint8_t *request, uint32_t length) noexcept nogil:
         """Write the header of a READ's reply, whose data is there. Returns how long the reply is."""
         cdef Py_ssize_t head = self._pack_head(reply, request, length)
-        cdef const uint8_t *data = reply + DATA_BYTES
-        if length >= self.zero_min and is_zero(data, length):
-            turn_into_hole(reply, length)
-            return HOLE_BYTES
+        if length >= self.zero_min and is_zero(reply + head, length):
+            return turn_into_hole(reply, length)
         return head + <Py_ssize_t>length
+
+    cdef inline void _pack_done(self, uint8_t *reply, const uint8_t *request) noexcept nogil:
+        """Write the reply to a WRITE, `done_bytes` long."""
+        if self.extended:
+            memcpy(reply, EXTENDED_DONE_HEAD, 8)
+            memcpy(reply + 8, request + 8, 16)  # the cookie and the offset
+            memset(reply + 24, 0, 8)
+        else:
+            memcpy(reply, SIMPLE_HEAD, 8)
+            memcpy(reply + 8, request + 8, 8)
 
     cdef Py_ssize_t _pack_head(self, uint8_t *reply, const uint8_t *request, uint32_t length) noexcept nogil:
         """Write the header of a READ's reply. Returns how long the header is."""
         cdef uint32_t number
+        cdef uint64_t long_number
         memcpy(reply + 8, request + 8, 8)
+        if self.extended:
+            memcpy(reply, EXTENDED_DATA_HEAD, 8)
+            memcpy(reply + 16, request + 16, 8)
+            long_number = be64toh(<uint64_t>length + 8)
+            memcpy(reply + 24, &long_number, 8)
+            memcpy(reply + 32, request + 16, 8)
+            return EXTENDED_DATA_BYTES
         if not self.structured:
             memcpy(reply, SIMPLE_HEAD, 8)
             return SIMPLE_BYTES
@@ -1271,6 +1315,7 @@ cdef class Plane:
         self.nr_left -= 1
         self.bytes_left -= length
         read.head_length = self._pack_head(read.head, request, length)
+        read.is_hole = False
         read.sent = 0
         read.offset = offset
         read.begun_ns = self.received_ns
@@ -1443,13 +1488,13 @@ cdef class Plane:
             message.msg_iov = pieces
             while read != NULL and message.msg_iovlen + 2 <= GATHER_PIECES:
                 if read.result == <int>read.length:
-                    if read.length >= self.zero_min and is_zero(read.data, read.length):
-                        turn_into_hole(read.head, read.length)
-                        read.head_length = HOLE_BYTES
+                    if not read.is_hole and read.length >= self.zero_min and is_zero(read.data, read.length):
+                        read.head_length = turn_into_hole(read.head, read.length)
+                        read.is_hole = True
                     pieces[message.msg_iovlen].iov_base = read.head
                     pieces[message.msg_iovlen].iov_len = read.head_length
                     message.msg_iovlen += 1
-                    if read.head_length != HOLE_BYTES:
+                    if not read.is_hole:
                         pieces[message.msg_iovlen].iov_base = read.data
                         pieces[message.msg_iovlen].iov_len = read.length
                         message.msg_iovlen += 1
@@ -1477,35 +1522,40 @@ cdef inline bint is_zero(const uint8_t *data, size_t length) noexcept nogil:
     return not data[0] and not memcmp(data, data + 1, length - 1)
 
 
-cdef void turn_into_hole(uint8_t *reply, uint32_t length) noexcept nogil:
-    """Make the header of an OFFSET_HOLE chunk of the one of an OFFSET_DATA chunk."""
-    cdef uint32_t number = htobe32(12)
+cdef Py_ssize_t turn_into_hole(uint8_t *reply, uint32_t length) noexcept nogil:
+    """Make the header of an OFFSET_HOLE chunk of the one of an OFFSET_DATA chunk. Returns how long it is."""
+    cdef uint32_t number = htobe32(length)
+    cdef uint32_t payload = htobe32(12)
+    if memcmp(reply, EXTENDED_DATA_HEAD, 8) == 0:
+        memcpy(reply, EXTENDED_HOLE_HEAD, 8)
+        memset(reply + 24, 0, 4)
+        memcpy(reply + 28, &payload, 4)
+        memcpy(reply + 40, &number, 4)
+        return EXTENDED_HOLE_BYTES
     memcpy(reply, HOLE_HEAD, 8)
-    memcpy(reply + 16, &number, 4)
-    number = htobe32(length)
+    memcpy(reply + 16, &payload, 4)
     memcpy(reply + 28, &number, 4)
+    return HOLE_BYTES
 
 
 cdef void pack_waited(uint8_t *reply, Read *read, uint64_t zero_min, Py_ssize_t *out) noexcept nogil:
     """Pack the reply to a READ that has ended."""
     if read.length >= zero_min and is_zero(read.data, read.length):
-        turn_into_hole(read.head, read.length)
-        read.head_length = HOLE_BYTES
+        read.head_length = turn_into_hole(read.head, read.length)
+        read.is_hole = True
     memcpy(reply, read.head, read.head_length)
-    if read.head_length != HOLE_BYTES:
+    if not read.is_hole:
         memcpy(reply + read.head_length, read.data, read.length)
     out[0] += reply_length(read)
 
 
 cdef inline size_t reply_length(const Read *read) noexcept nogil:
-    if read.head_length == HOLE_BYTES:
-        return HOLE_BYTES
-    return read.head_length + read.length
+    return read.head_length if read.is_hole else read.head_length + read.length
 
 
 cdef bytes unsent_part(const Read *read):
     cdef bytes head = read.head[:read.head_length]
-    if read.head_length == HOLE_BYTES:
+    if read.is_hole:
         return head[read.sent:]
     return (head + read.data[:read.length])[read.sent:]
 

@@ -21,7 +21,8 @@ cdef struct Read:
     uint64_t block
     size_t sent  # bytes of its reply
     size_t head_length
-    uint8_t head[32]  # of its reply
+    bint is_hole  # the reply is its head alone
+    uint8_t head[44]  # of its reply
 
 cdef struct Reader:
     # Who has reads in the ring.

@@ -550,8 +550,7 @@ class Connection:
         self._requests = Requests(
             self, shared, received, output, flow, device, negotiated
         )
-        # The compiled fast path knows compact headers only.
-        if IS_COMPILED and not negotiated.extended and isinstance(sock, socket.socket):
+        if IS_COMPILED and isinstance(sock, socket.socket):
             parts = self._requests, received, output, flow
             self._fast = FastTurn(self, sock, shared, device, *parts)
             self._watch.stop_reading()  # and begin anew: with the compiled fast path

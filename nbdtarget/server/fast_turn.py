@@ -122,7 +122,11 @@ class FastTurn:
             flush_at=limits.flush_at,
             poison=limits.poison_borrowed,
             ring_reads=RingReads(host, requests, output, flow),
-            flush_for=requests.flush_for if requests.can_flush else None,
+            # A reply with extended headers has the offset of its request, which is not kept for a sync.
+            flush_for=requests.flush_for
+            if requests.can_flush and not requests.extended
+            else None,
+            extended=requests.extended,
         )
         requests.traffic.compiled = self._plane
         self.receiver = Receiver(

@@ -13,6 +13,13 @@ DURABLE: Final = ("tests/nbdtarget/server/test_shared_flush.py",)
 
 FAST: Final = (
     Mutant(
+        "flush-of-extended-headers-shared",
+        "The reply to a FLUSH has not the offset of its request: a client that compares it disconnects.",
+        "nbdtarget.server.fast_turn:FastTurn.__init__",
+        (("requests.can_flush and not requests.extended", "requests.can_flush"),),
+        TURNS,
+    ),
+    Mutant(
         "route-of-a-suspended-device-stays-open",
         "A write of a suspended device reaches its disk: a snapshot that is taken meanwhile is torn.",
         "nbdtarget.dm.fast_path:FastPath._set_route",

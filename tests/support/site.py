@@ -56,13 +56,15 @@ class Site:
         assert self.listener.budget is not None
         return self.listener.budget.nr_requests
 
-    async def attach(self, name: str = "", *, structured: bool = True) -> Peer:
+    async def attach(
+        self, name: str = "", *, structured: bool = True, extended: bool = False
+    ) -> Peer:
         if self.listener is None:
             self.listener = Listener(self.registry, limits=self.limits)
             await self.listener.start(f"unix:{self.folder}/s")
         peer = await Peer.connect(self.folder / "s")
         self.peers.append(peer)
-        await peer.attach(name, structured=structured)
+        await peer.attach(name, structured=structured, extended=extended)
         return peer
 
     async def close(self) -> None:

@@ -31,8 +31,15 @@ class Bench:
         room: how many may begin.
     """
 
-    def __init__(self, *, structured: bool = True, nr_reads_max: int = 16) -> None:
+    def __init__(
+        self,
+        *,
+        structured: bool = True,
+        extended: bool = False,
+        nr_reads_max: int = 16,
+    ) -> None:
         self.told: list[tuple[Any, ...]] = []
+        self.extended = extended
         self.room_left = 100
         self.sends = True
         self.reading, self.disk = os.pipe()
@@ -64,6 +71,7 @@ class Bench:
             flush_at=1 << 17,
             poison=True,
             ring_reads=self,
+            extended=extended,
         )
         self.route = Route.flat(self.file, 0, SIZE)
         self.route.can_read = True
@@ -100,7 +108,10 @@ class Bench:
     def read(self, *lengths: int, poll_ns: int = 0) -> int:
         """Ask for READs, of cookies 0, 1 ... and offsets 0, 512 ..., and have a turn."""
         for nr, length in enumerate(lengths):
-            head = struct.pack(">IHHQQI", 0x25609513, 0, 0, nr, 512 * nr, length)
+            layout, magic = (
+                (">IHHQQQ", 0x21E41C71) if self.extended else (">IHHQQI", 0x25609513)
+            )
+            head = struct.pack(layout, magic, 0, 0, nr, 512 * nr, length)
             self.peer.send(head)
         plane = self.plane
         return plane.turn(
@@ -174,6 +185,24 @@ def test_simple_replies() -> None:
     bench.read(512)
     bench.answer(b"a" * 512)
     assert bench.replies() == struct.pack(">IIQ", 0x67446698, 0, 0) + b"a" * 512
+    bench.close()
+
+
+@pytest.mark.parametrize("poll_ns", [0, POLL_NS])
+def test_replies_with_extended_headers(poll_ns: int) -> None:
+    bench = Bench(extended=True)
+    for data in (b"a" * 8192, bytes(8192)):
+        if poll_ns:
+            os.write(bench.disk, data)
+        bench.read(8192, poll_ns=poll_ns)
+        if not poll_ns:
+            bench.answer(data)
+        head = struct.pack(">IHHQQ", 0x6E8A278C, 1, 1 if data[0] else 2, 0, 0)
+        if data[0]:
+            rest = struct.pack(">QQ", 8200, 0) + data
+        else:
+            rest = struct.pack(">QQI", 12, 0, 8192)
+        assert bench.replies() == head + rest
     bench.close()
 
 
