@@ -191,6 +191,8 @@ def clone(
         hydration_rate=_rate(hydration_rate),
         then_linear=then_linear,
         url_command=said.url_words(source),
+        record_trace=said.record_trace,
+        hydrate_order=said.hydrate_order,
     )
     return _run(options, log=log, json=json)
 

@@ -23,14 +23,37 @@ UrlCommand = Annotated[
     ),
 ]
 
+RecordTrace = Annotated[
+    str | None,
+    typer.Option(
+        "--record-trace",
+        metavar="FILE",
+        help="File to record in which parts clients read, in the order of first reading.",
+    ),
+]
+HydrateOrder = Annotated[
+    str | None,
+    typer.Option(
+        "--hydrate-order",
+        metavar="FILE",
+        help="File that --record-trace has written for the same image: what it names is copied first.",
+    ),
+]
+
 _URLS: Final = ("http://", "https://", "s3://")
-_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {"url_command": (UrlCommand, None)}
+_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
+    "url_command": (UrlCommand, None),
+    "record_trace": (RecordTrace, None),
+    "hydrate_order": (HydrateOrder, None),
+}
 
 
 class SourceSaid(NamedTuple):
     """What these options said."""
 
     url_command: str | None = None
+    record_trace: str | None = None
+    hydrate_order: str | None = None
 
     def url_words(self, source: str) -> tuple[str, ...]:
         """The words of the command for `source`; none: there is no command. Raises: typer.BadParameter."""

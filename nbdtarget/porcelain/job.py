@@ -134,6 +134,9 @@ class Job(Generic[P]):
         """Look at everything, change nothing. Raises: NbdTargetError."""
         raise NotImplementedError
 
+    def _loaded(self, device: MappedDevice) -> None:
+        """Called when the table is loaded, before it is resumed and before a client may attach."""
+
     async def _watch(self, device: MappedDevice, plan: P) -> None:
         """Report progress until cancelled; may set the daemon's `stop`."""
         raise NotImplementedError
@@ -225,6 +228,7 @@ class Job(Generic[P]):
                 permissions=self._permissions,
                 read_only=self._read_only,
             )
+            self._loaded(device)
             # Clients may attach from here on, and their requests wait a moment.
             await device.activate()
             fds = self._passed.nbd

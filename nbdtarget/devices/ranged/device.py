@@ -108,6 +108,10 @@ class RangedDevice(Device):
         )
 
     @property
+    def exact_size(self) -> int:
+        return self._pin.size
+
+    @property
     def store(self) -> Store:
         return self._fetcher.store
 

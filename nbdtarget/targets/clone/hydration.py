@@ -21,6 +21,9 @@ background. A batch is not cut short while another job runs that will make more 
 What clients have read goes first, if `hydrate_on_read` is set: `ReadQueue`. Those regions are
 copied also when the background is not enabled, and then nothing else is.
 
+What an earlier boot has read (`hydrate_first`) goes next, in its order. Clients are likely to want it soon, so it does not give way to
+them.
+
 Rate. What jobs copy is charged to a `Rate`, zeroes only where the destination cannot but
 write them.
 
@@ -41,6 +44,8 @@ full and raises the event. Here the task just ends; `wake` starts another if nee
 """
 
 import asyncio
+from collections import deque
+from collections.abc import Iterable
 from typing import Final
 
 from nbdtarget.common.clock import Clock, Timer
@@ -105,6 +110,7 @@ class Hydration:
         )
         self._is_resumed = False
         self._offset = 0
+        self._first: deque[tuple[int, int]] = deque()  # regions, in the order wanted
         self._search = Tasks(failed=regions.broken, ended=self.wake)  # one at most
         self._jobs = Tasks(failed=regions.broken, ended=self._job_ended)
         self._woken = asyncio.Event()
@@ -150,6 +156,14 @@ class Hydration:
         self._reads.push(begin, end)
         if was_idle:
             self.wake()
+
+    def hydrate_first(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Hydrate these regions, begin and end half-open, before the others, in this order."""
+        nr_regions = self.regions.nr_regions
+        self._first.extend(
+            (begin, min(end, nr_regions)) for begin, end in ranges if begin < nr_regions
+        )
+        self.wake()
 
     def forget_reads(self) -> None:
         """`hydrate_on_read` is over: what has been read has no precedence any more."""
@@ -206,7 +220,7 @@ class Hydration:
         if self.regions.nr_bios != self._bios_seen:
             self._bios_seen = self.regions.nr_bios
             self._busy_until_ns = now_ns + int(QUIET_S * _NS)
-        if now_ns < self._busy_until_ns:
+        if now_ns < self._busy_until_ns and not self._first:
             # With a job under way, until clients are quiet: it may take its time.
             rest_ns = self._busy_until_ns if self._jobs else self._rest_until_ns
             until_ns = max(until_ns, rest_ns)
@@ -224,7 +238,22 @@ class Hydration:
         run = self._maybe_read_run()
         if run is not None:
             return await self._start_read_job(*run)
-        return self.enabled and await self._start_next_job()
+        if not self.enabled:
+            return False
+        run = self._maybe_first_run()
+        if run is not None:
+            return await self._start_read_job(*run, is_wanted=False)
+        return await self._start_next_job()
+
+    def _maybe_first_run(self) -> tuple[int, int] | None:
+        """Return the next of the regions that are to be hydrated first, or None."""
+        while self._first:
+            run = self._maybe_run(*self._first[0])
+            if run is not None:
+                return run
+            # It is hydrated or locked, or it has failed a moment ago: then it comes in its turn.
+            self._first.popleft()
+        return None
 
     def _maybe_read_run(self) -> tuple[int, int] | None:
         """Return what should be hydrated of that which was read last, or None."""
@@ -237,14 +266,16 @@ class Hydration:
             self._reads.drop(begin)
         return None
 
-    async def _start_read_job(self, begin: int, end: int) -> bool:
+    async def _start_read_job(
+        self, begin: int, end: int, *, is_wanted: bool = True
+    ) -> bool:
         holes = self._read_holes
         await holes.look(self.regions.span(begin, end)[0])
         run = self._maybe_run(begin, end)  # things may have moved on meanwhile
         if not self._may_run() or self.regions.nr_hydrating >= self.threshold:
             return False
         if run is not None:
-            self._start(*run, holes, is_wanted=True)
+            self._start(*run, holes, is_wanted=is_wanted)
         return True
 
     async def _start_next_job(self) -> bool:
@@ -310,7 +341,7 @@ class Hydration:
         else:
             room = self.threshold - regions.nr_hydrating
             end = min(end, begin + max(1, min(self.batch_size, room)))
-            if self.clock.now_ns() < self._busy_until_ns:
+            if self.clock.now_ns() < self._busy_until_ns and not self._first:
                 end = min(end, begin + max(1, BUSY_BYTES_MAX >> regions.shift))
             if (bytes_max := self.rate.job_bytes_max) is not None:
                 end = min(end, begin + max(1, bytes_max >> regions.shift))

@@ -103,6 +103,7 @@ from nbdtarget.targets.clone.table import (
     describe_value,
     parse_value,
 )
+from nbdtarget.targets.clone.trace import Trace
 from nbdtarget.targets.disks import DESTINATION_ROLE, spread_ones
 from nbdtarget.targets.mapping import MappingTarget
 from nbdtarget.targets.opening import refuse_stale
@@ -164,6 +165,8 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         self._is_hydrated = False
         self._has_failed = False
         self._route: Route | None = None
+        self._trace: Trace | None = None
+        self._is_plain = False  # hydrated, and nothing is recorded
         self._is_sealed = False  # nothing may be written: see `JournaledMetadata`
 
     def _own_parts(self) -> Sequence[object]:
@@ -202,21 +205,39 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         self._open_route()
         return self._route
 
+    def record_reads(self) -> Trace:
+        """Record what clients read from now on, in the order of first reading. Reads are a little slower then."""
+        self._trace = Trace(self._regions.length, self._shift)
+        self._open_route()
+        return self._trace
+
+    def hydrate_first(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Hydrate these bytes, begin and end half-open, before all others, in this order."""
+        shift = self._shift
+        self._hydration.hydrate_first(
+            (begin >> shift, ((end - 1) >> shift) + 1)
+            for begin, end in ranges
+            if begin < end
+        )
+
     def _open_route(self) -> None:
         """What the compiled fast path may do is what `map` does without another question."""
+        self._is_plain = self._is_hydrated and self._trace is None
         if self._route is not None:
-            self._route.can_read = not self._has_failed
+            self._route.can_read = not self._has_failed and self._trace is None
             is_writable = self._is_hydrated or not self._is_sealed
             self._route.can_write = is_writable and not self._has_failed
             # What clients read of the source is to be noted with `hydrate_on_read`.
             self._route.can_read_other = not self._hydration.hydrate_on_read
+            if self._trace is not None:
+                self._route.can_read_other = False
 
     def _was_served(self, nr_reads: int, nr_writes: int) -> None:
         if not self._is_hydrated:
             self._regions.nr_bios += nr_reads + nr_writes
 
     def map(self, bio: Bio) -> int:
-        if self._is_hydrated and bio.op < OP_FLUSH:
+        if self._is_plain and bio.op < OP_FLUSH:
             # hot: the hydrated READ and WRITE.
             bio.device = self._destination
             bio.offset -= self.begin
@@ -230,6 +251,8 @@ class CloneTarget(MappingTarget[CloneMetadata]):
             return KILL
         self._regions.nr_bios += 1
         bio.offset -= self.begin
+        if self._trace is not None and op == OP_READ:
+            self._trace.note(bio.offset, bio.length)
         if op == OP_DISCARD:
             return self._map_discard(bio)
         # hot: 0.4 us for a bio inside one region. The bitmap itself is asked: a call costs more.
