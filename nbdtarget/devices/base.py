@@ -134,6 +134,7 @@ class Device:
         can_discard, can_write_zeroes, can_fast_zero: without `can_write_zeroes`, a
             WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
+        has_lanes: what `submit_ahead` reads does not keep clients' reads waiting, so a background copy need not rest for them.
         rotational: what `is_rotational` says, of a device that does not ask others.
         may_be_container: its bytes come from a file or a server, where something else than a raw disk may lie by mistake.
         can_resize: `size` may be set to what `measure` says; else the disk has to be opened anew.
@@ -151,6 +152,7 @@ class Device:
     can_write_zeroes: bool = False
     can_fast_zero: bool = False
     rotational: bool = False
+    has_lanes: bool = False
     may_be_container: bool = False
     _pools: tuple[WorkerPool, ...] = ()
     can_resize: bool = True

@@ -44,6 +44,7 @@ class RoundedDevice(Device):
             self.discard_granularity,
         ) = inner.limits
         self.rotational = inner.rotational
+        self.has_lanes = inner.has_lanes
         self.may_be_container = inner.may_be_container
         self.fails_inline = inner.fails_inline
         self.note = (

@@ -48,6 +48,7 @@ class PackedDevice(Device):
 
     io_min = PIECE_BYTES
     may_be_container = True
+    has_lanes = True
     can_resize = False
 
     def __init__(
@@ -70,6 +71,7 @@ class PackedDevice(Device):
         self._first = 0  # what is kept begins here
         self._position = 0  # and has been unpacked to here
         self._ahead_s = float("-inf")
+        self._clock = LoopClock()
         self._alone_timer: Timer | None = None
         self._reason = ""
         self._pump = Tasks(failed=self._broken)
@@ -177,7 +179,7 @@ class PackedDevice(Device):
         if left_s <= 0:
             return True
         if self._alone_timer is None:
-            self._alone_timer = LoopClock().call_later(left_s, self._look_again)
+            self._alone_timer = self._clock.call_later(left_s, self._look_again)
         return False
 
     def _look_again(self) -> None:

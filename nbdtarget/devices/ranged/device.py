@@ -65,6 +65,7 @@ class RangedDevice(Device):
 
     io_min = CELL_BYTES
     may_be_container = True
+    has_lanes = True
 
     def __init__(
         self,

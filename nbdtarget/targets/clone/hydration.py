@@ -31,7 +31,8 @@ Clients first. While client I/O arrives (something came in the last `QUIET_S`), 
 job runs at a time, of `BUSY_BYTES_MAX` at most, with a rest of three times its duration after
 it: clients keep three quarters of the time, yet hydration goes on under any load. After `QUIET_S`
 of silence it is at full speed again. (The kernel stops altogether while any I/O is in flight, and
-may take a second to go on: a busy disk is never hydrated, a quiet one late.)
+may take a second to go on: a busy disk is never hydrated, a quiet one late.) A source that keeps clients' reads apart
+(`Device.has_lanes`: a distant one) is copied at full speed all the time: it is slow because it is far away, and not because it is busy.
 
 Errors. What fails is left alone for a while (`Hydrator`, `Failures`). When job after job fails
 altogether (a dead device), the whole hydration slows down too.
@@ -220,11 +221,16 @@ class Hydration:
         if self.regions.nr_bios != self._bios_seen:
             self._bios_seen = self.regions.nr_bios
             self._busy_until_ns = now_ns + int(QUIET_S * _NS)
-        if now_ns < self._busy_until_ns and not self._first:
+        if now_ns < self._busy_until_ns and self._gives_way:
             # With a job under way, until clients are quiet: it may take its time.
             rest_ns = self._busy_until_ns if self._jobs else self._rest_until_ns
             until_ns = max(until_ns, rest_ns)
         return max(0, until_ns - now_ns)
+
+    @property
+    def _gives_way(self) -> bool:
+        """Whether the next job takes its time while clients are active."""
+        return not self._first and not self.regions.source.has_lanes
 
     def _retry_delay_ns(self, looked_ns: int) -> int | None:
         """Return for how long nothing will be due that was not when we looked."""
@@ -341,7 +347,7 @@ class Hydration:
         else:
             room = self.threshold - regions.nr_hydrating
             end = min(end, begin + max(1, min(self.batch_size, room)))
-            if self.clock.now_ns() < self._busy_until_ns and not self._first:
+            if self.clock.now_ns() < self._busy_until_ns and self._gives_way:
                 end = min(end, begin + max(1, BUSY_BYTES_MAX >> regions.shift))
             if (bytes_max := self.rate.job_bytes_max) is not None:
                 end = min(end, begin + max(1, bytes_max >> regions.shift))

@@ -135,6 +135,24 @@ async def test_hydration_skips_regions_that_clients_work_on() -> None:
     await rig.stop()
 
 
+async def test_source_that_keeps_clients_apart_is_copied_at_full_speed() -> None:
+    rig = await make("8 0 4 hydration_threshold 64 hydration_batch_size 4")
+    rig.source.has_lanes = True
+    rig.source.hold = True
+    await settle()
+    most = 0
+    for _ in range(20):
+        rig.bio(OP_READ, 100 * REGION, 512)
+        await settle(3)
+        rig.clock.advance(0.002)
+        most = max(most, await hydrating(rig))
+    assert most == 64
+    rig.source.let_go()
+    await pass_time(rig, 1)
+    assert await rig.hydrated() == "128/128"
+    await rig.stop()
+
+
 async def test_clients_get_most_of_the_time_and_hydration_goes_on() -> None:
     rig = await make("8 0 4 hydration_threshold 64 hydration_batch_size 4")
     rig.source.hold = True

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast a clone of an image on a distant web server is, against nbdkit's curl plugin and nbdcopy.
+
+    python -m scripts.bench_sources [--size MIB] [--repeat N] [--latency-ms 30] [--mib-s 200] [--quick]
+
+The server (`scripts.store_server`) answers each request after `--latency-ms`, and sends `--mib-s` in all; it is the same for all. Measured are:
+
+    hydration     `nbdtarget clone URL FILE --exit-when-hydrated`, without what the same command takes for one region, against the
+                  time that the bytes alone take, and against `nbdkit curl URL --run nbdcopy`, of a part of the image if
+                  that is slower than ten times
+    first read    from the moment when the fresh clone's socket takes a connection until a client has 4 KiB of the middle of the disk;
+                  in round trips of `--latency-ms`. The clone hydrates meanwhile
+    random reads  100 reads of 4 KiB all over the fresh clone, one after the other: from the clone while it hydrates, and from nbdkit
+
+Afterwards the copies must equal the image.
+"""
+
+import argparse
+import contextlib
+import filecmp
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from scripts.bench_hydration import clone, fresh, make_source, start, timed
+from tests.support.plain_client import PlainClient
+from tests.support.processes import NBDTARGET, ServerProcess
+
+__all__ = ["main"]
+
+MIB: Final = 1 << 20
+NR_READS: Final = 100
+PART_MIB: Final = 64  # of the image, for what is slow
+
+
+@contextlib.contextmanager
+def store(
+    image: Path, work: Path, name: str, options: argparse.Namespace
+) -> Iterator[str]:
+    """Serve `image`; yield its URL."""
+    port_file = work / f"{name}.port"
+    port_file.unlink(missing_ok=True)
+    argv = [sys.executable, "-m", "scripts.store_server", str(image), str(port_file)]
+    argv += [f"--latency-ms={options.latency_ms}", f"--mib-s={options.mib_s}"]
+    with ServerProcess(argv, sockets=[], log=work / f"{name}.log"):
+        deadline_s = time.monotonic() + 20
+        while not port_file.exists():
+            if time.monotonic() > deadline_s:
+                raise TimeoutError((work / f"{name}.log").read_text())
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port_file.read_text()}/disk.img"
+
+
+def nbdkit_curl(url: str, work: Path, size: int) -> float:
+    """Copy by nbdkit and nbdcopy; return the seconds."""
+    dest = work / "nbdcopy.img"
+    fresh(dest, size)
+    run = f'nbdcopy --flush "$uri" {dest}'
+    return timed(["nbdkit", "-U", "-", "curl", url, "--run", run]).wall_s
+
+
+@contextlib.contextmanager
+def clone_server(url: str, work: Path, size: int) -> Iterator[Path]:
+    """Serve a fresh clone; yield its socket as soon as it takes connections."""
+    dest, metadata, path = work / "first.img", work / "first.meta", work / "first.sock"
+    for each in (dest, metadata, path):
+        each.unlink(missing_ok=True)
+    fresh(dest, size)
+    argv = [NBDTARGET, "clone", url, str(dest), "--metadata", str(metadata)]
+    argv += ["--listen", f"unix:{path}", "--control", str(work / "first.control")]
+    with ServerProcess(argv, sockets=[path], log=work / "first.log"):
+        yield path
+
+
+def first_read_s(url: str, work: Path, size: int) -> float:
+    with clone_server(url, work, size) as path:
+        begun_s = time.monotonic()
+        client = PlainClient(path, "first")
+        client.read(size // 2 + 8192, 4096)
+        return time.monotonic() - begun_s
+
+
+def random_reads_s(path: Path, export: str, size: int) -> list[float]:
+    source = random.Random(5)
+    client = PlainClient(path, export)
+    found = []
+    for _ in range(NR_READS):
+        offset = source.randrange(size // 4096) * 4096
+        begun_s = time.monotonic()
+        client.read(offset, 4096)
+        found.append(time.monotonic() - begun_s)
+    return found
+
+
+def nbdkit_reads_s(url: str, work: Path, size: int) -> list[float]:
+    path = work / "nbdkit.sock"
+    argv = ["nbdkit", "--foreground", "--unix", str(path), "curl", url]
+    with ServerProcess(argv, sockets=[path], log=work / "nbdkit.log"):
+        return random_reads_s(path, "", size)
+
+
+def measure(work: Path, options: argparse.Namespace) -> dict[str, float]:
+    size = options.size * MIB
+    image, part = work / "image.img", work / "part.img"
+    make_source(image, size=size, holes=False)
+    make_source(part, size=PART_MIB * MIB, holes=False)
+    start(work)  # compiles
+    floor_s = size / (options.mib_s * MIB)
+    clones, starts, firsts, reads = [], [], [], []
+    with (
+        store(image, work, "image", options) as url,
+        store(part, work, "part", options) as part_url,
+    ):
+        for _ in range(options.repeat):
+            clones.append(clone(url, work, size).wall_s)
+            starts.append(start(work).wall_s)
+            firsts.append(first_read_s(url, work, size))
+            with clone_server(url, work, size) as path:
+                reads += random_reads_s(path, "first", size)
+        if not filecmp.cmp(image, work / "clone.img", shallow=False):
+            raise AssertionError("the clone differs from the image")
+        nbdkit_s = nbdkit_curl(part_url, work, PART_MIB * MIB)
+        nbdkit_reads = nbdkit_reads_s(url, work, size)
+    start_s = statistics.median(starts)
+    copied_s = statistics.median(clones) - start_s
+    nbdkit_mib_s = PART_MIB / nbdkit_s
+    return {
+        "clone_s": statistics.median(clones),
+        "start_s": start_s,
+        "hydration_of_bandwidth": floor_s / copied_s,
+        "hydration_mib_s": options.size / copied_s,
+        "nbdkit_mib_s": nbdkit_mib_s,
+        "times_nbdkit": options.size / copied_s / nbdkit_mib_s,
+        "first_read_ms": 1000 * statistics.median(firsts),
+        "first_read_round_trips": 1000 * statistics.median(firsts) / options.latency_ms,
+        "random_read_ms": 1000 * statistics.median(reads),
+        "random_read_p99_ms": 1000 * statistics.quantiles(reads, n=100)[98],
+        "nbdkit_random_read_ms": 1000 * statistics.median(nbdkit_reads),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="A clone of a distant image.")
+    parser.add_argument("--size", type=int, default=1024, help="MiB (1024)")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--latency-ms", type=float, default=30.0)
+    parser.add_argument("--mib-s", type=float, default=200.0)
+    parser.add_argument("--quick", action="store_true", help="256 MiB, one round")
+    parser.add_argument("--dir", help="where the images go (a temporary directory)")
+    options = parser.parse_args(argv)
+    missing = [tool for tool in ("nbdkit", "nbdcopy") if shutil.which(tool) is None]
+    if missing:
+        print(f"{' and '.join(missing)}: not installed")
+        return 1
+    if options.quick:
+        options.size, options.repeat = 256, 1
+    with tempfile.TemporaryDirectory(
+        prefix="nbdtarget-bench-", dir=options.dir
+    ) as name:
+        try:
+            figures = measure(Path(name), options)
+        except subprocess.CalledProcessError as error:
+            print(error)
+            return 1
+    print(
+        json.dumps({key: round(value, 3) for key, value in figures.items()}, indent=1)
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("http_proxy", None)
+    sys.exit(main())
