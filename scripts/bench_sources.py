@@ -10,6 +10,8 @@ The server (`scripts.store_server`) answers each request after `--latency-ms`, a
                   that is slower than ten times
     first read    from the moment when the fresh clone's socket takes a connection until a client has 4 KiB of the middle of the disk;
                   in round trips of `--latency-ms`. The clone hydrates meanwhile
+    boot          what a Debian reads when it boots (`tests/support/debian-boot.trace`), one read after the other: from the fresh clone, from one that
+                  hydrates that first, and from `qemu-nbd -r URL`
     random reads  100 reads of 4 KiB all over the fresh clone, one after the other: from the clone while it hydrates, and from nbdkit
 
 Afterwards the copies must equal the image.
@@ -31,7 +33,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.porcelain.trace_file import read_trace, write_trace
 from scripts.bench_hydration import clone, fresh, make_source, start, timed
+from scripts.fleet_sim import TRACE, fitted
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
 
@@ -40,6 +44,7 @@ __all__ = ["main"]
 MIB: Final = 1 << 20
 NR_READS: Final = 100
 PART_MIB: Final = 64  # of the image, for what is slow
+BOOT_READ: Final = 128 << 10
 
 
 @contextlib.contextmanager
@@ -69,14 +74,20 @@ def nbdkit_curl(url: str, work: Path, size: int) -> float:
 
 
 @contextlib.contextmanager
-def clone_server(url: str, work: Path, size: int) -> Iterator[Path]:
+def clone_server(url: str, work: Path, size: int, *more: str) -> Iterator[Path]:
     """Serve a fresh clone; yield its socket as soon as it takes connections."""
     dest, metadata, path = work / "first.img", work / "first.meta", work / "first.sock"
     for each in (dest, metadata, path):
         each.unlink(missing_ok=True)
     fresh(dest, size)
     argv = [NBDTARGET, "clone", url, str(dest), "--metadata", str(metadata)]
-    argv += ["--listen", f"unix:{path}", "--control", str(work / "first.control")]
+    argv += [
+        "--listen",
+        f"unix:{path}",
+        "--control",
+        str(work / "first.control"),
+        *more,
+    ]
     with ServerProcess(argv, sockets=[path], log=work / "first.log"):
         yield path
 
@@ -101,6 +112,23 @@ def random_reads_s(path: Path, export: str, size: int) -> list[float]:
     return found
 
 
+def boot_s(path: Path, export: str, trace: list[tuple[int, int]]) -> float:
+    """Read what a boot reads, as the kernel does: at most 128 KiB at a time."""
+    client = PlainClient(path, export)
+    begun_s = time.monotonic()
+    for begin, end in trace:
+        for at in range(begin, end, BOOT_READ):
+            client.read(at, min(BOOT_READ, end - at))
+    return time.monotonic() - begun_s
+
+
+def qemu_boot_s(url: str, work: Path, trace: list[tuple[int, int]]) -> float:
+    path = work / "qemu.sock"
+    argv = ["qemu-nbd", "-r", "-f", "raw", "-t", "-k", str(path), url]
+    with ServerProcess(argv, sockets=[path], log=work / "qemu.log"):
+        return boot_s(path, "", trace)
+
+
 def nbdkit_reads_s(url: str, work: Path, size: int) -> list[float]:
     path = work / "nbdkit.sock"
     argv = ["nbdkit", "--foreground", "--unix", str(path), "curl", url]
@@ -115,7 +143,10 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, float]:
     make_source(part, size=PART_MIB * MIB, holes=False)
     start(work)  # compiles
     floor_s = size / (options.mib_s * MIB)
-    clones, starts, firsts, reads = [], [], [], []
+    clones, starts, firsts, reads, boots, traced = [], [], [], [], [], []
+    trace = fitted(read_trace(str(TRACE)), size)
+    write_trace(str(work / "boot.trace"), trace)
+    order = ("--hydrate-order", str(work / "boot.trace"))
     with (
         store(image, work, "image", options) as url,
         store(part, work, "part", options) as part_url,
@@ -126,10 +157,15 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, float]:
             firsts.append(first_read_s(url, work, size))
             with clone_server(url, work, size) as path:
                 reads += random_reads_s(path, "first", size)
+            with clone_server(url, work, size) as path:
+                boots.append(boot_s(path, "first", trace))
+            with clone_server(url, work, size, *order) as path:
+                traced.append(boot_s(path, "first", trace))
         if not filecmp.cmp(image, work / "clone.img", shallow=False):
             raise AssertionError("the clone differs from the image")
         nbdkit_s = nbdkit_curl(part_url, work, PART_MIB * MIB)
         nbdkit_reads = nbdkit_reads_s(url, work, size)
+        qemu_s = qemu_boot_s(url, work, trace)
     start_s = statistics.median(starts)
     copied_s = statistics.median(clones) - start_s
     nbdkit_mib_s = PART_MIB / nbdkit_s
@@ -142,6 +178,10 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, float]:
         "times_nbdkit": options.size / copied_s / nbdkit_mib_s,
         "first_read_ms": 1000 * statistics.median(firsts),
         "first_read_round_trips": 1000 * statistics.median(firsts) / options.latency_ms,
+        "boot_s": statistics.median(boots),
+        "boot_traced_s": statistics.median(traced),
+        "boot_qemu_nbd_s": qemu_s,
+        "boot_times_qemu_nbd": qemu_s / statistics.median(traced),
         "random_read_ms": 1000 * statistics.median(reads),
         "random_read_p99_ms": 1000 * statistics.quantiles(reads, n=100)[98],
         "nbdkit_random_read_ms": 1000 * statistics.median(nbdkit_reads),
@@ -157,7 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="256 MiB, one round")
     parser.add_argument("--dir", help="where the images go (a temporary directory)")
     options = parser.parse_args(argv)
-    missing = [tool for tool in ("nbdkit", "nbdcopy") if shutil.which(tool) is None]
+    missing = [
+        tool for tool in ("nbdkit", "nbdcopy", "qemu-nbd") if shutil.which(tool) is None
+    ]
     if missing:
         print(f"{' and '.join(missing)}: not installed")
         return 1

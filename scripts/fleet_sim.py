@@ -9,12 +9,13 @@ time jumps from event to event. What is modelled:
 
     store       `--latency-ms` to the first byte; all answers share `--gbit-s`, and one has at most 90 MB/s; more than
                 `--requests-s` requests a second are refused with "slow down"
-    machine     a network card of 10 Gbit/s and a disk of 500 MB/s; it boots by reading a trace, a read after the other, with
-                `BOOT_CPU_S` of its own work in between
+    machine     a network card of 10 Gbit/s and a disk of 500 MB/s; it boots by reading what a Debian 12 read (`TRACE`, recorded with
+                `clone --record-trace`, with its offsets fitted to the image), one read after the other, with `BOOT_CPU_S` of its own work
+                in between
     cache       one machine more, with the image's blocks in a cache of its own; the others read from it, 0.3 ms away
 
-All machines are started at the same moment, which is the worst case. Each number of clones is run in four ways: from the store, with
-and without the trace of an earlier boot (`--hydrate-order`), and from the cache, cold.
+All machines are started at the same moment, which is the worst case. Each number of clones is run in four ways: from the store and
+from the cache, which is cold, each with and without the trace of an earlier boot (`--hydrate-order`).
 
 `first read` is that of the slowest machine, as are `booted` and `hydrated`. `requests` and `MiB` are what the store was asked for, for each clone. The
 cost is that of the requests; what a provider charges for bytes that leave it depends on where the fleet is.
@@ -53,7 +54,7 @@ from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.clone.trace import grouped
 from tests.sim.loop import SimLoop, SimLoopClock
 
-__all__ = ["Fleet", "Model", "Result", "main", "run", "synthetic_trace"]
+__all__ = ["TRACE", "Fleet", "Model", "Result", "fitted", "main", "run"]
 
 MIB: Final = 1 << 20
 REGION: Final = 64 << 10
@@ -64,7 +65,8 @@ DISK_BYTES_S: Final = 500e6
 CACHE_LATENCY_S: Final = 0.0003
 BOOT_CPU_S: Final = 5.0
 CACHE_BLOCK: Final = 256 << 10
-WAYS: Final = ("store", "store, traced", "cache")
+TRACE: Final = Path(__file__).parents[1] / "tests/support/debian-boot.trace"
+WAYS: Final = ("store", "store, traced", "cache", "cache, traced")
 _ZEROES: Final = memoryview(bytes(8 * MIB))
 
 Trace = list[tuple[int, int]]
@@ -284,12 +286,13 @@ class Fleet:
         self._model = model
         self._trace = trace
         self._way = way
+        self._is_cached = way.startswith("cache")
         self._opener = Opener(model)
         self._registry = Registry(self._opener, clock=SimLoopClock(loop))
 
     async def run(self, nr_clones: int) -> Result:
         loop = asyncio.get_running_loop()
-        if self._way == "cache":
+        if self._is_cached:
             await self._start_cache()
         begun_s = loop.time()
         times = await asyncio.gather(*(self._machine(nr) for nr in range(nr_clones)))
@@ -319,7 +322,7 @@ class Fleet:
 
     async def _machine(self, nr: int) -> tuple[float, float, float]:
         """Start one machine; return when it had its first read, was booted and was hydrated."""
-        source = f"far:{nr}" if self._way == "cache" else f"store:{nr}"
+        source = f"far:{nr}" if self._is_cached else f"store:{nr}"
         size = self._model.image_bytes
         name = f"c{nr}"
         device = await self._registry.create(
@@ -327,7 +330,7 @@ class Fleet:
             f"0 {size // 512} clone memory:m{nr}:{MIB} disk:{nr} {source} {REGION // 512} 0"
             f" 4 hydration_threshold {REMOTE_IN_FLIGHT_BYTES // REGION} hydration_batch_size {REMOTE_COPY_BYTES // REGION}",
         )
-        if self._way == "store, traced":
+        if self._way.endswith("traced"):
             assert device.active is not None
             target = device.active.targets[0]
             assert isinstance(target, CloneTarget)
@@ -357,24 +360,15 @@ class Fleet:
             await device.events.wait(event_nr)
 
 
-def synthetic_trace(size: int, seed: int = 1) -> Trace:
-    """A boot as boots are: some 8 % of the image, in short runs here and there."""
-    source = random.Random(seed)
-    trace: Trace = []
-    left = size * 8 // 100
-    while left > 0:
-        begin = source.randrange(size - 2 * MIB) // 4096 * 4096
-        for _ in range(source.randrange(1, 12)):
-            length = source.choice((4, 4, 16, 32, 64, 128)) << 10
-            trace.append((begin, begin + length))
-            begin += length
-            left -= length
-    return trace
-
-
-def scaled(trace: Trace, size: int) -> Trace:
-    """Return what of a trace lies inside an image of `size` bytes."""
-    return [(begin, min(end, size)) for begin, end in trace if begin < size]
+def fitted(trace: Trace, size: int) -> Trace:
+    """Return a trace of an image of another size: the same reads in the same order, nearer to or farther from each other."""
+    span = max(end for _, end in trace)
+    found = []
+    for begin, end in trace:
+        length = min(end - begin, size)
+        at = min(begin * size // span // 4096 * 4096, size - length)
+        found.append((at, at + length))
+    return found
 
 
 def run(model: Model, trace: Trace, way: str, nr_clones: int) -> Result:
@@ -412,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A fleet of clones, simulated.")
     parser.add_argument("--clones", type=int, action="append")
     parser.add_argument("--image-mib", type=int, default=256)
-    parser.add_argument("--trace", help="file that `clone --record-trace` has written")
+    parser.add_argument("--trace", default=str(TRACE), help="of a boot")
     parser.add_argument("--latency-ms", type=float, default=30.0)
     parser.add_argument("--gbit-s", type=float, default=10.0)
     parser.add_argument("--requests-s", type=float, default=5500.0)
@@ -426,10 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.requests_s,
         options.dollars_per_million / 1e6,
     )
-    if options.trace:
-        trace = scaled(read_trace(options.trace), model.image_bytes)
-    else:
-        trace = synthetic_trace(model.image_bytes)
+    trace = fitted(read_trace(options.trace), model.image_bytes)
     logging.disable(logging.WARNING)  # of a thousand clones
     results = []
     for nr_clones in options.clones or (1, 10, 100, 1000):

@@ -60,6 +60,7 @@ __all__ = [
     "FILE",
     "ID_MAX",
     "NOT_MARKED",
+    "PIN_IDS",
     "RECORD_MAX",
     "SAMPLE_BYTES",
     "Comparison",

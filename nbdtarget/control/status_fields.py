@@ -72,6 +72,16 @@ class CloneFields(Fields):
     ]
     commits: Commits
     commit_time_s: CommitTime
+    source_requests: Annotated[
+        int | None,
+        told("Requests that were sent for a remote source; null: it is none."),
+    ]
+    source_retries: Annotated[int | None, told("Those that had to be sent again.")]
+    source_bytes: Annotated[int | None, told("Bytes that have come from it.")]
+    source_away_since_s: Annotated[
+        float | None,
+        told("Since when it does not answer, in Unix time; null: it does."),
+    ]
     regions_failed: Annotated[int, told("Regions that wait to be tried again.")]
     retry_in_s: Annotated[
         float | None, told("Seconds until the first of them is tried again.")

@@ -50,6 +50,7 @@ from nbdtarget.bio import (
 from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.devices.bulk_streams import BulkStream, BulkWriter
 from nbdtarget.devices.health import Health
+from nbdtarget.devices.ranged.traffic import Traffic
 from nbdtarget.devices.workers import WorkerPool
 from nbdtarget_metadata.disks import Evidence, Mark
 
@@ -134,6 +135,7 @@ class Device:
         can_discard, can_write_zeroes, can_fast_zero: without `can_write_zeroes`, a
             WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
+        traffic: what a remote image has cost so far; None: it is none.
         has_lanes: what `submit_ahead` reads does not keep clients' reads waiting, so a background copy need not rest for them.
         rotational: what `is_rotational` says, of a device that does not ask others.
         may_be_container: its bytes come from a file or a server, where something else than a raw disk may lie by mistake.
@@ -153,6 +155,7 @@ class Device:
     can_fast_zero: bool = False
     rotational: bool = False
     has_lanes: bool = False
+    traffic: Traffic | None = None
     may_be_container: bool = False
     _pools: tuple[WorkerPool, ...] = ()
     can_resize: bool = True

@@ -16,6 +16,7 @@ of those that stand on it (`Health.watchers`).
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.health import Health
 from nbdtarget.dm.table import Table
+from nbdtarget_metadata.disks import PIN_IDS
 
 __all__ = ["Below"]
 
@@ -45,6 +46,13 @@ class Below:
         self._data_devices = () if table is None else table.data_devices()
         self._losses_before = sum(each.losses for each in self._data_devices)
         self._watch(() if table is None else tuple(dict.fromkeys(table.devices())))
+
+    async def pins(self, role: str) -> tuple[str, ...]:
+        """Return what a remote image is pinned by, if it is all that lies below: a linear target on a URL, for example."""
+        if len(self.devices) != 1:
+            return ()
+        found = await self.devices[0].identify(role)
+        return tuple(each for each in found.ids if each.partition("=")[0] in PIN_IDS)
 
     def forget(self) -> None:
         """Hear of no trouble any more: the mapped device is gone."""

@@ -593,7 +593,8 @@ class MappedDevice(HasFastPath):
 
     async def identify(self, role: str) -> Evidence:
         ids = (f"uuid={self.uuid}",) if self.uuid else ()
-        return Evidence(MAPPED, self.name, self.size, ids)
+        pins = await self._below.pins(role)
+        return Evidence(MAPPED, self.name, self.size, (*ids, *pins))
 
     async def close(self) -> None:
         await self.remove()

@@ -435,6 +435,11 @@ def _field(name: str, factor: str | int = 1) -> Callable[[TargetFigures], float 
     return value
 
 
+def _or_zero(name: str) -> Callable[[TargetFigures], float]:
+    """A number of the status that is null where there is nothing to count."""
+    return lambda target: _field(name)(target) or 0
+
+
 def _is_not_writable(target: TargetFigures) -> float | None:
     mode = target.fields.get("mode")
     return None if mode is None else mode != "rw"
@@ -525,6 +530,34 @@ TARGET: Final = (
         GAUGE,
         "1: the source has become another image, and nothing more is copied.",
         lambda it: bool(it.fields.get("source_changed")),
+    ),
+    _target(
+        "clone",
+        "clone_source_requests_total",
+        COUNTER,
+        "Requests that were sent for the remote source of a clone.",
+        _or_zero("source_requests"),
+    ),
+    _target(
+        "clone",
+        "clone_source_retries_total",
+        COUNTER,
+        "Requests for the remote source of a clone that had to be sent again.",
+        _or_zero("source_retries"),
+    ),
+    _target(
+        "clone",
+        "clone_source_received_bytes_total",
+        COUNTER,
+        "Bytes that have come from the remote source of a clone.",
+        _or_zero("source_bytes"),
+    ),
+    _target(
+        "clone",
+        "clone_source_away",
+        GAUGE,
+        "1: the remote source of a clone does not answer, and is asked again and again.",
+        lambda it: it.fields.get("source_away_since_s") is not None,
     ),
     _target(
         "cache",

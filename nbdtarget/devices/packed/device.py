@@ -62,6 +62,7 @@ class PackedDevice(Device):
     ) -> None:
         super().__init__(name, -(-size // SECTOR) * SECTOR, read_only=True)
         self.secret_name = secret_name
+        self.traffic = inner.traffic
         self._inner = inner
         self._format = format_name
         self._length = size

@@ -88,7 +88,7 @@ class RangedDevice(Device):
             redacted(name), -(-pin.size // SECTOR) * SECTOR, read_only=True
         )
         self.secret_name = name if has_secrets(name) else ""
-        self.traffic = Traffic()
+        self.traffic: Traffic = Traffic()
         self._place = place
         self._pin = pin
         self._tasks = Tasks()

@@ -9,6 +9,7 @@ arguments.
 from typing import Final
 
 from nbdtarget.common.units import SECTOR
+from nbdtarget.devices.base import Device
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.clone.hydration import Hydration
 from nbdtarget.targets.clone.hydrator import Hydrator
@@ -93,10 +94,22 @@ def status_fields(
         "errors": hydrator.failures.nr_errors,
         "last_error": hydrator.failures.last_error or regions.committer.last_error,
         "source_changed": regions.source.changed or None,
+        **_traffic(regions.source),
         "commits": regions.committer.nr_commits,
         "commit_time_s": regions.committer.commits_ns / 1e9,
         "regions_failed": nr_failed,
         "retry_in_s": retry_in_s,
+    }
+
+
+def _traffic(source: Device) -> StatusFields:
+    """What a remote source has cost; null for another one."""
+    traffic = source.traffic
+    return {
+        "source_requests": None if traffic is None else traffic.requests,
+        "source_retries": None if traffic is None else traffic.retries,
+        "source_bytes": None if traffic is None else traffic.bytes_received,
+        "source_away_since_s": (traffic.away_since_s or None) if traffic else None,
     }
 
 

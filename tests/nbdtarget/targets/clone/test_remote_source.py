@@ -312,3 +312,42 @@ async def test_command_line_command_signs_the_url(
     finally:
         set_url_commands({})
     assert (tmp_path / "vm.img").read_bytes() == IMAGE
+
+
+async def test_image_under_another_device_is_pinned_too(
+    server: ImageServer, tmp_path: Path
+) -> None:
+    make_dest(tmp_path)
+    line = f"0 {SECTORS} clone {tmp_path}/meta {tmp_path}/dest /dev/mapper/l {ARGS}"
+
+    async def started() -> Registry:
+        registry = Registry(resolve)
+        await registry.create(
+            "l", f"0 {SECTORS} linear {server.url()} 0", read_only=True
+        )
+        try:
+            await registry.create("c", line)
+        except NbdTargetError:
+            await registry.close()
+            raise
+        return registry
+
+    registry = await started()
+    await registry.get("c").write(0, b"mine" * 16384)
+    await registry.close()
+    await (await started()).close()
+    server.image, server.etag = OTHER, '"two"'
+    with pytest.raises(NbdTargetError, match='its etag is "two", not "one"'):
+        await started()
+
+
+async def test_status_tells_what_the_source_has_cost(
+    server: ImageServer, tmp_path: Path
+) -> None:
+    make_dest(tmp_path)
+    async with clone_of(server.url(), tmp_path) as device:
+        await device.read(2 * MIB, 4096)
+        assert await fields_of(device, "source_requests") == len(server.noted) - 1
+        assert await fields_of(device, "source_retries") == 0
+        assert await fields_of(device, "source_bytes") == 256 << 10
+        assert await fields_of(device, "source_away_since_s") is None

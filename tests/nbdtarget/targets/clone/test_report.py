@@ -80,6 +80,10 @@ async def test_fields_say_what_is_set_and_where_it_stands() -> None:
         "retry_in_s": None,
         "source_open": True,
         "source_changed": None,
+        "source_requests": None,
+        "source_retries": None,
+        "source_bytes": None,
+        "source_away_since_s": None,
         "commits": 0,
         "commit_time_s": 0.0,
     }
