@@ -38,7 +38,9 @@ def is_in_the_middle(
     if output.is_blocked or received is None or flow.is_paused:
         # A paused connection does not receive, so the client cannot be blamed.
         return output.is_blocked
-    return not received.is_plain or watch.is_noticing
+    # The rest may have come without the loop's call, and all of it may have been served since.
+    is_part = watch.is_noticing and received.begin < received.end
+    return is_part or not received.is_plain
 
 
 def may_notice(received: Input | None, watch: Watch) -> bool:

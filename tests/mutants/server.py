@@ -74,8 +74,20 @@ SERVER: Final = (
         "nbdtarget.server.stalls:is_in_the_middle",
         (
             (
-                "return not received.is_plain or watch.is_noticing",
+                "return is_part or not received.is_plain",
                 "return not received.is_plain",
+            ),
+        ),
+        ("tests/nbdtarget/server/test_stalls.py",),
+    ),
+    Mutant(
+        "silent-client-counts-as-stalled",
+        "A client that was looked for while it was busy, and is silent now, is disconnected.",
+        "nbdtarget.server.stalls:is_in_the_middle",
+        (
+            (
+                "watch.is_noticing and received.begin < received.end",
+                "watch.is_noticing",
             ),
         ),
         ("tests/nbdtarget/server/test_stalls.py",),

@@ -176,6 +176,26 @@ async def test_a_client_that_sends_a_byte_now_and_then_goes_on(served: Served) -
     assert (await peer.reply()).error == 0
 
 
+async def test_a_client_whose_rest_came_while_it_was_looked_for_is_only_silent(
+    served: Served,
+) -> None:
+    """The rest of a request may be received in a turn that the connection has asked for, and not because the loop called."""
+    listener, clock = await start(served)
+    peer = await served.attach()
+    (connection,) = listener._connections
+    request = peer.request(c.CMD_READ, 0, 512)
+    peer.writer.write(request[:11])
+    await until(lambda: connection._input is not None and connection._input.end == 11)
+    clock.advance(100)
+    assert connection._watch.is_noticing
+    peer.writer.write(request[11:])
+    connection._read_on()
+    assert (await peer.reply()).error == 0
+    clock.advance(1000)
+    assert listener.nr_connections == 1
+    assert (await peer.ask(c.CMD_READ, 0, 512)).error == 0
+
+
 async def test_silent_clients_are_not_looked_for_among_all_connections(
     served: Served,
 ) -> None:
