@@ -383,8 +383,8 @@ class Requests:
     def _not_inline(self, bio: Bio, command: int, cookie: int, offset: int) -> Bio:
         """The bio failed, or has not ended yet: then it is counted. Return the next bio to use."""
         if bio.status > 0:
-            at = cookie, offset
-            self._answers.fail(at, command, bio.flags, bio.status)
+            self.traffic.note(command, 1, 0, perf_counter_ns() - self._begun_ns)
+            self._answers.fail((cookie, offset), command, bio.flags, bio.status)
             return bio
         bio.private = new_request(cookie, command, 0, offset, bio.length, None)
         self._flow.begin_request(bio.length)

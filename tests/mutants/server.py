@@ -241,11 +241,11 @@ SERVER: Final = (
         "nbdtarget.server.requests:Requests._not_inline",
         (
             (
-                "        if bio.status > 0:\n            at = cookie, offset\n",
+                "        if bio.status > 0:\n",
                 "        if bio.status > 0 and command == CMD_WRITE:\n"
                 "            self._answers.done((cookie, offset), command)\n"
                 "            return bio\n"
-                "        if bio.status > 0:\n            at = cookie, offset\n",
+                "        if bio.status > 0:\n",
             ),
         ),
         REQUESTS,
