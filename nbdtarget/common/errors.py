@@ -8,7 +8,7 @@
      +- ResolveError        a device cannot be opened: missing, in use, not ours, too small
      +- ListenError         an address cannot be listened on
 
-Each `str()` is one line that names the thing and the reason. An AssertionError is never a
+Each `str()` is one line that names the thing and the reason, and shows no secret of a URL. An AssertionError is never a
 user's fault: it is ours, and puts the mapped device that raised it into failure.
 """
 
@@ -55,6 +55,7 @@ class ConstructorError(NbdTargetError):
         allowed_by: Permission | None = None,
         hint: str = "",
     ) -> None:
+        reason, hint = redacted(reason), redacted(hint)
         super().__init__(reason, errno, target, allowed_by, hint)
         self.reason = reason
         self.errno = errno
@@ -83,6 +84,7 @@ class TableError(NbdTargetError):
         outcome: str = "",
         hint: str = "",
     ) -> None:
+        reason, hint = redacted(reason), redacted(hint)
         super().__init__(reason, errno, outcome, hint)
         self.reason = reason
         self.errno = errno

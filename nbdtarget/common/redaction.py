@@ -14,12 +14,13 @@ __all__ = ["HIDDEN", "has_secrets", "redacted"]
 HIDDEN: Final = "***"
 
 _SCHEMES: Final = r"(?:https?|s3|gs|az)"
-# A URL ends at a blank, a quote or a bracket. What a sentence puts behind a query (a colon, a full stop) is not part of it.
+# A URL ends at a blank, a quote or a bracket. What a sentence puts behind a query (a colon, a full stop) is not part of it. An apostrophe may
+# be a part of a password or of a query.
 _URL: Final = re.compile(
     rf"(?P<scheme>\b{_SCHEMES}://)"
-    r"(?P<user>[^\s/?#'\"`<>]*@)?"
+    r"(?P<user>[^\s/?#<>]*@)?"
     r"(?P<place>[^\s?#'\"`<>]*)"
-    r"(?P<query>\?[^\s#'\"`<>]*?(?=[:;,.)\]]*(?:[\s#'\"`<>]|$)))?",
+    r"(?P<query>\?[^\s#\"`<>]*?(?=[:;,.)\]]*(?:[\s#\"`<>]|'[\s:;,.)\]]|'?$)))?",
     re.IGNORECASE,
 )
 

@@ -26,6 +26,7 @@ from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Clock
 from nbdtarget.common.errors import TableError
 from nbdtarget.common.permissions import Permission
+from nbdtarget.common.redaction import redacted
 from nbdtarget.common.words import printable
 from nbdtarget.devices.base import Device, Extent, QueueLimits
 
@@ -262,7 +263,8 @@ class Target:
 
         Args: reason: the kernel's text where the kernel has one.
         """
-        given = printable(" ".join(words), MESSAGE_SHOWN_MAX)
+        # First the secrets: what is cut in the middle of a URL is not known for one.
+        given = printable(redacted(" ".join(words)), MESSAGE_SHOWN_MAX)
         known = "; ".join(cls.messages)
         return TableError(
             reason,

@@ -248,7 +248,7 @@ class DustTarget(RunTarget):
     async def status(self, *, noflush: bool = False) -> str:
         mode = "fail_read_on_bad_block" if self._fails else "bypass"
         noise = "quiet" if self._quiet else "verbose"
-        return f"{quote_word(self._device.loadable_name)} {mode} {noise}"
+        return f"{quote_word(self._device.name)} {mode} {noise}"
 
     def status_fields(self) -> StatusFields:
         return {

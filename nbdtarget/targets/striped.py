@@ -35,6 +35,7 @@ from nbdtarget.bio import (
 )
 from nbdtarget.common.errors import ConstructorError
 from nbdtarget.common.units import SECTOR
+from nbdtarget.common.words import join_words
 from nbdtarget.devices.base import (
     EXTENTS_MAX,
     Device,
@@ -214,7 +215,7 @@ class StripedTarget(Target):
 
     async def status(self, *, noflush: bool = False) -> str:
         devices = [run.device for run in self._stripes]
-        names = " ".join(run.words.rpartition(" ")[0] for run in self._stripes)
+        names = join_words([device.name for device in devices])
         letters = "".join("D" if self._errors[device] else "A" for device in devices)
         return f"{self._nr_stripes} {names} 1 {letters}"
 

@@ -75,6 +75,7 @@ from nbdtarget.bio import (
     split_bio,
 )
 from nbdtarget.common.errors import ResolveError, TableError
+from nbdtarget.common.redaction import redacted
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.fast.compiled import Route
 from nbdtarget.targets.base import (
@@ -471,7 +472,8 @@ class CloneTarget(MappingTarget[CloneMetadata]):
                     raise TableError("Invalid argument", hint=describe_value(key, word))
                 self._set_number(key, number)
             case _:
-                log.error("%s: Unsupported message `%s'", self.ctx.name, words[0])
+                word = redacted(words[0])
+                log.error("%s: Unsupported message `%s'", self.ctx.name, word)
                 raise self.unknown_message(words)
         hydration.wake()
         return None

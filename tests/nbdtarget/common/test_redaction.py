@@ -18,6 +18,8 @@ from nbdtarget.common.redaction import has_secrets, redacted
         ("https://h/a?sig=a: is not there", "https://h/a?***: is not there"),
         ("'https://h/a?sig=a', see", "'https://h/a?***', see"),
         ("0 8 clone m d https://h/a?s=1 8", "0 8 clone m d https://h/a?*** 8"),
+        ("https://me:p'w@h/a?sig='b", "https://***@h/a?***"),
+        ("`https://h/a?a https://me:b@h/a?c'", "`https://h/a?*** https://***@h/a?***'"),
         ("https://h/a?s=1:2 and gs://b/c?t=2", "https://h/a?*** and gs://b/c?***"),
     ],
 )
