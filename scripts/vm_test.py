@@ -50,6 +50,7 @@ class Host:
 
     def start(self, devices: tuple[str, ...]) -> None:
         """Start the server with some of the devices of `_table`."""
+        self._devices = devices
         config = self._work / "disks.toml"
         lines = [f'listen = ["unix:{self.socket}"]', f'control = "{self._control}"']
         for name in devices:
@@ -88,6 +89,11 @@ class Host:
                 self._command("message", rest[0], "0", *rest[1:])
             case ["status", name]:
                 print("  ", self._command("status", name).strip())
+            case ["kill", seconds]:
+                assert self._server is not None
+                self._server.kill()
+                time.sleep(float(seconds))  # the server is away for so long
+                self.start(self._devices)
             case ["upgrade"]:
                 self._heir = json.loads(self._command("upgrade", "--json"))["pid"]
             case _:
@@ -122,13 +128,15 @@ class VmTest(NamedTuple):
     Attributes:
         devices: those of its server.
         is_root_served: its root disk is the device `root`, by QEMU's own NBD client.
-        has_systemd: the machine boots as usual and has the Debian package beside the script; its root disk stays over all boots.
+        has_package: the Debian package lies beside the script.
+        has_systemd: the machine boots as usual, and its root disk stays over all boots.
         nr_boots: the script runs so often, each time with a new machine and a new server on the same disks.
     """
 
     name: str
     devices: tuple[str, ...]
     is_root_served: bool = False
+    has_package: bool = False
     has_systemd: bool = False
     nr_boots: int = 1
 
@@ -138,8 +146,9 @@ TESTS: Final = (
     VmTest("powercut", ("powercut",)),
     VmTest("stack", ("clone", "cache")),
     VmTest("upgrade", ("clone", "cache")),
+    VmTest("killed", ("clone", "cache")),
     VmTest("root", ("root",), is_root_served=True, nr_boots=2),
-    VmTest("systemd", (), has_systemd=True, nr_boots=3),
+    VmTest("systemd", (), has_package=True, has_systemd=True, nr_boots=3),
 )
 
 
@@ -152,7 +161,7 @@ def boot(test: VmTest, image: Image, work: Path) -> bool:
     """Run a test's script once. Returns whether it has passed."""
     host = Host(work, image)
     host.start(test.devices)
-    packages = [_package(work)] if test.has_systemd else []
+    packages = [_package(work)] if test.has_package else []
     uri = f"driver=nbd,server.type=unix,server.path={host.socket},export=root"
     status = run(
         image,

@@ -65,6 +65,18 @@ if [ ! -e /mnt/second ]; then
     # A silent server is noticed: its watchdog is fed by the process that took over.
     [ "$(property WatchdogUSec)" = 3min ] && [ "$(property WatchdogTimestampMonotonic)" -gt 0 ]
 
+    # The units for one clone and one cache.
+    mkdir -p /etc/nbdtarget/clone /etc/nbdtarget/cache
+    truncate -s 64M /srv/origin.img /srv/fast.img
+    printf 'SOURCE=/srv/golden.img\nDEST=/srv/copy.img\nOPTIONS=--no-hydration --hydrate-on-read\n' >/etc/nbdtarget/clone/copy
+    printf 'ORIGIN=/srv/origin.img\nCACHE=/srv/fast.img\nOPTIONS=--cache-size 16M --mode writeback\n' >/etc/nbdtarget/cache/db
+    systemctl start nbdtarget-clone@copy.service nbdtarget-cache@db.service
+    nbdtarget ls
+    [ "$(systemctl show --value --property=StatusText nbdtarget-clone@copy.service)" = 'copy 0 % hydrated, 0 clients' ]
+    systemctl stop nbdtarget-clone@copy.service nbdtarget-cache@db.service
+    [ "$(systemctl show --value --property=Result nbdtarget-clone@copy.service nbdtarget-cache@db.service | sort -u | tr -d '\n')" = success ]
+    echo "units for a clone and a cache: started, and stopped in order"
+
     # The crash of a server. Debian 12's client does not connect again by itself, so the file system is mounted anew.
     systemctl kill --signal=KILL nbdtarget.service
     until [ "$(property NRestarts)" = 1 ] && [ "$(property ActiveState)" = active ]; do sleep 0.2; done
