@@ -54,7 +54,9 @@ SCRIPTS = [p for p in tracked("scripts/*", ".ci/*", "Makefile") if p.suffix != "
 TEXTS = [
     path
     for path in tracked("*")
-    if path.suffix not in {".img", ".bin", ".png", ".gz"} and path.name != "LICENSE"
+    if path.suffix not in {".img", ".bin", ".png", ".gz"}
+    and path.name != "LICENSE"
+    and path.parent.name != "vendor"  # code of others, unchanged
 ]
 
 

@@ -21,7 +21,7 @@ from nbdtarget.control.paths import (
     serve_control_path,
 )
 
-__all__ = ["register"]
+__all__ = ["event_line", "register"]
 
 WAIT_S: Final = 20.0
 
@@ -123,10 +123,12 @@ def _is_about(event: Event, name: str | None) -> bool:
 
 
 def _print(event: Event, *, json: bool) -> None:
-    if json:
-        line = msgspec.json.encode(event).decode()
-    else:
-        when = datetime.fromtimestamp(event.time_s).astimezone()
-        about = f"{event.device}: " if event.device else ""
-        line = f"{when:%Y-%m-%d %H:%M:%S} {event.level:<8} {about}{event.text}"
+    line = msgspec.json.encode(event).decode() if json else event_line(event)
     print(line, flush=True)
+
+
+def event_line(event: Event) -> str:
+    """Return one line, with the time of this machine's zone."""
+    when = datetime.fromtimestamp(event.time_s).astimezone()
+    about = f"{event.device}: " if event.device else ""
+    return f"{when:%Y-%m-%d %H:%M:%S} {event.level:<8} {about}{event.text}"

@@ -20,7 +20,7 @@ __all__ = ["Calls", "errno_of"]
 
 log = logging.getLogger(__name__)
 
-WAITING: Final = ("wait", "events")  # they change nothing, and may take long
+WAITING: Final = ("wait", "events", "map")  # they change nothing, and may take long
 
 
 class Calls:

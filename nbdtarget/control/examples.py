@@ -18,6 +18,8 @@ from nbdtarget.control.figures import (
     Figures,
     FiguresAnswer,
     Histogram,
+    Map,
+    MapAnswer,
     OperationFigures,
     TargetFigures,
 )
@@ -110,6 +112,13 @@ _FIGURES: Final = FiguresAnswer(
 
 _EVENT: Final = Event(42, 1796070000.0, "info", "disk", "hydrated")
 
+_MAP: Final = MapAnswer(
+    states=("copied", "source", "copying"),
+    cell_bytes=512 << 20,
+    cells=((255, 0, 0), (60, 191, 4)),
+    totals=(663748608, 401604608, 8388608),
+    is_sampled=True,
+)
 _CUT: Final = "tear 7: 12 writes of 96 sectors at risk, 33 sectors survive"
 
 FAILURE: Final = m.Failure(
@@ -130,6 +139,7 @@ EXAMPLES: Final[dict[str, tuple[m.Request, m.Answer]]] = {
     "figures": (Figures(("disk",)), _FIGURES),
     "info": (m.Info(("disk",)), _INFO),
     "load": (m.Load("disk", "0 1048576 linear /srv/a.img 0\n1048576 8 zero"), _DONE),
+    "map": (Map("disk", 2), _MAP),
     "measure": (m.Measure(("disk",)), _LINES),
     "message": (m.Message("disk", 0, ("cycle", "tear", "7")), m.MessageAnswer(_CUT)),
     "remove": (m.Remove("disk"), _DONE),

@@ -29,6 +29,8 @@ __all__ = [
     "Figures",
     "FiguresAnswer",
     "Histogram",
+    "Map",
+    "MapAnswer",
     "OperationFigures",
     "TargetFigures",
 ]
@@ -192,3 +194,32 @@ class EventsAnswer(Answer):
     lost: Annotated[
         int, told("How many events after `since` are not kept any more.")
     ] = 0
+
+
+class Map(Request):
+    """A device with a clone or a cache, whose map is asked for."""
+
+    name: Name
+    cells: Annotated[
+        int, told("Number of cells: 1 to 4096. A small disk has fewer.")
+    ] = 1024
+
+
+class MapAnswer(Answer):
+    """What of a clone is copied, or what of a disk is cached, from its beginning to its end."""
+
+    states: Annotated[
+        tuple[str, ...],
+        told(
+            "Of a clone `copied`, `source`, `copying`; of a cache `origin`, `cached`, `dirty`."
+        ),
+    ]
+    cell_bytes: Annotated[
+        int, told("Bytes that a cell stands for; the last one may be shorter.")
+    ]
+    cells: Annotated[
+        tuple[tuple[int, ...], ...],
+        told("Of each cell, how much of it is in which state: parts of 255."),
+    ]
+    totals: Annotated[tuple[int, ...], told("Bytes of the disk in each state.")]
+    is_sampled: Annotated[bool, told("Only the beginning of each cell was looked at.")]

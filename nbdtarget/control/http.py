@@ -4,11 +4,12 @@
     POST /v1/VERB            the request as JSON; no body is an empty request
     GET  /v1/VERB[?name=N]   the verbs that change nothing, for example with a browser
     GET  /v1/openapi.json    a description of all of this for programs
+    GET  /                   the live page, see `page.py`
     GET  /metrics            all figures, as Prometheus reads them
 
 A handler decodes the request, calls the registry and encodes the answer; all decisions are the
 registry's. A mistake of the user is answered with a `Failure`, which has a reason and an errno, with status
-400 (not a request), 401 (no token), 404 (no such verb or device), 405, 408 (too slow), 409 (in use), 413 (too
+400 (not a request), 401 (no token), 403 (a browser sends it for another site), 404 (no such verb or device), 405, 408 (too slow), 409 (in use), 413 (too
 large), 415 (compressed) or 422 (refused). Without the token no body is read, and a compressed body never is.
 `doorkeeper.py` bounds the number of connections and the time that a request may take. A bug in the server is logged with its
 traceback and answered with 500 and EIO; the server goes on.
@@ -37,6 +38,7 @@ from nbdtarget.control import messages as m
 from nbdtarget.control.bodies import BODY_BYTES_MAX, body_bytes_max, encode
 from nbdtarget.control.calls import Calls, errno_of
 from nbdtarget.control.doorkeeper import BODY_S, Doorkeeper
+from nbdtarget.control.page import add_page, is_page, why_refused
 from nbdtarget.control.verbs import Verbs
 
 __all__ = ["HttpServer"]
@@ -84,6 +86,7 @@ class HttpServer:
         self._keepers: list[Doorkeeper] = []
         self._server: asyncio.Server | None = None
         middlewares: list[Middleware] = [_watched(self._keepers), _failures_are_json]
+        middlewares.append(_refuse_other_sites(has_token=token is not None))
         if token is not None:
             middlewares.append(_check_token(token))
         middlewares.append(_check_encoding)
@@ -97,6 +100,7 @@ class HttpServer:
                 app.router.add_get(f"/v1/{verb}", handle)
         if has_verbs:
             app.router.add_get("/v1/openapi.json", _openapi)
+            add_page(app)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -221,11 +225,22 @@ async def _failures_are_json(
         return _failure(400, f"bad request: {reason}", errnos.EINVAL)
 
 
+def _refuse_other_sites(*, has_token: bool) -> Middleware:
+    @web.middleware
+    async def refuse(request: web.Request, handler: Handler) -> web.StreamResponse:
+        why = why_refused(request, has_token=has_token)
+        return await handler(request) if why is None else _cut_off(request, 403, why)
+
+    return refuse
+
+
 def _check_token(token: str) -> Middleware:
     expected = f"Bearer {token}".encode()
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if is_page(request.path):
+            return await handler(request)
         given = request.headers.get("Authorization", "").encode("utf-8", "replace")
         if not hmac.compare_digest(given, expected):
             return _cut_off(request, 401, "the token is missing or wrong")
@@ -267,6 +282,7 @@ def _cut_off(request: web.Request, status: int, reason: str) -> web.Response:
 
 _CUT_OFF_ERRNOS: Final = {
     401: errnos.EACCES,
+    403: errnos.EACCES,
     408: errnos.ETIMEDOUT,
     415: errnos.EINVAL,
 }

@@ -26,7 +26,14 @@ from nbdtarget.control.fields import (
     Uuid,
     told,
 )
-from nbdtarget.control.figures import Events, EventsAnswer, Figures, FiguresAnswer
+from nbdtarget.control.figures import (
+    Events,
+    EventsAnswer,
+    Figures,
+    FiguresAnswer,
+    Map,
+    MapAnswer,
+)
 
 __all__ = [
     "READING_VERBS",
@@ -529,6 +536,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "figures": (Figures, FiguresAnswer),
     "info": (Info, InfoAnswer),
     "load": (Load, Done),
+    "map": (Map, MapAnswer),
     "measure": (Measure, LinesAnswer),
     "message": (Message, MessageAnswer),
     "remove": (Remove, Done),

@@ -21,7 +21,14 @@ from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.redaction import redacted
 from nbdtarget.control import messages as m
 from nbdtarget.control.bodies import LINES_AT_ONCE
-from nbdtarget.control.figures import Events, EventsAnswer, Figures, FiguresAnswer
+from nbdtarget.control.figures import (
+    Events,
+    EventsAnswer,
+    Figures,
+    FiguresAnswer,
+    Map,
+    MapAnswer,
+)
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
@@ -39,6 +46,10 @@ class Monitor(Protocol):
 
     async def events(self, request: Events) -> EventsAnswer:
         """Return what has happened, or wait until something happens."""
+        ...
+
+    async def map(self, name: str, nr_cells: int) -> MapAnswer:
+        """Return the map of a device. Raises: TableError: it has none now."""
         ...
 
     async def metrics(self) -> bytes:
@@ -107,7 +118,7 @@ class Verbs:
     @contextmanager
     def running(self, verb: str) -> Iterator[None]:
         """Meanwhile `verb` is carried out. Raises: TableError, EBUSY: it would change something, and is held back."""
-        if verb in m.READING_VERBS or verb in ("events", "wait", "upgrade"):
+        if verb in m.READING_VERBS or verb in ("events", "map", "wait", "upgrade"):
             yield
             return
         if self.held:
@@ -283,6 +294,12 @@ class Verbs:
         if self.monitor is None:
             raise TableError("this server keeps no events", errnos.EOPNOTSUPP)
         return await self.monitor.events(request)
+
+    async def map(self, request: Map) -> MapAnswer:
+        """Return what of a clone is copied, or what of a disk is cached."""
+        if self.monitor is None:
+            raise TableError("this server has no maps", errnos.EOPNOTSUPP)
+        return await self.monitor.map(request.name, request.cells)
 
     async def figures(self, request: Figures) -> FiguresAnswer:
         """Return all numbers of devices, clients and the server."""

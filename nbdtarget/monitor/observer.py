@@ -23,6 +23,7 @@ from nbdtarget.control.figures import (
     EventsAnswer,
     FiguresAnswer,
     Histogram,
+    MapAnswer,
     OperationFigures,
     TargetFigures,
 )
@@ -31,6 +32,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.fast.compiled import IS_COMPILED
+from nbdtarget.monitor.device_map import device_map
 from nbdtarget.monitor.event_log import EventLog
 from nbdtarget.monitor.loop_lag import BOUNDS_S, LoopLag
 from nbdtarget.server.listener import Listener
@@ -114,6 +116,10 @@ class Observer:
     async def events(self, request: Events) -> EventsAnswer:
         """Return what has happened, or wait until something happens."""
         return await self.event_log.after(request.since, request.wait_s)
+
+    async def map(self, name: str, nr_cells: int) -> MapAnswer:
+        """Return the map of a device. Raises: TableError: it has none now."""
+        return await device_map(self._registry.get(name), nr_cells)
 
     async def metrics(self) -> bytes:
         """Return all figures as the text that Prometheus reads."""

@@ -20,6 +20,8 @@ from nbdtarget.devices.registry import SCHEMES
 from nbdtarget.dm import registry
 from nbdtarget.dm import table as dm_table
 from nbdtarget.dm.statistics import AREAS_MAX
+from nbdtarget.monitor.device_map import CELLS_MAX, LOOK_BYTES
+from nbdtarget.monitor.event_log import CLIENT_EVENTS_MAX, EVENTS_MAX
 from nbdtarget.policies.mq import KEYS as MQ_KEYS
 from nbdtarget.policies.registry import ALIASES, POLICY_TYPES
 from nbdtarget.server.address import UNIX_PATH_MAX
@@ -175,6 +177,10 @@ def test_default_of_a_limit_is_the_one_that_the_page_tells(key: str) -> None:
         ("request to the control socket", BODY_BYTES_MAX >> 20),
         ("request to the control socket", OTHER_BODY_BYTES_MAX >> 10),
         ("connections to the control socket", CONNECTIONS_MAX),
+        ("events that a server keeps", EVENTS_MAX),
+        ("events that a server keeps", CLIENT_EVENTS_MAX),
+        ("cells of a map of a device", CELLS_MAX),
+        ("cells of a map of a device", LOOK_BYTES >> 20),
         ("areas of statistics in one device", AREAS_MAX),
         ("metadata contexts of one export", CONTEXTS_MAX),
     ],

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live page in a real Chromium: what it shows, that the keyboard is enough, and that nothing comes from elsewhere."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdtarget.control import messages as m
+from nbdtarget.control.client import ControlClient
+from tests.support.plain_client import PlainClient
+from tests.support.processes import NBDTARGET, ServerProcess
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="chromium is not installed (Debian: chromium)"
+)
+MIB = 1 << 20
+SIZE = 8 * MIB
+
+
+class Site:
+    """A server with a clone that does not copy by itself, and the address of its page."""
+
+    def __init__(self, folder: Path) -> None:
+        self.nbd, self.control = folder / "nbd.sock", folder / "control.sock"
+        argv = [NBDTARGET, "serve", "--listen", f"unix:{self.nbd}"]
+        self.server = ServerProcess(
+            [*argv, "--control", str(self.control)],
+            sockets=[self.nbd],
+            log=folder / "log",
+        )
+        self.client = ControlClient(self.control)
+        (folder / "source.img").write_bytes(os.urandom(SIZE))
+        (folder / "dest.img").write_bytes(bytes(SIZE))
+        names = f"{folder}/meta.img {folder}/dest.img {folder}/source.img"
+        table = f"0 {SIZE // 512} clone {names} 128 1 no_hydration"
+        self.create("web", table)
+        self.create("top <b>", f"0 {SIZE // 512} linear /dev/mapper/web 0")
+        self.page = subprocess.Popen(
+            [NBDTARGET, "page", "--control", str(self.control)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.page.stdout is not None
+        self.url = self.page.stdout.readline().strip()
+
+    def create(self, name: str, table: str) -> None:
+        self.client.ask("create", m.Create(name, table), m.Done)
+
+    def is_suspended(self) -> bool:
+        info = self.client.ask("info", m.Info(("web",)), m.InfoAnswer)
+        return info.devices[0].state == "SUSPENDED"
+
+    def close(self) -> None:
+        self.page.terminate()
+        self.page.communicate(timeout=30)
+        assert self.server.terminate() == 0
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
+
+
+def test_the_page_shows_a_server_and_changes_it_by_keyboard(
+    site: Site, browser: Any
+) -> None:
+    expect = sync_api.expect
+    page = browser.new_page(viewport={"width": 1280, "height": 1200})
+    complaints: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda said: complaints.append(said.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    with PlainClient(site.nbd, "web") as client:
+        client.write(0, bytes(2 * MIB))
+        page.goto(site.url)
+        # The upper device, and below it the one that it stands on. A name is text and no markup.
+        names = page.locator("#devices button.name")
+        expect(names).to_have_text(["top <b>", "web"])
+        assert page.locator("#devices b").count() == 0
+        assert "token" not in page.url
+        expect(page.locator("#clients tbody tr")).to_contain_text(["web"])
+        expect(page.locator("#events li").first).to_be_visible()
+
+        # By keyboard: to the device, to its buttons.
+        names.nth(1).focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#device-title")).to_have_text("Device web")
+        words = page.locator("#map-words")
+        expect(words).to_contain_text("25 % copied")
+        expect(words).to_contain_text("75 % still read from the source")
+        assert "25 % copied" in page.locator("#map").get_attribute("aria-label")
+        colours = page.evaluate(
+            """() => { const c = document.getElementById("map");
+            const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+            return [Array.from(d.slice(0, 3)), Array.from(d.slice(-4, -1))]; }"""
+        )
+        assert colours == [[26, 127, 55], [208, 215, 222]]
+        expect(page.locator("#rate canvas")).to_be_visible()
+
+        page.locator("#suspend").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#resume")).to_be_enabled()
+        expect(page.locator("#answer")).to_have_text("Done.")
+        assert site.is_suspended()
+        page.locator("#resume").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#suspend")).to_be_enabled()
+        assert not site.is_suspended()
+        expect(page.locator("#events li").last).to_contain_text("web: resumed")
+
+        page.get_by_label("Message to the target").fill("nonsense 1")
+        page.keyboard.press("Enter")
+        expect(page.locator("#answer")).to_contain_text("nonsense")
+        page.get_by_label("Message to the target").fill("hydration_threshold 4")
+        page.keyboard.press("Enter")
+        expect(page.locator("#answer")).to_have_text("Done.")
+    expect(page.locator("#no-clients")).to_be_visible()
+    origin = site.url.partition("/#")[0]
+    assert {url.startswith((origin, "data:")) for url in requests} == {True}
+    asks_for_the_token(site, browser)
+    # A refused message is an answer of 422, which Chromium mentions; nothing else was said.
+    assert [said for said in complaints if "422" not in said] == []
+
+
+def asks_for_the_token(site: Site, browser: Any) -> None:
+    """Open the page without the token, in a tab that does not know it."""
+    address, _, token = site.url.partition("#token=")
+    page = browser.new_context().new_page()
+    page.goto(address)
+    field = page.get_by_label("Token of the control socket")
+    sync_api.expect(field).to_be_focused()
+    assert page.locator("#main").is_hidden()
+    field.fill(token)
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#devices button.name")).to_have_count(2)
