@@ -88,7 +88,7 @@ IDS_MAX: Final = 4
 SAMPLE_BYTES: Final = 4096
 SAMPLES_MAX: Final = 32
 # Where a disk is, not what.
-MOVABLE_IDS: Final = frozenset({"server", "backing-file", "url"})
+MOVABLE_IDS: Final = frozenset({"server", "backing-file", "url", "image", "helper"})
 # What a remote image was when it was read; see `nbdtarget.devices.ranged.pin`.
 PIN_IDS: Final = frozenset({"etag", "version", "last-modified", "size"})
 NOT_MARKED: Final = -1
@@ -112,7 +112,7 @@ class Evidence(NamedTuple):
     """What a device says of itself now.
 
     Attributes:
-        kind: `file`, `block`, `nbd`, `url`, `mapped`, `memory`; empty: not known.
+        kind: `file`, `block`, `nbd`, `url`, `helper`, `mapped`, `memory`; empty: not known.
         name: as it stands in the table line.
         ids: "key=value"; equal values of one key mean one disk, different ones two disks.
         place: device number and inode of a file.

@@ -15,6 +15,9 @@
     peer_connections_max = 16    # of one address
     payload_max = "64M"          # or a number of bytes
 
+    [helper.vault]               # what the disk helper:vault is opened by
+    command = ["nbdkit", "-f", "-r", "--exit-with-parent", "sh", "/etc/vault.sh"]
+
     [device.disk]
     uuid = "CLONE-disk"          # optional
     readonly = false             # optional
@@ -58,6 +61,7 @@ from nbdtarget.common.words import split_words
 from nbdtarget.config.lines import Path as KeyPath
 from nbdtarget.config.lines import value_lines
 from nbdtarget.control.paths import control_address
+from nbdtarget.devices.helper.words import HELPER_NAME
 from nbdtarget.devices.http.url_command import check_url
 from nbdtarget.dm.open_devices import MAPPER
 from nbdtarget.dm.registry import check_name, check_uuid
@@ -84,11 +88,13 @@ _FILE_KEYS: Final[dict[str, Any]] = {
     "metrics": str,
     "metrics_devices": bool,
     "state": str,
+    "control_starts_programs": bool,
     "stop_timeout": float,
     **dict.fromkeys(SocketOptions._fields, str),
     "limits": dict[str, Any],
     "url_commands": dict[str, list[str]],
     "device": dict[str, dict[str, Any]],
+    "helper": dict[str, dict[str, Any]],
 }
 _DEVICE_KEYS: Final[dict[str, Any]] = {
     "table": list[str] | str,
@@ -97,6 +103,7 @@ _DEVICE_KEYS: Final[dict[str, Any]] = {
     "rotational": bool,
     "access": list[str],
 }
+_HELPER_KEYS: Final[dict[str, Any]] = {"command": list[str]}
 _TLS_KEYS: Final = ("tls", "tls_certificates", "tls_verify_peer", "tls_psk")
 _LISTEN_KEYS: Final[dict[str, Any]] = {
     "address": str,
@@ -190,6 +197,8 @@ class Config:
         listen_tls: by address, what a listener says of its own.
         access: rules of exports that have none of their own; None: there are none.
         url_commands: by the URL of a source, the words of a command that prints it anew.
+        helpers: the commands of `helper:NAME`, by NAME.
+        control_starts_programs: tables that come over a control socket on TCP may name disks which a program opens.
     """
 
     path: str
@@ -208,6 +217,8 @@ class Config:
     access: tuple[str, ...] | None = None
     state: str | None = None
     url_commands: Mapping[str, list[str]] = field(default_factory=dict)
+    helpers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    control_starts_programs: bool = False
 
     @property
     def access_by_export(self) -> dict[str, tuple[str, ...]]:
@@ -321,6 +332,8 @@ class _Reader:
             access=self._access((), keys),
             state=str(directory / keys["state"]) if "state" in keys else None,
             url_commands=self._url_commands(keys.get("url_commands", {})),
+            helpers=self._helpers(keys.get("helper", {})),
+            control_starts_programs=keys.get("control_starts_programs", False),
         )
 
     def _url_commands(self, values: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -406,6 +419,22 @@ class _Reader:
             self._listen_tls[_absolute(address, directory)] = options
             addresses.append(address)
         return addresses
+
+    def _helpers(
+        self, helpers: dict[str, dict[str, Any]]
+    ) -> dict[str, tuple[str, ...]]:
+        found = {}
+        for name, values in helpers.items():
+            path: KeyPath = ("helper", name)
+            if not HELPER_NAME.fullmatch(name):
+                reason = "the name of a helper has letters, digits, `.', `-' and `_'"
+                self._mistake(path, reason)
+            command = self._known(path, values, _HELPER_KEYS).get("command")
+            if command and command[0]:
+                found[name] = tuple(command)
+            elif command is not None or not values:
+                self._mistake(path, "`command' names a program and its arguments")
+        return found
 
     def _access(self, path: KeyPath, keys: dict[str, Any]) -> tuple[str, ...] | None:
         rules = keys.get("access")

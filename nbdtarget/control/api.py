@@ -176,6 +176,7 @@ class ControlServer:
             token=self._token,
             backlog_max=BACKLOG_MAX,
             has_verbs=self._has_verbs,
+            is_tcp=not isinstance(self.address, Path),
         )
         await server.start(listener)
         return server

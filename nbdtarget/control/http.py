@@ -39,6 +39,7 @@ from nbdtarget.control.bodies import BODY_BYTES_MAX, body_bytes_max, encode
 from nbdtarget.control.calls import Calls, errno_of
 from nbdtarget.control.doorkeeper import BODY_S, Doorkeeper
 from nbdtarget.control.page import add_page, is_page, why_refused
+from nbdtarget.control.programs import refuse_programs
 from nbdtarget.control.verbs import Verbs
 
 __all__ = ["HttpServer"]
@@ -72,6 +73,7 @@ class HttpServer:
     Args:
         token: what each request must carry, in an `Authorization: Bearer` header.
         has_verbs: False: metrics are all that there is.
+        is_tcp: other machines may be the clients: see `programs.py`.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class HttpServer:
         token: str | None = None,
         backlog_max: int = 64,
         has_verbs: bool = True,
+        is_tcp: bool = False,
     ) -> None:
         self._backlog_max = backlog_max
         self._keepers: list[Doorkeeper] = []
@@ -94,7 +97,7 @@ class HttpServer:
         calls = Calls(verbs)
         app.router.add_get("/metrics", _metrics(verbs))
         for verb, (request_type, _) in m.VERBS.items() if has_verbs else ():
-            handle = _handler(calls, verb, request_type)
+            handle = _handler(calls, verb, request_type, verbs if is_tcp else None)
             app.router.add_post(f"/v1/{verb}", handle)
             if verb in m.READING_VERBS:
                 app.router.add_get(f"/v1/{verb}", handle)
@@ -143,7 +146,10 @@ def _metrics(verbs: Verbs) -> Handler:
     return metrics
 
 
-def _handler(calls: Calls, verb: str, request_type: type[m.Request]) -> Handler:
+def _handler(
+    calls: Calls, verb: str, request_type: type[m.Request], guarded: Verbs | None
+) -> Handler:
+    """Args: guarded: of a socket whose clients may not start programs, unless these verbs say so."""
     decode = msgspec.json.Decoder(request_type).decode
     bytes_max = body_bytes_max(verb)
 
@@ -165,6 +171,8 @@ def _handler(calls: Calls, verb: str, request_type: type[m.Request]) -> Handler:
         except msgspec.MsgspecError as error:
             return _failure(400, f"bad request: {error}", errnos.EINVAL)
         try:
+            if guarded is not None and not guarded.tcp_starts_programs:
+                refuse_programs(request)
             answer = await calls.carry_out(verb, request)
         except NbdTargetError as error:
             errno = errno_of(error)

@@ -93,6 +93,7 @@ class Verbs:
     Attributes:
         held: why nothing may be changed now; "": it may.
         state: where devices are kept that survive the server.
+        tcp_starts_programs: tables that come over TCP may name disks which a program opens.
     Raises (all methods): TableError, ConstructorError, ResolveError.
     """
 
@@ -114,6 +115,7 @@ class Verbs:
         self._changing: list[str] = []
         self.held = ""
         self.state: DeviceState = _NoState()
+        self.tcp_starts_programs = False
 
     @contextmanager
     def running(self, verb: str) -> Iterator[None]:

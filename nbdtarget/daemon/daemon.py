@@ -72,6 +72,7 @@ from nbdtarget.daemon.security import Security
 from nbdtarget.daemon.service_reports import ServiceReports, status_line
 from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.devices import resolve
+from nbdtarget.devices.helper.configured import set_helper_commands
 from nbdtarget.dm.handover import Parking, let_go, refusals, unpark
 from nbdtarget.dm.registry import Registry
 from nbdtarget.monitor.observer import Observer
@@ -427,9 +428,15 @@ class Daemon:
         self._follower = asyncio.create_task(follow())
 
     def follow_rules(self, config: "Config") -> None:
-        """A file was read again: take its rules, and the certificates, for connections to come."""
+        """A file was read again: take its rules, certificates and helpers, for what is to come."""
         self.security.set_rules(config.access, config.access_by_export)
         self.security.reload()
+        self.take_helpers(config)
+
+    def take_helpers(self, config: "Config") -> None:
+        """Take what a file says about programs that open disks, for disks that are opened from now on."""
+        set_helper_commands(config.helpers)
+        self.verbs.tcp_starts_programs = config.control_starts_programs
 
     def tell_ready(self) -> None:
         """Tell the service manager that clients may come, and what is served."""

@@ -12,6 +12,7 @@ import msgspec
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, SocketOptions
 from nbdtarget.control.paths import (
+    ControlAddress,
     control_address,
     control_token,
     make_directory,
@@ -87,6 +88,8 @@ async def serve_until_stopped(
         sockets if config is None else sockets.or_else(config.sockets),
         security_of(options.security, config),
     )
+    if config is not None:
+        daemon.take_helpers(config)
     passed = passed_sockets()
     addresses = options.listen or (() if config is None else config.listen)
     if not addresses and not passed.nbd:
@@ -95,12 +98,7 @@ async def serve_until_stopped(
     token = control_token(
         options.control_token_file or getattr(config, "control_token_file", None)
     )
-    where, has_devices = options.metrics
-    where = where or getattr(config, "metrics", None)
-    metrics = None if where is None else control_address(where)
-    if has_devices is None:
-        has_devices = getattr(config, "metrics_devices", None) is not False
-    daemon.monitor.has_device_metrics = has_devices
+    metrics = _metrics_of(options, config, daemon)
     state = _state_of(options, config, daemon)
     daemon.catch_signals(sighup_reloads=config is not None)
     offer = maybe_offer()
@@ -160,6 +158,18 @@ async def _follow_config(daemon: Daemon, config: "Config") -> None:
     if not daemon.stop.is_set():
         daemon.follow_reloads(devices.reload_and_tell)
         daemon.follow_config(devices.pause, devices.start)
+
+
+def _metrics_of(
+    options: ServeOptions, config: "Config | None", daemon: Daemon
+) -> ControlAddress | None:
+    """Where metrics are told alone, if anywhere; and of what they tell."""
+    where, has_devices = options.metrics
+    where = where or getattr(config, "metrics", None)
+    if has_devices is None:
+        has_devices = getattr(config, "metrics_devices", None) is not False
+    daemon.monitor.has_device_metrics = has_devices
+    return None if where is None else control_address(where)
 
 
 def _state_of(

@@ -9,6 +9,8 @@
     an NBD export       the name of the export and the server's address
     a remote image      its URL without secrets, and its pin: size, ETag, version or time of last
                         modification (`nbdtarget.devices.ranged.pin`)
+    what a helper opens its format and image, or its plugin and parameters, or its name; when an image was
+                        last written to
     a mapped device     its uuid, if it was given one
     a disk in memory    a number that is drawn anew each time
 
@@ -29,6 +31,7 @@ from nbdtarget_metadata.disks import FILE, Disk, Evidence, Mark
 
 __all__ = [
     "BLOCK",
+    "HELPER",
     "MAPPED",
     "MEMORY",
     "NBD",
@@ -46,6 +49,7 @@ NBD: Final = "nbd"
 MEMORY: Final = "memory"
 MAPPED: Final = "mapped"
 URL: Final = "url"
+HELPER: Final = "helper"
 
 XATTR: Final = "user.nbdtarget."
 UUID_BYTES: Final = 16

@@ -31,12 +31,14 @@ class ImageFormat(NamedTuple):
     Attributes:
         name: of the format, as qemu calls it, or as the program that unpacks it does.
         what: with an article, for a sentence.
-        advice: what to do to get at the disk inside; `{path}` stands for the path of the file.
+        word: how the disk in it is called; `{what}` stands for the file. Empty: it has no name here.
+        command: that unpacks it; `{path}` stands for its path.
     """
 
     name: str
     what: str
-    advice: str
+    word: str = ""
+    command: str = ""
 
     def refusal(self, name: str, path: str | None) -> str:
         """Say why the disk called `name` is refused, and what helps.
@@ -45,28 +47,34 @@ class ImageFormat(NamedTuple):
         """
         return (
             f"begins like {self.what}, and would be used as the raw disk that it is not:"
-            f" {self.advice_for(path) or 'give the disk inside'}; raw:{name} if it is a raw"
-            " disk all the same"
+            f" {self.advice_for(name, path)}; raw:{name} if it is a raw disk all the same"
         )
 
-    def advice_for(self, path: str | None) -> str:
-        """The advice for the file at `path`; empty if it is none."""
-        return "" if path is None else self.advice.format(path=path)
+    def advice_for(self, name: str, path: str | None) -> str:
+        """What to do to get at the disk inside."""
+        is_on_web = name.startswith(_WEB) and self.word.startswith("qemu:")
+        if self.word and (path is not None or is_on_web):
+            what = name.partition("#")[0] if path is None else path
+            for mark in "%#&":
+                what = what.replace(mark, f"%{ord(mark):X}")
+            return f"write {self.word.format(what=what)} for the disk in it"
+        if self.command and path is not None:
+            return f"`{self.command.format(path=path)}' unpacks it"
+        return "give the disk in it"
 
 
-_CONVERT: Final = (
-    "`qemu-img convert -f {format} -O raw {{path}} disk.raw' makes a raw disk of it"
-)
+_WEB: Final = ("http://", "https://")  # which qemu-nbd reads, too
 
 
-def _image(name: str, article: str = "a") -> ImageFormat:
-    advice = _CONVERT.format(format=name)
-    return ImageFormat(name, f"{article} {name} image", advice)
+def _image(name: str) -> ImageFormat:
+    return ImageFormat(name, f"a {name} image", f"qemu:{name}:{{what}}")
 
 
-def _packed(name: str, command: str, article: str = "a") -> ImageFormat:
-    advice = f"`{command}' unpacks it"
-    return ImageFormat(name, f"{article} {name} file", advice)
+def _packed(
+    name: str, command: str, article: str = "a", *, has_filter: bool = False
+) -> ImageFormat:
+    word = f"nbdkit:file?file={{what}}&filter={name}" if has_filter else ""
+    return ImageFormat(name, f"{article} {name} file", word, command)
 
 
 # The offset of the bytes, the bytes, and what they mean. Sources: qemu's block drivers, and the formats' own documents.
@@ -82,8 +90,8 @@ _MAGICS: Final = (
     (64, b"\x7f\x10\xda\xbe", _image("vdi")),
     (0, b"WithoutFreeSpace", _image("parallels")),
     (0, b"WithouFreSpacExt", _image("parallels")),
-    (0, b"\xfd7zXZ\0", _packed("xz", "xz -dk {path}", "an")),
-    (0, b"\x1f\x8b\x08", _packed("gzip", "gzip -dk {path}")),
+    (0, b"\xfd7zXZ\0", _packed("xz", "xz -dk {path}", "an", has_filter=True)),
+    (0, b"\x1f\x8b\x08", _packed("gzip", "gzip -dk {path}", has_filter=True)),
     (0, b"\x28\xb5\x2f\xfd", _packed("zstd", "zstd -d {path}")),
     (0, b"PK\3\4", _packed("zip", "unzip {path}")),
 )
@@ -119,8 +127,11 @@ def _tar(head: bytes) -> ImageFormat:
     for member in _tar_members(head):
         if member.lower().endswith(_DISK_SUFFIXES) and member.isprintable():
             what = f"a tar archive with {member} in it"
-            return ImageFormat("tar", what, f"`tar -xf {{path}} {member}' unpacks it")
-    return ImageFormat("tar", "a tar archive", "`tar -xf {path}' unpacks it")
+            command = f"tar -xf {{path}} {member}"
+            is_raw = member.lower().endswith((".img", ".raw"))
+            word = f"nbdkit:file?file={{what}}&filter=tar&tar-entry={member}"
+            return ImageFormat("tar", what, word if is_raw else "", command)
+    return ImageFormat("tar", "a tar archive", command="tar -xf {path}")
 
 
 def _tar_members(head: bytes) -> Iterator[str]:

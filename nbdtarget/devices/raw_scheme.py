@@ -50,6 +50,13 @@ class RawScheme(Scheme):
             return name
         return f"{self.name}:{scheme.absolute(inner, directory)}"
 
+    def may_start_programs(self, name: str) -> bool:
+        try:
+            scheme, inner = self._inner(name)
+        except ResolveError:
+            return False
+        return scheme.may_start_programs(inner)
+
     def path(self, name: str) -> str | None:
         try:
             scheme, inner = self._inner(name)

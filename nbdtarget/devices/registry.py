@@ -10,6 +10,7 @@ from typing import Final
 from nbdtarget.common.named import by_name
 from nbdtarget.devices.file.direct_scheme import DirectScheme
 from nbdtarget.devices.file.scheme import FileScheme
+from nbdtarget.devices.helper.scheme import HelperScheme, NbdkitScheme, QemuScheme
 from nbdtarget.devices.http.scheme import HttpScheme, HttpsScheme
 from nbdtarget.devices.memory_scheme import MemoryScheme
 from nbdtarget.devices.nbd.scheme import (
@@ -39,6 +40,9 @@ _OF_DISKS: Final[dict[str, Scheme]] = by_name(
         S3Scheme(),
         GcsScheme(),
         AzureScheme(),
+        QemuScheme(),
+        NbdkitScheme(),
+        HelperScheme(),
     ),
     attrgetter("name"),
 )

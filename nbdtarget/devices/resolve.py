@@ -29,6 +29,7 @@ __all__ = [
     "path_of",
     "remove_created",
     "says_format",
+    "starts_programs",
 ]
 
 
@@ -106,6 +107,12 @@ def says_format(name: str) -> bool:
     """Whether `name` says in which format the disk is."""
     scheme = _maybe_scheme(name)
     return scheme is not None and scheme.says_format
+
+
+def starts_programs(name: str) -> bool:
+    """Whether opening `name` starts another program."""
+    scheme = _maybe_scheme(name)
+    return scheme is not None and scheme.may_start_programs(name)
 
 
 def path_of(name: str) -> str | None:

@@ -43,6 +43,8 @@ class Scheme:
         summary: what it means, for help texts; begins with a noun.
         is_volatile: what is stored is gone as soon as the device is closed.
         says_format: the name says in which format the disk is.
+        starts_programs: to open the disk, another program is started.
+        programs: those that are needed.
     """
 
     name: ClassVar[str]
@@ -50,6 +52,8 @@ class Scheme:
     summary: ClassVar[str]
     is_volatile: ClassVar[bool] = False
     says_format: ClassVar[bool] = False
+    starts_programs: ClassVar[bool] = False
+    programs: ClassVar[tuple[str, ...]] = ()
 
     async def open(self, name: str, *, read_only: bool) -> "Device":
         """Open the disk called `name`, and lock it if other processes could use it.
@@ -72,6 +76,10 @@ class Scheme:
         By default, a URI contains no relative path.
         """
         return name
+
+    def may_start_programs(self, name: str) -> bool:
+        """Whether opening `name` starts another program."""
+        return self.starts_programs
 
     def path(self, name: str) -> str | None:
         """Return the path of the file or block device that `name` names; None if it names something else."""

@@ -116,13 +116,13 @@ async def warn_of_image(name: str, *, read_only: bool) -> None:
     finally:
         await device.close()
     if image is not None:
-        advice = image.advice_for(resolve.path_of(name))
+        advice = image.advice_for(name, resolve.path_of(name))
         log.warning(
-            "%s: begins like %s, and is served as a raw disk all the same%s; raw:%s says that"
+            "%s: begins like %s, and is served as a raw disk all the same: %s; raw:%s says that"
             " this is meant",
             name,
             image.what,
-            advice and f"; {advice}",
+            advice,
             name,
         )
 

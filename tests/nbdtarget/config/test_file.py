@@ -221,6 +221,19 @@ def test_a_device_that_is_there_already_may_be_stood_on() -> None:
             "2: `access': rule `alice': begins with none of rw, ro and none, as in `rw cert:alice'",
         ),
         (
+            "[helper.x]\ncommand = []",
+            "1: `command' names a program and its arguments",
+        ),
+        ("[helper.x]", "1: `command' names a program and its arguments"),
+        (
+            "[helper.'a b']\ncommand = ['x']",
+            "1: the name of a helper has letters, digits, `.', `-' and `_'",
+        ),
+        (
+            "[helper.x]\ncomand = ['x']",
+            "2: unknown key `helper.x.comand' (did you mean `command'?)",
+        ),
+        (
             "[device.a]\naccess = ['rw uid:nobody-at-all']",
             "2: `access': rule `rw uid:nobody-at-all': there is no user nobody-at-all",
         ),
@@ -328,6 +341,16 @@ def test_listeners_may_have_tls_of_their_own() -> None:
         "unix:/etc/n/t": TlsOptions("off"),
         "tcp:[::1]:1": TlsOptions(None, "/other", True),
     }
+
+
+def test_helpers_are_commands_by_name() -> None:
+    text = (
+        "control_starts_programs = true\n[helper.vault]\ncommand = ['nbdkit', 'null']\n"
+    )
+    config = parse(text, "/x.toml", {})
+    assert config.helpers == {"vault": ("nbdkit", "null")}
+    assert config.control_starts_programs
+    assert not parse("", "/x.toml", {}).control_starts_programs
 
 
 def test_rules_are_those_of_a_device_or_of_all() -> None:

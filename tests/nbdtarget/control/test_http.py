@@ -256,6 +256,28 @@ async def test_tcp_wants_the_token() -> None:
     await control.close()
 
 
+@pytest.mark.parametrize("is_allowed", [False, True])
+async def test_tcp_starts_programs_only_if_that_is_configured(is_allowed: bool) -> None:
+    registry, opener = make_registry()
+    verbs = Verbs(registry)
+    verbs.tcp_starts_programs = is_allowed
+    control = ControlServer(verbs, TcpControl("127.0.0.1", 0), token=TOKEN)
+    await control.start()
+    assert control.port is not None
+    client = ControlClient(TcpControl("127.0.0.1", control.port), TOKEN)
+    opener.sizes["nbdkit:null"] = 1 << 20
+    request = m.Create("d", "0 8 linear nbdkit:null 0", readonly=True)
+    asking = asyncio.to_thread(client.ask, "create", request, m.Done)
+    if is_allowed:
+        assert await asking == m.Done()
+        await registry.remove("d")
+    else:
+        with pytest.raises(TableError, match="control_starts_programs"):
+            await asking
+        assert opener.opened == []
+    await control.close()
+
+
 async def test_tcp_port_that_is_taken() -> None:
     registry, _ = make_registry()
     first = ControlServer(Verbs(registry), TcpControl("127.0.0.1", 0), token=TOKEN)

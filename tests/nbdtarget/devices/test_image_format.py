@@ -43,7 +43,8 @@ def test_images_that_qemu_makes(
     found = maybe_image_format(path.read_bytes()[:HEAD_BYTES])
     assert found is not None
     assert found.name == name
-    assert "{path}" in found.advice
+    told = f"write qemu:{name}:/a b for the disk in it"
+    assert found.advice_for("/a b", "/a b") == told
 
 
 def in_zip() -> bytes:
@@ -86,7 +87,29 @@ def test_disk_in_a_tar_is_named() -> None:
     found = maybe_image_format(in_tar("box.ovf", "box-disk1.vmdk")[:HEAD_BYTES])
     assert found is not None
     assert "box-disk1.vmdk" in found.what
-    assert found.advice == "`tar -xf {path} box-disk1.vmdk' unpacks it"
+    assert found.advice_for("/x", "/x") == "`tar -xf /x box-disk1.vmdk' unpacks it"
+    raw = maybe_image_format(in_tar("disk.raw")[:HEAD_BYTES])
+    assert raw is not None
+    word = "nbdkit:file?file=/x&filter=tar&tar-entry=disk.raw"
+    assert word in raw.advice_for("/x", "/x")
+
+
+def test_advice_names_the_word_for_what_it_is() -> None:
+    qcow2 = maybe_image_format(b"QFI\xfb\0\0\0\3")
+    xz = maybe_image_format(lzma.compress(b"x"))
+    zip_ = maybe_image_format(in_zip())
+    assert qcow2 is not None
+    assert xz is not None
+    assert zip_ is not None
+    path = "/50%#.img"
+    assert "write qemu:qcow2:/50%25%23.img " in qcow2.advice_for(path, path)
+    url = "https://h/d.qcow2#pin=size"
+    assert "qemu:qcow2:https://h/d.qcow2 " in qcow2.advice_for(url, None)
+    assert qcow2.advice_for("nbd://h/d", None) == "give the disk in it"
+    assert "nbdkit:file?file=/d.xz&filter=xz " in xz.advice_for("/d.xz", "/d.xz")
+    assert zip_.advice_for("/d.zip", "/d.zip") == "`unzip /d.zip' unpacks it"
+    told = qcow2.refusal("/raw.img", "/raw.img")
+    assert "raw:/raw.img if it is a raw disk" in told
 
 
 def test_tar_whose_disk_lies_behind_the_head_is_a_tar_all_the_same() -> None:
