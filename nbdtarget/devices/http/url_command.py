@@ -103,9 +103,7 @@ async def command_output(command: Sequence[str], length_max: int) -> bytes:
 
 async def _run(command: Sequence[str], length_max: int) -> tuple[bytes, int]:
     """Return what the command prints, and its exit status. It is killed if it prints too much, or if this is cancelled."""
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=DEVNULL, stdout=PIPE, start_new_session=True
-    )
+    process = await _start(command)
     printed = process.stdout
     assert printed is not None
     try:
@@ -117,6 +115,23 @@ async def _run(command: Sequence[str], length_max: int) -> tuple[bytes, int]:
     finally:
         if process.returncode is None or not printed.at_eof():
             await _kill(process, printed)
+
+
+async def _start(command: Sequence[str]) -> Process:
+    """Start a command; if this is cancelled meanwhile, the command is killed before it returns."""
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *command, stdin=DEVNULL, stdout=PIPE, start_new_session=True
+        )
+    )
+    try:
+        # asyncio would forget what a process that it has just started has started itself.
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        process = await starting
+        assert process.stdout is not None
+        await _kill(process, process.stdout)
+        raise
 
 
 async def _kill(process: Process, printed: asyncio.StreamReader) -> None:
