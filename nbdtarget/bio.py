@@ -35,6 +35,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 __all__ = [
+    "ALONE",
     "FAST_ZERO",
     "FUA",
     "NO_UNMAP",
@@ -68,6 +69,9 @@ FAST_ZERO: Final = 4  # WRITE_ZEROES: ENOTSUP at once unless faster than writing
 UNASKED: Final = (
     8  # FLUSH: sent by a suspend and not by a client; the kernel sends none
 )
+ALONE: Final = (
+    16  # FLUSH: nothing else is to be done meanwhile, so it may take the loop's time
+)
 
 PENDING: Final = -1  # bio.status before `end`
 
@@ -84,7 +88,7 @@ class Bio:
     Attributes:
         op: one of OP_*.
         offset, length: bytes, relative to the device that it is submitted to. FLUSH has 0, 0.
-        flags: FUA, NO_UNMAP, FAST_ZERO, UNASKED, or'ed.
+        flags: FUA, NO_UNMAP, FAST_ZERO, UNASKED, ALONE, or'ed.
         payload: READ, WRITE: a memoryview of `length` bytes (format B); else None.
         borrowed: the payload's memory is valid only until `submit` returns.
         endio: called once with the bio, when it has ended. Must not raise.

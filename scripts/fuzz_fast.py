@@ -143,7 +143,7 @@ class Round:
         nr = self.random.choice((0, 3, 50, *[1000] * 17))
         return nr, self.random.choice((10_000, 1 << 30, 1 << 30))
 
-    def flush_for(self, writes: list[int], flushes: list[int]) -> None:
+    def flush_for(self, writes: list[int], flushes: list[int], is_alone: bool) -> bool:
         raise AssertionError("only a Receiver calls this")
 
     def begun(self, nr: int, nr_bytes: int) -> None:

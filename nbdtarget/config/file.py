@@ -132,9 +132,11 @@ _LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
     "requests_total_max": (1, _COUNT_MAX),
     "bytes_total_max": (1, _BYTES_MAX),
     "payload_max": (_PAYLOAD_MIN, _PAYLOAD_MAX),
+    "inline_syncs": (False, True),
 }
 _LIMIT_KEYS: Final[dict[str, Any]] = {
-    key: float if key.endswith("_s") else int for key in _LIMIT_RANGES
+    **{key: float if key.endswith("_s") else int for key in _LIMIT_RANGES},
+    "inline_syncs": bool,
 }
 _SIZE_KEYS: Final = (
     "bytes_in_flight_max",

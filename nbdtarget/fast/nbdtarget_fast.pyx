@@ -102,6 +102,7 @@ cdef extern from "<endian.h>" nogil:
     uint16_t be16toh(uint16_t value)
     uint32_t be32toh(uint32_t value)
     uint64_t be64toh(uint64_t value)
+    uint64_t htobe64(uint64_t value)
     uint32_t htobe32(uint32_t value)
 
 cdef extern from "<time.h>" nogil:
@@ -157,6 +158,7 @@ cdef enum:
     COMMAND_FLUSH = 3
     FLAG_FUA = 1
     FLAG_PAYLOAD_LEN = 32  # of a WRITE with extended headers: says only that it has a payload
+    SYNC_POLLS_MAX = 16  # durable requests of one client that are answered in a turn, one after the other
     SYNCS_MAX = 256  # requests whose replies wait for one FLUSH of the device
 
     # Between two looks at the clock. Each request counts as so many bytes more than it has.
@@ -777,8 +779,8 @@ cdef class Plane:
         extended: whether requests have extended headers, and replies, too.
         size: of the export.
         can_write: whether the client was told that it may write.
-        flush_for: takes the answer of `take_syncs`, if there is one, after each turn; None: the client was not told that it may
-            send FLUSH, and FUA with a WRITE.
+        flush_for: takes the answer of `take_syncs`, if there is one, after each turn, and whether this client is alone; returns whether
+            they have ended well at once, and are to be answered here. None: the client was not told that it may send FLUSH, and FUA with a WRITE.
         zero_min: from which length a READ is looked through for zeroes, which are answered as a hole.
         length_max: a longer READ or WRITE is left to Python.
         turn_ns: how long a turn lasts at most.
@@ -921,6 +923,17 @@ cdef class Plane:
             (flushes if self.sync_is_flush[nr] else writes).append(self.sync_cookies[nr])
         self.nr_syncs = 0
         return writes, flushes
+
+    cdef int push_done(self, uint64_t cookie) except -1:
+        """Pack the reply to a WRITE or FLUSH; nothing else is in the arena. Headers are compact: see `flush_for`."""
+        cdef uint8_t *reply = <uint8_t *>self.arena.buf + self.out
+        if self.extended or not self.has_buffers or self.out + SIMPLE_BYTES > self.arena.len:
+            raise AssertionError("no room for the reply to a request that was taken")
+        cookie = htobe64(cookie)
+        memcpy(reply, SIMPLE_HEAD, 8)
+        memcpy(reply + 8, &cookie, 8)
+        self.out += SIMPLE_BYTES
+        return 0
 
     cdef inline void _note_sync(self, const uint8_t *request, bint is_flush) noexcept nogil:
         cdef uint64_t cookie
@@ -1562,6 +1575,12 @@ cdef bytes unsent_part(const Read *read):
 
 # ---- the event loop ----
 
+cdef enum Synced:
+    SYNC_RAISED = -1
+    SYNC_LATER  # Python answers when the FLUSH of the device has ended
+    SYNC_ANSWERED  # the answer has left
+    SYNC_STOPPED  # Python has been told why the answer has not left, or the connection is closed
+
 cdef class Receiver:
     """What the loop calls when the socket of a connection can be read; see the module head.
 
@@ -1680,29 +1699,65 @@ cdef class Receiver:
             return False
         return self.streak >= self.poll_streak and self.poll_ns > 0 and self.may_poll()
 
+    cdef Synced _sync(self, bint may_be_alone) except SYNC_RAISED:
+        """Have the device flushed for the requests that are done but for that."""
+        cdef Plane plane = self.plane
+        cdef bint is_alone = (
+            may_be_alone and plane.nr_syncs == 1 and not plane.was_batch and plane.out == plane.base
+            and self.streak >= self.poll_streak and self.may_poll()
+        )
+        cdef list writes, flushes
+        writes, flushes = plane.take_syncs()
+        if not plane.flush_for(writes, flushes, is_alone):
+            return SYNC_LATER
+        if self.plane is None:
+            return SYNC_STOPPED
+        plane.push_done((writes or flushes)[0])
+        if plane._send():
+            return SYNC_ANSWERED
+        self.output.sent_to(plane.base, plane.out)
+        self.is_sure = False
+        self.stopped(STOP_FAILED if plane.error else STOP_BLOCKED)
+        return SYNC_STOPPED
+
     cdef bint _turn(self) except -1:
         """Returns whether everything is served."""
         cdef Plane plane = self.plane
         cdef Py_ssize_t begin, end, base, out
+        cdef int64_t poll_ns
+        cdef unsigned nr_hits = 0, nr_syncs = 0
         cdef int stop
-        if plane.poison:
-            self._verify()
-        begin, end, base, out = plane.begin, plane.end, plane.base, plane.out
-        stop = plane._go(self.route, self.poll_ns if self._polls() else 0, False)
-        if self.plane is None:
-            return False  # a callback has closed the connection
-        # What has not changed need not be said.
-        if plane.begin != begin or plane.end != end:
-            self.received.served(plane.begin, plane.end)
-        if plane.base != base or plane.out != out:
-            self.output.sent_to(plane.base, plane.out)
-        if plane.nr_syncs:
-            plane.flush_for(*plane.take_syncs())
+        cdef Synced synced
+        poll_ns = self.poll_ns if self._polls() else 0
+        while True:
+            if plane.poison:
+                self._verify()
+            begin, end, base, out = plane.begin, plane.end, plane.base, plane.out
+            stop = plane._go(self.route, poll_ns, nr_syncs > 0)
             if self.plane is None:
+                return False  # a callback has closed the connection
+            # What has not changed need not be said.
+            if plane.begin != begin or plane.end != end:
+                self.received.served(plane.begin, plane.end)
+            if plane.base != base or plane.out != out:
+                self.output.sent_to(plane.base, plane.out)
+            nr_hits += plane.nr_hits
+            if not plane.nr_syncs:
+                break
+            synced = self._sync(stop == STOP_DONE)
+            if self.plane is None or synced == SYNC_STOPPED:
                 return False
-        if plane.nr_hits:
+            if synced == SYNC_LATER:
+                break
+            nr_syncs += 1
+            # The next request of such a client comes as soon as it has its answer.
+            if not poll_ns or nr_syncs == SYNC_POLLS_MAX or plane._is_over(now_ns()):
+                break
+            if not self.is_sure or not self.route.way.is_open:
+                break
+        if nr_hits:
             self.penalty = 0
-            self.skip = min(plane.nr_hits, 1 << 20) * self.poll_rest
+            self.skip = min(nr_hits, 1 << 20) * self.poll_rest
         if plane.was_batch:
             self.streak = 0
         if stop == STOP_DONE:

@@ -80,6 +80,7 @@ class Limits:
         zero_check_min: a READ of at least this length is answered with a hole if all of its data is zeroes.
         flush_at: replies are sent when so many bytes of them are packed.
         poll_us: after an answer, how long to look for the next request before sleeping.
+        inline_syncs: whether the event loop may sync for a client that is alone; see `nbdtarget.devices.file.sync_pace`.
         poison_borrowed: for tests: overwrite the receive buffer and the arena after use.
     """
 
@@ -119,6 +120,7 @@ class Limits:
     zero_check_min: int = 32 << 10
     flush_at: int = 128 << 10
     poll_us: int = 50
+    inline_syncs: bool = True
     poison_borrowed: bool = False
 
     def __post_init__(self) -> None:

@@ -239,9 +239,13 @@ class Requests:
         """More has begun to be in flight: pause the connection if a bound is met now."""
         self._admit(0)
 
-    def flush_for(self, writes: list[int], flushes: list[int]) -> None:
-        self._shared_flushes.submit(writes, flushes)
+    def flush_for(
+        self, writes: list[int], flushes: list[int], is_alone: bool = False
+    ) -> bool:
+        is_alone = is_alone and self._limits.inline_syncs
+        well = self._shared_flushes.submit(writes, flushes, is_alone)
         self._admit(0)
+        return well
 
     def read_again(self, cookie: int, offset: int, length: int) -> None:
         """Serve a READ that was admitted before."""

@@ -12,10 +12,10 @@ import pytest
 from bitarray import bitarray
 from bitarray.util import ones
 
-from nbdtarget.bio import OP_READ, OP_WRITE
+from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.fast import compiled
 from tests.support.crash import cache_rigs, cache_walks, rigs, walks
-from tests.support.crash.fast_disk import FastCrashDevice, FastDriver
+from tests.support.crash.fast_disk import DURABLE, FastCrashDevice, FastDriver
 from tests.support.model import SECTOR
 
 pytestmark = [
@@ -89,6 +89,7 @@ def test_no_acknowledged_flush_is_lost(rig: walks.MakeRig) -> None:
         served += walk(rig, seed)
     assert served[OP_READ] > WALKS
     assert served[OP_WRITE] > WALKS
+    assert served[DURABLE] > WALKS
 
 
 @pytest.mark.parametrize("rig", CACHES)
@@ -133,6 +134,16 @@ def test_compiled_write_to_a_region_that_is_not_hydrated_is_caught(
 
     monkeypatch.setattr("nbdtarget.targets.clone.target.Route", AllHydrated)
     assert nr_failures(rigs.CloneRig)
+
+
+def test_durable_request_that_is_answered_without_a_flush_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(driver: FastDriver, bio: Bio) -> None:
+        bio.end(0)
+
+    monkeypatch.setattr(FastDriver, "_flush_for", answer)
+    assert nr_failures(rigs.LinearRig)
 
 
 def test_flush_that_leaves_out_what_compiled_code_has_written_is_caught(

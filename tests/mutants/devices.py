@@ -132,6 +132,13 @@ DEVICES: Final = (
         FILE,
     ),
     Mutant(
+        "loop-does-not-sync-for-the-client-that-is-alone",
+        "The FLUSH of a client that is alone ends at once, without a sync.",
+        "nbdtarget.devices.file.sync:Syncs._sync_here",
+        (("            status = self._fdatasync()\n", "            status = 0\n"),),
+        FILE,
+    ),
+    Mutant(
         "fdatasync-not-called",
         "FLUSH asks nothing of the kernel: a power cut takes what it acknowledged.",
         "nbdtarget.devices.file.sync:Syncs._fdatasync",

@@ -206,6 +206,13 @@ FAST: Final = (
         DURABLE,
     ),
     Mutant(
+        "flush-that-failed-at-once-acknowledged",
+        "The sync for a client that is alone fails, and the compiled path answers that all is well.",
+        "nbdtarget.server.shared_flush:SharedFlushes._submit",
+        (("            if is_here and not status:\n", "            if is_here:\n"),),
+        DURABLE,
+    ),
+    Mutant(
         "fast-flush-hides-a-loss",
         "The device has lost writes, and a FLUSH of the compiled path does not tell.",
         "nbdtarget.server.shared_flush:SharedFlushes.submit",

@@ -20,7 +20,8 @@ harmless only where the file system refuses a write before it takes any of it. N
 news of an *earlier* write, told once. So it latches, too, on every file system that is not known to refuse first.
 
 *Thread.* A sync of a fast disk takes less time than two Python threads need to hand it over. So it is made by a thread in C
-(`nbdtarget/fast/nbdtarget_sync.pyx`), and where that was not built, by a worker.
+(`nbdtarget/fast/nbdtarget_sync.pyx`), and where that was not built, by a worker. For a client that is alone and asks for one thing at a
+time even that takes too long. So the loop makes its syncs itself, while they are quick: see `sync_pace.py`.
 """
 
 import asyncio
@@ -29,7 +30,8 @@ import logging
 import os
 from typing import Final
 
-from nbdtarget.bio import OP_DISCARD, OP_NAMES, Bio
+from nbdtarget.bio import ALONE, OP_DISCARD, OP_NAMES, Bio
+from nbdtarget.devices.file.sync_pace import SyncPace
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.workers import WorkerPool
 from nbdtarget.fast.compiled import IS_COMPILED, Syncer
@@ -80,6 +82,7 @@ class Syncs:
         self._running: set[Sync] = set()
         self._flush: Sync | None = None  # the one of them that ends bios
         self._waiting: list[Bio] = []
+        self._pace = SyncPace()
         self._syncer: Syncer | None = None
         self._has_no_thread = False  # it was refused
         self._is_over: asyncio.Future[None] | None = None  # `close` waits for it
@@ -122,9 +125,28 @@ class Syncs:
 
         Durable: when it ends with 0, all writes that had ended when this was called, and this one.
         """
+        # hot: 1.5 us and the sync itself
+        if (
+            bio.flags & ALONE
+            and not (self._running or self.is_latched)
+            and self._pace.begin(may_be_ours=True)
+        ):
+            self._sync_here(bio)
+            return
         self._waiting.append(bio)
         if self._flush is None:
             self._start()
+
+    def _sync_here(self, bio: Bio) -> None:
+        """Sync in the loop's own thread. Nothing else runs, and nothing waits, so no other sync can be told an error of ours."""
+        try:
+            status = self._fdatasync()
+        except OSError as error:
+            status = error.errno or errnos.EIO
+            self._health.note_error("flush", status)
+            self.latch("flush", status)
+        self._pace.ended()
+        bio.end(status)
 
     def _start(self) -> None:
         """Sync for all that wait; no sync runs."""
@@ -134,6 +156,7 @@ class Syncs:
         elif bios:
             self._flush = Sync(bios, "flush")
             self._running.add(self._flush)
+            self._pace.begin(may_be_ours=False)
             if not self._has_begun():
                 self._pool.submit(self._fdatasync, self._flush_done)
 
@@ -167,6 +190,7 @@ class Syncs:
         """The sync has returned 0 or an errno."""
         sync, self._flush = self._flush, None
         assert sync is not None
+        self._pace.ended()
         ended = self._settle(sync, status)
         # The next one begins before these bios end, so that the disk works while they are answered. It does not
         # cover what their ends submit: that waits for the one after it.

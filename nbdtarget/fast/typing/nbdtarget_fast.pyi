@@ -127,7 +127,7 @@ class Plane:
         flush_at: int,
         poison: bool,
         ring_reads: RingReads | None = None,
-        flush_for: Callable[[list[int], list[int]], None] | None = None,
+        flush_for: Callable[[list[int], list[int], bool], bool] | None = None,
         extended: bool = False,
     ) -> None: ...
     def release(self) -> None: ...

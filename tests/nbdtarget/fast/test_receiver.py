@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not compiled.IS_COMPILED, reason=f"{compiled.describe()}"
 )
 if compiled.IS_COMPILED:
-    from nbdtarget_fast import CLOSED, SLOW, FastFile, Plane, Receiver, Route
+    from nbdtarget_fast import BLOCKED, CLOSED, SLOW, FastFile, Plane, Receiver, Route
 
 SIZE = 1 << 16
 READ, WRITE, FLUSH = 0, 1, 3
@@ -27,7 +27,9 @@ STREAK, SKIP_MAX, REST = 4, 8, 2
 class Rig:
     """A Receiver whose connection notes what it is asked and told."""
 
-    def __init__(self, path: Path, *, poison: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, poison: bool = False, is_durable: bool = False
+    ) -> None:
         self.content = os.urandom(SIZE)
         path.write_bytes(self.content)
         self.fd = os.open(path, os.O_RDWR)
@@ -55,7 +57,12 @@ class Rig:
             turn_ns=10**9,
             flush_at=1 << 16,
             poison=poison,
+            ring_reads=self if is_durable else None,  # type: ignore[arg-type]  # it is only asked for room
+            flush_for=self.flush_for if is_durable else None,
         )
+        self.flushed: list[tuple[list[int], list[int], bool]] = []
+        self.ends_well = True
+        self.sends_another = 0  # so many requests come while others are being answered
         self.receiver = Receiver(
             self.plane,
             maybe_route=self.maybe_route,
@@ -73,6 +80,16 @@ class Rig:
             ended=lambda: self.told.append("ended"),
             failed=lambda error: self.told.append(f"failed: {error}"),
         )
+
+    def room(self) -> tuple[int, int]:
+        return 100, 0
+
+    def flush_for(self, writes: list[int], flushes: list[int], is_alone: bool) -> bool:
+        self.flushed.append((writes, flushes, is_alone))
+        if self.sends_another:
+            self.sends_another -= 1
+            self.peer.send(request(FLUSH, 0, 0))
+        return is_alone and self.ends_well
 
     def new_route(self) -> Route:
         route = Route.flat(self.file, 0, SIZE)
@@ -278,3 +295,88 @@ def test_batches_and_other_connections_end_a_streak(rig: Rig) -> None:
     for _ in range(STREAK):
         assert "poll?" not in rig.call(request(READ, 0))
     assert "poll?" in rig.call(request(READ, 0))
+
+
+# ---- durable requests of a client that is alone ----
+
+DONE = struct.pack(">IIQ", 0x67446698, 0, 7)
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path / "disk", poison=True, is_durable=True)
+    yield made
+    made.close()
+
+
+def until_alone(rig: Rig) -> None:
+    for _ in range(STREAK + 1):
+        rig.call(request(READ, 0))
+    rig.replies()
+    rig.flushed.clear()
+
+
+def test_durable_request_that_ended_well_is_answered_in_the_turn(durable: Rig) -> None:
+    until_alone(durable)
+    durable.call(request(FLUSH, 0, 0))
+    assert durable.flushed == [([], [7], True)]
+    assert durable.replies() == DONE
+    assert (durable.output.base, durable.output.end) == (0, 0)
+    durable.ends_well = False  # Python answers later
+    durable.call(request(FLUSH, 0, 0))
+    assert durable.replies() == b""
+
+
+def test_one_of_several_requests_is_not_alone(durable: Rig) -> None:
+    until_alone(durable)
+    durable.call(request(FLUSH, 0, 0), request(FLUSH, 0, 0))
+    assert durable.flushed == [([], [7, 7], False)]
+    durable.flushed.clear()
+    durable.call(request(FLUSH, 0, 0))  # that was no request of its own
+    assert durable.flushed == [([], [7], False)]
+
+
+def test_others_that_wait_make_it_not_alone(durable: Rig) -> None:
+    until_alone(durable)
+    durable.may_poll = lambda: False  # type: ignore[method-assign]
+    receiver = durable.receiver
+    durable.polling.last = object()  # another connection has received
+    durable.call(request(FLUSH, 0, 0))
+    assert durable.flushed == [([], [7], False)]
+    assert receiver is durable.receiver
+
+
+def test_requests_that_follow_at_once_are_answered_in_one_turn_up_to_a_bound(
+    durable: Rig,
+) -> None:
+    # The first turn that may poll.
+    for _ in range(STREAK):
+        durable.call(request(READ, 0))
+    durable.replies()
+    durable.sends_another = 40
+    durable.call(request(FLUSH, 0, 0))
+    assert durable.flushed == [([], [7], True)] * 16
+    assert durable.replies() == DONE * 16
+    # The next one is there: it is the next turn's.
+    durable.call()
+    assert len(durable.flushed) == 32
+
+
+def test_socket_that_takes_no_answer_is_told(durable: Rig) -> None:
+    until_alone(durable)
+    durable.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    filler = bytes(1 << 20)
+    while True:
+        try:
+            durable.ours.send(filler)
+        except BlockingIOError:
+            break
+    told = durable.call(request(FLUSH, 0, 0))
+    assert told[-2:] == ["sent 0 16", f"stopped {BLOCKED}"]
+
+
+def test_request_that_is_not_plain_behind_a_durable_one_is_told(durable: Rig) -> None:
+    until_alone(durable)
+    told = durable.call(request(FLUSH, 0, 0), request(4, 0))
+    assert durable.flushed == [([], [7], False)]
+    assert told[-1] == f"stopped {SLOW}"

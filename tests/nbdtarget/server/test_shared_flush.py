@@ -4,20 +4,25 @@
 import asyncio
 import errno as errnos
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from nbdtarget.bio import OP_FLUSH, Bio
+from nbdtarget.bio import ALONE, OP_FLUSH, Bio
 from nbdtarget.devices import resolve
+from nbdtarget.devices.file import device as file_device
 from nbdtarget.devices.file.device import FileDevice
+from nbdtarget.devices.file.sync_pace import SyncPace
+from nbdtarget.devices.health import HealthState
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.fast import compiled
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
+from nbdtarget.server.poller import POLL_STREAK
 from nbdtarget_protocol import consts as c
 from tests.support.peer import Peer
 
@@ -158,6 +163,139 @@ async def test_flush_tells_of_a_loss_and_fua_does_not(site: Site) -> None:
     assert (await peer.ask(c.CMD_WRITE, 0, payload=b"x", flags=fua)).error == 0
     assert (await peer.ask(c.CMD_FLUSH)).error == errnos.EIO
     assert (await peer.ask(c.CMD_FLUSH)).error == 0
+
+
+# ---- a client that is alone ----
+
+
+def alone_flags(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have files sync at once for clients that are alone; returns the flags of all FLUSHes that files get."""
+    noted: list[int] = []
+    submit = FileDevice.submit
+
+    def spy(self: FileDevice, bio: Bio) -> None:
+        if bio.op == OP_FLUSH:
+            noted.append(bio.flags)
+        submit(self, bio)
+
+    def begin(_: SyncPace, *, may_be_ours: bool) -> bool:
+        return may_be_ours
+
+    monkeypatch.setattr(FileDevice, "submit", spy)
+    monkeypatch.setattr(SyncPace, "begin", begin)
+    # A busy machine must not make a write count as slow: the next ones would take another way.
+    monkeypatch.setattr(file_device, "WRITE_SLOW_NS", 1 << 62)
+    return noted
+
+
+async def ask_often(peer: Peer, nr: int, command: int) -> list[int]:
+    """Send one durable request after the other; returns their errors."""
+    errors = []
+    for at in range(nr):
+        if command == c.CMD_WRITE:
+            data, flags = bytes([at + 1]) * 512, c.CMD_FLAG_FUA
+            reply = await peer.ask(command, at * 512, payload=data, flags=flags)
+        else:
+            reply = await peer.ask(command)
+        errors.append(reply.error)
+    return errors
+
+
+@needs_compiled
+@pytest.mark.parametrize("command", [c.CMD_WRITE, c.CMD_FLUSH])
+@pytest.mark.parametrize("table", [linear, clone])
+async def test_a_client_that_asks_for_one_thing_at_a_time_counts_as_alone(
+    site: Site,
+    monkeypatch: pytest.MonkeyPatch,
+    table: Callable[[Site, bytes], str],
+    command: int,
+) -> None:
+    noted = alone_flags(monkeypatch)
+    device = await site.registry.create("d", table(site, bytes(SIZE)))
+    if table is clone:
+        await _hydrated(device)
+        await device.flush()
+    peer = await site.attach()
+    noted.clear()
+    nr = POLL_STREAK + 10
+    assert await ask_often(peer, nr, command) == [0] * nr
+    assert noted == [0] * POLL_STREAK + [ALONE] * 10
+    if command == c.CMD_WRITE:
+        for at in range(nr):
+            assert bytes(await device.read(at * 512, 512)) == bytes([at + 1]) * 512
+    account = site.listener.accounts.of(device)
+    assert account is not None
+    assert account.totals(command)[0] == nr
+
+
+@needs_compiled
+async def test_batches_and_other_clients_are_not_alone(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = alone_flags(monkeypatch)
+    await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer, other = await site.attach(), await site.attach()
+    assert not any(await ask_often(peer, POLL_STREAK, c.CMD_FLUSH))
+    assert (await other.ask(c.CMD_FLUSH)).error == 0
+    assert not any(await ask_often(peer, 3, c.CMD_FLUSH))
+    assert set(noted) == {0}
+    peer.writer.write(peer.request(c.CMD_FLUSH) * 2)
+    assert [(await peer.reply()).error for _ in range(2)] == [0, 0]
+    assert set(noted) == {0}
+
+
+@needs_compiled
+async def test_syncs_of_the_loop_can_be_turned_off(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = alone_flags(monkeypatch)
+    limits = replace(site.listener.limits, inline_syncs=False)
+    listener = Listener(site.registry, limits=limits)
+    await listener.start(f"unix:{site.folder}/other")
+    await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await Peer.connect(site.folder / "other")
+    await peer.attach()
+    assert not any(await ask_often(peer, POLL_STREAK + 3, c.CMD_FLUSH))
+    assert noted == [0] * (POLL_STREAK + 3)
+    peer.close()
+    await listener.close()
+
+
+@needs_compiled
+async def test_a_sync_that_fails_at_once_is_told_and_nothing_is_acknowledged_after_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = alone_flags(monkeypatch)
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    assert not any(await ask_often(peer, POLL_STREAK + 3, c.CMD_FLUSH))
+    assert noted[-1] == ALONE
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+
+    def fail() -> int:
+        raise OSError(errnos.EIO, "lost")
+
+    monkeypatch.setattr(below._syncs, "_fdatasync", fail)
+    assert await ask_often(peer, 2, c.CMD_WRITE) == [errnos.EIO] * 2
+    assert below.health.state is HealthState.LATCHED
+    monkeypatch.undo()
+    assert await ask_often(peer, 2, c.CMD_FLUSH) == [errnos.EIO] * 2
+
+
+@needs_compiled
+async def test_a_client_that_is_alone_is_told_of_a_loss(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = alone_flags(monkeypatch)
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
+    peer = await site.attach()
+    assert not any(await ask_often(peer, POLL_STREAK + 3, c.CMD_FLUSH))
+    (below,) = device.devices_below()
+    below.health.note_loss()
+    assert await ask_often(peer, 1, c.CMD_WRITE) == [0]
+    assert await ask_often(peer, 2, c.CMD_FLUSH) == [errnos.EIO, 0]
+    assert noted[-1] == ALONE
 
 
 @needs_compiled

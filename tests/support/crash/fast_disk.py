@@ -8,8 +8,8 @@ sent a bio. Nothing else runs during a turn, so no write can be missed or come a
 over by the same bytes change nothing, whatever the power does.)
 
 A `FastDriver` encodes each plain READ and WRITE as an NBD request, sends it through a socket to a `Plane` of its own, and
-has it served over the route that the mapped device offers at that moment. What the compiled code leaves to Python goes
-the usual way.
+has it served over the route that the mapped device offers at that moment. A WRITE with FUA, and a FLUSH, are taken by the compiled code, too; then a FLUSH of
+the device follows, as in `nbdtarget.server.shared_flush`. What the compiled code leaves to Python goes the usual way.
 """
 
 import contextlib
@@ -19,10 +19,12 @@ import weakref
 from collections import Counter
 from typing import Any, Final
 
-from nbdtarget.bio import OP_READ, OP_WRITE, Bio
+from nbdtarget.bio import ALONE, FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.fast.compiled import IS_COMPILED, FastFile, Plane
 from nbdtarget.targets.powercut.volatile_cache import split_sectors
 from nbdtarget_protocol.consts import (
+    CMD_FLAG_FUA,
+    CMD_FLUSH,
     CMD_READ,
     CMD_WRITE,
     REQUEST,
@@ -36,12 +38,14 @@ from tests.support.model import SECTOR
 if IS_COMPILED:
     from nbdtarget_fast import DONE, SLOW
 
-__all__ = ["FastCrashDevice", "FastDriver"]
+__all__ = ["DURABLE", "FastCrashDevice", "FastDriver"]
 
 NEVER_NS: Final = 1 << 62
 BUFFER_BYTES: Final = 256 << 10
 LENGTH_MAX: Final = 64 << 10
 COOKIE: Final = 7
+DURABLE: Final = -1  # in `FastDriver.nr_served`: those that needed a FLUSH
+_COMMANDS: Final = {OP_READ: CMD_READ, OP_WRITE: CMD_WRITE, OP_FLUSH: CMD_FLUSH}
 
 
 class FastCrashDevice(CrashDevice):
@@ -105,7 +109,7 @@ class FastDriver(Driver):
     """See the module head.
 
     Attributes:
-        nr_served: requests that the compiled code has served, by operation.
+        nr_served: requests that the compiled code has served, by operation; DURABLE: those that needed a FLUSH.
     """
 
     def __init__(self, rig: Rig) -> None:
@@ -126,6 +130,8 @@ class FastDriver(Driver):
             turn_ns=NEVER_NS,
             flush_at=LENGTH_MAX,
             poison=True,
+            ring_reads=_NoRing(),  # type: ignore[arg-type]  # it is only asked for room
+            flush_for=_flush_for,
         )
 
     def close(self) -> None:
@@ -135,7 +141,8 @@ class FastDriver(Driver):
         self._server.close()
 
     def _submit(self, bio: Bio, offset: int, length: int) -> None:
-        if bio.op not in (OP_READ, OP_WRITE) or bio.flags:
+        is_durable = bio.op == OP_FLUSH or (bio.op == OP_WRITE and bio.flags == FUA)
+        if bio.op not in _COMMANDS or (bio.flags and not is_durable):
             super()._submit(bio, offset, length)
             return
         self.in_flight[bio] = (offset, length)
@@ -151,35 +158,65 @@ class FastDriver(Driver):
         route = self.rig.disk.maybe_route()
         if route is None:
             return False
-        assert bio.payload is not None
-        is_read = bio.op == OP_READ
-        kind = CMD_READ if is_read else CMD_WRITE
-        request = REQUEST.pack(REQUEST_MAGIC, 0, kind, COOKIE, bio.offset, bio.length)
-        self._client.sendall(request + (b"" if is_read else bytes(bio.payload)))
+        is_read, is_write = bio.op == OP_READ, bio.op == OP_WRITE
+        flags = CMD_FLAG_FUA if bio.flags else 0
+        head = (REQUEST_MAGIC, flags, _COMMANDS[bio.op], COOKIE)
+        request = REQUEST.pack(*head, bio.offset, bio.length)
+        self._client.sendall(request + (bytes(bio.payload or b"") if is_write else b""))
         stop = self._plane.turn(route, 0, False, 0, 0, 0, 0)
         for device in self.rig.at_risk:
             assert isinstance(device, FastCrashDevice)
             nr = device.absorb()
-            assert not nr or (stop == DONE and not is_read), "nothing else is written"
+            assert not nr or (stop == DONE and is_write), "nothing else is written"
         if stop == SLOW:
             self._forget_request()
             return False
         assert stop == DONE
         self.nr_served[bio.op] += 1
+        if self._plane.nr_syncs:
+            writes, flushes = self._plane.take_syncs()
+            assert writes + flushes == [COOKIE]
+            self._flush_for(bio)
+            return True
         reply = self._client.recv(BUFFER_BYTES)
         _, error, cookie = SIMPLE_REPLY.unpack_from(reply)
         assert (error, cookie) == (0, COOKIE)
         data = reply[SIMPLE_REPLY.size :]
         if is_read:
+            assert bio.payload is not None
             assert len(data) == bio.length
             bio.payload[:] = data
         bio.end(0)
         return True
 
+    def _flush_for(self, bio: Bio) -> None:
+        """End a durable request when a FLUSH of the device has ended."""
+        bio.own()  # it ends later
+
+        def ended(flush: Bio) -> None:
+            bio.end(flush.status)
+
+        self.nr_served[DURABLE] += 1
+        self.rig.disk.submit(Bio(OP_FLUSH, 0, 0, None, ALONE, ended))
+
     def _forget_request(self) -> None:
         """Python serves it. It may be in the buffer, or still in the socket."""
         with contextlib.suppress(BlockingIOError):
             self._server.recv(BUFFER_BYTES)
+
+
+class _NoRing:
+    """What the plane asks of its connection, where no file has a ring."""
+
+    def room(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __getattr__(self, name: str) -> object:
+        raise AssertionError(f"{name}: no read is in a ring")
+
+
+def _flush_for(writes: list[int], flushes: list[int], is_alone: bool) -> bool:
+    raise AssertionError("only a Receiver calls this")
 
 
 def _never(*_: object) -> None:

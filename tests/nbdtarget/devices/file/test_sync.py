@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, PENDING, Bio
+from nbdtarget.bio import ALONE, FUA, OP_FLUSH, OP_WRITE, PENDING, Bio
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.sync import Syncs as FileSyncs
+from nbdtarget.devices.file.sync_pace import SyncPace
 from nbdtarget.devices.resolve import create_device
 from tests.support.file_device import SIZE, Syncs, bio_of, ended, until
 
@@ -168,3 +169,75 @@ async def test_close_waits_for_the_sync_that_runs(tmp_path: Path) -> None:
     device.submit(flush)
     await device.close()
     assert flush.status == 0
+
+
+# ---- syncs that the loop makes itself ----
+
+
+@pytest.fixture
+def quick(device: Device, monkeypatch: pytest.MonkeyPatch) -> FileSyncs:
+    """A device whose syncs count as quick."""
+
+    def begin(_: SyncPace, *, may_be_ours: bool) -> bool:
+        return may_be_ours
+
+    monkeypatch.setattr(SyncPace, "begin", begin)
+    return syncs_of(device)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_the_loop_syncs_for_a_client_that_is_alone(
+    device: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def noted(fd: int) -> None:
+        order.append("sync")
+        syncs.fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+    bio = Bio(OP_FLUSH, 0, 0, None, ALONE, lambda _: order.append("end"))
+    device.submit(bio)
+    assert bio.status == 0  # at once, and after the sync
+    assert order == ["sync", "end"]
+    device.submit(other := bio_of(OP_FLUSH, 0, 0))
+    assert other.status == PENDING
+    assert await ended(other) == [0]
+    assert syncs.count == 2
+
+
+async def test_a_sync_of_the_loop_that_fails_latches(
+    device: Device, quick: FileSyncs, syncs: Syncs
+) -> None:
+    syncs.fail_with = errno.EIO
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
+    assert bio.status == errno.EIO
+    assert quick.is_latched
+    syncs.fail_with = 0
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
+    assert bio.status == errno.EIO
+    assert syncs.count == 1
+
+
+async def test_the_loop_does_not_sync_while_another_sync_may_be_told_an_error(
+    device: Device, quick: FileSyncs, syncs: Syncs
+) -> None:
+    other = quick.begin_writeback()
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
+    assert bio.status == PENDING
+    await until(lambda: syncs.count == 1)
+    await until(lambda: quick._flush is None)
+    assert bio.status == PENDING
+    quick.done(other, errno.EIO)
+    assert bio.status == errno.EIO
+
+
+async def test_a_flush_waits_for_the_next_sync_also_if_it_is_alone(
+    device: Device, quick: FileSyncs, syncs: Syncs
+) -> None:
+    syncs.gate.clear()
+    device.submit(first := bio_of(OP_FLUSH, 0, 0))
+    device.submit(second := bio_of(OP_FLUSH, 0, 0, ALONE))
+    syncs.gate.set()
+    assert await ended(first, second) == [0, 0]
+    assert syncs.count == 2
