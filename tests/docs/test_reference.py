@@ -147,7 +147,8 @@ def test_default_of_a_limit_is_the_one_that_the_page_tells(key: str) -> None:
     (default,) = (each.default for each in fields(Limits) if each.name == key)
     text = (DOCS / "reference/configuration.md").read_text()
     (entry,) = re.findall(rf"\n`[^\n]*\b{key}\b[^\n]*`\n: ([^\n]*)", text)
-    assert re.search(rf"\b{default:.0f}\b", entry.rpartition("Default: ")[2])
+    value = str(default).lower() if type(default) is bool else f"{default:.0f}"
+    assert re.search(rf"\b{value}\b", entry.rpartition("Default: ")[2])
 
 
 @pytest.mark.parametrize(
