@@ -206,7 +206,7 @@ class RunningHost:
             failure: BaseException | None = None
             try:
                 answer = self._client.ask(verb, request, answer_type)
-            except BaseException as error:
+            except BaseException as error:  # it is raised where it is awaited
                 failure = error
             if not loop.is_closed():
                 loop.call_soon_threadsafe(tell, answer, failure)

@@ -151,7 +151,7 @@ class Trials:
             except subprocess.TimeoutExpired:
                 reason = f"the check did not end within {self._check_timeout_s:g} s"
             finally:
-                # Whatever it has left running would keep the file system mounted.
+                # A process that it has left running would keep the file system mounted.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, 9)
                 process.wait()

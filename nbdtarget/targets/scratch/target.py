@@ -7,7 +7,7 @@ The kernel has no such target. Many of them stand on one golden device, which is
 store, at the same place, and nowhere else.
 
 **Nothing here is durable, and nothing is meant to be.** FLUSH and FUA end at once, and no sync is made. What was written
-is there until the table goes: a table that is constructed anew begins as the golden device is, whatever the store holds. So
+is there until the table goes: a table that is constructed anew begins as the golden device is, and not with what the store holds. So
 that no disk is taken for a store by mistake, a store that holds data is refused, unless the command allows to overwrite it.
 
 Theory of operation. A bitmap in memory (`nbdtarget.targets.scratch.sector_map`) says which sectors were written.
