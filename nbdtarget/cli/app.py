@@ -17,6 +17,7 @@ import typer
 from nbdtarget import __version__
 from nbdtarget.cli import (
     access,
+    advise,
     cache,
     clone,
     completion,
@@ -70,6 +71,7 @@ for group in (
     stats,
     log_writes,
     torture,
+    advise,
     metadata,
     doctor,
     completion,

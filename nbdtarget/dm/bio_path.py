@@ -45,6 +45,7 @@ from nbdtarget.bio import (
 from nbdtarget.common.clock import Clock
 from nbdtarget.common.turns import Turns
 from nbdtarget.devices.base import Device
+from nbdtarget.dm.access_trace import AccessTrace
 from nbdtarget.dm.fast_path import FastPath
 from nbdtarget.dm.in_flight import InFlight
 from nbdtarget.dm.statistics import Statistics
@@ -79,6 +80,7 @@ class BioPath:
         in_flight: the bios that were sent on and have not ended.
         fast_path: its `submit` is the device's.
         statistics: the regions in which I/O is counted.
+        access_trace: what is read and written, while it is recorded.
         is_flushed: a suspend, or the end, has made durable all that had ended.
         running: set while bios are not queued.
     """
@@ -96,6 +98,7 @@ class BioPath:
             lambda: device.read_only,
         )
         self.statistics = Statistics(clock, self._count_or_not)
+        self.access_trace = AccessTrace(self._count_or_not)
         self.is_flushed = False
         self.running = asyncio.Event()
         self.running.set()
@@ -145,6 +148,7 @@ class BioPath:
         """
         self.fast_path.close()
         self.statistics = Statistics(self._clock, _nothing)
+        self.access_trace = AccessTrace(_nothing)
         self._device = _GONE
         self._event = _nothing
 
@@ -171,8 +175,8 @@ class BioPath:
         return None
 
     def _count_or_not(self) -> None:
-        """There is a region by now, or none any more."""
-        self._is_counting = bool(self.statistics)
+        """There is a region by now, or none any more; or recording has begun, or ended."""
+        self._is_counting = bool(self.statistics) or self.access_trace.is_recording
         self.fast_path.update()
 
     # ---- the slow path ----
@@ -202,6 +206,7 @@ class BioPath:
             bio.end(0)
         else:
             if self._is_counting:
+                self.access_trace.note(bio)
                 self.statistics.begin(bio)
             runs = table.runs(bio.offset, bio.length)
             if len(runs) == 1:

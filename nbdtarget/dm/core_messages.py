@@ -6,6 +6,7 @@ from typing import Final, Protocol
 
 from nbdtarget.common.errors import TableError
 from nbdtarget.common.units import SECTOR
+from nbdtarget.dm.access_trace import AccessTrace
 from nbdtarget.dm.statistics import Statistics
 
 __all__ = ["carry_out"]
@@ -16,6 +17,7 @@ _ROTATIONAL: Final = {"yes": True, "no": False, "auto": None}
 class _Device(Protocol):
     """What the messages change."""
 
+    access_trace: AccessTrace
     deferred_remove: bool
     said_rotational: bool | None
     size: int
@@ -33,6 +35,8 @@ async def carry_out(device: _Device, words: Sequence[str]) -> str | None:
             if len(words) != 2 or words[1].lower() not in _ROTATIONAL:
                 raise TableError("Invalid argument: expected @rotational yes|no|auto")
             device.said_rotational = _ROTATIONAL[words[1].lower()]
+        case verb if verb.startswith("@trace_"):
+            return device.access_trace.message(words)
         case verb if verb.startswith("@stats_"):
             return await device.statistics.message(words, device.size // SECTOR)
         case _:

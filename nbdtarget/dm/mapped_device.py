@@ -115,6 +115,7 @@ class MappedDevice(HasFastPath):
         self._clock = clock
         self._path = BioPath(self, clock, self.event)
         self.fast_path = self._path.fast_path
+        self.access_trace = self._path.access_trace
         # Not a method that calls the other: the hottest function of the house would be two.
         self.submit = self.fast_path.submit
         self._below = Below(self.health)

@@ -18,6 +18,7 @@ from tests.support.command_line import CommandLine
 # Every command with the least arguments that it takes.
 COMMANDS: dict[str, list[str]] = {
     "access": [],
+    "advise": ["/nonexistent/trace"],
     "cache": ["/nonexistent/origin", "/nonexistent/cache"],
     "clear": ["x"],
     "clone": ["/nonexistent/source", "/nonexistent/dest"],
@@ -58,6 +59,7 @@ COMMANDS: dict[str, list[str]] = {
     "wipe_table": ["x"],
 }
 NOT_ASKING = {
+    "advise",
     "cache",
     "clone",
     "export",

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large a cache should be, from a list of what was read and written."""
