@@ -59,7 +59,6 @@ class ConfiguredDevices:
         self._was_read = was_read
         self._registry = registry
         self._config = config
-        set_url_commands(config.url_commands)
         self._lock = asyncio.Lock()  # one start or reload after another
         self._openings: dict[str, Opening] = {}
 

@@ -6,7 +6,8 @@ uses it. For each device that is kept, the file has its name, UUID and live tabl
 
     after each verb          before its answer: what a client was told is durable
     while a table is swapped, after the old table has committed and before a request runs through the new one (`before_live`). So the
-                             table in the file is never older than a write that was acknowledged
+                             table in the file is never older than a write that was acknowledged. If the new one refuses, the old
+                             one is written down again before a request runs through it
 
 At the start the devices are made before clients can connect, in the same way as those of a configuration file: one that cannot be opened
 is shown as failed, tried again, and stays in the file. A file that is damaged ends the start, and is left as it is.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.common.turns import to_the_end
 from nbdtarget.config.devices import ConfiguredDevices
 from nbdtarget.config.file import DeviceConfig
 from nbdtarget.config.state_file import read_state, render_state, replace_file
@@ -60,7 +62,8 @@ class StateDirectory:
         self._registry = registry
         self._types = types
         self._kept: dict[MappedDevice, DeviceConfig] = {}
-        self._written = ""
+        # The text of the file; None: it may have this one or that.
+        self._written: str | None = ""
         self._restored: ConfiguredDevices | None = None
         self._lock_fd: int | None = None
         self._saving = asyncio.Lock()
@@ -72,6 +75,10 @@ class StateDirectory:
         Raises: NbdTargetError: nothing has changed.
         """
         self._take()
+        self._read(taken)
+
+    def _read(self, taken: Mapping[str, str]) -> None:
+        """Raises: NbdTargetError."""
         config = read_state(self._path, self._types, _AnyName())
         for device in config.devices:
             if device.name in taken:
@@ -118,8 +125,9 @@ class StateDirectory:
     async def resume(self) -> None:
         """Go on as before `pause`: the other process has failed. Raises: NbdTargetError."""
         self._take()
-        assert self._restored is not None
-        await self._restored.start()
+        # Devices that are not open have been given up, and others may have been removed since the start.
+        await asyncio.to_thread(self._read, {})
+        await self.restore()
 
     async def close(self) -> None:
         """Write nothing any more, and try no more to open anything. The devices stay in the file."""
@@ -149,7 +157,7 @@ class StateDirectory:
 
         Durable: all of them are there after a restart, with the tables that they have now.
         """
-        if not self._kept and not self._written:
+        if not self._kept and self._written == "":
             return  # quick, for the many servers that keep nothing
         async with self._saving:
             text = await self._text()
@@ -160,12 +168,13 @@ class StateDirectory:
                     "Device or resource busy: the server is stopping or handing over",
                     errnos.EBUSY,
                 )
+            self._written = None
             try:
-                await asyncio.to_thread(replace_file, self._path, text)
+                await to_the_end(asyncio.to_thread(replace_file, self._path, text))
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise TableError(
-                    f"{self._path}: {reason}: after a restart the devices are as they were before this",
+                    f"{self._path}: {reason}: after a restart the devices may be as they were before this",
                     error.errno or errnos.EIO,
                 ) from None
             self._written = text

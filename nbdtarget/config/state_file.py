@@ -102,7 +102,7 @@ def _refused(path: str, reason: str) -> StateError:
 
 
 def replace_file(path: str, text: str) -> None:
-    """Replace the file, or make it. It may block. Raises: OSError: the file has its old text.
+    """Replace the file, or make it. It may block. Raises: OSError: the file has its old text, or the new one.
 
     Durable: the new text, and its name.
     """

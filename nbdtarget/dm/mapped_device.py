@@ -357,8 +357,7 @@ class MappedDevice(HasFastPath):
         A device that runs, without an inactive table, is left as it is.
 
         Args: within_s: as of `suspend`.
-        Raises: TableError: suspended without any table, or a target's preresume refused, and
-            then both tables are where they were before.
+        Raises: TableError: suspended without any table, or a target's preresume refused, and then both tables are where they were before.
         """
         async with self._verbs:
             if self._last_commit is not None:
@@ -397,6 +396,11 @@ class MappedDevice(HasFastPath):
         """
         self.inactive = new
         self._adopt(old)
+        if self.before_live is not None:  # it may have been told of the new one
+            try:
+                await self.before_live()
+            except TableError as second:
+                log.error("%s: %s", self.name, second)
         slot = "`clear' drops the refused table"
         if not runs:
             outcome = f"the device is still suspended, without it; {slot}"
@@ -408,10 +412,7 @@ class MappedDevice(HasFastPath):
             try:
                 await self._resume(old)
             except TableError as second:
-                outcome = (
-                    f"the table before it cannot be resumed either ({second}): the device"
-                    " is suspended; load a table that works, and resume it"
-                )
+                outcome = f"the table before it cannot be resumed either ({second}): the device is suspended; load a table that works, and resume it"
         if not isinstance(error, TableError):
             log.info("%s: resume given up: %s", self.name, outcome)
             return
@@ -462,17 +463,15 @@ class MappedDevice(HasFastPath):
             return True
         if self.is_flushed or old.read_only:
             return False
-        # The suspend did not flush (`noflush`), or its flush failed. A later FLUSH covers these writes only if the
-        # new table stands on the same devices. A failed flush was counted as a loss before; clients are not told
-        # twice, because no FLUSH ends before the device is resumed.
+        # The suspend did not flush (`noflush`), or its flush failed. A later FLUSH covers these writes only if the new table stands on the
+        # same devices. A failed flush was counted as a loss before; clients are not told twice, because no FLUSH ends before the resume.
         written = [device for device in old.data_devices() if not device.read_only]
         return not set(written) <= set(new.data_devices())
 
     async def replace_target(self, old: Target, new: Target) -> None:
         """Put `new` in the place of `old` in the live table; destroy `old`, and nothing else.
 
-        Raises: TableError: not now, or not at all. Then the table is live as it was, and `new`
-            is still the caller's.
+        Raises: TableError: not now, or not at all. Then the table is live as it was, and `new` is still the caller's.
         """
         async with self._verbs:
             table = self._check_replaceable(old)

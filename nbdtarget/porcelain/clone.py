@@ -269,11 +269,13 @@ class CloneJob(job.Job[ClonePlan]):
         self._order: list[tuple[int, int]] = []
         self._recorder: TraceRecorder | None = None
 
-    async def _plan(self) -> ClonePlan:
+    def _enter(self) -> None:
         if self._options.url_command:
             from nbdtarget.devices.http.url_command import set_url_commands
 
             set_url_commands({self._options.source: self._options.url_command})
+
+    async def _plan(self) -> ClonePlan:
         if self._options.hydrate_order is not None:
             self._order = grouped(read_trace(self._options.hydrate_order))
         if self._options.record_trace is not None:

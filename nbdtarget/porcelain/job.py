@@ -130,6 +130,9 @@ class Job(Generic[P]):
 
     plan_type: type[P]
 
+    def _enter(self) -> None:
+        """Set what the process needs before it opens disks: its own, or those of the process that it takes over. Raises: NbdTargetError."""
+
     async def _plan(self) -> P:
         """Look at everything, change nothing. Raises: NbdTargetError."""
         raise NotImplementedError
@@ -189,6 +192,7 @@ class Job(Generic[P]):
         return self._daemon.exit_status(1 if has_failed else 0)
 
     async def _begin(self) -> tuple[P, MappedDevice]:
+        self._enter()
         if (offer := maybe_offer()) is not None:
             return await self._take_over(offer)
         # A mistake in an address is found before anything is made.

@@ -66,4 +66,20 @@ STATE: Final = (
         '        return replace(named, table="")\n',
         STATE_TESTS,
     ),
+    _mutant(
+        "refused-table-stays-written",
+        "A new table refuses and the old one goes on, while the file has the new one: a restart does not find what was written meanwhile.",
+        "nbdtarget.dm.mapped_device:MappedDevice._take_back",
+        "                await self.before_live()\n            except",
+        "                pass\n            except",
+        STATE_TESTS,
+    ),
+    _mutant(
+        "unknown-file-counts-as-written",
+        "The file has its new text although the directory could not be flushed, and is not written again: an undone create comes back.",
+        "nbdtarget.config.state:StateDirectory.save",
+        "            self._written = None\n",
+        "",
+        STATE_TESTS,
+    ),
 )

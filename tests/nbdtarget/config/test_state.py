@@ -8,6 +8,7 @@ import pytest
 
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.config import state as state_module
+from nbdtarget.config import state_file as state_file_module
 from nbdtarget.config.state import DEVICES_FILE, StateDirectory
 from nbdtarget.config.state_file import read_state
 from nbdtarget.control import messages as m
@@ -217,6 +218,67 @@ async def test_after_a_hand_over_that_failed_it_goes_on(server: Server) -> None:
     await server.state.resume()
     await server.create("b", "0 8 zero", persist=True)
     assert server.kept().keys() == {"a", "b"}
+
+
+async def test_after_a_hand_over_that_failed_devices_are_those_of_before_it(
+    server: Server,
+) -> None:
+    image = server.work / "away.img"
+    image.write_bytes(bytes(MIB))
+    await server.create("away", linear("away.img"), persist=True)
+    await server.create("removed", "0 8 zero", persist=True)
+    await server.crash()
+    image.unlink()
+    await server.start()
+    await server.call("remove", m.Remove(name="removed"))
+    await server.state.pause()
+    await server.state.resume()
+    assert server.served() == ["away"]
+    assert "no such file" in server.registry.get("away").failure
+    await server.create("b", "0 8 zero", persist=True)
+    assert server.kept().keys() == {"away", "b"}
+
+
+async def test_a_name_that_may_not_be_durable_is_written_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text has its name already when the directory cannot be flushed."""
+    await server.create("a", "0 8 zero", persist=True)
+
+    def fails(_: str) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(state_file_module, "sync_directory", fails)
+    with pytest.raises(TableError, match="Input/output error"):
+        await server.create("b", "0 8 zero", persist=True)
+    monkeypatch.undo()
+    assert server.served() == ["a"]
+    await server.call("suspend", m.Suspend(name="a"))
+    assert server.kept().keys() == {"a"}
+
+
+async def test_a_table_that_refuses_is_not_kept_when_the_old_one_goes_on(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.create("a", "0 8 zero", persist=True)
+    device = server.registry.get("a")
+    await server.call("load", m.Load(name="a", table="0 16 zero"))
+    assert device.inactive is not None
+    kept_when_it_ran: list[dict[str, str]] = []
+    run = device._run
+
+    async def refuses(*_: object) -> None:
+        raise TableError("refused")
+
+    def watched(table: object) -> None:
+        kept_when_it_ran.append(server.kept())
+        run(table)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(device.inactive, "preresume", refuses)
+    monkeypatch.setattr(device, "_run", watched)
+    with pytest.raises(TableError, match="refused"):
+        await server.call("resume", m.Resume(name="a"))
+    assert kept_when_it_ran == [{"a": "0 8 zero"}]
 
 
 async def test_a_server_without_state_refuses(server: Server) -> None:

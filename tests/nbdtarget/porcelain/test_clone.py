@@ -18,7 +18,9 @@ from nbdtarget.control.sockets import SocketInUseError
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file.device import FileDevice
-from nbdtarget.porcelain.clone import CloneOptions, ClonePlan, plan_clone
+from nbdtarget.devices.http.url_command import set_url_commands, url_command_for
+from nbdtarget.porcelain import job as job_module
+from nbdtarget.porcelain.clone import CloneJob, CloneOptions, ClonePlan, plan_clone
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.clone.target import CloneTarget
@@ -52,6 +54,26 @@ async def test_everything_is_made_and_hydrated(work: Path, runtime: Path) -> Non
     assert files(work).keys() == {"source", "dest", "dest.nbdtarget"}
     assert (work / "dest").read_bytes() == CONTENT
     assert list((runtime / "nbdtarget").iterdir()) == []
+
+
+async def test_a_process_that_takes_over_has_the_url_command(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "https://h/a.img"
+    options = CloneOptions(source=url, dest="dest", url_command=("sign", "a"))
+    job = CloneJob(options, Recorder())
+    commands = []
+
+    async def take_over(_: object) -> None:
+        commands.append(url_command_for(url))
+
+    monkeypatch.setattr(job_module, "maybe_offer", object)
+    monkeypatch.setattr(job, "_take_over", take_over)
+    try:
+        await job._begin()
+    finally:
+        set_url_commands({})
+    assert commands == [("sign", "a")]
 
 
 async def test_same_command_continues_until_it_is_stopped(work: Path) -> None:
