@@ -9,8 +9,8 @@
     EXTEND_TIMEOUT_USEC=…         we are alive: for so long from now, do not call it a timeout
     WATCHDOG=1                    we are alive, told again and again (`nbdtarget.daemon.service_reports`)
 
-Without $NOTIFY_SOCKET nothing is sent. A message that cannot be sent is logged once, and nothing else comes of
-it: disks are served in any case.
+Without $NOTIFY_SOCKET nothing is sent. A message that cannot be sent is lost, and the first one in a row is logged: disks are served in
+any case. The next one is tried again, because a manager that was busy for a moment still waits for signs of life.
 
 Signs of life are wanted if there is $WATCHDOG_USEC, the time after which the manager takes a silent process for dead. $WATCHDOG_PID
 names the process that is meant. A process that takes over from it (`nbdtarget.daemon.handover`) is started without that variable, so it is
@@ -45,6 +45,7 @@ class Notifier:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._address = _address(environment.get(VARIABLE, ""))
         self.watchdog_s = _watchdog_s(environment)
+        self._was_lost = False
 
     @property
     def has_manager(self) -> bool:
@@ -88,8 +89,11 @@ class Notifier:
                 sock.setblocking(False)
                 sock.sendto(text.encode(errors="replace"), self._address)
         except OSError as error:
-            log.warning("$%s: %s", VARIABLE, error.strerror or error)
-            self._address = None
+            if not self._was_lost:
+                log.warning("$%s: %s", VARIABLE, error.strerror or error)
+            self._was_lost = True
+        else:
+            self._was_lost = False
 
 
 def _address(text: str) -> bytes | None:

@@ -99,7 +99,7 @@ class TraceRecorder:
     def __init__(self, path: str, trace: Trace) -> None:
         self._path = path
         self._trace = trace
-        self._nr_saved = -1
+        self._saved: tuple[int, tuple[int, int]] | None = None
         self._due_ns = 0
         self._has_failed = False
 
@@ -111,11 +111,13 @@ class TraceRecorder:
 
     def save(self) -> None:
         ranges = self._trace.ranges
-        if len(ranges) == self._nr_saved or self._has_failed:
+        # The last range grows when a client reads on.
+        now = len(ranges), ranges[-1] if ranges else (0, 0)
+        if now == self._saved or self._has_failed:
             return
         try:
             write_trace(self._path, ranges)
-            self._nr_saved = len(ranges)
+            self._saved = now
         except OSError as error:
             self._has_failed = True
             log.error("%s: the trace cannot be written: %s", self._path, error.strerror)

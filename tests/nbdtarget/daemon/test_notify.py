@@ -76,6 +76,22 @@ def test_no_manager_is_no_failure(
     assert len(caplog.records) == (1 if address else 0)
 
 
+def test_a_manager_that_was_busy_hears_of_what_comes_later(
+    manager: Manager, caplog: pytest.LogCaptureFixture
+) -> None:
+    notifier = Notifier(manager.environment)
+    nr_sent = 0
+    while not caplog.records:  # until its queue is full
+        notifier.status("x")
+        nr_sent += 1
+    notifier.watchdog()
+    assert len(caplog.records) == 1
+    for _ in range(nr_sent - 1):
+        assert manager.hear() == {"STATUS": "x"}
+    notifier.watchdog()
+    assert manager.hear() == {"WATCHDOG": "1"}
+
+
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.common.errors import ResolveError
-from nbdtarget.porcelain.trace_file import check_writable, read_trace, write_trace
+from nbdtarget.porcelain.trace_file import (
+    TraceRecorder,
+    check_writable,
+    read_trace,
+    write_trace,
+)
+from nbdtarget.targets.clone.trace import Trace
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -55,3 +61,16 @@ def test_missing_places(tmp_path: Path) -> None:
     check_writable(str(tmp_path / "x"))
     with pytest.raises(OSError, match="No such file"):
         write_trace(str(tmp_path / "no" / "x"), [])
+
+
+def test_what_a_client_reads_on_is_saved(tmp_path: Path) -> None:
+    path = str(tmp_path / "boot.trace")
+    trace = Trace(1 << 20, 16)
+    recorder = TraceRecorder(path, trace)
+    recorder.save()
+    assert read_trace(path) == []
+    trace.note(0, 65536)
+    recorder.save()
+    trace.note(65536, 65536)
+    recorder.save()
+    assert read_trace(path) == [(0, 131072)]
