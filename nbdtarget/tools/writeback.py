@@ -256,10 +256,10 @@ def _check_sizes(
         (cache, "a cache", job.cache_offset, cache_size),
         (origin, "an origin", job.origin_offset, content.origin_size),
     ):
-        if device.size < offset + length:
+        if device.exact_size < offset + length:
             behind = f" behind offset {offset}" if offset else ""
             raise NbdTargetError(
-                f"{device.name}: has {max(0, device.size - offset)} bytes{behind}, but"
+                f"{device.name}: has {max(0, device.exact_size - offset)} bytes{behind}, but"
                 f" the metadata belongs to {what} of {length} bytes"
             )
 
