@@ -161,11 +161,13 @@ class Flow:
         limits = self._limits
         nr_requests, nr_bytes = self._budget.room()
         if not (self.nr_requests or self.nr_bytes):
-            nr_requests = max(nr_requests, 1)
-            nr_bytes = max(nr_bytes, limits.guaranteed_bytes)
+            return (
+                min(max(nr_requests, 1), limits.requests_in_flight_max),
+                min(max(nr_bytes, limits.guaranteed_bytes), limits.bytes_in_flight_max),
+            )
         return (
             min(nr_requests, limits.requests_in_flight_max - self.nr_requests),
-            min(nr_bytes - self.nr_bytes, limits.bytes_in_flight_max - self.nr_bytes),
+            min(nr_bytes, self._bytes_max() - self.nr_bytes),
         )
 
     def begin_requests(self, nr: int, nr_bytes: int) -> None:

@@ -106,6 +106,7 @@ def test_a_connection_leaves_something_to_the_others(
     budget.take(0, 150 - 50 - 15)
     assert flow.bound_met(10) == RUNNING
     assert flow.bound_met(11) == FULL
+    assert flow.room() == (2, 10)
 
 
 async def test_a_full_connection_is_looked_at_once_a_turn(
