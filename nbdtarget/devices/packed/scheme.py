@@ -103,6 +103,13 @@ class PackedScheme(Scheme):
             inner += f"{'&' if '#' in inner else '#'}size={size_word}"
         return f"{self.name}:{inner}"
 
+    def may_start_programs(self, name: str) -> bool:
+        try:
+            scheme, inner, _ = self._inner(name)
+        except ResolveError:
+            return False
+        return scheme.may_start_programs(inner)
+
     def is_read_only(self, name: str) -> bool:
         return True
 

@@ -13,6 +13,9 @@ REFUSED = [
     "0 8 linear QEMU:raw:/x 0",
     "0 8 linear helper:vault 0",
     r"0 8 linear qemu:raw:/a\ b 0",
+    "0 8 clone m d gzip:nbdkit:curl?url=https://h/a.gz#size=1M 8",
+    "0 8 clone m d xz:qemu:raw:https://h/a.xz 8",
+    "0 8 clone m d zstd:helper:vault 8",
 ]
 
 
