@@ -40,8 +40,13 @@ async def device_map(device: MappedDevice, nr_cells: int) -> MapAnswer:
     cell_bytes = -(-cell_bytes // CELL_MIN) * CELL_MIN
     cells: list[tuple[int, ...]] = []
     totals = [0] * len(states)
-    for begin in range(0, device.size, cell_bytes):
-        length = min(cell_bytes, device.size - begin)
+    size = device.size
+    for begin in range(0, size, cell_bytes):
+        if device.size != size:
+            raise TableError(
+                "Device or resource busy: its table was replaced", errnos.EBUSY
+            )
+        length = min(cell_bytes, size - begin)
         found = await _cell(device, context, begin, min(length, LOOK_BYTES), places.get)
         looked_at = sum(found)
         for nr, nr_bytes in enumerate(found):

@@ -61,6 +61,17 @@ async def test_cells_are_bounded(served: Served) -> None:
             await device_map(served.clone, nr_cells)
 
 
+async def test_a_table_of_another_size_ends_the_map(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def swapped(_: float) -> None:
+        monkeypatch.setattr(served.clone, "size", BLOCK)
+
+    monkeypatch.setattr(module, "sleep", swapped)
+    with pytest.raises(TableError, match="its table was replaced"):
+        await device_map(served.clone, 8)
+
+
 async def test_without_a_map(served: Served) -> None:
     for name in (AWKWARD, "failed"):
         with pytest.raises(TableError, match="neither a clone nor a cache"):
