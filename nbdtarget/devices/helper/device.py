@@ -50,7 +50,8 @@ class HelperDevice(NbdDevice):
         self, words: HelperName, helper: Helper, connections: list[NbdConnection]
     ) -> None:
         connecting = partial(_connected, words, helper)
-        super().__init__(words.name, connections, connecting, read_only=True)
+        super().__init__(words.shown, connections, connecting, read_only=True)
+        self.secret_name = words.name if words.shown != words.name else ""
         self._words = words
         self._helper = helper
 
@@ -83,17 +84,17 @@ async def open_helper(words: HelperName, *, read_only: bool) -> HelperDevice:
     """Start the helper and connect to it. Raises: ResolveError; then nothing runs."""
     if not read_only:
         raise ResolveError(
-            words.name,
+            words.shown,
             "can only be read: use it as the source of a clone, or export it with --readonly",
             errnos.EROFS,
         )
     if isinstance(words, QemuName):
         await refuse_references(words)
     try:
-        helper = Helper(words.name, words.argv)
+        helper = Helper(words.shown, words.argv)
     except OSError as error:
         reason = f"no socket for its helper: {error.strerror}"
-        raise ResolveError(words.name, reason, error.errno or errnos.EIO) from None
+        raise ResolveError(words.shown, reason, error.errno or errnos.EIO) from None
     try:
         return HelperDevice(words, helper, await _connected(words, helper))
     except BaseException:
@@ -113,7 +114,7 @@ async def _connected(words: HelperName, helper: Helper) -> list[NbdConnection]:
     """Connect, and start the helper before if it does not run. Raises: ResolveError: with its last words."""
     await helper.start()
     connecting = asyncio.ensure_future(
-        connect_all(words.name, _uri(words, helper), read_only=True)
+        connect_all(words.shown, _uri(words, helper), read_only=True)
     )
     ending = asyncio.ensure_future(helper.ended())
     try:
@@ -127,13 +128,13 @@ async def _connected(words: HelperName, helper: Helper) -> list[NbdConnection]:
         if connecting.done():
             await wait_within([ending], LAST_WORDS_S)
         if ending.done():
-            raise ResolveError(words.name, helper.why_it_ended())
+            raise ResolveError(words.shown, helper.why_it_ended())
         # It runs, and does not answer as it should: the next attempt gets another one.
         await helper.end()
         if connecting.done():
             raise connecting.exception() or AssertionError("it has failed")
         reason = f"{helper.program} does not answer within {ANSWER_S_MAX:.0f} s"
-        raise ResolveError(words.name, reason, errnos.ETIMEDOUT)
+        raise ResolveError(words.shown, reason, errnos.ETIMEDOUT)
     finally:
         ending.cancel()
         await _taken_back(connecting)

@@ -29,6 +29,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.redaction import has_secrets, redacted
 
 __all__ = [
     "CONNECTIONS",
@@ -143,6 +144,7 @@ _RBD_OPTIONS: Final = frozenset({"id", "conf"})
 _PATH_KEYS: Final = frozenset({"file"})
 HELPER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # in helper:NAME
 _KEY: Final = re.compile(r"[a-z][a-z0-9-]*")
+_USER: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)@")
 _PROTOCOL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -159,6 +161,12 @@ class HelperName:
     name: str
     program: str
     connections: int
+
+    @property
+    def shown(self) -> str:
+        """The name without what may be secret in a URL, for people and metadata."""
+        decoded = unquote(self.name)
+        return redacted(decoded if has_secrets(decoded) else self.name)
 
     @property
     def identity(self) -> Hashable:
@@ -199,7 +207,7 @@ class QemuName(HelperName):
 
     @property
     def ids(self) -> tuple[str, ...]:
-        return (f"format={self.format}", f"image={self.what}")
+        return (f"format={self.format}", f"image={redacted(self.what)}")
 
     @property
     def argv(self) -> tuple[str, ...]:
@@ -236,7 +244,7 @@ class NbdkitName(HelperName):
     @property
     def ids(self) -> tuple[str, ...]:
         words = [f"filter={each}" for each in self.filters]
-        words += [f"{key}={value}" for key, value in self.parameters]
+        words += [f"{key}={redacted(value)}" for key, value in self.parameters]
         return (f"plugin={self.plugin}", f"parameters={'&'.join(words)}")
 
     @property
@@ -292,6 +300,7 @@ def parse_qemu(name: str) -> QemuName:
         )
     if protocol == "rbd":
         _check_rbd(name, what)
+    _check_url(name, what)
     options = _options(name, fragment, ("connections", "allow", "key-file"))
     if options.get("allow", "references") != "references":
         raise ResolveError(name, "allow=references is all that can be allowed")
@@ -417,7 +426,19 @@ def _check_rbd(name: str, what: str) -> None:
         raise ResolveError(name, reason)
 
 
+def _check_url(name: str, text: str) -> None:
+    """Refuse a URL with a password. iSCSI has a % between user and password."""
+    match = _USER.match(text)
+    if match and (":" in match[1] or "%" in match[1]):
+        raise ResolveError(
+            f"{name.partition(':')[0]}:***",
+            "a password cannot stand in a name, which many can read; it can stand in the configuration file, in a"
+            " [helper.NAME]",
+        )
+
+
 def _check_parameter(name: str, key: str, value: str) -> None:
+    _check_url(name, value)
     if key in _COMMAND_KEYS or key in _HEADER_KEYS:
         raise ResolveError(
             name,

@@ -197,3 +197,37 @@ def test_names_of_one_disk_have_one_identity() -> None:
     other = parse_qemu("qemu:raw:/y")
     assert one.identity == other.identity
     assert one.identity != parse_qemu("qemu:qcow2:/y").identity
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qemu:raw:https://me:hidden@h/a",
+        "qemu:qcow2:ssh://me:hidden@h/a",
+        "qemu:raw:iscsi://me%25hidden@h/a/1",
+        "nbdkit:curl?url=https://me:hidden@h/a",
+        "nbdkit:curl?url=https%3A//me%3Ahidden@h/a",
+    ],
+    ids=range(5),
+)
+def test_passwords_of_urls_are_refused(name: str) -> None:
+    with pytest.raises(ResolveError, match="a password cannot stand in a name") as told:
+        parse_qemu(name) if name.startswith("qemu") else parse_nbdkit(name)
+    assert "hidden" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qemu:raw:https://h/a?sig=hidden",
+        "qemu:raw:https://h/a%3Fsig=hidden",
+        "nbdkit:curl?url=https://h/a%3Fsig=hidden&timeout=5",
+    ],
+    ids=range(3),
+)
+def test_signatures_are_used_and_not_shown(name: str) -> None:
+    words = parse_qemu(name) if name.startswith("qemu") else parse_nbdkit(name)
+    assert "hidden" in "".join(words.argv)
+    assert "hidden" not in words.shown + "".join(words.ids)
+    assert "https://h/a" in words.shown
+    assert parse_qemu("qemu:raw:/a?b").shown == "qemu:raw:/a?b"
