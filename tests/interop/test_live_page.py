@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 MIB = 1 << 20
 SIZE = 8 * MIB
+TIMEOUT_MS = 30_000  # the page asks once a second, on a machine that may be busy
 
 
 class Site:
@@ -84,6 +85,7 @@ def test_the_page_shows_a_server_and_changes_it_by_keyboard(
     site: Site, browser: Any
 ) -> None:
     expect = sync_api.expect
+    expect.set_options(timeout=TIMEOUT_MS)
     page = browser.new_page(viewport={"width": 1280, "height": 1200})
     complaints: list[str] = []
     requests: list[str] = []

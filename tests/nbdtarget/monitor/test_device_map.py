@@ -32,8 +32,9 @@ async def test_what_of_a_clone_is_copied(served: Served) -> None:
 async def test_what_of_a_disk_is_cached_and_dirty(served: Served) -> None:
     peer = await served.attach("k")
     await served.cache.message(0, ["warm", "2-4"])
-    while served.cache.active.targets[0].status_fields()["migrating"]:  # type: ignore[union-attr]
-        await peer.ask(c.CMD_READ, 0, 512)
+    cached = (0, 255, 0)
+    while (await device_map(served.cache, NR_BLOCKS)).cells[2:4] != (cached, cached):
+        await peer.ask(c.CMD_FLUSH)
     await peer.ask(c.CMD_WRITE, 3 * BLOCK, payload=b"x" * 512)
     answer = await device_map(served.cache, NR_BLOCKS)
     assert answer.states == ("origin", "cached", "dirty")
