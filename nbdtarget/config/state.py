@@ -4,7 +4,7 @@
 Theory of operation. The directory holds `devices.toml` (`nbdtarget.config.state_file`) and a lock, which the one server has that
 uses it. For each device that is kept, the file has its name, UUID and live table, as `table` shows it. The file is written:
 
-    after each verb          before its answer: what a client was told is durable
+    after each verb          that changes which devices there are, before its answer: what a client was told is durable
     while a table is swapped, after the old table has committed and before a request runs through the new one (`before_live`). So the
                              table in the file is never older than a write that was acknowledged. If the new one refuses, the old
                              one is written down again before a request runs through it
@@ -27,10 +27,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from nbdtarget.common.clock import sleep
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.turns import to_the_end
 from nbdtarget.config.devices import ConfiguredDevices
-from nbdtarget.config.file import DeviceConfig
+from nbdtarget.config.file import FILE_SIZE_MAX, Config, DeviceConfig
 from nbdtarget.config.state_file import read_state, render_state, replace_file
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
@@ -42,6 +43,7 @@ log: Final = logging.getLogger(__name__)
 
 DEVICES_FILE: Final = "devices.toml"
 LOCK_FILE: Final = "lock"
+DEVICES_AT_ONCE: Final = 64  # are looked at in one turn of the loop
 
 
 class _AnyName:
@@ -64,6 +66,7 @@ class StateDirectory:
         self._kept: dict[MappedDevice, DeviceConfig] = {}
         # The text of the file; None: it may have this one or that.
         self._written: str | None = ""
+        self._config: Config | None = None  # as it was at the start
         self._restored: ConfiguredDevices | None = None
         self._lock_fd: int | None = None
         self._saving = asyncio.Lock()
@@ -112,6 +115,7 @@ class StateDirectory:
     async def restore(self) -> None:
         """Make the devices; one that cannot be opened goes on being tried."""
         assert self._restored is not None
+        assert self._config is not None
         await self._restored.start()
         for config in self._config.devices:
             device = self._registry.maybe_device(config.name)
@@ -168,6 +172,12 @@ class StateDirectory:
                     "Device or resource busy: the server is stopping or handing over",
                     errnos.EBUSY,
                 )
+            if len(text.encode()) > FILE_SIZE_MAX:
+                raise TableError(
+                    f"{self._path}: more than {FILE_SIZE_MAX} bytes would not be read at the next start:"
+                    " after a restart the devices are as they were before this",
+                    errnos.EFBIG,
+                )
             self._written = None
             try:
                 await to_the_end(asyncio.to_thread(replace_file, self._path, text))
@@ -191,7 +201,9 @@ class StateDirectory:
         existing = set(self._registry.devices())
         for device in set(self._kept) - existing:
             self._forget(device)
-        for device, config in list(self._kept.items()):
+        for nr, (device, config) in enumerate(list(self._kept.items())):
+            if nr % DEVICES_AT_ONCE == 0:
+                await sleep(0)  # others have their turn
             self._kept[device] = await _config_of(device, config)
         return render_state(self._kept.values())
 

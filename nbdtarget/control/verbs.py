@@ -12,7 +12,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 from nbdtarget import __version__
 from nbdtarget.common.access import AccessRules, Rule, parse_rules
@@ -55,6 +55,12 @@ class Monitor(Protocol):
     async def metrics(self) -> bytes:
         """Return all figures as the text that Prometheus reads."""
         ...
+
+
+# Those that change which devices there are, or their live tables.
+SAVED_VERBS: Final = frozenset(
+    {"create", "remove", "remove_all", "rename", "resume", "set_uuid", "wipe_table"}
+)
 
 
 class DeviceState(Protocol):
@@ -133,7 +139,7 @@ class Verbs:
 
     async def save_state(self, verb: str) -> None:
         """Write down what `verb` has changed of the devices that survive the server. Raises: TableError."""
-        if verb not in m.READING_VERBS and verb not in ("wait", "upgrade"):
+        if verb in SAVED_VERBS:
             await self.state.save()
 
     async def upgrade(self, _: m.Upgrade) -> m.UpgradeAnswer:
@@ -168,8 +174,14 @@ class Verbs:
         if request.persist:
             try:
                 await self.state.keep(device)
-            except TableError:
-                await self._registry.remove(device.dm_name)
+            except TableError as error:
+                try:
+                    await self._registry.remove(device.dm_name)
+                except TableError as second:  # a client was faster
+                    raise TableError(
+                        f"{error}; the device is there and is not kept ({second})",
+                        error.errno,
+                    ) from error
                 raise
         return m.Done()
 

@@ -162,6 +162,35 @@ async def test_a_device_that_cannot_be_kept_is_not_created(
     assert server.kept() == {"b": "0 8 zero"}
 
 
+async def test_more_than_can_be_read_again_is_not_written(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.create("a", "0 8 zero", persist=True)
+    before = server.kept()
+    monkeypatch.setattr(state_module, "FILE_SIZE_MAX", 300)
+    with pytest.raises(TableError, match="more than 300 bytes"):
+        await server.create(
+            "b", "\n".join(f"{nr} 1 zero" for nr in range(9)), persist=True
+        )
+    assert server.kept() == before
+    assert server.served() == ["a"]
+
+
+async def test_a_device_that_cannot_be_kept_and_is_in_use_stays(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: str, text: str) -> None:
+        server.registry.acquire("a")  # a client attaches at this moment
+        monkeypatch.undo()
+        no_space(path, text)
+
+    monkeypatch.setattr(state_module, "replace_file", fail)
+    with pytest.raises(TableError, match="the device is there and is not kept"):
+        await server.create("a", "0 8 zero", persist=True)
+    assert server.served() == ["a"]
+    server.registry.release(server.registry.get("a"))
+
+
 async def test_a_disk_that_is_missing_at_the_start_stays_kept(server: Server) -> None:
     image = server.work / "a.img"
     image.write_bytes(bytes(MIB))
