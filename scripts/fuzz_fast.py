@@ -7,7 +7,10 @@ The extension module is built with AddressSanitizer into a temporary folder, and
 library preloaded sends random batches over a socket pair: good requests, requests with random fields, cut
 ones, and random bytes, through flat routes, bitmaps and tables, with small buffers and large ones, with
 files that are too short, and peers that do not read. In most rounds some READs are taken for misses of the page cache, and
-io_uring carries them out, if it is allowed; planes are released while it does. Every good batch is held against a model of the file.
+io_uring carries them out, if it is allowed; planes are released while it does.
+
+Every third round calls the `Receiver` instead, as the event loop does (`fuzz_fast_receiver.py`), and every third one is a server that answers the
+READs of bulk copies in good and in bad ways (`fuzz_fast_copies.py`).
 
 The first memory error ends the run with AddressSanitizer's report; so does a wrong reply, with the seed
 of its round and the command that repeats it. `--plain` leaves the sanitizer out.
@@ -16,342 +19,25 @@ Exit status: 0 if nothing was found, else 1.
 """
 
 import argparse
-import contextlib
-import functools
 import os
-import random
-import select
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from bitarray import bitarray
-
-from nbdtarget.policies.smq.block_table import BlockTable
 from scripts.build_fast import BuildError, build, compiler
-
-if TYPE_CHECKING:
-    from nbdtarget_fast import FastFile, Plane, Route
-    from nbdtarget_ring import Ring
+from scripts.fuzz_fast_copies import CopyRound
+from scripts.fuzz_fast_plane import Round
+from scripts.fuzz_fast_receiver import ReceiverRound
 
 __all__ = ["main"]
 
-SIZE: Final = 1 << 20
-BLOCK: Final = 1 << 16
-MAGIC: Final = 0x25609513
-HEADER: Final = struct.Struct(">IHHQQI")
-EXTENDED_MAGIC: Final = 0x21E41C71
-EXTENDED_HEADER: Final = struct.Struct(">IHHQQQ")
-PAYLOAD_LEN: Final = 1 << 5
-REPLY_HEAD_MAX: Final = 44
 ROUND_MESSAGES: Final = 20_000
-BATCH_MAX: Final = 200
-SYNCS_MAX: Final = 256  # of `Plane`
+ROUNDS: Final = (Round, ReceiverRound, CopyRound)
 INSIDE: Final = "NBDTARGET_FUZZ_FAST"  # set in the second Python
-
-
-@functools.cache
-def is_available() -> bool:
-    """Whether io_uring may be used here."""
-    import nbdtarget_ring
-
-    return nbdtarget_ring.is_available()
-
-
-class Round:
-    """A plane with random sizes over a random route, and a file."""
-
-    def __init__(self, seed: int, folder: Path) -> None:
-        import nbdtarget_fast
-
-        self.fast = nbdtarget_fast
-        self.nr_reads = self.nr_bytes = self.nr_device_reads = 0
-        self.nr_file_reads = self.nr_held = 0
-        self.random = random.Random(seed)
-        pick = self.random
-        path = folder / "disk"
-        self.model = bytearray(pick.randbytes(SIZE))
-        path.write_bytes(self.model)
-        self.fd = os.open(path, os.O_RDWR)
-        if pick.random() < 0.1:
-            os.ftruncate(self.fd, pick.randrange(SIZE))  # shorter than it was
-        self.is_short = os.fstat(self.fd).st_size < SIZE
-        self.file: FastFile = nbdtarget_fast.FastFile(
-            self.fd, 10**9, lambda: None, lambda *_: None, self.note_reads
-        )
-        self.file.size = SIZE
-        self.file.read_max = self.file.write_max = pick.choice((SIZE, SIZE, 4096))
-        self.ring = self._ring()
-        self.kind = pick.choice(("flat", "bitmap", "table"))
-        self.route: Route = self._route()
-        self.route.can_read = self.route.can_write = True
-        self.route.in_flight = (self,)
-        if self.kind == "table":
-            self.route.hold, self.route.let_go = self.hold, self.let_go
-        self.ours, self.peer = socket.socketpair()
-        self.ours.setblocking(False)
-        self.peer.setblocking(False)
-        self.received = bytearray(pick.choice((64, 300, 5000, 1 << 16, 1 << 19)))
-        self.arena = bytearray(pick.choice((64, 300, 5000, 1 << 17, 1 << 20)))
-        self.structured = pick.random() < 0.7
-        self.extended = self.structured and pick.random() < 0.5
-        self.header = EXTENDED_HEADER if self.extended else HEADER
-        self.magic = EXTENDED_MAGIC if self.extended else MAGIC
-        self.plane: Plane = nbdtarget_fast.Plane(
-            self.ours.fileno(),
-            self.received,
-            self.arena,
-            structured=self.structured,
-            can_write=pick.random() < 0.9,
-            size=pick.choice((SIZE, SIZE, SIZE // 2)),
-            zero_min=pick.choice((1, 512, 32768)),
-            length_max=pick.choice((4096, 1 << 32)),
-            turn_ns=pick.choice((1000, 10**9)),
-            flush_at=pick.choice((1, 4096, 1 << 17)),
-            poison=pick.random() < 0.5,
-            ring_reads=self,
-            flush_for=None
-            if self.extended
-            else pick.choice((None, self.flush_for, self.flush_for)),
-            extended=self.extended,
-        )
-
-    def _ring(self) -> "Ring | None":
-        """Have some READs, or all, go through a ring, which may be small."""
-        import nbdtarget_ring
-
-        pick = self.random
-        if pick.random() < 0.2 or not is_available():
-            return None
-        ring = nbdtarget_ring.Ring(pick.choice((1, 4, 64, 256)))
-        ring.left_over = lambda: None
-        self.file.ring = ring
-        self.file.ring_max = pick.choice((512, SIZE))
-        self.file.align = pick.choice((1, 1, 1, 512))
-        self.file.fake_misses = pick.choice((1 << 28, 1 << 31, (1 << 32) - 1))
-        return ring
-
-    # What the plane asks its connection, and the mapped device.
-
-    def room(self) -> tuple[int, int]:
-        nr = self.random.choice((0, 3, 50, *[1000] * 17))
-        return nr, self.random.choice((10_000, 1 << 30, 1 << 30))
-
-    def flush_for(self, writes: list[int], flushes: list[int], is_alone: bool) -> bool:
-        raise AssertionError("only a Receiver calls this")
-
-    def begun(self, nr: int, nr_bytes: int) -> None:
-        self.nr_reads += nr
-        self.nr_bytes += nr_bytes
-
-    def may_send(self) -> bool:
-        return self.random.random() < 0.7
-
-    def push(self, data: bytes, charge: int) -> None:
-        assert len(data) <= charge + REPLY_HEAD_MAX
-        self.nr_bytes -= charge
-
-    def ended(self, nr: int, nr_bytes: int) -> None:
-        self.nr_reads -= nr
-        self.nr_bytes -= nr_bytes
-
-    def read_again(self, cookie: int, offset: int, length: int) -> None:
-        assert self.is_short
-
-    def begin_reads(self, nr: int) -> None:
-        self.nr_device_reads += nr
-
-    def end_reads(self, nr: int) -> None:
-        self.nr_device_reads -= nr
-
-    def note_reads(self, more: int) -> None:
-        self.nr_file_reads += more
-
-    def hold(self, block: int) -> None:
-        self.nr_held += 1
-
-    def let_go(self, block: int) -> None:
-        self.nr_held -= 1
-
-    def _reap(self) -> None:
-        """The loop hears of what has ended."""
-        if self.ring is not None:
-            self.ring.flush()
-            for done, result in self.ring.reap():
-                done(result)
-
-    def _route(self) -> "Route":
-        pick, route = self.random, self.fast.Route
-        if self.kind == "flat":
-            return route.flat(
-                self.file, pick.choice((0, 0, 4096, -4096, 1 << 62)), SIZE
-            )
-        if self.kind == "bitmap":
-            bits = bitarray(endian="little")
-            bits.frombytes(pick.randbytes(2))
-            shift = pick.choice((16, 17, 20, 40))
-            nr_bits = pick.choice((16, 16, 3))
-            return route.by_bitmap(self.file, self.file, bits, nr_bits, shift, 0, SIZE)
-        table = BlockTable(16)
-        for entry, block in enumerate(pick.sample(range(16), 12)):
-            table.insert(entry, block)
-        if pick.random() < 0.3:  # nonsense
-            for at in range(len(table.chain)):
-                table.chain[at] = pick.choice((0, at, 1 << 20, 0xFFFFFFFF))
-            for at in range(len(table.buckets)):
-                table.buckets[at] = pick.choice((0, at, 1 << 31, 0xFFFFFFFF))
-        return route.by_table(
-            self.file,
-            table.blocks,
-            table.buckets,
-            table.chain,
-            table.shift,
-            bytearray(pick.choices((0, 1), (1, 9), k=16)),
-            pick.randbytes(2),
-            pick.randbytes(2),
-            pick.choice((16, 3)),
-            pick.choice((0, 1, 63)),
-            pick.choice((BLOCK, BLOCK, 1000, 1 << 40)),
-            pick.choice((16, 16, 1 << 40)),
-            pick.choice((0, 0, 4096)),
-            SIZE,
-        )
-
-    def message(self) -> bytes:
-        pick = self.random
-        command = pick.choice((0, 0, 0, 1, 1, 3))
-        length = pick.choice((1, 17, 512, 512, 4096, 4096))
-        offset, flags, magic = pick.randrange(SIZE - 4096), 0, self.magic
-        if command == 1 and pick.random() < 0.2:
-            flags = 1  # FUA
-        elif command == 3:
-            offset = length = 0
-        if pick.random() < 0.02:  # it is something else, in one way or several
-            odd = pick.random()
-            if odd < 0.2:
-                command = pick.choice((2, 3, 6, 0xFFFF))
-            elif odd < 0.4:
-                flags = pick.randrange(1 << 16)
-            elif odd < 0.6:
-                length = pick.choice((0, 1 << 31, (1 << 32) - 1, 1 << 18, 70_000))
-            elif odd < 0.9:
-                offset = pick.choice((SIZE, (1 << 64) - 1, pick.randrange(1 << 64)))
-            else:
-                magic = pick.randrange(1 << 32)
-            if self.extended and pick.random() < 0.2:
-                length = pick.choice((1 << 32, (1 << 64) - 1, (1 << 32) + 512))
-        if self.extended and command == 1 and pick.random() < 0.8:
-            flags |= PAYLOAD_LEN
-        head = self.header.pack(
-            magic, flags, command, pick.randrange(1 << 64), offset, length
-        )
-        if command == 1 and length < 1 << 18:
-            return head + bytes(length)
-        return head
-
-    def run(self, nr_messages: int) -> int:
-        """Send that many messages; return how many were served by the compiled code."""
-        pick, plane = self.random, self.plane
-        counts = [0]
-
-        def served(reads: int, writes: int) -> None:
-            counts[0] += reads + writes
-
-        self.route.was_served = served
-        begin = base = out = 0
-        while nr_messages > 0:
-            nr = pick.randint(1, BATCH_MAX)
-            nr_messages -= nr
-            wire = b"".join(self.message() for _ in range(nr))
-            if pick.random() < 0.02:
-                wire = pick.randbytes(pick.randrange(2000))
-            if pick.random() < 0.1:
-                wire = wire[: pick.randrange(len(wire) + 1)]
-            at = 0
-            while at < len(wire):
-                with contextlib.suppress(BlockingIOError):  # then only receive
-                    at += self.peer.send(wire[at : at + 100_000])
-                stop = plane.turn(
-                    self.route,
-                    pick.choice((0, 0, 50_000)),
-                    pick.random() < 0.5,
-                    begin,
-                    plane.end,
-                    base,
-                    out,
-                )
-                if pick.random() < 0.5:
-                    self._reap()
-                assert 0 <= plane.begin <= plane.end <= len(self.received)
-                assert 0 <= plane.base <= plane.out <= len(self.arena)
-                base, out = plane.base, plane.out
-                begin = plane.begin
-                nr_syncs = plane.nr_syncs
-                assert 0 <= nr_syncs <= SYNCS_MAX
-                writes, flushes = plane.take_syncs()
-                assert len(writes) + len(flushes) == nr_syncs
-                if stop in (self.fast.SLOW, self.fast.UNFINISHED):
-                    self._take()
-                    base = out = 0
-                    begin = self._skip()
-                    if begin < 0:
-                        self._drop()
-                        begin = 0
-                        break
-                if pick.random() < 0.8 or stop == self.fast.BLOCKED:
-                    self._take()
-                    base = out = 0
-        self._drop()
-        return counts[0]
-
-    def _skip(self) -> int:
-        """Python would serve the request at `begin`. Returns where the next one begins; -1: that is not known."""
-        at, left = self.plane.begin, self.plane.end - self.plane.begin
-        header = self.header
-        if left < header.size:
-            return -1
-        magic, _, command, _, _, length = header.unpack_from(self.received, at)
-        size = header.size + (length if command == 1 else 0)
-        return at + size if magic == self.magic and size <= left else -1
-
-    def _take(self) -> None:
-        """Take all replies."""
-        while True:
-            try:
-                if not self.peer.recv(1 << 20):
-                    return
-            except BlockingIOError:
-                return
-
-    def _drop(self) -> None:
-        """Python would serve this request; here the rest of the batch is dropped instead."""
-        self._take()
-        while True:
-            try:
-                self.ours.recv(1 << 20)
-            except BlockingIOError:
-                break
-        # A turn over nothing, to set the places back.
-        self.plane.turn(self.route, 0, False, 0, 0, 0, 0)
-
-    def close(self) -> None:
-        self.route.close()
-        self.plane.release()  # reads may be under way
-        while self.ring is not None and self.ring.nr_reads:
-            select.select([self.ring.event_fd], [], [], 10)
-            self._reap()
-        counts = self.nr_reads, self.nr_bytes, self.nr_device_reads
-        assert counts == (0, 0, 0)
-        assert (self.nr_file_reads, self.nr_held) == (0, 0)
-        self.ours.close()
-        self.peer.close()
-        os.close(self.fd)
 
 
 def run_rounds(seed: int, messages: int) -> int:
@@ -362,7 +48,7 @@ def run_rounds(seed: int, messages: int) -> int:
         while sent < messages:
             # AddressSanitizer ends the process: what was under way is on the screen then.
             print(f"\rround {at}: {sent} messages, {served} served", end="", flush=True)
-            it = Round(at, Path(folder))
+            it = ROUNDS[at % len(ROUNDS)](at, Path(folder))
             try:
                 served += it.run(min(ROUND_MESSAGES, messages - sent))
             except Exception:

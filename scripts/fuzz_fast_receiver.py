@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds of `make fuzz-fast` in which a `Receiver` is called, as by the event loop, and its connection does what it is told."""
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+
+from scripts.fuzz_fast_plane import Round
+
+__all__ = ["ReceiverRound"]
+
+
+class ReceiverRound(Round):
+    """A Receiver over the plane of a `Round`; the other half of the connection is here."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        super().__init__(seed, folder)
+        pick = self.random
+        self.received_places = SimpleNamespace(begin=0, end=0, served=self._served)
+        self.output = SimpleNamespace(base=0, end=0, sent_to=self._sent_to)
+        self.is_broken = False
+        self.nr_flushes = 0
+        self.receiver = self.fast.Receiver(
+            self.plane,
+            maybe_route=lambda: self.route,
+            is_plain=lambda: True,
+            received=self.received_places,
+            output=self.output,
+            polling=SimpleNamespace(last=None),
+            may_poll=lambda: pick.random() < 0.9,
+            poll_ns=pick.choice((0, 1000, 50_000)),
+            poll_streak=pick.choice((0, 1, 4)),
+            poll_skip_max=8,
+            poll_rest=pick.choice((0, 2)),
+            readable=self._drop,
+            stopped=self._stopped,
+            ended=lambda: None,
+            failed=self._failed,
+        )
+
+    def _served(self, begin: int, end: int) -> None:
+        self.received_places.begin, self.received_places.end = begin, end
+
+    def _sent_to(self, base: int, end: int) -> None:
+        self.output.base, self.output.end = base, end
+
+    def flush_for(self, writes: list[int], flushes: list[int], is_alone: bool) -> bool:
+        self.nr_flushes += len(writes) + len(flushes)
+        assert not is_alone or len(writes) + len(flushes) == 1
+        if self.random.random() < 0.05:
+            self.receiver.python_ran()
+        return is_alone and self.random.random() < 0.8
+
+    def _failed(self, error: Exception) -> None:
+        raise error
+
+    def _stopped(self, stop: int) -> None:
+        """Do what Python would do: serve one request, or send what is left."""
+        self._take()
+        self.output.base = self.output.end = 0
+        if stop in (self.fast.SLOW, self.fast.UNFINISHED):
+            begin = self._skip()
+            if begin < 0:
+                self._drop()
+            else:
+                self.received_places.begin = begin
+        elif stop in (self.fast.CLOSED, self.fast.FAILED):
+            raise AssertionError(f"the peer is there: {stop}")
+
+    def _drop(self) -> None:
+        self._take()
+        with contextlib.suppress(BlockingIOError):
+            while self.ours.recv(1 << 20):
+                pass
+        self.received_places.begin = self.received_places.end = 0
+        self.output.base = self.output.end = 0
+        self.receiver.python_ran()
+
+    def run(self, nr_messages: int) -> int:
+        pick, counts = self.random, [0]
+
+        def served(reads: int, writes: int) -> None:
+            counts[0] += reads + writes
+
+        self.route.was_served = served
+        while nr_messages > 0:
+            # Many clients ask for one thing at a time.
+            nr = pick.choice((1, 1, 1, 1, pick.randint(1, 200)))
+            nr_messages -= nr
+            wire = b"".join(self.message() for _ in range(nr))
+            if pick.random() < 0.02:
+                wire = pick.randbytes(pick.randrange(2000))
+            if pick.random() < 0.05:
+                wire = wire[: pick.randrange(len(wire) + 1)]
+            at = 0
+            while at < len(wire):
+                with contextlib.suppress(BlockingIOError):
+                    at += self.peer.send(wire[at : at + 100_000])
+                self.receiver()
+                if pick.random() < 0.5:
+                    self._reap()
+                if pick.random() < 0.8:
+                    self._take()
+                self._check()
+            if pick.random() < 0.01:
+                self._drop()
+        self._drop()
+        return counts[0] + self.nr_flushes
+
+    def _check(self) -> None:
+        plane = self.plane
+        assert 0 <= plane.begin <= plane.end <= len(self.received)
+        assert 0 <= plane.base <= plane.out <= len(self.arena)
+        assert plane.nr_syncs == 0
+
+    def close(self) -> None:
+        self.receiver.close()
+        super().close()
