@@ -5,6 +5,7 @@ import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
+from nbdtarget.server.poller import LATE_NS, Lateness
 from scripts.fuzz_fast_plane import Round
 
 __all__ = ["ReceiverRound"]
@@ -32,6 +33,7 @@ class ReceiverRound(Round):
             poll_streak=pick.choice((0, 1, 4)),
             poll_skip_max=8,
             poll_rest=pick.choice((0, 2)),
+            late=Lateness(pick.choice((0, LATE_NS))),
             readable=self._drop,
             stopped=self._stopped,
             ended=lambda: None,

@@ -794,6 +794,7 @@ cdef class Plane:
         error: the errno of FAILED or UNFINISHED.
         put: of UNFINISHED: bytes that the file took.
         was_batch: more than one request came at once.
+        was_late: the processor was given away for a look, and came back late; that ends the polling of this turn.
         nr_hits: how many times polling has found something.
         nr_syncs: requests that are done but for a FLUSH of the device; see `take_syncs`.
     """
@@ -824,6 +825,8 @@ cdef class Plane:
     cdef uint64_t put_at  # in the file
     cdef uint64_t put_length
     cdef readonly bint was_batch
+    cdef readonly bint was_late
+    cdef int64_t late_ns
     cdef readonly unsigned nr_hits
     cdef object flush_for
     cdef readonly int nr_syncs
@@ -993,6 +996,7 @@ cdef class Plane:
         cdef bint has_replies
         cdef bint is_received = self.end > self.begin  # begin with that
         self.was_batch = False
+        self.was_late = False
         self.nr_hits = 0
         while True:
             if is_received:
@@ -1019,6 +1023,9 @@ cdef class Plane:
                         return STOP_POLLED
                     sched_yield()
                     looked = now_ns()
+                    if looked - now > self.late_ns:
+                        self.was_late = True
+                        poll_ns = 0
                     continue
                 if not got:
                     return STOP_CLOSED
@@ -1597,7 +1604,7 @@ cdef class Receiver:
         polling: `last` there is what was called last of all connections; while that is another one, nothing is polled.
         may_poll: whether nothing is in flight that polling would hold up.
         poll_ns: after an answer, how long to look at the socket for the next request.
-        poll_streak, poll_skip_max, poll_rest: see `nbdtarget.server.poller`.
+        poll_streak, poll_skip_max, poll_rest, late: see `nbdtarget.server.poller`.
         readable: what the loop would call instead; for everything that is not plain.
         stopped: goes on from what `Plane.turn` returned, if that is not DONE or POLLED.
         ended: a turn is over, and Python has run before it.
@@ -1617,6 +1624,7 @@ cdef class Receiver:
     cdef unsigned poll_streak
     cdef unsigned poll_skip_max
     cdef unsigned poll_rest
+    cdef object late
     cdef unsigned streak  # turns in a row with one request each
     cdef unsigned skip  # turns that are not polled
     cdef unsigned penalty  # how many were skipped after the last miss
@@ -1626,7 +1634,7 @@ cdef class Receiver:
     cdef object failed
 
     def __init__(self, Plane plane not None, *, maybe_route, is_plain, received, output, polling, may_poll,
-                 int64_t poll_ns, unsigned poll_streak, unsigned poll_skip_max, unsigned poll_rest,
+                 int64_t poll_ns, unsigned poll_streak, unsigned poll_skip_max, unsigned poll_rest, late,
                  readable, stopped, ended, failed):
         self.plane = plane
         self.maybe_route, self.is_plain = maybe_route, is_plain
@@ -1634,6 +1642,7 @@ cdef class Receiver:
         self.polling, self.may_poll = polling, may_poll
         self.poll_ns, self.poll_streak = poll_ns, poll_streak
         self.poll_skip_max, self.poll_rest = poll_skip_max, poll_rest
+        self.late, plane.late_ns = late, late.late_ns
         self.readable, self.stopped, self.ended, self.failed = readable, stopped, ended, failed
 
     def python_ran(self):
@@ -1728,6 +1737,7 @@ cdef class Receiver:
         cdef unsigned nr_hits = 0, nr_syncs = 0
         cdef int stop
         cdef Synced synced
+        cdef bint was_late = False
         poll_ns = self.poll_ns if self._polls() else 0
         while True:
             if plane.poison:
@@ -1742,6 +1752,7 @@ cdef class Receiver:
             if plane.base != base or plane.out != out:
                 self.output.sent_to(plane.base, plane.out)
             nr_hits += plane.nr_hits
+            was_late = was_late or plane.was_late
             if not plane.nr_syncs:
                 break
             synced = self._sync(stop == STOP_DONE)
@@ -1751,13 +1762,17 @@ cdef class Receiver:
                 break
             nr_syncs += 1
             # The next request of such a client comes as soon as it has its answer.
-            if not poll_ns or nr_syncs == SYNC_POLLS_MAX or plane._is_over(now_ns()):
+            if not poll_ns or was_late or nr_syncs == SYNC_POLLS_MAX or plane._is_over(now_ns()):
                 break
             if not self.is_sure or not self.route.way.is_open:
                 break
         if nr_hits:
             self.penalty = 0
             self.skip = min(nr_hits, 1 << 20) * self.poll_rest
+        if was_late:
+            self.skip += <unsigned>self.late.note_late()
+        elif nr_hits:
+            self.late.note_hits(nr_hits)
         if plane.was_batch:
             self.streak = 0
         if stop == STOP_DONE:

@@ -36,7 +36,12 @@ from nbdtarget.fast.compiled import IS_COMPILED, Plane, Receiver, Route
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.input import Input
 from nbdtarget.server.output import Output
-from nbdtarget.server.poller import POLL_REST, POLL_SKIP_MAX, POLL_STREAK
+from nbdtarget.server.poller import (
+    POLL_REST,
+    POLL_SKIP_MAX,
+    POLL_STREAK,
+    Lateness,
+)
 from nbdtarget.server.requests import Requests
 from nbdtarget.server.ring_reads import RingReads
 from nbdtarget.server.shared import Host, Shared
@@ -141,6 +146,7 @@ class FastTurn:
             poll_streak=POLL_STREAK,
             poll_skip_max=POLL_SKIP_MAX,
             poll_rest=POLL_REST,
+            late=Lateness(),
             readable=host.readable,
             stopped=self._stopped,
             ended=self._ended,

@@ -15,7 +15,8 @@ pay off:
                          uses its processor all the time, twice as much for a request as one that sleeps
 
 A look gives the processor away (`sched_yield`), because on a machine with few cores the client needs it to send its next
-request. If the look comes back late, something else used the processor, and this counts as a miss.
+request. If the look comes back late, something else used the processor, and this counts as a miss. If it comes back **very**
+late, a program that computes has used up its share while our client waited, and will do so again: see `Lateness`.
 
 The compiled `Receiver` (`nbdtarget.fast`) does the same for plain requests, by the same numbers.
 """
@@ -25,12 +26,28 @@ from typing import Final
 
 from nbdtarget.common.clock import perf_counter_ns
 
-__all__ = ["POLL_REST", "POLL_SKIP_MAX", "POLL_STREAK", "Poller", "Polling"]
+__all__ = [
+    "LATE_FORGIVEN",
+    "LATE_NS",
+    "LATE_SKIP_MAX",
+    "LATE_SKIP_MIN",
+    "POLL_REST",
+    "POLL_SKIP_MAX",
+    "POLL_STREAK",
+    "Lateness",
+    "Poller",
+    "Polling",
+]
 
 POLL_STREAK: Final = 16
 POLL_SKIP_MAX: Final = 512
 POLL_REST: Final = 2
 POLL_GAP_NS: Final = 20_000  # a longer time between two looks: the processor was busy
+
+LATE_NS: Final = 200_000  # so long the processor was away for one look
+LATE_SKIP_MIN: Final = 1024  # wake-ups that are not polled after the first such look
+LATE_SKIP_MAX: Final = 1 << 16
+LATE_FORGIVEN: Final = 4096  # hits without such a look: half as many the next time
 
 _sched_yield: Final = os.sched_yield
 
@@ -50,6 +67,37 @@ class Polling:
         self.streak = 0
 
 
+class Lateness:
+    """How often the processor that a look gave away came back very late.
+
+    Who gives the processor away gives the rest of its share away, and where programs wait for a processor it waits for a whole
+    share of one of them: some milliseconds, a hundred times as long as the request takes. A hit may follow all the same, for the client has sent its
+    request meanwhile. So this counts apart from hits and misses: each time, twice as many wake-ups as the last time are not polled.
+
+    Attributes: late_ns: what counts as very late.
+    """
+
+    __slots__ = ("_nr_hits", "_skip", "late_ns")
+
+    def __init__(self, late_ns: int = LATE_NS) -> None:
+        self.late_ns = late_ns
+        self._skip = 0
+        self._nr_hits = 0
+
+    def note_late(self) -> int:
+        """A look came back very late. Return how many wake-ups are not to be polled now."""
+        self._skip = min(max(2 * self._skip, LATE_SKIP_MIN), LATE_SKIP_MAX)
+        self._nr_hits = 0
+        return self._skip
+
+    def note_hits(self, nr: int) -> None:
+        """So many looks have found something, and none came back very late."""
+        self._nr_hits += nr
+        if self._nr_hits >= LATE_FORGIVEN:
+            self._nr_hits = 0
+            self._skip //= 2
+
+
 class Poller:
     """The polling of one connection; see the module head.
 
@@ -59,6 +107,7 @@ class Poller:
 
     __slots__ = (
         "_began_ns",
+        "_late",
         "_looked_ns",
         "_nr_hits",
         "_penalty",
@@ -75,6 +124,7 @@ class Poller:
         self._nr_hits = 0  # since the last wake-up
         self._penalty = 0  # how many were skipped after the last miss
         self._began_ns = self._looked_ns = 0
+        self._late = Lateness()
         self.is_looking = False
 
     # hot: once in each wake-up
@@ -109,18 +159,23 @@ class Poller:
             return False
         _sched_yield()
         self._looked_ns = now_ns
+        if perf_counter_ns() - now_ns > self._late.late_ns:
+            # The last look of this turn.
+            self._began_ns = now_ns - self._poll_ns - 1
+            self._skip += self._late.note_late()
         return True
 
     def missed(self) -> None:
         """Polling has found nothing."""
         self._penalty = min(2 * self._penalty + 1, POLL_SKIP_MAX)
-        self._skip = self._penalty
+        self._skip += self._penalty
 
     def hit(self) -> None:
         """A look has found something: polling pays off."""
         self.is_looking = False
         self._penalty = 0
         self._nr_hits += 1
+        self._late.note_hits(1)
 
     def close(self) -> None:
         """The connection is closed."""

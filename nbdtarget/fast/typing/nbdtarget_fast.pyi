@@ -39,6 +39,14 @@ class RingReads(Protocol):
     def ended(self, nr: int, nr_bytes: int) -> None: ...
     def read_again(self, cookie: int, offset: int, length: int) -> None: ...
 
+class Late(Protocol):
+    """See `nbdtarget.server.poller.Lateness`."""
+
+    late_ns: int
+
+    def note_late(self) -> int: ...
+    def note_hits(self, nr: int) -> None: ...
+
 class FastFile:
     size: int
     read_max: int
@@ -109,6 +117,7 @@ class Plane:
     error: int
     put: int
     was_batch: bool
+    was_late: bool
     nr_hits: int
     nr_syncs: int
 
@@ -160,6 +169,7 @@ class Receiver:
         poll_streak: int,
         poll_skip_max: int,
         poll_rest: int,
+        late: Late,
         readable: Callable[[], None],
         stopped: Callable[[int], None],
         ended: Callable[[], None],

@@ -3,7 +3,9 @@
 
 import asyncio
 import errno
+import os
 import random
+import threading
 
 import pytest
 
@@ -11,7 +13,7 @@ from nbdtarget.devices import bulk
 from nbdtarget.devices.bulk import BulkCopies
 from nbdtarget.devices.bulk_streams import BulkFailure
 from nbdtarget.devices.memory import MemoryDevice
-from tests.support.bulk import LendingDisk, WritableDisk
+from tests.support.bulk import LendingDisk, WritableDisk, Writer
 from tests.support.clock import settle
 from tests.support.nbd_device import until
 
@@ -45,6 +47,26 @@ async def test_copies_are_exact_also_side_by_side() -> None:
     found = await asyncio.gather(*(copied(copies, *each) for each in ranges))
     assert found == [None] * 3
     assert destination.data == want
+    copies.rest()
+    await until(lambda: source.came_back == [""] * 3)
+
+
+async def test_threads_of_a_copy_give_way_to_those_that_serve() -> None:
+    source, destination, copies = pair()
+    seen: set[tuple[int, int]] = set()
+    writer = destination.maybe_bulk_writer()
+
+    def look(data: memoryview, offset: int) -> int:
+        seen.add((os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)))
+        return Writer.write(writer, data, offset)
+
+    writer.write = look  # type: ignore[method-assign]
+    destination.maybe_bulk_writer = lambda: writer  # type: ignore[method-assign]
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert await copied(copies, 0, SIZE) is None
+    nice = min(before + bulk.NICE_STEP, 19)
+    assert seen == {(nice, os.SCHED_BATCH)}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     copies.rest()
     await until(lambda: source.came_back == [""] * 3)
 

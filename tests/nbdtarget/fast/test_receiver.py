@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from nbdtarget.fast import compiled
+from nbdtarget.server.poller import LATE_SKIP_MIN, Lateness
 
 pytestmark = pytest.mark.skipif(
     not compiled.IS_COMPILED, reason=f"{compiled.describe()}"
@@ -22,10 +23,13 @@ if compiled.IS_COMPILED:
 SIZE = 1 << 16
 READ, WRITE, FLUSH = 0, 1, 3
 STREAK, SKIP_MAX, REST = 4, 8, 2
+NEVER_NS = 1 << 62
 
 
 class Rig:
     """A Receiver whose connection notes what it is asked and told."""
+
+    late_ns = NEVER_NS
 
     def __init__(
         self, path: Path, *, poison: bool = False, is_durable: bool = False
@@ -41,6 +45,7 @@ class Rig:
         self.ours.setblocking(False)
         self.peer.setblocking(False)
         self.told: list[str] = []
+        self.late = Lateness(self.late_ns)
         self.plain = True
         self.received = SimpleNamespace(begin=0, end=0, served=self.served)
         self.output = SimpleNamespace(base=0, end=0, sent_to=self.sent_to)
@@ -75,6 +80,7 @@ class Rig:
             poll_streak=STREAK,
             poll_skip_max=SKIP_MAX,
             poll_rest=REST,
+            late=self.late,
             readable=lambda: self.told.append("readable"),
             stopped=lambda stop: self.told.append(f"stopped {stop}"),
             ended=lambda: self.told.append("ended"),
@@ -236,6 +242,7 @@ def test_exception_goes_to_the_connection(rig: Rig) -> None:
         poll_streak=STREAK,
         poll_skip_max=SKIP_MAX,
         poll_rest=REST,
+        late=Lateness(),
         readable=lambda: None,
         stopped=lambda _: None,
         ended=lambda: None,
@@ -295,6 +302,23 @@ def test_batches_and_other_connections_end_a_streak(rig: Rig) -> None:
     for _ in range(STREAK):
         assert "poll?" not in rig.call(request(READ, 0))
     assert "poll?" in rig.call(request(READ, 0))
+
+
+def test_a_processor_that_comes_back_very_late_ends_the_polling_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late: list[str] = []
+    monkeypatch.setattr(Rig, "late_ns", 0)  # each look is very late
+    rig = Rig(tmp_path / "disk")
+    for _ in range(STREAK):
+        rig.call(request(READ, 0))
+    assert "poll?" in rig.call(request(READ, 0))
+    for nr in range(LATE_SKIP_MIN):
+        rig.replies()
+        if "poll?" in rig.call(request(READ, 0)):
+            late.append(f"polled after {nr}")
+    assert not late
+    rig.close()
 
 
 # ---- durable requests of a client that is alone ----

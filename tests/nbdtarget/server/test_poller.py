@@ -7,9 +7,14 @@ import pytest
 
 from nbdtarget.server import poller as module
 from nbdtarget.server.poller import (
+    LATE_FORGIVEN,
+    LATE_NS,
+    LATE_SKIP_MAX,
+    LATE_SKIP_MIN,
     POLL_REST,
     POLL_SKIP_MAX,
     POLL_STREAK,
+    Lateness,
     Poller,
     Polling,
 )
@@ -129,3 +134,31 @@ def test_polling_rests_after_what_it_has_found() -> None:
     for _ in range(5 * POLL_REST):
         assert not poller.begin()
     assert poller.begin()
+
+
+def test_a_look_that_comes_back_very_late_is_the_last_for_long(time: Time) -> None:
+    poller = Poller(Polling(), 50)
+    _warm(poller)
+    assert poller.begin()
+    time.gone_ns = LATE_NS + 1
+    assert poller.look_again()
+    poller.hit()  # the client has sent its request meanwhile
+    for _ in range(LATE_SKIP_MIN + POLL_REST):
+        assert not poller.begin()
+    assert poller.begin()
+    assert poller.look_again()
+    assert not poller.look_again()  # it has found nothing, and looks no more
+    for _ in range(2 * LATE_SKIP_MIN + 1):
+        assert not poller.begin()
+    assert poller.begin()
+
+
+def test_lateness_is_forgiven_after_many_hits() -> None:
+    late = Lateness()
+    found = [late.note_late() for _ in range(10)]
+    assert found == [min(LATE_SKIP_MIN << nr, LATE_SKIP_MAX) for nr in range(10)]
+    late.note_hits(LATE_FORGIVEN - 1)
+    assert late.note_late() == LATE_SKIP_MAX
+    late.note_hits(LATE_FORGIVEN)
+    late.note_hits(LATE_FORGIVEN)
+    assert late.note_late() == LATE_SKIP_MAX // 2
