@@ -20,7 +20,7 @@ endif
 .PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open bench-sources fleet-sim crash kill-test torture upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-wire-guided fuzz-fast rot lock wheel clean hit-ratio attack attack-stalled docs docs-reference help
 
 help:
-	@echo 'make run [SOURCE=disk|URI DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
+	@echo 'make run [SOURCE=disk|URL|qemu:… DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
 	@echo 'make test          the suite                  make check   format, lint, types, walls'
 	@echo 'make test-long     what takes longer: SIGKILL under load, long histories, packages, tutorials'
 	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost; latency beside copies'

@@ -32,6 +32,7 @@ from nbdtarget.cli import (
     page,
     scratch,
     serve,
+    sources,
     stats,
     tables,
     top,
@@ -73,6 +74,7 @@ for group in (
     torture,
     advise,
     metadata,
+    sources,
     doctor,
     completion,
 ):

@@ -52,10 +52,11 @@ class ImageFormat(NamedTuple):
 
     def advice_for(self, name: str, path: str | None) -> str:
         """What to do to get at the disk inside."""
-        is_on_web = name.startswith(_WEB) and self.word.startswith("qemu:")
+        is_encoded = self.word.startswith(("qemu:", "nbdkit:"))
+        is_on_web = name.startswith(_WEB) and not self.word.startswith("nbdkit:")
         if self.word and (path is not None or is_on_web):
             what = name.partition("#")[0] if path is None else path
-            for mark in "%#&":
+            for mark in "%#&" if is_encoded else "":
                 what = what.replace(mark, f"%{ord(mark):X}")
             return f"write {self.word.format(what=what)} for the disk in it"
         if self.command and path is not None:
@@ -63,7 +64,10 @@ class ImageFormat(NamedTuple):
         return "give the disk in it"
 
 
-_WEB: Final = ("http://", "https://")  # which qemu-nbd reads, too
+_WEB: Final = (
+    "http://",
+    "https://",
+)  # which qemu-nbd reads, too, and what unpacks a stream
 
 
 def _image(name: str) -> ImageFormat:
@@ -71,9 +75,8 @@ def _image(name: str) -> ImageFormat:
 
 
 def _packed(
-    name: str, command: str, article: str = "a", *, has_filter: bool = False
+    name: str, command: str, article: str = "a", *, word: str = ""
 ) -> ImageFormat:
-    word = f"nbdkit:file?file={{what}}&filter={name}" if has_filter else ""
     return ImageFormat(name, f"{article} {name} file", word, command)
 
 
@@ -90,9 +93,13 @@ _MAGICS: Final = (
     (64, b"\x7f\x10\xda\xbe", _image("vdi")),
     (0, b"WithoutFreeSpace", _image("parallels")),
     (0, b"WithouFreSpacExt", _image("parallels")),
-    (0, b"\xfd7zXZ\0", _packed("xz", "xz -dk {path}", "an", has_filter=True)),
-    (0, b"\x1f\x8b\x08", _packed("gzip", "gzip -dk {path}", has_filter=True)),
-    (0, b"\x28\xb5\x2f\xfd", _packed("zstd", "zstd -d {path}")),
+    (0, b"\xfd7zXZ\0", _packed("xz", "xz -dk {path}", "an", word="xz:{what}")),
+    (
+        0,
+        b"\x1f\x8b\x08",
+        _packed("gzip", "gzip -dk {path}", word="gzip:{what}#size=SIZE"),
+    ),
+    (0, b"\x28\xb5\x2f\xfd", _packed("zstd", "zstd -d {path}", word="zstd:{what}")),
     (0, b"PK\3\4", _packed("zip", "unzip {path}")),
 )
 _BZIP2: Final = re.compile(rb"BZh[1-9]\x31\x41\x59\x26\x53\x59")

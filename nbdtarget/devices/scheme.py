@@ -45,6 +45,7 @@ class Scheme:
         says_format: the name says in which format the disk is.
         starts_programs: to open the disk, another program is started.
         programs: those that are needed.
+        modules: of Python, of an optional package, that are needed.
     """
 
     name: ClassVar[str]
@@ -54,6 +55,7 @@ class Scheme:
     says_format: ClassVar[bool] = False
     starts_programs: ClassVar[bool] = False
     programs: ClassVar[tuple[str, ...]] = ()
+    modules: ClassVar[tuple[str, ...]] = ()
 
     async def open(self, name: str, *, read_only: bool) -> "Device":
         """Open the disk called `name`, and lock it if other processes could use it.

@@ -19,7 +19,8 @@ from typing import Any, Final
 from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.words import printable
-from nbdtarget.devices.helper.process import LINE_MAX, kill_all, launch, missing
+from nbdtarget.devices.helper.process import LINE_MAX, kill_all, launch
+from nbdtarget.devices.helper.programs import missing
 from nbdtarget.devices.helper.words import QemuName
 
 __all__ = ["references", "refuse_references"]

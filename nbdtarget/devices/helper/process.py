@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -34,6 +33,7 @@ from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.say_rarely import SayRarely
 from nbdtarget.common.turns import Tasks
 from nbdtarget.common.words import printable
+from nbdtarget.devices.helper.programs import missing
 
 __all__ = [
     "END_S_MAX",
@@ -42,7 +42,6 @@ __all__ = [
     "PrivateSocket",
     "kill_all",
     "launch",
-    "missing",
 ]
 
 END_S_MAX: Final = 5.0
@@ -52,27 +51,7 @@ SAY_S_MIN: Final = 10.0
 BACKLOG: Final = 64
 _LAUNCH: Final = str(Path(__file__).with_name("launch.py"))
 
-# What to install, on Debian and its kin, and on Fedora and its kin.
-_PACKAGES: Final = {
-    "qemu-nbd": ("qemu-utils", "qemu-img"),
-    "qemu-img": ("qemu-utils", "qemu-img"),
-    "nbdkit": ("nbdkit", "nbdkit"),
-}
-
 log = logging.getLogger(__name__)
-
-
-def missing(program: str) -> str:
-    """Say what to do if there is no such program; empty: there is."""
-    if shutil.which(program) is not None:
-        return ""
-    if program not in _PACKAGES:
-        return f"the program {program} is not there"
-    debian, fedora = _PACKAGES[program]
-    return (
-        f"the program {program} is not installed: `apt install {debian}' or `dnf install"
-        f" {fedora}' installs it"
-    )
 
 
 async def launch(

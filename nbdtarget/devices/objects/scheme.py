@@ -25,6 +25,7 @@ class S3Scheme(Scheme):
     summary: ClassVar[str] = (
         "an object in S3 or a store that speaks its protocol, read-only; needs nbdtarget[objects]"
     )
+    modules: ClassVar[tuple[str, ...]] = ("obstore",)
 
     async def open(self, name: str, *, read_only: bool) -> "Device":
         from nbdtarget.devices.http.url_command import url_command_for

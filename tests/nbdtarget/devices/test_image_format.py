@@ -106,7 +106,7 @@ def test_advice_names_the_word_for_what_it_is() -> None:
     url = "https://h/d.qcow2#pin=size"
     assert "qemu:qcow2:https://h/d.qcow2 " in qcow2.advice_for(url, None)
     assert qcow2.advice_for("nbd://h/d", None) == "give the disk in it"
-    assert "nbdkit:file?file=/d.xz&filter=xz " in xz.advice_for("/d.xz", "/d.xz")
+    assert "write xz:/d.xz " in xz.advice_for("/d.xz", "/d.xz")
     assert zip_.advice_for("/d.zip", "/d.zip") == "`unzip /d.zip' unpacks it"
     told = qcow2.refusal("/raw.img", "/raw.img")
     assert "raw:/raw.img if it is a raw disk" in told

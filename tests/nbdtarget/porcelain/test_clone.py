@@ -217,7 +217,7 @@ async def test_overwrite_starts_anew(work: Path) -> None:
         (
             {"image": b"\xfd7zXZ\0" + bytes(MIB)},
             {"source": "image"},
-            "nbdkit:file?file=/",
+            "write xz:/",
         ),
         ({"empty": b""}, {"source": "empty"}, "empty"),
         ({}, {"dest": "no/such/dest"}, "no/such/dest"),
