@@ -37,6 +37,7 @@ from rich.table import Table
 
 from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.permissions import OVERWRITE
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.devices.ranged.device import RangedDevice
@@ -329,6 +330,9 @@ class Fleet:
             name,
             f"0 {size // 512} clone memory:m{nr}:{MIB} disk:{nr} {source} {REGION // 512} 0"
             f" 4 hydration_threshold {REMOTE_IN_FLIGHT_BYTES // REGION} hydration_batch_size {REMOTE_COPY_BYTES // REGION}",
+            permissions=frozenset(
+                {OVERWRITE}
+            ),  # there is no need to look for data on a new disk
         )
         if self._way.endswith("traced"):
             assert device.active is not None

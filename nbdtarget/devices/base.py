@@ -136,6 +136,7 @@ class Device:
             WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
         traffic: what a remote image has cost so far; None: it is none.
+        is_forward_only: it is read from the front to the end, and a step back costs all that lies before: copy it in order.
         has_lanes: what `submit_ahead` reads does not keep clients' reads waiting, so a background copy need not rest for them.
         rotational: what `is_rotational` says, of a device that does not ask others.
         may_be_container: its bytes come from a file or a server, where something else than a raw disk may lie by mistake.
@@ -155,6 +156,7 @@ class Device:
     can_fast_zero: bool = False
     rotational: bool = False
     has_lanes: bool = False
+    is_forward_only: bool = False
     traffic: Traffic | None = None
     may_be_container: bool = False
     _pools: tuple[WorkerPool, ...] = ()

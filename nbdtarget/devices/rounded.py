@@ -45,6 +45,7 @@ class RoundedDevice(Device):
         ) = inner.limits
         self.rotational = inner.rotational
         self.has_lanes = inner.has_lanes
+        self.is_forward_only = inner.is_forward_only
         self.may_be_container = inner.may_be_container
         self.fails_inline = inner.fails_inline
         self.note = (

@@ -49,6 +49,7 @@ class PackedDevice(Device):
     io_min = PIECE_BYTES
     may_be_container = True
     has_lanes = True
+    is_forward_only = True
     can_resize = False
 
     def __init__(
@@ -71,7 +72,7 @@ class PackedDevice(Device):
         self._pieces: deque[tuple[int, bytes]] = deque()
         self._first = 0  # what is kept begins here
         self._position = 0  # and has been unpacked to here
-        self._ahead_s = float("-inf")
+        self._ahead_s = loop_time_s()  # a copy is likely to begin soon
         self._clock = LoopClock()
         self._alone_timer: Timer | None = None
         self._reason = ""

@@ -21,6 +21,8 @@ background. A batch is not cut short while another job runs that will make more 
 What clients have read goes first, if `hydrate_on_read` is set: `ReadQueue`. Those regions are
 copied also when the background is not enabled, and then nothing else is.
 
+A source that can only be read forward (`Device.is_forward_only`) is copied in order, and nothing goes first.
+
 What an earlier boot has read (`hydrate_first`) goes next, in its order. Clients are likely to want it soon, so it does not give way to
 them.
 
@@ -153,6 +155,8 @@ class Hydration:
 
     def note_read(self, begin: int, end: int) -> None:
         """Regions `begin` to `end`, not all of them hydrated, are being read."""
+        if self.regions.source.is_forward_only:
+            return
         was_idle = not self._reads
         self._reads.push(begin, end)
         if was_idle:
@@ -160,6 +164,8 @@ class Hydration:
 
     def hydrate_first(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Hydrate these regions, begin and end half-open, before the others, in this order."""
+        if self.regions.source.is_forward_only:
+            return
         nr_regions = self.regions.nr_regions
         self._first.extend(
             (begin, min(end, nr_regions)) for begin, end in ranges if begin < nr_regions

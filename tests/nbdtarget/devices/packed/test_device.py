@@ -16,6 +16,7 @@ from nbdtarget.devices.packed import device as module
 from nbdtarget.devices.packed.device import PackedDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.registry import Registry
+from nbdtarget.targets.clone.target import CloneTarget
 from tests.support.image_server import ImageServer, image_of
 from tests.support.nbd_device import until
 from tests.support.packed import PACKERS
@@ -198,3 +199,28 @@ async def test_other_packed_file_is_refused_at_the_next_start(tmp_path: Path) ->
     with pytest.raises(NbdTargetError, match="is not the source that"):
         await registry.create("c", line)
     await registry.close()
+
+
+async def test_nothing_goes_first_of_a_packed_image(tmp_path: Path) -> None:
+    name = packed(tmp_path)
+    (tmp_path / "dest").write_bytes(bytes(6 * MIB))
+    registry = Registry(resolve)
+    device = await registry.create(
+        "c",
+        f"0 {6 * MIB // 512} clone {tmp_path}/meta {tmp_path}/dest {name} 128 2 no_hydration hydrate_on_read"
+        " 4 hydration_threshold 16 hydration_batch_size 4",
+    )
+    assert device.active is not None
+    target = device.active.targets[0]
+    assert isinstance(target, CloneTarget)
+    target.hydrate_first([(4 * MIB, 5 * MIB), (MIB, 2 * MIB)])
+    late = asyncio.create_task(device.read(5 * MIB, 4096))
+    await device.message(0, ["enable_hydration"])
+    await until(lambda: target.status_fields()["hydrated_durably"] is True)
+    assert bytes(await late) == IMAGE[5 * MIB : 5 * MIB + 4096]
+    (source,) = (
+        each for each in device.devices_below() if isinstance(each, PackedDevice)
+    )
+    assert source.nr_starts == 1
+    await registry.close()
+    assert (tmp_path / "dest").read_bytes() == IMAGE[: 6 * MIB]
