@@ -6,7 +6,7 @@ What obstore is trusted with: signatures, endpoints, credentials of the environm
 - *Retries.* Its own end after seconds, and a body that breaks off would be continued without If-Match. They are off (`max_retries`
   is 0), and the fetcher does it. obstore does not tell Retry-After, so only the jitter bounds how soon the store is asked again.
 - *The pin.* `get` with a range and If-Match is used, because `get_range` knows no If-Match. Size, ETag, version and range of
-  every answer are compared before a byte is used. A store that answers a range with the whole object (status 200) is refused.
+  every answer are compared before a byte is used. A store that answers a range with status 200 is refused.
 - *Time limits.* Its limit for a whole request is an hour; the fetcher has shorter ones.
 
 Errors of obstore hold URLs, requests and answers, so nothing of their text is shown but the status.
@@ -46,7 +46,7 @@ _EXPIRED: Final = re.compile(
     r"ExpiredToken|RequestExpired|TokenRefreshRequired|InvalidToken|AuthenticationFailed"
 )
 _NO_RANGES: Final = (
-    "the store does not support ranges: it answers them with the whole object (status 200). Give another store, or its web"
+    "the store does not support ranges: it answers them with status 200, and not with 206. Give another store, or its web"
     " address"
 )
 _CREDENTIALS: Final = re.compile(r"credential|metadata endpoint|MetadataError", re.I)
