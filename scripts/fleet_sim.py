@@ -18,6 +18,7 @@ All machines are started at the same moment, which is the worst case. Each numbe
 from the cache, which is cold, each with and without the trace of an earlier boot (`--hydrate-order`).
 
 `first read` is that of the slowest machine, as are `booted` and `hydrated`. `requests` and `MiB` are what the store was asked for, for each clone. The
+Memory is real: the copies of each clone have up to 32 MiB in flight, and what clients read is kept besides, so a thousand clones take some 50 GiB. The
 cost is that of the requests; what a provider charges for bytes that leave it depends on where the fleet is.
 """
 
@@ -427,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trace = fitted(read_trace(options.trace), model.image_bytes)
     logging.disable(logging.WARNING)  # of a thousand clones
     results = []
-    for nr_clones in options.clones or (1, 10, 100, 1000):
+    for nr_clones in options.clones or (1, 10, 100):
         for way in WAYS:
             results.append(run(model, trace, way, nr_clones))
             print(f"{way}, {nr_clones}: done", file=sys.stderr)
