@@ -13,7 +13,8 @@ there was no background copy for `ALONE_S` does a client's read alone drive it o
 start of a clone that was stopped: what it has already is unpacked again and skipped.
 
 *The size* is known from the file or from `#size=` (`size.py`). The last piece is given out only when the file has ended there. A file that is
-damaged, or has another size, fails all further reads with EIO; `health.last_error` says why.
+damaged, or has another size, fails all further reads with EIO; `health.last_error` says why. One that cannot be read now fails those
+that wait, and is begun again by the next read.
 
 *Identity.* The packed file's, with its format; equal ids count as equal content, because samples would unpack all of it.
 """
@@ -25,11 +26,11 @@ from collections import deque
 from typing import Final
 
 from nbdtarget.bio import OP_READ, Bio
-from nbdtarget.common.clock import LoopClock, Timer, loop_time_s
+from nbdtarget.common.clock import LoopClock, Timer, loop_time_s, sleep
 from nbdtarget.common.turns import Tasks
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.packed.feed import Feed
+from nbdtarget.devices.packed.feed import Feed, UnreadableError
 from nbdtarget.devices.packed.unpack import DamagedError, Unpacker
 from nbdtarget_metadata.disks import Evidence
 
@@ -195,6 +196,11 @@ class PackedDevice(Device):
         while True:
             try:
                 await self._unpack_once()
+            except UnreadableError as error:
+                self.health.note_error("read", errnos.EIO)
+                self.health.last_error = str(error)
+                self._fail_all()
+                await sleep(0)  # those that ask again have their turn
             except DamagedError as error:
                 self._refuse(str(error))
                 return

@@ -8,12 +8,15 @@ from typing import Final
 
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.packed.unpack import DamagedError
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "UnreadableError"]
 
 CHUNK_BYTES: Final = 1 << 20
 CHUNKS_AHEAD: Final = 16
+
+
+class UnreadableError(Exception):
+    """The packed file cannot be read now. `str` follows its name in a sentence."""
 
 
 class Feed:
@@ -25,7 +28,7 @@ class Feed:
         self._reads: deque[asyncio.Future[Bio]] = deque()
 
     async def next(self) -> bytes | None:
-        """Return the next bytes; None: there are no more. Raises: DamagedError: they cannot be read."""
+        """Return the next bytes; None: there are no more. Raises: UnreadableError."""
         end = self._device.exact_size
         while self._at < end and len(self._reads) < CHUNKS_AHEAD:
             self._begin(min(CHUNK_BYTES, end - self._at))
@@ -33,7 +36,7 @@ class Feed:
             return None
         bio = await self._reads.popleft()
         if bio.status:
-            raise DamagedError(
+            raise UnreadableError(
                 f"cannot be read at {bio.offset} ({errnos.errorcode.get(bio.status, bio.status)})"
             )
         assert bio.payload is not None

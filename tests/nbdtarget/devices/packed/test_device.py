@@ -120,6 +120,21 @@ async def test_wrong_size_fails_before_the_last_byte_is_given_out(
             await device.read(0, 512)
 
 
+async def test_file_that_was_away_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with device_of(packed(tmp_path)) as device:
+        inner = device._inner
+        read = inner.submit_ahead
+        monkeypatch.setattr(inner, "submit_ahead", lambda bio: bio.end(errno.EIO))
+        with pytest.raises(DeviceError):
+            await device.read(0, 512)
+        assert "cannot be read at 0 (EIO)" in device.health.last_error
+        monkeypatch.setattr(inner, "submit_ahead", read)
+        assert bytes(await device.read(0, 512)) == IMAGE[:512]
+        assert device.nr_starts == 2
+
+
 async def test_damaged_file_fails_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,8 +5,7 @@ import pytest
 
 from nbdtarget.devices.absent import AbsentDevice
 from nbdtarget.devices.packed import feed as module
-from nbdtarget.devices.packed.feed import Feed
-from nbdtarget.devices.packed.unpack import DamagedError
+from nbdtarget.devices.packed.feed import Feed, UnreadableError
 from tests.support.dm import RamDevice
 
 
@@ -26,5 +25,5 @@ async def test_all_of_it_comes_in_order(monkeypatch: pytest.MonkeyPatch) -> None
 
 async def test_what_cannot_be_read_is_named() -> None:
     feed = Feed(AbsentDevice("d", 8192))
-    with pytest.raises(DamagedError, match=r"cannot be read at 0 \(ENXIO\)"):
+    with pytest.raises(UnreadableError, match=r"cannot be read at 0 \(ENXIO\)"):
         await feed.next()
