@@ -34,7 +34,6 @@ from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.config.file import Config, ConfigError, DeviceConfig, read
 from nbdtarget.config.openings import Opening, refusal
-from nbdtarget.devices.http.url_command import set_url_commands
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
 
@@ -95,7 +94,6 @@ class ConfiguredDevices:
             config = read(self._config.path, self._registry.types, existing)
             self._say_what_stays(config, existing)
             self._was_read(config)
-            set_url_commands(config.url_commands)
             before = {device.name: device for device in self._config.devices}
             await self._forget(before.keys() - {each.name for each in config.devices})
             self._config = config

@@ -73,6 +73,7 @@ from nbdtarget.daemon.service_reports import ServiceReports, status_line
 from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.devices import resolve
 from nbdtarget.devices.helper.configured import set_helper_commands
+from nbdtarget.devices.http.url_command import set_url_commands
 from nbdtarget.dm.handover import Parking, let_go, refusals, unpark
 from nbdtarget.dm.registry import Registry
 from nbdtarget.monitor.observer import Observer
@@ -348,6 +349,7 @@ class Daemon:
 
     async def _take_over(self, offer: Offer, token: str | None) -> Moved:
         moved, fds = await offer.receive()
+        self.monitor.event_log.start()
         control = ControlServer(
             self.verbs,
             control_address(moved.control),
@@ -436,6 +438,7 @@ class Daemon:
     def take_helpers(self, config: "Config") -> None:
         """Take what a file says about programs that open disks, for disks that are opened from now on."""
         set_helper_commands(config.helpers)
+        set_url_commands(config.url_commands)
         self.verbs.tcp_starts_programs = config.control_starts_programs
 
     def tell_ready(self) -> None:

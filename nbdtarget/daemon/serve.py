@@ -151,9 +151,7 @@ def _config_of(options: ServeOptions) -> "Config | None":
 async def _follow_config(daemon: Daemon, config: "Config") -> None:
     """Make the devices of the file, and follow it from now on, unless the server is stopped meanwhile."""
     from nbdtarget.config.devices import ConfiguredDevices
-    from nbdtarget.devices.http.url_command import set_url_commands
 
-    set_url_commands(config.url_commands)
     devices = ConfiguredDevices(daemon.registry, config, daemon.follow_rules)
     daemon.before_close(devices.close)
     await daemon.until_stopped(devices.start())

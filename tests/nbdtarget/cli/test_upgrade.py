@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
+from nbdtarget.control.figures import Events, EventsAnswer
 from tests.support.clients import CloneUnderTest, refused
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
@@ -103,5 +104,8 @@ def test_metrics_have_a_socket_of_their_own_which_moves_too(tmp_path: Path) -> N
     pid = ControlClient(control).ask("upgrade", m.Upgrade(), m.UpgradeAnswer).pid
     assert server.child.wait(30) == 0
     assert b"\nnbdtarget_devices 1\n" in get(metrics, "/metrics")
+    # And the new process keeps events, too.
+    events = ControlClient(control).ask("events", Events(since=0), EventsAnswer)
+    assert events.last > 0
     stop(pid)
     assert not metrics.exists()

@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient, NoServerError
+from nbdtarget.daemon import serve as serve_module
+from nbdtarget.daemon.daemon import Daemon
+from nbdtarget.devices.http.url_command import set_url_commands, url_command_for
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
 TIMEOUT_S = 30
@@ -260,3 +264,27 @@ def test_damaged_state_ends_the_start_with_one_line(tmp_path: Path) -> None:
     assert err.startswith(f"nbdtarget: {file}: it does not begin as such a file does.")
     assert err.count("\n") == 1
     assert file.read_text() == '[device.a]\ntable = "0 8 zero"\n'
+
+
+async def test_commands_of_the_file_are_known_before_disks_are_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "disks.toml"
+    config.write_text('url_commands = { "https://h/a" = ["sign", "a"] }\n')
+    seen = []
+
+    async def take_over(*_: object, **__: object) -> None:
+        seen.append(url_command_for("https://h/a"))
+        raise NbdTargetError("that is all")
+
+    monkeypatch.setattr(serve_module, "maybe_offer", object)
+    monkeypatch.setattr(Daemon, "take_over", take_over)
+    options = serve_module.ServeOptions(
+        config=str(config), listen=(f"unix:{tmp_path}/nbd",)
+    )
+    try:
+        with pytest.raises(NbdTargetError, match="that is all"):
+            await serve_module.serve_until_stopped(options, lambda _: None)
+    finally:
+        set_url_commands({})
+    assert seen == [("sign", "a")]
