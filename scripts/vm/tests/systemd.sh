@@ -67,11 +67,10 @@ if [ ! -e /mnt/second ]; then
 
     # The units for one clone and one cache.
     mkdir -p /etc/nbdtarget/clone /etc/nbdtarget/cache
-    truncate -s 64M /srv/origin.img /srv/fast.img
+    truncate -s 64M /srv/origin.img
     printf 'SOURCE=/srv/golden.img\nDEST=/srv/copy.img\nOPTIONS=--no-hydration --hydrate-on-read\n' >/etc/nbdtarget/clone/copy
     printf 'ORIGIN=/srv/origin.img\nCACHE=/srv/fast.img\nOPTIONS=--cache-size 16M --mode writeback\n' >/etc/nbdtarget/cache/db
     systemctl start nbdtarget-clone@copy.service nbdtarget-cache@db.service
-    nbdtarget ls
     [ "$(systemctl show --value --property=StatusText nbdtarget-clone@copy.service)" = 'copy 0 % hydrated, 0 clients' ]
     systemctl stop nbdtarget-clone@copy.service nbdtarget-cache@db.service
     [ "$(systemctl show --value --property=Result nbdtarget-clone@copy.service nbdtarget-cache@db.service | sort -u | tr -d '\n')" = success ]
