@@ -18,7 +18,11 @@ MIB = 1 << 20
 SIZE = 32 * MIB
 DATA = 4 * MIB
 
-pytestmark = [pytest.mark.interop, needs("qemu-nbd", "qemu-img", "nbdkit")]
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.long,
+    needs("qemu-nbd", "qemu-img", "nbdkit"),
+]
 
 
 @pytest.fixture

@@ -17,9 +17,12 @@ from tests.support.processes import NBDTARGET, ServerProcess
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="chromium is not installed (Debian: chromium)"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="chromium is not installed (Debian: chromium)"
+    ),
+]
 MIB = 1 << 20
 SIZE = 8 * MIB
 TIMEOUT_MS = 30_000  # the page asks once a second, on a machine that may be busy
