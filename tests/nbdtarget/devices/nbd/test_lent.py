@@ -383,9 +383,10 @@ async def test_a_copy_goes_on_when_the_server_is_back(
 
 
 async def test_a_device_that_is_lost_takes_its_streams_back(
-    tmp_path: Path, destination: WritableDisk
+    tmp_path: Path, destination: WritableDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another connection has broken: the threads that wait for answers must end."""
+    monkeypatch.setattr(nbd_module, "RECONNECT_S_MIN", 60.0)  # it stays lost
     async with StrictServer(tmp_path) as server:
         device, copies = await lending(server, destination)
         server.gate.clear()
