@@ -122,7 +122,7 @@ async def test_durable_requests_of_a_batch_share_their_flushes(
     assert [reply.error for reply in replies] == [0] * 16
     assert len({reply.cookie for reply in replies}) == 16
     # One for the writes and one for the FLUSHes of each part in which the batch has arrived.
-    assert 2 <= len(noted) <= 8
+    assert 2 <= len(noted) < 16
     for nr in range(8):
         assert bytes(await device.read(nr * BLOCK, 4096)) == bytes([nr + 1]) * 4096
 

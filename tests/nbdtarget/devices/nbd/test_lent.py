@@ -392,7 +392,7 @@ async def test_a_device_that_is_lost_takes_its_streams_back(
         server.gate.clear()
         copying = copies.maybe_copy(0, SIZE)
         assert copying is not None
-        await until(lambda: device.nr_in_flight >= 3)
+        await until(lambda: device.nr_in_flight == 3 * bulk.CHUNKS_PER_STREAM)
         device._connection_lost("the cable was cut")
         failure = await asyncio.wait_for(copying, 10)
         assert failure is not None
@@ -413,7 +413,7 @@ async def test_reads_that_hang_are_given_up(
         server.gate.clear()
         copying = copies.maybe_copy(0, SIZE)
         assert copying is not None
-        await until(lambda: device.nr_in_flight >= 3)
+        await until(lambda: device.nr_in_flight == 3 * bulk.CHUNKS_PER_STREAM)
         device.give_up_reads()
         failure = await asyncio.wait_for(copying, 10)
         assert failure is not None
