@@ -69,6 +69,7 @@ class HttpStore:
         self._is_renewed = False
         self._leads_to = ""  # where the redirects of the URL ended; empty: not known
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._is_closed = False
 
     @property
     def url(self) -> HttpUrl:
@@ -99,6 +100,7 @@ class HttpStore:
         return HttpStore(url, self._command), url.place
 
     async def close(self) -> None:
+        self._is_closed = True
         sessions, self._sessions = self._sessions, {}
         for session in sessions.values():
             await session.close()
@@ -175,6 +177,10 @@ class HttpStore:
     def _session(self, is_urgent: bool) -> aiohttp.ClientSession:
         session = self._sessions.get(is_urgent)
         if session is None:
+            if (
+                self._is_closed
+            ):  # meanwhile, by another task: a new session would never be closed
+                raise SourceAway("the image is closed")
             session = self._sessions[is_urgent] = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
                     limit=0,  # the fetcher's slots are the limit

@@ -21,6 +21,7 @@ from nbdtarget.devices.ranged import device as device_module
 from nbdtarget.devices.ranged import fetcher as fetcher_module
 from nbdtarget.devices.ranged import retry
 from nbdtarget.devices.ranged.device import RangedDevice
+from nbdtarget.devices.ranged.store import SourceAway
 from nbdtarget.devices.resolve import open_device
 from tests.support.image_server import Answer, ImageServer, Request, image_of
 from tests.support.nbd_device import until
@@ -535,3 +536,16 @@ async def test_body_in_gzip_that_is_not_announced_is_not_decoded() -> None:
     packed = gzip.compress(IMAGE)
     async with ImageServer(packed) as server, device_on(server.url()) as device:
         assert bytes(await device.read(0, 4096)) == packed[:4096]
+
+
+async def test_closed_store_opens_no_connection_any_more() -> None:
+    async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
+        assert await device.read(0, 4096) == IMAGE[:4096]
+        store = device._fetcher.store
+        await store.close()
+        nr_before = len(server.noted)
+        with pytest.raises(SourceAway, match="closed"):
+            await store.get(
+                0, 4096, device._fetcher.pin, lambda _: None, is_urgent=True
+            )
+        assert len(server.noted) == nr_before
