@@ -120,7 +120,7 @@ class Limits:
     zero_check_min: int = 32 << 10
     flush_at: int = 128 << 10
     poll_us: int = 50
-    inline_syncs: bool = True
+    inline_syncs: bool = False
     poison_borrowed: bool = False
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ A sync of the loop that was not quick ends that: the next ones are made by the t
 many, up to SKIP_MAX. QUICK_NS is what a client may wait for one READ of a slow disk anyway.
 
 A disk that was quick, and hangs from one moment to the next, can stop the whole server in the middle of one sync, until the disk answers
-or fails. `Limits.inline_syncs` of the server, a key of the configuration file, turns all of this off.
+or fails: signals wait, too. So this is done only if the user asks for it (`Limits.inline_syncs` of the server, a key of the configuration file).
 """
 
 from typing import Final

@@ -42,7 +42,7 @@ def test_a_whole_file() -> None:
         connections_max = 3
         handshake_timeout_s = 2
         payload_max = "2M"
-        inline_syncs = false
+        inline_syncs = true
         [device.top]
         table = "0 8 linear /dev/mapper/low 8"
         readonly = true
@@ -58,7 +58,7 @@ def test_a_whole_file() -> None:
         connections_max=3,
         handshake_timeout_s=2.0,
         payload_max=2 << 20,
-        inline_syncs=False,
+        inline_syncs=True,
     )
     by_name = {device.name: device for device in config.devices}
     assert list(by_name).index("low") < list(by_name).index("top")

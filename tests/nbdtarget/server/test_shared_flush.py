@@ -41,7 +41,8 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.registry = Registry(resolve)
-        self.listener = Listener(self.registry, limits=Limits(poison_borrowed=True))
+        limits = Limits(poison_borrowed=True, inline_syncs=True)
+        self.listener = Listener(self.registry, limits=limits)
         self.peers: list[Peer] = []
 
     async def attach(self, *, structured: bool = True) -> Peer:
@@ -245,11 +246,11 @@ async def test_batches_and_other_clients_are_not_alone(
 
 
 @needs_compiled
-async def test_syncs_of_the_loop_can_be_turned_off(
+async def test_the_loop_syncs_only_if_that_is_asked_for(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noted = alone_flags(monkeypatch)
-    limits = replace(site.listener.limits, inline_syncs=False)
+    limits = replace(site.listener.limits, inline_syncs=Limits().inline_syncs)
     listener = Listener(site.registry, limits=limits)
     await listener.start(f"unix:{site.folder}/other")
     await site.registry.create("d", linear(site, bytes(SIZE)))
