@@ -9,6 +9,7 @@ import pytest
 from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.disks import (
     FILE,
+    ID_MAX,
     IDS_MAX,
     NOT_MARKED,
     RECORD_MAX,
@@ -18,6 +19,7 @@ from nbdtarget_metadata.disks import (
     Mark,
     Sample,
     Verdict,
+    bounded_id,
     changed_since,
     compare,
     decode_disks,
@@ -71,6 +73,16 @@ NBD = Disk(
 )
 
 
+ETAG = 'etag="one"'
+WEB = Disk(
+    role="source",
+    kind="url",
+    name="https://a/disk.img",
+    size=SIZE,
+    ids=(ETAG, "url=https://a/disk.img"),
+)
+
+
 def file(name: str = "/o", place: tuple[int, int] = PLACE, **more: object) -> Evidence:
     return Evidence(FILE, name, SIZE, place=place)._replace(**more)  # type: ignore[arg-type]
 
@@ -81,6 +93,10 @@ def block(name: str, *ids: str) -> Evidence:
 
 def nbd(*ids: str) -> Evidence:
     return Evidence("nbd", "nbd://somewhere", SIZE, ids)
+
+
+def web(*ids: str) -> Evidence:
+    return Evidence("url", "https://b/disk.img", SIZE, ids)
 
 
 def mark(generation: int, uuid: bytes = UUID) -> Mark:
@@ -132,6 +148,18 @@ TABLE = [
     (NBD, nbd("export=y", "server=a:10809"), None, OTHER, "export is y, not x"),
     (NBD, nbd("export=", "server=a:10809"), None, OTHER, "export is empty"),
     (NBD, nbd("export=y", "server=a:10809"), True, MOVED, "export is y, not x"),
+    # Another place may serve the same remote image. Another ETag is another image, whatever a sample says,
+    # and a server that has stopped to tell it may have another one.
+    (WEB, web(*WEB.ids), None, SAME, "itself"),
+    (
+        WEB,
+        web(ETAG, "url=https://b/disk.img"),
+        None,
+        MOVED,
+        "url is https://b/disk.img",
+    ),
+    (WEB, web('etag="two"', "url=https://a/disk.img"), True, OTHER, 'etag is "two"'),
+    (WEB, web("url=https://a/disk.img"), None, MOVED, "etag any more"),
 ]
 
 
@@ -344,3 +372,12 @@ def test_dump_restore_and_repair_keep_the_record() -> None:
     drive(store, restore_clone(parse_clone([text.encode()]), device_size=size))
     assert drive(store, salvage_clone(size)).content.disks == RECORD
     assert NOT_MARKED in {disk.mark_generation for disk in decode_disks(RECORD)}
+
+
+def test_id_that_is_too_long_is_cut_and_all_of_it_counts() -> None:
+    assert bounded_id("url", "x" * 100) == "url=" + "x" * 100
+    first = bounded_id("url", "x" * 2000 + "a")
+    second = bounded_id("url", "x" * 2000 + "b")
+    assert len(first.encode()) <= ID_MAX
+    assert first.startswith("url=xxx")
+    assert first != second

@@ -351,7 +351,9 @@ def test_peer_that_does_not_read_blocks_and_loses_nothing(tmp_path: Path) -> Non
 
 
 def test_polling_finds_nothing_and_ends(bench: Bench) -> None:
-    assert bench.turn(request(READ, 0, 512), poll_ns=100_000) == POLLED
+    stop = bench.turn(request(READ, 0, 512), poll_ns=100_000)
+    # On a busy machine a look may come back late, and polling ends with it.
+    assert stop == (DONE if bench.plane.was_late else POLLED)
     assert bench.replies() == data_chunk(0, bench.content[:512])
 
 
