@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.clients import needs, refused
 from tests.support.plain_client import PlainClient
-from tests.support.processes import NBDTARGET, ServerProcess
+from tests.support.processes import NBDTARGET, ServerProcess, stop_stranger
 
 MIB = 1 << 20
 SIZE = 32 * MIB
@@ -169,14 +169,17 @@ def test_successor_opens_the_image_with_a_helper_of_its_own(work: Path) -> None:
         (before,) = helpers("qemu-nbd", work)
         with PlainClient(work / "d.sock", "d") as client:
             assert client.read(0, MIB) == content()[:MIB]
-            subprocess.run(
-                [NBDTARGET, "upgrade", "--control", str(work / "control.sock")],
+            control = str(work / "control.sock")
+            said = subprocess.run(
+                [NBDTARGET, "upgrade", "--json", "--control", control],
                 check=True,
                 capture_output=True,
                 timeout=60,
-            )
+            ).stdout
             assert client.read(MIB, MIB) == content()[MIB : 2 * MIB]
         assert server is not None
         after = helpers("qemu-nbd", work)
+        stop_stranger(json.loads(said)["pid"])
         assert len(after) == 1
         assert after != [before]
+    assert helpers("qemu-nbd", work) == []

@@ -9,6 +9,7 @@ interrupted run leaves no server behind.
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ __all__ = [
     "nbdkit_file",
     "peak_rss_bytes",
     "rss_bytes",
+    "stop_stranger",
     "wait_for_socket",
 ]
 
@@ -61,6 +63,14 @@ def wait_for_socket(path: Path, *, timeout_s: float = 20.0) -> bool:
             return False
         time.sleep(POLL_S)
     return True
+
+
+def stop_stranger(pid: int) -> None:
+    """Stop a process that is not our child, such as the successor of a server, and wait for its end."""
+    watched = os.pidfd_open(pid)
+    signal.pidfd_send_signal(watched, signal.SIGTERM)
+    assert select.select([watched], [], [], 30)[0], "it does not end"
+    os.close(watched)
 
 
 def _status_kib(pid: int, field: str) -> int:

@@ -3,8 +3,6 @@
 
 import json
 import os
-import select
-import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -14,17 +12,9 @@ from nbdtarget.control.client import ControlClient
 from nbdtarget.control.figures import Events, EventsAnswer
 from tests.support.clients import CloneUnderTest, refused
 from tests.support.plain_client import PlainClient
-from tests.support.processes import NBDTARGET, ServerProcess
+from tests.support.processes import NBDTARGET, ServerProcess, stop_stranger
 
 MIB = 1 << 20
-
-
-def stop(pid: int) -> None:
-    """Stop a process that is not our child, and wait for its end."""
-    watched = os.pidfd_open(pid)
-    signal.pidfd_send_signal(watched, signal.SIGTERM)
-    assert select.select([watched], [], [], 30)[0], "it does not end"
-    os.close(watched)
 
 
 def test_clients_stay_and_the_sockets_are_the_same(tmp_path: Path) -> None:
@@ -51,7 +41,7 @@ def test_clients_stay_and_the_sockets_are_the_same(tmp_path: Path) -> None:
         client.flush()
         with PlainClient(clone.socket, clone.name) as other:
             assert other.read(8192, 512) == b"y" * 512
-    stop(pid)
+    stop_stranger(pid)
     assert not control.exists()
     assert not clone.socket.exists()
     assert "Traceback" not in clone.log.read_text()
@@ -107,5 +97,5 @@ def test_metrics_have_a_socket_of_their_own_which_moves_too(tmp_path: Path) -> N
     # And the new process keeps events, too.
     events = ControlClient(control).ask("events", Events(since=0), EventsAnswer)
     assert events.last > 0
-    stop(pid)
+    stop_stranger(pid)
     assert not metrics.exists()
