@@ -134,7 +134,9 @@ class BlockingServer:
         self._thread.start()
         try:
             self._run(self._server.start())
-        except BaseException:
+        except (
+            BaseException
+        ):  # the start may be interrupted, and then no thread is left
             self._thread.close()
             raise
 

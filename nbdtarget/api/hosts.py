@@ -108,7 +108,9 @@ class OwnHost:
             self._thread.start()
         try:
             await self._thread.wait(self._start())
-        except BaseException:
+        except (
+            BaseException
+        ):  # the start may be cancelled, and then nothing is left open
             await self.close()
             raise
 

@@ -60,7 +60,7 @@ class LoopThread:
         future = self.submit(work)
         try:
             return future.result()
-        except BaseException:
+        except BaseException:  # when the caller is cancelled, so is the work
             future.cancel()
             raise
 

@@ -79,7 +79,7 @@ class NbdClient:
             negotiated, rest = self._shake_hands(where.export_name)
             self._transmission = ClientTransmission(negotiated)
             self._transmission.receive_data(rest)
-        except BaseException:
+        except BaseException:  # it may be interrupted, and then no socket is left open
             self._close()
             raise
         self.size = negotiated.size

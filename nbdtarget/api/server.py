@@ -341,7 +341,9 @@ class Server:
                 moved=moved,
                 accept_other_disk=accept_other_disk,
             )
-        except BaseException:
+        except (
+            BaseException
+        ):  # it may be cancelled, and then the file that was made is removed
             await self._host.look(remove_made(made))
             raise
         return self.disk(plan.name)

@@ -152,7 +152,7 @@ class StateDirectory:
         self._keep(device, DeviceConfig(device.dm_name, "", ()))
         try:
             await self.save()
-        except BaseException:
+        except BaseException:  # it may be cancelled, and then the device is not kept
             self._forget(device)
             raise
 

@@ -51,7 +51,9 @@ class Calls:
                 return answer
         except NbdTargetError:
             raise
-        except Exception:
+        except (
+            Exception
+        ):  # a fault of ours: the log has the whole story, the caller an error
             log.exception("%s %r failed", verb, request)
             raise
 

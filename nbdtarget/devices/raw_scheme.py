@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device names of the form `raw:DISK`: the disk called DISK, whatever it begins like.
+"""Device names of the form `raw:DISK`: the disk called DISK, also if it begins like an image or an archive.
 
 Without this word, clone and cache refuse a disk that begins like an image in another format (`image_format.py`). It
 changes nothing else: it is the same disk as DISK.

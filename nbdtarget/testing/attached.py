@@ -144,7 +144,9 @@ class AttachedDisk:
             )
         try:
             _wait_for_mount(process, path, errors)
-        except BaseException:
+        except (
+            BaseException
+        ):  # it may be interrupted, and then no program and no folder is left
             process.kill()
             process.wait()
             shutil.rmtree(directory, ignore_errors=True)

@@ -2,11 +2,11 @@
 """`SyncPace`: whether the syncs of a file are so quick that the event loop makes the next one itself.
 
 Theory of operation. Handing a sync to another thread, and hearing of its end, takes two wake-ups: as long as the sync itself, on a
-fast disk. But the loop serves nobody else while it syncs. So it does so only if all of this is true:
+fast disk. But the loop serves no other client while it syncs. So it does so only if all of this is true:
 
     asked for       the bio says ALONE: one client is busy, and asks for one thing at a time
     nothing else    no other sync of this file is under way
-    recent          the last sync has ended less than RECENT_NS ago: there was no time to write much since, whoever has written
+    recent          the last sync has ended less than RECENT_NS ago: there was no time to write much since, for this program or another one
     quick           each of the last STREAK syncs has taken at most QUICK_NS
 
 A sync of the loop that was not quick ends that: the next ones are made by the thread, at first STREAK of them, after each further disappointment twice as

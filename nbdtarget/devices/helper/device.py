@@ -97,7 +97,7 @@ async def open_helper(words: HelperName, *, read_only: bool) -> HelperDevice:
         raise ResolveError(words.shown, reason, error.errno or errnos.EIO) from None
     try:
         return HelperDevice(words, helper, await _connected(words, helper))
-    except BaseException:
+    except BaseException:  # it may be cancelled, and then no program is left running
         await helper.close()
         raise
 

@@ -2,7 +2,7 @@
 """A look at an image before it is opened: which other files does it name?
 
 Theory of operation. A qcow2 image may name a backing file or a data file, and a VMDK its extents: QEMU opens them with the rights of
-this server, and their bytes would be those of the disk. An image that somebody else has made could name any file of this machine.
+this server, and their bytes would be those of the disk. The maker of an image could name any file of this machine.
 So `qemu-img info` looks at the image first, and what it names is refused unless the name of the disk allows it. The look is bounded in CPU
 time, memory, time and output, because an image may be made to cost much.
 
@@ -31,7 +31,7 @@ LOOK_S_MAX: Final = 60.0
 OUTPUT_MAX: Final = 1 << 20
 SHOWN_MAX: Final = 3
 
-# They consist of one file, whatever stands in it.
+# They consist of one file, and nothing in it can name another one.
 _ALONE: Final = frozenset({"raw", "luks"})
 
 

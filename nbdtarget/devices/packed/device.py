@@ -9,7 +9,7 @@ what is not unpacked yet waits until it is.
 example of the backup of a partition table at the end, must wait, because what is passed meanwhile would be lost for the copy. Only if
 there was no background copy for `ALONE_S` does a client's read alone drive it on.
 
-*What is gone.* A READ of what has left the window begins the file again, when nobody waits further ahead. That is slow, and right. So is the
+*What is gone.* A READ of what has left the window begins the file again, when no other READ waits further ahead. That is slow, and right. So is the
 start of a clone that was stopped: what it has already is unpacked again and skipped.
 
 *The size* is known from the file or from `#size=` (`size.py`). The last piece is given out only when the file has ended there. A file that is

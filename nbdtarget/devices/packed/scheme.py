@@ -45,7 +45,7 @@ class PackedScheme(Scheme):
         except DeviceError as error:
             await inner.close()
             raise ResolveError(name, "cannot be read", error.errno) from error
-        except BaseException:
+        except BaseException:  # it may be cancelled, and then the disk below is closed
             await inner.close()
             raise
         secret = name if has_secrets(name) else ""

@@ -162,7 +162,9 @@ class RangedDevice(Device):
         except SourceError as error:
             await store.close()
             raise ResolveError(name, error.reason) from error
-        except BaseException:
+        except (
+            BaseException
+        ):  # it may be cancelled, and then no connection is left open
             await store.close()
             raise
         before, self._fetcher.store = self.store, store
@@ -222,7 +224,7 @@ async def open_ranged(
     except SourceError as error:
         await store.close()
         raise ResolveError(redacted(name), error.reason) from error
-    except BaseException:
+    except BaseException:  # it may be cancelled, and then no connection is left open
         await store.close()
         raise
     if not pin.is_strong:

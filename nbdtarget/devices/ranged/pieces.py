@@ -3,7 +3,7 @@
 
 Theory of operation. The image is cut into *cells* of `CELL_BYTES`. A read waits for the cells that it touches, and for no more of them
 than it needs: it ends as soon as its own bytes have arrived. A 4 KiB read costs one request for a cell, because a request to a
-distant server takes as long, and costs as much money, whatever it asks for; what lies beside the bytes is likely wanted next.
+distant server takes as long, and costs as much money, for a few bytes as for many; what lies beside the bytes is likely wanted next.
 
 *Reading ahead.* A read that begins in the cell where an earlier one ended, or in the next one, continues a *stream*. From its second
 cell on, a stream has what follows fetched: twice as much as it has read, up to `AHEAD_CELLS_MAX`, in requests of `RUN_CELLS_MAX`.

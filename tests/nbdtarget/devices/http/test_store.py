@@ -532,7 +532,7 @@ async def test_proxy_of_the_environment_is_used(
 
 
 async def test_body_in_gzip_that_is_not_announced_is_not_decoded() -> None:
-    """What arrives are the bytes of the file, whatever they look like."""
+    """What arrives are the bytes of the file, also if they look packed."""
     packed = gzip.compress(IMAGE)
     async with ImageServer(packed) as server, device_on(server.url()) as device:
         assert bytes(await device.read(0, 4096)) == packed[:4096]
