@@ -13,7 +13,7 @@ SIGTERM, SIGINT and SIGHUP (the terminal is closed) begin this. After the first 
 the signals have their usual effect again: a second one ends the process at once. What is on disk then is
 what a power cut would leave: nothing acknowledged is lost.
 
-One signal is enough, whatever hangs (`nbdtarget.daemon.stop_bounds`; seconds from the signal, with the defaults):
+One signal is enough, also if a disk or a server hangs (`nbdtarget.daemon.stop_bounds`; seconds from the signal, with the defaults):
 
     10   reads of devices that are only read and do not answer are given up: nothing can be lost by it.
          Their clients get EIO; a second later the connections that are still there are closed

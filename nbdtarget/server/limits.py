@@ -56,8 +56,8 @@ class Limits:
         linger_s: after our half of a connection was closed at shutdown, how long the client
             has to close its own.
         requests_in_flight_max, bytes_in_flight_max: of one connection.
-        guaranteed_bytes: a connection with nothing in flight may always begin a request of at most so many bytes, whatever the
-            others have in flight.
+        guaranteed_bytes: a connection with nothing in flight may always begin a request of at most so many bytes, however much
+            the others have in flight.
         export_requests_max, export_bytes_max: of all connections that are attached to one export (`shares.py`).
         requests_total_max, bytes_total_max: of all.
         send_buffer_max: replies that wait for the socket; above, no request is started.

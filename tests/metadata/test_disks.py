@@ -148,7 +148,7 @@ TABLE = [
     (NBD, nbd("export=y", "server=a:10809"), None, OTHER, "export is y, not x"),
     (NBD, nbd("export=", "server=a:10809"), None, OTHER, "export is empty"),
     (NBD, nbd("export=y", "server=a:10809"), True, MOVED, "export is y, not x"),
-    # Another place may serve the same remote image. Another ETag is another image, whatever a sample says,
+    # Another place may serve the same remote image. Another ETag is another image, also if a sample is equal,
     # and a server that has stopped to tell it may have another one.
     (WEB, web(*WEB.ids), None, SAME, "itself"),
     (

@@ -31,7 +31,7 @@ class _HelpedScheme(Scheme):
 
     def parse(self, name: str) -> HelperName:
         """Raises: ResolveError."""
-        raise NotImplementedError
+        raise NotImplementedError  # each of the three schemes says it
 
     async def open(self, name: str, *, read_only: bool) -> "Device":
         words = self.parse(name)

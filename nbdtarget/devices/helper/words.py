@@ -171,17 +171,17 @@ class HelperName:
     @property
     def identity(self) -> Hashable:
         """Equal for each way to write the name of one disk."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of helper says it
 
     @property
     def ids(self) -> tuple[str, ...]:
         """What tells the disk from others, as "key=value", for metadata."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of helper says it
 
     @property
     def argv(self) -> tuple[str, ...]:
         """The program and its arguments; it finds the listening socket by itself."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of helper says it
 
 
 @dataclass(frozen=True, slots=True)

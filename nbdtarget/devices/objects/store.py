@@ -104,7 +104,7 @@ class ObjectStore:
             options["if_match"] = pin.etag
         try:
             bucket = self._bucket = self._bucket or self._open_bucket()
-            answer = await obstore.get_async(bucket, self._url.key, options=options)  # type: ignore[arg-type]
+            answer = await obstore.get_async(bucket, self._url.key, options=options)  # type: ignore[arg-type]  # obstore wants a TypedDict
             found = _pin_of(answer.meta)
             _check(found, pin, answer.attributes)
             if tuple(answer.range) != (begin, min(end, found.size)):
@@ -144,18 +144,18 @@ class ObjectStore:
             "retry_config": {"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
         }
         if url.scheme == "gs":
-            return GCSStore(url.bucket, config=config, **common)  # type: ignore[arg-type]
+            return GCSStore(url.bucket, config=config, **common)  # type: ignore[arg-type]  # obstore wants a TypedDict
         if url.scheme == "az":
             if account := said.get("account"):
                 config["account_name"] = account
-            return AzureStore(url.bucket, config=config, **common)  # type: ignore[arg-type]
+            return AzureStore(url.bucket, config=config, **common)  # type: ignore[arg-type]  # obstore wants a TypedDict
         if region := said.get("region"):
             config["region"] = region
         if endpoint:
             config["virtual_hosted_style_request"] = False
         if self._command:
             common["credential_provider"] = self._provide
-        return S3Store(url.bucket, config=config, **common)  # type: ignore[arg-type]
+        return S3Store(url.bucket, config=config, **common)  # type: ignore[arg-type]  # obstore wants a TypedDict
 
     def _client_options(self, endpoint: str) -> dict[str, Any]:
         options: dict[str, Any] = {
