@@ -3,7 +3,8 @@
 
 Theory of operation. It listens on 127.0.0.1 and passes each request on to the control socket. Other users of this machine can reach that port, too,
 so everything but the files of the page needs a token, which is made anew each time and stands behind the `#` of the printed address:
-browsers send that part to no server, and the page takes it from there. One connection carries one request.
+browsers send that part to no server, and the page takes it from there. One connection carries one request. With `--read-only` each request asks the
+server for the right to look alone (`nbdtarget.control.tokens`).
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control.client import no_server
 from nbdtarget.control.paths import control_address, is_control_given
 from nbdtarget.control.servers import default_server
+from nbdtarget.control.tokens import RIGHTS_HEADER, Rights
 
 __all__ = ["PageServer", "register"]
 
@@ -41,12 +43,25 @@ Open = Annotated[
 ]
 
 
+ReadOnly = Annotated[
+    bool,
+    typer.Option(
+        "--read-only", help="The page may look, and change nothing: it has no buttons."
+    ),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command()(page)
 
 
-def page(port: Port = 0, open_: Open = False, control: Control = None) -> int:
+def page(
+    port: Port = 0,
+    open_: Open = False,
+    read_only: ReadOnly = False,
+    control: Control = None,
+) -> int:
     """Show the live page of a server in a browser: devices, maps, rates, clients, events.
 
     This prints an address of this machine that works until Ctrl-C, and holds a key to the server: do not pass it on.
@@ -60,7 +75,8 @@ def page(port: Port = 0, open_: Open = False, control: Control = None) -> int:
         )
     if not address.exists():
         raise no_server(address)
-    return asyncio.run(_serve(PageServer(address), port, open_=open_))
+    server = PageServer(address, read_only=read_only)
+    return asyncio.run(_serve(server, port, open_=open_))
 
 
 async def _serve(server: "PageServer", port: int, *, open_: bool) -> int:
@@ -77,11 +93,14 @@ async def _serve(server: "PageServer", port: int, *, open_: bool) -> int:
 class PageServer:
     """See the module head.
 
-    Args: control: the control socket.
+    Args:
+        control: the control socket.
+        read_only: have the server refuse what would change something.
     """
 
-    def __init__(self, control: Path) -> None:
+    def __init__(self, control: Path, *, read_only: bool = False) -> None:
         self._control = control
+        self._added = [f"{RIGHTS_HEADER}: {Rights.LOOK.value}"] if read_only else []
         self._expected = ""
         self._server: asyncio.Server | None = None
 
@@ -140,14 +159,15 @@ class PageServer:
             name = line.partition(":")[0].strip().lower()
             if name == "authorization":
                 given = line.partition(":")[2].strip()
-            elif name != "connection" and line:
+            elif name not in ("connection", RIGHTS_HEADER.lower()) and line:
                 kept.append(line)
         expected = self._expected.encode()
         if not _FILE.fullmatch(path) and not hmac.compare_digest(
             given.encode("latin-1"), expected
         ):
             return None
-        return "\r\n".join([*kept, "Connection: close", "", ""]).encode("latin-1")
+        kept += [*self._added, "Connection: close", "", ""]
+        return "\r\n".join(kept).encode("latin-1")
 
     async def _pass_on(
         self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

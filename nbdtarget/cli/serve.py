@@ -172,6 +172,15 @@ def serve(
             " $NBDTARGET_CONTROL_TOKEN. --control tcp:HOST:PORT needs one.",
         ),
     ] = None,
+    control_read_token_file: Annotated[
+        str | None,
+        typer.Option(
+            "--control-read-token-file",
+            metavar="FILE",
+            help="File whose first line is the token of control clients that may look (status, metrics, events, the page), and"
+            " change nothing.",
+        ),
+    ] = None,
     config: ConfigFile = None,
     state: State = None,
     socket_mode: SocketMode = None,
@@ -211,6 +220,7 @@ def serve(
         listen=tuple(listen or ()),
         control=control,
         control_token_file=control_token_file,
+        control_read_token_file=control_read_token_file,
         config=config,
         stop_timeout=stop_timeout,
         run=run,

@@ -240,8 +240,9 @@ class ConfiguredDevices:
                 path,
                 name,
             )
-        keys = ["listen", "control", "control_token_file", "stop_timeout", "limits"]
-        keys += ["tls", "listen_tls", "metrics", "metrics_devices"]
+        keys = ["listen", "control", "control_token_file", "control_read_token_file"]
+        keys += ["stop_timeout", "limits", "tls", "listen_tls", "metrics"]
+        keys += ["metrics_devices"]
         changed = [key for key in keys if getattr(config, key) != getattr(before, key)]
         changed += [
             key

@@ -85,6 +85,7 @@ _FILE_KEYS: Final[dict[str, Any]] = {
     "tls_psk": str,
     "control": str,
     "control_token_file": str,
+    "control_read_token_file": str,
     "metrics": str,
     "metrics_devices": bool,
     "state": str,
@@ -212,6 +213,7 @@ class Config:
     sockets: SocketOptions
     limits: Limits
     devices: tuple[DeviceConfig, ...]
+    control_read_token_file: str | None = None
     metrics: str | None = None
     metrics_devices: bool | None = None
     tls: TlsOptions = TLS_UNSAID
@@ -311,7 +313,7 @@ class _Reader:
         keys = self._known((), self._document, _FILE_KEYS)
         devices = self._devices(keys.get("device", {}))
         directory = Path(path).absolute().parent
-        control, token = keys.get("control"), keys.get("control_token_file")
+        control = keys.get("control")
         metrics = keys.get("metrics")
         tls = self._tls((), keys, directory)
         listen = self._listeners(keys.get("listen", []), directory, tls)
@@ -320,7 +322,8 @@ class _Reader:
             directory=str(directory),
             listen=self._listen(listen, directory),
             control=None if control is None else self._control(control, directory),
-            control_token_file=None if token is None else str(directory / token),
+            control_token_file=_path(keys, "control_token_file", directory),
+            control_read_token_file=_path(keys, "control_read_token_file", directory),
             stop_timeout=self._seconds("stop_timeout", keys),
             metrics=None
             if metrics is None
@@ -332,7 +335,7 @@ class _Reader:
             tls=tls,
             listen_tls=self._listen_tls,
             access=self._access((), keys),
-            state=str(directory / keys["state"]) if "state" in keys else None,
+            state=_path(keys, "state", directory),
             url_commands=self._url_commands(keys.get("url_commands", {})),
             helpers=self._helpers(keys.get("helper", {})),
             control_starts_programs=keys.get("control_starts_programs", False),
@@ -606,6 +609,10 @@ class _Reader:
             if MAPPER + lower in words and not words[0].startswith("#"):
                 return self._table_line(path, line_nr)
         raise AssertionError(f"{device.name} does not name {lower}")
+
+
+def _path(keys: Mapping[str, Any], key: str, directory: Path) -> str | None:
+    return str(directory / keys[key]) if key in keys else None
 
 
 def _absolute(address: str, directory: Path) -> str:

@@ -7,7 +7,8 @@ a server, and most clones never see a control client. So the first client that c
 in a thread, so that the clients of the disks do not wait for it.
 
 Access. Every process that may open a unix socket may use it. Its mode is 0600 from the moment it exists, or as
-configured (`nbdtarget.common.unix_socket`). On TCP a client needs the token; without a token there is no control on TCP.
+configured (`nbdtarget.common.unix_socket`). On TCP a client needs a token, and one of two kinds may only look (`tokens.py`); without a
+token there is no control on TCP.
 """
 
 import asyncio
@@ -20,7 +21,12 @@ from typing import TYPE_CHECKING, Final
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.passed_socket import passed_socket
 from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, UnixSocket
-from nbdtarget.control.paths import TOKEN_VARIABLE, ControlAddress, forget_directory
+from nbdtarget.control.paths import (
+    LOOK_TOKEN_VARIABLE,
+    TOKEN_VARIABLE,
+    ControlAddress,
+    forget_directory,
+)
 from nbdtarget.control.sockets import (
     BACKLOG_MAX,
     NoSocketError,
@@ -29,6 +35,7 @@ from nbdtarget.control.sockets import (
     take_path,
     take_tcp_socket,
 )
+from nbdtarget.control.tokens import NO_TOKENS, ControlTokens
 from nbdtarget.control.verbs import Verbs
 
 if TYPE_CHECKING:
@@ -48,7 +55,7 @@ class ControlServer:
     Attributes:
         address: with the port that was taken, once it is started.
     Args:
-        token: what each request must carry; on TCP it must be there.
+        tokens: what requests must carry; on TCP there must be one.
         access: which users may connect to a unix socket.
         has_verbs: False: it serves metrics alone, and needs no token on TCP.
     """
@@ -58,14 +65,14 @@ class ControlServer:
         verbs: Verbs,
         address: ControlAddress,
         *,
-        token: str | None = None,
+        tokens: ControlTokens = NO_TOKENS,
         access: SocketAccess = PRIVATE,
         has_verbs: bool = True,
     ) -> None:
         self._has_verbs = has_verbs
         self.address = address
         self._verbs = verbs
-        self._token = token
+        self._tokens = tokens
         self._listener: socket.socket | None = None
         self._answering: asyncio.Task[HttpServer] | None = None
         self._access = access
@@ -99,10 +106,11 @@ class ControlServer:
         self._listen(listener)
 
     def _check_token(self) -> None:
-        if self._has_verbs and self._token is None:
+        if self._has_verbs and not self._tokens.are_needed(is_tcp=True):
             raise NbdTargetError(
                 f"{self.address}: a control socket on TCP needs a token"
-                f" (${TOKEN_VARIABLE} or --control-token-file)"
+                f" (${TOKEN_VARIABLE} or --control-token-file; ${LOOK_TOKEN_VARIABLE} or"
+                " --control-read-token-file for clients that only look)"
             )
 
     @staticmethod
@@ -173,7 +181,7 @@ class ControlServer:
         http = await asyncio.to_thread(importlib.import_module, HTTP_MODULE)
         server: HttpServer = http.HttpServer(
             self._verbs,
-            token=self._token,
+            tokens=self._tokens,
             backlog_max=BACKLOG_MAX,
             has_verbs=self._has_verbs,
             is_tcp=not isinstance(self.address, Path),

@@ -9,8 +9,8 @@
 
 A handler decodes the request, calls the registry and encodes the answer; all decisions are the
 registry's. A mistake of the user is answered with a `Failure`, which has a reason and an errno, with status
-400 (not a request), 401 (no token), 403 (a browser sends it for another site), 404 (no such verb or device), 405, 408 (too slow), 409 (in use), 413 (too
-large), 415 (compressed) or 422 (refused). Without the token no body is read, and a compressed body never is.
+400 (not a request), 401 (no token), 403 (the token allows to look, or a browser sends it for another site), 404 (no such verb or device), 405, 408 (too slow), 409 (in use), 413 (too
+large), 415 (compressed) or 422 (refused). Without a token that allows the verb (`tokens.py`) no body is read, and a compressed body never is.
 `doorkeeper.py` bounds the number of connections and the time that a request may take. A bug in the server is logged with its
 traceback and answered with 500 and EIO; the server goes on.
 
@@ -21,7 +21,6 @@ Only `api.py` imports this module, and only when the first client connects: aioh
 
 import asyncio
 import errno as errnos
-import hmac
 import logging
 import socket
 from typing import Final
@@ -40,6 +39,7 @@ from nbdtarget.control.calls import Calls, errno_of
 from nbdtarget.control.doorkeeper import BODY_S, Doorkeeper
 from nbdtarget.control.page import add_page, is_page, why_refused
 from nbdtarget.control.programs import refuse_programs
+from nbdtarget.control.tokens import NO_TOKENS, RIGHTS_HEADER, ControlTokens, Rights
 from nbdtarget.control.verbs import Verbs
 
 __all__ = ["HttpServer"]
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 REASON_LENGTH_MAX: Final = 4000  # characters
 SHUTDOWN_S_MAX: Final = 2.0
+_RIGHTS: Final = web.RequestKey("rights", Rights)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -71,7 +72,7 @@ class HttpServer:
     """Answers on a listening socket, which stays its owner's.
 
     Args:
-        token: what each request must carry, in an `Authorization: Bearer` header.
+        tokens: what requests carry, in an `Authorization: Bearer` header.
         has_verbs: False: metrics are all that there is.
         is_tcp: other machines may be the clients: see `programs.py`.
     """
@@ -80,7 +81,7 @@ class HttpServer:
         self,
         verbs: Verbs,
         *,
-        token: str | None = None,
+        tokens: ControlTokens = NO_TOKENS,
         backlog_max: int = 64,
         has_verbs: bool = True,
         is_tcp: bool = False,
@@ -89,9 +90,10 @@ class HttpServer:
         self._keepers: list[Doorkeeper] = []
         self._server: asyncio.Server | None = None
         middlewares: list[Middleware] = [_watched(self._keepers), _failures_are_json]
-        middlewares.append(_refuse_other_sites(has_token=token is not None))
-        if token is not None:
-            middlewares.append(_check_token(token))
+        has_token = has_verbs and tokens.are_needed(is_tcp=is_tcp)
+        middlewares.append(_refuse_other_sites(has_token=has_token))
+        if has_verbs:
+            middlewares.append(_check_rights(tokens, is_tcp=is_tcp))
         middlewares.append(_check_encoding)
         app = web.Application(client_max_size=BODY_BYTES_MAX, middlewares=middlewares)
         calls = Calls(verbs)
@@ -153,7 +155,11 @@ def _handler(
     decode = msgspec.json.Decoder(request_type).decode
     bytes_max = body_bytes_max(verb)
 
+    changes = verb not in m.LOOKING_VERBS
+
     async def handle(http: web.Request) -> web.Response:
+        if changes and http[_RIGHTS] is not Rights.ALL:
+            return _cut_off(http, 403, f"{verb}: this token may look, and not change")
         if (http.content_length or 0) > bytes_max:
             return _too_large(bytes_max)
         try:
@@ -242,17 +248,22 @@ def _refuse_other_sites(*, has_token: bool) -> Middleware:
     return refuse
 
 
-def _check_token(token: str) -> Middleware:
-    expected = f"Bearer {token}".encode()
-
+def _check_rights(tokens: ControlTokens, *, is_tcp: bool) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if is_page(request.path):
             return await handler(request)
-        given = request.headers.get("Authorization", "").encode("utf-8", "replace")
-        if not hmac.compare_digest(given, expected):
+        given = request.headers.get("Authorization", "")
+        rights = tokens.rights(given, is_tcp=is_tcp)
+        if rights is None:
             return _cut_off(request, 401, "the token is missing or wrong")
-        return await handler(request)
+        wanted = request.headers.get(RIGHTS_HEADER, Rights.ALL.value)
+        if wanted != Rights.ALL.value:
+            rights = Rights.LOOK
+        request[_RIGHTS] = rights
+        answer = await handler(request)
+        answer.headers[RIGHTS_HEADER] = rights.value
+        return answer
 
     return check
 

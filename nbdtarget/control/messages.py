@@ -36,6 +36,7 @@ from nbdtarget.control.figures import (
 )
 
 __all__ = [
+    "LOOKING_VERBS",
     "READING_VERBS",
     "VERBS",
     "Access",
@@ -568,3 +569,6 @@ READING_VERBS: Final = (
     "targets",
     "version",
 )
+
+# Those that change nothing: what a client may do that may only look.
+LOOKING_VERBS: Final = frozenset({*READING_VERBS, "events", "map", "wait"})

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 from nbdtarget.common.errors import NbdTargetError
 
 __all__ = [
+    "LOOK_TOKEN_VARIABLE",
     "TOKEN_VARIABLE",
     "ControlAddress",
     "NoSocketError",
@@ -41,6 +42,7 @@ DIGEST_LENGTH: Final = 16
 CONTROL_DIRECTORY: Final = "control"
 CONTROL_VARIABLE: Final = "NBDTARGET_CONTROL"
 TOKEN_VARIABLE: Final = "NBDTARGET_CONTROL_TOKEN"
+LOOK_TOKEN_VARIABLE: Final = "NBDTARGET_CONTROL_READ_TOKEN"
 TOKEN_LENGTH_MIN: Final = 16
 TOKEN_LENGTH_MAX: Final = 4096
 
@@ -160,13 +162,15 @@ def control_address(given: str | None) -> ControlAddress:
     return Path(address.removeprefix("unix:"))
 
 
-def control_token(file: str | None = None) -> str | None:
-    """The token: the first line of `file`, else $NBDTARGET_CONTROL_TOKEN, else None.
+def control_token(
+    file: str | None = None, variable: str = TOKEN_VARIABLE
+) -> str | None:
+    """The token: the first line of `file`, else what stands in the environment, else None.
 
     Raises: NbdTargetError: unreadable, too short, or more than one word.
     """
-    token = os.environ.get(TOKEN_VARIABLE) or None
-    source = f"${TOKEN_VARIABLE}"
+    token = os.environ.get(variable) or None
+    source = f"${variable}"
     if file is not None:
         source = file
         try:

@@ -126,7 +126,7 @@ class Verbs:
     @contextmanager
     def running(self, verb: str) -> Iterator[None]:
         """Meanwhile `verb` is carried out. Raises: TableError, EBUSY: it would change something, and is held back."""
-        if verb in m.READING_VERBS or verb in ("events", "map", "wait", "upgrade"):
+        if verb in m.LOOKING_VERBS or verb == "upgrade":
             yield
             return
         if self.held:

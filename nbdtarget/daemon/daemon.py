@@ -61,6 +61,7 @@ from nbdtarget.control.paths import (
     control_address,
     known_controls,
 )
+from nbdtarget.control.tokens import NO_TOKENS, ControlTokens
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.daemon.client_command import ClientCommand
 from nbdtarget.daemon.handover.giver import hand_over
@@ -179,7 +180,7 @@ class Daemon:
         self,
         address: ControlAddress,
         *,
-        token: str | None = None,
+        tokens: ControlTokens = NO_TOKENS,
         passed: int | None = None,
     ) -> None:
         """Open the control socket; those that killed servers have left behind are removed.
@@ -193,7 +194,7 @@ class Daemon:
         control = ControlServer(
             self.verbs,
             address,
-            token=token,
+            tokens=tokens,
             access=self._control_access,
         )
         if passed is None:
@@ -335,25 +336,25 @@ class Daemon:
             )
         return moved, fds + more
 
-    async def take_over(self, offer: Offer, *, token: str | None) -> Moved:
+    async def take_over(self, offer: Offer, *, tokens: ControlTokens) -> Moved:
         """Open what another process has handed over. I/O and clients wait until `go_on`.
 
         Raises: NbdTargetError: the other process goes on, and this one ends without touching anything.
         """
         self.has_handed_over = True  # to the other process, until `go_on`
         try:
-            return await self._take_over(offer, token)
+            return await self._take_over(offer, tokens)
         except NbdTargetError as error:
             await offer.fail(error)
             raise
 
-    async def _take_over(self, offer: Offer, token: str | None) -> Moved:
+    async def _take_over(self, offer: Offer, tokens: ControlTokens) -> Moved:
         moved, fds = await offer.receive()
         self.monitor.event_log.start()
         control = ControlServer(
             self.verbs,
             control_address(moved.control),
-            token=token,
+            tokens=tokens,
             access=self._control_access,
         )
         has_lock = moved.control_path is not None

@@ -14,11 +14,11 @@ from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, SocketOptions
 from nbdtarget.control.paths import (
     ControlAddress,
     control_address,
-    control_token,
     make_directory,
     runtime_directory,
     socket_path,
 )
+from nbdtarget.control.tokens import control_tokens
 from nbdtarget.daemon.activation import passed_sockets
 from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.daemon.handover.taker import maybe_offer
@@ -48,6 +48,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     listen: tuple[str, ...] = ()
     control: str | None = None
     control_token_file: str | None = None
+    control_read_token_file: str | None = None
     config: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
@@ -95,8 +96,10 @@ async def serve_until_stopped(
     if not addresses and not passed.nbd:
         addresses = (default_listen("nbd", daemon.listen_access),)
     address = control_address(options.control or getattr(config, "control", None))
-    token = control_token(
-        options.control_token_file or getattr(config, "control_token_file", None)
+    tokens = control_tokens(
+        options.control_token_file or getattr(config, "control_token_file", None),
+        options.control_read_token_file
+        or getattr(config, "control_read_token_file", None),
     )
     metrics = _metrics_of(options, config, daemon)
     state = _state_of(options, config, daemon)
@@ -105,10 +108,10 @@ async def serve_until_stopped(
     try:
         if offer is None:
             await _open_state(state, config)
-            await daemon.open_control(address, token=token, passed=passed.control)
+            await daemon.open_control(address, tokens=tokens, passed=passed.control)
             await daemon.open_metrics(metrics, passed.metrics)
         else:
-            await daemon.take_over(offer, token=token)
+            await daemon.take_over(offer, tokens=tokens)
             try:
                 await _open_state(state, config)
             except NbdTargetError as error:

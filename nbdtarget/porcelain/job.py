@@ -27,11 +27,11 @@ from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.control.paths import (
     NoSocketError,
     control_address,
-    control_token,
     is_control_given,
     job_control_path,
 )
 from nbdtarget.control.sockets import SocketInUseError
+from nbdtarget.control.tokens import control_tokens
 from nbdtarget.daemon.activation import PassedSockets, passed_sockets
 from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.daemon.handover.taker import Offer, maybe_offer
@@ -210,7 +210,7 @@ class Job(Generic[P]):
 
     async def _take_over(self, offer: Offer) -> tuple[P, MappedDevice]:
         """Go on where another process was; nothing is printed again."""
-        moved = await self._daemon.take_over(offer, token=control_token())
+        moved = await self._daemon.take_over(offer, tokens=control_tokens())
         plan: P = msgspec.msgpack.decode(moved.plan, type=self.plan_type)
         device = self._daemon.registry.get(plan.name)
         await self._daemon.go_on(offer)
@@ -255,18 +255,18 @@ class Job(Generic[P]):
 
         Raises: NbdTargetError: it is taken; for that of the name: by another job that serves it.
         """
-        daemon, token = self._daemon, control_token()
+        daemon, tokens = self._daemon, control_tokens()
         passed = self._passed.control
         if passed is not None:
             address = control_address(self._control)
-            await daemon.open_control(address, token=token, passed=passed)
+            await daemon.open_control(address, tokens=tokens, passed=passed)
             return
         if self._control is not None:
-            await daemon.open_control(control_address(self._control), token=token)
+            await daemon.open_control(control_address(self._control), tokens=tokens)
             return
         if is_control_given(None):
             try:
-                await daemon.open_control(control_address(None), token=token)
+                await daemon.open_control(control_address(None), tokens=tokens)
             except (SocketInUseError, NoSocketError) as error:
                 log.warning(
                     "%s; commands find %s by the control socket of its name instead",

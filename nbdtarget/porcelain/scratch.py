@@ -25,9 +25,9 @@ from nbdtarget.common.words import join_words
 from nbdtarget.control.paths import (
     ControlAddress,
     control_address,
-    control_token,
     job_control_path,
 )
+from nbdtarget.control.tokens import control_tokens
 from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.daemon.security import Security, SecurityOptions
 from nbdtarget.daemon.serve import default_listen
@@ -188,7 +188,7 @@ class ScratchJob:
         control: ControlAddress = job_control_path(base)
         if options.control is not None:
             control = control_address(options.control)
-        await daemon.open_control(control, token=control_token())
+        await daemon.open_control(control, tokens=control_tokens())
         await self._make_copies(plan)
         listen = options.listen or (default_listen(base, daemon.listen_access),)
         await daemon.listen(listen)

@@ -46,13 +46,19 @@ class Site:
         table = f"0 {SIZE // 512} clone {names} 128 1 no_hydration"
         self.create("web", table)
         self.create("top <b>", f"0 {SIZE // 512} linear /dev/mapper/web 0")
-        self.page = subprocess.Popen(
-            [NBDTARGET, "page", "--control", str(self.control)],
+        self.pages: list[subprocess.Popen[str]] = []
+        self.url = self.open_page()
+
+    def open_page(self, *options: str) -> str:
+        """Start `nbdtarget page`. Returns the address that it prints."""
+        page = subprocess.Popen(
+            [NBDTARGET, "page", "--control", str(self.control), *options],
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert self.page.stdout is not None
-        self.url = self.page.stdout.readline().strip()
+        self.pages.append(page)
+        assert page.stdout is not None
+        return page.stdout.readline().strip()
 
     def create(self, name: str, table: str) -> None:
         self.client.ask("create", m.Create(name, table), m.Done)
@@ -62,8 +68,9 @@ class Site:
         return info.devices[0].state == "SUSPENDED"
 
     def close(self) -> None:
-        self.page.terminate()
-        self.page.communicate(timeout=30)
+        for page in self.pages:
+            page.terminate()
+            page.communicate(timeout=30)
         assert self.server.terminate() == 0
 
 
@@ -143,6 +150,7 @@ def test_the_page_shows_a_server_and_changes_it_by_keyboard(
     origin = site.url.partition("/#")[0]
     assert {url.startswith((origin, "data:")) for url in requests} == {True}
     asks_for_the_token(site, browser)
+    has_no_buttons_when_it_may_only_look(site, browser)
     # A refused message is an answer of 422, which Chromium mentions; nothing else was said.
     assert [said for said in complaints if "422" not in said] == []
 
@@ -158,3 +166,20 @@ def asks_for_the_token(site: Site, browser: Any) -> None:
     field.fill(token)
     page.keyboard.press("Enter")
     sync_api.expect(page.locator("#devices button.name")).to_have_count(2)
+
+
+def has_no_buttons_when_it_may_only_look(site: Site, browser: Any) -> None:
+    page = browser.new_context().new_page()
+    page.goto(site.open_page("--read-only"))
+    expect = sync_api.expect
+    expect(page.locator("#devices button.name")).to_have_count(2)
+    expect(page.locator("#map-title")).to_be_attached()
+    expect(page.locator("#verbs")).to_be_hidden()
+    expect(page.locator("#server")).to_contain_text("read-only")
+    # What the buttons would send is refused, too.
+    refused = page.evaluate(
+        """async () => { const { ask } = await import("./page/server.js");
+        return ask("suspend", { name: "web" }).then(() => "", (error) => error.message); }"""
+    )
+    assert refused == "suspend: this token may look, and not change"
+    assert not site.is_suspended()

@@ -4,7 +4,7 @@
 import { drawCharts, remember } from "./charts.js";
 import { drawMap } from "./map.js";
 import { bytes, clone, duration, milliseconds, rate, stacked, state, wrong } from "./model.js";
-import { ask, Refused, useToken } from "./server.js";
+import { ask, mayChange, Refused, useToken } from "./server.js";
 
 const PERIOD_MS = 1000;
 const EVENTS_MAX = 300;
@@ -96,6 +96,7 @@ function drawDevice() {
   if (!device) return;
   $("device-title").textContent = `Device ${device.name}`;
   $("stack").textContent = device.deps.length ? `stands on ${device.deps.join(", ")}` : "stands on nothing";
+  $("verbs").hidden = !mayChange;
   $("suspend").disabled = device.suspended;
   $("resume").disabled = !device.suspended;
   $("uncache").hidden = !device.targets.some((target) => target.type === "cache");
@@ -110,7 +111,7 @@ async function look() {
   if (!now.devices.some((device) => device.name === selected)) selected = now.devices[0]?.name ?? null;
   const seconds = before ? now.time_s - before.time_s : 0;
   const earlier = new Map((before?.devices ?? []).map((device) => [device.name, device]));
-  const said = `version ${now.version}, process ${now.pid}, ${now.devices.length} devices, ${now.clients.length} clients`;
+  const said = `version ${now.version}, process ${now.pid}, ${now.devices.length} devices, ${now.clients.length} clients${mayChange ? "" : "; read-only"}`;
   if ($("server").textContent !== said) $("server").textContent = said;
   $("main").hidden = false;
   $("login").hidden = true;

@@ -18,11 +18,11 @@ from tests.support.dm import make_registry
 class Page:
     """A page server before a control socket."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         self.registry, _ = make_registry(a=8192)
         path = folder / "control.sock"
         self.control = ControlServer(Verbs(self.registry), path)
-        self.page = PageServer(path)
+        self.page = PageServer(path, read_only=read_only)
         self.port = 0
         self.token = ""
 
@@ -32,9 +32,11 @@ class Page:
         address, _, self.token = url.partition("/#token=")
         self.port = int(address.rpartition(":")[2])
 
-    async def ask(self, head: str, body: str = "", *, token: bool = True) -> str:
+    async def ask(
+        self, head: str, body: str = "", *headers: str, token: bool = True
+    ) -> str:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        lines = [f"{head} HTTP/1.1", f"Host: 127.0.0.1:{self.port}"]
+        lines = [f"{head} HTTP/1.1", f"Host: 127.0.0.1:{self.port}", *headers]
         if token:
             lines.append(f"Authorization: Bearer {self.token}")
         lines += [f"Content-Length: {len(body)}", "Connection: keep-alive", "", body]
@@ -98,3 +100,19 @@ async def test_what_is_no_request_is_closed(page: Page) -> None:
 def test_a_server_on_tcp_is_opened_at_its_own_address(cli: CommandLine) -> None:
     said = cli("page", "--control", "tcp:127.0.0.1:8080", status=1)
     assert "open http://127.0.0.1:8080/ and give its token there" in said
+
+
+async def test_a_read_only_page_changes_nothing(tmp_path: Path) -> None:
+    page = Page(tmp_path, read_only=True)
+    await page.start()
+    body = json.dumps({"name": "x", "table": "0 8 zero"})
+    for headers in ((), ("Nbdtarget-Rights: all",), ("nbdtarget-rights: all",)):
+        answer = await page.ask("POST /v1/create", body, *headers)
+        assert " 403 " in answer.partition("\r\n")[0]
+    assert page.registry.devices() == []
+    answer = await page.ask("GET /v1/info")
+    assert " 200 " in answer.partition("\r\n")[0]
+    assert "Nbdtarget-Rights: look" in answer
+    await page.page.close()
+    await page.control.close()
+    await page.registry.close()

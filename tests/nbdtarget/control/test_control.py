@@ -24,6 +24,7 @@ from nbdtarget.control.paths import (
     runtime_directory,
 )
 from nbdtarget.control.sockets import NoSocketError, SocketInUseError
+from nbdtarget.control.tokens import ControlTokens
 from nbdtarget.control.verbs import Verbs
 from tests.support.dm import RamOpener, make_registry
 
@@ -36,7 +37,7 @@ class Server:
     def __init__(self, address: ControlAddress, token: str | None = None) -> None:
         self.registry, self.opener = make_registry(a=8192, b=4096)
         verbs = Verbs(self.registry, lambda: ["nbd://x"])
-        self.control = ControlServer(verbs, address, token=token)
+        self.control = ControlServer(verbs, address, tokens=ControlTokens(token))
         self.client = ControlClient(address, token)
 
     async def ask(self, verb: str, request: m.Request, answer: type[A]) -> A:

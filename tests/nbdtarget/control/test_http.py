@@ -21,6 +21,7 @@ from nbdtarget.control.client import ControlClient
 from nbdtarget.control.examples import EXAMPLES
 from nbdtarget.control.openapi import openapi
 from nbdtarget.control.paths import TOKEN_VARIABLE, TcpControl, control_token
+from nbdtarget.control.tokens import ControlTokens
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.dm.mapped_device import State
 from nbdtarget.monitor.observer import Observer
@@ -239,7 +240,9 @@ async def test_tcp_without_a_token_is_refused() -> None:
 
 async def test_tcp_wants_the_token() -> None:
     registry, _ = make_registry()
-    control = ControlServer(Verbs(registry), TcpControl("127.0.0.1", 0), token=TOKEN)
+    control = ControlServer(
+        Verbs(registry), TcpControl("127.0.0.1", 0), tokens=ControlTokens(TOKEN)
+    )
     await control.start()
     assert control.port is not None
     address = TcpControl("127.0.0.1", control.port)
@@ -261,7 +264,9 @@ async def test_tcp_starts_programs_only_if_that_is_configured(is_allowed: bool) 
     registry, opener = make_registry()
     verbs = Verbs(registry)
     verbs.tcp_starts_programs = is_allowed
-    control = ControlServer(verbs, TcpControl("127.0.0.1", 0), token=TOKEN)
+    control = ControlServer(
+        verbs, TcpControl("127.0.0.1", 0), tokens=ControlTokens(TOKEN)
+    )
     await control.start()
     assert control.port is not None
     client = ControlClient(TcpControl("127.0.0.1", control.port), TOKEN)
@@ -280,11 +285,15 @@ async def test_tcp_starts_programs_only_if_that_is_configured(is_allowed: bool) 
 
 async def test_tcp_port_that_is_taken() -> None:
     registry, _ = make_registry()
-    first = ControlServer(Verbs(registry), TcpControl("127.0.0.1", 0), token=TOKEN)
+    first = ControlServer(
+        Verbs(registry), TcpControl("127.0.0.1", 0), tokens=ControlTokens(TOKEN)
+    )
     await first.start()
     assert first.port is not None
     second = ControlServer(
-        Verbs(registry), TcpControl("127.0.0.1", first.port), token=TOKEN
+        Verbs(registry),
+        TcpControl("127.0.0.1", first.port),
+        tokens=ControlTokens(TOKEN),
     )
     with pytest.raises(NbdTargetError, match=rf"tcp:127.0.0.1:{first.port}: Address"):
         await second.start()

@@ -12,6 +12,7 @@ import nbdtarget.control
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.page import is_page
 from nbdtarget.control.paths import TcpControl
+from nbdtarget.control.tokens import ControlTokens
 from nbdtarget.control.verbs import Verbs
 from tests.support.dm import make_registry
 
@@ -29,7 +30,7 @@ class Server:
         self.control = ControlServer(
             Verbs(self.registry),
             TcpControl("127.0.0.1", 0) if self.has_token else self.path,
-            token=TOKEN if self.has_token else None,
+            tokens=ControlTokens(TOKEN if self.has_token else None),
         )
 
     async def get(self, url: str, *headers: str, host: str = "localhost") -> str:

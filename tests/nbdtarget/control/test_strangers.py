@@ -14,6 +14,7 @@ from nbdtarget.control import doorkeeper
 from nbdtarget.control import http as control_http
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.paths import TcpControl
+from nbdtarget.control.tokens import ControlTokens
 from nbdtarget.control.verbs import Verbs
 from tests.support.dm import make_registry
 
@@ -51,7 +52,9 @@ class Stranger:
 @pytest.fixture
 async def stranger() -> AsyncIterator[Stranger]:
     registry, _ = make_registry(a=8192)
-    control = ControlServer(Verbs(registry), TcpControl("127.0.0.1", 0), token=TOKEN)
+    control = ControlServer(
+        Verbs(registry), TcpControl("127.0.0.1", 0), tokens=ControlTokens(TOKEN)
+    )
     await control.start()
     assert control.port is not None
     it = Stranger(control.port)
