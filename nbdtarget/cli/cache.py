@@ -7,20 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
-from nbdtarget.cli.logs import NO_LOG, Log, takes_log
-from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
-from nbdtarget.cli.serve import (
-    ControlGroup,
-    ControlMode,
-    ControlOwner,
-    Listen,
-    Run,
-    SocketGroup,
-    SocketMode,
-    SocketOwner,
-    StopTimeout,
-    check_run,
-)
+from nbdtarget.cli.logs import NO_LOG, Log
+from nbdtarget.cli.network import NO_NETWORK, Network
+from nbdtarget.cli.service import NO_SERVICE, Run, Service, check_run, takes_service
 from nbdtarget.cli.sizes import block_size_option, maybe_size_option
 from nbdtarget.common.named import alternatives
 from nbdtarget.devices.registry import scheme_list
@@ -154,7 +143,7 @@ Resize = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(takes_log(takes_network(cache)))
+    app.command()(takes_service(cache))
 
 
 def cache(
@@ -166,7 +155,6 @@ def cache(
     mode: ModeOption = Mode.WRITETHROUGH,
     policy: PolicyOption = "smq",
     block_size: BlockSize = "64K",
-    listen: Listen = None,
     dirty_log: DirtyLog = None,
     sorted_writeback: SortedWriteback = False,
     migration_rate: MigrationRate = None,
@@ -175,13 +163,7 @@ def cache(
     moved: Moved = False,
     accept_other_disk: AcceptOtherDisk = False,
     resize: Resize = False,
-    socket_mode: SocketMode = None,
-    socket_owner: SocketOwner = None,
-    socket_group: SocketGroup = None,
-    control_mode: ControlMode = None,
-    control_owner: ControlOwner = None,
-    control_group: ControlGroup = None,
-    stop_timeout: StopTimeout = None,
+    service: Service = NO_SERVICE,
     run: Run = None,
     network: Network = NO_NETWORK,
     log: Log = NO_LOG,
@@ -195,11 +177,8 @@ def cache(
     Example: nbdtarget cache /dev/slow cache.img --cache-size 10G
     """
     check_run(run, json=json)
-    from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.cache import CacheOptions
 
-    nbd_access = (socket_mode, socket_owner, socket_group)
-    control_access = (control_mode, control_owner, control_group)
     options = CacheOptions(
         origin=origin,
         cache=cache,
@@ -215,12 +194,13 @@ def cache(
         migration_threshold=maybe_size_option(
             "--migration-threshold", migration_threshold
         ),
-        listen=tuple(listen or ()),
+        listen=service.addresses,
         control=control,
-        stop_timeout=stop_timeout,
+        stop_timeout=service.stop_timeout,
         run=run,
         security=network.options(),
-        sockets=SocketOptions(*nbd_access, *control_access),
+        sockets=service.sockets(),
+        metrics=service.metrics_options(),
         overwrite=overwrite,
         moved=moved,
         accept_other_disk=accept_other_disk,

@@ -7,19 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from nbdtarget.cli.common import AcceptOtherDisk, Control, Json, Moved
-from nbdtarget.cli.logs import NO_LOG, Log, takes_log
-from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
-from nbdtarget.cli.serve import (
-    ControlGroup,
-    ControlMode,
-    ControlOwner,
-    Listen,
+from nbdtarget.cli.logs import NO_LOG, Log
+from nbdtarget.cli.network import NO_NETWORK, Network
+from nbdtarget.cli.service import (
+    NO_SERVICE,
     Run,
-    SocketGroup,
-    SocketMode,
-    SocketOwner,
-    StopTimeout,
+    Service,
     check_run,
+    takes_service,
 )
 from nbdtarget.cli.sizes import region_size_option, size_option
 from nbdtarget.cli.source_options import (
@@ -123,7 +118,7 @@ ThenLinear = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(takes_log(takes_network(takes_source_options(clone))))
+    app.command()(takes_service(takes_source_options(clone)))
 
 
 def clone(
@@ -132,7 +127,6 @@ def clone(
     name: ExportName = None,
     metadata: Metadata = None,
     region_size: RegionSize = "64K",
-    listen: Listen = None,
     no_hydration: NoHydration = False,
     hydrate_on_read: HydrateOnRead = False,
     hydration_rate: HydrationRate = None,
@@ -142,13 +136,7 @@ def clone(
     overwrite: Overwrite = False,
     moved: Moved = False,
     accept_other_disk: AcceptOtherDisk = False,
-    socket_mode: SocketMode = None,
-    socket_owner: SocketOwner = None,
-    socket_group: SocketGroup = None,
-    control_mode: ControlMode = None,
-    control_owner: ControlOwner = None,
-    control_group: ControlGroup = None,
-    stop_timeout: StopTimeout = None,
+    service: Service = NO_SERVICE,
     run: Run = None,
     network: Network = NO_NETWORK,
     log: Log = NO_LOG,
@@ -165,25 +153,23 @@ def clone(
     region_bytes = region_size_option("--region-size", region_size)
     _check_end(run, is_hydrated=not no_hydration, exits=exit_when_hydrated)
     check_run(run, json=json)
-    from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.clone import CloneOptions
 
-    nbd_access = socket_mode, socket_owner, socket_group
-    control_access = control_mode, control_owner, control_group
     options = CloneOptions(
         source=source,
         dest=dest,
         name=name,
         metadata=metadata,
         region_size=region_bytes,
-        listen=tuple(listen or ()),
+        listen=service.addresses,
         hydration=not no_hydration,
         exit_when_hydrated=exit_when_hydrated,
         control=control,
-        stop_timeout=stop_timeout,
+        stop_timeout=service.stop_timeout,
         run=run,
         security=network.options(),
-        sockets=SocketOptions(*nbd_access, *control_access),
+        sockets=service.sockets(),
+        metrics=service.metrics_options(),
         overwrite=overwrite,
         moved=moved,
         accept_other_disk=accept_other_disk,

@@ -6,20 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nbdtarget.cli.common import Control, Json
-from nbdtarget.cli.logs import NO_LOG, Log, takes_log
-from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
-from nbdtarget.cli.serve import (
-    ControlGroup,
-    ControlMode,
-    ControlOwner,
-    Listen,
-    Run,
-    SocketGroup,
-    SocketMode,
-    SocketOwner,
-    StopTimeout,
-    check_run,
-)
+from nbdtarget.cli.logs import NO_LOG, Log
+from nbdtarget.cli.network import NO_NETWORK, Network
+from nbdtarget.cli.service import NO_SERVICE, Run, Service, check_run, takes_service
 from nbdtarget.devices.registry import scheme_list
 
 if TYPE_CHECKING:
@@ -54,21 +43,14 @@ ReadOnly = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command()(takes_log(takes_network(export)))
+    app.command()(takes_service(export))
 
 
 def export(
     disk: Disk,
     name: ExportName = None,
     readonly: ReadOnly = False,
-    listen: Listen = None,
-    socket_mode: SocketMode = None,
-    socket_owner: SocketOwner = None,
-    socket_group: SocketGroup = None,
-    control_mode: ControlMode = None,
-    control_owner: ControlOwner = None,
-    control_group: ControlGroup = None,
-    stop_timeout: StopTimeout = None,
+    service: Service = NO_SERVICE,
     run: Run = None,
     network: Network = NO_NETWORK,
     log: Log = NO_LOG,
@@ -82,21 +64,19 @@ def export(
     Example: nbdtarget export disk.img
     """
     check_run(run, json=json)
-    from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.porcelain.export import ExportOptions
 
-    nbd_access = (socket_mode, socket_owner, socket_group)
-    control_access = (control_mode, control_owner, control_group)
     options = ExportOptions(
         disk=disk,
         name=name,
         read_only=readonly,
-        listen=tuple(listen or ()),
+        listen=service.addresses,
         control=control,
-        stop_timeout=stop_timeout,
+        stop_timeout=service.stop_timeout,
         run=run,
         security=network.options(),
-        sockets=SocketOptions(*nbd_access, *control_access),
+        sockets=service.sockets(),
+        metrics=service.metrics_options(),
     )
     return _run(options, log=log, json=json)
 

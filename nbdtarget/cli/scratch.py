@@ -13,18 +13,9 @@ from nbdtarget.cli.common import (
     ask,
     device_names,
 )
-from nbdtarget.cli.logs import NO_LOG, Log, takes_log
-from nbdtarget.cli.network import NO_NETWORK, Network, takes_network
-from nbdtarget.cli.serve import (
-    ControlGroup,
-    ControlMode,
-    ControlOwner,
-    Listen,
-    SocketGroup,
-    SocketMode,
-    SocketOwner,
-    StopTimeout,
-)
+from nbdtarget.cli.logs import NO_LOG, Log
+from nbdtarget.cli.network import NO_NETWORK, Network
+from nbdtarget.cli.service import NO_SERVICE, Service, takes_service
 from nbdtarget.cli.sizes import maybe_size_option
 from nbdtarget.common.units import SECTOR
 from nbdtarget.control import messages as m
@@ -75,7 +66,7 @@ Store = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command()(takes_log(takes_network(scratch)))
+    app.command()(takes_service(scratch))
     app.command()(reset)
 
 
@@ -85,14 +76,7 @@ def scratch(
     name: CopyName = None,
     size_max: Max = None,
     store: Store = None,
-    listen: Listen = None,
-    socket_mode: SocketMode = None,
-    socket_owner: SocketOwner = None,
-    socket_group: SocketGroup = None,
-    control_mode: ControlMode = None,
-    control_owner: ControlOwner = None,
-    control_group: ControlGroup = None,
-    stop_timeout: StopTimeout = None,
+    service: Service = NO_SERVICE,
     network: Network = NO_NETWORK,
     log: Log = NO_LOG,
     json: Json = False,
@@ -106,7 +90,6 @@ def scratch(
     Example: nbdtarget scratch golden.img -n 20
     """
     bound = maybe_size_option("--max", size_max, size_min=SECTOR)
-    from nbdtarget.common.unix_socket import SocketOptions
     from nbdtarget.daemon.process import run
     from nbdtarget.porcelain.scratch import ScratchJob, ScratchOptions
 
@@ -116,13 +99,11 @@ def scratch(
         name=name,
         size_max=bound,
         store=store,
-        listen=tuple(listen or ()),
+        listen=service.addresses,
         control=control,
-        stop_timeout=stop_timeout,
-        sockets=SocketOptions(
-            *(socket_mode, socket_owner, socket_group),
-            *(control_mode, control_owner, control_group),
-        ),
+        stop_timeout=service.stop_timeout,
+        sockets=service.sockets(),
+        metrics=service.metrics_options(),
         security=network.options(),
     )
     log.start()

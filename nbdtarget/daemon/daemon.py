@@ -67,6 +67,7 @@ from nbdtarget.daemon.client_command import ClientCommand
 from nbdtarget.daemon.handover.giver import hand_over
 from nbdtarget.daemon.handover.messages import Moved
 from nbdtarget.daemon.handover.taker import Offer
+from nbdtarget.daemon.metrics_options import NO_METRICS, MetricsOptions
 from nbdtarget.daemon.notify import Notifier
 from nbdtarget.daemon.process import note_what_hangs
 from nbdtarget.daemon.security import Security
@@ -125,8 +126,9 @@ class Daemon:
         sockets: SocketOptions | None = None,
         security: Security | None = None,
         notifier: Notifier | None = None,
+        metrics: MetricsOptions = NO_METRICS,
     ) -> None:
-        """Raises: NbdTargetError: `sockets` has a mode, an owner or a group that is none."""
+        """Raises: NbdTargetError: `metrics` is no address, `sockets` has a mode, an owner or a group that is none."""
         self.registry = Registry(resolve)
         self.notifier = notifier or Notifier()
         self.is_committed = True
@@ -165,6 +167,8 @@ class Daemon:
         self.verbs.monitor = self.monitor = Observer(
             self.registry, self._listener, self.security.certificates
         )
+        self.monitor.has_device_metrics = metrics.tells_of_devices
+        self._metrics_address = metrics.where
         self._metrics: ControlServer | None = None
         self._upgrading: asyncio.Task[int] | None = None
         # What follows files: how to pause it before a hand-over, and how to go on.
@@ -203,18 +207,16 @@ class Daemon:
             control.start_passed(passed)
         self._control = control
 
-    async def open_metrics(
-        self, address: ControlAddress | None, passed: int | None = None
-    ) -> None:
-        """Serve metrics, and nothing else, at `address` or on a listening socket that was passed; None: nowhere.
+    async def open_metrics(self, passed: int | None = None) -> None:
+        """Serve metrics, and nothing else, on a listening socket that was passed, else at their address, if they have one.
 
         Raises: SocketInUseError, NoSocketError, ListenError.
         """
         if passed is not None:
             metrics = self._metrics_server(Path())
             metrics.start_passed(passed)
-        elif address is not None:
-            metrics = self._metrics_server(address)
+        elif self._metrics_address is not None:
+            metrics = self._metrics_server(self._metrics_address)
             await metrics.start()
         else:
             return

@@ -12,7 +12,6 @@ import msgspec
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.unix_socket import PRIVATE, SocketAccess, SocketOptions
 from nbdtarget.control.paths import (
-    ControlAddress,
     control_address,
     make_directory,
     runtime_directory,
@@ -22,6 +21,7 @@ from nbdtarget.control.tokens import control_tokens
 from nbdtarget.daemon.activation import passed_sockets
 from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.daemon.handover.taker import maybe_offer
+from nbdtarget.daemon.metrics_options import MetricsOptions
 from nbdtarget.daemon.security import SecurityOptions, security_of
 from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.server.limits import Limits
@@ -41,7 +41,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     `config` is a file's path; `listen`, `control` and `stop_timeout` win over what stands there.
     `stop_timeout`: seconds, see `StopBounds.of`. `sockets`: modes, owners and groups.
     `limits`: fields of `Limits`, over those of the file. `run`: a shell command, see `ClientCommand`.
-    `metrics`: an address for metrics alone, and whether metrics tell of each device.
+    `metrics`: where metrics are told alone, and of what.
     `state`: a directory, see `nbdtarget.config.state`.
     """
 
@@ -55,7 +55,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     limits: dict[str, Any] = {}
     security: SecurityOptions = SecurityOptions()
     run: str | None = None
-    metrics: tuple[str | None, bool | None] = (None, None)
+    metrics: MetricsOptions = MetricsOptions()
     state: str | None = None
 
 
@@ -88,6 +88,7 @@ async def serve_until_stopped(
         StopBounds.of(stop_timeout),
         sockets if config is None else sockets.or_else(config.sockets),
         security_of(options.security, config),
+        metrics=_metrics_of(options, config),
     )
     if config is not None:
         daemon.take_helpers(config)
@@ -101,7 +102,6 @@ async def serve_until_stopped(
         options.control_read_token_file
         or getattr(config, "control_read_token_file", None),
     )
-    metrics = _metrics_of(options, config, daemon)
     state = _state_of(options, config, daemon)
     daemon.catch_signals(sighup_reloads=config is not None)
     offer = maybe_offer()
@@ -109,7 +109,7 @@ async def serve_until_stopped(
         if offer is None:
             await _open_state(state, config)
             await daemon.open_control(address, tokens=tokens, passed=passed.control)
-            await daemon.open_metrics(metrics, passed.metrics)
+            await daemon.open_metrics(passed.metrics)
         else:
             await daemon.take_over(offer, tokens=tokens)
             try:
@@ -163,16 +163,11 @@ async def _follow_config(daemon: Daemon, config: "Config") -> None:
         daemon.follow_config(devices.pause, devices.start)
 
 
-def _metrics_of(
-    options: ServeOptions, config: "Config | None", daemon: Daemon
-) -> ControlAddress | None:
-    """Where metrics are told alone, if anywhere; and of what they tell."""
-    where, has_devices = options.metrics
-    where = where or getattr(config, "metrics", None)
-    if has_devices is None:
-        has_devices = getattr(config, "metrics_devices", None) is not False
-    daemon.monitor.has_device_metrics = has_devices
-    return None if where is None else control_address(where)
+def _metrics_of(options: ServeOptions, config: "Config | None") -> MetricsOptions:
+    if config is None:
+        return options.metrics
+    configured = MetricsOptions(config.metrics, config.metrics_devices)
+    return options.metrics.or_else(configured)
 
 
 def _state_of(

@@ -35,6 +35,7 @@ from nbdtarget.common.permissions import permissions
 from nbdtarget.common.units import SECTOR
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words, split_words
+from nbdtarget.daemon.metrics_options import MetricsOptions
 from nbdtarget.daemon.security import SecurityOptions
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
@@ -69,6 +70,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
         control: path of the control socket; None: the one called after the export.
         stop_timeout: seconds that a stop may take; 0: for ever; None: the default.
         sockets: modes, owners and groups.
+        metrics: where metrics are told alone.
         run: a shell command that runs while the disk is served; its end is the end of the server.
         security: TLS, and who may attach.
         overwrite: the data of the destination may be lost.
@@ -93,6 +95,7 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
     control: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
+    metrics: MetricsOptions = MetricsOptions()
     run: str | None = None
     security: SecurityOptions = SecurityOptions()
     overwrite: bool = False
@@ -256,6 +259,7 @@ class CloneJob(job.Job[ClonePlan]):
             control=options.control,
             stop_timeout=options.stop_timeout,
             sockets=options.sockets,
+            metrics=options.metrics,
             command=options.run,
             security=options.security,
             permissions=permissions(

@@ -35,6 +35,7 @@ from nbdtarget.control.tokens import control_tokens
 from nbdtarget.daemon.activation import PassedSockets, passed_sockets
 from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.daemon.handover.taker import Offer, maybe_offer
+from nbdtarget.daemon.metrics_options import MetricsOptions
 from nbdtarget.daemon.process import must_leave_at_once
 from nbdtarget.daemon.security import Security, SecurityOptions
 from nbdtarget.daemon.serve import default_listen
@@ -93,6 +94,7 @@ class Job(Generic[P]):
         listen: addresses; none: a unix socket in the runtime directory.
         control: address of the control socket; None: the one called after the export.
         sockets: modes, owners and groups.
+        metrics: where metrics are told alone.
         stop_timeout: seconds, see `StopBounds.of`.
         permissions: what the user allows, see `nbdtarget.common.permissions`.
         read_only: the table is loaded read-only, and clients may not write.
@@ -107,6 +109,7 @@ class Job(Generic[P]):
         listen: tuple[str, ...],
         control: str | None,
         sockets: SocketOptions,
+        metrics: MetricsOptions,
         stop_timeout: float | None,
         permissions: frozenset[Permission],
         read_only: bool = False,
@@ -124,6 +127,7 @@ class Job(Generic[P]):
         self._daemon = Daemon(
             bounds=StopBounds.of(stop_timeout),
             sockets=sockets,
+            metrics=metrics,
             security=Security(security),
         )
         self._has_failed = False
@@ -224,6 +228,7 @@ class Job(Generic[P]):
         made: list[str] = []
         try:
             await self._open_control(plan.name)
+            await daemon.open_metrics(self._passed.metrics)
             made += await make_missing(plan)
             device = await daemon.registry.create(plan.name, None)
             made += await daemon.registry.load(

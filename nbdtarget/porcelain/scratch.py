@@ -29,6 +29,7 @@ from nbdtarget.control.paths import (
 )
 from nbdtarget.control.tokens import control_tokens
 from nbdtarget.daemon.daemon import Daemon
+from nbdtarget.daemon.metrics_options import MetricsOptions
 from nbdtarget.daemon.security import Security, SecurityOptions
 from nbdtarget.daemon.serve import default_listen
 from nbdtarget.daemon.stop_bounds import StopBounds
@@ -59,7 +60,7 @@ class ScratchOptions(msgspec.Struct, frozen=True, kw_only=True):
         name: the exports are called NAME-1, NAME-2, …; None: from the image's name.
         size_max: bytes that may be written to one copy; None: as many as the image has.
         store: directory for what is written, or MEMORY; None: the directory for temporary files.
-        listen, control, stop_timeout, sockets, security: as of the other jobs.
+        listen, control, stop_timeout, sockets, metrics, security: as of the other jobs.
     """
 
     image: str
@@ -71,6 +72,7 @@ class ScratchOptions(msgspec.Struct, frozen=True, kw_only=True):
     control: str | None = None
     stop_timeout: float | None = None
     sockets: SocketOptions = SocketOptions()
+    metrics: MetricsOptions = MetricsOptions()
     security: SecurityOptions = SecurityOptions()
 
 
@@ -161,6 +163,7 @@ class ScratchJob:
         self._daemon = Daemon(
             bounds=StopBounds.of(options.stop_timeout),
             sockets=options.sockets,
+            metrics=options.metrics,
             security=Security(options.security),
         )
 
@@ -189,6 +192,7 @@ class ScratchJob:
         if options.control is not None:
             control = control_address(options.control)
         await daemon.open_control(control, tokens=control_tokens())
+        await daemon.open_metrics()
         await self._make_copies(plan)
         listen = options.listen or (default_listen(base, daemon.listen_access),)
         await daemon.listen(listen)

@@ -183,6 +183,7 @@ async def test_a_body_is_not_read_before_the_token_has_allowed_the_verb(
     tcp: Server,
 ) -> None:
     head = "POST /v1/create HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n"
+    assert isinstance(tcp.control.address, TcpControl)
     reader, writer = await asyncio.open_connection(*tcp.control.address)
     writer.write(f"{head}Authorization: Bearer {LOOK}\r\n\r\n{{".encode())
     assert b" 403 " in await reader.readline()
