@@ -15,20 +15,13 @@ socket and the state; each other thing has a class of its own:
 
     Input       what was received and is not yet served
     Requests    the requests, from the received bytes to the device and to their replies
+    InFlight    those that have begun, until they are answered
     Output      replies on their way to the socket
+    Reception   receiving and serving, in transmission: once in each turn of the loop
     Flow        what is in flight, and whether the connection is paused
-    Poller      whether to look at the socket again before going back to the loop
     Patience    how long it waits for the client
     Negotiation the handshake, and who the client is
     Watch       which events of the socket the loop is asked for
-
-TLS. What a `TlsSocket` has decrypted, or could decrypt, is unknown to the loop. So a connection with TLS receives until there is
-nothing, and goes on by itself after a pause.
-
-Errors. uvloop calls a reader once after an error at the socket, and then never again, neither for bytes that lie there nor for
-the error. Sending fails, too, when the peer is gone. So each call of a reader either sends something, or leaves something that
-will be sent (a request in flight, a writer that is watched), or receives until there is nothing, the error, or the end. After
-BATCHES_MAX receives the loop gets a turn.
 
 Ends. DISC and EOF let everything in flight finish and its replies leave. A peer that is gone costs nothing but its own connection:
 bios still in flight are dropped when they end, and only then is the device released. While writes are among them the socket is
@@ -58,8 +51,6 @@ from nbdtarget.common.access import Identity
 from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device
-from nbdtarget.fast.compiled import IS_COMPILED
-from nbdtarget.server.fast_turn import FastTurn
 from nbdtarget.server.flow import NEVER, Flow
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.input import Input
@@ -68,7 +59,7 @@ from nbdtarget.server.negotiation import Negotiation
 from nbdtarget.server.output import Output, is_gone
 from nbdtarget.server.patience import Patience
 from nbdtarget.server.peer import HUNG_UP
-from nbdtarget.server.poller import Poller
+from nbdtarget.server.reception import BATCHES_MAX, Reception
 from nbdtarget.server.requests import Requests, Violation
 from nbdtarget.server.shared import Shared
 from nbdtarget.server.stalls import is_in_the_middle, may_notice
@@ -76,7 +67,6 @@ from nbdtarget.server.states import CLOSED, DRAINING, HANDSHAKE, TRANSMISSION
 from nbdtarget.server.tls import NO_TLS, ListenerTls
 from nbdtarget.server.traffic import Client
 from nbdtarget.server.watch import Watch
-from nbdtarget_protocol.consts import REQUEST
 from nbdtarget_protocol.handshake import Negotiated
 from nbdtarget_protocol.replies import replies_of
 
@@ -84,7 +74,6 @@ __all__ = ["Connection"]
 
 log = logging.getLogger(__name__)
 
-BATCHES_MAX: Final = 16  # read and served in one turn of the loop
 HANDSHAKE_READ: Final = (
     4 << 10
 )  # only a few options at a time, because each answer may be long
@@ -128,8 +117,7 @@ class Connection:
         # From TRANSMISSION until everything has been released.
         self._input: Input | None = None
         self._requests: Requests | None = None
-        self._poller: Poller | None = None
-        self._fast: FastTurn | None = None
+        self._reception: Reception | None = None
         self._device: Device | None = None
         self._negotiated: Negotiated | None = None
         self._patience = Patience(
@@ -141,7 +129,7 @@ class Connection:
             self._output,
         )
         self._is_shutting_down = False
-        self._is_frozen = False
+        self.is_frozen = False
         self._flush_scheduled = Soon(self._flush_now)
         self._finish_scheduled = Soon(self._finish_now)
 
@@ -167,9 +155,9 @@ class Connection:
             self._patience.linger()
         elif self.state == TRANSMISSION:
             assert self._requests is not None
-            self._python_ran()
+            self._python_has_run()
             self._requests.refuse()
-            self.guard(self._maybe_finish)
+            self.guard(self.maybe_finish)
 
     def abort(self) -> None:
         """Close now. Replies that have not left are dropped."""
@@ -178,9 +166,8 @@ class Connection:
         self.state = CLOSED
         self._watch.stop()
         self._patience.end()
-        if self._fast is not None:
-            self._fast.release()
-            self._fast = None
+        if self._reception is not None:
+            self._reception.stop()
         self._output.drop()
         if self._requests is not None:
             self._gate().leave(self)
@@ -190,20 +177,20 @@ class Connection:
 
     def freeze(self) -> None:
         """Begin no request any more. What has begun ends; see `is_at_rest`."""
-        self._is_frozen = True
+        self.is_frozen = True
         if self._input is not None and self._input.is_plain:
             self._watch.stop_reading()
 
     def thaw(self) -> None:
         """Undo `freeze`."""
-        self._is_frozen = False
+        self.is_frozen = False
         if self.state != TRANSMISSION:
             return
         if self._flow.is_paused:
             self.resume()
         else:
             self._start_reading()
-            self.guard(self._serve_received)
+            self.guard(self._receiving().serve_received)
 
     @property
     def is_at_rest(self) -> bool:
@@ -287,10 +274,10 @@ class Connection:
         traffic = None if self._requests is None else self._requests.traffic
         if self._requests is not None:
             self._requests.release()
-        if self._poller is not None:
-            self._poller.close()
+        if self._reception is not None:
+            self._reception.release()
         self._patience.release()
-        self._input = self._requests = self._poller = None
+        self._input = self._requests = self._reception = None
         self._flush_scheduled.cancel()
         self._finish_scheduled.cancel()
         self._flush_scheduled = self._finish_scheduled = NEVER
@@ -313,7 +300,7 @@ class Connection:
         for _ in range(SETTLE_RECEIVES_MAX):
             if self.state != TRANSMISSION or self._flow.is_paused:
                 break
-            self.guard(self.receive_requests)
+            self.guard(self._receiving().receive)
         if self.state == TRANSMISSION:
             log.info(
                 "%s: the client has gone; its unread requests are dropped", self.peer
@@ -347,7 +334,7 @@ class Connection:
         assert self._input is not None
         return self._input.ends_with_disc()
 
-    def _maybe_finish(self) -> None:
+    def maybe_finish(self) -> None:
         """Close if nothing else is left to do."""
         if not self._output.is_empty or self._flow.nr_requests:
             return
@@ -366,7 +353,7 @@ class Connection:
         """
         if self.state != TRANSMISSION or self._flow.is_paused or self._flow.nr_requests:
             return
-        self.receive_requests()
+        self._receiving().receive()
         if (
             self.state == TRANSMISSION
             and self._output.is_empty
@@ -395,22 +382,30 @@ class Connection:
 
     # ---- the socket ----
 
+    def receive_requests(self, stop: int | None = None) -> None:
+        """Go on where the compiled half has stopped; see `FastTurn.serve`."""
+        self._receiving().receive(stop)
+
+    def _receiving(self) -> Reception:
+        assert self._reception is not None
+        return self._reception
+
+    def _python_has_run(self) -> None:
+        if self._reception is not None:
+            self._reception.python_ran()
+
     def _start_reading(self) -> None:
         if not self._watch.is_reading:
-            self._python_ran()
-            # The compiled fast path calls `readable` for all that it does not do.
-            call = self.readable if self._fast is None else self._fast.receiver
-            self._watch.read(call)
-            self._read_on_if_pending()
-
-    def _read_on_if_pending(self) -> None:
-        """The loop does not know of bytes that TLS has received already."""
-        if self._tls is not None and self._tls.has_pending:
-            self._shared.loop.call_soon(self._read_on)
+            self._python_has_run()
+            reception = self._reception
+            self._watch.read(self.readable if reception is None else reception.reader)
+            if self._tls is not None and self._tls.has_pending:
+                # The loop does not know of bytes that TLS has received already.
+                self._shared.loop.call_soon(self.read_on)
 
     def readable(self) -> None:
         if self.state == TRANSMISSION:
-            self.guard(self.receive_requests)
+            self.guard(self._receiving().receive)
         elif self.state == HANDSHAKE:
             self.guard(self._receive_handshake)
         else:
@@ -434,7 +429,7 @@ class Connection:
         elif all_left:
             self._watch.stop_writing()
             if self.state == DRAINING or self._is_shutting_down:
-                self._maybe_finish()
+                self.maybe_finish()
             elif self.state == HANDSHAKE:
                 self._start_reading()
         if self._flow.is_paused:
@@ -442,12 +437,12 @@ class Connection:
 
     def route(self, submit: Callable[[Bio], None]) -> None:
         assert self._requests is not None
-        self._python_ran()
+        self._python_has_run()
         self._requests.route(submit)
 
     def writes_in_flight(self) -> Iterator[tuple[Bio, int, int]]:
         assert self._requests is not None
-        return self._requests.writes_in_flight()
+        return self._requests.in_flight.writes()
 
     def flush_soon(self) -> None:
         """Flush once in this turn of the loop, however many bios end in it."""
@@ -474,7 +469,7 @@ class Connection:
             if not self._sock.recv(HANDSHAKE_READ):
                 self.abort()
                 return
-        self._shared.loop.call_soon(self._read_on)
+        self._shared.loop.call_soon(self.read_on)
 
     def _receive_handshake(self) -> None:
         handshake = self._negotiation.handshake
@@ -488,14 +483,13 @@ class Connection:
             handshake.receive_data(data)
             self._answer_handshake()
             if self.state != HANDSHAKE:
-                self._read_on_if_pending()
                 return
             if self._output.is_blocked:
                 self._watch.stop_reading()  # until it has taken its answers
                 return
             if handshake.starts_tls:
                 return
-        self._shared.loop.call_soon(self._read_on)
+        self._shared.loop.call_soon(self.read_on)
 
     def _go_on_with_tls(self) -> bool:
         """Go on with the handshake of TLS, after its answer has left in plaintext; whether it is over."""
@@ -526,7 +520,7 @@ class Connection:
             self._attach(handshake.negotiated, handshake.trailing_data())
         self.flush()
         if self.state == DRAINING:
-            self._maybe_finish()
+            self.maybe_finish()
 
     def _attach(self, negotiated: Negotiated, data: bytes, unsent: bytes = b"") -> None:
         """Serve requests from now on; `data` has been received already, `unsent` replies have to be sent first."""
@@ -543,17 +537,15 @@ class Connection:
         self._negotiated = negotiated
         self._output.open_arena()
         self._device = device
-        self._poller = Poller(shared.polling, limits.poll_us)
         sock, flow, output = self._sock, self._flow, self._output
         replies_like = replies_of(negotiated)
         self._input = received = Input(sock, limits, flow, output, replies_like)
         self._requests = Requests(
             self, shared, received, output, flow, device, negotiated
         )
-        if IS_COMPILED and isinstance(sock, socket.socket):
-            parts = self._requests, received, output, flow
-            self._fast = FastTurn(self, sock, shared, device, *parts)
-            self._watch.stop_reading()  # and begin anew: with the compiled fast path
+        parts = self._requests, received, output, flow
+        self._reception = Reception(self, shared, sock, self._watch, device, *parts)
+        self._watch.stop_reading()  # and begin anew, with its reader
         if self._is_shutting_down:
             self._requests.refuse()
         self._gate().join(self)
@@ -562,7 +554,7 @@ class Connection:
         if unsent:
             self._output.push(unsent)
             self.flush()
-        if self._is_frozen:
+        if self.is_frozen:
             self._watch.stop_reading()
             return
         self._start_reading()
@@ -570,97 +562,7 @@ class Connection:
         self._flow.end_turn()
         self.flush()
 
-    # hot: one system call and 0.6 us a batch, besides `Requests.serve`; on the compiled fast path seldom called
-    def receive_requests(self, stop: int | None = None) -> None:
-        """Receive and serve batch after batch, as long as there is one, or soon will be. Args: stop: see `FastTurn.serve`."""
-        assert self._poller is not None
-        self._python_ran()
-        if self._fast is None or not self._receive_fast(self._fast, stop):
-            self._receive_usual(polls=stop is None and self._poller.begin())
-
-    def _receive_usual(self, *, polls: bool) -> None:
-        """As `receive_requests`, without compiled code."""
-        requests, received, poller = self._requests, self._input, self._poller
-        assert requests is not None
-        assert received is not None
-        assert poller is not None
-        output, flow = self._output, self._flow
-        batches_left = BATCHES_MAX
-        while True:
-            try:
-                nr_bytes = received.receive()
-            except BlockingIOError:
-                if (
-                    not polls
-                    or self._shared.budget.nr_requests
-                    or output.is_blocked
-                    or not poller.look_again()
-                ):
-                    return
-                continue
-            if poller.is_looking:
-                poller.hit()
-            if nr_bytes:
-                if received.complete is not None:
-                    requests.start_large(received.take_complete())
-                if self._is_frozen and received.is_plain:
-                    self._watch.stop_reading()
-                    return
-                if nr_bytes > REQUEST.size and received.is_batch:
-                    poller.not_alone()
-                    polls = False
-                requests.serve()
-                if flow.is_counting:
-                    flow.end_turn()
-            else:
-                self.disc()
-            goes_on = polls
-            if not output.is_empty and not output.is_blocked:
-                self.flush()
-            elif self.state == DRAINING:
-                self._maybe_finish()
-            elif output.is_empty and not flow.nr_requests:
-                goes_on = True  # see "Errors" in the module head
-            if not goes_on and self._tls is not None:
-                goes_on = self._tls.has_pending
-            if not goes_on or not self._watch.is_reading:
-                return
-            batches_left -= 1
-            if not batches_left:
-                self._shared.loop.call_soon(self._read_on)
-                return
-
-    def _python_ran(self) -> None:
-        if self._fast is not None:
-            self._fast.python_ran()
-
-    def _receive_fast(self, fast: FastTurn, stop: int | None = None) -> bool:
-        """Receive and serve on the compiled fast path, and what it leaves in the usual way; whether the turn is over."""
-        output, received = self._output, self._input
-        assert received is not None
-        try:
-            is_over = fast.serve(stop)
-        except EOFError:
-            self.disc()
-            is_over = True
-        if (
-            not is_over
-            and self.state == TRANSMISSION
-            and not self._flow.is_paused
-            and received.is_plain
-            and received.end > received.begin
-        ):
-            assert self._requests is not None
-            self._requests.serve()
-            if self._flow.is_counting:
-                self._flow.end_turn()
-        if not output.is_empty and not (output.is_blocked and self._watch.is_writing):
-            self.flush()
-        elif self.state == DRAINING:
-            self._maybe_finish()
-        return is_over or not self._watch.is_reading
-
-    def _read_on(self) -> None:
+    def read_on(self) -> None:
         """The loop had its turn: go on receiving."""
         if self._watch.is_reading:
             self.readable()
@@ -675,7 +577,7 @@ class Connection:
         requests, flow = self._requests, self._flow
         if self.state != TRANSMISSION or requests is None:
             return
-        if self._is_frozen and self._input is not None and self._input.is_plain:
+        if self.is_frozen and self._input is not None and self._input.is_plain:
             return  # `thaw` calls again
         was_yielding = flow.is_yielding
         if not requests.may_go_on():
@@ -686,14 +588,4 @@ class Connection:
             return
         flow.run()
         self._start_reading()
-        self.guard(self._serve_received)
-
-    def _serve_received(self) -> None:
-        assert self._requests is not None
-        self._python_ran()
-        if self._fast is not None and self._receive_fast(self._fast):
-            return
-        if self.state == TRANSMISSION:
-            self._requests.serve()
-            self._flow.end_turn()
-            self.flush()
+        self.guard(self._receiving().serve_received)

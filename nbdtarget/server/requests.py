@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Requests`: the requests of one connection, from the receive buffer to the device, and their replies.
+"""`Requests`: takes the requests of one connection from the receive buffer, and answers or begins each of them.
 
 Theory of operation. `Connection` receives into `Input` and then calls `serve`, which takes the requests
 that lie there, by one of two paths:
@@ -24,49 +24,36 @@ at once (perf stat, Python 3.11, a file in the page cache behind a hydrated clon
                     the kernel's socket
 
 Who writes what. `Input` has the received bytes, `Output` the replies, and `Flow` the numbers of what is in flight, the
-share of the turn, and whether the connection is paused. This class has the bios.
+share of the turn, and whether the connection is paused. `InFlight` has what has begun and not ended.
 
 Bounds. `_admit` is called before each slow request, and after each bio that stays in flight; if a bound is met,
 it pauses the connection, and the requests that were received stay in the buffer. Before a request
 that is answered without I/O only the output is looked at. What is served in one turn of the loop is bounded, too:
 `Flow.may_serve_on` is asked after each slow request, and for each TURN_LOOK received bytes of fast ones.
-
-Ends. Bios that are in flight when the connection closes end into `_ended`, which drops them. The last
-one tells the connection that it may release the device.
 """
 
-import errno as errnos
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Final
 
-from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, PENDING, Bio
+from nbdtarget.bio import FUA, OP_READ, OP_WRITE, PENDING, Bio
 from nbdtarget.common.clock import perf_counter_ns
-from nbdtarget.common.errors import DeviceError
-from nbdtarget.common.turns import Tasks
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.losses import ConnectionObserver
-from nbdtarget.server.block_status import Asked, describe
-from nbdtarget.server.buffers import HEADER_ROOM
-from nbdtarget.server.commands import OPS, bio_flags_of
 from nbdtarget.server.flow import FULL, Flow
+from nbdtarget.server.in_flight import InFlight
 from nbdtarget.server.input import Input
 from nbdtarget.server.large_write import LargeWrite
 from nbdtarget.server.output import Output
 from nbdtarget.server.replies import Answers
-from nbdtarget.server.request import WRITING, Request, Violation
+from nbdtarget.server.request import Violation
 from nbdtarget.server.shared import Host, Shared
 from nbdtarget.server.shared_flush import SharedFlushes
-from nbdtarget.server.sliced_range import SlicedRange, Slicing
-from nbdtarget.server.sliced_read import SlicedRead
 from nbdtarget.server.traffic import new_request
 from nbdtarget_protocol.consts import (
     CMD_BLOCK_STATUS,
     CMD_DISC,
-    CMD_FLAG_DF,
     CMD_FLAG_FUA,
     CMD_FLAG_PAYLOAD_LEN,
-    CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_NAMES,
     CMD_READ,
@@ -124,6 +111,7 @@ class Requests:
 
     Attributes:
         traffic: counts the requests.
+        in_flight: those that have begun and not ended.
         structured, extended, can_write, can_flush, size: what was negotiated.
         is_plain: requests are neither refused nor held back, so that they need not be seen here.
     """
@@ -144,16 +132,15 @@ class Requests:
         self._host, self._shared, self._limits = host, shared, limits
         self._input, self._output, self._flow = received, output, flow
         self._device = device
-        self._gate = shared.gates.of(device)
-        self._submit: Callable[[Bio], None] = device.submit  # or the gate's
-        self._in_flight: set[Bio] = set()
-        self._observer = ConnectionObserver(device)
         self._transmission = transmission
-        # The bio of the fast path.
-        self._bio = Bio(OP_READ, 0, 0, None, 0, self._ended)
         self._replies = replies = replies_of(negotiated)
         self.traffic = shared.accounts.open(device)
         self._answers = Answers(host, output, flow, replies, limits, self.traffic)
+        self.in_flight = InFlight(
+            host, shared, output, flow, device, replies, self._answers, self.traffic
+        )
+        # The bio of the fast path.
+        self._bio = Bio(OP_READ, 0, 0, None, 0, self.in_flight.ended)
         # What the fast path takes: up to which length a READ and a WRITE, -1: none; the size of the export; from
         # which length a READ is looked through for zeroes; how replies look (1: structured, 2: extended); and how many
         # bytes stand in front of the data of a READ.
@@ -175,38 +162,31 @@ class Requests:
             replies.request_magic,
             ~(FUA | CMD_FLAG_PAYLOAD_LEN) if replies.extended else ~FUA,
         )
-        self._tasks, self._is_shutting_down, self._begun_ns = Tasks(), False, 0
+        self._begun_ns = 0
         # For the compiled fast path.
         self.structured, self.extended = replies.structured, replies.extended
         self.can_write, self.size = writable, transmission.size
         self.can_flush = writable and CMD_FLUSH in transmission.flags_allowed
-        counted = self._observer, self._answers, self.traffic
+        counted = self.in_flight.observer, self._answers, self.traffic
         self._shared_flushes = SharedFlushes(host, flow, device, *counted)
         self.is_plain = True
 
     def refuse(self) -> None:
         """From now on answer every request with ESHUTDOWN."""
-        self._is_shutting_down = True
+        self.in_flight.is_shutting_down = True
         self.is_plain = False
         self._fast = (-1, -1, *self._fast[2:])
 
     def route(self, submit: Callable[[Bio], None]) -> None:
         """Submit bios this way from now on."""
-        self._submit = submit
-        self.is_plain = submit == self._device.submit and not self._is_shutting_down
-
-    def writes_in_flight(self) -> Iterator[tuple[Bio, int, int]]:
-        """Each with the offset and length that the client asked for."""
-        for bio in self._in_flight:
-            request = bio.private
-            assert isinstance(request, Request)
-            if request.command in WRITING:
-                yield bio, request.offset, bio.length
+        self.in_flight.submit = submit
+        self.is_plain = (
+            submit == self._device.submit and not self.in_flight.is_shutting_down
+        )
 
     def drop(self) -> None:
         """The connection is closed: forget the WRITE that was being received, and what the gate holds."""
-        self._observer.close()
-        self._gate.drop(tuple(self._in_flight))
+        self.in_flight.drop()
         large = self._input.close()
         if large is not None:
             large.leave()
@@ -249,16 +229,7 @@ class Requests:
 
     def read_again(self, cookie: int, offset: int, length: int) -> None:
         """Serve a READ that was admitted before."""
-        self._start_read(cookie, 0, offset, length)
-
-    def start_large(self, large: LargeWrite) -> None:
-        """The payload of a large WRITE is complete."""
-        if large.grown:
-            large.leave()
-            request = large.bio.private
-            assert isinstance(request, Request)
-            large.bio.private = request._replace(charge=large.charge)
-        self._start(large.bio)
+        self.in_flight.start_read(cookie, 0, offset, length)
 
     # ---- the fast path ----
 
@@ -266,14 +237,14 @@ class Requests:
     def serve(self, *, only_first: bool = False) -> None:
         """Serve the requests that were received, or the first one. Local variables are used, because reading one costs a third of reading an attribute."""
         self._begun_ns, read, written = perf_counter_ns(), 0, 0
-        source, output, submit, bio = self._input, self._output, self._submit, self._bio
+        source, output, bio = self._input, self._output, self._bio
+        submit = self.in_flight.submit
         buffer, view, position = source.buffer, source.view, source.begin
         arena, replies, out, end = output.arena, output.view, output.end, source.end
         read_max, write_max, size, zero_min, style, header = self._fast
         unpack, request_size, request_magic, not_plain = self._wire
         # Where in the arena to send, and where in the buffer the last request to serve may begin.
-        flush_at, last = self._scope(only_first)
-        look_at = last if last <= position + TURN_LOOK else position + TURN_LOOK
+        flush_at, last, look_at = self._scope(only_first)
         while position <= last:
             # Other connections have their turn, too. A batch that is short is served without a look at the clock.
             if position > look_at and (look_at := self._look_at(position, last)) < 0:
@@ -349,13 +320,14 @@ class Requests:
         self._note(*((0, counted) if bio.op == OP_WRITE else (counted, 0)))
         return self._answers.pack(bio, payload, out, cookie, offset)
 
-    def _scope(self, only_first: bool) -> tuple[int, int]:
-        """Return where in the arena to send, and where in the buffer the last request to serve may begin."""
+    def _scope(self, only_first: bool) -> tuple[int, int, int]:
+        """Return where in the arena to send; and where in the buffer the last request to serve may begin, and where to look at the clock."""
         begin, last = self._input.begin, self._input.end - self._header
         if only_first:
             # The compiled fast path has left room for its reply, and nothing may come between the two.
-            return len(self._output.arena), min(begin, last)
-        return self._flush_at(), last
+            last = min(begin, last)
+            return len(self._output.arena), last, last
+        return self._flush_at(), last, min(last, begin + TURN_LOOK)
 
     def _look_at(self, position: int, last: int) -> int:
         """Return up to where in the buffer to serve without another look at the clock.
@@ -390,13 +362,8 @@ class Requests:
             self.traffic.note(command, 1, 0, perf_counter_ns() - self._begun_ns)
             self._answers.fail((cookie, offset), command, bio.flags, bio.status)
             return bio
-        bio.private = new_request(cookie, command, 0, offset, bio.length, None)
-        self._flow.begin_request(bio.length)
-        self._bio = Bio(OP_READ, 0, 0, None, 0, self._ended)
-        # The receive buffer and the arena are used again: a device that keeps the payload must have copied it.
-        if bio.borrowed:
-            raise AssertionError(f"{self._device.name} kept a borrowed payload: {bio}")
-        self._in_flight.add(bio)
+        self._bio = Bio(OP_READ, 0, 0, None, 0, self.in_flight.ended)
+        self.in_flight.adopt(bio, command, cookie, offset)
         self._admit(0)
         return self._bio
 
@@ -434,12 +401,12 @@ class Requests:
         elif not self._admit(length if command == CMD_READ else 0):
             return -1
         elif command == CMD_READ:
-            self._start_read(cookie, flags, offset, length)
+            self.in_flight.start_read(cookie, flags, offset, length)
         elif command == CMD_BLOCK_STATUS:
             contexts = self._transmission.contexts
-            self._start_block_status(flags, cookie, offset, length, contexts)
+            self.in_flight.start_status(flags, cookie, offset, length, contexts)
         else:
-            self._start_range(
+            self.in_flight.start_range(
                 new_request(cookie, command, flags, offset, 0, None), length
             )
         return begin + self._header
@@ -453,7 +420,7 @@ class Requests:
     def _refusal(
         self, command: int, flags: int, offset: int, length: int
     ) -> RequestError | None:
-        if self._is_shutting_down:
+        if self.in_flight.is_shutting_down:
             return RequestError(ESHUTDOWN, "server is shutting down")
         return self._transmission.refusal(command, flags, offset, length)
 
@@ -528,7 +495,7 @@ class Requests:
         if refusal is not None:
             self._answers.refuse((cookie, offset), CMD_BLOCK_STATUS, refusal)
         elif self._admit(0):
-            self._start_block_status(flags, cookie, offset, length, contexts)
+            self.in_flight.start_status(flags, cookie, offset, length, contexts)
         else:
             return -1
         return stop
@@ -547,153 +514,15 @@ class Requests:
         buffer = self._shared.pool.take_untouched(length)
         payload = memoryview(buffer)[:length]
         request = new_request(cookie, CMD_WRITE, flags, offset, charge, buffer)
-        bio = Bio(OP_WRITE, offset, length, payload, flags & FUA, self._ended, request)
+        ended = self.in_flight.ended
+        bio = Bio(OP_WRITE, offset, length, payload, flags & FUA, ended, request)
         payload[: len(here)] = here
         self._flow.take(charge)
         if len(here) == length:
-            self._start(bio)
+            self.in_flight.start(bio)
             return stop
         source.expect(LargeWrite(bio, buffer, charge, len(here), self._flow, step))
         return source.end
-
-    def _start_read(self, cookie: int, flags: int, offset: int, length: int) -> None:
-        """Start a READ that has a buffer of its own."""
-        pool, slice_max = self._shared.pool, self._limits.read_slice
-        # A new bytearray is filled with zeroes at once: 64 MiB of them take 90 ms.
-        take = pool.take if length <= slice_max else pool.take_untouched
-        buffer = take(length)
-        self._flow.take(len(buffer))
-        request = new_request(cookie, CMD_READ, flags, offset, len(buffer), buffer)
-        payload = memoryview(buffer)[HEADER_ROOM : HEADER_ROOM + length]
-        bio = Bio(OP_READ, offset, length, payload, 0, self._ended, request)
-        if length <= slice_max:
-            self._start(bio)
-            return
-        self._flow.begin_request(0)
-        looks = length >= self._answers.zero_min and not flags & CMD_FLAG_DF
-        SlicedRead(bio, slice_max, self, self._shared.turns, looks=looks).go_on()
-
-    def submit_slice(self, bio: Bio) -> None:
-        self._in_flight.add(bio)
-        self._submit(bio)
-
-    def slice_ended(self, bio: Bio) -> int:
-        self._in_flight.discard(bio)
-        return bio.status or (errnos.ESHUTDOWN if self._host.is_closed else 0)
-
-    def _give_back(self, request: Request) -> None:
-        self._flow.give_back(request.charge, request.buffer)
-
-    def _start(self, bio: Bio) -> None:
-        self._flow.begin_request(0)
-        self._in_flight.add(bio)
-        self._submit(bio)
-        output = self._output
-        if output.nr_queued >= self._limits.flush_at and not output.is_blocked:
-            self._host.flush()  # a large reply: the client can begin with it
-
-    def _start_range(self, request: Request, length: int) -> None:
-        """Start a request without payload; a FLUSH also tells what the device has lost meanwhile."""
-        command, flags, offset = request.command, request.flags, request.offset
-        if command == CMD_FLUSH:
-            mark = self._observer.mark()
-
-            def ended(bio: Bio) -> None:
-                bio.status = self._observer.end(mark, bio.status)
-                self._ended(bio)
-
-            self._start(Bio(OP_FLUSH, 0, 0, None, 0, ended, request))
-            return
-        op, bio_flags = OPS[command], bio_flags_of(command, flags)
-        bio = Bio(op, offset, length, None, bio_flags, self._ended, request)
-        if length <= self._limits.range_slice:
-            self._start(bio)
-            return
-        self._flow.begin_request(0)
-        # In flight is all of it, and not its slices: what overlaps the range is held until the last has ended.
-        self._in_flight.add(bio)
-        ranges = SlicedRange(bio, self._device, self._slicing())
-        self._gate.pass_by(bio, ranges.go_on)
-
-    def _slicing(self) -> Slicing:
-        shared = self._shared
-        # Not kept: it refers to this object.
-        return Slicing(shared.clock, shared.limits, shared.turns, self._reason_to_stop)
-
-    def _reason_to_stop(self) -> int:
-        """Return the errno with which a request ends that takes long, if nobody waits for it any more; else 0."""
-        has_gone = self._host.is_closed or self._host.has_hung_up()
-        return errnos.ESHUTDOWN if has_gone or self._is_shutting_down else 0
-
-    def _start_block_status(
-        self,
-        flags: int,
-        cookie: int,
-        offset: int,
-        length: int,
-        contexts: Sequence[tuple[int, str]],
-    ) -> None:
-        self._flow.begin_request(0)
-        request = new_request(cookie, CMD_BLOCK_STATUS, flags, offset, 0, None)
-        self._tasks.start(self._block_status(request, length, contexts))
-
-    async def _block_status(
-        self, request: Request, length: int, contexts: Sequence[tuple[int, str]]
-    ) -> None:
-        device, offset, flags = self._device, request.offset, request.flags
-        status = 0
-        reply = b""
-        try:
-            await self._shared.turns.wait()
-            await self._gate.passed(offset, length)
-            asked = Asked(device, self._slicing(), offset, length)
-            is_one = bool(flags & CMD_FLAG_REQ_ONE)
-            replies = self._replies
-            reply = await describe(
-                asked, contexts, replies, request.cookie, req_one=is_one
-            )
-        except DeviceError as error:
-            status = error.errno
-        except Exception:
-            log.exception("%s: %s: block status", self._host.peer, device.name)
-            status = errnos.EIO
-        self._flow.end_request()
-        self.traffic.note(CMD_BLOCK_STATUS, 1, 0, perf_counter_ns() - request.begun_ns)
-        if not self._host.is_closed:
-            if status:
-                at = request.cookie, offset
-                self._answers.fail(at, CMD_BLOCK_STATUS, flags, status)
-            else:
-                self._output.push(reply)
-            self._host.flush_soon()
-        else:
-            self._host.maybe_release()
-
-    def _ended(self, bio: Bio) -> None:
-        """A bio has ended."""
-        request = bio.private
-        if request is None:
-            return  # inside `submit`: `serve` goes on with it
-        assert isinstance(request, Request)
-        self.traffic.note_ended(request, bio)
-        self._flow.end_request()
-        self._in_flight.discard(bio)  # not in it, if its device broke the rules
-        if self._host.is_closed:
-            self._give_back(request)
-            self._host.maybe_release()
-        else:
-            at = request.cookie, request.offset
-            if bio.status:
-                self._give_back(request)
-                self._answers.fail(at, request.command, request.flags, bio.status)
-            elif request.command == CMD_READ:
-                self._answers.read(bio, request)
-            else:
-                self._give_back(request)
-                self._answers.done(at, request.command)
-            self._host.flush_soon()
-        if self._gate.elders:
-            self._gate.ended(bio)
 
 
 def _not_a_request(_: Bio) -> None:

@@ -188,14 +188,14 @@ FAST: Final = (
         "compiled-path-passes-by-the-gate",
         "A write overtakes one of the same client's older connection, and is then overwritten by it.",
         "nbdtarget.server.connection:Connection.route",
-        (("        self._python_ran()\n", ""),),
+        (("        self._python_has_run()\n", ""),),
         TURNS,
     ),
     Mutant(
         "compiled-path-serves-after-the-shutdown",
         "A request that came after the shutdown is carried out while the devices are closed.",
         "nbdtarget.server.connection:Connection.shutdown",
-        (("            self._python_ran()\n", ""),),
+        (("            self._python_has_run()\n", ""),),
         TURNS,
     ),
     Mutant(

@@ -195,11 +195,11 @@ MAPPED_DEVICE: Final = (
     Mutant(
         "loss-told-to-one-connection-only",
         "One client's FLUSH tells of a loss; another one, whose write is gone too, hears that all is well.",
-        "nbdtarget.server.requests:Requests.__init__",
+        "nbdtarget.server.in_flight:InFlight.__init__",
         (
             (
-                "        self._observer = ConnectionObserver(device)\n",
-                "        self._observer = vars(device).setdefault(\n"
+                "        self.observer = ConnectionObserver(device)\n",
+                "        self.observer = vars(device).setdefault(\n"
                 '            "observer", ConnectionObserver(device)\n'
                 "        )\n",
             ),

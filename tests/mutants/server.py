@@ -9,6 +9,7 @@ __all__ = ["SERVER"]
 
 REQUESTS: Final = (
     "tests/nbdtarget/server/test_requests.py",
+    "tests/nbdtarget/server/test_in_flight.py",
     "tests/nbdtarget/server/test_connection.py",
 )
 
@@ -21,7 +22,7 @@ SERVER: Final = (
     Mutant(
         "reset-in-a-payload-not-noticed",
         "A client that resets in the middle of a WRITE keeps its connection, and the device, for ever.",
-        "nbdtarget.server.connection:Connection._receive_usual",
+        "nbdtarget.server.reception:Reception._receive_usual",
         (
             (
                 '                goes_on = True  # see "Errors"',
@@ -156,8 +157,8 @@ SERVER: Final = (
         "nbdtarget.server.requests:Requests._take_large_write",
         (
             (
-                "length, payload, flags & FUA, self._ended",
-                "length, payload, 0, self._ended",
+                "length, payload, flags & FUA, ended",
+                "length, payload, 0, ended",
             ),
         ),
         REQUESTS,
@@ -184,11 +185,11 @@ SERVER: Final = (
     Mutant(
         "flush-replied-before-it-ends",
         "A FLUSH is answered when the device has it, not when the device has ended it.",
-        "nbdtarget.server.requests:Requests",
+        "nbdtarget.server.in_flight:InFlight",
         (
             (
-                "        self._submit(bio)\n        output = self._output\n",
-                "        self._submit(bio)\n        output = self._output\n"
+                "        self.submit(bio)\n        output = self._output\n",
+                "        self.submit(bio)\n        output = self._output\n"
                 "        if bio.op == OP_FLUSH:\n"
                 "            request = bio.private\n"
                 "            assert isinstance(request, Request)\n"
@@ -206,18 +207,18 @@ SERVER: Final = (
     Mutant(
         "write-replied-before-it-ends",
         "A WRITE that the device still works on is answered: the next FLUSH may miss it.",
-        "nbdtarget.server.requests:Requests",
+        "nbdtarget.server.in_flight:InFlight",
         (
             (
-                "        self._in_flight.add(bio)\n        self._admit(0)\n",
-                "        self._in_flight.add(bio)\n"
-                "        if command == CMD_WRITE:\n"
+                "        self._bios.add(bio)\n\n    def writes",
+                "        self._bios.add(bio)\n"
+                "        if command == 1:\n"
                 "            self._answers.done((cookie, offset), command)\n"
-                "        self._admit(0)\n",
+                "\n    def writes",
             ),
             (
                 "                self._answers.done(at, request.command)\n",
-                "                if request.command != CMD_WRITE or request.buffer:\n"
+                "                if request.command != 1 or request.buffer:\n"
                 "                    self._answers.done(at, request.command)\n",
             ),
         ),
@@ -226,7 +227,7 @@ SERVER: Final = (
     Mutant(
         "late-error-answered-as-success",
         "A request that fails after a while is answered with success.",
-        "nbdtarget.server.requests:Requests._ended",
+        "nbdtarget.server.in_flight:InFlight.ended",
         (
             (
                 "            if bio.status:\n                self._give_back(request)\n",
@@ -253,7 +254,7 @@ SERVER: Final = (
     Mutant(
         "borrowed-payload-not-checked",
         "A device that keeps a borrowed payload goes unnoticed, and writes garbage later.",
-        "nbdtarget.server.requests:Requests._not_inline",
+        "nbdtarget.server.in_flight:InFlight.adopt",
         (
             (
                 "        if bio.borrowed:\n",

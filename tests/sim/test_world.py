@@ -14,7 +14,7 @@ from nbdtarget.devices.base import Extent
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.nbd.device import NbdDevice
 from nbdtarget.server.gate import Gate
-from nbdtarget.server.requests import Requests
+from nbdtarget.server.in_flight import InFlight
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import REMAPPED, Target
 from nbdtarget.targets.clone.extents import hydration_extents
@@ -156,23 +156,23 @@ def _without_flush(steps: Steps[None]) -> Steps[None]:
             yield operation
 
 
-class HastyServer(Requests):
+class HastyServer(InFlight):
     """Answers a FLUSH before it is carried out."""
 
-    def _start(self, bio: Bio) -> None:
+    def start(self, bio: Bio) -> None:
         if bio.op == OP_FLUSH:
             self._flow.begin_request(0)
             bio.end(0)
         else:
-            super()._start(bio)
+            super().start(bio)
 
 
-class DeafToFua(Requests):
+class DeafToFua(InFlight):
     """Takes no notice of FUA where a request does not take the fast path."""
 
-    def _start(self, bio: Bio) -> None:
+    def start(self, bio: Bio) -> None:
         bio.flags &= ~FUA
-        super()._start(bio)
+        super().start(bio)
 
 
 def hold_nothing(gate: Gate, bio: Bio) -> list[Bio]:
@@ -187,8 +187,8 @@ def hold_nothing(gate: Gate, bio: Bio) -> list[Bio]:
         ("nbdtarget.targets.mapping.Committer", SuperblockBeforeJournal, 0),
         ("nbdtarget.targets.clone.target.Foreground", FuaWithoutCommit, 98),
         ("nbdtarget.targets.clone.target.hydration_extents", upside_down, 93),
-        ("nbdtarget.server.connection.Requests", HastyServer, 0),
-        ("nbdtarget.server.connection.Requests", DeafToFua, 23),
+        ("nbdtarget.server.requests.InFlight", HastyServer, 0),
+        ("nbdtarget.server.requests.InFlight", DeafToFua, 23),
     ],
 )
 def test_simulation_catches(

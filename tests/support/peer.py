@@ -17,7 +17,16 @@ from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
 
-__all__ = ["MIB", "Directory", "Disk", "Peer", "Reply", "Served", "until"]
+__all__ = [
+    "MIB",
+    "Directory",
+    "Disk",
+    "LaterDisk",
+    "Peer",
+    "Reply",
+    "Served",
+    "until",
+]
 
 MIB = 1 << 20
 
@@ -86,6 +95,14 @@ class Disk(Device):
 
     async def close(self) -> None:
         pass
+
+
+class LaterDisk(Disk):
+    """Ends every bio in a later turn of the loop."""
+
+    def submit(self, bio: Bio) -> None:
+        bio.own()
+        asyncio.get_running_loop().call_soon(super().submit, bio)
 
 
 class Directory:

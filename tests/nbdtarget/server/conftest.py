@@ -15,3 +15,13 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     it = Served(tmp_path)
     yield it
     await it.close()
+
+
+@pytest.fixture(params=["simple", "structured"])
+def structured(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "structured")
+
+
+@pytest.fixture(params=["inline", "held"])
+def held(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "held")

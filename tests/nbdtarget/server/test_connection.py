@@ -4,10 +4,8 @@
 import asyncio
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import uvloop
 
 from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.devices.base import Device
@@ -269,48 +267,3 @@ async def test_shutdown_under_a_flood_of_requests(served: Served) -> None:
     await closing
     assert set(errors) <= {0, c.ESHUTDOWN}
     assert errors == sorted(errors)  # none is served any more after the first refusal
-
-
-# ---- the other event loop, and polling ----
-
-
-async def _converse(path: Path) -> None:
-    served = Served(path)
-    peer = await served.attach(structured=True)
-    large = b"l" * 300_000
-    for at in range(100):  # one at a time: the connection is alone and polls
-        payload = bytes([at + 1]) * 4096
-        assert (await peer.ask(c.CMD_WRITE, at * 4096, payload=payload)).error == 0
-        assert (await peer.ask(c.CMD_READ, at * 4096, 4096)).data == payload
-    assert (await peer.ask(c.CMD_WRITE, 0, payload=large)).error == 0
-    assert (await peer.ask(c.CMD_READ, 0, len(large))).data == large
-    served.disk.hold = True
-    for _ in range(10):
-        peer.send(c.CMD_READ, 0, 4096)
-    await served.disk.until_held(10)
-    peer.send(c.CMD_DISC)
-    served.disk.let_go()
-    for _ in range(10):
-        assert (await peer.reply()).data == large[:4096]
-    assert await peer.at_end()
-    await served.close()
-
-
-@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-def test_conversation_on_either_loop(run: type, tmp_path: Path) -> None:
-    run(_converse(tmp_path))
-
-
-async def test_polling_connection_lets_others_in(served: Served) -> None:
-    served.limits = replace(served.limits, poll_us=500)
-    busy, other = await served.attach(), await served.attach()
-
-    async def ask_on() -> None:
-        while True:
-            await busy.ask(c.CMD_READ, 0, 512)
-
-    asking = asyncio.create_task(ask_on())
-    for _ in range(20):
-        assert (await other.ask(c.CMD_READ, 0, 512)).error == 0
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)

@@ -532,10 +532,10 @@ async def test_shutdown_is_seen_by_the_next_request(site: Site) -> None:
     assert (await peer.ask(c.CMD_WRITE, 0, payload=b"old")).error == 0
     assert site.listener is not None
     (connection,) = site.listener._connections
-    assert connection._fast is not None
+    assert connection._reception is not None
     connection.shutdown()
     peer.send(c.CMD_WRITE, 0, payload=b"new")
-    connection._fast.receiver()  # as the loop does, before anything else has run
+    connection._reception.reader()  # as the loop does, before anything else has run
     assert (await peer.reply()).error == errnos.ESHUTDOWN
 
 

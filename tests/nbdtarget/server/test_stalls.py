@@ -189,7 +189,7 @@ async def test_a_client_whose_rest_came_while_it_was_looked_for_is_only_silent(
     clock.advance(100)
     assert connection._watch.is_noticing
     peer.writer.write(request[11:])
-    connection._read_on()
+    connection.read_on()
     assert (await peer.reply()).error == 0
     clock.advance(1000)
     assert listener.nr_connections == 1

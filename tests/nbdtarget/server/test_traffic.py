@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.fast import compiled
-from nbdtarget.server import connection
+from nbdtarget.server import reception
 from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Account, Accounts, Traffic
 from nbdtarget_protocol import consts as c
 from tests.support.dm import RamDevice
@@ -24,7 +24,7 @@ async def site(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Site]:
     if request.param == "python":
-        monkeypatch.setattr(connection, "IS_COMPILED", False)
+        monkeypatch.setattr(reception, "IS_COMPILED", False)
     elif not compiled.IS_COMPILED:
         pytest.skip(compiled.describe())
     if request.param == "ring":
