@@ -138,6 +138,7 @@ class Device:
         traffic: what a remote image has cost so far; None: it is none.
         is_forward_only: it is read from the front to the end, and a step back costs all that lies before: copy it in order.
         has_lanes: what `submit_ahead` reads does not keep clients' reads waiting, so a background copy need not rest for them.
+        hides_zeroes: `extents` does not tell where it has nothing but zeroes: a copy looks for them in what it has read.
         rotational: what `is_rotational` says, of a device that does not ask others.
         may_be_container: its bytes come from a file or a server, where something else than a raw disk may lie by mistake.
         can_resize: `size` may be set to what `measure` says; else the disk has to be opened anew.
@@ -156,6 +157,7 @@ class Device:
     can_fast_zero: bool = False
     rotational: bool = False
     has_lanes: bool = False
+    hides_zeroes: bool = False
     is_forward_only: bool = False
     traffic: Traffic | None = None
     may_be_container: bool = False

@@ -19,6 +19,9 @@ The event loop is not held for longer than a chunk: after one that ended inside 
 
 A buffer is lent to a bio until the bio ends, also if the copy was cancelled.
 
+Zeroes. Of a source that cannot tell where it has zeroes (`Device.hides_zeroes`), what was read is looked through (`zeroes.py`), and
+whole pieces of zeroes become a WRITE_ZEROES, if the destination can do that without writing them. A chunk has ended when all its bios have.
+
 After each `writeback_bytes` that were copied, the destination begins to write back. Copying is
 bound by the processor, writing back by the disk; left to the next flush, they would take turns.
 
@@ -31,9 +34,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from nbdtarget.bio import OP_NAMES, OP_READ, OP_WRITE, Bio
+from nbdtarget.bio import OP_NAMES, OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
+from nbdtarget.targets.zeroes import maybe_zero_runs
 
 __all__ = ["CHUNK_BYTES", "COPY_BYTES_MAX", "Copier", "CopyError"]
 
@@ -109,6 +113,10 @@ class Copier:
         copy = _Copy(self, offset, length, 0 if to is None else to - offset)
         copy.pump()
         await copy.ended
+
+    @property
+    def looks_for_zeroes(self) -> bool:
+        return self.source.hides_zeroes and self.destination.can_write_zeroes
 
     def drop_buffers(self) -> None:
         """Give the memory of idle buffers back; they are made again on demand."""
@@ -246,22 +254,63 @@ class _Copy:
     def _read_ended(self, bio: Bio) -> None:
         if bio.status or self._error is not None:
             self._chunk_ended(bio)
-        else:
-            assert isinstance(bio.private, _Chunk)
+            return
+        assert isinstance(bio.private, _Chunk)
+        if not self._copier.looks_for_zeroes or not self._write_runs(bio.private):
             self._submit(OP_WRITE, bio.private, self._chunk_ended)
+
+    def _write_runs(self, chunk: "_Chunk") -> bool:
+        """Write the data and the zeroes of a chunk, each for itself; return False, and do nothing, if it has no zeroes."""
+        whole = chunk.buffer.obj
+        assert isinstance(whole, bytearray), "as `Copier` makes them"
+        runs = maybe_zero_runs(whole, chunk.length)
+        if runs is None:
+            return False
+        left = len(runs)
+        failed: Bio | None = None
+
+        def ended(bio: Bio) -> None:
+            nonlocal left, failed
+            left -= 1
+            if bio.status and failed is None:
+                failed = bio
+            if not left:
+                self._chunk_ended(failed or bio)
+
+        for begin, end, is_zero in runs:
+            self._write_run(chunk, begin, end, ended, is_zero=is_zero)
+        return True
+
+    def _write_run(
+        self,
+        chunk: "_Chunk",
+        begin: int,
+        end: int,
+        endio: Callable[[Bio], None],
+        *,
+        is_zero: bool,
+    ) -> None:
+        """Write a part of a chunk, which is no chunk of its own."""
+        offset = chunk.offset + self._delta + begin
+        payload = None if is_zero else chunk.buffer[begin:end]
+        op = OP_WRITE_ZEROES if is_zero else OP_WRITE
+        self._send(Bio(op, offset, end - begin, payload, 0, endio, chunk))
 
     def _submit(self, op: int, chunk: "_Chunk", endio: Callable[[Bio], None]) -> None:
         offset, length, buffer = chunk
-        device = self._copier.source
         if op == OP_WRITE:
-            device = self._copier.destination
             offset += self._delta
-        bio = Bio(op, offset, length, buffer[:length], 0, endio, chunk)
-        if self._copier.behind and op == OP_WRITE:
+        self._send(Bio(op, offset, length, buffer[:length], 0, endio, chunk))
+
+    def _send(self, bio: Bio) -> None:
+        """Submit a READ to the source, or a WRITE or WRITE_ZEROES to the destination."""
+        copier = self._copier
+        device = copier.source if bio.op == OP_READ else copier.destination
+        if copier.behind and bio.op == OP_WRITE:
             device.submit_behind(bio)
-        elif self._copier.behind:
+        elif copier.behind and bio.op == OP_READ:
             device.submit_ahead(bio)
-        elif self._copier.background and length > INLINE_BYTES_MAX:
+        elif copier.background and bio.length > INLINE_BYTES_MAX:
             device.submit_background(bio)
         else:
             device.submit(bio)

@@ -368,6 +368,35 @@ CLONE: Final = (
         (*COPIER, *WALKS),
         hangs=True,
     ),
+    Mutant(
+        "chunk-with-zeroes-ends-with-its-first-part",
+        "The data of a chunk that holds zeroes is still being written, and its regions count as hydrated.",
+        "nbdtarget.targets.copier:_Copy._write_runs",
+        (("            if not left:\n", "            if left == len(runs) - 1:\n"),),
+        COPIER,
+    ),
+    Mutant(
+        "failed-part-of-a-chunk-swallowed",
+        "The disk refuses the first part of a chunk, the last one succeeds, and the copy says that it is whole.",
+        "nbdtarget.targets.copier:_Copy._write_runs",
+        (("self._chunk_ended(failed or bio)", "self._chunk_ended(bio)"),),
+        COPIER,
+    ),
+    Mutant(
+        "zeroes-of-the-source-left-out",
+        "Zeroes are not written, so what an older disk has left there shows through.",
+        "nbdtarget.targets.copier:_Copy._send",
+        (
+            (
+                "        copier = self._copier\n",
+                "        copier = self._copier\n"
+                "        if bio.op > OP_WRITE:\n"
+                "            bio.end(0)\n"
+                "            return\n",
+            ),
+        ),
+        COPIER,
+    ),
     # ---- locks ----
     Mutant(
         "no-locks",

@@ -50,6 +50,7 @@ class PackedDevice(Device):
     io_min = PIECE_BYTES
     may_be_container = True
     has_lanes = True
+    hides_zeroes = True
     is_forward_only = True
     can_resize = False
 

@@ -66,6 +66,7 @@ class RangedDevice(Device):
     io_min = CELL_BYTES
     may_be_container = True
     has_lanes = True
+    hides_zeroes = True
 
     def __init__(
         self,

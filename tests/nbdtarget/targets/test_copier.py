@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from nbdtarget.bio import OP_READ, OP_WRITE, Bio
+from nbdtarget.bio import OP_NAMES, OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
 from nbdtarget.targets.copier import Copier, CopyError
 from tests.support.clock import SimClock, settle
 from tests.support.devices import CrashDevice, FaultDevice, SlowDevice
@@ -280,3 +280,70 @@ async def test_only_long_chunks_in_the_background_leave_the_loop(
     await Copier(source, destination, background=True).copy(0, length)
     assert len(sent) == 2 * background
     assert destination.image()[:length] == CONTENT[:length]
+
+
+# ---- zeroes ----
+
+PIECE = 64 << 10
+
+
+def make_sparse_source() -> CrashDevice:
+    """Pieces of data and of zeroes in turns, then a rest that is no whole piece of zeroes."""
+    content = bytearray(CONTENT)
+    content[PIECE : 2 * PIECE] = bytes(PIECE)
+    content[3 * PIECE :] = bytes(SIZE - 3 * PIECE)
+    source = CrashDevice(SIZE, content=bytes(content), name="source")
+    source.hides_zeroes = True
+    return source
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("can_write_zeroes", [False, True])
+async def test_zeroes_that_the_source_hides_are_written_as_zeroes(
+    behind: bool, can_write_zeroes: bool
+) -> None:
+    source = make_sparse_source()
+    below = CrashDevice(SIZE, content=b"\xaa" * SIZE)  # an older disk
+    below.can_write_zeroes = can_write_zeroes
+    copier = Copier(source, below, behind=behind)
+    await copier.copy(0, SIZE - 512)
+    assert below.image()[: SIZE - 512] == source.image()[: SIZE - 512]
+    assert below.image()[SIZE - 512 :] == b"\xaa" * 512
+    zeroed = [each[1:3] for each in below.trace if each[0] == OP_NAMES[OP_WRITE_ZEROES]]
+    assert zeroed == ([(PIECE, PIECE)] if can_write_zeroes else [])
+    await copier.copy(0, SIZE)
+    assert below.image() == source.image()
+
+
+async def test_source_that_tells_its_zeroes_is_not_looked_through() -> None:
+    source = make_sparse_source()
+    source.hides_zeroes = False
+    destination = CrashDevice(SIZE)
+    await Copier(source, destination).copy(0, SIZE)
+    assert {op for op, *_ in destination.trace} == {OP_NAMES[OP_WRITE]}
+
+
+@pytest.mark.parametrize("op", [OP_WRITE, OP_WRITE_ZEROES])
+async def test_part_of_a_chunk_that_cannot_be_written_fails_the_copy(op: int) -> None:
+    destination = FaultDevice(
+        CrashDevice(SIZE), 0, ops=frozenset({op}), sticky=False, errno=errnos.ENOSPC
+    )
+    copier = Copier(make_sparse_source(), destination, chunk_bytes=SIZE)
+    with pytest.raises(CopyError) as caught:
+        await copier.copy(0, SIZE)
+    assert not caught.value.is_read
+    assert caught.value.error.errno == errnos.ENOSPC
+    await copier.copy(0, SIZE)  # every buffer is back
+
+
+async def test_chunk_has_ended_when_its_last_part_has() -> None:
+    clock = SimClock()
+    destination = SlowDevice(CrashDevice(SIZE), clock, 1.0)
+    copier = Copier(make_sparse_source(), destination, chunk_bytes=SIZE)
+    copying = asyncio.create_task(copier.copy(0, SIZE))
+    await settle()
+    assert destination.in_flight == 4
+    assert not copying.done()
+    clock.advance(1.1)
+    await settle()
+    assert copying.done()

@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -109,6 +110,23 @@ async def test_one_line_clones_a_url(server: ImageServer, tmp_path: Path) -> Non
         == 0
     )
     assert len(server.noted) == asked
+
+
+async def test_clone_of_a_sparse_image_is_sparse(tmp_path: Path) -> None:
+    """A web server does not tell of holes; zeroes take no space on the destination, and replace what lay there."""
+    image = bytearray(8 * MIB)
+    image[:MIB], image[-MIB:] = IMAGE[:MIB], IMAGE[:MIB]
+    for name, before in (("new.img", b""), ("old.img", OTHER)):
+        dest = tmp_path / name
+        dest.write_bytes(before)
+        os.truncate(dest, len(image))
+        async with ImageServer(bytes(image)) as server:
+            done = await clone(
+                Recorder(), source=server.url(), dest=name, overwrite=True
+            )
+        assert done == 0
+        assert dest.read_bytes() == image
+        assert 2 * MIB <= dest.stat().st_blocks * 512 < 3 * MIB
 
 
 async def test_clone_goes_on_after_a_restart_under_another_signature(
