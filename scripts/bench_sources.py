@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a clone of an image on a distant web server is, against nbdkit's curl plugin and nbdcopy.
 
-    python -m scripts.bench_sources [--size MIB] [--repeat N] [--latency-ms 30] [--mib-s 200] [--quick]
+    python -m scripts.bench_sources [--size MIB] [--repeat N] [--latency-ms 30] [--mib-s 200] [--only PART]... [--quick]
 
-The server (`scripts.store_server`) answers each request after `--latency-ms`, and sends `--mib-s` in all; it is the same for all. Measured are:
+The server (`scripts.store_server`) answers each request after `--latency-ms`, and sends `--mib-s` in all; it is the same for all. The parts, which
+`--only` chooses, are:
 
     hydration     `nbdtarget clone URL FILE --exit-when-hydrated`, without what the same command takes for one region, against the
-                  time that the bytes alone take, and against `nbdkit curl URL --run nbdcopy`, of a part of the image if
-                  that is slower than ten times
-    first read    from the moment when the fresh clone's socket takes a connection until a client has 4 KiB of the middle of the disk;
+                  time that the bytes alone take. In turns with it, `curl URL -o FILE` and a sync of FILE: what this machine, this disk and this
+                  server can do at best. And `nbdkit curl URL --run nbdcopy`, of a part of the image, as it is slower than ten times
+    first         from the moment when the fresh clone's socket takes a connection until a client has 4 KiB of the middle of the disk;
                   in round trips of `--latency-ms`. The clone hydrates meanwhile
     boot          what a Debian reads when it boots (`tests/support/debian-boot.trace`), one read after the other: from the fresh clone, from one that
                   hydrates that first, and from `qemu-nbd -r URL`
-    random reads  100 reads of 4 KiB all over the fresh clone, one after the other: from the clone while it hydrates, and from nbdkit
+    random        100 reads of 4 KiB all over the fresh clone, one after the other: from the clone while it hydrates, and from nbdkit
 
 Afterwards the copies must equal the image.
 """
@@ -136,56 +137,116 @@ def nbdkit_reads_s(url: str, work: Path, size: int) -> list[float]:
         return random_reads_s(path, "", size)
 
 
-def measure(work: Path, options: argparse.Namespace) -> dict[str, float]:
-    size = options.size * MIB
-    image, part = work / "image.img", work / "part.img"
-    make_source(image, size=size, holes=False)
-    make_source(part, size=PART_MIB * MIB, holes=False)
-    start(work)  # compiles
-    floor_s = size / (options.mib_s * MIB)
-    clones, starts, firsts, reads, boots, traced = [], [], [], [], [], []
-    trace = fitted(read_trace(str(TRACE)), size)
-    write_trace(str(work / "boot.trace"), trace)
-    order = ("--hydrate-order", str(work / "boot.trace"))
-    with (
-        store(image, work, "image", options) as url,
-        store(part, work, "part", options) as part_url,
-    ):
-        for _ in range(options.repeat):
-            clones.append(clone(url, work, size).wall_s)
+def curl(url: str, work: Path, size: int) -> float:
+    """Download by curl, and sync; return the seconds."""
+    dest = work / "curl.img"
+    fresh(dest, size)
+    begun_s = time.monotonic()
+    timed(["curl", "--silent", "--fail", "--output", str(dest), url])
+    with dest.open("rb") as file:
+        os.fdatasync(file.fileno())
+    return time.monotonic() - begun_s
+
+
+class Bench:
+    """The image, its server, and the parts of the benchmark, each of which returns its figures."""
+
+    def __init__(self, work: Path, url: str, options: argparse.Namespace) -> None:
+        self._work = work
+        self._url = url
+        self._options = options
+        self._size = options.size * MIB
+        self._trace = fitted(read_trace(str(TRACE)), self._size)
+
+    def hydration(self) -> dict[str, float]:
+        work, options = self._work, self._options
+        clones, starts, curls = [], [], []
+        start(work)  # compiles
+        for round_nr in range(options.repeat):
+            if round_nr % 2:
+                curls.append(curl(self._url, work, self._size))
+            clones.append(clone(self._url, work, self._size).wall_s)
             starts.append(start(work).wall_s)
-            firsts.append(first_read_s(url, work, size))
-            with clone_server(url, work, size) as path:
-                reads += random_reads_s(path, "first", size)
+            if not round_nr % 2:
+                curls.append(curl(self._url, work, self._size))
+        if not filecmp.cmp(work / "image.img", work / "clone.img", shallow=False):
+            raise AssertionError("the clone differs from the image")
+        start_s = statistics.median(starts)
+        copied_s = statistics.median(clones) - start_s
+        floor_s = self._size / (options.mib_s * MIB)
+        return {
+            "clone_s": statistics.median(clones),
+            "start_s": start_s,
+            "curl_s": statistics.median(curls),
+            "hydration_mib_s": options.size / copied_s,
+            "hydration_of_bandwidth": floor_s / copied_s,
+            "curl_of_bandwidth": floor_s / statistics.median(curls),
+        }
+
+    def nbdkit(self) -> dict[str, float]:
+        part = self._work / "part.img"
+        make_source(part, size=PART_MIB * MIB, holes=False)
+        with store(part, self._work, "part", self._options) as url:
+            nbdkit_s = nbdkit_curl(url, self._work, PART_MIB * MIB)
+        return {"nbdkit_mib_s": PART_MIB / nbdkit_s}
+
+    def first(self) -> dict[str, float]:
+        options = self._options
+        firsts = [
+            first_read_s(self._url, self._work, self._size)
+            for _ in range(options.repeat)
+        ]
+        first_ms = 1000 * statistics.median(firsts)
+        return {
+            "first_read_ms": first_ms,
+            "first_read_round_trips": first_ms / options.latency_ms,
+        }
+
+    def boot(self) -> dict[str, float]:
+        url, work, size, trace = self._url, self._work, self._size, self._trace
+        write_trace(str(work / "boot.trace"), trace)
+        order = ("--hydrate-order", str(work / "boot.trace"))
+        boots, traced = [], []
+        for _ in range(self._options.repeat):
             with clone_server(url, work, size) as path:
                 boots.append(boot_s(path, "first", trace))
             with clone_server(url, work, size, *order) as path:
                 traced.append(boot_s(path, "first", trace))
-        if not filecmp.cmp(image, work / "clone.img", shallow=False):
-            raise AssertionError("the clone differs from the image")
-        nbdkit_s = nbdkit_curl(part_url, work, PART_MIB * MIB)
-        nbdkit_reads = nbdkit_reads_s(url, work, size)
         qemu_s = qemu_boot_s(url, work, trace)
-    start_s = statistics.median(starts)
-    copied_s = statistics.median(clones) - start_s
-    nbdkit_mib_s = PART_MIB / nbdkit_s
-    return {
-        "clone_s": statistics.median(clones),
-        "start_s": start_s,
-        "hydration_of_bandwidth": floor_s / copied_s,
-        "hydration_mib_s": options.size / copied_s,
-        "nbdkit_mib_s": nbdkit_mib_s,
-        "times_nbdkit": options.size / copied_s / nbdkit_mib_s,
-        "first_read_ms": 1000 * statistics.median(firsts),
-        "first_read_round_trips": 1000 * statistics.median(firsts) / options.latency_ms,
-        "boot_s": statistics.median(boots),
-        "boot_traced_s": statistics.median(traced),
-        "boot_qemu_nbd_s": qemu_s,
-        "boot_times_qemu_nbd": qemu_s / statistics.median(traced),
-        "random_read_ms": 1000 * statistics.median(reads),
-        "random_read_p99_ms": 1000 * statistics.quantiles(reads, n=100)[98],
-        "nbdkit_random_read_ms": 1000 * statistics.median(nbdkit_reads),
-    }
+        return {
+            "boot_s": statistics.median(boots),
+            "boot_traced_s": statistics.median(traced),
+            "boot_qemu_nbd_s": qemu_s,
+            "boot_times_qemu_nbd": qemu_s / statistics.median(traced),
+        }
+
+    def random(self) -> dict[str, float]:
+        reads = []
+        for _ in range(self._options.repeat):
+            with clone_server(self._url, self._work, self._size) as path:
+                reads += random_reads_s(path, "first", self._size)
+        nbdkit_reads = nbdkit_reads_s(self._url, self._work, self._size)
+        return {
+            "random_read_ms": 1000 * statistics.median(reads),
+            "random_read_p99_ms": 1000 * statistics.quantiles(reads, n=100)[98],
+            "nbdkit_random_read_ms": 1000 * statistics.median(nbdkit_reads),
+        }
+
+
+PARTS: Final = ("hydration", "nbdkit", "first", "boot", "random")
+
+
+def measure(work: Path, options: argparse.Namespace) -> dict[str, float]:
+    image = work / "image.img"
+    make_source(image, size=options.size * MIB, holes=False)
+    figures: dict[str, float] = {}
+    with store(image, work, "image", options) as url:
+        bench = Bench(work, url, options)
+        for part in options.only or PARTS:
+            figures |= getattr(bench, part)()
+    if "nbdkit_mib_s" in figures and "hydration_mib_s" in figures:
+        figures["times_nbdkit"] = figures["hydration_mib_s"] / figures["nbdkit_mib_s"]
+    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,11 +255,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--latency-ms", type=float, default=30.0)
     parser.add_argument("--mib-s", type=float, default=200.0)
+    parser.add_argument("--only", action="append", choices=PARTS)
     parser.add_argument("--quick", action="store_true", help="256 MiB, one round")
     parser.add_argument("--dir", help="where the images go (a temporary directory)")
     options = parser.parse_args(argv)
     missing = [
-        tool for tool in ("nbdkit", "nbdcopy", "qemu-nbd") if shutil.which(tool) is None
+        tool
+        for tool in ("curl", "nbdkit", "nbdcopy", "qemu-nbd")
+        if shutil.which(tool) is None
     ]
     if missing:
         print(f"{' and '.join(missing)}: not installed")

@@ -23,6 +23,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -66,6 +67,7 @@ class HttpStore:
         self._url = url
         self._command = command
         self._context: ssl.SSLContext | None = None
+        self._making_context = asyncio.Lock()
         self._is_renewed = False
         self._leads_to = ""  # where the redirects of the URL ended; empty: not known
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
@@ -157,12 +159,14 @@ class HttpStore:
         session = self._session(is_urgent)
         try:
             for _ in range(REDIRECTS_MAX + 1):
+                proxy = _maybe_proxy(url)
+                needs_tls = "https" in (origin_of(url)[0], origin_of(proxy or "")[0])
                 async with session.get(
                     _parsed(url),
                     headers=_with_secret(headers, url, original),
                     allow_redirects=False,
-                    ssl=self._tls(),
-                    proxy=_maybe_proxy(url),
+                    ssl=await self._tls() if needs_tls else True,
+                    proxy=proxy,
                 ) as answer:
                     if answer.status not in _REDIRECTS:
                         if url != original.url and answer.status in (200, 206):
@@ -195,14 +199,20 @@ class HttpStore:
             )
         return session
 
-    def _tls(self) -> ssl.SSLContext:
-        if self._context is None:
-            ca = self._url.options.ca
-            try:
-                self._context = ssl.create_default_context(cafile=ca or None)
-            except OSError as error:  # ssl.SSLError is one
-                reason = f"the authorities in {ca or 'the system'} cannot be read: {error.strerror or error}"
-                raise SourceUnfit(reason) from error
+    async def _tls(self) -> ssl.SSLContext:
+        """Return the context, which is made in a thread: to read the system's authorities takes tens of milliseconds.
+
+        Raises: SourceUnfit.
+        """
+        ca = self._url.options.ca
+        async with self._making_context:
+            if self._context is None:
+                make = partial(ssl.create_default_context, cafile=ca or None)
+                try:
+                    self._context = await asyncio.to_thread(make)
+                except OSError as error:  # ssl.SSLError is one
+                    reason = f"the authorities in {ca or 'the system'} cannot be read: {error.strerror or error}"
+                    raise SourceUnfit(reason) from error
         return self._context
 
 
