@@ -204,7 +204,11 @@ class Round:
         pick = self.random
         command = pick.choice((0, 0, 0, 1, 1, 3))
         length = pick.choice((1, 17, 512, 512, 4096, 4096))
-        offset, flags, magic = pick.randrange(SIZE - 4096), 0, self.magic
+        if pick.random() < 0.03:  # of several blocks or regions
+            length = pick.choice((BLOCK, 2 * BLOCK, 100_000))
+        offset, flags, magic = pick.randrange(SIZE - length), 0, self.magic
+        if length >= BLOCK and pick.random() < 0.5:
+            offset -= offset % BLOCK
         if command == 1 and pick.random() < 0.2:
             flags = 1  # FUA
         elif command == 3:

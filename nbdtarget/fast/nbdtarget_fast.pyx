@@ -8,7 +8,7 @@ carries out those that are plain, packs their replies and sends them: without a 
 them, and without the interpreter's lock. A request is *plain* if
 
     it is a READ or a WRITE, and nothing is wrong with it,
-    the `Route` of the device can tell in which file its bytes lie, and where,
+    the `Route` of the device can tell in which file its bytes lie, and where, or in which pieces,
     the file answers at once: a READ from the page cache, a WRITE into it; or io_uring takes the READ.
 
 A WRITE with FUA and a FLUSH need a FLUSH of the whole device in the end. Such a WRITE is written as a plain one, and the cookies of both are
@@ -177,7 +177,7 @@ cdef enum:
     GATHER_PIECES = 128  # of one sendmsg: two for each reply
     NOTED_MAX = 64  # first hits of one turn
     NR_BOUNDS = 12  # of the histograms of times
-    MIXED_MAX = 64  # regions of one request that are looked at one by one
+    MIXED_MAX = 64  # regions or blocks of one request that are looked at one by one
 
     KIND_FLAT = 0
     KIND_BITMAP = 1
@@ -310,8 +310,8 @@ cdef class FastFile:
         fd: stays the device's.
         slow_ns: a WRITE that takes longer is the last one until `was_slow` has been called.
         was_slow: the device's: it decides whether `write_max` stays 0.
-        was_unfinished: the device's: the next WRITE that it gets has been begun here. Takes the
-            offset and length, the bytes that the page cache took, and the errno, 0: none.
+        was_unfinished: the device's: a WRITE that it gets soon has been begun here. Takes the offset and length, the bytes that the page
+            cache took, the errno, 0: none, and how many other WRITEs the device gets before it.
         note_reads: the device's: so many reads more are in the ring now; fewer, if it is negative. While
             there are some, the device keeps the file open.
 
@@ -483,8 +483,7 @@ cdef File *find_by_table(
     cdef uint64_t steps = 0
     cdef uint32_t entry
     cdef int nr
-    # A WRITE of a whole block may take another way than the cache.
-    if inside + length > way.block_size or block >= way.nr_blocks or (is_write and length == way.block_size):
+    if inside + length > way.block_size or block >= way.nr_blocks:
         return NULL
     if bucket >= way.nr_buckets:
         return NULL
@@ -536,6 +535,61 @@ cdef inline File *find(
     if way.kind == KIND_BITMAP:
         return find_by_bitmap(way, offset - way.begin, length, is_write, at)
     return find_by_table(way, offset - way.begin, length, is_write, at)
+
+
+cdef struct Piece:
+    # A part of a request that lies in one place.
+    File *file
+    uint64_t at  # in the file
+    uint64_t length
+
+
+cdef int find_pieces(
+    Way *way, uint64_t offset, uint64_t length, bint is_write, Piece *pieces
+) noexcept nogil:
+    """Cut a request at the borders of regions or blocks: up to MIXED_MAX pieces, each of one of them. Returns how many there are; 0: ask Python."""
+    cdef uint64_t size = way.block_size if way.kind == KIND_TABLE else <uint64_t>1 << way.shift
+    cdef uint64_t step
+    cdef int nr = 0
+    if way.kind == KIND_FLAT or offset < way.begin:
+        return 0
+    while length:
+        if nr == MIXED_MAX:
+            return 0
+        step = min(size - (offset - way.begin) % size, length)
+        pieces[nr].file = find(way, offset, step, is_write, &pieces[nr].at)
+        if pieces[nr].file == NULL:
+            return 0
+        pieces[nr].length = step
+        offset += step
+        length -= step
+        nr += 1
+    return nr
+
+
+cdef Found read_pieces(Way *way, uint8_t *into, uint64_t offset, uint64_t length) noexcept nogil:
+    """Read what lies in several places. FOUND: all of it was there at once; otherwise ask Python."""
+    cdef Piece pieces[MIXED_MAX]
+    cdef int nr_pieces = find_pieces(way, offset, length, False, pieces)
+    cdef int nr = 0
+    cdef File *file
+    cdef uint64_t at, run
+    if not nr_pieces:
+        return REFUSED
+    while nr < nr_pieces:
+        # What follows each other in a file is read in one go.
+        file, at, run = pieces[nr].file, pieces[nr].at, 0
+        if length > file.read_max:
+            return REFUSED
+        while nr < nr_pieces and pieces[nr].file == file and pieces[nr].at == at + run:
+            run += pieces[nr].length
+            nr += 1
+        if file_read(file, into, at, run) != FOUND:
+            return REFUSED
+        into += run
+    if way.kind == KIND_TABLE:
+        way.nr_reads += nr_pieces - 1  # a hit for each block
+    return FOUND
 
 
 cdef class _Memory:
@@ -824,6 +878,7 @@ cdef class Plane:
     cdef readonly uint64_t put
     cdef uint64_t put_at  # in the file
     cdef uint64_t put_length
+    cdef int nr_put_before  # pieces of the same WRITE
     cdef readonly bint was_batch
     cdef readonly bint was_late
     cdef int64_t late_ns
@@ -985,7 +1040,7 @@ cdef class Plane:
             route.was_served(route.way.nr_reads, route.way.nr_writes)
             route.way.nr_reads = route.way.nr_writes = 0
         if stop == STOP_UNFINISHED:
-            route.file.was_unfinished(self.put_at, self.put_length, self.put, self.error)
+            route.file.was_unfinished(self.put_at, self.put_length, self.put, self.error, self.nr_put_before)
         return stop
 
     cdef Stop _turn(self, Way *way, int64_t poll_ns) noexcept nogil:
@@ -1160,7 +1215,7 @@ cdef class Plane:
         cdef uint8_t *reply
         cdef uint16_t flags, command
         cdef uint32_t length
-        cdef uint64_t offset, file_at = 0, put
+        cdef uint64_t offset, file_at = 0
         cdef uint64_t size = self.size if self.size < way.size else way.size
         cdef Py_ssize_t head = self.data_bytes, request_bytes = self.request_bytes
         cdef int64_t look_left = LOOK_BYTES
@@ -1207,13 +1262,13 @@ cdef class Plane:
                     if stop != STOP_DONE:
                         return stop
                 file = find(way, offset, length, True, &file_at)
-                if file == NULL or not file_takes(file, file_at, length):
+                if file == NULL:
+                    stop = self._write_pieces(way, at + request_bytes, offset, length)
+                    if stop != STOP_DONE:
+                        return stop
+                elif not file_takes(file, file_at, length):
                     return STOP_SLOW
-                put = file_write(file, at + request_bytes, file_at, length, &self.error)
-                if put != length:
-                    self.put = put
-                    self.put_at = file_at
-                    self.put_length = length
+                elif not self._write(file, at + request_bytes, file_at, length, 0):
                     return STOP_UNFINISHED
                 self.fresh_bytes[COMMAND_WRITE] += length
                 if flags:
@@ -1234,8 +1289,9 @@ cdef class Plane:
                 file = find(way, offset, length, False, &file_at)
                 reply = arena + self.out
                 if file == NULL:
-                    return STOP_SLOW
-                found = file_read(file, reply + head, file_at, length)
+                    found = read_pieces(way, reply + head, offset, length)
+                else:
+                    found = file_read(file, reply + head, file_at, length)
                 if found == FOUND:
                     self.out += self._pack_read(reply, at, length)
                     self.fresh[COMMAND_READ] += 1
@@ -1253,6 +1309,38 @@ cdef class Plane:
                 if self._is_over(now_ns()):
                     return STOP_TURN_OVER
         self._compact()
+        return STOP_DONE
+
+    cdef inline bint _write(
+        self, File *file, const uint8_t *data, uint64_t at, uint64_t length, int nr_before
+    ) noexcept nogil:
+        """Returns whether the page cache took all of it; if not, what it took is noted for UNFINISHED."""
+        cdef uint64_t put = file_write(file, data, at, length, &self.error)
+        if put == length:
+            return True
+        self.put, self.put_at, self.put_length, self.nr_put_before = put, at, length, nr_before
+        return False
+
+    cdef Stop _write_pieces(self, Way *way, const uint8_t *data, uint64_t offset, uint64_t length) noexcept nogil:
+        """Carry out a WRITE that goes to several places, if all of them are known. It may end in the midst of them, as UNFINISHED."""
+        cdef Piece pieces[MIXED_MAX]
+        cdef int nr_pieces = find_pieces(way, offset, length, True, pieces)
+        cdef int nr
+        if not nr_pieces:
+            return STOP_SLOW
+        for nr in range(nr_pieces):
+            # All of them are in the file that `was_unfinished` is told of.
+            if pieces[nr].file != way.file or length > way.file.write_max:
+                return STOP_SLOW
+            if not file_takes(way.file, pieces[nr].at, pieces[nr].length):
+                return STOP_SLOW
+        for nr in range(nr_pieces):
+            # Python cuts it in the same way, so the device gets these pieces again, one after the other.
+            if not self._write(way.file, data, pieces[nr].at, pieces[nr].length, nr):
+                return STOP_UNFINISHED
+            data += pieces[nr].length
+        if way.kind == KIND_TABLE:
+            way.nr_writes += nr_pieces - 1  # a hit for each block
         return STOP_DONE
 
     cdef inline bint _is_durable_write(self, const Way *way, uint16_t flags, uint16_t command) noexcept nogil:

@@ -3,6 +3,7 @@
 
 import os
 import socket
+import struct
 from pathlib import Path
 
 from nbdtarget.fast import compiled
@@ -10,9 +11,33 @@ from nbdtarget.fast import compiled
 if compiled.IS_COMPILED:
     from nbdtarget_fast import FastFile, Plane, Route
 
-__all__ = ["SIZE", "Bench"]
+__all__ = ["COOKIE", "SIZE", "Bench", "data_chunk", "request", "simple"]
 
 SIZE = 1 << 20
+COOKIE = 0x1122334455667788
+
+
+def request(
+    command: int,
+    offset: int,
+    length: int,
+    payload: bytes = b"",
+    *,
+    flags: int = 0,
+    cookie: int = COOKIE,
+    magic: int = 0x25609513,
+) -> bytes:
+    head = struct.pack(">IHHQQI", magic, flags, command, cookie, offset, length)
+    return head + payload
+
+
+def data_chunk(offset: int, data: bytes | bytearray, cookie: int = COOKIE) -> bytes:
+    head = struct.pack(">IHHQI", 0x668E33EF, 1, 1, cookie, len(data) + 8)
+    return head + struct.pack(">Q", offset) + bytes(data)
+
+
+def simple(cookie: int = COOKIE) -> bytes:
+    return struct.pack(">IIQ", 0x67446698, 0, cookie)
 
 
 class Bench:

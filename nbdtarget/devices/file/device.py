@@ -150,6 +150,7 @@ class FileDevice(Device):
         # For the compiled fast path: see `maybe_fast_file`.
         self._fast: FastFile | None = None
         self._unfinished: tuple[int, int, int, int] | None = None
+        self._nr_before_unfinished = 0
         self._is_quick = True  # and no space job runs: what `submit` looks at
         self._watch_left = 0
         self._backoff_end_ns = 0
@@ -271,9 +272,12 @@ class FileDevice(Device):
             self._set_quick()
         return self._fast
 
-    def _note_unfinished(self, offset: int, length: int, put: int, error: int) -> None:
-        """The compiled fast path has begun a WRITE, which `submit` gets next: see `_write_slow`."""
+    def _note_unfinished(
+        self, offset: int, length: int, put: int, error: int, nr_before: int
+    ) -> None:
+        """The compiled fast path has begun a WRITE, which `submit` gets after `nr_before` others: see `_write_slow`."""
         self._unfinished = offset, length, put, error
+        self._nr_before_unfinished = nr_before
         self._is_quick = False
 
     def set_size(self, size: int) -> None:
@@ -417,8 +421,10 @@ class FileDevice(Device):
 
     def _write_slow(self, bio: Bio) -> None:
         """A write that `submit` did not take: by a worker, or inline and watched."""
-        unfinished, self._unfinished = self._unfinished, None
-        if unfinished is not None:
+        if self._unfinished is not None and self._nr_before_unfinished:
+            self._nr_before_unfinished -= 1  # an earlier piece of the same request
+        elif self._unfinished is not None:
+            unfinished, self._unfinished = self._unfinished, None
             self._set_quick()
             offset, length, put, status = unfinished
             if (offset, length) == (bio.offset, bio.length):
@@ -488,7 +494,11 @@ class FileDevice(Device):
         self._watch_left = WATCHED_WRITES
 
     def _set_quick(self) -> None:
-        self._is_quick = not self._watch_left and not self._nr_space_jobs
+        self._is_quick = (
+            not self._watch_left
+            and not self._nr_space_jobs
+            and self._unfinished is None
+        )
         if self._fast is not None:
             may_write = self._is_quick and not self.read_only
             self._fast.write_max = INLINE_WRITE_MAX if may_write else 0

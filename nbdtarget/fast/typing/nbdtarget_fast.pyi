@@ -62,7 +62,7 @@ class FastFile:
         fd: int,
         slow_ns: int,
         was_slow: Callable[[], None],
-        was_unfinished: Callable[[int, int, int, int], None],
+        was_unfinished: Callable[[int, int, int, int, int], None],
         note_reads: Callable[[int], None] | None = None,
     ) -> None: ...
 

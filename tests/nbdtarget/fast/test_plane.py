@@ -13,8 +13,7 @@ import pytest
 from bitarray.util import zeros
 
 from nbdtarget.fast import compiled
-from nbdtarget.policies.smq.block_table import BlockTable
-from tests.support.plane import SIZE, Bench
+from tests.support.plane import COOKIE, SIZE, Bench, data_chunk, request, simple
 
 pytestmark = pytest.mark.skipif(
     not compiled.IS_COMPILED, reason=f"{compiled.describe()}"
@@ -35,35 +34,11 @@ if compiled.IS_COMPILED:
 
 READ, WRITE, FLUSH = 0, 1, 3
 FUA = 1
-COOKIE = 0x1122334455667788
-
-
-def request(
-    command: int,
-    offset: int,
-    length: int,
-    payload: bytes = b"",
-    *,
-    flags: int = 0,
-    cookie: int = COOKIE,
-    magic: int = 0x25609513,
-) -> bytes:
-    head = struct.pack(">IHHQQI", magic, flags, command, cookie, offset, length)
-    return head + payload
-
-
-def data_chunk(offset: int, data: bytes | bytearray, cookie: int = COOKIE) -> bytes:
-    head = struct.pack(">IHHQI", 0x668E33EF, 1, 1, cookie, len(data) + 8)
-    return head + struct.pack(">Q", offset) + bytes(data)
 
 
 def hole_chunk(offset: int, length: int, cookie: int = COOKIE) -> bytes:
     head = struct.pack(">IHHQI", 0x668E33EF, 1, 2, cookie, 12)
     return head + struct.pack(">QI", offset, length)
-
-
-def simple(cookie: int = COOKIE) -> bytes:
-    return struct.pack(">IIQ", 0x67446698, 0, cookie)
 
 
 @pytest.fixture
@@ -280,7 +255,7 @@ def test_write_that_the_file_refuses_is_told_with_its_errno(bench: Bench) -> Non
     bench.route = Route.flat(file, 0, SIZE)
     bench.route.can_write = True
     assert bench.turn(request(WRITE, 0, 512, bytes(512))) == UNFINISHED
-    assert told == [(0, 512, 0, errnos.ENOSPC)]
+    assert told == [(0, 512, 0, errnos.ENOSPC, 0)]
     assert bench.plane.end - bench.plane.begin == 28 + 512
     assert bench.plane.out == 0
     os.close(full)
@@ -294,7 +269,7 @@ def test_write_that_is_taken_in_part_is_told_with_how_much(bench: Bench) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert stop == UNFINISHED
-    assert bench.told == [f"unfinished {(SIZE - 512, 512, 256, 0)}"]
+    assert bench.told == [f"unfinished {(SIZE - 512, 512, 256, 0, 0)}"]
 
 
 # ---- sockets ----
@@ -444,11 +419,16 @@ def test_bitmap_says_which_file_has_a_region(bench: Bench, tmp_path: Path) -> No
         assert bench.turn(request(WRITE, region, 512, b"w" * 512)) == DONE
         assert bench.replies() == simple()
         assert bench.on_disk()[region : region + 512] == b"w" * 512
-        # A write to a region that is not set, and what is in both files, are Python's.
-        assert bench.turn(request(WRITE, 0, 512, bytes(512))) == SLOW
-        begin = bench.plane.end
-        bench.peer.sendall(request(READ, region - 256, 512))
-        assert bench.plane.turn(route, 0, False, begin, begin, 0, 0) == SLOW
+        mixed = request(READ, region - 256, 2 * region + 512)  # of both files
+        assert bench.turn(mixed) == DONE
+        middle = bench.on_disk()[region : 3 * region]
+        assert bench.replies() == data_chunk(
+            region - 256, b"s" * 256 + middle + b"s" * 256
+        )
+        # A write to a region that is not set is Python's, and so is one to it and its neighbour.
+        for offset in (0, region - 256):
+            assert bench.turn(request(WRITE, offset, 512, bytes(512))) == SLOW
+        assert bench.on_disk()[region : region + 512] == b"w" * 512
         route.close()
         bits.append(0)  # nothing holds it any more
 
@@ -473,156 +453,3 @@ def test_bitmap_without_another_file_leaves_its_regions(bench: Bench) -> None:
 def test_bitmap_that_is_too_short_is_refused(bench: Bench) -> None:
     with pytest.raises(ValueError, match="too short"):
         Route.by_bitmap(bench.file, None, bytes(1), 9, 16, 0, SIZE)
-
-
-class Cached:
-    """A cache of eight blocks of 64 KiB in the bench's file, found by a `BlockTable`."""
-
-    BLOCK = 1 << 16
-
-    def __init__(self, bench: Bench) -> None:
-        self.table = BlockTable(8)
-        self.is_hit = bytearray(8)
-        self.dirty = zeros(8, "little")
-        self.discarded = zeros(16, "little")
-        self.bench = bench
-        table = self.table
-        bench.route = Route.by_table(
-            bench.file,
-            table.blocks,
-            table.buckets,
-            table.chain,
-            table.shift,
-            self.is_hit,
-            self.dirty,
-            self.discarded,
-            16,
-            1,
-            self.BLOCK,
-            15,
-            0,
-            SIZE,
-        )
-        bench.route.can_read = bench.route.can_write = True
-
-
-def test_table_finds_the_cache_block(bench: Bench) -> None:
-    cached = Cached(bench)
-    cached.table.insert(3, 11)
-    cached.is_hit[3] = 1
-    offset = 11 * Cached.BLOCK + 512
-    assert bench.turn(request(READ, offset, 512)) == DONE
-    at = 3 * Cached.BLOCK + 512
-    assert bench.replies() == data_chunk(offset, bench.content[at : at + 512])
-
-
-def test_table_follows_its_chains(bench: Bench) -> None:
-    cached = Cached(bench)
-    for entry in range(8):
-        cached.table.insert(entry, entry + 5)
-        cached.is_hit[entry] = 1
-    for entry in range(8):
-        offset = (entry + 5) * Cached.BLOCK
-        assert bench.turn(request(READ, offset, 512)) == DONE
-        at = entry * Cached.BLOCK
-        assert bench.replies() == data_chunk(offset, bench.content[at : at + 512])
-
-
-@pytest.mark.parametrize(
-    ("command", "offset", "length", "dirty", "is_hit", "discarded"),
-    [
-        (READ, 12 << 16, 512, True, True, False),  # not cached
-        (READ, 11 << 16, 512, True, False, False),  # the first hit of the period
-        (READ, (11 << 16) + 65000, 1024, True, True, False),  # of two blocks
-        (READ, 15 << 16, 512, True, True, False),  # behind the last whole block
-        (WRITE, 11 << 16, 512, False, True, False),  # clean
-        (WRITE, 11 << 16, 512, True, True, True),  # discarded
-        (WRITE, 11 << 16, 1 << 16, True, True, False),  # a whole block
-    ],
-)
-def test_what_a_table_cannot_tell_is_left(
-    bench: Bench,
-    command: int,
-    offset: int,
-    length: int,
-    dirty: bool,
-    is_hit: bool,
-    discarded: bool,
-) -> None:
-    cached = Cached(bench)
-    cached.table.insert(3, 11)
-    cached.is_hit[3] = is_hit
-    cached.dirty[3] = dirty
-    cached.discarded[11 >> 1] = discarded
-    payload = bytes(length) if command == WRITE and length < 60_000 else b""
-    assert bench.turn(request(command, offset, length, payload)) == SLOW
-    assert bench.on_disk() == bench.content
-
-
-def test_write_to_a_dirty_cache_block_goes_into_it(bench: Bench) -> None:
-    cached = Cached(bench)
-    cached.table.insert(3, 11)
-    cached.is_hit[3] = 1
-    cached.dirty[3] = 1
-    assert bench.turn(request(WRITE, 11 << 16, 512, b"w" * 512)) == DONE
-    assert bench.on_disk()[3 << 16 : (3 << 16) + 512] == b"w" * 512
-
-
-def test_locked_blocks_are_left_and_others_served(bench: Bench) -> None:
-    cached = Cached(bench)
-    for entry, block in ((3, 11), (4, 12)):
-        cached.table.insert(entry, block)
-        cached.is_hit[entry] = 1
-    locked: dict[int, object] = {11: "a lock"}
-    bench.route.locked = locked
-    assert bench.turn(request(READ, 12 << 16, 512)) == DONE
-    assert bench.turn(request(READ, 11 << 16, 512)) == SLOW
-    locked.clear()
-    begin, end = bench.plane.begin, bench.plane.end
-    assert bench.plane.turn(bench.route, 0, True, begin, end, 0, 0) == DONE
-
-
-@pytest.mark.parametrize(
-    "locked", [{-5: "a range"}, dict.fromkeys(range(100, 165), "many")]
-)
-def test_locks_that_are_not_few_blocks_leave_everything(
-    bench: Bench, locked: dict[int, object]
-) -> None:
-    cached = Cached(bench)
-    cached.table.insert(3, 11)
-    cached.is_hit[3] = 1
-    bench.route.locked = locked
-    assert bench.turn(request(READ, 11 << 16, 512)) == SLOW
-    assert bench.plane.end == 0  # nothing was received
-
-
-def test_table_with_nonsense_in_it_is_left(bench: Bench) -> None:
-    cached = Cached(bench)
-    cached.table.buckets[:] = type(cached.table.buckets)("I", [99] * 8)
-    assert bench.turn(request(READ, 0, 512)) == SLOW
-    for entry in range(8):
-        cached.table.buckets[entry] = 0
-        cached.table.chain[0] = 0  # a circle
-    assert bench.turn() == SLOW
-    assert bench.plane.begin == 0
-
-
-def test_tables_that_do_not_fit_are_refused(bench: Bench) -> None:
-    table = BlockTable(8)
-    with pytest.raises(ValueError, match="do not fit"):
-        Route.by_table(
-            bench.file,
-            table.blocks,
-            table.buckets,
-            table.chain,
-            table.shift,
-            bytearray(7),
-            zeros(8, "little"),
-            zeros(8, "little"),
-            8,
-            0,
-            1 << 16,
-            8,
-            0,
-            SIZE,
-        )

@@ -404,7 +404,7 @@ async def test_write_that_the_page_cache_refuses_fails_and_latches(
     monkeypatch.setattr("nbdtarget.devices.file.device._pwrite", pwrite)
     file = below.maybe_fast_file()
     assert file is not None
-    below._note_unfinished(8192, 4096, 0, errnos.EIO)
+    below._note_unfinished(8192, 4096, 0, errnos.EIO, 0)
     file.write_max = 0
     reply = await peer.ask(c.CMD_WRITE, 8192, payload=bytes(4096))
     assert reply.error == errnos.EIO
@@ -421,12 +421,32 @@ async def test_write_that_was_taken_in_part_is_finished(site: Site) -> None:
     peer = await site.attach()
     file = below.maybe_fast_file()
     assert file is not None
-    below._note_unfinished(8192, 4096, 1024, 0)
+    below._note_unfinished(8192, 4096, 1024, 0, 0)
     file.write_max = 0
     reply = await peer.ask(c.CMD_WRITE, 8192, payload=b"w" * 4096)
     assert reply.error == 0
     data = (await device.read(8192, 4096)).tobytes()
     assert data == bytes(1024) + b"w" * 3072  # the first part was there already
+
+
+@needs_compiled
+async def test_error_of_a_later_piece_is_not_lost_on_the_pieces_before(
+    site: Site,
+) -> None:
+    disk = site.file("disk", bytes(SIZE))
+    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+    peer = await site.attach()
+    file = below.maybe_fast_file()
+    assert file is not None
+    below._note_unfinished(8192, 4096, 0, errnos.EIO, 1)
+    file.write_max = 0
+    before = await peer.ask(c.CMD_WRITE, 0, payload=b"w" * 4096)
+    assert (before.error, file.write_max) == (0, 0)
+    reply = await peer.ask(c.CMD_WRITE, 8192, payload=bytes(4096))
+    assert reply.error == errnos.EIO
+    assert (await peer.ask(c.CMD_FLUSH)).error == errnos.EIO
 
 
 @needs_compiled
