@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from nbdtarget.monitor.families import DEVICE, SERVER, TARGET, Family
+from nbdtarget.monitor.families import DEVICE, SERVER, TARGET
+from nbdtarget.monitor.family import Family
 
 __all__ = ["PAGE", "with_list"]
 

@@ -13,6 +13,7 @@ __all__ = [
     "Losses",
     "Name",
     "Names",
+    "Remote",
     "Request",
     "Uuid",
     "told",
@@ -53,6 +54,20 @@ class Answer(msgspec.Struct):
     """The fields that a verb gives back. New fields need defaults: an old client skips them."""
 
 
+class Remote(Answer):
+    """What a disk of another machine has cost, since it was opened."""
+
+    requests: Annotated[int, told("Requests that were sent.")] = 0
+    retries: Annotated[
+        int,
+        told(
+            "Requests that had to be sent again; of an NBD server, attempts to connect again."
+        ),
+    ] = 0
+    received_bytes: Annotated[int, told("Bytes of the disk that have come.")] = 0
+    away_s: Annotated[float, told("Seconds that it has not answered, added up.")] = 0.0
+
+
 class BelowLine(Answer):
     """One disk that a live table uses, directly or through other tables."""
 
@@ -74,6 +89,10 @@ class BelowLine(Answer):
     ] = {}
     last_error: Annotated[str, told("The last failure, or empty.")] = ""
     losses: Losses = 0
+    remote: Annotated[
+        Remote | None,
+        told("What it has cost; null: it is no disk of another machine."),
+    ] = None
 
 
 class Certificate(Answer):

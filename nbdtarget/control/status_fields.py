@@ -82,6 +82,9 @@ class CloneFields(Fields):
         float | None,
         told("Since when it does not answer, in Unix time; null: it does."),
     ]
+    source_away_s: Annotated[
+        float | None, told("Seconds that it has not answered, added up.")
+    ]
     regions_failed: Annotated[int, told("Regions that wait to be tried again.")]
     retry_in_s: Annotated[
         float | None, told("Seconds until the first of them is tried again.")
@@ -109,6 +112,12 @@ class CacheFields(Fields):
     write_misses: Annotated[int, told("Writes that did not.")]
     hit_ratio: Annotated[
         float | None, told("Hits among all accesses, 0 to 1; null before the first.")
+    ]
+    written_back_bytes: Annotated[
+        int,
+        told(
+            "What was copied to the origin because it was dirty, since the table was loaded."
+        ),
     ]
     demotions: Annotated[int, told("Blocks removed from the cache to make room.")]
     promotions: Annotated[int, told("Blocks copied into the cache.")]

@@ -21,6 +21,7 @@ from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.redaction import redacted
 from nbdtarget.control import messages as m
 from nbdtarget.control.bodies import LINES_AT_ONCE
+from nbdtarget.control.fields import Remote
 from nbdtarget.control.figures import (
     Events,
     EventsAnswer,
@@ -29,6 +30,7 @@ from nbdtarget.control.figures import (
     Map,
     MapAnswer,
 )
+from nbdtarget.devices.base import Device
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.registry import MAJOR, SUSPEND_S_MAX, Registry
@@ -443,8 +445,21 @@ def below_lines(device: MappedDevice) -> tuple[m.BelowLine, ...]:
             errors=dict(below.health.errors),
             last_error=below.health.last_error,
             losses=below.losses,
+            remote=_remote(below),
         )
         for below in device.devices_below()
+    )
+
+
+def _remote(below: Device) -> Remote | None:
+    traffic = below.traffic
+    if traffic is None:
+        return None
+    return Remote(
+        requests=traffic.requests,
+        retries=traffic.retries,
+        received_bytes=traffic.bytes_received,
+        away_s=traffic.away_s,
     )
 
 

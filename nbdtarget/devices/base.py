@@ -135,7 +135,7 @@ class Device:
         can_discard, can_write_zeroes, can_fast_zero: without `can_write_zeroes`, a
             WRITE_ZEROES still works, by writing zeroes; without `can_discard`, a DISCARD ends
             with 0 and does nothing. FAST_ZERO without `can_fast_zero` ends with ENOTSUP.
-        traffic: what a remote image has cost so far; None: it is none.
+        traffic: what a remote disk has cost so far; None: it is none.
         is_forward_only: it is read from the front to the end, and a step back costs all that lies before: copy it in order.
         has_lanes: what `submit_ahead` reads does not keep clients' reads waiting, so a background copy need not rest for them.
         hides_zeroes: `extents` does not tell where it has nothing but zeroes: a copy looks for them in what it has read.
@@ -207,6 +207,9 @@ class Device:
         Raises: ResolveError.
         """
         return None
+
+    def note_bulk_read(self, nr_requests: int, nr_bytes: int) -> None:
+        """A bulk copy has read so much from streams that the device has lent. Context: the event loop."""
 
     def give_up_reads(self) -> None:
         """End what is being read with EIO, if it may take forever: the server is to stop.

@@ -111,7 +111,7 @@ class BulkCopies:
             return None
         assert self._loop is not None
         starts = range(offset, end, CHUNK_BYTES)
-        copy = BulkCopy(self._loop.create_future(), len(starts))
+        copy = BulkCopy(self._loop.create_future(), len(starts), length)
         if self._compiled is not None:
             self._compiled.put(copy, offset, length)
         else:
@@ -302,6 +302,8 @@ class BulkCopies:
         elif failure is not None:
             assert self._writer is not None
             self._writer.write_failed(failure.status)
+        else:
+            self._source.note_bulk_read(copy.nr_chunks, copy.length)
         if not copy.future.cancelled():
             copy.future.set_result(failure)
 

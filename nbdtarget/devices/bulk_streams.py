@@ -110,13 +110,24 @@ _NO_BUFFER: Final = memoryview(b"")
 
 
 class BulkCopy:
-    """One copy. Attributes: left: chunks that have not ended; changed under the lock of all copies."""
+    """One copy.
 
-    __slots__ = ("failure", "future", "left", "stream")
+    Attributes:
+        nr_chunks, length: what it consists of.
+        left: chunks that have not ended; changed under the lock of all copies.
+    """
 
-    def __init__(self, future: "asyncio.Future[BulkFailure | None]", left: int) -> None:
+    __slots__ = ("failure", "future", "left", "length", "nr_chunks", "stream")
+
+    def __init__(
+        self,
+        future: "asyncio.Future[BulkFailure | None]",
+        nr_chunks: int,
+        length: int,
+    ) -> None:
         self.future = future
-        self.left = left
+        self.nr_chunks = self.left = nr_chunks
+        self.length = length
         self.failure: BulkFailure | None = None
         self.stream: BulkStream | None = None  # that has failed to read
 

@@ -18,7 +18,8 @@ from prometheus_client.core import Metric
 
 from nbdtarget.common.clock import sleep
 from nbdtarget.control.figures import FiguresAnswer
-from nbdtarget.monitor.families import DEVICE, SERVER, TARGET, Family, Row
+from nbdtarget.monitor.families import DEVICE, SERVER, TARGET
+from nbdtarget.monitor.family import Family, Row
 
 __all__ = ["FigureCollector", "exposition", "rows_of"]
 

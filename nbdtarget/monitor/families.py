@@ -9,56 +9,21 @@ docs/reference/metrics.md has the same list; a test holds the two together.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from typing import Final
 
 from nbdtarget.common.units import SECTOR
+from nbdtarget.control.fields import Remote
 from nbdtarget.control.figures import (
     DeviceFigures,
     FiguresAnswer,
     Histogram,
     OperationFigures,
-    TargetFigures,
 )
+from nbdtarget.monitor.family import COUNTER, GAUGE, HISTOGRAM, Family, Rows
+from nbdtarget.monitor.target_families import TARGET
 
-__all__ = [
-    "DEVICE",
-    "FAMILIES",
-    "SERVER",
-    "TARGET",
-    "Family",
-    "Row",
-]
-
-COUNTER: Final = "counter"
-GAUGE: Final = "gauge"
-HISTOGRAM: Final = "histogram"
-
-# What stands behind the name of the family, the values of the labels, and the value. Only histograms have a suffix.
-Row = tuple[str, tuple[str, ...], float]
-Rows = Iterator[Row]
-
-
-class Family(NamedTuple):
-    """One metric.
-
-    Attributes:
-        name: as it is printed, but for the suffixes of a histogram.
-        labels: their names. Those of a bucket (`le`) come last.
-        rows: of the server.
-        of_device: the value, of one device; None: it has none.
-        of_target: the value, of one target whose type is `target`.
-    """
-
-    name: str
-    kind: str
-    help: str
-    labels: tuple[str, ...] = ()
-    rows: Callable[[FiguresAnswer], Rows] | None = None
-    of_device: Callable[[DeviceFigures], Rows] | None = None
-    target: str = ""
-    of_target: Callable[[TargetFigures], float | None] | None = None
-
+__all__ = ["DEVICE", "FAMILIES", "SERVER", "TARGET"]
 
 # ---- of the server ----
 
@@ -268,6 +233,20 @@ def _disk_errors(device: DeviceFigures) -> Rows:
         yield "", (device.name, *labels), nr
 
 
+def _remote(value: Callable[[Remote], float]) -> Callable[[DeviceFigures], Rows]:
+    """Of the disks of other machines. Two that have one name count as one."""
+
+    def rows(device: DeviceFigures) -> Rows:
+        sums: dict[str, float] = {}
+        for disk in device.below:
+            if disk.remote is not None:
+                sums[disk.name] = sums.get(disk.name, 0) + value(disk.remote)
+        for name, total in sums.items():
+            yield "", (device.name, name), total
+
+    return rows
+
+
 def _device(
     name: str,
     kind: str,
@@ -417,268 +396,33 @@ DEVICE: Final = (
         "disk",
         "operation",
     ),
-)
-
-# ---- of targets ----
-
-
-def _field(name: str, factor: str | int = 1) -> Callable[[TargetFigures], float | None]:
-    """A number of the status. Args: factor: what it is multiplied by, or the field that says so."""
-
-    def value(target: TargetFigures) -> float | None:
-        number = target.fields.get(name)
-        times = factor if isinstance(factor, int) else target.fields.get(factor)
-        if isinstance(number, str) or isinstance(times, str):
-            return None
-        return None if number is None or times is None else number * times
-
-    return value
-
-
-def _or_zero(name: str) -> Callable[[TargetFigures], float]:
-    """A number of the status that is null where there is nothing to count."""
-    return lambda target: _field(name)(target) or 0
-
-
-def _is_not_writable(target: TargetFigures) -> float | None:
-    mode = target.fields.get("mode")
-    return None if mode is None else mode != "rw"
-
-
-def _hydrated(target: TargetFigures) -> float | None:
-    """The last region may be shorter than the others."""
-    size = _field("regions_hydrated", "region_size_bytes")(target)
-    return None if size is None else min(size, target.length * SECTOR)
-
-
-def _target(
-    target: str,
-    name: str,
-    kind: str,
-    text: str,
-    value: Callable[[TargetFigures], float | None],
-) -> Family:
-    labels = "device", "start"
-    return Family(f"nbdtarget_{name}", kind, text, labels, None, None, target, value)
-
-
-def _both(
-    name: str,
-    kind: str,
-    text: str,
-    value: Callable[[TargetFigures], float | None],
-) -> Family:
-    return _target("clone cache", name, kind, text, value)
-
-
-_REGION: Final = "region_size_bytes"
-_BLOCK: Final = "block_size_bytes"
-
-TARGET: Final = (
-    _target(
-        "clone",
-        "clone_size_bytes",
-        GAUGE,
-        "Size of a clone.",
-        lambda it: it.length * SECTOR,
-    ),
-    _target(
-        "clone",
-        "clone_hydrated_bytes",
-        GAUGE,
-        "Bytes of a clone that are copied, and read from its destination.",
-        _hydrated,
-    ),
-    _target(
-        "clone",
-        "clone_hydrating_bytes",
-        GAUGE,
-        "Bytes of a clone that are being copied.",
-        _field("regions_hydrating", _REGION),
-    ),
-    _target(
-        "clone",
-        "clone_failed_bytes",
-        GAUGE,
-        "Bytes of a clone whose copy has failed, and will be tried again.",
-        _field("regions_failed", _REGION),
-    ),
-    _target(
-        "clone",
-        "clone_hydration_errors_total",
+    _device(
+        "nbdtarget_lower_disk_requests_total",
         COUNTER,
-        "Copies of a clone that have failed.",
-        _field("errors"),
+        "Requests that were sent for such a disk, if it is one of another machine.",
+        _remote(lambda it: it.requests),
+        "disk",
     ),
-    _target(
-        "clone",
-        "clone_hydration_enabled",
-        GAUGE,
-        "1: the background copies.",
-        _field("hydration"),
-    ),
-    _target(
-        "clone",
-        "clone_source_open",
-        GAUGE,
-        "1: the source of a clone is open.",
-        _field("source_open"),
-    ),
-    _target(
-        "clone",
-        "clone_source_changed",
-        GAUGE,
-        "1: the source has become another image, and nothing more is copied.",
-        lambda it: bool(it.fields.get("source_changed")),
-    ),
-    _target(
-        "clone",
-        "clone_source_requests_total",
+    _device(
+        "nbdtarget_lower_disk_retries_total",
         COUNTER,
-        "Requests that were sent for the remote source of a clone.",
-        _or_zero("source_requests"),
+        "Requests for it that had to be sent again; of an NBD server, attempts to connect again.",
+        _remote(lambda it: it.retries),
+        "disk",
     ),
-    _target(
-        "clone",
-        "clone_source_retries_total",
+    _device(
+        "nbdtarget_lower_disk_received_bytes_total",
         COUNTER,
-        "Requests for the remote source of a clone that had to be sent again.",
-        _or_zero("source_retries"),
+        "Bytes of it that have come.",
+        _remote(lambda it: it.received_bytes),
+        "disk",
     ),
-    _target(
-        "clone",
-        "clone_source_received_bytes_total",
+    _device(
+        "nbdtarget_lower_disk_away_seconds_total",
         COUNTER,
-        "Bytes that have come from the remote source of a clone.",
-        _or_zero("source_bytes"),
-    ),
-    _target(
-        "clone",
-        "clone_source_away",
-        GAUGE,
-        "1: the remote source of a clone does not answer, and is asked again and again.",
-        lambda it: it.fields.get("source_away_since_s") is not None,
-    ),
-    _target(
-        "cache",
-        "cache_size_bytes",
-        GAUGE,
-        "Size of a cache.",
-        _field("cache_blocks_total", _BLOCK),
-    ),
-    _target(
-        "cache",
-        "cache_used_bytes",
-        GAUGE,
-        "Bytes of a cache that hold something.",
-        _field("cache_blocks_used", _BLOCK),
-    ),
-    _target(
-        "cache",
-        "cache_dirty_bytes",
-        GAUGE,
-        "Bytes that only the cache has: the origin is older.",
-        _field("dirty_bytes"),
-    ),
-    _target(
-        "cache",
-        "cache_migrating_bytes",
-        GAUGE,
-        "Bytes that are being copied between cache and origin.",
-        _field("migrating", _BLOCK),
-    ),
-    _target(
-        "cache",
-        "cache_read_hits_total",
-        COUNTER,
-        "Reads that found their block in the cache. This and the next three go on after a restart.",
-        _field("read_hits"),
-    ),
-    _target(
-        "cache",
-        "cache_read_misses_total",
-        COUNTER,
-        "Reads that did not.",
-        _field("read_misses"),
-    ),
-    _target(
-        "cache",
-        "cache_write_hits_total",
-        COUNTER,
-        "Writes that found their block in the cache.",
-        _field("write_hits"),
-    ),
-    _target(
-        "cache",
-        "cache_write_misses_total",
-        COUNTER,
-        "Writes that did not.",
-        _field("write_misses"),
-    ),
-    _target(
-        "cache",
-        "cache_promotions_total",
-        COUNTER,
-        "Blocks that were copied into the cache.",
-        _field("promotions"),
-    ),
-    _target(
-        "cache",
-        "cache_demotions_total",
-        COUNTER,
-        "Blocks that were removed from the cache to make room.",
-        _field("demotions"),
-    ),
-    _target(
-        "cache",
-        "cache_copy_errors_total",
-        COUNTER,
-        "Copies of a cache that have failed.",
-        _field("errors"),
-    ),
-    _target(
-        "cache",
-        "cache_needs_check",
-        GAUGE,
-        "1: a commit has failed, and `nbdtarget metadata check` must look at the metadata.",
-        _field("needs_check"),
-    ),
-    _target(
-        "cache",
-        "cache_distrusts_cache_device",
-        GAUGE,
-        "1: the cache device has failed a flush, and clean blocks are read from the origin.",
-        _field("distrusts_cache_device"),
-    ),
-    _both(
-        "metadata_read_only",
-        GAUGE,
-        "1: a commit has failed, and nothing is recorded any more until the table is loaded again.",
-        _is_not_writable,
-    ),
-    _both(
-        "metadata_size_bytes",
-        GAUGE,
-        "Size of the metadata of a clone or a cache.",
-        _field("metadata_blocks_total", 4096),
-    ),
-    _both(
-        "metadata_used_bytes",
-        GAUGE,
-        "Bytes of it that are in use.",
-        _field("metadata_blocks_used", 4096),
-    ),
-    _both(
-        "commits_total",
-        COUNTER,
-        "Commits of the metadata since the table was loaded.",
-        _field("commits"),
-    ),
-    _both(
-        "commit_time_seconds_total",
-        COUNTER,
-        "Time that they have taken, added up.",
-        _field("commit_time_s"),
+        "Time that it has not answered, added up.",
+        _remote(lambda it: it.away_s),
+        "disk",
     ),
 )
 

@@ -86,6 +86,7 @@ from nbdtarget.devices.nbd.connection import NbdConnection, connect
 from nbdtarget.devices.nbd.lent import LentConnection
 from nbdtarget.devices.nbd.uri import parse_nbd_uri
 from nbdtarget.devices.nbd.writes import Writes
+from nbdtarget.devices.ranged.traffic import Traffic
 from nbdtarget_metadata.disks import Evidence
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.client import ClientNegotiated, Completion
@@ -157,6 +158,7 @@ class NbdDevice(Device):
         self._block = negotiated.block_size_min
         super().__init__(name, _usable_size(negotiated), read_only=read_only)
         self._block_status = BlockStatus(self._block, self._ask_status)
+        self.traffic: Traffic = Traffic()
         self._take_abilities(negotiated)
         self.logical_block_size = max(512, self._block)
         payload_max = negotiated.payload_max // self._block * self._block
@@ -245,6 +247,10 @@ class NbdDevice(Device):
         if not self._is_lost:  # of which the reason is noted
             self.health.note_error(OP_NAMES[OP_READ], status)
         return status
+
+    def note_bulk_read(self, nr_requests: int, nr_bytes: int) -> None:
+        self.traffic.requests += nr_requests
+        self.traffic.bytes_received += nr_bytes
 
     def _shut_lent(self) -> None:
         """Have the threads of bulk copies end; their connections are closed when they have."""
@@ -372,6 +378,7 @@ class NbdDevice(Device):
 
     def _send(self, request: _Request) -> None:
         self._in_flight += 1
+        self.traffic.requests += 1
         connections = self._connections
         connection = connections[0]
         if len(connections) > 1:
@@ -421,6 +428,8 @@ class NbdDevice(Device):
         op = bio.op
         if status:
             self.health.note_error(OP_NAMES[op], status)
+        elif op == OP_READ:
+            self.traffic.bytes_received += bio.length
         if op == OP_FLUSH:
             self._flush_done(status)
             return
@@ -562,6 +571,7 @@ class NbdDevice(Device):
         # Set first: what is given up below asks for it, and what an endio submits meanwhile ends with EIO.
         self._is_lost = True
         log.error("%s: connection lost: %s", self.name, reason)
+        self.traffic.went_away()
         # Counted before any bio ends with EIO: a client that flushes in its endio must learn of it.
         if self._is_latched or self._nr_written != self._nr_flushed:
             log.error(
@@ -605,6 +615,7 @@ class NbdDevice(Device):
 
     async def _connect_once(self) -> None:
         """Connect, and be usable again. Raises: ResolveError."""
+        self.traffic.retries += 1
         connections = await self._connect_anew()
         try:
             self._check_same(connections)
@@ -613,6 +624,7 @@ class NbdDevice(Device):
                 connection.close()
             raise
         log.warning("%s: connected again", self.name)
+        self.traffic.came_back()
         self._connections = connections
         # The right disk is back, but perhaps on another server, which can do less or more.
         self._take_abilities(connections[0].negotiated)

@@ -26,7 +26,7 @@ import random
 from collections.abc import Callable
 from typing import Final
 
-from nbdtarget.common.clock import loop_time_s, sleep, timeout, wall_clock_s
+from nbdtarget.common.clock import loop_time_s, sleep, timeout
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.ranged.pin import Pin
@@ -221,16 +221,14 @@ class Fetcher:
 
     def _note_answer(self) -> None:
         self._renewal_helped = True
-        if self._traffic.away_since_s:
-            self._traffic.away_since_s = 0.0
+        if self._traffic.came_back():
             log.warning("%s: it answers again", self.name)
             self._health.last_error = ""
             self._health.notify()
 
     def _note_away(self, reason: str) -> None:
         self._health.last_error = reason
-        if not self._traffic.away_since_s:
-            self._traffic.away_since_s = wall_clock_s()
+        if self._traffic.went_away():
             log.warning("%s: %s; trying again and again", self.name, reason)
             self._health.notify()
 

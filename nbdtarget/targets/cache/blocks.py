@@ -41,7 +41,7 @@ class Blocks:
     Attributes:
         nr_oblocks: whole blocks of the origin.
         is_writeback, is_passthrough: of the mode's three; neither: writethrough.
-        nr_promotions, nr_demotions: since this table was constructed.
+        nr_promotions, nr_demotions, nr_written_back: since this table was constructed.
         nr_migrating: migrations under way, as far as they copy.
         distrusts_cache: the cache device has failed a flush that nothing rested on: see `Distrust`.
         origin_writes: counts what is written to the origin, for those that flush it.
@@ -80,6 +80,7 @@ class Blocks:
         self.is_passthrough: Final = parts.options.mode == PASSTHROUGH
         self.nr_promotions = 0
         self.nr_demotions = 0
+        self.nr_written_back = 0
         self.nr_migrating = 0
         self.distrusts_cache = False
         self.event = ctx.event

@@ -358,6 +358,7 @@ class Migrations:
             await self._demoter.copy(cblock * size, size, oblock * size)
             # Not before the copy: after one that failed the block is dirty still, and nothing is lost.
             blocks.origin_writes.nr_sent += 1
+            blocks.nr_written_back += 1
         self._retry_s = RETRY_S_MIN
         blocks.set_clean(cblock)
         return True

@@ -92,6 +92,7 @@ def status_fields(blocks: Blocks, *, discard_passdown: bool) -> StatusFields:
         "hit_ratio": nr_hits / nr_accesses if nr_accesses else None,
         "demotions": blocks.nr_demotions,
         "promotions": blocks.nr_promotions,
+        "written_back_bytes": blocks.nr_written_back * blocks.block_size,
         "migrating": blocks.nr_migrating,
         "dirty_blocks": nr_dirty,
         "dirty_bytes": nr_dirty * blocks.block_size,

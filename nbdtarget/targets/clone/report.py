@@ -110,6 +110,7 @@ def _traffic(source: Device) -> StatusFields:
         "source_retries": None if traffic is None else traffic.retries,
         "source_bytes": None if traffic is None else traffic.bytes_received,
         "source_away_since_s": (traffic.away_since_s or None) if traffic else None,
+        "source_away_s": None if traffic is None else traffic.away_s,
     }
 
 

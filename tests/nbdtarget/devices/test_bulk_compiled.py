@@ -100,7 +100,7 @@ async def test_news_of_a_stream_come_before_the_end_of_its_copy(
         return status
 
     monkeypatch.setattr(stream, "read_failed", read_failed)
-    copy = BulkCopy(asyncio.get_running_loop().create_future(), 0)
+    copy = BulkCopy(asyncio.get_running_loop().create_future(), 0, 0)
     copy.failure, copy.stream = BulkFailure(errno.EIO, True, 0, CHUNK), stream
     copies._told.append((stream, "server hung up"))
     copies._compiled_ended([copy])

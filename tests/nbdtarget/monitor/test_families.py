@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of metrics follows Prometheus' rules, and each family of a target reads a field that the target has."""
 
+from nbdtarget.control.fields import BelowLine, Remote
 from nbdtarget.control.status_fields import STATUS_FIELDS
 from nbdtarget.monitor.exposition import rows_of
-from nbdtarget.monitor.families import FAMILIES, TARGET
+from nbdtarget.monitor.families import DEVICE, FAMILIES, TARGET
 from tests.support.served import Served
 
 
@@ -46,3 +47,29 @@ async def test_hydrated_bytes_of_a_short_last_region_are_not_more_than_the_disk(
     target.fields["regions_hydrated"] = target.fields["regions_total"]
     (family,) = [each for each in TARGET if each.name.endswith("hydrated_bytes")]
     assert [value for _, _, value in rows_of(family, figures)] == [target.length * 512]
+
+
+async def test_disks_of_other_machines_that_have_one_name_are_one_line(
+    served: Served,
+) -> None:
+    figures = await served.figures("c")
+    (device,) = figures.devices
+    remote = Remote(requests=2, retries=1, received_bytes=4096, away_s=0.5)
+    device.below = (
+        BelowLine("nbd://a", remote=remote),
+        BelowLine("nbd://a", remote=remote),
+        BelowLine("/dev/sdb"),
+    )
+    found = {
+        family.name: list(rows_of(family, figures))
+        for family in DEVICE
+        if family.name.startswith("nbdtarget_lower_disk_")
+    }
+    for name, value in (
+        ("requests_total", 4),
+        ("retries_total", 2),
+        ("received_bytes_total", 8192),
+        ("away_seconds_total", 1.0),
+    ):
+        rows = found[f"nbdtarget_lower_disk_{name}"]
+        assert rows == [("", ("c", "nbd://a"), value)]

@@ -441,3 +441,19 @@ async def test_errors_are_noted_and_a_shutdown_is_a_loss(
             await device.read(0, 512)
         copies.rest()
         await device.close()
+
+
+async def test_what_threads_have_read_is_counted(
+    tmp_path: Path, destination: WritableDisk
+) -> None:
+    async with StrictServer(tmp_path) as server:
+        device, copies = await lending(server, destination)
+        before = device.traffic.requests
+        assert await copied(copies, 0, 4 * CHUNK) is None
+        assert device.traffic.bytes_received == 4 * CHUNK
+        assert device.traffic.requests == before + 4
+        await device.read(0, 512)
+        assert device.traffic.bytes_received == 4 * CHUNK + 512
+        assert device.traffic.requests == before + 5
+        copies.rest()
+        await device.close()

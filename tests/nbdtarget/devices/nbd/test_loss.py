@@ -506,3 +506,25 @@ async def test_source_whose_reads_are_given_up_fails_at_once_until_it_is_back(
         await recovered(device)
         assert bytes(await device.read(0, 4)) == bytes(4)
         await device.close()
+
+
+# ---- what a loss looks like in numbers ----
+
+
+async def test_time_away_and_attempts_are_counted(tmp_path: Path) -> None:
+    async with StrictServer(tmp_path) as server:
+        device = await device_of(server)
+        traffic = device.traffic
+        await device.read(0, 4096)
+        assert (traffic.requests, traffic.bytes_received) == (1, 4096)
+        assert (traffic.retries, traffic.away_s, traffic.away_since_s) == (0, 0, 0)
+        await hung_up(server, device)
+        assert traffic.away_since_s > 0
+        assert traffic.bytes_received == 4096, "a read that failed has brought nothing"
+        await recovered(device)
+        assert traffic.retries >= 1
+        assert traffic.away_since_s == 0
+        assert traffic.away_s > 0
+        await device.read(0, 512)
+        assert traffic.bytes_received == 4096 + 512
+        await device.close()

@@ -1,11 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a device counts of its traffic, over a store in memory."""
 
+import pytest
+
+from nbdtarget.devices.ranged import traffic as module
 from nbdtarget.devices.ranged.device import RangedDevice
 from nbdtarget.devices.ranged.options import SourceOptions
 from nbdtarget.devices.ranged.store import SourceAway
 from tests.support.image_server import image_of
 from tests.support.ranged import MemoryStore, in_simulated_time
+
+
+def test_time_away_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module, "wall_clock_s", lambda: now[0])
+    traffic = module.Traffic()
+    assert not traffic.came_back()
+    assert traffic.went_away()
+    now[0] = 103.0
+    assert not traffic.went_away()
+    assert (traffic.away_since_s, traffic.away_s) == (100.0, 3.0)
+    assert traffic.came_back()
+    now[0] = 200.0
+    assert (traffic.away_since_s, traffic.away_s) == (0.0, 3.0)
+    traffic.went_away()
+    now[0] = 150.0  # the clock was set back
+    assert traffic.away_s == 3.0
+    traffic.came_back()
+    assert traffic.away_s == 3.0
 
 
 def test_requests_bytes_and_failures_are_counted() -> None:

@@ -139,3 +139,16 @@ async def test_cancelled_demotion_refuses_writes_to_the_removed_block(
     lab.metadata.let_go()
     await settle()
     assert write.status == errnos.EIO
+
+
+async def test_what_is_written_back_is_counted(lab: CacheLab) -> None:
+    await lab.create(DIRTY_BUSY)
+    await lab.fill(range(3))
+    assert lab.target.status_fields()["written_back_bytes"] == 0
+    lab.fail("o", OP_WRITE)
+    await lab.message("clean_now")
+    await lab.pass_time(1.0)
+    assert lab.target.status_fields()["written_back_bytes"] == 0, "that has failed"
+    lab.fail("o")
+    await lab.pass_time(65.0)
+    assert lab.target.status_fields()["written_back_bytes"] == 3 * BLOCK

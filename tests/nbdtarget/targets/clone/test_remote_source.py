@@ -369,3 +369,4 @@ async def test_status_tells_what_the_source_has_cost(
         assert await fields_of(device, "source_retries") == 0
         assert await fields_of(device, "source_bytes") == 256 << 10
         assert await fields_of(device, "source_away_since_s") is None
+        assert await fields_of(device, "source_away_s") == 0.0

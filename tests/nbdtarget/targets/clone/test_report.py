@@ -84,6 +84,7 @@ async def test_fields_say_what_is_set_and_where_it_stands() -> None:
         "source_retries": None,
         "source_bytes": None,
         "source_away_since_s": None,
+        "source_away_s": None,
         "commits": 0,
         "commit_time_s": 0.0,
     }
