@@ -112,7 +112,8 @@ class Daemon:
         notifier: tells the service manager.
         listen_access: which users may connect to NBD sockets.
         is_committed: after `close`: whether everything that had ended is committed.
-        plan: what a job needs in another process, see `Moved`.
+        plan: says what a job needs in another process, see `Moved`; called when all is at rest.
+        reopened: called when a hand-over has failed, the devices are open here again, and clients do not go on yet.
         has_handed_over: another process has everything, and this one must not touch it.
         security: certificates, and who may attach to what.
         verbs: what the control socket answers with.
@@ -177,7 +178,8 @@ class Daemon:
         ] = []
         self._moved: Moved | None = None
         self._heir: subprocess.Popen[bytes] | None = None
-        self.plan = b""
+        self.plan: Callable[[], bytes] = bytes
+        self.reopened: Callable[[], None] = _do_nothing
         self.has_handed_over = False
 
     async def open_control(
@@ -306,6 +308,7 @@ class Daemon:
 
     async def thaw(self) -> None:
         """Undo `freeze`."""
+        self.reopened()
         self._listener.thaw()
         for server in self._http_servers():
             await server.resume()
@@ -325,7 +328,7 @@ class Daemon:
             listener=listener,
             control=str(address),
             control_path=path,
-            plan=self.plan,
+            plan=self.plan(),
             rules=self.security.rules.texts(),
         )
         if self._metrics is not None:
@@ -584,3 +587,7 @@ class Daemon:
         if self._control is not None:
             closing = asyncio.create_task(self._control.close())
             await wait_within([closing], CONTROL_S_MAX)
+
+
+def _do_nothing() -> None:
+    """There is no job that has to be told."""

@@ -110,13 +110,20 @@ class CloneOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClonePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What is going to be done."""
+    """What is going to be done.
+
+    Attributes:
+        order: what is hydrated first, begin and end in bytes, half-open.
+        recorded: what was read first, likewise, when another process takes the job over.
+    """
 
     name: str
     size: int
     table: str
     dest: str
     make_dest: bool
+    order: tuple[tuple[int, int], ...] = ()
+    recorded: tuple[tuple[int, int], ...] = ()
 
     @property
     def missing(self) -> tuple[str, int] | None:
@@ -270,8 +277,12 @@ class CloneJob(job.Job[ClonePlan]):
         )
         self._options = options
         self._reporter = reporter
-        self._order: list[tuple[int, int]] = []
-        self._recorder: TraceRecorder | None = None
+        self._order: tuple[tuple[int, int], ...] = ()
+        self._recorder = (
+            TraceRecorder(options.record_trace)
+            if options.record_trace is not None
+            else None
+        )
 
     def _enter(self) -> None:
         if self._options.url_command:
@@ -281,19 +292,27 @@ class CloneJob(job.Job[ClonePlan]):
 
     async def _plan(self) -> ClonePlan:
         if self._options.hydrate_order is not None:
-            self._order = grouped(read_trace(self._options.hydrate_order))
+            self._order = tuple(grouped(read_trace(self._options.hydrate_order)))
         if self._options.record_trace is not None:
             check_writable(self._options.record_trace)
         return await plan_clone(self._options, os.getcwd())
+
+    def _plan_now(self, plan: ClonePlan) -> ClonePlan:
+        recorded = () if self._recorder is None else tuple(self._recorder.trace.ranges)
+        return msgspec.structs.replace(plan, order=self._order, recorded=recorded)
+
+    def _taken_over(self, plan: ClonePlan) -> None:
+        self._order = plan.order
+        if self._recorder is not None:
+            self._recorder.trace.ranges = list(plan.recorded)
 
     def _loaded(self, device: MappedDevice) -> None:
         target = maybe_clone(device)
         if target is None:
             return
         target.hydrate_first(self._order)
-        if self._options.record_trace is not None:
-            trace = target.record_reads()
-            self._recorder = TraceRecorder(self._options.record_trace, trace)
+        if self._recorder is not None:
+            self._recorder.trace = target.record_reads(self._recorder.trace.ranges)
 
     async def _ending(self, device: MappedDevice, plan: ClonePlan) -> None:
         if self._recorder is not None:

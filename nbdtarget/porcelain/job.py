@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -142,7 +143,14 @@ class Job(Generic[P]):
         raise NotImplementedError
 
     def _loaded(self, device: MappedDevice) -> None:
-        """Called when the table is loaded, before it is resumed and before a client may attach."""
+        """Called when the table is loaded, before it is resumed and before a client may attach. Again, if an upgrade has failed."""
+
+    def _plan_now(self, plan: P) -> P:
+        """Return the plan for the process that takes this job over, with what was found since. Nothing is under way."""
+        return plan
+
+    def _taken_over(self, plan: P) -> None:
+        """This process has taken a job over: take what `_plan_now` has added. `_loaded` is called next."""
 
     async def _watch(self, device: MappedDevice, plan: P) -> None:
         """Report progress until cancelled; may set the daemon's `stop`."""
@@ -204,8 +212,8 @@ class Job(Generic[P]):
             parse_address(address)
         self._passed = passed_sockets()
         plan = await self._plan()
-        self._daemon.plan = msgspec.msgpack.encode(plan)
         device = await self._prepare(plan)
+        self._expect_upgrade(plan, device)
         # With a command, stdout is the command's alone.
         if self._command is None:
             self._report(self._served.serving, plan, self._daemon.uris)
@@ -217,11 +225,17 @@ class Job(Generic[P]):
         moved = await self._daemon.take_over(offer, tokens=control_tokens())
         plan: P = msgspec.msgpack.decode(moved.plan, type=self.plan_type)
         device = self._daemon.registry.get(plan.name)
+        self._taken_over(plan)
+        self._loaded(device)
         await self._daemon.go_on(offer)
-        self._daemon.plan = moved.plan
+        self._expect_upgrade(plan, device)
         self._took_over = True
         self._daemon.tell_ready()
         return plan, device
+
+    def _expect_upgrade(self, plan: P, device: MappedDevice) -> None:
+        self._daemon.plan = lambda: msgspec.msgpack.encode(self._plan_now(plan))
+        self._daemon.reopened = partial(self._loaded, device)
 
     async def _prepare(self, plan: P) -> MappedDevice:
         daemon = self._daemon

@@ -85,8 +85,8 @@ def write_trace(path: str, ranges: list[tuple[int, int]]) -> None:
 
 
 def maybe_clone(device: MappedDevice) -> CloneTarget | None:
-    """Return the clone that is loaded and not resumed yet, or None."""
-    table = device.inactive
+    """Return the clone that the device is, or will be when it is resumed for the first time, or None."""
+    table = device.active or device.inactive
     if table is None or len(table.targets) != 1:
         return None
     target = table.targets[0]
@@ -94,11 +94,15 @@ def maybe_clone(device: MappedDevice) -> CloneTarget | None:
 
 
 class TraceRecorder:
-    """Saves a trace as it grows. A file that cannot be written costs the trace, and is told once."""
+    """Saves a trace as it grows. A file that cannot be written costs the trace, and is told once.
 
-    def __init__(self, path: str, trace: Trace) -> None:
+    Attributes:
+        trace: what is saved; may be replaced.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.trace = Trace(0, 0)
         self._path = path
-        self._trace = trace
         self._saved: tuple[int, tuple[int, int]] | None = None
         self._due_ns = 0
         self._has_failed = False
@@ -110,7 +114,7 @@ class TraceRecorder:
             self._due_ns = monotonic_ns() + int(SAVE_S * 1e9)
 
     def save(self) -> None:
-        ranges = self._trace.ranges
+        ranges = self.trace.ranges
         # The last range grows when a client reads on.
         now = len(ranges), ranges[-1] if ranges else (0, 0)
         if now == self._saved or self._has_failed:

@@ -206,9 +206,14 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         self._open_route()
         return self._route
 
-    def record_reads(self) -> Trace:
-        """Record what clients read from now on, in the order of first reading. Reads are a little slower then."""
+    def record_reads(self, before: Iterable[tuple[int, int]] = ()) -> Trace:
+        """Record what clients read from now on, in the order of first reading. Reads are a little slower then.
+
+        Args: before: what was recorded already, begin and end half-open.
+        """
         self._trace = Trace(self._regions.length, self._shift)
+        for begin, end in before:
+            self._trace.note(begin, end - begin)
         self._open_route()
         return self._trace
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.figures import Events, EventsAnswer
+from nbdtarget.porcelain.trace_file import read_trace
 from tests.support.clients import CloneUnderTest, refused
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess, stop_stranger
@@ -49,6 +50,32 @@ def test_clients_stay_and_the_sockets_are_the_same(tmp_path: Path) -> None:
     assert (
         clone.dest.read_bytes()[:8704] == b"x" * 4096 + content[4096:8192] + b"y" * 512
     )
+
+
+def test_a_recorded_trace_goes_on(tmp_path: Path) -> None:
+    content = os.urandom(4 * MIB)
+    (tmp_path / "source.img").write_bytes(content)
+    clone = CloneUnderTest(tmp_path, content, str(tmp_path / "source.img"))
+    control, trace = tmp_path / "control.sock", tmp_path / "boot.trace"
+    order = tmp_path / "order.trace"
+    order.write_text("nbdtarget-trace 1\n2097152 65536\n")
+    old = clone.start(
+        *("--control", str(control), "--no-hydration"),
+        *("--record-trace", str(trace), "--hydrate-order", str(order)),
+    )
+    with PlainClient(clone.socket, clone.name) as client:
+        client.read(MIB, 4096)
+        client.read(0, 4096)
+        order.unlink()  # it was read when the clone began
+        pid = ControlClient(control).ask("upgrade", m.Upgrade(), m.UpgradeAnswer).pid
+        assert old.child.wait(30) == 0
+        client.read(MIB, 512)
+        client.read(3 * MIB, 4096)
+    stop_stranger(pid)
+    assert read_trace(str(trace)) == [
+        (at, at + 65536) for at in (MIB, 0, 3 * MIB)
+    ]  # whole regions, each once
+    assert "Traceback" not in clone.log.read_text()
 
 
 def test_a_disk_in_memory_is_refused_and_goes_on(tmp_path: Path) -> None:

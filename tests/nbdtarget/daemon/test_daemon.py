@@ -5,7 +5,10 @@ import asyncio
 import os
 import signal
 
+import pytest
+
 from nbdtarget.daemon.daemon import Daemon
+from nbdtarget.server.listener import Listener
 
 
 async def test_reloads_wait_for_the_start_and_for_each_other() -> None:
@@ -46,3 +49,17 @@ async def test_reloads_wait_for_the_start_and_for_each_other() -> None:
         loop.remove_signal_handler(signal.SIGUSR1)
         server.release_signals()
         await server.close()
+
+
+async def test_job_is_told_when_a_hand_over_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The devices were opened again, so what it had set on them is gone. Clients do not go on before it is set anew."""
+    server = Daemon()
+    told: list[str] = []
+    server.reopened = lambda: told.append("the job")
+    monkeypatch.setattr(Listener, "thaw", lambda _: told.append("clients"))
+    assert await server.freeze(5) == []
+    await server.thaw()
+    assert told == ["the job", "clients"]
+    await server.close()

@@ -8,6 +8,7 @@ import signal
 import socket
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nbdtarget.bio import OP_FLUSH, Bio
@@ -19,8 +20,10 @@ from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.http.url_command import set_url_commands, url_command_for
+from nbdtarget.dm.registry import Registry
 from nbdtarget.porcelain import job as job_module
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions, ClonePlan, plan_clone
+from nbdtarget.porcelain.trace_file import read_trace
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.clone.target import CloneTarget
@@ -401,3 +404,42 @@ async def test_broken_pipe_does_not_remove_a_disk_that_clients_may_use(
     async with asyncio.timeout(20):
         assert await clone(DeafRecorder()) == 0
     assert (work / "dest").read_bytes() == CONTENT
+
+
+async def test_another_process_goes_on_with_order_and_trace(work: Path) -> None:
+    (work / "order").write_text("nbdtarget-trace 1\n1048576 65536\n")
+    options = CloneOptions(
+        source="source",
+        dest="dest",
+        hydration=False,
+        record_trace="boot.trace",
+        hydrate_order="order",
+    )
+    (work / "dest").touch()
+    os.truncate("dest", len(CONTENT))
+    old = CloneJob(options, Recorder())
+    plan = await old._plan()
+    registry = Registry(resolve)
+    try:
+        device = await registry.create(plan.name, plan.table)
+        old._loaded(device)
+        await device.read(0, 4096)
+        moved = msgspec.msgpack.encode(old._plan_now(plan))
+        await registry.remove(plan.name)
+        # The next process.
+        (work / "order").unlink()
+        new = CloneJob(options, Recorder())
+        device = await registry.create(plan.name, plan.table)
+        new._taken_over(msgspec.msgpack.decode(moved, type=ClonePlan))
+        new._loaded(device)
+        assert device.active is not None
+        (target,) = device.active.targets
+        assert isinstance(target, CloneTarget)
+        assert list(target._hydration._first) == [(16, 17)]
+        await device.read(65536, 4096)
+        await new._ending(device, plan)
+        assert read_trace("boot.trace") == [(0, 131072)]
+        assert new._plan_now(plan).recorded == ((0, 131072),)
+        assert new._plan_now(plan).order == ((MIB, MIB + 65536),)
+    finally:
+        await registry.close()

@@ -66,7 +66,8 @@ def test_missing_places(tmp_path: Path) -> None:
 def test_what_a_client_reads_on_is_saved(tmp_path: Path) -> None:
     path = str(tmp_path / "boot.trace")
     trace = Trace(1 << 20, 16)
-    recorder = TraceRecorder(path, trace)
+    recorder = TraceRecorder(path)
+    recorder.trace = trace
     recorder.save()
     assert read_trace(path) == []
     trace.note(0, 65536)
