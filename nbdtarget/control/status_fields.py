@@ -67,7 +67,7 @@ class CloneFields(Fields):
     source_changed: Annotated[
         str | None,
         told(
-            "How it was noticed that the source has become another image: nothing more is copied. Null: it has not."
+            "How it was noticed that the source has become another image, or is damaged: nothing more is copied. Null: it has not."
         ),
     ]
     commits: Commits

@@ -142,8 +142,8 @@ class Device:
         rotational: what `is_rotational` says, of a device that does not ask others.
         may_be_container: its bytes come from a file or a server, where something else than a raw disk may lie by mistake.
         can_resize: `size` may be set to what `measure` says; else the disk has to be opened anew.
-        changed: why the content is not what it was when the device was opened, in words; then reads fail for good, and
-            nothing more should be copied from it. Empty: it has not changed, as far as is known.
+        changed: why the content is not what it was when the device was opened, or not what was promised then (it is damaged), in
+            words; then reads fail for good, and nothing more should be copied from it. Empty: all is well, as far as is known.
         volatile_state: what is in memory only, and would be lost if another process opened the device in our place.
     """
 

@@ -121,7 +121,7 @@ TARGET: Final = (
         "clone",
         "clone_source_changed",
         GAUGE,
-        "1: the source has become another image, and nothing more is copied.",
+        "1: the source has become another image, or is damaged, and nothing more is copied.",
         lambda it: bool(it.fields.get("source_changed")),
     ),
     _target(

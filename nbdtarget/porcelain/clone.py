@@ -316,7 +316,7 @@ class CloneJob(job.Job[ClonePlan]):
 
     async def _ending(self, device: MappedDevice, plan: ClonePlan) -> None:
         if self._recorder is not None:
-            self._recorder.save()
+            await self._recorder.save()
 
     async def _watch(self, device: MappedDevice, plan: ClonePlan) -> None:
         """Report progress. End the job when all is hydrated, if that is wanted, or when it is stuck."""
@@ -343,7 +343,7 @@ class CloneJob(job.Job[ClonePlan]):
                     if options.exit_when_hydrated:
                         self._daemon.stop.set()
             if self._recorder is not None:
-                self._recorder.save_now_and_then()
+                await self._recorder.save_now_and_then()
             # An event, for example the end of hydration, ends the wait early.
             with contextlib.suppress(TimeoutError):
                 async with timeout(PROGRESS_PERIOD_S):

@@ -8,6 +8,7 @@
 Each line is an offset and a length in bytes. It belongs to an image, not to a disk: any clone of the image may use it.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Final
 
 from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.common.turns import to_the_end
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.clone.trace import RANGES_MAX, Trace
@@ -107,20 +109,25 @@ class TraceRecorder:
         self._due_ns = 0
         self._has_failed = False
 
-    def save_now_and_then(self) -> None:
+    async def save_now_and_then(self) -> None:
         """Save what is new, if some seconds have passed since the last time."""
         if monotonic_ns() >= self._due_ns:
-            self.save()
+            await self.save()
             self._due_ns = monotonic_ns() + int(SAVE_S * 1e9)
 
-    def save(self) -> None:
+    async def save(self) -> None:
+        """Save what is new. It goes on if the caller is cancelled: two threads must not write the same file."""
+        await to_the_end(self._save())
+
+    async def _save(self) -> None:
         ranges = self.trace.ranges
         # The last range grows when a client reads on.
         now = len(ranges), ranges[-1] if ranges else (0, 0)
         if now == self._saved or self._has_failed:
             return
         try:
-            write_trace(self._path, ranges)
+            # A disk may take its time, and a long trace some tens of milliseconds.
+            await asyncio.to_thread(write_trace, self._path, ranges.copy())
             self._saved = now
         except OSError as error:
             self._has_failed = True

@@ -13,7 +13,7 @@ there was no background copy for `ALONE_S` does a client's read alone drive it o
 start of a clone that was stopped: what it has already is unpacked again and skipped.
 
 *The size* is known from the file or from `#size=` (`size.py`). The last piece is given out only when the file has ended there. A file that is
-damaged, or has another size, fails all further reads with EIO; `health.last_error` says why. One that cannot be read now fails those
+damaged, or has another size, fails all further reads with EIO; `changed` and `health.last_error` say why, and a clone copies nothing more. One that cannot be read now fails those
 that wait, and is begun again by the next read.
 
 *Identity.* The packed file's, with its format; equal ids count as equal content, because samples would unpack all of it.
@@ -77,14 +77,15 @@ class PackedDevice(Device):
         self._ahead_s = loop_time_s()  # a copy is likely to begin soon
         self._clock = LoopClock()
         self._alone_timer: Timer | None = None
-        self._reason = ""
+        self._reason = ""  # why nothing is read any more
+        self._damage = ""
         self._pump = Tasks(failed=self._broken)
         self._wanted = asyncio.Event()
         self.nr_starts = 0
 
     @property
     def changed(self) -> str:  # type: ignore[override]
-        return self._inner.changed
+        return self._inner.changed or self._damage
 
     def submit(self, bio: Bio) -> None:
         self._take(bio, self._waiting)
@@ -234,12 +235,16 @@ class PackedDevice(Device):
             data = await self._next(unpacker, feed, PIECE_BYTES - len(piece))
             if not data:
                 held = self._position + len(piece)
-                raise DamagedError(f"holds {held} bytes, and not {self._length}")
+                raise DamagedError(
+                    f"holds {held} bytes, and not {self._length}: it needs a clone of its own, with that #size"
+                )
             piece += data
         if len(piece) >= left and (
             len(piece) > left or await self._next(unpacker, feed, 1)
         ):
-            raise DamagedError(f"holds more than {self._length} bytes")
+            raise DamagedError(
+                f"holds more than {self._length} bytes: it needs a clone of its own, with the right #size"
+            )
         self._pieces.append((self._position, bytes(piece)))
         self._position += len(piece)
         while self._position - self._first > WINDOW_BYTES:
@@ -260,7 +265,7 @@ class PackedDevice(Device):
                 return data
 
     def _refuse(self, reason: str) -> None:
-        self._reason = reason
+        self._reason = self._damage = reason
         self.health.last_error = reason
         log.error("%s: %s; nothing more is read from it", self.name, reason)
         self.health.note_error("read", errnos.EIO)

@@ -2,15 +2,20 @@
 """How large the image in a packed file is, without unpacking it; nothing here does I/O by itself.
 
     xz      the index at the end of each stream says it
-    zstd    the header of a frame may say it. Of several frames only the first is looked at
+    zstd    the seek table at the end says it, if there is one (the seekable format), or the header of a frame may. If there are
+            several frames without a table, nothing does. Frames are told apart as far as the first `ZSTD_BLOCKS_MAX` blocks reach
     gzip    the last four bytes say it modulo 4 GiB, which is no answer: it is told to the user as a hint
 
 The device compares the answer with what is unpacked in the end, so a wrong one is never silent.
+
+An index may have millions of entries. It is added up on the event loop in slices, and others have their turn after each.
 """
 
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Final
+
+from nbdtarget.common.clock import sleep
 
 __all__ = ["gzip_hint", "maybe_xz_size", "maybe_zstd_size"]
 
@@ -18,8 +23,16 @@ Read = Callable[[int, int], Awaitable[bytes]]  # offset and length of the packed
 
 _XZ_FOOTER: Final = 12
 _XZ_HEADER: Final = 12
-XZ_INDEX_MAX: Final = 16 << 20
+INDEX_MAX: Final = 16 << 20  # bytes of the index of a stream, or of a seek table
+SLICE_ENTRIES: Final = (
+    1024  # added up between two turns of the loop: half a millisecond or so
+)
+PADDING_BYTES: Final = 64 << 10  # looked at at a time
+ZSTD_BLOCKS_MAX: Final = 64
 _ZSTD_MAGIC: Final = 0xFD2FB528
+_SKIPPABLE_MAGIC: Final = 0x184D2A50  # and the 15 numbers behind it
+_SEEK_TABLE_MAGIC: Final = 0x8F92EAB1
+_SEEK_FOOTER: Final = 9
 
 
 async def maybe_xz_size(read: Read, packed_size: int) -> int | None:
@@ -29,17 +42,17 @@ async def maybe_xz_size(read: Read, packed_size: int) -> int | None:
         if end < _XZ_FOOTER + _XZ_HEADER:
             return None
         footer = await read(end - _XZ_FOOTER, _XZ_FOOTER)
-        if footer[8:] == bytes(4):  # padding comes in fours
-            end -= 4
+        if footer[8:] == bytes(4):
+            end = await _without_padding(read, end)
             continue
         if footer[10:] != b"YZ":
             return None
         index_size = (struct.unpack_from("<I", footer, 4)[0] + 1) * 4
         index_begin = end - _XZ_FOOTER - index_size
-        if index_size > XZ_INDEX_MAX or index_begin < _XZ_HEADER:
+        if index_size > INDEX_MAX or index_begin < _XZ_HEADER:
             return None
         try:
-            packed, unpacked = _sum_of_index(await read(index_begin, index_size))
+            packed, unpacked = await _sum_of_index(await read(index_begin, index_size))
         except (IndexError, ValueError):
             return None
         total += unpacked
@@ -47,13 +60,23 @@ async def maybe_xz_size(read: Read, packed_size: int) -> int | None:
     return total if end == 0 else None
 
 
-def _sum_of_index(index: bytes) -> tuple[int, int]:
+async def _without_padding(read: Read, end: int) -> int:
+    """Return where the zeroes before `end` begin; they come in fours."""
+    begin = max(0, end - PADDING_BYTES)
+    data = await read(begin, end - begin)
+    nr_zeroes = len(data) - len(data.rstrip(b"\0"))
+    return end - max(4, nr_zeroes // 4 * 4)
+
+
+async def _sum_of_index(index: bytes) -> tuple[int, int]:
     """Return the bytes of all blocks of a stream, packed and unpacked. Raises: IndexError, ValueError."""
     if index[0] != 0:
         raise ValueError("no index")
     nr_records, at = _number(index, 1)
     packed = unpacked = 0
-    for _ in range(nr_records):
+    for nr in range(nr_records):
+        if nr % SLICE_ENTRIES == SLICE_ENTRIES - 1:
+            await sleep(0)
         size, at = _number(index, at)
         packed += -(-size // 4) * 4
         size, at = _number(index, at)
@@ -74,9 +97,45 @@ def _number(data: bytes, at: int) -> tuple[int, int]:
 
 
 async def maybe_zstd_size(read: Read, packed_size: int) -> int | None:
-    """Return what the header of the first frame says; None: nothing."""
+    """Return what the seek table says, or else the header of the only frame; None: nothing does."""
+    try:
+        size = await _maybe_seek_table_size(read, packed_size)
+        if size is not None:
+            return size
+        return await _maybe_only_frame_size(read, packed_size)
+    except (IndexError, struct.error):  # the file ends in the middle
+        return None
+
+
+async def _maybe_seek_table_size(read: Read, packed_size: int) -> int | None:
+    """Return the sum of the frames' sizes, if the file ends with a seek table. Raises: struct.error."""
+    if packed_size < 8 + _SEEK_FOOTER:
+        return None
+    footer = await read(packed_size - _SEEK_FOOTER, _SEEK_FOOTER)
+    nr_frames, descriptor, magic = struct.unpack("<IBI", footer)
+    if magic != _SEEK_TABLE_MAGIC:
+        return None
+    entry = 12 if descriptor & 0x80 else 8  # with a checksum, or without
+    length = nr_frames * entry
+    begin = packed_size - _SEEK_FOOTER - length
+    if length > INDEX_MAX or begin < 8:
+        return None
+    head = struct.unpack("<II", await read(begin - 8, 8))
+    if head != (_SKIPPABLE_MAGIC + 14, length + _SEEK_FOOTER):
+        return None
+    table = await read(begin, length)
+    total = 0
+    for nr in range(nr_frames):
+        if nr % SLICE_ENTRIES == SLICE_ENTRIES - 1:
+            await sleep(0)
+        total += struct.unpack_from("<I", table, nr * entry + 4)[0]
+    return total
+
+
+async def _maybe_only_frame_size(read: Read, packed_size: int) -> int | None:
+    """Raises: IndexError, struct.error."""
     head = await read(0, min(18, packed_size))
-    if len(head) < 6 or struct.unpack_from("<I", head)[0] != _ZSTD_MAGIC:
+    if struct.unpack_from("<I", head)[0] != _ZSTD_MAGIC:
         return None
     descriptor = head[4]
     is_single = bool(descriptor & 0x20)
@@ -85,6 +144,18 @@ async def maybe_zstd_size(read: Read, packed_size: int) -> int | None:
     if not length or len(head) < at + length:
         return None
     size = int.from_bytes(head[at : at + length], "little")
+    at += length
+    for _ in range(ZSTD_BLOCKS_MAX):
+        block = int.from_bytes(await read(at, min(3, packed_size - at)), "little")
+        is_last, kind, block_bytes = block & 1, block >> 1 & 3, block >> 3
+        at += 3 + (1 if kind == 1 else block_bytes)  # 1: one byte, many times
+        if is_last:
+            at += 4 if descriptor & 4 else 0  # a checksum
+            if at != packed_size:
+                return None  # another frame, or something else
+            break
+        if at >= packed_size:
+            return None
     return size + 256 if length == 2 else size
 
 

@@ -63,15 +63,15 @@ def test_missing_places(tmp_path: Path) -> None:
         write_trace(str(tmp_path / "no" / "x"), [])
 
 
-def test_what_a_client_reads_on_is_saved(tmp_path: Path) -> None:
+async def test_what_a_client_reads_on_is_saved(tmp_path: Path) -> None:
     path = str(tmp_path / "boot.trace")
     trace = Trace(1 << 20, 16)
     recorder = TraceRecorder(path)
     recorder.trace = trace
-    recorder.save()
+    await recorder.save()
     assert read_trace(path) == []
     trace.note(0, 65536)
-    recorder.save()
+    await recorder.save()
     trace.note(65536, 65536)
-    recorder.save()
+    await recorder.save()
     assert read_trace(path) == [(0, 131072)]

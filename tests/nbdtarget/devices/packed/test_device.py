@@ -13,6 +13,7 @@ from nbdtarget.bio import OP_READ, PENDING, Bio
 from nbdtarget.common.errors import DeviceError, NbdTargetError
 from nbdtarget.devices import resolve
 from nbdtarget.devices.packed import device as module
+from nbdtarget.devices.packed import size as size_module
 from nbdtarget.devices.packed.device import PackedDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.registry import Registry
@@ -147,6 +148,20 @@ async def test_damaged_file_fails_and_says_so(
         with pytest.raises(DeviceError):
             await device.read(6 * MIB, 512)
         assert "is no intact gzip file" in device.health.last_error
+        assert device.changed == device.health.last_error
+
+
+async def test_clone_of_an_image_with_a_wrong_size_ends_and_says_so(
+    tmp_path: Path,
+) -> None:
+    """Several frames: only the first one was looked at, as it is long."""
+    name = packed(tmp_path, "zstd")
+    path = tmp_path / "packed"
+    path.write_bytes(PACKERS["zstd"](IMAGE * 2) + path.read_bytes())
+    assert 2 * len(IMAGE) > size_module.ZSTD_BLOCKS_MAX << 17
+    recorder = Recorder()
+    assert await clone(recorder, source=name, dest="vm.img") == 1
+    assert recorder.calls == ["serving", "source_changed", "stopping"]
 
 
 async def test_close_ends_what_waits(tmp_path: Path) -> None:
