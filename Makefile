@@ -99,6 +99,7 @@ SUITE := $(BIN)/python -m pytest -q --numprocesses=$(JOBS) --dist=worksteal
 test: .venv/dev.stamp
 	@scripts/install-clients
 	@scripts/newer-clients build/newer-clients
+	@scripts/unpack-prometheus build/prometheus
 ifdef ARGS
 	@$(SUITE) $(ARGS)
 else
@@ -107,7 +108,8 @@ endif
 
 # What takes longer than the rest: CI runs it, too.
 test-long: .venv/dev.stamp
-	@scripts/install-clients
+	@scripts/install-clients chromium
+	@scripts/unpack-prometheus build/prometheus
 	@$(SUITE) -m long
 
 # Compiled modules are kept: a fifth of the time would go into compiling the same ones, in each

@@ -3,7 +3,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from nbdtarget.monitor.families import FAMILIES
+from tests.support.monitoring import PROMTOOL, needs_promtool
 from tests.support.places import ROOT
 
 ALERTS = ROOT / "contrib/prometheus/nbdtarget.rules.yml"
@@ -20,11 +20,13 @@ DASHBOARD = ROOT / "contrib/grafana/nbdtarget.json"
 
 
 def promtool(*words: str) -> None:
-    program = shutil.which("promtool")
-    if program is None:
-        pytest.skip("promtool is not installed (Debian: prometheus)")
+    assert PROMTOOL is not None
     done = subprocess.run(
-        [program, *words], cwd=TESTS.parent, capture_output=True, text=True, check=False
+        [PROMTOOL, *words],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -59,6 +61,7 @@ def test_every_metric_that_is_named_exists(path: Path) -> None:
     assert names - metrics() == set()
 
 
+@needs_promtool
 def test_alerts_fire_when_they_should() -> None:
     promtool("test", "rules", TESTS.name)
 
@@ -75,6 +78,7 @@ def test_each_alert_has_a_test() -> None:
     assert {rule["alert"] for rule in group["rules"]} == fired
 
 
+@needs_promtool
 def test_prometheus_understands_each_panel(tmp_path: Path) -> None:
     rules = [
         {"record": f"panel:{nr}", "expr": re.sub(r"\$__rate_interval", "1m", each)}

@@ -4,7 +4,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import time
 import urllib.parse
@@ -18,17 +17,15 @@ import pytest
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from nbdtarget_protocol.consts import CMD_TRIM
+from tests.support.monitoring import PROMETHEUS, needs_prometheus
 from tests.support.places import ROOT
 from tests.support.plain_client import PlainClient, PlainClientError
 from tests.support.processes import NBDTARGET, ServerProcess
 
-PROMETHEUS: Final = shutil.which("prometheus")
 pytestmark = [
     pytest.mark.long,
     pytest.mark.interop,
-    pytest.mark.skipif(
-        PROMETHEUS is None, reason="prometheus is not installed (Debian: prometheus)"
-    ),
+    needs_prometheus,
 ]
 RULES: Final = ROOT / "contrib/prometheus/nbdtarget.rules.yml"
 DASHBOARD: Final = ROOT / "contrib/grafana/nbdtarget.json"

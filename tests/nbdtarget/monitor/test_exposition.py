@@ -2,14 +2,13 @@
 """The text for Prometheus: promtool and prometheus-client read it, and the latter would have written the same."""
 
 import asyncio
-import shutil
 import subprocess
 
-import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nbdtarget.monitor.exposition import FigureCollector, exposition
+from tests.support.monitoring import PROMTOOL, needs_promtool
 from tests.support.served import AWKWARD, Served
 
 Sample = tuple[str, frozenset[tuple[str, str]], float]
@@ -66,14 +65,13 @@ async def test_without_lines_of_single_devices(served: Served) -> None:
     assert of(text, "nbdtarget_request_bytes_total", operation="write") == 65536
 
 
+@needs_promtool
 async def test_promtool_finds_nothing_to_complain_of(served: Served) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed (Debian: prometheus)")
+    assert PROMTOOL is not None
     text = await served.metrics()
     done = await asyncio.to_thread(
         subprocess.run,
-        [promtool, "check", "metrics"],
+        [PROMTOOL, "check", "metrics"],
         input=text,
         capture_output=True,
         text=True,
