@@ -33,7 +33,7 @@ def uncache(name: CacheName, json: Json = False, control: Control = None) -> int
     import asyncio
 
     from nbdtarget.cli.progress.uncache import uncache_reporter
-    from nbdtarget.porcelain.uncache import UncacheJob
+    from nbdtarget.porcelain import uncache as job
 
     address = str(address_for(control, Remove(name)))
 
@@ -41,4 +41,4 @@ def uncache(name: CacheName, json: Json = False, control: Control = None) -> int
         return ask(address, verb, request, answer_type, about=name)
 
     with uncache_reporter(name, json=json) as reporter:
-        return asyncio.run(UncacheJob(name, ask_server, reporter).run())
+        return asyncio.run(job.uncache(name, ask_server, reporter))

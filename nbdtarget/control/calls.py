@@ -8,8 +8,7 @@ change nothing and could take long. Verbs run side by side: none waits for the a
 import asyncio
 import errno as errnos
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Final
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.turns import Tasks
@@ -37,18 +36,8 @@ class Calls:
         return answer
 
     async def _carry_out(self, verb: str, request: Request) -> Answer:
-        # Any: each verb takes its own request.
-        call: Callable[[Any], Coroutine[Any, Any, Answer]] = getattr(self._verbs, verb)
         try:
-            with self._verbs.running(verb):
-                try:
-                    answer = await call(request)
-                except NbdTargetError:
-                    # A table that was refused in the end may have been written down.
-                    await self._verbs.save_state(verb)
-                    raise
-                await self._verbs.save_state(verb)
-                return answer
+            return await self._verbs.carry_out(verb, request)
         except NbdTargetError:
             raise
         except (

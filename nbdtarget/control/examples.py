@@ -18,8 +18,11 @@ from nbdtarget.control.figures import (
     Figures,
     FiguresAnswer,
     Histogram,
+    History,
+    HistoryAnswer,
     Map,
     MapAnswer,
+    Moment,
     OperationFigures,
     TargetFigures,
 )
@@ -121,6 +124,8 @@ _MAP: Final = MapAnswer(
 )
 _CUT: Final = "tear 7: 12 writes of 96 sectors at risk, 33 sectors survive"
 
+_UNCACHED: Final = "/srv/slow.img alone is the disk; /srv/fast.img and /srv/fast.img.nbdtarget are not used any more"
+
 FAILURE: Final = m.Failure(
     "Device or resource busy: in use by 1 NBD connection", errnos.EBUSY
 )
@@ -137,6 +142,10 @@ EXAMPLES: Final[dict[str, tuple[m.Request, m.Answer]]] = {
     ),
     "events": (Events(41), EventsAnswer((_EVENT,), 42)),
     "figures": (Figures(("disk",)), _FIGURES),
+    "history": (
+        History("disk"),
+        HistoryAnswer(5.0, (Moment(1796070000.0, _READS),)),
+    ),
     "info": (m.Info(("disk",)), _INFO),
     "load": (m.Load("disk", "0 1048576 linear /srv/a.img 0\n1048576 8 zero"), _DONE),
     "map": (Map("disk", 2), _MAP),
@@ -156,6 +165,7 @@ EXAMPLES: Final[dict[str, tuple[m.Request, m.Answer]]] = {
         m.Targets(),
         m.TargetsAnswer((m.TargetType("cache", (2, 4, 0)),)),
     ),
+    "uncache": (m.Uncache("disk"), m.UncacheAnswer(True, _UNCACHED)),
     "upgrade": (m.Upgrade(), m.UpgradeAnswer(4712)),
     "version": (
         m.Version(),

@@ -29,8 +29,11 @@ __all__ = [
     "Figures",
     "FiguresAnswer",
     "Histogram",
+    "History",
+    "HistoryAnswer",
     "Map",
     "MapAnswer",
+    "Moment",
     "OperationFigures",
     "TargetFigures",
 ]
@@ -99,6 +102,9 @@ class DeviceFigures(Answer):
     ]
     below: Annotated[tuple[BelowLine, ...], told("The state of these disks.")]
     losses: Losses
+    uncaching: Annotated[
+        bool, told("Its cache is being written back, and will be removed.")
+    ] = False
 
 
 class ClientFigures(Answer):
@@ -194,6 +200,32 @@ class EventsAnswer(Answer):
     lost: Annotated[
         int, told("How many events after `since` are not kept any more.")
     ] = 0
+
+
+class History(Request):
+    """A device whose last minutes are asked for."""
+
+    name: Name
+
+
+class Moment(Answer):
+    """What clients had asked for by then, since the server was started."""
+
+    time_s: Annotated[float, told("When, in Unix time.")]
+    operations: Annotated[
+        dict[str, OperationFigures],
+        told("`read`, `write`, `flush` and `discard`, as far as there were any."),
+    ]
+
+
+class HistoryAnswer(Answer):
+    """Numbers of the last minutes, which only grow: rates are their differences."""
+
+    period_s: Annotated[float, told("Seconds between two moments.")]
+    moments: Annotated[
+        tuple[Moment, ...],
+        told("The oldest first. None: no client has been attached since then."),
+    ]
 
 
 class Map(Request):

@@ -31,6 +31,8 @@ from nbdtarget.control.figures import (
     EventsAnswer,
     Figures,
     FiguresAnswer,
+    History,
+    HistoryAnswer,
     Map,
     MapAnswer,
 )
@@ -76,6 +78,8 @@ __all__ = [
     "TargetType",
     "Targets",
     "TargetsAnswer",
+    "Uncache",
+    "UncacheAnswer",
     "Upgrade",
     "UpgradeAnswer",
     "Version",
@@ -503,6 +507,25 @@ class TargetsAnswer(Answer):
     targets: Annotated[tuple[TargetType, ...], told("One for each type.")]
 
 
+class Uncache(Request):
+    """A device whose cache is written back and removed, while clients go on. The answer comes when that is done."""
+
+    name: Name
+    stop: Annotated[
+        bool,
+        told(
+            "Stop a request that is being carried out: the cache stays in service, and writes back what is dirty."
+        ),
+    ] = False
+
+
+class UncacheAnswer(Answer):
+    """It has ended, or is told to."""
+
+    is_done: Annotated[bool, told("The origin alone is the disk now.")]
+    text: Annotated[str, told("The same in words.")]
+
+
 class Upgrade(Request):
     """Nothing is to be said."""
 
@@ -535,6 +558,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "deps": (Deps, DevicesAnswer),
     "events": (Events, EventsAnswer),
     "figures": (Figures, FiguresAnswer),
+    "history": (History, HistoryAnswer),
     "info": (Info, InfoAnswer),
     "load": (Load, Done),
     "map": (Map, MapAnswer),
@@ -551,6 +575,7 @@ VERBS: Final[dict[str, tuple[type[Request], type[Answer]]]] = {
     "suspend": (Suspend, Done),
     "table": (Table, LinesAnswer),
     "targets": (Targets, TargetsAnswer),
+    "uncache": (Uncache, UncacheAnswer),
     "upgrade": (Upgrade, UpgradeAnswer),
     "version": (Version, VersionAnswer),
     "wait": (Wait, WaitAnswer),
@@ -571,4 +596,4 @@ READING_VERBS: Final = (
 )
 
 # Those that change nothing: what a client may do that may only look.
-LOOKING_VERBS: Final = frozenset({*READING_VERBS, "events", "map", "wait"})
+LOOKING_VERBS: Final = frozenset({*READING_VERBS, "events", "history", "map", "wait"})

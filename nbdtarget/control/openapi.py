@@ -25,8 +25,7 @@ _REFERENCE = "#/components/schemas/{name}"
 _DESCRIPTION = (
     "device-mapper's verbs over HTTP and JSON. The control socket is a unix socket,"
     " for example /run/nbdtarget/control.sock: `curl --unix-socket PATH http://x/v1/status`. A request"
-    " with a field that is not described here is refused. What `nbdtarget uncache`"
-    " does is not one verb: it loads and resumes one table after another."
+    " with a field that is not described here is refused."
 )
 
 

@@ -12,7 +12,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from nbdtarget import __version__
 from nbdtarget.common.access import AccessRules, Rule, parse_rules
@@ -27,9 +27,12 @@ from nbdtarget.control.figures import (
     EventsAnswer,
     Figures,
     FiguresAnswer,
+    History,
+    HistoryAnswer,
     Map,
     MapAnswer,
 )
+from nbdtarget.control.uncaching import Uncaching
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.geometry import Geometry
 from nbdtarget.dm.mapped_device import MappedDevice, State
@@ -52,6 +55,10 @@ class Monitor(Protocol):
 
     async def map(self, name: str, nr_cells: int) -> MapAnswer:
         """Return the map of a device. Raises: TableError: it has none now."""
+        ...
+
+    async def history(self, name: str) -> HistoryAnswer:
+        """Return the last minutes of a device. Raises: TableError: there is no such device."""
         ...
 
     async def metrics(self) -> bytes:
@@ -121,12 +128,13 @@ class Verbs:
         self._certificates = certificates
         self.hand_over = hand_over
         self._changing: list[str] = []
+        self._uncaching = Uncaching(self.carry_out)
         self.held = ""
         self.state: DeviceState = _NoState()
         self.tcp_starts_programs = False
 
     @contextmanager
-    def running(self, verb: str) -> Iterator[None]:
+    def _running(self, verb: str) -> Iterator[None]:
         """Meanwhile `verb` is carried out. Raises: TableError, EBUSY: it would change something, and is held back."""
         if verb in m.LOOKING_VERBS or verb == "upgrade":
             yield
@@ -139,10 +147,32 @@ class Verbs:
         finally:
             self._changing.remove(verb)
 
-    async def save_state(self, verb: str) -> None:
-        """Write down what `verb` has changed of the devices that survive the server. Raises: TableError."""
+    async def carry_out(self, verb: str, request: m.Request) -> m.Answer:
+        """Carry out a verb by its name, and write down what it has changed of the devices that survive the server.
+
+        Raises: NbdTargetError.
+        """
+        # Any: each verb takes its own request.
+        call: Callable[[Any], Awaitable[m.Answer]] = getattr(self, verb)
+        with self._running(verb):
+            try:
+                answer = await call(request)
+            except NbdTargetError:
+                # A table that was refused in the end may have been written down.
+                await self._save_state(verb)
+                raise
+            await self._save_state(verb)
+            return answer
+
+    async def _save_state(self, verb: str) -> None:
         if verb in SAVED_VERBS:
             await self.state.save()
+
+    async def uncache(self, request: m.Uncache) -> m.UncacheAnswer:
+        """Write a cache back and remove it, while clients go on; or stop that."""
+        if request.stop:
+            return self._uncaching.stop(request.name)
+        return await self._uncaching.start(request.name)
 
     async def upgrade(self, _: m.Upgrade) -> m.UpgradeAnswer:
         """Hand over to a new process, which serves the same devices to the same clients.
@@ -317,11 +347,20 @@ class Verbs:
             raise TableError("this server has no maps", errnos.EOPNOTSUPP)
         return await self.monitor.map(request.name, request.cells)
 
+    async def history(self, request: History) -> HistoryAnswer:
+        """Return the last minutes of a device."""
+        if self.monitor is None:
+            raise TableError("this server keeps no history", errnos.EOPNOTSUPP)
+        return await self.monitor.history(request.name)
+
     async def figures(self, request: Figures) -> FiguresAnswer:
         """Return all numbers of devices, clients and the server."""
         if self.monitor is None:
             raise TableError("this server has no figures", errnos.EOPNOTSUPP)
-        return await self.monitor.figures(request.names)
+        figures = await self.monitor.figures(request.names)
+        for device in figures.devices:
+            device.uncaching = self._uncaching.is_under_way(device.name)
+        return figures
 
     async def table(self, request: m.Table) -> m.LinesAnswer:
         """Return the live tables in the form in which they can be loaded again, but for the secrets of URLs."""

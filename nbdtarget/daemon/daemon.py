@@ -194,7 +194,7 @@ class Daemon:
         Args: passed: a listening socket that is used instead of `address`.
         Raises: SocketInUseError, NoSocketError; NbdTargetError: TCP without a token.
         """
-        self.monitor.event_log.start()
+        self.monitor.start()
         for path in known_controls():
             remove_if_stale(str(path))
         control = ControlServer(
@@ -355,7 +355,7 @@ class Daemon:
 
     async def _take_over(self, offer: Offer, tokens: ControlTokens) -> Moved:
         moved, fds = await offer.receive()
-        self.monitor.event_log.start()
+        self.monitor.start()
         control = ControlServer(
             self.verbs,
             control_address(moved.control),

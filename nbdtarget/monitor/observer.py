@@ -23,6 +23,7 @@ from nbdtarget.control.figures import (
     EventsAnswer,
     FiguresAnswer,
     Histogram,
+    HistoryAnswer,
     MapAnswer,
     OperationFigures,
     TargetFigures,
@@ -34,6 +35,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.fast.compiled import IS_COMPILED
 from nbdtarget.monitor.device_map import device_map
 from nbdtarget.monitor.event_log import EventLog
+from nbdtarget.monitor.history import History
 from nbdtarget.monitor.loop_lag import BOUNDS_S, LoopLag
 from nbdtarget.server.listener import Listener
 from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Account, Traffic
@@ -72,9 +74,16 @@ class Observer:
         self.loop_lag = LoopLag(registry.clock)
         self.has_device_metrics = True
         self.event_log = EventLog(registry.clock)
+        self._history = History(registry.clock, self._kept_devices, listener.accounts)
+
+    def start(self) -> None:
+        """Keep events, and the last minutes of each device, from now on. Must be called on the loop."""
+        self.event_log.start()
+        self._history.start()
 
     def stop(self) -> None:
-        """The server ends: keep no events any more, and look at the loop no more."""
+        """The server ends: keep nothing any more, and look at the loop no more."""
+        self._history.stop()
         self.loop_lag.stop()
         self.event_log.stop()
 
@@ -117,6 +126,10 @@ class Observer:
         """Return what has happened, or wait until something happens."""
         return await self.event_log.after(request.since, request.wait_s)
 
+    async def history(self, name: str) -> HistoryAnswer:
+        """Return the last minutes of a device. Raises: TableError: there is no such device."""
+        return self._history.of(self._registry.get(name))
+
     async def map(self, name: str, nr_cells: int) -> MapAnswer:
         """Return the map of a device. Raises: TableError: it has none now."""
         return await device_map(self._registry.get(name), nr_cells)
@@ -129,6 +142,9 @@ class Observer:
             await self.figures(), has_devices=self.has_device_metrics
         )
         return text
+
+    def _kept_devices(self) -> list[Device]:
+        return list(self._registry.devices())
 
     def _device(self, device: MappedDevice) -> DeviceFigures:
         active = device.active

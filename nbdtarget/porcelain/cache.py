@@ -52,9 +52,8 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
-from nbdtarget.porcelain.fields import count
 from nbdtarget.targets import metadata_io
-from nbdtarget.targets.base import StatusFields
+from nbdtarget.targets.base import StatusFields, count
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
 from nbdtarget.targets.metadata_faults import explain
 from nbdtarget_metadata.cache.metadata import CacheMetadata

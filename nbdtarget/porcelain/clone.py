@@ -41,7 +41,6 @@ from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
 from nbdtarget.porcelain import job, look
-from nbdtarget.porcelain.fields import count
 from nbdtarget.porcelain.trace_file import (
     TraceRecorder,
     check_writable,
@@ -49,6 +48,7 @@ from nbdtarget.porcelain.trace_file import (
     read_trace,
 )
 from nbdtarget.targets import metadata_io
+from nbdtarget.targets.base import count
 from nbdtarget.targets.clone.trace import grouped
 from nbdtarget_metadata.clone.superblock import CLONE, CloneSuperblock
 from nbdtarget_metadata.errors import MetadataError

@@ -40,10 +40,19 @@ __all__ = [
     "StatusFields",
     "Target",
     "TargetContext",
+    "count",
 ]
 
 # What a target tells of itself by name; names end in their unit, where they have one.
 StatusFields = dict[str, bool | int | float | str | None]
+
+
+def count(fields: StatusFields, name: str) -> int:
+    """Return the field `name`, which is a number."""
+    value = fields[name]
+    assert isinstance(value, int)
+    return value
+
 
 MESSAGE_SHOWN_MAX: Final = 80  # characters of a message that is refused
 

@@ -4,6 +4,7 @@
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,13 @@ import pytest
 
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
+from nbdtarget.control.figures import (
+    DeviceFigures,
+    Figures,
+    FiguresAnswer,
+    History,
+    HistoryAnswer,
+)
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
 
@@ -46,6 +54,12 @@ class Site:
         table = f"0 {SIZE // 512} clone {names} 128 1 no_hydration"
         self.create("web", table)
         self.create("top <b>", f"0 {SIZE // 512} linear /dev/mapper/web 0")
+        (folder / "origin.img").write_bytes(bytes(SIZE))
+        (folder / "fast.img").write_bytes(bytes(SIZE))
+        names = f"{folder}/fast.meta {folder}/fast.img {folder}/origin.img"
+        # So slow that a person could watch it.
+        features = "1 writeback smq 2 migration_rate 65536"
+        self.create("slow", f"0 {SIZE // 512} cache {names} 128 {features}")
         self.pages: list[subprocess.Popen[str]] = []
         self.url = self.open_page()
 
@@ -62,6 +76,21 @@ class Site:
 
     def create(self, name: str, table: str) -> None:
         self.client.ask("create", m.Create(name, table), m.Done)
+
+    def device(self, name: str) -> DeviceFigures:
+        figures = self.client.ask("figures", Figures((name,)), FiguresAnswer)
+        return figures.devices[0]
+
+    def field(self, name: str, field: str) -> int:
+        value = self.device(name).targets[0].fields[field]
+        assert isinstance(value, int)
+        return value
+
+    def type_of(self, name: str) -> str:
+        return self.device(name).targets[0].type
+
+    def is_uncaching(self, name: str) -> bool:
+        return self.device(name).uncaching
 
     def is_suspended(self) -> bool:
         info = self.client.ask("info", m.Info(("web",)), m.InfoAnswer)
@@ -107,7 +136,7 @@ def test_the_page_shows_a_server_and_changes_it_by_keyboard(
         page.goto(site.url)
         # The upper device, and below it the one that it stands on. A name is text and no markup.
         names = page.locator("#devices button.name")
-        expect(names).to_have_text(["top <b>", "web"])
+        expect(names).to_have_text(["top <b>", "web", "slow"])
         assert page.locator("#devices b").count() == 0
         assert "token" not in page.url
         expect(page.locator("#clients tbody tr")).to_contain_text(["web"])
@@ -149,6 +178,8 @@ def test_the_page_shows_a_server_and_changes_it_by_keyboard(
     expect(page.locator("#no-clients")).to_be_visible()
     origin = site.url.partition("/#")[0]
     assert {url.startswith((origin, "data:")) for url in requests} == {True}
+    removes_a_cache(site, page)
+    shows_what_was_before_it(site, browser)
     asks_for_the_token(site, browser)
     has_no_buttons_when_it_may_only_look(site, browser)
     # A refused message is an answer of 422, which Chromium mentions; nothing else was said.
@@ -165,14 +196,14 @@ def asks_for_the_token(site: Site, browser: Any) -> None:
     assert page.locator("#main").is_hidden()
     field.fill(token)
     page.keyboard.press("Enter")
-    sync_api.expect(page.locator("#devices button.name")).to_have_count(2)
+    sync_api.expect(page.locator("#devices button.name")).to_have_count(3)
 
 
 def has_no_buttons_when_it_may_only_look(site: Site, browser: Any) -> None:
     page = browser.new_context().new_page()
     page.goto(site.open_page("--read-only"))
     expect = sync_api.expect
-    expect(page.locator("#devices button.name")).to_have_count(2)
+    expect(page.locator("#devices button.name")).to_have_count(3)
     expect(page.locator("#map-title")).to_be_attached()
     expect(page.locator("#verbs")).to_be_hidden()
     expect(page.locator("#server")).to_contain_text("read-only")
@@ -183,3 +214,64 @@ def has_no_buttons_when_it_may_only_look(site: Site, browser: Any) -> None:
     )
     assert refused == "suspend: this token may look, and not change"
     assert not site.is_suspended()
+
+
+def removes_a_cache(site: Site, page: Any) -> None:
+    """Begin, watch, stop; and once more, to the end."""
+    expect = sync_api.expect
+    with PlainClient(site.nbd, "slow") as client:
+        words = m.Message("slow", 0, ("migration_rate", "0"))
+        site.client.ask("message", words, m.MessageAnswer)
+        site.client.ask(
+            "message", m.Message("slow", 0, ("warm", "0-64")), m.MessageAnswer
+        )
+        while site.field("slow", "cache_blocks_used") < 64:
+            page.wait_for_timeout(50)
+        words = m.Message("slow", 0, ("migration_rate", "65536"))
+        site.client.ask("message", words, m.MessageAnswer)
+        for block in range(64):
+            client.write(block * 65536, b"x" * 4096)
+        page.get_by_role("button", name="slow", exact=True).click()
+        expect(page.locator("#device-title")).to_have_text("Device slow")
+        expect(page.locator("#uncaching")).to_be_hidden()
+        page.once("dialog", lambda dialog: dialog.dismiss())
+        page.locator("#uncache").click()
+        assert site.type_of("slow") == "cache"
+        assert not site.is_uncaching("slow")
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.locator("#uncache").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#uncaching")).to_be_visible()
+        expect(page.locator("#uncaching-words")).to_contain_text(
+            "must still be written back"
+        )
+        expect(page.locator("#uncache")).to_be_hidden()
+        page.locator("#stop-uncaching").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#answer")).to_contain_text("stopped; ")
+        expect(page.locator("#uncaching")).to_be_hidden()
+        assert site.type_of("slow") == "cache"
+        site.client.ask(
+            "message", m.Message("slow", 0, ("migration_rate", "0")), m.MessageAnswer
+        )
+        page.locator("#uncache").click()
+        expect(page.locator("#answer")).to_contain_text("alone is the disk")
+        expect(page.locator("#uncache")).to_be_hidden()
+        assert site.type_of("slow") == "linear"
+        assert client.read(63 * 65536, 4096) == b"x" * 4096
+
+
+def shows_what_was_before_it(site: Site, browser: Any) -> None:
+    """A page that has just been opened shows the minutes before."""
+    page = browser.new_context().new_page()
+    while len(site.client.ask("history", History("web"), HistoryAnswer).moments) < 3:
+        page.wait_for_timeout(500)
+    opened_s = time.time()
+    page.goto(site.open_page())
+    sync_api.expect(page.locator("#devices button.name")).to_have_count(3)
+    page.locator("#devices button.name").nth(1).click()
+    page.wait_for_function(
+        """async (opened) => { const { moments } = await import("./page/charts.js");
+        return moments("web").some((time) => time < opened); }""",
+        arg=opened_s,
+    )

@@ -9,7 +9,7 @@ __all__ = ["PORCELAIN"]
 
 CACHE_TESTS: Final = ("tests/nbdtarget/porcelain/test_cache.py",)
 CLONE_TESTS: Final = ("tests/nbdtarget/porcelain/test_clone.py",)
-UNCACHE_TESTS: Final = ("tests/nbdtarget/porcelain/test_uncache.py",)
+UNCACHE_TESTS: Final = ("tests/nbdtarget/control/test_uncache.py",)
 
 
 def _mutant(
@@ -27,7 +27,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-leaves-its-mappings",
         "Whoever gives the old cache line again reads blocks that are out of date.",
-        "nbdtarget.porcelain.uncache:UncacheJob._empty",
+        "nbdtarget.control.uncache:UncacheJob._empty",
         "                await self._invalidate()\n",
         "",
         UNCACHE_TESTS,
@@ -35,7 +35,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-does-not-wait-until-nothing-is-dirty",
         "What only the cache has is to be given up: the target refuses, again and again.",
-        "nbdtarget.porcelain.uncache:UncacheJob._drain",
+        "nbdtarget.control.uncache:UncacheJob._drain",
         "if not now.dirty_blocks:",
         "if now.dirty_blocks:",
         UNCACHE_TESTS,
@@ -43,7 +43,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-stays-in-writeback",
         "Clients dirty blocks as fast as they are cleaned, for ever.",
-        "nbdtarget.porcelain.uncache:UncacheJob._drain",
+        "nbdtarget.control.uncache:UncacheJob._drain",
         "line.table_of(WRITETHROUGH, fields)",
         "line.table_of(WRITEBACK, fields)",
         UNCACHE_TESTS,
@@ -51,7 +51,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-leaves-a-refused-table",
         "A table that was refused stays in the inactive slot, where the next resume takes it.",
-        "nbdtarget.porcelain.uncache:UncacheJob._resume",
+        "nbdtarget.control.uncache:UncacheJob._resume",
         '                await self._ask("clear", m.Clear(self._name), m.Done)\n',
         "                await self._table()\n",
         UNCACHE_TESTS,
@@ -59,7 +59,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-forgets-the-words-of-the-line",
         "A crash meanwhile leaves every block dirty: the dirty log is gone.",
-        "nbdtarget.porcelain.uncache:CacheLine.table_of",
+        "nbdtarget.control.uncache:CacheLine.table_of",
         '            ("dirty_log", options.dirty_log),\n',
         "",
         UNCACHE_TESTS,
@@ -67,7 +67,7 @@ PORCELAIN: Final = (
     _mutant(
         "uncache-of-a-cache-in-memory-reloads-it",
         "The next table finds an empty cache in memory, and what was dirty is gone.",
-        "nbdtarget.porcelain.uncache:CacheLine.is_in_memory",
+        "nbdtarget.control.uncache:CacheLine.is_in_memory",
         "return any(map(is_volatile, (self.metadata, self.cache)))",
         "return False",
         UNCACHE_TESTS,

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Final
 
 from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.control import messages as m
+from nbdtarget.control.uncache import UncacheError
 from nbdtarget.dm.bio_path import State
-from nbdtarget.porcelain.uncache import UncacheError
 from tests.sim.uncache import KILLED, check_empty, uncache
 
 if TYPE_CHECKING:

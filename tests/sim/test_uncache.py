@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from nbdtarget.porcelain.uncache import UncacheJob
+from nbdtarget.control.uncache import UncacheJob
 from tests.sim.uncache import INTERRUPTED, KILLED
 from tests.sim.world import simulate
 

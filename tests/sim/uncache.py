@@ -16,7 +16,8 @@ import signal
 from typing import TYPE_CHECKING, Final
 
 from nbdtarget.control import messages as m
-from nbdtarget.porcelain.uncache import A, CacheLine, Draining, UncacheJob
+from nbdtarget.control.uncache import A, CacheLine, Draining, UncacheJob
+from nbdtarget.porcelain.uncache import interrupts
 from nbdtarget_metadata.cache.superblock import CACHE
 from nbdtarget_metadata.log.envelope import BLOCK_SIZE
 from nbdtarget_metadata.log.superblock import SUPERBLOCK_BLOCKS, choose_superblock
@@ -53,11 +54,13 @@ class SimUncache(UncacheJob):
     """The job, in a process that shares nothing with the server but the control socket."""
 
     def __init__(self, life: "Life") -> None:
-        super().__init__("d", _not_called, _Terminal())
+        super().__init__("d", self._do_for_us, _Terminal())
         self._life = life
         self.asked: asyncio.Task[m.Answer] | None = None  # what the server does for us
 
-    async def _ask(self, verb: str, request: m.Request, answer_type: type[A]) -> A:
+    async def _do_for_us(
+        self, verb: str, request: m.Request, answer_type: type[A]
+    ) -> A:
         self._life.note("uncache", verb)
         asked = asyncio.ensure_future(self._do(verb, request))
         self.asked = asked
@@ -72,14 +75,15 @@ class SimUncache(UncacheJob):
         return answer
 
 
-def _not_called(verb: str, request: m.Request, answer_type: type[A]) -> A:
-    raise AssertionError("the simulation has no threads")
+async def _run(job: SimUncache) -> int:
+    with interrupts(job.stop):
+        return 0 if await job.run() else INTERRUPTED
 
 
 async def uncache(life: "Life", rng: random.Random) -> int:
     """Run the job to its end; returns its exit status. Raises: NbdTargetError."""
     job = SimUncache(life)
-    running = asyncio.ensure_future(job.run())
+    running = asyncio.ensure_future(_run(job))
     loop = life.loop
     first_s = rng.choice(PRESSES_S) if rng.random() < 0.3 else PATIENCE_S
     second_s = first_s + (rng.choice(PRESSES_S) if rng.random() < 0.5 else PATIENCE_S)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from unittest import mock
 
+from nbdtarget.control import uncache
 from nbdtarget.devices.nbd import connection as nbd_connection
-from nbdtarget.porcelain import uncache
 from nbdtarget.targets.clone import holes
 from tests.sim.backend import connect_in_memory
 from tests.sim.catalog import RIGS

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Final
 
 from nbdtarget.cli.progress.common import Display, make_reporter, print_event, say
-from nbdtarget.porcelain.uncache import CacheLine, Draining, UncacheReporter
+from nbdtarget.control.uncache import CacheLine, Draining, UncacheReporter
 
 __all__ = ["JsonReporter", "Reporter", "uncache_reporter"]
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page: asks for figures once a second, waits for events, and shows both. Everything that comes from the server is text, never markup.
 
-import { drawCharts, remember } from "./charts.js";
+import { drawCharts, recall, remember } from "./charts.js";
 import { drawMap } from "./map.js";
 import { bytes, clone, duration, milliseconds, rate, stacked, state, wrong } from "./model.js";
 import { ask, mayChange, Refused, useToken } from "./server.js";
@@ -12,6 +12,8 @@ const $ = (id) => document.getElementById(id);
 let before = null;
 let now = null;
 let selected = null;
+const recalled = new Set(); // devices whose last minutes were asked for
+let dirtyAtFirst = 0; // bytes, of the device that is being uncached
 
 function cell(text, className = "") {
   const td = document.createElement("td");
@@ -99,9 +101,33 @@ function drawDevice() {
   $("verbs").hidden = !mayChange;
   $("suspend").disabled = device.suspended;
   $("resume").disabled = !device.suspended;
-  $("uncache").hidden = !device.targets.some((target) => target.type === "cache");
-  $("uncache").querySelector("code").textContent = `nbdtarget uncache ${device.name}`;
+  drawUncaching(device);
+  recallOnce(device.name);
   drawCharts(device.name);
+}
+
+function drawUncaching(device) {
+  const cache = device.targets.find((target) => target.type === "cache");
+  $("uncache").hidden = !cache || device.uncaching;
+  $("uncaching").hidden = !device.uncaching;
+  if (!device.uncaching) { dirtyAtFirst = 0; return; }
+  const left = cache?.fields.dirty_bytes ?? 0;
+  dirtyAtFirst = Math.max(dirtyAtFirst, left, 1);
+  $("written-back").max = dirtyAtFirst;
+  $("written-back").value = dirtyAtFirst - left;
+  $("uncaching-words").textContent = `${bytes(left)} must still be written back`;
+}
+
+function recallOnce(name) {
+  if (recalled.has(name)) return;
+  recalled.add(name);
+  ask("history", { name }).then(({ moments }) => {
+    recall(name, moments);
+    if (name === selected) drawCharts(name);
+  }).catch((error) => {
+    recalled.delete(name);
+    if (!(error instanceof Refused)) complain(error); // refused: the device has just been removed
+  });
 }
 
 async function look() {
@@ -181,20 +207,29 @@ async function follow() {
   }
 }
 
+let asked = 0;
+
 async function carryOut(verb, request) {
   const answer = $("answer");
   answer.hidden = false;
   answer.textContent = "…";
+  const nr = ++asked;
+  let said;
   try {
-    const said = await ask(verb, request);
-    answer.textContent = said.text ?? "Done.";
+    said = (await ask(verb, request)).text ?? "Done.";
   } catch (error) {
-    answer.textContent = error.message;
+    said = error.message;
   }
+  if (nr === asked || verb === "uncache") answer.textContent = said; // an answer that came late does not hide a newer one
   await look().catch(complain);
 }
 
 $("suspend").addEventListener("click", () => carryOut("suspend", { name: selected }));
+$("uncache").addEventListener("click", () => {
+  const name = selected;
+  if (window.confirm(`Write back what only the cache of ${name} has, and remove the cache? Clients go on meanwhile.`)) carryOut("uncache", { name });
+});
+$("stop-uncaching").addEventListener("click", () => carryOut("uncache", { name: selected, stop: true }));
 $("resume").addEventListener("click", () => carryOut("resume", { name: selected }));
 $("message").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -21,6 +21,21 @@ export function remember(now, before) {
   }
 }
 
+// What the server has kept from before this page was opened: it goes in front of what the page has seen itself.
+export function recall(name, moments) {
+  const seen = kept.get(name) ?? [];
+  const first = seen[0]?.[0] ?? Infinity;
+  const older = moments.slice(1).map((now, nr) => {
+    const before = moments[nr];
+    return [now.time_s, OPERATIONS.map((operation) => rate(now, before, operation, now.time_s - before.time_s))];
+  }).filter(([time]) => time < first);
+  kept.set(name, [...older, ...seen].slice(-KEPT));
+}
+
+export function moments(name) {
+  return (kept.get(name) ?? []).map(([time]) => time);
+}
+
 class Chart {
   constructor(id, value, format) {
     this.box = document.getElementById(id);

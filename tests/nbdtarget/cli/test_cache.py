@@ -15,8 +15,8 @@ from nbdtarget.cli.progress import cache as progress_cache
 from nbdtarget.cli.progress import uncache as progress_uncache
 from nbdtarget.cli.progress.cache import describe_status
 from nbdtarget.common.units import describe_bytes
+from nbdtarget.control.uncache import CacheLine, Draining
 from nbdtarget.porcelain.cache import CacheOptions, CachePlan, CacheStatus
-from nbdtarget.porcelain.uncache import CacheLine, Draining
 from nbdtarget.targets.cache.table import Options
 
 PLAN = CachePlan(

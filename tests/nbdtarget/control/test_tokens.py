@@ -39,6 +39,7 @@ LOOKING: Final = {
     "deps",
     "events",
     "figures",
+    "history",
     "info",
     "map",
     "measure",
@@ -61,6 +62,7 @@ CHANGING: Final = {
     "set_geometry",
     "set_uuid",
     "suspend",
+    "uncache",
     "upgrade",
     "wipe_table",
 }
