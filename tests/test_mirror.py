@@ -91,7 +91,6 @@ ELSEWHERE = {
     "nbdtarget/policies/simple.py": "tests/nbdtarget/policies/test_registry.py",
     "nbdtarget/policies/smq/allocator.py": "tests/nbdtarget/policies/smq/test_block_table.py",
     "nbdtarget/porcelain/job.py": "tests/nbdtarget/porcelain/test_clone.py",
-    "nbdtarget.control.uncache.py": "tests/nbdtarget/control/test_uncache.py",
     "nbdtarget/server/buffers.py": "tests/nbdtarget/server/test_half_sent_writes.py",
     "nbdtarget/server/commands.py": "tests/nbdtarget/server/test_requests.py",
     "nbdtarget/server/large_write.py": "tests/nbdtarget/server/test_half_sent_writes.py",
