@@ -9,6 +9,7 @@ __all__ = ["SOURCES"]
 
 HTTP: Final = ("tests/nbdtarget/devices/http/test_store.py",)
 CLONE: Final = ("tests/nbdtarget/targets/clone/test_remote_source.py",)
+RULES: Final = ("tests/nbdtarget/devices/ranged/test_misbehaving_servers.py",)
 PIN: Final = ("tests/nbdtarget/devices/ranged/test_pin.py",)
 
 SOURCES: Final = (
@@ -16,15 +17,34 @@ SOURCES: Final = (
         "source-answer-not-compared-with-the-pin",
         "The image is replaced while it is copied, and the clone is half of one and half of the other.",
         "nbdtarget.devices.http.answer:check_head",
-        (("    if pinned is not None:\n        _check_pin(pin, pinned)\n", ""),),
-        HTTP,
+        (
+            (
+                '    if pinned is not None:\n        check_pin(pin, pinned, "server")\n',
+                "",
+            ),
+        ),
+        RULES,
     ),
     Mutant(
         "source-answer-without-its-etag-believed",
         "A server that does not say which image it sends may send another one.",
-        "nbdtarget.devices.http.answer:_check_pin",
+        "nbdtarget.devices.ranged.store:check_pin",
         (("if missing := pinned.missing(found):", 'if missing := "":'),),
-        HTTP,
+        RULES,
+    ),
+    Mutant(
+        "object-answer-not-compared-with-the-pin",
+        "The same for an object in a bucket whose store knows no If-Match.",
+        "nbdtarget.devices.objects.store:_check",
+        (('    check_pin(found, pinned, "store")\n', ""),),
+        RULES,
+    ),
+    Mutant(
+        "weak-etag-taken-for-the-strong-one",
+        "What a proxy calls equal need not have equal bytes.",
+        "nbdtarget.devices.ranged.pin:Pin.missing",
+        (("if new[key] != value", "if not new[key]"),),
+        PIN,
     ),
     Mutant(
         "source-range-not-checked",

@@ -27,7 +27,7 @@ def etag_of(name: str) -> str:
 
 
 class Request(NamedTuple):
-    """What was asked for. `headers` have lower-case names; a range is half-open."""
+    """What was asked for. `headers` have lower-case names; a range is half-open; `end` 0: there is none."""
 
     method: str
     target: str
@@ -52,6 +52,7 @@ class Answer:
         self.sends: int | None = None
         self.pause: Callable[[], Awaitable[object]] | None = None
         self.hangs_up = False
+        self.text = b""
 
 
 Behave = Callable[[Request, Answer], Answer | None]
@@ -63,27 +64,35 @@ class ImageServer:
     Attributes:
         image, etag, last_modified: what is served; a test may replace them. An empty validator is not told.
         behave: changes each answer, in place or by returning another one; None: nothing is changed.
+        pages: what is answered to requests for other paths, which need not ask for a range, by the beginning of the path.
         noted: all requests so far.
         latency_s: before each answer.
         nr_open: requests that are being answered; nr_open_max: most at a time.
     """
 
-    def __init__(self, image: bytes, context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        image: bytes,
+        context: ssl.SSLContext | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
         self.image = image
         self.etag = etag_of("one")
         self.last_modified = "Mon, 30 Nov 2026 10:00:00 GMT"
         self.behave: Behave | None = None
+        self.pages: dict[str, Callable[[Request], bytes]] = {}
         self.noted: list[Request] = []
         self.latency_s = 0.0
         self.nr_open = self.nr_open_max = self.nr_connections = 0
         self._context = context
+        self._host = host
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> "ImageServer":
         self._server = await asyncio.start_server(
-            self._serve, "127.0.0.1", 0, ssl=self._context
+            self._serve, self._host, 0, ssl=self._context
         )
         return self
 
@@ -134,6 +143,12 @@ class ImageServer:
     ) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         request = _parsed(head)
+        for path, page in self.pages.items():
+            if request.target.startswith(path):
+                await reader.readexactly(int(request.headers.get("content-length", 0)))
+                json = {"Content-Type": "application/json"}
+                return await _send(writer, Answer(200, json, page(request)))
+        assert request.end, "each request for the image asks for a range"
         self.noted.append(request)
         self.nr_open += 1
         self.nr_open_max = max(self.nr_open_max, self.nr_open)
@@ -173,12 +188,16 @@ def _parsed(head: str) -> Request:
     pairs = (line.partition(":") for line in lines if line)
     headers = {key.strip().lower(): value.strip() for key, _, value in pairs}
     match = _RANGE.fullmatch(headers.get("range", ""))
-    assert match, "each request asks for a range"
-    return Request(method, target, headers, int(match[1]), int(match[2]) + 1)
+    begin, end = (0, 0) if match is None else (int(match[1]), int(match[2]) + 1)
+    return Request(method, target, headers, begin, end)
 
 
 async def _send(writer: asyncio.StreamWriter, answer: Answer) -> bool:
     """Send it; return whether the connection is kept."""
+    if answer.text:
+        writer.write(answer.text)
+        await writer.drain()
+        return False
     headers = {"Content-Length": str(len(answer.body))} | answer.headers
     lines = [
         f"HTTP/1.1 {answer.status} So",

@@ -26,6 +26,7 @@ from nbdtarget.devices.ranged.store import (
     SourceDenied,
     SourceError,
     SourceUnfit,
+    check_pin,
 )
 
 __all__ = ["ESCAPE", "Body", "check_head", "failure_of", "told"]
@@ -93,7 +94,7 @@ def check_head(
         first, behind, size = _content_range(headers)
     pin = Pin(size, told(headers, "ETag"), told(headers, "Last-Modified"))
     if pinned is not None:
-        _check_pin(pin, pinned)
+        check_pin(pin, pinned, "server")
     if status == 200:
         return Body(pin, size)
     if (first, behind) != (begin, min(end, size)):
@@ -158,13 +159,3 @@ def _content_range(headers: Mapping[str, str]) -> tuple[int, int, int]:
         reason = f"the server does not say which range it sends, and how large the file is: Content-Range says {said}"
         raise SourceUnfit(reason)
     return int(match[1]), int(match[2]) + 1, int(match[3])
-
-
-def _check_pin(found: Pin, pinned: Pin) -> None:
-    """Raises: SourceChanged, SourceAway."""
-    if pinned.is_size_only:
-        found = found.only_size()
-    if difference := pinned.difference(found):
-        raise SourceChanged(f"it was replaced: {difference}")
-    if missing := pinned.missing(found):
-        raise SourceAway(f"the server does not tell its {missing}, as it did before")

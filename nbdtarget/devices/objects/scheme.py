@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device names that are URLs of objects. What such a URL says: `nbdtarget.devices.objects.url`."""
 
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, ClassVar
 
-from nbdtarget.common.errors import ResolveError
-from nbdtarget.devices.objects.url import parse_object_url
-from nbdtarget.devices.ranged.options import (
-    REMOTE_COPY_BYTES,
-    REMOTE_IN_FLIGHT_BYTES,
-    absolute_options,
-)
-from nbdtarget.devices.scheme import Scheme
+from nbdtarget.devices.objects.url import ObjectUrl, parse_object_url
+from nbdtarget.devices.ranged.scheme import RangedScheme
 
 if TYPE_CHECKING:
-    from nbdtarget.devices.base import Device
+    from nbdtarget.devices.ranged.store import Store
 
 __all__ = ["AzureScheme", "GcsScheme", "S3Scheme"]
 
 
-class S3Scheme(Scheme):
+class S3Scheme(RangedScheme):
     name: ClassVar[str] = "s3"
     syntax: ClassVar[str] = "s3://BUCKET/KEY"
     summary: ClassVar[str] = (
@@ -27,30 +20,15 @@ class S3Scheme(Scheme):
     )
     modules: ClassVar[tuple[str, ...]] = ("obstore",)
 
-    async def open(self, name: str, *, read_only: bool) -> "Device":
+    def parse(self, name: str) -> ObjectUrl:
+        return parse_object_url(name)
+
+    def store(self, name: str) -> "Store":
         from nbdtarget.devices.http.url_command import url_command_for
         from nbdtarget.devices.objects.store import ObjectStore
-        from nbdtarget.devices.ranged.device import open_ranged, refuse_writing
 
-        refuse_writing(name, read_only=read_only)
         url = parse_object_url(name)
-        store = ObjectStore(url, url_command_for(url.place))
-        return await open_ranged(name, url.place, store, url.options)
-
-    def identity(self, name: str) -> Hashable:
-        try:
-            return parse_object_url(name).identity
-        except ResolveError:
-            return name
-
-    def is_read_only(self, name: str) -> bool:
-        return True
-
-    def copy_sizes(self, name: str) -> tuple[int, int]:
-        return REMOTE_COPY_BYTES, REMOTE_IN_FLIGHT_BYTES
-
-    def absolute(self, name: str, directory: str) -> str:
-        return absolute_options(name, directory)
+        return ObjectStore(url, url_command_for(url.place))
 
 
 class GcsScheme(S3Scheme):

@@ -7,6 +7,8 @@ What obstore is trusted with: signatures, endpoints, credentials of the environm
   is 0), and the fetcher does it. obstore does not tell Retry-After, so only the jitter bounds how soon the store is asked again.
 - *The pin.* `get` with a range and If-Match is used, because `get_range` knows no If-Match. Size, ETag, version and range of
   every answer are compared before a byte is used. A store that answers a range with status 200 is refused.
+- *Redirects.* It follows ten, and takes the signature along to the same host only; never from https to http, unless the endpoint
+  is http itself.
 - *Time limits.* Its limit for a whole request is an hour; the fetcher has shorter ones.
 
 Errors of obstore hold URLs, requests and answers, so nothing of their text is shown but the status.
@@ -32,6 +34,7 @@ from nbdtarget.devices.ranged.store import (
     SourceUnfit,
     Store,
     Take,
+    check_pin,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +52,18 @@ _NO_RANGES: Final = (
     "the store does not support ranges: it answers them with status 200, and not with 206. Give another store, or its web"
     " address"
 )
+# Answers that obstore does not take, by what stands in its texts. A key may be called anything, so these are not just words.
+_NO_RANGE_TOLD: Final = (
+    "the store does not say which range it sends, and how large the object is"
+)
+_UNFIT: Final = (
+    ("source: NotPartial", _NO_RANGES),
+    ("source: UnexpectedRange {", "the store sent another range than it was asked for"),
+    ("source: ParseContentRange {", _NO_RANGE_TOLD),
+    ("source: NoContentRange", _NO_RANGE_TOLD),
+    ("source: MissingContentLength", "the store does not tell how long its answer is"),
+    ("kind: Redirect,", "the store redirects too often, or from https to http, which is not followed"),
+)  # fmt: skip
 _CREDENTIALS: Final = re.compile(r"credential|metadata endpoint|MetadataError", re.I)
 
 
@@ -192,12 +207,7 @@ def _check(found: Pin, pinned: Pin | None, attributes: Mapping[Any, Any]) -> Non
         if not found.size:
             raise SourceUnfit("is empty")
         return
-    if pinned.is_size_only:
-        found = found.only_size()
-    if difference := pinned.difference(found):
-        raise SourceChanged(f"it was replaced: {difference}")
-    if missing := pinned.missing(found):
-        raise SourceAway(f"the store does not tell its {missing}, as it did before")
+    check_pin(found, pinned, "store")
 
 
 def _failure(error: Exception, pinned: Pin | None) -> SourceError:
@@ -217,8 +227,9 @@ def _failure(error: Exception, pinned: Pin | None) -> SourceError:
         return SourceDenied(f"access is denied{told}")
     if isinstance(error, FileNotFoundError):
         return SourceUnfit(f"the store has no such object{told}")
-    if "non-partial response" in text:
-        return SourceUnfit(_NO_RANGES)
+    for sign, reason in _UNFIT:
+        if sign in text:
+            return SourceUnfit(reason)
     if status == 416:
         if pinned is None:
             return SourceUnfit("is empty")

@@ -6,7 +6,8 @@ Half of one and half of the other would be a disk that looks whole and is not. S
 
     size             always
     version          of an object store that keeps versions
-    etag             a strong one proves equal bytes; a weak one (W/"…") only that the server calls them equal
+    etag             a strong one proves equal bytes; a weak one (W/"…") only that the server calls them equal. The weak form of a
+                     strong one that is pinned, which proxies make, proves nothing
     last_modified    compared where there is no strong ETag; it has a resolution of a second
 
 Each later answer must show the same pin, before a byte of it is used. One that shows another pin proves that the image was
@@ -65,14 +66,17 @@ class Pin(NamedTuple):
             return f"its size is {found.size} bytes, not {self.size}"
         new = found._asdict() | {"last-modified": found.last_modified}
         for key, value in self._compared().items():
+            if key == "etag" and new[key] == f"W/{value}":
+                continue  # see `missing`
             if new[key] and new[key] != value:
                 return f"its {key} is {new[key]}, not {value}"
         return ""
 
     def missing(self, found: "Pin") -> str:
-        """Return the name of what is pinned and `found` does not tell; empty: it tells all."""
+        """Return the name of what is pinned and `found` does not tell; empty: it tells all. `found` has no `difference`."""
         new = found._asdict() | {"last-modified": found.last_modified}
-        return next((key for key in self._compared() if not new[key]), "")
+        told = self._compared().items()
+        return next((key for key, value in told if new[key] != value), "")
 
     def ids(self, url: str) -> tuple[str, ...]:
         """Return what metadata records. Args: url: without secrets."""

@@ -23,6 +23,7 @@ __all__ = [
     "SourceUnfit",
     "Store",
     "Take",
+    "check_pin",
 ]
 
 # Called with bytes as they arrive, in order.
@@ -96,3 +97,16 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+def check_pin(found: Pin, pinned: Pin, who: str) -> None:
+    """Compare what an answer shows with the pinned image. Args: who: sends the answer, for the reason.
+
+    Raises: SourceChanged: it is another image; SourceAway: it cannot be told.
+    """
+    if pinned.is_size_only:
+        found = found.only_size()
+    if difference := pinned.difference(found):
+        raise SourceChanged(f"it was replaced: {difference}")
+    if missing := pinned.missing(found):
+        raise SourceAway(f"the {who} does not tell its {missing}, as it did before")

@@ -1,85 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HttpStore against a server that misbehaves: each rule of the module head, over real sockets."""
+"""HttpStore over real sockets: each rule of the module head. What all kinds of remote images do: ../ranged/test_misbehaving_servers.py."""
 
 import asyncio
 import gzip
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trustme
 
-from nbdtarget.common.errors import DeviceError, ResolveError
-from nbdtarget.devices.health import HealthState
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.http import store as module
 from nbdtarget.devices.http.url_command import set_url_commands
-from nbdtarget.devices.ranged import device as device_module
-from nbdtarget.devices.ranged import fetcher as fetcher_module
-from nbdtarget.devices.ranged import retry
-from nbdtarget.devices.ranged.device import RangedDevice
 from nbdtarget.devices.ranged.store import SourceAway
-from nbdtarget.devices.resolve import open_device
-from tests.support.image_server import Answer, ImageServer, Request, image_of
+from tests.support.image_server import Answer, ImageServer, Request
 from tests.support.nbd_device import until
-
-KIB = 1 << 10
-MIB = 1 << 20
-IMAGE = image_of(3 * MIB)
-OTHER = image_of(3 * MIB)[::-1]
+from tests.support.remote_images import (
+    IMAGE,
+    KIB,
+    MIB,
+    change,
+    device_on,
+    hang_up,
+    hasten,
+    once,
+    one_attempt,
+    refused,
+)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test waits for a time to pass."""
-    monkeypatch.setattr(retry, "RETRY_S_MIN", 0.0001)
-    monkeypatch.setattr(retry, "RETRY_S_MAX", 0.0001)
-    monkeypatch.setattr(fetcher_module, "RENEW_S_MIN", 0.0)
-    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-
-
-@asynccontextmanager
-async def device_on(url: str) -> AsyncIterator[RangedDevice]:
-    device = await open_device(url, read_only=True)
-    assert isinstance(device, RangedDevice)
-    try:
-        yield device
-    finally:
-        await device.close()
-
-
-def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time for opening an image is over after the first attempt."""
-
-    async def is_over(_: float) -> None:
-        raise TimeoutError
-
-    monkeypatch.setattr(device_module, "sleep", is_over)
-
-
-async def refused(url: str) -> str:
-    with pytest.raises(ResolveError) as caught:
-        await open_device(url, read_only=True)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
-def once(
-    change: Callable[[Answer], object], nr: int = 1
-) -> Callable[[Request, Answer], None]:
-    """Change the answer to request number `nr`, counted from the opening, which is 0."""
-    counted = iter(range(1 << 30))
-
-    def behave(_: Request, answer: Answer) -> None:
-        if next(counted) == nr:
-            change(answer)
-
-    return behave
+    hasten(monkeypatch)
 
 
 # ---- what is asked for ----
@@ -163,6 +118,38 @@ async def test_proxy_that_is_none_is_named_and_not_shown(
     assert "secret" not in text
 
 
+async def test_address_of_ipv6() -> None:
+    server = ImageServer(IMAGE, host="::1")
+    try:
+        await server.__aenter__()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    try:
+        async with device_on(server.url(host="[::1]")) as device:
+            assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]
+            assert server.noted[0].headers["host"] == f"[::1]:{server.port}"
+    finally:
+        await server.stop()
+
+
+async def test_image_of_five_tebibytes() -> None:
+    size = 5 << 40
+
+    def behave(request: Request, answer: Answer) -> None:
+        end = min(request.end, size)
+        body = (request.begin >> 20).to_bytes(8) * ((end - request.begin) // 8)
+        change(206, body, Content_Range=f"bytes {request.begin}-{end - 1}/{size}")(
+            answer
+        )
+
+    async with ImageServer(IMAGE) as server:
+        server.behave = behave
+        async with device_on(server.url()) as device:
+            assert device.size == size
+            at = size - 4096
+            assert bytes(await device.read(at, 4096)) == (at >> 20).to_bytes(8) * 512
+
+
 async def test_two_kinds_of_reads_use_connections_of_their_own() -> None:
     async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
         await device.read(MIB, 512)
@@ -170,19 +157,6 @@ async def test_two_kinds_of_reads_use_connections_of_their_own() -> None:
 
 
 # ---- what is refused when an image is opened ----
-
-
-def change(
-    status: int = 0, body: bytes | None = None, **headers: str
-) -> Callable[[Answer], None]:
-    def changed(answer: Answer) -> None:
-        answer.status = status or answer.status
-        answer.body = answer.body if body is None else body
-        answer.headers |= {
-            key.replace("_", "-"): value for key, value in headers.items()
-        }
-
-    return changed
 
 
 @pytest.mark.parametrize(
@@ -230,43 +204,23 @@ async def test_no_server_and_no_such_name(monkeypatch: pytest.MonkeyPatch) -> No
         assert f"cannot connect to 127.0.0.1 port {port}: " in text
 
 
-# ---- a server that fails for a while ----
-
-
-def hang_up(after: int) -> Callable[[Answer], None]:
-    def changed(answer: Answer) -> None:
-        answer.sends = after
-
-    return changed
+# ---- a server that fails for a while; the whole table: ../ranged/test_misbehaving_servers.py ----
 
 
 @pytest.mark.parametrize(
     "changed",
-    [
-        *(
-            change(status, b"")
-            for status in (408, 425, 429, 500, 502, 503, 504, 404, 200)
-        ),
-        hang_up(0),
-        hang_up(100 * KIB),
-        change(Content_Range="bytes 0-4095/3145728"),
-        change(Content_Range="bytes 0-4095/*"),
-        change(Content_Encoding="br"),
-        change(body=IMAGE[: 100 * KIB]),  # short, and says so
-        change(body=IMAGE),  # long, and says so
-        change(ETag=""),
-    ],
-    ids=range(17),
+    [change(body=IMAGE[: 100 * KIB]), change(body=IMAGE)],
+    ids=["short", "long"],
 )
-async def test_failed_answers_are_tried_again_and_no_byte_of_them_is_used(
+async def test_no_byte_of_an_answer_of_the_wrong_length_is_used(
     changed: Callable[[Answer], None],
 ) -> None:
+    """Its length is looked at first: these bodies are of another place of the image."""
     async with ImageServer(IMAGE) as server:
         server.behave = once(changed)
         async with device_on(server.url()) as device:
             assert bytes(await device.read(MIB, MIB)) == IMAGE[MIB : 2 * MIB]
             assert device.traffic.retries == 1
-            assert device.health.state is HealthState.OK
 
 
 async def test_body_that_breaks_off_is_continued_where_it_broke() -> None:
@@ -278,76 +232,6 @@ async def test_body_that_breaks_off_is_continued_where_it_broke() -> None:
                 request.begin for request in server.noted if request.begin % (256 * KIB)
             ]
             assert again == [MIB + 100 * KIB]
-
-
-async def test_server_that_goes_and_comes_back_is_waited_for() -> None:
-    server = ImageServer(IMAGE)
-    async with server, device_on(server.url()) as device:
-        port = server.port
-        await server.stop()
-        reading = asyncio.create_task(device.read(MIB, 4096))
-        await until(lambda: bool(device.health.last_error))
-        assert device.health.last_error.startswith(
-            f"cannot connect to 127.0.0.1 port {port}"
-        )
-        server._server = await asyncio.start_server(server._serve, "127.0.0.1", port)
-        assert bytes(await reading) == IMAGE[MIB : MIB + 4096]
-        assert device.health.last_error == ""
-
-
-# ---- an image that is replaced ----
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        change(412, b""),
-        change(ETag='"two"'),
-        change(Content_Range="bytes 1048576-1310719/3145729"),
-        change(416, b"", Content_Range="bytes */1000"),
-    ],
-    ids=["412", "etag", "size", "416"],
-)
-async def test_replaced_image_is_noticed_at_once(
-    changed: Callable[[Answer], None],
-) -> None:
-    async with ImageServer(IMAGE) as server:
-        server.behave = once(changed)
-        async with device_on(server.url()) as device:
-            with pytest.raises(DeviceError):
-                await device.read(MIB, 4096)
-            assert device.health.state is HealthState.LOST
-            assert device.changed
-
-
-@pytest.mark.parametrize("honours_if_match", [True, False])
-async def test_no_byte_of_another_image_is_ever_read(honours_if_match: bool) -> None:
-    """The image is replaced while it is copied; each read that succeeds is of the first one."""
-    async with ImageServer(IMAGE) as server:
-        answered = iter(range(1000))
-
-        def behave(request: Request, answer: Answer) -> None:
-            if next(answered) == 2:
-                server.image, server.etag = OTHER, '"two"'
-            if not honours_if_match and answer.status == 412:
-                body = server.image[request.begin : request.end]
-                answer.status, answer.body = 206, body
-                end = request.begin + len(body) - 1
-                answer.headers["Content-Range"] = (
-                    f"bytes {request.begin}-{end}/{len(IMAGE)}"
-                )
-
-        server.behave = behave
-        async with device_on(server.url()) as device:
-            reads = [device.read(at, 64 * KIB) for at in range(0, len(IMAGE), 64 * KIB)]
-            results = await asyncio.gather(*reads, return_exceptions=True)
-            nr_good = 0
-            for nr, result in enumerate(results):
-                if isinstance(result, memoryview):
-                    assert bytes(result) == IMAGE[nr * 64 * KIB :][: 64 * KIB]
-                    nr_good += 1
-            assert 0 < nr_good < len(results)
-            assert device.changed.startswith("it was replaced")
 
 
 # ---- redirects and secrets ----

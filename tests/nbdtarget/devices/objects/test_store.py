@@ -1,101 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ObjectStore against a store that misbehaves, against moto, and against one that knows no ranges (rclone serve s3)."""
+"""ObjectStore, also against moto and a store that knows no ranges (rclone serve s3). What all kinds of remote images do:
+../ranged/test_misbehaving_servers.py."""
 
 import asyncio
+import json
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trustme
 
 pytest.importorskip("obstore", reason="the package obstore is missing")
 
-from nbdtarget.common.errors import DeviceError, ResolveError
-from nbdtarget.devices.health import HealthState
+from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.http.url_command import set_url_commands
 from nbdtarget.devices.objects import store as module
-from nbdtarget.devices.ranged import fetcher as fetcher_module
-from nbdtarget.devices.ranged import retry
-from nbdtarget.devices.ranged.device import RangedDevice
-from nbdtarget.devices.resolve import open_device
-from tests.support.image_server import Answer, ImageServer, Request, image_of
-
-MIB = 1 << 20
-IMAGE = image_of(3 * MIB)
+from tests.support.image_server import Answer, ImageServer, Request
+from tests.support.remote_images import (
+    IMAGE,
+    MIB,
+    change,
+    device_on,
+    hasten,
+    name_on,
+    one_attempt,
+    refused,
+)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test waits for a time to pass, and none has credentials of the machine."""
-    monkeypatch.setattr(retry, "RETRY_S_MIN", 0.0001)
-    monkeypatch.setattr(retry, "RETRY_S_MAX", 0.0001)
-    monkeypatch.setattr(fetcher_module, "RENEW_S_MIN", 0.0)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
-    for name in (
-        "http_proxy",
-        "https_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "AWS_SESSION_TOKEN",
-    ):
-        monkeypatch.delenv(name, raising=False)
-
-
-def name_on(server: ImageServer, options: str = "") -> str:
-    endpoint = server.url("").rstrip("/")
-    return f"s3://bucket/dir/a%20b.img#region=us-east-1&endpoint={endpoint}{options}"
-
-
-@asynccontextmanager
-async def device_on(name: str) -> AsyncIterator[RangedDevice]:
-    device = await open_device(name, read_only=True)
-    assert isinstance(device, RangedDevice)
-    try:
-        yield device
-    finally:
-        await device.close()
-
-
-async def refused(name: str) -> str:
-    with pytest.raises(ResolveError) as caught:
-        await open_device(name, read_only=True)
-    assert "topsecret" not in str(caught.value)
-    return str(caught.value)
-
-
-def change(
-    status: int = 0, body: bytes | None = None, **headers: str
-) -> Callable[[Answer], None]:
-    def changed(answer: Answer) -> None:
-        answer.status = status or answer.status
-        answer.body = answer.body if body is None else body
-        answer.headers |= {
-            key.replace("_", "-"): value for key, value in headers.items()
-        }
-
-    return changed
-
-
-def once(
-    changed: Callable[[Answer], object], nr: int = 1
-) -> Callable[[Request, Answer], None]:
-    counted = iter(range(1 << 30))
-
-    def behave(_: Request, answer: Answer) -> None:
-        if next(counted) == nr:
-            changed(answer)
-
-    return behave
+    hasten(monkeypatch)
 
 
 async def test_object_is_read_by_ranges_that_name_the_pinned_one() -> None:
-    async with ImageServer(IMAGE) as server, device_on(name_on(server)) as device:
+    async with ImageServer(IMAGE) as server, device_on(name_on(server, "s3")) as device:
         assert device.size == len(IMAGE)
         assert bytes(await device.read(0, len(IMAGE))) == IMAGE
         assert {request.target for request in server.noted} == {"/bucket/dir/a%20b.img"}
@@ -107,83 +53,6 @@ async def test_object_is_read_by_ranges_that_name_the_pinned_one() -> None:
         found = await device.identify("source")
         assert 'etag="one"' in found.ids
         assert "url=s3://bucket/dir/a%20b.img" in found.ids
-
-
-def hang_up(after: int) -> Callable[[Answer], None]:
-    def changed(answer: Answer) -> None:
-        answer.sends = after
-
-    return changed
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        *(change(status, b"") for status in (408, 425, 429, 500, 503, 404)),
-        change(200, IMAGE, Content_Range=""),
-        change(403, b"<Error><Code>ExpiredToken</Code></Error>"),
-        change(400, b"<Error><Code>ExpiredToken</Code></Error>"),
-        hang_up(0),
-        hang_up(100 << 10),
-        change(Content_Range="bytes 0-262143/3145728"),
-        change(Content_Encoding="gzip"),
-        change(ETag=""),
-    ],
-    ids=range(14),
-)
-async def test_failed_answers_are_tried_again_and_no_byte_of_them_is_used(
-    changed: Callable[[Answer], None],
-) -> None:
-    async with ImageServer(IMAGE) as server:
-        server.behave = once(changed)
-        async with device_on(name_on(server)) as device:
-            assert bytes(await device.read(MIB, MIB)) == IMAGE[MIB : 2 * MIB]
-            assert device.traffic.retries == 1
-            assert device.health.state is HealthState.OK
-            # A body that broke off is asked for by us, with If-Match, and not by the library without.
-            assert all("if-match" in request.headers for request in server.noted[1:])
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [change(412, b""), change(ETag='"two"'), change(Content_Range="bytes 1048576-1310719/3145729"), change(416, b"")],
-    ids=["412", "etag", "size", "416"],
-)  # fmt: skip
-async def test_replaced_object_is_noticed_at_once(
-    changed: Callable[[Answer], None],
-) -> None:
-    async with ImageServer(IMAGE) as server:
-        server.behave = once(changed)
-        async with device_on(name_on(server)) as device:
-            with pytest.raises(DeviceError):
-                await device.read(MIB, 4096)
-            assert device.changed.startswith("it was replaced")
-            assert device.health.state is HealthState.LOST
-
-
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        (change(200, IMAGE, Content_Range=""), "the store does not support ranges"),
-        (change(404, b""), "the store has no such object (status 404)"),
-        (change(416, b"", Content_Range="bytes */0"), "is empty"),
-        (change(302, b"", Location="http://h/topsecret"), "the store does not answer"),
-        (change(Content_Encoding="gzip"), "the object is encoded (gzip), not as it is"),
-    ],
-    ids=range(5),
-)
-async def test_refused_at_open(
-    changed: Callable[[Answer], None], says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nbdtarget.devices.ranged import device as device_module
-
-    async def is_over(_: float) -> None:
-        raise TimeoutError
-
-    monkeypatch.setattr(device_module, "sleep", is_over)
-    async with ImageServer(IMAGE) as server:
-        server.behave = lambda _, answer: changed(answer)
-        assert says in await refused(name_on(server))
 
 
 async def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +88,7 @@ async def test_credentials_of_a_command_are_renewed_when_they_end(
                     change(403, b"<Error><Code>ExpiredToken</Code></Error>")(answer)
 
             server.behave = behave
-            async with device_on(name_on(server)) as device:
+            async with device_on(name_on(server, "s3")) as device:
                 await device.read(MIB, 512)
                 # The two seconds are over, says the store, sooner than our clock.
                 nr = len(count.read_text())
@@ -235,16 +104,15 @@ async def test_credentials_of_a_command_are_renewed_when_they_end(
 
 
 async def test_tls_with_an_authority_of_ones_own(tmp_path: Path) -> None:
-    trustme = pytest.importorskip("trustme")
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
     ca = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(str(ca))
     async with ImageServer(IMAGE, context) as server:
-        async with device_on(name_on(server, f"&ca={ca}")) as device:
+        async with device_on(name_on(server, "s3", f"&ca={ca}")) as device:
             assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]
-        assert "cannot be read" in await refused(name_on(server, "&ca=/missing"))
+        assert "cannot be read" in await refused(name_on(server, "s3", "&ca=/missing"))
 
 
 @contextmanager
@@ -265,8 +133,6 @@ def process(argv: list[str], port: int) -> Iterator[None]:
 
 def pause() -> None:
     """A process has no event that says when it listens."""
-    import time
-
     time.sleep(0.01)
 
 
@@ -339,3 +205,123 @@ async def test_rclone(tmp_path: Path, kind: str) -> None:
         else:
             async with device_on(f"http://127.0.0.1:{port}/bucket/a.img") as device:
                 assert bytes(await device.read(0, len(IMAGE))) == IMAGE
+
+
+# ---- what the three kinds of stores have of their own; the whole table: ../ranged/test_misbehaving_servers.py ----
+
+OBJECT_KINDS = ("s3", "gs", "az")
+VERSIONS = {
+    "s3": "x-amz-version-id",
+    "gs": "x-goog-generation",
+    "az": "x-ms-version-id",
+}
+
+
+@pytest.mark.parametrize("kind", OBJECT_KINDS)
+async def test_version_is_pinned(kind: str) -> None:
+    """Also where the ETag stays the same: a generation of Google's, for example, is new with each upload."""
+    async with ImageServer(IMAGE) as server:
+        version = "1700000000000001"
+        server.behave = lambda _, answer: answer.headers.update(
+            {VERSIONS[kind]: version}
+        )
+        async with device_on(name_on(server, kind)) as device:
+            assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]
+            found = await device.identify("source")
+            assert f"version={version}" in found.ids
+            assert found.is_pinned
+            version = "1700000000000002"
+            with pytest.raises(DeviceError):
+                await device.read(2 * MIB, 512)
+            assert device.changed == (
+                "it was replaced: its version is 1700000000000002, not 1700000000000001"
+            )
+
+
+class Tokens:
+    """The service that gives a machine in the cloud its tokens, as part of the server of a store."""
+
+    def __init__(
+        self, server: ImageServer, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.server = server
+        self.life_s = 2
+        self.nr_given = 0
+        self.is_revoked = False  # the newest, before its time
+        host = f"127.0.0.1:{server.port}"
+        monkeypatch.setenv("GCE_METADATA_HOST", host)
+        monkeypatch.setenv("AZURE_MSI_ENDPOINT", f"http://{host}/msi")
+        server.pages = {"/computeMetadata/" if kind == "gs" else "/msi": self._give}
+        server.behave = self._check
+        self.name = name_on(server, kind).replace("anonymous=yes&", "")
+
+    def _give(self, _: Request) -> bytes:
+        self.nr_given += 1
+        self.is_revoked = False
+        until_s = int(time.time()) + self.life_s
+        answer = {
+            "access_token": f"topsecret{self.nr_given}",
+            "expires_in": self.life_s,
+            "expires_on": str(until_s),
+        }
+        return json.dumps(answer).encode()
+
+    def _check(self, request: Request, answer: Answer) -> None:
+        token = request.headers.get("authorization")
+        if self.is_revoked or token != f"Bearer topsecret{self.nr_given}":
+            change(401, b"")(answer)
+
+
+@pytest.mark.parametrize("life_s", [2, 3600])
+@pytest.mark.parametrize("kind", ["gs", "az"])
+async def test_token_that_has_ended_is_renewed(
+    kind: str, life_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the store's word, sooner than by its own. One that lives two seconds may be renewed by the library before that."""
+    async with ImageServer(IMAGE) as server:
+        tokens = Tokens(server, kind, monkeypatch)
+        tokens.life_s = life_s
+        async with device_on(tokens.name) as device:
+            await device.read(MIB, 512)
+            nr_before = tokens.nr_given
+            tokens.is_revoked = True
+            assert bytes(await device.read(2 * MIB, 512)) == IMAGE[2 * MIB :][:512]
+            assert tokens.nr_given > nr_before
+            assert device.traffic.renewals <= 1
+            assert device.health.last_error == ""
+
+
+@pytest.mark.parametrize("kind", OBJECT_KINDS)
+async def test_signature_stays_on_its_host(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ImageServer(IMAGE) as other, ImageServer(IMAGE) as server:
+        name = name_on(server, kind)
+        if kind != "s3":
+            name = Tokens(server, kind, monkeypatch).name
+        server.behave = lambda _, answer: change(302, b"", Location=other.url("/x"))(
+            answer
+        )
+        async with device_on(name):
+            pass
+        assert "authorization" in server.noted[0].headers
+        assert other.noted
+        assert not any("authorization" in each.headers for each in other.noted)
+
+
+@pytest.mark.parametrize("kind", OBJECT_KINDS)
+async def test_https_is_not_left_for_http(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_attempt(monkeypatch)
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    ca = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    async with ImageServer(IMAGE) as plain, ImageServer(IMAGE, context) as server:
+        server.behave = lambda _, answer: change(302, b"", Location=plain.url())(answer)
+        text = await refused(name_on(server, kind, f"&ca={ca}"))
+        assert "redirects too often, or from https to http" in text
+        assert server.noted
+        assert plain.noted == []

@@ -20,6 +20,8 @@ DATED = Pin(100, "", "Mon")
         (STRONG, Pin(100, '"b"', "Mon"), 'its etag is "b", not "a"'),
         (STRONG, Pin(100, '"a"', "Tue"), ""),  # a strong ETag proves equal bytes
         (STRONG, Pin(100, "", "Mon"), ""),
+        (STRONG, Pin(100, 'W/"a"', "Mon"), ""),
+        (STRONG, Pin(100, 'W/"b"', "Mon"), 'its etag is W/"b", not "a"'),
         (WEAK, Pin(100, 'W/"a"', "Tue"), "its last-modified is Tue, not Mon"),
         (WEAK, Pin(100, 'W/"b"', "Mon"), 'its etag is W/"b", not W/"a"'),
         (DATED, Pin(100, '"a"', "Mon"), ""),
@@ -30,7 +32,7 @@ DATED = Pin(100, "", "Mon")
         ),
         (Pin(100), Pin(100, '"z"', "Fri"), ""),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_difference(pin: Pin, found: Pin, says: str) -> None:
     assert pin.difference(found) == says
@@ -40,6 +42,11 @@ def test_what_is_not_told_any_more_proves_nothing() -> None:
     assert STRONG.missing(Pin(100)) == "etag"
     assert WEAK.missing(Pin(100, 'W/"a"')) == "last-modified"
     assert DATED.missing(DATED) == STRONG.missing(STRONG) == ""
+
+
+def test_weak_form_of_a_strong_etag_proves_nothing() -> None:
+    assert STRONG.missing(Pin(100, 'W/"a"', "Mon")) == "etag"
+    assert WEAK.missing(WEAK) == ""
 
 
 def test_strength() -> None:
