@@ -93,6 +93,7 @@ class Round:
             flush_at=pick.choice((1, 4096, 1 << 17)),
             poison=pick.random() < 0.5,
             ring_reads=self,
+            alone_max=pick.choice((0, 4096, SIZE)),
             flush_for=None
             if self.extended
             else pick.choice((None, self.flush_for, self.flush_for)),
@@ -115,6 +116,9 @@ class Round:
         return ring
 
     # What the plane asks its connection, and the mapped device.
+
+    def is_alone(self) -> bool:
+        return self.random.random() < 0.7
 
     def room(self) -> tuple[int, int]:
         nr = self.random.choice((0, 3, 50, *[1000] * 17))

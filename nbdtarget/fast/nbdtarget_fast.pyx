@@ -31,9 +31,9 @@ any other Python code runs, all who must wait for such a READ have been told of 
 So it does not matter if the route is closed meanwhile. A READ that fails or comes short is Python's.
 
 A client that asks for one READ at a time waits for two wake-ups: when the disk has answered, and when its next request
-has come. Both cost more than the READ of a fast disk. So while a connection polls, which it does only as long as it is the only one that has
-something to do, a READ that is alone is waited for, up to WAIT_NS. That holds the loop up as polling does,
-and no longer than a turn lasts (`turn_ns`). A slow disk is soon not waited for any more (`_wait`).
+has come. Both cost more than the READ of a fast disk. So while a connection is the only one that has something to do, and
+sends one request at a time, a READ that is alone is waited for, up to WAIT_NS. That holds the loop up as polling does,
+and no longer than a turn lasts (`turn_ns`), but the processor is free meanwhile. A slow disk is soon not waited for any more (`_wait`).
 
     Python   receive buffer   [begin, end): received and not yet served
              arena            [base, out): replies that are packed and not yet sent
@@ -842,6 +842,7 @@ cdef class Plane:
         poison: for tests: overwrite what has been served and sent.
         ring_reads: what the connection has to do with reads in the ring, see `nbdtarget.server.ring_reads`; None: there
             are none.
+        alone_max: up to which length a READ that is alone may begin whatever the bounds are, and is waited for.
 
     Attributes:
         begin, end, base, out: see the module head.
@@ -897,6 +898,10 @@ cdef class Plane:
     cdef int64_t nr_in_ring  # that were begun in earlier turns
     cdef int64_t nr_left  # so many more may begin in this turn, -1: that is not known yet
     cdef int64_t bytes_left
+    cdef bint is_alone  # the READ that has begun is alone: no connection has anything else in flight
+    cdef bint waits  # for a READ that is alone; set by the Receiver
+    cdef bint may_wait  # in this turn
+    cdef uint64_t alone_max  # up to which length a READ that is alone is always in bounds
     # What was answered: READs and WRITEs. `fresh`: those that were served since they were received, at `received_ns`, and are
     # not counted yet.
     cdef Counts counts[2]
@@ -905,10 +910,11 @@ cdef class Plane:
     cdef int64_t received_ns
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
-                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, flush_for=None, bint extended=False):
+                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, uint64_t alone_max=0, flush_for=None, bint extended=False):
         self.release()
         self.ring_reads = ring_reads
         self.reader.owner = <void *>self
+        self.alone_max = alone_max
         PyObject_GetBuffer(received, &self.received, PyBUF_WRITABLE)
         try:
             PyObject_GetBuffer(arena, &self.arena, PyBUF_WRITABLE)
@@ -1053,6 +1059,7 @@ cdef class Plane:
         self.was_batch = False
         self.was_late = False
         self.nr_hits = 0
+        self.may_wait = poll_ns > 0 or self.waits
         while True:
             if is_received:
                 is_received = False
@@ -1093,10 +1100,11 @@ cdef class Plane:
                 self.end += got
                 if got > self.request_bytes and self._is_batch():
                     self.was_batch = True
+                    self.may_wait = False
                     poll_ns = 0
             stop = self._serve(way)
             if self.nr_begun and self.uring.nr_new:
-                if poll_ns and stop == STOP_DONE and self._may_wait():
+                if stop == STOP_DONE and self._waits_for_it():
                     self._wait()
                 else:
                     submit(self.uring)
@@ -1410,7 +1418,9 @@ cdef class Plane:
             return False
         if self.nr_left < 0:
             with gil:
-                self._ask_for_room()
+                self._ask_whether_alone(length)
+                if not self.is_alone:
+                    self._ask_for_room()
         if not self.nr_left or self.bytes_left < length:
             return False
         if self.uring != file.uring:
@@ -1435,11 +1445,11 @@ cdef class Plane:
         file.nr_reads += 1
         return True
 
-    cdef bint _may_wait(self) noexcept nogil:
+    cdef bint _waits_for_it(self) noexcept nogil:
         """Whether to wait for the one READ that was received: going back to the loop takes longer than a fast disk."""
         cdef File *file = <File *>self.begun.file
         if (
-            self.nr_begun != 1 or self.uring.nr_reads != 1 or self.uring.nr_new != 1 or not self.uring.can_wait
+            not self.may_wait or not self.is_alone or self.nr_begun != 1 or self.uring.nr_reads != 1 or self.uring.nr_new != 1 or not self.uring.can_wait
             or self.end > self.begin or self.out > self.base
         ):
             return False
@@ -1470,6 +1480,19 @@ cdef class Plane:
         if self.poison:
             memset(read.data, 0xdb, read.room)
         give_back(read)
+
+    cdef void _ask_whether_alone(self, uint32_t length) noexcept:
+        """Find out whether the READ at `begin` is alone. Then it may begin: a connection that has nothing in flight may always
+        begin a short request."""
+        self.is_alone = False
+        if (
+            self.may_wait and not self.nr_begun and self.end - self.begin == self.request_bytes
+            and self.out == self.base and length <= self.alone_max
+        ):
+            self.is_alone = self.ring_reads.is_alone()
+        if self.is_alone:
+            self.nr_left = 1
+            self.bytes_left = length
 
     cdef void _ask_for_room(self) noexcept:
         """Find out how many requests may be in flight after this turn."""
@@ -1827,6 +1850,7 @@ cdef class Receiver:
         cdef Synced synced
         cdef bint was_late = False
         poll_ns = self.poll_ns if self._polls() else 0
+        plane.waits = self.streak >= self.poll_streak and self.poll_ns > 0
         while True:
             if plane.poison:
                 self._verify()

@@ -46,6 +46,7 @@ cdef struct Uring:
     unsigned sq_mask
     unsigned *cq_head
     unsigned *cq_tail
+    unsigned *cq_flags
     unsigned cq_mask
     void *entries
     void *completions

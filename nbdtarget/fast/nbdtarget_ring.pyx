@@ -56,10 +56,13 @@ cdef extern from *:
     #define SETUP_DEFER_TASKRUN (1U << 13) /* Linux 6.1 */
     #define FEAT_EXT_ARG (1U << 8) /* Linux 5.11 */
     #define ENTER_EXT_ARG (1U << 3)
+    #define CQ_EVENTFD_DISABLED (1U << 0) /* Linux 5.8 */
     #define REGISTER_IOWQ_MAX_WORKERS 19 /* Linux 5.15 */
 
     static inline unsigned load_acquire(unsigned *place) { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }
     static inline void store_release(unsigned *place, unsigned value) { __atomic_store_n(place, value, __ATOMIC_RELEASE); }
+    /* What is stored before it is seen by others before anything is loaded after it. */
+    static inline void full_barrier(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static inline int ring_setup(unsigned entries, struct io_uring_params *params) {
         return (int)syscall(__NR_io_uring_setup, entries, params);
     }
@@ -107,6 +110,7 @@ cdef extern from *:
     """
     unsigned load_acquire(unsigned *place) nogil
     void store_release(unsigned *place, unsigned value) nogil
+    void full_barrier() nogil
     int ring_setup(unsigned entries, io_uring_params *params) nogil
     int ring_enter(int fd, unsigned nr_submitted, unsigned flags) nogil
     int ring_enter_and_wait(int fd, unsigned nr_submitted, uint64_t wait_ns) nogil
@@ -119,6 +123,7 @@ cdef extern from *:
     unsigned SETUP_SINGLE_ISSUER
     unsigned SETUP_DEFER_TASKRUN
     unsigned FEAT_EXT_ARG
+    unsigned CQ_EVENTFD_DISABLED
     int EFD_NONBLOCK
     int EFD_CLOEXEC
     int eventfd(unsigned value, int flags) nogil
@@ -136,6 +141,7 @@ cdef extern from *:
         uint32_t tail
         uint32_t ring_mask
         uint32_t cqes
+        uint32_t flags
     struct io_uring_params:
         uint32_t flags
         uint32_t sq_entries
@@ -291,17 +297,25 @@ cdef int submit(Uring *uring) noexcept nogil:
 
 cdef bint submit_and_wait(Uring *uring, uint64_t wait_ns) noexcept nogil:
     """Submit the only read that is under way, and wait for it. Returns whether it has ended."""
-    cdef int taken = ring_enter_and_wait(uring.fd, uring.nr_new, wait_ns)
     cdef uint64_t count
+    cdef int taken
+    if uring.is_deferring:
+        # Nobody need be woken: neither the eventfd is written to, nor must it be read.
+        store_release(uring.cq_flags, CQ_EVENTFD_DISABLED)
+    taken = ring_enter_and_wait(uring.fd, uring.nr_new, wait_ns)
     if taken > 0:
         uring.nr_new -= taken
-    # The eventfd was written to, or will be: it is read, so that the loop is not woken for nothing.
-    sys_read(uring.event_fd, &count, sizeof(count))
     drain(uring)
-    if uring.nr_reads and uring.is_deferring:
-        # It came too late, and the eventfd may have said so just before it was read. What ends after this says so again.
-        ring_enter(uring.fd, 0, IORING_ENTER_GETEVENTS)
-        drain(uring)
+    if uring.is_deferring:
+        store_release(uring.cq_flags, 0)
+        if uring.nr_reads:
+            # It came too late, or just before the eventfd was enabled again. What ends after this says so.
+            full_barrier()
+            ring_enter(uring.fd, 0, IORING_ENTER_GETEVENTS)
+            drain(uring)
+    else:
+        # The eventfd was written to, or will be: it is read, so that the loop is not woken for nothing.
+        sys_read(uring.event_fd, &count, sizeof(count))
     return uring.nr_reads == 0
 
 
@@ -405,6 +419,7 @@ cdef class Ring:
         uring.cq_head = <unsigned *>(base + params.cq_off.head)
         uring.cq_tail = <unsigned *>(base + params.cq_off.tail)
         uring.cq_mask = (<unsigned *>(base + params.cq_off.ring_mask))[0]
+        uring.cq_flags = <unsigned *>(base + params.cq_off.flags)
         uring.completions = base + params.cq_off.cqes
         self.done = [None] * uring.nr_slots
         for nr in range(uring.nr_slots):

@@ -126,7 +126,8 @@ class FastTurn:
             turn_ns=limits.turn_us * 1000 or TURN_NS_MAX,
             flush_at=limits.flush_at,
             poison=limits.poison_borrowed,
-            ring_reads=RingReads(host, requests, output, flow),
+            ring_reads=RingReads(host, requests, output, flow, self._may_poll),
+            alone_max=min(limits.guaranteed_bytes, limits.bytes_in_flight_max),
             # A reply with extended headers has the offset of its request, which is not kept for a sync.
             flush_for=requests.flush_for
             if requests.can_flush and not requests.extended

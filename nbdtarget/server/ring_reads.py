@@ -6,6 +6,7 @@ puts it into the ring of `nbdtarget.devices.file.ring`, and sends the reply when
 flight like any other request: it counts in `Flow`, and so in the budget; the connection is not released before it has
 ended. The plane calls these methods, once for a batch:
 
+    is_alone    before a READ that came alone: whether nothing of any connection is in flight
     room        before the first one of a turn: how many may begin
     begun       after the turn
     may_send    when some have ended: whether their replies may leave before all others
@@ -16,6 +17,8 @@ ended. The plane calls these methods, once for a batch:
 A READ for which there is no room is served in the usual way, where it meets the bound and pauses the connection.
 """
 
+from collections.abc import Callable
+
 from nbdtarget.server.flow import Flow
 from nbdtarget.server.output import Output
 from nbdtarget.server.requests import Requests
@@ -25,15 +28,24 @@ __all__ = ["RingReads"]
 
 
 class RingReads:
-    """See the module head."""
+    """See the module head.
 
-    __slots__ = ("_flow", "_host", "_output", "_requests")
+    Attributes: is_alone: returns whether no request of any connection is in flight.
+    """
+
+    __slots__ = ("_flow", "_host", "_output", "_requests", "is_alone")
 
     def __init__(
-        self, host: Host, requests: Requests, output: Output, flow: Flow
+        self,
+        host: Host,
+        requests: Requests,
+        output: Output,
+        flow: Flow,
+        is_alone: Callable[[], bool],
     ) -> None:
         self._host, self._requests = host, requests
         self._output, self._flow = output, flow
+        self.is_alone = is_alone
 
     def room(self) -> tuple[int, int]:
         """Return how many READs, and how many bytes of them, may begin now."""

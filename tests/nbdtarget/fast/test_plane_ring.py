@@ -6,17 +6,19 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nbdtarget.fast import compiled
+from nbdtarget.server.poller import Lateness
 
 pytestmark = pytest.mark.skipif(
     not compiled.is_available(), reason="io_uring is not built, or not allowed"
 )
 if compiled.IS_COMPILED:
-    from nbdtarget_fast import DONE, POLLED, SLOW, FastFile, Plane, Route
+    from nbdtarget_fast import DONE, POLLED, SLOW, FastFile, Plane, Receiver, Route
     from nbdtarget_ring import Ring
 
 SIZE = 1 << 20
@@ -28,7 +30,8 @@ class Bench:
 
     Attributes:
         told: what the plane has told of its reads.
-        room: how many may begin.
+        room_left: how many may begin.
+        alone: whether nothing else is in flight.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Bench:
         self.extended = extended
         self.room_left = 100
         self.sends = True
+        self.alone = True
         self.reading, self.disk = os.pipe()
         self.ring = Ring(nr_reads_max)
         self.file = FastFile(
@@ -71,6 +75,7 @@ class Bench:
             flush_at=1 << 17,
             poison=True,
             ring_reads=self,
+            alone_max=1 << 16,
             extended=extended,
         )
         self.route = Route.flat(self.file, 0, SIZE)
@@ -81,6 +86,9 @@ class Bench:
 
     def room(self) -> tuple[int, int]:
         return self.room_left, 1 << 30
+
+    def is_alone(self) -> bool:
+        return self.alone
 
     def begun(self, nr: int, nr_bytes: int) -> None:
         self.told.append(("begun", nr, nr_bytes))
@@ -104,6 +112,37 @@ class Bench:
         self.told.append(("device", -nr))
 
     # What a test does.
+
+    def receiver(self, *, poll_streak: int) -> "Receiver":
+        """Return what the loop would call; it polls once, and then never again."""
+        received = SimpleNamespace(begin=0, end=0)
+        output = SimpleNamespace(base=0, end=0)
+
+        def served(begin: int, end: int) -> None:
+            received.begin, received.end = begin, end
+
+        def sent_to(base: int, end: int) -> None:
+            output.base, output.end = base, end
+
+        received.served, output.sent_to = served, sent_to
+        return Receiver(
+            self.plane,
+            maybe_route=lambda: self.route,
+            is_plain=lambda: True,
+            received=received,
+            output=output,
+            polling=SimpleNamespace(last=None),
+            may_poll=lambda: True,
+            poll_ns=1000,
+            poll_streak=poll_streak,
+            poll_skip_max=1000,
+            poll_rest=1000,
+            late=Lateness(),
+            readable=lambda: self.told.append(("readable",)),
+            stopped=lambda stop: self.told.append(("stopped", stop)),
+            ended=lambda: None,
+            failed=lambda error: self.told.append(("failed", error)),
+        )
 
     def read(self, *lengths: int, poll_ns: int = 0) -> int:
         """Ask for READs, of cookies 0, 1 ... and offsets 0, 512 ..., and have a turn."""
@@ -225,6 +264,55 @@ def test_read_that_is_alone_is_waited_for(bench: Bench) -> None:
     assert bench.told == []
     assert bench.ring.nr_reads == 0
     assert not select.select([bench.ring.event_fd], [], [], 0)[0]
+
+
+def test_read_that_is_not_alone_is_not_waited_for(bench: Bench) -> None:
+    bench.alone = False
+    os.write(bench.disk, b"a" * 512)
+    bench.read(512, poll_ns=POLL_NS)
+    assert ("begun", 1, 512) in bench.told
+    bench.answer()
+    assert bench.replies() == chunk(0, b"a" * 512)
+
+
+def test_long_read_is_asked_for_room_before_it_begins(bench: Bench) -> None:
+    """It may meet a bound, which a short one of a connection with nothing in flight never does."""
+    bench.room_left = 0
+    assert bench.read(100_000, poll_ns=POLL_NS) == SLOW
+    assert bench.ring.nr_reads == 0
+
+
+def test_client_that_sends_one_at_a_time_is_waited_for_though_nothing_is_polled(
+    bench: Bench,
+) -> None:
+    receiver = bench.receiver(poll_streak=3)
+    was_told = []
+    for nr in range(8):
+        os.write(bench.disk, bytes([nr]) * 512)
+        head = struct.pack(">IHHQQI", 0x25609513, 0, 0, nr, 512 * nr, 512)
+        bench.peer.send(head)
+        receiver()
+        told = bench.take_told()
+        was_told.append(("begun", 1, 512) in told)
+        if was_told[-1]:
+            bench.answer()
+            receiver.python_ran()
+        assert bench.replies() == chunk(nr, bytes([nr]) * 512)
+    # A streak first; after that none, though only the first of them is polled.
+    assert was_told == [True] * 3 + [False] * 5
+    receiver.close()
+
+
+def test_batch_is_not_waited_for(bench: Bench) -> None:
+    receiver = bench.receiver(poll_streak=0)
+    os.write(bench.disk, b"ab" * 512)
+    for nr in range(2):
+        bench.peer.send(struct.pack(">IHHQQI", 0x25609513, 0, 0, nr, 512 * nr, 512))
+    receiver()
+    assert ("begun", 2, 1024) in bench.take_told()
+    while bench.ring.nr_reads:
+        bench.answer()
+    receiver.close()
 
 
 def test_read_that_does_not_end_in_time_is_left_to_the_loop(bench: Bench) -> None:
