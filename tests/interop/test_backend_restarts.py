@@ -2,6 +2,7 @@
 """The server that a table writes to is killed and started again, while a client writes and flushes."""
 
 import asyncio
+import contextlib
 import random
 import shutil
 import socket
@@ -15,6 +16,7 @@ from nbdtarget.devices.nbd import device as nbd_module
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
+from tests.support.patience import attempts
 from tests.support.peer import Peer
 
 pytestmark = pytest.mark.interop
@@ -52,14 +54,10 @@ class Backend:
     async def start(self) -> None:
         self.path.unlink(missing_ok=True)
         self.process = await asyncio.create_subprocess_exec(*self.argv)
-        for _ in range(2000):
-            try:
-                with socket.socket(socket.AF_UNIX) as probe:
-                    probe.connect(str(self.path))
+        async for _ in attempts():
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(self.path))
                 return
-            except OSError:
-                await asyncio.sleep(0.005)
-        raise AssertionError("the server does not listen")
 
     async def kill(self) -> None:
         self.process.kill()
@@ -110,11 +108,9 @@ class Client:
         return await self.flush() and is_good
 
     async def until_readable(self) -> None:
-        for _ in range(1000):
+        async for _ in attempts():
             if not (await self.peer.ask(c.CMD_READ, 0, MIB)).error:
                 return
-            await asyncio.sleep(0.005)
-        raise AssertionError("the server is not connected again")
 
     async def verify(self) -> None:
         for nr, allowed in self.may_be.items():
@@ -127,14 +123,11 @@ class Client:
 
 async def cure(registry: Registry, table: str) -> None:
     """What an operator does: load and resume the same line, until it works."""
-    for _ in range(200):
-        try:
+    async for _ in attempts():
+        with contextlib.suppress(NbdTargetError):
             await registry.load("d", table)
             await registry.resume("d")
             return
-        except NbdTargetError:
-            await asyncio.sleep(0.01)
-    raise AssertionError("the same line is never taken")
 
 
 @pytest.mark.parametrize("kind", sorted(TABLES))

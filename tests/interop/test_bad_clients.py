@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.clients import NAME, CloneUnderTest
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import CMD_READ, CMD_WRITE, REQUEST, PlainClient
 from tests.support.processes import ServerProcess
 
@@ -63,7 +64,7 @@ MISBEHAVIOUR = [
 
 @pytest.fixture
 def good(clone: CloneUnderTest, served: ServerProcess) -> Iterator[PlainClient]:
-    with PlainClient(clone.socket, NAME, timeout_s=5.0) as client:
+    with PlainClient(clone.socket, NAME, timeout_s=PATIENCE_S) as client:
         yield client
 
 
@@ -74,7 +75,7 @@ def test_others_are_served_while_a_client_misbehaves(
     with PlainClient(clone.socket, NAME) as bad:
         misbehave(bad)
         assert good.read(4096, 4096) == clone.content[4096:8192]
-        with PlainClient(clone.socket, NAME, timeout_s=5.0) as newcomer:
+        with PlainClient(clone.socket, NAME, timeout_s=PATIENCE_S) as newcomer:
             assert newcomer.read(0, 512) == clone.content[:512]
 
 

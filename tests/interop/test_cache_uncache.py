@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.clients import MIB, NAME, client, needs, report
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
 
@@ -89,7 +90,7 @@ class CacheUnderTest:
         return fields
 
     def wait(self, what: Callable[[dict[str, Any]], bool]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while not what(fields := self.fields()):
             assert time.monotonic() < deadline, fields
             time.sleep(0.05)
@@ -175,7 +176,7 @@ def test_fio_verifies_while_the_cache_goes_away(cache: CacheUnderTest) -> None:
                 for line in cache.ask("uncache", "--json", NAME).splitlines()
             ]
             assert fio.poll() is None, "it was to go on meanwhile"
-            fio.wait(60)
+            fio.wait(PATIENCE_S)
         finally:
             fio.kill()
             fio.wait()
@@ -217,7 +218,7 @@ def test_ctrl_c_and_the_same_command_again(cache: CacheUnderTest) -> None:
         try:
             cache.wait(lambda fields: bool(fields.get("errors")))
             first.send_signal(signal.SIGINT)
-            first.wait(30)
+            first.wait(PATIENCE_S)
         finally:
             first.kill()
             first.wait()
@@ -287,7 +288,7 @@ def test_unclean_stop_is_told_and_only_dirty_blocks_are_dirty(
         process.kill()
         process.child.returncode = 0  # as if it had ended well
     with cache.serve(str(cache.origin), "--mode", "writeback"):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         told = "not shut down cleanly: 5 blocks (320.0 KiB) count as dirty"
         while told not in cache.log.read_text():
             assert time.monotonic() < deadline, cache.log.read_text()

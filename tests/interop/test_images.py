@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clients import needs, refused
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess, stop_stranger
 
@@ -64,7 +65,7 @@ def helpers(program: str, work: Path) -> list[int]:
 def test_image_becomes_a_raw_disk_with_its_holes(work: Path) -> None:
     line = [NBDTARGET, "clone", "qemu:qcow2:a.qcow2", "disk", "--exit-when-hydrated"]
     line += ["--control", "c.sock", "--listen", f"unix:{work}/d.sock"]
-    subprocess.run(line, check=True, capture_output=True, timeout=60)
+    subprocess.run(line, check=True, capture_output=True, timeout=PATIENCE_S)
     assert (work / "disk").read_bytes() == content()
     assert (work / "disk").stat().st_blocks * 512 < SIZE // 2
     assert helpers("qemu-nbd", work) == []
@@ -102,7 +103,7 @@ def test_clone_of_another_image_is_refused_and_the_right_one_goes_on(
     )
     again = [NBDTARGET, *first[:3], "--accept-other-disk", "--exit-when-hydrated"]
     again += ["--control", "c.sock", "--listen", f"unix:{work}/d.sock"]
-    subprocess.run(again, check=True, capture_output=True, timeout=60)
+    subprocess.run(again, check=True, capture_output=True, timeout=PATIENCE_S)
     assert (work / "disk").read_bytes() == b"w" * MIB + content()[MIB:]
 
 
@@ -130,7 +131,7 @@ def test_helper_ends_with_a_server_that_is_killed(
 
 def wait_for_end(handle: int) -> None:
     try:
-        assert select.select([handle], [], [], 20.0)[0], "it still runs"
+        assert select.select([handle], [], [], PATIENCE_S)[0], "it still runs"
     finally:
         os.close(handle)
 
@@ -174,7 +175,7 @@ def test_successor_opens_the_image_with_a_helper_of_its_own(work: Path) -> None:
                 [NBDTARGET, "upgrade", "--json", "--control", control],
                 check=True,
                 capture_output=True,
-                timeout=60,
+                timeout=PATIENCE_S,
             ).stdout
             assert client.read(MIB, MIB) == content()[MIB : 2 * MIB]
         assert server is not None

@@ -20,6 +20,7 @@ from nbdtarget.control.figures import (
     History,
     HistoryAnswer,
 )
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
 
@@ -99,7 +100,7 @@ class Site:
     def close(self) -> None:
         for page in self.pages:
             page.terminate()
-            page.communicate(timeout=30)
+            page.communicate(timeout=PATIENCE_S)
         assert self.server.terminate() == 0
 
 

@@ -18,6 +18,7 @@ from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from nbdtarget_protocol.consts import CMD_TRIM
 from tests.support.monitoring import PROMETHEUS, needs_prometheus
+from tests.support.patience import PATIENCE_S
 from tests.support.places import ROOT
 from tests.support.plain_client import PlainClient, PlainClientError
 from tests.support.processes import NBDTARGET, ServerProcess
@@ -159,7 +160,7 @@ class Prometheus:
 
     def ask(self, url: str) -> Any:
         with urllib.request.urlopen(
-            f"http://127.0.0.1:{self.port}{url}", timeout=60
+            f"http://127.0.0.1:{self.port}{url}", timeout=PATIENCE_S
         ) as it:
             answer = json.load(it)
         assert answer["status"] == "success"
@@ -178,7 +179,7 @@ class Prometheus:
 
     def close(self) -> None:
         self.process.terminate()
-        assert self.process.wait(60) == 0, self.log.read_text()
+        assert self.process.wait(PATIENCE_S) == 0, self.log.read_text()
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.clients import CloneUnderTest, client, needs, refused
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import NBDTARGET
 
 pytestmark = [pytest.mark.interop, needs("nbdcopy", "nbdinfo")]
-
-TIMEOUT_S = 60
 
 
 def test_nbdcopy_starts_a_clone_and_ends_it(
@@ -30,7 +29,7 @@ def test_what_a_command_wrote_is_committed_when_the_server_has_ended(
     new.write_bytes(bytes(len(clone.content)))
     copy_back = f'nbdcopy {new} "$uri" && nbdinfo --size "$uri"; exit 9'
     argv = clone.argv("--run", copy_back)
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stdout) == (9, f"{len(clone.content)}\n")
     clone.hydrate()
     assert clone.dest.read_bytes() == new.read_bytes()

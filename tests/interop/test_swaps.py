@@ -13,6 +13,7 @@ from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.paths import control_address
 from tests.support.clients import MIB
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import (
     CMD_FLUSH,
     CMD_READ,
@@ -63,7 +64,7 @@ class Load(threading.Thread):
 
     def stop(self) -> None:
         self._is_stopping.set()
-        self.join(30)
+        self.join(PATIENCE_S)
         assert not self.is_alive(), "a request was lost"
         if self.failure is not None:
             raise self.failure

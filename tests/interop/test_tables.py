@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clients import MIB, client, needs, report
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import NBDTARGET, ServerProcess
 
 pytestmark = [pytest.mark.interop, needs("qemu-io")]
@@ -32,7 +33,7 @@ class Served:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=PATIENCE_S,
         )
         assert done.returncode == status, done.stderr
         return done.stdout
@@ -124,7 +125,7 @@ def test_suspended_device_answers_after_resume(
         assert "SUSPENDED" in served("info", "disk")
         assert reader.poll() is None
         served("resume", "disk")
-        assert reader.wait(30) == 0
+        assert reader.wait(PATIENCE_S) == 0
     finally:
         reader.kill()
         reader.wait()

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.support.clients import CloneUnderTest, client, needs
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import (
     CMD_FLUSH,
     CMD_READ,
@@ -53,7 +54,7 @@ def test_load_goes_on_through_the_swap(clone: CloneUnderTest, content: bytes) ->
     rng = random.Random(3)
     image = bytearray(content)
     with clone.serve(*OPTIONS), PlainClient(clone.socket) as disk:
-        rounds_left, deadline = 50, time.monotonic() + 30
+        rounds_left, deadline = 50, time.monotonic() + PATIENCE_S
         while rounds_left:
             load_round(disk, image, rng)
             assert time.monotonic() < deadline, "it was never swapped"
@@ -75,7 +76,7 @@ def test_fio_verifies_through_the_swap(clone: CloneUnderTest) -> None:
             *["--rate_iops=2000", "--fsync=50", f"--aux-path={clone.work}"],
             *["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"],
         )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while SWAPPED not in clone.log.read_text():
             assert time.monotonic() < deadline
 
@@ -98,7 +99,7 @@ def test_status_and_table_say_what_is_served(clone: CloneUnderTest) -> None:
         assert fields["then_linear"] is True
         assert (fields["regions_total"], fields["regions_hydrated"]) == (128, 0)
         disk._one(disk.send(CMD_CACHE, 0, disk.size))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while ask("table")["type"] != "linear":
             assert time.monotonic() < deadline
         assert ask("table")["params"] == f"{clone.dest} 0"

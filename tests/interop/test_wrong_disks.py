@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clients import refused
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
 
@@ -86,5 +87,5 @@ def test_clone_of_another_source_and_into_a_blank_file_is_refused(work: Path) ->
     shutil.move(work / "kept", work / "dd")
     exits = [NBDTARGET, "clone", "A", "dd", "--exit-when-hydrated"]
     exits += ["--control", "c.sock", "--listen", f"unix:{work}/e.sock"]
-    subprocess.run(exits, check=True, capture_output=True, timeout=60)
+    subprocess.run(exits, check=True, capture_output=True, timeout=PATIENCE_S)
     assert (work / "dd").read_bytes() == b"w" * MIB + (work / "A").read_bytes()[MIB:]

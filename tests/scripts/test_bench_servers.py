@@ -11,6 +11,7 @@ import pytest
 
 from nbdtarget.devices.file.pieces import WRITE_PIECE
 from scripts.bench_servers import Contender, Floor
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import ServerProcess
 
 
@@ -61,7 +62,7 @@ def test_floor_has_the_cpu_time_of_a_client_as_soon_as_it_has_left(
         client.connect(str(floor.socket))
         assert client.recv(18) == b"NBDMAGICIHAVEOPT\0\3"
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while children.read_text() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert children.read_text() == ""

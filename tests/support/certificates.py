@@ -10,6 +10,8 @@ from typing import Final
 
 import pytest
 
+from tests.support.patience import PATIENCE_S
+
 __all__ = ["Authority", "authority", "needs_openssl"]
 
 needs_openssl = pytest.mark.skipif(
@@ -58,7 +60,7 @@ class Authority:
             ["openssl", *map(str, words)],
             check=True,
             capture_output=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             cwd=self.directory,
         )
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pytest
 
+from tests.support.patience import PATIENCE_S
 from tests.support.places import ROOT
 from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
 
@@ -30,7 +31,6 @@ __all__ = [
 
 MIB: Final = 1 << 20
 NAME: Final = "disk"
-TIMEOUT_S: Final = 60
 # Where `scripts/newer-clients` puts the programs that speak extended headers.
 NEWER: Final = ROOT / "build" / "newer-clients" / "bin"
 
@@ -59,7 +59,7 @@ def client(*argv: str, status: int = 0) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == status, f"{' '.join(argv)}\n{done.stdout}"
     return done.stdout
@@ -150,7 +150,7 @@ def refused(argv: list[str], **environment: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE_S,
         env={**os.environ, **environment},
     )
     assert done.returncode in (1, 2), done

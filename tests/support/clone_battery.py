@@ -18,6 +18,7 @@ from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.log.superblock import read_superblock
 from tests.support.clock import SimClock
+from tests.support.patience import PATIENCE_S
 from tests.support.spy import Spy
 
 __all__ = ["MIB", "SECTOR", "Lab"]
@@ -133,7 +134,7 @@ class Lab:
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Let the loop and the workers run until something holds."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not holds():  # noqa: ASYNC110 (nothing tells us)
                 await asyncio.sleep(0)
 

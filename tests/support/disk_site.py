@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.common.clock import sleep
 from nbdtarget.common.errors import ConstructorError
 from nbdtarget.common.permissions import OTHER_DISK, Permission
 from nbdtarget.devices import resolve
@@ -22,6 +21,7 @@ from nbdtarget_metadata.log.superblock import (
     Superblock,
     choose_superblock,
 )
+from tests.support.patience import attempts, until
 
 __all__ = ["BLOCK", "KIB", "MIB", "NOTHING", "NR_SECTORS", "SAY_OTHER", "SIZE", "Site"]
 
@@ -116,12 +116,10 @@ class Site:
     async def dirty_cache(self) -> bytes:
         """Leave a cache with a dirty block; return what a client reads."""
         async with self.served(self.cache()) as device:
-            for _ in range(40):
+            async for _ in attempts():
                 await device.write(0, b"d" * BLOCK)
                 if _nr_dirty(device):
                     break
-                await sleep(0.01)
-            assert _nr_dirty(device)
             await device.flush()
             return bytes(await device.read(0, SIZE))
 
@@ -162,8 +160,4 @@ def _nr_dirty(device: MappedDevice) -> int:
 
 async def _promoted(device: MappedDevice, nr_blocks: int) -> None:
     """Wait until so many blocks have been promoted."""
-    for _ in range(2000):
-        if (promotions := int(str(_fields(device)["promotions"]))) >= nr_blocks:
-            return
-        await sleep(0.005)
-    raise AssertionError(f"{promotions} blocks were promoted, and not {nr_blocks}")
+    await until(lambda: int(str(_fields(device)["promotions"])) >= nr_blocks)

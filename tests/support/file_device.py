@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of FileDevice share: bios, and calls of fdatasync that are counted and held back."""
 
-import asyncio
 import os
 import threading
-from collections.abc import Callable
 
 import pytest
 
@@ -13,22 +11,15 @@ from nbdtarget.bio import (
     Bio,
 )
 from nbdtarget.devices.file import sync
+from tests.support.patience import until
 
-__all__ = ["SIZE", "Syncs", "bio_of", "ended", "until"]
+__all__ = ["SIZE", "Syncs", "bio_of", "ended"]
 
 SIZE = 1 << 20
 
 
 def bio_of(op: int, offset: int, length: int, flags: int = 0) -> Bio:
     return Bio(op, offset, length, None, flags, lambda _: None)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(20_000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("never came true")
 
 
 async def ended(*bios: Bio) -> list[int]:

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An NbdDevice that is connected to the strict server, and its bios."""
 
-import asyncio
-from collections.abc import Callable
-
 from nbdtarget.bio import (
     OP_READ,
     OP_WRITE,
@@ -13,17 +10,9 @@ from nbdtarget.devices.nbd.device import NbdDevice
 from nbdtarget.devices.resolve import open_device
 from tests.support.nbd_server import StrictServer
 
-__all__ = ["SIZE", "bio_of", "device_of", "until"]
+__all__ = ["SIZE", "bio_of", "device_of"]
 
 SIZE = 1 << 20
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(20_000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("never came true")
 
 
 async def device_of(server: StrictServer, *, read_only: bool = False) -> NbdDevice:

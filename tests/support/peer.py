@@ -7,15 +7,17 @@ numbers. `Disk` is a device in memory that can hold bios back, fail, or answer s
 
 import asyncio
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from nbdtarget.bio import OP_DISCARD, OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
+from nbdtarget.common.clock import Clock
 from nbdtarget.devices.base import Device, Extent
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
+from tests.support.patience import PATIENCE_S, until
 
 __all__ = [
     "MIB",
@@ -25,17 +27,9 @@ __all__ = [
     "Peer",
     "Reply",
     "Served",
-    "until",
 ]
 
 MIB = 1 << 20
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another task or the socket will bring about, for 10 s at most."""
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  # the condition has no Event
-            await asyncio.sleep(0.001)
 
 
 class Disk(Device):
@@ -334,12 +328,15 @@ class Served:
         self.limits = Limits(poison_borrowed=True)
         self.disk = Disk()
         self.directory = Directory({"disk": self.disk})
+        self.clock: Clock | None = None  # None: real time
         self.listener: Listener | None = None
         self.peers: list[Peer] = []
 
     async def start(self) -> Listener:
         if self.listener is None:
-            self.listener = Listener(self.directory, limits=self.limits)
+            self.listener = Listener(
+                self.directory, limits=self.limits, clock=self.clock
+            )
             await self.listener.start(f"unix:{self.path}")
         return self.listener
 
@@ -381,7 +378,7 @@ class Served:
                 device.hold = False
                 device.let_go()
         if self.listener is not None:
-            await self.listener.close(grace_s=5)
+            await self.listener.close(grace_s=PATIENCE_S)
             assert self.listener.nr_connections == 0
             budget = self.listener.budget
             assert budget is None or (budget.nr_requests, budget.nr_bytes) == (0, 0)

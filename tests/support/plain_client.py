@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from tests.support.patience import PATIENCE_S
+
 __all__ = [
     "CMD_DISC",
     "CMD_FLUSH",
@@ -52,7 +54,7 @@ class PlainClient:
     """
 
     def __init__(
-        self, path: Path, export: str = "", *, timeout_s: float = 30.0
+        self, path: Path, export: str = "", *, timeout_s: float = PATIENCE_S
     ) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(timeout_s)

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from tests.support.patience import PATIENCE_S
+
 __all__ = [
     "NBDTARGET",
     "ServerProcess",
@@ -55,7 +57,7 @@ def _connects(path: Path) -> bool:
     return True
 
 
-def wait_for_socket(path: Path, *, timeout_s: float = 20.0) -> bool:
+def wait_for_socket(path: Path, *, timeout_s: float = PATIENCE_S) -> bool:
     """Wait until something accepts connections at `path`."""
     deadline = time.monotonic() + timeout_s
     while not _connects(path):
@@ -69,7 +71,7 @@ def stop_stranger(pid: int) -> None:
     """Stop a process that is not our child, such as the successor of a server, and wait for its end."""
     watched = os.pidfd_open(pid)
     signal.pidfd_send_signal(watched, signal.SIGTERM)
-    assert select.select([watched], [], [], 30)[0], "it does not end"
+    assert select.select([watched], [], [], PATIENCE_S)[0], "it does not end"
     os.close(watched)
 
 
@@ -108,7 +110,7 @@ class ServerProcess:
         log: Path,
         env: Mapping[str, str] | None = None,
         pid_file: Path | None = None,
-        timeout_s: float = 20.0,
+        timeout_s: float = PATIENCE_S,
     ) -> None:
         self.argv = list(argv)
         self.log = log
@@ -160,7 +162,7 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def wait(self, timeout_s: float = 20.0) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         """Wait for the end. Returns the exit status (0 for one that daemonized)."""
         if self.pid_file is None:
             return self.child.wait(timeout_s)
@@ -171,7 +173,7 @@ class ServerProcess:
             time.sleep(POLL_S)
         return 0
 
-    def terminate(self, timeout_s: float = 20.0) -> int:
+    def terminate(self, timeout_s: float = PATIENCE_S) -> int:
         """End it as a service manager does. Returns the exit status."""
         if self.pid_file is None and self.child.poll() is not None:
             return self.child.returncode

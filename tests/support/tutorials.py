@@ -27,12 +27,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final, NamedTuple
 
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import NBDTARGET
 from tests.support.reference_pages import DOCS
 
 __all__ = ["Block", "Difference", "blocks_of", "run_page"]
 
-WAIT_S: Final = 30.0
 # What the terminal sends to the process in it.
 KEYS: Final = {"^C": signal.SIGINT, "^\\": signal.SIGQUIT}
 _BLOCK: Final = re.compile(
@@ -91,7 +91,7 @@ class _Server:
 
     def must_print(self, shown: list[str]) -> None:
         """Wait until what was printed since the last call is what is shown."""
-        end = time.monotonic() + WAIT_S
+        end = time.monotonic() + PATIENCE_S
         while True:
             ended = self.process.poll() is not None
             printed = self._whole_lines()
@@ -111,7 +111,7 @@ class _Server:
 
     def press(self, key: str) -> None:
         self.process.send_signal(KEYS[key])
-        self.process.wait(WAIT_S)
+        self.process.wait(PATIENCE_S)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -153,7 +153,7 @@ class _Work:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=WAIT_S,
+            timeout=PATIENCE_S,
         )
         lines = self.shown(done.stdout)
         if not _is_shown(shown, lines):

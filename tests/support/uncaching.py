@@ -26,6 +26,7 @@ from nbdtarget_metadata.log.superblock import (
     read_area,
 )
 from tests.support.devices import FaultDevice
+from tests.support.patience import PATIENCE_S
 
 __all__ = [
     "BLOCK",
@@ -149,11 +150,13 @@ class World:
         def ask(verb: str, request: m.Request, answer_type: type[A]) -> A:
             self.before_verb(verb, request)
             answering = getattr(self.verbs, verb)(request)
-            answer = asyncio.run_coroutine_threadsafe(answering, loop).result(20)
+            answer = asyncio.run_coroutine_threadsafe(answering, loop).result(
+                PATIENCE_S
+            )
             assert isinstance(answer, answer_type)
             return answer
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             return await uncache_at_a_terminal(name, ask, self.recorder)
 
     async def refusal(self, name: str = "disk") -> str:

@@ -40,6 +40,7 @@ from nbdtarget_protocol.errors import ReplyError
 from nbdtarget_protocol.handshake import ServerHandshake
 from nbdtarget_protocol.options import encode_option
 from nbdtarget_protocol.transmission import simple_reply
+from tests.support.patience import PATIENCE_S
 from tests.support.peer import Directory, Disk
 from tests.support.protocol_feed import ALL_FLAGS, DISK, OneExport
 from tests.support.wire_chunks import Chunks
@@ -425,7 +426,7 @@ async def _talk(
         finally:
             quiet.close()
             hostile.close()
-            await listener.close(grace_s=5)
+            await listener.close(grace_s=PATIENCE_S)
         assert listener.nr_connections == 0
         budget = listener.budget
         assert budget is not None

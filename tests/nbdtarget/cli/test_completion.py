@@ -14,6 +14,7 @@ from nbdtarget.cli.completion import VARIABLE
 from nbdtarget.dm.registry import Registry
 from tests.support.clients import needs
 from tests.support.command_line import CommandLine
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import NBDTARGET
 
 BASH = """
@@ -32,7 +33,7 @@ def output(*argv: str, **environment: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE_S,
         env={**os.environ, **environment},
     )
     assert done.stderr == ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from tests.support.clients import refused
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import NBDTARGET, ServerProcess
 
 
@@ -23,7 +24,11 @@ def test_events_are_printed_and_followed(tmp_path: Path) -> None:
 
     def printed(*words: str) -> list[str]:
         done = subprocess.run(
-            [*events, *words], capture_output=True, text=True, check=True, timeout=30
+            [*events, *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=PATIENCE_S,
         )
         return done.stdout.splitlines()
 
@@ -46,7 +51,7 @@ def test_events_are_printed_and_followed(tmp_path: Path) -> None:
     following = json.loads(follower.stdout.readline())
     assert (following["device"], following["text"]) == ("db", "resumed")
     assert server.terminate() == 0
-    _, said = follower.communicate(timeout=30)
+    _, said = follower.communicate(timeout=PATIENCE_S)
     assert follower.returncode == 1
     assert "the server went away" in said or "no server on" in said
     # Nothing of it was written to the log: only warnings are, without --verbose.

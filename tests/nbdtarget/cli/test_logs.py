@@ -23,6 +23,7 @@ from nbdtarget.cli.logs import (
     is_journal,
 )
 from nbdtarget.cli.outlet import Outlet
+from tests.support.patience import PATIENCE_S
 
 
 def told(nr: int) -> str:
@@ -157,7 +158,7 @@ def test_a_process_whose_output_is_not_read_still_ends(is_closed: bool) -> None:
             assert process.stderr is not None
             process.stdout.close()
             process.stderr.close()
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
 
 
 def record(level: int, message: str, *, fails: bool = False) -> logging.LogRecord:

@@ -19,9 +19,9 @@ from nbdtarget.control.paths import (
     runtime_directory,
     socket_path,
 )
+from tests.support.patience import PATIENCE_S
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
-TIMEOUT_S = 30
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -58,7 +58,7 @@ def start(work: Path) -> Iterator[Start]:
     for process in started:
         process.send_signal(signal.SIGCONT)
         process.kill()
-        process.communicate(timeout=TIMEOUT_S)
+        process.communicate(timeout=PATIENCE_S)
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -67,7 +67,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=PATIENCE_S,
     )
 
 
@@ -155,7 +155,7 @@ def test_sockets_of_killed_servers_are_removed_by_the_next_server(
     killed = start("clone", "one", "copy")
     start("clone", "two", "other")
     killed.kill()
-    killed.communicate(timeout=TIMEOUT_S)
+    killed.communicate(timeout=PATIENCE_S)
     assert len(known_controls()) == 2
     assert says("ls").split()[0] == "other"
     assert "Device does not exist" in run("status", "copy").stderr
@@ -204,7 +204,7 @@ def test_a_name_that_is_too_long_for_a_socket_is_shortened(
         assert says("status", name).split()[2] == "clone"
         for process in (one, two):
             process.terminate()
-            process.communicate(timeout=TIMEOUT_S)
+            process.communicate(timeout=PATIENCE_S)
 
 
 def test_socket_paths_of_long_names_differ_and_fit(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE_S
 from tests.support.processes import NBDTARGET, ServerProcess
 
 MIB = 1 << 20
@@ -46,7 +47,7 @@ def serving(folder: Path, command: str, *options: str) -> Iterator[Path]:
 
 def get(path: Path, url: str, token: str | None = None) -> tuple[int, str]:
     """Returns the status and the body."""
-    connection = http.client.HTTPConnection("localhost", timeout=60)
+    connection = http.client.HTTPConnection("localhost", timeout=PATIENCE_S)
     connection.sock = socket.socket(socket.AF_UNIX)
     connection.sock.connect(str(path))
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}

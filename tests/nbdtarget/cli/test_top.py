@@ -7,6 +7,7 @@ from pathlib import Path
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from tests.support.clients import refused
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
 
@@ -21,7 +22,7 @@ def test_devices_clients_and_events(tmp_path: Path) -> None:
     with PlainClient(path, "web") as client:
         client.read(0, 4096)
         done = subprocess.run(
-            top, capture_output=True, text=True, check=True, timeout=30
+            top, capture_output=True, text=True, check=True, timeout=PATIENCE_S
         )
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert any(line.startswith("web 1.0 MiB active linear") for line in lines)

@@ -12,6 +12,7 @@ from nbdtarget.control.client import ControlClient
 from nbdtarget.control.figures import Events, EventsAnswer
 from nbdtarget.porcelain.trace_file import read_trace
 from tests.support.clients import CloneUnderTest, refused
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess, stop_stranger
 
@@ -31,9 +32,9 @@ def test_clients_stay_and_the_sockets_are_the_same(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=PATIENCE_S,
         ).stdout
-        assert old.child.wait(30) == 0
+        assert old.child.wait(PATIENCE_S) == 0
         pid = json.loads(said)["pid"]
         version = ControlClient(control).ask("version", m.Version(), m.VersionAnswer)
         assert version.pid == pid
@@ -68,7 +69,7 @@ def test_a_recorded_trace_goes_on(tmp_path: Path) -> None:
         client.read(0, 4096)
         order.unlink()  # it was read when the clone began
         pid = ControlClient(control).ask("upgrade", m.Upgrade(), m.UpgradeAnswer).pid
-        assert old.child.wait(30) == 0
+        assert old.child.wait(PATIENCE_S) == 0
         client.read(MIB, 512)
         client.read(3 * MIB, 4096)
     stop_stranger(pid)
@@ -119,7 +120,7 @@ def test_metrics_have_a_socket_of_their_own_which_moves_too(tmp_path: Path) -> N
     assert b" 404 " in get(metrics, "/v1/status").partition(b"\r\n")[0]
     assert b" 404 " in get(metrics, "/v1/openapi.json").partition(b"\r\n")[0]
     pid = ControlClient(control).ask("upgrade", m.Upgrade(), m.UpgradeAnswer).pid
-    assert server.child.wait(30) == 0
+    assert server.child.wait(PATIENCE_S) == 0
     assert b"\nnbdtarget_devices 1\n" in get(metrics, "/metrics")
     # And the new process keeps events, too.
     events = ControlClient(control).ask("events", Events(since=0), EventsAnswer)

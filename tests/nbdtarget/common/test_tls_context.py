@@ -17,6 +17,7 @@ from nbdtarget.common.tls_context import (
     server_context,
 )
 from tests.support.certificates import authority, needs_openssl
+from tests.support.patience import PATIENCE_S
 
 pytestmark = needs_openssl
 
@@ -88,7 +89,7 @@ def test_encrypted_key_asks_nobody_for_a_password(pki: Path) -> None:
         ["openssl", "ec", "-aes128", "-passout", "pass:x", "-in", key, "-out", key],
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     with pytest.raises(NbdTargetError, match="is encrypted"):
         server_context(str(pki))
@@ -110,7 +111,7 @@ def test_end_is_what_openssl_says(pki: Path) -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     ).stdout.strip()
     end_s = certificate_end_s(str(path))
     assert end_s == ssl.cert_time_to_seconds(said.removeprefix("notAfter="))

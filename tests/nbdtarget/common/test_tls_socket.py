@@ -14,6 +14,7 @@ from nbdtarget.common import tls_socket
 from nbdtarget.common.tls_context import client_context, server_context
 from nbdtarget.common.tls_socket import TlsError, TlsSocket
 from tests.support.certificates import authority, needs_openssl
+from tests.support.patience import PATIENCE_S
 
 pytestmark = needs_openssl
 
@@ -279,7 +280,7 @@ def test_renegotiation_is_refused() -> None:
     )
     sock, _ = listening.accept()
     listening.close()
-    sock.settimeout(20)  # blocking: nothing else is to be done here
+    sock.settimeout(PATIENCE_S)  # blocking: nothing else is to be done here
     serving = TlsSocket(sock, contexts(verify_peer=False)[0], server_side=True)
     assert serving.handshake()
     assert client.stdin is not None
@@ -296,4 +297,4 @@ def test_renegotiation_is_refused() -> None:
     client.stdin.close()
     assert b"no renegotiation" in client.stderr.read()
     client.stderr.close()
-    client.wait(20)
+    client.wait(PATIENCE_S)

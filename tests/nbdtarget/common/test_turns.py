@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nbdtarget.common.turns import Pump, Soon, Tasks, Turns
+from tests.support.patience import PATIENCE_S
 
 
 async def turns(nr: int = 1) -> None:
@@ -128,7 +129,7 @@ async def test_cancelled_waiter_takes_no_turn_from_the_next() -> None:
     second = asyncio.create_task(queue.wait())
     await turns(1)
     first.cancel()
-    await asyncio.wait_for(second, 5)
+    await asyncio.wait_for(second, PATIENCE_S)
     assert first.cancelled()
 
 

@@ -18,6 +18,7 @@ from nbdtarget.common.unix_socket import (
     remove_if_stale,
     take_unix_socket,
 )
+from tests.support.patience import PATIENCE_S
 
 PROCESSES = 20
 # Takes the socket as soon as it is told to, says how that went, and keeps it until it is told to end.
@@ -77,7 +78,7 @@ def test_of_twenty_servers_that_start_at_once_exactly_one_has_the_socket(
             client.connect(str(path))  # the losers have not taken it from the winner
     finally:
         for racer in racers:
-            racer.communicate("\n", timeout=30)
+            racer.communicate("\n", timeout=PATIENCE_S)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,6 +20,7 @@ from nbdtarget.server.export import DirectoryExports
 from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget_protocol.errors import OptionError
+from tests.support.patience import PATIENCE_S
 
 NOTHING: dict[str, list[str]] = {"created": [], "loaded": [], "refused": []}
 
@@ -98,7 +99,7 @@ async def test_device_that_could_not_be_opened_is_tried_again(
     await server.start()
     assert server.tables() == {"b": "", "c": ""}
     (tmp_path / "late.img").write_bytes(bytes(4096))
-    async with timeout(5):
+    async with timeout(PATIENCE_S):
         while "" in server.tables().values():
             await sleep(0.01)
     assert server.tables() == {
@@ -155,7 +156,7 @@ async def test_a_device_that_is_tried_again_is_there_all_the_time(
         assert device.failure
         await sleep(0.0005)
     (tmp_path / "late.img").write_bytes(bytes(4096))
-    async with timeout(5):
+    async with timeout(PATIENCE_S):
         while device.failure:
             assert server.registry.get("b") is device
             await sleep(0.001)
@@ -183,8 +184,10 @@ async def test_a_device_that_takes_long_to_open_does_not_hold_up_the_start(
         silent.bind(str(path))
         silent.listen()
         server.write(a=f"0 8 linear nbd+unix:///?socket={path} 0", b="0 8 zero")
-        async with timeout(2):
+        async with timeout(PATIENCE_S):
             await server.start()
+            while not server.tables()["b"]:
+                await sleep(0.01)
         assert server.tables() == {"a": "", "b": "0 8 zero"}
         assert server.registry.get("a").failure == "is being opened"
 
@@ -352,7 +355,7 @@ async def dirty_cache(server: Server, directory: Path) -> str:
     await server.start()
     device = server.registry.get("c")
     await device.message(0, ("warm", "0"))
-    async with timeout(10):
+    async with timeout(PATIENCE_S):
         while " 1/16 " not in (await device.status())[0][3]:
             await sleep(0.01)
     await device.write(0, b"dirty" * 100)
@@ -371,7 +374,7 @@ async def test_a_reload_whose_table_is_refused_at_resume_goes_on_serving(
     assert server.tables() == before
     device = server.registry.get("c")
     assert device.inactive is None
-    async with timeout(5):
+    async with timeout(PATIENCE_S):
         assert bytes(await device.read(0, 5)) == b"dirty"
     server.write(c=f"{line} writeback smq 0")  # the old text again
     assert await server.reload() == NOTHING
@@ -395,5 +398,5 @@ async def test_device_left_suspended_by_a_refused_table_takes_the_old_table(
     monkeypatch.undo()
     server.write(c=f"{line} writeback smq 0")
     assert await server.reload() == {**NOTHING, "loaded": ["c"]}
-    async with timeout(5):
+    async with timeout(PATIENCE_S):
         assert bytes(await device.read(0, 5)) == b"dirty"

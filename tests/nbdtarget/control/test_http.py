@@ -27,6 +27,7 @@ from nbdtarget.dm.mapped_device import State
 from nbdtarget.monitor.observer import Observer
 from nbdtarget.server.listener import Listener
 from tests.support.dm import make_registry
+from tests.support.patience import PATIENCE_S
 
 TOKEN = "correct-horse-battery"
 
@@ -354,7 +355,11 @@ async def test_curl(http: HttpServer) -> None:
 
     async def curl(*more: str) -> Any:
         done = await asyncio.to_thread(
-            subprocess.run, [*words, *more], check=True, capture_output=True, timeout=30
+            subprocess.run,
+            [*words, *more],
+            check=True,
+            capture_output=True,
+            timeout=PATIENCE_S,
         )
         return json.loads(done.stdout)
 

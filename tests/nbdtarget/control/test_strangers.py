@@ -17,6 +17,7 @@ from nbdtarget.control.paths import TcpControl
 from nbdtarget.control.tokens import ControlTokens
 from nbdtarget.control.verbs import Verbs
 from tests.support.dm import make_registry
+from tests.support.patience import PATIENCE_S
 
 TOKEN = "correct-horse-battery"
 RIGHT = f"Authorization: Bearer {TOKEN}\r\n"
@@ -84,7 +85,7 @@ async def test_a_compressed_body_is_not_inflated(
 
 
 async def test_without_the_token_no_body_is_waited_for(stranger: Stranger) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert (await stranger.ask("", b"some", length=1 << 20))[0] == 401
         assert (await stranger.ask("", b"{}"))[0] == 401
 
@@ -95,7 +96,7 @@ async def test_half_a_header_has_its_time(
     monkeypatch.setattr(doorkeeper, "HEADER_S", 0.05)
     reader, writer = await stranger.connect()
     writer.write(b"POST /v1/info HT")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await reader.readexactly(1)
     writer.close()
@@ -108,7 +109,7 @@ async def test_the_next_header_has_its_time_too(
     reader, writer = await stranger.connect()
     head = f"GET /v1/info HTTP/1.1\r\nHost: x\r\n{RIGHT}\r\n".encode()
     writer.write(head + head[:20])
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         answer = b""
         try:
             while piece := await reader.read(1000):
@@ -123,7 +124,7 @@ async def test_half_a_body_has_its_time(
     stranger: Stranger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control_http, "BODY_S", 0.05)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert (await stranger.ask(RIGHT, b"{", length=100))[0] == 408
 
 
@@ -133,7 +134,7 @@ async def test_connections_are_bounded_and_one_more_is_closed_at_once(
     monkeypatch.setattr(doorkeeper, "CONNECTIONS_MAX", 3)
     idle = [await stranger.connect() for _ in range(3)]
     await asyncio.sleep(0.05)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         reader, writer = await stranger.connect()
         assert await reader.read() == b""
         writer.close()
@@ -183,7 +184,7 @@ async def test_no_request_leaves_a_traceback_in_the_log(
             continue
         writer.write_eof()
         with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 await reader.read()
         writer.close()
     await asyncio.sleep(0.05)

@@ -24,6 +24,7 @@ from nbdtarget_metadata.log.superblock import (
     CLEAN_SHUTDOWN,
     NEEDS_CHECK,
 )
+from tests.support.patience import PATIENCE_S
 from tests.support.uncaching import BLOCK, NR_SECTORS, SIZE, WRITEBACK, World
 
 
@@ -41,7 +42,10 @@ async def world(
 # ---- home and away ----
 
 
-async def test_dirty_blocks_are_written_back_and_none_is_left(world: World) -> None:
+async def test_dirty_blocks_are_written_back_and_none_is_left(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uncache, "STUCK_S", PATIENCE_S)
     await world.create(nr_dirty=5)
     assert (world.directory / "origin").read_bytes() != world.content
     assert await world.uncache() == 0
@@ -115,12 +119,17 @@ async def test_cache_in_memory_that_is_not_writeback_is_swapped_at_once(
 
 
 async def test_writeback_that_makes_no_progress_is_reported_and_goes_on(
-    world: World,
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.create(nr_dirty=3)
     fault = world.opener.faults["origin"]
     fault.ops, fault.fail_at = frozenset({OP_WRITE}), 0
-    world.recorder.on_stuck = fault.clear
+
+    def mend() -> None:
+        fault.clear()
+        monkeypatch.setattr(uncache, "STUCK_S", PATIENCE_S)
+
+    world.recorder.on_stuck = mend
     assert await world.uncache() == 0
     stuck = world.recorder.stucks[0]
     assert (stuck.dirty_blocks, stuck.dirty_bytes) == (3, 3 * BLOCK)
@@ -252,11 +261,12 @@ async def test_an_origin_that_does_not_answer_is_reported(
 
     def hang(verb: str, request: m.Request) -> None:
         if isinstance(request, m.Message) and request.words == ("flush_origin",):
-            answers.wait(5)
+            answers.wait(PATIENCE_S)
 
     world.before_verb = hang
     assert "the origin has not answered a flush for 0.1 s" in await world.refusal()
     answers.set()
+    monkeypatch.setattr(uncache, "ORIGIN_S_MAX", PATIENCE_S)
     assert world.line == before
     assert await world.disk.read(0, SIZE) == world.content
     assert await world.uncache() == 0

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.daemon.notify import Notifier
+from tests.support.patience import PATIENCE_S
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
-TIMEOUT_S = 30
 
 
 class Manager:
@@ -26,7 +26,7 @@ class Manager:
         self.environment = {"NOTIFY_SOCKET": address}
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind("\0" + address[1:] if address[0] == "@" else address)
-        self.socket.settimeout(TIMEOUT_S)
+        self.socket.settimeout(PATIENCE_S)
 
     def hear(self) -> dict[str, str]:
         lines = self.socket.recv(4096).decode().split("\n")
@@ -145,11 +145,11 @@ def test_the_service_manager_follows_a_server_from_start_to_end(
         assert manager.hear_but_patience()["READY"] == "1"
         server.send_signal(signal.SIGTERM)
         assert manager.hear_but_patience()["STOPPING"] == "1"
-        server.communicate(timeout=TIMEOUT_S)
+        server.communicate(timeout=PATIENCE_S)
         assert server.returncode == 0
     finally:
         server.kill()
-        server.communicate(timeout=TIMEOUT_S)
+        server.communicate(timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("job", ["clone", "cache"])
@@ -165,11 +165,11 @@ def test_the_service_manager_follows_a_job_from_start_to_end(
             assert manager.hear_but_patience()["READY"] == "1"
             server.send_signal(signal.SIGTERM)
             assert manager.hear_but_patience()["STOPPING"] == "1"
-            server.communicate(timeout=TIMEOUT_S)
+            server.communicate(timeout=PATIENCE_S)
         assert server.returncode == 0
     finally:
         server.kill()
-        server.communicate(timeout=TIMEOUT_S)
+        server.communicate(timeout=PATIENCE_S)
 
 
 def test_the_service_manager_follows_a_hand_over(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_service_manager_follows_a_hand_over(tmp_path: Path) -> None:
             assert main["READY"] == "1"
             assert {"READY": "1", "STATUS": "a is served, 0 clients"} in heard
             assert {"WATCHDOG": "1"} in heard, "the new process is watched, too"
-            assert server.wait(TIMEOUT_S) == 0
+            assert server.wait(PATIENCE_S) == 0
             os.kill(heir, signal.SIGTERM)
             assert manager.hear_but_patience()["STOPPING"] == "1"
     finally:
@@ -204,4 +204,4 @@ def test_the_service_manager_follows_a_hand_over(tmp_path: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(heir, signal.SIGKILL)
         # Only now: the new process has the same stderr.
-        server.communicate(timeout=TIMEOUT_S)
+        server.communicate(timeout=PATIENCE_S)

@@ -18,9 +18,9 @@ from nbdtarget.control.client import ControlClient, NoServerError
 from nbdtarget.daemon import serve as serve_module
 from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.devices.http.url_command import set_url_commands, url_command_for
+from tests.support.patience import PATIENCE_S
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
-TIMEOUT_S = 30
 
 
 # What a service manager does: the socket becomes fd 3, and the process is told so.
@@ -72,20 +72,20 @@ class ServeProcess:
             check=True,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=PATIENCE_S,
         )
         return done.stderr if err else done.stdout
 
     def end(self, number: int) -> str:
         """Send a signal; it must end with 0. Returns what it said on stderr."""
         self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=TIMEOUT_S)
+        _, err = self.process.communicate(timeout=PATIENCE_S)
         assert self.process.returncode == 0, err
         return err
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate(timeout=TIMEOUT_S)
+        self.process.communicate(timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_killed_servers_sockets_are_replaced(
 
 def test_second_server_is_refused(serve: ServeProcess, tmp_path: Path) -> None:
     second = ServeProcess(tmp_path, "--listen", f"unix:{tmp_path}/other.sock")
-    _, err = second.process.communicate(timeout=TIMEOUT_S)
+    _, err = second.process.communicate(timeout=PATIENCE_S)
     assert second.process.returncode == 1
     assert err.startswith(
         f"nbdtarget: {serve.directory}/control.sock: another server is"
@@ -174,8 +174,8 @@ def test_a_config_with_mistakes_is_refused_with_their_lines(tmp_path: Path) -> N
     config.write_text('[device.a]\ntabel = "0 8 zero"\nuuid = 3\n')
     serve = ServeProcess(tmp_path, "--config", str(config))
     assert serve.uri == ""
-    assert serve.process.wait(TIMEOUT_S) == 1
-    _, err = serve.process.communicate(timeout=TIMEOUT_S)
+    assert serve.process.wait(PATIENCE_S) == 1
+    _, err = serve.process.communicate(timeout=PATIENCE_S)
     assert err.splitlines() == [
         f"nbdtarget: {config}:2: unknown key `device.a.tabel' (did you mean `table'?)",
         f"nbdtarget: {config}:3: `device.a.uuid': Expected `str`, got `int`",
@@ -239,11 +239,11 @@ def test_what_is_kept_survives_a_hand_over_and_a_crash(tmp_path: Path) -> None:
         old.run("create", "a", "--persist", "--table", "0 8 zero")
         old.run("create", "gone", "--table", "0 8 zero")
         heir = json.loads(old.run("upgrade", "--json"))["pid"]
-        assert old.process.wait(TIMEOUT_S) == 0
+        assert old.process.wait(PATIENCE_S) == 0
         # The new process has the directory now, and keeps in it.
         old.run("create", "b", "--persist", "--table", "0 16 zero")
         os.kill(heir, signal.SIGKILL)
-        old.process.communicate(timeout=TIMEOUT_S)  # until nothing holds its stderr
+        old.process.communicate(timeout=PATIENCE_S)  # until nothing holds its stderr
         heir = 0
     finally:
         if heir:
@@ -259,7 +259,7 @@ def test_damaged_state_ends_the_start_with_one_line(tmp_path: Path) -> None:
     file = tmp_path / "state/devices.toml"
     file.write_text('[device.a]\ntable = "0 8 zero"\n')
     serve = ServeProcess(tmp_path, "--state", str(tmp_path / "state"))
-    _, err = serve.process.communicate(timeout=TIMEOUT_S)
+    _, err = serve.process.communicate(timeout=PATIENCE_S)
     assert serve.process.returncode == 1
     assert err.startswith(f"nbdtarget: {file}: it does not begin as such a file does.")
     assert err.count("\n") == 1

@@ -11,8 +11,7 @@ from nbdtarget.daemon import service_reports
 from nbdtarget.daemon.notify import Notifier
 from nbdtarget.daemon.service_reports import ServiceReports, status_line
 from nbdtarget.dm.mapped_device import MappedDevice
-
-TIMEOUT_S = 30
+from tests.support.patience import PATIENCE_S
 
 
 def device(
@@ -99,7 +98,7 @@ class Recorder(Notifier):
         self.told.put_nowait(" ".join(lines))
 
     async def next(self) -> str:
-        return await asyncio.wait_for(self.told.get(), TIMEOUT_S)
+        return await asyncio.wait_for(self.told.get(), PATIENCE_S)
 
 
 async def test_changes_are_told_and_nothing_after_the_stop(

@@ -15,9 +15,9 @@ import pytest
 
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
+from tests.support.patience import PATIENCE_S
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
-TIMEOUT_S = 30
 SECTORS = 8192
 STOP_S = 1.5
 ENDED_S_MAX = 10  # on a busy machine; without a bound it never ends
@@ -68,7 +68,7 @@ def started(
         if process.returncode is None:
             process.send_signal(signal.SIGCONT)
             process.kill()
-            process.communicate(timeout=TIMEOUT_S)
+            process.communicate(timeout=PATIENCE_S)
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str, float]:
     """Exit status, what it said on stderr, and how long it took."""
     begun = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=TIMEOUT_S)
+    _, err = process.communicate(timeout=PATIENCE_S)
     return process.returncode, err, time.monotonic() - begun
 
 
@@ -196,7 +196,7 @@ def test_sigterm_with_a_hanging_disk_commits_the_other_devices(
         capture_output=True,
         text=True,
         check=True,
-        timeout=TIMEOUT_S,
+        timeout=PATIENCE_S,
     )
     assert "clean" in info.stdout.lower()
 
@@ -221,7 +221,7 @@ def test_a_second_signal_ends_it_at_once(
             assert clone.poll() is None, "it waits for the source"
             begun = time.monotonic()
             clone.send_signal(number)
-            clone.communicate(timeout=TIMEOUT_S)
+            clone.communicate(timeout=PATIENCE_S)
             assert clone.returncode == expected
             assert time.monotonic() - begun < 5
 
@@ -243,7 +243,7 @@ def test_a_command_over_a_disk_that_hangs_fails_in_one_line(
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=TIMEOUT_S,
+                timeout=PATIENCE_S,
             )
         assert suspend.returncode == 1
         assert suspend.stderr == (

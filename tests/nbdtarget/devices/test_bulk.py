@@ -15,7 +15,7 @@ from nbdtarget.devices.bulk_streams import BulkFailure
 from nbdtarget.devices.memory import MemoryDevice
 from tests.support.bulk import LendingDisk, WritableDisk, Writer
 from tests.support.clock import settle
-from tests.support.nbd_device import until
+from tests.support.patience import PATIENCE_S, until
 
 CHUNK = 4096
 SIZE = 64 * CHUNK
@@ -35,7 +35,7 @@ def pair() -> tuple[LendingDisk, WritableDisk, BulkCopies]:
 async def copied(copies: BulkCopies, offset: int, length: int) -> BulkFailure | None:
     copying = copies.maybe_copy(offset, length)
     assert copying is not None
-    return await asyncio.wait_for(copying, 10)
+    return await asyncio.wait_for(copying, PATIENCE_S)
 
 
 async def test_copies_are_exact_also_side_by_side() -> None:

@@ -18,8 +18,9 @@ from nbdtarget.devices.nbd import lent as lent_module
 from nbdtarget.devices.nbd.device import NbdDevice
 from nbdtarget.fast.compiled import IS_COMPILED, describe
 from tests.support.bulk import LendingDisk, MemoryFileDisk, Stream, WritableDisk, Writer
-from tests.support.nbd_device import SIZE, device_of, until
+from tests.support.nbd_device import SIZE, device_of
 from tests.support.nbd_server import StrictServer
+from tests.support.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.skipif(not IS_COMPILED, reason=describe())
 
@@ -46,7 +47,7 @@ class Rig:
     async def ended(
         self, copying: "asyncio.Future[BulkFailure | None]"
     ) -> BulkFailure | None:
-        return await asyncio.wait_for(copying, 10)
+        return await asyncio.wait_for(copying, PATIENCE_S)
 
 
 @pytest.fixture

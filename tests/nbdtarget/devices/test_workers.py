@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from nbdtarget.devices.workers import WorkerPool
+from tests.support.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ async def test_a_close_that_is_cancelled_waits_for_the_threads_all_the_same() ->
 
     def job() -> int:
         begun.set()
-        may_end.wait(5)
+        may_end.wait(PATIENCE_S)
         return 0
 
     pool.submit(job, lambda _: None)

@@ -17,6 +17,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.registry import TARGET_TYPES
 from tests.support.clock import SimClock
 from tests.support.dm import ProbeTarget, RamDevice, RamOpener, submit
+from tests.support.patience import PATIENCE_S
 
 SIZE = 1 << 20
 SECTORS = SIZE // 512
@@ -85,7 +86,7 @@ class World:
 async def world(caplog: pytest.LogCaptureFixture) -> AsyncIterator[World]:
     world = World()
     yield world
-    await asyncio.wait_for(world.registry.close(), 5)
+    await asyncio.wait_for(world.registry.close(), PATIENCE_S)
     await settle()
     assert world.opener.still_open == []
     assert [each for each in caplog.get_records("call") if each.exc_info] == []

@@ -15,6 +15,7 @@ from nbdtarget.dm import open_devices
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from tests.support.nbd_server import StrictServer
+from tests.support.patience import PATIENCE_S
 
 MIB = 1 << 20
 S = MIB // 512  # sectors
@@ -138,7 +139,7 @@ async def test_cache_whose_grown_table_is_cleared_again_goes_on(server: Server) 
     await server.registry.clear("d")
     await server.registry.suspend("d")
     await server.registry.resume("d")
-    async with timeout(5):
+    async with timeout(PATIENCE_S):
         assert bytes(await device.read(0, 4096)) == b"c" * 4096
 
 
@@ -154,7 +155,7 @@ async def test_clone_is_followed_by_the_new_room_of_its_destination(
     await server.load(f"{clone}\n{S} {S} linear dest {S}")
     await device.write(2 * MIB - 4096, b"d" * 4096)
     await device.flush()
-    async with timeout(10):
+    async with timeout(PATIENCE_S):
         while f" {S // 8}/{S // 8} " not in (await device.status())[0][3]:
             await sleep(0.01)
     data = (server.directory / "dest").read_bytes()
@@ -222,7 +223,7 @@ async def test_server_that_takes_no_second_connection_costs_a_moment_only(
     async with StrictServer(server.directory, MIB) as nbd:
         device = await server.create(f"0 {S} linear {nbd.uri} 0")
         nbd.greeting, nbd.is_silent = b"", True
-        async with timeout(5):
+        async with timeout(PATIENCE_S):
             await server.load(f"0 {S} linear {nbd.uri} 0")
         nbd.greeting = None
         await device.write(0, b"a" * 512)

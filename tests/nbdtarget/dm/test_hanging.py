@@ -15,7 +15,9 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.registry import TARGET_TYPES
 from nbdtarget_metadata.clone.metadata import CloneMetadata
+from tests.support.clock import settle
 from tests.support.dm import RamDevice, RamOpener
+from tests.support.patience import PATIENCE_S, until
 
 SIZE = 1 << 20
 SECTORS = SIZE // 512
@@ -89,7 +91,7 @@ async def test_a_suspend_over_a_device_that_hangs_fails_and_the_device_goes_on(
     assert caught.value.errno == errnos.ETIMEDOUT
     world["/a"].let_go()
     assert await hanging == bytes(4096)
-    async with timeout(5):
+    async with timeout(PATIENCE_S):
         await a.write(0, b"x" * 512)
         await a.flush()
     await world.registry.suspend("a")
@@ -109,7 +111,7 @@ async def test_what_was_queued_by_a_suspend_that_fails_is_carried_out(
     with pytest.raises(TableError):
         await suspending
     world["/a"].let_go()
-    async with timeout(5):
+    async with timeout(PATIENCE_S):
         await queued
     await hanging
     assert world["/a"].data[:512] == b"q" * 512
@@ -138,7 +140,7 @@ async def test_a_device_that_cannot_be_removed_is_there_as_before(world: World) 
     assert world.registry.get("a") is a
     world["/a"].let_go()
     await hanging
-    await world.registry.remove("a", within_s=SHORT_S)
+    await world.registry.remove("a", within_s=PATIENCE_S)
     assert world.registry.maybe_device("a") is None
 
 
@@ -155,7 +157,7 @@ async def test_a_table_over_a_device_that_hangs_is_not_swapped(world: World) -> 
     assert a.state is State.ACTIVE
     world["/a"].let_go()
     await hanging
-    await world.registry.resume("a", within_s=SHORT_S)
+    await world.registry.resume("a", within_s=PATIENCE_S)
     assert a.active is not live
 
 
@@ -164,12 +166,11 @@ async def test_a_clone_goes_on_copying_after_a_suspend_that_failed(
 ) -> None:
     clone = await world.registry.create("c", CLONE)
     world["/source"].hold = True
-    await sleep(SHORT_S)
-    assert world["/source"].held, "a copy is under way"
+    await until(lambda: bool(world["/source"].held))  # a copy is under way
     with pytest.raises(TableError, match="no answer from /source"):
         await clone.suspend(within_s=SHORT_S)
     world["/source"].let_go()
-    async with timeout(10):
+    async with timeout(PATIENCE_S):
         while "16/16" not in (await clone.status())[0][3]:
             await sleep(0.01)
 
@@ -178,7 +179,7 @@ async def test_forcing_a_device_away_gives_up_reads_of_its_source(world: World) 
     clone = await world.registry.create("c", CLONE)
     world["/source"].hold = True
     hanging = asyncio.create_task(clone.read(SIZE // 2, 4096))
-    await sleep(SHORT_S)
+    await settle()
     await world.registry.remove("c", force=True, within_s=SHORT_S)
     with pytest.raises(DeviceError):
         await hanging
@@ -212,7 +213,7 @@ async def test_suspend_fails_while_its_last_commit_hangs(
     with pytest.raises(TableError, match="while the device commits"):
         await a.resume(within_s=SHORT_S)
     go.set()
-    await a.suspend(within_s=SHORT_S)
+    await a.suspend(within_s=PATIENCE_S)
     assert a.state is State.SUSPENDED
     await a.resume()
     assert await a.read(0, 512) == bytes(512)
@@ -229,10 +230,10 @@ async def test_a_status_whose_commit_hangs_fails_and_tells_how_to_go_without(
     ) as caught:
         await clone.status_by_name(within_s=SHORT_S)
     assert caught.value.errno == errnos.ETIMEDOUT
-    ((line, _),) = await clone.status_by_name(noflush=True, within_s=SHORT_S)
+    ((line, _),) = await clone.status_by_name(noflush=True, within_s=PATIENCE_S)
     assert " 1/16 " in line[3]
     world["/dest"].let_go()
-    assert await clone.status_by_name(within_s=5)
+    assert await clone.status_by_name(within_s=PATIENCE_S)
 
 
 async def test_the_end_commits_every_device_that_answers_whatever_hangs(
@@ -244,9 +245,9 @@ async def test_the_end_commits_every_device_that_answers_whatever_hangs(
     hanging = read(a)
     await sleep(0)
     ending = asyncio.create_task(world.registry.close())
-    await sleep(SHORT_S)
+    await until(lambda: world["/b"].closed)
+    await settle()
     assert not ending.done()
-    assert world["/b"].closed
     assert world["/b"].log[-1][0] == OP_FLUSH
     assert world.registry.hanging() == ["/dev/mapper/a: no answer from /a (1 requests)"]
     assert await world.registry.commit_what_answers(SHORT_S) == ["/dev/mapper/a"]
@@ -263,12 +264,12 @@ async def test_the_end_does_not_close_a_slow_disk_under_the_flush_of_its_bound(
     disk = world["/a"]
     disk.hold = True
     ending = asyncio.create_task(world.registry.close())
-    await sleep(0.01)
-    committing = asyncio.create_task(world.registry.commit_what_answers(5))
-    await sleep(0.01)
+    await until(lambda: len(disk.held) == 1)
+    committing = asyncio.create_task(world.registry.commit_what_answers(PATIENCE_S))
+    await until(lambda: len(disk.held) == 2)
     assert [bio.op for bio in disk.held] == [OP_FLUSH, OP_FLUSH]
     disk.serve(disk.held.pop(0))
-    await sleep(0.01)
+    await settle()
     assert not disk.closed
     disk.let_go()
     assert await committing == []
@@ -282,9 +283,9 @@ async def test_the_end_commits_a_clone_while_its_source_hangs(world: World) -> N
     await sleep(0)
     await clone.write(0, b"w" * 65536)
     ending = asyncio.create_task(world.registry.close())
-    await sleep(SHORT_S)
+    await settle()
     assert not ending.done()
-    assert await world.registry.commit_what_answers(1) == []
+    assert await world.registry.commit_what_answers(PATIENCE_S) == []
     metadata = RamDevice("copy", len(world["/meta"].data))
     metadata.data[:] = world["/meta"].data
     kept = await metadata_io.run(

@@ -7,6 +7,7 @@ from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.dm.in_flight import InFlight
 from nbdtarget.dm.table import FAILED_DRAIN_S_MAX
 from tests.support.clock import SimClock
+from tests.support.patience import PATIENCE_S
 
 
 def bio() -> Bio:
@@ -53,7 +54,7 @@ async def test_drain_waits_for_the_last_bio() -> None:
     await asyncio.sleep(0)
     waited = not drained.done()
     last.end(0)
-    await asyncio.wait_for(drained, 5)
+    await asyncio.wait_for(drained, PATIENCE_S)
     assert waited
 
 
@@ -72,4 +73,4 @@ async def test_only_a_failed_table_is_not_waited_for_without_end(
     await asyncio.sleep(0)
     assert drained.done() == is_failed
     lost.end(0)
-    await asyncio.wait_for(drained, 5)
+    await asyncio.wait_for(drained, PATIENCE_S)

@@ -15,6 +15,7 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from tests.support.dm import RamOpener, make_registry
 from tests.support.nbd_server import StrictServer
+from tests.support.patience import PATIENCE_S
 from tests.support.tables import submit
 
 LOWER = "/dev/mapper/lower"
@@ -153,7 +154,7 @@ async def test_loss_of_a_restarted_nbd_server_is_told_through_two_tables(
             await upper.read(0, 512)
         server.hang_up_after = -1
         (device,) = upper.devices_below()
-        async with timeout(10):
+        async with timeout(PATIENCE_S):
             while not device.health.is_usable:
                 await sleep(0.01)
         for client in clients:

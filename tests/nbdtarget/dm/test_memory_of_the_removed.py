@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of a device that is removed is given back at once, without the garbage collector."""
 
-import asyncio
+import contextlib
 import gc
 import os
 import weakref
@@ -13,6 +13,7 @@ import pytest
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file.ring import find_out, maybe_reader
 from nbdtarget.dm.registry import Registry
+from tests.support.patience import until
 
 SIZE = 8 << 20
 SECTORS = SIZE // 512
@@ -77,13 +78,9 @@ async def _use(registry: Registry, name: str) -> None:
 
 async def _left_in_the_end(existing: list[str]) -> list[str]:
     """What is there after some turns of the loop, which threads need to end."""
-    left = _left_over()
-    for _ in range(200):
-        if left == existing:
-            break
-        await asyncio.sleep(0.005)
-        left = _left_over()
-    return left
+    with contextlib.suppress(TimeoutError):
+        await until(lambda: _left_over() == existing)
+    return _left_over()
 
 
 @pytest.mark.parametrize("kind", TABLES)

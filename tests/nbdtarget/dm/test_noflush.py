@@ -24,6 +24,7 @@ from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.support.clock import settle
 from tests.support.model import SECTOR
+from tests.support.patience import PATIENCE_S
 from tests.support.tables import Disks, content, submit
 
 SLOW = "delay /a 1 60000"
@@ -32,7 +33,7 @@ REGION = 4096
 
 async def noflush(device: MappedDevice) -> None:
     """Suspend, and fail rather than wait for a target's timer."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await device.suspend(noflush=True)
     assert device.state is State.SUSPENDED
 
@@ -443,7 +444,7 @@ class Walk:
 
 @pytest.mark.parametrize("seed", range(40))
 async def test_walk_of_swaps_with_and_without_noflush_loses_nothing(seed: int) -> None:
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE_S):
         await Walk(seed).run(120)
 
 

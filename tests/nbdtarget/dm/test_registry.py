@@ -19,6 +19,7 @@ from nbdtarget.targets import disks
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.support.clock import settle
 from tests.support.dm import ProbeTarget, RamOpener, content, make_registry, submit
+from tests.support.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -391,7 +392,7 @@ async def test_close_ends_extents_that_wait_for_a_suspended_device(
     # Hydration asks its source, the suspended device, for holes.
     await registry.create("up", "0 32 clone /m /d /dev/mapper/low 8")
     await settle()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await registry.close()
 
 
@@ -430,7 +431,7 @@ async def test_close_while_a_lower_device_is_being_suspended() -> None:
     closing = asyncio.ensure_future(registry.close())
     await settle()
     opener.open["/d"].let_go()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(closing, suspending)
     assert (read.status, write.status) == (0, errnos.EIO)
     with pytest.raises(TableError, match="stopping"):
@@ -552,6 +553,6 @@ async def test_a_forced_removal_does_not_wait_for_what_is_suspended_below() -> N
     await registry.create("low", "0 16 linear /a 0")
     await registry.create("top", "0 16 linear /dev/mapper/low 0")
     await registry.suspend("low")
-    await asyncio.wait_for(registry.remove("top", force=True), 10)
+    await asyncio.wait_for(registry.remove("top", force=True), PATIENCE_S)
     assert [device.dm_name for device in registry.devices()] == ["low"]
     await registry.close()

@@ -13,6 +13,7 @@ from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.clone.target import CloneTarget
+from tests.support.patience import PATIENCE_S
 
 MIB = 1 << 20
 NR_SECTORS = MIB // 512
@@ -38,7 +39,7 @@ async def clone_on(registry: Registry, directory: Path, dest: str) -> MappedDevi
     assert device.active is not None
     target = device.active.targets[0]
     assert isinstance(target, CloneTarget)
-    async with timeout(10):
+    async with timeout(PATIENCE_S):
         while not target._is_hydrated:
             await sleep(0.01)
     return device

@@ -25,8 +25,8 @@ from nbdtarget.devices.nbd.device import NbdDevice
 from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
-from tests.support.nbd_device import until
 from tests.support.nbd_server import StrictServer
+from tests.support.patience import until
 
 MIB = 1 << 20
 ROLES = {

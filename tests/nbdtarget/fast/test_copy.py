@@ -15,6 +15,7 @@ import pytest
 
 from nbdtarget.fast import compiled
 from nbdtarget_protocol import consts
+from tests.support.patience import PATIENCE_S
 
 if compiled.IS_COMPILED:
     from nbdtarget_copy import SPANS_MAX, Copies, CopyStream
@@ -47,7 +48,7 @@ class Rig:
         os.close(memory)
         self.copies = Copies(self.fd, CHUNK)
         self.ours, self.server = socket.socketpair()
-        self.server.settimeout(20)
+        self.server.settimeout(PATIENCE_S)
         self.stream = CopyStream(
             self.ours.fileno(), kind == "structured", kind == "extended"
         )
@@ -105,12 +106,12 @@ class Rig:
     def ended(self, nr: int = 1) -> list[Ended]:
         found: list[Ended] = []
         while len(found) < nr:
-            assert select.select([self.copies.event_fd], [], [], 20)[0]
+            assert select.select([self.copies.event_fd], [], [], PATIENCE_S)[0]
             found += map(Ended._make, self.copies.take_ended())
         return found
 
     def until_broken(self) -> tuple[str, int] | None:
-        self.thread.join(20)
+        self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive()
         return self.broken
 
@@ -121,7 +122,7 @@ class Rig:
         self.copies.close()
         if self.thread.is_alive():
             self.ours.shutdown(socket.SHUT_RDWR)
-        self.thread.join(20)
+        self.thread.join(PATIENCE_S)
         self.ours.close()
         self.server.close()
         os.close(self.fd)

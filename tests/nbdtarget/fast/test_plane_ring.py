@@ -163,7 +163,9 @@ class Bench:
             if piece:
                 os.write(self.disk, piece)
             found: list[object] = []
-            while not found and select.select([self.ring.event_fd], [], [], 10)[0]:
+            while (
+                not found and select.select([self.ring.event_fd], [], [], PATIENCE_S)[0]
+            ):
                 for done, result in self.ring.reap():
                     found.append(done)
                     done(result)

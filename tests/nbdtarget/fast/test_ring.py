@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.fast import compiled
+from tests.support.patience import PATIENCE_S
 
 if compiled.IS_COMPILED:
     from nbdtarget_ring import Ring
@@ -37,7 +38,7 @@ def fd(tmp_path: Path) -> Iterator[int]:
 def ended(ring: "Ring", nr: int) -> dict[object, int]:
     found: dict[object, int] = {}
     while len(found) < nr:
-        ready, _, _ = select.select([ring.event_fd], [], [], 10)
+        ready, _, _ = select.select([ring.event_fd], [], [], PATIENCE_S)
         assert ready, "nothing has ended in ten seconds"
         found.update(ring.reap())
     return found
@@ -63,7 +64,7 @@ def test_full_ring_takes_no_more_until_something_is_reaped(fd: int) -> None:
     assert [ring.read(fd, buffer, 0, 1) for buffer in buffers] == [True] * 4 + [False]
     ring.flush()
     while ring.nr_reads:
-        select.select([ring.event_fd], [], [], 10)
+        select.select([ring.event_fd], [], [], PATIENCE_S)
         ring.reap()
     assert ring.read(fd, buffers[4], 0, 1)
     ring.flush()
@@ -135,7 +136,10 @@ def test_probe_ends_although_children_are_not_told_of() -> None:
         "from nbdtarget.fast.compiled import is_available; print(is_available())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, timeout=20, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        timeout=PATIENCE_S,
+        check=True,
     )
     assert done.stdout == b"False\n"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.fast import compiled
+from tests.support.patience import PATIENCE_S
 
 if compiled.IS_COMPILED:
     from nbdtarget_sync import RUNS, Syncer
@@ -29,7 +30,7 @@ def fd(tmp_path: Path) -> Iterator[int]:
 
 
 def wait(syncer: Syncer) -> int:
-    assert select.select([syncer.event_fd], [], [], 20)[0]
+    assert select.select([syncer.event_fd], [], [], PATIENCE_S)[0]
     return syncer.take()
 
 

@@ -22,6 +22,7 @@ from nbdtarget.porcelain.cache import (
 )
 from nbdtarget.targets import metadata_io
 from nbdtarget_metadata.cache.metadata import CacheMetadata
+from tests.support.patience import PATIENCE_S
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -540,7 +541,7 @@ class UnreadRecorder(Recorder):
 
 
 async def test_disk_is_served_when_the_output_is_not_read(work: Path) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         assert await cache(UnreadRecorder(), cache_size=MIB) == 0
     assert files(work).keys() == {"slow.img", "fast", "fast.nbdtarget"}
 

@@ -29,6 +29,7 @@ from nbdtarget.targets.base import StatusFields
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from tests.support.dm import make_registry
+from tests.support.patience import PATIENCE_S
 from tests.support.porcelain_clone import Recorder, clone
 
 MIB = 1 << 20
@@ -386,7 +387,7 @@ class UnreadRecorder(Recorder):
 
 
 async def test_job_ends_well_when_its_progress_is_not_read(work: Path) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         assert await clone(UnreadRecorder()) == 0
     assert (work / "dest").read_bytes() == CONTENT
 
@@ -401,7 +402,7 @@ class DeafRecorder(Recorder):
 async def test_broken_pipe_does_not_remove_a_disk_that_clients_may_use(
     work: Path,
 ) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         assert await clone(DeafRecorder()) == 0
     assert (work / "dest").read_bytes() == CONTENT
 

@@ -13,6 +13,7 @@ import pytest
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.porcelain.export import ExportJob, ExportOptions, ExportPlan, plan_export
+from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import PlainClient, PlainClientError
 
 MIB = 1 << 20
@@ -49,7 +50,7 @@ async def served(**options: object) -> AsyncIterator[Recorder]:
     recorder = Recorder()
     job = ExportJob(ExportOptions(**options), recorder)  # type: ignore[arg-type]
     running = asyncio.create_task(job.run())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         await recorder.is_serving.wait()
         yield recorder
         os.kill(os.getpid(), signal.SIGINT)

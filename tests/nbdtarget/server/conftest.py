@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.devices.file import device as file_device
 from tests.support.peer import Served
+
+
+@pytest.fixture(autouse=True)
+def no_write_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine any WRITE may take long, and the next ones would take another path than the test wants."""
+    monkeypatch.setattr(file_device, "WRITE_SLOW_NS", 1 << 62)
 
 
 @pytest.fixture

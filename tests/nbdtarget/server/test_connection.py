@@ -10,6 +10,8 @@ import pytest
 from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.devices.base import Device
 from nbdtarget_protocol import consts as c
+from tests.support.clock import SimClock
+from tests.support.patience import PATIENCE_S
 from tests.support.peer import MIB, Disk, Served
 
 # ---- the handshake ----
@@ -64,11 +66,11 @@ async def test_garbage_costs_its_own_connection(served: Served, garbage: bytes) 
 
 
 async def test_handshake_that_stalls_times_out_trap_9(served: Served) -> None:
-    served.limits = replace(served.limits, handshake_timeout_s=0.02)
+    served.clock = clock = SimClock()
     attached, stalled = await served.attach(), await served.connect()
     await stalled.greet()
+    clock.advance(served.limits.handshake_timeout_s)
     assert await stalled.at_end()
-    await asyncio.sleep(0.05)
     assert (await attached.ask(c.CMD_READ, 0, 1)).error == 0
 
 
@@ -197,7 +199,7 @@ async def test_shutdown_finishes_what_is_in_flight_trap_25(served: Served) -> No
     peer.send(c.CMD_READ, 0, 4096)
     await served.disk.until_held(1)
     listener = await served.start()
-    closing = asyncio.create_task(listener.close(grace_s=5))
+    closing = asyncio.create_task(listener.close(grace_s=PATIENCE_S))
     await asyncio.sleep(0.01)
     assert not closing.done()
     served.disk.let_go()
@@ -214,7 +216,7 @@ async def test_requests_during_shutdown_are_eshutdown_trap_36(
     peer = await served.attach(structured=True)
     first = peer.send(c.CMD_READ, 0, 4096)
     await served.disk.until_held(1)
-    closing = asyncio.create_task((await served.start()).close(grace_s=5))
+    closing = asyncio.create_task((await served.start()).close(grace_s=PATIENCE_S))
     await asyncio.sleep(0.01)
     payload = b"x" * 512 if command == c.CMD_WRITE else b""
     reply = await peer.ask(command, 0, 512, payload=payload)
@@ -228,17 +230,17 @@ async def test_requests_during_shutdown_are_eshutdown_trap_36(
 
 async def test_shutdown_closes_an_idle_connection(served: Served) -> None:
     peer = await served.attach()
-    closing = asyncio.create_task((await served.start()).close(grace_s=5))
+    closing = asyncio.create_task((await served.start()).close(grace_s=PATIENCE_S))
     assert await peer.at_end()
     peer.close()
-    await asyncio.wait_for(closing, 3)
+    await asyncio.wait_for(closing, PATIENCE_S)
 
 
 async def test_shutdown_in_the_handshake(served: Served) -> None:
     peer = await served.connect()
     await peer.greet()
     await asyncio.sleep(0.01)
-    closing = asyncio.create_task((await served.start()).close(grace_s=5))
+    closing = asyncio.create_task((await served.start()).close(grace_s=PATIENCE_S))
     await asyncio.sleep(0.01)
     peer.option(c.OPT_LIST)
     assert (await peer.option_reply())[0] == c.REP_ERR_SHUTDOWN
@@ -262,7 +264,7 @@ async def test_shutdown_under_a_flood_of_requests(served: Served) -> None:
     peer = await served.attach()
     peer.writer.write(b"".join(peer.request(c.CMD_READ, 0, 512) for _ in range(20_000)))
     await peer.reply()
-    closing = asyncio.create_task((await served.start()).close(grace_s=5))
+    closing = asyncio.create_task((await served.start()).close(grace_s=PATIENCE_S))
     errors = await peer.errors_to_the_end()
     await closing
     assert set(errors) <= {0, c.ESHUTDOWN}

@@ -15,6 +15,7 @@ import pytest
 
 from nbdtarget.bio import Bio
 from nbdtarget_protocol import consts as c
+from tests.support.patience import PATIENCE_S
 from tests.support.peer import Disk, Served
 
 STRIPE = 96 << 10
@@ -111,6 +112,6 @@ async def test_random_conversation(served: Served, seed: int) -> None:
     )
     disk = served.directory.devices["disk"] = WhimsicalDisk(rng)
     conversation = Conversation(served, rng)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         await conversation.run(300, structured=rng.random() < 0.5)
     assert disk.data == conversation.model

@@ -18,7 +18,8 @@ import uvloop
 
 from nbdtarget.server.listener import Listener
 from nbdtarget_protocol import consts as c
-from tests.support.peer import MIB, Served, until
+from tests.support.patience import until
+from tests.support.peer import MIB, Served
 
 LOOPS: Final = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 KINDS: Final = ("unix", "tcp")

@@ -26,6 +26,7 @@ from nbdtarget.server.limits import Limits
 from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_protocol import consts as c
+from tests.support.patience import PATIENCE_S
 from tests.support.peer import Peer, Reply
 from tests.support.site import (
     BLOCK,
@@ -194,7 +195,7 @@ async def converse(site: Site, name: str, seed: int, how: str) -> None:
         wire = talk.batch(peer)
         disturbed = asyncio.create_task(disturb(site, pick, table))
         sending = asyncio.create_task(talk.send(peer, wire))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while talk.expected:
                 talk.check(await peer.reply())
         await sending
@@ -244,7 +245,7 @@ async def _pinned(device: MappedDevice) -> None:
     assert device.active is not None
     target = device.active.targets[0]
     await device.message(0, ["pin", "0"])
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not target.status_fields()["pinned_blocks"]:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
@@ -474,11 +475,11 @@ async def test_discard_keeps_writes_from_the_compiled_path(site: Site) -> None:
     peer = await site.attach()
     peer.send(c.CMD_TRIM, 0, BLOCK)
     await peer.writer.drain()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while file.write_max:  # noqa: ASYNC110
             await asyncio.sleep(0)
     await peer.reply()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not file.write_max:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
@@ -495,7 +496,7 @@ async def test_peer_that_leaves_in_the_middle_of_a_batch_is_released(
     peer.writer.write(wire[:-5])
     await peer.writer.drain()
     peer.close()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while device.open_count:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -518,7 +519,7 @@ async def test_client_that_does_not_read_is_served_when_it_does(site: Site) -> N
     first = peer.cookie - len(offsets) + 1
     sending = asyncio.create_task(_send(peer, wire))
     await asyncio.sleep(0.2)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         for _ in offsets:
             reply = await peer.reply()
             at = offsets[reply.cookie - first]
@@ -589,7 +590,7 @@ async def test_requests_pass_the_gate_as_soon_as_there_is_one(site: Site) -> Non
     connection.route(hold)
     peer.send(c.CMD_WRITE, 0, payload=b"new")
     await peer.writer.drain()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         for _ in range(100):
             await asyncio.sleep(0)
             if held:
@@ -634,7 +635,7 @@ async def test_requests_that_python_serves_leave_others_their_turn(
     nr = 500
     wire = b"".join(peer.request(c.CMD_READ, BLOCK * (at % 60), 1) for at in range(nr))
     await _send(peer, wire)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         for _ in range(nr):
             assert (await peer.reply()).error == 0
     assert nr_given_way > nr // 4
@@ -648,6 +649,6 @@ async def test_large_write_behind_a_turn_that_is_over_is_received(site: Site) ->
     wire = peer.request(c.CMD_FLUSH)
     wire += peer.request(c.CMD_WRITE, 0, payload=b"w" * (600 << 10))
     await _send(peer, wire)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         assert (await peer.reply()).error == 0
         assert (await peer.reply()).error == 0

@@ -25,7 +25,8 @@ from nbdtarget_protocol import consts as c
 from tests.support.clock import SimClock
 from tests.support.devices import CrashDevice
 from tests.support.nbd_server import StrictServer
-from tests.support.peer import Directory, Peer, Served, until
+from tests.support.patience import PATIENCE_S, until
+from tests.support.peer import Directory, Peer, Served
 
 OLD = b"o" * 4096
 NEW = b"n" * 4096
@@ -110,8 +111,7 @@ async def test_what_does_not_overlap_goes_on_beside_a_write_that_hangs(
     assert (await back.ask(c.CMD_FLUSH)).error == 0
     back.send(c.CMD_READ, 4096, 1)
     with caplog.at_level(logging.WARNING):
-        await asyncio.sleep(0.1)
-    assert "disk: requests wait for 1 earlier writes" in caplog.text
+        await until(lambda: "requests wait for 1 earlier writes" in caplog.text)
     served.disk.let_go()
     assert (await back.reply()).data == b"o"
 
@@ -208,9 +208,10 @@ async def test_socket_is_closed_when_the_last_write_has_ended(served: Served) ->
     peer = await served.attach()
     peer.send(c.CMD_WRITE, 4096, payload=OLD)
     await served.disk.until_held(1)
+    (connection,) = (await served.start())._connections
     peer.writer.write(b"garbage that ends every connection")
     end = asyncio.create_task(peer.at_end())
-    await asyncio.sleep(0.05)
+    await until(lambda: connection.is_closed)
     assert not end.done()
     served.disk.let_go()
     assert await end
@@ -221,7 +222,7 @@ async def test_shutdown_does_not_wait_for_what_is_held(served: Served) -> None:
     back = await served.attach()
     back.send(c.CMD_WRITE, 4096, payload=NEW)
     await asyncio.sleep(0.02)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await (await served.start()).close(grace_s=0.05)
     served.disk.let_go()
     await served.until_connections(0)
@@ -255,7 +256,7 @@ async def test_large_write_of_a_dead_connection_to_a_file(
 
     def slow(*args: object, **kwargs: object) -> int:
         has_begun.set()
-        go.wait(10)
+        go.wait(PATIENCE_S)
         return pieces.write_rest(*args, **kwargs)  # type: ignore[arg-type]  # passed on as they came
 
     monkeypatch.setattr(file_device, "write_rest", slow)

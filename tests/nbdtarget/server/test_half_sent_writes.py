@@ -10,7 +10,8 @@ import pytest
 
 from nbdtarget.server.buffers import BufferPool
 from nbdtarget_protocol import consts as c
-from tests.support.peer import MIB, Disk, Served, until
+from tests.support.patience import PATIENCE_S, until
+from tests.support.peer import MIB, Disk, Served
 
 
 def resident_bytes() -> int:
@@ -31,7 +32,7 @@ async def test_header_of_a_large_write_reserves_no_memory(
     budget = listener.budget
     assert budget is not None
     await until(lambda: budget.nr_bytes > 10 * MIB)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert (await other.ask(c.CMD_READ, 0, 16 * MIB)).error == 0
         assert (await other.ask(c.CMD_WRITE, payload=b"x" * 16 * MIB)).error == 0
     assert budget.nr_bytes < 20 * MIB
@@ -54,7 +55,7 @@ async def test_half_sent_writes_leave_half_of_the_budget_to_others(
     budget = listener.budget
     assert budget is not None
     await until(lambda: budget.nr_waiters > 3)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         for _ in range(3):
             assert (await other.ask(c.CMD_READ, 0, MIB)).error == 0
             assert (await other.ask(c.CMD_WRITE, payload=b"x" * 200_000)).error == 0
@@ -72,7 +73,7 @@ async def test_all_writes_end_although_together_they_are_more_than_the_budget(
     await asyncio.sleep(0.05)
     for peer in peers:
         peer.writer.write(bytes(3 * MIB))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         for peer in peers:
             assert (await peer.reply()).error == 0
 
@@ -93,7 +94,7 @@ async def test_idle_sender_is_cut_off_when_others_wait_for_memory(
     stalled.writer.write(bytes(MIB))
     await asyncio.sleep(0.5)
     assert not stalled.reader.at_eof()  # no other client waits for its memory yet
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         cookie = other.send(c.CMD_READ, 0, 2 * MIB)
         answer = asyncio.create_task(other.reply())
         while dribbles and not answer.done():
@@ -193,6 +194,6 @@ async def test_connection_waits_once_in_line_for_memory(
     )  # each further look would have taken a place in the line
     disk.hold = False
     disk.let_go()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert (await first.reply()).error == 0
         assert (await second.reply()).error == 0

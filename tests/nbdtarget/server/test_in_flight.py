@@ -13,6 +13,7 @@ from nbdtarget.bio import (
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Extent
 from nbdtarget_protocol import consts as c
+from tests.support.patience import PATIENCE_S
 from tests.support.peer import Disk, LaterDisk, Served
 
 
@@ -110,7 +111,7 @@ async def test_device_that_keeps_a_borrowed_bio_is_caught(
     peer = await served.attach()
     payload = b"x" * 512 if command == c.CMD_WRITE else b""
     peer.send(command, 0, 512, payload=payload)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         assert await peer.at_end()
     assert "kept a borrowed payload" in caplog.text
     assert served.directory.nr_open == {"disk": 1}  # its bio is still in flight

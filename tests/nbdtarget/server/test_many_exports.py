@@ -10,6 +10,7 @@ import pytest
 
 from nbdtarget.devices.base import Device
 from nbdtarget.server.export import DirectoryExports
+from tests.support.patience import PATIENCE_S
 from tests.support.peer import Directory, Disk, Served
 
 NR = 2000
@@ -49,7 +50,7 @@ async def test_nbdinfo_lists_all(served: Served) -> None:
         *["nbdinfo", "--list", "--json", f"nbd+unix:///?socket={served.path}"],
         stdout=asyncio.subprocess.PIPE,
     )
-    out, _ = await asyncio.wait_for(nbdinfo.communicate(), 60)
+    out, _ = await asyncio.wait_for(nbdinfo.communicate(), PATIENCE_S)
     assert nbdinfo.returncode == 0
     exports = json.loads(out)["exports"]
     assert {each["export-name"] for each in exports} == set(served.directory.devices)

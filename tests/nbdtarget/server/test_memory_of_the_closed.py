@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from nbdtarget_protocol import consts as c
-from tests.support.peer import Served, until
+from tests.support.patience import until
+from tests.support.peer import Served
 
 
 @pytest.fixture(autouse=True)

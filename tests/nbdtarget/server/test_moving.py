@@ -11,7 +11,8 @@ import pytest
 from nbdtarget.server.listener import Listener
 from nbdtarget.server.moving import ListenerState
 from nbdtarget_protocol import consts as c
-from tests.support.peer import MIB, Disk, Peer, Served, until
+from tests.support.patience import until
+from tests.support.peer import MIB, Disk, Peer, Served
 
 
 class Moved:

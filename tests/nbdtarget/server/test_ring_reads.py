@@ -7,6 +7,7 @@
 import asyncio
 import errno as errnos
 import os
+import select
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,7 +21,8 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.fast import compiled
 from nbdtarget.server.limits import Limits
 from nbdtarget_protocol import consts as c
-from tests.support.peer import Peer, until
+from tests.support.patience import until
+from tests.support.peer import Peer
 from tests.support.site import (
     BLOCK,
     SECTORS,
@@ -52,6 +54,11 @@ class Held:
 
     async def until(self, nr: int) -> None:
         await until(lambda: self.reader.ring.nr_reads >= nr)
+
+    async def until_ended(self) -> None:
+        """Until the kernel tells that reads have ended."""
+        event_fd = self.reader.ring.event_fd
+        await until(lambda: bool(select.select([event_fd], [], [], 0)[0]))
 
     def let_go(self) -> None:
         self.reader.watch()
@@ -418,6 +425,7 @@ async def test_replies_leave_in_the_order_in_which_they_are_there(
     held.hold()
     peer.send(c.CMD_READ, 4096, 4096)
     await held.until(1)
+    await held.until_ended()
     assert site.listener is not None
     (connection,) = site.listener._connections
     connection._output.push(c.SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, 0, 77))

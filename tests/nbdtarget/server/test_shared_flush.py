@@ -24,6 +24,7 @@ from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget.server.poller import POLL_STREAK
 from nbdtarget_protocol import consts as c
+from tests.support.patience import PATIENCE_S
 from tests.support.peer import Peer
 
 needs_compiled = pytest.mark.skipif(
@@ -310,7 +311,7 @@ async def test_client_that_leaves_before_its_flush_ends_is_released(
     held: list[Bio] = []
     monkeypatch.setattr(below._syncs, "flush", held.append)
     peer.writer.write(peer.request(c.CMD_FLUSH) + peer.request(c.CMD_FLUSH))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not held:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     peer.close()

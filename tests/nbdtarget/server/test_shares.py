@@ -9,7 +9,8 @@ import pytest
 from nbdtarget.server.limits import Budget, Limits
 from nbdtarget.server.shares import Share, Shares
 from nbdtarget_protocol import consts as c
-from tests.support.peer import Disk, Served, until
+from tests.support.patience import until
+from tests.support.peer import Disk, Served
 
 LIMITS = Limits(export_requests_max=3, export_bytes_max=1000, export_connections_max=2)
 

@@ -13,7 +13,8 @@ from nbdtarget.server.limits import Limits
 from nbdtarget.server.sliced_range import QUICK_NS, SLICE_MIN, SLOW_NS, Pace
 from nbdtarget_protocol import consts as c
 from tests.support.clock import SimClock
-from tests.support.peer import MIB, Served, until
+from tests.support.patience import PATIENCE_S, until
+from tests.support.peer import MIB, Served
 
 GIB = 1 << 30
 TIB = 1 << 40
@@ -180,7 +181,7 @@ async def test_server_that_stops_ends_the_request(served: Served, huge: Huge) ->
     peer.send(c.CMD_WRITE_ZEROES, 0, SIZE)
     await until(lambda: len(huge.held) == 1)
     listener = await served.start()
-    closing = asyncio.create_task(listener.close(grace_s=5))
+    closing = asyncio.create_task(listener.close(grace_s=PATIENCE_S))
     await asyncio.sleep(0)
     huge.let_go()
     assert (await peer.reply()).error == c.ESHUTDOWN

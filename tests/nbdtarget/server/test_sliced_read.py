@@ -10,7 +10,8 @@ import pytest
 
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget_protocol import consts as c
-from tests.support.peer import MIB, Disk, Served, until
+from tests.support.patience import until
+from tests.support.peer import MIB, Disk, Served
 
 SLICE = 128 << 10
 

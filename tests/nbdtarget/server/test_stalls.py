@@ -12,7 +12,8 @@ from nbdtarget.server.listener import Listener
 from nbdtarget.server.stalls import Stalls
 from nbdtarget_protocol import consts as c
 from tests.support.clock import SimClock
-from tests.support.peer import MIB, Disk, Peer, Served, until
+from tests.support.patience import PATIENCE_S, until
+from tests.support.peer import MIB, Disk, Peer, Served
 
 LIMITS = Limits(stall_timeout_s=30, stall_total_s=300)
 
@@ -152,7 +153,7 @@ async def test_a_client_that_stalls_is_disconnected_and_a_silent_one_is_not(
     silent, stalled = await served.attach(), await served.attach()
     assert (await stalled.ask(c.CMD_READ, 0, 512)).error == 0
     await stall(stalled)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while listener.nr_connections > 1:
             clock.advance(100)
             await asyncio.sleep(0.001)

@@ -18,6 +18,7 @@ from nbdtarget.server.tls import ListenerTls, TlsOptions
 from nbdtarget_protocol import consts as c
 from nbdtarget_protocol.handshake import TlsMode
 from tests.support.certificates import authority, needs_openssl
+from tests.support.clock import SimClock
 from tests.support.peer import MIB, Peer, Served
 
 pytestmark = needs_openssl
@@ -33,7 +34,10 @@ def options(mode: str = "require", *, verify_peer: bool = False) -> TlsOptions:
 
 async def started(served: Served, tls: TlsOptions) -> Listener:
     served.listener = Listener(
-        served.directory, limits=served.limits, tls=ListenerTls(tls)
+        served.directory,
+        limits=served.limits,
+        clock=served.clock,
+        tls=ListenerTls(tls),
     )
     await served.listener.start(f"unix:{served.path}")
     return served.listener
@@ -229,12 +233,14 @@ async def test_options_after_a_failed_handshake_are_not_answered(
 
 
 async def test_slow_tls_handshake_costs_its_own_connection(served: Served) -> None:
-    served.limits = Limits(handshake_timeout_s=0.2)
+    served.clock = clock = SimClock()
     await started(served, options())
     slow = await acknowledged(served)
     slow.writer.write(b"\x16\x03\x01\x02\x00")  # a ClientHello of 512 bytes is to come
     good = await encrypted(served)
     await attach(good)
+    # It has the whole time once more, because STARTTLS was an option.
+    clock.advance(2 * served.limits.handshake_timeout_s)
     assert await slow.at_end()
     assert (await good.ask(c.CMD_READ, 0, 512)).error == 0
 

@@ -12,7 +12,8 @@ from nbdtarget.server import reception
 from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Account, Accounts, Traffic
 from nbdtarget_protocol import consts as c
 from tests.support.dm import RamDevice
-from tests.support.peer import Peer, until
+from tests.support.patience import until
+from tests.support.peer import Peer
 from tests.support.site import SIZE, TABLES, Site, force_misses, linear
 
 WAYS = ("compiled", "ring", "python")

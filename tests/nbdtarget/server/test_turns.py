@@ -13,7 +13,8 @@ from nbdtarget.common.turns import Turns
 from nbdtarget.devices.base import Extent
 from nbdtarget.devices.memory import CHUNK_SIZE, MemoryDevice
 from nbdtarget_protocol import consts as c
-from tests.support.peer import MIB, Disk, Served, until
+from tests.support.patience import PATIENCE_S, until
+from tests.support.peer import MIB, Disk, Served
 
 
 class Turning:
@@ -156,7 +157,7 @@ async def test_turns_go_round_and_a_cancelled_wait_costs_nothing() -> None:
     waiting = asyncio.create_task(turns.wait())
     await asyncio.sleep(0)
     waiting.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await turns.wait()
         await turns.wait()
     await asyncio.sleep(0.01)

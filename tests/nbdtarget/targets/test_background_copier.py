@@ -16,7 +16,7 @@ from nbdtarget.targets.background_copier import WINDOWS_MAX, BackgroundCopier
 from nbdtarget.targets.copier import CopyError
 from tests.support.bulk import LendingDisk, WritableDisk
 from tests.support.clock import settle
-from tests.support.nbd_device import until
+from tests.support.patience import PATIENCE_S, until
 
 CHUNK = 4096
 WINDOW = 4 * CHUNK
@@ -102,13 +102,13 @@ async def test_copies_wait_for_a_disk_that_is_slower_than_they_are() -> None:
     copier = made(source, destination)
     destination.behind_gate.clear()
     for nr in range(WINDOWS_MAX):
-        await asyncio.wait_for(copier.copy(nr * WINDOW, WINDOW), 10)
+        await asyncio.wait_for(copier.copy(nr * WINDOW, WINDOW), PATIENCE_S)
     late = asyncio.ensure_future(copier.copy(WINDOWS_MAX * WINDOW, WINDOW))
     await settle()
     assert destination.data[WINDOWS_MAX * WINDOW :] == bytes(SIZE - 4 * WINDOW)
     assert len(destination.behind) == 1  # one at a time
     destination.behind_gate.set()
-    await asyncio.wait_for(late, 10)
+    await asyncio.wait_for(late, PATIENCE_S)
     copier.rest()
     await copier.quiesce()
     assert [each for each in destination.behind if each] == [

@@ -13,6 +13,7 @@ from nbdtarget_metadata.errors import FailedMetadata
 from nbdtarget_metadata.operations import Flush, Steps, Write
 from tests.support.clock import SimClock, settle
 from tests.support.devices import CrashDevice
+from tests.support.patience import PATIENCE_S
 from tests.support.spy import Spy
 
 JOURNAL, SUPERBLOCK, SNAPSHOT = 4096, 0, 8192
@@ -440,7 +441,7 @@ async def test_compaction_that_fails_after_a_failed_commit_ends() -> None:
     await settle()
     assert flush.status == errnos.EIO
     snapshot.end(errnos.EIO)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await rig.committer.quiesce()
     assert rig.committer.has_failed
 

@@ -10,13 +10,18 @@ from nbdtarget.testing.attached import why_not
 from nbdtarget.torture.mounts import why_no_mounts
 from nbdtarget.torture.recorder import record
 from nbdtarget.torture.recording import Recording, RecordingFiles, read_epochs
+from tests.support.patience import PATIENCE_S
 
 reason = why_no_mounts("ext4") or (why_not("kernel") and why_not("nbdfuse"))
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 
 def recorded(
-    directory: Path, command: str, *, setup: str | None = None, timeout_s: float = 60
+    directory: Path,
+    command: str,
+    *,
+    setup: str | None = None,
+    timeout_s: float = PATIENCE_S,
 ) -> Recording:
     return record(
         RecordingFiles(directory),

@@ -17,6 +17,7 @@ from nbdtarget.dm.mapped_device import State
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.moving import ListenerState
 from tests.support.dm import make_registry
+from tests.support.patience import PATIENCE_S
 
 # The new process: what it says, one after the other. "?" waits for a message; "." ends.
 NEW = """
@@ -60,7 +61,7 @@ class Server:
 
     async def hand_over(self, script: str) -> None:
         heir = await hand_over(self, [sys.executable, "-c", NEW, VARIABLE, script])
-        assert heir.wait(10) == 0
+        assert heir.wait(PATIENCE_S) == 0
 
     def check_goes_on(self, log: list[str]) -> None:
         """Everything is as it was before, after these steps."""
@@ -144,7 +145,8 @@ async def test_a_new_process_that_fails_leaves_everything_as_it_was(
     reason: str,
     log: list[str],
 ) -> None:
-    monkeypatch.setattr(giver, "PREPARE_S_MAX", 0.3)
+    if "does not answer" in reason:
+        monkeypatch.setattr(giver, "PREPARE_S_MAX", 0.3)
     with pytest.raises(NbdTargetError, match=reason):
         await server.hand_over(script)
     server.check_goes_on(log)

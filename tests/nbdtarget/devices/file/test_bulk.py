@@ -18,6 +18,7 @@ from nbdtarget.devices.health import HealthState
 from nbdtarget.devices.resolve import create_device, open_device
 from nbdtarget.fast.compiled import IS_COMPILED, describe
 from tests.support.file_device import SIZE, bio_of, ended
+from tests.support.patience import PATIENCE_S
 
 WINDOW = [(0, SIZE // 2)]
 NEXT = [(SIZE // 2, SIZE)]
@@ -187,7 +188,7 @@ async def test_an_error_of_the_wait_latches_and_fails_the_flush_that_overlapped(
     gate = threading.Event()
 
     def fail(fd: int, begin: int, end: int) -> None:
-        gate.wait(10)
+        gate.wait(PATIENCE_S)
         raise OSError(errno.EIO, "lost")
 
     monkeypatch.setattr(bulk, "wait_for_writeback", fail)

@@ -34,7 +34,8 @@ from nbdtarget.devices.file import extents, space, syscalls
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.pieces import WRITE_PIECE
 from nbdtarget.devices.resolve import create_device, open_device
-from tests.support.file_device import SIZE, Syncs, bio_of, ended, until
+from tests.support.file_device import SIZE, Syncs, bio_of, ended
+from tests.support.patience import PATIENCE_S, until
 
 HOLE = EXTENT_HOLE | EXTENT_ZERO
 SHM = Path("/dev/shm")
@@ -587,7 +588,7 @@ async def test_slow_writes_of_a_file_occupy_one_thread(
 
     def gated(fd: int, buffers: Sequence[memoryview], offset: int, flags: int) -> int:
         writers.add(threading.get_ident())
-        gate.wait(20)
+        gate.wait(PATIENCE_S)
         return pwritev(fd, buffers, offset, flags)
 
     monkeypatch.setattr(os, "pwritev", gated)

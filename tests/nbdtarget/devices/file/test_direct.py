@@ -19,7 +19,8 @@ from nbdtarget.devices.file import direct, ring
 from nbdtarget.devices.file.direct import DirectDevice
 from nbdtarget.devices.file.page_cache import cached_pages
 from nbdtarget.devices.file.syscalls import direct_unit
-from tests.support.file_device import SIZE, Syncs, bio_of, ended, until
+from tests.support.file_device import SIZE, Syncs, bio_of, ended
+from tests.support.patience import PATIENCE_S, until
 
 SHM = Path("/dev/shm")
 
@@ -108,7 +109,7 @@ async def test_write_that_is_not_aligned_runs_alone(
     def gated(payload: memoryview, offset: int) -> int:
         running.append(offset)
         most.append(len(running))
-        gate.wait(20)
+        gate.wait(PATIENCE_S)
         status = put(payload, offset)
         running.remove(offset)
         return status

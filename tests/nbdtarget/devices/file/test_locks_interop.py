@@ -11,6 +11,7 @@ import pytest
 
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.resolve import open_device
+from tests.support.patience import PATIENCE_S
 
 pytestmark = [
     pytest.mark.interop,
@@ -21,7 +22,6 @@ pytestmark = [
 ]
 
 SIZE = 1 << 20
-START_S_MAX = 20.0
 READ = ("qemu-io", "-r", "-f", "raw", "-c", "read 0 512")
 
 
@@ -50,7 +50,7 @@ async def qemu_nbd(disk: Path, *options: str) -> AsyncIterator[None]:
         "qemu-nbd", "-t", "-f", "raw", "-k", str(socket), *options, str(disk)
     )
     try:
-        await asyncio.wait_for(greeting(socket), START_S_MAX)
+        await asyncio.wait_for(greeting(socket), PATIENCE_S)
         yield
     finally:
         process.terminate()

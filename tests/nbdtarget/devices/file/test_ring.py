@@ -16,6 +16,7 @@ from nbdtarget.devices.base import Device
 from nbdtarget.devices.file import ring
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.fast import compiled
+from tests.support.patience import PATIENCE_S
 
 needs_ring = pytest.mark.skipif(
     not compiled.is_available(), reason="io_uring is not built, or not allowed"
@@ -133,7 +134,7 @@ async def test_callback_that_raises_keeps_no_other_read_waiting(
     dones: list[Callable[[int], None]] = [bad, others.append, bad, others.append]
     for done in dones:
         assert reader.read(device._fd, memoryview(bytearray(16)), 0, done)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while len(others) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     assert others == [16, 16]
@@ -146,7 +147,7 @@ async def test_close_waits_for_what_a_thread_finishes(device: FileDevice) -> Non
     os.truncate(device.name, 1024)
     ended = begin(device, 0, 4096)
     await device.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert (await ended).status == errnos.EIO
 
 
@@ -188,6 +189,6 @@ async def test_reads_that_the_kernel_does_not_take_are_offered_again(
             return False
 
     monkeypatch.setattr(reader, "ring", Refusing())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         assert (await device.read(4096, 4096)) == CONTENT[4096:8192]
     assert len(refused) == 3

@@ -16,7 +16,8 @@ from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.sync import Syncs as FileSyncs
 from nbdtarget.devices.file.sync_pace import SyncPace
 from nbdtarget.devices.resolve import create_device
-from tests.support.file_device import SIZE, Syncs, bio_of, ended, until
+from tests.support.file_device import SIZE, Syncs, bio_of, ended
+from tests.support.patience import until
 
 
 @pytest.fixture

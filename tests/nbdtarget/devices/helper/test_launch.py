@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.devices.helper import launch
+from tests.support.patience import PATIENCE_S
 
 SCRIPT = launch.__file__
 TELL = (
@@ -29,7 +30,7 @@ def run(
         [sys.executable, "-I", "-S", SCRIPT, *argv],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=PATIENCE_S,
         pass_fds=() if fd < 0 else (fd,),
         env={**os.environ, **environment},
     )
@@ -93,7 +94,7 @@ def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 def _wait_for_end(handle: int) -> None:
     try:
-        assert select.select([handle], [], [], 20.0)[0], "it still runs"
+        assert select.select([handle], [], [], PATIENCE_S)[0], "it still runs"
     finally:
         os.close(handle)
 

@@ -11,6 +11,7 @@ import pytest
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.helper import process
 from nbdtarget.devices.helper.process import Helper, PrivateSocket
+from tests.support.patience import PATIENCE_S
 
 ACCEPT = (
     "import os, socket, sys;"
@@ -21,7 +22,7 @@ ACCEPT = (
 
 def connected(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(20)
+    sock.settimeout(PATIENCE_S)
     sock.connect(path)
     return sock
 

@@ -17,7 +17,7 @@ from nbdtarget.devices.http import store as module
 from nbdtarget.devices.http.url_command import set_url_commands
 from nbdtarget.devices.ranged.store import SourceAway
 from tests.support.image_server import Answer, ImageServer, Request
-from tests.support.nbd_device import until
+from tests.support.patience import until
 from tests.support.remote_images import (
     IMAGE,
     KIB,

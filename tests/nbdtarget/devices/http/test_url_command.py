@@ -15,7 +15,7 @@ from nbdtarget.devices.http.url_command import (
     url_command_for,
 )
 from nbdtarget.devices.ranged.store import SourceAway
-from tests.support.nbd_device import until
+from tests.support.patience import until
 
 URL = parse_http_url("https://h/a?old#pin=size")
 

@@ -2,6 +2,7 @@
 """NbdDevice against a strict server: what it asks, and what it makes of what it is told."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -29,8 +30,9 @@ from nbdtarget.devices.nbd.device import IN_FLIGHT_MAX, NbdDevice, open_nbd
 from nbdtarget.devices.nbd.uri import CONNECTIONS
 from nbdtarget.devices.resolve import identity, open_device
 from nbdtarget_protocol import consts
-from tests.support.nbd_device import SIZE, bio_of, device_of, until
+from tests.support.nbd_device import SIZE, bio_of, device_of
 from tests.support.nbd_server import FLAGS_ALL, StrictServer
+from tests.support.patience import PATIENCE_S, attempts, until
 
 
 @pytest.mark.parametrize("block_min", [1, 512, 4096])
@@ -387,11 +389,9 @@ async def lost_device(server: StrictServer, *, read_only: bool) -> NbdDevice:
 
 
 async def read_again(device: NbdDevice) -> bytes:
-    for _ in range(2000):
-        try:
+    async for _ in attempts():
+        with contextlib.suppress(DeviceError):
             return bytes(await device.read(0, 4))
-        except DeviceError:
-            await asyncio.sleep(0.001)
     raise AssertionError("never connected again")
 
 
@@ -479,7 +479,7 @@ async def test_extents_of_part_of_a_block_are_data(
         monkeypatch.setattr(device, "_has_status", True)
         assert isinstance(device, NbdDevice)
         monkeypatch.setattr(device._block_status, "_ask", in_pieces)
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             extents = await device.extents(1024, 4096)
         assert extents == [Extent(4096, EXTENT_DATA)]
         await device.close()

@@ -2,6 +2,7 @@
 """NbdDevice against real servers."""
 
 import asyncio
+import contextlib
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from nbdtarget.devices.base import EXTENT_ZERO
 from nbdtarget.devices.resolve import open_device
+from tests.support.patience import attempts
 
 pytestmark = pytest.mark.interop
 
@@ -51,13 +53,10 @@ async def running(command: list[str], directory: Path) -> AsyncIterator[str]:
     ]
     process = await asyncio.create_subprocess_exec(*words)
     try:
-        for _ in range(2000):
-            try:
-                with socket.socket(socket.AF_UNIX) as probe:
-                    probe.connect(str(path))
+        async for _ in attempts():
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(path))
                 break
-            except OSError:
-                await asyncio.sleep(0.005)
         yield f"nbd+unix:///?socket={path}"
     finally:
         process.kill()
@@ -150,12 +149,10 @@ async def test_tcp_too(tmp_path: Path, disk: bytearray) -> None:
     async with unix:
         words = [word.format(socket=tmp_path / "s") for word in tcp]
         process = await asyncio.create_subprocess_exec(*words)
-        for _ in range(400):
-            try:
+        async for _ in attempts():
+            with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port)).close()
                 break
-            except OSError:
-                await asyncio.sleep(0.01)
         device = await open_device(f"nbd://127.0.0.1:{port}/")
         assert bytes(await device.read(0, SIZE)) == disk
         await device.close()

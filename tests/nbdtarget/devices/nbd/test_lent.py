@@ -26,8 +26,9 @@ from nbdtarget.fast.compiled import IS_COMPILED, describe
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.client import ClientNegotiated, ClientTransmission
 from tests.support.bulk import MemoryFileDisk, WritableDisk
-from tests.support.nbd_device import SIZE, device_of, until
+from tests.support.nbd_device import SIZE, device_of
 from tests.support.nbd_server import FLAGS_ALL, StrictServer
+from tests.support.patience import PATIENCE_S, until
 
 CHUNK = 4096
 CONTENT = random.Random(8).randbytes(SIZE)
@@ -46,7 +47,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 class Hand:
     """The server's end of a lent connection, without a loop; `said` is what the server says."""
 
-    def __init__(self, *, is_structured: bool = True, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, *, is_structured: bool = True, timeout_s: float = PATIENCE_S
+    ) -> None:
         ours, self.server = socket.socketpair()
         seconds, rest = int(timeout_s), int(timeout_s % 1 * 1_000_000)
         timeval = seconds.to_bytes(8, "little") + rest.to_bytes(8, "little")
@@ -193,7 +196,7 @@ def test_a_stream_that_is_shut_wakes_its_thread_and_takes_nothing_more() -> None
     thread = threading.Thread(target=wait)
     thread.start()
     hand.stream.shut()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert reasons == ["server hung up"]
     with pytest.raises(StreamLostError, match="broken pipe"):
         hand.ask(4096)
@@ -205,7 +208,7 @@ def test_a_stream_that_is_shut_wakes_its_thread_and_takes_nothing_more() -> None
     ("sentence", "error", "reason"),
     [
         ("", -1, "server hung up"),
-        ("", errno.EAGAIN, "no answer to READ within 5 s"),
+        ("", errno.EAGAIN, f"no answer to READ within {PATIENCE_S:g} s"),
         ("", errno.EPIPE, "broken pipe"),
         ("bad reply magic 0x1", 0, "bad reply magic 0x1"),
     ],
@@ -224,7 +227,7 @@ def test_what_compiled_code_tells_is_said_in_the_same_words(
 async def copied(copies: BulkCopies, offset: int, length: int) -> BulkFailure | None:
     copying = copies.maybe_copy(offset, length)
     assert copying is not None
-    return await asyncio.wait_for(copying, 10)
+    return await asyncio.wait_for(copying, PATIENCE_S)
 
 
 @pytest.fixture(
@@ -394,7 +397,7 @@ async def test_a_device_that_is_lost_takes_its_streams_back(
         assert copying is not None
         await until(lambda: device.nr_in_flight == 3 * bulk.CHUNKS_PER_STREAM)
         device._connection_lost("the cable was cut")
-        failure = await asyncio.wait_for(copying, 10)
+        failure = await asyncio.wait_for(copying, PATIENCE_S)
         assert failure is not None
         assert failure.status == errno.EIO
         assert copies.maybe_copy(0, CHUNK) is None
@@ -415,7 +418,7 @@ async def test_reads_that_hang_are_given_up(
         assert copying is not None
         await until(lambda: device.nr_in_flight == 3 * bulk.CHUNKS_PER_STREAM)
         device.give_up_reads()
-        failure = await asyncio.wait_for(copying, 10)
+        failure = await asyncio.wait_for(copying, PATIENCE_S)
         assert failure is not None
         assert failure.status == errno.EIO
         await device.close()

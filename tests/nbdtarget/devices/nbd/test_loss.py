@@ -25,8 +25,9 @@ from nbdtarget.devices.nbd import connection as nbd_connection
 from nbdtarget.devices.nbd import device as nbd_module
 from nbdtarget.devices.nbd.device import NbdDevice, open_nbd
 from nbdtarget_protocol import consts
-from tests.support.nbd_device import bio_of, device_of, until
+from tests.support.nbd_device import bio_of, device_of
 from tests.support.nbd_server import FLAGS_ALL, StrictServer
+from tests.support.patience import PATIENCE_S, until
 
 SINGLE = FLAGS_ALL ^ consts.FLAG_CAN_MULTI_CONN
 
@@ -346,6 +347,7 @@ async def test_so_does_a_device_that_is_opened_anew(
             await open_nbd(server.uri, read_only=False)
         reader = await open_nbd(server.uri, read_only=True)  # it cannot be overtaken
         await reader.close()
+        monkeypatch.setattr(nbd_connection, "END_TIMEOUT_S", PATIENCE_S)
         server.gate.set()
         device = await open_nbd(server.uri, read_only=False)
         assert server.disk[:512] == b"o" * 512

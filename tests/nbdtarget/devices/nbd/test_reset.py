@@ -14,7 +14,7 @@ from nbdtarget.devices.nbd.connection import NbdConnection
 from nbdtarget.devices.nbd.uri import NbdUri
 from nbdtarget_protocol import consts as c
 from nbdtarget_protocol.client import ClientNegotiated
-from tests.support.peer import until
+from tests.support.patience import until
 
 LOOPS: Final = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 REPLY: Final = c.SIMPLE_REPLY.pack(c.SIMPLE_REPLY_MAGIC, 0, 1)

@@ -19,6 +19,7 @@ from nbdtarget.server.listener import Listener
 from nbdtarget.server.tls import ListenerTls, TlsOptions
 from nbdtarget_protocol import consts as c
 from tests.support.certificates import Authority, authority, needs_openssl
+from tests.support.patience import PATIENCE_S
 from tests.support.peer import MIB, Directory, Disk
 
 pytestmark = needs_openssl
@@ -161,7 +162,7 @@ async def test_encrypted_requests_count_as_sent_when_the_connection_is_given_up(
         assert 0 < owed < 400
         disk.hold = False
         disk.let_go()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await connection.ended.wait()
         assert len(disk.bios) == owed
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import trustme
 
+from tests.support.patience import PATIENCE_S, wait_until
+
 pytest.importorskip("obstore", reason="the package obstore is missing")
 
 from nbdtarget.common.errors import DeviceError
@@ -119,21 +121,17 @@ async def test_tls_with_an_authority_of_ones_own(tmp_path: Path) -> None:
 def process(argv: list[str], port: int) -> Iterator[None]:
     child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(2000):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert child.poll() is None, "it ended"
-            pause()
+        wait_until(lambda: listens(port) or child.poll() is not None)
+        assert child.poll() is None, "it ended"
         yield
     finally:
         child.kill()
         child.wait()
 
 
-def pause() -> None:
-    """A process has no event that says when it listens."""
-    time.sleep(0.01)
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
@@ -157,7 +155,7 @@ async def test_moto_is_read_and_a_new_upload_is_noticed() -> None:
             config={"endpoint": endpoint, "region": "us-east-1", "virtual_hosted_style_request": False},
             client_options={"allow_http": True},
         )  # fmt: skip
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await _make_bucket(port)
             await obstore.put_async(bucket, "a.img", IMAGE)
             name = f"s3://bucket/a.img#region=us-east-1&endpoint={endpoint}"

@@ -19,8 +19,8 @@ from nbdtarget.devices.resolve import open_device
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.clone.target import CloneTarget
 from tests.support.image_server import ImageServer, image_of
-from tests.support.nbd_device import until
 from tests.support.packed import PACKERS
+from tests.support.patience import attempts, until
 from tests.support.porcelain_clone import Recorder, clone
 
 MIB = 1 << 20
@@ -205,11 +205,10 @@ async def test_restart_begins_the_stream_again_and_skips(tmp_path: Path) -> None
     device = await registry.create("c", line)
     assert bytes(await device.read(0, MIB)) == IMAGE[:MIB]
     await device.message(0, ["enable_hydration"])
-    for _ in range(20_000):
+    async for _ in attempts():
         (_, fields), *_ = await device.status_by_name()
         if fields["hydrated_durably"]:
             break
-        await asyncio.sleep(0.001)
     await registry.close()
     wanted = bytearray(IMAGE[: 6 * MIB])
     wanted[3 * MIB : 3 * MIB + 65536] = b"mine" * 16384

@@ -17,7 +17,7 @@ from nbdtarget.devices.ranged.fetcher import Fetcher
 from nbdtarget.devices.ranged.store import SourceAway
 from nbdtarget.devices.ranged.traffic import Traffic
 from tests.support.image_server import image_of
-from tests.support.nbd_device import until
+from tests.support.patience import until
 from tests.support.ranged import MemoryStore, in_simulated_time
 
 MIB = 1 << 20

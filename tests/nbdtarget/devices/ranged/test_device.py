@@ -23,7 +23,7 @@ from nbdtarget.devices.ranged.store import (
     SourceUnfit,
 )
 from tests.support.image_server import image_of
-from tests.support.nbd_device import until
+from tests.support.patience import until
 from tests.support.ranged import MemoryStore, in_simulated_time
 
 MIB = 1 << 20

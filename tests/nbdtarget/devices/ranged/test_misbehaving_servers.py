@@ -16,7 +16,7 @@ import pytest
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.health import HealthState
 from tests.support.image_server import Answer, ImageServer, Request
-from tests.support.nbd_device import until
+from tests.support.patience import until
 from tests.support.remote_images import (
     IMAGE,
     KIB,

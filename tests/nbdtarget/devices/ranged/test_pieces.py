@@ -19,7 +19,7 @@ from nbdtarget.devices.ranged.pieces import (
 from nbdtarget.devices.ranged.store import SourceAway
 from nbdtarget.devices.ranged.traffic import Traffic
 from tests.support.image_server import image_of
-from tests.support.nbd_device import until
+from tests.support.patience import until
 from tests.support.ranged import MemoryStore, in_simulated_time
 
 IMAGE = image_of(16 * CELL_BYTES + 700)

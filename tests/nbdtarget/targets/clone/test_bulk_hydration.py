@@ -13,7 +13,7 @@ from nbdtarget.devices import bulk
 from tests.support.bulk import LendingDisk, WritableDisk
 from tests.support.clock import settle
 from tests.support.clone import REGION, Rig
-from tests.support.nbd_device import until
+from tests.support.patience import PATIENCE_S, until
 
 NR_REGIONS = 8
 SIZE = NR_REGIONS * REGION
@@ -108,7 +108,7 @@ async def test_a_stop_in_the_middle_waits_for_what_is_under_way_and_records_it(
     await settle()
     assert not suspending.done()
     rig.lending.gate.set()
-    await asyncio.wait_for(suspending, 10)
+    await asyncio.wait_for(suspending, PATIENCE_S)
     await until(lambda: rig.lending.came_back == [""] * 3)
     assert await rig.hydrated() == f"4/{NR_REGIONS}"
     assert rig.written.data == CONTENT[: SIZE // 2] + bytes(SIZE // 2)

@@ -23,6 +23,7 @@ from tests.support.clone import REGION, Context, Disk
 from tests.support.devices import CrashDevice, FaultDevice
 from tests.support.metadata.report import check
 from tests.support.model import DiskModel
+from tests.support.patience import PATIENCE_S
 
 SIZE = 9 * REGION + 512
 CONTENT = random.Random(5).randbytes(SIZE)
@@ -104,7 +105,7 @@ class Client:
 
 async def _is_ok(io: Coroutine[Any, Any, None]) -> bool:
     try:
-        await asyncio.wait_for(io, 10)
+        await asyncio.wait_for(io, PATIENCE_S)
     except DeviceError:
         return False
     return True

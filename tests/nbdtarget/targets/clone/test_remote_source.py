@@ -20,6 +20,7 @@ from nbdtarget.dm.registry import Registry
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions
 from tests.support.clock import settle
 from tests.support.image_server import Answer, ImageServer, Request, image_of
+from tests.support.patience import attempts
 from tests.support.porcelain_clone import Recorder, clone
 
 MIB = 1 << 20
@@ -87,11 +88,9 @@ async def readable(device: MappedDevice) -> dict[int, bytes]:
 
 
 async def until(device: MappedDevice, name: str, value: object) -> None:
-    for _ in range(20_000):
+    async for _ in attempts():
         if await fields_of(device, name) == value:
             return
-        await asyncio.sleep(0.001)
-    raise AssertionError(f"{name} never became {value}")
 
 
 async def test_one_line_clones_a_url(server: ImageServer, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from nbdtarget.targets.clone import trace as module
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget.targets.clone.trace import Trace, grouped
 from tests.support.image_server import ImageServer, image_of
-from tests.support.nbd_device import until
+from tests.support.patience import until
 from tests.support.porcelain_clone import Recorder
 
 KIB = 1 << 10
