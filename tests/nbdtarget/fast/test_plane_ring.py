@@ -13,6 +13,7 @@ import pytest
 
 from nbdtarget.fast import compiled
 from nbdtarget.server.poller import Lateness
+from tests.support.patience import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(
     not compiled.is_available(), reason="io_uring is not built, or not allowed"
