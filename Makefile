@@ -33,6 +33,7 @@ help:
 	@echo 'make torture       databases under power cuts (as root): which of them keep what they promise'
 	@echo 'make upgrade-loop [ARGS=…]  hand-overs to a new process under load, over and over'
 	@echo 'make fleet-sim     one image and many machines, in simulated time'
+	@echo 'make ceph-test     RBD images of a real cluster of Ceph as sources (as root, a minute and a half)'
 	@echo 'make vm-test       the kernel as a client, and systemd, in virtual machines'
 	@echo 'make passthrough-bugs  the steps of the two bugs of dm-cache, here'
 	@echo 'make mutants       every deliberate bug must be caught'
@@ -187,6 +188,11 @@ upgrade-loop: .venv/dev.stamp
 # By the kernel's own steps: passthrough over a cache that may be dirty is refused.
 passthrough-bugs: .venv/dev.stamp
 	@$(BIN)/python -m scripts.passthrough_bugs $(ARGS)
+
+# RBD images of a real cluster of Ceph on this machine, as sources.
+.PHONY: ceph-test
+ceph-test: .venv/dev.stamp
+	@$(BIN)/python -m scripts.ceph_test $(ARGS)
 
 # Kernel clients, and a real systemd, in virtual machines: ARGS='--only NAME', '--list'.
 .PHONY: vm-test

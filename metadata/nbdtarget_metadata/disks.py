@@ -89,8 +89,10 @@ SAMPLE_BYTES: Final = 4096
 SAMPLES_MAX: Final = 32
 # Where a disk is, not what.
 MOVABLE_IDS: Final = frozenset({"server", "backing-file", "url", "image", "helper"})
-# What a remote image was when it was read; see `nbdtarget.devices.ranged.pin`.
-PIN_IDS: Final = frozenset({"etag", "version", "last-modified", "size"})
+# What a remote image was when it was read; see `nbdtarget.devices.ranged.pin`, and `nbdtarget.devices.helper.state` for Ceph.
+PIN_IDS: Final = frozenset(
+    {"etag", "version", "last-modified", "size", "image-id", "snapshot-id"}
+)
 NOT_MARKED: Final = -1
 
 

@@ -21,10 +21,10 @@ from nbdtarget.common.units import SECTOR, parse_size
 from nbdtarget.common.words import join_words
 from nbdtarget.control import messages as m
 from nbdtarget.control.paths import ControlAddress, control_address, control_token
-from nbdtarget.devices import resolve
 from nbdtarget.porcelain import look
 from nbdtarget.porcelain.cache import CacheOptions, plan_cache
 from nbdtarget.porcelain.clone import CloneOptions, plan_clone
+from nbdtarget.porcelain.disk_name import disk_name
 from nbdtarget.porcelain.job import Plan, make_missing, remove_made
 from nbdtarget.porcelain.scratch import scratch_table
 from nbdtarget.server.listener import export_uri
@@ -350,4 +350,4 @@ class Server:
 
 
 def _absolute(disk: Path) -> str:
-    return resolve.absolute_name(os.fspath(disk), os.getcwd())
+    return disk_name(os.fspath(disk), os.getcwd())

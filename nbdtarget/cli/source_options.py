@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, NamedTuple, TypeVar
 import typer
 
 from nbdtarget.cli.option_group import takes_group
+from nbdtarget.devices.helper.words import container_of
 
 __all__ = ["NO_SOURCE_OPTIONS", "SourceSaid", "takes_source_options"]
 
@@ -59,7 +60,7 @@ class SourceSaid(NamedTuple):
         """The words of the command for `source`; none: there is no command. Raises: typer.BadParameter."""
         if self.url_command is None:
             return ()
-        if not source.lower().startswith(_URLS):
+        if not container_of(source).lower().startswith(_URLS):
             raise typer.BadParameter("--url-command is for a SOURCE that is a URL")
         try:
             words = tuple(shlex.split(self.url_command))

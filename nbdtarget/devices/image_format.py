@@ -53,9 +53,11 @@ class ImageFormat(NamedTuple):
     def advice_for(self, name: str, path: str | None) -> str:
         """What to do to get at the disk inside."""
         is_encoded = self.word.startswith(("qemu:", "nbdkit:"))
-        is_on_web = name.startswith(_WEB) and not self.word.startswith("nbdkit:")
-        if self.word and (path is not None or is_on_web):
-            what = name.partition("#")[0] if path is None else path
+        is_remote = name.startswith(_REMOTE) and not self.word.startswith("nbdkit:")
+        if self.word and (path is not None or is_remote):
+            # The options of an image stand in the name of the disk in it; those of a stream do not.
+            what = name if is_encoded else name.partition("#")[0]
+            what = what if path is None else path
             for mark in "%#&" if is_encoded else "":
                 what = what.replace(mark, f"%{ord(mark):X}")
             return f"write {self.word.format(what=what)} for the disk in it"
@@ -64,10 +66,7 @@ class ImageFormat(NamedTuple):
         return "give the disk in it"
 
 
-_WEB: Final = (
-    "http://",
-    "https://",
-)  # which qemu-nbd reads, too, and what unpacks a stream
+_REMOTE: Final = ("http://", "https://", "s3://", "gs://", "az://")
 
 
 def _image(name: str) -> ImageFormat:

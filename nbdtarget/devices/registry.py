@@ -10,7 +10,12 @@ from typing import Final
 from nbdtarget.common.named import by_name
 from nbdtarget.devices.file.direct_scheme import DirectScheme
 from nbdtarget.devices.file.scheme import FileScheme
-from nbdtarget.devices.helper.scheme import HelperScheme, NbdkitScheme, QemuScheme
+from nbdtarget.devices.helper.scheme import (
+    HelperScheme,
+    NbdkitScheme,
+    QemuScheme,
+    RbdScheme,
+)
 from nbdtarget.devices.http.scheme import HttpScheme, HttpsScheme
 from nbdtarget.devices.memory_scheme import MemoryScheme
 from nbdtarget.devices.nbd.scheme import (
@@ -26,6 +31,12 @@ from nbdtarget.devices.scheme import Scheme, syntaxes
 
 __all__ = ["SCHEMES", "scheme_list"]
 
+# These are files, in which an image in another format may lie.
+_REMOTE: Final[dict[str, Scheme]] = by_name(
+    (HttpScheme(), HttpsScheme(), S3Scheme(), GcsScheme(), AzureScheme()),
+    attrgetter("name"),
+)
+
 _OF_DISKS: Final[dict[str, Scheme]] = by_name(
     (
         FileScheme(),
@@ -35,12 +46,9 @@ _OF_DISKS: Final[dict[str, Scheme]] = by_name(
         NbdUnixScheme(),
         NbdsScheme(),
         NbdsUnixScheme(),
-        HttpScheme(),
-        HttpsScheme(),
-        S3Scheme(),
-        GcsScheme(),
-        AzureScheme(),
-        QemuScheme(),
+        *_REMOTE.values(),
+        QemuScheme(_REMOTE),
+        RbdScheme(),
         NbdkitScheme(),
         HelperScheme(),
     ),

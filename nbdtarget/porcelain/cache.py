@@ -52,6 +52,7 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
+from nbdtarget.porcelain.disk_name import disk_name
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import StatusFields, count
 from nbdtarget.targets.cache.table import PASSTHROUGH, WRITEBACK, WRITETHROUGH
@@ -195,7 +196,7 @@ async def plan_cache(options: CacheOptions, directory: str) -> CachePlan:
     Args: directory: absolute; where relative paths are meant.
     Raises: NbdTargetError.
     """
-    origin = resolve.absolute_name(options.origin, directory)
+    origin = disk_name(options.origin, directory)
     cache = resolve.absolute_name(options.cache, directory)
     policy_type(options.policy)
     name = look.export_name(options.name, origin, "cache")

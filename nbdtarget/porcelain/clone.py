@@ -41,6 +41,7 @@ from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
 from nbdtarget.porcelain import job, look
+from nbdtarget.porcelain.disk_name import disk_name
 from nbdtarget.porcelain.trace_file import (
     TraceRecorder,
     check_writable,
@@ -157,7 +158,7 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     Args: directory: absolute; where relative paths are meant.
     Raises: NbdTargetError.
     """
-    source = resolve.absolute_name(options.source, directory)
+    source = disk_name(options.source, directory)
     dest = resolve.absolute_name(options.dest, directory)
     metadata = look.metadata_name(options.metadata, dest, directory)
     name = look.export_name(options.name, dest, "clone")
@@ -286,9 +287,11 @@ class CloneJob(job.Job[ClonePlan]):
 
     def _enter(self) -> None:
         if self._options.url_command:
+            from nbdtarget.devices.helper.words import container_of
             from nbdtarget.devices.http.url_command import set_url_commands
 
-            set_url_commands({self._options.source: self._options.url_command})
+            url = container_of(self._options.source)
+            set_url_commands({url: self._options.url_command})
 
     async def _plan(self) -> ClonePlan:
         if self._options.hydrate_order is not None:

@@ -19,10 +19,10 @@ from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.common.words import join_words
 from nbdtarget.daemon.metrics_options import MetricsOptions
 from nbdtarget.daemon.security import SecurityOptions
-from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import check_name
 from nbdtarget.porcelain import job, look
+from nbdtarget.porcelain.disk_name import disk_name
 
 __all__ = ["ExportJob", "ExportOptions", "ExportPlan", "plan_export"]
 
@@ -72,7 +72,7 @@ async def plan_export(options: ExportOptions, directory: str) -> ExportPlan:
     Args: directory: absolute; where relative paths are meant.
     Raises: NbdTargetError.
     """
-    disk = resolve.absolute_name(options.disk, directory)
+    disk = disk_name(options.disk, directory)
     name = look.export_name(options.name, disk, "disk")
     check_name(name)
     size = await look.disk_size(disk, read_only=options.read_only)

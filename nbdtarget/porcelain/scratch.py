@@ -33,9 +33,9 @@ from nbdtarget.daemon.metrics_options import MetricsOptions
 from nbdtarget.daemon.security import Security, SecurityOptions
 from nbdtarget.daemon.serve import default_listen
 from nbdtarget.daemon.stop_bounds import StopBounds
-from nbdtarget.devices import resolve
 from nbdtarget.dm.registry import check_name
 from nbdtarget.porcelain import look
+from nbdtarget.porcelain.disk_name import disk_name
 
 __all__ = [
     "COPIES_MAX",
@@ -101,7 +101,7 @@ async def plan_scratch(options: ScratchOptions, directory: str) -> ScratchPlan:
         raise NbdTargetError(
             f"{options.nr_copies} copies: must be from 1 to {COPIES_MAX}"
         )
-    image = resolve.absolute_name(options.image, directory)
+    image = disk_name(options.image, directory)
     name = look.export_name(options.name, image, "scratch")
     names = tuple(f"{name}-{nr}" for nr in range(1, options.nr_copies + 1))
     check_name(names[-1])

@@ -6,6 +6,9 @@ import os
 import random
 import select
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,14 @@ import pytest
 from tests.support.clients import needs, refused
 from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import PlainClient
-from tests.support.processes import NBDTARGET, ServerProcess, stop_stranger
+from tests.support.processes import (
+    NBDTARGET,
+    ServerProcess,
+    stop_stranger,
+    wait_for_file,
+)
 
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 SIZE = 32 * MIB
 DATA = 4 * MIB
@@ -163,6 +172,40 @@ def test_command_of_the_configuration_file(work: Path) -> None:
         assert len(helpers("nbdkit", work)) == 1
         assert server.terminate() == 0
     assert helpers("nbdkit", work) == []
+
+
+def test_name_of_a_remote_image_says_its_format(work: Path) -> None:
+    with on_the_web(work / "a.qcow2") as url:
+        line = [NBDTARGET, "clone", f"{url}/a.qcow2", "disk", "--exit-when-hydrated"]
+        line += ["--control", "c.sock", "--listen", f"unix:{work}/d.sock"]
+        subprocess.run(line, check=True, capture_output=True, timeout=60)
+        assert (work / "disk").read_bytes() == content()
+        assert (work / "disk").stat().st_blocks * 512 < SIZE // 2
+    # The name decides, and the content must agree: nothing is guessed.
+    with on_the_web(work / "raw") as other:
+        line = [NBDTARGET, "clone", f"{other}/a.qcow2", "d", "--control", "c.sock"]
+        assert "not in qcow2 format" in refused(line)
+    assert helpers("qemu-nbd", work) == []
+    told = subprocess.run(
+        [NBDTARGET, "metadata", "info", "disk.nbdtarget"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert f"format=qcow2, url={url}/a.qcow2, etag=" in told
+
+
+@contextmanager
+def on_the_web(file: Path) -> Iterator[str]:
+    """A web server on which every path is `file`; its URL."""
+    port = file.with_suffix(".port")
+    argv = [sys.executable, "-m", "scripts.store_server", str(file), str(port)]
+    with subprocess.Popen([*argv, "--latency-ms", "0"], cwd=ROOT) as server:
+        try:
+            assert wait_for_file(port)
+            yield f"http://127.0.0.1:{port.read_text()}"
+        finally:
+            server.kill()
 
 
 def test_successor_opens_the_image_with_a_helper_of_its_own(work: Path) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "peak_rss_bytes",
     "rss_bytes",
     "stop_stranger",
+    "wait_for_file",
     "wait_for_socket",
 ]
 
@@ -61,6 +62,16 @@ def wait_for_socket(path: Path, *, timeout_s: float = PATIENCE_S) -> bool:
     """Wait until something accepts connections at `path`."""
     deadline = time.monotonic() + timeout_s
     while not _connects(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def wait_for_file(path: Path, *, timeout_s: float = 20.0) -> bool:
+    """Wait until there is a file at `path`."""
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_S)

@@ -4,11 +4,18 @@
 Theory of operation. To everything above it is an `NbdDevice` that is only read: several connections, block status with holes, bulk
 copies, and connecting again after a loss, each time after a longer while. What is added is the server's life:
 
-    open          an image is looked at (`image_info.py`), the program is started, and connected to
+    open          an image is looked at (`image_info.py`, `state.py`), the program is started, and connected to
     it ends       our connections end with it; before each new attempt to connect it is started again
     it hangs      a read that is not answered in time loses the connections; if a live program does not take new ones,
                   it is ended, and another one is started at the next attempt
+    it is back    with the same image, or nothing more is read: `changed` says why, as for a remote image
     close         the connections first, then the program: nbdkit stays while a client is connected
+
+*Reads wait.* What is read while the helper is away, or was under way when it died, waits for the next one (`NbdDevice.holds_reads`): to start
+a program again takes a moment, and a guest that got an error would not ask again. After `source-timeout` it ends with an error.
+
+*Containers.* An image on a web server or in an object store is opened by ourselves, and the helper reads it from us (`container.py`). That it was replaced, or is away, is noticed
+there, and shown here. A read is not too late then, however long the server is away.
 
 Another process that takes over from this one (`nbdtarget upgrade`) starts a helper of its own. Nothing is lost by that, because nothing is written here.
 """
@@ -17,15 +24,24 @@ import asyncio
 import contextlib
 import errno as errnos
 import logging
-import os
-from functools import partial
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Final
 
 from nbdtarget.common.clock import timeout, wait_within
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.devices.base import Device
+from nbdtarget.devices.helper.container import Container
 from nbdtarget.devices.helper.image_info import refuse_references
 from nbdtarget.devices.helper.process import Helper
-from nbdtarget.devices.helper.words import HelperName, QemuName
+from nbdtarget.devices.helper.programs import missing
+from nbdtarget.devices.helper.state import ImageState, look_at_image
+from nbdtarget.devices.helper.words import (
+    HelperName,
+    QemuName,
+    parse_qemu,
+    qemu_name,
+)
 from nbdtarget.devices.identity import HELPER
 from nbdtarget.devices.nbd.connect import connect_all
 from nbdtarget.devices.nbd.connection import NbdConnection, connect
@@ -45,69 +61,204 @@ class HelperDevice(NbdDevice):
     """See the module head. Made by `open_helper`."""
 
     may_be_container = False  # the name says in which format it is
+    holds_reads = True
 
-    def __init__(
-        self, words: HelperName, helper: Helper, connections: list[NbdConnection]
-    ) -> None:
-        connecting = partial(_connected, words, helper)
-        super().__init__(words.shown, connections, connecting, read_only=True)
+    def __init__(self, source: "_Source", connections: list[NbdConnection]) -> None:
+        words = source.words
+        super().__init__(words.shown, connections, self._connect_same, read_only=True)
         self.secret_name = words.name if words.shown != words.name else ""
-        self._words = words
-        self._helper = helper
+        self.hold_s_max = words.source_timeout_s
+        self._source = source
+        if source.container is not None:
+            below = source.container.device
+            self.traffic = below.traffic
+            below.health.watchers.append(self._container_changed)
 
     @property
     def helper_pid(self) -> int | None:
         """Of the program, while it runs."""
-        return self._helper.pid
+        return self._source.helper.pid
+
+    async def _connect_same(self) -> list[NbdConnection]:
+        """Connect to the helper, which has perhaps opened its image again. Raises: ResolveError."""
+        source = self._source
+        connections = await _connected(source.words, source.helper)
+        try:
+            found = await look_at_image(source.words)
+            if difference := source.state.difference(found):
+                reason = f"the image was replaced or written to: {difference}"
+                self._give_up(reason)
+                raise ResolveError(self.name, reason)
+        except BaseException:
+            for connection in connections:
+                connection.close()
+            raise
+        return connections
+
+    def _give_up(self, reason: str) -> None:
+        """Never read from the image again: it is not what it was."""
+        self.changed = reason
+        log.error("%s: %s; nothing more is read from it", self.name, reason)
+        self.give_up_for_good()
+
+    def _container_changed(self) -> None:
+        assert self._source.container is not None
+        reason = self._source.container.device.changed
+        if reason and not self.changed:
+            self._give_up(reason)
 
     async def measure(self) -> int:
-        await self._helper.start()
-        connection = await connect(self.name, _uri(self._words, self._helper))
+        await self._source.helper.start()
+        uri = _uri(self._source.words, self._source.helper)
+        connection = await connect(self.name, uri)
         connection.close()
         return connection.negotiated.size
 
     async def identify(self, role: str) -> Evidence:
+        source = self._source
+        ids = (*source.words.ids, *source.state.ids)
+        if source.container is None:
+            state = source.state
+            if source.words.file:  # it may have been written to since it was opened
+                state = await look_at_image(source.words)
+            pinned, mtime_ns = state.is_pinned, state.mtime_ns
+        else:
+            below = await source.container.device.identify(role)
+            # The size is not needed beside an ETag, and there is room for four.
+            told = [each for each in below.ids if not each.startswith("size=")]
+            told = told if below.is_pinned else list(below.ids)
+            ids = (source.words.ids[0], *told)
+            pinned, mtime_ns = below.is_pinned, 0
         return Evidence(
-            HELPER,
-            self.bare_name,
-            self.size,
-            self._words.ids,
-            mtime_ns=await asyncio.to_thread(_mtime_ns, self._words),
+            HELPER, self.bare_name, self.size, ids, mtime_ns=mtime_ns, is_pinned=pinned
         )
+
+    def give_up_reads(self) -> None:
+        if self._source.container is not None:
+            self._source.container.device.give_up_reads()
+        super().give_up_reads()
+
+    async def use_name(self, name: str) -> None:
+        source = self._source
+        if source.container is None or not isinstance(source.words, QemuName):
+            return await super().use_name(name)
+        if name.startswith("qemu:"):
+            words = parse_qemu(name)
+        else:
+            mark, options = source.words.name.partition("#")[1:]
+            words = parse_qemu(qemu_name(source.words.format, name) + mark + options)
+        if not words.container or words.format != source.words.format:
+            raise ResolveError(words.shown, "is no name of the same image")
+        await source.container.device.use_name(words.container)
+        source.words = words.in_container(source.container.path)
+        self.name = self.bare_name = words.shown
+        self.secret_name = words.name if words.shown != words.name else ""
 
     async def close(self) -> None:
         await super().close()
-        await self._helper.close()
+        await self._source.close()
 
 
-async def open_helper(words: HelperName, *, read_only: bool) -> HelperDevice:
-    """Start the helper and connect to it. Raises: ResolveError; then nothing runs."""
+class _Source:
+    """What an open image consists of.
+
+    Attributes:
+        state: of the image, when it was opened.
+    """
+
+    def __init__(self, words: HelperName, container: Container | None) -> None:
+        """Raises: ResolveError: there is no socket."""
+        self.words = words
+        self.container = container
+        fds = () if container is None else (container.fd,)
+        try:
+            self.helper = Helper(words.shown, words.argv, fds)
+        except OSError as error:
+            reason = f"no socket for its helper: {error.strerror}"
+            raise ResolveError(words.shown, reason, error.errno or errnos.EIO) from None
+        self.state = ImageState()
+
+    async def open(self) -> HelperDevice:
+        """Raises: ResolveError."""
+        before = await look_at_image(self.words)
+        connections = await _connected(self.words, self.helper)
+        try:
+            self.state = await look_at_image(self.words)
+            if difference := before.difference(self.state):
+                reason = f"the image is being changed: {difference}"
+                raise ResolveError(self.words.shown, reason)
+            return HelperDevice(self, connections)
+        except BaseException:
+            for connection in connections:
+                connection.close()
+            raise
+
+    async def close(self) -> None:
+        await self.helper.close()
+        if self.container is not None:
+            await self.container.close()
+
+
+async def open_helper(
+    words: HelperName,
+    *,
+    read_only: bool,
+    open_container: Callable[[str], Awaitable[Device]] | None = None,
+) -> HelperDevice:
+    """Start the helper and connect to it.
+
+    Args: open_container: opens the disk of ours in which an image lies, by its name.
+    Raises: ResolveError; then nothing runs.
+    """
     if not read_only:
         raise ResolveError(
             words.shown,
             "can only be read: use it as the source of a clone, or export it with --readonly",
             errnos.EROFS,
         )
-    if isinstance(words, QemuName):
-        await refuse_references(words)
+    if reason := missing(words.program):
+        raise ResolveError(words.shown, reason)
+    container = None
+    source = None
     try:
-        helper = Helper(words.shown, words.argv)
-    except OSError as error:
-        reason = f"no socket for its helper: {error.strerror}"
-        raise ResolveError(words.shown, reason, error.errno or errnos.EIO) from None
-    try:
-        return HelperDevice(words, helper, await _connected(words, helper))
+        if isinstance(words, QemuName) and words.container:
+            assert open_container is not None
+            container = await _container(words, await open_container(words.container))
+            words = words.in_container(container.path)
+        if isinstance(words, QemuName):
+            fds = () if container is None else (container.fd,)
+            await refuse_references(words, fds)
+        source = _Source(words, container)
+        return await source.open()
     except BaseException:  # it may be cancelled, and then no program is left running
-        await helper.close()
+        if source is not None:
+            await source.close()
+        elif container is not None:
+            await container.close()
         raise
 
 
+async def _container(words: HelperName, device: Device) -> Container:
+    """Raises: ResolveError; then the device is closed."""
+    try:
+        container = Container(device)
+    except OSError as error:
+        await device.close()
+        reason = f"no socket for its image: {error.strerror}"
+        raise ResolveError(words.shown, reason, error.errno or errnos.EIO) from None
+    await container.start()
+    return container
+
+
 def _uri(words: HelperName, helper: Helper) -> NbdUri:
-    return NbdUri(
+    uri = NbdUri(
         export_name="",
         socket_path=helper.socket_path,
         connections=words.connections,
     )
+    if isinstance(words, QemuName) and words.container:
+        return replace(uri, read_timeout_s=0.0)
+    return uri
 
 
 async def _connected(words: HelperName, helper: Helper) -> list[NbdConnection]:
@@ -149,13 +300,3 @@ async def _taken_back(connecting: "asyncio.Future[list[NbdConnection]]") -> None
     if not connecting.cancelled() and connecting.exception() is None:
         for connection in connecting.result():
             connection.close()
-
-
-def _mtime_ns(words: HelperName) -> int:
-    """When the image was last written to; 0: it is not known."""
-    if not isinstance(words, QemuName) or not words.is_path:
-        return 0
-    try:
-        return os.stat(words.what).st_mtime_ns
-    except OSError:
-        return 0

@@ -10,46 +10,43 @@ The image could be exchanged between the look and the opening by those who may w
 opened is then not looked at: let images come from a directory that only you can write to.
 """
 
-import asyncio
-import json
-from asyncio.subprocess import PIPE, Process
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from nbdtarget.common.clock import timeout
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.words import printable
-from nbdtarget.devices.helper.process import LINE_MAX, kill_all, launch
-from nbdtarget.devices.helper.programs import missing
+from nbdtarget.devices.helper.look import look
+from nbdtarget.devices.helper.process import LINE_MAX
 from nbdtarget.devices.helper.words import QemuName
 
 __all__ = ["references", "refuse_references"]
 
-CPU_S: Final = 30
 MEMORY: Final = 1 << 30
-LOOK_S_MAX: Final = 60.0
-OUTPUT_MAX: Final = 1 << 20
 SHOWN_MAX: Final = 3
 
 # They consist of one file, and nothing in it can name another one.
 _ALONE: Final = frozenset({"raw", "luks"})
 
 
-async def refuse_references(image: QemuName) -> None:
+async def refuse_references(image: QemuName, fds: Sequence[int] = ()) -> None:
     """Refuse an image that names other files, unless its name allows that.
 
+    Args: fds: descriptors that the look needs, by their numbers.
     Raises: ResolveError: it does, or it cannot be looked at.
     """
     if image.allows_references or image.format in _ALONE:
         return
-    found = list(references(await _info(image), image.what))
+    # As QEMU calls what is read from a container.
+    container = f"nbd+unix://?socket={image.container_socket}"
+    own = container if image.container else image.what
+    found = list(references(await _info(image, fds), own))
     if not found:
         return
     shown = ", ".join(printable(each, LINE_MAX) for each in found[:SHOWN_MAX])
     more = f" and {len(found) - SHOWN_MAX} more" if len(found) > SHOWN_MAX else ""
     raise ResolveError(
-        image.name,
-        f"the image refers to {shown}{more}: write {image.name}{'&' if '#' in image.name else '#'}"
+        image.shown,
+        f"the image refers to {shown}{more}: write {image.shown}{'&' if '#' in image.shown else '#'}"
         "allow=references if you trust its maker to name only what may be read",
     )
 
@@ -76,57 +73,10 @@ def references(info: dict[str, Any], what: str) -> Iterator[str]:
             yield f"the extent {filename}"
 
 
-async def _info(image: QemuName) -> dict[str, Any]:
+async def _info(image: QemuName, fds: Sequence[int]) -> dict[str, Any]:
     """Raises: ResolveError."""
-    reason = missing("qemu-img")
-    if reason:
-        raise ResolveError(image.name, reason)
-    argv = ("qemu-img", "info", "--output=json", f"--format={image.format}", "--")
-    try:
-        process = await launch(
-            (*argv, image.what), stdout=PIPE, cpu_s=CPU_S, memory=MEMORY
-        )
-    except OSError as error:
-        reason = f"qemu-img cannot be started: {error.strerror}"
-        raise ResolveError(image.name, reason) from None
-    try:
-        async with timeout(LOOK_S_MAX):
-            output, errors = await _outputs(process)
-    except TimeoutError:
-        raise ResolveError(
-            image.name, f"`qemu-img info' did not end within {LOOK_S_MAX:.0f} s"
-        ) from None
-    finally:
-        kill_all(process)
-        await process.wait()
-    if process.returncode:
-        lines = errors.decode("utf-8", "replace").strip().splitlines()
-        words = lines[0].removeprefix("qemu-img: ") if lines else ""
-        reason = words or f"`qemu-img info' ended with status {process.returncode}"
-        raise ResolveError(image.name, printable(reason, LINE_MAX))
-    try:
-        info = json.loads(output)
-    except ValueError:
-        info = None
+    argv = ("qemu-img", "info", "--output=json", *image.image_words)
+    info = await look(image.shown, argv, "qemu-img info", fds=fds, memory=MEMORY)
     if not isinstance(info, dict):
-        raise ResolveError(image.name, "`qemu-img info' did not print what it should")
+        raise ResolveError(image.shown, "`qemu-img info' did not print what it should")
     return info
-
-
-async def _outputs(process: Process) -> tuple[bytes, bytes]:
-    """Its output and its errors, up to a bound; then wait for its end."""
-    assert process.stdout is not None
-    assert process.stderr is not None
-    output, errors = await asyncio.gather(
-        _bounded(process.stdout), _bounded(process.stderr)
-    )
-    await process.wait()
-    return output, errors
-
-
-async def _bounded(stream: asyncio.StreamReader) -> bytes:
-    """Read to the end, and keep the first OUTPUT_MAX bytes."""
-    kept = bytearray()
-    while data := await stream.read(1 << 16):
-        kept += data[: OUTPUT_MAX - len(kept)]
-    return bytes(kept)

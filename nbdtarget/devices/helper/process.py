@@ -61,9 +61,15 @@ async def launch(
     stdout: int = DEVNULL,
     cpu_s: int = 0,
     memory: int = 0,
+    fds: Sequence[int] = (),
 ) -> Process:
-    """Start a program without a shell; it ends with this process. See `launch.py`. Raises: OSError."""
+    """Start a program without a shell; it ends with this process. See `launch.py`.
+
+    Args: fds: descriptors that it gets as well, under the same numbers; none of them is 3, which `sock` becomes.
+    Raises: OSError.
+    """
     fd = -1 if sock is None else sock.fileno()
+    assert 3 not in fds
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-S", _LAUNCH),
         *map(str, (os.getpid(), fd, cpu_s, memory)),
@@ -71,7 +77,7 @@ async def launch(
         stdin=DEVNULL,
         stdout=stdout,
         stderr=PIPE,
-        pass_fds=() if sock is None else (fd,),
+        pass_fds=fds if sock is None else (fd, *fds),
         # Ctrl-C in a terminal is for us; and what it starts can be ended with it.
         start_new_session=True,
     )
@@ -139,11 +145,13 @@ class Helper:
     Args:
         name: the disk's, for the log.
         argv: the program and its arguments.
+        fds: descriptors that it gets, see `launch`.
     """
 
-    def __init__(self, name: str, argv: Sequence[str]) -> None:
+    def __init__(self, name: str, argv: Sequence[str], fds: Sequence[int] = ()) -> None:
         self._name = name
         self._argv = tuple(argv)
+        self._fds = tuple(fds)
         self._socket = PrivateSocket()
         self._process: Process | None = None
         self._tasks = Tasks()
@@ -180,7 +188,9 @@ class Helper:
         self.last_words = ""
         self._nr_lines = 0
         try:
-            self._process = await launch(self._argv, sock=self._socket.listener)
+            self._process = await launch(
+                self._argv, sock=self._socket.listener, fds=self._fds
+            )
         except OSError as error:
             raise ResolveError(
                 self._name, f"{self.program} cannot be started: {error.strerror}"

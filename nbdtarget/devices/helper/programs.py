@@ -11,6 +11,7 @@ _PACKAGES: Final = {
     "qemu-nbd": ("qemu-utils", "qemu-img"),
     "qemu-img": ("qemu-utils", "qemu-img"),
     "nbdkit": ("nbdkit", "nbdkit"),
+    "rbd": ("ceph-common", "ceph-common"),
 }
 
 

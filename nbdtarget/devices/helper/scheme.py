@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device names that a helper opens: `qemu:`, `nbdkit:` and `helper:`. What they say: `words.py`."""
+"""Device names that a helper opens: `qemu:`, `rbd:`, `nbdkit:` and `helper:`. What they say: `words.py`."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from nbdtarget.common.errors import ResolveError
@@ -10,16 +10,18 @@ from nbdtarget.devices.helper.words import (
     HelperName,
     absolute_nbdkit,
     absolute_qemu,
+    absolute_rbd,
     parse_configured,
     parse_nbdkit,
     parse_qemu,
+    parse_rbd_name,
 )
-from nbdtarget.devices.scheme import Scheme
+from nbdtarget.devices.scheme import Scheme, scheme_of
 
 if TYPE_CHECKING:
     from nbdtarget.devices.base import Device
 
-__all__ = ["HelperScheme", "NbdkitScheme", "QemuScheme"]
+__all__ = ["HelperScheme", "NbdkitScheme", "QemuScheme", "RbdScheme"]
 
 
 class _HelpedScheme(Scheme):
@@ -37,7 +39,13 @@ class _HelpedScheme(Scheme):
         words = self.parse(name)
         from nbdtarget.devices.helper.device import open_helper
 
-        return await open_helper(words, read_only=read_only)
+        return await open_helper(
+            words, read_only=read_only, open_container=self._open_container
+        )
+
+    async def _open_container(self, name: str) -> "Device":
+        """Raises: ResolveError."""
+        raise NotImplementedError  # of the schemes that have containers
 
     def identity(self, name: str) -> Hashable:
         try:
@@ -54,6 +62,22 @@ class QemuScheme(_HelpedScheme):
     )
     programs: ClassVar[tuple[str, ...]] = ("qemu-nbd", "qemu-img")
 
+    def __init__(self, containers: Mapping[str, Scheme]) -> None:
+        """Args: containers: the schemes of files that are images and that we open, by name."""
+        self._containers = containers
+
+    async def _open_container(self, name: str) -> "Device":
+        return await scheme_of(self._containers, name).open(name, read_only=True)
+
+    def copy_sizes(self, name: str) -> tuple[int, int]:
+        try:
+            container = parse_qemu(name).container
+        except ResolveError:
+            container = ""
+        if not container:
+            return super().copy_sizes(name)
+        return scheme_of(self._containers, container).copy_sizes(container)
+
     def parse(self, name: str) -> HelperName:
         return parse_qemu(name)
 
@@ -66,6 +90,19 @@ class QemuScheme(_HelpedScheme):
         except ResolveError:
             return None
         return words.what if words.is_path else None
+
+
+class RbdScheme(_HelpedScheme):
+    name: ClassVar[str] = "rbd"
+    syntax: ClassVar[str] = "rbd:POOL/IMAGE[@SNAPSHOT]"
+    summary: ClassVar[str] = "an RBD image of Ceph, read-only"
+    programs: ClassVar[tuple[str, ...]] = ("qemu-nbd", "rbd")
+
+    def parse(self, name: str) -> HelperName:
+        return parse_rbd_name(name)
+
+    def absolute(self, name: str, directory: str) -> str:
+        return absolute_rbd(name, directory)
 
 
 class NbdkitScheme(_HelpedScheme):

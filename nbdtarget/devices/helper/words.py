@@ -2,12 +2,17 @@
 """Names of disks that a helper opens: text in, a checked command line out.
 
     qemu:FORMAT:WHAT          qemu-nbd opens WHAT, a path or one of PROTOCOLS, in FORMAT. Nothing is ever probed
+    rbd:[POOL/]…              the same as qemu:raw:rbd:…, see `rbd_name.py`
     nbdkit:PLUGIN?KEY=VALUE   nbdkit's PLUGIN with these parameters, joined by `&`; `filter=NAME` adds a filter, outermost first
     helper:NAME               the command that the configuration file has in [helper.NAME]
+
+An image on a web server or in an object store (`REMOTE`) is opened by ourselves, pinned and asked for again as any such image, and qemu-nbd reads
+it from us (`container.py`). So options of that image stand in WHAT, with a mark that is encoded: `qemu:qcow2:https://h/x.qcow2%23source-timeout=60`.
 
 WHAT and VALUE are %-decoded, so `%23` is a `#`, `%25` a `%` and `%26` a `&`. Behind a `#` stand options of ours, joined by `&`:
 
     connections=NUMBER   of NBD, between this server and its helper; 4
+    source-timeout=SECONDS  how long a read waits for a helper that is started again; a day, and 0 is for ever
     allow=references     qemu: the image may name other files: a backing file, a data file, extents
     key-file=FILE        qemu:luks: the file that has the passphrase
 
@@ -24,12 +29,18 @@ import difflib
 import os
 import re
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 from urllib.parse import unquote
 
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.redaction import has_secrets, redacted
+from nbdtarget.devices.helper.rbd_name import RbdImage, parse_rbd, parse_rbd_of_qemu
+from nbdtarget.devices.ranged.options import (
+    SOURCE_TIMEOUT_S,
+    SOURCE_TIMEOUT_S_MAX,
+    absolute_options,
+)
 
 __all__ = [
     "CONNECTIONS",
@@ -39,6 +50,7 @@ __all__ = [
     "HELPER_NAME",
     "PLUGINS",
     "PROTOCOLS",
+    "REMOTE",
     "SPARE_CONNECTIONS",
     "ConfiguredName",
     "HelperName",
@@ -46,9 +58,13 @@ __all__ = [
     "QemuName",
     "absolute_nbdkit",
     "absolute_qemu",
+    "absolute_rbd",
+    "container_of",
     "parse_configured",
     "parse_nbdkit",
     "parse_qemu",
+    "parse_rbd_name",
+    "qemu_name",
 ]
 
 CONNECTIONS: Final = 4
@@ -71,10 +87,10 @@ FORMATS: Final = (
     "bochs",
     "cloop",
 )
+REMOTE: Final = ("http", "https", "s3", "gs", "az")
 PROTOCOLS: Final = (
     "rbd",
-    "http",
-    "https",
+    *REMOTE,
     "ftp",
     "ftps",
     "ssh",
@@ -140,9 +156,9 @@ _SECRET_KEYS: Final = frozenset(
     {"password", "proxy-password", "cookie", "passphrase", "tls-psk"}
 )
 _HEADER_KEYS: Final = frozenset({"header"})
-_RBD_OPTIONS: Final = frozenset({"id", "conf"})
 _PATH_KEYS: Final = frozenset({"file"})
 HELPER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # in helper:NAME
+_KEYS: Final = ("connections", "source-timeout")
 _KEY: Final = re.compile(r"[a-z][a-z0-9-]*")
 _USER: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)@")
 _PROTOCOL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
@@ -156,11 +172,13 @@ class HelperName:
         name: as the user wrote it.
         program: that opens the disk.
         connections: of NBD.
+        source_timeout_s: how long a read waits while the helper is away; 0: for ever.
     """
 
     name: str
     program: str
     connections: int
+    source_timeout_s: float = field(default=SOURCE_TIMEOUT_S, kw_only=True)
 
     @property
     def shown(self) -> str:
@@ -179,6 +197,11 @@ class HelperName:
         raise NotImplementedError  # each kind of helper says it
 
     @property
+    def file(self) -> str:
+        """The path of the file that the disk lies in; empty: in none, or in one that is not known."""
+        return ""
+
+    @property
     def argv(self) -> tuple[str, ...]:
         """The program and its arguments; it finds the listening socket by itself."""
         raise NotImplementedError  # each kind of helper says it
@@ -192,6 +215,9 @@ class QemuName(HelperName):
         what: an absolute path, or a URI of QEMU's.
         is_path: `what` is a path.
         allows_references: the image may name other files.
+        container: the name of the disk of ours in which the image lies; empty: QEMU opens it by itself.
+        container_socket: of an NBD server that has the container, as the helper calls it.
+        rbd: what of Ceph the image is; None: it is none of Ceph's.
     """
 
     format: str
@@ -199,29 +225,53 @@ class QemuName(HelperName):
     is_path: bool
     allows_references: bool = False
     key_file: str = ""
+    container: str = ""
+    container_socket: str = ""
+    rbd: RbdImage | None = None
+
+    @property
+    def file(self) -> str:
+        return self.what if self.is_path else ""
+
+    def in_container(self, socket: str) -> "QemuName":
+        """Return the name of the same image, which is read from this socket."""
+        return replace(self, container_socket=socket)
 
     @property
     def identity(self) -> Hashable:
+        if self.rbd is not None:
+            return ("qemu", self.format, self.rbd)
         what = os.path.realpath(self.what) if self.is_path else self.what
         return ("qemu", self.format, what)
 
     @property
     def ids(self) -> tuple[str, ...]:
-        return (f"format={self.format}", f"image={redacted(self.what)}")
+        image = str(self.rbd) if self.rbd is not None else redacted(self.what)
+        return (f"format={self.format}", f"image={image}")
 
     @property
     def argv(self) -> tuple[str, ...]:
         # -t: it stays when the last client leaves. -e: several connections. -r: nothing is written.
         nr = self.connections + SPARE_CONNECTIONS
-        argv = (self.program, "--read-only", "--persistent", f"--shared={nr}")
-        if not self.key_file:
-            return (*argv, f"--format={self.format}", "--", self.what)
-        return (
-            *argv,
-            *("--object", f"secret,id=key,file={_option(self.key_file)}"),
-            "--image-opts",
-            f"driver={self.format},key-secret=key,file.driver=file,file.filename={_option(self.what)}",
-        )
+        words = ("--read-only", "--persistent", f"--shared={nr}")
+        secret = f"secret,id=key,file={_option(self.key_file)}"
+        key_words = ("--object", secret) if self.key_file else ()
+        return (self.program, *words, *key_words, *self.image_words)
+
+    @property
+    def image_words(self) -> tuple[str, ...]:
+        """How qemu-nbd and qemu-img are told which image it is, and in which format."""
+        driver = f"driver={self.format}"
+        if self.key_file:
+            file = f"key-secret=key,file.driver=file,file.filename={_option(self.what)}"
+        elif self.rbd is not None:
+            options = {"driver": "rbd", **self.rbd.qemu_options()}
+            file = ",".join(f"file.{k}={_option(v)}" for k, v in options.items())
+        elif self.container:
+            file = f"file.driver=nbd,file.server.type=unix,file.server.path={_option(self.container_socket)}"
+        else:
+            return (f"--format={self.format}", "--", self.what)
+        return ("--image-opts", "--", f"{driver},{file}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +290,11 @@ class NbdkitName(HelperName):
     @property
     def identity(self) -> Hashable:
         return ("nbdkit", self.plugin, self.filters, self.parameters)
+
+    @property
+    def file(self) -> str:
+        is_file = self.plugin == "file"
+        return dict(self.parameters).get("file", "") if is_file else ""
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -298,10 +353,13 @@ def parse_qemu(name: str) -> QemuName:
             name,
             "write a path, or one of " + ", ".join(f"{each}:" for each in PROTOCOLS),
         )
-    if protocol == "rbd":
-        _check_rbd(name, what)
-    _check_url(name, what)
-    options = _options(name, fragment, ("connections", "allow", "key-file"))
+    rbd = parse_rbd_of_qemu(name, what) if protocol == "rbd" else None
+    is_remote = protocol in REMOTE
+    if (
+        not is_remote
+    ):  # the password of such a URL is with us, and in no process's arguments
+        _check_url(name, what)
+    options = _options(name, fragment, (*_KEYS, "allow", "key-file"))
     if options.get("allow", "references") != "references":
         raise ResolveError(name, "allow=references is all that can be allowed")
     key_file = options.get("key-file", "")
@@ -318,6 +376,42 @@ def parse_qemu(name: str) -> QemuName:
         protocol is None,
         "allow" in options,
         key_file,
+        container=what if is_remote else "",
+        rbd=rbd,
+        source_timeout_s=_source_timeout_s(name, options),
+    )
+
+
+def qemu_name(format_: str, what: str) -> str:
+    """Return the name of an image in a format. Args: what: a path or a URL, not encoded."""
+    return f"qemu:{format_}:{_quoted(what)}"
+
+
+def container_of(name: str) -> str:
+    """Return the URL of the file that an image lies in; of every other disk the name itself."""
+    if not name.startswith("qemu:"):
+        return name
+    try:
+        return parse_qemu(name).container or name
+    except ResolveError:
+        return name
+
+
+def parse_rbd_name(name: str) -> QemuName:
+    """Take `rbd:POOL/IMAGE@SNAPSHOT` apart. Raises: ResolveError."""
+    head, _, fragment = name.partition("#")
+    options = _options(name, fragment, (*_KEYS, "conf", "id"))
+    what = _decoded(name, head.partition(":")[2])
+    image = parse_rbd(name, what, options.get("conf", ""), options.get("id", ""))
+    return QemuName(
+        name,
+        "qemu-nbd",
+        _connections(name, options),
+        "raw",
+        what,
+        is_path=False,
+        rbd=image,
+        source_timeout_s=_source_timeout_s(name, options),
     )
 
 
@@ -352,7 +446,7 @@ def parse_nbdkit(name: str) -> NbdkitName:
                 name,
                 f"the filter is one of {', '.join(FILTERS)}{_near(each, FILTERS)}",
             )
-    options = _options(name, fragment, ("connections",))
+    options = _options(name, fragment, _KEYS)
     return NbdkitName(
         name,
         "nbdkit",
@@ -360,6 +454,7 @@ def parse_nbdkit(name: str) -> NbdkitName:
         plugin,
         tuple(filters),
         tuple(parameters),
+        source_timeout_s=_source_timeout_s(name, options),
     )
 
 
@@ -379,9 +474,14 @@ def parse_configured(name: str, commands: dict[str, tuple[str, ...]]) -> Configu
             name,
             f"the configuration file has no [helper.{helper}]: {there}",
         )
-    options = _options(name, fragment, ("connections",))
+    options = _options(name, fragment, _KEYS)
     return ConfiguredName(
-        name, command[0], _connections(name, options), helper, command
+        name,
+        command[0],
+        _connections(name, options),
+        helper,
+        command,
+        source_timeout_s=_source_timeout_s(name, options),
     )
 
 
@@ -393,6 +493,8 @@ def absolute_qemu(name: str, directory: str) -> str:
     if colon and what and _protocol(unquote(what)) is None:
         path = os.path.normpath(os.path.join(directory, _unquoted(what)))
         what = _quoted(path)
+    elif _protocol(unquote(what)) in REMOTE:
+        what = _quoted(absolute_options(_unquoted(what), directory))
     items = [
         f"key-file={_quoted(os.path.join(directory, _unquoted(item[9:])))}"
         if item.startswith("key-file=")
@@ -400,6 +502,18 @@ def absolute_qemu(name: str, directory: str) -> str:
         for item in fragment.split("&")
     ]
     return f"{scheme}:{format_}{colon}{what}{mark}{'&'.join(items)}"
+
+
+def absolute_rbd(name: str, directory: str) -> str:
+    """Return the name with the path of `conf=` as it is called from anywhere."""
+    head, mark, fragment = name.partition("#")
+    items = [
+        f"conf={_quoted(os.path.join(directory, _unquoted(item[5:])))}"
+        if item.startswith("conf=")
+        else item
+        for item in fragment.split("&")
+    ]
+    return f"{head}{mark}{'&'.join(items)}"
 
 
 def absolute_nbdkit(name: str, directory: str) -> str:
@@ -414,16 +528,6 @@ def absolute_nbdkit(name: str, directory: str) -> str:
             value = _quoted(path)
         items.append(f"{key}{equals}{value}")
     return f"{plugin}{question}{'&'.join(items)}{mark}{fragment}"
-
-
-def _check_rbd(name: str, what: str) -> None:
-    """Ceph takes any option of its own behind the image, also ones that write files."""
-    _, place, *options = re.split(r"(?<!\\):", what)
-    if "/" not in place or any(
-        option.partition("=")[0] not in _RBD_OPTIONS for option in options
-    ):
-        reason = "write rbd:POOL/IMAGE[@SNAPSHOT][:id=USER][:conf=FILE]"
-        raise ResolveError(name, reason)
 
 
 def _check_url(name: str, text: str) -> None:
@@ -476,6 +580,18 @@ def _connections(name: str, options: dict[str, str]) -> int:
         reason = f"connections is a number from 1 to {CONNECTIONS_MAX}, not {text}"
         raise ResolveError(name, reason)
     return int(text)
+
+
+def _source_timeout_s(name: str, options: dict[str, str]) -> float:
+    text = options.get("source-timeout")
+    if text is None:
+        return SOURCE_TIMEOUT_S
+    if not text.isdecimal() or int(text) > SOURCE_TIMEOUT_S_MAX:
+        reason = (
+            f"source-timeout is a number from 0 to {SOURCE_TIMEOUT_S_MAX}, not {text}"
+        )
+        raise ResolveError(name, reason)
+    return float(text)
 
 
 def _decoded(name: str, text: str) -> str:

@@ -42,7 +42,8 @@ connected again is for it what being opened again is.
 
 Requests that come while the device is lost end with EIO at once, and do not wait for the server. A mirror, a cache or
 a file system above it wants to know at once, and a client that wants to wait can ask again. The kernel
-(`dead_conn_timeout`) and QEMU (`reconnect-delay`) do the same by default.
+(`dead_conn_timeout`) and QEMU (`reconnect-delay`) do the same by default. A device that says `holds_reads` keeps its reads instead
+(`held.py`).
 
 A server that comes back with another disk (another size, minimum block size or maximum payload), or that may not be
 written to any more, is refused. The log says so once, and the device goes on trying: the right one may come back
@@ -83,6 +84,7 @@ from nbdtarget.devices.identity import NBD, nbd_ids
 from nbdtarget.devices.nbd.block_status import BlockStatus, Runs
 from nbdtarget.devices.nbd.connect import connect_all
 from nbdtarget.devices.nbd.connection import NbdConnection, connect
+from nbdtarget.devices.nbd.held import HeldReads
 from nbdtarget.devices.nbd.lent import LentConnection
 from nbdtarget.devices.nbd.uri import parse_nbd_uri
 from nbdtarget.devices.nbd.writes import Writes
@@ -141,10 +143,16 @@ class _Pieces:
 
 
 class NbdDevice(Device):
-    """An export behind one or more connections. Made by `open_nbd`."""
+    """An export behind one or more connections. Made by `open_nbd`.
+
+    Attributes:
+        holds_reads: what is read while the device is lost waits, for `hold_s_max` seconds; 0: for ever. Nothing is written then.
+    """
 
     can_resize = False
     may_be_container = True
+    holds_reads = False
+    hold_s_max = 0.0
 
     def __init__(
         self,
@@ -180,6 +188,8 @@ class NbdDevice(Device):
         # What `health` says, for `submit`: set where that is set.
         self._is_latched = False
         self._is_lost = False
+        self._held = HeldReads()
+        self._held.is_on = self.holds_reads
         self._refusal = ""  # why the server was not taken the last time
         self._connect_anew = connect_anew
         self._reconnecting: asyncio.Task[None] | None = None
@@ -261,6 +271,8 @@ class NbdDevice(Device):
     def submit(self, bio: Bio) -> None:
         op = bio.op
         status = errnos.EIO if self._is_lost else self.check_bounds(bio)
+        if self._is_lost and self._may_hold(bio):
+            return self._held.hold(bio, self.hold_s_max)
         durable = op == OP_FLUSH or (op != OP_READ and bool(bio.flags & FUA))
         if not status and durable and self._is_latched:
             status = errnos.EIO
@@ -282,12 +294,16 @@ class NbdDevice(Device):
             bio.own()
             self._submit_write(bio)
 
+    def _may_hold(self, bio: Bio) -> bool:
+        return self._held.is_on and bio.op == OP_READ and not self.check_bounds(bio)
+
     @property
     def nr_in_flight(self) -> int:
         nr_lent = sum(lent.nr_in_flight for lent in self._lent)
-        return self._in_flight + len(self._queue) + nr_lent
+        return self._in_flight + len(self._queue) + nr_lent + len(self._held)
 
     def give_up_reads(self) -> None:
+        self._held.give_up()
         if self._is_lost:
             return  # there are none
         if self.read_only:
@@ -315,7 +331,7 @@ class NbdDevice(Device):
 
     async def reopened(self, name: str, *, read_only: bool) -> Device | None:
         """Connect now, if the server has been lost. If it has another disk now, the name means that one."""
-        if not self._is_lost or self.read_only is not read_only:
+        if not self._is_lost or self.read_only is not read_only or self.changed:
             return None
         await self._stop_connecting()
         try:
@@ -330,6 +346,7 @@ class NbdDevice(Device):
 
     async def close(self) -> None:
         self._is_lost = True
+        self._held.give_up()
         self._shut_lent()
         await self._stop_connecting()
         with contextlib.suppress(TimeoutError):
@@ -434,7 +451,10 @@ class NbdDevice(Device):
             self._flush_done(status)
             return
         if op in (OP_READ, OP_CACHE):
-            bio.end(status)
+            if status and self._is_lost and self._may_hold(bio):
+                self._held.hold(bio, self.hold_s_max)
+            else:
+                bio.end(status)
             return
         self._writes.ended()
         if status:
@@ -595,6 +615,13 @@ class NbdDevice(Device):
         self._refusal = ""
         self._start_connecting(RECONNECT_S_MIN if delay_s is None else delay_s)
 
+    def give_up_for_good(self) -> None:
+        """`changed` says why: nothing is read any more, and no server is looked for."""
+        assert self.changed
+        self._held.give_up()
+        self._connection_lost(self.changed)
+        self.health.notify()
+
     def _start_connecting(self, delay_s: float) -> None:
         self._reconnecting = asyncio.ensure_future(self._connect_again(delay_s))
 
@@ -605,8 +632,9 @@ class NbdDevice(Device):
 
     async def _connect_again(self, delay_s: float) -> None:
         """Connect until the server is back, and has the disk that it had."""
-        while self._is_lost:
+        while self._is_lost and not self.changed:
             await sleep(delay_s)
+            self._held.expire()
             try:
                 await self._connect_once()
             except ResolveError as error:
@@ -631,6 +659,8 @@ class NbdDevice(Device):
         self._is_lost = self._is_latched = False
         self.health.recover()
         self._start_connections()
+        self._held.is_on = self.holds_reads
+        self._held.resume(self.submit)
 
     def _check_same(self, connections: list[NbdConnection]) -> None:
         """Raises: _AnotherDisk."""

@@ -104,7 +104,9 @@ def test_advice_names_the_word_for_what_it_is() -> None:
     path = "/50%#.img"
     assert "write qemu:qcow2:/50%25%23.img " in qcow2.advice_for(path, path)
     url = "https://h/d.qcow2#pin=size"
-    assert "qemu:qcow2:https://h/d.qcow2 " in qcow2.advice_for(url, None)
+    # The options belong to the file that the image lies in.
+    assert "qemu:qcow2:https://h/d.qcow2%23pin=size " in qcow2.advice_for(url, None)
+    assert "qemu:qcow2:s3://b/k " in qcow2.advice_for("s3://b/k", None)
     assert qcow2.advice_for("nbd://h/d", None) == "give the disk in it"
     assert "write xz:/d.xz " in xz.advice_for("/d.xz", "/d.xz")
     assert zip_.advice_for("/d.zip", "/d.zip") == "`unzip /d.zip' unpacks it"

@@ -9,7 +9,7 @@ from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices import resolve
 
 
-@pytest.mark.parametrize("scheme", ["qemu", "nbdkit", "helper"])
+@pytest.mark.parametrize("scheme", ["qemu", "rbd", "nbdkit", "helper"])
 def test_they_say_their_format_and_start_programs(scheme: str) -> None:
     assert resolve.says_format(f"{scheme}:x")
     assert resolve.starts_programs(f"{scheme}:x")
@@ -22,6 +22,7 @@ def test_path_of_an_image_is_that_of_its_file() -> None:
     assert resolve.path_of("qemu:qcow2:/srv/web.qcow2") == "/srv/web.qcow2"
     assert resolve.path_of("qemu:raw:rbd:p/i") is None
     assert resolve.path_of("qemu:nonsense") is None
+    assert resolve.path_of("rbd:p/i") is None
     assert resolve.path_of("nbdkit:file?file=/x") is None
 
 
@@ -29,6 +30,8 @@ def test_identity_never_fails() -> None:
     assert resolve.identity("qemu:nonsense") == "qemu:nonsense"
     assert resolve.identity("qemu:raw:/x") == resolve.identity("qemu:raw:/y/../x")
     assert resolve.absolute_name("qemu:raw:x", "/d") == "qemu:raw:/d/x"
+    assert resolve.absolute_name("rbd:i#conf=c", "/d") == "rbd:i#conf=/d/c"
+    assert resolve.identity("rbd:i") == resolve.identity("qemu:raw:rbd:rbd/i")
     assert resolve.absolute_name("nbdkit:file?file=x", "/d") == "nbdkit:file?file=/d/x"
 
 
@@ -39,6 +42,15 @@ async def test_what_is_missing_is_named_with_its_package(
     for name, package in (("qemu:raw:/x", "qemu-utils"), ("nbdkit:null", "nbdkit")):
         with pytest.raises(ResolveError, match=f"`apt install {package}'"):
             await resolve.open_device(name, read_only=True)
+
+
+def test_copies_from_an_image_on_the_web_are_as_large_as_from_any_remote_image() -> (
+    None
+):
+    remote = resolve.copy_sizes("https://h/x")
+    assert resolve.copy_sizes("qemu:qcow2:https://h/x") == remote
+    assert resolve.copy_sizes("qemu:qcow2:/x") == resolve.copy_sizes("qemu:nonsense")
+    assert resolve.copy_sizes("qemu:qcow2:/x") != remote
 
 
 async def test_nothing_is_written_through_a_helper() -> None:

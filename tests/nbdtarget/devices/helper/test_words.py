@@ -7,9 +7,12 @@ from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.helper.words import (
     absolute_nbdkit,
     absolute_qemu,
+    absolute_rbd,
     parse_configured,
     parse_nbdkit,
     parse_qemu,
+    parse_rbd_name,
+    qemu_name,
 )
 
 
@@ -45,8 +48,7 @@ def test_options_of_ours_stand_behind_the_mark() -> None:
 @pytest.mark.parametrize(
     "what",
     [
-        "rbd:pool/image@snap:id=admin:conf=/etc/ceph/ceph.conf",
-        "https://host/a%3Fb",
+        "ftp://host/a%3Fb",
         "ssh://user@host/disk.img",
         "nbd+unix:///disk?socket=/run/x",
     ],
@@ -59,10 +61,11 @@ def test_protocols_of_qemu(what: str) -> None:
 
 def test_luks_needs_its_key_and_commas_are_kept_apart() -> None:
     words = parse_qemu("qemu:luks:/a,b#key-file=/k,1")
-    assert words.argv[-4:] == (
+    assert words.argv[-5:] == (
         "--object",
         "secret,id=key,file=/k,,1",
         "--image-opts",
+        "--",
         "driver=luks,key-secret=key,file.driver=file,file.filename=/a,,b",
     )
 
@@ -83,6 +86,8 @@ def test_luks_needs_its_key_and_commas_are_kept_apart() -> None:
         ("qemu:raw:rbd:p/i:key=secret", "write rbd:POOL/IMAGE"),
         ("qemu:raw:/x#connections=0", "connections is a number from 1 to 16"),
         ("qemu:raw:/x#connections=x", "connections is a number from 1 to 16"),
+        ("qemu:raw:/x#source-timeout=-1", "source-timeout is a number from 0"),
+        ("qemu:raw:rbd:a/b/c/d", "write rbd:POOL/IMAGE"),
         ("qemu:raw:/x#conections=4", "did you mean `connections'"),
         ("qemu:raw:/x#allow=all", "allow=references"),
         ("qemu:luks:/x", "belong together"),
@@ -169,6 +174,7 @@ def test_command_of_the_configuration_file() -> None:
         ("qemu:qcow2:../a%23.qcow2", "qemu:qcow2:/a%23.qcow2"),
         ("qemu:qcow2:/x/a.qcow2#allow=references", None),
         ("qemu:raw:rbd:pool/image", None),
+        ("qemu:qcow2:s3://b/k%2520.qcow2", None),
         ("qemu:luks:a#key-file=k", "qemu:luks:/d 1/a#key-file=/d 1/k"),
         ("qemu:nothing", None),
     ],
@@ -202,7 +208,7 @@ def test_names_of_one_disk_have_one_identity() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "qemu:raw:https://me:hidden@h/a",
+        "qemu:raw:ftps://me:hidden@h/a",
         "qemu:qcow2:ssh://me:hidden@h/a",
         "qemu:raw:iscsi://me%25hidden@h/a/1",
         "nbdkit:curl?url=https://me:hidden@h/a",
@@ -219,15 +225,87 @@ def test_passwords_of_urls_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "qemu:raw:https://h/a?sig=hidden",
-        "qemu:raw:https://h/a%3Fsig=hidden",
+        "nbdkit:curl?url=https%3A//h/a%3Fsig=hidden",
         "nbdkit:curl?url=https://h/a%3Fsig=hidden&timeout=5",
     ],
-    ids=range(3),
+    ids=range(2),
 )
 def test_signatures_are_used_and_not_shown(name: str) -> None:
-    words = parse_qemu(name) if name.startswith("qemu") else parse_nbdkit(name)
+    words = parse_nbdkit(name)
     assert "hidden" in "".join(words.argv)
     assert "hidden" not in words.shown + "".join(words.ids)
     assert "https://h/a" in words.shown
     assert parse_qemu("qemu:raw:/a?b").shown == "qemu:raw:/a?b"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:hidden@h/a.qcow2",
+        "https://h/a.qcow2%3Fsig=hidden",
+        "https://h/a.qcow2?sig=hidden",
+        "s3://bucket/a.qcow2%23endpoint=http://h:9000",
+    ],
+    ids=range(4),
+)
+def test_image_on_the_web_is_a_container_of_ours(url: str) -> None:
+    words = parse_qemu(f"qemu:qcow2:{url}#source-timeout=60")
+    assert words.container == words.what == url.replace("%3F", "?").replace("%23", "#")
+    assert not words.is_path
+    assert words.source_timeout_s == 60
+    argv = words.in_container("/proc/self/fd/70").argv
+    assert argv[-2:] == (
+        "--",
+        "driver=qcow2,file.driver=nbd,file.server.type=unix,file.server.path=/proc/self/fd/70",
+    )
+    # No process gets to know the URL.
+    assert "hidden" not in "".join((*argv, words.shown, *words.ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_ours"),
+    [
+        ("rbd:pool/image@snap#conf=/etc/c,1.conf&id=me", True),
+        ("qemu:raw:rbd:pool/image@snap:id=me:conf=/etc/c,1.conf", False),
+    ],
+)
+def test_image_of_ceph(name: str, is_ours: bool) -> None:
+    words = parse_rbd_name(name) if is_ours else parse_qemu(name)
+    assert words.argv[-2:] == (
+        "--",
+        "driver=raw,file.driver=rbd,file.pool=pool,file.image=image,file.snapshot=snap,"
+        "file.conf=/etc/c,,1.conf,file.user=me",
+    )
+    assert words.ids == ("format=raw", "image=rbd:pool/image@snap")
+    assert (
+        words.identity
+        == parse_rbd_name("rbd:pool/image@snap#id=me&conf=/etc/c,1.conf").identity
+    )
+    assert words.identity != parse_rbd_name("rbd:pool/image#id=me").identity
+
+
+def test_relative_path_of_the_configuration_of_ceph() -> None:
+    assert (
+        absolute_rbd("rbd:a/b#id=x&conf=c.conf", "/d 1")
+        == "rbd:a/b#id=x&conf=/d 1/c.conf"
+    )
+    assert absolute_rbd("rbd:a/b#conf=/c%23.conf", "/d") == "rbd:a/b#conf=/c%23.conf"
+    assert absolute_rbd("rbd:a/b", "/d") == "rbd:a/b"
+
+
+def test_name_of_an_image_is_encoded_once() -> None:
+    name = qemu_name("qcow2", "https://h/50%25#pin=size&ca=/c")
+    assert parse_qemu(name).container == "https://h/50%25#pin=size&ca=/c"
+    assert absolute_qemu(name, "/d") == name
+    relative = qemu_name("qcow2", "https://h/x#ca=c.pem")
+    assert (
+        parse_qemu(absolute_qemu(relative, "/d")).container == "https://h/x#ca=/d/c.pem"
+    )
+
+
+def test_file_that_a_helper_opens() -> None:
+    assert parse_qemu("qemu:qcow2:/x/a").file == "/x/a"
+    assert parse_nbdkit("nbdkit:file?file=/x&filter=xz").file == "/x"
+    assert parse_nbdkit("nbdkit:split?file=/x&file=/y").file == ""
+    assert parse_nbdkit("nbdkit:null").file == ""
+    assert parse_qemu("qemu:raw:ssh://h/x").file == ""
