@@ -71,6 +71,7 @@ class HelperDevice(NbdDevice):
         self._source = source
         if source.container is not None:
             below = source.container.device
+            assert below.traffic is not None
             self.traffic = below.traffic
             below.health.watchers.append(self._container_changed)
 

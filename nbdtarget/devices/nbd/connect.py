@@ -10,9 +10,13 @@ from nbdtarget.devices.nbd.uri import NbdUri
 from nbdtarget_protocol import consts
 from nbdtarget_protocol.client import ClientNegotiated
 
-__all__ = ["connect_all"]
+__all__ = ["AnotherDisk", "check_same", "connect_all", "usable_size"]
 
 log = logging.getLogger(__name__)
+
+
+class AnotherDisk(ResolveError):
+    """The server is back, and has another disk."""
 
 
 async def connect_all(
@@ -63,3 +67,26 @@ def _check(name: str, negotiated: ClientNegotiated, *, read_only: bool) -> None:
     if not negotiated.flags & consts.FLAG_SEND_FLUSH:
         reason = "the server has no FLUSH: nothing written there would be durable"
         raise ResolveError(name, reason)
+
+
+def usable_size(negotiated: ClientNegotiated) -> int:
+    """Return the bytes of the disk that can be read and written."""
+    # proto.md: what lies past the last whole block cannot be reached.
+    return negotiated.size // negotiated.block_size_min * negotiated.block_size_min
+
+
+def check_same(
+    name: str, size: int, before: ClientNegotiated, after: ClientNegotiated
+) -> None:
+    """Compare what a server tells with what it told before. Raises: AnotherDisk.
+
+    Args: size: that the disk has here.
+    """
+    for what, old, new in (
+        ("size", size, usable_size(after)),
+        ("minimum block size", before.block_size_min, after.block_size_min),
+        ("maximum payload", before.payload_max, after.payload_max),
+    ):
+        if old != new:
+            reason = f"is another disk now: its {what} is {new} bytes, not {old}"
+            raise AnotherDisk(name, reason)

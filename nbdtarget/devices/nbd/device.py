@@ -82,7 +82,12 @@ from nbdtarget.devices.base import (
 from nbdtarget.devices.bulk_streams import BulkStream
 from nbdtarget.devices.identity import NBD, nbd_ids
 from nbdtarget.devices.nbd.block_status import BlockStatus, Runs
-from nbdtarget.devices.nbd.connect import connect_all
+from nbdtarget.devices.nbd.connect import (
+    AnotherDisk,
+    check_same,
+    connect_all,
+    usable_size,
+)
 from nbdtarget.devices.nbd.connection import NbdConnection, connect
 from nbdtarget.devices.nbd.held import HeldReads
 from nbdtarget.devices.nbd.lent import LentConnection
@@ -127,10 +132,6 @@ _Request = tuple[
 _Status = asyncio.Future[tuple[int, Completion | None]]
 
 
-class _AnotherDisk(ResolveError):
-    """The server is back, and has another disk."""
-
-
 class _Pieces:
     """The requests that one bio became."""
 
@@ -164,9 +165,10 @@ class NbdDevice(Device):
     ) -> None:
         negotiated = connections[0].negotiated
         self._block = negotiated.block_size_min
-        super().__init__(name, _usable_size(negotiated), read_only=read_only)
+        super().__init__(name, usable_size(negotiated), read_only=read_only)
         self._block_status = BlockStatus(self._block, self._ask_status)
-        self.traffic: Traffic = Traffic()
+        self._counted: Traffic = Traffic()
+        self.traffic: Traffic = self._counted
         self._take_abilities(negotiated)
         self.logical_block_size = max(512, self._block)
         payload_max = negotiated.payload_max // self._block * self._block
@@ -259,8 +261,8 @@ class NbdDevice(Device):
         return status
 
     def note_bulk_read(self, nr_requests: int, nr_bytes: int) -> None:
-        self.traffic.requests += nr_requests
-        self.traffic.bytes_received += nr_bytes
+        self._counted.requests += nr_requests
+        self._counted.bytes_received += nr_bytes
 
     def _shut_lent(self) -> None:
         """Have the threads of bulk copies end; their connections are closed when they have."""
@@ -327,7 +329,7 @@ class NbdDevice(Device):
         # A server tells the size at the handshake, and never again.
         connection = await connect(self.name, parse_nbd_uri(self.bare_name))
         connection.close()
-        return _usable_size(connection.negotiated)
+        return usable_size(connection.negotiated)
 
     async def reopened(self, name: str, *, read_only: bool) -> Device | None:
         """Connect now, if the server has been lost. If it has another disk now, the name means that one."""
@@ -336,7 +338,7 @@ class NbdDevice(Device):
         await self._stop_connecting()
         try:
             await self._connect_once()
-        except _AnotherDisk as error:
+        except AnotherDisk as error:
             self._note_refusal(error)
             return None
         finally:
@@ -395,7 +397,7 @@ class NbdDevice(Device):
 
     def _send(self, request: _Request) -> None:
         self._in_flight += 1
-        self.traffic.requests += 1
+        self._counted.requests += 1
         connections = self._connections
         connection = connections[0]
         if len(connections) > 1:
@@ -446,7 +448,7 @@ class NbdDevice(Device):
         if status:
             self.health.note_error(OP_NAMES[op], status)
         elif op == OP_READ:
-            self.traffic.bytes_received += bio.length
+            self._counted.bytes_received += bio.length
         if op == OP_FLUSH:
             self._flush_done(status)
             return
@@ -591,7 +593,7 @@ class NbdDevice(Device):
         # Set first: what is given up below asks for it, and what an endio submits meanwhile ends with EIO.
         self._is_lost = True
         log.error("%s: connection lost: %s", self.name, reason)
-        self.traffic.went_away()
+        self._counted.went_away()
         # Counted before any bio ends with EIO: a client that flushes in its endio must learn of it.
         if self._is_latched or self._nr_written != self._nr_flushed:
             log.error(
@@ -643,16 +645,17 @@ class NbdDevice(Device):
 
     async def _connect_once(self) -> None:
         """Connect, and be usable again. Raises: ResolveError."""
-        self.traffic.retries += 1
+        self._counted.retries += 1
         connections = await self._connect_anew()
         try:
-            self._check_same(connections)
+            before, after = self._connections[0].negotiated, connections[0].negotiated
+            check_same(self.name, self.size, before, after)
         except ResolveError:
             for connection in connections:
                 connection.close()
             raise
         log.warning("%s: connected again", self.name)
-        self.traffic.came_back()
+        self._counted.came_back()
         self._connections = connections
         # The right disk is back, but perhaps on another server, which can do less or more.
         self._take_abilities(connections[0].negotiated)
@@ -661,18 +664,6 @@ class NbdDevice(Device):
         self._start_connections()
         self._held.is_on = self.holds_reads
         self._held.resume(self.submit)
-
-    def _check_same(self, connections: list[NbdConnection]) -> None:
-        """Raises: _AnotherDisk."""
-        before, after = self._connections[0].negotiated, connections[0].negotiated
-        for what, old, new in (
-            ("size", self.size, _usable_size(after)),
-            ("minimum block size", before.block_size_min, after.block_size_min),
-            ("maximum payload", before.payload_max, after.payload_max),
-        ):
-            if old != new:
-                reason = f"is another disk now: its {what} is {new} bytes, not {old}"
-                raise _AnotherDisk(self.name, reason)
 
     def _note_refusal(self, error: ResolveError) -> None:
         """Say why the server is not taken: once, as long as it stays the same."""
@@ -696,11 +687,6 @@ async def open_nbd(name: str, *, read_only: bool) -> NbdDevice:
     uri = parse_nbd_uri(name)
     connecting = partial(connect_all, name, uri, read_only=read_only)
     return NbdDevice(name, await connecting(), connecting, read_only=read_only)
-
-
-def _usable_size(negotiated: ClientNegotiated) -> int:
-    # proto.md: what lies past the last whole block cannot be reached.
-    return negotiated.size // negotiated.block_size_min * negotiated.block_size_min
 
 
 def _zero_flags(flags: int) -> int:
