@@ -465,7 +465,12 @@ DEVICES: Final = (
         "nbd-takes-another-disk",
         "A server comes back with another disk, and the device goes on with it.",
         "nbdtarget.devices.nbd.device:NbdDevice._connect_once",
-        (("            check_same(self.name, self.size, before, after)\n", "            pass\n"),),
+        (
+            (
+                "            check_same(self.name, self.size, before, after)\n",
+                "            pass\n",
+            ),
+        ),
         NBD_LOSS,
     ),
     Mutant(
