@@ -16,7 +16,8 @@ it: `bench_durable.c` is their client, and --dir should lie on the disk in quest
 
 Then what a stack of mapped devices costs a request, what a commit costs, and how fast a cache is:
 `scripts.bench_stack`, `scripts.bench_commit`, `scripts.bench_cache`; and what a hydration does to the latency of a client beside it:
-`scripts.bench_p99`. `--only stack`, `commit`, `cache`, one of the cache's parts (`cache-hits` …) or `p99` for nothing else.
+`scripts.bench_p99`; and TLS, against nbdkit with the same certificates: `scripts.bench_tls`. `--only stack`, `commit`, `cache`, one of the
+cache's parts (`cache-hits` …), `p99` or `tls` for nothing else.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from scripts import bench_cache, bench_commit, bench_p99, bench_stack
+from scripts import bench_cache, bench_commit, bench_p99, bench_stack, bench_tls
 from scripts.bench_rounds import (
     Samples,
     available,
@@ -170,11 +171,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.repeat, options.runtime, options.size = 2, 1.0, 256
-    own = (COMMIT, STACK, bench_p99.P99, *bench_cache.WORDS)
+    own = (COMMIT, STACK, bench_p99.P99, bench_tls.TLS, *bench_cache.WORDS)
     words = [word for word in options.only if word not in own]
     options.commits = not options.only or COMMIT in options.only
     options.stacks = not options.only or STACK in options.only
     options.p99 = not options.only or bench_p99.P99 in options.only
+    options.tls = not options.only or bench_tls.TLS in options.only
     options.caches = bench_cache.selected(options.only)
     options.servers = not options.only or bool(words)
     try:
@@ -196,6 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.p99:
         # With `--only p99` the cache's share of it, too; otherwise that is among the cache's parts.
         status = bench_p99.main(words + ["--no-cache"] * bool(options.caches)) or status
+    if options.tls:
+        rounds = ["--repeat", str(options.repeat), "--runtime", str(options.runtime)]
+        status = bench_tls.main(words + ([] if options.quick else rounds)) or status
     if options.caches:
         for part in options.caches:
             words += ["--only", part]

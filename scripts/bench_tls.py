@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """TLS on loopback TCP, ours against nbdkit with the same certificates, and what a slow TLS client costs the others.
 
-    python -m scripts.bench_tls [--quick] [--repeat N] [--runtime S] [--size MIB]
+    python -m scripts.bench_tls [--quick] [--repeat N] [--runtime S] [--size MIB] [--part servers|slow] [--only WORD]...
 
-The first part is paired as in `scripts.bench`. In the second part a client without TLS writes and flushes to a clone that hydrates,
-with and without a TLS client beside it that asks for much and takes its replies slowly: requests a second, and the time of
-the hydration.
+The first part (`servers`) is paired as in `scripts.bench`; `--only` names some of its workloads. In the second part (`slow`) a client without TLS
+writes and flushes to a clone, each of which is a commit, and then the clone hydrates: with and without a TLS client beside it that asks for much and takes its
+replies slowly. It tells requests a second, their p99, and the time of the hydration.
 """
 
 import argparse
 import os
+import shutil
 import socket
 import ssl
 import statistics
@@ -34,7 +35,9 @@ from scripts.fio import Job, run_fio
 from tests.support.certificates import authority
 from tests.support.processes import NBDTARGET, ServerProcess, StartError
 
-__all__ = ["main"]
+__all__ = ["TLS", "main"]
+
+TLS = "tls"  # the word for `--only` of `scripts.bench`
 
 JOBS = (
     Job("tls-randread-4k-qd32", "randread", 4096, 32),
@@ -195,9 +198,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--dir")
     parser.add_argument("--part", choices=["servers", "slow"])
+    parser.add_argument("--only", action="append", default=[], metavar="WORD")
     options = parser.parse_args(argv)
     if options.quick:
         options.repeat, options.runtime = 2, 1.0
+    if shutil.which("fio") is None:
+        print("fio is not installed: nothing to measure with")
+        return 1
     console = Console(width=None if sys.stdout.isatty() else 160)
     with tempfile.TemporaryDirectory(prefix="nbdtarget-tls-", dir=options.dir) as name:
         work = Path(name)
@@ -215,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare_servers(work: Path, options: argparse.Namespace, console: Console) -> None:
     classes = available((TlsOurs, TlsNbdkit), console)
-    samples = compare(classes, JOBS, work, options, console)
+    chosen = [j for j in JOBS if any(word in j.name for word in options.only)]
+    samples = compare(classes, chosen or JOBS, work, options, console)
     for job, servers in samples.items():
         shown = [
             f"{name} {median_iops(rounds):,.0f}/s" for name, rounds in servers.items()

@@ -37,7 +37,9 @@ from typing import Any, Final
 __all__ = ["ANSWERS_MAX", "HANDSHAKE_BYTES_MAX", "TlsError", "TlsSocket"]
 
 RECEIVE_MAX: Final = 256 << 10  # encrypted bytes, with one system call
-SEAL_MAX: Final = 256 << 10  # bytes that are encrypted before they are sent
+SEAL_MAX: Final = (
+    272 << 10
+)  # bytes that are encrypted before they are sent: a reply of 256 KiB with its header, too
 SEND_MAX: Final = 1 << 20  # bytes in one call of `sendmsg`
 JOIN_MAX: Final = 16 << 10  # shorter pieces share a record
 AHEAD_MAX: Final = 1 << 20  # bytes that a peek decrypts

@@ -128,8 +128,8 @@ class Registry:
         """(name, description) of one export."""
         assert isinstance(device, MappedDevice)
         assert device.active is not None
-        types = dict.fromkeys(t.type_name for t in device.active.targets)
-        return device.dm_name, ", ".join(types)
+        # Empty, as other servers have it: clients on a network need not know how the disk is made.
+        return device.dm_name, ""
 
     def maybe_get(self, name: str) -> MappedDevice | None:
         """Return the export called `name`; "" is the only one, if there is only one."""

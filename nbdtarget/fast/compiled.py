@@ -25,9 +25,10 @@ __all__ = [
     "Syncer",
     "describe",
     "is_available",
+    "write_pieces",
 ]
 
-ABI: Final = 6  # the extension's must be the same; both change together
+ABI: Final = 7  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"
@@ -52,7 +53,7 @@ if not os.environ.get("NBDTARGET_PURE"):
 
 if TYPE_CHECKING or IS_COMPILED:
     from nbdtarget_copy import Copies, CopyStream
-    from nbdtarget_fast import FastFile, Plane, Receiver, Route
+    from nbdtarget_fast import FastFile, Plane, Receiver, Route, write_pieces
     from nbdtarget_ring import Ring, is_available
     from nbdtarget_sync import Syncer
 else:
@@ -65,6 +66,9 @@ else:
 
     def is_available() -> bool:
         return False
+
+    def write_pieces(*_: object) -> tuple[int, int]:
+        raise NotImplementedError
 
 
 def describe() -> str:

@@ -88,7 +88,7 @@ cdef extern from *:
 
 __all__ = ["ABI", "SPANS_MAX", "Copies", "CopyStream"]
 
-ABI = 6  # of `nbdtarget.fast.compiled`
+ABI = 7  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     SLOTS_MAX = 16  # buffers of a thread

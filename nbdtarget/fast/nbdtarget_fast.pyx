@@ -118,10 +118,10 @@ cdef extern from "<sched.h>" nogil:
 __all__ = [
     "BOUNDS_NS", "WRITE_PIECE_BYTES",
     "ABI", "BLOCKED", "CLOSED", "DONE", "FAILED", "POLLED", "SLOW", "TURN_OVER", "UNFINISHED",
-    "FastFile", "Plane", "Receiver", "Route",
+    "FastFile", "Plane", "Receiver", "Route", "write_pieces",
 ]
 
-ABI = 6  # of `nbdtarget.fast.compiled`
+ABI = 7  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -299,6 +299,39 @@ cdef inline uint64_t file_write(
         file.was_slow = True
         file.write_max = 0
     return put
+
+
+def write_pieces(int fd, payload, Py_ssize_t put, uint64_t offset, Py_ssize_t piece):
+    """Write what is left of `payload`, of which `put` bytes are written, in calls of at most `piece` bytes.
+
+    A worker's: Python's lock is given back once for all of them, and not for each.
+
+    Args: offset: of the whole payload in the file.
+    Returns: how much of it is written, and the errno if that is not all: 0 if the file took nothing.
+    """
+    cdef Py_buffer view
+    cdef ssize_t taken
+    cdef int error = 0
+    PyObject_GetBuffer(payload, &view, PyBUF_SIMPLE)
+    try:
+        with nogil:
+            while put < view.len:
+                taken = pwrite(
+                    fd,
+                    <const uint8_t *>view.buf + put,
+                    <size_t>min(view.len - put, piece),
+                    <off_t>(offset + <uint64_t>put),
+                )
+                if taken > 0:
+                    put += taken
+                elif taken == 0:
+                    break
+                elif errno != EINTR:
+                    error = errno
+                    break
+    finally:
+        PyBuffer_Release(&view)
+    return put, error
 
 
 cdef class FastFile:

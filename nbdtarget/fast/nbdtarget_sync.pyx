@@ -122,7 +122,7 @@ cdef extern from *:
     void sync_become(sync_job *job, int state) nogil
     int sync_start(sync_job *job) nogil
 
-ABI = 6  # of `nbdtarget.fast.compiled`
+ABI = 7  # of `nbdtarget.fast.compiled`
 RUNS = -1  # what `take` returns while a sync runs
 
 

@@ -5,6 +5,8 @@ import errno as errnos
 import os
 from typing import Final
 
+from nbdtarget.fast.compiled import IS_COMPILED, write_pieces
+
 __all__ = ["WRITE_PIECE", "write_rest"]
 
 # Large writes go to the page cache in such pieces. ext4 (6.16 and later) makes folios as large as the
@@ -23,6 +25,12 @@ def write_rest(
         offset: of the whole payload in the file.
         piece: bytes of one call at most.
     """
+    if IS_COMPILED:
+        # Once without Python's lock: the event loop, which wants it all the time, is not asked for it after each piece.
+        put, error = write_pieces(fd, payload, put, offset, piece)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return 0 if put == len(payload) else errnos.EIO
     while put < len(payload):
         part = payload[put : put + piece]
         more = os.pwritev(fd, (part,), offset + put, 0)

@@ -48,6 +48,10 @@ class Late(Protocol):
     def note_late(self) -> int: ...
     def note_hits(self, nr: int) -> None: ...
 
+def write_pieces(
+    fd: int, payload: Buffer, put: int, offset: int, piece: int
+) -> tuple[int, int]: ...
+
 class FastFile:
     size: int
     read_max: int

@@ -304,7 +304,7 @@ async def test_empty_export_name_is_the_only_one() -> None:
     await registry.create("bare", None)
     assert registry.maybe_get("") is device
     assert registry.maybe_get("bare") is None
-    assert list(registry.names()) == [("x", "zero")]
+    assert list(registry.names()) == [("x", "")]
     await registry.create("y", "0 8 error")
     assert registry.maybe_get("") is None
     assert registry.maybe_get("x") is device

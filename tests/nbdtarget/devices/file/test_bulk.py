@@ -298,6 +298,7 @@ async def test_a_bio_of_which_write_behind_is_told_is_written_in_one_piece(
         lengths.append(len(parts[0]))
         return pwritev(fd, parts, at, flags)
 
+    monkeypatch.setattr("nbdtarget.devices.file.pieces.IS_COMPILED", False)
     monkeypatch.setattr(os, "pwritev", counted)
     device = await made(tmp_path)
     if device._behind is None:

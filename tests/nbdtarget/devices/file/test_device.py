@@ -371,6 +371,7 @@ async def test_failed_write_latches_unless_for_want_of_space(
 
     with monkeypatch.context() as patch:
         patch.setattr(file_module, "_pwrite", fail)
+        patch.setattr("nbdtarget.devices.file.pieces.IS_COMPILED", False)
         patch.setattr(os, "pwritev", fail)
         with pytest.raises(DeviceError) as caught:
             await device.write(0, bytes(512 if inline else SIZE))
@@ -591,6 +592,7 @@ async def test_slow_writes_of_a_file_occupy_one_thread(
         gate.wait(PATIENCE_S)
         return pwritev(fd, buffers, offset, flags)
 
+    monkeypatch.setattr("nbdtarget.devices.file.pieces.IS_COMPILED", False)
     monkeypatch.setattr(os, "pwritev", gated)
     data = memoryview(bytes(file_module.INLINE_WRITE_MAX + 1))
     bios = [Bio(OP_WRITE, 0, len(data), data, 0, lambda _: None) for _ in range(4)]
