@@ -99,6 +99,13 @@ class Rig:
         for process in reversed(self.processes):
             process.terminate()
 
+    def warm(self) -> None:
+        """Have what the clients read in the page cache: whoever opens a disk for writing has dropped it."""
+        for name in ("ours", "peer"):
+            with (self.work / f"{name}.img").open("rb") as file:
+                while file.read(MIB):
+                    pass
+
     def make_clone(self) -> None:
         """Make a clone that has hydrated what the client reads, and no more."""
         fresh(self.work / "clone.img", self.size)
@@ -159,7 +166,9 @@ def measure_ours(
 ) -> list[Sample]:
     rig.make_clone()
     uri = uri_of(rig.socket, "clone" if state == "same disk" else "disk")
+    rig.warm()
     quiet = read(uri, runtime_s, nothing)
+    rig.warm()
     rig.start_hydration()
     busy = read(uri, runtime_s, rig.hydrated_bytes)
     if rig.hydrated_bytes() >= rig.size:
@@ -174,7 +183,9 @@ def measure_nbdcopy(rig: Rig, runtime_s: float, console: Console) -> list[Sample
     dest = rig.work / "nbdcopy.img"
     fresh(dest, rig.size)
     uri = uri_of(rig.nbdkit)
+    rig.warm()
     quiet = read(uri, runtime_s, nothing)
+    rig.warm()
     # A server of its own: nbdkit 1.32 aborts when a client that reads is killed.
     path = rig.work / "nbdcopy.sock"
     server = nbdkit_file(rig.image, path, rig.work / "log", "--readonly")

@@ -17,8 +17,8 @@ them a thread needs it for some 30 microseconds a chunk, and the loop waits for 
 A source that lends nothing (one connection only, a file, a mapped device), a destination without a writer, and a
 range that a stream cannot ask for are no matter for this module: `maybe_copy` returns None, and the caller copies by bios.
 
-*Priority.* The threads of a copy work as batch jobs (SCHED_BATCH), and are nicer than the others by NICE_STEP: where processors are scarce, those who
-serve clients come first. Without anything else to do for the processors a copy is as fast as ever.
+*Priority.* The threads of a copy come after those who serve clients: `background_threads.py`. While clients are active, compiled
+copies take fewer processors, too, and hold them for a shorter time: `bulk_compiled.py`.
 
 *Bounds.* Each thread has `CHUNKS_PER_STREAM` buffers of `CHUNK_BYTES`, and no other memory. Its requests are as many.
 
@@ -38,14 +38,13 @@ the last system call of its chunks has returned, also after a failure.
 
 import asyncio
 import errno as errnos
-import os
 import threading
 from collections import deque
-from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Final
 
+from nbdtarget.devices.background_threads import begin_to_give_way
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.bulk_compiled import CompiledCopies
 from nbdtarget.devices.bulk_streams import (
@@ -57,13 +56,12 @@ from nbdtarget.devices.bulk_streams import (
     StreamLostError,
 )
 
-__all__ = ["CHUNKS_PER_STREAM", "CHUNK_BYTES", "NICE_STEP", "BulkCopies"]
+__all__ = ["CHUNKS_PER_STREAM", "CHUNK_BYTES", "BulkCopies"]
 
 # Measured: at 256 KiB the threads hand Python's lock to each other twice as often, and need a quarter more CPU. A
 # client's write to the same file waits while a chunk is written, so a chunk is not longer than need be.
 CHUNK_BYTES: Final = 512 << 10
 CHUNKS_PER_STREAM: Final = 2
-NICE_STEP: Final = 5
 
 
 class BulkCopies:
@@ -163,7 +161,7 @@ class BulkCopies:
         buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(CHUNKS_PER_STREAM)]
         under_way: set[Chunk] = set()
         reason = ""
-        _give_way()
+        begin_to_give_way()
         try:
             while True:
                 chunks = self._take(queue, len(buffers), may_wait=not under_way)
@@ -197,7 +195,7 @@ class BulkCopies:
 
     def _work_compiled(self, stream: BulkStream, copies: CompiledCopies) -> None:
         """As `_work`, in C. Context: a thread of its own."""
-        _give_way()
+        begin_to_give_way()
         try:
             reason = copies.work(stream, CHUNKS_PER_STREAM)
         except Exception as error:  # no memory, or our bug
@@ -328,14 +326,6 @@ class BulkCopies:
             if chunk is not None:
                 self._note_failure(chunk, errnos.EIO, stream)
                 self._end(chunk)
-
-
-def _give_way() -> None:
-    """Have this thread come after those who serve clients; see *Priority* above."""
-    os.nice(NICE_STEP)  # of the thread, on Linux
-    # Where that is forbidden (by a filter of system calls) the copy is only less polite.
-    with suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _whole(buffer: memoryview) -> memoryview:

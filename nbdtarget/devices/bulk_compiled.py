@@ -4,25 +4,44 @@
 Theory of operation. One object for each time that streams are borrowed; `nbdtarget/fast/nbdtarget_copy.pyx` has its queue and its threads' work. The loop
 watches an eventfd, and takes the copies that have ended. That goes on after `close`, until the last copy has ended: a thread whose
 connection has broken may be late to say so, when other streams have been borrowed already.
+
+*Giving way.* Whenever a copy begins or ends, the loop looks whether clients of any device were served lately (within QUIET_S). If so, the
+copies give way, and until clients are quiet again they take what processors are left. Each chunk under way keeps
+one busy: one of our threads, or a thread of the source's server, if that is on this machine. So there are as many chunks at a time as there are
+processors, less one for the loop and its clients. A source elsewhere is asked for as many as ever, or its distance would count. In
+both cases each system call is short.
 """
 
 import asyncio
 import errno as errnos
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
+from nbdtarget.common.activity import ACTIVITY
+from nbdtarget.common.clock import loop_time_s
 from nbdtarget.devices.bulk_streams import (
     BulkCopy,
     BulkFailure,
     BulkStream,
     BulkWriter,
 )
-from nbdtarget.fast.compiled import IS_COMPILED, Copies, CopyStream
+from nbdtarget.fast.compiled import (
+    IS_COMPILED,
+    Copies,
+    CopyStream,
+    batches_received,
+)
 
-__all__ = ["CompiledCopies"]
+__all__ = ["QUIET_S", "SMALL_CHUNK_BYTES", "CompiledCopies"]
+
+QUIET_S: Final = 0.010
+# Of a chunk while clients are active: the source's server keeps its processor for as long as it reads and sends one.
+SMALL_CHUNK_BYTES: Final = 256 << 10
 
 _NO_STREAM: Final = -1
+_ALL: Final = 1 << 30  # chunks at once: as many as there are buffers
 
 
 class CompiledCopies:
@@ -30,6 +49,7 @@ class CompiledCopies:
 
     Args:
         ended: takes copies that have ended, with their failures.
+        chunk_bytes: of one READ and one write, while clients are quiet.
     """
 
     def __init__(
@@ -37,8 +57,13 @@ class CompiledCopies:
         copies: Copies,
         streams: Sequence[tuple[BulkStream, CopyStream]],
         ended: Callable[[list[BulkCopy]], None],
+        chunk_bytes: int,
     ) -> None:
         self._copies = copies
+        self._shares = _shares(streams[0][0], chunk_bytes)
+        self._gives_way = False
+        self._nr_batches = _nr_batches()
+        self._active_until_s = 0.0
         self._streams = streams
         self._ended = ended
         self._under_way: dict[int, BulkCopy] = {}
@@ -63,9 +88,10 @@ class CompiledCopies:
         compiled = [(each, half) for each, half in halves if half is not None]
         if len(compiled) < len(streams):
             return None
-        return cls(Copies(fd, chunk_bytes), compiled, ended)
+        return cls(Copies(fd, chunk_bytes), compiled, ended, chunk_bytes)
 
     def put(self, copy: BulkCopy, offset: int, length: int) -> None:
+        self._look_for_clients()
         self._number += 1
         self._copies.put(self._number, offset, length)
         self._under_way[self._number] = copy
@@ -105,7 +131,19 @@ class CompiledCopies:
         if future.cancelled():
             self._copies.leave_out(number)
 
+    def _look_for_clients(self) -> None:
+        """Give way, or take all there is again; see *Giving way* above."""
+        now_s, nr_batches = loop_time_s(), _nr_batches()
+        if nr_batches != self._nr_batches:
+            self._nr_batches = nr_batches
+            self._active_until_s = now_s + QUIET_S
+        gives_way = now_s < self._active_until_s
+        if gives_way != self._gives_way:
+            self._gives_way = gives_way
+            self._copies.give_way(*self._shares if gives_way else (0, 0))
+
     def _reap(self) -> None:
+        self._look_for_clients()
         ended = []
         for number, status, is_read, offset, length, nr in self._copies.take_ended():
             copy = self._under_way.pop(number)
@@ -119,3 +157,17 @@ class CompiledCopies:
     def _maybe_end(self) -> None:
         if self._is_closed and not self._under_way:
             self._loop.remove_reader(self._copies.event_fd)
+
+
+def _nr_batches() -> int:
+    return ACTIVITY.nr_batches + batches_received()
+
+
+def _shares(stream: BulkStream, chunk_bytes: int) -> tuple[int, int]:
+    """Return how many chunks may be under way while clients are active, and their size in bytes."""
+    nr_chunks = _ALL
+    if stream.is_near:
+        nr_chunks = max(1, len(os.sched_getaffinity(0)) - 1)
+    if stream.is_near and stream.can_read(0, SMALL_CHUNK_BYTES):
+        chunk_bytes = min(chunk_bytes, SMALL_CHUNK_BYTES)
+    return nr_chunks, chunk_bytes

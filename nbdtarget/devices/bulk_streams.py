@@ -28,10 +28,14 @@ class BulkStream(Protocol):
 
     Attributes:
         is_broken: nothing can be read any more. Context: the loop.
+        is_near: the server that is read from uses the processors of this machine, as far as can be seen.
     """
 
     @property
     def is_broken(self) -> bool: ...
+
+    @property
+    def is_near(self) -> bool: ...
 
     def can_read(self, offset: int, length: int) -> bool:
         """Whether a copy of this range may be cut into chunks of this stream. Context: the loop."""

@@ -23,12 +23,14 @@ __all__ = [
     "Ring",
     "Route",
     "Syncer",
+    "batches_received",
     "describe",
+    "give_way",
     "is_available",
     "write_pieces",
 ]
 
-ABI: Final = 7  # the extension's must be the same; both change together
+ABI: Final = 8  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"
@@ -53,9 +55,16 @@ if not os.environ.get("NBDTARGET_PURE"):
 
 if TYPE_CHECKING or IS_COMPILED:
     from nbdtarget_copy import Copies, CopyStream
-    from nbdtarget_fast import FastFile, Plane, Receiver, Route, write_pieces
+    from nbdtarget_fast import (
+        FastFile,
+        Plane,
+        Receiver,
+        Route,
+        batches_received,
+        write_pieces,
+    )
     from nbdtarget_ring import Ring, is_available
-    from nbdtarget_sync import Syncer
+    from nbdtarget_sync import Syncer, give_way
 else:
 
     class _NotBuilt:
@@ -66,6 +75,13 @@ else:
 
     def is_available() -> bool:
         return False
+
+    def batches_received() -> int:
+        return 0
+
+    def give_way(nice_step: int) -> None:
+        """Threads of Python have their own way: see `nbdtarget.devices.background_threads`."""
+        raise NotImplementedError
 
     def write_pieces(*_: object) -> tuple[int, int]:
         raise NotImplementedError

@@ -20,6 +20,12 @@ chunks has returned.
 extended headers; in several pieces, of data or zeroes, in any order. A server that breaks a rule breaks the stream. The number of pieces that lie apart
 is bounded by SPANS_MAX for a chunk.
 
+*Giving way.* While clients are served, the copies may be told to give way (`give_way`): then no more chunks are under way than the bound says,
+they are smaller, and each system call moves PIECE_BYTES at most. For in the kernel a thread keeps its processor until the system call
+returns, and each chunk that is under way keeps one processor busy, here or where its server runs on the same machine. A thread that finds the
+bound reached sleeps until others end: those who end a chunk look for the next one themselves, so only the end of the bound, of the
+copies, or of a stream wakes it.
+
 *Memory.* Each thread allocates its buffers in `work`, and frees them there. Numbers from the server are compared with the length of the
 chunk before they are used.
 
@@ -86,9 +92,9 @@ cdef extern from *:
     int load_number(const int *number) nogil
     void store_number(int *number, int value) nogil
 
-__all__ = ["ABI", "SPANS_MAX", "Copies", "CopyStream"]
+__all__ = ["ABI", "PIECE_BYTES", "SPANS_MAX", "Copies", "CopyStream"]
 
-ABI = 7  # of `nbdtarget.fast.compiled`
+ABI = 8  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     SLOTS_MAX = 16  # buffers of a thread
@@ -99,6 +105,7 @@ cdef enum:
     CHUNK_BYTES = 20
     EXTENDED_CHUNK_BYTES = 32
     SIMPLE_BYTES = 16
+    GIVING_WAY_BYTES = 64 << 10
     ERROR_CHUNK_MAX = 4358  # 6, and a string of 4096, and 256 for fields yet unknown
     FLAG_DONE = 1
     TYPE_NONE = 0
@@ -107,6 +114,7 @@ cdef enum:
     TYPE_ERROR_OFFSET = 32770
     TYPE_FLAG_ERROR = 32768
 
+PIECE_BYTES = GIVING_WAY_BYTES  # of a system call, while the copies give way
 SPANS_MAX = SPANS_NR  # pieces of the reply to a chunk that lie apart
 
 cdef uint32_t REQUEST_MAGIC = 0x25609513U
@@ -141,6 +149,9 @@ cdef struct Shared:
     int fd
     int event_fd
     uint32_t chunk_bytes
+    int nr_in_flight  # chunks, of all streams
+    int nr_in_flight_max  # 0: the copies do not give way
+    uint32_t small_chunk_bytes  # while they give way
 
 cdef struct Slot:
     # A chunk under way, if `copy` is there.
@@ -155,6 +166,7 @@ cdef struct Slot:
     uint8_t *data
 
 cdef struct Stream:
+    const Shared *shared  # while it works
     int number
     int sock
     bint is_structured
@@ -240,24 +252,44 @@ cdef void note_failure(
     stop_copy(shared, copy)
 
 
+cdef bint has_room(const Shared *shared) noexcept nogil:
+    """Whether one more chunk may be under way."""
+    return not shared.nr_in_flight_max or shared.nr_in_flight < shared.nr_in_flight_max
+
+
+cdef void wake_if_closed(Shared *shared) noexcept nogil:
+    """The queue may be empty now: threads that sleep, because the bound was reached, end."""
+    if shared.is_closed and shared.first == NULL:
+        pthread_cond_broadcast(&shared.changed)
+
+
 cdef bint take_chunk(Shared *shared, Slot *slot) noexcept nogil:
-    """Begin with the next chunk; False: there is none."""
+    """Begin with the next chunk; False: there is none, or no room."""
     cdef Copy *copy = shared.first
     cdef uint64_t left
-    if copy == NULL:
+    cdef uint32_t bytes_max = shared.small_chunk_bytes if shared.nr_in_flight_max else shared.chunk_bytes
+    if copy == NULL or not has_room(shared):
         return False
     left = copy.end - copy.at
     slot.copy = copy
     slot.offset = copy.at
-    slot.length = shared.chunk_bytes if left > shared.chunk_bytes else <uint32_t>left
+    slot.length = bytes_max if left > bytes_max else <uint32_t>left
     slot.covered = 0
     slot.status = 0
     slot.nr_spans = 0
     copy.at += slot.length
     copy.nr_under_way += 1
+    shared.nr_in_flight += 1
     if copy.at == copy.end:
         unlink(shared, copy)
     return True
+
+
+cdef size_t piece_of(const Shared *shared, size_t length) noexcept nogil:
+    """Return how many of these bytes one system call moves. Not under the lock."""
+    if length > GIVING_WAY_BYTES and load_number(&shared.nr_in_flight_max):
+        return GIVING_WAY_BYTES
+    return length
 
 
 # ---- the wire ----
@@ -266,7 +298,7 @@ cdef bint receive(Stream *stream, uint8_t *into, size_t length) noexcept nogil:
     """Receive all of it; False: the stream is broken."""
     cdef ssize_t got
     while length:
-        got = recv(stream.sock, into, length, MSG_WAITALL)
+        got = recv(stream.sock, into, piece_of(stream.shared, length), MSG_WAITALL)
         if got > 0:
             into += got
             length -= <size_t>got
@@ -523,7 +555,7 @@ cdef int write_all(Shared *shared, const Slot *slot) noexcept nogil:
     cdef int status = 0
     pthread_mutex_lock(&shared.writing)
     while put < slot.length:
-        more = pwrite(shared.fd, slot.data + put, slot.length - put, <off_t>(slot.offset + put))
+        more = pwrite(shared.fd, slot.data + put, piece_of(shared, slot.length - put), <off_t>(slot.offset + put))
         if more > 0:
             put += <uint32_t>more
         elif not more:
@@ -546,7 +578,9 @@ cdef void end_chunk(Shared *shared, Stream *stream, Slot *slot, int status, bint
     slot.copy = NULL
     store_number(&stream.nr_in_flight, load_number(&stream.nr_in_flight) - 1)
     copy.nr_under_way -= 1
+    shared.nr_in_flight -= 1
     has_ended = maybe_end(shared, copy)
+    wake_if_closed(shared)  # a failure may have emptied the queue
     pthread_mutex_unlock(&shared.lock)
     if has_ended:
         wake_loop(shared)
@@ -564,7 +598,7 @@ cdef int take_chunks(Shared *shared, Stream *stream, Slot **taken) noexcept nogi
     """Begin with chunks, as many as there are buffers; wait for one, if none is under way. 0: there is none, or this is the end."""
     cdef int nr, nr_taken = 0
     pthread_mutex_lock(&shared.lock)
-    while not stream.nr_in_flight and shared.first == NULL and not shared.is_closed:
+    while not stream.nr_in_flight and (not has_room(shared) if shared.first != NULL else not shared.is_closed):
         pthread_cond_wait(&shared.changed, &shared.lock)
     for nr in range(stream.nr_slots):
         if stream.slots[nr].copy == NULL:
@@ -573,6 +607,7 @@ cdef int take_chunks(Shared *shared, Stream *stream, Slot **taken) noexcept nogi
             taken[nr_taken] = &stream.slots[nr]
             nr_taken += 1
     store_number(&stream.nr_in_flight, stream.nr_in_flight + nr_taken)
+    wake_if_closed(shared)
     pthread_mutex_unlock(&shared.lock)
     return nr_taken
 
@@ -711,6 +746,7 @@ cdef class Copies:
             copy = copy.next
         if copy != NULL:
             self._leave_out(copy, status, stream)
+            wake_if_closed(self.shared)
         pthread_mutex_unlock(&self.shared.lock)
         wake_loop(self.shared)
 
@@ -719,6 +755,7 @@ cdef class Copies:
         pthread_mutex_lock(&self.shared.lock)
         while self.shared.first != NULL:
             self._leave_out(self.shared.first, status, stream)
+        wake_if_closed(self.shared)
         pthread_mutex_unlock(&self.shared.lock)
         wake_loop(self.shared)
 
@@ -755,6 +792,19 @@ cdef class Copies:
         ended.reverse()
         return ended
 
+    def give_way(self, int nr_chunks_max, uint32_t chunk_bytes):
+        """From the next chunks on, `nr_chunks_max` of them are under way at most, of `chunk_bytes` at most; see *Giving way* above.
+
+        Args: nr_chunks_max: 0: the copies do not give way any more. chunk_bytes: not more than `Copies` was made with.
+        """
+        if nr_chunks_max < 0 or nr_chunks_max and not 0 < chunk_bytes <= self.shared.chunk_bytes:
+            raise ValueError("such chunks there cannot be")
+        pthread_mutex_lock(&self.shared.lock)
+        self.shared.small_chunk_bytes = chunk_bytes
+        store_number(&self.shared.nr_in_flight_max, nr_chunks_max)
+        pthread_cond_broadcast(&self.shared.changed)
+        pthread_mutex_unlock(&self.shared.lock)
+
     def close(self):
         """Nothing more is put: threads end when the queue is empty. Idempotent."""
         pthread_mutex_lock(&self.shared.lock)
@@ -780,6 +830,7 @@ cdef class Copies:
         cdef int nr
         if not 0 < nr_buffers <= SLOTS_MAX:
             raise ValueError("so many buffers there cannot be")
+        it.shared = self.shared
         it.number = number
         it.nr_slots = nr_buffers
         try:
@@ -806,3 +857,7 @@ cdef class Copies:
         for nr in range(it.nr_slots):
             if it.slots[nr].copy != NULL:
                 end_chunk(self.shared, it, &it.slots[nr], status, True)
+        # This stream's thread looks for no further chunk: others do, who have slept because of the bound.
+        pthread_mutex_lock(&self.shared.lock)
+        pthread_cond_broadcast(&self.shared.changed)
+        pthread_mutex_unlock(&self.shared.lock)

@@ -121,7 +121,7 @@ __all__ = [
     "FastFile", "Plane", "Receiver", "Route", "write_pieces",
 ]
 
-ABI = 7  # of `nbdtarget.fast.compiled`
+ABI = 8  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -230,6 +230,14 @@ cdef struct File:
     unsigned wait_penalty
     uint32_t fake_misses  # for tests
     uint32_t fake_state
+
+
+cdef int64_t nr_batches = 0  # that all Planes have received; only the loop's thread counts
+
+
+def batches_received():
+    """Return how many times the Planes of this process have received something: a number that only grows."""
+    return nr_batches
 
 
 cdef inline int64_t now_ns() noexcept nogil:
@@ -1083,6 +1091,7 @@ cdef class Plane:
         return stop
 
     cdef Stop _turn(self, Way *way, int64_t poll_ns) noexcept nogil:
+        global nr_batches
         cdef Stop stop
         cdef ssize_t got
         cdef uint8_t *into = <uint8_t *>self.received.buf
@@ -1131,6 +1140,7 @@ cdef class Plane:
                 else:
                     self.received_ns = now_ns()
                 self.end += got
+                nr_batches += 1
                 if got > self.request_bytes and self._is_batch():
                     self.was_batch = True
                     self.may_wait = False

@@ -14,6 +14,11 @@ and one sync at a time.
 `begin_behind` has the thread do something else in the same way: begin to write ranges back, wait for others, and drop those from the page
 cache. A Python thread that does so keeps the loop waiting whenever it loses its processor between two of these calls, while it has the lock.
 
+*Priority.* What no client waits for is done by threads that give way (`give_way`): a batch job, nicer than the others, and with a long time slice. Linux
+6.12 and later lets whoever wakes up with a shorter slice have the processor at once; before, it may have to wait until the slice is over. The
+thread of a Syncer that is made to give way does its work in pieces of PIECE_BYTES, because in the kernel it keeps its
+processor until the system call returns.
+
 The thread is started by the first `begin`, and ended by `close`. It works on memory of its own, which is never freed while the thread
 runs: so a Syncer may be dropped, without `close`, while a disk hangs.
 """
@@ -30,16 +35,19 @@ cdef extern from *:
     #include <fcntl.h>
     #include <pthread.h>
     #include <semaphore.h>
+    #include <sched.h>
     #include <signal.h>
     #include <stdint.h>
     #include <sys/eventfd.h>
+    #include <sys/resource.h>
+    #include <sys/syscall.h>
     #include <unistd.h>
 
     enum { SYNC_IDLE, SYNC_ASKED, SYNC_DONE };
 
     typedef struct { int64_t begin, end; } sync_range;
     typedef struct {
-        int state, status, fd, event_fd, is_closed;
+        int state, status, fd, event_fd, is_closed, nice_step;
         /* NULL: fdatasync. Otherwise the ranges that are to be begun, and then those that are to be waited for. */
         sync_range *ranges;
         size_t nr_begun, nr_ranges;
@@ -49,14 +57,42 @@ cdef extern from *:
 
     static inline int sync_state(sync_job *job) { return __atomic_load_n(&job->state, __ATOMIC_ACQUIRE); }
     static inline void sync_become(sync_job *job, int state) { __atomic_store_n(&job->state, state, __ATOMIC_RELEASE); }
+    #define SYNC_PIECE_BYTES (1 << 20)
+    #define SYNC_SLICE_NS 100000000ULL /* the longest that Linux takes */
+    /* The first version of the kernel's struct sched_attr, which not all C libraries have. */
+    typedef struct {
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime, deadline, period;
+    } sync_attr;
+    /* What cannot be had (it may be forbidden, by a filter of system calls) leaves the thread less polite. */
+    static void sync_give_way(int nice_step) {
+        const int nice = getpriority(PRIO_PROCESS, 0) + nice_step;
+        const sync_attr attr = {
+            .size = sizeof attr, .policy = SCHED_BATCH, .nice = nice < 19 ? nice : 19, .runtime = SYNC_SLICE_NS,
+        };
+        if (!syscall(SYS_sched_setattr, 0, &attr, 0))
+            return;
+        setpriority(PRIO_PROCESS, 0, attr.nice);
+        const struct sched_param none = { 0 };
+        sched_setscheduler(0, SCHED_BATCH, &none);
+    }
     static int sync_behind(const sync_job *job) {
         const int all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
         for (size_t nr = 0; nr < job->nr_ranges; nr++) {
             const sync_range *range = &job->ranges[nr];
-            const int64_t length = range->end - range->begin;
             const int is_begun = nr < job->nr_begun;
-            if (sync_file_range(job->fd, range->begin, length, is_begun ? SYNC_FILE_RANGE_WRITE : all))
-                return errno;
+            const int64_t piece = job->nice_step ? SYNC_PIECE_BYTES : range->end - range->begin;
+            for (int64_t at = range->begin; at < range->end; at += piece) {
+                const int64_t left = range->end - at;
+                const int64_t length = left < piece ? left : piece;
+                if (sync_file_range(job->fd, at, length, is_begun ? SYNC_FILE_RANGE_WRITE : all))
+                    return errno;
+            }
+            /* All at once: what lies across the border of two pieces would stay. It gives the processor away by itself. */
+            const int64_t length = range->end - range->begin;
             int error = is_begun ? 0 : posix_fadvise(job->fd, range->begin, length, POSIX_FADV_DONTNEED);
             if (error)
                 return error;
@@ -66,6 +102,8 @@ cdef extern from *:
     static void *sync_work(void *argument) {
         sync_job *job = argument;
         const uint64_t one = 1;
+        if (job->nice_step)
+            sync_give_way(job->nice_step);
         for (;;) {
             while (sem_wait(&job->asked)) {}
             if (job->is_closed)
@@ -107,6 +145,7 @@ cdef extern from *:
         int fd
         int event_fd
         int is_closed
+        int nice_step
         sync_range *ranges
         size_t nr_begun
         size_t nr_ranges
@@ -121,9 +160,22 @@ cdef extern from *:
     int sync_state(sync_job *job) nogil
     void sync_become(sync_job *job, int state) nogil
     int sync_start(sync_job *job) nogil
+    void sync_give_way(int nice_step) nogil
+    enum:
+        SYNC_PIECE_BYTES
 
-ABI = 7  # of `nbdtarget.fast.compiled`
+ABI = 8  # of `nbdtarget.fast.compiled`
 RUNS = -1  # what `take` returns while a sync runs
+PIECE_BYTES = SYNC_PIECE_BYTES
+
+
+def give_way(int nice_step):
+    """Have the calling thread come after those who serve clients, as far as the kernel lets it; see *Priority* above.
+
+    Args: nice_step: so much nicer than it is.
+    """
+    with nogil:
+        sync_give_way(nice_step)
 
 
 cdef class Syncer:
@@ -133,6 +185,7 @@ cdef class Syncer:
 
     Args:
         fd: stays the caller's, who keeps it open until `close` has returned.
+        nice_step: its thread gives way, and is so much nicer; 0: it does not.
 
     Attributes:
         event_fd: readable when a sync has ended.
@@ -143,11 +196,12 @@ cdef class Syncer:
     cdef sync_job *job
     cdef bint is_started
 
-    def __cinit__(self, int fd):
+    def __cinit__(self, int fd, int nice_step=0):
         self.job = <sync_job *>calloc(1, sizeof(sync_job))
         if self.job == NULL:
             raise MemoryError
         self.job.fd = fd
+        self.job.nice_step = nice_step
         self.job.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if self.job.event_fd < 0:
             raise OSError(errno, os.strerror(errno))

@@ -20,6 +20,7 @@ buffer has been served, and makes room behind `end`. Only this class writes `beg
 import socket
 from typing import Final
 
+from nbdtarget.common.activity import ACTIVITY
 from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.server.buffers import Buffer, untouched
 from nbdtarget.server.flow import IN_LINE, Flow
@@ -114,6 +115,7 @@ class Input:
 
         Raises: BlockingIOError: nothing can be received now.
         """
+        ACTIVITY.nr_batches += 1
         if self.large is None and not self._skip:
             end = self.end
             received = self._sock.recv_into(self.view[end:] if end else self.view)

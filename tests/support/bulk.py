@@ -54,6 +54,7 @@ class LendingDisk(MemoryDevice):
 
 class Stream:
     is_broken = False
+    is_near = False
 
     def __init__(self, disk: LendingDisk) -> None:
         self.disk = disk

@@ -24,6 +24,7 @@ import threading
 from functools import partial
 from typing import Final
 
+from nbdtarget.devices.background_threads import NICE_STEP
 from nbdtarget.devices.file.sync import Syncs
 from nbdtarget.devices.file.syscalls import wait_for_writeback, write_back_range
 from nbdtarget.devices.workers import WorkerPool
@@ -112,7 +113,7 @@ class Behind:
             return None
         try:
             if self._thread is None:
-                self._thread = Syncer(self._fd)
+                self._thread = Syncer(self._fd, NICE_STEP)
                 loop = asyncio.get_running_loop()
                 loop.add_reader(self._thread.event_fd, self._reap)
             self._thread.begin_behind(ranges, before)

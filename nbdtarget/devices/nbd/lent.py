@@ -84,6 +84,10 @@ class LentConnection:
         return borrowed
 
     @property
+    def is_near(self) -> bool:
+        return self._sock.family == socket.AF_UNIX or _is_this_host(self._sock)
+
+    @property
     def nr_in_flight(self) -> int:
         if self._compiled is not None:
             return self._compiled.nr_in_flight
@@ -163,6 +167,14 @@ class LentConnection:
             OSError
         ):  # the server has gone already: nothing blocks
             self._sock.shutdown(socket.SHUT_RDWR)
+
+
+def _is_this_host(sock: socket.socket) -> bool:
+    """Whether the other end has our own address. Otherwise it may be anywhere; one that has hung up is."""
+    try:
+        return bool(sock.getsockname()[0] == sock.getpeername()[0])
+    except OSError:
+        return False
 
 
 def _chunk(private: object, error: int) -> Chunk:

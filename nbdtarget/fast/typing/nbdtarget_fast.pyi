@@ -21,6 +21,8 @@ CLOSED: Final = 5
 FAILED: Final = 6
 POLLED: Final = 7
 
+def batches_received() -> int: ...
+
 Answered = tuple[int, int, int, list[int]]
 
 class ReadsInFlight(Protocol):

@@ -5,11 +5,14 @@ from typing import Final
 
 ABI: Final[int]
 RUNS: Final[int]
+PIECE_BYTES: Final[int]
+
+def give_way(nice_step: int) -> None: ...
 
 class Syncer:
     event_fd: int
 
-    def __init__(self, fd: int) -> None: ...
+    def __init__(self, fd: int, nice_step: int = 0) -> None: ...
     def begin(self) -> None: ...
     def begin_behind(
         self, ranges: list[tuple[int, int]], before: list[tuple[int, int]]

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from nbdtarget.devices import bulk
+from nbdtarget.devices.background_threads import NICE_STEP
 from nbdtarget.devices.bulk import BulkCopies
 from nbdtarget.devices.bulk_streams import BulkFailure
 from nbdtarget.devices.memory import MemoryDevice
@@ -64,7 +65,7 @@ async def test_threads_of_a_copy_give_way_to_those_that_serve() -> None:
     destination.maybe_bulk_writer = lambda: writer  # type: ignore[method-assign]
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     assert await copied(copies, 0, SIZE) is None
-    nice = min(before + bulk.NICE_STEP, 19)
+    nice = min(before + NICE_STEP, 19)
     assert seen == {(nice, os.SCHED_BATCH)}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     copies.rest()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.devices import bulk
+from nbdtarget.common.activity import ACTIVITY
+from nbdtarget.devices import bulk, bulk_compiled
 from nbdtarget.devices.bulk import BulkCopies
 from nbdtarget.devices.bulk_compiled import CompiledCopies
 from nbdtarget.devices.bulk_streams import BulkCopy, BulkFailure
@@ -133,6 +134,28 @@ async def test_a_cancelled_copy_begins_nothing_more_and_others_go_on(rig: Rig) -
     assert rig.destination.content()[: 4 * CHUNK] == CONTENT[: 4 * CHUNK]
     await until(lambda: rig.copies._nr_copies == 0)
     assert len(rig.server.noted) <= 4 + 3 * bulk.CHUNKS_PER_STREAM
+
+
+async def test_copies_give_way_while_clients_are_active(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(bulk_compiled, "SMALL_CHUNK_BYTES", CHUNK // 2)
+    assert await rig.ended(rig.copy(0, CHUNK)) is None
+    assert [length for *_, length in rig.server.noted] == [CHUNK]
+    ACTIVITY.nr_batches += 1
+    rig.server.gate.clear()
+    copying = rig.copy()
+    await until(lambda: len(rig.server.noted) == 2)
+    assert rig.source.nr_in_flight == 1
+    monkeypatch.setattr(bulk_compiled, "QUIET_S", 1e9)
+    ACTIVITY.nr_batches += 1
+    other = rig.copy(0, CHUNK)  # the look that it takes
+    rig.server.gate.set()
+    assert await rig.ended(copying) is None
+    assert await rig.ended(other) is None
+    assert rig.destination.content() == CONTENT
+    assert {length for *_, length in rig.server.noted[1:]} == {CHUNK // 2}
 
 
 async def test_the_loop_watches_until_the_last_copy_has_ended(rig: Rig) -> None:

@@ -18,7 +18,7 @@ from nbdtarget_protocol import consts
 from tests.support.patience import PATIENCE_S
 
 if compiled.IS_COMPILED:
-    from nbdtarget_copy import SPANS_MAX, Copies, CopyStream
+    from nbdtarget_copy import PIECE_BYTES, SPANS_MAX, Copies, CopyStream
 
 pytestmark = pytest.mark.skipif(not compiled.IS_COMPILED, reason=compiled.describe())
 
@@ -405,3 +405,165 @@ def test_what_makes_no_sense_is_refused(rig: Rig) -> None:
         Copies(rig.fd, 0)
     with pytest.raises(ValueError, match="so many buffers"):
         rig.copies.work(CopyStream(rig.ours.fileno(), True, False), 1, 17)
+
+
+# ---- giving way ----
+
+SMALL = CHUNK // 4
+
+
+class Further:
+    """A second stream of a rig's copies."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.ours, self.server = socket.socketpair()
+        self.server.settimeout(20)
+        self.stream = CopyStream(self.ours.fileno(), True, False)
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        self.rig.copies.work(self.stream, 8, 2)
+
+    def requests(self, nr: int) -> list[tuple[int, int, int]]:
+        data = self.server.recv(nr * consts.REQUEST.size, socket.MSG_WAITALL)
+        assert len(data) == nr * consts.REQUEST.size
+        return [each[3:] for each in consts.REQUEST.iter_unpack(data)]
+
+    def has_ended(self) -> bool:
+        self.thread.join(20)
+        return not self.thread.is_alive()
+
+    def close(self) -> None:
+        self.rig.copies.close()
+        self.ours.shutdown(socket.SHUT_RDWR)
+        assert self.has_ended()
+        self.ours.close()
+        self.server.close()
+
+
+def asked(rig: Rig, further: Further) -> tuple[bool, bool]:
+    """Which of the two servers were asked for something, as soon as one was."""
+    found = select.select([rig.server, further.server], [], [], 20)[0]
+    assert found
+    return rig.server in found, further.server in found
+
+
+def answer_all(rig: Rig, further: Further, nr: int, size: int) -> None:
+    """Answer `nr` chunks of `size` bytes, of which one at a time is under way."""
+    for _ in range(nr):
+        found = asked(rig, further)
+        assert found.count(True) == 1
+        side: Rig | Further = rig if found[0] else further
+        ((cookie, offset, length),) = side.requests(1)
+        assert length == size
+        assert rig.stream.nr_in_flight + further.stream.nr_in_flight == 1
+        at = offset - BASE
+        side.server.sendall(rig.data(cookie, at, CONTENT[at:][:length], done=True))
+
+
+def test_copies_that_give_way_have_fewer_and_smaller_chunks_under_way() -> None:
+    rig = Rig()
+    rig.copies.give_way(1, SMALL)
+    rig.copies.put(1, BASE, CHUNK)
+    rig.copies.put(2, BASE + CHUNK, CHUNK)
+    rig.start()
+    further = Further(rig)
+    answer_all(rig, further, 8, SMALL)
+    assert rig.ended(2) == [(1, 0, False, 0, 0, -1), (2, 0, False, 0, 0, -1)]
+    assert rig.written(2 * CHUNK) == CONTENT[: 2 * CHUNK]
+    further.close()
+    rig.close()
+
+
+def test_the_end_of_the_bound_wakes_all_streams() -> None:
+    rig = Rig().start()
+    further = Further(rig)
+    rig.copies.give_way(1, SMALL)
+    rig.copies.put(1, BASE, 4 * CHUNK)
+    asked(rig, further)
+    rig.copies.give_way(0, 0)
+    for side in (rig, further):
+        assert select.select([side.server], [], [], 20)[0]
+    further.close()
+    rig.close()
+
+
+def test_a_closed_copy_ends_threads_that_the_bound_lets_sleep() -> None:
+    rig = Rig().start()
+    further = Further(rig)
+    rig.copies.give_way(1, SMALL)
+    rig.copies.put(1, BASE, 2 * SMALL)
+    rig.copies.close()
+    answer_all(rig, further, 2, SMALL)
+    assert rig.ended() == [(1, 0, False, 0, 0, -1)]
+    assert rig.until_broken() == ("", 0)
+    assert further.has_ended()
+    further.ours.close()
+    further.server.close()
+    rig.close()
+
+
+@pytest.mark.parametrize("how", ["leave_out", "fail_queued", "failure"])
+def test_a_closed_copy_whose_queue_is_emptied_ends_threads_that_sleep(how: str) -> None:
+    rig = Rig().start()
+    rig.copies.give_way(1, SMALL)
+    rig.copies.put(1, BASE, 4 * CHUNK)
+    ((cookie, _, _),) = rig.requests(1)
+    further = Further(rig)
+    rig.copies.close()
+    if how == "leave_out":
+        rig.copies.leave_out(1)
+    elif how == "fail_queued":
+        rig.copies.fail_queued(errno.EIO, 8)
+    if how == "failure":
+        rig.server.sendall(rig.error(cookie, consts.EIO))
+    assert further.has_ended()
+    further.ours.close()
+    further.server.close()
+    rig.close()
+
+
+def test_a_stream_that_breaks_leaves_its_place_to_another_one() -> None:
+    rig = Rig().start()
+    rig.copies.give_way(1, SMALL)
+    rig.copies.put(1, BASE, SMALL)
+    rig.requests(1)
+    further = Further(rig)
+    rig.copies.put(2, BASE + CHUNK, SMALL)
+    rig.server.shutdown(socket.SHUT_RDWR)
+    assert rig.until_broken() == ("", -1)
+    assert not select.select([further.server], [], [], 0)[0]
+    rig.copies.fail_chunks(rig.stream, errno.EIO)
+    ((cookie, offset, length),) = further.requests(1)
+    assert (offset, length) == (BASE + CHUNK, SMALL)
+    data = CONTENT[CHUNK : CHUNK + SMALL]
+    further.server.sendall(rig.data(cookie, CHUNK, data, done=True))
+    assert rig.ended(2) == [
+        (1, errno.EIO, True, BASE, SMALL, 7),
+        (2, 0, False, 0, 0, -1),
+    ]
+    further.close()
+    rig.close()
+
+
+def test_chunks_that_take_several_system_calls_are_exact() -> None:
+    size = 3 * PIECE_BYTES + 512
+    rig = Rig()
+    rig.copies = Copies(rig.fd, size)
+    rig.start()
+    rig.copies.give_way(1 << 20, size)
+    data = random.Random(9).randbytes(size)
+    rig.copies.put(1, BASE, size)
+    assert rig.requests(1) == [(1, BASE, size)]
+    rig.server.sendall(rig.data(1, 0, data, done=True))
+    assert rig.ended() == [(1, 0, False, 0, 0, -1)]
+    assert rig.written(size) == data
+    rig.close()
+
+
+@pytest.mark.parametrize("bad", [(-1, 1), (1, 0), (1, CHUNK + 1)])
+def test_chunks_that_cannot_be_are_refused(rig: Rig, bad: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="cannot be"):
+        rig.copies.give_way(*bad)

@@ -169,6 +169,13 @@ def test_plain_requests_are_served_without_asking_python(rig: Rig) -> None:
     assert os.pread(rig.fd, 3, 4096) == b"abc"
 
 
+def test_what_it_receives_is_seen_as_activity(rig: Rig) -> None:
+    before = compiled.batches_received()
+    rig.call(request(READ, 0))
+    rig.call(request(READ, 0), request(READ, 512))
+    assert compiled.batches_received() == before + 2
+
+
 def test_it_looks_anew_after_python_ran(rig: Rig) -> None:
     rig.call(request(READ, 0))
     rig.receiver.python_ran()

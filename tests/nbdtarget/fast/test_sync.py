@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.devices.file.page_cache import cached_pages
+from nbdtarget.devices.file.syscalls import is_memory_file_system
 from nbdtarget.fast import compiled
 from tests.support.patience import PATIENCE_S
 
 if compiled.IS_COMPILED:
-    from nbdtarget_sync import RUNS, Syncer
+    from nbdtarget_sync import PIECE_BYTES, RUNS, Syncer
 
 pytestmark = pytest.mark.skipif(not compiled.IS_COMPILED, reason=compiled.describe())
 
@@ -91,6 +93,39 @@ def test_ranges_are_written_back_and_dropped(tmp_path: Path, fd: int) -> None:
     syncer.begin()  # a sync again
     assert wait(syncer) == 0
     syncer.close()
+
+
+def test_a_thread_that_gives_way_writes_all_pieces_back(
+    tmp_path: Path, fd: int
+) -> None:
+    size = 3 * PIECE_BYTES + 4096
+    os.write(fd, bytes(size))
+    syncer = Syncer(fd, 5)
+    syncer.begin_behind([(0, size)], [])
+    assert wait(syncer) == 0
+    syncer.begin_behind([], [(0, size)])
+    assert wait(syncer) == 0
+    if not is_memory_file_system(fd):
+        # A page may be in another processor's hands for a moment, and then it stays.
+        assert cached_pages(fd, 0, size) < size // 4096 // 4
+    syncer.close()
+
+
+def test_only_a_thread_that_is_to_give_way_does(fd: int) -> None:
+    before = set(os.listdir("/proc/self/task"))
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    for step, expected in (
+        (0, (nice, os.SCHED_OTHER)),
+        (5, (min(nice + 5, 19), os.SCHED_BATCH)),
+        (100, (19, os.SCHED_BATCH)),
+    ):
+        syncer = Syncer(fd, step)
+        syncer.begin()
+        assert wait(syncer) == 0
+        (thread,) = set(os.listdir("/proc/self/task")) - before
+        found = os.getpriority(os.PRIO_PROCESS, int(thread))
+        assert (found, os.sched_getscheduler(int(thread))) == expected
+        syncer.close()
 
 
 @pytest.mark.parametrize("is_before", [False, True])

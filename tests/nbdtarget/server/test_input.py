@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from nbdtarget.bio import OP_WRITE, Bio
+from nbdtarget.common.activity import ACTIVITY
 from nbdtarget.common.clock import LoopClock
 from nbdtarget.common.turns import Turns
 from nbdtarget.server.buffers import BufferPool
@@ -64,6 +65,13 @@ def test_nothing_there_and_the_end(ends: Ends) -> None:
         ends.input.receive()
     ends.client.close()
     assert ends.input.receive() == 0
+
+
+def test_whoever_receives_is_seen_as_active(ends: Ends) -> None:
+    before = ACTIVITY.nr_batches
+    ends.client.sendall(b"abc")
+    ends.input.receive()
+    assert ACTIVITY.nr_batches == before + 1
 
 
 def test_what_was_not_served_stays_in_front_of_what_comes(ends: Ends) -> None:

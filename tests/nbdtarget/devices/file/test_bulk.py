@@ -53,7 +53,7 @@ class FakeThread:
     status = 0
     gate: "asyncio.Event"
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, nice_step: int) -> None:
         self.asked: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]] = []
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.tasks: set[asyncio.Task[None]] = set()
@@ -253,7 +253,7 @@ async def test_windows_go_to_the_thread_one_after_the_other(
 async def test_without_a_thread_a_worker_writes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(fd: int) -> None:
+    def refuse(fd: int, nice_step: int) -> None:
         raise OSError(errno.EAGAIN, "no thread")
 
     monkeypatch.setattr(bulk, "IS_COMPILED", True)

@@ -224,6 +224,35 @@ def test_what_compiled_code_tells_is_said_in_the_same_words(
 # ---- of a device ----
 
 
+def test_a_server_of_this_machine_is_near() -> None:
+    hand = Hand()
+    stream = hand.stream
+    assert stream.is_near  # a unix socket
+    listening = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listening.getsockname())
+    stream._sock = client
+    assert stream.is_near
+
+    class Far:
+        """Stands for a connection to another machine."""
+
+        family = socket.AF_INET
+
+        def getsockname(self) -> tuple[str, int]:
+            return "192.0.2.1", 40000
+
+        def getpeername(self) -> tuple[str, int]:
+            return "192.0.2.9", 10809
+
+    stream._sock = Far()  # type: ignore[assignment]
+    assert not stream.is_near
+    listening.close()
+    client.close()
+    stream._sock = client  # which is closed
+    assert not stream.is_near
+    hand.close()
+
+
 async def copied(copies: BulkCopies, offset: int, length: int) -> BulkFailure | None:
     copying = copies.maybe_copy(offset, length)
     assert copying is not None

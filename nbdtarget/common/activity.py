@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ACTIVITY`: whether clients are being served, for work that has to give way to them.
+
+Theory of operation. Whoever receives from a client counts, and nothing else is done for each batch. Who wants to know looks at the number
+now and then: if it has grown, clients are active. The compiled path counts for itself (`nbdtarget_fast.batches_received`).
+
+One number for the process: what processors have to be shared for is not a matter of one device.
+"""
+
+from typing import Final
+
+__all__ = ["ACTIVITY", "Activity"]
+
+
+class Activity:
+    """See the module head. Context: the event loop. Attributes: nr_batches: received from clients; it only grows."""
+
+    __slots__ = ("nr_batches",)
+
+    def __init__(self) -> None:
+        self.nr_batches = 0
+
+
+ACTIVITY: Final = Activity()
