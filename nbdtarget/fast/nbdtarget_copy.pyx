@@ -27,17 +27,17 @@ bound reached sleeps until others end: those who end a chunk look for the next o
 copies, or of a stream wakes it.
 
 *Memory.* Each thread allocates its buffers in `work`, and frees them there. Numbers from the server are compared with the length of the
-chunk before they are used.
+chunk before they are used. What it takes to remember pieces that lie apart grows with their number.
 
 *Locks.* One mutex guards the queue and all copies. Another one is held while a chunk is written: a file takes one buffered write at a
 time in any case, and threads that wait in the kernel for that spin.
 """
 
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.errno cimport EINTR, EINVAL, EIO, errno
+from libc.errno cimport EINTR, EINVAL, EIO, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
 import os
@@ -98,7 +98,8 @@ ABI = 8  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     SLOTS_MAX = 16  # buffers of a thread
-    SPANS_NR = 1024
+    SPANS_NR = 1 << 16  # as in nbdtarget_protocol.completion
+    SPANS_AT_FIRST = 64
     REASON_BYTES = 200
     REQUEST_BYTES = 28
     EXTENDED_REQUEST_BYTES = 32
@@ -162,7 +163,8 @@ cdef struct Slot:
     uint32_t covered
     int status
     int nr_spans
-    uint32_t spans[2 * SPANS_NR + 2]  # begin, end, begin, end, ...: what has come, in order
+    int nr_spans_max  # that there is memory for
+    uint32_t *spans  # begin, end, begin, end, ...: what has come, in order
     uint8_t *data
 
 cdef struct Stream:
@@ -357,11 +359,42 @@ cdef Slot *find(Stream *stream, uint64_t cookie) noexcept nogil:
     return NULL
 
 
+cdef int first_behind(const Slot *slot, uint32_t begin) noexcept nogil:
+    """Return the number of the first span that ends behind `begin`."""
+    cdef int low = 0, high = slot.nr_spans, middle
+    while low < high:
+        middle = (low + high) // 2
+        if slot.spans[2 * middle + 1] <= begin:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+cdef bint make_room(Stream *stream, Slot *slot) noexcept nogil:
+    """Have memory for one more span; False: there is none, or it would be too many."""
+    cdef int nr = 2 * slot.nr_spans_max if slot.nr_spans_max else SPANS_AT_FIRST
+    cdef uint32_t *spans
+    if slot.nr_spans < slot.nr_spans_max:
+        return True
+    if slot.nr_spans == SPANS_NR:
+        snprintf(stream.reason, REASON_BYTES, "too many scattered chunks in reply to a READ of %llu+%u",
+                 <unsigned long long>slot.offset, slot.length)
+        return False
+    spans = <uint32_t *>realloc(slot.spans, <size_t>nr * 2 * sizeof(uint32_t))
+    if spans == NULL:
+        stream.error = ENOMEM
+        return False
+    slot.spans = spans
+    slot.nr_spans_max = nr
+    return True
+
+
 cdef bint cover(Stream *stream, Slot *slot, uint64_t offset, uint64_t length, uint32_t *begin) noexcept nogil:
     """Note that content came for a range; `begin` is where it lies in the buffer. False: it may not come."""
     cdef uint32_t *spans = slot.spans
     cdef uint32_t first, end
-    cdef int at = 0, nr = slot.nr_spans
+    cdef int at, nr = slot.nr_spans
     if offset < slot.offset or length > slot.length or offset - slot.offset > slot.length - length:
         snprintf(
             stream.reason, REASON_BYTES, "chunk %llu+%llu outside of a READ of %llu+%u", <unsigned long long>offset,
@@ -372,9 +405,7 @@ cdef bint cover(Stream *stream, Slot *slot, uint64_t offset, uint64_t length, ui
     end = first + <uint32_t>length
     begin[0] = first
     slot.covered += <uint32_t>length
-    # `at` is the first span that ends behind the beginning of this one.
-    while at < nr and spans[2 * at + 1] <= first:
-        at += 1
+    at = first_behind(slot, first)
     if at < nr and spans[2 * at] < end:
         snprintf(stream.reason, REASON_BYTES, "overlapping chunks in reply to a READ of %llu+%u",
                  <unsigned long long>slot.offset, slot.length)
@@ -388,10 +419,9 @@ cdef bint cover(Stream *stream, Slot *slot, uint64_t offset, uint64_t length, ui
     elif at < nr and spans[2 * at] == end:
         spans[2 * at] = first
     else:
-        if nr == SPANS_NR:
-            snprintf(stream.reason, REASON_BYTES, "too many scattered chunks in reply to a READ of %llu+%u",
-                     <unsigned long long>slot.offset, slot.length)
+        if not make_room(stream, slot):
             return False
+        spans = slot.spans
         memmove(spans + 2 * at + 2, spans + 2 * at, (nr - at) * 8)
         spans[2 * at] = first
         spans[2 * at + 1] = end
@@ -844,6 +874,9 @@ cdef class Copies:
             for nr in range(nr_buffers):
                 PyMem_RawFree(it.slots[nr].data)
                 it.slots[nr].data = NULL
+                free(it.slots[nr].spans)
+                it.slots[nr].spans = NULL
+                it.slots[nr].nr_spans = it.slots[nr].nr_spans_max = 0
         if is_whole:
             return "", 0
         if it.has_hung_up:

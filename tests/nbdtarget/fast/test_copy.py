@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from nbdtarget.fast import compiled
-from nbdtarget_protocol import consts
+from nbdtarget_protocol import completion, consts
 from tests.support.patience import PATIENCE_S
 
 if compiled.IS_COMPILED:
@@ -213,17 +213,45 @@ def test_pieces_in_any_order_are_put_together(rig: Rig) -> None:
         assert rig.written(CHUNK, at) == data
 
 
-def test_pieces_that_lie_apart_are_bounded(rig: Rig) -> None:
-    rig.copies.put(1, BASE, CHUNK)
-    rig.requests(1)
-    for nr in range(SPANS_MAX):
-        rig.server.sendall(rig.data(1, 2 * nr, b"x"))
-    assert rig.thread.is_alive()
-    rig.server.sendall(rig.data(1, 2 * SPANS_MAX, b"x"))
+def with_large_chunks(size: int) -> Rig:
+    rig = Rig()
+    rig.copies = Copies(rig.fd, size)
+    rig.copies.put(1, BASE, size)
+    rig.start()
+    assert rig.requests(1) == [(1, BASE, size)]
+    return rig
+
+
+@pytest.mark.parametrize("order", ["backwards", "inwards", "at random"])
+def test_many_pieces_that_lie_apart_are_put_together(order: str) -> None:
+    nr_pieces, size = 5000, 4
+    rig = with_large_chunks(nr_pieces * size)
+    data = random.Random(4).randbytes(nr_pieces * size)
+    odd_first = [*range(1, nr_pieces, 2), *range(0, nr_pieces, 2)]
+    if order == "backwards":
+        odd_first.reverse()
+    elif order == "at random":
+        random.Random(5).shuffle(odd_first)
+    pieces = [
+        rig.data(1, at * size, data[at * size : (at + 1) * size]) for at in odd_first
+    ]
+    rig.server.sendall(b"".join(pieces))
+    rig.server.sendall(rig.chunk(consts.REPLY_TYPE_NONE, 1, b"", done=True))
+    assert rig.ended() == [(1, 0, False, 0, 0, -1)]
+    assert rig.written(len(data)) == data
+    rig.close()
+
+
+def test_pieces_that_lie_apart_are_bounded_as_in_python() -> None:
+    assert completion.SPANS_MAX == SPANS_MAX
+    rig = with_large_chunks(4 * SPANS_MAX)
+    said = [rig.data(1, 2 * nr, b"x") for nr in range(SPANS_MAX + 1)]
+    rig.server.sendall(b"".join(said))
     broken = rig.until_broken()
     assert broken is not None
     assert "too many scattered chunks" in broken[0]
     rig.copies.fail_chunks(rig.stream, errno.EIO)
+    rig.close()
 
 
 @pytest.mark.parametrize(
@@ -418,7 +446,7 @@ class Further:
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
         self.ours, self.server = socket.socketpair()
-        self.server.settimeout(20)
+        self.server.settimeout(PATIENCE_S)
         self.stream = CopyStream(self.ours.fileno(), True, False)
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
@@ -432,7 +460,7 @@ class Further:
         return [each[3:] for each in consts.REQUEST.iter_unpack(data)]
 
     def has_ended(self) -> bool:
-        self.thread.join(20)
+        self.thread.join(PATIENCE_S)
         return not self.thread.is_alive()
 
     def close(self) -> None:
@@ -445,7 +473,7 @@ class Further:
 
 def asked(rig: Rig, further: Further) -> tuple[bool, bool]:
     """Which of the two servers were asked for something, as soon as one was."""
-    found = select.select([rig.server, further.server], [], [], 20)[0]
+    found = select.select([rig.server, further.server], [], [], PATIENCE_S)[0]
     assert found
     return rig.server in found, further.server in found
 
@@ -485,7 +513,7 @@ def test_the_end_of_the_bound_wakes_all_streams() -> None:
     asked(rig, further)
     rig.copies.give_way(0, 0)
     for side in (rig, further):
-        assert select.select([side.server], [], [], 20)[0]
+        assert select.select([side.server], [], [], PATIENCE_S)[0]
     further.close()
     rig.close()
 
@@ -550,13 +578,9 @@ def test_a_stream_that_breaks_leaves_its_place_to_another_one() -> None:
 
 def test_chunks_that_take_several_system_calls_are_exact() -> None:
     size = 3 * PIECE_BYTES + 512
-    rig = Rig()
-    rig.copies = Copies(rig.fd, size)
-    rig.start()
+    rig = with_large_chunks(size)
     rig.copies.give_way(1 << 20, size)
     data = random.Random(9).randbytes(size)
-    rig.copies.put(1, BASE, size)
-    assert rig.requests(1) == [(1, BASE, size)]
     rig.server.sendall(rig.data(1, 0, data, done=True))
     assert rig.ended() == [(1, 0, False, 0, 0, -1)]
     assert rig.written(size) == data
