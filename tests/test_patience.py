@@ -19,6 +19,7 @@ MEANT_TO_END_S = 1  # what is shorter is a limit that the test wants to see exce
 
 # Calls whose number is a limit, and keywords that are one.
 CALLS = {"communicate", "join", "select", "settimeout", "timeout", "wait_for"}
+REAL_CLOCKS = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns"}
 KEYWORDS = {"grace_s", "timeout", "timeout_s", "within_s"}
 
 
@@ -66,6 +67,22 @@ def counted_waits(source: str) -> list[str]:
     return found
 
 
+def speed_limits(source: str) -> list[int]:
+    """The lines in which less real time must have passed than some limit."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Compare)
+        and isinstance(node.ops[0], ast.Lt | ast.LtE)
+        and isinstance(node.left, ast.BinOp)
+        and isinstance(node.left.op, ast.Sub)
+        and any(
+            isinstance(it, ast.Call) and _name(it.func) in REAL_CLOCKS
+            for it in ast.walk(node.left)
+        )
+    ]
+
+
 def _name(func: ast.expr) -> str:
     if isinstance(func, ast.Attribute):
         return func.attr
@@ -96,6 +113,22 @@ def test_a_counted_wait_is_found() -> None:
     assert counted_waits("for _ in range(9):\n  if f(): break\n  sleep(0.01)")
     assert not counted_waits("for _ in range(9):\n  if f(): break\n  sleep(0)")
     assert not counted_waits("for _ in range(9):\n  f()\n  sleep(0.01)")
+
+
+def test_no_test_asserts_speed() -> None:
+    """Where it must be bounded, take the processor's time: `thread_time_ns`."""
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in MODULES
+        if (lines := speed_limits(path.read_text()))
+    }
+    assert found == {}
+
+
+def test_an_assertion_of_speed_is_found() -> None:
+    assert speed_limits("assert time.monotonic() - begun < 5") == [1]
+    assert not speed_limits("assert time.monotonic() - begun >= 0.5")
+    assert not speed_limits("assert thread_time_ns() - begun < 5")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -126,7 +125,5 @@ def test_server_that_does_not_answer_is_left_out(
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(directory / "control.sock"))
         silent.listen()
-        began = time.monotonic()
         environment = {VARIABLE: "complete_bash", "COMP_CWORD": "2"}
         assert output(NBDTARGET, **environment, COMP_WORDS="nbdtarget remove ") == "\n"
-        assert time.monotonic() - began < 20

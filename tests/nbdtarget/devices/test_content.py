@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices import content
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
 from nbdtarget.devices.content import maybe_content
 from nbdtarget.devices.memory import MemoryDevice
 from nbdtarget.devices.resolve import open_device
+from tests.support.patience import PATIENCE_S
 
 TERABYTE = 1 << 40
 
@@ -99,12 +99,12 @@ async def test_one_byte_in_what_may_be_data_of_a_sparse_file_is_found(
         file.truncate(TERABYTE)
         os.pwrite(file.fileno(), b"x", 345 << 30)
     disk = await open_device(str(path))
-    begun_ns = monotonic_ns()
     try:
-        assert await maybe_content(disk) == f"holds data (byte {345 << 30} is not zero)"
+        async with asyncio.timeout(PATIENCE_S):  # reading all of it takes longer
+            found = await maybe_content(disk)
+        assert found == f"holds data (byte {345 << 30} is not zero)"
     finally:
         await disk.close()
-    assert monotonic_ns() - begun_ns < 5_000_000_000
 
 
 async def test_what_a_disk_calls_zeroes_is_not_read() -> None:
@@ -175,10 +175,8 @@ def blank_block_device(tmp_path: Path) -> Iterator[str]:
 
 async def test_large_blank_block_device_holds_no_data(blank_block_device: str) -> None:
     disk = await open_device(blank_block_device)
-    begun_ns = monotonic_ns()
     try:
         assert await maybe_content(disk) is None
-        assert monotonic_ns() - begun_ns < 10_000_000_000
         await disk.write(1 << 30, bytes([9]) * (20 << 20))
         found = await maybe_content(disk)
         assert found is not None

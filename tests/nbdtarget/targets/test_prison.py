@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Range locks: exclusion, order, and nobody forgotten."""
 
+from time import thread_time_ns
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.targets.prison import Cell, Prison
 
 
@@ -97,17 +98,18 @@ def test_release_in_the_callback_does_not_recurse() -> None:
 
 
 def test_thousands_that_wait_for_one_range_are_cancelled_in_milliseconds() -> None:
+    """Of processor time: how busy the machine is does not matter."""
     prison = Prison()
     held = prison.lock(0, 1 << 28, lambda _: None)
-    began_ns = monotonic_ns()
+    began_ns = thread_time_ns()
     waiting = [
         prison.lock(at % 7, (1 << 28) - at % 5, lambda _: None) for at in range(4096)
     ]
-    asked_ns = monotonic_ns()
+    asked_ns = thread_time_ns()
     prison.cancel(waiting)
     # 10 and 2 ms here; each pair was looked at once, and there are eight million of them.
     assert asked_ns - began_ns < 400e6
-    assert monotonic_ns() - asked_ns < 100e6
+    assert thread_time_ns() - asked_ns < 100e6
     assert (prison.nr_held, prison.nr_waiting) == (1, 0)
     prison.release(held)
     assert prison.is_clear(0, 1 << 28)
