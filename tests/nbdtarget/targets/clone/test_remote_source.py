@@ -50,7 +50,7 @@ async def server() -> AsyncIterator[ImageServer]:
 async def clone_of(
     url: str, path: Path, *permissions: Permission
 ) -> AsyncIterator[MappedDevice]:
-    """The clone that does not hydrate by itself; removed at the end."""
+    """The clone that does not hydrate by itself; removed at the end. A test that has failed waits for no source."""
     registry = Registry(resolve)
     try:
         yield await registry.create(
@@ -58,6 +58,9 @@ async def clone_of(
             f"0 {SECTORS} clone {path}/meta {path}/dest {url} {ARGS}",
             permissions=frozenset(permissions),
         )
+    except BaseException:
+        registry.give_up_reads()
+        raise
     finally:
         await registry.close()
 
