@@ -9,8 +9,8 @@ The server (`scripts.store_server`) answers each request after `--latency-ms`, a
     hydration     `nbdtarget clone URL FILE --exit-when-hydrated`, without what the same command takes for one region, against the
                   time that the bytes alone take. In turns with it, `curl URL -o FILE` and a sync of FILE: what this machine, this disk and this
                   server can do at best. And `nbdkit curl URL --run nbdcopy`, of a part of the image, as it is slower than ten times
-    first         from the moment when the fresh clone's socket takes a connection until a client has 4 KiB of the middle of the disk;
-                  in round trips of `--latency-ms`. The clone hydrates meanwhile
+    first         from the moment when the fresh clone says where clients may attach until a client has attached and has 4 KiB of the
+                  middle of the disk; in round trips of `--latency-ms`. The clone hydrates meanwhile
     boot          what a Debian reads when it boots (`tests/support/debian-boot.trace`), one read after the other: from the fresh clone, from one that
                   hydrates that first, and from `qemu-nbd -r URL`
     random        100 reads of 4 KiB all over the fresh clone, one after the other: from the clone while it hydrates, and from nbdkit
@@ -95,6 +95,9 @@ def clone_server(url: str, work: Path, size: int, *more: str) -> Iterator[Path]:
 
 def first_read_s(url: str, work: Path, size: int) -> float:
     with clone_server(url, work, size) as path:
+        log = work / "first.log"
+        while "attach to" not in log.read_text():
+            time.sleep(0.0005)
         begun_s = time.monotonic()
         client = PlainClient(path, "first")
         client.read(size // 2 + 8192, 4096)

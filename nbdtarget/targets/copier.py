@@ -49,6 +49,10 @@ CHUNKS_IN_FLIGHT_MAX: Final = 8
 WRITEBACK_BYTES: Final = 16 << 20
 
 
+def new_buffer(length: int) -> memoryview:
+    return memoryview(bytearray(length))
+
+
 class CopyError(Exception):
     """A copy failed, on the side that `error` names.
 
@@ -143,7 +147,7 @@ class Copier:
 
     def _made(self, size: int) -> memoryview:
         self._bytes_unmade -= size
-        return memoryview(bytearray(size))
+        return new_buffer(size)
 
     def give_back(self, buffer: memoryview) -> None:
         is_small = len(buffer) == self._small_bytes

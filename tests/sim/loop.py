@@ -238,6 +238,8 @@ class SimLoop(asyncio.BaseEventLoop):
     def _poll(self) -> None:
         sockets, silent = self.sockets, self._silent
         readers, writers = self._readers, self._writers
+        if not readers and not writers:
+            return
         found = [
             h
             for fd, h in readers.items()

@@ -62,6 +62,7 @@ _UNFIT: Final = (
     ("source: ParseContentRange {", _NO_RANGE_TOLD),
     ("source: NoContentRange", _NO_RANGE_TOLD),
     ("source: MissingContentLength", "the store does not tell how long its answer is"),
+    ("source: MissingLastModified", "the store does not tell when the object was written"),
     ("kind: Redirect,", "the store redirects too often, or from https to http, which is not followed"),
 )  # fmt: skip
 _CREDENTIALS: Final = re.compile(r"credential|metadata endpoint|MetadataError", re.I)
@@ -190,10 +191,12 @@ class ObjectStore:
 
 def _pin_of(meta: Mapping[str, Any]) -> Pin:
     modified = meta.get("last_modified")
+    # obstore says 1970 where an S3 says nothing.
+    told = "" if modified is None or not modified.timestamp() else modified.isoformat()
     return Pin(
         int(meta["size"]),
         meta.get("e_tag") or "",
-        modified.isoformat() if modified is not None else "",
+        told,
         meta.get("version") or "",
     )
 

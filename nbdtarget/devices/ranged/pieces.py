@@ -36,6 +36,10 @@ STREAMS_MAX: Final = 16
 SLOTS: Final = 8
 
 
+def new_buffer(length: int) -> memoryview:
+    return memoryview(bytearray(length))
+
+
 class Pieces:
     """See the module head. Args: tasks: where fetches run; size: bytes of the image, without what rounds it up."""
 
@@ -171,7 +175,7 @@ class _Cell:
     def __init__(self, nr: int, length: int) -> None:
         self.nr = nr
         self.length = length
-        self.buffer = memoryview(bytearray(length))
+        self.buffer = new_buffer(length)
         self.filled = 0
         self.has_failed = False
         self._waiting: list[tuple[int, Callable[[], None]]] = []

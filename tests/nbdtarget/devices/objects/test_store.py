@@ -3,6 +3,7 @@
 ../ranged/test_misbehaving_servers.py."""
 
 import asyncio
+import hmac
 import json
 import shutil
 import socket
@@ -10,8 +11,11 @@ import ssl
 import subprocess
 import sys
 import time
+import urllib.request
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -175,6 +179,61 @@ async def _make_bucket(port: int) -> None:
     )
     assert b" 200 " in await reader.readline()
     writer.close()
+
+
+async def test_azurite_is_read_and_a_new_upload_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Microsoft's own emulator, with a signature by the account's key."""
+    program = shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("azurite is missing (npm install -g azurite)")
+    import obstore
+    from obstore.store import AzureStore
+
+    port = free_port()
+    # The emulator's own account, which everybody knows.
+    account = "devstoreaccount1"
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", key)
+    endpoint = f"http://127.0.0.1:{port}/{account}"
+    argv = [program, "--silent", "--inMemoryPersistence", "--skipApiVersionCheck"]
+    argv += ["--blobHost", "127.0.0.1", "--blobPort", str(port)]
+    with process(argv, port):
+        _make_container(endpoint, account, key)
+        container = AzureStore(
+            "container",
+            config={"endpoint": endpoint, "account_name": account, "account_key": key},
+            client_options={"allow_http": True},
+        )
+        name = f"az://container/a.img#account={account}&endpoint={endpoint}"
+        async with asyncio.timeout(20):
+            await obstore.put_async(container, "a.img", IMAGE)
+            async with device_on(name) as device:
+                assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]
+                await obstore.put_async(container, "a.img", IMAGE[::-1])
+                with pytest.raises(DeviceError):
+                    await device.read(2 * MIB, 512)
+                assert device.changed
+            assert "no such object" in await refused(name.replace("a.img", "b.img"))
+            monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "d3Jvbmc=")
+            assert "access is denied" in await refused(name)
+
+
+def _make_container(endpoint: str, account: str, key: str) -> None:
+    date = formatdate(usegmt=True)
+    version = "2021-08-06"
+    signed = "PUT" + "\n" * 12 + f"x-ms-date:{date}\nx-ms-version:{version}\n"
+    signed += f"/{account}/{account}/container\nrestype:container"
+    digest = hmac.digest(b64decode(key), signed.encode(), "sha256")
+    headers = {
+        "x-ms-date": date,
+        "x-ms-version": version,
+        "Authorization": f"SharedKey {account}:{b64encode(digest).decode()}",
+    }
+    url = f"{endpoint}/container?restype=container"
+    request = urllib.request.Request(url, method="PUT", headers=headers)
+    assert urllib.request.urlopen(request).status == 201
 
 
 def rclone() -> str:

@@ -127,6 +127,7 @@ REFUSED: dict[str, tuple[Misbehaviour, str]] = {
     "a range in another unit": (change(Content_Range="lines 0-9/3145728"), "does not say which range it sends"),
     "no range": (change(Content_Range=""), "does not say which range it sends"),
     "size is not told": (change(Content_Range="bytes 0-262143/*"), "does not say which range it sends"),
+    "neither ETag nor time": (change(ETag="", Last_Modified=""), "tells neither an ETag|does not tell when"),
     "redirects without end": (change(302, b"", Location="/next"), "redirects (more than 5 times|too often)"),
     "empty": (change(416, b"", Content_Range="bytes */0"), "is empty"),
     "encoded": (change(Content_Encoding="gzip"), r"encoded \(gzip\), not as it is"),
