@@ -14,6 +14,7 @@ What obstore is trusted with: signatures, endpoints, credentials of the environm
 Errors of obstore hold URLs, requests and answers, so nothing of their text is shown but the status.
 """
 
+import asyncio
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -81,6 +82,7 @@ class ObjectStore:
         self._command = command
         self._credentials: Credentials | None = None
         self._bucket: Bucket | None = None
+        self._opening = asyncio.Lock()
 
     async def open(self, take: Take) -> Pin:
         if not is_obstore_installed():
@@ -119,7 +121,7 @@ class ObjectStore:
         if pin is not None and pin.has_strong_etag:
             options["if_match"] = pin.etag
         try:
-            bucket = self._bucket = self._bucket or self._open_bucket()
+            bucket = await self._open_once()
             answer = await obstore.get_async(bucket, self._url.key, options=options)  # type: ignore[arg-type]  # obstore wants a TypedDict
             found = _pin_of(answer.meta)
             _check(found, pin, answer.attributes)
@@ -142,6 +144,13 @@ class ObjectStore:
         """Give obstore the credentials that the command prints."""
         self._credentials = await run_credential_command(self._command)
         return self._credentials.as_obstore()
+
+    async def _open_once(self) -> "Bucket":
+        """Return the client, which is made in a thread: it reads the system's authorities. Raises: SourceUnfit."""
+        async with self._opening:
+            if self._bucket is None:
+                self._bucket = await asyncio.to_thread(self._open_bucket)
+            return self._bucket
 
     def _open_bucket(self) -> "Bucket":
         """Raises: SourceUnfit."""

@@ -27,10 +27,12 @@ from typing import Final
 
 from nbdtarget.bio import OP_READ, Bio
 from nbdtarget.common.clock import LoopClock, Timer, loop_time_s, sleep
+from nbdtarget.common.redaction import has_secrets, redacted
 from nbdtarget.common.turns import Tasks
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.packed.feed import Feed, UnreadableError
+from nbdtarget.devices.packed.scheme import split_size, with_size
 from nbdtarget.devices.packed.unpack import DamagedError, Unpacker
 from nbdtarget_metadata.disks import Evidence
 
@@ -107,6 +109,15 @@ class PackedDevice(Device):
             self._wanted.set()
             if not self._pump:
                 self._pump.start(self._unpack())
+
+    async def use_name(self, name: str) -> None:
+        """Args: name: with or without the format before it, and the size behind it."""
+        inner, _ = split_size(name.removeprefix(f"{self._format}:"))
+        _, size_word = split_size(self.loadable_name)
+        await self._inner.use_name(inner)
+        full = f"{self._format}:{with_size(inner, size_word)}"
+        self.secret_name = full if has_secrets(full) else ""
+        self.name = self.bare_name = redacted(full)
 
     @property
     def nr_in_flight(self) -> int:

@@ -17,9 +17,32 @@ from nbdtarget.devices.scheme import Scheme, scheme_of
 if TYPE_CHECKING:
     from nbdtarget.devices.base import Device
 
-__all__ = ["GzipScheme", "PackedScheme", "XzScheme", "ZstdScheme"]
+__all__ = [
+    "GzipScheme",
+    "PackedScheme",
+    "XzScheme",
+    "ZstdScheme",
+    "split_size",
+    "with_size",
+]
 
 _SIZE: Final = re.compile(r"([#&])size=([^&#]*)(?:&|\Z)")
+
+
+def split_size(inner: str) -> tuple[str, str | None]:
+    """Return DISK without `size=`, and the size as it is written, or None."""
+    match = _SIZE.search(inner)
+    if match is None:
+        return inner, None
+    bare = (inner[: match.start()] + match[1] + inner[match.end() :]).rstrip("#&")
+    return bare, match[2]
+
+
+def with_size(inner: str, size_word: str | None) -> str:
+    """Undo `split_size`."""
+    if size_word is None:
+        return inner
+    return f"{inner}{'&' if '#' in inner else '#'}size={size_word}"
 
 
 class PackedScheme(Scheme):
@@ -98,9 +121,7 @@ class PackedScheme(Scheme):
             scheme, inner, size_word = self._inner(name)
         except ResolveError:
             return name
-        inner = scheme.absolute(inner, directory)
-        if size_word is not None:
-            inner += f"{'&' if '#' in inner else '#'}size={size_word}"
+        inner = with_size(scheme.absolute(inner, directory), size_word)
         return f"{self.name}:{inner}"
 
     def may_start_programs(self, name: str) -> bool:
@@ -118,12 +139,7 @@ class PackedScheme(Scheme):
 
     def _inner(self, name: str) -> tuple[Scheme, str, str | None]:
         """Return the scheme of DISK, DISK, and the size as it is written. Raises: ResolveError."""
-        inner, size_word = name.partition(":")[2], None
-        if match := _SIZE.search(inner):
-            size_word = match[2]
-            inner = (inner[: match.start()] + match[1] + inner[match.end() :]).rstrip(
-                "#&"
-            )
+        inner, size_word = split_size(name.partition(":")[2])
         return scheme_of(self._schemes, inner), inner, size_word
 
 

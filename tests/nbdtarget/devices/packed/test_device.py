@@ -182,6 +182,28 @@ async def test_one_line_clones_a_packed_image(tmp_path: Path, format_name: str) 
     assert (tmp_path / "vm.img").read_bytes() == IMAGE + bytes(324)
 
 
+async def test_url_of_a_packed_image_can_be_swapped(tmp_path: Path) -> None:
+    """Its signature has ended; what has been unpacked goes on."""
+    data = PACKERS["gzip"](IMAGE)
+    async with ImageServer(data) as server:
+        size = f"#size={len(IMAGE)}"
+        async with device_of(f"gzip:{server.url('/a?sig=old')}{size}") as device:
+            await device.use_name(f"gzip:{server.url('/a?sig=new')}{size}")
+            assert device.loadable_name == f"gzip:{server.url('/a?sig=new')}{size}"
+            assert "sig=" not in device.name
+            await device.use_name(server.url("/a?sig=newer"))
+            assert device.loadable_name == f"gzip:{server.url('/a?sig=newer')}{size}"
+            assert bytes(await device.read(0, 512)) == IMAGE[:512]
+            assert server.noted[-1].target == "/a?sig=newer"
+            server.etag = '"two"'
+            with pytest.raises(NbdTargetError, match="is another image"):
+                await device.use_name(server.url("/a?sig=newest"))
+            assert device.loadable_name == f"gzip:{server.url('/a?sig=newer')}{size}"
+    async with device_of(packed(tmp_path)) as device:
+        with pytest.raises(NbdTargetError, match="is not reached by a URL"):
+            await device.use_name("gzip:/other")
+
+
 async def test_packed_image_on_a_web_server(tmp_path: Path) -> None:
     data = PACKERS["gzip"](IMAGE)
     async with ImageServer(data) as server:
