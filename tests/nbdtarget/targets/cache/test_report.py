@@ -128,6 +128,7 @@ async def test_fields_say_what_the_line_does() -> None:
     blocks = await used()
     blocks.policy.pin(2)
     blocks.nr_migrating = 2
+    blocks.nr_written_back = 5
     blocks.discards.set_range(0, 4 * BLOCK)
     expected: StatusFields = {
         "mode": "rw",
@@ -149,6 +150,7 @@ async def test_fields_say_what_the_line_does() -> None:
         "migrating": 2,
         "dirty_blocks": 3,
         "dirty_bytes": 3 * 65536,
+        "written_back_bytes": 5 * 65536,
         "pinned_blocks": 1,
         "discarded_bytes": 2 * 65536,
         "metadata2": True,
