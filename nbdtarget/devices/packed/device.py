@@ -32,7 +32,7 @@ from nbdtarget.common.turns import Tasks
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.packed.feed import Feed, UnreadableError
-from nbdtarget.devices.packed.scheme import split_size, with_size
+from nbdtarget.devices.packed.size import split_size, with_size
 from nbdtarget.devices.packed.unpack import DamagedError, Unpacker
 from nbdtarget_metadata.disks import Evidence
 

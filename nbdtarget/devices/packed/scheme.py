@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device names of the form `gzip:DISK`, `xz:DISK` and `zstd:DISK`, with `#size=SIZE` where the size is not known otherwise."""
 
-import re
 from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 from nbdtarget.common.errors import DeviceError, ResolveError
 from nbdtarget.common.redaction import has_secrets, redacted
 from nbdtarget.common.units import SIZE_MAX, parse_size
+from nbdtarget.devices.packed.size import split_size, with_size
 from nbdtarget.devices.ranged.options import (
     REMOTE_COPY_BYTES,
     REMOTE_IN_FLIGHT_BYTES,
@@ -17,32 +17,7 @@ from nbdtarget.devices.scheme import Scheme, scheme_of
 if TYPE_CHECKING:
     from nbdtarget.devices.base import Device
 
-__all__ = [
-    "GzipScheme",
-    "PackedScheme",
-    "XzScheme",
-    "ZstdScheme",
-    "split_size",
-    "with_size",
-]
-
-_SIZE: Final = re.compile(r"([#&])size=([^&#]*)(?:&|\Z)")
-
-
-def split_size(inner: str) -> tuple[str, str | None]:
-    """Return DISK without `size=`, and the size as it is written, or None."""
-    match = _SIZE.search(inner)
-    if match is None:
-        return inner, None
-    bare = (inner[: match.start()] + match[1] + inner[match.end() :]).rstrip("#&")
-    return bare, match[2]
-
-
-def with_size(inner: str, size_word: str | None) -> str:
-    """Undo `split_size`."""
-    if size_word is None:
-        return inner
-    return f"{inner}{'&' if '#' in inner else '#'}size={size_word}"
+__all__ = ["GzipScheme", "PackedScheme", "XzScheme", "ZstdScheme"]
 
 
 class PackedScheme(Scheme):

@@ -8,19 +8,29 @@
 
 The device compares the answer with what is unpacked in the end, so a wrong one is never silent.
 
+The size may also stand behind the name of the file, as `#size=` (`split_size`).
+
 An index may have millions of entries. It is added up on the event loop in slices, and others have their turn after each.
 """
 
+import re
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 from nbdtarget.common.clock import sleep
 
-__all__ = ["gzip_hint", "maybe_xz_size", "maybe_zstd_size"]
+__all__ = [
+    "gzip_hint",
+    "maybe_xz_size",
+    "maybe_zstd_size",
+    "split_size",
+    "with_size",
+]
 
 Read = Callable[[int, int], Awaitable[bytes]]  # offset and length of the packed file
 
+_SIZE: Final = re.compile(r"([#&])size=([^&#]*)(?:&|\Z)")
 _XZ_FOOTER: Final = 12
 _XZ_HEADER: Final = 12
 INDEX_MAX: Final = 16 << 20  # bytes of the index of a stream, or of a seek table
@@ -33,6 +43,22 @@ _ZSTD_MAGIC: Final = 0xFD2FB528
 _SKIPPABLE_MAGIC: Final = 0x184D2A50  # and the 15 numbers behind it
 _SEEK_TABLE_MAGIC: Final = 0x8F92EAB1
 _SEEK_FOOTER: Final = 9
+
+
+def split_size(inner: str) -> tuple[str, str | None]:
+    """Return DISK without `size=`, and the size as it is written, or None."""
+    match = _SIZE.search(inner)
+    if match is None:
+        return inner, None
+    bare = (inner[: match.start()] + match[1] + inner[match.end() :]).rstrip("#&")
+    return bare, match[2]
+
+
+def with_size(inner: str, size_word: str | None) -> str:
+    """Undo `split_size`."""
+    if size_word is None:
+        return inner
+    return f"{inner}{'&' if '#' in inner else '#'}size={size_word}"
 
 
 async def maybe_xz_size(read: Read, packed_size: int) -> int | None:
