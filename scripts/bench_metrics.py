@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long `/metrics` takes of a server with many devices that clients have used, and how long the event loop stands still for it.
+"""How long `/metrics` takes of a server with many devices that clients have used, and how long the event loop stands still for it; and
+what counting costs on the compiled path (`bench_counting.c`).
 
     python -m scripts.bench_metrics [DEVICES]
 
@@ -7,7 +8,11 @@ The devices are in this process. Each has numbers for all operations.
 """
 
 import asyncio
+import shutil
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from statistics import median
 from typing import Final
 
@@ -61,12 +66,30 @@ async def measure(nr_devices: int) -> str:
     )
 
 
+def counting() -> str:
+    """Returns what is printed. The times are of the processor, so other programs hardly matter."""
+    source = Path(__file__).with_name("bench_counting.c")
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "counting"
+        subprocess.run(["cc", "-O2", "-o", str(program), str(source)], check=True)
+        done = subprocess.run([program], capture_output=True, text=True, check=True)
+    batch, polled, request = done.stdout.split()
+    return (
+        f"counting: {batch} ns a batch ({polled} ns if it was polled for), and {request} ns"
+        " for each request of it"
+    )
+
+
 def main() -> int:
     """Measure and print."""
     import uvloop
 
     nr_devices = int(sys.argv[1]) if len(sys.argv) > 1 else NR_DEVICES
     print(uvloop.run(measure(nr_devices)))
+    if shutil.which("cc") is None:
+        print("counting: not measured, for there is no C compiler")
+    else:
+        print(counting())
     return 0
 
 

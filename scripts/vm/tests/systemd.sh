@@ -106,5 +106,26 @@ if journalctl --no-pager -k -b | grep -q 'EXT4-fs (nbd0): recovery complete'; th
     exit 1
 fi
 echo "boot 3: the shutdown unmounted, disconnected, then stopped the server; nothing is lost"
+
+# The socket unit: it is open before the server is, and the first client starts the service.
+umount /mnt
+systemctl stop nbd@nbd0.service nbdtarget.service
+sed -i '/^listen/d' /etc/nbdtarget/disks.toml
+systemctl start nbdtarget.socket
+for round in first second; do
+    [ "$(property ActiveState)" = inactive ] && [ -S /run/nbdtarget/nbd.sock ]
+    nbd-client -unix /run/nbdtarget/nbd.sock -N web /dev/nbd0 >/tmp/client.log 2>&1 || { cat /tmp/client.log; journalctl --no-pager -b -u nbdtarget; exit 1; }
+    [ "$(property ActiveState)" = active ]
+    mount /dev/nbd0 /mnt
+    verify /mnt
+    head -c 1M /dev/urandom >"/mnt/$round-socket"
+    (cd /mnt && sha256sum "$round-socket" >>sums)
+    umount /mnt
+    nbd-client -d /dev/nbd0 >/dev/null
+    systemctl stop nbdtarget.service 2>/dev/null
+done
+[ "$(systemctl show --value --property=ActiveState nbdtarget.socket)" = active ]
+echo "socket: opened before the server, which the first client started, twice; the socket stayed"
+systemctl stop nbdtarget.socket
 # The script ends the machine itself, as in the boots before.
 systemctl --no-block poweroff
