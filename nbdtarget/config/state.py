@@ -54,7 +54,7 @@ class _AnyName:
 
 
 class StateDirectory:
-    """The devices that are kept in one directory. First `open`, then `restore`."""
+    """The devices that are kept in one directory. First `open`; from then on verbs may be carried out. Then `restore`."""
 
     def __init__(
         self, directory: str, registry: Registry, types: Mapping[str, type[Target]]
@@ -64,6 +64,8 @@ class StateDirectory:
         self._registry = registry
         self._types = types
         self._kept: dict[MappedDevice, DeviceConfig] = {}
+        # What the file has and `restore` has not made yet. It stays in the file, whatever is written meanwhile.
+        self._waiting: tuple[DeviceConfig, ...] = ()
         # The text of the file; None: it may have this one or that.
         self._written: str | None = ""
         self._config: Config | None = None  # as it was at the start
@@ -91,6 +93,7 @@ class StateDirectory:
                 )
         self._written = Path(self._path).read_text() if config.devices else ""
         self._config = config
+        self._waiting = tuple(config.devices)
         self._restored = ConfiguredDevices(self._registry, config)
 
     def _take(self) -> None:
@@ -113,14 +116,19 @@ class StateDirectory:
         self._lock_fd = fd
 
     async def restore(self) -> None:
-        """Make the devices; one that cannot be opened goes on being tried."""
+        """Make the devices; one that cannot be opened goes on being tried. Verbs may be carried out meanwhile."""
         assert self._restored is not None
         assert self._config is not None
         await self._restored.start()
-        for config in self._config.devices:
+        waiting, self._waiting = self._waiting, ()
+        for config in waiting:
             device = self._registry.maybe_device(config.name)
             if device is not None:
                 self._keep(device, config)
+        try:
+            await self.save()  # what clients have removed meanwhile
+        except TableError as error:
+            log.error("%s", error)
 
     async def pause(self) -> None:
         """Let go of the directory, for the process that takes over. `resume` undoes it."""
@@ -205,7 +213,7 @@ class StateDirectory:
             if nr % DEVICES_AT_ONCE == 0:
                 await sleep(0)  # others have their turn
             self._kept[device] = await _config_of(device, config)
-        return render_state(self._kept.values())
+        return render_state([*self._kept.values(), *self._waiting])
 
 
 async def _config_of(device: MappedDevice, before: DeviceConfig) -> DeviceConfig:

@@ -9,8 +9,9 @@
     EXTEND_TIMEOUT_USEC=…         we are alive: for so long from now, do not call it a timeout
     WATCHDOG=1                    we are alive, told again and again (`nbdtarget.daemon.service_reports`)
 
-Without $NOTIFY_SOCKET nothing is sent. A message that cannot be sent is lost, and the first one in a row is logged: disks are served in
-any case. The next one is tried again, because a manager that was busy for a moment still waits for signs of life.
+Without $NOTIFY_SOCKET nothing is sent. That a message cannot be sent is logged once in a row: disks are served in any case. What changes the manager's mind
+(READY, RELOADING, STOPPING, MAINPID) is kept then, and sent in front of the next message, or by `retry`: a manager that was busy for a moment would wait for
+READY until it ends the service. Of signs of life and of status lines, only the next one matters.
 
 Signs of life are wanted if there is $WATCHDOG_USEC, the time after which the manager takes a silent process for dead. $WATCHDOG_PID
 names the process that is meant. A process that takes over from it (`nbdtarget.daemon.handover`) is started without that variable, so it is
@@ -22,18 +23,20 @@ Source: sd_notify(3), sd_watchdog_enabled(3), systemd.service(5), `Type=notify` 
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from nbdtarget.common.clock import monotonic_ns
 
-__all__ = ["WATCHDOG_PID", "Notifier"]
+__all__ = ["UNSENT_MAX", "WATCHDOG_PID", "Notifier"]
 
 log = logging.getLogger(__name__)
 
 VARIABLE: Final = "NOTIFY_SOCKET"
 WATCHDOG_USEC: Final = "WATCHDOG_USEC"
 WATCHDOG_PID: Final = "WATCHDOG_PID"
+UNSENT_MAX: Final = 8  # messages; the oldest are forgotten
 
 
 class Notifier:
@@ -46,6 +49,12 @@ class Notifier:
         self._address = _address(environment.get(VARIABLE, ""))
         self.watchdog_s = _watchdog_s(environment)
         self._was_lost = False
+        self._unsent: deque[bytes] = deque(maxlen=UNSENT_MAX)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the manager has not been told of a change yet."""
+        return bool(self._unsent)
 
     @property
     def has_manager(self) -> bool:
@@ -53,20 +62,20 @@ class Notifier:
         return self._address is not None
 
     def ready(self, status: str) -> None:
-        self._send("READY=1", f"STATUS={status}")
+        self._tell("READY=1", f"STATUS={status}")
 
     def reloading(self, status: str = "reloading") -> None:
         """Until the next `ready` or `main_process` the manager lets jobs wait that need this service."""
         usec = monotonic_ns() // 1000
-        self._send("RELOADING=1", f"MONOTONIC_USEC={usec}", f"STATUS={status}")
+        self._tell("RELOADING=1", f"MONOTONIC_USEC={usec}", f"STATUS={status}")
 
     def stopping(self) -> None:
-        self._send("STOPPING=1", "STATUS=committing")
+        self._tell("STOPPING=1", "STATUS=committing")
 
     def main_process(self, pid: int) -> None:
         """Another process serves from now on, and a hand-over that `reloading` began has ended."""
         # In one message: what the other process sends before this one has arrived is not believed.
-        self._send(f"MAINPID={pid}", "READY=1")
+        self._tell(f"MAINPID={pid}", "READY=1")
 
     def watchdog(self) -> None:
         self._send("WATCHDOG=1")
@@ -77,23 +86,45 @@ class Notifier:
     def extend(self, seconds: float) -> None:
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
+    def retry(self) -> None:
+        """Send what could not be sent."""
+        while self._unsent and self._is_sent(self._unsent[0]):
+            self._unsent.popleft()
+
+    def _tell(self, *lines: str) -> None:
+        """Send what must not be lost."""
+        if self._address is not None:
+            self._unsent.append(_message(lines))
+            self.retry()
+
     def _send(self, *lines: str) -> None:
-        if self._address is None:
-            return
-        # A line break would begin another assignment.
-        text = "\n".join(" ".join(line.splitlines()) for line in lines)
+        """Send what is worth nothing later."""
+        if self._address is not None:
+            self.retry()
+            if not self._unsent:
+                self._is_sent(_message(lines))
+
+    def _is_sent(self, message: bytes) -> bool:
+        assert self._address is not None
         try:
             with socket.socket(
                 socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
             ) as sock:
                 sock.setblocking(False)
-                sock.sendto(text.encode(errors="replace"), self._address)
+                sock.sendto(message, self._address)
         except OSError as error:
             if not self._was_lost:
                 log.warning("$%s: %s", VARIABLE, error.strerror or error)
             self._was_lost = True
-        else:
-            self._was_lost = False
+            return False
+        self._was_lost = False
+        return True
+
+
+def _message(lines: Sequence[str]) -> bytes:
+    # A line break would begin another assignment.
+    text = "\n".join(" ".join(line.splitlines()) for line in lines)
+    return text.encode(errors="replace")
 
 
 def _address(text: str) -> bytes | None:

@@ -107,13 +107,13 @@ async def serve_until_stopped(
     offer = maybe_offer()
     try:
         if offer is None:
-            await _open_state(state, config)
+            await _open_state(state, config, daemon)
             await daemon.open_control(address, tokens=tokens, passed=passed.control)
             await daemon.open_metrics(passed.metrics)
         else:
             await daemon.take_over(offer, tokens=tokens)
             try:
-                await _open_state(state, config)
+                await _open_state(state, config, daemon)
             except NbdTargetError as error:
                 await offer.fail(error)
                 raise
@@ -123,7 +123,6 @@ async def serve_until_stopped(
         if state is not None and not daemon.stop.is_set():
             daemon.before_close(state.close)
             daemon.follow_config(state.pause, state.resume)
-            daemon.verbs.state = state
             await daemon.until_stopped(state.restore())
         if daemon.stop.is_set():
             return 0
@@ -188,9 +187,13 @@ def _state_of(
     return StateDirectory(directory, daemon.registry, TARGET_TYPES)
 
 
-async def _open_state(state: "StateDirectory | None", config: "Config | None") -> None:
+async def _open_state(
+    state: "StateDirectory | None", config: "Config | None", daemon: Daemon
+) -> None:
     """Raises: NbdTargetError: the directory cannot be used, and is as it was."""
     if state is not None:
         configured = () if config is None else config.devices
         where = "" if config is None else config.path
         await asyncio.to_thread(state.open, {each.name: where for each in configured})
+        # Before the first client, whose `create --persist` would be refused otherwise.
+        daemon.verbs.state = state

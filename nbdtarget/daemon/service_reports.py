@@ -53,6 +53,7 @@ class ServiceReports:
     async def _tell_changes(self) -> None:
         while True:
             await sleep(STATUS_PERIOD_S)
+            self._notifier.retry()
             if (line := self._line()) != self._told:
                 self._told = line
                 self._notifier.status(line)

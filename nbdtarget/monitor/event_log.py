@@ -83,10 +83,11 @@ class EventLog(logging.Handler):
         """
         if since is None:
             since = self._nr
-        if self._nr <= since and wait_s > 0 and self._loop is not None:
+        # A number that is larger than ours is of a server before this one: that reader has missed all that there is.
+        if self._nr == since and wait_s > 0 and self._loop is not None:
             try:
                 async with timeout(min(wait_s, WAIT_S_MAX)):
-                    while self._nr <= since and self._loop is not None:
+                    while self._nr == since and self._loop is not None:
                         self._came.clear()
                         await self._came.wait()
             except TimeoutError:

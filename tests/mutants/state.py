@@ -67,6 +67,14 @@ STATE: Final = (
         STATE_TESTS,
     ),
     _mutant(
+        "state-forgets-what-is-not-restored-yet",
+        "A change while a server starts writes a file without the devices that are still being opened; a crash then loses them.",
+        "nbdtarget.config.state:StateDirectory._text",
+        "render_state([*self._kept.values(), *self._waiting])",
+        "render_state(self._kept.values())",
+        STATE_TESTS,
+    ),
+    _mutant(
         "refused-table-stays-written",
         "A new table refuses and the old one goes on, while the file has the new one: a restart does not find what was written meanwhile.",
         "nbdtarget.dm.mapped_device:MappedDevice._take_back",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices that survive their server: what is kept, from when on, and what happens when it cannot be written."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nbdtarget.control import messages as m
 from nbdtarget.control.calls import Calls
 from nbdtarget.control.verbs import Verbs
 from nbdtarget.devices import resolve
+from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry
 from nbdtarget.targets.registry import TARGET_TYPES
 
@@ -322,3 +324,60 @@ async def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> No
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NbdTargetError, match="file/state: Not a directory"):
         await Server(tmp_path / "file").start()
+
+
+class SlowOpener:
+    """As `resolve`, but a disk is opened only when `go` is set."""
+
+    identity = staticmethod(resolve.identity)
+    may_create = staticmethod(resolve.may_create)
+    remove_created = staticmethod(resolve.remove_created)
+    create_device = staticmethod(resolve.create_device)
+
+    def __init__(self) -> None:
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def open_device(self, name: str, *, read_only: bool) -> Device:
+        self.asked.set()
+        await self.go.wait()
+        return await resolve.open_device(name, read_only=read_only)
+
+
+async def restarting(server: Server) -> "tuple[SlowOpener, asyncio.Task[None]]":
+    """A server with one kept device has crashed, and starts again: its disk is being opened."""
+    (server.work / "a.img").write_bytes(b"x" * MIB)
+    await server.create("a", linear("a.img"), persist=True)
+    await server.crash()
+    opener = SlowOpener()
+    server.registry = Registry(opener)
+    server.verbs = Verbs(server.registry)
+    server.state = StateDirectory(
+        str(server.work / "state"), server.registry, TARGET_TYPES
+    )
+    server.state.open({})
+    server.verbs.state = server.state
+    restoring = asyncio.create_task(server.state.restore())
+    await opener.asked.wait()
+    return opener, restoring
+
+
+async def test_what_is_not_restored_yet_stays_in_the_file(server: Server) -> None:
+    opener, restoring = await restarting(server)
+    await server.create("b", "0 8 zero")
+    assert server.kept() == {"a": f"0 {SECTORS} linear {server.work}/a.img 0"}
+    await server.create("c", "0 16 zero", persist=True)
+    assert server.kept().keys() == {"a", "c"}
+    opener.go.set()
+    await restoring
+    assert server.kept().keys() == {"a", "c"}
+    await server.call("remove", m.Remove(name="a"))
+    assert server.kept() == {"c": "0 16 zero"}
+
+
+async def test_a_restore_that_is_broken_off_loses_nothing(server: Server) -> None:
+    opener, restoring = await restarting(server)
+    restoring.cancel()
+    await asyncio.wait([restoring])
+    await server.create("c", "0 16 zero", persist=True)
+    assert server.kept().keys() == {"a", "c"}
+    opener.go.set()

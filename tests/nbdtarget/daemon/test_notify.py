@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.daemon.notify import Notifier
+from nbdtarget.daemon.notify import UNSENT_MAX, Notifier
 from tests.support.patience import PATIENCE_S
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
@@ -90,6 +90,49 @@ def test_a_manager_that_was_busy_hears_of_what_comes_later(
         assert manager.hear() == {"STATUS": "x"}
     notifier.watchdog()
     assert manager.hear() == {"WATCHDOG": "1"}
+
+
+def fill(notifier: Notifier, caplog: pytest.LogCaptureFixture) -> int:
+    """Send until the manager's queue is full; returns how many messages it has."""
+    nr_sent = 0
+    while not caplog.records:
+        notifier.status("x")
+        nr_sent += 1
+    return nr_sent - 1
+
+
+def test_a_state_that_could_not_be_told_is_told_with_the_next_message(
+    manager: Manager, caplog: pytest.LogCaptureFixture
+) -> None:
+    notifier = Notifier(manager.environment)
+    nr = fill(notifier, caplog)
+    notifier.reloading()
+    notifier.status("lost")
+    notifier.ready("web is served")
+    assert notifier.is_behind
+    for _ in range(nr):
+        assert manager.hear() == {"STATUS": "x"}
+    notifier.watchdog()
+    assert "RELOADING" in manager.hear()
+    assert manager.hear() == {"READY": "1", "STATUS": "web is served"}
+    assert manager.hear() == {"WATCHDOG": "1"}
+    assert not notifier.is_behind
+    assert len(caplog.records) == 1
+
+
+def test_a_manager_that_never_listens_costs_no_memory(tmp_path: Path) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": f"{tmp_path}/none"})
+    for nr in range(100):
+        notifier.ready(str(nr))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as late:
+        late.bind(f"{tmp_path}/none")
+        late.settimeout(PATIENCE_S)
+        notifier.retry()
+        heard = [late.recv(4096) for _ in range(UNSENT_MAX)]
+        assert heard[-1] == b"READY=1\nSTATUS=99"
+        late.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            late.recv(4096)
 
 
 @pytest.mark.parametrize(

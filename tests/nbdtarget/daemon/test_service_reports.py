@@ -94,8 +94,9 @@ class Recorder(Notifier):
         self.watchdog_s = watchdog_s
         self.told: asyncio.Queue[str] = asyncio.Queue()
 
-    def _send(self, *lines: str) -> None:
-        self.told.put_nowait(" ".join(lines))
+    def _is_sent(self, message: bytes) -> bool:
+        self.told.put_nowait(message.decode().replace("\n", " "))
+        return True
 
     async def next(self) -> str:
         return await asyncio.wait_for(self.told.get(), PATIENCE_S)

@@ -79,3 +79,15 @@ async def test_a_number_of_the_process_before_gets_all(events: EventLog) -> None
     answer = await events.after(900, 0)
     assert [each.nr for each in answer.events] == [1]
     assert answer.lost == 0
+
+
+async def test_a_reader_of_a_server_before_this_one_does_not_wait(
+    events: EventLog,
+) -> None:
+    async with asyncio.timeout(10):
+        empty = await events.after(57, 20)
+        assert (empty.events, empty.last, empty.lost) == ((), 0, 0)
+        targets.info("%s: hydrated", "/dev/mapper/web")
+        answer = await events.after(57, 20)
+    assert [each.text for each in answer.events] == ["hydrated"]
+    assert (answer.last, answer.lost) == (1, 0)
