@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+// SPDX-License-Identifier: Apache-2.0
 /* What counting costs on the compiled path, for `bench_metrics.py`: the same statements as in nbdtarget/fast/nbdtarget_fast.pyx
  * (`count`, `_count` and the looks at the clock), in a loop by themselves. There they overlap with system calls; so this is
  * the most that they can cost. It prints the nanoseconds of processor time of a batch, and of each request of it. */
