@@ -273,7 +273,7 @@ def block_device_sector(fd: int) -> int:
 
 
 def block_device_limit(rdev: int, limit: str) -> int:
-    """A number of the request queue as sysfs shows it; 0 if it shows none.
+    """A number of the request queue as sysfs shows it; 0 if it shows none, or may not be read: containers hide it.
 
     A partition has no queue of its own: its disk is one directory up.
     """
@@ -282,7 +282,7 @@ def block_device_limit(rdev: int, limit: str) -> int:
         try:
             with open(f"{directory}/{limit}", encoding="ascii") as file:
                 return int(file.read())
-        except FileNotFoundError:
+        except OSError:  # it is advice, and no reason to refuse the disk
             continue
     return 0
 

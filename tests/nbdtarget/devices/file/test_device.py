@@ -2,6 +2,7 @@
 """FileDevice on real files: what is read, what is durable, what is refused."""
 
 import asyncio
+import builtins
 import errno
 import logging
 import os
@@ -12,6 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -606,3 +608,22 @@ async def test_slow_writes_of_a_file_occupy_one_thread(
     gate.set()
     assert await ended(*bios) == [0] * 4
     assert len(writers) == 1
+
+
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError, OSError])
+async def test_a_disk_is_opened_where_sysfs_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    real = builtins.open
+
+    def hidden(name: Any, *args: Any, **more: Any) -> Any:
+        if str(name).startswith("/sys/"):
+            raise error(errno.EACCES, "hidden")
+        return real(name, *args, **more)
+
+    monkeypatch.setattr(builtins, "open", hidden)
+    (tmp_path / "disk.img").write_bytes(bytes(4096))
+    device = await open_device(str(tmp_path / "disk.img"))
+    assert not device.is_rotational
+    await device.write(0, b"x" * 512)
+    await device.close()
