@@ -41,35 +41,32 @@ or completed, a table that was getting ready is stopped and put back, what is be
 Nothing here is stored: what a crash leaves behind is up to the targets.
 
 Verbs on one device run one after another (`_verbs`); status, table, message and wait do not
-queue behind them, so that a suspend that waits for a slow disk can be looked at.
+queue behind them, so that a suspend that waits for a slow disk can be looked at: `nbdtarget.dm.questions`.
 """
 
 import asyncio
 import errno as errnos
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from nbdtarget.bio import Bio
 from nbdtarget.common.clock import Clock, timeout, wait_within
-from nbdtarget.common.errors import DeviceError, TableError
+from nbdtarget.common.errors import TableError
 from nbdtarget.common.turns import to_the_end
-from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import (
     Device,
-    Extent,
     QueueLimits,
 )
 from nbdtarget.devices.identity import MAPPED
-from nbdtarget.dm import core_messages
 from nbdtarget.dm.below import Below
 from nbdtarget.dm.bio_path import BioPath, State
 from nbdtarget.dm.events import EventCounter
-from nbdtarget.dm.fast_path import HasFastPath, end_with_eio
+from nbdtarget.dm.fast_path import end_with_eio
 from nbdtarget.dm.geometry import Geometry
-from nbdtarget.dm.statistics import Statistics
-from nbdtarget.dm.table import Ask, Table
-from nbdtarget.targets.base import StatusFields, Target, TargetContext
+from nbdtarget.dm.questions import AnswersQuestions
+from nbdtarget.dm.table import Table
+from nbdtarget.targets.base import Target, TargetContext
 from nbdtarget_metadata.disks import Evidence
 
 __all__ = ["MappedDevice", "State"]
@@ -77,7 +74,7 @@ __all__ = ["MappedDevice", "State"]
 log = logging.getLogger(__name__)
 
 
-class MappedDevice(HasFastPath):
+class MappedDevice(AnswersQuestions):
     """One mapped device. The registry gives it its name, and opens the devices below.
 
     Attributes:
@@ -137,20 +134,6 @@ class MappedDevice(HasFastPath):
         self._unused = unused
         self._verbs = asyncio.Lock()
         self._last_commit: asyncio.Task[None] | None = None  # of a suspend with a bound
-
-    @property
-    def state(self) -> State:
-        return self._path.state
-
-    @property
-    def active(self) -> Table | None:
-        """The live table, if there is one."""
-        return self._path.table
-
-    @property
-    def statistics(self) -> Statistics:
-        """The regions in which I/O is counted."""
-        return self._path.statistics
 
     @property
     def is_flushed(self) -> bool:
@@ -599,92 +582,6 @@ class MappedDevice(HasFastPath):
     async def close(self) -> None:
         await self.remove()
 
-    # ---- questions ----
-
-    async def status(self, *, noflush: bool = False) -> list[tuple[int, int, str, str]]:
-        """INFO of the live table: (start, length, type, params), in sectors."""
-        return [line for line, _ in await self.status_by_name(noflush=noflush)]
-
-    async def status_by_name(
-        self, *, noflush: bool = False, within_s: float | None = None
-    ) -> list[tuple[tuple[int, int, str, str], StatusFields]]:
-        """As `status`, each line with the fields that its target tells by name.
-
-        Args: within_s: how long the commit of each target may take; None: for ever.
-        Raises: TableError, ETIMEDOUT.
-        """
-        table = self.active
-        if table is None:
-            return []
-        noflush = noflush or self.state is not State.ACTIVE
-        return await table.status(noflush=noflush, within_s=within_s)
-
-    def table(
-        self,
-        *,
-        inactive: bool = False,
-        words: Callable[[Target], str] = lambda target: target.table_words(),
-    ) -> list[tuple[int, int, str, str]]:
-        """TABLE of one slot, or other `words` of it: (start, length, type, params), in sectors."""
-        table = self.inactive if inactive else self.active
-        if table is None:
-            return []
-        return table.lines(words)
-
-    async def message(self, sector: int, words: Sequence[str]) -> str | None:
-        """Hand a message to the target at `sector`; its answer, if any.
-
-        Raises: TableError: no live table (ENXIO), sector outside, or the target refuses.
-        """
-        if words and words[0].startswith("@"):
-            return await core_messages.carry_out(self, words)
-        table = self.active
-        if table is None:
-            raise TableError("No such device or address", errnos.ENXIO)
-        if not words:
-            raise TableError("Invalid argument")
-        if not 0 <= sector * SECTOR < table.size:
-            raise TableError("Invalid argument: sector is outside the table")
-        if table.failed:
-            raise TableError("Input/output error", errnos.EIO)
-        with table.use():
-            return await table.target_at(sector * SECTOR).message(words)
-
-    async def extents(self, offset: int, length: int) -> list[Extent]:
-        """As `Device.extents`; waits while the device is suspended and may be resumed."""
-        return await self._describe("extents", offset, length, _ask_extents)
-
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        """Those of every target of the live table; the others say 0 for their ranges."""
-        if self.active is None:
-            return ()
-        names = (name for target in self.active.targets for name in target.contexts)
-        return tuple(dict.fromkeys(names))
-
-    async def context_extents(
-        self, context: str, offset: int, length: int
-    ) -> list[Extent]:
-        """As `Device.context_extents`; waits as `extents` does."""
-
-        def ask(target: Target, at: int, part: int) -> Awaitable[list[Extent]]:
-            return target.context_extents(context, at, part)
-
-        return await self._describe(context, offset, length, ask)
-
-    async def _describe(
-        self, op: str, offset: int, length: int, ask: Ask
-    ) -> list[Extent]:
-        running = self._path.running
-        while not running.is_set():
-            await running.wait()
-        table = self.active
-        if self.state is not State.ACTIVE or table is None or table.failed:
-            raise DeviceError(errnos.EIO, self.name, op, offset, length)
-        if offset + length > table.size:
-            raise DeviceError(errnos.EINVAL, self.name, op, offset, length)
-        return await table.describe(offset, length, ask)
-
     @property
     def event_nr(self) -> int:
         return self.events.nr
@@ -692,7 +589,3 @@ class MappedDevice(HasFastPath):
     def event(self) -> None:
         """Count one event and wake those that wait for it."""
         self.events.count()
-
-
-def _ask_extents(target: Target, offset: int, length: int) -> Awaitable[list[Extent]]:
-    return target.extents(offset, length)
