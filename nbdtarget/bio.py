@@ -38,6 +38,7 @@ __all__ = [
     "ALONE",
     "FAST_ZERO",
     "FUA",
+    "IN_LOOP",
     "NO_UNMAP",
     "OP_CACHE",
     "OP_DISCARD",
@@ -70,8 +71,9 @@ UNASKED: Final = (
     8  # FLUSH: sent by a suspend and not by a client; the kernel sends none
 )
 ALONE: Final = (
-    16  # FLUSH: nothing else is to be done meanwhile, so it may take the loop's time
+    16  # FLUSH: nothing else is to be done meanwhile, so the loop may wait for a moment
 )
+IN_LOOP: Final = 32  # FLUSH with ALONE: the loop may even sync, however long that takes
 
 PENDING: Final = -1  # bio.status before `end`
 
@@ -88,7 +90,7 @@ class Bio:
     Attributes:
         op: one of OP_*.
         offset, length: bytes, relative to the device that it is submitted to. FLUSH has 0, 0.
-        flags: FUA, NO_UNMAP, FAST_ZERO, UNASKED, ALONE, or'ed.
+        flags: FUA, NO_UNMAP, FAST_ZERO, UNASKED, ALONE, IN_LOOP, or'ed.
         payload: READ, WRITE: a memoryview of `length` bytes (format B); else None.
         borrowed: the payload's memory is valid only until `submit` returns.
         endio: called once with the bio, when it has ended. Must not raise.

@@ -94,7 +94,7 @@ cdef extern from *:
 
 __all__ = ["ABI", "PIECE_BYTES", "SPANS_MAX", "Copies", "CopyStream"]
 
-ABI = 8  # of `nbdtarget.fast.compiled`
+ABI = 9  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     SLOTS_MAX = 16  # buffers of a thread

@@ -9,7 +9,7 @@ and one sync at a time.
 
     begin           the loop's thread wakes the other one, by a semaphore
     (fdatasync)     the other thread leaves the errno, and writes to an eventfd
-    take            the loop, which watches the eventfd, takes the errno
+    take            the loop, which watches the eventfd, takes the errno; or it waits for it a moment, without going back
 
 `begin_behind` has the thread do something else in the same way: begin to write ranges back, wait for others, and drop those from the page
 cache. A Python thread that does so keeps the loop waiting whenever it loses its processor between two of these calls, while it has the lock.
@@ -33,6 +33,7 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <fcntl.h>
+    #include <poll.h>
     #include <pthread.h>
     #include <semaphore.h>
     #include <sched.h>
@@ -78,6 +79,12 @@ cdef extern from *:
         setpriority(PRIO_PROCESS, 0, attr.nice);
         const struct sched_param none = { 0 };
         sched_setscheduler(0, SCHED_BATCH, &none);
+    }
+    /* Wait until the thread has ended what it was asked for, or the time is up, or a signal comes. */
+    static inline void sync_wait(const sync_job *job, int64_t wait_ns) {
+        struct pollfd one = {job->event_fd, POLLIN, 0};
+        struct timespec time = {wait_ns / 1000000000, wait_ns % 1000000000};
+        ppoll(&one, 1, &time, NULL);
     }
     static int sync_behind(const sync_job *job) {
         const int all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
@@ -158,13 +165,14 @@ cdef extern from *:
     int close(int fd) nogil
     ssize_t sys_read "read"(int fd, void *data, size_t length) nogil
     int sync_state(sync_job *job) nogil
+    void sync_wait(const sync_job *job, int64_t wait_ns) nogil
     void sync_become(sync_job *job, int state) nogil
     int sync_start(sync_job *job) nogil
     void sync_give_way(int nice_step) nogil
     enum:
         SYNC_PIECE_BYTES
 
-ABI = 8  # of `nbdtarget.fast.compiled`
+ABI = 9  # of `nbdtarget.fast.compiled`
 RUNS = -1  # what `take` returns while a sync runs
 PIECE_BYTES = SYNC_PIECE_BYTES
 
@@ -268,9 +276,15 @@ cdef class Syncer:
         sem_post(&self.job.asked)
         return 0
 
-    def take(self):
-        """Return 0 or the errno of the sync that has ended, or RUNS."""
+    def take(self, int64_t wait_ns=0):
+        """Return 0 or the errno of the sync that has ended, or RUNS.
+
+        Args: wait_ns: so long the end is waited for, without the interpreter's lock.
+        """
         cdef char count[8]
+        if wait_ns > 0:
+            with nogil:
+                sync_wait(self.job, wait_ns)
         sys_read(self.job.event_fd, count, 8)
         if sync_state(self.job) != SYNC_DONE:
             return RUNS

@@ -168,7 +168,9 @@ class Requests:
         self.can_write, self.size = writable, transmission.size
         self.can_flush = writable and CMD_FLUSH in transmission.flags_allowed
         counted = self.in_flight.observer, self._answers, self.traffic
-        self._shared_flushes = SharedFlushes(host, flow, device, *counted)
+        self._shared_flushes = SharedFlushes(
+            host, flow, device, *counted, in_loop=limits.inline_syncs
+        )
         self.is_plain = True
 
     def refuse(self) -> None:
@@ -222,7 +224,6 @@ class Requests:
     def flush_for(
         self, writes: list[int], flushes: list[int], is_alone: bool = False
     ) -> bool:
-        is_alone = is_alone and self._limits.inline_syncs
         well = self._shared_flushes.submit(writes, flushes, is_alone)
         self._admit(0)
         return well

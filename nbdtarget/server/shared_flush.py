@@ -7,12 +7,12 @@ a FLUSH also tells what the device has lost meanwhile, and a WRITE with FUA prom
 ride on one sync. Until then each of the requests counts as one in flight.
 
 A client that is alone, and waits for the answer to one request, has its FLUSH marked as such (`ALONE`). If the device ends it at once, and all is well, the compiled
-path sends the replies, as those of other requests.
+path sends the replies, as those of other requests. What the device may do for that: `nbdtarget.devices.file.sync_pace`.
 """
 
 from collections.abc import Callable
 
-from nbdtarget.bio import ALONE, OP_FLUSH, Bio
+from nbdtarget.bio import ALONE, IN_LOOP, OP_FLUSH, Bio
 from nbdtarget.common.clock import perf_counter_ns
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.losses import ConnectionObserver
@@ -26,7 +26,10 @@ __all__ = ["SharedFlushes"]
 
 
 class SharedFlushes:
-    """See the module head."""
+    """See the module head.
+
+    Args: in_loop: the event loop itself may sync for a client that is alone (`Limits.inline_syncs`).
+    """
 
     def __init__(
         self,
@@ -36,7 +39,10 @@ class SharedFlushes:
         observer: ConnectionObserver,
         answers: Answers,
         traffic: Traffic,
+        *,
+        in_loop: bool,
     ) -> None:
+        self._alone_flags = ALONE | IN_LOOP if in_loop else ALONE
         self._host, self._flow, self._device = host, flow, device
         self._observer, self._answers, self._traffic = observer, answers, traffic
 
@@ -99,7 +105,7 @@ class SharedFlushes:
             self._host.flush_soon()
 
         self._flow.begin_requests(len(cookies), 0)
-        bio_flags = ALONE if is_alone else 0
+        bio_flags = self._alone_flags if is_alone else 0
         self._device.submit(Bio(OP_FLUSH, 0, 0, None, bio_flags, ended))
         is_here = False
         return well

@@ -21,7 +21,7 @@ news of an *earlier* write, told once. So it latches, too, on every file system 
 
 *Thread.* A sync of a fast disk takes less time than two Python threads need to hand it over. So it is made by a thread in C
 (`nbdtarget/fast/nbdtarget_sync.pyx`), and where that was not built, by a worker. For a client that is alone and asks for one thing at a
-time even that takes too long. So the loop makes its syncs itself, while they are quick: see `sync_pace.py`.
+time going back to the loop takes long, too. So while syncs are quick the loop waits a moment for its sync, or makes it itself: see `sync_pace.py`.
 """
 
 import asyncio
@@ -30,8 +30,8 @@ import logging
 import os
 from typing import Final
 
-from nbdtarget.bio import ALONE, OP_DISCARD, OP_NAMES, Bio
-from nbdtarget.devices.file.sync_pace import SyncPace
+from nbdtarget.bio import ALONE, IN_LOOP, OP_DISCARD, OP_NAMES, Bio
+from nbdtarget.devices.file.sync_pace import QUICK_NS, SyncPace
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.workers import WorkerPool
 from nbdtarget.fast.compiled import IS_COMPILED, Syncer
@@ -126,16 +126,13 @@ class Syncs:
         Durable: when it ends with 0, all writes that had ended when this was called, and this one.
         """
         # hot: 1.5 us and the sync itself
-        if (
-            bio.flags & ALONE
-            and not (self._running or self.is_latched)
-            and self._pace.begin(may_be_ours=True)
-        ):
+        is_alone = bio.flags & ALONE and not (self._running or self.is_latched)
+        if is_alone and bio.flags & IN_LOOP and self._pace.begin(may_be_ours=True):
             self._sync_here(bio)
             return
         self._waiting.append(bio)
         if self._flush is None:
-            self._start()
+            self._start(may_wait=bool(is_alone and not bio.flags & IN_LOOP))
 
     def _sync_here(self, bio: Bio) -> None:
         """Sync in the loop's own thread. Nothing else runs, and nothing waits, so no other sync can be told an error of ours."""
@@ -148,17 +145,22 @@ class Syncs:
         self._pace.ended()
         bio.end(status)
 
-    def _start(self) -> None:
-        """Sync for all that wait; no sync runs."""
+    def _start(self, *, may_wait: bool = False) -> None:
+        """Sync for all that wait; no sync runs.
+
+        Args: may_wait: the loop may wait a moment for the end.
+        """
         bios, self._waiting = self._waiting, []
         if self.is_latched:
             _end([(bio, errnos.EIO) for bio in bios])
         elif bios:
             self._flush = Sync(bios, "flush")
             self._running.add(self._flush)
-            self._pace.begin(may_be_ours=False)
+            waits = self._pace.begin(may_be_ours=may_wait)
             if not self._has_begun():
                 self._pool.submit(self._fdatasync, self._flush_done)
+            elif waits:
+                self._reap(QUICK_NS)
 
     def _has_begun(self) -> bool:
         """Begin a sync in the thread of its own, if there can be one."""
@@ -176,9 +178,9 @@ class Syncs:
             return False
         return True
 
-    def _reap(self) -> None:
+    def _reap(self, wait_ns: int = 0) -> None:
         assert self._syncer is not None
-        status = self._syncer.take()
+        status = self._syncer.take(wait_ns)
         if status >= 0:
             self._flush_done(status)
 

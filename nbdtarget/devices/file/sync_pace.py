@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SyncPace`: whether the syncs of a file are so quick that the event loop makes the next one itself.
+"""`SyncPace`: whether the syncs of a file are so quick that the event loop waits for the next one, or makes it itself.
 
-Theory of operation. Handing a sync to another thread, and hearing of its end, takes two wake-ups: as long as the sync itself, on a
-fast disk. But the loop serves no other client while it syncs. So it does so only if all of this is true:
+Theory of operation. Handing a sync to another thread, going back to the event loop, and hearing of its end from there takes as long as the sync itself, on a
+fast disk. So the loop waits for the thread right away, for QUICK_NS at most. It serves no other client meanwhile, so it does so only if all of this is true:
 
     asked for       the bio says ALONE: one client is busy, and asks for one thing at a time
     nothing else    no other sync of this file is under way
     recent          the last sync has ended less than RECENT_NS ago: there was no time to write much since, for this program or another one
     quick           each of the last STREAK syncs has taken at most QUICK_NS
 
-A sync of the loop that was not quick ends that: the next ones are made by the thread, at first STREAK of them, after each further disappointment twice as
+A sync that was waited for and was not quick ends that: the next ones are not waited for, at first STREAK of them, after each further disappointment twice as
 many, up to SKIP_MAX. QUICK_NS is what a client may wait for one READ of a slow disk anyway.
 
-A disk that was quick, and hangs from one moment to the next, can stop the whole server in the middle of one sync, until the disk answers
-or fails: signals wait, too. So this is done only if the user asks for it (`Limits.inline_syncs` of the server, a key of the configuration file).
+By the same rules the loop makes the sync itself, without any other thread, if the user asks for it (`Limits.inline_syncs` of the server, a key of the
+configuration file): a disk that was quick, and hangs from one moment to the next, then stops the whole server in the middle of one sync, until the disk answers
+or fails. Signals wait, too.
 """
 
 from typing import Final
@@ -34,13 +35,15 @@ class SyncPace:
     __slots__ = ("_begun_ns", "_ended_ns", "_is_ours", "_left", "_skip")
 
     def __init__(self) -> None:
-        self._left = STREAK  # so many syncs are to be quick before the loop makes one
+        self._left = (
+            STREAK  # so many syncs are to be quick before the loop waits for one
+        )
         self._skip = STREAK
         self._begun_ns = self._ended_ns = 0
         self._is_ours = False
 
     def begin(self, *, may_be_ours: bool) -> bool:
-        """A sync begins. Returns whether the loop makes it; `ended` must follow in any case."""
+        """A sync begins. Returns whether the loop waits for it, or makes it; `ended` must follow in any case."""
         self._begun_ns = perf_counter_ns()
         self._is_ours = (
             may_be_ours

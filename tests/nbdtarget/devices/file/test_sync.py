@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from nbdtarget.bio import ALONE, FUA, OP_FLUSH, OP_WRITE, PENDING, Bio
+from nbdtarget.bio import ALONE, FUA, IN_LOOP, OP_FLUSH, OP_WRITE, PENDING, Bio
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.sync import Syncs as FileSyncs
-from nbdtarget.devices.file.sync_pace import SyncPace
+from nbdtarget.devices.file.sync_pace import QUICK_NS, SyncPace
 from nbdtarget.devices.resolve import create_device
+from nbdtarget.fast.compiled import IS_COMPILED
 from tests.support.file_device import SIZE, Syncs, bio_of, ended
 from tests.support.patience import until
 
@@ -197,7 +198,7 @@ async def test_the_loop_syncs_for_a_client_that_is_alone(
         syncs.fdatasync(fd)
 
     monkeypatch.setattr(os, "fdatasync", noted)
-    bio = Bio(OP_FLUSH, 0, 0, None, ALONE, lambda _: order.append("end"))
+    bio = Bio(OP_FLUSH, 0, 0, None, ALONE | IN_LOOP, lambda _: order.append("end"))
     device.submit(bio)
     assert bio.status == 0  # at once, and after the sync
     assert order == ["sync", "end"]
@@ -211,11 +212,11 @@ async def test_a_sync_of_the_loop_that_fails_latches(
     device: Device, quick: FileSyncs, syncs: Syncs
 ) -> None:
     syncs.fail_with = errno.EIO
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE | IN_LOOP))
     assert bio.status == errno.EIO
     assert quick.is_latched
     syncs.fail_with = 0
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE | IN_LOOP))
     assert bio.status == errno.EIO
     assert syncs.count == 1
 
@@ -224,7 +225,7 @@ async def test_the_loop_does_not_sync_while_another_sync_may_be_told_an_error(
     device: Device, quick: FileSyncs, syncs: Syncs
 ) -> None:
     other = quick.begin_writeback()
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE | IN_LOOP))
     assert bio.status == PENDING
     await until(lambda: syncs.count == 1)
     await until(lambda: quick._flush is None)
@@ -238,7 +239,73 @@ async def test_a_flush_waits_for_the_next_sync_also_if_it_is_alone(
 ) -> None:
     syncs.gate.clear()
     device.submit(first := bio_of(OP_FLUSH, 0, 0))
-    device.submit(second := bio_of(OP_FLUSH, 0, 0, ALONE))
+    device.submit(second := bio_of(OP_FLUSH, 0, 0, ALONE | IN_LOOP))
     syncs.gate.set()
     assert await ended(first, second) == [0, 0]
     assert syncs.count == 2
+
+
+# ---- syncs that the loop waits for ----
+
+
+class HeldSyncer:
+    """A thread that has not synced yet."""
+
+    event_fd = -1
+
+    def __init__(self) -> None:
+        self.waited: list[int] = []
+        self.status = -1
+
+    def begin(self) -> None:
+        self.status = -1
+
+    def take(self, wait_ns: int = 0) -> int:
+        self.waited.append(wait_ns)
+        return self.status
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="there is no thread in C")
+async def test_the_loop_waits_for_the_sync_of_a_client_that_is_alone(
+    device: Device, quick: FileSyncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdtarget.devices.file.sync.QUICK_NS", 20 * 10**9)
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
+    assert bio.status == 0  # at once
+    assert quick.nr_running == 0
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0))
+    assert bio.status == PENDING
+    assert await ended(bio) == [0]
+
+
+@pytest.mark.parametrize("status", [0, errno.EIO])
+async def test_a_sync_that_takes_longer_is_left_to_the_loop(
+    device: Device,
+    quick: FileSyncs,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+) -> None:
+    held = HeldSyncer()
+    monkeypatch.setattr(quick, "_syncer", held)
+    monkeypatch.setattr("nbdtarget.devices.file.sync.IS_COMPILED", True)
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
+    device.submit(other := bio_of(OP_FLUSH, 0, 0, ALONE))
+    assert held.waited == [QUICK_NS]  # the second one rides on the next sync
+    assert [bio.status, other.status] == [PENDING, PENDING]
+    held.status = status
+    quick._reap()
+    assert bio.status == status
+    held.status = status
+    if not status:
+        quick._reap()
+    assert other.status == status
+    monkeypatch.undo()
+
+
+async def test_a_worker_is_not_waited_for(
+    device: Device, quick: FileSyncs, syncs: Syncs
+) -> None:
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
+    assert bio.status == PENDING
+    assert await ended(bio) == [0]
+    assert syncs.count == 1
