@@ -20,6 +20,8 @@ from the cache, which is cold, each with and without the trace of an earlier boo
 `first read` is that of the slowest machine, as are `booted` and `hydrated`. `requests` and `MiB` are what the store was asked for, for each clone. The
 cost is that of the requests; what a provider charges for bytes that leave it depends on where the fleet is.
 
+*Time.* Each run is in a process of its own, as many at a time as there are processors. A thousand clones take some minutes a run.
+
 *Memory.* The image is nothing but zeroes, so all buffers that hold parts of it are the same piece of memory (`one_memory`): a thousand clones, each with
 32 MiB in flight and as much in its cache of pieces, would need more than a machine has. Nothing in the simulation looks at the bytes.
 """
@@ -32,6 +34,7 @@ import logging
 import random
 import sys
 from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -427,6 +430,11 @@ def table(results: Sequence[Result], model: Model) -> Table:
     return shown
 
 
+def _be_quiet() -> None:
+    """A thousand clones have much to tell."""
+    logging.disable(logging.WARNING)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A fleet of clones, simulated.")
     parser.add_argument("--clones", type=int, action="append")
@@ -446,11 +454,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.dollars_per_million / 1e6,
     )
     trace = fitted(read_trace(options.trace), model.image_bytes)
-    logging.disable(logging.WARNING)  # of a thousand clones
+    runs = [
+        (way, nr_clones)
+        for nr_clones in options.clones or (1, 10, 100, 1000)
+        for way in WAYS
+    ]
     results = []
-    for nr_clones in options.clones or (1, 10, 100, 1000):
-        for way in WAYS:
-            results.append(run(model, trace, way, nr_clones))
+    with ProcessPoolExecutor(initializer=_be_quiet) as pool:
+        under_way = [pool.submit(run, model, trace, *each) for each in runs]
+        for (way, nr_clones), future in zip(runs, under_way, strict=True):
+            results.append(future.result())
             print(f"{way}, {nr_clones}: done", file=sys.stderr)
     Console(width=120).print(table(results, model))
     if options.output:
