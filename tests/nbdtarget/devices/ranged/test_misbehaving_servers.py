@@ -261,3 +261,20 @@ async def test_chunked_answer_is_as_good(kind: str) -> None:
         async with device_on(name_on(server, kind)) as device:
             assert bytes(await device.read(MIB, 256 * KIB)) == IMAGE[MIB:][: 256 * KIB]
             assert device.traffic.retries == (0 if kind == "http" else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_connections_that_are_closed_after_each_answer(kind: str) -> None:
+    def behave(_: Request, answer: Answer) -> None:
+        answer.hangs_up = True  # and it has not said so
+
+    async with ImageServer(IMAGE) as server:
+        server.behave = behave
+        async with device_on(name_on(server, kind)) as device:
+            for at in range(0, len(IMAGE), 512 * KIB):
+                assert bytes(await device.read(at, 512)) == IMAGE[at : at + 512]
+            assert server.nr_connections > 1
+            if (
+                kind == "http"
+            ):  # obstore may tell of a connection that is closed under a request
+                assert device.traffic.retries == 0
