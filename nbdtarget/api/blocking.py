@@ -4,26 +4,60 @@
     with nbdtarget.BlockingServer() as server:
         disk = server.create("d", "powercut", size="1G")
 
-Each method runs its twin's coroutine on the loop of the server's thread, and waits for it. A test holds the signatures of
-the twins together.
+Each method is made of its twin: it has the same arguments and the same description, runs the twin's coroutine on the loop of the server's thread, and
+waits for it. A disk becomes a `BlockingDisk`.
 """
 
-from collections.abc import Coroutine, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from nbdtarget.api.disk import Disk, DiskStatus, PowerCut
+from nbdtarget.api.disk import Disk
 from nbdtarget.api.hosts import THREAD_NAME, OwnHost
 from nbdtarget.api.loop_thread import LoopThread
 from nbdtarget.api.nbd_client import NbdClient
-from nbdtarget.api.server import Path, Server, Size
+from nbdtarget.api.server import Path, Server
 from nbdtarget.common.errors import NbdTargetError
-from nbdtarget.control.messages import InfoLine
 from nbdtarget.control.paths import ControlAddress
 
 __all__ = ["BlockingDisk", "BlockingServer"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _of_disk(
+    twin: Callable[Concatenate[Disk, P], Coroutine[Any, Any, T]],
+) -> "Callable[Concatenate[BlockingDisk, P], T]":
+    def run(self: "BlockingDisk", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return _run(self._thread, twin(self._disk, *args, **kwargs))
+
+    _describe(run, twin)
+    return run
+
+
+def _of_server(
+    twin: Callable[Concatenate[Server, P], Coroutine[Any, Any, Disk]],
+) -> "Callable[Concatenate[BlockingServer, P], BlockingDisk]":
+    def run(
+        self: "BlockingServer", /, *args: P.args, **kwargs: P.kwargs
+    ) -> "BlockingDisk":
+        made = twin(self._server, *args, **kwargs)
+        return self._blocking(_run(self._thread, made))
+
+    _describe(run, twin)
+    return run
+
+
+def _describe(run: Callable[..., Any], twin: Callable[..., Any]) -> None:
+    """What `help` and `inspect` show of a method."""
+    run.__name__, run.__doc__ = twin.__name__, twin.__doc__
+    run.__qualname__ = f"Blocking{twin.__qualname__}"
+    signature = inspect.signature(twin)
+    if signature.return_annotation in (Disk, "Disk"):
+        signature = signature.replace(return_annotation=BlockingDisk)
+    run.__signature__ = signature  # type: ignore[attr-defined]  # what `inspect` looks at
 
 
 class BlockingDisk:
@@ -41,53 +75,19 @@ class BlockingDisk:
     def connect(self, *, timeout_s: float = 30.0) -> NbdClient:
         return self._disk.connect(timeout_s=timeout_s)
 
-    def status(self, *, noflush: bool = False) -> DiskStatus:
-        return self._run(self._disk.status(noflush=noflush))
-
-    def info(self) -> InfoLine:
-        return self._run(self._disk.info())
-
-    def table(self) -> str:
-        return self._run(self._disk.table())
-
-    def message(self, *words: str | int, sector: int = 0) -> str | None:
-        return self._run(self._disk.message(*words, sector=sector))
-
-    def power_cut(
-        self,
-        fate: str = "drop",
-        *,
-        tear: int | None = None,
-        mixed: int | None = None,
-        stay_off: bool = False,
-    ) -> PowerCut:
-        return self._run(
-            self._disk.power_cut(fate, tear=tear, mixed=mixed, stay_off=stay_off)
-        )
-
-    def power_on(self) -> None:
-        self._run(self._disk.power_on())
-
-    def reset(self) -> None:
-        self._run(self._disk.reset())
-
-    def load(self, table: str, *, keep_open: bool = True) -> None:
-        self._run(self._disk.load(table, keep_open=keep_open))
-
-    def suspend(self, *, noflush: bool = False) -> None:
-        self._run(self._disk.suspend(noflush=noflush))
-
-    def resume(self) -> None:
-        self._run(self._disk.resume())
-
-    def wait(self, event_nr: int | None = None) -> int:
-        return self._run(self._disk.wait(event_nr))
-
-    def remove(self, *, force: bool = False) -> None:
-        self._run(self._disk.remove(force=force))
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return _run(self._thread, work)
+    status = _of_disk(Disk.status)
+    info = _of_disk(Disk.info)
+    table = _of_disk(Disk.table)
+    message = _of_disk(Disk.message)
+    power_cut = _of_disk(Disk.power_cut)
+    power_on = _of_disk(Disk.power_on)
+    reset = _of_disk(Disk.reset)
+    load = _of_disk(Disk.load)
+    suspend = _of_disk(Disk.suspend)
+    resume = _of_disk(Disk.resume)
+    uncache = _of_disk(Disk.uncache)
+    wait = _of_disk(Disk.wait)
+    remove = _of_disk(Disk.remove)
 
 
 class BlockingServer:
@@ -133,7 +133,7 @@ class BlockingServer:
     def start(self) -> None:
         self._thread.start()
         try:
-            self._run(self._server.start())
+            _run(self._thread, self._server.start())
         except (
             BaseException
         ):  # the start may be interrupted, and then no thread is left
@@ -144,7 +144,7 @@ class BlockingServer:
         if not self._thread.is_running:
             return
         try:
-            self._run(self._server.stop())
+            _run(self._thread, self._server.stop())
         finally:
             self._thread.close()
 
@@ -160,115 +160,18 @@ class BlockingServer:
         return self._blocking(self._server.disk(name))
 
     def disks(self) -> list[BlockingDisk]:
-        return [self._blocking(disk) for disk in self._run(self._server.disks())]
+        return [
+            self._blocking(disk) for disk in _run(self._thread, self._server.disks())
+        ]
 
-    def create(
-        self,
-        name: str,
-        target: str = "linear",
-        *words: str | int,
-        size: Size | None = None,
-        disk: Path | None = None,
-        table: str | None = None,
-        read_only: bool = False,
-        overwrite: bool = False,
-    ) -> BlockingDisk:
-        made = self._server.create(
-            name,
-            target,
-            *words,
-            size=size,
-            disk=disk,
-            table=table,
-            read_only=read_only,
-            overwrite=overwrite,
-        )
-        return self._blocking(self._run(made))
-
-    def export(
-        self, disk: Path, *, name: str | None = None, read_only: bool = False
-    ) -> BlockingDisk:
-        made = self._server.export(disk, name=name, read_only=read_only)
-        return self._blocking(self._run(made))
-
-    def clone(
-        self,
-        source: Path,
-        dest: Path,
-        *,
-        name: str | None = None,
-        metadata: Path | None = None,
-        region_size: Size = "64K",
-        hydration: bool = True,
-        hydration_rate: Size = 0,
-        hydrate_on_read: bool = False,
-        then_linear: bool = False,
-        overwrite: bool = False,
-        moved: bool = False,
-        accept_other_disk: bool = False,
-    ) -> BlockingDisk:
-        made = self._server.clone(
-            source,
-            dest,
-            name=name,
-            metadata=metadata,
-            region_size=region_size,
-            hydration=hydration,
-            hydration_rate=hydration_rate,
-            hydrate_on_read=hydrate_on_read,
-            then_linear=then_linear,
-            overwrite=overwrite,
-            moved=moved,
-            accept_other_disk=accept_other_disk,
-        )
-        return self._blocking(self._run(made))
-
-    def cache(
-        self,
-        origin: Path,
-        cache: Path,
-        *,
-        name: str | None = None,
-        metadata: Path | None = None,
-        cache_size: Size | None = None,
-        mode: str = "writethrough",
-        policy: str = "smq",
-        block_size: Size = "64K",
-        overwrite: bool = False,
-        moved: bool = False,
-        accept_other_disk: bool = False,
-    ) -> BlockingDisk:
-        made = self._server.cache(
-            origin,
-            cache,
-            name=name,
-            metadata=metadata,
-            cache_size=cache_size,
-            mode=mode,
-            policy=policy,
-            block_size=block_size,
-            overwrite=overwrite,
-            moved=moved,
-            accept_other_disk=accept_other_disk,
-        )
-        return self._blocking(self._run(made))
-
-    def scratch(
-        self,
-        image: Path,
-        *,
-        name: str,
-        size_max: Size | None = None,
-        store: Path | None = None,
-    ) -> BlockingDisk:
-        made = self._server.scratch(image, name=name, size_max=size_max, store=store)
-        return self._blocking(self._run(made))
+    create = _of_server(Server.create)
+    export = _of_server(Server.export)
+    clone = _of_server(Server.clone)
+    cache = _of_server(Server.cache)
+    scratch = _of_server(Server.scratch)
 
     def _blocking(self, disk: Disk) -> BlockingDisk:
         return BlockingDisk(disk, self._thread)
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return _run(self._thread, work)
 
 
 def _run(thread: LoopThread, work: Coroutine[Any, Any, T]) -> T:

@@ -197,6 +197,14 @@ class Disk:
         """Let requests go on; a table that was loaded becomes live first. Raises: TableError."""
         await self._host.ask("resume", m.Resume(self.name), m.Done)
 
+    async def uncache(self) -> str:
+        """Write a cache back and remove it, while clients go on; the origin alone is the disk then. Returns that in words.
+
+        Durable: the origin has everything. Raises: TableError: it is no cache, or cannot be written back, and goes on.
+        """
+        request = m.Uncache(self.name)
+        return (await self._host.ask("uncache", request, m.UncacheAnswer)).text
+
     async def wait(self, event_nr: int | None = None) -> int:
         """Wait until the event number is not this one (None: the present one). Returns the number by then."""
         request = m.Wait(self.name, event_nr)

@@ -54,6 +54,12 @@ def test_everything_blocks(tmp_path: Path) -> None:
         export.remove(force=True)
         cache = server.cache(source, tmp_path / "fast.img", cache_size="128K")
         assert [each.name for each in server.disks()] == ["d", cache.name]
+        with cache.connect() as client:
+            client.write(0, b"c" * 512)
+        assert cache.uncache() == (
+            f"{source} alone is the disk; {tmp_path}/fast.img and {tmp_path}/fast.img.nbdtarget are not used any more"
+        )
+        assert cache.table() == f"0 2048 linear {source} 0"
         assert server.disk("d").uri == disk.uri == server.uris[0].replace("{name}", "d")
         copy = server.scratch(tmp_path / "dest.img", name="s")
         copy.reset()
@@ -76,3 +82,14 @@ def test_server_that_was_not_started_or_has_ended_is_said_so(tmp_path: Path) -> 
     server.stop()
     with pytest.raises(NbdTargetError), BlockingServer.connect(tmp_path / "none"):
         pass
+
+
+def test_a_method_says_what_its_twin_says() -> None:
+    assert BlockingDisk.power_cut.__doc__ == Disk.power_cut.__doc__
+    assert BlockingDisk.power_cut.__qualname__ == "BlockingDisk.power_cut"
+    assert inspect.signature(BlockingServer.create).return_annotation is BlockingDisk
+    with BlockingServer() as server:
+        disk = server.create("d", size="1M")
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            disk.load("0 8 zero", nonsense=1)  # type: ignore[call-arg]  # that is the test
+        assert disk.table().startswith("0 2048 linear")
