@@ -3,7 +3,7 @@
 
 Theory of operation. What the loop moves costs it two bios, and two hand-overs to other threads, for each chunk. A
 background that copies gigabytes needs none of that. So a source lends *streams*, each of which a thread may block on
-(a connection to a server, for example), and a destination has a *writer* that any thread may call:
+(a connection to a server, or a file), and a destination has a *writer* that any thread may call:
 
     loop      maybe_copy(range): cut into chunks, which go into one queue for all threads
     thread    take chunks, as many as it has buffers for; ask the stream for them; whatever
@@ -14,7 +14,7 @@ Only the last chunk of a copy wakes the loop up. Where all streams and the write
 (`bulk_compiled.py`). Otherwise Python's lock is released in each receive and each write; between
 them a thread needs it for some 30 microseconds a chunk, and the loop waits for a thread that loses its processor meanwhile.
 
-A source that lends nothing (one connection only, a file, a mapped device), a destination without a writer, and a
+A source that lends nothing (one connection only, a mapped device, a file without the compiled half), a destination without a writer, and a
 range that a stream cannot ask for are no matter for this module: `maybe_copy` returns None, and the caller copies by bios.
 
 *Priority.* The threads of a copy come after those who serve clients: `background_threads.py`. While clients are active, compiled

@@ -30,7 +30,7 @@ __all__ = [
     "write_pieces",
 ]
 
-ABI: Final = 9  # the extension's must be the same; both change together
+ABI: Final = 10  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"

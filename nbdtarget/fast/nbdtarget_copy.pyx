@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 # cython: initializedcheck=False
-"""Bulk copies in threads that do not need the interpreter: from connections to an NBD server into a file.
+"""Bulk copies in threads that do not need the interpreter: from connections to an NBD server, or from a file, into a file.
 
 Theory of operation. A thread of a copy that needs Python's lock for a few microseconds a chunk may lose its processor while it has
 the lock. Then the event loop waits for that thread, and so do all clients. So the whole way of a chunk is here, without the lock:
@@ -11,7 +11,7 @@ the lock. Then the event loop waits for that thread, and so do all clients. So t
              first, and use its buffer again
     loop     `take_ended`: the eventfd says that copies have ended
 
-A `Copies` is one file, and the `CopyStream`s that are lent for it: connections to one server, each with a Python thread that stays in
+A `Copies` is one file, and the `CopyStream`s that are lent for it: connections to one server, or one file for several threads, each with a Python thread that stays in
 `work` until the copies are closed or its connection breaks. What happens then is Python's: see `nbdtarget.devices.bulk`, whose rules hold here
 as well. A chunk that fails ends its copy, and the rest of that copy is not begun. A copy has ended when the last system call of its
 chunks has returned.
@@ -46,6 +46,7 @@ cdef extern from "<sys/types.h>" nogil:
     ctypedef long off_t
 
 cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int fd, void *data, size_t length, off_t offset)
     ssize_t pwrite(int fd, const void *data, size_t length, off_t offset)
     ssize_t sys_read "read"(int fd, void *data, size_t length)
     ssize_t sys_write "write"(int fd, const void *data, size_t length)
@@ -94,7 +95,7 @@ cdef extern from *:
 
 __all__ = ["ABI", "PIECE_BYTES", "SPANS_MAX", "Copies", "CopyStream"]
 
-ABI = 9  # of `nbdtarget.fast.compiled`
+ABI = 10  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     SLOTS_MAX = 16  # buffers of a thread
@@ -170,7 +171,8 @@ cdef struct Slot:
 cdef struct Stream:
     const Shared *shared  # while it works
     int number
-    int sock
+    int sock  # or the file that is read
+    bint is_file
     bint is_structured
     bint is_extended
     int nr_slots
@@ -577,6 +579,25 @@ cdef Slot *receive_reply(Stream *stream) noexcept nogil:
 
 # ---- a thread ----
 
+cdef Slot *read_chunk(Stream *stream) noexcept nogil:
+    """Read the chunk that is under way from the file, and return it."""
+    cdef Slot *slot = &stream.slots[0]  # it has one buffer
+    cdef uint32_t got = 0
+    cdef ssize_t more
+    while got < slot.length:
+        more = pread(stream.sock, slot.data + got, piece_of(stream.shared, slot.length - got), <off_t>(slot.offset + got))
+        if more > 0:
+            got += <uint32_t>more
+        elif not more:
+            slot.status = EIO  # the file has been truncated
+            break
+        elif errno != EINTR:
+            slot.status = errno
+            break
+    return slot
+
+
+
 cdef int write_all(Shared *shared, const Slot *slot) noexcept nogil:
     """Write a chunk; return 0 or an errno."""
     # In one piece, unlike what clients write (`pieces.py`): the large folios that this makes are dropped soon.
@@ -649,12 +670,12 @@ cdef bint work_on(Shared *shared, Stream *stream) noexcept nogil:
     cdef int nr, status
     while True:
         nr = take_chunks(shared, stream, taken)
-        if nr:
+        if nr and not stream.is_file:
             if not ask(stream, taken, nr):
                 return False
         elif not stream.nr_in_flight:
             return True
-        slot = receive_reply(stream)
+        slot = read_chunk(stream) if stream.is_file else receive_reply(stream)
         if slot == NULL:
             return False
         if slot.status:
@@ -684,6 +705,13 @@ cdef class CopyStream:
         self.stream.sock = sock
         self.stream.is_structured = is_structured
         self.stream.is_extended = is_extended
+
+    @staticmethod
+    def of_file(int fd):
+        """Return a stream that reads a file, which stays the caller's. It never breaks, and has one buffer: its reads block."""
+        cdef CopyStream made = CopyStream(fd, False, False)
+        made.stream.is_file = True
+        return made
 
     def __dealloc__(self):
         free(self.stream)
@@ -860,6 +888,8 @@ cdef class Copies:
         cdef int nr
         if not 0 < nr_buffers <= SLOTS_MAX:
             raise ValueError("so many buffers there cannot be")
+        if it.is_file:
+            nr_buffers = 1
         it.shared = self.shared
         it.number = number
         it.nr_slots = nr_buffers

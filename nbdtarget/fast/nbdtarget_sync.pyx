@@ -91,16 +91,19 @@ cdef extern from *:
         for (size_t nr = 0; nr < job->nr_ranges; nr++) {
             const sync_range *range = &job->ranges[nr];
             const int is_begun = nr < job->nr_begun;
-            const int64_t piece = job->nice_step ? SYNC_PIECE_BYTES : range->end - range->begin;
-            for (int64_t at = range->begin; at < range->end; at += piece) {
-                const int64_t left = range->end - at;
-                const int64_t length = left < piece ? left : piece;
-                if (sync_file_range(job->fd, at, length, is_begun ? SYNC_FILE_RANGE_WRITE : all))
+            for (int64_t at = range->begin, end; at < range->end; at = end) {
+                /* Pieces end where the large folios of the page cache do, which are dropped whole or not at all. */
+                end = job->nice_step ? (at / SYNC_PIECE_BYTES + 1) * SYNC_PIECE_BYTES : range->end;
+                if (end > range->end)
+                    end = range->end;
+                if (sync_file_range(job->fd, at, end - at, is_begun ? SYNC_FILE_RANGE_WRITE : all))
                     return errno;
+                int error = is_begun ? 0 : posix_fadvise(job->fd, at, end - at, POSIX_FADV_DONTNEED);
+                if (error)
+                    return error;
             }
-            /* All at once: what lies across the border of two pieces would stay. It gives the processor away by itself. */
-            const int64_t length = range->end - range->begin;
-            int error = is_begun ? 0 : posix_fadvise(job->fd, range->begin, length, POSIX_FADV_DONTNEED);
+            /* What is larger than a piece is left; now it takes no time to look at the others. */
+            int error = is_begun ? 0 : posix_fadvise(job->fd, range->begin, range->end - range->begin, POSIX_FADV_DONTNEED);
             if (error)
                 return error;
         }
@@ -172,7 +175,7 @@ cdef extern from *:
     enum:
         SYNC_PIECE_BYTES
 
-ABI = 9  # of `nbdtarget.fast.compiled`
+ABI = 10  # of `nbdtarget.fast.compiled`
 RUNS = -1  # what `take` returns while a sync runs
 PIECE_BYTES = SYNC_PIECE_BYTES
 

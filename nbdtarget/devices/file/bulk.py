@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bulk copies do to a file: `FileWriter` writes for threads, `Behind` keeps what was written out of the page cache.
+"""What bulk copies do with a file: `FileStream` reads and `FileWriter` writes for threads, `Behind` keeps what was written out of the page cache.
+
+*Streams.* A file that is only read may be read by compiled threads: they need no lock of the interpreter, and give way to those who serve clients. Python's
+threads are no help there: then it is read by bios. The device counts the streams that it has lent, and is not closed before they are back.
 
 *Writer.* Any number of threads may write; a lock lets one of them at a time do so (compiled threads have one of their own). The file system holds
 the inode's lock for each buffered write in any case, and threads that wait there spin.
@@ -21,20 +24,78 @@ import errno as errnos
 import logging
 import os
 import threading
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 from nbdtarget.devices.background_threads import NICE_STEP
+from nbdtarget.devices.bulk_streams import Chunk
 from nbdtarget.devices.file.sync import Syncs
 from nbdtarget.devices.file.syscalls import wait_for_writeback, write_back_range
 from nbdtarget.devices.workers import WorkerPool
-from nbdtarget.fast.compiled import IS_COMPILED, Syncer
+from nbdtarget.fast.compiled import IS_COMPILED, CopyStream, Syncer
 
-__all__ = ["Behind", "FileWriter"]
+__all__ = ["STREAMS", "Behind", "FileStream", "FileWriter"]
+
+STREAMS: Final = 4  # of a file that is read: so many reads wait for the disk at once
 
 log = logging.getLogger(__name__)
 
 _NOT_SUPPORTED: Final = frozenset({errnos.EINVAL, errnos.ENOSYS, errnos.ESPIPE})
+
+
+class FileStream:
+    """A `BulkStream` of one open file. Made by `FileDevice.lend_streams`.
+
+    Args:
+        failed: is told the errno of a read that has failed.
+        came_back: the thread has ended.
+    """
+
+    is_broken = False
+    is_near = True
+
+    def __init__(
+        self, fd: int, failed: Callable[[int], None], came_back: Callable[[], None]
+    ) -> None:
+        self._fd = fd
+        self._failed = failed
+        self._came_back = came_back
+        self._asked: deque[Chunk] = deque()
+
+    def can_read(self, offset: int, length: int) -> bool:
+        return True
+
+    def start(self, chunks: list[Chunk]) -> None:
+        self._asked.extend(chunks)
+
+    def wait(self) -> list[Chunk]:
+        chunk = self._asked.popleft()
+        got = 0
+        try:
+            while got < chunk.length:
+                more = os.preadv(self._fd, (chunk.buffer[got:],), chunk.offset + got)
+                if not more:
+                    chunk.status = errnos.EIO  # the file has been truncated
+                    break
+                got += more
+        except OSError as error:
+            chunk.status = error.errno or errnos.EIO
+        return [chunk]
+
+    def maybe_compiled(self) -> CopyStream | None:
+        return CopyStream.of_file(self._fd) if IS_COMPILED else None
+
+    def lost_reason(self, sentence: str, error: int) -> str:
+        raise AssertionError("a file is never lost")
+
+    def read_failed(self, status: int) -> int:
+        self._failed(status)
+        return status
+
+    def give_back(self, reason: str) -> None:
+        self._came_back()
 
 
 class FileWriter:

@@ -71,7 +71,8 @@ from nbdtarget.bio import (
 from nbdtarget.common.clock import monotonic_ns
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import EXTENT_DATA, Device, Extent
-from nbdtarget.devices.file.bulk import Behind, FileWriter
+from nbdtarget.devices.bulk_streams import BulkStream
+from nbdtarget.devices.file.bulk import STREAMS, Behind, FileStream, FileWriter
 from nbdtarget.devices.file.extents import find_extents
 from nbdtarget.devices.file.pieces import WRITE_PIECE, write_rest
 from nbdtarget.devices.file.ring import find_out, maybe_reader
@@ -144,6 +145,8 @@ class FileDevice(Device):
         self._read_inline_max = INLINE_READ_MAX
         self._syncs = Syncs(name, fd, pool, self.health)
         self._nr_ring_reads = 0  # see `ring.py`
+        self._nr_lent = 0  # streams, see `lend_streams`
+        self._streams_ended: asyncio.Future[None] | None = None  # `close` waits for it
         self._ring_reads_ended: asyncio.Future[None] | None = (
             None  # `close` waits for it
         )
@@ -247,6 +250,21 @@ class FileDevice(Device):
         if self._behind is not None:
             await self._behind.write(ranges)
 
+    def lend_streams(self) -> list[BulkStream]:
+        if not (self.read_only and IS_COMPILED):
+            return []
+        self._nr_lent += STREAMS
+        failed = partial(self.health.note_error, OP_NAMES[OP_READ])
+        return [
+            FileStream(self._fd, failed, self._stream_came_back) for _ in range(STREAMS)
+        ]
+
+    def _stream_came_back(self) -> None:
+        self._nr_lent -= 1
+        ended = self._streams_ended
+        if ended is not None and not self._nr_lent and not ended.done():
+            ended.set_result(None)
+
     def maybe_bulk_writer(self) -> FileWriter | None:
         if self.read_only:
             return None
@@ -295,6 +313,9 @@ class FileDevice(Device):
         if self._nr_ring_reads:
             self._ring_reads_ended = asyncio.get_running_loop().create_future()
             await self._ring_reads_ended
+        if self._nr_lent:
+            self._streams_ended = asyncio.get_running_loop().create_future()
+            await self._streams_ended
         await self._syncs.close()
         await self._writers.close()
         if self._behind is not None:

@@ -29,6 +29,7 @@ from typing import Final
 
 from nbdtarget.bio import Bio
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.devices.bulk_streams import BulkStream
 from nbdtarget.devices.file.buffers import AlignedBuffers
 from nbdtarget.devices.file.bulk import FileWriter
 from nbdtarget.devices.file.device import FileDevice
@@ -92,6 +93,9 @@ class DirectDevice(FileDevice):
 
     def maybe_fast_file(self) -> FastFile | None:
         return None
+
+    def lend_streams(self) -> list[BulkStream]:
+        return []  # the ends of a read are not always where the disk wants them
 
     def maybe_bulk_writer(self) -> FileWriter | None:
         return None  # its threads write through the page cache

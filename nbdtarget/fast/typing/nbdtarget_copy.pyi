@@ -11,6 +11,8 @@ class CopyStream:
     nr_in_flight: int
 
     def __init__(self, sock: int, is_structured: bool, is_extended: bool) -> None: ...
+    @staticmethod
+    def of_file(fd: int) -> CopyStream: ...
 
 class Copies:
     event_fd: int

@@ -591,3 +591,59 @@ def test_chunks_that_take_several_system_calls_are_exact() -> None:
 def test_chunks_that_cannot_be_are_refused(rig: Rig, bad: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="cannot be"):
         rig.copies.give_way(*bad)
+
+
+# ---- from a file ----
+
+
+def of_file(content: bytes, chunk_bytes: int) -> Rig:
+    """A rig whose copies are read from a file that begins at BASE."""
+    rig = Rig()
+    rig.copies = Copies(rig.fd, chunk_bytes)
+    memory = os.memfd_create("source")
+    os.pwrite(memory, content, BASE)
+    os.dup2(memory, rig.server.fileno())  # which closes it
+    os.close(memory)
+    rig.stream = CopyStream.of_file(rig.server.fileno())
+    return rig
+
+
+@pytest.mark.parametrize("gives_way", [False, True])
+def test_chunks_of_a_file_are_exact(gives_way: bool) -> None:
+    size = 3 * PIECE_BYTES + 512
+    data = random.Random(9).randbytes(2 * size + 1)
+    rig = of_file(data, size)
+    if gives_way:
+        rig.copies.give_way(1, size)
+    rig.copies.put(1, BASE, 2 * size + 1)
+    rig.start()
+    assert rig.ended() == [(1, 0, False, 0, 0, -1)]
+    assert rig.written(len(data)) == data
+    rig.copies.close()
+    assert rig.until_broken() == ("", 0)
+    rig.close()
+
+
+def test_what_a_file_does_not_have_fails_its_copy_alone() -> None:
+    rig = of_file(CONTENT[:CHUNK], CHUNK)
+    rig.copies.put(1, BASE, CHUNK + 512)
+    rig.copies.put(2, BASE, CHUNK)
+    rig.start()
+    assert rig.ended(2) == [
+        (1, errno.EIO, True, BASE + CHUNK, 512, 7),
+        (2, 0, False, 0, 0, -1),
+    ]
+    rig.copies.close()
+    assert rig.until_broken() == ("", 0)
+    rig.close()
+
+
+def test_a_file_that_cannot_be_read_fails_the_copy() -> None:
+    rig = Rig()
+    rig.stream = CopyStream.of_file(rig.server.fileno())
+    rig.start()
+    rig.copies.put(1, BASE, CHUNK)
+    assert rig.ended() == [(1, errno.ESPIPE, True, BASE, CHUNK, 7)]
+    rig.copies.close()
+    assert rig.until_broken() == ("", 0)
+    rig.close()

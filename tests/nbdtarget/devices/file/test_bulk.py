@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bulk copies do to a file: writes of threads, and what is written back and dropped behind them."""
+"""What bulk copies do with a file: reads and writes of threads, and what is written back and dropped behind them."""
 
 import asyncio
 import errno
 import os
+import random
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from nbdtarget.bio import OP_FLUSH, OP_WRITE
 from nbdtarget.common.errors import DeviceError
+from nbdtarget.devices import bulk as bulk_module
+from nbdtarget.devices.bulk import BulkCopies
+from nbdtarget.devices.bulk_streams import BulkFailure, Chunk
 from nbdtarget.devices.file import bulk
+from nbdtarget.devices.file import device as device_module
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.page_cache import cached_pages
 from nbdtarget.devices.health import HealthState
 from nbdtarget.devices.resolve import create_device, open_device
 from nbdtarget.fast.compiled import IS_COMPILED, describe
 from tests.support.file_device import SIZE, bio_of, ended
-from tests.support.patience import PATIENCE_S
+from tests.support.patience import PATIENCE_S, until
 
+CONTENT = random.Random(3).randbytes(SIZE)
 WINDOW = [(0, SIZE // 2)]
 NEXT = [(SIZE // 2, SIZE)]
 
@@ -314,3 +321,96 @@ async def test_a_bio_of_which_write_behind_is_told_is_written_in_one_piece(
     assert await ended(outside) == [errno.ENOSPC]
     assert bytes(await device.read(0, SIZE)) == b"x" * SIZE
     await device.close()
+
+
+# ---- streams ----
+
+
+@pytest.fixture
+async def source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[FileDevice]:
+    """A file that is only read; it lends streams also where nothing is compiled."""
+    monkeypatch.setattr(device_module, "IS_COMPILED", True)
+    (tmp_path / "source").write_bytes(CONTENT)
+    source = await open_device(str(tmp_path / "source"), read_only=True)
+    assert isinstance(source, FileDevice)
+    yield source
+    await source.close()
+
+
+@pytest.fixture
+async def copies(
+    source: FileDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each_way: str
+) -> AsyncIterator[BulkCopies]:
+    monkeypatch.setattr(bulk_module, "CHUNK_BYTES", 64 << 10)
+    destination = await create_device(str(tmp_path / "copy"), SIZE, sparse=True)
+    copies = BulkCopies(source, destination)
+    yield copies
+    copies.rest()
+    await destination.close()
+
+
+async def copied(copies: BulkCopies) -> BulkFailure | None:
+    copying = copies.maybe_copy(0, SIZE)
+    assert copying is not None
+    return await asyncio.wait_for(copying, PATIENCE_S)
+
+
+async def test_a_file_is_copied_by_threads_which_come_back(
+    copies: BulkCopies, source: FileDevice, tmp_path: Path
+) -> None:
+    assert await copied(copies) is None
+    assert (tmp_path / "copy").read_bytes() == CONTENT
+    assert source._nr_lent == bulk.STREAMS
+    copies.rest()
+    await until(lambda: source._nr_lent == 0)
+    assert await copied(copies) is None
+
+
+async def test_a_read_of_a_file_that_fails_is_noted_and_others_go_on(
+    copies: BulkCopies, source: FileDevice, tmp_path: Path
+) -> None:
+    os.truncate(tmp_path / "source", SIZE // 2)
+    failure = await copied(copies)
+    assert failure is not None
+    assert (failure.status, failure.is_read) == (errno.EIO, True)
+    assert source.health.errors == {"read": 1}
+    os.truncate(tmp_path / "source", SIZE)
+    assert await copied(copies) is None
+    assert (tmp_path / "copy").read_bytes() == CONTENT[: SIZE // 2] + bytes(SIZE // 2)
+
+
+async def test_a_file_is_not_closed_while_streams_are_lent(source: FileDevice) -> None:
+    streams = source.lend_streams()
+    closing = asyncio.ensure_future(source.close())
+    for stream in streams:
+        await asyncio.sleep(0)
+        assert not closing.done()
+        assert os.fstat(source._fd).st_size == SIZE
+        stream.give_back("")
+    await asyncio.wait_for(closing, PATIENCE_S)
+    assert source._fd == -1
+
+
+async def test_files_of_which_nothing_is_lent(
+    source: FileDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "IS_COMPILED", False)
+    assert source.lend_streams() == []  # Python's threads are no help
+    monkeypatch.setattr(device_module, "IS_COMPILED", True)
+    written = await create_device(str(tmp_path / "written"), SIZE, sparse=True)
+    assert written.lend_streams() == []
+    await written.close()
+
+
+def test_a_stream_of_a_file_can_read_everything_and_is_never_lost() -> None:
+    stream = bulk.FileStream(-1, lambda _: None, lambda: None)
+    assert stream.can_read(1, 3)
+    assert stream.is_near
+    chunk = Chunk(None, 0, 1)  # type: ignore[arg-type]
+    chunk.buffer = memoryview(bytearray(1))
+    stream.start([chunk])
+    assert [each.status for each in stream.wait()] == [errno.EBADF]
+    with pytest.raises(AssertionError, match="never lost"):
+        stream.lost_reason("", 0)
