@@ -31,7 +31,7 @@ from nbdtarget_protocol.consts import (
     CMD_WRITE,
     CMD_WRITE_ZEROES,
 )
-from nbdtarget_protocol.errors import HandshakeError, ReplyError
+from nbdtarget_protocol.errors import HandshakeError, ReplyError, RequestError
 
 __all__ = ["NbdClient", "NbdError"]
 
@@ -87,6 +87,8 @@ class NbdClient:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes. Raises: NbdError."""
+        if length < 0:
+            raise self._refused(CMD_READ, offset, length, "less than nothing")
         data = bytearray(length)
         view = memoryview(data)
         for at in range(0, length, self._payload_max):
@@ -185,9 +187,14 @@ class NbdClient:
         if transmission.error is not None or self._sock.fileno() < 0:
             raise NbdError(f"{self.uri}: the connection has ended", errnos.EIO)
         cookie = next(self._cookies)
-        header = transmission.request(command, flags, cookie, offset, length, buffer)
         try:
-            self._sock.sendall(header + payload)
+            request = transmission.request(
+                command, flags, cookie, offset, length, buffer
+            )
+        except RequestError as error:
+            raise self._refused(command, offset, length, error.message) from None
+        try:
+            self._sock.sendall(request + payload)
             done = self._receive()
         except (OSError, ReplyError) as error:
             transmission.fail_all(errnos.EIO)
@@ -197,10 +204,18 @@ class NbdClient:
             raise NbdError(f"{self.uri}: {error}", errnos.EIO) from None
         if done.error:
             reason = done.message or os.strerror(done.error)
-            raise NbdError(
-                f"{self.uri}: {CMD_NAMES[command]} of {length} bytes at {offset}: {reason}",
-                done.error,
-            )
+            raise self._refused(command, offset, length, reason, done.error)
+
+    def _refused(
+        self,
+        command: int,
+        offset: int,
+        length: int,
+        reason: str,
+        errno: int = errnos.EINVAL,
+    ) -> NbdError:
+        what = f"{CMD_NAMES[command]} of {length} bytes at {offset}"
+        return NbdError(f"{self.uri}: {what}: {reason}", errno)
 
     def _receive(self) -> Completion:
         """Wait for the only answer."""

@@ -113,6 +113,7 @@ _LISTEN_KEYS: Final[dict[str, Any]] = {
 _COUNT_MAX: Final = (1 << 31) - 1
 _BYTES_MAX: Final = 1 << 48
 _PAYLOAD_MIN: Final = 64 << 10  # clients that do not ask may send this much anyway
+_OUTPUT_MIN: Final = 64 << 10
 _PAYLOAD_MAX: Final = (1 << 32) - 1
 _SECONDS_MAX: Final = 86400.0 * 365
 # The bounds that depend on the disk and the clients, each with its least and its most value;
@@ -124,14 +125,18 @@ _LIMIT_RANGES: Final[dict[str, tuple[float, float]]] = {
     "handshakes_max": (1, _COUNT_MAX),
     "backlog_max": (1, _COUNT_MAX),
     "handshake_timeout_s": (0.001, _SECONDS_MAX),
+    "handshake_total_s": (0.001, _SECONDS_MAX),
+    "handshake_output_max": (_OUTPUT_MIN, _BYTES_MAX),
     "stall_timeout_s": (0.001, _SECONDS_MAX),
     "stall_total_s": (0.001, _SECONDS_MAX),
+    "linger_s": (0, _SECONDS_MAX),
     "requests_in_flight_max": (1, _COUNT_MAX),
     "bytes_in_flight_max": (1, _BYTES_MAX),
     "export_requests_max": (1, _COUNT_MAX),
     "export_bytes_max": (1, _BYTES_MAX),
     "requests_total_max": (1, _COUNT_MAX),
     "bytes_total_max": (1, _BYTES_MAX),
+    "send_buffer_max": (_OUTPUT_MIN, _BYTES_MAX),
     "payload_max": (_PAYLOAD_MIN, _PAYLOAD_MAX),
     "inline_syncs": (False, True),
 }
@@ -140,6 +145,8 @@ _LIMIT_KEYS: Final[dict[str, Any]] = {
     "inline_syncs": bool,
 }
 _SIZE_KEYS: Final = (
+    "handshake_output_max",
+    "send_buffer_max",
     "bytes_in_flight_max",
     "export_bytes_max",
     "bytes_total_max",

@@ -123,11 +123,19 @@ class Bound(Answer):
     """One bound of the server."""
 
     name: Annotated[str, told("Its name in the configuration file.")]
-    maximum: Annotated[int, told("The bound.")]
+    maximum: Annotated[
+        float, told("The bound: a number, bytes or seconds, as the name says.")
+    ]
     used: Annotated[
         int | None,
         told(
             "How much of it is used now; null: it is a bound for each connection or device."
+        ),
+    ] = None
+    met: Annotated[
+        int | None,
+        told(
+            "How often it was met since the server started: a client was refused, ended or had to wait; null: the kernel does not tell."
         ),
     ] = None
 

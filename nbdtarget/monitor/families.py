@@ -54,6 +54,12 @@ def _limits(figures: FiguresAnswer) -> Rows:
         yield "", (bound.name,), bound.maximum
 
 
+def _limits_met(figures: FiguresAnswer) -> Rows:
+    for bound in figures.bounds:
+        if bound.met is not None:
+            yield "", (bound.name,), bound.met
+
+
 def _used(name: str) -> Callable[[FiguresAnswer], Rows]:
     def rows(figures: FiguresAnswer) -> Rows:
         for bound in figures.bounds:
@@ -141,9 +147,16 @@ SERVER: Final = (
     Family(
         "nbdtarget_limit",
         GAUGE,
-        "The bounds of the server, by their names in the configuration file; bytes where the name says so.",
+        "The bounds of the server, by their names in the configuration file; bytes or seconds where the name says so.",
         ("bound",),
         _limits,
+    ),
+    Family(
+        "nbdtarget_limit_met_total",
+        COUNTER,
+        "How often a bound of the server was met: a client was refused, ended or had to wait because of it.",
+        ("bound",),
+        _limits_met,
     ),
     Family(
         "nbdtarget_request_bytes_total",

@@ -37,6 +37,7 @@ from nbdtarget.monitor.device_map import device_map
 from nbdtarget.monitor.event_log import EventLog
 from nbdtarget.monitor.history import History
 from nbdtarget.monitor.loop_lag import BOUNDS_S, LoopLag
+from nbdtarget.server.bounds import BOUNDS
 from nbdtarget.server.listener import Listener
 from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Account, Traffic
 
@@ -45,14 +46,6 @@ __all__ = ["Observer"]
 EXPOSITION: Final = "nbdtarget.monitor.exposition"
 DEVICES_AT_ONCE: Final = 64
 TARGETS_MAX: Final = 64  # of one device; the rest of a longer table is left out
-_SERVER_BOUNDS: Final = (
-    "peer_connections_max",
-    "export_connections_max",
-    "requests_in_flight_max",
-    "bytes_in_flight_max",
-    "export_requests_max",
-    "export_bytes_max",
-)
 
 
 class Observer:
@@ -186,9 +179,10 @@ class Observer:
             "requests_total_max": 0 if budget is None else budget.nr_requests,
             "bytes_total_max": 0 if budget is None else budget.nr_bytes,
         }
-        return (
-            *(Bound(name, getattr(limits, name), nr) for name, nr in used.items()),
-            *(Bound(name, getattr(limits, name)) for name in _SERVER_BOUNDS),
+        met = {} if budget is None else budget.bounds_met.counts
+        return tuple(
+            Bound(name, getattr(limits, name), used.get(name), met.get(name))
+            for name in BOUNDS
         )
 
 

@@ -14,11 +14,17 @@ import resource
 import socket
 from collections import Counter
 from ipaddress import IPv6Address
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdtarget.server.limits import Limits
 
-__all__ = ["DESCRIPTORS_RESERVE", "Admission", "origin_of", "raise_descriptor_limit"]
+__all__ = [
+    "DESCRIPTORS_RESERVE",
+    "Admission",
+    "Refusal",
+    "origin_of",
+    "raise_descriptor_limit",
+]
 
 DESCRIPTORS_RESERVE: Final = 64
 # More than any server needs. Unused descriptors cost nothing: the kernel's table grows with the highest one in use.
@@ -54,6 +60,16 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+class Refusal(NamedTuple):
+    """Why a connection was closed at once. `bound`: of `Limits`; "": that of the process on its descriptors."""
+
+    bound: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.bound or 'ulimit -n'})"
+
+
 class Admission:
     """Counts the connections of a listener by where they come from; see the module head."""
 
@@ -62,23 +78,24 @@ class Admission:
         self._by_origin: Counter[str] = Counter()
         self._nr_remote = 0
 
-    def refusal(self, origin: str, descriptor: int) -> str:
-        """Return why a new connection must be closed; "": it may stay."""
+    def maybe_refusal(self, origin: str, descriptor: int) -> Refusal | None:
+        """Return why a new connection must be closed; None: it may stay."""
         limits = self._limits
         all_max, peer_max = limits.connections_max, limits.peer_connections_max
         here = self._by_origin[origin]
         if origin == _UNIX:
             if here >= all_max:
-                return f"{here} connections on unix sockets (connections_max)"
+                return Refusal("connections_max", f"{here} connections on unix sockets")
         elif self._nr_remote >= all_max:
-            return f"{self._nr_remote} connections (connections_max)"
+            return Refusal("connections_max", f"{self._nr_remote} connections")
         elif here >= peer_max:
-            return f"{here} connections from {origin} (peer_connections_max)"
+            reason = f"{here} connections from {origin}"
+            return Refusal("peer_connections_max", reason)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         reserve = min(DESCRIPTORS_RESERVE, soft // 4)
         if soft != resource.RLIM_INFINITY and descriptor >= soft - reserve:
-            return f"few of the {soft} file descriptors are left (ulimit -n)"
-        return ""
+            return Refusal("", f"few of the {soft} file descriptors are left")
+        return None
 
     def enter(self, origin: str) -> None:
         self._by_origin[origin] += 1

@@ -512,6 +512,9 @@ class Connection:
         handshake = self._negotiation.handshake
         for data in handshake.data_to_send():
             self._output.push(data)
+        is_over = handshake.closed or handshake.negotiated is not None
+        if is_over and handshake.has_asked_too_much:
+            self._flow.met("handshake_output_max")
         if handshake.closed:
             if handshake.error is not None:
                 log.info("%s: %s", self.peer, handshake.error)

@@ -71,6 +71,7 @@ class Flow:
         nr_requests: requests in flight.
         nr_bytes: bytes in flight.
         is_paused: the state is not RUNNING.
+        bound: the name of the one that `bound_met` has told of last.
         is_counting: something of this turn's share is used up; see `end_turn`.
         progress_ns: when the client last took or gave something large.
     """
@@ -88,6 +89,7 @@ class Flow:
         "_turn_end_ns",
         "_turn_left",
         "_turns",
+        "bound",
         "is_counting",
         "is_paused",
         "nr_bytes",
@@ -109,6 +111,7 @@ class Flow:
         self.nr_bytes = 0
         self.is_paused = False
         self.is_counting = False
+        self.bound = ""
         self.progress_ns = clock.now_ns()
         self._state = RUNNING
         self._limits, self._pool = limits, pool
@@ -223,20 +226,33 @@ class Flow:
         """
         limits = self._limits
         others = self.nr_bytes - nr_written
-        if self.nr_requests >= limits.requests_in_flight_max or (
-            # A connection with nothing in flight may always begin, whatever the size.
-            others and others + nr_bytes > self._bytes_max()
-        ):
+        if self.nr_requests >= limits.requests_in_flight_max:
+            self.bound = "requests_in_flight_max"
+            return FULL
+        # A connection with nothing in flight may always begin, whatever the size.
+        if others and others + nr_bytes > self._bytes_max():
+            is_own = others + nr_bytes > limits.bytes_in_flight_max
+            self.bound = "bytes_in_flight_max" if is_own else "bytes_total_max"
             return FULL
         if not self._budget.is_full(nr_bytes, writer):
             return RUNNING
         if self.nr_requests or self.nr_bytes or nr_bytes > limits.guaranteed_bytes:
+            self.bound = self._budget.full_bound(nr_bytes)
             return IN_LINE
         return RUNNING
 
-    def pause(self, why: int) -> None:
-        """Stop receiving, for the reason `why`: FULL, IN_LINE or YIELDING."""
+    def met(self, bound: str) -> None:
+        """The client has met a bound."""
+        self._budget.bounds_met.met(bound)
+
+    def pause(self, why: int, bound: str = "") -> None:
+        """Stop receiving, for the reason `why`: FULL, IN_LINE or YIELDING.
+
+        Args: bound: which one is met, if it is one.
+        """
         assert why != RUNNING
+        if bound and self._state not in (FULL, IN_LINE):
+            self.met(bound)  # once, until it goes on
         if why == IN_LINE:
             if self._state != IN_LINE:
                 self._budget.wait(self._budget_shrank)

@@ -219,7 +219,7 @@ class Input:
         """Receive more of a large WRITE's payload, and what follows it if it is there."""
         payload, filled, length = large.payload, large.filled, large.length
         if filled == large.charge and not large.grow():
-            self._flow.pause(IN_LINE)
+            self._flow.pause(IN_LINE, "bytes_total_max")
             raise BlockingIOError
         if large.charge == length:
             # Only a little of what follows: if it is another large WRITE, the rest of its payload

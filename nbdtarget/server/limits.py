@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from nbdtarget.server.bounds import BoundsMet
+
 __all__ = ["RELATIONS", "Budget", "Limits"]
 
 # The first of each pair must not exceed the second.
@@ -138,6 +140,7 @@ class Budget:
     Attributes:
         nr_requests, nr_bytes: in flight now.
         nr_waiters_elsewhere: connections that wait for the share of their export.
+        bounds_met: how often each bound was met.
     """
 
     __slots__ = (
@@ -146,6 +149,7 @@ class Budget:
         "_nr_growing",
         "_requests_max",
         "_waiters",
+        "bounds_met",
         "nr_bytes",
         "nr_requests",
         "nr_waiters_elsewhere",
@@ -155,6 +159,7 @@ class Budget:
         self.nr_requests = 0
         self.nr_bytes = 0
         self.nr_waiters_elsewhere = 0
+        self.bounds_met = BoundsMet()
         self._requests_max = limits.requests_total_max
         self._bytes_max = limits.bytes_total_max
         self._nr_growing = 0  # bytes of half-received WRITEs behind their first step
@@ -179,6 +184,11 @@ class Budget:
             self.nr_requests >= self._requests_max
             or self.nr_bytes + nr_bytes > self._bytes_max
         )
+
+    def full_bound(self, _: int = 0) -> str:
+        """The name of the bound because of which something has to wait."""
+        is_by_requests = self.nr_requests >= self._requests_max
+        return "requests_total_max" if is_by_requests else "bytes_total_max"
 
     def room(self) -> tuple[int, int]:
         """Return how many requests, and bytes, do not have to wait; at most 0: none."""

@@ -124,7 +124,11 @@ class Listener:
         self._all_gone: asyncio.Future[None] | None = None
         self._accept_timer: Timer | None = None
         self._stalls = Stalls(
-            self._limits, self._clock, lambda: self._connections, self._nr_waiters
+            self._limits,
+            self._clock,
+            lambda: self._connections,
+            self._nr_waiters,
+            self._met,
         )
 
     @property
@@ -133,6 +137,10 @@ class Listener:
 
     def _nr_waiters(self) -> int:
         return 0 if self._shared is None else self._shared.budget.nr_waiters
+
+    def _met(self, bound: str) -> None:
+        if self._shared is not None:
+            self._shared.budget.bounds_met.met(bound)
 
     @property
     def limits(self) -> Limits:
@@ -450,9 +458,11 @@ class Listener:
                 # Any other error is about that one client, which is gone already.
                 return
             origin = origin_of(client, address)
-            refusal = self._admission.refusal(origin, client.fileno())
-            if refusal:
+            refusal = self._admission.maybe_refusal(origin, client.fileno())
+            if refusal is not None:
                 client.close()
+                if refusal.bound:
+                    self._met(refusal.bound)
                 self.nr_refused += 1
                 if nr := self._refused.count():
                     log.warning("clients refused: %d: %s", nr, refusal)
@@ -496,6 +506,7 @@ class Listener:
                     nr,
                     len(shaking),
                 )
+            self._met("handshakes_max")
             shaking[0].abort()
 
     def _connection_closed(self, connection: Connection) -> None:

@@ -84,7 +84,7 @@ class Patience:
     def linger(self) -> None:
         """Close the connection in a moment."""
         self.end()
-        self._timer = self._clock.call_later(self._limits.linger_s, self._abort)
+        self._timer = self._clock.call_later(self._limits.linger_s, self._lingered)
 
     def end(self) -> None:
         """Wait for nothing any more."""
@@ -97,7 +97,8 @@ class Patience:
         self.end()
         self._connection = None
 
-    def _abort(self) -> None:
+    def _lingered(self) -> None:
+        self._flow.met("linger_s")
         assert self._connection is not None
         self._connection.abort()
 
@@ -110,6 +111,8 @@ class Patience:
             self.await_handshake()
             return
         assert self._connection is not None
+        is_all = total_s >= limits.handshake_total_s
+        self._flow.met("handshake_total_s" if is_all else "handshake_timeout_s")
         log.info("%s: no handshake in time", self._connection.peer)
         self._connection.abort()
 
@@ -128,6 +131,7 @@ class Patience:
                 "%s: the client has said DISC and does not take its replies",
                 connection.peer,
             )
+            self._flow.met("stall_timeout_s")
             connection.abort()
         else:
             self.await_replies()

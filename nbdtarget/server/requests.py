@@ -204,14 +204,13 @@ class Requests:
         """Whether a request that takes `nr_bytes` may begin. If not, the connection is paused until it may."""
         flow, large = self._flow, self._input.large
         nr_written = 0 if large is None else large.charge
-        bound = (
-            FULL
-            if self._output.is_full
-            else flow.bound_met(nr_bytes, large, nr_written)
-        )
-        if bound:
-            flow.pause(bound)
-        return not bound
+        if self._output.is_full:
+            flow.pause(FULL, "send_buffer_max")
+            return False
+        why = flow.bound_met(nr_bytes, large, nr_written)
+        if why:
+            flow.pause(why, flow.bound)
+        return not why
 
     def may_go_on(self) -> bool:
         """Whether the connection, which is paused, may go on. If not, it waits for what is in its way now."""
@@ -389,13 +388,15 @@ class Requests:
             return -1
         if self._output.is_full:
             # Also before what is answered without I/O, because each answer takes memory.
-            self._flow.pause(FULL)
+            self._flow.pause(FULL, "send_buffer_max")
             return -1
         if self._has_payload(command, flags):
             return self._take_payload(begin, command, flags, cookie, offset, length)
         at = cookie, offset
         refusal = self._refusal(command, flags, offset, length)
         if refusal is not None:
+            if command == CMD_READ and length > self._limits.payload_max:
+                self._flow.met("payload_max")
             self._answers.refuse(at, command, refusal)
         elif not length and command != CMD_FLUSH:
             self._answers.done(at, command)
@@ -438,6 +439,8 @@ class Requests:
         payload_at = begin + self._header
         stop = payload_at + length
         rule = self._transmission.payload_rule(length)
+        if rule != PAYLOAD_ACCEPT:
+            self._flow.met("payload_max")
         if rule == PAYLOAD_DISCONNECT:
             raise Violation(f"{CMD_NAMES.get(command, command)} of {length} bytes")
         if rule != PAYLOAD_ACCEPT:

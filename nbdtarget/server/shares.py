@@ -25,6 +25,7 @@ class Share:
     Attributes:
         nr_connections: that are attached.
         nr_requests, nr_bytes: in flight now, of these connections.
+        bounds_met: of all exports.
     """
 
     __slots__ = (
@@ -32,6 +33,7 @@ class Share:
         "_bytes_max",
         "_requests_max",
         "_waiters",
+        "bounds_met",
         "nr_bytes",
         "nr_connections",
         "nr_requests",
@@ -42,6 +44,7 @@ class Share:
         self.nr_requests = 0
         self.nr_bytes = 0
         self._budget = budget
+        self.bounds_met = budget.bounds_met
         self._requests_max = limits.export_requests_max
         self._bytes_max = limits.export_bytes_max
         self._waiters: deque[Callable[[], None]] = deque()
@@ -57,6 +60,13 @@ class Share:
         if writer is None and self._is_used_up(nr_bytes):
             return True
         return self._budget.is_full(nr_bytes, writer)
+
+    def full_bound(self, nr_bytes: int) -> str:
+        """As `Budget.full_bound`, for a request of `nr_bytes` that has to wait."""
+        if not self._is_used_up(nr_bytes):
+            return self._budget.full_bound(nr_bytes)
+        is_by_requests = self.nr_requests >= self._requests_max
+        return "export_requests_max" if is_by_requests else "export_bytes_max"
 
     def room(self) -> tuple[int, int]:
         """As `Budget.room`."""
@@ -131,6 +141,7 @@ class Shares:
         bound = self._limits.export_connections_max
         if share is None or share.nr_connections < bound:
             return ""
+        self._budget.bounds_met.met("export_connections_max")
         return f"{bound} connections are attached to it (export_connections_max)"
 
     def enter(self, device: Device) -> Share:

@@ -75,6 +75,7 @@ class Stalls:
     Args:
         connections: those of the listener.
         nr_waiters: how many of them wait for the budget.
+        met: told which bound a client has met.
     """
 
     def __init__(
@@ -83,10 +84,11 @@ class Stalls:
         clock: Clock,
         connections: Callable[[], Iterable[Stalling]],
         nr_waiters: Callable[[], int],
+        met: Callable[[str], None],
     ) -> None:
         self._limits, self._clock = limits, clock
         self._connections = connections
-        self._nr_waiters = nr_waiters
+        self._nr_waiters, self._met = nr_waiters, met
         self._is_closed = False
         self._starved_timer: Timer | None = None
         self._look_timer: Timer | None = None
@@ -115,7 +117,7 @@ class Stalls:
     def _look(self) -> None:
         self._look_timer = None
         connections = list(self._connections())
-        self._end(connections, self._limits.stall_total_s, "stalled")
+        self._end(connections, "stall_total_s", "stalled")
         for connection in connections:
             connection.notice_next_bytes()
         if connections:
@@ -125,16 +127,17 @@ class Stalls:
         self._starved_timer = None
         if not self._nr_waiters():
             return
-        within_s = self._limits.stall_timeout_s
-        self._end(list(self._connections()), within_s, "stalled while others wait")
+        connections = list(self._connections())
+        self._end(connections, "stall_timeout_s", "stalled while others wait")
         if self._nr_waiters():
             self.starved()
 
-    def _end(self, connections: list[Stalling], within_s: float, why: str) -> None:
-        now_ns = self._clock.now_ns()
+    def _end(self, connections: list[Stalling], bound: str, why: str) -> None:
+        now_ns, within_s = self._clock.now_ns(), float(getattr(self._limits, bound))
         for connection in connections:
             if connection.is_stalled(now_ns, within_s):
                 log.warning(
                     "%s: %s for %g s: disconnected", connection.peer, why, within_s
                 )
+                self._met(bound)
                 connection.abort()

@@ -76,7 +76,7 @@ from nbdtarget_protocol.consts import (
     U32,
     U64,
 )
-from nbdtarget_protocol.errors import ReplyError
+from nbdtarget_protocol.errors import ReplyError, RequestError
 from nbdtarget_protocol.extended import encode_status_payload
 from nbdtarget_protocol.options import printable
 
@@ -154,8 +154,13 @@ class ClientTransmission:
         Args:
             cookie: not in flight (DISC, which has no reply: any).
             buffer: READ: a writable memoryview (format B) of `length` bytes.
+        Raises: RequestError: there is no place for such numbers in a request; nothing was begun.
         """
         assert self.error is None
+        length_bits = 64 if self.extended else 32
+        if offset < 0 or length < 0 or offset >> 64 or length >> length_bits:
+            # In place of struct.error, which says nothing of the request.
+            raise RequestError(EINVAL, "there is no such range on any disk")
         assert command == CMD_DISC or cookie not in self.in_flight
         assert buffer is None or len(buffer) == length
         if command != CMD_DISC:  # which has no reply

@@ -396,6 +396,11 @@ class ServerHandshake:
         else:
             self._refuse(option, refusal)
 
+    @property
+    def has_asked_too_much(self) -> bool:
+        """Whether the answers to its options were more than `output_max`."""
+        return self._output_total > self.output_max
+
     def _refuse_by_header(self, option: int, length: int) -> OptionError | None:
         """Decide, before its payload came, whether to take `option` at all.
 

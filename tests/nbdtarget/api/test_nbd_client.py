@@ -47,6 +47,32 @@ def test_more_than_a_request_may_hold_is_cut_up(client: NbdClient) -> None:
     assert client.read(0, len(data)) == data
 
 
+Ask = Callable[[NbdClient], object]
+NOWHERE: dict[str, Ask] = {
+    "read before the disk": lambda it: it.read(-1, 512),
+    "read of less than nothing": lambda it: it.read(0, -512),
+    "read behind all disks": lambda it: it.read(1 << 64, 512),
+    "write before the disk": lambda it: it.write(-512, b"x"),
+    "write behind all disks": lambda it: it.write(1 << 70, b"x"),
+    "trim before the disk": lambda it: it.trim(-4096, 4096),
+    "trim of less than nothing": lambda it: it.trim(0, -4096),
+    "trim of more than all disks": lambda it: it.trim(0, 1 << 64),
+    "zeroes before the disk": lambda it: it.write_zeroes(-1, 1),
+    "zeroes of more than all disks": lambda it: it.write_zeroes(0, 1 << 64),
+}
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_range_that_no_disk_has_is_an_error_and_the_connection_goes_on(
+    client: NbdClient, name: str
+) -> None:
+    client.write(0, b"stays")
+    with pytest.raises(NbdError, match=r" of .* bytes at ") as caught:
+        NOWHERE[name](client)
+    assert caught.value.errno == errnos.EINVAL
+    assert client.read(0, 5) == b"stays"
+
+
 def test_tcp_and_an_error_of_the_server() -> None:
     with BlockingServer(listen=["tcp:127.0.0.1:0"]) as server:
         disk = server.create("e", "error", size="1M")

@@ -6,6 +6,7 @@ import errno as errnos
 import pytest
 
 from nbdtarget.common.errors import TableError
+from nbdtarget.server.bounds import BOUNDS, UNCOUNTED
 from nbdtarget.server.limits import Limits
 from nbdtarget_protocol import consts as c
 from tests.support.served import AWKWARD, Served
@@ -65,6 +66,15 @@ async def test_of_the_server(served: Served) -> None:
     assert len(figures.latency_bounds_s) + 1 == len(figures.latencies["read"].counts)
     assert [each.path for each in figures.certificates] == list(served.certificates)
     assert (figures.refused, figures.waiting) == (0, 0)
+
+
+async def test_each_bound_has_a_metric(served: Served) -> None:
+    assert served.observer is not None
+    text = (await served.observer.metrics()).decode()
+    for name in BOUNDS:
+        assert f'nbdtarget_limit{{bound="{name}"}} ' in text
+        met = f'nbdtarget_limit_met_total{{bound="{name}"}} 0'
+        assert (met in text) == (name not in UNCOUNTED)
 
 
 async def test_commits_are_counted(served: Served) -> None:

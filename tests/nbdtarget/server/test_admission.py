@@ -91,15 +91,15 @@ async def test_one_above_the_bound_of_unix_sockets_is_closed_at_once(
 async def test_one_address_does_not_take_what_is_there_for_all(served: Served) -> None:
     admission = Admission(LIMITS)
     for _ in range(2):
-        assert not admission.refusal("192.0.2.1", 5)
+        assert not admission.maybe_refusal("192.0.2.1", 5)
         admission.enter("192.0.2.1")
-    assert "192.0.2.1" in admission.refusal("192.0.2.1", 5)
-    assert not admission.refusal("192.0.2.2", 5)
+    assert "192.0.2.1" in str(admission.maybe_refusal("192.0.2.1", 5))
+    assert not admission.maybe_refusal("192.0.2.2", 5)
     admission.enter("192.0.2.2")
-    assert "connections_max" in admission.refusal("192.0.2.3", 5)
-    assert not admission.refusal("", 5)
+    assert "connections_max" in str(admission.maybe_refusal("192.0.2.3", 5))
+    assert not admission.maybe_refusal("", 5)
     admission.leave("192.0.2.1")
-    assert not admission.refusal("192.0.2.3", 5)
+    assert not admission.maybe_refusal("192.0.2.3", 5)
 
 
 def test_the_last_descriptors_are_not_for_clients(
@@ -107,8 +107,8 @@ def test_the_last_descriptors_are_not_for_clients(
 ) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (1000, descriptor_limit[1]))
     admission = Admission(LIMITS)
-    assert not admission.refusal("", 1000 - DESCRIPTORS_RESERVE - 1)
-    assert "ulimit -n" in admission.refusal("", 1000 - DESCRIPTORS_RESERVE)
+    assert not admission.maybe_refusal("", 1000 - DESCRIPTORS_RESERVE - 1)
+    assert "ulimit -n" in str(admission.maybe_refusal("", 1000 - DESCRIPTORS_RESERVE))
 
 
 def test_the_soft_limit_of_descriptors_is_raised(

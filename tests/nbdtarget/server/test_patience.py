@@ -2,7 +2,7 @@
 """How long a connection waits for its client, in simulated time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -24,12 +24,16 @@ class Client:
     progress_ns: int = 0
     is_blocked: bool = False
     nr_aborts: int = 0
+    bounds_met: list[str] = field(default_factory=list)
 
     def has_said_disc(self) -> bool:
         return self.says_disc
 
     def abort(self) -> None:
         self.nr_aborts += 1
+
+    def met(self, bound: str) -> None:
+        self.bounds_met.append(bound)
 
 
 LIMITS = Limits(

@@ -45,8 +45,13 @@ class Site:
         self.clients = list(clients)
         self.nr_waiters = 0
         self.clock = SimClock()
+        self.met: list[str] = []
         self.stalls = Stalls(
-            LIMITS, self.clock, lambda: self.clients, lambda: self.nr_waiters
+            LIMITS,
+            self.clock,
+            lambda: self.clients,
+            lambda: self.nr_waiters,
+            self.met.append,
         )
         self.stalls.connected()
 
