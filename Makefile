@@ -33,6 +33,7 @@ help:
 	@echo 'make torture       databases under power cuts (as root): which of them keep what they promise'
 	@echo 'make upgrade-loop [ARGS=…]  hand-overs to a new process under load, over and over'
 	@echo 'make fleet-sim     one image and many machines, in simulated time'
+	@echo 'make boot-test     a machine boots from a clone of a qcow2 on a web server and in S3 (without KVM ten minutes)'
 	@echo 'make ceph-test     RBD images of a real cluster of Ceph as sources (as root, a minute and a half)'
 	@echo 'make vm-test       the kernel as a client, and systemd, in virtual machines'
 	@echo 'make passthrough-bugs  the steps of the two bugs of dm-cache, here'
@@ -188,6 +189,11 @@ upgrade-loop: .venv/dev.stamp
 # By the kernel's own steps: passthrough over a cache that may be dirty is refused.
 passthrough-bugs: .venv/dev.stamp
 	@$(BIN)/python -m scripts.passthrough_bugs $(ARGS)
+
+# A machine that boots from a clone of a qcow2 image on a web server and in S3, and what may go wrong meanwhile.
+.PHONY: boot-test
+boot-test: .venv/dev.stamp
+	@$(BIN)/python -m scripts.boot_test $(ARGS)
 
 # RBD images of a real cluster of Ceph on this machine, as sources.
 .PHONY: ceph-test

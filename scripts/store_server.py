@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A web server with one file that is as far away, and as fast, as it is told to be; for benchmarks.
 
-    python -m scripts.store_server FILE PORT_FILE [--latency-ms 30] [--mib-s 200]
+    python -m scripts.store_server FILE PORT_FILE [--port 0] [--latency-ms 30] [--mib-s 200]
 
 It listens on 127.0.0.1, on a port that it writes into PORT_FILE. Each answer begins `--latency-ms` after its request; all bodies
 together go out at `--mib-s` MiB a second, in slices, one stream after the other, so that all of them have an equal share. It
@@ -88,7 +88,7 @@ class StoreServer:
 async def run(data: memoryview, options: argparse.Namespace) -> None:
     link = Link(options.mib_s * (1 << 20))
     store = StoreServer(data, link, options.latency_ms / 1000)
-    server = await asyncio.start_server(store.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(store.serve, "127.0.0.1", options.port)
     tell_port(options.port_file, server.sockets[0].getsockname()[1])
     await server.serve_forever()
 
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A web server that is far away.")
     parser.add_argument("file")
     parser.add_argument("port_file")
+    parser.add_argument("--port", type=int, default=0, help="0: any")
     parser.add_argument("--latency-ms", type=float, default=30.0)
     parser.add_argument("--mib-s", type=float, default=200.0)
     options = parser.parse_args(argv)

@@ -21,7 +21,14 @@ from typing import Final
 
 from scripts.vm.image import Image
 
-__all__ = ["has_kvm", "run"]
+__all__ = ["FIRMWARE", "KERNEL_WORDS", "has_kvm", "run"]
+
+# Without the last ones a guest whose code is translated takes longer, or stops for a clock that it does not trust.
+KERNEL_WORDS: Final = (
+    "console=ttyS0 loglevel=5 panic=-1 oops=panic net.ifnames=0"
+    " mitigations=off nokaslr no_timer_check"
+)
+FIRMWARE: Final = Path("/usr/share/ovmf/OVMF.fd")  # of Debian's package ovmf
 
 BARE: Final = "/vm/bare-init"
 SYSTEMD: Final = "/sbin/init"
@@ -50,6 +57,7 @@ def run(
     has_systemd: bool = False,
     root: Path | None = None,
     root_node: str | None = None,
+    boots_itself: bool = False,
     serve: Callable[[str], None] = lambda words: None,
     show: Callable[[str], None] = print,
     console: Path,
@@ -63,6 +71,7 @@ def run(
         disks: of QEMU's `-blockdev`, for /dev/vdc and so on.
         root: an overlay of the root disk that is kept for the next machine; None: a new one.
         root_node: of QEMU's `-blockdev`, for a root disk that is none of the image's.
+        boots_itself: the root disk has a boot loader (`scripts.vm.cloud_disk`), which firmware starts; systemd runs.
         serve: called with the words of a `HOST:` line; what it raises ends the machine.
         show: called with each other line.
         console: a file that gets what the kernel says.
@@ -79,7 +88,9 @@ def run(
             f"driver=file,read-only=on,filename={work}/payload.tar",
             *disks,
         ]
-        argv = _command(image, nodes, server, SYSTEMD if has_systemd else BARE, console)
+        init = SYSTEMD if has_systemd else BARE
+        boot = ["-bios", str(FIRMWARE)] if boots_itself else _kernel_words(image, init)
+        argv = _command(boot, nodes, server, console)
         child = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -112,25 +123,33 @@ def _pack(path: Path, script: Path, files: Sequence[Path]) -> None:
             archive.add(each, each.name)
 
 
+def _kernel_words(image: Image, init: str) -> list[str]:
+    append = f"{KERNEL_WORDS} init={init}"
+    return [
+        "-kernel",
+        str(image.kernel),
+        "-initrd",
+        str(image.initrd),
+        "-append",
+        append,
+    ]
+
+
 def _command(
-    image: Image, nodes: Sequence[str], server: Path | None, init: str, console: Path
+    boot: Sequence[str], nodes: Sequence[str], server: Path | None, console: Path
 ) -> list[str]:
-    append = f"console=ttyS0 loglevel=5 panic=-1 oops=panic net.ifnames=0 init={init}"
-    # Without these a guest whose code is translated takes longer, or stops for a clock that it does not trust.
-    append += " mitigations=off nokaslr no_timer_check"
     accel = ["kvm"] if has_kvm() else ["tcg,thread=multi"]
     cpu = "host" if has_kvm() else "max,la57=off"
     argv = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
     argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
     argv += ["-machine", "pc", "-m", str(MEMORY_MIB), "-smp", "2"]
     argv += ["-accel", *accel, "-cpu", cpu]
-    argv += ["-kernel", str(image.kernel), "-initrd", str(image.initrd)]
-    argv += ["-append", append, "-serial", f"file:{console}"]
+    argv += [*boot, "-serial", f"file:{console}"]
     argv += ["-chardev", "stdio,id=out,signal=off", "-device", "virtio-serial-pci"]
     argv += ["-device", "virtconsole,chardev=out", "-device", "virtio-rng-pci"]
     for nr, node in enumerate(nodes):
         argv += ["-blockdev", f"{node},node-name=d{nr}"]
-        argv += ["-device", f"virtio-blk-pci,drive=d{nr}"]
+        argv += ["-device", f"virtio-blk-pci,drive=d{nr},bootindex={nr}"]
     if server is not None:
         relay = shlex.join([sys.executable, "-I", str(RELAY), str(server)])
         forward = f"guestfwd=tcp:{SERVER}-cmd:{relay}"

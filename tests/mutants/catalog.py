@@ -14,6 +14,7 @@ from tests.mutants.devices import DEVICES
 from tests.mutants.disks import DISKS
 from tests.mutants.extended import EXTENDED
 from tests.mutants.fast import FAST
+from tests.mutants.helpers import HELPERS
 from tests.mutants.mapped_device import MAPPED_DEVICE
 from tests.mutants.metadata import METADATA
 from tests.mutants.mutant import Mutant
@@ -42,6 +43,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *POLICIES,
     *SERVER,
     *SOURCES,
+    *HELPERS,
     *TLS,
     *EXTENDED,
     *FAST,

@@ -188,8 +188,7 @@ class NbdDevice(Device):
         self._nr_flushing = 0
         self._nr_flushed = 0
         # What `health` says, for `submit`: set where that is set.
-        self._is_latched = False
-        self._is_lost = False
+        self._is_latched = self._is_lost = False
         self._held = HeldReads()
         self._held.is_on = self.holds_reads
         self._refusal = ""  # why the server was not taken the last time
@@ -321,8 +320,7 @@ class NbdDevice(Device):
             self._answer(request[-1], errnos.EIO, None)
         for completion in given_up:
             self._completed(completion)
-        if given_up or queued:
-            nr = len(given_up) + len(queued)
+        if nr := len(given_up) + len(queued):
             log.warning("%s: %d reads given up", self.name, nr)
 
     async def measure(self) -> int:
@@ -616,6 +614,10 @@ class NbdDevice(Device):
         self.health.last_error = f"connection lost: {reason}"
         self._refusal = ""
         self._start_connecting(RECONNECT_S_MIN if delay_s is None else delay_s)
+
+    @property
+    def looks_for_a_server(self) -> bool:
+        return self._reconnecting is not None and not self._reconnecting.done()
 
     def give_up_for_good(self) -> None:
         """`changed` says why: nothing is read any more, and no server is looked for."""

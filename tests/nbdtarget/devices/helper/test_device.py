@@ -19,6 +19,7 @@ from nbdtarget.devices.health import HealthState
 from nbdtarget.devices.helper.device import HelperDevice
 from nbdtarget.devices.helper.process import Helper
 from nbdtarget.devices.helper.words import parse_configured, parse_qemu, qemu_name
+from nbdtarget.devices.nbd import device as nbd_device
 from tests.support.clients import needs
 from tests.support.image_server import ImageServer
 from tests.support.processes import wait_for_socket
@@ -213,6 +214,35 @@ async def test_what_cannot_be_opened_is_one_line_with_the_last_words(
     assert "\n" not in str(caught.value)
 
 
+async def test_program_that_cannot_be_started_is_tried_less_and_less_often(
+    tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delays: list[float] = []
+
+    async def sleep(delay_s: float) -> None:
+        delays.append(delay_s)
+        await asyncio.sleep(0)
+
+    start = Helper.start
+
+    async def fails(helper: Helper) -> None:
+        if len(delays) < 8:
+            raise ResolveError("d", "cannot be started")
+        await start(helper)
+
+    async with opened(f"qemu:raw:{tmp_path}/raw.img") as device:
+        assert device.helper_pid is not None
+        monkeypatch.setattr(nbd_device, "sleep", sleep)
+        monkeypatch.setattr(Helper, "start", fails)
+        os.kill(device.helper_pid, signal.SIGKILL)
+        assert await device.read(0, 512) == raw[:512]
+    longest = nbd_device.RECONNECT_S_MAX
+    assert delays[:8] == [0.25, 0.5, 1.0, 2.0, 4.0, longest, longest, longest]
+    assert set(delays[8:]) <= {
+        longest
+    }  # an attempt may still meet the one that was killed
+
+
 async def test_image_that_was_replaced_while_its_program_was_away_is_never_read(
     tmp_path: Path, raw: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -231,7 +261,23 @@ async def test_image_that_was_replaced_while_its_program_was_away_is_never_read(
         with pytest.raises(DeviceError):
             await device.read(512, 512)
         assert await device.reopened(device.name, read_only=True) is None
+        assert not device.looks_for_a_server
     assert "nothing more is read from it" in caplog.text
+
+
+async def test_image_that_is_replaced_while_it_is_opened_is_refused(
+    tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").write_bytes(raw)
+    start = Helper.start
+
+    async def late(helper: Helper) -> None:
+        (tmp_path / "other").rename(tmp_path / "raw.img")
+        await start(helper)
+
+    monkeypatch.setattr(Helper, "start", late)
+    with pytest.raises(ResolveError, match="the image is being changed: its place is"):
+        await resolve.open_device(f"qemu:raw:{tmp_path}/raw.img", read_only=True)
 
 
 async def test_reads_that_wait_are_given_up_when_the_server_is_to_stop(

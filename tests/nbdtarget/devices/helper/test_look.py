@@ -67,6 +67,16 @@ async def test_it_gets_its_arguments_bounds_and_descriptors(program: Path) -> No
     assert resource.getrlimit(resource.RLIMIT_CPU)[0] != module.CPU_S
 
 
+async def test_no_more_is_kept_than_the_bound(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(program, """echo '{"words": "many of them"}'""")
+    assert await look("d", ("viewer",), "viewer") == {"words": "many of them"}
+    monkeypatch.setattr(module, "OUTPUT_MAX", 20)
+    with pytest.raises(ResolveError, match="did not print what it should"):
+        await look("d", ("viewer",), "viewer")
+
+
 async def test_program_that_is_missing() -> None:
     with pytest.raises(ResolveError, match="the program no-such is not there"):
         await look("d", ("no-such",), "no-such")
