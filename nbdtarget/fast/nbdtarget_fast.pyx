@@ -1086,6 +1086,7 @@ cdef class Plane:
             begin, end, base, out: see the module head.
         """
         self.begin, self.end, self.base, self.out = begin, end, base, out
+        self.waits = False
         return self._go(route, poll_ns, goes_on)
 
     cdef int _go(self, Route route, int64_t poll_ns, bint goes_on) except -1:
@@ -1548,6 +1549,7 @@ cdef class Plane:
         pack_waited(reply, read, self.zero_min, &self.out)
         self.fresh[COMMAND_READ] += 1
         self.fresh_bytes[COMMAND_READ] += read.length
+        self.nr_left = -1  # nothing is in flight any more
         if self.poison:
             memset(read.data, 0xdb, read.room)
         give_back(read)

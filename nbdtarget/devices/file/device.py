@@ -455,6 +455,9 @@ class FileDevice(Device):
                 else:
                     self._write_later(bio, put)
                 return
+            if status:
+                # Whoever asked for that WRITE does not ask again; its error must not be forgotten.
+                self._syncs.note_write_error("write", status)
         if (
             self._watch_left
             and not self._nr_space_jobs

@@ -41,6 +41,7 @@ class Bench:
         structured: bool = True,
         extended: bool = False,
         nr_reads_max: int = 16,
+        received: int = 1 << 16,
     ) -> None:
         self.told: list[tuple[Any, ...]] = []
         self.extended = extended
@@ -65,7 +66,7 @@ class Bench:
         self.arena = bytearray(1 << 18)
         self.plane = Plane(
             self.ours.fileno(),
-            bytearray(1 << 16),
+            bytearray(received),
             self.arena,
             structured=structured,
             can_write=True,
@@ -267,6 +268,16 @@ def test_read_that_is_alone_is_waited_for(bench: Bench) -> None:
     assert bench.told == []
     assert bench.ring.nr_reads == 0
     assert not select.select([bench.ring.event_fd], [], [], 0)[0]
+
+
+def test_several_are_waited_for_one_after_the_other_in_a_turn_that_polls() -> None:
+    bench = Bench(received=28)  # one request is received at a time
+    os.write(bench.disk, b"a" * 512 + b"b" * 512 + b"c" * 512)
+    assert bench.read(512, 512, 512, poll_ns=POLL_NS) in (DONE, POLLED)
+    expected = [chunk(nr, letter * 512) for nr, letter in enumerate((b"a", b"b", b"c"))]
+    assert bench.replies() == b"".join(expected)
+    assert bench.told == []
+    bench.close()
 
 
 def test_read_that_is_not_alone_is_not_waited_for(bench: Bench) -> None:

@@ -451,6 +451,24 @@ async def test_error_of_a_later_piece_is_not_lost_on_the_pieces_before(
 
 
 @needs_compiled
+async def test_error_of_a_write_that_is_not_asked_for_again_is_not_forgotten(
+    site: Site,
+) -> None:
+    disk = site.file("disk", bytes(SIZE))
+    device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
+    (below,) = device.devices_below()
+    assert isinstance(below, FileDevice)
+    peer = await site.attach()
+    file = below.maybe_fast_file()
+    assert file is not None
+    below._note_unfinished(8192, 4096, 0, errnos.EIO, 0)
+    file.write_max = 0
+    reply = await peer.ask(c.CMD_WRITE, 0, payload=b"w" * 4096)
+    assert reply.error == 0
+    assert (await peer.ask(c.CMD_FLUSH)).error == errnos.EIO
+
+
+@needs_compiled
 async def test_slow_write_is_the_last_one_for_now(site: Site) -> None:
     disk = site.file("disk", bytes(SIZE))
     device = await site.registry.create("d", f"0 {SECTORS} linear {disk} 0")
