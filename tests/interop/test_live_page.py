@@ -20,7 +20,7 @@ from nbdtarget.control.figures import (
     History,
     HistoryAnswer,
 )
-from tests.support.patience import PATIENCE_S
+from tests.support.patience import PATIENCE_S, wait_until
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
 
@@ -34,7 +34,10 @@ pytestmark = [
 ]
 MIB = 1 << 20
 SIZE = 8 * MIB
-TIMEOUT_MS = 30_000  # the page asks once a second, on a machine that may be busy
+TIMEOUT_MS = (
+    PATIENCE_S * 1000
+)  # the page asks once a second, on a machine that may be busy
+RATE = 16384  # bytes a second: the cache of 4 MiB is not written back before a slow machine has stopped that
 
 
 class Site:
@@ -59,7 +62,7 @@ class Site:
         (folder / "fast.img").write_bytes(bytes(SIZE))
         names = f"{folder}/fast.meta {folder}/fast.img {folder}/origin.img"
         # So slow that a person could watch it.
-        features = "1 writeback smq 2 migration_rate 65536"
+        features = f"1 writeback smq 2 migration_rate {RATE}"
         self.create("slow", f"0 {SIZE // 512} cache {names} 128 {features}")
         self.pages: list[subprocess.Popen[str]] = []
         self.url = self.open_page()
@@ -226,9 +229,8 @@ def removes_a_cache(site: Site, page: Any) -> None:
         site.client.ask(
             "message", m.Message("slow", 0, ("warm", "0-64")), m.MessageAnswer
         )
-        while site.field("slow", "cache_blocks_used") < 64:
-            page.wait_for_timeout(50)
-        words = m.Message("slow", 0, ("migration_rate", "65536"))
+        wait_until(lambda: site.field("slow", "cache_blocks_used") >= 64)
+        words = m.Message("slow", 0, ("migration_rate", str(RATE)))
         site.client.ask("message", words, m.MessageAnswer)
         for block in range(64):
             client.write(block * 65536, b"x" * 4096)
@@ -265,8 +267,11 @@ def removes_a_cache(site: Site, page: Any) -> None:
 def shows_what_was_before_it(site: Site, browser: Any) -> None:
     """A page that has just been opened shows the minutes before."""
     page = browser.new_context().new_page()
-    while len(site.client.ask("history", History("web"), HistoryAnswer).moments) < 3:
-        page.wait_for_timeout(500)
+
+    def nr_moments() -> int:
+        return len(site.client.ask("history", History("web"), HistoryAnswer).moments)
+
+    wait_until(lambda: nr_moments() >= 3)
     opened_s = time.time()
     page.goto(site.open_page())
     sync_api.expect(page.locator("#devices button.name")).to_have_count(3)

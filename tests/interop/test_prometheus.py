@@ -32,12 +32,11 @@ RULES: Final = ROOT / "contrib/prometheus/nbdtarget.rules.yml"
 DASHBOARD: Final = ROOT / "contrib/grafana/nbdtarget.json"
 MIB: Final = 1 << 20
 SIZE: Final = 8 * MIB
-WAIT_S: Final = 120.0  # on a machine that may be busy
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
     """Return what `condition` returns as soon as that is true."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + PATIENCE_S
     while not (found := condition()):
         assert time.monotonic() < deadline, what
         time.sleep(0.2)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from nbdtarget.control.figures import EventsAnswer
 from nbdtarget.monitor import event_log
 from nbdtarget.monitor.event_log import EventLog
 from tests.support.clock import SimClock
@@ -84,10 +85,15 @@ async def test_a_number_of_the_process_before_gets_all(events: EventLog) -> None
 async def test_a_reader_of_a_server_before_this_one_does_not_wait(
     events: EventLog,
 ) -> None:
-    async with asyncio.timeout(10):
-        empty = await events.after(57, 20)
-        assert (empty.events, empty.last, empty.lost) == ((), 0, 0)
-        targets.info("%s: hydrated", "/dev/mapper/web")
-        answer = await events.after(57, 20)
+    async def at_once() -> EventsAnswer:
+        reader = asyncio.create_task(events.after(57, 20))
+        await asyncio.sleep(0)
+        assert reader.done()
+        return await reader
+
+    empty = await at_once()
+    assert (empty.events, empty.last, empty.lost) == ((), 0, 0)
+    targets.info("%s: hydrated", "/dev/mapper/web")
+    answer = await at_once()
     assert [each.text for each in answer.events] == ["hydrated"]
     assert (answer.last, answer.lost) == (1, 0)
