@@ -63,8 +63,8 @@ from nbdtarget.config.lines import value_lines
 from nbdtarget.control.paths import control_address
 from nbdtarget.devices.helper.words import HELPER_NAME
 from nbdtarget.devices.http.url_command import check_url
+from nbdtarget.dm.names import check_name, check_uuid
 from nbdtarget.dm.open_devices import MAPPER
-from nbdtarget.dm.registry import check_name, check_uuid
 from nbdtarget.dm.table import TargetSpec, scan_table
 from nbdtarget.server.address import parse_address
 from nbdtarget.server.limits import RELATIONS, Limits

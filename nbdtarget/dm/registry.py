@@ -9,8 +9,7 @@ The registry is also the directory of exports that the NBD server asks: every ma
 with a live table is an export under its name. The empty name means the only export, if there is
 only one. A connection holds its device open (`acquire`, `release`), so that it cannot be removed.
 
-Minor numbers are the lowest free ones, from 0, as in the kernel. They refer to nothing outside of this
-process; they are there because `info` and `ls` show them.
+What may be a name, a UUID and a minor number: `nbdtarget.dm.names`.
 """
 
 import asyncio
@@ -26,6 +25,7 @@ from nbdtarget.common.turns import Tasks, to_the_end
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.mapped_device import MappedDevice, State
+from nbdtarget.dm.names import NAME_LENGTH_MAX, check_name, check_uuid, free_minor
 from nbdtarget.dm.open_devices import DeviceOpener, OpenDevices, TableContext
 from nbdtarget.dm.replacements import Replacements
 from nbdtarget.dm.table import Table, TargetSpec, construct_table, parse_table
@@ -37,39 +37,15 @@ __all__ = ["MAJOR", "SUSPEND_S_MAX", "Registry"]
 log = logging.getLogger(__name__)
 
 MAJOR: Final = 253  # what Linux most often gives device-mapper
-NAME_LENGTH_MAX: Final = 127
-UUID_LENGTH_MAX: Final = 128
 DEVICES_MAX: Final = 4096
+# Characters of a table; a longer one is parsed in a thread.
+PARSED_AT_ONCE_MAX: Final = 64 << 10
 # How long a verb waits for devices that do not answer, if it does not say anything else.
-PARSED_AT_ONCE_MAX: Final = (
-    64 << 10
-)  # characters of a table; a longer one is parsed in a thread
 SUSPEND_S_MAX: Final = 60.0
-MINOR_MAX: Final = (1 << 20) - 1
-
-
-def check_name(name: str) -> None:
-    """Raise TableError unless `name` may name a mapped device (and an export)."""
-    if not name:
-        raise TableError("Empty device name")
-    if len(name.encode("utf-8", "surrogateescape")) > NAME_LENGTH_MAX:
-        raise TableError(f"Device name is longer than {NAME_LENGTH_MAX} bytes")
-    if "/" in name or name in (".", "..", "control"):
-        raise TableError(f"Device name {name!r} is not allowed")
-    if not name.isprintable():
-        raise TableError(f"Device name {name!r} has unprintable characters")
 
 
 def _report_deferred(error: BaseException) -> None:
     log.critical("a deferred removal failed", exc_info=error)
-
-
-def check_uuid(uuid: str) -> None:
-    """Raise TableError unless `uuid` may be the UUID of a mapped device."""
-    if len(uuid) > UUID_LENGTH_MAX:
-        raise TableError(f"UUID is longer than {UUID_LENGTH_MAX} characters")
-    if not uuid.isprintable():
-        raise TableError(f"UUID {uuid!r} has unprintable characters")
 
 
 class Registry:
@@ -267,18 +243,10 @@ class Registry:
             raise TableError("Device or resource busy: UUID exists", errnos.EBUSY)
 
     def _take_minor(self, wanted: int | None) -> int:
-        taken = {device.minor for device in self._devices.values()}
-        taken |= {device.minor for device in self._removing}
-        if wanted is not None:
-            if not 0 <= wanted <= MINOR_MAX:
-                raise TableError(f"minor number {wanted} is out of range")
-            if wanted in taken:
-                raise TableError("Device or resource busy: minor exists", errnos.EBUSY)
-            return wanted
-        minor = 0
-        while minor in taken:
-            minor += 1
-        return minor
+        return free_minor(
+            {device.minor for device in (*self._devices.values(), *self._removing)},
+            wanted,
+        )
 
     async def load(
         self,

@@ -49,7 +49,7 @@ from nbdtarget.daemon.metrics_options import MetricsOptions
 from nbdtarget.daemon.security import SecurityOptions
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice
-from nbdtarget.dm.registry import check_name
+from nbdtarget.dm.names import check_name
 from nbdtarget.policies.registry import policy_type
 from nbdtarget.porcelain import job, look
 from nbdtarget.porcelain.disk_name import disk_name

@@ -33,7 +33,7 @@ from nbdtarget.daemon.metrics_options import MetricsOptions
 from nbdtarget.daemon.security import Security, SecurityOptions
 from nbdtarget.daemon.serve import default_listen
 from nbdtarget.daemon.stop_bounds import StopBounds
-from nbdtarget.dm.registry import check_name
+from nbdtarget.dm.names import check_name
 from nbdtarget.porcelain import look
 from nbdtarget.porcelain.disk_name import disk_name
 

@@ -17,7 +17,7 @@ from nbdtarget.devices.bulk import CHUNK_BYTES, CHUNKS_PER_STREAM
 from nbdtarget.devices.nbd.uri import CONNECTIONS, EXPORT_NAME_MAX
 from nbdtarget.devices.nbd.uri import CONNECTIONS_MAX as NBD_CONNECTIONS_MAX
 from nbdtarget.devices.registry import SCHEMES
-from nbdtarget.dm import registry
+from nbdtarget.dm import names, registry
 from nbdtarget.dm import table as dm_table
 from nbdtarget.dm.statistics import AREAS_MAX
 from nbdtarget.monitor.device_map import CELLS_MAX, LOOK_BYTES
@@ -156,8 +156,8 @@ def test_default_of_a_limit_is_the_one_that_the_page_tells(key: str) -> None:
     [
         ("mapped devices of one server", registry.DEVICES_MAX),
         ("lines of one table", dm_table.TARGETS_MAX),
-        ("name of a device", registry.NAME_LENGTH_MAX),
-        ("UUID of a device", registry.UUID_LENGTH_MAX),
+        ("name of a device", names.NAME_LENGTH_MAX),
+        ("UUID of a device", names.UUID_LENGTH_MAX),
         ("path of a unix socket", UNIX_PATH_MAX),
         ("name of an export below, in a URI", EXPORT_NAME_MAX),
         ("connections to a server below, by `connections` in a URI", CONNECTIONS),

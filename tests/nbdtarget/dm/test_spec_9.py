@@ -8,7 +8,7 @@ import pytest
 
 from nbdtarget.bio import OP_READ
 from nbdtarget.common.errors import ConstructorError, NbdTargetError, TableError
-from nbdtarget.dm.registry import NAME_LENGTH_MAX, UUID_LENGTH_MAX
+from nbdtarget.dm.names import NAME_LENGTH_MAX, UUID_LENGTH_MAX
 from tests.support.dm import make, make_registry, submit
 
 
