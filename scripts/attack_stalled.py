@@ -69,6 +69,7 @@ TIMES: Final = {"handshake_timeout_s": 25, "stall_timeout_s": 25, "stall_total_s
 SLACK_S: Final = 25.0  # a client may be closed so much later than its time says
 SHORT_WRITE: Final = 16 * KIB
 SETTLE_S: Final = 3.0  # until what the clients have asked for at once is done
+READY_S_MAX: Final = 180  # until the quiet client is attached, on a busy machine
 PAUSE_S: Final = 0.002
 DESCRIPTORS: Final = 64  # beside those of clients
 
@@ -321,7 +322,7 @@ def run(
     phases = Phases(server)
     try:
         quiet.start()
-        if not ready.wait(30):
+        if not ready.wait(READY_S_MAX):
             raise TimeoutError("the server does not let the quiet client attach")
         time.sleep(phase_s / 5)  # until caches and polling have settled
         phases.phase("quiet", lambda: time.sleep(phase_s))
