@@ -4,11 +4,13 @@
 import ast
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.support.impatience import counted_waits, short_limits, speed_limits
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +24,9 @@ LONG_FUNCTIONS: dict[str, int] = {}  # "path/of/module.py:function"
 
 # Folders below tests/ whose modules are imported by others. All other modules are tests.
 SHARED_TESTS = ("support", "mutants", "sim")
+
+# Rooms of tests in which no real time passes: it is simulated there, or is in the text of a mutant.
+TIMELESS = ("tests/sim/", "tests/mutants/")
 
 TEST_MODULE = re.compile(r"tests\.(\w+\.)*(test_|conftest)")
 
@@ -246,3 +251,33 @@ def test_sections_are_marked_in_one_way() -> None:
         for line in lines
         if not wanted.fullmatch(line) and "# --ignore" not in line
     ] == []
+
+
+# ---- what fails on a busy machine ----
+
+
+def _breaches(find: Callable[[str], list[str]]) -> dict[str, list[str]]:
+    """What is found in the modules of tests, by module."""
+    found = {
+        name_of(path): find(path.read_text())
+        for path in MODULES
+        if name_of(path).startswith("tests/")
+        and not name_of(path).startswith(TIMELESS)
+        and not name_of(path).endswith("/test_impatience.py")
+    }
+    return {name: breaches for name, breaches in found.items() if breaches}
+
+
+def test_tests_wait_for_what_is_sure_to_come() -> None:
+    """Else they fail without a fault in the product: take PATIENCE_S of `tests/support/patience.py`."""
+    assert _breaches(short_limits) == {}
+
+
+def test_no_test_counts_how_often_it_looks() -> None:
+    """How long that is depends on the machine: take `until` or `attempts` of `tests/support/patience.py`."""
+    assert _breaches(counted_waits) == {}
+
+
+def test_no_test_asserts_speed() -> None:
+    """Where it must be bounded, take the processor's time: `thread_time_ns`."""
+    assert _breaches(speed_limits) == {}

@@ -178,7 +178,7 @@ def test_name_of_a_remote_image_says_its_format(work: Path) -> None:
     with on_the_web(work / "a.qcow2") as url:
         line = [NBDTARGET, "clone", f"{url}/a.qcow2", "disk", "--exit-when-hydrated"]
         line += ["--control", "c.sock", "--listen", f"unix:{work}/d.sock"]
-        subprocess.run(line, check=True, capture_output=True, timeout=60)
+        subprocess.run(line, check=True, capture_output=True, timeout=PATIENCE_S)
         assert (work / "disk").read_bytes() == content()
         assert (work / "disk").stat().st_blocks * 512 < SIZE // 2
     # The name decides, and the content must agree: nothing is guessed.

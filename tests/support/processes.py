@@ -68,7 +68,7 @@ def wait_for_socket(path: Path, *, timeout_s: float = PATIENCE_S) -> bool:
     return True
 
 
-def wait_for_file(path: Path, *, timeout_s: float = 20.0) -> bool:
+def wait_for_file(path: Path, *, timeout_s: float = PATIENCE_S) -> bool:
     """Wait until there is a file at `path`."""
     deadline = time.monotonic() + timeout_s
     while not path.exists():

@@ -170,7 +170,7 @@ class LentConnection:
 
 
 def _is_this_host(sock: socket.socket) -> bool:
-    """Whether the other end has our own address. Otherwise it may be anywhere; one that has hung up is."""
+    """Whether the other end has our own address. Otherwise, or if it has hung up, it may be anywhere."""
     try:
         return bool(sock.getsockname()[0] == sock.getpeername()[0])
     except OSError:

@@ -55,7 +55,7 @@ def test_every_message_has_the_words_of_the_protocol(manager: Manager) -> None:
     notifier.reloading()
     heard = manager.hear()
     assert heard["RELOADING"] == "1"
-    assert before <= int(heard["MONOTONIC_USEC"]) < before + 10_000_000
+    assert before <= int(heard["MONOTONIC_USEC"]) < before + PATIENCE_S * 1e6
     notifier.stopping()
     assert manager.hear()["STOPPING"] == "1"
     notifier.main_process(17)
@@ -231,16 +231,20 @@ def test_the_service_manager_follows_a_hand_over(tmp_path: Path) -> None:
             control = f"{tmp_path}/nbdtarget/control/a.sock"
             subprocess.run([*command, control], env=environment, check=True)
             assert manager.hear_but_patience()["RELOADING"] == "1"
-            # Two processes speak; each by itself in order.
-            heard = [manager.hear_but_patience() for _ in range(3)]
-            (main,) = [each for each in heard if "MAINPID" in each]
-            heir = int(main["MAINPID"])
-            assert main["READY"] == "1"
-            assert {"READY": "1", "STATUS": "a is served, 0 clients"} in heard
-            assert {"WATCHDOG": "1"} in heard, "the new process is watched, too"
+            # Two processes speak, each by itself in order, and a status may come between.
+            served = {"READY": "1", "STATUS": "a is served, 0 clients"}
+            watched = {"WATCHDOG": "1"}  # the new process is watched, too
+            heard: list[dict[str, str]] = []
+            while not heir or served not in heard or watched not in heard:
+                heard.append(manager.hear_but_patience())
+                if "MAINPID" in heard[-1]:
+                    assert not heir, "it is told once"
+                    assert heard[-1]["READY"] == "1"
+                    heir = int(heard[-1]["MAINPID"])
             assert server.wait(PATIENCE_S) == 0
             os.kill(heir, signal.SIGTERM)
-            assert manager.hear_but_patience()["STOPPING"] == "1"
+            while "STOPPING" not in manager.hear_but_patience():
+                pass
     finally:
         server.kill()
         if heir:

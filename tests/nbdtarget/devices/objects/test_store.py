@@ -207,7 +207,7 @@ async def test_azurite_is_read_and_a_new_upload_is_noticed(
             client_options={"allow_http": True},
         )
         name = f"az://container/a.img#account={account}&endpoint={endpoint}"
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await obstore.put_async(container, "a.img", IMAGE)
             async with device_on(name) as device:
                 assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]

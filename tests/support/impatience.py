@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes a test fail on a busy machine, found in its source; `tests/test_tidy.py` asks for it."""
+
+import ast
+from typing import Final
+
+__all__ = ["counted_waits", "short_limits", "speed_limits"]
+
+LONG_S: Final = 60
+MEANT_TO_END_S: Final = (
+    1  # what is shorter is a limit that the test wants to see exceeded
+)
+
+# Calls whose number is a limit, and keywords that are one.
+CALLS: Final = {"communicate", "join", "select", "settimeout", "timeout", "wait_for"}
+REAL_CLOCKS: Final = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns"}
+KEYWORDS: Final = {"grace_s", "timeout", "timeout_s", "within_s"}
+
+
+def short_limits(source: str) -> list[str]:
+    """The limits of a module that are shorter than a busy machine needs, with their lines."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        limits: list[ast.expr] = []
+        if isinstance(node, ast.Call):
+            limits = [it.value for it in node.keywords if it.arg in KEYWORDS]
+            if _name(node.func) in CALLS:
+                limits += node.args
+        elif isinstance(node, ast.BinOp) and ast.unparse(node.left).endswith(
+            "monotonic()"
+        ):
+            limits = [node.right]
+        found += [
+            f"{it.lineno}: {it.value}"
+            for it in limits
+            if isinstance(it, ast.Constant)
+            and isinstance(it.value, int | float)
+            and MEANT_TO_END_S <= it.value < LONG_S
+            and not isinstance(it.value, bool)
+        ]
+    return found
+
+
+def counted_waits(source: str) -> list[str]:
+    """The loops of a module that sleep a number of times, and give up then, with their lines."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not (
+            isinstance(node, ast.For) and ast.unparse(node.iter).startswith("range(")
+        ):
+            continue
+        inside = [it for statement in node.body for it in ast.walk(statement)]
+        sleeps = any(
+            isinstance(it, ast.Call)
+            and _name(it.func) == "sleep"
+            and ast.unparse(it.args[0]) != "0"
+            for it in inside
+        )
+        if sleeps and any(isinstance(it, ast.Break | ast.Return) for it in inside):
+            found.append(f"{node.lineno}: for {ast.unparse(node.target)}")
+    return found
+
+
+def speed_limits(source: str) -> list[str]:
+    """The lines in which less real time must have passed than some limit."""
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Compare)
+        and isinstance(node.ops[0], ast.Lt | ast.LtE)
+        and isinstance(node.left, ast.BinOp)
+        and isinstance(node.left.op, ast.Sub)
+        and any(
+            isinstance(it, ast.Call) and _name(it.func) in REAL_CLOCKS
+            for it in ast.walk(node.left)
+        )
+    ]
+
+
+def _name(func: ast.expr) -> str:
+    if isinstance(func, ast.Attribute):
+        return func.attr
+    return func.id if isinstance(func, ast.Name) else ""
