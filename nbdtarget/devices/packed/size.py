@@ -18,8 +18,6 @@ import struct
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from nbdtarget.common.clock import sleep
-
 __all__ = [
     "gzip_hint",
     "maybe_xz_size",
@@ -98,6 +96,9 @@ async def _sum_of_index(index: bytes) -> tuple[int, int]:
     """Return the bytes of all blocks of a stream, packed and unpacked. Raises: IndexError, ValueError."""
     if index[0] != 0:
         raise ValueError("no index")
+    # Here, because a name is taken apart with this module, and a command that does only that needs no event loop.
+    from nbdtarget.common.clock import sleep
+
     nr_records, at = _number(index, 1)
     packed = unpacked = 0
     for nr in range(nr_records):
@@ -150,6 +151,8 @@ async def _maybe_seek_table_size(read: Read, packed_size: int) -> int | None:
     if head != (_SKIPPABLE_MAGIC + 14, length + _SEEK_FOOTER):
         return None
     table = await read(begin, length)
+    from nbdtarget.common.clock import sleep  # here, as above
+
     total = 0
     for nr in range(nr_frames):
         if nr % SLICE_ENTRIES == SLICE_ENTRIES - 1:
