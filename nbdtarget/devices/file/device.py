@@ -251,7 +251,8 @@ class FileDevice(Device):
             await self._behind.write(ranges)
 
     def lend_streams(self) -> list[BulkStream]:
-        if not (self.read_only and IS_COMPILED):
+        # A copy by bios looks for the zeroes that a block device cannot tell of.
+        if not (self.read_only and IS_COMPILED) or self.hides_zeroes:
             return []
         self._nr_lent += STREAMS
         failed = partial(self.health.note_error, OP_NAMES[OP_READ])
