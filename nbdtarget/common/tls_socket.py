@@ -23,7 +23,9 @@ carried out. `shutdown(SHUT_WR)` and `close` send a close_notify, if the socket 
 
 Renegotiation is refused by the context (`tls_context.py`). An answer of OpenSSL to the peer, for example that refusal,
 is sent while receiving. A peer that makes answers and does not read them is disconnected at
-ANSWERS_MAX, and so is one whose TLS handshake takes more than HANDSHAKE_BYTES_MAX. Time is the caller's to bound.
+ANSWERS_MAX, and so is one whose TLS handshake takes more than HANDSHAKE_BYTES_MAX. A peer that sends more than SILENT_MAX without a
+byte for us is disconnected, too: it sends records of TLS itself, as new keys again and again. Each of them takes 10 us, and a
+call that receives would not return as long as they come. Time is the caller's to bound.
 """
 
 import contextlib
@@ -36,7 +38,10 @@ from typing import Any, Final
 
 __all__ = ["ANSWERS_MAX", "HANDSHAKE_BYTES_MAX", "TlsError", "TlsSocket"]
 
-RECEIVE_MAX: Final = 256 << 10  # encrypted bytes, with one system call
+RECEIVE_MAX: Final = 64 << 10  # encrypted bytes, with one system call
+SILENT_MAX: Final = (
+    48 << 10
+)  # encrypted bytes in which nothing was said; a record has a third of that
 SEAL_MAX: Final = (
     272 << 10
 )  # bytes that are encrypted before they are sent: a reply of 256 KiB with its header, too
@@ -99,7 +104,9 @@ class TlsSocket:
         "_incoming",
         "_is_done",
         "_is_full",
+        "_is_more_likely",
         "_nr_handshake",
+        "_nr_silent",
         "_outgoing",
         "_sock",
         "_ssl",
@@ -128,7 +135,9 @@ class TlsSocket:
         self._ahead = bytearray()  # decrypted by a peek
         self._is_full = False  # the last record may not have been read to its end
         self._is_done = False  # the handshake
+        self._is_more_likely = False  # the last receive was as long as it may be
         self._nr_handshake = 0
+        self._nr_silent = 0  # encrypted bytes since the last one that was decrypted
 
     # ---- the handshake ----
 
@@ -142,7 +151,7 @@ class TlsSocket:
             if not self._is_done:
                 try:
                     self._ssl.do_handshake()
-                    self._is_done = True
+                    self._is_done, self._nr_silent = True, 0
                 except ssl.SSLWantReadError:
                     pass
                 except ssl.SSLError as error:
@@ -209,14 +218,16 @@ class TlsSocket:
                 except ssl.SSLWantReadError:
                     if self._outgoing.pending:
                         self._answer()
-                    if got:
+                    if not self._receive_more(has_some=got > 0):
                         break
-                    self._receive()
                     continue
                 except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                     nr = 0
                 got += nr
-                if not nr or got == size or not incoming.pending:
+                self._nr_silent = 0
+                if not nr or got == size:
+                    break
+                if not (incoming.pending or self._is_more_likely):
                     break
         except ssl.SSLError as error:
             raise TlsError(_sentence(error)) from None
@@ -255,9 +266,29 @@ class TlsSocket:
             raise BlockingIOError
         return bytes(ahead[:size])
 
+    def _receive_more(self, *, has_some: bool) -> bool:
+        """What was received is decrypted: receive more. Return False if the caller has some, and no more is likely or there.
+
+        Raises: BlockingIOError: there is nothing now. TlsError, OSError.
+        """
+        if has_some and not self._is_more_likely:
+            return False
+        if self._nr_silent > SILENT_MAX:
+            raise TlsError("the peer sends much and says nothing")
+        try:
+            self._receive()
+        except BlockingIOError:
+            self._is_more_likely = False
+            if has_some:
+                return False
+            raise
+        return True
+
     def _receive(self) -> int:
         view = _scratch.view
         nr = self._sock.recv_into(view)
+        self._is_more_likely = nr == RECEIVE_MAX
+        self._nr_silent += nr
         if nr:
             self._incoming.write(view[:nr])
         else:

@@ -24,7 +24,7 @@ One signal is enough, also if a disk or a server hangs (`nbdtarget.daemon.stop_b
 What hangs then is not waited for: a thread in a system call on a dead mount cannot be ended, so the
 process is left by `os._exit` (`nbdtarget.daemon.process`). The exit status is 0 if everything was committed all the same.
 
-With a configuration file SIGHUP means: read it again (`nbdtarget.config.devices`). A SIGHUP that comes
+Without a configuration file, a SIGHUP that somebody sends has certificates read again (`_hung_up`). With one SIGHUP means: read it again (`nbdtarget.config.devices`). A SIGHUP that comes
 while the server starts, or while it follows the file, is carried out afterwards, and several of them
 only once.
 
@@ -73,6 +73,7 @@ from nbdtarget.daemon.process import note_what_hangs
 from nbdtarget.daemon.security import Security
 from nbdtarget.daemon.service_reports import ServiceReports, status_line
 from nbdtarget.daemon.stop_bounds import StopBounds
+from nbdtarget.daemon.terminal import has_terminal
 from nbdtarget.devices import resolve
 from nbdtarget.devices.helper.configured import set_helper_commands
 from nbdtarget.devices.http.url_command import set_url_commands
@@ -153,6 +154,7 @@ class Daemon:
         )
         self._expiry: asyncio.Task[None] | None = None
         self._reload_wanted = asyncio.Event()
+        self._has_terminal = False  # at the start
         self._follower: asyncio.Task[None] | None = None
         self._before_close: list[Callable[[], Awaitable[None]]] = []
         self._control: ControlServer | None = None
@@ -410,12 +412,14 @@ class Daemon:
     def catch_signals(self, *, sighup_reloads: bool = False) -> None:
         """From now on the first signal sets `stop`; what follows it has its usual effect.
 
-        With `sighup_reloads` SIGHUP does not stop: `follow_reloads` says what it does.
+        With `sighup_reloads` SIGHUP does not stop: `follow_reloads` says what it does. Without, a SIGHUP that does not come of the
+        end of the terminal has certificates read again, if there are some.
         """
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._stop_by_signal)
-        hung_up = self._reload_wanted.set if sighup_reloads else self._stop_by_hangup
+        self._has_terminal = has_terminal()
+        hung_up = self._reload_wanted.set if sighup_reloads else self._hung_up
         loop.add_signal_handler(signal.SIGHUP, hung_up)
 
     def follow_reloads(self, reload: Callable[[], Awaitable[None]]) -> None:
@@ -455,7 +459,13 @@ class Daemon:
         """Have `call` called when the end begins: nothing new is to be opened any more."""
         self._before_close.append(call)
 
-    def _stop_by_hangup(self) -> None:
+    def _hung_up(self) -> None:
+        """SIGHUP without a configuration file: of a terminal that is closed, or of somebody who has renewed a certificate."""
+        is_closed = self._has_terminal and not has_terminal()
+        if self.security.certificates() and not is_closed:
+            self.security.reload()
+            log.info("SIGHUP: the certificates were read again")
+            return
         log.warning("SIGHUP: the server stops; with --config it reads its file again")
         self._stop_by_signal()
 

@@ -221,6 +221,26 @@ def test_handshake_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
             serving.handshake()
 
 
+def test_what_says_nothing_is_bounded(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of a record says nothing. So do records of TLS itself, of which each takes time."""
+    monkeypatch.setattr(tls_socket, "SILENT_MAX", 1000)
+    serving, asking = ends
+    room = memoryview(bytearray(20_000))
+    for _ in range(5):  # what says something is not counted
+        asking.send(bytes(900))
+        assert len(receive(serving, 1000)) == 900
+    asking._ssl.write(bytes(10_000))
+    record = asking._outgoing.read()
+    asking._sock.send(record[:600])
+    with pytest.raises(BlockingIOError):
+        serving.recv_into(room)
+    asking._sock.send(record[600:1200])
+    with pytest.raises(TlsError, match="says nothing"):
+        serving.recv_into(room)
+
+
 def test_answers_that_the_peer_does_not_read_are_bounded(ends: Ends) -> None:
     serving, asking = ends
     with contextlib.suppress(BlockingIOError):
