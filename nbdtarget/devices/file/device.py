@@ -612,6 +612,7 @@ class FileDevice(Device):
         )
         unit = 1
         if self._is_block_device:
+            self.hides_zeroes = True
             self.logical_block_size = unit = block_device_sector(self._fd)
             limit = partial(block_device_limit, status.st_rdev)
             self.can_discard = limit("discard_max_bytes") > 0

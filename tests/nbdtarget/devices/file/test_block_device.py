@@ -21,6 +21,7 @@ async def test_size_sector_and_abilities(loop: Path) -> None:
     assert device.can_discard
     assert device.can_write_zeroes
     assert await device.extents(0, SIZE) == [Extent(SIZE, EXTENT_DATA)]
+    assert device.hides_zeroes
     await device.close()
 
 
