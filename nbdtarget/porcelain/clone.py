@@ -42,6 +42,7 @@ from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.names import check_name
 from nbdtarget.porcelain import job, look
 from nbdtarget.porcelain.disk_name import disk_name
+from nbdtarget.porcelain.kept import KeptSource
 from nbdtarget.porcelain.trace_file import (
     TraceRecorder,
     check_writable,
@@ -152,10 +153,14 @@ class CloneReporter(job.Reporter[ClonePlan], Protocol):
         ...
 
 
-async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
+async def plan_clone(
+    options: CloneOptions, directory: str, kept: KeptSource | None = None
+) -> ClonePlan:
     """Look at everything, change nothing.
 
-    Args: directory: absolute; where relative paths are meant.
+    Args:
+        directory: absolute; where relative paths are meant.
+        kept: may keep the source open, for the table that is loaded next.
     Raises: NbdTargetError.
     """
     source = disk_name(options.source, directory)
@@ -167,7 +172,7 @@ async def plan_clone(options: CloneOptions, directory: str) -> ClonePlan:
     look.check_directory(dest)
     fresh = await look.is_fresh(metadata)
     known = None if fresh else await _maybe_superblock(metadata)
-    size = await _size(source, known)
+    size = await _size(source, known, kept)
     make_dest = resolve.may_create(dest)
     if make_dest and not fresh:
         raise ResolveError(
@@ -198,7 +203,9 @@ async def _maybe_superblock(metadata: str) -> CloneSuperblock | None:
     return found.superblock
 
 
-async def _size(source: str, known: CloneSuperblock | None) -> int:
+async def _size(
+    source: str, known: CloneSuperblock | None, kept: KeptSource | None
+) -> int:
     """Return the size of the source, or the recorded size if the source is not needed any more.
 
     Raises: ResolveError.
@@ -207,7 +214,7 @@ async def _size(source: str, known: CloneSuperblock | None) -> int:
     if known is not None and not nr_left:
         return known.target_size
     try:
-        return await look.disk_size(source, read_only=True)
+        return await look.disk_size(source, read_only=True, kept=kept)
     except ResolveError as error:
         if known is None or nr_left == known.nr_regions:
             raise
@@ -298,7 +305,7 @@ class CloneJob(job.Job[ClonePlan]):
             self._order = tuple(grouped(read_trace(self._options.hydrate_order)))
         if self._options.record_trace is not None:
             check_writable(self._options.record_trace)
-        return await plan_clone(self._options, os.getcwd())
+        return await plan_clone(self._options, os.getcwd(), self._kept)
 
     def _plan_now(self, plan: ClonePlan) -> ClonePlan:
         recorded = () if self._recorder is None else tuple(self._recorder.trace.ranges)

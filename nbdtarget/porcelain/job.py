@@ -44,6 +44,7 @@ from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.devices import resolve
 from nbdtarget.dm.mapped_device import MappedDevice, State
 from nbdtarget.dm.table import Table
+from nbdtarget.porcelain.kept import KeptSource
 from nbdtarget.server.address import parse_address
 
 __all__ = ["Job", "Plan", "Reporter", "make_missing", "remove_made"]
@@ -118,6 +119,7 @@ class Job(Generic[P]):
         security: SecurityOptions | None = None,
     ) -> None:
         self._served = reporter
+        self._kept = KeptSource()
         self._command = command
         self._took_over = False
         self._passed = PassedSockets()
@@ -211,8 +213,12 @@ class Job(Generic[P]):
         for address in self._listen:
             parse_address(address)
         self._passed = passed_sockets()
-        plan = await self._plan()
-        device = await self._prepare(plan)
+        self._daemon.registry.opens.opener = self._kept
+        try:
+            plan = await self._plan()
+            device = await self._prepare(plan)
+        finally:
+            await self._kept.close()
         self._expect_upgrade(plan, device)
         # With a command, stdout is the command's alone.
         if self._command is None:

@@ -12,6 +12,7 @@ from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.image_format import HEAD_BYTES, ImageFormat, maybe_image_format
 from nbdtarget.devices.rounded import RoundedDevice
+from nbdtarget.porcelain.kept import KeptSource
 
 __all__ = [
     "check_directory",
@@ -76,8 +77,12 @@ def check_directory(name: str) -> None:
         raise ResolveError(name, reason, errnos.ENOENT)
 
 
-async def disk_size(name: str, *, read_only: bool) -> int:
+async def disk_size(
+    name: str, *, read_only: bool, kept: KeptSource | None = None
+) -> int:
     """Return the bytes of a disk; one that is only read is rounded up to whole sectors, with a note.
+
+    Args: kept: may keep the disk open, for the table that is loaded next.
 
     Raises: ResolveError: it cannot be opened, is empty, or its size is not a multiple of a sector.
     DeviceError: it cannot be read.
@@ -88,7 +93,13 @@ async def disk_size(name: str, *, read_only: bool) -> int:
         is_odd = size % SECTOR or isinstance(device, RoundedDevice)
         # A file of such a size is no disk that a guest could have written a header to.
         image = await _maybe_image(device, name) if is_odd else None
-    finally:
+        is_kept = (
+            kept is not None and size > 0 and not is_odd and kept.keep(name, device)
+        )
+    except BaseException:
+        await device.close()
+        raise
+    if not is_kept:
         await device.close()
     if image is not None:
         raise ResolveError(name, image.refusal(name, resolve.path_of(name)))

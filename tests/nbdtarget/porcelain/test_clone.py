@@ -23,6 +23,7 @@ from nbdtarget.devices.http.url_command import set_url_commands, url_command_for
 from nbdtarget.dm.registry import Registry
 from nbdtarget.porcelain import job as job_module
 from nbdtarget.porcelain.clone import CloneJob, CloneOptions, ClonePlan, plan_clone
+from nbdtarget.porcelain.kept import KeptSource
 from nbdtarget.porcelain.trace_file import read_trace
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import StatusFields
@@ -340,8 +341,10 @@ async def test_end_whose_last_commit_fails_is_told_by_the_exit_status(
 async def test_files_of_a_faster_process_are_left_alone(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def plan_and_be_late(options: CloneOptions, directory: str) -> ClonePlan:
-        plan = await plan_clone(options, directory)
+    async def plan_and_be_late(
+        options: CloneOptions, directory: str, kept: KeptSource | None
+    ) -> ClonePlan:
+        plan = await plan_clone(options, directory, kept)
         (work / "dest").write_bytes(b"another clone's")
         return plan
 
