@@ -28,7 +28,7 @@ from scripts.vm.machine import has_kvm, run
 from tests.support.processes import NBDTARGET, ServerProcess
 
 STORES: Final = ("http", "s3")
-SCRIPT: Final = Path(__file__).with_name("vm") / "tests" / "sources.sh"
+SCRIPT: Final = Path(__file__).with_name("vm") / "boot_from_sources.sh"
 RATE: Final = 1 << 20  # of hydration at first: a boot reads what is not there
 RECONNECT_S: Final = 120
 AWAY_S: Final = 10.0

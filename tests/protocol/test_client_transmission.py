@@ -39,7 +39,7 @@ from nbdtarget_protocol.consts import (
     STRUCTURED_REPLY_MAGIC,
     U32,
 )
-from nbdtarget_protocol.errors import ReplyError
+from nbdtarget_protocol.errors import ReplyError, RequestError
 from nbdtarget_protocol.transmission import (
     block_status,
     error_chunk,
@@ -101,6 +101,16 @@ def test_cookie_in_flight_is_ours_to_keep_apart() -> None:
     transmission = client(STRUCTURED, [WRITE])
     with pytest.raises(AssertionError):
         transmission.request(*WRITE)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [(-1, 512), (0, -1), (1 << 64, 512), (0, 1 << 32)]
+)
+def test_range_that_no_disk_has_is_refused(offset: int, length: int) -> None:
+    transmission = client(STRUCTURED, [])
+    with pytest.raises(RequestError, match="no such range"):
+        transmission.request(CMD_WRITE, 0, 1, offset, length)
+    assert not transmission.in_flight
 
 
 def test_private_comes_back() -> None:

@@ -12,6 +12,7 @@ import pytest
 from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, Bio
 from nbdtarget.devices.base import Extent
 from nbdtarget.devices.health import Health
+from nbdtarget.devices.nbd import device as nbd_device
 from nbdtarget.devices.nbd.device import NbdDevice
 from nbdtarget.server.gate import Gate
 from nbdtarget.server.in_flight import InFlight
@@ -218,9 +219,9 @@ async def _nothing(*_: object) -> None:
         (Health, "note_loss", lambda health: None, "clone_over_backends", 128),
         # Another disk is taken for ours.
         (
-            NbdDevice,
-            "_check_same",
-            lambda device, connections: None,
+            nbd_device,
+            "check_same",
+            lambda name, size, before, after: None,
             "linear_over_backend",
             0,
         ),
@@ -231,7 +232,7 @@ async def _nothing(*_: object) -> None:
     ],
 )
 def test_simulation_of_backends_catches(
-    owner: type[object],
+    owner: object,
     name: str,
     mutant: object,
     rig: str,
