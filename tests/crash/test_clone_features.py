@@ -135,6 +135,7 @@ def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_requests, "STEP_BYTES", REGION_SIZE)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_acknowledged_flush_is_lost_with_all_features() -> None:
     counts: Counter[str] = Counter()

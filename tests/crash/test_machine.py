@@ -31,6 +31,7 @@ from tests.support.devices import CrashDevice
 WALKS = int(os.environ.get("SIM_WALKS", "150"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("rig", [CloneRig, LinearRig])
 def test_no_acknowledged_flush_is_lost(rig: MakeRig) -> None:

@@ -203,6 +203,7 @@ def test_a_clone_that_is_restarted_after_an_io_error_keeps_its_word() -> None:
     assert counts["told at open"], counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rig", [LyingCacheRig, LyingLoggedCacheRig])
 def test_a_cache_that_is_restarted_after_an_io_error_keeps_its_word(
     rig: type[CacheRig],

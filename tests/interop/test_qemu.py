@@ -125,6 +125,7 @@ def test_qemu_io_zeroes_and_discards(clone: CloneUnderTest) -> None:
     assert dest[6 * MIB : 6300 * 1024] == b"\x44" * (6300 * 1024 - 6 * MIB)
 
 
+@pytest.mark.long
 def test_written_data_is_there_after_a_restart(clone: CloneUnderTest) -> None:
     with clone.serve("--no-hydration"):
         qemu_io(clone.uri, "write -P 0x55 3M 100k", "flush")

@@ -110,6 +110,7 @@ class Load(threading.Thread):
         self.nr_requests += 1
 
 
+@pytest.mark.long
 def test_swaps_under_load_lose_and_fail_nothing(tmp_path: Path) -> None:
     content = random.Random(2).randbytes(SIZE)
     (tmp_path / "source").write_bytes(content)

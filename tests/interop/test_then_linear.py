@@ -67,6 +67,7 @@ def test_load_goes_on_through_the_swap(clone: CloneUnderTest, content: bytes) ->
     assert clone.dest.read_bytes() == image
 
 
+@pytest.mark.long
 @needs("fio")
 def test_fio_verifies_through_the_swap(clone: CloneUnderTest) -> None:
     with clone.serve(*OPTIONS):

@@ -23,6 +23,7 @@ def outcomes(fuzz: Callable[[int], str]) -> Counter[str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("fuzz", [fuzz_image, fuzz_cache_image])
 def test_any_image_opens_right_or_is_refused(fuzz: Callable[[int], str]) -> None:
@@ -33,6 +34,7 @@ def test_any_image_opens_right_or_is_refused(fuzz: Callable[[int], str]) -> None
     assert found["opened"] + found["repaired"] > CASES // 10, found
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_any_chain_of_records_is_read_right_or_refused() -> None:
     found = outcomes(fuzz_chain)

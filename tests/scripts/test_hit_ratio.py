@@ -39,6 +39,7 @@ def test_smq_is_at_least_as_good_as_lru_once_warm(writes: str) -> None:
     assert run.hits <= belady_hits(trace, 1024, options.warm_up)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("iops", [100, 10_000])
 def test_smq_is_at_least_as_good_as_lru_for_what_fio_reads(iops: int) -> None:

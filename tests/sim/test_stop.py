@@ -14,6 +14,7 @@ SEEDS_MAX = 150
 FIRST = 140  # a clone must be reading from its source just then, which is rare
 
 
+@pytest.mark.long
 def test_stop_over_what_hangs_ends_within_its_bound() -> None:
     counts: Counter[str] = Counter()
     for seed in range(1000, 1000 + SEEDS):
@@ -23,6 +24,7 @@ def test_stop_over_what_hangs_ends_within_its_bound() -> None:
     assert counts["stops over what hangs"] > counts["stops without a source"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("owner", "name", "mutant", "rig", "first"),
     [

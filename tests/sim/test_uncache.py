@@ -13,6 +13,7 @@ SEEDS_MAX = 60
 ENDS = (0, INTERRUPTED, KILLED)
 
 
+@pytest.mark.long
 def test_uncache_is_finished_interrupted_killed_and_cut() -> None:
     counts: Counter[str] = Counter()
     for seed in range(SEEDS_MAX):

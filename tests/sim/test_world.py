@@ -211,6 +211,7 @@ async def _nothing(*_: object) -> None:
     """Does nothing."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("owner", "name", "mutant", "rig", "first"),
     [

@@ -51,6 +51,7 @@ def outcome(image: bytes) -> str:
     return "salvaged" if found.damage else "intact"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_any_image_is_salvaged_into_metadata_that_are_in_order(
     monkeypatch: pytest.MonkeyPatch,

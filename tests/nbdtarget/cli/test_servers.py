@@ -77,6 +77,7 @@ def says(*argv: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_each_job_is_asked_messaged_and_uncached_by_its_name(start: Start) -> None:
     start("clone", "one", "copy", "--no-hydration")
     start("cache", "two", "fast", "--cache-size", "512K")
@@ -149,6 +150,7 @@ def test_command_about_no_device_needs_one_server(start: Start) -> None:
     )
 
 
+@pytest.mark.long
 def test_sockets_of_killed_servers_are_removed_by_the_next_server(
     start: Start, work: Path
 ) -> None:
@@ -164,6 +166,7 @@ def test_sockets_of_killed_servers_are_removed_by_the_next_server(
     assert names == ["other.sock", "other.sock.lock"]
 
 
+@pytest.mark.long
 def test_a_server_that_hangs_does_not_delay_the_list_of_the_others(
     start: Start, work: Path
 ) -> None:

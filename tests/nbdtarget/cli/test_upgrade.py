@@ -7,6 +7,8 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from nbdtarget.control.figures import Events, EventsAnswer
@@ -19,6 +21,7 @@ from tests.support.processes import NBDTARGET, ServerProcess, stop_stranger
 MIB = 1 << 20
 
 
+@pytest.mark.long
 def test_clients_stay_and_the_sockets_are_the_same(tmp_path: Path) -> None:
     content = os.urandom(4 * MIB)
     (tmp_path / "source.img").write_bytes(content)

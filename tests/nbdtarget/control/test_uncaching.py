@@ -105,6 +105,7 @@ async def test_it_can_be_stopped_and_gone_on_with(server: Server) -> None:
     assert (server.directory / "origin").read_bytes() == server.content
 
 
+@pytest.mark.long
 async def test_it_goes_on_when_the_one_who_has_asked_goes_away(server: Server) -> None:
     await server.create(nr_dirty=3)
     asking = await server.under_way()

@@ -145,6 +145,7 @@ def test_passed_socket_is_served(tmp_path: Path) -> None:
     listener.close()
 
 
+@pytest.mark.long
 def test_config_is_served_and_followed_on_sighup(tmp_path: Path) -> None:
     config = tmp_path / "disks.toml"
     config.write_text(
@@ -183,6 +184,7 @@ def test_a_config_with_mistakes_is_refused_with_their_lines(tmp_path: Path) -> N
     assert not (tmp_path / "nbdtarget").exists()
 
 
+@pytest.mark.long
 def test_device_that_cannot_be_opened_is_listed_with_the_reason(
     tmp_path: Path,
 ) -> None:
@@ -231,6 +233,7 @@ def test_a_stop_does_not_wait_for_a_server_that_does_not_start(tmp_path: Path) -
     assert list(serve.directory.iterdir()) == []
 
 
+@pytest.mark.long
 def test_what_is_kept_survives_a_hand_over_and_a_crash(tmp_path: Path) -> None:
     state = str(tmp_path / "state")
     old = ServeProcess(tmp_path, "--state", state)

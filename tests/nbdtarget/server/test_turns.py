@@ -84,6 +84,7 @@ async def test_a_burst_of_large_reads_is_bounded_in_bytes(
     assert len(set(disk.turns)) > 30
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [1, 512, 65536])
 async def test_a_burst_of_small_reads_is_bounded_in_time(
     served: Served, disk: Counting, length: int

@@ -81,6 +81,7 @@ def run(tmp_path: Path, suite: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_fixtures_under_xdist(tmp_path: Path) -> None:
     printed = run(tmp_path, SUITE, "-rs", "-n", "2")
     assert "8 passed, 1 skipped" in printed

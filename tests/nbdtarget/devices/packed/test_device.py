@@ -214,6 +214,7 @@ async def test_packed_image_on_a_web_server(tmp_path: Path) -> None:
         assert b"secret" not in (tmp_path / "vm.img.nbdtarget").read_bytes()
 
 
+@pytest.mark.long
 async def test_restart_begins_the_stream_again_and_skips(tmp_path: Path) -> None:
     name = packed(tmp_path)
     (tmp_path / "dest").write_bytes(bytes(6 * MIB))
