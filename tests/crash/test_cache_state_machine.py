@@ -20,6 +20,7 @@ def small_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("rig", [CacheRig, SwitchingCacheRig])
 def test_cache_keeps_its_word(rig: type[CacheRig]) -> None:

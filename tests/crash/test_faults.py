@@ -61,6 +61,7 @@ def run_walk(seed: int) -> Counter[str]:
     return counts
 
 
+@pytest.mark.long
 def test_clone_keeps_its_word_when_a_device_fails() -> None:
     counts: Counter[str] = Counter()
     for seed in range(SEED, SEED + WALKS):

@@ -152,6 +152,7 @@ def test_zero_example(host: Host) -> None:
         assert client.read(5 * 1024**4, 9) == bytes(9)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_delay_examples(host: Host) -> None:
     one, two = host.disk("d1", 16384), host.disk("d2", 16384)

@@ -131,6 +131,7 @@ def test_suspended_device_answers_after_resume(
         reader.wait()
 
 
+@pytest.mark.long
 def test_clone_hydrates_on_message_and_says_so(
     served: Served, clone_table: str, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_cache_of_another_origin_is_refused_and_the_right_one_goes_on(
     work: Path,
 ) -> None:

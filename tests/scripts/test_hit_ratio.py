@@ -26,6 +26,7 @@ from scripts.hit_ratio import (
 )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("writes", ["0", "0.3"])
 def test_smq_is_at_least_as_good_as_lru_once_warm(writes: str) -> None:

@@ -58,6 +58,7 @@ CACHE_EVENTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("rig", RIGS)
 def test_nothing_acknowledged_is_lost(rig: str) -> None:
@@ -83,6 +84,7 @@ def test_nothing_acknowledged_is_lost(rig: str) -> None:
     assert not missing, counts
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_seed_is_the_same_history_in_any_process() -> None:
     seeds = range(100, 106)

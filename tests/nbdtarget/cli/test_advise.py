@@ -53,6 +53,7 @@ def test_json_and_a_picture(cli: CommandLine, trace: str, tmp_path: Path) -> Non
     assert picture.read_text().startswith("<?xml")
 
 
+@pytest.mark.long
 def test_other_policies_and_block_sizes(cli: CommandLine, trace: str) -> None:
     said = cli(
         "advise", trace, "--policy", "mq", "--block-size", "32K", "--warm-up", "0"

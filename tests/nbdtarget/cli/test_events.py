@@ -5,6 +5,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
 from tests.support.clients import refused
@@ -12,6 +14,7 @@ from tests.support.patience import PATIENCE_S
 from tests.support.processes import NBDTARGET, ServerProcess
 
 
+@pytest.mark.long
 def test_events_are_printed_and_followed(tmp_path: Path) -> None:
     path, control = tmp_path / "nbd.sock", tmp_path / "control.sock"
     argv = [NBDTARGET, "serve", "--listen", f"unix:{path}", "--control", str(control)]

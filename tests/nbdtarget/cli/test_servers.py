@@ -139,6 +139,7 @@ def test_a_renamed_device_of_a_job_is_found_by_its_new_name(start: Start) -> Non
     assert says("status", "renamed").split()[2] == "clone"
 
 
+@pytest.mark.long
 def test_command_about_no_device_needs_one_server(start: Start) -> None:
     start("clone", "one", "copy")
     says("create", "a", "--table", "0 8 zero")  # there is only one
@@ -230,6 +231,7 @@ def test_sockets_have_the_modes_that_options_say(start: Start, work: Path) -> No
     assert directory.stat().st_mode & 0o777 == 0o711
 
 
+@pytest.mark.long
 def test_a_file_whose_name_looks_like_a_scheme_can_be_opened(
     start: Start, work: Path
 ) -> None:

@@ -49,6 +49,7 @@ REGIONS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("devices")
 def test_regions_are_made_as_recorded(cli: CommandLine) -> None:
     for words, nr_areas, listed in REGIONS:
