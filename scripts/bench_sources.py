@@ -46,6 +46,7 @@ MIB: Final = 1 << 20
 NR_READS: Final = 100
 PART_MIB: Final = 64  # of the image, for what is slow
 BOOT_READ: Final = 128 << 10
+START_S_MAX: Final = 20.0
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def store(
     argv = [sys.executable, "-m", "scripts.store_server", str(image), str(port_file)]
     argv += [f"--latency-ms={options.latency_ms}", f"--mib-s={options.mib_s}"]
     with ServerProcess(argv, sockets=[], log=work / f"{name}.log"):
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + START_S_MAX
         while not port_file.exists():
             if time.monotonic() > deadline_s:
                 raise TimeoutError((work / f"{name}.log").read_text())
@@ -96,7 +97,10 @@ def clone_server(url: str, work: Path, size: int, *more: str) -> Iterator[Path]:
 def first_read_s(url: str, work: Path, size: int) -> float:
     with clone_server(url, work, size) as path:
         log = work / "first.log"
+        deadline_s = time.monotonic() + START_S_MAX
         while "attach to" not in log.read_text():
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(log.read_text())
             time.sleep(0.0005)
         begun_s = time.monotonic()
         client = PlainClient(path, "first")
