@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ACTIVITY`: whether clients are being served, for work that has to give way to them.
 
-Theory of operation. Whoever receives from a client counts, and nothing else is done for each batch. Who wants to know looks at the number
+Theory of operation. The code that receives from clients counts the batches, and does nothing else for each. Background work looks at the number
 now and then: if it has grown, clients are active. The compiled path counts for itself (`nbdtarget_fast.batches_received`).
 
 One number for the process: what processors have to be shared for is not a matter of one device.

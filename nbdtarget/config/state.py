@@ -64,7 +64,7 @@ class StateDirectory:
         self._registry = registry
         self._types = types
         self._kept: dict[MappedDevice, DeviceConfig] = {}
-        # What the file has and `restore` has not made yet. It stays in the file, whatever is written meanwhile.
+        # Devices in the file that `restore` has not made yet. Each write of the file keeps them in it.
         self._waiting: tuple[DeviceConfig, ...] = ()
         # The text of the file; None: it may have this one or that.
         self._written: str | None = ""

@@ -347,7 +347,7 @@ class UncacheJob:
             raise
 
     async def _load(self, line: CacheLine, table: str) -> None:
-        # The disks that are served, whatever their names mean by now.
+        # Keep the disks open that are served now: their names may mean other disks by now.
         request = m.Load(self._name, table, line.read_only, keep_open=True)
         await self._ask("load", request, m.Done)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `uncache`: the job of `uncache.py`, carried out by the server itself.
 
-It ends when the cache is removed, when it is stopped (the same verb with `stop`), or with an error; whoever has asked for it may go away
-meanwhile. One device is uncached once at a time. How far it is, the figures of the device say (`uncaching`, and its dirty blocks), and
+It ends when the cache is removed, when it is stopped (the same verb with `stop`), or with an error. The client that has asked for it may
+disconnect meanwhile. One device is uncached once at a time. How far it is, the figures of the device say (`uncaching`, and its dirty blocks), and
 so do the lines of the log.
 """
 

@@ -24,7 +24,7 @@ One signal is enough, also if a disk or a server hangs (`nbdtarget.daemon.stop_b
 What hangs then is not waited for: a thread in a system call on a dead mount cannot be ended, so the
 process is left by `os._exit` (`nbdtarget.daemon.process`). The exit status is 0 if everything was committed all the same.
 
-Without a configuration file, a SIGHUP that somebody sends has certificates read again (`_hung_up`). With one SIGHUP means: read it again (`nbdtarget.config.devices`). A SIGHUP that comes
+Without a configuration file, a SIGHUP that was sent on purpose makes the server read its certificates again (`_hung_up`). With a configuration file, SIGHUP makes the server read that file again (`nbdtarget.config.devices`). A SIGHUP that comes
 while the server starts, or while it follows the file, is carried out afterwards, and several of them
 only once.
 
@@ -460,7 +460,7 @@ class Daemon:
         self._before_close.append(call)
 
     def _hung_up(self) -> None:
-        """SIGHUP without a configuration file: of a terminal that is closed, or of somebody who has renewed a certificate."""
+        """Without a configuration file, SIGHUP comes when the terminal is closed, or was sent after a certificate was renewed."""
         is_closed = self._has_terminal and not has_terminal()
         if self.security.certificates() and not is_closed:
             self.security.reload()

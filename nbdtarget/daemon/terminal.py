@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`has_terminal`: whether this process has a terminal, so that the end of that can be told from a SIGHUP that somebody sends."""
+"""`has_terminal`: whether this process has a terminal, so that the SIGHUP of a closed terminal can be told from one that was sent on purpose."""
 
 import os
 
