@@ -81,10 +81,10 @@ else:
 
     def give_way(nice_step: int) -> None:
         """Threads of Python have their own way: see `nbdtarget.devices.background_threads`."""
-        raise NotImplementedError
+        raise NotImplementedError  # callers look at IS_COMPILED first
 
     def write_pieces(*_: object) -> tuple[int, int]:
-        raise NotImplementedError
+        raise NotImplementedError  # callers look at IS_COMPILED first
 
 
 def describe() -> str:

@@ -96,7 +96,7 @@ async def disk_size(
         is_kept = (
             kept is not None and size > 0 and not is_odd and kept.keep(name, device)
         )
-    except BaseException:
+    except BaseException:  # a cancelled look leaves no disk open
         await device.close()
         raise
     if not is_kept:

@@ -90,7 +90,7 @@ class HelperDevice(NbdDevice):
                 reason = f"the image was replaced or written to: {difference}"
                 self._give_up(reason)
                 raise ResolveError(self.name, reason)
-        except BaseException:
+        except BaseException:  # a cancelled opening leaves no connection behind
             for connection in connections:
                 connection.close()
             raise
@@ -189,7 +189,7 @@ class _Source:
                 reason = f"the image is being changed: {difference}"
                 raise ResolveError(self.words.shown, reason)
             return HelperDevice(self, connections)
-        except BaseException:
+        except BaseException:  # a cancelled opening leaves no connection behind
             for connection in connections:
                 connection.close()
             raise

@@ -43,11 +43,11 @@ class RangedScheme(Scheme):
 
     def parse(self, name: str) -> RangedUrl:
         """Take `name` apart. Raises: ResolveError."""
-        raise NotImplementedError
+        raise NotImplementedError  # each scheme has its own
 
     def store(self, name: str) -> "Store":
         """Return what reads the image; nothing is asked yet. Its modules are imported here. Raises: ResolveError."""
-        raise NotImplementedError
+        raise NotImplementedError  # each scheme has its own
 
     async def open(self, name: str, *, read_only: bool) -> "Device":
         from nbdtarget.devices.ranged.device import open_ranged, refuse_writing
