@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a disk that is taken for raw begin like a file in another format: an image, a compressed file, an archive?
+"""Does a disk that is taken for raw begin or end like a file in another format: an image, a compressed file, an archive?
 
 Theory of operation. `nbdtarget clone image.qcow2 disk.img` would copy the container byte by byte, and no machine would
 boot from the copy. So clone and cache look at the first bytes of their disks before anything is made, and refuse what
 begins like a container. The user then says what it is: `raw:DISK` takes it as it is.
+
+Two formats have their mark at the end: a VHD of a fixed size (that is how Azure keeps disks) is a raw disk with 512 bytes
+more, and a DMG begins with data. A disk that was made as one is a multiple of a MiB long almost always, and such a file with 512 bytes more is
+not. So only the end of disks of other sizes is looked at: of a remote disk this is a request more.
 
 What is found here never decides how a disk is opened. A guest can write the header of an image to its own raw disk,
 and would be given the files of this machine that such a header may name. So there is a refusal, and no other consequence.
@@ -17,28 +21,35 @@ import re
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-__all__ = ["HEAD_BYTES", "ImageFormat", "maybe_image_format"]
+__all__ = ["HEAD_BYTES", "ImageFormat", "maybe_image_format", "tail_start"]
 
 HEAD_BYTES: Final = 64 << 10  # what is looked at; shorter disks are looked at whole
+USUAL_MULTIPLE: Final = 1 << 20  # what the size of a raw disk is a multiple of
+TRAILER_BYTES: Final = 512  # of a VHD and of a DMG
+# The tail begins at a multiple of this, for disks that can only be read so; it holds the trailer, and what rounding added.
+TAIL_ALIGNMENT: Final = 4096
+VHD_FIXED: Final = 2
 
 TAR_BLOCK: Final = 512
 TAR_MEMBERS_MAX: Final = 64  # in 64 KiB there is room for twice as many
 
 
 class ImageFormat(NamedTuple):
-    """What a disk begins like.
+    """What a disk begins or ends like.
 
     Attributes:
         name: of the format, as qemu calls it, or as the program that unpacks it does.
         what: with an article, for a sentence.
         word: how the disk in it is called; `{what}` stands for the file. Empty: it has no name here.
         command: that unpacks it; `{path}` stands for its path.
+        verb: where its mark was found: the disk "begins" or "ends" like it.
     """
 
     name: str
     what: str
     word: str = ""
     command: str = ""
+    verb: str = "begins"
 
     def refusal(self, name: str, path: str | None) -> str:
         """Say why the disk called `name` is refused, and what helps.
@@ -46,7 +57,7 @@ class ImageFormat(NamedTuple):
         Args: path: of the file that it is, if it is one.
         """
         return (
-            f"begins like {self.what}, and would be used as the raw disk that it is not:"
+            f"{self.verb} like {self.what}, and would be used as the raw disk that it is not:"
             f" {self.advice_for(name, path)}; raw:{name} if it is a raw disk all the same"
         )
 
@@ -114,10 +125,19 @@ _DISK_SUFFIXES: Final = (
 )
 
 
-def maybe_image_format(head: bytes) -> ImageFormat | None:
-    """Say what the disk begins like; None if it may well be a raw disk.
+def tail_start(size: int) -> int | None:
+    """Where the tail begins, which `maybe_image_format` needs for a disk of `size` bytes; None: it needs none."""
+    if not size % USUAL_MULTIPLE:
+        return None
+    return max(size - 2 * TRAILER_BYTES, 0) // TAIL_ALIGNMENT * TAIL_ALIGNMENT
 
-    Args: head: its first `HEAD_BYTES`, or all of it if it is shorter.
+
+def maybe_image_format(head: bytes, tail: bytes = b"") -> ImageFormat | None:
+    """Say what the disk begins or ends like; None if it may well be a raw disk.
+
+    Args:
+        head: its first `HEAD_BYTES`, or all of it if it is shorter.
+        tail: its bytes from `tail_start` on, if there is one.
     """
     for offset, magic, image in _MAGICS:
         if head.startswith(magic, offset):
@@ -126,7 +146,44 @@ def maybe_image_format(head: bytes) -> ImageFormat | None:
         return _packed("bzip2", "bzip2 -dk {path}")
     if head.startswith(_USTAR[1], _USTAR[0]):
         return _tar(head)
+    return _of_trailer(tail)
+
+
+def _of_trailer(tail: bytes) -> ImageFormat | None:
+    """What the last 512 bytes say; fewer than 512 zeroes may come behind them, which a rounded size added."""
+    for magic, is_trailer, image in _TRAILERS:
+        at = tail.rfind(magic)
+        if at < 0 or any(tail[at + TRAILER_BYTES :]):
+            continue
+        # The oldest footers have 511 bytes; the last one is zero.
+        trailer = tail[at : at + TRAILER_BYTES].ljust(TRAILER_BYTES, b"\0")
+        if len(tail) - at < 2 * TRAILER_BYTES and is_trailer(trailer):
+            return image._replace(verb="ends")
     return None
+
+
+def _is_vhd_footer(trailer: bytes) -> bool:
+    """Whether it is the footer of a fixed disk, by its type and its checksum: what is raw hardly has it by chance."""
+    type_ = int.from_bytes(trailer[60:64], "big")
+    checksum = int.from_bytes(trailer[64:68], "big")
+    others = sum(trailer) - sum(trailer[64:68])
+    return type_ == VHD_FIXED and checksum == ~others & 0xFFFF_FFFF
+
+
+def _is_dmg_trailer(trailer: bytes) -> bool:
+    """Whether it says the length that it has: 512 bytes."""
+    return int.from_bytes(trailer[8:12], "big") == TRAILER_BYTES
+
+
+# The first bytes, what else must be so, and what it means. Sources: Microsoft's "Virtual Hard Disk Image Format Specification", and qemu.
+_TRAILERS: Final = (
+    (
+        b"conectix",
+        _is_vhd_footer,
+        ImageFormat("vpc", "a vpc image (a VHD of a fixed size)", "qemu:vpc:{what}"),
+    ),
+    (b"koly", _is_dmg_trailer, _image("dmg")),
+)
 
 
 def _tar(head: bytes) -> ImageFormat:

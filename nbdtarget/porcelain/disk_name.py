@@ -24,6 +24,7 @@ _SUFFIXES: Final = {
     ".vmdk": "vmdk",
     ".vhdx": "vhdx",
     ".vdi": "vdi",
+    ".vhd": "vpc",
 }
 _REMOTE_NAME: Final = re.compile(rf"(?:{'|'.join(REMOTE)})://[^?#]+", re.IGNORECASE)
 

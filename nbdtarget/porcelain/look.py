@@ -10,7 +10,8 @@ from nbdtarget.common.errors import ResolveError
 from nbdtarget.common.units import SECTOR
 from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
-from nbdtarget.devices.image_format import HEAD_BYTES, ImageFormat, maybe_image_format
+from nbdtarget.devices.image_format import ImageFormat
+from nbdtarget.devices.image_look import maybe_image_on
 from nbdtarget.devices.rounded import RoundedDevice
 from nbdtarget.porcelain.kept import KeptSource
 
@@ -117,7 +118,7 @@ async def disk_size(
 
 
 async def warn_of_image(name: str, *, read_only: bool) -> None:
-    """Log a warning if a disk that counts as raw begins like an image in a format.
+    """Log a warning if a disk that counts as raw begins or ends like an image in a format.
 
     Raises: ResolveError: it cannot be opened. DeviceError: it cannot be read.
     """
@@ -129,9 +130,10 @@ async def warn_of_image(name: str, *, read_only: bool) -> None:
     if image is not None:
         advice = image.advice_for(name, resolve.path_of(name))
         log.warning(
-            "%s: begins like %s, and is served as a raw disk all the same: %s; raw:%s says that"
+            "%s: %s like %s, and is served as a raw disk all the same: %s; raw:%s says that"
             " this is meant",
             name,
+            image.verb,
             image.what,
             advice,
             name,
@@ -139,11 +141,10 @@ async def warn_of_image(name: str, *, read_only: bool) -> None:
 
 
 async def _maybe_image(device: Device, name: str) -> ImageFormat | None:
-    """What the device begins like, if its name does not say its format. Raises: DeviceError."""
+    """What the device begins or ends like, if its name does not say its format. Raises: DeviceError."""
     if resolve.says_format(name) or not device.may_be_container:
         return None
-    head = await device.read(0, min(HEAD_BYTES, device.size))
-    return maybe_image_format(head.tobytes())
+    return await maybe_image_on(device)
 
 
 async def is_fresh(metadata: str) -> bool:

@@ -16,7 +16,7 @@ over from what is on disk.
 
 New metadata is made only for a disk that is empty. If the disk holds data, then its metadata is somewhere else.
 
-A disk whose name does not say in which format it is counts as raw. If it begins like an image in a format, a compressed
+A disk whose name does not say in which format it is counts as raw. If it begins or ends like an image in a format, a compressed
 file or an archive, it is refused (`nbdtarget.devices.image_format`): before metadata is made for it, or when it takes the
 place of another disk. A disk that metadata knows has been looked at before. What it begins with now was written by its
 clients, and that is their affair. For the same reason a mapped device is not looked at.
@@ -38,7 +38,8 @@ from nbdtarget.common.errors import (
 from nbdtarget.common.permissions import OVERWRITE, Permission
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.content import maybe_content
-from nbdtarget.devices.image_format import HEAD_BYTES, maybe_image_format
+from nbdtarget.devices.image_format import ImageFormat
+from nbdtarget.devices.image_look import maybe_image_on
 from nbdtarget.devices.resolve import path_of, says_format
 from nbdtarget.targets import metadata_io
 from nbdtarget.targets.base import TargetContext
@@ -118,7 +119,7 @@ class Opening:
         return device
 
     async def refuse_images(self, known: Container[str] = ()) -> None:
-        """Refuse disks that begin like an image, while their names do not say that they are raw.
+        """Refuse disks that begin or end like an image, while their names do not say that they are raw.
 
         Args: known: roles whose disks need not be looked at, because metadata knows them.
         Raises: ConstructorError.
@@ -126,17 +127,17 @@ class Opening:
         for role, (name, device) in self._named.items():
             if role in known or says_format(name) or not device.may_be_container:
                 continue
-            image = maybe_image_format(await self._head(device))
+            image = await self._maybe_image(device)
             if image is None:
                 continue
             refusal = image.refusal(device.name, path_of(device.name))
             raise self.error(f"{role} device {device.name} {refusal}")
 
-    async def _head(self, device: Device) -> bytes:
-        """The first bytes; none if they cannot be read now: then nothing can be copied by mistake either."""
+    async def _maybe_image(self, device: Device) -> ImageFormat | None:
+        """What it is like; None also if it cannot be read now: then nothing can be copied by mistake either."""
         try:
             async with timeout(LOOK_S_MAX):
-                head = await device.read(0, min(HEAD_BYTES, device.size))
+                return await maybe_image_on(device)
         except (DeviceError, TimeoutError) as error:
             log.warning(
                 "%s: %s: its format cannot be looked at: %s",
@@ -144,8 +145,7 @@ class Opening:
                 device.name,
                 error or "no answer",
             )
-            return b""
-        return head.tobytes()
+            return None
 
     async def maybe_metadata_device(self, name: str) -> Device | None:
         """Open the metadata device; None if a file can be made. Raises: ConstructorError."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
-from nbdtarget.devices.image_format import HEAD_BYTES, maybe_image_format
+from nbdtarget.devices.image_format import HEAD_BYTES, maybe_image_format, tail_start
 from tests.support.clients import needs
 
 QEMU_FORMATS = [
@@ -45,6 +45,60 @@ def test_images_that_qemu_makes(
     assert found.name == name
     told = f"write qemu:{name}:/a b for the disk in it"
     assert found.advice_for("/a b", "/a b") == told
+
+
+@needs("qemu-img")
+@pytest.mark.parametrize("options", ["", ",force_size=on"], ids=["rounded", "exact"])
+def test_vhd_of_a_fixed_size_that_qemu_makes(tmp_path: Path, options: str) -> None:
+    path = tmp_path / "image"
+    argv = ["qemu-img", "create", "-q", "-f", "vpc", "-o", f"subformat=fixed{options}"]
+    subprocess.run([*argv, str(path), "16M"], check=True, capture_output=True)
+    data = path.read_bytes()
+    start = tail_start(len(data))
+    assert start is not None
+    found = maybe_image_format(data[:HEAD_BYTES], data[start:])
+    assert found is not None
+    assert found.name == "vpc"
+    told = found.refusal("/a", "/a")
+    assert told.startswith("ends like a vpc image (a VHD of a fixed size), and would")
+    assert "write qemu:vpc:/a for the disk in it; raw:/a if" in told
+    # It is the disk with a footer: what the footer says decides, and where it stands.
+    footer = data[-512:]
+    assert maybe_image_format(b"", footer[:511])  # as old programs wrote it
+    assert maybe_image_format(b"", bytes(513) + footer[:511])
+    assert maybe_image_format(b"", footer + bytes(511))  # its size was rounded up
+    assert maybe_image_format(b"", footer + bytes(512)) is None
+    assert maybe_image_format(b"", footer + b"x") is None
+    assert maybe_image_format(b"", b"x" + footer[1:]) is None
+    assert maybe_image_format(b"", footer[:-1] + b"x") is None  # the checksum
+    dynamic = footer[:63] + b"\3" + footer[64:]
+    assert maybe_image_format(b"", dynamic) is None
+
+
+def test_dmg_is_known_by_its_trailer() -> None:
+    trailer = b"koly\0\0\0\4\0\0\2\0".ljust(512, b"\1")
+    found = maybe_image_format(bytes(512), bytes(700) + trailer)
+    assert found is not None
+    assert (found.name, found.verb) == ("dmg", "ends")
+    assert maybe_image_format(b"", b"koly\0\0\0\4".ljust(512, b"\0")) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "start"),
+    [
+        (0, None),
+        (1 << 30, None),
+        (100, 0),
+        (512, 0),
+        ((1 << 30) + 512, (1 << 30) - 4096),
+        ((1 << 30) + 1024, 1 << 30),
+        ((1 << 30) + 4096, 1 << 30),
+    ],
+)
+def test_end_of_disks_of_unusual_sizes_is_looked_at(
+    size: int, start: int | None
+) -> None:
+    assert tail_start(size) == start
 
 
 def in_zip() -> bytes:

@@ -17,6 +17,7 @@ from nbdtarget.porcelain.disk_name import disk_name
             "https://h/50%25.qcow2?s=1&t=2",
             "qemu:qcow2:https://h/50%2525.qcow2?s=1%26t=2",
         ),
+        ("az://c/k.vhd", "qemu:vpc:az://c/k.vhd"),
         ("gs://b/k.vhdx#pin=size", "qemu:vhdx:gs://b/k.vhdx%23pin=size"),
         ("https://h/x.vdi#ca=c.pem", "qemu:vdi:https://h/x.vdi%23ca=/d/c.pem"),
     ],
