@@ -90,7 +90,7 @@ class Registry:
         """The names of the devices that the live table stands on, each once."""
         if device.active is None:
             return []
-        return list(dict.fromkeys(below.name for below in device.active.devices()))
+        return list(dict.fromkeys([below.name for below in device.active.devices()]))
 
     # ---- the directory of exports ----
 

@@ -11,6 +11,7 @@ There are no `_created` lines.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -19,65 +20,50 @@ from prometheus_client.core import Metric
 from nbdtarget.common.clock import sleep
 from nbdtarget.control.figures import FiguresAnswer
 from nbdtarget.monitor.families import DEVICE, SERVER, TARGET
-from nbdtarget.monitor.family import Family, Row
+from nbdtarget.monitor.family import Family, rows_of
+from nbdtarget.monitor.groups import Groups, label_text
 
-__all__ = ["FigureCollector", "exposition", "rows_of"]
+__all__ = ["FigureCollector", "exposition"]
 
-_ESCAPES: Final = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
-
-
-def rows_of(family: Family, figures: FiguresAnswer) -> Iterator[Row]:
-    """Return the lines of a family: a suffix of its name, the values of its labels, its value."""
-    if family.rows is not None:
-        yield from family.rows(figures)
-    elif family.of_device is not None:
-        for device in figures.devices:
-            yield from family.of_device(device)
-    elif family.of_target is not None:
-        types = family.target.split()
-        for device in figures.devices:
-            for target in device.targets:
-                if target.type in types:
-                    value = family.of_target(target)
-                    if value is not None:
-                        yield "", (device.name, str(target.start)), value
+LINES_AT_ONCE: Final = 1024
 
 
 async def exposition(figures: FiguresAnswer, *, has_devices: bool = True) -> bytes:
     """Write everything. Args: has_devices: also the lines of single devices."""
     families = (*SERVER, *DEVICE, *TARGET) if has_devices else SERVER
+    groups = Groups(figures)
     pieces = []
-    # What the labels look like, by their names and values: most families have those of all devices.
-    texts: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
     for family in families:
-        pieces.append(_text(family, figures, texts.setdefault(family.labels, {})))
-        await sleep(0)
+        for piece in _texts(family, groups):
+            pieces.append(piece)
+            await sleep(0)
     return "".join(pieces).encode() + generate_latest(_process)
 
 
-def _text(
-    family: Family, figures: FiguresAnswer, texts: dict[tuple[str, ...], str]
-) -> str:
+def _texts(family: Family, groups: Groups) -> Iterator[str]:
+    """Return the head of a family, and its lines: in several parts, if there are many."""
     name = family.name
-    lines = [f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"]
-    for suffix, values, value in rows_of(family, figures):
-        if not values:
-            labels = ""
-        elif suffix == "_bucket":  # its label comes after all others
-            labels = _labels((*family.labels, "le"), values)
-        elif (known := texts.get(values)) is None:
-            labels = texts[values] = _labels(family.labels, values)
-        else:
-            labels = known
-        number = repr(value) if isinstance(value, float) else f"{value:d}"
-        lines.append(f"{name}{suffix}{labels} {number}\n")
-    return "".join(lines)
+    head = f"# HELP {name} {family.help}\n# TYPE {name} {family.kind}\n"
+    if family.column is None:
+        lines = (_line(family, *row) for row in rows_of(family, groups))
+    else:
+        _, labels, values = family.column(groups)
+        # `+ 0` makes a number of a truth.
+        lines = (
+            f"{name}{text} {value + 0}\n"
+            for text, value in zip(labels, values, strict=True)
+            if value is not None
+        )
+    yield head + "".join(islice(lines, LINES_AT_ONCE))
+    while text := "".join(islice(lines, LINES_AT_ONCE)):
+        yield text
 
 
-def _labels(keys: tuple[str, ...], values: tuple[str, ...]) -> str:
-    pairs = zip(keys, values, strict=True)
-    text = ",".join(f'{key}="{value.translate(_ESCAPES)}"' for key, value in pairs)
-    return f"{{{text}}}"
+def _line(family: Family, suffix: str, values: tuple[str, ...], value: float) -> str:
+    # The label of a bucket comes after all others.
+    names = (*family.labels, "le") if suffix == "_bucket" else family.labels
+    labels = label_text(names, values) if values else ""
+    return f"{family.name}{suffix}{labels} {value + 0}\n"
 
 
 class FigureCollector:
@@ -90,12 +76,12 @@ class FigureCollector:
         self._figures = figures
 
     def collect(self) -> Iterator[Metric]:
-        figures = self._figures()
+        groups = Groups(self._figures())
         for family in (*SERVER, *DEVICE, *TARGET):
             # The library adds the suffix of a counter again.
             name = family.name.removesuffix("_total")
             metric = Metric(name, family.help, family.kind)
-            for suffix, values, value in rows_of(family, figures):
+            for suffix, values, value in rows_of(family, groups):
                 keys = (*family.labels, "le") if suffix == "_bucket" else family.labels
                 labels = dict(zip(keys, values, strict=True))
                 metric.add_sample(family.name + suffix, labels, value)

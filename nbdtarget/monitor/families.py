@@ -8,12 +8,11 @@ grows ends in `_total`. There are no ratios: a reader makes them, over any time.
 docs/reference/metrics.md has the same list; a test holds the two together.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
 from nbdtarget.common.units import SECTOR
-from nbdtarget.control.fields import Remote
+from nbdtarget.control.fields import BelowLine, Remote
 from nbdtarget.control.figures import (
     DeviceFigures,
     FiguresAnswer,
@@ -21,6 +20,7 @@ from nbdtarget.control.figures import (
     OperationFigures,
 )
 from nbdtarget.monitor.family import COUNTER, GAUGE, HISTOGRAM, Family, Rows
+from nbdtarget.monitor.groups import UP, Column, Groups
 from nbdtarget.monitor.target_families import TARGET
 
 __all__ = ["DEVICE", "FAMILIES", "SERVER", "TARGET"]
@@ -28,41 +28,41 @@ __all__ = ["DEVICE", "FAMILIES", "SERVER", "TARGET"]
 # ---- of the server ----
 
 
-def _one(value: Callable[[FiguresAnswer], float]) -> Callable[[FiguresAnswer], Rows]:
-    def rows(figures: FiguresAnswer) -> Rows:
-        yield "", (), value(figures)
+def _one(value: Callable[[FiguresAnswer], float]) -> Callable[[Groups], Rows]:
+    def rows(groups: Groups) -> Rows:
+        yield "", (), value(groups.figures)
 
     return rows
 
 
 def _by_operation(
     value: Callable[[OperationFigures], float],
-) -> Callable[[FiguresAnswer], Rows]:
-    def rows(figures: FiguresAnswer) -> Rows:
-        for name, operation in figures.operations.items():
+) -> Callable[[Groups], Rows]:
+    def rows(groups: Groups) -> Rows:
+        for name, operation in groups.figures.operations.items():
             yield "", (name,), value(operation)
 
     return rows
 
 
-def _build(figures: FiguresAnswer) -> Rows:
-    yield "", (figures.version, "yes" if figures.fast_path else "no"), 1
+def _build(groups: Groups) -> Rows:
+    yield "", (groups.figures.version, "yes" if groups.figures.fast_path else "no"), 1
 
 
-def _limits(figures: FiguresAnswer) -> Rows:
-    for bound in figures.bounds:
+def _limits(groups: Groups) -> Rows:
+    for bound in groups.figures.bounds:
         yield "", (bound.name,), bound.maximum
 
 
-def _limits_met(figures: FiguresAnswer) -> Rows:
-    for bound in figures.bounds:
+def _limits_met(groups: Groups) -> Rows:
+    for bound in groups.figures.bounds:
         if bound.met is not None:
             yield "", (bound.name,), bound.met
 
 
-def _used(name: str) -> Callable[[FiguresAnswer], Rows]:
-    def rows(figures: FiguresAnswer) -> Rows:
-        for bound in figures.bounds:
+def _used(name: str) -> Callable[[Groups], Rows]:
+    def rows(groups: Groups) -> Rows:
+        for bound in groups.figures.bounds:
             if bound.name == name and bound.used is not None:
                 yield "", (), bound.used
 
@@ -80,17 +80,17 @@ def _histogram(
     yield "_count", labels, total
 
 
-def _durations(figures: FiguresAnswer) -> Rows:
-    for name, histogram in figures.latencies.items():
-        yield from _histogram((name,), histogram, figures.latency_bounds_s)
+def _durations(groups: Groups) -> Rows:
+    for name, histogram in groups.figures.latencies.items():
+        yield from _histogram((name,), histogram, groups.figures.latency_bounds_s)
 
 
-def _lag(figures: FiguresAnswer) -> Rows:
-    yield from _histogram((), figures.loop_lag, figures.loop_lag_bounds_s)
+def _lag(groups: Groups) -> Rows:
+    yield from _histogram((), groups.figures.loop_lag, groups.figures.loop_lag_bounds_s)
 
 
-def _certificates(figures: FiguresAnswer) -> Rows:
-    for each in figures.certificates:
+def _certificates(groups: Groups) -> Rows:
+    for each in groups.figures.certificates:
         yield "", (each.path,), each.expires_s
 
 
@@ -197,77 +197,51 @@ SERVER: Final = (
 # ---- of devices ----
 
 
-def _of(value: Callable[[DeviceFigures], float]) -> Callable[[DeviceFigures], Rows]:
-    def rows(device: DeviceFigures) -> Rows:
-        yield "", (device.name,), value(device)
-
-    return rows
+def _of(
+    value: Callable[[DeviceFigures], float],
+) -> Callable[[Groups], Column]:
+    return lambda groups: groups.devices.column(value)
 
 
 def _io(
     operation: str, value: Callable[[OperationFigures], float]
-) -> Callable[[DeviceFigures], Rows]:
+) -> Callable[[Groups], Column]:
     """Only devices that a client was attached to have such a value."""
-
-    def rows(device: DeviceFigures) -> Rows:
-        found = device.operations.get(operation)
-        if found is not None:
-            yield "", (device.name,), value(found)
-
-    return rows
+    return lambda groups: groups.operation(operation).column(value)
 
 
-def _info(device: DeviceFigures) -> Rows:
-    types = "+".join(dict.fromkeys(target.type for target in device.targets))
-    yield "", (device.name, device.uuid, types), 1
+def _lower(
+    value: Callable[[BelowLine], float],
+) -> Callable[[Groups], Column]:
+    return lambda groups: groups.lower_disks.column(value)
 
 
-def _errors(device: DeviceFigures) -> Rows:
-    for name, operation in device.operations.items():
-        if operation.nr_failed:
-            yield "", (device.name, name), operation.nr_failed
+def _remote(value: Callable[[Remote], float]) -> Callable[[Groups], Column]:
+    return lambda groups: groups.remote_disks.column(value)
 
 
-def _is_up(device: DeviceFigures) -> Rows:
-    # Two disks may have one name, for example memory:1M. Prometheus refuses a line that comes twice.
-    names: dict[str, bool] = {}
-    for disk in device.below:
-        names[disk.name] = names.get(disk.name, True) and disk.state == "ok"
-    for name, is_up in names.items():
-        yield "", (device.name, name), is_up
+def _errors(groups: Groups) -> Rows:
+    for device in groups.figures.devices:
+        for name, operation in device.operations.items():
+            if operation.nr_failed:
+                yield "", (device.name, name), operation.nr_failed
 
 
-def _disk_errors(device: DeviceFigures) -> Rows:
-    errors: Counter[tuple[str, str]] = Counter()
-    for disk in device.below:
+def _disk_errors(groups: Groups) -> Rows:
+    disks = groups.lower_disks
+    for keys, disk in zip(disks.keys, disks.things, strict=True):
         for operation, nr in disk.errors.items():
-            errors[disk.name, operation] += nr
-    for labels, nr in errors.items():
-        yield "", (device.name, *labels), nr
-
-
-def _remote(value: Callable[[Remote], float]) -> Callable[[DeviceFigures], Rows]:
-    """Of the disks of other machines. Two that have one name count as one."""
-
-    def rows(device: DeviceFigures) -> Rows:
-        sums: dict[str, float] = {}
-        for disk in device.below:
-            if disk.remote is not None:
-                sums[disk.name] = sums.get(disk.name, 0) + value(disk.remote)
-        for name, total in sums.items():
-            yield "", (device.name, name), total
-
-    return rows
+            yield "", (*keys, operation), nr
 
 
 def _device(
     name: str,
     kind: str,
     text: str,
-    rows: Callable[[DeviceFigures], Rows],
+    column: Callable[[Groups], Column],
     *labels: str,
 ) -> Family:
-    return Family(name, kind, text, ("device", *labels), of_device=rows)
+    return Family(name, kind, text, ("device", *labels), column=column)
 
 
 def _disk(
@@ -281,7 +255,7 @@ DEVICE: Final = (
         "nbdtarget_device_info",
         GAUGE,
         "UUID of a device, and the types of its targets. The value is 1.",
-        _info,
+        lambda groups: groups.infos.column(lambda _: 1),
         "uuid",
         "targets",
     ),
@@ -387,27 +361,26 @@ DEVICE: Final = (
         "write_zeroes",
         lambda it: it.nr_bytes,
     ),
-    _device(
+    Family(
         "nbdtarget_disk_request_errors_total",
         COUNTER,
         "Requests of clients that were answered with an error.",
+        ("device", "operation"),
         _errors,
-        "operation",
     ),
     _device(
         "nbdtarget_lower_disk_up",
         GAUGE,
         "0: a disk that the device stands on has failed a write or a flush, or does not answer.",
-        _is_up,
+        _lower(lambda it: it.state == UP),
         "disk",
     ),
-    _device(
+    Family(
         "nbdtarget_lower_disk_errors_total",
         COUNTER,
         "Requests that such a disk has failed since it was opened.",
+        ("device", "disk", "operation"),
         _disk_errors,
-        "disk",
-        "operation",
     ),
     _device(
         "nbdtarget_lower_disk_requests_total",

@@ -4,9 +4,9 @@
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from nbdtarget.control.figures import DeviceFigures, FiguresAnswer, TargetFigures
+from nbdtarget.monitor.groups import Column, Groups
 
-__all__ = ["COUNTER", "GAUGE", "HISTOGRAM", "Family", "Row", "Rows"]
+__all__ = ["COUNTER", "GAUGE", "HISTOGRAM", "Family", "Row", "Rows", "rows_of"]
 
 COUNTER: Final = "counter"
 GAUGE: Final = "gauge"
@@ -23,16 +23,23 @@ class Family(NamedTuple):
     Attributes:
         name: as it is printed, but for the suffixes of a histogram.
         labels: their names. Those of a bucket (`le`) come last.
-        rows: of the server.
-        of_device: the value, of one device; None: it has none.
-        of_target: the value, of one target whose type is `target`.
+        rows, column: one of them is None. Few metrics have lines of their own making, the others a line for each thing of a group.
     """
 
     name: str
     kind: str
     help: str
     labels: tuple[str, ...] = ()
-    rows: Callable[[FiguresAnswer], Rows] | None = None
-    of_device: Callable[[DeviceFigures], Rows] | None = None
-    target: str = ""
-    of_target: Callable[[TargetFigures], float | None] | None = None
+    rows: Callable[[Groups], Rows] | None = None
+    column: Callable[[Groups], Column] | None = None
+
+
+def rows_of(family: Family, groups: Groups) -> Rows:
+    """Return the lines of a family: a suffix of its name, the values of its labels, its value."""
+    if family.rows is not None:
+        yield from family.rows(groups)
+    elif family.column is not None:
+        keys, _, values = family.column(groups)
+        for key, value in zip(keys, values, strict=True):
+            if value is not None:
+                yield "", key, value

@@ -35,6 +35,7 @@ _COMMANDS: Final = tuple(
     command for command, name in OPERATIONS.items() if name in _SHOWN
 )
 _NUMBERS: Final = 3  # of each operation: how many, their bytes, their time in ns
+_NOTHING: Final = [0] * _NUMBERS
 _WIDTH: Final = _NUMBERS * len(_COMMANDS)
 
 
@@ -132,8 +133,9 @@ class History:
             if len(self._kept) >= DEVICES_MAX:
                 return
             kept = self._kept[device] = _Kept(self._nr - 1)
+        counts = account.counts()
         numbers: list[int] = []
         for command in _COMMANDS:
-            numbers += account.totals(command)[:_NUMBERS]
+            numbers += counts.get(command, _NOTHING)[:_NUMBERS]
         at = (self._nr - 1) % MOMENTS_MAX * _WIDTH
         kept.numbers[at : at + _WIDTH] = array("Q", numbers)

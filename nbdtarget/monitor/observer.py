@@ -39,13 +39,22 @@ from nbdtarget.monitor.history import History
 from nbdtarget.monitor.loop_lag import BOUNDS_S, LoopLag
 from nbdtarget.server.bounds import BOUNDS
 from nbdtarget.server.listener import Listener
-from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Account, Traffic
+from nbdtarget.server.traffic import (
+    BOUNDS_NS,
+    NR_TOTALS,
+    OPERATIONS,
+    Counts,
+    Traffic,
+    sum_of,
+)
 
 __all__ = ["Observer"]
 
 EXPOSITION: Final = "nbdtarget.monitor.exposition"
 DEVICES_AT_ONCE: Final = 64
+CONNECTIONS_AT_ONCE: Final = 64
 TARGETS_MAX: Final = 64  # of one device; the rest of a longer table is left out
+_NOTHING: Final = [0] * (NR_TOTALS + len(BOUNDS_NS) + 1)  # of an operation
 
 
 class Observer:
@@ -94,7 +103,7 @@ class Observer:
                 found.append(self._device(device))
             if not nr % DEVICES_AT_ONCE:
                 await sleep(0)
-        traffic = listener.accounts.all
+        counts = await self._all()
         return FiguresAnswer(
             time_s=wall_clock_s(),
             version=__version__,
@@ -105,8 +114,8 @@ class Observer:
             bounds=self._bounds(),
             waiting=0 if listener.budget is None else listener.budget.nr_waiters,
             refused=listener.nr_refused,
-            operations=_operations(traffic),
-            latencies=_latencies(traffic),
+            operations=_operations(counts),
+            latencies=_latencies(counts),
             latency_bounds_s=tuple(bound / 1e9 for bound in BOUNDS_NS),
             loop_lag=Histogram(tuple(self.loop_lag.counts), self.loop_lag.sum_s),
             loop_lag_bounds_s=BOUNDS_S,
@@ -139,10 +148,21 @@ class Observer:
     def _kept_devices(self) -> list[Device]:
         return list(self._registry.devices())
 
+    async def _all(self) -> Mapping[int, Counts]:
+        """What all clients have asked for."""
+        total = Traffic()
+        parts = self._listener.accounts.all.parts()
+        for at in range(0, len(parts), CONNECTIONS_AT_ONCE):
+            some = parts[at : at + CONNECTIONS_AT_ONCE]
+            total.add(sum_of(each.counts() for each in some))
+            await sleep(0)
+        return total.counts()
+
     def _device(self, device: MappedDevice) -> DeviceFigures:
         active = device.active
         failure = "" if device.has_table else device.failure
         share = self._listener.share_of(device)
+        account = self._listener.accounts.of(device)
         return DeviceFigures(
             name=device.dm_name,
             uuid=device.uuid,
@@ -153,7 +173,7 @@ class Observer:
             event_nr=device.event_nr,
             connections=0 if share is None else share.nr_connections,
             in_flight=0 if share is None else share.nr_requests,
-            operations=_operations(self._listener.accounts.of(device)),
+            operations={} if account is None else _operations(account.counts()),
             targets=_targets(device),
             deps=tuple(self._registry.deps(device)),
             below=below_lines(device),
@@ -167,7 +187,9 @@ class Observer:
                 device=_name(each.device),
                 identity=str(each.identity),
                 in_flight=each.in_flight,
-                operations=_operations(each.traffic),
+                operations={}
+                if each.traffic is None
+                else _operations(each.traffic.counts()),
             )
             for each in self._listener.clients()
         ]
@@ -190,21 +212,22 @@ def _name(device: Device | None) -> str:
     return device.dm_name if isinstance(device, MappedDevice) else ""
 
 
-def _operations(traffic: Traffic | Account | None) -> dict[str, OperationFigures]:
+def _operations(counts: Mapping[int, Counts]) -> dict[str, OperationFigures]:
     found: dict[str, OperationFigures] = {}
-    if traffic is not None:
-        for command, name in OPERATIONS.items():
-            nr, nr_bytes, taken_ns, nr_failed = traffic.totals(command)
+    for command, name in OPERATIONS.items():
+        numbers = counts.get(command)
+        if numbers is not None:
+            nr, nr_bytes, taken_ns, nr_failed = numbers[:NR_TOTALS]
             if nr or nr_failed:
                 found[name] = OperationFigures(nr, nr_bytes, taken_ns / 1e9, nr_failed)
     return found
 
 
-def _latencies(traffic: Account) -> dict[str, Histogram]:
+def _latencies(counts: Mapping[int, Counts]) -> dict[str, Histogram]:
     found = {}
     for command, name in OPERATIONS.items():
-        _, _, taken_ns, _ = traffic.totals(command)
-        found[name] = Histogram(traffic.buckets(command), taken_ns / 1e9)
+        _, _, taken_ns, _, *buckets = counts.get(command, _NOTHING)
+        found[name] = Histogram(tuple(buckets), taken_ns / 1e9)
     return found
 
 

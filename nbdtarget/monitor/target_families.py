@@ -50,9 +50,14 @@ def _target(
     value: _Value | str,
 ) -> Family:
     """Args: value: or the name of the number in the status."""
-    labels = "device", "start"
-    value = _field(value) if isinstance(value, str) else value
-    return Family(f"nbdtarget_{name}", kind, text, labels, None, None, target, value)
+    read = _field(value) if isinstance(value, str) else value
+    return Family(
+        f"nbdtarget_{name}",
+        kind,
+        text,
+        ("device", "start"),
+        column=lambda groups: groups.targets(target).column(read),
+    )
 
 
 def _both(

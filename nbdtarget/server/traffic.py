@@ -15,7 +15,10 @@ has failed, with its time; its bytes do not count. A request that was refused co
 A restart, and a hand-over to another process, begin at 0.
 """
 
+import operator
 from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -37,12 +40,15 @@ from nbdtarget_protocol.consts import (
 
 __all__ = [
     "BOUNDS_NS",
+    "NR_TOTALS",
     "OPERATIONS",
     "Account",
     "Accounts",
     "Client",
+    "Counts",
     "Traffic",
     "new_request",
+    "sum_of",
 ]
 
 # Of the buckets; one more is for all that took longer. The compiled path has the same.
@@ -72,16 +78,25 @@ OPERATIONS: Final = {
 }
 _NR_COMMANDS: Final = max(OPERATIONS) + 1
 
-# Of one command: how many, their bytes, their time in ns, and how many of them in each bucket.
+# Of one command: how many requests were carried out (those that failed among them), their bytes, their time in ns, how many
+# failed; then one number for each of BOUNDS_NS, and one more: how many took how long.
+Counts = list[int]
+_NR, _NR_BYTES, _TAKEN_NS, _NR_FAILED, NR_TOTALS = range(5)
+
+# What the compiled path tells of one command: how many, their bytes, their time in ns, and how many of them in each bucket.
 _Answered = tuple[int, int, int, list[int]]
 
 
-class _Counts(Protocol):
+class _Compiled(Protocol):
     """What the compiled path has counted: `nbdtarget_fast.Plane`."""
 
     def counted(self) -> tuple[_Answered, _Answered]:
         """Of READs and of WRITEs."""
         ...
+
+
+def _nothing() -> Counts:
+    return [0] * (NR_TOTALS + len(BOUNDS_NS) + 1)
 
 
 class Traffic:
@@ -90,25 +105,21 @@ class Traffic:
     Attributes: compiled: the compiled half of the connection, which counts, too.
     """
 
-    __slots__ = ("_buckets", "_nr", "_nr_bytes", "_nr_failed", "_taken_ns", "compiled")
+    __slots__ = ("_counts", "compiled")
 
     def __init__(self) -> None:
-        self._nr = [0] * _NR_COMMANDS
-        self._nr_bytes = [0] * _NR_COMMANDS
-        self._taken_ns = [0] * _NR_COMMANDS
-        self._nr_failed = [0] * _NR_COMMANDS
-        self._buckets: list[list[int]] = [
-            [0] * (len(BOUNDS_NS) + 1) for _ in range(_NR_COMMANDS)
-        ]
-        self.compiled: _Counts | None = None
+        # By command; those that nobody has asked for are missing.
+        self._counts: defaultdict[int, Counts] = defaultdict(_nothing)
+        self.compiled: _Compiled | None = None
 
-    # hot: 0.4 us, once for each batch and operation, and for each request that takes the slow path
+    # hot: 0.3 us, once for each batch and operation, and for each request that takes the slow path
     def note(self, command: int, nr: int, nr_bytes: int, taken_ns: int) -> None:
         """Count `nr` requests with `nr_bytes` bytes in all, which have taken `taken_ns` each."""
-        self._nr[command] += nr
-        self._nr_bytes[command] += nr_bytes
-        self._taken_ns[command] += nr * taken_ns
-        self._buckets[command][bisect_left(BOUNDS_NS, taken_ns)] += nr
+        counts = self._counts[command]
+        counts[_NR] += nr
+        counts[_NR_BYTES] += nr_bytes
+        counts[_TAKEN_NS] += nr * taken_ns
+        counts[NR_TOTALS + bisect_left(BOUNDS_NS, taken_ns)] += nr
 
     def note_ended(self, request: Request, bio: Bio) -> None:
         """Count a request whose bio has ended."""
@@ -119,40 +130,36 @@ class Traffic:
     def note_failed(self, command: int) -> None:
         """Count a request that was answered with an error. A command that NBD does not have is not counted."""
         if 0 <= command < _NR_COMMANDS:
-            self._nr_failed[command] += 1
+            self._counts[command][_NR_FAILED] += 1
 
-    def totals(self, command: int) -> tuple[int, int, int, int]:
-        """Return requests that were carried out (failed ones among them), bytes, time in ns, requests that failed."""
-        nr, nr_bytes, taken_ns = 0, 0, 0
-        if self.compiled is not None and command in (CMD_READ, CMD_WRITE):
-            nr, nr_bytes, taken_ns, _ = self.compiled.counted()[command]
-        return (
-            self._nr[command] + nr,
-            self._nr_bytes[command] + nr_bytes,
-            self._taken_ns[command] + taken_ns,
-            self._nr_failed[command],
-        )
+    def counts(self) -> Mapping[int, Counts]:
+        """Return the numbers by command; a command that nobody has asked for may be missing. Nobody but this class changes them."""
+        if self.compiled is None:
+            return self._counts
+        answered = zip((CMD_READ, CMD_WRITE), self.compiled.counted(), strict=True)
+        of_compiled = {
+            command: [nr, nr_bytes, taken_ns, 0, *buckets]
+            for command, (nr, nr_bytes, taken_ns, buckets) in answered
+        }
+        return sum_of((self._counts, of_compiled))
 
-    def buckets(self, command: int) -> tuple[int, ...]:
-        """Return how many requests took how long: one number for each of BOUNDS_NS, and one more."""
-        mine = self._buckets[command]
-        if self.compiled is None or command not in (CMD_READ, CMD_WRITE):
-            return tuple(mine)
-        more = self.compiled.counted()[command][3]
-        return tuple(map(sum, zip(mine, more, strict=True)))
+    def add(self, other: Mapping[int, Counts]) -> None:
+        """Add what others have counted."""
+        for command, more in other.items():
+            mine = self._counts[command]
+            mine[:] = map(operator.add, mine, more)
 
-    def add(self, other: "Traffic") -> None:
-        """Add all that another one has counted."""
-        for command in OPERATIONS:
-            nr, nr_bytes, taken_ns, nr_failed = other.totals(command)
-            if nr or nr_bytes or nr_failed:
-                self._nr[command] += nr
-                self._nr_bytes[command] += nr_bytes
-                self._taken_ns[command] += taken_ns
-                self._nr_failed[command] += nr_failed
-                mine = self._buckets[command]
-                for at, more in enumerate(other.buckets(command)):
-                    mine[at] += more
+
+def sum_of(parts: Iterable[Mapping[int, Counts]]) -> Mapping[int, Counts]:
+    """Return the sum of several `Traffic.counts`."""
+    found: dict[int, list[Counts]] = {}
+    for part in parts:
+        for command, counts in part.items():
+            found.setdefault(command, []).append(counts)
+    return {
+        command: each[0] if len(each) == 1 else list(map(sum, zip(*each, strict=True)))
+        for command, each in found.items()
+    }
 
 
 class Account:
@@ -164,21 +171,18 @@ class Account:
         self.ended = Traffic()
         self.open: set[Traffic] = set()
 
-    def totals(self, command: int) -> tuple[int, int, int, int]:
-        """As `Traffic.totals`, of all of them."""
-        nr, nr_bytes, taken_ns, nr_failed = self.ended.totals(command)
-        for each in self.open:
-            more = each.totals(command)
-            nr, nr_bytes = nr + more[0], nr_bytes + more[1]
-            taken_ns, nr_failed = taken_ns + more[2], nr_failed + more[3]
-        return nr, nr_bytes, taken_ns, nr_failed
+    def counts(self) -> Mapping[int, Counts]:
+        """As `Traffic.counts`, of all of them."""
+        parts = [counts for each in self.open if (counts := each.counts())]
+        if ended := self.ended.counts():
+            parts.append(ended)
+        return parts[0] if len(parts) == 1 else sum_of(parts)
 
-    def buckets(self, command: int) -> tuple[int, ...]:
-        """As `Traffic.buckets`, of all of them."""
-        parts = (self.ended, *self.open)
-        return tuple(
-            map(sum, zip(*(each.buckets(command) for each in parts), strict=True))
-        )
+    def parts(self) -> list[Traffic]:
+        """Return what `counts` is the sum of. Connections that end meanwhile do not change which they are, or count twice."""
+        ended = Traffic()
+        ended.add(self.ended.counts())
+        return [ended, *self.open]
 
 
 class Accounts:
@@ -206,7 +210,7 @@ class Accounts:
         """The connection has released `device`, and counts no more."""
         for account in (self._accounts[device], self.all):
             account.open.remove(traffic)
-            account.ended.add(traffic)
+            account.ended.add(traffic.counts())
 
     def of(self, device: Device) -> Account | None:
         """Return the numbers of a device; None: no client was attached to it."""

@@ -2,11 +2,14 @@
 """The text for Prometheus: promtool and prometheus-client read it, and the latter would have written the same."""
 
 import asyncio
+import re
 import subprocess
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nbdtarget.control.figures import FiguresAnswer
 from nbdtarget.monitor.exposition import FigureCollector, exposition
 from tests.support.monitoring import PROMTOOL, needs_promtool
 from tests.support.served import AWKWARD, Served
@@ -43,17 +46,46 @@ async def test_numbers_are_those_of_the_clients(served: Served) -> None:
     assert "_created" not in text
 
 
-async def test_the_library_would_write_the_same(served: Served) -> None:
-    figures = await served.figures()
+def written_by_library(figures: FiguresAnswer) -> list[str]:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(FigureCollector(lambda: figures))
-    ours = (await exposition(figures)).decode()
-    theirs = generate_latest(registry).decode()
-    assert samples(ours).items() >= samples(theirs).items()
-    heads = [line for line in theirs.splitlines() if line.startswith("#")]
-    assert [line for line in ours.splitlines() if line.startswith("#")][
-        : len(heads)
-    ] == heads
+    return generate_latest(registry).decode().splitlines()
+
+
+LINE = re.compile(r"(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<number>\S+)")
+LABEL = re.compile(r'\w+="(?:[^"\\]|\\.)*"(?:,|$)')
+
+
+def taken_apart(line: str) -> str | tuple[str, list[str], float]:
+    """Two things may be written in two ways: the order of labels, and numbers, 4096 or 4096.0."""
+    if line.startswith("#"):
+        return line
+    found = LINE.fullmatch(line)
+    assert found is not None, line
+    labels = LABEL.findall(found["labels"] or "")
+    assert "".join(labels) == (found["labels"] or "")
+    ordered = sorted(label.removesuffix(",") for label in labels)
+    return found["name"], ordered, float(found["number"])
+
+
+async def test_the_library_would_write_the_same(served: Served) -> None:
+    figures = await served.figures()
+    theirs = written_by_library(figures)
+    ours = (await exposition(figures)).decode().splitlines()
+    mine, process = ours[: len(theirs)], ours[len(theirs) :]
+    assert [*map(taken_apart, mine)] == [*map(taken_apart, theirs)]
+    assert all("process_" in line for line in process)
+
+
+async def test_many_devices_are_written_in_parts(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = await served.figures()
+    at_once = await exposition(whole)
+    monkeypatch.setattr("nbdtarget.monitor.exposition.LINES_AT_ONCE", 2)
+    in_parts = await exposition(whole)
+    nr = len(written_by_library(whole))
+    assert in_parts.splitlines()[:nr] == at_once.splitlines()[:nr]
 
 
 async def test_without_lines_of_single_devices(served: Served) -> None:

@@ -3,8 +3,9 @@
 
 from nbdtarget.control.fields import BelowLine, Remote
 from nbdtarget.control.status_fields import STATUS_FIELDS
-from nbdtarget.monitor.exposition import rows_of
 from nbdtarget.monitor.families import DEVICE, FAMILIES, TARGET
+from nbdtarget.monitor.family import rows_of
+from nbdtarget.monitor.groups import Groups
 from tests.support.served import Served
 
 
@@ -18,21 +19,22 @@ def test_names_are_unique_and_say_what_they_count() -> None:
 
 
 async def test_each_family_of_a_target_has_a_value(served: Served) -> None:
-    figures = await served.figures()
-    device = {"clone": "c", "cache": "k"}
+    groups = Groups(await served.figures())
+    devices = {"clone": ["c"], "cache": ["k"]}
+    assert devices.keys() <= STATUS_FIELDS.keys()
     for family in TARGET:
-        types = family.target.split()
-        assert set(types) <= STATUS_FIELDS.keys()
-        rows = list(rows_of(family, figures))
+        kind = family.name.split("_")[1]
+        rows = list(rows_of(family, groups))
         labels = [labels for _, labels, _ in rows]
-        assert labels == [(device[each], "0") for each in types], family.name
+        expected = devices.get(kind, ["c", "k"])
+        assert labels == [(each, "0") for each in expected], family.name
         assert all(value >= 0 for _, _, value in rows)
 
 
 async def test_no_line_comes_twice(served: Served) -> None:
-    figures = await served.figures()
+    groups = Groups(await served.figures())
     for family in FAMILIES:
-        rows = [(suffix, labels) for suffix, labels, _ in rows_of(family, figures)]
+        rows = [(suffix, labels) for suffix, labels, _ in rows_of(family, groups)]
         assert len(set(rows)) == len(rows), family.name
         for suffix, labels in rows:
             assert len(labels) == len(family.labels) + (suffix == "_bucket")
@@ -46,7 +48,9 @@ async def test_hydrated_bytes_of_a_short_last_region_are_not_more_than_the_disk(
     target.length -= 1
     target.fields["regions_hydrated"] = target.fields["regions_total"]
     (family,) = [each for each in TARGET if each.name.endswith("hydrated_bytes")]
-    assert [value for _, _, value in rows_of(family, figures)] == [target.length * 512]
+    assert [value for _, _, value in rows_of(family, Groups(figures))] == [
+        target.length * 512
+    ]
 
 
 async def test_disks_of_other_machines_that_have_one_name_are_one_line(
@@ -60,8 +64,9 @@ async def test_disks_of_other_machines_that_have_one_name_are_one_line(
         BelowLine("nbd://a", remote=remote),
         BelowLine("/dev/sdb"),
     )
+    groups = Groups(figures)
     found = {
-        family.name: list(rows_of(family, figures))
+        family.name: list(rows_of(family, groups))
         for family in DEVICE
         if family.name.startswith("nbdtarget_lower_disk_")
     }

@@ -4,13 +4,17 @@
 import pytest
 
 from nbdtarget.control.figures import TargetFigures
+from nbdtarget.monitor.groups import Groups
 from nbdtarget.monitor.target_families import TARGET
+from tests.support.figures import figures_of
 
 
 def value(name: str, kind: str, **fields: float | str | None) -> float | None:
     (family,) = [each for each in TARGET if each.name == f"nbdtarget_{name}"]
-    assert family.of_target is not None
-    return family.of_target(TargetFigures(0, 8, kind, fields))
+    assert family.column is not None
+    groups = Groups(figures_of(TargetFigures(0, 8, kind, fields)))
+    (found,) = family.column(groups).values
+    return found
 
 
 @pytest.mark.parametrize(

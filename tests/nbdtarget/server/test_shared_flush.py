@@ -227,7 +227,7 @@ async def test_a_client_that_asks_for_one_thing_at_a_time_counts_as_alone(
             assert bytes(await device.read(at * 512, 512)) == bytes([at + 1]) * 512
     account = site.listener.accounts.of(device)
     assert account is not None
-    assert account.totals(command)[0] == nr
+    assert account.counts()[command][0] == nr
 
 
 @needs_compiled

@@ -9,7 +9,14 @@ import pytest
 
 from nbdtarget.fast import compiled
 from nbdtarget.server import reception
-from nbdtarget.server.traffic import BOUNDS_NS, OPERATIONS, Account, Accounts, Traffic
+from nbdtarget.server.traffic import (
+    BOUNDS_NS,
+    OPERATIONS,
+    Account,
+    Accounts,
+    Traffic,
+    sum_of,
+)
 from nbdtarget_protocol import consts as c
 from tests.support.dm import RamDevice
 from tests.support.patience import until
@@ -39,9 +46,10 @@ def counted(traffic: Traffic | Account | None) -> Totals:
     """By operation: requests, bytes, failed ones. The buckets and the time must fit them."""
     assert traffic is not None
     found = {}
-    for command, name in OPERATIONS.items():
-        nr, nr_bytes, taken_ns, nr_failed = traffic.totals(command)
-        buckets = traffic.buckets(command)
+    assert set(traffic.counts()) <= set(OPERATIONS)
+    for command, counts in traffic.counts().items():
+        name = OPERATIONS[command]
+        nr, nr_bytes, taken_ns, nr_failed, *buckets = counts
         assert sum(buckets) == nr
         least = sum(nr * low for nr, low in zip(buckets, (0, *BOUNDS_NS), strict=True))
         assert taken_ns >= least
@@ -141,11 +149,25 @@ def test_two_devices_have_numbers_of_their_own() -> None:
     accounts.close(a, second)
     total = accounts.of(a)
     assert total is not None
-    assert total.totals(c.CMD_READ) == (3, 1536, 2 * 30_000 + 10**10, 0)
-    assert total.buckets(c.CMD_READ) == (0, 2, *(0,) * 10, 1)
+    reads = [3, 1536, 2 * 30_000 + 10**10, 0, 0, 2, *[0] * 10, 1]
+    assert total.counts() == {c.CMD_READ: reads}
     # A time that is equal to a bound is not above it.
-    assert accounts.all.buckets(c.CMD_FLUSH) == (1, *(0,) * 12)
-    assert accounts.all.totals(c.CMD_READ) == total.totals(c.CMD_READ)
+    flushes = [1, 0, 25_000, 0, 1, *[0] * 12]
+    assert accounts.all.counts() == {c.CMD_READ: reads, c.CMD_FLUSH: flushes}
+
+
+def test_a_connection_that_ends_while_parts_are_added_counts_once() -> None:
+    accounts = Accounts()
+    device = RamDevice("a", 8192)
+    first, second = accounts.open(device), accounts.open(device)
+    first.note(c.CMD_READ, 2, 1024, 30_000)
+    second.note(c.CMD_READ, 1, 512, 30_000)
+    accounts.close(device, first)
+    parts = accounts.all.parts()
+    accounts.close(device, second)
+    read = sum_of(part.counts() for part in parts)[c.CMD_READ]
+    assert read == accounts.all.counts()[c.CMD_READ]
+    assert read[:2] == [3, 1536]
 
 
 @pytest.mark.skipif(not compiled.IS_COMPILED, reason=compiled.describe())
