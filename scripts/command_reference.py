@@ -58,9 +58,9 @@ class CommandPage(NamedTuple):
 
 def pages() -> list[CommandPage]:
     """Every command that `--help` lists, groups before what is in them."""
-    from nbdtarget.cli.app import app
+    from nbdtarget.cli.app import make_app
 
-    return list(_walk(typer.main.get_command(app), ("nbdtarget",)))
+    return list(_walk(typer.main.get_command(make_app()), ("nbdtarget",)))
 
 
 def _walk(command: Any, words: tuple[str, ...]) -> Iterator[CommandPage]:
@@ -117,9 +117,9 @@ def _reference(page: CommandPage) -> str:
 
 def _context(page: CommandPage) -> Any:
     """What `--help` of the program itself has: `-h` and the like come from the whole program."""
-    from nbdtarget.cli.app import app
+    from nbdtarget.cli.app import make_app
 
-    program = typer.main.get_command(app)
+    program = typer.main.get_command(make_app())
     make = page.command.context_class
     parent = make(program, info_name=page.words[0], **program.context_settings)
     if len(page.words) == 1:

@@ -29,7 +29,6 @@ from nbdtarget.cli.concise import ConciseDevice, format_concise
 from nbdtarget.cli.health import describe_trouble, name_trouble
 from nbdtarget.cli.names import BELOW_NAMES, name_below
 from nbdtarget.cli.tree import OPTIONS, draw_tree
-from nbdtarget.common.clock import blocking_sleep
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import NoServerError
@@ -124,7 +123,9 @@ def status(
     """
     wanted = device_names(names, uuid, control)
     if sys.stdout.isatty() and not (line or json or target or noflush):
-        from nbdtarget.cli import status_table  # imports rich
+        # Here: they import rich and asyncio, which take longer than a status line.
+        from nbdtarget.cli import status_table
+        from nbdtarget.common.clock import blocking_sleep
 
         asked = Figures(wanted)
         before = ask(control, "figures", asked, FiguresAnswer, about=_about(wanted))

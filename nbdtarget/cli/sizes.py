@@ -4,6 +4,7 @@
 import typer
 
 from nbdtarget.common.units import parse_sectors, parse_size
+from nbdtarget_metadata.units import block_size_fault, region_size_fault
 
 __all__ = [
     "block_size_option",
@@ -45,8 +46,6 @@ def offset_option(option: str, text: str) -> int:
 
 def region_size_option(option: str, text: str) -> int:
     """Return the bytes of a clone's region. Raises: BadParameter: a clone cannot have it."""
-    from nbdtarget_metadata.tools.sizing import region_size_fault
-
     size = size_option(option, text)
     if fault := region_size_fault(size):
         raise typer.BadParameter(f"{option}: {fault}")
@@ -55,8 +54,6 @@ def region_size_option(option: str, text: str) -> int:
 
 def block_size_option(option: str, text: str) -> int:
     """Return the bytes of a cache's block. Raises: BadParameter: a cache cannot have it."""
-    from nbdtarget_metadata.tools.sizing import block_size_fault
-
     size = size_option(option, text)
     if fault := block_size_fault(size):
         raise typer.BadParameter(f"{option}: {fault}")

@@ -11,7 +11,6 @@ A name that would make a path too long for a socket is shortened, and a digest o
 """
 
 import errno as errnos
-import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -113,6 +112,8 @@ def socket_path(directory: Path, name: str) -> Path:
     kept = len(raw) + room - DIGEST_LENGTH - 1
     if kept < 0:
         raise NoSocketError(f"{directory}: the path is too long for a socket in it")
+    import hashlib  # here: few names are too long, and every command would wait for OpenSSL
+
     digest = hashlib.sha256(raw).hexdigest()[:DIGEST_LENGTH]
     return directory / f"{raw[:kept].decode('ascii', 'replace')[:kept]}~{digest}.sock"
 

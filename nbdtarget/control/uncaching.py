@@ -10,12 +10,14 @@ import asyncio
 import errno as errnos
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from nbdtarget.common.errors import TableError
 from nbdtarget.common.turns import Tasks
 from nbdtarget.control import messages as m
-from nbdtarget.control.uncache import CacheLine, Draining, UncacheError, UncacheJob
+
+if TYPE_CHECKING:
+    from nbdtarget.control.uncache import CacheLine, Draining, UncacheJob
 
 __all__ = ["Uncaching"]
 
@@ -43,6 +45,9 @@ class Uncaching:
 
     async def start(self, name: str) -> m.UncacheAnswer:
         """Uncache a device. Raises: TableError: it cannot be done, or not be ended, and the cache serves on."""
+        # Here: every server has this verb, and few have a cache, which is imported with it.
+        from nbdtarget.control.uncache import UncacheError, UncacheJob
+
         if name in self._jobs:
             raise TableError(
                 f"Device or resource busy: {name} is being uncached", errnos.EBUSY
@@ -85,12 +90,12 @@ class _Reporter:
         self._has_begun = False
         self.said = ""
 
-    def draining(self, now: Draining) -> None:
+    def draining(self, now: "Draining") -> None:
         if not self._has_begun:
             self._has_begun = True
             self._say(f"uncache: {now.dirty_blocks} blocks are to be written back")
 
-    def stuck(self, now: Draining, for_s: float) -> None:
+    def stuck(self, now: "Draining", for_s: float) -> None:
         last = f": {now.last_error}" if now.last_error else ""
         log.warning(
             "/dev/mapper/%s: uncache: no block has been written back for %.0f s (%d left)%s",
@@ -100,7 +105,7 @@ class _Reporter:
             last,
         )
 
-    def interrupted(self, now: Draining | None) -> None:
+    def interrupted(self, now: "Draining | None") -> None:
         if now is None:
             self._say("uncache: stopped; nothing has been changed")
         else:
@@ -109,7 +114,7 @@ class _Reporter:
                 " writethrough, policy cleaner)"
             )
 
-    def uncached(self, line: CacheLine) -> None:
+    def uncached(self, line: "CacheLine") -> None:
         self._say(
             f"{line.origin} alone is the disk; {line.cache} and {line.metadata} are not used any more"
         )

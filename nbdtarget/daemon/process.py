@@ -11,6 +11,7 @@ import gc
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
+from nbdtarget.common.collector import look_as_usual
 from nbdtarget.server.admission import raise_descriptor_limit
 
 __all__ = [
@@ -69,6 +70,7 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
     # What has been imported stays: to look through it again took a full collection 5 ms, with
     # the loop standing still.
     gc.freeze()
+    look_as_usual()
     forget_what_hangs()
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:

@@ -25,6 +25,7 @@ from nbdtarget.daemon.metrics_options import MetricsOptions
 from nbdtarget.daemon.security import SecurityOptions, security_of
 from nbdtarget.daemon.stop_bounds import StopBounds
 from nbdtarget.server.limits import Limits
+from nbdtarget.targets.registry import TARGET_TYPES, load_all
 
 if TYPE_CHECKING:
     from nbdtarget.config.file import Config
@@ -132,6 +133,8 @@ async def serve_until_stopped(
         daemon.tell_ready()
         if options.run is not None:
             await daemon.start_command(options.run)
+        # Devices are made while others are served: no client may wait for an import then. The start itself need not wait.
+        load_all()
         await daemon.wait_for_stop()
     finally:
         daemon.release_signals()
@@ -145,7 +148,6 @@ def _config_of(options: ServeOptions) -> "Config | None":
         return None
     # Here: most servers are one clone, and need none of it.
     from nbdtarget.config.file import read
-    from nbdtarget.targets.registry import TARGET_TYPES
 
     return read(options.config, TARGET_TYPES)
 
@@ -182,7 +184,6 @@ def _state_of(
     if not directory:
         return None
     from nbdtarget.config.state import StateDirectory
-    from nbdtarget.targets.registry import TARGET_TYPES
 
     return StateDirectory(directory, daemon.registry, TARGET_TYPES)
 

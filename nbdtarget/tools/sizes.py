@@ -8,13 +8,8 @@ import msgspec
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
 from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
-from nbdtarget_metadata.tools.sizing import (
-    block_size_fault,
-    cache_sizes,
-    clone_sizes,
-    nr_regions_of,
-    region_size_fault,
-)
+from nbdtarget_metadata.tools.sizing import cache_sizes, clone_sizes, nr_regions_of
+from nbdtarget_metadata.units import block_size_fault, region_size_fault
 
 __all__ = [
     "UNITS",

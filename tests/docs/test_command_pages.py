@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from nbdtarget.cli.app import app
+from nbdtarget.cli.app import make_app
 from scripts.command_reference import BEGIN, PAGES, CommandPage, pages, with_reference
 
 COMMANDS = pages()
@@ -34,7 +34,7 @@ def test_title_of_a_page_is_the_command(page: CommandPage) -> None:
 
 def test_hidden_commands_are_named_on_the_page_of_the_program() -> None:
     text = (PAGES / "nbdtarget.md").read_text()
-    program = typer.main.get_command(app)
+    program = typer.main.get_command(make_app())
     hidden = [name for name, each in program.commands.items() if each.hidden]  # type: ignore[attr-defined]
     assert hidden
     assert [name for name in hidden if f"`{name}`" not in text] == []

@@ -10,10 +10,10 @@ from typing import Any, Final
 import pytest
 import typer
 
-from nbdtarget.cli.app import app
+from nbdtarget.cli.app import make_app
 from tests.support.reference_pages import DOCS, ROOT
 
-PROGRAM: Final[Any] = typer.main.get_command(app)
+PROGRAM: Final[Any] = typer.main.get_command(make_app())
 PAGES: Final = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # Typer brings its own click in some versions: its exceptions are reached through Typer.
 USAGE_ERROR: Final[Any] = typer.BadParameter.__mro__[1]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from nbdtarget.cli.app import app
+from nbdtarget.cli.app import make_app
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -28,7 +28,7 @@ def test_link_leads_to_a_page(target: str) -> None:
 
 @pytest.mark.parametrize("line", commands())
 def test_command_and_its_options_exist(line: str) -> None:
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(make_app())
     words = line.split()
     while getattr(command, "commands", None):
         command = command.commands[words.pop(0)]

@@ -216,7 +216,7 @@ METADATA: Final = (
         "nbdtarget_metadata.log.layout:refuse_foreign",
         (
             (
-                "        if any(data):\n            at = next(",
+                "        if bytes(data) != bytes(len(data)):\n            at = next(",
                 "        if not data:\n            at = next(",
             ),
         ),

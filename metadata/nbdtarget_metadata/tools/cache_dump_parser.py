@@ -43,7 +43,7 @@ from nbdtarget_metadata.tools.dump_fields import (
     RunReader,
     number,
 )
-from nbdtarget_metadata.tools.sizing import block_size_fault
+from nbdtarget_metadata.units import block_size_fault
 
 __all__ = ["MappingReader", "parse_cache"]
 

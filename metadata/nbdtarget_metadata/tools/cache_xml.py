@@ -45,8 +45,7 @@ from nbdtarget_metadata.errors import BadDump
 from nbdtarget_metadata.log.superblock import CLEAN_SHUTDOWN
 from nbdtarget_metadata.tools.cache_dump_parser import MappingReader
 from nbdtarget_metadata.tools.dump import LINES_PER_PIECE
-from nbdtarget_metadata.tools.sizing import block_size_fault
-from nbdtarget_metadata.units import BLOCK_SIZE_MIN, SECTOR
+from nbdtarget_metadata.units import BLOCK_SIZE_MIN, SECTOR, block_size_fault
 
 __all__ = ["parse_xml", "render_xml"]
 

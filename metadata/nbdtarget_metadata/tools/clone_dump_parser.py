@@ -12,8 +12,8 @@ from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 from nbdtarget_metadata.log.superblock import COUNTER_MAX
 from nbdtarget_metadata.tools.dump import disks_from_text
 from nbdtarget_metadata.tools.dump_fields import BITS_MAX, Fields, RunReader, number
-from nbdtarget_metadata.tools.sizing import nr_regions_of, region_size_fault
-from nbdtarget_metadata.units import SECTOR
+from nbdtarget_metadata.tools.sizing import nr_regions_of
+from nbdtarget_metadata.units import SECTOR, region_size_fault
 
 __all__ = ["parse_clone"]
 

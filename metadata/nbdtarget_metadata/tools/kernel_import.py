@@ -50,8 +50,7 @@ from nbdtarget_metadata.tools.kernel_blocks import (
     read_bitset,
     read_block,
 )
-from nbdtarget_metadata.tools.sizing import block_size_fault, region_size_fault
-from nbdtarget_metadata.units import SECTOR
+from nbdtarget_metadata.units import SECTOR, block_size_fault, region_size_fault
 
 __all__ = ["Imported", "find_kernel_kind", "import_cache", "import_clone"]
 

@@ -7,21 +7,13 @@ from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.cache.records import NR_CBLOCKS_MAX
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
-from nbdtarget_metadata.units import (
-    BLOCK_SIZE_MAX,
-    BLOCK_SIZE_MIN,
-    REGION_SIZE_MAX,
-    REGION_SIZE_MIN,
-)
 
 __all__ = [
     "CacheSizes",
     "CloneSizes",
-    "block_size_fault",
     "cache_sizes",
     "clone_sizes",
     "nr_regions_of",
-    "region_size_fault",
 ]
 
 
@@ -31,15 +23,6 @@ class CloneSizes(NamedTuple):
     nr_regions: int
     smallest: int
     preferred: int
-
-
-def region_size_fault(region_size: int) -> str:
-    """Say in the kernel's words why no clone has regions of so many bytes; empty if one may."""
-    if not REGION_SIZE_MIN <= region_size <= REGION_SIZE_MAX:
-        return "Invalid region size: it must be a power of two from 4K to 1G"
-    if region_size & (region_size - 1):
-        return "Region size is not a power of 2: it must be one from 4K to 1G"
-    return ""
 
 
 def nr_regions_of(target_size: int, region_size: int) -> int:
@@ -66,16 +49,6 @@ class CacheSizes(NamedTuple):
     nr_cblocks: int
     smallest: int
     preferred: int
-
-
-def block_size_fault(block_size: int) -> str:
-    """Say in the kernel's words why no cache has blocks of so many bytes; empty if one may."""
-    if (
-        not BLOCK_SIZE_MIN <= block_size <= BLOCK_SIZE_MAX
-        or block_size % BLOCK_SIZE_MIN
-    ):
-        return "Invalid data block size: it must be a multiple of 32K up to 1G"
-    return ""
 
 
 def cache_sizes(nr_cblocks: int) -> CacheSizes:

@@ -7,13 +7,7 @@ from nbdtarget_metadata.cache.metadata import CacheMetadata
 from nbdtarget_metadata.clone.metadata import CloneMetadata
 from nbdtarget_metadata.clone.superblock import NR_REGIONS_MAX
 from nbdtarget_metadata.errors import MetadataTooSmall
-from nbdtarget_metadata.tools.sizing import (
-    block_size_fault,
-    cache_sizes,
-    clone_sizes,
-    nr_regions_of,
-    region_size_fault,
-)
+from nbdtarget_metadata.tools.sizing import cache_sizes, clone_sizes, nr_regions_of
 from tests.support.metadata.store import Store, drive
 
 
@@ -49,21 +43,6 @@ def test_last_region_may_be_short() -> None:
 
 
 @pytest.mark.parametrize(
-    ("region_size", "fault"),
-    [
-        (4096, ""),
-        (1 << 30, ""),
-        (2048, "Invalid region size"),
-        (1 << 31, "Invalid region size"),
-        (12288, "not a power of 2"),
-    ],
-)
-def test_region_sizes_are_the_kernels(region_size: int, fault: str) -> None:
-    assert fault in region_size_fault(region_size)
-    assert bool(fault) == bool(region_size_fault(region_size))
-
-
-@pytest.mark.parametrize(
     "nr_cblocks", [1, 8, 1000, 65_025, pytest.param(5_000_000, marks=pytest.mark.slow)]
 )
 def test_smallest_of_a_cache_is_what_formatting_takes(nr_cblocks: int) -> None:
@@ -84,19 +63,3 @@ def test_smallest_of_a_cache_is_what_formatting_takes(nr_cblocks: int) -> None:
     format_on(sizes.smallest)
     with pytest.raises(MetadataTooSmall):
         format_on(sizes.smallest - 4096)
-
-
-@pytest.mark.parametrize(
-    ("block_size", "may"),
-    [
-        (32 << 10, True),
-        (96 << 10, True),
-        (1 << 30, True),
-        (0, False),
-        (16 << 10, False),
-        (48 << 10, False),
-        ((1 << 30) + (32 << 10), False),
-    ],
-)
-def test_block_sizes_are_the_kernels(block_size: int, may: bool) -> None:
-    assert (block_size_fault(block_size) == "") == may

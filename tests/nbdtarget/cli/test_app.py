@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules the program imports: those of the command that was typed.
+
+A start is mostly imports. How long it takes depends on the machine; what is imported does not.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import typer
+
+from nbdtarget.cli.app import COMMANDS, make_app
+
+# What takes 2 ms and more, and what brings it: asyncio with ssl 30, cache 25, rich 40, uvloop 10.
+HEAVY = {
+    "asyncio",
+    "hashlib",
+    "logging",
+    "nbdtarget.control.uncache",
+    "nbdtarget.devices.registry",
+    "nbdtarget.targets.cache.target",
+    "nbdtarget_metadata.cache.metadata",
+    "rich",
+    "ssl",
+    "uvloop",
+}
+SCRIPT = """
+import json, sys
+from nbdtarget.cli.app import run
+run(json.loads(sys.argv[1]))
+print()
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def imported_by(*words: str) -> set[str]:
+    """The modules that a command line imports in a process of its own, whatever becomes of it."""
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(words)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NBDTARGET_CONTROL": "/nonexistent/control"},
+    )
+    return set(json.loads(ran.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--version",), ("version",), ("status",), ("ls",), ("message", "d", "0", "x")],
+    ids=" ".join,
+)
+def test_a_command_that_asks_a_server_imports_nothing_heavy(
+    words: tuple[str, ...],
+) -> None:
+    assert imported_by(*words) & HEAVY == set()
+
+
+def test_a_clone_imports_no_cache() -> None:
+    found = imported_by("clone", "/nonexistent/source", "/nonexistent/dest")
+    assert "nbdtarget.porcelain.clone" in found
+    assert found & HEAVY <= HEAVY - {
+        "nbdtarget.control.uncache",
+        "nbdtarget.targets.cache.target",
+        "nbdtarget_metadata.cache.metadata",
+        "rich",
+    }
+
+
+def test_only_the_module_of_the_command_is_imported() -> None:
+    found = imported_by("version")
+    assert {name for name in COMMANDS if f"nbdtarget.cli.{name}" in found} == {
+        "listing",
+        "completion",
+    }
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--help",), ("help", "ls"), ("nonsense",), ("--nonsense", "status")],
+    ids=" ".join,
+)
+def test_other_words_need_all_commands(words: tuple[str, ...]) -> None:
+    found = imported_by(*words)
+    assert {name for name in COMMANDS if f"nbdtarget.cli.{name}" in found} == set(
+        COMMANDS
+    )
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_table_names_the_commands_of_each_module(module: str) -> None:
+    program: Any = typer.main.get_command(make_app([module]))
+    assert tuple(program.commands) == COMMANDS[module]
+
+
+def test_a_word_that_is_no_command_is_compared_with_all() -> None:
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "from nbdtarget.cli.app import main; main()",
+            "statsu",
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    assert "status" in ran.stderr
