@@ -7,14 +7,18 @@
 # The real behaviour:  of metadata in format 2, where the dirty bits are a bitset of their own, it prints dirty="false" for every
 #                      block, without a warning and with exit status 0. `cache_restore` does write the
 #                      bits: metadata made from a dump with dirty blocks and from the same dump without any differ.
-#                      `cache_check` says nothing. Format 2 is what LVM makes by default.
+#                      `cache_check` says nothing. `cache_writeback` writes none of these blocks back, and exits with 0, too. Format 2
+#                      is what LVM makes by default.
 # What follows:        a dump that was made by this version must not be believed when it says that a block is clean: a user who
-#                      restores it elsewhere and writes back only what is dirty loses what only the cache holds.
+#                      restores it elsewhere and writes back only what is dirty loses what only the cache holds, and so does one who
+#                      believes `cache_writeback` and throws the cache away.
 # Version:             thin-provisioning-tools 0.9.0-2, Debian 12, amd64.
 # Source:              run by this script.
 # The output seen:
 #     format 1: restore exit 0, dump exit 0, check exit 0, dirty blocks in the dump: 2
 #     format 2: restore exit 0, dump exit 0, check exit 0, dirty blocks in the dump: 0
+#     format 1: writeback exit 0, bytes of the origin that were written: 131072
+#     format 2: writeback exit 0, bytes of the origin that were written: 0
 #     metadata made with and without dirty blocks differ in format 2: yes
 set -euo pipefail
 
@@ -63,6 +67,15 @@ restore() { # VERSION XML METADATA
         echo "format $version: restore exit $restored, dump exit $dumped, check exit $checked," \
             "dirty blocks in the dump: $(grep -c 'dirty="true"' dump.$version || true)"
     done
+    for version in 1 2; do
+        wrote=0
+        rm -f origin cache
+        truncate -s 4M origin
+        head -c 4M /dev/zero | tr '\0' 'c' >cache
+        cache_writeback --no-metadata-update --metadata-device metadata.$version \
+            --origin-device origin --fast-device cache >writeback.log 2>&1 || wrote=$?
+        echo "format $version: writeback exit $wrote, bytes of the origin that were written: $(tr -d '\0' <origin | wc -c)"
+    done
     restore 2 clean.xml metadata.clean
     differs=yes
     cmp --quiet metadata.2 metadata.clean && differs=no
@@ -72,6 +85,8 @@ restore() { # VERSION XML METADATA
 cat >expected <<'END'
 format 1: restore exit 0, dump exit 0, check exit 0, dirty blocks in the dump: 2
 format 2: restore exit 0, dump exit 0, check exit 0, dirty blocks in the dump: 0
+format 1: writeback exit 0, bytes of the origin that were written: 131072
+format 2: writeback exit 0, bytes of the origin that were written: 0
 metadata made with and without dirty blocks differ in format 2: yes
 END
 diff expected seen || { echo "the behaviour has changed"; exit 1; }
