@@ -113,6 +113,7 @@ _MAGICS: Final = (
     (0, b"PK\3\4", _packed("zip", "unzip {path}")),
 )
 _BZIP2: Final = re.compile(rb"BZh[1-9]\x31\x41\x59\x26\x53\x59")
+_PAX_SPARSE_NAME: Final = re.compile(rb" GNU\.sparse\.name=([^\n]+)\n")
 _USTAR: Final = 257, b"ustar"
 _DISK_SUFFIXES: Final = (
     ".img",
@@ -187,25 +188,39 @@ _TRAILERS: Final = (
 
 
 def _tar(head: bytes) -> ImageFormat:
-    for member in _tar_members(head):
+    for member, is_plain in _tar_members(head):
         if member.lower().endswith(_DISK_SUFFIXES) and member.isprintable():
             what = f"a tar archive with {member} in it"
             command = f"tar -xf {{path}} {member}"
-            is_raw = member.lower().endswith((".img", ".raw"))
+            is_raw = is_plain and member.lower().endswith((".img", ".raw"))
             word = f"nbdkit:file?file={{what}}&filter=tar&tar-entry={member}"
             return ImageFormat("tar", what, word if is_raw else "", command)
     return ImageFormat("tar", "a tar archive", command="tar -xf {path}")
 
 
-def _tar_members(head: bytes) -> Iterator[str]:
-    """The names of the first members, as far as their headers lie in `head`."""
+def _tar_members(head: bytes) -> Iterator[tuple[str, bool]]:
+    """The first members, as far as their headers lie in `head`: the name, and whether it lies there as it is.
+
+    What tar has stored as a sparse file does not, in either of its formats.
+    """
     at = 0
+    pax = b""
     for _ in range(TAR_MEMBERS_MAX):
         header = head[at : at + TAR_BLOCK]
         if len(header) < TAR_BLOCK or not header.startswith(_USTAR[1], _USTAR[0]):
             return
-        yield header[:100].rstrip(b"\0").decode("utf-8", "replace")
         digits = header[124:136].strip(b" \0")
-        if not digits.isdigit() or digits.translate(None, b"01234567"):
+        is_known = digits.isdigit() and not digits.translate(None, b"01234567")
+        size = int(digits, 8) if is_known else 0
+        begin = at + TAR_BLOCK
+        if header[156:157] == b"x":  # it is about the next member
+            pax = head[begin : begin + size]
+        else:
+            own_name = _PAX_SPARSE_NAME.search(pax)
+            name = own_name[1] if own_name else header[:100].rstrip(b"\0")
+            is_plain = header[156:157] in (b"0", b"\0") and b" GNU.sparse." not in pax
+            yield name.decode("utf-8", "replace"), is_plain
+            pax = b""
+        if not is_known:
             return  # a size in base 256: the next header is far behind the head
-        at += TAR_BLOCK + -(-int(digits, 8) // TAR_BLOCK) * TAR_BLOCK
+        at = begin + -(-size // TAR_BLOCK) * TAR_BLOCK

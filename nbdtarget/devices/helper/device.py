@@ -33,11 +33,13 @@ from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.helper.container import Container
 from nbdtarget.devices.helper.image_info import refuse_references
+from nbdtarget.devices.helper.nbdkit_filters import refuse_wrong_filters
 from nbdtarget.devices.helper.process import Helper
 from nbdtarget.devices.helper.programs import missing
 from nbdtarget.devices.helper.state import ImageState, look_at_image
 from nbdtarget.devices.helper.words import (
     HelperName,
+    NbdkitName,
     QemuName,
     parse_qemu,
     qemu_name,
@@ -229,6 +231,8 @@ async def open_helper(
         if isinstance(words, QemuName):
             fds = () if container is None else (container.fd,)
             await refuse_references(words, fds)
+        elif isinstance(words, NbdkitName):
+            await refuse_wrong_filters(words)
         source = _Source(words, container)
         return await source.open()
     except BaseException:  # it may be cancelled, and then no program is left running

@@ -148,6 +148,21 @@ def test_disk_in_a_tar_is_named() -> None:
     assert word in raw.advice_for("/x", "/x")
 
 
+@pytest.mark.parametrize("format_", ["gnu", "posix"])
+def test_sparse_member_of_a_tar_has_to_be_unpacked(
+    tmp_path: Path, format_: str
+) -> None:
+    with (tmp_path / "disk.img").open("wb") as disk:
+        disk.write(b"d" * 4096)
+        disk.truncate(1 << 20)
+    argv = ["tar", f"--format={format_}", "--sparse", "-cf", "a.tar", "disk.img"]
+    subprocess.run(argv, cwd=tmp_path, check=True)
+    found = maybe_image_format((tmp_path / "a.tar").read_bytes()[:HEAD_BYTES])
+    assert found is not None
+    advice = found.advice_for("/x", "/x")
+    assert advice == "`tar -xf /x disk.img' unpacks it"
+
+
 def test_advice_names_the_word_for_what_it_is() -> None:
     qcow2 = maybe_image_format(b"QFI\xfb\0\0\0\3")
     xz = maybe_image_format(lzma.compress(b"x"))
