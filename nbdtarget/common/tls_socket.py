@@ -6,6 +6,9 @@ Theory of operation. Between the socket and its user stand OpenSSL and two memor
     recv_into   socket -> incoming -> decrypted, as much as there is room for
     sendmsg     encrypted ("sealed") -> outgoing -> socket
 
+Behind the handshake this is done by compiled code, where it can be (`nbdtarget/fast/nbdtarget_tls.pyx`, its twin), with the same `SSL`
+object of OpenSSL and buffers of its own. What follows is true of both.
+
 One receive and one send carry many records. OpenSSL on the socket itself would take two system calls for each record
 received, and one for each record sent; a record has 16 KiB at most.
 
@@ -35,6 +38,8 @@ import ssl
 import threading
 from collections.abc import Iterable
 from typing import Any, Final
+
+from nbdtarget.fast.compiled import TlsRecords, take_over
 
 __all__ = ["ANSWERS_MAX", "HANDSHAKE_BYTES_MAX", "TlsError", "TlsSocket"]
 
@@ -85,6 +90,7 @@ class _Scratch(threading.local):
 
 
 _scratch: Final = _Scratch()
+_take_over = take_over  # tests choose the twin
 _NOTHING: Final = memoryview(b"")
 
 
@@ -96,7 +102,7 @@ class TlsSocket:
         server_hostname: of a client: the name that the server's certificate must have.
 
     Attributes:
-        sealed: bytes of the last `sendmsg` that are encrypted and have not left whole.
+        records: the compiled twin, from the end of the handshake; None: there is none, or not yet.
     """
 
     __slots__ = (
@@ -108,10 +114,11 @@ class TlsSocket:
         "_nr_handshake",
         "_nr_silent",
         "_outgoing",
+        "_sealed",
         "_sock",
         "_ssl",
         "_unsent",
-        "sealed",
+        "records",
     )
 
     def __init__(
@@ -122,7 +129,8 @@ class TlsSocket:
         server_side: bool,
         server_hostname: str | None = None,
     ) -> None:
-        self.sealed = 0
+        self.records: TlsRecords | None = None
+        self._sealed = 0
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._ssl = context.wrap_bio(
@@ -161,6 +169,9 @@ class TlsSocket:
             if not self._drain():
                 return False
             if self._is_done:
+                self.records = _take_over(
+                    self._ssl, self._sock.fileno(), _error_of, SILENT_MAX, ANSWERS_MAX
+                )
                 return True
             try:
                 self._nr_handshake += self._receive()
@@ -173,7 +184,14 @@ class TlsSocket:
     @property
     def has_unsent(self) -> bool:
         """Whether encrypted bytes wait for the socket."""
+        if self.records is not None:
+            return self.records.has_unsent
         return bool(self._unsent) or self._outgoing.pending > 0
+
+    @property
+    def sealed(self) -> int:
+        """Bytes of the last `sendmsg` that are encrypted and have not left whole."""
+        return self._sealed if self.records is None else self.records.sealed
 
     @property
     def version(self) -> str:
@@ -193,6 +211,8 @@ class TlsSocket:
     @property
     def has_pending(self) -> bool:
         """Whether bytes may be had without the socket being readable."""
+        if self.records is not None:
+            return self.records.has_pending
         return self._is_full or bool(self._ahead) or self._incoming.pending > 0
 
     # hot: 2 us for each record
@@ -201,6 +221,8 @@ class TlsSocket:
 
         Raises: BlockingIOError: there is nothing now. TlsError, OSError.
         """
+        if self.records is not None:
+            return self.records.recv_into(view)
         if self._ahead:
             nr = min(len(view), len(self._ahead))
             view[:nr] = self._ahead[:nr]
@@ -249,6 +271,8 @@ class TlsSocket:
         return self.recv_into(views[0]), None, 0, None
 
     def _peek(self, size: int) -> bytes:
+        if self.records is not None:
+            return self.records.peek(size)
         ahead = self._ahead
         room = memoryview(bytearray(64 << 10))
         while len(ahead) < size:
@@ -299,7 +323,7 @@ class TlsSocket:
         # A peer that has gone takes no answer. What it sent before is received all the same.
         with contextlib.suppress(ConnectionError):
             self._drain()
-        if len(self._unsent) + self._outgoing.pending > ANSWERS_MAX + 2 * self.sealed:
+        if len(self._unsent) + self._outgoing.pending > ANSWERS_MAX + 2 * self._sealed:
             raise TlsError("the peer makes answers and does not read them")
 
     # ---- sending ----
@@ -314,10 +338,12 @@ class TlsSocket:
 
         Raises: BlockingIOError: nothing has left, or not all that was sealed. TlsError, OSError.
         """
+        if self.records is not None:
+            return self.records.sendmsg(pieces)
         if not self._drain():
             raise BlockingIOError
-        if self.sealed:
-            nr, self.sealed = self.sealed, 0
+        if self._sealed:
+            nr, self._sealed = self._sealed, 0
             return nr
         left = [memoryview(piece) for piece in pieces]
         total = 0
@@ -327,7 +353,7 @@ class TlsSocket:
             except ssl.SSLError as error:
                 raise TlsError(_sentence(error)) from None
             if not self._drain():
-                self.sealed = nr
+                self._sealed = nr
                 if not total:
                     raise BlockingIOError
                 return total
@@ -364,6 +390,8 @@ class TlsSocket:
 
     def _drain(self) -> bool:
         """Send what is encrypted; whether all of it has left."""
+        if self.records is not None:
+            return self.records.drain()
         while True:
             if not self._unsent:
                 if not self._outgoing.pending:
@@ -391,6 +419,8 @@ class TlsSocket:
         if self._sock.fileno() != -1:
             self._say_goodbye()
             self._sock.close()
+            if self.records is not None:
+                self.records.close()
 
     def _say_goodbye(self) -> None:
         if not self._is_done:
@@ -409,3 +439,9 @@ def _sentence(error: ssl.SSLError) -> str:
     sentence = _SENTENCES.get(reason, reason.lower().replace("_", " "))
     detail = getattr(error, "verify_message", "")
     return f"{sentence}: {detail}" if detail else sentence
+
+
+def _error_of(reason: str) -> TlsError:
+    """The error of compiled code; `reason` is OpenSSL's text, or a sentence of ours."""
+    key = reason.upper().replace(" ", "_").replace("SSL/TLS_ALERT", "SSLV3_ALERT")
+    return TlsError(_SENTENCES.get(key, reason))

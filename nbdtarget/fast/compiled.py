@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the compiled fast path is there, and the names that it has.
 
-The extension modules `nbdtarget_fast`, `nbdtarget_ring`, `nbdtarget_sync` and `nbdtarget_copy` are built from the `.pyx` files beside this one, which tell what they
+The extension modules `nbdtarget_fast`, `nbdtarget_ring`, `nbdtarget_sync`, `nbdtarget_copy` and `nbdtarget_tls` are built from the `.pyx` files beside this one, which tell what they
 do, when a C compiler is at hand (`scripts/build_fast.py`). Where they are missing, or were built from another version
 of the source, `IS_COMPILED` is false, no device offers a `Route`, and every request takes the way through
 Python: slower, and otherwise the same. The environment variable NBDTARGET_PURE=1 asks for that.
@@ -23,14 +23,17 @@ __all__ = [
     "Ring",
     "Route",
     "Syncer",
+    "TlsRecords",
     "batches_received",
     "describe",
+    "describe_tls",
     "give_way",
     "is_available",
+    "take_over",
     "write_pieces",
 ]
 
-ABI: Final = 10  # the extension's must be the same; both change together
+ABI: Final = 11  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"
@@ -40,6 +43,7 @@ if not os.environ.get("NBDTARGET_PURE"):
         import nbdtarget_fast
         import nbdtarget_ring
         import nbdtarget_sync
+        import nbdtarget_tls
     except (
         ImportError,
         TypeError,
@@ -49,7 +53,13 @@ if not os.environ.get("NBDTARGET_PURE"):
     else:
         IS_COMPILED = {
             m.ABI
-            for m in (nbdtarget_copy, nbdtarget_fast, nbdtarget_ring, nbdtarget_sync)
+            for m in (
+                nbdtarget_copy,
+                nbdtarget_fast,
+                nbdtarget_ring,
+                nbdtarget_sync,
+                nbdtarget_tls,
+            )
         } == {ABI}
         _REASON = "it was built from another version"
 
@@ -65,13 +75,14 @@ if TYPE_CHECKING or IS_COMPILED:
     )
     from nbdtarget_ring import Ring, is_available
     from nbdtarget_sync import Syncer, give_way
+    from nbdtarget_tls import TlsRecords, take_over
 else:
 
     class _NotBuilt:
         """Stands for the types of the extension where none of them is ever made."""
 
     Copies = CopyStream = FastFile = Plane = _NotBuilt
-    Receiver = Ring = Route = Syncer = _NotBuilt
+    Receiver = Ring = Route = Syncer = TlsRecords = _NotBuilt
 
     def is_available() -> bool:
         return False
@@ -83,10 +94,21 @@ else:
         """Threads of Python have their own way: see `nbdtarget.devices.background_threads`."""
         raise NotImplementedError  # callers look at IS_COMPILED first
 
+    def take_over(*_: object) -> None:
+        """Python's own way goes on."""
+
     def write_pieces(*_: object) -> tuple[int, int]:
         raise NotImplementedError  # callers look at IS_COMPILED first
 
 
 def describe() -> str:
     """Return which path is in use, as `nbdtarget --version` says it."""
-    return "fast path: compiled" if IS_COMPILED else f"fast path: none ({_REASON})"
+    if not IS_COMPILED:
+        return f"fast path: none ({_REASON})"
+    why_not = describe_tls()
+    return f"fast path: compiled{f', TLS in Python ({why_not})' if why_not else ''}"
+
+
+def describe_tls() -> str:
+    """Return why TLS is not served by compiled code; "": it is."""
+    return nbdtarget_tls.why_not() if IS_COMPILED else _REASON

@@ -149,7 +149,7 @@ __all__ = [
     "FastFile", "Plane", "Receiver", "Route", "write_pieces",
 ]
 
-ABI = 10  # of `nbdtarget.fast.compiled`
+ABI = 11  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0

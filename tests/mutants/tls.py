@@ -50,7 +50,7 @@ TLS: Final = (
         "sealed-bytes-are-sealed-again",
         "What the socket did not take at once is encrypted and sent twice.",
         "nbdtarget.common.tls_socket:TlsSocket.sendmsg",
-        (("                self.sealed = nr\n", ""),),
+        (("                self._sealed = nr\n", ""),),
         SOCKET,
     ),
     Mutant(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS on a socket: two ends in one thread, which take turns."""
+"""TLS on a socket: two ends in one thread, which take turns. Each test runs over Python's records and over the compiled ones."""
 
 import contextlib
+import select
 import socket
 import ssl
 import subprocess
@@ -13,12 +14,24 @@ import pytest
 from nbdtarget.common import tls_socket
 from nbdtarget.common.tls_context import client_context, server_context
 from nbdtarget.common.tls_socket import TlsError, TlsSocket
+from nbdtarget.fast import compiled
 from tests.support.certificates import authority, needs_openssl
 from tests.support.patience import PATIENCE_S
 
 pytestmark = needs_openssl
 
 Ends = tuple[TlsSocket, TlsSocket]
+
+
+@pytest.fixture(autouse=True, params=["python", "compiled"])
+def twin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two carries the records."""
+    name: str = request.param
+    if name == "python":
+        monkeypatch.setattr(tls_socket, "_take_over", lambda *_: None)
+    elif compiled.describe_tls():
+        pytest.skip(compiled.describe_tls())
+    return name
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -59,8 +72,32 @@ def receive(end: TlsSocket, size: int) -> bytes:
     return bytes(room[: end.recv_into(room)])
 
 
-def test_both_ends_talk(ends: Ends) -> None:
+def receive_soon(end: TlsSocket, size: int) -> bytes:
+    """As `receive`, of a peer in another process."""
+    while True:
+        try:
+            return receive(end, size)
+        except BlockingIOError:
+            assert select.select([end], [], [], PATIENCE_S)[0]
+
+
+def put_unsent(end: TlsSocket, data: bytes) -> None:
+    """Let `data` wait for the socket, as if OpenSSL had written it."""
+    if end.records is None:
+        end._outgoing.write(data)
+    else:
+        end.records.put_unsent(data)
+
+
+def seal(end: TlsSocket, data: bytes) -> bytes:
+    """Return the records of `data`, which are not sent."""
+    end._ssl.write(data)
+    return end._outgoing.read() if end.records is None else end.records.take_unsent()
+
+
+def test_both_ends_talk(ends: Ends, twin: str) -> None:
     serving, asking = ends
+    assert [each.records is not None for each in ends] == [twin == "compiled"] * 2
     assert asking.send(b"question") == 8
     assert receive(serving, 100) == b"question"
     assert serving.sendmsg([b"an", b"", b"swer"]) == 6
@@ -227,12 +264,13 @@ def test_what_says_nothing_is_bounded(
     """A part of a record says nothing. So do records of TLS itself, of which each takes time."""
     monkeypatch.setattr(tls_socket, "SILENT_MAX", 1000)
     serving, asking = ends
+    if serving.records is not None:
+        serving.records.bound(1000, tls_socket.ANSWERS_MAX)
     room = memoryview(bytearray(20_000))
     for _ in range(5):  # what says something is not counted
         asking.send(bytes(900))
         assert len(receive(serving, 1000)) == 900
-    asking._ssl.write(bytes(10_000))
-    record = asking._outgoing.read()
+    record = seal(asking, bytes(10_000))
     asking._sock.send(record[:600])
     with pytest.raises(BlockingIOError):
         serving.recv_into(room)
@@ -247,7 +285,7 @@ def test_answers_that_the_peer_does_not_read_are_bounded(ends: Ends) -> None:
         while True:
             serving.send(bytes(64 << 10))
     # OpenSSL answers, for example, to a renegotiation.
-    serving._outgoing.write(bytes(3 * tls_socket.SEAL_MAX))
+    put_unsent(serving, bytes(3 * tls_socket.SEAL_MAX))
     asking.send(b"again")
     with pytest.raises(TlsError, match="does not read them"):
         receive(serving, 100)
@@ -300,19 +338,20 @@ def test_renegotiation_is_refused() -> None:
     )
     sock, _ = listening.accept()
     listening.close()
-    sock.settimeout(PATIENCE_S)  # blocking: nothing else is to be done here
+    sock.settimeout(0)
     serving = TlsSocket(sock, contexts(verify_peer=False)[0], server_side=True)
-    assert serving.handshake()
+    while not serving.handshake():
+        assert select.select([serving], [], [], PATIENCE_S)[0]
     assert client.stdin is not None
     assert client.stderr is not None
     client.stdin.write(b"hello\n")
     client.stdin.flush()
-    assert receive(serving, 100) == b"hello\n"
+    assert receive_soon(serving, 100) == b"hello\n"
     client.stdin.write(b"R\n")
     client.stdin.flush()
     # The client is told, and gives up.
     with pytest.raises(TlsError):
-        receive(serving, 100)
+        receive_soon(serving, 100)
     serving.close()
     client.stdin.close()
     assert b"no renegotiation" in client.stderr.read()
