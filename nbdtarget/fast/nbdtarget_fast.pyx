@@ -41,6 +41,9 @@ and no longer than a turn lasts (`turn_ns`), but the processor is free meanwhile
 `turn` uses the two buffers and the four numbers, and Python reads the numbers afterwards. Neither
 looks at them while the other one runs.
 
+With TLS `nbdtarget_tls` stands between the socket and the two buffers. It may have received more than the receive buffer takes, and the
+loop does not know of that: so a turn does not end with DONE before all of it is served.
+
 The loop calls the `Receiver` of a connection, which runs one turn. It calls Python code only for what is not plain.
 
 Who says what may be done. A device gives its `Route` only while its requests may take this way, and closes it
@@ -75,14 +78,10 @@ from nbdtarget_ring cimport (
     submit_and_wait,
     take_ended,
 )
+from nbdtarget_tls cimport Records, TlsRecords, iovec, tls_has_pending, tls_receive, tls_send
 
 cdef extern from "<sys/types.h>" nogil:
     ctypedef long off_t
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
 
 cdef extern from *:
     """
@@ -897,6 +896,7 @@ cdef class Plane:
 
     Args:
         sock: the descriptor of its socket.
+        tls: what encrypts it; None: nothing does.
         received, arena: the two buffers.
         structured: whether replies to READs are structured.
         extended: whether requests have extended headers, and replies, too.
@@ -924,6 +924,8 @@ cdef class Plane:
     """
 
     cdef int sock
+    cdef TlsRecords tls
+    cdef Records *records  # of `tls`; NULL: nothing is encrypted
     cdef Py_buffer received
     cdef Py_buffer arena
     cdef bint has_buffers
@@ -979,8 +981,11 @@ cdef class Plane:
     cdef int64_t received_ns
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
-                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, uint64_t alone_max=0, flush_for=None, bint extended=False):
+                 uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, uint64_t alone_max=0, flush_for=None, bint extended=False,
+                 TlsRecords tls=None):
         self.release()
+        self.tls = tls
+        self.records = NULL if tls is None else &tls.records
         self.ring_reads = ring_reads
         self.reader.owner = <void *>self
         self.alone_max = alone_max
@@ -1103,6 +1108,8 @@ cdef class Plane:
         self.nr_left = -1 if self.ring_reads is not None else 0
         with nogil:
             stop = self._turn(&route.way, poll_ns)
+        if stop == STOP_DONE and self._has_pending():
+            stop = STOP_TURN_OVER  # a FLUSH comes first, and the loop would not call again
         if route.way.nr_noted:
             route.tell_hits()
         if self.nr_begun:
@@ -1140,7 +1147,7 @@ cdef class Plane:
                     if not self.begin:
                         return STOP_SLOW  # one request that does not fit: it gets memory of its own
                     self._compact()
-                got = socket_recv(self.sock, into + self.end, self._room(), MSG_DONTWAIT)
+                got = self._receive(into + self.end, self._room())
                 if got < 0:
                     if errno == EINTR:
                         continue
@@ -1190,11 +1197,33 @@ cdef class Plane:
             now = now_ns()
             self._count(now)
             # The rest of a request is on its way.
-            if stop != STOP_DONE or self.nr_syncs or has_replies and not poll_ns and self.begin == self.end:
+            if stop != STOP_DONE or self.nr_syncs or has_replies and not poll_ns and self.begin == self.end and not self._has_pending():
                 return stop
             # A peer at depth 1 must not keep the loop for ever.
             if self._is_over(now):
                 return STOP_TURN_OVER
+
+    cdef inline ssize_t _receive(self, uint8_t *into, size_t room) noexcept nogil:
+        """As recv."""
+        if self.records != NULL:
+            return tls_receive(self.records, into, room)
+        return socket_recv(self.sock, into, room, MSG_DONTWAIT)
+
+    cdef inline bint _has_pending(self) noexcept nogil:
+        """Whether TLS has bytes that the loop does not know of."""
+        return self.records != NULL and tls_has_pending(self.records)
+
+    cdef inline ssize_t _put(self, const iovec *pieces, size_t nr_pieces) noexcept nogil:
+        """As sendmsg. With TLS, after EAGAIN or a part, the next call must begin with the same bytes: they do, in the queue of `Output`, too."""
+        cdef msghdr message
+        if self.records != NULL:
+            return tls_send(self.records, pieces, nr_pieces)
+        if nr_pieces == 1:
+            return socket_send(self.sock, pieces.iov_base, pieces.iov_len, MSG_DONTWAIT | MSG_NOSIGNAL)
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = <iovec *>pieces
+        message.msg_iovlen = nr_pieces
+        return sendmsg(self.sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
 
     cdef Py_ssize_t _room(self) noexcept nogil:
         """How much to receive. Behind a large WRITE it is little, so that the next one begins where this one did.
@@ -1244,10 +1273,13 @@ cdef class Plane:
     cdef bint _send(self) noexcept nogil:
         """Send the replies; whether all have left. If not, `error` is 0, or the socket has failed."""
         cdef uint8_t *arena = <uint8_t *>self.arena.buf
+        cdef iovec place
         cdef ssize_t sent
         self.error = 0
         while self.base < self.out:
-            sent = socket_send(self.sock, arena + self.base, self.out - self.base, MSG_DONTWAIT | MSG_NOSIGNAL)
+            place.iov_base = arena + self.base
+            place.iov_len = self.out - self.base
+            sent = self._put(&place, 1)
             if sent < 0:
                 if errno == EINTR:
                     continue
@@ -1682,32 +1714,31 @@ cdef class Plane:
     cdef void _send_reads(self, Read *read) noexcept nogil:
         """Send the replies to the reads of this list, up to the first that the socket does not take whole."""
         cdef iovec pieces[GATHER_PIECES]
-        cdef msghdr message
+        cdef size_t nr_pieces
         cdef Read *first
         cdef Py_ssize_t sent
         cdef size_t left
         while read != NULL:
             first = read
-            memset(&message, 0, sizeof(message))
-            message.msg_iov = pieces
-            while read != NULL and message.msg_iovlen + 2 <= GATHER_PIECES:
+            nr_pieces = 0
+            while read != NULL and nr_pieces + 2 <= GATHER_PIECES:
                 if read.result == <int>read.length:
                     if not read.is_hole and read.length >= self.zero_min and is_zero(read.data, read.length):
                         read.head_length = turn_into_hole(read.head, read.length)
                         read.is_hole = True
-                    pieces[message.msg_iovlen].iov_base = read.head
-                    pieces[message.msg_iovlen].iov_len = read.head_length
-                    message.msg_iovlen += 1
+                    pieces[nr_pieces].iov_base = read.head
+                    pieces[nr_pieces].iov_len = read.head_length
+                    nr_pieces += 1
                     if not read.is_hole:
-                        pieces[message.msg_iovlen].iov_base = read.data
-                        pieces[message.msg_iovlen].iov_len = read.length
-                        message.msg_iovlen += 1
+                        pieces[nr_pieces].iov_base = read.data
+                        pieces[nr_pieces].iov_len = read.length
+                        nr_pieces += 1
                 read = read.next
-            if not message.msg_iovlen:
+            if not nr_pieces:
                 return  # all of them have failed
-            sent = sendmsg(self.sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            sent = self._put(pieces, nr_pieces)
             while sent < 0 and errno == EINTR:
-                sent = sendmsg(self.sock, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+                sent = self._put(pieces, nr_pieces)
             # After an error, too, the replies go into the queue: sending from there meets it again.
             while first != read:
                 if first.result == <int>first.length:

@@ -25,12 +25,14 @@ with the loop, as after a pause. The device need not, because a closed `Route` s
 Receiver looks each time that nothing was forgotten.
 """
 
+import errno as errnos
 import os
 from collections.abc import Callable
 from functools import partial
 from socket import socket
 from typing import Final, Protocol
 
+from nbdtarget.common.tls_socket import TlsSocket
 from nbdtarget.devices.base import Device
 from nbdtarget.fast.compiled import IS_COMPILED, Plane, Receiver, Route
 from nbdtarget.server.flow import Flow
@@ -80,7 +82,7 @@ class FastTurn:
 
     Args:
         host: the connection.
-        sock: of the connection; a real one.
+        sock: of the connection; a real one, or one whose records compiled code carries.
         device: what its requests go to.
 
     Attributes:
@@ -96,13 +98,14 @@ class FastTurn:
         "_output",
         "_plane",
         "_requests",
+        "_tls",
         "receiver",
     )
 
     def __init__(
         self,
         host: FastHost,
-        sock: socket,
+        sock: socket | TlsSocket,
         shared: Shared,
         device: Device,
         requests: Requests,
@@ -114,6 +117,7 @@ class FastTurn:
         self._host, self._device, self._requests = host, device, requests
         self._input, self._output, self._flow = received, output, flow
         self._budget = shared.budget
+        self._tls = sock.records if isinstance(sock, TlsSocket) else None
         self._plane = Plane(
             sock.fileno(),
             received.buffer,
@@ -133,6 +137,7 @@ class FastTurn:
             if requests.can_flush and not requests.extended
             else None,
             extended=requests.extended,
+            tls=self._tls,
         )
         requests.traffic.compiled = self._plane
         self.receiver = Receiver(
@@ -191,6 +196,8 @@ class FastTurn:
                 raise EOFError
             if stop == FAILED:
                 error = self._plane.error
+                if error == errnos.EPROTO and self._tls is not None:
+                    raise self._tls.tls_failure()
                 raise OSError(error, os.strerror(error))
             # SLOW, or UNFINISHED: then the device is about to get the WRITE that was begun, and nothing before it.
             if not self._serve_one(stop):

@@ -11,7 +11,7 @@ A turn ends when nothing can be received, when a bound pauses the connection, wh
 goes on by itself in the next turn.
 
 TLS. What a `TlsSocket` has decrypted, or could decrypt, is unknown to the loop. So a connection with TLS receives until there is
-nothing.
+nothing; the compiled half does so, too.
 
 Errors. uvloop calls a reader once after an error at the socket, and then never again, neither for bytes that lie there nor for
 the error. Sending fails, too, when the peer is gone. So each call of a reader either sends something, or leaves something that
@@ -59,7 +59,7 @@ class Reception:
 
     Args:
         host: the connection.
-        sock: of the connection. Its requests can take the compiled path if it does not encrypt.
+        sock: of the connection. Its requests can take the compiled path if it does not encrypt, or if compiled code carries its records.
         device: what the requests go to.
     """
 
@@ -95,7 +95,8 @@ class Reception:
         self._poller = Poller(shared.polling, shared.limits.poll_us)
         self._tls = sock if isinstance(sock, TlsSocket) else None
         self._fast: FastTurn | None = None
-        if IS_COMPILED and isinstance(sock, socket.socket):
+        is_carried = self._tls is not None and self._tls.records is not None
+        if IS_COMPILED and (isinstance(sock, socket.socket) or is_carried):
             parts = requests, received, output, flow
             self._fast = FastTurn(host, sock, shared, device, *parts)
 

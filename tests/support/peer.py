@@ -6,6 +6,7 @@ numbers. `Disk` is a device in memory that can hold bios back, fail, or answer s
 """
 
 import asyncio
+import ssl
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -180,6 +181,12 @@ class Peer:
         )
         self.writer.write(c.CLIENT_FLAGS.pack(3))
 
+    async def encrypt(self, context: ssl.SSLContext) -> None:
+        """Ask for TLS, behind the greeting."""
+        self.option(c.OPT_STARTTLS)
+        assert await self.option_reply() == (c.REP_ACK, b"")
+        await self.writer.start_tls(context, server_hostname="localhost")
+
     async def attach(
         self,
         name: str = "",
@@ -187,8 +194,11 @@ class Peer:
         structured: bool = False,
         extended: bool = False,
         contexts: bool | Sequence[str] = False,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         await self.greet()
+        if tls is not None:
+            await self.encrypt(tls)
         encoded = struct.pack(">I", len(name)) + name.encode()
         if structured or extended:
             option = c.OPT_EXTENDED_HEADERS if extended else c.OPT_STRUCTURED_REPLY

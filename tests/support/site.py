@@ -7,12 +7,15 @@ from typing import Final
 
 import pytest
 
+from nbdtarget.common.tls_context import client_context
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.fast.compiled import FastFile
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
+from nbdtarget.server.tls import NO_TLS, ListenerTls, TlsOptions
+from tests.support.certificates import authority
 from tests.support.peer import Peer
 
 __all__ = [
@@ -36,9 +39,13 @@ BLOCK: Final = 64 << 10
 
 
 class Site:
-    """The files of one test, a registry and a listener."""
+    """The files of one test, a registry and a listener.
 
-    def __init__(self, folder: Path) -> None:
+    Args: tls: whether clients talk in TLS.
+    """
+
+    def __init__(self, folder: Path, *, tls: bool = False) -> None:
+        self.tls = tls
         self.folder = folder
         self.registry = Registry(resolve)
         self.limits = Limits(poison_borrowed=True)
@@ -60,11 +67,15 @@ class Site:
         self, name: str = "", *, structured: bool = True, extended: bool = False
     ) -> Peer:
         if self.listener is None:
-            self.listener = Listener(self.registry, limits=self.limits)
+            tls = NO_TLS
+            if self.tls:
+                tls = ListenerTls(TlsOptions("require", str(authority()[1])))
+            self.listener = Listener(self.registry, limits=self.limits, tls=tls)
             await self.listener.start(f"unix:{self.folder}/s")
         peer = await Peer.connect(self.folder / "s")
         self.peers.append(peer)
-        await peer.attach(name, structured=structured, extended=extended)
+        context = client_context(str(authority()[1])) if self.tls else None
+        await peer.attach(name, structured=structured, extended=extended, tls=context)
         return peer
 
     async def close(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 from nbdtarget_ring import Ring
+from nbdtarget_tls import TlsRecords
 
 Buffer = Any  # collections.abc.Buffer is new in Python 3.12
 
@@ -146,6 +147,7 @@ class Plane:
         alone_max: int = 0,
         flush_for: Callable[[list[int], list[int], bool], bool] | None = None,
         extended: bool = False,
+        tls: TlsRecords | None = None,
     ) -> None: ...
     def release(self) -> None: ...
     def reads_ended(self, _: int) -> None: ...

@@ -17,6 +17,7 @@ from typing import Final
 import pytest
 
 from nbdtarget.bio import Bio
+from nbdtarget.common import tls_socket
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.fast import compiled
@@ -26,6 +27,7 @@ from nbdtarget.server.limits import Limits
 from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_protocol import consts as c
+from tests.support.certificates import needs_openssl
 from tests.support.patience import PATIENCE_S
 from tests.support.peer import Peer, Reply
 from tests.support.site import (
@@ -51,6 +53,24 @@ NR_SEEDS: Final = int(os.environ.get("CONVERSATIONS", "2"))
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
     made = Site(tmp_path)
+    yield made
+    await made.close()
+
+
+@pytest.fixture(
+    params=[
+        "plain",
+        pytest.param("tls", marks=needs_openssl),
+        pytest.param("tls in python", marks=needs_openssl),
+    ]
+)
+async def any_site(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Site]:
+    """A site whose clients talk in the clear, or in TLS that compiled code carries, or Python."""
+    if request.param == "tls in python":
+        monkeypatch.setattr(tls_socket, "_take_over", lambda *_: None)
+    made = Site(tmp_path, tls=request.param != "plain")
     yield made
     await made.close()
 
@@ -167,9 +187,9 @@ HOW: Final = ("simple", "structured", "extended")
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("seed", range(NR_SEEDS))
 async def test_conversations_read_what_was_written(
-    site: Site, name: str, seed: int, how: str
+    any_site: Site, name: str, seed: int, how: str
 ) -> None:
-    await converse(site, name, seed, how)
+    await converse(any_site, name, seed, how)
 
 
 @needs_compiled
@@ -177,11 +197,11 @@ async def test_conversations_read_what_was_written(
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("seed", range(NR_SEEDS // 2))
 async def test_conversations_whose_reads_miss_the_page_cache(
-    site: Site, name: str, seed: int, how: str, monkeypatch: pytest.MonkeyPatch
+    any_site: Site, name: str, seed: int, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of three are in the ring while the table is suspended and swapped."""
     force_misses(monkeypatch, (1 << 33) // 3)
-    await converse(site, name, seed, how)
+    await converse(any_site, name, seed, how)
 
 
 async def converse(site: Site, name: str, seed: int, how: str) -> None:
@@ -205,14 +225,17 @@ async def converse(site: Site, name: str, seed: int, how: str) -> None:
 
 
 @needs_compiled
+@pytest.mark.parametrize(
+    "any_site", ["plain", pytest.param("tls", marks=needs_openssl)], indirect=True
+)
 @pytest.mark.parametrize("extended", [False, True])
 @pytest.mark.parametrize("name", ["linear", "clone", "cache"])
 async def test_plain_requests_take_the_compiled_path(
-    site: Site, name: str, extended: bool, monkeypatch: pytest.MonkeyPatch
+    any_site: Site, name: str, extended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = os.urandom(SIZE)
-    device = await site.registry.create("d", TABLES[name](site, content))
-    peer = await site.attach(extended=extended)
+    device = await any_site.registry.create("d", TABLES[name](any_site, content))
+    peer = await any_site.attach(extended=extended)
     for _ in range(3):  # so that it is in the page cache, and in the cache
         for at in range(0, SIZE // 2, BLOCK):
             await peer.ask(c.CMD_READ, at, BLOCK)
@@ -506,10 +529,10 @@ async def test_discard_keeps_writes_from_the_compiled_path(site: Site) -> None:
 
 
 async def test_peer_that_leaves_in_the_middle_of_a_batch_is_released(
-    site: Site,
+    any_site: Site,
 ) -> None:
-    device = await site.registry.create("d", linear(site, bytes(SIZE)))
-    peer = await site.attach()
+    device = await any_site.registry.create("d", linear(any_site, bytes(SIZE)))
+    peer = await any_site.attach()
     wire = b"".join(peer.request(c.CMD_READ, 0, 4096) for _ in range(2000))
     peer.writer.write(wire[:-5])
     await peer.writer.drain()
@@ -519,19 +542,19 @@ async def test_peer_that_leaves_in_the_middle_of_a_batch_is_released(
             await asyncio.sleep(0.001)
 
 
-async def test_bad_magic_behind_a_batch_ends_the_connection(site: Site) -> None:
-    await site.registry.create("d", linear(site, bytes(SIZE)))
-    peer = await site.attach()
+async def test_bad_magic_behind_a_batch_ends_the_connection(any_site: Site) -> None:
+    await any_site.registry.create("d", linear(any_site, bytes(SIZE)))
+    peer = await any_site.attach()
     good = peer.request(c.CMD_READ, 0, 512)
     peer.writer.write(good + peer.request(c.CMD_READ, 0, 512, magic=0x12345678))
     errors = await peer.errors_to_the_end()
     assert errors in ([0], [])
 
 
-async def test_client_that_does_not_read_is_served_when_it_does(site: Site) -> None:
+async def test_client_that_does_not_read_is_served_when_it_does(any_site: Site) -> None:
     content = os.urandom(SIZE)
-    await site.registry.create("d", linear(site, content))
-    peer = await site.attach()
+    await any_site.registry.create("d", linear(any_site, content))
+    peer = await any_site.attach()
     offsets = [(nr * 4096) % (SIZE - 4096) for nr in range(3000)]
     wire = b"".join(peer.request(c.CMD_READ, at, 4096) for at in offsets)
     first = peer.cookie - len(offsets) + 1
@@ -550,12 +573,12 @@ async def _send(peer: Peer, wire: bytes) -> None:
     await peer.writer.drain()
 
 
-async def test_shutdown_refuses_what_comes_later(site: Site) -> None:
-    await site.registry.create("d", linear(site, bytes(SIZE)))
-    peer = await site.attach()
+async def test_shutdown_refuses_what_comes_later(any_site: Site) -> None:
+    await any_site.registry.create("d", linear(any_site, bytes(SIZE)))
+    peer = await any_site.attach()
     assert (await peer.ask(c.CMD_READ, 0, 512)).error == 0
-    assert site.listener is not None
-    closing = asyncio.create_task(site.listener.close())
+    assert any_site.listener is not None
+    closing = asyncio.create_task(any_site.listener.close())
     await asyncio.sleep(0)
     wire = b"".join(peer.request(c.CMD_READ, 0, 512) for _ in range(5))
     peer.writer.write(wire)
