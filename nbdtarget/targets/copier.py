@@ -32,6 +32,7 @@ destination (`prison`), and has the destination flushed before anything vouches 
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from mmap import mmap
 from typing import Final, NamedTuple
 
 from nbdtarget.bio import OP_NAMES, OP_READ, OP_WRITE, OP_WRITE_ZEROES, Bio
@@ -50,7 +51,9 @@ WRITEBACK_BYTES: Final = 16 << 20
 
 
 def new_buffer(length: int) -> memoryview:
-    return memoryview(bytearray(length))
+    # A new bytearray is filled with zeroes at once: for 32 buffers of a MiB that takes 17 ms of the loop, at the beginning of a
+    # copy, when the first client attaches.
+    return memoryview(mmap(-1, length))
 
 
 class CopyError(Exception):
@@ -266,7 +269,7 @@ class _Copy:
     def _write_runs(self, chunk: "_Chunk") -> bool:
         """Write the data and the zeroes of a chunk, each for itself; return False, and do nothing, if it has no zeroes."""
         whole = chunk.buffer.obj
-        assert isinstance(whole, bytearray), "as `Copier` makes them"
+        assert isinstance(whole, mmap), "as `Copier` makes them"
         runs = maybe_zero_runs(whole, chunk.length)
         if runs is None:
             return False

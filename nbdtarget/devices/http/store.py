@@ -55,6 +55,7 @@ KEEPALIVE_S: Final = 60.0
 REDIRECTS_MAX: Final = 5
 TEXT_MAX: Final = 4096  # bytes of a refusal's body that are looked at
 BUFFER_BYTES: Final = 1 << 20  # received and not taken, for each request
+PROXIES_MAX: Final = 64  # origins whose proxies are known; redirects may lead anywhere
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MOVED_AWAY: Final = (SourceDenied, SourceUnfit)
 
@@ -71,6 +72,8 @@ class HttpStore:
         self._is_renewed = False
         self._leads_to = ""  # where the redirects of the URL ended; empty: not known
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        # By origin: to look through the environment takes longer than all else that a request does.
+        self._proxies: dict[tuple[str, str, int], str | None] = {}
         self._is_closed = False
 
     @property
@@ -159,7 +162,7 @@ class HttpStore:
         session = self._session(is_urgent)
         try:
             for _ in range(REDIRECTS_MAX + 1):
-                proxy = _maybe_proxy(url)
+                proxy = self._maybe_proxy(url)
                 needs_tls = "https" in (origin_of(url)[0], origin_of(proxy or "")[0])
                 async with session.get(
                     _parsed(url),
@@ -177,6 +180,15 @@ class HttpStore:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _failure(error) from error
         raise SourceUnfit(f"the server redirects more than {REDIRECTS_MAX} times")
+
+    def _maybe_proxy(self, url: str) -> str | None:
+        """Return the proxy for a URL, which the environment names. Raises: SourceUnfit."""
+        origin = origin_of(url)
+        if origin not in self._proxies:
+            if len(self._proxies) >= PROXIES_MAX:
+                self._proxies.clear()
+            self._proxies[origin] = _maybe_proxy(url)
+        return self._proxies[origin]
 
     def _session(self, is_urgent: bool) -> aiohttp.ClientSession:
         session = self._sessions.get(is_urgent)

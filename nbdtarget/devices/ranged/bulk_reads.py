@@ -69,12 +69,15 @@ class BulkReads:
             bio.end(errnos.EIO)
 
     def _start(self) -> None:
-        while self._queue and self._nr_running < self.slots.width:
-            run = _Run(self._next_run(), self._size)
-            self._nr_running += 1
-            task = self._tasks.start(self._fetch(run))
-            # Not in the coroutine: one that is cancelled before its first step runs none of it.
-            task.add_done_callback(partial(self._ended, run))
+        if not self._queue or self._nr_running >= self.slots.width:
+            return
+        run = _Run(self._next_run(), self._size)
+        self._nr_running += 1
+        task = self._tasks.start(self._fetch(run))
+        # Not in the coroutine: one that is cancelled before its first step runs none of it.
+        task.add_done_callback(partial(self._ended, run))
+        # One a turn: to begin a request takes a millisecond, and a read that a client waits for is not to wait for eight of them.
+        self._start_soon.ask()
 
     def _next_run(self) -> list[Bio]:
         run = [self._queue.popleft()]

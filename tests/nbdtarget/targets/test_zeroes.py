@@ -2,6 +2,7 @@
 """Runs of zeroes are found where they are whole pieces, and nowhere else."""
 
 import random
+from mmap import mmap
 
 from nbdtarget.targets.zeroes import ZERO_BYTES_MIN as PIECE
 from nbdtarget.targets.zeroes import maybe_zero_runs
@@ -42,3 +43,15 @@ def test_rest_behind_the_last_piece_is_data() -> None:
 def test_what_lies_behind_the_length_is_not_looked_at() -> None:
     buffer = bytearray(PIECE) + b"x" * PIECE
     assert maybe_zero_runs(buffer, PIECE) == [(0, PIECE, True)]
+
+
+def test_mappings_are_looked_through_as_well() -> None:
+    buffer = mmap(-1, 3 * PIECE)
+    assert maybe_zero_runs(buffer, 3 * PIECE) == [(0, 3 * PIECE, True)]
+    buffer[PIECE] = buffer[3 * PIECE - 1] = (
+        7  # the first byte of a piece, and the last one
+    )
+    assert maybe_zero_runs(buffer, 3 * PIECE) == [
+        (0, PIECE, True),
+        (PIECE, 3 * PIECE, False),
+    ]

@@ -56,6 +56,14 @@ async def test_image_is_read_by_ranges_and_never_asked_for_by_head() -> None:
         assert not any("authorization" in request.headers for request in server.noted)
 
 
+async def test_first_read_is_one_request_on_the_connection_of_the_opening() -> None:
+    """So it takes one round trip: a new connection would take another one, and with TLS two."""
+    async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
+        assert bytes(await device.read(2 * MIB, 4096)) == IMAGE[2 * MIB :][:4096]
+        assert (len(server.noted), server.nr_connections) == (2, 1)
+        assert server.noted[1].end - server.noted[1].begin == 256 * KIB
+
+
 async def test_weak_validators_are_compared_and_the_time_is_sent(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -413,6 +421,36 @@ async def test_proxy_of_the_environment_is_used(
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
             assert server.noted[0].target == "/disk.img"
+
+
+async def test_environment_is_looked_through_once_for_each_origin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes a millisecond, and a fresh clone sends eight requests while its first client waits."""
+    looked: list[None] = []
+
+    def proxies() -> dict[str, str]:
+        looked.append(None)
+        return {}
+
+    monkeypatch.setattr(module, "getproxies", proxies)
+    async with ImageServer(IMAGE) as server, device_on(server.url()) as device:
+        for nr in range(3):
+            await device.read(nr * MIB, 512)
+        assert len(server.noted) > 2
+        assert len(looked) == 1
+
+
+async def test_origins_whose_proxies_are_known_have_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PROXIES_MAX", 1)
+    async with ImageServer(IMAGE) as server, ImageServer(IMAGE) as moved:
+        server.behave = redirect_to(moved.url())
+        async with device_on(server.url()) as device:
+            assert bytes(await device.read(MIB, 512)) == IMAGE[MIB : MIB + 512]
+            assert isinstance(device.store, module.HttpStore)
+            assert len(device.store._proxies) == 1
 
 
 async def test_body_in_gzip_that_is_not_announced_is_not_decoded() -> None:

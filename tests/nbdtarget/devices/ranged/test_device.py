@@ -74,6 +74,31 @@ def test_content_size_and_evidence() -> None:
     in_simulated_time(work())
 
 
+def test_first_read_does_not_wait_for_the_requests_of_a_copy() -> None:
+    """A fresh clone asks for eight large ranges at once: a client's read is sent before most of them, and is answered one latency later."""
+
+    async def work() -> None:
+        store = MemoryStore(IMAGE)
+        store.latency_s = 0.03
+        device = await opened(store)
+        begun_s = asyncio.get_running_loop().time()
+        bios = [bio_of(nr * MIB, MIB) for nr in range(0, 12, 2)]
+        for bio in bios:
+            device.submit_ahead(bio)
+        await asyncio.sleep(0)  # the first of them begins
+        read = bio_of(11 * MIB, 4096)
+        device.submit(read)
+        await until_ended(read)
+        took_s = asyncio.get_running_loop().time() - begun_s
+        assert took_s == pytest.approx(0.03)
+        assert [each[2] for each in store.noted].index(True) <= 2
+        await until_ended(*bios)
+        assert len(store.noted) == len(bios) + 1
+        await device.close()
+
+    in_simulated_time(work())
+
+
 def test_first_bytes_came_with_the_opening() -> None:
     async def work() -> None:
         store = MemoryStore(IMAGE)
