@@ -4,9 +4,10 @@
 import ast
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -65,20 +66,40 @@ TEXTS = [
 ]
 
 
+class Facts(NamedTuple):
+    """What the rules below ask of a module. Its tree is not kept: all of them take a gigabyte.
+
+    Attributes:
+        functions: the name of each, and how many lines it has.
+        imports: dotted names of modules, and of what is taken from them.
+        says_what_it_exports: it has `__all__`, or nothing to say there.
+        limits, waits, speeds: what fails on a busy machine; see `tests/support/impatience.py`.
+    """
+
+    functions: list[tuple[str, int]]
+    imports: set[str]
+    says_what_it_exports: bool
+    limits: list[str]
+    waits: list[str]
+    speeds: list[str]
+
+
 @cache
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
-def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
-
-
-def lines_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    assert node.end_lineno is not None
-    return node.end_lineno - node.lineno + 1
+def facts_of(path: Path) -> Facts:
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    return Facts(
+        [
+            (node.name, (node.end_lineno or 0) - node.lineno + 1)
+            for node in nodes
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        ],
+        imported_by(nodes),
+        says_what_it_exports(tree),
+        short_limits(nodes),
+        counted_waits(nodes),
+        speed_limits(nodes),
+    )
 
 
 def is_library(path: Path) -> bool:
@@ -106,19 +127,18 @@ def test_no_file_grows_past_its_limit() -> None:
 
 def test_no_function_grows_past_its_limit() -> None:
     long = {
-        f"{name_of(path)}:{node.name}": lines_of(node)
+        f"{name_of(path)}:{name}": nr_lines
         for path in MODULES
-        for node in functions(path)
-        if lines_of(node) > FUNCTION_LINES_MAX
+        for name, nr_lines in facts_of(path).functions
+        if nr_lines > FUNCTION_LINES_MAX
     }
     assert long == LONG_FUNCTIONS, "split it, or shrink the number in LONG_FUNCTIONS"
 
 
-@cache
-def imported_by(path: Path) -> set[str]:
+def imported_by(nodes: Iterable[ast.AST]) -> set[str]:
     """The dotted names that a module imports: modules, and what is taken from them."""
     names = set()
-    for node in ast.walk(tree_of(path)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -127,7 +147,7 @@ def imported_by(path: Path) -> set[str]:
 
 
 def imports(path: Path, forbidden: re.Pattern[str]) -> list[str]:
-    names = sorted(imported_by(path))
+    names = sorted(facts_of(path).imports)
     return [f"{name_of(path)}: {name}" for name in names if forbidden.match(name)]
 
 
@@ -176,17 +196,13 @@ def test_modules_that_are_no_tests_stand_where_helpers_live() -> None:
         ("from tests.support.clock import SimClock", []),
     ],
 )
-def test_imports_of_test_modules_are_found(
-    tmp_path: Path, text: str, found: list[str]
-) -> None:
-    path = tmp_path / "module.py"
-    path.write_text(text)
-    assert [name for name in imported_by(path) if TEST_MODULE.match(name)] == found
+def test_imports_of_test_modules_are_found(text: str, found: list[str]) -> None:
+    names = imported_by(ast.walk(ast.parse(text)))
+    assert [name for name in names if TEST_MODULE.match(name)] == found
 
 
-def says_what_it_exports(path: Path) -> bool:
+def says_what_it_exports(tree: ast.Module) -> bool:
     # A module of constants alone is used as a namespace, and exports all it has.
-    tree = tree_of(path)
     defines = any(
         isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         and not node.name.startswith("_")
@@ -204,7 +220,9 @@ def says_what_it_exports(path: Path) -> bool:
 def test_modules_say_what_they_export() -> None:
     modules = [path for path in MODULES if is_library(path)]
     assert modules
-    assert [name_of(p) for p in modules if not says_what_it_exports(p)] == []
+    assert [
+        name_of(path) for path in modules if not facts_of(path).says_what_it_exports
+    ] == []
 
 
 @pytest.mark.parametrize("unwanted", [REGISTRIES, MACHINE_PATHS, UNFINISHED])
@@ -256,10 +274,10 @@ def test_sections_are_marked_in_one_way() -> None:
 # ---- what fails on a busy machine ----
 
 
-def _breaches(find: Callable[[str], list[str]]) -> dict[str, list[str]]:
+def _breaches(find: Callable[[Facts], list[str]]) -> dict[str, list[str]]:
     """What is found in the modules of tests, by module."""
     found = {
-        name_of(path): find(path.read_text())
+        name_of(path): find(facts_of(path))
         for path in MODULES
         if name_of(path).startswith("tests/")
         and not name_of(path).startswith(TIMELESS)
@@ -270,14 +288,14 @@ def _breaches(find: Callable[[str], list[str]]) -> dict[str, list[str]]:
 
 def test_tests_wait_for_what_is_sure_to_come() -> None:
     """Else they fail without a fault in the product: take PATIENCE_S of `tests/support/patience.py`."""
-    assert _breaches(short_limits) == {}
+    assert _breaches(lambda facts: facts.limits) == {}
 
 
 def test_no_test_counts_how_often_it_looks() -> None:
     """How long that is depends on the machine: take `until` or `attempts` of `tests/support/patience.py`."""
-    assert _breaches(counted_waits) == {}
+    assert _breaches(lambda facts: facts.waits) == {}
 
 
 def test_no_test_asserts_speed() -> None:
     """Where it must be bounded, take the processor's time: `thread_time_ns`."""
-    assert _breaches(speed_limits) == {}
+    assert _breaches(lambda facts: facts.speeds) == {}

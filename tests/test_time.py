@@ -57,10 +57,15 @@ def _call(node: ast.Call) -> list[str]:
     return [f"{owner}.time"] if name == "time" and "loop" in owner else []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_time_comes_from_the_clock(path: Path) -> None:
-    excepted = str(path.relative_to(PACKAGE)) in EXCEPTIONS
-    assert bool(breaches(path.read_text())) == excepted
+def test_time_comes_from_the_clock() -> None:
+    found = {
+        str(path.relative_to(PACKAGE)): breaches(path.read_text()) for path in MODULES
+    }
+    assert len(found) > 200
+    assert {
+        name: lines for name, lines in found.items() if lines and name not in EXCEPTIONS
+    } == {}
+    assert all(found[name] for name in EXCEPTIONS), "the list may shrink"
 
 
 @pytest.mark.parametrize(

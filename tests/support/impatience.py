@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a test fail on a busy machine, found in its source; `tests/test_tidy.py` asks for it."""
+"""What makes a test fail on a busy machine, found in its source; `tests/test_tidy.py` asks for it.
+
+Each function takes the nodes of a module's tree, in any order.
+"""
 
 import ast
+from collections.abc import Collection, Iterable
 from typing import Final
 
 __all__ = ["counted_waits", "short_limits", "speed_limits"]
@@ -17,18 +21,16 @@ REAL_CLOCKS: Final = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter
 KEYWORDS: Final = {"grace_s", "timeout", "timeout_s", "within_s"}
 
 
-def short_limits(source: str) -> list[str]:
+def short_limits(nodes: Iterable[ast.AST]) -> list[str]:
     """The limits of a module that are shorter than a busy machine needs, with their lines."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         limits: list[ast.expr] = []
         if isinstance(node, ast.Call):
             limits = [it.value for it in node.keywords if it.arg in KEYWORDS]
             if _name(node.func) in CALLS:
                 limits += node.args
-        elif isinstance(node, ast.BinOp) and ast.unparse(node.left).endswith(
-            "monotonic()"
-        ):
+        elif isinstance(node, ast.BinOp) and _calls(node.left, {"monotonic"}):
             limits = [node.right]
         found += [
             f"{it.lineno}: {it.value}"
@@ -41,13 +43,11 @@ def short_limits(source: str) -> list[str]:
     return found
 
 
-def counted_waits(source: str) -> list[str]:
+def counted_waits(nodes: Iterable[ast.AST]) -> list[str]:
     """The loops of a module that sleep a number of times, and give up then, with their lines."""
     found = []
-    for node in ast.walk(ast.parse(source)):
-        if not (
-            isinstance(node, ast.For) and ast.unparse(node.iter).startswith("range(")
-        ):
+    for node in nodes:
+        if not (isinstance(node, ast.For) and _calls(node.iter, {"range"})):
             continue
         inside = [it for statement in node.body for it in ast.walk(statement)]
         sleeps = any(
@@ -61,20 +61,21 @@ def counted_waits(source: str) -> list[str]:
     return found
 
 
-def speed_limits(source: str) -> list[str]:
+def speed_limits(nodes: Iterable[ast.AST]) -> list[str]:
     """The lines in which less real time must have passed than some limit."""
     return [
         f"{node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(ast.parse(source))
+        for node in nodes
         if isinstance(node, ast.Compare)
         and isinstance(node.ops[0], ast.Lt | ast.LtE)
         and isinstance(node.left, ast.BinOp)
         and isinstance(node.left.op, ast.Sub)
-        and any(
-            isinstance(it, ast.Call) and _name(it.func) in REAL_CLOCKS
-            for it in ast.walk(node.left)
-        )
+        and any(_calls(it, REAL_CLOCKS) for it in ast.walk(node.left))
     ]
+
+
+def _calls(node: ast.AST, names: Collection[str]) -> bool:
+    return isinstance(node, ast.Call) and _name(node.func) in names
 
 
 def _name(func: ast.expr) -> str:

@@ -61,7 +61,7 @@ __all__ = ["FUZZERS", "Ended"]
 
 NR_OPTIONS: Final = 2  # of a conversation with a whole server, at least
 QUIET_AT: Final = 8 * KIB  # where another client reads
-PIECES_MAX: Final = 4000  # of one conversation, about
+PIECES_MAX: Final = 400  # of one conversation, about
 LATE_S: Final = 150.0  # another client waits so long for a reply, on a machine that has much else to do
 TIMEOUT_S: Final = 300.0  # for one conversation; it takes a second, on a machine that has nothing else to do
 OPTIONS: Final = (
@@ -121,11 +121,13 @@ def _beginning(error: Exception) -> str:
 def pieces(rng: random.Random, data: bytes) -> Iterator[bytes]:
     """`data`, cut up."""
     longest = rng.choice((1, 3, 30, 500, 1 << 20))
-    if longest < 30 and len(data) > PIECES_MAX * longest:
-        longest = 1000  # each piece of a few bytes costs as much as a long one
+    # Each piece of a few bytes costs as much as a long one: in much data, every other one is long.
+    leap = len(data) // PIECES_MAX * 2 if len(data) > PIECES_MAX * longest else 0
     at = 0
     while at < len(data):
         length = rng.randint(1, longest)
+        if leap and rng.random() < 0.5:
+            length = leap - rng.randrange(leap // 2)
         yield data[at : at + length]
         at += length
 

@@ -487,7 +487,7 @@ def _kind_of(body: memoryview) -> str | None:
 def _refuse_foreign(area: memoryview, copies: list[list[Copy[S]]]) -> None:
     if any(copy.superblock for slot in copies for copy in slot):
         return
-    if not any(area):
+    if not bytes(area).lstrip(b"\0"):
         raise NotFormatted
     for slot in range(NR_SLOTS):
         for copy in range(NR_COPIES):
