@@ -22,9 +22,8 @@ from typing import Final
 
 __all__ = ["BuildError", "build", "main"]
 
-SOURCES: Final = sorted(
-    (Path(__file__).resolve().parent.parent / "nbdtarget/fast").glob("*.pyx")
-)
+FOLDER: Final = Path(__file__).resolve().parent.parent / "nbdtarget/fast"
+SOURCES: Final = sorted(FOLDER.glob("*.pyx"))
 FLAGS: Final = ("-O2", "-fPIC", "-shared", "-D_GNU_SOURCE", "-Wall")
 OUTPUT_LINES_MAX: Final = 12  # of a compiler that fails
 
@@ -62,7 +61,12 @@ def run(command: list[str], what: str) -> None:
 def build(folder: Path) -> list[Path]:
     """Build the extension modules into `folder`; return their paths. Raises: BuildError."""
     include, command = headers(), compiler()
-    flags = [*FLAGS, *shlex.split(os.environ.get("CFLAGS", "")), f"-I{include}"]
+    flags = [
+        *FLAGS,
+        *shlex.split(os.environ.get("CFLAGS", "")),
+        f"-I{include}",
+        f"-I{FOLDER}",
+    ]
     targets = []
     for source in SOURCES:
         target = folder / f"{source.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -132,12 +132,19 @@ cdef extern from "<endian.h>" nogil:
     uint64_t htobe64(uint64_t value)
     uint32_t htobe32(uint32_t value)
 
-cdef extern from "<time.h>" nogil:
-    struct timespec:
-        long tv_sec
-        long tv_nsec
-    int clock_gettime(int clock, timespec *now)
-    int CLOCK_MONOTONIC
+cdef extern from "nbdtarget_clock.h" nogil:
+    struct Moment "nbdtarget_moment":
+        uint64_t ticks
+        int64_t ns
+        int64_t slept_ns
+    struct Rate "nbdtarget_rate":
+        pass
+    const bint HAS_TICKS "NBDTARGET_HAS_TICKS"
+    int64_t now_ns "nbdtarget_now_ns"()
+    int64_t ns_at "nbdtarget_ns_at"(const Rate *rate, uint64_t ticks)
+    Moment moment_now "nbdtarget_moment_now"()
+    bint rate_of "nbdtarget_rate_of"(Moment first, Moment last, Rate *rate)
+    void use_rate "nbdtarget_use_rate"(const Rate *rate)
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -267,10 +274,48 @@ def batches_received():
     return nr_batches
 
 
-cdef inline int64_t now_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+# ---- time ----
+
+CLOCKSOURCE = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+
+cdef Moment imported = moment_now()
+cdef Rate found_rate
+cdef bint is_rate_found = False
+
+
+def choose_clock(clocksource=CLOCKSOURCE):
+    """Take the time from the processor's counter from now on, if the kernel does; it may change its mind. See `nbdtarget_clock.h`.
+
+    Args: clocksource: the file that tells.
+    Returns: whether it is the counter.
+    """
+    global is_rate_found
+    name = ""
+    if HAS_TICKS:
+        try:
+            with open(clocksource) as file:
+                name = file.read().strip()
+        except OSError:
+            pass  # in some containers: then it is the clock
+    if name == "tsc" and not is_rate_found:
+        is_rate_found = rate_of(imported, moment_now(), &found_rate)
+    use_rate(&found_rate if name == "tsc" and is_rate_found else NULL)
+    return name == "tsc" and is_rate_found
+
+
+def clock_ns():
+    """For tests: the time, as requests are measured with it."""
+    return now_ns()
+
+
+def ns_of_ticks(first, last, uint64_t ticks):
+    """For tests: what the clock shows at `ticks`, if at two moments (ticks, ns, ns that the machine has slept) both were looked at; None:
+    nothing can be said."""
+    cdef Moment one, other
+    cdef Rate rate
+    one.ticks, one.ns, one.slept_ns = first
+    other.ticks, other.ns, other.slept_ns = last
+    return ns_at(&rate, ticks) if rate_of(one, other, &rate) else None
 
 
 cdef inline bint lies_in(uint64_t offset, uint64_t length, uint64_t size) noexcept nogil:
@@ -881,6 +926,8 @@ cdef struct Counts:
 cdef inline void count(Counts *counts, uint64_t nr, uint64_t nr_bytes, int64_t taken_ns) noexcept nogil:
     """Count `nr` requests that have taken so long each."""
     cdef int bucket = 0
+    if taken_ns < 0:
+        taken_ns = 0  # the machine was suspended, and its counter began again
     while bucket < NR_BOUNDS and taken_ns > bounds_ns[bucket]:
         bucket += 1
     counts.nr += nr
@@ -986,6 +1033,7 @@ cdef class Plane:
         self.release()
         self.tls = tls
         self.records = NULL if tls is None else &tls.records
+        choose_clock()
         self.ring_reads = ring_reads
         self.reader.owner = <void *>self
         self.alone_max = alone_max
