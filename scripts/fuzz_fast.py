@@ -7,10 +7,14 @@ The extension module is built with AddressSanitizer into a temporary folder, and
 library preloaded sends random batches over a socket pair: good requests, requests with random fields, cut
 ones, and random bytes, through flat routes, bitmaps and tables, with small buffers and large ones, with
 files that are too short, and peers that do not read. In most rounds some READs are taken for misses of the page cache, and
-io_uring carries them out, if it is allowed; planes are released while it does.
+io_uring carries them out, if it is allowed; planes are released while it does. Some files fail (`fuzz_fast_files.py`).
 
-Every third round calls the `Receiver` instead, as the event loop does (`fuzz_fast_receiver.py`), and every third one is a server that answers the
-READs of bulk copies in good and in bad ways (`fuzz_fast_copies.py`).
+There are four kinds of rounds, one after the other: `Plane.turn` is called; the `Receiver` is called instead, as the event loop does
+(`fuzz_fast_receiver.py`); several servers answer the READs of bulk copies in good and in bad ways (`fuzz_fast_copies.py`); and files are
+synced (`fuzz_fast_syncs.py`).
+
+What counts as a message: what the compiled code has taken, served or left to Python; a READ of a copy that was answered; a sync. What was sent and
+dropped behind a broken message does not count.
 
 The first memory error ends the run with AddressSanitizer's report; so does a wrong reply, with the seed
 of its round and the command that repeats it. `--plain` leaves the sanitizer out.
@@ -32,37 +36,46 @@ from scripts.build_fast import BuildError, build, compiler
 from scripts.fuzz_fast_copies import CopyRound
 from scripts.fuzz_fast_plane import Round
 from scripts.fuzz_fast_receiver import ReceiverRound
+from scripts.fuzz_fast_syncs import SyncRound
 
 __all__ = ["main"]
 
-ROUND_MESSAGES: Final = 20_000
-ROUNDS: Final = (Round, ReceiverRound, CopyRound)
+# Kinds of rounds, and how many messages one is of: a READ of a copy takes as long as ten of the others, a sync even longer.
+ROUNDS: Final = (
+    (Round, 20_000),
+    (ReceiverRound, 20_000),
+    (CopyRound, 1_000),
+    (SyncRound, 100),
+)
 INSIDE: Final = "NBDTARGET_FUZZ_FAST"  # set in the second Python
 
 
 def run_rounds(seed: int, messages: int) -> int:
-    """Run rounds until so many messages were sent. Returns the exit status."""
-    begun, sent, served = time.monotonic(), 0, 0
+    """Run rounds until so many messages count. Returns the exit status."""
+    begun, counts = time.monotonic(), [0] * len(ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
         at = seed
-        while sent < messages:
+        while sum(counts) < messages:
             # AddressSanitizer ends the process: what was under way is on the screen then.
-            print(f"\rround {at}: {sent} messages, {served} served", end="", flush=True)
-            it = ROUNDS[at % len(ROUNDS)](at, Path(folder))
+            print(f"\rround {at}: {sum(counts)} messages", end="", flush=True)
+            kind = at % len(ROUNDS)
+            make, nr = ROUNDS[kind]
+            it = make(at, Path(folder))
             try:
-                served += it.run(min(ROUND_MESSAGES, messages - sent))
+                counts[kind] += it.run(min(nr, messages))
             except Exception:
                 print(
-                    f"\nFAILED; again: make fuzz-fast ARGS='--seed {at} --messages {ROUND_MESSAGES}'"
+                    f"\nFAILED; again: make fuzz-fast ARGS='--seed {at} --messages 1'"
                 )
                 raise
             finally:
                 it.close()
-            sent += ROUND_MESSAGES
             at += 1
     took_s = time.monotonic() - begun
+    kinds = zip(counts, ROUNDS, strict=True)
+    each = ", ".join(f"{nr} {kind.__name__}" for nr, (kind, _) in kinds)
     print(
-        f"\rrounds {seed} to {at - 1}: {sent} messages, {served} of them served, no error ({took_s:.0f} s)"
+        f"\rrounds {seed} to {at - 1}: {sum(counts)} messages ({each}), no error ({took_s:.0f} s)"
     )
     return 0
 

@@ -9,17 +9,29 @@ import socket
 import threading
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from nbdtarget_protocol import consts
+from scripts.fuzz_fast_files import FlakyFile
 
 if TYPE_CHECKING:
-    from nbdtarget_copy import CopyStream
+    from nbdtarget_copy import Copies, CopyStream
 
 __all__ = ["CopyRound"]
 
-SIZE = 1 << 20
-TIMEOUT_S = 20
+SIZE: Final = 1 << 20
+TIMEOUT_S: Final = 120
+ANSWERS_MAX: Final = 300  # of the servers of one `Copies`
+COPIES_MAX: Final = 6  # at a time
+# What a source and a file that misbehave may fail with.
+STATUSES: Final = {
+    errno.EIO,
+    errno.ENOMEM,
+    errno.EBADF,
+    errno.EISDIR,
+    errno.EFBIG,
+    errno.ENOSPC,
+}
 
 
 class _Server:
@@ -29,10 +41,10 @@ class _Server:
         is_good: it has said nothing wrong.
     """
 
-    def __init__(self, it: "CopyRound", number: int) -> None:
+    def __init__(self, it: "CopyRound", copies: "Copies", number: int) -> None:
         import nbdtarget_copy
 
-        self.it, self.number = it, number
+        self.it, self.copies, self.number = it, copies, number
         pick = it.random
         self.kind = pick.choice(("structured", "structured", "extended", "simple"))
         self.ours, self.sock = socket.socketpair()
@@ -42,19 +54,17 @@ class _Server:
         )
         self.nr_buffers = pick.randint(1, 4)
         self.is_good = True
-        self.is_broken = False
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def _work(self) -> None:
-        sentence, error = self.it.copies.work(self.stream, self.number, self.nr_buffers)
+        sentence, error = self.copies.work(self.stream, self.number, self.nr_buffers)
         if sentence or error:
-            self.is_broken = True
-            self.it.copies.fail_chunks(self.stream, errno.EIO)
+            self.copies.fail_chunks(self.stream, errno.EIO)
             self.ours.shutdown(socket.SHUT_RDWR)
 
     def answer_one(self) -> bool:
-        """Receive a READ, if there is one, and answer it. False: the stream has broken."""
+        """Receive a READ, if there is one, and answer it. False: the stream has broken, or will soon."""
         layout = consts.EXTENDED_REQUEST if self.kind == "extended" else consts.REQUEST
         try:
             request = self.sock.recv(layout.size, socket.MSG_WAITALL)
@@ -64,9 +74,9 @@ class _Server:
             self.sock.sendall(self._reply(cookie, offset, length))
         except (BrokenPipeError, ConnectionResetError):
             return False
-        if not self.is_good and self.it.random.random() < 0.5:
-            self.sock.shutdown(socket.SHUT_WR)
-        return True
+        if not self.is_good:
+            self.sock.shutdown(socket.SHUT_WR)  # the other side may wait for more
+        return self.is_good
 
     def _reply(self, cookie: int, offset: int, length: int) -> bytes:
         pick = self.it.random
@@ -141,88 +151,132 @@ class _Server:
         self.ours.close()
 
 
+class _Reader:
+    """A stream that reads a file, in a thread of its own. The file may be shorter than it should be, or none at all."""
+
+    def __init__(self, it: "CopyRound", copies: "Copies", number: int) -> None:
+        import nbdtarget_copy
+
+        pick = it.random
+        name = it.folder if pick.random() < 0.05 else it.folder / "source"
+        self.fd = os.open(name, os.O_RDONLY)
+        self.stream = nbdtarget_copy.CopyStream.of_file(self.fd)
+        call = copies.work, (self.stream, number, pick.randint(1, 4))
+        self.thread = threading.Thread(target=call[0], args=call[1], daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.thread.join(TIMEOUT_S)
+        assert not self.thread.is_alive()
+        os.close(self.fd)
+
+
 class CopyRound:
-    """A file, and copies into it over streams that break now and then; another stream takes the place of one that broke.
+    """A file, and copies into it over several streams, which break now and then; more servers take the place of those that broke.
 
     Attributes:
         nr_errors: READs that were answered with an error.
     """
 
     def __init__(self, seed: int, folder: Path) -> None:
-        import nbdtarget_copy
-
         self.random = random.Random(seed)
         pick = self.random
         self.content = b"".join(
             pick.choice((bytes(4096), pick.randbytes(4096)))
             for _ in range(SIZE // 4096)
         )
-        self.fd = os.open(folder / "copy", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self.folder = folder
+        is_short = pick.random() < 0.2
+        source = self.content[: pick.randrange(SIZE)] if is_short else self.content
+        (folder / "source").write_bytes(source)
+        self.file = FlakyFile(folder / "copy", bytes(SIZE), pick)
         self.chunk_bytes = pick.choice((512, 4096, 65_536, 100_000))
-        self.copies = nbdtarget_copy.Copies(self.fd, self.chunk_bytes)
         self.nr_errors = 0
         self.number = 0
-        self.nr_good = 0
 
     def run(self, nr_messages: int) -> int:
-        """Answer about so many READs; return how many copies have ended well."""
+        """Answer about so many READs; return how many it were."""
         answered = 0
-        # Each answer is up to 100 KB: a tenth of the messages takes as long.
-        while answered < nr_messages // 10:
-            answered += self._copy_over_one_stream()
-        return self.nr_good
-
-    def _copy_over_one_stream(self) -> int:
-        pick = self.random
-        server = _Server(self, pick.randrange(3))
-        answered = 0
-        under_way: dict[int, tuple[int, int]] = {}
-        while not server.is_broken and answered < 300:
-            if len(under_way) < 3:
-                offset = pick.randrange(SIZE - 1)
-                length = min(
-                    pick.randint(1, 20) * self.chunk_bytes, SIZE - offset, 1 << 19
-                )
-                self.number += 1
-                under_way[self.number] = (offset, length)
-                self.copies.put(self.number, offset, length)
-            if pick.random() < 0.02 and self.number in under_way:
-                self.copies.leave_out(self.number)
-                under_way[self.number] = (0, 0)
-            watched: list[socket.socket | int] = [server.sock, self.copies.event_fd]
-            ready = select.select(watched, [], [], TIMEOUT_S)[0]
-            assert ready, "neither a READ nor the end of a copy has come"
-            self._take(under_way, server)
-            if server.sock not in ready:
-                continue
-            if not server.answer_one():
-                break
-            answered += 1
-            if not server.is_good:
-                break
-        if server.is_good and not server.is_broken:
-            server.sock.shutdown(socket.SHUT_WR)  # a server that leaves
-        server.close()
-        self.copies.fail_queued(errno.EIO, 0)
-        while under_way:
-            assert select.select([self.copies.event_fd], [], [], TIMEOUT_S)[0]
-            self._take(under_way, server)
+        while answered < nr_messages:
+            answered += self._copy()
         return answered
 
-    def _take(self, under_way: dict[int, tuple[int, int]], server: _Server) -> None:
-        for number, status, _, at, size, _ in self.copies.take_ended():
+    def _copy(self) -> int:
+        """One `Copies`, until it has answers enough or its servers have broken."""
+        import nbdtarget_copy
+
+        pick = self.random
+        copies = nbdtarget_copy.Copies(self.file.fd, self.chunk_bytes)
+        servers = [_Server(self, copies, nr) for nr in range(pick.randint(1, 3))]
+        readers = [_Reader(self, copies, 9)] if pick.random() < 0.2 else []
+        running, under_way, answered = list(servers), dict[int, tuple[int, int]](), 0
+        while running and answered < ANSWERS_MAX:
+            self._begin(copies, under_way)
+            self._disturb(copies, under_way)
+            watched: list[socket.socket | int] = [each.sock for each in running]
+            ready = select.select([*watched, copies.event_fd], [], [], TIMEOUT_S)[0]
+            assert ready, "neither a READ nor the end of a copy has come"
+            self._take(copies, under_way, servers)
+            for server in [each for each in running if each.sock in ready]:
+                answered += 1
+                if not server.answer_one():
+                    running.remove(server)
+        copies.fail_queued(errno.EIO, 0)
+        copies.close()
+        for server in servers:
+            if server.is_good:
+                server.sock.shutdown(socket.SHUT_WR)  # a server that leaves
+        for server in servers:
+            server.close()
+        for reader in readers:
+            reader.close()
+        while under_way:
+            assert select.select([copies.event_fd], [], [], TIMEOUT_S)[0]
+            self._take(copies, under_way, servers)
+        return answered
+
+    def _begin(self, copies: "Copies", under_way: dict[int, tuple[int, int]]) -> None:
+        pick = self.random
+        while len(under_way) < COPIES_MAX:
+            offset = pick.randrange(SIZE - 1)
+            length = pick.randint(1, 20) * self.chunk_bytes
+            length = min(length, SIZE - offset, 1 << 19)
+            self.number += 1
+            under_way[self.number] = (offset, length)
+            copies.put(self.number, offset, length)
+
+    def _disturb(self, copies: "Copies", under_way: dict[int, tuple[int, int]]) -> None:
+        """Leave a copy out, let the copies give way, or not any more."""
+        pick = self.random
+        if pick.random() < 0.02:
+            number = pick.choice((*under_way, self.number + 1))
+            failed = (errno.EIO, 0) if pick.random() < 0.3 else ()
+            copies.leave_out(number, *failed)
+            if number in under_way:
+                under_way[number] = (0, 0)
+        if pick.random() < 0.02:
+            copies.give_way(pick.randrange(3), pick.randint(1, self.chunk_bytes))
+
+    def _take(
+        self,
+        copies: "Copies",
+        under_way: dict[int, tuple[int, int]],
+        servers: list[_Server],
+    ) -> None:
+        are_good = all(each.is_good for each in servers)
+        for number, status, is_read, at, size, stream in copies.take_ended():
             offset, length = under_way.pop(number)
             if status:
                 # A server whose bytes were exchanged may have said any errno.
-                assert not server.is_good or status in (errno.EIO, errno.ENOMEM)
+                assert not are_good or status in STATUSES
                 assert 0 < size <= self.chunk_bytes
                 assert at < SIZE
-                continue
-            if server.is_good:  # others may have said the wrong data
-                found = os.pread(self.fd, length, offset)
+                assert is_read or stream == -1
+            elif are_good:  # others may have said the wrong data
+                with (self.folder / "copy").open("rb") as written:
+                    written.seek(offset)
+                    found = written.read(length)
                 assert found == self.content[offset : offset + length]
-            self.nr_good += 1
 
     def close(self) -> None:
-        self.copies.close()
-        os.close(self.fd)
+        self.file.close()

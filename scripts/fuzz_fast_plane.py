@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds of `make fuzz-fast` in which Python calls a `Plane`: random batches, routes, buffers and files."""
 
-import contextlib
+import fcntl
 import functools
-import os
 import random
 import select
 import socket
 import struct
+import termios
+from bisect import bisect_left
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bitarray import bitarray
 
 from nbdtarget.policies.smq.block_table import BlockTable
+from scripts.fuzz_fast_files import FlakyFile
 
 if TYPE_CHECKING:
     from nbdtarget_fast import FastFile, Plane, Route
@@ -28,6 +30,7 @@ HEADER: Final = struct.Struct(">IHHQQI")
 EXTENDED_MAGIC: Final = 0x21E41C71
 EXTENDED_HEADER: Final = struct.Struct(">IHHQQQ")
 PAYLOAD_LEN: Final = 1 << 5
+PAYLOAD_MAX: Final = 1 << 18  # a longer WRITE is sent without its payload
 REPLY_HEAD_MAX: Final = 44
 BATCH_MAX: Final = 200
 SYNCS_MAX: Final = 256  # of `Plane`
@@ -50,15 +53,13 @@ class Round:
         self.fast = nbdtarget_fast
         self.nr_reads = self.nr_bytes = self.nr_device_reads = 0
         self.nr_file_reads = self.nr_held = 0
+        self.owed = 0  # bytes of a request that Python serves, which have not come yet
+        self.nr_dropped = 0  # bytes of this batch
+        self.is_dropped = False
         self.random = random.Random(seed)
         pick = self.random
-        path = folder / "disk"
-        self.model = bytearray(pick.randbytes(SIZE))
-        path.write_bytes(self.model)
-        self.fd = os.open(path, os.O_RDWR)
-        if pick.random() < 0.1:
-            os.ftruncate(self.fd, pick.randrange(SIZE))  # shorter than it was
-        self.is_short = os.fstat(self.fd).st_size < SIZE
+        self.flaky = FlakyFile(folder / "disk", pick.randbytes(SIZE), pick)
+        self.fd = self.flaky.fd
         self.file: FastFile = nbdtarget_fast.FastFile(
             self.fd, 10**9, lambda: None, lambda *_: None, self.note_reads
         )
@@ -143,7 +144,7 @@ class Round:
         self.nr_bytes -= nr_bytes
 
     def read_again(self, cookie: int, offset: int, length: int) -> None:
-        assert self.is_short
+        assert self.flaky.kind != "whole"
 
     def begin_reads(self, nr: int) -> None:
         self.nr_device_reads += nr
@@ -236,32 +237,55 @@ class Round:
         head = self.header.pack(
             magic, flags, command, pick.randrange(1 << 64), offset, length
         )
-        if command == 1 and length < 1 << 18:
-            return head + bytes(length)
-        return head
+        return head + bytes(_payload_bytes(command, length))
+
+    def wire(self, nr: int, cut: float) -> tuple[bytes, list[int]]:
+        """Return a batch of so many messages, and where each of them begins. It is cut somewhere, now and then."""
+        pick = self.random
+        messages = [self.message() for _ in range(nr)]
+        if pick.random() < 0.02:
+            messages = [pick.randbytes(pick.randrange(2000))]
+        starts, at = [], 0
+        for message in messages:
+            starts.append(at)
+            at += len(message)
+        wire = b"".join(messages)
+        self.is_cut = pick.random() < cut
+        if self.is_cut:
+            wire = wire[: pick.randrange(len(wire) + 1)]
+        self.nr_dropped, self.is_dropped = 0, False
+        return wire, starts
+
+    def send(self, part: bytes) -> int:
+        """Send as much as the socket takes, and let Python receive what it waits for. Returns how much was sent."""
+        try:
+            sent = self.peer.send(part)
+        except BlockingIOError:
+            sent = 0
+        try:
+            while self.owed:
+                self.owed -= len(self.ours.recv(min(self.owed, 1 << 20)))
+        except BlockingIOError:
+            pass  # the rest comes with a later part
+        return sent
+
+    def nr_taken(self, sent: int, starts: list[int]) -> int:
+        """How many messages of a batch, of which so many bytes were sent, were taken: served, or refused."""
+        return bisect_left(starts, sent - self.nr_dropped)
 
     def run(self, nr_messages: int) -> int:
-        """Send that many messages; return how many were served by the compiled code."""
-        pick, plane = self.random, self.plane
-        counts = [0]
-
-        def served(reads: int, writes: int) -> None:
-            counts[0] += reads + writes
-
-        self.route.was_served = served
+        """Send that many messages; return how many the compiled code has taken: served, or left to Python."""
+        pick, plane, nr_taken = self.random, self.plane, 0
         begin = base = out = 0
         while nr_messages > 0:
             nr = pick.randint(1, BATCH_MAX)
             nr_messages -= nr
-            wire = b"".join(self.message() for _ in range(nr))
-            if pick.random() < 0.02:
-                wire = pick.randbytes(pick.randrange(2000))
-            if pick.random() < 0.1:
-                wire = wire[: pick.randrange(len(wire) + 1)]
+            wire, starts = self.wire(nr, cut=0.1)
             at = 0
-            while at < len(wire):
-                with contextlib.suppress(BlockingIOError):  # then only receive
-                    at += self.peer.send(wire[at : at + 100_000])
+            while at < len(wire) and not self.is_dropped:
+                at += self.send(wire[at : at + 100_000])
+                if self.owed:
+                    continue
                 stop = plane.turn(
                     self.route,
                     pick.choice((0, 0, 50_000)),
@@ -288,22 +312,28 @@ class Round:
                     if begin < 0:
                         self._drop()
                         begin = 0
-                        break
-                if pick.random() < 0.8 or stop == self.fast.BLOCKED:
+                elif pick.random() < 0.8 or stop == self.fast.BLOCKED:
                     self._take()
                     base = out = 0
+            nr_taken += self.nr_taken(at, starts)
+            if self.is_cut:
+                self._drop()
+                begin = base = out = 0
         self._drop()
-        return counts[0]
+        return nr_taken
 
     def _skip(self) -> int:
-        """Python would serve the request at `begin`. Returns where the next one begins; -1: that is not known."""
+        """Python serves the request at `begin`. Returns where the next one begins; -1: that is not known."""
         at, left = self.plane.begin, self.plane.end - self.plane.begin
         header = self.header
         if left < header.size:
             return -1
         magic, _, command, _, _, length = header.unpack_from(self.received, at)
-        size = header.size + (length if command == 1 else 0)
-        return at + size if magic == self.magic and size <= left else -1
+        if magic != self.magic:
+            return -1
+        size = header.size + _payload_bytes(command, length)
+        self.owed = max(0, size - left)
+        return at + min(size, left)
 
     def _take(self) -> None:
         """Take all replies."""
@@ -315,14 +345,21 @@ class Round:
                 return
 
     def _drop(self) -> None:
-        """Python would serve this request; here the rest of the batch is dropped instead."""
+        """Nobody knows where the next request begins, or the rest does not come: drop what was sent."""
         self._take()
+        self.nr_dropped += self.plane.end - self.plane.begin
+        self.nr_dropped += _nr_unread(self.ours)
+        self.is_dropped = True
+        self.owed = 0
         while True:
             try:
                 self.ours.recv(1 << 20)
             except BlockingIOError:
                 break
-        # A turn over nothing, to set the places back.
+        self._emptied()
+
+    def _emptied(self) -> None:
+        """Nothing is in the buffers any more: a turn over nothing sets the places back."""
         self.plane.turn(self.route, 0, False, 0, 0, 0, 0)
 
     def close(self) -> None:
@@ -336,4 +373,14 @@ class Round:
         assert (self.nr_file_reads, self.nr_held) == (0, 0)
         self.ours.close()
         self.peer.close()
-        os.close(self.fd)
+        self.flaky.close()
+
+
+def _payload_bytes(command: int, length: int) -> int:
+    """How many bytes are sent behind a header."""
+    return length if command == 1 and length < PAYLOAD_MAX else 0
+
+
+def _nr_unread(sock: socket.socket) -> int:
+    nr: int = struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0]
+    return nr

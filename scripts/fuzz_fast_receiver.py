@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds of `make fuzz-fast` in which a `Receiver` is called, as by the event loop, and its connection does what it is told."""
 
-import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ class ReceiverRound(Round):
         self.received_places = SimpleNamespace(begin=0, end=0, served=self._served)
         self.output = SimpleNamespace(base=0, end=0, sent_to=self._sent_to)
         self.is_broken = False
-        self.nr_flushes = 0
         self.receiver = self.fast.Receiver(
             self.plane,
             maybe_route=lambda: self.route,
@@ -47,7 +45,6 @@ class ReceiverRound(Round):
         self.output.base, self.output.end = base, end
 
     def flush_for(self, writes: list[int], flushes: list[int], is_alone: bool) -> bool:
-        self.nr_flushes += len(writes) + len(flushes)
         assert not is_alone or len(writes) + len(flushes) == 1
         if self.random.random() < 0.05:
             self.receiver.python_ran()
@@ -69,45 +66,34 @@ class ReceiverRound(Round):
         elif stop in (self.fast.CLOSED, self.fast.FAILED):
             raise AssertionError(f"the peer is there: {stop}")
 
-    def _drop(self) -> None:
-        self._take()
-        with contextlib.suppress(BlockingIOError):
-            while self.ours.recv(1 << 20):
-                pass
+    def _emptied(self) -> None:
         self.received_places.begin = self.received_places.end = 0
         self.output.base = self.output.end = 0
         self.receiver.python_ran()
 
     def run(self, nr_messages: int) -> int:
-        pick, counts = self.random, [0]
-
-        def served(reads: int, writes: int) -> None:
-            counts[0] += reads + writes
-
-        self.route.was_served = served
+        pick, nr_taken = self.random, 0
         while nr_messages > 0:
             # Many clients ask for one thing at a time.
             nr = pick.choice((1, 1, 1, 1, pick.randint(1, 200)))
             nr_messages -= nr
-            wire = b"".join(self.message() for _ in range(nr))
-            if pick.random() < 0.02:
-                wire = pick.randbytes(pick.randrange(2000))
-            if pick.random() < 0.05:
-                wire = wire[: pick.randrange(len(wire) + 1)]
+            wire, starts = self.wire(nr, cut=0.05)
             at = 0
-            while at < len(wire):
-                with contextlib.suppress(BlockingIOError):
-                    at += self.peer.send(wire[at : at + 100_000])
+            while at < len(wire) and not self.is_dropped:
+                at += self.send(wire[at : at + 100_000])
+                if self.owed:
+                    continue
                 self.receiver()
                 if pick.random() < 0.5:
                     self._reap()
                 if pick.random() < 0.8:
                     self._take()
                 self._check()
-            if pick.random() < 0.01:
+            nr_taken += self.nr_taken(at, starts)
+            if self.is_cut or pick.random() < 0.01:
                 self._drop()
         self._drop()
-        return counts[0] + self.nr_flushes
+        return nr_taken
 
     def _check(self) -> None:
         plane = self.plane
