@@ -42,10 +42,10 @@ __all__ = ["main"]
 
 # Kinds of rounds, and how many messages one is of: a READ of a copy takes as long as ten of the others, a sync even longer.
 ROUNDS: Final = (
-    (Round, 20_000),
-    (ReceiverRound, 20_000),
-    (CopyRound, 1_000),
-    (SyncRound, 100),
+    (Round, 10_000),
+    (ReceiverRound, 10_000),
+    (CopyRound, 300),
+    (SyncRound, 30),
 )
 INSIDE: Final = "NBDTARGET_FUZZ_FAST"  # set in the second Python
 

@@ -33,6 +33,7 @@ PAYLOAD_LEN: Final = 1 << 5
 PAYLOAD_MAX: Final = 1 << 18  # a longer WRITE is sent without its payload
 REPLY_HEAD_MAX: Final = 44
 BATCH_MAX: Final = 200
+MESSAGES: Final = 400  # different ones, of a round
 SYNCS_MAX: Final = 256  # of `Plane`
 
 
@@ -55,6 +56,7 @@ class Round:
         self.nr_file_reads = self.nr_held = 0
         self.owed = 0  # bytes of a request that Python serves, which have not come yet
         self.nr_dropped = 0  # bytes of this batch
+        self.messages: list[bytes] = []
         self.is_dropped = False
         self.random = random.Random(seed)
         pick = self.random
@@ -242,7 +244,10 @@ class Round:
     def wire(self, nr: int, cut: float) -> tuple[bytes, list[int]]:
         """Return a batch of so many messages, and where each of them begins. It is cut somewhere, now and then."""
         pick = self.random
-        messages = [self.message() for _ in range(nr)]
+        if not self.messages:
+            # To make them takes longer than to serve them.
+            self.messages = [self.message() for _ in range(MESSAGES)]
+        messages = pick.choices(self.messages, k=nr)
         if pick.random() < 0.02:
             messages = [pick.randbytes(pick.randrange(2000))]
         starts, at = [], 0

@@ -47,6 +47,9 @@ _At = tuple[int, int]
 class Answers:
     """See the module head.
 
+    Args:
+        chunk_max: bytes of data in one chunk.
+
     Attributes:
         zero_min: a READ of at least this length is looked through for zeroes.
     """
@@ -59,7 +62,9 @@ class Answers:
         replies: Replies,
         limits: Limits,
         traffic: Traffic,
+        chunk_max: int,
     ) -> None:
+        self._chunk_max = chunk_max if replies.structured else 1 << 62
         self._host, self._output, self._flow = host, output, flow
         self._replies, self._traffic = replies, traffic
         self.zero_min = limits.zero_check_min if replies.structured else 1 << 62
@@ -110,7 +115,7 @@ class Answers:
             return
         looks = zeroes is None and not flags & CMD_FLAG_DF
         how = cookie, offset, self._replies, self.zero_min if looks else 1 << 62
-        if _push_read(self._output, bio, how, (charge, buffer)):
+        if _push_read(self._output, bio, how, (charge, buffer), self._chunk_max):
             self._flow.give_back(charge, buffer)
 
 
@@ -150,6 +155,7 @@ def _push_read(
     bio: Bio,
     request: tuple[int, int, Replies, int],
     account: tuple[int, Buffer | None],
+    chunk_max: int,
 ) -> bool:
     """Queue the reply to a READ that has a buffer of its own.
 
@@ -171,6 +177,9 @@ def _push_read(
     ):
         output.push(replies.hole(cookie, offset, length))
         return True
+    if length > chunk_max:
+        _push_parts(output, payload, request, account, chunk_max)
+        return False
     header = replies.data(cookie, offset, length)
     if in_buffer and buffer is not None:
         begin = HEADER_ROOM - len(header)
@@ -181,3 +190,21 @@ def _push_read(
         output.push(header)
         output.push(payload, charge, buffer)
     return False
+
+
+def _push_parts(
+    output: Output,
+    payload: memoryview,
+    request: tuple[int, int, Replies, int],
+    account: tuple[int, Buffer | None],
+    chunk_max: int,
+) -> None:
+    """As `_push_read`, in several chunks of at most `chunk_max` bytes."""
+    cookie, at, replies, _ = request
+    length = len(payload)
+    for begin in range(0, length, chunk_max):
+        part = payload[begin : begin + chunk_max]
+        is_last = begin + len(part) == length
+        where = cookie, at, at + begin, len(part)
+        output.push(replies.part(*where, done=is_last))
+        output.push(part, *(account if is_last else (0, None)))

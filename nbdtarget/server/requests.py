@@ -135,7 +135,8 @@ class Requests:
         self._transmission = transmission
         self._replies = replies = replies_of(negotiated)
         self.traffic = shared.accounts.open(device)
-        self._answers = Answers(host, output, flow, replies, limits, self.traffic)
+        bounds = limits, self.traffic, transmission.chunk_max
+        self._answers = Answers(host, output, flow, replies, *bounds)
         self.in_flight = InFlight(
             host, shared, output, flow, device, replies, self._answers, self.traffic
         )

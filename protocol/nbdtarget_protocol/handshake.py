@@ -24,7 +24,8 @@ plaintext, starts TLS on the same connection, and calls `tls_started`. From then
 on the wire can send options in front of the client's own STARTTLS, and bytes behind it. So nothing that was negotiated
 before holds afterwards, and a client whose STARTTLS has bytes behind it is disconnected: it has to wait for the
 acknowledgement. With REQUIRE, STARTTLS and ABORT are the only options that are answered before; any other one, known or
-not, gets ERR_TLS_REQD, and EXPORT_NAME, which has no error reply, ends the connection.
+not, gets ERR_TLS_REQD, and EXPORT_NAME, which has no error reply, ends the connection. For a client that has not answered that it
+speaks fixed newstyle there is no TLS, as proto.md demands: its STARTTLS gets ERR_POLICY, and so do its other options with REQUIRE.
 
 How long something stays negotiated: structured replies and extended headers stay once they are acknowledged. Extended
 headers include structured replies, so STRUCTURED_REPLY is refused after them, and an EXPORT_NAME, which the standard
@@ -91,6 +92,7 @@ from nbdtarget_protocol.consts import (
     REP_ACK,
     REP_ERR_EXT_HEADER_REQD,
     REP_ERR_INVALID,
+    REP_ERR_POLICY,
     REP_ERR_SHUTDOWN,
     REP_ERR_TLS_REQD,
     REP_ERR_TOO_BIG,
@@ -273,6 +275,7 @@ class ServerHandshake:
         self.structured = False
         self.extended = False
         self.no_zeroes = False
+        self._is_fixed = False  # the client has said that it speaks fixed newstyle
         self.shutting_down = False
         self.nr_options = 0
         self._buffer = bytearray()
@@ -343,11 +346,12 @@ class ServerHandshake:
             return False
         flags = CLIENT_FLAGS.unpack_from(self._buffer)[0]
         del self._buffer[: CLIENT_FLAGS.size]
-        # A client without C_FIXED_NEWSTYLE is served like any other: either it only ever sends
-        # EXPORT_NAME, or it forgot the flag.
+        # A client without C_FIXED_NEWSTYLE is served like any other, but for TLS: either it only ever
+        # sends EXPORT_NAME, or it forgot the flag.
         if flags & ~(FLAG_C_FIXED_NEWSTYLE | FLAG_C_NO_ZEROES):
             self._fail(f"unknown client flags {flags:#x}")
         self.no_zeroes = bool(flags & FLAG_C_NO_ZEROES)
+        self._is_fixed = bool(flags & FLAG_C_FIXED_NEWSTYLE)
         self._step = ServerHandshake._step_option
         return True
 
@@ -393,8 +397,10 @@ class ServerHandshake:
     def _end_swallowed(self, option: int, refusal: OptionError) -> None:
         if option == OPT_ABORT:
             self._handle_abort(b"")
-        else:
-            self._refuse(option, refusal)
+            return
+        if self.shutting_down and refusal.rep != REP_ERR_TLS_REQD:
+            refusal = _is_shutting_down()
+        self._refuse(option, refusal)
 
     @property
     def has_asked_too_much(self) -> bool:
@@ -423,6 +429,8 @@ class ServerHandshake:
             if option == OPT_EXPORT_NAME:  # has no error reply
                 self._fail("EXPORT_NAME refused: this server requires TLS")
                 return None
+            if not self._is_fixed:
+                return _no_tls_without_fixed_newstyle()
             return OptionError(
                 REP_ERR_TLS_REQD, "this server requires TLS: begin with STARTTLS"
             )
@@ -447,7 +455,7 @@ class ServerHandshake:
     def _handle_option(self, option: int, data: bytes) -> None:
         try:
             if self.shutting_down and option != OPT_ABORT:
-                raise OptionError(REP_ERR_SHUTDOWN, "server is shutting down")
+                raise _is_shutting_down()
             _HANDLERS[option](self, data)
         except OptionError as error:
             self._refuse(option, error)
@@ -487,6 +495,8 @@ class ServerHandshake:
             self._handle_unsupported(data)
         if self.is_encrypted:
             raise OptionError(REP_ERR_INVALID, "TLS has started already")
+        if not self._is_fixed:
+            raise _no_tls_without_fixed_newstyle()
         if self._buffer:
             self._fail_plaintext(len(self._buffer))
             return
@@ -612,6 +622,15 @@ class ServerHandshake:
     def _send(self, data: bytes) -> None:
         self._output.append(data)
         self._output_total += len(data)
+
+
+def _is_shutting_down() -> OptionError:
+    return OptionError(REP_ERR_SHUTDOWN, "server is shutting down")
+
+
+def _no_tls_without_fixed_newstyle() -> OptionError:
+    reason = "TLS is only for clients that speak fixed newstyle"
+    return OptionError(REP_ERR_POLICY, reason)
 
 
 def _name(option: int) -> str:

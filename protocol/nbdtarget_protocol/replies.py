@@ -5,8 +5,8 @@
     StructuredReplies   READ and BLOCK_STATUS are answered with chunks of 20 bytes and more, the others with simple replies
     ExtendedReplies     everything is answered with chunks of 32 bytes and more
 
-Each method encodes one whole reply, except that the data of a READ, and further contexts of a BLOCK_STATUS, follow. `at`
-is the offset of the request. `error` is one of the wire's eight.
+Each method encodes one whole reply, except that the data of a READ, and further contexts of a BLOCK_STATUS, follow, and that `part` is
+one of several chunks. `at` is the offset of the request. `error` is one of the wire's eight.
 """
 
 from collections.abc import Iterable
@@ -62,6 +62,12 @@ class SimpleReplies:
         """What stands in front of `length` > 0 bytes of data, which are all that the READ asked for."""
         return simple_reply(0, cookie)
 
+    def part(
+        self, cookie: int, at: int, offset: int, length: int, *, done: bool
+    ) -> bytes:
+        """What stands in front of `length` > 0 bytes of data, which are some of those that the READ asked for; `done` with the last ones."""
+        raise AssertionError("a simple reply has no parts")
+
     def hole(self, cookie: int, at: int, length: int) -> bytes:
         """All that a READ of `length` > 0 bytes asked for is zeroes."""
         raise AssertionError("a simple reply has no holes")
@@ -96,6 +102,11 @@ class StructuredReplies(SimpleReplies):
     def data(self, cookie: int, at: int, length: int) -> bytes:
         return transmission.offset_data_header(cookie, at, length, done=True)
 
+    def part(
+        self, cookie: int, at: int, offset: int, length: int, *, done: bool
+    ) -> bytes:
+        return transmission.offset_data_header(cookie, offset, length, done)
+
     def hole(self, cookie: int, at: int, length: int) -> bytes:
         return transmission.offset_hole(cookie, at, length, done=True)
 
@@ -127,6 +138,11 @@ class ExtendedReplies(StructuredReplies):
 
     def data(self, cookie: int, at: int, length: int) -> bytes:
         return extended.offset_data_header(cookie, at, at, length, done=True)
+
+    def part(
+        self, cookie: int, at: int, offset: int, length: int, *, done: bool
+    ) -> bytes:
+        return extended.offset_data_header(cookie, at, offset, length, done)
 
     def hole(self, cookie: int, at: int, length: int) -> bytes:
         return extended.offset_hole(cookie, at, at, length, done=True)

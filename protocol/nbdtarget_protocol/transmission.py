@@ -20,7 +20,8 @@ than everything else that is done for it. This module has the rest:
 
 What proto.md leaves open is decided as follows. A length of 0 succeeds, except for BLOCK_STATUS, which must
 return at least one descriptor of at least one byte. FLUSH and DISC ignore offset and length.
-A READ that is longer than `payload_max` fails with EINVAL (with DF or extended headers: EOVERFLOW). A write-type command
+A READ that is longer than `payload_max` fails with EINVAL (with DF or extended headers: EOVERFLOW). No chunk has more data than was
+advertised as the maximum payload, `chunk_max`: a longer READ is answered in several, so with DF it fails with EOVERFLOW. A write-type command
 on a read-only export fails with EPERM, even if something else is wrong with it, too. With extended headers, a WRITE
 carries its payload also without PAYLOAD_LEN, which proto.md demands and QEMU's client (10.0) leaves out: QEMU's server
 takes it so, too. How long the payload of any command may be is decided as for a WRITE.
@@ -144,6 +145,7 @@ class ServerTransmission:
         size: bytes of the export.
         align_mask: minimum block size - 1: bits that offset and length must not have.
         payload_max: bytes of one READ or WRITE.
+        chunk_max: bytes of data in one chunk.
         structured: READ is answered with structured replies only.
         extended: requests have extended headers. `flags_allowed` has PAYLOAD_LEN for WRITE, and for BLOCK_STATUS if it
             may have a payload.
@@ -161,6 +163,7 @@ class ServerTransmission:
         self.extended = negotiated.extended
         self.contexts = negotiated.contexts
         self.payload_max = payload_max
+        self.chunk_max = min(payload_max, negotiated.export.payload_max)
         self.align_mask = negotiated.export.block_size_min - 1
         self.flags_allowed = self._flags_allowed(flags)
 
@@ -202,7 +205,7 @@ class ServerTransmission:
         if (
             allowed is not None
             and not flags & ~allowed
-            and 0 < length <= self.payload_max
+            and 0 < length <= self.chunk_max
             and offset + length <= self.size
             and not (offset | length) & self.align_mask
         ):
@@ -247,6 +250,9 @@ class ServerTransmission:
                 EOVERFLOW if overflows else EINVAL,
                 f"{CMD_NAMES[command]} of more than {self.payload_max} bytes",
             )
+        if command == CMD_READ and flags & CMD_FLAG_DF and length > self.chunk_max:
+            reason = f"READ with DF of more than {self.chunk_max} bytes"
+            return RequestError(EOVERFLOW, reason)
         return None
 
     def _refuse_command(self, command: int) -> RequestError:

@@ -396,9 +396,12 @@ def test_shutdown_refuses_options_but_abort() -> None:
     handshake = server()
     handshake.receive_data(NEW_CLIENT)
     handshake.shutdown()
-    handshake.receive_data(GO + encode_option(OPT_LIST) + encode_option(OPT_ABORT))
+    # Known ones and others, also with a payload that is not taken.
+    refused = [GO, encode_option(OPT_LIST), encode_option(OPT_LIST, b"x")]
+    refused += [encode_option(OPT_PEEK_EXPORT), encode_option(77, b"payload")]
+    handshake.receive_data(b"".join(refused) + encode_option(OPT_ABORT, b"x"))
     sent = replies(b"".join(handshake.data_to_send()))
-    assert [rep for _, rep, _ in sent] == [REP_ERR_SHUTDOWN] * 2 + [REP_ACK]
+    assert [rep for _, rep, _ in sent] == [REP_ERR_SHUTDOWN] * 5 + [REP_ACK]
 
 
 def test_shutdown_closes_on_export_name() -> None:

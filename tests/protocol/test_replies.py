@@ -100,3 +100,13 @@ def test_simple_replies_have_no_chunks() -> None:
         replies.hole(1, 0, 1)
     with pytest.raises(AssertionError):
         replies.block_status(1, 0, 1, [(1, 0)], done=True)
+
+
+@pytest.mark.parametrize(("served", "negotiated"), WAYS[1:])
+def test_read_in_parts(served: Negotiated, negotiated: ClientNegotiated) -> None:
+    replies = replies_of(served)
+    at = 1, 4096
+    reply = replies.part(*at, 4096, 1000, done=False) + DATA[:1000]
+    reply += replies.part(*at, 5096, 24, done=True) + DATA[1000:]
+    [completion] = feed_replies(reply, READ, negotiated=negotiated)
+    assert data_of(completion) == DATA

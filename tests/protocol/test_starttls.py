@@ -5,6 +5,7 @@ import pytest
 
 from nbdtarget_protocol.client import ClientHandshake
 from nbdtarget_protocol.consts import (
+    FLAG_C_NO_ZEROES,
     GREETING,
     IHAVEOPT,
     INFO_EXPORT,
@@ -31,6 +32,7 @@ from nbdtarget_protocol.consts import (
     REP_ERR_UNSUP,
     REP_INFO,
     REP_META_CONTEXT,
+    U32,
 )
 from nbdtarget_protocol.handshake import ServerHandshake, TlsMode
 from nbdtarget_protocol.options import (
@@ -321,3 +323,35 @@ def test_server_that_hangs_up_during_the_tls_handshake() -> None:
     handshake.receive_data(GREETING_FIXED + ACK_TLS)
     handshake.receive_eof()
     assert str(handshake.error) == "server hung up during the TLS handshake"
+
+
+@pytest.mark.parametrize("tls", TALKING)
+def test_there_is_no_tls_for_a_client_without_fixed_newstyle(tls: TlsMode) -> None:
+    handshake = ServerHandshake(OneExport(), tls=tls)
+    handshake.data_to_send()
+    handshake.receive_data(U32.pack(FLAG_C_NO_ZEROES) + STARTTLS)
+    assert not handshake.starts_tls
+    [(option, rep, _)] = replies(b"".join(handshake.data_to_send()))
+    assert (option, rep) == (OPT_STARTTLS, REP_ERR_POLICY)
+    handshake.receive_data(GO)
+    [*_, (_, rep, _)] = replies(b"".join(handshake.data_to_send()))
+    # Not ERR_TLS_REQD: this client cannot have TLS.
+    assert rep == (REP_ACK if tls is TlsMode.ON else REP_ERR_POLICY)
+    assert (handshake.negotiated is not None) is (tls is TlsMode.ON)
+
+
+def test_export_name_of_a_client_without_fixed_newstyle_is_refused_where_tls_is_required() -> (
+    None
+):
+    handshake = ServerHandshake(OneExport(), tls=TlsMode.REQUIRE)
+    handshake.receive_data(U32.pack(0) + encode_option(OPT_EXPORT_NAME, b"disk"))
+    assert handshake.closed
+    assert handshake.negotiated is None
+
+
+def test_shutdown_does_not_tell_of_options_before_tls() -> None:
+    handshake = server(TlsMode.REQUIRE)
+    handshake.shutdown()
+    handshake.receive_data(GO + encode_option(OPT_PEEK_EXPORT))
+    sent = replies(b"".join(handshake.data_to_send()))
+    assert [rep for _, rep, _ in sent] == [REP_ERR_TLS_REQD] * 2

@@ -519,6 +519,15 @@ def test_trap_30_df_is_refused_or_allowed_without_structured_replies() -> None:
     assert not SERVED_SIMPLE.flags & FLAG_SEND_DF
 
 
+@pytest.mark.parametrize("length", [MIB - 1, MIB, MIB + 1, 2 * MIB])
+def test_trap_30_df_gets_a_chunk_beyond_the_maximum_payload(length: int) -> None:
+    export = replace(DISK, size=4 * MIB, payload_max=MIB)
+    transmission = ServerTransmission(Negotiated(export, structured=True))
+    unfragmented = (CMD_READ, CMD_FLAG_DF, 0, length)
+    assert transmission.validate(*unfragmented) == (length > MIB and EOVERFLOW)
+    assert transmission.validate(CMD_READ, 0, 0, length) == 0  # in several chunks
+
+
 def test_trap_31_chunk_header_counts_as_payload() -> None:
     header = offset_data_header(1, 0, 64 * MIB, True)
     assert len(header) == 28 == OFFSET_DATA.size

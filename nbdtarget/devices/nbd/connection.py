@@ -261,11 +261,12 @@ class NbdConnection:
         return given_up
 
     def _end_if_answered(self) -> None:
-        """Close, if the connection is given up and no write is owed an answer."""
+        """Say goodbye and close, if the connection is given up and no write is owed an answer."""
         in_flight = self._transmission.in_flight.values()
         if self._is_given_up and not any(
             each.command in _WRITING for each in in_flight
         ):
+            self._say_goodbye()
             self._shut()
 
     def close(self) -> None:
@@ -274,12 +275,16 @@ class NbdConnection:
             return
         if self._is_given_up:
             return  # it closes by itself, when the server has ended
-        if self._transmission.error is None and not self._out:
+        self._say_goodbye()
+        self._shut()
+
+    def _say_goodbye(self) -> None:
+        """Send DISC, unless that cannot be: a client that leaves without it breaks a rule, above all after ESHUTDOWN."""
+        if self._is_open and self._transmission.error is None and not self._out:
             goodbye = self._transmission.request(CMD_DISC, 0, 0, 0, 0)
             # The server may be gone or its socket full: it learns by the close.
             with contextlib.suppress(OSError):
                 self._sock.send(goodbye)
-        self._shut()
 
     def _shut(self) -> None:
         self._is_open = False
@@ -452,6 +457,7 @@ async def connect(name: str, uri: NbdUri) -> NbdConnection:
         async with timeout(HANDSHAKE_TIMEOUT_S):
             handshake, ready = await _shake_hands(name, sock, uri)
         if handshake.error is not None:
+            ready.close()  # with the end of TLS, which has to follow ABORT
             raise ResolveError(name, str(handshake.error))
         return NbdConnection(ready, handshake, uri)
     except TimeoutError:

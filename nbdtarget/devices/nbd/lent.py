@@ -30,7 +30,7 @@ from nbdtarget.devices.bulk_streams import Chunk, StreamLostError
 from nbdtarget.devices.nbd.connection import NbdConnection
 from nbdtarget.fast.compiled import IS_COMPILED, CopyStream
 from nbdtarget_protocol.client import ClientTransmission
-from nbdtarget_protocol.consts import CMD_READ
+from nbdtarget_protocol.consts import CMD_DISC, CMD_READ
 from nbdtarget_protocol.errors import ReplyError
 
 __all__ = ["LentConnection"]
@@ -161,11 +161,15 @@ class LentConnection:
         self._device.lent_came_back(self, reason)
 
     def shut(self) -> None:
-        """End what blocks on it. Context: the loop."""
+        """Say goodbye, and end what blocks on it. Context: the loop."""
         self.is_broken = True
-        with contextlib.suppress(
-            OSError
-        ):  # the server has gone already: nothing blocks
+        goodbye = b""
+        if self._transmission.error is None:
+            goodbye = self._transmission.request(CMD_DISC, 0, 0, 0, 0)
+        # The server has gone already (then nothing blocks), or its socket is full.
+        with contextlib.suppress(OSError):
+            self._sock.send(goodbye, socket.MSG_DONTWAIT)
+        with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
 

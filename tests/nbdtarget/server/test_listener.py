@@ -3,6 +3,7 @@
 
 import asyncio
 import errno as errnos
+import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.common.errors import ListenError
+from nbdtarget.devices.nbd.connection import connect
+from nbdtarget.devices.nbd.uri import parse_nbd_uri
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener, export_uri
 from nbdtarget_protocol import consts as c
@@ -103,6 +106,18 @@ async def test_tcp_with_a_free_port(listener: Listener, host: str) -> None:
     assert all(pattern.startswith("nbd://") for pattern in patterns)
     port = int(patterns[0].removesuffix("/{name}").rpartition(":")[2])
     await _read_one(*await asyncio.open_connection(host, port))
+
+
+async def test_neither_end_waits_for_more_to_send(listener: Listener) -> None:
+    """Nagle's algorithm is off (TCP_NODELAY), as the standard asks of both ends."""
+    pattern, *_ = await listener.start("tcp:127.0.0.1:0")
+    uri = export_uri(pattern, "disk")
+    client = await connect(uri, parse_nbd_uri(uri))
+    [server] = listener._connections
+    for fd in client._sock.fileno(), server.fileno:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    client.close()
 
 
 async def test_tcp_port_in_use_is_refused(listener: Listener) -> None:

@@ -121,3 +121,22 @@ async def test_others_are_served_between_slices(served: Served, disk: Noting) ->
     assert len(disk.bios) < 8 * 4 * MIB // SLICE
     for _ in range(8):
         assert (await large.reply()).data == disk.data
+
+
+@pytest.mark.parametrize("extended", [False, True])
+async def test_no_chunk_has_more_data_than_was_advertised(
+    served: Served, extended: bool
+) -> None:
+    """The server takes READs of 64 MiB, and tells clients of 32, which all of them may send."""
+    told = c.PAYLOAD_MAX_DEFAULT
+    served.directory.devices["disk"] = disk = Disk(told + 3 * MIB)
+    disk.data[::4096] = b"x" * len(disk.data[::4096])
+    peer = await served.attach(structured=True, extended=extended)
+    data = c.REPLY_TYPE_OFFSET_DATA
+    for length, chunks in ((told, (data,)), (told + 2 * MIB, (data, data))):
+        reply = await peer.ask(c.CMD_READ, 512, length)
+        assert reply.chunks == chunks
+        assert reply.data == disk.data[512 : 512 + length]
+    reply = await peer.ask(c.CMD_READ, 0, told + 1, flags=c.CMD_FLAG_DF)
+    assert (reply.error, reply.chunks) == (c.EOVERFLOW, (c.REPLY_TYPE_ERROR,))
+    assert "READ with DF of more than 33554432 bytes" in reply.message

@@ -459,6 +459,7 @@ async def test_errors_are_noted_and_a_shutdown_is_a_loss(
 ) -> None:
     async with StrictServer(tmp_path) as server:
         device, copies = await lending(server, destination)
+        nr_connections = server.nr_connections
         server.errors[consts.CMD_READ] = errno.ENOMEM
         failure = await copied(copies, 0, SIZE)
         assert failure is not None
@@ -469,6 +470,7 @@ async def test_errors_are_noted_and_a_shutdown_is_a_loss(
         failure = await copied(copies, 0, SIZE)
         assert failure is not None
         assert failure.status == errno.EIO
+        await until(lambda: server.nr_goodbyes >= nr_connections)
         with pytest.raises(DeviceError):
             await device.read(0, 512)
         copies.rest()

@@ -91,6 +91,8 @@ async def test_a_server_that_is_shutting_down_is_left_and_its_successor_found(
         server.errors[consts.CMD_WRITE] = errno.ESHUTDOWN
         await gives_eio(device.write(0, b"refused"))
         assert device.health.state is HealthState.LOST
+        # As the standard demands: with a goodbye.
+        await until(lambda: server.nr_goodbyes == server.nr_connections)
         del server.errors[consts.CMD_WRITE]
         await recovered(device)
         await device.write(0, b"retried")
