@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nbdtarget_fast import FastFile, Plane, Route
     from nbdtarget_ring import Ring
 
-__all__ = ["HEADER", "MAGIC", "SIZE", "Round"]
+__all__ = ["HEADER", "MAGIC", "POLL_NS", "SIZE", "Round"]
 
 SIZE: Final = 1 << 20
 BLOCK: Final = 1 << 16
@@ -34,6 +34,8 @@ PAYLOAD_MAX: Final = 1 << 18  # a longer WRITE is sent without its payload
 REPLY_HEAD_MAX: Final = 44
 BATCH_MAX: Final = 200
 MESSAGES: Final = 400  # different ones, of a round
+POLL_NS: Final = 50_000
+POLLED: Final = 0.05  # of the turns: on a busy machine each gives the processor away
 SYNCS_MAX: Final = 256  # of `Plane`
 
 
@@ -293,7 +295,7 @@ class Round:
                     continue
                 stop = plane.turn(
                     self.route,
-                    pick.choice((0, 0, 50_000)),
+                    POLL_NS if pick.random() < POLLED else 0,
                     pick.random() < 0.5,
                     begin,
                     plane.end,

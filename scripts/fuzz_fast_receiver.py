@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from nbdtarget.server.poller import LATE_NS, Lateness
-from scripts.fuzz_fast_plane import Round
+from scripts.fuzz_fast_plane import POLL_NS, Round
 
 __all__ = ["ReceiverRound"]
 
@@ -27,7 +27,7 @@ class ReceiverRound(Round):
             output=self.output,
             polling=SimpleNamespace(last=None),
             may_poll=lambda: pick.random() < 0.9,
-            poll_ns=pick.choice((0, 1000, 50_000)),
+            poll_ns=pick.choice((0, 0, 0, 0, 0, 0, 0, 1000, POLL_NS)),
             poll_streak=pick.choice((0, 1, 4)),
             poll_skip_max=8,
             poll_rest=pick.choice((0, 2)),
