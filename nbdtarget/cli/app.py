@@ -19,7 +19,7 @@ import typer
 
 from nbdtarget import __version__
 from nbdtarget.cli import completion
-from nbdtarget.common.collector import look_rarely
+from nbdtarget.common.collector import look_no_more, look_rarely
 from nbdtarget.common.errors import NbdTargetError
 
 __all__ = ["COMMANDS", "main", "make_app", "run"]
@@ -130,6 +130,7 @@ def main() -> NoReturn:
         # A thread on a dead disk cannot be ended, and Python would wait for it.
         sys.stderr.flush()
         os._exit(status)
+    look_no_more()
     sys.exit(status)
 
 

@@ -119,7 +119,7 @@ HELPERS: Final = (
         "nbdtarget.devices.helper.launch:main",
         (
             (
-                "    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)\n",
+                "    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)\n",
                 "",
             ),
         ),

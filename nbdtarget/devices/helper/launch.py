@@ -12,12 +12,12 @@ with another one, or none, qemu-nbd and nbdkit do not look at the socket and lis
 import ctypes
 import os
 import resource
-import signal
 import sys
 
 __all__ = ["main"]
 
 PR_SET_PDEATHSIG = 1
+SIGKILL = 9  # the module `signal` takes as long to import as Python to start, and a start of a helper passes here twice
 FIRST_SOCKET = 3  # SD_LISTEN_FDS_START
 CANNOT_RUN = 127  # as a shell says it
 
@@ -25,7 +25,7 @@ CANNOT_RUN = 127  # as a shell says it
 def main(argv: list[str]) -> int:
     parent, sock, cpu_s, memory = map(int, argv[:4])
     command = argv[4:]
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         return CANNOT_RUN  # it ended before the kernel was told
     if cpu_s:

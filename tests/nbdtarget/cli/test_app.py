@@ -51,13 +51,18 @@ def imported_by(*words: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "words",
-    [("--version",), ("version",), ("status",), ("ls",), ("message", "d", "0", "x")],
+    [("status",), ("ls",), ("message", "d", "0", "x"), ("splitname", "vg-lv")],
     ids=" ".join,
 )
 def test_a_command_that_asks_a_server_imports_nothing_heavy(
     words: tuple[str, ...],
 ) -> None:
     assert imported_by(*words) & HEAVY == set()
+
+
+@pytest.mark.parametrize("word", ["--version", "version"])
+def test_the_version_tells_of_tls_and_needs_nothing_else(word: str) -> None:
+    assert imported_by(word) & HEAVY <= {"ssl"}
 
 
 def test_a_clone_imports_no_cache() -> None:
