@@ -35,10 +35,8 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 __all__ = [
-    "ALONE",
     "FAST_ZERO",
     "FUA",
-    "IN_LOOP",
     "NO_UNMAP",
     "OP_CACHE",
     "OP_DISCARD",
@@ -70,10 +68,6 @@ FAST_ZERO: Final = 4  # WRITE_ZEROES: ENOTSUP at once unless faster than writing
 UNASKED: Final = (
     8  # FLUSH: sent by a suspend and not by a client; the kernel sends none
 )
-ALONE: Final = (
-    16  # FLUSH: nothing else is to be done meanwhile, so the loop may wait for a moment
-)
-IN_LOOP: Final = 32  # FLUSH with ALONE: the loop may even sync, however long that takes
 
 PENDING: Final = -1  # bio.status before `end`
 
@@ -90,7 +84,7 @@ class Bio:
     Attributes:
         op: one of OP_*.
         offset, length: bytes, relative to the device that it is submitted to. FLUSH has 0, 0.
-        flags: FUA, NO_UNMAP, FAST_ZERO, UNASKED, ALONE, IN_LOOP, or'ed.
+        flags: FUA, NO_UNMAP, FAST_ZERO, UNASKED, or'ed.
         payload: READ, WRITE: a memoryview of `length` bytes (format B); else None.
         borrowed: the payload's memory is valid only until `submit` returns.
         endio: called once with the bio, when it has ended. Must not raise.

@@ -65,7 +65,13 @@ class Round:
         self.flaky = FlakyFile(folder / "disk", pick.randbytes(SIZE), pick)
         self.fd = self.flaky.fd
         self.file: FastFile = nbdtarget_fast.FastFile(
-            self.fd, 10**9, lambda: None, lambda *_: None, self.note_reads
+            self.fd,
+            10**9,
+            lambda: None,
+            lambda *_: None,
+            self.note_reads,
+            self.sync_left,
+            lambda _: None,
         )
         self.file.size = SIZE
         self.file.read_max = self.file.write_max = pick.choice((SIZE, SIZE, 4096))
@@ -103,6 +109,7 @@ class Round:
             if self.extended
             else pick.choice((None, self.flush_for, self.flush_for)),
             extended=self.extended,
+            inline_syncs=pick.random() < 0.3,
         )
 
     def _ring(self) -> "Ring | None":
@@ -129,7 +136,10 @@ class Round:
         nr = self.random.choice((0, 3, 50, *[1000] * 17))
         return nr, self.random.choice((10_000, 1 << 30, 1 << 30))
 
-    def flush_for(self, writes: list[int], flushes: list[int], is_alone: bool) -> bool:
+    def sync_left(self) -> None:
+        raise AssertionError("only a Receiver has clients that are alone")
+
+    def flush_for(self, writes: list[int], flushes: list[int]) -> None:
         raise AssertionError("only a Receiver calls this")
 
     def begun(self, nr: int, nr_bytes: int) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds of `make fuzz-fast` in which a `Receiver` is called, as by the event loop, and its connection does what it is told."""
 
+import os
+import select
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ class ReceiverRound(Round):
         self.received_places = SimpleNamespace(begin=0, end=0, served=self._served)
         self.output = SimpleNamespace(base=0, end=0, sent_to=self._sent_to)
         self.is_broken = False
+        self._lend()
         self.receiver = self.fast.Receiver(
             self.plane,
             maybe_route=lambda: self.route,
@@ -27,6 +30,7 @@ class ReceiverRound(Round):
             output=self.output,
             polling=SimpleNamespace(last=None),
             may_poll=lambda: pick.random() < 0.9,
+            has_no_losses=lambda: pick.random() < 0.9,
             poll_ns=pick.choice((0, 0, 0, 0, 0, 0, 0, 1000, POLL_NS)),
             poll_streak=pick.choice((0, 1, 4)),
             poll_skip_max=8,
@@ -44,11 +48,35 @@ class ReceiverRound(Round):
     def _sent_to(self, base: int, end: int) -> None:
         self.output.base, self.output.end = base, end
 
-    def flush_for(self, writes: list[int], flushes: list[int], is_alone: bool) -> bool:
-        assert not is_alone or len(writes) + len(flushes) == 1
+    def _lend(self) -> None:
+        """Lend the thread of a Syncer, which may be slow, or fail, to clients that are alone."""
+        import nbdtarget_sync
+
+        pick = self.random
+        self.pipe = os.pipe()
+        fd = self.fd if pick.random() < 0.8 else self.pipe[0]
+        self.syncer = nbdtarget_sync.Syncer(fd)
+        self.syncer.begin()
+        self._end_of_sync()
+        self.syncer.fake_ns = pick.choice((*[0] * 14, 400_000, 600_000))
+        self.file.syncer = self.syncer
+        self.file.sync_wait_ns = pick.choice((0, 500_000, 500_000))
+        if self.kind != "table":
+            self.route.may_sync = lambda: pick.random() < 0.9
+
+    def _end_of_sync(self) -> None:
+        while self.syncer.take() < 0:
+            select.select([self.syncer.event_fd], [], [])
+
+    def sync_left(self) -> None:
+        self.file.syncer = None
+        self._end_of_sync()
+        if self.random.random() < 0.7:
+            self.file.syncer = self.syncer
+
+    def flush_for(self, writes: list[int], flushes: list[int]) -> None:
         if self.random.random() < 0.05:
             self.receiver.python_ran()
-        return is_alone and self.random.random() < 0.8
 
     def _failed(self, error: Exception) -> None:
         raise error
@@ -103,4 +131,8 @@ class ReceiverRound(Round):
 
     def close(self) -> None:
         self.receiver.close()
+        self.file.syncer = None
+        self.syncer.close()
+        for fd in self.pipe:
+            os.close(fd)
         super().close()

@@ -97,7 +97,7 @@ class SyncRound:
             if self.random.random() < 0.5:
                 ready = select.select([syncer.event_fd], [], [], TIMEOUT_S)[0]
                 assert ready, "the sync does not end"
-            status = syncer.take(self.random.choice((0, 1000, 500_000)))
+            status = syncer.take()
         return status
 
     def close(self) -> None:

@@ -121,6 +121,11 @@ class ConnectionObserver:
                 health.bequest = None
         return errno
 
+    def has_none(self) -> bool:
+        """Whether there is nothing to tell: a FLUSH that succeeds now would be answered so, and change nothing here."""
+        health = self._device.health
+        return health.bequest is None and self._device.losses == self._told
+
     def close(self) -> None:
         """The connection is gone: leave behind what it has not been told."""
         health = self._device.health

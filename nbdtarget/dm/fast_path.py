@@ -166,6 +166,8 @@ class FastPath:
             if file is not None:
                 self.route = Route.flat(file, delta, self.end)
                 self.route.can_read = self.route.can_write = True
+                # A FLUSH goes the same way: to one target, and down to the same file.
+                self.route.may_sync = _always
         if self.route is not None:
             self.route.is_read_only = self.op_max < OP_WRITE
             self.route.in_flight = (self._in_flight, *self._through)
@@ -209,6 +211,10 @@ def end_with_eio(bio: Bio) -> None:
 
 def _no_table() -> Table | None:
     return None
+
+
+def _always() -> bool:
+    return True
 
 
 def _read_only() -> bool:

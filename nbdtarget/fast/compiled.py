@@ -33,7 +33,7 @@ __all__ = [
     "write_pieces",
 ]
 
-ABI: Final = 11  # the extension's must be the same; both change together
+ABI: Final = 12  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"
@@ -46,9 +46,10 @@ if not os.environ.get("NBDTARGET_PURE"):
         import nbdtarget_tls
     except (
         ImportError,
+        AttributeError,
         TypeError,
         ValueError,
-    ):  # the latter: they do not fit each other
+    ):  # the latter three: they do not fit each other
         _REASON = "it has not been built"
     else:
         IS_COMPILED = {

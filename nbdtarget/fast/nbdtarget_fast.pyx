@@ -14,6 +14,11 @@ them, and without the interpreter's lock. A request is *plain* if
 A WRITE with FUA and a FLUSH need a FLUSH of the whole device in the end. Such a WRITE is written as a plain one, and the cookies of both are
 noted. Python takes them after the turn (`take_syncs`), submits one FLUSH for all of a kind, and answers them when it has ended.
 
+A client that is alone and asks for one durable thing at a time would wait for Python twice, and for two threads that hand over to each other. So
+while the route says that a FLUSH of the device is a sync of one file (`Route.may_sync`), and the file has lent its `Syncer`, the sync is made in the turn (`_sync_alone`): the
+writing back begins at once, the thread of the Syncer syncs, and answers; the loop waits for it, up to `FastFile.sync_wait_ns`. A sync that fails, or takes longer, is Python's: it
+learns of the sync (`sync_left`), and the request goes the usual way.
+
 In front of the first request that is not plain, `turn` stops. Python carries that one out and calls `turn`
 again. So every rule that is not about plain requests is written once, in Python. And everything but such READs
 ends inside `turn`: nothing else is in flight when Python code runs. A suspend, a table swap, a
@@ -78,6 +83,7 @@ from nbdtarget_ring cimport (
     submit_and_wait,
     take_ended,
 )
+from nbdtarget_sync cimport Syncer, begin_writeback, sync_job, sync_now
 from nbdtarget_tls cimport Records, TlsRecords, iovec, tls_has_pending, tls_receive, tls_send
 
 cdef extern from "<sys/types.h>" nogil:
@@ -155,7 +161,7 @@ __all__ = [
     "FastFile", "Plane", "Receiver", "Route", "write_pieces",
 ]
 
-ABI = 11  # of `nbdtarget.fast.compiled`
+ABI = 12  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -192,7 +198,6 @@ cdef enum:
     COMMAND_FLUSH = 3
     FLAG_FUA = 1
     FLAG_PAYLOAD_LEN = 32  # of a WRITE with extended headers: says only that it has a payload
-    SYNC_POLLS_MAX = 16  # durable requests of one client that are answered in a turn, one after the other
     SYNCS_MAX = 256  # requests whose replies wait for one FLUSH of the device
 
     # Between two looks at the clock. Each request counts as so many bytes more than it has.
@@ -207,6 +212,12 @@ cdef enum:
     # A READ that is alone, and misses the page cache, is waited for. This does not pay off for a slow disk: each time that
     # it does not, twice as many READs are not waited for.
     WAIT_NS = 250000
+    SYNC_RECENT_NS = 1000000  # the loop's thread syncs itself only if the last sync has ended since
+    SYNC_CREDIT = 4  # so many turns after a durable request the next one is expected
+    SYNC_PAIRS = 8  # so many times a FLUSH has followed one WRITE: its writing back begins at once
+    # Beginning to write back may take long, where the kernel throttles. Each time that it does, twice as many WRITEs go without.
+    KICK_SLOW_NS = 250000
+    KICK_SKIP_MAX = 1024
     WAIT_SKIP_MAX = 64
     GATHER_PIECES = 128  # of one sendmsg: two for each reply
     NOTED_MAX = 64  # first hits of one turn
@@ -264,6 +275,14 @@ cdef struct File:
     unsigned wait_penalty
     uint32_t fake_misses  # for tests
     uint32_t fake_state
+    sync_job *job  # NULL: syncs are Python's
+    bint is_left  # a sync has begun, and is Python's to end
+    int kick_error
+    int64_t sync_wait_ns
+    int64_t synced_ns  # when the last sync here has ended
+    uint64_t nr_synced
+    unsigned kick_skip  # so many WRITEs are not kicked
+    unsigned kick_penalty
 
 
 cdef int64_t nr_batches = 0  # that all Planes have received; only the loop's thread counts
@@ -381,6 +400,24 @@ cdef inline uint64_t file_write(
     return put
 
 
+cdef void kick(File *file, uint64_t at, uint64_t length) noexcept nogil:
+    """Have the kernel begin to write back what a sync is about to wait for."""
+    cdef int64_t began
+    cdef int error
+    if file.kick_skip:
+        file.kick_skip -= 1
+        return
+    began = now_ns()
+    error = begin_writeback(file.job, at, length)
+    if error:
+        # Perhaps it is told only here: Python decides what that means.
+        file.kick_error = error
+        file.kick_skip = <unsigned>-1
+    elif now_ns() - began > KICK_SLOW_NS:
+        file.kick_penalty = min(2 * file.kick_penalty + 1, KICK_SKIP_MAX)
+        file.kick_skip = file.kick_penalty
+
+
 def write_pieces(int fd, payload, Py_ssize_t put, uint64_t offset, Py_ssize_t piece):
     """Write what is left of `payload`, of which `put` bytes are written, in calls of at most `piece` bytes.
 
@@ -427,6 +464,8 @@ cdef class FastFile:
             cache took, the errno, 0: none, and how many other WRITEs the device gets before it.
         note_reads: the device's: so many reads more are in the ring now; fewer, if it is negative. While
             there are some, the device keeps the file open.
+        sync_left: the device's: the Syncer has begun a sync here, and it has failed, or takes long. Its end is the device's to take.
+        kick_failed: the device's: the kernel could not begin to write back, for the reason of this errno.
 
     Attributes:
         ring: where READs go that the page cache cannot answer; None: to Python.
@@ -437,20 +476,50 @@ cdef class FastFile:
         read_max: up to which length READs are tried, 0: not at all.
         read_flags: of preadv2.
         write_max: up to which length WRITEs are done here, 0: not at all.
+        syncer: syncs the file, while it is idle and the device says that it may be used here; or None.
+        sync_wait_ns: how long the loop waits for its end.
+        nr_synced: how often it has succeeded here.
     """
 
     cdef File file
+    cdef object sync_left
+    cdef object kick_failed
+    cdef Syncer _syncer
     cdef object was_slow
     cdef object was_unfinished
     cdef object note_reads
     cdef Ring _ring
 
-    def __init__(self, int fd, int64_t slow_ns, was_slow, was_unfinished, note_reads=None):
+    def __init__(self, int fd, int64_t slow_ns, was_slow, was_unfinished, note_reads=None, sync_left=None, kick_failed=None):
+        self.sync_left, self.kick_failed = sync_left, kick_failed
         self.note_reads = note_reads
         self.file.fd = fd
         self.file.slow_ns = slow_ns
         self.was_slow = was_slow
         self.was_unfinished = was_unfinished
+
+    @property
+    def syncer(self):
+        return self._syncer
+
+    @syncer.setter
+    def syncer(self, Syncer value):
+        if value is not None and (not value.is_started or self.sync_left is None or self.kick_failed is None):
+            raise ValueError("nobody takes what is left of a sync, or it has no thread yet")
+        self._syncer = value
+        self.file.job = NULL if value is None else value.job
+
+    @property
+    def sync_wait_ns(self):
+        return self.file.sync_wait_ns
+
+    @sync_wait_ns.setter
+    def sync_wait_ns(self, int64_t value):
+        self.file.sync_wait_ns = max(value, 0)
+
+    @property
+    def nr_synced(self):
+        return self.file.nr_synced
 
     @property
     def size(self):
@@ -731,6 +800,7 @@ cdef class Route:
         can_read_other: whether what lies in the other file of a bitmap may be read there.
         locked: in a table, the blocks that are locked; a negative number stands for more than one block, and
             then no request takes this way.
+        may_sync: is asked before a turn whether a FLUSH of the device is now a sync of `file`, and nothing else; None: it never is.
         was_served: is called after a turn with the numbers of READs and WRITEs that it served; or None.
         in_flight: of the mapped devices on the way; each is told how many reads have begun to be in the ring
             (`begin_reads`), and how many have ended (`end_reads`).
@@ -745,6 +815,7 @@ cdef class Route:
     cdef FastFile other
     cdef list memory
     cdef public dict locked  # the numbers are the keys
+    cdef public object may_sync
     cdef public object was_served
     cdef public tuple in_flight
     cdef object _note_hit
@@ -910,13 +981,18 @@ cdef class Route:
         self.memory.clear()
         self.locked = None
         self.was_served = None
+        self.may_sync = None
         self.note_hit = None
 
 
 # ---- counters ----
 
+cdef enum:
+    NR_COUNTED = 3
+    COUNTED_FLUSH = 2  # beside COMMAND_READ and COMMAND_WRITE
+
 cdef struct Counts:
-    # Of READs or of WRITEs that were answered here.
+    # Of READs, WRITEs or FLUSHes that were answered here.
     uint64_t nr
     uint64_t nr_bytes
     uint64_t taken_ns
@@ -938,6 +1014,13 @@ cdef inline void count(Counts *counts, uint64_t nr, uint64_t nr_bytes, int64_t t
 
 # ---- connections ----
 
+cdef enum:
+    # What of a client that is alone may be synced for without Python: nothing, its WRITEs with FUA, or its FLUSHes, too.
+    LONE_NOTHING
+    LONE_FUA
+    LONE_ALL
+
+
 cdef class Plane:
     """The compiled half of one connection; see the module head.
 
@@ -947,10 +1030,11 @@ cdef class Plane:
         received, arena: the two buffers.
         structured: whether replies to READs are structured.
         extended: whether requests have extended headers, and replies, too.
+        inline_syncs: the thread of the event loop may sync for a client that is alone, however long that takes.
         size: of the export.
         can_write: whether the client was told that it may write.
-        flush_for: takes the answer of `take_syncs`, if there is one, after each turn, and whether this client is alone; returns whether
-            they have ended well at once, and are to be answered here. None: the client was not told that it may send FLUSH, and FUA with a WRITE.
+        flush_for: takes the answer of `take_syncs`, if there is one, after each turn. None: the client was not told that it may send FLUSH,
+            and FUA with a WRITE.
         zero_min: from which length a READ is looked through for zeroes, which are answered as a hole.
         length_max: a longer READ or WRITE is left to Python.
         turn_ns: how long a turn lasts at most.
@@ -1006,6 +1090,13 @@ cdef class Plane:
     cdef readonly int nr_syncs
     cdef uint64_t sync_cookies[SYNCS_MAX]
     cdef bint sync_is_flush[SYNCS_MAX]
+    cdef bint inline_syncs
+    cdef int lone_sync  # in this turn: LONE_...
+    cdef unsigned sync_credit  # so many turns more a durable request is expected
+    cdef unsigned nr_pairs  # times in a row that a FLUSH has followed one WRITE
+    cdef unsigned nr_unsynced  # WRITEs since the last one
+    cdef uint64_t unsynced_at  # of the last of them
+    cdef uint64_t unsynced_length
     cdef int64_t turn_end  # 0: the clock was not looked at in this turn of the loop
     # Reads in the ring.
     cdef object ring_reads
@@ -1020,17 +1111,18 @@ cdef class Plane:
     cdef bint waits  # for a READ that is alone; set by the Receiver
     cdef bint may_wait  # in this turn
     cdef uint64_t alone_max  # up to which length a READ that is alone is always in bounds
-    # What was answered: READs and WRITEs. `fresh`: those that were served since they were received, at `received_ns`, and are
+    # What was answered: READs, WRITEs, and FLUSHes that needed no Python. `fresh`: those that were served since they were received, at `received_ns`, and are
     # not counted yet.
-    cdef Counts counts[2]
-    cdef uint64_t fresh[2]
-    cdef uint64_t fresh_bytes[2]
+    cdef Counts counts[3]  # NR_COUNTED
+    cdef uint64_t fresh[3]
+    cdef uint64_t fresh_bytes[3]
     cdef int64_t received_ns
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
                  uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, uint64_t alone_max=0, flush_for=None, bint extended=False,
-                 TlsRecords tls=None):
+                 TlsRecords tls=None, bint inline_syncs=False):
         self.release()
+        self.inline_syncs = inline_syncs
         self.tls = tls
         self.records = NULL if tls is None else &tls.records
         choose_clock()
@@ -1074,10 +1166,10 @@ cdef class Plane:
         self.release()
 
     def counted(self):
-        """Return what was answered here, for READs and for WRITEs: how many, their bytes, their time in ns, and how many of
+        """Return what was answered here, for READs, for WRITEs and for FLUSHes: how many, their bytes, their time in ns, and how many of
         them fell into each bucket (`BOUNDS_NS`, and one more).
 
-        A WRITE with FUA counts here with its bytes alone.
+        A WRITE with FUA that Python answers counts here with its bytes alone.
         """
         cdef int op, bucket
         return tuple(
@@ -1087,13 +1179,13 @@ cdef class Plane:
                 self.counts[op].taken_ns,
                 [self.counts[op].buckets[bucket] for bucket in range(NR_BOUNDS + 1)],
             )
-            for op in range(2)
+            for op in range(NR_COUNTED)
         )
 
     cdef inline void _count(self, int64_t now) noexcept nogil:
         """Count what was served since it was received. All of it has taken until now."""
         cdef int op
-        for op in range(2):
+        for op in range(NR_COUNTED):
             if self.fresh[op] or self.fresh_bytes[op]:
                 count(&self.counts[op], self.fresh[op], self.fresh_bytes[op], now - self.received_ns)
                 self.fresh[op] = self.fresh_bytes[op] = 0
@@ -1110,41 +1202,36 @@ cdef class Plane:
         self.nr_syncs = 0
         return writes, flushes
 
-    cdef int push_done(self, uint64_t cookie) except -1:
-        """Pack the reply to a WRITE or FLUSH; nothing else is in the arena. Headers are compact: see `flush_for`."""
-        cdef uint8_t *reply = <uint8_t *>self.arena.buf + self.out
-        if self.extended or not self.has_buffers or self.out + SIMPLE_BYTES > self.arena.len:
-            raise AssertionError("no room for the reply to a request that was taken")
-        cookie = htobe64(cookie)
-        memcpy(reply, SIMPLE_HEAD, 8)
-        memcpy(reply + 8, &cookie, 8)
-        self.out += SIMPLE_BYTES
-        return 0
-
     cdef inline void _note_sync(self, const uint8_t *request, bint is_flush) noexcept nogil:
         cdef uint64_t cookie
         memcpy(&cookie, request + 8, 8)
         self.sync_cookies[self.nr_syncs] = be64toh(cookie)
         self.sync_is_flush[self.nr_syncs] = is_flush
         self.nr_syncs += 1
-        self.nr_left -= 1
+        self.sync_credit = SYNC_CREDIT
+        if self.nr_left > 0:
+            self.nr_left -= 1
 
     def turn(self, Route route not None, int64_t poll_ns, bint goes_on,
-             Py_ssize_t begin, Py_ssize_t end, Py_ssize_t base, Py_ssize_t out):
+             Py_ssize_t begin, Py_ssize_t end, Py_ssize_t base, Py_ssize_t out, int lone=LONE_NOTHING):
         """Receive, serve and send, until one of the stops above.
 
         Args:
             poll_ns: after an answer, how long to look at the socket for the next request; 0: not at all.
             goes_on: the loop had no turn since the last call.
             begin, end, base, out: see the module head.
+            lone: for tests: the client is alone: LONE_FUA, LONE_ALL.
         """
         self.begin, self.end, self.base, self.out = begin, end, base, out
         self.waits = False
-        return self._go(route, poll_ns, goes_on)
+        return self._go(route, poll_ns, goes_on, lone)
 
-    cdef int _go(self, Route route, int64_t poll_ns, bint goes_on) except -1:
+    cdef int _go(self, Route route, int64_t poll_ns, bint goes_on, int lone) except -1:
         """As `turn`, with the places where they are."""
         cdef Stop stop
+        self.lone_sync = LONE_NOTHING
+        if lone and route.file._syncer is not None and route.may_sync is not None and route.may_sync():
+            self.lone_sync = lone
         if not self.has_buffers or not route.note_locked():
             self.was_batch = False
             self.nr_hits = 0
@@ -1164,6 +1251,12 @@ cdef class Plane:
             self._note_begun(route)
             if self.reader.first != NULL:
                 self.reads_ended(0)  # it was waited for, and has failed
+        if route.file.file.kick_error:
+            route.file.kick_failed(route.file.file.kick_error)
+            route.file.file.kick_error = 0
+        if route.file.file.is_left:
+            route.file.file.is_left = False
+            route.file.sync_left()
         if route.file.file.was_slow:
             route.file.file.was_slow = False
             route.file.was_slow()
@@ -1236,12 +1329,16 @@ cdef class Plane:
                 else:
                     submit(self.uring)
             has_replies = self.out > self.base
+            if self.nr_syncs == 1 and stop == STOP_DONE and self.lone_sync and not has_replies and self._sync_alone(way):
+                has_replies = True  # though it may have left
             if stop == STOP_SLOW or stop == STOP_UNFINISHED or stop == STOP_FAILED or stop == STOP_BLOCKED:
                 self._count(now_ns())
                 return stop
             if has_replies and not self._send():
                 self._count(now_ns())
                 return STOP_FAILED if self.error else STOP_BLOCKED
+            if self.nr_unsynced == 1 and self.nr_pairs >= SYNC_PAIRS and self.lone_sync == LONE_ALL:
+                self._kick_ahead(way.file)
             now = now_ns()
             self._count(now)
             # The rest of a request is on its way.
@@ -1432,8 +1529,12 @@ cdef class Plane:
                     return STOP_UNFINISHED
                 self.fresh_bytes[COMMAND_WRITE] += length
                 if flags:
+                    if self.lone_sync and file == way.file and self.end - self.begin == request_bytes + <Py_ssize_t>length:
+                        self._kick(file, file_at, length)
                     self._note_sync(at, False)
                 else:
+                    self.nr_unsynced += 1
+                    self.unsynced_at, self.unsynced_length = file_at, length if file != NULL else 0
                     self.fresh[COMMAND_WRITE] += 1
                     self._pack_done(arena + self.out, at)
                     self.out += self.done_bytes
@@ -1516,10 +1617,55 @@ cdef class Plane:
     cdef bint _has_room_for_sync(self) noexcept nogil:
         if self.nr_syncs == SYNCS_MAX:
             return False
+        if self.lone_sync and not self.nr_syncs and not self.nr_begun:
+            return True  # a connection may always begin one request, and nothing is in flight
         if self.nr_left < 0:
             with gil:
                 self._ask_for_room()
         return self.nr_left > 0
+
+    cdef inline void _kick(self, File *file, uint64_t at, uint64_t length) noexcept nogil:
+        if file.job != NULL and not self.inline_syncs:
+            kick(file, at, length)
+
+    cdef void _kick_ahead(self, File *file) noexcept nogil:
+        """One WRITE has been answered, and a FLUSH is expected."""
+        if self.unsynced_length:
+            self._kick(file, self.unsynced_at, self.unsynced_length)
+            self.unsynced_length = 0
+
+    cdef bint _sync_alone(self, Way *way) noexcept nogil:
+        """Sync for the one request that was received, and answer it. False: it is Python's."""
+        cdef File *file = way.file
+        cdef uint8_t *reply = <uint8_t *>self.arena.buf + self.out
+        cdef bint is_flush = self.sync_is_flush[0]
+        cdef uint64_t cookie = htobe64(self.sync_cookies[0])
+        cdef int64_t wait_ns = file.sync_wait_ns
+        cdef ssize_t sent
+        if is_flush:
+            self.nr_pairs = self.nr_pairs + 1 if self.nr_unsynced == 1 else 0
+        self.nr_unsynced = 0
+        if (
+            file.job == NULL or self.was_batch or self.end > self.begin or self.nr_begun
+            or is_flush and self.lone_sync != LONE_ALL or self.out + SIMPLE_BYTES > self.arena.len
+        ):
+            return False
+        if self.inline_syncs and now_ns() - file.synced_ns < SYNC_RECENT_NS:
+            wait_ns = -1
+        memcpy(reply, SIMPLE_HEAD, 8)
+        memcpy(reply + 8, &cookie, 8)
+        # What must be encrypted is for the loop to send.
+        if sync_now(file.job, self.sock, reply, 0 if self.records != NULL else SIMPLE_BYTES, wait_ns, &sent):
+            file.is_left = True
+            file.job = NULL
+            return False
+        file.synced_ns = now_ns()
+        file.nr_synced += 1
+        self.nr_syncs = 0
+        self.fresh[COUNTED_FLUSH if is_flush else COMMAND_WRITE] += 1
+        self.base += sent
+        self.out += SIMPLE_BYTES
+        return True
 
     cdef Py_ssize_t _pack_read(self, uint8_t *reply, const uint8_t *request, uint32_t length) noexcept nogil:
         """Write the header of a READ's reply, whose data is there. Returns how long the reply is."""
@@ -1651,6 +1797,7 @@ cdef class Plane:
         """Find out how many requests may be in flight after this turn."""
         self.nr_left = 0
         self.nr_left, self.bytes_left = self.ring_reads.room()
+        self.nr_left -= self.nr_syncs
         if self.nr_left < 0:
             self.nr_left = 0
 
@@ -1845,12 +1992,6 @@ cdef bytes unsent_part(const Read *read):
 
 # ---- the event loop ----
 
-cdef enum Synced:
-    SYNC_RAISED = -1
-    SYNC_LATER  # Python answers when the FLUSH of the device has ended
-    SYNC_ANSWERED  # the answer has left
-    SYNC_STOPPED  # Python has been told why the answer has not left, or the connection is closed
-
 cdef class Receiver:
     """What the loop calls when the socket of a connection can be read; see the module head.
 
@@ -1866,6 +2007,7 @@ cdef class Receiver:
         received, output: where the four places of the two buffers are; see `nbdtarget.server.fast_turn`.
         polling: `last` there is what was called last of all connections; while that is another one, nothing is polled.
         may_poll: whether nothing is in flight that polling would hold up.
+        has_no_losses: whether a FLUSH has nothing to tell but its own end.
         poll_ns: after an answer, how long to look at the socket for the next request.
         poll_streak, poll_skip_max, poll_rest, late: see `nbdtarget.server.poller`.
         readable: what the loop would call instead; for everything that is not plain.
@@ -1883,6 +2025,7 @@ cdef class Receiver:
     cdef object output
     cdef object polling
     cdef object may_poll
+    cdef object has_no_losses
     cdef int64_t poll_ns
     cdef unsigned poll_streak
     cdef unsigned poll_skip_max
@@ -1896,13 +2039,13 @@ cdef class Receiver:
     cdef object ended
     cdef object failed
 
-    def __init__(self, Plane plane not None, *, maybe_route, is_plain, received, output, polling, may_poll,
+    def __init__(self, Plane plane not None, *, maybe_route, is_plain, received, output, polling, may_poll, has_no_losses,
                  int64_t poll_ns, unsigned poll_streak, unsigned poll_skip_max, unsigned poll_rest, late,
                  readable, stopped, ended, failed):
         self.plane = plane
         self.maybe_route, self.is_plain = maybe_route, is_plain
         self.received, self.output = received, output
-        self.polling, self.may_poll = polling, may_poll
+        self.polling, self.may_poll, self.has_no_losses = polling, may_poll, has_no_losses
         self.poll_ns, self.poll_streak = poll_ns, poll_streak
         self.poll_skip_max, self.poll_rest = poll_skip_max, poll_rest
         self.late, plane.late_ns = late, late.late_ns
@@ -1919,7 +2062,7 @@ cdef class Receiver:
         self.is_sure = False
         self.plane = None
         self.route = None
-        self.maybe_route = self.is_plain = self.received = self.output = self.polling = self.may_poll = None
+        self.maybe_route = self.is_plain = self.received = self.output = self.polling = self.may_poll = self.has_no_losses = None
         self.readable = self.stopped = self.ended = self.failed = None
 
     def __call__(self):
@@ -1971,72 +2114,43 @@ cdef class Receiver:
             return False
         return self.streak >= self.poll_streak and self.poll_ns > 0 and self.may_poll()
 
-    cdef Synced _sync(self, bint may_be_alone) except SYNC_RAISED:
-        """Have the device flushed for the requests that are done but for that."""
-        cdef Plane plane = self.plane
-        cdef bint is_alone = (
-            may_be_alone and plane.nr_syncs == 1 and not plane.was_batch and plane.out == plane.base
-            and self.streak >= self.poll_streak and self.may_poll()
-        )
-        cdef list writes, flushes
-        writes, flushes = plane.take_syncs()
-        if not plane.flush_for(writes, flushes, is_alone):
-            return SYNC_LATER
-        if self.plane is None:
-            return SYNC_STOPPED
-        plane.push_done((writes or flushes)[0])
-        if plane._send():
-            return SYNC_ANSWERED
-        self.output.sent_to(plane.base, plane.out)
-        self.is_sure = False
-        self.stopped(STOP_FAILED if plane.error else STOP_BLOCKED)
-        return SYNC_STOPPED
+    cdef int _lone_sync(self) except -1:
+        """What may be synced for in this turn without Python, as far as this connection knows."""
+        self.plane.sync_credit -= 1
+        if self.streak < self.poll_streak or not self.may_poll():
+            return LONE_NOTHING
+        return LONE_ALL if self.has_no_losses() else LONE_FUA
 
     cdef bint _turn(self) except -1:
         """Returns whether everything is served."""
         cdef Plane plane = self.plane
         cdef Py_ssize_t begin, end, base, out
         cdef int64_t poll_ns
-        cdef unsigned nr_hits = 0, nr_syncs = 0
         cdef int stop
-        cdef Synced synced
-        cdef bint was_late = False
         poll_ns = self.poll_ns if self._polls() else 0
         plane.waits = self.streak >= self.poll_streak and self.poll_ns > 0
-        while True:
-            if plane.poison:
-                self._verify()
-            begin, end, base, out = plane.begin, plane.end, plane.base, plane.out
-            stop = plane._go(self.route, poll_ns, nr_syncs > 0)
+        if plane.poison:
+            self._verify()
+        begin, end, base, out = plane.begin, plane.end, plane.base, plane.out
+        stop = plane._go(self.route, poll_ns, False, self._lone_sync() if plane.sync_credit else LONE_NOTHING)
+        if self.plane is None:
+            return False  # a callback has closed the connection
+        # What has not changed need not be said.
+        if plane.begin != begin or plane.end != end:
+            self.received.served(plane.begin, plane.end)
+        if plane.base != base or plane.out != out:
+            self.output.sent_to(plane.base, plane.out)
+        if plane.nr_syncs:
+            plane.flush_for(*plane.take_syncs())
             if self.plane is None:
-                return False  # a callback has closed the connection
-            # What has not changed need not be said.
-            if plane.begin != begin or plane.end != end:
-                self.received.served(plane.begin, plane.end)
-            if plane.base != base or plane.out != out:
-                self.output.sent_to(plane.base, plane.out)
-            nr_hits += plane.nr_hits
-            was_late = was_late or plane.was_late
-            if not plane.nr_syncs:
-                break
-            synced = self._sync(stop == STOP_DONE)
-            if self.plane is None or synced == SYNC_STOPPED:
                 return False
-            if synced == SYNC_LATER:
-                break
-            nr_syncs += 1
-            # The next request of such a client comes as soon as it has its answer.
-            if not poll_ns or was_late or nr_syncs == SYNC_POLLS_MAX or plane._is_over(now_ns()):
-                break
-            if not self.is_sure or not self.route.way.is_open:
-                break
-        if nr_hits:
+        if plane.nr_hits:
             self.penalty = 0
-            self.skip = min(nr_hits, 1 << 20) * self.poll_rest
-        if was_late:
+            self.skip = min(plane.nr_hits, 1 << 20) * self.poll_rest
+        if plane.was_late:
             self.skip += <unsigned>self.late.note_late()
-        elif nr_hits:
-            self.late.note_hits(nr_hits)
+        elif plane.nr_hits:
+            self.late.note_hits(plane.nr_hits)
         if plane.was_batch:
             self.streak = 0
         if stop == STOP_DONE:

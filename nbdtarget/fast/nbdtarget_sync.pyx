@@ -9,7 +9,15 @@ and one sync at a time.
 
     begin           the loop's thread wakes the other one, by a semaphore
     (fdatasync)     the other thread leaves the errno, and writes to an eventfd
-    take            the loop, which watches the eventfd, takes the errno; or it waits for it a moment, without going back
+    take            the loop, which watches the eventfd, takes the errno
+
+*At once.* The compiled half of a connection asks for a sync without Python (`sync_now`), and waits for it a moment. As long as it waits, the thread answers the client
+itself when the sync has ended well: so the client need not wait until the loop's thread has its processor again, too. Who has the answer is decided by one word in memory:
+
+    loop: WAITS  ->  thread: CLAIMED, sends  ->  ENDED        the client has its answer
+    loop: WAITS  ->  loop: NOBODY, has waited long enough     the thread tells the eventfd; nobody has answered yet
+
+A sync that has failed, or that was not waited for to its end, is for `take`.
 
 `begin_behind` has the thread do something else in the same way: begin to write ranges back, wait for others, and drop those from the page
 cache. A Python thread that does so keeps the loop waiting whenever it loses its processor between two of these calls, while it has the lock.
@@ -24,8 +32,9 @@ runs: so a Syncer may be dropped, without `close`, while a disk hangs.
 """
 
 from libc.errno cimport errno
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
 import os
 
@@ -33,28 +42,40 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <fcntl.h>
-    #include <poll.h>
+    #include <linux/futex.h>
     #include <pthread.h>
     #include <semaphore.h>
     #include <sched.h>
     #include <signal.h>
     #include <stdint.h>
+    #include <string.h>
     #include <sys/eventfd.h>
     #include <sys/resource.h>
+    #include <sys/socket.h>
     #include <sys/syscall.h>
+    #include <time.h>
     #include <unistd.h>
 
     enum { SYNC_IDLE, SYNC_ASKED, SYNC_DONE };
 
+    enum { SYNC_NOBODY, SYNC_WAITS, SYNC_CLAIMED, SYNC_ENDED }; /* see *At once* */
+    enum { SYNC_ANSWER_MAX = 32 };
+
     typedef struct { int64_t begin, end; } sync_range;
-    typedef struct {
+    struct sync_job {
         int state, status, fd, event_fd, is_closed, nice_step;
+        int waiter;
+        int sock;
+        size_t answer_length;
+        ssize_t nr_sent;
+        char answer[SYNC_ANSWER_MAX];
+        int64_t fake_ns; /* for tests: a sync takes so much longer */
         /* NULL: fdatasync. Otherwise the ranges that are to be begun, and then those that are to be waited for. */
         sync_range *ranges;
         size_t nr_begun, nr_ranges;
         sem_t asked;
         pthread_t thread;
-    } sync_job;
+    };
 
     static inline int sync_state(sync_job *job) { return __atomic_load_n(&job->state, __ATOMIC_ACQUIRE); }
     static inline void sync_become(sync_job *job, int state) { __atomic_store_n(&job->state, state, __ATOMIC_RELEASE); }
@@ -80,12 +101,6 @@ cdef extern from *:
         const struct sched_param none = { 0 };
         sched_setscheduler(0, SCHED_BATCH, &none);
     }
-    /* Wait until the thread has ended what it was asked for, or the time is up, or a signal comes. */
-    static inline void sync_wait(const sync_job *job, int64_t wait_ns) {
-        struct pollfd one = {job->event_fd, POLLIN, 0};
-        struct timespec time = {wait_ns / 1000000000, wait_ns % 1000000000};
-        ppoll(&one, 1, &time, NULL);
-    }
     static int sync_behind(const sync_job *job) {
         const int all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
         for (size_t nr = 0; nr < job->nr_ranges; nr++) {
@@ -109,6 +124,44 @@ cdef extern from *:
         }
         return 0;
     }
+    static int sync_file(const sync_job *job) {
+        const struct timespec more = {job->fake_ns / 1000000000, job->fake_ns % 1000000000};
+        int status = fdatasync(job->fd) ? errno : 0;
+        if (job->fake_ns)
+            nanosleep(&more, NULL);
+        return status;
+    }
+    static inline int sync_pass(sync_job *job, int from, int to) {
+        return __atomic_compare_exchange_n(&job->waiter, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    }
+    static inline int64_t sync_now_ns(void) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return now.tv_sec * 1000000000LL + now.tv_nsec;
+    }
+    /* Ask for a sync, and wait for it. Returns 1 if it has ended, 0 if it is left to itself. */
+    static int sync_ask_and_wait(sync_job *job, int64_t wait_ns) {
+        const int64_t until = sync_now_ns() + wait_ns;
+        __atomic_store_n(&job->waiter, SYNC_WAITS, __ATOMIC_RELEASE);
+        sync_become(job, SYNC_ASKED);
+        sem_post(&job->asked);
+        for (;;) {
+            const int waiter = __atomic_load_n(&job->waiter, __ATOMIC_ACQUIRE);
+            if (waiter == SYNC_ENDED)
+                break;
+            const int64_t left = until - sync_now_ns();
+            const struct timespec time = {left / 1000000000, left % 1000000000};
+            if (waiter == SYNC_WAITS && left <= 0) {
+                if (sync_pass(job, SYNC_WAITS, SYNC_NOBODY))
+                    return 0;
+            } else {
+                /* Once the answer is claimed, the thread has no more to do than to send it. */
+                syscall(SYS_futex, &job->waiter, FUTEX_WAIT_PRIVATE, waiter, waiter == SYNC_WAITS ? &time : NULL, NULL, 0);
+            }
+        }
+        __atomic_store_n(&job->waiter, SYNC_NOBODY, __ATOMIC_RELEASE);
+        return 1;
+    }
     static void *sync_work(void *argument) {
         sync_job *job = argument;
         const uint64_t one = 1;
@@ -121,7 +174,15 @@ cdef extern from *:
             if (job->ranges)
                 job->status = sync_behind(job);
             else
-                job->status = fdatasync(job->fd) ? errno : 0;
+                job->status = sync_file(job);
+            if (sync_pass(job, SYNC_WAITS, SYNC_CLAIMED)) {
+                if (!job->status && job->answer_length)
+                    job->nr_sent = send(job->sock, job->answer, job->answer_length, MSG_DONTWAIT | MSG_NOSIGNAL);
+                sync_become(job, SYNC_DONE);
+                sync_pass(job, SYNC_CLAIMED, SYNC_ENDED);
+                syscall(SYS_futex, &job->waiter, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+                continue;
+            }
             sync_become(job, SYNC_DONE);
             /* It never blocks: the counter is taken once for each sync. */
             while (write(job->event_fd, &one, sizeof one) < 0 && errno == EINTR) {}
@@ -143,24 +204,12 @@ cdef extern from *:
         SYNC_DONE
     int EFD_NONBLOCK
     int EFD_CLOEXEC
-    ctypedef struct sem_t:
-        pass
-    ctypedef struct pthread_t:
-        pass
-    ctypedef struct sync_range:
-        int64_t begin
-        int64_t end
-    ctypedef struct sync_job:
-        int status
-        int fd
-        int event_fd
-        int is_closed
-        int nice_step
-        sync_range *ranges
-        size_t nr_begun
-        size_t nr_ranges
-        sem_t asked
-        pthread_t thread
+    int sync_file(const sync_job *job) nogil
+    int sync_ask_and_wait(sync_job *job, int64_t wait_ns) nogil
+    enum:
+        SYNC_ANSWER_MAX
+        SYNC_FILE_RANGE_WRITE
+    int sync_file_range(int fd, int64_t offset, int64_t length, unsigned flags) nogil
     int eventfd(unsigned value, int flags) nogil
     int sem_init(sem_t *semaphore, int shared, unsigned value) nogil
     int sem_post(sem_t *semaphore) nogil
@@ -168,14 +217,13 @@ cdef extern from *:
     int close(int fd) nogil
     ssize_t sys_read "read"(int fd, void *data, size_t length) nogil
     int sync_state(sync_job *job) nogil
-    void sync_wait(const sync_job *job, int64_t wait_ns) nogil
     void sync_become(sync_job *job, int state) nogil
     int sync_start(sync_job *job) nogil
     void sync_give_way(int nice_step) nogil
     enum:
         SYNC_PIECE_BYTES
 
-ABI = 11  # of `nbdtarget.fast.compiled`
+ABI = 12  # of `nbdtarget.fast.compiled`
 RUNS = -1  # what `take` returns while a sync runs
 PIECE_BYTES = SYNC_PIECE_BYTES
 
@@ -189,6 +237,45 @@ def give_way(int nice_step):
         sync_give_way(nice_step)
 
 
+cdef int sync_now(
+    sync_job *job, int sock, const uint8_t *answer, size_t length, int64_t wait_ns, ssize_t *sent
+) noexcept nogil:
+    """Sync, and send the answer if that has succeeded. Returns 0, an errno, or RUNS: then it is for `take`, as an error is.
+
+    Args:
+        job: idle, and its thread has been started.
+        wait_ns: so long the end is waited for; negative: the calling thread syncs itself, however long it takes.
+        length: of the answer; 0: the caller sends it.
+        sent: how much of the answer was sent; the rest is the caller's.
+    """
+    sent[0] = 0
+    free(job.ranges)
+    job.ranges = NULL
+    if wait_ns < 0:
+        job.status = sync_file(job)
+        if job.status:
+            sync_become(job, SYNC_DONE)
+        return job.status
+    job.sock = sock
+    job.answer_length = min(length, <size_t>SYNC_ANSWER_MAX)
+    memcpy(job.answer, answer, job.answer_length)
+    job.nr_sent = 0
+    if not sync_ask_and_wait(job, wait_ns):
+        return -1
+    if not job.status:
+        sync_become(job, SYNC_IDLE)
+        sent[0] = max(job.nr_sent, 0)
+    return job.status
+
+
+cdef int begin_writeback(const sync_job *job, uint64_t offset, uint64_t length) noexcept nogil:
+    """Have the kernel begin to write a range back, and do not wait for it. Returns 0 or an errno, which a later sync need not tell again.
+
+    Durable: nothing.
+    """
+    return errno if sync_file_range(job.fd, <int64_t>offset, <int64_t>length, SYNC_FILE_RANGE_WRITE) else 0
+
+
 cdef class Syncer:
     """Syncs one open file, once at a time; see the module head.
 
@@ -200,12 +287,10 @@ cdef class Syncer:
 
     Attributes:
         event_fd: readable when a sync has ended.
+        fake_ns: for tests: syncs take so much longer.
 
     Raises: OSError, MemoryError: no eventfd, no memory.
     """
-
-    cdef sync_job *job
-    cdef bint is_started
 
     def __cinit__(self, int fd, int nice_step=0):
         self.job = <sync_job *>calloc(1, sizeof(sync_job))
@@ -229,6 +314,14 @@ cdef class Syncer:
     @property
     def event_fd(self):
         return self.job.event_fd
+
+    @property
+    def fake_ns(self):
+        return self.job.fake_ns
+
+    @fake_ns.setter
+    def fake_ns(self, int64_t value):
+        self.job.fake_ns = value
 
     def begin(self):
         """Begin to sync; `take` tells the end. Raises: OSError: there can be no thread, and nothing was begun."""
@@ -279,15 +372,9 @@ cdef class Syncer:
         sem_post(&self.job.asked)
         return 0
 
-    def take(self, int64_t wait_ns=0):
-        """Return 0 or the errno of the sync that has ended, or RUNS.
-
-        Args: wait_ns: so long the end is waited for, without the interpreter's lock.
-        """
+    def take(self):
+        """Return 0 or the errno of the sync that has ended, or RUNS."""
         cdef char count[8]
-        if wait_ns > 0:
-            with nogil:
-                sync_wait(self.job, wait_ns)
         sys_read(self.job.event_fd, count, 8)
         if sync_state(self.job) != SYNC_DONE:
             return RUNS

@@ -140,7 +140,7 @@ cdef extern from *:
 
 __all__ = ["ABI", "SEAL_MAX", "TlsRecords", "take_over", "why_not"]
 
-ABI = 11  # of `nbdtarget.fast.compiled`
+ABI = 12  # of `nbdtarget.fast.compiled`
 
 cdef enum:
     IN_BYTES = 131072  # of encrypted bytes, received with one system call

@@ -138,6 +138,7 @@ class FastTurn:
             else None,
             extended=requests.extended,
             tls=self._tls,
+            inline_syncs=limits.inline_syncs,
         )
         requests.traffic.compiled = self._plane
         self.receiver = Receiver(
@@ -148,6 +149,7 @@ class FastTurn:
             output=output,
             polling=shared.polling,
             may_poll=self._may_poll,
+            has_no_losses=requests.in_flight.observer.has_none,
             poll_ns=limits.poll_us * 1000,
             poll_streak=POLL_STREAK,
             poll_skip_max=POLL_SKIP_MAX,

@@ -169,9 +169,7 @@ class Requests:
         self.can_write, self.size = writable, transmission.size
         self.can_flush = writable and CMD_FLUSH in transmission.flags_allowed
         counted = self.in_flight.observer, self._answers, self.traffic
-        self._shared_flushes = SharedFlushes(
-            host, flow, device, *counted, in_loop=limits.inline_syncs
-        )
+        self._shared_flushes = SharedFlushes(host, flow, device, *counted)
         self.is_plain = True
 
     def refuse(self) -> None:
@@ -221,12 +219,9 @@ class Requests:
         """More has begun to be in flight: pause the connection if a bound is met now."""
         self._admit(0)
 
-    def flush_for(
-        self, writes: list[int], flushes: list[int], is_alone: bool = False
-    ) -> bool:
-        well = self._shared_flushes.submit(writes, flushes, is_alone)
+    def flush_for(self, writes: list[int], flushes: list[int]) -> None:
+        self._shared_flushes.submit(writes, flushes)
         self._admit(0)
-        return well
 
     def read_again(self, cookie: int, offset: int, length: int) -> None:
         """Serve a READ that was admitted before."""

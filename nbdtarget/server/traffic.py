@@ -77,6 +77,11 @@ OPERATIONS: Final = {
     CMD_BLOCK_STATUS: "block_status",
 }
 _NR_COMMANDS: Final = max(OPERATIONS) + 1
+_COMPILED: Final = (
+    CMD_READ,
+    CMD_WRITE,
+    CMD_FLUSH,
+)  # what the compiled path counts, too
 
 # Of one command: how many requests were carried out (those that failed among them), their bytes, their time in ns, how many
 # failed; then one number for each of BOUNDS_NS, and one more: how many took how long.
@@ -90,8 +95,8 @@ _Answered = tuple[int, int, int, list[int]]
 class _Compiled(Protocol):
     """What the compiled path has counted: `nbdtarget_fast.Plane`."""
 
-    def counted(self) -> tuple[_Answered, _Answered]:
-        """Of READs and of WRITEs."""
+    def counted(self) -> tuple[_Answered, _Answered, _Answered]:
+        """In the order of `_COMPILED`."""
         ...
 
 
@@ -136,7 +141,7 @@ class Traffic:
         """Return the numbers by command; a command that nobody has asked for may be missing. Nobody but this class changes them."""
         if self.compiled is None:
             return self._counts
-        answered = zip((CMD_READ, CMD_WRITE), self.compiled.counted(), strict=True)
+        answered = zip(_COMPILED, self.compiled.counted(), strict=True)
         of_compiled = {
             command: [nr, nr_bytes, taken_ns, 0, *buckets]
             for command, (nr, nr_bytes, taken_ns, buckets) in answered

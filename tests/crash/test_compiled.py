@@ -14,8 +14,9 @@ from bitarray.util import ones
 
 from nbdtarget.bio import OP_READ, OP_WRITE, Bio
 from nbdtarget.fast import compiled
+from nbdtarget.targets.clone.target import CloneTarget
 from tests.support.crash import cache_rigs, cache_walks, rigs, walks
-from tests.support.crash.fast_disk import DURABLE, FastCrashDevice, FastDriver
+from tests.support.crash.fast_disk import DURABLE, LONE, FastCrashDevice, FastDriver
 from tests.support.model import SECTOR
 
 pytestmark = [
@@ -90,6 +91,7 @@ def test_no_acknowledged_flush_is_lost(rig: walks.MakeRig) -> None:
     assert served[OP_READ] > WALKS
     assert served[OP_WRITE] > WALKS
     assert served[DURABLE] > WALKS
+    assert served[LONE] > WALKS
 
 
 @pytest.mark.parametrize("rig", CACHES)
@@ -144,6 +146,21 @@ def test_durable_request_that_is_answered_without_a_flush_is_caught(
 
     monkeypatch.setattr(FastDriver, "_flush_for", answer)
     assert nr_failures(rigs.LinearRig)
+
+
+def test_sync_of_the_compiled_code_that_makes_nothing_stable_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So it is those syncs that the walks rely on."""
+    monkeypatch.setattr(FastCrashDevice, "was_synced", lambda _: False)
+    assert nr_failures(rigs.LinearRig)
+
+
+def test_clone_that_says_that_a_flush_needs_no_commit_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CloneTarget, "_may_sync", lambda _: True)
+    assert nr_failures(rigs.CloneRig)
 
 
 def test_flush_that_leaves_out_what_compiled_code_has_written_is_caught(

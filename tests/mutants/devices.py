@@ -132,10 +132,24 @@ DEVICES: Final = (
         FILE,
     ),
     Mutant(
-        "loop-does-not-sync-for-the-client-that-is-alone",
-        "The FLUSH of a client that is alone ends at once, without a sync.",
-        "nbdtarget.devices.file.sync:Syncs._sync_here",
-        (("            status = self._fdatasync()\n", "            status = 0\n"),),
+        "thread-lent-while-another-sync-runs",
+        "The compiled path syncs while another sync may be told its error.",
+        "nbdtarget.devices.file.sync:Syncs._lend",
+        (("not (self._running or self.is_latched)", "not self.is_latched"),),
+        FILE,
+    ),
+    Mutant(
+        "latched-file-lends-its-thread",
+        "After a failed sync, the compiled path makes one that succeeds, and answers that all is well.",
+        "nbdtarget.devices.file.sync:Syncs._lend",
+        (("not (self._running or self.is_latched)", "not self._running"),),
+        FILE,
+    ),
+    Mutant(
+        "flush-rides-on-the-sync-that-the-compiled-path-has-left",
+        "A FLUSH that comes while such a sync runs ends with it, for pages it has passed.",
+        "nbdtarget.devices.file.sync:Syncs.left_over",
+        (('Sync([], "flush")', 'Sync(self._waiting, "flush")'),),
         FILE,
     ),
     Mutant(
@@ -262,13 +276,8 @@ DEVICES: Final = (
     Mutant(
         "failed-writeback-does-not-latch",
         "Pages that background writeback has lost are acknowledged by the next FLUSH.",
-        "nbdtarget.devices.file.device:FileDevice._write_back",
-        (
-            (
-                '            self._syncs.latch("writeback", status)\n',
-                "            pass\n",
-            ),
-        ),
+        "nbdtarget.devices.file.sync:Syncs.writeback_failed",
+        (('            self.latch("writeback", status)\n', ""),),
         FILE,
     ),
     Mutant(

@@ -206,10 +206,17 @@ FAST: Final = (
         DURABLE,
     ),
     Mutant(
-        "flush-that-failed-at-once-acknowledged",
-        "The sync for a client that is alone fails, and the compiled path answers that all is well.",
-        "nbdtarget.server.shared_flush:SharedFlushes._submit",
-        (("            if is_here and not status:\n", "            if is_here:\n"),),
+        "fast-flush-of-a-clone-without-its-commit",
+        "The compiled path answers a FLUSH that a commit belongs to.",
+        "nbdtarget.targets.clone.target:CloneTarget._may_sync",
+        (("        return self._committer.is_clean\n", "        return True\n"),),
+        DURABLE,
+    ),
+    Mutant(
+        "fast-flush-for-a-client-that-is-alone-hides-a-loss",
+        "The device has lost writes, and the compiled path answers a FLUSH without Python, which would have told.",
+        "nbdtarget.devices.losses:ConnectionObserver.has_none",
+        (("self._device.losses == self._told", "True"),),
         DURABLE,
     ),
     Mutant(

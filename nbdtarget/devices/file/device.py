@@ -231,9 +231,8 @@ class FileDevice(Device):
     async def _write_back(self) -> None:
         status = await self._pool.run(partial(self._call, start_writeback))
         self._writeback = None
-        if status not in (0, errnos.EINVAL, errnos.ENOSYS, errnos.ESPIPE):
-            self.health.note_error("writeback", status)
-            self._syncs.latch("writeback", status)
+        if status:
+            self._syncs.writeback_failed(status)
 
     def _call(self, call: Callable[[int], None]) -> int:
         call(self._fd)
@@ -279,7 +278,10 @@ class FileDevice(Device):
                 self._watch,
                 self._note_unfinished,
                 self._note_ring_reads,
+                self._syncs.left_over,
+                self._syncs.writeback_failed,
             )
+            self._syncs.lend_to(self._fast)
         if self._fast is not None:
             self._fast.size = self.size
             self._fast.read_max = max(self._read_inline_max, 0)

@@ -20,8 +20,11 @@ harmless only where the file system refuses a write before it takes any of it. N
 news of an *earlier* write, told once. So it latches, too, on every file system that is not known to refuse first.
 
 *Thread.* A sync of a fast disk takes less time than two Python threads need to hand it over. So it is made by a thread in C
-(`nbdtarget/fast/nbdtarget_sync.pyx`), and where that was not built, by a worker. For a client that is alone and asks for one thing at a
-time going back to the loop takes long, too. So while syncs are quick the loop waits a moment for its sync, or makes it itself: see `sync_pace.py`.
+(`nbdtarget/fast/nbdtarget_sync.pyx`), and where that was not built, by a worker.
+
+*Lent.* For a client that is alone and asks for one thing at a time, Python itself takes long, too. So while nothing else runs here, and syncs are quick (`sync_pace.py`), the
+compiled path has the thread: `FastFile.syncer`. It uses it only while the loop stands still, so no other sync can begin meanwhile. It gives back what it does not wait for to
+the end, and what has failed (`left_over`): that sync counts like any other one, and the request that it was made for waits for one more.
 """
 
 import asyncio
@@ -30,11 +33,11 @@ import logging
 import os
 from typing import Final
 
-from nbdtarget.bio import ALONE, IN_LOOP, OP_DISCARD, OP_NAMES, Bio
+from nbdtarget.bio import OP_DISCARD, OP_NAMES, Bio
 from nbdtarget.devices.file.sync_pace import QUICK_NS, SyncPace
 from nbdtarget.devices.health import Health
 from nbdtarget.devices.workers import WorkerPool
-from nbdtarget.fast.compiled import IS_COMPILED, Syncer
+from nbdtarget.fast.compiled import IS_COMPILED, FastFile, Syncer
 
 __all__ = ["Sync", "Syncs"]
 
@@ -44,6 +47,9 @@ log = logging.getLogger(__name__)
 # system does not know the call, or for want of space: then the page cache took nothing, if
 # the file system is one of those that look for space first.
 _NOTHING_LOST: Final = frozenset({errnos.EOPNOTSUPP})
+_NO_WRITEBACK: Final = frozenset(
+    {errnos.EINVAL, errnos.ENOSYS, errnos.ESPIPE}
+)  # it is not known here
 _NO_SPACE: Final = frozenset({errnos.ENOSPC, errnos.EDQUOT, errnos.EFBIG})
 
 
@@ -84,6 +90,8 @@ class Syncs:
         self._waiting: list[Bio] = []
         self._pace = SyncPace()
         self._syncer: Syncer | None = None
+        self._fast: FastFile | None = None
+        self._nr_worth = 0  # what `_fast` had synced when it last waited in vain
         self._has_no_thread = False  # it was refused
         self._is_over: asyncio.Future[None] | None = None  # `close` waits for it
         self.is_latched = False
@@ -92,6 +100,7 @@ class Syncs:
     def latch(self, what: str, status: int) -> None:
         """From now on each FLUSH and FUA fails: `what` has failed."""
         self.is_latched = True
+        self._lend()
         if self._health.latch(status):
             log.error(
                 "%s: %s failed: %s: no flush will succeed until it is opened again",
@@ -118,6 +127,7 @@ class Syncs:
         """A thread is going to wait for pages to be written, and may be told an error. The caller calls `done`."""
         sync = Sync([], "writeback")
         self._running.add(sync)
+        self._lend()
         return sync
 
     def flush(self, bio: Bio) -> None:
@@ -125,42 +135,51 @@ class Syncs:
 
         Durable: when it ends with 0, all writes that had ended when this was called, and this one.
         """
-        # hot: 1.5 us and the sync itself
-        is_alone = bio.flags & ALONE and not (self._running or self.is_latched)
-        if is_alone and bio.flags & IN_LOOP and self._pace.begin(may_be_ours=True):
-            self._sync_here(bio)
-            return
         self._waiting.append(bio)
         if self._flush is None:
-            self._start(may_wait=bool(is_alone and not bio.flags & IN_LOOP))
+            self._start()
 
-    def _sync_here(self, bio: Bio) -> None:
-        """Sync in the loop's own thread. Nothing else runs, and nothing waits, so no other sync can be told an error of ours."""
-        try:
-            status = self._fdatasync()
-        except OSError as error:
-            status = error.errno or errnos.EIO
-            self._health.note_error("flush", status)
-            self.latch("flush", status)
-        self._pace.ended()
-        bio.end(status)
+    def lend_to(self, fast: FastFile) -> None:
+        """Let the compiled path sync by itself when it may; see *Lent* above."""
+        self._fast = fast
+        fast.sync_wait_ns = QUICK_NS
+        self._lend()
 
-    def _start(self, *, may_wait: bool = False) -> None:
-        """Sync for all that wait; no sync runs.
+    def _lend(self) -> None:
+        """Lend the thread, or take it back: what that depends on may have changed."""
+        if self._fast is not None:
+            is_free = not (self._running or self.is_latched) and self._pace.is_quick
+            self._fast.syncer = self._syncer if is_free else None
 
-        Args: may_wait: the loop may wait a moment for the end.
-        """
+    def left_over(self) -> None:
+        """The compiled path has begun a sync, and does not wait for its end, or it has failed."""
+        assert self._fast is not None
+        nr_worth, self._nr_worth = self._nr_worth, self._fast.nr_synced
+        self._pace.waited_in_vain(self._nr_worth - nr_worth)
+        self._flush = Sync([], "flush")
+        self._running.add(self._flush)
+        self._pace.begin()
+        self._lend()
+        self._reap()
+
+    def writeback_failed(self, status: int) -> None:
+        """The kernel could not begin to write pages back; perhaps no sync tells that again."""
+        if status not in _NO_WRITEBACK:
+            self._health.note_error("writeback", status)
+            self.latch("writeback", status)
+
+    def _start(self) -> None:
+        """Sync for all that wait; no sync runs."""
         bios, self._waiting = self._waiting, []
         if self.is_latched:
             _end([(bio, errnos.EIO) for bio in bios])
         elif bios:
             self._flush = Sync(bios, "flush")
             self._running.add(self._flush)
-            waits = self._pace.begin(may_be_ours=may_wait)
+            self._pace.begin()
+            self._lend()
             if not self._has_begun():
                 self._pool.submit(self._fdatasync, self._flush_done)
-            elif waits:
-                self._reap(QUICK_NS)
 
     def _has_begun(self) -> bool:
         """Begin a sync in the thread of its own, if there can be one."""
@@ -178,9 +197,9 @@ class Syncs:
             return False
         return True
 
-    def _reap(self, wait_ns: int = 0) -> None:
+    def _reap(self) -> None:
         assert self._syncer is not None
-        status = self._syncer.take(wait_ns)
+        status = self._syncer.take()
         if status >= 0:
             self._flush_done(status)
 
@@ -208,6 +227,7 @@ class Syncs:
     def _settle(self, sync: Sync, status: int) -> list[tuple[Bio, int]]:
         """The system call of `sync` has returned. Returns the bios that end by that, each with its status."""
         self._running.remove(sync)
+        self._lend()
         if status:
             self._health.note_error(sync.what, status)
             self.latch(sync.what, status)
@@ -238,6 +258,9 @@ class Syncs:
 
     async def close(self) -> None:
         """Wait for the sync that runs, and end the thread."""
+        if self._fast is not None:
+            self._fast.syncer = None
+            self._fast = None
         if self._syncer is None:
             return
         if self._flush is not None:

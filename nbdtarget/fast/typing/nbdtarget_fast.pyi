@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 from nbdtarget_ring import Ring
+from nbdtarget_sync import Syncer
 from nbdtarget_tls import TlsRecords
 
 Buffer = Any  # collections.abc.Buffer is new in Python 3.12
@@ -66,6 +67,9 @@ class FastFile:
     read_flags: int
     write_max: int
     ring: Ring | None
+    syncer: Syncer | None
+    sync_wait_ns: int
+    nr_synced: int
     ring_max: int
     align: int
     fake_misses: int
@@ -77,6 +81,8 @@ class FastFile:
         was_slow: Callable[[], None],
         was_unfinished: Callable[[int, int, int, int, int], None],
         note_reads: Callable[[int], None] | None = None,
+        sync_left: Callable[[], None] | None = None,
+        kick_failed: Callable[[int], None] | None = None,
     ) -> None: ...
 
 class Route:
@@ -85,6 +91,7 @@ class Route:
     can_read_other: bool
     is_read_only: bool
     locked: Mapping[int, object] | None
+    may_sync: Callable[[], bool] | None
     was_served: Callable[[int, int], None] | None
     in_flight: tuple[ReadsInFlight, ...]
     note_hit: Callable[[int], None] | None
@@ -150,13 +157,14 @@ class Plane:
         poison: bool,
         ring_reads: RingReads | None = None,
         alone_max: int = 0,
-        flush_for: Callable[[list[int], list[int], bool], bool] | None = None,
+        flush_for: Callable[[list[int], list[int]], None] | None = None,
         extended: bool = False,
         tls: TlsRecords | None = None,
+        inline_syncs: bool = False,
     ) -> None: ...
     def release(self) -> None: ...
     def reads_ended(self, _: int) -> None: ...
-    def counted(self) -> tuple[Answered, Answered]: ...
+    def counted(self) -> tuple[Answered, Answered, Answered]: ...
     def take_syncs(self) -> tuple[list[int], list[int]]: ...
     def turn(
         self,
@@ -167,6 +175,7 @@ class Plane:
         end: int,
         base: int,
         out: int,
+        lone: int = 0,
     ) -> int: ...
 
 class Receiver:
@@ -180,6 +189,7 @@ class Receiver:
         output: object,
         polling: object,
         may_poll: Callable[[], bool],
+        has_no_losses: Callable[[], bool],
         poll_ns: int,
         poll_streak: int,
         poll_skip_max: int,

@@ -203,6 +203,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
             self.begin + self.length,
         )
         self._route.was_served = self._was_served
+        self._route.may_sync = self._may_sync
         self._open_route()
         return self._route
 
@@ -237,6 +238,10 @@ class CloneTarget(MappingTarget[CloneMetadata]):
             self._route.can_read_other = not self._hydration.hydrate_on_read
             if self._trace is not None:
                 self._route.can_read_other = False
+
+    def _may_sync(self) -> bool:
+        """Whether a FLUSH needs no commit: see `_map_flush`."""
+        return self._committer.is_clean
 
     def _was_served(self, nr_reads: int, nr_writes: int) -> None:
         if not self._is_hydrated:

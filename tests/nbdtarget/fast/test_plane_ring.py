@@ -135,6 +135,7 @@ class Bench:
             output=output,
             polling=SimpleNamespace(last=None),
             may_poll=lambda: True,
+            has_no_losses=lambda: True,
             poll_ns=1000,
             poll_streak=poll_streak,
             poll_skip_max=1000,

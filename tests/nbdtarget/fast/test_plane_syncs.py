@@ -54,7 +54,7 @@ class Rig:
             flush_at=SIZE,
             poison=True,
             ring_reads=self,  # type: ignore[arg-type]  # it is only asked for room
-            flush_for=lambda *_: False,
+            flush_for=lambda *_: None,
         )
         self.route = Route.flat(self.file, 0, SIZE)
         self.route.can_read = self.route.can_write = True

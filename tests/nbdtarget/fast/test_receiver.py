@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled `Receiver`: what it does without Python, and when it asks Python again."""
 
+import errno
 import itertools
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Final
 
 import pytest
 
 from nbdtarget.fast import compiled
 from nbdtarget.server.poller import LATE_SKIP_MIN, Lateness
+from tests.support.patience import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(
     not compiled.IS_COMPILED, reason=f"{compiled.describe()}"
 )
 if compiled.IS_COMPILED:
     from nbdtarget_fast import BLOCKED, CLOSED, SLOW, FastFile, Plane, Receiver, Route
+    from nbdtarget_sync import Syncer
 
 SIZE = 1 << 16
 READ, WRITE, FLUSH = 0, 1, 3
+FUA: Final = 1
 STREAK, SKIP_MAX, REST = 4, 8, 2
 NEVER_NS = 1 << 62
 
@@ -32,12 +38,25 @@ class Rig:
     late_ns = NEVER_NS
 
     def __init__(
-        self, path: Path, *, poison: bool = False, is_durable: bool = False
+        self,
+        path: Path,
+        *,
+        poison: bool = False,
+        is_durable: bool = False,
+        inline_syncs: bool = False,
     ) -> None:
         self.content = os.urandom(SIZE)
         path.write_bytes(self.content)
         self.fd = os.open(path, os.O_RDWR)
-        file = FastFile(self.fd, 10**9, lambda: None, lambda *_: None)
+        file = FastFile(
+            self.fd,
+            10**9,
+            lambda: None,
+            lambda *_: None,
+            None,
+            lambda: self.told.append("sync left"),
+            lambda status: self.told.append(f"kick: {status}"),
+        )
         file.size = file.read_max = file.write_max = SIZE
         self.file = file
         self.route: Route | None = self.new_route()
@@ -64,10 +83,11 @@ class Rig:
             poison=poison,
             ring_reads=self if is_durable else None,  # type: ignore[arg-type]  # it is only asked for room
             flush_for=self.flush_for if is_durable else None,
+            inline_syncs=inline_syncs,
         )
-        self.flushed: list[tuple[list[int], list[int], bool]] = []
-        self.ends_well = True
-        self.sends_another = 0  # so many requests come while others are being answered
+        self.flushed: list[tuple[list[int], list[int]]] = []
+        self.may = True
+        self.losses = False
         self.receiver = Receiver(
             self.plane,
             maybe_route=self.maybe_route,
@@ -76,6 +96,7 @@ class Rig:
             output=self.output,
             polling=self.polling,
             may_poll=self.may_poll,
+            has_no_losses=lambda: not self.losses,
             poll_ns=1000,
             poll_streak=STREAK,
             poll_skip_max=SKIP_MAX,
@@ -90,12 +111,8 @@ class Rig:
     def room(self) -> tuple[int, int]:
         return 100, 0
 
-    def flush_for(self, writes: list[int], flushes: list[int], is_alone: bool) -> bool:
-        self.flushed.append((writes, flushes, is_alone))
-        if self.sends_another:
-            self.sends_another -= 1
-            self.peer.send(request(FLUSH, 0, 0))
-        return is_alone and self.ends_well
+    def flush_for(self, writes: list[int], flushes: list[int]) -> None:
+        self.flushed.append((writes, flushes))
 
     def new_route(self) -> Route:
         route = Route.flat(self.file, 0, SIZE)
@@ -112,7 +129,7 @@ class Rig:
 
     def may_poll(self) -> bool:
         self.told.append("poll?")
-        return True
+        return self.may
 
     def served(self, begin: int, end: int) -> None:
         self.received.begin, self.received.end = begin, end
@@ -151,9 +168,9 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 
 def request(
-    command: int, offset: int, length: int = 512, payload: bytes = b""
+    command: int, offset: int, length: int = 512, payload: bytes = b"", flags: int = 0
 ) -> bytes:
-    head = struct.pack(">IHHQQI", 0x25609513, 0, command, 7, offset, length)
+    head = struct.pack(">IHHQQI", 0x25609513, flags, command, 7, offset, length)
     return head + payload
 
 
@@ -245,6 +262,7 @@ def test_exception_goes_to_the_connection(rig: Rig) -> None:
         output=rig.output,
         polling=rig.polling,
         may_poll=rig.may_poll,
+        has_no_losses=lambda: True,
         poll_ns=0,
         poll_streak=STREAK,
         poll_skip_max=SKIP_MAX,
@@ -330,71 +348,229 @@ def test_a_processor_that_comes_back_very_late_ends_the_polling_for_long(
 
 # ---- durable requests of a client that is alone ----
 
-DONE = struct.pack(">IIQ", 0x67446698, 0, 7)
+ANSWER = struct.pack(">IIQ", 0x67446698, 0, 7)
+LONG_NS: Final = int(PATIENCE_S * 10**9)
+SLOW_NS: Final = 20 * 10**6
+
+
+class Durable(Rig):
+    """A Rig whose file has lent its thread."""
+
+    def __init__(
+        self, path: Path, *, inline_syncs: bool = False, fd: int | None = None
+    ) -> None:
+        """Args: fd: what is synced instead of the file."""
+        super().__init__(path, poison=True, is_durable=True, inline_syncs=inline_syncs)
+        self.syncer = Syncer(self.fd if fd is None else fd)
+        self.syncer.begin()
+        self.end_of_sync()
+        self.file.syncer = self.syncer
+        self.file.sync_wait_ns = LONG_NS
+        assert self.route is not None
+        self.route.may_sync = lambda: self.may
+
+    def end_of_sync(self) -> int:
+        """Wait for the end of a sync that runs."""
+        assert select.select([self.syncer.event_fd], [], [], PATIENCE_S)[0]
+        return self.syncer.take()
+
+    def until_alone(self) -> None:
+        """Until the next durable request is expected, of a client that is alone."""
+        for _ in range(STREAK):
+            self.call(request(FLUSH, 0, 0))
+        assert len(self.flushed) == STREAK
+        self.flushed.clear()
+
+    def close(self) -> None:
+        self.file.syncer = None
+        self.syncer.close()
+        super().close()
 
 
 @pytest.fixture
-def durable(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path / "disk", poison=True, is_durable=True)
+def durable(tmp_path: Path) -> Iterator[Durable]:
+    made = Durable(tmp_path / "disk")
     yield made
     made.close()
 
 
-def until_alone(rig: Rig) -> None:
-    for _ in range(STREAK + 1):
-        rig.call(request(READ, 0))
-    rig.replies()
-    rig.flushed.clear()
+@pytest.fixture
+def unsyncable(tmp_path: Path) -> Iterator[Durable]:
+    """What is to be synced is a pipe, which cannot be."""
+    reading, writing = os.pipe()
+    made = Durable(tmp_path / "disk", fd=reading)
+    yield made
+    made.close()
+    os.close(reading)
+    os.close(writing)
 
 
-def test_durable_request_that_ended_well_is_answered_in_the_turn(durable: Rig) -> None:
-    until_alone(durable)
-    durable.call(request(FLUSH, 0, 0))
-    assert durable.flushed == [([], [7], True)]
-    assert durable.replies() == DONE
-    assert (durable.output.base, durable.output.end) == (0, 0)
-    durable.ends_well = False  # Python answers later
-    durable.call(request(FLUSH, 0, 0))
-    assert durable.replies() == b""
+def write(nr: int, flags: int = 0) -> bytes:
+    return request(WRITE, nr * 4096, 512, bytes([nr]) * 512, flags)
 
 
-def test_one_of_several_requests_is_not_alone(durable: Rig) -> None:
-    until_alone(durable)
-    durable.call(request(FLUSH, 0, 0), request(FLUSH, 0, 0))
-    assert durable.flushed == [([], [7, 7], False)]
-    durable.flushed.clear()
-    durable.call(request(FLUSH, 0, 0))  # that was no request of its own
-    assert durable.flushed == [([], [7], False)]
-
-
-def test_others_that_wait_make_it_not_alone(durable: Rig) -> None:
-    until_alone(durable)
-    durable.may_poll = lambda: False  # type: ignore[method-assign]
-    receiver = durable.receiver
-    durable.polling.last = object()  # another connection has received
-    durable.call(request(FLUSH, 0, 0))
-    assert durable.flushed == [([], [7], False)]
-    assert receiver is durable.receiver
-
-
-def test_requests_that_follow_at_once_are_answered_in_one_turn_up_to_a_bound(
-    durable: Rig,
+@pytest.mark.parametrize(
+    "wire", [request(FLUSH, 0, 0), write(1, FUA)], ids=["flush", "fua"]
+)
+def test_durable_request_of_a_client_that_is_alone_needs_no_python(
+    durable: Durable, wire: bytes
 ) -> None:
-    # The first turn that may poll.
-    for _ in range(STREAK):
+    durable.until_alone()
+    for nr in range(1, 4):
+        durable.call(wire)
+        assert durable.replies() == ANSWER
+        assert durable.file.nr_synced == nr
+    assert not durable.flushed
+    assert (durable.output.base, durable.output.end) == (0, 0)
+    reads, writes, flushes = durable.plane.counted()
+    is_flush = wire == request(FLUSH, 0, 0)
+    assert (writes[:2], flushes[:2]) == (
+        ((0, 0), (3, 0)) if is_flush else ((3, 1536), (0, 0))
+    )
+    assert sum(flushes[3] if is_flush else writes[3]) == 3
+    assert reads[0] == 0
+
+
+def test_flush_that_follows_each_write_needs_no_python(durable: Durable) -> None:
+    durable.until_alone()
+    for nr in range(12):  # from the ninth on, writing back begins before the FLUSH
+        durable.call(write(nr % 4))
+        durable.call(request(FLUSH, 0, 0))
+        assert durable.replies() == ANSWER * 2
+    assert not durable.flushed
+    assert durable.file.nr_synced == 12
+
+
+def test_durable_requests_that_nobody_expects_are_left_to_python(
+    durable: Durable,
+) -> None:
+    durable.until_alone()
+    for _ in range(5):
         durable.call(request(READ, 0))
     durable.replies()
-    durable.sends_another = 40
     durable.call(request(FLUSH, 0, 0))
-    assert durable.flushed == [([], [7], True)] * 16
-    assert durable.replies() == DONE * 16
-    # The next one is there: it is the next turn's.
-    durable.call()
-    assert len(durable.flushed) == 32
+    assert durable.flushed == [([], [7])]
+    assert durable.file.nr_synced == 0
 
 
-def test_socket_that_takes_no_answer_is_told(durable: Rig) -> None:
-    until_alone(durable)
+def test_one_of_several_requests_is_not_alone(durable: Durable) -> None:
+    durable.until_alone()
+    durable.call(request(FLUSH, 0, 0), request(FLUSH, 0, 0))
+    assert durable.flushed == [([], [7, 7])]
+    durable.flushed.clear()
+    durable.call(request(FLUSH, 0, 0))  # that was no request of its own
+    assert durable.flushed == [([], [7])]
+    assert durable.file.nr_synced == 0
+
+
+def test_others_that_have_received_make_it_not_alone(durable: Durable) -> None:
+    durable.until_alone()
+    durable.polling.last = object()
+    durable.call(request(FLUSH, 0, 0))
+    assert durable.flushed == [([], [7])]
+
+
+def test_what_is_in_flight_makes_it_not_alone_and_a_commit_is_pythons(
+    durable: Durable,
+) -> None:
+    """In the rig, one answer stands for both."""
+    durable.until_alone()
+    durable.may = False
+    durable.call(request(FLUSH, 0, 0))
+    durable.call(write(0, FUA))
+    assert durable.flushed == [([], [7]), ([7], [])]
+    assert durable.file.nr_synced == 0
+
+
+def test_a_loss_is_pythons_to_tell_and_does_not_concern_fua(durable: Durable) -> None:
+    durable.until_alone()
+    durable.losses = True
+    durable.call(request(FLUSH, 0, 0))
+    assert durable.flushed == [([], [7])]
+    durable.call(write(0, FUA))
+    assert len(durable.flushed) == 1
+    assert durable.replies() == ANSWER
+    assert durable.file.nr_synced == 1
+
+
+def test_without_a_thread_that_is_lent_they_are_left_to_python(
+    durable: Durable,
+) -> None:
+    durable.until_alone()
+    durable.file.syncer = None
+    durable.call(request(FLUSH, 0, 0))
+    assert durable.flushed == [([], [7])]
+
+
+def test_a_thread_that_was_not_started_or_whose_end_nobody_takes_is_not_lent(
+    durable: Durable,
+) -> None:
+    with pytest.raises(ValueError, match="no thread yet"):
+        durable.file.syncer = Syncer(durable.fd)
+    file = FastFile(durable.fd, 0, lambda: None, lambda *_: None)
+    with pytest.raises(ValueError, match="nobody takes"):
+        file.syncer = durable.syncer
+
+
+def test_a_sync_that_takes_longer_is_left_to_python(durable: Durable) -> None:
+    durable.until_alone()
+    durable.syncer.fake_ns, durable.file.sync_wait_ns = SLOW_NS, 1
+    told = durable.call(write(0, FUA))
+    assert "sync left" in told
+    assert durable.flushed == [([7], [])]
+    assert durable.replies() == b""
+    assert durable.end_of_sync() == 0
+    assert durable.replies() == b""
+    assert durable.file.nr_synced == 0
+
+
+def test_a_sync_that_fails_is_answered_by_nobody_but_python(
+    unsyncable: Durable,
+) -> None:
+    unsyncable.until_alone()
+    told = unsyncable.call(write(0, FUA))
+    assert "sync left" in told
+    assert unsyncable.syncer.take() == errno.EINVAL
+    assert unsyncable.flushed == [([7], [])]
+    assert unsyncable.replies() == b""
+    assert f"kick: {errno.ESPIPE}" in told
+
+
+def test_the_loop_syncs_itself_if_that_is_asked_for(tmp_path: Path) -> None:
+    made = Durable(tmp_path / "disk", inline_syncs=True)
+    made.until_alone()
+    for _ in range(50):
+        # A sync of the thread if the last one was long ago. The next one is the loop's, however long it takes.
+        made.file.sync_wait_ns = LONG_NS
+        made.call(write(0, FUA))
+        made.syncer.fake_ns, made.file.sync_wait_ns = SLOW_NS, 1
+        told = made.call(write(0, FUA))
+        made.syncer.fake_ns = 0
+        if "sync left" not in told:
+            break
+        assert made.end_of_sync() == 0  # this machine is busy
+        made.file.syncer = made.syncer
+    else:
+        pytest.fail("the loop has never made a sync")
+    assert made.replies()[-16:] == ANSWER
+    made.close()
+
+
+def test_a_sync_of_the_loop_that_fails_is_pythons(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    made = Durable(tmp_path / "disk", inline_syncs=True, fd=reading)
+    made.until_alone()
+    told = made.call(write(0, FUA))
+    assert "sync left" in told
+    assert made.syncer.take() == errno.EINVAL
+    assert made.replies() == b""
+    made.close()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_socket_that_takes_no_answer_is_told(durable: Durable) -> None:
+    durable.until_alone()
     durable.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     filler = bytes(1 << 20)
     while True:
@@ -404,10 +580,13 @@ def test_socket_that_takes_no_answer_is_told(durable: Rig) -> None:
             break
     told = durable.call(request(FLUSH, 0, 0))
     assert told[-2:] == ["sent 0 16", f"stopped {BLOCKED}"]
+    assert durable.file.nr_synced == 1
 
 
-def test_request_that_is_not_plain_behind_a_durable_one_is_told(durable: Rig) -> None:
-    until_alone(durable)
+def test_request_that_is_not_plain_behind_a_durable_one_is_told(
+    durable: Durable,
+) -> None:
+    durable.until_alone()
     told = durable.call(request(FLUSH, 0, 0), request(4, 0))
-    assert durable.flushed == [([], [7], False)]
+    assert durable.flushed == [([], [7])]
     assert told[-1] == f"stopped {SLOW}"

@@ -51,17 +51,6 @@ def test_one_sync_after_the_other(fd: int) -> None:
     assert threads() <= before
 
 
-def test_the_end_can_be_waited_for(fd: int) -> None:
-    syncer = Syncer(fd)
-    assert syncer.take(1000) == RUNS  # nothing was begun
-    for _ in range(3):
-        os.write(fd, b"x")
-        syncer.begin()
-        assert syncer.take(20 * 10**9) == 0
-        assert not select.select([syncer.event_fd], [], [], 0)[0]
-    syncer.close()
-
-
 def test_errors_are_told(fd: int) -> None:
     reading, writing = os.pipe()
     for bad, expected in ((reading, errno.EINVAL), (1 << 20, errno.EBADF)):

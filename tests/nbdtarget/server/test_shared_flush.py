@@ -5,24 +5,27 @@ import asyncio
 import errno as errnos
 import os
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from nbdtarget.bio import ALONE, IN_LOOP, OP_FLUSH, Bio
+from nbdtarget.bio import OP_FLUSH, Bio
 from nbdtarget.devices import resolve
 from nbdtarget.devices.file import device as file_device
+from nbdtarget.devices.file import sync
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.sync_pace import SyncPace
 from nbdtarget.devices.health import HealthState
 from nbdtarget.dm.mapped_device import MappedDevice
 from nbdtarget.dm.registry import Registry
 from nbdtarget.fast import compiled
+from nbdtarget.fast.compiled import Syncer
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget.server.poller import POLL_STREAK
+from nbdtarget.server.traffic import NR_TOTALS
+from nbdtarget.targets.committer import Committer
 from nbdtarget_protocol import consts as c
 from tests.support.patience import PATIENCE_S
 from tests.support.peer import Peer
@@ -42,7 +45,7 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.registry = Registry(resolve)
-        limits = Limits(poison_borrowed=True, inline_syncs=True)
+        limits = Limits(poison_borrowed=True)
         self.listener = Listener(self.registry, limits=limits)
         self.peers: list[Peer] = []
 
@@ -170,8 +173,16 @@ async def test_flush_tells_of_a_loss_and_fua_does_not(site: Site) -> None:
 # ---- a client that is alone ----
 
 
-def alone_flags(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Have files sync at once for clients that are alone; returns the flags of all FLUSHes that files get."""
+class AlwaysQuick(SyncPace):
+    """On a busy machine no sync may be quick."""
+
+    @property
+    def is_quick(self) -> bool:
+        return True
+
+
+def be_patient(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have files lend their threads, and the loop wait for them however long it takes. Returns the FLUSHes that files get from Python: their flags."""
     noted: list[int] = []
     submit = FileDevice.submit
 
@@ -180,11 +191,9 @@ def alone_flags(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             noted.append(bio.flags)
         submit(self, bio)
 
-    def begin(_: SyncPace, *, may_be_ours: bool) -> bool:
-        return may_be_ours
-
     monkeypatch.setattr(FileDevice, "submit", spy)
-    monkeypatch.setattr(SyncPace, "begin", begin)
+    monkeypatch.setattr(sync, "SyncPace", AlwaysQuick)
+    monkeypatch.setattr(sync, "QUICK_NS", int(PATIENCE_S * 10**9))
     # A busy machine must not make a write count as slow: the next ones would take another way.
     monkeypatch.setattr(file_device, "WRITE_SLOW_NS", 1 << 62)
     return noted
@@ -203,16 +212,30 @@ async def ask_often(peer: Peer, nr: int, command: int) -> list[int]:
     return errors
 
 
+def file_below(device: MappedDevice, name: str) -> FileDevice:
+    for below in device.devices_below():
+        if isinstance(below, FileDevice) and Path(below.name).name == name:
+            return below
+    raise AssertionError(name)
+
+
+def nr_synced(device: FileDevice) -> int:
+    """How many times the compiled path has synced it."""
+    fast = device.maybe_fast_file()
+    assert fast is not None
+    return fast.nr_synced
+
+
 @needs_compiled
 @pytest.mark.parametrize("command", [c.CMD_WRITE, c.CMD_FLUSH])
 @pytest.mark.parametrize("table", [linear, clone])
-async def test_a_client_that_asks_for_one_thing_at_a_time_counts_as_alone(
+async def test_a_client_that_asks_for_one_thing_at_a_time_is_synced_for_without_python(
     site: Site,
     monkeypatch: pytest.MonkeyPatch,
     table: Callable[[Site, bytes], str],
     command: int,
 ) -> None:
-    noted = alone_flags(monkeypatch)
+    noted = be_patient(monkeypatch)
     device = await site.registry.create("d", table(site, bytes(SIZE)))
     if table is clone:
         await _hydrated(device)
@@ -221,83 +244,96 @@ async def test_a_client_that_asks_for_one_thing_at_a_time_counts_as_alone(
     noted.clear()
     nr = POLL_STREAK + 10
     assert await ask_often(peer, nr, command) == [0] * nr
-    assert noted == [0] * POLL_STREAK + [ALONE | IN_LOOP] * 10
+    assert noted == [0] * POLL_STREAK
+    below = file_below(device, "dest" if table is clone else "disk")
+    assert nr_synced(below) == 10
     if command == c.CMD_WRITE:
         for at in range(nr):
             assert bytes(await device.read(at * 512, 512)) == bytes([at + 1]) * 512
     account = site.listener.accounts.of(device)
     assert account is not None
     assert account.counts()[command][0] == nr
+    assert sum(account.counts()[command][NR_TOTALS:]) == nr
+
+
+@needs_compiled
+async def test_a_clone_that_has_something_to_commit_needs_python(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = be_patient(monkeypatch)
+    device = await site.registry.create("d", clone(site, bytes(SIZE)))
+    await _hydrated(device)
+    await device.flush()
+    peer = await site.attach()
+    assert not any(await ask_often(peer, POLL_STREAK + 3, c.CMD_FLUSH))
+    noted.clear()
+    changed = {"is": True}
+    monkeypatch.setattr(Committer, "is_clean", property(lambda _: not changed["is"]))
+    assert not any(await ask_often(peer, 1, c.CMD_FLUSH))
+    assert noted
+    changed["is"] = False
+    noted.clear()
+    assert not any(await ask_often(peer, 1, c.CMD_FLUSH))
+    assert not noted
 
 
 @needs_compiled
 async def test_batches_and_other_clients_are_not_alone(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noted = alone_flags(monkeypatch)
-    await site.registry.create("d", linear(site, bytes(SIZE)))
+    be_patient(monkeypatch)
+    device = await site.registry.create("d", linear(site, bytes(SIZE)))
     peer, other = await site.attach(), await site.attach()
     assert not any(await ask_often(peer, POLL_STREAK, c.CMD_FLUSH))
     assert (await other.ask(c.CMD_FLUSH)).error == 0
     assert not any(await ask_often(peer, 3, c.CMD_FLUSH))
-    assert set(noted) == {0}
     peer.writer.write(peer.request(c.CMD_FLUSH) * 2)
     assert [(await peer.reply()).error for _ in range(2)] == [0, 0]
-    assert set(noted) == {0}
+    assert nr_synced(file_below(device, "disk")) == 0
 
 
 @needs_compiled
-async def test_the_loop_syncs_only_if_that_is_asked_for(
+async def test_a_sync_that_fails_is_told_and_nothing_is_acknowledged_after_it(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noted = alone_flags(monkeypatch)
-    limits = replace(site.listener.limits, inline_syncs=Limits().inline_syncs)
-    listener = Listener(site.registry, limits=limits)
-    await listener.start(f"unix:{site.folder}/other")
-    await site.registry.create("d", linear(site, bytes(SIZE)))
-    peer = await Peer.connect(site.folder / "other")
-    await peer.attach()
-    assert not any(await ask_often(peer, POLL_STREAK + 3, c.CMD_FLUSH))
-    assert noted == [0] * POLL_STREAK + [ALONE] * 3
-    peer.close()
-    await listener.close()
-
-
-@needs_compiled
-async def test_a_sync_that_fails_at_once_is_told_and_nothing_is_acknowledged_after_it(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    noted = alone_flags(monkeypatch)
+    be_patient(monkeypatch)
     device = await site.registry.create("d", linear(site, bytes(SIZE)))
     peer = await site.attach()
-    assert not any(await ask_often(peer, POLL_STREAK + 3, c.CMD_FLUSH))
-    assert noted[-1] == ALONE | IN_LOOP
-    (below,) = device.devices_below()
-    assert isinstance(below, FileDevice)
-
-    def fail() -> int:
-        raise OSError(errnos.EIO, "lost")
-
-    monkeypatch.setattr(below._syncs, "_fdatasync", fail)
+    below = file_below(device, "disk")
+    reading, writing = os.pipe()
+    monkeypatch.setattr(below._syncs, "_has_begun", lambda: False)
+    assert not any(await ask_often(peer, POLL_STREAK, c.CMD_FLUSH))
+    below._syncs._syncer = Syncer(reading)  # what cannot be synced
+    below._syncs._syncer.begin()
+    while below._syncs._syncer.take() < 0:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    assert not any(await ask_often(peer, 1, c.CMD_FLUSH))
+    fast = below.maybe_fast_file()
+    assert fast is not None
+    assert fast.syncer is below._syncs._syncer
     assert await ask_often(peer, 2, c.CMD_WRITE) == [errnos.EIO] * 2
     assert below.health.state is HealthState.LATCHED
-    monkeypatch.undo()
+    assert nr_synced(below) == 0
     assert await ask_often(peer, 2, c.CMD_FLUSH) == [errnos.EIO] * 2
+    os.close(writing)
+    os.close(reading)
 
 
 @needs_compiled
 async def test_a_client_that_is_alone_is_told_of_a_loss(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noted = alone_flags(monkeypatch)
+    be_patient(monkeypatch)
     device = await site.registry.create("d", linear(site, bytes(SIZE)))
     peer = await site.attach()
     assert not any(await ask_often(peer, POLL_STREAK + 3, c.CMD_FLUSH))
-    (below,) = device.devices_below()
+    below = file_below(device, "disk")
     below.health.note_loss()
+    before = nr_synced(below)
     assert await ask_often(peer, 1, c.CMD_WRITE) == [0]
+    assert nr_synced(below) == before + 1
     assert await ask_often(peer, 2, c.CMD_FLUSH) == [errnos.EIO, 0]
-    assert noted[-1] == ALONE | IN_LOOP
+    assert nr_synced(below) == before + 2
 
 
 @needs_compiled

@@ -9,17 +9,19 @@ over by the same bytes change nothing, whatever the power does.)
 
 A `FastDriver` encodes each plain READ and WRITE as an NBD request, sends it through a socket to a `Plane` of its own, and
 has it served over the route that the mapped device offers at that moment. A WRITE with FUA, and a FLUSH, are taken by the compiled code, too; then a FLUSH of
-the device follows, as in `nbdtarget.server.shared_flush`. What the compiled code leaves to Python goes the usual way.
+the device follows, as in `nbdtarget.server.shared_flush`. Or the compiled code syncs the file by itself, as for a client that is alone: then all that
+the device had taken is stable before the reply is looked at. What the compiled code leaves to Python goes the usual way.
 """
 
 import contextlib
 import os
+import select
 import socket
 import weakref
 from collections import Counter
 from typing import Any, Final
 
-from nbdtarget.bio import ALONE, FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
+from nbdtarget.bio import FUA, OP_FLUSH, OP_READ, OP_WRITE, Bio
 from nbdtarget.fast.compiled import IS_COMPILED, FastFile, Plane
 from nbdtarget.targets.powercut.volatile_cache import split_sectors
 from nbdtarget_protocol.consts import (
@@ -37,14 +39,17 @@ from tests.support.model import SECTOR
 
 if IS_COMPILED:
     from nbdtarget_fast import DONE, SLOW
+    from nbdtarget_sync import RUNS, Syncer
 
-__all__ = ["DURABLE", "FastCrashDevice", "FastDriver"]
+__all__ = ["DURABLE", "LONE", "FastCrashDevice", "FastDriver"]
 
 NEVER_NS: Final = 1 << 62
 BUFFER_BYTES: Final = 256 << 10
 LENGTH_MAX: Final = 64 << 10
 COOKIE: Final = 7
 DURABLE: Final = -1  # in `FastDriver.nr_served`: those that needed a FLUSH
+LONE: Final = -2  # those that needed a sync of the compiled code, and no Python
+NR_LONE: Final = 3  # what a client that is alone may be: see `Plane.turn`
 _COMMANDS: Final = {OP_READ: CMD_READ, OP_WRITE: CMD_WRITE, OP_FLUSH: CMD_FLUSH}
 
 
@@ -58,6 +63,7 @@ class FastCrashDevice(CrashDevice):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.nr_absorbed = 0
+        self._nr_synced = 0
         self.fails_inline = False  # a cache on a device that may is left to Python
         self._file: FastFile | None = None
         self._fd = os.memfd_create(self.name.replace("/", "-"))
@@ -67,11 +73,36 @@ class FastCrashDevice(CrashDevice):
         assert self.lie is None, "the compiled code does not fail"
         if self._file is None:
             os.pwrite(self._fd, self.image(), 0)
-            self._file = FastFile(self._fd, NEVER_NS, _never, _never)
+            self._file = FastFile(
+                self._fd, NEVER_NS, _never, _never, None, _never, _never
+            )
+            self._lend_syncer(self._file)
             self._file.size = self.size
             self._file.read_max = LENGTH_MAX
             self._file.write_max = 0 if self.read_only else LENGTH_MAX
         return self._file
+
+    def _lend_syncer(self, file: FastFile) -> None:
+        syncer = Syncer(self._fd)
+        syncer.begin()
+        while syncer.take() == RUNS:
+            select.select([syncer.event_fd], [], [])
+        file.syncer, file.sync_wait_ns = syncer, NEVER_NS // 2
+        weakref.finalize(self, syncer.close)
+
+    def was_synced(self) -> bool:
+        """Whether the compiled code has synced since this was last called; if so, all that it has taken is stable now."""
+        nr_synced = 0 if self._file is None else self._file.nr_synced
+        if nr_synced == self._nr_synced:
+            return False
+        self._nr_synced = nr_synced
+        flush = Bio(OP_FLUSH, 0, 0, None, 0, lambda _: None)
+        for watcher in self.watchers:
+            watcher.started(self, flush)
+        self._make_stable(self._cache.mark)
+        for watcher in self.watchers:
+            watcher.finished(self, flush, 0)
+        return True
 
     def absorb(self) -> int:
         """Take what the compiled code has written for pending; returns how many sectors it has changed."""
@@ -114,6 +145,7 @@ class FastDriver(Driver):
 
     def __init__(self, rig: Rig) -> None:
         self.nr_served: Counter[int] = Counter()
+        self._nr_turns = 0
         self._client, self._server = socket.socketpair()
         self._server.setblocking(False)
         self._received = bytearray(BUFFER_BYTES)
@@ -163,11 +195,15 @@ class FastDriver(Driver):
         head = (REQUEST_MAGIC, flags, _COMMANDS[bio.op], COOKIE)
         request = REQUEST.pack(*head, bio.offset, bio.length)
         self._client.sendall(request + (bytes(bio.payload or b"") if is_write else b""))
-        stop = self._plane.turn(route, 0, False, 0, 0, 0, 0)
+        self._nr_turns += 1
+        lone = self._nr_turns % NR_LONE
+        stop = self._plane.turn(route, 0, False, 0, 0, 0, 0, lone)
         for device in self.rig.at_risk:
             assert isinstance(device, FastCrashDevice)
             nr = device.absorb()
             assert not nr or (stop == DONE and is_write), "nothing else is written"
+            if device.was_synced():
+                self.nr_served[LONE] += 1
         if stop == SLOW:
             self._forget_request()
             return False
@@ -197,7 +233,7 @@ class FastDriver(Driver):
             bio.end(flush.status)
 
         self.nr_served[DURABLE] += 1
-        self.rig.disk.submit(Bio(OP_FLUSH, 0, 0, None, ALONE, ended))
+        self.rig.disk.submit(Bio(OP_FLUSH, 0, 0, None, 0, ended))
 
     def _forget_request(self) -> None:
         """Python serves it. It may be in the buffer, or still in the socket."""
@@ -215,7 +251,7 @@ class _NoRing:
         raise AssertionError(f"{name}: no read is in a ring")
 
 
-def _flush_for(writes: list[int], flushes: list[int], is_alone: bool) -> bool:
+def _flush_for(writes: list[int], flushes: list[int]) -> None:
     raise AssertionError("only a Receiver calls this")
 
 

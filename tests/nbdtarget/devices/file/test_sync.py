@@ -4,19 +4,20 @@
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from nbdtarget.bio import ALONE, FUA, IN_LOOP, OP_FLUSH, OP_WRITE, PENDING, Bio
+from nbdtarget.bio import FUA, OP_FLUSH, OP_WRITE, PENDING, Bio
 from nbdtarget.common.errors import DeviceError
 from nbdtarget.devices.base import Device
 from nbdtarget.devices.file.device import FileDevice
 from nbdtarget.devices.file.sync import Syncs as FileSyncs
-from nbdtarget.devices.file.sync_pace import QUICK_NS, SyncPace
+from nbdtarget.devices.file.sync_pace import SyncPace
 from nbdtarget.devices.resolve import create_device
-from nbdtarget.fast.compiled import IS_COMPILED
+from nbdtarget.fast.compiled import IS_COMPILED, FastFile
 from tests.support.file_device import SIZE, Syncs, bio_of, ended
 from tests.support.patience import until
 
@@ -173,139 +174,168 @@ async def test_close_waits_for_the_sync_that_runs(tmp_path: Path) -> None:
     assert flush.status == 0
 
 
-# ---- syncs that the loop makes itself ----
+# ---- the thread is lent to the compiled path ----
 
 
 @pytest.fixture
-def quick(device: Device, monkeypatch: pytest.MonkeyPatch) -> FileSyncs:
-    """A device whose syncs count as quick."""
+async def lent(device: Device) -> FileSyncs:
+    """A device whose thread the compiled path has, after so many quick syncs."""
+    if not IS_COMPILED:
+        pytest.skip("there is no thread in C")
+    syncs = syncs_of(device)
+    syncs._pace = AlwaysQuick()
+    device.maybe_fast_file()
+    await device.flush()
+    assert is_lent(device)
+    return syncs
 
-    def begin(_: SyncPace, *, may_be_ours: bool) -> bool:
-        return may_be_ours
 
-    monkeypatch.setattr(SyncPace, "begin", begin)
-    return syncs_of(device)
+class AlwaysQuick(SyncPace):
+    """On a busy machine no sync may be quick.
+
+    Attributes: nr_worth: what it was told of syncs that were worth the wait, each time that one was not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nr_worth: list[int] = []
+
+    @property
+    def is_quick(self) -> bool:
+        return True
+
+    def waited_in_vain(self, nr_worth: int) -> None:
+        self.nr_worth.append(nr_worth)
 
 
-@pytest.mark.usefixtures("quick")
-async def test_the_loop_syncs_for_a_client_that_is_alone(
-    device: Device, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+def fast_file_of(device: Device) -> FastFile:
+    fast = device.maybe_fast_file()
+    assert fast is not None
+    return fast
+
+
+def is_lent(device: Device) -> bool:
+    return fast_file_of(device).syncer is not None
+
+
+async def test_the_thread_is_lent_while_nothing_else_runs(
+    device: Device, lent: FileSyncs
 ) -> None:
-    order: list[str] = []
-
-    def noted(fd: int) -> None:
-        order.append("sync")
-        syncs.fdatasync(fd)
-
-    monkeypatch.setattr(os, "fdatasync", noted)
-    bio = Bio(OP_FLUSH, 0, 0, None, ALONE | IN_LOOP, lambda _: order.append("end"))
-    device.submit(bio)
-    assert bio.status == 0  # at once, and after the sync
-    assert order == ["sync", "end"]
-    device.submit(other := bio_of(OP_FLUSH, 0, 0))
-    assert other.status == PENDING
-    assert await ended(other) == [0]
-    assert syncs.count == 2
+    device.submit(flush := bio_of(OP_FLUSH, 0, 0))
+    assert not is_lent(device)
+    assert await ended(flush) == [0]
+    assert is_lent(device)
+    writeback = lent.begin_writeback()
+    assert not is_lent(device)
+    lent.done(writeback, 0)
+    assert is_lent(device)
 
 
-async def test_a_sync_of_the_loop_that_fails_latches(
-    device: Device, quick: FileSyncs, syncs: Syncs
+async def test_the_thread_is_lent_only_while_syncs_are_quick(
+    device: Device, lent: FileSyncs
 ) -> None:
-    syncs.fail_with = errno.EIO
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE | IN_LOOP))
-    assert bio.status == errno.EIO
-    assert quick.is_latched
-    syncs.fail_with = 0
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE | IN_LOOP))
-    assert bio.status == errno.EIO
-    assert syncs.count == 1
+    lent._pace = SyncPace()
+    device.submit(flush := bio_of(OP_FLUSH, 0, 0))
+    assert await ended(flush) == [0]
+    assert not is_lent(device)  # that was the first one
 
 
-async def test_the_loop_does_not_sync_while_another_sync_may_be_told_an_error(
-    device: Device, quick: FileSyncs, syncs: Syncs
-) -> None:
-    other = quick.begin_writeback()
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE | IN_LOOP))
-    assert bio.status == PENDING
-    await until(lambda: syncs.count == 1)
-    await until(lambda: quick._flush is None)
-    assert bio.status == PENDING
-    quick.done(other, errno.EIO)
-    assert bio.status == errno.EIO
+@pytest.mark.usefixtures("lent")
+async def test_a_latched_device_does_not_lend_its_thread(device: Device) -> None:
+    syncs_of(device).latch("write", errno.EIO)
+    assert not is_lent(device)
 
 
-async def test_a_flush_waits_for_the_next_sync_also_if_it_is_alone(
-    device: Device, quick: FileSyncs, syncs: Syncs
-) -> None:
-    syncs.gate.clear()
-    device.submit(first := bio_of(OP_FLUSH, 0, 0))
-    device.submit(second := bio_of(OP_FLUSH, 0, 0, ALONE | IN_LOOP))
-    syncs.gate.set()
-    assert await ended(first, second) == [0, 0]
-    assert syncs.count == 2
-
-
-# ---- syncs that the loop waits for ----
+@pytest.mark.usefixtures("lent")
+async def test_a_closed_device_has_its_thread_back(device: Device) -> None:
+    fast = fast_file_of(device)
+    await device.close()
+    assert fast.syncer is None
 
 
 class HeldSyncer:
-    """A thread that has not synced yet."""
+    """A thread whose sync the compiled path has begun, and left.
+
+    Attributes: status: of that sync; -1: it runs.
+    """
 
     event_fd = -1
 
     def __init__(self) -> None:
-        self.waited: list[int] = []
         self.status = -1
+        self.nr_begun = 0
 
     def begin(self) -> None:
+        self.nr_begun += 1
         self.status = -1
 
-    def take(self, wait_ns: int = 0) -> int:
-        self.waited.append(wait_ns)
+    def take(self) -> int:
         return self.status
 
 
-@pytest.mark.skipif(not IS_COMPILED, reason="there is no thread in C")
-async def test_the_loop_waits_for_the_sync_of_a_client_that_is_alone(
-    device: Device, quick: FileSyncs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nbdtarget.devices.file.sync.QUICK_NS", 20 * 10**9)
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
-    assert bio.status == 0  # at once
-    assert quick.nr_running == 0
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0))
-    assert bio.status == PENDING
-    assert await ended(bio) == [0]
+@pytest.fixture
+def held(lent: FileSyncs, monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldSyncer]:
+    """The thread of `lent`, and nothing but that."""
+    held = HeldSyncer()
+    with monkeypatch.context() as patch:
+        patch.setattr(lent, "_fast", SimpleNamespace(syncer=held, nr_synced=0))
+        patch.setattr(lent, "_syncer", held)
+        yield held
+        lent._flush = None  # after a failure, `close` would wait for it
 
 
 @pytest.mark.parametrize("status", [0, errno.EIO])
-async def test_a_sync_that_takes_longer_is_left_to_the_loop(
-    device: Device,
-    quick: FileSyncs,
-    monkeypatch: pytest.MonkeyPatch,
-    status: int,
+async def test_a_sync_that_was_left_counts_and_the_request_waits_for_the_next_one(
+    device: Device, lent: FileSyncs, held: HeldSyncer, status: int
 ) -> None:
-    held = HeldSyncer()
-    monkeypatch.setattr(quick, "_syncer", held)
-    monkeypatch.setattr("nbdtarget.devices.file.sync.IS_COMPILED", True)
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
-    device.submit(other := bio_of(OP_FLUSH, 0, 0, ALONE))
-    assert held.waited == [QUICK_NS]  # the second one rides on the next sync
-    assert [bio.status, other.status] == [PENDING, PENDING]
+    fast = lent._fast
+    assert fast is not None
+    lent.left_over()
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0))
+    assert (held.nr_begun, bio.status) == (0, PENDING)  # not with the running one
+    assert fast.syncer is None
     held.status = status
-    quick._reap()
-    assert bio.status == status
-    held.status = status
+    lent._reap()
+    assert bio.status == (status or PENDING)
+    assert lent.is_latched == bool(status)
+    assert held.nr_begun == (0 if status else 1)
+    held.status = 0
     if not status:
-        quick._reap()
-    assert other.status == status
-    monkeypatch.undo()
+        lent._reap()
+    assert bio.status == status
+    assert (fast.syncer is None) == bool(status)
 
 
-async def test_a_worker_is_not_waited_for(
-    device: Device, quick: FileSyncs, syncs: Syncs
+async def test_a_sync_that_has_failed_already_is_told_at_once(
+    device: Device, lent: FileSyncs, held: HeldSyncer
 ) -> None:
-    device.submit(bio := bio_of(OP_FLUSH, 0, 0, ALONE))
-    assert bio.status == PENDING
-    assert await ended(bio) == [0]
-    assert syncs.count == 1
+    held.status = errno.EIO
+    lent.left_over()
+    assert lent.is_latched
+    device.submit(bio := bio_of(OP_FLUSH, 0, 0))
+    assert bio.status == errno.EIO
+
+
+async def test_what_was_worth_the_wait_is_counted_from_the_last_time(
+    lent: FileSyncs, held: HeldSyncer
+) -> None:
+    for nr_synced in (100, 130):
+        vars(lent._fast)["nr_synced"] = nr_synced
+        held.status = -1
+        lent.left_over()
+        held.status = 0
+        lent._reap()
+    pace = lent._pace
+    assert isinstance(pace, AlwaysQuick)
+    assert pace.nr_worth == [100, 30]
+
+
+@pytest.mark.parametrize(
+    ("status", "is_latched"),
+    [(errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False)],
+)
+async def test_writing_back_that_cannot_begin_latches_unless_nobody_knows_it(
+    device: Device, status: int, is_latched: bool
+) -> None:
+    syncs_of(device).writeback_failed(status)
+    assert syncs_of(device).is_latched == is_latched
