@@ -15,7 +15,7 @@ from tests.support.metadata.cache_workload import CacheWorkload, Mutant
 
 pytestmark = [pytest.mark.usefixtures("small_cache_chunks"), pytest.mark.slow]
 
-SEEDS = range(4)
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2, 3))]
 NR_EVENTS = 600
 OVERTAKING_SEED = 3
 RESTLESS_SEEDS = (

@@ -28,7 +28,7 @@ from tests.support.metadata.store import Store, cut, drive
 
 pytestmark = [pytest.mark.usefixtures("small_chunks"), pytest.mark.slow]
 
-SEEDS = range(4)
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2, 3))]
 NR_EVENTS = 800
 OVERTAKING_SEED = 1
 MUTANT_SEEDS = range(40)

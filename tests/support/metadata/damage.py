@@ -3,7 +3,9 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+import pytest
 
 from nbdtarget_metadata.errors import (
     CorruptMetadata,
@@ -19,6 +21,7 @@ __all__ = [
     "SECTORS",
     "assert_named",
     "bits_to_flip",
+    "each_age_and_step",
     "flip",
     "rot",
     "spoiled",
@@ -29,11 +32,27 @@ DEEP = os.environ.get("ROT_DEEP") == "1"
 NAMES_A_BLOCK = re.compile(r"blocks? \d+.*: expected .*, found ", re.DOTALL)
 
 
-def bits_to_flip(block: int, length: int) -> range:
-    """Bit numbers from the start of the image: of an envelope at `block`."""
+SEVENTH = 7  # each one, so that all bits of a byte take their turns
+
+
+def each_age_and_step(
+    ages: Iterable[str], every_bit: Iterable[str]
+) -> pytest.MarkDecorator:
+    """Parameters `name` and `step`: each seventh bit of all `ages`, and among the long tests all bits of some."""
+    return pytest.mark.parametrize(
+        ("name", "step"),
+        [
+            *((name, SEVENTH) for name in ages),
+            *(pytest.param(name, 1, marks=pytest.mark.long) for name in every_bit),
+        ],
+    )
+
+
+def bits_to_flip(block: int, length: int, step: int) -> range:
+    """Bit numbers from the start of the image: each `step`th of an envelope at `block`."""
     begin = block * BLOCK_SIZE
     end = begin + (blocks_for(length) * BLOCK_SIZE if DEEP else length)
-    return range(8 * begin, 8 * end)
+    return range(8 * begin + block % step, 8 * end, step)
 
 
 def flip(image: bytearray, bit: int) -> None:
