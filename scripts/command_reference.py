@@ -9,6 +9,7 @@ the examples, is written by hand and stays as it is. A test fails when a page an
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -58,9 +59,14 @@ class CommandPage(NamedTuple):
 
 def pages() -> list[CommandPage]:
     """Every command that `--help` lists, groups before what is in them."""
+    return list(_walk(_program(), ("nbdtarget",)))
+
+
+@cache
+def _program() -> Any:
     from nbdtarget.cli.app import make_app
 
-    return list(_walk(typer.main.get_command(make_app()), ("nbdtarget",)))
+    return typer.main.get_command(make_app())
 
 
 def _walk(command: Any, words: tuple[str, ...]) -> Iterator[CommandPage]:
@@ -117,9 +123,7 @@ def _reference(page: CommandPage) -> str:
 
 def _context(page: CommandPage) -> Any:
     """What `--help` of the program itself has: `-h` and the like come from the whole program."""
-    from nbdtarget.cli.app import make_app
-
-    program = typer.main.get_command(make_app())
+    program = _program()
     make = page.command.context_class
     parent = make(program, info_name=page.words[0], **program.context_settings)
     if len(page.words) == 1:

@@ -112,15 +112,30 @@ def try_all() -> None:
             commit_without_flushes,
             "J1",
         ),
-        (MIGRATIONS + "_demote", demote_without_commit, "J1"),
-        (CACHED_WRITES + "_invalidate", invalidate_after_the_write, "J1"),
+        pytest.param(
+            MIGRATIONS + "_demote",
+            demote_without_commit,
+            "J1",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            CACHED_WRITES + "_invalidate",
+            invalidate_after_the_write,
+            "J1",
+            marks=pytest.mark.long,
+        ),
         (
             "nbdtarget.policies.smq.policy.Smq.complete_background_work",
             forget_promotion,
             "J2",
         ),
         (CACHED_WRITES + "_invalidate", passthrough_caches, "J3"),
-        (CACHED_WRITES + "_write_through", write_through_to_one, "J4"),
+        pytest.param(
+            CACHED_WRITES + "_write_through",
+            write_through_to_one,
+            "J4",
+            marks=pytest.mark.long,
+        ),
         (MIGRATIONS + "_promote", promote_something, "J4"),
         (
             "nbdtarget.targets.cache.activation.Activation._start",
@@ -133,7 +148,12 @@ def try_all() -> None:
             "J6",
         ),
         ("nbdtarget.targets.cache.blocks.Blocks.set_clean", clean_silently, "J7"),
-        ("nbdtarget.targets.cache.blocks.Blocks.set_dirty", dirty_in_policy_only, "J7"),
+        pytest.param(
+            "nbdtarget.targets.cache.blocks.Blocks.set_dirty",
+            dirty_in_policy_only,
+            "J7",
+            marks=pytest.mark.long,
+        ),
         (MIGRATIONS + "_tick_and_wait", tick_with_io, "J8"),
     ],
 )

@@ -184,7 +184,7 @@ def plant(where: str, bug: type, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("where", "bug", "name"),
     [
-        (COMMITTER, FlushesLate, "I1"),
+        pytest.param(COMMITTER, FlushesLate, "I1", marks=pytest.mark.long),
         (TARGET + "Hydrator", MovesTheSource, "I2"),
         ("clone", ForgetsItsBits, "I3"),
         ("nbdtarget.targets.clone.regions.Prison", NoLocks, "I4"),

@@ -17,6 +17,9 @@ COMMAND = re.compile(r"(?:^ {4}(?:\$ )?|`)nbdtarget ([^`\n]+)", re.MULTILINE)
 MAKE = re.compile(r"(?:^ {4}|`)make ([a-z-]+)", re.MULTILINE)
 
 
+PROGRAM: Any = typer.main.get_command(make_app())
+
+
 def commands() -> list[str]:
     return [found[1].partition(" # ")[0] for found in COMMAND.finditer(TEXT)]
 
@@ -28,7 +31,7 @@ def test_link_leads_to_a_page(target: str) -> None:
 
 @pytest.mark.parametrize("line", commands())
 def test_command_and_its_options_exist(line: str) -> None:
-    command: Any = typer.main.get_command(make_app())
+    command: Any = PROGRAM
     words = line.split()
     while getattr(command, "commands", None):
         command = command.commands[words.pop(0)]

@@ -15,7 +15,7 @@ HOLE = range(2 * MIB, 4 * MIB)  # never allocated
 ZEROES = range(5 * MIB, 5 * MIB + 256 * 1024)  # written
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def content() -> bytes:
     data = bytearray(random.Random(7).randbytes(SIZE))
     for part in (HOLE, ZEROES):
@@ -25,7 +25,10 @@ def content() -> bytes:
 
 @pytest.fixture
 def source_image(tmp_path: Path, content: bytes) -> Path:
-    image = tmp_path / "source.img"
+    return write_source(tmp_path / "source.img", content)
+
+
+def write_source(image: Path, content: bytes) -> Path:
     with image.open("wb") as file:
         file.write(content[: HOLE.start])
         file.seek(HOLE.stop)
@@ -39,6 +42,19 @@ def clone(
 ) -> Iterator[CloneUnderTest]:
     yield CloneUnderTest(tmp_path, content, str(source_image))
     assert source_image.read_bytes() == content, "the source has changed"
+
+
+@pytest.fixture(scope="module")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> Iterator[CloneUnderTest]:
+    """A clone that is served to all tests of a module, which only read: nothing is copied but what they touch."""
+    work = tmp_path_factory.mktemp("shared")
+    source = write_source(work / "source.img", content)
+    clone = CloneUnderTest(work, content, str(source), name="shared")
+    with clone.serve("--no-hydration"):
+        yield clone
+    assert source.read_bytes() == content, "the source has changed"
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.clients import NAME, CloneUnderTest
+from tests.support.clients import CloneUnderTest
 from tests.support.patience import PATIENCE_S
 from tests.support.plain_client import CMD_READ, CMD_WRITE, REQUEST, PlainClient
-from tests.support.processes import ServerProcess
 
 pytestmark = pytest.mark.interop
 
@@ -63,39 +62,41 @@ MISBEHAVIOUR = [
 
 
 @pytest.fixture
-def good(clone: CloneUnderTest, served: ServerProcess) -> Iterator[PlainClient]:
-    with PlainClient(clone.socket, NAME, timeout_s=PATIENCE_S) as client:
+def good(shared: CloneUnderTest) -> Iterator[PlainClient]:
+    with PlainClient(shared.socket, shared.name, timeout_s=PATIENCE_S) as client:
         yield client
 
 
 @pytest.mark.parametrize("misbehave", MISBEHAVIOUR, ids=lambda f: f.__name__)
 def test_others_are_served_while_a_client_misbehaves(
-    clone: CloneUnderTest, good: PlainClient, misbehave: Misbehave
+    shared: CloneUnderTest, good: PlainClient, misbehave: Misbehave
 ) -> None:
-    with PlainClient(clone.socket, NAME) as bad:
+    with PlainClient(shared.socket, shared.name) as bad:
         misbehave(bad)
-        assert good.read(4096, 4096) == clone.content[4096:8192]
-        with PlainClient(clone.socket, NAME, timeout_s=PATIENCE_S) as newcomer:
-            assert newcomer.read(0, 512) == clone.content[:512]
+        assert good.read(4096, 4096) == shared.content[4096:8192]
+        with PlainClient(shared.socket, shared.name, timeout_s=PATIENCE_S) as newcomer:
+            assert newcomer.read(0, 512) == shared.content[:512]
 
 
 @pytest.mark.parametrize("misbehave", MISBEHAVIOUR, ids=lambda f: f.__name__)
 def test_others_are_served_after_a_client_vanished(
-    clone: CloneUnderTest, good: PlainClient, misbehave: Misbehave
+    shared: CloneUnderTest, good: PlainClient, misbehave: Misbehave
 ) -> None:
-    bad = PlainClient(clone.socket, NAME)
+    bad = PlainClient(shared.socket, shared.name)
     misbehave(bad)
     # A reset, not an orderly close.
     bad.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     bad.sock.close()
-    assert good.read(4096, 4096) == clone.content[4096:8192]
+    assert good.read(4096, 4096) == shared.content[4096:8192]
 
 
-def test_half_a_write_changes_nothing(clone: CloneUnderTest, good: PlainClient) -> None:
-    bad = PlainClient(clone.socket, NAME)
+def test_half_a_write_changes_nothing(
+    shared: CloneUnderTest, good: PlainClient
+) -> None:
+    bad = PlainClient(shared.socket, shared.name)
     half_a_payload(bad)
     bad.sock.close()
-    assert good.read(0, 1 << 20) == clone.content[: 1 << 20]
+    assert good.read(0, 1 << 20) == shared.content[: 1 << 20]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +105,9 @@ def test_half_a_write_changes_nothing(clone: CloneUnderTest, good: PlainClient) 
     ids=["http", "0", "f"],
 )
 def test_others_are_served_after_noise_instead_of_a_handshake(
-    clone: CloneUnderTest, good: PlainClient, noise: bytes
+    shared: CloneUnderTest, good: PlainClient, noise: bytes
 ) -> None:
     with socket.socket(socket.AF_UNIX) as bad:
-        bad.connect(str(clone.socket))
+        bad.connect(str(shared.socket))
         bad.sendall(noise)
-        assert good.read(0, 512) == clone.content[:512]
+        assert good.read(0, 512) == shared.content[:512]

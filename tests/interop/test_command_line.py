@@ -71,25 +71,18 @@ def test_second_server_on_one_destination_is_refused(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(
-    ("table", "text"),
-    [
-        ("0 2048 nonesuch", "nonesuch"),
-        ("0 2048 clone a b", "clone: Invalid number of arguments"),
-        ("0 2048 zero extra", "zero"),
-        ("1 2048 zero", "table"),
-    ],
-)
-def test_bad_table_line_is_refused_in_the_kernels_words(
-    tmp_path: Path, table: str, text: str
-) -> None:
+def test_bad_table_line_is_refused_in_the_kernels_words(tmp_path: Path) -> None:
     control = tmp_path / "control.sock"
     argv = [NBDTARGET, "serve", "--listen", f"unix:{tmp_path}/nbd.sock"]
     with ServerProcess(
         [*argv, "--control", str(control)], sockets=[control], log=tmp_path / "log"
     ):
-        create = [NBDTARGET, "create", "bad", "--table", table]
-        assert text in refused(create, NBDTARGET_CONTROL=str(control))
+        for table, text in (
+            ("0 2048 nonesuch", "nonesuch"),
+            ("0 2048 clone a b", "clone: Invalid number of arguments"),
+        ):
+            create = [NBDTARGET, "create", "bad", "--table", table]
+            assert text in refused(create, NBDTARGET_CONTROL=str(control))
         listing = subprocess.run(
             [NBDTARGET, "ls"],
             env={**os.environ, "NBDTARGET_CONTROL": str(control)},

@@ -65,6 +65,10 @@ from tests.support.protocol_feed import (
 )
 
 pytestmark = pytest.mark.slow
+# How many streams are tried: fixed ones, the first of which are the same.
+each_number = pytest.mark.parametrize(
+    "nr_examples", [100, pytest.param(400, marks=pytest.mark.long)]
+)
 
 U16S = st.integers(0, 3) | st.integers(0, 0xFFFF)
 U32S = st.integers(0, 40) | st.integers(0, 0xFFFFFFFF)
@@ -108,9 +112,8 @@ OPTIONS = (
 )
 
 
-@settings(max_examples=400)
 @given(st.data(), streams(*OPTIONS), st.just(NEW_CLIENT) | st.binary(max_size=5))
-def test_server_handshake(data: Any, stream: bytes, start: bytes) -> None:
+def server_handshake(data: Any, stream: bytes, start: bytes) -> None:
     handshake = ServerHandshake(
         OneExport(), option_length_max=200, options_max=10, output_max=500
     )
@@ -121,6 +124,11 @@ def test_server_handshake(data: Any, stream: bytes, start: bytes) -> None:
     assert sum(map(len, handshake.data_to_send())) < 3000
     assert not (handshake.negotiated and handshake.closed)
     assert handshake.error is None or handshake.closed
+
+
+@each_number
+def test_server_handshake(nr_examples: int) -> None:
+    settings(max_examples=nr_examples)(server_handshake)()
 
 
 REPLIES = (
@@ -166,9 +174,8 @@ GREETINGS = (
 )
 
 
-@settings(max_examples=400)
 @given(st.data(), streams(*REPLIES), GREETINGS, st.booleans())
-def test_client_handshake(data: Any, stream: bytes, start: bytes, wanted: bool) -> None:
+def client_handshake(data: Any, stream: bytes, start: bytes, wanted: bool) -> None:
     handshake = ClientHandshake(
         "disk", want_extended=wanted, reply_length_max=100, replies_max=5
     )
@@ -180,6 +187,11 @@ def test_client_handshake(data: Any, stream: bytes, start: bytes, wanted: bool) 
     assert (handshake.negotiated is None) is (handshake.error is not None)
     assert handshake.error is None or "\n" not in str(handshake.error)
     handshake.data_to_send()
+
+
+@each_number
+def test_client_handshake(nr_examples: int) -> None:
+    settings(max_examples=nr_examples)(client_handshake)()
 
 
 COOKIES = st.integers(1, 5)
@@ -211,7 +223,6 @@ EXTENDED_CHUNKS = (
 )  # fmt: skip
 
 
-@settings(max_examples=400)
 @given(
     st.data(),
     st.one_of(
@@ -219,7 +230,7 @@ EXTENDED_CHUNKS = (
         st.tuples(streams(*EXTENDED_CHUNKS), st.just(EXTENDED)),
     ),
 )
-def test_client_transmission(data: Any, fed: tuple[bytes, Any]) -> None:
+def client_transmission(data: Any, fed: tuple[bytes, Any]) -> None:
     stream, negotiated = fed
     requests = [
         (CMD_READ, 0, 1, 0, 64),
@@ -236,6 +247,11 @@ def test_client_transmission(data: Any, fed: tuple[bytes, Any]) -> None:
     assert "\n" not in str(transmission.error)
     completed += transmission.fail_all(1000)
     assert sorted(c.cookie for c in completed) == [1, 2, 3, 4, 5]
+
+
+@each_number
+def test_client_transmission(nr_examples: int) -> None:
+    settings(max_examples=nr_examples)(client_transmission)()
 
 
 @given(

@@ -55,7 +55,7 @@ def test_smq_is_at_least_as_good_as_lru_for_what_fio_reads(iops: int) -> None:
     assert run.hits <= belady_hits(trace, 1024, options.warm_up)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smq_keeps_up_with_lru_when_other_blocks_become_hot() -> None:
     options = parser().parse_args(["--cache-blocks", "256", "--writes", "0.3"])
     options.origin_blocks, options.iops = 8 * 256, 256 // 60
@@ -104,7 +104,10 @@ def loop(_: random.Random, nr: int) -> Iterator[int]:
 
 
 # Periods end by time, and by use. With writes, most of what is cached is dirty.
-@pytest.mark.parametrize(("iops", "writes"), [(20, 0.3), (10_000, 0.0)])
+@pytest.mark.parametrize(
+    ("iops", "writes"),
+    [pytest.param(20, 0.3, marks=pytest.mark.long), (10_000, 0.0)],
+)
 @pytest.mark.parametrize(
     "shape", [zipf_blocks, changed, drifting, scanned, loop], ids=lambda f: f.__name__
 )

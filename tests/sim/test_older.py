@@ -103,7 +103,14 @@ async def refuse_the_unknown(
     return findings
 
 
-@pytest.mark.parametrize("rig", ["clone", "cache", "cache_over_backends"])
+@pytest.mark.parametrize(
+    "rig",
+    [
+        "clone",
+        "cache",
+        pytest.param("cache_over_backends", marks=pytest.mark.long),
+    ],
+)
 def test_simulation_catches_an_upgrade_that_asks_for_a_word(
     rig: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

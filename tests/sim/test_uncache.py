@@ -41,8 +41,15 @@ async def leaves_the_blocks(*_: object) -> None:
     ("name", "mutant", "rig"),
     [
         ("_empty", says_it_is_empty, "cache"),
-        ("_empty", says_it_is_empty, "cache_over_backends"),
-        ("_invalidate", leaves_the_blocks, "cache_passthrough"),
+        pytest.param(
+            "_empty", says_it_is_empty, "cache_over_backends", marks=pytest.mark.long
+        ),
+        pytest.param(
+            "_invalidate",
+            leaves_the_blocks,
+            "cache_passthrough",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_simulation_catches_an_uncache_that_leaves_something(

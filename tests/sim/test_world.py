@@ -191,7 +191,12 @@ def hold_nothing(gate: Gate, bio: Bio) -> list[Bio]:
         ("nbdtarget.targets.clone.target.Foreground", FuaWithoutCommit, 98),
         ("nbdtarget.targets.clone.target.hydration_extents", upside_down, 93),
         ("nbdtarget.server.requests.InFlight", HastyServer, 0),
-        ("nbdtarget.server.requests.InFlight", DeafToFua, 23),
+        pytest.param(
+            "nbdtarget.server.requests.InFlight",
+            DeafToFua,
+            23,
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_simulation_catches(
@@ -287,7 +292,7 @@ class HalfStriped(StripedTarget):
     [
         (ForgetfulPowercut, "powercut_over_clone"),
         (ForgetfulPowercut, "clone_over_powercut"),
-        (HalfStriped, "striped_over_clones"),
+        pytest.param(HalfStriped, "striped_over_clones", marks=pytest.mark.long),
     ],
 )
 def test_simulation_of_a_stack_catches(

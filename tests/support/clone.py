@@ -135,7 +135,7 @@ class Rig:
     async def start(self) -> "Rig":
         for at in range(0, self.size, 1 << 16):
             piece = self.content[at : at + (1 << 16)]
-            if any(piece):
+            if piece.strip(b"\0"):  # `any` takes milliseconds
                 await self.source.device.write(at, piece)
         await self.restart()
         return self

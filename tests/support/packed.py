@@ -4,6 +4,8 @@
 import bz2
 import gzip
 import lzma
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -16,9 +18,21 @@ def zstd_module() -> Any:
     return pytest.importorskip("backports.zstd", reason="backports.zstd is missing")
 
 
-PACKERS: dict[str, Any] = {
-    "gzip": lambda data: gzip.compress(data, 1),
-    "xz": lambda data: lzma.compress(data, preset=0),
-    "zstd": lambda data: zstd_module().compress(data),
-    "bzip2": lambda data: bz2.compress(data, 1),
+@lru_cache(maxsize=16)
+def _pack(name: str, data: bytes) -> bytes:
+    """Packed once: most tests pack the same image."""
+    match name:
+        case "gzip":
+            return gzip.compress(data, 1)
+        case "xz":
+            return lzma.compress(data, preset=0)
+        case "zstd":
+            packed: bytes = zstd_module().compress(data)
+            return packed
+        case _:
+            return bz2.compress(data, 1)
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    name: partial(_pack, name) for name in ("gzip", "xz", "zstd", "bzip2")
 }

@@ -25,6 +25,9 @@ COMMANDS = {
 }
 
 
+QUICK = ("serve", "export")  # the others are among the long tests
+
+
 @contextmanager
 def serving(folder: Path, command: str, *options: str) -> Iterator[Path]:
     """Start a server whose disks are in `folder`. Yields the path of its metrics' socket."""
@@ -58,7 +61,17 @@ def get(path: Path, url: str, token: str | None = None) -> tuple[int, str]:
     return answer.status, body
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        *QUICK,
+        *(
+            pytest.param(each, marks=pytest.mark.long)
+            for each in COMMANDS
+            if each not in QUICK
+        ),
+    ],
+)
 def test_metrics_have_an_address_of_their_own(tmp_path: Path, command: str) -> None:
     with serving(tmp_path, command) as metrics:
         status, text = get(metrics, "/metrics")
@@ -70,7 +83,9 @@ def test_metrics_have_an_address_of_their_own(tmp_path: Path, command: str) -> N
             assert get(metrics, url)[0] == 404
 
 
-@pytest.mark.parametrize("command", ["export", "scratch"])
+@pytest.mark.parametrize(
+    "command", ["export", pytest.param("scratch", marks=pytest.mark.long)]
+)
 def test_metrics_may_leave_out_devices(tmp_path: Path, command: str) -> None:
     with serving(tmp_path, command, "--no-metrics-devices") as metrics:
         for path in (metrics, tmp_path / "control"):

@@ -43,8 +43,7 @@ def no_collector() -> Iterator[None]:
     gc.freeze()  # `get_objects` shows only what a test has made
     gc.disable()
     yield
-    gc.enable()
-    gc.unfreeze()
+    gc.enable()  # what is frozen stays so: else each collection from here on looks at all modules and tests
 
 
 def _left_over() -> list[str]:

@@ -635,7 +635,7 @@ def _ended(bio: Bio) -> None:
         (True, False, False),
         (False, False, False),
         (False, True, False),
-        (False, False, True),
+        pytest.param(False, False, True, marks=pytest.mark.long),
         (False, True, True),
     ],
 )
@@ -661,7 +661,9 @@ class NoFlush(CrashDevice):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["origin", "cache"])
+@pytest.mark.parametrize(
+    "name", ["origin", pytest.param("cache", marks=pytest.mark.long)]
+)
 def test_crash_test_catches_a_missing_flush(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ class LazyDevice(CrashDevice):
         image = self.image()[offset : offset + length]
         await asyncio.sleep(0)
         return [
-            Extent(len(piece), EXTENT_DATA if any(piece) else EXTENT_ZERO)
+            Extent(len(piece), EXTENT_DATA if piece.strip(b"\0") else EXTENT_ZERO)
             for piece in (image[at : at + SECTOR] for at in range(0, length, SECTOR))
         ]
 
