@@ -17,6 +17,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from nbdtarget import __version__
 from scripts.build_deb import DebError, build_deb
 from scripts.vm.image import Image, ImageError, image
 from scripts.vm.machine import has_kvm, run
+from tests.support.certificates import authority
 from tests.support.processes import NBDTARGET, ServerProcess
 
 MIB: Final = 1 << 20
@@ -40,8 +42,9 @@ SCRIPTS: Final = Path(__file__).with_name("vm") / "tests"
 class Host:
     """The server, and what scripts ask of it."""
 
-    def __init__(self, work: Path, image: Image) -> None:
+    def __init__(self, work: Path, image: Image, *, is_tcp: bool) -> None:
         self._work = work
+        self._tcp = f"127.0.0.1:{_free_port()}" if is_tcp else ""
         self._image = image
         self.socket = work / "nbd.sock"
         self._control = work / "control.sock"
@@ -52,7 +55,11 @@ class Host:
         """Start the server with some of the devices of `_table`."""
         self._devices = devices
         config = self._work / "disks.toml"
-        lines = [f'listen = ["unix:{self.socket}"]', f'control = "{self._control}"']
+        listen = f'"unix:{self.socket}"'
+        if self._tcp:
+            tls = f'tls = "on", tls_certificates = "{self.certificates}"'
+            listen = f'{{ address = "tcp:{self._tcp}", {tls} }}, {listen}'
+        lines = [f"listen = [{listen}]", f'control = "{self._control}"']
         for name in devices:
             lines += [f"[device.{name}]", f'table = "{self._table(name)}"']
         config.write_text("\n".join(lines) + "\n")
@@ -61,6 +68,16 @@ class Host:
             sockets=[self.socket],
             log=self._work / "server.log",
         )
+
+    @property
+    def certificates(self) -> Path:
+        """The server's, with that of their authority."""
+        return authority()[1]
+
+    @property
+    def address(self) -> str:
+        """Where the guest's connections go."""
+        return self._tcp or str(self.socket)
 
     def _table(self, name: str) -> str:
         work, sectors = self._work, SIZE // 512
@@ -116,6 +133,13 @@ class Host:
         return self._server.terminate(STOP_S_MAX)
 
 
+def _free_port() -> int:
+    """A port that a server can listen on again and again."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+    return port
+
+
 def _make_sparse(path: Path, size: int) -> None:
     if not path.exists():
         with path.open("wb") as file:
@@ -127,6 +151,7 @@ class VmTest(NamedTuple):
 
     Attributes:
         devices: those of its server.
+        is_tcp: the server is reached over TCP, where it also speaks TLS; else over a unix socket.
         is_root_served: its root disk is the device `root`, by QEMU's own NBD client.
         has_package: the Debian package lies beside the script.
         has_systemd: the machine boots as usual, and its root disk stays over all boots.
@@ -135,6 +160,7 @@ class VmTest(NamedTuple):
 
     name: str
     devices: tuple[str, ...]
+    is_tcp: bool = False
     is_root_served: bool = False
     has_package: bool = False
     has_systemd: bool = False
@@ -146,7 +172,8 @@ TESTS: Final = (
     VmTest("powercut", ("powercut",)),
     VmTest("stack", ("clone", "cache")),
     VmTest("upgrade", ("clone", "cache")),
-    VmTest("killed", ("clone", "cache")),
+    VmTest("killed", ("clone", "cache"), is_tcp=True),
+    VmTest("tcp", ("clone", "cache"), is_tcp=True),
     VmTest("root", ("root",), is_root_served=True, nr_boots=2),
     VmTest("systemd", (), has_package=True, has_systemd=True, nr_boots=3),
 )
@@ -159,15 +186,17 @@ def run_test(test: VmTest, image: Image, work: Path) -> bool:
 
 def boot(test: VmTest, image: Image, work: Path) -> bool:
     """Run a test's script once. Returns whether it has passed."""
-    host = Host(work, image)
+    host = Host(work, image, is_tcp=test.is_tcp)
     host.start(test.devices)
-    packages = [_package(work)] if test.has_package else []
+    files = [_package(work)] if test.has_package else []
+    if test.is_tcp:
+        files.append(host.certificates / "ca-cert.pem")
     uri = f"driver=nbd,server.type=unix,server.path={host.socket},export=root"
     status = run(
         image,
         SCRIPTS / f"{test.name}.sh",
-        server=host.socket,
-        files=packages,
+        server=host.address,
+        files=files,
         has_systemd=test.has_systemd,
         root=work / "root.qcow2" if test.has_systemd else None,
         root_node=uri if test.is_root_served else None,

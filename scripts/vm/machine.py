@@ -52,7 +52,7 @@ def run(
     script: Path,
     *,
     files: Sequence[Path] = (),
-    server: Path | None = None,
+    server: str | None = None,
     disks: Sequence[str] = (),
     has_systemd: bool = False,
     root: Path | None = None,
@@ -67,7 +67,7 @@ def run(
 
     Args:
         files: copied beside the script.
-        server: the unix socket of an NBD server that the guest reaches at `SERVER`.
+        server: the unix socket of an NBD server, or its HOST:PORT, that the guest reaches at `SERVER`.
         disks: of QEMU's `-blockdev`, for /dev/vdc and so on.
         root: an overlay of the root disk that is kept for the next machine; None: a new one.
         root_node: of QEMU's `-blockdev`, for a root disk that is none of the image's.
@@ -136,7 +136,7 @@ def _kernel_words(image: Image, init: str) -> list[str]:
 
 
 def _command(
-    boot: Sequence[str], nodes: Sequence[str], server: Path | None, console: Path
+    boot: Sequence[str], nodes: Sequence[str], server: str | None, console: Path
 ) -> list[str]:
     accel = ["kvm"] if has_kvm() else ["tcg,thread=multi"]
     cpu = "host" if has_kvm() else "max,la57=off"
@@ -151,7 +151,7 @@ def _command(
         argv += ["-blockdev", f"{node},node-name=d{nr}"]
         argv += ["-device", f"virtio-blk-pci,drive=d{nr},bootindex={nr}"]
     if server is not None:
-        relay = shlex.join([sys.executable, "-I", str(RELAY), str(server)])
+        relay = shlex.join([sys.executable, "-I", str(RELAY), server])
         forward = f"guestfwd=tcp:{SERVER}-cmd:{relay}"
         argv += ["-netdev", f"user,id=n,restrict=on,ipv6=off,{forward}"]
         argv += ["-device", "virtio-net-pci,netdev=n"]

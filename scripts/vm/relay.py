@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU's user network starts for each connection of a guest to the host: it copies between that and a unix socket.
+"""What QEMU's user network starts for each connection of a guest to the host: it copies between that and a socket of the host.
 
-    python -I relay.py SOCKET       standard input is the connection
+    python -I relay.py SOCKET       a unix socket, or HOST:PORT; standard input is the connection
 
 QEMU's end has Nagle's algorithm on, so a short write of the guest would wait for an acknowledgement: it gets it at once.
 """
@@ -15,15 +15,18 @@ CHUNK = 1 << 18
 
 
 def main() -> None:
-    up = socket.socket(socket.AF_UNIX)
+    host, _, port = sys.argv[1].rpartition(":")
+    up = socket.socket(socket.AF_INET if host else socket.AF_UNIX)
     down = socket.socket(fileno=0)
     down.setblocking(True)
     down.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
-        up.connect(sys.argv[1])
+        up.connect((host, int(port)) if host else port)
     except OSError:
         # The server is down: the guest sees that the connection is closed.
         os._exit(1)
+    if host:
+        up.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def copy(source: socket.socket, sink: socket.socket) -> None:
         try:
