@@ -3,6 +3,7 @@
 
 from typing import Final
 
+from tests.mutants.bounds import BOUNDS
 from tests.mutants.cache_metadata import CACHE_METADATA
 from tests.mutants.cache_parts import CACHE_PARTS
 from tests.mutants.cache_target import CACHE_TARGET
@@ -42,6 +43,7 @@ CATALOG: Final[tuple[Mutant, ...]] = (
     *DISKS,
     *POLICIES,
     *SERVER,
+    *BOUNDS,
     *SOURCES,
     *HELPERS,
     *TLS,
