@@ -34,7 +34,7 @@ from tests.mutants.mutant import ROOTS, Mutant, patched, path_of
 
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = ("nbdtarget", "protocol", "metadata", "tests", "scripts")
-FILES: Final = ("pyproject.toml", "Makefile")
+FILES: Final = ("pyproject.toml", "Makefile", "docs/reference/configuration.md")
 JOBS: Final = 2
 TIMEOUT_S: Final = 120.0
 BASELINE_TIMEOUT_S: Final = 600.0
@@ -74,6 +74,7 @@ def copy_tree(to: Path) -> None:
     for name in PACKAGES:
         shutil.copytree(ROOT / name, to / name, ignore=ignore)
     for name in FILES:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, to / name)
     compileall.compile_dir(
         str(to),

@@ -147,9 +147,10 @@ def _command(
     argv += [*boot, "-serial", f"file:{console}"]
     argv += ["-chardev", "stdio,id=out,signal=off", "-device", "virtio-serial-pci"]
     argv += ["-device", "virtconsole,chardev=out", "-device", "virtio-rng-pci"]
+    # Not 0: that is the kernel's, where QEMU is given one.
     for nr, node in enumerate(nodes):
         argv += ["-blockdev", f"{node},node-name=d{nr}"]
-        argv += ["-device", f"virtio-blk-pci,drive=d{nr},bootindex={nr}"]
+        argv += ["-device", f"virtio-blk-pci,drive=d{nr},bootindex={nr + 1}"]
     if server is not None:
         relay = shlex.join([sys.executable, "-I", str(RELAY), server])
         forward = f"guestfwd=tcp:{SERVER}-cmd:{relay}"

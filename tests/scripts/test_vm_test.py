@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make vm-test`: what it would run. That it runs is shown by running it."""
 
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,35 @@ def test_an_unknown_test_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         vm_test.main(["--only", "nothing"])
     assert "no test nothing" in capsys.readouterr().err
+
+
+def test_disks_leave_the_first_place_to_the_kernel() -> None:
+    """QEMU ends at once if two are to be the first."""
+    words = machine._command(["-kernel", "k"], ["a", "b"], None, Path("console"))
+    disks = [word for word in words if word.startswith("virtio-blk-pci")]
+    assert [disk.partition("bootindex=")[2] for disk in disks] == ["1", "2"]
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_relay_copies_both_ways(tmp_path: Path, kind: str) -> None:
+    family = socket.AF_INET if kind == "tcp" else socket.AF_UNIX
+    with socket.socket(family) as listening:
+        listening.bind(("127.0.0.1", 0) if kind == "tcp" else str(tmp_path / "s"))
+        listening.listen()
+        name = listening.getsockname()
+        where = f"{name[0]}:{name[1]}" if kind == "tcp" else name
+        with socket.create_server(("127.0.0.1", 0)) as guests:
+            guest = socket.create_connection(guests.getsockname())
+            passed, _ = guests.accept()
+        argv = [sys.executable, "-I", str(machine.RELAY), where]
+        relay = subprocess.Popen(argv, stdin=passed.fileno())
+        passed.close()
+        server, _ = listening.accept()
+        with relay, guest, server:
+            guest.sendall(b"request")
+            assert server.recv(7, socket.MSG_WAITALL) == b"request"
+            server.sendall(b"reply")
+            assert guest.recv(5, socket.MSG_WAITALL) == b"reply"
 
 
 def conversation(text: str) -> tuple[int | None, list[str], list[str]]:

@@ -114,6 +114,36 @@ def test_reload_with_a_broken_certificate_keeps_the_old_one(
 
 
 @needs_openssl
+def test_one_broken_certificate_leaves_the_others_to_be_renewed(
+    tmp_path: Path,
+) -> None:
+    names = ["first", "broken", "last"]
+    folders = [shutil.copytree(authority()[1], tmp_path / name) for name in names]
+    listeners = {
+        name: TlsOptions("on", str(folder))
+        for name, folder in zip(names, folders, strict=True)
+    }
+    security = Security(listeners=listeners)
+    old = [security.of(name).context for name in names]
+    (tmp_path / "broken/server-cert.pem").write_text("")
+    security.reload()
+    new = [security.of(name).context for name in names]
+    is_kept = [now is before for now, before in zip(new, old, strict=True)]
+    assert is_kept == [False, True, False]
+
+
+@needs_openssl
+async def test_reading_the_file_again_renews_certificates(tmp_path: Path) -> None:
+    directory = shutil.copytree(authority()[1], tmp_path / "pki")
+    options = SecurityOptions(TlsOptions("on", str(directory)))
+    daemon = Daemon(security=Security(options))
+    old = daemon.security.tls.context
+    daemon.follow_rules(parse("", "/x.toml", {}))
+    assert daemon.security.tls.context is not old
+    await daemon.close(has_served=False)
+
+
+@needs_openssl
 async def test_expiry_is_looked_at_again_and_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -269,7 +269,8 @@ def test_each_bound_has_a_case() -> None:
 async def test_bound_that_is_met_counts(name: str, served: Served) -> None:
     changed, meet, least = CASES[name]
     served.limits = replace(served.limits, **changed)  # type: ignore[arg-type]  # of either type
-    if name.endswith("_s"):
+    if name.endswith("_s") or name == "handshakes_max":
+        # Nothing else ends a client meanwhile: time stands still.
         served.clock = SimClock()
     await meet(served)
     assert (await counts_of(served))[name] >= least

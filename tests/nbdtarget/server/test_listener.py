@@ -108,6 +108,40 @@ async def test_tcp_with_a_free_port(listener: Listener, host: str) -> None:
     await _read_one(*await asyncio.open_connection(host, port))
 
 
+def _vsock_port() -> int:
+    """A free one. Skips the test where there is no vsock."""
+    try:
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
+            sock.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+            port: int = sock.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"no vsock here: {error}")
+    return port
+
+
+async def test_vsock_is_listened_on_under_a_uri_for_guests(listener: Listener) -> None:
+    port = _vsock_port()
+    (pattern,) = await listener.start(f"vsock:any:{port}")
+    assert export_uri(pattern, "disk") == f"nbd+vsock://2:{port}/disk"
+    with pytest.raises(ListenError, match="in use"):
+        await listener.start(f"vsock:any:{port}")
+
+
+@pytest.mark.long
+async def test_vsock_serves_a_client_of_this_machine(listener: Listener) -> None:
+    port = _vsock_port()
+    await listener.start(f"vsock:any:{port}")
+    sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, (1, port))
+    except OSError as error:
+        sock.close()
+        pytest.skip(f"no loopback of vsock here: {error}")
+    assert [str(peer) for peer in listener._connections.values()] == ["vsock:1"]
+    await _read_one(*await asyncio.open_connection(sock=sock))
+
+
 async def test_neither_end_waits_for_more_to_send(listener: Listener) -> None:
     """Nagle's algorithm is off (TCP_NODELAY), as the standard asks of both ends."""
     pattern, *_ = await listener.start("tcp:127.0.0.1:0")

@@ -311,10 +311,12 @@ def test_reload_takes_new_files_and_keeps_the_old_ones_if_they_are_wrong(
     pki = tmp_path / "pki"
     shutil.copytree(authority()[1], pki)
     tls = ListenerTls(TlsOptions("on", str(pki)))
-    old = tls.context
+    old, old_end_s = tls.context, tls.expires_s
+    authority()[0].issue(pki, "server", "server.example", "DNS:localhost", days=25)
     tls.reload()
     new = tls.context
     assert new is not old
+    assert tls.expires_s > old_end_s + 4 * 86_400
     (pki / "server-key.pem").write_bytes((pki / "client-key.pem").read_bytes())
     with pytest.raises(NbdTargetError, match="is not the key of"):
         tls.reload()
