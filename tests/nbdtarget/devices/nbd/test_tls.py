@@ -95,6 +95,25 @@ async def test_plain_uri_where_tls_is_required(tmp_path: Path) -> None:
         assert "requires TLS" in await refusal(uri.replace("nbds", "nbd"))
 
 
+async def test_client_that_gives_up_ends_tls_before_the_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ABORT, as the standard demands. Whose close_notify it was is seen from its own end."""
+    ends_of_servers = []
+    close = TlsSocket.close
+
+    def noting(it: TlsSocket) -> None:
+        ends_of_servers.append(it._ssl.server_side)
+        close(it)
+
+    monkeypatch.setattr(TlsSocket, "close", noting)
+    async with serving(tmp_path, Disk()) as uri:
+        other = with_pki(uri).replace("/disk?", "/other?")
+        with pytest.raises(ResolveError, match="has no export 'other'"):
+            await open_nbd(other, read_only=True)
+        assert False in ends_of_servers
+
+
 async def test_certificate_with_another_name_is_refused(tmp_path: Path) -> None:
     async with serving(tmp_path, Disk()) as uri:
         reason = await refusal(with_pki(uri) + "&tls-hostname=other.example")
