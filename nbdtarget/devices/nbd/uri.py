@@ -24,6 +24,7 @@ Two are our own, and no part of what the URI names:
 
 import difflib
 import os
+import pwd
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -67,7 +68,7 @@ class NbdTls:
     Attributes:
         hostname: the name that the server's certificate must have.
         certificates, psk_file: None: not given.
-        username: whose pre-shared key it is.
+        username: whose pre-shared key it is: by default that of the user whose process this is.
     """
 
     hostname: str
@@ -175,13 +176,24 @@ def _tls(
         raise ResolveError(name, f"tls-type {kind} is not supported: x509 and psk are")
     if (kind == "psk") is not (psk_file is not None):
         raise ResolveError(name, "tls-type=psk and tls-psk-file=FILE belong together")
+    user = unquote(username or "")
+    if psk_file is not None and not user:
+        user = _local_user()
     return NbdTls(
         query.get("tls-hostname") or unquote(host or "localhost"),
         _BOOLEANS[verify],
         query.get("tls-certificates"),
         psk_file,
-        unquote(username or ""),
+        user,
     )
+
+
+def _local_user() -> str:
+    """The name of the user whose process this is; "": it has none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return ""
 
 
 def _with_options(name: str, uri: NbdUri, query: dict[str, str]) -> NbdUri:

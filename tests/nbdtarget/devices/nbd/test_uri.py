@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """NBD URIs: each form that people write, and one line for each that means nothing."""
 
+import os
+import pwd
+
 import pytest
 
 from nbdtarget.common.errors import ResolveError
+from nbdtarget.devices.nbd import uri as uri_module
 from nbdtarget.devices.nbd.uri import NbdTls, NbdUri, parse_nbd_uri
 
 
@@ -25,6 +29,26 @@ from nbdtarget.devices.nbd.uri import NbdTls, NbdUri, parse_nbd_uri
 )
 def test_parse_what_people_write(text: str, expected: NbdUri) -> None:
     assert parse_nbd_uri(text) == expected
+
+
+def test_key_of_the_local_user_is_meant_without_a_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the URI document asks; certificates need no name."""
+    monkeypatch.setattr(uri_module, "_local_user", lambda: "bob")
+    for name, user in (("", "bob"), ("alice@", "alice")):
+        tls = parse_nbd_uri(f"nbds://{name}host/?tls-psk-file=/k").tls
+        assert tls is not None
+        assert tls.username == user
+    tls = parse_nbd_uri("nbds://host/").tls
+    assert tls is not None
+    assert tls.username == ""
+
+
+def test_user_without_a_name_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert uri_module._local_user() == pwd.getpwuid(os.getuid()).pw_name
+    monkeypatch.setattr(os, "getuid", lambda: 0x7FFF_FFF7)
+    assert uri_module._local_user() == ""
 
 
 @pytest.mark.parametrize(
