@@ -21,6 +21,7 @@ from nbdtarget.control.figures import (
     OperationFigures,
 )
 from nbdtarget.devices.base import Device
+from nbdtarget.monitor.minutes import KEPT_OPERATIONS
 from nbdtarget.server.traffic import OPERATIONS, Account
 
 __all__ = ["DEVICES_MAX", "MOMENTS_MAX", "PERIOD_S", "History"]
@@ -30,9 +31,8 @@ MOMENTS_MAX: Final = 60  # five minutes
 DEVICES_MAX: Final = 1024
 DEVICES_AT_ONCE: Final = 16
 STEP_S: Final = 0.005  # between two steps of one moment
-_SHOWN: Final = ("read", "write", "flush", "discard")
 _COMMANDS: Final = tuple(
-    command for command, name in OPERATIONS.items() if name in _SHOWN
+    command for command, name in OPERATIONS.items() if name in KEPT_OPERATIONS
 )
 _NUMBERS: Final = 3  # of each operation: how many, their bytes, their time in ns
 _NOTHING: Final = [0] * _NUMBERS

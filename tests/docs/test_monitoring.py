@@ -101,3 +101,35 @@ def test_panels_do_not_overlap() -> None:
         assert max(x for x, _ in cells) < 24
         assert not cells & taken, panel["title"]
         taken |= cells
+
+
+# Of Grafana's list: https://grafana.com/docs/grafana/latest/panels-visualizations/configure-standard-options/
+UNITS = {"Bps", "bytes", "iops", "none", "percentunit", "s"}
+# Variables that Grafana has by itself.
+BUILT_IN = {"__rate_interval", "__all"}
+
+
+def test_each_panel_of_the_dashboard_is_whole() -> None:
+    board = json.loads(DASHBOARD.read_text())
+    assert board.get("id") is None, "Grafana gives a board its number"
+    assert 0 < len(board["uid"]) <= 40
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    for panel in board["panels"]:
+        if panel["type"] == "row":
+            assert panel["panels"] == []
+            continue
+        assert panel["title"]
+        assert panel["description"].endswith(".")
+        assert panel["datasource"] == source
+        assert panel["fieldConfig"]["defaults"]["unit"] in UNITS, panel["title"]
+        names = [target["refId"] for target in panel["targets"]]
+        assert len(set(names)) == len(names) > 0
+        assert all(target["datasource"] == source for target in panel["targets"])
+
+
+def test_each_variable_of_the_dashboard_is_defined_and_used() -> None:
+    text = DASHBOARD.read_text()
+    used = set(re.findall(r"\$\{?(\w+)", text)) - BUILT_IN
+    defined = [each["name"] for each in json.loads(text)["templating"]["list"]]
+    assert sorted(used) == sorted(defined)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page on pytest: its test finds the bug as the page shows, and passes when the bug is mended."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbdtarget.testing.attached import why_not
-from tests.support.places import ROOT
-
-PAGE = (ROOT / "docs/how-to/pytest.md").read_text()
-CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PRINTED = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BUG, *OTHERS = CODE.findall(PAGE)
+from tests.support.pytest_page import BUG, MENDED, OTHERS, PRINTED, WRITE
 
 needs_nbdfuse = pytest.mark.skipif(bool(why_not("nbdfuse")), reason=why_not("nbdfuse"))
 
@@ -34,16 +28,12 @@ def run(tmp_path: Path, *suites: str) -> str:
 def test_ten_lines_find_the_bug(tmp_path: Path) -> None:
     assert len(BUG.strip().replace("\n\n", "\n").splitlines()) <= 10
     printed = run(tmp_path, BUG)
-    (shown,) = PRINTED.findall(PAGE)
-    for line in shown.splitlines():
+    for line in PRINTED.splitlines():
         assert line in printed
 
 
 @needs_nbdfuse
 def test_examples_pass_when_the_bug_is_mended(tmp_path: Path) -> None:
-    write = "        file.write(record)\n"
-    assert BUG.count(write) == 1
-    sync = "        file.flush()\n        os.fsync(file.fileno())\n"
-    mended = "import os\n\n\n" + BUG.replace(write, write + sync)
+    assert BUG.count(WRITE) == 1
     assert len(OTHERS) == 2
-    assert "3 passed" in run(tmp_path, mended, *OTHERS)
+    assert "3 passed" in run(tmp_path, MENDED, *OTHERS)
