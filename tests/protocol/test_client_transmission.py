@@ -38,6 +38,7 @@ from nbdtarget_protocol.consts import (
     REQUEST_MAGIC,
     STRUCTURED_REPLY_MAGIC,
     U32,
+    U64,
 )
 from nbdtarget_protocol.errors import ReplyError, RequestError
 from nbdtarget_protocol.transmission import (
@@ -204,6 +205,15 @@ def test_error_need_not_be_the_last_chunk() -> None:
     error = error_chunk(1, EIO, b"first", 4097, done=False)
     second = error_chunk(1, ENOSPC, b"second", done=False)
     assert read_result(data_chunk(0, 512) + error + second + none_chunk(1))[0] == EIO
+
+
+def test_unknown_flags_of_a_chunk_mean_nothing() -> None:
+    unknown = 0xFFFF ^ REPLY_FLAG_DONE
+    payload = U64.pack(4096) + DATA[:512]
+    first = chunk(unknown, REPLY_TYPE_OFFSET_DATA, 1, payload)
+    last = chunk(unknown | REPLY_FLAG_DONE, REPLY_TYPE_NONE, 1, b"")
+    rest = data_chunk(512, len(DATA))
+    assert read_result(first + rest + last) == (0, DATA)
 
 
 def test_unknown_error_chunk_is_an_error() -> None:

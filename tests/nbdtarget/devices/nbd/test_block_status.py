@@ -67,3 +67,12 @@ async def test_server_that_tells_nothing_is_not_asked_for_ever() -> None:
         status = BlockStatus(4096, ask)
         status.may_ask(GIB)
         assert await status.extents(offset, 4096) == []
+
+
+async def test_flags_of_tomorrow_mean_nothing() -> None:
+    async def tell(offset: int, length: int) -> Runs | None:
+        return [(4096, 0xFFFF_FFF0 | SPARSE), (4096, 0xFFFF_FFF0)]
+
+    status = BlockStatus(1, tell)
+    status.may_ask(GIB)
+    assert await status.extents(0, 8192) == [(4096, SPARSE), (4096, 0)]
