@@ -9,9 +9,9 @@ ones, and random bytes, through flat routes, bitmaps and tables, with small buff
 files that are too short, and peers that do not read. In most rounds some READs are taken for misses of the page cache, and
 io_uring carries them out, if it is allowed; planes are released while it does. Some files fail (`fuzz_fast_files.py`).
 
-There are four kinds of rounds, one after the other: `Plane.turn` is called; the `Receiver` is called instead, as the event loop does
-(`fuzz_fast_receiver.py`); several servers answer the READs of bulk copies in good and in bad ways (`fuzz_fast_copies.py`); and files are
-synced (`fuzz_fast_syncs.py`).
+There are five kinds of rounds, one after the other: `Plane.turn` is called; the `Receiver` is called instead, as the event loop does
+(`fuzz_fast_receiver.py`); several servers answer the READs of bulk copies in good and in bad ways (`fuzz_fast_copies.py`); files are
+synced (`fuzz_fast_syncs.py`); and `Plane.turn` is called for a peer that talks in TLS (`fuzz_fast_tls.py`).
 
 What counts as a message: what the compiled code has taken, served or left to Python; a READ of a copy that was answered; a sync. What was sent and
 dropped behind a broken message does not count.
@@ -37,6 +37,7 @@ from scripts.fuzz_fast_copies import CopyRound
 from scripts.fuzz_fast_plane import Round
 from scripts.fuzz_fast_receiver import ReceiverRound
 from scripts.fuzz_fast_syncs import SyncRound
+from scripts.fuzz_fast_tls import TlsRound
 
 __all__ = ["main"]
 
@@ -46,6 +47,7 @@ ROUNDS: Final = (
     (ReceiverRound, 10_000),
     (CopyRound, 300),
     (SyncRound, 30),
+    (TlsRound, 5_000),
 )
 INSIDE: Final = "NBDTARGET_FUZZ_FAST"  # set in the second Python
 

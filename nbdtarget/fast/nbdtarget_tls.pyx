@@ -171,6 +171,7 @@ cdef enum Why:
     WHY_OPENSSL  # see `reason`
     WHY_SILENT
     WHY_ANSWERS
+    WHY_OTHERS  # what is to be sent does not begin with what is sealed
 
 SEAL_MAX = SEAL_BYTES  # for tests
 
@@ -428,6 +429,10 @@ cdef ssize_t tls_send(Records *records, const iovec *pieces, size_t nr_pieces) n
             set_errno(EAGAIN)
         return -1
     if records.sealed:
+        for piece in range(nr_pieces):
+            total += pieces[piece].iov_len
+        if total < records.sealed:
+            return fail(records, WHY_OTHERS)
         nr = <ssize_t>records.sealed
         records.sealed = 0
         return nr
@@ -510,6 +515,8 @@ cdef class TlsRecords:
             return self.make_error("the peer sends much and says nothing")
         if self.records.why == WHY_ANSWERS:
             return self.make_error("the peer makes answers and does not read them")
+        if self.records.why == WHY_OTHERS:
+            return AssertionError("what was encrypted is not sent to its end")
         text = tls.ERR_reason_error_string(self.records.reason) if self.records.reason else NULL
         return self.make_error("the records fit no more" if text == NULL else text.decode("ascii", "replace"))
 

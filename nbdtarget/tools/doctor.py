@@ -124,11 +124,13 @@ def _program() -> Iterator[Finding]:
         advice="" if is_compiled else "install a wheel with it, or a C compiler first",
     )
     has_psk = sys.version_info >= (3, 13)
+    why_not = compiled.describe_tls()
+    carrier = f"Python ({why_not})" if why_not else "compiled code"
     yield Finding(
         about="program",
         what="TLS",
         state="yes",
-        detail=ssl.OPENSSL_VERSION,
+        detail=f"{ssl.OPENSSL_VERSION}; records carried by {carrier}",
         needed_for="clients and disks across a network",
     )
     yield Finding(

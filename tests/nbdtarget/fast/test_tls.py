@@ -16,53 +16,17 @@ from types import SimpleNamespace
 import pytest
 
 from nbdtarget.common import tls_socket
-from nbdtarget.common.tls_context import client_context, server_context
+from nbdtarget.common.tls_context import server_context
 from nbdtarget.common.tls_socket import TlsError, TlsSocket
 from nbdtarget.fast import compiled
 from tests.support.certificates import authority, needs_openssl
 from tests.support.patience import PATIENCE_S
+from tests.support.tls_ends import encrypted, ends_before_the_handshake
 
 pytestmark = [
     needs_openssl,
     pytest.mark.skipif(bool(compiled.describe_tls()), reason=compiled.describe_tls()),
 ]
-
-
-def two_ends(
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    server: bool = True,
-    client: bool = True,
-    version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
-) -> tuple[TlsSocket, TlsSocket]:
-    """Return a server and a client, before their handshake. Args: server, client: whether it has compiled records."""
-    made = []
-    for sock, is_server in zip(socket.socketpair(), (True, False), strict=True):
-        sock.setblocking(False)
-        pki = str(authority()[1])
-        context = server_context(pki) if is_server else client_context(pki)
-        context.maximum_version = version
-        name = None if is_server else "localhost"
-        made.append(
-            TlsSocket(sock, context, server_side=is_server, server_hostname=name)
-        )
-    compiled_ones = {
-        id(end._ssl)
-        for end, wanted in zip(made, (server, client), strict=True)
-        if wanted
-    }
-
-    def take_over(end: ssl.SSLObject, *rest: object) -> object:
-        return compiled.take_over(end, *rest) if id(end) in compiled_ones else None  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tls_socket, "_take_over", take_over)
-    return made[0], made[1]
-
-
-def shake(serving: TlsSocket, asking: TlsSocket) -> None:
-    done = False
-    while not done:
-        done = asking.handshake() & serving.handshake()
 
 
 def receive(end: TlsSocket, size: int = 100) -> bytes:
@@ -133,18 +97,15 @@ class Half:
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_twins_talk_to_each_other(
-    monkeypatch: pytest.MonkeyPatch,
     *,
     server: bool,
     client: bool,
     version: ssl.TLSVersion,
     seed: int,
 ) -> None:
-    serving, asking = two_ends(
-        monkeypatch, server=server, client=client, version=version
+    serving, asking = encrypted(
+        *socket.socketpair(), server=server, client=client, version=version
     )
-    shake(serving, asking)
-    assert [serving.records is not None, asking.records is not None] == [server, client]
     pick = random.Random(seed)
     halves = Half(pick, serving, asking), Half(pick, asking, serving)
     for each in halves:
@@ -159,10 +120,8 @@ def test_twins_talk_to_each_other(
     asking.close()
 
 
-def test_what_came_behind_the_handshake_is_received(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    serving, asking = two_ends(monkeypatch)
+def test_what_came_behind_the_handshake_is_received() -> None:
+    serving, asking = ends_before_the_handshake(*socket.socketpair())
     while not asking.handshake():
         serving.handshake()
     asking.send(b"at once")
@@ -210,9 +169,8 @@ def test_new_keys_are_taken_and_answered() -> None:
         assert b"answer %d\n" % nr in said
 
 
-def test_closed_records_are_used_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    serving, asking = two_ends(monkeypatch)
-    shake(serving, asking)
+def test_closed_records_are_used_no_more() -> None:
+    serving, asking = encrypted(*socket.socketpair())
     records = serving.records
     assert records is not None
     asking.send(b"too late")
@@ -233,9 +191,8 @@ def test_closed_records_are_used_no_more(monkeypatch: pytest.MonkeyPatch) -> Non
     asking.close()
 
 
-def test_python_s_object_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    serving, asking = two_ends(monkeypatch)
-    shake(serving, asking)
+def test_python_s_object_may_be_gone() -> None:
+    serving, asking = encrypted(*socket.socketpair())
     records = serving.records
     assert records is not None
     del serving._ssl
