@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plumbing: tables made with dmsetup's verbs, stacked, and read by a real client."""
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.clients import MIB, client, needs, report
+from tests.support.command_line import in_process
 from tests.support.patience import PATIENCE_S
 from tests.support.processes import NBDTARGET, ServerProcess
 
@@ -26,15 +28,8 @@ class Served:
         self.control = work / "control.sock"
 
     def __call__(self, *words: str, status: int = 0) -> str:
-        done = subprocess.run(
-            [NBDTARGET, *words],
-            cwd=self.work,
-            env={**os.environ, "NBDTARGET_CONTROL": str(self.control)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-        )
+        with contextlib.chdir(self.work):
+            done = in_process(*words, "--control", str(self.control))
         assert done.returncode == status, done.stderr
         return done.stdout
 

@@ -1,12 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Running commands in the process of the tests."""
 
+import contextlib
+import io
+from typing import NamedTuple
+
 import pytest
 
 from nbdtarget.cli.app import run
 from nbdtarget.control.messages import InfoLine
 
-__all__ = ["CommandLine", "line"]
+__all__ = ["CommandLine", "Ended", "in_process", "line"]
+
+
+class Ended(NamedTuple):
+    """How a command ended, named as those of `subprocess.run`."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def in_process(*argv: str) -> Ended:
+    """Run a command that asks a server, in this process, with its environment and folder.
+
+    A process of its own takes longer to start than the command takes.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = run(list(argv))
+    return Ended(status, out.getvalue(), err.getvalue())
 
 
 class CommandLine:

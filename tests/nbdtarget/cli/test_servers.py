@@ -19,6 +19,7 @@ from nbdtarget.control.paths import (
     runtime_directory,
     socket_path,
 )
+from tests.support.command_line import in_process
 from tests.support.patience import PATIENCE_S
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
@@ -72,7 +73,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def says(*argv: str) -> str:
-    done = run(*argv)
+    done = in_process(*argv)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -94,7 +95,7 @@ def test_each_job_is_asked_messaged_and_uncached_by_its_name(start: Start) -> No
     assert "two is " in says("uncache", "two")
     assert says("table", "two").split()[2] == "linear"
     assert len(json.loads(says("version", "--json"))["servers"]) == 3
-    missing = run("status", "nosuch")
+    missing = in_process("status", "nosuch")
     assert (
         missing.stderr
         == "nbdtarget: status nosuch: Device does not exist (No such device or address)\n"
@@ -122,7 +123,7 @@ def test_a_name_that_two_servers_have_is_asked_for_with_both(
     start("serve")
     says("create", "copy", "--table", "0 8 zero")
     runtime = work / "run" / "nbdtarget"
-    refused = run("remove", "copy")
+    refused = in_process("remove", "copy")
     assert refused.returncode == 1
     assert refused.stderr == (
         f"nbdtarget: copy is on 2 servers: {runtime}/control/copy.sock,"
@@ -144,7 +145,7 @@ def test_command_about_no_device_needs_one_server(start: Start) -> None:
     start("clone", "one", "copy")
     says("create", "a", "--table", "0 8 zero")  # there is only one
     start("clone", "two", "other")
-    refused = run("create", "b", "--table", "0 8 zero")
+    refused = in_process("create", "b", "--table", "0 8 zero")
     assert refused.returncode == 1
     assert (
         "2 servers are running, and none of them is `nbdtarget serve`" in refused.stderr
@@ -161,7 +162,7 @@ def test_sockets_of_killed_servers_are_removed_by_the_next_server(
     killed.communicate(timeout=PATIENCE_S)
     assert len(known_controls()) == 2
     assert says("ls").split()[0] == "other"
-    assert "Device does not exist" in run("status", "copy").stderr
+    assert "Device does not exist" in in_process("status", "copy").stderr
     start("serve")
     names = sorted(os.listdir(work / "run" / "nbdtarget" / "control"))
     assert names == ["other.sock", "other.sock.lock"]
@@ -174,7 +175,7 @@ def test_a_server_that_hangs_does_not_delay_the_list_of_the_others(
     hung = start("clone", "one", "copy")
     start("clone", "two", "other")
     hung.send_signal(signal.SIGSTOP)
-    listed = run("ls")
+    listed = in_process("ls")
     assert listed.stdout.split()[0] == "other"
     assert listed.stderr == (
         f"nbdtarget: {work}/run/nbdtarget/control/copy.sock: the server does not answer;"

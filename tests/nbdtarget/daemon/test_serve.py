@@ -18,6 +18,7 @@ from nbdtarget.control.client import ControlClient, NoServerError
 from nbdtarget.daemon import serve as serve_module
 from nbdtarget.daemon.daemon import Daemon
 from nbdtarget.devices.http.url_command import set_url_commands, url_command_for
+from tests.support.command_line import in_process
 from tests.support.patience import PATIENCE_S
 
 NBDTARGET = [sys.executable, "-c", "from nbdtarget.cli.app import main; main()"]
@@ -67,13 +68,8 @@ class ServeProcess:
     def run(self, *words: str, err: bool = False) -> str:
         """What a command prints, on stderr if `err`."""
         control = str(self.directory / "control.sock")
-        done = subprocess.run(
-            [*NBDTARGET, *words, "--control", control],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-        )
+        done = in_process(*words, "--control", control)
+        assert done.returncode == 0, done.stderr
         return done.stderr if err else done.stdout
 
     def end(self, number: int) -> str:
