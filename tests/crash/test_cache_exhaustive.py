@@ -12,22 +12,33 @@ import pytest
 from tests.support.crash.cache_matrix import (
     DEEP,
     MATRIX,
+    LogRig,
+    ThroughLogRig,
     Workload,
     cuts_of,
+    demotion_and_reuse,
     small_blocks_that_take_their_time,
+    write_through,
 )
-from tests.support.crash.cache_rigs import (
-    CacheRig,
-)
+from tests.support.crash.cache_rigs import CacheRig
 
 __all__ = ["small_blocks_that_take_their_time"]  # a fixture, for each test here
 
 # How much is served at once, and the seed of what is not; each fourth tears at 4 KiB.
 ORDERS = [(1.0, 0), *((0.0, seed) for seed in range(30))] if DEEP else [(0.0, 3)]
 
+# What another rig goes through, too, takes its turn in `make test-long`.
+TWICE = [(LogRig, demotion_and_reuse), (ThroughLogRig, write_through)]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rig", "workload", "points_min", "images_min"), MATRIX)
+@pytest.mark.parametrize(
+    ("rig", "workload", "points_min", "images_min"),
+    [
+        pytest.param(*each, marks=[pytest.mark.long] if each[:2] in TWICE else [])
+        for each in MATRIX
+    ],
+)
 def test_no_power_cut_loses_what_was_flushed(
     rig: type[CacheRig], workload: Workload, points_min: int, images_min: int
 ) -> None:

@@ -486,10 +486,11 @@ def small_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         LinearComebacks,
         CloneComebacks,
-        CacheComebacks,
         LoggedComebacks,
-        WritethroughComebacks,
-        SwitchingComebacks,
+        *(
+            pytest.param(rig, marks=pytest.mark.long)
+            for rig in (CacheComebacks, WritethroughComebacks, SwitchingComebacks)
+        ),
     ],
 )
 def test_disks_that_come_back_serve_all_data_again(

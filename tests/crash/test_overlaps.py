@@ -140,12 +140,17 @@ def small_and_lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         LinearRig,
         CloneRig,
-        QuietCloneRig,
-        CacheRig,
         LoggedCacheRig,
-        WritethroughRig,
-        PassthroughRig,
-        SwitchingCacheRig,
+        *(
+            pytest.param(rig, marks=pytest.mark.long)
+            for rig in (
+                QuietCloneRig,
+                CacheRig,
+                WritethroughRig,
+                PassthroughRig,
+                SwitchingCacheRig,
+            )
+        ),
     ],
 )
 def test_bios_that_overlap_in_flight_leave_one_of_the_two(rig: MakeRig) -> None:

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 
 @pytest.mark.parametrize(
-    ("journal", "synchronous", "status"), [("wal", "full", 0), ("wal", "off", 1)]
+    ("journal", "synchronous", "status"),
+    [("wal", "full", 0), pytest.param("wal", "off", 1, marks=pytest.mark.long)],
 )
 def test_sqlite(tmp_path: Path, journal: str, synchronous: str, status: int) -> None:
     (tmp_path / "commit.py").write_text(PROGRAM.replace("range(30)", "range(4)"))

@@ -10,8 +10,16 @@ from tests.support.clients import CloneUnderTest, client, needs
 pytestmark = [pytest.mark.interop, needs("fio")]
 
 
-@pytest.mark.parametrize("extra", [(), ("--no-hydration",)], ids=["hydrating", "not"])
-@pytest.mark.parametrize("block", ["4k-4k", "512-192k"])
+@pytest.mark.parametrize(
+    ("block", "extra"),
+    [
+        ("4k-4k", ()),
+        ("512-192k", ("--no-hydration",)),
+        pytest.param("4k-4k", ("--no-hydration",), marks=pytest.mark.long),
+        pytest.param("512-192k", (), marks=pytest.mark.long),
+    ],
+    ids=["4k-hydrating", "unaligned-not", "4k-not", "unaligned-hydrating"],
+)
 def test_fio_verifies_what_it_wrote(
     clone: CloneUnderTest, tmp_path: Path, block: str, extra: tuple[str, ...]
 ) -> None:

@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.interop, needs("nbdcopy")]
     "kind",
     [
         "file",
-        pytest.param("nbdkit", marks=needs("nbdkit")),
-        pytest.param("qemu-nbd", marks=needs("qemu-nbd")),
+        pytest.param("nbdkit", marks=[needs("nbdkit"), pytest.mark.long]),
+        pytest.param("qemu-nbd", marks=[needs("qemu-nbd"), pytest.mark.long]),
     ],
 )
 def test_disk_reads_whole_while_it_hydrates(
@@ -35,14 +35,18 @@ def test_disk_reads_whole_while_it_hydrates(
 
 
 def test_disk_reads_whole_when_nothing_is_hydrated(
-    clone: CloneUnderTest, served_unhydrated: ServerProcess, tmp_path: Path
+    shared: CloneUnderTest, tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy.img"
-    client("nbdcopy", clone.uri, str(copy))
-    assert copy.read_bytes() == clone.content
+    client("nbdcopy", shared.uri, str(copy))
+    assert copy.read_bytes() == shared.content
 
 
-@pytest.mark.parametrize("extra", [(), ("--no-hydration",)], ids=["hydrating", "not"])
+@pytest.mark.parametrize(
+    "extra",
+    [(), pytest.param(("--no-hydration",), marks=pytest.mark.long)],
+    ids=["hydrating", "not"],
+)
 def test_disk_written_whole_is_what_the_destination_holds(
     clone: CloneUnderTest, tmp_path: Path, extra: tuple[str, ...]
 ) -> None:

@@ -26,14 +26,14 @@ def qemu_io(uri: str, *commands: str) -> None:
     assert "failed" not in said
 
 
-def test_qemu_img_info_and_map(clone: CloneUnderTest, served: ServerProcess) -> None:
-    info = report("qemu-img", "info", "--output=json", "-f", "raw", clone.uri)
-    assert info["virtual-size"] == len(clone.content)
-    extents = report("qemu-img", "map", "--output=json", "-f", "raw", clone.uri)
-    assert sum(extent["length"] for extent in extents) == len(clone.content)
+def test_qemu_img_info_and_map(shared: CloneUnderTest) -> None:
+    info = report("qemu-img", "info", "--output=json", "-f", "raw", shared.uri)
+    assert info["virtual-size"] == len(shared.content)
+    extents = report("qemu-img", "map", "--output=json", "-f", "raw", shared.uri)
+    assert sum(extent["length"] for extent in extents) == len(shared.content)
     for extent in extents:
         if extent["zero"]:
-            assert not any(clone.content[extent["start"] :][: extent["length"]])
+            assert not any(shared.content[extent["start"] :][: extent["length"]])
 
 
 def test_qemu_img_maps_what_is_hydrated(
@@ -52,7 +52,14 @@ def test_qemu_img_maps_what_is_hydrated(
 
 
 @needs("nbdkit", "qemu-nbd")
-@pytest.mark.parametrize("kind", ["file", "nbdkit", "qemu-nbd"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "file",
+        pytest.param("nbdkit", marks=pytest.mark.long),
+        pytest.param("qemu-nbd", marks=pytest.mark.long),
+    ],
+)
 def test_maps_are_true_over_a_half_hydrated_clone(
     clone: CloneUnderTest, source_image: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -72,11 +79,11 @@ def test_maps_are_true_over_a_half_hydrated_clone(
 
 
 def test_qemu_img_compares_equal_to_the_source(
-    clone: CloneUnderTest, served: ServerProcess
+    shared: CloneUnderTest,
 ) -> None:
     raw = ["-f", "raw", "-F", "raw"]
     # Shared: we hold the source against writers, and qemu-img would do the same.
-    said = client("qemu-img", "compare", "-U", *raw, clone.uri, clone.source)
+    said = client("qemu-img", "compare", "-U", *raw, shared.uri, shared.source)
     assert "identical" in said
 
 
