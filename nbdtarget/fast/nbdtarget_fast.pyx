@@ -12,7 +12,8 @@ them, and without the interpreter's lock. A request is *plain* if
     the file answers at once: a READ from the page cache, a WRITE into it; or io_uring takes the READ.
 
 A WRITE with FUA and a FLUSH need a FLUSH of the whole device in the end. Such a WRITE is written as a plain one, and the cookies of both are
-noted. Python takes them after the turn (`take_syncs`), submits one FLUSH for all of a kind, and answers them when it has ended.
+noted. The kernel begins to write such data back at once (`kick`), while the thread that syncs is busy or asleep; so it does with the data of plain WRITEs
+of a client that has a FLUSH follow each one or two of them. Python takes them after the turn (`take_syncs`), submits one FLUSH for all of a kind, and answers them when it has ended.
 
 A client that is alone and asks for one durable thing at a time would wait for Python twice, and for two threads that hand over to each other. So
 while the route says that a FLUSH of the device is a sync of one file (`Route.may_sync`), and the file has lent its `Syncer`, the sync is made in the turn (`_sync_alone`): the
@@ -83,7 +84,7 @@ from nbdtarget_ring cimport (
     submit_and_wait,
     take_ended,
 )
-from nbdtarget_sync cimport Syncer, begin_writeback, sync_job, sync_now
+from nbdtarget_sync cimport Syncer, sync_begin, sync_end, sync_here, sync_job
 from nbdtarget_tls cimport Records, TlsRecords, iovec, tls_has_pending, tls_receive, tls_send
 
 cdef extern from "<sys/types.h>" nogil:
@@ -152,6 +153,10 @@ cdef extern from "nbdtarget_clock.h" nogil:
     bint rate_of "nbdtarget_rate_of"(Moment first, Moment last, Rate *rate)
     void use_rate "nbdtarget_use_rate"(const Rate *rate)
 
+cdef extern from "<fcntl.h>" nogil:
+    int sync_file_range(int fd, off_t offset, off_t length, unsigned flags)
+    unsigned SYNC_FILE_RANGE_WRITE
+
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
@@ -214,7 +219,10 @@ cdef enum:
     WAIT_NS = 250000
     SYNC_RECENT_NS = 1000000  # the loop's thread syncs itself only if the last sync has ended since
     SYNC_CREDIT = 4  # so many turns after a durable request the next one is expected
-    SYNC_PAIRS = 8  # so many times a FLUSH has followed one WRITE: its writing back begins at once
+    # So many times a FLUSH has followed one or two WRITEs: their writing back begins at once. For more WRITEs this may cost more than it gains.
+    SYNC_PAIRS = 8
+    PAIR_WRITES = 2
+    UNSYNCED_MAX = 64
     # Beginning to write back may take long, where the kernel throttles. Each time that it does, twice as many WRITEs go without.
     KICK_SLOW_NS = 250000
     KICK_SKIP_MAX = 1024
@@ -277,6 +285,7 @@ cdef struct File:
     uint32_t fake_state
     sync_job *job  # NULL: syncs are Python's
     bint is_left  # a sync has begun, and is Python's to end
+    bint kicks
     int kick_error
     int64_t sync_wait_ns
     int64_t synced_ns  # when the last sync here has ended
@@ -408,7 +417,7 @@ cdef void kick(File *file, uint64_t at, uint64_t length) noexcept nogil:
         file.kick_skip -= 1
         return
     began = now_ns()
-    error = begin_writeback(file.job, at, length)
+    error = errno if sync_file_range(file.fd, <off_t>at, <off_t>length, SYNC_FILE_RANGE_WRITE) else 0
     if error:
         # Perhaps it is told only here: Python decides what that means.
         file.kick_error = error
@@ -465,7 +474,7 @@ cdef class FastFile:
         note_reads: the device's: so many reads more are in the ring now; fewer, if it is negative. While
             there are some, the device keeps the file open.
         sync_left: the device's: the Syncer has begun a sync here, and it has failed, or takes long. Its end is the device's to take.
-        kick_failed: the device's: the kernel could not begin to write back, for the reason of this errno.
+        kick_failed: the device's: the kernel could not begin to write back, for the reason of this errno. None: that is left to the syncs.
 
     Attributes:
         ring: where READs go that the page cache cannot answer; None: to Python.
@@ -492,6 +501,7 @@ cdef class FastFile:
 
     def __init__(self, int fd, int64_t slow_ns, was_slow, was_unfinished, note_reads=None, sync_left=None, kick_failed=None):
         self.sync_left, self.kick_failed = sync_left, kick_failed
+        self.file.kicks = kick_failed is not None
         self.note_reads = note_reads
         self.file.fd = fd
         self.file.slow_ns = slow_ns
@@ -1086,6 +1096,7 @@ cdef class Plane:
     cdef readonly bint was_late
     cdef int64_t late_ns
     cdef readonly unsigned nr_hits
+    cdef unsigned nr_sync_hits
     cdef object flush_for
     cdef readonly int nr_syncs
     cdef uint64_t sync_cookies[SYNCS_MAX]
@@ -1093,8 +1104,8 @@ cdef class Plane:
     cdef bint inline_syncs
     cdef int lone_sync  # in this turn: LONE_...
     cdef unsigned sync_credit  # so many turns more a durable request is expected
-    cdef unsigned nr_pairs  # times in a row that a FLUSH has followed one WRITE
-    cdef unsigned nr_unsynced  # WRITEs since the last one
+    cdef unsigned nr_pairs  # times that a FLUSH has followed few WRITEs
+    cdef unsigned nr_unsynced  # WRITEs to which no FLUSH was counted yet
     cdef uint64_t unsynced_at  # of the last of them
     cdef uint64_t unsynced_length
     cdef int64_t turn_end  # 0: the clock was not looked at in this turn of the loop
@@ -1209,6 +1220,14 @@ cdef class Plane:
         self.sync_is_flush[self.nr_syncs] = is_flush
         self.nr_syncs += 1
         self.sync_credit = SYNC_CREDIT
+        if is_flush:
+            if self.nr_unsynced > UNSYNCED_MAX:
+                self.nr_pairs = self.nr_unsynced = 0
+            elif self.nr_unsynced > PAIR_WRITES:
+                self.nr_unsynced -= PAIR_WRITES
+            else:
+                self.nr_pairs = min(self.nr_pairs + 1, <unsigned>SYNC_PAIRS)
+                self.nr_unsynced = 0
         if self.nr_left > 0:
             self.nr_left -= 1
 
@@ -1234,7 +1253,7 @@ cdef class Plane:
             self.lone_sync = lone
         if not self.has_buffers or not route.note_locked():
             self.was_batch = False
-            self.nr_hits = 0
+            self.nr_hits = self.nr_sync_hits = 0
             return STOP_SLOW
         if not (0 <= self.begin <= self.end <= self.received.len and 0 <= self.base <= self.out <= self.arena.len):
             raise ValueError("these places lie outside of the buffers")
@@ -1277,7 +1296,7 @@ cdef class Plane:
         cdef bint is_received = self.end > self.begin  # begin with that
         self.was_batch = False
         self.was_late = False
-        self.nr_hits = 0
+        self.nr_hits = self.nr_sync_hits = 0
         self.may_wait = poll_ns > 0 or self.waits
         while True:
             if is_received:
@@ -1312,7 +1331,10 @@ cdef class Plane:
                     return STOP_CLOSED
                 if began:
                     began = 0
-                    self.nr_hits += 1
+                    if self.sync_credit:
+                        self.nr_sync_hits += 1
+                    else:
+                        self.nr_hits += 1
                     self.received_ns = looked  # a moment ago: a look at the clock less
                 else:
                     self.received_ns = now_ns()
@@ -1337,7 +1359,7 @@ cdef class Plane:
             if has_replies and not self._send():
                 self._count(now_ns())
                 return STOP_FAILED if self.error else STOP_BLOCKED
-            if self.nr_unsynced == 1 and self.nr_pairs >= SYNC_PAIRS and self.lone_sync == LONE_ALL:
+            if self.nr_unsynced == 1 and self.nr_pairs == SYNC_PAIRS:
                 self._kick_ahead(way.file)
             now = now_ns()
             self._count(now)
@@ -1529,12 +1551,19 @@ cdef class Plane:
                     return STOP_UNFINISHED
                 self.fresh_bytes[COMMAND_WRITE] += length
                 if flags:
-                    if self.lone_sync and file == way.file and self.end - self.begin == request_bytes + <Py_ssize_t>length:
+                    if file == NULL:
+                        self.unsynced_length = 0
+                    elif self.lone_sync and self.end - self.begin == request_bytes + <Py_ssize_t>length:
+                        # The thread is woken up first.
+                        self.unsynced_at, self.unsynced_length = file_at, length
+                    else:
                         self._kick(file, file_at, length)
                     self._note_sync(at, False)
                 else:
                     self.nr_unsynced += 1
                     self.unsynced_at, self.unsynced_length = file_at, length if file != NULL else 0
+                    if self.was_batch and self.nr_pairs == SYNC_PAIRS:
+                        self._kick_ahead(way.file)
                     self.fresh[COMMAND_WRITE] += 1
                     self._pack_done(arena + self.out, at)
                     self.out += self.done_bytes
@@ -1625,11 +1654,11 @@ cdef class Plane:
         return self.nr_left > 0
 
     cdef inline void _kick(self, File *file, uint64_t at, uint64_t length) noexcept nogil:
-        if file.job != NULL and not self.inline_syncs:
+        if file.kicks and not (self.inline_syncs and self.lone_sync):
             kick(file, at, length)
 
     cdef void _kick_ahead(self, File *file) noexcept nogil:
-        """One WRITE has been answered, and a FLUSH is expected."""
+        """After a WRITE for which a FLUSH is expected."""
         if self.unsynced_length:
             self._kick(file, self.unsynced_at, self.unsynced_length)
             self.unsynced_length = 0
@@ -1640,22 +1669,24 @@ cdef class Plane:
         cdef uint8_t *reply = <uint8_t *>self.arena.buf + self.out
         cdef bint is_flush = self.sync_is_flush[0]
         cdef uint64_t cookie = htobe64(self.sync_cookies[0])
-        cdef int64_t wait_ns = file.sync_wait_ns
-        cdef ssize_t sent
-        if is_flush:
-            self.nr_pairs = self.nr_pairs + 1 if self.nr_unsynced == 1 else 0
-        self.nr_unsynced = 0
+        cdef int status
+        cdef ssize_t sent = 0
         if (
             file.job == NULL or self.was_batch or self.end > self.begin or self.nr_begun
             or is_flush and self.lone_sync != LONE_ALL or self.out + SIMPLE_BYTES > self.arena.len
         ):
+            self._kick_ahead(file)
             return False
-        if self.inline_syncs and now_ns() - file.synced_ns < SYNC_RECENT_NS:
-            wait_ns = -1
         memcpy(reply, SIMPLE_HEAD, 8)
         memcpy(reply + 8, &cookie, 8)
-        # What must be encrypted is for the loop to send.
-        if sync_now(file.job, self.sock, reply, 0 if self.records != NULL else SIMPLE_BYTES, wait_ns, &sent):
+        if self.inline_syncs and now_ns() - file.synced_ns < SYNC_RECENT_NS:
+            status = sync_here(file.job)
+        else:
+            # What must be encrypted is for the loop to send.
+            sync_begin(file.job, self.sock, reply, 0 if self.records != NULL else SIMPLE_BYTES)
+            self._kick_ahead(file)
+            status = sync_end(file.job, file.sync_wait_ns, &sent)
+        if status:
             file.is_left = True
             file.job = NULL
             return False
@@ -2144,13 +2175,14 @@ cdef class Receiver:
             plane.flush_for(*plane.take_syncs())
             if self.plane is None:
                 return False
-        if plane.nr_hits:
+        if plane.nr_hits or plane.nr_sync_hits:
+            # A client that waits for the disk each time leaves the processor alone for most of the time.
             self.penalty = 0
             self.skip = min(plane.nr_hits, 1 << 20) * self.poll_rest
         if plane.was_late:
             self.skip += <unsigned>self.late.note_late()
-        elif plane.nr_hits:
-            self.late.note_hits(plane.nr_hits)
+        elif plane.nr_hits or plane.nr_sync_hits:
+            self.late.note_hits(plane.nr_hits + plane.nr_sync_hits)
         if plane.was_batch:
             self.streak = 0
         if stop == STOP_DONE:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C side of `nbdtarget_sync`, for `nbdtarget_fast`: a sync without a Python object, and without the interpreter's lock."""
 
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t
 
 cdef extern from *:
     """
@@ -39,7 +39,6 @@ cdef class Syncer:
     cdef int _prepare(self) except -1
     cdef int _ask(self) except -1
 
-cdef int sync_now(
-    sync_job *job, int sock, const uint8_t *answer, size_t length, int64_t wait_ns, ssize_t *sent
-) noexcept nogil
-cdef int begin_writeback(const sync_job *job, uint64_t offset, uint64_t length) noexcept nogil
+cdef void sync_begin(sync_job *job, int sock, const uint8_t *answer, size_t length) noexcept nogil
+cdef int sync_end(sync_job *job, int64_t wait_ns, ssize_t *sent) noexcept nogil
+cdef int sync_here(sync_job *job) noexcept nogil

@@ -11,7 +11,7 @@ and one sync at a time.
     (fdatasync)     the other thread leaves the errno, and writes to an eventfd
     take            the loop, which watches the eventfd, takes the errno
 
-*At once.* The compiled half of a connection asks for a sync without Python (`sync_now`), and waits for it a moment. As long as it waits, the thread answers the client
+*At once.* The compiled half of a connection asks for a sync without Python (`sync_begin`), and waits for it a moment. As long as it waits, the thread answers the client
 itself when the sync has ended well: so the client need not wait until the loop's thread has its processor again, too. Who has the answer is decided by one word in memory:
 
     loop: WAITS  ->  thread: CLAIMED, sends  ->  ENDED        the client has its answer
@@ -32,7 +32,7 @@ runs: so a Syncer may be dropped, without `close`, while a disk hangs.
 """
 
 from libc.errno cimport errno
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
@@ -139,12 +139,14 @@ cdef extern from *:
         clock_gettime(CLOCK_MONOTONIC, &now);
         return now.tv_sec * 1000000000LL + now.tv_nsec;
     }
-    /* Ask for a sync, and wait for it. Returns 1 if it has ended, 0 if it is left to itself. */
-    static int sync_ask_and_wait(sync_job *job, int64_t wait_ns) {
-        const int64_t until = sync_now_ns() + wait_ns;
+    static void sync_ask(sync_job *job) {
         __atomic_store_n(&job->waiter, SYNC_WAITS, __ATOMIC_RELEASE);
         sync_become(job, SYNC_ASKED);
         sem_post(&job->asked);
+    }
+    /* Wait for what was asked for. Returns 1 if it has ended, 0 if it is left to itself. */
+    static int sync_await(sync_job *job, int64_t wait_ns) {
+        const int64_t until = sync_now_ns() + wait_ns;
         for (;;) {
             const int waiter = __atomic_load_n(&job->waiter, __ATOMIC_ACQUIRE);
             if (waiter == SYNC_ENDED)
@@ -205,11 +207,10 @@ cdef extern from *:
     int EFD_NONBLOCK
     int EFD_CLOEXEC
     int sync_file(const sync_job *job) nogil
-    int sync_ask_and_wait(sync_job *job, int64_t wait_ns) nogil
+    void sync_ask(sync_job *job) nogil
+    int sync_await(sync_job *job, int64_t wait_ns) nogil
     enum:
         SYNC_ANSWER_MAX
-        SYNC_FILE_RANGE_WRITE
-    int sync_file_range(int fd, int64_t offset, int64_t length, unsigned flags) nogil
     int eventfd(unsigned value, int flags) nogil
     int sem_init(sem_t *semaphore, int shared, unsigned value) nogil
     int sem_post(sem_t *semaphore) nogil
@@ -237,30 +238,29 @@ def give_way(int nice_step):
         sync_give_way(nice_step)
 
 
-cdef int sync_now(
-    sync_job *job, int sock, const uint8_t *answer, size_t length, int64_t wait_ns, ssize_t *sent
-) noexcept nogil:
-    """Sync, and send the answer if that has succeeded. Returns 0, an errno, or RUNS: then it is for `take`, as an error is.
+cdef void sync_begin(sync_job *job, int sock, const uint8_t *answer, size_t length) noexcept nogil:
+    """Have the thread sync, and send the answer if that has succeeded; `sync_end` must follow.
 
     Args:
         job: idle, and its thread has been started.
-        wait_ns: so long the end is waited for; negative: the calling thread syncs itself, however long it takes.
         length: of the answer; 0: the caller sends it.
-        sent: how much of the answer was sent; the rest is the caller's.
     """
-    sent[0] = 0
     free(job.ranges)
     job.ranges = NULL
-    if wait_ns < 0:
-        job.status = sync_file(job)
-        if job.status:
-            sync_become(job, SYNC_DONE)
-        return job.status
     job.sock = sock
     job.answer_length = min(length, <size_t>SYNC_ANSWER_MAX)
     memcpy(job.answer, answer, job.answer_length)
     job.nr_sent = 0
-    if not sync_ask_and_wait(job, wait_ns):
+    sync_ask(job)
+
+
+cdef int sync_end(sync_job *job, int64_t wait_ns, ssize_t *sent) noexcept nogil:
+    """Wait for the end, for so long. Returns 0, an errno, or RUNS: then it is for `take`, as an error is.
+
+    Args: sent: how much of the answer was sent; the rest is the caller's.
+    """
+    sent[0] = 0
+    if not sync_await(job, wait_ns):
         return -1
     if not job.status:
         sync_become(job, SYNC_IDLE)
@@ -268,12 +268,12 @@ cdef int sync_now(
     return job.status
 
 
-cdef int begin_writeback(const sync_job *job, uint64_t offset, uint64_t length) noexcept nogil:
-    """Have the kernel begin to write a range back, and do not wait for it. Returns 0 or an errno, which a later sync need not tell again.
-
-    Durable: nothing.
-    """
-    return errno if sync_file_range(job.fd, <int64_t>offset, <int64_t>length, SYNC_FILE_RANGE_WRITE) else 0
+cdef int sync_here(sync_job *job) noexcept nogil:
+    """Sync in the calling thread, however long it takes. Returns 0 or an errno, which is for `take`, too."""
+    job.status = sync_file(job)
+    if job.status:
+        sync_become(job, SYNC_DONE)
+    return job.status
 
 
 cdef class Syncer:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that the compiled path carries out but for a FLUSH of the device: WRITE with FUA, and FLUSH."""
 
+import errno
 import os
 import socket
 import struct
@@ -37,6 +38,7 @@ class Rig:
         path.write_bytes(bytes(SIZE))
         self.path = path
         self.nr_room = 1000
+        self.not_begun: list[int] = []
         self.fd = os.open(path, os.O_RDWR)
         self.file = FastFile(self.fd, 10**9, lambda: None, lambda *_: None)
         self.file.size = self.file.read_max = self.file.write_max = SIZE
@@ -128,3 +130,52 @@ def test_more_than_there_is_room_for_comes_in_several_turns(rig: Rig) -> None:
     plane = rig.plane
     assert plane.turn(rig.route, 0, True, plane.begin, plane.end, 0, 0) == DONE
     assert plane.take_syncs() == ([], list(range(256, 300)))
+
+
+# ---- writing back begins at once ----
+
+
+@pytest.fixture
+def odd_rig(rig: Rig) -> Iterator[Rig]:
+    """Its file takes all that is written, but is none that can be written back: that tells when the kernel was asked to."""
+    fd = os.open("/dev/null", os.O_RDWR)
+    file = FastFile(
+        fd, 10**9, lambda: None, lambda *_: None, None, None, rig.not_begun.append
+    )
+    file.size = file.read_max = file.write_max = SIZE
+    regular, rig.route = rig.route, Route.flat(file, 0, SIZE)
+    rig.route.can_read = rig.route.can_write = True
+    yield rig
+    rig.route.close()
+    rig.route = regular
+    os.close(fd)
+
+
+def test_data_of_a_fua_write_begins_to_be_written_back(odd_rig: Rig) -> None:
+    assert odd_rig.turn(request(WRITE, 0, 512, 1) + request(FLUSH, 0, 0, 2)) == DONE
+    assert not odd_rig.not_begun
+    assert odd_rig.turn(request(WRITE, 0, 512, 3, FUA)) == DONE
+    assert odd_rig.not_begun == [errno.ESPIPE]
+    # It is not tried again where that is not known.
+    assert odd_rig.turn(request(WRITE, 0, 512, 4, FUA)) == DONE
+    assert len(odd_rig.not_begun) == 1
+
+
+def test_data_of_a_write_that_a_flush_follows_begins_to_be_written_back(
+    odd_rig: Rig,
+) -> None:
+    pair = request(WRITE, 0, 512, 1) * 2 + request(FLUSH, 0, 0, 2)
+    for _ in range(8):
+        assert odd_rig.turn(pair) == DONE
+        assert not odd_rig.not_begun
+        odd_rig.plane.take_syncs()
+    assert odd_rig.turn(request(WRITE, 0, 512, 1)) == DONE
+    assert odd_rig.not_begun == [errno.ESPIPE]
+
+
+def test_data_of_many_writes_is_left_to_the_flush(odd_rig: Rig) -> None:
+    for _ in range(40):
+        wire = request(WRITE, 0, 512, 1) * 10 + request(FLUSH, 0, 0, 2)
+        assert odd_rig.turn(wire) == DONE
+        odd_rig.plane.take_syncs()
+    assert not odd_rig.not_begun

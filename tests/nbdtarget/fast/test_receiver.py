@@ -433,7 +433,7 @@ def test_durable_request_of_a_client_that_is_alone_needs_no_python(
 
 def test_flush_that_follows_each_write_needs_no_python(durable: Durable) -> None:
     durable.until_alone()
-    for nr in range(12):  # from the ninth on, writing back begins before the FLUSH
+    for nr in range(12):  # after eight, writing back begins before the FLUSH
         durable.call(write(nr % 4))
         durable.call(request(FLUSH, 0, 0))
         assert durable.replies() == ANSWER * 2
@@ -533,7 +533,6 @@ def test_a_sync_that_fails_is_answered_by_nobody_but_python(
     assert unsyncable.syncer.take() == errno.EINVAL
     assert unsyncable.flushed == [([7], [])]
     assert unsyncable.replies() == b""
-    assert f"kick: {errno.ESPIPE}" in told
 
 
 def test_the_loop_syncs_itself_if_that_is_asked_for(tmp_path: Path) -> None:
