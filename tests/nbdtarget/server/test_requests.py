@@ -458,7 +458,7 @@ async def test_replies_without_i_o_are_bounded_when_the_client_does_not_read(
     listener = await served.start()
     peer = await served.attach(structured=True)
     peer.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a read transport
-    nr = 60_000
+    nr = 30_000
     stream = b"".join(peer.request(command, offset, payload=payload) for _ in range(nr))
     peer.writer.write(stream)
     await asyncio.sleep(0.1)
