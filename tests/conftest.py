@@ -5,12 +5,15 @@ import gc
 import importlib
 import os
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.support.processes import tell_output
 
 FROM_TESTPATHS = pytest.Config.ArgsSource.TESTPATHS  # no tests were chosen by path
 # Inputs are fixed, so that a failure happens again by itself. How long one takes says nothing: the machine may be busy.
@@ -54,6 +57,16 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None]:
+    """Where a program that must succeed has failed, the report of the failure has what it said."""
+    try:
+        yield
+    except subprocess.CalledProcessError as error:
+        tell_output(error)
+        raise
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -30,6 +30,7 @@ __all__ = [
     "peak_rss_bytes",
     "rss_bytes",
     "stop_stranger",
+    "tell_output",
     "wait_for_file",
     "wait_for_socket",
 ]
@@ -76,6 +77,15 @@ def wait_for_file(path: Path, *, timeout_s: float = PATIENCE_S) -> bool:
             return False
         time.sleep(POLL_S)
     return True
+
+
+def tell_output(error: subprocess.CalledProcessError) -> None:
+    """Add what the program said to the exception, which names only its command and its status."""
+    for name in ("stdout", "stderr"):
+        if output := getattr(error, name):
+            is_text = isinstance(output, str)
+            text = output if is_text else output.decode(errors="replace")
+            error.add_note(f"{name}: {text}")
 
 
 def stop_stranger(pid: int) -> None:
