@@ -169,7 +169,7 @@ class TlsSocket:
             if not self._drain():
                 return False
             if self._is_done:
-                self.records = _take_over(
+                self.records = self.records or _take_over(
                     self._ssl, self._sock.fileno(), _error_of, SILENT_MAX, ANSWERS_MAX
                 )
                 return True

@@ -143,8 +143,9 @@ __all__ = ["ABI", "SEAL_MAX", "TlsRecords", "take_over", "why_not"]
 ABI = 12  # of `nbdtarget.fast.compiled`
 
 cdef enum:
-    IN_BYTES = 131072  # of encrypted bytes, received with one system call
-    SEAL_BYTES = 278528  # that are encrypted before they are sent: a reply of 256 KiB with its header, too
+    # Encrypted bytes, received with one system call. A peer may fill it with new keys, each of which takes 10 us.
+    IN_BYTES = 65536
+    SEAL_BYTES = 65536  # that are encrypted before they are sent: the peer decrypts them while the next ones are encrypted
     SEND_BYTES = 1048576  # in one call of `tls_send`
     RECORD_BYTES = 16384  # of plaintext in a record; shorter pieces share one
     OUT_STEP = 65536  # by which the buffer of outgoing bytes grows, at least

@@ -16,7 +16,7 @@ What counts: a request, from its submission until its bio has ended; a byte, fro
 memory was taken for it until the reply has left, or the write has ended. Memory for the payload of a
 large WRITE is taken as the payload arrives (`large_write.py`). The fixed buffers
 of a connection (`receive_buffer`, `arena`) do not count: together they take `connections_max` times
-their size at most.
+their size at most. With TLS there are half a MiB more, of encrypted bytes (`nbdtarget/fast/nbdtarget_tls.pyx`).
 """
 
 from collections import deque
