@@ -17,7 +17,7 @@ SOURCE := $(SAMPLE)
 DEST := run/dest.img
 endif
 
-.PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open bench-sources fleet-sim crash kill-test torture upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-wire-guided fuzz-fast rot lock wheel clean hit-ratio attack attack-stalled docs docs-reference help
+.PHONY: run check test test-long suite measured sim bench bench-cache bench-commit bench-stack bench-hydration bench-open bench-images bench-sources fleet-sim crash kill-test torture upgrade-loop passthrough-bugs mutants fuzz fuzz-wire fuzz-wire-guided fuzz-fast rot lock wheel clean hit-ratio attack attack-stalled docs docs-reference help
 
 help:
 	@echo 'make run [SOURCE=disk|URL|qemu:… DEST=disk] [ARGS=…]   serve a clone over NBD, hydrate it'
@@ -25,7 +25,7 @@ help:
 	@echo 'make test-long     what takes longer: SIGKILL under load, long histories, packages, tutorials'
 	@echo 'make bench [ARGS=--quick]  against the C servers; what a stack and a commit cost; latency beside copies'
 	@echo 'make attack [ARGS=--quick]  what hostile clients cost a quiet one; also attack-stalled'
-	@echo 'make bench-stack   one of these alone: also bench-cache, -commit; bench-hydration, bench-open, bench-sources'
+	@echo 'make bench-stack   one of these alone: also bench-cache, -commit; bench-hydration, bench-open, bench-images, bench-sources'
 	@echo 'make hit-ratio [ARGS=…]  of the cache policy, beside LRU and the best possible one'
 	@echo 'make sim [SEED=n] [SECONDS=60] [CRASHES=n] [FROM=n] [RIG=clone]  the server in memory, power cuts'
 	@echo 'make crash         the crash suites without their bounds: new seeds, many more orders'
@@ -142,6 +142,10 @@ bench-stack: .venv/dev.stamp
 
 bench-hydration: .venv/dev.stamp
 	@$(BIN)/python -m scripts.bench_hydration $(ARGS)
+
+# A clone of a qcow2 image, against qemu-img convert.
+bench-images: .venv/dev.stamp
+	@$(BIN)/python -m scripts.bench_qcow2 $(ARGS)
 
 # A clone of an image on a distant web server, against nbdkit's curl plugin.
 bench-sources: .venv/dev.stamp

@@ -333,8 +333,8 @@ class Device:
     async def write_behind(self, ranges: list[tuple[int, int]]) -> None:
         """Hint that nobody will need what was written to `ranges` (begin, end) soon.
 
-        Begin to write them back; wait until those of the call before have been written, and drop these from
-        the page cache. Without ranges, that is all. One call at a time. Promises nothing.
+        Begin to write them back; wait until those of an earlier call have been written, and drop these from
+        the page cache. Without ranges, wait for those of all calls before. One call at a time. Promises nothing.
         """
 
     async def prefetch(self, offset: int, length: int) -> None:

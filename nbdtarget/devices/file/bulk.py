@@ -11,8 +11,11 @@ the inode's lock for each buffered write in any case, and threads that wait ther
 would push out of the page cache what clients, and all other programs, have there. All of it would be dirty, too, until the
 kernel slows down everybody who writes, and until the next flush, which then takes seconds. And memory that was not
 in use before costs more to fill than memory that has just been given back. So what has been copied is written
-back early, a window at a time, while the copy goes on; when the next window is on its way, this one is waited for,
+back early, a window at a time, while the copy goes on; when later windows are on their way, this one is waited for,
 and dropped. What clients read of it later comes from the disk, as with the kernel's clone, which keeps no cache.
+
+A disk that ends a window within `QUICK_S` gets up to `BEGUN_MAX` of them at a time: it would be idle now and then with two, because the
+ends of writes come late on a busy machine. A slow disk has two, so that what a client wants of it does not wait behind many.
 
 *Durability.* The thread that waits for pages may be told their error, as any sync is; the kernel then does not tell
 the next fdatasync. So this wait counts as a sync among the others (`sync.py`): a FLUSH that overlaps it waits for it,
@@ -29,6 +32,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from nbdtarget.common.clock import loop_time_s
 from nbdtarget.devices.background_threads import NICE_STEP
 from nbdtarget.devices.bulk_streams import Chunk
 from nbdtarget.devices.file.sync import Syncs
@@ -38,6 +42,8 @@ from nbdtarget.fast.compiled import IS_COMPILED, CopyStream, Syncer
 
 __all__ = ["STREAMS", "Behind", "FileStream", "FileWriter"]
 
+BEGUN_MAX: Final = 5  # windows that are being written back at once
+QUICK_S: Final = 0.05
 STREAMS: Final = 4  # of a file that is read: so many reads wait for the disk at once
 
 log = logging.getLogger(__name__)
@@ -137,14 +143,20 @@ class Behind:
         self._has_no_thread = not IS_COMPILED
         self._ended: asyncio.Future[int] | None = None  # of what the thread does
         self._pool = WorkerPool(f"{name}-behind", threads_max=1)
-        self._before: list[tuple[int, int]] = []
+        self._begun: deque[list[tuple[int, int]]] = deque()
+        self._nr_left = 1  # windows that need not have been written when `write` ends
         self._is_supported = True
 
     async def write(self, ranges: list[tuple[int, int]]) -> None:
-        """Begin to write `ranges` back; end with those of the call before."""
-        before, self._before = self._before, ranges
+        """Begin to write `ranges` back; end with those of an earlier call. Without ranges, end with all."""
+        if ranges:
+            self._begun.append(ranges)
+        before: list[tuple[int, int]] = []
+        while len(self._begun) > (self._nr_left if ranges else 0):
+            before += self._begun.popleft()
         if not self._is_supported or not (before or ranges):
             return
+        begun_s = loop_time_s()
         sync = self._syncs.begin_writeback()
         ended = await self._maybe_begin(ranges, before)
         if ended is not None:
@@ -155,6 +167,9 @@ class Behind:
             self._is_supported = False
             status = 0
         self._syncs.done(sync, status)
+        if before:
+            is_quick = loop_time_s() - begun_s < QUICK_S
+            self._nr_left = min(self._nr_left + 1, BEGUN_MAX - 1) if is_quick else 1
 
     async def close(self) -> None:
         """Wait for what is under way, and end the thread."""

@@ -169,6 +169,34 @@ async def test_a_window_is_begun_at_once_and_dropped_when_the_next_one_is_begun(
     await device.close()
 
 
+@pytest.mark.usefixtures("by_worker")
+@pytest.mark.parametrize(
+    ("quick_s", "nr_begun"), [(PATIENCE_S, bulk.BEGUN_MAX), (0.0, 2)]
+)
+async def test_a_quick_disk_has_more_windows_under_way_than_a_slow_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_s: float, nr_begun: int
+) -> None:
+    begun: list[int] = []
+    most = 0
+
+    def begin(_: int, at: int, __: int) -> None:
+        nonlocal most
+        begun.append(at)
+        most = max(most, len(begun))
+
+    monkeypatch.setattr(bulk, "QUICK_S", quick_s)
+    monkeypatch.setattr(bulk, "write_back_range", begin)
+    monkeypatch.setattr(bulk, "wait_for_writeback", lambda _, at, __: begun.remove(at))
+    device = await made(tmp_path)
+    for nr in range(4 * bulk.BEGUN_MAX):
+        await device.write_behind([(nr * 4096, nr * 4096 + 4096)])
+    assert most == nr_begun
+    assert begun == sorted(begun)  # the oldest was waited for first
+    await device.write_behind([])
+    assert begun == []
+    await device.close()
+
+
 @pytest.mark.usefixtures("each_way")
 async def test_what_was_written_leaves_the_page_cache_of_a_real_file(
     tmp_path: Path,
