@@ -120,7 +120,7 @@ class Limits:
     pool_bytes_max: int = 32 << 20
     socket_buffer: int = 2 << 20
     zero_check_min: int = 32 << 10
-    flush_at: int = 128 << 10
+    flush_at: int = 64 << 10
     poll_us: int = 50
     inline_syncs: bool = False
     poison_borrowed: bool = False

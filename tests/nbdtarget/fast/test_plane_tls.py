@@ -3,6 +3,7 @@
 
 import errno
 import os
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from nbdtarget.fast import compiled
 from tests.support.certificates import needs_openssl
+from tests.support.patience import PATIENCE_S
 from tests.support.plane import SIZE, data_chunk, request, simple
 from tests.support.tls_ends import encrypted
 
@@ -26,6 +28,7 @@ if compiled.IS_COMPILED:
         Plane,
         Route,
     )
+    from nbdtarget_sync import Syncer
 
 pytestmark = [
     needs_openssl,
@@ -33,6 +36,7 @@ pytestmark = [
 ]
 
 READ, WRITE, FLUSH = 0, 1, 3
+LONE_ALL: Final = 2  # see `Plane.turn`
 RECEIVED: Final = 4096  # bytes of the receive buffer
 
 
@@ -43,7 +47,16 @@ class Rig:
         self.content = os.urandom(SIZE)
         path.write_bytes(self.content)
         self.fd = os.open(path, os.O_RDWR)
-        self.file = FastFile(self.fd, 10**9, lambda: None, lambda *_: None)
+        self.told: list[str] = []
+        self.file = FastFile(
+            self.fd,
+            10**9,
+            lambda: None,
+            lambda *_: None,
+            None,
+            lambda: self.told.append("sync left"),
+            lambda status: self.told.append(f"kick: {status}"),
+        )
         self.file.size = self.file.read_max = self.file.write_max = SIZE
         self.ours, self.peer = encrypted(*socket.socketpair(), client=False)
         self.arena = bytearray(1 << 18)
@@ -69,13 +82,12 @@ class Rig:
     def room(self) -> tuple[int, int]:
         return 1000, SIZE
 
-    def turn(self, sent: bytes = b"") -> int:
+    def turn(self, sent: bytes = b"", lone: int = 0) -> int:
         if sent:
             assert self.peer.send(sent) == len(sent)
         plane = self.plane
-        return plane.turn(
-            self.route, 0, False, plane.begin, plane.end, plane.base, plane.out
-        )
+        places = (plane.begin, plane.end, plane.base, plane.out)
+        return plane.turn(self.route, 0, False, *places, lone)
 
     def replies(self) -> bytes:
         found = b""
@@ -129,6 +141,24 @@ def test_flush_in_front_of_what_tls_has_received_does_not_end_the_turn_for_good(
     assert rig.plane.take_syncs()[1]
     assert rig.turn() == DONE
     assert rig.replies() == data_chunk(0, rig.content[:16]) * nr
+
+
+def test_answer_to_a_durable_request_of_a_client_that_is_alone_is_encrypted(
+    rig: Rig,
+) -> None:
+    syncer = Syncer(rig.fd)
+    syncer.begin()
+    assert select.select([syncer.event_fd], [], [], PATIENCE_S)[0]
+    assert syncer.take() == 0
+    rig.file.syncer, rig.file.sync_wait_ns = syncer, int(PATIENCE_S * 10**9)
+    rig.route.may_sync = lambda: True
+    for _ in range(2):
+        assert rig.turn(request(FLUSH, 0, 0), LONE_ALL) == DONE
+        assert rig.replies() == simple()
+    assert rig.file.nr_synced == 2
+    assert not rig.told
+    rig.file.syncer = None
+    syncer.close()
 
 
 def test_replies_that_the_client_does_not_take_are_continued(rig: Rig) -> None:
