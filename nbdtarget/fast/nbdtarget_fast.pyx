@@ -1291,7 +1291,7 @@ cdef class Plane:
         cdef Stop stop
         cdef ssize_t got
         cdef uint8_t *into = <uint8_t *>self.received.buf
-        cdef int64_t began = 0, looked = 0, now
+        cdef int64_t began = 0, looked = 0, ended = 0, now
         cdef bint has_replies
         cdef bint is_received = self.end > self.begin  # begin with that
         self.was_batch = False
@@ -1316,7 +1316,8 @@ cdef class Plane:
                         return STOP_FAILED
                     if not poll_ns:
                         return STOP_DONE
-                    now = now_ns()
+                    # Right after an answer the time is known from counting it: a look less.
+                    now, ended = ended or now_ns(), 0
                     if not began:
                         began = now
                     elif now - began > poll_ns or now - looked > POLL_GAP_NS:
@@ -1361,7 +1362,7 @@ cdef class Plane:
                 return STOP_FAILED if self.error else STOP_BLOCKED
             if self.nr_unsynced == 1 and self.nr_pairs == SYNC_PAIRS:
                 self._kick_ahead(way.file)
-            now = now_ns()
+            now = ended = now_ns()
             self._count(now)
             # The rest of a request is on its way.
             if stop != STOP_DONE or self.nr_syncs or has_replies and not poll_ns and self.begin == self.end and not self._has_pending():
