@@ -61,7 +61,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     params=[
         "plain",
         pytest.param("tls", marks=needs_openssl),
-        pytest.param("tls in python", marks=needs_openssl),
+        pytest.param("tls in python", marks=[needs_openssl, pytest.mark.long]),
     ]
 )
 async def any_site(
