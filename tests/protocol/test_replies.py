@@ -100,6 +100,8 @@ def test_simple_replies_have_no_chunks() -> None:
         replies.hole(1, 0, 1)
     with pytest.raises(AssertionError):
         replies.block_status(1, 0, 1, [(1, 0)], done=True)
+    with pytest.raises(AssertionError):
+        replies.part(1, 0, 0, 1, done=True)
 
 
 @pytest.mark.parametrize(("served", "negotiated"), WAYS[1:])
