@@ -46,6 +46,7 @@ from scripts.bench_rounds import (
     write_report,
 )
 from scripts.bench_servers import CONTENDERS, Contender
+from scripts.fast_path import warn_if_pure
 from scripts.fio import Job
 from tests.support.processes import StartError
 
@@ -188,6 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    warn_if_pure()
     status = compare_servers(options) if options.servers else 0
     words = ["--quick"] if options.quick else []
     words += ["--dir", options.dir] if options.dir else []

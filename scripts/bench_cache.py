@@ -35,6 +35,7 @@ from scripts import (
     bench_cache_zipf,
 )
 from scripts.bench_rounds import write_report
+from scripts.fast_path import warn_if_pure
 from tests.support.plain_client import PlainClientError
 from tests.support.processes import StartError
 
@@ -81,6 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    warn_if_pure()
     console = Console(width=None if sys.stdout.isatty() else 160)
     if shutil.which("fio") is None:
         console.print("fio is not installed: nothing to measure with")

@@ -41,6 +41,7 @@ from nbdtarget_metadata.clone.metadata import CloneMetadata, CloneTransaction
 from nbdtarget_metadata.clone.superblock import CLONE
 from nbdtarget_metadata.log.superblock import read_superblock
 from nbdtarget_metadata.operations import Flush, Operation, Read, Steps, Write
+from scripts.fast_path import warn_if_pure
 from tests.support.plain_client import CMD_FLUSH, PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
 
@@ -369,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="memory alone, one compaction"
     )
     options = parser.parse_args(argv)
+    warn_if_pure()
     parts = options.only or ["memory", "file", "flush"]
     if options.quick:
         options.compactions, options.runtime = 1, 0.5

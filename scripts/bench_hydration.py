@@ -40,6 +40,7 @@ from typing import Final
 from rich.console import Console
 from rich.table import Table
 
+from scripts.fast_path import warn_if_pure
 from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
 
 __all__ = ["SOURCES", "Copy", "main", "summarize"]
@@ -238,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", help="an image to copy, instead of a new one")
     parser.add_argument("--output", help="write a JSON report")
     options = parser.parse_args(argv)
+    warn_if_pure()
     missing = [tool for tool in ("nbdkit", "nbdcopy") if shutil.which(tool) is None]
     if missing:
         print(f"{' and '.join(missing)}: not installed")

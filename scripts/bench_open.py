@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from scripts.fast_path import warn_if_pure
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess, peak_rss_bytes, rss_bytes
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--writes", type=int, default=10_000, help="scattered (10000)")
     parser.add_argument("--dir", help="where the images go (a temporary directory)")
     options = parser.parse_args(argv)
+    warn_if_pure()
     begin_s = time.monotonic()
     subprocess.run([NBDTARGET, "version"], check=True, stdout=subprocess.DEVNULL)
     print(f"{'nbdtarget version':34} {time.monotonic() - begin_s:6.2f} s")

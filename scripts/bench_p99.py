@@ -36,6 +36,7 @@ from scripts import bench_cache
 from scripts.bench_hydration import fresh, make_source
 from scripts.bench_rounds import make_image
 from scripts.cache_under_test import uri_of
+from scripts.fast_path import warn_if_pure
 from scripts.fio import Job, run_fio
 from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
 
@@ -252,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", help="where the images go (a temporary directory)")
     parser.add_argument("--no-cache", action="store_true", help="leave the cache out")
     options = parser.parse_args(argv)
+    warn_if_pure()
     if options.quick:
         options.size, options.repeat, options.runtime = 1024, 2, 0.5
     console = Console(width=None if sys.stdout.isatty() else 140)

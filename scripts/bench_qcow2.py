@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from scripts.bench_hydration import MIB, Copy, make_source, timed
+from scripts.fast_path import warn_if_pure
 from tests.support.processes import NBDTARGET
 
 __all__ = ["KINDS", "main"]
@@ -117,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=KINDS)
     parser.add_argument("--dir", help="where the images go (a temporary directory)")
     options = parser.parse_args(argv)
+    warn_if_pure()
     missing = [tool for tool in ("qemu-img", "qemu-nbd") if shutil.which(tool) is None]
     if missing:
         print(f"{' and '.join(missing)}: not installed")

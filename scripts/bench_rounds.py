@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from nbdtarget.fast import compiled
 from scripts.bench_servers import PEERS, Contender
 from scripts.durable_client import run_durable
 from scripts.fio import Job, run_fio
@@ -190,6 +191,7 @@ def write_report(
         "date": now.isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}",
         "python": platform.python_version(),
+        "fast_path": compiled.describe(),
         "load_average": os.getloadavg(),
         "runtime_s": options.runtime,
         "repeat": options.repeat,

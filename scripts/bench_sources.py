@@ -36,6 +36,7 @@ from typing import Final
 
 from nbdtarget.porcelain.trace_file import read_trace, write_trace
 from scripts.bench_hydration import clone, fresh, make_source, start, timed
+from scripts.fast_path import warn_if_pure
 from scripts.fleet_sim import TRACE, fitted
 from tests.support.plain_client import PlainClient
 from tests.support.processes import NBDTARGET, ServerProcess
@@ -266,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="256 MiB, one round")
     parser.add_argument("--dir", help="where the images go (a temporary directory)")
     options = parser.parse_args(argv)
+    warn_if_pure()
     missing = [
         tool
         for tool in ("curl", "nbdkit", "nbdcopy", "qemu-nbd")

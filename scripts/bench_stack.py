@@ -31,6 +31,7 @@ from nbdtarget.devices import resolve
 from nbdtarget.devices.base import Device
 from nbdtarget.dm.registry import Registry
 from nbdtarget.server.listener import Listener
+from scripts.fast_path import warn_if_pure
 from scripts.fio import Job, run_fio
 from tests.support.processes import ServerProcess, StartError
 
@@ -191,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="2 rounds of 0.5 s")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    warn_if_pure()
     if options.serve is not None:
         process.run(lambda: _serve(options.serve))
         return 0

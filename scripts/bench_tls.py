@@ -31,6 +31,7 @@ from nbdtarget.common.tls_context import client_context
 from nbdtarget_protocol import consts as c
 from scripts.bench_rounds import available, compare, median_iops, paired_ratio
 from scripts.bench_servers import Contender
+from scripts.fast_path import warn_if_pure
 from scripts.fio import Job, run_fio
 from tests.support.certificates import authority
 from tests.support.processes import NBDTARGET, ServerProcess, StartError
@@ -200,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=["servers", "slow"])
     parser.add_argument("--only", action="append", default=[], metavar="WORD")
     options = parser.parse_args(argv)
+    warn_if_pure()
     if options.quick:
         options.repeat, options.runtime = 2, 1.0
     if shutil.which("fio") is None:

@@ -14,6 +14,7 @@ from nbdtarget.devices.ranged import retry
 from nbdtarget.devices.ranged.device import RangedDevice
 from nbdtarget.devices.resolve import open_device
 from tests.support.image_server import Answer, ImageServer, Request, image_of
+from tests.support.patience import PATIENCE_S
 
 __all__ = [
     "IMAGE",
@@ -47,6 +48,7 @@ def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "RETRY_S_MIN", 0.0001)
     monkeypatch.setattr(retry, "RETRY_S_MAX", 0.0001)
     monkeypatch.setattr(fetcher_module, "RENEW_S_MIN", 0.0)
+    monkeypatch.setattr(device_module, "OPEN_S_MAX", PATIENCE_S)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     for name in (*_PROXIES, "AWS_SESSION_TOKEN"):
