@@ -16,7 +16,7 @@
     payload_max = "64M"          # or a number of bytes
 
     [helper.vault]               # what the disk helper:vault is opened by
-    command = ["nbdkit", "-f", "-r", "--exit-with-parent", "sh", "/etc/vault.sh"]
+    command = ["nbdkit", "-f", "-r", "sh", "/etc/vault.sh"]
 
     [device.disk]
     uuid = "CLONE-disk"          # optional

@@ -157,7 +157,7 @@ def test_read_only_cache_before_an_image(work: Path) -> None:
 
 def test_command_of_the_configuration_file(work: Path) -> None:
     file = work / "c.toml"
-    command = ["nbdkit", "-r", "-f", "--exit-with-parent", "file", f"file={work}/raw"]
+    command = ["nbdkit", "-r", "-f", "file", f"file={work}/raw"]
     file.write_text(
         f"[helper.vault]\ncommand = {json.dumps(command)}\n"
         "[device.d]\nreadonly = true\ntable = '0 65536 linear helper:vault 0'\n"

@@ -158,6 +158,7 @@ class Helper:
         self._watch: asyncio.Task[None] | None = None
         self._rarely = SayRarely(LoopClock(), SAY_S_MIN)
         self._nr_lines = 0
+        self._turn = asyncio.Lock()
         self._is_closing = False
         self.last_words = ""
 
@@ -180,8 +181,15 @@ class Helper:
 
     async def start(self) -> None:
         """Start the program, unless it runs. Raises: ResolveError: it cannot be started."""
+        # Two may ask at the same time, and `end` may, while a process is being made: there is never a second one.
+        async with self._turn:
+            await self._start()
+
+    async def _start(self) -> None:
         if self.runs:
             return
+        if self._is_closing:
+            raise ResolveError(self._name, "is closed")
         reason = missing(self._argv[0])
         if reason:
             raise ResolveError(self._name, reason)
@@ -219,6 +227,10 @@ class Helper:
 
     async def end(self) -> None:
         """End the process, if one runs. `start` starts another one."""
+        async with self._turn:
+            await self._end()
+
+    async def _end(self) -> None:
         process, watch = self._process, self._watch
         if process is None or watch is None:
             return

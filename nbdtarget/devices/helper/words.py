@@ -304,11 +304,12 @@ class NbdkitName(HelperName):
 
     @property
     def argv(self) -> tuple[str, ...]:
+        # Without --exit-with-parent: it would take SIGTERM in place of the SIGKILL that `launch.py` has asked for, and an
+        # nbdkit that waits in accept() does not end at SIGTERM.
         return (
             self.program,
             "--readonly",
             "--foreground",
-            "--exit-with-parent",
             *(f"--filter={each}" for each in self.filters),
             self.plugin,
             *(f"{key}={value}" for key, value in self.parameters),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Helper: a child on a socket that is ours; it is started again, ended, and its words go to the log."""
 
+import asyncio
+import contextlib
 import os
 import socket
 import tempfile
@@ -11,7 +13,7 @@ import pytest
 from nbdtarget.common.errors import ResolveError
 from nbdtarget.devices.helper import process
 from nbdtarget.devices.helper.process import Helper, PrivateSocket
-from tests.support.patience import PATIENCE_S
+from tests.support.patience import PATIENCE_S, until
 
 ACCEPT = (
     "import os, socket, sys;"
@@ -65,6 +67,44 @@ async def test_it_is_started_again_on_the_same_socket() -> None:
         assert helper.pid is None
     assert pids[0] != pids[1]
     await helper.close()
+
+
+def processes(mark: str) -> list[int]:
+    """The processes that have this word among their arguments."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+async def test_two_that_start_it_at_the_same_time_start_one(tmp_path: Path) -> None:
+    helper = Helper("d", ["python3", "-c", ACCEPT, str(tmp_path)])
+    await asyncio.gather(*(helper.start() for _ in range(3)))
+    assert processes(str(tmp_path)) == [helper.pid]
+    await helper.close()
+    assert processes(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True], ids=["closed", "cancelled"])
+@pytest.mark.parametrize("nr_turns", [0, 1, 2, 3, 5, 8])
+async def test_nothing_runs_after_a_close_while_it_starts(
+    tmp_path: Path, nr_turns: int, is_cancelled: bool
+) -> None:
+    helper = Helper("d", ["python3", "-c", ACCEPT, str(tmp_path)])
+    start = asyncio.ensure_future(helper.start())
+    for _ in range(nr_turns):
+        await asyncio.sleep(0)
+    if is_cancelled:
+        start.cancel()
+    await helper.close()
+    await asyncio.wait([start])
+    if not start.cancelled() and (error := start.exception()):
+        assert "is closed" in str(error)
+    await until(lambda: not processes(str(tmp_path)))
+    with pytest.raises(ResolveError, match="is closed"):
+        await helper.start()
 
 
 async def test_its_words_go_to_the_log_and_into_the_reason(

@@ -111,7 +111,6 @@ def test_plugin_with_parameters_and_filters() -> None:
         "nbdkit",
         "--readonly",
         "--foreground",
-        "--exit-with-parent",
         "--filter=xz",
         "--filter=cache",
         "file",
