@@ -124,6 +124,7 @@ HELPERS: Final = (
             ),
         ),
         LAUNCH,
+        hangs=True,
     ),
     Mutant(
         "helper-started-after-its-server-has-ended",
@@ -171,10 +172,24 @@ HELPERS: Final = (
     Mutant(
         "helper-that-ignores-sigterm-not-killed",
         "The server waits for it for ever, or leaves it behind.",
-        "nbdtarget.devices.helper.process:Helper.end",
+        "nbdtarget.devices.helper.process:Helper._end",
         (("(signal.SIGTERM, signal.SIGKILL)", "(signal.SIGTERM,)"),),
         PROCESS,
         hangs=True,
+    ),
+    Mutant(
+        "two-starts-of-a-helper-make-two",
+        "The first process is forgotten, and outlives the server's work with it.",
+        "nbdtarget.devices.helper.process:Helper.start",
+        (("async with self._turn:", "if True:"),),
+        PROCESS,
+    ),
+    Mutant(
+        "helper-started-after-its-close",
+        "A start that the close overtakes leaves a process behind.",
+        "nbdtarget.devices.helper.process:Helper._start",
+        (("if self._is_closing:", "if False:"),),
+        PROCESS,
     ),
     Mutant(
         "what-a-helper-has-started-is-left-behind",
