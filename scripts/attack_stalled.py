@@ -27,7 +27,7 @@ server took to close each kind, how many of them were there together, and p99 of
 
 The server runs with bounds that let so many clients in at all; its times are shortened so that a run takes four minutes
 (`TIMES`). The exit status is 1 if a stalled client was not closed in time, or a descriptor stays open. With `--no-end` a run is over after
-the phase `stalled`, which takes half a minute on an idle machine; nobody is closed before.
+the phase `stalled`, which takes half a minute on an idle machine; no staller is disconnected before.
 
 What is resident in the end is more than before: large buffers are kept for reuse, up to `pool_bytes_max` (32 MiB), and the allocator
 keeps pages. A second wave of such clients adds nothing to it.

@@ -374,7 +374,7 @@ class Round:
                 return
 
     def _drop(self) -> None:
-        """Nobody knows where the next request begins, or the rest does not come: drop what was sent."""
+        """Drop what was sent: after a broken message the next request cannot be found, or the rest of a message does not come."""
         self._take()
         self.nr_dropped += self.plane.end - self.plane.begin
         self.is_dropped = True

@@ -262,7 +262,7 @@ class BulkCopies:
         try:
             self._loop.call_soon_threadsafe(self._drain)
         except RuntimeError:
-            return  # the loop is closed: nobody waits for a copy any more
+            return  # the loop is closed: no task waits for a copy any more
 
     def _report(self, error: Exception) -> None:
         assert self._loop is not None

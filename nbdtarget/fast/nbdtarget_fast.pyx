@@ -515,7 +515,7 @@ cdef class FastFile:
     @syncer.setter
     def syncer(self, Syncer value):
         if value is not None and (not value.is_started or self.sync_left is None or self.kick_failed is None):
-            raise ValueError("nobody takes what is left of a sync, or it has no thread yet")
+            raise ValueError("no callback was given for what is left of a sync, or the sync has no thread yet")
         self._syncer = value
         self.file.job = NULL if value is None else value.job
 

@@ -36,7 +36,7 @@ class KeptSource:
         return device
 
     async def close(self) -> None:
-        """Close what nobody has wanted."""
+        """Close the disk, unless a table has taken it."""
         device, self._device = self._device, None
         if device is not None:
             await device.close()

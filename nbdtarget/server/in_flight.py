@@ -196,7 +196,7 @@ class InFlight:
         return Slicing(shared.clock, shared.limits, shared.turns, self._reason_to_stop)
 
     def _reason_to_stop(self) -> int:
-        """Return the errno with which a request ends that takes long, if nobody waits for it any more; else 0."""
+        """Return the errno with which a request ends that takes long, if its client has gone or the server stops; else 0."""
         has_gone = self._host.is_closed or self._host.has_hung_up()
         return errnos.ESHUTDOWN if has_gone or self.is_shutting_down else 0
 

@@ -65,7 +65,7 @@ class Host(Protocol):
     def is_closed(self) -> bool: ...
 
     def has_hung_up(self) -> bool:
-        """Whether the client has gone: nobody takes a reply any more."""
+        """Whether the client has gone, so that no reply can be sent any more."""
 
     def flush(self) -> None:
         """Send now. Raises: OSError."""

@@ -113,7 +113,7 @@ class Traffic:
     __slots__ = ("_counts", "compiled")
 
     def __init__(self) -> None:
-        # By command; those that nobody has asked for are missing.
+        # By command; a command that no client has sent is missing.
         self._counts: defaultdict[int, Counts] = defaultdict(_nothing)
         self.compiled: _Compiled | None = None
 
@@ -138,7 +138,7 @@ class Traffic:
             self._counts[command][_NR_FAILED] += 1
 
     def counts(self) -> Mapping[int, Counts]:
-        """Return the numbers by command; a command that nobody has asked for may be missing. Nobody but this class changes them."""
+        """Return the numbers by command; a command that no client has sent may be missing. Callers must not change them."""
         if self.compiled is None:
             return self._counts
         answered = zip(_COMPILED, self.compiled.counted(), strict=True)

@@ -59,7 +59,7 @@ BOUNDS: Final = (
     ),
     Mutant(
         "connections-that-left-still-count",
-        "After so many clients nobody may connect any more.",
+        "After so many clients no further one may connect.",
         "nbdtarget.server.admission:Admission.leave",
         (("        self._nr_remote -= origin != _UNIX\n", ""),),
         ADMISSION,
@@ -258,7 +258,7 @@ BOUNDS: Final = (
     ),
     Mutant(
         "sighup-ends-a-server-with-certificates",
-        "Whoever renews a certificate and sends SIGHUP, as the warning says, ends the server.",
+        "An administrator who renews a certificate and sends SIGHUP, as the warning says, ends the server.",
         "nbdtarget.daemon.daemon:Daemon._hung_up",
         (("self.security.certificates() and not is_closed", "False"),),
         TERMINAL,
@@ -266,7 +266,7 @@ BOUNDS: Final = (
     ),
     Mutant(
         "closed-terminal-only-renews-certificates",
-        "A server stays when its terminal is closed, and nobody sees it any more.",
+        "A server goes on without its terminal, where no user sees it any more.",
         "nbdtarget.daemon.daemon:Daemon._hung_up",
         ((" and not is_closed", ""),),
         TERMINAL,

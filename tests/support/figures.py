@@ -8,7 +8,7 @@ from nbdtarget.control.figures import (
     TargetFigures,
 )
 
-__all__ = ["figures_of"]
+__all__ = ["figures", "figures_of"]
 
 
 def figures_of(*targets: TargetFigures, name: str = "d") -> FiguresAnswer:
@@ -29,12 +29,17 @@ def figures_of(*targets: TargetFigures, name: str = "d") -> FiguresAnswer:
         below=(),
         losses=0,
     )
+    return figures(0.0, device)
+
+
+def figures(time_s: float, *devices: DeviceFigures) -> FiguresAnswer:
+    """Return the figures of a server with these devices and no clients."""
     return FiguresAnswer(
-        time_s=0.0,
-        version="0",
+        time_s=time_s,
+        version="1",
         fast_path=True,
         pid=1,
-        devices=(device,),
+        devices=devices,
         clients=(),
         bounds=(),
         waiting=0,

@@ -46,7 +46,7 @@ class SyncPace:
         return not self._left
 
     def begin(self) -> None:
-        """A sync begins that nobody waits for; `ended` must follow."""
+        """A sync begins in the background, and the loop does not wait for it. The caller calls `ended` when it is over."""
         self._begun_ns = perf_counter_ns()
 
     def ended(self) -> None:

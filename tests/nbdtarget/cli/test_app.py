@@ -38,7 +38,7 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def imported_by(*words: str) -> set[str]:
-    """The modules that a command line imports in a process of its own, whatever becomes of it."""
+    """The modules that a command line imports in a process of its own, also if the command fails."""
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(words)],
         check=True,

@@ -13,10 +13,10 @@ from nbdtarget.control.fields import BelowLine
 from nbdtarget.control.figures import (
     DeviceFigures,
     FiguresAnswer,
-    Histogram,
     OperationFigures,
     TargetFigures,
 )
+from tests.support.figures import figures
 
 MIB = 1 << 20
 Fields = dict[str, bool | int | float | str | None]
@@ -61,25 +61,6 @@ def cache() -> TargetFigures:
         "mode": "rw",
     }
     return TargetFigures(0, 524288, "cache", fields)
-
-
-def figures(time_s: float, *devices: DeviceFigures) -> FiguresAnswer:
-    return FiguresAnswer(
-        time_s=time_s,
-        version="1",
-        fast_path=True,
-        pid=1,
-        devices=devices,
-        clients=(),
-        bounds=(),
-        waiting=0,
-        refused=0,
-        operations={},
-        latencies={},
-        latency_bounds_s=(),
-        loop_lag=Histogram(),
-        loop_lag_bounds_s=(),
-    )
 
 
 def drawn(before: FiguresAnswer | None, now: FiguresAnswer) -> list[str]:

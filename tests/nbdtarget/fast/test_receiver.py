@@ -508,7 +508,7 @@ def test_a_thread_that_was_not_started_or_whose_end_nobody_takes_is_not_lent(
     with pytest.raises(ValueError, match="no thread yet"):
         durable.file.syncer = Syncer(durable.fd)
     file = FastFile(durable.fd, 0, lambda: None, lambda *_: None)
-    with pytest.raises(ValueError, match="nobody takes"):
+    with pytest.raises(ValueError, match="no callback was given"):
         file.syncer = durable.syncer
 
 

@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def sync(pace: SyncPace, clock: Clock, took_ns: int) -> None:
-    """Make a sync that nobody waits for."""
+    """Make a sync in the background, for which the loop does not wait."""
     pace.begin()
     clock.now_ns += took_ns
     pace.ended()
