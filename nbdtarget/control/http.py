@@ -10,7 +10,9 @@
 A handler decodes the request, calls the registry and encodes the answer; all decisions are the
 registry's. A mistake of the user is answered with a `Failure`, which has a reason and an errno, with status
 400 (not a request), 401 (no token), 403 (the token allows to look, or a browser sends it for another site), 404 (no such verb or device), 405, 408 (too slow), 409 (in use), 413 (too
-large), 415 (compressed) or 422 (refused). Without a token that allows the verb (`tokens.py`) no body is read, and a compressed body never is.
+large), 415 (compressed) or 422 (refused). Without a token that allows the verb (`tokens.py`) a body is neither kept nor waited for, and a
+compressed body never is. What is left of it is dropped, up to BODY_BYTES_MAX and for LINGER_S: if a connection is closed while bytes stand unread in it, TCP
+and unix sockets tell the client of a reset, and it may never see the answer.
 `doorkeeper.py` bounds the number of connections and the time that a request may take. A bug in the server is logged with its
 traceback and answered with 500 and EIO; the server goes on.
 
@@ -49,6 +51,7 @@ log = logging.getLogger(__name__)
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 REASON_LENGTH_MAX: Final = 4000  # characters
 SHUTDOWN_S_MAX: Final = 2.0
+LINGER_S: Final = 2.0  # for the rest of a body that was refused
 _RIGHTS: Final = web.RequestKey("rights", Rights)
 
 
@@ -114,6 +117,7 @@ class HttpServer:
             logger=_http_log,
             shutdown_timeout=SHUTDOWN_S_MAX,
             auto_decompress=False,  # a megabyte could be inflated to a gigabyte on the loop
+            lingering_time=LINGER_S,
         )
 
     async def start(self, listener: socket.socket) -> None:
@@ -291,11 +295,13 @@ def _watched(keepers: list[Doorkeeper]) -> Middleware:
 
 
 def _cut_off(request: web.Request, status: int, reason: str) -> web.Response:
-    """Answer. If the body was not received completely, close the connection and do not read the rest."""
+    """Answer. The library drops the rest of a body that says its length; if it says none, or is too large, the connection is closed."""
     answer = _failure(status, reason, _CUT_OFF_ERRNOS[status])
-    if not request.content.is_eof():
+    length = request.content_length
+    is_short = length is not None and length <= BODY_BYTES_MAX
+    if not request.content.is_eof() and not is_short:
         answer.force_close()
-        request.protocol._lingering_time = 0.0  # otherwise it is read for ten seconds
+        request.protocol._lingering_time = 0.0
     return answer
 
 

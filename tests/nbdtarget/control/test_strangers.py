@@ -90,6 +90,39 @@ async def test_without_the_token_no_body_is_waited_for(stranger: Stranger) -> No
         assert (await stranger.ask("", b"{}"))[0] == 401
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [("", 401), (f"{RIGHT}Content-Encoding: gzip\r\n", 415)],
+    ids=["no-token", "compressed"],
+)
+async def test_a_refused_client_reads_the_answer_though_it_sends_its_body_late(
+    stranger: Stranger, headers: str, status: int
+) -> None:
+    """Browsers send header and body apart. A connection that is closed with the body unread tells of a reset instead."""
+    reader, writer = await stranger.connect()
+    head = f"POST /v1/info HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 4\r\n\r\n"
+    writer.write(head.encode())
+    async with asyncio.timeout(PATIENCE_S):
+        assert (await reader.readexactly(12)).endswith(f" {status}".encode())
+        writer.write(b"late")
+        await reader.readuntil(b"}")
+        # The connection is still of use.
+        writer.write(head.encode() + b"more")
+        assert (await reader.readexactly(12)).endswith(f" {status}".encode())
+    writer.close()
+
+
+async def test_the_rest_of_a_refused_body_is_waited_for_only_so_long(
+    stranger: Stranger,
+) -> None:
+    reader, writer = await stranger.connect()
+    writer.write(b"POST /v1/info HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
+    async with asyncio.timeout(PATIENCE_S):
+        assert b" 401 " in await reader.readline()
+        await reader.read()
+    writer.close()
+
+
 async def test_half_a_header_has_its_time(
     stranger: Stranger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
