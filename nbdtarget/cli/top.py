@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from nbdtarget.cli.common import Control, Names, addresses, ask
+from nbdtarget.cli.ending import in_order
 from nbdtarget.cli.events import event_line
 from nbdtarget.common.clock import blocking_sleep
 from nbdtarget.common.errors import NbdTargetError
@@ -76,8 +77,10 @@ def top(
     if not addresses(control):
         raise no_server(serve_control_path())
     console = Console()
+    # In order: else the terminal would stay as it is, without a cursor.
     with (
         suppress(KeyboardInterrupt),
+        in_order(),
         Live(console=console, screen=console.is_terminal, auto_refresh=False) as live,
     ):
         bars = BARS if console.encoding.startswith("utf") else PLAIN_BARS

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nbdtarget.cli.common import Json
+from nbdtarget.cli.ending import in_order
 from nbdtarget.cli.sizes import size_option
 from nbdtarget.common.units import SECTOR
 
@@ -180,9 +181,12 @@ def torture(
 
 def _run(options: "TortureOptions", *, json: bool) -> int:
     from nbdtarget.cli.progress.common import print_event, say
+    from nbdtarget.torture.mounts import have_own_mounts
     from nbdtarget.torture.session import torture
 
-    result = torture(options, say)
+    with in_order():
+        have_own_mounts()
+        result = torture(options, say)
     failure = result.failure
     if json:
         print_event(
@@ -237,10 +241,13 @@ def _print_outcome(outcome: "Outcome") -> None:
 
 
 def _replay(case: str, image: str | None, check_timeout: float) -> int:
+    from nbdtarget.torture.mounts import have_own_mounts
     from nbdtarget.torture.session import replay
 
     kept = None if image is None else Path(image)
-    recording, cut, outcome = replay(Path(case).absolute(), kept, check_timeout)
+    with in_order():
+        have_own_mounts()
+        recording, cut, outcome = replay(Path(case).absolute(), kept, check_timeout)
     print(
         f"{shlex.join(recording.command)}: the power went before flush {cut.flush} had ended: {cut.how}"
     )

@@ -83,17 +83,24 @@ def _make_file(path: Path, size: int) -> None:
 
 
 def _run_setup(setup: str, directory: Path) -> None:
-    done = subprocess.run(
+    process = subprocess.Popen(
         ["/bin/sh", "-c", setup],
         cwd=directory,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
-    if done.returncode:
-        said = " ".join(done.stdout.split())
-        raise NbdTargetError(f"--setup: status {done.returncode}: {said}")
+    try:
+        output, _ = process.communicate()
+    except BaseException:  # a signal: its children would keep the file system mounted
+        _kill(process.pid)
+        process.wait()
+        raise
+    if process.returncode:
+        said = " ".join(output.split())
+        raise NbdTargetError(f"--setup: status {process.returncode}: {said}")
 
 
 def _run_command(

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nbdtarget top` shows the figures, clients and events of a server."""
 
+import contextlib
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -41,6 +44,43 @@ def test_devices_clients_and_events(tmp_path: Path) -> None:
     assert "1 clients" in lines
     assert any(" on web (uid:" in line for line in lines)
     assert any(line.endswith("info web: resumed") for line in lines)
+    assert server.terminate() == 0
+
+
+SHOW_CURSOR = b"\x1b[?25h"
+LEAVE_SCREEN = b"\x1b[?1049l"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_terminal_is_given_back(tmp_path: Path, number: signal.Signals) -> None:
+    control = tmp_path / "control.sock"
+    argv = [NBDTARGET, "serve", "--listen", f"unix:{tmp_path}/nbd.sock"]
+    server = ServerProcess(
+        [*argv, "--control", str(control)], sockets=[control], log=tmp_path / "log"
+    )
+    ours, its = os.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    top = subprocess.Popen(
+        [NBDTARGET, "top", "-d", "60", "--control", str(control)],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(its)
+    shown = b""
+    while b"clients" not in shown:  # if the command ends first, the read fails (EIO)
+        shown += os.read(ours, 65536)
+    assert SHOW_CURSOR not in shown
+    top.send_signal(number)
+    with contextlib.suppress(OSError):  # EIO: nothing has it open any more
+        while piece := os.read(ours, 65536):
+            shown += piece
+    os.close(ours)
+    assert top.wait() == (0 if number == signal.SIGINT else 128 + number)
+    assert SHOW_CURSOR in shown
+    assert LEAVE_SCREEN in shown
     assert server.terminate() == 0
 
 
