@@ -82,6 +82,21 @@ def test_of_twenty_servers_that_start_at_once_exactly_one_has_the_socket(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_that_does_not_listen_yet_keeps_its_socket(tmp_path: Path) -> None:
+    """A connection to it is refused, as to a dead one: only the lock tells them apart."""
+    path = tmp_path / "s"
+    taken = take_unix_socket(str(path))
+    with pytest.raises(SocketInUseError, match="another server is listening"):
+        take_unix_socket(str(path))
+    remove_if_stale(str(path))
+    taken.socket.listen()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    taken.socket.close()
+    taken.release()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("umask", [0, 0o077])
 def test_the_mode_is_what_was_asked_for_whatever_the_umask_is(
     tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
