@@ -251,6 +251,22 @@ async def test_table_that_is_refused_is_cleared(
     world.check_uncached()
 
 
+async def test_what_the_line_says_besides_its_mode_is_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = "metadata2 no_discard_passdown dirty_log sorted_writeback"
+    await world.create(f"128 5 writeback {features} smq 0", nr_dirty=3)
+    await world.disk.message(0, ("migration_rate", "1000000"))
+
+    async def refuse(self: LinearTarget) -> None:
+        raise TableError("not today")
+
+    monkeypatch.setattr(LinearTarget, "preresume", refuse)
+    assert "not today" in await world.refusal()
+    tunables = "4 migration_threshold 2048 migration_rate 1000000"
+    assert world.line == world.table(f"128 5 passthrough {features} cleaner {tunables}")
+
+
 async def test_an_origin_that_does_not_answer_is_reported(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
