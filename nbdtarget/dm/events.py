@@ -11,11 +11,12 @@ class EventCounter:
 
     Attributes:
         nr: events so far.
+        is_closed: the device was removed, so `wait` returns at once: a loop around it must end.
     """
 
     def __init__(self) -> None:
         self.nr = 0
-        self._is_closed = False
+        self.is_closed = False
         self._waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -32,7 +33,7 @@ class EventCounter:
 
     def close(self) -> None:
         """Count the last event: there is nothing to wait for from now on."""
-        self._is_closed = True
+        self.is_closed = True
         self.count()
 
     async def wait(self, nr: int | None = None) -> int:
@@ -42,7 +43,7 @@ class EventCounter:
         """
         if nr is None:
             nr = self.nr
-        while self.nr == nr and not self._is_closed:
+        while self.nr == nr and not self.is_closed:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             try:

@@ -456,7 +456,7 @@ class CacheJob(job.Job[CachePlan]):
         """Report the state of the cache. Never commits: an idle cache does no I/O."""
         event_nr = device.event_nr
         is_first = not self._took_over
-        while True:
+        while not device.events.is_closed:
             await self._look(device, plan, is_first=is_first)
             is_first = False
             with contextlib.suppress(TimeoutError):

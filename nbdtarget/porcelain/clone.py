@@ -333,7 +333,7 @@ class CloneJob(job.Job[ClonePlan]):
         options = self._options
         is_hydrated = False
         event_nr = device.event_nr
-        while True:
+        while not device.events.is_closed:
             done, is_stuck, line, changed = await _progress(device, plan)
             self._report(self._reporter.progress, done, plan.size)
             if (is_stuck or changed) and not self._has_failed:

@@ -155,8 +155,20 @@ class Job(Generic[P]):
         """This process has taken a job over: take what `_plan_now` has added. `_loaded` is called next."""
 
     async def _watch(self, device: MappedDevice, plan: P) -> None:
-        """Report progress until cancelled; may set the daemon's `stop`."""
+        """Report progress until cancelled, or until the device is removed; may set the daemon's `stop`."""
         raise NotImplementedError
+
+    async def _watch_to_the_end(self, device: MappedDevice, plan: P) -> None:
+        """Also when the device is removed by a command: then the job ends, unless it serves other devices that were made by commands."""
+        await self._watch(device, plan)
+        event_nr = device.event_nr
+        while not device.events.is_closed:
+            event_nr = await device.events.wait(event_nr)
+        if self._daemon.registry.devices():
+            log.warning("%s was removed; other devices are served on", plan.name)
+        else:
+            log.warning("%s was removed, and no device is left to serve", plan.name)
+            self._daemon.stop.set()
 
     async def _ending(self, device: MappedDevice, plan: P) -> None:
         """Called after the stop signal while the device is still up; `_watch` has been cancelled."""
@@ -173,7 +185,7 @@ class Job(Generic[P]):
                 # The stop signal came before the first client: nothing has changed.
                 return 1 if must_leave_at_once() else 0
             plan, device = begun
-            watcher = asyncio.create_task(self._watch(device, plan))
+            watcher = asyncio.create_task(self._watch_to_the_end(device, plan))
             table: Table | None = None
             try:
                 if self._command is not None:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command removes the disk that `clone`, `cache` or `export` serves. Real processes: a job that goes wrong keeps its whole process busy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdtarget.control import messages as m
+from nbdtarget.control.client import ControlClient
+from tests.support.patience import PATIENCE_S
+from tests.support.processes import NBDTARGET, ServerProcess
+
+MIB = 1 << 20
+JOBS = {
+    "clone": ["clone", "source.img", "disk.img"],
+    "cache": ["cache", "source.img", "disk.img"],
+    "export": ["export", "disk.img"],
+}
+
+
+class Served:
+    """A job, and its control socket."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        words = [str(folder / w) if w.endswith(".img") else w for w in JOBS[kind]]
+        self.log, control = folder / "log", folder / "control.sock"
+        nbd = folder / "nbd.sock"
+        options = ["--name", "d", "--control", str(control), "--listen", f"unix:{nbd}"]
+        self.process = ServerProcess(
+            [NBDTARGET, *words, *options], sockets=[nbd], log=self.log
+        )
+        self._client = ControlClient(control)
+
+    def remove(self, name: str) -> None:
+        self._client.ask("remove", m.Remove(name), m.Done)
+
+    def create(self, name: str, table: str) -> None:
+        self._client.ask("create", m.Create(name, table), m.Done)
+
+    def names(self) -> list[str]:
+        answer = self._client.ask("info", m.Info(), m.InfoAnswer)
+        return [device.name for device in answer.devices]
+
+
+@pytest.fixture(params=list(JOBS))
+def served(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
+    for name in ("source.img", "disk.img"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+    made = Served(tmp_path, request.param)
+    yield made
+    made.process.kill()
+
+
+def test_the_command_ends_when_its_disk_is_removed(served: Served) -> None:
+    served.remove("d")
+    assert served.process.wait(PATIENCE_S) == 0
+    assert "d was removed, and no device is left to serve" in served.log.read_text()
+
+
+def test_other_disks_are_served_on(served: Served) -> None:
+    served.create("other", "0 8 zero")
+    served.remove("d")
+    assert served.names() == ["other"]
+    assert "d was removed; other devices are served on" in served.log.read_text()
+    assert served.process.terminate() == 0
