@@ -63,6 +63,7 @@ def test_sdist_holds_what_packagers_need(sdist: Path) -> None:
         "contrib/systemd/nbdtarget.service",
         "docs/conf.py",
         "nbdtarget/fast/nbdtarget_clock.h",
+        "nbdtarget/fast/nbdtarget_counting.h",
         "nbdtarget/fast/nbdtarget_fast.pyx",
         "tests/test_packaging.py",
     } <= names

@@ -153,6 +153,36 @@ cdef extern from "nbdtarget_clock.h" nogil:
     bint rate_of "nbdtarget_rate_of"(Moment first, Moment last, Rate *rate)
     void use_rate "nbdtarget_use_rate"(const Rate *rate)
 
+cdef extern from "nbdtarget_counting.h" nogil:
+    int NR_BOUNDS "NBDTARGET_NR_BOUNDS"
+    int NR_COUNTED "NBDTARGET_NR_COUNTED"
+    int COUNTED_FLUSH "NBDTARGET_COUNTED_FLUSH"
+    const int64_t *bounds_ns "nbdtarget_bounds_ns"
+    struct Sampling "nbdtarget_sampling":
+        uint32_t nr_untimed
+        uint32_t nr_exact
+        int64_t since_ns
+    struct Times "nbdtarget_times":
+        uint64_t taken_ns
+        uint64_t *buckets
+        int64_t usual_ns
+        int usual_bucket
+    struct Counter "nbdtarget_counter":
+        int64_t received_ns
+        uint64_t *nr
+        uint64_t *nr_bytes
+        uint8_t knows_usual
+        Times *times
+    void time_passed "nbdtarget_time_passed"(Sampling *sampling, int64_t now)
+    bint is_chosen "nbdtarget_is_chosen"(Sampling *sampling)
+    void was_chosen "nbdtarget_was_chosen"(Sampling *sampling, int64_t now)
+    int bucket_of "nbdtarget_bucket"(int64_t taken_ns)
+    void count_one "nbdtarget_count_one"(Counter *counter, int op, uint64_t nr_bytes, int64_t taken_ns)
+    void begin_batch "nbdtarget_begin_batch"(Counter *counter, Sampling *sampling, int64_t since)
+    void time_anyway "nbdtarget_time_anyway"(Counter *counter, int64_t since)
+    void add_untimed "nbdtarget_add_untimed"(Counter *counter, const uint64_t *nr)
+    int64_t end_batch "nbdtarget_end_batch"(Counter *counter, Sampling *sampling)
+
 cdef extern from "<fcntl.h>" nogil:
     int sync_file_range(int fd, off_t offset, off_t length, unsigned flags)
     unsigned SYNC_FILE_RANGE_WRITE
@@ -229,7 +259,7 @@ cdef enum:
     WAIT_SKIP_MAX = 64
     GATHER_PIECES = 128  # of one sendmsg: two for each reply
     NOTED_MAX = 64  # first hits of one turn
-    NR_BOUNDS = 12  # of the histograms of times
+    SLOW_WRITE_NS = 250000  # the time of a WRITE that takes longer is counted in any case
     MIXED_MAX = 64  # regions or blocks of one request that are looked at one by one
 
     KIND_FLAT = 0
@@ -238,11 +268,6 @@ cdef enum:
 
 WRITE_PIECE_BYTES = WRITE_PIECE  # for the test that it is the same as in Python
 
-# Up to which time a request counts in which bucket: those of `nbdtarget.server.traffic`, which a test compares.
-cdef int64_t[12] bounds_ns
-bounds_ns[:] = [
-    25000, 50000, 100000, 250000, 500000, 1000000, 2500000, 5000000, 10000000, 50000000, 250000000, 1000000000,
-]
 BOUNDS_NS = tuple(bounds_ns[nr] for nr in range(NR_BOUNDS))
 
 cdef uint32_t NO_ENTRY = 0xFFFFFFFFU
@@ -381,13 +406,13 @@ cdef inline bint file_takes(const File *file, uint64_t offset, uint64_t length) 
 
 
 cdef inline uint64_t file_write(
-    File *file, const uint8_t *data, uint64_t offset, uint64_t length, int *error
+    File *file, const uint8_t *data, uint64_t offset, uint64_t length, int *error, int64_t *slow_since
 ) noexcept nogil:
-    """Return how much the page cache took; if that is not all, `error` may say why."""
+    """Return how much the page cache took; if that is not all, `error` may say why. If it took long, `slow_since` says since when."""
     cdef uint64_t put = 0
     cdef uint64_t step
     cdef ssize_t taken
-    cdef int64_t began = now_ns()
+    cdef int64_t began = now_ns(), taken_ns
     error[0] = 0
     while put < length:
         step = length - put
@@ -402,20 +427,23 @@ cdef inline uint64_t file_write(
         put += <uint64_t>taken
         if <uint64_t>taken < step:
             break
-    if now_ns() - began > file.slow_ns:
+    taken_ns = now_ns() - began
+    if taken_ns > min(file.slow_ns, SLOW_WRITE_NS):
+        slow_since[0] = began
+    if taken_ns > file.slow_ns:
         # The next write is the device's to decide about.
         file.was_slow = True
         file.write_max = 0
     return put
 
 
-cdef void kick(File *file, uint64_t at, uint64_t length) noexcept nogil:
-    """Have the kernel begin to write back what a sync is about to wait for."""
+cdef int64_t kick(File *file, uint64_t at, uint64_t length) noexcept nogil:
+    """Have the kernel begin to write back what a sync is about to wait for. Returns since when, if that took too long; 0: it did not."""
     cdef int64_t began
     cdef int error
     if file.kick_skip:
         file.kick_skip -= 1
-        return
+        return 0
     began = now_ns()
     error = errno if sync_file_range(file.fd, <off_t>at, <off_t>length, SYNC_FILE_RANGE_WRITE) else 0
     if error:
@@ -425,6 +453,8 @@ cdef void kick(File *file, uint64_t at, uint64_t length) noexcept nogil:
     elif now_ns() - began > KICK_SLOW_NS:
         file.kick_penalty = min(2 * file.kick_penalty + 1, KICK_SKIP_MAX)
         file.kick_skip = file.kick_penalty
+        return began
+    return 0
 
 
 def write_pieces(int fd, payload, Py_ssize_t put, uint64_t offset, Py_ssize_t piece):
@@ -997,29 +1027,23 @@ cdef class Route:
 
 # ---- counters ----
 
-cdef enum:
-    NR_COUNTED = 3
-    COUNTED_FLUSH = 2  # beside COMMAND_READ and COMMAND_WRITE
-
-cdef struct Counts:
-    # Of READs, WRITEs or FLUSHes that were answered here.
-    uint64_t nr
-    uint64_t nr_bytes
-    uint64_t taken_ns
-    uint64_t buckets[13]  # NR_BOUNDS + 1
+cdef Sampling sampling  # of all connections
 
 
-cdef inline void count(Counts *counts, uint64_t nr, uint64_t nr_bytes, int64_t taken_ns) noexcept nogil:
-    """Count `nr` requests that have taken so long each."""
-    cdef int bucket = 0
-    if taken_ns < 0:
-        taken_ns = 0  # the machine was suspended, and its counter began again
-    while bucket < NR_BOUNDS and taken_ns > bounds_ns[bucket]:
-        bucket += 1
-    counts.nr += nr
-    counts.nr_bytes += nr_bytes
-    counts.taken_ns += nr * <uint64_t>taken_ns
-    counts.buckets[bucket] += nr
+def chosen_batches(ends_ns):
+    """For tests: which batches of a process are timed because it is their turn, if they end at these moments. At the first of them all
+    that could be saved up is used up."""
+    cdef Sampling found
+    cdef bint is_next
+    memset(&found, 0, sizeof(found))
+    found.since_ns = ends_ns[0]
+    chosen = []
+    for end_ns in ends_ns:
+        is_next = is_chosen(&found)
+        if is_next:
+            was_chosen(&found, end_ns)
+        chosen.append(is_next)
+    return chosen
 
 
 # ---- connections ----
@@ -1122,12 +1146,7 @@ cdef class Plane:
     cdef bint waits  # for a READ that is alone; set by the Receiver
     cdef bint may_wait  # in this turn
     cdef uint64_t alone_max  # up to which length a READ that is alone is always in bounds
-    # What was answered: READs, WRITEs, and FLUSHes that needed no Python. `fresh`: those that were served since they were received, at `received_ns`, and are
-    # not counted yet.
-    cdef Counts counts[3]  # NR_COUNTED
-    cdef uint64_t fresh[3]
-    cdef uint64_t fresh_bytes[3]
-    cdef int64_t received_ns
+    cdef Counter counter  # of READs, WRITEs, and FLUSHes that needed no Python
 
     def __init__(self, int sock, received not None, arena not None, *, bint structured, bint can_write, uint64_t size,
                  uint64_t zero_min, uint64_t length_max, int64_t turn_ns, Py_ssize_t flush_at, bint poison, ring_reads=None, uint64_t alone_max=0, flush_for=None, bint extended=False,
@@ -1183,23 +1202,30 @@ cdef class Plane:
         A WRITE with FUA that Python answers counts here with its bytes alone.
         """
         cdef int op, bucket
+        add_untimed(&self.counter, self.counter.nr)
+        time_passed(&sampling, now_ns())  # after a busy time all batches are timed again
         return tuple(
             (
-                self.counts[op].nr,
-                self.counts[op].nr_bytes,
-                self.counts[op].taken_ns,
-                [self.counts[op].buckets[bucket] for bucket in range(NR_BOUNDS + 1)],
+                self.counter.nr[op],
+                self.counter.nr_bytes[op],
+                self.counter.times[op].taken_ns,
+                [self.counter.times[op].buckets[bucket] for bucket in range(NR_BOUNDS + 1)],
             )
             for op in range(NR_COUNTED)
         )
 
-    cdef inline void _count(self, int64_t now) noexcept nogil:
-        """Count what was served since it was received. All of it has taken until now."""
+    def leave_untimed(self, uint32_t nr, usual_ns=None):
+        """For tests: it is not the turn of the next `nr` batches of this process to be timed.
+
+        Args: usual_ns: so long has the last one of this connection taken that stands for others.
+        """
         cdef int op
-        for op in range(NR_COUNTED):
-            if self.fresh[op] or self.fresh_bytes[op]:
-                count(&self.counts[op], self.fresh[op], self.fresh_bytes[op], now - self.received_ns)
-                self.fresh[op] = self.fresh_bytes[op] = 0
+        sampling.nr_untimed, sampling.nr_exact, sampling.since_ns = nr, 0, now_ns()
+        if usual_ns is not None:
+            self.counter.knows_usual = True
+            for op in range(NR_COUNTED):
+                self.counter.times[op].usual_ns = usual_ns
+                self.counter.times[op].usual_bucket = bucket_of(usual_ns)
 
     def take_syncs(self):
         """Return the cookies of the WRITEs with FUA that have been written, and those of the FLUSHes.
@@ -1220,6 +1246,7 @@ cdef class Plane:
         self.sync_is_flush[self.nr_syncs] = is_flush
         self.nr_syncs += 1
         self.sync_credit = SYNC_CREDIT
+        time_anyway(&self.counter, 0)
         if is_flush:
             if self.nr_unsynced > UNSYNCED_MAX:
                 self.nr_pairs = self.nr_unsynced = 0
@@ -1301,7 +1328,7 @@ cdef class Plane:
         while True:
             if is_received:
                 is_received = False
-                self.received_ns = now_ns()
+                begin_batch(&self.counter, &sampling, 0)
             else:
                 if self.end == self.received.len:
                     if not self.begin:
@@ -1316,7 +1343,7 @@ cdef class Plane:
                         return STOP_FAILED
                     if not poll_ns:
                         return STOP_DONE
-                    # Right after an answer the time is known from counting it: a look less.
+                    # Right after an answer the time is known: a look less.
                     now, ended = ended or now_ns(), 0
                     if not began:
                         began = now
@@ -1330,15 +1357,14 @@ cdef class Plane:
                     continue
                 if not got:
                     return STOP_CLOSED
+                # What was polled for has come a moment ago. A durable request is about to be timed anyway, from its beginning.
+                begin_batch(&self.counter, &sampling, looked if began else now_ns() if self.sync_credit else 0)
                 if began:
                     began = 0
                     if self.sync_credit:
                         self.nr_sync_hits += 1
                     else:
                         self.nr_hits += 1
-                    self.received_ns = looked  # a moment ago: a look at the clock less
-                else:
-                    self.received_ns = now_ns()
                 self.end += got
                 nr_batches += 1
                 if got > self.request_bytes and self._is_batch():
@@ -1355,18 +1381,18 @@ cdef class Plane:
             if self.nr_syncs == 1 and stop == STOP_DONE and self.lone_sync and not has_replies and self._sync_alone(way):
                 has_replies = True  # though it may have left
             if stop == STOP_SLOW or stop == STOP_UNFINISHED or stop == STOP_FAILED or stop == STOP_BLOCKED:
-                self._count(now_ns())
+                end_batch(&self.counter, &sampling)
                 return stop
             if has_replies and not self._send():
-                self._count(now_ns())
+                end_batch(&self.counter, &sampling)
                 return STOP_FAILED if self.error else STOP_BLOCKED
             if self.nr_unsynced == 1 and self.nr_pairs == SYNC_PAIRS:
                 self._kick_ahead(way.file)
-            now = ended = now_ns()
-            self._count(now)
+            now = end_batch(&self.counter, &sampling)
             # The rest of a request is on its way.
             if stop != STOP_DONE or self.nr_syncs or has_replies and not poll_ns and self.begin == self.end and not self._has_pending():
                 return stop
+            now = ended = now or now_ns()
             # A peer at depth 1 must not keep the loop for ever.
             if self._is_over(now):
                 return STOP_TURN_OVER
@@ -1550,7 +1576,7 @@ cdef class Plane:
                     return STOP_SLOW
                 elif not self._write(file, at + request_bytes, file_at, length, 0):
                     return STOP_UNFINISHED
-                self.fresh_bytes[COMMAND_WRITE] += length
+                self.counter.nr_bytes[COMMAND_WRITE] += length
                 if flags:
                     if file == NULL:
                         self.unsynced_length = 0
@@ -1565,7 +1591,7 @@ cdef class Plane:
                     self.unsynced_at, self.unsynced_length = file_at, length if file != NULL else 0
                     if self.was_batch and self.nr_pairs == SYNC_PAIRS:
                         self._kick_ahead(way.file)
-                    self.fresh[COMMAND_WRITE] += 1
+                    self.counter.nr[COMMAND_WRITE] += 1
                     self._pack_done(arena + self.out, at)
                     self.out += self.done_bytes
                 self.begin += request_bytes + length
@@ -1585,8 +1611,8 @@ cdef class Plane:
                     found = file_read(file, reply + head, file_at, length)
                 if found == FOUND:
                     self.out += self._pack_read(reply, at, length)
-                    self.fresh[COMMAND_READ] += 1
-                    self.fresh_bytes[COMMAND_READ] += length
+                    self.counter.nr[COMMAND_READ] += 1
+                    self.counter.nr_bytes[COMMAND_READ] += length
                 elif found == REFUSED or not self._miss(way, file, at, offset, file_at, length):
                     return STOP_SLOW
                 self.begin += request_bytes
@@ -1606,7 +1632,10 @@ cdef class Plane:
         self, File *file, const uint8_t *data, uint64_t at, uint64_t length, int nr_before
     ) noexcept nogil:
         """Returns whether the page cache took all of it; if not, what it took is noted for UNFINISHED."""
-        cdef uint64_t put = file_write(file, data, at, length, &self.error)
+        cdef int64_t slow_since = 0
+        cdef uint64_t put = file_write(file, data, at, length, &self.error, &slow_since)
+        if slow_since:
+            time_anyway(&self.counter, slow_since)
         if put == length:
             return True
         self.put, self.put_at, self.put_length, self.nr_put_before = put, at, length, nr_before
@@ -1655,8 +1684,11 @@ cdef class Plane:
         return self.nr_left > 0
 
     cdef inline void _kick(self, File *file, uint64_t at, uint64_t length) noexcept nogil:
+        cdef int64_t slow_since
         if file.kicks and not (self.inline_syncs and self.lone_sync):
-            kick(file, at, length)
+            slow_since = kick(file, at, length)
+            if slow_since:
+                time_anyway(&self.counter, slow_since)
 
     cdef void _kick_ahead(self, File *file) noexcept nogil:
         """After a WRITE for which a FLUSH is expected."""
@@ -1694,7 +1726,7 @@ cdef class Plane:
         file.synced_ns = now_ns()
         file.nr_synced += 1
         self.nr_syncs = 0
-        self.fresh[COUNTED_FLUSH if is_flush else COMMAND_WRITE] += 1
+        self.counter.nr[COUNTED_FLUSH if is_flush else COMMAND_WRITE] += 1
         self.base += sent
         self.out += SIMPLE_BYTES
         return True
@@ -1766,7 +1798,8 @@ cdef class Plane:
         read.is_hole = False
         read.sent = 0
         read.offset = offset
-        read.begun_ns = self.received_ns
+        time_anyway(&self.counter, 0)
+        read.begun_ns = self.counter.received_ns
         read.block = (offset - way.begin) // way.block_size if way.kind == KIND_TABLE else 0
         read.file = file
         read.after = self.begun
@@ -1805,8 +1838,8 @@ cdef class Plane:
         self.nr_begun = 0
         file.nr_reads = 0
         pack_waited(reply, read, self.zero_min, &self.out)
-        self.fresh[COMMAND_READ] += 1
-        self.fresh_bytes[COMMAND_READ] += read.length
+        self.counter.nr[COMMAND_READ] += 1
+        self.counter.nr_bytes[COMMAND_READ] += read.length
         self.nr_left = -1  # nothing is in flight any more
         if self.poison:
             memset(read.data, 0xdb, read.room)
@@ -1878,7 +1911,7 @@ cdef class Plane:
         while read != NULL:
             nr += 1
             if read.result == <int>read.length:
-                count(&self.counts[COMMAND_READ], 1, read.length, now - read.begun_ns)
+                count_one(&self.counter, COMMAND_READ, read.length, now - read.begun_ns)
             if not self.has_buffers or read.sent == reply_length(read):
                 nr_bytes += read.length
             elif read.result != <int>read.length:

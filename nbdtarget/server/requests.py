@@ -305,8 +305,9 @@ class Requests:
         """Count READs and WRITEs that have ended inline: each is ONE_REQUEST and its length."""
         if read or written:
             taken_ns = perf_counter_ns() - self._begun_ns
-            self.traffic.note(CMD_READ, *divmod(read, ONE_REQUEST), taken_ns)
-            self.traffic.note(CMD_WRITE, *divmod(written, ONE_REQUEST), taken_ns)
+            for command, both in ((CMD_READ, read), (CMD_WRITE, written)):
+                if both:
+                    self.traffic.note(command, *divmod(both, ONE_REQUEST), taken_ns)
 
     def _pack_other(
         self, bio: Bio, payload: memoryview, out: int, cookie: int, offset: int

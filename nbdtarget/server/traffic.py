@@ -2,8 +2,10 @@
 """`Traffic`: what the clients of an export have asked for, in numbers that only grow: requests, bytes, time, failures.
 
 Theory of operation. Each connection counts for itself, and nothing is added up while requests are served. `Accounts` adds up when it is
-asked: for each device, the connections that it has, and one sum of those that have ended. So a request costs two additions of integers, and a batch two
-looks at the clock.
+asked: for each device, the connections that it has, and one sum of those that have ended. So a request costs two additions of integers.
+
+A batch costs two looks at the clock. For the compiled path that is much, so while the server is busy it times only some of its batches (`nbdtarget_counting.h`). Python
+times each one: the interpreter needs longer for the additions than for the looks.
 
 The numbers of a connection stand in two places: the compiled path counts what it answers (`nbdtarget_fast.Plane.counted`),
 and Python counts everything else. No request is in both.

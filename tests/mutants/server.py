@@ -17,8 +17,28 @@ GATE: Final = ("tests/nbdtarget/server/test_gate.py",)
 
 UNIX_SOCKET: Final = ("tests/nbdtarget/common/test_unix_socket.py",)
 STOP: Final = ("tests/nbdtarget/daemon/test_stop.py",)
+TRAFFIC: Final = ("tests/nbdtarget/server/test_traffic.py",)
 
 SERVER: Final = (
+    Mutant(
+        "writes-of-a-batch-not-counted",
+        "Metrics show no writes while a client writes and reads.",
+        "nbdtarget.server.requests:Requests._note",
+        (
+            (
+                "                if both:",
+                "                if both and command == CMD_READ:",
+            ),
+        ),
+        TRAFFIC,
+    ),
+    Mutant(
+        "numbers-of-the-compiled-path-forgotten",
+        "Metrics show only what Python has answered.",
+        "nbdtarget.server.traffic:Traffic.counts",
+        (("if self.compiled is None:", "if True:"),),
+        TRAFFIC,
+    ),
     Mutant(
         "reset-in-a-payload-not-noticed",
         "A client that resets in the middle of a WRITE keeps its connection, and the device, for ever.",

@@ -271,6 +271,29 @@ def test_read_that_is_alone_is_waited_for(bench: Bench) -> None:
     assert not select.select([bench.ring.event_fd], [], [], 0)[0]
 
 
+@pytest.mark.parametrize("poll_ns", [0, POLL_NS], ids=["loop", "waited"])
+def test_read_is_timed_though_its_batch_was_not_to_be(
+    bench: Bench, poll_ns: int
+) -> None:
+    plane, usual_ns = bench.plane, 10**15
+    plane.leave_untimed(100, usual_ns)
+    if poll_ns:
+        os.write(bench.disk, bytes(512))
+    bench.read(512, poll_ns=poll_ns)
+    if not poll_ns:
+        bench.answer(bytes(512))
+    nr, nr_bytes, taken_ns, _ = plane.counted()[0]
+    assert (nr, nr_bytes) == (1, 512)
+    assert 0 < taken_ns < usual_ns
+    # It stands for no other.
+    bench.file.read_max = SIZE
+    with open("/dev/zero") as zeroes:
+        os.dup2(zeroes.fileno(), bench.reading)
+    plane.leave_untimed(100)
+    bench.read(512)
+    assert plane.counted()[0][2] == taken_ns + usual_ns
+
+
 def test_several_are_waited_for_one_after_the_other_in_a_turn_that_polls() -> None:
     bench = Bench(received=28)  # one request is received at a time
     os.write(bench.disk, b"a" * 512 + b"b" * 512 + b"c" * 512)

@@ -431,6 +431,25 @@ def test_durable_request_of_a_client_that_is_alone_needs_no_python(
     assert reads[0] == 0
 
 
+@pytest.mark.parametrize(
+    "wire", [request(FLUSH, 0, 0), write(1, FUA)], ids=["flush", "fua"]
+)
+def test_durable_request_is_timed_though_its_batch_was_not_to_be(
+    durable: Durable, wire: bytes
+) -> None:
+    durable.until_alone()
+    plane, usual_ns = durable.plane, 10**15
+    plane.leave_untimed(100, usual_ns)
+    durable.call(wire)
+    _, writes, flushes = plane.counted()
+    assert 0 < writes[2] + flushes[2] < usual_ns
+    plane.leave_untimed(100)
+    durable.call(wire)
+    _, writes, flushes = plane.counted()
+    assert writes[0] + flushes[0] == 2
+    assert 0 < writes[2] + flushes[2] < usual_ns
+
+
 def test_flush_that_follows_each_write_needs_no_python(durable: Durable) -> None:
     durable.until_alone()
     for nr in range(12):  # after eight, writing back begins before the FLUSH
