@@ -31,13 +31,16 @@ from typing import Final, NamedTuple
 
 from tests.mutants.catalog import CATALOG
 from tests.mutants.mutant import ROOTS, Mutant, patched, path_of
+from tests.support.patience import PATIENCE_S
 
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = ("nbdtarget", "protocol", "metadata", "tests", "scripts")
 FILES: Final = ("pyproject.toml", "Makefile", "docs/reference/configuration.md")
 JOBS: Final = 2
-TIMEOUT_S: Final = 120.0
+# A test that waits in vain for what a mutant never does fails after PATIENCE_S: then the mutant is caught.
+TIMEOUT_S: Final = PATIENCE_S + 120.0
 BASELINE_TIMEOUT_S: Final = 600.0
+BASELINE_S_PER_FILE: Final = 30.0  # of tests, where there are many of them
 OUTPUT_LINES_MAX: Final = 40  # of a run that fails for a wrong reason
 
 # How pytest ends: 0 all passed, 1 a test failed; 2 and above: it could not even collect.
@@ -169,9 +172,12 @@ def run_mutants(options: argparse.Namespace, mutants: Sequence[Mutant]) -> bool:
             copy_tree(tree)
             (tree / "tmp").mkdir()
             trees.put(tree)
-        paths = options.tests or [path for each in mutants for path in each.tests]
+        paths = dict.fromkeys(
+            options.tests or [path for each in mutants for path in each.tests]
+        )
         first = trees.get()
-        baseline = run_tests(first, dict.fromkeys(paths), BASELINE_TIMEOUT_S)
+        timeout_s = max(BASELINE_TIMEOUT_S, BASELINE_S_PER_FILE * len(paths))
+        baseline = run_tests(first, paths, timeout_s)
         trees.put(first)
         if baseline.status != PASSED:
             print(baseline.output)
