@@ -408,6 +408,10 @@ class TlsSocket:
     def fileno(self) -> int:
         return self._sock.fileno()
 
+    def give_up(self) -> socket.socket:
+        """After a handshake that has failed: return the socket, which is the caller's from now on."""
+        return self._sock
+
     def shutdown(self, how: int) -> None:
         """As of a socket. Before our half is closed the peer gets a close_notify."""
         if how != socket.SHUT_RD:

@@ -11,7 +11,7 @@ A handler decodes the request, calls the registry and encodes the answer; all de
 registry's. A mistake of the user is answered with a `Failure`, which has a reason and an errno, with status
 400 (not a request), 401 (no token), 403 (the token allows to look, or a browser sends it for another site), 404 (no such verb or device), 405, 408 (too slow), 409 (in use), 413 (too
 large), 415 (compressed) or 422 (refused). Without a token that allows the verb (`tokens.py`) a body is neither kept nor waited for, and a
-compressed body never is. What is left of it is dropped, up to BODY_BYTES_MAX and for LINGER_S: if a connection is closed while bytes stand unread in it, TCP
+compressed body never is. What is left of it is dropped, for LINGER_S: if a connection is closed while bytes stand unread in it, TCP
 and unix sockets tell the client of a reset, and it may never see the answer.
 `doorkeeper.py` bounds the number of connections and the time that a request may take. A bug in the server is logged with its
 traceback and answered with 500 and EIO; the server goes on.
@@ -163,14 +163,14 @@ def _handler(
 
     async def handle(http: web.Request) -> web.Response:
         if changes and http[_RIGHTS] is not Rights.ALL:
-            return _cut_off(http, 403, f"{verb}: this token may look, and not change")
+            return _cut_off(403, f"{verb}: this token may look, and not change")
         if (http.content_length or 0) > bytes_max:
             return _too_large(bytes_max)
         try:
             async with timeout(BODY_S):
                 body = await http.read() or b"{}"
         except TimeoutError:
-            return _cut_off(http, 408, f"no request within {BODY_S:g} s")
+            return _cut_off(408, f"no request within {BODY_S:g} s")
         if len(body) > bytes_max:  # one without a Content-Length
             return _too_large(bytes_max)
         try:
@@ -247,7 +247,7 @@ def _refuse_other_sites(*, has_token: bool) -> Middleware:
     @web.middleware
     async def refuse(request: web.Request, handler: Handler) -> web.StreamResponse:
         why = why_refused(request, has_token=has_token)
-        return await handler(request) if why is None else _cut_off(request, 403, why)
+        return await handler(request) if why is None else _cut_off(403, why)
 
     return refuse
 
@@ -260,7 +260,7 @@ def _check_rights(tokens: ControlTokens, *, is_tcp: bool) -> Middleware:
         given = request.headers.get("Authorization", "")
         rights = tokens.rights(given, is_tcp=is_tcp)
         if rights is None:
-            return _cut_off(request, 401, "the token is missing or wrong")
+            return _cut_off(401, "the token is missing or wrong")
         wanted = request.headers.get(RIGHTS_HEADER, Rights.ALL.value)
         if wanted != Rights.ALL.value:
             rights = Rights.LOOK
@@ -275,7 +275,7 @@ def _check_rights(tokens: ControlTokens, *, is_tcp: bool) -> Middleware:
 @web.middleware
 async def _check_encoding(request: web.Request, handler: Handler) -> web.StreamResponse:
     if request.headers.get("Content-Encoding", "identity") != "identity":
-        return _cut_off(request, 415, "no Content-Encoding is accepted")
+        return _cut_off(415, "no Content-Encoding is accepted")
     return await handler(request)
 
 
@@ -294,15 +294,9 @@ def _watched(keepers: list[Doorkeeper]) -> Middleware:
     return watched
 
 
-def _cut_off(request: web.Request, status: int, reason: str) -> web.Response:
-    """Answer. The library drops the rest of a body that says its length; if it says none, or is too large, the connection is closed."""
-    answer = _failure(status, reason, _CUT_OFF_ERRNOS[status])
-    length = request.content_length
-    is_short = length is not None and length <= BODY_BYTES_MAX
-    if not request.content.is_eof() and not is_short:
-        answer.force_close()
-        request.protocol._lingering_time = 0.0
-    return answer
+def _cut_off(status: int, reason: str) -> web.Response:
+    """Answer. The library drops what is left of the body, for LINGER_S."""
+    return _failure(status, reason, _CUT_OFF_ERRNOS[status])
 
 
 _CUT_OFF_ERRNOS: Final = {

@@ -4,7 +4,7 @@
 Theory of operation. States:
 
     state         receives                    ends by
-    HANDSHAKE     options, a TLS handshake    GO: TRANSMISSION; ABORT, error, time: CLOSED
+    HANDSHAKE     options, a TLS handshake    GO: TRANSMISSION; ABORT, error, time: CLOSED; TLS refused: DRAINING
     TRANSMISSION  requests, unless paused     DISC, EOF: DRAINING; garbage, lost peer: CLOSED
     DRAINING      nothing, or to drop it      the last bio has ended and its reply has left
     CLOSED        -                           the last bio has ended: socket closed, device released
@@ -48,7 +48,7 @@ from typing import Final
 
 from nbdtarget.bio import Bio
 from nbdtarget.common.access import Identity
-from nbdtarget.common.tls_socket import TlsSocket
+from nbdtarget.common.tls_socket import TlsError, TlsSocket
 from nbdtarget.common.turns import Soon
 from nbdtarget.devices.base import Device
 from nbdtarget.server.flow import NEVER, Flow
@@ -499,7 +499,11 @@ class Connection:
                 return False
             assert isinstance(self._sock, socket.socket)
             self._sock = self._tls = negotiation.begin_tls(self._sock)
-        is_over = self._tls.handshake()
+        try:
+            is_over = self._tls.handshake()
+        except TlsError as error:
+            self._end_refused_tls(self._tls, error)
+            return False
         if self._tls.has_unsent:
             self._watch.write(self._writable)
         else:
@@ -507,6 +511,19 @@ class Connection:
         if is_over:
             negotiation.tls_has_begun(self._tls)
         return is_over
+
+    def _end_refused_tls(self, tls: TlsSocket, error: TlsError) -> None:
+        """Close our half, and drop what still comes, until the client closes its own or `linger_s` is over.
+
+        The alert that says why has left. In TLS 1.3 a client may send its first option before it reads that; a socket
+        that is closed by then answers with a reset, and the client never learns the reason.
+        """
+        log.info("%s: %s", self.peer, error)
+        self._sock, self._tls = tls.give_up(), None
+        self.state = DRAINING
+        self._watch.stop_writing()
+        self._sock.shutdown(socket.SHUT_WR)
+        self._patience.linger()
 
     def _answer_handshake(self) -> None:
         handshake = self._negotiation.handshake

@@ -55,8 +55,8 @@ class Limits:
             and reads none of its replies for so long is disconnected in any case.
         stall_total_s: a client that is in the middle of a request and sends nothing, or that reads none of its replies, for so
             long is disconnected in any case, at the latest after half as much again (`stalls.py`).
-        linger_s: after our half of a connection was closed at shutdown, how long the client
-            has to close its own.
+        linger_s: after our half of a connection was closed, at shutdown or because its TLS handshake was refused, how long
+            the client has to close its own.
         requests_in_flight_max, bytes_in_flight_max: of one connection.
         guaranteed_bytes: a connection with nothing in flight may always begin a request of at most so many bytes, however much
             the others have in flight.

@@ -2,6 +2,7 @@
 """TLS of a listener. Each fault that other servers had is a test with its name."""
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import ssl
@@ -12,6 +13,7 @@ import pytest
 
 from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.common.tls_context import client_context
+from nbdtarget.common.tls_socket import TlsError, TlsSocket
 from nbdtarget.server.limits import Limits
 from nbdtarget.server.listener import Listener
 from nbdtarget.server.tls import ListenerTls, TlsOptions
@@ -19,6 +21,7 @@ from nbdtarget_protocol import consts as c
 from nbdtarget_protocol.handshake import TlsMode
 from tests.support.certificates import authority, needs_openssl
 from tests.support.clock import SimClock
+from tests.support.patience import until
 from tests.support.peer import MIB, Peer, Served
 
 pytestmark = needs_openssl
@@ -222,14 +225,62 @@ async def test_options_after_a_failed_handshake_are_not_answered(
 ) -> None:
     await started(served, options("on", verify_peer=True))
     peer = await acknowledged(served)
-    stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    stranger.load_verify_locations(str(authority()[1] / "ca-cert.pem"))
     # In TLS 1.3 the client believes that all is well until it reads.
-    await encrypt(peer, stranger)
+    await encrypt(peer, bare_context())
     peer.option(c.OPT_GO, bytes(6))
     with pytest.raises((ssl.SSLError, asyncio.IncompleteReadError, ConnectionError)):
         await peer.option_reply()
     await served.until_connections(0)
+
+
+def bare_context() -> ssl.SSLContext:
+    """A client that trusts our certificate and has none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(str(authority()[1] / "ca-cert.pem"))
+    return context
+
+
+async def refused_in_tls(served: Served, caplog: pytest.LogCaptureFixture) -> TlsSocket:
+    """A client that believes that all is well, although the server has refused it."""
+    caplog.set_level(logging.INFO)
+    await started(served, options("on", verify_peer=True))
+    peer = await acknowledged(served)
+    sock = peer.writer.get_extra_info("socket").dup()
+    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]  # it is a transport that reads, too
+    asking = TlsSocket(
+        sock, bare_context(), server_side=False, server_hostname="localhost"
+    )
+    await until(asking.handshake)
+    await until(lambda: "the peer showed no certificate" in caplog.text)
+    peer.writer.transport.abort()  # the connection goes on, in the duplicate
+    return asking
+
+
+async def test_refused_client_learns_why_though_it_sends_its_option_late(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In TLS 1.3 its first option follows the handshake. If the connection is closed by then, it is told of a reset."""
+    with contextlib.closing(await refused_in_tls(served, caplog)) as asking:
+        asking.send(c.OPTION.pack(c.IHAVEOPT, c.OPT_GO, 6) + bytes(6))
+        with pytest.raises(TlsError, match="requires a certificate"):
+            await until(lambda: bool(received(asking)))
+    await served.until_connections(0)
+
+
+async def test_refused_client_that_stays_is_closed(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    served.clock = clock = SimClock()
+    with contextlib.closing(await refused_in_tls(served, caplog)):
+        assert (await served.start()).nr_connections == 1
+        clock.advance(served.limits.linger_s)
+        await served.until_connections(0)
+
+
+def received(sock: TlsSocket) -> bytes:
+    with contextlib.suppress(BlockingIOError):
+        return sock.recv(100)
+    return b""
 
 
 async def test_slow_tls_handshake_costs_its_own_connection(served: Served) -> None:
