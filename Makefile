@@ -8,7 +8,7 @@ JOBS ?= $(shell expr $$(nproc) + 1)
 COVERAGE_PROTOCOL := 100
 COVERAGE_METADATA := 98.8
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 --require-hashes
 
 # `make run SOURCE=… DEST=…` clones a real disk; without them, a sample one.
 ifeq ($(origin SOURCE)$(origin DEST),undefinedundefined)

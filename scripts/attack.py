@@ -44,7 +44,9 @@ MIB: Final = 1 << 20
 DISK_BYTES: Final = 64 << 20
 DISKS: Final = ("file", "zero")
 NOISE: Final = random.Random(0).randbytes(64 << 10)
-SETTLE_S: Final = 5.0  # for the server to notice that the attackers have gone
+# For the server to start, and to notice that the attackers have gone, on a machine that does something else.
+PATIENCE_S: Final = 180.0
+STARTS_MAX: Final = 5  # another program may have taken a port that was free
 PAUSE_S: Final = 0.002
 ATTACH_S: Final = 10.0  # a new client gives up after this
 TOKEN: Final = "correct-horse-battery"
@@ -58,7 +60,7 @@ def request(command: int, length: int, offset: int = 0) -> bytes:
     return c.REQUEST.pack(c.REQUEST_MAGIC, 0, command, 1, offset, length)
 
 
-def connected(address: Address, timeout_s: float = 30.0) -> socket.socket:
+def connected(address: Address, timeout_s: float = PATIENCE_S) -> socket.socket:
     """A connection that has been greeted."""
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     sock = socket.socket(family)
@@ -69,7 +71,7 @@ def connected(address: Address, timeout_s: float = 30.0) -> socket.socket:
 
 
 def attached(
-    address: Address, *, structured: bool = False, timeout_s: float = 30.0
+    address: Address, *, structured: bool = False, timeout_s: float = PATIENCE_S
 ) -> socket.socket:
     """A connection in transmission."""
     sock = connected(address, timeout_s)
@@ -88,11 +90,24 @@ class Server:
 
     def __init__(self, folder: Path, program: str, disk: str) -> None:
         self.unix: Address = str(folder / "nbd.sock")
-        self.tcp: tuple[str, int] = ("127.0.0.1", _free_port())
-        self.control: tuple[str, int] = ("127.0.0.1", _free_port())
         token = folder / "token"
         token.write_text(f"{TOKEN}\n")
         token.chmod(0o600)
+        for _ in range(STARTS_MAX):
+            if self._starts(program, token):
+                break
+        else:
+            raise ConnectionError("the server does not start")
+        try:
+            self._create_device(program, self._target(folder, disk))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _starts(self, program: str, token: Path) -> bool:
+        """Start the process; whether it serves."""
+        self.tcp: tuple[str, int] = ("127.0.0.1", _free_port())
+        self.control: tuple[str, int] = ("127.0.0.1", _free_port())
         host, control_port = self.control
         self._process = subprocess.Popen(
             [
@@ -104,12 +119,10 @@ class Server:
             stderr=subprocess.PIPE,  # and it is never read, which must not stop the server
         )  # fmt: skip
         assert self._process.stdout is not None
-        self._process.stdout.readline()
-        try:
-            self._create_device(program, self._target(folder, disk))
-        except BaseException:
-            self.stop()
-            raise
+        if self._process.stdout.readline():
+            return True
+        print(self._process.communicate()[1].decode(), file=sys.stderr)
+        return False
 
     def _target(self, folder: Path, disk: str) -> str:
         """The words of the table line; makes the file."""
@@ -123,7 +136,7 @@ class Server:
 
     def _create_device(self, program: str, target: str) -> None:
         host, control_port = self.control
-        deadline_s = time.monotonic() + ATTACH_S
+        deadline_s = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline_s:
             with contextlib.suppress(ConnectionRefusedError):
                 socket.create_connection(self.control).close()
@@ -150,7 +163,7 @@ class Server:
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(70)
+        self._process.wait(PATIENCE_S)
 
 
 def _free_port() -> int:
@@ -229,7 +242,7 @@ def compressed_body_without_the_token(
     body = gzip.compress(bytes(20 * scale * MIB), 1)
     head = "POST /v1/info HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n"
     sock = socket.create_connection(server.control)
-    sock.settimeout(30)
+    sock.settimeout(PATIENCE_S)
     sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     sock.recv(100)
     return [sock]
@@ -242,7 +255,7 @@ def large_bodies_with_the_token(server: Server, scale: int) -> list[socket.socke
     socks = []
     for _ in range(2):
         sock = socket.create_connection(server.control)
-        sock.settimeout(60)
+        sock.settimeout(PATIENCE_S)
         sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         sock.recv(100)
         socks.append(sock)
@@ -305,7 +318,7 @@ def run(server: Server, attack: Attack, scale: int) -> dict[str, Any]:
     stop.set()
     waits = sorted(results.get())
     quiet.join()
-    deadline_s = time.monotonic() + SETTLE_S
+    deadline_s = time.monotonic() + PATIENCE_S
     while server.nr_open() > open_before and time.monotonic() < deadline_s:
         time.sleep(0.01)
     return {

@@ -48,6 +48,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from ctypes import c_longlong
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.synchronize import Event
@@ -79,6 +80,7 @@ SETTLE_S: Final = 3.0  # until what the clients have asked for at once is done
 READY_S_MAX: Final = 180  # until the quiet client is attached, on a busy machine
 ANSWER_S_MAX: Final = 180  # to a client, on a machine that does something else
 PAUSE_S: Final = 0.002
+ATTEMPTS_MAX: Final = 20
 DESCRIPTORS: Final = 64  # beside those of clients
 
 CONFIG: Final = """
@@ -99,6 +101,14 @@ table = "0 {sectors} linear {disk} 0"
 
 _connected = functools.partial(connected, timeout_s=ANSWER_S_MAX)
 _attached = functools.partial(attached, timeout_s=ANSWER_S_MAX)
+
+
+def _again_if_closed(connect: Callable[[], socket.socket]) -> socket.socket:
+    """A busy machine may let this process wait in the middle of a handshake, for longer than the server does."""
+    for _ in range(ATTEMPTS_MAX):
+        with contextlib.suppress(ConnectionError):
+            return connect()
+    raise ConnectionError("the server closes each connection in its handshake")
 
 
 # ---- the clients that stall: each function makes one ----
@@ -190,7 +200,8 @@ def _attackers(folder: str, each: int, greed: Greed, wait_s: float, pipe: Pipe) 
     poller = select.poll()
     for nr in range(each):
         for kind in KINDS:
-            sock = stalled_client(kind, folder, nr, greed)
+            make = functools.partial(stalled_client, kind, folder, nr, greed)
+            sock = _again_if_closed(make)
             socks[sock.fileno()] = sock, kind, time.monotonic()
             poller.register(sock, select.POLLRDHUP)
     pipe.send(time.monotonic() - begun_s)
@@ -209,12 +220,21 @@ def _attackers(folder: str, each: int, greed: Greed, wait_s: float, pipe: Pipe) 
 # ---- the quiet client ----
 
 
-def _quiet(folder: str, ready: Event, gently: Event, stop: Event, pipe: Pipe) -> None:
+def _quiet(
+    folder: str,
+    ready: Event,
+    gently: Event,
+    stop: Event,
+    nr_read: c_longlong,
+    pipe: Pipe,
+) -> None:
     """Read until told to stop. Sends: when each read began, and how long it took, seconds.
 
-    Args: gently: while it is set, with pauses: else the others, who need the same processors, connect slowly.
+    Args:
+        gently: while it is set, with pauses: else the others, who need the same processors, connect slowly.
+        nr_read: counts the reads that have ended.
     """
-    sock = _attached(f"{folder}/nbd.sock")
+    sock = _again_if_closed(lambda: _attached(f"{folder}/nbd.sock"))
     began, took = array("d"), array("d")
     reply_bytes = c.SIMPLE_REPLY.size + READ_BYTES
     offset = 0
@@ -229,6 +249,7 @@ def _quiet(folder: str, ready: Event, gently: Event, stop: Event, pipe: Pipe) ->
                 raise ConnectionError("the server has closed the quiet client")
             took.append(time.perf_counter() - began_s)
             began.append(began_s)
+            nr_read.value += 1
             if gently.is_set():
                 time.sleep(PAUSE_S)
     pipe.send((began, took))
@@ -286,16 +307,21 @@ class Server:
 
 
 class Phases:
-    """When each phase began, and what the server had at its end."""
+    """When each phase began, and what the server had at its end. Args: nr_read: by the quiet client, so far."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, nr_read: c_longlong) -> None:
         self._server = server
+        self._nr_read = nr_read
         self.rows: list[dict[str, Any]] = []
 
     def phase(self, name: str, wait: Callable[[], object]) -> None:
-        """Run `wait`, which takes as long as the phase."""
+        """Run `wait`, which takes as long as the phase: or longer, until the quiet client has begun a read and ended it."""
         begun_s = time.perf_counter()
+        nr_before = self._nr_read.value
         wait()
+        end_s = time.monotonic() + ANSWER_S_MAX
+        while self._nr_read.value < nr_before + 2 and time.monotonic() < end_s:
+            time.sleep(PAUSE_S)
         self.rows.append(
             {
                 "phase": name,
@@ -337,11 +363,14 @@ def run(
     quiet_end, quiet_pipe = spawn.Pipe()
     attack_end, attack_pipe = spawn.Pipe()
     wait_s = max(TIMES.values()) + SLACK_S
-    quiet = spawn.Process(target=_quiet, args=(folder, ready, gently, stop, quiet_pipe))
+    nr_read = spawn.RawValue(c_longlong, 0)
+    quiet = spawn.Process(
+        target=_quiet, args=(folder, ready, gently, stop, nr_read, quiet_pipe)
+    )
     attackers = spawn.Process(
         target=_attackers, args=(folder, each, greed, wait_s, attack_pipe)
     )
-    phases = Phases(server)
+    phases = Phases(server, nr_read)
     try:
         quiet.start()
         quiet_pipe.close()  # the other process has it: when that ends, `recv` ends

@@ -20,12 +20,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["Image", "ImageError", "debian", "image"]
+__all__ = ["Image", "ImageError", "PackagesError", "debian", "image"]
 
 RELEASE: Final = "bookworm"
 KERNEL: Final = "linux-image-6.12-cloud-amd64"
@@ -43,12 +44,17 @@ TOOLS: Final = {  # program: package, on this machine
     "depmod": "kmod",
 }
 ROOT_SIZE: Final = "3G"  # sparse
+FETCH_PAUSES_S: Final = (10, 30, 0)  # after each attempt that has failed
 INITRD_MODULES: Final = ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic")
 GUEST: Final = Path(__file__).with_name("guest")
 
 
 class ImageError(Exception):
     """The image could not be made; the text says why."""
+
+
+class PackagesError(ImageError):
+    """The packages could not be had: the archive does not answer, or this user may not install them."""
 
 
 class Image(NamedTuple):
@@ -120,7 +126,7 @@ def _archive(cache: Path) -> Path:
         part = base.with_suffix(".part")
         words = ["--variant=minbase", "--mode=root", "--format=tar", "--quiet"]
         words.append(f"--include={','.join(PACKAGES)}")
-        _run("mmdebstrap", *words, RELEASE, str(part))
+        _fetch("mmdebstrap", *words, RELEASE, str(part))
         part.rename(base)
     return base
 
@@ -128,11 +134,11 @@ def _archive(cache: Path) -> Path:
 def _install_tools() -> None:
     missing = {package for tool, package in TOOLS.items() if not shutil.which(tool)}
     if os.geteuid() != 0:
-        raise ImageError("only root can make the image of the virtual machines")
+        raise PackagesError("only root can make the image of the virtual machines")
     if missing:
-        _run("apt-get", "-qq", "update")
+        _fetch("apt-get", "-qq", "update")
         words = ["-qq", "-y", "--no-install-recommends"]
-        _run("apt-get", "install", *words, *sorted(missing))
+        _fetch("apt-get", "install", *words, *sorted(missing))
 
 
 def _make_initrd(tree: Path, root: Path, release: str, made: Path) -> None:
@@ -178,6 +184,19 @@ def _finish_root(root: Path) -> None:
         (root / "etc/systemd/system" / name).symlink_to("/dev/null")
     (root / "etc/fstab").write_text("")
     (root / "etc/hostname").write_text("vm\n")
+
+
+def _fetch(*argv: str) -> None:
+    """Run a program that fetches packages. Raises: PackagesError: it fails again and again."""
+    for pause_s in FETCH_PAUSES_S:
+        try:
+            _run(*argv)
+        except ImageError as error:
+            reason = str(error)
+            time.sleep(pause_s)
+        else:
+            return
+    raise PackagesError(reason)
 
 
 def _run(*argv: str) -> str:

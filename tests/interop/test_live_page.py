@@ -2,6 +2,7 @@
 """The live page in a real Chromium: what it shows, that the keyboard is enough, and that nothing comes from elsewhere."""
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -118,10 +119,17 @@ def site(tmp_path: Path) -> Iterator[Site]:
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"]
+            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT_MS
         )
         yield browser
         browser.close()
+
+
+def new_page(browser: Any, **options: Any) -> Any:
+    """A page in a context of its own, whose every step may take long: Playwright's own bound is 30 s."""
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(TIMEOUT_MS)
+    return page
 
 
 def test_the_page_shows_a_server_and_changes_it_by_keyboard(
@@ -129,7 +137,7 @@ def test_the_page_shows_a_server_and_changes_it_by_keyboard(
 ) -> None:
     expect = sync_api.expect
     expect.set_options(timeout=TIMEOUT_MS)
-    page = browser.new_page(viewport={"width": 1280, "height": 1200})
+    page = new_page(browser, viewport={"width": 1280, "height": 1200})
     complaints: list[str] = []
     requests: list[str] = []
     page.on("console", lambda said: complaints.append(said.text))
@@ -141,7 +149,7 @@ def test_the_page_shows_a_server_and_changes_it_by_keyboard(
         # The upper device, and below it the one that it stands on. A name is text and no markup.
         names = page.locator("#devices button.name")
         expect(names).to_have_text(["top <b>", "web", "slow"])
-        assert page.locator("#devices b").count() == 0
+        expect(page.locator("#devices b")).to_have_count(0)
         assert "token" not in page.url
         expect(page.locator("#clients tbody tr")).to_contain_text(["web"])
         expect(page.locator("#events li").first).to_be_visible()
@@ -153,13 +161,14 @@ def test_the_page_shows_a_server_and_changes_it_by_keyboard(
         words = page.locator("#map-words")
         expect(words).to_contain_text("25 % copied")
         expect(words).to_contain_text("75 % still read from the source")
-        assert "25 % copied" in page.locator("#map").get_attribute("aria-label")
-        colours = page.evaluate(
+        label = re.compile("25 % copied")
+        expect(page.locator("#map")).to_have_attribute("aria-label", label)
+        # The first pixel is copied, the last one is not.
+        page.wait_for_function(
             """() => { const c = document.getElementById("map");
             const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
-            return [Array.from(d.slice(0, 3)), Array.from(d.slice(-4, -1))]; }"""
+            return `${d.slice(0, 3)} ${d.slice(-4, -1)}` === "26,127,55 208,215,222"; }"""
         )
-        assert colours == [[26, 127, 55], [208, 215, 222]]
         expect(page.locator("#rate canvas")).to_be_visible()
 
         page.locator("#suspend").focus()
@@ -186,25 +195,27 @@ def test_the_page_shows_a_server_and_changes_it_by_keyboard(
     shows_what_was_before_it(site, browser)
     asks_for_the_token(site, browser)
     has_no_buttons_when_it_may_only_look(site, browser)
-    # A refused message is an answer of 422, which Chromium mentions; nothing else was said.
-    assert [said for said in complaints if "422" not in said] == []
+    # A refused message is an answer of 422, and so is one of 409 when the page asks for the map of a device that is suspended
+    # at that moment. Chromium mentions both; nothing else was said.
+    expected = re.compile(r"the server responded with a status of (409|422) ")
+    assert [said for said in complaints if not expected.search(said)] == []
 
 
 def asks_for_the_token(site: Site, browser: Any) -> None:
     """Open the page without the token, in a tab that does not know it."""
     address, _, token = site.url.partition("#token=")
-    page = browser.new_context().new_page()
+    page = new_page(browser)
     page.goto(address)
     field = page.get_by_label("Token of the control socket")
     sync_api.expect(field).to_be_focused()
-    assert page.locator("#main").is_hidden()
+    sync_api.expect(page.locator("#main")).to_be_hidden()
     field.fill(token)
     page.keyboard.press("Enter")
     sync_api.expect(page.locator("#devices button.name")).to_have_count(3)
 
 
 def has_no_buttons_when_it_may_only_look(site: Site, browser: Any) -> None:
-    page = browser.new_context().new_page()
+    page = new_page(browser)
     page.goto(site.open_page("--read-only"))
     expect = sync_api.expect
     expect(page.locator("#devices button.name")).to_have_count(3)
@@ -266,7 +277,7 @@ def removes_a_cache(site: Site, page: Any) -> None:
 
 def shows_what_was_before_it(site: Site, browser: Any) -> None:
     """A page that has just been opened shows the minutes before."""
-    page = browser.new_context().new_page()
+    page = new_page(browser)
 
     def nr_moments() -> int:
         return len(site.client.ask("history", History("web"), HistoryAnswer).moments)

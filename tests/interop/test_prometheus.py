@@ -21,7 +21,7 @@ from tests.support.monitoring import PROMETHEUS, needs_prometheus
 from tests.support.patience import PATIENCE_S
 from tests.support.places import ROOT
 from tests.support.plain_client import PlainClient, PlainClientError
-from tests.support.processes import NBDTARGET, ServerProcess
+from tests.support.processes import NBDTARGET, ServerProcess, maybe_port
 
 pytestmark = [
     pytest.mark.long,
@@ -66,11 +66,7 @@ class Site:
             sockets=[self.nbd, self.control],
             log=folder / "log",
         )
-        found = re.search(
-            r"metrics: tcp:(127\.0\.0\.1:\d+)", self.server.log.read_text()
-        )
-        assert found is not None
-        self.address = found[1]
+        self.address = until(self._metrics, "the server does not say its port")
         self.client = ControlClient(self.control)
         for name in ("clone.img", "origin.img", "cache.img"):
             (folder / name).write_bytes(bytes(SIZE))
@@ -85,6 +81,11 @@ class Site:
         self.create("ill", f"0 {sectors} error")
         self.create("still", "0 8 zero")
         self.client.ask("suspend", m.Suspend("still"), m.Done)
+
+    def _metrics(self) -> str | None:
+        said = self.server.log.read_text()
+        found = re.search(r"metrics: tcp:(127\.0\.0\.1:\d+)\n", said)
+        return None if found is None else found[1]
 
     def create(self, name: str, table: str) -> None:
         self.client.ask("create", m.Create(name, table), m.Done)
@@ -142,20 +143,8 @@ class Prometheus:
         self.port = until(self._port, "it does not listen")
 
     def _port(self) -> int | None:
-        """Prometheus does not say which port it has, so the kernel is asked for what this process listens on."""
         assert self.process.poll() is None, self.log.read_text()
-        try:
-            links = [
-                os.readlink(f"/proc/{self.process.pid}/fd/{fd}")
-                for fd in os.listdir(f"/proc/{self.process.pid}/fd")
-            ]
-        except FileNotFoundError:  # a descriptor was closed meanwhile
-            return None
-        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A" and f"socket:[{words[9]}]" in links:
-                return int(words[1].partition(":")[2], 16)
-        return None
+        return maybe_port(self.process.pid)
 
     def ask(self, url: str) -> Any:
         with urllib.request.urlopen(

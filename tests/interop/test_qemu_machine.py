@@ -29,21 +29,28 @@ class Monitor:
     def __init__(self, ask: IO[str], answers: IO[str]) -> None:
         self._ask, self._answers = ask, answers
         self.said: list[str] = []
+        self._events: list[str] = []
 
-    def until(self, key: str, value: object = None) -> dict[str, Any]:
-        """Read until a message has the key, with this value if one is given."""
-        for line in self._answers:
-            self.said.append(line)
-            message: dict[str, Any] = json.loads(line) if line[0] == "{" else {}
-            assert "error" not in message, message
-            if key in message and value in (None, message[key]):
-                return message
-        raise AssertionError(f"QEMU has ended: {self.said}")
+    def _receive(self) -> dict[str, Any]:
+        line = self._answers.readline()
+        assert line, f"QEMU has ended: {self.said}"
+        self.said.append(line)
+        message: dict[str, Any] = json.loads(line) if line[0] == "{" else {}
+        assert "error" not in message, message
+        if "event" in message:
+            self._events.append(message["event"])
+        return message
+
+    def until(self, event: str) -> None:
+        """Wait for an event, which may have come before the answer to the command that brings it about."""
+        while event not in self._events:
+            self._receive()
 
     def execute(self, command: str, **arguments: object) -> None:
         words = {"execute": command, "arguments": arguments}
         self._ask.write(json.dumps(words) + "\n")
-        self.until("return")
+        while "return" not in self._receive():
+            pass
 
 
 @contextmanager
@@ -83,9 +90,9 @@ def test_drive_is_mirrored_into_an_export(
             sync="full",
             mode="existing",
         )
-        monitor.until("event", "BLOCK_JOB_READY")
+        monitor.until("BLOCK_JOB_READY")
         monitor.execute("block-job-complete", device="src")
-        monitor.until("event", "BLOCK_JOB_COMPLETED")
+        monitor.until("BLOCK_JOB_COMPLETED")
     clone.hydrate()
     assert clone.dest.read_bytes() == content
 

@@ -177,10 +177,15 @@ def test_delay_examples(host: Host) -> None:
     host("create", "delayed", "--table", f"0 8192 delay {line}")
     assert host("table", "delayed") == f"0 8192 delay {line}\n"
     with host.client("delayed") as client:
+        requests = [
+            client.request(CMD_FLUSH),
+            client.request(CMD_WRITE, payload=b"y" * SECTOR),
+            client.request(CMD_READ, SECTOR, SECTOR),
+        ]
+        flush, write, read = (cookie for cookie, _ in requests)
         begin = time.monotonic()
-        flush = client.send(CMD_FLUSH)
-        write = client.send(CMD_WRITE, payload=b"y" * SECTOR)
-        read = client.send(CMD_READ, SECTOR, SECTOR)
+        # At once: on a busy machine the last could come later than the second's delay is long.
+        client.sock.sendall(b"".join(request for _, request in requests))
         assert [client.receive()[0] for _ in range(3)] == [read, write, flush]
         assert time.monotonic() - begin >= 0.333
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.clients import MIB, client, needs, report
 from tests.support.command_line import in_process
-from tests.support.patience import PATIENCE_S
+from tests.support.patience import PATIENCE_S, wait_until
 from tests.support.processes import NBDTARGET, ServerProcess
 
 pytestmark = [pytest.mark.interop, needs("qemu-io")]
@@ -133,9 +133,6 @@ def test_clone_hydrates_on_message_and_says_so(
     served("create", "disk", "--table", clone_table)
     assert " 0/128 0 " in served("status", "disk")
     served("message", "disk", "0", "enable_hydration")
-    for _ in range(100):
-        if " 128/128 0 " in served("status", "disk"):
-            break
-    assert " 128/128 0 " in served("status", "disk")
+    wait_until(lambda: " 128/128 0 " in served("status", "disk"))
     served("remove", "disk")
     assert (tmp_path / "dest").read_bytes() == (tmp_path / "source").read_bytes()

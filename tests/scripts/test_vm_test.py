@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make vm-test`: what it would run. That it runs is shown by running it."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from scripts import vm_test
+from scripts.vm import image as image_module
 from scripts.vm import machine
+from scripts.vm.image import ImageError, PackagesError
 
 SCRIPTS = sorted([*vm_test.SCRIPTS.glob("*.sh"), machine.COMMON])
 
@@ -30,6 +33,40 @@ def test_it_is_skipped_by_name_without_kvm(
     monkeypatch.setattr(vm_test, "has_kvm", lambda: False)
     assert vm_test.main(["--with-kvm-only"]) == 0
     assert capsys.readouterr().out.startswith("skipping the tests in virtual machines")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(PackagesError("x"), 0), (ImageError("x"), "vm-test: x")]
+)
+def test_only_an_archive_that_does_not_answer_is_no_failure(
+    error: ImageError,
+    status: int | str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(vm_test, "has_kvm", lambda: True)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(vm_test, "image", fail)
+    if status:
+        with pytest.raises(SystemExit, match=str(status)):
+            vm_test.main(["--with-kvm-only"])
+    else:
+        assert vm_test.main(["--with-kvm-only"]) == 0
+        said = capsys.readouterr().out
+        assert said == "skipping the tests in virtual machines: x\n"
+
+
+def test_packages_are_fetched_again_when_that_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_module, "FETCH_PAUSES_S", (0, 0))
+    once = tmp_path / "once"
+    image_module._fetch("sh", "-c", f"rm {once} || {{ touch {once}; false; }}")
+    with pytest.raises(PackagesError, match="exit 7"):
+        image_module._fetch("sh", "-c", "exit 7")
 
 
 def test_an_unknown_test_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,8 +135,11 @@ class ImageServer:
                 while await self._serve_one(reader, writer):
                     pass
         finally:
+            # Not `abort`, which drops what has not left yet.
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
             self._writers.discard(writer)
-            writer.transport.abort()
 
     async def _serve_one(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -106,14 +106,29 @@ class PlainClient:
         flags: int = 0,
     ) -> int:
         """Send a request; its answer is one of those to come. Returns the cookie."""
+        cookie, request = self.request(
+            command, offset, length, payload=payload, flags=flags
+        )
+        self.sock.sendall(request)
+        return cookie
+
+    def request(
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        *,
+        payload: bytes = b"",
+        flags: int = 0,
+    ) -> tuple[int, bytes]:
+        """Make a request for the caller to send, for example together with others. Returns its cookie, and its bytes."""
         cookie = next(self._cookies)
         if command == CMD_READ:
             self._reads[cookie] = length
         header = REQUEST.pack(
             REQUEST_MAGIC, flags, command, cookie, offset, length or len(payload)
         )
-        self.sock.sendall(header + payload)
-        return cookie
+        return cookie, header + payload
 
     def receive(self) -> tuple[int, int, bytes]:
         """Wait for any answer. Returns its cookie, its error, and what was read."""

@@ -26,6 +26,7 @@ __all__ = [
     "NBDTARGET",
     "ServerProcess",
     "StartError",
+    "maybe_port",
     "nbdkit_file",
     "peak_rss_bytes",
     "rss_bytes",
@@ -40,6 +41,7 @@ NBDTARGET: Final = str(Path(sys.executable).with_name("nbdtarget"))
 
 PR_SET_PDEATHSIG: Final = 1
 POLL_S: Final = 0.01
+TCP_LISTEN: Final = "0A"  # the state, in /proc/net/tcp
 
 
 class StartError(Exception):
@@ -77,6 +79,24 @@ def wait_for_file(path: Path, *, timeout_s: float = PATIENCE_S) -> bool:
             return False
         time.sleep(POLL_S)
     return True
+
+
+def maybe_port(pid: int) -> int | None:
+    """The TCP port that a process listens on, over IPv4; None: none yet.
+
+    A server that takes any free port, and does not say which, is asked so. A port that is looked for beforehand may be another
+    program's by the time the server wants it.
+    """
+    folder = f"/proc/{pid}/fd"
+    links = set()
+    with contextlib.suppress(FileNotFoundError):  # a descriptor was closed meanwhile
+        for fd in os.listdir(folder):
+            links.add(os.readlink(f"{folder}/{fd}"))
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        words = line.split()
+        if words[3] == TCP_LISTEN and f"socket:[{words[9]}]" in links:
+            return int(words[1].partition(":")[2], 16)
+    return None
 
 
 def tell_output(error: subprocess.CalledProcessError) -> None:
