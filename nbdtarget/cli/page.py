@@ -8,6 +8,7 @@ server for the right to look alone (`nbdtarget.control.tokens`).
 """
 
 import asyncio
+import contextlib
 import hmac
 import re
 import secrets
@@ -29,6 +30,7 @@ __all__ = ["PageServer", "register"]
 
 HEAD_BYTES_MAX: Final = 64 << 10
 HEAD_S: Final = 10.0
+LINGER_S: Final = 2.0  # for what a browser still sends after its answer
 TOKEN_BYTES: Final = 24
 PIECE_BYTES: Final = 64 << 10
 
@@ -146,6 +148,8 @@ class PageServer:
             pass  # no request of a browser: there is nothing to answer
         except OSError:
             pass  # the browser or the server has gone; the page says so itself
+        else:
+            await _hang_up(reader, writer)
         finally:
             writer.close()
 
@@ -188,6 +192,18 @@ _NO_TOKEN: Final = (
     b"HTTP/1.1 401 Unauthorized\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
     b'{"reason":"the token is missing or wrong: take the address that `nbdtarget page\' printed","errno":13}'
 )
+
+
+async def _hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Close our half, and drop what still comes until the browser closes its own, for LINGER_S.
+
+    A socket that is closed with unread bytes in it tells of a reset, which may overtake the answer.
+    """
+    with contextlib.suppress(OSError, TimeoutError):
+        writer.write_eof()
+        async with timeout(LINGER_S):
+            while await reader.read(PIECE_BYTES):
+                pass
 
 
 async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:

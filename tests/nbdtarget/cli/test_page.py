@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdtarget.cli import page as page_module
 from nbdtarget.cli.page import PageServer
 from nbdtarget.control.api import ControlServer
 from nbdtarget.control.verbs import Verbs
 from tests.support.command_line import CommandLine
 from tests.support.dm import make_registry
+from tests.support.patience import PATIENCE_S
 
 
 class Page:
@@ -88,6 +90,26 @@ async def test_the_files_of_the_page_need_none(page: Page) -> None:
         answer = await page.ask(f"GET {url}", token=False)
         assert " 200 " in answer.partition("\r\n")[0]
         assert "Content-Security-Policy" in answer
+
+
+@pytest.mark.parametrize("linger_s", [PATIENCE_S, 0.0], ids=["body-comes", "not"])
+async def test_a_refused_browser_reads_why_though_its_body_comes_late(
+    page: Page, linger_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Browsers send header and body apart. A connection that is closed with the body unread tells of a reset instead."""
+    monkeypatch.setattr(page_module, "LINGER_S", linger_s)
+    reader, writer = await asyncio.open_connection("127.0.0.1", page.port)
+    async with asyncio.timeout(PATIENCE_S):
+        writer.write(b"POST /v1/info HTTP/1.1\r\nContent-Length: 6\r\n\r\n")
+        answer = await reader.readuntil(b"}")
+        assert b" 401 " in answer.partition(b"\r\n")[0]
+        if linger_s:
+            for piece in (b"la", b"te", b"{}"):
+                writer.write(piece)
+                await writer.drain()
+        assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
 
 
 async def test_what_is_no_request_is_closed(page: Page) -> None:
