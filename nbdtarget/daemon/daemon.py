@@ -113,7 +113,7 @@ class Daemon:
         notifier: tells the service manager.
         listen_access: which users may connect to NBD sockets.
         is_committed: after `close`: whether everything that had ended is committed.
-        plan: says what a job needs in another process, see `Moved`; called when all is at rest.
+        plan: says what a job needs in another process, see `Moved`. It is called before anything is paused, when it may raise, and again when all is at rest.
         reopened: called when a hand-over has failed, the devices are open here again, and clients do not go on yet.
         has_handed_over: another process has everything, and this one must not touch it.
         security: certificates, and who may attach to what.
@@ -284,6 +284,7 @@ class Daemon:
             )
         if reasons := refusals(self.registry):
             raise TableError("; ".join(reasons), errnos.EBUSY)
+        self.plan()  # raises if there is none any more: nothing is paused yet
         for pause, _ in self._followed:
             await pause()
         self.notifier.reloading("handing over to a new process")

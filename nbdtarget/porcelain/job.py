@@ -15,6 +15,7 @@ is also served when what the job prints is not read any more.
 
 import asyncio
 import contextlib
+import errno as errnos
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from nbdtarget.common.errors import NbdTargetError
+from nbdtarget.common.errors import NbdTargetError, TableError
 from nbdtarget.common.permissions import Permission
 from nbdtarget.common.unix_socket import SocketOptions
 from nbdtarget.control.paths import (
@@ -165,9 +166,11 @@ class Job(Generic[P]):
         while not device.events.is_closed:
             event_nr = await device.events.wait(event_nr)
         if self._daemon.registry.devices():
-            log.warning("%s was removed; other devices are served on", plan.name)
+            log.warning("%s was removed; other devices are served on", device.dm_name)
         else:
-            log.warning("%s was removed, and no device is left to serve", plan.name)
+            log.warning(
+                "%s was removed, and no device is left to serve", device.dm_name
+            )
             self._daemon.stop.set()
 
     async def _ending(self, device: MappedDevice, plan: P) -> None:
@@ -252,8 +255,20 @@ class Job(Generic[P]):
         return plan, device
 
     def _expect_upgrade(self, plan: P, device: MappedDevice) -> None:
-        self._daemon.plan = lambda: msgspec.msgpack.encode(self._plan_now(plan))
+        self._daemon.plan = lambda: self._plan_to_hand_over(plan, device)
         self._daemon.reopened = partial(self._loaded, device)
+
+    def _plan_to_hand_over(self, plan: P, device: MappedDevice) -> bytes:
+        """Raises: TableError: this job's device was removed; only others are left."""
+        if device.state is State.REMOVED:
+            raise TableError(
+                f"{device.dm_name} was removed, and it is what this command serves",
+                errnos.ENXIO,
+            )
+        now = self._plan_now(plan)
+        assert isinstance(now, msgspec.Struct)
+        # The other process finds the device by its name, which `rename` may have changed.
+        return msgspec.msgpack.encode(msgspec.structs.replace(now, name=device.dm_name))
 
     async def _prepare(self, plan: P) -> MappedDevice:
         daemon = self._daemon

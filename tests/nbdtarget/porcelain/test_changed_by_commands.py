@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A command removes the disk that `clone`, `cache` or `export` serves. Real processes: a job that goes wrong keeps its whole process busy."""
+"""A command removes or renames the disk that `clone`, `cache` or `export` serves. Real processes: a job that goes wrong keeps its whole process busy."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nbdtarget.common.errors import NbdTargetError
 from nbdtarget.control import messages as m
 from nbdtarget.control.client import ControlClient
-from tests.support.patience import PATIENCE_S
+from tests.support.patience import PATIENCE_S, wait_until
 from tests.support.processes import NBDTARGET, ServerProcess
 
 MIB = 1 << 20
@@ -38,6 +39,13 @@ class Served:
     def create(self, name: str, table: str) -> None:
         self._client.ask("create", m.Create(name, table), m.Done)
 
+    def rename(self, name: str, new_name: str) -> None:
+        self._client.ask("rename", m.Rename(name, new_name), m.Done)
+
+    def upgrade(self) -> int:
+        """Returns the number of the new process."""
+        return self._client.ask("upgrade", m.Upgrade(), m.UpgradeAnswer).pid
+
     def names(self) -> list[str]:
         answer = self._client.ask("info", m.Info(), m.InfoAnswer)
         return [device.name for device in answer.devices]
@@ -63,4 +71,17 @@ def test_other_disks_are_served_on(served: Served) -> None:
     served.remove("d")
     assert served.names() == ["other"]
     assert "d was removed; other devices are served on" in served.log.read_text()
+    with pytest.raises(NbdTargetError, match="d was removed, and it is what this"):
+        served.upgrade()
+    assert served.names() == ["other"]
     assert served.process.terminate() == 0
+
+
+def test_a_renamed_disk_is_handed_over(served: Served) -> None:
+    served.rename("d", "e")
+    pid = served.upgrade()
+    assert served.process.wait(PATIENCE_S) == 0
+    assert served.names() == ["e"]
+    served.remove("e")
+    wait_until(lambda: "e was removed" in served.log.read_text())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
