@@ -10,10 +10,12 @@ import os
 import shutil
 import socket
 import subprocess
+import time
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from nbdtarget.common.units import SECTOR
+from nbdtarget.devices.file.page_cache import cached_pages
 from nbdtarget.devices.file.pieces import WRITE_PIECE
 from scripts.fio import Job
 from tests.support.processes import NBDTARGET, ServerProcess, nbdkit_file
@@ -35,6 +37,8 @@ __all__ = [
     "QemuDirect",
     "QemuNbd",
 ]
+
+COOL_S: Final = 30.0  # for a server to give back what it has mapped
 
 FLOOR = "floor"
 LINEAR = "linear"
@@ -108,11 +112,22 @@ class Contender:
             self.is_warm = True
 
     def cool(self) -> None:
-        """Drop the image from the page cache, so that reads come from the disk."""
+        """Drop the image from the page cache, so that reads come from the disk.
+
+        A server may have parts of it mapped: these stay until it gives them back, and without it reads are no cold ones.
+
+        Raises: RuntimeError: something stays.
+        """
         self.settle()
         fd = os.open(self.image, os.O_RDONLY)
+        end_s = time.monotonic() + COOL_S
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            while cached_pages(fd, 0, os.fstat(fd).st_size):
+                if time.monotonic() > end_s:
+                    raise RuntimeError(f"{self.image} stays in the page cache")
+                time.sleep(0.2)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
         self.is_warm = False

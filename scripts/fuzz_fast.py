@@ -7,7 +7,8 @@ The extension module is built with AddressSanitizer into a temporary folder, and
 library preloaded sends random batches over a socket pair: good requests, requests with random fields, cut
 ones, and random bytes, through flat routes, bitmaps and tables, with small buffers and large ones, with
 files that are too short, and peers that do not read. In most rounds some READs are taken for misses of the page cache, and
-io_uring carries them out, if it is allowed; planes are released while it does. Some files fail (`fuzz_fast_files.py`).
+io_uring carries them out, if it is allowed; planes are released while it does. In others some READs, or all, are sent from windows, a few of which are given back
+between two turns. Some files fail, and some are truncated while they are read (`fuzz_fast_files.py`).
 
 There are five kinds of rounds, one after the other: `Plane.turn` is called; the `Receiver` is called instead, as the event loop does
 (`fuzz_fast_receiver.py`); several servers answer the READs of bulk copies in good and in bad ways (`fuzz_fast_copies.py`); files are

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds of `make fuzz-fast` in which Python calls a `Plane`: random batches, routes, buffers and files."""
 
+import errno as errnos
 import functools
 import random
 import select
@@ -18,6 +19,7 @@ from scripts.fuzz_fast_files import FlakyFile
 
 if TYPE_CHECKING:
     from nbdtarget_fast import FastFile, Plane, Route
+    from nbdtarget_map import Windows
     from nbdtarget_ring import Ring
 
 __all__ = ["HEADER", "MAGIC", "POLL_NS", "SIZE", "Round"]
@@ -61,7 +63,9 @@ class Round:
         self.is_dropped = False
         self.random = random.Random(seed)
         pick = self.random
-        self.flaky = FlakyFile(folder / "disk", pick.randbytes(SIZE), pick)
+        self.flaky = FlakyFile(
+            folder / "disk", pick.randbytes(SIZE), pick, may_change=True
+        )
         self.fd = self.flaky.fd
         self.file: FastFile = nbdtarget_fast.FastFile(
             self.fd,
@@ -75,6 +79,7 @@ class Round:
         self.file.size = SIZE
         self.file.read_max = self.file.write_max = pick.choice((SIZE, SIZE, 4096))
         self.ring = self._ring()
+        self.windows = self._windows()
         self.kind = pick.choice(("flat", "bitmap", "table"))
         self.route: Route = self._route()
         self.route.can_read = self.route.can_write = True
@@ -136,6 +141,32 @@ class Round:
         self.file.align = pick.choice((1, 1, 1, 512))
         self.file.fake_misses = pick.choice((1 << 28, 1 << 31, (1 << 32) - 1))
         return ring
+
+    def _windows(self) -> "Windows | None":
+        """Have some READs be sent from windows, of which there may be few."""
+        import nbdtarget_map
+
+        pick = self.random
+        if pick.random() < 0.3:
+            return None
+        windows = nbdtarget_map.Windows(
+            pick.choice((0, SIZE // 4, SIZE, 1 << 30)),
+            lambda: None,
+            pick.choice((4096, BLOCK, SIZE // 4)),
+            pick.choice((1, 512, 4096, BLOCK)),
+        )
+        if windows.takes(self.fd, SIZE):
+            self.file.windows = windows
+        self.file.fake_error = pick.choice((0, 0, 0, errnos.EIO))
+        return windows
+
+    def _sweep(self) -> None:
+        """Windows are given back, by time or because their file is closed."""
+        pick = self.random
+        if self.windows is not None and pick.random() < 0.3:
+            self.windows.sweep(pick.choice((0, 1, 100)))
+        if self.windows is not None and pick.random() < 0.05:
+            self.windows.drop(self.file.owner, pick.choice((1, 100)))
 
     # What the plane asks its connection, and the mapped device.
 
@@ -324,6 +355,7 @@ class Round:
                 )
                 if pick.random() < 0.5:
                     self._reap()
+                self._sweep()
                 assert 0 <= plane.begin <= plane.end <= len(self.received)
                 assert 0 <= plane.base <= plane.out <= len(self.arena)
                 base, out = plane.base, plane.out
@@ -340,6 +372,10 @@ class Round:
                     if begin < 0:
                         self._drop()
                         begin = 0
+                elif stop == self.fast.FAILED:
+                    assert plane.is_cut
+                    self._drop()
+                    begin = base = out = 0
                 elif pick.random() < 0.8 or stop == self.fast.BLOCKED:
                     self._take()
                     self._send_left(base, out)
@@ -393,6 +429,10 @@ class Round:
     def close(self) -> None:
         self.route.close()
         self.plane.release()  # reads may be under way
+        if self.windows is not None:
+            self.file.windows = None
+            assert not self.windows.drop(self.file.owner, 1 << 20)
+            assert self.windows.nr_mapped == 0
         while self.ring is not None and self.ring.nr_reads:
             select.select([self.ring.event_fd], [], [], 10)
             self._reap()

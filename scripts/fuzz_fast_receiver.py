@@ -91,6 +91,8 @@ class ReceiverRound(Round):
                 self._drop()
             else:
                 self.received_places.begin = begin
+        elif stop == self.fast.FAILED and self.plane.is_cut:
+            self._drop()
         elif stop in (self.fast.CLOSED, self.fast.FAILED):
             raise AssertionError(f"the peer is there: {stop}")
 
@@ -114,6 +116,7 @@ class ReceiverRound(Round):
                 self.receiver()
                 if pick.random() < 0.5:
                     self._reap()
+                self._sweep()
                 if pick.random() < 0.8:
                     self._take()
                 self._check()

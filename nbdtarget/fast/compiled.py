@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the compiled fast path is there, and the names that it has.
 
-The extension modules `nbdtarget_fast`, `nbdtarget_ring`, `nbdtarget_sync`, `nbdtarget_copy` and `nbdtarget_tls` are built from the `.pyx` files beside this one, which tell what they
+The extension modules `nbdtarget_fast`, `nbdtarget_map`, `nbdtarget_ring`, `nbdtarget_sync`, `nbdtarget_copy` and `nbdtarget_tls` are built from the `.pyx` files beside this one, which tell what they
 do, when a C compiler is at hand (`scripts/build_fast.py`). Where they are missing, or were built from another version
 of the source, `IS_COMPILED` is false, no device offers a `Route`, and every request takes the way through
 Python: slower, and otherwise the same. The environment variable NBDTARGET_PURE=1 asks for that.
@@ -24,6 +24,7 @@ __all__ = [
     "Route",
     "Syncer",
     "TlsRecords",
+    "Windows",
     "batches_received",
     "describe",
     "describe_tls",
@@ -33,7 +34,7 @@ __all__ = [
     "write_pieces",
 ]
 
-ABI: Final = 12  # the extension's must be the same; both change together
+ABI: Final = 13  # the extension's must be the same; both change together
 
 IS_COMPILED = False
 _REASON = "the environment variable NBDTARGET_PURE is set"
@@ -41,6 +42,7 @@ if not os.environ.get("NBDTARGET_PURE"):
     try:
         import nbdtarget_copy
         import nbdtarget_fast
+        import nbdtarget_map
         import nbdtarget_ring
         import nbdtarget_sync
         import nbdtarget_tls
@@ -57,6 +59,7 @@ if not os.environ.get("NBDTARGET_PURE"):
             for m in (
                 nbdtarget_copy,
                 nbdtarget_fast,
+                nbdtarget_map,
                 nbdtarget_ring,
                 nbdtarget_sync,
                 nbdtarget_tls,
@@ -74,6 +77,7 @@ if TYPE_CHECKING or IS_COMPILED:
         batches_received,
         write_pieces,
     )
+    from nbdtarget_map import Windows
     from nbdtarget_ring import Ring, is_available
     from nbdtarget_sync import Syncer, give_way
     from nbdtarget_tls import TlsRecords, take_over
@@ -83,7 +87,7 @@ else:
         """Stands for the types of the extension where none of them is ever made."""
 
     Copies = CopyStream = FastFile = Plane = _NotBuilt
-    Receiver = Ring = Route = Syncer = TlsRecords = _NotBuilt
+    Receiver = Ring = Route = Syncer = TlsRecords = Windows = _NotBuilt
 
     def is_available() -> bool:
         return False

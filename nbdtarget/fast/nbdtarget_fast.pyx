@@ -36,6 +36,10 @@ any other Python code runs, all who must wait for such a READ have been told of 
 
 So it does not matter if the route is closed meanwhile. A READ that fails or comes short is Python's.
 
+A long READ is not copied into the arena: the kernel sends it from a mapping of the file (`nbdtarget_map`), at once and within one system call (`_send_mapped`). What
+the socket does not take is read into the arena before anything else happens. So nothing that waits to be sent refers to a mapping, and a suspend, a swap or
+a later WRITE meets the same as after any other READ. A WRITE of another client at the same time may show in a part of the reply, as it may with pread.
+
 A client that asks for one READ at a time waits for two wake-ups: when the disk has answered, and when its next request
 has come. Both cost more than the READ of a fast disk. So while a connection is the only one that has something to do, and
 sends one request at a time, a READ that is alone is waited for, up to WAIT_NS. That holds the loop up as polling does,
@@ -68,11 +72,12 @@ from cpython.buffer cimport (
     PyBuffer_Release,
     PyObject_GetBuffer,
 )
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EFAULT, EINTR, EIO, errno
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport UINT32_MAX, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memmove, memset
 
+from nbdtarget_map cimport Mapping, Windows, map_begin, map_place
 from nbdtarget_ring cimport (
     Read,
     Reader,
@@ -86,6 +91,8 @@ from nbdtarget_ring cimport (
 )
 from nbdtarget_sync cimport Syncer, sync_begin, sync_end, sync_here, sync_job
 from nbdtarget_tls cimport Records, TlsRecords, iovec, tls_has_pending, tls_receive, tls_send
+
+from nbdtarget_map import new_owner
 
 cdef extern from "<sys/types.h>" nogil:
     ctypedef long off_t
@@ -196,7 +203,7 @@ __all__ = [
     "FastFile", "Plane", "Receiver", "Route", "write_pieces",
 ]
 
-ABI = 12  # of `nbdtarget.fast.compiled`
+ABI = 13  # of `nbdtarget.fast.compiled`
 
 cdef enum Stop:
     STOP_DONE = 0
@@ -261,6 +268,8 @@ cdef enum:
     NOTED_MAX = 64  # first hits of one turn
     SLOW_WRITE_NS = 250000  # the time of a WRITE that takes longer is counted in any case
     MIXED_MAX = 64  # regions or blocks of one request that are looked at one by one
+    PLACES_MAX = 80  # of one reply in windows: its pieces, and where one of them leaves a window
+    ZERO_LOOK = 4096  # so much of the end of a READ tells in most cases that it is no hole
 
     KIND_FLAT = 0
     KIND_BITMAP = 1
@@ -303,11 +312,13 @@ cdef struct File:
     Uring *uring  # NULL: what the page cache does not have is for Python
     uint64_t ring_max
     uint64_t align_mask  # of what the ring reads
+    Mapping mapping  # where long READs are sent from
     int64_t nr_reads  # that were begun in this turn, and not yet told of
     unsigned wait_skip  # so many READs are not waited for
     unsigned wait_penalty
     uint32_t fake_misses  # for tests
     uint32_t fake_state
+    int fake_error  # for tests
     sync_job *job  # NULL: syncs are Python's
     bint is_left  # a sync has begun, and is Python's to end
     bint kicks
@@ -373,6 +384,35 @@ def ns_of_ticks(first, last, uint64_t ticks):
 
 cdef inline bint lies_in(uint64_t offset, uint64_t length, uint64_t size) noexcept nogil:
     return length <= size and offset <= size - length
+
+
+cdef inline bint read_end(File *file, uint8_t *into, uint64_t at, uint64_t length) noexcept nogil:
+    """Read this last part of a READ; whether it was all there at once. The file may be shorter than it was."""
+    cdef iovec place
+    place.iov_base = into
+    place.iov_len = length
+    return file_preadv2(file.fd, &place, 1, <off_t>at, file.read_flags) == <ssize_t>length
+
+
+cdef int read_whole(const File *file, uint8_t *into, uint64_t at, uint64_t length) noexcept nogil:
+    """Read from the page cache, or else from the disk. Returns 0 or an errno."""
+    cdef iovec place
+    cdef ssize_t got
+    if file.fake_error:
+        return file.fake_error
+    while length:
+        place.iov_base = into
+        place.iov_len = length
+        got = file_preadv2(file.fd, &place, 1, <off_t>at, 0)
+        if got > 0:
+            into += got
+            at += <uint64_t>got
+            length -= <uint64_t>got
+        elif not got:
+            return EIO  # the file has been truncated
+        elif errno != EINTR:
+            return errno
+    return 0
 
 
 cdef inline Found file_read(File *file, uint8_t *into, uint64_t offset, uint64_t length) noexcept nogil:
@@ -505,12 +545,16 @@ cdef class FastFile:
             there are some, the device keeps the file open.
         sync_left: the device's: the Syncer has begun a sync here, and it has failed, or takes long. Its end is the device's to take.
         kick_failed: the device's: the kernel could not begin to write back, for the reason of this errno. None: that is left to the syncs.
+        read_failed: the device's: a READ has failed here, for the reason of this errno, when a part of its reply had left.
 
     Attributes:
+        windows: where long READs are sent from; None: all are copied. Whoever takes them away, or closes the file, calls `Windows.drop`.
+        owner: the number of the file in `windows`.
         ring: where READs go that the page cache cannot answer; None: to Python.
         ring_max: up to which length they do.
         align: what their offsets and lengths are multiples of; a power of two.
         fake_misses: for tests: so many of 2^32 READs are taken for misses.
+        fake_error: for tests: the errno of reading what is left of a READ from a window; 0: it succeeds.
         size: bytes.
         read_max: up to which length READs are tried, 0: not at all.
         read_flags: of preadv2.
@@ -523,14 +567,18 @@ cdef class FastFile:
     cdef File file
     cdef object sync_left
     cdef object kick_failed
+    cdef object read_failed
+    cdef Windows _windows
     cdef Syncer _syncer
     cdef object was_slow
     cdef object was_unfinished
     cdef object note_reads
     cdef Ring _ring
 
-    def __init__(self, int fd, int64_t slow_ns, was_slow, was_unfinished, note_reads=None, sync_left=None, kick_failed=None):
-        self.sync_left, self.kick_failed = sync_left, kick_failed
+    def __init__(self, int fd, int64_t slow_ns, was_slow, was_unfinished, note_reads=None, sync_left=None, kick_failed=None, read_failed=None):
+        self.sync_left, self.kick_failed, self.read_failed = sync_left, kick_failed, read_failed
+        self.file.mapping.owner = <uint64_t>new_owner()
+        self.file.mapping.length_min = <uint64_t>-1
         self.file.kicks = kick_failed is not None
         self.note_reads = note_reads
         self.file.fd = fd
@@ -560,6 +608,24 @@ cdef class FastFile:
     @property
     def nr_synced(self):
         return self.file.nr_synced
+
+    @property
+    def windows(self):
+        return self._windows
+
+    @windows.setter
+    def windows(self, Windows value):
+        self._windows = value
+        if value is None or not value.table.nr_sets:
+            self.file.mapping.table = NULL
+            self.file.mapping.length_min = <uint64_t>-1
+        else:
+            self.file.mapping.table = &value.table
+            self.file.mapping.length_min = value._length_min
+
+    @property
+    def owner(self):
+        return self.file.mapping.owner
 
     @property
     def size(self):
@@ -621,6 +687,14 @@ cdef class FastFile:
     @fake_misses.setter
     def fake_misses(self, uint32_t value):
         self.file.fake_misses = value
+
+    @property
+    def fake_error(self):
+        return self.file.fake_error
+
+    @fake_error.setter
+    def fake_error(self, int value):
+        self.file.fake_error = value
 
     @property
     def write_max(self):
@@ -789,28 +863,29 @@ cdef int find_pieces(
     return nr
 
 
-cdef Found read_pieces(Way *way, uint8_t *into, uint64_t offset, uint64_t length) noexcept nogil:
+cdef int join_pieces(Piece *pieces, int nr_pieces) noexcept nogil:
+    """Make one piece of those that follow each other in a file. Returns how many there are then."""
+    cdef int nr, nr_joined = 0
+    cdef Piece *last
+    for nr in range(nr_pieces):
+        last = &pieces[nr_joined - 1]
+        if nr_joined and last.file == pieces[nr].file and last.at + last.length == pieces[nr].at:
+            last.length += pieces[nr].length
+        else:
+            pieces[nr_joined] = pieces[nr]
+            nr_joined += 1
+    return nr_joined
+
+
+cdef Found read_pieces(const Piece *pieces, int nr_pieces, uint8_t *into, uint64_t length) noexcept nogil:
     """Read what lies in several places. FOUND: all of it was there at once; otherwise ask Python."""
-    cdef Piece pieces[MIXED_MAX]
-    cdef int nr_pieces = find_pieces(way, offset, length, False, pieces)
-    cdef int nr = 0
-    cdef File *file
-    cdef uint64_t at, run
+    cdef int nr
     if not nr_pieces:
         return REFUSED
-    while nr < nr_pieces:
-        # What follows each other in a file is read in one go.
-        file, at, run = pieces[nr].file, pieces[nr].at, 0
-        if length > file.read_max:
+    for nr in range(nr_pieces):
+        if length > pieces[nr].file.read_max or file_read(pieces[nr].file, into, pieces[nr].at, pieces[nr].length) != FOUND:
             return REFUSED
-        while nr < nr_pieces and pieces[nr].file == file and pieces[nr].at == at + run:
-            run += pieces[nr].length
-            nr += 1
-        if file_read(file, into, at, run) != FOUND:
-            return REFUSED
-        into += run
-    if way.kind == KIND_TABLE:
-        way.nr_reads += nr_pieces - 1  # a hit for each block
+        into += pieces[nr].length
     return FOUND
 
 
@@ -934,6 +1009,14 @@ cdef class Route:
         for nr in range(nr_noted):
             self._note_hit(self.way.noted[nr])
 
+    cdef tell_windows(self):
+        """Windows were used: those that were mapped just now are to be swept some day."""
+        cdef FastFile file
+        for file in (self.file, self.other):
+            if file is not None and file._windows is not None and file._windows.table.is_sweep_wanted:
+                file._windows.table.is_sweep_wanted = False
+                file._windows.sweep_wanted()
+
     cdef FastFile file_of(self, const File *file):
         return self.file if file == &self.file.file else self.other
 
@@ -1054,6 +1137,13 @@ cdef enum:
     LONE_FUA
     LONE_ALL
 
+cdef enum Mapped:
+    # What became of a READ that was to be sent from a mapping.
+    MAPPED_NOT  # it takes the usual way
+    MAPPED_SENT  # it has been sent, or the rest of it is in the arena
+    MAPPED_SLOW  # it is for Python, and nothing of its reply has left
+    MAPPED_FAILED  # the socket has failed, with `error`, or the rest of a reply is lost
+
 
 cdef class Plane:
     """The compiled half of one connection; see the module head.
@@ -1082,6 +1172,7 @@ cdef class Plane:
         begin, end, base, out: see the module head.
         error: the errno of FAILED or UNFINISHED.
         put: of UNFINISHED: bytes that the file took.
+        is_cut: of FAILED: a part of a reply has left, and the rest of its data could not be read, for the reason of `error`.
         was_batch: more than one request came at once.
         was_late: the processor was given away for a look, and came back late; that ends the polling of this turn.
         nr_hits: how many times polling has found something.
@@ -1116,6 +1207,10 @@ cdef class Plane:
     cdef uint64_t put_at  # in the file
     cdef uint64_t put_length
     cdef int nr_put_before  # pieces of the same WRITE
+    cdef readonly bint is_cut
+    cdef File *cut_file
+    cdef bint is_stuck  # the socket has not taken all that it was given
+    cdef bint has_mapped  # in this turn
     cdef readonly bint was_batch
     cdef readonly bint was_late
     cdef int64_t late_ns
@@ -1275,6 +1370,7 @@ cdef class Plane:
     cdef int _go(self, Route route, int64_t poll_ns, bint goes_on, int lone) except -1:
         """As `turn`, with the places where they are."""
         cdef Stop stop
+        cdef FastFile cut
         self.lone_sync = LONE_NOTHING
         if lone and route.file._syncer is not None and route.may_sync is not None and route.may_sync():
             self.lone_sync = lone
@@ -1306,6 +1402,13 @@ cdef class Plane:
         if route.file.file.was_slow:
             route.file.file.was_slow = False
             route.file.was_slow()
+        if self.has_mapped:
+            self.has_mapped = False
+            route.tell_windows()
+        if self.is_cut and self.cut_file != NULL:
+            cut, self.cut_file = route.file_of(self.cut_file), NULL
+            if cut.read_failed is not None:
+                cut.read_failed(self.error)
         if route.was_served is not None and (route.way.nr_reads or route.way.nr_writes):
             route.was_served(route.way.nr_reads, route.way.nr_writes)
             route.way.nr_reads = route.way.nr_writes = 0
@@ -1323,6 +1426,7 @@ cdef class Plane:
         cdef bint is_received = self.end > self.begin  # begin with that
         self.was_batch = False
         self.was_late = False
+        self.is_stuck = self.is_cut = False
         self.nr_hits = self.nr_sync_hits = 0
         self.may_wait = poll_ns > 0 or self.waits
         while True:
@@ -1479,12 +1583,18 @@ cdef class Plane:
                     continue
                 if errno != EAGAIN:
                     self.error = errno
+                self.is_stuck = True
                 return False
             self.base += sent
-        if self.poison:
-            memset(arena, 0xdb, self.out)
-        self.base = self.out = 0
+        self._all_sent(self.out)
         return True
+
+    cdef inline void _all_sent(self, Py_ssize_t used) noexcept nogil:
+        """All replies have left; so many bytes of the arena were used for them."""
+        if self.poison:
+            memset(self.arena.buf, 0xdb, used)
+        self.base = self.out = 0
+        self.is_stuck = False
 
     cdef void _compact(self) noexcept nogil:
         """Make room behind `end`."""
@@ -1526,8 +1636,11 @@ cdef class Plane:
         cdef Py_ssize_t head = self.data_bytes, request_bytes = self.request_bytes
         cdef int64_t look_left = LOOK_BYTES
         cdef File *file
+        cdef Piece pieces[MIXED_MAX]
+        cdef int nr_hits, nr_pieces
         cdef Stop stop
         cdef Found found
+        cdef Mapped mapped
         while self.end - self.begin >= request_bytes:
             at = received + self.begin
             memcpy(&flags, at + 4, 2)
@@ -1606,11 +1719,29 @@ cdef class Plane:
                 file = find(way, offset, length, False, &file_at)
                 reply = arena + self.out
                 if file == NULL:
-                    found = read_pieces(way, reply + head, offset, length)
+                    nr_hits = find_pieces(way, offset, length, False, pieces)
+                    nr_pieces = join_pieces(pieces, nr_hits)
+                else:
+                    pieces[0].file, pieces[0].at, pieces[0].length = file, file_at, length
+                    nr_hits = nr_pieces = 1
+                mapped = MAPPED_NOT
+                if nr_pieces and length >= pieces[0].file.mapping.length_min:
+                    mapped = self._send_mapped(pieces, nr_pieces, reply, at, length)
+                    if mapped == MAPPED_FAILED:
+                        return STOP_FAILED
+                    if mapped == MAPPED_SLOW:
+                        return STOP_SLOW
+                if mapped == MAPPED_SENT:
+                    found = FOUND
+                elif file == NULL:
+                    found = read_pieces(pieces, nr_pieces, reply + head, length)
                 else:
                     found = file_read(file, reply + head, file_at, length)
                 if found == FOUND:
-                    self.out += self._pack_read(reply, at, length)
+                    if mapped == MAPPED_NOT:
+                        self.out += self._pack_read(reply, at, length)
+                    if way.kind == KIND_TABLE:
+                        way.nr_reads += nr_hits - 1  # a hit for each block
                     self.counter.nr[COMMAND_READ] += 1
                     self.counter.nr_bytes[COMMAND_READ] += length
                 elif found == REFUSED or not self._miss(way, file, at, offset, file_at, length):
@@ -1768,6 +1899,94 @@ cdef class Plane:
         memcpy(reply + 16, &number, 4)
         memcpy(reply + 20, request + 16, 8)
         return DATA_BYTES
+
+    # ---- long reads ----
+
+    cdef Mapped _send_mapped(
+        self, const Piece *pieces, int nr_pieces, uint8_t *reply, const uint8_t *request, uint32_t length
+    ) noexcept nogil:
+        """Send all replies, and behind them the one to this READ, whose data the kernel takes from mappings of the files.
+
+        Args: reply: where the arena has room for its reply.
+        """
+        cdef iovec places[PLACES_MAX]
+        cdef int nr, nr_places = 1
+        cdef File *file = pieces[0].file
+        cdef Py_ssize_t head = self.data_bytes, before = self.out - self.base
+        cdef Py_ssize_t sent
+        cdef uint64_t look, done = 0
+        if self.is_stuck or self.records != NULL or file.mapping.table == NULL:
+            return MAPPED_NOT
+        places[0].iov_base = reply - before
+        places[0].iov_len = <size_t>(before + head)
+        map_begin(file.mapping.table)
+        for nr in range(nr_pieces):
+            file = pieces[nr].file
+            if (
+                length > file.read_max or length < file.mapping.length_min or file.mapping.table != pieces[0].file.mapping.table
+                or not lies_in(pieces[nr].at, pieces[nr].length, file.size) or file.fake_misses and is_fake_miss(file)
+            ):
+                return MAPPED_NOT
+            done += pieces[nr].length
+            # A file that has been truncated may show zeroes up to the end of its last page: only pread tells of that. The end of the whole READ is
+            # looked at for zeroes, too. If it has none, the READ is no hole.
+            look = ZERO_LOOK if nr == nr_pieces - 1 and length >= self.zero_min else 1
+            look = min(look, pieces[nr].length)
+            if not read_end(file, reply + head + done - look, pieces[nr].at + pieces[nr].length - look, look):
+                return MAPPED_NOT
+            if look > 1 and is_zero(reply + head + done - look, look):
+                return MAPPED_NOT
+            nr_places = map_place(&file.mapping, file.fd, pieces[nr].at, pieces[nr].length, places, nr_places, PLACES_MAX)
+            if nr_places < 0:
+                return MAPPED_NOT
+        self.has_mapped = True
+        self._pack_head(reply, request, length)
+        sent = self._put(places, nr_places)
+        while sent < 0 and errno == EINTR:
+            sent = self._put(places, nr_places)
+        if sent == before + head + <Py_ssize_t>length:
+            pieces[0].file.mapping.table.nr_sent += 1
+            self._all_sent(self.out + head)
+            return MAPPED_SENT
+        if sent < 0:
+            # EFAULT: a page has gone since it was looked at.
+            if errno != EAGAIN and errno != EFAULT:
+                self.error = errno
+                return MAPPED_FAILED
+            sent = 0
+        return self._read_unsent(pieces, nr_pieces, reply, length, before, sent)
+
+    cdef Mapped _read_unsent(
+        self, const Piece *pieces, int nr_pieces, uint8_t *reply, uint32_t length, Py_ssize_t before, Py_ssize_t sent
+    ) noexcept nogil:
+        """Read into the arena what the socket has not taken of a READ: nothing may wait in a mapping.
+
+        Args: before, sent: bytes in front of its reply, and bytes of all that were sent.
+        """
+        cdef Py_ssize_t head = self.data_bytes
+        cdef uint64_t skip = <uint64_t>max(sent - before - head, 0)
+        cdef uint8_t *into = reply + head
+        cdef int nr
+        for nr in range(nr_pieces):
+            if skip >= pieces[nr].length:
+                skip -= pieces[nr].length
+            else:
+                self.error = read_whole(pieces[nr].file, into + skip, pieces[nr].at + skip, pieces[nr].length - skip)
+                skip = 0
+                if self.error and sent <= before:
+                    # Nothing of it has left: Python reads it again, and meets the reason.
+                    self.base += sent
+                    if self.base == self.out:
+                        self._all_sent(self.out)
+                    return MAPPED_SLOW
+                if self.error:
+                    self.is_cut = True
+                    self.cut_file = pieces[nr].file
+                    return MAPPED_FAILED
+            into += pieces[nr].length
+        self.base += sent
+        self.out += head + <Py_ssize_t>length
+        return MAPPED_SENT
 
     # ---- reads that the page cache could not answer ----
 

@@ -224,7 +224,7 @@ cdef extern from *:
     enum:
         SYNC_PIECE_BYTES
 
-ABI = 12  # of `nbdtarget.fast.compiled`
+ABI = 13  # of `nbdtarget.fast.compiled`
 RUNS = -1  # what `take` returns while a sync runs
 PIECE_BYTES = SYNC_PIECE_BYTES
 

@@ -11,7 +11,7 @@ run, and what each of its answers means for the connection:
     BLOCKED        the replies go to the queue of `Output`; what is left of the batch is served in the usual way
     TURN_OVER      others have their turn first
     CLOSED         the client has closed its half
-    FAILED         the socket has failed
+    FAILED         the socket has failed; or the disk has, when a part of a reply had left
 
 Reads that wait for the disk may be under way when it has ended: `nbdtarget.server.ring_reads`.
 
@@ -62,6 +62,7 @@ if IS_COMPILED:
 __all__ = ["FastHost", "FastTurn"]
 
 TURN_NS_MAX: Final = 1 << 62  # for a turn that is bounded by bytes alone
+CUT: Final = "a part of a reply has left, and the rest of its data cannot be read"
 
 
 class FastHost(Host, Protocol):
@@ -200,6 +201,8 @@ class FastTurn:
                 error = self._plane.error
                 if error == errnos.EPROTO and self._tls is not None:
                     raise self._tls.tls_failure()
+                if self._plane.is_cut:
+                    raise OSError(error, f"{os.strerror(error)}: {CUT}")
                 raise OSError(error, os.strerror(error))
             # SLOW, or UNFINISHED: then the device is about to get the WRITE that was begun, and nothing before it.
             if not self._serve_one(stop):

@@ -9,6 +9,7 @@ __all__ = ["FAST"]
 
 TURNS: Final = ("tests/nbdtarget/server/test_fast_turn.py",)
 RING_READS: Final = ("tests/nbdtarget/server/test_ring_reads.py",)
+WINDOWS: Final = ("tests/nbdtarget/devices/file/test_windows.py",)
 DURABLE: Final = ("tests/nbdtarget/server/test_shared_flush.py",)
 
 FAST: Final = (
@@ -148,6 +149,27 @@ FAST: Final = (
         "nbdtarget.devices.file.device:FileDevice.close",
         (("        if self._nr_ring_reads:\n", "        if False:\n"),),
         ("tests/nbdtarget/devices/file/test_ring.py",),
+    ),
+    Mutant(
+        "windows-of-a-closed-file-stay",
+        "The file is still open and locked: no other program, and no later table, may use it.",
+        "nbdtarget.devices.file.device:FileDevice.close",
+        (("            await give_back(fast)\n", "            pass\n"),),
+        WINDOWS,
+    ),
+    Mutant(
+        "windows-stay-while-the-file-is-opened-anew",
+        "After a failed write its pages stay in the page cache, and show what the disk does not have.",
+        "nbdtarget.devices.file.device:FileDevice.reopened",
+        (("            await give_back(self._fast)\n", "            pass\n"),),
+        WINDOWS,
+    ),
+    Mutant(
+        "windows-are-kept-for-ever",
+        "A server that nobody uses any more keeps a GiB of pages mapped, and nobody can drop them.",
+        "nbdtarget.devices.file.windows:FileWindows._sweep",
+        (("        elif self.windows.nr_mapped:\n            self._watch()\n", ""),),
+        WINDOWS,
     ),
     Mutant(
         "reads-in-the-ring-have-no-bound",

@@ -38,7 +38,7 @@ file have one thread of their own. On a block device, which has no such lock, th
 
 *Fast path.* The compiled fast path of the server reads and writes this file by itself, as `submit` does inline
 (`maybe_fast_file`). It tells of a write that was slow, or that was not taken whole, and of its reads that wait for the disk:
-they count here, and `close` waits for them.
+they count here, and `close` waits for them. What it maps of this file: `windows.py`.
 
 What a FLUSH and FUA cover, and what becomes of the device when one fails: `sync.py`. How DISCARD and WRITE_ZEROES are
 carried out: `space.py`.
@@ -87,6 +87,7 @@ from nbdtarget.devices.file.syscalls import (
     refuses_before_it_takes,
     start_writeback,
 )
+from nbdtarget.devices.file.windows import give_back, windows_of_loop
 from nbdtarget.devices.identity import identify_fd, mark_fd, sync_attributes_fd
 from nbdtarget.devices.workers import THREADS_MAX, WorkerPool
 from nbdtarget.fast.compiled import IS_COMPILED, FastFile
@@ -152,6 +153,7 @@ class FileDevice(Device):
         )
         # For the compiled fast path: see `maybe_fast_file`.
         self._fast: FastFile | None = None
+        self._may_map = True
         self._unfinished: tuple[int, int, int, int] | None = None
         self._nr_before_unfinished = 0
         self._is_quick = True  # and no space job runs: what `submit` looks at
@@ -280,8 +282,12 @@ class FileDevice(Device):
                 self._note_ring_reads,
                 self._syncs.left_over,
                 self._syncs.writeback_failed,
+                partial(self.health.note_error, OP_NAMES[OP_READ]),
             )
             self._syncs.lend_to(self._fast)
+            windows = windows_of_loop()
+            if self._may_map and windows.takes(self._fd, self.size):
+                self._fast.windows = windows
         if self._fast is not None:
             self._fast.size = self.size
             self._fast.read_max = max(self._read_inline_max, 0)
@@ -310,7 +316,9 @@ class FileDevice(Device):
         return await self._pool.number(partial(fd_size, self._fd))
 
     async def close(self) -> None:
-        self._fast = None
+        fast, self._fast = self._fast, None
+        if fast is not None:
+            await give_back(fast)
         if self._writeback is not None:
             await self._writeback
         if self._nr_ring_reads:
@@ -334,6 +342,9 @@ class FileDevice(Device):
     async def reopened(self, name: str, *, read_only: bool) -> Device | None:
         if self.read_only and not read_only:
             return None  # our lock is not enough
+        self._may_map = False
+        if self._fast is not None:
+            await give_back(self._fast)
         return await self.open_beside(self, name, read_only)
 
     def share_lock(self) -> int:

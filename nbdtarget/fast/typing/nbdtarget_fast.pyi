@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
+from nbdtarget_map import Windows
 from nbdtarget_ring import Ring
 from nbdtarget_sync import Syncer
 from nbdtarget_tls import TlsRecords
@@ -74,6 +75,9 @@ class FastFile:
     ring_max: int
     align: int
     fake_misses: int
+    fake_error: int
+    windows: Windows | None
+    owner: int
 
     def __init__(
         self,
@@ -84,6 +88,7 @@ class FastFile:
         note_reads: Callable[[int], None] | None = None,
         sync_left: Callable[[], None] | None = None,
         kick_failed: Callable[[int], None] | None = None,
+        read_failed: Callable[[int], None] | None = None,
     ) -> None: ...
 
 class Route:
@@ -137,6 +142,7 @@ class Plane:
     out: int
     error: int
     put: int
+    is_cut: bool
     was_batch: bool
     was_late: bool
     nr_hits: int

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows: the parts of files that are mapped, so that long READs are copied once and not twice.
+
+Theory of operation. `nbdtarget/fast/nbdtarget_map.pyx` tells what they are for and what keeps them safe. All files of an event loop share
+them. A file may have some if it lies in the page cache (not `direct:`), and if the kernel tells this process which of its pages are in memory.
+
+They are given back
+
+    in time          by a sweep every SWEEP_S seconds, if they were not used since the sweep before it: the pages of a file that is mapped count in the
+                     resident memory of this process, and stay in the page cache when something drops them
+    at the end       before the file is closed (`give_back`): a mapping keeps the open file alive, with its locks
+    for a new one    before the same file is opened anew, which begins with dropping its pages (`page_cache.py`)
+
+A few at a time, because giving one back takes up to a tenth of a millisecond.
+"""
+
+import asyncio
+import os
+from typing import Final
+
+from nbdtarget.common.clock import LoopClock, sleep
+from nbdtarget.fast.compiled import FastFile, Windows
+
+__all__ = ["WINDOWS_MAX", "FileWindows", "give_back", "windows_of_loop"]
+
+WINDOWS_MAX: Final = 1 << 30  # bytes of all windows; and an eighth of the memory
+SWEEP_S: Final = 5.0
+SWEEP_STEP: Final = 8  # windows that are given back in one turn of the loop
+SWEEP_STEP_S: Final = 0.05
+
+
+def bytes_max() -> int:
+    """Return how many bytes of files may be mapped."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(WINDOWS_MAX, memory // 8)
+
+
+class FileWindows:
+    """The windows of the files of one event loop, and their sweeps."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.windows = Windows(bytes_max(), self._watch)
+        self._clock = LoopClock()
+        self._is_watched = False
+
+    def _watch(self) -> None:
+        if not self._is_watched:
+            self._is_watched = True
+            self._clock.call_later(SWEEP_S, self._sweep)
+
+    def _sweep(self) -> None:
+        self._is_watched = False
+        if self.windows.sweep(SWEEP_STEP):
+            self._is_watched = True
+            self._clock.call_later(SWEEP_STEP_S, self._sweep)
+        elif self.windows.nr_mapped:
+            self._watch()
+
+
+_of_loop: FileWindows | None = None
+
+
+def windows_of_loop() -> Windows:
+    """Return the windows of the running loop. The compiled modules are there."""
+    global _of_loop
+    loop = asyncio.get_running_loop()
+    if _of_loop is None or _of_loop.loop is not loop:
+        _of_loop = FileWindows(loop)
+    return _of_loop.windows
+
+
+async def give_back(fast: FastFile) -> None:
+    """Give all windows of a file back; it gets no new ones."""
+    windows, fast.windows = fast.windows, None
+    while windows is not None and windows.drop(fast.owner, SWEEP_STEP):
+        await sleep(0)
