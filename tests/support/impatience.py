@@ -22,8 +22,10 @@ KEYWORDS: Final = {"grace_s", "timeout", "timeout_s", "within_s"}
 
 
 def short_limits(nodes: Iterable[ast.AST]) -> list[str]:
-    """The limits of a module that are shorter than a busy machine needs, with their lines."""
+    """The limits of a module that are shorter than a busy machine needs, with their lines. Some are constants of the module."""
     found = []
+    nodes = [*nodes]
+    constants = _constants(nodes)
     for node in nodes:
         limits: list[ast.expr] = []
         if isinstance(node, ast.Call):
@@ -32,15 +34,33 @@ def short_limits(nodes: Iterable[ast.AST]) -> list[str]:
                 limits += node.args
         elif isinstance(node, ast.BinOp) and _calls(node.left, {"monotonic"}):
             limits = [node.right]
-        found += [
-            f"{it.lineno}: {it.value}"
-            for it in limits
-            if isinstance(it, ast.Constant)
-            and isinstance(it.value, int | float)
-            and MEANT_TO_END_S <= it.value < LONG_S
-            and not isinstance(it.value, bool)
-        ]
+        for it in limits:
+            value = constants.get(it.id) if isinstance(it, ast.Name) else _number(it)
+            if value is not None and MEANT_TO_END_S <= value < LONG_S:
+                found.append(f"{it.lineno}: {ast.unparse(it)}")
     return found
+
+
+def _constants(nodes: Iterable[ast.AST]) -> dict[str, float]:
+    """The names that are written in capitals, and stand for a number."""
+    found = {}
+    for node in nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        else:
+            continue
+        value = None if node.value is None else _number(node.value)
+        if value is not None and name.isupper():
+            found[name] = value
+    return found
+
+
+def _number(node: ast.expr) -> float | None:
+    if not isinstance(node, ast.Constant) or isinstance(node.value, bool):
+        return None
+    return node.value if isinstance(node.value, int | float) else None
 
 
 def counted_waits(nodes: Iterable[ast.AST]) -> list[str]:

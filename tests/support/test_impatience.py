@@ -32,6 +32,8 @@ def test_an_assertion_of_speed_is_found() -> None:
         "subprocess.run(argv, timeout=20)",
         "listener.close(grace_s=5.0)",
         "end = time.monotonic() + 30",
+        "RUN_S_MAX = 20.0\nasyncio.wait_for(steps, RUN_S_MAX)",
+        "RUN_S_MAX: Final = 20\nselect([fd], [], [], RUN_S_MAX)",
     ],
 )
 def test_a_short_limit_is_found(line: str) -> None:
@@ -44,6 +46,7 @@ def test_a_short_limit_is_found(line: str) -> None:
         "asyncio.timeout(PATIENCE_S)",
         "asyncio.timeout(0.02)",
         "subprocess.run(argv, timeout=300)",
+        "RUN_S_MAX = 100.0\nasyncio.wait_for(steps, RUN_S_MAX)",
         "device.events.wait(7)",
     ],
 )

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 STEPS = int(os.environ.get("SIM_STEPS", "80"))
-SHORTENING_S_MAX = 30.0
+SHORTENING_S_MAX = 60.0
 WEIGHTS = {
     **KINDS,
     "discard": 2,
