@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -80,8 +81,11 @@ def processes(mark: str) -> list[int]:
 
 
 async def test_two_that_start_it_at_the_same_time_start_one(tmp_path: Path) -> None:
-    helper = Helper("d", ["python3", "-c", ACCEPT, str(tmp_path)])
+    # Not `python3`, which may be a script whose shells have the same words.
+    helper = Helper("d", [sys.executable, "-c", ACCEPT, str(tmp_path)])
     await asyncio.gather(*(helper.start() for _ in range(3)))
+    # A process has no words for a moment, in which it takes on its program.
+    await until(lambda: helper.pid in processes(str(tmp_path)))
     assert processes(str(tmp_path)) == [helper.pid]
     await helper.close()
     assert processes(str(tmp_path)) == []
