@@ -39,6 +39,7 @@ FILES: Final = ("pyproject.toml", "Makefile", "docs/reference/configuration.md")
 JOBS: Final = 2
 # A test that waits in vain for what a mutant never does fails after PATIENCE_S: then the mutant is caught.
 TIMEOUT_S: Final = PATIENCE_S + 120.0
+HANG_S: Final = 120.0  # of a mutant that the catalog expects to hang
 BASELINE_TIMEOUT_S: Final = 600.0
 BASELINE_S_PER_FILE: Final = 30.0  # of tests, where there are many of them
 OUTPUT_LINES_MAX: Final = 40  # of a run that fails for a wrong reason
@@ -143,7 +144,8 @@ def judge(
         error = import_error(tree, mutant)
         if error:
             return Verdict(mutant, False, f"BROKEN   {mutant.name}: {error}")
-        run = run_tests(tree, tests or mutant.tests, timeout_s)
+        limit_s = min(timeout_s, HANG_S) if mutant.hangs else timeout_s
+        run = run_tests(tree, tests or mutant.tests, limit_s)
     finally:
         path.write_text(source)
     took = f"({run.seconds:.1f} s)"
