@@ -116,9 +116,23 @@ def main() -> int:
 
 
 def _try(case: Case, nr_cuts: int) -> bool:
-    """Try a case and print what came of it. Returns whether that was expected."""
-    command = [NBDTARGET, "torture", "--cuts", str(nr_cuts), *case.options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Try a case and print what came of it. Returns whether that was expected; if not, the record is kept for a replay."""
+    place = Path(tempfile.mkdtemp(prefix="torture-"))
+    place.chmod(0o711)  # PostgreSQL runs as another user
+    record = place / "record"
+    command = [NBDTARGET, "torture", "--cuts", str(nr_cuts), "--output", str(record)]
+    is_expected = False
+    try:
+        done = subprocess.run([*command, *case.options], capture_output=True, text=True)
+        is_expected = _tell(case, done)
+    finally:
+        if is_expected or not record.exists():
+            shutil.rmtree(place)
+    return is_expected
+
+
+def _tell(case: Case, done: "subprocess.CompletedProcess[str]") -> bool:
+    """Print what came of it. Returns whether that was expected."""
     if done.returncode not in (0, 1) or not done.stdout:
         print(f"{case.name}: cannot be tried: {done.stderr.strip()}")
         return False

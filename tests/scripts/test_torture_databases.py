@@ -10,6 +10,19 @@ import pytest
 from scripts import torture_databases
 from scripts.torture_databases import Case, postgres_cases, sqlite_cases
 
+# Makes the directory that `--output` names, as the command does.
+FAKE = """\
+#!{}
+import pathlib, sys
+record = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+printed, status = {!r}, {}
+if printed:
+    record.mkdir()
+    (record / "case").touch()
+print(printed, end="")
+sys.exit(status)
+"""
+
 
 def test_each_database_has_cases_that_survive_and_that_do_not(tmp_path: Path) -> None:
     for cases in (sqlite_cases(tmp_path), postgres_cases(tmp_path)):
@@ -41,7 +54,14 @@ def test_result_is_compared_with_what_is_expected(
     is_expected: bool,
 ) -> None:
     fake = tmp_path / "nbdtarget"
-    fake.write_text(f"#!{sys.executable}\nprint({printed!r}, end='')\nexit({status})\n")
+    fake.write_text(FAKE.format(sys.executable, printed, status))
     fake.chmod(0o755)
     monkeypatch.setattr(torture_databases, "NBDTARGET", str(fake))
+    records = tmp_path / "records"
+    records.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(records))
     assert torture_databases._try(Case("c", [], survives), 1) is is_expected
+    # One that was expected is removed; the other one is needed for a replay.
+    nr_kept = len(list(records.glob("*/record/case")))
+    assert nr_kept == (0 if is_expected or not printed else 1)
+    assert len(list(records.iterdir())) == nr_kept
