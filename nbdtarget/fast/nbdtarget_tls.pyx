@@ -148,6 +148,7 @@ cdef enum:
     SEAL_BYTES = 65536  # that are encrypted before they are sent: the peer decrypts them while the next ones are encrypted
     SEND_BYTES = 1048576  # in one call of `tls_send`
     RECORD_BYTES = 16384  # of plaintext in a record; shorter pieces share one
+    REST_BYTES = RECORD_BYTES  # what is left behind SEAL_BYTES leaves with them if it is no more than that
     OUT_STEP = 65536  # by which the buffer of outgoing bytes grows, at least
     OUT_MAX = 4194304  # more than what is sealed at once, and all answers to what is received at once
     AHEAD_BYTES = 1048576  # that a peek decrypts
@@ -386,21 +387,33 @@ cdef int seal(Records *records, const void *data, size_t length) noexcept nogil:
     return 0
 
 
+cdef size_t next_seal(const iovec *pieces, size_t nr_pieces, size_t piece, size_t inside) noexcept nogil:
+    """Return how many bytes are encrypted before the next system call, from the place that `piece` and `inside` say."""
+    cdef size_t left = 0
+    while piece < nr_pieces and left <= SEAL_BYTES + REST_BYTES:
+        left += pieces[piece].iov_len - inside
+        inside = 0
+        piece += 1
+    # A reply of 256 KiB has a header: the last bytes of it would need a system call of their own, and wake the peer once more.
+    return left if left <= SEAL_BYTES + REST_BYTES else SEAL_BYTES
+
+
 cdef ssize_t seal_some(
     Records *records, const iovec *pieces, size_t nr_pieces, size_t *piece, size_t *inside
 ) noexcept nogil:
-    """Encrypt up to SEAL_BYTES from the place that `piece` and `inside` say, and move it. Return how many, -1: see errno."""
+    """Encrypt `next_seal` bytes from the place that `piece` and `inside` say, and move it. Return how many, -1: see errno."""
     cdef size_t nr = 0, nr_joined = 0, step, left
+    cdef size_t nr_max = next_seal(pieces, nr_pieces, piece[0], inside[0])
     cdef const uint8_t *data
-    while piece[0] < nr_pieces and nr < SEAL_BYTES:
+    while piece[0] < nr_pieces and (nr < nr_max or not pieces[piece[0]].iov_len):
         data = <const uint8_t *>pieces[piece[0]].iov_base + inside[0]
         left = pieces[piece[0]].iov_len - inside[0]
         if not nr_joined and (left >= RECORD_BYTES or piece[0] + 1 == nr_pieces):
-            step = min(left, SEAL_BYTES - nr)
+            step = min(left, nr_max - nr)
             if step and seal(records, data, step) < 0:
                 return -1
         else:
-            step = min(min(left, RECORD_BYTES - nr_joined), SEAL_BYTES - nr)
+            step = min(min(left, RECORD_BYTES - nr_joined), nr_max - nr)
             memcpy(records.joined + nr_joined, data, step)
             nr_joined += step
             if nr_joined == RECORD_BYTES:

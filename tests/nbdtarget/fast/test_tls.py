@@ -4,6 +4,7 @@
 What both have to do is tested in `tests/nbdtarget/common/test_tls_socket.py`.
 """
 
+import contextlib
 import errno
 import os
 import random
@@ -117,6 +118,42 @@ def test_twins_talk_to_each_other(
         assert each.taken == each.sent
     serving.close()
     assert receive(asking) == b""
+    asking.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "sent"),
+    [
+        (65536, [65536]),
+        ((256 << 10) + 28, [65536, 65536, 65536, 65536 + 28]),
+        (65536 + 16384, [65536 + 16384]),
+        (65536 + 16385, [65536, 16385]),
+    ],
+)
+@pytest.mark.parametrize("cuts", [1, 3])
+def test_short_rest_of_a_reply_needs_no_system_call_of_its_own(
+    size: int, sent: list[int], cuts: int
+) -> None:
+    # Such a socket shows what each system call has sent.
+    kind = socket.AF_UNIX, socket.SOCK_SEQPACKET
+    serving, asking = encrypted(*socket.socketpair(*kind), server=True, client=False)
+    reply = memoryview(bytes(size))
+    pieces = [
+        reply[at : at + size // cuts + 1] for at in range(0, size, size // cuts + 1)
+    ]
+    encrypted_lengths = []
+    while pieces:
+        nr = serving.sendmsg(pieces)
+        while pieces and nr >= len(pieces[0]):
+            nr -= len(pieces.pop(0))
+        if nr:
+            pieces[0] = pieces[0][nr:]
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                encrypted_lengths.append(len(asking._sock.recv(1 << 20)))
+    overhead = [got - plain for got, plain in zip(encrypted_lengths, sent, strict=True)]
+    assert all(22 <= each <= 22 * 8 for each in overhead)
+    serving.close()
     asking.close()
 
 
