@@ -21,6 +21,7 @@ long its reads took in each phase:
     arriving    while they connect and send
     stalled     all of them are connected
     ended       the server has closed all of them
+    later       what they have needed has gone back to the system, see `nbdtarget.server.spare_memory`
 
 and the resident memory of the server, and how many descriptors it has open, at the end of the phase. The last lines say how long the
 server took to close each kind, how many of them were there together, and p99 of `stalled` as a multiple of p99 of `quiet`.
@@ -29,8 +30,8 @@ The server runs with bounds that let so many clients in at all; its times are sh
 (`TIMES`). The exit status is 1 if a stalled client was not closed in time, or a descriptor stays open. With `--no-end` a run is over after
 the phase `stalled`, which takes half a minute on an idle machine; no staller is disconnected before.
 
-What is resident in the end is more than before: large buffers are kept for reuse, up to `pool_bytes_max` (32 MiB), and the allocator
-keeps pages. A second wave of such clients adds nothing to it.
+What is resident in the end is more than before: Python's own allocator keeps pages that a small object holds, and libraries have been
+loaded. A second wave of such clients adds nothing to it.
 """
 
 import argparse
@@ -55,6 +56,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Final
 
+from nbdtarget.server.spare_memory import LOOK_S
 from nbdtarget_protocol import consts as c
 from scripts.attack import attached, connected, request
 from tests.support.certificates import authority
@@ -77,6 +79,7 @@ TIMES_WITHOUT_END: Final = dict.fromkeys(TIMES, 3600)
 SLACK_S: Final = 90.0
 SHORT_WRITE: Final = 16 * KIB
 SETTLE_S: Final = 3.0  # until what the clients have asked for at once is done
+SPARE_S: Final = 2.5 * LOOK_S  # until the second look at spare memory is over
 READY_S_MAX: Final = 180  # until the quiet client is attached, on a busy machine
 ANSWER_S_MAX: Final = 180  # to a client, on a machine that does something else
 PAUSE_S: Final = 0.002
@@ -392,6 +395,7 @@ def run(
             phases.rows[-1]["ended_s"] = time.perf_counter()
             time.sleep(SETTLE_S)
             phases.phase("ended", lambda: time.sleep(phase_s))
+            phases.phase("later", lambda: time.sleep(SPARE_S))
         stop.set()
         phases.measure(*quiet_end.recv())
     finally:

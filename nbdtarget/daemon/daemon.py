@@ -51,6 +51,7 @@ from msgspec.structs import replace
 
 from nbdtarget.common.clock import sleep, wait_within
 from nbdtarget.common.errors import NbdTargetError, TableError
+from nbdtarget.common.heap import trim_heap
 from nbdtarget.common.unix_socket import (
     SocketOptions,
     remove_if_stale,
@@ -147,6 +148,7 @@ class Daemon:
             access=self.listen_access,
             tls=self.security.tls,
             rules=self.security.rules,
+            trim=trim_heap,
         )
         self._reports = ServiceReports(
             self.notifier,

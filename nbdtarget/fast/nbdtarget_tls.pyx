@@ -150,6 +150,7 @@ cdef enum:
     RECORD_BYTES = 16384  # of plaintext in a record; shorter pieces share one
     REST_BYTES = RECORD_BYTES  # what is left behind SEAL_BYTES leaves with them if it is no more than that
     OUT_STEP = 65536  # by which the buffer of outgoing bytes grows, at least
+    OUT_KEPT = 196608  # of that buffer when all has left: what one piece of a long reply needs
     OUT_MAX = 4194304  # more than what is sealed at once, and all answers to what is received at once
     AHEAD_BYTES = 1048576  # that a peek decrypts
     PIECES_MAX = 64  # of one call from Python
@@ -288,6 +289,11 @@ cdef int drain(Records *records) noexcept nogil:
             return 0 if errno == EAGAIN else -1
         records.out_begin += <size_t>sent
     records.out_begin = records.out_end = 0
+    if records.out_room > OUT_KEPT:
+        # Many answers have waited once: a connection keeps no memory for that.
+        free(records.outgoing)
+        records.outgoing = NULL
+        records.out_room = 0
     return 1
 
 
@@ -328,6 +334,10 @@ cdef ssize_t tls_receive(Records *records, void *into, size_t length) noexcept n
         nr = min(length, records.ahead_end - records.ahead_begin)
         memcpy(into, records.ahead + records.ahead_begin, nr)
         records.ahead_begin += nr
+        if records.ahead_begin == records.ahead_end:
+            free(records.ahead)
+            records.ahead = NULL
+            records.ahead_begin = records.ahead_end = records.ahead_room = 0
         return <ssize_t>nr
     return decrypt(records, <uint8_t *>into, length)
 
@@ -513,6 +523,11 @@ cdef class TlsRecords:
     @property
     def sealed(self):
         return self.records.sealed
+
+    @property
+    def nr_spare_bytes(self):
+        """For tests: of the buffers that only some connections need, and only at times."""
+        return self.records.out_room + self.records.ahead_room
 
     cdef failure(self, int error):
         """Return the exception for an errno."""

@@ -77,7 +77,7 @@ class Limits:
         arena: where replies to small READs are built, one after another.
         arena_read_max: a longer READ gets a buffer of its own.
         own_payload_min: a WRITE of at least this length that was received only in part gets a buffer of its own.
-        pool_bytes_max: of large buffers kept for reuse.
+        pool_bytes_max: of large buffers kept for reuse, until nothing has needed them for a while (`spare_memory.py`).
         socket_buffer: SO_SNDBUF and SO_RCVBUF of each connection, as far as the kernel allows.
         zero_check_min: a READ of at least this length is answered with a hole if all of its data is zeroes.
         flush_at: replies are sent when so many bytes of them are packed.

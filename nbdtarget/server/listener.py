@@ -56,6 +56,7 @@ from nbdtarget.server.peer import hang_up_events, identity_of
 from nbdtarget.server.poller import Polling
 from nbdtarget.server.shared import Shared
 from nbdtarget.server.shares import Share, Shares
+from nbdtarget.server.spare_memory import SpareMemory
 from nbdtarget.server.stalls import Stalls
 from nbdtarget.server.states import HANDSHAKE
 from nbdtarget.server.tls import NO_TLS, ListenerTls
@@ -77,6 +78,10 @@ def export_uri(pattern: str, name: str = "") -> str:
     return pattern.replace("{name}", quote(name, safe=""))
 
 
+def _nothing() -> None:
+    """The heap is left as it is: in tests many listeners share one process."""
+
+
 class Listener:
     """Serves a directory's exports; see the module head.
 
@@ -86,6 +91,7 @@ class Listener:
         access: which users may connect to unix sockets.
         tls: of addresses that are started without one of their own.
         rules: who may attach to what; they may change while it serves.
+        trim: gives free pages of the heap back to the system; called when clients have ended.
     """
 
     def __init__(
@@ -98,12 +104,15 @@ class Listener:
         access: SocketAccess = PRIVATE,
         tls: ListenerTls = NO_TLS,
         rules: AccessRules | None = None,
+        trim: Callable[[], None] = _nothing,
     ) -> None:
         self._hang_up_events = hang_up_events
         self._limits = limits or Limits()
         self._directory = directory
         self._clock = clock or LoopClock()
         self._shared: Shared | None = None
+        self._pool = BufferPool(self._limits.pool_bytes_max)
+        self._spare_memory = SpareMemory(self._clock, self._pool, trim)
         self._tls = tls
         self._rules = rules or AccessRules()
         self.accounts = Accounts()
@@ -201,6 +210,7 @@ class Listener:
             timer = self._clock.call_later(grace_s, self._abort_all)
             await all_gone
             timer.cancel()
+        self._spare_memory.close()
 
     def _abort_all(self) -> None:
         for connection in list(self._connections):
@@ -276,6 +286,7 @@ class Listener:
     def forget(self) -> None:
         """Close all descriptors: they are another process's now. No client is told anything, and no file removed."""
         self._is_closed = True
+        self._spare_memory.close()
         for connection in list(self._connections):
             connection.abort()
         for sock in self._sockets.values():
@@ -414,7 +425,7 @@ class Listener:
                 limits=self._limits,
                 budget=budget,
                 shares=Shares(budget, self._limits),
-                pool=BufferPool(self._limits.pool_bytes_max),
+                pool=self._pool,
                 directory=self._directory,
                 gates=Gates(self._clock),
                 turns=Turns(),
@@ -514,6 +525,8 @@ class Listener:
         origin = self._connections.pop(connection, None)
         if origin is not None:
             self._admission.leave(origin)
+        if not self._is_closed:
+            self._spare_memory.connection_ended()
         if self._is_closed and not self._connections:
             self._set_all_gone()
 

@@ -21,12 +21,13 @@ def test_clients_that_stall_are_closed_while_a_quiet_one_is_served(
     monkeypatch.setattr(attack_stalled, "TIMES", dict.fromkeys(attack_stalled.TIMES, 1))
     monkeypatch.setattr(attack_stalled, "PHASE_QUICK_S", 0.8)
     monkeypatch.setattr(attack_stalled, "SETTLE_S", 0.3)
+    monkeypatch.setattr(attack_stalled, "SPARE_S", 0.3)
     figures = tmp_path / "figures"
     arguments = ["--quick", "--each", "6", "--json", str(figures), *more]
     assert attack_stalled.main(arguments) == 0
     found = json.loads(figures.read_text())
     assert [row["phase"] for row in found["phases"]] == [
-        *["quiet", "arriving", "stalled", "ending", "ended"]
+        *["quiet", "arriving", "stalled", "ending", "ended", "later"]
     ]
     assert all(row["reads"] > 0 for row in found["phases"])
     assert {kind: left for kind, (left, _) in found["closed"].items()} == dict.fromkeys(

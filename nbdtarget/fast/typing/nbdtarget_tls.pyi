@@ -12,6 +12,7 @@ class TlsRecords:
     has_pending: bool
     has_unsent: bool
     sealed: int
+    nr_spare_bytes: int
 
     def close(self) -> None: ...
     def recv_into(self, view: memoryview) -> int: ...

@@ -157,6 +157,23 @@ def test_short_rest_of_a_reply_needs_no_system_call_of_its_own(
     asking.close()
 
 
+def test_connection_keeps_no_memory_of_what_it_needed_once() -> None:
+    serving, asking = encrypted(*socket.socketpair(), server=True, client=False)
+    records = serving.records
+    assert records is not None
+    asking.send(bytes(100_000))
+    ahead = len(serving.recv(1 << 20, socket.MSG_PEEK))
+    assert len(serving.recv(100)) == 100
+    records.put_unsent(bytes(3 << 20))
+    assert records.nr_spare_bytes >= 4 << 20
+    while not records.drain():
+        asking._sock.recv(1 << 20)
+    assert len(serving.recv(ahead)) == ahead - 100
+    assert records.nr_spare_bytes == 0
+    serving.close()
+    asking.close()
+
+
 def test_what_came_behind_the_handshake_is_received() -> None:
     serving, asking = ends_before_the_handshake(*socket.socketpair())
     while not asking.handshake():

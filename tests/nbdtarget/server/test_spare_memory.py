@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What clients have needed goes back to the system when they need it no more."""
+
+import pytest
+
+from nbdtarget.server.buffers import Buffer, BufferPool
+from nbdtarget.server.spare_memory import LOOK_S, SpareMemory
+from tests.support.clock import SimClock
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+class Memory:
+    """A pool that is looked after, and how often the heap was trimmed."""
+
+    def __init__(self) -> None:
+        self.clock = SimClock()
+        self.pool = BufferPool(32 * MIB)
+        self.nr_trims = 0
+        self.spare = SpareMemory(self.clock, self.pool, self.trim)
+
+    @property
+    def has_timer(self) -> bool:
+        return any(not timer.cancelled for _, _, timer in self.clock._timers)
+
+    def trim(self) -> None:
+        self.nr_trims += 1
+
+    def take(self, nr: int, length: int = 64 * KIB) -> list[Buffer]:
+        half = nr // 2
+        taken: list[Buffer] = [self.pool.take(length) for _ in range(half)]
+        return taken + [self.pool.take_untouched(length) for _ in range(nr - half)]
+
+    def give_back(self, buffers: list[Buffer]) -> None:
+        for buffer in buffers:
+            self.pool.give_back(buffer)
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+@pytest.mark.parametrize("length", [64 * KIB, 256 * KIB, MIB])
+def test_buffers_that_nothing_needs_go_back(memory: Memory, length: int) -> None:
+    memory.give_back(memory.take(10, length))
+    kept = memory.pool.nr_kept_bytes
+    assert kept >= 10 * length
+    memory.clock.advance(LOOK_S)
+    assert memory.pool.nr_kept_bytes == kept  # it came after the last look
+    memory.clock.advance(LOOK_S)
+    assert memory.pool.nr_kept_bytes == 0
+    assert memory.nr_trims == 1
+
+
+def test_buffers_that_are_used_again_and_again_stay(memory: Memory) -> None:
+    memory.give_back(memory.take(20))
+    one = memory.pool.nr_kept_bytes // 20
+    memory.clock.advance(LOOK_S)
+    for _ in range(5):
+        taken = memory.take(6)
+        memory.give_back(taken)
+        memory.clock.advance(LOOK_S)
+        assert memory.pool.nr_kept_bytes == 6 * one
+    assert {id(it) for it in memory.take(6)} == {id(it) for it in taken}
+
+
+def test_ends_of_connections_trim_the_heap_once_in_a_while(memory: Memory) -> None:
+    for _ in range(100):
+        memory.spare.connection_ended()
+    memory.clock.advance(LOOK_S / 2)
+    assert memory.nr_trims == 0
+    memory.clock.advance(LOOK_S)
+    assert memory.nr_trims == 1
+    memory.clock.advance(10 * LOOK_S)
+    assert memory.nr_trims == 1
+    memory.spare.connection_ended()
+    memory.clock.advance(LOOK_S)
+    assert memory.nr_trims == 2
+
+
+def test_idle_server_has_no_timer(memory: Memory) -> None:
+    assert not memory.has_timer
+    memory.give_back(memory.take(3))
+    memory.spare.connection_ended()
+    assert memory.has_timer
+    memory.clock.advance(3 * LOOK_S)
+    assert not memory.has_timer
+
+
+def test_closed_one_looks_no_more(memory: Memory) -> None:
+    memory.give_back(memory.take(3))
+    memory.spare.close()
+    memory.spare.close()
+    assert not memory.has_timer
+    memory.give_back(memory.take(30))
+    assert not memory.has_timer
+    assert memory.nr_trims == 0
