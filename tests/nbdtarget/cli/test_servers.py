@@ -29,9 +29,9 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work(tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the disks are. The sockets are in `runtime`, whose path is short wherever temporary files are."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.delenv("NBDTARGET_CONTROL", raising=False)
     monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
     monkeypatch.setattr(servers, "LOOK_S_MAX", PATIENCE_S)
@@ -112,7 +112,7 @@ def test_a_second_job_of_the_same_name_is_refused_in_one_line(
     assert second.returncode == 1
     assert second.stderr == (
         "nbdtarget: copy: another server with the control socket"
-        f" {work}/run/nbdtarget/control/copy.sock serves this name already: give another"
+        f" {runtime_directory()}/control/copy.sock serves this name already: give another"
         " --name\n"
     )
     assert not Path("other").exists()
@@ -124,7 +124,7 @@ def test_a_name_that_two_servers_have_is_asked_for_with_both(
     start("clone", "one", "copy")
     start("serve")
     says("create", "copy", "--table", "0 8 zero")
-    runtime = work / "run" / "nbdtarget"
+    runtime = runtime_directory()
     refused = in_process("remove", "copy")
     assert refused.returncode == 1
     assert refused.stderr == (
@@ -166,7 +166,7 @@ def test_sockets_of_killed_servers_are_removed_by_the_next_server(
     assert says("ls").split()[0] == "other"
     assert "Device does not exist" in in_process("status", "copy").stderr
     start("serve")
-    names = sorted(os.listdir(work / "run" / "nbdtarget" / "control"))
+    names = sorted(os.listdir(runtime_directory() / "control"))
     assert names == ["other.sock", "other.sock.lock"]
 
 
@@ -183,7 +183,7 @@ def test_a_server_that_hangs_does_not_delay_the_list_of_the_others(
         """On a busy machine it may not answer in time, either."""
         listed = in_process("ls")
         assert (
-            f"nbdtarget: {work}/run/nbdtarget/control/copy.sock: the server does not answer;"
+            f"nbdtarget: {runtime_directory()}/control/copy.sock: the server does not answer;"
             " it is left out here\n"
         ) in listed.stderr
         return listed.stdout.split()[:1] == ["other"]
@@ -220,8 +220,8 @@ def test_a_name_that_is_too_long_for_a_socket_is_shortened(
             process.communicate(timeout=PATIENCE_S)
 
 
-def test_socket_paths_of_long_names_differ_and_fit(tmp_path: Path) -> None:
-    paths = {socket_path(tmp_path, "x" * 100 + end) for end in "abc"}
+def test_socket_paths_of_long_names_differ_and_fit(runtime: Path) -> None:
+    paths = {socket_path(runtime, "x" * 100 + end) for end in "abc"}
     assert len(paths) == 3
     assert all(len(str(path)) <= 107 for path in paths)
     with pytest.raises(NbdTargetError, match="too long for a socket"):
