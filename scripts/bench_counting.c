@@ -21,7 +21,7 @@
 
 #include "../nbdtarget/fast/nbdtarget_counting.h"
 
-enum { BATCHES = 100, PAIRS = 3001, BLOCK = 4096, BLOCKS = 1024, REQUEST = 28 };
+enum { BATCHES = 100, PAIRS = 2001, BLOCK = 4096, BLOCKS = 1024, REQUEST = 28 };
 
 static struct nbdtarget_sampling sampling;
 static struct nbdtarget_counter counter;

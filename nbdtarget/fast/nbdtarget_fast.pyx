@@ -742,7 +742,7 @@ cdef struct Way:
     bint notes_hits
     uint64_t noted[64]  # NOTED_MAX
     int nr_noted
-    # Since the owner was told.
+    # In this turn.
     uint64_t nr_reads
     uint64_t nr_writes
 
@@ -1371,6 +1371,7 @@ cdef class Plane:
         """As `turn`, with the places where they are."""
         cdef Stop stop
         cdef FastFile cut
+        cdef uint64_t nr_reads, nr_writes
         self.lone_sync = LONE_NOTHING
         if lone and route.file._syncer is not None and route.may_sync is not None and route.may_sync():
             self.lone_sync = lone
@@ -1409,9 +1410,10 @@ cdef class Plane:
             cut, self.cut_file = route.file_of(self.cut_file), NULL
             if cut.read_failed is not None:
                 cut.read_failed(self.error)
-        if route.was_served is not None and (route.way.nr_reads or route.way.nr_writes):
-            route.was_served(route.way.nr_reads, route.way.nr_writes)
-            route.way.nr_reads = route.way.nr_writes = 0
+        nr_reads, nr_writes = route.way.nr_reads, route.way.nr_writes
+        route.way.nr_reads = route.way.nr_writes = 0
+        if route.was_served is not None and (nr_reads or nr_writes):
+            route.was_served(nr_reads, nr_writes)
         if stop == STOP_UNFINISHED:
             route.file.was_unfinished(self.put_at, self.put_length, self.put, self.error, self.nr_put_before)
         return stop

@@ -69,6 +69,13 @@ FAST: Final = (
         TURNS,
     ),
     Mutant(
+        "hydration-does-not-notice-clients",
+        "A clone copies at full speed while clients read from it on the compiled path.",
+        "nbdtarget.targets.clone.target:CloneTarget._open_route",
+        (("self._was_served if is_told else None", "None"),),
+        TURNS,
+    ),
+    Mutant(
         "half-sent-reply-is-overtaken",
         "A late reply goes out in the middle of another one: the client reads garbage.",
         "nbdtarget.server.output:Output.sent_to",

@@ -202,7 +202,6 @@ class CloneTarget(MappingTarget[CloneMetadata]):
             self.begin,
             self.begin + self.length,
         )
-        self._route.was_served = self._was_served
         self._route.may_sync = self._may_sync
         self._open_route()
         return self._route
@@ -234,6 +233,9 @@ class CloneTarget(MappingTarget[CloneMetadata]):
             self._route.can_read = not self._has_failed and self._trace is None
             is_writable = self._is_hydrated or not self._is_sealed
             self._route.can_write = is_writable and not self._has_failed
+            # A hydrated clone has nothing that gives way to clients.
+            is_told = not self._is_hydrated
+            self._route.was_served = self._was_served if is_told else None
             # What clients read of the source is to be noted with `hydrate_on_read`.
             self._route.can_read_other = not self._hydration.hydrate_on_read
             if self._trace is not None:
@@ -244,8 +246,7 @@ class CloneTarget(MappingTarget[CloneMetadata]):
         return self._committer.is_clean
 
     def _was_served(self, nr_reads: int, nr_writes: int) -> None:
-        if not self._is_hydrated:
-            self._regions.nr_bios += nr_reads + nr_writes
+        self._regions.nr_bios += nr_reads + nr_writes
 
     def map(self, bio: Bio) -> int:
         if self._is_plain and bio.op < OP_FLUSH:

@@ -393,6 +393,17 @@ def test_served_requests_are_counted_once_a_turn(bench: Bench) -> None:
     assert counts == [(2, 1), (0, 1)]
 
 
+def test_requests_are_told_of_only_while_somebody_wants_to_know(bench: Bench) -> None:
+    counts: list[tuple[int, int]] = []
+    one = request(READ, 0, 512)
+    bench.turn(one * 2)
+    bench.route.was_served = lambda reads, writes: counts.append((reads, writes))
+    bench.turn(one)
+    bench.route.was_served = None
+    bench.turn(one)
+    assert counts == [(1, 0)]
+
+
 def test_bitmap_says_which_file_has_a_region(bench: Bench, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"s" * SIZE)

@@ -28,7 +28,7 @@ from nbdtarget.targets.cache.target import CacheTarget
 from nbdtarget.targets.clone.target import CloneTarget
 from nbdtarget_protocol import consts as c
 from tests.support.certificates import needs_openssl
-from tests.support.patience import PATIENCE_S
+from tests.support.patience import PATIENCE_S, until
 from tests.support.peer import Peer, Reply
 from tests.support.site import (
     BLOCK,
@@ -354,12 +354,17 @@ async def test_reads_of_a_clone_count_as_client_io(site: Site) -> None:
     device = await site.registry.create("d", table)
     peer = await site.attach()
     await peer.ask(c.CMD_READ, 0, 4096)  # into the page cache
-    assert device.active is not None
-    target = device.active.targets[0]
+    target = device.active.targets[0]  # type: ignore[union-attr]
     assert isinstance(target, CloneTarget)
     before = target._regions.nr_bios
     await peer.ask(c.CMD_READ, 0, 4096)
     assert target._regions.nr_bios == before + 1
+
+
+@needs_compiled
+async def test_reads_of_a_hydrated_clone_need_no_python(site: Site) -> None:
+    device = await site.registry.create("d", clone(site, os.urandom(SIZE)))
+    await until(lambda: getattr(device.maybe_route(), "was_served", 0) is None)
 
 
 @needs_compiled
