@@ -1942,6 +1942,7 @@ cdef class Plane:
             if nr_places < 0:
                 return MAPPED_NOT
         self.has_mapped = True
+        time_anyway(&self.counter, 0)  # a page that has gone meanwhile is read from the disk while it is sent
         self._pack_head(reply, request, length)
         sent = self._put(places, nr_places)
         while sent < 0 and errno == EINTR:

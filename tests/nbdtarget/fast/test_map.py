@@ -102,6 +102,16 @@ def bench(make: Callable[..., Mapped]) -> Mapped:
 # ---- what is sent ----
 
 
+def test_long_read_is_timed_though_its_batch_was_not_to_be(bench: Mapped) -> None:
+    """A page that has gone is read from the disk while it is sent."""
+    usual_ns = 10**15
+    bench.plane.leave_untimed(100, usual_ns)
+    assert bench.turn(request(READ, 0, LENGTH)) == DONE
+    nr, _, taken_ns, _ = bench.plane.counted()[READ]
+    assert nr == 1
+    assert 0 < taken_ns < usual_ns
+
+
 @pytest.mark.parametrize("offset", [0, 4096, 12345, WINDOW - LENGTH, WINDOW - 1])
 def test_long_read_is_answered_with_the_bytes_of_the_file(
     bench: Mapped, offset: int
