@@ -37,9 +37,9 @@ def test_each_database_has_cases_that_survive_and_that_do_not(tmp_path: Path) ->
     ("status", "printed", "survives", "is_expected"),
     [
         (0, "ok", True, True),
-        (1, "FAILED", False, True),
+        (1, "FAILED\nreplay it: x", False, True),
         (0, "ok", False, False),
-        (1, "FAILED", True, False),
+        (1, "FAILED\nreplay it: x", True, False),
         (1, "", False, False),  # it could not be tried
         (2, "usage", False, False),
     ],
@@ -47,6 +47,7 @@ def test_each_database_has_cases_that_survive_and_that_do_not(tmp_path: Path) ->
 def test_result_is_compared_with_what_is_expected(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     status: int,
     printed: str,
     *,
@@ -61,6 +62,8 @@ def test_result_is_compared_with_what_is_expected(
     records.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(records))
     assert torture_databases._try(Case("c", [], survives), 1) is is_expected
+    tells_how = "replay it" in capsys.readouterr().out
+    assert tells_how == ("replay it" in printed and not is_expected)
     # One that was expected is removed; the other one is needed for a replay.
     nr_kept = len(list(records.glob("*/record/case")))
     assert nr_kept == (0 if is_expected or not printed else 1)
