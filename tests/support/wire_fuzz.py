@@ -49,6 +49,7 @@ from tests.support.wire_conversation import (
     HOW,
     KIB,
     PAYLOAD_MAX,
+    RANGE_SLICE,
     READ_SLICE,
     SIZE,
     Conversation,
@@ -405,7 +406,7 @@ async def _talk(
         handshake_timeout_s=TIMEOUT_S,  # of the quiet client, while the hostile one talks
         payload_max=PAYLOAD_MAX,
         read_slice=READ_SLICE,
-        range_slice=64 * KIB,
+        range_slice=RANGE_SLICE,
         turn_bytes_max=64 * KIB,
         flush_at=rng.choice((100, 128 * KIB)),
     )
